@@ -1,0 +1,7 @@
+"""vLLM plugin that runs only the layers each request needs, within a calibrated bound."""
+
+from vllm_adainfer.stats import stats
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "stats"]

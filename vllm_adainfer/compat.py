@@ -1,0 +1,59 @@
+"""Every touch of a vLLM name that is not documented for plugins: what, why, and since when.
+
+Each entry was checked against vLLM 0.32.0 (CPU build).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from logging import Logger
+
+    from vllm.config import VllmConfig
+
+
+def get_logger(module: str) -> Logger:
+    """A logger below ``vllm.``: vLLM 0.32 configures that name only, others lose INFO lines."""
+    return init_logger(module.replace("vllm_adainfer", "vllm.adainfer", 1))
+
+
+@contextmanager
+def cpu_runner_class(runner: type) -> Iterator[None]:
+    """Let `CPUWorker.init_device` build `runner`: 0.32 names `CPUModelRunner` in its body."""
+    from vllm.v1.worker import cpu_worker
+
+    with mock.patch.object(cpu_worker, "CPUModelRunner", runner):
+        yield
+
+
+def use_model_class(vllm_config: VllmConfig, architecture: str) -> None:
+    """Make the loader build `architecture` for this engine only.
+
+    0.32 resolves the class from ``hf_config.architectures`` when it loads the weights
+    (`model_loader/utils.py`); the registry entry of the stock class stays as it is.
+    """
+    vllm_config.model_config.hf_config.architectures = [architecture]
+
+
+def segment_config(vllm_config: VllmConfig) -> VllmConfig:
+    """The config to compile a segment with: one that does not depend on our settings.
+
+    0.32 puts ``additional_config`` into the key of its compile cache. What a segment compiles
+    to depends on its layers alone, which its own name states, so that a recalibrated artifact
+    finds the segments of the last one.
+    """
+    config = copy.copy(vllm_config)
+    config.additional_config = {}
+    return config
+
+
+def hash_block_size(kv_cache_manager: Any) -> int:
+    """Tokens per entry of ``Request.block_hashes`` (0.32: an attribute of the block pool)."""
+    return int(kv_cache_manager.block_pool.hash_block_size)

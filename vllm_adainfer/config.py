@@ -1,0 +1,87 @@
+"""Settings of the engine switch, ``additional_config={"adainfer": {...}}``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_adainfer.errors import AdaInferError
+
+CONFIG_KEY = "adainfer"
+KILL_SWITCH = "VLLM_ADAINFER"
+
+
+class Settings(BaseModel):
+    """What ``additional_config["adainfer"]`` may say; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    artifact: str | None = Field(
+        None, description="Directory or hub id of the artifact that `calibrate` wrote."
+    )
+    record: tuple[int, ...] | None = Field(
+        None,
+        description="Instead of an artifact: run at full depth and keep the hidden states of "
+        "sampled rows after these layers. `calibrate` uses it.",
+    )
+    enabled: bool = Field(True, description="False runs stock vLLM.")
+    epsilon: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Bound on disagreement; must be one the artifact certified, at most. "
+        "None takes the artifact's own; 0 never exits.",
+    )
+    requests: Literal["greedy", "all", "opt-in"] = Field(
+        "greedy",
+        description="Which one-token requests may exit: greedy ones, sampled ones too, or "
+        'only those that ask for it with extra_args={"adainfer": 1}.',
+    )
+    min_rows_saved: int = Field(
+        16,
+        ge=1,
+        description="Token rows that must be ready to leave before the batch is compacted; "
+        "fewer stay in until more join them.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Settings:
+        if self.enabled and (self.artifact is None) == (self.record is None):
+            raise ValueError('give "artifact": the directory that `calibrate` wrote')
+        return self
+
+
+def read_settings(additional_config: Any) -> Settings | None:
+    """The plugin's settings, or None where vLLM is to run as it is.
+
+    Raises:
+        AdaInferError: a key is unknown or a value does not fit.
+
+    """
+    if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
+        return None
+    if os.environ.get(KILL_SWITCH) == "0":
+        return None
+    given = additional_config[CONFIG_KEY]
+    if not isinstance(given, Mapping):
+        raise AdaInferError(
+            f'additional_config["{CONFIG_KEY}"] must be an object such as '
+            f'{{"artifact": "DIR"}}, not {given!r}'
+        )
+    try:
+        settings = Settings.model_validate(given)
+    except ValidationError as error:
+        raise AdaInferError(_first_problem(error)) from None
+    return settings if settings.enabled else None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join([CONFIG_KEY, *map(str, problem["loc"])])
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(sorted(Settings.model_fields))
+        return f"additional_config: {where} is not a known key; known keys: {known}"
+    return f"additional_config: {where}: {problem['msg'].removeprefix('Value error, ')}"

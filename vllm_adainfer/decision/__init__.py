@@ -1,0 +1,1 @@
+"""Decision: probes, features, classifiers, thresholds and bounds; torch and scikit-learn only."""

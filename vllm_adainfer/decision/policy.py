@@ -1,0 +1,100 @@
+"""The exit policy: probe -> features -> classifier score -> threshold, at each exit point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from adainfer_kernels import summarise
+from torch import Tensor
+
+from vllm_adainfer.artifact import Artifact
+from vllm_adainfer.decision.probe import LabelHead, Lens, Probe, features
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What an exit point says of the rows it was asked about.
+
+    Attributes:
+        settled: bool [rows]; True where the answer is decided.
+        answers: what to decode in settled rows: fp32 [rows, labels] scores of the policy's
+            labels, or [rows, hidden size] states for the LM head if any token may be the answer.
+            None where no row is settled.
+
+    """
+
+    settled: Tensor
+    answers: Tensor | None
+
+
+class ExitPolicy(Protocol):
+    """What the exit loop asks of whoever decides.
+
+    Attributes:
+        exit_points: layers after which `decide` is asked, ascending.
+        label_ids: int64 [labels] where answers are label scores, None where they are states.
+
+    """
+
+    exit_points: tuple[int, ...]
+    label_ids: Tensor | None
+
+    def decide(self, exit_index: int, hidden: Tensor, tags: Tensor) -> Decision:
+        """Decide rows at exit point ``exit_points[exit_index]``.
+
+        Args:
+            exit_index: which exit point.
+            hidden: [rows, hidden size], the residual stream of the rows to be sampled.
+            tags: int64 [rows], the number with which each row's request was admitted.
+
+        """
+
+
+class CalibratedPolicy:
+    """The policy of an artifact; a request's tag is its row of the epsilon table."""
+
+    def __init__(self, artifact: Artifact, norm_weight: Tensor, head_weight: Tensor) -> None:
+        """`norm_weight` and `head_weight` are the served model's, for open-vocabulary probes."""
+        config, tensors = artifact.config, artifact.tensors
+        device = norm_weight.device
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self.exit_points = config.exit_points
+        self.label_ids = (
+            torch.tensor(config.label_ids, device=device) if config.label_ids else None
+        )
+        self._thresholds = tensors["thresholds"]
+        self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
+        self._probes: list[Probe] = []
+        for layer in self.exit_points:
+            if config.probe == "label-head":
+                probe: Probe = LabelHead(
+                    tensors[f"exit.{layer}.head_weight"], tensors[f"exit.{layer}.head_bias"]
+                )
+            else:
+                probe = Lens(
+                    norm_weight=tensors.get("norm_weight", norm_weight),
+                    norm_eps=config.norm_eps,
+                    head_weight=tensors.get("head_rows", head_weight),
+                    lens_weight=tensors.get(f"exit.{layer}.lens_weight"),
+                    lens_bias=tensors.get(f"exit.{layer}.lens_bias"),
+                )
+            self._probes.append(probe)
+
+    def decide(self, exit_index: int, hidden: Tensor, tags: Tensor) -> Decision:
+        """See `ExitPolicy.decide`."""
+        probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
+        thresholds = self._thresholds[tags, exit_index]
+        if self.label_ids is not None:
+            scores = probe.scores(hidden)
+            score = settled_score(features(summarise(scores)), classifier)
+            return Decision(score >= thresholds, scores)
+        assert isinstance(probe, Lens)
+        settled = settled_score(features(probe.summary(hidden)), classifier) >= thresholds
+        return Decision(settled, probe.readout(hidden) if settled.any() else None)
+
+
+def settled_score(rows: Tensor, classifier: Tensor) -> Tensor:
+    """Linear classifier on features [rows, n]; `classifier` is [n + 1], the bias last."""
+    return torch.addmv(classifier[-1], rows, classifier[:-1])

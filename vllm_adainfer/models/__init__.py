@@ -1,0 +1,1 @@
+"""Model classes: vLLM models whose layer stack has exit points."""

@@ -1,0 +1,119 @@
+"""The exit loop: run a segment, ask the policy, let settled requests leave, go on with the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context, override_forward_context
+
+from vllm_adainfer.decision.policy import ExitPolicy
+from vllm_adainfer.models.segments import Segment
+from vllm_adainfer.runtime.step import StepContext
+from vllm_adainfer.stats import ExitStats
+
+
+@dataclass(frozen=True)
+class LabelAnswers:
+    """Requests whose answer a label probe gave, for `compute_logits` to place.
+
+    Attributes:
+        requests: int64 [answered], positions in the step's batch.
+        scores: fp32 [answered, labels].
+
+    """
+
+    requests: Tensor
+    scores: Tensor
+
+
+class ExitLoop:
+    """Runs a model's segments over one step's batch.
+
+    A request leaves at the first exit point where the policy has called it settled and enough
+    rows leave with it. Until then a settled request stays in; the answer it settled on is kept
+    for when it leaves, and dropped if it reaches full depth after all.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], policy: ExitPolicy, min_rows_saved: int
+    ) -> None:
+        """`segments` are cut at ``policy.exit_points``."""
+        self.policy = policy
+        self.stats = ExitStats()
+        self._segments = segments
+        self._min_rows_saved = min_rows_saved
+        self._depth = sum(segment.num_layers for segment in segments)
+
+    def run_full_depth(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        """All segments for all rows: profiling passes, which belong to no request."""
+        residual: Tensor | None = None
+        for segment in self._segments:
+            hidden, residual = segment(positions, hidden, residual)
+        return hidden
+
+    def run(
+        self, positions: Tensor, embeddings: Tensor, step: StepContext
+    ) -> tuple[Tensor, LabelAnswers | None]:
+        """Run one step.
+
+        Args:
+            positions: int64 [rows].
+            embeddings: [rows, hidden size], the input of the first layer.
+            step: which rows are whose, and which requests may exit.
+
+        Returns:
+            final hidden states [rows, hidden size], normed, for the stock `compute_logits`
+            (rows of requests that left are undefined, but for the sampled row of an
+            open-vocabulary answer), and the label answers, if any.
+
+        """
+        stats, policy = self.stats, self.policy
+        stats.layers_possible += embeddings.shape[0] * self._depth
+        stats.tokens_decided += step.num_sampled
+        context = get_forward_context()
+        hidden, residual = embeddings, None
+        answers: Tensor | None = None
+        for index, segment in enumerate(self._segments):
+            with override_forward_context(context):
+                hidden, residual = segment(positions, hidden, residual)
+            stats.layers_run += hidden.shape[0] * segment.num_layers
+            if residual is None:  # the last segment has applied the final norm
+                break
+            asked = step.undecided()
+            if asked.size == 0:
+                continue
+            rows = step.sampled_rows(asked)
+            decision = policy.decide(
+                index, hidden[rows] + residual[rows], torch.from_numpy(step.tags[asked])
+            )
+            if decision.answers is None:
+                continue
+            settled = asked[decision.settled.numpy()]
+            if answers is None:
+                answers = decision.answers.new_empty(
+                    step.num_requests, decision.answers.shape[1]
+                )
+            answers[torch.from_numpy(settled)] = decision.answers[decision.settled]
+            step.settle(settled)
+            if step.rows_ready_to_leave() < self._min_rows_saved:
+                continue
+            left, stay = step.compact()
+            stats.exit_histogram[policy.exit_points[index]] += left
+            hidden, residual, positions = hidden[stay], residual[stay], positions[stay]
+            if stay.numel() == 0:
+                break
+            attn_metadata, slot_mapping = step.narrowed()
+            context = replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
+        early = step.left
+        stats.exit_histogram[self._depth] += step.num_sampled - early.size
+        if answers is None or early.size == 0:
+            return hidden, None
+        whole = step.scatter(hidden, like=embeddings)
+        requests = torch.from_numpy(early)
+        if policy.label_ids is not None:
+            return whole, LabelAnswers(requests, answers[requests])
+        whole[step.original_sampled_rows(early)] = answers[requests]
+        return whole, None

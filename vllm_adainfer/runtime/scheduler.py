@@ -1,0 +1,33 @@
+"""vLLM's scheduler with a guarded prefix cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vllm_adainfer.config import read_settings
+from vllm_adainfer.runtime.admission import FULL_DEPTH, Admission, at_full_depth
+from vllm_adainfer.runtime.prefix_cache import PrefixCacheGuard
+
+
+class AdaInferScheduler(Scheduler):
+    """Keeps blocks of prompts that may exit early out of the prefix cache."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = read_settings(self.vllm_config.additional_config)
+        assert settings is not None
+        self.admission = Admission(settings)
+        if self.cache_config.enable_prefix_caching and not self.admission.records:
+            self.kv_cache_manager = PrefixCacheGuard(
+                self.kv_cache_manager, self._may_exit, self._complete
+            )
+
+    def _may_exit(self, request: Request) -> bool:
+        return self.admission.tag(request.sampling_params) != FULL_DEPTH
+
+    def _complete(self, request: Request) -> None:
+        """The worker reads this when the request is first sent to it, in this very step."""
+        request.sampling_params = at_full_depth(request.sampling_params)

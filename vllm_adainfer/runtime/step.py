@@ -1,0 +1,103 @@
+"""One step's bookkeeping on the host: whose rows are where, who may exit, who has left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+# (positions of the remaining requests, their rows) -> attention metadata and slot mapping by layer
+Narrow = Callable[[Ints, Tensor], tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+class StepContext:
+    """Requests of one step, named by their position in the batch, and their token rows.
+
+    Rows of one request are adjacent, requests in order; the last row of a request is the one
+    that is sampled (if its prompt is complete).
+    """
+
+    def __init__(self, query_lens: Ints, sampled: Bools, tags: Ints, narrow: Narrow) -> None:
+        """Describe the batch.
+
+        Args:
+            query_lens: [requests], rows of each request in this step.
+            sampled: [requests], True where this step yields a token (False: more chunks follow).
+            tags: [requests], what `Admission` gave; negative runs at full depth.
+            narrow: builds what attention needs when only some requests remain.
+
+        """
+        self.num_requests = len(query_lens)
+        self.num_sampled = int(np.count_nonzero(sampled))
+        self.tags = tags
+        self._query_lens = query_lens
+        self._narrow = narrow
+        self._may_exit = sampled & (tags >= 0)
+        self._settled = np.zeros(self.num_requests, dtype=np.bool_)
+        self._left = np.zeros(self.num_requests, dtype=np.bool_)
+        self._last_row = np.cumsum(query_lens) - 1
+        self._first_last_row = self._last_row
+        self._origin: Tensor | None = None
+
+    @property
+    def left(self) -> Ints:
+        """Requests that have left the stack early."""
+        return np.flatnonzero(self._left)
+
+    def undecided(self) -> Ints:
+        """Requests in the stack that may exit and are not settled yet."""
+        return np.flatnonzero(self._may_exit & ~self._settled)
+
+    def sampled_rows(self, requests: Ints) -> Tensor:
+        """Rows, in the batch as it is now, that decide `requests` (which must not have left)."""
+        return torch.from_numpy(self._last_row[requests])
+
+    def settle(self, requests: Ints) -> None:
+        """Note that the answers of `requests` are known."""
+        self._settled[requests] = True
+
+    def rows_ready_to_leave(self) -> int:
+        """Rows of settled requests that are still in the batch."""
+        return int(self._query_lens[self._settled & ~self._left].sum())
+
+    def compact(self) -> tuple[int, Tensor]:
+        """Let settled requests leave.
+
+        Returns:
+            how many left, and the rows of the batch as it was that stay.
+
+        """
+        before = ~self._left
+        leaving = before & self._settled
+        stay = np.repeat(~leaving[before], self._query_lens[before])
+        kept_rows = torch.from_numpy(np.flatnonzero(stay))
+        self._left = self._left | leaving
+        lens = np.where(self._left, 0, self._query_lens)
+        self._last_row = np.cumsum(lens) - 1
+        self._origin = kept_rows if self._origin is None else self._origin[kept_rows]
+        return int(np.count_nonzero(leaving)), kept_rows
+
+    def narrowed(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Attention metadata and slot mapping, by layer, of the requests that remain."""
+        assert self._origin is not None
+        return self._narrow(np.flatnonzero(~self._left), self._origin)
+
+    def scatter(self, remaining: Tensor, like: Tensor) -> Tensor:
+        """Put the states of the remaining rows where they were in the whole batch.
+
+        Rows of requests that left are undefined.
+        """
+        whole = torch.empty_like(like)
+        whole[self._origin] = remaining
+        return whole
+
+    def original_sampled_rows(self, requests: Ints) -> Tensor:
+        """Rows, in the batch as it came, that decide `requests`."""
+        return torch.from_numpy(self._first_last_row[requests])

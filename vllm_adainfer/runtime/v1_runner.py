@@ -1,0 +1,49 @@
+"""Model Runner V1 with a step context: the one method vLLM documents as overridable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_adainfer.config import read_settings
+from vllm_adainfer.runtime.admission import Admission
+from vllm_adainfer.runtime.attention import AttentionNarrower
+from vllm_adainfer.runtime.step import StepContext
+
+
+class AdaInferCPUModelRunner(CPUModelRunner):
+    """Tells the model whose rows it is about to run and who may exit."""
+
+    _narrow: AttentionNarrower | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = read_settings(self.vllm_config.additional_config)
+        assert settings is not None
+        self.admission = Admission(settings)
+        self._tags: dict[str, int] = {}
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        """Admit requests when they arrive, forget them when they end."""
+        for request_id in scheduler_output.finished_req_ids:
+            self._tags.pop(request_id, None)
+        for request in scheduler_output.scheduled_new_reqs:
+            self._tags[request.req_id] = self.admission.tag(request.sampling_params)
+        return super()._update_states(scheduler_output)
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._narrow is None:
+            self._narrow = AttentionNarrower(self)
+        num_requests = self.input_batch.num_reqs
+        starts = self.query_start_loc.np[: num_requests + 1].astype(np.int64)
+        self.model.model.step = StepContext(
+            query_lens=np.diff(starts),
+            sampled=~self.discard_request_mask.np[:num_requests],
+            tags=np.fromiter(
+                map(self._tags.__getitem__, self.input_batch.req_ids), np.int64, num_requests
+            ),
+            narrow=self._narrow,
+        )
+        return super()._model_forward(*args, **kwargs)

@@ -1,0 +1,42 @@
+"""Worker with our model runner, and the calls that reach it by ``collective_rpc``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors.torch import save_file
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_adainfer import compat
+from vllm_adainfer.decision.record import Recorder
+from vllm_adainfer.runtime.v1_runner import AdaInferCPUModelRunner
+
+
+class AdaInferCPUWorker(CPUWorker):
+    """vLLM's CPU worker with exits."""
+
+    def init_device(self) -> None:
+        """Build the device state as stock does, with our runner."""
+        with compat.cpu_runner_class(AdaInferCPUModelRunner):
+            super().init_device()
+
+    def adainfer_stats(self) -> dict[str, Any]:
+        """Counters of this worker, see `vllm_adainfer.stats`."""
+        stats: dict[str, Any] = self.model_runner.model.model.exit_loop.stats.as_dict()
+        return stats
+
+    def adainfer_take_record(self, path: str) -> str:
+        """Write the recorded states, the final norm and the LM head to `path`.
+
+        Returns:
+            the fingerprint of the served weights.
+
+        """
+        model = self.model_runner.model
+        recorder = model.model.exit_loop.policy
+        assert isinstance(recorder, Recorder)
+        tensors = recorder.take()
+        tensors["norm_weight"] = model.model.norm.weight.detach().clone()
+        tensors["head_weight"] = model.lm_head.weight.detach().clone()
+        save_file(tensors, path)
+        return str(model.fingerprint)

@@ -1,0 +1,58 @@
+"""Counters of executed work: rows x layers are counted where layers execute."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@dataclass
+class ExitStats:
+    """What one engine has run since it started.
+
+    Attributes:
+        tokens_decided: tokens sampled, at any depth.
+        layers_run: rows x layers executed.
+        layers_possible: rows x layers that full depth would have executed.
+        exit_histogram: tokens sampled by the number of layers they ran.
+
+    """
+
+    tokens_decided: int = 0
+    layers_run: int = 0
+    layers_possible: int = 0
+    exit_histogram: Counter[int] = field(default_factory=Counter)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, so that they can cross a process border."""
+        return {
+            "tokens_decided": self.tokens_decided,
+            "layers_run": self.layers_run,
+            "layers_possible": self.layers_possible,
+            "exit_histogram": dict(sorted(self.exit_histogram.items())),
+        }
+
+
+def stats(llm: LLM) -> dict[str, Any]:
+    """Counters of a running engine, see `ExitStats` for the keys.
+
+    Raises:
+        AdaInferError: the engine was started without vllm-adainfer configured.
+
+    """
+    from vllm_adainfer.errors import AdaInferError
+
+    try:
+        [counters] = llm.collective_rpc("adainfer_stats")
+    except Exception as error:
+        if "adainfer_stats" not in str(error):
+            raise
+        raise AdaInferError(
+            "this engine runs without vllm-adainfer: pass "
+            'additional_config={"adainfer": {"artifact": "DIR"}} to it'
+        ) from error
+    return dict(counters)
