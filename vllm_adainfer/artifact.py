@@ -1,9 +1,9 @@
 """The artifact: a directory of JSON, safetensors and a model card; data only, never code.
 
-    config.json           what the policy is for and what it promises (`ArtifactConfig`)
-    policy.safetensors    probes, classifiers, thresholds
-    calibration.json      provenance, split sizes, risk curve
-    README.md             model card
+config.json           what the policy is for and what it promises (`ArtifactConfig`)
+policy.safetensors    probes, classifiers, thresholds
+calibration.json      provenance, split sizes, risk curve
+README.md             model card
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from vllm_adainfer.errors import AdaInferError
 
-SCHEMA_VERSION = 1
 CONFIG_FILE = "config.json"
 POLICY_FILE = "policy.safetensors"
 CALIBRATION_FILE = "calibration.json"
@@ -54,7 +53,7 @@ class Level(_Strict):
 class ArtifactConfig(_Strict):
     """``config.json``: the model a policy belongs to and the bounds it was certified for."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     base_model: str
     architecture: str
     layers: int = Field(gt=1)
@@ -229,11 +228,9 @@ def check_writable(directory: Path) -> None:
         AdaInferError: something else is there, or the nearest parent takes no files.
 
     """
-    if directory.exists() and not (directory / CONFIG_FILE).is_file():
-        if not directory.is_dir() or any(directory.iterdir()):
-            raise AdaInferError(
-                f"{directory} exists and is not an artifact: choose another --output"
-            )
+    ours = (directory / CONFIG_FILE).is_file()
+    if directory.exists() and not ours and not _is_empty_directory(directory):
+        raise AdaInferError(f"{directory} exists and is no output of ours: choose another --output")
     parent = directory.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -241,7 +238,13 @@ def check_writable(directory: Path) -> None:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise AdaInferError(f"cannot write to {parent} ({error}): choose another --output") from None
+        raise AdaInferError(
+            f"cannot write to {parent} ({error}): choose another --output"
+        ) from None
+
+
+def _is_empty_directory(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _locate(source: str) -> Path:

@@ -104,7 +104,7 @@ def calibrate(
     """Fit a policy on your prompts, certify its bound, write an artifact."""
     from vllm_adainfer.calibration.calibrate import CalibrationRequest
     from vllm_adainfer.calibration.calibrate import calibrate as run
-    from vllm_adainfer.inspect import describe
+    from vllm_adainfer.describe import describe
 
     config = run(
         CalibrationRequest(
@@ -142,7 +142,7 @@ def evaluate(
     """Run stock vLLM and vllm-adainfer on the same prompts, interleaved, and compare."""
     from vllm_adainfer.calibration.evaluate import EvaluationRequest, summary_line
     from vllm_adainfer.calibration.evaluate import evaluate as run
-    from vllm_adainfer.inspect import table
+    from vllm_adainfer.describe import table
 
     result = run(
         EvaluationRequest(
@@ -168,7 +168,7 @@ def inspect(
 ) -> None:
     """Say what an artifact is for and what it promises."""
     from vllm_adainfer.artifact import load_artifact
-    from vllm_adainfer.inspect import describe
+    from vllm_adainfer.describe import describe
 
     typer.echo(describe(load_artifact(artifact).config))
 

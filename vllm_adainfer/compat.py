@@ -14,12 +14,11 @@ from unittest import mock
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
-    from logging import Logger
-
     from vllm.config import VllmConfig
+    from vllm.logger import _VllmLogger as VllmLogger
 
 
-def get_logger(module: str) -> Logger:
+def get_logger(module: str) -> VllmLogger:
     """A logger below ``vllm.``: vLLM 0.32 configures that name only, others lose INFO lines."""
     return init_logger(module.replace("vllm_adainfer", "vllm.adainfer", 1))
 

@@ -132,6 +132,10 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str) -> None:
             f"--kv-sharing-fast-prefill chooses rows itself: drop it, {off}",
         ),
         (
+            model.enable_prompt_embeds,
+            f"prompt embeddings enter below the first segment: drop --enable-prompt-embeds, {off}",
+        ),
+        (
             bool(model.logits_processors),
             f"custom logits processors change answers after they are certified: drop them, {off}",
         ),

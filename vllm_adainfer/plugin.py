@@ -17,7 +17,7 @@ def register() -> None:
 
     from vllm_adainfer.engine import configure_hook, is_configure_hook
 
-    for stock, ours in MODELS.items():
+    for ours in MODELS.values():
         ModelRegistry.register_model(ours.rpartition(":")[2], ours)
     # The documented hook is asked by architecture. Every architecture gets one, so that the
     # switch is refused, not ignored, on a model without exit points.

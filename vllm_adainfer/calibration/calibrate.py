@@ -29,7 +29,6 @@ from vllm_adainfer.calibration.certify import (
 )
 from vllm_adainfer.calibration.collect import collect
 from vllm_adainfer.calibration.data import (
-    Example,
     check_labels_known,
     find_labels,
     make_examples,
@@ -38,6 +37,7 @@ from vllm_adainfer.calibration.data import (
 )
 from vllm_adainfer.calibration.fit import (
     FittedExit,
+    Ints,
     Target,
     candidate_layers,
     fit_exits,
@@ -110,9 +110,7 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     halves = np.arange(len(fit_half)), np.arange(len(fit_half), len(order))
     label_ids = torch.tensor([label.token_id for label in labels]) if labels else None
     target = Target(probe, label_ids, hf_config.rms_norm_eps)
-    candidates = fit_exits(
-        recording, target, halves, request.classifier, request.seed, layers
-    )
+    candidates = fit_exits(recording, target, halves, request.classifier, request.seed, layers)
     depth = hf_config.num_hidden_layers
     exits = list(candidates)
     if request.exit_points is None:
@@ -149,9 +147,8 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
             for epsilon, point in sorted(points.items())
         ),
     )
-    details = _details(
-        request, candidates, exits, depth, recording.tokens[: len(examples)], halves, examples, labels
-    )
+    answers = recording.tokens[: len(examples)]
+    details = _details(request, candidates, exits, depth, answers, halves)
     save_artifact(
         request.output,
         config,
@@ -259,22 +256,19 @@ def _details(
     candidates: Sequence[FittedExit],
     exits: Sequence[FittedExit],
     depth: int,
-    tokens: Any,
-    halves: tuple[Any, Any],
-    examples: Sequence[Example],
-    labels: Sequence[Label],
+    answers: Ints,
+    halves: tuple[Ints, Ints],
 ) -> dict[str, Any]:
     """``calibration.json``: how it was made, and what each exit point would do alone."""
-    held_out = tokens[halves[1]]
-    _, counts = np.unique(held_out, return_counts=True)
+    _, counts = np.unique(answers[halves[1]], return_counts=True)
     path = walk(exits, lambda fitted: fitted.held_out, depth, threshold_grid(exits))
     return {
-        "rows": len(examples),
+        "rows": len(answers),
         "rows_fitted": len(halves[0]),
         "rows_held_out": len(halves[1]),
         "seed": request.seed,
         "template": request.template,
-        "labels": [label.name for label in labels],
+        "labels": list(request.labels),
         "majority_share": float(counts.max() / counts.sum()),
         "agreement": {
             str(fitted.layer): float(fitted.held_out.agrees.mean()) for fitted in candidates

@@ -63,8 +63,8 @@ def walk(
 def threshold_grid(exits: Sequence[FittedExit]) -> list[float]:
     """Thresholds to try, strictest first; read off the fitted half only."""
     scores = torch.cat([fitted.fitted.score for fitted in exits]).double()
-    grid = torch.quantile(scores, torch.linspace(1, 0, STEPS, dtype=torch.float64)).unique()
-    return [float("inf"), *grid.flip(0).tolist()]
+    grid = torch.quantile(scores, torch.linspace(1, 0, STEPS, dtype=torch.float64))
+    return [float("inf"), *sorted(set(grid.tolist()), reverse=True)]
 
 
 def loosest(path: Iterator[PathPoint], epsilon: float, delta: float) -> PathPoint | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def collect(
     try:
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
-            [one_token(labels, extra_args={ROW_ARG: row}) for row in range(len(prompts))],
+            [one_token(labels, {ROW_ARG: row}) for row in range(len(prompts))],
+            use_tqdm=sys.stderr.isatty(),
         )
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "record.safetensors"

@@ -106,9 +106,7 @@ def make_examples(
                 f"{max_tokens}: shorten the text or the template"
             )
         label = row.fields.get(label_field)
-        examples.append(
-            Example(row.place, text, token_ids, None if label is None else str(label))
-        )
+        examples.append(Example(row.place, text, token_ids, None if label is None else str(label)))
     return examples
 
 
@@ -132,7 +130,9 @@ def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
                 messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template raises whatever its author chose
-            raise AdaInferError(f"{row.place}: messages do not fit the chat template: {error}") from None
+            raise AdaInferError(
+                f"{row.place}: messages do not fit the chat template: {error}"
+            ) from None
         return str(text), False
     raise AdaInferError(
         f"{row.place} has neither a 'prompt' (text) nor 'messages' (list): give a --template"

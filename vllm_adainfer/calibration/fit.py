@@ -16,7 +16,6 @@ import torch
 from adainfer_kernels import ProbeResult, summarise
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -136,9 +135,7 @@ def _fit_exit(
     )
 
 
-def _probe_maker(
-    recording: Recording, target: Target, states: Tensor
-) -> Callable[[Ints], Probe]:
+def _probe_maker(recording: Recording, target: Target, states: Tensor) -> Callable[[Ints], Probe]:
     """A function that fits this layer's probe on given rows."""
     head = recording.head_weight
     if target.label_ids is not None:
@@ -180,7 +177,8 @@ def _ridge(x: Tensor, y: Tensor, weight: npt.NDArray[np.float64]) -> tuple[Tenso
 
     """
     scaler, ridge = StandardScaler(), RidgeCV(ALPHAS)
-    make_pipeline(scaler, ridge).fit(x.double().numpy(), y.double().numpy(), ridgecv__sample_weight=weight)
+    scaled = scaler.fit_transform(x.double().numpy())
+    ridge.fit(scaled, y.double().numpy(), sample_weight=weight)
     matrix = ridge.coef_ / scaler.scale_
     bias = ridge.intercept_ - matrix @ scaler.mean_
     return torch.from_numpy(matrix).float(), torch.from_numpy(bias).float()

@@ -61,9 +61,7 @@ class CalibratedPolicy:
         device = norm_weight.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.exit_points = config.exit_points
-        self.label_ids = (
-            torch.tensor(config.label_ids, device=device) if config.label_ids else None
-        )
+        self.label_ids = torch.tensor(config.label_ids, device=device) if config.label_ids else None
         self._thresholds = tensors["thresholds"]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
         self._probes: list[Probe] = []

@@ -11,7 +11,7 @@ from vllm_adainfer.decision.policy import Decision
 class Recorder:
     """Keeps the states of sampled rows; a request's tag is its row in the calibration data."""
 
-    label_ids = None
+    label_ids: Tensor | None = None
 
     def __init__(self, layers: tuple[int, ...]) -> None:
         self.exit_points = layers

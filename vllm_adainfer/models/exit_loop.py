@@ -47,21 +47,21 @@ class ExitLoop:
         self._min_rows_saved = min_rows_saved
         self._depth = sum(segment.num_layers for segment in segments)
 
-    def run_full_depth(self, positions: Tensor, hidden: Tensor) -> Tensor:
+    def run_full_depth(self, positions: Tensor, input_ids: Tensor) -> Tensor:
         """All segments for all rows: profiling passes, which belong to no request."""
-        residual: Tensor | None = None
+        hidden, residual = input_ids, None
         for segment in self._segments:
             hidden, residual = segment(positions, hidden, residual)
         return hidden
 
     def run(
-        self, positions: Tensor, embeddings: Tensor, step: StepContext
+        self, positions: Tensor, input_ids: Tensor, step: StepContext
     ) -> tuple[Tensor, LabelAnswers | None]:
         """Run one step.
 
         Args:
             positions: int64 [rows].
-            embeddings: [rows, hidden size], the input of the first layer.
+            input_ids: int32 or int64 [rows].
             step: which rows are whose, and which requests may exit.
 
         Returns:
@@ -71,10 +71,11 @@ class ExitLoop:
 
         """
         stats, policy = self.stats, self.policy
-        stats.layers_possible += embeddings.shape[0] * self._depth
+        rows = positions.shape[0]
+        stats.layers_possible += rows * self._depth
         stats.tokens_decided += step.num_sampled
         context = get_forward_context()
-        hidden, residual = embeddings, None
+        hidden, residual = input_ids, None
         answers: Tensor | None = None
         for index, segment in enumerate(self._segments):
             with override_forward_context(context):
@@ -85,17 +86,15 @@ class ExitLoop:
             asked = step.undecided()
             if asked.size == 0:
                 continue
-            rows = step.sampled_rows(asked)
+            sampled = step.sampled_rows(asked)
             decision = policy.decide(
-                index, hidden[rows] + residual[rows], torch.from_numpy(step.tags[asked])
+                index, hidden[sampled] + residual[sampled], torch.from_numpy(step.tags[asked])
             )
             if decision.answers is None:
                 continue
             settled = asked[decision.settled.numpy()]
             if answers is None:
-                answers = decision.answers.new_empty(
-                    step.num_requests, decision.answers.shape[1]
-                )
+                answers = decision.answers.new_empty(step.num_requests, decision.answers.shape[1])
             answers[torch.from_numpy(settled)] = decision.answers[decision.settled]
             step.settle(settled)
             if step.rows_ready_to_leave() < self._min_rows_saved:
@@ -111,7 +110,7 @@ class ExitLoop:
         stats.exit_histogram[self._depth] += step.num_sampled - early.size
         if answers is None or early.size == 0:
             return hidden, None
-        whole = step.scatter(hidden, like=embeddings)
+        whole = step.scatter(hidden, rows)
         requests = torch.from_numpy(early)
         if policy.label_ids is not None:
             return whole, LabelAnswers(requests, answers[requests])

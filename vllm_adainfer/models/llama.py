@@ -36,13 +36,11 @@ class SegmentedLlamaModel(LlamaModel):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states [rows, hidden size]; `step` tells whose rows these are."""
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.embed_input_ids(input_ids)
+        assert input_ids is not None
         step, self.step = self.step, None
         if step is None:
-            return self.exit_loop.run_full_depth(positions, inputs_embeds)
-        hidden, self.label_answers = self.exit_loop.run(positions, inputs_embeds, step)
+            return self.exit_loop.run_full_depth(positions, input_ids)
+        hidden, self.label_answers = self.exit_loop.run(positions, input_ids, step)
         return hidden
 
 
@@ -66,7 +64,11 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
                 self._artifact, self.model.norm.weight.data, self.lm_head.weight.data
             )
         segments = build_segments(
-            self.model.layers, self.model.norm, policy.exit_points, vllm_config
+            self.model.embed_tokens,
+            self.model.layers,
+            self.model.norm,
+            policy.exit_points,
+            vllm_config,
         )
         self.model.exit_loop = ExitLoop(segments, policy, settings.min_rows_saved)
 

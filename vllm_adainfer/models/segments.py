@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from vllm_adainfer import compat
 
 
 class Segment(nn.Module):
-    """Consecutive decoder layers; the last segment also applies the final norm.
+    """Consecutive decoder layers; the first segment embeds, the last applies the final norm.
 
     The layers stay the model's: a segment borrows them, it owns no weights.
     """
@@ -24,9 +25,11 @@ class Segment(nn.Module):
         vllm_config: VllmConfig,
         prefix: str = "",
         layers: Iterable[nn.Module],
-        norm: nn.Module | None,
+        embed: nn.Module | None = None,
+        norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.embed = embed
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.num_layers = len(self.layers)
@@ -44,6 +47,8 @@ def _segment_class(first: int, last: int, depth: int) -> type[Segment]:
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.embed is not None:  # then they are token ids
+            hidden_states = self.embed(hidden_states)
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
         if self.norm is None:
@@ -65,12 +70,13 @@ def _segment_class(first: int, last: int, depth: int) -> type[Segment]:
 
 
 def build_segments(
+    embed: nn.Module,
     layers: Sequence[nn.Module],
     norm: nn.Module,
     exit_points: Sequence[int],
     vllm_config: VllmConfig,
 ) -> tuple[Segment, ...]:
-    """Cut `layers` after each exit point (a count of layers run); the rest ends with `norm`."""
+    """Cut the stack from `embed` to `norm` after each exit point (a count of layers run)."""
     depth = len(layers)
     config = compat.segment_config(vllm_config)
     cuts = [0, *exit_points, depth]
@@ -78,7 +84,8 @@ def build_segments(
         _segment_class(first, last, depth)(
             vllm_config=config,
             layers=layers[first:last],
+            embed=embed if index == 0 else None,
             norm=norm if index == len(exit_points) else None,
         )
-        for index, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False))
+        for index, (first, last) in enumerate(itertools.pairwise(cuts))
     )

@@ -40,9 +40,7 @@ class AttentionNarrower:
             for groups in runner.attn_groups
         ]
 
-    def __call__(
-        self, requests: Ints, rows: Tensor
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def __call__(self, requests: Ints, rows: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Metadata and slot mapping, by layer name, of batch positions `requests`.
 
         `rows` [remaining rows] are their token rows in the whole batch.
@@ -68,9 +66,7 @@ class AttentionNarrower:
                 num_actual_tokens=len(rows),
                 max_query_len=int(query_lens.max()),
                 max_seq_len=int(seq_lens.max()),
-                block_table_tensor=block_table.get_device_tensor(runner.input_batch.num_reqs)[
-                    kept
-                ],
+                block_table_tensor=block_table.get_device_tensor(runner.input_batch.num_reqs)[kept],
                 slot_mapping=slot_mapping,
                 positions=runner.positions[rows],
             )

@@ -47,6 +47,7 @@ class PrefixCacheGuard:
         self._withheld: OrderedDict[bytes, None] = OrderedDict()
 
     def __getattr__(self, name: str) -> Any:
+        """Everything else is the manager's."""
         return getattr(self._manager, name)
 
     def allocate_slots(
@@ -67,9 +68,7 @@ class PrefixCacheGuard:
             and not self._withheld.keys().isdisjoint(touched)
         ):
             self._complete(request)
-        withhold = (
-            self._may_exit(request) and computed + num_new_tokens >= request.num_tokens
-        )
+        withhold = self._may_exit(request) and computed + num_new_tokens >= request.num_tokens
         if withhold:
             kwargs["delay_cache_blocks"] = True
         blocks = self._manager.allocate_slots(

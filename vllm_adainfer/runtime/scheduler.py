@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -21,9 +22,8 @@ class AdaInferScheduler(Scheduler):
         assert settings is not None
         self.admission = Admission(settings)
         if self.cache_config.enable_prefix_caching and not self.admission.records:
-            self.kv_cache_manager = PrefixCacheGuard(
-                self.kv_cache_manager, self._may_exit, self._complete
-            )
+            manager: KVCacheManager = self.kv_cache_manager
+            self.kv_cache_manager = PrefixCacheGuard(manager, self._may_exit, self._complete)
 
     def _may_exit(self, request: Request) -> bool:
         return self.admission.tag(request.sampling_params) != FULL_DEPTH

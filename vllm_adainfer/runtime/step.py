@@ -89,12 +89,12 @@ class StepContext:
         assert self._origin is not None
         return self._narrow(np.flatnonzero(~self._left), self._origin)
 
-    def scatter(self, remaining: Tensor, like: Tensor) -> Tensor:
-        """Put the states of the remaining rows where they were in the whole batch.
+    def scatter(self, remaining: Tensor, rows: int) -> Tensor:
+        """Put the states of the remaining rows where they were among all `rows` of the batch.
 
         Rows of requests that left are undefined.
         """
-        whole = torch.empty_like(like)
+        whole = remaining.new_empty(rows, remaining.shape[1])
         whole[self._origin] = remaining
         return whole
 
