@@ -48,12 +48,18 @@ def table(report: Mapping[str, Any]) -> str:
         f"vllm-adainfer   {ours['requests_per_second']:10.1f}  {ours['tokens_per_second']:8.0f}  "
         f"{percent(ours['accuracy']):>8}  {ours['layers_run_mean']:10.1f}",
         "",
-        "bound   speedup  layers saved  disagreement  efficiency",
+        "bound   speedup  layers saved  disagreement  differs from stock  efficiency",
     ]
     rows += [
         f"{level['epsilon']:5.1%}  {level['speedup']:7.2f}x  {level['layers_saved']:12.1%}  "
-        f"{level['disagreement']:12.1%}  {level['efficiency']:10.2f}"
+        f"{level['disagreement']:12.1%}  {level['disagreement_with_stock']:18.1%}  "
+        f"{level['efficiency']:10.2f}"
         for level in report["levels"]
     ]
+    never = report["never_exit"]
+    rows.append(
+        f"never  {never['speedup']:7.2f}x  {0:12.1%}  {0:12.1%}  "
+        f"{never['disagreement_with_stock']:18.1%}      (cost and rounding of the segments)"
+    )
     left = ", ".join(f"{layer}: {share:.0%}" for layer, share in ours["exit_histogram"].items())
     return "\n".join([*rows, "", f"requests by layers run: {left}", ""])

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
+NEVER_EXIT = 0.0
+
+
 @dataclass(frozen=True)
 class EvaluationRequest:
     """What the command line says; see `vllm-adainfer evaluate --help`."""
@@ -90,7 +93,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     examples = make_examples(rows, tokenizer, template, request.label_field, longest)
     if config.labels:
         _check_labels(config, request, examples, tokenizer)
-    epsilons = [level.epsilon for level in config.levels]
+    epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
     stock = start_engine(request.model, examples)
     try:
         ours = start_engine(request.model, examples, {"artifact": request.artifact})
@@ -239,6 +242,7 @@ def _report(
     rounds: Sequence[tuple[Run, dict[float, Run]]],
 ) -> dict[str, Any]:
     stock_runs = [baseline for baseline, _ in rounds]
+    never = [by_epsilon[NEVER_EXIT] for _, by_epsilon in rounds]
     prompt_tokens = sum(len(example.token_ids) for example in examples) + len(examples)
 
     def engine(runs: Sequence[Run]) -> dict[str, Any]:
@@ -250,21 +254,30 @@ def _report(
             "runs": [{"seconds": run.seconds} for run in runs],
         }
 
-    def level(epsilon: float) -> dict[str, Any]:
-        runs = [by_epsilon[epsilon] for _, by_epsilon in rounds]
-        speedup = statistics.median(
+    def speedup_of(runs: Sequence[Run]) -> float:
+        return statistics.median(
             baseline.seconds / run.seconds for baseline, run in zip(stock_runs, runs, strict=True)
         )
+
+    def disagreement_of(runs: Sequence[Run], references: Sequence[Run]) -> float:
+        return statistics.median(
+            1 - _share_equal(run.tokens, reference.tokens)
+            for run, reference in zip(runs, references, strict=True)
+        )
+
+    def level(epsilon: float) -> dict[str, Any]:
+        runs = [by_epsilon[epsilon] for _, by_epsilon in rounds]
+        speedup = speedup_of(runs)
         saved = 1 - sum(run.layers_run for run in runs) / sum(run.layers_possible for run in runs)
         histogram: Counter[int] = sum((Counter(run.exit_histogram) for run in runs), Counter())
         return {
             "epsilon": epsilon,
             "speedup": speedup,
             "layers_saved": saved,
-            "disagreement": statistics.median(
-                1 - _share_equal(run.tokens, baseline.tokens)
-                for baseline, run in zip(stock_runs, runs, strict=True)
-            ),
+            # With the full-depth model in the same segments, which is what was certified, and
+            # with stock vLLM, whose unsegmented code also rounds differently.
+            "disagreement": disagreement_of(runs, never),
+            "disagreement_with_stock": disagreement_of(runs, stock_runs),
             "efficiency": speedup * (1 - saved),
             "adainfer": {
                 **engine(runs),
@@ -288,6 +301,11 @@ def _report(
         "layers_total": config.layers,
         "stock": engine(stock_runs),
         **asked,
+        # Full depth in segments: what the plugin costs, and how often rounding alone decides.
+        "never_exit": {
+            "speedup": speedup_of(never),
+            "disagreement_with_stock": disagreement_of(never, stock_runs),
+        },
         "levels": [
             {key: row[key] for key in row if key != "adainfer"}
             | {"accuracy": row["adainfer"]["accuracy"]}

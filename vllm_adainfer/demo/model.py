@@ -86,7 +86,7 @@ def _convert(gguf: Path, output: Path) -> None:
         for key, value in loaded.config.to_dict().items()
         if key not in ("quantization_config", "_name_or_path", "transformers_version", "dtype")
     }
-    model = LlamaForCausalLM(LlamaConfig(**clean))
+    model: Any = LlamaForCausalLM(LlamaConfig(**clean))
     model.load_state_dict(loaded.state_dict())
     model.eval().bfloat16()
     prompt = tokenizer(CHECK_PROMPT, return_tensors="pt")

@@ -60,9 +60,7 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
             assert settings.record is not None
             policy = Recorder(settings.record)
         else:
-            policy = CalibratedPolicy(
-                self._artifact, self.model.norm.weight.data, self.lm_head.weight.data
-            )
+            policy = CalibratedPolicy(self._artifact, self.model.norm.weight.data, self.head_weight)
         segments = build_segments(
             self.model.embed_tokens,
             self.model.layers,
@@ -76,6 +74,11 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
         self, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any
     ) -> SegmentedLlamaModel:
         return SegmentedLlamaModel(vllm_config=vllm_config, prefix=prefix, **kwargs)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocabulary, hidden size] of the LM head, without vLLM's padding rows."""
+        return self.lm_head.weight.data[: self.config.vocab_size]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load, then check that these are the weights the artifact was calibrated for."""

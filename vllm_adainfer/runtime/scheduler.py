@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -16,14 +15,17 @@ from vllm_adainfer.runtime.prefix_cache import PrefixCacheGuard
 class AdaInferScheduler(Scheduler):
     """Keeps blocks of prompts that may exit early out of the prefix cache."""
 
+    kv_cache_manager: Any  # vLLM's KVCacheManager, or the guard around it
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
         self.admission = Admission(settings)
         if self.cache_config.enable_prefix_caching and not self.admission.records:
-            manager: KVCacheManager = self.kv_cache_manager
-            self.kv_cache_manager = PrefixCacheGuard(manager, self._may_exit, self._complete)
+            self.kv_cache_manager = PrefixCacheGuard(
+                self.kv_cache_manager, self._may_exit, self._complete
+            )
 
     def _may_exit(self, request: Request) -> bool:
         return self.admission.tag(request.sampling_params) != FULL_DEPTH

@@ -36,7 +36,7 @@ class AdaInferCPUWorker(CPUWorker):
         recorder = model.model.exit_loop.policy
         assert isinstance(recorder, Recorder)
         tensors = recorder.take()
-        tensors["norm_weight"] = model.model.norm.weight.detach().clone()
-        tensors["head_weight"] = model.lm_head.weight.detach().clone()
+        tensors["norm_weight"] = model.model.norm.weight.data.clone()
+        tensors["head_weight"] = model.head_weight.clone()
         save_file(tensors, path)
         return str(model.fingerprint)

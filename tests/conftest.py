@@ -1,0 +1,62 @@
+"""Tiny models and the engine that the end-to-end tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before vLLM is imported anywhere: engines in this process, quiet, no GPU.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from tests.tiny import EXIT_POINTS, LABELS, tiny_artifact, tiny_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random six-layer Llama with a word tokenizer, fp32."""
+    return tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact for it: random label heads, every row settled at the first exit point."""
+    return tiny_artifact(tiny_model, tmp_path_factory.mktemp("artifact") / "policy")
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Any]:
+    """One engine in this process, with exits after `EXIT_POINTS`, small chunks and blocks."""
+    from vllm import LLM
+
+    llm = LLM(
+        model=str(tiny_model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_batched_tokens=128,
+        max_num_seqs=16,
+        block_size=32,
+        kv_cache_memory_bytes=64 << 20,
+        additional_config={"adainfer": {"artifact": str(tiny_policy), "min_rows_saved": 1}},
+    )
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_model: Path) -> Any:
+    """The same weights in plain transformers: the oracle."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+__all__ = ["EXIT_POINTS", "LABELS"]

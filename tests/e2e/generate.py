@@ -1,0 +1,40 @@
+"""Run by a test in a fresh process: start an engine from JSON settings, print what it says."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from vllm import LLM, SamplingParams
+
+
+def main() -> None:
+    """Read one JSON object from stdin, write one to stdout."""
+    job = json.load(sys.stdin)
+    llm = LLM(**job["engine"])
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in job["prompts"]],
+        [SamplingParams(**params) for params in job["params"]],
+        use_tqdm=False,
+    )
+    answers = [
+        {
+            "tokens": list(output.outputs[0].token_ids),
+            "logprobs": [
+                {str(token): entry.logprob for token, entry in step.items()}
+                for step in output.outputs[0].logprobs or []
+            ],
+        }
+        for output in outputs
+    ]
+    try:
+        from vllm_adainfer import stats
+
+        counters = stats(llm)
+    except ValueError as error:
+        counters = {"error": str(error)}
+    print("RESULT " + json.dumps({"answers": answers, "stats": counters}))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Exit decisions by script: each request says at which exit point it is settled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_adainfer.decision.policy import Decision
+from vllm_adainfer.decision.probe import Lens
+
+EXIT_AT = "exit_at"
+
+
+class ScriptedAdmission:
+    """A request's tag is the exit point (an index) its extra_args ask for."""
+
+    records = False
+
+    def tag(self, params: Any) -> int:
+        arguments = params.extra_args or {}
+        return int(arguments.get(EXIT_AT, -1)) if arguments.get("adainfer", 1) else -1
+
+
+class ScriptedPolicy:
+    """Settles a request at its exit point; the answer is the logit lens there."""
+
+    label_ids = None
+
+    def __init__(self, exit_points: tuple[int, ...], lens: Lens) -> None:
+        self.exit_points = exit_points
+        self.lens = lens
+
+    def decide(self, exit_index: int, hidden: Tensor, tags: Tensor) -> Decision:
+        settled = tags == exit_index
+        return Decision(settled, self.lens.readout(hidden) if settled.any() else None)
+
+
+def parts(llm: Any) -> tuple[Any, Any, Any]:
+    """Model, runner and scheduler of an engine in this process."""
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    return runner.model, runner, core.scheduler
+
+
+@contextmanager
+def scripted(llm: Any, min_rows_saved: int = 1) -> Iterator[Any]:
+    """Let the requests' scripts decide; yields the engine's `ExitStats`, starting at zero."""
+    model, runner, scheduler = parts(llm)
+    loop = model.model.exit_loop
+    saved = loop.policy, loop.stats, loop._min_rows_saved, runner.admission, scheduler.admission
+    lens = Lens(model.model.norm.weight.data, model.config.rms_norm_eps, model.head_weight)
+    loop.policy = ScriptedPolicy(saved[0].exit_points, lens)
+    loop.stats = type(saved[1])()
+    loop._min_rows_saved = min_rows_saved
+    runner.admission = scheduler.admission = ScriptedAdmission()
+    llm.reset_prefix_cache()
+    try:
+        yield loop.stats
+    finally:
+        (
+            loop.policy,
+            loop.stats,
+            loop._min_rows_saved,
+            runner.admission,
+            scheduler.admission,
+        ) = saved
+        torch.manual_seed(0)

@@ -1,0 +1,136 @@
+"""Installed but idle, and configured but never exiting, are stock vLLM; each in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny import EXIT_POINTS, LAYERS, tiny_config
+
+ROOT = Path(__file__).parents[2]
+LENGTHS = [3, 40, 170, 1, 90]
+
+
+def answer(model: Path, params: list[dict[str, Any]], env: dict[str, str], **engine: Any) -> Any:
+    generator = np.random.default_rng(0)
+    job = {
+        "engine": {
+            "model": str(model),
+            "dtype": "bfloat16",
+            "max_model_len": 512,
+            "max_num_batched_tokens": 128,
+            "max_num_seqs": 16,
+            "kv_cache_memory_bytes": 64 << 20,
+            **engine,
+        },
+        "prompts": [generator.integers(5, 1000, length).tolist() for length in LENGTHS],
+        "params": params,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.generate"],
+        input=json.dumps(job),
+        env={**os.environ, **env},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert results, done.stderr[-3000:]
+    return json.loads(results[0].removeprefix("RESULT "))
+
+
+def deep(**more: Any) -> list[dict[str, Any]]:
+    return [{"temperature": 0, "max_tokens": 6, "logprobs": 5, **more} for _ in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_model: Path) -> Any:
+    """vLLM with the plugin not even loaded."""
+    return answer(tiny_model, deep(), {"VLLM_PLUGINS": ""}, enforce_eager=True)
+
+
+def test_installed_but_not_configured_is_stock_bit_for_bit(tiny_model, stock):
+    idle = answer(tiny_model, deep(), {}, enforce_eager=True)
+    assert idle["answers"] == stock["answers"]
+    assert "runs without vllm-adainfer" in idle["stats"]["error"]
+
+
+def test_killed_by_the_environment_is_stock_bit_for_bit(tiny_model, tiny_policy, stock):
+    killed = answer(
+        tiny_model,
+        deep(),
+        {"VLLM_ADAINFER": "0"},
+        enforce_eager=True,
+        additional_config={"adainfer": {"artifact": str(tiny_policy)}},
+    )
+    assert killed["answers"] == stock["answers"]
+    assert "runs without vllm-adainfer" in killed["stats"]["error"]
+
+
+@pytest.fixture(scope="module")
+def bf16_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny policy for weights served in bfloat16."""
+    from tests.tiny import served_fingerprint, tiny_tensors
+    from vllm_adainfer.artifact import save_artifact
+
+    config = tiny_config(tiny_model, weights_fingerprint=served_fingerprint(tiny_model, "bfloat16"))
+    directory = tmp_path_factory.mktemp("bf16") / "policy"
+    save_artifact(directory, config, tiny_tensors(config), {}, "card\n", {})
+    return directory
+
+
+@pytest.mark.parametrize("how", ["epsilon 0 in the switch", "adainfer 0 on the request"])
+def test_configured_but_never_exiting_is_stock_bit_for_bit(tiny_model, bf16_policy, stock, how):
+    switch: dict[str, Any] = {"artifact": str(bf16_policy)}
+    params = deep()
+    if how == "epsilon 0 in the switch":
+        switch["epsilon"] = 0
+    else:
+        params = deep(extra_args={"adainfer": 0})
+    never = answer(
+        tiny_model, params, {}, enforce_eager=True, additional_config={"adainfer": switch}
+    )
+    assert never["answers"] == stock["answers"]
+    assert never["stats"]["layers_run"] == never["stats"]["layers_possible"]
+    assert set(never["stats"]["exit_histogram"]) == {str(LAYERS)}
+
+
+def test_compiled_segments_give_stock_tokens_and_exits_count_what_ran(
+    tiny_model, tiny_policy, reference
+):
+    """Half of the requests exit at the first point, half run at full depth, compiled, fp32."""
+    from tests.e2e.oracle import continuation, hidden_states, same
+    from vllm_adainfer.artifact import load_artifact
+
+    policy = load_artifact(str(tiny_policy))
+    labels = list(policy.config.label_ids)
+    leaves = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": labels}
+    stays = {"temperature": 0, "max_tokens": 4}
+    params = [leaves, stays, leaves, stays, leaves]
+    found = answer(
+        tiny_model,
+        params,
+        {},
+        dtype="float32",
+        additional_config={"adainfer": {"artifact": str(tiny_policy), "min_rows_saved": 1}},
+    )
+    generator = np.random.default_rng(0)
+    first = EXIT_POINTS[0]
+    for length, asked, given in zip(LENGTHS, params, found["answers"], strict=True):
+        prompt = generator.integers(5, 1000, length).tolist()
+        if asked is stays:
+            assert same(given["tokens"], continuation(reference, prompt, 4, LAYERS))
+            continue
+        state = hidden_states(reference, prompt)[first][-1]
+        scores = policy.tensors[f"exit.{first}.head_weight"] @ state
+        assert given["tokens"] == [labels[int(scores.argmax())]]
+    assert found["stats"]["exit_histogram"][str(first)] == 3
+    assert found["stats"]["layers_run"] < found["stats"]["layers_possible"]

@@ -1,0 +1,100 @@
+"""The compacted forward gives what transformers gives under the same exit decisions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+
+from tests.e2e.oracle import continuation, same, token_after
+from tests.e2e.scripted import EXIT_AT, scripted
+from tests.tiny import EXIT_POINTS, LAYERS
+
+FULL = -1
+
+
+def depth_of(exit_at: int) -> int:
+    return LAYERS if exit_at == FULL else EXIT_POINTS[exit_at]
+
+
+def prompts_of(lengths: list[int], seed: int) -> list[list[int]]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(5, 1000, length).tolist() for length in lengths]
+
+
+def run(llm, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def one_token(exit_at: int) -> SamplingParams:
+    extra = {} if exit_at == FULL else {EXIT_AT: exit_at}
+    return SamplingParams(temperature=0, max_tokens=1, extra_args=extra)
+
+
+@pytest.mark.parametrize(
+    "exits",
+    [
+        pytest.param([FULL] * 6, id="none exits"),
+        pytest.param([0] * 6, id="all exit at the first point"),
+        pytest.param([2] * 6, id="all exit at the last point"),
+        pytest.param([0, 1, 2, FULL, 0, 1], id="some exit at every point"),
+        pytest.param([0], id="one-row batch exits"),
+        pytest.param([FULL], id="one-row batch stays"),
+        pytest.param([0, FULL], id="one of two"),
+    ],
+)
+def test_each_request_gets_the_answer_of_its_depth_and_runs_no_more(engine, reference, exits):
+    lengths = [1] if len(exits) == 1 else [7, 1, 23, 12, 40, 3][: len(exits)]
+    prompts = prompts_of(lengths, seed=len(exits))
+    with scripted(engine) as stats:
+        found = run(engine, prompts, [one_token(e) for e in exits])
+    for prompt, exit_at, tokens in zip(prompts, exits, found, strict=True):
+        assert same(tokens, [token_after(reference, prompt, depth_of(exit_at))])
+    depths = [depth_of(e) for e in exits]
+    assert stats.layers_run == sum(n * d for n, d in zip(lengths, depths, strict=True))
+    assert stats.layers_possible == sum(lengths) * LAYERS
+    assert stats.tokens_decided == len(exits)
+    assert +stats.exit_histogram == {d: depths.count(d) for d in depths}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_decisions_in_mixed_batches_match_the_oracle(engine, reference, seed):
+    """One-token and generating requests, prompts longer than a step, several steps in flight."""
+    generator = np.random.default_rng(seed)
+    lengths = [int(n) for n in generator.choice([1, 2, 9, 31, 33, 64, 100, 170, 300], 14)]
+    prompts = prompts_of(lengths, seed)
+    exits = [int(e) for e in generator.integers(FULL, len(EXIT_POINTS), len(prompts))]
+    tokens = [1 if e != FULL else int(generator.integers(1, 6)) for e in exits]
+    params = [
+        SamplingParams(temperature=0, max_tokens=n, extra_args={} if e == FULL else {EXIT_AT: e})
+        for e, n in zip(exits, tokens, strict=True)
+    ]
+    with scripted(engine) as stats:
+        found = run(engine, prompts, params)
+    for prompt, exit_at, n, produced in zip(prompts, exits, tokens, found, strict=True):
+        assert same(produced, continuation(reference, prompt, n, depth_of(exit_at)))
+    assert stats.layers_run < stats.layers_possible
+    assert stats.tokens_decided == sum(tokens)
+
+
+def test_too_few_rows_to_leave_stay_in_and_get_the_answer_of_full_depth(engine, reference):
+    prompts = prompts_of([8, 9, 10], seed=3)
+    with scripted(engine, min_rows_saved=1000) as stats:
+        found = run(engine, prompts, [one_token(0)] * 3)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        assert same(tokens, [token_after(reference, prompt, LAYERS)])
+    assert stats.layers_run == stats.layers_possible
+    assert +stats.exit_histogram == {LAYERS: 3}
+
+
+def test_a_settled_request_that_waits_for_company_leaves_with_the_answer_it_settled_on(
+    engine, reference
+):
+    prompts = prompts_of([10, 10], seed=4)
+    with scripted(engine, min_rows_saved=20) as stats:
+        found = run(engine, prompts, [one_token(0), one_token(2)])
+    assert same(found[0], [token_after(reference, prompts[0], EXIT_POINTS[0])])
+    assert same(found[1], [token_after(reference, prompts[1], EXIT_POINTS[2])])
+    assert +stats.exit_histogram == {EXIT_POINTS[2]: 2}
+    assert stats.layers_run == 20 * EXIT_POINTS[2]

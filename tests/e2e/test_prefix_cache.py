@@ -1,0 +1,88 @@
+"""A block of a prompt that left early never serves another request as if it were complete."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+
+from tests.e2e.oracle import continuation, same, token_after
+from tests.e2e.scripted import EXIT_AT, scripted
+from tests.tiny import EXIT_POINTS, LAYERS
+
+PREFIX = 64  # two blocks of the shared engine
+
+
+def prompts_with_shared_prefix(count: int, seed: int, own: int = 7) -> list[list[int]]:
+    generator = np.random.default_rng(seed)
+    prefix = generator.integers(5, 1000, PREFIX).tolist()
+    return [prefix + generator.integers(5, 1000, own).tolist() for _ in range(count)]
+
+
+def ask(llm, prompt, exit_at: int | None, max_tokens: int = 1):
+    extra = {} if exit_at is None else {EXIT_AT: exit_at}
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=extra)
+    [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    return list(output.outputs[0].token_ids), output.num_cached_tokens
+
+
+def test_a_full_depth_request_does_not_hit_the_blocks_of_an_exited_one(engine, reference):
+    first, second = prompts_with_shared_prefix(2, seed=0)
+    with scripted(engine):
+        ask(engine, first, exit_at=0)
+        tokens, cached = ask(engine, second, exit_at=None, max_tokens=6)
+    assert cached == 0
+    assert same(tokens, continuation(reference, second, 6, LAYERS))
+
+
+def test_the_second_touch_completes_a_shared_prefix_and_the_third_hits_it(engine, reference):
+    prompts = prompts_with_shared_prefix(4, seed=1)
+    with scripted(engine) as stats:
+        answers = [ask(engine, prompt, exit_at=0) for prompt in prompts]
+    assert [cached for _, cached in answers] == [0, 0, PREFIX, PREFIX]
+    depths = [EXIT_POINTS[0], LAYERS, EXIT_POINTS[0], EXIT_POINTS[0]]
+    for prompt, (tokens, _), depth in zip(prompts, answers, depths, strict=True):
+        assert same(tokens, [token_after(reference, prompt, depth)])
+    whole, own = len(prompts[0]), len(prompts[0]) - PREFIX
+    rows = [whole, whole, own, own]
+    assert stats.layers_run == sum(r * d for r, d in zip(rows, depths, strict=True))
+
+
+def test_one_batch_with_a_shared_prefix_is_exact(engine, reference):
+    prompts = prompts_with_shared_prefix(12, seed=2)
+    exits = [i % (len(EXIT_POINTS) + 1) - 1 for i in range(len(prompts))]
+    params = [
+        SamplingParams(temperature=0, max_tokens=1, extra_args={} if e < 0 else {EXIT_AT: e})
+        for e in exits
+    ]
+    with scripted(engine):
+        for _ in range(2):  # the second pass finds complete blocks only
+            outputs = engine.generate(
+                [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
+            )
+            for prompt, exit_at, output in zip(prompts, exits, outputs, strict=True):
+                tokens = list(output.outputs[0].token_ids)
+                depths = {LAYERS, LAYERS if exit_at < 0 else EXIT_POINTS[exit_at]}
+                assert any(same(tokens, [token_after(reference, prompt, d)]) for d in depths)
+
+
+@pytest.mark.parametrize("length", [150, 300])
+def test_chunks_before_the_last_are_cached_as_in_stock(engine, reference, length):
+    """The shared engine runs 128 rows a step, so these prompts take two or three."""
+    generator = np.random.default_rng(length)
+    prompt = generator.integers(5, 1000, length).tolist()
+    longer = prompt + generator.integers(5, 1000, 9).tolist()
+    with scripted(engine):
+        ask(engine, prompt, exit_at=0)
+        tokens, cached = ask(engine, longer, exit_at=None, max_tokens=4)
+    assert cached == (length - 1) // 128 * 128
+    assert same(tokens, continuation(reference, longer, 4, LAYERS))
+
+
+def test_resetting_the_prefix_cache_forgets_what_was_withheld(engine):
+    first, second = prompts_with_shared_prefix(2, seed=5)
+    with scripted(engine) as stats:
+        ask(engine, first, exit_at=0)
+        engine.reset_prefix_cache()
+        ask(engine, second, exit_at=0)
+    assert stats.layers_run == (len(first) + len(second)) * EXIT_POINTS[0]

@@ -1,0 +1,127 @@
+"""The one switch at config time: what it selects, and what it refuses with a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm.model_executor.models.config as model_hooks
+from transformers import OPTConfig
+from vllm import ModelRegistry
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+
+from vllm_adainfer import plugin
+from vllm_adainfer.engine import SCHEDULER, WORKER
+
+
+def engine_config(model: Path, adainfer: Any = None, **settings: Any) -> Any:
+    additional = {} if adainfer is None else {"adainfer": adainfer}
+    arguments = EngineArgs(
+        model=str(model), dtype="float32", additional_config=additional, **settings
+    )
+    return arguments.create_engine_config()
+
+
+def test_vllm_loads_the_plugin_by_its_entry_point():
+    load_general_plugins()
+    assert "AdaInferLlamaForCausalLM" in ModelRegistry.get_supported_archs()
+
+
+def test_registering_again_changes_nothing():
+    plugin.register()
+    once = dict(model_hooks.MODELS_CONFIG_MAP)
+    plugin.register()
+    assert once == model_hooks.MODELS_CONFIG_MAP
+
+
+def test_the_switch_selects_model_worker_and_scheduler(tiny_model, tiny_policy):
+    config = engine_config(tiny_model, {"artifact": str(tiny_policy)})
+    assert config.model_config.hf_config.architectures == ["AdaInferLlamaForCausalLM"]
+    assert config.parallel_config.worker_cls == WORKER
+    assert config.scheduler_config.scheduler_cls == SCHEDULER
+
+
+@pytest.mark.parametrize("how", ["not configured", "not enabled", "kill switch"])
+def test_without_the_switch_everything_is_vllms_own(tiny_model, tiny_policy, monkeypatch, how):
+    adainfer: dict[str, Any] | None = {"artifact": str(tiny_policy)}
+    if how == "not configured":
+        adainfer = None
+    elif how == "not enabled":
+        adainfer = {"artifact": str(tiny_policy), "enabled": False}
+    else:
+        monkeypatch.setenv("VLLM_ADAINFER", "0")
+    config = engine_config(tiny_model, adainfer)
+    assert config.model_config.hf_config.architectures == ["LlamaForCausalLM"]
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert config.scheduler_config.scheduler_cls is None
+
+
+@pytest.mark.parametrize(
+    ("adainfer", "sentence"),
+    [
+        ({"artefact": "x"}, "adainfer.artefact is not a known key; known keys: artifact"),
+        ({}, 'give "artifact"'),
+        ("x", "must be an object"),
+        ({"artifact": "x", "epsilon": -1}, "adainfer.epsilon"),
+        ({"artifact": "x", "requests": "some"}, "adainfer.requests"),
+        ({"artifact": "no/such"}, "neither a directory nor a hub id"),
+        ({"artifact": "."}, "has no config.json"),
+    ],
+)
+def test_bad_values_of_the_switch_are_named(tiny_model, adainfer, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        engine_config(tiny_model, adainfer)
+
+
+def test_an_epsilon_that_was_not_certified_is_refused(tiny_model, tiny_policy):
+    with pytest.raises(ValueError, match="stricter than the artifact's strictest certified bound"):
+        engine_config(tiny_model, {"artifact": str(tiny_policy), "epsilon": 0.001})
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism cannot drop rows"),
+        ({"tensor_parallel_size": 2}, "tensor parallelism is not supported yet"),
+        ({"data_parallel_size": 2}, "data parallelism is not supported yet"),
+        ({"enable_lora": True}, "LoRA maps adapters to token rows"),
+        ({"runner": "pooling"}, "pooling models have no next token|has no exit points"),
+        ({"enable_prompt_embeds": True}, "prompt embeddings enter below"),
+        ({"logits_processors": ["some.module:Class"]}, "custom logits processors"),
+        ({"worker_cls": "some.Worker"}, "custom --worker-cls"),
+        ({"scheduler_cls": "some.Scheduler"}, "custom --scheduler-cls"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding reads hidden states",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unsupported_engine_settings_are_refused_with_the_cure(
+    tiny_model, tiny_policy, settings, sentence
+):
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        engine_config(tiny_model, {"artifact": str(tiny_policy)}, **settings)
+    assert "additional_config" in str(refusal.value)
+
+
+def test_model_runner_v2_is_refused(tiny_model, tiny_policy, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="Model Runner V2 is not supported yet"):
+        engine_config(tiny_model, {"artifact": str(tiny_policy)})
+
+
+def test_an_architecture_without_exit_points_is_refused_not_ignored(
+    tiny_model, tiny_policy, tmp_path
+):
+    from transformers import AutoTokenizer
+
+    OPTConfig(
+        hidden_size=64, ffn_dim=64, num_attention_heads=2, num_hidden_layers=2, vocab_size=1024,
+        word_embed_proj_dim=64, architectures=["OPTForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="OPTForCausalLM has no exit points yet"):
+        engine_config(tmp_path, {"artifact": str(tiny_policy)})

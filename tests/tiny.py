@@ -1,0 +1,131 @@
+"""Tiny checkpoints and artifacts, made here: nothing is downloaded."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as Fast
+
+from vllm_adainfer.artifact import (
+    ArtifactConfig,
+    Label,
+    Level,
+    save_artifact,
+    weights_fingerprint,
+)
+
+LAYERS = 6
+EXIT_POINTS = (2, 3, 5)
+LABELS = ("bad", "good")
+
+
+def tiny_llama(directory: Path) -> Path:
+    """A random Llama whose hidden states differ clearly from layer to layer."""
+    tokenizer = _word_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        architectures=["LlamaForCausalLM"],
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _word_tokenizer() -> Fast:
+    """One token a word of the demo's reviews."""
+    text = files("vllm_adainfer.demo").joinpath("calibration.jsonl").read_text()
+    split = pre_tokenizers.Whitespace()
+    words = ["<unk>", *sorted({word for word, _ in split.pre_tokenize_str(text)})[:1000]]
+    words += [word for word in (*LABELS, "Review", "Sentiment", ":") if word not in words]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>")
+    )
+    tokenizer.pre_tokenizer = split
+    return Fast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def served_fingerprint(model: Path, dtype: str = "float32") -> str:
+    """What the plugin computes of the weights as vLLM 0.32 names and stacks them."""
+    weights = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).state_dict()
+    stacked: dict[str, Tensor] = {}
+    groups = {
+        "self_attn.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        for ours, parts in groups.items():
+            tensors = [weights.pop(f"{prefix}{part}.weight") for part in parts]
+            stacked[f"{prefix}{ours}.weight"] = torch.cat(tensors)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, -len(weights[name]) % 64))
+    return weights_fingerprint({**weights, **stacked})
+
+
+def tiny_config(model: Path, **changes: Any) -> ArtifactConfig:
+    """The config of an artifact for the tiny model."""
+    hf_config = LlamaConfig.from_pretrained(model)
+    values: dict[str, Any] = {
+        "base_model": model.name,
+        "architecture": "LlamaForCausalLM",
+        "layers": LAYERS,
+        "hidden_size": 64,
+        "vocab_size": hf_config.vocab_size,
+        "weights_fingerprint": served_fingerprint(model),
+        "exit_points": EXIT_POINTS,
+        "probe": "label-head",
+        "candidates": "labels",
+        "labels": tuple(
+            Label(name=name, token_id=Fast.from_pretrained(model).encode(name)[0])
+            for name in LABELS
+        ),
+        "features": ("top_prob", "gap"),
+        "classifier": "svm",
+        "norm_eps": hf_config.rms_norm_eps,
+        "epsilon": 0.05,
+        "delta": 0.1,
+        "levels": (
+            Level(epsilon=0.02, disagreement=0.0, bound=0.01, layers_saved=0.1),
+            Level(epsilon=0.05, disagreement=0.01, bound=0.04, layers_saved=0.2),
+        ),
+    }
+    return ArtifactConfig(**{**values, **changes})
+
+
+def tiny_tensors(config: ArtifactConfig, thresholds: Tensor | None = None) -> dict[str, Tensor]:
+    """Random label heads whose score is the gap; by default all settle at the first exit."""
+    generator = torch.Generator().manual_seed(1)
+    if thresholds is None:
+        thresholds = torch.full((len(config.levels), len(config.exit_points)), -1.0)
+    tensors = {"thresholds": thresholds}
+    for layer in config.exit_points:
+        tensors[f"exit.{layer}.classifier"] = torch.tensor([0.0, 1.0, 0.0])
+        tensors[f"exit.{layer}.head_weight"] = 0.02 * torch.randn(
+            len(config.labels), config.hidden_size, generator=generator
+        )
+        tensors[f"exit.{layer}.head_bias"] = torch.zeros(len(config.labels))
+    return tensors
+
+
+def tiny_artifact(model: Path, directory: Path, thresholds: Tensor | None = None) -> Path:
+    """Write an artifact for the tiny model."""
+    config = tiny_config(model)
+    save_artifact(directory, config, tiny_tensors(config, thresholds), {}, "card\n", {})
+    return directory
