@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.tiny import tiny_config
+from vllm_adainfer.artifact import load_artifact, save_artifact
+from vllm_adainfer.config import Settings
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.runtime.admission import FULL_DEPTH, Admission, at_full_depth
+
+DEFAULT = 1  # the tiny artifact's own epsilon, 0.05, is the second of its levels
+
+
+@pytest.fixture
+def label_ids(tiny_policy) -> list[int]:
+    return list(load_artifact(str(tiny_policy)).config.label_ids)
+
+
+@pytest.fixture
+def admission(tiny_policy) -> Any:
+    def make(requests: str = "greedy", **settings: Any) -> Admission:
+        return Admission(Settings(artifact=str(tiny_policy), requests=requests, **settings))
+
+    return make
+
+
+def label_request(label_ids: list[int], **changes: Any) -> SamplingParams:
+    """One greedy token among the labels."""
+    plain = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": label_ids}
+    return SamplingParams(**{**plain, **changes})
+
+
+@pytest.mark.parametrize(
+    ("requests", "changes", "tag"),
+    [
+        ("greedy", {}, DEFAULT),
+        ("greedy", {"extra_args": {"adainfer": 1}}, DEFAULT),
+        ("greedy", {"extra_args": {"adainfer": 0}}, FULL_DEPTH),
+        ("greedy", {"temperature": 1}, FULL_DEPTH),
+        ("greedy", {"temperature": 1, "extra_args": {"adainfer": 1}}, FULL_DEPTH),
+        ("all", {}, DEFAULT),
+        ("all", {"temperature": 1}, DEFAULT),
+        ("all", {"extra_args": {"adainfer": 0}}, FULL_DEPTH),
+        ("opt-in", {}, FULL_DEPTH),
+        ("opt-in", {"extra_args": {"adainfer": 1}}, DEFAULT),
+        ("opt-in", {"extra_args": {"adainfer": 0}}, FULL_DEPTH),
+        ("opt-in", {"extra_args": {"adainfer_epsilon": 0.02}}, FULL_DEPTH),
+        ("opt-in", {"extra_args": {"adainfer": 1, "adainfer_epsilon": 0.02}}, 0),
+        ("opt-in", {"temperature": 1, "extra_args": {"adainfer": 1}}, FULL_DEPTH),
+    ],
+)
+def test_the_setting_says_which_one_token_requests_exit(
+    admission, label_ids, requests, changes, tag
+):
+    assert admission(requests).tag(label_request(label_ids, **changes)) == tag
+
+
+@pytest.mark.parametrize("requests", ["greedy", "all", "opt-in"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_tokens": 2},
+        {"max_tokens": None},
+        {"logprobs": 0},
+        {"logprobs": 1},
+        {"prompt_logprobs": 1},
+        {"min_tokens": 1},
+        {"logit_bias": {1: 0.5}},
+        {"bad_words": ["bad"]},
+        {"structured_outputs": StructuredOutputsParams(choice=["bad", "good"])},
+        {"repetition_penalty": 1.1},
+        {"thinking_token_budget": 5},
+    ],
+    ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items())[:30],
+)
+def test_what_the_bound_does_not_speak_of_runs_at_full_depth(
+    admission, label_ids, requests, changes
+):
+    params = label_request(label_ids, extra_args={"adainfer": 1}, **changes)
+    assert admission(requests).tag(params) == FULL_DEPTH
+
+
+@pytest.mark.parametrize(
+    ("pick", "tag"),
+    [
+        (lambda ids: ids, DEFAULT),
+        (lambda ids: ids[::-1], DEFAULT),
+        (lambda ids: ids[:1], FULL_DEPTH),
+        (lambda ids: [*ids, 1], FULL_DEPTH),
+        (lambda ids: [1, 2], FULL_DEPTH),
+        (lambda ids: None, FULL_DEPTH),
+    ],
+    ids=["the labels", "in any order", "one of them", "one more", "others", "no restriction"],
+)
+def test_a_label_policy_serves_requests_among_its_labels(admission, label_ids, pick, tag):
+    params = label_request(label_ids, allowed_token_ids=pick(label_ids))
+    assert admission().tag(params) == tag
+
+
+@pytest.mark.parametrize(("restricted", "tag"), [(False, DEFAULT), (True, FULL_DEPTH)])
+def test_an_open_vocabulary_policy_serves_unrestricted_requests(
+    tiny_model, tmp_path, label_ids, restricted, tag
+):
+    config = tiny_config(tiny_model, probe="logit-lens", candidates="full", labels=())
+    tensors = {"thresholds": torch.zeros(len(config.levels), len(config.exit_points))}
+    tensors |= {f"exit.{layer}.classifier": torch.zeros(3) for layer in config.exit_points}
+    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n", {})
+    admission = Admission(Settings(artifact=str(tmp_path / "policy")))
+    params = label_request(label_ids, allowed_token_ids=label_ids if restricted else None)
+    assert admission.tag(params) == tag
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "tag"),
+    [
+        (0, FULL_DEPTH),
+        (0.02, 0),
+        (0.03, 0),
+        (0.05, 1),
+        (0.9, 1),
+        (0.001, FULL_DEPTH),
+        (-1, FULL_DEPTH),
+        ("x", FULL_DEPTH),
+        (None, FULL_DEPTH),
+    ],
+)
+@pytest.mark.parametrize("own", [None, 0, 0.02])
+def test_a_request_may_ask_for_its_own_epsilon(admission, label_ids, own, epsilon, tag):
+    params = label_request(label_ids, extra_args={"adainfer_epsilon": epsilon})
+    assert admission(epsilon=own).tag(params) == tag
+
+
+@pytest.mark.parametrize(("epsilon", "tag"), [(None, 1), (0, FULL_DEPTH), (0.02, 0), (0.03, 0)])
+def test_the_setting_gives_the_epsilon_of_requests_that_ask_for_none(
+    admission, label_ids, epsilon, tag
+):
+    assert admission(epsilon=epsilon).tag(label_request(label_ids)) == tag
+
+
+def test_a_setting_stricter_than_the_artifact_is_an_error(admission):
+    with pytest.raises(AdaInferError, match="strictest certified bound"):
+        admission(epsilon=0.001)
+
+
+def test_a_request_without_sampling_parameters_runs_at_full_depth(admission):
+    assert admission().tag(None) == FULL_DEPTH
+
+
+@pytest.mark.parametrize(("arguments", "tag"), [({"adainfer_row": 7}, 7), ({}, FULL_DEPTH)])
+def test_while_recording_the_tag_is_the_row(arguments, tag):
+    admission = Admission(Settings(record=(1, 2)))
+    assert admission.records
+    assert admission.tag(SamplingParams(max_tokens=1, extra_args=arguments)) == tag
+
+
+@pytest.mark.parametrize("arguments", [None, {}, {"adainfer": 1, "mine": 2}])
+def test_at_full_depth_leaves_the_callers_object_as_it_was(admission, label_ids, arguments):
+    params = label_request(label_ids, extra_args=arguments)
+    before = repr(params)
+    changed = at_full_depth(params)
+    assert repr(params) == before
+    assert params.extra_args == arguments
+    assert admission("all").tag(params) == DEFAULT
+    assert admission("all").tag(changed) == FULL_DEPTH
+    assert changed.extra_args == {**(arguments or {}), "adainfer": 0}
+    assert changed.allowed_token_ids == params.allowed_token_ids

@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.tiny import tiny_config, tiny_tensors
+from vllm_adainfer import artifact as module
+from vllm_adainfer.artifact import (
+    CALIBRATION_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    POLICY_FILE,
+    ArtifactConfig,
+    load_artifact,
+    save_artifact,
+)
+from vllm_adainfer.errors import AdaInferError
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model) -> ArtifactConfig:
+    return tiny_config(tiny_model)
+
+
+def changed(config: ArtifactConfig, **changes: Any) -> ArtifactConfig:
+    return ArtifactConfig(**{**config.model_dump(), **changes})
+
+
+def save(directory: Path, config: ArtifactConfig, tensors: dict[str, Tensor] | None = None) -> Path:
+    tensors = tensors_of(config) if tensors is None else tensors
+    save_artifact(directory, config, tensors, {"rows": 3}, "card\n", {"risk.png": b"png"})
+    return directory
+
+
+def tensors_of(config: ArtifactConfig) -> dict[str, Tensor]:
+    tensors = tiny_tensors(config)
+    if config.probe == "label-head":
+        return tensors
+    hidden = config.hidden_size
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(("weight", "bias"))}
+    if config.labels:
+        tensors["norm_weight"] = torch.rand(hidden)
+        tensors["head_rows"] = torch.rand(len(config.labels), hidden)
+    for layer in config.exit_points if config.probe == "lens" else ():
+        tensors[f"exit.{layer}.lens_weight"] = torch.rand(hidden, hidden)
+        tensors[f"exit.{layer}.lens_bias"] = torch.rand(hidden)
+    return tensors
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("candidates", ["labels", "full"])
+@pytest.mark.parametrize("probe", ["label-head", "lens", "logit-lens"])
+def test_what_is_saved_is_what_is_loaded(tmp_path, config, probe, candidates):
+    if candidates == "full":
+        if probe == "label-head":
+            pytest.skip("a label head has labels")
+        config = changed(config, candidates="full", labels=())
+    config = changed(config, probe=probe)
+    tensors = tensors_of(config)
+    loaded = load_artifact(str(save(tmp_path / "policy", config, tensors)))
+    assert loaded.config == config
+    assert loaded.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded.tensors[name], tensor)
+        assert loaded.tensors[name].dtype == tensor.dtype
+
+
+def test_an_artifact_is_these_files_and_nothing_beside_it(tmp_path, config):
+    directory = save(tmp_path / "deep" / "policy", config)
+    assert set(content(directory)) == {
+        CONFIG_FILE,
+        POLICY_FILE,
+        CALIBRATION_FILE,
+        CARD_FILE,
+        "risk.png",
+    }
+    assert json.loads((directory / CALIBRATION_FILE).read_text()) == {"rows": 3}
+    assert list(directory.parent.iterdir()) == [directory]
+
+
+@pytest.mark.parametrize("there", ["an artifact", "an empty directory"])
+def test_an_artifact_or_an_empty_directory_is_replaced(tmp_path, config, there):
+    directory = tmp_path / "policy"
+    if there == "an artifact":
+        save(directory, changed(config, epsilon=0.02))
+        (directory / "stale").write_text("of the former one")
+    else:
+        directory.mkdir()
+    save(directory, config)
+    assert load_artifact(str(directory)).config == config
+    assert not (directory / "stale").exists()
+
+
+def make_file(path: Path) -> None:
+    path.write_text("notes")
+
+
+def make_other_directory(path: Path) -> None:
+    path.mkdir()
+    (path / "notes.txt").write_text("notes")
+
+
+def make_checkpoint(path: Path) -> None:
+    path.mkdir()
+    (path / CONFIG_FILE).write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (path / "model.safetensors").write_bytes(b"weights")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_file,
+        make_other_directory,
+        pytest.param(
+            make_checkpoint,
+            marks=pytest.mark.xfail(
+                strict=True, reason="any directory with a config.json counts as an artifact"
+            ),
+        ),
+    ],
+)
+def test_what_is_no_artifact_is_not_overwritten(tmp_path, config, make):
+    target = tmp_path / "policy"
+    make(target)
+    before = content(tmp_path) if target.is_file() else content(target)
+    with pytest.raises(AdaInferError, match="is no output of ours"):
+        save(target, config)
+    assert before == (content(tmp_path) if target.is_file() else content(target))
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_in_place_of_the_parent_is_an_error(tmp_path, config):
+    (tmp_path / "file").write_text("notes")
+    with pytest.raises(AdaInferError, match="cannot write to .*file"):
+        save(tmp_path / "file" / "policy", config)
+
+
+@pytest.mark.parametrize("former", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("No space left on device"),
+        pytest.param(
+            SafetensorError("I/O error: No space left on device"),
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=SafetensorError,
+                reason="safetensors reports a failed write as its own error, not as OSError",
+            ),
+        ),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_failing_save_leaves_things_as_they_were(tmp_path, config, monkeypatch, error, former):
+    directory = tmp_path / "policy"
+    if former:
+        save(directory, config)
+    before = content(directory) if former else None
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "save_file", fail)
+    with pytest.raises(AdaInferError, match="cannot write the artifact to .*No space left"):
+        save(directory, changed(config, epsilon=0.02))
+    assert list(tmp_path.iterdir()) == ([directory] if former else [])
+    assert before == (content(directory) if former else None)
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        path = directory / CONFIG_FILE
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
+def edit_tensor(name: str, tensor: Tensor | None) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        tensors = load_file(directory / POLICY_FILE)
+        del tensors[name]
+        if tensor is not None:
+            tensors[name] = tensor
+        save_file(tensors, directory / POLICY_FILE)
+
+    return damage
+
+
+def truncate(keep: float) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        whole = (directory / POLICY_FILE).read_bytes()
+        (directory / POLICY_FILE).write_bytes(whole[: int(keep * len(whole))])
+
+    return damage
+
+
+def write_config(text: bytes) -> Callable[[Path], None]:
+    return lambda directory: (directory / CONFIG_FILE).write_bytes(text)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "problem"),
+    [
+        pytest.param(remove(CONFIG_FILE), CONFIG_FILE, "has no", id="no config"),
+        pytest.param(remove(POLICY_FILE), POLICY_FILE, "has no", id="no tensors"),
+        pytest.param(truncate(0.9), POLICY_FILE, "cannot be read", id="truncated tensors"),
+        pytest.param(truncate(0), POLICY_FILE, "cannot be read", id="empty tensors"),
+        pytest.param(
+            edit_tensor("exit.3.head_weight", torch.zeros(2, 63)),
+            POLICY_FILE,
+            "exit.3.head_weight must have shape [2, 64] but has [2, 63]",
+            id="wrong shape",
+        ),
+        pytest.param(
+            edit_tensor("exit.5.classifier", None),
+            POLICY_FILE,
+            "exit.5.classifier must have shape [3] but is missing",
+            id="missing tensor",
+        ),
+        pytest.param(
+            edit_tensor("thresholds", torch.zeros(3, 3)),
+            POLICY_FILE,
+            "thresholds must have shape [2, 3]",
+            id="thresholds of other levels",
+        ),
+        pytest.param(write_config(b'{"epsilon": '), CONFIG_FILE, "Invalid JSON", id="no JSON"),
+        pytest.param(write_config(b""), CONFIG_FILE, "Invalid JSON", id="empty config"),
+        pytest.param(
+            write_config(b"\xff\xfe"),
+            CONFIG_FILE,
+            "",
+            marks=pytest.mark.xfail(
+                strict=True, raises=UnicodeDecodeError, reason="the decoding error escapes"
+            ),
+            id="no UTF-8",
+        ),
+        pytest.param(edit_config(surprise=1), CONFIG_FILE, "surprise", id="unknown key"),
+        pytest.param(edit_config(schema_version=2), CONFIG_FILE, "schema_version", id="schema"),
+        pytest.param(edit_config(epsilon=0), CONFIG_FILE, "epsilon", id="epsilon of 0"),
+        pytest.param(
+            edit_config(exit_points=[2, 3, 6]), CONFIG_FILE, "exit_points", id="after the stack"
+        ),
+        pytest.param(
+            edit_config(exit_points=[0, 3, 5]), CONFIG_FILE, "exit_points", id="before the stack"
+        ),
+        pytest.param(
+            edit_config(exit_points=[3, 2, 5]), CONFIG_FILE, "exit_points", id="descending"
+        ),
+        pytest.param(edit_config(labels=[]), CONFIG_FILE, "labels", id="no labels"),
+    ],
+)
+def test_damage_is_an_error_that_names_the_file(tmp_path, config, damage, file, problem):
+    directory = save(tmp_path / "policy", config)
+    damage(directory)
+    with pytest.raises(AdaInferError) as raised:
+        load_artifact(str(directory))
+    message = str(raised.value)
+    assert file in message
+    assert str(directory) in message
+    assert problem in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("source", ["/no/such/policy", "./no-such-policy", "no-such/policy"])
+def test_a_source_that_does_not_exist_is_an_error_that_names_it(source):
+    with pytest.raises(AdaInferError, match=source):
+        load_artifact(source)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "level"),
+    [(None, 1), (0, -1), (0.02, 0), (0.03, 0), (0.0499, 0), (0.05, 1), (0.9, 1)],
+)
+def test_the_loosest_level_within_epsilon_is_served(config, epsilon, level):
+    assert config.level_of(epsilon) == level
+
+
+def test_the_order_of_levels_does_not_matter(config):
+    backwards = changed(config, levels=tuple(reversed(config.levels)))
+    assert [backwards.level_of(epsilon) for epsilon in (0.02, 0.03, 0.05)] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("epsilon", [0.001, 0.0199, -0.1, float("nan")])
+def test_no_level_promises_more_than_was_certified(config, epsilon):
+    with pytest.raises(AdaInferError, match=r"strictest certified bound 0\.02"):
+        config.level_of(epsilon)
+
+
+def served(**changes: Any) -> SimpleNamespace:
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 6,
+        "hidden_size": 64,
+        "vocab_size": 100,
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"architectures": ["OPTForCausalLM"]}, "architecture"),
+        ({"architectures": None}, "architecture"),
+        ({"num_hidden_layers": 7}, "layers"),
+        ({"hidden_size": 128}, "hidden_size"),
+        ({"vocab_size": 99}, "vocab_size"),
+    ],
+)
+def test_another_model_is_refused_by_the_field_that_differs(config, change, field):
+    config = changed(config, vocab_size=100)
+    config.check_served_by(served())
+    with pytest.raises(AdaInferError, match=f"the served model has {field} ="):
+        config.check_served_by(served(**change))
+
+
+def test_other_weights_are_refused_by_their_fingerprints(config):
+    config.check_weights(config.weights_fingerprint)
+    with pytest.raises(AdaInferError, match=f"{config.weights_fingerprint}.* 0123abcd"):
+        config.check_weights("0123abcd")
