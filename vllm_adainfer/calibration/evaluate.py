@@ -297,7 +297,7 @@ def _report(
     return {
         "model": config.base_model,
         "artifact": Path(request.artifact).name,
-        "data": "/".join(request.data.absolute().parts[-2:]),
+        "data": request.data.name,
         "n": len(examples),
         "prompt_tokens_mean": prompt_tokens / len(examples) - 1,
         "delta": config.delta,

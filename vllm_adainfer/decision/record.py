@@ -20,8 +20,8 @@ class Recorder:
 
     def decide(self, exit_index: int, hidden: Tensor, tags: Tensor) -> Decision:
         """Keep `hidden` [rows, hidden size]; nothing is settled."""
-        self._states[exit_index].append(hidden.clone())
-        self._tags[exit_index].append(tags.clone())
+        self._states[exit_index].append(hidden)
+        self._tags[exit_index].append(tags)
         return Decision(torch.zeros(len(tags), dtype=torch.bool), None)
 
     def take(self) -> dict[str, Tensor]:

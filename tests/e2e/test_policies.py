@@ -1,0 +1,104 @@
+"""A calibrated policy decides in vLLM as it decides on transformers' hidden states."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.e2e.oracle import TIE, hidden_states
+from tests.e2e.scripted import parts, scripted
+from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
+from vllm_adainfer.artifact import Artifact
+from vllm_adainfer.decision.policy import CalibratedPolicy
+
+PROMPTS = 24
+
+
+def artifact_of(model_path, model, probe: str, candidates: str, threshold: float) -> Artifact:
+    """Random lenses and a threshold on the gap that some rows pass and some do not."""
+    labels = tiny_config(model_path).labels if candidates == "labels" else ()
+    config = tiny_config(model_path, probe=probe, candidates=candidates, labels=labels)
+    thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
+    tensors = tiny_tensors(config, thresholds)
+    generator = torch.Generator().manual_seed(2)
+    tensors["norm_weight"] = model.model.norm.weight.data
+    if labels:
+        tensors["head_rows"] = model.lm_head.weight.data[list(config.label_ids)]
+    for layer in EXIT_POINTS:
+        if probe == "lens":
+            lens = 0.02 * torch.randn(64, 64, generator=generator)
+            tensors[f"exit.{layer}.lens_weight"] = lens
+            tensors[f"exit.{layer}.lens_bias"] = torch.zeros(64)
+    return Artifact(config, tensors)
+
+
+@torch.inference_mode()
+def expected(artifact: Artifact, model, prompt: list[int]) -> tuple[int, int] | None:
+    """Depth and token of a prompt; None where a decision is too close to call."""
+    config, tensors = artifact.config, artifact.tensors
+    states = hidden_states(model, prompt)
+    rows = list(config.label_ids) or list(range(config.vocab_size))
+    for layer in (*EXIT_POINTS, LAYERS):
+        state = states[layer][-1:]
+        if layer < LAYERS and config.probe == "label-head":
+            scores = state @ tensors[f"exit.{layer}.head_weight"].T
+        else:
+            if layer < LAYERS and config.probe == "lens":
+                state = state + state @ tensors[f"exit.{layer}.lens_weight"]
+            scores = model.lm_head(model.model.norm(state))[:, rows]
+        probabilities = scores.softmax(-1).topk(2)
+        gap = float(probabilities.values[0, 0] - probabilities.values[0, 1])
+        margin = scores.topk(2).values
+        if margin[0, 0] - margin[0, 1] < TIE:
+            return None
+        threshold = float(tensors["thresholds"][0, 0])
+        if layer < LAYERS and abs(gap - threshold) < TIE:
+            return None
+        if layer == LAYERS or gap >= threshold:
+            return layer, rows[int(probabilities.indices[0, 0])]
+    raise AssertionError("the last layer always answers")
+
+
+@pytest.mark.parametrize(
+    ("probe", "candidates", "threshold"),
+    [
+        ("label-head", "labels", 0.2),
+        ("lens", "labels", 0.6),
+        ("logit-lens", "labels", 0.6),
+        ("lens", "full", 0.1),
+        ("logit-lens", "full", 0.1),
+    ],
+)
+def test_depths_and_tokens_are_those_of_the_oracle(
+    engine, tiny_model, reference, probe, candidates, threshold
+):
+    model, _, _ = parts(engine)
+    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold)
+    generator = np.random.default_rng(11)
+    prompts = [
+        generator.integers(5, 1000, generator.integers(2, 60)).tolist() for _ in range(PROMPTS)
+    ]
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        allowed_token_ids=list(artifact.config.label_ids) or None,
+        extra_args={"exit_at": 0},  # admitted with tag 0: the first row of the epsilon table
+    )
+    with scripted(engine) as stats:
+        model.model.exit_loop.policy = CalibratedPolicy(
+            artifact, model.model.norm.weight.data, model.head_weight
+        )
+        outputs = engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
+    wanted = [expected(artifact, reference, prompt) for prompt in prompts]
+    sure = [(w, out.outputs[0].token_ids[0]) for w, out in zip(wanted, outputs, strict=True) if w]
+    assert len(sure) > PROMPTS / 2
+    assert [token for _, token in sure] == [want[1] for want, _ in sure]
+    depths = [want[0] for want, _ in sure]
+    assert len(set(depths)) > 1, "the case must have rows that leave at different depths"
+    unsure = PROMPTS - len(sure)
+    for depth in (*EXIT_POINTS, LAYERS):
+        assert abs(stats.exit_histogram[depth] - depths.count(depth)) <= unsure
