@@ -160,7 +160,10 @@ def load_artifact(source: str) -> Artifact:
     """
     directory = _locate(source)
     try:
-        config = ArtifactConfig.model_validate_json((directory / CONFIG_FILE).read_text())
+        text = (directory / CONFIG_FILE).read_text(encoding="utf-8")
+        config = ArtifactConfig.model_validate_json(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdaInferError(f"{directory / CONFIG_FILE} cannot be read ({error})") from None
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "its content"
@@ -213,11 +216,15 @@ def save_artifact(
                 (draft / name).write_bytes(content)
             draft.chmod(0o755)
             if directory.exists():
-                shutil.rmtree(directory)
-            draft.rename(directory)
+                former = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+                directory.replace(former)  # onto an empty directory
+                draft.rename(directory)
+                shutil.rmtree(former)
+            else:
+                draft.rename(directory)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise AdaInferError(f"cannot write the artifact to {directory}: {error}") from None
 
 
@@ -228,7 +235,8 @@ def check_writable(directory: Path) -> None:
         AdaInferError: something else is there, or the nearest parent takes no files.
 
     """
-    ours = (directory / CONFIG_FILE).is_file()
+    # A model checkpoint has a config.json as well: only the two files together are ours.
+    ours = all((directory / name).is_file() for name in (CONFIG_FILE, POLICY_FILE))
     if directory.exists() and not ours and not _is_empty_directory(directory):
         raise AdaInferError(f"{directory} exists and is no output of ours: choose another --output")
     parent = directory.absolute().parent

@@ -117,14 +117,34 @@ def test_the_loosest_threshold_within_epsilon_on_the_rows_exceeds_it_far_more_of
 
 
 def test_the_certified_path_stops_at_the_first_point_that_fails():
-    # Errors only among the surest rows: looser thresholds look better, but are never reached.
-    score = torch.linspace(1, 0, 1000)
-    agrees = np.arange(1000) >= 60
-    half = [Scored(score, agrees), Scored(score - 2, np.ones(1000, dtype=np.bool_))]
-    point = certify(fitted_exits(half, half), DEPTH, EPSILON, DELTA)
+    # A tenth of the rows is surest, and wrong, at the later exit point. Any looser threshold lets
+    # all rows leave earlier and right: no errors, but fixed-sequence testing never gets there.
+    wrong = np.arange(1000) < 100
+    early = Scored(torch.zeros(1000), np.ones(1000, dtype=np.bool_))
+    late = Scored(torch.from_numpy(np.where(wrong, 1.0, -1.0)).float(), ~wrong)
+    exits = fitted_exits([early, late], [early, late])
+    path = walk(exits, lambda fitted: fitted.held_out, DEPTH, [math.inf, 1.0, 0.0])
+    assert [point.errors for point in path] == [0, 100, 0]
+    point = certify(exits, DEPTH, EPSILON, DELTA)
     assert point is not None
-    assert point.threshold > score[60]
-    assert certified(point.errors, point.rows, EPSILON, DELTA)
+    assert (point.threshold, point.layers_saved) == (math.inf, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_row_leaves_at_the_first_exit_point_whose_score_passes(seed):
+    exits = fitted_exits(population(200, seed), population(200, seed + 100))
+    grid = threshold_grid(exits)[::20]
+    halves = [fitted.held_out for fitted in exits]
+    for point in walk(exits, lambda fitted: fitted.held_out, DEPTH, grid):
+        errors = saved = 0
+        for row in range(200):
+            for layer, half in zip(LAYERS, halves, strict=True):
+                if half.score[row] >= point.threshold:
+                    errors += not half.agrees[row]
+                    saved += DEPTH - layer
+                    break
+        assert (point.errors, point.rows) == (errors, 200)
+        assert point.layers_saved == pytest.approx(saved / (200 * DEPTH))
 
 
 def test_nothing_is_certified_with_too_few_rows():

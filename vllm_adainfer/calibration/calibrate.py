@@ -175,7 +175,7 @@ def load_config(model: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise AdaInferError(
             f"--model {model} is neither a model directory nor a hub id that can be fetched "
-            f"({str(error).splitlines()[0]})"
+            f"({' '.join(str(error).split())[:200]})"
         ) from None
     architecture = (hf_config.architectures or ["none"])[0]
     if architecture not in MODELS:
@@ -200,7 +200,7 @@ def _check_rows(held_out: int, request: CalibrationRequest) -> None:
     if held_out < needed:
         raise AdaInferError(
             f"too few rows for the bound: epsilon {request.epsilon:g} at delta "
-            f"{request.delta:g} needs at least {2 * needed} rows (half of them held out), "
+            f"{request.delta:g} needs at least {2 * needed - 1} rows (half of them held out), "
             f"{request.data} has fewer: give more rows or raise --epsilon"
         )
 

@@ -39,7 +39,8 @@ def read_rows(path: Path) -> list[Row]:
 
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also cuts at U+2028 and its like inside a string.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise AdaInferError(f"cannot read --data {path}: {error}") from None
     rows = []
@@ -113,14 +114,7 @@ def make_examples(
 def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
     """The prompt's text, and whether the tokenizer is to add its special tokens."""
     if template is not None:
-        for _, name, _, _ in string.Formatter().parse(template):
-            field = None if name is None else name.split(".")[0].split("[")[0]
-            if field is not None and field not in row.fields:
-                raise AdaInferError(
-                    f"{row.place}: the template wants the field {field!r}, but the row has "
-                    f"{', '.join(map(repr, row.fields)) or 'none'}"
-                )
-        return template.format_map(row.fields), True
+        return _fill(template, row), True
     prompt, messages = row.fields.get("prompt"), row.fields.get("messages")
     if isinstance(prompt, str):
         return prompt, True
@@ -130,13 +124,33 @@ def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
                 messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template raises whatever its author chose
+            reason = " ".join(str(error).split())
             raise AdaInferError(
-                f"{row.place}: messages do not fit the chat template: {error}"
+                f"{row.place}: messages do not fit the model's chat template: {reason}"
             ) from None
         return str(text), False
     raise AdaInferError(
         f"{row.place} has neither a 'prompt' (text) nor 'messages' (list): give a --template"
     )
+
+
+def _fill(template: str, row: Row) -> str:
+    try:
+        for _, name, _, _ in string.Formatter().parse(template):
+            field = None if name is None else name.split(".")[0].split("[")[0]
+            if field is not None and field not in row.fields:
+                raise AdaInferError(
+                    f"{row.place}: the template wants the field {field!r}, but the row has "
+                    f"{', '.join(map(repr, row.fields)) or 'none'}"
+                )
+        return template.format_map(row.fields)
+    except AdaInferError:
+        raise
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise AdaInferError(
+            f"{row.place}: the template is no format string for this row ({error}); write "
+            "{{ and }} for braces"
+        ) from None
 
 
 def find_labels(names: Sequence[str], example: Example, tokenizer: Any) -> tuple[Label, ...]:

@@ -82,7 +82,7 @@ class Admission:
         return bool(self._label_ids) and set(params.allowed_token_ids) == self._label_ids
 
     def _tag_of_epsilon(self, config: ArtifactConfig, epsilon: object) -> int:
-        if not isinstance(epsilon, int | float):
+        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
             logger.warning_once(
                 "a request asked for adainfer_epsilon = %s, which is no number: it runs at "
                 "full depth",

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.tiny import tiny_config, tiny_tensors
+from vllm_adainfer.artifact import CONFIG_FILE, POLICY_FILE, save_artifact
+from vllm_adainfer.cli import app
+
+TEMPLATE = "Review : {text} Sentiment :"
+
+
+class Place:
+    """Good input for every command in one directory, to be spoilt by a test."""
+
+    def __init__(self, directory: Path, model: Path, policy: Path) -> None:
+        self.directory = directory
+        self.model = model
+        self.data = directory / "data.jsonl"
+        self.output = directory / "policy"
+        self.artifact = directory / "artifact"
+        self.write_rows(300)
+        shutil.copytree(policy, self.artifact)
+
+    def write_rows(self, count: int, **last: Any) -> None:
+        rows = [{"text": "good", "label": ("bad", "good")[i % 2]} for i in range(count)]
+        rows[-1].update(last)
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def calibrate(self, **options: str) -> list[str]:
+        return self.command("calibrate", {"output": str(self.output), **options})
+
+    def evaluate(self, **options: str) -> list[str]:
+        return self.command("evaluate", {"artifact": str(self.artifact), **options})
+
+    def command(self, name: str, options: dict[str, str]) -> list[str]:
+        good = {"model": str(self.model), "data": str(self.data), "template": TEMPLATE}
+        arguments = [name]
+        for option, value in {**good, **options}.items():
+            arguments += [f"--{option.replace('_', '-')}", value]
+        return arguments
+
+    def content(self) -> dict[Path, bytes | None]:
+        return {p: p.read_bytes() if p.is_file() else None for p in self.directory.rglob("*")}
+
+
+@pytest.fixture
+def place(tmp_path, tiny_model, tiny_policy) -> Place:
+    return Place(tmp_path, tiny_model, tiny_policy)
+
+
+def missing_data(place: Place) -> list[str]:
+    place.data.unlink()
+    return place.calibrate()
+
+
+def malformed_row(place: Place) -> list[str]:
+    place.data.write_text(place.data.read_text() + '{"text": \n')
+    return place.calibrate()
+
+
+def row_that_is_no_object(place: Place) -> list[str]:
+    place.data.write_text("[1]\n" + place.data.read_text())
+    return place.calibrate()
+
+
+def empty_data(place: Place) -> list[str]:
+    place.data.write_text("\n")
+    return place.calibrate()
+
+
+def too_few_rows(place: Place) -> list[str]:
+    place.write_rows(226)
+    return place.calibrate(epsilon="0.02", delta="0.1")
+
+
+def unknown_field(place: Place) -> list[str]:
+    return place.calibrate(template="{review}")
+
+
+def missing_template(place: Place) -> list[str]:
+    return place.calibrate(template=f"@{place.directory / 'none.txt'}")
+
+
+def long_prompt(place: Place) -> list[str]:
+    place.write_rows(300, text="good " * 600)
+    return place.calibrate()
+
+
+def output_is_a_file(place: Place) -> list[str]:
+    place.output.write_text("notes")
+    return place.calibrate()
+
+
+def output_below_a_file(place: Place) -> list[str]:
+    return place.calibrate(output=str(place.data / "policy"))
+
+
+def output_is_another_directory(place: Place) -> list[str]:
+    place.output.mkdir()
+    (place.output / "notes.txt").write_text("notes")
+    return place.calibrate()
+
+
+def missing_model_directory(place: Place) -> list[str]:
+    return place.calibrate(model=str(place.directory / "no-model"))
+
+
+def unknown_hub_id(place: Place) -> list[str]:
+    return place.calibrate(model="nobody/nothing")
+
+
+def unsupported_model(place: Place) -> list[str]:
+    model = place.directory / "other-model"
+    shutil.copytree(place.model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["OtherForLM"]}))
+    return place.calibrate(model=str(model))
+
+
+def label_head_without_labels(place: Place) -> list[str]:
+    return place.calibrate(probe="label-head")
+
+
+def exit_points(asked: str) -> Callable[[Place], list[str]]:
+    return lambda place: place.calibrate(exit_points=asked)
+
+
+def labels(names: str) -> Callable[[Place], list[str]]:
+    return lambda place: place.calibrate(labels=names)
+
+
+def unknown_label(place: Place) -> list[str]:
+    place.write_rows(300, label="fine")
+    return place.calibrate(labels="bad,good")
+
+
+def inspect_other_directory(place: Place) -> list[str]:
+    return ["inspect", str(place.directory)]
+
+
+def inspect_missing(place: Place) -> list[str]:
+    return ["inspect", str(place.directory / "none")]
+
+
+def inspect_unknown_hub_id(place: Place) -> list[str]:
+    return ["inspect", "nobody/nothing"]
+
+
+def inspect_broken_config(place: Place) -> list[str]:
+    (place.artifact / CONFIG_FILE).write_text("{")
+    return ["inspect", str(place.artifact)]
+
+
+def corrupt_policy(place: Place) -> list[str]:
+    path = place.artifact / POLICY_FILE
+    path.write_bytes(path.read_bytes()[:-10])
+    return place.evaluate()
+
+
+def artifact_of_another_model(place: Place) -> list[str]:
+    config = tiny_config(place.model, hidden_size=128)
+    save_artifact(place.artifact, config, tiny_tensors(config), {}, "card\n", {})
+    return place.evaluate()
+
+
+def evaluate_other_labels(place: Place) -> list[str]:
+    return place.evaluate(labels="bad,Review")
+
+
+def evaluate_unknown_label(place: Place) -> list[str]:
+    place.write_rows(3, label="fine")
+    return place.evaluate()
+
+
+def evaluate_missing_data(place: Place) -> list[str]:
+    place.data.unlink()
+    return place.evaluate(report=str(place.directory / "report.json"))
+
+
+def report_is_a_directory(place: Place) -> list[str]:
+    return place.evaluate(report=str(place.directory))
+
+
+def plot_below_a_file(place: Place) -> list[str]:
+    return place.evaluate(plot=str(place.data / "plot.png"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (missing_data, "cannot read --data"),
+        (malformed_row, "line 301 is not JSON"),
+        (row_that_is_no_object, "line 1 must be a JSON object, not list"),
+        (empty_data, "has no rows"),
+        (too_few_rows, "too few rows for the bound: epsilon 0.02 at delta 0.1 needs at least"),
+        (unknown_field, "line 1: the template wants the field 'review'"),
+        (missing_template, "cannot read --template"),
+        (long_prompt, "line 300: the prompt has"),
+        (output_is_a_file, "exists and is no output of ours"),
+        (output_below_a_file, "cannot write to"),
+        (output_is_another_directory, "exists and is no output of ours"),
+        (missing_model_directory, "neither a model directory nor a hub id"),
+        (unknown_hub_id, "neither a model directory nor a hub id"),
+        (unsupported_model, "is a OtherForLM, which has no exit points yet"),
+        (label_head_without_labels, "--probe label-head needs --labels"),
+        (exit_points("two"), "--exit-points must be auto or layers"),
+        (exit_points("2,"), "--exit-points must be auto or layers"),
+        (exit_points("0,3"), "--exit-points must ascend between 1 and 5"),
+        (exit_points("3,6"), "--exit-points must ascend between 1 and 5"),
+        (exit_points("3,2"), "--exit-points must ascend between 1 and 5"),
+        (exit_points("3,3"), "--exit-points must ascend between 1 and 5"),
+        (labels("good"), "--labels needs two or more different names"),
+        (labels("good,good"), "--labels needs two or more different names"),
+        (labels("good,"), "--labels needs two or more different names"),
+        (labels("good,good Review"), "'good' and 'good Review' tokenise ambiguously"),
+        (unknown_label, "line 300: label 'fine' is not among bad, good"),
+        (inspect_other_directory, "has no config.json"),
+        (inspect_missing, "has no config.json"),
+        (inspect_unknown_hub_id, "neither a directory nor a hub id"),
+        (inspect_broken_config, "config.json is not a valid artifact config"),
+        (corrupt_policy, "policy.safetensors cannot be read"),
+        (artifact_of_another_model, "hidden_size = 128, but the served model has hidden_size = 64"),
+        (evaluate_other_labels, "--labels bad,Review are not those of the artifact: bad,good"),
+        (evaluate_unknown_label, "line 3: label 'fine' is not among bad, good"),
+        (evaluate_missing_data, "cannot read --data"),
+        (report_is_a_directory, "choose a file in a directory you may write to"),
+        (plot_below_a_file, "choose a file in a directory you may write to"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(place, spoil, message):
+    arguments = spoil(place)
+    before = place.content()
+    result = CliRunner().invoke(app, arguments)
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert result.stdout == ""
+    assert result.exit_code == 1
+    assert place.content() == before
+
+
+@pytest.mark.parametrize("epsilon", ["0", "0.9", "some"])
+def test_an_epsilon_out_of_range_is_a_usage_error(place, epsilon):
+    before = place.content()
+    result = CliRunner().invoke(app, place.calibrate(epsilon=epsilon))
+    assert result.exit_code == 2
+    assert "--epsilon" in result.stderr
+    assert place.content() == before

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from vllm_adainfer.runtime.prefix_cache import PrefixCacheGuard
+
+BLOCK = 4
+BLOCKS_ALLOCATED = object()
+
+
+@dataclass
+class FakeManager:
+    """Allocates whatever is asked for, unless it is full."""
+
+    blocks: int = 100
+    full: bool = False
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    resets: int = 0
+    prefix_cache_stats: str = "the manager's"
+
+    @property
+    def block_pool(self) -> SimpleNamespace:
+        return SimpleNamespace(hash_block_size=BLOCK, num_gpu_blocks=self.blocks)
+
+    def allocate_slots(self, request: Any, *args: Any, **kwargs: Any) -> object | None:
+        self.calls.append((request, args, kwargs))
+        return None if self.full else BLOCKS_ALLOCATED
+
+    def free(self, request: Any) -> str:
+        return f"freed {request}"
+
+    def reset_prefix_cache(self) -> bool:
+        self.resets += 1
+        return True
+
+
+@dataclass
+class FakeRequest:
+    """A prompt of whole blocks, named by their hashes, and perhaps some tokens more."""
+
+    hashes: str
+    may_exit: bool = True
+    status: RequestStatus = RequestStatus.WAITING
+    num_computed_tokens: int = 0
+    more_tokens: int = 1
+
+    @property
+    def block_hashes(self) -> list[bytes]:
+        return [letter.encode() for letter in self.hashes]
+
+    @property
+    def num_tokens(self) -> int:
+        return BLOCK * len(self.hashes) + self.more_tokens
+
+
+class Setup:
+    def __init__(self, **manager: Any) -> None:
+        self.manager = FakeManager(**manager)
+        self.completed: list[FakeRequest] = []
+        self.guard = PrefixCacheGuard(self.manager, lambda request: request.may_exit, self.complete)
+
+    def complete(self, request: FakeRequest) -> None:
+        request.may_exit = False
+        self.completed.append(request)
+
+    def allocate(self, request: FakeRequest, tokens: int | None = None, hit: int = 0) -> bool:
+        """Schedule the whole rest (or `tokens`) of a request; whether its blocks are withheld."""
+        rest = request.num_tokens - request.num_computed_tokens - hit
+        self.guard.allocate_slots(request, rest if tokens is None else tokens, hit)
+        return self.manager.calls[-1][2].get("delay_cache_blocks", False)
+
+    def remembers(self, block_hash: str) -> bool:
+        """Whether a request for the block would be completed; records nothing."""
+        was, self.manager.full = self.manager.full, True
+        request = FakeRequest(block_hash)
+        self.allocate(request)
+        self.manager.full = was
+        return request in self.completed
+
+
+@pytest.mark.parametrize("may_exit", [False, True])
+def test_blocks_of_a_prompt_that_may_exit_are_withheld(may_exit):
+    setup = Setup()
+    assert setup.allocate(FakeRequest("ab", may_exit)) == may_exit
+    assert setup.remembers("a") == setup.remembers("b") == may_exit
+    assert not setup.remembers("c")
+
+
+@pytest.mark.parametrize(
+    ("computed", "hit", "tokens", "withheld"),
+    [
+        (0, 0, 8, False),
+        (0, 4, 4, False),
+        (4, 4, 4, False),
+        (0, 0, 13, True),
+        (8, 0, 5, True),
+        (0, 8, 5, True),
+        (4, 4, 5, True),
+    ],
+)
+def test_only_the_chunk_that_ends_the_prompt_is_withheld(computed, hit, tokens, withheld):
+    request = FakeRequest("abc", num_computed_tokens=computed)
+    assert Setup().allocate(request, tokens, hit) == withheld
+
+
+def test_blocks_computed_before_the_last_chunk_are_not_remembered():
+    setup = Setup()
+    setup.allocate(FakeRequest("abcd", num_computed_tokens=BLOCK), hit=BLOCK)
+    assert [setup.remembers(block_hash) for block_hash in "abcd"] == [False, False, True, True]
+
+
+def test_the_second_touch_completes():
+    setup = Setup()
+    first, second, third = FakeRequest("abx"), FakeRequest("aby"), FakeRequest("cz")
+    assert setup.allocate(first)
+    assert not setup.allocate(second)
+    assert setup.allocate(third)
+    assert setup.completed == [second]
+
+
+def test_a_prefix_that_is_hit_is_no_touch():
+    setup = Setup()
+    setup.allocate(FakeRequest("abx"))
+    later = FakeRequest("aby")
+    assert setup.allocate(later, hit=2 * BLOCK)
+    assert setup.completed == []
+
+
+@pytest.mark.parametrize(
+    "status", [RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.FINISHED_STOPPED]
+)
+def test_a_request_the_worker_knows_is_never_completed(status):
+    setup = Setup()
+    setup.allocate(FakeRequest("ab"))
+    known = FakeRequest("ab", status=status)
+    assert setup.allocate(known)
+    assert setup.completed == []
+    assert known.may_exit
+
+
+def test_a_request_at_full_depth_needs_no_completion():
+    setup = Setup()
+    setup.allocate(FakeRequest("ab"))
+    assert not setup.allocate(FakeRequest("ab", may_exit=False))
+    assert setup.completed == []
+
+
+def test_a_failed_allocation_records_nothing():
+    setup = Setup(full=True)
+    request = FakeRequest("ab")
+    assert setup.guard.allocate_slots(request, request.num_tokens) is None
+    assert not setup.remembers("a")
+    assert not setup.remembers("b")
+
+
+def test_a_request_completed_but_not_allocated_is_not_completed_twice():
+    setup = Setup()
+    setup.allocate(FakeRequest("ab"))
+    setup.manager.full = True
+    request = FakeRequest("ab")
+    setup.allocate(request)
+    setup.manager.full = False
+    assert not setup.allocate(request)
+    assert setup.completed == [request]
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+def test_no_more_hashes_are_remembered_than_there_are_blocks(blocks):
+    setup = Setup(blocks=blocks)
+    for letter in "abcdefghij":
+        setup.allocate(FakeRequest(letter))
+    remembered = "".join(letter for letter in "abcdefghij" if setup.remembers(letter))
+    assert remembered == "abcdefghij"[-blocks:]
+
+
+def test_a_hash_withheld_again_is_remembered_longer():
+    setup = Setup(blocks=2)
+    for letter in "ab":
+        setup.allocate(FakeRequest(letter))
+    setup.allocate(FakeRequest("a", status=RequestStatus.RUNNING))
+    setup.allocate(FakeRequest("c"))
+    assert [setup.remembers(letter) for letter in "abc"] == [True, False, True]
+
+
+def test_the_manager_gets_the_callers_arguments_and_its_answer_is_returned():
+    setup = Setup()
+    request = FakeRequest("ab", may_exit=False)
+    answer = setup.guard.allocate_slots(request, 9, 0, "blocks", num_lookahead_tokens=2)
+    assert answer is BLOCKS_ALLOCATED
+    assert setup.manager.calls == [(request, (9, 0, "blocks"), {"num_lookahead_tokens": 2})]
+
+
+def test_everything_else_is_the_managers():
+    setup = Setup()
+    assert setup.guard.prefix_cache_stats == "the manager's"
+    assert setup.guard.free("r") == "freed r"
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = setup.guard.no_such_thing
+
+
+def test_resetting_the_prefix_cache_forgets_what_was_withheld():
+    setup = Setup()
+    setup.allocate(FakeRequest("ab"))
+    assert setup.guard.reset_prefix_cache() is True
+    assert setup.manager.resets == 1
+    assert not setup.remembers("a")

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_adainfer.runtime.step import StepContext
+
+
+@dataclass
+class Narrow:
+    """Notes what attention was asked to be built for."""
+
+    calls: list[tuple[list[int], list[int]]] = field(default_factory=list)
+
+    def __call__(self, requests: Any, rows: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        self.calls.append((requests.tolist(), rows.tolist()))
+        return {"layer": len(self.calls)}, {"layer": rows}
+
+
+def ints(*values: int) -> Any:
+    return np.array(values, dtype=np.int64)
+
+
+def make(
+    query_lens: list[int],
+    sampled: list[bool] | None = None,
+    tags: list[int] | None = None,
+    narrow: Any = None,
+) -> StepContext:
+    count = len(query_lens)
+    return StepContext(
+        ints(*query_lens),
+        np.array([True] * count if sampled is None else sampled),
+        ints(*([0] * count if tags is None else tags)),
+        narrow or Narrow(),
+    )
+
+
+def test_at_first_every_sampled_and_admitted_request_is_undecided():
+    step = make([3, 1, 4, 2], sampled=[True, False, True, True], tags=[0, 1, -1, 2])
+    assert step.undecided().tolist() == [0, 3]
+    assert step.num_sampled == 3
+    assert step.num_requests == 4
+    assert step.left.tolist() == []
+    assert step.rows_ready_to_leave() == 0
+
+
+@pytest.mark.parametrize("tag", [-1, 0, 5])
+def test_a_request_with_more_chunks_to_come_is_never_undecided(tag):
+    step = make([4, 2, 3], sampled=[False, True, True], tags=[tag, 0, 0])
+    assert step.undecided().tolist() == [1, 2]
+    step.settle(ints(1))
+    step.compact()
+    assert step.undecided().tolist() == [2]
+    step.settle(ints(2))
+    step.compact()
+    assert step.undecided().tolist() == []
+    assert step.left.tolist() == [1, 2]
+    assert step.sampled_rows(ints(0)).tolist() == [3]
+
+
+def test_the_last_row_of_a_request_decides_it_wherever_the_batch_has_moved_it():
+    step = make([2, 3, 1, 4])  # rows 0-1, 2-4, 5, 6-9
+    assert step.sampled_rows(ints(0, 1, 2, 3)).tolist() == [1, 4, 5, 9]
+    step.settle(ints(1))
+    step.compact()  # now rows 0-1, 2, 3-6
+    assert step.sampled_rows(ints(0, 2, 3)).tolist() == [1, 2, 6]
+    step.settle(ints(0))
+    step.compact()  # now rows 0, 1-4
+    assert step.sampled_rows(ints(2, 3)).tolist() == [0, 4]
+    assert step.original_sampled_rows(ints(0, 1, 2, 3)).tolist() == [1, 4, 5, 9]
+
+
+def test_compacting_keeps_the_rows_of_those_that_stay():
+    step = make([2, 3, 1, 4])
+    step.settle(ints(1, 2))
+    assert step.rows_ready_to_leave() == 4
+    left, kept = step.compact()
+    assert (left, kept.tolist()) == (2, [0, 1, 6, 7, 8, 9])
+    assert step.rows_ready_to_leave() == 0
+    step.settle(ints(3))
+    assert step.rows_ready_to_leave() == 4
+    left, kept = step.compact()
+    assert (left, kept.tolist()) == (1, [0, 1])
+    assert step.left.tolist() == [1, 2, 3]
+
+
+def test_settled_requests_stay_until_the_batch_is_compacted():
+    step = make([2, 3, 1])
+    step.settle(ints(1))
+    assert step.undecided().tolist() == [0, 2]
+    assert step.left.tolist() == []
+    assert step.sampled_rows(ints(2)).tolist() == [5]
+    step.settle(ints(2))
+    assert step.rows_ready_to_leave() == 4
+    assert step.compact()[0] == 2
+
+
+def test_all_may_leave():
+    step = make([2, 3])
+    step.settle(ints(0, 1))
+    left, kept = step.compact()
+    assert (left, kept.tolist()) == (2, [])
+    assert step.undecided().tolist() == []
+
+
+def test_attention_is_narrowed_to_requests_and_rows_of_the_batch_as_it_came():
+    narrow = Narrow()
+    step = make([2, 3, 1, 4], narrow=narrow)
+    step.settle(ints(1))
+    step.compact()
+    metadata, _ = step.narrowed()
+    step.settle(ints(0))
+    step.compact()
+    _, slots = step.narrowed()
+    assert metadata == {"layer": 1}
+    assert slots["layer"].tolist() == [5, 6, 7, 8, 9]
+    assert narrow.calls == [([0, 2, 3], [0, 1, 5, 6, 7, 8, 9]), ([2, 3], [5, 6, 7, 8, 9])]
+
+
+@pytest.mark.parametrize("leaving", [[[1]], [[1], [3]], [[0], [1, 2]]])
+def test_scatter_puts_rows_back_where_they_were(leaving):
+    step = make([2, 3, 1, 4])
+    states = torch.arange(10.0).unsqueeze(1).repeat(1, 3)
+    remaining = states
+    for requests in leaving:
+        step.settle(ints(*requests))
+        _, kept = step.compact()
+        remaining = remaining[kept]
+    whole = step.scatter(remaining, rows=10)
+    assert whole.shape == states.shape
+    owner = np.repeat(np.arange(4), [2, 3, 1, 4])
+    stayed = ~np.isin(owner, np.concatenate(leaving))
+    assert torch.equal(whole[stayed], states[stayed])
+
+
+class ObviousStep:
+    """The same bookkeeping as a list of (request, original row), one entry a row."""
+
+    def __init__(self, query_lens: list[int], sampled: list[bool], tags: list[int]) -> None:
+        owners = [request for request, rows in enumerate(query_lens) for _ in range(rows)]
+        self.batch = [(request, row) for row, request in enumerate(owners)]
+        self.original = list(self.batch)
+        self.may_exit = [s and t >= 0 for s, t in zip(sampled, tags, strict=True)]
+        self.settled: set[int] = set()
+        self.left: set[int] = set()
+
+    def undecided(self) -> list[int]:
+        return [r for r, may in enumerate(self.may_exit) if may and r not in self.settled]
+
+    def last_row(self, batch: list[tuple[int, int]], request: int) -> int:
+        return max(place for place, (owner, _) in enumerate(batch) if owner == request)
+
+    def remaining(self) -> list[int]:
+        return sorted({request for request, _ in self.batch})
+
+    def rows_ready(self) -> int:
+        return sum(request in self.settled for request, _ in self.batch)
+
+    def compact(self) -> tuple[int, list[int]]:
+        leaving = {request for request, _ in self.batch if request in self.settled}
+        kept = [place for place, (owner, _) in enumerate(self.batch) if owner not in leaving]
+        self.left |= leaving
+        self.batch = [self.batch[place] for place in kept]
+        return len(leaving), kept
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_bookkeeping_is_that_of_a_plain_list_of_rows(seed):
+    generator = np.random.default_rng(seed)
+    count = int(generator.integers(1, 9))
+    lens = generator.integers(1, 6, count).tolist()
+    sampled = (generator.random(count) < 0.8).tolist()
+    tags = generator.integers(-1, 3, count).tolist()
+    narrow = Narrow()
+    step, oracle = make(lens, sampled, tags, narrow), ObviousStep(lens, sampled, tags)
+    states = torch.arange(float(sum(lens))).unsqueeze(1)
+    remaining = states
+    for _ in range(4):
+        undecided = step.undecided().tolist()
+        assert undecided == oracle.undecided()
+        rows = [oracle.last_row(oracle.batch, request) for request in undecided]
+        assert step.sampled_rows(ints(*undecided)).tolist() == rows
+        settled = [request for request in undecided if generator.random() < 0.4]
+        step.settle(ints(*settled))
+        oracle.settled |= set(settled)
+        assert step.rows_ready_to_leave() == oracle.rows_ready()
+        if generator.random() < 0.4:
+            continue
+        left, kept = step.compact()
+        assert (left, kept.tolist()) == oracle.compact()
+        remaining = remaining[kept]
+        assert step.left.tolist() == sorted(oracle.left)
+        step.narrowed()
+        original = [row for _, row in oracle.batch]
+        assert narrow.calls[-1] == (oracle.remaining(), original)
+        assert remaining.flatten().tolist() == original
+        assert torch.equal(step.scatter(remaining, len(states))[original], states[original])
+    everyone = list(range(count))
+    assert step.original_sampled_rows(ints(*everyone)).tolist() == [
+        oracle.last_row(oracle.original, request) for request in everyone
+    ]
