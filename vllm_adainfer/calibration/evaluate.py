@@ -95,15 +95,16 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     if config.labels:
         _check_labels(config, request, examples, tokenizer)
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
-    stock = start_engine(request.model, examples)
+    # Ours first: an artifact for other weights is refused before stock vLLM compiles.
+    ours = start_engine(request.model, examples, {"artifact": request.artifact})
     try:
-        ours = start_engine(request.model, examples, {"artifact": request.artifact})
+        stock = start_engine(request.model, examples)
         try:
             rounds = _measure(stock, ours, examples, config.labels, epsilons, request.repeat)
         finally:
-            stop_engine(ours)
+            stop_engine(stock)
     finally:
-        stop_engine(stock)
+        stop_engine(ours)
     truth = _true_tokens(examples, config.labels, tokenizer)
     report = _report(request, config, examples, truth, rounds)
     if request.report is not None:
