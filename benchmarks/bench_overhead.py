@@ -1,6 +1,6 @@
 """What the plugin costs where it saves nothing: installed but idle, and never exiting.
 
-    .venv/bin/python benchmarks/bench_overhead.py --model .demo/model --artifact .demo/artifact \
+    .venv/bin/python benchmarks/bench_overhead.py --model .demo/SmolLM2-135M-Instruct --artifact .demo/artifact \
         --output benchmarks/results/overhead.json
 
 Three engines on the same prompts, interleaved, each round in another order: vLLM without the

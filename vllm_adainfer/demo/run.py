@@ -9,7 +9,7 @@ import typer
 
 from vllm_adainfer.calibration.calibrate import CalibrationRequest, calibrate
 from vllm_adainfer.calibration.evaluate import EvaluationRequest, evaluate, summary_line
-from vllm_adainfer.demo.model import fetch_demo_model
+from vllm_adainfer.demo.model import MODEL_NAME, fetch_demo_model
 from vllm_adainfer.describe import describe, table
 
 LABELS = ("bad", "good")
@@ -17,8 +17,8 @@ LABELS = ("bad", "good")
 
 def run(output: Path) -> str:
     """Run the demo into `output`; returns its last line."""
-    typer.echo("demo: fetching the model (SmolLM2-135M-Instruct, Apache-2.0)")
-    model = str(fetch_demo_model(output / "model"))
+    typer.echo(f"demo: fetching the model ({MODEL_NAME}, Apache-2.0)")
+    model = str(fetch_demo_model(output / MODEL_NAME))
     with as_file(files("vllm_adainfer.demo")) as shipped:
         template = f"@{shipped / 'template.txt'}"
         typer.echo("demo: calibrating on the reviews that ship with the package")
