@@ -1,7 +1,7 @@
 """What the plugin costs where it saves nothing: installed but idle, and never exiting.
 
-    .venv/bin/python benchmarks/bench_overhead.py --model .demo/SmolLM2-135M-Instruct --artifact .demo/artifact \
-        --output benchmarks/results/overhead.json
+    .venv/bin/python benchmarks/bench_overhead.py --model .demo/SmolLM2-135M-Instruct \
+        --artifact .demo/artifact --output benchmarks/results/overhead.json
 
 Three engines on the same prompts, interleaved, each round in another order: vLLM without the
 plugin (VLLM_PLUGINS=""), with the plugin installed but not configured, and configured with
