@@ -24,7 +24,7 @@ from vllm_adainfer.calibration.calibrate import load_config
 from vllm_adainfer.calibration.collect import one_token
 from vllm_adainfer.calibration.data import Row, find_labels, make_examples
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.calibration.evaluate import write_whole
+from vllm_adainfer.calibration.report import write_whole
 from vllm_adainfer.demo.run import LABELS
 from vllm_adainfer.provenance import provenance
 from vllm_adainfer.runtime.admission import EXIT_ARG

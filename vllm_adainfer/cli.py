@@ -140,8 +140,9 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(help="Write the plot here (PNG).")] = None,
 ) -> None:
     """Run stock vLLM and vllm-adainfer on the same prompts, interleaved, and compare."""
-    from vllm_adainfer.calibration.evaluate import EvaluationRequest, summary_line
+    from vllm_adainfer.calibration.evaluate import EvaluationRequest
     from vllm_adainfer.calibration.evaluate import evaluate as run
+    from vllm_adainfer.calibration.report import summary_line
     from vllm_adainfer.describe import table
 
     result = run(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +25,8 @@ from vllm_adainfer.calibration.data import (
     read_template,
 )
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.calibration.report import NEVER_EXIT, Run, build_report, write_whole
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.provenance import provenance
 from vllm_adainfer.runtime.admission import EPSILON_ARG
 from vllm_adainfer.stats import stats
 
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
-NEVER_EXIT = 0.0
 WARM_UP = 64
 
 
@@ -53,22 +50,6 @@ class EvaluationRequest:
     repeat: int = 3
     report: Path | None = None
     plot: Path | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One pass over all prompts."""
-
-    seconds: float
-    tokens: list[int]
-    layers_run: int = 0
-    layers_possible: int = 0
-    exit_histogram: Mapping[int, int] | None = None
-
-    @property
-    def layers_saved(self) -> float:
-        """Share of rows x layers that were not executed."""
-        return 1 - self.layers_run / self.layers_possible
 
 
 def evaluate(request: EvaluationRequest) -> dict[str, Any]:
@@ -106,7 +87,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     finally:
         stop_engine(ours)
     truth = _true_tokens(examples, config.labels, tokenizer)
-    report = _report(request, config, examples, truth, rounds)
+    report = build_report(request.artifact, request.data, config, examples, truth, rounds)
     if request.report is not None:
         write_whole(request.report, (json.dumps(report, indent=2) + "\n").encode())
     if request.plot is not None:
@@ -114,36 +95,6 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
 
         write_whole(request.plot, report_plot(report))
     return report
-
-
-def summary_line(report: Mapping[str, Any]) -> str:
-    """The report in one line, for a terminal."""
-    return (
-        f"speedup {report['speedup']:.2f}x, layers saved {report['layers_saved']:.0%}, "
-        f"disagreement {report['disagreement']:.1%} (bound {report['epsilon']:.1%})"
-    ).replace("%", " %")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename.
-
-    Raises:
-        AdaInferError: the file cannot be written.
-
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(draft, 0o644)
-            os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
-    except OSError as error:
-        raise AdaInferError(f"cannot write {path}: {error}") from None
 
 
 def _check_file(path: Path) -> None:
@@ -236,88 +187,3 @@ def _true_tokens(
         separator = "" if example.text[-1:].isspace() else " "
         truth.append(tokenizer.encode(f"{separator}{example.label}", add_special_tokens=False)[0])
     return truth
-
-
-def _report(
-    request: EvaluationRequest,
-    config: ArtifactConfig,
-    examples: Sequence[Example],
-    truth: Sequence[int] | None,
-    rounds: Sequence[tuple[Run, dict[float, Run]]],
-) -> dict[str, Any]:
-    stock_runs = [baseline for baseline, _ in rounds]
-    never = [by_epsilon[NEVER_EXIT] for _, by_epsilon in rounds]
-    prompt_tokens = sum(len(example.token_ids) for example in examples) + len(examples)
-
-    def engine(runs: Sequence[Run]) -> dict[str, Any]:
-        seconds = statistics.median(run.seconds for run in runs)
-        return {
-            "requests_per_second": len(examples) / seconds,
-            "tokens_per_second": prompt_tokens / seconds,
-            "accuracy": None if truth is None else _share_equal(runs[0].tokens, truth),
-            "runs": [{"seconds": run.seconds} for run in runs],
-        }
-
-    def speedup_of(runs: Sequence[Run]) -> float:
-        return statistics.median(
-            baseline.seconds / run.seconds for baseline, run in zip(stock_runs, runs, strict=True)
-        )
-
-    def disagreement_of(runs: Sequence[Run], references: Sequence[Run]) -> float:
-        return statistics.median(
-            1 - _share_equal(run.tokens, reference.tokens)
-            for run, reference in zip(runs, references, strict=True)
-        )
-
-    def level(epsilon: float) -> dict[str, Any]:
-        runs = [by_epsilon[epsilon] for _, by_epsilon in rounds]
-        speedup = speedup_of(runs)
-        saved = 1 - sum(run.layers_run for run in runs) / sum(run.layers_possible for run in runs)
-        histogram: Counter[int] = sum((Counter(run.exit_histogram) for run in runs), Counter())
-        return {
-            "epsilon": epsilon,
-            "speedup": speedup,
-            "layers_saved": saved,
-            # With the full-depth model in the same segments, which is what was certified, and
-            # with stock vLLM, whose unsegmented code also rounds differently.
-            "disagreement": disagreement_of(runs, never),
-            "disagreement_with_stock": disagreement_of(runs, stock_runs),
-            "efficiency": speedup * (1 - saved),
-            "adainfer": {
-                **engine(runs),
-                "layers_run_mean": config.layers * (1 - saved),
-                "exit_histogram": {
-                    str(layer): count / histogram.total()
-                    for layer, count in sorted(histogram.items())
-                },
-            },
-        }
-
-    levels = [level(row.epsilon) for row in config.levels]
-    [asked] = [row for row in levels if row["epsilon"] == config.epsilon]
-    return {
-        "model": config.base_model,
-        "artifact": Path(request.artifact).name,
-        "data": request.data.name,
-        "n": len(examples),
-        "prompt_tokens_mean": prompt_tokens / len(examples) - 1,
-        "delta": config.delta,
-        "layers_total": config.layers,
-        "stock": engine(stock_runs),
-        **asked,
-        # Full depth in segments: what the plugin costs, and how often rounding alone decides.
-        "never_exit": {
-            "speedup": speedup_of(never),
-            "disagreement_with_stock": disagreement_of(never, stock_runs),
-        },
-        "levels": [
-            {key: row[key] for key in row if key != "adainfer"}
-            | {"accuracy": row["adainfer"]["accuracy"]}
-            for row in levels
-        ],
-        "provenance": provenance(),
-    }
-
-
-def _share_equal(left: Sequence[int], right: Sequence[int]) -> float:
-    return sum(a == b for a, b in zip(left, right, strict=True)) / len(left)

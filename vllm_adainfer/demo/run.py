@@ -8,7 +8,8 @@ from pathlib import Path
 import typer
 
 from vllm_adainfer.calibration.calibrate import CalibrationRequest, calibrate
-from vllm_adainfer.calibration.evaluate import EvaluationRequest, evaluate, summary_line
+from vllm_adainfer.calibration.evaluate import EvaluationRequest, evaluate
+from vllm_adainfer.calibration.report import summary_line
 from vllm_adainfer.demo.model import MODEL_NAME, fetch_demo_model
 from vllm_adainfer.describe import describe, table
 
