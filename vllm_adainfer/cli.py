@@ -10,6 +10,8 @@ fetch-demo-model  that model as a safetensors checkpoint
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_adainfer import __version__
 from vllm_adainfer.errors import AdaInferError
 
 app = typer.Typer(
@@ -73,6 +76,23 @@ Template = Annotated[
 ]
 LabelField = Annotated[str, typer.Option(help="Field of a row that holds its label.")]
 Labels = Annotated[str, typer.Option(help="Comma-separated labels the answer is one of.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Progress bars are for terminals: ours, vLLM's and transformers' are off elsewhere."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +84,6 @@ def collect(
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
             [one_token(labels, {ROW_ARG: row}) for row in range(len(prompts))],
-            use_tqdm=sys.stderr.isatty(),
         )
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "record.safetensors"
