@@ -23,7 +23,8 @@ def report_plot(report: Mapping[str, Any]) -> bytes:
             f"bound {100 * level['epsilon']:g} %",
             (level["speedup"], 100 * level["disagreement"]),
             textcoords="offset points",
-            xytext=(4, 6),
+            xytext=(-6, 6),
+            ha="right",
             fontsize=8,
         )
     if report["stock"]["accuracy"] is not None:
