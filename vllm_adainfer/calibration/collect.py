@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def collect(
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
             [one_token(labels, {ROW_ARG: row}) for row in range(len(prompts))],
+            use_tqdm=sys.stderr.isatty(),  # vLLM 0.32 divides by zero where TQDM_DISABLE is set
         )
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "record.safetensors"
