@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import vllm.model_executor.models.config as model_hooks
 from transformers import OPTConfig
-from vllm import ModelRegistry
+from vllm import ModelRegistry, envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
@@ -108,6 +108,7 @@ def test_unsupported_engine_settings_are_refused_with_the_cure(
 
 
 def test_model_runner_v2_is_refused(tiny_model, tiny_policy, monkeypatch):
+    envs.disable_envs_cache()  # an engine that ran in this process has frozen vLLM's view
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match="Model Runner V2 is not supported yet"):
         engine_config(tiny_model, {"artifact": str(tiny_policy)})
