@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tests.tiny import EXIT_POINTS, LABELS, tiny_artifact, tiny_llama
+from tests.tiny import tiny_artifact, tiny_llama
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +57,3 @@ def reference(tiny_model: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-
-
-__all__ = ["EXIT_POINTS", "LABELS"]

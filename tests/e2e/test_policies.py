@@ -12,6 +12,7 @@ from tests.e2e.scripted import parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact import Artifact
 from vllm_adainfer.decision.policy import CalibratedPolicy
+from vllm_adainfer.models.exit_loop import LabelAnswers
 
 PROMPTS = 24
 
@@ -102,3 +103,12 @@ def test_depths_and_tokens_are_those_of_the_oracle(
     unsure = PROMPTS - len(sure)
     for depth in (*EXIT_POINTS, LAYERS):
         assert abs(stats.exit_histogram[depth] - depths.count(depth)) <= unsure
+
+
+def test_a_certified_label_wins_also_where_its_lead_is_below_the_rounding_of_the_logits(engine):
+    model, _, _ = parts(engine)
+    label_ids = model.model.exit_loop.policy.label_ids
+    scores = torch.tensor([[100.0, 100.05], [100.05, 100.0]])  # bfloat16 steps by 0.5 there
+    model.model.label_answers = LabelAnswers(torch.tensor([0, 1]), scores)
+    logits = model.compute_logits(torch.zeros(2, 64, dtype=torch.bfloat16))
+    assert logits.argmax(dim=1).tolist() == [int(label_ids[1]), int(label_ids[0])]

@@ -103,5 +103,7 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
             logits[deep] = at_full_depth
         else:
             logits = hidden_states.new_full((deep.shape[0], self.config.vocab_size), -torch.inf)
-        logits[answers.requests.unsqueeze(1), label_ids] = answers.scores.to(logits.dtype)
+        # Relative to the best: rounded to bfloat16, large scores would tie with the certified one.
+        scores = answers.scores - answers.scores.max(dim=1, keepdim=True).values
+        logits[answers.requests.unsqueeze(1), label_ids] = scores.to(logits.dtype)
         return logits

@@ -35,10 +35,11 @@ class Segment(nn.Module):
         self.num_layers = len(self.layers)
 
 
-def _segment_class(first: int, last: int, depth: int) -> type[Segment]:
-    """A compiled class for layers `first` + 1 to `last` of `depth`.
+def segment_class(first: int, last: int, depth: int, normed: bool) -> type[Segment]:
+    """A compiled class for layers `first` + 1 to `last` of `depth`, with the final norm or not.
 
-    vLLM keys compiled code by the qualified name of ``forward``, so each range has its own.
+    vLLM keys compiled code by the qualified name of ``forward``, so whatever changes the code
+    must be in that name: while recording, the last layers end without the norm.
     """
 
     def forward(
@@ -56,7 +57,7 @@ def _segment_class(first: int, last: int, depth: int) -> type[Segment]:
         hidden_states, _ = self.norm(hidden_states, residual)
         return hidden_states, None
 
-    name = f"Segment_{first}_{last}_of_{depth}"
+    name = f"Segment_{first}_{last}_of_{depth}{'_normed' if normed else ''}"
     forward.__qualname__ = f"{name}.forward"
     compiled = support_torch_compile(
         dynamic_arg_dims={
@@ -80,12 +81,15 @@ def build_segments(
     depth = len(layers)
     config = compat.segment_config(vllm_config)
     cuts = [0, *exit_points, depth]
-    return tuple(
-        _segment_class(first, last, depth)(
-            vllm_config=config,
-            layers=layers[first:last],
-            embed=embed if index == 0 else None,
-            norm=norm if index == len(exit_points) else None,
+    segments = []
+    for index, (first, last) in enumerate(itertools.pairwise(cuts)):
+        is_last = index == len(exit_points)
+        segments.append(
+            segment_class(first, last, depth, normed=is_last)(
+                vllm_config=config,
+                layers=layers[first:last],
+                embed=embed if index == 0 else None,
+                norm=norm if is_last else None,
+            )
         )
-        for index, (first, last) in enumerate(itertools.pairwise(cuts))
-    )
+    return tuple(segments)
