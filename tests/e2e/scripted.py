@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.decision.policy import Decision
-from vllm_adainfer.decision.probe import Lens
+from vllm_adainfer.decision.probe import Probe
 
 EXIT_AT = "exit_at"
 
@@ -30,13 +30,12 @@ class ScriptedPolicy:
 
     label_ids = None
 
-    def __init__(self, exit_points: tuple[int, ...], lens: Lens) -> None:
+    def __init__(self, exit_points: tuple[int, ...], lens: Probe) -> None:
         self.exit_points = exit_points
         self.lens = lens
 
     def decide(self, exit_index: int, hidden: Tensor, tags: Tensor) -> Decision:
-        settled = tags == exit_index
-        return Decision(settled, self.lens.readout(hidden) if settled.any() else None)
+        return Decision(tags == exit_index, self.lens.readout(hidden))
 
 
 def parts(llm: Any) -> tuple[Any, Any, Any]:
@@ -52,7 +51,11 @@ def scripted(llm: Any, min_rows_saved: int = 1) -> Iterator[Any]:
     model, runner, scheduler = parts(llm)
     loop = model.model.exit_loop
     saved = loop.policy, loop.stats, loop._min_rows_saved, runner.admission, scheduler.admission
-    lens = Lens(model.model.norm.weight.data, model.config.rms_norm_eps, model.head_weight)
+    lens = Probe(
+        head_weight=model.head_weight,
+        norm_weight=model.model.norm.weight.data,
+        norm_eps=model.config.rms_norm_eps,
+    )
     loop.policy = ScriptedPolicy(saved[0].exit_points, lens)
     loop.stats = type(saved[1])()
     loop._min_rows_saved = min_rows_saved

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adainfer_kernels import linear_score
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from vllm_adainfer.decision.classifier import fit_classifier
-from vllm_adainfer.decision.policy import settled_score
 from vllm_adainfer.decision.probe import FEATURES
 
 LEARNED = ["svm", "logreg"]
@@ -60,7 +60,7 @@ def test_the_linear_score_is_the_log_odds_of_scikit_learns_own_estimator(
     assert classifier.shape == (len(FEATURES) + 1,)
     assert classifier.dtype == torch.float32
     unseen, _ = rows(300, seed=2)
-    score = settled_score(unseen, classifier).double().numpy()
+    score = linear_score(unseen, classifier).double().numpy()
     probability = estimator.predict_proba(unseen.double().numpy())[:, 1]
     np.testing.assert_allclose(score, np.log(probability / (1 - probability)), rtol=0, atol=1e-4)
     np.testing.assert_array_equal(score >= 0, estimator.predict(unseen.double().numpy()))
@@ -71,7 +71,7 @@ def test_the_linear_score_is_the_log_odds_of_scikit_learns_own_estimator(
 @pytest.mark.parametrize("kind", LEARNED)
 def test_a_larger_gap_is_surer(kind):
     classifier = fit_classifier(kind, *rows(400, seed=0), seed=0)
-    low, high = settled_score(torch.tensor([[0.5, 0.1], [0.9, 0.8]]), classifier)
+    low, high = linear_score(torch.tensor([[0.5, 0.1], [0.9, 0.8]]), classifier)
     assert low < high
 
 
@@ -87,7 +87,7 @@ def test_threshold_takes_the_gap_for_the_score(share):
     if share != "mixed":
         settled[:] = share == "all settled"
     classifier = fit_classifier("threshold", features, settled, seed=0)
-    assert torch.equal(settled_score(features, classifier), features[:, FEATURES.index("gap")])
+    assert torch.equal(linear_score(features, classifier), features[:, FEATURES.index("gap")])
 
 
 @pytest.mark.parametrize("count", [1, 10, 1000])
@@ -95,7 +95,7 @@ def test_threshold_takes_the_gap_for_the_score(share):
 def test_where_all_rows_are_settled_the_score_is_one_constant(kind, count):
     features, _ = rows(count, seed=0)
     classifier = fit_classifier(kind, features, np.ones(count, dtype=bool), seed=0)
-    score = settled_score(features, classifier)
+    score = linear_score(features, classifier)
     torch.testing.assert_close(score, torch.full((count,), math.log(count + 1)))
 
 

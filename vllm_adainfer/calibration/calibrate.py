@@ -45,7 +45,7 @@ from vllm_adainfer.calibration.fit import (
 )
 from vllm_adainfer.decision.bound import rows_needed
 from vllm_adainfer.decision.classifier import Kind
-from vllm_adainfer.decision.probe import FEATURES, LabelHead, Lens
+from vllm_adainfer.decision.probe import FEATURES
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.plugin import MODELS
 from vllm_adainfer.provenance import provenance
@@ -237,15 +237,14 @@ def _tensors(
     for fitted in exits:
         name, probe = f"exit.{fitted.layer}", fitted.probe
         tensors[f"{name}.classifier"] = fitted.classifier
-        if isinstance(probe, LabelHead):
+        if probe.head_bias is not None:  # a label head
             tensors[f"{name}.head_weight"] = probe.head_weight
             tensors[f"{name}.head_bias"] = probe.head_bias
             continue
-        assert isinstance(probe, Lens)
         if probe.lens_weight is not None and probe.lens_bias is not None:
             tensors[f"{name}.lens_weight"] = probe.lens_weight
             tensors[f"{name}.lens_bias"] = probe.lens_bias
-        if labels:  # otherwise the served model's own norm and head are read
+        if labels and probe.norm_weight is not None:  # else the served model's own are read
             tensors["norm_weight"] = probe.norm_weight
             tensors["head_rows"] = probe.head_weight
     return tensors

@@ -8,12 +8,12 @@ second half is touched by nothing but the bound.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from adainfer_kernels import ProbeResult, summarise
+from adainfer_kernels import linear_score
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
@@ -21,8 +21,7 @@ from torch import Tensor
 
 from vllm_adainfer.calibration.collect import Recording
 from vllm_adainfer.decision.classifier import Kind, fit_classifier
-from vllm_adainfer.decision.policy import settled_score
-from vllm_adainfer.decision.probe import LabelHead, Lens, Probe, features
+from vllm_adainfer.decision.probe import Probe
 
 ALPHAS = (1.0, 10.0, 100.0, 1_000.0, 10_000.0)
 FOLDS = 5
@@ -108,8 +107,8 @@ def _fit_exit(
     make_probe = _probe_maker(recording, target, states)
 
     def judge(probe: Probe, rows: Ints) -> tuple[Tensor, Bools]:
-        result = _summary(probe, states[rows], target.label_ids)
-        return features(result), result.top1_id.numpy() == tokens[rows]
+        result = probe.score(probe.readout(states[rows]))
+        return result.features, result.top1_id.numpy() == tokens[rows]
 
     # Out of fold: each decision row is judged by a probe that has not seen its prompt.
     rows_features = torch.empty(len(fit_prompts), 2)
@@ -130,8 +129,8 @@ def _fit_exit(
         layer=layer,
         probe=probe,
         classifier=classifier,
-        fitted=Scored(settled_score(rows_features, classifier), agrees),
-        held_out=Scored(settled_score(held_features, classifier), held_agrees),
+        fitted=Scored(linear_score(rows_features, classifier), agrees),
+        held_out=Scored(linear_score(held_features, classifier), held_agrees),
     )
 
 
@@ -140,31 +139,35 @@ def _probe_maker(recording: Recording, target: Target, states: Tensor) -> Callab
     head = recording.head_weight
     if target.label_ids is not None:
         head = head[target.label_ids]
-    plain = Lens(recording.norm_weight, target.norm_eps, head)
+    plain = Probe(
+        head_weight=head,
+        token_ids=target.label_ids,
+        norm_weight=recording.norm_weight,
+        norm_eps=target.norm_eps,
+    )
     if target.kind == "logit-lens":
         return lambda rows: plain
     own = len(np.unique(recording.groups))
     weight = np.where(np.arange(len(states)) < own, DECISION_ROW_WEIGHT, 1.0)
     if target.kind == "lens":
 
-        def lens(rows: Ints) -> Lens:
+        def lens(rows: Ints) -> Probe:
             change = recording.final[rows].float() - states[rows].float()
             matrix, bias = _ridge(states[rows], change, weight[rows])
-            return Lens(
-                plain.norm_weight,
-                plain.norm_eps,
-                plain.head_weight,
+            return replace(
+                plain,
                 lens_weight=matrix.T.contiguous().to(head.dtype),
                 lens_bias=bias.to(head.dtype),
             )
 
         return lens
 
-    def label_head(rows: Ints) -> LabelHead:
+    def label_head(rows: Ints) -> Probe:
         rows = rows[rows < own]  # cut prompts have no label to come
-        scores = plain.scores(recording.final[rows])
+        scores = plain.score(plain.readout(recording.final[rows]), return_scores=True).scores
+        assert scores is not None
         matrix, bias = _ridge(states[rows], scores - scores.mean(1, keepdim=True), weight[rows])
-        return LabelHead(matrix, bias)
+        return Probe(head_weight=matrix, head_bias=bias, token_ids=target.label_ids)
 
     return label_head
 
@@ -182,13 +185,6 @@ def _ridge(x: Tensor, y: Tensor, weight: npt.NDArray[np.float64]) -> tuple[Tenso
     matrix = ridge.coef_ / scaler.scale_
     bias = ridge.intercept_ - matrix @ scaler.mean_
     return torch.from_numpy(matrix).float(), torch.from_numpy(bias).float()
-
-
-def _summary(probe: Probe, states: Tensor, label_ids: Tensor | None) -> ProbeResult:
-    if label_ids is not None:
-        return summarise(probe.scores(states), label_ids)
-    assert isinstance(probe, Lens)
-    return probe.summary(states)
 
 
 def candidate_layers(depth: int, asked: Sequence[int] | None) -> list[int]:

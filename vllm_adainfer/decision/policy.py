@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from adainfer_kernels import summarise
 from torch import Tensor
 
 from vllm_adainfer.artifact import Artifact
-from vllm_adainfer.decision.probe import LabelHead, Lens, Probe, features
+from vllm_adainfer.decision.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Decision:
         settled: bool [rows]; True where the answer is decided.
         answers: what to decode in settled rows: fp32 [rows, labels] scores of the policy's
             labels, or [rows, hidden size] states for the LM head if any token may be the answer.
-            None where no row is settled.
+            None from a policy that settles nothing.
 
     """
 
@@ -64,35 +63,33 @@ class CalibratedPolicy:
         self.label_ids = torch.tensor(config.label_ids, device=device) if config.label_ids else None
         self._thresholds = tensors["thresholds"]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
-        self._probes: list[Probe] = []
-        for layer in self.exit_points:
-            if config.probe == "label-head":
-                probe: Probe = LabelHead(
-                    tensors[f"exit.{layer}.head_weight"], tensors[f"exit.{layer}.head_bias"]
-                )
-            else:
-                probe = Lens(
-                    norm_weight=tensors.get("norm_weight", norm_weight),
-                    norm_eps=config.norm_eps,
-                    head_weight=tensors.get("head_rows", head_weight),
-                    lens_weight=tensors.get(f"exit.{layer}.lens_weight"),
-                    lens_bias=tensors.get(f"exit.{layer}.lens_bias"),
-                )
-            self._probes.append(probe)
+        self._probes = [
+            Probe(
+                head_weight=tensors[f"exit.{layer}.head_weight"],
+                head_bias=tensors[f"exit.{layer}.head_bias"],
+                token_ids=self.label_ids,
+            )
+            if config.probe == "label-head"
+            else Probe(
+                head_weight=tensors.get("head_rows", head_weight),
+                token_ids=self.label_ids,
+                norm_weight=tensors.get("norm_weight", norm_weight),
+                norm_eps=config.norm_eps,
+                lens_weight=tensors.get(f"exit.{layer}.lens_weight"),
+                lens_bias=tensors.get(f"exit.{layer}.lens_bias"),
+            )
+            for layer in self.exit_points
+        ]
 
     def decide(self, exit_index: int, hidden: Tensor, tags: Tensor) -> Decision:
         """See `ExitPolicy.decide`."""
-        probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
-        thresholds = self._thresholds[tags, exit_index]
-        if self.label_ids is not None:
-            scores = probe.scores(hidden)
-            score = settled_score(features(summarise(scores)), classifier)
-            return Decision(score >= thresholds, scores)
-        assert isinstance(probe, Lens)
-        settled = settled_score(features(probe.summary(hidden)), classifier) >= thresholds
-        return Decision(settled, probe.readout(hidden) if settled.any() else None)
-
-
-def settled_score(rows: Tensor, classifier: Tensor) -> Tensor:
-    """Linear classifier on features [rows, n]; `classifier` is [n + 1], the bias last."""
-    return torch.addmv(classifier[-1], rows, classifier[:-1])
+        probe = self._probes[exit_index]
+        readout = probe.readout(hidden)
+        result = probe.score(
+            readout,
+            classifier=self._classifiers[exit_index],
+            threshold=self._thresholds[tags, exit_index],
+            return_scores=self.label_ids is not None,
+        )
+        assert result.settled is not None
+        return Decision(result.settled, readout if self.label_ids is None else result.scores)

@@ -7,76 +7,67 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from adainfer_kernels import ProbeResult, probe
-from adainfer_kernels.probe import lensed, normed
+import adainfer_kernels
+from adainfer_kernels import ProbeResult
 from torch import Tensor
 
-FEATURES = ("top_prob", "gap")
-
-
-def features(result: ProbeResult) -> Tensor:
-    """AdaInfer's two features, fp32 [rows, 2], in the order of `FEATURES`."""
-    return torch.stack([result.top_prob, result.gap], dim=-1)
+FEATURES = ("top_prob", "gap")  # the columns of `ProbeResult.features`
 
 
 @dataclass(frozen=True)
-class LabelHead:
-    """A fitted linear map from the hidden state straight to the labels' final scores.
+class Probe:
+    """What an exit point reads a hidden state with.
+
+    A `label-head` is a head and a bias alone, fitted from the state straight to the labels' final
+    scores; `logit-lens` is the model's own final norm and head; `lens` a fitted affine map before
+    those.
 
     Attributes:
-        head_weight: fp32 [labels, hidden size].
-        head_bias: fp32 [labels].
-
-    """
-
-    head_weight: Tensor
-    head_bias: Tensor
-
-    def scores(self, hidden: Tensor) -> Tensor:
-        """Label scores, fp32 [rows, labels], of hidden states [rows, hidden size]."""
-        return torch.addmm(self.head_bias, hidden.float(), self.head_weight.T)
-
-
-@dataclass(frozen=True)
-class Lens:
-    """Final norm and LM head on an intermediate state, after an affine lens if there is one.
-
-    Attributes:
-        norm_weight: [hidden size] of the model's final RMSNorm.
+        head_weight: [n, hidden size], a row for each token it scores.
+        head_bias: [n], or None.
+        token_ids: int64 [n], the tokens of the rows; None where row j is token j.
+        norm_weight: [hidden size] of the model's final RMSNorm, None for a label head.
         norm_eps: its epsilon.
-        head_weight: [n, hidden size], the LM head or the labels' rows of it.
-        lens_weight: [hidden size, hidden size], None for the logit lens.
+        lens_weight: [hidden size, hidden size] of the affine map, or None.
         lens_bias: [hidden size], goes with it.
 
     """
 
-    norm_weight: Tensor
-    norm_eps: float
     head_weight: Tensor
+    head_bias: Tensor | None = None
+    token_ids: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_eps: float = 1e-6
     lens_weight: Tensor | None = None
     lens_bias: Tensor | None = None
 
     def readout(self, hidden: Tensor) -> Tensor:
-        """The state that the LM head is to read, [rows, hidden size], in the model's dtype."""
-        if self.lens_weight is not None and self.lens_bias is not None:
-            hidden = lensed(hidden, self.lens_weight, self.lens_bias)
-        return normed(hidden, self.norm_weight, self.norm_eps)
-
-    def scores(self, hidden: Tensor) -> Tensor:
-        """Scores of the head's rows, fp32 [rows, n], of hidden states [rows, hidden size]."""
-        return (self.readout(hidden) @ self.head_weight.T).float()
-
-    def summary(self, hidden: Tensor) -> ProbeResult:
-        """Best row of the head (as a column), and the numbers the features come from."""
-        return probe(
+        """The state that the head is to read, [rows, hidden size], in the head's dtype."""
+        return adainfer_kernels.readout(
             hidden,
-            self.head_weight,
+            norm=None if self.norm_weight is None else "rms",
             norm_weight=self.norm_weight,
             norm_eps=self.norm_eps,
             lens_weight=self.lens_weight,
             lens_bias=self.lens_bias,
+            dtype=self.head_weight.dtype,
         )
 
-
-Probe = LabelHead | Lens
+    def score(
+        self,
+        readout: Tensor,
+        classifier: Tensor | None = None,
+        threshold: Tensor | None = None,
+        return_scores: bool = False,
+    ) -> ProbeResult:
+        """Best token, features, and what else is asked for; see `adainfer_kernels.probe`."""
+        return adainfer_kernels.probe(
+            readout,
+            self.head_weight,
+            norm=None,
+            head_bias=self.head_bias,
+            candidates=self.token_ids,
+            classifier=classifier,
+            threshold=threshold,
+            return_scores=return_scores,
+        )

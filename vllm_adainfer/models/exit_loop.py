@@ -90,9 +90,9 @@ class ExitLoop:
             decision = policy.decide(
                 index, hidden[sampled] + residual[sampled], torch.from_numpy(step.tags[asked])
             )
-            if decision.answers is None:
-                continue
             settled = asked[decision.settled.numpy()]
+            if settled.size == 0 or decision.answers is None:
+                continue
             if answers is None:
                 answers = decision.answers.new_empty(step.num_requests, decision.answers.shape[1])
             answers[torch.from_numpy(settled)] = decision.answers[decision.settled]

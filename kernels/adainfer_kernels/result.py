@@ -1,0 +1,89 @@
+"""What a probe returns, and how the results of vocabulary shards join."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NO_ID = torch.iinfo(torch.int32).max  # loses every tie
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe says about each row; the tensors have the shape [rows].
+
+    A row with a NaN score, or with +inf, has NaN features: no threshold accepts it.
+
+    Attributes:
+        top1_id: vocabulary id of the best score (int64); the lowest id wins a tie. -1 where a row
+            has no candidate at all.
+        top1: best score (fp32).
+        top2: second best score (fp32); equals ``top1`` on a tie, -inf where there is no second.
+        lse: log of the sum of the exponentials of all scores (fp32).
+        settled: bool, whether the linear classifier accepted the row; None if none was given.
+        scores: fp32 [rows, candidates], None unless asked for.
+
+    """
+
+    top1_id: Tensor
+    top1: Tensor
+    top2: Tensor
+    lse: Tensor
+    settled: Tensor | None = None
+    scores: Tensor | None = None
+
+    @property
+    def top_prob(self) -> Tensor:
+        """Probability of the best token, fp32 [rows]."""
+        return (self.top1 - self.lse).exp()
+
+    @property
+    def gap(self) -> Tensor:
+        """Lead of the best token's probability over the second's, fp32 [rows]."""
+        return self.top_prob - (self.top2 - self.lse).exp()
+
+    @property
+    def features(self) -> Tensor:
+        """``top_prob`` and ``gap``, fp32 [rows, 2]."""
+        return torch.stack([self.top_prob, self.gap], dim=-1)
+
+
+def linear_score(features: Tensor, classifier: Tensor) -> Tensor:
+    """A linear classifier (SVM, logistic regression) on features [rows, n].
+
+    Args:
+        features: fp32 [rows, n].
+        classifier: fp32 [n + 1], the bias last.
+
+    Returns:
+        fp32 [rows]; a row is settled where this reaches its threshold.
+
+    """
+    return torch.addmv(classifier[-1], features, classifier[:-1])
+
+
+def merge(parts: Sequence[ProbeResult]) -> ProbeResult:
+    """Join results of the same rows over disjoint parts of the vocabulary, in any order.
+
+    `settled` and `scores` speak of one part only and are left out: decide after the merge, with
+    `linear_score`.
+    """
+    if not parts:
+        raise ValueError("merge needs at least one part")
+    if len(parts) == 1:
+        [only] = parts
+        return ProbeResult(only.top1_id, only.top1, only.top2, only.lse)
+    firsts = torch.stack([part.top1 for part in parts])
+    best = firsts.amax(dim=0)
+    ids = torch.stack([part.top1_id for part in parts])
+    ids = ids.masked_fill((firsts != best) | (ids < 0), NO_ID).amin(dim=0)
+    seconds = torch.stack([part.top2 for part in parts])
+    return ProbeResult(
+        top1_id=ids.masked_fill(ids == NO_ID, -1),
+        top1=best,
+        top2=torch.cat([firsts, seconds]).topk(2, dim=0).values[1],
+        lse=torch.stack([part.lse for part in parts]).logsumexp(dim=0),
+    )
