@@ -12,25 +12,28 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Before Triton is: without a GPU its code runs here too, in its interpreter.
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
 
-from tests.tiny import tiny_artifact, tiny_llama
+# Before Triton is imported: without a GPU its code runs in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random six-layer Llama with a word tokenizer, fp32."""
+    from tests.tiny import tiny_llama
+
     return tiny_llama(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def tiny_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact for it: random label heads, every row settled at the first exit point."""
+    from tests.tiny import tiny_artifact
+
     return tiny_artifact(tiny_model, tmp_path_factory.mktemp("artifact") / "policy")
 
 

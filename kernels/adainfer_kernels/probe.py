@@ -8,8 +8,7 @@ The features of AdaInfer (arXiv 2403.02181) follow from three numbers a row:
 ``top_prob = exp(top1 - lse)`` and ``gap = top_prob - exp(top2 - lse)``.
 
 Two twins do the work, `triton_probe` on a GPU and `torch_probe` anywhere; neither writes the
-rows x vocabulary scores. Both are reached through torch ops, ``adainfer::readout`` and
-``adainfer::probe``, so that a call traces under ``torch.compile(fullgraph=True)``.
+rows x vocabulary scores. Under ``torch.compile`` a call is traced as torch ops, see `ops`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adainfer_kernels import ops
-from adainfer_kernels.dispatch import Implementation, resolve
+from adainfer_kernels.dispatch import Implementation, resolve, twin
 from adainfer_kernels.result import ProbeResult
 
 Norm = Literal["rms", "layer"] | None
@@ -59,35 +58,28 @@ def readout(
         RuntimeError: the forced implementation cannot run.
 
     """
-    _check(hidden.dim() == 2, "hidden must be [rows, hidden size], got {}", hidden)
-    size = hidden.shape[1:]
-    _check(norm in ("rms", "layer", None), f'norm must be "rms", "layer" or None, got {norm!r}')
-    for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if value is not None:
-            _check(norm is not None, f"{name} is given but norm is None: name the norm, or drop it")
-            _check(value.shape == size, name + " must be [hidden size], got {}", value)
-    if lens_weight is None:
-        _check(lens_bias is None, "lens_bias goes with lens_weight: give both, or neither")
-    else:
-        square = torch.Size([size[0], size[0]])
-        wanted = "lens_weight must be [hidden size, hidden size], got {}"
-        _check(lens_weight.shape == square, wanted, lens_weight)
-    if lens_bias is not None:
-        _check(lens_bias.shape == size, "lens_bias must be [hidden size], got {}", lens_bias)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must be [rows, hidden size], got {list(hidden.shape)}")
+    if norm not in ("rms", "layer", None):
+        raise ValueError(f'norm must be "rms", "layer" or None, got {norm!r}')
+    if norm is None and (norm_weight is not None or norm_bias is not None):
+        raise ValueError("norm_weight or norm_bias is given but norm is None: name the norm")
+    if lens_weight is None and lens_bias is not None:
+        raise ValueError("lens_bias goes with lens_weight: give both, or neither")
+    size = hidden.shape[1]
+    _check_shape("norm_weight", norm_weight, size)
+    _check_shape("norm_bias", norm_bias, size)
+    _check_shape("lens_weight", lens_weight, size, size)
+    _check_shape("lens_bias", lens_bias, size)
     dtype = dtype or hidden.dtype
     if norm is None and lens_weight is None:
         return hidden.to(dtype)
-    return ops.readout(
-        hidden,
-        norm,
-        norm_weight,
-        norm_bias,
-        norm_eps,
-        lens_weight,
-        lens_bias,
-        dtype,
-        resolve(implementation, hidden.device),
-    )
+    arguments = (hidden, norm, norm_weight, norm_bias, norm_eps, lens_weight, lens_bias, dtype)
+    chosen = resolve(implementation, hidden.device)
+    if torch.compiler.is_compiling():
+        return ops.readout(*arguments, chosen)
+    state: Tensor = twin(chosen).readout(*arguments)
+    return state
 
 
 def probe(
@@ -153,31 +145,36 @@ def probe(
         dtype=head_weight.dtype,
         implementation=implementation,
     )
-    rows = hidden.shape[0]
-    wanted = f"head_weight must be [vocabulary, {hidden.shape[1]}], got {{}}"
-    _check(head_weight.shape[1:] == hidden.shape[1:], wanted, head_weight)
+    rows, hidden_size = hidden.shape
+    if head_weight.dim() != 2 or head_weight.shape[1] != hidden_size:
+        raise ValueError(
+            f"head_weight must be [vocabulary, {hidden_size}], got {list(head_weight.shape)}"
+        )
     size = head_weight.shape[0]
-    if head_bias is not None:
-        _check(head_bias.shape == (size,), f"head_bias must be [{size}], got {{}}", head_bias)
+    _check_shape("head_bias", head_bias, size)
     if candidates is not None:
-        _check(candidates.dtype == torch.int64, f"candidates must be int64, got {candidates.dtype}")
+        if candidates.dtype != torch.int64:
+            raise ValueError(f"candidates must be int64, got {candidates.dtype}")
         if candidates.dim() == 1:
             if size != candidates.shape[0]:
                 head_weight = head_weight[candidates]
                 head_bias = None if head_bias is None else head_bias[candidates]
-        else:
-            fits = candidates.dim() == 2 and candidates.shape[0] == rows
-            _check(fits, f"candidates must be [n] or [{rows}, width], got {{}}", candidates)
+        elif candidates.dim() != 2 or candidates.shape[0] != rows:
+            raise ValueError(
+                f"candidates must be [n] or [{rows}, width], got {list(candidates.shape)}"
+            )
         size = candidates.shape[-1]
-    _check(size >= 2, f"a probe needs at least two scores a row, got {size}")
-    _check(soft_cap is None or soft_cap > 0, f"soft_cap must be positive, got {soft_cap}")
-    _check(scale > 0, f"scale must be positive, got {scale}")
-    both = "classifier and threshold go together: give both, or neither"
-    _check((classifier is None) == (threshold is None), both)
-    if classifier is not None and threshold is not None:
-        _check(classifier.shape == (3,), "classifier must be [3], got {}", classifier)
-        _check(threshold.shape == (rows,), f"threshold must be [{rows}], got {{}}", threshold)
-    top1_id, top1, top2, lse, settled, scores = ops.probe(
+    if size < 2:
+        raise ValueError(f"a probe needs at least two scores a row, got {size}")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if (classifier is None) != (threshold is None):
+        raise ValueError("classifier and threshold go together: give both, or neither")
+    _check_shape("classifier", classifier, 3)
+    _check_shape("threshold", threshold, rows)
+    arguments = (
         state,
         head_weight,
         candidates,
@@ -187,19 +184,22 @@ def probe(
         classifier,
         threshold,
         return_scores,
-        resolve(implementation, hidden.device),
     )
-    return ProbeResult(
-        top1_id,
-        top1,
-        top2,
-        lse,
-        settled=None if classifier is None else settled,
-        scores=scores if return_scores else None,
-    )
+    chosen = resolve(implementation, hidden.device)
+    if torch.compiler.is_compiling():
+        top1_id, top1, top2, lse, settled, scores = ops.probe(*arguments, chosen)
+        return ProbeResult(
+            top1_id,
+            top1,
+            top2,
+            lse,
+            settled=None if classifier is None else settled,
+            scores=scores if return_scores else None,
+        )
+    result: ProbeResult = twin(chosen).score(*arguments)
+    return result
 
 
-def _check(fits: bool, sentence: str, tensor: Tensor | None = None) -> None:
-    """Raise `sentence` if it does not fit; {} in it stands for the tensor's shape."""
-    if not fits:
-        raise ValueError(sentence if tensor is None else sentence.format(list(tensor.shape)))
+def _check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {list(shape)}, got {list(tensor.shape)}")

@@ -15,7 +15,8 @@ NO_ID = torch.iinfo(torch.int32).max  # loses every tie
 class ProbeResult:
     """What a probe says about each row; the tensors have the shape [rows].
 
-    A row with a NaN score, or with +inf, has NaN features: no threshold accepts it.
+    A row with a NaN score, with +inf, or with nothing but -inf has NaN features: no threshold
+    accepts it.
 
     Attributes:
         top1_id: vocabulary id of the best score (int64); the lowest id wins a tie. -1 where a row
@@ -48,7 +49,8 @@ class ProbeResult:
     @property
     def features(self) -> Tensor:
         """``top_prob`` and ``gap``, fp32 [rows, 2]."""
-        return torch.stack([self.top_prob, self.gap], dim=-1)
+        best, second = (torch.stack([self.top1, self.top2]) - self.lse).exp().unbind()
+        return torch.stack([best, best - second], dim=-1)
 
 
 def linear_score(features: Tensor, classifier: Tensor) -> Tensor:
@@ -81,9 +83,11 @@ def merge(parts: Sequence[ProbeResult]) -> ProbeResult:
     ids = torch.stack([part.top1_id for part in parts])
     ids = ids.masked_fill((firsts != best) | (ids < 0), NO_ID).amin(dim=0)
     seconds = torch.stack([part.top2 for part in parts])
+    lses = torch.stack([part.lse for part in parts])
     return ProbeResult(
         top1_id=ids.masked_fill(ids == NO_ID, -1),
         top1=best,
         top2=torch.cat([firsts, seconds]).topk(2, dim=0).values[1],
-        lse=torch.stack([part.lse for part in parts]).logsumexp(dim=0),
+        # A part whose scores are all -inf adds nothing.
+        lse=torch.where(firsts == float("-inf"), firsts, lses).logsumexp(dim=0),
     )

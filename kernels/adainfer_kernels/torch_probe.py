@@ -6,16 +6,15 @@ dtype, reduced, and dropped, so that memory does not grow with the vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from adainfer_kernels.result import NO_ID, ProbeResult, linear_score, merge
 
-# Scores in flight. In fp32 they fill the second-level cache of one core (2^18 x 4 bytes = 1 MiB).
-BLOCK_SCORES = 1 << 18
+# Scores in flight, 2 MiB in fp32: best of 2^17 to 2^22 where cores have 1 MiB of L2, 16 of L3.
+BLOCK_SCORES = 1 << 19
 SMALLEST_BLOCK = 1024
+GATHERED = 1 << 22  # elements of the head gathered at a time
 GROUP = 64
 
 
@@ -25,14 +24,14 @@ def readout(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
-    lens_change: Tensor | None,
+    lens_weight: Tensor | None,
     lens_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `adainfer_kernels.readout`; `lens_change` is ``hidden @ lens_weight``."""
+    """See `adainfer_kernels.readout`."""
     x = hidden.float()
-    if lens_change is not None:
-        x = x + lens_change
+    if lens_weight is not None:
+        x = x + hidden.to(lens_weight.dtype) @ lens_weight
     if lens_bias is not None:
         x = x + lens_bias
     if norm == "layer":
@@ -58,16 +57,17 @@ def score(
     return_scores: bool,
 ) -> ProbeResult:
     """Score readouts [rows, hidden size] with a head (packed if `candidates` is 1-D) and reduce."""
-    rows = readout.shape[0]
+    rows, size = readout.shape[0], head_weight.shape[0]
+    block = max(SMALLEST_BLOCK, BLOCK_SCORES // max(rows, 1) // GROUP * GROUP)
     kept: Tensor | None = None
     if candidates is not None and candidates.dim() == 2:
         kept = _shortlist_scores(readout, head_weight, candidates, head_bias, soft_cap, scale)
         found = summarise(kept, candidates)
+    elif size <= block:
+        kept = _shaped((readout @ head_weight.T).float(), head_bias, soft_cap, scale)
+        found = summarise(kept, candidates)
     else:
-        size = head_weight.shape[0]
-        block = max(SMALLEST_BLOCK, BLOCK_SCORES // max(rows, 1) // GROUP * GROUP)
-        if return_scores:
-            kept = readout.new_empty(rows, size, dtype=torch.float32)
+        kept = readout.new_empty(rows, size, dtype=torch.float32) if return_scores else None
         parts = []
         for first in range(0, size, block):
             here = slice(first, min(first + block, size))
@@ -81,7 +81,8 @@ def score(
     settled: Tensor | None = None
     if classifier is not None and threshold is not None:
         settled = linear_score(found.features, classifier) >= threshold
-    return replace(found, settled=settled, scores=kept if return_scores else None)
+    scores_kept = kept if return_scores else None
+    return ProbeResult(found.top1_id, found.top1, found.top2, found.lse, settled, scores_kept)
 
 
 def summarise(scores: Tensor, ids: Tensor | None = None, *, first_id: int = 0) -> ProbeResult:
@@ -94,46 +95,57 @@ def summarise(scores: Tensor, ids: Tensor | None = None, *, first_id: int = 0) -
 
     """
     scores = scores.float()
-    if ids is None:
-        top1, column, top2 = _best_two(scores)
-        top1_id = column + first_id
+    if ids is not None and ids.dim() == 2:
+        scores = scores.masked_fill(ids < 0, float("-inf"))
+    top1, column, top2 = _best_two(scores)
+    if ids is not None:
+        top1_id = _lowest_best_id(scores, ids, top1, column, top2)
     else:
-        if ids.dim() == 2:
-            scores = scores.masked_fill(ids < 0, float("-inf"))
-        top1 = scores.amax(dim=-1)
-        # The lowest id among equals, wherever it stands.
-        winners = (scores == top1.unsqueeze(-1)) & (ids >= 0)
-        top1_id = torch.where(winners, ids, NO_ID).amin(dim=-1)
-        top2 = scores.masked_fill(ids == top1_id.unsqueeze(-1), float("-inf")).amax(dim=-1)
-        top1_id = top1_id.masked_fill(top1_id == NO_ID, -1)
+        top1_id = column + first_id if first_id else column
     # softmax is torch's one fused reduction over exponentials; its maximum is exp(top1 - lse).
     lse = top1 - scores.softmax(dim=-1).amax(dim=-1).log()
-    lse = torch.where(top1 == float("-inf"), top1, lse)  # there is no score at all
     return ProbeResult(top1_id, top1, top2, lse)
 
 
 def _best_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Best score, its first column, second best score.
+    """Best score, the first column that has it, second best score.
 
     Many columns are reduced to maxima of groups first (one vectorised pass); only the best group
     is looked into.
     """
     rows, size = scores.shape
     if size <= 2 * GROUP:
-        top1, column = scores.max(dim=-1)
-        rest = scores.scatter(-1, column.unsqueeze(-1), float("-inf"))
-        return top1, column, rest.amax(dim=-1)
+        values = scores.topk(2).values
+        return values[:, 0], scores.argmax(dim=-1), values[:, 1]
     if size % GROUP:
         scores = torch.nn.functional.pad(scores, (0, -size % GROUP), value=float("-inf"))
     groups = scores.view(rows, -1, GROUP)
     maxima = groups.amax(dim=-1)
-    _, group = maxima.max(dim=-1)
-    at = group.unsqueeze(-1)
-    members = groups.gather(1, at.unsqueeze(-1).expand(rows, 1, GROUP)).squeeze(1)
-    top1, member = members.max(dim=-1)
-    rivals = members.scatter(-1, member.unsqueeze(-1), float("-inf")).amax(dim=-1)
-    others = maxima.scatter(-1, at, float("-inf")).amax(dim=-1)
-    return top1, group * GROUP + member, torch.maximum(rivals, others)
+    group = maxima.argmax(dim=-1)
+    members = groups[torch.arange(rows, device=scores.device), group]
+    values = members.topk(2).values
+    second = torch.maximum(values[:, 1], maxima.topk(2).values[:, 1])
+    return values[:, 0], group * GROUP + members.argmax(dim=-1), second
+
+
+def _lowest_best_id(
+    scores: Tensor, ids: Tensor, top1: Tensor, column: Tensor, top2: Tensor
+) -> Tensor:
+    """The lowest id that has the best score, wherever its column is; -1 if only padding has it."""
+    if scores.is_cuda:  # asking for ties would wait for the device
+        return _lowest_winner(scores, ids, top1)
+    top1_id = ids[column] if ids.dim() == 1 else ids.gather(1, column.unsqueeze(1)).squeeze(1)
+    tied = (top1 == top2).nonzero().squeeze(1)
+    if tied.numel():
+        their_ids = ids if ids.dim() == 1 else ids[tied]
+        top1_id[tied] = _lowest_winner(scores[tied], their_ids, top1[tied])
+    return top1_id
+
+
+def _lowest_winner(scores: Tensor, ids: Tensor, top1: Tensor) -> Tensor:
+    winners = (scores == top1.unsqueeze(-1)) & (ids >= 0)
+    lowest = torch.where(winners, ids, NO_ID).amin(dim=-1)
+    return lowest.masked_fill(lowest == NO_ID, -1)
 
 
 def _shortlist_scores(
@@ -145,12 +157,17 @@ def _shortlist_scores(
     scale: float,
 ) -> Tensor:
     """Scores of each row's own candidates, fp32 [rows, width]; NaN for ids beyond the head."""
+    (rows, width), hidden_size = candidates.shape, head_weight.shape[1]
     beyond = candidates >= head_weight.shape[0]
     safe = candidates.masked_fill(beyond, 0).clamp(min=0)
-    gathered = head_weight[safe]  # [rows, width, hidden size]
-    scores = torch.bmm(gathered, readout.unsqueeze(-1)).squeeze(-1).float()
+    block = max(1, GATHERED // max(1, width * hidden_size))  # rows gathered at a time
+    products = readout.new_empty(rows, width, 1)
+    for first in range(0, rows, block):
+        here = slice(first, first + block)
+        torch.bmm(head_weight[safe[here]], readout[here].unsqueeze(-1), out=products[here])
     bias = None if head_bias is None else head_bias[safe]
-    return _shaped(scores, bias, soft_cap, scale).masked_fill(beyond, float("nan"))
+    scores = _shaped(products.squeeze(-1).float(), bias, soft_cap, scale)
+    return scores.masked_fill(beyond, float("nan"))
 
 
 def _shaped(scores: Tensor, bias: Tensor | None, soft_cap: float | None, scale: float) -> Tensor:

@@ -30,11 +30,11 @@ def readout(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
-    lens_change: Tensor | None,
+    lens_weight: Tensor | None,
     lens_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `adainfer_kernels.readout`; `lens_change` is ``hidden @ lens_weight``."""
+    """See `adainfer_kernels.readout`; the product with the lens is torch's."""
     hidden = _rows_contiguous(hidden)
     rows, hidden_size = hidden.shape
     out = torch.empty(rows, hidden_size, dtype=dtype, device=hidden.device)
@@ -42,7 +42,7 @@ def readout(
         return out
     triton_kernels.readout_kernel[(rows,)](
         hidden,
-        lens_change,
+        None if lens_weight is None else hidden.to(lens_weight.dtype) @ lens_weight,
         _contiguous(lens_bias),
         _contiguous(norm_weight),
         _contiguous(norm_bias),
