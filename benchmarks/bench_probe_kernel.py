@@ -47,7 +47,7 @@ ROWS = (1, 8, 64, 256)
 SHORTLIST = 64
 LABELS = 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 5, 30, 2.0
+LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 5, 40, 1.0
 
 Call = Callable[[], Any]
 

@@ -18,6 +18,7 @@ GATHERED = 1 << 22  # elements of the head gathered at a time
 GROUP = 64
 
 
+@torch.no_grad()  # what is written in place cannot be differentiated
 def readout(
     hidden: Tensor,
     norm: str | None,
@@ -29,22 +30,27 @@ def readout(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `adainfer_kernels.readout`."""
-    x = hidden.float()
+    # In place: on a CPU a temporary of a megabyte costs more in page faults than its arithmetic.
+    x = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if lens_weight is not None:
-        x = x + hidden.to(lens_weight.dtype) @ lens_weight
+        x += hidden.to(lens_weight.dtype) @ lens_weight
     if lens_bias is not None:
-        x = x + lens_bias
+        x += lens_bias
     if norm == "layer":
-        x = x - x.mean(dim=-1, keepdim=True)
-    if norm is not None:
-        x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + norm_eps)
+        weight = None if norm_weight is None else norm_weight.float()
+        bias = None if norm_bias is None else norm_bias.float()
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, norm_eps).to(dtype)
+    if norm == "rms":
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        x *= torch.rsqrt(length.square() / x.shape[-1] + norm_eps)
     if norm_weight is not None:
-        x = x * norm_weight.float()
+        x *= norm_weight
     if norm_bias is not None:
-        x = x + norm_bias.float()
+        x += norm_bias
     return x.to(dtype)
 
 
+@torch.no_grad()  # what is written in place cannot be differentiated
 def score(
     readout: Tensor,
     head_weight: Tensor,
@@ -57,54 +63,85 @@ def score(
     return_scores: bool,
 ) -> ProbeResult:
     """Score readouts [rows, hidden size] with a head (packed if `candidates` is 1-D) and reduce."""
-    rows, size = readout.shape[0], head_weight.shape[0]
-    block = max(SMALLEST_BLOCK, BLOCK_SCORES // max(rows, 1) // GROUP * GROUP)
-    kept: Tensor | None = None
     if candidates is not None and candidates.dim() == 2:
+        kept: Tensor | None
         kept = _shortlist_scores(readout, head_weight, candidates, head_bias, soft_cap, scale)
-        found = summarise(kept, candidates)
-    elif size <= block:
-        kept = _shaped((readout @ head_weight.T).float(), head_bias, soft_cap, scale)
-        found = summarise(kept, candidates)
+        found = _reduce(kept, candidates, 0, torch.empty_like(kept))
     else:
-        kept = readout.new_empty(rows, size, dtype=torch.float32) if return_scores else None
-        parts = []
-        for first in range(0, size, block):
-            here = slice(first, min(first + block, size))
-            bias = None if head_bias is None else head_bias[here]
-            scores = _shaped((readout @ head_weight[here].T).float(), bias, soft_cap, scale)
-            if kept is not None:
-                kept[:, here] = scores
-            ids = None if candidates is None else candidates[here]
-            parts.append(summarise(scores, ids, first_id=first))
-        found = merge(parts)
+        found, kept = _score_blocks(
+            readout, head_weight, candidates, head_bias, soft_cap, scale, return_scores
+        )
     settled: Tensor | None = None
     if classifier is not None and threshold is not None:
         settled = linear_score(found.features, classifier) >= threshold
-    scores_kept = kept if return_scores else None
-    return ProbeResult(found.top1_id, found.top1, found.top2, found.lse, settled, scores_kept)
+    return ProbeResult(
+        found.top1_id,
+        found.top1,
+        found.top2,
+        found.lse,
+        settled=settled,
+        scores=kept if return_scores else None,
+    )
 
 
-def summarise(scores: Tensor, ids: Tensor | None = None, *, first_id: int = 0) -> ProbeResult:
+def _score_blocks(
+    readout: Tensor,
+    head_weight: Tensor,
+    candidates: Tensor | None,
+    head_bias: Tensor | None,
+    soft_cap: float | None,
+    scale: float,
+    return_scores: bool,
+) -> tuple[ProbeResult, Tensor | None]:
+    """Score and reduce block by block, in the same three buffers; with the scores if asked for."""
+    rows, size = readout.shape[0], head_weight.shape[0]
+    block = max(SMALLEST_BLOCK, BLOCK_SCORES // max(rows, 1) // GROUP * GROUP)
+    block = min(block, size)
+    products = readout.new_empty(rows * block)
+    scores, softmax = readout.new_empty(2, rows * block, dtype=torch.float32)
+    kept = readout.new_empty(rows, size, dtype=torch.float32) if return_scores else None
+    parts = []
+    for first in range(0, size, block):
+        here = slice(first, min(first + block, size))
+        width = here.stop - first
+        product, part, exponentials = (
+            buffer[: rows * width].view(rows, width) for buffer in (products, scores, softmax)
+        )
+        torch.mm(readout, head_weight[here].T, out=product)
+        part.copy_(product)
+        _shape(part, None if head_bias is None else head_bias[here], soft_cap, scale)
+        if kept is not None:
+            kept[:, here] = part
+        ids = None if candidates is None else candidates[here]
+        parts.append(_reduce(part, ids, first, exponentials))
+    return merge(parts), kept
+
+
+def summarise(scores: Tensor, ids: Tensor | None = None) -> ProbeResult:
     """Reduce scores to a `ProbeResult`.
 
     Args:
         scores: [rows, n].
-        ids: vocabulary ids of the columns, [n] or [rows, n]; -1 for a column that is none.
-        first_id: without `ids`, the id of the first column.
+        ids: vocabulary ids of the columns, [n] or [rows, n], -1 for a column that is none; without
+            them column j is token j.
 
     """
     scores = scores.float()
-    if ids is not None and ids.dim() == 2:
+    if ids is not None:
         scores = scores.masked_fill(ids < 0, float("-inf"))
+    return _reduce(scores, ids, 0, torch.empty_like(scores))
+
+
+def _reduce(scores: Tensor, ids: Tensor | None, first_id: int, softmax: Tensor) -> ProbeResult:
+    """See `summarise`; without `ids` the first column is token `first_id`; `softmax` is scratch."""
     top1, column, top2 = _best_two(scores)
     if ids is not None:
         top1_id = _lowest_best_id(scores, ids, top1, column, top2)
     else:
         top1_id = column + first_id if first_id else column
     # softmax is torch's one fused reduction over exponentials; its maximum is exp(top1 - lse).
-    lse = top1 - scores.softmax(dim=-1).amax(dim=-1).log()
-    return ProbeResult(top1_id, top1, top2, lse)
+    torch.softmax(scores, dim=-1, out=softmax)
+    return ProbeResult(top1_id, top1, top2, top1 - softmax.amax(dim=-1).log())
 
 
 def _best_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,12 +151,15 @@ def _best_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     is looked into.
     """
     rows, size = scores.shape
+    if size == 1:
+        first = scores[:, 0]
+        return first, first.new_zeros(rows, dtype=torch.int64), first.new_full((rows,), -torch.inf)
     if size <= 2 * GROUP:
         values = scores.topk(2).values
         return values[:, 0], scores.argmax(dim=-1), values[:, 1]
     if size % GROUP:
         scores = torch.nn.functional.pad(scores, (0, -size % GROUP), value=float("-inf"))
-    groups = scores.view(rows, -1, GROUP)
+    groups = scores.view(rows, scores.shape[1] // GROUP, GROUP)
     maxima = groups.amax(dim=-1)
     group = maxima.argmax(dim=-1)
     members = groups[torch.arange(rows, device=scores.device), group]
@@ -156,7 +196,10 @@ def _shortlist_scores(
     soft_cap: float | None,
     scale: float,
 ) -> Tensor:
-    """Scores of each row's own candidates, fp32 [rows, width]; NaN for ids beyond the head."""
+    """Scores of each row's own candidates, fp32 [rows, width].
+
+    Padding has -inf, an id beyond the head NaN.
+    """
     (rows, width), hidden_size = candidates.shape, head_weight.shape[1]
     beyond = candidates >= head_weight.shape[0]
     safe = candidates.masked_fill(beyond, 0).clamp(min=0)
@@ -165,15 +208,16 @@ def _shortlist_scores(
     for first in range(0, rows, block):
         here = slice(first, first + block)
         torch.bmm(head_weight[safe[here]], readout[here].unsqueeze(-1), out=products[here])
-    bias = None if head_bias is None else head_bias[safe]
-    scores = _shaped(products.squeeze(-1).float(), bias, soft_cap, scale)
-    return scores.masked_fill(beyond, float("nan"))
+    scores = products.squeeze(-1).to(torch.float32, copy=True)
+    _shape(scores, None if head_bias is None else head_bias[safe], soft_cap, scale)
+    return scores.masked_fill_(beyond, torch.nan).masked_fill_(candidates < 0, -torch.inf)
 
 
-def _shaped(scores: Tensor, bias: Tensor | None, soft_cap: float | None, scale: float) -> Tensor:
-    """Bias, then soft cap, then scale: the order of vLLM's LogitsProcessor."""
+def _shape(scores: Tensor, bias: Tensor | None, soft_cap: float | None, scale: float) -> None:
+    """Bias, then soft cap, then scale, in place: the order of vLLM's LogitsProcessor."""
     if bias is not None:
-        scores = scores + bias.float()
+        scores += bias
     if soft_cap is not None:
-        scores = (scores / soft_cap).tanh() * soft_cap
-    return scores if scale == 1.0 else scores * scale
+        scores.div_(soft_cap).tanh_().mul_(soft_cap)
+    if scale != 1.0:
+        scores *= scale

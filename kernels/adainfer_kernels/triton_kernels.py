@@ -18,7 +18,6 @@ from adainfer_kernels.result import NO_ID
 
 NO_ID_IN_KERNEL = tl.constexpr(NO_ID)
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -142,7 +141,7 @@ def _store_part(row, inside, part, parts, top1, top1_id, top2, total, part_ptr, 
     tl.store(part_ptr + 2 * plane + at, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # the batch changes at every step
 def score_kernel(
     readout_ptr,
     head_ptr,
@@ -241,7 +240,7 @@ def score_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # the batch changes at every step
 def shortlist_kernel(
     readout_ptr,
     head_ptr,
@@ -295,7 +294,7 @@ def shortlist_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + ids, mask=known, other=0.0).to(tl.float32)
     scores = _shaped(scores, bias, soft_cap, scale)
-    scores = tl.where(known, scores, tl.where(valid, NAN, -INF))[None, :]
+    scores = tl.where(known, scores, tl.where(valid, float("nan"), -INF))[None, :]
     if scores_ptr is not None:
         at = row[:, None] * size + column[None, :]
         tl.store(scores_ptr + at, scores, mask=(column < size)[None, :])
@@ -322,7 +321,7 @@ def shortlist_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # the batch changes at every step
 def finish_kernel(
     part_ptr,
     part_id_ptr,

@@ -48,7 +48,7 @@ CANDIDATES = (
 
 # Few candidates make few programs, whose latency is the cost: small tiles, deep pipelines.
 FEW_CANDIDATES = 1024
-FEW = LaunchShape(16, 16, 256, num_warps=4, num_stages=4)
+FEW = LaunchShape(16, 16, 256, num_warps=2, num_stages=4)
 # The only fp32 heads are fitted label heads; fp32 multiplies without tensor cores.
 FP32 = LaunchShape(16, 16, 64, num_warps=4, num_stages=3)
 # The interpreter takes its time for each operation on a tile, not for its elements.

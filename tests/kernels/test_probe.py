@@ -1,208 +1,293 @@
+"""A probe is lens, norm, head, softmax and top-2, whatever its form, dtype and strides."""
+
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
-from adainfer_kernels import ProbeResult, probe, summarise
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from adainfer_kernels import linear_score, probe, readout
 from torch import Tensor
 
-HIDDEN = 16
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Multiples of 1/8, so that sums of them are exact in fp32.
-SCORES = st.lists(st.integers(-400, 400).map(lambda n: n / 8), min_size=2, max_size=40)
+from tests.kernels import oracle
+from tests.kernels.oracle import (
+    DEVICE,
+    DTYPES,
+    FORMS,
+    IMPLEMENTATIONS,
+    NAN,
+    assert_accurate,
+    checked,
+    in_form,
+    normal,
+    states_and_head,
+)
+
+ROWS = [1, 7, 83, 257]
+VOCABULARIES = [2, 1000, 32000, 50272, 128256, 151936]
+HIDDEN = 100
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def fits_the_interpreter(rows: int, vocab: int) -> bool:
+    """Its time goes by tiles, 16 x 16 of them up to 1024 candidates, else 64 x 1024."""
+    block_r, block_v = (16, 16) if vocab <= 1024 else (64, 1024)
+    return -(-rows // block_r) * -(-vocab // block_v) <= 160
 
 
-def oracle(scores: Tensor) -> dict[str, Tensor]:
-    """Softmax and top-k in fp64."""
-    scores = scores.double()
-    best = scores.topk(2, dim=-1).values
-    probabilities = scores.softmax(dim=-1).topk(2, dim=-1).values
-    return {
-        "top1": best[:, 0],
-        "top2": best[:, 1],
-        "lse": scores.logsumexp(dim=-1),
-        "top_prob": probabilities[:, 0],
-        "gap": probabilities[:, 0] - probabilities[:, 1],
-    }
+GRID = [
+    (rows, vocab, dtype, implementation)
+    for dtype in DTYPES
+    for vocab in VOCABULARIES
+    for rows in ROWS
+    for implementation in IMPLEMENTATIONS
+    if implementation == "torch" or DEVICE == "cuda" or fits_the_interpreter(rows, vocab)
+]
 
 
-def numbers(result: ProbeResult) -> dict[str, Tensor]:
-    names = ("top1", "top2", "lse", "top_prob", "gap")
-    return {name: getattr(result, name).double() for name in names}
+@lru_cache(maxsize=1)
+def case(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, oracle.Truth, ...]:
+    hidden, head = states_and_head(rows, vocab, 576 if vocab <= 1000 else 64, dtype)
+    truth, naive = oracle.oracle(hidden, head), oracle.same_dtype(hidden, head)
+    nothing = torch.empty(0)
+    return hidden, head, replace(truth, scores=nothing), replace(naive, scores=nothing)
 
 
-def assert_near(found: ProbeResult, expected: dict[str, Tensor], atol: float) -> None:
-    for name, value in numbers(found).items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=name)
+@pytest.mark.parametrize(("rows", "vocab", "dtype", "implementation"), GRID)
+def test_no_less_accurate_than_naive_torch_in_the_same_dtype(rows, vocab, dtype, implementation):
+    hidden, head, truth, naive = case(rows, vocab, dtype)
+    assert_accurate(probe(hidden, head, implementation=implementation), truth, naive, dtype)
 
 
-def same(left: ProbeResult, right: ProbeResult) -> bool:
-    return torch.equal(left.top1_id, right.top1_id) and all(
-        torch.equal(numbers(left)[name], value) for name, value in numbers(right).items()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("vocab", [1023, 1024, 1025, 1026, 2049, 4097])
+def test_the_size_of_the_vocabulary_need_not_fit_the_blocks(vocab, implementation):
+    rows = 256 if implementation == "torch" else 1  # torch: enough for blocks of 1024
+    hidden, head = states_and_head(rows, vocab, 16)
+    checked(hidden, head, {}, implementation)
+
+
+def lens_and_norm(
+    lens: str, norm: str | None, affine: str, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    options = {"norm": norm, "norm_eps": 0.1}
+    if lens != "no lens":
+        options["lens_weight"] = normal(HIDDEN, HIDDEN, seed=5, dtype=dtype) / HIDDEN**0.5
+    if lens == "lens with bias":
+        options["lens_bias"] = normal(HIDDEN, seed=6, dtype=dtype)
+    if "weight" in affine:
+        options["norm_weight"] = 1 + normal(HIDDEN, seed=7, dtype=dtype) / 4
+    if "bias" in affine:
+        options["norm_bias"] = normal(HIDDEN, seed=8, dtype=dtype)
+    return options
+
+
+LENSES = ["no lens", "lens", "lens with bias"]
+NORMS = [
+    (norm, affine)
+    for norm in ("rms", "layer", None)
+    for affine in ("plain", "weight", "bias", "weight and bias")
+    if norm or affine == "plain"
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("norm", "affine"), NORMS)
+@pytest.mark.parametrize("lens", LENSES)
+def test_a_readout_is_lens_then_norm_rounded_once(lens, norm, affine, implementation):
+    hidden = normal(7, HIDDEN) + 1
+    options = lens_and_norm(lens, norm, affine)
+    right = oracle.readout(hidden, **options)
+    for dtype in DTYPES:
+        found = readout(hidden, **options, dtype=dtype, implementation=implementation)
+        assert found.dtype == dtype
+        torch.testing.assert_close(
+            found.double(), right, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-6
+        )
+    assert readout(hidden.half(), **options, implementation=implementation).dtype == torch.float16
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("norm", "affine"), NORMS)
+@pytest.mark.parametrize("lens", LENSES)
+def test_a_probe_reads_lens_then_norm_then_head(lens, norm, affine, implementation):
+    hidden, head = states_and_head(7, 50, HIDDEN)
+    options = lens_and_norm(lens, norm, affine)
+    checked(hidden, head, options, implementation)
+
+
+AFTER = {
+    "nothing": {},
+    "bias": {"head_bias": True},
+    "soft cap": {"soft_cap": 4.0},
+    "scale": {"scale": 0.25},
+    "whole scale": {"scale": 2},
+    "all": {"head_bias": True, "soft_cap": 4.0, "scale": 0.25},
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("after", AFTER)
+def test_then_bias_then_soft_cap_then_scale(after, form, implementation):
+    hidden, head = states_and_head(7, 200, HIDDEN)
+    options = dict(AFTER[after])
+    bias = normal(200, seed=9) if options.pop("head_bias", False) else None
+    head, candidates = in_form(form, head, rows=7, width=30, head_bias=bias)
+    options |= candidates
+    checked(hidden, head, options, implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_everything_together_in_each_dtype(form, dtype, implementation):
+    hidden, head = states_and_head(7, 1500, HIDDEN, dtype)
+    bias = normal(1500, seed=9, dtype=dtype)
+    head, options = in_form(form, head, rows=7, width=30, head_bias=bias)
+    options |= lens_and_norm("lens with bias", "layer", "weight and bias", dtype)
+    options |= {"soft_cap": 8.0, "scale": 1.5}
+    checked(hidden, head, options, implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("width", [2, 5, 30, 64, 1001])
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_candidates_name_the_tokens_that_are_scored(form, width, implementation):
+    hidden, head = states_and_head(5, 1500, 40)
+    head, options = in_form(form, head, rows=5, width=width)
+    found = checked(hidden, head, options, implementation)
+    assert found.top1_id.dtype == torch.int64
+    assert torch.isin(found.top1_id, options["candidates"]).all()
+
+
+def every_other_row(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, torch.full_like(tensor, NAN)], dim=1).flatten(0, 1)[::2]
+
+
+def start_of_longer(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, torch.full_like(tensor, NAN)])[: len(tensor)]
+
+
+def columns_of_wider(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, torch.full_like(tensor, NAN)], dim=-1)[..., : tensor.shape[-1]]
+
+
+def every_other_column(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, torch.full_like(tensor, NAN)], dim=-1).flatten(-2)[..., ::2]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.T.contiguous().T
+
+
+MATRIX_VIEWS = [
+    every_other_row,
+    start_of_longer,
+    columns_of_wider,
+    every_other_column,
+    transposed,
+]
+STRIDED = [
+    *((name, view) for name in ("hidden", "head_weight", "lens_weight") for view in MATRIX_VIEWS),
+    *(
+        (name, every_other_row)
+        for name in (
+            "norm_weight",
+            "norm_bias",
+            "lens_bias",
+            "head_bias",
+            "classifier",
+            "threshold",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("name", "view"), STRIDED)
+@pytest.mark.parametrize("form", ["full", "shortlists"])
+def test_strides_do_not_matter(form, name, view, implementation):
+    hidden, head = states_and_head(6, 50, HIDDEN)
+    arguments = {"hidden": hidden, "head_weight": head}
+    arguments |= lens_and_norm("lens with bias", "layer", "weight and bias")
+    arguments |= in_form(form, head, rows=6, width=20, head_bias=normal(50, seed=9))[1]
+    truth, naive = oracle.oracle(**arguments), oracle.same_dtype(**arguments)
+    arguments |= {"classifier": normal(3, seed=10), "threshold": normal(6, seed=11)}
+    settled = probe(**arguments, implementation=implementation).settled
+    arguments[name] = view(arguments[name])
+    found = probe(**arguments, implementation=implementation)
+    assert_accurate(found, truth, naive)
+    assert torch.equal(found.settled, settled)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_candidates_may_be_strided(form, implementation):
+    hidden, head = states_and_head(6, 50, HIDDEN)
+    head, options = in_form(form, head, rows=6, width=20)
+    right = probe(hidden, head, **options, implementation=implementation)
+    options["candidates"] = options["candidates"].repeat_interleave(2, dim=-1)[..., ::2]
+    assert oracle.same(probe(hidden, head, **options, implementation=implementation), right)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_is_settled_where_the_classifier_reaches_its_threshold(form, implementation):
+    hidden, head = states_and_head(20, 1500, 40)
+    head, options = in_form(form, head, rows=20, width=30)
+    asked = {"classifier": torch.tensor([0.5, -2.0, 0.3]).to(DEVICE), "threshold": normal(20)}
+    found = checked(hidden, head, options, implementation, **asked)
+    lead = linear_score(found.features, asked["classifier"]) - asked["threshold"]
+    assert (lead.abs() > 1e-5).all(), "no row is at the boundary"
+    assert torch.equal(found.settled, lead >= 0)
+    assert set(found.settled.tolist()) == {True, False}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_scores_are_kept_on_demand(form, dtype, implementation):
+    hidden, head = states_and_head(5, 1500, 40, dtype)
+    head, options = in_form(form, head, rows=5, width=30, head_bias=normal(1500, dtype=dtype))
+    options |= {"soft_cap": 8.0, "scale": 0.5}
+    found = checked(hidden, head, options, implementation, return_scores=True)
+    assert found.scores.dtype == torch.float32
+    right, rounding = oracle.oracle(hidden, head, **options).scores, torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        found.scores.double(), right, rtol=rounding, atol=oracle.EPSILON[dtype]
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [2, 1000, 32000])
-@pytest.mark.parametrize("rows", [1, 7, 83])
-def test_scores_reduce_as_in_fp64(rows, vocab, dtype):
-    scores = normal(rows, vocab, dtype=dtype)
-    found = summarise(scores)
-    assert_near(found, oracle(scores), atol=1e-5)
-    best = scores.double().amax(dim=-1, keepdim=True)
-    lowest = [int(row.nonzero()[0]) for row in scores.double() == best]
-    assert found.top1_id.tolist() == lowest
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_asked_for_is_none(form, implementation):
+    hidden, head = states_and_head(2, 50, 16)
+    head, options = in_form(form, head, rows=2, width=5)
+    found = probe(hidden, head, **options, implementation=implementation)
+    assert (found.settled, found.scores) == (None, None)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [2, 1000, 32000])
-@pytest.mark.parametrize("rows", [1, 7, 83])
-def test_a_probe_is_fp64_softmax_and_topk_up_to_the_rounding_of_its_dtype(rows, vocab, dtype):
-    hidden = normal(rows, HIDDEN, seed=1, dtype=dtype)
-    head = (normal(vocab, HIDDEN, seed=2) / 4).to(dtype)
-    found = probe(hidden, head)
-    scores = hidden.double() @ head.double().T
-    magnitude = float((hidden.double().abs() @ head.double().abs().T).max())
-    rounding = torch.finfo(dtype).eps * magnitude
-    expected = oracle(scores)
-    assert_near(found, expected, atol=2 * rounding)
-    clear = expected["top1"] - expected["top2"] > 2 * rounding
-    assert torch.equal(found.top1_id[clear], scores.argmax(dim=-1)[clear])
-    assert found.top1_id.dtype == torch.int64
-
-
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize("with_lens", [False, True])
-def test_lens_then_norm_then_head_then_bias(with_lens, with_norm, with_bias):
-    hidden, head = normal(7, HIDDEN, seed=1), normal(50, HIDDEN, seed=2)
-    options, x = {}, hidden.double()
-    if with_lens:
-        weight, bias = normal(HIDDEN, HIDDEN, seed=3), normal(HIDDEN, seed=4)
-        options |= {"lens_weight": weight, "lens_bias": bias}
-        x = x + x @ weight.double() + bias.double()
-    if with_norm:
-        gain = normal(HIDDEN, seed=5)
-        options |= {"norm_weight": gain, "norm_eps": 0.1}
-        x = x / (x.square().mean(dim=-1, keepdim=True) + 0.1).sqrt() * gain.double()
-    scores = x @ head.double().T
-    if with_bias:
-        shift = normal(50, seed=6)
-        options["head_bias"] = shift
-        scores = scores + shift.double()
-    found = probe(hidden, head, **options)
-    assert_near(found, oracle(scores), atol=1e-4)
-    assert torch.equal(found.top1_id, scores.argmax(dim=-1))
-
-
-@pytest.mark.parametrize("tied", [(0, 1), (3, 8), (2, 5, 9)])
-def test_a_tie_goes_to_the_lowest_id_and_leaves_no_gap(tied):
-    scores = normal(1, 10)
-    scores[0, list(tied)] = 9.0
-    found = summarise(scores)
-    assert found.top1_id.item() == min(tied)
-    assert found.top1.item() == found.top2.item() == 9.0
-    assert found.gap.item() == 0
-
-
-def test_a_row_with_a_nan_has_nan_features_and_spoils_no_other_row():
-    scores = normal(3, 10)
-    clean = summarise(scores)
-    scores[1, 4] = float("nan")
-    found = summarise(scores)
-    assert found.gap.isnan().tolist() == [False, True, False]
-    assert found.top_prob.isnan().tolist() == [False, True, False]
-    assert torch.equal(found.gap[[0, 2]], clean.gap[[0, 2]])
-    assert not (found.gap >= float("-inf"))[1], "no threshold accepts it"
-
-
-def test_minus_infinity_takes_a_token_out():
-    scores = normal(7, 10)
-    without = summarise(scores[:, ::2])
-    scores[:, 1::2] = float("-inf")
-    found = summarise(scores)
-    assert torch.equal(found.top1_id, 2 * without.top1_id)
-    assert_near(found, numbers(without), atol=1e-6)
-
-
-def test_a_token_left_alone_is_certain():
-    scores = torch.full((1, 5), float("-inf"))
-    scores[0, 3] = 1.0
-    found = summarise(scores)
-    assert (found.top1_id.item(), found.top_prob.item(), found.gap.item()) == (3, 1.0, 1.0)
-
-
-def test_a_row_of_minus_infinity_has_nan_features():
-    found = summarise(torch.full((1, 5), float("-inf")))
-    assert found.gap.isnan().all()
-    assert found.top_prob.isnan().all()
-
-
-def test_strided_input_gives_what_its_copy_gives():
-    hidden, head = normal(14, 2 * HIDDEN, seed=1)[::2, ::2], normal(HIDDEN, 100, seed=2).T
-    assert not hidden.is_contiguous()
-    assert not head.is_contiguous()
-    strided, copied = probe(hidden, head), probe(hidden.contiguous(), head.contiguous())
-    assert torch.equal(strided.top1_id, copied.top1_id)
-    assert_near(strided, numbers(copied), atol=1e-5)
-    scores = normal(100, 7, seed=3).T
-    assert same(summarise(scores), summarise(scores.contiguous()))
-
-
-def test_candidates_name_the_columns():
-    hidden, head = normal(7, HIDDEN, seed=1), normal(4, HIDDEN, seed=2)
-    candidates = torch.tensor([31, 7, 900, 12])
-    plain, named = probe(hidden, head), probe(hidden, head, candidates=candidates)
-    assert torch.equal(named.top1_id, candidates[plain.top1_id])
-    assert torch.equal(named.gap, plain.gap)
-
-
-def test_no_rows_give_no_rows():
-    assert probe(normal(0, HIDDEN), normal(4, HIDDEN)).gap.shape == (0,)
-
-
-def test_a_lens_without_bias_is_an_error():
-    with pytest.raises(ValueError, match="lens_weight needs lens_bias"):
-        probe(normal(1, HIDDEN), normal(4, HIDDEN), lens_weight=normal(HIDDEN, HIDDEN))
-
-
-@pytest.mark.parametrize("scores", [0, 1])
-def test_fewer_than_two_scores_are_an_error(scores):
-    with pytest.raises(ValueError, match=f"at least two scores a row, got {scores}"):
-        summarise(normal(3, scores))
-    with pytest.raises(ValueError, match=f"at least two scores a row, got {scores}"):
-        probe(normal(3, HIDDEN), normal(scores, HIDDEN))
-
-
-@given(SCORES)
-@settings(deadline=None)
-def test_the_gap_is_a_share_and_the_best_score_is_the_best(row):
-    found = summarise(torch.tensor([row]))
-    assert found.top1.item() == max(row) == row[found.top1_id.item()]
-    assert found.top1 >= found.top2
-    assert 0 <= found.gap.item() <= found.top_prob.item() <= 1
-
-
-@given(SCORES, st.integers(-400, 400).map(lambda n: n / 8))
-@settings(deadline=None)
-def test_a_constant_added_to_all_scores_changes_no_feature(row, constant):
-    scores = torch.tensor([row])
-    plain, shifted = summarise(scores), summarise(scores + constant)
-    assert torch.equal(plain.top1_id, shifted.top1_id)
-    torch.testing.assert_close(shifted.gap, plain.gap, rtol=0, atol=5e-5)
-    torch.testing.assert_close(shifted.top_prob, plain.top_prob, rtol=0, atol=5e-5)
-
-
-@given(SCORES.flatmap(lambda row: st.tuples(st.just(row), st.permutations(range(len(row))))))
-@settings(deadline=None)
-def test_the_order_of_the_vocabulary_does_not_change_the_gap(row_and_order):
-    row, order = row_and_order
-    scores = torch.tensor([row])
-    plain, permuted = summarise(scores), summarise(scores[:, order])
-    torch.testing.assert_close(permuted.gap, plain.gap, rtol=0, atol=1e-5)
-    assert row[order[permuted.top1_id.item()]] == max(row)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("vocab", [40, 1500])
+@pytest.mark.parametrize("norm", ["rms", None])
+def test_no_rows_give_no_rows(norm, vocab, form, implementation):
+    hidden, head = normal(0, 16), normal(vocab, 16)
+    head, options = in_form(form, head, rows=0, width=30)
+    found = probe(
+        hidden,
+        head,
+        **options,
+        norm=norm,
+        classifier=normal(3),
+        threshold=normal(0),
+        return_scores=True,
+        implementation=implementation,
+    )
+    width = vocab if form == "full" else 30
+    assert found.top1_id.shape == found.settled.shape == found.gap.shape == (0,)
+    assert found.features.shape == (0, 2)
+    assert found.scores.shape == (0, width)
+    assert readout(hidden, norm=norm, implementation=implementation).shape == (0, 16)

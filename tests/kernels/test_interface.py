@@ -1,0 +1,208 @@
+"""Bad input is one clear sentence, and which twin runs is never a surprise."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from adainfer_kernels import probe, readout
+from adainfer_kernels.dispatch import resolve
+
+from tests.kernels.oracle import (
+    DEVICE,
+    FORMS,
+    IMPLEMENTATIONS,
+    in_form,
+    normal,
+    same,
+    states_and_head,
+)
+
+ROWS, VOCAB, HIDDEN = 3, 10, 8
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, device=DEVICE)
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, device=DEVICE, dtype=torch.int64)
+
+
+# What the sentence is to say; … stands for words of no matter.
+BAD_READOUTS = [
+    ({"hidden": floats(8)}, "hidden must be [rows, hidden size], got [8]"),
+    ({"hidden": floats(2, 3, 8)}, "hidden must be [rows, hidden size], got [2, 3, 8]"),
+    ({"norm": "batch"}, """norm must be "rms", "layer" or None, got 'batch'"""),
+    ({"norm": None, "norm_weight": floats(8)}, "norm_weight … is given but norm is None"),
+    ({"norm": None, "norm_bias": floats(8)}, "norm_bias … is given but norm is None"),
+    ({"norm_weight": floats(9)}, "norm_weight must … [8], got [9]"),
+    ({"norm_bias": floats(1, 8)}, "norm_bias must … [8], got [1, 8]"),
+    ({"lens_weight": floats(8, 9)}, "lens_weight must … [8, 8], got [8, 9]"),
+    ({"lens_weight": floats(8)}, "lens_weight must … [8, 8], got [8]"),
+    ({"lens_weight": floats(8, 8), "lens_bias": floats(7)}, "lens_bias must … [8], got [7]"),
+    ({"lens_bias": floats(8)}, "lens_bias … lens_weight"),
+    (
+        {"implementation": "cuda-magic"},
+        """implementation must be "auto", "triton" or "torch", got 'cuda-magic'""",
+    ),
+]
+BAD_PROBES = [
+    ({"head_weight": floats(10, 9)}, "head_weight must be [vocabulary, 8], got [10, 9]"),
+    ({"head_weight": floats(10)}, "head_weight must be [vocabulary, 8], got [10]"),
+    ({"head_bias": floats(9)}, "head_bias must … [10], got [9]"),
+    ({"head_bias": floats(4), "candidates": ids(4)}, "head_bias must … [10], got [4]"),
+    ({"candidates": ids(5).int()}, "candidates must be int64, got torch.int32"),
+    ({"candidates": floats(5)}, "candidates must be int64, got torch.float32"),
+    ({"candidates": ids()}, "candidates must be [n] or [3, width], got []"),
+    ({"candidates": ids(4, 5)}, "candidates must be [n] or [3, width], got [4, 5]"),
+    ({"candidates": ids(3, 5, 1)}, "candidates must be [n] or [3, width], got [3, 5, 1]"),
+    ({"head_weight": floats(0, 8)}, "at least two scores a row, got 0"),
+    ({"head_weight": floats(1, 8)}, "at least two scores a row, got 1"),
+    ({"candidates": ids(1)}, "at least two scores a row, got 1"),
+    ({"candidates": ids(3, 1)}, "at least two scores a row, got 1"),
+    ({"candidates": ids(3, 0)}, "at least two scores a row, got 0"),
+    ({"soft_cap": 0.0}, "soft_cap must be positive, got 0.0"),
+    ({"soft_cap": -1.0}, "soft_cap must be positive, got -1.0"),
+    ({"soft_cap": float("nan")}, "soft_cap must be positive, got nan"),
+    ({"scale": 0.0}, "scale must be positive, got 0.0"),
+    ({"scale": -2.0}, "scale must be positive, got -2.0"),
+    ({"scale": float("nan")}, "scale must be positive, got nan"),
+    ({"classifier": floats(3)}, "classifier and threshold go together"),
+    ({"threshold": floats(3)}, "classifier and threshold go together"),
+    ({"classifier": floats(2), "threshold": floats(3)}, "classifier must … [3], got [2]"),
+    ({"classifier": floats(3), "threshold": floats(4)}, "threshold must … [3], got [4]"),
+]
+
+
+def assert_says(error: pytest.ExceptionInfo[ValueError], words: str) -> None:
+    parts = words.split(" … ")
+    assert re.search(".*".join(map(re.escape, parts)), str(error.value))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("bad", "words"), BAD_READOUTS + BAD_PROBES)
+def test_bad_input_is_one_clear_sentence(bad, words, implementation):
+    call = {"hidden": floats(ROWS, HIDDEN), "implementation": implementation, **bad}
+    head = call.pop("head_weight", floats(VOCAB, HIDDEN))
+    with pytest.raises(ValueError) as error:  # noqa: PT011  see assert_says
+        probe(call.pop("hidden"), head, **call)
+    assert_says(error, words)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("bad", "words"), BAD_READOUTS)
+def test_a_readout_takes_the_same_exceptions(bad, words, implementation):
+    call = {"hidden": floats(ROWS, HIDDEN), "implementation": implementation, **bad}
+    with pytest.raises(ValueError) as error:  # noqa: PT011  see assert_says
+        readout(call.pop("hidden"), **call)
+    assert_says(error, words)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_are_read_as_any_tensor(form, implementation):
+    hidden, head = states_and_head(5, 1500, 40)
+    head, options = in_form(form, head, rows=5, width=30, head_bias=normal(1500))
+    options |= {"norm_weight": normal(40), "lens_weight": normal(40, 40)}
+    right = probe(hidden, head, **options, implementation=implementation)
+    options |= {
+        name: torch.nn.Parameter(value)
+        for name, value in options.items()
+        if value is not None and value.is_floating_point()
+    }
+    found = probe(
+        hidden.requires_grad_(), torch.nn.Parameter(head), **options, implementation=implementation
+    )
+    assert same(found, right)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(form):
+    hidden, head = states_and_head(5, 1500, 40)
+    head, options = in_form(form, head, rows=5, width=30)
+    forced = "triton" if DEVICE == "cuda" else "torch"
+    auto = probe(hidden, head, **options)
+    assert same(auto, probe(hidden, head, **options, implementation=forced))
+    assert torch.equal(readout(hidden), readout(hidden, implementation=forced))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("has_triton", [False, True])
+def test_auto_needs_no_triton(has_triton, device, monkeypatch):
+    spec = importlib.util.find_spec("triton") if has_triton else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    right = "triton" if has_triton and device == "cuda" else "torch"
+    assert resolve("auto", torch.device(device)) == right
+
+
+def test_forced_triton_without_a_gpu_or_its_interpreter_is_an_error_that_names_the_ways_out(
+    monkeypatch,
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    hidden, head = normal(3, 8).cpu(), normal(10, 8).cpu()
+    ways_out = 'cpu tensors: move them to a GPU, pass "torch", or set TRITON_INTERPRET=1'
+    for norm in ("rms", None):
+        with pytest.raises(RuntimeError, match=ways_out):
+            probe(hidden, head, norm=norm, implementation="triton")
+    with pytest.raises(RuntimeError, match=ways_out):
+        readout(hidden, implementation="triton")
+
+
+def test_forced_triton_without_the_package_is_an_error_that_names_the_ways_out(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(RuntimeError, match='pip install triton, or pass "torch"'):
+            resolve("triton", torch.device(device))
+    with pytest.raises(RuntimeError, match='pip install triton, or pass "torch"'):
+        probe(normal(3, 8), normal(10, 8), implementation="triton")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_is_what_its_twin_says_bit_for_bit(dtype, form):
+    from adainfer_kernels import triton_probe
+
+    hidden, head = states_and_head(5, 1500, 40, dtype)
+    head, options = in_form(form, head, rows=5, width=30, head_bias=normal(1500))
+    asked = {"soft_cap": 5.0, "scale": 0.5, "classifier": normal(3), "threshold": normal(5)}
+    found = probe(
+        hidden, head, **options, **asked, return_scores=True, norm=None, implementation="triton"
+    )
+    if form == "gathered":
+        head, options["head_bias"] = (
+            tensor[options["candidates"]] for tensor in (head, options["head_bias"])
+        )
+    direct = triton_probe.score(
+        hidden,
+        head,
+        options.get("candidates"),
+        options["head_bias"],
+        *asked.values(),
+        return_scores=True,
+    )
+    assert same(found, direct)
+    assert torch.equal(found.settled, direct.settled)
+    assert torch.equal(found.scores, direct.scores)
+
+
+FORCED_TORCH = """
+import sys
+import torch
+from adainfer_kernels import probe
+hidden = torch.ones(2, 8)
+for candidates in (None, torch.arange(10), torch.arange(4), torch.arange(10).view(2, 5)):
+    probe(hidden, torch.ones(10, 8), candidates=candidates, implementation="torch")
+assert "adainfer_kernels.torch_probe" in sys.modules
+unwanted = ("vllm", "adainfer_kernels.triton_")  # torch itself may load Triton
+assert not [name for name in sys.modules if name.startswith(unwanted)]
+"""
+
+
+def test_torch_loads_neither_the_triton_twin_nor_vllm():
+    subprocess.run([sys.executable, "-c", FORCED_TORCH], check=True)
