@@ -30,6 +30,11 @@ def readout(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `adainfer_kernels.readout`."""
+    no_lens = lens_weight is None and lens_bias is None
+    one_dtype = all(t is None or t.dtype == dtype for t in (hidden, norm_weight, norm_bias))
+    if norm == "layer" and no_lens and one_dtype:
+        # torch's own kernel sums in fp32 and rounds once as well, with no copy.
+        return _layer_norm(hidden.contiguous(), norm_weight, norm_bias, norm_eps)
     # In place: on a CPU a temporary of a megabyte costs more in page faults than its arithmetic.
     x = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if lens_weight is not None:
@@ -39,7 +44,7 @@ def readout(
     if norm == "layer":
         weight = None if norm_weight is None else norm_weight.float()
         bias = None if norm_bias is None else norm_bias.float()
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, norm_eps).to(dtype)
+        return _layer_norm(x, weight, bias, norm_eps).to(dtype)
     if norm == "rms":
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         x *= torch.rsqrt(length.square() / x.shape[-1] + norm_eps)
@@ -48,6 +53,10 @@ def readout(
     if norm_bias is not None:
         x += norm_bias
     return x.to(dtype)
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 @torch.no_grad()  # what is written in place cannot be differentiated
