@@ -114,7 +114,7 @@ def make_examples(
 def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
     """The prompt's text, and whether the tokenizer is to add its special tokens."""
     if template is not None:
-        return _fill(template, row), True
+        return fill(template, row), True
     prompt, messages = row.fields.get("prompt"), row.fields.get("messages")
     if isinstance(prompt, str):
         return prompt, True
@@ -134,7 +134,13 @@ def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
     )
 
 
-def _fill(template: str, row: Row) -> str:
+def fill(template: str, row: Row) -> str:
+    """`template`, a format string, with the row's fields in it.
+
+    Raises:
+        AdaInferError: the row lacks a field, or it is no format string.
+
+    """
     try:
         for _, name, _, _ in string.Formatter().parse(template):
             field = None if name is None else name.split(".")[0].split("[")[0]
@@ -156,25 +162,15 @@ def _fill(template: str, row: Row) -> str:
 def find_labels(names: Sequence[str], example: Example, tokenizer: Any) -> tuple[Label, ...]:
     """The token that decides each label: the first one of the label after the prompt.
 
-    A space goes between prompt and label unless the prompt ends with white space.
-
     Raises:
         AdaInferError: fewer than two labels, or a label whose token is not its own.
 
     """
     if len(set(names)) != len(names) or len(names) < 2 or not all(names):
         raise AdaInferError(f"--labels needs two or more different names, got {list(names)}")
-    separator = "" if example.text[-1:].isspace() else " "
     labels: dict[int, Label] = {}
     for name in names:
-        whole = tokenizer.encode(example.text + separator + name, add_special_tokens=False)
-        prompt = tokenizer.encode(example.text, add_special_tokens=False)
-        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise AdaInferError(
-                f"label {name!r} tokenises ambiguously: it merges with the end of the prompt "
-                f"({example.text[-12:]!r}); let the template end without white space"
-            )
-        token_id = int(whole[len(prompt)])
+        token_id = first_token(example.text, name, tokenizer)
         if token_id in labels:
             raise AdaInferError(
                 f"labels {labels[token_id].name!r} and {name!r} tokenise ambiguously: both begin "
@@ -182,6 +178,26 @@ def find_labels(names: Sequence[str], example: Example, tokenizer: Any) -> tuple
             )
         labels[token_id] = Label(name=name, token_id=token_id)
     return tuple(labels.values())
+
+
+def first_token(prompt: str, answer: str, tokenizer: Any) -> int:
+    """The token that `answer` begins with after `prompt`.
+
+    A space goes between the two unless the prompt ends with white space.
+
+    Raises:
+        AdaInferError: the answer has no token of its own there.
+
+    """
+    separator = "" if prompt[-1:].isspace() else " "
+    alone = tokenizer.encode(prompt, add_special_tokens=False)
+    whole = tokenizer.encode(prompt + separator + answer, add_special_tokens=False)
+    if whole[: len(alone)] != alone or len(whole) == len(alone):
+        raise AdaInferError(
+            f"label {answer!r} tokenises ambiguously: it merges with the end of the prompt "
+            f"({prompt[-12:]!r}); let the template end without white space"
+        )
+    return int(whole[len(alone)])
 
 
 def check_labels_known(examples: Sequence[Example], labels: Sequence[Label]) -> None:

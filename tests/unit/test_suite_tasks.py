@@ -1,0 +1,402 @@
+from __future__ import annotations
+
+import json
+import string
+import sys
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.suite.hub import hub_rows
+from vllm_adainfer.suite.tasks import Task, TaskData, load_suite, load_task
+
+SUITE = load_suite("adainfer")
+NAMES = [task.name for task in SUITE.tasks]
+WORDS = ["bees", "hum", "oaks", "grow", *(w for t in SUITE.tasks for w in t.labels.values())]
+
+BEES = {"text": "bees hum"}
+PASSAGE = {"context": "oaks grow", "question": "do oaks grow"}
+CHOICES = {"question": "what do bees do", "choices": ["hum", "grow", "bark", "rust"]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """One token a word; words other than `WORDS` share one."""
+    vocabulary = {word: n for n, word in enumerate(dict.fromkeys(["<unk>", *WORDS]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer) -> Any:
+    """Write rows as a task's files and load the task from them."""
+
+    def load(
+        name: str,
+        test: Sequence[Mapping[str, Any]],
+        train: Sequence[Mapping[str, Any]] = (),
+        shots: int | None = 0,
+        max_train: int | None = None,
+        max_test: int | None = None,
+        max_tokens: int = 10_000,
+    ) -> TaskData:
+        folder = tmp_path / name
+        folder.mkdir()
+        for part, rows in (("train", train or test), ("test", test)):
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{part}.jsonl").write_text(lines)
+        [task] = SUITE.select([name])
+        return load_task(task, tmp_path, tokenizer, shots, max_train, max_test, max_tokens)
+
+    return load
+
+
+def made_rows(task: Task, count: int) -> list[dict[str, Any]]:
+    """Rows of a task, its classes in turn, told apart by a number in their text."""
+    names = list(task.labels) or ["hum"]
+    return [
+        {
+            **{name: f"bees {number}" for name in task.hub.fields},
+            **({task.lettered: ["hum"] * len(names)} if task.lettered else {}),
+            task.answer: names[number % len(names)],
+        }
+        for number in range(count)
+    ]
+
+
+def test_the_suite_has_the_tasks_of_the_paper_and_five_more():
+    assert NAMES[:5] == ["sst2", "ag_news", "mmlu", "csqa", "squad"]
+    assert NAMES[5:] == ["cr", "trec", "subj", "boolq", "rte"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "prompt"),
+    [
+        ("sst2", {**BEES, "label": "positive"}, "Review: bees hum\nSentiment:"),
+        ("cr", {**BEES, "label": "negative"}, "Review: bees hum\nSentiment:"),
+        ("subj", {**BEES, "label": "objective"}, "Text: bees hum\nType:"),
+        ("trec", {**BEES, "label": "human"}, "Question: bees hum\nAnswer type:"),
+        ("ag_news", {**BEES, "label": "world"}, "Article: bees hum\nTopic:"),
+        (
+            "boolq",
+            {**PASSAGE, "label": "yes"},
+            "Passage: oaks grow\nQuestion: do oaks grow?\nAnswer:",
+        ),
+        (
+            "rte",
+            {**PASSAGE, "label": "entailment"},
+            "Premise: oaks grow\nHypothesis: do oaks grow\nEntailed:",
+        ),
+        (
+            "mmlu",
+            {**CHOICES, "answer": "A"},
+            "Question: what do bees do\nA. hum\nB. grow\nC. bark\nD. rust\nAnswer:",
+        ),
+        (
+            "csqa",
+            {**CHOICES, "choices": [*CHOICES["choices"], "{x}"], "answer": "A"},
+            "Question: what do bees do\nA. hum\nB. grow\nC. bark\nD. rust\nE. {x}\nAnswer:",
+        ),
+        (
+            "squad",
+            {**PASSAGE, "answer": ["oaks"]},
+            "Context: oaks grow\nQuestion: do oaks grow\nAnswer:",
+        ),
+    ],
+)
+def test_a_zero_shot_prompt_is_the_template_alone(load, tokenizer, name, fields, prompt):
+    [example] = load(name, [fields]).test
+    assert (example.text, example.token_ids) == (prompt, tokenizer.encode(prompt))
+
+
+@pytest.mark.parametrize(("name", "opening"), [("boolq", "Passage: "), ("rte", "Premise: ")])
+def test_a_long_passage_is_cut_to_700_characters(load, name, opening):
+    [label, *_] = SUITE.select([name])[0].labels
+    [example] = load(name, [{**PASSAGE, "context": "x" * 701, "label": label}]).test
+    assert example.text.startswith(opening + "x" * 700 + "\n")
+
+
+@pytest.mark.parametrize("task", SUITE.tasks, ids=NAMES)
+def test_a_task_asks_for_every_class_equally_often_by_default(load, task):
+    data = load(task.name, made_rows(task, 1), made_rows(task, 30), shots=None)
+    blocks = data.test[0].text.split(task.separator)[:-1]
+    counts = [sum(block.endswith(f" {word}") for block in blocks) for word in task.labels.values()]
+    assert len(blocks) == data.shots == task.shots > 0
+    assert len(set(counts)) <= 1
+
+
+@pytest.mark.parametrize("task", SUITE.tasks, ids=NAMES)
+def test_each_label_has_a_token_of_its_own(load, tokenizer, task):
+    data = load(task.name, made_rows(task, 6))
+    words = list(task.labels.values())
+    assert [label.name for label in data.labels] == words
+    assert [label.token_id for label in data.labels] == tokenizer.convert_tokens_to_ids(words)
+    assert len({label.token_id for label in data.labels}) == len(words)
+
+
+def test_shots_are_the_first_training_rows_of_each_class_in_turn(load):
+    train = [
+        {"text": text, "label": label}
+        for text, label in [
+            ("a", "positive"),
+            ("b", "positive"),
+            ("c", "negative"),
+            ("{d}", "positive"),
+            ("e", "negative"),
+        ]
+    ]
+    data = load("sst2", [{"text": "f", "label": "positive"}], train, shots=3)
+    shots = (
+        "Review: c\nSentiment: negative\n\n"
+        "Review: a\nSentiment: positive\n\n"
+        "Review: e\nSentiment: negative\n\n"
+    )
+    assert data.shots == 3
+    assert [example.text for example in data.test] == [f"{shots}Review: f\nSentiment:"]
+    assert [example.text for example in data.train] == [
+        f"{shots}Review: b\nSentiment:",
+        f"{shots}Review: {{d}}\nSentiment:",
+    ]
+
+
+def test_shots_of_an_open_task_are_its_first_short_rows_with_their_first_answer(load):
+    train = [
+        {**PASSAGE, "context": "x" * 1001, "answer": ["x"]},
+        {**PASSAGE, "answer": ["oaks", "all oaks"]},
+        {**PASSAGE, "answer": "grow"},
+    ]
+    data = load("squad", train[2:], train, shots=1)
+    shot = "Context: oaks grow\nQuestion: do oaks grow\nAnswer: oaks\n\n"
+    assert [example.text.count(shot) for example in (*data.train, *data.test)] == [1, 1]
+
+
+def test_the_label_of_an_example_is_the_word_and_its_token_is_what_counts_as_right(load, tokenizer):
+    rows = [{**PASSAGE, "label": label} for label in ("entailment", "not_entailment")]
+    data = load("rte", rows, rows[:1])
+    yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
+    assert [example.label for example in data.test] == ["yes", "no"]
+    assert (data.answers, data.train_answers) == ([{yes}, {no}], [{yes}])
+
+
+@pytest.mark.parametrize(
+    ("answer", "first_words"),
+    [
+        ("hum", {"hum"}),
+        ("hum grow", {"hum"}),
+        (["hum", "grow hum"], {"hum", "grow"}),
+        (["hum", "hum grow"], {"hum"}),
+        ([" hum", ""], {"hum"}),
+    ],
+)
+def test_an_open_answer_is_right_if_its_token_begins_an_accepted_one(
+    load, tokenizer, answer, first_words
+):
+    data = load("squad", [{**PASSAGE, "answer": answer}])
+    assert data.labels == ()
+    assert data.answers == [set(tokenizer.convert_tokens_to_ids(list(first_words)))]
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "chance"),
+    [
+        ("boolq", ["no", "yes", "no", "no"], 3 / 4),
+        ("trec", ["human", "entity"], 1 / 2),
+        ("squad", [["hum", "grow"], ["grow"], ["oaks"]], 2 / 3),
+    ],
+)
+def test_chance_is_the_accuracy_of_the_best_constant_answer(load, name, answers, chance):
+    [task] = SUITE.select([name])
+    rows = [{**BEES, **PASSAGE, task.answer: answer} for answer in answers]
+    assert load(name, rows, rows[:1]).chance == pytest.approx(chance)
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted(load):
+    good = {**PASSAGE, "answer": "oaks"}
+    long_context = {**good, "context": "x" * 1001}
+    many_tokens = {**good, "question": "grow " * 30}
+    longest = {**good, "context": "x" * 1000}
+    test = [long_context, good, many_tokens, longest]
+    data = load("squad", test, [good, long_context], max_tokens=30)
+    assert data.skipped == 3
+    assert [example.place[-6:] for example in data.test] == ["line 2", "line 4"]
+
+
+def test_the_first_rows_are_taken_up_to_the_limits(load):
+    [task] = SUITE.select(["subj"])
+    rows = made_rows(task, 9)
+    data = load("subj", rows, rows, shots=2, max_train=4, max_test=3)
+    assert [example.place[-6:] for example in data.train] == [f"line {n}" for n in (3, 4, 5, 6)]
+    assert [example.place[-6:] for example in data.test] == [f"line {n}" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("sst2", {**BEES, "label": "good"}, "label 'good' is not among negative, positive"),
+        ("sst2", BEES, "label None is not among"),
+        ("sst2", {"label": "positive"}, "the template wants the field 'text'"),
+        ("mmlu", {**CHOICES, "answer": "E"}, "answer 'E' is not among A, B, C, D"),
+        ("mmlu", {**CHOICES, "choices": ["a"], "answer": "A"}, "must be a list of 4 choices"),
+        ("mmlu", {**CHOICES, "choices": "abcd", "answer": "A"}, "must be a list of 4 choices"),
+        ("squad", PASSAGE, "'answer' must be an answer or a list of accepted ones"),
+        ("squad", {**PASSAGE, "answer": []}, "'answer' must be"),
+        ("squad", {**PASSAGE, "answer": [" "]}, "'answer' must be"),
+        ("squad", {**PASSAGE, "answer": [1]}, "'answer' must be"),
+    ],
+)
+def test_a_row_that_does_not_fit_the_task_is_an_error_that_names_its_line(
+    load, name, fields, message
+):
+    good = made_rows(SUITE.select([name])[0], 1)
+    with pytest.raises(AdaInferError) as raised:
+        load(name, [*good, fields], good)
+    assert message in str(raised.value)
+    assert "test.jsonl, line 2" in str(raised.value)
+
+
+def test_more_shots_than_balanced_rows_are_an_error(load):
+    rows = [{**BEES, "label": label} for label in ("negative", "positive", "positive")]
+    with pytest.raises(AdaInferError, match=r"--shots 3 .* task cr .* \(2\): ask for fewer"):
+        load("cr", rows, rows, shots=3)
+
+
+def test_a_task_of_which_no_prompt_fits_is_an_error(load):
+    row = {**BEES, "label": "negative"}
+    with pytest.raises(AdaInferError, match=r"no prompt of the task cr .* the model's 3 tokens"):
+        load("cr", [row], max_tokens=3)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_missing_file_is_an_error_that_names_it(tmp_path, tokenizer, part):
+    [task] = SUITE.select(["cr"])
+    (tmp_path / "cr").mkdir()
+    other = {"train": "test", "test": "train"}[part]
+    (tmp_path / "cr" / f"{other}.jsonl").write_text('{"text": "hum", "label": "positive"}\n')
+    with pytest.raises(AdaInferError, match=f"--data-dir {tmp_path} has no file cr/{part}.jsonl"):
+        load_task(task, tmp_path, tokenizer, 0, None, None, 100)
+
+
+def test_a_missing_folder_is_an_error_that_names_it(tmp_path, tokenizer):
+    [task] = SUITE.select(["cr"])
+    with pytest.raises(AdaInferError, match=r"nowhere has no file cr/train\.jsonl"):
+        load_task(task, tmp_path / "nowhere", tokenizer, 0, None, None, 100)
+
+
+def test_tasks_are_selected_in_the_order_asked_for_or_all():
+    assert [task.name for task in SUITE.select(["rte", "cr"])] == ["rte", "cr"]
+    assert SUITE.select([]) == SUITE.tasks
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(AdaInferError, match="no suite 'glue': there is adainfer"):
+        load_suite("glue")
+    with pytest.raises(AdaInferError, match=f"no task 'sst' in this suite: it has {NAMES[0]}, "):
+        SUITE.select(["cr", "sst"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"lables": {}}, {"template": "Review: {text} "}, {"shots": -1}, {"cut": {"text": 0}}]
+)
+def test_a_mistake_in_a_suite_file_is_an_error(change):
+    with pytest.raises(ValidationError):
+        Task.model_validate({**SUITE.tasks[0].model_dump(), **change})
+
+
+# The hub
+
+
+def their_row(task: Task, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as the hub has it: their names, nested where theirs are, their labels."""
+    theirs: dict[str, Any] = {}
+    raw = {name: label for label, name in task.hub.classes.items()}
+    for name, path in task.hub.fields.items():
+        *outer, last = path.split(".")
+        inside = theirs
+        for step in outer:
+            inside = inside.setdefault(step, {})
+        inside[last] = raw.get(ours[name], ours[name]) if name == task.answer else ours[name]
+    return theirs
+
+
+@pytest.fixture
+def fake_hub(monkeypatch) -> Any:
+    """Installs a `datasets` whose every split holds the given rows; keeps what was asked."""
+
+    def install(rows: Sequence[Any], error: Exception | None = None) -> list[tuple[Any, ...]]:
+        asked: list[tuple[Any, ...]] = []
+
+        class Dataset(list[Any]):
+            def shuffle(self, seed: int) -> list[Any]:
+                asked.append(("shuffle", seed))
+                return self[::-1]
+
+        def load_dataset(name: str, config: str | None, *, split: str) -> Dataset:
+            asked.append((name, config, split))
+            if error is not None:
+                raise error
+            return Dataset(rows)
+
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+        return asked
+
+    return install
+
+
+@pytest.mark.parametrize("task", SUITE.tasks, ids=NAMES)
+def test_rows_of_the_hub_make_the_prompts_that_files_make(load, fake_hub, tokenizer, task):
+    rows = made_rows(task, 30)
+    expected = load(task.name, rows, rows, shots=None)
+    asked = fake_hub([their_row(task, row) for row in rows[::-1]])
+    data = load_task(task, None, tokenizer, None, None, None, 10_000)
+    assert [e.text for e in data.test] == [e.text for e in expected.test]
+    assert [e.text for e in data.train] == [e.text for e in expected.train]
+    assert data.answers == expected.answers
+    hub = task.hub
+    fetched = [("shuffle", 0)] * 4
+    fetched[::2] = [(hub.dataset, hub.config, split) for split in (hub.train, hub.test)]
+    assert asked == fetched
+
+
+@pytest.mark.parametrize("task", SUITE.tasks, ids=NAMES)
+def test_the_hub_gives_every_field_and_class_that_the_task_uses(task):
+    wanted = {name for _, name, _, _ in string.Formatter().parse(task.template) if name}
+    assert {*wanted, task.answer} == set(task.hub.fields)
+    assert set(task.hub.classes.values()) in (set(), set(task.labels))
+
+
+@pytest.mark.parametrize(("raw", "label"), [(True, "yes"), (False, "no"), ("maybe", "maybe")])
+def test_labels_of_the_hub_are_named_as_in_the_files(fake_hub, raw, label):
+    [task] = SUITE.select(["boolq"])
+    fake_hub([{"passage": "p", "question": "q", "answer": raw}])
+    [row] = hub_rows(task.hub, "test", task.answer)
+    assert row.fields == {"context": "p", "question": "q", "label": label}
+    assert row.place == "google/boolq validation, shuffled row 1"
+
+
+def test_without_the_package_datasets_the_error_says_what_to_do(monkeypatch, tokenizer):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(AdaInferError, match="pip install datasets, or pass --data-dir"):
+        load_task(SUITE.tasks[0], None, tokenizer, 0, None, None, 100)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ([], ConnectionError("no route\nto the hub")),
+        ([], ValueError("unknown split")),
+        ([{"question": "q", "choices": {"label": []}}], None),
+        ([{"question": "q", "choices": ["a"]}], None),
+    ],
+)
+def test_data_that_cannot_be_fetched_in_this_form_is_an_error(fake_hub, rows, error):
+    [task] = SUITE.select(["csqa"])
+    fake_hub(rows, error)
+    with pytest.raises(AdaInferError, match=r"^cannot fetch tau/commonsense_qa .*--data-dir DIR$"):
+        hub_rows(task.hub, "train", task.answer)
