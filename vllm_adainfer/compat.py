@@ -6,6 +6,7 @@ Each entry was checked against vLLM 0.32.0 (CPU build).
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,14 @@ def segment_config(vllm_config: VllmConfig) -> VllmConfig:
     config = copy.copy(vllm_config)
     config.additional_config = {}
     return config
+
+
+def client_request_id(request_id: str) -> str:
+    """The id a request came with: 0.32 appends a dash and eight random hex digits to it.
+
+    (`InputProcessor.assign_request_id`, unless ``VLLM_DISABLE_REQUEST_ID_RANDOMIZATION`` is set.)
+    """
+    return re.sub(r"-[0-9a-f]{8}$", "", request_id)
 
 
 def hash_block_size(kv_cache_manager: Any) -> int:

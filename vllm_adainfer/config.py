@@ -46,6 +46,13 @@ class Settings(BaseModel):
         description="Token rows that must be ready to leave before the batch is compacted; "
         "fewer stay in until more join them.",
     )
+    shadow_rate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the requests that may exit which run to full depth instead, to "
+        "compare their early answers with it; 0 does not watch.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Settings:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm import LLM
 
+    from vllm_adainfer.decision.monitor import DisagreementMonitor
+
 
 @dataclass
 class ExitStats:
@@ -19,6 +21,7 @@ class ExitStats:
         layers_run: rows x layers executed.
         layers_possible: rows x layers that full depth would have executed.
         exit_histogram: tokens sampled by the number of layers they ran.
+        shadow: what shadow requests have shown, None (and no key) where `shadow_rate` is 0.
 
     """
 
@@ -26,15 +29,17 @@ class ExitStats:
     layers_run: int = 0
     layers_possible: int = 0
     exit_histogram: Counter[int] = field(default_factory=Counter)
+    shadow: DisagreementMonitor | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, so that they can cross a process border."""
-        return {
+        counters = {
             "tokens_decided": self.tokens_decided,
             "layers_run": self.layers_run,
             "layers_possible": self.layers_possible,
             "exit_histogram": dict(sorted(self.exit_histogram.items())),
         }
+        return counters if self.shadow is None else {**counters, "shadow": self.shadow.as_dict()}
 
 
 def stats(llm: LLM) -> dict[str, Any]:

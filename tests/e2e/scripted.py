@@ -24,6 +24,9 @@ class ScriptedAdmission:
         arguments = params.extra_args or {}
         return int(arguments.get(EXIT_AT, -1)) if arguments.get("adainfer", 1) else -1
 
+    def is_shadow(self, request_id: str) -> bool:
+        return False
+
 
 class ScriptedPolicy:
     """Settles a request at its exit point; the answer is the logit lens there."""

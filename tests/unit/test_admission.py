@@ -169,3 +169,22 @@ def test_at_full_depth_leaves_the_callers_object_as_it_was(admission, label_ids,
     assert admission("all").tag(changed) == FULL_DEPTH
     assert changed.extra_args == {**(arguments or {}), "adainfer": 0}
     assert changed.allowed_token_ids == params.allowed_token_ids
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])
+def test_the_shadow_rate_is_the_share_of_requests_that_are_watched(admission, rate):
+    ids = [str(number) for number in range(10_000)]
+    watched = sum(map(admission(shadow_rate=rate).is_shadow, ids))
+    assert abs(watched - rate * len(ids)) < 3 * (rate * (1 - rate) * len(ids)) ** 0.5
+
+
+@pytest.mark.parametrize(("rate", "watched"), [(0, 0), (1, 1000)])
+def test_no_request_or_every_request_is_watched_at_the_ends_of_the_rate(admission, rate, watched):
+    is_shadow = admission(shadow_rate=rate).is_shadow
+    assert sum(is_shadow(str(number)) for number in range(1000)) == watched
+
+
+def test_what_vllm_appends_to_a_request_id_does_not_change_who_is_watched(admission):
+    is_shadow = admission(shadow_rate=0.5).is_shadow
+    for number in range(100):
+        assert is_shadow(f"{number}-{number:08x}") == is_shadow(str(number))

@@ -31,6 +31,7 @@ def make(
     sampled: list[bool] | None = None,
     tags: list[int] | None = None,
     narrow: Any = None,
+    shadow: list[bool] | None = None,
 ) -> StepContext:
     count = len(query_lens)
     return StepContext(
@@ -38,6 +39,7 @@ def make(
         np.array([True] * count if sampled is None else sampled),
         ints(*([0] * count if tags is None else tags)),
         narrow or Narrow(),
+        None if shadow is None else np.array(shadow),
     )
 
 
@@ -107,6 +109,32 @@ def test_all_may_leave():
     left, kept = step.compact()
     assert (left, kept.tolist()) == (2, [])
     assert step.undecided().tolist() == []
+
+
+def test_a_shadow_request_is_decided_and_stays():
+    step = make([2, 3, 1, 4], shadow=[True, False, True, False])
+    assert step.shadow.tolist() == [0, 2]
+    assert step.undecided().tolist() == [0, 1, 2, 3]
+    step.settle(ints(0, 1))
+    assert step.undecided().tolist() == [2, 3]
+    assert step.settled(step.shadow).tolist() == [True, False]
+    assert step.rows_ready_to_leave() == 3
+    left, kept = step.compact()
+    assert (left, kept.tolist()) == (1, [0, 1, 5, 6, 7, 8, 9])
+    assert step.left.tolist() == [1]
+    step.settle(ints(2, 3))
+    assert step.settled(step.shadow).tolist() == [True, True]
+    left, kept = step.compact()
+    assert (left, kept.tolist()) == (1, [0, 1, 2])
+    assert step.left.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("sampled", "tag"), [(False, 0), (True, -1)], ids=["more chunks follow", "at full depth"]
+)
+def test_only_a_request_that_may_exit_is_a_shadow(sampled, tag):
+    step = make([2, 3], sampled=[sampled, True], tags=[tag, 0], shadow=[True, True])
+    assert step.shadow.tolist() == [1]
 
 
 def test_attention_is_narrowed_to_requests_and_rows_of_the_batch_as_it_came():

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context, override_forward_context
 
+from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.policy import ExitPolicy
 from vllm_adainfer.models.segments import Segment
+from vllm_adainfer.models.shadow import ShadowAnswers
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
 
@@ -34,15 +36,21 @@ class ExitLoop:
 
     A request leaves at the first exit point where the policy has called it settled and enough
     rows leave with it. Until then a settled request stays in; the answer it settled on is kept
-    for when it leaves, and dropped if it reaches full depth after all.
+    for when it leaves, and dropped if it reaches full depth after all. A shadow request always
+    does; its early answer is returned beside it.
     """
 
     def __init__(
-        self, segments: Sequence[Segment], policy: ExitPolicy, min_rows_saved: int
+        self,
+        segments: Sequence[Segment],
+        policy: ExitPolicy,
+        min_rows_saved: int,
+        monitor: DisagreementMonitor | None = None,
     ) -> None:
-        """`segments` are cut at ``policy.exit_points``."""
+        """`segments` are cut at ``policy.exit_points``; a `monitor` asks for shadow requests."""
         self.policy = policy
-        self.stats = ExitStats()
+        self.monitor = monitor
+        self.stats = ExitStats(shadow=monitor)
         self._segments = segments
         self._min_rows_saved = min_rows_saved
         self._depth = sum(segment.num_layers for segment in segments)
@@ -56,7 +64,7 @@ class ExitLoop:
 
     def run(
         self, positions: Tensor, input_ids: Tensor, step: StepContext
-    ) -> tuple[Tensor, LabelAnswers | None]:
+    ) -> tuple[Tensor, LabelAnswers | None, ShadowAnswers | None]:
         """Run one step.
 
         Args:
@@ -67,7 +75,8 @@ class ExitLoop:
         Returns:
             final hidden states [rows, hidden size], normed, for the stock `compute_logits`
             (rows of requests that left are undefined, but for the sampled row of an
-            open-vocabulary answer), and the label answers, if any.
+            open-vocabulary answer), the label answers, if any, and what shadow requests would
+            have answered.
 
         """
         stats, policy = self.stats, self.policy
@@ -106,13 +115,14 @@ class ExitLoop:
                 break
             attn_metadata, slot_mapping = step.narrowed()
             context = replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
+        shadow = ShadowAnswers.of(step, answers)
         early = step.left
         stats.exit_histogram[self._depth] += step.num_sampled - early.size
         if answers is None or early.size == 0:
-            return hidden, None
+            return hidden, None, shadow
         whole = step.scatter(hidden, rows)
         requests = torch.from_numpy(early)
         if policy.label_ids is not None:
-            return whole, LabelAnswers(requests, answers[requests])
+            return whole, LabelAnswers(requests, answers[requests]), shadow
         whole[step.original_sampled_rows(early)] = answers[requests]
-        return whole, None
+        return whole, None, shadow

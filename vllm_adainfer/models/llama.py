@@ -13,10 +13,12 @@ from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
 
 from vllm_adainfer.artifact import load_artifact, weights_fingerprint
 from vllm_adainfer.config import read_settings
+from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.policy import CalibratedPolicy, ExitPolicy
 from vllm_adainfer.decision.record import Recorder
 from vllm_adainfer.models.exit_loop import ExitLoop, LabelAnswers
 from vllm_adainfer.models.segments import build_segments
+from vllm_adainfer.models.shadow import ShadowAnswers, watch
 from vllm_adainfer.runtime.step import StepContext
 
 
@@ -27,6 +29,7 @@ class SegmentedLlamaModel(LlamaModel):
     exit_loop: ExitLoop
     step: StepContext | None = None
     label_answers: LabelAnswers | None = None
+    shadow_answers: ShadowAnswers | None = None
 
     def forward(
         self,
@@ -40,7 +43,9 @@ class SegmentedLlamaModel(LlamaModel):
         step, self.step = self.step, None
         if step is None:
             return self.exit_loop.run_full_depth(positions, input_ids)
-        hidden, self.label_answers = self.exit_loop.run(positions, input_ids, step)
+        hidden, self.label_answers, self.shadow_answers = self.exit_loop.run(
+            positions, input_ids, step
+        )
         return hidden
 
 
@@ -56,11 +61,15 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
         assert settings is not None, "the config hook selects this class only where it is set"
         self._artifact = None if settings.artifact is None else load_artifact(settings.artifact)
         policy: ExitPolicy
+        monitor: DisagreementMonitor | None = None
         if self._artifact is None:
             assert settings.record is not None
             policy = Recorder(settings.record)
         else:
             policy = CalibratedPolicy(self._artifact, self.model.norm.weight.data, self.head_weight)
+            if settings.shadow_rate > 0:
+                config = self._artifact.config
+                monitor = DisagreementMonitor([at.epsilon for at in config.levels], config.delta)
         segments = build_segments(
             self.model.embed_tokens,
             self.model.layers,
@@ -68,7 +77,7 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
             policy.exit_points,
             vllm_config,
         )
-        self.model.exit_loop = ExitLoop(segments, policy, settings.min_rows_saved)
+        self.model.exit_loop = ExitLoop(segments, policy, settings.min_rows_saved, monitor)
 
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any
@@ -90,6 +99,15 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [requests, vocabulary]; a label answer masks all other tokens of its row."""
+        logits = self._answered_logits(hidden_states)
+        shadow, self.model.shadow_answers = self.model.shadow_answers, None
+        monitor = self.model.exit_loop.monitor
+        if shadow is not None and monitor is not None:
+            label_ids = self.model.exit_loop.policy.label_ids
+            watch(monitor, shadow.tags, shadow.disagreed(logits, label_ids, super().compute_logits))
+        return logits
+
+    def _answered_logits(self, hidden_states: Tensor) -> Tensor:
         answers, self.model.label_answers = self.model.label_answers, None
         label_ids = self.model.exit_loop.policy.label_ids
         if answers is None or label_ids is None:

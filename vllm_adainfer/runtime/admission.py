@@ -7,10 +7,11 @@ and must get the same answer.
 from __future__ import annotations
 
 import copy
+import hashlib
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact import ArtifactConfig, load_artifact
-from vllm_adainfer.compat import get_logger
+from vllm_adainfer.compat import client_request_id, get_logger
 from vllm_adainfer.config import Settings
 from vllm_adainfer.errors import AdaInferError
 
@@ -58,6 +59,14 @@ class Admission:
         if EPSILON_ARG not in arguments:
             return self._default_tag
         return self._tag_of_epsilon(self._config, arguments[EPSILON_ARG])
+
+    def is_shadow(self, request_id: str) -> bool:
+        """Whether a request, if it may exit, is to run to full depth and be compared instead.
+
+        The id decides, so that a repeated run watches the same requests.
+        """
+        digest = hashlib.sha256(client_request_id(request_id).encode()).digest()
+        return int.from_bytes(digest[:4], "big") / 2**32 < self._settings.shadow_rate
 
     def _one_plain_token(self, params: SamplingParams) -> bool:
         """One token, chosen by the scores as they are: what a calibrated bound speaks of."""

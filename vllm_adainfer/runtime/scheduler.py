@@ -28,6 +28,8 @@ class AdaInferScheduler(Scheduler):
             )
 
     def _may_exit(self, request: Request) -> bool:
+        # Shadow requests and tightened levels do complete their blocks, but which levels are
+        # tightened only the worker knows: withholding those too costs hits, never answers.
         return self.admission.tag(request.sampling_params) != FULL_DEPTH
 
     def _complete(self, request: Request) -> None:

@@ -24,7 +24,14 @@ class StepContext:
     that is sampled (if its prompt is complete).
     """
 
-    def __init__(self, query_lens: Ints, sampled: Bools, tags: Ints, narrow: Narrow) -> None:
+    def __init__(
+        self,
+        query_lens: Ints,
+        sampled: Bools,
+        tags: Ints,
+        narrow: Narrow,
+        shadow: Bools | None = None,
+    ) -> None:
         """Describe the batch.
 
         Args:
@@ -32,6 +39,7 @@ class StepContext:
             sampled: [requests], True where this step yields a token (False: more chunks follow).
             tags: [requests], what `Admission` gave; negative runs at full depth.
             narrow: builds what attention needs when only some requests remain.
+            shadow: [requests], True for those that, if they may exit, are decided but stay.
 
         """
         self.num_requests = len(query_lens)
@@ -39,7 +47,11 @@ class StepContext:
         self.tags = tags
         self._query_lens = query_lens
         self._narrow = narrow
-        self._may_exit = sampled & (tags >= 0)
+        self._may_exit = self._may_leave = sampled & (tags >= 0)
+        self.shadow: Ints | None = None
+        if shadow is not None:
+            self.shadow = np.flatnonzero(self._may_exit & shadow)
+            self._may_leave = self._may_exit & ~shadow
         self._settled = np.zeros(self.num_requests, dtype=np.bool_)
         self._left = np.zeros(self.num_requests, dtype=np.bool_)
         self._last_row = np.cumsum(query_lens) - 1
@@ -50,6 +62,10 @@ class StepContext:
     def left(self) -> Ints:
         """Requests that have left the stack early."""
         return np.flatnonzero(self._left)
+
+    def settled(self, requests: Ints) -> Bools:
+        """[requests], whether the answer of each is known."""
+        return self._settled[requests]
 
     def undecided(self) -> Ints:
         """Requests in the stack that may exit and are not settled yet."""
@@ -64,18 +80,18 @@ class StepContext:
         self._settled[requests] = True
 
     def rows_ready_to_leave(self) -> int:
-        """Rows of settled requests that are still in the batch."""
-        return int(self._query_lens[self._settled & ~self._left].sum())
+        """Rows of settled requests that are still in the batch and need not stay."""
+        return int(self._query_lens[self._ready() & ~self._left].sum())
 
     def compact(self) -> tuple[int, Tensor]:
-        """Let settled requests leave.
+        """Let settled requests leave, but not shadow requests.
 
         Returns:
             how many left, and the rows of the batch as it was that stay.
 
         """
         before = ~self._left
-        leaving = before & self._settled
+        leaving = before & self._ready()
         stay = np.repeat(~leaving[before], self._query_lens[before])
         kept_rows = torch.from_numpy(np.flatnonzero(stay))
         self._left = self._left | leaving
@@ -83,6 +99,9 @@ class StepContext:
         self._last_row = np.cumsum(lens) - 1
         self._origin = kept_rows if self._origin is None else self._origin[kept_rows]
         return int(np.count_nonzero(leaving)), kept_rows
+
+    def _ready(self) -> Bools:
+        return self._settled & self._may_leave
 
     def narrowed(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Attention metadata and slot mapping, by layer, of the requests that remain."""

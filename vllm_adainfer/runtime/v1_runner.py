@@ -8,7 +8,7 @@ import numpy as np
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_adainfer.config import read_settings
-from vllm_adainfer.runtime.admission import Admission
+from vllm_adainfer.runtime.admission import FULL_DEPTH, Admission
 from vllm_adainfer.runtime.attention import AttentionNarrower
 from vllm_adainfer.runtime.step import StepContext
 
@@ -37,13 +37,20 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         if self._narrow is None:
             self._narrow = AttentionNarrower(self)
         num_requests = self.input_batch.num_reqs
+        request_ids = self.input_batch.req_ids
         starts = self.query_start_loc.np[: num_requests + 1].astype(np.int64)
+        tags = np.fromiter(map(self._tags.__getitem__, request_ids), np.int64, num_requests)
+        shadow = None
+        monitor = self.model.model.exit_loop.monitor
+        if monitor is not None:
+            is_shadow = map(self.admission.is_shadow, request_ids)
+            shadow = np.fromiter(is_shadow, np.bool_, num_requests)
+            tags[monitor.tightened[tags] & ~shadow] = FULL_DEPTH
         self.model.model.step = StepContext(
             query_lens=np.diff(starts),
             sampled=~self.discard_request_mask.np[:num_requests],
-            tags=np.fromiter(
-                map(self._tags.__getitem__, self.input_batch.req_ids), np.int64, num_requests
-            ),
+            tags=tags,
             narrow=self._narrow,
+            shadow=shadow,
         )
         return super()._model_forward(*args, **kwargs)

@@ -1,0 +1,263 @@
+"""Shadow requests: full depth answers them, and what they would have said early is counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.e2e.oracle import continuation, same
+from tests.e2e.scripted import EXIT_AT, parts, scripted
+from tests.e2e.test_equal_to_stock import LENGTHS, answer
+from tests.e2e.test_policies import artifact_of, expected
+from tests.tiny import EXIT_POINTS, LAYERS
+from vllm_adainfer import stats as stats_of
+from vllm_adainfer.artifact import Artifact, load_artifact
+from vllm_adainfer.config import Settings
+from vllm_adainfer.decision.monitor import DisagreementMonitor
+from vllm_adainfer.decision.policy import CalibratedPolicy
+from vllm_adainfer.runtime.admission import Admission
+
+LABELS_AND_OPEN = [
+    pytest.param("label-head", "labels", 0.2, id="label-head"),
+    pytest.param("lens", "labels", 0.6, id="lens, labels"),
+    pytest.param("lens", "full", 0.02, id="lens, open"),
+    pytest.param("logit-lens", "full", 0.02, id="logit-lens, open"),
+]
+TAG = 0  # the level of the epsilon table that requests here are admitted with
+NEVER = 1e-99  # an alpha at which a few answers tighten nothing
+Watched = tuple[Any, Callable[[float], None]]
+
+
+@contextmanager
+def watched(
+    llm: Any, artifact: Artifact | None, rate: float, alpha: float = 0.1
+) -> Iterator[Watched]:
+    """Serve with `artifact` (None: by script) and shadow requests.
+
+    Yields the engine's stats, starting at zero, and a function that sets another shadow rate.
+    """
+    model, runner, _ = parts(llm)
+    loop = model.model.exit_loop
+
+    def set_rate(rate: float) -> None:
+        settings = Settings(record=(1,), shadow_rate=rate)
+        runner.admission.is_shadow = Admission(settings).is_shadow
+
+    with scripted(llm) as stats:
+        epsilons = [0.02, 0.05, 0.1]
+        if artifact is not None:
+            epsilons = [level.epsilon for level in artifact.config.levels]
+            loop.policy = CalibratedPolicy(
+                artifact, model.model.norm.weight.data, model.head_weight
+            )
+        loop.monitor = stats.shadow = DisagreementMonitor(epsilons, alpha)
+        set_rate(rate)
+        try:
+            yield stats, set_rate
+        finally:
+            loop.monitor = None
+
+
+def random_prompts(count: int, seed: int) -> list[list[int]]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(5, 1000, generator.integers(2, 60)).tolist() for _ in range(count)]
+
+
+def run(llm: Any, prompts: list[list[int]], params: Any) -> list[tuple[str, list[int]]]:
+    """Request id and tokens of each prompt."""
+    llm.reset_prefix_cache()
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [(output.request_id, list(output.outputs[0].token_ids)) for output in outputs]
+
+
+def admitted(artifact: Artifact, tag: int = TAG) -> SamplingParams:
+    return SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        allowed_token_ids=list(artifact.config.label_ids) or None,
+        extra_args={EXIT_AT: tag},
+    )
+
+
+def with_threshold(artifact: Artifact, threshold: float) -> Artifact:
+    thresholds = torch.full_like(artifact.tensors["thresholds"], threshold)
+    return replace(artifact, tensors={**artifact.tensors, "thresholds": thresholds})
+
+
+def oracle_answers(
+    artifact: Artifact, reference: Any, prompts: list[list[int]]
+) -> list[tuple[list[int], tuple[int, int], int]]:
+    """Prompts whose answers are no ties, with early depth and token, and the full-depth token."""
+    never = with_threshold(artifact, torch.inf)
+    answers = [
+        (p, expected(artifact, reference, p), expected(never, reference, p)) for p in prompts
+    ]
+    return [(prompt, early, full[1]) for prompt, early, full in answers if early and full]
+
+
+@pytest.mark.parametrize(("probe", "candidates", "threshold"), LABELS_AND_OPEN)
+def test_when_all_are_shadows_full_depth_answers_and_every_disagreement_is_counted(
+    engine, tiny_model, reference, probe, candidates, threshold
+):
+    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold)
+    cases = oracle_answers(artifact, reference, random_prompts(32, seed=5))
+    prompts = [prompt for prompt, _, _ in cases]
+    disagreed = sum(early[1] != full for _, early, full in cases)
+    depths = [early[0] for _, early, _ in cases]
+    assert 0 < disagreed < len(cases)
+    assert LAYERS in depths, "the case must have rows that no exit point settles"
+    with watched(engine, artifact, rate=1) as (stats, _):
+        found = run(engine, prompts, admitted(artifact))
+    assert [tokens for _, tokens in found] == [[full] for _, _, full in cases]
+    reading = stats.as_dict()["shadow"][artifact.config.levels[TAG].epsilon]
+    assert (reading["checked"], reading["disagreed"]) == (len(cases), disagreed)
+    assert stats.layers_run == stats.layers_possible
+    assert +stats.exit_histogram == {LAYERS: len(cases)}
+
+
+@pytest.mark.parametrize(("probe", "candidates", "threshold"), LABELS_AND_OPEN)
+def test_shadows_change_nothing_for_the_others(
+    engine, tiny_model, reference, probe, candidates, threshold
+):
+    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold)
+    cases = oracle_answers(artifact, reference, random_prompts(32, seed=6))
+    prompts = [prompt for prompt, _, _ in cases]
+    is_shadow = Admission(Settings(record=(1,), shadow_rate=0.3)).is_shadow
+    checked = disagreed = 0
+    depths: Counter[int] = Counter()
+    with watched(engine, artifact, rate=0.3, alpha=NEVER) as (stats, _):
+        found = run(engine, prompts, admitted(artifact))
+    for (_, (depth, early), full), (request_id, tokens) in zip(cases, found, strict=True):
+        watched_one = is_shadow(request_id)
+        assert tokens == [full if watched_one else early]
+        checked += watched_one
+        disagreed += watched_one and early != full
+        depths[LAYERS if watched_one else depth] += 1
+    assert 0 < checked < len(cases)
+    reading = stats.as_dict()["shadow"][artifact.config.levels[TAG].epsilon]
+    assert (reading["checked"], reading["disagreed"]) == (checked, disagreed)
+    assert +stats.exit_histogram == depths
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shadows_in_mixed_batches_with_prompts_longer_than_a_step(engine, reference, seed):
+    generator = np.random.default_rng(seed)
+    lengths = generator.choice([1, 2, 9, 31, 64, 100, 170, 300], 14)
+    prompts = [generator.integers(5, 1000, length).tolist() for length in lengths]
+    exits = generator.integers(-1, len(EXIT_POINTS), len(prompts)).tolist()
+    tokens = [1 if e >= 0 else int(generator.integers(1, 4)) for e in exits]
+    params = [
+        SamplingParams(temperature=0, max_tokens=n, extra_args={} if e < 0 else {EXIT_AT: e})
+        for e, n in zip(exits, tokens, strict=True)
+    ]
+    is_shadow = Admission(Settings(record=(1,), shadow_rate=0.5)).is_shadow
+    checked = [0] * len(EXIT_POINTS)
+    with watched(engine, None, rate=0.5, alpha=NEVER) as (stats, _):
+        found = run(engine, prompts, params)
+    for prompt, exit_at, n, (request_id, produced) in zip(
+        prompts, exits, tokens, found, strict=True
+    ):
+        early = exit_at >= 0 and not is_shadow(request_id)
+        depth = EXIT_POINTS[exit_at] if early else LAYERS
+        assert same(produced, continuation(reference, prompt, n, depth))
+        if exit_at >= 0 and not early:
+            checked[exit_at] += 1
+    assert sum(checked) > 0
+    assert [reading["checked"] for reading in stats.as_dict()["shadow"].values()] == checked
+
+
+def test_rows_of_shadows_do_not_count_as_ready_to_leave(engine):
+    prompt = list(range(5, 15))
+    with watched(engine, None, rate=0) as (stats, _):
+        model, runner, _ = parts(engine)
+        model.model.exit_loop._min_rows_saved = 2 * len(prompt)
+        turns = iter([True, False])
+        runner.admission.is_shadow = cache(lambda request_id: next(turns))
+        exit_at_once = SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: 0})
+        run(engine, [prompt, prompt[::-1]], exit_at_once)
+    assert +stats.exit_histogram == {LAYERS: 2}
+
+
+def test_a_rate_of_zero_changes_nothing(engine, tiny_model, reference):
+    artifact = artifact_of(tiny_model, reference, "label-head", "labels", 0.2)
+    prompts = random_prompts(12, seed=7)
+    with watched(engine, artifact, rate=0) as (watching, _):
+        found = run(engine, prompts, admitted(artifact))
+    with watched(engine, artifact, rate=0) as (plain, _):
+        parts(engine)[0].model.exit_loop.monitor = plain.shadow = None
+        assert [tokens for _, tokens in run(engine, prompts, admitted(artifact))] == [
+            tokens for _, tokens in found
+        ]
+    counters = watching.as_dict()
+    assert [reading["checked"] for reading in counters.pop("shadow").values()] == [0, 0]
+    assert counters == plain.as_dict()
+    assert plain.layers_run < plain.layers_possible
+
+
+def test_an_engine_without_the_setting_has_no_monitor_and_no_reading(engine):
+    assert parts(engine)[0].model.exit_loop.monitor is None
+    assert "shadow" not in stats_of(engine)
+
+
+@pytest.mark.parametrize("candidates", ["labels", "full"])
+def test_a_policy_that_is_often_wrong_is_stopped_and_the_other_level_is_not(
+    engine, tiny_model, reference, candidates, caplog
+):
+    probe = "label-head" if candidates == "labels" else "logit-lens"
+    artifact = artifact_of(tiny_model, reference, probe, candidates, -1.0)  # all leave at once
+    strict, loose = (level.epsilon for level in artifact.config.levels)
+    with watched(engine, artifact, rate=0.5) as (stats, set_rate):
+        run(engine, random_prompts(60, seed=8), admitted(artifact))
+        found = stats.as_dict()["shadow"]
+        assert found[strict]["tightened"]
+        assert found[strict]["low"] > strict
+        assert not found[loose]["tightened"]
+
+        # Watching goes on.
+        run(engine, random_prompts(20, seed=9), admitted(artifact))
+        later = stats.as_dict()["shadow"]
+        assert 0 < later[strict]["checked"] - found[strict]["checked"] < 20
+
+        # Nothing exits any more, whoever is a shadow.
+        cases = oracle_answers(artifact, reference, random_prompts(16, seed=10))
+        for rate in (0, 0.5):
+            set_rate(rate)
+            skipped = stats.layers_possible - stats.layers_run
+            answers = run(engine, [prompt for prompt, _, _ in cases], admitted(artifact))
+            assert [tokens for _, tokens in answers] == [[full] for _, _, full in cases]
+            assert stats.layers_possible - stats.layers_run == skipped
+
+        # The other level still does.
+        set_rate(0)
+        left = stats.exit_histogram[EXIT_POINTS[0]]
+        run(engine, random_prompts(8, seed=11), admitted(artifact, tag=1))
+        assert stats.exit_histogram[EXIT_POINTS[0]] == left + 8
+    [warning] = [record for record in caplog.records if record.name.endswith("models.shadow")]
+    assert warning.levelname == "WARNING"
+    assert f"epsilon = {strict:g}" in warning.getMessage()
+    assert "calibrate again" in warning.getMessage()
+
+
+def test_the_setting_reaches_a_server_in_a_process_of_its_own(tiny_model, tiny_policy):
+    config = load_artifact(str(tiny_policy)).config
+    params = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": list(config.label_ids)}
+    served = answer(
+        tiny_model,
+        [params] * len(LENGTHS),
+        {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        dtype="float32",
+        enforce_eager=True,
+        additional_config={"adainfer": {"artifact": str(tiny_policy), "shadow_rate": 1}},
+    )
+    readings = served["stats"]["shadow"]
+    assert [reading["checked"] for reading in readings.values()] == [0, len(LENGTHS)]
+    assert served["stats"]["layers_run"] == served["stats"]["layers_possible"]

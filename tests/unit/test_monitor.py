@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.integrate import quad
+from scipy.stats import beta
+
+from vllm_adainfer.decision.monitor import PRIOR, DisagreementMonitor, confidence_interval
+
+EPSILONS = (0.02, 0.05)
+interval = cache(confidence_interval)
+
+
+def slow_interval(disagreed: int, checked: int, alpha: float) -> tuple[float, float]:
+    """Its definition: rates on a grid that the mixture of all rates does not beat by 1 / alpha."""
+
+    def likelihood(p: Any) -> Any:
+        return p**disagreed * (1 - p) ** (checked - disagreed)
+
+    mixture = quad(lambda p: likelihood(p) * beta.pdf(p, *PRIOR), 0, 1, epsabs=0, limit=500)[0]
+    grid = np.linspace(0, 1, 100_001)
+    inside = grid[mixture < likelihood(grid) / alpha]
+    return float(inside[0]), float(inside[-1])
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize(
+    ("disagreed", "checked"), [(0, 1), (1, 1), (0, 60), (1, 60), (20, 40), (59, 60), (60, 60)]
+)
+def test_the_interval_is_its_definition_on_a_grid(disagreed, checked, alpha):
+    expected = slow_interval(disagreed, checked, alpha)
+    assert confidence_interval(disagreed, checked, alpha) == pytest.approx(expected, abs=2e-5)
+
+
+def test_before_the_first_answer_every_rate_is_possible():
+    assert confidence_interval(0, 0, 0.1) == (0, 1)
+
+
+@pytest.mark.parametrize("disagreed", [0, 1, 20_000, 999_999, 1_000_000])
+def test_the_interval_stays_around_the_rate_at_a_million_answers(disagreed):
+    low, high = confidence_interval(disagreed, 1_000_000, 0.05)
+    assert 0 <= low <= disagreed / 1_000_000 <= high <= 1
+    assert high - low < 0.002
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.1])
+def test_looked_at_after_every_answer_it_misses_the_truth_in_at_most_alpha_of_paths(rate):
+    alpha, paths, steps = 0.1, 300, 500
+    generator = np.random.default_rng(0)
+    counts = (generator.random((paths, steps)) < rate).cumsum(axis=1)
+    missed = 0
+    for path in counts:
+        ends = [interval(int(k), n, alpha) for n, k in enumerate(path, start=1)]
+        missed += any(not low <= rate <= high for low, high in ends)
+    assert missed <= paths * alpha + 2.33 * np.sqrt(paths * alpha * (1 - alpha))
+
+
+def outcomes(rate: float, answers: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).random(answers) < rate
+
+
+def observe(monitor: DisagreementMonitor, level: int, disagreed: Any, batch: int = 8) -> list[int]:
+    """Feed outcomes in batches; returns after how many answers the level was tightened."""
+    found = []
+    for start in range(0, len(disagreed), batch):
+        part = disagreed[start : start + batch]
+        if monitor.observe(np.full(len(part), level), part):
+            found.append(start + len(part))
+    return found
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("seed", range(5))
+def test_twice_epsilon_is_found_once_and_only_its_level_is_tightened(level, seed):
+    monitor = DisagreementMonitor(EPSILONS, alpha=0.1)
+    found = observe(monitor, level, outcomes(2 * EPSILONS[level], 3000, seed))
+    assert len(found) == 1
+    assert monitor.tightened.tolist() == [index == level for index in range(2)]
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.1])
+def test_a_level_is_tightened_at_the_first_batch_whose_lower_end_exceeds_epsilon(alpha):
+    monitor = DisagreementMonitor(EPSILONS, alpha)
+    disagreed = outcomes(0.12, 1000)
+    found = observe(monitor, 1, disagreed)
+    counts = disagreed.cumsum()
+    expected = next(
+        n for n in range(8, 1001, 8) if confidence_interval(counts[n - 1], n, alpha)[0] > 0.05
+    )
+    assert found == [expected]
+
+
+@pytest.mark.parametrize(
+    ("rate", "answers"), [(0.0, 100_000), (0.01, 20_000)], ids=["never", "within"]
+)
+def test_a_rate_within_epsilon_tightens_nothing(rate, answers):
+    monitor = DisagreementMonitor(EPSILONS, alpha=0.01)
+    assert observe(monitor, 0, outcomes(rate, answers), batch=64) == []
+    assert not monitor.tightened.any()
+    assert monitor.as_dict()[0.02]["high"] < 0.02
+
+
+def test_a_tightened_level_goes_on_counting_and_is_not_loosened():
+    monitor = DisagreementMonitor(EPSILONS, alpha=0.1)
+    observe(monitor, 0, np.ones(20, dtype=np.bool_))
+    assert observe(monitor, 0, np.zeros(20_000, dtype=np.bool_), batch=64) == []
+    reading = monitor.as_dict()[0.02]
+    assert reading["tightened"]
+    assert reading["high"] < 0.02
+    assert (reading["checked"], reading["disagreed"]) == (20_020, 20)
+
+
+def test_the_readings_are_plain_values_by_epsilon():
+    monitor = DisagreementMonitor(EPSILONS, alpha=0.1)
+    monitor.observe(np.array([1, 0, 1, 1]), np.array([True, False, False, False]))
+    low, high = confidence_interval(1, 3, 0.1)
+    assert monitor.as_dict() == {
+        0.02: {
+            "checked": 1, "disagreed": 0, "rate": 0.0,
+            "low": 0.0, "high": confidence_interval(0, 1, 0.1)[1], "tightened": False,
+        },
+        0.05: {
+            "checked": 3, "disagreed": 1, "rate": 1 / 3,
+            "low": low, "high": high, "tightened": False,
+        },
+    }  # fmt: skip
+    kinds = {type(value) for reading in monitor.as_dict().values() for value in reading.values()}
+    assert kinds == {int, float, bool}
