@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context, override_forward_context
 
 from vllm_adainfer.decision.policy import ExitPolicy
-from vllm_adainfer.models.segments import Segment
+from vllm_adainfer.models.segments import Segment, run_all
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
 
@@ -49,10 +49,7 @@ class ExitLoop:
 
     def run_full_depth(self, positions: Tensor, input_ids: Tensor) -> Tensor:
         """All segments for all rows: profiling passes, which belong to no request."""
-        hidden, residual = input_ids, None
-        for segment in self._segments:
-            hidden, residual = segment(positions, hidden, residual)
-        return hidden
+        return run_all(self._segments, positions, input_ids)
 
     def run(
         self, positions: Tensor, input_ids: Tensor, step: StepContext
