@@ -177,7 +177,7 @@ def load_artifact(source: str) -> Artifact:
         raise AdaInferError(
             f"{directory / POLICY_FILE} cannot be read ({error}): calibrate again"
         ) from None
-    for name, shape in _expected_shapes(config).items():
+    for name, shape in _expected_shapes(config, tensors).items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != shape:
             raise AdaInferError(
@@ -277,7 +277,10 @@ def _locate(source: str) -> Path:
     return directory
 
 
-def _expected_shapes(config: ArtifactConfig) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(
+    config: ArtifactConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor by name; each lens may be whole or of any rank."""
     hidden, labels = config.hidden_size, len(config.labels)
     shapes: dict[str, tuple[int, ...]] = {
         "thresholds": (len(config.levels), len(config.exit_points))
@@ -290,7 +293,13 @@ def _expected_shapes(config: ArtifactConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"exit.{layer}.head_weight"] = (labels, hidden)
             shapes[f"exit.{layer}.head_bias"] = (labels,)
         elif config.probe == "lens":
-            shapes[f"exit.{layer}.lens_weight"] = (hidden, hidden)
+            up = tensors.get(f"exit.{layer}.lens_up")
+            if up is None:
+                shapes[f"exit.{layer}.lens_weight"] = (hidden, hidden)
+            else:
+                rank = len(up)
+                shapes[f"exit.{layer}.lens_down"] = (hidden, rank)
+                shapes[f"exit.{layer}.lens_up"] = (rank, hidden)
             shapes[f"exit.{layer}.lens_bias"] = (hidden,)
     return shapes
 

@@ -14,6 +14,15 @@ CONFIG_KEY = "adainfer"
 KILL_SWITCH = "VLLM_ADAINFER"
 
 
+class LensRecord(BaseModel):
+    """What is summed up for a lens while recording; see `decision.record.LensSums`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folds: int = Field(ge=2)
+    prompts: int = Field(ge=1, description="Those with lower tags; the others are held out.")
+
+
 class Settings(BaseModel):
     """What ``additional_config["adainfer"]`` may say; an unknown key is an error."""
 
@@ -26,6 +35,9 @@ class Settings(BaseModel):
         None,
         description="Instead of an artifact: run at full depth and keep the hidden states of "
         "sampled rows after these layers. `calibrate` uses it.",
+    )
+    record_lens: LensRecord | None = Field(
+        None, description="Goes with `record`: sums for a lens at the layers before the last."
     )
     enabled: bool = Field(True, description="False runs stock vLLM.")
     epsilon: float | None = Field(
@@ -58,6 +70,8 @@ class Settings(BaseModel):
     def _one_source(self) -> Settings:
         if self.enabled and (self.artifact is None) == (self.record is None):
             raise ValueError('give "artifact": the directory that `calibrate` wrote')
+        if self.record is None and self.record_lens is not None:
+            raise ValueError('"record_lens" goes with "record": give both, or neither')
         return self
 
 

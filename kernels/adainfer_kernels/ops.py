@@ -21,13 +21,14 @@ def readout(
     norm_bias: Tensor | None,
     norm_eps: float,
     lens_weight: Tensor | None,
+    lens_up: Tensor | None,
     lens_bias: Tensor | None,
     dtype: torch.dtype,
     implementation: str,
 ) -> Tensor:
     """[rows, hidden size] in `dtype`."""
     return twin(implementation).readout(
-        hidden, norm, norm_weight, norm_bias, norm_eps, lens_weight, lens_bias, dtype
+        hidden, norm, norm_weight, norm_bias, norm_eps, lens_weight, lens_up, lens_bias, dtype
     )
 
 
@@ -39,6 +40,7 @@ def _readout_shape(
     norm_bias: Tensor | None,
     norm_eps: float,
     lens_weight: Tensor | None,
+    lens_up: Tensor | None,
     lens_bias: Tensor | None,
     dtype: torch.dtype,
     implementation: str,

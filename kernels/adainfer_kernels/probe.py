@@ -1,7 +1,7 @@
 """The probe: lens, final norm, LM head, then top-1, top-2 and log-sum-exp of each row's scores.
 
-    x       = hidden + hidden @ lens_weight + lens_bias     (the affine lens, optional)
-    readout = norm(x) * norm_weight + norm_bias             (the model's final norm, optional)
+    x       = hidden + hidden @ lens_weight @ lens_up + lens_bias (affine lens, optional)
+    readout = norm(x) * norm_weight + norm_bias                   (the model's final norm, optional)
     scores  = soft_cap(readout @ head_weight.T + head_bias) * scale
 
 The features of AdaInfer (arXiv 2403.02181) follow from three numbers a row:
@@ -33,6 +33,7 @@ def readout(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
     lens_weight: Tensor | None = None,
+    lens_up: Tensor | None = None,
     lens_bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
     implementation: Implementation = "auto",
@@ -45,7 +46,9 @@ def readout(
         norm_weight: [hidden size]; None means ones.
         norm_bias: [hidden size]; None means zeros.
         norm_eps: epsilon of the norm.
-        lens_weight: [hidden size, hidden size], multiplied in its own dtype.
+        lens_weight: [hidden size, hidden size], multiplied in its own dtype; or [hidden size, rank]
+            with a `lens_up`.
+        lens_up: [rank, hidden size] of a lens of low rank; None means the identity.
         lens_bias: [hidden size], goes with `lens_weight`; None means zeros.
         dtype: of the result; None means that of `hidden`.
         implementation: see `probe`.
@@ -64,17 +67,20 @@ def readout(
         raise ValueError(f'norm must be "rms", "layer" or None, got {norm!r}')
     if norm is None and (norm_weight is not None or norm_bias is not None):
         raise ValueError("norm_weight or norm_bias is given but norm is None: name the norm")
-    if lens_weight is None and lens_bias is not None:
-        raise ValueError("lens_bias goes with lens_weight: give both, or neither")
+    if lens_weight is None and (lens_up is not None or lens_bias is not None):
+        raise ValueError("lens_up and lens_bias go with lens_weight: give it too, or neither")
     size = hidden.shape[1]
     _check_shape("norm_weight", norm_weight, size)
     _check_shape("norm_bias", norm_bias, size)
-    _check_shape("lens_weight", lens_weight, size, size)
+    rank = size if lens_up is None else lens_up.shape[0]
+    _check_shape("lens_weight", lens_weight, size, rank)
+    _check_shape("lens_up", lens_up, rank, size)
     _check_shape("lens_bias", lens_bias, size)
     dtype = dtype or hidden.dtype
     if norm is None and lens_weight is None:
         return hidden.to(dtype)
-    arguments = (hidden, norm, norm_weight, norm_bias, norm_eps, lens_weight, lens_bias, dtype)
+    lens = (lens_weight, lens_up, lens_bias)
+    arguments = (hidden, norm, norm_weight, norm_bias, norm_eps, *lens, dtype)
     chosen = resolve(implementation, hidden.device)
     if torch.compiler.is_compiling():
         return ops.readout(*arguments, chosen)
@@ -91,6 +97,7 @@ def probe(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
     lens_weight: Tensor | None = None,
+    lens_up: Tensor | None = None,
     lens_bias: Tensor | None = None,
     candidates: Tensor | None = None,
     head_bias: Tensor | None = None,
@@ -107,11 +114,12 @@ def probe(
         hidden: [rows, hidden size], the residual stream after a decoder layer; rows may be strided.
         head_weight: [vocabulary, hidden size], fp32, fp16 or bf16. Of a padded head, pass the rows
             that are tokens (a slice, no copy).
-        norm: see `readout`, as are the next five.
+        norm: see `readout`, as are the next six.
         norm_weight: see `readout`.
         norm_bias: see `readout`.
         norm_eps: see `readout`.
         lens_weight: see `readout`.
+        lens_up: see `readout`.
         lens_bias: see `readout`.
         candidates: which tokens are scored, as distinct vocabulary ids (int64).
             None: all rows of the head.
@@ -141,6 +149,7 @@ def probe(
         norm_bias=norm_bias,
         norm_eps=norm_eps,
         lens_weight=lens_weight,
+        lens_up=lens_up,
         lens_bias=lens_bias,
         dtype=head_weight.dtype,
         implementation=implementation,

@@ -26,6 +26,7 @@ def readout(
     norm_bias: Tensor | None,
     norm_eps: float,
     lens_weight: Tensor | None,
+    lens_up: Tensor | None,
     lens_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -38,7 +39,8 @@ def readout(
     # In place: on a CPU a temporary of a megabyte costs more in page faults than its arithmetic.
     x = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if lens_weight is not None:
-        x += hidden.to(lens_weight.dtype) @ lens_weight
+        change = hidden.to(lens_weight.dtype) @ lens_weight
+        x += change if lens_up is None else change @ lens_up
     if lens_bias is not None:
         x += lens_bias
     if norm == "layer":

@@ -31,18 +31,22 @@ def readout(
     norm_bias: Tensor | None,
     norm_eps: float,
     lens_weight: Tensor | None,
+    lens_up: Tensor | None,
     lens_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `adainfer_kernels.readout`; the product with the lens is torch's."""
+    """See `adainfer_kernels.readout`; products with the lens are torch's."""
     hidden = _rows_contiguous(hidden)
     rows, hidden_size = hidden.shape
     out = torch.empty(rows, hidden_size, dtype=dtype, device=hidden.device)
     if rows == 0:
         return out
+    change = None if lens_weight is None else hidden.to(lens_weight.dtype) @ lens_weight
+    if change is not None and lens_up is not None:
+        change = change @ lens_up
     triton_kernels.readout_kernel[(rows,)](
         hidden,
-        None if lens_weight is None else hidden.to(lens_weight.dtype) @ lens_weight,
+        change,
         _contiguous(lens_bias),
         _contiguous(norm_weight),
         _contiguous(norm_bias),

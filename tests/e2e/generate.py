@@ -27,6 +27,8 @@ def main() -> None:
         }
         for output in outputs
     ]
+    if "record" in job:
+        llm.collective_rpc("adainfer_take_record", args=(job["record"],))
     try:
         from vllm_adainfer import stats
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from vllm import SamplingParams
 
 from tests.e2e.oracle import TIE, hidden_states
@@ -17,7 +18,9 @@ from vllm_adainfer.models.exit_loop import LabelAnswers
 PROMPTS = 24
 
 
-def artifact_of(model_path, model, probe: str, candidates: str, threshold: float) -> Artifact:
+def artifact_of(
+    model_path, model, probe: str, candidates: str, threshold: float, rank: int | None
+) -> Artifact:
     """Random lenses and a threshold on the gap that some rows pass and some do not."""
     labels = tiny_config(model_path).labels if candidates == "labels" else ()
     config = tiny_config(model_path, probe=probe, candidates=candidates, labels=labels)
@@ -30,9 +33,20 @@ def artifact_of(model_path, model, probe: str, candidates: str, threshold: float
     for layer in EXIT_POINTS:
         if probe == "lens":
             lens = 0.02 * torch.randn(64, 64, generator=generator)
-            tensors[f"exit.{layer}.lens_weight"] = lens
+            if rank is None:
+                tensors[f"exit.{layer}.lens_weight"] = lens
+            else:
+                tensors[f"exit.{layer}.lens_down"] = lens[:, :rank]
+                tensors[f"exit.{layer}.lens_up"] = 15 * lens[:rank]
             tensors[f"exit.{layer}.lens_bias"] = torch.zeros(64)
     return Artifact(config, tensors)
+
+
+def lens_of(tensors: dict[str, Tensor], layer: int) -> Tensor:
+    name = f"exit.{layer}.lens"
+    if f"{name}_weight" in tensors:
+        return tensors[f"{name}_weight"]
+    return tensors[f"{name}_down"] @ tensors[f"{name}_up"]
 
 
 @torch.inference_mode()
@@ -47,7 +61,7 @@ def expected(artifact: Artifact, model, prompt: list[int]) -> tuple[int, int] | 
             scores = state @ tensors[f"exit.{layer}.head_weight"].T
         else:
             if layer < LAYERS and config.probe == "lens":
-                state = state + state @ tensors[f"exit.{layer}.lens_weight"]
+                state = state + state @ lens_of(tensors, layer)
             scores = model.lm_head(model.model.norm(state))[:, rows]
         probabilities = scores.softmax(-1).topk(2)
         gap = float(probabilities.values[0, 0] - probabilities.values[0, 1])
@@ -63,20 +77,21 @@ def expected(artifact: Artifact, model, prompt: list[int]) -> tuple[int, int] | 
 
 
 @pytest.mark.parametrize(
-    ("probe", "candidates", "threshold"),
+    ("probe", "candidates", "threshold", "rank"),
     [
-        ("label-head", "labels", 0.2),
-        ("lens", "labels", 0.6),
-        ("logit-lens", "labels", 0.6),
-        ("lens", "full", 0.1),
-        ("logit-lens", "full", 0.1),
+        ("label-head", "labels", 0.2, None),
+        ("lens", "labels", 0.6, None),
+        ("logit-lens", "labels", 0.6, None),
+        ("lens", "full", 0.1, None),
+        ("lens", "full", 0.1, 8),
+        ("logit-lens", "full", 0.1, None),
     ],
 )
 def test_depths_and_tokens_are_those_of_the_oracle(
-    engine, tiny_model, reference, probe, candidates, threshold
+    engine, tiny_model, reference, probe, candidates, threshold, rank
 ):
     model, _, _ = parts(engine)
-    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold)
+    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold, rank)
     generator = np.random.default_rng(11)
     prompts = [
         generator.integers(5, 1000, generator.integers(2, 60)).tolist() for _ in range(PROMPTS)

@@ -71,10 +71,10 @@ def launch(
     kind = getattr(torch, dtype)
     states = empty(rows, hidden, dtype=kind)
     if kernel == "readout":
-        lens = (empty(hidden, hidden, dtype=kind), empty(hidden, dtype=kind))
+        lens = (empty(hidden, hidden, dtype=kind), None, empty(hidden, dtype=kind))
         affine = (empty(hidden, dtype=kind), empty(hidden, dtype=kind))
         if not everything:
-            lens, affine = (None, None), (affine[0], None)
+            lens, affine = (None, None, None), (affine[0], None)
         triton_probe.readout(states, "rms", *affine, 1e-6, *lens, kind)
         return
     triton_probe.score(

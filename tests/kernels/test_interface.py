@@ -46,6 +46,12 @@ BAD_READOUTS = [
     ({"lens_weight": floats(8)}, "lens_weight must … [8, 8], got [8]"),
     ({"lens_weight": floats(8, 8), "lens_bias": floats(7)}, "lens_bias must … [8], got [7]"),
     ({"lens_bias": floats(8)}, "lens_bias … lens_weight"),
+    ({"lens_up": floats(3, 8)}, "lens_up … lens_weight"),
+    (
+        {"lens_weight": floats(8, 8), "lens_up": floats(3, 8)},
+        "lens_weight must … [8, 3], got [8, 8]",
+    ),
+    ({"lens_weight": floats(8, 3), "lens_up": floats(3, 7)}, "lens_up must … [3, 8], got [3, 7]"),
     (
         {"implementation": "cuda-magic"},
         """implementation must be "auto", "triton" or "torch", got 'cuda-magic'""",

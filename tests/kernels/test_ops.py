@@ -36,12 +36,23 @@ def transposed(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("view", [as_is, transposed])
 @pytest.mark.parametrize(
     ("norm", "lens"),
-    [("rms", False), ("rms", True), ("layer", False), ("layer", True), (None, True)],
+    [
+        ("rms", "none"),
+        ("rms", "whole"),
+        ("layer", "none"),
+        ("layer", "low rank"),
+        (None, "whole"),
+        (None, "low rank"),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_readout_is_a_proper_op(dtype, norm, lens, view, implementation):
     affine = (normal(HIDDEN), normal(HIDDEN)) if norm else (None, None)
-    lens_weight, lens_bias = (normal(HIDDEN, HIDDEN), normal(HIDDEN)) if lens else (None, None)
+    lenses = {
+        "none": (None, None, None),
+        "whole": (normal(HIDDEN, HIDDEN), None, normal(HIDDEN)),
+        "low rank": (normal(HIDDEN, 4), normal(4, HIDDEN), normal(HIDDEN)),
+    }
     torch.library.opcheck(
         torch.ops.adainfer.readout.default,
         (
@@ -49,8 +60,7 @@ def test_readout_is_a_proper_op(dtype, norm, lens, view, implementation):
             norm,
             *affine,
             1e-6,
-            lens_weight,
-            lens_bias,
+            *lenses[lens],
             dtype,
             implementation,
         ),

@@ -96,7 +96,6 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     if labels:
         check_labels_known(examples, labels)
     layers = _layers(request, hf_config.num_hidden_layers)
-    # Prompts cut short add rows to the lens; only those of the half it is fitted on are run.
     order = np.concatenate([fit_half, held_out])
     recording = collect(
         request.model,
@@ -104,8 +103,7 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
         [examples[index] for index in order],
         labels,
         layers,
-        cut_prompts=len(fit_half) if probe == "lens" and not labels else 0,
-        seed=request.seed,
+        lens_prompts=len(fit_half) if probe == "lens" else 0,
     )
     halves = np.arange(len(fit_half)), np.arange(len(fit_half), len(order))
     label_ids = torch.tensor([label.token_id for label in labels]) if labels else None
@@ -147,8 +145,7 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
             for epsilon, point in sorted(points.items())
         ),
     )
-    answers = recording.tokens[: len(examples)]
-    details = _details(request, candidates, exits, depth, answers, halves)
+    details = _details(request, candidates, exits, depth, recording.tokens, halves)
     save_artifact(
         request.output,
         config,
@@ -241,9 +238,8 @@ def _tensors(
             tensors[f"{name}.head_weight"] = probe.head_weight
             tensors[f"{name}.head_bias"] = probe.head_bias
             continue
-        if probe.lens_weight is not None and probe.lens_bias is not None:
-            tensors[f"{name}.lens_weight"] = probe.lens_weight
-            tensors[f"{name}.lens_bias"] = probe.lens_bias
+        for part, tensor in probe.lens.items():
+            tensors[f"{name}.{part}"] = tensor
         if labels and probe.norm_weight is not None:  # else the served model's own are read
             tensors["norm_weight"] = probe.norm_weight
             tensors["head_rows"] = probe.head_weight
@@ -272,6 +268,7 @@ def _details(
         "agreement": {
             str(fitted.layer): float(fitted.held_out.agrees.mean()) for fitted in candidates
         },
+        "probe_bytes": {str(fitted.layer): fitted.probe.bytes for fitted in candidates},
         "risk_curve": [
             {
                 "threshold": point.threshold if np.isfinite(point.threshold) else None,

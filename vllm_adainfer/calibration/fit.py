@@ -7,26 +7,29 @@ second half is touched by nothing but the bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from adainfer_kernels import linear_score
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import GroupKFold
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from vllm_adainfer.calibration.collect import Recording
+from vllm_adainfer.calibration import ridge
+from vllm_adainfer.calibration.collect import FOLDS, Recording
 from vllm_adainfer.decision.classifier import Kind, fit_classifier
+from vllm_adainfer.decision.moments import Moments
 from vllm_adainfer.decision.probe import Probe
 
-ALPHAS = (1.0, 10.0, 100.0, 1_000.0, 10_000.0)
-FOLDS = 5
-# A decision row counts as much as so many rows from prompts cut short.
-DECISION_ROW_WEIGHT = 4.0
+PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
+# From this hidden size on a lens may be of low rank: a whole one is 8 MiB there in bfloat16, to
+# be stored and read for each exit point.
+LOW_RANK_HIDDEN_SIZE = 2048
+# The ranks tried are the hidden size divided by these; above a quarter little is saved.
+RANK_DIVISORS = (64, 32, 16, 8, 4)
+# A low rank may cost so much of the lens's squared error on unseen prompts.
+RANK_TOLERANCE = 0.01
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -100,11 +103,9 @@ def _fit_exit(
     seed: int,
     layer: int,
 ) -> FittedExit | None:
-    states, groups, tokens = recording.states[layer], recording.groups, recording.tokens
+    states, tokens = recording.states[layer], recording.tokens
     fit_prompts, held_out = halves
-    fit_rows = np.flatnonzero(np.isin(groups, fit_prompts))
-    prompts = groups.max() + 1
-    make_probe = _probe_maker(recording, target, states)
+    probe, without_fold = _fit_probes(recording, target, fit_prompts, layer)
 
     def judge(probe: Probe, rows: Ints) -> tuple[Tensor, Bools]:
         result = probe.score(probe.readout(states[rows]))
@@ -113,17 +114,12 @@ def _fit_exit(
     # Out of fold: each decision row is judged by a probe that has not seen its prompt.
     rows_features = torch.empty(len(fit_prompts), 2)
     agrees = np.empty(len(fit_prompts), dtype=np.bool_)
-    place = {prompt: index for index, prompt in enumerate(fit_prompts)}
-    folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
-    for seen, unseen in folds.split(fit_rows, groups=groups[fit_rows]):
-        judged = fit_rows[unseen]
-        judged = judged[judged < prompts]  # the prompts' own last tokens
-        where = [place[prompt] for prompt in groups[judged]]
-        rows_features[where], agrees[where] = judge(make_probe(fit_rows[seen]), judged)
+    for fold, unseeing in enumerate(without_fold):
+        where = np.flatnonzero(fit_prompts % FOLDS == fold)
+        rows_features[where], agrees[where] = judge(unseeing, fit_prompts[where])
     classifier = fit_classifier(kind, rows_features, agrees, seed)
     if classifier is None:
         return None
-    probe = make_probe(fit_rows)
     held_features, held_agrees = judge(probe, held_out)
     return FittedExit(
         layer=layer,
@@ -134,8 +130,10 @@ def _fit_exit(
     )
 
 
-def _probe_maker(recording: Recording, target: Target, states: Tensor) -> Callable[[Ints], Probe]:
-    """A function that fits this layer's probe on given rows."""
+def _fit_probes(
+    recording: Recording, target: Target, prompts: Ints, layer: int
+) -> tuple[Probe, list[Probe]]:
+    """The layer's probe fitted on `prompts`, and for each fold the one fitted on the others."""
     head = recording.head_weight
     if target.label_ids is not None:
         head = head[target.label_ids]
@@ -146,45 +144,62 @@ def _probe_maker(recording: Recording, target: Target, states: Tensor) -> Callab
         norm_eps=target.norm_eps,
     )
     if target.kind == "logit-lens":
-        return lambda rows: plain
-    own = len(np.unique(recording.groups))
-    weight = np.where(np.arange(len(states)) < own, DECISION_ROW_WEIGHT, 1.0)
+        return plain, [plain] * FOLDS
     if target.kind == "lens":
+        return _fit_lenses(plain, recording.moments[layer])
+    scores = plain.score(plain.readout(recording.final[prompts]), return_scores=True).scores
+    assert scores is not None
+    folds = []
+    for fold in range(FOLDS):
+        rows = torch.from_numpy(prompts % FOLDS == fold)
+        folds.append(Moments.zeros(recording.final.shape[1], len(head)))
+        folds[-1].add(
+            recording.states[layer][prompts][rows].double(),
+            (scores - scores.mean(1, keepdim=True))[rows].double(),
+            torch.ones(int(rows.sum())),
+        )
+    fitted = ridge.choose(folds, PENALTIES)
 
-        def lens(rows: Ints) -> Probe:
-            change = recording.final[rows].float() - states[rows].float()
-            matrix, bias = _ridge(states[rows], change, weight[rows])
-            return replace(
-                plain,
-                lens_weight=matrix.T.contiguous().to(head.dtype),
-                lens_bias=bias.to(head.dtype),
-            )
+    def label_head(linear: ridge.Linear) -> Probe:
+        return Probe(
+            head_weight=linear.matrix.float().contiguous(),
+            head_bias=linear.bias.float(),
+            token_ids=target.label_ids,
+        )
 
-        return lens
-
-    def label_head(rows: Ints) -> Probe:
-        rows = rows[rows < own]  # cut prompts have no label to come
-        scores = plain.score(plain.readout(recording.final[rows]), return_scores=True).scores
-        assert scores is not None
-        matrix, bias = _ridge(states[rows], scores - scores.mean(1, keepdim=True), weight[rows])
-        return Probe(head_weight=matrix, head_bias=bias, token_ids=target.label_ids)
-
-    return label_head
+    return label_head(fitted.whole), [label_head(linear) for linear in fitted.without]
 
 
-def _ridge(x: Tensor, y: Tensor, weight: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
-    """Weighted ridge of y [rows, n] on x [rows, hidden size], penalty chosen by leave-one-out.
+def _fit_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Probe]]:
+    """`plain` with a lens from all `folds`, and for each fold one from the others.
 
-    Returns:
-        fp32 [n, hidden size] and [n].
-
+    A lens of a wide model is of the lowest rank that serves unseen prompts as well.
     """
-    scaler, ridge = StandardScaler(), RidgeCV(ALPHAS)
-    scaled = scaler.fit_transform(x.double().numpy())
-    ridge.fit(scaled, y.double().numpy(), sample_weight=weight)
-    matrix = ridge.coef_ / scaler.scale_
-    bias = ridge.intercept_ - matrix @ scaler.mean_
-    return torch.from_numpy(matrix).float(), torch.from_numpy(bias).float()
+    fitted = ridge.choose(folds, PENALTIES)
+    size, dtype = plain.head_weight.shape[1], plain.head_weight.dtype
+    rank = None
+    if size >= LOW_RANK_HIDDEN_SIZE:
+        ranks = [size // divisor for divisor in RANK_DIVISORS]
+        rank = ridge.choose_rank(folds, fitted.penalty, ranks, RANK_TOLERANCE)
+    whole = ridge.total(folds)
+
+    def lens(moments: Moments, linear: ridge.Linear) -> Probe:
+        if rank is None:
+            weight = linear.matrix.T.to(dtype).contiguous()
+            return replace(plain, lens_weight=weight, lens_bias=linear.bias.to(dtype))
+        down, up = ridge.low_rank(moments, linear.matrix, rank)
+        bias = ridge.intercept(moments, (down @ up).T)
+        return replace(
+            plain,
+            lens_down=down.to(dtype).contiguous(),
+            lens_up=up.to(dtype).contiguous(),
+            lens_bias=bias.to(dtype),
+        )
+
+    without = [
+        lens(whole - fold, linear) for fold, linear in zip(folds, fitted.without, strict=True)
+    ]
+    return lens(whole, fitted.whole), without
 
 
 def candidate_layers(depth: int, asked: Sequence[int] | None) -> list[int]:

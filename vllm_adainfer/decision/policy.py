@@ -76,6 +76,8 @@ class CalibratedPolicy:
                 norm_weight=tensors.get("norm_weight", norm_weight),
                 norm_eps=config.norm_eps,
                 lens_weight=tensors.get(f"exit.{layer}.lens_weight"),
+                lens_down=tensors.get(f"exit.{layer}.lens_down"),
+                lens_up=tensors.get(f"exit.{layer}.lens_up"),
                 lens_bias=tensors.get(f"exit.{layer}.lens_bias"),
             )
             for layer in self.exit_points

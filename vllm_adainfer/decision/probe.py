@@ -20,7 +20,7 @@ class Probe:
 
     A `label-head` is a head and a bias alone, fitted from the state straight to the labels' final
     scores; `logit-lens` is the model's own final norm and head; `lens` a fitted affine map before
-    those.
+    those, stored whole or, where a matrix of that size is a burden, as a product of two thin ones.
 
     Attributes:
         head_weight: [n, hidden size], a row for each token it scores.
@@ -28,8 +28,10 @@ class Probe:
         token_ids: int64 [n], the tokens of the rows; None where row j is token j.
         norm_weight: [hidden size] of the model's final RMSNorm, None for a label head.
         norm_eps: its epsilon.
-        lens_weight: [hidden size, hidden size] of the affine map, or None.
-        lens_bias: [hidden size], goes with it.
+        lens_weight: [hidden size, hidden size] of the affine map (what it adds), or None.
+        lens_down: [hidden size, rank], instead of `lens_weight`.
+        lens_up: [rank, hidden size], goes with `lens_down`.
+        lens_bias: [hidden size], goes with either.
 
     """
 
@@ -39,7 +41,21 @@ class Probe:
     norm_weight: Tensor | None = None
     norm_eps: float = 1e-6
     lens_weight: Tensor | None = None
+    lens_down: Tensor | None = None
+    lens_up: Tensor | None = None
     lens_bias: Tensor | None = None
+
+    @property
+    def lens(self) -> dict[str, Tensor]:
+        """The parts of the lens that there are, by attribute name."""
+        names = "lens_weight", "lens_down", "lens_up", "lens_bias"
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
+
+    @property
+    def bytes(self) -> int:
+        """What the probe stores besides the model's own norm and head."""
+        head = () if self.head_bias is None else (self.head_weight, self.head_bias)
+        return sum(part.nbytes for part in (*self.lens.values(), *head))
 
     def readout(self, hidden: Tensor) -> Tensor:
         """The state that the head is to read, [rows, hidden size], in the head's dtype."""
@@ -48,7 +64,8 @@ class Probe:
             norm=None if self.norm_weight is None else "rms",
             norm_weight=self.norm_weight,
             norm_eps=self.norm_eps,
-            lens_weight=self.lens_weight,
+            lens_weight=self.lens_weight if self.lens_down is None else self.lens_down,
+            lens_up=self.lens_up,
             lens_bias=self.lens_bias,
             dtype=self.head_weight.dtype,
         )

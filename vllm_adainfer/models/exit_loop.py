@@ -11,7 +11,7 @@ from vllm.forward_context import get_forward_context, override_forward_context
 
 from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.policy import ExitPolicy
-from vllm_adainfer.models.segments import Segment
+from vllm_adainfer.models.segments import Segment, run_all
 from vllm_adainfer.models.shadow import ShadowAnswers
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
@@ -57,10 +57,7 @@ class ExitLoop:
 
     def run_full_depth(self, positions: Tensor, input_ids: Tensor) -> Tensor:
         """All segments for all rows: profiling passes, which belong to no request."""
-        hidden, residual = input_ids, None
-        for segment in self._segments:
-            hidden, residual = segment(positions, hidden, residual)
-        return hidden
+        return run_all(self._segments, positions, input_ids)
 
     def run(
         self, positions: Tensor, input_ids: Tensor, step: StepContext

@@ -12,21 +12,22 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
 
 from vllm_adainfer.artifact import load_artifact, weights_fingerprint
-from vllm_adainfer.config import read_settings
+from vllm_adainfer.config import Settings, read_settings
 from vllm_adainfer.decision.monitor import DisagreementMonitor
-from vllm_adainfer.decision.policy import CalibratedPolicy, ExitPolicy
-from vllm_adainfer.decision.record import Recorder
+from vllm_adainfer.decision.policy import CalibratedPolicy
+from vllm_adainfer.decision.record import LensSums, Recorder
 from vllm_adainfer.models.exit_loop import ExitLoop, LabelAnswers
-from vllm_adainfer.models.segments import build_segments
+from vllm_adainfer.models.recording_loop import RecordingLoop
+from vllm_adainfer.models.segments import Segment, build_segments
 from vllm_adainfer.models.shadow import ShadowAnswers, watch
 from vllm_adainfer.runtime.step import StepContext
 
 
 @ignore_torch_compile  # its segments are compiled instead
 class SegmentedLlamaModel(LlamaModel):
-    """vLLM's Llama stack; `forward` is the exit loop."""
+    """vLLM's Llama stack; `forward` is the exit loop, or the recording loop."""
 
-    exit_loop: ExitLoop
+    exit_loop: ExitLoop | RecordingLoop
     step: StepContext | None = None
     label_answers: LabelAnswers | None = None
     shadow_answers: ShadowAnswers | None = None
@@ -60,24 +61,22 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None, "the config hook selects this class only where it is set"
         self._artifact = None if settings.artifact is None else load_artifact(settings.artifact)
-        policy: ExitPolicy
-        monitor: DisagreementMonitor | None = None
         if self._artifact is None:
-            assert settings.record is not None
-            policy = Recorder(settings.record)
+            recorder = _recorder(settings)
+            segments = self._segments(recorder.layers, vllm_config)
+            self.model.exit_loop = RecordingLoop(segments, recorder)
         else:
             policy = CalibratedPolicy(self._artifact, self.model.norm.weight.data, self.head_weight)
+            monitor: DisagreementMonitor | None = None
             if settings.shadow_rate > 0:
                 config = self._artifact.config
                 monitor = DisagreementMonitor([at.epsilon for at in config.levels], config.delta)
-        segments = build_segments(
-            self.model.embed_tokens,
-            self.model.layers,
-            self.model.norm,
-            policy.exit_points,
-            vllm_config,
-        )
-        self.model.exit_loop = ExitLoop(segments, policy, settings.min_rows_saved, monitor)
+            segments = self._segments(policy.exit_points, vllm_config)
+            self.model.exit_loop = ExitLoop(segments, policy, settings.min_rows_saved, monitor)
+
+    def _segments(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> tuple[Segment, ...]:
+        model = self.model
+        return build_segments(model.embed_tokens, model.layers, model.norm, cuts, vllm_config)
 
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any
@@ -101,17 +100,24 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
         """Logits [requests, vocabulary]; a label answer masks all other tokens of its row."""
         logits = self._answered_logits(hidden_states)
         shadow, self.model.shadow_answers = self.model.shadow_answers, None
-        monitor = self.model.exit_loop.monitor
-        if shadow is not None and monitor is not None:
-            label_ids = self.model.exit_loop.policy.label_ids
-            watch(monitor, shadow.tags, shadow.disagreed(logits, label_ids, super().compute_logits))
+        if shadow is not None:
+            loop = self._exit_loop
+            assert loop.monitor is not None, "it is what asks for shadow requests"
+            disagreed = shadow.disagreed(logits, loop.policy.label_ids, super().compute_logits)
+            watch(loop.monitor, shadow.tags, disagreed)
         return logits
+
+    @property
+    def _exit_loop(self) -> ExitLoop:
+        assert isinstance(self.model.exit_loop, ExitLoop), "recording answers nothing early"
+        return self.model.exit_loop
 
     def _answered_logits(self, hidden_states: Tensor) -> Tensor:
         answers, self.model.label_answers = self.model.label_answers, None
-        label_ids = self.model.exit_loop.policy.label_ids
-        if answers is None or label_ids is None:
+        if answers is None:
             return super().compute_logits(hidden_states)
+        label_ids = self._exit_loop.policy.label_ids
+        assert label_ids is not None
         deep = torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
         deep[answers.requests] = False
         logits: Tensor | None = None
@@ -125,3 +131,11 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
         scores = answers.scores - answers.scores.max(dim=1, keepdim=True).values
         logits[answers.requests.unsqueeze(1), label_ids] = scores.to(logits.dtype)
         return logits
+
+
+def _recorder(settings: Settings) -> Recorder:
+    """What ``record`` and ``record_lens`` ask for."""
+    assert settings.record is not None, "there is no artifact"
+    lens = settings.record_lens
+    sums = None if lens is None else LensSums(settings.record[:-1], lens.folds, lens.prompts)
+    return Recorder(settings.record, sums)

@@ -70,6 +70,16 @@ def segment_class(first: int, last: int, depth: int, normed: bool) -> type[Segme
     return segment_class
 
 
+def run_all(
+    segments: Sequence[Segment], positions: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """All segments for all rows: final hidden states [rows, hidden size], normed."""
+    hidden, residual = ids, None
+    for segment in segments:
+        hidden, residual = segment(positions, hidden, residual)
+    return hidden
+
+
 def build_segments(
     embed: nn.Module,
     layers: Sequence[nn.Module],

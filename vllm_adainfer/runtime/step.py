@@ -46,6 +46,7 @@ class StepContext:
         self.num_sampled = int(np.count_nonzero(sampled))
         self.tags = tags
         self._query_lens = query_lens
+        self._sampled = sampled
         self._narrow = narrow
         self._may_exit = self._may_leave = sampled & (tags >= 0)
         self.shadow: Ints | None = None
@@ -74,6 +75,16 @@ class StepContext:
     def sampled_rows(self, requests: Ints) -> Tensor:
         """Rows, in the batch as it is now, that decide `requests` (which must not have left)."""
         return torch.from_numpy(self._last_row[requests])
+
+    def tags_by_row(self) -> Ints:
+        """The tag of each row's request, in the batch as it came."""
+        return np.repeat(self.tags, self._query_lens)
+
+    def sampled_by_row(self) -> Bools:
+        """Which rows yield a token, in the batch as it came."""
+        rows = np.zeros(int(self._query_lens.sum()), dtype=np.bool_)
+        rows[self._first_last_row[self._sampled]] = True
+        return rows
 
     def settle(self, requests: Ints) -> None:
         """Note that the answers of `requests` are known."""

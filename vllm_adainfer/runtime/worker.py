@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adainfer import compat
-from vllm_adainfer.decision.record import Recorder
 from vllm_adainfer.runtime.v1_runner import AdaInferCPUModelRunner
 
 
@@ -26,16 +25,14 @@ class AdaInferCPUWorker(CPUWorker):
         return stats
 
     def adainfer_take_record(self, path: str) -> str:
-        """Write the recorded states, the final norm and the LM head to `path`.
+        """Write the recorded states and sums, the final norm and the LM head to `path`.
 
         Returns:
             the fingerprint of the served weights.
 
         """
         model = self.model_runner.model
-        recorder = model.model.exit_loop.policy
-        assert isinstance(recorder, Recorder)
-        tensors = recorder.take()
+        tensors = model.model.exit_loop.recorder.take()
         tensors["norm_weight"] = model.model.norm.weight.data.clone()
         tensors["head_weight"] = model.head_weight.clone()
         save_file(tensors, path)

@@ -1,0 +1,120 @@
+"""What is recorded inside vLLM is what transformers' hidden states give."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.e2e.oracle import hidden_states
+from tests.tiny import LAYERS
+from vllm_adainfer.decision.moments import Moments
+from vllm_adainfer.decision.record import DECISION_ROW_WEIGHT, STRIDE
+
+ROOT = Path(__file__).parents[2]
+RECORDED = (2, 5)
+FOLDS, FITTED = 3, 9
+# Longer than a step (64 rows), of one row, and all that lies between.
+LENGTHS = (7, 1, 150, 23, 40, 64, 3, 90, 12, 33, 70, 5)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(5, 1000, length).tolist() for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def recorded(
+    tiny_model: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The record, and the engine's counters."""
+    path = tmp_path_factory.mktemp("record") / "record.safetensors"
+    switch = {
+        "record": [*RECORDED, LAYERS],
+        "record_lens": {"folds": FOLDS, "prompts": FITTED},
+    }
+    job = {
+        "engine": {
+            "model": str(tiny_model),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "max_num_batched_tokens": 64,
+            "max_num_seqs": 8,
+            "block_size": 32,
+            "kv_cache_memory_bytes": 64 << 20,
+            "additional_config": {"adainfer": switch},
+        },
+        "prompts": prompts,
+        "params": [
+            {"temperature": 0, "max_tokens": 1, "extra_args": {"adainfer_row": row}}
+            for row in range(len(prompts))
+        ],
+        "record": str(path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.generate"],
+        input=json.dumps(job),
+        env=os.environ,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert path.exists(), done.stderr[-3000:]
+    [result] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return load_file(path), json.loads(result.removeprefix("RESULT "))["stats"]
+
+
+@pytest.fixture(scope="module")
+def states(reference: Any, prompts: list[list[int]]) -> list[list[Tensor]]:
+    return [hidden_states(reference, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("layer", [*RECORDED, LAYERS])
+def test_the_states_of_decision_rows_are_kept_in_the_order_of_the_prompts(recorded, states, layer):
+    right = torch.stack([prompt[layer][-1] for prompt in states])
+    torch.testing.assert_close(recorded[0][f"layer.{layer}"], right, rtol=1e-3, atol=1e-3)
+
+
+def by_rows(states: list[list[Tensor]], layer: int, fold: int) -> Moments:
+    """Moments of one fold, row by row; prompts from `FITTED` on are held out."""
+    moments = Moments.zeros(64, 64)
+    for tag in range(fold, FITTED, FOLDS):
+        length = len(states[tag][layer])
+        for position in range(length):
+            last = position == length - 1
+            if not last and (position == 0 or (tag + position) % STRIDE):
+                continue
+            x, final = (states[tag][n][position].double().unsqueeze(0) for n in (layer, LAYERS))
+            moments.add(x, final - x, torch.tensor([DECISION_ROW_WEIGHT if last else 1.0]))
+    return moments
+
+
+@pytest.mark.parametrize("fold", range(FOLDS))
+@pytest.mark.parametrize("layer", RECORDED)
+def test_the_sums_for_a_lens_are_over_the_rows_of_fitted_prompts(recorded, states, layer, fold):
+    right = by_rows(states, layer, fold)
+    for field in fields(Moments):
+        found = recorded[0][f"lens.{layer}.{fold}.{field.name}"]
+        expected = getattr(right, field.name)
+        tolerance = 1e-3 * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=tolerance)
+
+
+def test_recording_runs_every_layer_for_every_row_and_counts_it(recorded):
+    _, stats = recorded
+    assert stats["layers_run"] == stats["layers_possible"] == sum(LENGTHS) * LAYERS
+    assert stats["tokens_decided"] == len(LENGTHS)
+    assert stats["exit_histogram"] == {str(LAYERS): len(LENGTHS)}

@@ -1,0 +1,125 @@
+"""Probes are fitted as planted, from sums alone, and never see the prompts they are judged on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_adainfer.calibration import fit
+from vllm_adainfer.calibration.collect import FOLDS, Recording
+from vllm_adainfer.calibration.fit import Target, fit_exits
+from vllm_adainfer.decision.moments import Moments
+from vllm_adainfer.decision.probe import Probe
+
+HIDDEN, VOCAB, LAYER = 32, 50, 4
+PROMPTS, ROWS_PER_PROMPT = 100, 10
+EPS = 1e-5
+HALVES = np.arange(PROMPTS // 2), np.arange(PROMPTS // 2, PROMPTS)
+LABELS = torch.tensor([7, 3, 20])
+
+
+def recording_of(rank: int, noise: float = 0.0) -> Recording:
+    """A final state that is an affine map of the layer's state, of a given rank, plus noise."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    planted = normal(HIDDEN, rank) @ normal(rank, HIDDEN) / rank**0.5
+    head = normal(VOCAB, HIDDEN)
+
+    def final_of(state: Tensor) -> Tensor:
+        return state + state @ planted + 1 + noise * normal(*state.shape)
+
+    decisions = normal(PROMPTS, HIDDEN)
+    folds = [Moments.zeros(HIDDEN, HIDDEN) for _ in range(FOLDS)]
+    for prompt in HALVES[0]:
+        rows = normal(ROWS_PER_PROMPT, HIDDEN)
+        folds[prompt % FOLDS].add(rows, final_of(rows) - rows, torch.ones(ROWS_PER_PROMPT))
+    final = final_of(decisions)
+    model = Probe(head_weight=head, norm_weight=torch.ones(HIDDEN), norm_eps=EPS)
+    return Recording(
+        states={LAYER: decisions},
+        final=final,
+        tokens=model.score(model.readout(final)).top1_id.numpy(),
+        moments={LAYER: folds},
+        norm_weight=torch.ones(HIDDEN),
+        head_weight=head,
+        fingerprint="",
+    )
+
+
+def fitted_on(recording: Recording, kind: str, labels: Tensor | None = None) -> fit.FittedExit:
+    target = Target(kind, labels, EPS)
+    [fitted] = fit_exits(recording, target, HALVES, "threshold", 0, [LAYER])
+    return fitted
+
+
+@pytest.mark.parametrize("low_rank_from", [HIDDEN, HIDDEN + 1])
+def test_a_lens_that_is_exact_is_recovered_at_any_rank(monkeypatch, low_rank_from):
+    monkeypatch.setattr(fit, "LOW_RANK_HIDDEN_SIZE", low_rank_from)
+    monkeypatch.setattr(fit, "PENALTIES", (1e-6, 1.0))
+    recording = recording_of(rank=4)
+    fitted = fitted_on(recording, "lens")
+    model = Probe(head_weight=recording.head_weight, norm_weight=torch.ones(HIDDEN), norm_eps=EPS)
+    found = fitted.probe.readout(recording.states[LAYER])
+    torch.testing.assert_close(found, model.readout(recording.final), rtol=1e-3, atol=1e-3)
+    assert fitted.fitted.agrees.all()
+    assert fitted.held_out.agrees.all()
+
+
+@pytest.mark.parametrize(
+    ("planted", "stored"), [(1, 1), (2, 2), (3, 4), (8, 8), (HIDDEN, None)], ids=str
+)
+def test_a_wide_models_lens_has_the_least_rank_that_serves(monkeypatch, planted, stored):
+    """Ranks tried: the hidden size over 32, 16, 8, 4."""
+    monkeypatch.setattr(fit, "LOW_RANK_HIDDEN_SIZE", HIDDEN)
+    monkeypatch.setattr(fit, "RANK_DIVISORS", (32, 16, 8, 4))
+    probe = fitted_on(recording_of(planted, noise=0.1), "lens").probe
+    if stored is None:
+        assert probe.lens_weight is not None
+        assert probe.lens_down is None
+        assert probe.bytes == 4 * (HIDDEN * HIDDEN + HIDDEN)
+    else:
+        assert probe.lens_weight is None
+        assert probe.lens_down.shape == (HIDDEN, stored)
+        assert probe.lens_up.shape == (stored, HIDDEN)
+        assert probe.bytes == 4 * (2 * HIDDEN * stored + HIDDEN)
+
+
+def test_a_narrow_models_lens_is_whole(monkeypatch):
+    monkeypatch.setattr(fit, "LOW_RANK_HIDDEN_SIZE", HIDDEN + 1)
+    assert fitted_on(recording_of(rank=1), "lens").probe.lens_weight is not None
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("lens", None), ("label-head", LABELS)])
+def test_features_to_learn_from_are_of_probes_that_have_not_seen_the_prompt(
+    monkeypatch, kind, labels
+):
+    """With targets of pure noise and no penalty to speak of, a probe knows what it has seen."""
+    monkeypatch.setattr(fit, "PENALTIES", (1e-3,))
+    recording = recording_of(rank=4, noise=100.0)
+    if labels is not None:
+        model = fitted_on(recording, "logit-lens", labels).probe
+        final = model.score(model.readout(recording.final))
+        recording.tokens[:] = final.top1_id.numpy()
+    else:
+        for fold, moments in enumerate(recording.moments[LAYER]):
+            rows = torch.from_numpy(HALVES[0][HALVES[0] % FOLDS == fold])
+            state = recording.states[LAYER][rows]
+            moments.add(state, recording.final[rows] - state, torch.full((len(rows),), 1000.0))
+    fitted = fitted_on(recording, kind, labels)
+    seen = HALVES[0]
+    probe = fitted.probe
+    result = probe.score(probe.readout(recording.states[LAYER][seen]))
+    in_sample = (result.top1_id.numpy() == recording.tokens[seen]).mean()
+    assert in_sample > fitted.fitted.agrees.mean() + 0.1
+    assert abs(fitted.fitted.agrees.mean() - fitted.held_out.agrees.mean()) < 0.2
+
+
+def test_a_label_head_stores_one_row_a_label():
+    probe = fitted_on(recording_of(rank=4), "label-head", LABELS).probe
+    assert probe.head_weight.shape == (len(LABELS), HIDDEN)
+    assert probe.bytes == 4 * len(LABELS) * (HIDDEN + 1)
