@@ -3,61 +3,251 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
-from vllm_adainfer.calibration.certify import certify, loosest, threshold_grid, walk
+from vllm_adainfer.calibration.certify import bound_of, certify, loosest, threshold_grid, walk
 from vllm_adainfer.calibration.fit import FittedExit, Scored
 from vllm_adainfer.decision.bound import certified, rows_needed, upper_bound
 
 OUTCOMES = [(0, 1), (0, 50), (1, 50), (3, 300), (150, 300), (299, 300), (300, 300)]
-EPSILONS = [0.0001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5]
-DELTAS = [0.0001, 0.01, 0.05, 0.1, 0.5]
+EPSILONS = [0.01, 0.02, 0.05, 0.1, 0.5]
+DELTAS = [0.0001, 0.01, 0.1, 0.5]
+# Every kind on every range of losses it is for: 0 to 1 (disagreement), -1 to 1 (accuracy lost).
+WITH_CONFIDENCE = [
+    ("exact", 0),
+    ("hoeffding-bentkus", 0),
+    ("hoeffding-bentkus", -1),
+    ("wsr", 0),
+    ("wsr", -1),
+]
+KINDS = [*WITH_CONFIDENCE, ("naive", 0), ("naive", -1)]
+
+
+def zeros_and_ones(errors: int, rows: int):
+    return (np.arange(rows) < errors).astype(float)
+
+
+def draw(rows: int, mean: float, lowest: int, seed: int):
+    """Independent losses of that mean: 0 or 1, or (lowest -1) mostly 0 and as few 1 as can be."""
+    uniform = np.random.default_rng(seed).random(rows)
+    worse, better = (mean + 0.01, 0.01) if lowest else (mean, 0)
+    return np.where(uniform < worse, 1.0, np.where(uniform > 1 - better, -1.0, 0.0))
+
+
+# The papers' formulas, a row at a time.
+
+
+def binary_divergence(a: float, b: float) -> float:
+    """h1 of Angelopoulos et al. 2021."""
+    low = a * math.log(a / b) if a > 0 else 0.0
+    high = (1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else 0.0
+    return low + high
+
+
+def hoeffding_bentkus_p_value(mean: float, rows: int, epsilon: float) -> float:
+    """Of a mean in [0, 1]: Angelopoulos et al. 2021."""
+    hoeffding = math.exp(-rows * binary_divergence(min(mean, epsilon), epsilon))
+    bentkus = math.e * binom.cdf(math.ceil(round(rows * mean, 9)), rows, epsilon)
+    return min(hoeffding, bentkus)
+
+
+def wsr_p_value(losses: Sequence[float], epsilon: float, delta: float) -> float:
+    """Of losses in [0, 1]: Bates et al. 2021, the Waudby-Smith-Ramdas bound."""
+    capital = highest = 1.0
+    seen, squares, variance = 0.0, 0.0, 1 / 4
+    for i, loss in enumerate(losses, start=1):
+        bet = min(1, math.sqrt(2 * math.log(1 / delta) / (len(losses) * variance)))
+        capital *= 1 - bet * (loss - epsilon)
+        highest = max(highest, capital)
+        seen += loss
+        squares += (loss - (1 / 2 + seen) / (1 + i)) ** 2
+        variance = (1 / 4 + squares) / (1 + i)
+    return 1 / highest
+
+
+def reference_p_value(losses, epsilon: float, delta: float, kind: str, lowest: float) -> float:
+    unit = [(loss - lowest) / (1 - lowest) for loss in losses]
+    epsilon = (epsilon - lowest) / (1 - lowest)
+    if kind == "wsr":
+        return wsr_p_value(unit, epsilon, delta)
+    return hoeffding_bentkus_p_value(math.fsum(unit) / len(unit), len(unit), epsilon)
 
 
 @pytest.mark.parametrize("delta", [0.01, 0.05, 0.1, 0.4])
 @pytest.mark.parametrize(("errors", "rows"), OUTCOMES)
-def test_the_upper_bound_is_scipys_exact_one(errors, rows, delta):
+def test_the_exact_upper_bound_is_scipys(errors, rows, delta):
     two_sided = binomtest(errors, rows).proportion_ci(1 - 2 * delta, method="exact")
-    assert upper_bound(errors, rows, delta) == pytest.approx(two_sided.high, abs=1e-9)
+    bound = upper_bound(zeros_and_ones(errors, rows), delta, "exact")
+    assert bound == pytest.approx(two_sided.high, abs=1e-9)
 
 
 @pytest.mark.parametrize("delta", [0.01, 0.1])
-@pytest.mark.parametrize("epsilon", EPSILONS)
+@pytest.mark.parametrize("epsilon", [0.0001, *EPSILONS])
 @pytest.mark.parametrize(("errors", "rows"), OUTCOMES)
-def test_certified_is_scipys_one_sided_binomial_test(errors, rows, epsilon, delta):
+def test_exactly_certified_is_scipys_one_sided_binomial_test(errors, rows, epsilon, delta):
     test = binomtest(errors, rows, epsilon, alternative="less")
-    assert certified(errors, rows, epsilon, delta) == (test.pvalue <= delta)
+    losses = zeros_and_ones(errors, rows)
+    assert certified(losses, epsilon, delta, "exact") == (test.pvalue <= delta)
 
 
-@given(
-    st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))),
-    st.floats(0.0001, 0.5),
-    st.floats(0.0001, 0.5),
-)
+SAMPLES = {
+    "one row": [0.0],
+    "one row, wrong": [1.0],
+    "no errors": [0.0] * 200,
+    "all wrong": [1.0] * 40,
+    "few errors": draw(400, 0.01, 0, seed=0),
+    "many errors": draw(300, 0.4, 0, seed=1),
+    "errors first": zeros_and_ones(5, 400),
+    "errors last": zeros_and_ones(5, 400)[::-1],
+    "any number": np.random.default_rng(2).beta(0.2, 2, 300),
+}
+SIGNED_SAMPLES = {
+    "no change": [0.0] * 301,
+    "all better": [-1.0] * 60,
+    "mostly 0": draw(400, 0.0, -1, seed=3),
+    "worse": draw(300, 0.2, -1, seed=4),
+    "any signed number": np.random.default_rng(5).uniform(-1, 1, 300),
+}
+REFERENCED = [(losses, 0) for losses in SAMPLES.values()]
+REFERENCED += [(losses, -1) for losses in (SAMPLES | SIGNED_SAMPLES).values()]
+NAMES = [f"{name}, 0 to 1" for name in SAMPLES]
+NAMES += [f"{name}, -1 to 1" for name in SAMPLES | SIGNED_SAMPLES]
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.1])
+@pytest.mark.parametrize("kind", ["hoeffding-bentkus", "wsr"])
+@pytest.mark.parametrize(("losses", "lowest"), REFERENCED, ids=NAMES)
+def test_the_bounds_are_the_papers_formulas(losses, lowest, kind, delta):
+    losses = np.asarray(losses)
+    for epsilon in [0.001, *EPSILONS, 0.9]:
+        p_value = reference_p_value(losses, epsilon, delta, kind, lowest)
+        assert certified(losses, epsilon, delta, kind, lowest) == (p_value <= delta)
+    bound = upper_bound(losses, delta, kind, lowest)
+    assert reference_p_value(losses, bound - 1e-9, delta, kind, lowest) > delta
+    assert bound == 1 or reference_p_value(losses, bound + 1e-9, delta, kind, lowest) <= delta
+
+
+@pytest.mark.parametrize(("kind", "lowest"), KINDS)
+@given(data=st.data(), epsilon=st.floats(0.0001, 0.9), delta=st.floats(0.0001, 0.5))
 @settings(deadline=None)
-def test_certified_means_that_the_upper_bound_is_within_epsilon(outcome, epsilon, delta):
-    errors, rows = outcome
-    bound = upper_bound(errors, rows, delta)
+def test_certified_means_that_the_upper_bound_is_within_epsilon(kind, lowest, data, epsilon, delta):
+    values = sorted({lowest, 0, 1})
+    counts = data.draw(st.lists(st.integers(0, 300), min_size=len(values), max_size=len(values)))
+    assume(sum(counts) > 0)
+    losses = np.repeat(np.array(values, dtype=float), counts)
+    np.random.default_rng(data.draw(st.integers(0, 99))).shuffle(losses)
+    if kind != "exact" and data.draw(st.booleans()):
+        losses *= 0.7
+    bound = upper_bound(losses, delta, kind, lowest)
+    assert lowest <= bound <= 1
     assume(not math.isclose(bound, epsilon, rel_tol=1e-9))
-    assert certified(errors, rows, epsilon, delta) == (bound <= epsilon)
+    assert certified(losses, epsilon, delta, kind, lowest) == (bound <= epsilon)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("mean", [0.0, 0.02, 0.3])
+@pytest.mark.parametrize(("kind", "lowest"), WITH_CONFIDENCE)
+def test_more_confidence_costs_a_higher_bound(kind, lowest, mean, seed):
+    losses = draw(500, mean, lowest, seed)
+    bounds = [upper_bound(losses, delta, kind, lowest) for delta in np.geomspace(0.0001, 0.5, 30)]
+    assert all(stricter > laxer for stricter, laxer in pairwise(bounds))
 
 
 @pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize("epsilon", EPSILONS)
-def test_rows_needed_is_the_smallest_number_of_rows_that_can_certify(epsilon, delta):
-    needed = rows_needed(epsilon, delta)
-    assert certified(0, needed, epsilon, delta)
-    assert not certified(0, needed - 1, epsilon, delta)
+@pytest.mark.parametrize(("kind", "lowest"), KINDS)
+def test_rows_needed_is_the_smallest_number_of_rows_that_can_certify(kind, lowest, epsilon, delta):
+    needed = rows_needed(epsilon, delta, kind, lowest)
+    assert certified(np.zeros(needed), epsilon, delta, kind, lowest)
+    # Bentkus's bound fails at some more rows, up to 2 / epsilon of them: 400 see past those.
+    for fewer in range(max(1, needed - 400), needed):
+        assert not certified(np.zeros(fewer), epsilon, delta, kind, lowest)
+
+
+def test_rows_needed_counts_more_rows_than_memory_holds():
+    needed = rows_needed(0.0001, 0.1, "hoeffding-bentkus", -1)
+    assert needed > 3e8
+    unit_epsilon = (0.0001 + 1) / 2
+    assert hoeffding_bentkus_p_value(0.5, needed, unit_epsilon) <= 0.1
+    assert hoeffding_bentkus_p_value(0.5, needed - 2, unit_epsilon) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["exact", "wsr", "hoeffding-bentkus"])
+def test_no_number_of_rows_certifies_that_nothing_is_ever_lost(kind):
+    with pytest.raises(ValueError, match="epsilon 0: it must be positive"):
+        rows_needed(0.0, 0.1, kind)
+
+
+@pytest.mark.parametrize("bound", [certified, upper_bound])
+@pytest.mark.parametrize(
+    ("losses", "kind", "lowest", "message"),
+    [
+        ([0.0, 0.5], "exact", 0, "exact bound is for losses of 0 or 1 only"),
+        ([0.0, 1.0], "exact", -1, "exact bound is for losses of 0 or 1 only"),
+        ([0.0, -1.0], "wsr", 0, "between 0 and 1, got -1 to 0"),
+        ([0.0, 1.5], "hoeffding-bentkus", -1, "between -1 and 1, got 0 to 1.5"),
+    ],
+)
+def test_losses_that_a_bound_is_not_for_are_refused(bound, losses, kind, lowest, message):
+    epsilon = () if bound is upper_bound else (0.1,)
+    with pytest.raises(ValueError, match=message):
+        bound(np.array(losses), *epsilon, 0.1, kind, lowest)
+
+
+def test_rows_needed_refuses_signed_losses_for_the_exact_bound():
+    with pytest.raises(ValueError, match="losses of 0 or 1 only"):
+        rows_needed(0.1, 0.1, "exact", -1)
+
+
+@pytest.mark.parametrize(("kind", "lowest"), WITH_CONFIDENCE)
+def test_a_mean_just_above_epsilon_is_certified_no_more_often_than_delta(kind, lowest):
+    epsilon, delta, resamples = 0.05, 0.1, 1000
+    samples = [draw(1500, epsilon + 1e-9, lowest, seed) for seed in range(resamples)]
+    rate = np.mean([certified(losses, epsilon, delta, kind, lowest) for losses in samples])
+    assert rate <= delta + 3 * math.sqrt(delta * (1 - delta) / resamples)
+    naive = np.mean([certified(losses, epsilon, delta, "naive") for losses in samples])
+    assert naive > 0.4
+
+
+@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_on_zeros_and_ones_the_exact_bound_is_never_above_hoeffding_bentkus(rows, delta):
+    for errors in range(rows + 1):
+        losses = zeros_and_ones(errors, rows)
+        exact = upper_bound(losses, delta, "exact")
+        assert exact <= upper_bound(losses, delta, "hoeffding-bentkus") + 1e-12
+
+
+def test_signed_losses_of_small_variance_take_wsr_a_fraction_of_the_rows():
+    epsilon, delta = 0.02, 0.1
+    wsr, hoeffding_bentkus = (
+        np.mean([certified(draw(rows, 0.0, -1, s), epsilon, delta, kind, -1) for s in range(100)])
+        for rows, kind in [(1000, "wsr"), (4000, "hoeffding-bentkus")]
+    )
+    assert wsr > 0.9
+    assert hoeffding_bentkus < 0.1
 
 
 DEPTH, LAYERS = 10, (3, 6)
-ROWS, RESAMPLES, EPSILON, DELTA = 300, 400, 0.05, 0.1
+DELTA, RESAMPLES = 0.1, 300
+# risk: (least loss, epsilon, held-out rows)
+RISKS = {"disagreement": (0, 0.05, 300), "accuracy lost": (-1, 0.1, 1000)}
+CERTIFYING = {
+    "disagreement": ["exact", "wsr", "hoeffding-bentkus"],
+    "accuracy lost": ["wsr", "hoeffding-bentkus"],
+}
+SIMULATED = [(risk, kind) for risk, kinds in CERTIFYING.items() for kind in kinds]
+
+
+def disagreement(score, agrees) -> Scored:
+    return Scored(torch.as_tensor(score).float(), agrees, (~agrees).astype(float))
 
 
 def fitted_exits(held_out: Sequence[Scored], fitted: Sequence[Scored]) -> list[FittedExit]:
@@ -67,87 +257,115 @@ def fitted_exits(held_out: Sequence[Scored], fitted: Sequence[Scored]) -> list[F
     ]
 
 
-def population(rows: int, seed: int) -> list[Scored]:
+def population(rows: int, seed: int, risk: str = "disagreement") -> list[Scored]:
     """Two exit points that err less the surer they are; the later one errs less often."""
     generator = np.random.default_rng(seed)
+    right_at_full_depth = generator.random(rows) < 0.8
     exits = []
     for worst in (0.5, 0.3):
         score = generator.random(rows)
-        agrees = generator.random(rows) >= worst * (1 - score)
-        exits.append(Scored(torch.from_numpy(score).float(), agrees))
+        exits.append(disagreement(score, generator.random(rows) >= worst * (1 - score)))
+        if risk == "accuracy lost":
+            # Another answer than a right one is wrong; than a wrong one, right half of the time.
+            other_is_right = ~right_at_full_depth & (generator.random(rows) < 0.5)
+            right_here = np.where(exits[-1].agrees, right_at_full_depth, other_is_right)
+            exits[-1].loss[:] = right_at_full_depth.astype(float) - right_here
     return exits
 
 
 @cache
-def violations() -> tuple[float, float]:
-    """How often epsilon is exceeded on the population: fixed-sequence testing, naive rule."""
-    everyone, fitted = population(20_000, seed=0), population(ROWS, seed=1)
+def violations(risk: str) -> dict[str, float]:
+    """How often each kind of bound lets the population's mean loss exceed epsilon."""
+    lowest, epsilon, rows = RISKS[risk]
+    everyone, fitted = population(20_000, 0, risk), population(rows, 1, risk)
     exits = fitted_exits(everyone, fitted)
     grid = threshold_grid(exits)
-    rate = {
-        point.threshold: point.errors / point.rows
+    true = {
+        point.threshold: point.risk
         for point in walk(exits, lambda fitted: fitted.held_out, DEPTH, grid)
     }
     generator = np.random.default_rng(2)
-    bad_tested = bad_naive = 0
+    bad = dict.fromkeys([*CERTIFYING[risk], "naive"], 0)
+    saved = dict.fromkeys(bad, 0.0)
     for _ in range(RESAMPLES):
-        rows = generator.integers(0, len(everyone[0].agrees), ROWS)
-        sample = [Scored(whole.score[rows], whole.agrees[rows]) for whole in everyone]
+        drawn = generator.integers(0, 20_000, rows)
+        sample = [Scored(e.score[drawn], e.agrees[drawn], e.loss[drawn]) for e in everyone]
         exits = fitted_exits(sample, fitted)
-        tested = certify(exits, DEPTH, EPSILON, DELTA)
-        assert tested is not None
         path = list(walk(exits, lambda fitted: fitted.held_out, DEPTH, grid))
-        assert tested == loosest(iter(path), EPSILON, DELTA)
-        naive = [point for point in path if point.errors / point.rows <= EPSILON][-1]
-        bad_tested += rate[tested.threshold] > EPSILON
-        bad_naive += rate[naive.threshold] > EPSILON
-    return bad_tested / RESAMPLES, bad_naive / RESAMPLES
+        chosen = {
+            kind: loosest(iter(path), epsilon, DELTA, kind, lowest) for kind in CERTIFYING[risk]
+        }
+        chosen["naive"] = [point for point in path if point.risk <= epsilon][-1]
+        for kind, point in chosen.items():
+            assert point is not None
+            bad[kind] += true[point.threshold] > epsilon
+            saved[kind] += point.layers_saved
+    # A bound that lets nobody leave would prove nothing.
+    assert min(saved.values()) / RESAMPLES > 0.1
+    return {kind: count / RESAMPLES for kind, count in bad.items()}
 
 
-def test_a_certified_policy_exceeds_epsilon_no_more_often_than_delta():
-    tested, _ = violations()
+@pytest.mark.parametrize(("risk", "kind"), SIMULATED)
+def test_a_certified_policy_exceeds_epsilon_no_more_often_than_delta(risk, kind):
     sampling_error = 3 * math.sqrt(DELTA * (1 - DELTA) / RESAMPLES)
-    assert tested <= DELTA + sampling_error
+    assert violations(risk)[kind] <= DELTA + sampling_error
 
 
-def test_the_loosest_threshold_within_epsilon_on_the_rows_exceeds_it_far_more_often():
-    tested, naive = violations()
+@pytest.mark.parametrize(("risk", "kind"), SIMULATED)
+def test_the_loosest_threshold_within_epsilon_on_the_rows_exceeds_it_far_more_often(risk, kind):
+    naive = violations(risk)["naive"]
     assert naive > 0.4
-    assert naive > 4 * tested
+    assert naive > 4 * violations(risk)[kind]
+
+
+@pytest.mark.parametrize(("risk", "kind"), SIMULATED)
+def test_the_certified_point_is_the_last_whose_bounds_up_to_there_are_all_within_epsilon(
+    risk, kind
+):
+    lowest, epsilon, rows = RISKS[risk]
+    exits = fitted_exits(population(rows, 5, risk), population(rows, 6, risk))
+    point = certify(exits, DEPTH, epsilon, DELTA, kind, lowest)
+    path = list(walk(exits, lambda fitted: fitted.held_out, DEPTH, threshold_grid(exits)))
+    bounds = [bound_of(each, DELTA, kind, lowest) for each in path]
+    [first_bad, *_] = (index for index, bound in enumerate(bounds) if bound > epsilon)
+    assert point is not None
+    assert point.threshold == path[first_bad - 1].threshold
 
 
 def test_the_certified_path_stops_at_the_first_point_that_fails():
     # A tenth of the rows is surest, and wrong, at the later exit point. Any looser threshold lets
     # all rows leave earlier and right: no errors, but fixed-sequence testing never gets there.
     wrong = np.arange(1000) < 100
-    early = Scored(torch.zeros(1000), np.ones(1000, dtype=np.bool_))
-    late = Scored(torch.from_numpy(np.where(wrong, 1.0, -1.0)).float(), ~wrong)
+    early = disagreement(np.zeros(1000), np.ones(1000, dtype=np.bool_))
+    late = disagreement(np.where(wrong, 1.0, -1.0), ~wrong)
     exits = fitted_exits([early, late], [early, late])
     path = walk(exits, lambda fitted: fitted.held_out, DEPTH, [math.inf, 1.0, 0.0])
-    assert [point.errors for point in path] == [0, 100, 0]
-    point = certify(exits, DEPTH, EPSILON, DELTA)
+    assert [point.losses.sum() for point in path] == [0, 100, 0]
+    point = certify(exits, DEPTH, 0.05, DELTA)
     assert point is not None
     assert (point.threshold, point.layers_saved) == (math.inf, 0)
 
 
+@pytest.mark.parametrize("risk", RISKS)
 @pytest.mark.parametrize("seed", range(5))
-def test_a_row_leaves_at_the_first_exit_point_whose_score_passes(seed):
-    exits = fitted_exits(population(200, seed), population(200, seed + 100))
+def test_a_row_leaves_at_the_first_exit_point_whose_score_passes(seed, risk):
+    exits = fitted_exits(population(200, seed, risk), population(200, seed + 100, risk))
     grid = threshold_grid(exits)[::20]
     halves = [fitted.held_out for fitted in exits]
     for point in walk(exits, lambda fitted: fitted.held_out, DEPTH, grid):
-        errors = saved = 0
+        losses, saved = [0.0] * 200, 0
         for row in range(200):
             for layer, half in zip(LAYERS, halves, strict=True):
                 if half.score[row] >= point.threshold:
-                    errors += not half.agrees[row]
+                    losses[row] = half.loss[row]
                     saved += DEPTH - layer
                     break
-        assert (point.errors, point.rows) == (errors, 200)
+        assert point.losses.tolist() == losses
+        assert (point.rows, point.risk) == (200, pytest.approx(sum(losses) / 200))
         assert point.layers_saved == pytest.approx(saved / (200 * DEPTH))
 
 
 def test_nothing_is_certified_with_too_few_rows():
-    few = rows_needed(EPSILON, DELTA) - 1
-    half = [Scored(torch.rand(few), np.ones(few, dtype=np.bool_)) for _ in LAYERS]
-    assert certify(fitted_exits(half, half), DEPTH, EPSILON, DELTA) is None
+    few = rows_needed(0.05, DELTA, "exact") - 1
+    half = [disagreement(torch.rand(few), np.ones(few, dtype=np.bool_)) for _ in LAYERS]
+    assert certify(fitted_exits(half, half), DEPTH, 0.05, DELTA) is None

@@ -138,7 +138,7 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
         levels=tuple(
             Level(
                 epsilon=epsilon,
-                disagreement=point.errors / point.rows,
+                disagreement=point.risk,
                 bound=bound_of(point, request.delta),
                 layers_saved=point.layers_saved,
             )
@@ -193,7 +193,7 @@ def _probe_kind(request: CalibrationRequest) -> Literal["lens", "label-head", "l
 
 def _check_rows(held_out: int, request: CalibrationRequest) -> None:
     """The half that certifies must be able to, even if not one answer differs."""
-    needed = rows_needed(request.epsilon, request.delta)
+    needed = rows_needed(request.epsilon, request.delta, "exact")
     if held_out < needed:
         raise AdaInferError(
             f"too few rows for the bound: epsilon {request.epsilon:g} at delta "
@@ -272,7 +272,7 @@ def _details(
         "risk_curve": [
             {
                 "threshold": point.threshold if np.isfinite(point.threshold) else None,
-                "disagreement": point.errors / point.rows,
+                "disagreement": point.risk,
                 "bound": bound_of(point, request.delta),
                 "layers_saved": point.layers_saved,
             }

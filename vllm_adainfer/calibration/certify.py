@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vllm_adainfer.calibration.fit import FittedExit, Scored
-from vllm_adainfer.decision.bound import certified, upper_bound
+from vllm_adainfer.decision.bound import BoundKind, FloatArray, certified, upper_bound
 
 MAX_EXIT_POINTS = 4
 STEPS = 200
@@ -28,16 +28,24 @@ class PathPoint:
 
     Attributes:
         threshold: on the settled score.
-        errors: rows whose answer differs from the full model's.
-        rows: of that half.
+        losses: [rows], of each row where it leaves; 0 where it runs to the end.
         layers_saved: share of layers, 0 to 1.
 
     """
 
     threshold: float
-    errors: int
-    rows: int
+    losses: FloatArray
     layers_saved: float
+
+    @property
+    def rows(self) -> int:
+        """How many prompts that half has."""
+        return len(self.losses)
+
+    @property
+    def risk(self) -> float:
+        """Mean loss."""
+        return float(self.losses.mean())
 
 
 def walk(
@@ -48,16 +56,16 @@ def walk(
 ) -> Iterator[PathPoint]:
     """The policy of `exits` (ascending) at each threshold, strictest first."""
     scored = [(fitted.layer, half(fitted)) for fitted in exits]
-    rows = len(scored[0][1].agrees)
+    rows = len(scored[0][1].loss)
     for threshold in thresholds:
         inside = np.ones(rows, dtype=np.bool_)
-        errors, saved = 0, 0
+        losses, saved = np.zeros(rows), 0
         for layer, row in scored:
             leaves = inside & (row.score >= threshold).numpy()
-            errors += int(np.count_nonzero(leaves & ~row.agrees))
+            losses[leaves] = row.loss[leaves]
             saved += int(np.count_nonzero(leaves)) * (depth - layer)
             inside &= ~leaves
-        yield PathPoint(threshold, errors, rows, saved / (rows * depth))
+        yield PathPoint(threshold, losses, saved / (rows * depth))
 
 
 def threshold_grid(exits: Sequence[FittedExit]) -> list[float]:
@@ -67,22 +75,33 @@ def threshold_grid(exits: Sequence[FittedExit]) -> list[float]:
     return [float("inf"), *sorted(set(grid.tolist()), reverse=True)]
 
 
-def loosest(path: Iterator[PathPoint], epsilon: float, delta: float) -> PathPoint | None:
+def loosest(
+    path: Iterator[PathPoint],
+    epsilon: float,
+    delta: float,
+    kind: BoundKind = "exact",
+    lowest: float = 0.0,
+) -> PathPoint | None:
     """The last point before the first that cannot be certified (fixed-sequence testing)."""
     best = None
     for point in path:
-        if not certified(point.errors, point.rows, epsilon, delta):
+        if not certified(point.losses, epsilon, delta, kind, lowest):
             break
         best = point
     return best
 
 
 def certify(
-    exits: Sequence[FittedExit], depth: int, epsilon: float, delta: float
+    exits: Sequence[FittedExit],
+    depth: int,
+    epsilon: float,
+    delta: float,
+    kind: BoundKind = "exact",
+    lowest: float = 0.0,
 ) -> PathPoint | None:
     """The loosest certified policy on the held-out half; None if there is none."""
     path = walk(exits, lambda fitted: fitted.held_out, depth, threshold_grid(exits))
-    return loosest(path, epsilon, delta)
+    return loosest(path, epsilon, delta, kind, lowest)
 
 
 def choose_exits(
@@ -107,6 +126,8 @@ def choose_exits(
     return chosen
 
 
-def bound_of(point: PathPoint, delta: float) -> float:
-    """Upper confidence bound of the point's disagreement rate."""
-    return upper_bound(point.errors, point.rows, delta)
+def bound_of(
+    point: PathPoint, delta: float, kind: BoundKind = "exact", lowest: float = 0.0
+) -> float:
+    """Upper confidence bound of the point's risk."""
+    return upper_bound(point.losses, delta, kind, lowest)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vllm_adainfer.calibration import ridge
 from vllm_adainfer.calibration.collect import FOLDS, Recording
+from vllm_adainfer.decision.bound import FloatArray
 from vllm_adainfer.decision.classifier import Kind, fit_classifier
 from vllm_adainfer.decision.moments import Moments
 from vllm_adainfer.decision.probe import Probe
@@ -42,11 +43,13 @@ class Scored:
     Attributes:
         score: fp32 [rows], the classifier's settled score.
         agrees: [rows], whether the probe's best token is the full model's.
+        loss: [rows], what leaving here costs: 1 where it does not agree, else 0.
 
     """
 
     score: Tensor
     agrees: Bools
+    loss: FloatArray
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,17 @@ def _fit_exit(
     classifier = fit_classifier(kind, rows_features, agrees, seed)
     if classifier is None:
         return None
+
+    def scored(features: Tensor, agrees: Bools) -> Scored:
+        return Scored(linear_score(features, classifier), agrees, (~agrees).astype(np.float64))
+
     held_features, held_agrees = judge(probe, held_out)
     return FittedExit(
         layer=layer,
         probe=probe,
         classifier=classifier,
-        fitted=Scored(linear_score(rows_features, classifier), agrees),
-        held_out=Scored(linear_score(held_features, classifier), held_agrees),
+        fitted=scored(rows_features, agrees),
+        held_out=scored(held_features, held_agrees),
     )
 
 
