@@ -29,8 +29,9 @@ PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
 LOW_RANK_HIDDEN_SIZE = 2048
 # The ranks tried are the hidden size divided by these; above a quarter little is saved.
 RANK_DIVISORS = (64, 32, 16, 8, 4)
-# A low rank may cost so much of the lens's squared error on unseen prompts.
-RANK_TOLERANCE = 0.01
+# A low rank may add so much to the lens's squared error on unseen prompts, relative to it: on the
+# demo model (SST-2, layers 15 to 27) agreement with the full model stays within 0.5 points.
+RANK_TOLERANCE = 0.1
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
