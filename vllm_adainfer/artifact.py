@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vllm_adainfer.decision.score import served_shape
 from vllm_adainfer.errors import AdaInferError
 
 CONFIG_FILE = "config.json"
@@ -65,7 +66,7 @@ class ArtifactConfig(_Strict):
     candidates: Literal["labels", "full"]
     labels: tuple[Label, ...] = ()
     features: tuple[str, ...]
-    classifier: Literal["svm", "logreg", "threshold"]
+    classifier: Literal["svm", "logreg", "threshold", "rbf", "boosting", "crf"]
     norm_eps: float = Field(gt=0)
     epsilon: float = Field(gt=0, lt=1)
     delta: float = Field(gt=0, lt=1)
@@ -285,7 +286,7 @@ def _expected_shapes(config: ArtifactConfig) -> dict[str, tuple[int, ...]]:
     if config.probe != "label-head" and labels:
         shapes |= {"norm_weight": (hidden,), "head_rows": (labels, hidden)}
     for layer in config.exit_points:
-        shapes[f"exit.{layer}.classifier"] = (len(config.features) + 1,)
+        shapes[f"exit.{layer}.classifier"] = served_shape(config.classifier)
         if config.probe == "label-head":
             shapes[f"exit.{layer}.head_weight"] = (labels, hidden)
             shapes[f"exit.{layer}.head_bias"] = (labels,)

@@ -5,22 +5,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.interpolate import RegularGridInterpolator
 from vllm import SamplingParams
 
+from tests.chain import log_odds
 from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.scripted import parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact import Artifact
+from vllm_adainfer.decision.classifier import fit_classifier
 from vllm_adainfer.decision.policy import CalibratedPolicy
 from vllm_adainfer.models.exit_loop import LabelAnswers
 
 PROMPTS = 24
 
 
-def artifact_of(model_path, model, probe: str, candidates: str, threshold: float) -> Artifact:
-    """Random lenses and a threshold on the gap that some rows pass and some do not."""
+def artifact_of(
+    model_path, model, probe: str, candidates: str, threshold: float, classifier: str
+) -> Artifact:
+    """Random lenses and a threshold on the score that some rows pass and some do not."""
     labels = tiny_config(model_path).labels if candidates == "labels" else ()
-    config = tiny_config(model_path, probe=probe, candidates=candidates, labels=labels)
+    config = tiny_config(
+        model_path, probe=probe, candidates=candidates, labels=labels, classifier=classifier
+    )
     thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
     tensors = tiny_tensors(config, thresholds)
     generator = torch.Generator().manual_seed(2)
@@ -32,7 +39,29 @@ def artifact_of(model_path, model, probe: str, candidates: str, threshold: float
             lens = 0.02 * torch.randn(64, 64, generator=generator)
             tensors[f"exit.{layer}.lens_weight"] = lens
             tensors[f"exit.{layer}.lens_bias"] = torch.zeros(64)
+        if classifier == "rbf":
+            gap = torch.rand(300, generator=generator)
+            features = torch.stack([(1 + gap) / 2, gap], dim=1)
+            settled = torch.rand(300, generator=generator) < gap
+            tensors[f"exit.{layer}.classifier"] = fit_classifier(
+                "rbf", features, settled.numpy(), seed=0
+            )
+        if classifier == "crf":
+            tensors[f"exit.{layer}.classifier"] = torch.tensor([2.0, -1, -1, 2, 1, 4, -1.5])
     return Artifact(config, tensors)
+
+
+def oracle_score(artifact: Artifact, features: list[tuple[float, float]]) -> float:
+    """The settled score at the last of the exit points whose features are given."""
+    layers = EXIT_POINTS[: len(features)]
+    classifiers = [artifact.tensors[f"exit.{layer}.classifier"].numpy() for layer in layers]
+    if artifact.config.classifier == "crf":
+        return log_odds(np.array(features), np.stack(classifiers))
+    if artifact.config.classifier == "rbf":
+        axis = np.linspace(0, 20 * np.log(2), len(classifiers[-1]))
+        table = RegularGridInterpolator((axis, axis), classifiers[-1])
+        return float(table(-np.log(1 - np.array(features[-1])))[0])
+    return features[-1][1]
 
 
 @torch.inference_mode()
@@ -41,6 +70,7 @@ def expected(artifact: Artifact, model, prompt: list[int]) -> tuple[int, int] | 
     config, tensors = artifact.config, artifact.tensors
     states = hidden_states(model, prompt)
     rows = list(config.label_ids) or list(range(config.vocab_size))
+    features: list[tuple[float, float]] = []
     for layer in (*EXIT_POINTS, LAYERS):
         state = states[layer][-1:]
         if layer < LAYERS and config.probe == "label-head":
@@ -50,33 +80,41 @@ def expected(artifact: Artifact, model, prompt: list[int]) -> tuple[int, int] | 
                 state = state + state @ tensors[f"exit.{layer}.lens_weight"]
             scores = model.lm_head(model.model.norm(state))[:, rows]
         probabilities = scores.softmax(-1).topk(2)
-        gap = float(probabilities.values[0, 0] - probabilities.values[0, 1])
+        best, second = probabilities.values[0].tolist()
+        features.append((best, best - second))
         margin = scores.topk(2).values
         if margin[0, 0] - margin[0, 1] < TIE:
             return None
-        threshold = float(tensors["thresholds"][0, 0])
-        if layer < LAYERS and abs(gap - threshold) < TIE:
+        token = rows[int(probabilities.indices[0, 0])]
+        if layer == LAYERS:
+            return layer, token
+        lead = oracle_score(artifact, features) - float(tensors["thresholds"][0, 0])
+        if abs(lead) < TIE:
             return None
-        if layer == LAYERS or gap >= threshold:
-            return layer, rows[int(probabilities.indices[0, 0])]
+        if lead > 0:
+            return layer, token
     raise AssertionError("the last layer always answers")
 
 
 @pytest.mark.parametrize(
-    ("probe", "candidates", "threshold"),
+    ("probe", "candidates", "threshold", "classifier"),
     [
-        ("label-head", "labels", 0.2),
-        ("lens", "labels", 0.6),
-        ("logit-lens", "labels", 0.6),
-        ("lens", "full", 0.1),
-        ("logit-lens", "full", 0.1),
+        ("label-head", "labels", 0.2, "threshold"),
+        ("lens", "labels", 0.6, "threshold"),
+        ("logit-lens", "labels", 0.6, "threshold"),
+        ("lens", "full", 0.1, "threshold"),
+        ("logit-lens", "full", 0.1, "threshold"),
+        ("lens", "labels", 0.5, "rbf"),
+        ("lens", "full", -0.4, "rbf"),
+        ("lens", "labels", 3.0, "crf"),
+        ("lens", "full", -1.4, "crf"),
     ],
 )
 def test_depths_and_tokens_are_those_of_the_oracle(
-    engine, tiny_model, reference, probe, candidates, threshold
+    engine, tiny_model, reference, probe, candidates, threshold, classifier
 ):
     model, _, _ = parts(engine)
-    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold)
+    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold, classifier)
     generator = np.random.default_rng(11)
     prompts = [
         generator.integers(5, 1000, generator.integers(2, 60)).tolist() for _ in range(PROMPTS)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
+from torch import Tensor
 
 from vllm_adainfer.calibration.certify import certify, loosest, threshold_grid, walk
 from vllm_adainfer.calibration.fit import FittedExit, Scored
@@ -60,6 +61,10 @@ DEPTH, LAYERS = 10, (3, 6)
 ROWS, RESAMPLES, EPSILON, DELTA = 300, 400, 0.05, 0.1
 
 
+def scored(score: Tensor, agrees: np.ndarray) -> Scored:
+    return Scored(score, agrees, features=torch.empty(len(agrees), 0))  # the bound reads none
+
+
 def fitted_exits(held_out: Sequence[Scored], fitted: Sequence[Scored]) -> list[FittedExit]:
     return [
         FittedExit(layer, None, torch.zeros(3), ours, theirs)
@@ -74,7 +79,7 @@ def population(rows: int, seed: int) -> list[Scored]:
     for worst in (0.5, 0.3):
         score = generator.random(rows)
         agrees = generator.random(rows) >= worst * (1 - score)
-        exits.append(Scored(torch.from_numpy(score).float(), agrees))
+        exits.append(scored(torch.from_numpy(score).float(), agrees))
     return exits
 
 
@@ -92,7 +97,7 @@ def violations() -> tuple[float, float]:
     bad_tested = bad_naive = 0
     for _ in range(RESAMPLES):
         rows = generator.integers(0, len(everyone[0].agrees), ROWS)
-        sample = [Scored(whole.score[rows], whole.agrees[rows]) for whole in everyone]
+        sample = [scored(whole.score[rows], whole.agrees[rows]) for whole in everyone]
         exits = fitted_exits(sample, fitted)
         tested = certify(exits, DEPTH, EPSILON, DELTA)
         assert tested is not None
@@ -120,8 +125,8 @@ def test_the_certified_path_stops_at_the_first_point_that_fails():
     # A tenth of the rows is surest, and wrong, at the later exit point. Any looser threshold lets
     # all rows leave earlier and right: no errors, but fixed-sequence testing never gets there.
     wrong = np.arange(1000) < 100
-    early = Scored(torch.zeros(1000), np.ones(1000, dtype=np.bool_))
-    late = Scored(torch.from_numpy(np.where(wrong, 1.0, -1.0)).float(), ~wrong)
+    early = scored(torch.zeros(1000), np.ones(1000, dtype=np.bool_))
+    late = scored(torch.from_numpy(np.where(wrong, 1.0, -1.0)).float(), ~wrong)
     exits = fitted_exits([early, late], [early, late])
     path = walk(exits, lambda fitted: fitted.held_out, DEPTH, [math.inf, 1.0, 0.0])
     assert [point.errors for point in path] == [0, 100, 0]
@@ -149,5 +154,5 @@ def test_a_row_leaves_at_the_first_exit_point_whose_score_passes(seed):
 
 def test_nothing_is_certified_with_too_few_rows():
     few = rows_needed(EPSILON, DELTA) - 1
-    half = [Scored(torch.rand(few), np.ones(few, dtype=np.bool_)) for _ in LAYERS]
+    half = [scored(torch.rand(few), np.ones(few, dtype=np.bool_)) for _ in LAYERS]
     assert certify(fitted_exits(half, half), DEPTH, EPSILON, DELTA) is None

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from adainfer_kernels import linear_score
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
@@ -21,7 +20,9 @@ from torch import Tensor
 
 from vllm_adainfer.calibration.collect import Recording
 from vllm_adainfer.decision.classifier import Kind, fit_classifier
+from vllm_adainfer.decision.crf import fit_crf
 from vllm_adainfer.decision.probe import Probe
+from vllm_adainfer.decision.score import score
 
 ALPHAS = (1.0, 10.0, 100.0, 1_000.0, 10_000.0)
 FOLDS = 5
@@ -39,11 +40,13 @@ class Scored:
     Attributes:
         score: fp32 [rows], the classifier's settled score.
         agrees: [rows], whether the probe's best token is the full model's.
+        features: fp32 [rows, 2], what the classifier reads.
 
     """
 
     score: Tensor
     agrees: Bools
+    features: Tensor
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,10 @@ def fit_exits(
     seed: int,
     layers: Iterable[int],
 ) -> list[FittedExit]:
-    """Fit every layer in `layers`; those that cannot be learned are left out."""
+    """Fit every layer in `layers`; those that cannot be learned are left out.
+
+    A ``crf`` is over exit points that are yet to be chosen: these get an SVM, see `chain`.
+    """
     exits = (_fit_exit(recording, target, halves, classifier, seed, layer) for layer in layers)
     return [fitted for fitted in exits if fitted is not None]
 
@@ -120,7 +126,7 @@ def _fit_exit(
         judged = judged[judged < prompts]  # the prompts' own last tokens
         where = [place[prompt] for prompt in groups[judged]]
         rows_features[where], agrees[where] = judge(make_probe(fit_rows[seen]), judged)
-    classifier = fit_classifier(kind, rows_features, agrees, seed)
+    classifier = fit_classifier("svm" if kind == "crf" else kind, rows_features, agrees, seed)
     if classifier is None:
         return None
     probe = make_probe(fit_rows)
@@ -129,9 +135,32 @@ def _fit_exit(
         layer=layer,
         probe=probe,
         classifier=classifier,
-        fitted=Scored(linear_score(rows_features, classifier), agrees),
-        held_out=Scored(linear_score(held_features, classifier), held_agrees),
+        fitted=Scored(score(rows_features, classifier, None), agrees, rows_features),
+        held_out=Scored(score(held_features, classifier, None), held_agrees, held_features),
     )
+
+
+def chain(exits: Sequence[FittedExit]) -> list[FittedExit]:
+    """The chosen exit points (ascending, at least one) with a CRF over them for classifiers."""
+    steps = fit_crf(
+        torch.stack([fitted.fitted.features for fitted in exits], dim=1),
+        np.stack([fitted.fitted.agrees for fitted in exits], axis=1),
+    )
+    chained: list[FittedExit] = []
+    fitted_score: Tensor | None = None
+    held_out_score: Tensor | None = None
+    for fitted, step in zip(exits, steps, strict=True):
+        fitted_score = score(fitted.fitted.features, step, fitted_score)
+        held_out_score = score(fitted.held_out.features, step, held_out_score)
+        chained.append(
+            replace(
+                fitted,
+                classifier=step,
+                fitted=replace(fitted.fitted, score=fitted_score),
+                held_out=replace(fitted.held_out, score=held_out_score),
+            )
+        )
+    return chained
 
 
 def _probe_maker(recording: Recording, target: Target, states: Tensor) -> Callable[[Ints], Probe]:

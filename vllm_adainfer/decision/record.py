@@ -18,7 +18,9 @@ class Recorder:
         self._states: list[list[Tensor]] = [[] for _ in layers]
         self._tags: list[list[Tensor]] = [[] for _ in layers]
 
-    def decide(self, exit_index: int, hidden: Tensor, tags: Tensor) -> Decision:
+    def decide(
+        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
+    ) -> Decision:
         """Keep `hidden` [rows, hidden size]; nothing is settled."""
         self._states[exit_index].append(hidden)
         self._tags[exit_index].append(tags)
