@@ -40,11 +40,14 @@ class ProbeChoice(str, Enum):
 
 
 class ClassifierChoice(str, Enum):
-    """Classifiers on top_prob and gap."""
+    """Classifiers on top_prob and gap; crf also reads those of the exit points before."""
 
     svm = "svm"
     logreg = "logreg"
     threshold = "threshold"
+    rbf = "rbf"
+    boosting = "boosting"
+    crf = "crf"
 
 
 def _errors_as_sentences(command: Callable[..., None]) -> Callable[..., None]:
@@ -107,9 +110,13 @@ def calibrate(
     probe: Annotated[ProbeChoice, typer.Option(help="How a state becomes scores.")] = (
         ProbeChoice.auto
     ),
-    classifier: Annotated[ClassifierChoice, typer.Option(help="What reads the features.")] = (
-        ClassifierChoice.svm
-    ),
+    classifier: Annotated[
+        ClassifierChoice,
+        typer.Option(
+            help="What reads the features: a linear svm or logreg, the threshold on the gap alone, "
+            "an rbf SVM, boosting (shallow trees), or a crf over the exit points."
+        ),
+    ] = ClassifierChoice.svm,
     exit_points: Annotated[
         str, typer.Option(help="Layers such as 12,18,24, or auto: up to four, chosen.")
     ] = "auto",

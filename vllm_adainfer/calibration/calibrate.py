@@ -40,6 +40,7 @@ from vllm_adainfer.calibration.fit import (
     Ints,
     Target,
     candidate_layers,
+    chain,
     fit_exits,
     split,
 )
@@ -115,6 +116,8 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     exits = list(candidates)
     if request.exit_points is None:
         exits = choose_exits(candidates, depth, request.epsilon, request.delta)
+    if request.classifier == "crf" and exits:
+        exits = chain(exits)
     points = _levels(exits, depth, request) if exits else {}
     if request.epsilon not in points:
         raise AdaInferError(
