@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vllm_adainfer.decision.score import served_shape
 from vllm_adainfer.errors import AdaInferError
 
 CONFIG_FILE = "config.json"
@@ -46,7 +47,8 @@ class Level(_Strict):
 
     epsilon: float = Field(gt=0, lt=1)
     disagreement: float = Field(description="On the held-out rows that certified the bound.")
-    bound: float = Field(description="Upper confidence bound of the disagreement, <= epsilon.")
+    risk: float = Field(description="Mean loss there: the disagreement, or the accuracy lost.")
+    bound: float = Field(description="Upper confidence bound of the risk, <= epsilon.")
     layers_saved: float = Field(description="Share of layers, on the same rows.")
 
 
@@ -65,10 +67,14 @@ class ArtifactConfig(_Strict):
     candidates: Literal["labels", "full"]
     labels: tuple[Label, ...] = ()
     features: tuple[str, ...]
-    classifier: Literal["svm", "logreg", "threshold"]
+    classifier: Literal["svm", "logreg", "threshold", "rbf", "boosting", "crf"]
     norm_eps: float = Field(gt=0)
     epsilon: float = Field(gt=0, lt=1)
     delta: float = Field(gt=0, lt=1)
+    risk: Literal["disagreement", "accuracy"] = Field(
+        "disagreement", description="What epsilon bounds: changed answers, or accuracy lost."
+    )
+    bound: Literal["exact", "wsr", "hoeffding-bentkus", "naive"] = "exact"
     levels: tuple[Level, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -187,6 +193,21 @@ def load_artifact(source: str) -> Artifact:
     return Artifact(config, tensors)
 
 
+def load_details(source: str) -> dict[str, Any]:
+    """``calibration.json`` of an artifact: how it was made, and what each exit point does.
+
+    Raises:
+        AdaInferError: it is missing or damaged.
+
+    """
+    path = _locate(source) / CALIBRATION_FILE
+    try:
+        details = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
+    return dict(details)
+
+
 def save_artifact(
     directory: Path,
     config: ArtifactConfig,
@@ -288,7 +309,7 @@ def _expected_shapes(
     if config.probe != "label-head" and labels:
         shapes |= {"norm_weight": (hidden,), "head_rows": (labels, hidden)}
     for layer in config.exit_points:
-        shapes[f"exit.{layer}.classifier"] = (len(config.features) + 1,)
+        shapes[f"exit.{layer}.classifier"] = served_shape(config.classifier)
         if config.probe == "label-head":
             shapes[f"exit.{layer}.head_weight"] = (labels, hidden)
             shapes[f"exit.{layer}.head_bias"] = (labels,)

@@ -40,11 +40,31 @@ class ProbeChoice(str, Enum):
 
 
 class ClassifierChoice(str, Enum):
-    """Classifiers on top_prob and gap."""
+    """Classifiers on top_prob and gap; crf also reads those of the exit points before."""
 
     svm = "svm"
     logreg = "logreg"
     threshold = "threshold"
+    rbf = "rbf"
+    boosting = "boosting"
+    crf = "crf"
+
+
+class RiskChoice(str, Enum):
+    """What epsilon bounds."""
+
+    disagreement = "disagreement"
+    accuracy = "accuracy"
+
+
+class BoundChoice(str, Enum):
+    """Confidence bounds; auto takes exact for disagreement and wsr for accuracy."""
+
+    auto = "auto"
+    exact = "exact"
+    wsr = "wsr"
+    hoeffding_bentkus = "hoeffding-bentkus"
+    naive = "naive"
 
 
 def _errors_as_sentences(command: Callable[..., None]) -> Callable[..., None]:
@@ -107,23 +127,37 @@ def calibrate(
     probe: Annotated[ProbeChoice, typer.Option(help="How a state becomes scores.")] = (
         ProbeChoice.auto
     ),
-    classifier: Annotated[ClassifierChoice, typer.Option(help="What reads the features.")] = (
-        ClassifierChoice.svm
-    ),
+    classifier: Annotated[
+        ClassifierChoice,
+        typer.Option(
+            help="What reads the features: a linear svm or logreg, the threshold on the gap alone, "
+            "an rbf SVM, boosting (shallow trees), or a crf over the exit points."
+        ),
+    ] = ClassifierChoice.svm,
     exit_points: Annotated[
         str, typer.Option(help="Layers such as 12,18,24, or auto: up to four, chosen.")
     ] = "auto",
-    epsilon: Annotated[
-        float, typer.Option(min=0.0001, max=0.5, help="Bound on the share of changed answers.")
-    ] = 0.02,
+    epsilon: Annotated[float, typer.Option(min=0.0001, max=0.5, help="Bound on the risk.")] = 0.02,
     delta: Annotated[
         float, typer.Option(min=0.0001, max=0.5, help="Chance that the bound does not hold.")
     ] = 0.1,
+    risk: Annotated[
+        RiskChoice,
+        typer.Option(
+            help="What epsilon bounds: the share of changed answers, or the accuracy lost (every "
+            "row needs its label)."
+        ),
+    ] = RiskChoice.disagreement,
+    bound: Annotated[
+        BoundChoice, typer.Option(help="How it is certified; naive has no confidence.")
+    ] = BoundChoice.auto,
     seed: Annotated[int, typer.Option(help="For splits and folds.")] = 0,
 ) -> None:
     """Fit a policy on your prompts, certify its bound, write an artifact."""
+    from vllm_adainfer.artifact import load_details
     from vllm_adainfer.calibration.calibrate import CalibrationRequest
     from vllm_adainfer.calibration.calibrate import calibrate as run
+    from vllm_adainfer.calibration.policy import PolicyOptions
     from vllm_adainfer.describe import describe
 
     config = run(
@@ -135,14 +169,18 @@ def calibrate(
             label_field=label_field,
             labels=_names(labels),
             probe=probe.value,
-            classifier=classifier.value,
-            exit_points=_layers(exit_points),
-            epsilon=epsilon,
-            delta=delta,
-            seed=seed,
+            options=PolicyOptions(
+                classifier=classifier.value,
+                exit_points=_layers(exit_points),
+                epsilon=epsilon,
+                delta=delta,
+                risk=risk.value,
+                bound=bound.value,
+                seed=seed,
+            ),
         )
     )
-    typer.echo(describe(config))
+    typer.echo(describe(config, load_details(str(output))))
     typer.echo(f"wrote {output}")
 
 
@@ -150,16 +188,53 @@ def calibrate(
 @_errors_as_sentences
 def evaluate(
     model: Model,
-    artifact: Annotated[str, typer.Option(help="Directory or hub id of the artifact.")],
-    data: Data,
+    artifact: Annotated[
+        str | None, typer.Option(help="Directory or hub id of the artifact.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="JSON lines, one object a row.")] = None,
     template: Template = None,
     label_field: LabelField = "label",
     labels: Labels = "",
     repeat: Annotated[int, typer.Option(min=1, help="Measured rounds of both engines.")] = 3,
     report: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the plot here (PNG).")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of an artifact and data: calibrate and evaluate on the tasks of a suite "
+            "(adainfer), beside other methods. The report is JSON with a Markdown table beside it."
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Holds TASK/train.jsonl and test.jsonl; without it: from the hub."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks of the suite; all.")] = "",
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Answered rows in front of each prompt of a suite.")
+    ] = None,
 ) -> None:
     """Run stock vLLM and vllm-adainfer on the same prompts, interleaved, and compare."""
+    if suite is not None:
+        if artifact is not None or data is not None:
+            raise AdaInferError("--suite brings its own data and policies: drop --artifact, --data")
+        from vllm_adainfer.suite.report import markdown
+        from vllm_adainfer.suite.run import SuiteRequest, run_suite
+
+        request = SuiteRequest(
+            model=model,
+            suite=suite,
+            data_dir=data_dir,
+            tasks=_names(tasks),
+            shots=shots,
+            repeat=repeat,
+            report=report,
+            plot=plot,
+        )
+        typer.echo(markdown(run_suite(request)))
+        return
+    if artifact is None or data is None:
+        raise AdaInferError("evaluate needs --artifact and --data, or --suite: give one of the two")
     from vllm_adainfer.calibration.evaluate import EvaluationRequest
     from vllm_adainfer.calibration.evaluate import evaluate as run
     from vllm_adainfer.calibration.report import summary_line
@@ -188,10 +263,10 @@ def inspect(
     artifact: Annotated[str, typer.Argument(help="Directory or hub id of the artifact.")],
 ) -> None:
     """Say what an artifact is for and what it promises."""
-    from vllm_adainfer.artifact import load_artifact
+    from vllm_adainfer.artifact import load_artifact, load_details
     from vllm_adainfer.describe import describe
 
-    typer.echo(describe(load_artifact(artifact).config))
+    typer.echo(describe(load_artifact(artifact).config, load_details(artifact)))
 
 
 @app.command()

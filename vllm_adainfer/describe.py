@@ -8,27 +8,71 @@ from typing import Any
 from vllm_adainfer.artifact import ArtifactConfig
 
 
-def describe(config: ArtifactConfig) -> str:
-    """What an artifact is for and what it promises."""
+def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
+    """What an artifact is for, what it promises, and what another bound would change.
+
+    `details` is its ``calibration.json``.
+    """
     labels = ", ".join(f"{label.name} ({label.token_id})" for label in config.labels)
+    accuracy = config.risk == "accuracy"
     lines = [
         f"model        {config.base_model} ({config.architecture}, {config.layers} layers, "
         f"weights {config.weights_fingerprint})",
-        f"exit points  {', '.join(map(str, config.exit_points))}",
         f"probe        {config.probe} on {labels or 'the whole vocabulary'}",
         f"classifier   {config.classifier} on {', '.join(config.features)}",
-        f"bound        epsilon {config.epsilon:g} at delta {config.delta:g}",
+        f"calibrated   on {details['rows']} prompts, {details['rows_held_out']} of them held out "
+        f"for the bound; seed {details['seed']}",
+        f"majority     the commonest answer alone agrees with {details['majority_share']:.1%}",
+        f"bound        epsilon {config.epsilon:g} at delta {config.delta:g} on "
+        f"{'the accuracy lost' if accuracy else 'disagreement'} ({config.bound})",
         "",
-        "epsilon  disagreement  upper bound  layers saved   (held-out rows)",
+        "exit point  leaving  probe agrees  probe size  probe cost (layers of one token)",
     ]
     lines += [
-        f"{level.epsilon:7.3f}  {level.disagreement:12.2%}  {level.bound:11.2%}  "
-        f"{level.layers_saved:12.1%}"
-        for level in config.levels
+        f"{point['layer']:10}  {point['leaving']:7.1%}  {point['agreement']:12.1%}  "
+        f"{_size(point['probe_bytes']):>10}  {point['probe_cost']:10.2f}"
+        for point in details["exit_points"]
     ]
-    if not any(level.layers_saved for level in config.levels):
-        lines.append("nothing is saved within these bounds: serving will run at full depth")
-    return "\n".join(lines)
+    header = "epsilon  disagreement  upper bound  layers saved   (held-out rows)"
+    lines += [
+        "",
+        header.replace("upper bound", "accuracy lost  upper bound") if accuracy else header,
+    ]
+    for level in config.levels:
+        lost = f"{level.risk:13.2%}  " if accuracy else ""
+        lines.append(
+            f"{level.epsilon:7.3f}  {level.disagreement:12.2%}  {lost}{level.bound:11.2%}  "
+            f"{level.layers_saved:12.1%}"
+        )
+    return "\n".join([*lines, "", _in_words(config)])
+
+
+def _in_words(config: ArtifactConfig) -> str:
+    """How many layers will be saved, at what bound, and what a looser one would change."""
+    level = config.levels[config.level_of(None)]
+    if not level.layers_saved:
+        return "Nothing is saved within this bound: serving will run at full depth."
+    what = (
+        "lose at most {} points of accuracy"
+        if config.risk == "accuracy"
+        else ("change at most {} % of the answers")
+    )
+    run = config.layers * (1 - level.layers_saved)
+    text = (
+        f"Requests will run {run:.1f} of {config.layers} layers on average, "
+        f"{level.layers_saved:.0%} fewer, and {what.format(f'{100 * level.epsilon:g}')} "
+        f"(confidence {1 - config.delta:.0%})."
+    )
+    looser = [other for other in config.levels if other.epsilon > level.epsilon]
+    if looser:
+        text += (
+            f" At epsilon {looser[0].epsilon:g} they would run {looser[0].layers_saved:.0%} fewer."
+        )
+    return text
+
+
+def _size(count: int) -> str:
+    return f"{count / 1024:.1f} KiB" if count < 1 << 20 else f"{count / (1 << 20):.1f} MiB"
 
 
 def table(report: Mapping[str, Any]) -> str:

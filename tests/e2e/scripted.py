@@ -37,7 +37,9 @@ class ScriptedPolicy:
         self.exit_points = exit_points
         self.lens = lens
 
-    def decide(self, exit_index: int, hidden: Tensor, tags: Tensor) -> Decision:
+    def decide(
+        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
+    ) -> Decision:
         return Decision(tags == exit_index, self.lens.readout(hidden))
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor
 from vllm import SamplingParams
 
+from tests.chain import log_odds
 from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.scripted import parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact import Artifact
+from vllm_adainfer.decision.classifier import fit_classifier
 from vllm_adainfer.decision.policy import CalibratedPolicy
 from vllm_adainfer.models.exit_loop import LabelAnswers
 
@@ -19,11 +22,19 @@ PROMPTS = 24
 
 
 def artifact_of(
-    model_path, model, probe: str, candidates: str, threshold: float, rank: int | None
+    model_path,
+    model,
+    probe: str,
+    candidates: str,
+    threshold: float,
+    rank: int | None = None,
+    classifier: str = "threshold",
 ) -> Artifact:
-    """Random lenses and a threshold on the gap that some rows pass and some do not."""
+    """Random lenses and a threshold on the score that some rows pass and some do not."""
     labels = tiny_config(model_path).labels if candidates == "labels" else ()
-    config = tiny_config(model_path, probe=probe, candidates=candidates, labels=labels)
+    config = tiny_config(
+        model_path, probe=probe, candidates=candidates, labels=labels, classifier=classifier
+    )
     thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
     tensors = tiny_tensors(config, thresholds)
     generator = torch.Generator().manual_seed(2)
@@ -39,6 +50,15 @@ def artifact_of(
                 tensors[f"exit.{layer}.lens_down"] = lens[:, :rank]
                 tensors[f"exit.{layer}.lens_up"] = 15 * lens[:rank]
             tensors[f"exit.{layer}.lens_bias"] = torch.zeros(64)
+        if classifier == "rbf":
+            gap = torch.rand(300, generator=generator)
+            features = torch.stack([(1 + gap) / 2, gap], dim=1)
+            settled = torch.rand(300, generator=generator) < gap
+            tensors[f"exit.{layer}.classifier"] = fit_classifier(
+                "rbf", features, settled.numpy(), seed=0
+            )
+        if classifier == "crf":
+            tensors[f"exit.{layer}.classifier"] = torch.tensor([2.0, -1, -1, 2, 1, 4, -1.5])
     return Artifact(config, tensors)
 
 
@@ -49,12 +69,26 @@ def lens_of(tensors: dict[str, Tensor], layer: int) -> Tensor:
     return tensors[f"{name}_down"] @ tensors[f"{name}_up"]
 
 
+def oracle_score(artifact: Artifact, features: list[tuple[float, float]]) -> float:
+    """The settled score at the last of the exit points whose features are given."""
+    layers = EXIT_POINTS[: len(features)]
+    classifiers = [artifact.tensors[f"exit.{layer}.classifier"].numpy() for layer in layers]
+    if artifact.config.classifier == "crf":
+        return log_odds(np.array(features), np.stack(classifiers))
+    if artifact.config.classifier == "rbf":
+        axis = np.linspace(0, 20 * np.log(2), len(classifiers[-1]))
+        table = RegularGridInterpolator((axis, axis), classifiers[-1])
+        return float(table(-np.log(1 - np.array(features[-1])))[0])
+    return features[-1][1]
+
+
 @torch.inference_mode()
 def expected(artifact: Artifact, model, prompt: list[int]) -> tuple[int, int] | None:
     """Depth and token of a prompt; None where a decision is too close to call."""
     config, tensors = artifact.config, artifact.tensors
     states = hidden_states(model, prompt)
     rows = list(config.label_ids) or list(range(config.vocab_size))
+    features: list[tuple[float, float]] = []
     for layer in (*EXIT_POINTS, LAYERS):
         state = states[layer][-1:]
         if layer < LAYERS and config.probe == "label-head":
@@ -64,34 +98,42 @@ def expected(artifact: Artifact, model, prompt: list[int]) -> tuple[int, int] | 
                 state = state + state @ lens_of(tensors, layer)
             scores = model.lm_head(model.model.norm(state))[:, rows]
         probabilities = scores.softmax(-1).topk(2)
-        gap = float(probabilities.values[0, 0] - probabilities.values[0, 1])
+        best, second = probabilities.values[0].tolist()
+        features.append((best, best - second))
         margin = scores.topk(2).values
         if margin[0, 0] - margin[0, 1] < TIE:
             return None
-        threshold = float(tensors["thresholds"][0, 0])
-        if layer < LAYERS and abs(gap - threshold) < TIE:
+        token = rows[int(probabilities.indices[0, 0])]
+        if layer == LAYERS:
+            return layer, token
+        lead = oracle_score(artifact, features) - float(tensors["thresholds"][0, 0])
+        if abs(lead) < TIE:
             return None
-        if layer == LAYERS or gap >= threshold:
-            return layer, rows[int(probabilities.indices[0, 0])]
+        if lead > 0:
+            return layer, token
     raise AssertionError("the last layer always answers")
 
 
 @pytest.mark.parametrize(
-    ("probe", "candidates", "threshold", "rank"),
+    ("probe", "candidates", "threshold", "rank", "classifier"),
     [
-        ("label-head", "labels", 0.2, None),
-        ("lens", "labels", 0.6, None),
-        ("logit-lens", "labels", 0.6, None),
-        ("lens", "full", 0.1, None),
-        ("lens", "full", 0.1, 8),
-        ("logit-lens", "full", 0.1, None),
+        ("label-head", "labels", 0.2, None, "threshold"),
+        ("lens", "labels", 0.6, None, "threshold"),
+        ("logit-lens", "labels", 0.6, None, "threshold"),
+        ("lens", "full", 0.1, None, "threshold"),
+        ("lens", "full", 0.1, 8, "threshold"),
+        ("logit-lens", "full", 0.1, None, "threshold"),
+        ("lens", "labels", 0.5, None, "rbf"),
+        ("lens", "full", -0.4, None, "rbf"),
+        ("lens", "labels", 3.0, None, "crf"),
+        ("lens", "full", -1.4, None, "crf"),
     ],
 )
 def test_depths_and_tokens_are_those_of_the_oracle(
-    engine, tiny_model, reference, probe, candidates, threshold, rank
+    engine, tiny_model, reference, probe, candidates, threshold, rank, classifier
 ):
     model, _, _ = parts(engine)
-    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold, rank)
+    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold, rank, classifier)
     generator = np.random.default_rng(11)
     prompts = [
         generator.integers(5, 1000, generator.integers(2, 60)).tolist() for _ in range(PROMPTS)

@@ -56,6 +56,31 @@ def tensors_of(config: ArtifactConfig) -> dict[str, Tensor]:
     return tensors
 
 
+SERVED_SHAPES = {
+    "svm": (3,),
+    "logreg": (3,),
+    "threshold": (3,),
+    "rbf": (256, 256),
+    "boosting": (256, 256),
+    "crf": (7,),
+}
+
+
+@pytest.mark.parametrize("kind", SERVED_SHAPES)
+def test_a_classifier_is_saved_in_its_own_form_and_no_other(tmp_path, config, kind):
+    config = changed(config, classifier=kind)
+    for form in set(SERVED_SHAPES.values()):
+        tensors = tensors_of(config)
+        tensors |= {f"exit.{layer}.classifier": torch.rand(form) for layer in config.exit_points}
+        directory = save(tmp_path / "policy", config, tensors)
+        if form == SERVED_SHAPES[kind]:
+            loaded = load_artifact(str(directory))
+            assert torch.equal(loaded.tensors["exit.2.classifier"], tensors["exit.2.classifier"])
+        else:
+            with pytest.raises(AdaInferError, match=r"exit\.2\.classifier must have shape"):
+                load_artifact(str(directory))
+
+
 def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 

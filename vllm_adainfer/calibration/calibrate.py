@@ -1,57 +1,37 @@
-"""Calibrate: prompts in, artifact out (collect -> fit -> certify -> save)."""
+"""Calibrate: prompts in, artifact out (collect -> fit -> choose -> certify -> save)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from vllm_adainfer.artifact import (
-    ArtifactConfig,
-    Label,
-    Level,
-    check_writable,
-    save_artifact,
-)
+from vllm_adainfer.artifact import ArtifactConfig, Label, check_writable, save_artifact
 from vllm_adainfer.calibration.card import model_card, risk_plot
-from vllm_adainfer.calibration.certify import (
-    PathPoint,
-    bound_of,
-    certify,
-    choose_exits,
-    threshold_grid,
-    walk,
-)
-from vllm_adainfer.calibration.collect import collect
+from vllm_adainfer.calibration.collect import record, recording_engine
 from vllm_adainfer.calibration.data import (
+    Example,
     check_labels_known,
     find_labels,
+    first_token,
     make_examples,
     read_rows,
     read_template,
 )
-from vllm_adainfer.calibration.fit import (
-    FittedExit,
-    Ints,
-    Target,
-    candidate_layers,
-    fit_exits,
-    split,
+from vllm_adainfer.calibration.fit import RightTokens, candidate_layers, split
+from vllm_adainfer.calibration.policy import (
+    PolicyOptions,
+    make_policy,
+    policy_config,
+    policy_details,
+    policy_tensors,
 )
-from vllm_adainfer.decision.bound import rows_needed
-from vllm_adainfer.decision.classifier import Kind
-from vllm_adainfer.decision.probe import FEATURES
+from vllm_adainfer.calibration.probes import ProbeKind, Target
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.plugin import MODELS
-from vllm_adainfer.provenance import provenance
-
-ProbeKind = Literal["auto", "lens", "label-head", "logit-lens"]
-EPSILONS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 @dataclass(frozen=True)
@@ -64,12 +44,8 @@ class CalibrationRequest:
     template: str | None = None
     label_field: str = "label"
     labels: tuple[str, ...] = ()
-    probe: ProbeKind = "auto"
-    classifier: Kind = "svm"
-    exit_points: tuple[int, ...] | None = None
-    epsilon: float = 0.02
-    delta: float = 0.1
-    seed: int = 0
+    probe: ProbeKind | Literal["auto"] = "auto"
+    options: PolicyOptions = field(default_factory=PolicyOptions)
 
 
 def calibrate(request: CalibrationRequest) -> ArtifactConfig:
@@ -80,10 +56,11 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
 
     """
     check_writable(request.output)
-    probe = _probe_kind(request)
+    options = request.options
+    probe = choose_probe(request.probe, request.labels)
     rows = read_rows(request.data)
-    fit_half, held_out = split(len(rows), request.seed)
-    _check_rows(len(held_out), request)
+    halves = split(len(rows), options.seed)
+    check_rows(len(halves[1]), options, str(request.data))
     hf_config, tokenizer = load_config(request.model)
     examples = make_examples(
         rows,
@@ -95,61 +72,32 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     labels = find_labels(request.labels, examples[0], tokenizer) if request.labels else ()
     if labels:
         check_labels_known(examples, labels)
-    layers = _layers(request, hf_config.num_hidden_layers)
-    order = np.concatenate([fit_half, held_out])
-    recording = collect(
-        request.model,
-        hf_config,
-        [examples[index] for index in order],
-        labels,
-        layers,
-        lens_prompts=len(fit_half) if probe == "lens" else 0,
-    )
-    halves = np.arange(len(fit_half)), np.arange(len(fit_half), len(order))
-    label_ids = torch.tensor([label.token_id for label in labels]) if labels else None
-    target = Target(probe, label_ids, hf_config.rms_norm_eps)
-    candidates = fit_exits(recording, target, halves, request.classifier, request.seed, layers)
-    depth = hf_config.num_hidden_layers
-    exits = list(candidates)
-    if request.exit_points is None:
-        exits = choose_exits(candidates, depth, request.epsilon, request.delta)
-    points = _levels(exits, depth, request) if exits else {}
-    if request.epsilon not in points:
+    # Recorded in this order, so that what a lens may learn from comes first.
+    fit_half, held_out = (np.arange(len(halves[0])), np.arange(len(halves[0]), len(rows)))
+    examples = [examples[index] for index in np.concatenate(halves)]
+    right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
+    layers = _layers(options.exit_points, hf_config.num_hidden_layers)
+    lens_prompts = len(fit_half) if probe == "lens" else 0
+    with recording_engine(request.model, hf_config, examples, layers, lens_prompts) as engine:
+        recording = record(engine, examples, labels, layers)
+    target = Target(probe, label_ids(labels), hf_config.rms_norm_eps)
+    policy = make_policy(recording, target, (fit_half, held_out), options, right)
+    if options.epsilon not in policy.points:
         raise AdaInferError(
-            f"no exit point of {request.model} decides these prompts within epsilon "
-            f"{request.epsilon:g}: raise --epsilon, give more rows, or try another --probe"
+            f"no exit point of {request.model} is worth its cost on these prompts within epsilon "
+            f"{options.epsilon:g}: raise --epsilon, give more rows, or try another --probe"
         )
-    config = ArtifactConfig(
-        base_model=Path(request.model).name if Path(request.model).is_dir() else request.model,
-        architecture=hf_config.architectures[0],
-        layers=depth,
-        hidden_size=hf_config.hidden_size,
-        vocab_size=hf_config.vocab_size,
-        weights_fingerprint=recording.fingerprint,
-        exit_points=tuple(fitted.layer for fitted in exits),
-        probe=probe,
-        candidates="labels" if labels else "full",
-        labels=labels,
-        features=FEATURES,
-        classifier=request.classifier,
-        norm_eps=hf_config.rms_norm_eps,
-        epsilon=request.epsilon,
-        delta=request.delta,
-        levels=tuple(
-            Level(
-                epsilon=epsilon,
-                disagreement=point.risk,
-                bound=bound_of(point, request.delta),
-                layers_saved=point.layers_saved,
-            )
-            for epsilon, point in sorted(points.items())
-        ),
-    )
-    details = _details(request, candidates, exits, depth, recording.tokens, halves)
+    name = Path(request.model).name if Path(request.model).is_dir() else request.model
+    config = policy_config(policy, recording, target, options, labels, name, hf_config)
+    details = {
+        "template": request.template,
+        "labels": list(request.labels),
+        **policy_details(policy, recording, (fit_half, held_out), options),
+    }
     save_artifact(
         request.output,
         config,
-        _tensors(exits, [point for _, point in sorted(points.items())], labels),
+        policy_tensors(policy, labels),
         details,
         model_card(config, details),
         {"risk.png": risk_plot(config, details)},
@@ -183,27 +131,64 @@ def load_config(model: str) -> tuple[Any, Any]:
     return hf_config, tokenizer
 
 
-def _probe_kind(request: CalibrationRequest) -> Literal["lens", "label-head", "logit-lens"]:
-    if request.probe == "auto":
-        return "label-head" if request.labels else "lens"
-    if request.probe == "label-head" and not request.labels:
+def choose_probe(asked: ProbeKind | Literal["auto"], labels: tuple[str, ...]) -> ProbeKind:
+    """The probe asked for, or the one that suits.
+
+    Raises:
+        AdaInferError: a label head without labels.
+
+    """
+    if asked == "auto":
+        return "label-head" if labels else "lens"
+    if asked == "label-head" and not labels:
         raise AdaInferError("--probe label-head needs --labels, such as --labels negative,positive")
-    return request.probe
+    return asked
 
 
-def _check_rows(held_out: int, request: CalibrationRequest) -> None:
-    """The half that certifies must be able to, even if not one answer differs."""
-    needed = rows_needed(request.epsilon, request.delta, "exact")
+def label_ids(labels: tuple[Label, ...]) -> torch.Tensor | None:
+    """int64 [labels], None for the whole vocabulary."""
+    return torch.tensor([label.token_id for label in labels]) if labels else None
+
+
+def check_rows(held_out: int, options: PolicyOptions, data: str) -> None:
+    """The half that certifies must be able to, even if not one answer differs.
+
+    Raises:
+        AdaInferError: it has too few rows; says how many are needed.
+
+    """
+    needed = options.bounds().rows_needed(options.epsilon)
     if held_out < needed:
         raise AdaInferError(
-            f"too few rows for the bound: epsilon {request.epsilon:g} at delta "
-            f"{request.delta:g} needs at least {2 * needed - 1} rows (half of them held out), "
-            f"{request.data} has fewer: give more rows or raise --epsilon"
+            f"too few rows for the bound: epsilon {options.epsilon:g} at delta "
+            f"{options.delta:g} needs at least {2 * needed - 1} rows (half of them held out), "
+            f"{data} has {2 * held_out} or one fewer: give more rows or raise --epsilon"
         )
 
 
-def _layers(request: CalibrationRequest, depth: int) -> list[int]:
-    asked = request.exit_points
+def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: Any) -> RightTokens:
+    """Per prompt the token that its label begins with.
+
+    Raises:
+        AdaInferError: a row has no label.
+
+    """
+    ids = {label.name: label.token_id for label in labels}
+    right = []
+    for example in examples:
+        if example.label is None:
+            raise AdaInferError(
+                f"{example.place} has no label, which --risk accuracy needs in every row: label "
+                "the rows (see --label-field) or bound the disagreement"
+            )
+        if labels:
+            right.append({ids[example.label]})
+        else:
+            right.append({first_token(example.text, example.label, tokenizer)})
+    return right
+
+
+def _layers(asked: tuple[int, ...] | None, depth: int) -> list[int]:
     if asked is not None and (
         sorted(set(asked)) != list(asked) or not 0 < asked[0] <= asked[-1] < depth
     ):
@@ -212,71 +197,3 @@ def _layers(request: CalibrationRequest, depth: int) -> list[int]:
             f"layers, got {','.join(map(str, asked))}"
         )
     return candidate_layers(depth, asked)
-
-
-def _levels(
-    exits: Sequence[FittedExit], depth: int, request: CalibrationRequest
-) -> dict[float, PathPoint]:
-    """Every epsilon of the table that can be certified, and the asked one."""
-    points = {
-        epsilon: certify(exits, depth, epsilon, request.delta)
-        for epsilon in {*EPSILONS, request.epsilon}
-    }
-    return {epsilon: point for epsilon, point in points.items() if point is not None}
-
-
-def _tensors(
-    exits: Sequence[FittedExit], points: Sequence[PathPoint], labels: Sequence[Label]
-) -> dict[str, Tensor]:
-    """What ``policy.safetensors`` holds."""
-    thresholds = torch.tensor([point.threshold for point in points])
-    tensors = {"thresholds": thresholds.unsqueeze(1).repeat(1, len(exits))}
-    for fitted in exits:
-        name, probe = f"exit.{fitted.layer}", fitted.probe
-        tensors[f"{name}.classifier"] = fitted.classifier
-        if probe.head_bias is not None:  # a label head
-            tensors[f"{name}.head_weight"] = probe.head_weight
-            tensors[f"{name}.head_bias"] = probe.head_bias
-            continue
-        for part, tensor in probe.lens.items():
-            tensors[f"{name}.{part}"] = tensor
-        if labels and probe.norm_weight is not None:  # else the served model's own are read
-            tensors["norm_weight"] = probe.norm_weight
-            tensors["head_rows"] = probe.head_weight
-    return tensors
-
-
-def _details(
-    request: CalibrationRequest,
-    candidates: Sequence[FittedExit],
-    exits: Sequence[FittedExit],
-    depth: int,
-    answers: Ints,
-    halves: tuple[Ints, Ints],
-) -> dict[str, Any]:
-    """``calibration.json``: how it was made, and what each exit point would do alone."""
-    _, counts = np.unique(answers[halves[1]], return_counts=True)
-    path = walk(exits, lambda fitted: fitted.held_out, depth, threshold_grid(exits))
-    return {
-        "rows": len(answers),
-        "rows_fitted": len(halves[0]),
-        "rows_held_out": len(halves[1]),
-        "seed": request.seed,
-        "template": request.template,
-        "labels": list(request.labels),
-        "majority_share": float(counts.max() / counts.sum()),
-        "agreement": {
-            str(fitted.layer): float(fitted.held_out.agrees.mean()) for fitted in candidates
-        },
-        "probe_bytes": {str(fitted.layer): fitted.probe.bytes for fitted in candidates},
-        "risk_curve": [
-            {
-                "threshold": point.threshold if np.isfinite(point.threshold) else None,
-                "disagreement": point.risk,
-                "bound": bound_of(point, request.delta),
-                "layers_saved": point.layers_saved,
-            }
-            for point in path
-        ],
-        "provenance": provenance(),
-    }

@@ -47,7 +47,11 @@ vllm serve MODEL --additional-config '{{"adainfer": {{"artifact": "DIR"}}}}'
 | majority answer | {details["majority_share"]:.1%} of the held-out prompts |
 
 Each bound holds with probability {1 - config.delta:.0%} over the held-out prompts, for prompts
-drawn like them: the share of answers that differ from the full model's is at most epsilon.
+drawn like them: {
+        "the accuracy lost"
+        if config.risk == "accuracy"
+        else "the share of answers that differ from the full model's"
+    } is at most epsilon ({config.bound}).
 
 | epsilon | disagreement, held out | upper bound | layers saved |
 |---|---|---|---|
@@ -73,13 +77,14 @@ def risk_plot(config: ArtifactConfig, details: Mapping[str, Any]) -> bytes:
     saved = [100 * point["layers_saved"] for point in curve]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(saved, [100 * point["disagreement"] for point in curve], label="held-out rows")
+    axes.plot(saved, [100 * point["risk"] for point in curve], label="held-out rows")
     axes.plot(
         saved, [100 * point["bound"] for point in curve], label=f"bound at {1 - config.delta:.0%}"
     )
     axes.axhline(100 * config.epsilon, color="grey", linestyle=":", label="epsilon")
     axes.set_xlabel("layers saved, %")
-    axes.set_ylabel("disagreement with full depth, %")
+    accuracy = config.risk == "accuracy"
+    axes.set_ylabel("accuracy lost, points" if accuracy else "disagreement with full depth, %")
     axes.set_title(f"{config.base_model}: {config.probe} at {list(config.exit_points)}")
     axes.legend()
     buffer = io.BytesIO()

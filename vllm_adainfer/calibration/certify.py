@@ -1,4 +1,4 @@
-"""Certify: choose exit points, then the loosest joint threshold whose bound holds.
+"""Certify: the loosest joint threshold whose bound holds on the held-out half.
 
 One threshold on the settled score serves all exit points, so lowering it makes every row leave
 no later: a one-parameter path. The bound is tested along that path for the whole policy (first
@@ -7,40 +7,77 @@ exit point whose score passes), not for each exit point alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from vllm_adainfer.calibration.collect import Ints
 from vllm_adainfer.calibration.fit import FittedExit, Scored
-from vllm_adainfer.decision.bound import BoundKind, FloatArray, certified, upper_bound
+from vllm_adainfer.decision.bound import BoundKind, FloatArray, certified, rows_needed, upper_bound
 
-MAX_EXIT_POINTS = 4
 STEPS = 200
-# An exit point must save so much more of the layers to be worth its probe and its cut.
-MIN_GAIN = 0.005
+EPSILONS = (0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What is to be promised of a policy.
+
+    Attributes:
+        kind: how the bound is computed, see `vllm_adainfer.decision.bound`.
+        delta: chance that it does not hold.
+        lowest: smallest possible loss: 0 for disagreement, -1 for lost accuracy.
+
+    """
+
+    kind: BoundKind
+    delta: float
+    lowest: float
+
+    def holds(self, losses: FloatArray, epsilon: float) -> bool:
+        """Whether `losses` certify a mean of at most `epsilon`."""
+        return certified(losses, epsilon, self.delta, self.kind, self.lowest)
+
+    def of(self, losses: FloatArray) -> float:
+        """Upper confidence bound of the mean loss."""
+        return upper_bound(losses, self.delta, self.kind, self.lowest)
+
+    def rows_needed(self, epsilon: float) -> int:
+        """Fewest rows that certify `epsilon`, if not one of them has a loss."""
+        return rows_needed(epsilon, self.delta, self.kind, self.lowest)
+
+    def allowance(self, rows: int, epsilon: float) -> float:
+        """Largest mean loss of `rows` rows with losses of 0 or 1 that certifies `epsilon`."""
+        order = np.random.default_rng(0).permutation(rows)
+        fits, fails = 0, int(rows * epsilon) + 2
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            holds = self.holds((order < middle).astype(np.float64), epsilon)
+            fits, fails = (middle, fails) if holds else (fits, middle)
+        return fits / rows
 
 
 @dataclass(frozen=True)
 class PathPoint:
-    """The policy at one joint threshold, on one half of the prompts.
+    """The policy at one joint threshold, on some prompts.
 
     Attributes:
         threshold: on the settled score.
+        exits: [rows], index of the exit point where each row leaves; the number of exit points
+            where it runs to the end.
         losses: [rows], of each row where it leaves; 0 where it runs to the end.
+        disagreement: share of rows whose answer is not the full model's.
         layers_saved: share of layers, 0 to 1.
 
     """
 
     threshold: float
+    exits: Ints
     losses: FloatArray
+    disagreement: float
     layers_saved: float
-
-    @property
-    def rows(self) -> int:
-        """How many prompts that half has."""
-        return len(self.losses)
 
     @property
     def risk(self) -> float:
@@ -49,85 +86,48 @@ class PathPoint:
 
 
 def walk(
-    exits: Sequence[FittedExit],
-    half: Callable[[FittedExit], Scored],
-    depth: int,
-    thresholds: Sequence[float],
+    layers: Sequence[int], scored: Sequence[Scored], depth: int, thresholds: Sequence[float]
 ) -> Iterator[PathPoint]:
-    """The policy of `exits` (ascending) at each threshold, strictest first."""
-    scored = [(fitted.layer, half(fitted)) for fitted in exits]
-    rows = len(scored[0][1].loss)
+    """The policy with exit points after `layers` (ascending) at each threshold, strictest first."""
+    rows = len(scored[0].loss)
     for threshold in thresholds:
-        inside = np.ones(rows, dtype=np.bool_)
-        losses, saved = np.zeros(rows), 0
-        for layer, row in scored:
-            leaves = inside & (row.score >= threshold).numpy()
-            losses[leaves] = row.loss[leaves]
-            saved += int(np.count_nonzero(leaves)) * (depth - layer)
-            inside &= ~leaves
-        yield PathPoint(threshold, losses, saved / (rows * depth))
+        exits = np.full(rows, len(layers))
+        losses, disagreeing = np.zeros(rows), 0
+        for index, exit_point in enumerate(scored):
+            leaves = (exits == len(layers)) & (exit_point.score >= threshold).numpy()
+            exits[leaves] = index
+            losses[leaves] = exit_point.loss[leaves]
+            disagreeing += int(np.count_nonzero(~exit_point.agrees[leaves]))
+        run = np.array([*layers, depth])[exits]
+        saved = 1 - float(run.sum()) / (rows * depth)
+        yield PathPoint(threshold, exits, losses, disagreeing / rows, saved)
+
+
+def held_out_path(exits: Sequence[FittedExit], depth: int) -> Iterator[PathPoint]:
+    """`walk` on the held-out half."""
+    layers = [exit.layer for exit in exits]
+    return walk(layers, [exit.held_out for exit in exits], depth, threshold_grid(exits))
 
 
 def threshold_grid(exits: Sequence[FittedExit]) -> list[float]:
     """Thresholds to try, strictest first; read off the fitted half only."""
-    scores = torch.cat([fitted.fitted.score for fitted in exits]).double()
+    scores = torch.cat([exit.fitted.score for exit in exits]).double()
     grid = torch.quantile(scores, torch.linspace(1, 0, STEPS, dtype=torch.float64))
     return [float("inf"), *sorted(set(grid.tolist()), reverse=True)]
 
 
-def loosest(
-    path: Iterator[PathPoint],
-    epsilon: float,
-    delta: float,
-    kind: BoundKind = "exact",
-    lowest: float = 0.0,
-) -> PathPoint | None:
+def loosest(path: Iterator[PathPoint], epsilon: float, bound: Bound) -> PathPoint | None:
     """The last point before the first that cannot be certified (fixed-sequence testing)."""
     best = None
     for point in path:
-        if not certified(point.losses, epsilon, delta, kind, lowest):
+        if not bound.holds(point.losses, epsilon):
             break
         best = point
     return best
 
 
 def certify(
-    exits: Sequence[FittedExit],
-    depth: int,
-    epsilon: float,
-    delta: float,
-    kind: BoundKind = "exact",
-    lowest: float = 0.0,
+    exits: Sequence[FittedExit], depth: int, epsilon: float, bound: Bound
 ) -> PathPoint | None:
     """The loosest certified policy on the held-out half; None if there is none."""
-    path = walk(exits, lambda fitted: fitted.held_out, depth, threshold_grid(exits))
-    return loosest(path, epsilon, delta, kind, lowest)
-
-
-def choose_exits(
-    candidates: Sequence[FittedExit], depth: int, epsilon: float, delta: float
-) -> list[FittedExit]:
-    """Up to `MAX_EXIT_POINTS` that save most, greedily, judged on the fitted half alone."""
-    chosen: list[FittedExit] = []
-    saved = 0.0
-    while len(chosen) < min(MAX_EXIT_POINTS, len(candidates)):
-        options = []
-        for candidate in candidates:
-            if candidate in chosen:
-                continue
-            exits = sorted([*chosen, candidate], key=lambda fitted: fitted.layer)
-            path = walk(exits, lambda fitted: fitted.fitted, depth, threshold_grid(exits))
-            point = loosest(path, epsilon, delta)
-            options.append((point.layers_saved if point else 0.0, candidate.layer, exits))
-        best_saved, _, exits = max(options, key=lambda option: option[:2])
-        if best_saved < saved + MIN_GAIN:
-            break
-        chosen, saved = exits, best_saved
-    return chosen
-
-
-def bound_of(
-    point: PathPoint, delta: float, kind: BoundKind = "exact", lowest: float = 0.0
-) -> float:
-    """Upper confidence bound of the point's risk."""
-    return upper_bound(point.losses, delta, kind, lowest)
+    return loosest(held_out_path(exits, depth), epsilon, bound)

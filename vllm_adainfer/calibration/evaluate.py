@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from vllm_adainfer.artifact import ArtifactConfig, Label, load_artifact
 from vllm_adainfer.calibration.calibrate import load_config
-from vllm_adainfer.calibration.collect import one_token
 from vllm_adainfer.calibration.data import (
     Example,
     check_labels_known,
     find_labels,
+    first_token,
     make_examples,
     read_rows,
     read_template,
 )
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.calibration.report import NEVER_EXIT, Run, build_report, write_whole
+from vllm_adainfer.calibration.measure import measure
+from vllm_adainfer.calibration.report import NEVER_EXIT, build_report, write_whole
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.runtime.admission import EPSILON_ARG
-from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
-    from vllm import LLM
-
-
-WARM_UP = 64
+    pass
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     """
     for path in (request.report, request.plot):
         if path is not None:
-            _check_file(path)
+            check_file(path)
     config = load_artifact(request.artifact).config
     rows = read_rows(request.data)
     hf_config, tokenizer = load_config(request.model)
@@ -81,7 +73,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     try:
         stock = start_engine(request.model, examples)
         try:
-            rounds = _measure(stock, ours, examples, config.labels, epsilons, request.repeat)
+            rounds = measure(stock, ours, examples, config.labels, epsilons, request.repeat)
         finally:
             stop_engine(stock)
     finally:
@@ -97,7 +89,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     return report
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Fail before the measurement, not after it."""
     parent = path.absolute().parent
     while not parent.exists():
@@ -124,55 +116,6 @@ def _check_labels(
     check_labels_known(examples, config.labels)
 
 
-def _measure(
-    stock: LLM,
-    ours: LLM,
-    examples: Sequence[Example],
-    labels: Sequence[Label],
-    epsilons: Sequence[float],
-    repeat: int,
-) -> list[tuple[Run, dict[float, Run]]]:
-    """`repeat` rounds: stock once, then vllm-adainfer at each epsilon; a short warm-up first."""
-    _run(stock, examples[:WARM_UP], labels, None)
-    _run(ours, examples[:WARM_UP], labels, epsilons[-1])
-    rounds = []
-    steps = repeat * (1 + len(epsilons))
-    with tqdm(total=steps, desc="evaluate", unit="run", disable=None) as progress:
-        for _ in range(repeat):
-            baseline = _run(stock, examples, labels, None)
-            progress.update()
-            by_epsilon = {}
-            for epsilon in epsilons:
-                by_epsilon[epsilon] = _run(ours, examples, labels, epsilon)
-                progress.update()
-            rounds.append((baseline, by_epsilon))
-    return rounds
-
-
-def _run(
-    engine: LLM, examples: Sequence[Example], labels: Sequence[Label], epsilon: float | None
-) -> Run:
-    """One pass; `epsilon` is None for stock vLLM. The prefix cache starts empty."""
-    engine.reset_prefix_cache()
-    before = None if epsilon is None else stats(engine)
-    params = one_token(labels, None if epsilon is None else {EPSILON_ARG: epsilon})
-    prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
-    start = time.perf_counter()
-    outputs = engine.generate(prompts, params, use_tqdm=False)
-    seconds = time.perf_counter() - start
-    tokens = [output.outputs[0].token_ids[0] for output in outputs]
-    if before is None:
-        return Run(seconds, tokens)
-    after = stats(engine)
-    return Run(
-        seconds,
-        tokens,
-        layers_run=after["layers_run"] - before["layers_run"],
-        layers_possible=after["layers_possible"] - before["layers_possible"],
-        exit_histogram=Counter(after["exit_histogram"]) - Counter(before["exit_histogram"]),
-    )
-
-
 def _true_tokens(
     examples: Sequence[Example], labels: Sequence[Label], tokenizer: Any
 ) -> list[int] | None:
@@ -182,8 +125,4 @@ def _true_tokens(
     if labels:
         ids = {label.name: label.token_id for label in labels}
         return [ids[str(example.label)] for example in examples]
-    truth = []
-    for example in examples:
-        separator = "" if example.text[-1:].isspace() else " "
-        truth.append(tokenizer.encode(f"{separator}{example.label}", add_special_tokens=False)[0])
-    return truth
+    return [first_token(example.text, str(example.label), tokenizer) for example in examples]

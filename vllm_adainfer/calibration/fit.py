@@ -1,4 +1,4 @@
-"""Fit: a probe and a classifier at every candidate exit point, by ridge regression and an SVM.
+"""Fit: a probe and a classifier at every candidate exit point.
 
 Prompts are split in two. The first half fits probes and classifiers; the classifier learns from
 out-of-fold probe scores, because a ridge is surer of the rows it has seen than of new ones. The
@@ -13,44 +13,54 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from adainfer_kernels import linear_score
 from torch import Tensor
 
-from vllm_adainfer.calibration import ridge
-from vllm_adainfer.calibration.collect import FOLDS, Recording
+from vllm_adainfer.calibration.collect import FOLDS, Ints, Recording
+from vllm_adainfer.calibration.probes import Target, fit_probes
 from vllm_adainfer.decision.bound import FloatArray
 from vllm_adainfer.decision.classifier import Kind, fit_classifier
-from vllm_adainfer.decision.moments import Moments
+from vllm_adainfer.decision.crf import fit_crf
 from vllm_adainfer.decision.probe import Probe
+from vllm_adainfer.decision.score import score
 
-PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
-# From this hidden size on a lens may be of low rank: a whole one is 8 MiB there in bfloat16, to
-# be stored and read for each exit point.
-LOW_RANK_HIDDEN_SIZE = 2048
-# The ranks tried are the hidden size divided by these; above a quarter little is saved.
-RANK_DIVISORS = (64, 32, 16, 8, 4)
-# A low rank may add so much to the lens's squared error on unseen prompts, relative to it: on the
-# demo model (SST-2, layers 15 to 27) agreement with the full model stays within 0.5 points.
-RANK_TOLERANCE = 0.1
-
-Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+RightTokens = Sequence[set[int]]
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One exit point on one half of the prompts.
+class Judged:
+    """What a probe says of decision rows.
 
     Attributes:
-        score: fp32 [rows], the classifier's settled score.
-        agrees: [rows], whether the probe's best token is the full model's.
-        loss: [rows], what leaving here costs: 1 where it does not agree, else 0.
+        features: fp32 [rows, 2], what the classifier reads.
+        tokens: int64 [rows], the probe's answers.
+        agrees: [rows], whether that is the full model's answer.
+        loss: [rows], what leaving here costs. For disagreement: 1 where it does not agree, else
+            0. For accuracy: 1 where full depth is right and this is not, -1 the other way round.
+
+    """
+
+    features: Tensor
+    tokens: Ints
+    agrees: Bools
+    loss: FloatArray
+
+    def scored(self, classifier: Tensor, memory: Tensor | None = None) -> Scored:
+        """With the classifier's settled score."""
+        settled = score(self.features, classifier, memory)
+        return Scored(self.features, self.tokens, self.agrees, self.loss, settled)
+
+
+@dataclass(frozen=True)
+class Scored(Judged):
+    """And what the classifier makes of it.
+
+    Attributes:
+        score: fp32 [rows], the settled score.
 
     """
 
     score: Tensor
-    agrees: Bools
-    loss: FloatArray
 
 
 @dataclass(frozen=True)
@@ -64,155 +74,113 @@ class FittedExit:
     held_out: Scored
 
 
-@dataclass(frozen=True)
-class Target:
-    """What the probes are to predict.
-
-    Attributes:
-        kind: ``label-head``, ``lens`` or ``logit-lens``.
-        label_ids: token ids of the labels, None for the whole vocabulary.
-        norm_eps: epsilon of the model's final norm.
-
-    """
-
-    kind: str
-    label_ids: Tensor | None
-    norm_eps: float
-
-
 def split(prompts: int, seed: int) -> tuple[Ints, Ints]:
-    """Two random halves of the prompts: to fit on, and to certify on."""
+    """Two random halves of the prompts: to fit on, and to certify on.
+
+    They stay in random order, which the bound of Waudby-Smith and Ramdas needs.
+    """
     order = np.random.default_rng(seed).permutation(prompts)
-    return np.sort(order[: prompts // 2]), np.sort(order[prompts // 2 :])
+    return order[: prompts // 2], order[prompts // 2 :]
 
 
 def fit_exits(
     recording: Recording,
     target: Target,
     halves: tuple[Ints, Ints],
-    classifier: Kind,
-    seed: int,
-    layers: Iterable[int],
-) -> list[FittedExit]:
-    """Fit every layer in `layers`; those that cannot be learned are left out."""
-    exits = (_fit_exit(recording, target, halves, classifier, seed, layer) for layer in layers)
-    return [fitted for fitted in exits if fitted is not None]
-
-
-def _fit_exit(
-    recording: Recording,
-    target: Target,
-    halves: tuple[Ints, Ints],
     kind: Kind,
     seed: int,
-    layer: int,
-) -> FittedExit | None:
-    states, tokens = recording.states[layer], recording.tokens
-    fit_prompts, held_out = halves
-    probe, without_fold = _fit_probes(recording, target, fit_prompts, layer)
+    layers: Iterable[int],
+    right: RightTokens | None = None,
+) -> list[FittedExit]:
+    """Fit every layer in `layers`; those that cannot be learned are left out.
 
-    def judge(probe: Probe, rows: Ints) -> tuple[Tensor, Bools]:
-        result = probe.score(probe.readout(states[rows]))
-        return result.features, result.top1_id.numpy() == tokens[rows]
+    Args:
+        recording: of all prompts.
+        target: what the probes are to predict.
+        halves: prompts of `recording` to fit on, and to certify on.
+        kind: of classifier; a CRF is fitted later on the chosen exit points, see `chain`.
+        seed: for solvers and folds.
+        layers: candidates; a progress bar may be around them.
+        right: tokens that are right, by prompt: losses are of accuracy then, not disagreement.
 
-    # Out of fold: each decision row is judged by a probe that has not seen its prompt.
-    rows_features = torch.empty(len(fit_prompts), 2)
-    agrees = np.empty(len(fit_prompts), dtype=np.bool_)
-    for fold, unseeing in enumerate(without_fold):
-        where = np.flatnonzero(fit_prompts % FOLDS == fold)
-        rows_features[where], agrees[where] = judge(unseeing, fit_prompts[where])
-    classifier = fit_classifier(kind, rows_features, agrees, seed)
-    if classifier is None:
-        return None
-
-    def scored(features: Tensor, agrees: Bools) -> Scored:
-        return Scored(linear_score(features, classifier), agrees, (~agrees).astype(np.float64))
-
-    held_features, held_agrees = judge(probe, held_out)
-    return FittedExit(
-        layer=layer,
-        probe=probe,
-        classifier=classifier,
-        fitted=scored(rows_features, agrees),
-        held_out=scored(held_features, held_agrees),
-    )
-
-
-def _fit_probes(
-    recording: Recording, target: Target, prompts: Ints, layer: int
-) -> tuple[Probe, list[Probe]]:
-    """The layer's probe fitted on `prompts`, and for each fold the one fitted on the others."""
-    head = recording.head_weight
-    if target.label_ids is not None:
-        head = head[target.label_ids]
-    plain = Probe(
-        head_weight=head,
-        token_ids=target.label_ids,
-        norm_weight=recording.norm_weight,
-        norm_eps=target.norm_eps,
-    )
-    if target.kind == "logit-lens":
-        return plain, [plain] * FOLDS
-    if target.kind == "lens":
-        return _fit_lenses(plain, recording.moments[layer])
-    scores = plain.score(plain.readout(recording.final[prompts]), return_scores=True).scores
-    assert scores is not None
-    folds = []
-    for fold in range(FOLDS):
-        rows = torch.from_numpy(prompts % FOLDS == fold)
-        folds.append(Moments.zeros(recording.final.shape[1], len(head)))
-        folds[-1].add(
-            recording.states[layer][prompts][rows].double(),
-            (scores - scores.mean(1, keepdim=True))[rows].double(),
-            torch.ones(int(rows.sum())),
-        )
-    fitted = ridge.choose(folds, PENALTIES)
-
-    def label_head(linear: ridge.Linear) -> Probe:
-        return Probe(
-            head_weight=linear.matrix.float().contiguous(),
-            head_bias=linear.bias.float(),
-            token_ids=target.label_ids,
-        )
-
-    return label_head(fitted.whole), [label_head(linear) for linear in fitted.without]
-
-
-def _fit_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Probe]]:
-    """`plain` with a lens from all `folds`, and for each fold one from the others.
-
-    A lens of a wide model is of the lowest rank that serves unseen prompts as well.
     """
-    fitted = ridge.choose(folds, PENALTIES)
-    size, dtype = plain.head_weight.shape[1], plain.head_weight.dtype
-    rank = None
-    if size >= LOW_RANK_HIDDEN_SIZE:
-        ranks = [size // divisor for divisor in RANK_DIVISORS]
-        rank = ridge.choose_rank(folds, fitted.penalty, ranks, RANK_TOLERANCE)
-    whole = ridge.total(folds)
-
-    def lens(moments: Moments, linear: ridge.Linear) -> Probe:
-        if rank is None:
-            weight = linear.matrix.T.to(dtype).contiguous()
-            return replace(plain, lens_weight=weight, lens_bias=linear.bias.to(dtype))
-        down, up = ridge.low_rank(moments, linear.matrix, rank)
-        bias = ridge.intercept(moments, (down @ up).T)
-        return replace(
-            plain,
-            lens_down=down.to(dtype).contiguous(),
-            lens_up=up.to(dtype).contiguous(),
-            lens_bias=bias.to(dtype),
+    fit_prompts, held_out = halves
+    exits = []
+    for layer in layers:
+        probe, without_fold = fit_probes(recording, target, fit_prompts, layer)
+        # Out of fold: each decision row is judged by a probe that has not seen its prompt.
+        features = torch.empty(len(fit_prompts), 2)
+        tokens = np.empty(len(fit_prompts), dtype=np.int64)
+        for fold, unseeing in enumerate(without_fold):
+            where = np.flatnonzero(fit_prompts % FOLDS == fold)
+            result = judge(unseeing, layer, recording, fit_prompts[where])
+            features[where], tokens[where] = result.features, result.tokens
+        unseen = _judged(features, tokens, recording, fit_prompts, right)
+        classifier = fit_classifier(
+            "svm" if kind == "crf" else kind, unseen.features, unseen.agrees, seed
         )
+        if classifier is not None:
+            held = judge(probe, layer, recording, held_out, right)
+            fitted = unseen.scored(classifier)
+            exits.append(FittedExit(layer, probe, classifier, fitted, held.scored(classifier)))
+    return exits
 
-    without = [
-        lens(whole - fold, linear) for fold, linear in zip(folds, fitted.without, strict=True)
-    ]
-    return lens(whole, fitted.whole), without
+
+def judge(
+    probe: Probe,
+    layer: int,
+    recording: Recording,
+    prompts: Ints,
+    right: RightTokens | None = None,
+) -> Judged:
+    """What `probe` says of `prompts` of a recording after `layer`."""
+    result = probe.score(probe.readout(recording.states[layer][prompts]))
+    return _judged(result.features, result.top1_id.numpy(), recording, prompts, right)
+
+
+def _judged(
+    features: Tensor, tokens: Ints, recording: Recording, prompts: Ints, right: RightTokens | None
+) -> Judged:
+    full = recording.tokens[prompts]
+    agrees = tokens == full
+    if right is None:
+        return Judged(features, tokens, agrees, (~agrees).astype(np.float64))
+    loss = is_right(full, right, prompts) - is_right(tokens, right, prompts)
+    return Judged(features, tokens, agrees, loss)
+
+
+def is_right(tokens: Ints, right: RightTokens, prompts: Ints) -> FloatArray:
+    """1 where the token is one of those that are right for its prompt, else 0."""
+    pairs = zip(tokens.tolist(), prompts.tolist(), strict=True)
+    return np.array([float(token in right[prompt]) for token, prompt in pairs])
+
+
+def chain(exits: Sequence[FittedExit]) -> list[FittedExit]:
+    """The chosen exit points (ascending, at least one) with a CRF over them for classifiers."""
+    steps = fit_crf(
+        torch.stack([fitted.fitted.features for fitted in exits], dim=1),
+        np.stack([fitted.fitted.agrees for fitted in exits], axis=1),
+    )
+    chained: list[FittedExit] = []
+    fitted_score: Tensor | None = None
+    held_out_score: Tensor | None = None
+    for fitted, step in zip(exits, steps, strict=True):
+        fitted_score = score(fitted.fitted.features, step, fitted_score)
+        held_out_score = score(fitted.held_out.features, step, held_out_score)
+        chained.append(
+            replace(
+                fitted,
+                classifier=step,
+                fitted=replace(fitted.fitted, score=fitted_score),
+                held_out=replace(fitted.held_out, score=held_out_score),
+            )
+        )
+    return chained
 
 
 def candidate_layers(depth: int, asked: Sequence[int] | None) -> list[int]:
-    """Layers to record: those asked for, or about nine spread over the stack."""
+    """Layers to record: those asked for, or about fifteen spread over the stack."""
     if asked is not None:
         return list(asked)
-    step = max(1, round(depth / 10))
+    step = max(1, round(depth / 16))
     return list(range(step, depth, step))

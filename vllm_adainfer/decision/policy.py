@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vllm_adainfer.artifact import Artifact
 from vllm_adainfer.decision.probe import Probe
+from vllm_adainfer.decision.score import CHAIN_SHAPE, LINEAR_SHAPE, score
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,14 @@ class Decision:
         answers: what to decode in settled rows: fp32 [rows, labels] scores of the policy's
             labels, or [rows, hidden size] states for the LM head if any token may be the answer.
             None from a policy that settles nothing.
+        memory: [rows, ...], what the policy is to be told of these rows at the next exit point;
+            None if nothing.
 
     """
 
     settled: Tensor
     answers: Tensor | None
+    memory: Tensor | None = None
 
 
 class ExitPolicy(Protocol):
@@ -40,13 +44,17 @@ class ExitPolicy(Protocol):
     exit_points: tuple[int, ...]
     label_ids: Tensor | None
 
-    def decide(self, exit_index: int, hidden: Tensor, tags: Tensor) -> Decision:
+    def decide(
+        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
+    ) -> Decision:
         """Decide rows at exit point ``exit_points[exit_index]``.
 
         Args:
             exit_index: which exit point.
             hidden: [rows, hidden size], the residual stream of the rows to be sampled.
             tags: int64 [rows], the number with which each row's request was admitted.
+            memory: of these rows, as `Decision.memory` of the exit point before had it; None at
+                the first one.
 
         """
 
@@ -83,15 +91,23 @@ class CalibratedPolicy:
             for layer in self.exit_points
         ]
 
-    def decide(self, exit_index: int, hidden: Tensor, tags: Tensor) -> Decision:
+    def decide(
+        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
+    ) -> Decision:
         """See `ExitPolicy.decide`."""
-        probe = self._probes[exit_index]
+        probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
+        threshold = self._thresholds[tags, exit_index]
+        linear = classifier.shape == LINEAR_SHAPE
         readout = probe.readout(hidden)
         result = probe.score(
             readout,
-            classifier=self._classifiers[exit_index],
-            threshold=self._thresholds[tags, exit_index],
+            classifier=classifier if linear else None,
+            threshold=threshold if linear else None,
             return_scores=self.label_ids is not None,
         )
-        assert result.settled is not None
-        return Decision(result.settled, readout if self.label_ids is None else result.scores)
+        answers = readout if self.label_ids is None else result.scores
+        if result.settled is not None:  # by the probe kernel
+            return Decision(result.settled, answers)
+        odds = score(result.features, classifier, memory)
+        chained = classifier.shape == CHAIN_SHAPE
+        return Decision(odds >= threshold, answers, memory=odds if chained else None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from vllm_adainfer.artifact import load_details
 from vllm_adainfer.calibration.calibrate import CalibrationRequest, calibrate
 from vllm_adainfer.calibration.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.calibration.report import summary_line
@@ -33,7 +34,7 @@ def run(output: Path) -> str:
                 labels=LABELS,
             )
         )
-        typer.echo(describe(config))
+        typer.echo(describe(config, load_details(str(artifact))))
         typer.echo("demo: stock vLLM and vllm-adainfer on unseen reviews, interleaved")
         report = evaluate(
             EvaluationRequest(

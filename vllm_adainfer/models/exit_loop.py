@@ -83,6 +83,7 @@ class ExitLoop:
         context = get_forward_context()
         hidden, residual = input_ids, None
         answers: Tensor | None = None
+        memory: Tensor | None = None
         for index, segment in enumerate(self._segments):
             with override_forward_context(context):
                 hidden, residual = segment(positions, hidden, residual)
@@ -93,9 +94,10 @@ class ExitLoop:
             if asked.size == 0:
                 continue
             sampled = step.sampled_rows(asked)
-            decision = policy.decide(
-                index, hidden[sampled] + residual[sampled], torch.from_numpy(step.tags[asked])
-            )
+            tags = torch.from_numpy(step.tags[asked])
+            decision = policy.decide(index, hidden[sampled] + residual[sampled], tags, memory)
+            if decision.memory is not None:  # who is not settled is asked next, in this order
+                memory = decision.memory[~decision.settled]
             settled = asked[decision.settled.numpy()]
             if settled.size == 0 or decision.answers is None:
                 continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +13,24 @@ from vllm_adainfer.decision.record import Recorder
 from vllm_adainfer.models.segments import Segment, run_all
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
+
+
+@dataclass
+class Timings:
+    """What full depth has cost so far, on a device that computes as it is called.
+
+    Attributes:
+        layer_seconds: in decoder layers.
+        layers_run: rows x layers in that time.
+        cut_seconds: in rehearsed cuts.
+        rows: token rows of the steps with a cut.
+
+    """
+
+    layer_seconds: float = 0.0
+    layers_run: int = 0
+    cut_seconds: float = 0.0
+    rows: int = 0
 
 
 class RecordingLoop:
@@ -22,6 +42,7 @@ class RecordingLoop:
         """`segments` are cut at ``recorder.layers``, so that the last is the final norm alone."""
         self.recorder = recorder
         self.stats = ExitStats()
+        self.timings = Timings()
         self._segments = segments
         self._depth = sum(segment.num_layers for segment in segments)
 
@@ -33,17 +54,35 @@ class RecordingLoop:
         self, positions: Tensor, input_ids: Tensor, step: StepContext
     ) -> tuple[Tensor, None, None]:
         """Run and record one step; see `ExitLoop.run`. Nobody leaves, so there are no answers."""
+        rows = positions.shape[0]
         hidden, residual = input_ids, None
         states = []
         for segment in self._segments:
+            start = time.perf_counter()
             hidden, residual = segment(positions, hidden, residual)
+            self.timings.layer_seconds += time.perf_counter() - start
             if residual is not None:
                 states.append(hidden + residual)
         tags, last = step.tags_by_row(), step.sampled_by_row()
         self.recorder.record(states, torch.from_numpy(tags), positions, torch.from_numpy(last))
-        stats, work = self.stats, positions.shape[0] * self._depth
+        self._rehearse_cut(hidden, positions, step)
+        stats, work = self.stats, rows * self._depth
+        self.timings.layers_run += work
         stats.layers_run += work
         stats.layers_possible += work
         stats.tokens_decided += step.num_sampled
         stats.exit_histogram[self._depth] += step.num_sampled
         return hidden, None, None
+
+    def _rehearse_cut(self, hidden: Tensor, positions: Tensor, step: StepContext) -> None:
+        """Time what an exit point does when half of the requests leave, now that it is over."""
+        undecided = step.undecided()
+        if undecided.size < 2:
+            return
+        start = time.perf_counter()
+        step.settle(undecided[::2])
+        _, stay = step.compact()
+        _ = hidden[stay], hidden[stay], positions[stay]  # the residual is as large as the state
+        step.narrowed()
+        self.timings.cut_seconds += time.perf_counter() - start
+        self.timings.rows += hidden.shape[0]

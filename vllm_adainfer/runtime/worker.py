@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -24,16 +26,19 @@ class AdaInferCPUWorker(CPUWorker):
         stats: dict[str, Any] = self.model_runner.model.model.exit_loop.stats.as_dict()
         return stats
 
-    def adainfer_take_record(self, path: str) -> str:
+    def adainfer_take_record(self, path: str) -> dict[str, Any]:
         """Write the recorded states and sums, the final norm and the LM head to `path`.
 
         Returns:
-            the fingerprint of the served weights.
+            ``fingerprint`` of the served weights, ``threads`` that computed, and the times of
+            `vllm_adainfer.models.recording_loop.Timings`.
 
         """
         model = self.model_runner.model
-        tensors = model.model.exit_loop.recorder.take()
+        loop = model.model.exit_loop
+        tensors = loop.recorder.take()
         tensors["norm_weight"] = model.model.norm.weight.data.clone()
         tensors["head_weight"] = model.head_weight.clone()
         save_file(tensors, path)
-        return str(model.fingerprint)
+        timings = asdict(loop.timings)
+        return {"fingerprint": model.fingerprint, "threads": torch.get_num_threads(), **timings}

@@ -1,0 +1,237 @@
+"""A policy made from a recording: fit, choose exit points, certify; then its artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vllm_adainfer.artifact import ArtifactConfig, Label, Level
+from vllm_adainfer.calibration.certify import (
+    EPSILONS,
+    Bound,
+    PathPoint,
+    certify,
+    held_out_path,
+)
+from vllm_adainfer.calibration.choose import choose_exits, evenly_spread, forecast
+from vllm_adainfer.calibration.collect import Ints, Recording
+from vllm_adainfer.calibration.cost import Costs, probe_seconds
+from vllm_adainfer.calibration.fit import FittedExit, RightTokens, chain, fit_exits
+from vllm_adainfer.calibration.probes import Target
+from vllm_adainfer.decision.bound import BoundKind
+from vllm_adainfer.decision.classifier import Kind
+from vllm_adainfer.decision.probe import FEATURES
+from vllm_adainfer.provenance import provenance
+
+Risk = Literal["disagreement", "accuracy"]
+STEP_ROWS = 2048  # token rows of a full step, vLLM's default on a CPU
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What a policy is to be and to promise; see `vllm-adainfer calibrate --help`."""
+
+    classifier: Kind = "svm"
+    exit_points: tuple[int, ...] | None = None
+    epsilon: float = 0.02
+    delta: float = 0.1
+    risk: Risk = "disagreement"
+    bound: BoundKind | Literal["auto"] = "auto"
+    seed: int = 0
+
+    def bounds(self) -> Bound:
+        """The bound that `risk` and `bound` ask for."""
+        disagreement = self.risk == "disagreement"
+        kind = self.bound
+        if kind == "auto":
+            kind = "exact" if disagreement else "wsr"
+        return Bound(kind, self.delta, 0.0 if disagreement else -1.0)
+
+
+@dataclass(frozen=True)
+class FittedPolicy:
+    """A policy and how it did on the prompts it was made from.
+
+    Attributes:
+        exits: the chosen exit points, by layer; none if no set of them is worth its cost.
+        points: epsilon -> the loosest policy certified for it on the held-out half.
+        candidates: all fitted exit points.
+        costs: that the choice was made with.
+        expected: expected times of a prompt, in seconds: ``full_depth``, ``chosen``, ``uniform``
+            (as many exit points, evenly spread).
+
+    """
+
+    exits: list[FittedExit]
+    points: dict[float, PathPoint]
+    candidates: list[FittedExit]
+    costs: Costs
+    expected: dict[str, float]
+
+
+def make_policy(
+    recording: Recording,
+    target: Target,
+    halves: tuple[Ints, Ints],
+    options: PolicyOptions,
+    right: RightTokens | None = None,
+) -> FittedPolicy:
+    """Fit every recorded layer, choose among them, certify every epsilon that can be.
+
+    Args:
+        recording: of all prompts.
+        target: what the probes are to predict.
+        halves: prompts of `recording` to fit on, and to certify on, each in random order.
+        options: what is wanted.
+        right: right tokens by prompt, where the risk is of accuracy.
+
+    """
+    fit_half, held_out = halves
+    depth = recording.depth
+    layers = tqdm(recording.states, desc="fit", unit="layer", disable=None)
+    candidates = fit_exits(
+        recording, target, halves, options.classifier, options.seed, layers, right
+    )
+    tokens = recording.computed[fit_half]
+    asked = recording.states[candidates[0].layer][: max(1, round(STEP_ROWS / tokens.mean()))]
+    costs = Costs(
+        depth=depth,
+        layer=recording.layer_seconds,
+        cut=recording.cut_seconds,
+        probe={
+            exit.layer: probe_seconds(exit.probe, asked, recording.threads) for exit in candidates
+        },
+    )
+    bound = options.bounds()
+    allowed = bound.allowance(len(held_out), options.epsilon)
+    exits = candidates
+    if options.exit_points is None:
+        exits = choose_exits(candidates, costs, tokens, allowed)
+    expected = {
+        "full_depth": forecast([], costs, tokens, allowed).seconds,
+        "chosen": forecast(exits, costs, tokens, allowed).seconds,
+        "uniform": forecast(evenly_spread(candidates, len(exits)), costs, tokens, allowed).seconds,
+    }
+    if options.classifier == "crf" and exits:
+        exits = chain(exits)
+    points: dict[float, PathPoint] = {}
+    for epsilon in sorted({*EPSILONS, options.epsilon}) if exits else ():
+        point = certify(exits, depth, epsilon, bound)
+        if point is not None:
+            points[epsilon] = point
+    return FittedPolicy(exits, points, candidates, costs, expected)
+
+
+def policy_config(
+    policy: FittedPolicy,
+    recording: Recording,
+    target: Target,
+    options: PolicyOptions,
+    labels: Sequence[Label],
+    model: str,
+    hf_config: Any,
+) -> ArtifactConfig:
+    """``config.json`` of a policy that certified ``options.epsilon``."""
+    bound = options.bounds()
+    return ArtifactConfig(
+        base_model=model,
+        architecture=hf_config.architectures[0],
+        layers=policy.costs.depth,
+        hidden_size=hf_config.hidden_size,
+        vocab_size=hf_config.vocab_size,
+        weights_fingerprint=recording.fingerprint,
+        exit_points=tuple(exit.layer for exit in policy.exits),
+        probe=target.kind,
+        candidates="labels" if labels else "full",
+        labels=tuple(labels),
+        features=FEATURES,
+        classifier=options.classifier,
+        norm_eps=hf_config.rms_norm_eps,
+        epsilon=options.epsilon,
+        delta=options.delta,
+        risk=options.risk,
+        bound=bound.kind,
+        levels=tuple(
+            Level(
+                epsilon=epsilon,
+                disagreement=point.disagreement,
+                risk=point.risk,
+                bound=bound.of(point.losses),
+                layers_saved=point.layers_saved,
+            )
+            for epsilon, point in policy.points.items()
+        ),
+    )
+
+
+def policy_tensors(policy: FittedPolicy, labels: Sequence[Label]) -> dict[str, Tensor]:
+    """What ``policy.safetensors`` holds."""
+    thresholds = torch.tensor([point.threshold for point in policy.points.values()])
+    tensors = {"thresholds": thresholds.unsqueeze(1).repeat(1, len(policy.exits))}
+    for exit in policy.exits:
+        name, probe = f"exit.{exit.layer}", exit.probe
+        tensors[f"{name}.classifier"] = exit.classifier
+        if probe.head_bias is not None:  # a label head
+            tensors[f"{name}.head_weight"] = probe.head_weight
+            tensors[f"{name}.head_bias"] = probe.head_bias
+            continue
+        for part, tensor in probe.lens.items():
+            tensors[f"{name}.{part}"] = tensor
+        if labels and probe.norm_weight is not None:  # else the served model's own are read
+            tensors["norm_weight"] = probe.norm_weight
+            tensors["head_rows"] = probe.head_weight
+    return tensors
+
+
+def policy_details(
+    policy: FittedPolicy, recording: Recording, halves: tuple[Ints, Ints], options: PolicyOptions
+) -> dict[str, Any]:
+    """``calibration.json``: how it was made, and what each exit point does."""
+    fit_half, held_out = halves
+    bound = options.bounds()
+    _, counts = np.unique(recording.tokens[held_out], return_counts=True)
+    point = policy.points[options.epsilon]
+    leaving = np.bincount(point.exits, minlength=len(policy.exits) + 1) / len(held_out)
+    return {
+        "rows": len(recording.tokens),
+        "rows_fitted": len(fit_half),
+        "rows_held_out": len(held_out),
+        "seed": options.seed,
+        "majority_share": float(counts.max() / counts.sum()),
+        "exit_points": [
+            {
+                "layer": exit.layer,
+                "leaving": float(share),
+                "agreement": float(exit.held_out.agrees.mean()),
+                "probe_bytes": exit.probe.bytes,
+                # In the time of one layer for one token row.
+                "probe_cost": policy.costs.probe[exit.layer] / policy.costs.layer,
+            }
+            for exit, share in zip(policy.exits, leaving[:-1], strict=True)
+        ],
+        "agreement": {
+            str(exit.layer): float(exit.held_out.agrees.mean()) for exit in policy.candidates
+        },
+        "seconds": {
+            "layer": policy.costs.layer,
+            "cut": policy.costs.cut,
+            "expected": policy.expected,
+        },
+        "risk_curve": [
+            {
+                "threshold": point.threshold if np.isfinite(point.threshold) else None,
+                "risk": point.risk,
+                "disagreement": point.disagreement,
+                "bound": bound.of(point.losses),
+                "layers_saved": point.layers_saved,
+            }
+            for point in held_out_path(policy.exits, policy.costs.depth)
+        ],
+        "provenance": provenance(),
+    }
