@@ -92,7 +92,7 @@ def forecast(
     probes = np.cumsum([costs.probe[exit.layer] for exit in exits])
     probes = np.append(probes, probes[-1])  # what a row pays that leaves at each
 
-    record = np.vstack([scores[:1] > -np.inf, scores[1:] > np.maximum.accumulate(scores)[:-1]])
+    record = np.vstack([scores[:1] > -np.inf, scores[1:] > np.fmax.accumulate(scores)[:-1]])
     to, row = np.nonzero(record)
     start = _next_record(record)[to, row]  # where the row is until it moves
     score = scores[to, row]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_adainfer.artifact import ArtifactConfig, Label, load_artifact
 from vllm_adainfer.calibration.calibrate import load_config
@@ -24,9 +24,6 @@ from vllm_adainfer.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.calibration.measure import measure
 from vllm_adainfer.calibration.report import NEVER_EXIT, build_report, write_whole
 from vllm_adainfer.errors import AdaInferError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

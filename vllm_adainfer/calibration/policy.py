@@ -99,7 +99,8 @@ def make_policy(
         recording, target, halves, options.classifier, options.seed, layers, right
     )
     tokens = recording.computed[fit_half]
-    asked = recording.states[candidates[0].layer][: max(1, round(STEP_ROWS / tokens.mean()))]
+    states = next(iter(recording.states.values()))
+    asked = states[: max(1, round(STEP_ROWS / tokens.mean()))]
     costs = Costs(
         depth=depth,
         layer=recording.layer_seconds,
