@@ -102,8 +102,8 @@ def tiny_config(model: Path, **changes: Any) -> ArtifactConfig:
         "epsilon": 0.05,
         "delta": 0.1,
         "levels": (
-            Level(epsilon=0.02, disagreement=0.0, bound=0.01, layers_saved=0.1),
-            Level(epsilon=0.05, disagreement=0.01, bound=0.04, layers_saved=0.2),
+            Level(epsilon=0.02, disagreement=0.0, risk=0.0, bound=0.01, layers_saved=0.1),
+            Level(epsilon=0.05, disagreement=0.01, risk=0.01, bound=0.04, layers_saved=0.2),
         ),
     }
     return ArtifactConfig(**{**values, **changes})

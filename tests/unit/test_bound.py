@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 
@@ -12,7 +13,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
-from vllm_adainfer.calibration.certify import bound_of, certify, loosest, threshold_grid, walk
+from vllm_adainfer.calibration.certify import (
+    Bound,
+    certify,
+    held_out_path,
+    loosest,
+    threshold_grid,
+    walk,
+)
 from vllm_adainfer.calibration.fit import FittedExit, Scored
 from vllm_adainfer.decision.bound import certified, rows_needed, upper_bound
 
@@ -247,7 +255,18 @@ SIMULATED = [(risk, kind) for risk, kinds in CERTIFYING.items() for kind in kind
 
 
 def disagreement(score, agrees) -> Scored:
-    return Scored(torch.as_tensor(score).float(), agrees, (~agrees).astype(float))
+    rows = len(agrees)
+    return Scored(
+        features=torch.zeros(rows, 2),
+        tokens=np.zeros(rows, dtype=np.int64),
+        agrees=agrees,
+        loss=(~agrees).astype(float),
+        score=torch.as_tensor(score).float(),
+    )
+
+
+def some_rows(scored: Scored, rows) -> Scored:
+    return Scored(*(getattr(scored, field.name)[rows] for field in fields(Scored)))
 
 
 def fitted_exits(held_out: Sequence[Scored], fitted: Sequence[Scored]) -> list[FittedExit]:
@@ -278,22 +297,18 @@ def violations(risk: str) -> dict[str, float]:
     """How often each kind of bound lets the population's mean loss exceed epsilon."""
     lowest, epsilon, rows = RISKS[risk]
     everyone, fitted = population(20_000, 0, risk), population(rows, 1, risk)
-    exits = fitted_exits(everyone, fitted)
-    grid = threshold_grid(exits)
-    true = {
-        point.threshold: point.risk
-        for point in walk(exits, lambda fitted: fitted.held_out, DEPTH, grid)
-    }
+    grid = threshold_grid(fitted_exits(everyone, fitted))
+    true = {point.threshold: point.risk for point in walk(LAYERS, everyone, DEPTH, grid)}
     generator = np.random.default_rng(2)
     bad = dict.fromkeys([*CERTIFYING[risk], "naive"], 0)
     saved = dict.fromkeys(bad, 0.0)
     for _ in range(RESAMPLES):
         drawn = generator.integers(0, 20_000, rows)
-        sample = [Scored(e.score[drawn], e.agrees[drawn], e.loss[drawn]) for e in everyone]
-        exits = fitted_exits(sample, fitted)
-        path = list(walk(exits, lambda fitted: fitted.held_out, DEPTH, grid))
+        sample = [some_rows(exit, drawn) for exit in everyone]
+        path = list(walk(LAYERS, sample, DEPTH, grid))
         chosen = {
-            kind: loosest(iter(path), epsilon, DELTA, kind, lowest) for kind in CERTIFYING[risk]
+            kind: loosest(iter(path), epsilon, Bound(kind, DELTA, lowest))
+            for kind in CERTIFYING[risk]
         }
         chosen["naive"] = [point for point in path if point.risk <= epsilon][-1]
         for kind, point in chosen.items():
@@ -324,9 +339,9 @@ def test_the_certified_point_is_the_last_whose_bounds_up_to_there_are_all_within
 ):
     lowest, epsilon, rows = RISKS[risk]
     exits = fitted_exits(population(rows, 5, risk), population(rows, 6, risk))
-    point = certify(exits, DEPTH, epsilon, DELTA, kind, lowest)
-    path = list(walk(exits, lambda fitted: fitted.held_out, DEPTH, threshold_grid(exits)))
-    bounds = [bound_of(each, DELTA, kind, lowest) for each in path]
+    point = certify(exits, DEPTH, epsilon, Bound(kind, DELTA, lowest))
+    path = list(held_out_path(exits, DEPTH))
+    bounds = [upper_bound(each.losses, DELTA, kind, lowest) for each in path]
     [first_bad, *_] = (index for index, bound in enumerate(bounds) if bound > epsilon)
     assert point is not None
     assert point.threshold == path[first_bad - 1].threshold
@@ -339,9 +354,9 @@ def test_the_certified_path_stops_at_the_first_point_that_fails():
     early = disagreement(np.zeros(1000), np.ones(1000, dtype=np.bool_))
     late = disagreement(np.where(wrong, 1.0, -1.0), ~wrong)
     exits = fitted_exits([early, late], [early, late])
-    path = walk(exits, lambda fitted: fitted.held_out, DEPTH, [math.inf, 1.0, 0.0])
+    path = walk(LAYERS, [early, late], DEPTH, [math.inf, 1.0, 0.0])
     assert [point.losses.sum() for point in path] == [0, 100, 0]
-    point = certify(exits, DEPTH, 0.05, DELTA)
+    point = certify(exits, DEPTH, 0.05, Bound("exact", DELTA, 0))
     assert point is not None
     assert (point.threshold, point.layers_saved) == (math.inf, 0)
 
@@ -349,23 +364,35 @@ def test_the_certified_path_stops_at_the_first_point_that_fails():
 @pytest.mark.parametrize("risk", RISKS)
 @pytest.mark.parametrize("seed", range(5))
 def test_a_row_leaves_at_the_first_exit_point_whose_score_passes(seed, risk):
-    exits = fitted_exits(population(200, seed, risk), population(200, seed + 100, risk))
-    grid = threshold_grid(exits)[::20]
-    halves = [fitted.held_out for fitted in exits]
-    for point in walk(exits, lambda fitted: fitted.held_out, DEPTH, grid):
-        losses, saved = [0.0] * 200, 0
-        for row in range(200):
-            for layer, half in zip(LAYERS, halves, strict=True):
-                if half.score[row] >= point.threshold:
-                    losses[row] = half.loss[row]
-                    saved += DEPTH - layer
-                    break
-        assert point.losses.tolist() == losses
-        assert (point.rows, point.risk) == (200, pytest.approx(sum(losses) / 200))
+    exits = population(200, seed, risk)
+    for point in walk(LAYERS, exits, DEPTH, [math.inf, 0.9, 0.5, 0.1, -math.inf]):
+        where = [
+            next((i for i, e in enumerate(exits) if e.score[row] >= point.threshold), len(LAYERS))
+            for row in range(200)
+        ]
+        left = [(row, exit) for row, exit in enumerate(where) if exit < len(LAYERS)]
+        losses = np.zeros(200)
+        for row, exit in left:
+            losses[row] = exits[exit].loss[row]
+        assert point.exits.tolist() == where
+        assert point.losses.tolist() == losses.tolist()
+        assert point.risk == pytest.approx(losses.mean())
+        assert point.disagreement == sum(not exits[exit].agrees[row] for row, exit in left) / 200
+        saved = sum(DEPTH - LAYERS[exit] for _, exit in left)
         assert point.layers_saved == pytest.approx(saved / (200 * DEPTH))
+
+
+@pytest.mark.parametrize("kind", ["exact", "wsr", "hoeffding-bentkus", "naive"])
+@pytest.mark.parametrize(("rows", "epsilon"), [(300, 0.02), (1500, 0.02), (400, 0.1)])
+def test_the_allowance_is_the_most_that_certifies(kind, rows, epsilon):
+    bound = Bound(kind, DELTA, 0)
+    errors = round(bound.allowance(rows, epsilon) * rows)
+    order = np.random.default_rng(0).permutation(rows)
+    assert bound.holds((order < errors).astype(float), epsilon)
+    assert not bound.holds((order < errors + 1).astype(float), epsilon)
 
 
 def test_nothing_is_certified_with_too_few_rows():
     few = rows_needed(0.05, DELTA, "exact") - 1
     half = [disagreement(torch.rand(few), np.ones(few, dtype=np.bool_)) for _ in LAYERS]
-    assert certify(fitted_exits(half, half), DEPTH, 0.05, DELTA) is None
+    assert certify(fitted_exits(half, half), DEPTH, 0.05, Bound("exact", DELTA, 0)) is None

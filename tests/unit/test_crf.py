@@ -103,7 +103,13 @@ def test_chosen_exit_points_are_chained_on_both_halves():
             Probe(head_weight=torch.zeros(2, 4)),
             torch.zeros(3),
             *(
-                Scored(torch.zeros(80), settled[:, index], features[:, index])
+                Scored(
+                    features=features[:, index],
+                    tokens=np.zeros(80, dtype=np.int64),
+                    agrees=settled[:, index],
+                    loss=(~settled[:, index]).astype(float),
+                    score=torch.zeros(80),
+                )
                 for features, settled in halves
             ),
         )

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.calibration import fit
+from vllm_adainfer.calibration import probes
 from vllm_adainfer.calibration.collect import FOLDS, Recording
-from vllm_adainfer.calibration.fit import Target, fit_exits
+from vllm_adainfer.calibration.fit import FittedExit, fit_exits, is_right, split
+from vllm_adainfer.calibration.probes import Target
 from vllm_adainfer.decision.moments import Moments
 from vllm_adainfer.decision.probe import Probe
 
@@ -42,25 +43,39 @@ def recording_of(rank: int, noise: float = 0.0) -> Recording:
     model = Probe(head_weight=head, norm_weight=torch.ones(HIDDEN), norm_eps=EPS)
     return Recording(
         states={LAYER: decisions},
+        depth=2 * LAYER,
         final=final,
         tokens=model.score(model.readout(final)).top1_id.numpy(),
+        computed=np.full(PROMPTS, float(ROWS_PER_PROMPT)),
         moments={LAYER: folds},
         norm_weight=torch.ones(HIDDEN),
         head_weight=head,
         fingerprint="",
+        layer_seconds=1e-4,
+        cut_seconds=1e-5,
+        threads=1,
     )
 
 
-def fitted_on(recording: Recording, kind: str, labels: Tensor | None = None) -> fit.FittedExit:
+def fitted_on(recording: Recording, kind: str, labels: Tensor | None = None) -> FittedExit:
     target = Target(kind, labels, EPS)
     [fitted] = fit_exits(recording, target, HALVES, "threshold", 0, [LAYER])
     return fitted
 
 
+def test_the_halves_share_no_prompt_miss_none_and_are_in_random_order():
+    first, second = split(101, seed=3)
+    assert (len(first), len(second)) == (50, 51)
+    assert sorted([*first, *second]) == list(range(101))
+    assert all((half != np.sort(half)).any() for half in (first, second))
+    assert np.array_equal(first, split(101, seed=3)[0])
+    assert not np.array_equal(first, split(101, seed=4)[0])
+
+
 @pytest.mark.parametrize("low_rank_from", [HIDDEN, HIDDEN + 1])
 def test_a_lens_that_is_exact_is_recovered_at_any_rank(monkeypatch, low_rank_from):
-    monkeypatch.setattr(fit, "LOW_RANK_HIDDEN_SIZE", low_rank_from)
-    monkeypatch.setattr(fit, "PENALTIES", (1e-6, 1.0))
+    monkeypatch.setattr(probes, "LOW_RANK_HIDDEN_SIZE", low_rank_from)
+    monkeypatch.setattr(probes, "PENALTIES", (1e-6, 1.0))
     recording = recording_of(rank=4)
     fitted = fitted_on(recording, "lens")
     model = Probe(head_weight=recording.head_weight, norm_weight=torch.ones(HIDDEN), norm_eps=EPS)
@@ -75,8 +90,8 @@ def test_a_lens_that_is_exact_is_recovered_at_any_rank(monkeypatch, low_rank_fro
 )
 def test_a_wide_models_lens_has_the_least_rank_that_serves(monkeypatch, planted, stored):
     """Ranks tried: the hidden size over 32, 16, 8, 4."""
-    monkeypatch.setattr(fit, "LOW_RANK_HIDDEN_SIZE", HIDDEN)
-    monkeypatch.setattr(fit, "RANK_DIVISORS", (32, 16, 8, 4))
+    monkeypatch.setattr(probes, "LOW_RANK_HIDDEN_SIZE", HIDDEN)
+    monkeypatch.setattr(probes, "RANK_DIVISORS", (32, 16, 8, 4))
     probe = fitted_on(recording_of(planted, noise=0.1), "lens").probe
     if stored is None:
         assert probe.lens_weight is not None
@@ -90,7 +105,7 @@ def test_a_wide_models_lens_has_the_least_rank_that_serves(monkeypatch, planted,
 
 
 def test_a_narrow_models_lens_is_whole(monkeypatch):
-    monkeypatch.setattr(fit, "LOW_RANK_HIDDEN_SIZE", HIDDEN + 1)
+    monkeypatch.setattr(probes, "LOW_RANK_HIDDEN_SIZE", HIDDEN + 1)
     assert fitted_on(recording_of(rank=1), "lens").probe.lens_weight is not None
 
 
@@ -99,7 +114,7 @@ def test_features_to_learn_from_are_of_probes_that_have_not_seen_the_prompt(
     monkeypatch, kind, labels
 ):
     """With targets of pure noise and no penalty to speak of, a probe knows what it has seen."""
-    monkeypatch.setattr(fit, "PENALTIES", (1e-3,))
+    monkeypatch.setattr(probes, "PENALTIES", (1e-3,))
     recording = recording_of(rank=4, noise=100.0)
     if labels is not None:
         model = fitted_on(recording, "logit-lens", labels).probe
@@ -123,3 +138,26 @@ def test_a_label_head_stores_one_row_a_label():
     probe = fitted_on(recording_of(rank=4), "label-head", LABELS).probe
     assert probe.head_weight.shape == (len(LABELS), HIDDEN)
     assert probe.bytes == 4 * len(LABELS) * (HIDDEN + 1)
+
+
+def test_the_loss_of_accuracy_is_signed_by_who_is_right():
+    recording = recording_of(rank=4, noise=3.0)
+    generator = np.random.default_rng(0)
+    choices = LABELS.tolist()
+    right = [{choices[n]} for n in generator.integers(0, 3, PROMPTS)]
+    plain = fitted_on(recording, "logit-lens", LABELS).probe
+    recording.tokens[:] = plain.score(plain.readout(recording.final)).top1_id.numpy()
+    target = Target("label-head", LABELS, EPS)
+    [exit] = fit_exits(recording, target, HALVES, "svm", 0, [LAYER], right)
+    for half, prompts in zip((exit.fitted, exit.held_out), HALVES, strict=True):
+        full = recording.tokens[prompts]
+        found = set()
+        for row, prompt in enumerate(prompts):
+            lost = int(full[row] in right[prompt]) - int(half.tokens[row] in right[prompt])
+            assert half.loss[row] == lost
+            found.add(lost)
+        assert np.array_equal(half.agrees, half.tokens == full)
+        assert found == {-1, 0, 1}
+    assert np.array_equal(
+        is_right(np.array([7, 3, 9]), [{1}, {7}, set(), {9, 8}], np.array([1, 0, 3])), [1, 0, 1]
+    )

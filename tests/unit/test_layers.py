@@ -29,6 +29,7 @@ def imports(folder: Path) -> set[str]:
         ("vllm_adainfer/decision", ("vllm", "vllm_adainfer.models", "vllm_adainfer.runtime")),
         ("vllm_adainfer/models", ("vllm_adainfer.calibration",)),
         ("vllm_adainfer/runtime", ("vllm_adainfer.calibration",)),
+        ("vllm_adainfer/calibration", ("vllm_adainfer.suite", "vllm_adainfer.describe")),
         ("vllm_adainfer", ("vllm_adainfer.cli",)),
     ],
 )

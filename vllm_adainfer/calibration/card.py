@@ -13,7 +13,7 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     """README.md of an artifact: front matter for the hub, then what it promises."""
     labels = ", ".join(f"`{label.name}`" for label in config.labels) or "any token"
     levels = "\n".join(
-        f"| {level.epsilon:.1%} | {level.disagreement:.2%} | {level.bound:.2%} "
+        f"| {level.epsilon:.1%} | {level.disagreement:.2%} | {level.risk:.2%} | {level.bound:.2%} "
         f"| {level.layers_saved:.1%} |"
         for level in config.levels
     )
@@ -51,10 +51,10 @@ drawn like them: {
         "the accuracy lost"
         if config.risk == "accuracy"
         else "the share of answers that differ from the full model's"
-    } is at most epsilon ({config.bound}).
+    } is at most epsilon ({config.bound} bound on the mean loss).
 
-| epsilon | disagreement, held out | upper bound | layers saved |
-|---|---|---|---|
+| epsilon | disagreement, held out | loss, held out | upper bound | layers saved |
+|---|---|---|---|---|
 {levels}
 
 Agreement of the probe alone with the full model, were every row to leave there:

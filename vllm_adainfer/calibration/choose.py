@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from vllm_adainfer.calibration.fit import Bools, FittedExit
 from vllm_adainfer.decision.bound import FloatArray
 
 MAX_EXIT_POINTS = 4
-# An exit point must shorten the expected time by so large a share to be worth its segment.
+# An exit point must take so large a share off full depth's time to be worth its segment.
 MIN_GAIN = 0.002
+CHOICE_ROWS = 3000
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def choose_exits(
 ) -> list[FittedExit]:
     """Up to `MAX_EXIT_POINTS` with the shortest expected time; none if full depth is shorter.
 
-    Greedy, one added, moved or taken away at a time, as long as that helps.
+    Every set of that size is tried, on the first `CHOICE_ROWS` rows.
 
     Args:
         candidates: fitted exit points, by layer.
@@ -49,28 +51,16 @@ def choose_exits(
         allowed: mean loss that the bound leaves.
 
     """
-    chosen: list[FittedExit] = []
-    best = forecast(chosen, costs, tokens, allowed).seconds
-    while True:
-        options = [
-            (forecast(exits, costs, tokens, allowed).seconds, exits)
-            for exits in _neighbours(chosen, candidates)
-        ]
-        seconds, exits = min(options, key=lambda option: option[0], default=(best, chosen))
-        if seconds > best * (1 - MIN_GAIN):
-            return chosen
-        best, chosen = seconds, exits
-
-
-def _neighbours(
-    chosen: list[FittedExit], candidates: Sequence[FittedExit]
-) -> list[list[FittedExit]]:
-    """`chosen` with one exit point more, one fewer, or one replaced."""
-    others = [candidate for candidate in candidates if candidate not in chosen]
-    fewer = [[e for e in chosen if e is not gone] for gone in chosen]
-    bases = [*fewer, chosen] if len(chosen) < MAX_EXIT_POINTS else fewer
-    more = [sorted([*base, other], key=lambda e: e.layer) for base in bases for other in others]
-    return [*fewer, *more]
+    tokens = tokens[:CHOICE_ROWS]
+    worth = MIN_GAIN * forecast([], costs, tokens, allowed).seconds
+    best: list[FittedExit] = []
+    least = np.inf
+    for count in range(MAX_EXIT_POINTS + 1):
+        for exits in combinations(candidates, count):
+            seconds = forecast(exits, costs, tokens, allowed).seconds + worth * count
+            if seconds < least:
+                best, least = list(exits), seconds
+    return best
 
 
 def forecast(
@@ -79,20 +69,22 @@ def forecast(
     """Expected time of a prompt with `exits` at the loosest joint threshold within `allowed`.
 
     Lowering the threshold moves a row from exit point to earlier exit point, each time when it
-    passes the best score so far; sorted, these moves are the whole path.
+    passes the best score so far; sorted, these moves are the whole path. `tokens` may be of the
+    first rows only.
     """
     rows, depth = len(tokens), costs.depth
     full = costs.layer * depth * tokens.mean()
     if not exits:
         return Forecast(full, 0.0)
-    scores = np.stack([exit.fitted.score.double().numpy() for exit in exits])
+    scores = np.stack([exit.fitted.score[:rows].double().numpy() for exit in exits])
+    scores = np.nan_to_num(scores, nan=-np.inf)  # which no threshold lets pass
     # One column more for full depth, which needs no score and loses nothing.
-    losses = np.vstack([*(exit.fitted.loss for exit in exits), np.zeros(rows)])
+    losses = np.vstack([*(exit.fitted.loss[:rows] for exit in exits), np.zeros(rows)])
     layers = np.array([*(exit.layer for exit in exits), depth])
     probes = np.cumsum([costs.probe[exit.layer] for exit in exits])
     probes = np.append(probes, probes[-1])  # what a row pays that leaves at each
 
-    record = np.vstack([scores[:1] > -np.inf, scores[1:] > np.fmax.accumulate(scores)[:-1]])
+    record = np.vstack([scores[:1] > -np.inf, scores[1:] > np.maximum.accumulate(scores)[:-1]])
     to, row = np.nonzero(record)
     start = _next_record(record)[to, row]  # where the row is until it moves
     score = scores[to, row]

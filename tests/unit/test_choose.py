@@ -1,0 +1,194 @@
+"""Exit points are chosen by expected time, reckoned here a prompt at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_adainfer.calibration import choose
+from vllm_adainfer.calibration.choose import choose_exits, evenly_spread, forecast
+from vllm_adainfer.calibration.cost import Costs
+from vllm_adainfer.calibration.fit import FittedExit, Scored
+from vllm_adainfer.decision.probe import Probe
+
+DEPTH, ROWS = 12, 80
+LAYERS = (2, 4, 6, 8, 10)
+PROBE = Probe(head_weight=torch.zeros(2, 4))
+
+
+def exit_after(layer: int, score: np.ndarray, loss: np.ndarray) -> FittedExit:
+    scored = Scored(
+        features=torch.zeros(len(score), 2),
+        tokens=np.zeros(len(score), dtype=np.int64),
+        agrees=loss == 0,
+        loss=loss.astype(np.float64),
+        score=torch.tensor(score).float(),
+    )
+    return FittedExit(layer, PROBE, torch.zeros(3), scored, scored)
+
+
+def candidates_of(seed: int, lowest: int = 0, ties: bool = False) -> list[FittedExit]:
+    """Deeper exit points are surer, and wrong less often; a hard prompt is hard everywhere."""
+    generator = np.random.default_rng(seed)
+    hardness = generator.random(ROWS)
+    exits = []
+    for layer in LAYERS:
+        score = layer / DEPTH - hardness + 0.3 * generator.standard_normal(ROWS)
+        wrong = generator.random(ROWS) < hardness * (1 - layer / DEPTH) / 3
+        better = generator.random(ROWS) < 0.05
+        loss = np.where(wrong, 1, np.where(better, lowest, 0))
+        exits.append(exit_after(layer, score.round(1) if ties else score, loss))
+    return exits
+
+
+def costs_of(probe: float = 1e-4, cut: float = 1e-5, **dear: float) -> Costs:
+    by_layer = {layer: dear.get(f"after_{layer}", probe) for layer in LAYERS}
+    return Costs(depth=DEPTH, layer=1e-4, cut=cut, probe=by_layer)
+
+
+def tokens_of(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed + 100).integers(1, 60, ROWS).astype(np.float64)
+
+
+def by_prompt(exits, costs, tokens, threshold) -> tuple[float, float, float]:
+    """Mean time, share of layers x token rows saved, and mean loss at one threshold."""
+    seconds = saved = lost = 0.0
+    for row in range(ROWS):
+        seconds += sum(costs.cut * tokens.mean() for _ in exits)
+        layers_run = DEPTH
+        for exit in exits:
+            seconds += costs.probe[exit.layer]
+            if exit.fitted.score[row] >= threshold:
+                layers_run = exit.layer
+                lost += exit.fitted.loss[row]
+                break
+        seconds += costs.layer * layers_run * tokens[row]
+        saved += (DEPTH - layers_run) * tokens[row]
+    return seconds / ROWS, saved / (DEPTH * tokens.sum()), lost / ROWS
+
+
+@pytest.mark.parametrize("allowed", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize("lowest", [0, -1])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("layers", [(4,), (2, 8), (4, 6, 10), LAYERS])
+def test_a_forecast_is_the_loosest_threshold_before_the_first_beyond_the_bound(
+    layers, ties, lowest, allowed
+):
+    exits = [exit for exit in candidates_of(7, lowest, ties) if exit.layer in layers]
+    costs, tokens = costs_of(), tokens_of(7)
+    thresholds = sorted({float(s) for exit in exits for s in exit.fitted.score}, reverse=True)
+    best = by_prompt(exits, costs, tokens, np.inf)
+    for threshold in thresholds:
+        found = by_prompt(exits, costs, tokens, threshold)
+        if found[2] > allowed + 1e-9:
+            break
+        best = found
+    expected = forecast(exits, costs, tokens, allowed)
+    assert expected.seconds == pytest.approx(best[0])
+    assert expected.layers_saved == pytest.approx(best[1])
+
+
+def test_full_depth_is_forecast_without_probes_and_cuts():
+    costs, tokens = costs_of(), tokens_of(0)
+    full = forecast([], costs, tokens, 0.02)
+    assert full.seconds == pytest.approx(costs.layer * DEPTH * tokens.mean())
+    assert full.layers_saved == 0
+
+
+def test_an_exit_point_whose_score_is_no_number_lets_nobody_leave():
+    exits = candidates_of(0)
+    nowhere = exit_after(2, np.full(ROWS, np.nan), np.zeros(ROWS))
+    costs, tokens = costs_of(probe=0.0, cut=0.0), tokens_of(0)
+    without = forecast(exits[1:], costs, tokens, 0.05)
+    assert forecast([nowhere, *exits[1:]], costs, tokens, 0.05) == without
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_choice_is_the_best_of_all_sets(seed):
+    candidates, costs, tokens = candidates_of(seed), costs_of(), tokens_of(seed)
+
+    def seconds(exits) -> float:
+        return forecast(exits, costs, tokens, 0.03).seconds
+
+    every = [
+        exits
+        for count in range(choose.MAX_EXIT_POINTS + 1)
+        for exits in combinations(candidates, count)
+    ]
+    chosen = choose_exits(candidates, costs, tokens, 0.03)
+    assert tuple(chosen) in every
+    # Up to the gain below which one exit point more is not worth it.
+    spare = choose.MIN_GAIN * seconds([]) * choose.MAX_EXIT_POINTS
+    assert seconds(chosen) <= min(map(seconds, every)) + spare
+
+
+def test_the_choice_beats_as_many_exit_points_evenly_spread():
+    ratios = []
+    for seed in range(12):
+        candidates, costs, tokens = candidates_of(seed), costs_of(), tokens_of(seed)
+        chosen = choose_exits(candidates, costs, tokens, 0.03)
+        uniform = evenly_spread(candidates, len(chosen))
+        both = [forecast(exits, costs, tokens, 0.03).seconds for exits in (chosen, uniform)]
+        ratios.append(both[0] / both[1])
+    assert max(ratios) <= 1
+    assert np.mean(ratios) < 0.9
+
+
+def test_an_exit_point_that_gains_next_to_nothing_is_left_out():
+    candidates, costs, tokens = candidates_of(1), costs_of(probe=0.0, cut=0.0), tokens_of(1)
+    copy = replace(candidates[-1], layer=11)
+    costs = replace(costs, probe={**costs.probe, 11: 0.0})
+    assert copy not in choose_exits([*candidates, copy], costs, tokens, 0.03)
+
+
+def test_many_rows_are_judged_by_the_first_of_them(monkeypatch):
+    candidates, costs, tokens = candidates_of(2), costs_of(), tokens_of(2)
+    monkeypatch.setattr(choose, "CHOICE_ROWS", ROWS // 2)
+    fewer = [
+        exit_after(e.layer, e.fitted.score[: ROWS // 2].numpy(), e.fitted.loss[: ROWS // 2])
+        for e in candidates
+    ]
+    chosen = [exit.layer for exit in choose_exits(candidates, costs, tokens, 0.03)]
+    assert chosen == [e.layer for e in choose_exits(fewer, costs, tokens[: ROWS // 2], 0.03)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_exit_point_whose_probe_costs_more_than_it_saves_is_dropped(seed):
+    candidates, tokens = candidates_of(seed), tokens_of(seed)
+    chosen = choose_exits(candidates, costs_of(), tokens, 0.03)
+    dear = chosen[0].layer
+    costs = costs_of(**{f"after_{dear}": 1.0})
+    again = choose_exits(candidates, costs, tokens, 0.03)
+    assert again
+    assert dear not in [exit.layer for exit in again]
+
+
+@pytest.mark.parametrize("costs", [costs_of(probe=1.0), costs_of(cut=1.0)], ids=["probe", "cut"])
+def test_nothing_is_chosen_where_nothing_pays(costs):
+    assert choose_exits(candidates_of(0), costs, tokens_of(0), 0.03) == []
+
+
+def test_nothing_is_chosen_where_every_exit_is_wrong():
+    wrong = [exit_after(layer, np.ones(ROWS), np.ones(ROWS)) for layer in LAYERS]
+    assert choose_exits(wrong, costs_of(), tokens_of(0), 0.03) == []
+
+
+def test_the_choice_does_not_look_at_the_held_out_half():
+    candidates, costs, tokens = candidates_of(3), costs_of(), tokens_of(3)
+    blind = [replace(exit, held_out=None) for exit in candidates]
+    chosen = [exit.layer for exit in choose_exits(candidates, costs, tokens, 0.03)]
+    assert [exit.layer for exit in choose_exits(blind, costs, tokens, 0.03)] == chosen
+
+
+@pytest.mark.parametrize(
+    ("count", "layers"), [(0, []), (1, [6]), (2, [4, 8]), (3, [4, 6, 8]), (5, list(LAYERS))]
+)
+def test_evenly_spread_leaves_like_gaps(count, layers):
+    found = [exit.layer for exit in evenly_spread(candidates_of(0), count)]
+    assert set(found) <= set(LAYERS)
+    if count < 5:
+        assert found == layers
