@@ -52,8 +52,9 @@ def _word_tokenizer() -> Fast:
     """One token a word of the demo's reviews."""
     text = files("vllm_adainfer.demo").joinpath("calibration.jsonl").read_text()
     split = pre_tokenizers.Whitespace()
-    words = ["<unk>", *sorted({word for word, _ in split.pre_tokenize_str(text)})[:1000]]
-    words += [word for word in (*LABELS, "Review", "Sentiment", ":") if word not in words]
+    words = ["<unk>", *sorted({word for word, _ in split.pre_tokenize_str(text)})[:998]]
+    more = (*LABELS, "negative", "positive", "Review", "Sentiment", ":")
+    words += [word for word in more if word not in words]
     tokenizer = Tokenizer(
         models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>")
     )

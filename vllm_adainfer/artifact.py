@@ -29,6 +29,8 @@ CONFIG_FILE = "config.json"
 POLICY_FILE = "policy.safetensors"
 CALIBRATION_FILE = "calibration.json"
 CARD_FILE = "README.md"
+# What a reader of calibration.json may rely on.
+DETAILS = ("rows", "rows_held_out", "seed", "majority_share", "exit_points")
 
 
 class _Strict(BaseModel):
@@ -205,7 +207,9 @@ def load_details(source: str) -> dict[str, Any]:
         details = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
-    return dict(details)
+    if not isinstance(details, dict) or not details.keys() >= set(DETAILS):
+        raise AdaInferError(f"{path} does not hold {', '.join(DETAILS)}: calibrate again")
+    return details
 
 
 def save_artifact(

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.tiny import tiny_config, tiny_tensors
-from vllm_adainfer.artifact import CONFIG_FILE, POLICY_FILE, save_artifact
+from vllm_adainfer.artifact import CALIBRATION_FILE, CONFIG_FILE, POLICY_FILE, save_artifact
 from vllm_adainfer.cli import app
 
 TEMPLATE = "Review : {text} Sentiment :"
@@ -141,6 +141,67 @@ def unknown_label(place: Place) -> list[str]:
     return place.calibrate(labels="bad,good")
 
 
+def accuracy_without_labels(place: Place) -> list[str]:
+    place.write_rows(300, label=None)
+    return place.calibrate(risk="accuracy", epsilon="0.1")
+
+
+def accuracy_by_the_exact_bound(place: Place) -> list[str]:
+    return place.calibrate(risk="accuracy", bound="exact")
+
+
+def too_few_rows_for_accuracy(place: Place) -> list[str]:
+    return place.calibrate(risk="accuracy", epsilon="0.01")
+
+
+def damaged_details(place: Place) -> list[str]:
+    (place.artifact / CALIBRATION_FILE).write_text("{")
+    return ["inspect", str(place.artifact)]
+
+
+def details_of_something_else(place: Place) -> list[str]:
+    (place.artifact / CALIBRATION_FILE).write_text('{"rows": 3}')
+    return ["inspect", str(place.artifact)]
+
+
+def evaluate_without_artifact(place: Place) -> list[str]:
+    return ["evaluate", "--model", str(place.model), "--data", str(place.data)]
+
+
+def suite(place: Place, **options: str) -> list[str]:
+    good = {"model": str(place.model), "suite": "adainfer", "data-dir": str(place.directory)}
+    return ["evaluate", *(part for k, v in {**good, **options}.items() for part in (f"--{k}", v))]
+
+
+def suite_with_artifact(place: Place) -> list[str]:
+    return suite(place, artifact=str(place.artifact))
+
+
+def unknown_suite(place: Place) -> list[str]:
+    return suite(place, suite="glue")
+
+
+def unknown_task(place: Place) -> list[str]:
+    return suite(place, tasks="sst2,sst5")
+
+
+def suite_without_data(place: Place) -> list[str]:
+    return suite(place, tasks="sst2")
+
+
+def suite_report_is_a_directory(place: Place) -> list[str]:
+    return suite(place, report=str(place.directory))
+
+
+def suite_with_too_few_rows(place: Place) -> list[str]:
+    (place.directory / "sst2").mkdir()
+    rows = [{"text": "good", "label": ("negative", "positive")[i % 2]} for i in range(100)]
+    for part in ("train", "test"):
+        path = place.directory / "sst2" / f"{part}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return suite(place, tasks="sst2", shots="0")
+
+
 def inspect_other_directory(place: Place) -> list[str]:
     return ["inspect", str(place.directory)]
 
@@ -221,6 +282,18 @@ def plot_below_a_file(place: Place) -> list[str]:
         (labels("good,"), "--labels needs two or more different names"),
         (labels("good,good Review"), "'good' and 'good Review' tokenise ambiguously"),
         (unknown_label, "line 300: label 'fine' is not among bad, good"),
+        (accuracy_without_labels, "line 300 has no label, which --risk accuracy needs"),
+        (accuracy_by_the_exact_bound, "--bound exact counts changed answers and cannot bound"),
+        (too_few_rows_for_accuracy, "too few rows for the bound: epsilon 0.01 at delta 0.1 needs"),
+        (damaged_details, "calibration.json cannot be read"),
+        (details_of_something_else, "calibration.json does not hold rows, rows_held_out"),
+        (evaluate_without_artifact, "evaluate needs --artifact and --data, or --suite"),
+        (suite_with_artifact, "--suite brings its own data and policies: drop --artifact"),
+        (unknown_suite, "no suite 'glue': there is adainfer"),
+        (unknown_task, "no task 'sst5' in this suite: it has sst2, "),
+        (suite_without_data, "has no file sst2/train.jsonl, which the task sst2 needs"),
+        (suite_report_is_a_directory, "choose a file in a directory you may write to"),
+        (suite_with_too_few_rows, "the training part of sst2 has 100 or one fewer"),
         (inspect_other_directory, "has no config.json"),
         (inspect_missing, "has no config.json"),
         (inspect_unknown_hub_id, "neither a directory nor a hub id"),

@@ -27,6 +27,7 @@ from vllm_adainfer.calibration.probes import Target
 from vllm_adainfer.decision.bound import BoundKind
 from vllm_adainfer.decision.classifier import Kind
 from vllm_adainfer.decision.probe import FEATURES
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.provenance import provenance
 
 Risk = Literal["disagreement", "accuracy"]
@@ -46,8 +47,18 @@ class PolicyOptions:
     seed: int = 0
 
     def bounds(self) -> Bound:
-        """The bound that `risk` and `bound` ask for."""
+        """The bound that `risk` and `bound` ask for.
+
+        Raises:
+            AdaInferError: the exact bound for accuracy, whose losses may be negative.
+
+        """
         disagreement = self.risk == "disagreement"
+        if self.bound == "exact" and not disagreement:
+            raise AdaInferError(
+                "--bound exact counts changed answers and cannot bound the accuracy lost: use wsr, "
+                "hoeffding-bentkus or auto"
+            )
         kind = self.bound
         if kind == "auto":
             kind = "exact" if disagreement else "wsr"

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_config
+from vllm_adainfer.artifact import Level
+from vllm_adainfer.describe import describe
+
+DETAILS: dict[str, Any] = {
+    "rows": 401,
+    "rows_held_out": 201,
+    "seed": 4,
+    "majority_share": 0.61,
+    "exit_points": [
+        {"layer": 2, "leaving": 0.25, "agreement": 0.9, "probe_bytes": 520, "probe_cost": 0.5},
+        {"layer": 3, "leaving": 0.5, "agreement": 0.95, "probe_bytes": 3 << 20, "probe_cost": 2.0},
+    ],
+}
+
+
+def level(epsilon: float, saved: float, risk: float = 0.001) -> Level:
+    return Level(
+        epsilon=epsilon, disagreement=0.003, risk=risk, bound=epsilon / 2, layers_saved=saved
+    )
+
+
+def lines(tiny_model, levels: list[Level], **changes: Any) -> list[str]:
+    config = tiny_config(tiny_model, levels=tuple(levels), **changes)
+    return describe(config, DETAILS).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("levels", "risk", "words"),
+    [
+        (
+            [level(0.02, 0.1), level(0.05, 0.25), level(0.1, 0.4)],
+            "disagreement",
+            "Requests will run 4.5 of 6 layers on average, 25% fewer, and change at most 5 % of "
+            "the answers (confidence 90%). At epsilon 0.1 they would run 40% fewer.",
+        ),
+        (
+            [level(0.05, 0.25)],
+            "accuracy",
+            "Requests will run 4.5 of 6 layers on average, 25% fewer, and lose at most 5 points "
+            "of accuracy (confidence 90%).",
+        ),
+        (
+            [level(0.05, 0.0)],
+            "disagreement",
+            "Nothing is saved within this bound: serving will run at full depth.",
+        ),
+    ],
+)
+def test_the_last_line_says_what_is_saved_at_what_bound_and_at_the_next_looser_one(
+    tiny_model, levels, risk, words
+):
+    assert lines(tiny_model, levels, risk=risk)[-1] == words
+
+
+def test_rows_seed_majority_and_bound_are_named(tiny_model):
+    text = "\n".join(lines(tiny_model, [level(0.05, 0.2)]))
+    assert "on 401 prompts, 201 of them held out for the bound; seed 4" in text
+    assert "the commonest answer alone agrees with 61.0%" in text
+    assert "epsilon 0.05 at delta 0.1 on disagreement (exact)" in text
+
+
+def test_each_exit_point_has_a_line_of_who_leaves_and_what_its_probe_takes(tiny_model):
+    found = [line.split() for line in lines(tiny_model, [level(0.05, 0.2)])]
+    assert ["2", "25.0%", "90.0%", "0.5", "KiB", "0.50"] in found
+    assert ["3", "50.0%", "95.0%", "3.0", "MiB", "2.00"] in found
+
+
+@pytest.mark.parametrize(
+    ("risk", "line"),
+    [
+        ("disagreement", ["0.050", "0.30%", "2.50%", "20.0%"]),
+        ("accuracy", ["0.050", "0.30%", "-0.10%", "2.50%", "20.0%"]),
+    ],
+)
+def test_each_level_has_a_line_with_the_accuracy_lost_where_that_is_bounded(tiny_model, risk, line):
+    found = lines(tiny_model, [level(0.05, 0.2, risk=-0.001)], risk=risk)
+    assert line in [text.split() for text in found]

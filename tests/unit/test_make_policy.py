@@ -1,0 +1,184 @@
+"""From a recording to an artifact that serves what was certified."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_adainfer.artifact import Label, load_artifact, save_artifact
+from vllm_adainfer.calibration import policy as making
+from vllm_adainfer.calibration.collect import FOLDS, Recording
+from vllm_adainfer.calibration.policy import (
+    FittedPolicy,
+    PolicyOptions,
+    make_policy,
+    policy_config,
+    policy_details,
+    policy_tensors,
+)
+from vllm_adainfer.calibration.probes import Target
+from vllm_adainfer.decision.moments import Moments
+from vllm_adainfer.decision.policy import CalibratedPolicy
+from vllm_adainfer.decision.probe import Probe
+
+HIDDEN, VOCAB, DEPTH, PROMPTS = 16, 40, 8, 900
+LAYERS = (2, 4, 6)
+LABELS = (Label(name="bad", token_id=7), Label(name="good", token_id=3))
+LABEL_IDS = torch.tensor([7, 3])
+EPS = 1e-5
+HALVES = np.arange(PROMPTS // 2), np.arange(PROMPTS // 2, PROMPTS)
+HF_CONFIG = SimpleNamespace(
+    architectures=["LlamaForCausalLM"], hidden_size=HIDDEN, vocab_size=VOCAB, rms_norm_eps=EPS
+)
+
+
+def recording_of(labels: bool, noise: float = 1.0) -> Recording:
+    """States that come nearer to the final one from layer to layer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    final, head = 2 * normal(PROMPTS, HIDDEN), normal(VOCAB, HIDDEN)
+    states = {
+        layer: final + noise * (DEPTH - layer) / DEPTH * normal(PROMPTS, HIDDEN) for layer in LAYERS
+    }
+    moments = {layer: [Moments.zeros(HIDDEN, HIDDEN) for _ in range(FOLDS)] for layer in LAYERS}
+    for layer, folds in moments.items():
+        for fold, sums in enumerate(folds):
+            rows = HALVES[0][HALVES[0] % FOLDS == fold]
+            change = final[rows] - states[layer][rows]
+            sums.add(states[layer][rows].double(), change.double(), torch.ones(len(rows)))
+    model = Probe(
+        head_weight=head[LABEL_IDS] if labels else head,
+        token_ids=LABEL_IDS if labels else None,
+        norm_weight=torch.ones(HIDDEN),
+        norm_eps=EPS,
+    )
+    return Recording(
+        states=states,
+        depth=DEPTH,
+        final=final,
+        tokens=model.score(model.readout(final)).top1_id.numpy(),
+        computed=np.full(PROMPTS, 20.0),
+        moments=moments,
+        norm_weight=torch.ones(HIDDEN),
+        head_weight=head,
+        fingerprint="f" * 16,
+        layer_seconds=1e-3,  # so slow that every probe is worth its time
+        cut_seconds=1e-6,
+        threads=1,
+    )
+
+
+def made(recording: Recording, target: Target, **options) -> FittedPolicy:
+    return make_policy(recording, target, HALVES, PolicyOptions(epsilon=0.05, **options))
+
+
+@pytest.mark.parametrize("classifier", ["svm", "logreg", "threshold", "rbf", "boosting", "crf"])
+@pytest.mark.parametrize(
+    ("probe", "with_labels"),
+    [("label-head", True), ("lens", True), ("lens", False), ("logit-lens", False)],
+)
+def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_labels):
+    recording = recording_of(with_labels)
+    labels = LABELS if with_labels else ()
+    target = Target(probe, LABEL_IDS if with_labels else None, EPS)
+    options = PolicyOptions(classifier=classifier, epsilon=0.05)
+    policy = make_policy(recording, target, HALVES, options)
+    config = policy_config(policy, recording, target, options, labels, "tiny", HF_CONFIG)
+    save_artifact(tmp_path / "policy", config, policy_tensors(policy, labels), {}, "card", {})
+
+    artifact = load_artifact(str(tmp_path / "policy"))
+    serving = CalibratedPolicy(artifact, recording.norm_weight, recording.head_weight)
+    point = policy.points[0.05]
+    tags = torch.full((len(HALVES[1]),), artifact.config.level_of(None))
+    exits = np.full(len(HALVES[1]), len(policy.exits))
+    memory = None
+    for index, layer in enumerate(serving.exit_points):
+        decision = serving.decide(index, recording.states[layer][HALVES[1]], tags, memory)
+        exits[(exits == len(policy.exits)) & decision.settled.numpy()] = index
+        memory = decision.memory
+    assert np.array_equal(exits, point.exits)
+    assert len(set(exits.tolist())) > 1
+
+
+@pytest.mark.parametrize("risk", ["disagreement", "accuracy"])
+def test_every_level_is_within_its_epsilon_and_a_looser_one_saves_no_less(risk):
+    recording = recording_of(labels=True)
+    right = [{int(token)} for token in recording.tokens]
+    options = PolicyOptions(epsilon=0.05, risk=risk)
+    target = Target("label-head", LABEL_IDS, EPS)
+    policy = make_policy(recording, target, HALVES, options, right if risk == "accuracy" else None)
+    config = policy_config(policy, recording, target, options, LABELS, "tiny", HF_CONFIG)
+    assert config.risk == risk
+    assert config.bound == ("exact" if risk == "disagreement" else "wsr")
+    assert [level.epsilon for level in config.levels] == sorted(policy.points)
+    assert all(level.bound <= level.epsilon for level in config.levels)
+    saved = [level.layers_saved for level in config.levels]
+    assert saved == sorted(saved)
+    assert saved[-1] > 0
+
+
+def test_accuracy_that_is_not_lost_lets_more_leave_than_answers_that_do_not_change():
+    """Where full depth is right half of the time, a changed answer is as often for the better."""
+    recording = recording_of(labels=True)
+    generator = np.random.default_rng(0)
+    right = [{int(token)} for token in generator.choice(LABEL_IDS.numpy(), PROMPTS)]
+    target = Target("label-head", LABEL_IDS, EPS)
+    saved = {}
+    for risk in ("disagreement", "accuracy"):
+        options = PolicyOptions(epsilon=0.1, risk=risk)
+        policy = make_policy(
+            recording, target, HALVES, options, right if risk == "accuracy" else None
+        )
+        saved[risk] = policy.points[0.1].layers_saved
+    assert saved["accuracy"] > saved["disagreement"]
+
+
+def test_layers_asked_for_are_kept_whatever_they_bring():
+    recording = recording_of(labels=True)
+    recording.states.pop(4)
+    policy = made(recording, Target("label-head", LABEL_IDS, EPS), exit_points=(2, 6))
+    assert [exit.layer for exit in policy.exits] == [2, 6]
+
+
+def test_the_default_chooses_and_expects_to_be_faster_than_full_depth_and_an_even_spread():
+    policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS, EPS))
+    assert 1 <= len(policy.exits) <= len(LAYERS)
+    assert policy.expected["chosen"] < policy.expected["full_depth"]
+    assert policy.expected["chosen"] <= policy.expected["uniform"]
+
+
+def test_exit_points_that_are_not_worth_their_probes_leave_no_policy(monkeypatch):
+    monkeypatch.setattr(making, "probe_seconds", lambda *_: 1.0)
+    policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS, EPS))
+    assert policy.exits == []
+    assert policy.points == {}
+
+
+def test_states_that_say_nothing_leave_no_policy():
+    recording = recording_of(labels=True)
+    recording.tokens[:] = -5  # never the answer of any probe
+    policy = made(recording, Target("label-head", LABEL_IDS, EPS))
+    assert (policy.candidates, policy.exits, policy.points) == ([], [], {})
+
+
+def test_the_details_say_who_leaves_where_and_what_each_probe_takes():
+    recording, target = recording_of(labels=True), Target("label-head", LABEL_IDS, EPS)
+    options = PolicyOptions(epsilon=0.05)
+    policy = make_policy(recording, target, HALVES, options)
+    details = policy_details(policy, recording, HALVES, options)
+    point = policy.points[0.05]
+    for index, found in enumerate(details["exit_points"]):
+        assert found["layer"] == policy.exits[index].layer
+        assert found["leaving"] == pytest.approx((point.exits == index).mean())
+        assert found["probe_bytes"] == 4 * len(LABELS) * (HIDDEN + 1)
+        assert found["probe_cost"] > 0
+    counts = np.unique(recording.tokens[HALVES[1]], return_counts=True)[1]
+    assert details["majority_share"] == counts.max() / counts.sum()
+    assert details["rows"] == PROMPTS
+    assert list(details["agreement"]) == [str(layer) for layer in LAYERS]
