@@ -15,7 +15,7 @@ from vllm_adainfer.artifact import save_artifact
 from vllm_adainfer.calibration.calibrate import check_rows, label_ids, load_config
 from vllm_adainfer.calibration.card import model_card
 from vllm_adainfer.calibration.certify import threshold_grid
-from vllm_adainfer.calibration.collect import Ints, Recording, record, recording_engine
+from vllm_adainfer.calibration.collect import Ints, record, recording_engine
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.calibration.evaluate import check_file
 from vllm_adainfer.calibration.fit import candidate_layers, is_right, split
@@ -88,91 +88,106 @@ def run_suite(request: SuiteRequest) -> dict[str, Any]:
         check_rows(len(data.train) // 2, options, f"the training part of {task.name}")
         loaded.append(data)
     with tempfile.TemporaryDirectory() as directory:
-        rows = _judge(request, loaded, hf_config, options, Path(directory))
+        judging = _Judging(request, hf_config, options, Path(directory))
+        rows = judging.all(loaded)
         _measure(request, loaded, rows, Path(directory))
     report = suite_report(request.model, request.suite, options, hf_config.num_hidden_layers, rows)
     write_suite_report(report, request.report, request.plot)
     return report
 
 
-def _judge(
-    request: SuiteRequest,
-    loaded: Sequence[TaskData],
-    hf_config: Any,
-    options: PolicyOptions,
-    directory: Path,
-) -> list[dict[str, Any]]:
-    """Record and judge each task; its artifact, if there is one, goes into `directory`."""
-    layers = list(range(1, hf_config.num_hidden_layers))
-    rows: dict[str, dict[str, Any]] = {}
-    with_labels = [data for data in loaded if data.labels]
-    # A lens learns from the first prompts of a recording, so an open task has its own engine.
-    groups = [with_labels] if with_labels else []
-    groups += [[data] for data in loaded if not data.labels]
-    for group in groups:
-        examples = [example for data in group for example in (*data.train, *data.test)]
-        lens_prompts = 0 if group[0].labels else len(group[0].train) // 2
-        with recording_engine(request.model, hf_config, examples, layers, lens_prompts) as engine:
-            for data in tqdm(group, desc="record and fit", unit="task", disable=None):
-                rows[data.task.name] = _judge_task(
-                    engine, data, layers, request, hf_config, options, directory
-                )
-    return [rows[data.task.name] for data in loaded]
+@dataclass(frozen=True)
+class _Judging:
+    """Records tasks and judges methods on them; artifacts go into `directory`."""
 
+    request: SuiteRequest
+    hf_config: Any
+    options: PolicyOptions
+    directory: Path
 
-def _judge_task(
-    engine: LLM,
-    data: TaskData,
-    layers: Sequence[int],
-    request: SuiteRequest,
-    hf_config: Any,
-    options: PolicyOptions,
-    directory: Path,
-) -> dict[str, Any]:
-    order = np.concatenate(split(len(data.train), options.seed))
-    examples = [*(data.train[index] for index in order), *data.test]
-    right = [*(data.train_answers[index] for index in order), *data.answers]
-    recording = record(engine, examples, data.labels, layers)
-    fitted = np.arange(len(order) // 2)
-    halves = fitted, np.arange(len(order) // 2, len(order))
-    tests = np.arange(len(order), len(examples))
-    target = Target(
-        "label-head" if data.labels else "lens", label_ids(data.labels), hf_config.rms_norm_eps
-    )
-    candidates = candidate_layers(hf_config.num_hidden_layers, None)
-    policy = make_policy(
-        replace(recording, states={layer: recording.states[layer] for layer in candidates}),
-        target,
-        halves,
-        options,
-    )
-    test = methods.TestPart(recording, tests, right)
-    full = is_right(recording.tokens[tests], right, tests)
-    chance = data.chance
-    row: dict[str, Any] = {
-        "task": data.task.name,
-        "title": data.task.title,
-        "shots": data.shots,
-        "labels": len(data.labels),
-        "train": len(data.train),
-        "test": len(data.test),
-        "skipped": data.skipped,
-        "prompt_tokens_mean": float(np.mean([len(e.token_ids) for e in data.test])),
-        "chance": chance,
-        "full_depth": {"accuracy": float(full.mean())},
-        # Not better than always the commonest answer, by a one-sided test at 95 %.
-        "at_chance": bool(
-            full.mean() < chance + 1.645 * np.sqrt(chance * (1 - chance) / len(full))
-        ),
-        "exit_points": [exit.layer for exit in policy.exits],
-        "methods": _outcomes(policy, halves, target, options, test),
-        "agreement": methods.agreement_curve(policy, target, test),
-        "measured": None,
-    }
-    if options.epsilon in policy.points:
-        row["risk_coverage"] = methods.risk_coverage(policy, test, threshold_grid(policy.exits))
-        _save(policy, recording, halves, target, options, data, request, hf_config, directory)
-    return row
+    def all(self, loaded: Sequence[TaskData]) -> list[dict[str, Any]]:
+        """A row of the report for each task."""
+        layers = list(range(1, self.hf_config.num_hidden_layers))
+        rows: dict[str, dict[str, Any]] = {}
+        with_labels = [data for data in loaded if data.labels]
+        # A lens learns from the first prompts of a recording, so an open task has its own engine.
+        groups = [with_labels] if with_labels else []
+        groups += [[data] for data in loaded if not data.labels]
+        for group in groups:
+            examples = [example for data in group for example in (*data.train, *data.test)]
+            lens_prompts = 0 if group[0].labels else len(group[0].train) // 2
+            with recording_engine(
+                self.request.model, self.hf_config, examples, layers, lens_prompts
+            ) as engine:
+                for data in tqdm(group, desc="record and fit", unit="task", disable=None):
+                    rows[data.task.name] = self.one(engine, data, layers)
+        return [rows[data.task.name] for data in loaded]
+
+    def one(self, engine: LLM, data: TaskData, layers: Sequence[int]) -> dict[str, Any]:
+        """The row of one task; its artifact is saved if there is one."""
+        options = self.options
+        order = np.concatenate(split(len(data.train), options.seed))
+        examples = [*(data.train[index] for index in order), *data.test]
+        right = [*(data.train_answers[index] for index in order), *data.answers]
+        recording = record(engine, examples, data.labels, layers)
+        fitted = np.arange(len(order) // 2)
+        halves = fitted, np.arange(len(order) // 2, len(order))
+        tests = np.arange(len(order), len(examples))
+        target = Target(
+            "label-head" if data.labels else "lens",
+            label_ids(data.labels),
+            self.hf_config.rms_norm_eps,
+        )
+        candidates = candidate_layers(recording.depth, None)
+        policy = make_policy(
+            replace(recording, states={layer: recording.states[layer] for layer in candidates}),
+            target,
+            halves,
+            options,
+        )
+        test = methods.TestPart(recording, tests, right)
+        full = is_right(recording.tokens[tests], right, tests)
+        chance = data.chance
+        row: dict[str, Any] = {
+            "task": data.task.name,
+            "title": data.task.title,
+            "shots": data.shots,
+            "labels": len(data.labels),
+            "train": len(data.train),
+            "test": len(data.test),
+            "skipped": data.skipped,
+            "prompt_tokens_mean": float(np.mean([len(e.token_ids) for e in data.test])),
+            "chance": chance,
+            "full_depth": {"accuracy": float(full.mean())},
+            # Not better than always the commonest answer, by a one-sided test at 95 %.
+            "at_chance": bool(
+                full.mean() < chance + 1.645 * np.sqrt(chance * (1 - chance) / len(full))
+            ),
+            "exit_points": [exit.layer for exit in policy.exits],
+            "methods": _outcomes(policy, halves, target, options, test),
+            "agreement": methods.agreement_curve(policy, target, test),
+            "measured": None,
+        }
+        if options.epsilon in policy.points:
+            row["risk_coverage"] = methods.risk_coverage(policy, test, threshold_grid(policy.exits))
+            details = {
+                "template": data.task.template,
+                "labels": [label.name for label in data.labels],
+                **policy_details(policy, recording, halves, options),
+            }
+            name = Path(self.request.model).name
+            config = policy_config(
+                policy, recording, target, options, data.labels, name, self.hf_config
+            )
+            save_artifact(
+                self.directory / data.task.name,
+                config,
+                policy_tensors(policy, data.labels),
+                details,
+                model_card(config, details),
+                {},
+            )
+        return row
 
 
 def _outcomes(
@@ -191,35 +206,6 @@ def _outcomes(
         "ours": ours,
     }
     return {name: outcome and asdict(outcome) for name, outcome in outcomes.items()}
-
-
-def _save(
-    policy: FittedPolicy,
-    recording: Recording,
-    halves: tuple[Ints, Ints],
-    target: Target,
-    options: PolicyOptions,
-    data: TaskData,
-    request: SuiteRequest,
-    hf_config: Any,
-    directory: Path,
-) -> None:
-    config = policy_config(
-        policy, recording, target, options, data.labels, Path(request.model).name, hf_config
-    )
-    details = {
-        "template": data.task.template,
-        "labels": [label.name for label in data.labels],
-        **policy_details(policy, recording, halves, options),
-    }
-    save_artifact(
-        directory / data.task.name,
-        config,
-        policy_tensors(policy, data.labels),
-        details,
-        model_card(config, details),
-        {},
-    )
 
 
 def _measure(

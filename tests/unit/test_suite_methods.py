@@ -1,0 +1,145 @@
+"""Other methods are judged on the same prompts by the same rules as ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.test_make_policy import DEPTH, EPS, HALVES, LABEL_IDS, LAYERS, PROMPTS, recording_of
+from vllm_adainfer.calibration.cost import Costs
+from vllm_adainfer.calibration.policy import PolicyOptions, make_policy
+from vllm_adainfer.calibration.probes import Target, logit_lens
+from vllm_adainfer.suite import methods
+from vllm_adainfer.suite.report import METHODS, markdown, suite_report
+
+TESTS = HALVES[1][:200]
+RIGHT = [{int(LABEL_IDS[prompt % 2])} for prompt in range(PROMPTS)]
+TARGET = Target("label-head", LABEL_IDS, EPS)
+EPSILON = 0.05
+
+
+@pytest.fixture(scope="module")
+def recording() -> Any:
+    return recording_of(labels=True)
+
+
+@pytest.fixture(scope="module")
+def test(recording) -> methods.TestPart:
+    return methods.TestPart(recording, TESTS, RIGHT)
+
+
+@pytest.fixture(scope="module")
+def policy(recording) -> Any:
+    return make_policy(recording, TARGET, HALVES, PolicyOptions(epsilon=EPSILON))
+
+
+def accuracy(tokens, prompts=TESTS) -> float:
+    return float(np.mean([int(t) in RIGHT[p] for t, p in zip(tokens, prompts, strict=True)]))
+
+
+def test_our_outcome_is_that_of_the_certified_threshold_a_prompt_at_a_time(recording, test, policy):
+    threshold = torch.tensor([policy.points[EPSILON].threshold])
+    costs = policy.costs
+    tokens, run, seconds = [], [], 0.0
+    for prompt in TESTS:
+        token, layers = int(recording.tokens[prompt]), DEPTH
+        seconds += len(policy.exits) * costs.cut * recording.computed[prompt]
+        for exit in policy.exits:
+            seconds += costs.probe[exit.layer]
+            state = recording.states[exit.layer][prompt].unsqueeze(0)
+            result = exit.probe.score(exit.probe.readout(state), exit.classifier, threshold)
+            if bool(result.settled):
+                token, layers = int(result.top1_id), exit.layer
+                break
+        tokens.append(token)
+        run.append(layers)
+        seconds += costs.layer * layers * recording.computed[prompt]
+    found = methods.ours(policy, EPSILON, test)
+    assert found is not None
+    assert found.layers_run == pytest.approx(np.mean(run))
+    assert found.layers_saved == pytest.approx(1 - np.mean(run) / DEPTH)
+    assert found.accuracy == pytest.approx(accuracy(tokens))
+    assert found.disagreement == pytest.approx(np.mean(tokens != recording.tokens[TESTS]))
+    full = costs.layer * DEPTH * recording.computed[TESTS].sum()
+    assert found.expected_speedup == pytest.approx(full / seconds)
+
+
+@pytest.mark.parametrize(("layers_run", "layer"), [(1.0, 2), (3.2, 4), (DEPTH, 6)])
+def test_static_truncation_stops_everyone_at_the_nearest_layer(recording, test, layers_run, layer):
+    costs = Costs(DEPTH, 1e-3, 1e-5, {})
+    found = methods.static_truncation(layers_run, TARGET, test, costs)
+    lens = logit_lens(recording, TARGET)
+    tokens = lens.score(lens.readout(recording.states[layer][TESTS])).top1_id.numpy()
+    assert (found.layers_run, found.accuracy) == (layer, accuracy(tokens))
+    assert found.expected_speedup == pytest.approx(DEPTH / layer)
+
+
+def test_adainfer_leaves_where_its_svm_says_so_and_pays_for_a_head_at_every_layer(recording, test):
+    costs = Costs(DEPTH, 1e-3, 1e-6, {})
+    bound = PolicyOptions().bounds()
+    found = methods.adainfer(HALVES, TARGET, EPSILON, bound, costs, test, seed=0)
+    assert found.keys() == {"adainfer", "adainfer_certified", "calm"}
+    published = found["adainfer"]
+    assert published is not None
+    assert published.expected_speedup < DEPTH / published.layers_run
+    for name in ("adainfer_certified", "calm"):
+        outcome = found[name]
+        assert outcome is None or outcome.disagreement <= 2 * EPSILON
+
+
+def test_the_curves_are_of_the_test_prompts(recording, test, policy):
+    agreement = methods.agreement_curve(policy, TARGET, test)
+    assert agreement["layers"] == list(LAYERS)
+    assert agreement["probe"] == sorted(agreement["probe"])
+    path = methods.risk_coverage(policy, test, [np.inf, 0.0, -np.inf])
+    assert path["layers_saved"][0] == path["disagreement"][0] == 0
+    assert path["layers_saved"][-1] == pytest.approx(1 - policy.exits[0].layer / DEPTH)
+
+
+def row(accuracy: float, at_chance: bool, ours: dict[str, float] | None) -> dict[str, Any]:
+    none = dict.fromkeys(METHODS)
+    return {
+        "title": f"task of {accuracy}",
+        "shots": 0,
+        "test": 10,
+        "prompt_tokens_mean": 20.0,
+        "chance": 0.5,
+        "full_depth": {"accuracy": accuracy},
+        "at_chance": at_chance,
+        "exit_points": [2],
+        "methods": {**none, "ours": ours},
+        "measured": None,
+    }
+
+
+def outcome(saved: float, accuracy: float) -> dict[str, float]:
+    return {
+        "accuracy": accuracy,
+        "disagreement": 0.01,
+        "layers_run": DEPTH * (1 - saved),
+        "layers_saved": saved,
+        "expected_speedup": 1 / (1 - saved),
+    }
+
+
+def test_means_are_over_tasks_above_chance_that_have_an_outcome():
+    rows = [
+        row(0.9, False, outcome(0.4, 0.88)),
+        row(0.8, False, outcome(0.2, 0.80)),
+        row(0.7, False, None),
+        row(0.5, True, outcome(0.9, 0.4)),
+    ]
+    report = suite_report("models/tiny", "adainfer", PolicyOptions(), DEPTH, rows)
+    assert report["model"] == "tiny"
+    assert report["averages"].keys() == {"ours"}
+    mean = report["averages"]["ours"]
+    assert mean["tasks"] == 2
+    assert mean["layers_saved"] == pytest.approx(0.3)
+    assert mean["accuracy_lost"] == pytest.approx(0.01)
+    table = markdown(report)
+    assert "task of 0.5 (at chance)" in table
+    assert "no exit point is worth its cost" in table
+    assert "| mean of 2 | vllm-adainfer | | -1.0 | 1.0% | | 30.0% |" in table
