@@ -228,12 +228,17 @@ def test_rows_that_are_too_long_are_left_out_and_counted(load):
     assert [example.place[-6:] for example in data.test] == ["line 2", "line 4"]
 
 
-def test_the_first_rows_are_taken_up_to_the_limits(load):
+def test_rows_up_to_the_limits_are_a_fair_sample_of_a_file_sorted_by_class(load):
     [task] = SUITE.select(["subj"])
-    rows = made_rows(task, 9)
-    data = load("subj", rows, rows, shots=2, max_train=4, max_test=3)
-    assert [example.place[-6:] for example in data.train] == [f"line {n}" for n in (3, 4, 5, 6)]
-    assert [example.place[-6:] for example in data.test] == [f"line {n}" for n in (1, 2, 3)]
+    rows = sorted(made_rows(task, 400), key=lambda row: row["label"])
+    data = load("subj", rows, rows, shots=2, max_train=120, max_test=100)
+    for examples, count in ((data.train, 120), (data.test, 100)):
+        places = [example.place for example in examples]
+        assert len(set(places)) == count
+        objective = sum(example.label == "objective" for example in examples)
+        assert count / 3 < objective < 2 * count / 3
+    assert not [e for e in data.train if e.place.endswith((" line 1", " line 201"))]  # the shots
+    assert data.chance < 0.67
 
 
 @pytest.mark.parametrize(

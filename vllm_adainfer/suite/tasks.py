@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from vllm_adainfer.artifact import Label
@@ -137,7 +138,7 @@ def load_task(
         data_dir: holds ``<task name>/train.jsonl`` and ``test.jsonl``; None fetches from the hub.
         tokenizer: a Hugging Face tokenizer.
         shots: answered rows in front of each prompt; None takes the task's own number.
-        max_train: prompts to calibrate on at most, the first ones; None takes all.
+        max_train: prompts to calibrate on at most, drawn at random; None takes all.
         max_test: the same for those to measure on.
         max_tokens: longest prompt the model takes; longer ones are skipped, never cut.
 
@@ -151,9 +152,9 @@ def load_task(
         f"{_prompt(task, row)} {_accepted(task, row)[0]}{task.separator}" for row in shot_rows
     )
     shown = {row.place for row in shot_rows}
-    to_calibrate = [row for row in train_rows if row.place not in shown]
+    to_calibrate = _shuffled([row for row in train_rows if row.place not in shown])
     train = _make(task, to_calibrate, prefix, tokenizer, max_train, max_tokens)
-    test = _make(task, test_rows, prefix, tokenizer, max_test, max_tokens)
+    test = _make(task, _shuffled(test_rows), prefix, tokenizer, max_test, max_tokens)
     labels = (
         find_labels(list(task.labels.values()), test.examples[0], tokenizer) if task.labels else ()
     )
@@ -196,6 +197,11 @@ def _choose_shots(task: Task, rows: Sequence[Row], count: int) -> list[Row]:
             f"({len(chosen)}): ask for fewer shots"
         )
     return chosen
+
+
+def _shuffled(rows: Sequence[Row]) -> list[Row]:
+    """In a fixed random order: files may be sorted by class, and only some rows may be taken."""
+    return [rows[index] for index in np.random.default_rng(0).permutation(len(rows))]
 
 
 def _short_enough(task: Task, row: Row) -> bool:
@@ -253,7 +259,7 @@ def _make(
     most: int | None,
     max_tokens: int,
 ) -> _Prompts:
-    """The first `most` prompts that are not too long."""
+    """The first `most` of `rows` that are not too long, as prompts."""
     examples: list[Example] = []
     accepted: list[list[str]] = []
     skipped = 0
