@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/readme_table.py
 
-A row is one report of `vllm-adainfer evaluate` (or of the demo) under `results/`.
+A row is one report of `vllm-adainfer evaluate` (or of the demo) under `results/`, or one task of a
+suite's report.
 """
 
 from __future__ import annotations
@@ -20,11 +21,43 @@ REPORTS = {
     "demo": "`make demo`: 8-shot reviews, SmolLM2-135M-Instruct",
 }
 
+SUITES = {"suite_smollm2_tasks": "The suite's tasks on SmolLM2-135M fine-tuned on four of them"}
+
 
 def load(name: str) -> dict[str, Any]:
     """One committed result."""
     result: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
     return result
+
+
+def suite_table(name: str, title: str) -> list[str]:
+    """What a suite's report measured, beside AdaInfer as published."""
+    report = load(name)
+    lines = [
+        f"{title}, epsilon {report['epsilon']:g} at delta {report['delta']:g}:",
+        "",
+        "| task, shots | chance | accuracy, stock / ours | disagreement | layers saved | speed-up "
+        "| exit points | AdaInfer as published: layers saved, points lost |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task in report["tasks"]:
+        run, published = task["measured"], task["methods"]["adainfer"]
+        start = f"| {task['title']}, {task['shots']} | {task['chance']:.0%} "
+        full = task["full_depth"]["accuracy"]
+        if run is None:
+            why = "at chance" if task["at_chance"] else "no exit pays"
+            lines.append(f"{start}| {full:.1%}, {why} | | | | | |")
+            continue
+        theirs = "no policy"
+        if published is not None:
+            lost = 100 * (full - published["accuracy"])
+            theirs = f"{published['layers_saved']:.0%}, {lost:.1f}"
+        lines.append(
+            f"{start}| {run['stock_accuracy']:.1%} / {run['accuracy']:.1%} "
+            f"| {run['disagreement']:.1%} | {run['layers_saved']:.0%} | **{run['speedup']:.2f}x** "
+            f"| {', '.join(map(str, task['exit_points']))} | {theirs} |"
+        )
+    return lines
 
 
 def tables() -> str:
@@ -45,6 +78,8 @@ def tables() -> str:
             f"| {report['disagreement_with_stock']:.1%} "
             f"| {stock['accuracy']:.1%} / {ours['accuracy']:.1%} | {report['efficiency']:.2f} |"
         )
+    for name, title in SUITES.items():
+        lines += ["", *suite_table(name, title)]
     overhead = load("overhead")
     lines += [
         "",
