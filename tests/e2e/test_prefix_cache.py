@@ -48,6 +48,24 @@ def test_the_second_touch_completes_a_shared_prefix_and_the_third_hits_it(engine
     assert stats.layers_run == sum(r * d for r, d in zip(rows, depths, strict=True))
 
 
+def test_a_prefix_shared_within_a_step_is_completed_by_the_first_and_hit_by_the_others(
+    engine, reference
+):
+    prompts = prompts_with_shared_prefix(3, seed=7)
+    params = SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: 0})
+    with scripted(engine) as stats:
+        outputs = engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
+    assert [output.num_cached_tokens for output in outputs] == [0, PREFIX, PREFIX]
+    depths = [LAYERS, EXIT_POINTS[0], EXIT_POINTS[0]]
+    for prompt, output, depth in zip(prompts, outputs, depths, strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        assert same(tokens, [token_after(reference, prompt, depth)])
+    whole, own = len(prompts[0]), len(prompts[0]) - PREFIX
+    assert stats.layers_run == whole * LAYERS + 2 * own * EXIT_POINTS[0]
+
+
 def test_one_batch_with_a_shared_prefix_is_exact(engine, reference):
     prompts = prompts_with_shared_prefix(12, seed=2)
     exits = [i % (len(EXIT_POINTS) + 1) - 1 for i in range(len(prompts))]

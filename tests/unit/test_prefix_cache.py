@@ -21,6 +21,7 @@ class FakeManager:
     full: bool = False
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     resets: int = 0
+    cached: list[tuple[str, int]] = field(default_factory=list)
     prefix_cache_stats: str = "the manager's"
 
     @property
@@ -30,6 +31,12 @@ class FakeManager:
     def allocate_slots(self, request: Any, *args: Any, **kwargs: Any) -> object | None:
         self.calls.append((request, args, kwargs))
         return None if self.full else BLOCKS_ALLOCATED
+
+    def get_computed_blocks(self, request: Any) -> tuple[Any, ...]:
+        return "what", "is", "cached", tuple(self.cached)
+
+    def cache_blocks(self, request: Any, tokens: int) -> None:
+        self.cached.append((request.hashes, tokens))
 
     def free(self, request: Any) -> str:
         return f"freed {request}"
@@ -121,6 +128,35 @@ def test_the_second_touch_completes():
     assert not setup.allocate(second)
     assert setup.allocate(third)
     assert setup.completed == [second]
+
+
+def test_a_touch_in_the_same_step_completes_the_first_so_that_the_second_hits_it():
+    setup = Setup()
+    first, second, other = FakeRequest("abx"), FakeRequest("aby"), FakeRequest("cz")
+    setup.allocate(first)
+    setup.allocate(other)
+    assert setup.guard.get_computed_blocks(second)[-1] == (("abx", first.num_tokens),)
+    assert setup.completed == [first]
+    assert setup.allocate(second, hit=2 * BLOCK)  # only its own block, which is withheld
+    assert setup.completed == [first]
+    assert not setup.remembers("a")
+
+
+def test_a_touch_in_a_later_step_completes_the_second():
+    setup = Setup()
+    first, second = FakeRequest("abx"), FakeRequest("aby")
+    setup.allocate(first)
+    setup.guard.new_step()
+    assert setup.guard.get_computed_blocks(second)[-1] == ()
+    assert not setup.allocate(second)
+    assert setup.completed == [second]
+
+
+def test_a_first_that_the_worker_knew_before_the_step_is_not_completed():
+    setup = Setup()
+    setup.allocate(FakeRequest("abx", status=RequestStatus.RUNNING))
+    assert setup.guard.get_computed_blocks(FakeRequest("aby"))[-1] == ()
+    assert setup.completed == []
 
 
 def test_a_prefix_that_is_hit_is_no_touch():

@@ -20,8 +20,9 @@ class PrefixCacheGuard:
     Earlier chunks always run at full depth and are cached as usual. Of the blocks withheld,
     the hashes are remembered: a request that asks for one of them again shows that the prefix is
     shared, so that request runs at full depth and its blocks are cached ("second touch
-    completes"). From then on the prefix is hit as in stock vLLM, and only what is a request's
-    own is computed and may exit.
+    completes"). If the first one is of the same step, the worker has not seen it yet: then it is
+    that one which is completed, and the second hits its blocks already. From then on the prefix
+    is hit as in stock vLLM, and only what is a request's own is computed and may exit.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class PrefixCacheGuard:
         Args:
             manager: the scheduler's own; everything but `allocate_slots` is passed through.
             may_exit: whether a request is admitted to exit.
-            complete: called once with a request that must run at full depth instead.
+            complete: called with a request that must run at full depth instead.
 
         """
         self._manager = manager
@@ -45,10 +46,29 @@ class PrefixCacheGuard:
         # A hash is of use only while its block could still be around: remember as many.
         self._capacity = manager.block_pool.num_gpu_blocks
         self._withheld: OrderedDict[bytes, None] = OrderedDict()
+        # Of the step being scheduled: whose each withheld block is, and its tokens to cache.
+        self._fresh: dict[bytes, tuple[Request, int]] = {}
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the manager's."""
         return getattr(self._manager, name)
+
+    def new_step(self) -> None:
+        """Say that another step is scheduled: the worker knows the requests of the last one."""
+        self._fresh.clear()
+
+    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+        """As vLLM's, once prompts of this step with which `request` shares blocks are complete."""
+        for block_hash in request.block_hashes:
+            if block_hash in self._fresh:
+                owner, tokens = self._fresh[block_hash]
+                self._complete(owner)
+                self._manager.cache_blocks(owner, tokens)
+                for complete in owner.block_hashes:
+                    self._fresh.pop(complete, None)
+                    self._withheld.pop(complete, None)
+        computed: tuple[KVCacheBlocks, int, int] = self._manager.get_computed_blocks(request)
+        return computed
 
     def allocate_slots(
         self,
@@ -62,11 +82,8 @@ class PrefixCacheGuard:
         computed = request.num_computed_tokens + num_new_computed_tokens
         touched = request.block_hashes[computed // self._block_size :]
         # Only while the worker has not been told about the request yet.
-        if (
-            request.status == RequestStatus.WAITING
-            and self._may_exit(request)
-            and not self._withheld.keys().isdisjoint(touched)
-        ):
+        is_new = request.status == RequestStatus.WAITING
+        if is_new and self._may_exit(request) and not self._withheld.keys().isdisjoint(touched):
             self._complete(request)
         withhold = self._may_exit(request) and computed + num_new_tokens >= request.num_tokens
         if withhold:
@@ -78,6 +95,8 @@ class PrefixCacheGuard:
             for block_hash in touched:
                 self._withheld[block_hash] = None
                 self._withheld.move_to_end(block_hash)
+                if is_new:
+                    self._fresh[block_hash] = (request, request.num_tokens)
             while len(self._withheld) > self._capacity:
                 self._withheld.popitem(last=False)
         return blocks
@@ -85,4 +104,5 @@ class PrefixCacheGuard:
     def reset_prefix_cache(self) -> bool:
         """As vLLM's; what was withheld before is forgotten with it."""
         self._withheld.clear()
+        self._fresh.clear()
         return bool(self._manager.reset_prefix_cache())

@@ -27,6 +27,12 @@ class AdaInferScheduler(Scheduler):
                 self.kv_cache_manager, self._may_exit, self._complete
             )
 
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, with the guard told that a step begins."""
+        if isinstance(self.kv_cache_manager, PrefixCacheGuard):
+            self.kv_cache_manager.new_step()
+        return super().schedule(*args, **kwargs)
+
     def _may_exit(self, request: Request) -> bool:
         # Shadow requests and tightened levels do complete their blocks, but which levels are
         # tightened only the worker knows: withholding those too costs hits, never answers.
