@@ -211,4 +211,7 @@ assert not [name for name in sys.modules if name.startswith(unwanted)]
 
 
 def test_torch_loads_neither_the_triton_twin_nor_vllm():
-    subprocess.run([sys.executable, "-c", FORCED_TORCH], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FORCED_TORCH], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -53,7 +53,7 @@ def test_readout_is_a_proper_op(dtype, norm, lens, view, implementation):
         "whole": (normal(HIDDEN, HIDDEN), None, normal(HIDDEN)),
         "low rank": (normal(HIDDEN, 4), normal(4, HIDDEN), normal(HIDDEN)),
     }
-    torch.library.opcheck(
+    outcome = torch.library.opcheck(
         torch.ops.adainfer.readout.default,
         (
             view(normal(5, HIDDEN)),
@@ -66,6 +66,7 @@ def test_readout_is_a_proper_op(dtype, norm, lens, view, implementation):
         ),
         test_utils=CHECKS,
     )
+    assert outcome == dict.fromkeys(CHECKS, "SUCCESS")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -76,7 +77,7 @@ def test_readout_is_a_proper_op(dtype, norm, lens, view, implementation):
 def test_probe_is_a_proper_op(form, classified, return_scores, view, implementation):
     hidden, head = states_and_head(5, VOCAB, HIDDEN)
     head, options = in_form(form, head, rows=5, width=20, head_bias=normal(VOCAB))
-    torch.library.opcheck(
+    outcome = torch.library.opcheck(
         torch.ops.adainfer.probe.default,
         (
             view(hidden),
@@ -92,6 +93,7 @@ def test_probe_is_a_proper_op(form, classified, return_scores, view, implementat
         ),
         test_utils=CHECKS,
     )
+    assert outcome == dict.fromkeys(CHECKS, "SUCCESS")
 
 
 def probing(form: str, implementation: str) -> tuple[Callable[..., Tensor], Callable[[int], Any]]:

@@ -66,7 +66,9 @@ def test_no_less_accurate_than_naive_torch_in_the_same_dtype(rows, vocab, dtype,
 def test_the_size_of_the_vocabulary_need_not_fit_the_blocks(vocab, implementation):
     rows = 256 if implementation == "torch" else 1  # torch: enough for blocks of 1024
     hidden, head = states_and_head(rows, vocab, 16)
-    checked(hidden, head, {}, implementation)
+    head[-1] = 6 * hidden[0] / hidden[0].norm()  # so that its best token is the very last one
+    found = checked(hidden, head, {}, implementation)
+    assert found.top1_id[0] == vocab - 1
 
 
 def lens_and_norm(
@@ -118,7 +120,9 @@ def test_a_readout_is_lens_then_norm_rounded_once(lens, norm, affine, implementa
 def test_a_probe_reads_lens_then_norm_then_head(lens, norm, affine, implementation):
     hidden, head = states_and_head(7, 50, HIDDEN)
     options = lens_and_norm(lens, norm, affine)
-    checked(hidden, head, options, implementation)
+    found = checked(hidden, head, options, implementation)
+    read = readout(hidden, **options, dtype=torch.float32, implementation=implementation)
+    assert torch.allclose(found.top1, (read @ head.T).amax(dim=-1), rtol=1e-4, atol=1e-4)
 
 
 AFTER = {
@@ -140,7 +144,9 @@ def test_then_bias_then_soft_cap_then_scale(after, form, implementation):
     bias = normal(200, seed=9) if options.pop("head_bias", False) else None
     head, candidates = in_form(form, head, rows=7, width=30, head_bias=bias)
     options |= candidates
-    checked(hidden, head, options, implementation)
+    found = checked(hidden, head, options, implementation)
+    most = options.get("soft_cap", torch.inf) * options.get("scale", 1)
+    assert (found.top1.abs() <= most).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -152,7 +158,9 @@ def test_everything_together_in_each_dtype(form, dtype, implementation):
     head, options = in_form(form, head, rows=7, width=30, head_bias=bias)
     options |= lens_and_norm("lens with bias", "layer", "weight and bias", dtype)
     options |= {"soft_cap": 8.0, "scale": 1.5}
-    checked(hidden, head, options, implementation)
+    found = checked(hidden, head, options, implementation)
+    assert (found.top1.abs() <= 8.0 * 1.5).all()
+    assert found.top1.dtype == found.lse.dtype == torch.float32
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
