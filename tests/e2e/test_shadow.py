@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,12 +105,19 @@ def oracle_answers(
     return [(prompt, early, full[1]) for prompt, early, full in answers if early and full]
 
 
+def decided(
+    model_path: Path, reference: Any, policy: tuple[str, str, float], seed: int
+) -> tuple[Artifact, list[tuple[list[int], tuple[int, int], int]]]:
+    """An artifact of that probe, candidates and threshold, and the oracle's answers under it."""
+    artifact = artifact_of(model_path, reference, *policy)
+    return artifact, oracle_answers(artifact, reference, random_prompts(32, seed))
+
+
 @pytest.mark.parametrize(("probe", "candidates", "threshold"), LABELS_AND_OPEN)
 def test_when_all_are_shadows_full_depth_answers_and_every_disagreement_is_counted(
     engine, tiny_model, reference, probe, candidates, threshold
 ):
-    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold)
-    cases = oracle_answers(artifact, reference, random_prompts(32, seed=5))
+    artifact, cases = decided(tiny_model, reference, (probe, candidates, threshold), seed=5)
     prompts = [prompt for prompt, _, _ in cases]
     disagreed = sum(early[1] != full for _, early, full in cases)
     depths = [early[0] for _, early, _ in cases]
@@ -128,8 +136,7 @@ def test_when_all_are_shadows_full_depth_answers_and_every_disagreement_is_count
 def test_shadows_change_nothing_for_the_others(
     engine, tiny_model, reference, probe, candidates, threshold
 ):
-    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold)
-    cases = oracle_answers(artifact, reference, random_prompts(32, seed=6))
+    artifact, cases = decided(tiny_model, reference, (probe, candidates, threshold), seed=6)
     prompts = [prompt for prompt, _, _ in cases]
     is_shadow = Admission(Settings(record=(1,), shadow_rate=0.3)).is_shadow
     checked = disagreed = 0

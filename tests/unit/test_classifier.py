@@ -98,16 +98,21 @@ def test_the_linear_score_is_the_log_odds_of_scikit_learns_own_estimator(
     np.testing.assert_array_equal(np.diff(found[np.argsort(probability)])[apart] > 0, True)
 
 
+def served_and_sklearns(kind: str, sample: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of rows unseen by the fit: as served, and scikit-learn's log odds."""
+    features, settled = sample(400, seed=0)
+    unseen, _ = sample(2000, seed=2)
+    found = score(unseen, fit_classifier(kind, features, settled, seed=7), None).numpy()
+    return found, sklearn_odds_where_stretched(kind, features, settled, unseen)
+
+
 def thresholds_over(odds: np.ndarray) -> np.ndarray:
     return np.random.default_rng(4).uniform(odds.min(), odds.max(), 50)
 
 
 @pytest.mark.parametrize("sample", [rows, crowded_rows])
 def test_an_rbf_table_decides_as_scikit_learn_does_but_for_a_small_band(sample):
-    features, settled = sample(400, seed=0)
-    unseen, _ = sample(2000, seed=2)
-    odds = sklearn_odds_where_stretched("rbf", features, settled, unseen)
-    found = score(unseen, fit_classifier("rbf", features, settled, seed=7), None).numpy()
+    found, odds = served_and_sklearns("rbf", sample)
     for threshold in thresholds_over(odds):
         sure = abs(odds - threshold) > RBF_BAND
         assert sure.mean() > 0.95
@@ -116,10 +121,7 @@ def test_an_rbf_table_decides_as_scikit_learn_does_but_for_a_small_band(sample):
 
 @pytest.mark.parametrize("sample", [rows, crowded_rows])
 def test_a_boosting_table_makes_99_of_100_decisions_of_scikit_learns(sample):
-    features, settled = sample(400, seed=0)
-    unseen, _ = sample(2000, seed=2)
-    odds = sklearn_odds_where_stretched("boosting", features, settled, unseen)
-    found = score(unseen, fit_classifier("boosting", features, settled, seed=7), None).numpy()
+    found, odds = served_and_sklearns("boosting", sample)
     thresholds = thresholds_over(odds)[:, None]
     assert ((found >= thresholds) == (odds >= thresholds)).mean() >= 0.99
 

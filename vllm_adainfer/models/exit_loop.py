@@ -11,7 +11,7 @@ from vllm.forward_context import get_forward_context, override_forward_context
 
 from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.policy import ExitPolicy
-from vllm_adainfer.models.segments import Segment, run_all
+from vllm_adainfer.models.segments import Segment
 from vllm_adainfer.models.shadow import ShadowAnswers
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
@@ -51,13 +51,9 @@ class ExitLoop:
         self.policy = policy
         self.monitor = monitor
         self.stats = ExitStats(shadow=monitor)
-        self._segments = segments
+        self.segments = segments
         self._min_rows_saved = min_rows_saved
         self._depth = sum(segment.num_layers for segment in segments)
-
-    def run_full_depth(self, positions: Tensor, input_ids: Tensor) -> Tensor:
-        """All segments for all rows: profiling passes, which belong to no request."""
-        return run_all(self._segments, positions, input_ids)
 
     def run(
         self, positions: Tensor, input_ids: Tensor, step: StepContext
@@ -84,7 +80,7 @@ class ExitLoop:
         hidden, residual = input_ids, None
         answers: Tensor | None = None
         memory: Tensor | None = None
-        for index, segment in enumerate(self._segments):
+        for index, segment in enumerate(self.segments):
             with override_forward_context(context):
                 hidden, residual = segment(positions, hidden, residual)
             stats.layers_run += hidden.shape[0] * segment.num_layers

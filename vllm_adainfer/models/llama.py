@@ -18,7 +18,7 @@ from vllm_adainfer.decision.policy import CalibratedPolicy
 from vllm_adainfer.decision.record import LensSums, Recorder
 from vllm_adainfer.models.exit_loop import ExitLoop, LabelAnswers
 from vllm_adainfer.models.recording_loop import RecordingLoop
-from vllm_adainfer.models.segments import Segment, build_segments
+from vllm_adainfer.models.segments import Segment, build_segments, run_all
 from vllm_adainfer.models.shadow import ShadowAnswers, watch
 from vllm_adainfer.runtime.step import StepContext
 
@@ -42,8 +42,8 @@ class SegmentedLlamaModel(LlamaModel):
         """Final hidden states [rows, hidden size]; `step` tells whose rows these are."""
         assert input_ids is not None
         step, self.step = self.step, None
-        if step is None:
-            return self.exit_loop.run_full_depth(positions, input_ids)
+        if step is None:  # a profiling pass, which belongs to no request
+            return run_all(self.exit_loop.segments, positions, input_ids)
         hidden, self.label_answers, self.shadow_answers = self.exit_loop.run(
             positions, input_ids, step
         )

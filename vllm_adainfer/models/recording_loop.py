@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.decision.record import Recorder
-from vllm_adainfer.models.segments import Segment, run_all
+from vllm_adainfer.models.segments import Segment
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
 
@@ -43,12 +43,8 @@ class RecordingLoop:
         self.recorder = recorder
         self.stats = ExitStats()
         self.timings = Timings()
-        self._segments = segments
+        self.segments = segments
         self._depth = sum(segment.num_layers for segment in segments)
-
-    def run_full_depth(self, positions: Tensor, input_ids: Tensor) -> Tensor:
-        """All segments for all rows: profiling passes, which belong to no request."""
-        return run_all(self._segments, positions, input_ids)
 
     def run(
         self, positions: Tensor, input_ids: Tensor, step: StepContext
@@ -57,7 +53,7 @@ class RecordingLoop:
         rows = positions.shape[0]
         hidden, residual = input_ids, None
         states = []
-        for segment in self._segments:
+        for segment in self.segments:
             start = time.perf_counter()
             hidden, residual = segment(positions, hidden, residual)
             self.timings.layer_seconds += time.perf_counter() - start

@@ -65,6 +65,8 @@ class Admission:
 
         The id decides, so that a repeated run watches the same requests.
         """
+        if not self._settings.shadow_rate:
+            return False
         digest = hashlib.sha256(client_request_id(request_id).encode()).digest()
         return int.from_bytes(digest[:4], "big") / 2**32 < self._settings.shadow_rate
 

@@ -59,7 +59,7 @@ class PrefixCacheGuard:
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's, once prompts of this step with which `request` shares blocks are complete."""
-        for block_hash in request.block_hashes:
+        for block_hash in request.block_hashes if self._fresh else ():
             if block_hash in self._fresh:
                 owner, tokens = self._fresh[block_hash]
                 self._complete(owner)

@@ -24,13 +24,17 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         assert settings is not None
         self.admission = Admission(settings)
         self._tags: dict[str, int] = {}
+        self._shadow: set[str] = set()
 
     def _update_states(self, scheduler_output: Any) -> Any:
         """Admit requests when they arrive, forget them when they end."""
         for request_id in scheduler_output.finished_req_ids:
             self._tags.pop(request_id, None)
+            self._shadow.discard(request_id)
         for request in scheduler_output.scheduled_new_reqs:
             self._tags[request.req_id] = self.admission.tag(request.sampling_params)
+            if self.admission.is_shadow(request.req_id):
+                self._shadow.add(request.req_id)
         return super()._update_states(scheduler_output)
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +47,7 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         shadow = None
         monitor = self.model.model.exit_loop.monitor
         if monitor is not None:
-            is_shadow = map(self.admission.is_shadow, request_ids)
+            is_shadow = map(self._shadow.__contains__, request_ids)
             shadow = np.fromiter(is_shadow, np.bool_, num_requests)
             tags[monitor.tightened[tags] & ~shadow] = FULL_DEPTH
         self.model.model.step = StepContext(
