@@ -39,6 +39,11 @@ class Settings(BaseModel):
     record_lens: LensRecord | None = Field(
         None, description="Goes with `record`: sums for a lens at the layers before the last."
     )
+    exit_script: tuple[int, ...] | None = Field(
+        None,
+        description="Instead of an artifact, for benchmarks: exit points at which requests leave "
+        'as they say with extra_args={"adainfer_exit": LAYER}. Their answers mean nothing.',
+    )
     enabled: bool = Field(True, description="False runs stock vLLM.")
     epsilon: float | None = Field(
         None,
@@ -68,7 +73,8 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> Settings:
-        if self.enabled and (self.artifact is None) == (self.record is None):
+        sources = self.artifact, self.record, self.exit_script
+        if self.enabled and sum(source is not None for source in sources) != 1:
             raise ValueError('give "artifact": the directory that `calibrate` wrote')
         if self.record is None and self.record_lens is not None:
             raise ValueError('"record_lens" goes with "record": give both, or neither')

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.runtime.step import StepContext
+from vllm_adainfer.runtime.step import MIN_ROWS_SPARED, StepContext
 
 
 @dataclass
@@ -21,6 +21,9 @@ class Narrow:
         self.calls.append((requests.tolist(), rows.tolist()))
         return {"layer": len(self.calls)}, {"layer": rows}
 
+    def last_rows(self, requests: Any, rows: Tensor) -> dict[str, Any]:
+        return {"layer": (requests.tolist(), rows.tolist())}
+
 
 def ints(*values: int) -> Any:
     return np.array(values, dtype=np.int64)
@@ -32,6 +35,7 @@ def make(
     tags: list[int] | None = None,
     narrow: Any = None,
     shadow: list[bool] | None = None,
+    all_rows_count: bool = False,
 ) -> StepContext:
     count = len(query_lens)
     return StepContext(
@@ -40,6 +44,7 @@ def make(
         ints(*([0] * count if tags is None else tags)),
         narrow or Narrow(),
         None if shadow is None else np.array(shadow),
+        all_rows_count,
     )
 
 
@@ -151,20 +156,30 @@ def test_attention_is_narrowed_to_requests_and_rows_of_the_batch_as_it_came():
     assert narrow.calls == [([0, 2, 3], [0, 1, 5, 6, 7, 8, 9]), ([2, 3], [5, 6, 7, 8, 9])]
 
 
-@pytest.mark.parametrize("leaving", [[[1]], [[1], [3]], [[0], [1, 2]]])
-def test_scatter_puts_rows_back_where_they_were(leaving):
-    step = make([2, 3, 1, 4])
-    states = torch.arange(10.0).unsqueeze(1).repeat(1, 3)
-    remaining = states
-    for requests in leaving:
-        step.settle(ints(*requests))
-        _, kept = step.compact()
-        remaining = remaining[kept]
-    whole = step.scatter(remaining, rows=10)
-    assert whole.shape == states.shape
-    owner = np.repeat(np.arange(4), [2, 3, 1, 4])
-    stayed = ~np.isin(owner, np.concatenate(leaving))
-    assert torch.equal(whole[stayed], states[stayed])
+def test_the_last_layer_asks_for_the_last_row_of_each_request_that_remains():
+    step = make([40, 3, 50], sampled=[True, True, False])  # rows 0-39, 40-42, 43-92
+    rows, metadata = step.decisive_rows()
+    assert rows.tolist() == [39, 42, 92]
+    assert metadata == {"layer": ([0, 1, 2], list(range(93)))}
+    assert step.original_rows(rows).tolist() == [39, 42, 92]
+    step.settle(ints(0))
+    step.compact()
+    rows, metadata = step.decisive_rows()
+    assert rows.tolist() == [2, 52]
+    assert metadata == {"layer": ([1, 2], list(range(40, 93)))}
+    assert step.original_rows(rows).tolist() == [42, 92]
+
+
+@pytest.mark.parametrize(
+    ("lens", "all_rows_count"),
+    [([1, 1, 1], False), ([MIN_ROWS_SPARED - 1, 2], False), ([500, 9], True)],
+    ids=["one row each", "not worth new metadata", "all are wanted"],
+)
+def test_otherwise_the_last_layer_is_as_vllm_runs_it(lens, all_rows_count):
+    step = make(lens, all_rows_count=all_rows_count)
+    rows, metadata = step.decisive_rows()
+    assert rows.tolist() == list(range(sum(lens)))
+    assert metadata is None
 
 
 class ObviousStep:
@@ -228,7 +243,8 @@ def test_the_bookkeeping_is_that_of_a_plain_list_of_rows(seed):
         original = [row for _, row in oracle.batch]
         assert narrow.calls[-1] == (oracle.remaining(), original)
         assert remaining.flatten().tolist() == original
-        assert torch.equal(step.scatter(remaining, len(states))[original], states[original])
+        everything = torch.arange(len(remaining))
+        assert step.original_rows(everything).tolist() == original
     everyone = list(range(count))
     assert step.original_sampled_rows(ints(*everyone)).tolist() == [
         oracle.last_row(oracle.original, request) for request in everyone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,7 @@ from vllm.forward_context import get_forward_context, override_forward_context
 
 from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.policy import ExitPolicy
-from vllm_adainfer.models.segments import Segment
+from vllm_adainfer.models.segments import Stack
 from vllm_adainfer.models.shadow import ShadowAnswers
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
@@ -32,7 +31,7 @@ class LabelAnswers:
 
 
 class ExitLoop:
-    """Runs a model's segments over one step's batch.
+    """Runs a model's stack over one step's batch.
 
     A request leaves at the first exit point where the policy has called it settled and enough
     rows leave with it. Until then a settled request stays in; the answer it settled on is kept
@@ -42,18 +41,18 @@ class ExitLoop:
 
     def __init__(
         self,
-        segments: Sequence[Segment],
+        stack: Stack,
         policy: ExitPolicy,
         min_rows_saved: int,
         monitor: DisagreementMonitor | None = None,
     ) -> None:
-        """`segments` are cut at ``policy.exit_points``; a `monitor` asks for shadow requests."""
+        """`stack` is cut at ``policy.exit_points``; a `monitor` asks for shadow requests."""
         self.policy = policy
         self.monitor = monitor
         self.stats = ExitStats(shadow=monitor)
-        self.segments = segments
+        self.stack = stack
         self._min_rows_saved = min_rows_saved
-        self._depth = sum(segment.num_layers for segment in segments)
+        self._depth = stack.depth
 
     def run(
         self, positions: Tensor, input_ids: Tensor, step: StepContext
@@ -67,9 +66,8 @@ class ExitLoop:
 
         Returns:
             final hidden states [rows, hidden size], normed, for the stock `compute_logits`
-            (rows of requests that left are undefined, but for the sampled row of an
-            open-vocabulary answer), the label answers, if any, and what shadow requests would
-            have answered.
+            (only the rows that decide a request are sure to be defined), the label answers, if
+            any, and what shadow requests would have answered.
 
         """
         stats, policy = self.stats, self.policy
@@ -80,11 +78,11 @@ class ExitLoop:
         hidden, residual = input_ids, None
         answers: Tensor | None = None
         memory: Tensor | None = None
-        for index, segment in enumerate(self.segments):
+        for index, segment in enumerate(self.stack.segments):
             with override_forward_context(context):
                 hidden, residual = segment(positions, hidden, residual)
             stats.layers_run += hidden.shape[0] * segment.num_layers
-            if residual is None:  # the last segment has applied the final norm
+            if index == len(policy.exit_points):  # it ends where the last layer begins
                 break
             asked = step.undecided()
             if asked.size == 0:
@@ -110,12 +108,21 @@ class ExitLoop:
                 break
             attn_metadata, slot_mapping = step.narrowed()
             context = replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
+        whole = hidden.new_empty(rows, hidden.shape[1])
+        if hidden.shape[0] > 0:
+            decisive, attn_metadata = step.decisive_rows()
+            if attn_metadata is not None:
+                context = replace(context, attn_metadata=attn_metadata)
+            with override_forward_context(context):
+                final = self.stack.last(positions, hidden, residual, decisive)
+            # Rows that it has computed K and V of, and no more, are counted all the same.
+            stats.layers_run += hidden.shape[0] * self.stack.last.num_layers
+            whole[step.original_rows(decisive)] = final
         shadow = ShadowAnswers.of(step, answers)
         early = step.left
         stats.exit_histogram[self._depth] += step.num_sampled - early.size
         if answers is None or early.size == 0:
-            return hidden, None, shadow
-        whole = step.scatter(hidden, rows)
+            return whole, None, shadow
         requests = torch.from_numpy(early)
         if policy.label_ids is not None:
             return whole, LabelAnswers(requests, answers[requests]), shadow

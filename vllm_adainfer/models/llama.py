@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from vllm.compilation.decorators import ignore_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 
 from vllm_adainfer.artifact import load_artifact, weights_fingerprint
-from vllm_adainfer.config import Settings, read_settings
+from vllm_adainfer.config import LensRecord, Settings, read_settings
 from vllm_adainfer.decision.monitor import DisagreementMonitor
-from vllm_adainfer.decision.policy import CalibratedPolicy
+from vllm_adainfer.decision.policy import CalibratedPolicy, ExitPolicy
 from vllm_adainfer.decision.record import LensSums, Recorder
+from vllm_adainfer.decision.script import ScriptedPolicy
 from vllm_adainfer.models.exit_loop import ExitLoop, LabelAnswers
 from vllm_adainfer.models.recording_loop import RecordingLoop
-from vllm_adainfer.models.segments import Segment, build_segments, run_all
+from vllm_adainfer.models.segments import Stack, build_stack
 from vllm_adainfer.models.shadow import ShadowAnswers, watch
 from vllm_adainfer.runtime.step import StepContext
 
@@ -43,7 +44,7 @@ class SegmentedLlamaModel(LlamaModel):
         assert input_ids is not None
         step, self.step = self.step, None
         if step is None:  # a profiling pass, which belongs to no request
-            return run_all(self.exit_loop.segments, positions, input_ids)
+            return self.exit_loop.stack.profile(positions, input_ids)
         hidden, self.label_answers, self.shadow_answers = self.exit_loop.run(
             positions, input_ids, step
         )
@@ -61,22 +62,31 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None, "the config hook selects this class only where it is set"
         self._artifact = None if settings.artifact is None else load_artifact(settings.artifact)
-        if self._artifact is None:
-            recorder = _recorder(settings)
-            segments = self._segments(recorder.layers, vllm_config)
-            self.model.exit_loop = RecordingLoop(segments, recorder)
+        if settings.record is not None:
+            recorder = _recorder(settings.record, settings.record_lens)
+            stack = self._stack(recorder.layers, vllm_config)
+            self.model.exit_loop = RecordingLoop(stack, recorder)
         else:
-            policy = CalibratedPolicy(self._artifact, self.model.norm.weight.data, self.head_weight)
+            policy = self._policy(settings)
             monitor: DisagreementMonitor | None = None
-            if settings.shadow_rate > 0:
+            if settings.shadow_rate > 0 and self._artifact is not None:
                 config = self._artifact.config
                 monitor = DisagreementMonitor([at.epsilon for at in config.levels], config.delta)
-            segments = self._segments(policy.exit_points, vllm_config)
-            self.model.exit_loop = ExitLoop(segments, policy, settings.min_rows_saved, monitor)
+            stack = self._stack(policy.exit_points, vllm_config)
+            self.model.exit_loop = ExitLoop(stack, policy, settings.min_rows_saved, monitor)
 
-    def _segments(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> tuple[Segment, ...]:
+    def _policy(self, settings: Settings) -> ExitPolicy:
+        norm_weight = self.model.norm.weight.data
+        if self._artifact is not None:
+            return CalibratedPolicy(self._artifact, norm_weight, self.head_weight)
+        assert settings.exit_script is not None, "there is one source of decisions"
+        return ScriptedPolicy(settings.exit_script, self.config.hidden_size, norm_weight.device)
+
+    def _stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> Stack:
         model = self.model
-        return build_segments(model.embed_tokens, model.layers, model.norm, cuts, vllm_config)
+        return build_stack(
+            model.embed_tokens, model.layers, model.norm, cuts, layer_for_rows, vllm_config
+        )
 
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any
@@ -133,9 +143,24 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
         return logits
 
 
-def _recorder(settings: Settings) -> Recorder:
+def layer_for_rows(
+    layer: LlamaDecoderLayer, positions: Tensor, hidden: Tensor, residual: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """vLLM's `LlamaDecoderLayer.forward`, but all rows get K and V, and only `rows` the rest.
+
+    The attention metadata must be of queries in `rows`, and the slot mapping of all rows.
+    """
+    attention = layer.self_attn
+    hidden, residual = layer.input_layernorm(hidden, residual)
+    qkv, _ = attention.qkv_proj(hidden)
+    q, k, v = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+    q, k = attention.rotary_emb(positions, q, k)
+    output, _ = attention.o_proj(attention.attn(q[rows], k, v))
+    hidden, residual = layer.post_attention_layernorm(output, residual[rows])
+    return layer.mlp(hidden), residual
+
+
+def _recorder(layers: tuple[int, ...], lens: LensRecord | None) -> Recorder:
     """What ``record`` and ``record_lens`` ask for."""
-    assert settings.record is not None, "there is no artifact"
-    lens = settings.record_lens
-    sums = None if lens is None else LensSums(settings.record[:-1], lens.folds, lens.prompts)
-    return Recorder(settings.record, sums)
+    sums = None if lens is None else LensSums(layers[:-1], lens.folds, lens.prompts)
+    return Recorder(layers, sums)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_adainfer.decision.record import Recorder
-from vllm_adainfer.models.segments import Segment
+from vllm_adainfer.models.segments import Stack
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
 
@@ -38,13 +37,13 @@ class RecordingLoop:
 
     monitor = None  # nobody is let go, so nobody is watched
 
-    def __init__(self, segments: Sequence[Segment], recorder: Recorder) -> None:
-        """`segments` are cut at ``recorder.layers``, so that the last is the final norm alone."""
+    def __init__(self, stack: Stack, recorder: Recorder) -> None:
+        """`stack` is cut at ``recorder.layers``, so that its last segment is the norm alone."""
         self.recorder = recorder
         self.stats = ExitStats()
         self.timings = Timings()
-        self.segments = segments
-        self._depth = sum(segment.num_layers for segment in segments)
+        self.stack = stack
+        self._depth = stack.depth
 
     def run(
         self, positions: Tensor, input_ids: Tensor, step: StepContext
@@ -53,12 +52,12 @@ class RecordingLoop:
         rows = positions.shape[0]
         hidden, residual = input_ids, None
         states = []
-        for segment in self.segments:
+        for segment in self.stack.segments:
             start = time.perf_counter()
             hidden, residual = segment(positions, hidden, residual)
             self.timings.layer_seconds += time.perf_counter() - start
-            if residual is not None:
-                states.append(hidden + residual)
+            states.append(hidden + residual)
+        hidden = self.stack.last(positions, hidden, residual, torch.arange(rows))
         tags, last = step.tags_by_row(), step.sampled_by_row()
         self.recorder.record(states, torch.from_numpy(tags), positions, torch.from_numpy(last))
         self._rehearse_cut(hidden, positions, step)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vllm_adainfer.artifact import ArtifactConfig, load_artifact
 from vllm_adainfer.compat import client_request_id, get_logger
 from vllm_adainfer.config import Settings
+from vllm_adainfer.decision.script import SCRIPT_LABELS
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ FULL_DEPTH = -1
 EXIT_ARG = "adainfer"
 EPSILON_ARG = "adainfer_epsilon"
 ROW_ARG = "adainfer_row"
+SCRIPT_ARG = "adainfer_exit"
 
 
 class Admission:
@@ -38,18 +40,22 @@ class Admission:
             self._config = load_artifact(settings.artifact).config
             self._default_tag = self._config.level_of(settings.epsilon)
         self._label_ids = set(self._config.label_ids) if self._config else set()
+        if settings.exit_script is not None:
+            self._label_ids = set(SCRIPT_LABELS)
 
     def tag(self, params: SamplingParams | None) -> int:
         """The policy's number for a request with `params`, or `FULL_DEPTH`.
 
         With an artifact the number is a row of its epsilon table, while recording it is the
-        row of the calibration data.
+        row of the calibration data, and with a script the exit point (an index).
         """
         if params is None:
             return FULL_DEPTH
         arguments = params.extra_args or {}
-        if self._config is None:
+        if self.records:
             return int(arguments.get(ROW_ARG, FULL_DEPTH))
+        if self._config is None:
+            return self._scripted(params)
         # The OpenAI API carries numbers or text; what is neither 1 nor absent means full depth.
         asked = arguments.get(EXIT_ARG, int(self._settings.requests != "opt-in"))
         if str(asked) not in ("1", "True"):
@@ -59,6 +65,14 @@ class Admission:
         if EPSILON_ARG not in arguments:
             return self._default_tag
         return self._tag_of_epsilon(self._config, arguments[EPSILON_ARG])
+
+    def _scripted(self, params: SamplingParams) -> int:
+        """The exit point that a request names, if a label head could answer it."""
+        layer = (params.extra_args or {}).get(SCRIPT_ARG)
+        script = self._settings.exit_script or ()
+        if layer not in script or not self._same_candidates(params):
+            return FULL_DEPTH
+        return script.index(layer) if self._one_plain_token(params) else FULL_DEPTH
 
     def is_shadow(self, request_id: str) -> bool:
         """Whether a request, if it may exit, is to run to full depth and be compared instead.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +12,18 @@ from torch import Tensor
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-# (positions of the remaining requests, their rows) -> attention metadata and slot mapping by layer
-Narrow = Callable[[Ints, Tensor], tuple[dict[str, Any], dict[str, Tensor]]]
+# Where fewer rows need no more than K and V of the last layer, new attention metadata cost more.
+MIN_ROWS_SPARED = 32
+
+
+class Narrow(Protocol):
+    """Builds what attention needs when it is not to see the whole batch."""
+
+    def __call__(self, requests: Ints, rows: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Attention metadata and slot mapping, by layer, of some requests and their rows."""
+
+    def last_rows(self, requests: Ints, rows: Tensor) -> dict[str, Any]:
+        """Metadata, by layer, for a query from the last row of each request; K/V of all `rows`."""
 
 
 class StepContext:
@@ -31,6 +40,7 @@ class StepContext:
         tags: Ints,
         narrow: Narrow,
         shadow: Bools | None = None,
+        all_rows_count: bool = False,
     ) -> None:
         """Describe the batch.
 
@@ -40,6 +50,7 @@ class StepContext:
             tags: [requests], what `Admission` gave; negative runs at full depth.
             narrow: builds what attention needs when only some requests remain.
             shadow: [requests], True for those that, if they may exit, are decided but stay.
+            all_rows_count: whether final states of rows that are not sampled are wanted.
 
         """
         self.num_requests = len(query_lens)
@@ -48,6 +59,7 @@ class StepContext:
         self._query_lens = query_lens
         self._sampled = sampled
         self._narrow = narrow
+        self._all_rows_count = all_rows_count
         self._may_exit = self._may_leave = sampled & (tags >= 0)
         self.shadow: Ints | None = None
         if shadow is not None:
@@ -119,14 +131,24 @@ class StepContext:
         assert self._origin is not None
         return self._narrow(np.flatnonzero(~self._left), self._origin)
 
-    def scatter(self, remaining: Tensor, rows: int) -> Tensor:
-        """Put the states of the remaining rows where they were among all `rows` of the batch.
+    def decisive_rows(self) -> tuple[Tensor, dict[str, Any] | None]:
+        """Rows whose final states are wanted: the last one of each request that remains.
 
-        Rows of requests that left are undefined.
+        Returns:
+            rows of the batch as it is now, and attention metadata by layer for queries from
+            these rows alone; None where the metadata are right as they are.
+
         """
-        whole = remaining.new_empty(rows, remaining.shape[1])
-        whole[self._origin] = remaining
-        return whole
+        remain = np.flatnonzero(~self._left)
+        rows = int(self._query_lens[remain].sum())
+        if self._all_rows_count or rows - len(remain) < MIN_ROWS_SPARED:
+            return torch.arange(rows), None
+        origin = torch.arange(rows) if self._origin is None else self._origin
+        return self.sampled_rows(remain), self._narrow.last_rows(remain, origin)
+
+    def original_rows(self, rows: Tensor) -> Tensor:
+        """Where `rows` of the batch as it is now were in the batch as it came."""
+        return rows if self._origin is None else self._origin[rows]
 
     def original_sampled_rows(self, requests: Ints) -> Tensor:
         """Rows, in the batch as it came, that decide `requests`."""

@@ -25,16 +25,21 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         self.admission = Admission(settings)
         self._tags: dict[str, int] = {}
         self._shadow: set[str] = set()
+        self._wants_prompt: set[str] = set()  # log-probabilities of its prompt's tokens
 
     def _update_states(self, scheduler_output: Any) -> Any:
         """Admit requests when they arrive, forget them when they end."""
         for request_id in scheduler_output.finished_req_ids:
             self._tags.pop(request_id, None)
             self._shadow.discard(request_id)
+            self._wants_prompt.discard(request_id)
         for request in scheduler_output.scheduled_new_reqs:
             self._tags[request.req_id] = self.admission.tag(request.sampling_params)
             if self.admission.is_shadow(request.req_id):
                 self._shadow.add(request.req_id)
+            params = request.sampling_params
+            if params is not None and params.prompt_logprobs is not None:
+                self._wants_prompt.add(request.req_id)
         return super()._update_states(scheduler_output)
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,5 +61,6 @@ class AdaInferCPUModelRunner(CPUModelRunner):
             tags=tags,
             narrow=self._narrow,
             shadow=shadow,
+            all_rows_count=not self._wants_prompt.isdisjoint(request_ids),
         )
         return super()._model_forward(*args, **kwargs)

@@ -1,0 +1,44 @@
+"""A policy that asks no one: each request says where it leaves, for benchmarks and tests of speed.
+
+It probes as a label head does, so that a step costs what it would cost a calibrated policy; what
+it answers means nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_adainfer.decision.policy import Decision
+from vllm_adainfer.decision.probe import Probe
+
+SCRIPT_LABELS = (0, 1)  # the token ids that a scripted request must be restricted to
+
+
+class ScriptedPolicy:
+    """Settles a request at the exit point (an index) that is its tag."""
+
+    def __init__(self, exit_points: tuple[int, ...], hidden_size: int, device: torch.device):
+        """Zeros stand for what a label head of this size has fitted."""
+        self.exit_points = exit_points
+        self.label_ids = torch.tensor(SCRIPT_LABELS, device=device)
+        self._classifier = torch.zeros(3, dtype=torch.float32, device=device)
+        self._probe = Probe(
+            head_weight=torch.zeros(
+                len(SCRIPT_LABELS), hidden_size, dtype=torch.float32, device=device
+            ),
+            head_bias=torch.zeros(len(SCRIPT_LABELS), dtype=torch.float32, device=device),
+            token_ids=self.label_ids,
+        )
+
+    def decide(
+        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
+    ) -> Decision:
+        """See `ExitPolicy.decide`."""
+        result = self._probe.score(
+            self._probe.readout(hidden),
+            classifier=self._classifier,
+            threshold=torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device),
+            return_scores=True,
+        )
+        return Decision(tags <= exit_index, result.scores)
