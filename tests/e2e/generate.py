@@ -24,6 +24,10 @@ def main() -> None:
                 {str(token): entry.logprob for token, entry in step.items()}
                 for step in output.outputs[0].logprobs or []
             ],
+            "prompt_logprobs": [
+                step and {str(token): entry.logprob for token, entry in step.items()}
+                for step in output.prompt_logprobs or []
+            ],
         }
         for output in outputs
     ]

@@ -51,10 +51,23 @@ def deep(**more: Any) -> list[dict[str, Any]]:
     return [{"temperature": 0, "max_tokens": 6, "logprobs": 5, **more} for _ in LENGTHS]
 
 
+def deep_with_prompts(**more: Any) -> list[dict[str, Any]]:
+    """Two of the requests want log-probabilities of their prompts, which need all rows."""
+    params = deep(**more)
+    params[0]["prompt_logprobs"] = params[4]["prompt_logprobs"] = 3
+    return params
+
+
 @pytest.fixture(scope="module")
 def stock(tiny_model: Path) -> Any:
     """vLLM with the plugin not even loaded."""
     return answer(tiny_model, deep(), {"VLLM_PLUGINS": ""}, enforce_eager=True)
+
+
+@pytest.fixture(scope="module")
+def stock_with_prompts(tiny_model: Path) -> Any:
+    """The same, and log-probabilities of two prompts."""
+    return answer(tiny_model, deep_with_prompts(), {"VLLM_PLUGINS": ""}, enforce_eager=True)
 
 
 def test_installed_but_not_configured_is_stock_bit_for_bit(tiny_model, stock):
@@ -101,6 +114,20 @@ def test_configured_but_never_exiting_is_stock_bit_for_bit(tiny_model, bf16_poli
     assert never["answers"] == stock["answers"]
     assert never["stats"]["layers_run"] == never["stats"]["layers_possible"]
     assert set(never["stats"]["exit_histogram"]) == {str(LAYERS)}
+
+
+def test_log_probabilities_of_prompts_are_those_of_stock_bit_for_bit(
+    tiny_model, bf16_policy, stock_with_prompts
+):
+    never = answer(
+        tiny_model,
+        deep_with_prompts(extra_args={"adainfer": 0}),
+        {},
+        enforce_eager=True,
+        additional_config={"adainfer": {"artifact": str(bf16_policy)}},
+    )
+    assert never["answers"] == stock_with_prompts["answers"]
+    assert len(never["answers"][4]["prompt_logprobs"]) == LENGTHS[4]
 
 
 def test_compiled_segments_give_stock_tokens_and_exits_count_what_ran(

@@ -71,6 +71,12 @@ def test_without_the_switch_everything_is_vllms_own(tiny_model, tiny_policy, mon
         ({"artifact": "x", "shadow_rate": "often"}, "adainfer.shadow_rate: .* valid number"),
         ({"artifact": "no/such"}, "neither a directory nor a hub id"),
         ({"artifact": "."}, "has no config.json"),
+        ({"artifact": "x", "exit_script": [2]}, 'give "artifact"'),
+        ({"exit_script": []}, "exit_script must ascend between 1 and 5, got \\[\\]"),
+        ({"exit_script": [0, 3]}, "exit_script must ascend between 1 and 5"),
+        ({"exit_script": [3, 2]}, "exit_script must ascend between 1 and 5"),
+        ({"exit_script": [2, 2]}, "exit_script must ascend between 1 and 5"),
+        ({"exit_script": [2, 6]}, "exit_script must ascend between 1 and 5"),
     ],
 )
 def test_bad_values_of_the_switch_are_named(tiny_model, adainfer, sentence):

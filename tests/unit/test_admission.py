@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact import load_artifact, save_artifact
 from vllm_adainfer.config import Settings
+from vllm_adainfer.decision.script import SCRIPT_LABELS
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.runtime.admission import FULL_DEPTH, Admission, at_full_depth
 
@@ -29,9 +31,9 @@ def admission(tiny_policy) -> Any:
     return make
 
 
-def label_request(label_ids: list[int], **changes: Any) -> SamplingParams:
+def label_request(label_ids: Sequence[int], **changes: Any) -> SamplingParams:
     """One greedy token among the labels."""
-    plain = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": label_ids}
+    plain = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": list(label_ids)}
     return SamplingParams(**{**plain, **changes})
 
 
@@ -156,6 +158,27 @@ def test_while_recording_the_tag_is_the_row(arguments, tag):
     admission = Admission(Settings(record=(1, 2)))
     assert admission.records
     assert admission.tag(SamplingParams(max_tokens=1, extra_args=arguments)) == tag
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "tag"),
+    [
+        ({"adainfer_exit": 2}, {}, 0),
+        ({"adainfer_exit": 5}, {}, 1),
+        ({"adainfer_exit": 3}, {}, FULL_DEPTH),
+        ({"adainfer_exit": "5"}, {}, FULL_DEPTH),
+        ({"adainfer_exit": 5}, {"allowed_token_ids": [5, 6]}, FULL_DEPTH),
+        ({"adainfer_exit": 5}, {"allowed_token_ids": None}, FULL_DEPTH),
+        ({"adainfer_exit": 5}, {"max_tokens": 2}, FULL_DEPTH),
+        ({}, {}, FULL_DEPTH),
+    ],
+)
+def test_with_a_script_the_tag_is_the_exit_point_that_a_label_request_names(
+    arguments, changes, tag
+):
+    admission = Admission(Settings(exit_script=(2, 5)))
+    assert not admission.records
+    assert admission.tag(label_request(SCRIPT_LABELS, **changes, extra_args=arguments)) == tag
 
 
 @pytest.mark.parametrize("arguments", [None, {}, {"adainfer": 1, "mine": 2}])

@@ -24,7 +24,10 @@ BLOCK = 128  # vLLM's default block on a CPU: lengths are rounded up to it
 
 
 def start_engine(
-    model: str, examples: Sequence[Example], adainfer: dict[str, Any] | None = None
+    model: str,
+    examples: Sequence[Example],
+    adainfer: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> LLM:
     """Start an engine that fits `examples`, with the plugin configured or not.
 
@@ -35,6 +38,7 @@ def start_engine(
         model: directory or hub id.
         examples: the longest decides the engine's maximum length.
         adainfer: value of ``additional_config["adainfer"]``; None is stock vLLM.
+        settings: more of vLLM's own, such as ``load_format``.
 
     Raises:
         AdaInferError: vLLM cannot start; the message ends with its last words.
@@ -53,6 +57,7 @@ def start_engine(
                 kv_cache_memory_bytes=GIB,
                 disable_log_stats=True,
                 additional_config={} if adainfer is None else {CONFIG_KEY: adainfer},
+                **settings,
             )
         except Exception as error:
             raise AdaInferError(

@@ -1,0 +1,261 @@
+"""What the engine makes of skipped layers, whoever decides: exits here follow a script.
+
+    .venv/bin/python benchmarks/bench_throughput.py --model .demo/SmolLM2-135M-Instruct
+
+Engines run interleaved on the same random prompts: stock vLLM, stock with half of the layers (for
+the bound, see `throughput_report.py`), the plugin idle, and scripted engines with one and with four
+exit points. Weights are random, answers mean nothing: every number here is synthetic, and says how
+much of the skipped work becomes time. For the quality of decisions see `vllm-adainfer evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import psutil
+import typer
+from throughput_report import (
+    HALF,
+    IDLE,
+    STOCK,
+    case_rows,
+    plot,
+    table,
+)
+from tqdm import tqdm
+
+from vllm_adainfer.calibration.calibrate import load_config
+from vllm_adainfer.calibration.data import Example
+from vllm_adainfer.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.calibration.report import write_whole
+from vllm_adainfer.decision.script import SCRIPT_LABELS
+from vllm_adainfer.provenance import provenance
+from vllm_adainfer.runtime.admission import SCRIPT_ARG
+from vllm_adainfer.stats import stats
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+
+ONE, FOUR = "one exit point", "four exit points"
+MIN_TOKENS = 2048  # of a timed pass; smaller cases are repeated within it
+STEP_TOKENS = 64  # prompt tokens that take about as long as a step of decoding
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of an engine at once: `batch` prompts of `length`, each for `output` tokens."""
+
+    length: int
+    batch: int
+    output: int = 1
+
+    @property
+    def repeats(self) -> int:
+        """Times that a timed pass runs it."""
+        tokens = self.batch * self.length + STEP_TOKENS * (self.output - 1)
+        return -(-MIN_TOKENS // tokens)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Which engine runs a case, and which shares of its requests leave after which layers."""
+
+    name: str
+    engine: str
+    leaving: Mapping[int, float]
+
+    def fits(self, case: Case) -> bool:
+        """Whether the shares are whole numbers of requests, and the requests may exit at all."""
+        counts = [share * case.batch for share in self.leaving.values()]
+        return not counts or (case.output == 1 and all(count >= 1 for count in counts))
+
+    def exits(self, batch: int, generator: np.random.Generator) -> list[int | None]:
+        """The layer after which each request leaves, None for full depth."""
+        layers = [
+            layer for layer, share in self.leaving.items() for _ in range(round(share * batch))
+        ]
+        exits: list[int | None] = [*layers, *[None] * batch][:batch]
+        return [exits[place] for place in generator.permutation(batch)]
+
+
+CASES = [
+    *(Case(32, batch) for batch in (1, 8, 32, 128)),
+    *(Case(128, batch) for batch in (1, 8, 32, 128)),
+    *(Case(512, batch) for batch in (1, 8, 32)),
+    *(Case(1024, batch) for batch in (1, 8, 32)),
+    *(Case(32, batch, output=32) for batch in (1, 8, 32)),
+]
+QUICK_CASES = [Case(32, 8), Case(128, 32)]
+
+
+def scenarios(depth: int) -> list[Scenario]:
+    """Nobody leaves, or some do; the last four are judged by the bound."""
+    middle, fifths = depth // 2, [depth * part // 5 for part in range(1, 5)]
+    return [
+        Scenario("never exit", FOUR, {}),
+        Scenario("all leave halfway", ONE, {middle: 1.0}),
+        Scenario("half leave halfway", ONE, {middle: 0.5}),
+        Scenario("a tenth leaves halfway", ONE, {middle: 0.1}),
+        Scenario("a fifth leaves at each of four", FOUR, dict.fromkeys(fifths, 0.2)),
+    ]
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Its config is used, its weights are not.")],
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/throughput.json"),
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Two cases, no start-up times.")] = False,
+) -> None:
+    """Measure, and write JSON, a Markdown table and a plot beside each other."""
+    hf_config, _ = load_config(model)
+    depth, vocabulary = hf_config.num_hidden_layers, hf_config.vocab_size
+    cases = QUICK_CASES if quick else CASES
+    with tempfile.TemporaryDirectory() as cache:
+        if not quick:  # compiled code is to be made here, for the start-up times
+            os.environ["VLLM_CACHE_ROOT"] = cache
+        engines, start_up = start_engines(model, depth, cases, twice=not quick)
+        measured = []
+        for case in tqdm(cases, desc="cases", unit="case"):
+            prompts = random_prompts(case, vocabulary)
+            measured.append((case, measure(engines, scenarios(depth), case, prompts, rounds)))
+        for engine in engines.values():
+            stop_engine(engine)
+    report = {
+        "synthetic": "exits follow a script, weights are random",
+        "model": Path(model).name,
+        "layers_total": depth,
+        "rounds": rounds,
+        "start_up": start_up,
+        "cases": [row for case, runs in measured for row in case_rows(vars(case), runs)],
+        "provenance": provenance(),
+    }
+    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(output.with_suffix(".md"), table(report).encode())
+    write_whole(output.with_suffix(".png"), plot(report))
+    typer.echo(table(report))
+
+
+def start_engines(
+    model: str, depth: int, cases: Sequence[Case], twice: bool
+) -> tuple[dict[str, LLM], list[dict[str, Any]]]:
+    """All engines, and how long stock and the largest of ours took to start and how big they are.
+
+    With `twice` these two are started without and then with compiled code in the cache.
+    """
+    longest = max(case.length + case.output for case in cases)
+    examples = [Example("", "", [0] * longest, None)]
+    points = [depth * part // 5 for part in range(1, 5)]
+    plans: dict[str, dict[str, Any]] = {
+        STOCK: {},
+        FOUR: {"adainfer": {"exit_script": points}},
+        ONE: {"adainfer": {"exit_script": [depth // 2]}},
+        HALF: {"hf_overrides": {"num_hidden_layers": depth // 2}},
+        IDLE: {},
+    }
+    engines: dict[str, LLM] = {}
+    start_up = []
+    for name, settings in tqdm(plans.items(), desc="engines", unit="engine"):
+        os.environ["VLLM_PLUGINS"] = "" if name in (STOCK, HALF) else "adainfer"
+
+        def start(settings: dict[str, Any] = settings) -> tuple[LLM, float, int]:
+            memory, begin = memory_of_children(), time.perf_counter()
+            engine = start_engine(model, examples, load_format="dummy", **settings)
+            return engine, time.perf_counter() - begin, memory_of_children() - memory
+
+        cold = None
+        if twice and name in (STOCK, FOUR):
+            engine, cold, _ = start()
+            stop_engine(engine)
+        engines[name], warm, memory = start()
+        if cold is not None:
+            start_up.append(
+                {"engine": name, "cold_seconds": cold, "warm_seconds": warm, "bytes": memory}
+            )
+    del os.environ["VLLM_PLUGINS"]
+    return engines, start_up
+
+
+def memory_of_children() -> int:
+    """Bytes that belong to this process's children alone."""
+    children = psutil.Process().children(recursive=True)
+    return sum(child.memory_full_info().uss for child in children)
+
+
+def random_prompts(case: Case, vocabulary: int) -> list[dict[str, Any]]:
+    """Prompts for one batch, that share nothing."""
+    generator = np.random.default_rng(case.length * case.batch)
+    ids = generator.integers(2, vocabulary, (case.batch, case.length))
+    return [{"prompt_token_ids": row.tolist()} for row in ids]
+
+
+def measure(
+    engines: Mapping[str, LLM],
+    planned: Sequence[Scenario],
+    case: Case,
+    prompts: Sequence[Any],
+    rounds: int,
+) -> dict[str, dict[str, Any]]:
+    """Interleaved rounds of one case, after one that warms up.
+
+    Returns:
+        by scenario, or by engine where that is stock vLLM: ``seconds`` of one batch in each round
+        and ``layers_saved``.
+
+    """
+    plain = [Scenario(name, name, {}) for name in (STOCK, HALF, IDLE) if name in engines]
+    runs = [run for run in (*plain, *planned) if run.fits(case)]
+    found: dict[str, dict[str, Any]] = {
+        run.name: {"seconds": [], "layers_saved": None} for run in runs
+    }
+    for number in range(rounds + 1):
+        for run in runs[number % len(runs) :] + runs[: number % len(runs)]:
+            engine = engines[run.engine]
+            exits = run.exits(case.batch, np.random.default_rng(number))
+            params = [request(case, layer) for layer in exits]
+            ours = run.engine in (ONE, FOUR)
+            before = stats(engine) if ours else {}
+            seconds = statistics.mean(
+                one_pass(engine, prompts, params) for _ in range(case.repeats)
+            )
+            if number:
+                found[run.name]["seconds"].append(seconds)
+            if ours:
+                after = stats(engine)
+                executed = after["layers_run"] - before["layers_run"]
+                possible = after["layers_possible"] - before["layers_possible"]
+                found[run.name]["layers_saved"] = 1 - executed / possible
+    return found
+
+
+def one_pass(engine: LLM, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> float:
+    """Seconds for one batch, nothing of it cached."""
+    engine.reset_prefix_cache()
+    start = time.perf_counter()
+    engine.generate(prompts, params, use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def request(case: Case, layer: int | None) -> SamplingParams:
+    """What a label head can answer, and, for a scripted engine, where it leaves."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=case.output,
+        ignore_eos=True,
+        allowed_token_ids=list(SCRIPT_LABELS),
+        extra_args=None if layer is None else {SCRIPT_ARG: layer},
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

