@@ -57,11 +57,11 @@ class Settings(BaseModel):
         description="Which one-token requests may exit: greedy ones, sampled ones too, or "
         'only those that ask for it with extra_args={"adainfer": 1}.',
     )
-    min_rows_saved: int = Field(
-        16,
+    min_rows_saved: int | None = Field(
+        None,
         ge=1,
         description="Token rows that must be ready to leave before the batch is compacted; "
-        "fewer stay in until more join them.",
+        "fewer stay in until more join them. None lets them leave where that is faster.",
     )
     shadow_rate: float = Field(
         0.0,

@@ -186,8 +186,9 @@ def _lowest_best_id(
     if scores.is_cuda:  # asking for ties would wait for the device
         return _lowest_winner(scores, ids, top1)
     top1_id = ids[column] if ids.dim() == 1 else ids.gather(1, column.unsqueeze(1)).squeeze(1)
-    tied = (top1 == top2).nonzero().squeeze(1)
-    if tied.numel():
+    is_tied = top1 == top2
+    if is_tied.any():
+        tied = is_tied.nonzero().squeeze(1)
         their_ids = ids if ids.dim() == 1 else ids[tied]
         top1_id[tied] = _lowest_winner(scores[tied], their_ids, top1[tied])
     return top1_id

@@ -51,7 +51,7 @@ def parts(llm: Any) -> tuple[Any, Any, Any]:
 
 
 @contextmanager
-def scripted(llm: Any, min_rows_saved: int = 1) -> Iterator[Any]:
+def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     """Let the requests' scripts decide; yields the engine's `ExitStats`, starting at zero."""
     model, runner, scheduler = parts(llm)
     loop = model.model.exit_loop

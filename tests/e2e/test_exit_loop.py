@@ -9,6 +9,7 @@ from vllm import SamplingParams
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.scripted import EXIT_AT, scripted
 from tests.tiny import EXIT_POINTS, LAYERS
+from vllm_adainfer.models.exit_loop import CUT_WORK
 
 FULL = -1
 
@@ -98,3 +99,22 @@ def test_a_settled_request_that_waits_for_company_leaves_with_the_answer_it_sett
     assert same(found[1], [token_after(reference, prompts[1], EXIT_POINTS[2])])
     assert +stats.exit_histogram == {EXIT_POINTS[2]: 2}
     assert stats.layers_run == 20 * EXIT_POINTS[2]
+
+
+ENOUGH = CUT_WORK // (LAYERS - EXIT_POINTS[0])  # rows that gain at the first point what a cut takes
+
+
+@pytest.mark.parametrize(
+    ("lengths", "exits", "left"),
+    [
+        pytest.param([ENOUGH, 9], [0, FULL], 1, id="many leave"),
+        pytest.param([ENOUGH - 1, 9], [0, FULL], 0, id="too few leave"),
+        pytest.param([ENOUGH - 2, 1, 9], [0, 0, FULL], 0, id="too few leave together"),
+        pytest.param([ENOUGH - 2, 2, 9], [0, 0, FULL], 2, id="many leave together"),
+        pytest.param([1, 2], [0, 0], 2, id="all leave"),
+    ],
+)
+def test_by_default_requests_leave_where_that_is_faster(engine, lengths, exits, left):
+    with scripted(engine, min_rows_saved=None) as stats:
+        run(engine, prompts_of(lengths, seed=5), [one_token(e) for e in exits])
+    assert stats.exit_histogram[EXIT_POINTS[0]] == left

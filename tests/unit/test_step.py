@@ -157,17 +157,17 @@ def test_attention_is_narrowed_to_requests_and_rows_of_the_batch_as_it_came():
 
 
 def test_the_last_layer_asks_for_the_last_row_of_each_request_that_remains():
-    step = make([40, 3, 50], sampled=[True, True, False])  # rows 0-39, 40-42, 43-92
+    step = make([40, 3, 150], sampled=[True, True, False])  # rows 0-39, 40-42, 43-192
     rows, metadata = step.decisive_rows()
-    assert rows.tolist() == [39, 42, 92]
-    assert metadata == {"layer": ([0, 1, 2], list(range(93)))}
-    assert step.original_rows(rows).tolist() == [39, 42, 92]
+    assert rows.tolist() == [39, 42, 192]
+    assert metadata == {"layer": ([0, 1, 2], list(range(193)))}
+    assert step.original_rows(rows).tolist() == [39, 42, 192]
     step.settle(ints(0))
     step.compact()
     rows, metadata = step.decisive_rows()
-    assert rows.tolist() == [2, 52]
-    assert metadata == {"layer": ([1, 2], list(range(40, 93)))}
-    assert step.original_rows(rows).tolist() == [42, 92]
+    assert rows.tolist() == [2, 152]
+    assert metadata == {"layer": ([1, 2], list(range(40, 193)))}
+    assert step.original_rows(rows).tolist() == [42, 192]
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,16 @@ class ScriptedPolicy:
     """Settles a request at the exit point (an index) that is its tag."""
 
     def __init__(self, exit_points: tuple[int, ...], hidden_size: int, device: torch.device):
-        """Zeros stand for what a label head of this size has fitted."""
+        """Random numbers stand for what a label head of this size has fitted."""
         self.exit_points = exit_points
-        self.label_ids = torch.tensor(SCRIPT_LABELS, device=device)
+        self.label_ids: Tensor | None = torch.tensor(SCRIPT_LABELS, device=device)
         self._classifier = torch.zeros(3, dtype=torch.float32, device=device)
+        generator = torch.Generator().manual_seed(0)
+        head = torch.randn(
+            len(SCRIPT_LABELS), hidden_size, generator=generator, dtype=torch.float32
+        )
         self._probe = Probe(
-            head_weight=torch.zeros(
-                len(SCRIPT_LABELS), hidden_size, dtype=torch.float32, device=device
-            ),
+            head_weight=head.to(device),
             head_bias=torch.zeros(len(SCRIPT_LABELS), dtype=torch.float32, device=device),
             token_ids=self.label_ids,
         )

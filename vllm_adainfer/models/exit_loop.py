@@ -6,7 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    override_forward_context,
+)
 
 from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.policy import ExitPolicy
@@ -14,6 +18,10 @@ from vllm_adainfer.models.segments import Stack
 from vllm_adainfer.models.shadow import ShadowAnswers
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
+
+# Compacting a batch takes as long as so many rows x layers of a 135M model: 10 to 60 on CPUs, by
+# their speed in layers; a larger model's take longer, so that it gains from fewer.
+CUT_WORK = 64
 
 
 @dataclass(frozen=True)
@@ -34,19 +42,22 @@ class ExitLoop:
     """Runs a model's stack over one step's batch.
 
     A request leaves at the first exit point where the policy has called it settled and enough
-    rows leave with it. Until then a settled request stays in; the answer it settled on is kept
-    for when it leaves, and dropped if it reaches full depth after all. A shadow request always
-    does; its early answer is returned beside it.
+    rows leave with it to be worth a smaller batch. Until then a settled request stays in; the
+    answer it settled on is kept for when it leaves, and dropped if it reaches full depth after
+    all. A shadow request always does; its early answer is returned beside it.
     """
 
     def __init__(
         self,
         stack: Stack,
         policy: ExitPolicy,
-        min_rows_saved: int,
+        min_rows_saved: int | None,
         monitor: DisagreementMonitor | None = None,
     ) -> None:
-        """`stack` is cut at ``policy.exit_points``; a `monitor` asks for shadow requests."""
+        """`stack` is cut at ``policy.exit_points``; a `monitor` asks for shadow requests.
+
+        `min_rows_saved` rows leave together, None where that is faster.
+        """
         self.policy = policy
         self.monitor = monitor
         self.stats = ExitStats(shadow=monitor)
@@ -99,7 +110,7 @@ class ExitLoop:
                 answers = decision.answers.new_empty(step.num_requests, decision.answers.shape[1])
             answers[torch.from_numpy(settled)] = decision.answers[decision.settled]
             step.settle(settled)
-            if step.rows_ready_to_leave() < self._min_rows_saved:
+            if not self._worth_a_cut(step.rows_ready_to_leave(), hidden.shape[0], index):
                 continue
             left, stay = step.compact()
             stats.exit_histogram[policy.exit_points[index]] += left
@@ -108,16 +119,7 @@ class ExitLoop:
                 break
             attn_metadata, slot_mapping = step.narrowed()
             context = replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
-        whole = hidden.new_empty(rows, hidden.shape[1])
-        if hidden.shape[0] > 0:
-            decisive, attn_metadata = step.decisive_rows()
-            if attn_metadata is not None:
-                context = replace(context, attn_metadata=attn_metadata)
-            with override_forward_context(context):
-                final = self.stack.last(positions, hidden, residual, decisive)
-            # Rows that it has computed K and V of, and no more, are counted all the same.
-            stats.layers_run += hidden.shape[0] * self.stack.last.num_layers
-            whole[step.original_rows(decisive)] = final
+        whole = self._last(positions, hidden, residual, step, context, rows)
         shadow = ShadowAnswers.of(step, answers)
         early = step.left
         stats.exit_histogram[self._depth] += step.num_sampled - early.size
@@ -128,3 +130,36 @@ class ExitLoop:
             return whole, LabelAnswers(requests, answers[requests]), shadow
         whole[step.original_sampled_rows(early)] = answers[requests]
         return whole, None, shadow
+
+    def _worth_a_cut(self, ready: int, rows: int, exit_index: int) -> bool:
+        """Whether `ready` of the batch's `rows` are to leave at this exit point."""
+        if self._min_rows_saved is not None:
+            return ready >= self._min_rows_saved
+        if ready == rows:  # nothing to compact
+            return True
+        return ready * (self._depth - self.policy.exit_points[exit_index]) >= CUT_WORK
+
+    def _last(
+        self,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor | None,
+        step: StepContext,
+        context: ForwardContext,
+        rows: int,
+    ) -> Tensor:
+        """Final states of the remaining rows among all `rows` of the batch as it came."""
+        if hidden.shape[0] == 0:
+            return hidden.new_empty(rows, hidden.shape[1])
+        decisive, attn_metadata = step.decisive_rows()
+        if attn_metadata is not None:
+            context = replace(context, attn_metadata=attn_metadata)
+        with override_forward_context(context):
+            final = self.stack.last(positions, hidden, residual, decisive)
+        # Rows that it has computed K and V of, and no more, are counted all the same.
+        self.stats.layers_run += hidden.shape[0] * self.stack.last.num_layers
+        if final.shape[0] == rows:
+            return final
+        whole = hidden.new_empty(rows, hidden.shape[1])
+        whole[step.original_rows(decisive)] = final
+        return whole

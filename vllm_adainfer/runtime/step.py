@@ -12,8 +12,8 @@ from torch import Tensor
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-# Where fewer rows need no more than K and V of the last layer, new attention metadata cost more.
-MIN_ROWS_SPARED = 32
+# New attention metadata take as long as the last layer of so many rows (see `CUT_WORK`).
+MIN_ROWS_SPARED = 64
 
 
 class Narrow(Protocol):
@@ -55,6 +55,7 @@ class StepContext:
         """
         self.num_requests = len(query_lens)
         self.num_sampled = int(np.count_nonzero(sampled))
+        self._rows = int(query_lens.sum())  # in the batch as it is now
         self.tags = tags
         self._query_lens = query_lens
         self._sampled = sampled
@@ -117,6 +118,7 @@ class StepContext:
         leaving = before & self._ready()
         stay = np.repeat(~leaving[before], self._query_lens[before])
         kept_rows = torch.from_numpy(np.flatnonzero(stay))
+        self._rows = len(kept_rows)
         self._left = self._left | leaving
         lens = np.where(self._left, 0, self._query_lens)
         self._last_row = np.cumsum(lens) - 1
@@ -139,11 +141,10 @@ class StepContext:
             these rows alone; None where the metadata are right as they are.
 
         """
+        if self._all_rows_count or self._rows - self.num_requests < MIN_ROWS_SPARED:
+            return torch.arange(self._rows), None
         remain = np.flatnonzero(~self._left)
-        rows = int(self._query_lens[remain].sum())
-        if self._all_rows_count or rows - len(remain) < MIN_ROWS_SPARED:
-            return torch.arange(rows), None
-        origin = torch.arange(rows) if self._origin is None else self._origin
+        origin = torch.arange(self._rows) if self._origin is None else self._origin
         return self.sampled_rows(remain), self._narrow.last_rows(remain, origin)
 
     def original_rows(self, rows: Tensor) -> Tensor:
