@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -60,6 +61,33 @@ def suite_table(name: str, title: str) -> list[str]:
     return lines
 
 
+def throughput_table() -> list[str]:
+    """What skipped layers bring, over all one-token cases of the synthetic benchmark."""
+    report = load("throughput")
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in report["cases"]:
+        if row["output"] == 1:
+            cases.setdefault(row["scenario"], []).append(row)
+    lengths = {row["length"] for rows in cases.values() for row in rows}
+    batches = {row["batch"] for rows in cases.values() for row in rows}
+    lines = [
+        f"Exits by script (synthetic), {min(lengths)} to {max(lengths)} prompt tokens x "
+        f"{min(batches)} to {max(batches)} requests, one token out:",
+        "",
+        "| scenario | cases | layers saved, mean | speed-up, median (range) "
+        "| share of what could be had, median (lowest) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, rows in cases.items():
+        speedups, shares = [[row[key] for row in rows] for key in ("speedup", "of_bound")]
+        lines.append(
+            f"| {name} | {len(rows)} | {mean(row['layers_saved'] for row in rows):.0%} "
+            f"| **{median(speedups):.2f}x** ({min(speedups):.2f} to {max(speedups):.2f}) "
+            f"| {median(shares):.2f} ({min(shares):.2f}) |"
+        )
+    return lines
+
+
 def tables() -> str:
     """The generated part of README."""
     lines = [
@@ -80,6 +108,7 @@ def tables() -> str:
         )
     for name, title in SUITES.items():
         lines += ["", *suite_table(name, title)]
+    lines += ["", *throughput_table()]
     overhead = load("overhead")
     lines += [
         "",

@@ -1,0 +1,259 @@
+"""How the parts of a step grow: with rows, layers, requests asked, exit points and vocabulary.
+
+    .venv/bin/python benchmarks/bench_step_cost.py --model .demo/SmolLM2-135M-Instruct
+
+Engines run in this process, with random weights and exits by script, and every part of the exit
+loop is timed where it is called. Each part's time is then fitted by the straight line that is
+expected of it; the table says how far the line is off.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import numpy as np
+import torch
+import typer
+from scipy.optimize import nnls
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vLLM reads it
+
+from vllm_adainfer.calibration.calibrate import load_config
+from vllm_adainfer.calibration.data import Example
+from vllm_adainfer.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.calibration.report import write_whole
+from vllm_adainfer.decision.probe import Probe
+from vllm_adainfer.decision.script import SCRIPT_LABELS, ScriptedPolicy
+from vllm_adainfer.models.exit_loop import ExitLoop
+from vllm_adainfer.provenance import provenance
+from vllm_adainfer.runtime.admission import SCRIPT_ARG
+from vllm_adainfer.runtime.step import StepContext
+
+# Part of a step -> what its time is expected to be linear in; see `work` for the words.
+LINES = {
+    "segments": ("layers run", "layers x rows"),
+    "last layer": ("steps", "rows left", "requests left"),
+    "decide": ("exit points asked", "requests asked"),
+    "cut": ("cuts", "rows kept"),
+}
+PROBE_TERMS = ("probes", "vocabulary", "rows x vocabulary")
+PROMPT = 16
+REQUESTS = (1, 4, 16, 64, 128)
+STEPS = 7
+Times = dict[str, list[float]]
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Its config is used, its weights are not.")],
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/step_cost.json"),
+) -> None:
+    """Measure, fit, and write JSON and a Markdown table beside each other."""
+    hf_config, _ = load_config(model)
+    depth, vocabulary = hf_config.num_hidden_layers, hf_config.vocab_size
+    measured = []
+    for layers in (depth // 3, depth):
+        points = [layers * part // 4 for part in (1, 2, 3)]
+        engine = start_engine(
+            model,
+            [Example("", "", [0] * PROMPT, None)],
+            {"exit_script": points, "min_rows_saved": 1},
+            load_format="dummy",
+            hf_overrides={"num_hidden_layers": layers},
+        )
+        for requests in REQUESTS:
+            for cuts in (0, 1, 3):
+                if requests > cuts:
+                    times = step_times(engine, vocabulary, requests, points[:cuts])
+                    measured.append({**work(layers, requests, points[:cuts]), **times})
+        stop_engine(engine)
+    probes = probe_times(hf_config.hidden_size, vocabulary)
+    report = {
+        "model": Path(model).name,
+        "steps": measured,
+        "probes": probes,
+        "lines": [fit(part, measured, terms) for part, terms in LINES.items()]
+        + [fit("probe", probes, PROBE_TERMS)],
+        "provenance": provenance(),
+    }
+    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(output.with_suffix(".md"), table(report).encode())
+    typer.echo(table(report))
+
+
+def work(layers: int, requests: int, leaving: list[int]) -> dict[str, int]:
+    """What a step has to do in which a quarter of the requests leaves after each of `leaving`."""
+    quarter = max(1, requests // 4)
+    cuts = len(leaving)
+    left = [requests - quarter * cut for cut in range(cuts + 1)]  # in each stretch of layers
+    stretches = [b - a for a, b in itertools.pairwise([0, *leaving, layers - 1])]
+    return {
+        "layers": layers,
+        "requests": requests,
+        "steps": 1,
+        "layers run": layers - 1,
+        "layers x rows": sum(n * PROMPT * m for n, m in zip(left, stretches, strict=True)),
+        "rows left": PROMPT * left[-1],
+        "requests left": left[-1],
+        "exit points asked": cuts,
+        "requests asked": sum(quarter * (cuts - cut) for cut in range(cuts)),
+        "cuts": cuts,
+        "rows kept": PROMPT * sum(left[1:]),
+    }
+
+
+def step_times(engine: Any, vocabulary: int, requests: int, leaving: list[int]) -> dict[str, float]:
+    """Median milliseconds of each part in `LINES` over a step of `work`, and of the ``step``."""
+    from vllm import SamplingParams
+
+    generator = np.random.default_rng(requests)
+    ids = generator.integers(2, vocabulary, (requests, PROMPT))
+    quarter = max(1, requests // 4)
+    exits: list[int | None] = [layer for layer in leaving for _ in range(quarter)]
+    exits += [None] * (requests - len(exits))
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            allowed_token_ids=list(SCRIPT_LABELS),
+            extra_args=None if layer is None else {SCRIPT_ARG: layer},
+        )
+        for layer in exits[:requests]
+    ]
+    steps = []
+    for number in range(STEPS + 2):
+        engine.reset_prefix_cache()
+        with timed() as times:
+            engine.generate(
+                [{"prompt_token_ids": row.tolist()} for row in ids], params, use_tqdm=False
+            )
+        if number > 1 and len(times["step"]) == 1:  # two warm up; all prompts in one step
+            parts = {
+                part: 1000 * sum(times[part]) for part in ("step", "last layer", "decide", "cut")
+            }
+            rest = parts["last layer"] + parts["decide"] + parts["cut"]
+            steps.append({**parts, "segments": parts["step"] - rest})
+    return {part: statistics.median(step[part] for step in steps) for part in steps[0]}
+
+
+@contextmanager
+def timed() -> Iterator[Times]:
+    """Time the parts of the exit loop while the context lasts."""
+    times: Times = defaultdict(list)
+
+    def wrap(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_function(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            times[part].append(time.perf_counter() - start)
+            return result
+
+        return timed_function
+
+    parts: list[tuple[type, str, str]] = [
+        (ExitLoop, "run", "step"),
+        (ExitLoop, "_last", "last layer"),
+        (ScriptedPolicy, "decide", "decide"),
+        (StepContext, "compact", "cut"),
+        (StepContext, "narrowed", "cut"),
+    ]
+    patches = [
+        mock.patch.object(owner, name, wrap(part, getattr(owner, name)))
+        for owner, name, part in parts
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        yield times
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def probe_times(hidden_size: int, vocabulary: int) -> list[dict[str, Any]]:
+    """Milliseconds to ask probes of growing vocabulary about growing numbers of rows."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a served model on two cores
+    for size in (2, vocabulary // 4, vocabulary):
+        head = torch.randn(size, hidden_size, generator=generator).to(torch.bfloat16)
+        probe = Probe(head_weight=head, norm_weight=torch.ones(hidden_size, dtype=torch.bfloat16))
+        for rows in (1, 16, 128):
+            states = torch.randn(rows, hidden_size, generator=generator).to(torch.bfloat16)
+            runs = []
+            for _ in range(STEPS):
+                start = time.perf_counter()
+                probe.score(probe.readout(states))
+                runs.append(time.perf_counter() - start)
+            found.append(
+                {
+                    "probes": 1,
+                    "vocabulary": size,
+                    "rows x vocabulary": rows * size,
+                    "rows": rows,
+                    "probe": 1000 * statistics.median(runs),
+                }
+            )
+    torch.set_num_threads(threads)
+    return found
+
+
+def fit(part: str, measured: Sequence[dict[str, Any]], terms: Sequence[str]) -> dict[str, Any]:
+    """The line through a part's times, least in relative error, with no negative slope."""
+    used = [row for row in measured if row[part] > 0]
+    times = np.array([row[part] for row in used])
+    design = np.array([[row[term] for term in terms] for row in used], dtype=np.float64)
+    slopes, _ = nnls(design / times[:, None], np.ones(len(used)))
+    errors = np.abs(design @ slopes / times - 1)
+    return {
+        "part": part,
+        "microseconds": {term: 1000 * slope for term, slope in zip(terms, slopes, strict=True)},
+        "median_error": float(np.median(errors)),
+        "largest_error": float(errors.max()),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: what each part is linear in, then the measured steps and probes."""
+    rows = [
+        "| part of a step | microseconds | line is off by, median (most) |",
+        "|---|---|---|",
+    ]
+    for line in report["lines"]:
+        sums = [f"{slope:.3g} x {term}" for term, slope in line["microseconds"].items() if slope]
+        rows.append(
+            f"| {line['part']} | {' + '.join(sums)} "
+            f"| {line['median_error']:.0%} ({line['largest_error']:.0%}) |"
+        )
+    rows += [
+        "",
+        f"| layers | requests of {PROMPT} tokens | exit points used | step, ms | segments "
+        "| last layer | decide | cut |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {step['layers']} | {step['requests']} | {step['cuts']} | {step['step']:.1f} "
+        f"| {step['segments']:.1f} | {step['last layer']:.2f} | {step['decide']:.2f} "
+        f"| {step['cut']:.2f} |"
+        for step in report["steps"]
+    ]
+    rows += ["", "| probe over so many tokens | rows | ms |", "|---|---|---|"]
+    rows += [
+        f"| {probe['vocabulary']} | {probe['rows']} | {probe['probe']:.2f} |"
+        for probe in report["probes"]
+    ]
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
