@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from vllm.plugins import load_general_plugins
 
 from vllm_adainfer.calibration.calibrate import load_config
 from vllm_adainfer.calibration.collect import one_token
@@ -28,6 +29,7 @@ from vllm_adainfer.calibration.report import write_whole
 from vllm_adainfer.demo.run import LABELS
 from vllm_adainfer.provenance import provenance
 from vllm_adainfer.runtime.admission import EXIT_ARG
+from vllm_adainfer.stats import stats
 
 TEMPLATE = "Review: {text}\nSentiment:"
 
@@ -36,7 +38,7 @@ def main(
     model: Annotated[str, typer.Option()],
     artifact: Annotated[str, typer.Option()],
     output: Annotated[Path, typer.Option()],
-    rounds: Annotated[int, typer.Option(min=1)] = 9,
+    rounds: Annotated[int, typer.Option(min=1)] = 6,
 ) -> None:
     """Measure the three engines and write the result."""
     hf_config, tokenizer = load_config(model)
@@ -47,6 +49,7 @@ def main(
     labels = find_labels(LABELS, examples[0], tokenizer)
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
 
+    load_general_plugins()  # once in this process; an engine's own processes ask the environment
     os.environ["VLLM_PLUGINS"] = ""
     engines = {"stock": start_engine(model, examples)}
     del os.environ["VLLM_PLUGINS"]
@@ -64,6 +67,8 @@ def main(
             if round_number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
             tokens[name] = [out.outputs[0].token_ids[0] for out in outputs]
+    counters = stats(engines["never_exit"])  # an error if the plugin is not in it
+    assert counters["layers_run"] == counters["layers_possible"], "a request left early"
     for engine in engines.values():
         stop_engine(engine)
 

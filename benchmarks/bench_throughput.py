@@ -32,6 +32,7 @@ from throughput_report import (
     table,
 )
 from tqdm import tqdm
+from vllm.plugins import load_general_plugins
 
 from vllm_adainfer.calibration.calibrate import load_config
 from vllm_adainfer.calibration.data import Example
@@ -163,8 +164,12 @@ def start_engines(
     }
     engines: dict[str, LLM] = {}
     start_up = []
+    load_general_plugins()  # once in this process; an engine's own processes ask the environment
     for name, settings in tqdm(plans.items(), desc="engines", unit="engine"):
-        os.environ["VLLM_PLUGINS"] = "" if name in (STOCK, HALF) else "adainfer"
+        if name in (STOCK, HALF):
+            os.environ["VLLM_PLUGINS"] = ""
+        else:
+            os.environ.pop("VLLM_PLUGINS", None)
 
         def start(settings: dict[str, Any] = settings) -> tuple[LLM, float, int]:
             memory, begin = memory_of_children(), time.perf_counter()
@@ -180,7 +185,6 @@ def start_engines(
             start_up.append(
                 {"engine": name, "cold_seconds": cold, "warm_seconds": warm, "bytes": memory}
             )
-    del os.environ["VLLM_PLUGINS"]
     return engines, start_up
 
 
