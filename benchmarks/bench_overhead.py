@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from vllm.plugins import load_general_plugins
 
 from vllm_adainfer.calibration.calibrate import load_config
 from vllm_adainfer.calibration.collect import one_token
@@ -27,6 +26,7 @@ from vllm_adainfer.calibration.data import Row, find_labels, make_examples
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.calibration.report import write_whole
 from vllm_adainfer.demo.run import LABELS
+from vllm_adainfer.plugin import register
 from vllm_adainfer.provenance import provenance
 from vllm_adainfer.runtime.admission import EXIT_ARG
 from vllm_adainfer.stats import stats
@@ -49,10 +49,10 @@ def main(
     labels = find_labels(LABELS, examples[0], tokenizer)
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
 
-    load_general_plugins()  # once in this process; an engine's own processes ask the environment
     os.environ["VLLM_PLUGINS"] = ""
     engines = {"stock": start_engine(model, examples)}
     del os.environ["VLLM_PLUGINS"]
+    register()  # vLLM asks for plugins once in a process, and this one has had none
     engines["installed_idle"] = start_engine(model, examples)
     engines["never_exit"] = start_engine(model, examples, {"artifact": artifact})
     seconds: dict[str, list[float]] = {name: [] for name in engines}

@@ -32,13 +32,13 @@ from throughput_report import (
     table,
 )
 from tqdm import tqdm
-from vllm.plugins import load_general_plugins
 
 from vllm_adainfer.calibration.calibrate import load_config
 from vllm_adainfer.calibration.data import Example
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.calibration.report import write_whole
 from vllm_adainfer.decision.script import SCRIPT_LABELS
+from vllm_adainfer.plugin import register
 from vllm_adainfer.provenance import provenance
 from vllm_adainfer.runtime.admission import SCRIPT_ARG
 from vllm_adainfer.stats import stats
@@ -157,19 +157,18 @@ def start_engines(
     points = [depth * part // 5 for part in range(1, 5)]
     plans: dict[str, dict[str, Any]] = {
         STOCK: {},
-        FOUR: {"adainfer": {"exit_script": points}},
-        ONE: {"adainfer": {"exit_script": [depth // 2]}},
         HALF: {"hf_overrides": {"num_hidden_layers": depth // 2}},
         IDLE: {},
+        ONE: {"adainfer": {"exit_script": [depth // 2]}},
+        FOUR: {"adainfer": {"exit_script": points}},
     }
     engines: dict[str, LLM] = {}
     start_up = []
-    load_general_plugins()  # once in this process; an engine's own processes ask the environment
+    os.environ["VLLM_PLUGINS"] = ""
     for name, settings in tqdm(plans.items(), desc="engines", unit="engine"):
-        if name in (STOCK, HALF):
-            os.environ["VLLM_PLUGINS"] = ""
-        else:
-            os.environ.pop("VLLM_PLUGINS", None)
+        if name == IDLE:
+            del os.environ["VLLM_PLUGINS"]
+            register()  # vLLM asks for plugins once in a process, and this one has had none
 
         def start(settings: dict[str, Any] = settings) -> tuple[LLM, float, int]:
             memory, begin = memory_of_children(), time.perf_counter()
