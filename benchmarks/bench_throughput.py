@@ -114,7 +114,9 @@ def main(
     model: Annotated[str, typer.Option(help="Its config is used, its weights are not.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/throughput.json"),
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="Two cases, no start-up times.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two cases, one exit point, no start-up times.")
+    ] = False,
 ) -> None:
     """Measure, and write JSON, a Markdown table and a plot beside each other."""
     hf_config, _ = load_config(model)
@@ -123,7 +125,7 @@ def main(
     with tempfile.TemporaryDirectory() as cache:
         if not quick:  # compiled code is to be made here, for the start-up times
             os.environ["VLLM_CACHE_ROOT"] = cache
-        engines, start_up = start_engines(model, depth, cases, twice=not quick)
+        engines, start_up = start_engines(model, depth, cases, quick)
         measured = []
         for case in tqdm(cases, desc="cases", unit="case"):
             prompts = random_prompts(case, vocabulary)
@@ -146,11 +148,11 @@ def main(
 
 
 def start_engines(
-    model: str, depth: int, cases: Sequence[Case], twice: bool
+    model: str, depth: int, cases: Sequence[Case], quick: bool
 ) -> tuple[dict[str, LLM], list[dict[str, Any]]]:
-    """All engines, and how long stock and the largest of ours took to start and how big they are.
+    """The engines, and how long stock and the largest of ours took to start and how big they are.
 
-    With `twice` these two are started without and then with compiled code in the cache.
+    Unless `quick`, these two are started twice: without and then with compiled code in the cache.
     """
     longest = max(case.length + case.output for case in cases)
     examples = [Example("", "", [0] * longest, None)]
@@ -165,8 +167,10 @@ def start_engines(
     engines: dict[str, LLM] = {}
     start_up = []
     os.environ["VLLM_PLUGINS"] = ""
+    if quick:
+        plans = {name: plans[name] for name in (STOCK, HALF, ONE)}
     for name, settings in tqdm(plans.items(), desc="engines", unit="engine"):
-        if name == IDLE:
+        if name not in (STOCK, HALF) and "VLLM_PLUGINS" in os.environ:
             del os.environ["VLLM_PLUGINS"]
             register()  # vLLM asks for plugins once in a process, and this one has had none
 
@@ -176,7 +180,7 @@ def start_engines(
             return engine, time.perf_counter() - begin, memory_of_children() - memory
 
         cold = None
-        if twice and name in (STOCK, FOUR):
+        if not quick and name in (STOCK, FOUR):
             engine, cold, _ = start()
             stop_engine(engine)
         engines[name], warm, memory = start()
@@ -214,8 +218,8 @@ def measure(
         and ``layers_saved``.
 
     """
-    plain = [Scenario(name, name, {}) for name in (STOCK, HALF, IDLE) if name in engines]
-    runs = [run for run in (*plain, *planned) if run.fits(case)]
+    plain = [Scenario(name, name, {}) for name in (STOCK, HALF, IDLE)]
+    runs = [run for run in (*plain, *planned) if run.engine in engines and run.fits(case)]
     found: dict[str, dict[str, Any]] = {
         run.name: {"seconds": [], "layers_saved": None} for run in runs
     }
