@@ -65,3 +65,16 @@ def client_request_id(request_id: str) -> str:
 def hash_block_size(kv_cache_manager: Any) -> int:
     """Tokens per entry of ``Request.block_hashes`` (0.32: an attribute of the block pool)."""
     return int(kv_cache_manager.block_pool.hash_block_size)
+
+
+def note_left_early(output: Any, request_ids: frozenset[str]) -> None:
+    """Send ids of requests from the worker to the scheduler, in a `ModelRunnerOutput`.
+
+    0.32 has no field in it for a plugin; as it is pickled, an attribute more travels with it.
+    """
+    output.adainfer_left_early = request_ids
+
+
+def left_early(output: Any) -> frozenset[str] | None:
+    """What `note_left_early` sent; None where the worker has run no step."""
+    return getattr(output, "adainfer_left_early", None)

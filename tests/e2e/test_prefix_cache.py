@@ -104,3 +104,19 @@ def test_resetting_the_prefix_cache_forgets_what_was_withheld(engine):
         engine.reset_prefix_cache()
         ask(engine, second, exit_at=0)
     assert stats.layers_run == (len(first) + len(second)) * EXIT_POINTS[0]
+
+
+def test_a_prompt_that_may_exit_but_runs_to_full_depth_is_hit_by_the_next(engine, reference):
+    prompts = prompts_with_shared_prefix(3, seed=8)
+    never = len(EXIT_POINTS)  # an exit point that there is not
+    with scripted(engine) as stats:
+        answers = [
+            ask(engine, prompt, exit_at)
+            for prompt, exit_at in zip(prompts, [never, 0, never], strict=True)
+        ]
+    assert [cached for _, cached in answers] == [0, PREFIX, PREFIX]
+    depths = [LAYERS, EXIT_POINTS[0], LAYERS]
+    for prompt, (tokens, _), depth in zip(prompts, answers, depths, strict=True):
+        assert same(tokens, [token_after(reference, prompt, depth)])
+    whole, own = len(prompts[0]), len(prompts[0]) - PREFIX
+    assert stats.layers_run == whole * LAYERS + own * (EXIT_POINTS[0] + LAYERS)

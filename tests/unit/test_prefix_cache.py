@@ -57,6 +57,10 @@ class FakeRequest:
     more_tokens: int = 1
 
     @property
+    def request_id(self) -> str:
+        return f"id of {self.hashes}"
+
+    @property
     def block_hashes(self) -> list[bytes]:
         return [letter.encode() for letter in self.hashes]
 
@@ -245,3 +249,49 @@ def test_resetting_the_prefix_cache_forgets_what_was_withheld():
     assert setup.guard.reset_prefix_cache() is True
     assert setup.manager.resets == 1
     assert not setup.remembers("a")
+
+
+def run(
+    setup: Setup, request: FakeRequest, left: bool, status: Any = RequestStatus.RUNNING
+) -> None:
+    """A step with one request, which leaves early or not."""
+    setup.guard.new_step()
+    setup.allocate(request)
+    request.status = status
+    scheduled = {request.request_id: 1}
+    setup.guard.step_ended(scheduled, {request.request_id} if left else ())
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_prompt_that_ran_to_full_depth_after_all_is_cached(left):
+    setup, request = Setup(), FakeRequest("ab")
+    run(setup, request, left)
+    assert setup.manager.cached == ([] if left else [("ab", request.num_tokens)])
+    assert setup.remembers("a") == setup.remembers("b") == left
+
+
+@pytest.mark.parametrize("status", [RequestStatus.FINISHED_ABORTED, RequestStatus.PREEMPTED])
+def test_a_request_that_lost_its_blocks_meanwhile_is_not_cached(status):
+    setup = Setup()
+    run(setup, FakeRequest("ab"), left=False, then=status)
+    assert setup.manager.cached == []
+
+
+def test_a_request_is_asked_for_in_its_own_step_only():
+    setup, request = Setup(), FakeRequest("ab")
+    setup.allocate(request)
+    request.status = RequestStatus.RUNNING
+    setup.guard.step_ended({"another": 1}, ())
+    assert setup.manager.cached == []
+    setup.guard.step_ended({request.request_id: 1}, ())
+    setup.guard.step_ended({request.request_id: 1}, ())
+    assert setup.manager.cached == [("ab", request.num_tokens)]
+
+
+def test_one_that_was_completed_for_a_second_in_its_step_is_cached_once():
+    setup, first = Setup(), FakeRequest("abx")
+    setup.allocate(first)
+    setup.guard.get_computed_blocks(FakeRequest("aby"))
+    first.status = RequestStatus.RUNNING
+    setup.guard.step_ended({first.request_id: 1}, ())
+    assert setup.manager.cached == [("abx", first.num_tokens)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request, RequestStatus
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class PrefixCacheGuard:
     """vLLM's KV cache manager, but the last chunk of a prompt that may exit is not cached.
 
-    Earlier chunks always run at full depth and are cached as usual. Of the blocks withheld,
-    the hashes are remembered: a request that asks for one of them again shows that the prefix is
+    Earlier chunks always run at full depth and are cached as usual, and so is the last chunk once
+    the worker has said that the request ran to full depth after all. Of the blocks withheld, the
+    hashes are remembered: a request that asks for one of them again shows that the prefix is
     shared, so that request runs at full depth and its blocks are cached ("second touch
     completes"). If the first one is of the same step, the worker has not seen it yet: then it is
     that one which is completed, and the second hits its blocks already. From then on the prefix
@@ -48,6 +49,8 @@ class PrefixCacheGuard:
         self._withheld: OrderedDict[bytes, None] = OrderedDict()
         # Of the step being scheduled: whose each withheld block is, and its tokens to cache.
         self._fresh: dict[bytes, tuple[Request, int]] = {}
+        # By id, requests of which the worker has not said yet whether they left, and the same.
+        self._undecided: dict[str, tuple[Request, int]] = {}
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the manager's."""
@@ -57,16 +60,28 @@ class PrefixCacheGuard:
         """Say that another step is scheduled: the worker knows the requests of the last one."""
         self._fresh.clear()
 
+    def step_ended(self, scheduled: Container[str], left: Container[str]) -> None:
+        """Cache what was withheld from those `scheduled` requests that have not `left` early."""
+        for request_id in [known for known in self._undecided if known in scheduled]:
+            request, tokens = self._undecided.pop(request_id)
+            # One that was aborted meanwhile has no blocks any more.
+            if request_id not in left and request.status == RequestStatus.RUNNING:
+                self._cache(request, tokens)
+
+    def _cache(self, request: Request, tokens: int) -> None:
+        self._manager.cache_blocks(request, tokens)
+        for complete in request.block_hashes:
+            self._fresh.pop(complete, None)
+            self._withheld.pop(complete, None)
+
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's, once prompts of this step with which `request` shares blocks are complete."""
         for block_hash in request.block_hashes if self._fresh else ():
             if block_hash in self._fresh:
                 owner, tokens = self._fresh[block_hash]
                 self._complete(owner)
-                self._manager.cache_blocks(owner, tokens)
-                for complete in owner.block_hashes:
-                    self._fresh.pop(complete, None)
-                    self._withheld.pop(complete, None)
+                self._cache(owner, tokens)
+                self._undecided.pop(owner.request_id, None)
         computed: tuple[KVCacheBlocks, int, int] = self._manager.get_computed_blocks(request)
         return computed
 
@@ -92,6 +107,7 @@ class PrefixCacheGuard:
             request, num_new_tokens, num_new_computed_tokens, *args, **kwargs
         )
         if withhold and blocks is not None:
+            self._undecided[request.request_id] = (request, request.num_tokens)
             for block_hash in touched:
                 self._withheld[block_hash] = None
                 self._withheld.move_to_end(block_hash)
@@ -105,4 +121,5 @@ class PrefixCacheGuard:
         """As vLLM's; what was withheld before is forgotten with it."""
         self._withheld.clear()
         self._fresh.clear()
+        self._undecided.clear()
         return bool(self._manager.reset_prefix_cache())

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_adainfer import compat
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.runtime.admission import FULL_DEPTH, Admission, at_full_depth
 from vllm_adainfer.runtime.prefix_cache import PrefixCacheGuard
@@ -33,9 +34,14 @@ class AdaInferScheduler(Scheduler):
             self.kv_cache_manager.new_step()
         return super().schedule(*args, **kwargs)
 
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """As vLLM's, once prompts that ran to full depth after all are in the prefix cache."""
+        left = compat.left_early(model_runner_output)
+        if left is not None and isinstance(self.kv_cache_manager, PrefixCacheGuard):
+            self.kv_cache_manager.step_ended(scheduler_output.num_scheduled_tokens, left)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
     def _may_exit(self, request: Request) -> bool:
-        # Shadow requests and tightened levels do complete their blocks, but which levels are
-        # tightened only the worker knows: withholding those too costs hits, never answers.
         return self.admission.tag(request.sampling_params) != FULL_DEPTH
 
     def _complete(self, request: Request) -> None:

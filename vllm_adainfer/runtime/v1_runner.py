@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_adainfer import compat
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.runtime.admission import FULL_DEPTH, Admission
 from vllm_adainfer.runtime.attention import AttentionNarrower
@@ -17,6 +18,7 @@ class AdaInferCPUModelRunner(CPUModelRunner):
     """Tells the model whose rows it is about to run and who may exit."""
 
     _narrow: AttentionNarrower | None = None
+    _left: frozenset[str] | None = None  # requests that left early in the step being run
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,7 +57,7 @@ class AdaInferCPUModelRunner(CPUModelRunner):
             is_shadow = map(self._shadow.__contains__, request_ids)
             shadow = np.fromiter(is_shadow, np.bool_, num_requests)
             tags[monitor.tightened[tags] & ~shadow] = FULL_DEPTH
-        self.model.model.step = StepContext(
+        step = StepContext(
             query_lens=np.diff(starts),
             sampled=~self.discard_request_mask.np[:num_requests],
             tags=tags,
@@ -63,4 +65,15 @@ class AdaInferCPUModelRunner(CPUModelRunner):
             shadow=shadow,
             all_rows_count=not self._wants_prompt.isdisjoint(request_ids),
         )
-        return super()._model_forward(*args, **kwargs)
+        self.model.model.step = step
+        output = super()._model_forward(*args, **kwargs)
+        self._left = frozenset(request_ids[place] for place in step.left)
+        return output
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; the output says which requests left early."""
+        output = super().sample_tokens(*args, **kwargs)
+        left, self._left = self._left, None
+        if left is not None:
+            compat.note_left_early(output, left)
+        return output
