@@ -251,13 +251,11 @@ def test_resetting_the_prefix_cache_forgets_what_was_withheld():
     assert not setup.remembers("a")
 
 
-def run(
-    setup: Setup, request: FakeRequest, left: bool, status: Any = RequestStatus.RUNNING
-) -> None:
-    """A step with one request, which leaves early or not."""
+def run(setup: Setup, request: FakeRequest, left: bool, then: Any = RequestStatus.RUNNING) -> None:
+    """A step with one request, which leaves early or not, and what has become of it then."""
     setup.guard.new_step()
     setup.allocate(request)
-    request.status = status
+    request.status = then
     scheduled = {request.request_id: 1}
     setup.guard.step_ended(scheduled, {request.request_id} if left else ())
 
