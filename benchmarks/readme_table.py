@@ -22,7 +22,10 @@ REPORTS = {
     "demo": "`make demo`: 8-shot reviews, SmolLM2-135M-Instruct",
 }
 
-SUITES = {"suite_smollm2_tasks": "The suite's tasks on SmolLM2-135M fine-tuned on four of them"}
+SUITES = {
+    "suite_smollm2_tasks": "The suite's tasks that SmolLM2-135M was fine-tuned on",
+    "suite_smollm2_instruct": "The whole suite on SmolLM2-135M-Instruct, few-shot",
+}
 
 
 def load(name: str) -> dict[str, Any]:
