@@ -46,7 +46,7 @@ def case_rows(
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown: a row for each case, the scenarios in columns, then start-up."""
+    """Markdown: a row for each case, the scenarios in columns."""
     rows = report["cases"]
     names = list(dict.fromkeys(row["scenario"] for row in rows))
     cases: dict[tuple[int, int, int], dict[str, Any]] = {}
@@ -71,17 +71,6 @@ def table(report: Mapping[str, Any]) -> str:
             f"| {length} x {batch}, {output} | {1000 * any_row['stock_seconds']:.0f} "
             f"| {any_row['outside_layers']:.0%} | {' | '.join(cells)} |"
         )
-    if report["start_up"]:
-        lines += [
-            "",
-            "| engine | start, nothing compiled, s | start, compiled before, s | memory, MiB |",
-            "|---|---|---|---|",
-            *(
-                f"| {start['engine']} | {start['cold_seconds']:.1f} "
-                f"| {start['warm_seconds']:.1f} | {start['bytes'] / 2**20:.0f} |"
-                for start in report["start_up"]
-            ),
-        ]
     return "\n".join(lines) + "\n"
 
 

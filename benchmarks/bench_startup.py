@@ -1,0 +1,92 @@
+"""How long engines take to start, and how much memory they hold.
+
+    .venv/bin/python benchmarks/bench_startup.py --model .demo/SmolLM2-135M-Instruct
+
+Stock vLLM and a scripted engine with four exit points (six compiled segments) start in turn, one at
+a time: first with nothing compiled, then with what that left in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+from vllm_adainfer.calibration.calibrate import load_config
+from vllm_adainfer.calibration.data import Example
+from vllm_adainfer.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.calibration.report import write_whole
+from vllm_adainfer.provenance import provenance
+
+MAX_LENGTH = 1024
+STOCK, FOUR = "stock", "four exit points"
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Its config is used, its weights are not.")],
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/startup.json"),
+) -> None:
+    """Measure, and write JSON and a Markdown table beside each other."""
+    depth = load_config(model)[0].num_hidden_layers
+    plans: dict[str, Any] = {
+        STOCK: None,
+        FOUR: {"exit_script": [depth * part // 5 for part in range(1, 5)]},
+    }
+    start(model, None)  # imports, and files that the system is to have in memory
+    found: dict[str, dict[str, float]] = {name: {} for name in plans}
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["VLLM_CACHE_ROOT"] = cache
+        for state in ("cold", "warm"):
+            for name, adainfer in plans.items():
+                found[name][f"{state}_seconds"], found[name]["bytes"] = start(model, adainfer)
+    report = {
+        "model": Path(model).name,
+        "engines": found,
+        "ratios": {key: found[FOUR][key] / found[STOCK][key] for key in found[STOCK]},
+        "provenance": provenance(),
+    }
+    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(output.with_suffix(".md"), table(report).encode())
+    typer.echo(table(report))
+
+
+def start(model: str, adainfer: dict[str, Any] | None) -> tuple[float, int]:
+    """Start an engine and end it: seconds, and bytes that its processes had to themselves."""
+    begin = time.perf_counter()
+    engine = start_engine(
+        model, [Example("", "", [0] * MAX_LENGTH, None)], adainfer, load_format="dummy"
+    )
+    seconds = time.perf_counter() - begin
+    children = psutil.Process().children(recursive=True)
+    memory = sum(child.memory_full_info().uss for child in children)
+    stop_engine(engine)
+    return seconds, memory
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: a row for each engine, then their ratio."""
+    lines = [
+        "| engine | start, nothing compiled, s | start, compiled before, s | memory, MiB |",
+        "|---|---|---|---|",
+    ]
+    for name, engine in report["engines"].items():
+        lines.append(
+            f"| {name} | {engine['cold_seconds']:.1f} | {engine['warm_seconds']:.1f} "
+            f"| {engine['bytes'] / 2**20:.0f} |"
+        )
+    ratios = report["ratios"]
+    lines.append(
+        f"| ratio | {ratios['cold_seconds']:.2f} | {ratios['warm_seconds']:.2f} "
+        f"| {ratios['bytes']:.3f} |"
+    )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
