@@ -19,7 +19,7 @@ from vllm_adainfer.models.shadow import ShadowAnswers
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
 
-# Compacting a batch takes as long as so many rows x layers of a 135M model: 10 to 60 on CPUs, by
+# Compacting a batch takes as long as so many rows x layers of a 135M model: 6 to 60 on CPUs, by
 # their speed in layers; a larger model's take longer, so that it gains from fewer.
 CUT_WORK = 64
 
