@@ -25,6 +25,7 @@ REPORTS = {
 SUITES = {
     "suite_smollm2_tasks": "The suite's tasks that SmolLM2-135M was fine-tuned on",
     "suite_smollm2_instruct": "The whole suite on SmolLM2-135M-Instruct, few-shot",
+    "suite_smollm2_squad": "SQuAD again, after a change to what the prefix cache keeps",
 }
 
 
