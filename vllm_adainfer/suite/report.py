@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from vllm_adainfer.calibration.plot import as_png
 from vllm_adainfer.calibration.policy import PolicyOptions
 from vllm_adainfer.calibration.report import write_whole
 from vllm_adainfer.provenance import provenance
@@ -213,9 +213,7 @@ def plots(report: dict[str, Any]) -> bytes:
     pareto.set_yscale("symlog", linthresh=1)
     pareto.set_title("a point is a task")
     pareto.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return as_png(figure, report["provenance"])
 
 
 def _percent(shares: Sequence[float]) -> list[float]:
