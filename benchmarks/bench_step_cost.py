@@ -33,16 +33,16 @@ import numpy as np
 import torch
 import typer
 from scipy.optimize import nnls
+from scripted_requests import random_prompts, scripted_request
 
 from vllm_adainfer.calibration.calibrate import load_config
 from vllm_adainfer.calibration.data import Example
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.calibration.report import write_whole
 from vllm_adainfer.decision.probe import Probe
-from vllm_adainfer.decision.script import SCRIPT_LABELS, ScriptedPolicy
+from vllm_adainfer.decision.script import ScriptedPolicy
 from vllm_adainfer.models.exit_loop import ExitLoop
 from vllm_adainfer.provenance import provenance
-from vllm_adainfer.runtime.admission import SCRIPT_ARG
 from vllm_adainfer.runtime.step import StepContext
 
 # Part of a step -> what its time is expected to be linear in; see `work` for the words.
@@ -119,29 +119,16 @@ def work(layers: int, requests: int, leaving: list[int]) -> dict[str, int]:
 
 def step_times(engine: Any, vocabulary: int, requests: int, leaving: list[int]) -> dict[str, float]:
     """Median milliseconds of each part in `LINES` over a step of `work`, and of the ``step``."""
-    from vllm import SamplingParams
-
-    generator = np.random.default_rng(requests)
-    ids = generator.integers(2, vocabulary, (requests, PROMPT))
+    prompts = random_prompts(requests, PROMPT, vocabulary)
     quarter = max(1, requests // 4)
     exits: list[int | None] = [layer for layer in leaving for _ in range(quarter)]
     exits += [None] * (requests - len(exits))
-    params = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=1,
-            allowed_token_ids=list(SCRIPT_LABELS),
-            extra_args=None if layer is None else {SCRIPT_ARG: layer},
-        )
-        for layer in exits[:requests]
-    ]
+    params = [scripted_request(layer) for layer in exits]
     steps = []
     for number in range(STEPS + 2):
         engine.reset_prefix_cache()
         with timed() as times:
-            engine.generate(
-                [{"prompt_token_ids": row.tolist()} for row in ids], params, use_tqdm=False
-            )
+            engine.generate(prompts, params, use_tqdm=False)
         if number > 1 and len(times["step"]) == 1:  # two warm up; all prompts in one step
             parts = {
                 part: 1000 * sum(times[part]) for part in ("step", "last layer", "decide", "cut")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
+from scripted_requests import random_prompts, scripted_request
 from throughput_report import (
     HALF,
     IDLE,
@@ -35,10 +36,8 @@ from vllm_adainfer.calibration.calibrate import load_config
 from vllm_adainfer.calibration.data import Example
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.calibration.report import write_whole
-from vllm_adainfer.decision.script import SCRIPT_LABELS
 from vllm_adainfer.plugin import register
 from vllm_adainfer.provenance import provenance
-from vllm_adainfer.runtime.admission import SCRIPT_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def main(
     engines = start_engines(model, depth, cases, quick)
     measured = []
     for case in tqdm(cases, desc="cases", unit="case"):
-        prompts = random_prompts(case, vocabulary)
+        prompts = random_prompts(case.batch, case.length, vocabulary)
         measured.append((case, measure(engines, scenarios(depth), case, prompts, rounds)))
     for engine in engines.values():
         stop_engine(engine)
@@ -163,13 +162,6 @@ def start_engines(model: str, depth: int, cases: Sequence[Case], quick: bool) ->
     return engines
 
 
-def random_prompts(case: Case, vocabulary: int) -> list[dict[str, Any]]:
-    """Prompts for one batch, that share nothing."""
-    generator = np.random.default_rng(case.length * case.batch)
-    ids = generator.integers(2, vocabulary, (case.batch, case.length))
-    return [{"prompt_token_ids": row.tolist()} for row in ids]
-
-
 def measure(
     engines: Mapping[str, LLM],
     planned: Sequence[Scenario],
@@ -191,12 +183,12 @@ def measure(
     }
     few = 1 + MIN_TOKENS // case.length
     for run in runs:
-        one_pass(engines[run.engine], prompts[:few], [request(case, None)] * len(prompts[:few]))
+        one_pass(engines[run.engine], prompts[:few], [scripted_request(None)] * len(prompts[:few]))
     for number in range(rounds):
         for run in runs[number % len(runs) :] + runs[: number % len(runs)]:
             engine = engines[run.engine]
             exits = run.exits(case.batch, np.random.default_rng(number))
-            params = [request(case, layer) for layer in exits]
+            params = [scripted_request(layer, case.output) for layer in exits]
             ours = run.engine in (ONE, FOUR)
             before = stats(engine) if ours else {}
             seconds = statistics.mean(
@@ -217,19 +209,6 @@ def one_pass(engine: LLM, prompts: Sequence[Any], params: Sequence[SamplingParam
     start = time.perf_counter()
     engine.generate(prompts, params, use_tqdm=False)
     return time.perf_counter() - start
-
-
-def request(case: Case, layer: int | None) -> SamplingParams:
-    """What a label head can answer, and, for a scripted engine, where it leaves."""
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=0,
-        max_tokens=case.output,
-        ignore_eos=True,
-        allowed_token_ids=list(SCRIPT_LABELS),
-        extra_args=None if layer is None else {SCRIPT_ARG: layer},
-    )
 
 
 if __name__ == "__main__":

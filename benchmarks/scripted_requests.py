@@ -1,0 +1,32 @@
+"""What benchmarks ask of engines: random prompts, and requests that say where they leave."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vllm_adainfer.decision.script import SCRIPT_LABELS
+from vllm_adainfer.runtime.admission import SCRIPT_ARG
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+
+def random_prompts(batch: int, length: int, vocabulary: int) -> list[dict[str, list[int]]]:
+    """`batch` prompts of `length` tokens that share nothing, the same at every call."""
+    ids = np.random.default_rng(length * batch).integers(2, vocabulary, (batch, length))
+    return [{"prompt_token_ids": row.tolist()} for row in ids]
+
+
+def scripted_request(layer: int | None, tokens: int = 1) -> SamplingParams:
+    """What a label head can answer, for `tokens`; a scripted engine lets it leave after `layer`."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        allowed_token_ids=list(SCRIPT_LABELS),
+        extra_args=None if layer is None else {SCRIPT_ARG: layer},
+    )
