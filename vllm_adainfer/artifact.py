@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,12 @@ CALIBRATION_FILE = "calibration.json"
 CARD_FILE = "README.md"
 # What a reader of calibration.json may rely on.
 DETAILS = ("rows", "rows_held_out", "seed", "majority_share", "exit_points")
+
+
+def are_exit_points(points: Sequence[int], layers: int) -> bool:
+    """Whether there are points, each once, ascending, and inside a model of so many layers."""
+    inside = all(0 < point < layers for point in points)
+    return bool(points) and inside and sorted(set(points)) == list(points)
 
 
 class _Strict(BaseModel):
@@ -82,7 +88,7 @@ class ArtifactConfig(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> ArtifactConfig:
         points = self.exit_points
-        if sorted(set(points)) != list(points) or not 0 < points[0] <= points[-1] < self.layers:
+        if not are_exit_points(points, self.layers):
             raise ValueError(f"exit_points {points} must ascend between 1 and {self.layers - 1}")
         if (self.candidates == "labels") != bool(self.labels):
             raise ValueError('labels go with candidates = "labels"')

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_adainfer import compat
-from vllm_adainfer.artifact import load_artifact
+from vllm_adainfer.artifact import are_exit_points, load_artifact
 from vllm_adainfer.config import Settings, read_settings
 from vllm_adainfer.errors import AdaInferError
 
@@ -66,27 +66,16 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
             artifact.config.epsilon if settings.epsilon is None else settings.epsilon,
         )
     if settings.exit_script is not None:
-        check_exit_script(settings.exit_script, vllm_config.model_config.hf_config)
+        depth = vllm_config.model_config.hf_config.num_hidden_layers
+        if not are_exit_points(settings.exit_script, depth):
+            raise AdaInferError(
+                f"additional_config: adainfer.exit_script must ascend between 1 and {depth - 1}, "
+                f"got {list(settings.exit_script)}"
+            )
         logger.warning("AdaInfer follows an exit script, for benchmarks: answers mean nothing")
     compat.use_model_class(vllm_config, model_class)
     vllm_config.parallel_config.worker_cls = WORKER
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-
-
-def check_exit_script(exit_points: tuple[int, ...], hf_config: Any) -> None:
-    """The exit points of a script fit the model.
-
-    Raises:
-        AdaInferError: they do not.
-
-    """
-    depth = hf_config.num_hidden_layers
-    ascend = list(exit_points) == sorted(set(exit_points))
-    if not (exit_points and ascend and 0 < exit_points[0] <= exit_points[-1] < depth):
-        raise AdaInferError(
-            f"additional_config: adainfer.exit_script must ascend between 1 and {depth - 1}, "
-            f"got {list(exit_points)}"
-        )
 
 
 def refuse_unsupported(vllm_config: VllmConfig, model_class: str) -> None:

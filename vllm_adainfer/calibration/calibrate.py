@@ -9,7 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from vllm_adainfer.artifact import ArtifactConfig, Label, check_writable, save_artifact
+from vllm_adainfer.artifact import (
+    ArtifactConfig,
+    Label,
+    are_exit_points,
+    check_writable,
+    save_artifact,
+)
 from vllm_adainfer.calibration.card import model_card, risk_plot
 from vllm_adainfer.calibration.collect import record, recording_engine
 from vllm_adainfer.calibration.data import (
@@ -189,9 +195,7 @@ def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: 
 
 
 def _layers(asked: tuple[int, ...] | None, depth: int) -> list[int]:
-    if asked is not None and (
-        sorted(set(asked)) != list(asked) or not 0 < asked[0] <= asked[-1] < depth
-    ):
+    if asked is not None and not are_exit_points(asked, depth):
         raise AdaInferError(
             f"--exit-points must ascend between 1 and {depth - 1} for this model of {depth} "
             f"layers, got {','.join(map(str, asked))}"
