@@ -76,6 +76,8 @@ class Settings(BaseModel):
         sources = self.artifact, self.record, self.exit_script
         if self.enabled and sum(source is not None for source in sources) != 1:
             raise ValueError('give "artifact": the directory that `calibrate` wrote')
+        if self.exit_script is not None and (self.epsilon is not None or self.shadow_rate):
+            raise ValueError('"epsilon" and "shadow_rate" go with "artifact", not "exit_script"')
         if self.record is None and self.record_lens is not None:
             raise ValueError('"record_lens" goes with "record": give both, or neither')
         return self

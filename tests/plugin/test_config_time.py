@@ -72,6 +72,8 @@ def test_without_the_switch_everything_is_vllms_own(tiny_model, tiny_policy, mon
         ({"artifact": "no/such"}, "neither a directory nor a hub id"),
         ({"artifact": "."}, "has no config.json"),
         ({"artifact": "x", "exit_script": [2]}, 'give "artifact"'),
+        ({"exit_script": [2], "epsilon": 0.1}, "go with .artifact., not .exit_script."),
+        ({"exit_script": [2], "shadow_rate": 0.1}, "go with .artifact., not .exit_script."),
         ({"exit_script": []}, "exit_script must ascend between 1 and 5, got \\[\\]"),
         ({"exit_script": [0, 3]}, "exit_script must ascend between 1 and 5"),
         ({"exit_script": [3, 2]}, "exit_script must ascend between 1 and 5"),

@@ -129,6 +129,7 @@ def test_an_open_vocabulary_policy_serves_unrestricted_requests(
         (-1, FULL_DEPTH),
         ("x", FULL_DEPTH),
         (None, FULL_DEPTH),
+        ([0.02], FULL_DEPTH),
     ],
 )
 @pytest.mark.parametrize("own", [None, 0, 0.02])
@@ -167,6 +168,7 @@ def test_while_recording_the_tag_is_the_row(arguments, tag):
         ({"adainfer_exit": 5}, {}, 1),
         ({"adainfer_exit": 3}, {}, FULL_DEPTH),
         ({"adainfer_exit": "5"}, {}, FULL_DEPTH),
+        ({"adainfer_exit": [5]}, {}, FULL_DEPTH),
         ({"adainfer_exit": 5}, {"allowed_token_ids": [5, 6]}, FULL_DEPTH),
         ({"adainfer_exit": 5}, {"allowed_token_ids": None}, FULL_DEPTH),
         ({"adainfer_exit": 5}, {"max_tokens": 2}, FULL_DEPTH),

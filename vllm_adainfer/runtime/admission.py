@@ -70,6 +70,12 @@ class Admission:
         """The exit point that a request names, if a label head could answer it."""
         layer = (params.extra_args or {}).get(SCRIPT_ARG)
         script = self._settings.exit_script or ()
+        if layer is not None and layer not in script:
+            logger.warning_once(
+                "a request asked for adainfer_exit = %s, which is no exit point of the script: it "
+                "runs at full depth",
+                repr(layer),  # which vLLM remembers, so it must hash
+            )
         if layer not in script or not self._same_candidates(params):
             return FULL_DEPTH
         return script.index(layer) if self._one_plain_token(params) else FULL_DEPTH
@@ -111,7 +117,7 @@ class Admission:
             logger.warning_once(
                 "a request asked for adainfer_epsilon = %s, which is no number: it runs at "
                 "full depth",
-                epsilon,
+                repr(epsilon),
             )
             return FULL_DEPTH
         try:
