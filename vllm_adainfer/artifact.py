@@ -83,6 +83,9 @@ class ArtifactConfig(_Strict):
         "disagreement", description="What epsilon bounds: changed answers, or accuracy lost."
     )
     bound: Literal["exact", "wsr", "hoeffding-bentkus", "naive"] = "exact"
+    max_tokens: int = Field(
+        1, ge=1, description="Tokens generated per prompt: 1 speaks of one-token requests only."
+    )
     levels: tuple[Level, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

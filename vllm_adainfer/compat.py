@@ -15,6 +15,7 @@ from unittest import mock
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.logger import _VllmLogger as VllmLogger
 
@@ -67,14 +68,33 @@ def hash_block_size(kv_cache_manager: Any) -> int:
     return int(kv_cache_manager.block_pool.hash_block_size)
 
 
-def note_left_early(output: Any, request_ids: frozenset[str]) -> None:
-    """Send ids of requests from the worker to the scheduler, in a `ModelRunnerOutput`.
+def slots(block_table: Any, requests: Tensor, positions: Tensor) -> Tensor:
+    """Cache slots, int64 [rows], of `positions` of `requests` (places in the batch).
+
+    What 0.32's kernel for ``BlockTable.compute_slot_mapping`` does without context parallelism;
+    calling that would overwrite the step's own mapping.
+    """
+    size = block_table.block_size
+    blocks = block_table.block_table.gpu[requests, positions // size]
+    return blocks.long() * size + positions % size
+
+
+def note_complete(output: Any, tokens: dict[str, int]) -> None:
+    """Send from the worker to the scheduler, in a `ModelRunnerOutput`, what is complete.
 
     0.32 has no field in it for a plugin; as it is pickled, an attribute more travels with it.
     """
-    output.adainfer_left_early = request_ids
+    output.adainfer_complete = tokens
 
 
-def left_early(output: Any) -> frozenset[str] | None:
-    """What `note_left_early` sent; None where the worker has run no step."""
-    return getattr(output, "adainfer_left_early", None)
+def complete(output: Any) -> dict[str, int] | None:
+    """What `note_complete` sent; None where the worker has run no step."""
+    return getattr(output, "adainfer_complete", None)
+
+
+def write_kv(attention: Any, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Write `keys` and `values` [rows, heads, head size] of a layer to cache `slots` [rows].
+
+    What 0.32's ``unified_kv_cache_update`` calls for the rows of a forward pass.
+    """
+    attention.impl.do_kv_cache_update(attention, keys, values, attention.kv_cache, slots)

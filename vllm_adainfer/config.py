@@ -54,7 +54,7 @@ class Settings(BaseModel):
     )
     requests: Literal["greedy", "all", "opt-in"] = Field(
         "greedy",
-        description="Which one-token requests may exit: greedy ones, sampled ones too, or "
+        description="Which requests may exit: greedy ones, sampled ones too, or "
         'only those that ask for it with extra_args={"adainfer": 1}.',
     )
     min_rows_saved: int | None = Field(
@@ -62,6 +62,12 @@ class Settings(BaseModel):
         ge=1,
         description="Token rows that must be ready to leave before the batch is compacted; "
         "fewer stay in until more join them. None lets them leave where that is faster.",
+    )
+    kv: Literal["exact", "propagate"] = Field(
+        "exact",
+        description="What a request that goes on to another token leaves in the layers it has "
+        "skipped: what full depth would have put there, computed later with the next token that "
+        "goes there; or keys and values made of the state it left with.",
     )
     shadow_rate: float = Field(
         0.0,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,18 +13,22 @@ from torch import Tensor
 
 from vllm_adainfer.decision.policy import Decision
 from vllm_adainfer.decision.probe import Probe
+from vllm_adainfer.runtime.admission import Admission
+from vllm_adainfer.runtime.kv import ExactKV, PropagateKV
 
 EXIT_AT = "exit_at"
+FULL = -1
 
 
-class ScriptedAdmission:
+class ScriptedAdmission(Admission):
     """A request's tag is the exit point (an index) its extra_args ask for."""
 
-    records = False
+    def __init__(self) -> None:
+        self.records = False
 
     def tag(self, params: Any) -> int:
         arguments = params.extra_args or {}
-        return int(arguments.get(EXIT_AT, -1)) if arguments.get("adainfer", 1) else -1
+        return int(arguments.get(EXIT_AT, FULL)) if arguments.get("adainfer", 1) else FULL
 
     def is_shadow(self, request_id: str) -> bool:
         return False
@@ -55,25 +61,84 @@ def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     """Let the requests' scripts decide; yields the engine's `ExitStats`, starting at zero."""
     model, runner, scheduler = parts(llm)
     loop = model.model.exit_loop
-    saved = loop.policy, loop.stats, loop._min_rows_saved, runner.admission, scheduler.admission
+    names = "policy", "stats", "kv", "_min_rows_saved"
+    saved = {name: getattr(loop, name) for name in names}
+    admission = runner.admission, scheduler.admission
     lens = Probe(
         head_weight=model.head_weight,
         norm_weight=model.model.norm.weight.data,
         norm_eps=model.config.rms_norm_eps,
     )
-    loop.policy = ScriptedPolicy(saved[0].exit_points, lens)
-    loop.stats = type(saved[1])()
+    loop.policy = ScriptedPolicy(loop.policy.exit_points, lens)
+    loop.stats = type(loop.stats)()
+    loop.kv = ExactKV()
     loop._min_rows_saved = min_rows_saved
     runner.admission = scheduler.admission = ScriptedAdmission()
     llm.reset_prefix_cache()
     try:
         yield loop.stats
     finally:
-        (
-            loop.policy,
-            loop.stats,
-            loop._min_rows_saved,
-            runner.admission,
-            scheduler.admission,
-        ) = saved
+        for name, value in saved.items():
+            setattr(loop, name, value)
+        runner.admission, scheduler.admission = admission
         torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A request's part of a step: `rows` rows from position `first` on, through `layers`.
+
+    `state` [hidden size], normed, is what the LM head reads of its last row.
+    """
+
+    first: int
+    rows: int
+    layers: int
+    state: Tensor
+
+
+def drawn_exit(seed: int, position: int, exit_points: int) -> int:
+    """The exit point (an index) drawn for a position, `FULL` for full depth."""
+    return zlib.crc32(f"{seed} {position}".encode()) % (exit_points + 1) - 1
+
+
+@contextmanager
+def drawn(
+    llm: Any, kv: str, min_rows_saved: int | None = 1, capacity: int = 1 << 30
+) -> Iterator[dict[str, list[Ran]]]:
+    """Draw an exit point for each token; a request's `EXIT_AT` is the seed for that.
+
+    An engine started with ``kv`` = ``propagate`` serves both policies.
+    Yields, by a request's id as the client knows it, what it ran.
+    """
+    model, _, _ = parts(llm)
+    loop = model.model.exit_loop
+    fill = getattr(loop.kv, "fill", None)
+    ran: dict[str, list[Ran]] = {}
+    with scripted(llm, min_rows_saved):
+        exit_points, run = loop.policy.exit_points, loop.run
+        loop.kv = ExactKV(capacity)
+        if kv == "propagate":
+            loop.kv = PropagateKV()
+            loop.kv.fill = fill
+
+        def noting(positions: Tensor, input_ids: Tensor, step: Any) -> Any:
+            came = step.layout
+            for place in step.undecided():
+                position = int(came.last_positions[place])
+                step.tags[place] = drawn_exit(step.tags[place], position, len(exit_points))
+            output = run(positions, input_ids, step)
+            left = set(step.left.tolist())
+            for place, request_id in enumerate(step.request_ids):
+                rows, last = int(came.lens[place]), int(came.last_positions[place])
+                layers = exit_points[step.tags[place]] if place in left else loop.stack.depth
+                state = output[0][int(came.ends[place]) - 1].clone()
+                client_id = request_id.split("-")[0]
+                ran.setdefault(client_id, []).append(Ran(last - rows + 1, rows, layers, state))
+            return output
+
+        loop.run = noting
+        try:
+            yield ran
+        finally:
+            del loop.run

@@ -7,11 +7,11 @@ import pytest
 from vllm import SamplingParams
 
 from tests.e2e.oracle import continuation, same, token_after
-from tests.e2e.scripted import EXIT_AT, scripted
+from tests.e2e.scripted import EXIT_AT, FULL, scripted
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer.models.exit_loop import CUT_WORK
 
-FULL = -1
+
 
 
 def depth_of(exit_at: int) -> int:

@@ -14,8 +14,11 @@ from vllm.forward_context import (
 
 from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.policy import ExitPolicy
+from vllm_adainfer.models.decisions import Decisions
 from vllm_adainfer.models.segments import Stack
 from vllm_adainfer.models.shadow import ShadowAnswers
+from vllm_adainfer.runtime.kv import KVPolicy
+from vllm_adainfer.runtime.layout import Ints
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
 
@@ -44,13 +47,15 @@ class ExitLoop:
     A request leaves at the first exit point where the policy has called it settled and enough
     rows leave with it to be worth a smaller batch. Until then a settled request stays in; the
     answer it settled on is kept for when it leaves, and dropped if it reaches full depth after
-    all. A shadow request always does; its early answer is returned beside it.
+    all. A shadow request always does; its early answer is returned beside it. What later tokens
+    find in the layers that a request has skipped is the KV policy's part.
     """
 
     def __init__(
         self,
         stack: Stack,
         policy: ExitPolicy,
+        kv: KVPolicy,
         min_rows_saved: int | None,
         monitor: DisagreementMonitor | None = None,
     ) -> None:
@@ -59,6 +64,7 @@ class ExitLoop:
         `min_rows_saved` rows leave together, None where that is faster.
         """
         self.policy = policy
+        self.kv = kv
         self.monitor = monitor
         self.stats = ExitStats(shadow=monitor)
         self.stack = stack
@@ -86,40 +92,26 @@ class ExitLoop:
         stats.layers_possible += rows * self._depth
         stats.tokens_decided += step.num_sampled
         context = get_forward_context()
+        decisions = Decisions(policy, step)
         hidden, residual = input_ids, None
-        answers: Tensor | None = None
-        memory: Tensor | None = None
         for index, segment in enumerate(self.stack.segments):
             with override_forward_context(context):
                 hidden, residual = segment(positions, hidden, residual)
             stats.layers_run += hidden.shape[0] * segment.num_layers
             if index == len(policy.exit_points):  # it ends where the last layer begins
                 break
-            asked = step.undecided()
-            if asked.size == 0:
+            decisions.ask(index, hidden, residual)
+            regrouped = self._regroup(index, hidden, residual, step)
+            if regrouped is None:
                 continue
-            sampled = step.sampled_rows(asked)
-            tags = torch.from_numpy(step.tags[asked])
-            decision = policy.decide(index, hidden[sampled] + residual[sampled], tags, memory)
-            if decision.memory is not None:  # who is not settled is asked next, in this order
-                memory = decision.memory[~decision.settled]
-            settled = asked[decision.settled.numpy()]
-            if settled.size == 0 or decision.answers is None:
-                continue
-            if answers is None:
-                answers = decision.answers.new_empty(step.num_requests, decision.answers.shape[1])
-            answers[torch.from_numpy(settled)] = decision.answers[decision.settled]
-            step.settle(settled)
-            if not self._worth_a_cut(step.rows_ready_to_leave(), hidden.shape[0], index):
-                continue
-            left, stay = step.compact()
-            stats.exit_histogram[policy.exit_points[index]] += left
-            hidden, residual, positions = hidden[stay], residual[stay], positions[stay]
-            if stay.numel() == 0:
+            hidden, residual = regrouped
+            if hidden.shape[0] == 0:
                 break
+            positions = step.positions()
             attn_metadata, slot_mapping = step.narrowed()
             context = replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
         whole = self._last(positions, hidden, residual, step, context, rows)
+        answers = decisions.answers
         shadow = ShadowAnswers.of(step, answers)
         early = step.left
         stats.exit_histogram[self._depth] += step.num_sampled - early.size
@@ -131,12 +123,35 @@ class ExitLoop:
         whole[step.original_sampled_rows(early)] = answers[requests]
         return whole, None, shadow
 
-    def _worth_a_cut(self, ready: int, rows: int, exit_index: int) -> bool:
-        """Whether `ready` of the batch's `rows` are to leave at this exit point."""
+    def _regroup(
+        self, exit_index: int, hidden: Tensor, residual: Tensor, step: StepContext
+    ) -> tuple[Tensor, Tensor] | None:
+        """The rows that go on below this exit point; None if they are those that came to it."""
+        leaving = step.ready()
+        if leaving.size and not self._worth_a_cut(exit_index, leaving, step):
+            leaving = leaving[:0]
+        waiting = self.kv.waiting(exit_index, step, leaving)
+        if leaving.size == 0 and waiting is None:
+            return None
+        self.stats.exit_histogram[self.policy.exit_points[exit_index]] += leaving.size
+        going_on = leaving[step.goes_on[leaving]]
+        if going_on.size:
+            self.kv.leave(exit_index, going_on, hidden, residual, step)
+        if waiting is not None:
+            joining = self.kv.rejoin(exit_index, step, waiting)
+            hidden, residual = torch.cat([hidden, joining[0]]), torch.cat([residual, joining[1]])
+        rows = step.regroup(leaving, waiting)
+        return hidden[rows], residual[rows]
+
+    def _worth_a_cut(self, exit_index: int, leaving: Ints, step: StepContext) -> bool:
+        """Whether requests that are ready are to leave at this exit point."""
+        ready = int(step.layout.lens[leaving].sum())
         if self._min_rows_saved is not None:
             return ready >= self._min_rows_saved
-        if ready == rows:  # nothing to compact
+        if ready == step.layout.num_rows:  # nothing to compact
             return True
+        if self.kv.defers:  # rows that will run these layers later spare nothing by leaving now
+            ready = int(step.layout.lens[leaving[~step.goes_on[leaving]]].sum())
         return ready * (self._depth - self.policy.exit_points[exit_index]) >= CUT_WORK
 
     def _last(
@@ -158,8 +173,8 @@ class ExitLoop:
             final = self.stack.last(positions, hidden, residual, decisive)
         # Rows that it has computed K and V of, and no more, are counted all the same.
         self.stats.layers_run += hidden.shape[0] * self.stack.last.num_layers
-        if final.shape[0] == rows:
+        if step.as_it_came and final.shape[0] == rows:
             return final
         whole = hidden.new_empty(rows, hidden.shape[1])
-        whole[step.original_rows(decisive)] = final
+        step.put_back(final, decisive, whole)
         return whole

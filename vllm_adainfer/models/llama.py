@@ -18,9 +18,11 @@ from vllm_adainfer.decision.policy import CalibratedPolicy, ExitPolicy
 from vllm_adainfer.decision.record import LensSums, Recorder
 from vllm_adainfer.decision.script import ScriptedPolicy
 from vllm_adainfer.models.exit_loop import ExitLoop, LabelAnswers
+from vllm_adainfer.models.kv_fill import KVFill
 from vllm_adainfer.models.recording_loop import RecordingLoop
 from vllm_adainfer.models.segments import Stack, build_stack
 from vllm_adainfer.models.shadow import ShadowAnswers, watch
+from vllm_adainfer.runtime.kv import ExactKV, KVPolicy, PropagateKV
 from vllm_adainfer.runtime.step import StepContext
 
 
@@ -73,7 +75,8 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
                 config = self._artifact.config
                 monitor = DisagreementMonitor([at.epsilon for at in config.levels], config.delta)
             stack = self._stack(policy.exit_points, vllm_config)
-            self.model.exit_loop = ExitLoop(stack, policy, settings.min_rows_saved, monitor)
+            kv: KVPolicy = ExactKV() if settings.kv == "exact" else PropagateKV()
+            self.model.exit_loop = ExitLoop(stack, policy, kv, settings.min_rows_saved, monitor)
 
     def _policy(self, settings: Settings) -> ExitPolicy:
         norm_weight = self.model.norm.weight.data
@@ -102,6 +105,9 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
         """Load, then check that these are the weights the artifact was calibrated for."""
         loaded: set[str] = super().load_weights(weights)
         self.fingerprint = weights_fingerprint(dict(self.named_parameters()))
+        loop = self.model.exit_loop
+        if isinstance(loop.kv, PropagateKV):
+            loop.kv.fill = KVFill(self.model.layers, self._exit_loop.policy.exit_points)
         if self._artifact is not None:
             self._artifact.config.check_weights(self.fingerprint)
         return loaded

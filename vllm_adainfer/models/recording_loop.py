@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vllm_adainfer.decision.record import Recorder
 from vllm_adainfer.models.segments import Stack
+from vllm_adainfer.runtime.kv import ExactKV
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.stats import ExitStats
 
@@ -40,6 +41,7 @@ class RecordingLoop:
     def __init__(self, stack: Stack, recorder: Recorder) -> None:
         """`stack` is cut at ``recorder.layers``, so that its last segment is the norm alone."""
         self.recorder = recorder
+        self.kv = ExactKV()  # where nobody ever waits
         self.stats = ExitStats()
         self.timings = Timings()
         self.stack = stack
@@ -76,7 +78,7 @@ class RecordingLoop:
             return
         start = time.perf_counter()
         step.settle(undecided[::2])
-        _, stay = step.compact()
+        stay = step.regroup(step.ready())
         _ = hidden[stay], hidden[stay], positions[stay]  # the residual is as large as the state
         step.narrowed()
         self.timings.cut_seconds += time.perf_counter() - start

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact import ArtifactConfig, load_artifact
@@ -22,10 +23,32 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 FULL_DEPTH = -1
+UNLIMITED = 1 << 62
 EXIT_ARG = "adainfer"
 EPSILON_ARG = "adainfer_epsilon"
 ROW_ARG = "adainfer_row"
 SCRIPT_ARG = "adainfer_exit"
+DEEP_PROMPT_ARG = "adainfer_deep_prompt"  # set by the scheduler, see `with_deep_prompt`
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What the worker remembers of a request.
+
+    Attributes:
+        tag: see `Admission.tag`.
+        is_shadow: see `Admission.is_shadow`.
+        max_tokens: how many it will be asked for at most.
+        deep_prompt: whether its prompt runs at full depth, whatever the tag.
+        wants_prompt: whether it wants log-probabilities of its prompt's tokens.
+
+    """
+
+    tag: int
+    is_shadow: bool
+    max_tokens: int
+    deep_prompt: bool
+    wants_prompt: bool
 
 
 class Admission:
@@ -42,6 +65,16 @@ class Admission:
         self._label_ids = set(self._config.label_ids) if self._config else set()
         if settings.exit_script is not None:
             self._label_ids = set(SCRIPT_LABELS)
+
+    def admit(self, request_id: str, params: SamplingParams | None) -> Admitted:
+        """All that the worker is to remember of a request."""
+        return Admitted(
+            tag=self.tag(params),
+            is_shadow=self.is_shadow(request_id),
+            max_tokens=(params and params.max_tokens) or UNLIMITED,
+            deep_prompt=has_deep_prompt(params),
+            wants_prompt=params is not None and params.prompt_logprobs is not None,
+        )
 
     def tag(self, params: SamplingParams | None) -> int:
         """The policy's number for a request with `params`, or `FULL_DEPTH`.
@@ -60,7 +93,8 @@ class Admission:
         asked = arguments.get(EXIT_ARG, int(self._settings.requests != "opt-in"))
         if str(asked) not in ("1", "True"):
             return FULL_DEPTH
-        if not (self._one_plain_token(params) and self._same_candidates(params)):
+        plain = self._plain(params, self._config.max_tokens)
+        if not (plain and self._same_candidates(params)):
             return FULL_DEPTH
         if EPSILON_ARG not in arguments:
             return self._default_tag
@@ -78,7 +112,7 @@ class Admission:
             )
         if layer not in script or not self._same_candidates(params):
             return FULL_DEPTH
-        return script.index(layer) if self._one_plain_token(params) else FULL_DEPTH
+        return script.index(layer) if self._plain(params, 1) else FULL_DEPTH
 
     def is_shadow(self, request_id: str) -> bool:
         """Whether a request, if it may exit, is to run to full depth and be compared instead.
@@ -90,10 +124,13 @@ class Admission:
         digest = hashlib.sha256(client_request_id(request_id).encode()).digest()
         return int.from_bytes(digest[:4], "big") / 2**32 < self._settings.shadow_rate
 
-    def _one_plain_token(self, params: SamplingParams) -> bool:
-        """One token, chosen by the scores as they are: what a calibrated bound speaks of."""
+    def _plain(self, params: SamplingParams, max_tokens: int) -> bool:
+        """Tokens chosen by the scores as they are: what a calibrated bound speaks of.
+
+        Calibrated on one token it speaks of one token only; on more, of any number.
+        """
         return (
-            params.max_tokens == 1
+            (params.max_tokens == 1 or max_tokens > 1)
             and (params.temperature == 0 or self._settings.requests == "all")
             and params.logprobs is None
             and params.prompt_logprobs is None
@@ -104,6 +141,8 @@ class Admission:
             and params.structured_outputs is None
             and params.thinking_token_budget is None
             and params.repetition_penalty == 1
+            and (params.max_tokens == 1 or not params.presence_penalty)
+            and (params.max_tokens == 1 or not params.frequency_penalty)
         )
 
     def _same_candidates(self, params: SamplingParams) -> bool:
@@ -127,8 +166,13 @@ class Admission:
             return FULL_DEPTH
 
 
-def at_full_depth(params: SamplingParams) -> SamplingParams:
-    """A copy of `params` that `Admission` gives `FULL_DEPTH`."""
+def with_deep_prompt(params: SamplingParams) -> SamplingParams:
+    """A copy of `params` for which the worker runs the prompt at full depth."""
     params = copy.copy(params)  # the caller's object may serve other requests
-    params.extra_args = {**(params.extra_args or {}), EXIT_ARG: 0}
+    params.extra_args = {**(params.extra_args or {}), DEEP_PROMPT_ARG: 1}
     return params
+
+
+def has_deep_prompt(params: SamplingParams | None) -> bool:
+    """Whether `with_deep_prompt` has been here."""
+    return params is not None and DEEP_PROMPT_ARG in (params.extra_args or {})

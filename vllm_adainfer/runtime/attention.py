@@ -1,4 +1,4 @@
-"""Attention metadata of the requests that remain, built by the attention backend itself."""
+"""Attention metadata of a batch that exits have changed, built by the attention backend itself."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_adainfer.runtime.step import Ints
+from vllm_adainfer import compat
+from vllm_adainfer.runtime.layout import RowLayout
 
 
 class AttentionNarrower:
-    """Rebuilds a V1 runner's metadata for some of its requests.
+    """Rebuilds a V1 runner's metadata for other rows of its requests.
 
     The builders are our own (one per attention group), as in vLLM's own row-subset model
     (`models/deepseek_v41/nvidia/model_state.py`): a builder may keep what it built last. The
@@ -40,52 +41,60 @@ class AttentionNarrower:
             for groups in runner.attn_groups
         ]
 
-    def __call__(self, requests: Ints, rows: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Metadata and slot mapping, by layer name, of batch positions `requests`.
+    def __call__(self, layout: RowLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Metadata and slot mapping, by layer name, for the rows of `layout`."""
+        slots = self._slots(layout)
+        return self._metadata(layout, slots), self._by_layer(slots)
 
-        `rows` [remaining rows] are their token rows in the whole batch.
-        """
-        starts = self._runner.query_start_loc.np
-        query_lens = starts[requests + 1] - starts[requests]
-        return self._build(requests, query_lens, rows, rows)
-
-    def last_rows(self, requests: Ints, rows: Tensor) -> dict[str, Any]:
+    def last_rows(self, layout: RowLayout) -> dict[str, Any]:
         """Metadata, by layer name, for one query of each request, from its last row.
 
-        `rows` [remaining rows] are all their token rows in the whole batch, whose K and V are
-        still to be written.
+        K and V of all rows of `layout` are still to be written.
         """
-        last = torch.from_numpy(self._runner.query_start_loc.np[requests + 1] - 1)
-        return self._build(requests, np.ones_like(requests), last, rows)[0]
+        ones = (layout.lens > 0).astype(np.int64)
+        return self._metadata(RowLayout(ones, layout.last_positions), self._slots(layout))
 
-    def _build(
-        self, requests: Ints, query_lens: Ints, query_rows: Tensor, written_rows: Tensor
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        runner = self._runner
-        kept = torch.from_numpy(requests)
+    def slots(self, layout: RowLayout) -> dict[str, Tensor]:
+        """Slot mapping, by layer name, for the rows of `layout`."""
+        return self._by_layer(self._slots(layout))
+
+    def _slots(self, layout: RowLayout) -> list[Tensor]:
+        """Of each KV cache group, int64 [rows]."""
+        owners, positions = torch.from_numpy(layout.owners), torch.from_numpy(layout.positions)
+        tables = self._runner.input_batch.block_table
+        return [compat.slots(tables[group], owners, positions) for group in range(len(self._groups))]
+
+    def _by_layer(self, slots: list[Tensor]) -> dict[str, Tensor]:
+        return {
+            name: group_slots
+            for builders, group_slots in zip(self._groups, slots, strict=True)
+            for layer_names, _ in builders
+            for name in layer_names
+        }
+
+    def _metadata(self, queries: RowLayout, slots: list[Tensor]) -> dict[str, Any]:
+        """For queries from the rows of `queries`; K and V go to `slots`."""
+        runner, requests = self._runner, queries.here
+        kept, lens = torch.from_numpy(requests), queries.lens[requests]
         query_start_loc = torch.zeros(len(requests) + 1, dtype=torch.int32)
-        query_start_loc[1:] = torch.from_numpy(np.cumsum(query_lens))
+        query_start_loc[1:] = torch.from_numpy(np.cumsum(lens))
         seq_lens = runner.seq_lens[kept]
-        attn_metadata: dict[str, Any] = {}
-        slot_mappings: dict[str, Tensor] = {}
+        metadata: dict[str, Any] = {}
         for group_id, builders in enumerate(self._groups):
-            block_table = runner.input_batch.block_table[group_id]
-            slot_mapping = block_table.slot_mapping.gpu[written_rows]
+            table = runner.input_batch.block_table[group_id]
             common = CommonAttentionMetadata(
                 query_start_loc=query_start_loc,
                 query_start_loc_cpu=query_start_loc,
                 seq_lens=seq_lens,
                 seq_lens_cpu_upper_bound=seq_lens,
                 num_reqs=len(requests),
-                num_actual_tokens=len(query_rows),
-                max_query_len=int(query_lens.max()),
+                num_actual_tokens=queries.num_rows,
+                max_query_len=int(lens.max()),
                 max_seq_len=int(seq_lens.max()),
-                block_table_tensor=block_table.get_device_tensor(runner.input_batch.num_reqs)[kept],
-                slot_mapping=slot_mapping,
-                positions=runner.positions[query_rows],
+                block_table_tensor=table.get_device_tensor(runner.input_batch.num_reqs)[kept],
+                slot_mapping=slots[group_id],
+                positions=torch.from_numpy(queries.positions),
             )
             for layer_names, builder in builders:
-                metadata = builder.build(0, common)
-                attn_metadata.update(dict.fromkeys(layer_names, metadata))
-                slot_mappings.update(dict.fromkeys(layer_names, slot_mapping))
-        return attn_metadata, slot_mappings
+                metadata.update(dict.fromkeys(layer_names, builder.build(0, common)))
+        return metadata

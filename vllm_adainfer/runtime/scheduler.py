@@ -9,7 +9,12 @@ from vllm.v1.request import Request
 
 from vllm_adainfer import compat
 from vllm_adainfer.config import read_settings
-from vllm_adainfer.runtime.admission import FULL_DEPTH, Admission, at_full_depth
+from vllm_adainfer.runtime.admission import (
+    FULL_DEPTH,
+    Admission,
+    has_deep_prompt,
+    with_deep_prompt,
+)
 from vllm_adainfer.runtime.prefix_cache import PrefixCacheGuard
 
 
@@ -35,15 +40,19 @@ class AdaInferScheduler(Scheduler):
         return super().schedule(*args, **kwargs)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """As vLLM's, once prompts that ran to full depth after all are in the prefix cache."""
-        left = compat.left_early(model_runner_output)
-        if left is not None and isinstance(self.kv_cache_manager, PrefixCacheGuard):
-            self.kv_cache_manager.step_ended(scheduler_output.num_scheduled_tokens, left)
+        """As vLLM's, once what the step has completed is in the prefix cache."""
+        complete = compat.complete(model_runner_output)
+        if complete is not None and isinstance(self.kv_cache_manager, PrefixCacheGuard):
+            self.kv_cache_manager.step_ended(complete)
         return super().update_from_output(scheduler_output, model_runner_output)
 
-    def _may_exit(self, request: Request) -> bool:
-        return self.admission.tag(request.sampling_params) != FULL_DEPTH
+    def _may_exit(self, request: Request, computed: int) -> bool:
+        """Whether `request` may exit in a step that starts after `computed` of its tokens."""
+        params = request.sampling_params
+        if has_deep_prompt(params) and computed < request.num_prompt_tokens:
+            return False
+        return self.admission.tag(params) != FULL_DEPTH
 
     def _complete(self, request: Request) -> None:
         """The worker reads this when the request is first sent to it, in this very step."""
-        request.sampling_params = at_full_depth(request.sampling_params)
+        request.sampling_params = with_deep_prompt(request.sampling_params)

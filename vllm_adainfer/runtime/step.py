@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
+from vllm_adainfer.runtime.layout import Bools, Ints, RowLayout
 
 # New attention metadata take as long as the last layer of so many rows (see `CUT_WORK`).
 MIN_ROWS_SPARED = 64
 
 
 class Narrow(Protocol):
-    """Builds what attention needs when it is not to see the whole batch."""
+    """Builds what attention needs when it is not to see the batch as it came."""
 
-    def __call__(self, requests: Ints, rows: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Attention metadata and slot mapping, by layer, of some requests and their rows."""
+    def __call__(self, layout: RowLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Attention metadata and slot mapping, by layer, for the rows of `layout`."""
 
-    def last_rows(self, requests: Ints, rows: Tensor) -> dict[str, Any]:
-        """Metadata, by layer, for a query from the last row of each request; K/V of all `rows`."""
+    def last_rows(self, layout: RowLayout) -> dict[str, Any]:
+        """Metadata, by layer, for a query from the last row of each request; K/V of all rows."""
+
+    def slots(self, layout: RowLayout) -> dict[str, Tensor]:
+        """Slot mapping, by layer, for the rows of `layout`."""
 
 
 class StepContext:
-    """Requests of one step, named by their position in the batch, and their token rows.
+    """Requests of one step, named by their place in the batch, and their token rows.
 
-    Rows of one request are adjacent, requests in order; the last row of a request is the one
-    that is sampled (if its prompt is complete).
+    The last row of a request is the one that is sampled (if its prompt is complete).
     """
 
     def __init__(
         self,
-        query_lens: Ints,
+        request_ids: Sequence[str],
+        layout: RowLayout,
         sampled: Bools,
         tags: Ints,
+        goes_on: Bools,
         narrow: Narrow,
         shadow: Bools | None = None,
         all_rows_count: bool = False,
@@ -45,19 +48,23 @@ class StepContext:
         """Describe the batch.
 
         Args:
-            query_lens: [requests], rows of each request in this step.
+            request_ids: vLLM's, by place.
+            layout: rows of each request in this step; every request has some.
             sampled: [requests], True where this step yields a token (False: more chunks follow).
             tags: [requests], what `Admission` gave; negative runs at full depth.
+            goes_on: [requests], True for those that may be asked for another token after this.
             narrow: builds what attention needs when only some requests remain.
             shadow: [requests], True for those that, if they may exit, are decided but stay.
             all_rows_count: whether final states of rows that are not sampled are wanted.
 
         """
-        self.num_requests = len(query_lens)
+        self.request_ids = request_ids
+        self.num_requests = len(request_ids)
         self.num_sampled = int(np.count_nonzero(sampled))
-        self._rows = int(query_lens.sum())  # in the batch as it is now
+        self.layout = layout  # of the batch as it is now
         self.tags = tags
-        self._query_lens = query_lens
+        self.goes_on = goes_on
+        self._came = layout
         self._sampled = sampled
         self._narrow = narrow
         self._all_rows_count = all_rows_count
@@ -68,9 +75,13 @@ class StepContext:
             self._may_leave = self._may_exit & ~shadow
         self._settled = np.zeros(self.num_requests, dtype=np.bool_)
         self._left = np.zeros(self.num_requests, dtype=np.bool_)
-        self._last_row = np.cumsum(query_lens) - 1
-        self._first_last_row = self._last_row
-        self._origin: Tensor | None = None
+        # Where each row was in the batch as it came, negative for one that joined; None: there.
+        self._origin: Ints | None = None
+
+    @property
+    def as_it_came(self) -> bool:
+        """Whether the batch has the rows that it came with."""
+        return self._origin is None
 
     @property
     def left(self) -> Ints:
@@ -87,51 +98,58 @@ class StepContext:
 
     def sampled_rows(self, requests: Ints) -> Tensor:
         """Rows, in the batch as it is now, that decide `requests` (which must not have left)."""
-        return torch.from_numpy(self._last_row[requests])
+        return torch.from_numpy(self.layout.last_rows(requests))
 
     def tags_by_row(self) -> Ints:
         """The tag of each row's request, in the batch as it came."""
-        return np.repeat(self.tags, self._query_lens)
+        return self.tags[self._came.owners]
 
     def sampled_by_row(self) -> Bools:
         """Which rows yield a token, in the batch as it came."""
-        rows = np.zeros(int(self._query_lens.sum()), dtype=np.bool_)
-        rows[self._first_last_row[self._sampled]] = True
+        rows = np.zeros(self._came.num_rows, dtype=np.bool_)
+        rows[self._came.last_rows(np.flatnonzero(self._sampled))] = True
         return rows
 
     def settle(self, requests: Ints) -> None:
         """Note that the answers of `requests` are known."""
         self._settled[requests] = True
 
-    def rows_ready_to_leave(self) -> int:
-        """Rows of settled requests that are still in the batch and need not stay."""
-        return int(self._query_lens[self._ready() & ~self._left].sum())
+    def ready(self) -> Ints:
+        """Settled requests that are still in the batch and need not stay."""
+        return np.flatnonzero(self._settled & self._may_leave & ~self._left)
 
-    def compact(self) -> tuple[int, Tensor]:
-        """Let settled requests leave, but not shadow requests.
+    def regroup(self, leaving: Ints, waiting: Ints | None = None) -> Tensor:
+        """Let requests leave, and rows that waited for their requests to go on join the batch.
+
+        Args:
+            leaving: requests, all of them ready.
+            waiting: [requests], see `RowLayout.regroup`; None if no row joins.
 
         Returns:
-            how many left, and the rows of the batch as it was that stay.
+            rows of the batch as it was that make up the batch now, see `RowLayout.regroup`.
 
         """
-        before = ~self._left
-        leaving = before & self._ready()
-        stay = np.repeat(~leaving[before], self._query_lens[before])
-        kept_rows = torch.from_numpy(np.flatnonzero(stay))
-        self._rows = len(kept_rows)
-        self._left = self._left | leaving
-        lens = np.where(self._left, 0, self._query_lens)
-        self._last_row = np.cumsum(lens) - 1
-        self._origin = kept_rows if self._origin is None else self._origin[kept_rows]
-        return int(np.count_nonzero(leaving)), kept_rows
+        if waiting is None:
+            waiting = np.zeros_like(self.layout.lens)
+        before = self.layout.num_rows
+        self.layout, rows = self.layout.regroup(leaving, waiting)
+        self._left[leaving] = True
+        origin = np.full(before + int(waiting.sum()), -1)
+        origin[:before] = np.arange(before) if self._origin is None else self._origin
+        self._origin = origin[rows]
+        return torch.from_numpy(rows)
 
-    def _ready(self) -> Bools:
-        return self._settled & self._may_leave
+    def positions(self) -> Tensor:
+        """int64 [rows], of the batch as it is now."""
+        return torch.from_numpy(self.layout.positions)
 
     def narrowed(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Attention metadata and slot mapping, by layer, of the requests that remain."""
-        assert self._origin is not None
-        return self._narrow(np.flatnonzero(~self._left), self._origin)
+        """Attention metadata and slot mapping, by layer, of the batch as it is now."""
+        return self._narrow(self.layout)
+
+    def slots(self, layout: RowLayout) -> dict[str, Tensor]:
+        """Where K and V of the rows of `layout` belong, by layer."""
+        return self._narrow.slots(layout)
 
     def decisive_rows(self) -> tuple[Tensor, dict[str, Any] | None]:
         """Rows whose final states are wanted: the last one of each request that remains.
@@ -141,16 +159,20 @@ class StepContext:
             these rows alone; None where the metadata are right as they are.
 
         """
-        if self._all_rows_count or self._rows - self.num_requests < MIN_ROWS_SPARED:
-            return torch.arange(self._rows), None
-        remain = np.flatnonzero(~self._left)
-        origin = torch.arange(self._rows) if self._origin is None else self._origin
-        return self.sampled_rows(remain), self._narrow.last_rows(remain, origin)
+        here, rows = self.layout.here, self.layout.num_rows
+        if self._all_rows_count or rows - len(here) < MIN_ROWS_SPARED:
+            return torch.arange(rows), None
+        return self.sampled_rows(here), self._narrow.last_rows(self.layout)
 
-    def original_rows(self, rows: Tensor) -> Tensor:
-        """Where `rows` of the batch as it is now were in the batch as it came."""
-        return rows if self._origin is None else self._origin[rows]
+    def put_back(self, states: Tensor, rows: Tensor, whole: Tensor) -> None:
+        """Copy `states` of `rows` (of the batch as it is now) to their rows of the one that came.
+
+        Rows that joined are of no use to anybody.
+        """
+        origin = rows if self._origin is None else torch.from_numpy(self._origin)[rows]
+        came = origin >= 0
+        whole[origin[came]] = states[came]
 
     def original_sampled_rows(self, requests: Ints) -> Tensor:
         """Rows, in the batch as it came, that decide `requests`."""
-        return torch.from_numpy(self._first_last_row[requests])
+        return torch.from_numpy(self._came.last_rows(requests))

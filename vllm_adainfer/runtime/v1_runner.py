@@ -9,8 +9,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_adainfer import compat
 from vllm_adainfer.config import read_settings
-from vllm_adainfer.runtime.admission import FULL_DEPTH, Admission
+from vllm_adainfer.runtime.admission import FULL_DEPTH, Admission, Admitted
 from vllm_adainfer.runtime.attention import AttentionNarrower
+from vllm_adainfer.runtime.layout import RowLayout
 from vllm_adainfer.runtime.step import StepContext
 
 
@@ -18,62 +19,80 @@ class AdaInferCPUModelRunner(CPUModelRunner):
     """Tells the model whose rows it is about to run and who may exit."""
 
     _narrow: AttentionNarrower | None = None
-    _left: frozenset[str] | None = None  # requests that left early in the step being run
+    _complete: dict[str, int] | None = None  # of the step being run, see `_complete_tokens`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
         self.admission = Admission(settings)
-        self._tags: dict[str, int] = {}
-        self._shadow: set[str] = set()
-        self._wants_prompt: set[str] = set()  # log-probabilities of its prompt's tokens
+        self._admitted: dict[str, Admitted] = {}
 
     def _update_states(self, scheduler_output: Any) -> Any:
         """Admit requests when they arrive, forget them when they end."""
+        kv = self.model.model.exit_loop.kv
         for request_id in scheduler_output.finished_req_ids:
-            self._tags.pop(request_id, None)
-            self._shadow.discard(request_id)
-            self._wants_prompt.discard(request_id)
-        for request in scheduler_output.scheduled_new_reqs:
-            self._tags[request.req_id] = self.admission.tag(request.sampling_params)
-            if self.admission.is_shadow(request.req_id):
-                self._shadow.add(request.req_id)
-            params = request.sampling_params
-            if params is not None and params.prompt_logprobs is not None:
-                self._wants_prompt.add(request.req_id)
+            self._admitted.pop(request_id, None)
+            kv.forget(request_id)
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            kv.forget(request_id)  # with the blocks that preemption took
+        for new in scheduler_output.scheduled_new_reqs:
+            self._admitted[new.req_id] = self.admission.admit(new.req_id, new.sampling_params)
         return super()._update_states(scheduler_output)
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._narrow is None:
             self._narrow = AttentionNarrower(self)
-        num_requests = self.input_batch.num_reqs
-        request_ids = self.input_batch.req_ids
-        starts = self.query_start_loc.np[: num_requests + 1].astype(np.int64)
-        tags = np.fromiter(map(self._tags.__getitem__, request_ids), np.int64, num_requests)
-        shadow = None
-        monitor = self.model.model.exit_loop.monitor
-        if monitor is not None:
-            is_shadow = map(self._shadow.__contains__, request_ids)
-            shadow = np.fromiter(is_shadow, np.bool_, num_requests)
-            tags[monitor.tightened[tags] & ~shadow] = FULL_DEPTH
-        step = StepContext(
-            query_lens=np.diff(starts),
-            sampled=~self.discard_request_mask.np[:num_requests],
-            tags=tags,
-            narrow=self._narrow,
-            shadow=shadow,
-            all_rows_count=not self._wants_prompt.isdisjoint(request_ids),
-        )
+        step = self._describe_step(self._narrow)
         self.model.model.step = step
         output = super()._model_forward(*args, **kwargs)
-        self._left = frozenset(request_ids[place] for place in step.left)
+        self._complete = self._complete_tokens(step)
         return output
 
+    def _describe_step(self, narrow: AttentionNarrower) -> StepContext:
+        batch, loop = self.input_batch, self.model.model.exit_loop
+        count, request_ids = batch.num_reqs, batch.req_ids
+        admitted = [self._admitted[request_id] for request_id in request_ids]
+        lens = np.diff(self.query_start_loc.np[: count + 1].astype(np.int64))
+        first = batch.num_computed_tokens_cpu[:count].astype(np.int64)
+        last, prompt = first + lens - 1, batch.num_prompt_tokens[:count]
+        tags = np.array([request.tag for request in admitted])
+        tags[np.array([request.deep_prompt for request in admitted]) & (first < prompt)] = (
+            FULL_DEPTH
+        )
+        for request_id in loop.kv.overdue().intersection(request_ids):
+            tags[batch.req_id_to_index[request_id]] = FULL_DEPTH
+        shadow = None
+        if loop.monitor is not None:
+            shadow = np.array([request.is_shadow for request in admitted])
+            tags[loop.monitor.tightened[tags] & ~shadow] = FULL_DEPTH
+        max_tokens = np.array([request.max_tokens for request in admitted])
+        return StepContext(
+            request_ids=request_ids,
+            layout=RowLayout(lens, last),
+            sampled=~self.discard_request_mask.np[:count],
+            tags=tags,
+            goes_on=last + 2 - prompt < max_tokens,  # once this step's token is appended
+            narrow=narrow,
+            shadow=shadow,
+            all_rows_count=any(request.wants_prompt for request in admitted),
+        )
+
+    def _complete_tokens(self, step: StepContext) -> dict[str, int]:
+        """Of each request that may exit, how many first tokens the cache has as at full depth."""
+        kv = self.model.model.exit_loop.kv
+        ended = set(step.left[~step.goes_on[step.left]].tolist())
+        ends = (step.layout.last_positions + 1).tolist()
+        return {
+            request_id: 0 if place in ended else ends[place] - kv.missing(request_id, ends[place])
+            for place, request_id in enumerate(step.request_ids)
+            if self._admitted[request_id].tag != FULL_DEPTH
+        }
+
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; the output says which requests left early."""
+        """As vLLM's; the output says what is complete in the KV cache."""
         output = super().sample_tokens(*args, **kwargs)
-        left, self._left = self._left, None
-        if left is not None:
-            compat.note_left_early(output, left)
+        complete, self._complete = self._complete, None
+        if complete is not None:
+            compat.note_complete(output, complete)
         return output
