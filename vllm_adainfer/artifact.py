@@ -72,7 +72,7 @@ class ArtifactConfig(_Strict):
     weights_fingerprint: str
     exit_points: tuple[int, ...] = Field(min_length=1)
     probe: Literal["label-head", "lens", "logit-lens"]
-    candidates: Literal["labels", "full"]
+    candidates: Literal["labels", "shortlist", "full"]
     labels: tuple[Label, ...] = ()
     features: tuple[str, ...]
     classifier: Literal["svm", "logreg", "threshold", "rbf", "boosting", "crf"]
@@ -95,6 +95,8 @@ class ArtifactConfig(_Strict):
             raise ValueError(f"exit_points {points} must ascend between 1 and {self.layers - 1}")
         if (self.candidates == "labels") != bool(self.labels):
             raise ValueError('labels go with candidates = "labels"')
+        if self.probe == "label-head" and self.candidates != "labels":
+            raise ValueError("a label-head has labels for candidates")
         return self
 
     @property
@@ -321,6 +323,8 @@ def _expected_shapes(
     }
     if config.probe != "label-head" and labels:
         shapes |= {"norm_weight": (hidden,), "head_rows": (labels, hidden)}
+    if config.candidates == "shortlist":
+        shapes["shortlist"] = (len(tensors.get("shortlist", ())),)
     for layer in config.exit_points:
         shapes[f"exit.{layer}.classifier"] = served_shape(config.classifier)
         if config.probe == "label-head":

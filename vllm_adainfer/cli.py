@@ -151,6 +151,14 @@ def calibrate(
     bound: Annotated[
         BoundChoice, typer.Option(help="How it is certified; naive has no confidence.")
     ] = BoundChoice.auto,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens generated per prompt. Above 1 the policy is for generation: each token "
+            "may leave early, and the bound is on changed tokens.",
+        ),
+    ] = 1,
     seed: Annotated[int, typer.Option(help="For splits and folds.")] = 0,
 ) -> None:
     """Fit a policy on your prompts, certify its bound, write an artifact."""
@@ -177,6 +185,7 @@ def calibrate(
                 risk=risk.value,
                 bound=bound.value,
                 seed=seed,
+                max_tokens=max_tokens,
             ),
         )
     )

@@ -37,7 +37,8 @@ class ScriptedAdmission(Admission):
 class ScriptedPolicy:
     """Settles a request at its exit point; the answer is the logit lens there."""
 
-    label_ids = None
+    answer_ids = None
+    restricted = False
 
     def __init__(self, exit_points: tuple[int, ...], lens: Probe) -> None:
         self.exit_points = exit_points
@@ -88,12 +89,14 @@ def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
 class Ran:
     """A request's part of a step: `rows` rows from position `first` on, through `layers`.
 
-    `state` [hidden size], normed, is what the LM head reads of its last row.
+    `sampled` says whether the last one yielded a token, `state` [hidden size], normed, is what the
+    LM head reads of it.
     """
 
     first: int
     rows: int
     layers: int
+    sampled: bool
     state: Tensor
 
 
@@ -130,11 +133,16 @@ def drawn(
             output = run(positions, input_ids, step)
             left = set(step.left.tolist())
             for place, request_id in enumerate(step.request_ids):
-                rows, last = int(came.lens[place]), int(came.last_positions[place])
-                layers = exit_points[step.tags[place]] if place in left else loop.stack.depth
-                state = output[0][int(came.ends[place]) - 1].clone()
-                client_id = request_id.split("-")[0]
-                ran.setdefault(client_id, []).append(Ran(last - rows + 1, rows, layers, state))
+                rows, last = int(came.lens[place]), int(came.ends[place]) - 1
+                ran.setdefault(request_id.split("-")[0], []).append(
+                    Ran(
+                        first=int(came.last_positions[place]) - rows + 1,
+                        rows=rows,
+                        layers=exit_points[step.tags[place]] if place in left else loop.stack.depth,
+                        sampled=bool(step.sampled_by_row()[last]),
+                        state=output[0][last].clone(),
+                    )
+                )
             return output
 
         loop.run = noting

@@ -12,8 +12,6 @@ from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer.models.exit_loop import CUT_WORK
 
 
-
-
 def depth_of(exit_at: int) -> int:
     return LAYERS if exit_at == FULL else EXIT_POINTS[exit_at]
 

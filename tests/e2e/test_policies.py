@@ -16,7 +16,7 @@ from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact import Artifact
 from vllm_adainfer.decision.classifier import fit_classifier
 from vllm_adainfer.decision.policy import CalibratedPolicy
-from vllm_adainfer.models.exit_loop import LabelAnswers
+from vllm_adainfer.models.exit_loop import ScoredAnswers
 
 PROMPTS = 24
 
@@ -164,8 +164,8 @@ def test_depths_and_tokens_are_those_of_the_oracle(
 
 def test_a_certified_label_wins_also_where_its_lead_is_below_the_rounding_of_the_logits(engine):
     model, _, _ = parts(engine)
-    label_ids = model.model.exit_loop.policy.label_ids
+    label_ids = model.model.exit_loop.policy.answer_ids
     scores = torch.tensor([[100.0, 100.05], [100.05, 100.0]])  # bfloat16 steps by 0.5 there
-    model.model.label_answers = LabelAnswers(torch.tensor([0, 1]), scores)
+    model.model.scored_answers = ScoredAnswers(torch.tensor([0, 1]), scores)
     logits = model.compute_logits(torch.zeros(2, 64, dtype=torch.bfloat16))
     assert logits.argmax(dim=1).tolist() == [int(label_ids[1]), int(label_ids[0])]

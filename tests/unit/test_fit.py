@@ -46,6 +46,7 @@ def recording_of(rank: int, noise: float = 0.0) -> Recording:
         depth=2 * LAYER,
         final=final,
         tokens=model.score(model.readout(final)).top1_id.numpy(),
+        prompts=np.arange(PROMPTS),
         computed=np.full(PROMPTS, float(ROWS_PER_PROMPT)),
         moments={LAYER: folds},
         norm_weight=torch.ones(HIDDEN),

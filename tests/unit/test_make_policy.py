@@ -63,6 +63,7 @@ def recording_of(labels: bool, noise: float = 1.0) -> Recording:
         depth=DEPTH,
         final=final,
         tokens=model.score(model.readout(final)).top1_id.numpy(),
+        prompts=np.arange(PROMPTS),
         computed=np.full(PROMPTS, 20.0),
         moments=moments,
         norm_weight=torch.ones(HIDDEN),
@@ -89,8 +90,10 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_
     target = Target(probe, LABEL_IDS if with_labels else None, EPS)
     options = PolicyOptions(classifier=classifier, epsilon=0.05)
     policy = make_policy(recording, target, HALVES, options)
-    config = policy_config(policy, recording, target, options, labels, "tiny", HF_CONFIG)
-    save_artifact(tmp_path / "policy", config, policy_tensors(policy, labels), {}, "card", {})
+    config = policy_config(policy, recording, target, HALVES, options, labels, "tiny", HF_CONFIG)
+    save_artifact(
+        tmp_path / "policy", config, policy_tensors(policy, target, labels), {}, "card", {}
+    )
 
     artifact = load_artifact(str(tmp_path / "policy"))
     serving = CalibratedPolicy(artifact, recording.norm_weight, recording.head_weight)
@@ -113,7 +116,7 @@ def test_every_level_is_within_its_epsilon_and_a_looser_one_saves_no_less(risk):
     options = PolicyOptions(epsilon=0.05, risk=risk)
     target = Target("label-head", LABEL_IDS, EPS)
     policy = make_policy(recording, target, HALVES, options, right if risk == "accuracy" else None)
-    config = policy_config(policy, recording, target, options, LABELS, "tiny", HF_CONFIG)
+    config = policy_config(policy, recording, target, HALVES, options, LABELS, "tiny", HF_CONFIG)
     assert config.risk == risk
     assert config.bound == ("exact" if risk == "disagreement" else "wsr")
     assert [level.epsilon for level in config.levels] == sorted(policy.points)

@@ -17,7 +17,7 @@ from vllm_adainfer.artifact import (
     save_artifact,
 )
 from vllm_adainfer.calibration.card import model_card, risk_plot
-from vllm_adainfer.calibration.collect import record, recording_engine
+from vllm_adainfer.calibration.collect import Ints, record, recording_engine
 from vllm_adainfer.calibration.data import (
     Example,
     check_labels_known,
@@ -38,6 +38,11 @@ from vllm_adainfer.calibration.policy import (
 from vllm_adainfer.calibration.probes import ProbeKind, Target
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.plugin import MODELS
+
+# Tokens that an exit point may give where any may be asked for. Of what SmolLM2 writes they are
+# 87 %, and what it is sure of early is common: all 49,152 would save 8.0 % of its layers where
+# these save 6.8 %, and cost a probe of eight layers in place of a quarter of one, and a head.
+SHORTLIST = 1024
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     """
     check_writable(request.output)
     options = request.options
+    if request.labels and options.max_tokens > 1:
+        raise AdaInferError("--labels are answers of one token: drop --max-tokens, or --labels")
     probe = choose_probe(request.probe, request.labels)
     rows = read_rows(request.data)
     halves = split(len(rows), options.seed)
@@ -73,7 +80,7 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
         tokenizer,
         read_template(request.template),
         request.label_field,
-        hf_config.max_position_embeddings - 1,
+        hf_config.max_position_embeddings - options.max_tokens,
     )
     labels = find_labels(request.labels, examples[0], tokenizer) if request.labels else ()
     if labels:
@@ -84,9 +91,14 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
     layers = _layers(options.exit_points, hf_config.num_hidden_layers)
     lens_prompts = len(fit_half) if probe == "lens" else 0
-    with recording_engine(request.model, hf_config, examples, layers, lens_prompts) as engine:
-        recording = record(engine, examples, labels, layers)
-    target = Target(probe, label_ids(labels), hf_config.rms_norm_eps)
+    with recording_engine(
+        request.model, hf_config, examples, layers, lens_prompts, options.max_tokens
+    ) as engine:
+        recording = record(engine, examples, labels, layers, options.max_tokens)
+    answers = label_ids(labels)
+    if options.max_tokens > 1:
+        answers = shortlist(recording.tokens[recording.rows_of(fit_half)])
+    target = Target(probe, answers, hf_config.rms_norm_eps)
     policy = make_policy(recording, target, (fit_half, held_out), options, right)
     if options.epsilon not in policy.points:
         raise AdaInferError(
@@ -94,16 +106,17 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
             f"{options.epsilon:g}: raise --epsilon, give more rows, or try another --probe"
         )
     name = Path(request.model).name if Path(request.model).is_dir() else request.model
-    config = policy_config(policy, recording, target, options, labels, name, hf_config)
+    halves = (fit_half, held_out)
+    config = policy_config(policy, recording, target, halves, options, labels, name, hf_config)
     details = {
         "template": request.template,
         "labels": list(request.labels),
-        **policy_details(policy, recording, (fit_half, held_out), options),
+        **policy_details(policy, recording, halves, options),
     }
     save_artifact(
         request.output,
         config,
-        policy_tensors(policy, labels),
+        policy_tensors(policy, target, labels),
         details,
         model_card(config, details),
         {"risk.png": risk_plot(config, details)},
@@ -154,6 +167,13 @@ def choose_probe(asked: ProbeKind | Literal["auto"], labels: tuple[str, ...]) ->
 def label_ids(labels: tuple[Label, ...]) -> torch.Tensor | None:
     """int64 [labels], None for the whole vocabulary."""
     return torch.tensor([label.token_id for label in labels]) if labels else None
+
+
+def shortlist(tokens: Ints) -> torch.Tensor:
+    """int64 [at most `SHORTLIST`], the commonest of `tokens`, ascending."""
+    found, counts = np.unique(tokens, return_counts=True)
+    commonest = found[np.argsort(-counts, kind="stable")[:SHORTLIST]]
+    return torch.from_numpy(np.sort(commonest))
 
 
 def check_rows(held_out: int, options: PolicyOptions, data: str) -> None:

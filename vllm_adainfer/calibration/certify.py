@@ -18,6 +18,7 @@ from vllm_adainfer.calibration.fit import FittedExit, Scored
 from vllm_adainfer.decision.bound import BoundKind, FloatArray, certified, rows_needed, upper_bound
 
 STEPS = 200
+HIGHEST, PRECISION = 0.999, 0.0005  # of an upper bound that is searched for
 EPSILONS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 
@@ -29,20 +30,47 @@ class Bound:
         kind: how the bound is computed, see `vllm_adainfer.decision.bound`.
         delta: chance that it does not hold.
         lowest: smallest possible loss: 0 for disagreement, -1 for lost accuracy.
+        prompts: [rows], the prompt of each held-out row where prompts have several: their losses
+            are not independent. None where each row is a prompt of its own.
+        longest: most rows that a prompt may have.
 
     """
 
     kind: BoundKind
     delta: float
     lowest: float
+    prompts: Ints | None = None
+    longest: int = 1
 
     def holds(self, losses: FloatArray, epsilon: float) -> bool:
         """Whether `losses` certify a mean of at most `epsilon`."""
+        if self.prompts is not None:
+            losses = self._by_prompt(losses, epsilon)
         return certified(losses, epsilon, self.delta, self.kind, self.lowest)
 
     def of(self, losses: FloatArray) -> float:
         """Upper confidence bound of the mean loss."""
-        return upper_bound(losses, self.delta, self.kind, self.lowest)
+        if self.prompts is None:
+            return upper_bound(losses, self.delta, self.kind, self.lowest)
+        if not self.holds(losses, HIGHEST):
+            return 1.0
+        low, high = 0.0, HIGHEST
+        while high - low > PRECISION:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.holds(losses, middle) else (middle, high)
+        return high
+
+    def _by_prompt(self, losses: FloatArray, epsilon: float) -> FloatArray:
+        """[prompts], in [0, 1]: their mean is at most `epsilon` where the loss per row is.
+
+        A prompt's losses beyond `epsilon` for each of its rows, as a share of the most rows there
+        may be: that their mean is at most 0 says that the rate per row is at most `epsilon`.
+        """
+        assert self.prompts is not None, "the caller has looked"
+        _, place = np.unique(self.prompts, return_inverse=True)
+        rows, sums = np.bincount(place), np.bincount(place, weights=losses)
+        excess: FloatArray = (sums - epsilon * rows) / self.longest + epsilon
+        return excess
 
     def rows_needed(self, epsilon: float) -> int:
         """Fewest rows that certify `epsilon`, if not one of them has a loss."""
@@ -51,6 +79,8 @@ class Bound:
     def allowance(self, rows: int, epsilon: float) -> float:
         """Largest mean loss of `rows` rows with losses of 0 or 1 that certifies `epsilon`."""
         order = np.random.default_rng(0).permutation(rows)
+        if not self.holds(np.zeros(rows), epsilon):
+            return 0.0
         fits, fails = 0, int(rows * epsilon) + 2
         while fails - fits > 1:
             middle = (fits + fails) // 2

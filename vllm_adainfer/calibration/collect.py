@@ -35,12 +35,14 @@ class Recording:
     """What the full model did on the calibration prompts.
 
     Attributes:
-        states: layer -> [rows, hidden size], the residual stream of the decision rows: the
-            prompts' own last tokens, in order.
+        states: layer -> [rows, hidden size], the residual stream of the decision rows, those that
+            yield a token: by prompt, and of one prompt in order.
         depth: layers of the model.
         final: [rows, hidden size], the same after the last layer (before the final norm).
         tokens: int64 [rows], what the full model answered.
-        computed: [rows], token rows of each prompt that were computed, not taken from the cache.
+        prompts: int64 [rows], which prompt each row belongs to.
+        computed: [rows], token rows that the layers ran for each: one for a token after the
+            first, for that all of the prompt's own that were not taken from the cache.
         moments: layer -> folds of the prompts that a lens may learn from, summed over their rows
             (all sorts of rows, see `LensSums`), with the change until the last layer as target.
         norm_weight: [hidden size] of the final norm.
@@ -56,6 +58,7 @@ class Recording:
     depth: int
     final: Tensor
     tokens: Ints
+    prompts: Ints
     computed: FloatArray
     moments: dict[int, list[Moments]]
     norm_weight: Tensor
@@ -65,6 +68,15 @@ class Recording:
     cut_seconds: float
     threads: int
 
+    def rows_of(self, prompts: Ints) -> Ints:
+        """Decision rows of `prompts`, in that order of the prompts."""
+        order = np.full(self.prompts.max() + 1, -1)
+        order[prompts] = np.arange(len(prompts))
+        place = order[self.prompts]
+        rows = np.flatnonzero(place >= 0)
+        sorted_rows: Ints = rows[np.argsort(place[rows], kind="stable")]
+        return sorted_rows
+
 
 @contextmanager
 def recording_engine(
@@ -73,6 +85,7 @@ def recording_engine(
     examples: Sequence[Example],
     layers: Sequence[int],
     lens_prompts: int = 0,
+    max_tokens: int = 1,
 ) -> Iterator[LLM]:
     """An engine that keeps the states after `layers`, for `record`.
 
@@ -83,12 +96,13 @@ def recording_engine(
         layers: candidate exit points.
         lens_prompts: sum the rows of so many first prompts of a recording for a lens. What the
             prefix cache has of a prompt is not computed again, so a shared prefix is summed once.
+        max_tokens: that will be generated after a prompt.
 
     """
     switch: dict[str, Any] = {"record": [*layers, hf_config.num_hidden_layers]}
     if lens_prompts:
         switch["record_lens"] = {"folds": FOLDS, "prompts": lens_prompts}
-    engine = start_engine(model, examples, switch)
+    engine = start_engine(model, examples, switch, max_tokens)
     try:
         yield engine
     finally:
@@ -96,16 +110,26 @@ def recording_engine(
 
 
 def record(
-    engine: LLM, examples: Sequence[Example], labels: Sequence[Label], layers: Sequence[int]
+    engine: LLM,
+    examples: Sequence[Example],
+    labels: Sequence[Label],
+    layers: Sequence[int],
+    max_tokens: int = 1,
 ) -> Recording:
-    """Run `examples`, one decision row each, through an engine of `recording_engine`.
+    """Run `examples` through an engine of `recording_engine`; each token is a decision row.
 
-    `labels` restrict the answers, if there are any; `layers` are the engine's.
+    Args:
+        engine: of `recording_engine`.
+        examples: the prompts.
+        labels: restrict the answers, if there are any.
+        layers: the engine's.
+        max_tokens: that are generated after a prompt, unless it ends before.
+
     """
     engine.reset_prefix_cache()
     outputs = engine.generate(
         [{"prompt_token_ids": example.token_ids} for example in examples],
-        [one_token(labels, {ROW_ARG: row}) for row in range(len(examples))],
+        [greedy(labels, {ROW_ARG: row}, max_tokens) for row in range(len(examples))],
         use_tqdm=sys.stderr.isatty(),  # vLLM 0.32 divides by zero where TQDM_DISABLE is set
     )
     with tempfile.TemporaryDirectory() as directory:
@@ -118,14 +142,17 @@ def record(
         states={layer: tensors[f"layer.{layer}"] for layer in layers},
         depth=depth,
         final=tensors[f"layer.{depth}"],
-        tokens=np.array([output.outputs[0].token_ids[0] for output in outputs]),
-        computed=np.array(
-            [
-                len(example.token_ids) - (output.num_cached_tokens or 0)
-                for example, output in zip(examples, outputs, strict=True)
-            ],
-            dtype=np.float64,
+        tokens=np.concatenate([output.outputs[0].token_ids for output in outputs]),
+        prompts=np.repeat(
+            np.arange(len(examples)), [len(output.outputs[0].token_ids) for output in outputs]
         ),
+        computed=np.concatenate(
+            [
+                [len(example.token_ids) - (output.num_cached_tokens or 0)]
+                + [1] * (len(output.outputs[0].token_ids) - 1)
+                for example, output in zip(examples, outputs, strict=True)
+            ]
+        ).astype(np.float64),
         moments={layer: _folds(tensors, layer) for layer in layers} if has_lens else {},
         norm_weight=tensors["norm_weight"],
         head_weight=tensors["head_weight"],
@@ -145,13 +172,15 @@ def _folds(record: dict[str, Tensor], layer: int) -> list[Moments]:
     ]
 
 
-def one_token(labels: Sequence[Label], extra_args: dict[str, Any] | None = None) -> SamplingParams:
-    """Greedy parameters for one token, restricted to `labels` if there are any."""
+def greedy(
+    labels: Sequence[Label], extra_args: dict[str, Any] | None = None, max_tokens: int = 1
+) -> SamplingParams:
+    """Greedy parameters, restricted to `labels` if there are any."""
     from vllm import SamplingParams
 
     return SamplingParams(
         temperature=0,
-        max_tokens=1,
+        max_tokens=max_tokens,
         allowed_token_ids=[label.token_id for label in labels] or None,
         extra_args=extra_args,
     )

@@ -27,6 +27,7 @@ def start_engine(
     model: str,
     examples: Sequence[Example],
     adainfer: dict[str, Any] | None = None,
+    max_tokens: int = 1,
     **settings: Any,
 ) -> LLM:
     """Start an engine that fits `examples`, with the plugin configured or not.
@@ -38,6 +39,7 @@ def start_engine(
         model: directory or hub id.
         examples: the longest decides the engine's maximum length.
         adainfer: value of ``additional_config["adainfer"]``; None is stock vLLM.
+        max_tokens: that are to be generated after a prompt.
         settings: more of vLLM's own, such as ``load_format``.
 
     Raises:
@@ -53,7 +55,7 @@ def start_engine(
             longest = max(len(example.token_ids) for example in examples)
             return LLM(
                 model=model,
-                max_model_len=-(-(longest + 1) // BLOCK) * BLOCK,
+                max_model_len=-(-(longest + max_tokens) // BLOCK) * BLOCK,
                 kv_cache_memory_bytes=GIB,
                 disable_log_stats=True,
                 additional_config={} if adainfer is None else {CONFIG_KEY: adainfer},

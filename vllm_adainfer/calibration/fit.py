@@ -97,25 +97,26 @@ def fit_exits(
     Args:
         recording: of all prompts.
         target: what the probes are to predict.
-        halves: prompts of `recording` to fit on, and to certify on.
+        halves: decision rows of `recording` to fit on, and to certify on.
         kind: of classifier; a CRF is fitted later on the chosen exit points, see `chain`.
         seed: for solvers and folds.
         layers: candidates; a progress bar may be around them.
-        right: tokens that are right, by prompt: losses are of accuracy then, not disagreement.
+        right: tokens that are right, by row: losses are of accuracy then, not disagreement.
 
     """
-    fit_prompts, held_out = halves
+    fit_rows, held_out = halves
+    folds = recording.prompts[fit_rows] % FOLDS
     exits = []
     for layer in layers:
-        probe, without_fold = fit_probes(recording, target, fit_prompts, layer)
+        probe, without_fold = fit_probes(recording, target, fit_rows, layer)
         # Out of fold: each decision row is judged by a probe that has not seen its prompt.
-        features = torch.empty(len(fit_prompts), 2)
-        tokens = np.empty(len(fit_prompts), dtype=np.int64)
+        features = torch.empty(len(fit_rows), 2)
+        tokens = np.empty(len(fit_rows), dtype=np.int64)
         for fold, unseeing in enumerate(without_fold):
-            where = np.flatnonzero(fit_prompts % FOLDS == fold)
-            result = judge(unseeing, layer, recording, fit_prompts[where])
+            where = np.flatnonzero(folds == fold)
+            result = judge(unseeing, layer, recording, fit_rows[where])
             features[where], tokens[where] = result.features, result.tokens
-        unseen = _judged(features, tokens, recording, fit_prompts, right)
+        unseen = _judged(features, tokens, recording, fit_rows, right)
         classifier = fit_classifier(
             "svm" if kind == "crf" else kind, unseen.features, unseen.agrees, seed
         )
@@ -130,29 +131,29 @@ def judge(
     probe: Probe,
     layer: int,
     recording: Recording,
-    prompts: Ints,
+    rows: Ints,
     right: RightTokens | None = None,
 ) -> Judged:
-    """What `probe` says of `prompts` of a recording after `layer`."""
-    result = probe.score(probe.readout(recording.states[layer][prompts]))
-    return _judged(result.features, result.top1_id.numpy(), recording, prompts, right)
+    """What `probe` says of decision `rows` of a recording after `layer`."""
+    result = probe.score(probe.readout(recording.states[layer][rows]))
+    return _judged(result.features, result.top1_id.numpy(), recording, rows, right)
 
 
 def _judged(
-    features: Tensor, tokens: Ints, recording: Recording, prompts: Ints, right: RightTokens | None
+    features: Tensor, tokens: Ints, recording: Recording, rows: Ints, right: RightTokens | None
 ) -> Judged:
-    full = recording.tokens[prompts]
+    full = recording.tokens[rows]
     agrees = tokens == full
     if right is None:
         return Judged(features, tokens, agrees, (~agrees).astype(np.float64))
-    loss = is_right(full, right, prompts) - is_right(tokens, right, prompts)
+    loss = is_right(full, right, rows) - is_right(tokens, right, rows)
     return Judged(features, tokens, agrees, loss)
 
 
-def is_right(tokens: Ints, right: RightTokens, prompts: Ints) -> FloatArray:
-    """1 where the token is one of those that are right for its prompt, else 0."""
-    pairs = zip(tokens.tolist(), prompts.tolist(), strict=True)
-    return np.array([float(token in right[prompt]) for token, prompt in pairs])
+def is_right(tokens: Ints, right: RightTokens, rows: Ints) -> FloatArray:
+    """1 where the token is one of those that are right for its row, else 0."""
+    pairs = zip(tokens.tolist(), rows.tolist(), strict=True)
+    return np.array([float(token in right[row]) for token, row in pairs])
 
 
 def chain(exits: Sequence[FittedExit]) -> list[FittedExit]:

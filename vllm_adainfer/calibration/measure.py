@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vllm_adainfer.artifact import Label
-from vllm_adainfer.calibration.collect import one_token
+from vllm_adainfer.calibration.collect import greedy
 from vllm_adainfer.calibration.data import Example
 from vllm_adainfer.calibration.report import Run
 from vllm_adainfer.runtime.admission import EPSILON_ARG
@@ -58,7 +58,7 @@ def _run(
     """One pass; `epsilon` is None for stock vLLM. The prefix cache starts empty."""
     engine.reset_prefix_cache()
     before = None if epsilon is None else stats(engine)
-    params = one_token(labels, None if epsilon is None else {EPSILON_ARG: epsilon})
+    params = greedy(labels, None if epsilon is None else {EPSILON_ARG: epsilon})
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
     start = time.perf_counter()
     outputs = engine.generate(prompts, params, use_tqdm=False)

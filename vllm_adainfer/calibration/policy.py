@@ -45,15 +45,30 @@ class PolicyOptions:
     risk: Risk = "disagreement"
     bound: BoundKind | Literal["auto"] = "auto"
     seed: int = 0
+    max_tokens: int = 1
 
-    def bounds(self) -> Bound:
+    def bounds(self, prompts: Ints | None = None) -> Bound:
         """The bound that `risk` and `bound` ask for.
 
+        Args:
+            prompts: [held-out rows], the prompt of each, where more than one token is generated.
+
         Raises:
-            AdaInferError: the exact bound for accuracy, whose losses may be negative.
+            AdaInferError: the exact bound for accuracy, whose losses may be negative, or for
+                several tokens of a prompt, which are not independent.
 
         """
-        disagreement = self.risk == "disagreement"
+        disagreement, generated = self.risk == "disagreement", self.max_tokens > 1
+        if self.bound == "exact" and generated:
+            raise AdaInferError(
+                "--bound exact counts independent answers, and tokens of one text are not: use "
+                "wsr, hoeffding-bentkus or auto with --max-tokens"
+            )
+        if generated and not disagreement:
+            raise AdaInferError(
+                "--risk accuracy looks at one-token answers: drop --max-tokens or bound the "
+                "disagreement"
+            )
         if self.bound == "exact" and not disagreement:
             raise AdaInferError(
                 "--bound exact counts changed answers and cannot bound the accuracy lost: use wsr, "
@@ -61,8 +76,9 @@ class PolicyOptions:
             )
         kind = self.bound
         if kind == "auto":
-            kind = "exact" if disagreement else "wsr"
-        return Bound(kind, self.delta, 0.0 if disagreement else -1.0)
+            kind = "exact" if disagreement and not generated else "wsr"
+        lowest = 0.0 if disagreement else -1.0
+        return Bound(kind, self.delta, lowest, prompts if generated else None, self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -103,13 +119,15 @@ def make_policy(
         right: right tokens by prompt, where the risk is of accuracy.
 
     """
-    fit_half, held_out = halves
+    fit_half, held_out = halves = _rows_of(recording, halves)
     depth = recording.depth
     layers = tqdm(recording.states, desc="fit", unit="layer", disable=None)
     candidates = fit_exits(
         recording, target, halves, options.classifier, options.seed, layers, right
     )
     tokens = recording.computed[fit_half]
+    if options.max_tokens > 1:  # at later tokens a layer's weights are what takes its time
+        tokens = np.ones_like(tokens)
     states = next(iter(recording.states.values()))
     asked = states[: max(1, round(STEP_ROWS / tokens.mean()))]
     costs = Costs(
@@ -120,7 +138,7 @@ def make_policy(
             exit.layer: probe_seconds(exit.probe, asked, recording.threads) for exit in candidates
         },
     )
-    bound = options.bounds()
+    bound = options.bounds(recording.prompts[held_out])
     allowed = bound.allowance(len(held_out), options.epsilon)
     exits = candidates
     if options.exit_points is None:
@@ -140,17 +158,24 @@ def make_policy(
     return FittedPolicy(exits, points, candidates, costs, expected)
 
 
+def _rows_of(recording: Recording, halves: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
+    """Decision rows of both halves."""
+    return recording.rows_of(halves[0]), recording.rows_of(halves[1])
+
+
 def policy_config(
     policy: FittedPolicy,
     recording: Recording,
     target: Target,
+    halves: tuple[Ints, Ints],
     options: PolicyOptions,
     labels: Sequence[Label],
     model: str,
     hf_config: Any,
 ) -> ArtifactConfig:
     """``config.json`` of a policy that certified ``options.epsilon``."""
-    bound = options.bounds()
+    bound = options.bounds(recording.prompts[_rows_of(recording, halves)[1]])
+    shortlist = target.label_ids is not None and not labels
     return ArtifactConfig(
         base_model=model,
         architecture=hf_config.architectures[0],
@@ -160,7 +185,7 @@ def policy_config(
         weights_fingerprint=recording.fingerprint,
         exit_points=tuple(exit.layer for exit in policy.exits),
         probe=target.kind,
-        candidates="labels" if labels else "full",
+        candidates="labels" if labels else "shortlist" if shortlist else "full",
         labels=tuple(labels),
         features=FEATURES,
         classifier=options.classifier,
@@ -169,6 +194,7 @@ def policy_config(
         delta=options.delta,
         risk=options.risk,
         bound=bound.kind,
+        max_tokens=options.max_tokens,
         levels=tuple(
             Level(
                 epsilon=epsilon,
@@ -182,10 +208,14 @@ def policy_config(
     )
 
 
-def policy_tensors(policy: FittedPolicy, labels: Sequence[Label]) -> dict[str, Tensor]:
+def policy_tensors(
+    policy: FittedPolicy, target: Target, labels: Sequence[Label]
+) -> dict[str, Tensor]:
     """What ``policy.safetensors`` holds."""
     thresholds = torch.tensor([point.threshold for point in policy.points.values()])
     tensors = {"thresholds": thresholds.unsqueeze(1).repeat(1, len(policy.exits))}
+    if target.label_ids is not None and not labels:
+        tensors["shortlist"] = target.label_ids
     for exit in policy.exits:
         name, probe = f"exit.{exit.layer}", exit.probe
         tensors[f"{name}.classifier"] = exit.classifier
@@ -205,12 +235,13 @@ def policy_details(
     policy: FittedPolicy, recording: Recording, halves: tuple[Ints, Ints], options: PolicyOptions
 ) -> dict[str, Any]:
     """``calibration.json``: how it was made, and what each exit point does."""
-    fit_half, held_out = halves
-    bound = options.bounds()
+    fit_half, held_out = _rows_of(recording, halves)
+    bound = options.bounds(recording.prompts[held_out])
     _, counts = np.unique(recording.tokens[held_out], return_counts=True)
     point = policy.points[options.epsilon]
     leaving = np.bincount(point.exits, minlength=len(policy.exits) + 1) / len(held_out)
     return {
+        "prompts": len(halves[0]) + len(halves[1]),
         "rows": len(recording.tokens),
         "rows_fitted": len(fit_half),
         "rows_held_out": len(held_out),

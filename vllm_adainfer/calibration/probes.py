@@ -33,7 +33,8 @@ class Target:
 
     Attributes:
         kind: of probe.
-        label_ids: token ids of the labels, None for the whole vocabulary.
+        label_ids: token ids that may be the answer, labels or a shortlist; None for the whole
+            vocabulary.
         norm_eps: epsilon of the model's final norm.
 
     """
@@ -44,24 +45,24 @@ class Target:
 
 
 def fit_probes(
-    recording: Recording, target: Target, prompts: Ints, layer: int
+    recording: Recording, target: Target, rows: Ints, layer: int
 ) -> tuple[Probe, list[Probe]]:
-    """The layer's probe fitted on `prompts`, and for each fold the one fitted on the others."""
+    """The layer's probe fitted on decision `rows`, and per fold one fitted without its prompts."""
     plain = logit_lens(recording, target)
     if target.kind == "logit-lens":
         return plain, [plain] * FOLDS
     if target.kind == "lens":
         return _fit_lenses(plain, recording.moments[layer])
-    scores = plain.score(plain.readout(recording.final[prompts]), return_scores=True).scores
+    scores = plain.score(plain.readout(recording.final[rows]), return_scores=True).scores
     assert scores is not None
     folds = []
     for fold in range(FOLDS):
-        rows = torch.from_numpy(prompts % FOLDS == fold)
+        here = torch.from_numpy(recording.prompts[rows] % FOLDS == fold)
         folds.append(Moments.zeros(recording.final.shape[1], scores.shape[1]))
         folds[-1].add(
-            recording.states[layer][prompts][rows].double(),
-            (scores - scores.mean(1, keepdim=True))[rows].double(),
-            torch.ones(int(rows.sum())),
+            recording.states[layer][rows][here].double(),
+            (scores - scores.mean(1, keepdim=True))[here].double(),
+            torch.ones(int(here.sum())),
         )
     fitted = ridge.choose(folds, PENALTIES)
 
@@ -76,7 +77,7 @@ def fit_probes(
 
 
 def logit_lens(recording: Recording, target: Target) -> Probe:
-    """The model's own final norm and head, of the labels' rows if there are labels."""
+    """The model's own final norm and head, of the target's tokens only if it names some."""
     head = recording.head_weight
     return Probe(
         head_weight=head if target.label_ids is None else head[target.label_ids],

@@ -19,9 +19,9 @@ class Decision:
 
     Attributes:
         settled: bool [rows]; True where the answer is decided.
-        answers: what to decode in settled rows: fp32 [rows, labels] scores of the policy's
-            labels, or [rows, hidden size] states for the LM head if any token may be the answer.
-            None from a policy that settles nothing.
+        answers: what to decode in settled rows: fp32 [rows, answer ids] scores of those tokens,
+            or [rows, hidden size] states for the LM head if any token may be the answer. None
+            from a policy that settles nothing.
         memory: [rows, ...], what the policy is to be told of these rows at the next exit point;
             None if nothing.
 
@@ -37,12 +37,15 @@ class ExitPolicy(Protocol):
 
     Attributes:
         exit_points: layers after which `decide` is asked, ascending.
-        label_ids: int64 [labels] where answers are label scores, None where they are states.
+        answer_ids: int64, the tokens whose scores answers are, ascending unless they are labels;
+            None where answers are states.
+        restricted: whether requests are restricted to these tokens, at full depth, too.
 
     """
 
     exit_points: tuple[int, ...]
-    label_ids: Tensor | None
+    answer_ids: Tensor | None
+    restricted: bool
 
     def decide(
         self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
@@ -68,19 +71,24 @@ class CalibratedPolicy:
         device = norm_weight.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.exit_points = config.exit_points
-        self.label_ids = torch.tensor(config.label_ids, device=device) if config.label_ids else None
+        self.restricted = config.candidates == "labels"
+        self.answer_ids: Tensor | None = tensors.get("shortlist")
+        if self.restricted:
+            self.answer_ids = torch.tensor(config.label_ids, device=device)
+        elif self.answer_ids is not None:
+            head_weight = head_weight[self.answer_ids]
         self._thresholds = tensors["thresholds"]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
         self._probes = [
             Probe(
                 head_weight=tensors[f"exit.{layer}.head_weight"],
                 head_bias=tensors[f"exit.{layer}.head_bias"],
-                token_ids=self.label_ids,
+                token_ids=self.answer_ids,
             )
             if config.probe == "label-head"
             else Probe(
                 head_weight=tensors.get("head_rows", head_weight),
-                token_ids=self.label_ids,
+                token_ids=self.answer_ids,
                 norm_weight=tensors.get("norm_weight", norm_weight),
                 norm_eps=config.norm_eps,
                 lens_weight=tensors.get(f"exit.{layer}.lens_weight"),
@@ -103,9 +111,9 @@ class CalibratedPolicy:
             readout,
             classifier=classifier if linear else None,
             threshold=threshold if linear else None,
-            return_scores=self.label_ids is not None,
+            return_scores=self.answer_ids is not None,
         )
-        answers = readout if self.label_ids is None else result.scores
+        answers = readout if self.answer_ids is None else result.scores
         if result.settled is not None:  # by the probe kernel
             return Decision(result.settled, answers)
         odds = score(result.features, classifier, memory)

@@ -91,11 +91,13 @@ class Recorder:
             self._lens.add(states, tags, positions, last)
 
     def take(self) -> dict[str, Tensor]:
-        """All that was kept, ``layer.<n>`` [rows, hidden size] in tag order; then start over.
+        """All that was kept, ``layer.<n>`` [rows, hidden size] by tag; then start over.
+
+        Rows of one tag are in the order in which they came.
 
         With it the sums for the lens, see `LensSums.take`.
         """
-        order = torch.cat(self._tags).argsort()
+        order = torch.cat(self._tags).argsort(stable=True)
         taken = {} if self._lens is None else self._lens.take()
         for layer, states in zip(self.layers, self._states, strict=True):
             taken[f"layer.{layer}"] = torch.cat(states)[order]

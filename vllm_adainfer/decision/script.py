@@ -21,7 +21,8 @@ class ScriptedPolicy:
     def __init__(self, exit_points: tuple[int, ...], hidden_size: int, device: torch.device):
         """Random numbers stand for what a label head of this size has fitted."""
         self.exit_points = exit_points
-        self.label_ids: Tensor | None = torch.tensor(SCRIPT_LABELS, device=device)
+        self.answer_ids: Tensor | None = torch.tensor(SCRIPT_LABELS, device=device)
+        self.restricted = True
         self._classifier = torch.zeros(3, dtype=torch.float32, device=device)
         generator = torch.Generator().manual_seed(0)
         head = torch.randn(
@@ -30,7 +31,7 @@ class ScriptedPolicy:
         self._probe = Probe(
             head_weight=head.to(device),
             head_bias=torch.zeros(len(SCRIPT_LABELS), dtype=torch.float32, device=device),
-            token_ids=self.label_ids,
+            token_ids=self.answer_ids,
         )
 
     def decide(

@@ -28,12 +28,12 @@ CUT_WORK = 64
 
 
 @dataclass(frozen=True)
-class LabelAnswers:
-    """Requests whose answer a label probe gave, for `compute_logits` to place.
+class ScoredAnswers:
+    """Requests whose answer the policy gave as scores of some tokens, for `compute_logits`.
 
     Attributes:
         requests: int64 [answered], positions in the step's batch.
-        scores: fp32 [answered, labels].
+        scores: fp32 [answered, answer ids].
 
     """
 
@@ -73,7 +73,7 @@ class ExitLoop:
 
     def run(
         self, positions: Tensor, input_ids: Tensor, step: StepContext
-    ) -> tuple[Tensor, LabelAnswers | None, ShadowAnswers | None]:
+    ) -> tuple[Tensor, ScoredAnswers | None, ShadowAnswers | None]:
         """Run one step.
 
         Args:
@@ -83,8 +83,8 @@ class ExitLoop:
 
         Returns:
             final hidden states [rows, hidden size], normed, for the stock `compute_logits`
-            (only the rows that decide a request are sure to be defined), the label answers, if
-            any, and what shadow requests would have answered.
+            (only the rows that decide a request are sure to be defined), the answers given as
+            scores, if any, and what shadow requests would have answered.
 
         """
         stats, policy = self.stats, self.policy
@@ -118,8 +118,8 @@ class ExitLoop:
         if answers is None or early.size == 0:
             return whole, None, shadow
         requests = torch.from_numpy(early)
-        if policy.label_ids is not None:
-            return whole, LabelAnswers(requests, answers[requests]), shadow
+        if policy.answer_ids is not None:
+            return whole, ScoredAnswers(requests, answers[requests]), shadow
         whole[step.original_sampled_rows(early)] = answers[requests]
         return whole, None, shadow
 

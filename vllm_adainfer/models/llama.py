@@ -17,7 +17,7 @@ from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.policy import CalibratedPolicy, ExitPolicy
 from vllm_adainfer.decision.record import LensSums, Recorder
 from vllm_adainfer.decision.script import ScriptedPolicy
-from vllm_adainfer.models.exit_loop import ExitLoop, LabelAnswers
+from vllm_adainfer.models.exit_loop import ExitLoop, ScoredAnswers
 from vllm_adainfer.models.kv_fill import KVFill
 from vllm_adainfer.models.recording_loop import RecordingLoop
 from vllm_adainfer.models.segments import Stack, build_stack
@@ -32,7 +32,7 @@ class SegmentedLlamaModel(LlamaModel):
 
     exit_loop: ExitLoop | RecordingLoop
     step: StepContext | None = None
-    label_answers: LabelAnswers | None = None
+    scored_answers: ScoredAnswers | None = None
     shadow_answers: ShadowAnswers | None = None
 
     def forward(
@@ -47,7 +47,7 @@ class SegmentedLlamaModel(LlamaModel):
         step, self.step = self.step, None
         if step is None:  # a profiling pass, which belongs to no request
             return self.exit_loop.stack.profile(positions, input_ids)
-        hidden, self.label_answers, self.shadow_answers = self.exit_loop.run(
+        hidden, self.scored_answers, self.shadow_answers = self.exit_loop.run(
             positions, input_ids, step
         )
         return hidden
@@ -113,13 +113,13 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
         return loaded
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Logits [requests, vocabulary]; a label answer masks all other tokens of its row."""
+        """Logits [requests, vocabulary]; an answer given as scores masks the other tokens."""
         logits = self._answered_logits(hidden_states)
         shadow, self.model.shadow_answers = self.model.shadow_answers, None
         if shadow is not None:
             loop = self._exit_loop
             assert loop.monitor is not None, "it is what asks for shadow requests"
-            disagreed = shadow.disagreed(logits, loop.policy.label_ids, super().compute_logits)
+            disagreed = shadow.disagreed(logits, loop.policy, super().compute_logits)
             watch(loop.monitor, shadow.tags, disagreed)
         return logits
 
@@ -129,11 +129,11 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
         return self.model.exit_loop
 
     def _answered_logits(self, hidden_states: Tensor) -> Tensor:
-        answers, self.model.label_answers = self.model.label_answers, None
+        answers, self.model.scored_answers = self.model.scored_answers, None
         if answers is None:
             return super().compute_logits(hidden_states)
-        label_ids = self._exit_loop.policy.label_ids
-        assert label_ids is not None
+        answer_ids = self._exit_loop.policy.answer_ids
+        assert answer_ids is not None
         deep = torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
         deep[answers.requests] = False
         logits: Tensor | None = None
@@ -145,7 +145,7 @@ class AdaInferLlamaForCausalLM(LlamaForCausalLM):
             logits = hidden_states.new_full((deep.shape[0], self.config.vocab_size), -torch.inf)
         # Relative to the best: rounded to bfloat16, large scores would tie with the certified one.
         scores = answers.scores - answers.scores.max(dim=1, keepdim=True).values
-        logits[answers.requests.unsqueeze(1), label_ids] = scores.to(logits.dtype)
+        logits[answers.requests.unsqueeze(1), answer_ids] = scores.to(logits.dtype)
         return logits
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from vllm_adainfer.compat import get_logger
 from vllm_adainfer.decision.monitor import DisagreementMonitor
-from vllm_adainfer.runtime.step import Bools, Ints, StepContext
+from vllm_adainfer.decision.policy import ExitPolicy
+from vllm_adainfer.runtime.layout import Bools, Ints
+from vllm_adainfer.runtime.step import StepContext
 
 logger = get_logger(__name__)
 
@@ -24,7 +26,7 @@ class ShadowAnswers:
         tags: [shadow], the number with which each request was admitted.
         settled: [shadow], False where no exit point settled it: it agrees by running deep.
         requests: int64 [settled], positions of the settled ones in the step's batch.
-        answers: [settled, labels] or [settled, hidden size], as in `Decision`; None where
+        answers: [settled, answer ids] or [settled, hidden size], as in `Decision`; None where
             nothing has been settled in the step.
 
     """
@@ -49,13 +51,13 @@ class ShadowAnswers:
         )
 
     def disagreed(
-        self, logits: Tensor, label_ids: Tensor | None, head: Callable[[Tensor], Tensor]
+        self, logits: Tensor, policy: ExitPolicy, head: Callable[[Tensor], Tensor]
     ) -> Bools:
         """[shadow], whether the early answer differs from that of full depth.
 
         Args:
             logits: [requests, vocabulary] of the step, the shadow requests' at full depth.
-            label_ids: int64 [labels] of the policy, None for the whole vocabulary.
+            policy: that decided them.
             head: the stock `compute_logits`, which reads early answers that are states.
 
         """
@@ -63,13 +65,14 @@ class ShadowAnswers:
         if self.answers is None or len(self.requests) == 0:
             return disagreed
         full = logits[self.requests]
-        if label_ids is None:
+        ids = policy.answer_ids
+        if ids is None:
             early_ids, full_ids = head(self.answers).argmax(dim=1), full.argmax(dim=1)
         else:
             # In ascending order, so that a tie goes to the token that the sampler takes, too.
-            ids, order = label_ids.sort()
+            ids, order = ids.sort()
             early_ids = ids[self.answers[:, order].argmax(dim=1)]
-            full_ids = ids[full[:, ids].argmax(dim=1)]
+            full_ids = ids[full[:, ids].argmax(dim=1)] if policy.restricted else full.argmax(dim=1)
         disagreed[self.settled] = (early_ids != full_ids).numpy()
         return disagreed
 

@@ -62,7 +62,9 @@ class AttentionNarrower:
         """Of each KV cache group, int64 [rows]."""
         owners, positions = torch.from_numpy(layout.owners), torch.from_numpy(layout.positions)
         tables = self._runner.input_batch.block_table
-        return [compat.slots(tables[group], owners, positions) for group in range(len(self._groups))]
+        return [
+            compat.slots(tables[group], owners, positions) for group in range(len(self._groups))
+        ]
 
     def _by_layer(self, slots: list[Tensor]) -> dict[str, Tensor]:
         return {

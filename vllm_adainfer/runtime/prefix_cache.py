@@ -113,7 +113,7 @@ class PrefixCacheGuard:
             self._complete(request)
             may_exit = self._may_exit(request, computed)
         ends = computed + num_new_tokens >= request.num_tokens
-        withhold = ends and may_exit or request.request_id in self._unfinished
+        withhold = (ends and may_exit) or request.request_id in self._unfinished
         if withhold:
             kwargs["delay_cache_blocks"] = True
         blocks = self._manager.allocate_slots(

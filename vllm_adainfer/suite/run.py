@@ -177,12 +177,12 @@ class _Judging:
             }
             name = Path(self.request.model).name
             config = policy_config(
-                policy, recording, target, options, data.labels, name, self.hf_config
+                policy, recording, target, halves, options, data.labels, name, self.hf_config
             )
             save_artifact(
                 self.directory / data.task.name,
                 config,
-                policy_tensors(policy, data.labels),
+                policy_tensors(policy, target, data.labels),
                 details,
                 model_card(config, details),
                 {},
