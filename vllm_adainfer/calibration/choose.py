@@ -27,8 +27,8 @@ class Forecast:
     """What a set of exit points would do at its loosest threshold within the bound.
 
     Attributes:
-        seconds: expected time of a prompt in layers, probes and cuts; full depth is the same
-            without probes and cuts.
+        seconds: expected time of a prompt in layers, probes, cuts and head; full depth is the
+            same without probes and cuts.
         layers_saved: share of layers x token rows, 0 to 1.
 
     """
@@ -73,7 +73,7 @@ def forecast(
     first rows only.
     """
     rows, depth = len(tokens), costs.depth
-    full = costs.layer * depth * tokens.mean()
+    full = costs.layer * depth * tokens.mean() + costs.head
     if not exits:
         return Forecast(full, 0.0)
     scores = np.stack([exit.fitted.score[:rows].double().numpy() for exit in exits])
@@ -93,7 +93,7 @@ def forecast(
 
     risk = np.cumsum(losses[to, row] - losses[start, row]) / rows
     layer_rows = np.cumsum((layers[start] - layers[to]) * tokens[row])
-    probing = np.cumsum(probes[start] - probes[to])
+    probing = np.cumsum(probes[start] - probes[to] + costs.head * (start == len(exits)))
     ends = np.flatnonzero(np.append(score[1:] < score[:-1], True))  # equal scores move together
     failing = risk[ends] > allowed + 1e-12
     passing = int(failing.argmax()) if failing.any() else len(ends)

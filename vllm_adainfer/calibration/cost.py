@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ class Costs:
         cut: one exit point for one token row of a step: the boundary of two segments, and taking
             the rows that stay out of the batch.
         probe: layer -> asking the exit point there about one prompt.
+        head: the LM head for one row; 0 where an answer given early needs it as well.
 
     """
 
@@ -33,6 +34,7 @@ class Costs:
     layer: float
     cut: float
     probe: Mapping[int, float]
+    head: float = 0.0
 
 
 def probe_seconds(probe: Probe, states: Tensor, threads: int) -> float:
@@ -40,13 +42,23 @@ def probe_seconds(probe: Probe, states: Tensor, threads: int) -> float:
 
     `threads` is how many the serving process computes with.
     """
+    return _seconds(lambda: probe.score(probe.readout(states)), threads) / len(states)
+
+
+def head_seconds(head_weight: Tensor, states: Tensor, threads: int) -> float:
+    """Time of the LM head [vocabulary, hidden size] for one of `states` [rows, hidden size]."""
+    states = states.to(head_weight.dtype)
+    return _seconds(lambda: torch.nn.functional.linear(states, head_weight), threads) / len(states)
+
+
+def _seconds(call: Callable[[], object], threads: int) -> float:
     times = []
     with _threads(threads):
         for _ in range(ROUNDS):
             start = time.perf_counter()
-            probe.score(probe.readout(states))
+            call()
             times.append(time.perf_counter() - start)
-    return statistics.median(times) / len(states)
+    return statistics.median(times)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from vllm_adainfer.calibration.certify import (
 )
 from vllm_adainfer.calibration.choose import choose_exits, evenly_spread, forecast
 from vllm_adainfer.calibration.collect import Ints, Recording
-from vllm_adainfer.calibration.cost import Costs, probe_seconds
+from vllm_adainfer.calibration.cost import Costs, head_seconds, probe_seconds
 from vllm_adainfer.calibration.fit import FittedExit, RightTokens, chain, fit_exits
 from vllm_adainfer.calibration.probes import Target
 from vllm_adainfer.decision.bound import BoundKind
@@ -32,6 +32,7 @@ from vllm_adainfer.provenance import provenance
 
 Risk = Literal["disagreement", "accuracy"]
 STEP_ROWS = 2048  # token rows of a full step, vLLM's default on a CPU
+HEAD_ROWS = 128  # tokens that a full step yields, likewise
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,9 @@ def make_policy(
         probe={
             exit.layer: probe_seconds(exit.probe, asked, recording.threads) for exit in candidates
         },
+        head=head_seconds(recording.head_weight, asked[:HEAD_ROWS], recording.threads)
+        if options.max_tokens > 1
+        else 0.0,
     )
     bound = options.bounds(recording.prompts[held_out])
     allowed = bound.allowance(len(held_out), options.epsilon)

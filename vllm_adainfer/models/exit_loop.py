@@ -45,9 +45,9 @@ class ExitLoop:
     """Runs a model's stack over one step's batch.
 
     A request leaves at the first exit point where the policy has called it settled and enough
-    rows leave with it to be worth a smaller batch. Until then a settled request stays in; the
-    answer it settled on is kept for when it leaves, and dropped if it reaches full depth after
-    all. A shadow request always does; its early answer is returned beside it. What later tokens
+    rows leave with it to be worth a smaller batch. Until then a settled request stays in. If it
+    reaches full depth after all, the answer it settled on is dropped, unless it spares the LM head
+    (scores of a shortlist, where any token may be the answer). A shadow request always does; its early answer is returned beside it. What later tokens
     find in the layers that a request has skipped is the KV policy's part.
     """
 
@@ -115,6 +115,8 @@ class ExitLoop:
         shadow = ShadowAnswers.of(step, answers)
         early = step.left
         stats.exit_histogram[self._depth] += step.num_sampled - early.size
+        if policy.answer_ids is not None and not policy.restricted:
+            early = step.answered()  # those that stayed need no LM head either
         if answers is None or early.size == 0:
             return whole, None, shadow
         requests = torch.from_numpy(early)

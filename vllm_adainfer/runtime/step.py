@@ -118,6 +118,10 @@ class StepContext:
         """Settled requests that are still in the batch and need not stay."""
         return np.flatnonzero(self._settled & self._may_leave & ~self._left)
 
+    def answered(self) -> Ints:
+        """Settled requests whether they have left or not, but not shadow requests."""
+        return np.flatnonzero(self._settled & self._may_leave)
+
     def regroup(self, leaving: Ints, waiting: Ints | None = None) -> Tensor:
         """Let requests leave, and rows that waited for their requests to go on join the batch.
 
