@@ -47,8 +47,9 @@ class ExitLoop:
     A request leaves at the first exit point where the policy has called it settled and enough
     rows leave with it to be worth a smaller batch. Until then a settled request stays in. If it
     reaches full depth after all, the answer it settled on is dropped, unless it spares the LM head
-    (scores of a shortlist, where any token may be the answer). A shadow request always does; its early answer is returned beside it. What later tokens
-    find in the layers that a request has skipped is the KV policy's part.
+    (scores of a shortlist, where any token may be the answer). A shadow request always gets there;
+    its early answer is returned beside it. What later tokens find in the layers that a request
+    has skipped is the KV policy's part.
     """
 
     def __init__(
