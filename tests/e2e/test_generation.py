@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import resource
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,13 @@ from vllm import SamplingParams
 from tests.e2e.oracle import Sequence, hidden_states
 from tests.e2e.scripted import EXIT_AT, Ran, drawn, parts
 
-BLOCK = 32
 CLOSE = 2e-3  # largest difference of normed states of about 1: fp32 sums in another order
+SHARED = np.random.default_rng(0).integers(5, 1000, 80).tolist()
 
 
 @pytest.fixture(scope="module")
 def small(tiny_model, tiny_policy) -> Iterator[Any]:
-    """An engine with a cache of 16 blocks, so that requests preempt each other."""
+    """An engine with a cache of 384 tokens in 12 blocks, so that requests preempt each other."""
     from vllm import LLM
 
     llm = LLM(
@@ -31,8 +33,8 @@ def small(tiny_model, tiny_policy) -> Iterator[Any]:
         max_model_len=320,
         max_num_batched_tokens=128,
         max_num_seqs=16,
-        block_size=BLOCK,
-        num_gpu_blocks_override=16,
+        block_size=32,
+        num_gpu_blocks_override=12,
         kv_cache_memory_bytes=8 << 20,
         additional_config={"adainfer": {"artifact": str(tiny_policy), "kv": "propagate"}},
     )
@@ -42,13 +44,17 @@ def small(tiny_model, tiny_policy) -> Iterator[Any]:
 
 @dataclass
 class Request:
-    """A prompt, its parameters, when it comes and (if it does) when it is aborted."""
+    """A prompt, its parameters, when it comes and (if it does) when it is aborted.
+
+    The prompt of a next turn follows this one's prompt and answer.
+    """
 
     prompt: list[int]
     max_tokens: int
     seed: int
     arrives: int = 0
     aborted: int | None = None
+    next_turn: Request | None = None
 
     def params(self) -> SamplingParams:
         return SamplingParams(
@@ -56,54 +62,64 @@ class Request:
         )
 
 
-def drive(llm: Any, requests: list[Request]) -> tuple[list[list[int]], int]:
-    """Step the engine until all have ended: the tokens of each, and how many preemptions."""
+@dataclass
+class Pattern:
+    """Requests in order of arrival, next turns added when they came, and what became of them."""
+
+    requests: list[Request]
+    produced: list[list[int]]
+    preemptions: int = 0
+
+    def sequence(self, name: int) -> list[int]:
+        return self.requests[name].prompt + self.produced[name]
+
+
+def drive(llm: Any, requests: list[Request]) -> Pattern:
+    """Step the engine until all have ended."""
     engine, (_, _, scheduler) = llm.llm_engine, parts(llm)
-    produced: list[list[int]] = [[] for _ in requests]
-    preempted = set()
+    pattern = Pattern(list(requests), [[] for _ in requests])
     step = 0
-    while step <= max(request.arrives for request in requests) or engine.has_unfinished_requests():
-        for name, request in enumerate(requests):
+    while step <= max(r.arrives for r in pattern.requests) or engine.has_unfinished_requests():
+        for name, request in enumerate(pattern.requests):
             if request.arrives == step:
-                engine.add_request(
-                    str(name), {"prompt_token_ids": request.prompt}, request.params()
-                )
+                prompt = {"prompt_token_ids": request.prompt}
+                engine.add_request(str(name), prompt, request.params())
             if request.aborted == step:
                 engine.abort_request([str(name)])
+        known = list(scheduler.requests.values())
         for output in engine.step():
-            produced[int(output.request_id)] = list(output.outputs[0].token_ids)
-        preempted |= {
-            (known.request_id, known.num_preemptions)
-            for known in scheduler.requests.values()
-            if known.num_preemptions
-        }
-        step += 1
-    assert scheduler.kv_cache_manager.usage == 0
-    return produced, len(preempted)
-
-
-def random_requests(generator: np.random.Generator) -> list[Request]:
-    """Prompts of many lengths, some with a common start; some come later, some are aborted."""
-    shared = generator.integers(5, 1000, 80).tolist()
-    requests = []
-    for _ in range(int(generator.integers(3, 15))):
-        length = int(generator.choice([1, 2, 9, 31, 33, 64, 100, 170]))
-        prompt = generator.integers(5, 1000, length).tolist()
-        if generator.random() < 0.4:
-            prompt = shared + prompt
-        arrives = int(generator.integers(0, 8))
-        requests.append(
-            Request(
-                prompt,
-                max_tokens=int(generator.choice([1, 2, 7, 30, 70])),
-                seed=int(generator.integers(0, 1000)),
-                arrives=arrives,
-                aborted=arrives + int(generator.integers(1, 20))
-                if generator.random() < 0.15
-                else None,
-            )
+            name = int(output.request_id)
+            pattern.produced[name] = list(output.outputs[0].token_ids)
+            turn = pattern.requests[name].next_turn
+            if output.finished and turn is not None:
+                prompt = pattern.sequence(name) + turn.prompt
+                pattern.requests.append(replace(turn, prompt=prompt, arrives=step + 1))
+                pattern.produced.append([])
+        pattern.preemptions += sum(
+            request.num_preemptions for request in known if request.is_finished()
         )
-    return requests
+        step += 1
+    return pattern
+
+
+def random_requests(generator: np.random.Generator, count: int, within: int) -> list[Request]:
+    """Some prompts have a common start, some come later, some are aborted or have a next turn."""
+
+    def one() -> Request:
+        prompt = generator.integers(5, 1000, generator.choice([1, 2, 9, 31, 33, 64, 100])).tolist()
+        arrives = int(generator.integers(0, within))
+        aborted = arrives + int(generator.integers(1, 20))
+        turn = Request(generator.integers(5, 1000, 6).tolist(), 6, int(generator.integers(1000)))
+        return Request(
+            prompt=SHARED + prompt if generator.random() < 0.3 else prompt,
+            max_tokens=int(generator.choice([1, 2, 7, 30, 60])),
+            seed=int(generator.integers(1000)),
+            arrives=arrives,
+            aborted=aborted if generator.random() < 0.15 else None,
+            next_turn=turn if generator.random() < 0.3 else None,
+        )
+
+    return [one() for _ in range(count)]
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -115,10 +131,9 @@ def check_exact(model: Any, sequence: list[int], ran: list[Ran]) -> None:
     states = hidden_states(model, sequence)
     for part in ran:
         last = part.first + part.rows - 1
-        if last >= len(sequence):
-            continue  # it was aborted before the token came
-        with torch.inference_mode():
-            assert close(part.state, model.model.norm(states[part.layers][last]))
+        if last < len(sequence):  # else it was aborted before the token came
+            with torch.inference_mode():
+                assert close(part.state, model.model.norm(states[part.layers][last]))
 
 
 def check_propagated(model: Any, sequence: list[int], ran: list[Ran]) -> None:
@@ -132,31 +147,7 @@ def check_propagated(model: Any, sequence: list[int], ran: list[Ran]) -> None:
         length = part.first + part.rows
         if length > len(sequence):
             break
-        state = oracle.run(sequence[part.first : length], part.layers)
-        assert close(part.state, state)
-
-
-@pytest.mark.parametrize("kv", ["exact", "propagate"])
-@pytest.mark.parametrize("seed", range(100))
-def test_drawn_exits_at_every_token_reproduce_the_oracle(small, reference, kv, seed):
-    generator = np.random.default_rng(seed)
-    requests = random_requests(generator)
-    _, _, scheduler = parts(small)
-    before = scheduler.max_num_scheduled_tokens
-    scheduler.max_num_scheduled_tokens = int(generator.choice([16, 40, 128]))
-    capacity = int(generator.choice([5, 50, 10_000]))
-    try:
-        with drawn(small, kv, capacity=capacity) as ran:
-            produced, _ = drive(small, requests)
-    finally:
-        scheduler.max_num_scheduled_tokens = before
-    for name, (request, tokens) in enumerate(zip(requests, produced, strict=True)):
-        if request.aborted is None:
-            assert len(tokens) == request.max_tokens
-        sequence = request.prompt + tokens
-        check = check_exact if kv == "exact" else check_propagated
-        check(reference, sequence, ran.get(str(name), []))
-        check_tokens(reference, sequence, ran.get(str(name), []))
+        assert close(part.state, oracle.run(sequence[part.first : length], part.layers))
 
 
 @torch.inference_mode()
@@ -167,3 +158,82 @@ def check_tokens(model: Any, sequence: list[int], ran: list[Ran]) -> None:
         if part.sampled and last < len(sequence) - 1:
             scores = model.lm_head(part.state)
             assert scores.max() - scores[sequence[last + 1]] < CLOSE
+
+
+def check(model: Any, kv: str, pattern: Pattern, name: int, ran: dict[str, list[Ran]]) -> None:
+    request, sequence = pattern.requests[name], pattern.sequence(name)
+    if request.aborted is None:
+        assert len(sequence) == len(request.prompt) + request.max_tokens
+    check_states = check_exact if kv == "exact" else check_propagated
+    check_states(model, sequence, ran.get(str(name), []))
+    check_tokens(model, sequence, ran.get(str(name), []))
+
+
+def drawn_pattern(
+    llm: Any, kv: str, seed: int, min_rows_saved: int | None = 1
+) -> tuple[Pattern, dict[str, list[Ran]]]:
+    """A random pattern with steps of a random size; few rows may wait in some of them."""
+    generator = np.random.default_rng(seed)
+    requests = random_requests(generator, int(generator.integers(3, 15)), within=8)
+    _, _, scheduler = parts(llm)
+    before = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = int(generator.choice([16, 40, 128]))
+    capacity = int(generator.choice([5, 50, 10_000]))
+    try:
+        with drawn(llm, kv, min_rows_saved, capacity) as ran:
+            return drive(llm, requests), ran
+    finally:
+        scheduler.max_num_scheduled_tokens = before
+
+
+@pytest.mark.parametrize("kv", ["exact", "propagate"])
+@pytest.mark.parametrize("seed", range(100))
+def test_drawn_exits_at_every_token_reproduce_the_oracle(small, reference, kv, seed):
+    pattern, ran = drawn_pattern(small, kv, seed)
+    for name in range(len(pattern.requests)):
+        check(reference, kv, pattern, name, ran)
+
+
+@pytest.mark.parametrize("min_rows_saved", [3, None], ids=["three rows", "where that is faster"])
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_that_wait_for_company_before_they_leave_change_no_state(
+    small, reference, min_rows_saved, seed
+):
+    """Of the tokens that are not settled, or left where they settled: others waited for company."""
+    pattern, ran = drawn_pattern(small, "exact", 1000 + seed, min_rows_saved)
+    for name in range(len(pattern.requests)):
+        check_tokens(reference, pattern.sequence(name), ran.get(str(name), []))
+        check_exact(reference, pattern.sequence(name), ran.get(str(name), []))
+
+
+def test_the_patterns_hold_what_they_are_for(small):
+    patterns = [drawn_pattern(small, "exact", seed) for seed in range(12)]
+    hits = [parts[0].first > 0 for _, ran in patterns for parts in ran.values()]
+    assert sum(pattern.preemptions for pattern, _ in patterns) > 5
+    assert sum(hits) > 10
+    assert any(request.aborted for pattern, _ in patterns for request in pattern.requests)
+    depths = {part.layers for _, ran in patterns for parts in ran.values() for part in parts}
+    assert depths == {2, 3, 5, 6}
+
+
+@pytest.mark.parametrize(("kv", "wave"), [("exact", 500), ("propagate", 250)])
+def test_a_long_soak_leaks_nothing_and_stays_right(small, reference, kv, wave):
+    """Thousands of requests through one engine; its second half needs no more memory."""
+    _, runner, scheduler = parts(small)
+    generator = np.random.default_rng(7)
+    waves = [random_requests(generator, wave, within=3 * wave) for _ in range(4)]
+    peaks = []
+    for requests in waves:
+        with drawn(small, kv, capacity=200) as ran:
+            pattern = drive(small, requests)
+            loop_kv = runner.model.model.exit_loop.kv
+            small.llm_engine.step()  # the worker hears of the last ones that ended
+        for name in range(0, len(pattern.requests), 25):
+            check(reference, kv, pattern, name, ran)
+        assert scheduler.kv_cache_manager.usage == 0
+        assert not scheduler.requests
+        assert not scheduler.kv_cache_manager._unfinished
+        assert not (loop_kv._waiting if kv == "exact" else loop_kv._exact)
+        gc.collect()
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert peaks[-1] < 1.05 * peaks[1]

@@ -212,6 +212,17 @@ def policy_config(
     )
 
 
+def oracle_layers_run(policy: FittedPolicy) -> float:
+    """Mean depth on the held-out half if each row left where its answer is first the full model's.
+
+    Of all candidates: the room that a perfect classifier would have.
+    """
+    agrees = np.stack([exit.held_out.agrees for exit in policy.candidates])
+    layers = np.array([*(exit.layer for exit in policy.candidates), policy.costs.depth])
+    first = np.where(agrees.any(axis=0), agrees.argmax(axis=0), len(agrees))
+    return float(layers[first].mean())
+
+
 def policy_tensors(
     policy: FittedPolicy, target: Target, labels: Sequence[Label]
 ) -> dict[str, Tensor]:
@@ -265,6 +276,7 @@ def policy_details(
         "agreement": {
             str(exit.layer): float(exit.held_out.agrees.mean()) for exit in policy.candidates
         },
+        "oracle_layers_run": oracle_layers_run(policy),
         "seconds": {
             "layer": policy.costs.layer,
             "cut": policy.costs.cut,

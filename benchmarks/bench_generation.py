@@ -1,0 +1,297 @@
+"""Generation: stock vLLM beside exits at every token, with exact and with propagated K and V.
+
+    .venv/bin/vllm-adainfer calibrate --model MODEL --data FILE --max-tokens 64 --output POLICY
+    .venv/bin/python benchmarks/bench_generation.py --model MODEL --artifact POLICY --data-dir DIR
+
+Engines run interleaved on chat prompts of `DIR`: test rows of GSM8K, and of alpaca_eval and
+specbench those that calibration has not seen. Speed is taken at each batch size, quality once.
+What exits could have saved (the oracle's depth) is in the artifact.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from vllm_adainfer.artifact import load_artifact, load_details
+from vllm_adainfer.calibration.calibrate import load_config
+from vllm_adainfer.calibration.data import Example, Row, make_examples
+from vllm_adainfer.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.calibration.report import write_whole
+from vllm_adainfer.calibration.sequences import compare, has_number, read_back
+from vllm_adainfer.plugin import register
+from vllm_adainfer.provenance import provenance
+from vllm_adainfer.runtime.admission import EXIT_ARG
+from vllm_adainfer.stats import stats
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+STOCK, NEVER, EXACT, PROPAGATE = "stock", "never exit", "exact", "propagate"
+VARIANTS = (STOCK, NEVER, EXACT, PROPAGATE)
+# Directory -> field, and test rows that calibration has used.
+SOURCES = {"gsm8k": ("question", 0), "alpaca_eval": ("text", 250), "specbench": ("text", 90)}
+# Batch size -> prompts of a timed pass: a few full batches.
+BATCHES = {1: 12, 8: 24, 32: 64, 128: 128}
+MAX_PROMPT = 512  # tokens; longer prompts are left out
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One timed pass of a variant over some prompts."""
+
+    seconds: float
+    texts: list[list[int]]
+    layers_run: int = 0
+    layers_possible: int = 0
+    exit_histogram: Mapping[int, int] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Generated, of all texts."""
+        return sum(map(len, self.texts))
+
+
+def main(
+    model: Annotated[str, typer.Option()],
+    artifact: Annotated[str, typer.Option(help="Calibrated with --max-tokens above 1.")],
+    data_dir: Annotated[Path, typer.Option()],
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/generation.json"),
+    max_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    prompts: Annotated[int, typer.Option(help="Per data set, for quality.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Measure, and write JSON and a Markdown table beside each other."""
+    config = load_artifact(artifact).config
+    sets = read_sets(model, data_dir, prompts)
+    mixed = [example for group in zip(*sets.values(), strict=True) for example in group]
+    engines = start_engines(model, artifact, mixed, max_tokens)
+    speed = []
+    for batch, count in BATCHES.items():
+        speed += measure_speed(engines, mixed[:count], batch, max_tokens, rounds)
+    quality = []
+    for name, examples in tqdm(sets.items(), desc="quality", unit="set"):
+        quality += measure_quality(engines, model, name, examples, max_tokens)
+    for engine in engines.values():
+        stop_engine(engine)
+    report = {
+        "model": config.base_model,
+        "artifact": Path(artifact).name,
+        "epsilon": config.epsilon,
+        "delta": config.delta,
+        "exit_points": config.exit_points,
+        "layers_total": config.layers,
+        "oracle_layers_run": load_details(artifact)["oracle_layers_run"],
+        "max_tokens": max_tokens,
+        "rounds": rounds,
+        "speed": speed,
+        "quality": quality,
+        "provenance": provenance(),
+    }
+    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(output.with_suffix(".md"), table(report).encode())
+    typer.echo(table(report))
+
+
+def read_sets(model: str, data_dir: Path, count: int) -> dict[str, list[Example]]:
+    """`count` chat prompts of each source; the label is the answer where there is one to score."""
+    _, tokenizer = load_config(model)
+    sets = {}
+    for name, (field, used) in SOURCES.items():
+        path = data_dir / name / "test.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines][used:]
+        chats = [
+            Row(
+                f"{path}",
+                {"messages": [{"role": "user", "content": row[field]}]}
+                | ({"label": row["answer"]} if name == "gsm8k" else {}),
+            )
+            for row in rows
+        ]
+        examples = make_examples(chats, tokenizer, None, "label", 1 << 20)
+        short = [example for example in examples if len(example.token_ids) <= MAX_PROMPT]
+        sets[name] = short[:count]
+    return sets
+
+
+def start_engines(
+    model: str, artifact: str, examples: Sequence[Example], max_tokens: int
+) -> dict[str, LLM]:
+    """Stock, and ours with either KV policy, side by side."""
+    os.environ["VLLM_PLUGINS"] = ""
+    engines = {STOCK: start_engine(model, examples, None, max_tokens)}
+    del os.environ["VLLM_PLUGINS"]
+    register()  # vLLM asks for plugins once in a process, and this one has had none
+    for kv in (EXACT, PROPAGATE):
+        switch = {"artifact": artifact, "kv": kv}
+        engines[kv] = start_engine(model, examples, switch, max_tokens)
+    return engines
+
+
+def run(
+    engines: Mapping[str, LLM],
+    variant: str,
+    examples: Sequence[Example],
+    batch: int,
+    max_tokens: int,
+) -> Pass:
+    """`examples` in batches of `batch`, one after the other; nothing is cached at first."""
+    from vllm import SamplingParams
+
+    engine = engines[EXACT if variant == NEVER else variant]
+    arguments = {EXIT_ARG: 0} if variant == NEVER else None
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=arguments)
+    engine.reset_prefix_cache()
+    before = None if variant == STOCK else stats(engine)
+    texts = []
+    start = time.perf_counter()
+    for first in range(0, len(examples), batch):
+        prompts = [{"prompt_token_ids": e.token_ids} for e in examples[first : first + batch]]
+        outputs = engine.generate(prompts, params, use_tqdm=False)
+        texts += [list(output.outputs[0].token_ids) for output in outputs]
+    seconds = time.perf_counter() - start
+    if before is None:
+        return Pass(seconds, texts)
+    after = stats(engine)
+    left = {
+        layers: count - before["exit_histogram"].get(layers, 0)
+        for layers, count in after["exit_histogram"].items()
+    }
+    return Pass(
+        seconds,
+        texts,
+        after["layers_run"] - before["layers_run"],
+        after["layers_possible"] - before["layers_possible"],
+        left,
+    )
+
+
+def measure_speed(
+    engines: Mapping[str, LLM],
+    examples: Sequence[Example],
+    batch: int,
+    max_tokens: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Interleaved rounds at one batch size, a row for each variant."""
+    for variant in VARIANTS:
+        run(engines, variant, examples[:batch], batch, 4)
+    passes: dict[str, list[Pass]] = {variant: [] for variant in VARIANTS}
+    for number in tqdm(range(rounds), desc=f"batch {batch}", unit="round"):
+        turn = number % len(VARIANTS)
+        for variant in VARIANTS[turn:] + VARIANTS[:turn]:
+            passes[variant].append(run(engines, variant, examples, batch, max_tokens))
+    rows = []
+    for variant, found in passes.items():
+        rates = [one.tokens / one.seconds for one in found]
+        stock = [one.tokens / one.seconds for one in passes[STOCK]]
+        ratios = [ours / theirs for ours, theirs in zip(rates, stock, strict=True)]
+        saved = None
+        if variant != STOCK:
+            executed = sum(one.layers_run for one in found)
+            saved = 1 - executed / sum(one.layers_possible for one in found)
+        rows.append(
+            {
+                "batch": batch,
+                "variant": variant,
+                "tokens_per_second": statistics.median(rates),
+                "speedup": statistics.median(ratios),
+                "speedup_min": min(ratios),
+                "speedup_max": max(ratios),
+                "layers_saved": saved,
+                "exit_histogram": found[-1].exit_histogram,
+            }
+        )
+    return rows
+
+
+def measure_quality(
+    engines: Mapping[str, LLM],
+    model: str,
+    name: str,
+    examples: Sequence[Example],
+    max_tokens: int,
+) -> list[dict[str, Any]]:
+    """Texts of each variant, read back by stock vLLM, a row for each.
+
+    One request at a time, so that every token that settles leaves.
+    """
+    _, tokenizer = load_config(model)
+    prompts = [example.token_ids for example in examples]
+    texts = {v: run(engines, v, examples, 1, max_tokens).texts for v in VARIANTS}
+    rows = []
+    for variant, found in texts.items():
+        scored = [
+            has_number(tokenizer.decode(text), example.label)
+            for text, example in zip(found, examples, strict=True)
+            if example.label is not None
+        ]
+        rows.append(
+            {
+                "data": name,
+                "variant": variant,
+                **asdict(read_back(engines[STOCK], prompts, found)),
+                **asdict(compare(found, texts[NEVER])),
+                "score": sum(scored) / len(scored) if scored else None,
+            }
+        )
+    return rows
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: speed by batch size, quality by data set."""
+    room, depth = report["oracle_layers_run"], report["layers_total"]
+    lines = [
+        f"{report['model']}, greedy, up to {report['max_tokens']} tokens, epsilon "
+        f"{report['epsilon']:g} at delta {report['delta']:g} per token, exit points after "
+        f"{', '.join(map(str, report['exit_points']))} of {depth} layers. The room: an oracle that "
+        f"knew where each token's answer is first right would run {room:.1f} layers "
+        f"({1 - room / depth:.0%} fewer).",
+        "",
+        "| batch | "
+        + " | ".join(f"{v}: tokens/s, of stock (range), layers saved" for v in VARIANTS)
+        + " |",
+        "|---" * (len(VARIANTS) + 1) + "|",
+    ]
+    for batch in dict.fromkeys(row["batch"] for row in report["speed"]):
+        cells = []
+        for row in report["speed"]:
+            if row["batch"] != batch:
+                continue
+            cell = f"{row['tokens_per_second']:.0f}"
+            if row["variant"] != STOCK:
+                cell += (
+                    f", **{row['speedup']:.2f}x** ({row['speedup_min']:.2f} to "
+                    f"{row['speedup_max']:.2f}), {row['layers_saved']:.1%}"
+                )
+            cells.append(cell)
+        lines.append(f"| {batch} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| data | variant | not the full model's choice | perplexity | same text | first "
+        "difference at token | number match |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["quality"]:
+        place, score = row["first_divergence"], row["score"]
+        lines.append(
+            f"| {row['data']} | {row['variant']} | {row['disagreement']:.1%} | "
+            f"{row['perplexity']:.2f} | {row['same']:.0%} | "
+            f"{'-' if place is None else f'{place:.0f}'} | "
+            f"{'' if score is None else f'{score:.0%}'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
