@@ -321,10 +321,12 @@ def _expected_shapes(
     shapes: dict[str, tuple[int, ...]] = {
         "thresholds": (len(config.levels), len(config.exit_points))
     }
-    if config.probe != "label-head" and labels:
-        shapes |= {"norm_weight": (hidden,), "head_rows": (labels, hidden)}
+    scored = labels
     if config.candidates == "shortlist":
-        shapes["shortlist"] = (len(tensors.get("shortlist", ())),)
+        scored = len(tensors.get("shortlist", ()))
+        shapes["shortlist"] = (scored,)
+    if config.probe != "label-head" and config.candidates != "full":
+        shapes |= {"norm_weight": (hidden,), "head_rows": (scored, hidden)}
     for layer in config.exit_points:
         shapes[f"exit.{layer}.classifier"] = served_shape(config.classifier)
         if config.probe == "label-head":

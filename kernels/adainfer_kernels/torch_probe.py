@@ -16,6 +16,7 @@ BLOCK_SCORES = 1 << 19
 SMALLEST_BLOCK = 1024
 GATHERED = 1 << 22  # elements of the head gathered at a time
 GROUP = 64
+FEW_SCORES = 1 << 13  # of which torch finds the two best faster without groups
 
 
 @torch.no_grad()  # what is written in place cannot be differentiated
@@ -165,7 +166,7 @@ def _best_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if size == 1:
         first = scores[:, 0]
         return first, first.new_zeros(rows, dtype=torch.int64), first.new_full((rows,), -torch.inf)
-    if size <= 2 * GROUP:
+    if size <= 2 * GROUP or scores.numel() <= FEW_SCORES:
         values = scores.topk(2).values
         return values[:, 0], scores.argmax(dim=-1), values[:, 1]
     if size % GROUP:

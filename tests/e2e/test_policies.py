@@ -19,6 +19,7 @@ from vllm_adainfer.decision.policy import CalibratedPolicy
 from vllm_adainfer.models.exit_loop import ScoredAnswers
 
 PROMPTS = 24
+SHORTLIST = torch.arange(3, 1000, 7)
 
 
 def artifact_of(
@@ -41,6 +42,9 @@ def artifact_of(
     tensors["norm_weight"] = model.model.norm.weight.data
     if labels:
         tensors["head_rows"] = model.lm_head.weight.data[list(config.label_ids)]
+    if candidates == "shortlist":
+        tensors["shortlist"] = SHORTLIST
+        tensors["head_rows"] = model.lm_head.weight.data[SHORTLIST]
     for layer in EXIT_POINTS:
         if probe == "lens":
             lens = 0.02 * torch.randn(64, 64, generator=generator)
@@ -87,10 +91,12 @@ def expected(artifact: Artifact, model, prompt: list[int]) -> tuple[int, int] | 
     """Depth and token of a prompt; None where a decision is too close to call."""
     config, tensors = artifact.config, artifact.tensors
     states = hidden_states(model, prompt)
-    rows = list(config.label_ids) or list(range(config.vocab_size))
+    at_full_depth = list(config.label_ids) or list(range(config.vocab_size))
+    early = SHORTLIST.tolist() if config.candidates == "shortlist" else at_full_depth
     features: list[tuple[float, float]] = []
     for layer in (*EXIT_POINTS, LAYERS):
         state = states[layer][-1:]
+        rows = early if layer < LAYERS else at_full_depth
         if layer < LAYERS and config.probe == "label-head":
             scores = state @ tensors[f"exit.{layer}.head_weight"].T
         else:
@@ -123,6 +129,7 @@ def expected(artifact: Artifact, model, prompt: list[int]) -> tuple[int, int] | 
         ("lens", "full", 0.1, None, "threshold"),
         ("lens", "full", 0.1, 8, "threshold"),
         ("logit-lens", "full", 0.1, None, "threshold"),
+        ("lens", "shortlist", 0.3, None, "threshold"),
         ("lens", "labels", 0.5, None, "rbf"),
         ("lens", "full", -0.4, None, "rbf"),
         ("lens", "labels", 3.0, None, "crf"),
@@ -160,6 +167,27 @@ def test_depths_and_tokens_are_those_of_the_oracle(
     unsure = PROMPTS - len(sure)
     for depth in (*EXIT_POINTS, LAYERS):
         assert abs(stats.exit_histogram[depth] - depths.count(depth)) <= unsure
+
+
+@pytest.mark.parametrize(
+    ("probe", "candidates"),
+    [("label-head", "labels"), ("lens", "labels"), ("lens", "full"), ("lens", "shortlist")],
+)
+def test_a_policy_may_be_made_before_the_weights_are_loaded(
+    tiny_model, reference, probe, candidates
+):
+    artifact = artifact_of(tiny_model, reference, probe, candidates, 0.3)
+    norm, head = reference.model.norm.weight.data, reference.lm_head.weight.data
+    empty_norm, empty_head = torch.zeros_like(norm), torch.zeros_like(head)
+    early, late = (
+        CalibratedPolicy(artifact, *weights) for weights in ((empty_norm, empty_head), (norm, head))
+    )
+    empty_norm.copy_(norm)
+    empty_head.copy_(head)
+    states = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    asked = 0, states, torch.zeros(9, dtype=torch.int64), None
+    assert early.decide(*asked).answers.equal(late.decide(*asked).answers)
+    assert early.decide(*asked).answers.std() > 0
 
 
 def test_a_certified_label_wins_also_where_its_lead_is_below_the_rounding_of_the_logits(engine):

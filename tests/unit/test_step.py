@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllm_adainfer.runtime.layout import RowLayout
 from vllm_adainfer.runtime.step import MIN_ROWS_SPARED, StepContext
 
 
@@ -17,12 +18,15 @@ class Narrow:
 
     calls: list[tuple[list[int], list[int]]] = field(default_factory=list)
 
-    def __call__(self, requests: Any, rows: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        self.calls.append((requests.tolist(), rows.tolist()))
-        return {"layer": len(self.calls)}, {"layer": rows}
+    def __call__(self, layout: RowLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        self.calls.append((layout.here.tolist(), layout.positions.tolist()))
+        return {"layer": len(self.calls)}, self.slots(layout)
 
-    def last_rows(self, requests: Any, rows: Tensor) -> dict[str, Any]:
-        return {"layer": (requests.tolist(), rows.tolist())}
+    def last_rows(self, layout: RowLayout) -> dict[str, Any]:
+        return {"layer": (layout.here.tolist(), layout.positions.tolist())}
+
+    def slots(self, layout: RowLayout) -> dict[str, Tensor]:
+        return {"layer": torch.from_numpy(layout.positions)}
 
 
 def ints(*values: int) -> Any:
@@ -37,15 +41,36 @@ def make(
     shadow: list[bool] | None = None,
     all_rows_count: bool = False,
 ) -> StepContext:
+    """A step in which each row's position is its place in the batch."""
     count = len(query_lens)
     return StepContext(
-        ints(*query_lens),
+        [f"id {place}" for place in range(count)],
+        RowLayout(ints(*query_lens), np.cumsum(query_lens) - 1),
         np.array([True] * count if sampled is None else sampled),
         ints(*([0] * count if tags is None else tags)),
+        np.ones(count, dtype=np.bool_),
         narrow or Narrow(),
         None if shadow is None else np.array(shadow),
         all_rows_count,
     )
+
+
+def rows_ready(step: StepContext) -> int:
+    return int(step.layout.lens[step.ready()].sum())
+
+
+def compact(step: StepContext) -> tuple[int, list[int]]:
+    """Let all leave who are ready: how many, and the rows that stay."""
+    leaving = step.ready()
+    return len(leaving), step.regroup(leaving).tolist()
+
+
+def original_rows(step: StepContext, rows: Tensor) -> list[int]:
+    """Where `rows` were in the batch as it came."""
+    whole = torch.full((1000, 1), -1.0)
+    step.put_back(torch.arange(float(len(rows))).unsqueeze(1), rows, whole)
+    came = (whole[:, 0] >= 0).nonzero().squeeze(1)
+    return came[whole[came, 0].argsort()].tolist()
 
 
 def test_at_first_every_sampled_and_admitted_request_is_undecided():
@@ -54,7 +79,7 @@ def test_at_first_every_sampled_and_admitted_request_is_undecided():
     assert step.num_sampled == 3
     assert step.num_requests == 4
     assert step.left.tolist() == []
-    assert step.rows_ready_to_leave() == 0
+    assert rows_ready(step) == 0
 
 
 @pytest.mark.parametrize("tag", [-1, 0, 5])
@@ -62,10 +87,10 @@ def test_a_request_with_more_chunks_to_come_is_never_undecided(tag):
     step = make([4, 2, 3], sampled=[False, True, True], tags=[tag, 0, 0])
     assert step.undecided().tolist() == [1, 2]
     step.settle(ints(1))
-    step.compact()
+    compact(step)
     assert step.undecided().tolist() == [2]
     step.settle(ints(2))
-    step.compact()
+    compact(step)
     assert step.undecided().tolist() == []
     assert step.left.tolist() == [1, 2]
     assert step.sampled_rows(ints(0)).tolist() == [3]
@@ -75,10 +100,10 @@ def test_the_last_row_of_a_request_decides_it_wherever_the_batch_has_moved_it():
     step = make([2, 3, 1, 4])  # rows 0-1, 2-4, 5, 6-9
     assert step.sampled_rows(ints(0, 1, 2, 3)).tolist() == [1, 4, 5, 9]
     step.settle(ints(1))
-    step.compact()  # now rows 0-1, 2, 3-6
+    compact(step)  # now rows 0-1, 2, 3-6
     assert step.sampled_rows(ints(0, 2, 3)).tolist() == [1, 2, 6]
     step.settle(ints(0))
-    step.compact()  # now rows 0, 1-4
+    compact(step)  # now rows 0, 1-4
     assert step.sampled_rows(ints(2, 3)).tolist() == [0, 4]
     assert step.original_sampled_rows(ints(0, 1, 2, 3)).tolist() == [1, 4, 5, 9]
 
@@ -86,14 +111,14 @@ def test_the_last_row_of_a_request_decides_it_wherever_the_batch_has_moved_it():
 def test_compacting_keeps_the_rows_of_those_that_stay():
     step = make([2, 3, 1, 4])
     step.settle(ints(1, 2))
-    assert step.rows_ready_to_leave() == 4
-    left, kept = step.compact()
-    assert (left, kept.tolist()) == (2, [0, 1, 6, 7, 8, 9])
-    assert step.rows_ready_to_leave() == 0
+    assert rows_ready(step) == 4
+    left, kept = compact(step)
+    assert (left, kept) == (2, [0, 1, 6, 7, 8, 9])
+    assert rows_ready(step) == 0
     step.settle(ints(3))
-    assert step.rows_ready_to_leave() == 4
-    left, kept = step.compact()
-    assert (left, kept.tolist()) == (1, [0, 1])
+    assert rows_ready(step) == 4
+    left, kept = compact(step)
+    assert (left, kept) == (1, [0, 1])
     assert step.left.tolist() == [1, 2, 3]
 
 
@@ -104,15 +129,15 @@ def test_settled_requests_stay_until_the_batch_is_compacted():
     assert step.left.tolist() == []
     assert step.sampled_rows(ints(2)).tolist() == [5]
     step.settle(ints(2))
-    assert step.rows_ready_to_leave() == 4
-    assert step.compact()[0] == 2
+    assert rows_ready(step) == 4
+    assert compact(step)[0] == 2
 
 
 def test_all_may_leave():
     step = make([2, 3])
     step.settle(ints(0, 1))
-    left, kept = step.compact()
-    assert (left, kept.tolist()) == (2, [])
+    left, kept = compact(step)
+    assert (left, kept) == (2, [])
     assert step.undecided().tolist() == []
 
 
@@ -123,14 +148,14 @@ def test_a_shadow_request_is_decided_and_stays():
     step.settle(ints(0, 1))
     assert step.undecided().tolist() == [2, 3]
     assert step.settled(step.shadow).tolist() == [True, False]
-    assert step.rows_ready_to_leave() == 3
-    left, kept = step.compact()
-    assert (left, kept.tolist()) == (1, [0, 1, 5, 6, 7, 8, 9])
+    assert rows_ready(step) == 3
+    left, kept = compact(step)
+    assert (left, kept) == (1, [0, 1, 5, 6, 7, 8, 9])
     assert step.left.tolist() == [1]
     step.settle(ints(2, 3))
     assert step.settled(step.shadow).tolist() == [True, True]
-    left, kept = step.compact()
-    assert (left, kept.tolist()) == (1, [0, 1, 2])
+    left, kept = compact(step)
+    assert (left, kept) == (1, [0, 1, 2])
     assert step.left.tolist() == [1, 3]
 
 
@@ -146,10 +171,10 @@ def test_attention_is_narrowed_to_requests_and_rows_of_the_batch_as_it_came():
     narrow = Narrow()
     step = make([2, 3, 1, 4], narrow=narrow)
     step.settle(ints(1))
-    step.compact()
+    compact(step)
     metadata, _ = step.narrowed()
     step.settle(ints(0))
-    step.compact()
+    compact(step)
     _, slots = step.narrowed()
     assert metadata == {"layer": 1}
     assert slots["layer"].tolist() == [5, 6, 7, 8, 9]
@@ -161,13 +186,13 @@ def test_the_last_layer_asks_for_the_last_row_of_each_request_that_remains():
     rows, metadata = step.decisive_rows()
     assert rows.tolist() == [39, 42, 192]
     assert metadata == {"layer": ([0, 1, 2], list(range(193)))}
-    assert step.original_rows(rows).tolist() == [39, 42, 192]
+    assert original_rows(step, rows) == [39, 42, 192]
     step.settle(ints(0))
-    step.compact()
+    compact(step)
     rows, metadata = step.decisive_rows()
     assert rows.tolist() == [2, 152]
     assert metadata == {"layer": ([1, 2], list(range(40, 193)))}
-    assert step.original_rows(rows).tolist() == [42, 192]
+    assert original_rows(step, rows) == [42, 192]
 
 
 @pytest.mark.parametrize(
@@ -232,11 +257,11 @@ def test_the_bookkeeping_is_that_of_a_plain_list_of_rows(seed):
         settled = [request for request in undecided if generator.random() < 0.4]
         step.settle(ints(*settled))
         oracle.settled |= set(settled)
-        assert step.rows_ready_to_leave() == oracle.rows_ready()
+        assert rows_ready(step) == oracle.rows_ready()
         if generator.random() < 0.4:
             continue
-        left, kept = step.compact()
-        assert (left, kept.tolist()) == oracle.compact()
+        left, kept = compact(step)
+        assert (left, kept) == oracle.compact()
         remaining = remaining[kept]
         assert step.left.tolist() == sorted(oracle.left)
         step.narrowed()
@@ -244,7 +269,7 @@ def test_the_bookkeeping_is_that_of_a_plain_list_of_rows(seed):
         assert narrow.calls[-1] == (oracle.remaining(), original)
         assert remaining.flatten().tolist() == original
         everything = torch.arange(len(remaining))
-        assert step.original_rows(everything).tolist() == original
+        assert original_rows(step, everything) == original
     everyone = list(range(count))
     assert step.original_sampled_rows(ints(*everyone)).tolist() == [
         oracle.last_row(oracle.original, request) for request in everyone

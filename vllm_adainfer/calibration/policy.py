@@ -240,7 +240,7 @@ def policy_tensors(
             continue
         for part, tensor in probe.lens.items():
             tensors[f"{name}.{part}"] = tensor
-        if labels and probe.norm_weight is not None:  # else the served model's own are read
+        if target.label_ids is not None and probe.norm_weight is not None:
             tensors["norm_weight"] = probe.norm_weight
             tensors["head_rows"] = probe.head_weight
     return tensors

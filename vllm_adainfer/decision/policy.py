@@ -66,7 +66,10 @@ class CalibratedPolicy:
     """The policy of an artifact; a request's tag is its row of the epsilon table."""
 
     def __init__(self, artifact: Artifact, norm_weight: Tensor, head_weight: Tensor) -> None:
-        """`norm_weight` and `head_weight` are the served model's, for open-vocabulary probes."""
+        """`norm_weight` and `head_weight` are the served model's, for probes of all its tokens.
+
+        They may be loaded later, into the same memory; what is scored in part is in the artifact.
+        """
         config, tensors = artifact.config, artifact.tensors
         device = norm_weight.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -75,8 +78,6 @@ class CalibratedPolicy:
         self.answer_ids: Tensor | None = tensors.get("shortlist")
         if self.restricted:
             self.answer_ids = torch.tensor(config.label_ids, device=device)
-        elif self.answer_ids is not None:
-            head_weight = head_weight[self.answer_ids]
         self._thresholds = tensors["thresholds"]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
         self._probes = [
