@@ -13,7 +13,13 @@ from vllm_adainfer.artifact import load_artifact, save_artifact
 from vllm_adainfer.config import Settings
 from vllm_adainfer.decision.script import SCRIPT_LABELS
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.runtime.admission import FULL_DEPTH, Admission, at_full_depth
+from vllm_adainfer.runtime.admission import (
+    FULL_DEPTH,
+    UNLIMITED,
+    Admission,
+    has_deep_prompt,
+    with_deep_prompt,
+)
 
 DEFAULT = 1  # the tiny artifact's own epsilon, 0.05, is the second of its levels
 
@@ -184,16 +190,88 @@ def test_with_a_script_the_tag_is_the_exit_point_that_a_label_request_names(
 
 
 @pytest.mark.parametrize("arguments", [None, {}, {"adainfer": 1, "mine": 2}])
-def test_at_full_depth_leaves_the_callers_object_as_it_was(admission, label_ids, arguments):
+def test_a_deep_prompt_is_asked_for_without_touching_the_callers_object(
+    admission, label_ids, arguments
+):
     params = label_request(label_ids, extra_args=arguments)
     before = repr(params)
-    changed = at_full_depth(params)
+    changed = with_deep_prompt(params)
     assert repr(params) == before
     assert params.extra_args == arguments
-    assert admission("all").tag(params) == DEFAULT
-    assert admission("all").tag(changed) == FULL_DEPTH
-    assert changed.extra_args == {**(arguments or {}), "adainfer": 0}
     assert changed.allowed_token_ids == params.allowed_token_ids
+    assert (has_deep_prompt(params), has_deep_prompt(changed)) == (False, True)
+    assert not has_deep_prompt(None)
+    assert admission("all").tag(changed) == DEFAULT
+    assert admission("all").admit("id", changed).deep_prompt
+
+
+@pytest.fixture(scope="module")
+def generation(tiny_model, tmp_path_factory) -> Any:
+    """Admission by a policy for generated text."""
+    config = tiny_config(
+        tiny_model, probe="logit-lens", candidates="shortlist", labels=(), max_tokens=64
+    )
+    tensors = {
+        "thresholds": torch.zeros(len(config.levels), len(config.exit_points)),
+        "shortlist": torch.arange(3),
+        "norm_weight": torch.zeros(config.hidden_size),
+        "head_rows": torch.zeros(3, config.hidden_size),
+        **{f"exit.{layer}.classifier": torch.zeros(3) for layer in config.exit_points},
+    }
+    directory = tmp_path_factory.mktemp("generation") / "policy"
+    save_artifact(directory, config, tensors, {}, "card\n", {})
+
+    def make(requests: str = "greedy") -> Admission:
+        return Admission(Settings(artifact=str(directory), requests=requests))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("requests", "changes", "tag"),
+    [
+        ("greedy", {}, DEFAULT),
+        ("greedy", {"max_tokens": 1}, DEFAULT),
+        ("greedy", {"max_tokens": 1000}, DEFAULT),
+        ("greedy", {"max_tokens": None}, DEFAULT),
+        ("greedy", {"stop": ["end"]}, DEFAULT),
+        ("greedy", {"stop_token_ids": [3]}, DEFAULT),
+        ("greedy", {"ignore_eos": True}, DEFAULT),
+        ("greedy", {"temperature": 0.7, "seed": 1}, FULL_DEPTH),
+        ("greedy", {"temperature": 0.7, "n": 3}, FULL_DEPTH),
+        ("all", {"temperature": 0.7, "seed": 1, "n": 3, "top_p": 0.9}, DEFAULT),
+        ("all", {"presence_penalty": 0.5}, FULL_DEPTH),
+        ("all", {"frequency_penalty": 0.5}, FULL_DEPTH),
+        ("all", {"repetition_penalty": 1.1}, FULL_DEPTH),
+        ("all", {"presence_penalty": 0.5, "max_tokens": 1}, DEFAULT),  # nothing is present yet
+        ("all", {"logprobs": 1}, FULL_DEPTH),
+        ("all", {"prompt_logprobs": 1}, FULL_DEPTH),
+        ("all", {"logit_bias": {1: 0.5}}, FULL_DEPTH),
+        ("all", {"bad_words": ["bad"]}, FULL_DEPTH),
+        ("all", {"min_tokens": 3}, FULL_DEPTH),
+        ("all", {"allowed_token_ids": [1, 2]}, FULL_DEPTH),
+        ("all", {"structured_outputs": StructuredOutputsParams(regex="a+")}, FULL_DEPTH),
+    ],
+    ids=repr,
+)
+def test_a_policy_for_generated_text_serves_what_its_bound_speaks_of(
+    generation, requests, changes, tag
+):
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 30, **changes})
+    assert generation(requests).tag(params) == tag
+
+
+@pytest.mark.parametrize(("asked", "known"), [(None, UNLIMITED), (1, 1), (30, 30)])
+def test_the_worker_remembers_how_many_tokens_there_may_be(generation, asked, known):
+    assert generation().admit("id", SamplingParams(max_tokens=asked)).max_tokens == known
+
+
+def test_the_worker_remembers_who_wants_log_probabilities_of_the_prompt(generation):
+    wants = [
+        generation().admit("id", SamplingParams(prompt_logprobs=asked)).wants_prompt
+        for asked in (None, 0, 1)
+    ]
+    assert wants == [False, True, True]
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from vllm.v1.request import RequestStatus
 from vllm_adainfer.runtime.prefix_cache import PrefixCacheGuard
 
 BLOCK = 4
+NUMBERS = itertools.count()
 BLOCKS_ALLOCATED = object()
 
 
@@ -21,6 +23,7 @@ class FakeManager:
     full: bool = False
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     resets: int = 0
+    freed: list[Any] = field(default_factory=list)
     cached: list[tuple[str, int]] = field(default_factory=list)
     prefix_cache_stats: str = "the manager's"
 
@@ -38,8 +41,8 @@ class FakeManager:
     def cache_blocks(self, request: Any, tokens: int) -> None:
         self.cached.append((request.hashes, tokens))
 
-    def free(self, request: Any) -> str:
-        return f"freed {request}"
+    def free(self, request: Any) -> None:
+        self.freed.append(request)
 
     def reset_prefix_cache(self) -> bool:
         self.resets += 1
@@ -55,10 +58,7 @@ class FakeRequest:
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     more_tokens: int = 1
-
-    @property
-    def request_id(self) -> str:
-        return f"id of {self.hashes}"
+    request_id: str = field(default_factory=lambda: f"id {next(NUMBERS)}")
 
     @property
     def block_hashes(self) -> list[bytes]:
@@ -73,7 +73,9 @@ class Setup:
     def __init__(self, **manager: Any) -> None:
         self.manager = FakeManager(**manager)
         self.completed: list[FakeRequest] = []
-        self.guard = PrefixCacheGuard(self.manager, lambda request: request.may_exit, self.complete)
+        self.guard = PrefixCacheGuard(
+            self.manager, lambda request, computed: request.may_exit, self.complete
+        )
 
     def complete(self, request: FakeRequest) -> None:
         request.may_exit = False
@@ -238,7 +240,6 @@ def test_the_manager_gets_the_callers_arguments_and_its_answer_is_returned():
 def test_everything_else_is_the_managers():
     setup = Setup()
     assert setup.guard.prefix_cache_stats == "the manager's"
-    assert setup.guard.free("r") == "freed r"
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = setup.guard.no_such_thing
 
@@ -251,39 +252,72 @@ def test_resetting_the_prefix_cache_forgets_what_was_withheld():
     assert not setup.remembers("a")
 
 
-def run(setup: Setup, request: FakeRequest, left: bool, then: Any = RequestStatus.RUNNING) -> None:
-    """A step with one request, which leaves early or not, and what has become of it then."""
+def run(
+    setup: Setup, request: FakeRequest, complete: int, then: Any = RequestStatus.RUNNING
+) -> None:
+    """A step with one request, how many of its tokens are complete then, and what it is then."""
     setup.guard.new_step()
     setup.allocate(request)
     request.status = then
-    scheduled = {request.request_id: 1}
-    setup.guard.step_ended(scheduled, {request.request_id} if left else ())
+    setup.guard.step_ended({request.request_id: complete})
 
 
 @pytest.mark.parametrize("left", [False, True])
 def test_a_prompt_that_ran_to_full_depth_after_all_is_cached(left):
     setup, request = Setup(), FakeRequest("ab")
-    run(setup, request, left)
+    run(setup, request, complete=0 if left else request.num_tokens)
     assert setup.manager.cached == ([] if left else [("ab", request.num_tokens)])
     assert setup.remembers("a") == setup.remembers("b") == left
 
 
+def test_a_prompt_is_cached_as_far_as_it_is_complete():
+    setup, request = Setup(), FakeRequest("abc")
+    run(setup, request, complete=2 * BLOCK + 1)
+    assert setup.manager.cached == [("abc", 2 * BLOCK + 1)]
+    assert [setup.remembers(block_hash) for block_hash in "abc"] == [False, False, True]
+
+
+def test_what_becomes_complete_later_is_cached_then():
+    setup, request = Setup(), FakeRequest("ab")
+    run(setup, request, complete=0)
+    request.num_computed_tokens = request.num_tokens
+    request.hashes = "abc"
+    run(setup, request, complete=BLOCK)
+    run(setup, request, complete=BLOCK + 1)  # no block more
+    run(setup, request, complete=3 * BLOCK)
+    assert setup.manager.cached == [("abc", BLOCK), ("abc", 3 * BLOCK)]
+    assert not any(setup.remembers(block_hash) for block_hash in "abc")
+
+
+def test_once_tokens_are_withheld_so_are_those_after_them():
+    setup, request = Setup(), FakeRequest("ab")
+    run(setup, request, complete=0)
+    request.num_computed_tokens, request.may_exit = request.num_tokens, False
+    assert setup.allocate(request, tokens=1)
+
+
 @pytest.mark.parametrize("status", [RequestStatus.FINISHED_ABORTED, RequestStatus.PREEMPTED])
 def test_a_request_that_lost_its_blocks_meanwhile_is_not_cached(status):
-    setup = Setup()
-    run(setup, FakeRequest("ab"), left=False, then=status)
-    assert setup.manager.cached == []
-
-
-def test_a_request_is_asked_for_in_its_own_step_only():
     setup, request = Setup(), FakeRequest("ab")
-    setup.allocate(request)
-    request.status = RequestStatus.RUNNING
-    setup.guard.step_ended({"another": 1}, ())
+    run(setup, request, request.num_tokens, then=status)
     assert setup.manager.cached == []
-    setup.guard.step_ended({request.request_id: 1}, ())
-    setup.guard.step_ended({request.request_id: 1}, ())
-    assert setup.manager.cached == [("ab", request.num_tokens)]
+
+
+@pytest.mark.parametrize("free", ["free", "pop_blocks_for_free"])
+def test_a_request_whose_blocks_are_freed_starts_anew(free):
+    setup, request = Setup(), FakeRequest("ab")
+    setup.manager.pop_blocks_for_free = setup.manager.free
+    run(setup, request, complete=0)
+    getattr(setup.guard, free)(request)
+    assert setup.manager.freed == [request]
+    setup.guard.step_ended({request.request_id: request.num_tokens})
+    assert setup.manager.cached == []
+
+
+def test_what_the_worker_says_of_requests_without_withheld_tokens_changes_nothing():
+    setup = Setup()
+    setup.guard.step_ended({"another": 100})
+    assert setup.manager.cached == []
 
 
 def test_one_that_was_completed_for_a_second_in_its_step_is_cached_once():
@@ -291,5 +325,5 @@ def test_one_that_was_completed_for_a_second_in_its_step_is_cached_once():
     setup.allocate(first)
     setup.guard.get_computed_blocks(FakeRequest("aby"))
     first.status = RequestStatus.RUNNING
-    setup.guard.step_ended({first.request_id: 1}, ())
+    setup.guard.step_ended({first.request_id: first.num_tokens})
     assert setup.manager.cached == [("abx", first.num_tokens)]

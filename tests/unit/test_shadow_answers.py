@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from vllm_adainfer.models.shadow import ShadowAnswers
 
-LABEL_IDS = torch.tensor([7, 3])
+LABELS = SimpleNamespace(answer_ids=torch.tensor([7, 3]), restricted=True)
+SHORTLIST = SimpleNamespace(answer_ids=torch.tensor([3, 7]), restricted=False)
 
 
 def head(states: torch.Tensor) -> torch.Tensor:
@@ -34,7 +37,23 @@ def test_labels_are_compared_as_the_sampler_chooses_among_them(early, full, disa
         requests=torch.tensor([2]),
         answers=torch.tensor([early]),
     )
-    assert shadow.disagreed(logits, LABEL_IDS, head).tolist() == [False, disagreed]
+    assert shadow.disagreed(logits, LABELS, head).tolist() == [False, disagreed]
+
+
+@pytest.mark.parametrize(
+    ("full", "disagreed"), [({7: 5.0}, False), ({3: 5.0}, True), ({7: 5.0, 1: 9.0}, True)]
+)
+def test_a_shortlists_answer_is_compared_with_any_token(full, disagreed):
+    logits = torch.full((1, 10), -1.0)
+    for token, score in full.items():
+        logits[0, token] = score
+    shadow = ShadowAnswers(
+        tags=np.array([0]),
+        settled=np.array([True]),
+        requests=torch.tensor([0]),
+        answers=torch.tensor([[1.0, 2.0]]),
+    )
+    assert shadow.disagreed(logits, SHORTLIST, head).tolist() == [disagreed]
 
 
 @pytest.mark.parametrize("answers", [None, torch.empty(0, 2)], ids=["of nobody", "of others only"])
@@ -45,4 +64,4 @@ def test_what_no_exit_point_settles_agrees(answers):
         requests=torch.empty(0, dtype=torch.int64),
         answers=answers,
     )
-    assert shadow.disagreed(torch.zeros(2, 10), LABEL_IDS, head).tolist() == [False, False]
+    assert shadow.disagreed(torch.zeros(2, 10), LABELS, head).tolist() == [False, False]
