@@ -204,6 +204,10 @@ def evaluate(
     template: Template = None,
     label_field: LabelField = "label",
     labels: Labels = "",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens to generate; as many as the artifact was calibrated on."),
+    ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Measured rounds of both engines.")] = 3,
     report: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the plot here (PNG).")] = None,
@@ -257,6 +261,7 @@ def evaluate(
             template=template,
             label_field=label_field,
             labels=_names(labels),
+            max_tokens=max_tokens,
             repeat=repeat,
             report=report,
             plot=plot,

@@ -13,18 +13,25 @@ def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
 
     `details` is its ``calibration.json``.
     """
-    labels = ", ".join(f"{label.name} ({label.token_id})" for label in config.labels)
+    generated = config.max_tokens > 1
+    scored = ", ".join(f"{label.name} ({label.token_id})" for label in config.labels)
+    if config.candidates != "labels":
+        scored = {"full": "the whole vocabulary", "shortlist": "the commonest tokens"}[
+            config.candidates
+        ]
+    rows = "{} tokens of {} prompts" if generated else "{} prompts"
     accuracy = config.risk == "accuracy"
     lines = [
         f"model        {config.base_model} ({config.architecture}, {config.layers} layers, "
         f"weights {config.weights_fingerprint})",
-        f"probe        {config.probe} on {labels or 'the whole vocabulary'}",
+        f"probe        {config.probe} on {scored}",
         f"classifier   {config.classifier} on {', '.join(config.features)}",
-        f"calibrated   on {details['rows']} prompts, {details['rows_held_out']} of them held out "
-        f"for the bound; seed {details['seed']}",
+        f"calibrated   on {rows.format(details['rows'], details.get('prompts'))}, "
+        f"{details['rows_held_out']} of them held out for the bound; seed {details['seed']}",
         f"majority     the commonest answer alone agrees with {details['majority_share']:.1%}",
         f"bound        epsilon {config.epsilon:g} at delta {config.delta:g} on "
-        f"{'the accuracy lost' if accuracy else 'disagreement'} ({config.bound})",
+        f"{'the accuracy lost' if accuracy else 'disagreement'} "
+        f"{'per token ' if generated else ''}({config.bound})",
         "",
         "exit point  leaving  probe agrees  probe size  probe cost (layers of one token)",
     ]
@@ -55,11 +62,13 @@ def _in_words(config: ArtifactConfig) -> str:
     what = (
         "lose at most {} points of accuracy"
         if config.risk == "accuracy"
-        else ("change at most {} % of the answers")
+        else "change at most {} % of the "
+        + ("tokens, each after the same text" if config.max_tokens > 1 else "answers")
     )
     run = config.layers * (1 - level.layers_saved)
     text = (
-        f"Requests will run {run:.1f} of {config.layers} layers on average, "
+        f"{'Tokens' if config.max_tokens > 1 else 'Requests'} will run {run:.1f} of "
+        f"{config.layers} layers on average, "
         f"{level.layers_saved:.0%} fewer, and {what.format(f'{100 * level.epsilon:g}')} "
         f"(confidence {1 - config.delta:.0%})."
     )

@@ -53,7 +53,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
             not for this model.
 
     """
-    refuse_unsupported(vllm_config, model_class)
+    refuse_unsupported(vllm_config, model_class, settings)
     if settings.artifact is not None:
         artifact = load_artifact(settings.artifact)
         artifact.config.check_served_by(vllm_config.model_config.hf_config)
@@ -78,7 +78,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
 
 
-def refuse_unsupported(vllm_config: VllmConfig, model_class: str) -> None:
+def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Settings) -> None:
     """Name the first setting that early exits do not support yet, and its cure.
 
     Raises:
@@ -142,6 +142,11 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str) -> None:
         (
             model.enable_prompt_embeds,
             f"prompt embeddings enter below the first segment: drop --enable-prompt-embeds, {off}",
+        ),
+        (
+            settings.kv == "propagate" and model.quantization is not None,
+            "kv = propagate multiplies by plain K and V weights, these are quantised: set kv to "
+            f"exact, {off}",
         ),
         (
             bool(model.logits_processors),

@@ -20,6 +20,8 @@ class ExitStats:
         tokens_decided: tokens sampled, at any depth.
         layers_run: rows x layers executed.
         layers_possible: rows x layers that full depth would have executed.
+        passes_run: layers entered, with however many rows: weights are read once for each.
+        passes_possible: layers that full depth would have entered.
         exit_histogram: tokens sampled by the number of layers they ran.
         shadow: what shadow requests have shown, None (and no key) where `shadow_rate` is 0.
 
@@ -28,6 +30,8 @@ class ExitStats:
     tokens_decided: int = 0
     layers_run: int = 0
     layers_possible: int = 0
+    passes_run: int = 0
+    passes_possible: int = 0
     exit_histogram: Counter[int] = field(default_factory=Counter)
     shadow: DisagreementMonitor | None = None
 
@@ -37,6 +41,8 @@ class ExitStats:
             "tokens_decided": self.tokens_decided,
             "layers_run": self.layers_run,
             "layers_possible": self.layers_possible,
+            "passes_run": self.passes_run,
+            "passes_possible": self.passes_possible,
             "exit_histogram": dict(sorted(self.exit_histogram.items())),
         }
         return counters if self.shadow is None else {**counters, "shadow": self.shadow.as_dict()}

@@ -87,6 +87,33 @@ def test_evaluate_reports_what_the_contract_names_and_counts_the_work_skipped(
     assert report["efficiency"] == pytest.approx(report["speedup"] * (1 - saved))
 
 
+def test_a_policy_for_generated_text_is_calibrated_and_evaluated_per_token(
+    tiny_model, rows, tmp_path
+):
+    output, report_file = tmp_path / "policy", tmp_path / "report.json"
+    done = command(
+        "calibrate", "--model", str(tiny_model), "--data", str(rows), "--template", TEMPLATE,
+        "--max-tokens", "5", "--epsilon", "0.3", "--exit-points", "5", "--output", str(output),
+    )  # fmt: skip
+    assert "1200 tokens of 240 prompts" in done.stdout
+    config = json.loads((output / "config.json").read_text())
+    assert (config["candidates"], config["max_tokens"], config["bound"]) == ("shortlist", 5, "wsr")
+    command(
+        "evaluate", "--model", str(tiny_model), "--artifact", str(output), "--data", str(rows),
+        "--template", TEMPLATE, "--repeat", "1", "--report", str(report_file),
+    )  # fmt: skip
+    report = json.loads(report_file.read_text())
+    assert report.keys() >= REPORT_KEYS
+    assert report["max_tokens"] == 5
+    assert report["texts"]["never_exit"]["same"] == 1
+    assert report["texts"]["stock"]["same"] == 1  # in fp32 segments round as the whole does
+    assert report["texts"]["stock"]["read_back"]["disagreement"] == 0
+    ours = report["texts"]["adainfer"]
+    assert ours["read_back"]["perplexity"] >= 1
+    assert 0 < report["disagreement"] == ours["disagreement"] < 0.3
+    assert min(map(int, report["adainfer"]["exit_histogram"])) == 5
+
+
 def test_an_artifact_for_other_weights_is_refused_in_one_sentence(
     calibrated, tiny_model, rows, tmp_path
 ):

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from tests.e2e.oracle import Sequence, hidden_states
-from tests.e2e.scripted import EXIT_AT, Ran, drawn, parts
+from tests.e2e.scripted import EXIT_AT, FULL, Ran, drawn, parts
 
 CLOSE = 2e-3  # largest difference of normed states of about 1: fp32 sums in another order
 SHARED = np.random.default_rng(0).integers(5, 1000, 80).tolist()
@@ -103,7 +103,7 @@ def drive(llm: Any, requests: list[Request]) -> Pattern:
 
 
 def random_requests(generator: np.random.Generator, count: int, within: int) -> list[Request]:
-    """Some prompts have a common start, some come later, some are aborted or have a next turn."""
+    """Some have a common start, come later, are aborted, have a next turn, or never exit."""
 
     def one() -> Request:
         prompt = generator.integers(5, 1000, generator.choice([1, 2, 9, 31, 33, 64, 100])).tolist()
@@ -113,7 +113,7 @@ def random_requests(generator: np.random.Generator, count: int, within: int) -> 
         return Request(
             prompt=SHARED + prompt if generator.random() < 0.3 else prompt,
             max_tokens=int(generator.choice([1, 2, 7, 30, 60])),
-            seed=int(generator.integers(1000)),
+            seed=int(generator.integers(1000)) if generator.random() < 0.85 else FULL,
             arrives=arrives,
             aborted=aborted if generator.random() < 0.15 else None,
             next_turn=turn if generator.random() < 0.3 else None,

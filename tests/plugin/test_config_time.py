@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
 from vllm_adainfer import plugin
-from vllm_adainfer.engine import SCHEDULER, WORKER
+from vllm_adainfer.config import Settings
+from vllm_adainfer.engine import SCHEDULER, WORKER, refuse_unsupported
+from vllm_adainfer.errors import AdaInferError
 
 
 def engine_config(model: Path, adainfer: Any = None, **settings: Any) -> Any:
@@ -66,6 +69,7 @@ def test_without_the_switch_everything_is_vllms_own(tiny_model, tiny_policy, mon
         ("x", "must be an object"),
         ({"artifact": "x", "epsilon": -1}, "adainfer.epsilon"),
         ({"artifact": "x", "requests": "some"}, "adainfer.requests"),
+        ({"artifact": "x", "kv": "zeros"}, "adainfer.kv: .* 'exact' or 'propagate'"),
         ({"artifact": "x", "shadow_rate": -0.1}, "adainfer.shadow_rate: .* greater than or equal"),
         ({"artifact": "x", "shadow_rate": 1.5}, "adainfer.shadow_rate: .* less than or equal to 1"),
         ({"artifact": "x", "shadow_rate": "often"}, "adainfer.shadow_rate: .* valid number"),
@@ -116,6 +120,15 @@ def test_unsupported_engine_settings_are_refused_with_the_cure(
     with pytest.raises(ValueError, match=sentence) as refusal:
         engine_config(tiny_model, {"artifact": str(tiny_policy)}, **settings)
     assert "additional_config" in str(refusal.value)
+
+
+@pytest.mark.parametrize(("kv", "refused"), [("exact", False), ("propagate", True)])
+def test_propagate_needs_plain_weights(tiny_model, tiny_policy, kv, refused):
+    vllm_config = engine_config(tiny_model, None)
+    vllm_config.model_config.quantization = "awq"
+    settings = Settings(artifact=str(tiny_policy), kv=kv)
+    with pytest.raises(AdaInferError, match="quantised") if refused else nullcontext():
+        refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
 
 
 def test_model_runner_v2_is_refused(tiny_model, tiny_policy, monkeypatch):

@@ -21,6 +21,7 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         f"| {layer}{' (exit point)' if int(layer) in config.exit_points else ''} | {share:.1%} |"
         for layer, share in details["agreement"].items()
     )
+    rows = "tokens" if config.max_tokens > 1 else "prompts"
     versions = ", ".join(f"{k} {v}" for k, v in details["provenance"]["versions"].items())
     return f"""---
 base_model: {config.base_model}
@@ -42,9 +43,9 @@ vllm serve MODEL --additional-config '{{"adainfer": {{"artifact": "DIR"}}}}'
 | exit points | {", ".join(map(str, config.exit_points))} |
 | probe | {config.probe}, candidates: {labels} |
 | classifier | {config.classifier} on {", ".join(config.features)} |
-| calibrated on | {details["rows"]} prompts ({details["rows_fitted"]} to fit, \
+| calibrated on | {details["rows"]} {rows} ({details["rows_fitted"]} to fit, \
 {details["rows_held_out"]} held out), seed {details["seed"]} |
-| majority answer | {details["majority_share"]:.1%} of the held-out prompts |
+| majority answer | {details["majority_share"]:.1%} of the held-out {rows} |
 
 Each bound holds with probability {1 - config.delta:.0%} over the held-out prompts, for prompts
 drawn like them: {

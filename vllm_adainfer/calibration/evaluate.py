@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact import ArtifactConfig, Label, load_artifact
 from vllm_adainfer.calibration.calibrate import load_config
@@ -22,8 +23,18 @@ from vllm_adainfer.calibration.data import (
 )
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.calibration.measure import measure
-from vllm_adainfer.calibration.report import NEVER_EXIT, build_report, write_whole
+from vllm_adainfer.calibration.report import NEVER_EXIT, Run, build_report, write_whole
+from vllm_adainfer.calibration.sequences import (
+    Tokens,
+    compare,
+    has_number,
+    is_number,
+    read_back,
+)
 from vllm_adainfer.errors import AdaInferError
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,7 @@ class EvaluationRequest:
     label_field: str = "label"
     labels: tuple[str, ...] = ()
     repeat: int = 3
+    max_tokens: int | None = None
     report: Path | None = None
     plot: Path | None = None
 
@@ -60,23 +72,31 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     hf_config, tokenizer = load_config(request.model)
     config.check_served_by(hf_config)
     template = read_template(request.template)
-    longest = hf_config.max_position_embeddings - 1
+    max_tokens = _max_tokens(request.max_tokens, config)
+    longest = hf_config.max_position_embeddings - max_tokens
     examples = make_examples(rows, tokenizer, template, request.label_field, longest)
     if config.labels:
         _check_labels(config, request, examples, tokenizer)
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
     # Ours first: an artifact for other weights is refused before stock vLLM compiles.
-    ours = start_engine(request.model, examples, {"artifact": request.artifact})
+    ours = start_engine(request.model, examples, {"artifact": request.artifact}, max_tokens)
     try:
-        stock = start_engine(request.model, examples)
+        stock = start_engine(request.model, examples, None, max_tokens)
         try:
-            rounds = measure(stock, ours, examples, config.labels, epsilons, request.repeat)
+            rounds = measure(
+                stock, ours, examples, config.labels, epsilons, request.repeat, max_tokens
+            )
+            texts = None
+            if max_tokens > 1:
+                texts = _read_texts(stock, examples, rounds[0], config.epsilon)
         finally:
             stop_engine(stock)
     finally:
         stop_engine(ours)
-    truth = _true_tokens(examples, config.labels, tokenizer)
-    report = build_report(request.artifact, request.data, config, examples, truth, rounds)
+    accuracy_of = partial(_accuracy, examples, config.labels, tokenizer, max_tokens)
+    report = build_report(request.artifact, request.data, config, examples, accuracy_of, rounds)
+    if texts is not None:
+        report |= {"max_tokens": max_tokens, "texts": texts}
     if request.report is not None:
         write_whole(request.report, (json.dumps(report, indent=2) + "\n").encode())
     if request.plot is not None:
@@ -113,13 +133,68 @@ def _check_labels(
     check_labels_known(examples, config.labels)
 
 
-def _true_tokens(
-    examples: Sequence[Example], labels: Sequence[Label], tokenizer: Any
-) -> list[int] | None:
-    """The token each row's label begins with; None where the data has no labels."""
+def _max_tokens(asked: int | None, config: ArtifactConfig) -> int:
+    """How many tokens to generate: by default as many as at calibration.
+
+    Raises:
+        AdaInferError: more than one, where the artifact speaks of one.
+
+    """
+    if asked is not None and asked > 1 and config.max_tokens == 1:
+        raise AdaInferError(
+            f"--max-tokens {asked}: the artifact was calibrated on one token, so requests for more "
+            "run at full depth: calibrate with --max-tokens"
+        )
+    return config.max_tokens if asked is None else asked
+
+
+def _read_texts(
+    stock: LLM,
+    examples: Sequence[Example],
+    first_round: tuple[Run, dict[float, Run]],
+    epsilon: float,
+) -> dict[str, Any]:
+    """Measures of whole texts: stock's own, and ours at `epsilon`, compared with never exiting."""
+    baseline, by_epsilon = first_round
+    never, prompts = by_epsilon[NEVER_EXIT].texts, [example.token_ids for example in examples]
+    return {
+        name: {
+            **asdict(compare(texts, never)),
+            "read_back": asdict(read_back(stock, prompts, texts)),
+        }
+        for name, texts in (
+            ("stock", baseline.texts),
+            ("never_exit", never),
+            ("adainfer", by_epsilon[epsilon].texts),
+        )
+    }
+
+
+def _accuracy(
+    examples: Sequence[Example],
+    labels: Sequence[Label],
+    tokenizer: Any,
+    max_tokens: int,
+    texts: Sequence[Tokens],
+) -> float | None:
+    """Share of right answers: the token that the label begins with, or a text's last number.
+
+    None where the data has no labels, or texts and labels that are no numbers.
+    """
     if any(example.label is None for example in examples):
         return None
+    answers = [str(example.label) for example in examples]
+    if max_tokens > 1:
+        if not all(map(is_number, answers)):
+            return None
+        decoded = map(tokenizer.decode, texts)
+        return sum(map(has_number, decoded, answers)) / len(texts)
     if labels:
         ids = {label.name: label.token_id for label in labels}
-        return [ids[str(example.label)] for example in examples]
-    return [first_token(example.text, str(example.label), tokenizer) for example in examples]
+        truth = [ids[answer] for answer in answers]
+    else:
+        truth = [
+            first_token(example.text, answer, tokenizer)
+            for example, answer in zip(examples, answers, strict=True)
+        ]
+    return sum(text[0] == token for text, token in zip(texts, truth, strict=True)) / len(texts)

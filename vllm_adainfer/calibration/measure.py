@@ -29,6 +29,7 @@ def measure(
     labels: Sequence[Label],
     epsilons: Sequence[float],
     repeat: int,
+    max_tokens: int = 1,
 ) -> list[tuple[Run, dict[float, Run]]]:
     """Run `repeat` rounds: stock once, then vllm-adainfer at each epsilon; a warm-up first.
 
@@ -36,40 +37,45 @@ def measure(
         per round, stock's run and ours by epsilon.
 
     """
-    _run(stock, examples[:WARM_UP], labels, None)
-    _run(ours, examples[:WARM_UP], labels, epsilons[-1])
+    _run(stock, examples[:WARM_UP], labels, None, max_tokens)
+    _run(ours, examples[:WARM_UP], labels, epsilons[-1], max_tokens)
     rounds = []
     steps = repeat * (1 + len(epsilons))
     with tqdm(total=steps, desc="evaluate", unit="run", disable=None) as progress:
         for _ in range(repeat):
-            baseline = _run(stock, examples, labels, None)
+            baseline = _run(stock, examples, labels, None, max_tokens)
             progress.update()
             by_epsilon = {}
             for epsilon in epsilons:
-                by_epsilon[epsilon] = _run(ours, examples, labels, epsilon)
+                by_epsilon[epsilon] = _run(ours, examples, labels, epsilon, max_tokens)
                 progress.update()
             rounds.append((baseline, by_epsilon))
     return rounds
 
 
 def _run(
-    engine: LLM, examples: Sequence[Example], labels: Sequence[Label], epsilon: float | None
+    engine: LLM,
+    examples: Sequence[Example],
+    labels: Sequence[Label],
+    epsilon: float | None,
+    max_tokens: int,
 ) -> Run:
     """One pass; `epsilon` is None for stock vLLM. The prefix cache starts empty."""
     engine.reset_prefix_cache()
     before = None if epsilon is None else stats(engine)
-    params = greedy(labels, None if epsilon is None else {EPSILON_ARG: epsilon})
+    arguments = None if epsilon is None else {EPSILON_ARG: epsilon}
+    params = greedy(labels, arguments, max_tokens)
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
     start = time.perf_counter()
     outputs = engine.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
-    tokens = [output.outputs[0].token_ids[0] for output in outputs]
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
     if before is None:
-        return Run(seconds, tokens)
+        return Run(seconds, texts)
     after = stats(engine)
     return Run(
         seconds,
-        tokens,
+        texts,
         layers_run=after["layers_run"] - before["layers_run"],
         layers_possible=after["layers_possible"] - before["layers_possible"],
         exit_histogram=Counter(after["exit_histogram"]) - Counter(before["exit_histogram"]),

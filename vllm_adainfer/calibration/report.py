@@ -6,13 +6,14 @@ import os
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.artifact import ArtifactConfig
 from vllm_adainfer.calibration.data import Example
+from vllm_adainfer.calibration.sequences import Tokens, compare
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.provenance import provenance
 
@@ -21,10 +22,10 @@ NEVER_EXIT = 0.0
 
 @dataclass(frozen=True)
 class Run:
-    """One pass over all prompts."""
+    """One pass over all prompts: how long it took, and the tokens of each answer."""
 
     seconds: float
-    tokens: list[int]
+    texts: list[list[int]]
     layers_run: int = 0
     layers_possible: int = 0
     exit_histogram: Mapping[int, int] | None = None
@@ -40,7 +41,7 @@ def build_report(
     data: Path,
     config: ArtifactConfig,
     examples: Sequence[Example],
-    truth: Sequence[int] | None,
+    accuracy_of: Callable[[Sequence[Tokens]], float | None],
     rounds: Sequence[tuple[Run, dict[float, Run]]],
 ) -> dict[str, Any]:
     """The JSON report of the contract.
@@ -50,20 +51,20 @@ def build_report(
         data: file of the prompts; its name is named.
         config: the artifact's.
         examples: the prompts.
-        truth: the token each label begins with, None where there are no labels.
+        accuracy_of: share of answers that are right, None where there are no labels.
         rounds: per round, stock's run and ours by epsilon (`NEVER_EXIT` among them).
 
     """
     stock_runs = [baseline for baseline, _ in rounds]
     never = [by_epsilon[NEVER_EXIT] for _, by_epsilon in rounds]
-    prompt_tokens = sum(len(example.token_ids) for example in examples) + len(examples)
+    prompt_tokens = sum(len(example.token_ids) for example in examples)
 
     def engine(runs: Sequence[Run]) -> dict[str, Any]:
         seconds = statistics.median(run.seconds for run in runs)
         return {
             "requests_per_second": len(examples) / seconds,
-            "tokens_per_second": prompt_tokens / seconds,
-            "accuracy": None if truth is None else _share_equal(runs[0].tokens, truth),
+            "tokens_per_second": (prompt_tokens + sum(map(len, runs[0].texts))) / seconds,
+            "accuracy": accuracy_of(runs[0].texts),
             "runs": [{"seconds": run.seconds} for run in runs],
         }
 
@@ -74,7 +75,7 @@ def build_report(
 
     def disagreement_of(runs: Sequence[Run], references: Sequence[Run]) -> float:
         return statistics.median(
-            1 - _share_equal(run.tokens, reference.tokens)
+            compare(run.texts, reference.texts).disagreement
             for run, reference in zip(runs, references, strict=True)
         )
 
@@ -109,7 +110,7 @@ def build_report(
         "artifact": Path(artifact).name,
         "data": data.name,
         "n": len(examples),
-        "prompt_tokens_mean": prompt_tokens / len(examples) - 1,
+        "prompt_tokens_mean": prompt_tokens / len(examples),
         "delta": config.delta,
         "layers_total": config.layers,
         "stock": engine(stock_runs),
@@ -126,10 +127,6 @@ def build_report(
         ],
         "provenance": provenance(),
     }
-
-
-def _share_equal(left: Sequence[int], right: Sequence[int]) -> float:
-    return sum(a == b for a, b in zip(left, right, strict=True)) / len(left)
 
 
 def summary_line(report: Mapping[str, Any]) -> str:

@@ -58,24 +58,26 @@ class Comparison:
     """Texts beside those of full depth.
 
     Attributes:
-        same: share that are the same to the end.
+        disagreement: share of tokens that differ, up to each text's first difference: after that
+            the two go on from different texts. What a bound per token speaks of.
+        same: share of texts that are the same to the end.
         first_divergence: mean position of the first token that differs, among those that differ;
             None if there are none.
 
     """
 
+    disagreement: float
     same: float
     first_divergence: float | None
 
 
 def compare(texts: Sequence[Tokens], full: Sequence[Tokens]) -> Comparison:
     """Compare each of `texts` with the one of full depth at its place."""
-    places = [
-        _first_difference(text, other)
-        for text, other in zip(texts, full, strict=True)
-        if list(text) != list(other)
-    ]
+    pairs = list(zip(texts, full, strict=True))
+    places = [_first_difference(*pair) for pair in pairs if list(pair[0]) != list(pair[1])]
+    equal = sum(len(text) for text, other in pairs if list(text) == list(other))
     return Comparison(
+        disagreement=len(places) / (equal + sum(places) + len(places)),
         same=1 - len(places) / len(texts),
         first_divergence=sum(places) / len(places) if places else None,
     )
@@ -86,7 +88,12 @@ def _first_difference(text: Tokens, other: Tokens) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
+def is_number(answer: str) -> bool:
+    """Whether texts can be scored by `answer`."""
+    return _NUMBER.fullmatch(answer) is not None
+
+
 def has_number(text: str, answer: str) -> bool:
-    """Whether the last number in `text` is `answer`: how GSM8K is scored."""
+    """Whether the last number in `text` is `answer` (a number): how GSM8K is scored."""
     found = _NUMBER.findall(text)
     return bool(found) and float(found[-1].replace(",", "")) == float(answer.replace(",", ""))

@@ -91,6 +91,7 @@ class ExitLoop:
         stats, policy = self.stats, self.policy
         rows = positions.shape[0]
         stats.layers_possible += rows * self._depth
+        stats.passes_possible += self._depth
         stats.tokens_decided += step.num_sampled
         context = get_forward_context()
         decisions = Decisions(policy, step)
@@ -99,6 +100,7 @@ class ExitLoop:
             with override_forward_context(context):
                 hidden, residual = segment(positions, hidden, residual)
             stats.layers_run += hidden.shape[0] * segment.num_layers
+            stats.passes_run += segment.num_layers
             if index == len(policy.exit_points):  # it ends where the last layer begins
                 break
             decisions.ask(index, hidden, residual)
@@ -176,6 +178,7 @@ class ExitLoop:
             final = self.stack.last(positions, hidden, residual, decisive)
         # Rows that it has computed K and V of, and no more, are counted all the same.
         self.stats.layers_run += hidden.shape[0] * self.stack.last.num_layers
+        self.stats.passes_run += self.stack.last.num_layers
         if step.as_it_came and final.shape[0] == rows:
             return final
         whole = hidden.new_empty(rows, hidden.shape[1])

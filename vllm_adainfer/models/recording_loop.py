@@ -67,6 +67,8 @@ class RecordingLoop:
         self.timings.layers_run += work
         stats.layers_run += work
         stats.layers_possible += work
+        stats.passes_run += self._depth
+        stats.passes_possible += self._depth
         stats.tokens_decided += step.num_sampled
         stats.exit_histogram[self._depth] += step.num_sampled
         return hidden, None, None

@@ -29,7 +29,8 @@ from vllm_adainfer.calibration.policy import (
     policy_tensors,
 )
 from vllm_adainfer.calibration.probes import Target
-from vllm_adainfer.calibration.report import NEVER_EXIT
+from vllm_adainfer.calibration.report import NEVER_EXIT, Run
+from vllm_adainfer.calibration.sequences import compare
 from vllm_adainfer.suite import methods
 from vllm_adainfer.suite.report import suite_report, write_suite_report
 from vllm_adainfer.suite.tasks import TaskData, load_suite, load_task
@@ -237,18 +238,20 @@ def _measure(
         stop_engine(stock)
 
 
-def _measured(rounds: Sequence[Any], data: TaskData, epsilon: float) -> dict[str, Any]:
+def _measured(
+    rounds: Sequence[tuple[Run, dict[float, Run]]], data: TaskData, epsilon: float
+) -> dict[str, Any]:
     """Medians over rounds of stock vLLM and ours."""
     stock = [baseline for baseline, _ in rounds]
     never = [by_epsilon[NEVER_EXIT] for _, by_epsilon in rounds]
     runs = [by_epsilon[epsilon] for _, by_epsilon in rounds]
     n = len(data.test)
 
-    def differing(run: Any, other: Any) -> float:
-        return sum(a != b for a, b in zip(run.tokens, other.tokens, strict=True)) / n
+    def differing(run: Run, other: Run) -> float:
+        return compare(run.texts, other.texts).disagreement
 
-    def accuracy(run: Any) -> float:
-        hits = (token in ok for token, ok in zip(run.tokens, data.answers, strict=True))
+    def accuracy(run: Run) -> float:
+        hits = (text[0] in right for text, right in zip(run.texts, data.answers, strict=True))
         return sum(hits) / n
 
     pairs = list(zip(stock, runs, strict=True))
