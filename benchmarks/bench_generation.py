@@ -53,6 +53,8 @@ class Pass:
     texts: list[list[int]]
     layers_run: int = 0
     layers_possible: int = 0
+    passes_run: int = 0
+    passes_possible: int = 0
     exit_histogram: Mapping[int, int] | None = None
 
     @property
@@ -67,12 +69,12 @@ def main(
     data_dir: Annotated[Path, typer.Option()],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/generation.json"),
     max_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    prompts: Annotated[int, typer.Option(help="Per data set, for quality.")] = 48,
+    prompts: Annotated[int, typer.Option(help="Per data set, for quality.")] = 24,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
     """Measure, and write JSON and a Markdown table beside each other."""
     config = load_artifact(artifact).config
-    sets = read_sets(model, data_dir, prompts)
+    sets = read_sets(model, data_dir, -(-max(BATCHES.values()) // len(SOURCES)))
     mixed = [example for group in zip(*sets.values(), strict=True) for example in group]
     engines = start_engines(model, artifact, mixed, max_tokens)
     speed = []
@@ -80,7 +82,7 @@ def main(
         speed += measure_speed(engines, mixed[:count], batch, max_tokens, rounds)
     quality = []
     for name, examples in tqdm(sets.items(), desc="quality", unit="set"):
-        quality += measure_quality(engines, model, name, examples, max_tokens)
+        quality += measure_quality(engines, model, name, examples[:prompts], max_tokens)
     for engine in engines.values():
         stop_engine(engine)
     report = {
@@ -163,17 +165,12 @@ def run(
     if before is None:
         return Pass(seconds, texts)
     after = stats(engine)
+    counters = "layers_run", "layers_possible", "passes_run", "passes_possible"
     left = {
         layers: count - before["exit_histogram"].get(layers, 0)
         for layers, count in after["exit_histogram"].items()
     }
-    return Pass(
-        seconds,
-        texts,
-        after["layers_run"] - before["layers_run"],
-        after["layers_possible"] - before["layers_possible"],
-        left,
-    )
+    return Pass(seconds, texts, *(after[name] - before[name] for name in counters), left)
 
 
 def measure_speed(
@@ -196,10 +193,9 @@ def measure_speed(
         rates = [one.tokens / one.seconds for one in found]
         stock = [one.tokens / one.seconds for one in passes[STOCK]]
         ratios = [ours / theirs for ours, theirs in zip(rates, stock, strict=True)]
-        saved = None
-        if variant != STOCK:
-            executed = sum(one.layers_run for one in found)
-            saved = 1 - executed / sum(one.layers_possible for one in found)
+        counted = variant != STOCK
+        layers = sum(one.layers_run for one in found), sum(one.layers_possible for one in found)
+        passes = sum(one.passes_run for one in found), sum(one.passes_possible for one in found)
         rows.append(
             {
                 "batch": batch,
@@ -208,7 +204,8 @@ def measure_speed(
                 "speedup": statistics.median(ratios),
                 "speedup_min": min(ratios),
                 "speedup_max": max(ratios),
-                "layers_saved": saved,
+                "layers_saved": 1 - layers[0] / layers[1] if counted else None,
+                "passes_saved": 1 - passes[0] / passes[1] if counted else None,
                 "exit_histogram": found[-1].exit_histogram,
             }
         )
@@ -240,8 +237,8 @@ def measure_quality(
             {
                 "data": name,
                 "variant": variant,
-                **asdict(read_back(engines[STOCK], prompts, found)),
                 **asdict(compare(found, texts[NEVER])),
+                "read_back": asdict(read_back(engines[STOCK], prompts, found)),
                 "score": sum(scored) / len(scored) if scored else None,
             }
         )
@@ -258,37 +255,36 @@ def table(report: Mapping[str, Any]) -> str:
         f"knew where each token's answer is first right would run {room:.1f} layers "
         f"({1 - room / depth:.0%} fewer).",
         "",
-        "| batch | "
-        + " | ".join(f"{v}: tokens/s, of stock (range), layers saved" for v in VARIANTS)
-        + " |",
-        "|---" * (len(VARIANTS) + 1) + "|",
-    ]
-    for batch in dict.fromkeys(row["batch"] for row in report["speed"]):
-        cells = []
-        for row in report["speed"]:
-            if row["batch"] != batch:
-                continue
-            cell = f"{row['tokens_per_second']:.0f}"
-            if row["variant"] != STOCK:
-                cell += (
-                    f", **{row['speedup']:.2f}x** ({row['speedup_min']:.2f} to "
-                    f"{row['speedup_max']:.2f}), {row['layers_saved']:.1%}"
-                )
-            cells.append(cell)
-        lines.append(f"| {batch} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| data | variant | not the full model's choice | perplexity | same text | first "
-        "difference at token | number match |",
+        "| batch | variant | tokens/s | of stock (range) | layers x rows saved | layers entered, "
+        "saved | tokens that left |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in report["quality"]:
-        place, score = row["first_divergence"], row["score"]
+    for row in report["speed"]:
+        cells = ["", "", "", ""]
+        if row["variant"] != STOCK:
+            left = {int(layers): count for layers, count in row["exit_histogram"].items()}
+            cells = [
+                f"**{row['speedup']:.2f}x** ({row['speedup_min']:.2f} to {row['speedup_max']:.2f})",
+                f"{row['layers_saved']:.1%}",
+                f"{row['passes_saved']:.1%}",
+                f"{1 - left[depth] / sum(left.values()):.0%}",
+            ]
         lines.append(
-            f"| {row['data']} | {row['variant']} | {row['disagreement']:.1%} | "
-            f"{row['perplexity']:.2f} | {row['same']:.0%} | "
-            f"{'-' if place is None else f'{place:.0f}'} | "
-            f"{'' if score is None else f'{score:.0%}'} |"
+            f"| {row['batch']} | {row['variant']} | {row['tokens_per_second']:.0f} | "
+            f"{' | '.join(cells)} |"
+        )
+    lines += [
+        "",
+        "| data | variant | differs from never exiting, per token | same text | first difference "
+        "at token | read back: not the full model's choice | perplexity | number match |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["quality"]:
+        place, score, back = row["first_divergence"], row["score"], row["read_back"]
+        lines.append(
+            f"| {row['data']} | {row['variant']} | {row['disagreement']:.1%} | {row['same']:.0%} | "
+            f"{'' if place is None else f'{place:.0f}'} | {back['disagreement']:.1%} | "
+            f"{back['perplexity']:.2f} | {'' if score is None else f'{score:.0%}'} |"
         )
     return "\n".join(lines) + "\n"
 

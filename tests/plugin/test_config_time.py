@@ -126,6 +126,7 @@ def test_unsupported_engine_settings_are_refused_with_the_cure(
 def test_propagate_needs_plain_weights(tiny_model, tiny_policy, kv, refused):
     vllm_config = engine_config(tiny_model, None)
     vllm_config.model_config.quantization = "awq"
+    vllm_config.parallel_config.worker_cls = "auto"
     settings = Settings(artifact=str(tiny_policy), kv=kv)
     with pytest.raises(AdaInferError, match="quantised") if refused else nullcontext():
         refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
