@@ -193,9 +193,6 @@ def measure_speed(
         rates = [one.tokens / one.seconds for one in found]
         stock = [one.tokens / one.seconds for one in passes[STOCK]]
         ratios = [ours / theirs for ours, theirs in zip(rates, stock, strict=True)]
-        counted = variant != STOCK
-        layers = sum(one.layers_run for one in found), sum(one.layers_possible for one in found)
-        passes = sum(one.passes_run for one in found), sum(one.passes_possible for one in found)
         rows.append(
             {
                 "batch": batch,
@@ -204,12 +201,19 @@ def measure_speed(
                 "speedup": statistics.median(ratios),
                 "speedup_min": min(ratios),
                 "speedup_max": max(ratios),
-                "layers_saved": 1 - layers[0] / layers[1] if counted else None,
-                "passes_saved": 1 - passes[0] / passes[1] if counted else None,
+                "layers_saved": share_saved(found, "layers"),
+                "passes_saved": share_saved(found, "passes"),
                 "exit_histogram": found[-1].exit_histogram,
             }
         )
     return rows
+
+
+def share_saved(runs: Sequence[Pass], what: str) -> float | None:
+    """1 - executed / possible of ``layers`` or ``passes``; None where nothing is counted."""
+    executed = sum(getattr(one, f"{what}_run") for one in runs)
+    possible = sum(getattr(one, f"{what}_possible") for one in runs)
+    return 1 - executed / possible if possible else None
 
 
 def measure_quality(
