@@ -209,6 +209,60 @@ def probe(
     return result
 
 
+def settle(
+    readout: Tensor,
+    head_weight: Tensor,
+    *,
+    head_bias: Tensor | None = None,
+    classifier: Tensor,
+    threshold: Tensor,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, Tensor]:
+    """All that an exit point asks of a probe: which rows are settled, and their scores.
+
+    The same as ``settled`` and ``scores`` of `probe` with ``return_scores`` (to rounding of the
+    probabilities), without what else there is in a `ProbeResult`.
+
+    Args:
+        readout: [rows, hidden size], what `readout` returns.
+        head_weight: [n, hidden size], of the tokens to be scored.
+        head_bias: [n], added to the products.
+        classifier: fp32 [3], as for `probe`.
+        threshold: fp32 [rows].
+        implementation: see `probe`.
+
+    Returns:
+        bool [rows] and fp32 [rows, n].
+
+    Raises:
+        ValueError: shapes do not fit together.
+        RuntimeError: the forced implementation cannot run.
+
+    """
+    if resolve(implementation, readout.device) == "torch":
+        rows, hidden_size = readout.shape
+        _check_shape("head_weight", head_weight, max(2, head_weight.shape[0]), hidden_size)
+        _check_shape("head_bias", head_bias, head_weight.shape[0])
+        _check_shape("classifier", classifier, 3)
+        _check_shape("threshold", threshold, rows)
+        asked = readout, head_weight, head_bias, classifier, threshold
+        settled_and_scores: tuple[Tensor, Tensor] = twin("torch").settle(*asked)
+        return settled_and_scores
+    found = probe(
+        readout,
+        head_weight,
+        norm=None,
+        head_bias=head_bias,
+        classifier=classifier,
+        threshold=threshold,
+        return_scores=True,
+        implementation=implementation,
+    )
+    assert found.settled is not None
+    assert found.scores is not None
+    return found.settled, found.scores
+
+
 def _check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
     if tensor is not None and tensor.shape != shape:
         raise ValueError(f"{name} must have the shape {list(shape)}, got {list(tensor.shape)}")

@@ -14,6 +14,7 @@ from adainfer_kernels.result import NO_ID, ProbeResult, linear_score, merge
 # Scores in flight, 2 MiB in fp32: best of 2^17 to 2^22 where cores have 1 MiB of L2, 16 of L3.
 BLOCK_SCORES = 1 << 19
 SMALLEST_BLOCK = 1024
+FEATURES_OF_BEST = torch.tensor([[1.0, 1.0], [0.0, -1.0]])  # top_prob and gap of two probabilities
 GATHERED = 1 << 22  # elements of the head gathered at a time
 GROUP = 64
 FEW_SCORES = 1 << 13  # of which torch finds the two best faster without groups
@@ -94,6 +95,35 @@ def score(
         settled=settled,
         scores=kept if return_scores else None,
     )
+
+
+@torch.no_grad()
+def settle(
+    readout: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    classifier: Tensor,
+    threshold: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `adainfer_kernels.settle`: `score` with fewer, smaller steps.
+
+    Between layers whose weights fill the caches each step costs ten times what it costs alone.
+    """
+    if readout.shape[0] * head_weight.shape[0] > BLOCK_SCORES:
+        found = score(readout, head_weight, None, head_bias, None, 1.0, classifier, threshold, True)
+        assert found.settled is not None
+        assert found.scores is not None
+        return found.settled, found.scores
+    scores = (readout @ head_weight.T).float()
+    if head_bias is not None:
+        scores += head_bias
+    best = torch.softmax(scores, dim=-1)
+    if best.numel() <= FEW_SCORES:
+        best = best.topk(2).values
+    else:
+        first, _, second = _best_two(best)
+        best = torch.stack([first, second], dim=-1)
+    return linear_score(best @ FEATURES_OF_BEST.to(best.device), classifier) >= threshold, scores
 
 
 def _score_blocks(

@@ -78,7 +78,7 @@ class CalibratedPolicy:
         self.answer_ids: Tensor | None = tensors.get("shortlist")
         if self.restricted:
             self.answer_ids = torch.tensor(config.label_ids, device=device)
-        self._thresholds = tensors["thresholds"]
+        self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, levels]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
         self._probes = [
             Probe(
@@ -105,9 +105,11 @@ class CalibratedPolicy:
     ) -> Decision:
         """See `ExitPolicy.decide`."""
         probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
-        threshold = self._thresholds[tags, exit_index]
+        threshold = self._thresholds[exit_index][tags]
         linear = classifier.shape == LINEAR_SHAPE
         readout = probe.readout(hidden)
+        if linear and self.answer_ids is not None:
+            return Decision(*probe.settle(readout, classifier, threshold))
         result = probe.score(
             readout,
             classifier=classifier if linear else None,

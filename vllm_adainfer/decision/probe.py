@@ -70,6 +70,18 @@ class Probe:
             dtype=self.head_weight.dtype,
         )
 
+    def settle(
+        self, readout: Tensor, classifier: Tensor, threshold: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which rows are settled, and scores of the probe's tokens; see `adainfer_kernels`."""
+        return adainfer_kernels.settle(
+            readout,
+            self.head_weight,
+            head_bias=self.head_bias,
+            classifier=classifier,
+            threshold=threshold,
+        )
+
     def score(
         self,
         readout: Tensor,

@@ -38,10 +38,7 @@ class ScriptedPolicy:
         self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
     ) -> Decision:
         """See `ExitPolicy.decide`."""
-        result = self._probe.score(
-            self._probe.readout(hidden),
-            classifier=self._classifier,
-            threshold=torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device),
-            return_scores=True,
-        )
-        return Decision(tags <= exit_index, result.scores)
+        readout = self._probe.readout(hidden)
+        threshold = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        _, scores = self._probe.settle(readout, self._classifier, threshold)
+        return Decision(tags <= exit_index, scores)

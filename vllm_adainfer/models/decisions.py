@@ -30,9 +30,12 @@ class Decisions:
         asked = step.undecided()
         if asked.size == 0:
             return
-        sampled = step.sampled_rows(asked)
         tags = torch.from_numpy(step.tags[asked])
-        states = hidden[sampled] + residual[sampled]
+        if len(asked) == hidden.shape[0]:  # tokens being generated: every row is asked about
+            states = hidden + residual
+        else:
+            sampled = step.sampled_rows(asked)
+            states = hidden[sampled] + residual[sampled]
         decision = self._policy.decide(exit_index, states, tags, self._memory)
         if decision.memory is not None:  # who is not settled is asked next, in this order
             self._memory = decision.memory[~decision.settled]
