@@ -396,3 +396,50 @@ def test_nothing_is_certified_with_too_few_rows():
     few = rows_needed(0.05, DELTA, "exact") - 1
     half = [disagreement(torch.rand(few), np.ones(few, dtype=np.bool_)) for _ in LAYERS]
     assert certify(fitted_exits(half, half), DEPTH, 0.05, Bound("exact", DELTA, 0)) is None
+
+
+def clustered(generator: np.random.Generator, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of 150 prompts of 1 to 20 rows at a mean of `rate`, alike within a prompt."""
+    lens = generator.integers(1, 21, 150)
+    prompts = np.repeat(np.arange(150), lens)
+    own = generator.beta(0.3 * rate / (1 - rate), 0.3, 150)  # most prompts at 0, a few near 1
+    return prompts, (generator.random(len(prompts)) < own[prompts]).astype(np.float64)
+
+
+def test_rows_of_one_prompt_are_not_taken_for_independent():
+    """At a rate above epsilon by a tenth, a bound over prompts errs seldom, one over rows often."""
+    epsilon, delta, draws = 0.1, 0.1, 300
+    generator = np.random.default_rng(3)
+    by_prompt = by_row = 0
+    for _ in range(draws):
+        prompts, losses = clustered(generator, 1.1 * epsilon)
+        by_prompt += Bound("wsr", delta, 0.0, prompts, longest=20).holds(losses, epsilon)
+        by_row += Bound("exact", delta, 0.0).holds(losses, epsilon)
+    assert by_prompt / draws <= delta
+    assert by_row / draws > 1.5 * delta
+
+
+def test_a_bound_over_prompts_certifies_what_is_far_below_it():
+    prompts, losses = clustered(np.random.default_rng(5), 0.01)
+    bound = Bound("wsr", 0.1, 0.0, prompts, longest=20)
+    assert bound.holds(losses, 0.2)
+    upper = bound.of(losses)
+    assert losses.mean() < upper < 0.2
+    assert bound.holds(losses, upper)
+    assert not bound.holds(losses, upper - 0.005)
+
+
+def test_with_one_row_a_prompt_a_bound_over_prompts_is_the_plain_one():
+    losses = (np.random.default_rng(0).random(400) < 0.02).astype(np.float64)
+    plain, over_prompts = Bound("wsr", 0.1, 0.0), Bound("wsr", 0.1, 0.0, np.arange(400), longest=1)
+    for epsilon in (0.02, 0.03, 0.05, 0.1):
+        assert plain.holds(losses, epsilon) == over_prompts.holds(losses, epsilon)
+    assert abs(plain.of(losses) - over_prompts.of(losses)) < 0.001
+
+
+@pytest.mark.parametrize("rows", [500, 2000])
+def test_the_allowance_over_prompts_is_what_just_holds(rows):
+    prompts = np.repeat(np.arange(rows // 5), 5)
+    bound = Bound("wsr", 0.1, 0.0, prompts, longest=5)
+    assert 0 < bound.allowance(rows, 0.1) < 0.1
+    assert Bound("wsr", 0.1, 0.0, prompts[:20], longest=5).allowance(20, 0.1) == 0

@@ -39,9 +39,9 @@ from vllm_adainfer.calibration.probes import ProbeKind, Target
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.plugin import MODELS
 
-# Tokens that an exit point may give where any may be asked for. Of what SmolLM2 writes they are
-# 87 %, and what it is sure of early is common: all 49,152 would save 8.0 % of its layers where
-# these save 6.8 %, and cost a probe of eight layers in place of a quarter of one, and a head.
+# Tokens that an exit point may give where any may be asked for. They are 87 % of what SmolLM2
+# writes, and what it is sure of early is common: simulated at epsilon 0.02, a probe of all 49,152
+# saves 8.0 % of its layers and these 6.8 %, but it costs an LM head at every exit point.
 SHORTLIST = 1024
 
 
