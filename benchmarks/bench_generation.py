@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +43,7 @@ VARIANTS = (STOCK, NEVER, EXACT, PROPAGATE)
 SOURCES = {"gsm8k": ("question", 0), "alpaca_eval": ("text", 250), "specbench": ("text", 90)}
 # Batch size -> prompts of a timed pass: a few full batches.
 BATCHES = {1: 12, 8: 24, 32: 64, 128: 128}
+MOST = 48  # prompts of a data set
 MAX_PROMPT = 512  # tokens; longer prompts are left out
 
 
@@ -74,8 +76,8 @@ def main(
 ) -> None:
     """Measure, and write JSON and a Markdown table beside each other."""
     config = load_artifact(artifact).config
-    sets = read_sets(model, data_dir, -(-max(BATCHES.values()) // len(SOURCES)))
-    mixed = [example for group in zip(*sets.values(), strict=True) for example in group]
+    sets = read_sets(model, data_dir, MOST)
+    mixed = [e for group in zip_longest(*sets.values()) for e in group if e is not None]
     engines = start_engines(model, artifact, mixed, max_tokens)
     speed = []
     for batch, count in BATCHES.items():
@@ -105,7 +107,7 @@ def main(
 
 
 def read_sets(model: str, data_dir: Path, count: int) -> dict[str, list[Example]]:
-    """`count` chat prompts of each source; the label is the answer where there is one to score."""
+    """Up to `count` chat prompts of each source; the label is the answer where there is one to score."""
     _, tokenizer = load_config(model)
     sets = {}
     for name, (field, used) in SOURCES.items():
