@@ -107,7 +107,7 @@ def main(
 
 
 def read_sets(model: str, data_dir: Path, count: int) -> dict[str, list[Example]]:
-    """Up to `count` chat prompts of each source; the label is the answer where there is one to score."""
+    """Up to `count` chat prompts of each source; the label is the answer, where one is scored."""
     _, tokenizer = load_config(model)
     sets = {}
     for name, (field, used) in SOURCES.items():
