@@ -63,14 +63,14 @@ class Bound:
     def _by_prompt(self, losses: FloatArray, epsilon: float) -> FloatArray:
         """[prompts], in [0, 1]: their mean is at most `epsilon` where the loss per row is.
 
-        A prompt's losses beyond `epsilon` for each of its rows, as a share of the most rows there
-        may be: that their mean is at most 0 says that the rate per row is at most `epsilon`.
+        A prompt's losses as a share of the most rows there may be, with a loss of `epsilon` for
+        each row that it lacks: E[losses] + epsilon (longest - E[rows]) <= epsilon longest.
         """
         assert self.prompts is not None, "the caller has looked"
         _, place = np.unique(self.prompts, return_inverse=True)
         rows, sums = np.bincount(place), np.bincount(place, weights=losses)
-        excess: FloatArray = (sums - epsilon * rows) / self.longest + epsilon
-        return excess
+        by_prompt: FloatArray = (sums + epsilon * (self.longest - rows)) / self.longest
+        return by_prompt
 
     def rows_needed(self, epsilon: float) -> int:
         """Fewest rows that certify `epsilon`, if not one of them has a loss."""
