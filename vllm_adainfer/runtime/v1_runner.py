@@ -34,8 +34,8 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         for request_id in scheduler_output.finished_req_ids:
             self._admitted.pop(request_id, None)
             kv.forget(request_id)
-        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
-            kv.forget(request_id)  # with the blocks that preemption took
+        for request_id in scheduler_output.preempted_req_ids or ():
+            kv.forget(request_id)  # with the blocks that it lost
         for new in scheduler_output.scheduled_new_reqs:
             self._admitted[new.req_id] = self.admission.admit(new.req_id, new.sampling_params)
         return super()._update_states(scheduler_output)
