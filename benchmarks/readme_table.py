@@ -98,7 +98,7 @@ def generation_table() -> list[str]:
     variants = list(dict.fromkeys(row["variant"] for row in report["speed"]))
     speed = {(row["batch"], row["variant"]): row for row in report["speed"]}
     lines = [
-        f"Generated text (GSM8K, AlpacaEval, Spec-Bench prompts), {report['model']}, up to "
+        "Generated text (GSM8K, AlpacaEval, Spec-Bench prompts), SmolLM2-135M-Instruct, up to "
         f"{report['max_tokens']} tokens, epsilon {report['epsilon']:g} per token at delta "
         f"{report['delta']:g}:",
         "",
