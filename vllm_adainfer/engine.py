@@ -149,6 +149,11 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"exact, {off}",
         ),
         (
+            settings.kv == "propagate" and vllm_config.load_config.load_format == "dummy",
+            "kv = propagate is made of weights as they are loaded: set kv to exact, or drop "
+            f"--load-format dummy, {off}",
+        ),
+        (
             bool(model.logits_processors),
             f"custom logits processors change answers after they are certified: drop them, {off}",
         ),

@@ -122,14 +122,21 @@ def test_unsupported_engine_settings_are_refused_with_the_cure(
     assert "additional_config" in str(refusal.value)
 
 
-@pytest.mark.parametrize(("kv", "refused"), [("exact", False), ("propagate", True)])
-def test_propagate_needs_plain_weights(tiny_model, tiny_policy, kv, refused):
+@pytest.mark.parametrize(
+    ("quantization", "load_format", "sentence"),
+    [("awq", "auto", "these are quantised"), (None, "dummy", "drop --load-format dummy")],
+)
+def test_propagate_needs_plain_weights_that_are_loaded(
+    tiny_model, tiny_policy, quantization, load_format, sentence
+):
     vllm_config = engine_config(tiny_model, None)
-    vllm_config.model_config.quantization = "awq"
+    vllm_config.model_config.quantization = quantization
+    vllm_config.load_config.load_format = load_format
     vllm_config.parallel_config.worker_cls = "auto"
-    settings = Settings(artifact=str(tiny_policy), kv=kv)
-    with pytest.raises(AdaInferError, match="quantised") if refused else nullcontext():
-        refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
+    for kv, refused in (("exact", False), ("propagate", True)):
+        settings = Settings(artifact=str(tiny_policy), kv=kv)
+        with pytest.raises(AdaInferError, match=sentence) if refused else nullcontext():
+            refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
 
 
 def test_model_runner_v2_is_refused(tiny_model, tiny_policy, monkeypatch):
