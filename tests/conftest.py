@@ -58,6 +58,26 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def small(tiny_model: Path, tiny_policy: Path) -> Any:
+    """A second one with a cache of 384 tokens in 12 blocks, so that requests preempt each other."""
+    from vllm import LLM
+
+    llm = LLM(
+        model=str(tiny_model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=320,
+        max_num_batched_tokens=128,
+        max_num_seqs=16,
+        block_size=32,
+        num_gpu_blocks_override=12,
+        kv_cache_memory_bytes=8 << 20,
+        additional_config={"adainfer": {"artifact": str(tiny_policy), "kv": "propagate"}},
+    )
+    return llm  # no shutdown, which would end the process groups of the other engine, too
+
+
+@pytest.fixture(scope="session")
 def reference(tiny_model: Path) -> Any:
     """The same weights in plain transformers: the oracle."""
     from transformers import AutoModelForCausalLM

@@ -106,8 +106,8 @@ def test_a_policy_for_generated_text_is_calibrated_and_evaluated_per_token(
     assert report.keys() >= REPORT_KEYS
     assert report["max_tokens"] == 5
     assert report["texts"]["never_exit"]["same"] == 1
-    assert report["texts"]["stock"]["same"] == 1  # in fp32 segments round as the whole does
-    assert report["texts"]["stock"]["read_back"]["disagreement"] == 0
+    assert report["texts"]["stock"]["same"] > 0.8  # segments round bfloat16 elsewhere
+    assert report["texts"]["stock"]["read_back"]["disagreement"] < 0.05
     ours = report["texts"]["adainfer"]
     assert ours["read_back"]["perplexity"] >= 1
     assert 0 < report["disagreement"] == ours["disagreement"] < 0.3

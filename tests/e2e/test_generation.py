@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import resource
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,27 +18,6 @@ from tests.e2e.scripted import EXIT_AT, FULL, Ran, drawn, parts
 
 CLOSE = 2e-3  # largest difference of normed states of about 1: fp32 sums in another order
 SHARED = np.random.default_rng(0).integers(5, 1000, 80).tolist()
-
-
-@pytest.fixture(scope="module")
-def small(tiny_model, tiny_policy) -> Iterator[Any]:
-    """An engine with a cache of 384 tokens in 12 blocks, so that requests preempt each other."""
-    from vllm import LLM
-
-    llm = LLM(
-        model=str(tiny_model),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=320,
-        max_num_batched_tokens=128,
-        max_num_seqs=16,
-        block_size=32,
-        num_gpu_blocks_override=12,
-        kv_cache_memory_bytes=8 << 20,
-        additional_config={"adainfer": {"artifact": str(tiny_policy), "kv": "propagate"}},
-    )
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
 
 
 @dataclass
