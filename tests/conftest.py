@@ -37,22 +37,27 @@ def tiny_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return tiny_artifact(tiny_model, tmp_path_factory.mktemp("artifact") / "policy")
 
 
-@pytest.fixture(scope="session")
-def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Any]:
-    """One engine in this process, with exits after `EXIT_POINTS`, small chunks and blocks."""
+def tiny_engine(model: Path, adainfer: dict[str, Any], **settings: Any) -> Any:
+    """An engine in this process with small chunks and blocks, nothing compiled."""
     from vllm import LLM
 
-    llm = LLM(
-        model=str(tiny_model),
+    return LLM(
+        model=str(model),
         dtype="float32",
         enforce_eager=True,
-        max_model_len=512,
         max_num_batched_tokens=128,
         max_num_seqs=16,
         block_size=32,
-        kv_cache_memory_bytes=64 << 20,
-        additional_config={"adainfer": {"artifact": str(tiny_policy), "min_rows_saved": 1}},
+        additional_config={"adainfer": adainfer},
+        **settings,
     )
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Any]:
+    """The engine that most tests share, with exits after `EXIT_POINTS`."""
+    switch = {"artifact": str(tiny_policy), "min_rows_saved": 1}
+    llm = tiny_engine(tiny_model, switch, max_model_len=512, kv_cache_memory_bytes=64 << 20)
     yield llm
     llm.llm_engine.engine_core.shutdown()
 
@@ -60,21 +65,14 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def small(tiny_model: Path, tiny_policy: Path) -> Any:
     """A second one with a cache of 384 tokens in 12 blocks, so that requests preempt each other."""
-    from vllm import LLM
-
-    llm = LLM(
-        model=str(tiny_model),
-        dtype="float32",
-        enforce_eager=True,
+    # No shutdown, which would end the process groups of the other engine, too.
+    return tiny_engine(
+        tiny_model,
+        {"artifact": str(tiny_policy), "kv": "propagate"},
         max_model_len=320,
-        max_num_batched_tokens=128,
-        max_num_seqs=16,
-        block_size=32,
         num_gpu_blocks_override=12,
         kv_cache_memory_bytes=8 << 20,
-        additional_config={"adainfer": {"artifact": str(tiny_policy), "kv": "propagate"}},
     )
-    return llm  # no shutdown, which would end the process groups of the other engine, too
 
 
 @pytest.fixture(scope="session")

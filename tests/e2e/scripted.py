@@ -99,6 +99,11 @@ class Ran:
     sampled: bool
     state: Tensor
 
+    @property
+    def last(self) -> int:
+        """Position of its last row."""
+        return self.first + self.rows - 1
+
 
 def drawn_exit(seed: int, position: int, exit_points: int) -> int:
     """The exit point (an index) drawn for a position, `FULL` for full depth."""

@@ -104,47 +104,63 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() < CLOSE)
 
 
-def check_exact(model: Any, sequence: list[int], ran: list[Ran]) -> None:
-    """Every token was read off the state that full depth would have had at its exit point."""
+def wrong_exact(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
+    """Tokens that were not read off the state that full depth would have had at their exit."""
     states = hidden_states(model, sequence)
-    for part in ran:
-        last = part.first + part.rows - 1
-        if last < len(sequence):  # else it was aborted before the token came
-            with torch.inference_mode():
-                assert close(part.state, model.model.norm(states[part.layers][last]))
+    came = [part for part in ran if part.last < len(sequence)]  # others were aborted before
+    with torch.inference_mode():
+        expected = [model.model.norm(states[part.layers][part.last]) for part in came]
+    return [
+        part for part, state in zip(came, expected, strict=True) if not close(part.state, state)
+    ]
 
 
-def check_propagated(model: Any, sequence: list[int], ran: list[Ran]) -> None:
-    """Every token was read off the state that its sequence had, with what exits had left in it."""
+def wrong_propagated(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
+    """Tokens not read off the state that their sequence had, with what exits had left in it."""
     oracle = Sequence(model)
     oracle.restart([])
-    length = 0
+    wrong, length = [], 0
     for part in ran:
         if part.first != length:  # preempted, or a prefix was hit: complete blocks only
             oracle.restart(sequence[: part.first])
-        length = part.first + part.rows
+        length = part.last + 1
         if length > len(sequence):
             break
-        assert close(part.state, oracle.run(sequence[part.first : length], part.layers))
+        if not close(part.state, oracle.run(sequence[part.first : length], part.layers)):
+            wrong.append(part)
+    return wrong
 
 
 @torch.inference_mode()
-def check_tokens(model: Any, sequence: list[int], ran: list[Ran]) -> None:
-    """Each token is the one that the LM head reads off the state of its step."""
+def wrong_tokens(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
+    """Tokens that are not what the LM head reads off the state of their step."""
+    wrong = []
     for part in ran:
-        last = part.first + part.rows - 1
-        if part.sampled and last < len(sequence) - 1:
+        if part.sampled and part.last < len(sequence) - 1:
             scores = model.lm_head(part.state)
-            assert scores.max() - scores[sequence[last + 1]] < CLOSE
+            if not scores.max() - scores[sequence[part.last + 1]] < CLOSE:
+                wrong.append(part)
+    return wrong
 
 
-def check(model: Any, kv: str, pattern: Pattern, name: int, ran: dict[str, list[Ran]]) -> None:
-    request, sequence = pattern.requests[name], pattern.sequence(name)
-    if request.aborted is None:
-        assert len(sequence) == len(request.prompt) + request.max_tokens
-    check_states = check_exact if kv == "exact" else check_propagated
-    check_states(model, sequence, ran.get(str(name), []))
-    check_tokens(model, sequence, ran.get(str(name), []))
+def wrong(
+    model: Any, kv: str, pattern: Pattern, name: int, ran: dict[str, list[Ran]]
+) -> list[object]:
+    """What of a request is not as the oracle has it."""
+    request, sequence, parts_ran = (
+        pattern.requests[name],
+        pattern.sequence(name),
+        ran.get(str(name)),
+    )
+    if parts_ran is None:
+        return [] if request.aborted is not None else [f"{name} never ran"]
+    complete = len(sequence) == len(request.prompt) + request.max_tokens
+    wrong_states = wrong_exact if kv == "exact" else wrong_propagated
+    return [
+        *([] if complete or request.aborted is not None else [f"{name} is too short"]),
+        *wrong_states(model, sequence, parts_ran),
+        *wrong_tokens(model, sequence, parts_ran),
+    ]
 
 
 def drawn_pattern(
@@ -168,8 +184,8 @@ def drawn_pattern(
 @pytest.mark.parametrize("seed", range(100))
 def test_drawn_exits_at_every_token_reproduce_the_oracle(small, reference, kv, seed):
     pattern, ran = drawn_pattern(small, kv, seed)
-    for name in range(len(pattern.requests)):
-        check(reference, kv, pattern, name, ran)
+    names = range(len(pattern.requests))
+    assert [found for name in names for found in wrong(reference, kv, pattern, name, ran)] == []
 
 
 @pytest.mark.parametrize("min_rows_saved", [3, None], ids=["three rows", "where that is faster"])
@@ -179,9 +195,8 @@ def test_rows_that_wait_for_company_before_they_leave_change_no_state(
 ):
     """Of the tokens that are not settled, or left where they settled: others waited for company."""
     pattern, ran = drawn_pattern(small, "exact", 1000 + seed, min_rows_saved)
-    for name in range(len(pattern.requests)):
-        check_tokens(reference, pattern.sequence(name), ran.get(str(name), []))
-        check_exact(reference, pattern.sequence(name), ran.get(str(name), []))
+    names = range(len(pattern.requests))
+    assert [e for name in names for e in wrong(reference, "exact", pattern, name, ran)] == []
 
 
 def test_the_patterns_hold_what_they_are_for(small):
@@ -206,8 +221,8 @@ def test_a_long_soak_leaks_nothing_and_stays_right(small, reference, kv, wave):
             pattern = drive(small, requests)
             loop_kv = runner.model.model.exit_loop.kv
             small.llm_engine.step()  # the worker hears of the last ones that ended
-        for name in range(0, len(pattern.requests), 25):
-            check(reference, kv, pattern, name, ran)
+        names = range(0, len(pattern.requests), 25)
+        assert [e for name in names for e in wrong(reference, kv, pattern, name, ran)] == []
         assert scheduler.kv_cache_manager.usage == 0
         assert not scheduler.requests
         assert not scheduler.kv_cache_manager._unfinished
