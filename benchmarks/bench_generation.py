@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +27,7 @@ from vllm_adainfer.artifact import load_artifact, load_details
 from vllm_adainfer.calibration.calibrate import load_config
 from vllm_adainfer.calibration.data import Example, Row, make_examples
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.calibration.report import write_whole
+from vllm_adainfer.calibration.report import Run, write_whole
 from vllm_adainfer.calibration.sequences import compare, has_number, read_back
 from vllm_adainfer.plugin import register
 from vllm_adainfer.provenance import provenance
@@ -45,24 +45,6 @@ SOURCES = {"gsm8k": ("question", 0), "alpaca_eval": ("text", 250), "specbench": 
 BATCHES = {1: 12, 8: 24, 32: 64, 128: 128}
 MOST = 48  # prompts of a data set
 MAX_PROMPT = 512  # tokens; longer prompts are left out
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One timed pass of a variant over some prompts."""
-
-    seconds: float
-    texts: list[list[int]]
-    layers_run: int = 0
-    layers_possible: int = 0
-    passes_run: int = 0
-    passes_possible: int = 0
-    exit_histogram: Mapping[int, int] | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Generated, of all texts."""
-        return sum(map(len, self.texts))
 
 
 def main(
@@ -148,7 +130,7 @@ def run(
     examples: Sequence[Example],
     batch: int,
     max_tokens: int,
-) -> Pass:
+) -> Run:
     """`examples` in batches of `batch`, one after the other; nothing is cached at first."""
     from vllm import SamplingParams
 
@@ -165,14 +147,8 @@ def run(
         texts += [list(output.outputs[0].token_ids) for output in outputs]
     seconds = time.perf_counter() - start
     if before is None:
-        return Pass(seconds, texts)
-    after = stats(engine)
-    counters = "layers_run", "layers_possible", "passes_run", "passes_possible"
-    left = {
-        layers: count - before["exit_histogram"].get(layers, 0)
-        for layers, count in after["exit_histogram"].items()
-    }
-    return Pass(seconds, texts, *(after[name] - before[name] for name in counters), left)
+        return Run(seconds, texts)
+    return Run.counted(seconds, texts, before, stats(engine))
 
 
 def measure_speed(
@@ -185,13 +161,14 @@ def measure_speed(
     """Interleaved rounds at one batch size, a row for each variant."""
     for variant in VARIANTS:
         run(engines, variant, examples[:batch], batch, 4)
-    passes: dict[str, list[Pass]] = {variant: [] for variant in VARIANTS}
+    passes: dict[str, list[Run]] = {variant: [] for variant in VARIANTS}
     for number in tqdm(range(rounds), desc=f"batch {batch}", unit="round"):
         turn = number % len(VARIANTS)
         for variant in VARIANTS[turn:] + VARIANTS[:turn]:
             passes[variant].append(run(engines, variant, examples, batch, max_tokens))
     rows = []
     for variant, found in passes.items():
+        is_stock = variant == STOCK
         rates = [one.tokens / one.seconds for one in found]
         stock = [one.tokens / one.seconds for one in passes[STOCK]]
         ratios = [ours / theirs for ours, theirs in zip(rates, stock, strict=True)]
@@ -199,23 +176,16 @@ def measure_speed(
             {
                 "batch": batch,
                 "variant": variant,
-                "tokens_per_second": statistics.median(rates),
-                "speedup": statistics.median(ratios),
+                "tokens_per_second": median(rates),
+                "speedup": median(ratios),
                 "speedup_min": min(ratios),
                 "speedup_max": max(ratios),
-                "layers_saved": share_saved(found, "layers"),
-                "passes_saved": share_saved(found, "passes"),
+                "layers_saved": None if is_stock else median(one.layers_saved for one in found),
+                "passes_saved": None if is_stock else median(one.passes_saved for one in found),
                 "exit_histogram": found[-1].exit_histogram,
             }
         )
     return rows
-
-
-def share_saved(runs: Sequence[Pass], what: str) -> float | None:
-    """1 - executed / possible of ``layers`` or ``passes``; None where nothing is counted."""
-    executed = sum(getattr(one, f"{what}_run") for one in runs)
-    possible = sum(getattr(one, f"{what}_possible") for one in runs)
-    return 1 - executed / possible if possible else None
 
 
 def measure_quality(
@@ -273,7 +243,7 @@ def table(report: Mapping[str, Any]) -> str:
                 f"**{row['speedup']:.2f}x** ({row['speedup_min']:.2f} to {row['speedup_max']:.2f})",
                 f"{row['layers_saved']:.1%}",
                 f"{row['passes_saved']:.1%}",
-                f"{1 - left[depth] / sum(left.values()):.0%}",
+                f"{1 - left.get(depth, 0) / sum(left.values()):.0%}",
             ]
         lines.append(
             f"| {row['batch']} | {row['variant']} | {row['tokens_per_second']:.0f} | "

@@ -122,7 +122,7 @@ def generation_table() -> list[str]:
         "",
         f"The room: an oracle that knew where each token is first right would run {room:.1f} of "
         f"{depth} layers. Reached with one request at a time under `exact`: "
-        f"{1 - left[depth] / sum(left.values()):.0%} of tokens left, after "
+        f"{1 - left.get(depth, 0) / sum(left.values()):.0%} of tokens left, after "
         f"{', '.join(map(str, report['exit_points']))} layers, and needed no LM head; "
         f"{one['passes_saved']:.1%} fewer layers were entered. Tokens that differ from never "
         f"exiting, up to a text's first difference: {changed['exact']:.1%} under `exact`, "

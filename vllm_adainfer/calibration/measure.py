@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -72,11 +71,4 @@ def _run(
     texts = [list(output.outputs[0].token_ids) for output in outputs]
     if before is None:
         return Run(seconds, texts)
-    after = stats(engine)
-    return Run(
-        seconds,
-        texts,
-        layers_run=after["layers_run"] - before["layers_run"],
-        layers_possible=after["layers_possible"] - before["layers_possible"],
-        exit_histogram=Counter(after["exit_histogram"]) - Counter(before["exit_histogram"]),
-    )
+    return Run.counted(seconds, texts, before, stats(engine))

@@ -28,12 +28,38 @@ class Run:
     texts: list[list[int]]
     layers_run: int = 0
     layers_possible: int = 0
+    passes_run: int = 0
+    passes_possible: int = 0
     exit_histogram: Mapping[int, int] | None = None
+
+    @classmethod
+    def counted(
+        cls,
+        seconds: float,
+        texts: list[list[int]],
+        before: Mapping[str, Any],
+        after: Mapping[str, Any],
+    ) -> Run:
+        """A pass of ours, with `stats` of the engine from before and after it."""
+        counters = "layers_run", "layers_possible", "passes_run", "passes_possible"
+        left = Counter(after["exit_histogram"]) - Counter(before["exit_histogram"])
+        spent: dict[str, int] = {name: after[name] - before[name] for name in counters}
+        return cls(seconds, texts, exit_histogram=left, **spent)
 
     @property
     def layers_saved(self) -> float:
         """Share of rows x layers that were not executed."""
         return 1 - self.layers_run / self.layers_possible
+
+    @property
+    def passes_saved(self) -> float:
+        """Share of layers that were not entered."""
+        return 1 - self.passes_run / self.passes_possible
+
+    @property
+    def tokens(self) -> int:
+        """Generated, of all answers."""
+        return sum(map(len, self.texts))
 
 
 def build_report(
