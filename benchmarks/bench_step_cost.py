@@ -156,7 +156,7 @@ def timed() -> Iterator[Times]:
         (ExitLoop, "run", "step"),
         (ExitLoop, "_last", "last layer"),
         (ScriptedPolicy, "decide", "decide"),
-        (StepContext, "compact", "cut"),
+        (StepContext, "regroup", "cut"),
         (StepContext, "narrowed", "cut"),
     ]
     patches = [

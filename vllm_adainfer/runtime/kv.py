@@ -6,6 +6,7 @@ Only rows of requests that go on to another token matter; nobody reads those of 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -177,5 +178,5 @@ class Fill(Protocol):
         """For `states` [rows, hidden size] at int64 [rows] `positions`, to `slots` by layer."""
 
 
-def _count(states: object) -> int:
-    return sum(hidden.shape[0] for hidden, _ in states)  # type: ignore[attr-defined]
+def _count(states: Iterable[tuple[Tensor, Tensor]]) -> int:
+    return sum(hidden.shape[0] for hidden, _ in states)
