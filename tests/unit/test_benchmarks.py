@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,10 +15,13 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
 def test_a_benchmark_finds_what_it_imports(monkeypatch, name):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    assert importlib.import_module(name).__doc__
+    with mock.patch.dict(os.environ):  # some set variables for engines
+        assert importlib.import_module(name).__doc__
 
 
 def test_the_parts_of_a_step_that_are_timed_exist(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    with importlib.import_module("bench_step_cost").timed() as times:
+    with mock.patch.dict(os.environ):
+        timed = importlib.import_module("bench_step_cost").timed
+    with timed() as times:
         assert not times

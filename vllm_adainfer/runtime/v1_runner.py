@@ -27,6 +27,10 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         assert settings is not None
         self.admission = Admission(settings)
         self._admitted: dict[str, Admitted] = {}
+        # See `AdaInferScheduler`: otherwise no guard reads what is complete.
+        self._scheduler_asks = (
+            self.cache_config.enable_prefix_caching and not self.admission.records
+        )
 
     def _update_states(self, scheduler_output: Any) -> Any:
         """Admit requests when they arrive, forget them when they end."""
@@ -46,7 +50,8 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         step = self._describe_step(self._narrow)
         self.model.model.step = step
         output = super()._model_forward(*args, **kwargs)
-        self._complete = self._complete_tokens(step)
+        if self._scheduler_asks:
+            self._complete = self._complete_tokens(step)
         return output
 
     def _describe_step(self, narrow: AttentionNarrower) -> StepContext:
