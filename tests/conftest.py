@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,35 +36,42 @@ def tiny_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return tiny_artifact(tiny_model, tmp_path_factory.mktemp("artifact") / "policy")
 
 
-def tiny_engine(model: Path, adainfer: dict[str, Any], **settings: Any) -> Any:
-    """An engine in this process with small chunks and blocks, nothing compiled."""
+_ENGINES: list[Any] = []
+
+
+def tiny_engine(
+    model: Path, adainfer: dict[str, Any] | None, dtype: str = "float32", **settings: Any
+) -> Any:
+    """An engine in this process with small chunks and blocks, nothing compiled; None is stock.
+
+    It lives as long as the process: one that ends takes the process groups of all others along.
+    """
     from vllm import LLM
 
-    return LLM(
+    llm = LLM(
         model=str(model),
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
         max_num_batched_tokens=128,
         max_num_seqs=16,
         block_size=32,
-        additional_config={"adainfer": adainfer},
+        additional_config={} if adainfer is None else {"adainfer": adainfer},
         **settings,
     )
+    _ENGINES.append(llm)
+    return llm
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Any]:
+def engine(tiny_model: Path, tiny_policy: Path) -> Any:
     """The engine that most tests share, with exits after `EXIT_POINTS`."""
     switch = {"artifact": str(tiny_policy), "min_rows_saved": 1}
-    llm = tiny_engine(tiny_model, switch, max_model_len=512, kv_cache_memory_bytes=64 << 20)
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
+    return tiny_engine(tiny_model, switch, max_model_len=512, kv_cache_memory_bytes=64 << 20)
 
 
 @pytest.fixture(scope="session")
 def small(tiny_model: Path, tiny_policy: Path) -> Any:
     """A second one with a cache of 384 tokens in 12 blocks, so that requests preempt each other."""
-    # No shutdown, which would end the process groups of the other engine, too.
     return tiny_engine(
         tiny_model,
         {"artifact": str(tiny_policy), "kv": "propagate"},

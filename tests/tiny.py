@@ -27,7 +27,7 @@ LABELS = ("bad", "good")
 
 def tiny_llama(directory: Path) -> Path:
     """A random Llama whose hidden states differ clearly from layer to layer."""
-    tokenizer = _word_tokenizer()
+    tokenizer = word_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -48,7 +48,7 @@ def tiny_llama(directory: Path) -> Path:
     return directory
 
 
-def _word_tokenizer() -> Fast:
+def word_tokenizer() -> Fast:
     """One token a word of the demo's reviews."""
     text = files("vllm_adainfer.demo").joinpath("calibration.jsonl").read_text()
     split = pre_tokenizers.Whitespace()
@@ -99,7 +99,6 @@ def tiny_config(model: Path, **changes: Any) -> ArtifactConfig:
         ),
         "features": ("top_prob", "gap"),
         "classifier": "svm",
-        "norm_eps": hf_config.rms_norm_eps,
         "epsilon": 0.05,
         "delta": 0.1,
         "levels": (

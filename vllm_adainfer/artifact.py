@@ -76,7 +76,6 @@ class ArtifactConfig(_Strict):
     labels: tuple[Label, ...] = ()
     features: tuple[str, ...]
     classifier: Literal["svm", "logreg", "threshold", "rbf", "boosting", "crf"]
-    norm_eps: float = Field(gt=0)
     epsilon: float = Field(gt=0, lt=1)
     delta: float = Field(gt=0, lt=1)
     risk: Literal["disagreement", "accuracy"] = Field(
@@ -326,7 +325,8 @@ def _expected_shapes(
         scored = len(tensors.get("shortlist", ()))
         shapes["shortlist"] = (scored,)
     if config.probe != "label-head" and config.candidates != "full":
-        shapes |= {"norm_weight": (hidden,), "head_rows": (scored, hidden)}
+        rows = tensors.get("head_rows")  # as wide as what the model's LM head reads
+        shapes["head_rows"] = (scored, hidden if rows is None else rows.shape[-1])
     for layer in config.exit_points:
         shapes[f"exit.{layer}.classifier"] = served_shape(config.classifier)
         if config.probe == "label-head":

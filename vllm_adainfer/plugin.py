@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 # Stock architecture -> our model class, which vLLM loads only for an engine that asks for it.
-MODELS = {"LlamaForCausalLM": "vllm_adainfer.models.llama:AdaInferLlamaForCausalLM"}
+_LLAMA = "vllm_adainfer.models.llama:AdaInferLlamaForCausalLM"
+_MISTRAL = "vllm_adainfer.models.llama:AdaInferMistralForCausalLM"
+MODELS = {
+    "GemmaForCausalLM": "vllm_adainfer.models.gemma:AdaInferGemmaForCausalLM",
+    "Gemma2ForCausalLM": "vllm_adainfer.models.gemma:AdaInferGemma2ForCausalLM",
+    "Gemma3ForCausalLM": "vllm_adainfer.models.gemma:AdaInferGemma3ForCausalLM",
+    "IQuestCoderForCausalLM": _LLAMA,
+    "InternLM3ForCausalLM": _LLAMA,
+    "LLaMAForCausalLM": _LLAMA,
+    "LlamaForCausalLM": _LLAMA,
+    "Ministral3ForCausalLM": _MISTRAL,
+    "MistralForCausalLM": _MISTRAL,
+    "OPTForCausalLM": "vllm_adainfer.models.opt:AdaInferOPTForCausalLM",
+    "Phi3ForCausalLM": "vllm_adainfer.models.llama:AdaInferPhi3ForCausalLM",
+    "Qwen2ForCausalLM": "vllm_adainfer.models.qwen:AdaInferQwen2ForCausalLM",
+    "Qwen3ForCausalLM": "vllm_adainfer.models.qwen:AdaInferQwen3ForCausalLM",
+    "TeleChat3ForCausalLM": _LLAMA,
+}
 
 
 def register() -> None:
@@ -17,7 +34,7 @@ def register() -> None:
 
     from vllm_adainfer.engine import configure_hook, is_configure_hook
 
-    for ours in MODELS.values():
+    for ours in set(MODELS.values()):
         ModelRegistry.register_model(ours.rpartition(":")[2], ours)
     # The documented hook is asked by architecture. Every architecture gets one, so that the
     # switch is refused, not ignored, on a model without exit points.

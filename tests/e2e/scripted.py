@@ -61,15 +61,11 @@ def parts(llm: Any) -> tuple[Any, Any, Any]:
 def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     """Let the requests' scripts decide; yields the engine's `ExitStats`, starting at zero."""
     model, runner, scheduler = parts(llm)
-    loop = model.model.exit_loop
+    loop = model.exit_loop
     names = "policy", "stats", "kv", "_min_rows_saved"
     saved = {name: getattr(loop, name) for name in names}
     admission = runner.admission, scheduler.admission
-    lens = Probe(
-        head_weight=model.head_weight,
-        norm_weight=model.model.norm.weight.data,
-        norm_eps=model.config.rms_norm_eps,
-    )
+    lens = model.logit_lens(model.head_weight)
     loop.policy = ScriptedPolicy(loop.policy.exit_points, lens)
     loop.stats = type(loop.stats)()
     loop.kv = ExactKV()
@@ -120,15 +116,14 @@ def drawn(
     Yields, by a request's id as the client knows it, what it ran.
     """
     model, _, _ = parts(llm)
-    loop = model.model.exit_loop
+    loop = model.exit_loop
     fill = getattr(loop.kv, "fill", None)
     ran: dict[str, list[Ran]] = {}
     with scripted(llm, min_rows_saved):
         exit_points, run = loop.policy.exit_points, loop.run
         loop.kv = ExactKV(capacity)
         if kv == "propagate":
-            loop.kv = PropagateKV()
-            loop.kv.fill = fill
+            loop.kv = PropagateKV(fill)
 
         def noting(positions: Tensor, input_ids: Tensor, step: Any) -> Any:
             came = step.layout

@@ -4,180 +4,12 @@ from __future__ import annotations
 
 import gc
 import resource
-from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
-from vllm import SamplingParams
 
-from tests.e2e.oracle import Sequence, hidden_states
-from tests.e2e.scripted import EXIT_AT, FULL, Ran, drawn, parts
-
-CLOSE = 2e-3  # largest difference of normed states of about 1: fp32 sums in another order
-SHARED = np.random.default_rng(0).integers(5, 1000, 80).tolist()
-
-
-@dataclass
-class Request:
-    """A prompt, its parameters, when it comes and (if it does) when it is aborted.
-
-    The prompt of a next turn follows this one's prompt and answer.
-    """
-
-    prompt: list[int]
-    max_tokens: int
-    seed: int
-    arrives: int = 0
-    aborted: int | None = None
-    next_turn: Request | None = None
-
-    def params(self) -> SamplingParams:
-        return SamplingParams(
-            temperature=0, max_tokens=self.max_tokens, extra_args={EXIT_AT: self.seed}
-        )
-
-
-@dataclass
-class Pattern:
-    """Requests in order of arrival, next turns added when they came, and what became of them."""
-
-    requests: list[Request]
-    produced: list[list[int]]
-    preemptions: int = 0
-
-    def sequence(self, name: int) -> list[int]:
-        return self.requests[name].prompt + self.produced[name]
-
-
-def drive(llm: Any, requests: list[Request]) -> Pattern:
-    """Step the engine until all have ended."""
-    engine, (_, _, scheduler) = llm.llm_engine, parts(llm)
-    pattern = Pattern(list(requests), [[] for _ in requests])
-    step = 0
-    while step <= max(r.arrives for r in pattern.requests) or engine.has_unfinished_requests():
-        for name, request in enumerate(pattern.requests):
-            if request.arrives == step:
-                prompt = {"prompt_token_ids": request.prompt}
-                engine.add_request(str(name), prompt, request.params())
-            if request.aborted == step:
-                engine.abort_request([str(name)])
-        known = list(scheduler.requests.values())
-        for output in engine.step():
-            name = int(output.request_id)
-            pattern.produced[name] = list(output.outputs[0].token_ids)
-            turn = pattern.requests[name].next_turn
-            if output.finished and turn is not None:
-                prompt = pattern.sequence(name) + turn.prompt
-                pattern.requests.append(replace(turn, prompt=prompt, arrives=step + 1))
-                pattern.produced.append([])
-        pattern.preemptions += sum(
-            request.num_preemptions for request in known if request.is_finished()
-        )
-        step += 1
-    return pattern
-
-
-def random_requests(generator: np.random.Generator, count: int, within: int) -> list[Request]:
-    """Some have a common start, come later, are aborted, have a next turn, or never exit."""
-
-    def one() -> Request:
-        prompt = generator.integers(5, 1000, generator.choice([1, 2, 9, 31, 33, 64, 100])).tolist()
-        arrives = int(generator.integers(0, within))
-        aborted = arrives + int(generator.integers(1, 20))
-        turn = Request(generator.integers(5, 1000, 6).tolist(), 6, int(generator.integers(1000)))
-        return Request(
-            prompt=SHARED + prompt if generator.random() < 0.3 else prompt,
-            max_tokens=int(generator.choice([1, 2, 7, 30, 60])),
-            seed=int(generator.integers(1000)) if generator.random() < 0.85 else FULL,
-            arrives=arrives,
-            aborted=aborted if generator.random() < 0.15 else None,
-            next_turn=turn if generator.random() < 0.3 else None,
-        )
-
-    return [one() for _ in range(count)]
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() < CLOSE)
-
-
-def wrong_exact(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
-    """Tokens that were not read off the state that full depth would have had at their exit."""
-    states = hidden_states(model, sequence)
-    came = [part for part in ran if part.last < len(sequence)]  # others were aborted before
-    with torch.inference_mode():
-        expected = [model.model.norm(states[part.layers][part.last]) for part in came]
-    return [
-        part for part, state in zip(came, expected, strict=True) if not close(part.state, state)
-    ]
-
-
-def wrong_propagated(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
-    """Tokens not read off the state that their sequence had, with what exits had left in it."""
-    oracle = Sequence(model)
-    oracle.restart([])
-    wrong, length = [], 0
-    for part in ran:
-        if part.first != length:  # preempted, or a prefix was hit: complete blocks only
-            oracle.restart(sequence[: part.first])
-        length = part.last + 1
-        if length > len(sequence):
-            break
-        if not close(part.state, oracle.run(sequence[part.first : length], part.layers)):
-            wrong.append(part)
-    return wrong
-
-
-@torch.inference_mode()
-def wrong_tokens(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
-    """Tokens that are not what the LM head reads off the state of their step."""
-    wrong = []
-    for part in ran:
-        if part.sampled and part.last < len(sequence) - 1:
-            scores = model.lm_head(part.state)
-            if not scores.max() - scores[sequence[part.last + 1]] < CLOSE:
-                wrong.append(part)
-    return wrong
-
-
-def wrong(
-    model: Any, kv: str, pattern: Pattern, name: int, ran: dict[str, list[Ran]]
-) -> list[object]:
-    """What of a request is not as the oracle has it."""
-    request, sequence, parts_ran = (
-        pattern.requests[name],
-        pattern.sequence(name),
-        ran.get(str(name)),
-    )
-    if parts_ran is None:
-        return [] if request.aborted is not None else [f"{name} never ran"]
-    complete = len(sequence) == len(request.prompt) + request.max_tokens
-    wrong_states = wrong_exact if kv == "exact" else wrong_propagated
-    return [
-        *([] if complete or request.aborted is not None else [f"{name} is too short"]),
-        *wrong_states(model, sequence, parts_ran),
-        *wrong_tokens(model, sequence, parts_ran),
-    ]
-
-
-def drawn_pattern(
-    llm: Any, kv: str, seed: int, min_rows_saved: int | None = 1
-) -> tuple[Pattern, dict[str, list[Ran]]]:
-    """A random pattern with steps of a random size; few rows may wait in some of them."""
-    generator = np.random.default_rng(seed)
-    requests = random_requests(generator, int(generator.integers(3, 15)), within=8)
-    _, _, scheduler = parts(llm)
-    before = scheduler.max_num_scheduled_tokens
-    scheduler.max_num_scheduled_tokens = int(generator.choice([16, 40, 128]))
-    capacity = int(generator.choice([5, 50, 10_000]))
-    try:
-        with drawn(llm, kv, min_rows_saved, capacity) as ran:
-            return drive(llm, requests), ran
-    finally:
-        scheduler.max_num_scheduled_tokens = before
+from tests.e2e.patterns import drawn_pattern, drive, random_requests, wrong
+from tests.e2e.scripted import drawn, parts
 
 
 @pytest.mark.parametrize("kv", ["exact", "propagate"])
@@ -219,7 +51,7 @@ def test_a_long_soak_leaks_nothing_and_stays_right(small, reference, kv, wave):
     for requests in waves:
         with drawn(small, kv, capacity=200) as ran:
             pattern = drive(small, requests)
-            loop_kv = runner.model.model.exit_loop.kv
+            loop_kv = runner.model.exit_loop.kv
             small.llm_engine.step()  # the worker hears of the last ones that ended
         names = range(0, len(pattern.requests), 25)
         assert [e for name in names for e in wrong(reference, kv, pattern, name, ran)] == []

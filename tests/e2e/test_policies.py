@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,6 @@ def artifact_of(
     thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
     tensors = tiny_tensors(config, thresholds)
     generator = torch.Generator().manual_seed(2)
-    tensors["norm_weight"] = model.model.norm.weight.data
     if labels:
         tensors["head_rows"] = model.lm_head.weight.data[list(config.label_ids)]
     if candidates == "shortlist":
@@ -64,6 +65,10 @@ def artifact_of(
         if classifier == "crf":
             tensors[f"exit.{layer}.classifier"] = torch.tensor([2.0, -1, -1, 2, 1, 4, -1.5])
     return Artifact(config, tensors)
+
+
+def policy_of(artifact: Artifact, model: Any) -> CalibratedPolicy:
+    return CalibratedPolicy(artifact, model.logit_lens(model.head_weight), torch.device("cpu"))
 
 
 def lens_of(tensors: dict[str, Tensor], layer: int) -> Tensor:
@@ -152,9 +157,7 @@ def test_depths_and_tokens_are_those_of_the_oracle(
         extra_args={"exit_at": 0},  # admitted with tag 0: the first row of the epsilon table
     )
     with scripted(engine) as stats:
-        model.model.exit_loop.policy = CalibratedPolicy(
-            artifact, model.model.norm.weight.data, model.head_weight
-        )
+        model.exit_loop.policy = policy_of(artifact, model)
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
         )
@@ -169,31 +172,10 @@ def test_depths_and_tokens_are_those_of_the_oracle(
         assert abs(stats.exit_histogram[depth] - depths.count(depth)) <= unsure
 
 
-@pytest.mark.parametrize(
-    ("probe", "candidates"),
-    [("label-head", "labels"), ("lens", "labels"), ("lens", "full"), ("lens", "shortlist")],
-)
-def test_a_policy_may_be_made_before_the_weights_are_loaded(
-    tiny_model, reference, probe, candidates
-):
-    artifact = artifact_of(tiny_model, reference, probe, candidates, 0.3)
-    norm, head = reference.model.norm.weight.data, reference.lm_head.weight.data
-    empty_norm, empty_head = torch.zeros_like(norm), torch.zeros_like(head)
-    early, late = (
-        CalibratedPolicy(artifact, *weights) for weights in ((empty_norm, empty_head), (norm, head))
-    )
-    empty_norm.copy_(norm)
-    empty_head.copy_(head)
-    states = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
-    asked = 0, states, torch.zeros(9, dtype=torch.int64), None
-    assert early.decide(*asked).answers.equal(late.decide(*asked).answers)
-    assert early.decide(*asked).answers.std() > 0
-
-
 def test_a_certified_label_wins_also_where_its_lead_is_below_the_rounding_of_the_logits(engine):
     model, _, _ = parts(engine)
-    label_ids = model.model.exit_loop.policy.answer_ids
+    label_ids = model.exit_loop.policy.answer_ids
     scores = torch.tensor([[100.0, 100.05], [100.05, 100.0]])  # bfloat16 steps by 0.5 there
-    model.model.scored_answers = ScoredAnswers(torch.tensor([0, 1]), scores)
+    model._scored_answers = ScoredAnswers(torch.tensor([0, 1]), scores)
     logits = model.compute_logits(torch.zeros(2, 64, dtype=torch.bfloat16))
     assert logits.argmax(dim=1).tolist() == [int(label_ids[1]), int(label_ids[0])]

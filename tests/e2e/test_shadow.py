@@ -18,13 +18,12 @@ from vllm import SamplingParams
 from tests.e2e.oracle import continuation, same
 from tests.e2e.scripted import EXIT_AT, parts, scripted
 from tests.e2e.test_equal_to_stock import LENGTHS, answer
-from tests.e2e.test_policies import artifact_of, expected
+from tests.e2e.test_policies import artifact_of, expected, policy_of
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer import stats as stats_of
 from vllm_adainfer.artifact import Artifact, load_artifact
 from vllm_adainfer.config import Settings
 from vllm_adainfer.decision.monitor import DisagreementMonitor
-from vllm_adainfer.decision.policy import CalibratedPolicy
 from vllm_adainfer.runtime.admission import Admission
 
 LABELS_AND_OPEN = [
@@ -47,7 +46,7 @@ def watched(
     Yields the engine's stats, starting at zero, and a function that sets another shadow rate.
     """
     model, runner, _ = parts(llm)
-    loop = model.model.exit_loop
+    loop = model.exit_loop
 
     def set_rate(rate: float) -> None:
         settings = Settings(record=(1,), shadow_rate=rate)
@@ -57,9 +56,7 @@ def watched(
         epsilons = [0.02, 0.05, 0.1]
         if artifact is not None:
             epsilons = [level.epsilon for level in artifact.config.levels]
-            loop.policy = CalibratedPolicy(
-                artifact, model.model.norm.weight.data, model.head_weight
-            )
+            loop.policy = policy_of(artifact, model)
         loop.monitor = stats.shadow = DisagreementMonitor(epsilons, alpha)
         set_rate(rate)
         try:
@@ -186,7 +183,7 @@ def test_rows_of_shadows_do_not_count_as_ready_to_leave(engine):
     prompt = list(range(5, 15))
     with watched(engine, None, rate=0) as (stats, _):
         model, runner, _ = parts(engine)
-        model.model.exit_loop._min_rows_saved = 2 * len(prompt)
+        model.exit_loop._min_rows_saved = 2 * len(prompt)
         turns = iter([True, False])
         runner.admission.is_shadow = cache(lambda request_id: next(turns))
         exit_at_once = SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: 0})
@@ -200,7 +197,7 @@ def test_a_rate_of_zero_changes_nothing(engine, tiny_model, reference):
     with watched(engine, artifact, rate=0) as (watching, _):
         found = run(engine, prompts, admitted(artifact))
     with watched(engine, artifact, rate=0) as (plain, _):
-        parts(engine)[0].model.exit_loop.monitor = plain.shadow = None
+        parts(engine)[0].exit_loop.monitor = plain.shadow = None
         assert [tokens for _, tokens in run(engine, prompts, admitted(artifact))] == [
             tokens for _, tokens in found
         ]
@@ -211,7 +208,7 @@ def test_a_rate_of_zero_changes_nothing(engine, tiny_model, reference):
 
 
 def test_an_engine_without_the_setting_has_no_monitor_and_no_reading(engine):
-    assert parts(engine)[0].model.exit_loop.monitor is None
+    assert parts(engine)[0].exit_loop.monitor is None
     assert "shadow" not in stats_of(engine)
 
 

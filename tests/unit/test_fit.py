@@ -12,11 +12,12 @@ from vllm_adainfer.calibration.collect import FOLDS, Recording
 from vllm_adainfer.calibration.fit import FittedExit, fit_exits, is_right, split
 from vllm_adainfer.calibration.probes import Target
 from vllm_adainfer.decision.moments import Moments
+from vllm_adainfer.decision.norm import Norm
 from vllm_adainfer.decision.probe import Probe
 
 HIDDEN, VOCAB, LAYER = 32, 50, 4
 PROMPTS, ROWS_PER_PROMPT = 100, 10
-EPS = 1e-5
+NORM = Norm("rms", torch.ones(HIDDEN), eps=1e-5)
 HALVES = np.arange(PROMPTS // 2), np.arange(PROMPTS // 2, PROMPTS)
 LABELS = torch.tensor([7, 3, 20])
 
@@ -40,7 +41,7 @@ def recording_of(rank: int, noise: float = 0.0) -> Recording:
         rows = normal(ROWS_PER_PROMPT, HIDDEN)
         folds[prompt % FOLDS].add(rows, final_of(rows) - rows, torch.ones(ROWS_PER_PROMPT))
     final = final_of(decisions)
-    model = Probe(head_weight=head, norm_weight=torch.ones(HIDDEN), norm_eps=EPS)
+    model = Probe(head_weight=head, norm=NORM)
     return Recording(
         states={LAYER: decisions},
         depth=2 * LAYER,
@@ -49,8 +50,7 @@ def recording_of(rank: int, noise: float = 0.0) -> Recording:
         prompts=np.arange(PROMPTS),
         computed=np.full(PROMPTS, float(ROWS_PER_PROMPT)),
         moments={LAYER: folds},
-        norm_weight=torch.ones(HIDDEN),
-        head_weight=head,
+        logit_lens=Probe(head_weight=head, norm=NORM),
         fingerprint="",
         layer_seconds=1e-4,
         cut_seconds=1e-5,
@@ -59,7 +59,7 @@ def recording_of(rank: int, noise: float = 0.0) -> Recording:
 
 
 def fitted_on(recording: Recording, kind: str, labels: Tensor | None = None) -> FittedExit:
-    target = Target(kind, labels, EPS)
+    target = Target(kind, labels)
     [fitted] = fit_exits(recording, target, HALVES, "threshold", 0, [LAYER])
     return fitted
 
@@ -79,7 +79,7 @@ def test_a_lens_that_is_exact_is_recovered_at_any_rank(monkeypatch, low_rank_fro
     monkeypatch.setattr(probes, "PENALTIES", (1e-6, 1.0))
     recording = recording_of(rank=4)
     fitted = fitted_on(recording, "lens")
-    model = Probe(head_weight=recording.head_weight, norm_weight=torch.ones(HIDDEN), norm_eps=EPS)
+    model = Probe(head_weight=recording.logit_lens.head_weight, norm=NORM)
     found = fitted.probe.readout(recording.states[LAYER])
     torch.testing.assert_close(found, model.readout(recording.final), rtol=1e-3, atol=1e-3)
     assert fitted.fitted.agrees.all()
@@ -148,7 +148,7 @@ def test_the_loss_of_accuracy_is_signed_by_who_is_right():
     right = [{choices[n]} for n in generator.integers(0, 3, PROMPTS)]
     plain = fitted_on(recording, "logit-lens", LABELS).probe
     recording.tokens[:] = plain.score(plain.readout(recording.final)).top1_id.numpy()
-    target = Target("label-head", LABELS, EPS)
+    target = Target("label-head", LABELS)
     [exit] = fit_exits(recording, target, HALVES, "svm", 0, [LAYER], right)
     for half, prompts in zip((exit.fitted, exit.held_out), HALVES, strict=True):
         full = recording.tokens[prompts]

@@ -9,6 +9,7 @@ import torch
 
 from vllm_adainfer.runtime.kv import ExactKV, PropagateKV
 from vllm_adainfer.runtime.layout import RowLayout
+from vllm_adainfer.runtime.stream import Stream
 
 
 def step_of(lens: list[int], last_positions: list[int]) -> Any:
@@ -18,10 +19,10 @@ def step_of(lens: list[int], last_positions: list[int]) -> Any:
     return SimpleNamespace(request_ids=names, layout=layout, slots=slots)
 
 
-def states(step: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """State and residual [rows, 1] that name request and position of each row."""
+def stream(step: Any) -> Stream:
+    """Parts [rows, 1] that name request and position of each row."""
     layout = step.layout
-    return (
+    return Stream(
         torch.from_numpy(layout.owners).unsqueeze(1).float(),
         torch.from_numpy(layout.positions).unsqueeze(1).float(),
     )
@@ -33,27 +34,27 @@ NOBODY = np.array([], dtype=np.int64)
 def test_exact_gives_rows_back_in_order_of_requests_and_positions():
     kv = ExactKV()
     first, second = step_of([2, 1], [1, 7]), step_of([1, 1], [2, 8])
-    kv.leave(0, np.array([0, 1]), *states(first), first)
-    kv.leave(0, np.array([0]), *states(second), second)
+    kv.leave(0, np.array([0, 1]), stream(first), first)
+    kv.leave(0, np.array([0]), stream(second), second)
     later = step_of([1, 1], [3, 9])
     assert kv.waiting(1, later, NOBODY) is None
     waiting = kv.waiting(0, later, NOBODY)
     assert waiting.tolist() == [3, 1]
-    owners, positions = kv.rejoin(0, later, waiting)
-    assert owners.flatten().tolist() == [0, 0, 0, 1]
-    assert positions.flatten().tolist() == [0, 1, 2, 7]
+    joining = kv.rejoin(0, later, waiting)
+    assert joining.hidden.flatten().tolist() == [0, 0, 0, 1]
+    assert joining.residual.flatten().tolist() == [0, 1, 2, 7]
     assert kv.waiting(0, later, NOBODY) is None
 
 
 def test_rows_of_a_request_that_leaves_again_keep_waiting():
     kv, step = ExactKV(), step_of([1, 1], [4, 4])
-    kv.leave(0, np.array([0, 1]), *states(step), step)
+    kv.leave(0, np.array([0, 1]), stream(step), step)
     assert kv.waiting(0, step, leaving=np.array([0])).tolist() == [0, 1]
 
 
 def test_exact_misses_what_waits_and_forgets_it_with_the_request():
     kv, step = ExactKV(), step_of([3, 1], [2, 5])
-    kv.leave(1, np.array([0, 1]), *states(step), step)
+    kv.leave(1, np.array([0, 1]), stream(step), step)
     assert (kv.missing("request 0", 3), kv.missing("request 1", 6)) == (3, 1)
     kv.forget("request 0")
     kv.forget("never heard of")
@@ -76,22 +77,23 @@ def test_beyond_the_capacity_the_oldest_are_overdue(capacity, overdue):
         lens = [0, 0, 0]
         lens[place] = rows
         step = step_of(lens, [9, 9, 9])
-        kv.leave(0, np.array([place]), *states(step), step)
+        kv.leave(0, np.array([place]), stream(step), step)
     assert kv.overdue() == overdue
 
 
 def test_what_waits_does_not_keep_the_states_of_the_whole_batch_alive():
     kv, step = ExactKV(), step_of([1, 500], [4, 499])
-    kv.leave(0, np.array([0]), *states(step), step)
-    hidden, _ = kv.rejoin(0, step, kv.waiting(0, step, NOBODY))
-    assert hidden.untyped_storage().nbytes() == hidden.nbytes
+    kv.leave(0, np.array([0]), stream(step), step)
+    joining = kv.rejoin(0, step, kv.waiting(0, step, NOBODY))
+    for part in (joining.hidden, joining.residual):
+        assert part.untyped_storage().nbytes() == part.nbytes
 
 
 def test_propagate_fills_the_rows_that_leave_with_their_states():
     calls = []
-    kv, step = PropagateKV(), step_of([2, 1, 1], [1, 7, 3])
-    kv.fill = lambda *arguments: calls.append(arguments)
-    kv.leave(2, np.array([0, 2]), *states(step), step)
+    kv = PropagateKV(lambda *arguments: calls.append(arguments))
+    step = step_of([2, 1, 1], [1, 7, 3])
+    kv.leave(2, np.array([0, 2]), stream(step), step)
     [(exit_index, filled, positions, slots)] = calls
     assert exit_index == 2
     assert filled.flatten().tolist() == [0 + 0, 0 + 1, 2 + 3]
@@ -101,13 +103,12 @@ def test_propagate_fills_the_rows_that_leave_with_their_states():
 
 
 def test_propagate_misses_all_from_the_first_row_that_left():
-    kv, step = PropagateKV(), step_of([3], [12])
-    kv.fill = lambda *arguments: None
+    kv, step = PropagateKV(lambda *arguments: None), step_of([3], [12])
     assert kv.missing("request 0", 13) == 0
-    kv.leave(0, np.array([0]), *states(step), step)
+    kv.leave(0, np.array([0]), stream(step), step)
     assert kv.missing("request 0", 13) == 3
     later = step_of([1], [15])
-    kv.leave(0, np.array([0]), *states(later), later)
+    kv.leave(0, np.array([0]), stream(later), later)
     assert kv.missing("request 0", 16) == 6
     kv.forget("request 0")
     assert kv.missing("request 0", 16) == 0

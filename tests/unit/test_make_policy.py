@@ -21,6 +21,7 @@ from vllm_adainfer.calibration.policy import (
 )
 from vllm_adainfer.calibration.probes import Target
 from vllm_adainfer.decision.moments import Moments
+from vllm_adainfer.decision.norm import Norm
 from vllm_adainfer.decision.policy import CalibratedPolicy
 from vllm_adainfer.decision.probe import Probe
 
@@ -28,10 +29,10 @@ HIDDEN, VOCAB, DEPTH, PROMPTS = 16, 40, 8, 900
 LAYERS = (2, 4, 6)
 LABELS = (Label(name="bad", token_id=7), Label(name="good", token_id=3))
 LABEL_IDS = torch.tensor([7, 3])
-EPS = 1e-5
+NORM = Norm("rms", torch.ones(HIDDEN), eps=1e-5)
 HALVES = np.arange(PROMPTS // 2), np.arange(PROMPTS // 2, PROMPTS)
 HF_CONFIG = SimpleNamespace(
-    architectures=["LlamaForCausalLM"], hidden_size=HIDDEN, vocab_size=VOCAB, rms_norm_eps=EPS
+    architectures=["LlamaForCausalLM"], hidden_size=HIDDEN, vocab_size=VOCAB
 )
 
 
@@ -55,8 +56,7 @@ def recording_of(labels: bool, noise: float = 1.0) -> Recording:
     model = Probe(
         head_weight=head[LABEL_IDS] if labels else head,
         token_ids=LABEL_IDS if labels else None,
-        norm_weight=torch.ones(HIDDEN),
-        norm_eps=EPS,
+        norm=NORM,
     )
     return Recording(
         states=states,
@@ -66,8 +66,7 @@ def recording_of(labels: bool, noise: float = 1.0) -> Recording:
         prompts=np.arange(PROMPTS),
         computed=np.full(PROMPTS, 20.0),
         moments=moments,
-        norm_weight=torch.ones(HIDDEN),
-        head_weight=head,
+        logit_lens=Probe(head_weight=head, norm=NORM),
         fingerprint="f" * 16,
         layer_seconds=1e-3,  # so slow that every probe is worth its time
         cut_seconds=1e-6,
@@ -87,7 +86,7 @@ def made(recording: Recording, target: Target, **options) -> FittedPolicy:
 def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_labels):
     recording = recording_of(with_labels)
     labels = LABELS if with_labels else ()
-    target = Target(probe, LABEL_IDS if with_labels else None, EPS)
+    target = Target(probe, LABEL_IDS if with_labels else None)
     options = PolicyOptions(classifier=classifier, epsilon=0.05)
     policy = make_policy(recording, target, HALVES, options)
     config = policy_config(policy, recording, target, HALVES, options, labels, "tiny", HF_CONFIG)
@@ -96,7 +95,7 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_
     )
 
     artifact = load_artifact(str(tmp_path / "policy"))
-    serving = CalibratedPolicy(artifact, recording.norm_weight, recording.head_weight)
+    serving = CalibratedPolicy(artifact, recording.logit_lens, torch.device("cpu"))
     point = policy.points[0.05]
     tags = torch.full((len(HALVES[1]),), artifact.config.level_of(None))
     exits = np.full(len(HALVES[1]), len(policy.exits))
@@ -114,7 +113,7 @@ def test_every_level_is_within_its_epsilon_and_a_looser_one_saves_no_less(risk):
     recording = recording_of(labels=True)
     right = [{int(token)} for token in recording.tokens]
     options = PolicyOptions(epsilon=0.05, risk=risk)
-    target = Target("label-head", LABEL_IDS, EPS)
+    target = Target("label-head", LABEL_IDS)
     policy = make_policy(recording, target, HALVES, options, right if risk == "accuracy" else None)
     config = policy_config(policy, recording, target, HALVES, options, LABELS, "tiny", HF_CONFIG)
     assert config.risk == risk
@@ -131,7 +130,7 @@ def test_accuracy_that_is_not_lost_lets_more_leave_than_answers_that_do_not_chan
     recording = recording_of(labels=True)
     generator = np.random.default_rng(0)
     right = [{int(token)} for token in generator.choice(LABEL_IDS.numpy(), PROMPTS)]
-    target = Target("label-head", LABEL_IDS, EPS)
+    target = Target("label-head", LABEL_IDS)
     saved = {}
     for risk in ("disagreement", "accuracy"):
         options = PolicyOptions(epsilon=0.1, risk=risk)
@@ -145,12 +144,12 @@ def test_accuracy_that_is_not_lost_lets_more_leave_than_answers_that_do_not_chan
 def test_layers_asked_for_are_kept_whatever_they_bring():
     recording = recording_of(labels=True)
     recording.states.pop(4)
-    policy = made(recording, Target("label-head", LABEL_IDS, EPS), exit_points=(2, 6))
+    policy = made(recording, Target("label-head", LABEL_IDS), exit_points=(2, 6))
     assert [exit.layer for exit in policy.exits] == [2, 6]
 
 
 def test_the_default_chooses_and_expects_to_be_faster_than_full_depth_and_an_even_spread():
-    policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS, EPS))
+    policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS))
     assert 1 <= len(policy.exits) <= len(LAYERS)
     assert policy.expected["chosen"] < policy.expected["full_depth"]
     assert policy.expected["chosen"] <= policy.expected["uniform"]
@@ -158,7 +157,7 @@ def test_the_default_chooses_and_expects_to_be_faster_than_full_depth_and_an_eve
 
 def test_exit_points_that_are_not_worth_their_probes_leave_no_policy(monkeypatch):
     monkeypatch.setattr(making, "probe_seconds", lambda *_: 1.0)
-    policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS, EPS))
+    policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS))
     assert policy.exits == []
     assert policy.points == {}
 
@@ -166,12 +165,12 @@ def test_exit_points_that_are_not_worth_their_probes_leave_no_policy(monkeypatch
 def test_states_that_say_nothing_leave_no_policy():
     recording = recording_of(labels=True)
     recording.tokens[:] = -5  # never the answer of any probe
-    policy = made(recording, Target("label-head", LABEL_IDS, EPS))
+    policy = made(recording, Target("label-head", LABEL_IDS))
     assert (policy.candidates, policy.exits, policy.points) == ([], [], {})
 
 
 def test_the_details_say_who_leaves_where_and_what_each_probe_takes():
-    recording, target = recording_of(labels=True), Target("label-head", LABEL_IDS, EPS)
+    recording, target = recording_of(labels=True), Target("label-head", LABEL_IDS)
     options = PolicyOptions(epsilon=0.05)
     policy = make_policy(recording, target, HALVES, options)
     details = policy_details(policy, recording, HALVES, options)

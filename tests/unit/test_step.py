@@ -22,9 +22,6 @@ class Narrow:
         self.calls.append((layout.here.tolist(), layout.positions.tolist()))
         return {"layer": len(self.calls)}, self.slots(layout)
 
-    def last_rows(self, layout: RowLayout) -> dict[str, Any]:
-        return {"layer": (layout.here.tolist(), layout.positions.tolist())}
-
     def slots(self, layout: RowLayout) -> dict[str, Tensor]:
         return {"layer": torch.from_numpy(layout.positions)}
 
@@ -65,10 +62,11 @@ def compact(step: StepContext) -> tuple[int, list[int]]:
     return len(leaving), step.regroup(leaving).tolist()
 
 
-def original_rows(step: StepContext, rows: Tensor) -> list[int]:
-    """Where `rows` were in the batch as it came."""
+def original_rows(step: StepContext, rows: Tensor | None = None) -> list[int]:
+    """Where `rows` (None: all) were in the batch as it came."""
     whole = torch.full((1000, 1), -1.0)
-    step.put_back(torch.arange(float(len(rows))).unsqueeze(1), rows, whole)
+    count = step.layout.num_rows if rows is None else len(rows)
+    step.put_back(torch.arange(float(count)).unsqueeze(1), rows, whole)
     came = (whole[:, 0] >= 0).nonzero().squeeze(1)
     return came[whole[came, 0].argsort()].tolist()
 
@@ -183,16 +181,15 @@ def test_attention_is_narrowed_to_requests_and_rows_of_the_batch_as_it_came():
 
 def test_the_last_layer_asks_for_the_last_row_of_each_request_that_remains():
     step = make([40, 3, 150], sampled=[True, True, False])  # rows 0-39, 40-42, 43-192
-    rows, metadata = step.decisive_rows()
-    assert rows.tolist() == [39, 42, 192]
-    assert metadata == {"layer": ([0, 1, 2], list(range(193)))}
-    assert original_rows(step, rows) == [39, 42, 192]
+    decisive = step.decisive()
+    assert decisive.here.tolist() == [0, 1, 2]
+    assert decisive.positions.tolist() == [39, 42, 192]
     step.settle(ints(0))
     compact(step)
-    rows, metadata = step.decisive_rows()
-    assert rows.tolist() == [2, 152]
-    assert metadata == {"layer": ([1, 2], list(range(40, 193)))}
-    assert original_rows(step, rows) == [42, 192]
+    decisive = step.decisive()
+    assert decisive.here.tolist() == [1, 2]
+    assert decisive.positions.tolist() == [42, 192]
+    assert original_rows(step, step.sampled_rows(decisive.here)) == [42, 192]
 
 
 @pytest.mark.parametrize(
@@ -201,10 +198,7 @@ def test_the_last_layer_asks_for_the_last_row_of_each_request_that_remains():
     ids=["one row each", "not worth new metadata", "all are wanted"],
 )
 def test_otherwise_the_last_layer_is_as_vllm_runs_it(lens, all_rows_count):
-    step = make(lens, all_rows_count=all_rows_count)
-    rows, metadata = step.decisive_rows()
-    assert rows.tolist() == list(range(sum(lens)))
-    assert metadata is None
+    assert make(lens, all_rows_count=all_rows_count).decisive() is None
 
 
 class ObviousStep:
@@ -268,8 +262,7 @@ def test_the_bookkeeping_is_that_of_a_plain_list_of_rows(seed):
         original = [row for _, row in oracle.batch]
         assert narrow.calls[-1] == (oracle.remaining(), original)
         assert remaining.flatten().tolist() == original
-        everything = torch.arange(len(remaining))
-        assert original_rows(step, everything) == original
+        assert original_rows(step) == original
     everyone = list(range(count))
     assert step.original_sampled_rows(ints(*everyone)).tolist() == [
         oracle.last_row(oracle.original, request) for request in everyone

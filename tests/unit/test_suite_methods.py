@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.test_make_policy import DEPTH, EPS, HALVES, LABEL_IDS, LAYERS, PROMPTS, recording_of
+from tests.unit.test_make_policy import DEPTH, HALVES, LABEL_IDS, LAYERS, PROMPTS, recording_of
 from vllm_adainfer.calibration.cost import Costs
 from vllm_adainfer.calibration.policy import PolicyOptions, make_policy
 from vllm_adainfer.calibration.probes import Target, logit_lens
@@ -17,7 +17,7 @@ from vllm_adainfer.suite.report import METHODS, markdown, suite_report
 
 TESTS = HALVES[1][:200]
 RIGHT = [{int(LABEL_IDS[prompt % 2])} for prompt in range(PROMPTS)]
-TARGET = Target("label-head", LABEL_IDS, EPS)
+TARGET = Target("label-head", LABEL_IDS)
 EPSILON = 0.05
 
 

@@ -98,7 +98,7 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     answers = label_ids(labels)
     if options.max_tokens > 1:
         answers = shortlist(recording.tokens[recording.rows_of(fit_half)])
-    target = Target(probe, answers, hf_config.rms_norm_eps)
+    target = Target(probe, answers)
     policy = make_policy(recording, target, (fit_half, held_out), options, right)
     if options.epsilon not in policy.points:
         raise AdaInferError(

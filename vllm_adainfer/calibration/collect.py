@@ -20,6 +20,7 @@ from vllm_adainfer.calibration.data import Example
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.decision.bound import FloatArray
 from vllm_adainfer.decision.moments import Moments
+from vllm_adainfer.decision.probe import Probe, logit_lens_of
 from vllm_adainfer.runtime.admission import ROW_ARG
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ class Recording:
             first, for that all of the prompt's own that were not taken from the cache.
         moments: layer -> folds of the prompts that a lens may learn from, summed over their rows
             (all sorts of rows, see `LensSums`), with the change until the last layer as target.
-        norm_weight: [hidden size] of the final norm.
-        head_weight: [vocabulary, hidden size] of the LM head.
+        logit_lens: the model's final norm and its whole LM head.
         fingerprint: of the weights.
         layer_seconds: one layer for one token row.
         cut_seconds: cutting the batch, for one token row of it.
@@ -61,8 +61,7 @@ class Recording:
     prompts: Ints
     computed: FloatArray
     moments: dict[int, list[Moments]]
-    norm_weight: Tensor
-    head_weight: Tensor
+    logit_lens: Probe
     fingerprint: str
     layer_seconds: float
     cut_seconds: float
@@ -154,13 +153,16 @@ def record(
             ]
         ).astype(np.float64),
         moments={layer: _folds(tensors, layer) for layer in layers} if has_lens else {},
-        norm_weight=tensors["norm_weight"],
-        head_weight=tensors["head_weight"],
+        logit_lens=logit_lens_of(_named(tensors, "logit_lens."), facts["norm"]),
         fingerprint=facts["fingerprint"],
         layer_seconds=facts["layer_seconds"] / facts["layers_run"],
         cut_seconds=facts["cut_seconds"] / max(1, facts["rows"]),
         threads=facts["threads"],
     )
+
+
+def _named(record: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in record.items() if name.startswith(prefix)}
 
 
 def _folds(record: dict[str, Tensor], layer: int) -> list[Moments]:

@@ -45,10 +45,10 @@ def probe_seconds(probe: Probe, states: Tensor, threads: int) -> float:
     return _seconds(lambda: probe.score(probe.readout(states)), threads) / len(states)
 
 
-def head_seconds(head_weight: Tensor, states: Tensor, threads: int) -> float:
-    """Time of the LM head [vocabulary, hidden size] for one of `states` [rows, hidden size]."""
-    states = states.to(head_weight.dtype)
-    return _seconds(lambda: torch.nn.functional.linear(states, head_weight), threads) / len(states)
+def head_seconds(logit_lens: Probe, states: Tensor, threads: int) -> float:
+    """Time of the LM head for one of `states` [rows, hidden size], asked about all at once."""
+    read, head = logit_lens.readout(states), logit_lens.head_weight
+    return _seconds(lambda: torch.nn.functional.linear(read, head), threads) / len(states)
 
 
 def _seconds(call: Callable[[], object], threads: int) -> float:

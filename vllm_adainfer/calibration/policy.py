@@ -138,7 +138,7 @@ def make_policy(
         probe={
             exit.layer: probe_seconds(exit.probe, asked, recording.threads) for exit in candidates
         },
-        head=head_seconds(recording.head_weight, asked[:HEAD_ROWS], recording.threads)
+        head=head_seconds(recording.logit_lens, asked[:HEAD_ROWS], recording.threads)
         if options.max_tokens > 1
         else 0.0,
     )
@@ -193,7 +193,6 @@ def policy_config(
         labels=tuple(labels),
         features=FEATURES,
         classifier=options.classifier,
-        norm_eps=hf_config.rms_norm_eps,
         epsilon=options.epsilon,
         delta=options.delta,
         risk=options.risk,
@@ -240,8 +239,7 @@ def policy_tensors(
             continue
         for part, tensor in probe.lens.items():
             tensors[f"{name}.{part}"] = tensor
-        if target.label_ids is not None and probe.norm_weight is not None:
-            tensors["norm_weight"] = probe.norm_weight
+        if target.label_ids is not None:
             tensors["head_rows"] = probe.head_weight
     return tensors
 

@@ -35,13 +35,11 @@ class Target:
         kind: of probe.
         label_ids: token ids that may be the answer, labels or a shortlist; None for the whole
             vocabulary.
-        norm_eps: epsilon of the model's final norm.
 
     """
 
     kind: ProbeKind
     label_ids: Tensor | None
-    norm_eps: float
 
 
 def fit_probes(
@@ -78,13 +76,8 @@ def fit_probes(
 
 def logit_lens(recording: Recording, target: Target) -> Probe:
     """The model's own final norm and head, of the target's tokens only if it names some."""
-    head = recording.head_weight
-    return Probe(
-        head_weight=head if target.label_ids is None else head[target.label_ids],
-        token_ids=target.label_ids,
-        norm_weight=recording.norm_weight,
-        norm_eps=target.norm_eps,
-    )
+    plain = recording.logit_lens
+    return plain if target.label_ids is None else plain.of_tokens(target.label_ids)
 
 
 def _fit_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Probe]]:
@@ -93,7 +86,7 @@ def _fit_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Pro
     A lens of a wide model is of the lowest rank that serves unseen prompts as well.
     """
     fitted = ridge.choose(folds, PENALTIES)
-    size, dtype = plain.head_weight.shape[1], plain.head_weight.dtype
+    size, dtype = len(folds[0].x_mean), plain.head_weight.dtype
     rank = None
     if size >= LOW_RANK_HIDDEN_SIZE:
         ranks = [size // divisor for divisor in RANK_DIVISORS]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -65,13 +65,12 @@ class ExitPolicy(Protocol):
 class CalibratedPolicy:
     """The policy of an artifact; a request's tag is its row of the epsilon table."""
 
-    def __init__(self, artifact: Artifact, norm_weight: Tensor, head_weight: Tensor) -> None:
-        """`norm_weight` and `head_weight` are the served model's, for probes of all its tokens.
+    def __init__(self, artifact: Artifact, logit_lens: Probe | None, device: torch.device) -> None:
+        """Take what `artifact` has fitted to `device`.
 
-        They may be loaded later, into the same memory; what is scored in part is in the artifact.
+        `logit_lens` is the served model's, loaded; None is enough for label heads.
         """
         config, tensors = artifact.config, artifact.tensors
-        device = norm_weight.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.exit_points = config.exit_points
         self.restricted = config.candidates == "labels"
@@ -86,12 +85,11 @@ class CalibratedPolicy:
                 head_bias=tensors[f"exit.{layer}.head_bias"],
                 token_ids=self.answer_ids,
             )
-            if config.probe == "label-head"
-            else Probe(
-                head_weight=tensors.get("head_rows", head_weight),
+            if logit_lens is None or config.probe == "label-head"
+            else replace(
+                logit_lens,
+                head_weight=tensors.get("head_rows", logit_lens.head_weight),
                 token_ids=self.answer_ids,
-                norm_weight=tensors.get("norm_weight", norm_weight),
-                norm_eps=config.norm_eps,
                 lens_weight=tensors.get(f"exit.{layer}.lens_weight"),
                 lens_down=tensors.get(f"exit.{layer}.lens_down"),
                 lens_up=tensors.get(f"exit.{layer}.lens_up"),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vllm_adainfer.decision.policy import ExitPolicy
 from vllm_adainfer.runtime.step import StepContext
+from vllm_adainfer.runtime.stream import Stream
 
 
 class Decisions:
@@ -24,19 +25,16 @@ class Decisions:
         self._step = step
         self._memory: Tensor | None = None
 
-    def ask(self, exit_index: int, hidden: Tensor, residual: Tensor) -> None:
+    def ask(self, exit_index: int, stream: Stream) -> None:
         """Ask about those in the batch who may exit and are not settled; settle who now is."""
         step = self._step
         asked = step.undecided()
         if asked.size == 0:
             return
         tags = torch.from_numpy(step.tags[asked])
-        if len(asked) == hidden.shape[0]:  # tokens being generated: every row is asked about
-            states = hidden + residual
-        else:
-            sampled = step.sampled_rows(asked)
-            states = hidden[sampled] + residual[sampled]
-        decision = self._policy.decide(exit_index, states, tags, self._memory)
+        if len(asked) < stream.num_rows:  # else tokens are generated: every row is asked about
+            stream = stream.rows(step.sampled_rows(asked))
+        decision = self._policy.decide(exit_index, stream.whole(), tags, self._memory)
         if decision.memory is not None:  # who is not settled is asked next, in this order
             self._memory = decision.memory[~decision.settled]
         settled = asked[decision.settled.numpy()]

@@ -20,6 +20,7 @@ from vllm_adainfer.models.shadow import ShadowAnswers
 from vllm_adainfer.runtime.kv import KVPolicy
 from vllm_adainfer.runtime.layout import Ints
 from vllm_adainfer.runtime.step import StepContext
+from vllm_adainfer.runtime.stream import Stream
 from vllm_adainfer.stats import ExitStats
 
 # Compacting a batch takes as long as so many rows x layers of a 135M model: 6 to 60 on CPUs, by
@@ -83,9 +84,9 @@ class ExitLoop:
             step: which rows are whose, and which requests may exit.
 
         Returns:
-            final hidden states [rows, hidden size], normed, for the stock `compute_logits`
-            (only the rows that decide a request are sure to be defined), the answers given as
-            scores, if any, and what shadow requests would have answered.
+            [rows, head size] for the stock `compute_logits` (only the rows that decide a request
+            are sure to be defined), the answers given as scores, if any, and what shadow requests
+            would have answered.
 
         """
         stats, policy = self.stats, self.policy
@@ -95,25 +96,23 @@ class ExitLoop:
         stats.tokens_decided += step.num_sampled
         context = get_forward_context()
         decisions = Decisions(policy, step)
-        hidden, residual = input_ids, None
-        for index, segment in enumerate(self.stack.segments):
+        stream = Stream(input_ids)
+        for index in range(len(self.stack.segments) - 1):
             with override_forward_context(context):
-                hidden, residual = segment(positions, hidden, residual)
-            stats.layers_run += hidden.shape[0] * segment.num_layers
-            stats.passes_run += segment.num_layers
+                stream = self._segment(index, positions, stream)
             if index == len(policy.exit_points):  # it ends where the last layer begins
                 break
-            decisions.ask(index, hidden, residual)
-            regrouped = self._regroup(index, hidden, residual, step)
+            decisions.ask(index, stream)
+            regrouped = self._regroup(index, stream, step)
             if regrouped is None:
                 continue
-            hidden, residual = regrouped
-            if hidden.shape[0] == 0:
+            stream = regrouped
+            if stream.num_rows == 0:
                 break
             positions = step.positions()
             attn_metadata, slot_mapping = step.narrowed()
             context = replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
-        whole = self._last(positions, hidden, residual, step, context, rows)
+        whole = self._last(positions, stream, step, context, rows)
         answers = decisions.answers
         shadow = ShadowAnswers.of(step, answers)
         early = step.left
@@ -128,9 +127,13 @@ class ExitLoop:
         whole[step.original_sampled_rows(early)] = answers[requests]
         return whole, None, shadow
 
-    def _regroup(
-        self, exit_index: int, hidden: Tensor, residual: Tensor, step: StepContext
-    ) -> tuple[Tensor, Tensor] | None:
+    def _segment(self, index: int, positions: Tensor, stream: Stream) -> Stream:
+        num_layers = self.stack.segments[index].num_layers
+        self.stats.layers_run += stream.num_rows * num_layers
+        self.stats.passes_run += num_layers
+        return self.stack.run(index, positions, stream)
+
+    def _regroup(self, exit_index: int, stream: Stream, step: StepContext) -> Stream | None:
         """The rows that go on below this exit point; None if they are those that came to it."""
         leaving = step.ready()
         if leaving.size and not self._worth_a_cut(exit_index, leaving, step):
@@ -141,12 +144,10 @@ class ExitLoop:
         self.stats.exit_histogram[self.policy.exit_points[exit_index]] += leaving.size
         going_on = leaving[step.goes_on[leaving]]
         if going_on.size:
-            self.kv.leave(exit_index, going_on, hidden, residual, step)
+            self.kv.leave(exit_index, going_on, stream, step)
         if waiting is not None:
-            joining = self.kv.rejoin(exit_index, step, waiting)
-            hidden, residual = torch.cat([hidden, joining[0]]), torch.cat([residual, joining[1]])
-        rows = step.regroup(leaving, waiting)
-        return hidden[rows], residual[rows]
+            stream = Stream.cat([stream, self.kv.rejoin(exit_index, step, waiting)])
+        return stream.rows(step.regroup(leaving, waiting))
 
     def _worth_a_cut(self, exit_index: int, leaving: Ints, step: StepContext) -> bool:
         """Whether requests that are ready are to leave at this exit point."""
@@ -162,25 +163,31 @@ class ExitLoop:
     def _last(
         self,
         positions: Tensor,
-        hidden: Tensor,
-        residual: Tensor | None,
+        stream: Stream,
         step: StepContext,
         context: ForwardContext,
         rows: int,
     ) -> Tensor:
-        """Final states of the remaining rows among all `rows` of the batch as it came."""
-        if hidden.shape[0] == 0:
-            return hidden.new_empty(rows, hidden.shape[1])
-        decisive, attn_metadata = step.decisive_rows()
-        if attn_metadata is not None:
-            context = replace(context, attn_metadata=attn_metadata)
+        """What the LM head reads of the remaining rows, among all `rows` of the batch as it came.
+
+        Where that pays, rows that decide no request get keys and values of the last layer alone.
+        """
+        whole = stream.hidden.new_empty(rows, self.stack.width)
+        if stream.num_rows == 0:
+            return whole
+        decisive, wanted = step.decisive(), None
+        if decisive is not None:
+            wanted = step.sampled_rows(decisive.here)
+            every, stream = stream, stream.rows(wanted)
+            self.stack.write_last_kv(positions, every, step.slots(step.layout))
+            # Counted as if they had run the layer.
+            self.stats.layers_run += every.num_rows - stream.num_rows
+            positions = positions[wanted]
+            attn_metadata, slot_mapping = step.narrowed(decisive)
+            context = replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
         with override_forward_context(context):
-            final = self.stack.last(positions, hidden, residual, decisive)
-        # Rows that it has computed K and V of, and no more, are counted all the same.
-        self.stats.layers_run += hidden.shape[0] * self.stack.last.num_layers
-        self.stats.passes_run += self.stack.last.num_layers
+            final = self._segment(len(self.stack.segments) - 1, positions, stream).hidden
         if step.as_it_came and final.shape[0] == rows:
             return final
-        whole = hidden.new_empty(rows, hidden.shape[1])
-        step.put_back(final, decisive, whole)
+        step.put_back(final, wanted, whole)
         return whole

@@ -6,37 +6,37 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models.llama import LlamaDecoderLayer
+from torch.nn.functional import layer_norm, linear, rms_norm
 
 from vllm_adainfer import compat
+from vllm_adainfer.decision.norm import Norm
+from vllm_adainfer.models.decoder import KVProjection, norm_of
 
 
 class KVFill:
-    """What `PropagateKV` calls: per layer norm, K/V projection and RoPE of one and the same state.
+    """What `PropagateKV` calls: keys and values that all layers make of one and the same state.
 
     All layers' projections are one product, whose weights are kept a second time for it, each
-    with the layer's norm weight multiplied in.
+    with weight and bias of the layer's norm multiplied in.
     """
 
-    def __init__(self, layers: Sequence[LlamaDecoderLayer], exit_points: Sequence[int]) -> None:
-        """`layers` are the model's, with weights loaded and not repacked yet.
+    def __init__(self, layers: Sequence[KVProjection], exit_points: Sequence[int]) -> None:
+        """`layers` are all of the model's, with weights loaded and not repacked yet.
 
         vLLM repacks linear weights for CPUs after loading, and drops the originals.
         """
-        filled = layers[exit_points[0] :]
+        self._layers = layers[exit_points[0] :]
         self._skip = [layer - exit_points[0] for layer in exit_points]
-        self._attention = [layer.self_attn.attn for layer in filled]
-        self._eps = filled[0].input_layernorm.variance_epsilon
-        first = filled[0].self_attn
-        self._rotary = first.rotary_emb
-        self._heads = first.num_kv_heads, first.head_dim
-        # [layers, 2 (K, V) x heads x head size, hidden size]
-        self._weight = torch.stack([_kv_weight(layer) for layer in filled])
-        self._bias = None
-        if first.qkv_proj.bias is not None:
-            self._bias = torch.stack(
-                [layer.self_attn.qkv_proj.bias.data[first.q_size :] for layer in filled]
-            )
+        first = self._layers[0]
+        self._norm = None if first.norm is None else norm_of(first.norm)
+        weights, biases = zip(*map(_folded, self._layers), strict=True)
+        self._weight = torch.stack(weights)  # [layers, 2 (K, V) x heads x head size, hidden size]
+        self._bias = torch.stack(biases)
+        self._key_norm = None if first.key_norm is None else norm_of(first.key_norm)
+        if self._key_norm is not None:  # [layers, 1, head size]
+            norms = [norm_of(layer.key_norm) for layer in self._layers if layer.key_norm]
+            scales = [norm.weight for norm in norms if norm.weight is not None]
+            self._key_weight = torch.stack(scales).unsqueeze(1)
 
     def __call__(
         self, exit_index: int, states: Tensor, positions: Tensor, slots: dict[str, Tensor]
@@ -51,22 +51,56 @@ class KVFill:
 
         """
         skip, rows = self._skip[exit_index], states.shape[0]
-        weight = self._weight[skip:]
-        bias = None if self._bias is None else self._bias[skip:].flatten()
-        normed = torch.nn.functional.rms_norm(states.float(), states.shape[1:], eps=self._eps)
-        both = torch.nn.functional.linear(normed.to(states.dtype), weight.flatten(0, 1), bias)
-        keys, values = both.view(rows, weight.shape[0], 2, -1).unbind(dim=2)
-        keys, _ = self._rotary(positions, keys.flatten(1), None)
-        for layer, attention in enumerate(self._attention[skip:]):
+        layers = self._layers[skip:]
+        normed = _normed(states, self._norm)
+        both = linear(normed, self._weight[skip:].flatten(0, 1), self._bias[skip:].flatten())
+        keys, values = both.view(rows, len(layers), 2, *layers[0].heads).unbind(dim=2)
+        if self._key_norm is not None:
+            keys = (_normed(keys, self._key_norm) * self._key_weight[skip:]).to(states.dtype)
+        keys = _turned(keys, layers, positions)
+        for index, layer in enumerate(layers):
+            attention = layer.attention
             compat.write_kv(
-                attention,
-                keys.view(rows, weight.shape[0], *self._heads)[:, layer],
-                values[:, layer].view(rows, *self._heads),
-                slots[attention.layer_name],
+                attention, keys[:, index], values[:, index], slots[attention.layer_name]
             )
 
 
-def _kv_weight(layer: LlamaDecoderLayer) -> Tensor:
-    """[2 x heads x head size, hidden size], the layer's norm weight multiplied in."""
-    weight = layer.self_attn.qkv_proj.weight.data[layer.self_attn.q_size :]
-    return (weight.float() * layer.input_layernorm.weight.data.float()).to(weight.dtype)
+def _folded(layer: KVProjection) -> tuple[Tensor, Tensor]:
+    """[2 x heads x head size, hidden size] and [2 x heads x head size], with the norm's numbers."""
+    weight = layer.qkv_proj.weight.data[layer.q_size :]
+    own = layer.qkv_proj.bias
+    bias = weight.new_zeros(len(weight)) if own is None else own.data[layer.q_size :]
+    if layer.norm is None:
+        return weight, bias
+    norm, dtype = norm_of(layer.norm), weight.dtype
+    if norm.bias is not None:
+        bias = (bias.float() + weight.float() @ norm.bias.float()).to(dtype)
+    if norm.weight is not None:
+        weight = (weight.float() * norm.weight.float()).to(dtype)
+    return weight, bias
+
+
+def _normed(states: Tensor, norm: Norm | None) -> Tensor:
+    """`states` after a norm over the last dimension, without its weight and bias."""
+    if norm is None:
+        return states
+    size = states.shape[-1:]
+    if norm.kind == "rms":
+        return rms_norm(states.float(), size, eps=norm.eps).to(states.dtype)
+    return layer_norm(states.float(), size, eps=norm.eps).to(states.dtype)
+
+
+def _turned(keys: Tensor, layers: Sequence[KVProjection], positions: Tensor) -> Tensor:
+    """`keys` [rows, layers, heads, head size], each turned as its layer does it."""
+    rotaries = [layer.rotary for layer in layers]
+    if len(set(rotaries)) == 1:  # all at once
+        [rotary] = set(rotaries)
+        if rotary is None:
+            return keys
+        turned: Tensor = rotary(positions, keys.flatten(1), None)[0].view_as(keys)
+        return turned
+    by_layer = [
+        key if rotary is None else rotary(positions, key.flatten(1), None)[0].view_as(key)
+        for key, rotary in zip(keys.unbind(1), rotaries, strict=True)
+    ]
+    return torch.stack(by_layer, dim=1)

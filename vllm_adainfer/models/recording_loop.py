@@ -12,6 +12,7 @@ from vllm_adainfer.decision.record import Recorder
 from vllm_adainfer.models.segments import Stack
 from vllm_adainfer.runtime.kv import ExactKV
 from vllm_adainfer.runtime.step import StepContext
+from vllm_adainfer.runtime.stream import Stream
 from vllm_adainfer.stats import ExitStats
 
 
@@ -39,7 +40,7 @@ class RecordingLoop:
     monitor = None  # nobody is let go, so nobody is watched
 
     def __init__(self, stack: Stack, recorder: Recorder) -> None:
-        """`stack` is cut at ``recorder.layers``, so that its last segment is the norm alone."""
+        """`stack` is cut at ``recorder.layers``: its last segment is the final norm alone."""
         self.recorder = recorder
         self.kv = ExactKV()  # where nobody ever waits
         self.stats = ExitStats()
@@ -52,17 +53,17 @@ class RecordingLoop:
     ) -> tuple[Tensor, None, None]:
         """Run and record one step; see `ExitLoop.run`. Nobody leaves, so there are no answers."""
         rows = positions.shape[0]
-        hidden, residual = input_ids, None
+        stream = Stream(input_ids)
         states = []
-        for segment in self.stack.segments:
+        for index in range(len(self.recorder.layers)):
             start = time.perf_counter()
-            hidden, residual = segment(positions, hidden, residual)
+            stream = self.stack.run(index, positions, stream)
             self.timings.layer_seconds += time.perf_counter() - start
-            states.append(hidden + residual)
-        hidden = self.stack.last(positions, hidden, residual, torch.arange(rows))
+            states.append(stream.whole())
+        final = self.stack.run(len(self.recorder.layers), positions, stream).hidden
         tags, last = step.tags_by_row(), step.sampled_by_row()
         self.recorder.record(states, torch.from_numpy(tags), positions, torch.from_numpy(last))
-        self._rehearse_cut(hidden, positions, step)
+        self._rehearse_cut(stream, positions, step)
         stats, work = self.stats, rows * self._depth
         self.timings.layers_run += work
         stats.layers_run += work
@@ -71,9 +72,9 @@ class RecordingLoop:
         stats.passes_possible += self._depth
         stats.tokens_decided += step.num_sampled
         stats.exit_histogram[self._depth] += step.num_sampled
-        return hidden, None, None
+        return final, None, None
 
-    def _rehearse_cut(self, hidden: Tensor, positions: Tensor, step: StepContext) -> None:
+    def _rehearse_cut(self, stream: Stream, positions: Tensor, step: StepContext) -> None:
         """Time what an exit point does when half of the requests leave, now that it is over."""
         undecided = step.undecided()
         if undecided.size < 2:
@@ -81,7 +82,7 @@ class RecordingLoop:
         start = time.perf_counter()
         step.settle(undecided[::2])
         stay = step.regroup(step.ready())
-        _ = hidden[stay], hidden[stay], positions[stay]  # the residual is as large as the state
+        _ = stream.rows(stay), positions[stay]
         step.narrowed()
         self.timings.cut_seconds += time.perf_counter() - start
-        self.timings.rows += hidden.shape[0]
+        self.timings.rows += stream.num_rows

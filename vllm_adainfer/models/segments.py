@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 
 from vllm_adainfer import compat
-
-# (layer, positions, hidden states, residual, rows) -> hidden states and residual of `rows` alone
-LayerForRows = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+from vllm_adainfer.models.decoder import Decoder, KVProjection
+from vllm_adainfer.runtime.stream import Stream
 
 ROWS = {0: "b"}  # dynamic dimension: the batch's token rows
 
 
 class Segment(nn.Module):
-    """Consecutive decoder layers; the first segment embeds.
+    """Consecutive decoder layers; the first segment embeds, the last one ends with the final norm.
 
     The layers stay the model's: a segment borrows them, it owns no weights.
     """
@@ -30,65 +28,61 @@ class Segment(nn.Module):
         *,
         vllm_config: VllmConfig,
         prefix: str = "",
+        decoder: type[Decoder],
+        body: nn.Module,
         layers: Iterable[nn.Module],
-        embed: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.embed = embed
+        self.decoder = decoder
+        self.body = body
         self.layers = nn.ModuleList(layers)
         self.num_layers = len(self.layers)
 
 
-class LastSegment(nn.Module):
-    """The last layer, of which most rows need K and V alone, and the final norm.
-
-    Without a layer it is the norm.
-    """
-
-    def __init__(
-        self,
-        *,
-        vllm_config: VllmConfig,
-        prefix: str = "",
-        layer: nn.Module | None,
-        norm: nn.Module,
-        layer_for_rows: LayerForRows,
-    ) -> None:
-        super().__init__()
-        self.layer = layer
-        self.norm = norm
-        self.layer_for_rows = layer_for_rows
-        self.num_layers = int(layer is not None)
-
-
 @dataclass(frozen=True)
 class Stack:
-    """A model's layers in segments: `segments` in turn, then `last`."""
+    """A model's layers in segments.
+
+    Attributes:
+        segments: in turn.
+        cuts: layers run after each of them but the last one, which ends with the final norm.
+        last_kv: how the first layer of the last segment makes keys and values; None if the
+            segment has no layer.
+        width: of what the last segment gives, the LM head's input.
+
+    """
 
     segments: tuple[Segment, ...]
-    last: LastSegment
+    last_kv: KVProjection | None
+    width: int
 
     @property
     def depth(self) -> int:
         """Layers of the model."""
-        return sum(segment.num_layers for segment in self.segments) + self.last.num_layers
+        return sum(segment.num_layers for segment in self.segments)
+
+    def run(self, index: int, positions: Tensor, stream: Stream) -> Stream:
+        """The stream after a segment; after the last one [rows, width] for the LM head."""
+        return Stream(*self.segments[index](positions, stream.hidden, stream.residual))
+
+    def write_last_kv(self, positions: Tensor, stream: Stream, slots: dict[str, Tensor]) -> None:
+        """Keys and values of the last segment's layer for rows that need nothing else of it.
+
+        `stream`, which may be overwritten, is before that layer; `slots` [rows] by layer name.
+        """
+        assert self.last_kv is not None, "the last segment has no layer"
+        attention = self.last_kv.attention
+        compat.write_kv(attention, *self.last_kv(stream, positions), slots[attention.layer_name])
 
     def profile(self, positions: Tensor, ids: Tensor) -> Tensor:
-        """A pass that belongs to no request: states [rows, hidden size], half of them left zero.
-
-        The last segment gets fewer rows than the others, or the compiler would take both numbers
-        for one.
-        """
-        hidden, residual = ids, None
-        for segment in self.segments:
-            hidden, residual = segment(positions, hidden, residual)
-        rows = torch.arange(0, ids.shape[0], 2, device=ids.device)
-        whole = torch.zeros_like(hidden)
-        whole[rows] = self.last(positions, hidden, residual, rows)
-        return whole
+        """A pass that belongs to no request: [rows, width]."""
+        stream = Stream(ids)
+        for index in range(len(self.segments)):
+            stream = self.run(index, positions, stream)
+        return stream.hidden
 
 
-def segment_class(first: int, last: int, depth: int) -> type[Segment]:
+def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Segment]:
     """A compiled class for layers `first` + 1 to `last` of `depth`.
 
     vLLM keys compiled code by the qualified name of ``forward``, so whatever changes the code
@@ -98,13 +92,17 @@ def segment_class(first: int, last: int, depth: int) -> type[Segment]:
     def forward(
         self: Segment, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        if self.embed is not None:  # then they are token ids
-            hidden_states = self.embed(hidden_states)
+        if first == 0:  # then they are token ids
+            hidden_states = self.decoder.embed(self.body, hidden_states, positions)
         for layer in self.layers:
-            hidden_states, residual = layer(positions, hidden_states, residual)
+            hidden_states, residual = self.decoder.run_layer(
+                layer, positions, hidden_states, residual
+            )
+        if finishes:
+            return self.decoder.finish(self.body, hidden_states, residual), None
         return hidden_states, residual
 
-    name = f"Segment_{first}_{last}_of_{depth}"
+    name = f"Segment_{first}_{last}_of_{depth}" + ("_finishes" if finishes else "")
     forward.__qualname__ = f"{name}.forward"
     compiled = support_torch_compile(
         dynamic_arg_dims={"positions": ROWS, "hidden_states": ROWS, "residual": ROWS}
@@ -113,65 +111,28 @@ def segment_class(first: int, last: int, depth: int) -> type[Segment]:
     return segment_class
 
 
-def last_segment_class(depth: int, num_layers: int) -> type[LastSegment]:
-    """A compiled class for the last layer of `depth` (or none) and the norm."""
-
-    def forward(
-        self: LastSegment,
-        positions: Tensor,
-        hidden_states: Tensor,
-        residual: Tensor,
-        rows: Tensor,
-    ) -> Tensor:
-        if self.layer is None:
-            hidden_states, residual = hidden_states[rows], residual[rows]
-        else:
-            hidden_states, residual = self.layer_for_rows(
-                self.layer, positions, hidden_states, residual, rows
-            )
-        hidden_states, _ = self.norm(hidden_states, residual)
-        return hidden_states
-
-    name = f"LastSegment_{num_layers}_of_{depth}"
-    forward.__qualname__ = f"{name}.forward"
-    compiled = support_torch_compile(
-        dynamic_arg_dims={
-            "positions": ROWS,
-            "hidden_states": ROWS,
-            "residual": ROWS,
-            "rows": {0: "r"},
-        }
-    )
-    last_class: type[LastSegment] = compiled(type(name, (LastSegment,), {"forward": forward}))
-    return last_class
-
-
 def build_stack(
-    embed: nn.Module,
-    layers: Sequence[nn.Module],
-    norm: nn.Module,
+    decoder: type[Decoder],
+    body: nn.Module,
+    width: int,
     cuts: Sequence[int],
-    layer_for_rows: LayerForRows,
     vllm_config: VllmConfig,
 ) -> Stack:
-    """Cut the stack from `embed` to `norm` after each of `cuts` (counts of layers run).
+    """Cut the stack of `body` after each of `cuts` (counts of layers run).
 
-    The last layer is cut off, too; a cut after it leaves the norm alone.
+    The last layer is cut off, too; a cut after it leaves the final norm alone. `width` is of the
+    LM head's input.
     """
+    layers = decoder.layers(body)
     depth = len(layers)
     config = compat.segment_config(vllm_config)
     cuts = sorted({*cuts, max(depth - 1, *cuts)})
+    spans = [*itertools.pairwise([0, *cuts]), (cuts[-1], depth)]
     segments = tuple(
-        segment_class(first, last, depth)(
-            vllm_config=config, layers=layers[first:last], embed=embed if first == 0 else None
+        segment_class(first, last, depth, finishes=(first, last) == spans[-1])(
+            vllm_config=config, decoder=decoder, body=body, layers=layers[first:last]
         )
-        for first, last in itertools.pairwise([0, *cuts])
+        for first, last in spans
     )
-    rest = layers[cuts[-1] :]
-    last = last_segment_class(depth, len(rest))(
-        vllm_config=config,
-        layer=rest[0] if rest else None,
-        norm=norm,
-        layer_for_rows=layer_for_rows,
-    )
-    return Stack(segments, last)
+    last_kv = decoder.kv_projection(layers[-1]) if cuts[-1] < depth else None
+    return Stack(segments, last_kv, width)

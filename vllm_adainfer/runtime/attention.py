@@ -46,14 +46,6 @@ class AttentionNarrower:
         slots = self._slots(layout)
         return self._metadata(layout, slots), self._by_layer(slots)
 
-    def last_rows(self, layout: RowLayout) -> dict[str, Any]:
-        """Metadata, by layer name, for one query of each request, from its last row.
-
-        K and V of all rows of `layout` are still to be written.
-        """
-        ones = (layout.lens > 0).astype(np.int64)
-        return self._metadata(RowLayout(ones, layout.last_positions), self._slots(layout))
-
     def slots(self, layout: RowLayout) -> dict[str, Tensor]:
         """Slot mapping, by layer name, for the rows of `layout`."""
         return self._by_layer(self._slots(layout))

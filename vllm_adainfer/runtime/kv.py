@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vllm_adainfer.runtime.layout import Ints
 from vllm_adainfer.runtime.step import StepContext
+from vllm_adainfer.runtime.stream import Stream
 
 # Rows that may wait in all; a request with more runs the next step at full depth, oldest first.
 CAPACITY = 4096
@@ -29,16 +30,14 @@ class KVPolicy(Protocol):
 
     defers: bool
 
-    def leave(
-        self, exit_index: int, requests: Ints, hidden: Tensor, residual: Tensor, step: StepContext
-    ) -> None:
+    def leave(self, exit_index: int, requests: Ints, stream: Stream, step: StepContext) -> None:
         """Rows of `requests`, which go on, are about to leave the batch at this exit point."""
 
     def waiting(self, exit_index: int, step: StepContext, leaving: Ints) -> Ints | None:
         """[requests], rows below this exit point of those that stay; None if there are none."""
 
-    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> tuple[Tensor, Tensor]:
-        """States and residuals [rows, hidden size] of those rows, in order; they wait no more."""
+    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> Stream:
+        """Those rows, in order; they wait no more."""
 
     def missing(self, request_id: str, end: int) -> int:
         """How many of the request's last positions before `end` are not as at full depth."""
@@ -63,20 +62,16 @@ class ExactKV:
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
         self._rows = 0
-        # By request, then exit point: states and residuals, in order of positions.
-        self._waiting: OrderedDict[str, dict[int, list[tuple[Tensor, Tensor]]]] = OrderedDict()
+        # By request, then exit point: rows in order of positions.
+        self._waiting: OrderedDict[str, dict[int, list[Stream]]] = OrderedDict()
 
-    def leave(
-        self, exit_index: int, requests: Ints, hidden: Tensor, residual: Tensor, step: StepContext
-    ) -> None:
+    def leave(self, exit_index: int, requests: Ints, stream: Stream, step: StepContext) -> None:
         """See `KVPolicy.leave`."""
         for request in requests.tolist():
             end = int(step.layout.ends[request])
             rows = slice(end - int(step.layout.lens[request]), end)
-            # Cloned, for a slice would keep the whole batch's states alive.
-            states = hidden[rows].clone(), residual[rows].clone()
             below = self._waiting.setdefault(step.request_ids[request], {})
-            below.setdefault(exit_index, []).append(states)
+            below.setdefault(exit_index, []).append(stream.rows(rows).clone())
             self._rows += end - rows.start
 
     def waiting(self, exit_index: int, step: StepContext, leaving: Ints) -> Ints | None:
@@ -91,17 +86,16 @@ class ExactKV:
                 counts[request] = _count(below.get(exit_index, ()))
         return counts if counts.any() else None
 
-    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> tuple[Tensor, Tensor]:
+    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> Stream:
         """See `KVPolicy.rejoin`."""
-        states = []
+        joining = []
         for request in waiting.nonzero()[0].tolist():
             request_id = step.request_ids[request]
-            states += self._waiting[request_id].pop(exit_index)
+            joining += self._waiting[request_id].pop(exit_index)
             if not self._waiting[request_id]:
                 del self._waiting[request_id]
         self._rows -= int(waiting.sum())
-        hidden, residual = zip(*states, strict=True)
-        return torch.cat(hidden), torch.cat(residual)
+        return Stream.cat(joining)
 
     def missing(self, request_id: str, end: int) -> int:
         """See `KVPolicy.missing`: those that wait."""
@@ -132,19 +126,17 @@ class PropagateKV:
     """
 
     defers = False
-    fill: Fill  # to be set once the weights are loaded
 
-    def __init__(self) -> None:
+    def __init__(self, fill: Fill) -> None:
+        self.fill = fill
         self._exact: dict[str, int] = {}  # by request, positions before the first that left
 
-    def leave(
-        self, exit_index: int, requests: Ints, hidden: Tensor, residual: Tensor, step: StepContext
-    ) -> None:
+    def leave(self, exit_index: int, requests: Ints, stream: Stream, step: StepContext) -> None:
         """See `KVPolicy.leave`."""
         rows = torch.from_numpy(step.layout.rows_of(requests))
         leaving = step.layout.only(requests)
         positions = torch.from_numpy(leaving.positions)
-        self.fill(exit_index, hidden[rows] + residual[rows], positions, step.slots(leaving))
+        self.fill(exit_index, stream.rows(rows).whole(), positions, step.slots(leaving))
         for request in requests.tolist():
             first = int(leaving.last_positions[request] - leaving.lens[request] + 1)
             self._exact.setdefault(step.request_ids[request], first)
@@ -152,7 +144,7 @@ class PropagateKV:
     def waiting(self, exit_index: int, step: StepContext, leaving: Ints) -> None:
         """See `KVPolicy.waiting`: nobody waits."""
 
-    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> tuple[Tensor, Tensor]:
+    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> Stream:
         """See `KVPolicy.rejoin`: never called."""
         raise AssertionError("nobody waits")
 
@@ -178,5 +170,5 @@ class Fill(Protocol):
         """For `states` [rows, hidden size] at int64 [rows] `positions`, to `slots` by layer."""
 
 
-def _count(states: Iterable[tuple[Tensor, Tensor]]) -> int:
-    return sum(hidden.shape[0] for hidden, _ in states)
+def _count(streams: Iterable[Stream]) -> int:
+    return sum(stream.num_rows for stream in streams)

@@ -65,6 +65,10 @@ class RowLayout:
         wanted[requests] = True
         return np.flatnonzero(wanted[self.owners])
 
+    def last_only(self) -> RowLayout:
+        """The last row of each request that is here."""
+        return RowLayout((self.lens > 0).astype(np.int64), self.last_positions)
+
     def only(self, requests: Ints) -> RowLayout:
         """`requests` with the rows they have here, and nobody else."""
         lens = np.zeros_like(self.lens)

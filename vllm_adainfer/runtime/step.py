@@ -21,9 +21,6 @@ class Narrow(Protocol):
     def __call__(self, layout: RowLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Attention metadata and slot mapping, by layer, for the rows of `layout`."""
 
-    def last_rows(self, layout: RowLayout) -> dict[str, Any]:
-        """Metadata, by layer, for a query from the last row of each request; K/V of all rows."""
-
     def slots(self, layout: RowLayout) -> dict[str, Tensor]:
         """Slot mapping, by layer, for the rows of `layout`."""
 
@@ -147,33 +144,34 @@ class StepContext:
         """int64 [rows], of the batch as it is now."""
         return torch.from_numpy(self.layout.positions)
 
-    def narrowed(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Attention metadata and slot mapping, by layer, of the batch as it is now."""
-        return self._narrow(self.layout)
+    def narrowed(self, layout: RowLayout | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Attention metadata and slot mapping, by layer, of the batch as it is now, or another."""
+        return self._narrow(self.layout if layout is None else layout)
 
     def slots(self, layout: RowLayout) -> dict[str, Tensor]:
         """Where K and V of the rows of `layout` belong, by layer."""
         return self._narrow.slots(layout)
 
-    def decisive_rows(self) -> tuple[Tensor, dict[str, Any] | None]:
-        """Rows whose final states are wanted: the last one of each request that remains.
+    def decisive(self) -> RowLayout | None:
+        """The last row of each request that remains: those whose final states are wanted.
 
-        Returns:
-            rows of the batch as it is now, and attention metadata by layer for queries from
-            these rows alone; None where the metadata are right as they are.
-
+        None if all are, or are not so many more that leaving them out pays.
         """
         here, rows = self.layout.here, self.layout.num_rows
         if self._all_rows_count or rows - len(here) < MIN_ROWS_SPARED:
-            return torch.arange(rows), None
-        return self.sampled_rows(here), self._narrow.last_rows(self.layout)
+            return None
+        return self.layout.last_only()
 
-    def put_back(self, states: Tensor, rows: Tensor, whole: Tensor) -> None:
+    def put_back(self, states: Tensor, rows: Tensor | None, whole: Tensor) -> None:
         """Copy `states` of `rows` (of the batch as it is now) to their rows of the one that came.
 
-        Rows that joined are of no use to anybody.
+        Rows that joined are of no use to anybody. None are all rows.
         """
-        origin = rows if self._origin is None else torch.from_numpy(self._origin)[rows]
+        origin = torch.arange(self.layout.num_rows)
+        if self._origin is not None:
+            origin = torch.from_numpy(self._origin)
+        if rows is not None:
+            origin = origin[rows]
         came = origin >= 0
         whole[origin[came]] = states[came]
 

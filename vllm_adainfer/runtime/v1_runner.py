@@ -32,9 +32,14 @@ class AdaInferCPUModelRunner(CPUModelRunner):
             self.cache_config.enable_prefix_caching and not self.admission.records
         )
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; then the model's exit loop is built of what was loaded."""
+        super().load_model(*args, **kwargs)
+        self.model.build_exit_loop(self.vllm_config)
+
     def _update_states(self, scheduler_output: Any) -> Any:
         """Admit requests when they arrive, forget them when they end."""
-        kv = self.model.model.exit_loop.kv
+        kv = self.model.exit_loop.kv
         for request_id in scheduler_output.finished_req_ids:
             self._admitted.pop(request_id, None)
             kv.forget(request_id)
@@ -48,14 +53,14 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         if self._narrow is None:
             self._narrow = AttentionNarrower(self)
         step = self._describe_step(self._narrow)
-        self.model.model.step = step
+        self.model.step = step
         output = super()._model_forward(*args, **kwargs)
         if self._scheduler_asks:
             self._complete = self._complete_tokens(step)
         return output
 
     def _describe_step(self, narrow: AttentionNarrower) -> StepContext:
-        batch, loop = self.input_batch, self.model.model.exit_loop
+        batch, loop = self.input_batch, self.model.exit_loop
         count, request_ids = batch.num_reqs, batch.req_ids
         admitted = [self._admitted[request_id] for request_id in request_ids]
         lens = np.diff(self.query_start_loc.np[: count + 1].astype(np.int64))
@@ -85,7 +90,7 @@ class AdaInferCPUModelRunner(CPUModelRunner):
 
     def _complete_tokens(self, step: StepContext) -> dict[str, int]:
         """Of each request that may exit, how many first tokens the cache has as at full depth."""
-        kv = self.model.model.exit_loop.kv
+        kv = self.model.exit_loop.kv
         ended = set(step.left[~step.goes_on[step.left]].tolist())
         ends = (step.layout.last_positions + 1).tolist()
         return {

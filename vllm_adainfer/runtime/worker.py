@@ -23,22 +23,28 @@ class AdaInferCPUWorker(CPUWorker):
 
     def adainfer_stats(self) -> dict[str, Any]:
         """Counters of this worker, see `vllm_adainfer.stats`."""
-        stats: dict[str, Any] = self.model_runner.model.model.exit_loop.stats.as_dict()
+        stats: dict[str, Any] = self.model_runner.model.exit_loop.stats.as_dict()
         return stats
 
     def adainfer_take_record(self, path: str) -> dict[str, Any]:
-        """Write the recorded states and sums, the final norm and the LM head to `path`.
+        """Write the recorded states and sums and the tensors of the model's logit lens to `path`.
 
         Returns:
-            ``fingerprint`` of the served weights, ``threads`` that computed, and the times of
+            ``fingerprint`` of the served weights, ``norm`` (kind and epsilon of the final one,
+            None if there is none), ``threads`` that computed, and the times of
             `vllm_adainfer.models.recording_loop.Timings`.
 
         """
         model = self.model_runner.model
-        loop = model.model.exit_loop
+        loop = model.exit_loop
         tensors = loop.recorder.take()
-        tensors["norm_weight"] = model.model.norm.weight.data.clone()
-        tensors["head_weight"] = model.head_weight.clone()
+        lens = model.logit_lens(model.head_weight)
+        tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.own.items()}
         save_file(tensors, path)
         timings = asdict(loop.timings)
-        return {"fingerprint": model.fingerprint, "threads": torch.get_num_threads(), **timings}
+        return {
+            "fingerprint": model.fingerprint,
+            "norm": lens.norm and (lens.norm.kind, lens.norm.eps),
+            "threads": torch.get_num_threads(),
+            **timings,
+        }

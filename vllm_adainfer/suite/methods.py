@@ -123,7 +123,7 @@ def adainfer(
     the gap itself.
     """
     recording, depth = test.recording, costs.depth
-    open_target = Target("logit-lens", None, target.norm_eps)
+    open_target = Target("logit-lens", None)
     exits = fit_exits(recording, open_target, halves, "svm", seed, recording.states)
     if not exits:
         return dict.fromkeys(("adainfer", "adainfer_certified", "calm"))

@@ -134,11 +134,7 @@ class _Judging:
         fitted = np.arange(len(order) // 2)
         halves = fitted, np.arange(len(order) // 2, len(order))
         tests = np.arange(len(order), len(examples))
-        target = Target(
-            "label-head" if data.labels else "lens",
-            label_ids(data.labels),
-            self.hf_config.rms_norm_eps,
-        )
+        target = Target("label-head" if data.labels else "lens", label_ids(data.labels))
         candidates = candidate_layers(recording.depth, None)
         policy = make_policy(
             replace(recording, states={layer: recording.states[layer] for layer in candidates}),

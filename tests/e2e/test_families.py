@@ -1,0 +1,101 @@
+"""Every family in the table: vLLM's own answers where nobody exits, the oracle's where some do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
+
+from tests.conftest import tiny_engine
+from tests.e2e.oracle import continuation, same
+from tests.e2e.patterns import drawn_pattern, wrong
+from tests.e2e.scripted import EXIT_AT, FULL, scripted
+from tests.families import FAMILIES, tiny_checkpoint
+from tests.tiny import EXIT_POINTS, LAYERS
+
+SMALL = {"max_model_len": 320, "num_gpu_blocks_override": 24, "kv_cache_memory_bytes": 8 << 20}
+SWITCH = {"exit_script": list(EXIT_POINTS), "kv": "propagate"}
+
+
+@dataclass
+class Served:
+    """A family's tiny model, in an engine with exits and in transformers."""
+
+    directory: Path
+    llm: Any
+    reference: Any
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def served(request, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    directory = tiny_checkpoint(request.param, tmp_path_factory.mktemp("family") / request.param)
+    return Served(
+        directory,
+        llm=tiny_engine(directory, SWITCH, **SMALL),
+        reference=AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            attn_implementation="eager",  # others leave out Gemma 2's cap
+        ).eval(),
+    )
+
+
+def prompts_of(seed: int, count: int = 14) -> list[list[int]]:
+    generator = np.random.default_rng(seed)
+    lengths = generator.choice([1, 2, 9, 31, 33, 64, 100, 170, 300], count)
+    return [generator.integers(5, 1000, length).tolist() for length in lengths]
+
+
+def run(llm: Any, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return [output.outputs[0] for output in llm.generate(inputs, params, use_tqdm=False)]
+
+
+def test_never_exiting_is_stock_bit_for_bit(served):
+    """In bfloat16: an fp32 product of few rows may sum in another order than one of many."""
+    prompts = prompts_of(seed=0)
+    params = [SamplingParams(temperature=0, max_tokens=5, logprobs=3)] * len(prompts)
+    stock, never = (
+        [
+            [{token: entry.logprob for token, entry in at.items()} for at in output.logprobs]
+            for output in run(
+                tiny_engine(served.directory, switch, dtype="bfloat16", **SMALL), prompts, params
+            )
+        ]
+        for switch in (None, SWITCH)
+    )
+    assert never == stock
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_one_token_requests_get_the_answer_of_the_depth_they_leave_at(served, seed):
+    """Mixed with generating ones, over several steps."""
+    prompts = prompts_of(seed)
+    generator = np.random.default_rng(seed)
+    exits = [int(at) for at in generator.integers(FULL, len(EXIT_POINTS), len(prompts))]
+    tokens = [1 if at != FULL else int(generator.integers(1, 6)) for at in exits]
+    params = [
+        SamplingParams(temperature=0, max_tokens=count, extra_args={EXIT_AT: at})
+        for at, count in zip(exits, tokens, strict=True)
+    ]
+    with scripted(served.llm) as stats:
+        found = run(served.llm, prompts, params)
+    for prompt, at, count, output in zip(prompts, exits, tokens, found, strict=True):
+        depth = LAYERS if at == FULL else EXIT_POINTS[at]
+        expected = continuation(served.reference, prompt, count, depth)
+        assert same(list(output.token_ids), expected)
+    assert stats.layers_run < stats.layers_possible
+
+
+@pytest.mark.parametrize("kv", ["exact", "propagate"])
+@pytest.mark.parametrize("seed", range(4))
+def test_drawn_exits_at_every_token_reproduce_the_oracle(served, kv, seed):
+    pattern, ran = drawn_pattern(served.llm, kv, seed)
+    names = range(len(pattern.requests))
+    assert [e for name in names for e in wrong(served.reference, kv, pattern, name, ran)] == []

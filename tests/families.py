@@ -1,0 +1,94 @@
+"""A tiny random checkpoint of every supported family, made by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tests.tiny import LAYERS, word_tokenizer
+
+WINDOW = 48  # tokens that sliding-window layers see
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+HEADS_OF_32 = {"head_dim": 32, "query_pre_attn_scalar": 32}
+LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+
+
+def opt(**more: Any) -> OPTConfig:
+    given = {name: SHAPE[name] for name in SHAPE if "key_value" not in name}
+    given |= {"ffn_dim": given.pop("intermediate_size"), "init_std": given.pop("initializer_range")}
+    return OPTConfig(**{"word_embed_proj_dim": 64, **given, **more})
+
+
+# Of each the architecture that vLLM serves it as, and what the family is in the table for.
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "llama": lambda **shape: LlamaConfig(**shape),
+    "llama3": lambda **shape: LlamaConfig(
+        **shape,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "mistral": lambda **shape: MistralConfig(**shape, sliding_window=WINDOW),
+    "phi3": lambda **shape: Phi3Config(**shape),
+    "qwen2": lambda **shape: Qwen2Config(**shape),
+    "qwen3": lambda **shape: Qwen3Config(**shape, head_dim=32),
+    "gemma": lambda **shape: GemmaConfig(**shape, head_dim=32),
+    "gemma2": lambda **shape: Gemma2Config(
+        **shape, **HEADS_OF_32, sliding_window=WINDOW, layer_types=LOCAL_AND_GLOBAL
+    ),
+    "gemma3": lambda **shape: Gemma3TextConfig(
+        **shape, **HEADS_OF_32, sliding_window=WINDOW, layer_types=LOCAL_AND_GLOBAL
+    ),
+    "opt": lambda **_: opt(),
+    "opt-350m": lambda **_: opt(word_embed_proj_dim=32, do_layer_norm_before=False),
+    "opt-without-final-norm": lambda **_: opt(_remove_final_layer_norm=True),
+}
+
+
+def tiny_checkpoint(family: str, directory: Path) -> Path:
+    """Weights, biases and norms are all random, so that none of them can be forgotten unseen."""
+    tokenizer = word_tokenizer()
+    config = FAMILIES[family](**SHAPE)
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

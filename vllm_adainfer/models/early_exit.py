@@ -1,0 +1,212 @@
+"""What gives one of vLLM's causal LMs exit points: the exit loop in place of its stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+from vllm_adainfer.artifact import load_artifact, weights_fingerprint
+from vllm_adainfer.compat import get_logger
+from vllm_adainfer.config import LensRecord, read_settings
+from vllm_adainfer.decision.monitor import DisagreementMonitor
+from vllm_adainfer.decision.policy import CalibratedPolicy, ExitPolicy
+from vllm_adainfer.decision.probe import Probe
+from vllm_adainfer.decision.record import LensSums, Recorder
+from vllm_adainfer.decision.script import ScriptedPolicy
+from vllm_adainfer.models.decoder import Decoder, norm_of
+from vllm_adainfer.models.exit_loop import ExitLoop, ScoredAnswers
+from vllm_adainfer.models.kv_fill import KVFill
+from vllm_adainfer.models.recording_loop import RecordingLoop
+from vllm_adainfer.models.segments import Stack, build_stack
+from vllm_adainfer.models.shadow import ShadowAnswers, watch
+from vllm_adainfer.runtime.kv import ExactKV, KVPolicy, PropagateKV
+from vllm_adainfer.runtime.step import StepContext
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.llama import LlamaForCausalLM as _Model
+else:
+    _Model = object
+
+logger = get_logger(__name__)
+
+
+class EarlyExit(_Model):
+    """Comes before vLLM's class among the bases of ours.
+
+    Attributes:
+        decoder: of the model's family.
+        exit_loop: runs instead of the model's own stack, or the recording loop does.
+        step: whose rows the next `forward` runs; the model runner sets it.
+        fingerprint: of the loaded weights.
+
+    """
+
+    decoder: ClassVar[type[Decoder]]
+    exit_loop: ExitLoop | RecordingLoop
+    step: StepContext | None = None
+    fingerprint: str | None = None
+    _scored_answers: ScoredAnswers | None = None
+    _shadow_answers: ShadowAnswers | None = None
+    _kv_fill: KVFill | None = None
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        settings = read_settings(vllm_config.additional_config)
+        assert settings is not None, "the config hook selects this class only where it is set"
+        self._settings = settings
+        self._artifact = None if settings.artifact is None else load_artifact(settings.artifact)
+        self._dtype = vllm_config.model_config.dtype
+        self._body = self.decoder.body(self)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load, then check that these are the weights the artifact was calibrated for."""
+        loaded: set[str] = super().load_weights(weights)
+        self.fingerprint = weights_fingerprint(dict(self.named_parameters()))
+        if self._artifact is not None:
+            self._artifact.config.check_weights(self.fingerprint)
+        if self._settings.kv == "propagate":
+            layers = map(self.decoder.kv_projection, self.decoder.layers(self._body))
+            self._kv_fill = KVFill(list(layers), self._exit_points)
+        return loaded
+
+    def build_exit_loop(self, vllm_config: VllmConfig) -> None:
+        """Set `exit_loop`; the model runner calls this when the weights are loaded."""
+        settings = self._settings
+        if settings.record is not None:
+            recorder = _recorder(settings.record, settings.record_lens)
+            self.exit_loop = RecordingLoop(self._stack(recorder.layers, vllm_config), recorder)
+            return
+        monitor: DisagreementMonitor | None = None
+        if settings.shadow_rate > 0 and self._artifact is not None:
+            config = self._artifact.config
+            monitor = DisagreementMonitor([at.epsilon for at in config.levels], config.delta)
+        kv: KVPolicy = ExactKV() if self._kv_fill is None else PropagateKV(self._kv_fill)
+        self.exit_loop = ExitLoop(
+            self._stack(self._exit_points, vllm_config),
+            self._policy(),
+            kv,
+            settings.min_rows_saved,
+            monitor,
+        )
+
+    @property
+    def _exit_points(self) -> tuple[int, ...]:
+        if self._artifact is not None:
+            return self._artifact.config.exit_points
+        return self._settings.exit_script or ()
+
+    def _policy(self) -> ExitPolicy:
+        if self._artifact is None:
+            return ScriptedPolicy(self._exit_points, self.config.hidden_size, self._head_device)
+        lens = None
+        if self._artifact.config.probe != "label-head":
+            rows = self._artifact.tensors.get("head_rows")
+            lens = self.logit_lens(self.head_weight if rows is None else rows)
+        return CalibratedPolicy(self._artifact, lens, self._head_device)
+
+    def _stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> Stack:
+        width = self.decoder.head(self).embedding_dim
+        return build_stack(self.decoder, self._body, width, cuts, vllm_config)
+
+    @property
+    def _head_device(self) -> torch.device:
+        device: torch.device = next(self.decoder.head(self).parameters()).device
+        return device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocabulary, head size] of the LM head, without vLLM's padding rows."""
+        head = self.decoder.head(self)
+        if isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+            weight: Tensor = head.weight.data
+        else:
+            eye = torch.eye(head.embedding_dim, dtype=self._dtype, device=self._head_device)
+            weight = head.quant_method.apply(head, eye).T.contiguous()
+            logger.warning(
+                "the LM head is quantised (%s): probes read a copy of what its method makes of it, "
+                "which takes %.0f MiB",
+                type(head.quant_method).__name__,
+                weight.nbytes / (1 << 20),
+            )
+        return weight[: self.config.vocab_size]
+
+    def logit_lens(self, head_weight: Tensor) -> Probe:
+        """How the model reads a state; `head_weight` [n, head size] are rows of its LM head."""
+        norm = self.decoder.final_norm(self._body)
+        return Probe(
+            head_weight=head_weight,
+            norm=None if norm is None else norm_of(norm),
+            projection=self.decoder.projection(self._body),
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """What the LM head reads, [rows, head size]; `step` tells whose rows these are."""
+        assert input_ids is not None
+        step, self.step = self.step, None
+        if step is None:  # a profiling pass, which belongs to no request
+            return self.exit_loop.stack.profile(positions, input_ids)
+        hidden, self._scored_answers, self._shadow_answers = self.exit_loop.run(
+            positions, input_ids, step
+        )
+        return hidden
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Logits [requests, vocabulary]; an answer given as scores masks the other tokens."""
+        logits = self._answered_logits(hidden_states)
+        shadow, self._shadow_answers = self._shadow_answers, None
+        if shadow is not None:
+            loop = self._exit_loop
+            assert loop.monitor is not None, "it is what asks for shadow requests"
+            disagreed = shadow.disagreed(logits, loop.policy, super().compute_logits)
+            watch(loop.monitor, shadow.tags, disagreed)
+        return logits
+
+    @property
+    def _exit_loop(self) -> ExitLoop:
+        assert isinstance(self.exit_loop, ExitLoop), "recording answers nothing early"
+        return self.exit_loop
+
+    def _answered_logits(self, hidden_states: Tensor) -> Tensor:
+        answers, self._scored_answers = self._scored_answers, None
+        if answers is None:
+            return super().compute_logits(hidden_states)
+        answer_ids = self._exit_loop.policy.answer_ids
+        assert answer_ids is not None
+        deep = torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
+        deep[answers.requests] = False
+        logits: Tensor | None = None
+        if deep.any():
+            at_full_depth = super().compute_logits(hidden_states[deep])
+            logits = at_full_depth.new_full((deep.shape[0], at_full_depth.shape[1]), -torch.inf)
+            logits[deep] = at_full_depth
+        else:
+            logits = hidden_states.new_full((deep.shape[0], self.config.vocab_size), -torch.inf)
+        scores = self._scaled(answers.scores)
+        # Relative to the best: rounded to bfloat16, large scores would tie with the certified one.
+        scores = scores - scores.max(dim=1, keepdim=True).values
+        logits[answers.requests.unsqueeze(1), answer_ids] = scores.to(logits.dtype)
+        return logits
+
+    def _scaled(self, scores: Tensor) -> Tensor:
+        """What vLLM's `LogitsProcessor` does with the head's scores: a cap (Gemma 2), a scale."""
+        processor = self.logits_processor
+        if processor.soft_cap is not None:
+            scores = torch.tanh(scores / processor.soft_cap) * processor.soft_cap
+        return scores * processor.scale
+
+
+def _recorder(layers: tuple[int, ...], lens: LensRecord | None) -> Recorder:
+    """What ``record`` and ``record_lens`` ask for."""
+    sums = None if lens is None else LensSums(layers[:-1], lens.folds, lens.prompts)
+    return Recorder(layers, sums)
