@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +108,11 @@ def drawn_exit(seed: int, position: int, exit_points: int) -> int:
 
 @contextmanager
 def drawn(
-    llm: Any, kv: str, min_rows_saved: int | None = 1, capacity: int = 1 << 30
+    llm: Any,
+    kv: str,
+    min_rows_saved: int | None = 1,
+    capacity: int = 1 << 30,
+    draw: Callable[[int, int, int], int] = drawn_exit,
 ) -> Iterator[dict[str, list[Ran]]]:
     """Draw an exit point for each token; a request's `EXIT_AT` is the seed for that.
 
@@ -129,7 +133,7 @@ def drawn(
             came = step.layout
             for place in step.undecided():
                 position = int(came.last_positions[place])
-                step.tags[place] = drawn_exit(step.tags[place], position, len(exit_points))
+                step.tags[place] = draw(step.tags[place], position, len(exit_points))
             output = run(positions, input_ids, step)
             left = set(step.left.tolist())
             for place, request_id in enumerate(step.request_ids):

@@ -14,8 +14,8 @@ from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
 from tests.e2e.oracle import continuation, same
-from tests.e2e.patterns import drawn_pattern, wrong
-from tests.e2e.scripted import EXIT_AT, FULL, scripted
+from tests.e2e.patterns import Request, drawn_pattern, drive, wrong
+from tests.e2e.scripted import EXIT_AT, FULL, drawn, scripted
 from tests.families import FAMILIES, tiny_checkpoint
 from tests.tiny import EXIT_POINTS, LAYERS
 
@@ -99,3 +99,28 @@ def test_drawn_exits_at_every_token_reproduce_the_oracle(served, kv, seed):
     pattern, ran = drawn_pattern(served.llm, kv, seed)
     names = range(len(pattern.requests))
     assert [e for name in names for e in wrong(served.reference, kv, pattern, name, ran)] == []
+
+
+@pytest.mark.parametrize("served", ["mistral", "gemma2", "gemma3"], indirect=True)
+@pytest.mark.parametrize("seed", range(2))
+def test_rows_that_wait_beyond_a_sliding_window_find_what_they_attend_to(served, seed):
+    """vLLM frees what a window has passed; only every fortieth token runs at full depth here."""
+    generator = np.random.default_rng(1 + seed)
+    requests = [
+        Request(
+            prompt=generator.integers(5, 1000, generator.integers(2, 30)).tolist(),
+            max_tokens=int(generator.integers(100, 200)),
+            seed=0,
+            arrives=int(generator.integers(100)),
+        )
+        for _ in range(8)
+    ]
+
+    def draw(_seed: int, position: int, _points: int) -> int:
+        return FULL if position % 40 == 39 else 0
+
+    with drawn(served.llm, "exact", draw=draw) as ran:
+        pattern = drive(served.llm, requests)
+    names = range(len(pattern.requests))
+    assert [e for name in names for e in wrong(served.reference, "exact", pattern, name, ran)] == []
+    assert any(part.layers < LAYERS for parts in ran.values() for part in parts)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_adainfer import compat
 from vllm_adainfer.config import read_settings
-from vllm_adainfer.runtime.admission import FULL_DEPTH, Admission, Admitted
+from vllm_adainfer.runtime.admission import FULL_DEPTH, UNLIMITED, Admission, Admitted
 from vllm_adainfer.runtime.attention import AttentionNarrower
 from vllm_adainfer.runtime.layout import RowLayout
 from vllm_adainfer.runtime.step import StepContext
@@ -36,6 +38,13 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         """As vLLM's; then the model's exit loop is built of what was loaded."""
         super().load_model(*args, **kwargs)
         self.model.build_exit_loop(self.vllm_config)
+
+    @cached_property
+    def _window(self) -> int:
+        """Tokens that the layer with the smallest sliding window sees."""
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        windows = [spec.sliding_window for spec in specs if isinstance(spec, SlidingWindowSpec)]
+        return min(windows, default=UNLIMITED)
 
     def _update_states(self, scheduler_output: Any) -> Any:
         """Admit requests when they arrive, forget them when they end."""
@@ -67,22 +76,26 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         first = batch.num_computed_tokens_cpu[:count].astype(np.int64)
         last, prompt = first + lens - 1, batch.num_prompt_tokens[:count]
         tags = np.array([request.tag for request in admitted])
+        max_tokens = np.array([request.max_tokens for request in admitted])
         tags[np.array([request.deep_prompt for request in admitted]) & (first < prompt)] = (
             FULL_DEPTH
         )
         for request_id in loop.kv.overdue().intersection(request_ids):
             tags[batch.req_id_to_index[request_id]] = FULL_DEPTH
+        goes_on = last + 2 - prompt < max_tokens  # once this step's token is appended
+        if loop.kv.defers:
+            # Of a sequence beyond the window vLLM frees blocks that rows which wait still need.
+            tags[goes_on & (last + 1 >= self._window)] = FULL_DEPTH
         shadow = None
         if loop.monitor is not None:
             shadow = np.array([request.is_shadow for request in admitted])
             tags[loop.monitor.tightened[tags] & ~shadow] = FULL_DEPTH
-        max_tokens = np.array([request.max_tokens for request in admitted])
         return StepContext(
             request_ids=request_ids,
             layout=RowLayout(lens, last),
             sampled=~self.discard_request_mask.np[:count],
             tags=tags,
-            goes_on=last + 2 - prompt < max_tokens,  # once this step's token is appended
+            goes_on=goes_on,
             narrow=narrow,
             shadow=shadow,
             all_rows_count=any(request.wants_prompt for request in admitted),
