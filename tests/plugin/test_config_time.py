@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import vllm.model_executor.models.config as model_hooks
-from transformers import OPTConfig
+from transformers import AutoTokenizer, FalconConfig, JambaConfig, MambaConfig, MixtralConfig
 from vllm import ModelRegistry, envs
+from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
@@ -146,15 +147,49 @@ def test_model_runner_v2_is_refused(tiny_model, tiny_policy, monkeypatch):
         engine_config(tiny_model, {"artifact": str(tiny_policy)})
 
 
-def test_an_architecture_without_exit_points_is_refused_not_ignored(
-    tiny_model, tiny_policy, tmp_path
-):
-    from transformers import AutoTokenizer
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 1024,
+}
 
-    OPTConfig(
-        hidden_size=64, ffn_dim=64, num_attention_heads=2, num_hidden_layers=2, vocab_size=1024,
-        word_embed_proj_dim=64, architectures=["OPTForCausalLM"],
-    ).save_pretrained(tmp_path)  # fmt: skip
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (FalconConfig(architectures=["FalconForCausalLM"]), "has no exit points yet: serve one of"),
+        (MixtralConfig(architectures=["MixtralForCausalLM"], **SMALL), "is a mixture of experts"),
+        (MambaConfig(architectures=["MambaForCausalLM"]), "keeps a recurrent state"),
+        (JambaConfig(architectures=["JambaForCausalLM"], **SMALL), "keeps a recurrent state"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_an_architecture_without_exit_points_is_refused_not_ignored(
+    tiny_model, tiny_policy, tmp_path, config, reason
+):
+    config.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="OPTForCausalLM has no exit points yet"):
+    [architecture] = config.architectures
+    with pytest.raises(ValueError, match=f"{architecture} {reason}"):
         engine_config(tmp_path, {"artifact": str(tiny_policy)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("is_encoder_decoder", "is an encoder-decoder model"),
+        ("is_multimodal_model", "is multimodal"),
+        ("is_moe", "is a mixture of experts"),
+    ],
+)
+def test_kinds_of_models_that_cannot_leave_early_are_told_apart(
+    tiny_model, monkeypatch, kind, reason
+):
+    """Such models need files that are not made here, so one is only said to be of the kind."""
+    vllm_config = engine_config(tiny_model)
+    monkeypatch.setattr(ModelConfig, kind, property(lambda _config: True))
+    with pytest.raises(AdaInferError, match=f"LlamaForCausalLM {reason}"):
+        refuse_unsupported(vllm_config, "", Settings(exit_script=(1,)))

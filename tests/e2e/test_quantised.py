@@ -1,0 +1,80 @@
+"""Quantised layers pass through the exit loop untouched; a quantised LM head is read, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
+
+from tests.conftest import tiny_engine
+from tests.e2e.oracle import head_inputs
+from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts
+from tests.e2e.test_families import SMALL, prompts_of, run
+from tests.families import tiny_checkpoint
+from tests.quantised import SCHEMES, quantise
+from tests.tiny import EXIT_POINTS, LAYERS
+
+CASES = [*((scheme, False) for scheme in SCHEMES), ("gptq", True)]
+SWITCH = {"exit_script": list(EXIT_POINTS)}
+
+
+@dataclass
+class Served:
+    """A quantised model, in an engine with exits, and what its weights stand for."""
+
+    directory: Path
+    llm: Any
+    reference: Any
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[s + ", head too" * head for s, head in CASES])
+def served(request, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    directory = tmp_path_factory.mktemp("quantised")
+    model = tiny_checkpoint("llama", directory / "model")
+    quantised, plain = quantise(model, *request.param, directory)
+    return Served(
+        quantised,
+        llm=tiny_engine(quantised, SWITCH, dtype="bfloat16", **SMALL),
+        reference=AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval(),
+    )
+
+
+def test_never_exiting_is_stock_bit_for_bit(served):
+    prompts = prompts_of(seed=0)
+    params = [SamplingParams(temperature=0, max_tokens=5, logprobs=3)] * len(prompts)
+    stock, never = (
+        [
+            [{token: entry.logprob for token, entry in at.items()} for at in output.logprobs]
+            for output in run(llm, prompts, params)
+        ]
+        for llm in (tiny_engine(served.directory, None, dtype="bfloat16", **SMALL), served.llm)
+    )
+    assert never == stock
+
+
+def test_requests_leave_with_the_state_of_the_depth_they_leave_at(served):
+    """Activations of 8 bits round much away, not the difference of two depths."""
+    prompts = prompts_of(seed=1)
+    exits = [(place % 4) - 1 for place in range(len(prompts))]
+    params = [SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: at}) for at in exits]
+    depths = [*EXIT_POINTS, LAYERS]
+    with drawn(served.llm, "exact", draw=lambda at, _position, _points: at) as ran:
+        run(served.llm, prompts, params)
+    states = [parts[-1].state.float() for _, parts in sorted(ran.items(), key=lambda i: int(i[0]))]
+    assert len(states) == len(prompts)
+    for prompt, at, state in zip(prompts, exits, states, strict=True):
+        expected = [head_inputs(served.reference, prompt, depth)[-1] for depth in depths]
+        apart = [float((state - other).norm()) for other in expected]
+        assert depths[apart.index(min(apart))] == (LAYERS if at == FULL else EXIT_POINTS[at])
+
+
+def test_a_probe_reads_the_head_as_it_is_served(served):
+    model, _, _ = parts(served.llm)
+    read = model.logit_lens(model.head_weight).head_weight
+    expected = served.reference.lm_head.weight.data
+    torch.testing.assert_close(read, expected.bfloat16(), rtol=0.01, atol=1e-3)
