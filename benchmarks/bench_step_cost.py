@@ -39,6 +39,7 @@ from vllm_adainfer.calibration.calibrate import load_config
 from vllm_adainfer.calibration.data import Example
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.calibration.report import write_whole
+from vllm_adainfer.decision.norm import Norm
 from vllm_adainfer.decision.probe import Probe
 from vllm_adainfer.decision.script import ScriptedPolicy
 from vllm_adainfer.models.exit_loop import ExitLoop
@@ -178,7 +179,8 @@ def probe_times(hidden_size: int, vocabulary: int) -> list[dict[str, Any]]:
     found = []
     for size in (2, vocabulary // 4, vocabulary):
         head = torch.randn(size, hidden_size, generator=generator).to(torch.bfloat16)
-        probe = Probe(head_weight=head, norm_weight=torch.ones(hidden_size, dtype=torch.bfloat16))
+        norm = Norm("rms", torch.ones(hidden_size, dtype=torch.bfloat16))
+        probe = Probe(head_weight=head, norm=norm)
         for rows in (1, 16, 128):
             states = torch.randn(rows, hidden_size, generator=generator).to(torch.bfloat16)
             runs = []

@@ -33,7 +33,10 @@ class Request:
 
     def params(self) -> SamplingParams:
         return SamplingParams(
-            temperature=0, max_tokens=self.max_tokens, extra_args={EXIT_AT: self.seed}
+            temperature=0,
+            max_tokens=self.max_tokens,
+            ignore_eos=True,
+            extra_args={EXIT_AT: self.seed},
         )
 
 

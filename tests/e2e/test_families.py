@@ -16,6 +16,7 @@ from tests.conftest import tiny_engine
 from tests.e2e.oracle import continuation, same
 from tests.e2e.patterns import Request, drawn_pattern, drive, wrong
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, scripted
+from tests.e2e.test_equal_to_stock import LENGTHS, answer
 from tests.families import FAMILIES, tiny_checkpoint
 from tests.tiny import EXIT_POINTS, LAYERS
 
@@ -38,12 +39,15 @@ def served(request, tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(
         directory,
         llm=tiny_engine(directory, SWITCH, **SMALL),
-        reference=AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            attn_implementation="eager",  # others leave out Gemma 2's cap
-        ).eval(),
+        reference=transformers_model(directory),
     )
+
+
+def transformers_model(directory: Path) -> Any:
+    """With eager attention, because others leave out Gemma 2's cap."""
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def prompts_of(seed: int, count: int = 14) -> list[list[int]]:
@@ -60,7 +64,9 @@ def run(llm: Any, prompts: list[list[int]], params: list[SamplingParams]) -> lis
 def test_never_exiting_is_stock_bit_for_bit(served):
     """In bfloat16: an fp32 product of few rows may sum in another order than one of many."""
     prompts = prompts_of(seed=0)
-    params = [SamplingParams(temperature=0, max_tokens=5, logprobs=3)] * len(prompts)
+    params = [SamplingParams(temperature=0, max_tokens=5, logprobs=3, ignore_eos=True)] * len(
+        prompts
+    )
     stock, never = (
         [
             [{token: entry.logprob for token, entry in at.items()} for at in output.logprobs]
@@ -81,7 +87,7 @@ def test_one_token_requests_get_the_answer_of_the_depth_they_leave_at(served, se
     exits = [int(at) for at in generator.integers(FULL, len(EXIT_POINTS), len(prompts))]
     tokens = [1 if at != FULL else int(generator.integers(1, 6)) for at in exits]
     params = [
-        SamplingParams(temperature=0, max_tokens=count, extra_args={EXIT_AT: at})
+        SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, extra_args={EXIT_AT: at})
         for at, count in zip(exits, tokens, strict=True)
     ]
     with scripted(served.llm) as stats:
@@ -124,3 +130,28 @@ def test_rows_that_wait_beyond_a_sliding_window_find_what_they_attend_to(served,
     names = range(len(pattern.requests))
     assert [e for name in names for e in wrong(served.reference, "exact", pattern, name, ran)] == []
     assert any(part.layers < LAYERS for parts in ran.values() for part in parts)
+
+
+@pytest.mark.parametrize("family", ["opt", "gemma3", "ernie4.5"])
+def test_compiled_segments_give_the_same_tokens(family, tmp_path):
+    """One family for each way to call a layer, and one that vLLM compiles by another class."""
+    model = tiny_checkpoint(family, tmp_path / family)
+    leaves = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": [0, 1]}
+    leaves["extra_args"] = {"adainfer_exit": EXIT_POINTS[0]}
+    stays = {"temperature": 0, "max_tokens": 4}
+    params = [leaves, stays, leaves, stays, leaves]
+    found = answer(
+        model,
+        params,
+        {},
+        dtype="float32",
+        additional_config={"adainfer": {**SWITCH, "min_rows_saved": 1}},
+    )
+    reference = transformers_model(model)
+    generator = np.random.default_rng(0)
+    for length, asked, given in zip(LENGTHS, params, found["answers"], strict=True):
+        prompt = generator.integers(5, 1000, length).tolist()
+        if asked is stays:
+            assert same(given["tokens"], continuation(reference, prompt, 4, LAYERS))
+    assert found["stats"]["exit_histogram"][str(EXIT_POINTS[0])] == 3
+    assert found["stats"]["layers_run"] < found["stats"]["layers_possible"]

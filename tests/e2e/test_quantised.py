@@ -46,7 +46,9 @@ def served(request, tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 def test_never_exiting_is_stock_bit_for_bit(served):
     prompts = prompts_of(seed=0)
-    params = [SamplingParams(temperature=0, max_tokens=5, logprobs=3)] * len(prompts)
+    params = [SamplingParams(temperature=0, max_tokens=5, logprobs=3, ignore_eos=True)] * len(
+        prompts
+    )
     stock, never = (
         [
             [{token: entry.logprob for token, entry in at.items()} for at in output.logprobs]

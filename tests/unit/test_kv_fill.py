@@ -1,4 +1,4 @@
-"""K and V of skipped layers, by the formula: norm, projection and rotation of one state."""
+"""K and V of skipped layers, by the formula: norm, projection, norm and rotation of one state."""
 
 from __future__ import annotations
 
@@ -7,68 +7,119 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 
 from vllm_adainfer import compat
+from vllm_adainfer.models.decoder import KVProjection, norm_of
 from vllm_adainfer.models.kv_fill import KVFill
 
-HIDDEN, Q_SIZE, HEADS, HEAD_DIM, LAYERS, EPS = 12, 8, 2, 4, 5, 1e-5
-KV_SIZE = HEADS * HEAD_DIM
+HIDDEN, HEADS, HEAD_DIM, LAYERS, EPS = 12, 2, 4, 5, 1e-5
+Q_SIZE, KV_SIZE = 3 * HEAD_DIM, HEADS * HEAD_DIM
+NORMS = {"rms": RMSNorm, "gemma": GemmaRMSNorm, "layer": LayerNorm}
 
 
-def rotate(positions: Tensor, keys: Tensor, _: None) -> tuple[Tensor, None]:
+def rotation(faster: int) -> Any:
     """Stands for RoPE: another thing for each position and place in a head."""
-    heads = keys.view(len(positions), -1, HEAD_DIM)
-    turned = heads * (1 + positions.view(-1, 1, 1)) + torch.arange(HEAD_DIM)
-    return turned.view_as(keys), None
+
+    def rotate(positions: Tensor, keys: Tensor, _: None) -> tuple[Tensor, None]:
+        heads = keys.view(len(positions), -1, HEAD_DIM)
+        turned = heads * (1 + faster * positions.view(-1, 1, 1)) + torch.arange(HEAD_DIM)
+        return turned.view_as(keys), None
+
+    return rotate
 
 
-def layer_of(number: int, bias: bool) -> Any:
-    generator = torch.Generator().manual_seed(number)
-    rows = Q_SIZE + 2 * KV_SIZE
-    return SimpleNamespace(
-        input_layernorm=SimpleNamespace(
-            weight=SimpleNamespace(data=torch.rand(HIDDEN, generator=generator)),
-            variance_epsilon=EPS,
+ROTATIONS = rotation(1), rotation(3)
+
+
+def random_norm(kind: str, size: int) -> nn.Module:
+    with set_current_vllm_config(VllmConfig()):
+        norm = NORMS[kind](size, eps=EPS)
+    for parameter in norm.parameters():
+        parameter.data = torch.randn_like(parameter)
+    return norm
+
+
+def formula(state: Tensor, norm: nn.Module | None) -> Tensor:
+    """The norm as its paper has it."""
+    if norm is None:
+        return state
+    if isinstance(norm, LayerNorm):
+        apart = state - state.mean(-1, keepdim=True)
+        scaled = apart / (apart.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+        return scaled * norm.weight.data + norm.bias.data
+    scaled = state / (state.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+    return scaled * (norm.weight.data + isinstance(norm, GemmaRMSNorm))
+
+
+def layer_of(number: int, bias: bool, norm: str | None, key_norm: str | None, turns: int) -> Any:
+    projection = nn.Linear(HIDDEN, Q_SIZE + 2 * KV_SIZE, bias=bias).requires_grad_(False)
+    return KVProjection(
+        attention=SimpleNamespace(
+            layer_name=f"layer {number}", num_heads=3, num_kv_heads=HEADS, head_size=HEAD_DIM
         ),
-        self_attn=SimpleNamespace(
-            q_size=Q_SIZE,
-            num_kv_heads=HEADS,
-            head_dim=HEAD_DIM,
-            rotary_emb=rotate,
-            attn=SimpleNamespace(layer_name=f"layer {number}"),
-            qkv_proj=SimpleNamespace(
-                weight=SimpleNamespace(data=torch.randn(rows, HIDDEN, generator=generator)),
-                bias=SimpleNamespace(data=torch.randn(rows, generator=generator)) if bias else None,
-            ),
-        ),
+        qkv_proj=projection,
+        norm=norm and random_norm(norm, HIDDEN),
+        rotary=ROTATIONS[number % turns] if turns else None,
+        key_norm=key_norm and random_norm(key_norm, HEAD_DIM),
     )
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "norm", "key_norm", "turns"),
+    [
+        pytest.param(False, "rms", None, 1, id="Llama"),
+        pytest.param(True, "rms", None, 1, id="Qwen 2"),
+        pytest.param(False, "rms", "rms", 1, id="Qwen 3"),
+        pytest.param(False, "gemma", "gemma", 2, id="Gemma 3"),
+        pytest.param(True, "layer", None, 0, id="OPT"),
+        pytest.param(True, None, None, 0, id="OPT-350m"),
+    ],
+)
 @pytest.mark.parametrize("exit_index", [0, 1])
-def test_every_layer_after_the_exit_point_is_filled(monkeypatch, bias, exit_index):
+def test_every_layer_after_the_exit_point_is_filled(
+    monkeypatch, bias, norm, key_norm, turns, exit_index
+):
     written: dict[str, tuple[Tensor, ...]] = {}
     monkeypatch.setattr(
         compat, "write_kv", lambda attn, *what: written.update({attn.layer_name: what})
     )
-    layers = [layer_of(number, bias) for number in range(LAYERS)]
+    torch.manual_seed(0)
+    layers = [layer_of(number, bias, norm, key_norm, turns) for number in range(LAYERS)]
     exit_points = (2, 4)
-    states = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(9))
-    positions = torch.tensor([5, 0, 7])
+    states, positions = torch.randn(3, HIDDEN), torch.tensor([5, 0, 7])
     slots = {f"layer {number}": torch.tensor([number, 1, 2]) for number in range(LAYERS)}
     KVFill(layers, exit_points)(exit_index, states, positions, slots)
 
     filled = range(exit_points[exit_index], LAYERS)
     assert list(written) == [f"layer {number}" for number in filled]
-    normed = states / (states.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
     for number in filled:
         layer = layers[number]
-        projection = layer.self_attn.qkv_proj
-        both = (normed * layer.input_layernorm.weight.data) @ projection.weight.data[Q_SIZE:].T
-        both += projection.bias.data[Q_SIZE:] if bias else 0
-        keys, values = both.split(KV_SIZE, dim=1)
+        both = layer.qkv_proj(formula(states, layer.norm))[:, Q_SIZE:]
+        keys, values = both.view(3, 2, HEADS, HEAD_DIM).unbind(1)
+        keys = formula(keys, layer.key_norm)
+        if turns:
+            keys = layer.rotary(positions, keys.flatten(1), None)[0].view_as(keys)
         found_keys, found_values, found_slots = written[f"layer {number}"]
-        torch.testing.assert_close(found_keys.flatten(1), rotate(positions, keys, None)[0])
-        torch.testing.assert_close(found_values.flatten(1), values)
+        torch.testing.assert_close(found_keys, keys)
+        torch.testing.assert_close(found_values, values)
         assert found_slots is slots[f"layer {number}"]
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norm_is_known_by_its_numbers(kind):
+    from adainfer_kernels import readout
+
+    torch.manual_seed(0)
+    module, states = random_norm(kind, HIDDEN), torch.randn(4, HIDDEN)
+    norm = norm_of(module)
+    found = readout(
+        states,
+        norm=norm.kind,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        norm_eps=norm.eps,
+    )
+    torch.testing.assert_close(found, formula(states, module))

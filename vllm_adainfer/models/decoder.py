@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 
 from vllm_adainfer.decision.norm import Norm
-from vllm_adainfer.runtime.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,16 @@ class KVProjection:
         size: int = self.attention.num_heads * self.attention.head_size
         return size
 
-    def __call__(self, stream: Stream, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [rows, heads, head size], for `stream` at int64 [rows] `positions`.
+    def __call__(
+        self, hidden: Tensor, residual: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [rows, heads, head size], of rows at int64 [rows] `positions`.
 
-        The norm may overwrite `stream`.
+        `hidden` and `residual` are the stream's parts, which the norm may overwrite.
         """
-        state = stream.hidden
-        if self.norm is not None and stream.residual is not None:
-            state, _ = self.norm(state, stream.residual)
+        state = hidden
+        if self.norm is not None and residual is not None:
+            state, _ = self.norm(state, residual)
         elif self.norm is not None:
             state = self.norm(state)
         both = self.qkv_proj(state)[0][:, self.q_size :]

@@ -183,7 +183,7 @@ class ExitLoop:
             # Counted as if they had run the layer.
             self.stats.layers_run += every.num_rows - stream.num_rows
             positions = positions[wanted]
-            attn_metadata, slot_mapping = step.narrowed(decisive)
+            attn_metadata, slot_mapping = step.narrowed_to(decisive)
             context = replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
         with override_forward_context(context):
             final = self._segment(len(self.stack.segments) - 1, positions, stream).hidden

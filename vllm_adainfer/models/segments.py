@@ -39,21 +39,29 @@ class Segment(nn.Module):
         self.num_layers = len(self.layers)
 
 
+class LastKV(nn.Module):
+    """Keys and values of the last layer, for rows that need nothing else of it."""
+
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str = "", projection: KVProjection
+    ) -> None:
+        super().__init__()
+        self.projection = projection
+
+
 @dataclass(frozen=True)
 class Stack:
     """A model's layers in segments.
 
     Attributes:
-        segments: in turn.
-        cuts: layers run after each of them but the last one, which ends with the final norm.
-        last_kv: how the first layer of the last segment makes keys and values; None if the
-            segment has no layer.
+        segments: in turn; the last one is the last layer, if that, and ends with the final norm.
+        last_kv: of that layer; None where the last segment has none.
         width: of what the last segment gives, the LM head's input.
 
     """
 
     segments: tuple[Segment, ...]
-    last_kv: KVProjection | None
+    last_kv: LastKV | None
     width: int
 
     @property
@@ -63,23 +71,26 @@ class Stack:
 
     def run(self, index: int, positions: Tensor, stream: Stream) -> Stream:
         """The stream after a segment; after the last one [rows, width] for the LM head."""
-        return Stream(*self.segments[index](positions, stream.hidden, stream.residual))
+        return Stream(*self.segments[index](positions, *stream.parts))
 
     def write_last_kv(self, positions: Tensor, stream: Stream, slots: dict[str, Tensor]) -> None:
-        """Keys and values of the last segment's layer for rows that need nothing else of it.
+        """Write keys and values of the last layer to `slots` [rows], by layer name.
 
-        `stream`, which may be overwritten, is before that layer; `slots` [rows] by layer name.
+        `stream` is before that layer, and may be overwritten.
         """
         assert self.last_kv is not None, "the last segment has no layer"
-        attention = self.last_kv.attention
-        compat.write_kv(attention, *self.last_kv(stream, positions), slots[attention.layer_name])
+        keys, values = self.last_kv(positions, *stream.parts)
+        attention = self.last_kv.projection.attention
+        compat.write_kv(attention, keys, values, slots[attention.layer_name])
 
     def profile(self, positions: Tensor, ids: Tensor) -> Tensor:
         """A pass that belongs to no request: [rows, width]."""
         stream = Stream(ids)
-        for index in range(len(self.segments)):
+        for index in range(len(self.segments) - 1):
             stream = self.run(index, positions, stream)
-        return stream.hidden
+        if self.last_kv is not None:  # a copy, for it may be overwritten
+            self.last_kv(positions, *stream.clone().parts)
+        return self.run(len(self.segments) - 1, positions, stream).hidden
 
 
 def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Segment]:
@@ -111,6 +122,23 @@ def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Seg
     return segment_class
 
 
+def last_kv_class(depth: int) -> type[LastKV]:
+    """A compiled class for the last layer of `depth`; see `segment_class`."""
+
+    def forward(
+        self: LastKV, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.projection(hidden_states, residual, positions)
+
+    name = f"LastKV_of_{depth}"
+    forward.__qualname__ = f"{name}.forward"
+    compiled = support_torch_compile(
+        dynamic_arg_dims={"positions": ROWS, "hidden_states": ROWS, "residual": ROWS}
+    )
+    last_kv_class: type[LastKV] = compiled(type(name, (LastKV,), {"forward": forward}))
+    return last_kv_class
+
+
 def build_stack(
     decoder: type[Decoder],
     body: nn.Module,
@@ -134,5 +162,8 @@ def build_stack(
         )
         for first, last in spans
     )
-    last_kv = decoder.kv_projection(layers[-1]) if cuts[-1] < depth else None
+    last_kv = None
+    if cuts[-1] < depth:
+        projection = decoder.kv_projection(layers[-1])
+        last_kv = last_kv_class(depth)(vllm_config=config, projection=projection)
     return Stack(segments, last_kv, width)

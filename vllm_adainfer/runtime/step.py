@@ -144,9 +144,13 @@ class StepContext:
         """int64 [rows], of the batch as it is now."""
         return torch.from_numpy(self.layout.positions)
 
-    def narrowed(self, layout: RowLayout | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Attention metadata and slot mapping, by layer, of the batch as it is now, or another."""
-        return self._narrow(self.layout if layout is None else layout)
+    def narrowed(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Attention metadata and slot mapping, by layer, of the batch as it is now."""
+        return self._narrow(self.layout)
+
+    def narrowed_to(self, layout: RowLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The same, of a batch with the rows of `layout`."""
+        return self._narrow(layout)
 
     def slots(self, layout: RowLayout) -> dict[str, Tensor]:
         """Where K and V of the rows of `layout` belong, by layer."""

@@ -30,6 +30,11 @@ class Stream:
         """How many there are."""
         return self.hidden.shape[0]
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        """Both, as layers take them."""
+        return self.hidden, self.residual
+
     def whole(self) -> Tensor:
         """[rows, hidden size], in one part."""
         return self.hidden if self.residual is None else self.hidden + self.residual

@@ -1,0 +1,107 @@
+"""Small models trained here on this repository's own text, so that their exits mean something.
+
+The task is to tell where three lines of code are from: the package, its tests or its tools.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import PreTrainedTokenizerFast as Fast
+
+Row = dict[str, str]
+ROOT = Path(__file__).parents[1]
+SOURCES = {"package": ["vllm_adainfer"], "tests": ["tests"], "tools": ["benchmarks", "kernels"]}
+TEMPLATE = "{text}\nFrom:"
+LINES = 3
+LAYERS, HIDDEN, HEADS, VOCABULARY = 12, 256, 4, 2000
+BATCH, EPOCHS, RATE = 32, 3, 1e-3
+LABEL_WEIGHT = 10.0  # of the label, among the tokens of its row
+FAMILIES = {
+    "Llama": lambda **shape: LlamaForCausalLM(LlamaConfig(intermediate_size=3 * HIDDEN, **shape)),
+    "OPT": lambda **shape: OPTForCausalLM(
+        OPTConfig(ffn_dim=4 * HIDDEN, word_embed_proj_dim=HIDDEN, **shape)
+    ),
+}
+
+
+def snippets() -> list[Row]:
+    """As many of each source, none overlapping another, in random order."""
+    by_source: dict[str, list[Row]] = {}
+    for source, directories in SOURCES.items():
+        rows = by_source[source] = []
+        for directory in directories:
+            for path in sorted((ROOT / directory).rglob("*.py")):
+                lines = [line for line in path.read_text().splitlines() if line.strip()]
+                for first in range(0, len(lines) - LINES + 1, LINES):
+                    text = "\n".join(lines[first : first + LINES])
+                    rows.append({"text": text, "label": source})
+    generator = random.Random(0)
+    count = min(map(len, by_source.values()))
+    rows = [row for rows in by_source.values() for row in generator.sample(rows, count)]
+    generator.shuffle(rows)
+    return rows
+
+
+def bpe_tokenizer(texts: Sequence[str]) -> Fast:
+    """Byte-level BPE of the texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return Fast(tokenizer_object=tokenizer, pad_token="<pad>")
+
+
+def train(family: str, rows: Sequence[Row], directory: Path) -> Path:
+    """Train a model of `family` from nothing on prompts and labels of `rows`, and save it."""
+    torch.manual_seed(0)
+    texts = [f"{TEMPLATE.format(**row)} {row['label']}" for row in rows]
+    tokenizer = bpe_tokenizer(texts)
+    model: Any = FAMILIES[family](
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    steps = EPOCHS * -(-len(rows) // BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+    for _ in range(EPOCHS):
+        for part in torch.randperm(len(texts)).split(BATCH):
+            batch = tokenizer([texts[i] for i in part], padding=True, return_tensors="pt")
+            loss = weighted_loss(model, batch["input_ids"], batch["attention_mask"])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def weighted_loss(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Cross entropy of each next token; of the last one, the label, it weighs more."""
+    logits = model(ids, attention_mask=mask).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    ).view(len(ids), -1)
+    weights = mask[:, 1:].float()
+    weights[torch.arange(len(ids)), mask.sum(1) - 2] = LABEL_WEIGHT
+    return (losses * weights).sum() / weights.sum()
