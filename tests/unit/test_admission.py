@@ -214,7 +214,6 @@ def generation(tiny_model, tmp_path_factory) -> Any:
     tensors = {
         "thresholds": torch.zeros(len(config.levels), len(config.exit_points)),
         "shortlist": torch.arange(3),
-        "norm_weight": torch.zeros(config.hidden_size),
         "head_rows": torch.zeros(3, config.hidden_size),
         **{f"exit.{layer}.classifier": torch.zeros(3) for layer in config.exit_points},
     }

@@ -48,7 +48,6 @@ def tensors_of(config: ArtifactConfig) -> dict[str, Tensor]:
     hidden = config.hidden_size
     tensors = {name: t for name, t in tensors.items() if not name.endswith(("weight", "bias"))}
     if config.labels:
-        tensors["norm_weight"] = torch.rand(hidden)
         tensors["head_rows"] = torch.rand(len(config.labels), hidden)
     for layer in config.exit_points if config.probe == "lens" else ():
         tensors[f"exit.{layer}.lens_weight"] = torch.rand(hidden, hidden)

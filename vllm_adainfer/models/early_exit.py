@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,7 +61,6 @@ class EarlyExit(_Model):
         self._settings = settings
         self._artifact = None if settings.artifact is None else load_artifact(settings.artifact)
         self._dtype = vllm_config.model_config.dtype
-        self._body = self.decoder.body(self)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load, then check that these are the weights the artifact was calibrated for."""
@@ -93,6 +92,10 @@ class EarlyExit(_Model):
             settings.min_rows_saved,
             monitor,
         )
+
+    @property
+    def _body(self) -> Any:
+        return self.decoder.body(self)
 
     @property
     def _exit_points(self) -> tuple[int, ...]:

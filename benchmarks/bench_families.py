@@ -1,0 +1,98 @@
+"""OPT and Llama side by side: small models trained here, calibrated, and measured on unseen rows.
+
+    .venv/bin/python benchmarks/bench_families.py
+
+Both have 12 layers and learn from the same text; see `small_models`. What runs after training is
+what the commands `calibrate` and `evaluate` run.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from small_models import FAMILIES, SOURCES, TEMPLATE, Row, snippets, train
+
+from vllm_adainfer.calibration.calibrate import CalibrationRequest, calibrate
+from vllm_adainfer.calibration.evaluate import EvaluationRequest, evaluate
+from vllm_adainfer.calibration.report import write_whole
+
+TRAIN, CALIBRATE = 1400, 700  # of the rows; the rest is for the test
+
+
+def main(
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/families.json"),
+    repeat: Annotated[int, typer.Option(help="Rounds of stock and ours.")] = 5,
+) -> None:
+    """Train, calibrate and measure each family; write JSON and a Markdown table."""
+    rows = snippets()
+    with tempfile.TemporaryDirectory() as directory:
+        reports = {
+            family: measured(family, rows, Path(directory) / family, repeat) for family in FAMILIES
+        }
+    write_whole(output, (json.dumps(reports, indent=2) + "\n").encode())
+    write_whole(output.with_suffix(".md"), table(reports).encode())
+    typer.echo(table(reports))
+
+
+def measured(family: str, rows: Sequence[Row], directory: Path, repeat: int) -> dict[str, Any]:
+    """The report of `evaluate`, and how long training took."""
+    directory.mkdir()
+    parts = {"calibration": rows[TRAIN : TRAIN + CALIBRATE], "test": rows[TRAIN + CALIBRATE :]}
+    for name, part in parts.items():
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    start = time.perf_counter()
+    model = str(train(family, rows[:TRAIN], directory / f"small-{family}"))
+    seconds = time.perf_counter() - start
+    artifact = directory / "artifact"
+    calibrate(
+        CalibrationRequest(
+            model=model,
+            data=directory / "calibration.jsonl",
+            output=artifact,
+            template=TEMPLATE,
+            labels=tuple(SOURCES),
+        )
+    )
+    report = evaluate(
+        EvaluationRequest(
+            model=model,
+            artifact=str(artifact),
+            data=directory / "test.jsonl",
+            template=TEMPLATE,
+            repeat=repeat,
+        )
+    )
+    return {"training_seconds": seconds, **report}
+
+
+def table(reports: dict[str, Any]) -> str:
+    """A row for each family."""
+    lines = [
+        "| family | accuracy, stock / ours | requests leave after layer (share) | layers saved "
+        "| disagreement (bound) | speed-up | never exiting |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family, report in reports.items():
+        exits = [
+            f"{layer} ({share:.0%})"
+            for layer, share in report["adainfer"]["exit_histogram"].items()
+            if share
+        ]
+        lines.append(
+            f"| {family}, {report['layers_total']} layers "
+            f"| {report['stock']['accuracy']:.1%} / {report['adainfer']['accuracy']:.1%} "
+            f"| {', '.join(exits)} | {report['layers_saved']:.0%} "
+            f"| {report['disagreement']:.1%} ({report['epsilon']:.0%}) "
+            f"| **{report['speedup']:.2f}x** | {report['never_exit']['speedup']:.2f}x |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
