@@ -65,6 +65,19 @@ def suite_table(name: str, title: str) -> list[str]:
     return lines
 
 
+def families_table() -> list[str]:
+    """OPT beside Llama, on small models that were trained in the benchmark."""
+    report = next(iter(load("families").values()))
+    table = (HERE / "results" / "families.md").read_text().splitlines()
+    return [
+        "OPT and Llama, small ones trained in the benchmark to tell where lines of this repository "
+        f"are from, {report['n']} unseen prompts of {report['prompt_tokens_mean']:.0f} tokens, "
+        f"delta {report['delta']:g}:",
+        "",
+        *table,
+    ]
+
+
 def throughput_table() -> list[str]:
     """What skipped layers bring, over all one-token cases of the synthetic benchmark."""
     report = load("throughput")
@@ -152,7 +165,7 @@ def tables() -> str:
         )
     for name, title in SUITES.items():
         lines += ["", *suite_table(name, title)]
-    lines += ["", *generation_table(), "", *throughput_table()]
+    lines += ["", *families_table(), "", *generation_table(), "", *throughput_table()]
     ratios = load("startup")["ratios"]
     lines += [
         "",

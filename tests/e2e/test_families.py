@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
-from tests.e2e.oracle import continuation, same
+from tests.e2e.oracle import continuation, head_inputs, same
 from tests.e2e.patterns import Request, drawn_pattern, drive, wrong
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, scripted
 from tests.e2e.test_equal_to_stock import LENGTHS, answer
 from tests.families import FAMILIES, tiny_checkpoint
 from tests.tiny import EXIT_POINTS, LAYERS
+from vllm_adainfer.decision.probe import logit_lens_of
+from vllm_adainfer.runtime.admission import ROW_ARG
 
 SMALL = {"max_model_len": 320, "num_gpu_blocks_override": 24, "kv_cache_memory_bytes": 8 << 20}
 SWITCH = {"exit_script": list(EXIT_POINTS), "kv": "propagate"}
@@ -100,11 +103,31 @@ def test_one_token_requests_get_the_answer_of_the_depth_they_leave_at(served, se
 
 
 @pytest.mark.parametrize("kv", ["exact", "propagate"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_drawn_exits_at_every_token_reproduce_the_oracle(served, kv, seed):
     pattern, ran = drawn_pattern(served.llm, kv, seed)
     names = range(len(pattern.requests))
     assert [e for name in names for e in wrong(served.reference, kv, pattern, name, ran)] == []
+
+
+def test_what_calibration_learns_from_reads_as_the_model_does(served, tmp_path):
+    """States and the logit lens as they are recorded, after a layer inside and after the last."""
+    llm = tiny_engine(served.directory, {"record": [3, LAYERS]}, **SMALL)
+    prompts, path = prompts_of(seed=3), tmp_path / "record.safetensors"
+    params = [
+        SamplingParams(temperature=0, max_tokens=1, extra_args={ROW_ARG: row})
+        for row in range(len(prompts))
+    ]
+    run(llm, prompts, params)
+    [facts] = llm.collective_rpc("adainfer_take_record", args=(str(path),))
+    tensors = load_file(path)
+    own = {name.partition(".")[2]: part for name, part in tensors.items() if "logit_lens" in name}
+    lens = logit_lens_of(own, facts["norm"])
+    torch.testing.assert_close(lens.head_weight, served.reference.lm_head.weight.data)
+    for depth in (3, LAYERS):
+        read = lens.readout(tensors[f"layer.{depth}"])
+        expected = [head_inputs(served.reference, prompt, depth)[-1] for prompt in prompts]
+        torch.testing.assert_close(read, torch.stack(expected), atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("served", ["mistral", "gemma2", "gemma3"], indirect=True)
