@@ -91,6 +91,10 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     off = 'or drop "adainfer" from additional_config'
     refusals: list[tuple[bool, str]] = [
+        (
+            model.model_impl not in ("auto", "vllm"),
+            f"--model-impl {model.model_impl} builds another model class: set it to vllm, {off}",
+        ),
         (not model_class, f"{_why_no_exit_points(model)}, {off}"),
         (
             not current_platform.is_cpu(),

@@ -106,6 +106,11 @@ def test_an_epsilon_that_was_not_certified_is_refused(tiny_model, tiny_policy):
         ({"runner": "pooling"}, "pooling models have no next token|has no exit points"),
         ({"enable_prompt_embeds": True}, "prompt embeddings enter below"),
         ({"logits_processors": ["some.module:Class"]}, "custom logits processors"),
+        ({"model_impl": "transformers"}, "--model-impl transformers builds another model class"),
+        (
+            {"hf_overrides": {"dual_chunk_attention_config": {"chunk_size": 64}}},
+            "dual chunk attention is not supported",
+        ),
         ({"worker_cls": "some.Worker"}, "custom --worker-cls"),
         ({"scheduler_cls": "some.Scheduler"}, "custom --scheduler-cls"),
         (
