@@ -69,6 +69,9 @@ class ArtifactConfig(_Strict):
     layers: int = Field(gt=1)
     hidden_size: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
+    head_size: int | None = Field(
+        None, gt=0, description="Of what the LM head reads, where that is not the hidden size."
+    )
     weights_fingerprint: str
     exit_points: tuple[int, ...] = Field(min_length=1)
     probe: Literal["label-head", "lens", "logit-lens"]
@@ -325,8 +328,7 @@ def _expected_shapes(
         scored = len(tensors.get("shortlist", ()))
         shapes["shortlist"] = (scored,)
     if config.probe != "label-head" and config.candidates != "full":
-        rows = tensors.get("head_rows")  # as wide as what the model's LM head reads
-        shapes["head_rows"] = (scored, hidden if rows is None else rows.shape[-1])
+        shapes["head_rows"] = (scored, config.head_size or hidden)
     for layer in config.exit_points:
         shapes[f"exit.{layer}.classifier"] = served_shape(config.classifier)
         if config.probe == "label-head":

@@ -16,10 +16,11 @@ from tests.tiny import EXIT_POINTS, LAYERS, tiny_config
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = [3, 40, 170, 1, 90]
+_GENERATOR = np.random.default_rng(0)
+PROMPTS = [_GENERATOR.integers(5, 1000, length).tolist() for length in LENGTHS]
 
 
 def answer(model: Path, params: list[dict[str, Any]], env: dict[str, str], **engine: Any) -> Any:
-    generator = np.random.default_rng(0)
     job = {
         "engine": {
             "model": str(model),
@@ -30,7 +31,7 @@ def answer(model: Path, params: list[dict[str, Any]], env: dict[str, str], **eng
             "kv_cache_memory_bytes": 64 << 20,
             **engine,
         },
-        "prompts": [generator.integers(5, 1000, length).tolist() for length in LENGTHS],
+        "prompts": PROMPTS,
         "params": params,
     }
     done = subprocess.run(
@@ -149,10 +150,8 @@ def test_compiled_segments_give_stock_tokens_and_exits_count_what_ran(
         dtype="float32",
         additional_config={"adainfer": {"artifact": str(tiny_policy), "min_rows_saved": 1}},
     )
-    generator = np.random.default_rng(0)
     first = EXIT_POINTS[0]
-    for length, asked, given in zip(LENGTHS, params, found["answers"], strict=True):
-        prompt = generator.integers(5, 1000, length).tolist()
+    for prompt, asked, given in zip(PROMPTS, params, found["answers"], strict=True):
         if asked is stays:
             assert same(given["tokens"], continuation(reference, prompt, 4, LAYERS))
             continue

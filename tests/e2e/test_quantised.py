@@ -14,6 +14,7 @@ from tests.e2e.test_families import SMALL, Served, prompts_of, run, scores
 from tests.families import tiny_checkpoint
 from tests.quantised import SCHEMES, quantise
 from tests.tiny import EXIT_POINTS, LAYERS
+from vllm_adainfer.models import early_exit
 
 CASES = [*((scheme, False) for scheme in SCHEMES), ("gptq", True)]
 SWITCH = {"exit_script": list(EXIT_POINTS)}
@@ -53,8 +54,12 @@ def test_requests_leave_with_the_state_of_the_depth_they_leave_at(served):
         assert depths[apart.index(min(apart))] == (LAYERS if at == FULL else EXIT_POINTS[at])
 
 
-def test_a_probe_reads_the_head_as_it_is_served(served):
+def test_a_probe_reads_the_head_as_it_is_served_and_says_if_that_takes_a_copy(served, monkeypatch):
     model, _, _ = parts(served.llm)
+    said: list[str] = []
+    monkeypatch.setattr(early_exit.logger, "warning", lambda text, *what: said.append(text % what))
     read = model.logit_lens(model.head_weight).head_weight
     expected = served.reference.lm_head.weight.data
     torch.testing.assert_close(read, expected.bfloat16(), rtol=0.01, atol=1e-3)
+    is_plain = hasattr(model.lm_head, "weight")
+    assert [text[:25] for text in said] == ([] if is_plain else ["the LM head is quantised "])

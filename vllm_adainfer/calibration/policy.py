@@ -180,12 +180,14 @@ def policy_config(
     """``config.json`` of a policy that certified ``options.epsilon``."""
     bound = options.bounds(recording.prompts[_rows_of(recording, halves)[1]])
     shortlist = target.label_ids is not None and not labels
+    head_size = recording.logit_lens.head_weight.shape[1]
     return ArtifactConfig(
         base_model=model,
         architecture=hf_config.architectures[0],
         layers=policy.costs.depth,
         hidden_size=hf_config.hidden_size,
         vocab_size=hf_config.vocab_size,
+        head_size=None if head_size == hf_config.hidden_size else head_size,
         weights_fingerprint=recording.fingerprint,
         exit_points=tuple(exit.layer for exit in policy.exits),
         probe=target.kind,

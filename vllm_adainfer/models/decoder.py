@@ -119,13 +119,14 @@ class Decoder:
 
     @staticmethod
     def kv_projection(layer: Any) -> KVProjection:
-        """How `layer` makes keys and values."""
+        """How `layer` makes keys and values; rotation and norm of keys where it has them."""
         attention = layer.self_attn
         return KVProjection(
             attention=attention.attn,
             qkv_proj=attention.qkv_proj,
             norm=layer.input_layernorm,
-            rotary=attention.rotary_emb,
+            rotary=getattr(attention, "rotary_emb", None),
+            key_norm=getattr(attention, "k_norm", None),
         )
 
 

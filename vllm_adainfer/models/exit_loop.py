@@ -179,7 +179,7 @@ class ExitLoop:
         if decisive is not None:
             wanted = step.sampled_rows(decisive.here)
             every, stream = stream, stream.rows(wanted)
-            self.stack.write_last_kv(positions, every, step.slots(step.layout))
+            self.stack.write_last_kv(positions, every, context.slot_mapping)
             # Counted as if they had run the layer.
             self.stats.layers_run += every.num_rows - stream.num_rows
             positions = positions[wanted]

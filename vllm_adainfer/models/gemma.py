@@ -10,7 +10,6 @@ from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 
 from vllm_adainfer.models.decoder import Decoder
 from vllm_adainfer.models.early_exit import EarlyExit
-from vllm_adainfer.models.qwen import Qwen3Decoder
 
 
 class Gemma2Decoder(Decoder):
@@ -37,4 +36,4 @@ class AdaInferGemma2ForCausalLM(EarlyExit, Gemma2ForCausalLM):
 class AdaInferGemma3ForCausalLM(EarlyExit, Gemma3ForCausalLM):
     """Gemma 3, text alone."""
 
-    decoder = Qwen3Decoder  # it has a norm of each key, too
+    decoder = Decoder

@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.model_executor.models.granite import GraniteForCausalLM
 
-from vllm_adainfer.models.decoder import Decoder, KVProjection
+from vllm_adainfer.models.decoder import Decoder
 from vllm_adainfer.models.early_exit import EarlyExit
 
 
 class GraniteDecoder(Decoder):
-    """Llama's, with a multiplied embedding, a stream in one part, and layers without positions."""
+    """Llama's, with a multiplied embedding and a stream in one part."""
 
     @staticmethod
     def embed(body: Any, ids: Tensor, positions: Tensor) -> Tensor:
@@ -31,17 +31,6 @@ class GraniteDecoder(Decoder):
         """See `Decoder.finish`."""
         normed: Tensor = body.norm(hidden)
         return normed
-
-    @staticmethod
-    def kv_projection(layer: Any) -> KVProjection:
-        """See `Decoder.kv_projection`."""
-        attention = layer.self_attn
-        return KVProjection(
-            attention=attention.attn,
-            qkv_proj=attention.qkv_proj,
-            norm=layer.input_layernorm,
-            rotary=attention.rotary_emb if attention.use_rope else None,
-        )
 
 
 class AdaInferGraniteForCausalLM(EarlyExit, GraniteForCausalLM):
