@@ -106,6 +106,20 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, config, probe, candidates):
         assert loaded.tensors[name].dtype == tensor.dtype
 
 
+@pytest.mark.parametrize("head_size", [None, 32], ids=["hidden size", "narrower"])
+def test_rows_of_the_head_are_as_wide_as_what_it_reads(tmp_path, config, head_size):
+    config = changed(config, probe="logit-lens", head_size=head_size)
+    width = head_size or config.hidden_size
+    for found in (32, 64):
+        tensors = tensors_of(config) | {"head_rows": torch.rand(len(config.labels), found)}
+        directory = save(tmp_path / "policy", config, tensors)
+        if found == width:
+            assert load_artifact(str(directory)).tensors["head_rows"].shape[1] == width
+        else:
+            with pytest.raises(AdaInferError, match="head_rows must have shape"):
+                load_artifact(str(directory))
+
+
 def lens_config(config: ArtifactConfig) -> ArtifactConfig:
     return changed(config, probe="lens", candidates="full", labels=())
 
