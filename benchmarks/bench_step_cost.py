@@ -42,6 +42,7 @@ from vllm_adainfer.calibration.report import write_whole
 from vllm_adainfer.decision.norm import Norm
 from vllm_adainfer.decision.probe import Probe
 from vllm_adainfer.decision.script import ScriptedPolicy
+from vllm_adainfer.models.batch import CompiledBatch
 from vllm_adainfer.models.exit_loop import ExitLoop
 from vllm_adainfer.provenance import provenance
 from vllm_adainfer.runtime.step import StepContext
@@ -158,7 +159,7 @@ def timed() -> Iterator[Times]:
         (ExitLoop, "_last", "last layer"),
         (ScriptedPolicy, "decide", "decide"),
         (StepContext, "regroup", "cut"),
-        (StepContext, "narrowed", "cut"),
+        (CompiledBatch, "narrowed", "cut"),
     ]
     patches = [
         mock.patch.object(owner, name, wrap(part, getattr(owner, name)))

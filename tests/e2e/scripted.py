@@ -57,6 +57,11 @@ def parts(llm: Any) -> tuple[Any, Any, Any]:
     return runner.model, runner, core.scheduler
 
 
+def running_of(runner: Any) -> Any:
+    """The `RunningRequests` of Model Runner V1 or V2."""
+    return getattr(runner, "model_state", runner).running
+
+
 @contextmanager
 def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     """Let the requests' scripts decide; yields the engine's `ExitStats`, starting at zero."""
@@ -64,20 +69,21 @@ def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     loop = model.exit_loop
     names = "policy", "stats", "kv", "_min_rows_saved"
     saved = {name: getattr(loop, name) for name in names}
-    admission = runner.admission, scheduler.admission
+    running = running_of(runner)
+    admission = running.admission, scheduler.admission
     lens = model.logit_lens(model.head_weight)
     loop.policy = ScriptedPolicy(loop.policy.exit_points, lens)
     loop.stats = type(loop.stats)()
     loop.kv = ExactKV()
     loop._min_rows_saved = min_rows_saved
-    runner.admission = scheduler.admission = ScriptedAdmission()
+    running.admission = scheduler.admission = ScriptedAdmission()
     llm.reset_prefix_cache()
     try:
         yield loop.stats
     finally:
         for name, value in saved.items():
             setattr(loop, name, value)
-        runner.admission, scheduler.admission = admission
+        running.admission, scheduler.admission = admission
         torch.manual_seed(0)
 
 

@@ -176,6 +176,6 @@ def test_a_certified_label_wins_also_where_its_lead_is_below_the_rounding_of_the
     model, _, _ = parts(engine)
     label_ids = model.exit_loop.policy.answer_ids
     scores = torch.tensor([[100.0, 100.05], [100.05, 100.0]])  # bfloat16 steps by 0.5 there
-    model._scored_answers = ScoredAnswers(torch.tensor([0, 1]), scores)
+    model._scored_answers = ScoredAnswers(np.array([0, 1]), scores)
     logits = model.compute_logits(torch.zeros(2, 64, dtype=torch.bfloat16))
     assert logits.argmax(dim=1).tolist() == [int(label_ids[1]), int(label_ids[0])]

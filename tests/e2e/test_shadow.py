@@ -16,7 +16,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.e2e.oracle import continuation, same
-from tests.e2e.scripted import EXIT_AT, parts, scripted
+from tests.e2e.scripted import EXIT_AT, parts, running_of, scripted
 from tests.e2e.test_equal_to_stock import LENGTHS, answer
 from tests.e2e.test_policies import artifact_of, expected, policy_of
 from tests.tiny import EXIT_POINTS, LAYERS
@@ -50,7 +50,7 @@ def watched(
 
     def set_rate(rate: float) -> None:
         settings = Settings(record=(1,), shadow_rate=rate)
-        runner.admission.is_shadow = Admission(settings).is_shadow
+        running_of(runner).admission.is_shadow = Admission(settings).is_shadow
 
     with scripted(llm) as stats:
         epsilons = [0.02, 0.05, 0.1]
@@ -185,7 +185,7 @@ def test_rows_of_shadows_do_not_count_as_ready_to_leave(engine):
         model, runner, _ = parts(engine)
         model.exit_loop._min_rows_saved = 2 * len(prompt)
         turns = iter([True, False])
-        runner.admission.is_shadow = cache(lambda request_id: next(turns))
+        running_of(runner).admission.is_shadow = cache(lambda request_id: next(turns))
         exit_at_once = SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: 0})
         run(engine, [prompt, prompt[::-1]], exit_at_once)
     assert +stats.exit_histogram == {LAYERS: 2}

@@ -16,7 +16,7 @@ from vllm.plugins import load_general_plugins
 
 from vllm_adainfer import plugin
 from vllm_adainfer.config import Settings
-from vllm_adainfer.engine import SCHEDULER, WORKER, refuse_unsupported
+from vllm_adainfer.engine import CPU_WORKER, SCHEDULER, refuse_unsupported
 from vllm_adainfer.errors import AdaInferError
 
 
@@ -43,7 +43,7 @@ def test_registering_again_changes_nothing():
 def test_the_switch_selects_model_worker_and_scheduler(tiny_model, tiny_policy):
     config = engine_config(tiny_model, {"artifact": str(tiny_policy)})
     assert config.model_config.hf_config.architectures == ["AdaInferLlamaForCausalLM"]
-    assert config.parallel_config.worker_cls == WORKER
+    assert config.parallel_config.worker_cls == CPU_WORKER
     assert config.scheduler_config.scheduler_cls == SCHEDULER
 
 

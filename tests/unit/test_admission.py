@@ -202,7 +202,7 @@ def test_a_deep_prompt_is_asked_for_without_touching_the_callers_object(
     assert (has_deep_prompt(params), has_deep_prompt(changed)) == (False, True)
     assert not has_deep_prompt(None)
     assert admission("all").tag(changed) == DEFAULT
-    assert admission("all").admit("id", changed).deep_prompt
+    assert admission("all").admit("id", changed, 5).deep_prompt
 
 
 @pytest.fixture(scope="module")
@@ -262,12 +262,12 @@ def test_a_policy_for_generated_text_serves_what_its_bound_speaks_of(
 
 @pytest.mark.parametrize(("asked", "known"), [(None, UNLIMITED), (1, 1), (30, 30)])
 def test_the_worker_remembers_how_many_tokens_there_may_be(generation, asked, known):
-    assert generation().admit("id", SamplingParams(max_tokens=asked)).max_tokens == known
+    assert generation().admit("id", SamplingParams(max_tokens=asked), 5).max_tokens == known
 
 
 def test_the_worker_remembers_who_wants_log_probabilities_of_the_prompt(generation):
     wants = [
-        generation().admit("id", SamplingParams(prompt_logprobs=asked)).wants_prompt
+        generation().admit("id", SamplingParams(prompt_logprobs=asked), 5).wants_prompt
         for asked in (None, 0, 1)
     ]
     assert wants == [False, True, True]

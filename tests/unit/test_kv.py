@@ -9,14 +9,25 @@ import torch
 
 from vllm_adainfer.runtime.kv import ExactKV, PropagateKV
 from vllm_adainfer.runtime.layout import RowLayout
+from vllm_adainfer.runtime.step import Rows
 from vllm_adainfer.runtime.stream import Stream
+from vllm_adainfer.runtime.transfer import upload
 
 
 def step_of(lens: list[int], last_positions: list[int]) -> Any:
     layout = RowLayout(np.array(lens), np.array(last_positions))
     names = [f"request {place}" for place in range(len(lens))]
-    slots = lambda layout: {"layer": torch.from_numpy(layout.positions)}  # noqa: E731
-    return SimpleNamespace(request_ids=names, layout=layout, slots=slots)
+    return SimpleNamespace(
+        request_ids=names,
+        layout=layout,
+        rows=rows,
+        on_device=lambda *arrays: upload(arrays, torch.device("cpu")),
+    )
+
+
+def rows(layout: RowLayout) -> Rows:
+    positions = torch.from_numpy(layout.positions)
+    return Rows(positions, {"layer": positions})
 
 
 def stream(step: Any) -> Stream:

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from vllm_adainfer.runtime.layout import RowLayout
-from vllm_adainfer.runtime.step import MIN_ROWS_SPARED, StepContext
+from vllm_adainfer.runtime.step import MIN_ROWS_SPARED, Rows, StepContext
 
 
 @dataclass
@@ -18,12 +17,13 @@ class Narrow:
 
     calls: list[tuple[list[int], list[int]]] = field(default_factory=list)
 
-    def __call__(self, layout: RowLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def __call__(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
         self.calls.append((layout.here.tolist(), layout.positions.tolist()))
-        return {"layer": len(self.calls)}, self.slots(layout)
+        return self.rows(layout), {"layer": len(self.calls)}
 
-    def slots(self, layout: RowLayout) -> dict[str, Tensor]:
-        return {"layer": torch.from_numpy(layout.positions)}
+    def rows(self, layout: RowLayout) -> Rows:
+        positions = torch.from_numpy(layout.positions)
+        return Rows(positions, {"layer": positions})
 
 
 def ints(*values: int) -> Any:
@@ -62,11 +62,11 @@ def compact(step: StepContext) -> tuple[int, list[int]]:
     return len(leaving), step.regroup(leaving).tolist()
 
 
-def original_rows(step: StepContext, rows: Tensor | None = None) -> list[int]:
-    """Where `rows` (None: all) were in the batch as it came."""
+def original_rows(step: StepContext, requests: Any = None) -> list[int]:
+    """Where the last rows of `requests` (None: all rows) were in the batch as it came."""
     whole = torch.full((1000, 1), -1.0)
-    count = step.layout.num_rows if rows is None else len(rows)
-    step.put_back(torch.arange(float(count)).unsqueeze(1), rows, whole)
+    count = step.layout.num_rows if requests is None else len(requests)
+    step.put_back(torch.arange(float(count)).unsqueeze(1), requests, whole)
     came = (whole[:, 0] >= 0).nonzero().squeeze(1)
     return came[whole[came, 0].argsort()].tolist()
 
@@ -170,12 +170,12 @@ def test_attention_is_narrowed_to_requests_and_rows_of_the_batch_as_it_came():
     step = make([2, 3, 1, 4], narrow=narrow)
     step.settle(ints(1))
     compact(step)
-    metadata, _ = step.narrowed()
+    _, metadata = step.narrowed_to(step.layout)
     step.settle(ints(0))
     compact(step)
-    _, slots = step.narrowed()
+    rows, _ = step.narrowed_to(step.layout)
     assert metadata == {"layer": 1}
-    assert slots["layer"].tolist() == [5, 6, 7, 8, 9]
+    assert rows.slots["layer"].tolist() == [5, 6, 7, 8, 9]
     assert narrow.calls == [([0, 2, 3], [0, 1, 5, 6, 7, 8, 9]), ([2, 3], [5, 6, 7, 8, 9])]
 
 
@@ -189,7 +189,7 @@ def test_the_last_layer_asks_for_the_last_row_of_each_request_that_remains():
     decisive = step.decisive()
     assert decisive.here.tolist() == [1, 2]
     assert decisive.positions.tolist() == [42, 192]
-    assert original_rows(step, step.sampled_rows(decisive.here)) == [42, 192]
+    assert original_rows(step, decisive.here) == [42, 192]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_the_bookkeeping_is_that_of_a_plain_list_of_rows(seed):
         assert (left, kept) == oracle.compact()
         remaining = remaining[kept]
         assert step.left.tolist() == sorted(oracle.left)
-        step.narrowed()
+        step.narrowed_to(step.layout)
         original = [row for _, row in oracle.batch]
         assert narrow.calls[-1] == (oracle.remaining(), original)
         assert remaining.flatten().tolist() == original

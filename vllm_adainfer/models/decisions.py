@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vllm_adainfer.decision.policy import ExitPolicy
@@ -14,7 +13,7 @@ class Decisions:
     """Asks the policy about a step's requests, at one exit point after the other.
 
     Attributes:
-        answers: [requests, ...], as in `Decision`, filled where settled; None before the first.
+        answers: [requests, ...], as in `Decision`, defined where settled; None before the first.
 
     """
 
@@ -29,18 +28,24 @@ class Decisions:
         """Ask about those in the batch who may exit and are not settled; settle who now is."""
         step = self._step
         asked = step.undecided()
-        if asked.size == 0:
+        if asked.size == 0:  # then nothing is read, either
             return
-        tags = torch.from_numpy(step.tags[asked])
+        places, tags, rows = step.on_device(asked, step.tags[asked], step.sampled_rows(asked))
         if len(asked) < stream.num_rows:  # else tokens are generated: every row is asked about
-            stream = stream.rows(step.sampled_rows(asked))
-        decision = self._policy.decide(exit_index, stream.whole(), tags, self._memory)
-        if decision.memory is not None:  # who is not settled is asked next, in this order
-            self._memory = decision.memory[~decision.settled]
-        settled = asked[decision.settled.numpy()]
-        if settled.size == 0 or decision.answers is None:
+            stream = stream.rows(rows)
+        memory = None if self._memory is None else self._memory[places]
+        decision = self._policy.decide(exit_index, stream.whole(), tags, memory)
+        if decision.memory is not None:
+            self._memory = self._put(self._memory, places, decision.memory)
+        if decision.answers is None:
             return
-        if self.answers is None:
-            self.answers = decision.answers.new_empty(step.num_requests, decision.answers.shape[1])
-        self.answers[torch.from_numpy(settled)] = decision.answers[decision.settled]
-        step.settle(settled)
+        # Of those that are not settled, too: to pick the others out, the device would have to wait.
+        self.answers = self._put(self.answers, places, decision.answers)
+        step.settle(asked[decision.settled.cpu().numpy()])  # the one read of an exit point
+
+    def _put(self, kept: Tensor | None, places: Tensor, values: Tensor) -> Tensor:
+        """`kept` [requests, ...], made if there is none, with `values` at `places`."""
+        if kept is None:
+            kept = values.new_empty(self._step.num_requests, *values.shape[1:])
+        kept[places] = values
+        return kept

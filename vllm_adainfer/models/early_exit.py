@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from vllm_adainfer.artifact import load_artifact, weights_fingerprint
+from vllm_adainfer.artifact import WeightsFingerprint, load_artifact
 from vllm_adainfer.compat import get_logger
 from vllm_adainfer.config import LensRecord, read_settings
 from vllm_adainfer.decision.monitor import DisagreementMonitor
@@ -26,9 +27,11 @@ from vllm_adainfer.models.segments import Stack, build_stack
 from vllm_adainfer.models.shadow import ShadowAnswers, watch
 from vllm_adainfer.runtime.kv import ExactKV, KVPolicy, PropagateKV
 from vllm_adainfer.runtime.step import StepContext
+from vllm_adainfer.runtime.transfer import upload
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.llama import LlamaForCausalLM as _Model
+    from vllm.v1.worker.gpu.model_states.interface import ModelState
 else:
     _Model = object
 
@@ -62,10 +65,18 @@ class EarlyExit(_Model):
         self._artifact = None if settings.artifact is None else load_artifact(settings.artifact)
         self._dtype = vllm_config.model_config.dtype
 
+    @classmethod
+    def get_model_state_cls(cls) -> type[ModelState]:
+        """What Model Runner V2 is to prepare steps with."""
+        from vllm_adainfer.runtime.v2_state import AdaInferModelState
+
+        return AdaInferModelState
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load, then check that these are the weights the artifact was calibrated for."""
-        loaded: set[str] = super().load_weights(weights)
-        self.fingerprint = weights_fingerprint(dict(self.named_parameters()))
+        fingerprint = WeightsFingerprint(self._dtype)
+        loaded: set[str] = super().load_weights(fingerprint.passing(weights))
+        self.fingerprint = fingerprint.hexdigest
         if self._artifact is not None:
             self._artifact.config.check_weights(self.fingerprint)
         if self._settings.kv == "propagate":
@@ -186,19 +197,19 @@ class EarlyExit(_Model):
             return super().compute_logits(hidden_states)
         answer_ids = self._exit_loop.policy.answer_ids
         assert answer_ids is not None
-        deep = torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
-        deep[answers.requests] = False
-        logits: Tensor | None = None
-        if deep.any():
-            at_full_depth = super().compute_logits(hidden_states[deep])
-            logits = at_full_depth.new_full((deep.shape[0], at_full_depth.shape[1]), -torch.inf)
-            logits[deep] = at_full_depth
+        count, device = hidden_states.shape[0], hidden_states.device
+        at_full_depth = np.setdiff1d(np.arange(count), answers.requests)
+        deep, early = upload([at_full_depth, answers.requests], device)
+        if at_full_depth.size:
+            scored = super().compute_logits(hidden_states[deep])
+            logits: Tensor = scored.new_full((count, scored.shape[1]), -torch.inf)
+            logits[deep] = scored
         else:
-            logits = hidden_states.new_full((deep.shape[0], self.config.vocab_size), -torch.inf)
+            logits = hidden_states.new_full((count, self.config.vocab_size), -torch.inf)
         scores = self._scaled(answers.scores)
         # Relative to the best: rounded to bfloat16, large scores would tie with the certified one.
         scores = scores - scores.max(dim=1, keepdim=True).values
-        logits[answers.requests.unsqueeze(1), answer_ids] = scores.to(logits.dtype)
+        logits[early.unsqueeze(1), answer_ids] = scores.to(logits.dtype)
         return logits
 
     def _scaled(self, scores: Tensor) -> Tensor:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from vllm.forward_context import (
-    ForwardContext,
-    get_forward_context,
-    override_forward_context,
-)
+from vllm.forward_context import get_forward_context
 
 from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.policy import ExitPolicy
+from vllm_adainfer.models.batch import Batch, CompiledBatch
 from vllm_adainfer.models.decisions import Decisions
 from vllm_adainfer.models.segments import Stack
 from vllm_adainfer.models.shadow import ShadowAnswers
@@ -33,12 +29,12 @@ class ScoredAnswers:
     """Requests whose answer the policy gave as scores of some tokens, for `compute_logits`.
 
     Attributes:
-        requests: int64 [answered], positions in the step's batch.
+        requests: [answered], places in the step's batch.
         scores: fp32 [answered, answer ids].
 
     """
 
-    requests: Tensor
+    requests: Ints
     scores: Tensor
 
 
@@ -79,7 +75,7 @@ class ExitLoop:
         """Run one step.
 
         Args:
-            positions: int64 [rows].
+            positions: int64 [rows], maybe padded: rows at the end belong to nobody.
             input_ids: int32 or int64 [rows].
             step: which rows are whose, and which requests may exit.
 
@@ -90,16 +86,15 @@ class ExitLoop:
 
         """
         stats, policy = self.stats, self.policy
-        rows = positions.shape[0]
-        stats.layers_possible += rows * self._depth
+        stats.layers_possible += step.layout.num_rows * self._depth
         stats.passes_possible += self._depth
         stats.tokens_decided += step.num_sampled
-        context = get_forward_context()
+        compiled = CompiledBatch(self.stack, positions, get_forward_context())
+        batch: Batch = compiled
         decisions = Decisions(policy, step)
         stream = Stream(input_ids)
         for index in range(len(self.stack.segments) - 1):
-            with override_forward_context(context):
-                stream = self._segment(index, positions, stream)
+            stream = self._segment(index, batch, stream, step)
             if index == len(policy.exit_points):  # it ends where the last layer begins
                 break
             decisions.ask(index, stream)
@@ -109,10 +104,8 @@ class ExitLoop:
             stream = regrouped
             if stream.num_rows == 0:
                 break
-            positions = step.positions()
-            attn_metadata, slot_mapping = step.narrowed()
-            context = replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
-        whole = self._last(positions, stream, step, context, rows)
+            batch = compiled = compiled.narrowed(step)
+        whole = self._last(batch, compiled, stream, step, positions.shape[0])
         answers = decisions.answers
         shadow = ShadowAnswers.of(step, answers)
         early = step.left
@@ -121,17 +114,17 @@ class ExitLoop:
             early = step.answered()  # those that stayed need no LM head either
         if answers is None or early.size == 0:
             return whole, None, shadow
-        requests = torch.from_numpy(early)
+        requests, rows = step.on_device(early, step.original_sampled_rows(early))
         if policy.answer_ids is not None:
-            return whole, ScoredAnswers(requests, answers[requests]), shadow
-        whole[step.original_sampled_rows(early)] = answers[requests]
+            return whole, ScoredAnswers(early, answers[requests]), shadow
+        whole[rows] = answers[requests]
         return whole, None, shadow
 
-    def _segment(self, index: int, positions: Tensor, stream: Stream) -> Stream:
+    def _segment(self, index: int, batch: Batch, stream: Stream, step: StepContext) -> Stream:
         num_layers = self.stack.segments[index].num_layers
-        self.stats.layers_run += stream.num_rows * num_layers
+        self.stats.layers_run += step.layout.num_rows * num_layers
         self.stats.passes_run += num_layers
-        return self.stack.run(index, positions, stream)
+        return batch.run(index, stream)
 
     def _regroup(self, exit_index: int, stream: Stream, step: StepContext) -> Stream | None:
         """The rows that go on below this exit point; None if they are those that came to it."""
@@ -146,6 +139,7 @@ class ExitLoop:
         if going_on.size:
             self.kv.leave(exit_index, going_on, stream, step)
         if waiting is not None:
+            stream = stream.rows(slice(0, step.layout.num_rows))  # those of nobody go
             stream = Stream.cat([stream, self.kv.rejoin(exit_index, step, waiting)])
         return stream.rows(step.regroup(leaving, waiting))
 
@@ -161,33 +155,27 @@ class ExitLoop:
         return ready * (self._depth - self.policy.exit_points[exit_index]) >= CUT_WORK
 
     def _last(
-        self,
-        positions: Tensor,
-        stream: Stream,
-        step: StepContext,
-        context: ForwardContext,
-        rows: int,
+        self, batch: Batch, compiled: CompiledBatch, stream: Stream, step: StepContext, rows: int
     ) -> Tensor:
         """What the LM head reads of the remaining rows, among all `rows` of the batch as it came.
 
         Where that pays, rows that decide no request get keys and values of the last layer alone.
         """
-        whole = stream.hidden.new_empty(rows, self.stack.width)
+        last, whole = len(self.stack.segments) - 1, stream.hidden.new_empty(rows, self.stack.width)
         if stream.num_rows == 0:
             return whole
-        decisive, wanted = step.decisive(), None
-        if decisive is not None:
-            wanted = step.sampled_rows(decisive.here)
-            every, stream = stream, stream.rows(wanted)
-            self.stack.write_last_kv(positions, every, context.slot_mapping)
-            # Counted as if they had run the layer.
-            self.stats.layers_run += every.num_rows - stream.num_rows
-            positions = positions[wanted]
-            attn_metadata, slot_mapping = step.narrowed_to(decisive)
-            context = replace(context, attn_metadata=attn_metadata, slot_mapping=slot_mapping)
-        with override_forward_context(context):
-            final = self._segment(len(self.stack.segments) - 1, positions, stream).hidden
-        if step.as_it_came and final.shape[0] == rows:
-            return final
-        step.put_back(final, wanted, whole)
+        decisive = step.decisive()
+        if decisive is None:
+            final = self._segment(last, batch, stream, step).hidden
+            if step.as_it_came:
+                return final
+            step.put_back(final, None, whole)
+            return whole
+        [wanted] = step.on_device(step.sampled_rows(decisive.here))
+        every, stream = stream, stream.rows(wanted)
+        compiled.write_last_kv(every)
+        batch = compiled.narrowed_to(decisive, step)
+        # All rows are counted as if they had run the layer.
+        final = self._segment(last, batch, stream, step).hidden
+        step.put_back(final, decisive.here, whole)
         return whole

@@ -18,7 +18,7 @@ from vllm_adainfer.stats import ExitStats
 
 @dataclass
 class Timings:
-    """What full depth has cost so far, on a device that computes as it is called.
+    """What full depth has cost so far.
 
     Attributes:
         layer_seconds: in decoder layers.
@@ -52,18 +52,20 @@ class RecordingLoop:
         self, positions: Tensor, input_ids: Tensor, step: StepContext
     ) -> tuple[Tensor, None, None]:
         """Run and record one step; see `ExitLoop.run`. Nobody leaves, so there are no answers."""
-        rows = positions.shape[0]
+        rows = step.layout.num_rows
         stream = Stream(input_ids)
         states = []
         for index in range(len(self.recorder.layers)):
-            start = time.perf_counter()
+            start = _now(step)
             stream = self.stack.run(index, positions, stream)
-            self.timings.layer_seconds += time.perf_counter() - start
+            self.timings.layer_seconds += _now(step) - start
             states.append(stream.whole())
         final = self.stack.run(len(self.recorder.layers), positions, stream).hidden
         tags, last = step.tags_by_row(), step.sampled_by_row()
-        self.recorder.record(states, torch.from_numpy(tags), positions, torch.from_numpy(last))
-        self._rehearse_cut(stream, positions, step)
+        tags_there, last_there = step.on_device(tags, last)
+        states = [state[:rows] for state in states]  # without padding
+        self.recorder.record(states, tags_there, positions[:rows], last_there)
+        self._rehearse_cut(stream, step)
         stats, work = self.stats, rows * self._depth
         self.timings.layers_run += work
         stats.layers_run += work
@@ -74,15 +76,21 @@ class RecordingLoop:
         stats.exit_histogram[self._depth] += step.num_sampled
         return final, None, None
 
-    def _rehearse_cut(self, stream: Stream, positions: Tensor, step: StepContext) -> None:
+    def _rehearse_cut(self, stream: Stream, step: StepContext) -> None:
         """Time what an exit point does when half of the requests leave, now that it is over."""
         undecided = step.undecided()
         if undecided.size < 2:
             return
-        start = time.perf_counter()
+        start = _now(step)
         step.settle(undecided[::2])
         stay = step.regroup(step.ready())
-        _ = stream.rows(stay), positions[stay]
-        step.narrowed()
-        self.timings.cut_seconds += time.perf_counter() - start
+        _ = stream.rows(stay), step.narrowed_to(step.layout)
+        self.timings.cut_seconds += _now(step) - start
         self.timings.rows += stream.num_rows
+
+
+def _now(step: StepContext) -> float:
+    """Seconds, when the device has done what it was told so far."""
+    if step.device.type != "cpu":
+        torch.accelerator.synchronize(step.device)
+    return time.perf_counter()

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vllm_adainfer.compat import get_logger
@@ -25,7 +24,7 @@ class ShadowAnswers:
     Attributes:
         tags: [shadow], the number with which each request was admitted.
         settled: [shadow], False where no exit point settled it: it agrees by running deep.
-        requests: int64 [settled], positions of the settled ones in the step's batch.
+        requests: int64 [settled], places of the settled ones in the step's batch.
         answers: [settled, answer ids] or [settled, hidden size], as in `Decision`; None where
             nothing has been settled in the step.
 
@@ -42,7 +41,7 @@ class ShadowAnswers:
         if step.shadow is None or step.shadow.size == 0:
             return None
         settled = step.settled(step.shadow)
-        requests = torch.from_numpy(step.shadow[settled])
+        [requests] = step.on_device(step.shadow[settled])
         return cls(
             tags=step.tags[step.shadow],
             settled=settled,
@@ -73,7 +72,7 @@ class ShadowAnswers:
             ids, order = ids.sort()
             early_ids = ids[self.answers[:, order].argmax(dim=1)]
             full_ids = ids[full[:, ids].argmax(dim=1)] if policy.restricted else full.argmax(dim=1)
-        disagreed[self.settled] = (early_ids != full_ids).numpy()
+        disagreed[self.settled] = (early_ids != full_ids).cpu().numpy()
         return disagreed
 
 

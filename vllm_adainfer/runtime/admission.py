@@ -38,6 +38,7 @@ class Admitted:
     Attributes:
         tag: see `Admission.tag`.
         is_shadow: see `Admission.is_shadow`.
+        prompt_len: tokens of its prompt.
         max_tokens: how many it will be asked for at most.
         deep_prompt: whether its prompt runs at full depth, whatever the tag.
         wants_prompt: whether it wants log-probabilities of its prompt's tokens.
@@ -46,6 +47,7 @@ class Admitted:
 
     tag: int
     is_shadow: bool
+    prompt_len: int
     max_tokens: int
     deep_prompt: bool
     wants_prompt: bool
@@ -66,11 +68,12 @@ class Admission:
         if settings.exit_script is not None:
             self._label_ids = set(SCRIPT_LABELS)
 
-    def admit(self, request_id: str, params: SamplingParams | None) -> Admitted:
+    def admit(self, request_id: str, params: SamplingParams | None, prompt_len: int) -> Admitted:
         """All that the worker is to remember of a request."""
         return Admitted(
             tag=self.tag(params),
             is_shadow=self.is_shadow(request_id),
+            prompt_len=prompt_len,
             max_tokens=(params and params.max_tokens) or UNLIMITED,
             deep_prompt=has_deep_prompt(params),
             wants_prompt=params is not None and params.prompt_logprobs is not None,

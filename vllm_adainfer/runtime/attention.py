@@ -2,93 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_adainfer import compat
 from vllm_adainfer.runtime.layout import RowLayout
+from vllm_adainfer.runtime.step import Rows
+from vllm_adainfer.runtime.transfer import upload
+
+Groups = list[list[AttentionGroup]]  # by KV cache group
 
 
-class AttentionNarrower:
-    """Rebuilds a V1 runner's metadata for other rows of its requests.
+def own_groups(groups: Groups, vllm_config: VllmConfig, device: torch.device) -> Groups:
+    """`groups` with metadata builders of their own: a builder may keep what it built last.
 
-    The builders are our own (one per attention group), as in vLLM's own row-subset model
-    (`models/deepseek_v41/nvidia/model_state.py`): a builder may keep what it built last. The
-    slot mapping is returned twice, inside the metadata and by layer, because vLLM 0.32 reads
-    the second where it writes K and V.
+    So does vLLM's own model that runs some layers on some rows only
+    (`models/deepseek_v41/nvidia/model_state.py`).
+    """
+    copies = [[replace(group, metadata_builders=[]) for group in same] for same in groups]
+    for same in copies:
+        for group in same:
+            group.create_metadata_builders(vllm_config, device, group.kernel_block_size)
+    return copies
+
+
+@dataclass(frozen=True)
+class StepAttention:
+    """What layers need for other rows of a step's requests: `vllm_adainfer.runtime.step.Narrow`.
+
+    The slot mapping is given twice, inside the metadata and by layer, because vLLM 0.32 reads the
+    second where it writes K and V.
+
+    Attributes:
+        groups: `own_groups`.
+        block_tables: int32 [requests, blocks] of each KV cache group, on the device.
+        block_sizes: of these blocks, by KV cache group.
+        device: of the rows.
+
     """
 
-    def __init__(self, runner: Any) -> None:
-        """`runner` is a `GPUModelRunner` whose KV cache is set up."""
-        self._runner = runner
-        self._groups = [
-            [
-                (
-                    group.layer_names,
-                    group.backend.get_builder_cls()(
-                        group.kv_cache_spec,
-                        group.layer_names,
-                        runner.vllm_config,
-                        runner.device,
-                    ),
-                )
-                for group in groups
-            ]
-            for groups in runner.attn_groups
-        ]
+    groups: Groups
+    block_tables: Sequence[Tensor]
+    block_sizes: Sequence[int]
+    device: torch.device
 
-    def __call__(self, layout: RowLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Metadata and slot mapping, by layer name, for the rows of `layout`."""
-        slots = self._slots(layout)
-        return self._metadata(layout, slots), self._by_layer(slots)
+    def __call__(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
+        """See `Narrow`."""
+        requests = layout.here
+        lens = layout.lens[requests]
+        starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
+        seq_lens = (layout.last_positions[requests] + 1).astype(np.int32)
+        arrays = layout.owners, layout.positions, requests, starts, seq_lens
+        owners, positions, kept, starts_there, seq_lens_there = upload(arrays, self.device)
+        slots = self._slots(owners, positions)
+        metadata: dict[str, Any] = {}
+        for same, table, group_slots in zip(self.groups, self.block_tables, slots, strict=True):
+            common = CommonAttentionMetadata(
+                query_start_loc=starts_there,
+                query_start_loc_cpu=torch.from_numpy(starts),
+                seq_lens=seq_lens_there,
+                seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
+                num_reqs=len(requests),
+                num_actual_tokens=layout.num_rows,
+                max_query_len=int(lens.max()),
+                max_seq_len=int(seq_lens.max()),
+                block_table_tensor=table[kept],
+                slot_mapping=group_slots,
+                positions=positions,
+            )
+            for group in same:
+                built = group.build_metadata(common)
+                metadata.update(dict.fromkeys(group.layer_names, built))
+        return Rows(positions, self._by_layer(slots)), metadata
 
-    def slots(self, layout: RowLayout) -> dict[str, Tensor]:
-        """Slot mapping, by layer name, for the rows of `layout`."""
-        return self._by_layer(self._slots(layout))
+    def rows(self, layout: RowLayout) -> Rows:
+        """See `Narrow.rows`."""
+        owners, positions = upload((layout.owners, layout.positions), self.device)
+        return Rows(positions, self._by_layer(self._slots(owners, positions)))
 
-    def _slots(self, layout: RowLayout) -> list[Tensor]:
+    def _slots(self, owners: Tensor, positions: Tensor) -> list[Tensor]:
         """Of each KV cache group, int64 [rows]."""
-        owners, positions = torch.from_numpy(layout.owners), torch.from_numpy(layout.positions)
-        tables = self._runner.input_batch.block_table
         return [
-            compat.slots(tables[group], owners, positions) for group in range(len(self._groups))
+            compat.slots(table, size, owners, positions)
+            for table, size in zip(self.block_tables, self.block_sizes, strict=True)
         ]
 
     def _by_layer(self, slots: list[Tensor]) -> dict[str, Tensor]:
         return {
             name: group_slots
-            for builders, group_slots in zip(self._groups, slots, strict=True)
-            for layer_names, _ in builders
-            for name in layer_names
+            for same, group_slots in zip(self.groups, slots, strict=True)
+            for group in same
+            for name in group.layer_names
         }
-
-    def _metadata(self, queries: RowLayout, slots: list[Tensor]) -> dict[str, Any]:
-        """For queries from the rows of `queries`; K and V go to `slots`."""
-        runner, requests = self._runner, queries.here
-        kept, lens = torch.from_numpy(requests), queries.lens[requests]
-        query_start_loc = torch.zeros(len(requests) + 1, dtype=torch.int32)
-        query_start_loc[1:] = torch.from_numpy(np.cumsum(lens))
-        seq_lens = runner.seq_lens[kept]
-        metadata: dict[str, Any] = {}
-        for group_id, builders in enumerate(self._groups):
-            table = runner.input_batch.block_table[group_id]
-            common = CommonAttentionMetadata(
-                query_start_loc=query_start_loc,
-                query_start_loc_cpu=query_start_loc,
-                seq_lens=seq_lens,
-                seq_lens_cpu_upper_bound=seq_lens,
-                num_reqs=len(requests),
-                num_actual_tokens=queries.num_rows,
-                max_query_len=int(lens.max()),
-                max_seq_len=int(seq_lens.max()),
-                block_table_tensor=table.get_device_tensor(runner.input_batch.num_reqs)[kept],
-                slot_mapping=slots[group_id],
-                positions=torch.from_numpy(queries.positions),
-            )
-            for layer_names, builder in builders:
-                metadata.update(dict.fromkeys(layer_names, builder.build(0, common)))
-        return metadata

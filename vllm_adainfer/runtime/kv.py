@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from vllm_adainfer.runtime.layout import Ints
@@ -133,10 +132,10 @@ class PropagateKV:
 
     def leave(self, exit_index: int, requests: Ints, stream: Stream, step: StepContext) -> None:
         """See `KVPolicy.leave`."""
-        rows = torch.from_numpy(step.layout.rows_of(requests))
+        [places] = step.on_device(step.layout.rows_of(requests))
         leaving = step.layout.only(requests)
-        positions = torch.from_numpy(leaving.positions)
-        self.fill(exit_index, stream.rows(rows).whole(), positions, step.slots(leaving))
+        rows = step.rows(leaving)
+        self.fill(exit_index, stream.rows(places).whole(), rows.positions, rows.slots)
         for request in requests.tolist():
             first = int(leaving.last_positions[request] - leaving.lens[request] + 1)
             self._exact.setdefault(step.request_ids[request], first)

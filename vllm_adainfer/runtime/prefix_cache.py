@@ -130,6 +130,11 @@ class PrefixCacheGuard:
                 self._withheld.popitem(last=False)
         return blocks
 
+    def cache_blocks(self, request: Request, num_tokens: int) -> None:
+        """As vLLM's, which calls it of asynchronous schedulers; not while tokens are withheld."""
+        if request.request_id not in self._unfinished:
+            self._manager.cache_blocks(request, num_tokens)
+
     def free(self, request: Request) -> None:
         """As vLLM's; the request has ended, or is preempted and starts anew."""
         self._unfinished.pop(request.request_id, None)

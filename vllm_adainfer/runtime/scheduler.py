@@ -1,9 +1,11 @@
-"""vLLM's scheduler with a guarded prefix cache."""
+"""vLLM's schedulers with a guarded prefix cache."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -17,9 +19,17 @@ from vllm_adainfer.runtime.admission import (
 )
 from vllm_adainfer.runtime.prefix_cache import PrefixCacheGuard
 
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
+else:
+    _Scheduler = object
 
-class AdaInferScheduler(Scheduler):
-    """Keeps blocks of prompts that may exit early out of the prefix cache."""
+
+class GuardedScheduler(_Scheduler):
+    """Keeps blocks of prompts that may exit early out of the prefix cache.
+
+    Comes before vLLM's class among the bases of ours.
+    """
 
     kv_cache_manager: Any  # vLLM's KVCacheManager, or the guard around it
 
@@ -56,3 +66,21 @@ class AdaInferScheduler(Scheduler):
     def _complete(self, request: Request) -> None:
         """The worker reads this when the request is first sent to it, in this very step."""
         request.sampling_params = with_deep_prompt(request.sampling_params)
+
+
+class AdaInferScheduler(GuardedScheduler, Scheduler):
+    """Schedules a step when the one before has ended, as on a CPU."""
+
+
+class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
+    """Schedules a step while the one before runs, as on a GPU."""
+
+
+def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """The scheduler of a configured engine.
+
+    vLLM 0.32 settles ``async_scheduling`` after its config hooks, so the class is chosen here.
+    """
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    chosen = AdaInferAsyncScheduler if asynchronous else AdaInferScheduler
+    return chosen(vllm_config=vllm_config, **kwargs)

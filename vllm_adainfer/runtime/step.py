@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,19 +11,35 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.runtime.layout import Bools, Ints, RowLayout
+from vllm_adainfer.runtime.transfer import upload
 
 # New attention metadata take as long as the last layer of so many rows (see `CUT_WORK`).
 MIN_ROWS_SPARED = 64
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a batch are.
+
+    Attributes:
+        positions: int64 [rows], in their sequences.
+        slots: int64 [rows] by layer, where in the cache their keys and values belong.
+
+    """
+
+    positions: Tensor
+    slots: dict[str, Tensor]
 
 
 class Narrow(Protocol):
-    """Builds what attention needs when it is not to see the batch as it came."""
+    """Builds what layers need when they are not to see the batch as it came."""
 
-    def __call__(self, layout: RowLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Attention metadata and slot mapping, by layer, for the rows of `layout`."""
+    def __call__(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
+        """Rows and attention metadata, by layer, for the rows of `layout`."""
 
-    def slots(self, layout: RowLayout) -> dict[str, Tensor]:
-        """Slot mapping, by layer, for the rows of `layout`."""
+    def rows(self, layout: RowLayout) -> Rows:
+        """The rows of `layout` alone."""
 
 
 class StepContext:
@@ -41,6 +58,7 @@ class StepContext:
         narrow: Narrow,
         shadow: Bools | None = None,
         all_rows_count: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         """Describe the batch.
 
@@ -53,6 +71,7 @@ class StepContext:
             narrow: builds what attention needs when only some requests remain.
             shadow: [requests], True for those that, if they may exit, are decided but stay.
             all_rows_count: whether final states of rows that are not sampled are wanted.
+            device: of the rows.
 
         """
         self.request_ids = request_ids
@@ -61,6 +80,7 @@ class StepContext:
         self.layout = layout  # of the batch as it is now
         self.tags = tags
         self.goes_on = goes_on
+        self.device = device
         self._came = layout
         self._sampled = sampled
         self._narrow = narrow
@@ -93,9 +113,13 @@ class StepContext:
         """Requests in the stack that may exit and are not settled yet."""
         return np.flatnonzero(self._may_exit & ~self._settled)
 
-    def sampled_rows(self, requests: Ints) -> Tensor:
+    def on_device(self, *arrays: Ints | Bools) -> list[Tensor]:
+        """`arrays` where the rows are."""
+        return upload(arrays, self.device)
+
+    def sampled_rows(self, requests: Ints) -> Ints:
         """Rows, in the batch as it is now, that decide `requests` (which must not have left)."""
-        return torch.from_numpy(self.layout.last_rows(requests))
+        return self.layout.last_rows(requests)
 
     def tags_by_row(self) -> Ints:
         """The tag of each row's request, in the batch as it came."""
@@ -138,23 +162,16 @@ class StepContext:
         origin = np.full(before + int(waiting.sum()), -1)
         origin[:before] = np.arange(before) if self._origin is None else self._origin
         self._origin = origin[rows]
-        return torch.from_numpy(rows)
+        [rows_on_device] = self.on_device(rows)
+        return rows_on_device
 
-    def positions(self) -> Tensor:
-        """int64 [rows], of the batch as it is now."""
-        return torch.from_numpy(self.layout.positions)
-
-    def narrowed(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Attention metadata and slot mapping, by layer, of the batch as it is now."""
-        return self._narrow(self.layout)
-
-    def narrowed_to(self, layout: RowLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The same, of a batch with the rows of `layout`."""
+    def narrowed_to(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
+        """Rows and attention metadata, by layer, of a batch with the rows of `layout`."""
         return self._narrow(layout)
 
-    def slots(self, layout: RowLayout) -> dict[str, Tensor]:
-        """Where K and V of the rows of `layout` belong, by layer."""
-        return self._narrow.slots(layout)
+    def rows(self, layout: RowLayout) -> Rows:
+        """Where the rows of `layout` are."""
+        return self._narrow.rows(layout)
 
     def decisive(self) -> RowLayout | None:
         """The last row of each request that remains: those whose final states are wanted.
@@ -166,19 +183,19 @@ class StepContext:
             return None
         return self.layout.last_only()
 
-    def put_back(self, states: Tensor, rows: Tensor | None, whole: Tensor) -> None:
-        """Copy `states` of `rows` (of the batch as it is now) to their rows of the one that came.
+    def put_back(self, states: Tensor, requests: Ints | None, whole: Tensor) -> None:
+        """Copy `states` of the batch as it is now to their rows of the one that came.
 
-        Rows that joined are of no use to anybody. None are all rows.
+        They are of the last row of each of `requests`, or of all rows. Rows that joined are of no
+        use to anybody.
         """
-        origin = torch.arange(self.layout.num_rows)
-        if self._origin is not None:
-            origin = torch.from_numpy(self._origin)
-        if rows is not None:
-            origin = origin[rows]
-        came = origin >= 0
-        whole[origin[came]] = states[came]
+        origin = np.arange(self.layout.num_rows) if self._origin is None else self._origin
+        if requests is not None:
+            origin = origin[self.layout.last_rows(requests)]
+        came = np.flatnonzero(origin >= 0)
+        here, there = self.on_device(came, origin[came])
+        whole[there] = states[here]
 
-    def original_sampled_rows(self, requests: Ints) -> Tensor:
+    def original_sampled_rows(self, requests: Ints) -> Ints:
         """Rows, in the batch as it came, that decide `requests`."""
-        return torch.from_numpy(self._came.last_rows(requests))
+        return self._came.last_rows(requests)

@@ -1,25 +1,42 @@
-"""Worker with our model runner, and the calls that reach it by ``collective_rpc``."""
+"""Workers with exits, and the calls that reach them by ``collective_rpc``."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from vllm_adainfer import compat
-from vllm_adainfer.runtime.v1_runner import AdaInferCPUModelRunner
+from vllm_adainfer.runtime.requests import RunningRequests
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+else:
+    _Worker = object
 
 
-class AdaInferCPUWorker(CPUWorker):
-    """vLLM's CPU worker with exits."""
+class ExitWorker(_Worker):
+    """Comes before vLLM's class among the bases of ours."""
 
-    def init_device(self) -> None:
-        """Build the device state as stock does, with our runner."""
-        with compat.cpu_runner_class(AdaInferCPUModelRunner):
-            super().init_device()
+    @property
+    def _running(self) -> RunningRequests:
+        runner: Any = self.model_runner
+        running: RunningRequests = (
+            runner.model_state.running if self.use_v2_model_runner else runner.running
+        )
+        return running
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """As vLLM's; the output says what is complete in the KV cache."""
+        output = super().sample_tokens(grammar_output)
+        complete = self._running.take_complete()
+        if complete is not None:
+            compat.note_complete(output, complete)
+        return output
 
     def adainfer_stats(self) -> dict[str, Any]:
         """Counters of this worker, see `vllm_adainfer.stats`."""
@@ -35,7 +52,7 @@ class AdaInferCPUWorker(CPUWorker):
             `vllm_adainfer.models.recording_loop.Timings`.
 
         """
-        model = self.model_runner.model
+        model: Any = self.model_runner.model
         loop = model.exit_loop
         tensors = loop.recorder.take()
         lens = model.logit_lens(model.head_weight)
@@ -48,3 +65,18 @@ class AdaInferCPUWorker(CPUWorker):
             "threads": torch.get_num_threads(),
             **timings,
         }
+
+
+class AdaInferCPUWorker(ExitWorker, CPUWorker):
+    """vLLM's CPU worker with exits."""
+
+    def init_device(self) -> None:
+        """Build the device state as stock does, with our runner where that is V1."""
+        from vllm_adainfer.runtime.v1_runner import AdaInferCPUModelRunner
+
+        with compat.cpu_runner_class(AdaInferCPUModelRunner):
+            super().init_device()
+
+
+class AdaInferGPUWorker(ExitWorker, GPUWorker):
+    """vLLM's GPU worker with exits; its runner is V2, which asks the model for its state."""

@@ -1,0 +1,132 @@
+"""The requests that a worker runs, and the step contexts made of them: the same for V1 and V2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
+
+from vllm_adainfer.config import read_settings
+from vllm_adainfer.runtime.admission import FULL_DEPTH, UNLIMITED, Admission, Admitted
+from vllm_adainfer.runtime.layout import Bools, Ints, RowLayout
+from vllm_adainfer.runtime.step import Narrow, StepContext
+
+if TYPE_CHECKING:
+    from vllm_adainfer.models.exit_loop import ExitLoop
+    from vllm_adainfer.models.recording_loop import RecordingLoop
+
+
+class RunningRequests:
+    """Admits requests when they arrive and says what each may do in a step."""
+
+    def __init__(self, vllm_config: VllmConfig, loop: ExitLoop | RecordingLoop) -> None:
+        """`loop` runs them."""
+        settings = read_settings(vllm_config.additional_config)
+        assert settings is not None
+        self.admission = Admission(settings)
+        self._loop = loop
+        self._window = UNLIMITED
+        self._admitted: dict[str, Admitted] = {}
+        # See `AdaInferScheduler`: otherwise no guard reads what is complete.
+        self._scheduler_asks = (
+            vllm_config.cache_config.enable_prefix_caching and not self.admission.records
+        )
+        self._ran: StepContext | None = None
+
+    def use_kv_cache(self, config: KVCacheConfig) -> None:
+        """Note how many tokens the layer with the smallest sliding window sees."""
+        specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+        windows = [spec.sliding_window for spec in specs if isinstance(spec, SlidingWindowSpec)]
+        self._window = min(windows, default=UNLIMITED)
+
+    def add(self, new: Any) -> None:
+        """Admit a request of vLLM's `NewRequestData`."""
+        self._admitted[new.req_id] = self.admission.admit(
+            new.req_id, new.sampling_params, len(new.prompt_token_ids)
+        )
+
+    def lost_kv(self, request_id: str) -> None:
+        """The request was preempted: it starts anew, without its blocks."""
+        self._loop.kv.forget(request_id)
+
+    def remove(self, request_id: str) -> None:
+        """The request has ended, or comes back as a new one."""
+        self._admitted.pop(request_id, None)
+        self._loop.kv.forget(request_id)
+
+    def know(self, request_id: str) -> bool:
+        """Whether this is a request, not a part of a dummy batch."""
+        return request_id in self._admitted
+
+    def describe(
+        self,
+        request_ids: Sequence[str],
+        lens: Ints,
+        computed: Ints,
+        sampled: Bools,
+        narrow: Narrow,
+        device: torch.device,
+    ) -> StepContext:
+        """The step that is about to run.
+
+        Args:
+            request_ids: vLLM's, in order of the batch.
+            lens: [requests], rows of each.
+            computed: [requests], tokens of each that have been through the stack before.
+            sampled: [requests], whether this step yields a token.
+            narrow: see `StepContext`.
+            device: of the rows.
+
+        """
+        kv, monitor = self._loop.kv, self._loop.monitor
+        admitted = [self._admitted[request_id] for request_id in request_ids]
+        last = computed + lens - 1
+        prompt = np.array([request.prompt_len for request in admitted])
+        tags = np.array([request.tag for request in admitted])
+        max_tokens = np.array([request.max_tokens for request in admitted])
+        deep_prompt = np.array([request.deep_prompt for request in admitted])
+        tags[deep_prompt & (computed < prompt)] = FULL_DEPTH
+        overdue = kv.overdue()
+        if overdue:
+            tags[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
+        goes_on = last + 2 - prompt < max_tokens  # once this step's token is appended
+        if kv.defers:
+            # Of a sequence beyond the window vLLM frees blocks that rows which wait still need.
+            tags[goes_on & (last + 1 >= self._window)] = FULL_DEPTH
+        shadow = None
+        if monitor is not None:
+            shadow = np.array([request.is_shadow for request in admitted])
+            tags[monitor.tightened[tags] & ~shadow] = FULL_DEPTH
+        self._ran = StepContext(
+            request_ids=request_ids,
+            layout=RowLayout(lens, last),
+            sampled=sampled,
+            tags=tags,
+            goes_on=goes_on,
+            narrow=narrow,
+            shadow=shadow,
+            all_rows_count=any(request.wants_prompt for request in admitted),
+            device=device,
+        )
+        return self._ran
+
+    def take_complete(self) -> dict[str, int] | None:
+        """Of each request that may exit, how many first tokens the cache has as at full depth.
+
+        After a step; None if nobody asks.
+        """
+        step, self._ran = self._ran, None
+        if step is None or not self._scheduler_asks:
+            return None
+        kv = self._loop.kv
+        ended = set(step.left[~step.goes_on[step.left]].tolist())
+        ends = (step.layout.last_positions + 1).tolist()
+        return {
+            request_id: 0 if place in ended else ends[place] - kv.missing(request_id, ends[place])
+            for place, request_id in enumerate(step.request_ids)
+            if self._admitted[request_id].tag != FULL_DEPTH
+        }
