@@ -126,13 +126,29 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"dual chunk attention is not supported: drop dual_chunk_attention_config, {off}",
         ),
         (
-            parallel.tensor_parallel_size > 1,
-            f"tensor parallelism is not supported yet: set --tensor-parallel-size 1, {off}",
+            parallel.tensor_parallel_size > 1 and settings.record is not None,
+            "recording reads the whole LM head, and each rank has only a part of it: calibrate "
+            "with --tensor-parallel-size 1 and serve with any",
         ),
         (
             parallel.pipeline_parallel_size > 1,
             "pipeline parallelism cannot drop rows between stages: set "
             f"--pipeline-parallel-size 1, {off}",
+        ),
+        (
+            max(parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size) > 1,
+            "context parallelism splits a request's rows over ranks: set "
+            "--prefill-context-parallel-size and --decode-context-parallel-size to 1, " + off,
+        ),
+        (
+            parallel.use_ubatching,
+            "dual batch overlap runs two batches through the model at once: drop --enable-dbo "
+            f"and --ubatch-size, {off}",
+        ),
+        (
+            bool(parallel.enable_batch_sharded_sampling),
+            "batch-sharded sampling reads logits past the answers of exits: drop "
+            f"--enable-batch-sharded-sampling, {off}",
         ),
         (
             parallel.data_parallel_size > 1,

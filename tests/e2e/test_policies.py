@@ -68,7 +68,7 @@ def artifact_of(
 
 
 def policy_of(artifact: Artifact, model: Any) -> CalibratedPolicy:
-    return CalibratedPolicy(artifact, model.logit_lens(model.head_weight), torch.device("cpu"))
+    return CalibratedPolicy(artifact, model.logit_lens(), torch.device("cpu"))
 
 
 def lens_of(tensors: dict[str, Tensor], layer: int) -> Tensor:

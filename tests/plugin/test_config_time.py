@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import vllm.model_executor.models.config as model_hooks
 from transformers import AutoTokenizer, FalconConfig, JambaConfig, MambaConfig, MixtralConfig
-from vllm import ModelRegistry, envs
+from vllm import ModelRegistry
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
@@ -100,7 +101,8 @@ def test_an_epsilon_that_was_not_certified_is_refused(tiny_model, tiny_policy):
     ("settings", "sentence"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism cannot drop rows"),
-        ({"tensor_parallel_size": 2}, "tensor parallelism is not supported yet"),
+        ({"prefill_context_parallel_size": 2}, "context parallelism splits a request's rows"),
+        ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling reads logits past"),
         ({"data_parallel_size": 2}, "data parallelism is not supported yet"),
         ({"enable_lora": True}, "LoRA maps adapters to token rows"),
         ({"runner": "pooling"}, "pooling models have no next token|has no exit points"),
@@ -145,11 +147,27 @@ def test_propagate_needs_plain_weights_that_are_loaded(
             refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
 
 
-def test_model_runner_v2_is_refused(tiny_model, tiny_policy, monkeypatch):
-    envs.disable_envs_cache()  # an engine that ran in this process has frozen vLLM's view
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="Model Runner V2 is not supported yet"):
-        engine_config(tiny_model, {"artifact": str(tiny_policy)})
+def test_calibration_needs_the_whole_lm_head_on_one_rank(tiny_model):
+    with pytest.raises(ValueError, match="calibrate with --tensor-parallel-size 1"):
+        engine_config(tiny_model, {"record": [2]}, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("platform", "sentence"),
+    [("is_cuda", "on a GPU exits need Model Runner V2"), ("is_tpu", "only CPUs and NVIDIA GPUs")],
+)
+def test_other_devices_and_runners_are_refused(
+    tiny_model, tiny_policy, monkeypatch, platform, sentence
+):
+    vllm_config = engine_config(tiny_model, None)
+    monkeypatch.setattr(
+        "vllm.platforms.current_platform",
+        SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: platform == "is_cuda"),
+    )
+    with pytest.raises(AdaInferError, match=sentence):
+        refuse_unsupported(
+            vllm_config, "AdaInferLlamaForCausalLM", Settings(artifact=str(tiny_policy))
+        )
 
 
 SMALL = {

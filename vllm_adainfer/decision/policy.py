@@ -79,17 +79,20 @@ class CalibratedPolicy:
             self.answer_ids = torch.tensor(config.label_ids, device=device)
         self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, levels]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
+        own = logit_lens
+        if own is not None and "head_rows" in tensors:
+            own = replace(
+                own, head_weight=tensors["head_rows"], token_ids=self.answer_ids, shards=None
+            )
         self._probes = [
             Probe(
                 head_weight=tensors[f"exit.{layer}.head_weight"],
                 head_bias=tensors[f"exit.{layer}.head_bias"],
                 token_ids=self.answer_ids,
             )
-            if logit_lens is None or config.probe == "label-head"
+            if own is None or config.probe == "label-head"
             else replace(
-                logit_lens,
-                head_weight=tensors.get("head_rows", logit_lens.head_weight),
-                token_ids=self.answer_ids,
+                own,
                 lens_weight=tensors.get(f"exit.{layer}.lens_weight"),
                 lens_down=tensors.get(f"exit.{layer}.lens_down"),
                 lens_up=tensors.get(f"exit.{layer}.lens_up"),

@@ -13,6 +13,7 @@ from adainfer_kernels import ProbeResult
 from torch import Tensor
 
 from vllm_adainfer.decision.norm import Norm, NormKind
+from vllm_adainfer.decision.shards import VocabularyShards
 
 FEATURES = ("top_prob", "gap")  # the columns of `ProbeResult.features`
 
@@ -36,6 +37,7 @@ class Probe:
         lens_down: [hidden size, rank], instead of `lens_weight`.
         lens_up: [rank, hidden size], goes with `lens_down`.
         lens_bias: [hidden size], goes with either.
+        shards: where other ranks have other rows of the head; None where all are here.
 
     """
 
@@ -48,6 +50,7 @@ class Probe:
     lens_down: Tensor | None = None
     lens_up: Tensor | None = None
     lens_bias: Tensor | None = None
+    shards: VocabularyShards | None = None
 
     @property
     def lens(self) -> dict[str, Tensor]:
@@ -112,8 +115,11 @@ class Probe:
         threshold: Tensor | None = None,
         return_scores: bool = False,
     ) -> ProbeResult:
-        """Best token, features, and what else is asked for; see `adainfer_kernels.probe`."""
-        return adainfer_kernels.probe(
+        """Best token, features, and what else is asked for; see `adainfer_kernels.probe`.
+
+        With `shards` that is the first two: there are scores of a part only, and no decision.
+        """
+        result = adainfer_kernels.probe(
             readout,
             self.head_weight,
             norm=None,
@@ -123,6 +129,7 @@ class Probe:
             threshold=threshold,
             return_scores=return_scores,
         )
+        return result if self.shards is None else self.shards.merged(result)
 
 
 def logit_lens_of(own: Mapping[str, Tensor], norm: tuple[NormKind, float] | None) -> Probe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vllm_adainfer.decision.policy import ExitPolicy
+from vllm_adainfer.models.agreement import agreed
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.runtime.stream import Stream
 
@@ -41,7 +42,8 @@ class Decisions:
             return
         # Of those that are not settled, too: to pick the others out, the device would have to wait.
         self.answers = self._put(self.answers, places, decision.answers)
-        step.settle(asked[decision.settled.cpu().numpy()])  # the one read of an exit point
+        settled = agreed(decision.settled).cpu()  # the one read of an exit point
+        step.settle(asked[settled.numpy()])
 
     def _put(self, kept: Tensor | None, places: Tensor, values: Tensor) -> Tensor:
         """`kept` [requests, ...], made if there is none, with `values` at `places`."""

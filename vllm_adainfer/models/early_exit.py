@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from vllm_adainfer.artifact import WeightsFingerprint, load_artifact
@@ -19,6 +21,8 @@ from vllm_adainfer.decision.policy import CalibratedPolicy, ExitPolicy
 from vllm_adainfer.decision.probe import Probe
 from vllm_adainfer.decision.record import LensSums, Recorder
 from vllm_adainfer.decision.script import ScriptedPolicy
+from vllm_adainfer.decision.shards import VocabularyShards
+from vllm_adainfer.models.agreement import agreed
 from vllm_adainfer.models.decoder import Decoder, norm_of
 from vllm_adainfer.models.exit_loop import ExitLoop, ScoredAnswers
 from vllm_adainfer.models.kv_fill import KVFill
@@ -119,8 +123,7 @@ class EarlyExit(_Model):
             return ScriptedPolicy(self._exit_points, self.config.hidden_size, self._head_device)
         lens = None
         if self._artifact.config.probe != "label-head":
-            rows = self._artifact.tensors.get("head_rows")
-            lens = self.logit_lens(self.head_weight if rows is None else rows)
+            lens = self.logit_lens(self._artifact.tensors.get("head_rows"))
         return CalibratedPolicy(self._artifact, lens, self._head_device)
 
     def _stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> Stack:
@@ -134,7 +137,10 @@ class EarlyExit(_Model):
 
     @property
     def head_weight(self) -> Tensor:
-        """[vocabulary, head size] of the LM head, without vLLM's padding rows."""
+        """[vocabulary, head size] of the LM head, without vLLM's padding rows.
+
+        With tensor parallelism they are this rank's rows of it.
+        """
         head = self.decoder.head(self)
         if isinstance(head.quant_method, UnquantizedEmbeddingMethod):
             weight: Tensor = head.weight.data
@@ -147,15 +153,26 @@ class EarlyExit(_Model):
                 type(head.quant_method).__name__,
                 weight.nbytes / (1 << 20),
             )
-        return weight[: self.config.vocab_size]
+        return weight[: head.shard_indices.num_org_elements]
 
-    def logit_lens(self, head_weight: Tensor) -> Probe:
-        """How the model reads a state; `head_weight` [n, head size] are rows of its LM head."""
+    def logit_lens(self, head_rows: Tensor | None = None) -> Probe:
+        """How the model reads a state; with the whole LM head, or `head_rows` [n, head size]."""
         norm = self.decoder.final_norm(self._body)
-        return Probe(
-            head_weight=head_weight,
+        lens = Probe(
+            head_weight=self.head_weight if head_rows is None else head_rows,
             norm=None if norm is None else norm_of(norm),
             projection=self.decoder.projection(self._body),
+        )
+        ranks = get_tp_group()
+        if head_rows is not None or ranks.world_size == 1:
+            return lens
+        first = self.decoder.head(self).shard_indices.org_vocab_start_index
+        return replace(
+            lens,
+            token_ids=first + torch.arange(len(lens.head_weight), device=self._head_device),
+            shards=VocabularyShards(
+                lambda part: ranks.all_gather(part, dim=0).unflatten(0, (-1, part.shape[0]))
+            ),
         )
 
     def forward(
@@ -206,7 +223,7 @@ class EarlyExit(_Model):
             logits[deep] = scored
         else:
             logits = hidden_states.new_full((count, self.config.vocab_size), -torch.inf)
-        scores = self._scaled(answers.scores)
+        scores = self._scaled(agreed(answers.scores))
         # Relative to the best: rounded to bfloat16, large scores would tie with the certified one.
         scores = scores - scores.max(dim=1, keepdim=True).values
         logits[early.unsqueeze(1), answer_ids] = scores.to(logits.dtype)

@@ -55,7 +55,7 @@ class ExitWorker(_Worker):
         model: Any = self.model_runner.model
         loop = model.exit_loop
         tensors = loop.recorder.take()
-        lens = model.logit_lens(model.head_weight)
+        lens = model.logit_lens()
         tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.own.items()}
         save_file(tensors, path)
         timings = asdict(loop.timings)

@@ -1,0 +1,81 @@
+"""Two ranks answer as one does, and leave at the same layers, on each rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.conftest import tiny_engine
+from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
+from vllm_adainfer.artifact import save_artifact
+
+Artifacts = Callable[[str, float], Path]
+ROOT = Path(__file__).parents[2]
+IN_EVERY_PROCESS = """from tests import triton_on_cpu
+triton_on_cpu.install_for_v2()
+"""
+
+
+@pytest.fixture
+def artifacts(tiny_model: Path, tmp_path: Path) -> Artifacts:
+    """Artifacts of a probe with a threshold on its gap, for one token or more."""
+
+    def artifact(probe: str, threshold: float) -> Path:
+        candidates = "labels" if probe == "label-head" else "full"
+        more: dict[str, Any] = {} if candidates == "labels" else {"labels": (), "max_tokens": 8}
+        config = tiny_config(tiny_model, probe=probe, candidates=candidates, **more)
+        thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
+        save_artifact(tmp_path / probe, config, tiny_tensors(config, thresholds), {}, "card\n", {})
+        return tmp_path / probe
+
+    return artifact
+
+
+@pytest.mark.parametrize(
+    ("probe", "threshold", "kv"),
+    [("label-head", 0.2, "exact"), ("logit-lens", 0.1, "exact"), ("logit-lens", 0.1, "propagate")],
+)
+def test_two_ranks_decide_and_answer_as_one(
+    tiny_model, artifacts, tmp_path, monkeypatch, probe, threshold, kv
+):
+    """The head of a logit lens is spread over both ranks, a label head is on each."""
+    (tmp_path / "sitecustomize.py").write_text(IN_EVERY_PROCESS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")  # by rank
+    switch = {"artifact": str(artifacts(probe, threshold)), "kv": kv, "min_rows_saved": 1}
+    generator = np.random.default_rng(5)
+    prompts = [generator.integers(5, 1000, n).tolist() for n in (7, 1, 23, 150, 40, 3, 64, 12)]
+    config = tiny_config(tiny_model)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=1 if probe == "label-head" else 8,
+        ignore_eos=True,
+        allowed_token_ids=list(config.label_ids) if probe == "label-head" else None,
+    )
+
+    def run(ranks: int) -> tuple[list[list[int]], list[dict[str, Any]]]:
+        engine = tiny_engine(
+            tiny_model,
+            switch,
+            max_model_len=256,
+            kv_cache_memory_bytes=16 << 20,
+            tensor_parallel_size=ranks,
+        )
+        outputs = engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
+        answers = [list(output.outputs[0].token_ids) for output in outputs]
+        return answers, engine.collective_rpc("adainfer_stats")
+
+    (answers, [stats]), (answers_of_two, both) = run(1), run(2)
+    assert answers_of_two == answers
+    assert both == [stats, stats]
+    assert sum(count > 0 for count in stats["exit_histogram"].values()) > 1

@@ -1,0 +1,18 @@
+"""Tensor parallelism: one decision for all ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tp_group
+
+
+def agreed(values: Tensor) -> Tensor:
+    """`values` of the first rank, on each: every rank computes them, but may round otherwise."""
+    ranks = get_tp_group()
+    if ranks.world_size == 1:
+        return values
+    if values.dtype == torch.bool:  # which not every backend sends
+        received: Tensor = ranks.broadcast(values.to(torch.uint8))
+        return received.bool()
+    return ranks.broadcast(values.contiguous())
