@@ -43,6 +43,19 @@ def use_model_class(vllm_config: VllmConfig, architecture: str) -> None:
     vllm_config.model_config.hf_config.architectures = [architecture]
 
 
+def leave_full_graphs_to_segments(vllm_config: VllmConfig) -> None:
+    """Let vLLM's own CUDA graphs be piecewise: a full one holds the whole model.
+
+    0.32 replays full graphs without calling the model, in which nobody could leave. Decode steps
+    get graphs of their own, see `vllm_adainfer.models.segment_graphs`.
+    """
+    from vllm.config import CUDAGraphMode
+
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode != CUDAGraphMode.NONE:  # or not set yet
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+
+
 def segment_config(vllm_config: VllmConfig) -> VllmConfig:
     """The config to compile a segment with: one that does not depend on our settings.
 
@@ -66,6 +79,9 @@ def client_request_id(request_id: str) -> str:
 def hash_block_size(kv_cache_manager: Any) -> int:
     """Tokens per entry of ``Request.block_hashes`` (0.32: an attribute of the block pool)."""
     return int(kv_cache_manager.block_pool.hash_block_size)
+
+
+NO_SLOT = -1  # 0.32's PAD_SLOT_ID: keys and values of such a row are not written
 
 
 def slots(blocks: Tensor, size: int, requests: Tensor, positions: Tensor) -> Tensor:

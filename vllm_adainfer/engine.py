@@ -76,6 +76,8 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
             )
         logger.warning("AdaInfer follows an exit script, for benchmarks: answers mean nothing")
     compat.use_model_class(vllm_config, model_class)
+    if worker_class() == GPU_WORKER:
+        compat.leave_full_graphs_to_segments(vllm_config)
     vllm_config.parallel_config.worker_cls = worker_class()
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
 

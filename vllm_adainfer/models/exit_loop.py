@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from vllm.forward_context import get_forward_context
@@ -18,6 +19,9 @@ from vllm_adainfer.runtime.layout import Ints
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.runtime.stream import Stream
 from vllm_adainfer.stats import ExitStats
+
+if TYPE_CHECKING:
+    from vllm_adainfer.models.segment_graphs import SegmentGraphs
 
 # Compacting a batch takes as long as so many rows x layers of a 135M model: 6 to 60 on CPUs, by
 # their speed in layers; a larger model's take longer, so that it gains from fewer.
@@ -66,6 +70,7 @@ class ExitLoop:
         self.monitor = monitor
         self.stats = ExitStats(shadow=monitor)
         self.stack = stack
+        self.graphs: SegmentGraphs | None = None  # where the runner has captured some
         self._min_rows_saved = min_rows_saved
         self._depth = stack.depth
 
@@ -89,8 +94,8 @@ class ExitLoop:
         stats.layers_possible += step.layout.num_rows * self._depth
         stats.passes_possible += self._depth
         stats.tokens_decided += step.num_sampled
-        compiled = CompiledBatch(self.stack, positions, get_forward_context())
-        batch: Batch = compiled
+        came = CompiledBatch(self.stack, positions, get_forward_context())
+        batch = self._graphed(step) or came
         decisions = Decisions(policy, step)
         stream = Stream(input_ids)
         for index in range(len(self.stack.segments) - 1):
@@ -104,8 +109,8 @@ class ExitLoop:
             stream = regrouped
             if stream.num_rows == 0:
                 break
-            batch = compiled = compiled.narrowed(step)
-        whole = self._last(batch, compiled, stream, step, positions.shape[0])
+            batch = self._graphed(step) or came.narrowed(step)
+        whole = self._last(batch, stream, step, positions.shape[0])
         answers = decisions.answers
         shadow = ShadowAnswers.of(step, answers)
         early = step.left
@@ -119,6 +124,12 @@ class ExitLoop:
             return whole, ScoredAnswers(early, answers[requests]), shadow
         whole[rows] = answers[requests]
         return whole, None, shadow
+
+    def _graphed(self, step: StepContext) -> Batch | None:
+        """The batch as it is now, if there are CUDA graphs for it."""
+        if self.graphs is None or not self.graphs.serve(step.layout):
+            return None
+        return self.graphs.batch(step.layout, step.narrow)
 
     def _segment(self, index: int, batch: Batch, stream: Stream, step: StepContext) -> Stream:
         num_layers = self.stack.segments[index].num_layers
@@ -154,9 +165,7 @@ class ExitLoop:
             ready = int(step.layout.lens[leaving[~step.goes_on[leaving]]].sum())
         return ready * (self._depth - self.policy.exit_points[exit_index]) >= CUT_WORK
 
-    def _last(
-        self, batch: Batch, compiled: CompiledBatch, stream: Stream, step: StepContext, rows: int
-    ) -> Tensor:
+    def _last(self, batch: Batch, stream: Stream, step: StepContext, rows: int) -> Tensor:
         """What the LM head reads of the remaining rows, among all `rows` of the batch as it came.
 
         Where that pays, rows that decide no request get keys and values of the last layer alone.
@@ -171,10 +180,11 @@ class ExitLoop:
                 return final
             step.put_back(final, None, whole)
             return whole
+        assert isinstance(batch, CompiledBatch), "in graphs each request has one row"
         [wanted] = step.on_device(step.sampled_rows(decisive.here))
         every, stream = stream, stream.rows(wanted)
-        compiled.write_last_kv(every)
-        batch = compiled.narrowed_to(decisive, step)
+        batch.write_last_kv(every)
+        batch = batch.narrowed_to(decisive, step)
         # All rows are counted as if they had run the layer.
         final = self._segment(last, batch, stream, step).hidden
         step.put_back(final, decisive.here, whole)

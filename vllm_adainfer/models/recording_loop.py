@@ -38,6 +38,7 @@ class RecordingLoop:
     """Stands where the `ExitLoop` stands while calibration data are collected."""
 
     monitor = None  # nobody is let go, so nobody is watched
+    graphs = None
 
     def __init__(self, stack: Stack, recorder: Recorder) -> None:
         """`stack` is cut at ``recorder.layers``: its last segment is the final norm alone."""

@@ -35,6 +35,82 @@ def own_groups(groups: Groups, vllm_config: VllmConfig, device: torch.device) ->
 
 
 @dataclass(frozen=True)
+class Queries:
+    """Rows of some requests, as attention takes them.
+
+    Attributes:
+        starts: int32 [requests + 1], the first row of each, then the number of all.
+        starts_cpu: the same on the host.
+        seq_lens: int32 [requests], tokens that each has with the rows here.
+        seq_lens_cpu: the same on the host.
+        positions: int64 [rows], in their sequences.
+        max_query_len: most rows of a request.
+        max_seq_len: most tokens of a request, or a bound on that.
+
+    """
+
+    starts: Tensor
+    starts_cpu: Tensor
+    seq_lens: Tensor
+    seq_lens_cpu: Tensor
+    positions: Tensor
+    max_query_len: int
+    max_seq_len: int
+
+
+def metadata_of(
+    groups: Groups,
+    queries: Queries,
+    block_tables: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    for_capture: bool = False,
+) -> dict[str, Any]:
+    """Attention metadata by layer.
+
+    Args:
+        groups: `own_groups`.
+        queries: of the requests whose block tables are given.
+        block_tables: int32 [requests, blocks] by KV cache group.
+        slots: int64 [rows] by KV cache group, where keys and values go.
+        for_capture: whether a CUDA graph is about to be captured.
+
+    """
+    metadata: dict[str, Any] = {}
+    for same, table, group_slots in zip(groups, block_tables, slots, strict=True):
+        common = CommonAttentionMetadata(
+            query_start_loc=queries.starts,
+            query_start_loc_cpu=queries.starts_cpu,
+            seq_lens=queries.seq_lens,
+            seq_lens_cpu_upper_bound=queries.seq_lens_cpu,
+            num_reqs=len(queries.seq_lens),
+            num_actual_tokens=len(queries.positions),
+            max_query_len=queries.max_query_len,
+            max_seq_len=queries.max_seq_len,
+            block_table_tensor=table,
+            slot_mapping=group_slots,
+            positions=queries.positions,
+        )
+        for group in same:
+            built = (
+                group.build_metadata_for_cudagraph_capture(common)
+                if for_capture
+                else group.build_metadata(common)
+            )
+            metadata.update(dict.fromkeys(group.layer_names, built))
+    return metadata
+
+
+def by_layer(groups: Groups, slots: Sequence[Tensor]) -> dict[str, Tensor]:
+    """`slots` of the KV cache groups, by layer name."""
+    return {
+        name: group_slots
+        for same, group_slots in zip(groups, slots, strict=True)
+        for group in same
+        for name in group.layer_names
+    }
+
+
+@dataclass(frozen=True)
 class StepAttention:
     """What layers need for other rows of a step's requests: `vllm_adainfer.runtime.step.Narrow`.
 
@@ -63,30 +139,23 @@ class StepAttention:
         arrays = layout.owners, layout.positions, requests, starts, seq_lens
         owners, positions, kept, starts_there, seq_lens_there = upload(arrays, self.device)
         slots = self._slots(owners, positions)
-        metadata: dict[str, Any] = {}
-        for same, table, group_slots in zip(self.groups, self.block_tables, slots, strict=True):
-            common = CommonAttentionMetadata(
-                query_start_loc=starts_there,
-                query_start_loc_cpu=torch.from_numpy(starts),
-                seq_lens=seq_lens_there,
-                seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
-                num_reqs=len(requests),
-                num_actual_tokens=layout.num_rows,
-                max_query_len=int(lens.max()),
-                max_seq_len=int(seq_lens.max()),
-                block_table_tensor=table[kept],
-                slot_mapping=group_slots,
-                positions=positions,
-            )
-            for group in same:
-                built = group.build_metadata(common)
-                metadata.update(dict.fromkeys(group.layer_names, built))
-        return Rows(positions, self._by_layer(slots)), metadata
+        queries = Queries(
+            starts=starts_there,
+            starts_cpu=torch.from_numpy(starts),
+            seq_lens=seq_lens_there,
+            seq_lens_cpu=torch.from_numpy(seq_lens),
+            positions=positions,
+            max_query_len=int(lens.max()),
+            max_seq_len=int(seq_lens.max()),
+        )
+        tables = [table[kept] for table in self.block_tables]
+        metadata = metadata_of(self.groups, queries, tables, slots)
+        return Rows(positions, by_layer(self.groups, slots)), metadata
 
     def rows(self, layout: RowLayout) -> Rows:
         """See `Narrow.rows`."""
         owners, positions = upload((layout.owners, layout.positions), self.device)
-        return Rows(positions, self._by_layer(self._slots(owners, positions)))
+        return Rows(positions, by_layer(self.groups, self._slots(owners, positions)))
 
     def _slots(self, owners: Tensor, positions: Tensor) -> list[Tensor]:
         """Of each KV cache group, int64 [rows]."""
@@ -94,11 +163,3 @@ class StepAttention:
             compat.slots(table, size, owners, positions)
             for table, size in zip(self.block_tables, self.block_sizes, strict=True)
         ]
-
-    def _by_layer(self, slots: list[Tensor]) -> dict[str, Tensor]:
-        return {
-            name: group_slots
-            for same, group_slots in zip(self.groups, slots, strict=True)
-            for group in same
-            for name in group.layer_names
-        }

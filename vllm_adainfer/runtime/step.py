@@ -83,7 +83,7 @@ class StepContext:
         self.device = device
         self._came = layout
         self._sampled = sampled
-        self._narrow = narrow
+        self.narrow = narrow
         self._all_rows_count = all_rows_count
         self._may_exit = self._may_leave = sampled & (tags >= 0)
         self.shadow: Ints | None = None
@@ -167,11 +167,11 @@ class StepContext:
 
     def narrowed_to(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
         """Rows and attention metadata, by layer, of a batch with the rows of `layout`."""
-        return self._narrow(layout)
+        return self.narrow(layout)
 
     def rows(self, layout: RowLayout) -> Rows:
         """Where the rows of `layout` are."""
-        return self._narrow.rows(layout)
+        return self.narrow.rows(layout)
 
     def decisive(self) -> RowLayout | None:
         """The last row of each request that remains: those whose final states are wanted.

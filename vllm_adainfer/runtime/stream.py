@@ -49,6 +49,20 @@ class Stream:
         residual = None if self.residual is None else self.residual.clone()
         return Stream(self.hidden.clone(), residual)
 
+    def zeros(self, rows: int) -> Stream:
+        """So many rows of the same kind."""
+        residual = self.residual
+        if residual is not None:
+            residual = residual.new_zeros(rows, *residual.shape[1:])
+        return Stream(self.hidden.new_zeros(rows, *self.hidden.shape[1:]), residual)
+
+    def copy_(self, other: Stream) -> None:
+        """Overwrite the rows with those of `other`, in as many parts."""
+        self.hidden.copy_(other.hidden)
+        if self.residual is not None:
+            assert other.residual is not None
+            self.residual.copy_(other.residual)
+
     @classmethod
     def cat(cls, streams: Sequence[Stream]) -> Stream:
         """Rows of all, one after the other; all are in as many parts."""

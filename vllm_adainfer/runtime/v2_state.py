@@ -11,11 +11,16 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
-from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_adainfer.compat import get_logger
+from vllm_adainfer.models.exit_loop import ExitLoop
+from vllm_adainfer.models.segment_graphs import SegmentGraphs, why_not
 from vllm_adainfer.runtime.attention import Groups, StepAttention, own_groups
 from vllm_adainfer.runtime.requests import RunningRequests
+
+logger = get_logger(__name__)
 
 
 class AdaInferModelState(DefaultModelState):
@@ -52,6 +57,30 @@ class AdaInferModelState(DefaultModelState):
         self._own_groups = None
         self._block_sizes = block_tables.block_sizes
 
+    def capture_inner_cudagraphs(
+        self,
+        input_buffers: InputBuffers,
+        block_tables: BlockTables,
+        attn_groups: Groups,
+        kv_cache_config: KVCacheConfig,
+    ) -> None:
+        """Capture the segments' graphs, where the runner has captured those around them."""
+        loop = self.model.exit_loop
+        if not isinstance(loop, ExitLoop):
+            return
+        reason = why_not(self.vllm_config, attn_groups)
+        if reason is not None:
+            logger.warning("decode steps run without CUDA graphs of segments: %s", reason)
+            return
+        loop.graphs = SegmentGraphs(
+            self.vllm_config, loop.stack, attn_groups, block_tables.input_block_tables, self.device
+        )
+        loop.graphs.capture()
+
+    def drop_graphs(self) -> None:
+        """Those were captured to measure what they take."""
+        self.model.exit_loop.graphs = None
+
     def prepare_attn(
         self,
         input_batch: InputBatch,
@@ -65,11 +94,11 @@ class AdaInferModelState(DefaultModelState):
         """As vLLM's, and describe the step, unless this is a dummy batch."""
         if self._own_groups is None:
             self._own_groups = own_groups(attn_groups, self.vllm_config, self.device)
-        self.model.step = None
+        self.model.step = step = None
         if self.running.know(input_batch.req_ids[0]):
             computed = input_batch.num_computed_tokens_np.astype(np.int64)
             lens = input_batch.num_scheduled_tokens.astype(np.int64)
-            self.model.step = self.running.describe(
+            self.model.step = step = self.running.describe(
                 request_ids=input_batch.req_ids,
                 lens=lens,
                 computed=computed,
@@ -79,6 +108,9 @@ class AdaInferModelState(DefaultModelState):
                 ),
                 device=self.device,
             )
+        graphs = self.model.exit_loop.graphs
+        if step is not None and graphs is not None and graphs.serve(step.layout):
+            return {}  # the graphs have their own
         return super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
         )

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker as GPUWorker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_adainfer import compat
 from vllm_adainfer.runtime.requests import RunningRequests
+from vllm_adainfer.stats import ExitStats
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
@@ -80,3 +82,16 @@ class AdaInferCPUWorker(ExitWorker, CPUWorker):
 
 class AdaInferGPUWorker(ExitWorker, GPUWorker):
     """vLLM's GPU worker with exits; its runner is V2, which asks the model for its state."""
+
+    def determine_available_memory(self) -> int:
+        """As vLLM's, which captures graphs to measure them and cannot know of ours."""
+        available: int = super().determine_available_memory()
+        self.model_runner.model_state.drop_graphs()
+        return available
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """As vLLM's, which warms up with requests that are not to be counted."""
+        times = super().compile_or_warm_up_model()
+        loop: Any = self.model_runner.model.exit_loop
+        loop.stats = ExitStats(shadow=loop.stats.shadow)
+        return times
