@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 logger = compat.get_logger(__name__)
 
-CPU_WORKER = "vllm_adainfer.runtime.worker.AdaInferCPUWorker"
-GPU_WORKER = "vllm_adainfer.runtime.worker.AdaInferGPUWorker"
+CPU_WORKER = "vllm_adainfer.runtime.cpu_worker.AdaInferCPUWorker"
+GPU_WORKER = "vllm_adainfer.runtime.gpu_worker.AdaInferGPUWorker"
 SCHEDULER = "vllm_adainfer.runtime.scheduler.build_scheduler"
 
 

@@ -177,7 +177,7 @@ def test_while_recording_the_tag_is_the_row(arguments, tag):
         ({"adainfer_exit": [5]}, {}, FULL_DEPTH),
         ({"adainfer_exit": 5}, {"allowed_token_ids": [5, 6]}, FULL_DEPTH),
         ({"adainfer_exit": 5}, {"allowed_token_ids": None}, FULL_DEPTH),
-        ({"adainfer_exit": 5}, {"max_tokens": 2}, FULL_DEPTH),
+        ({"adainfer_exit": 5}, {"max_tokens": 2}, 1),
         ({}, {}, FULL_DEPTH),
     ],
 )

@@ -115,7 +115,7 @@ class Admission:
             )
         if layer not in script or not self._same_candidates(params):
             return FULL_DEPTH
-        return script.index(layer) if self._plain(params, 1) else FULL_DEPTH
+        return script.index(layer) if self._plain(params, UNLIMITED) else FULL_DEPTH
 
     def is_shadow(self, request_id: str) -> bool:
         """Whether a request, if it may exit, is to run to full depth and be compared instead.

@@ -9,9 +9,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from vllm_adainfer.runtime.layout import Ints
+from vllm_adainfer.runtime.row_pool import RowPool
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.runtime.stream import Stream
 
@@ -60,18 +62,19 @@ class ExactKV:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._rows = 0
-        # By request, then exit point: rows in order of positions.
-        self._waiting: OrderedDict[str, dict[int, list[Stream]]] = OrderedDict()
+        self._pool = RowPool()
+        # By request, then exit point: places in the pool, in order of positions.
+        self._waiting: OrderedDict[str, dict[int, list[Ints]]] = OrderedDict()
 
     def leave(self, exit_index: int, requests: Ints, stream: Stream, step: StepContext) -> None:
         """See `KVPolicy.leave`."""
-        for request in requests.tolist():
-            end = int(step.layout.ends[request])
-            rows = slice(end - int(step.layout.lens[request]), end)
+        rows = step.layout.rows_of(requests)
+        places = self._pool.free_places(len(rows))
+        self._pool.put(stream.rows(step.on_device(rows)[0]), step.on_device(places)[0])
+        ends = np.cumsum(step.layout.lens[requests])
+        for request, own in zip(requests.tolist(), np.split(places, ends[:-1]), strict=True):
             below = self._waiting.setdefault(step.request_ids[request], {})
-            below.setdefault(exit_index, []).append(stream.rows(rows).clone())
-            self._rows += end - rows.start
+            below.setdefault(exit_index, []).append(own)
 
     def waiting(self, exit_index: int, step: StepContext, leaving: Ints) -> Ints | None:
         """See `KVPolicy.waiting`."""
@@ -87,14 +90,16 @@ class ExactKV:
 
     def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> Stream:
         """See `KVPolicy.rejoin`."""
-        joining = []
+        joining: list[Ints] = []
         for request in waiting.nonzero()[0].tolist():
             request_id = step.request_ids[request]
             joining += self._waiting[request_id].pop(exit_index)
             if not self._waiting[request_id]:
                 del self._waiting[request_id]
-        self._rows -= int(waiting.sum())
-        return Stream.cat(joining)
+        places = np.concatenate(joining)
+        stream = self._pool.rows(step.on_device(places)[0])
+        self._pool.give_back(places)
+        return stream
 
     def missing(self, request_id: str, end: int) -> int:
         """See `KVPolicy.missing`: those that wait."""
@@ -103,7 +108,7 @@ class ExactKV:
     def overdue(self) -> set[str]:
         """See `KVPolicy.overdue`: the oldest, until the rest fits."""
         overdue: set[str] = set()
-        excess = self._rows - self._capacity
+        excess = self._pool.taken - self._capacity
         for request_id in self._waiting if excess > 0 else ():
             overdue.add(request_id)
             excess -= self.missing(request_id, 0)
@@ -113,8 +118,9 @@ class ExactKV:
 
     def forget(self, request_id: str) -> None:
         """See `KVPolicy.forget`."""
-        self._rows -= self.missing(request_id, 0)
-        self._waiting.pop(request_id, None)
+        for places in self._waiting.pop(request_id, {}).values():
+            for own in places:
+                self._pool.give_back(own)
 
 
 class PropagateKV:
@@ -169,5 +175,5 @@ class Fill(Protocol):
         """For `states` [rows, hidden size] at int64 [rows] `positions`, to `slots` by layer."""
 
 
-def _count(streams: Iterable[Stream]) -> int:
-    return sum(stream.num_rows for stream in streams)
+def _count(places: Iterable[Ints]) -> int:
+    return sum(len(own) for own in places)

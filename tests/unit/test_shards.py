@@ -1,0 +1,51 @@
+"""Ranks that hold parts of the LM head find what one finds that holds all of it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_adainfer.decision.probe import Probe
+from vllm_adainfer.decision.shards import VocabularyShards
+from vllm_adainfer.models import agreement
+
+
+@pytest.mark.parametrize("bounds", [[0, 50, 101], [0, 2, 40, 101]], ids=["two ranks", "three"])
+def test_probes_of_shards_join_to_the_probe_of_all(bounds):
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(101, 16, generator=generator)
+    head[70] = head[3]  # a tie between two ranks: the lower id wins
+    hidden = torch.randn(40, 16, generator=generator)
+    hidden[0] = 3 * head[3]
+    whole = Probe(head_weight=head).score(hidden)
+    spans = list(itertools.pairwise(bounds))
+    parts: list[Tensor] = []
+
+    def on_rank(gather: VocabularyShards, first: int, end: int):
+        return Probe(
+            head_weight=head[first:end], token_ids=torch.arange(first, end), shards=gather
+        ).score(hidden)
+
+    for first, end in spans:  # what each rank would send
+        on_rank(VocabularyShards(lambda part: parts.append(part) or part[None]), first, end)
+    for first, end in spans:
+        joined = on_rank(VocabularyShards(lambda _: torch.stack(parts)), first, end)
+        assert joined.top1_id.tolist() == whole.top1_id.tolist()
+        torch.testing.assert_close(joined.features, whole.features)
+
+
+@pytest.mark.parametrize("values", [[True, False], [0.5, 2.0]], ids=["decisions", "scores"])
+def test_every_rank_takes_what_the_first_has(monkeypatch, values):
+    first = torch.tensor(values)
+
+    class Ranks:
+        world_size = 2
+
+        def broadcast(self, tensor: Tensor) -> Tensor:
+            return first.to(tensor.dtype)
+
+    monkeypatch.setattr(agreement, "get_tp_group", Ranks)
+    assert agreement.agreed(torch.zeros_like(first)).tolist() == values
