@@ -1,24 +1,45 @@
 # Every target sets up what it needs in .venv; the second run starts in seconds.
 BIN := .venv/bin
 
-# The Python of `make gpu-kernels`: needs torch with CUDA, Triton, pytest, hypothesis and typer.
+# The Python of `make gpu`: needs torch with CUDA, Triton, pytest, hypothesis and typer; see
+# docs/gpu.md.
 GPU_PYTHON ?= python3
 
-.PHONY: demo test check gpu-kernels setup clean
+V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,async_scheduling equal_to_stock exit_loop \
+  generation policies prefix_cache recording segment_graphs shadow tensor_parallel))
+
+.PHONY: demo test test-v2 check gpu gpu-kernels setup clean
 
 demo: setup
 	$(BIN)/vllm-adainfer demo --output .demo
 
 test: setup check
 	$(BIN)/python -m pytest
+	$(MAKE) test-v2
+
+# Model Runner V2, which vLLM uses on GPUs, with its Triton kernels in the interpreter.
+test-v2: export VLLM_USE_V2_MODEL_RUNNER := 1
+test-v2: setup
+	$(BIN)/python -m pytest $(V2_TESTS)
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# On a GPU machine, with or without vLLM: the kernels' tests, then their benchmark into
-# benchmarks/results/.
+# On a GPU machine: the kernels, then what needs vLLM, installed for $(GPU_PYTHON) as this package is.
+# Results go to benchmarks/results/.
+gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
+gpu: gpu-kernels
+	@$(GPU_PYTHON) -c 'import vllm, importlib.metadata as m; m.version("vllm-adainfer")' || \
+	  { echo 'skipped: tests and benchmarks of engines need vLLM and this package'; exit 0; }; \
+	$(GPU_PYTHON) -m pytest tests/e2e/test_gpu.py && \
+	for shape in llama-1b llama-8b; do \
+	  $(GPU_PYTHON) benchmarks/bench_throughput.py --model $$shape \
+	    --output benchmarks/results/throughput_gpu_$$shape.json || exit 1; \
+	done
+
+# With or without vLLM: the kernels' tests, then their benchmark.
 gpu-kernels: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
 gpu-kernels:
 	@$(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \

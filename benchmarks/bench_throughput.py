@@ -1,11 +1,15 @@
 """What the engine makes of skipped layers, whoever decides: exits here follow a script.
 
     .venv/bin/python benchmarks/bench_throughput.py --model .demo/SmolLM2-135M-Instruct
+    python benchmarks/bench_throughput.py --model llama-1b    # on a GPU, see `make gpu`
 
 Engines run interleaved on the same random prompts: stock vLLM, stock with half of the layers (for
 the bound, see `throughput_report.py`), the plugin idle, and scripted engines with one and with four
 exit points. Weights are random, answers mean nothing: every number here is synthetic, and says how
 much of the skipped work becomes time. For the quality of decisions see `vllm-adainfer evaluate`.
+
+Where tokens are generated, those that leave wait (``kv`` = ``exact``) until their request ends, so
+that what is timed is a decode step of fewer layers. On a GPU stock runs with its CUDA graphs.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import torch
 import typer
+from llama_shapes import SHAPES, write_shape
 from scripted_requests import random_prompts, scripted_request
 from throughput_report import (
     HALF,
@@ -72,9 +79,9 @@ class Scenario:
     leaving: Mapping[int, float]
 
     def fits(self, case: Case) -> bool:
-        """Whether the shares are whole numbers of requests, and the requests may exit at all."""
+        """Whether the shares are whole numbers of requests."""
         counts = [share * case.batch for share in self.leaving.values()]
-        return not counts or (case.output == 1 and all(count >= 1 for count in counts))
+        return all(count >= 1 for count in counts)
 
     def exits(self, batch: int, generator: np.random.Generator) -> list[int | None]:
         """The layer after which each request leaves, None for full depth."""
@@ -93,6 +100,15 @@ CASES = [
     *(Case(32, batch, output=32) for batch in (1, 8, 32)),
 ]
 QUICK_CASES = [Case(32, 8), Case(128, 32)]
+GPU_CASES = [
+    *(Case(128, batch) for batch in (1, 8, 64, 256)),
+    *(Case(1024, batch) for batch in (1, 8, 32)),
+    # At most as many tokens as may wait.
+    *(Case(32, batch, output=64) for batch in (1, 8, 32)),
+]
+ON_GPU = torch.cuda.is_available()
+# Engines side by side: each allocates what its cache is given, not a share of the memory.
+MORE = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 5 << 30} if ON_GPU else {}
 
 
 def scenarios(depth: int) -> list[Scenario]:
@@ -108,15 +124,20 @@ def scenarios(depth: int) -> list[Scenario]:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Its config is used, its weights are not.")],
+    model: Annotated[
+        str,
+        typer.Option(help=f"Its config is used, its weights are not; or {', '.join(SHAPES)}."),
+    ],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/throughput.json"),
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="Two cases, one exit point.")] = False,
 ) -> None:
     """Measure, and write JSON, a Markdown table and a plot beside each other."""
+    if model in SHAPES:
+        model = str(write_shape(model, Path(tempfile.mkdtemp())))
     hf_config, _ = load_config(model)
     depth, vocabulary = hf_config.num_hidden_layers, hf_config.vocab_size
-    cases = QUICK_CASES if quick else CASES
+    cases = QUICK_CASES if quick else GPU_CASES if ON_GPU else CASES
     engines = start_engines(model, depth, cases, quick)
     measured = []
     for case in tqdm(cases, desc="cases", unit="case"):
@@ -146,7 +167,7 @@ def start_engines(model: str, depth: int, cases: Sequence[Case], quick: bool) ->
     plans: dict[str, dict[str, Any]] = {
         STOCK: {},
         HALF: {"hf_overrides": {"num_hidden_layers": depth // 2}},
-        IDLE: {},
+        **({} if ON_GPU else {IDLE: {}}),  # on a GPU there is no room for it
         ONE: {"adainfer": {"exit_script": [depth // 2]}},
         FOUR: {"adainfer": {"exit_script": points}},
     }
@@ -158,7 +179,7 @@ def start_engines(model: str, depth: int, cases: Sequence[Case], quick: bool) ->
         if name not in (STOCK, HALF) and "VLLM_PLUGINS" in os.environ:
             del os.environ["VLLM_PLUGINS"]
             register()  # vLLM asks for plugins once in a process, and this one has had none
-        engines[name] = start_engine(model, examples, load_format="dummy", **settings)
+        engines[name] = start_engine(model, examples, load_format="dummy", **MORE, **settings)
     return engines
 
 

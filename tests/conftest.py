@@ -45,7 +45,7 @@ _ENGINES: list[Any] = []
 def tiny_engine(
     model: Path, adainfer: dict[str, Any] | None, dtype: str = "float32", **settings: Any
 ) -> Any:
-    """An engine in this process with small chunks and blocks, nothing compiled; None is stock.
+    """An engine in this process with small chunks and blocks, by default eager; None is stock.
 
     It lives as long as the process: one that ends takes the process groups of all others along.
     """
@@ -54,12 +54,11 @@ def tiny_engine(
     llm = LLM(
         model=str(model),
         dtype=dtype,
-        enforce_eager=True,
         max_num_batched_tokens=128,
         max_num_seqs=16,
         block_size=32,
         additional_config={} if adainfer is None else {"adainfer": adainfer},
-        **settings,
+        **{"enforce_eager": True, **settings},
     )
     _ENGINES.append(llm)
     return llm

@@ -150,7 +150,7 @@ def drawn(
                         rows=rows,
                         layers=exit_points[step.tags[place]] if place in left else loop.stack.depth,
                         sampled=bool(step.sampled_by_row()[last]),
-                        state=output[0][last].clone(),
+                        state=output[0][last].cpu().clone(),
                     )
                 )
             return output

@@ -56,10 +56,9 @@ def start_engine(
             return LLM(
                 model=model,
                 max_model_len=-(-(longest + max_tokens) // BLOCK) * BLOCK,
-                kv_cache_memory_bytes=GIB,
                 disable_log_stats=True,
                 additional_config={} if adainfer is None else {CONFIG_KEY: adainfer},
-                **settings,
+                **{"kv_cache_memory_bytes": GIB, **settings},
             )
         except Exception as error:
             raise AdaInferError(
