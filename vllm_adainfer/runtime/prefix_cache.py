@@ -81,7 +81,9 @@ class PrefixCacheGuard:
         if request.request_id in self._unfinished:
             self._unfinished[request.request_id] = request, tokens
 
-    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+    def get_computed_blocks(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's, once prompts of this step with which `request` shares blocks are complete."""
         for block_hash in request.block_hashes if self._fresh else ():
             if block_hash in self._fresh:
@@ -89,7 +91,9 @@ class PrefixCacheGuard:
                 self._complete(owner)
                 _, cached = self._unfinished[owner.request_id]
                 self._cache(owner, cached, tokens)
-        computed: tuple[KVCacheBlocks, int, int] = self._manager.get_computed_blocks(request)
+        computed: tuple[KVCacheBlocks, int, int] = self._manager.get_computed_blocks(
+            request, *args, **kwargs
+        )
         return computed
 
     def allocate_slots(
