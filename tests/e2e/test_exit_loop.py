@@ -99,7 +99,8 @@ def test_a_settled_request_that_waits_for_company_leaves_with_the_answer_it_sett
     assert stats.layers_run == 20 * EXIT_POINTS[2]
 
 
-ENOUGH = CUT_WORK // (LAYERS - EXIT_POINTS[0])  # rows that gain at the first point what a cut takes
+# Rows that gain at the first point what a cut takes.
+ENOUGH = CUT_WORK["cpu"] // (LAYERS - EXIT_POINTS[0])
 
 
 @pytest.mark.parametrize(

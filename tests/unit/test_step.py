@@ -194,7 +194,7 @@ def test_the_last_layer_asks_for_the_last_row_of_each_request_that_remains():
 
 @pytest.mark.parametrize(
     ("lens", "all_rows_count"),
-    [([1, 1, 1], False), ([MIN_ROWS_SPARED - 1, 2], False), ([500, 9], True)],
+    [([1, 1, 1], False), ([MIN_ROWS_SPARED["cpu"] - 1, 2], False), ([500, 9], True)],
     ids=["one row each", "not worth new metadata", "all are wanted"],
 )
 def test_otherwise_the_last_layer_is_as_vllm_runs_it(lens, all_rows_count):

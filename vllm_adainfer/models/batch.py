@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
-from vllm.config import CUDAGraphMode
 from vllm.forward_context import ForwardContext, override_forward_context
 
-from vllm_adainfer.models.segments import Stack
+from vllm_adainfer.models.segments import Stack, without_graphs
 from vllm_adainfer.runtime.layout import RowLayout
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.runtime.stream import Stream
@@ -44,7 +43,7 @@ class CompiledBatch:
 
     def write_last_kv(self, stream: Stream) -> None:
         """Write keys and values of the last layer; `stream`, before it, may be overwritten."""
-        with override_forward_context(_without_graphs(self.context)):
+        with override_forward_context(without_graphs(self.context)):
             self.stack.write_last_kv(self.positions, stream, self.context.slot_mapping)
 
     def narrowed(self, step: StepContext) -> CompiledBatch:
@@ -59,10 +58,6 @@ class CompiledBatch:
         """
         rows, attn_metadata = step.narrowed_to(layout)
         context = replace(
-            _without_graphs(self.context), attn_metadata=attn_metadata, slot_mapping=rows.slots
+            without_graphs(self.context), attn_metadata=attn_metadata, slot_mapping=rows.slots
         )
         return CompiledBatch(self.stack, rows.positions, context)
-
-
-def _without_graphs(context: ForwardContext) -> ForwardContext:
-    return replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None)

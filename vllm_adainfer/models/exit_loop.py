@@ -23,9 +23,10 @@ from vllm_adainfer.stats import ExitStats
 if TYPE_CHECKING:
     from vllm_adainfer.models.segment_graphs import SegmentGraphs
 
-# Compacting a batch takes as long as so many rows x layers of a 135M model: 6 to 60 on CPUs, by
-# their speed in layers; a larger model's take longer, so that it gains from fewer.
-CUT_WORK = 64
+# Compacting a batch takes as long as so many rows x layers, by the type of device. On CPUs 6 to 60
+# were measured with a 135M model; a larger model's layers take longer, so that it gains from fewer.
+# The number for GPUs is an estimate from what a 1B model's layers and a dozen launches should take.
+CUT_WORK = {"cpu": 64, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,10 @@ class ExitLoop:
             return True
         if self.kv.defers:  # rows that will run these layers later spare nothing by leaving now
             ready = int(step.layout.lens[leaving[~step.goes_on[leaving]]].sum())
-        return ready * (self._depth - self.policy.exit_points[exit_index]) >= CUT_WORK
+        return (
+            ready * (self._depth - self.policy.exit_points[exit_index])
+            >= CUT_WORK[step.device.type]
+        )
 
     def _last(self, batch: Batch, stream: Stream, step: StepContext, rows: int) -> Tensor:
         """What the LM head reads of the remaining rows, among all `rows` of the batch as it came.

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    override_forward_context,
+)
 
 from vllm_adainfer import compat
 from vllm_adainfer.models.decoder import Decoder, KVProjection
@@ -84,13 +89,22 @@ class Stack:
         compat.write_kv(attention, keys, values, slots[attention.layer_name])
 
     def profile(self, positions: Tensor, ids: Tensor) -> Tensor:
-        """A pass that belongs to no request: [rows, width]."""
+        """A pass that belongs to no request: [rows, width].
+
+        vLLM captures piecewise graphs in such passes.
+        """
         stream = Stream(ids)
         for index in range(len(self.segments) - 1):
             stream = self.run(index, positions, stream)
         if self.last_kv is not None:  # a copy, for it may be overwritten
-            self.last_kv(positions, *stream.clone().parts)
+            with override_forward_context(without_graphs(get_forward_context())):
+                self.last_kv(positions, *stream.clone().parts)
         return self.run(len(self.segments) - 1, positions, stream).hidden
+
+
+def without_graphs(context: ForwardContext) -> ForwardContext:
+    """`context`, but kernels are launched one by one."""
+    return replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None)
 
 
 def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Segment]:

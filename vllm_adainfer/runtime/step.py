@@ -14,7 +14,7 @@ from vllm_adainfer.runtime.layout import Bools, Ints, RowLayout
 from vllm_adainfer.runtime.transfer import upload
 
 # New attention metadata take as long as the last layer of so many rows (see `CUT_WORK`).
-MIN_ROWS_SPARED = 64
+MIN_ROWS_SPARED = {"cpu": 64, "cuda": 2048}
 CPU = torch.device("cpu")
 
 
@@ -178,8 +178,8 @@ class StepContext:
 
         None if all are, or are not so many more that leaving them out pays.
         """
-        here, rows = self.layout.here, self.layout.num_rows
-        if self._all_rows_count or rows - len(here) < MIN_ROWS_SPARED:
+        spared = self.layout.num_rows - len(self.layout.here)
+        if self._all_rows_count or spared < MIN_ROWS_SPARED[self.device.type]:
             return None
         return self.layout.last_only()
 
