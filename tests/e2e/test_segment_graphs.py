@@ -65,8 +65,10 @@ def write_kv(key: Any, value: Any, *cache_slots_and_scales: Any) -> None:
 @pytest.fixture(scope="module", params=["TRITON_ATTN", "FLEX_ATTENTION"])
 def graphed(tiny_model: Path, tiny_policy: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     """An engine with exits whose segments are recorded for 1, 2 and 4 requests."""
+    from vllm.v1.attention import selector
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
+    selector._cached_get_attn_backend.cache_clear()  # other engines run on vLLM's own for CPUs
     platform = type(current_platform)
     backend = AttentionBackendEnum[request.param].get_path()
     with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
@@ -94,6 +96,7 @@ def graphed(tiny_model: Path, tiny_policy: Path, request: pytest.FixtureRequest)
                 runner.kv_cache_config,
             )
         yield engine
+    selector._cached_get_attn_backend.cache_clear()
 
 
 def replayed(engine: Any, model: Any, kv: str, requests: list[Request]) -> Counter[int]:
@@ -107,7 +110,7 @@ def replayed(engine: Any, model: Any, kv: str, requests: list[Request]) -> Count
 
 
 @pytest.mark.parametrize("kv", ["exact", "propagate"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_drawn_exits_reproduce_the_oracle(graphed, reference, kv, seed):
     """Up to five at once, more than the largest graph; steps with prompts are not replayed."""
     generator = np.random.default_rng(seed)

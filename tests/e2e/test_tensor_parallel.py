@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 
 from tests.conftest import tiny_engine
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
@@ -38,18 +38,28 @@ def artifacts(tiny_model: Path, tmp_path: Path) -> Artifacts:
     return artifact
 
 
+@pytest.fixture
+def ranks_on_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without memory nodes for each rank vLLM wants to be told where they run."""
+    (tmp_path / "sitecustomize.py").write_text(IN_EVERY_PROCESS)
+    path = [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    envs.disable_envs_cache()  # an engine that ran in this process has frozen vLLM's view
+    yield
+    monkeypatch.undo()
+    envs.disable_envs_cache()
+
+
 @pytest.mark.parametrize(
     ("probe", "threshold", "kv"),
     [("label-head", 0.2, "exact"), ("logit-lens", 0.1, "exact"), ("logit-lens", 0.1, "propagate")],
 )
 def test_two_ranks_decide_and_answer_as_one(
-    tiny_model, artifacts, tmp_path, monkeypatch, probe, threshold, kv
+    tiny_model, artifacts, ranks_on_cores, probe, threshold, kv
 ):
     """The head of a logit lens is spread over both ranks, a label head is on each."""
-    (tmp_path / "sitecustomize.py").write_text(IN_EVERY_PROCESS)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    cores = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")  # by rank
     switch = {"artifact": str(artifacts(probe, threshold)), "kv": kv, "min_rows_saved": 1}
     generator = np.random.default_rng(5)
     prompts = [generator.integers(5, 1000, n).tolist() for n in (7, 1, 23, 150, 40, 3, 64, 12)]
