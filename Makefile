@@ -4,6 +4,8 @@ BIN := .venv/bin
 # The Python of `make gpu`: needs torch with CUDA, Triton, pytest, hypothesis and typer; see
 # docs/gpu.md.
 GPU_PYTHON ?= python3
+HAS_GPU = $(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'
+HAS_ENGINE = $(GPU_PYTHON) -c 'import vllm, importlib.metadata as m; m.version("vllm-adainfer")'
 
 V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,async_scheduling equal_to_stock exit_loop \
   generation policies prefix_cache recording segment_graphs shadow tensor_parallel))
@@ -27,13 +29,19 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# On a GPU machine: the kernels, then what needs vLLM, installed for $(GPU_PYTHON) as this package is.
-# Results go to benchmarks/results/.
+# On a GPU machine: the kernels, then what needs vLLM, installed for $(GPU_PYTHON) as this package is;
+# what cannot run is skipped with the reason. Results go to benchmarks/results/.
 gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
-gpu: gpu-kernels
-	@$(GPU_PYTHON) -c 'import vllm, importlib.metadata as m; m.version("vllm-adainfer")' || \
-	  { echo 'skipped: tests and benchmarks of engines need vLLM and this package'; exit 0; }; \
+gpu:
+	@$(HAS_GPU) || { echo 'skipped: $(GPU_PYTHON) sees no GPU through torch: set GPU_PYTHON'; exit 0; }; \
+	$(MAKE) gpu-kernels && { $(HAS_ENGINE) || \
+	  { echo 'skipped: engines need vLLM and this package, installed for $(GPU_PYTHON)'; exit 0; }; } && \
 	$(GPU_PYTHON) -m pytest tests/e2e/test_gpu.py && \
+	if [ -d .demo/SmolLM2-135M-Instruct ]; then \
+	  $(GPU_PYTHON) -m vllm_adainfer.cli demo --output .demo; \
+	else \
+	  echo 'skipped: a policy on real weights needs .demo/SmolLM2-135M-Instruct (fetch-demo-model)'; \
+	fi && \
 	for shape in llama-1b llama-8b; do \
 	  $(GPU_PYTHON) benchmarks/bench_throughput.py --model $$shape \
 	    --output benchmarks/results/throughput_gpu_$$shape.json || exit 1; \
@@ -42,8 +50,7 @@ gpu: gpu-kernels
 # With or without vLLM: the kernels' tests, then their benchmark.
 gpu-kernels: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
 gpu-kernels:
-	@$(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
-	  { echo 'make gpu-kernels needs a GPU that $(GPU_PYTHON) sees through torch: set GPU_PYTHON'; exit 1; }
+	@$(HAS_GPU) || { echo 'make gpu-kernels needs a GPU that $(GPU_PYTHON) sees through torch: set GPU_PYTHON'; exit 1; }
 	$(GPU_PYTHON) -m pytest tests/kernels
 	$(GPU_PYTHON) benchmarks/bench_probe_kernel.py
 

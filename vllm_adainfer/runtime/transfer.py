@@ -10,23 +10,40 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Arrays = Sequence[npt.NDArray[Any]]
 ALIGNMENT = 16  # bytes; torch views of a dtype need a multiple of its size
 
 
-def upload(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[Tensor]:
-    """`arrays` as tensors on `device`: all of them in one copy, which nobody waits for.
+def upload(arrays: Arrays, device: torch.device) -> list[Tensor]:
+    """`arrays` [n] as tensors on `device`: all of them in one copy, which nobody waits for.
 
     On a CPU they share the arrays' memory.
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    starts = np.cumsum([0, *(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays)])
     # From torch's pinned pool, which reuses memory only when the copy is done.
-    packed = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=True)
-    for array, start in zip(arrays, starts.tolist(), strict=False):
-        packed.numpy()[start : start + array.nbytes] = array.view(np.uint8).reshape(-1)
-    there = packed.to(device, non_blocking=True)
+    packed = torch.empty(_places(arrays)[-1], dtype=torch.uint8, pin_memory=True)
+    pack(arrays, packed)
+    return unpack(packed.to(device, non_blocking=True), arrays)
+
+
+def pack(arrays: Arrays, packed: Tensor) -> None:
+    """Write `arrays` behind each other into uint8 `packed`."""
+    target = packed.numpy()
+    for array, start in zip(arrays, _places(arrays), strict=False):
+        target[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8)
+
+
+def unpack(packed: Tensor, arrays: Arrays) -> list[Tensor]:
+    """Views of `packed`, each with the dtype and length of one of `arrays`."""
     return [
-        there[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype)
-        for array, start in zip(arrays, starts.tolist(), strict=False)
+        packed[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype)
+        for array, start in zip(arrays, _places(arrays), strict=False)
     ]
+
+
+def _places(arrays: Arrays) -> list[int]:
+    """Where each begins, and the bytes of all."""
+    sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
+    places: list[int] = np.cumsum([0, *sizes]).tolist()
+    return places
