@@ -11,13 +11,19 @@ import pytest
 import vllm.model_executor.models.config as model_hooks
 from transformers import AutoTokenizer, FalconConfig, JambaConfig, MambaConfig, MixtralConfig
 from vllm import ModelRegistry
-from vllm.config import ModelConfig
+from vllm.config import CUDAGraphMode, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
 from vllm_adainfer import plugin
 from vllm_adainfer.config import Settings
-from vllm_adainfer.engine import CPU_WORKER, SCHEDULER, refuse_unsupported
+from vllm_adainfer.engine import (
+    CPU_WORKER,
+    GPU_WORKER,
+    SCHEDULER,
+    configure,
+    refuse_unsupported,
+)
 from vllm_adainfer.errors import AdaInferError
 
 
@@ -46,6 +52,29 @@ def test_the_switch_selects_model_worker_and_scheduler(tiny_model, tiny_policy):
     assert config.model_config.hf_config.architectures == ["AdaInferLlamaForCausalLM"]
     assert config.parallel_config.worker_cls == CPU_WORKER
     assert config.scheduler_config.scheduler_cls == SCHEDULER
+
+
+@pytest.mark.parametrize(
+    ("asked", "outside"),
+    [
+        (None, CUDAGraphMode.PIECEWISE),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.PIECEWISE),
+        (CUDAGraphMode.PIECEWISE, CUDAGraphMode.PIECEWISE),
+        (CUDAGraphMode.NONE, CUDAGraphMode.NONE),
+    ],
+)
+def test_on_a_gpu_full_graphs_are_left_to_the_segments(tiny_model, monkeypatch, asked, outside):
+    vllm_config = engine_config(tiny_model, None)
+    vllm_config.compilation_config.cudagraph_mode = asked
+    vllm_config.parallel_config.worker_cls = "auto"  # as it is when the hook runs
+    monkeypatch.setattr(
+        "vllm.platforms.current_platform",
+        SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True),
+    )
+    monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", True)
+    configure(vllm_config, Settings(exit_script=(2,)), "AdaInferLlamaForCausalLM")
+    assert vllm_config.compilation_config.cudagraph_mode == outside
+    assert vllm_config.parallel_config.worker_cls == GPU_WORKER
 
 
 @pytest.mark.parametrize("how", ["not configured", "not enabled", "kill switch"])

@@ -35,8 +35,8 @@ class FakeManager:
         self.calls.append((request, args, kwargs))
         return None if self.full else BLOCKS_ALLOCATED
 
-    def get_computed_blocks(self, request: Any) -> tuple[Any, ...]:
-        return "what", "is", "cached", tuple(self.cached)
+    def get_computed_blocks(self, request: Any, *limits: Any) -> tuple[Any, ...]:
+        return "what", "is", "cached", tuple(self.cached), *limits
 
     def cache_blocks(self, request: Any, tokens: int) -> None:
         self.cached.append((request.hashes, tokens))
@@ -94,6 +94,18 @@ class Setup:
         self.allocate(request)
         self.manager.full = was
         return request in self.completed
+
+
+@pytest.mark.parametrize("may_exit", [False, True])
+def test_an_asynchronous_scheduler_caches_tokens_of_other_requests_alone(may_exit):
+    setup, request = Setup(), FakeRequest("ab", may_exit)
+    setup.allocate(request)
+    setup.guard.cache_blocks(request, 8)
+    assert setup.manager.cached == ([] if may_exit else [("ab", 8)])
+
+
+def test_the_limit_that_vllm_0_33_has_for_a_hit_is_passed_on():
+    assert Setup().guard.get_computed_blocks(FakeRequest("a"), 12)[-1] == 12
 
 
 @pytest.mark.parametrize("may_exit", [False, True])
