@@ -19,7 +19,8 @@ from vllm_adainfer.errors import AdaInferError
 if TYPE_CHECKING:
     from vllm import LLM
 
-GIB = 1 << 30
+# On a GPU vLLM wants its share of the memory to be free, even where the cache's size is given.
+SMALL = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.05}
 BLOCK = 128  # vLLM's default block on a CPU: lengths are rounded up to it
 
 
@@ -58,7 +59,7 @@ def start_engine(
                 max_model_len=-(-(longest + max_tokens) // BLOCK) * BLOCK,
                 disable_log_stats=True,
                 additional_config={} if adainfer is None else {CONFIG_KEY: adainfer},
-                **{"kv_cache_memory_bytes": GIB, **settings},
+                **{**SMALL, **settings},
             )
         except Exception as error:
             raise AdaInferError(
