@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_adainfer import compat
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.runtime.layout import RowLayout
 from vllm_adainfer.runtime.step import Rows
 from vllm_adainfer.runtime.transfer import upload
@@ -26,7 +28,18 @@ def own_groups(groups: Groups, vllm_config: VllmConfig, device: torch.device) ->
 
     So does vLLM's own model that runs some layers on some rows only
     (`models/deepseek_v41/nvidia/model_state.py`).
+
+    Raises:
+        AdaInferError: a backend writes keys and values only where it attends.
+
     """
+    for group in itertools.chain.from_iterable(groups):
+        if group.backend.forward_includes_kv_cache_update:
+            raise AdaInferError(
+                f"vllm-adainfer: attention backend {group.backend.get_name()} cannot write keys "
+                "and values of rows that do not attend: choose another with --attention-backend, "
+                'such as FLASH_ATTN or TRITON_ATTN, or drop "adainfer" from additional_config'
+            )
     copies = [[replace(group, metadata_builders=[]) for group in same] for same in groups]
     for same in copies:
         for group in same:

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.runtime.attention import own_groups
+
+
+def test_a_backend_that_writes_keys_only_where_it_attends_is_refused():
+    backend = SimpleNamespace(forward_includes_kv_cache_update=True, get_name=lambda: "HPC_ATTN")
+    with pytest.raises(AdaInferError, match="HPC_ATTN cannot write keys and values of rows"):
+        own_groups([[SimpleNamespace(backend=backend)]], None, torch.device("cpu"))
