@@ -7,10 +7,11 @@ import sys
 
 from tests import triton_on_cpu
 
+triton_on_cpu.install_for_v2()  # here, for processes that are spawned import this, too
+
 
 def main() -> None:
     """Read one JSON object from stdin, write one to stdout."""
-    triton_on_cpu.install_for_v2()
     from vllm import LLM, SamplingParams
 
     job = json.load(sys.stdin)

@@ -42,6 +42,7 @@ def answer(model: Path, params: list[dict[str, Any]], env: dict[str, str], **eng
         capture_output=True,
         text=True,
         check=False,
+        timeout=900,  # an engine whose core has died may be waited for without end
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, done.stderr[-3000:]
