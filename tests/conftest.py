@@ -64,6 +64,18 @@ def tiny_engine(
     return llm
 
 
+def small_engine(model: Path, policy: Path, **settings: Any) -> Any:
+    """With a cache of 384 tokens in 12 blocks, so that requests preempt each other."""
+    return tiny_engine(
+        model,
+        {"artifact": str(policy), "kv": "propagate"},
+        max_model_len=320,
+        num_gpu_blocks_override=12,
+        kv_cache_memory_bytes=8 << 20,
+        **settings,
+    )
+
+
 @pytest.fixture(scope="session")
 def engine(tiny_model: Path, tiny_policy: Path) -> Any:
     """The engine that most tests share, with exits after `EXIT_POINTS`."""
@@ -73,14 +85,8 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def small(tiny_model: Path, tiny_policy: Path) -> Any:
-    """A second one with a cache of 384 tokens in 12 blocks, so that requests preempt each other."""
-    return tiny_engine(
-        tiny_model,
-        {"artifact": str(tiny_policy), "kv": "propagate"},
-        max_model_len=320,
-        num_gpu_blocks_override=12,
-        kv_cache_memory_bytes=8 << 20,
-    )
+    """A second one, for tests of generation."""
+    return small_engine(tiny_model, tiny_policy)
 
 
 @pytest.fixture(scope="session")

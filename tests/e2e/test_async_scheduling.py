@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.platforms import current_platform
 
-from tests.conftest import tiny_engine
+from tests.conftest import small_engine
 from tests.e2e.patterns import drawn_pattern, wrong
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.runtime.scheduler import AdaInferAsyncScheduler
@@ -28,13 +28,7 @@ def asynchronous(tiny_model: Path, tiny_policy: Path) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cls, "check_and_update_config", staticmethod(check_but_stay_asynchronous))
-        return tiny_engine(
-            tiny_model,
-            {"artifact": str(tiny_policy), "kv": "propagate"},
-            max_model_len=320,
-            num_gpu_blocks_override=12,
-            kv_cache_memory_bytes=8 << 20,
-        )
+        return small_engine(tiny_model, tiny_policy)
 
 
 @pytest.mark.parametrize("kv", ["exact", "propagate"])

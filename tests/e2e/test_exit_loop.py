@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from torch.nn.functional import pad
 from vllm import SamplingParams
+from vllm.forward_context import get_forward_context, override_forward_context
 
 from tests.e2e.oracle import continuation, same, token_after
-from tests.e2e.scripted import EXIT_AT, FULL, scripted
+from tests.e2e.scripted import EXIT_AT, FULL, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS
+from vllm_adainfer.compat import NO_SLOT
 from vllm_adainfer.models.exit_loop import CUT_WORK
 
 
@@ -55,6 +62,41 @@ def test_each_request_gets_the_answer_of_its_depth_and_runs_no_more(engine, refe
     assert stats.layers_possible == sum(lengths) * LAYERS
     assert stats.tokens_decided == len(exits)
     assert +stats.exit_histogram == {d: depths.count(d) for d in depths}
+
+
+@contextmanager
+def padded(llm, rows: int) -> Iterator[None]:
+    """Give the loop so many rows more than there are, as vLLM does where graphs have sizes."""
+    loop = parts(llm)[0].exit_loop
+    run = loop.run
+
+    def run_padded(positions, input_ids, step):
+        context = get_forward_context()
+        slots = {n: pad(s, (0, rows), value=NO_SLOT) for n, s in context.slot_mapping.items()}
+        with override_forward_context(replace(context, slot_mapping=slots)):
+            return run(pad(positions, (0, rows)), pad(input_ids, (0, rows)), step)
+
+    loop.run = run_padded
+    try:
+        yield
+    finally:
+        del loop.run
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_rows_of_padding_change_nothing_and_are_not_counted(engine, reference, tokens):
+    lengths, exits = [7, 1, 23, 90], [0, FULL, 2, FULL]
+    prompts = prompts_of(lengths, seed=3)
+    params = [
+        SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args={EXIT_AT: e})
+        for e in exits
+    ]
+    with scripted(engine) as stats, padded(engine, rows=5):
+        found = run(engine, prompts, params)
+    for prompt, exit_at, produced in zip(prompts, exits, found, strict=True):
+        assert same(produced, continuation(reference, prompt, tokens, depth_of(exit_at)))
+    assert stats.layers_possible == (sum(lengths) + 4 * (tokens - 1)) * LAYERS
+    assert stats.layers_run < stats.layers_possible
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import tiny_engine
+from tests.conftest import small_engine
 from tests.e2e.patterns import drawn_pattern, wrong
 from tests.e2e.scripted import parts
 
@@ -21,14 +21,11 @@ pytestmark = [
 @pytest.fixture(scope="module", params=["TRITON_ATTN", "FLEX_ATTENTION"])
 def on_gpu(tiny_model: Path, tiny_policy: Path, request: pytest.FixtureRequest) -> Any:
     """An engine as it is served: compiled, with graphs; fp32, which these backends take."""
-    return tiny_engine(
+    return small_engine(
         tiny_model,
-        {"artifact": str(tiny_policy), "kv": "propagate"},
+        tiny_policy,
         enforce_eager=False,
         attention_backend=request.param,
-        max_model_len=320,
-        num_gpu_blocks_override=12,
-        kv_cache_memory_bytes=8 << 20,
         gpu_memory_utilization=0.05,
     )
 

@@ -99,6 +99,15 @@ def graphed(tiny_model: Path, tiny_policy: Path, request: pytest.FixtureRequest)
     selector._cached_get_attn_backend.cache_clear()
 
 
+def test_a_backend_that_cannot_be_captured_runs_without_and_says_so(engine, caplog):
+    model, runner, _ = parts(engine)
+    runner.model_state.capture_inner_cudagraphs(
+        runner.input_buffers, runner.block_tables, runner.attn_groups, runner.kv_cache_config
+    )
+    assert model.exit_loop.graphs is None
+    assert "without CUDA graphs of segments: CPU_ATTN cannot be captured" in caplog.text
+
+
 def replayed(engine: Any, model: Any, kv: str, requests: list[Request]) -> Counter[int]:
     """Check `requests` against the oracle; segments replayed, by the rows they were padded to."""
     Recorded.replays.clear()

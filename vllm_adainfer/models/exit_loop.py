@@ -120,17 +120,16 @@ class ExitLoop:
             early = step.answered()  # those that stayed need no LM head either
         if answers is None or early.size == 0:
             return whole, None, shadow
-        requests, rows = step.on_device(early, step.original_sampled_rows(early))
         if policy.answer_ids is not None:
+            [requests] = step.on_device(early)
             return whole, ScoredAnswers(early, answers[requests]), shadow
+        requests, rows = step.on_device(early, step.original_sampled_rows(early))
         whole[rows] = answers[requests]
         return whole, None, shadow
 
     def _graphed(self, step: StepContext) -> Batch | None:
         """The batch as it is now, if there are CUDA graphs for it."""
-        if self.graphs is None or not self.graphs.serve(step.layout):
-            return None
-        return self.graphs.batch(step.layout, step.narrow)
+        return None if self.graphs is None else self.graphs.batch(step.layout, step.narrow)
 
     def _segment(self, index: int, batch: Batch, stream: Stream, step: StepContext) -> Stream:
         num_layers = self.stack.segments[index].num_layers
@@ -174,22 +173,19 @@ class ExitLoop:
 
         Where that pays, rows that decide no request get keys and values of the last layer alone.
         """
-        last, whole = len(self.stack.segments) - 1, stream.hidden.new_empty(rows, self.stack.width)
         if stream.num_rows == 0:
-            return whole
+            return stream.hidden.new_empty(rows, self.stack.width)
         decisive = step.decisive()
-        if decisive is None:
-            final = self._segment(last, batch, stream, step).hidden
-            if step.as_it_came:
-                return final
-            step.put_back(final, None, whole)
-            return whole
-        assert isinstance(batch, CompiledBatch), "in graphs each request has one row"
-        [wanted] = step.on_device(step.sampled_rows(decisive.here))
-        every, stream = stream, stream.rows(wanted)
-        batch.write_last_kv(every)
-        batch = batch.narrowed_to(decisive, step)
-        # All rows are counted as if they had run the layer.
-        final = self._segment(last, batch, stream, step).hidden
-        step.put_back(final, decisive.here, whole)
+        if decisive is not None:
+            assert isinstance(batch, CompiledBatch), "in graphs each request has one row"
+            [wanted] = step.on_device(step.sampled_rows(decisive.here))
+            every, stream = stream, stream.rows(wanted)
+            batch.write_last_kv(every)
+            batch = batch.narrowed_to(decisive, step)
+        # All rows are counted, as if they had run the layer.
+        final = self._segment(len(self.stack.segments) - 1, batch, stream, step).hidden
+        if step.as_it_came and decisive is None:
+            return final
+        whole = final.new_empty(rows, self.stack.width)
+        step.put_back(final, None if decisive is None else decisive.here, whole)
         return whole

@@ -77,14 +77,16 @@ class SegmentGraphs:
             taken / (1 << 30),
         )
 
-    def serve(self, layout: RowLayout) -> bool:
+    def serves(self, layout: RowLayout) -> bool:
         """Whether there are graphs for a batch with the rows of `layout`."""
         return self._graph_for(layout).cg_mode == CUDAGraphMode.FULL
 
-    def batch(self, layout: RowLayout, narrow: Narrow) -> GraphedBatch:
-        """A batch with the rows of `layout`, for which there must be graphs."""
-        assert isinstance(narrow, StepAttention), "Model Runner V2 gives one"
+    def batch(self, layout: RowLayout, narrow: Narrow) -> GraphedBatch | None:
+        """A batch with the rows of `layout`, None if there are no graphs for it."""
         graph = self._graph_for(layout)
+        if graph.cg_mode != CUDAGraphMode.FULL:
+            return None
+        assert isinstance(narrow, StepAttention), "Model Runner V2 gives one"
         self._buffers.stage(layout, narrow, graph.num_tokens)
         self._metadata(graph.num_tokens, int(layout.last_positions[layout.here].max()) + 1)
         return GraphedBatch(self._managers, self._buffers, graph, layout.num_rows)
@@ -106,7 +108,6 @@ class SegmentGraphs:
 
         def prepare(graph: BatchExecutionDescriptor, warmup: bool) -> Callable[..., None]:
             rows, buffers = graph.num_tokens, self._buffers
-            buffers.clear()
             metadata = self._metadata(rows, self._config.model_config.max_model_len, True)
             slots = by_layer(self._groups, buffers.slots_of(rows))
 
@@ -153,7 +154,7 @@ class GraphedBatch:
         return self.buffers.stream_of(self.rows)
 
 
-def why_not(vllm_config: VllmConfig, groups: Groups) -> str | None:
+def why_not_captured(vllm_config: VllmConfig, groups: Groups) -> str | None:
     """Why decode steps cannot be captured, None if they can."""
     for same in groups:
         for group in same:

@@ -18,8 +18,8 @@ from vllm_adainfer.runtime.transfer import upload
 class DecodeBuffers:
     """A batch of requests with one row each, and its residual stream.
 
-    Rows beyond those staged are padding: their requests have no tokens, their keys and values no
-    slot.
+    At first, to be captured, requests that have one token and own no blocks. Rows beyond those
+    staged are padding: their requests have no tokens, their keys and values no slot.
 
     Attributes:
         positions: int64 [size].
@@ -30,10 +30,10 @@ class DecodeBuffers:
         """For up to `size` requests; `block_tables` [requests, blocks] are as they will come."""
         self.positions = torch.zeros(size, dtype=torch.int64, device=device)
         self._ids = torch.zeros(size, dtype=torch.int32, device=device)
-        self._starts = torch.zeros(size + 1, dtype=torch.int32, device=device)
-        self._starts_cpu = torch.zeros(size + 1, dtype=torch.int32)
-        self._seq_lens = torch.zeros(size, dtype=torch.int32, device=device)
-        self._seq_lens_cpu = torch.zeros(size, dtype=torch.int32)
+        self._starts_cpu = torch.arange(size + 1, dtype=torch.int32)
+        self._starts = self._starts_cpu.to(device, copy=True)
+        self._seq_lens_cpu = torch.ones(size, dtype=torch.int32)
+        self._seq_lens = self._seq_lens_cpu.to(device, copy=True)
         self._tables = [table.new_zeros(size, table.shape[1]) for table in block_tables]
         self._slots = torch.full(
             (len(block_tables), size), compat.NO_SLOT, dtype=torch.int64, device=device
@@ -41,19 +41,6 @@ class DecodeBuffers:
         # Made when the first, largest, batch has shown what it is like.
         self._stream: Stream | None = None
         self._final: Tensor | None = None
-
-    def clear(self) -> None:
-        """A batch of requests that own nothing, to be captured."""
-        self.positions.zero_()
-        self._ids.zero_()
-        counts = torch.arange(len(self._starts), dtype=torch.int32)
-        self._starts_cpu.copy_(counts)
-        self._starts.copy_(counts)
-        self._seq_lens_cpu.fill_(1)
-        self._seq_lens.fill_(1)
-        for table in self._tables:
-            table.zero_()
-        self._slots.fill_(compat.NO_SLOT)
 
     def stage(self, layout: RowLayout, attention: StepAttention, padded: int) -> None:
         """Take in the batch of `layout`, padded to so many requests."""
@@ -116,9 +103,13 @@ class DecodeBuffers:
 
     def load(self, stream: Stream, is_ids: bool) -> None:
         """Take in the stream of the staged rows, unless it is here already."""
-        ours = self.ids_of(stream.num_rows) if is_ids else self.stream_of(stream.num_rows)
-        if stream.hidden.data_ptr() != ours.hidden.data_ptr():
-            ours.copy_(stream)
+        rows = slice(0, stream.num_rows)
+        if is_ids:
+            self._ids[rows] = stream.hidden
+            return
+        assert self._stream is not None, "stored by the first segment"
+        if stream.hidden.data_ptr() != self._stream.hidden.data_ptr():
+            self._stream.put(stream, rows)
 
     def store(self, stream: Stream, is_final: bool) -> None:
         """Keep what a segment gives."""
@@ -130,4 +121,4 @@ class DecodeBuffers:
             return
         if self._stream is None:
             self._stream = stream.zeros(size)
-        self.stream_of(stream.num_rows).copy_(stream)
+        self._stream.put(stream, slice(0, stream.num_rows))

@@ -70,7 +70,8 @@ class ExactKV:
         """See `KVPolicy.leave`."""
         rows = step.layout.rows_of(requests)
         places = self._pool.free_places(len(rows))
-        self._pool.put(stream.rows(step.on_device(rows)[0]), step.on_device(places)[0])
+        rows_there, places_there = step.on_device(rows, places)
+        self._pool.put(stream.rows(rows_there), places_there)
         ends = np.cumsum(step.layout.lens[requests])
         for request, own in zip(requests.tolist(), np.split(places, ends[:-1]), strict=True):
             below = self._waiting.setdefault(step.request_ids[request], {})

@@ -31,7 +31,7 @@ class RunningRequests:
         self._loop = loop
         self._window = UNLIMITED
         self._admitted: dict[str, Admitted] = {}
-        # See `AdaInferScheduler`: otherwise no guard reads what is complete.
+        # See `GuardedScheduler`: otherwise no guard reads what is complete.
         self._scheduler_asks = (
             vllm_config.cache_config.enable_prefix_caching and not self.admission.records
         )
@@ -58,7 +58,7 @@ class RunningRequests:
         self._admitted.pop(request_id, None)
         self._loop.kv.forget(request_id)
 
-    def know(self, request_id: str) -> bool:
+    def knows(self, request_id: str) -> bool:
         """Whether this is a request, not a part of a dummy batch."""
         return request_id in self._admitted
 

@@ -56,19 +56,12 @@ class Stream:
             residual = residual.new_zeros(rows, *residual.shape[1:])
         return Stream(self.hidden.new_zeros(rows, *self.hidden.shape[1:]), residual)
 
-    def put(self, other: Stream, rows: Tensor) -> None:
+    def put(self, other: Stream, rows: Tensor | slice) -> None:
         """Overwrite `rows` with those of `other`, in as many parts."""
         self.hidden[rows] = other.hidden
         if self.residual is not None:
             assert other.residual is not None
             self.residual[rows] = other.residual
-
-    def copy_(self, other: Stream) -> None:
-        """Overwrite the rows with those of `other`, in as many parts."""
-        self.hidden.copy_(other.hidden)
-        if self.residual is not None:
-            assert other.residual is not None
-            self.residual.copy_(other.residual)
 
     @classmethod
     def cat(cls, streams: Sequence[Stream]) -> Stream:

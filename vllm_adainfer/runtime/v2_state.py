@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_adainfer.compat import get_logger
 from vllm_adainfer.models.exit_loop import ExitLoop
-from vllm_adainfer.models.segment_graphs import SegmentGraphs, why_not
+from vllm_adainfer.models.segment_graphs import SegmentGraphs, why_not_captured
 from vllm_adainfer.runtime.attention import Groups, StepAttention, own_groups
 from vllm_adainfer.runtime.requests import RunningRequests
 
@@ -68,7 +68,7 @@ class AdaInferModelState(DefaultModelState):
         loop = self.model.exit_loop
         if not isinstance(loop, ExitLoop):
             return
-        reason = why_not(self.vllm_config, attn_groups)
+        reason = why_not_captured(self.vllm_config, attn_groups)
         if reason is not None:
             logger.warning("decode steps run without CUDA graphs of segments: %s", reason)
             return
@@ -95,7 +95,7 @@ class AdaInferModelState(DefaultModelState):
         if self._own_groups is None:
             self._own_groups = own_groups(attn_groups, self.vllm_config, self.device)
         self.model.step = step = None
-        if self.running.know(input_batch.req_ids[0]):
+        if self.running.knows(input_batch.req_ids[0]):
             computed = input_batch.num_computed_tokens_np.astype(np.int64)
             lens = input_batch.num_scheduled_tokens.astype(np.int64)
             self.model.step = step = self.running.describe(
@@ -109,7 +109,7 @@ class AdaInferModelState(DefaultModelState):
                 device=self.device,
             )
         graphs = self.model.exit_loop.graphs
-        if step is not None and graphs is not None and graphs.serve(step.layout):
+        if step is not None and graphs is not None and graphs.serves(step.layout):
             return {}  # the graphs have their own
         return super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
