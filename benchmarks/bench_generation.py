@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from vllm_adainfer.artifact import load_artifact, load_details
+from vllm_adainfer.artifact_files import load_artifact_config, load_details
 from vllm_adainfer.calibration.calibrate import load_config
 from vllm_adainfer.calibration.data import Example, Row, make_examples
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.calibration.report import Run, write_whole
 from vllm_adainfer.calibration.sequences import compare, has_number, read_back
+from vllm_adainfer.config import EXIT_ARG
 from vllm_adainfer.plugin import register
 from vllm_adainfer.provenance import provenance
-from vllm_adainfer.runtime.admission import EXIT_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
     """Measure, and write JSON and a Markdown table beside each other."""
-    config = load_artifact(artifact).config
+    config = load_artifact_config(artifact)
     sets = read_sets(model, data_dir, MOST)
     mixed = [e for group in zip_longest(*sets.values()) for e in group if e is not None]
     engines = start_engines(model, artifact, mixed, max_tokens)

@@ -13,13 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from vllm_adainfer.artifact import (
-    ArtifactConfig,
-    Label,
-    Level,
-    WeightsFingerprint,
-    save_artifact,
-)
+from vllm_adainfer.artifact import ArtifactConfig, Label, Level
+from vllm_adainfer.artifact_files import save_artifact
+from vllm_adainfer.fingerprint import WeightsFingerprint
 
 LAYERS = 6
 EXIT_POINTS = (2, 3, 5)

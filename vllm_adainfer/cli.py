@@ -162,7 +162,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="For splits and folds.")] = 0,
 ) -> None:
     """Fit a policy on your prompts, certify its bound, write an artifact."""
-    from vllm_adainfer.artifact import load_details
+    from vllm_adainfer.artifact_files import load_details
     from vllm_adainfer.calibration.calibrate import CalibrationRequest
     from vllm_adainfer.calibration.calibrate import calibrate as run
     from vllm_adainfer.calibration.policy import PolicyOptions
@@ -277,10 +277,10 @@ def inspect(
     artifact: Annotated[str, typer.Argument(help="Directory or hub id of the artifact.")],
 ) -> None:
     """Say what an artifact is for and what it promises."""
-    from vllm_adainfer.artifact import load_artifact, load_details
+    from vllm_adainfer.artifact_files import load_artifact_config, load_details
     from vllm_adainfer.describe import describe
 
-    typer.echo(describe(load_artifact(artifact).config, load_details(artifact)))
+    typer.echo(describe(load_artifact_config(artifact), load_details(artifact)))
 
 
 @app.command()

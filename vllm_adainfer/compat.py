@@ -81,6 +81,45 @@ def hash_block_size(kv_cache_manager: Any) -> int:
     return int(kv_cache_manager.block_pool.hash_block_size)
 
 
+def use_stat_loggers() -> None:
+    """Have engines with our switch in their config write our metrics and log lines, too.
+
+    0.32 takes stat loggers from entry points, but then turns statistics on for every engine of
+    every process, also where they are off and nobody asked for us. So the class that builds
+    loggers (it is looked up in these two modules) gets ours here, once, when an engine is
+    configured.
+    """
+    from vllm.v1.engine import async_llm, llm_engine
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    from vllm_adainfer.serving.stat_logger import WithExitStats
+
+    ours = type("AdaInferStatLoggerManager", (WithExitStats, StatLoggerManager), {})
+    for module in (async_llm, llm_engine):
+        if module.StatLoggerManager is StatLoggerManager:
+            module.StatLoggerManager = ours
+
+
+def note_report(scheduler_stats: Any, report: dict[str, Any]) -> None:
+    """Send from the scheduler to the frontends, in `SchedulerStats`, what has been executed.
+
+    0.32 has no field in it for a plugin. The one for KV connectors may hold any plain values, and
+    is free: KV connectors are refused.
+    """
+    scheduler_stats.kv_connector_stats = {REPORT_KEY: report}
+
+
+def take_report(scheduler_stats: Any) -> dict[str, Any] | None:
+    """What `note_report` sent; the field is empty then, for vLLM's own loggers."""
+    sent = None if scheduler_stats is None else scheduler_stats.kv_connector_stats
+    if not sent or REPORT_KEY not in sent:
+        return None
+    scheduler_stats.kv_connector_stats = None
+    report: dict[str, Any] = sent[REPORT_KEY]
+    return report
+
+
+REPORT_KEY = "adainfer"
 NO_SLOT = -1  # 0.32's PAD_SLOT_ID: keys and values of such a row are not written
 
 
@@ -101,18 +140,18 @@ def slots(blocks: Tensor, size: int, requests: Tensor, positions: Tensor) -> Ten
     return blocks[requests, positions // size].long() * size + positions % size
 
 
-def note_complete(output: Any, tokens: dict[str, int]) -> None:
-    """Send from the worker to the scheduler, in a `ModelRunnerOutput`, what is complete.
+def note(output: Any, told: Any) -> None:
+    """Send something from the worker to the scheduler, in a `ModelRunnerOutput`.
 
     0.32 has no field in it for a plugin; as it is pickled, an attribute more travels with it.
     V2 wraps it in an `AsyncOutput`, which hands it on when the tokens are there.
     """
-    getattr(output, "model_runner_output", output).adainfer_complete = tokens
+    getattr(output, "model_runner_output", output).adainfer = told
 
 
-def complete(output: Any) -> dict[str, int] | None:
-    """What `note_complete` sent; None where the worker has run no step."""
-    return getattr(output, "adainfer_complete", None)
+def noted(output: Any) -> Any:
+    """What `note` sent; None where the worker has run no step."""
+    return getattr(output, "adainfer", None)
 
 
 def write_kv(attention: Any, keys: Tensor, values: Tensor, slots: Tensor) -> None:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from vllm_adainfer.errors import AdaInferError
 
 CONFIG_KEY = "adainfer"
 KILL_SWITCH = "VLLM_ADAINFER"
+NO_POLICY = "full_depth"  # requests that may not exit, where policies are counted by name
+DEFAULT_POLICY = "default"  # what the policy is called where there is only one
+# A name goes into requests and into the labels of metrics.
+PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
 class LensRecord(BaseModel):
@@ -28,8 +39,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    artifact: str | None = Field(
-        None, description="Directory or hub id of the artifact that `calibrate` wrote."
+    artifact: str | dict[PolicyName, str] | None = Field(
+        None,
+        description="Directory or hub id of the artifact that `calibrate` wrote; or several, each "
+        "for a task of its own, by the names that requests may choose them by.",
     )
     record: tuple[int, ...] | None = Field(
         None,
@@ -79,6 +92,10 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> Settings:
+        if self.artifact == {}:
+            raise ValueError('"artifact" names no artifact: give {"NAME": "DIR"}, or a directory')
+        if isinstance(self.artifact, dict) and NO_POLICY in self.artifact:
+            raise ValueError(f'"{NO_POLICY}" is what metrics call requests without a policy')
         sources = self.artifact, self.record, self.exit_script
         if self.enabled and sum(source is not None for source in sources) != 1:
             raise ValueError('give "artifact": the directory that `calibrate` wrote')
@@ -87,6 +104,68 @@ class Settings(BaseModel):
         if self.record is None and self.record_lens is not None:
             raise ValueError('"record_lens" goes with "record": give both, or neither')
         return self
+
+    @property
+    def artifacts(self) -> dict[str, str]:
+        """Directory or hub id by the name of the policy."""
+        if isinstance(self.artifact, str):
+            return {DEFAULT_POLICY: self.artifact}
+        return dict(self.artifact or {})
+
+
+# For those who write requests.
+EXIT_ARG = "adainfer"
+POLICY_ARG = "adainfer_policy"
+EPSILON_ARG = "adainfer_epsilon"
+SCRIPT_ARG = "adainfer_exit"
+ROW_ARG = "adainfer_row"
+
+
+class RequestSettings(BaseModel):
+    """What a request may say in ``extra_args`` (``vllm_xargs``); an unknown key is an error.
+
+    Keys that do not begin with ``adainfer`` are not ours.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    adainfer: bool | None = Field(None, description="0 runs at full depth, 1 may exit.")
+    adainfer_policy: str | None = Field(None, description="Name of the policy that decides.")
+    adainfer_epsilon: float | None = Field(
+        None, ge=0, lt=1, strict=True, description="Instead of the switch's epsilon."
+    )
+    adainfer_exit: int | None = Field(
+        None, strict=True, description="With `exit_script`: the exit point where it leaves."
+    )
+    adainfer_row: int | None = Field(
+        None, strict=True, description="While recording: the row of the calibration data."
+    )
+
+
+def read_request(arguments: Mapping[str, Any] | None) -> RequestSettings:
+    """What `arguments`, a request's ``extra_args``, say to us.
+
+    Raises:
+        AdaInferError: a key of ours is unknown or its value does not fit.
+
+    """
+    ours = {k: v for k, v in (arguments or {}).items() if k.startswith(CONFIG_KEY)}
+    if not ours:
+        return NO_WISHES
+    try:
+        return RequestSettings.model_validate(ours)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = problem["loc"][0]
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(RequestSettings.model_fields)
+            raise AdaInferError(
+                f"{where!r:.80} is not known to vllm-adainfer; known are {known}"
+            ) from None
+        raise AdaInferError(f"{where} = {problem['input']!r:.80}: {problem['msg']}") from None
+
+
+NO_WISHES = RequestSettings.model_validate({})
 
 
 def read_settings(additional_config: Any) -> Settings | None:

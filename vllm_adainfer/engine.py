@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_adainfer import compat
-from vllm_adainfer.artifact import are_exit_points, load_artifact
+from vllm_adainfer.artifact import ArtifactConfig, are_exit_points
+from vllm_adainfer.artifact_files import load_artifact_configs
 from vllm_adainfer.config import Settings, read_settings
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.plugin import MODELS
@@ -55,17 +56,19 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
             not for this model.
 
     """
+    from vllm_adainfer.runtime.admission import Admission
+    from vllm_adainfer.serving.request_check import use_check
+
     refuse_unsupported(vllm_config, model_class, settings)
-    if settings.artifact is not None:
-        artifact = load_artifact(settings.artifact)
-        artifact.config.check_served_by(vllm_config.model_config.hf_config)
-        artifact.config.level_of(settings.epsilon)
-        logger.info(
-            "AdaInfer is on: %s probe, exit points %s of %d layers, epsilon %s",
-            artifact.config.probe,
-            list(artifact.config.exit_points),
-            artifact.config.layers,
-            artifact.config.epsilon if settings.epsilon is None else settings.epsilon,
+    configs = load_configs(settings, vllm_config.model_config.hf_config)
+    admission = Admission(settings, configs)
+    for name, config in configs.items():
+        logger.info("%s", banner(name, config, settings))
+    for names in admission.ambiguous:
+        logger.warning(
+            "policies %s decide the same kind of request: only those that name one with "
+            "adainfer_policy leave early",
+            ", ".join(names),
         )
     if settings.exit_script is not None:
         depth = vllm_config.model_config.hf_config.num_hidden_layers
@@ -75,11 +78,53 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
                 f"got {list(settings.exit_script)}"
             )
         logger.warning("AdaInfer follows an exit script, for benchmarks: answers mean nothing")
+    vllm_config.model_config.logits_processors = [use_check(admission)]
+    compat.use_stat_loggers()
     compat.use_model_class(vllm_config, model_class)
     if worker_class() == GPU_WORKER:
         compat.leave_full_graphs_to_segments(vllm_config)
     vllm_config.parallel_config.worker_cls = worker_class()
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+
+
+def load_configs(settings: Settings, hf_config: Any) -> dict[str, ArtifactConfig]:
+    """The configs of the switch's artifacts, by policy, checked against the model to be served.
+
+    Raises:
+        AdaInferError: one is missing, damaged, or for another model.
+
+    """
+    configs = load_artifact_configs(settings.artifacts)
+    for config in configs.values():
+        config.check_served_by(hf_config)
+    return configs
+
+
+def banner(name: str, config: ArtifactConfig, settings: Settings) -> str:
+    """One line that says what is active."""
+    level = config.level_of(settings.epsilon)
+    who = {
+        "greedy": "greedy requests",
+        "all": "all requests",
+        "opt-in": 'requests with "adainfer": 1',
+    }[settings.requests]
+    tokens = "one token" if config.max_tokens == 1 else "any number of tokens"
+    among = ""
+    if config.candidates == "labels":
+        among = f" among {', '.join(label.name.strip() for label in config.labels)}"
+    text = (
+        f"AdaInfer is on: policy {name}, {config.probe} probe after layers "
+        f"{', '.join(map(str, config.exit_points))} of {config.layers}, for {who} for "
+        f"{tokens}{among}"
+    )
+    if level < 0:
+        return f"{text}; epsilon is 0, so that none exits unless it asks for a bound of its own"
+    at = config.levels[level]
+    return (
+        f"{text}, at most {at.epsilon:.3g} {config.risk} (confidence {1 - config.delta:.0%}), "
+        f"{at.layers_saved:.0%} of layers saved in calibration; kv {settings.kv}, shadow rate "
+        f"{settings.shadow_rate:g}"
+    )
 
 
 def worker_class() -> str:
@@ -97,6 +142,8 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
 
     """
     from vllm.platforms import current_platform
+
+    from vllm_adainfer.serving.request_check import is_check
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     off = 'or drop "adainfer" from additional_config'
@@ -153,10 +200,6 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"--enable-batch-sharded-sampling, {off}",
         ),
         (
-            parallel.data_parallel_size > 1,
-            f"data parallelism is not supported yet: set --data-parallel-size 1, {off}",
-        ),
-        (
             vllm_config.speculative_config is not None,
             f"speculative decoding reads hidden states of all rows: drop it, {off}",
         ),
@@ -187,7 +230,7 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"--load-format dummy, {off}",
         ),
         (
-            bool(model.logits_processors),
+            not all(is_check(processor) for processor in model.logits_processors or ()),
             f"custom logits processors change answers after they are certified: drop them, {off}",
         ),
         (

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_adainfer.config import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from vllm import LLM
 
     from vllm_adainfer.decision.monitor import DisagreementMonitor
+    from vllm_adainfer.runtime.layout import Ints, RowLayout
+
+
+@dataclass
+class PolicyStats:
+    """What requests of one policy have run.
+
+    Attributes:
+        layers_run: rows x layers executed.
+        layers_possible: rows x layers that full depth would have executed.
+        exit_histogram: tokens sampled by the number of layers they ran.
+
+    """
+
+    layers_run: int = 0
+    layers_possible: int = 0
+    exit_histogram: Counter[int] = field(default_factory=Counter)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "layers_run": self.layers_run,
+            "layers_possible": self.layers_possible,
+            "exit_histogram": dict(sorted((+self.exit_histogram).items())),
+        }
 
 
 @dataclass
@@ -18,34 +48,104 @@ class ExitStats:
 
     Attributes:
         tokens_decided: tokens sampled, at any depth.
-        layers_run: rows x layers executed.
-        layers_possible: rows x layers that full depth would have executed.
         passes_run: layers entered, with however many rows: weights are read once for each.
         passes_possible: layers that full depth would have entered.
-        exit_histogram: tokens sampled by the number of layers they ran.
-        shadow: what shadow requests have shown, None (and no key) where `shadow_rate` is 0.
+        seconds: in the stack, by the host's clock; on a CPU only, elsewhere it is 0.
+        probe_seconds: of these, asking policies.
+        by_policy: the rest, by the name of the policy that decides; `NO_POLICY` is those that may
+            not exit.
+        shadow: what shadow requests have shown, by policy; empty (and no key) where nobody watches.
 
     """
 
     tokens_decided: int = 0
-    layers_run: int = 0
-    layers_possible: int = 0
     passes_run: int = 0
     passes_possible: int = 0
-    exit_histogram: Counter[int] = field(default_factory=Counter)
-    shadow: DisagreementMonitor | None = None
+    seconds: float = 0.0
+    probe_seconds: float = 0.0
+    by_policy: defaultdict[str, PolicyStats] = field(
+        default_factory=lambda: defaultdict(PolicyStats)
+    )
+    shadow: Mapping[str, DisagreementMonitor] = field(default_factory=dict)
+
+    @property
+    def layers_run(self) -> int:
+        """Rows x layers executed."""
+        return sum(policy.layers_run for policy in self.by_policy.values())
+
+    @property
+    def layers_possible(self) -> int:
+        """Rows x layers that full depth would have executed."""
+        return sum(policy.layers_possible for policy in self.by_policy.values())
+
+    @property
+    def exit_histogram(self) -> Counter[int]:
+        """Tokens sampled by the number of layers they ran."""
+        return sum((policy.exit_histogram for policy in self.by_policy.values()), Counter())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, so that they can cross a process border."""
-        counters = {
+        counters: dict[str, Any] = {
             "tokens_decided": self.tokens_decided,
             "layers_run": self.layers_run,
             "layers_possible": self.layers_possible,
             "passes_run": self.passes_run,
             "passes_possible": self.passes_possible,
             "exit_histogram": dict(sorted(self.exit_histogram.items())),
+            "policies": {name: own.as_dict() for name, own in self.by_policy.items()},
         }
-        return counters if self.shadow is None else {**counters, "shadow": self.shadow.as_dict()}
+        if self.shadow:
+            shadow = {name: monitor.as_dict() for name, monitor in self.shadow.items()}
+            counters["shadow"] = shadow.get(DEFAULT_POLICY, shadow)
+        return counters
+
+
+class StepCounts:
+    """Adds what one step runs to an engine's counters."""
+
+    def __init__(
+        self, stats: ExitStats, names: Sequence[str], owners: Ints, layout: RowLayout, depth: int
+    ) -> None:
+        """A step begins.
+
+        Args:
+            stats: what is added to.
+            names: of policies.
+            owners: [requests], the policy (an index) of each.
+            layout: of the batch as it came.
+            depth: layers of the model.
+
+        """
+        self._stats = stats
+        self._names = names
+        self._owners = owners
+        self.regrouped(layout)
+        for own, rows in self._rows:
+            own.layers_possible += rows * depth
+        stats.passes_possible += depth
+
+    def regrouped(self, layout: RowLayout) -> None:
+        """The batch now has the rows of `layout`."""
+        self._rows = self._by_policy(self._owners, layout.lens)
+
+    def ran(self, layers: int) -> None:
+        """The batch has run so many layers."""
+        self._stats.passes_run += layers
+        for own, rows in self._rows:
+            own.layers_run += rows * layers
+
+    def decided(self, requests: Ints, depth: int) -> None:
+        """Tokens of `requests` were decided after so many layers."""
+        for own, tokens in self._by_policy(self._owners[requests], None):
+            own.exit_histogram[depth] += tokens
+
+    def _by_policy(self, owners: Ints, weights: Ints | None) -> list[tuple[PolicyStats, int]]:
+        counts = np.bincount(owners, weights, len(self._names))
+        return [
+            (self._stats.by_policy[name], int(count))
+            for name, count in zip(self._names, counts.tolist(), strict=True)
+            if count
+        ]
 
 
 def stats(llm: LLM) -> dict[str, Any]:
@@ -58,7 +158,7 @@ def stats(llm: LLM) -> dict[str, Any]:
     from vllm_adainfer.errors import AdaInferError
 
     try:
-        [counters] = llm.collective_rpc("adainfer_stats")
+        counters, *_ = llm.collective_rpc("adainfer_stats")  # every rank counts the same
     except Exception as error:
         if "adainfer_stats" not in str(error):
             raise

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_adainfer.config import DEFAULT_POLICY
 from vllm_adainfer.decision.policy import Decision
+from vllm_adainfer.decision.policy_set import PolicySet
 from vllm_adainfer.decision.probe import Probe
 from vllm_adainfer.runtime.admission import Admission
 from vllm_adainfer.runtime.kv import ExactKV, PropagateKV
@@ -30,6 +32,9 @@ class ScriptedAdmission(Admission):
         arguments = params.extra_args or {}
         return int(arguments.get(EXIT_AT, FULL)) if arguments.get("adainfer", 1) else FULL
 
+    def may_exit(self, params: Any) -> bool:
+        return self.tag(params) != FULL
+
     def is_shadow(self, request_id: str) -> bool:
         return False
 
@@ -42,12 +47,18 @@ class ScriptedPolicy:
 
     def __init__(self, exit_points: tuple[int, ...], lens: Probe) -> None:
         self.exit_points = exit_points
+        self.num_tags = len(exit_points)
         self.lens = lens
 
     def decide(
         self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
     ) -> Decision:
         return Decision(tags == exit_index, self.lens.readout(hidden))
+
+
+def only(policy: Any) -> PolicySet:
+    """A set of one policy."""
+    return PolicySet({DEFAULT_POLICY: policy})
 
 
 def parts(llm: Any) -> tuple[Any, Any, Any]:
@@ -67,12 +78,12 @@ def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     """Let the requests' scripts decide; yields the engine's `ExitStats`, starting at zero."""
     model, runner, scheduler = parts(llm)
     loop = model.exit_loop
-    names = "policy", "stats", "kv", "_min_rows_saved"
+    names = "policies", "stats", "kv", "_min_rows_saved"
     saved = {name: getattr(loop, name) for name in names}
     running = running_of(runner)
     admission = running.admission, scheduler.admission
     lens = model.logit_lens()
-    loop.policy = ScriptedPolicy(loop.policy.exit_points, lens)
+    loop.policies = only(ScriptedPolicy(loop.policies.exit_points, lens))
     loop.stats = type(loop.stats)()
     loop.kv = ExactKV()
     loop._min_rows_saved = min_rows_saved
@@ -130,7 +141,7 @@ def drawn(
     fill = getattr(loop.kv, "fill", None)
     ran: dict[str, list[Ran]] = {}
     with scripted(llm, min_rows_saved):
-        exit_points, run = loop.policy.exit_points, loop.run
+        exit_points, run = loop.policies.exit_points, loop.run
         loop.kv = ExactKV(capacity)
         if kv == "propagate":
             loop.kv = PropagateKV(fill)
@@ -150,7 +161,7 @@ def drawn(
                         rows=rows,
                         layers=exit_points[step.tags[place]] if place in left else loop.stack.depth,
                         sampled=bool(step.sampled_by_row()[last]),
-                        state=output[0][last].cpu().clone(),
+                        state=output.hidden[last].cpu().clone(),
                     )
                 )
             return output

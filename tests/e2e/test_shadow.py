@@ -16,13 +16,14 @@ import torch
 from vllm import SamplingParams
 
 from tests.e2e.oracle import continuation, same
-from tests.e2e.scripted import EXIT_AT, parts, running_of, scripted
+from tests.e2e.scripted import EXIT_AT, only, parts, running_of, scripted
 from tests.e2e.test_equal_to_stock import LENGTHS, answer
 from tests.e2e.test_policies import artifact_of, expected, policy_of
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer import stats as stats_of
-from vllm_adainfer.artifact import Artifact, load_artifact
-from vllm_adainfer.config import Settings
+from vllm_adainfer.artifact import Artifact
+from vllm_adainfer.artifact_files import load_artifact
+from vllm_adainfer.config import DEFAULT_POLICY, Settings
 from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.runtime.admission import Admission
 
@@ -56,13 +57,13 @@ def watched(
         epsilons = [0.02, 0.05, 0.1]
         if artifact is not None:
             epsilons = [level.epsilon for level in artifact.config.levels]
-            loop.policy = policy_of(artifact, model)
-        loop.monitor = stats.shadow = DisagreementMonitor(epsilons, alpha)
+            loop.policies = only(policy_of(artifact, model))
+        loop.monitors = stats.shadow = {DEFAULT_POLICY: DisagreementMonitor(epsilons, alpha)}
         set_rate(rate)
         try:
             yield stats, set_rate
         finally:
-            loop.monitor = None
+            loop.monitors = {}
 
 
 def random_prompts(count: int, seed: int) -> list[list[int]]:
@@ -197,7 +198,7 @@ def test_a_rate_of_zero_changes_nothing(engine, tiny_model, reference):
     with watched(engine, artifact, rate=0) as (watching, _):
         found = run(engine, prompts, admitted(artifact))
     with watched(engine, artifact, rate=0) as (plain, _):
-        parts(engine)[0].exit_loop.monitor = plain.shadow = None
+        parts(engine)[0].exit_loop.monitors = plain.shadow = {}
         assert [tokens for _, tokens in run(engine, prompts, admitted(artifact))] == [
             tokens for _, tokens in found
         ]
@@ -208,7 +209,7 @@ def test_a_rate_of_zero_changes_nothing(engine, tiny_model, reference):
 
 
 def test_an_engine_without_the_setting_has_no_monitor_and_no_reading(engine):
-    assert parts(engine)[0].exit_loop.monitor is None
+    assert parts(engine)[0].exit_loop.monitors == {}
     assert "shadow" not in stats_of(engine)
 
 

@@ -14,7 +14,7 @@ from vllm import SamplingParams, envs
 
 from tests.conftest import tiny_engine
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
-from vllm_adainfer.artifact import save_artifact
+from vllm_adainfer.artifact_files import save_artifact
 
 Artifacts = Callable[[str, float], Path]
 ROOT = Path(__file__).parents[2]

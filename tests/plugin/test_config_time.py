@@ -132,7 +132,6 @@ def test_an_epsilon_that_was_not_certified_is_refused(tiny_model, tiny_policy):
         ({"pipeline_parallel_size": 2}, "pipeline parallelism cannot drop rows"),
         ({"prefill_context_parallel_size": 2}, "context parallelism splits a request's rows"),
         ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling reads logits past"),
-        ({"data_parallel_size": 2}, "data parallelism is not supported yet"),
         ({"enable_lora": True}, "LoRA maps adapters to token rows"),
         ({"runner": "pooling"}, "pooling models have no next token|has no exit points"),
         ({"enable_prompt_embeds": True}, "prompt embeddings enter below"),

@@ -9,7 +9,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.tiny import tiny_config
-from vllm_adainfer.artifact import load_artifact, save_artifact
+from vllm_adainfer.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.config import Settings
 from vllm_adainfer.decision.script import SCRIPT_LABELS
 from vllm_adainfer.errors import AdaInferError
@@ -134,7 +134,7 @@ def test_an_open_vocabulary_policy_serves_unrestricted_requests(
         (0.001, FULL_DEPTH),
         (-1, FULL_DEPTH),
         ("x", FULL_DEPTH),
-        (None, FULL_DEPTH),
+        (True, FULL_DEPTH),
         ([0.02], FULL_DEPTH),
     ],
 )

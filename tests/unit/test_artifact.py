@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny import tiny_config, tiny_tensors
-from vllm_adainfer import artifact as module
-from vllm_adainfer.artifact import (
+from vllm_adainfer import artifact_files as module
+from vllm_adainfer.artifact import ArtifactConfig, Label
+from vllm_adainfer.artifact_files import (
     CALIBRATION_FILE,
     CARD_FILE,
     CONFIG_FILE,
     POLICY_FILE,
-    ArtifactConfig,
     load_artifact,
     save_artifact,
 )
@@ -392,7 +392,8 @@ def served(**changes: Any) -> SimpleNamespace:
     ],
 )
 def test_another_model_is_refused_by_the_field_that_differs(config, change, field):
-    config = changed(config, vocab_size=100)
+    labels = tuple(Label(name=label.name, token_id=i) for i, label in enumerate(config.labels))
+    config = changed(config, vocab_size=100, labels=labels)
     config.check_served_by(served())
     with pytest.raises(AdaInferError, match=f"the served model has {field} ="):
         config.check_served_by(served(**change))

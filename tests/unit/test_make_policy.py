@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.artifact import Label, load_artifact, save_artifact
+from vllm_adainfer.artifact import Label
+from vllm_adainfer.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.calibration import policy as making
 from vllm_adainfer.calibration.collect import FOLDS, Recording
 from vllm_adainfer.calibration.policy import (

@@ -32,12 +32,14 @@ def test_labels_are_compared_as_the_sampler_chooses_among_them(early, full, disa
     for token, score in full.items():
         logits[2, token] = score
     shadow = ShadowAnswers(
+        name="default",
+        policy=LABELS,
         tags=np.array([0, 1]),
         settled=np.array([False, True]),
         requests=torch.tensor([2]),
         answers=torch.tensor([early]),
     )
-    assert shadow.disagreed(logits, LABELS, head).tolist() == [False, disagreed]
+    assert shadow.disagreed(logits, head).tolist() == [False, disagreed]
 
 
 @pytest.mark.parametrize(
@@ -48,20 +50,24 @@ def test_a_shortlists_answer_is_compared_with_any_token(full, disagreed):
     for token, score in full.items():
         logits[0, token] = score
     shadow = ShadowAnswers(
+        name="default",
+        policy=SHORTLIST,
         tags=np.array([0]),
         settled=np.array([True]),
         requests=torch.tensor([0]),
         answers=torch.tensor([[1.0, 2.0]]),
     )
-    assert shadow.disagreed(logits, SHORTLIST, head).tolist() == [disagreed]
+    assert shadow.disagreed(logits, head).tolist() == [disagreed]
 
 
 @pytest.mark.parametrize("answers", [None, torch.empty(0, 2)], ids=["of nobody", "of others only"])
 def test_what_no_exit_point_settles_agrees(answers):
     shadow = ShadowAnswers(
+        name="default",
+        policy=LABELS,
         tags=np.array([0, 1]),
         settled=np.array([False, False]),
         requests=torch.empty(0, dtype=torch.int64),
         answers=answers,
     )
-    assert shadow.disagreed(torch.zeros(2, 10), LABELS, head).tolist() == [False, False]
+    assert shadow.disagreed(torch.zeros(2, 10), head).tolist() == [False, False]

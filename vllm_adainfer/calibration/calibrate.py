@@ -9,13 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from vllm_adainfer.artifact import (
-    ArtifactConfig,
-    Label,
-    are_exit_points,
-    check_writable,
-    save_artifact,
-)
+from vllm_adainfer.artifact import ArtifactConfig, Label, are_exit_points
+from vllm_adainfer.artifact_files import check_writable, save_artifact
 from vllm_adainfer.calibration.card import model_card, risk_plot
 from vllm_adainfer.calibration.collect import Ints, record, recording_engine
 from vllm_adainfer.calibration.data import (

@@ -18,10 +18,10 @@ from torch import Tensor
 from vllm_adainfer.artifact import Label
 from vllm_adainfer.calibration.data import Example
 from vllm_adainfer.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.config import ROW_ARG
 from vllm_adainfer.decision.bound import FloatArray
 from vllm_adainfer.decision.moments import Moments
 from vllm_adainfer.decision.probe import Probe, logit_lens_of
-from vllm_adainfer.runtime.admission import ROW_ARG
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.artifact import ArtifactConfig, Label, load_artifact
+from vllm_adainfer.artifact import ArtifactConfig, Label
+from vllm_adainfer.artifact_files import load_artifact_config
 from vllm_adainfer.calibration.calibrate import load_config
 from vllm_adainfer.calibration.data import (
     Example,
@@ -67,7 +68,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     for path in (request.report, request.plot):
         if path is not None:
             check_file(path)
-    config = load_artifact(request.artifact).config
+    config = load_artifact_config(request.artifact)
     rows = read_rows(request.data)
     hf_config, tokenizer = load_config(request.model)
     config.check_served_by(hf_config)

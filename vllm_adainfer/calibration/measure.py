@@ -12,7 +12,7 @@ from vllm_adainfer.artifact import Label
 from vllm_adainfer.calibration.collect import greedy
 from vllm_adainfer.calibration.data import Example
 from vllm_adainfer.calibration.report import Run
-from vllm_adainfer.runtime.admission import EPSILON_ARG
+from vllm_adainfer.config import EPSILON_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:

@@ -107,6 +107,11 @@ class DisagreementMonitor:
         )  # fmt: skip
         return np.asarray(excluded & (k > n * p))
 
+    def counts(self) -> list[tuple[float, int, int, bool]]:
+        """Of each level: epsilon, answers checked, those that disagreed, whether it is tight."""
+        columns = self._epsilons, self._checked, self._disagreed, self.tightened
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
     def as_dict(self) -> dict[float, dict[str, Any]]:
         """By epsilon: ``checked``, ``disagreed``, ``rate``, ``low``, ``high``, ``tightened``.
 

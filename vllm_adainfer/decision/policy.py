@@ -37,6 +37,7 @@ class ExitPolicy(Protocol):
 
     Attributes:
         exit_points: layers after which `decide` is asked, ascending.
+        num_tags: it knows requests by numbers below this.
         answer_ids: int64, the tokens whose scores answers are, ascending unless they are labels;
             None where answers are states.
         restricted: whether requests are restricted to these tokens, at full depth, too.
@@ -44,6 +45,7 @@ class ExitPolicy(Protocol):
     """
 
     exit_points: tuple[int, ...]
+    num_tags: int
     answer_ids: Tensor | None
     restricted: bool
 
@@ -73,6 +75,7 @@ class CalibratedPolicy:
         config, tensors = artifact.config, artifact.tensors
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.exit_points = config.exit_points
+        self.num_tags = len(config.levels)
         self.restricted = config.candidates == "labels"
         self.answer_ids: Tensor | None = tensors.get("shortlist")
         if self.restricted:

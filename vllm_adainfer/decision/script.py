@@ -21,6 +21,7 @@ class ScriptedPolicy:
     def __init__(self, exit_points: tuple[int, ...], hidden_size: int, device: torch.device):
         """Random numbers stand for what a label head of this size has fitted."""
         self.exit_points = exit_points
+        self.num_tags = len(exit_points)
         self.answer_ids: Tensor | None = torch.tensor(SCRIPT_LABELS, device=device)
         self.restricted = True
         self._classifier = torch.zeros(3, dtype=torch.float32, device=device)

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from vllm_adainfer.artifact import check_writable
+from vllm_adainfer.artifact_files import check_writable
 from vllm_adainfer.errors import AdaInferError
 
 MODEL_NAME = "SmolLM2-135M-Instruct"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from vllm_adainfer.artifact import load_details
+from vllm_adainfer.artifact_files import load_details
 from vllm_adainfer.calibration.calibrate import CalibrationRequest, calibrate
 from vllm_adainfer.calibration.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.calibration.report import summary_line

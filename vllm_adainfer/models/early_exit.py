@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,15 +13,18 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from vllm_adainfer.artifact import WeightsFingerprint, load_artifact
+from vllm_adainfer.artifact import Artifact
+from vllm_adainfer.artifact_files import load_artifacts
 from vllm_adainfer.compat import get_logger
-from vllm_adainfer.config import LensRecord, read_settings
+from vllm_adainfer.config import DEFAULT_POLICY, LensRecord, read_settings
 from vllm_adainfer.decision.monitor import DisagreementMonitor
-from vllm_adainfer.decision.policy import CalibratedPolicy, ExitPolicy
+from vllm_adainfer.decision.policy import CalibratedPolicy
+from vllm_adainfer.decision.policy_set import PolicySet
 from vllm_adainfer.decision.probe import Probe
 from vllm_adainfer.decision.record import LensSums, Recorder
 from vllm_adainfer.decision.script import ScriptedPolicy
 from vllm_adainfer.decision.shards import VocabularyShards
+from vllm_adainfer.fingerprint import WeightsFingerprint
 from vllm_adainfer.models.agreement import agreed
 from vllm_adainfer.models.decoder import Decoder, norm_of
 from vllm_adainfer.models.exit_loop import ExitLoop, ScoredAnswers
@@ -47,6 +50,7 @@ class EarlyExit(_Model):
 
     Attributes:
         decoder: of the model's family.
+        artifacts: that decide, by policy.
         exit_loop: runs instead of the model's own stack, or the recording loop does.
         step: whose rows the next `forward` runs; the model runner sets it.
         fingerprint: of the loaded weights.
@@ -54,11 +58,12 @@ class EarlyExit(_Model):
     """
 
     decoder: ClassVar[type[Decoder]]
+    artifacts: dict[str, Artifact]
     exit_loop: ExitLoop | RecordingLoop
     step: StepContext | None = None
     fingerprint: str | None = None
-    _scored_answers: ScoredAnswers | None = None
-    _shadow_answers: ShadowAnswers | None = None
+    _scored_answers: tuple[ScoredAnswers, ...] = ()
+    _shadow_answers: tuple[ShadowAnswers, ...] = ()
     _kv_fill: KVFill | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -66,7 +71,7 @@ class EarlyExit(_Model):
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None, "the config hook selects this class only where it is set"
         self._settings = settings
-        self._artifact = None if settings.artifact is None else load_artifact(settings.artifact)
+        self.artifacts = load_artifacts(settings.artifacts)
         self._dtype = vllm_config.model_config.dtype
 
     @classmethod
@@ -81,8 +86,8 @@ class EarlyExit(_Model):
         fingerprint = WeightsFingerprint(self._dtype)
         loaded: set[str] = super().load_weights(fingerprint.passing(weights))
         self.fingerprint = fingerprint.hexdigest
-        if self._artifact is not None:
-            self._artifact.config.check_weights(self.fingerprint)
+        for artifact in self.artifacts.values():
+            artifact.config.check_weights(self.fingerprint)
         if self._settings.kv == "propagate":
             layers = map(self.decoder.kv_projection, self.decoder.layers(self._body))
             self._kv_fill = KVFill(list(layers), self._exit_points)
@@ -95,18 +100,22 @@ class EarlyExit(_Model):
             recorder = _recorder(settings.record, settings.record_lens)
             self.exit_loop = RecordingLoop(self._stack(recorder.layers, vllm_config), recorder)
             return
-        monitor: DisagreementMonitor | None = None
-        if settings.shadow_rate > 0 and self._artifact is not None:
-            config = self._artifact.config
-            monitor = DisagreementMonitor([at.epsilon for at in config.levels], config.delta)
         kv: KVPolicy = ExactKV() if self._kv_fill is None else PropagateKV(self._kv_fill)
         self.exit_loop = ExitLoop(
             self._stack(self._exit_points, vllm_config),
-            self._policy(),
+            self._policies(),
             kv,
             settings.min_rows_saved,
-            monitor,
+            self._monitors(),
         )
+
+    def use_artifacts(self, artifacts: Mapping[str, Artifact]) -> None:
+        """Serve with other artifacts of the same names, at exit points among those there are."""
+        loop, cuts = self._exit_loop, self.cuts
+        self.artifacts = dict(artifacts)
+        loop.policies, loop.monitors = self._policies(cuts), self._monitors()
+        loop.stats.shadow = loop.monitors
+        self._shadow_answers = ()  # they are of the policies before
 
     @property
     def _body(self) -> Any:
@@ -114,24 +123,46 @@ class EarlyExit(_Model):
 
     @property
     def _exit_points(self) -> tuple[int, ...]:
-        if self._artifact is not None:
-            return self._artifact.config.exit_points
-        return self._settings.exit_script or ()
+        points = (artifact.config.exit_points for artifact in self.artifacts.values())
+        return tuple(sorted(set().union(*points))) or self._settings.exit_script or ()
 
-    def _policy(self) -> ExitPolicy:
-        if self._artifact is None:
-            return ScriptedPolicy(self._exit_points, self.config.hidden_size, self._head_device)
+    def _policies(self, exit_points: tuple[int, ...] | None = None) -> PolicySet:
+        """`exit_points` are where the stack is cut, None if where the policies want it."""
+        if self._settings.exit_script is not None:
+            script = ScriptedPolicy(self._exit_points, self.config.hidden_size, self.device)
+            return PolicySet({DEFAULT_POLICY: script})
+        return PolicySet(
+            {name: self._policy(artifact) for name, artifact in self.artifacts.items()},
+            exit_points,
+        )
+
+    def _policy(self, artifact: Artifact) -> CalibratedPolicy:
         lens = None
-        if self._artifact.config.probe != "label-head":
-            lens = self.logit_lens(self._artifact.tensors.get("head_rows"))
-        return CalibratedPolicy(self._artifact, lens, self._head_device)
+        if artifact.config.probe != "label-head":
+            lens = self.logit_lens(artifact.tensors.get("head_rows"))
+        return CalibratedPolicy(artifact, lens, self.device)
+
+    def _monitors(self) -> dict[str, DisagreementMonitor]:
+        if not self._settings.shadow_rate:
+            return {}
+        configs = {name: artifact.config for name, artifact in self.artifacts.items()}
+        return {
+            name: DisagreementMonitor([level.epsilon for level in config.levels], config.delta)
+            for name, config in configs.items()
+        }
 
     def _stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> Stack:
         width = self.decoder.head(self).embedding_dim
         return build_stack(self.decoder, self._body, width, cuts, vllm_config)
 
     @property
-    def _head_device(self) -> torch.device:
+    def cuts(self) -> tuple[int, ...]:
+        """Layers after which requests can leave."""
+        return self._exit_loop.policies.exit_points
+
+    @property
+    def device(self) -> torch.device:
+        """Of the LM head, and of policies."""
         device: torch.device = next(self.decoder.head(self).parameters()).device
         return device
 
@@ -145,7 +176,7 @@ class EarlyExit(_Model):
         if isinstance(head.quant_method, UnquantizedEmbeddingMethod):
             weight: Tensor = head.weight.data
         else:
-            eye = torch.eye(head.embedding_dim, dtype=self._dtype, device=self._head_device)
+            eye = torch.eye(head.embedding_dim, dtype=self._dtype, device=self.device)
             weight = head.quant_method.apply(head, eye).T.contiguous()
             logger.warning(
                 "the LM head is quantised (%s): probes read a copy of what its method makes of it, "
@@ -169,7 +200,7 @@ class EarlyExit(_Model):
         first = self.decoder.head(self).shard_indices.org_vocab_start_index
         return replace(
             lens,
-            token_ids=first + torch.arange(len(lens.head_weight), device=self._head_device),
+            token_ids=first + torch.arange(len(lens.head_weight), device=self.device),
             shards=VocabularyShards(
                 lambda part: ranks.all_gather(part, dim=0).unflatten(0, (-1, part.shape[0]))
             ),
@@ -187,20 +218,17 @@ class EarlyExit(_Model):
         step, self.step = self.step, None
         if step is None:  # a profiling pass, which belongs to no request
             return self.exit_loop.stack.profile(positions, input_ids)
-        hidden, self._scored_answers, self._shadow_answers = self.exit_loop.run(
-            positions, input_ids, step
-        )
-        return hidden
+        ran = self.exit_loop.run(positions, input_ids, step)
+        self._scored_answers, self._shadow_answers = ran.scored, ran.shadows
+        return ran.hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [requests, vocabulary]; an answer given as scores masks the other tokens."""
         logits = self._answered_logits(hidden_states)
-        shadow, self._shadow_answers = self._shadow_answers, None
-        if shadow is not None:
-            loop = self._exit_loop
-            assert loop.monitor is not None, "it is what asks for shadow requests"
-            disagreed = shadow.disagreed(logits, loop.policy, super().compute_logits)
-            watch(loop.monitor, shadow.tags, disagreed)
+        shadows, self._shadow_answers = self._shadow_answers, ()
+        for shadow in shadows:
+            disagreed = shadow.disagreed(logits, super().compute_logits)
+            watch(self._exit_loop.monitors[shadow.name], shadow, disagreed)
         return logits
 
     @property
@@ -209,24 +237,24 @@ class EarlyExit(_Model):
         return self.exit_loop
 
     def _answered_logits(self, hidden_states: Tensor) -> Tensor:
-        answers, self._scored_answers = self._scored_answers, None
-        if answers is None:
+        scored, self._scored_answers = self._scored_answers, ()
+        if not scored:
             return super().compute_logits(hidden_states)
-        answer_ids = self._exit_loop.policy.answer_ids
-        assert answer_ids is not None
         count, device = hidden_states.shape[0], hidden_states.device
-        at_full_depth = np.setdiff1d(np.arange(count), answers.requests)
-        deep, early = upload([at_full_depth, answers.requests], device)
+        early = [answers.requests for answers in scored]
+        at_full_depth = np.setdiff1d(np.arange(count), np.concatenate(early))
+        deep, *places = upload([at_full_depth, *early], device)
         if at_full_depth.size:
-            scored = super().compute_logits(hidden_states[deep])
-            logits: Tensor = scored.new_full((count, scored.shape[1]), -torch.inf)
-            logits[deep] = scored
+            headed = super().compute_logits(hidden_states[deep])
+            logits: Tensor = headed.new_full((count, headed.shape[1]), -torch.inf)
+            logits[deep] = headed
         else:
             logits = hidden_states.new_full((count, self.config.vocab_size), -torch.inf)
-        scores = self._scaled(agreed(answers.scores))
-        # Relative to the best: rounded to bfloat16, large scores would tie with the certified one.
-        scores = scores - scores.max(dim=1, keepdim=True).values
-        logits[early.unsqueeze(1), answer_ids] = scores.to(logits.dtype)
+        for answers, place in zip(scored, places, strict=True):
+            scores = self._scaled(agreed(answers.scores))
+            # Relative to the best: rounded to bfloat16, large scores would tie with the certified.
+            scores = scores - scores.max(dim=1, keepdim=True).values
+            logits[place.unsqueeze(1), answers.answer_ids] = scores.to(logits.dtype)
         return logits
 
     def _scaled(self, scores: Tensor) -> Tensor:

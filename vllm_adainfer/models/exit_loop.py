@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,7 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 
 from vllm_adainfer.decision.monitor import DisagreementMonitor
-from vllm_adainfer.decision.policy import ExitPolicy
+from vllm_adainfer.decision.policy_set import PolicySet
 from vllm_adainfer.models.batch import Batch, CompiledBatch
 from vllm_adainfer.models.decisions import Decisions
 from vllm_adainfer.models.segments import Stack
@@ -18,7 +20,7 @@ from vllm_adainfer.runtime.kv import KVPolicy
 from vllm_adainfer.runtime.layout import Ints
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.runtime.stream import Stream
-from vllm_adainfer.stats import ExitStats
+from vllm_adainfer.stats import ExitStats, StepCounts
 
 if TYPE_CHECKING:
     from vllm_adainfer.models.segment_graphs import SegmentGraphs
@@ -31,16 +33,35 @@ CUT_WORK = {"cpu": 64, "cuda": 2048}
 
 @dataclass(frozen=True)
 class ScoredAnswers:
-    """Requests whose answer the policy gave as scores of some tokens, for `compute_logits`.
+    """Requests whose answer a policy gave as scores of some tokens, for `compute_logits`.
 
     Attributes:
         requests: [answered], places in the step's batch.
         scores: fp32 [answered, answer ids].
+        answer_ids: int64, those tokens.
 
     """
 
     requests: Ints
     scores: Tensor
+    answer_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a step has given.
+
+    Attributes:
+        hidden: [rows, head size] for the stock `compute_logits`; only the rows that decide a
+            request are sure to be defined.
+        scored: the answers given as scores, of each policy that gave some.
+        shadows: what shadow requests would have answered, of each policy that has some.
+
+    """
+
+    hidden: Tensor
+    scored: tuple[ScoredAnswers, ...] = ()
+    shadows: tuple[ShadowAnswers, ...] = ()
 
 
 class ExitLoop:
@@ -57,27 +78,26 @@ class ExitLoop:
     def __init__(
         self,
         stack: Stack,
-        policy: ExitPolicy,
+        policies: PolicySet,
         kv: KVPolicy,
         min_rows_saved: int | None,
-        monitor: DisagreementMonitor | None = None,
+        monitors: Mapping[str, DisagreementMonitor],
     ) -> None:
-        """`stack` is cut at ``policy.exit_points``; a `monitor` asks for shadow requests.
+        """`stack` is cut at ``policies.exit_points``.
 
-        `min_rows_saved` rows leave together, None where that is faster.
+        `min_rows_saved` rows leave together, None where that is faster. `monitors` ask for shadow
+        requests: one for each policy, in their order, or none.
         """
-        self.policy = policy
+        self.policies = policies
         self.kv = kv
-        self.monitor = monitor
-        self.stats = ExitStats(shadow=monitor)
+        self.monitors = monitors
+        self.stats = ExitStats(shadow=monitors)
         self.stack = stack
         self.graphs: SegmentGraphs | None = None  # where the runner has captured some
         self._min_rows_saved = min_rows_saved
         self._depth = stack.depth
 
-    def run(
-        self, positions: Tensor, input_ids: Tensor, step: StepContext
-    ) -> tuple[Tensor, ScoredAnswers | None, ShadowAnswers | None]:
+    def run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> Ran:
         """Run one step.
 
         Args:
@@ -85,59 +105,64 @@ class ExitLoop:
             input_ids: int32 or int64 [rows].
             step: which rows are whose, and which requests may exit.
 
-        Returns:
-            [rows, head size] for the stock `compute_logits` (only the rows that decide a request
-            are sure to be defined), the answers given as scores, if any, and what shadow requests
-            would have answered.
-
         """
-        stats, policy = self.stats, self.policy
-        stats.layers_possible += step.layout.num_rows * self._depth
-        stats.passes_possible += self._depth
-        stats.tokens_decided += step.num_sampled
+        # The host's clock tells what a CPU does; of a GPU only what it is told to do.
+        if step.device.type != "cpu":
+            return self._run(positions, input_ids, step)
+        start = time.perf_counter()
+        ran = self._run(positions, input_ids, step)
+        self.stats.seconds += time.perf_counter() - start
+        return ran
+
+    def _run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> Ran:
+        policies, owners = self.policies, self.policies.owners(step.tags)
+        self.stats.tokens_decided += step.num_sampled
+        counts = StepCounts(self.stats, policies.names, owners, step.layout, self._depth)
         came = CompiledBatch(self.stack, positions, get_forward_context())
         batch = self._graphed(step) or came
-        decisions = Decisions(policy, step)
+        decisions = Decisions(policies, owners, step)
         stream = Stream(input_ids)
         for index in range(len(self.stack.segments) - 1):
-            stream = self._segment(index, batch, stream, step)
-            if index == len(policy.exit_points):  # it ends where the last layer begins
+            stream = self._segment(index, batch, stream, counts)
+            if index == len(policies.exit_points):  # it ends where the last layer begins
                 break
-            decisions.ask(index, stream)
-            regrouped = self._regroup(index, stream, step)
+            self._ask(decisions, index, stream, step)
+            regrouped = self._regroup(index, stream, step, counts)
             if regrouped is None:
                 continue
             stream = regrouped
             if stream.num_rows == 0:
                 break
             batch = self._graphed(step) or came.narrowed(step)
-        whole = self._last(batch, stream, step, positions.shape[0])
-        answers = decisions.answers
-        shadow = ShadowAnswers.of(step, answers)
-        early = step.left
-        stats.exit_histogram[self._depth] += step.num_sampled - early.size
-        if policy.answer_ids is not None and not policy.restricted:
-            early = step.answered()  # those that stayed need no LM head either
-        if answers is None or early.size == 0:
-            return whole, None, shadow
-        if policy.answer_ids is not None:
-            [requests] = step.on_device(early)
-            return whole, ScoredAnswers(early, answers[requests]), shadow
-        requests, rows = step.on_device(early, step.original_sampled_rows(early))
-        whole[rows] = answers[requests]
-        return whole, None, shadow
+        whole = self._last(batch, stream, step, positions.shape[0], counts)
+        counts.decided(step.stayed(), self._depth)
+        scored = []
+        for policy, early, answers in decisions.early():
+            if policy.answer_ids is not None:
+                [requests] = step.on_device(early)
+                scored.append(ScoredAnswers(early, answers[requests], policy.answer_ids))
+            else:
+                requests, rows = step.on_device(early, step.original_sampled_rows(early))
+                whole[rows] = answers[requests]
+        return Ran(whole, tuple(scored), tuple(decisions.of_shadows()))
 
     def _graphed(self, step: StepContext) -> Batch | None:
         """The batch as it is now, if there are CUDA graphs for it."""
         return None if self.graphs is None else self.graphs.batch(step.layout, step.narrow)
 
-    def _segment(self, index: int, batch: Batch, stream: Stream, step: StepContext) -> Stream:
-        num_layers = self.stack.segments[index].num_layers
-        self.stats.layers_run += step.layout.num_rows * num_layers
-        self.stats.passes_run += num_layers
+    def _segment(self, index: int, batch: Batch, stream: Stream, counts: StepCounts) -> Stream:
+        counts.ran(self.stack.segments[index].num_layers)
         return batch.run(index, stream)
 
-    def _regroup(self, exit_index: int, stream: Stream, step: StepContext) -> Stream | None:
+    def _ask(self, decisions: Decisions, index: int, stream: Stream, step: StepContext) -> None:
+        start = time.perf_counter()
+        decisions.ask(index, stream)
+        if step.device.type == "cpu":
+            self.stats.probe_seconds += time.perf_counter() - start
+
+    def _regroup(
+        self, exit_index: int, stream: Stream, step: StepContext, counts: StepCounts
+    ) -> Stream | None:
         """The rows that go on below this exit point; None if they are those that came to it."""
         leaving = step.ready()
         if leaving.size and not self._worth_a_cut(exit_index, leaving, step):
@@ -145,14 +170,17 @@ class ExitLoop:
         waiting = self.kv.waiting(exit_index, step, leaving)
         if leaving.size == 0 and waiting is None:
             return None
-        self.stats.exit_histogram[self.policy.exit_points[exit_index]] += leaving.size
+        if leaving.size:
+            counts.decided(leaving, self.policies.exit_points[exit_index])
         going_on = leaving[step.goes_on[leaving]]
         if going_on.size:
             self.kv.leave(exit_index, going_on, stream, step)
         if waiting is not None:
             stream = stream.rows(slice(0, step.layout.num_rows))  # those of nobody go
             stream = Stream.cat([stream, self.kv.rejoin(exit_index, step, waiting)])
-        return stream.rows(step.regroup(leaving, waiting))
+        stream = stream.rows(step.regroup(leaving, waiting))
+        counts.regrouped(step.layout)
+        return stream
 
     def _worth_a_cut(self, exit_index: int, leaving: Ints, step: StepContext) -> bool:
         """Whether requests that are ready are to leave at this exit point."""
@@ -164,11 +192,13 @@ class ExitLoop:
         if self.kv.defers:  # rows that will run these layers later spare nothing by leaving now
             ready = int(step.layout.lens[leaving[~step.goes_on[leaving]]].sum())
         return (
-            ready * (self._depth - self.policy.exit_points[exit_index])
+            ready * (self._depth - self.policies.exit_points[exit_index])
             >= CUT_WORK[step.device.type]
         )
 
-    def _last(self, batch: Batch, stream: Stream, step: StepContext, rows: int) -> Tensor:
+    def _last(
+        self, batch: Batch, stream: Stream, step: StepContext, rows: int, counts: StepCounts
+    ) -> Tensor:
         """What the LM head reads of the remaining rows, among all `rows` of the batch as it came.
 
         Where that pays, rows that decide no request get keys and values of the last layer alone.
@@ -183,7 +213,7 @@ class ExitLoop:
             batch.write_last_kv(every)
             batch = batch.narrowed_to(decisive, step)
         # All rows are counted, as if they had run the layer.
-        final = self._segment(len(self.stack.segments) - 1, batch, stream, step).hidden
+        final = self._segment(len(self.stack.segments) - 1, batch, stream, counts).hidden
         if step.as_it_came and decisive is None:
             return final
         whole = final.new_empty(rows, self.stack.width)

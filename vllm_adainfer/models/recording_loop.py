@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.record import Recorder
+from vllm_adainfer.models.exit_loop import Ran
 from vllm_adainfer.models.segments import Stack
 from vllm_adainfer.runtime.kv import ExactKV
 from vllm_adainfer.runtime.step import StepContext
@@ -37,21 +40,19 @@ class Timings:
 class RecordingLoop:
     """Stands where the `ExitLoop` stands while calibration data are collected."""
 
-    monitor = None  # nobody is let go, so nobody is watched
     graphs = None
 
     def __init__(self, stack: Stack, recorder: Recorder) -> None:
         """`stack` is cut at ``recorder.layers``: its last segment is the final norm alone."""
         self.recorder = recorder
         self.kv = ExactKV()  # where nobody ever waits
+        self.monitors: dict[str, DisagreementMonitor] = {}  # nobody is let go, so nobody is watched
         self.stats = ExitStats()
         self.timings = Timings()
         self.stack = stack
         self._depth = stack.depth
 
-    def run(
-        self, positions: Tensor, input_ids: Tensor, step: StepContext
-    ) -> tuple[Tensor, None, None]:
+    def run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> Ran:
         """Run and record one step; see `ExitLoop.run`. Nobody leaves, so there are no answers."""
         rows = step.layout.num_rows
         stream = Stream(input_ids)
@@ -69,13 +70,14 @@ class RecordingLoop:
         self._rehearse_cut(stream, step)
         stats, work = self.stats, rows * self._depth
         self.timings.layers_run += work
-        stats.layers_run += work
-        stats.layers_possible += work
         stats.passes_run += self._depth
         stats.passes_possible += self._depth
         stats.tokens_decided += step.num_sampled
-        stats.exit_histogram[self._depth] += step.num_sampled
-        return final, None, None
+        own = stats.by_policy[NO_POLICY]
+        own.layers_run += work
+        own.layers_possible += work
+        own.exit_histogram[self._depth] += step.num_sampled
+        return Ran(final)
 
     def _rehearse_cut(self, stream: Stream, step: StepContext) -> None:
         """Time what an exit point does when half of the requests leave, now that it is over."""

@@ -12,17 +12,18 @@ from vllm_adainfer.compat import get_logger
 from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.policy import ExitPolicy
 from vllm_adainfer.runtime.layout import Bools, Ints
-from vllm_adainfer.runtime.step import StepContext
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class ShadowAnswers:
-    """Early answers of one step's shadow requests, for `compute_logits` to compare.
+    """Early answers of one policy's shadow requests in a step, for `compute_logits` to compare.
 
     Attributes:
-        tags: [shadow], the number with which each request was admitted.
+        name: of the policy.
+        policy: that decided them.
+        tags: [shadow], the number by which the policy knows each request.
         settled: [shadow], False where no exit point settled it: it agrees by running deep.
         requests: int64 [settled], places of the settled ones in the step's batch.
         answers: [settled, answer ids] or [settled, hidden size], as in `Decision`; None where
@@ -30,33 +31,18 @@ class ShadowAnswers:
 
     """
 
+    name: str
+    policy: ExitPolicy
     tags: Ints
     settled: Bools
     requests: Tensor
     answers: Tensor | None
 
-    @classmethod
-    def of(cls, step: StepContext, answers: Tensor | None) -> ShadowAnswers | None:
-        """Those of `step`, whose `answers` [requests, ...] are filled where settled."""
-        if step.shadow is None or step.shadow.size == 0:
-            return None
-        settled = step.settled(step.shadow)
-        [requests] = step.on_device(step.shadow[settled])
-        return cls(
-            tags=step.tags[step.shadow],
-            settled=settled,
-            requests=requests,
-            answers=None if answers is None else answers[requests],
-        )
-
-    def disagreed(
-        self, logits: Tensor, policy: ExitPolicy, head: Callable[[Tensor], Tensor]
-    ) -> Bools:
+    def disagreed(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Bools:
         """[shadow], whether the early answer differs from that of full depth.
 
         Args:
             logits: [requests, vocabulary] of the step, the shadow requests' at full depth.
-            policy: that decided them.
             head: the stock `compute_logits`, which reads early answers that are states.
 
         """
@@ -64,26 +50,29 @@ class ShadowAnswers:
         if self.answers is None or len(self.requests) == 0:
             return disagreed
         full = logits[self.requests]
-        ids = policy.answer_ids
+        ids = self.policy.answer_ids
         if ids is None:
             early_ids, full_ids = head(self.answers).argmax(dim=1), full.argmax(dim=1)
         else:
             # In ascending order, so that a tie goes to the token that the sampler takes, too.
             ids, order = ids.sort()
             early_ids = ids[self.answers[:, order].argmax(dim=1)]
-            full_ids = ids[full[:, ids].argmax(dim=1)] if policy.restricted else full.argmax(dim=1)
+            full_ids = (
+                ids[full[:, ids].argmax(dim=1)] if self.policy.restricted else full.argmax(dim=1)
+            )
         disagreed[self.settled] = (early_ids != full_ids).cpu().numpy()
         return disagreed
 
 
-def watch(monitor: DisagreementMonitor, tags: Ints, disagreed: Bools) -> None:
-    """Count compared answers, each [shadow]; a level whose bound is broken is said so, once."""
-    for epsilon in monitor.observe(tags, disagreed):
+def watch(monitor: DisagreementMonitor, shadow: ShadowAnswers, disagreed: Bools) -> None:
+    """Count compared answers [shadow]; a level whose bound is broken is said so, once."""
+    for epsilon in monitor.observe(shadow.tags, disagreed):
         reading = monitor.as_dict()[epsilon]
         logger.warning(
-            "disagreement is above epsilon = %g: %d of %d shadow requests differ from full depth "
-            "(%.2f%%; at least %.2f%% at confidence %g%%), so requests at this epsilon run at "
-            "full depth from now on: calibrate again, on prompts like those served now",
+            "policy %s: disagreement is above epsilon = %g: %d of %d shadow requests differ from "
+            "full depth (%.2f%%; at least %.2f%% at confidence %g%%), so requests at this epsilon "
+            "run at full depth from now on: calibrate again, on prompts like those served now",
+            shadow.name,
             epsilon,
             reading["disagreed"],
             reading["checked"],

@@ -1,19 +1,22 @@
 """Admission: which requests may exit, decided from their sampling parameters alone.
 
 The scheduler (for the prefix cache) and the worker (for the exit loop) ask the same question
-and must get the same answer.
+and must get the same answer; the frontend refuses requests that ask for what there is not.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.artifact import ArtifactConfig, load_artifact
+from vllm_adainfer.artifact import ArtifactConfig
+from vllm_adainfer.artifact_files import load_artifact_configs
 from vllm_adainfer.compat import client_request_id, get_logger
-from vllm_adainfer.config import Settings
+from vllm_adainfer.config import EXIT_ARG, RequestSettings, Settings, read_request
+from vllm_adainfer.decision.policy_set import first_tags
 from vllm_adainfer.decision.script import SCRIPT_LABELS
 from vllm_adainfer.errors import AdaInferError
 
@@ -24,11 +27,8 @@ logger = get_logger(__name__)
 
 FULL_DEPTH = -1
 UNLIMITED = 1 << 62
-EXIT_ARG = "adainfer"
-EPSILON_ARG = "adainfer_epsilon"
-ROW_ARG = "adainfer_row"
-SCRIPT_ARG = "adainfer_exit"
-DEEP_PROMPT_ARG = "adainfer_deep_prompt"  # set by the scheduler, see `with_deep_prompt`
+NOT_UNDERSTOOD = RequestSettings.model_validate({EXIT_ARG: 0})
+DEEP_PROMPT_ARG = "_adainfer_deep_prompt"  # set by the scheduler, see `with_deep_prompt`
 
 
 @dataclass(frozen=True)
@@ -37,83 +37,163 @@ class Admitted:
 
     Attributes:
         tag: see `Admission.tag`.
+        may_exit: see `Admission.may_exit`.
         is_shadow: see `Admission.is_shadow`.
         prompt_len: tokens of its prompt.
         max_tokens: how many it will be asked for at most.
         deep_prompt: whether its prompt runs at full depth, whatever the tag.
         wants_prompt: whether it wants log-probabilities of its prompt's tokens.
+        params: what all this was made of.
 
     """
 
     tag: int
+    may_exit: bool
     is_shadow: bool
     prompt_len: int
     max_tokens: int
     deep_prompt: bool
     wants_prompt: bool
+    params: SamplingParams | None
 
 
 class Admission:
     """Gives each request a tag: `FULL_DEPTH`, or a number the policy knows."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self, settings: Settings, configs: Mapping[str, ArtifactConfig] | None = None
+    ) -> None:
+        """`configs` are of the artifacts, by policy; None reads them.
+
+        Raises:
+            AdaInferError: an artifact is not there, or does not certify the switch's epsilon.
+
+        """
         self.records = settings.record is not None
         self._settings = settings
-        self._config: ArtifactConfig | None = None
-        self._default_tag = FULL_DEPTH
-        if settings.artifact is not None:
-            self._config = load_artifact(settings.artifact).config
-            self._default_tag = self._config.level_of(settings.epsilon)
-        self._label_ids = set(self._config.label_ids) if self._config else set()
-        if settings.exit_script is not None:
-            self._label_ids = set(SCRIPT_LABELS)
+        if configs is None:
+            configs = load_artifact_configs(settings.artifacts)
+        self._configs = configs
+        firsts = first_tags(len(config.levels) for config in configs.values())
+        self._first_tag = dict(zip(configs, firsts, strict=True))
+        self._default_level = {
+            name: config.level_of(settings.epsilon) for name, config in configs.items()
+        }
+        self._by_labels: dict[frozenset[int] | None, list[str]] = {}
+        for name, config in configs.items():
+            labels = frozenset(config.label_ids) or None
+            self._by_labels.setdefault(labels, []).append(name)
+
+    @property
+    def ambiguous(self) -> list[list[str]]:
+        """Policies among which a request has to choose by name."""
+        return [names for names in self._by_labels.values() if len(names) > 1]
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse a request that asks us for what there is not.
+
+        Raises:
+            AdaInferError: it does.
+
+        """
+        asked = read_request(params.extra_args)
+        if asked.adainfer_exit is not None and self._settings.exit_script is None:
+            raise AdaInferError("adainfer_exit goes with an exit_script, and this engine has none")
+        name = asked.adainfer_policy
+        if name is not None and name not in self._configs:
+            known = ", ".join(self._configs) or "none"
+            raise AdaInferError(
+                f"adainfer_policy = {name!r:.80} is not a policy of this engine; there are: {known}"
+            )
+        if asked.adainfer_epsilon is not None:
+            name = self._policy(asked, params) or name
+            configs = self._configs.values() if name is None else [self._configs[name]]
+            for config in configs:
+                config.level_of(asked.adainfer_epsilon)
 
     def admit(self, request_id: str, params: SamplingParams | None, prompt_len: int) -> Admitted:
         """All that the worker is to remember of a request."""
         return Admitted(
             tag=self.tag(params),
+            may_exit=self.may_exit(params),
             is_shadow=self.is_shadow(request_id),
             prompt_len=prompt_len,
             max_tokens=(params and params.max_tokens) or UNLIMITED,
             deep_prompt=has_deep_prompt(params),
             wants_prompt=params is not None and params.prompt_logprobs is not None,
+            params=params,
         )
+
+    def may_exit(self, params: SamplingParams | None) -> bool:
+        """Whether a request with `params` may leave early, at whatever epsilon.
+
+        This stays true when the artifacts are replaced by others that certify other bounds.
+        """
+        if params is None or self.records:
+            return False
+        if self._settings.exit_script is not None:
+            return self._scripted(params) != FULL_DEPTH
+        asked = _asked(params)
+        if self._policy(asked, params) is None:
+            return False
+        epsilon = asked.adainfer_epsilon
+        return (self._settings.epsilon if epsilon is None else epsilon) != 0
 
     def tag(self, params: SamplingParams | None) -> int:
         """The policy's number for a request with `params`, or `FULL_DEPTH`.
 
-        With an artifact the number is a row of its epsilon table, while recording it is the
-        row of the calibration data, and with a script the exit point (an index).
+        With artifacts the number is a row of one's epsilon table (numbered through), while
+        recording it is the row of the calibration data, and with a script the exit point (an
+        index).
         """
         if params is None:
             return FULL_DEPTH
-        arguments = params.extra_args or {}
         if self.records:
-            return int(arguments.get(ROW_ARG, FULL_DEPTH))
-        if self._config is None:
+            row = _asked(params).adainfer_row
+            return FULL_DEPTH if row is None else row
+        if self._settings.exit_script is not None:
             return self._scripted(params)
-        # The OpenAI API carries numbers or text; what is neither 1 nor absent means full depth.
-        asked = arguments.get(EXIT_ARG, int(self._settings.requests != "opt-in"))
-        if str(asked) not in ("1", "True"):
+        asked = _asked(params)
+        name = self._policy(asked, params)
+        if name is None:
             return FULL_DEPTH
-        plain = self._plain(params, self._config.max_tokens)
-        if not (plain and self._same_candidates(params)):
-            return FULL_DEPTH
-        if EPSILON_ARG not in arguments:
-            return self._default_tag
-        return self._tag_of_epsilon(self._config, arguments[EPSILON_ARG])
+        level = self._default_level[name]
+        if asked.adainfer_epsilon is not None:
+            try:
+                level = self._configs[name].level_of(asked.adainfer_epsilon)
+            except AdaInferError as error:
+                logger.warning_once("a request runs at full depth: %s", str(error))
+                return FULL_DEPTH
+        return FULL_DEPTH if level < 0 else self._first_tag[name] + level
+
+    def _policy(self, asked: RequestSettings, params: SamplingParams) -> str | None:
+        """The policy that may decide a request, None if it is to run at full depth."""
+        wanted = asked.adainfer
+        if wanted is None:
+            wanted = self._settings.requests != "opt-in"
+        if not wanted:
+            return None
+        allowed = params.allowed_token_ids
+        name = asked.adainfer_policy
+        names = self._by_labels.get(None if allowed is None else frozenset(allowed), [])
+        if name is None and len(names) == 1:
+            [name] = names
+        # A label policy decides among exactly its labels, others where any token may come.
+        if name not in names or not self._plain(params, self._configs[name].max_tokens):
+            return None
+        return name
 
     def _scripted(self, params: SamplingParams) -> int:
         """The exit point that a request names, if a label head could answer it."""
-        layer = (params.extra_args or {}).get(SCRIPT_ARG)
+        layer = _asked(params).adainfer_exit
         script = self._settings.exit_script or ()
         if layer is not None and layer not in script:
             logger.warning_once(
                 "a request asked for adainfer_exit = %s, which is no exit point of the script: it "
                 "runs at full depth",
-                repr(layer),  # which vLLM remembers, so it must hash
+                layer,
             )
-        if layer not in script or not self._same_candidates(params):
+        if layer not in script or set(params.allowed_token_ids or ()) != set(SCRIPT_LABELS):
             return FULL_DEPTH
         return script.index(layer) if self._plain(params, UNLIMITED) else FULL_DEPTH
 
@@ -148,25 +228,17 @@ class Admission:
             and (params.max_tokens == 1 or not params.frequency_penalty)
         )
 
-    def _same_candidates(self, params: SamplingParams) -> bool:
-        """The request chooses among the tokens that the policy was calibrated on."""
-        if params.allowed_token_ids is None:
-            return not self._label_ids
-        return bool(self._label_ids) and set(params.allowed_token_ids) == self._label_ids
 
-    def _tag_of_epsilon(self, config: ArtifactConfig, epsilon: object) -> int:
-        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
-            logger.warning_once(
-                "a request asked for adainfer_epsilon = %s, which is no number: it runs at "
-                "full depth",
-                repr(epsilon),
-            )
-            return FULL_DEPTH
-        try:
-            return config.level_of(epsilon)
-        except AdaInferError as error:
-            logger.warning_once("a request runs at full depth: %s", str(error))
-            return FULL_DEPTH
+def _asked(params: SamplingParams) -> RequestSettings:
+    """What a request says to us; at full depth where that is not understood.
+
+    `Admission.check` has refused such a request, if it came through vLLM's frontend.
+    """
+    try:
+        return read_request(params.extra_args)
+    except AdaInferError as error:
+        logger.warning_once("a request runs at full depth: %s", str(error))
+        return NOT_UNDERSTOOD
 
 
 def with_deep_prompt(params: SamplingParams) -> SamplingParams:

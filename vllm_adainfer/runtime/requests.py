@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.runtime.admission import FULL_DEPTH, UNLIMITED, Admission, Admitted
 from vllm_adainfer.runtime.layout import Bools, Ints, RowLayout
+from vllm_adainfer.runtime.report import StepNote
 from vllm_adainfer.runtime.step import Narrow, StepContext
 
 if TYPE_CHECKING:
@@ -49,6 +50,14 @@ class RunningRequests:
             new.req_id, new.sampling_params, len(new.prompt_token_ids)
         )
 
+    def use_admission(self, admission: Admission) -> None:
+        """Let `admission` decide from now on, also about requests that are here already."""
+        self.admission = admission
+        for request_id, request in self._admitted.items():
+            self._admitted[request_id] = admission.admit(
+                request_id, request.params, request.prompt_len
+            )
+
     def lost_kv(self, request_id: str) -> None:
         """The request was preempted: it starts anew, without its blocks."""
         self._loop.kv.forget(request_id)
@@ -82,7 +91,7 @@ class RunningRequests:
             device: of the rows.
 
         """
-        kv, monitor = self._loop.kv, self._loop.monitor
+        kv, monitors = self._loop.kv, self._loop.monitors.values()
         admitted = [self._admitted[request_id] for request_id in request_ids]
         last = computed + lens - 1
         prompt = np.array([request.prompt_len for request in admitted])
@@ -98,9 +107,10 @@ class RunningRequests:
             # Of a sequence beyond the window vLLM frees blocks that rows which wait still need.
             tags[goes_on & (last + 1 >= self._window)] = FULL_DEPTH
         shadow = None
-        if monitor is not None:
+        if monitors:
             shadow = np.array([request.is_shadow for request in admitted])
-            tags[monitor.tightened[tags] & ~shadow] = FULL_DEPTH
+            tightened = np.concatenate([monitor.tightened for monitor in monitors])
+            tags[tightened[tags] & ~shadow] = FULL_DEPTH
         self._ran = StepContext(
             request_ids=request_ids,
             layout=RowLayout(lens, last),
@@ -114,19 +124,20 @@ class RunningRequests:
         )
         return self._ran
 
-    def take_complete(self) -> dict[str, int] | None:
-        """Of each request that may exit, how many first tokens the cache has as at full depth.
-
-        After a step; None if nobody asks.
-        """
+    def take_note(self) -> StepNote | None:
+        """What the scheduler is to be told after a step, None if there was none."""
         step, self._ran = self._ran, None
-        if step is None or not self._scheduler_asks:
+        if step is None:
             return None
+        complete = self._complete(step) if self._scheduler_asks else None
+        return StepNote(complete, self._loop.stats)
+
+    def _complete(self, step: StepContext) -> dict[str, int]:
         kv = self._loop.kv
         ended = set(step.left[~step.goes_on[step.left]].tolist())
         ends = (step.layout.last_positions + 1).tolist()
         return {
             request_id: 0 if place in ended else ends[place] - kv.missing(request_id, ends[place])
             for place, request_id in enumerate(step.request_ids)
-            if self._admitted[request_id].tag != FULL_DEPTH
+            if self._admitted[request_id].may_exit
         }

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from vllm_adainfer import compat
 from vllm_adainfer.config import read_settings
-from vllm_adainfer.runtime.admission import (
-    FULL_DEPTH,
-    Admission,
-    has_deep_prompt,
-    with_deep_prompt,
-)
+from vllm_adainfer.runtime.admission import Admission, has_deep_prompt, with_deep_prompt
 from vllm_adainfer.runtime.prefix_cache import PrefixCacheGuard
+from vllm_adainfer.runtime.report import Reporter, StepNote
+from vllm_adainfer.stats import ExitStats
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
@@ -38,6 +36,8 @@ class GuardedScheduler(_Scheduler):
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
         self.admission = Admission(settings)
+        self._executed: ExitStats | None = None
+        self._reporter = Reporter()
         if self.cache_config.enable_prefix_caching and not self.admission.records:
             self.kv_cache_manager = PrefixCacheGuard(
                 self.kv_cache_manager, self._may_exit, self._complete
@@ -51,17 +51,28 @@ class GuardedScheduler(_Scheduler):
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """As vLLM's, once what the step has completed is in the prefix cache."""
-        complete = compat.complete(model_runner_output)
-        if complete is not None and isinstance(self.kv_cache_manager, PrefixCacheGuard):
-            self.kv_cache_manager.step_ended(complete)
+        note: StepNote | None = compat.noted(model_runner_output)
+        if note is not None:
+            self._executed = note.stats
+            if note.complete is not None and isinstance(self.kv_cache_manager, PrefixCacheGuard):
+                self.kv_cache_manager.step_ended(note.complete)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """As vLLM's, which asks after each step; now and then with a report of ours in it."""
+        stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
+        if stats is not None and self._executed is not None:
+            report = self._reporter.report(self._executed, not self.has_unfinished_requests())
+            if report is not None:
+                compat.note_report(stats, report)
+        return stats
 
     def _may_exit(self, request: Request, computed: int) -> bool:
         """Whether `request` may exit in a step that starts after `computed` of its tokens."""
         params = request.sampling_params
         if has_deep_prompt(params) and computed < request.num_prompt_tokens:
             return False
-        return self.admission.tag(params) != FULL_DEPTH
+        return self.admission.may_exit(params)
 
     def _complete(self, request: Request) -> None:
         """The worker reads this when the request is first sent to it, in this very step."""

@@ -105,6 +105,10 @@ class StepContext:
         """Requests that have left the stack early."""
         return np.flatnonzero(self._left)
 
+    def stayed(self) -> Ints:
+        """Requests that are sampled in this step and have not left."""
+        return np.flatnonzero(self._sampled & ~self._left)
+
     def settled(self, requests: Ints) -> Bools:
         """[requests], whether the answer of each is known."""
         return self._settled[requests]

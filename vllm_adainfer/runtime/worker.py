@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_adainfer import compat
+from vllm_adainfer.runtime.reload import reload_artifacts
 from vllm_adainfer.runtime.requests import RunningRequests
 
 if TYPE_CHECKING:
@@ -28,18 +29,27 @@ class ExitWorker(_Worker):
         )
         return running
 
+    def init_device(self) -> None:
+        """As vLLM's, without the request check: that one works in the frontend."""
+        self.model_config.logits_processors = None
+        super().init_device()
+
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """As vLLM's; the output says what is complete in the KV cache."""
+        """As vLLM's; the output says what is complete in the KV cache, and what was executed."""
         output = super().sample_tokens(grammar_output)
-        complete = self._running.take_complete()
-        if complete is not None:
-            compat.note_complete(output, complete)
+        note = self._running.take_note()
+        if note is not None:
+            compat.note(output, note)
         return output
 
     def adainfer_stats(self) -> dict[str, Any]:
         """Counters of this worker, see `vllm_adainfer.stats`."""
         stats: dict[str, Any] = self.model_runner.model.exit_loop.stats.as_dict()
         return stats
+
+    def adainfer_reload(self) -> list[str]:
+        """Serve with the artifacts that are there now, see `reload_artifacts`."""
+        return reload_artifacts(self.model_runner.model, self._running, self.vllm_config)
 
     def adainfer_take_record(self, path: str) -> dict[str, Any]:
         """Write the recorded states and sums and the tensors of the model's logit lens to `path`.

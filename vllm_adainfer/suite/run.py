@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from vllm_adainfer.artifact import save_artifact
+from vllm_adainfer.artifact_files import save_artifact
 from vllm_adainfer.calibration.calibrate import check_rows, label_ids, load_config
 from vllm_adainfer.calibration.card import model_card
 from vllm_adainfer.calibration.certify import threshold_grid
