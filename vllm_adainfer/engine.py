@@ -60,7 +60,9 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     from vllm_adainfer.serving.request_check import use_check
 
     refuse_unsupported(vllm_config, model_class, settings)
-    configs = load_configs(settings, vllm_config.model_config.hf_config)
+    configs = load_artifact_configs(settings.artifacts)
+    for config in configs.values():
+        config.check_served_by(vllm_config.model_config.hf_config)
     admission = Admission(settings, configs)
     for name, config in configs.items():
         logger.info("%s", banner(name, config, settings))
@@ -85,19 +87,6 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
         compat.leave_full_graphs_to_segments(vllm_config)
     vllm_config.parallel_config.worker_cls = worker_class()
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-
-
-def load_configs(settings: Settings, hf_config: Any) -> dict[str, ArtifactConfig]:
-    """The configs of the switch's artifacts, by policy, checked against the model to be served.
-
-    Raises:
-        AdaInferError: one is missing, damaged, or for another model.
-
-    """
-    configs = load_artifact_configs(settings.artifacts)
-    for config in configs.values():
-        config.check_served_by(hf_config)
-    return configs
 
 
 def banner(name: str, config: ArtifactConfig, settings: Settings) -> str:

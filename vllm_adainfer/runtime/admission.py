@@ -99,6 +99,8 @@ class Admission:
         asked = read_request(params.extra_args)
         if asked.adainfer_exit is not None and self._settings.exit_script is None:
             raise AdaInferError("adainfer_exit goes with an exit_script, and this engine has none")
+        if asked.adainfer_row is not None and not self.records:
+            raise AdaInferError("adainfer_row is for calibration, and this engine records nothing")
         name = asked.adainfer_policy
         if name is not None and name not in self._configs:
             known = ", ".join(self._configs) or "none"

@@ -42,7 +42,6 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
             raise AdaInferError("this engine has no artifact to read again")
         artifacts = load_artifacts(settings.artifacts)
         for name, artifact in artifacts.items():
-            artifact.config.check_served_by(vllm_config.model_config.hf_config)
             artifact.config.check_weights(model.fingerprint)
             check_replaces(name, artifact.config, model.artifacts[name].config, model.cuts)
         configs = {name: artifact.config for name, artifact in artifacts.items()}
@@ -79,6 +78,12 @@ def check_replaces(
         AdaInferError: it cannot.
 
     """
+    for field in "architecture", "layers", "hidden_size", "vocab_size", "head_size":
+        if getattr(new, field) != getattr(old, field):
+            raise AdaInferError(
+                f"policy {name} is for a model with {field} = {getattr(new, field)}, this one has "
+                f"{getattr(old, field)}: calibrate for this model"
+            )
     if not set(new.exit_points) <= set(cuts):
         raise AdaInferError(
             f"policy {name} has exit points {list(new.exit_points)}, this engine only "

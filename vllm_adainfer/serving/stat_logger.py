@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer import compat
+from vllm_adainfer.artifact_files import load_artifact_configs
 from vllm_adainfer.config import read_settings
-from vllm_adainfer.engine import load_configs
 from vllm_adainfer.serving.log_line import LogLine
 from vllm_adainfer.serving.metrics import EngineMetrics, Series
 
@@ -34,7 +34,7 @@ class WithExitStats(_Manager):
             return
         model = vllm_config.model_config
         depth = model.hf_config.num_hidden_layers
-        configs = load_configs(settings, model.hf_config)
+        configs = load_artifact_configs(settings.artifacts)
         points = {point for config in configs.values() for point in config.exit_points}
         series = Series((*sorted(points.union(settings.exit_script or ())), depth))
         for index in self.engine_indexes:
