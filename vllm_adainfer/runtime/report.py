@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_adainfer.stats import ExitStats
 
 Key = tuple[str, str, str]  # kind of counter, the policy it is of, and the layer or epsilon, if any
-INTERVAL = 0.25  # seconds between reports, while there is work
+INTERVAL = 0.25  # seconds between reports, while there is work: to send counters takes its time
 
 
 @dataclass(frozen=True)
@@ -19,13 +18,12 @@ class StepNote:
     Attributes:
         complete: of each request that may exit, how many of its first tokens the cache has as at
             full depth; None where nobody asks.
-        stats: the worker's counters (the object itself, where scheduler and worker share a
-            process).
+        stats: the worker's counters, None in most steps.
 
     """
 
     complete: dict[str, int] | None
-    stats: ExitStats
+    stats: ExitStats | None
 
 
 class Reporter:
@@ -36,14 +34,9 @@ class Reporter:
 
     def __init__(self) -> None:
         self._sent: dict[Key, float] = {}
-        self._next = 0.0
 
-    def report(self, stats: ExitStats, now_idle: bool) -> dict[str, Any] | None:
-        """A report, if one is due: after some time, or when there is nothing left to do."""
-        now = time.monotonic()
-        if now < self._next and not now_idle:
-            return None
-        self._next = now + INTERVAL
+    def report(self, stats: ExitStats) -> dict[str, Any]:
+        """What `stats` have more than at the last report, and what shadow requests show in all."""
         counts = counts_of(stats)
         added = [(*key, count - self._sent.get(key, 0)) for key, count in counts.items()]
         self._sent = counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.runtime.admission import FULL_DEPTH, UNLIMITED, Admission, Admitted
 from vllm_adainfer.runtime.layout import Bools, Ints, RowLayout
-from vllm_adainfer.runtime.report import StepNote
+from vllm_adainfer.runtime.report import INTERVAL, StepNote
 from vllm_adainfer.runtime.step import Narrow, StepContext
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class RunningRequests:
             vllm_config.cache_config.enable_prefix_caching and not self.admission.records
         )
         self._ran: StepContext | None = None
+        self._next_report = 0.0
 
     def use_kv_cache(self, config: KVCacheConfig) -> None:
         """Note how many tokens the layer with the smallest sliding window sees."""
@@ -129,8 +131,15 @@ class RunningRequests:
         step, self._ran = self._ran, None
         if step is None:
             return None
+        now = time.monotonic()
+        if due := now >= self._next_report:
+            self._next_report = now + INTERVAL
         complete = self._complete(step) if self._scheduler_asks else None
-        return StepNote(complete, self._loop.stats)
+        return StepNote(complete, self._loop.stats if due else None)
+
+    def note_at_rest(self) -> StepNote:
+        """What the scheduler is to be told when nothing is left to do."""
+        return StepNote(None, self._loop.stats)
 
     def _complete(self, step: StepContext) -> dict[str, int]:
         kv = self._loop.kv

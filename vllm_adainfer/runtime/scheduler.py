@@ -53,18 +53,18 @@ class GuardedScheduler(_Scheduler):
         """As vLLM's, once what the step has completed is in the prefix cache."""
         note: StepNote | None = compat.noted(model_runner_output)
         if note is not None:
-            self._executed = note.stats
+            if note.stats is not None:
+                self._executed = note.stats
             if note.complete is not None and isinstance(self.kv_cache_manager, PrefixCacheGuard):
                 self.kv_cache_manager.step_ended(note.complete)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """As vLLM's, which asks after each step; now and then with a report of ours in it."""
+        """As vLLM's, which asks after each step; with a report of ours when the worker sent one."""
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
-        if stats is not None and self._executed is not None:
-            report = self._reporter.report(self._executed, not self.has_unfinished_requests())
-            if report is not None:
-                compat.note_report(stats, report)
+        executed, self._executed = self._executed, None
+        if stats is not None and executed is not None:
+            compat.note_report(stats, self._reporter.report(executed))
         return stats
 
     def _may_exit(self, request: Request, computed: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,14 @@ class ExitWorker(_Worker):
         """As vLLM's, without the request check: that one works in the frontend."""
         self.model_config.logits_processors = None
         super().init_device()
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """As vLLM's, which sends an empty step, too, when the last requests have ended."""
+        output = super().execute_model(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
+            output = copy.copy(output)  # all empty steps share one
+            compat.note(output, self._running.note_at_rest())
+        return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """As vLLM's; the output says what is complete in the KV cache, and what was executed."""

