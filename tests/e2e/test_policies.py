@@ -41,7 +41,9 @@ def artifact_of(
     thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
     tensors = tiny_tensors(config, thresholds)
     generator = torch.Generator().manual_seed(2)
-    if labels:
+    if probe != "label-head":
+        tensors = {name: t for name, t in tensors.items() if ".head_" not in name}
+    if labels and probe != "label-head":
         tensors["head_rows"] = model.lm_head.weight.data[list(config.label_ids)]
     if candidates == "shortlist":
         tensors["shortlist"] = SHORTLIST
@@ -80,7 +82,7 @@ def lens_of(tensors: dict[str, Tensor], layer: int) -> Tensor:
 
 def oracle_score(artifact: Artifact, features: list[tuple[float, float]]) -> float:
     """The settled score at the last of the exit points whose features are given."""
-    layers = EXIT_POINTS[: len(features)]
+    layers = artifact.config.exit_points[: len(features)]
     classifiers = [artifact.tensors[f"exit.{layer}.classifier"].numpy() for layer in layers]
     if artifact.config.classifier == "crf":
         return log_odds(np.array(features), np.stack(classifiers))
@@ -92,14 +94,16 @@ def oracle_score(artifact: Artifact, features: list[tuple[float, float]]) -> flo
 
 
 @torch.inference_mode()
-def expected(artifact: Artifact, model, prompt: list[int]) -> tuple[int, int] | None:
+def expected(
+    artifact: Artifact, model, prompt: list[int], level: int = 0
+) -> tuple[int, int] | None:
     """Depth and token of a prompt; None where a decision is too close to call."""
     config, tensors = artifact.config, artifact.tensors
     states = hidden_states(model, prompt)
     at_full_depth = list(config.label_ids) or list(range(config.vocab_size))
     early = SHORTLIST.tolist() if config.candidates == "shortlist" else at_full_depth
     features: list[tuple[float, float]] = []
-    for layer in (*EXIT_POINTS, LAYERS):
+    for layer in (*config.exit_points, LAYERS):
         state = states[layer][-1:]
         rows = early if layer < LAYERS else at_full_depth
         if layer < LAYERS and config.probe == "label-head":
@@ -117,7 +121,7 @@ def expected(artifact: Artifact, model, prompt: list[int]) -> tuple[int, int] | 
         token = rows[int(probabilities.indices[0, 0])]
         if layer == LAYERS:
             return layer, token
-        lead = oracle_score(artifact, features) - float(tensors["thresholds"][0, 0])
+        lead = oracle_score(artifact, features) - float(tensors["thresholds"][level, 0])
         if abs(lead) < TIE:
             return None
         if lead > 0:
