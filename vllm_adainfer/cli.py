@@ -3,6 +3,7 @@
 calibrate         fit a policy on your prompts and certify its bound
 evaluate          stock vLLM and vllm-adainfer side by side
 inspect           human-readable summary of an artifact
+doctor            checks of the installation, an artifact and a model
 demo              all of it on a small real model
 fetch-demo-model  that model as a safetensors checkpoint
 """
@@ -281,6 +282,28 @@ def inspect(
     from vllm_adainfer.describe import describe
 
     typer.echo(describe(load_artifact_config(artifact), load_details(artifact)))
+
+
+@app.command()
+@_errors_as_sentences
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of the model to be served.")
+    ] = None,
+    artifact: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of its artifact. With both an engine is started."),
+    ] = None,
+) -> None:
+    """Check installation, artifact and model, a line each; exit with 1 if a check failed."""
+    from vllm_adainfer.serving.doctor import examine
+
+    failed = False
+    for finding in examine(model, artifact):
+        typer.echo(finding)
+        failed = failed or finding.failed
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -156,13 +156,21 @@ def read_request(arguments: Mapping[str, Any] | None) -> RequestSettings:
         return RequestSettings.model_validate(ours)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = problem["loc"][0]
+        where = problem["loc"][0] if problem["loc"] else "a key of extra_args"
         if problem["type"] == "extra_forbidden":
             known = ", ".join(RequestSettings.model_fields)
             raise AdaInferError(
-                f"{where!r:.80} is not known to vllm-adainfer; known are {known}"
+                f"{_shown(where)} is not known to vllm-adainfer; known are {known}"
             ) from None
-        raise AdaInferError(f"{where} = {problem['input']!r:.80}: {problem['msg']}") from None
+        raise AdaInferError(f"{where} = {_shown(problem['input'])}: {problem['msg']}") from None
+
+
+def _shown(value: Any) -> str:
+    """`value` as it is written, cut where it is long."""
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):  # a number of thousands of digits, or nested as deep
+        return f"something of type {type(value).__name__}"
 
 
 NO_WISHES = RequestSettings.model_validate({})

@@ -51,10 +51,10 @@ def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
             f"{level.epsilon:7.3f}  {level.disagreement:12.2%}  {lost}{level.bound:11.2%}  "
             f"{level.layers_saved:12.1%}"
         )
-    return "\n".join([*lines, "", _in_words(config)])
+    return "\n".join([*lines, "", in_words(config)])
 
 
-def _in_words(config: ArtifactConfig) -> str:
+def in_words(config: ArtifactConfig) -> str:
     """How many layers will be saved, at what bound, and what a looser one would change."""
     level = config.levels[config.level_of(None)]
     if not level.layers_saved:

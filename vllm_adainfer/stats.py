@@ -26,12 +26,17 @@ class PolicyStats:
         layers_run: rows x layers executed.
         layers_possible: rows x layers that full depth would have executed.
         exit_histogram: tokens sampled by the number of layers they ran.
+        shadow_checked: early answers compared with full depth, by epsilon; `DisagreementMonitor`
+            counts those of the artifact that serves now.
+        shadow_disagreed: those that differed.
 
     """
 
     layers_run: int = 0
     layers_possible: int = 0
     exit_histogram: Counter[int] = field(default_factory=Counter)
+    shadow_checked: Counter[float] = field(default_factory=Counter)
+    shadow_disagreed: Counter[float] = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""

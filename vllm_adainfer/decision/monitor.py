@@ -67,6 +67,7 @@ class DisagreementMonitor:
 
     Attributes:
         alpha: chance, for each level, that its interval ever misses the true rate.
+        epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
         tightened: bool [levels], whose requests must run to full depth.
 
     """
@@ -75,7 +76,7 @@ class DisagreementMonitor:
         """`epsilons` are the bounds of the levels, in the order of the epsilon table."""
         self.alpha = alpha
         self.tightened: npt.NDArray[np.bool_] = np.zeros(len(epsilons), dtype=np.bool_)
-        self._epsilons = np.array(epsilons, dtype=np.float64)
+        self.epsilons = np.array(epsilons, dtype=np.float64)
         self._checked = np.zeros(len(epsilons), dtype=np.int64)
         self._disagreed = np.zeros(len(epsilons), dtype=np.int64)
 
@@ -96,11 +97,11 @@ class DisagreementMonitor:
         np.add.at(self._disagreed, levels, disagreed)
         broken = self._above_epsilon() & ~self.tightened
         self.tightened |= broken
-        return [float(epsilon) for epsilon in self._epsilons[broken]]
+        return [float(epsilon) for epsilon in self.epsilons[broken]]
 
     def _above_epsilon(self) -> npt.NDArray[np.bool_]:
         """Where the lower end exceeds epsilon, without solving for it."""
-        (a, b), k, n, p = PRIOR, self._disagreed, self._checked, self._epsilons
+        (a, b), k, n, p = PRIOR, self._disagreed, self._checked, self.epsilons
         excluded = (
             betaln(a + k, b + n - k) - betaln(a, b) + math.log(self.alpha)
             >= xlogy(k, p) + xlog1py(n - k, -p)
@@ -109,7 +110,7 @@ class DisagreementMonitor:
 
     def counts(self) -> list[tuple[float, int, int, bool]]:
         """Of each level: epsilon, answers checked, those that disagreed, whether it is tight."""
-        columns = self._epsilons, self._checked, self._disagreed, self.tightened
+        columns = self.epsilons, self._checked, self._disagreed, self.tightened
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def as_dict(self) -> dict[float, dict[str, Any]]:
@@ -117,9 +118,7 @@ class DisagreementMonitor:
 
         Without answers the rate is 0 and the interval [0, 1].
         """
-        return {
-            float(epsilon): self._reading(level) for level, epsilon in enumerate(self._epsilons)
-        }
+        return {float(epsilon): self._reading(level) for level, epsilon in enumerate(self.epsilons)}
 
     def _reading(self, level: int) -> dict[str, Any]:
         checked, disagreed = int(self._checked[level]), int(self._disagreed[level])

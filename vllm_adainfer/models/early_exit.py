@@ -228,7 +228,9 @@ class EarlyExit(_Model):
         shadows, self._shadow_answers = self._shadow_answers, ()
         for shadow in shadows:
             disagreed = shadow.disagreed(logits, super().compute_logits)
-            watch(self._exit_loop.monitors[shadow.name], shadow, disagreed)
+            loop = self._exit_loop
+            stats = loop.stats.by_policy[shadow.name]
+            watch(loop.monitors[shadow.name], stats, shadow, disagreed)
         return logits
 
     @property

@@ -12,6 +12,7 @@ from vllm_adainfer.compat import get_logger
 from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.policy import ExitPolicy
 from vllm_adainfer.runtime.layout import Bools, Ints
+from vllm_adainfer.stats import PolicyStats
 
 logger = get_logger(__name__)
 
@@ -64,8 +65,13 @@ class ShadowAnswers:
         return disagreed
 
 
-def watch(monitor: DisagreementMonitor, shadow: ShadowAnswers, disagreed: Bools) -> None:
+def watch(
+    monitor: DisagreementMonitor, stats: PolicyStats, shadow: ShadowAnswers, disagreed: Bools
+) -> None:
     """Count compared answers [shadow]; a level whose bound is broken is said so, once."""
+    epsilons = monitor.epsilons
+    stats.shadow_checked.update(epsilons[shadow.tags].tolist())
+    stats.shadow_disagreed.update(epsilons[shadow.tags[disagreed]].tolist())
     for epsilon in monitor.observe(shadow.tags, disagreed):
         reading = monitor.as_dict()[epsilon]
         logger.warning(

@@ -43,7 +43,7 @@ class Reporter:
         return {
             "added": [entry for entry in added if entry[-1]],
             "shadow": {
-                name: [list(level) for level in monitor.counts()]
+                name: {"alpha": monitor.alpha, "levels": [list(one) for one in monitor.counts()]}
                 for name, monitor in stats.shadow.items()
             },
         }
@@ -60,8 +60,7 @@ def counts_of(stats: ExitStats) -> dict[Key, float]:
         counts["layers_skipped", name, ""] = own.layers_possible - own.layers_run
         for layer, tokens in own.exit_histogram.items():
             counts["tokens", name, str(layer)] = tokens
-    for name, monitor in stats.shadow.items():
-        for epsilon, checked, disagreed, _ in monitor.counts():
+        for epsilon, checked in own.shadow_checked.items():
             counts["shadow_checked", name, f"{epsilon:g}"] = checked
-            counts["shadow_disagreed", name, f"{epsilon:g}"] = disagreed
+            counts["shadow_disagreed", name, f"{epsilon:g}"] = own.shadow_disagreed[epsilon]
     return counts

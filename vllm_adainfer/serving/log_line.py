@@ -6,19 +6,17 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_adainfer.artifact import ArtifactConfig
 from vllm_adainfer.decision.monitor import confidence_interval
 
 
 class LogLine:
     """Collects one engine's reports between two lines."""
 
-    def __init__(self, depth: int, configs: Mapping[str, ArtifactConfig]) -> None:
-        """`depth` is the model's, `configs` those of the policies, by name."""
+    def __init__(self, depth: int) -> None:
+        """`depth` is the model's."""
         self._depth = depth
-        self._alphas = {name: config.delta for name, config in configs.items()}
         self._sums: Counter[str] = Counter()
-        self._shadow: Mapping[str, list[list[Any]]] = {}
+        self._shadow: Mapping[str, Mapping[str, Any]] = {}
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Add what a `vllm_adainfer.runtime.report.Reporter` has sent."""
@@ -40,16 +38,21 @@ class LogLine:
         ]
         if sums["seconds"]:
             parts.append(f"probes {sums['probe_seconds'] / sums['seconds']:.1%} of the time")
-        for policy, levels in self._shadow.items():
-            parts += [self._disagreement(policy, *level) for level in levels if level[1]]
+        for policy, shadow in self._shadow.items():
+            parts += [
+                _disagreement(policy, shadow["alpha"], *level)
+                for level in shadow["levels"]
+                if level[1]
+            ]
         return ", ".join(parts)
 
-    def _disagreement(
-        self, policy: str, epsilon: float, checked: int, disagreed: int, tightened: bool
-    ) -> str:
-        low, high = confidence_interval(disagreed, checked, self._alphas[policy])
-        state = ": at full depth now" if tightened else ""
-        return (
-            f"shadow disagreement of {policy} at {epsilon:g} {disagreed / checked:.1%} "
-            f"[{100 * low:.1f}, {100 * high:.1f}]{state}"
-        )
+
+def _disagreement(
+    policy: str, alpha: float, epsilon: float, checked: int, disagreed: int, tightened: bool
+) -> str:
+    low, high = confidence_interval(disagreed, checked, alpha)
+    state = ": at full depth now" if tightened else ""
+    return (
+        f"shadow disagreement of {policy} at {epsilon:g} {disagreed / checked:.1%} "
+        f"[{100 * low:.1f}, {100 * high:.1f}]{state}"
+    )

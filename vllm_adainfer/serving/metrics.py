@@ -94,7 +94,6 @@ class EngineMetrics:
         """`configs` are those of the policies, by name."""
         self._series = shared
         self._labels = model_name, str(engine)
-        self._alphas = {name: config.delta for name, config in configs.items()}
         shown = self._series
         for name in (*configs, NO_POLICY):  # so that rates begin at 0
             for metric in (shown.layers_run, shown.layers_skipped, shown.exit_layer):
@@ -110,13 +109,13 @@ class EngineMetrics:
         """Add what a `vllm_adainfer.runtime.report.Reporter` has sent."""
         for kind, policy, detail, added in report["added"]:
             self._add(kind, policy, detail, added)
-        for policy, levels in report["shadow"].items():
-            for epsilon, checked, disagreed, tightened in levels:
+        for policy, shadow in report["shadow"].items():
+            for epsilon, checked, disagreed, tightened in shadow["levels"]:
                 labels = *self._labels, policy, f"{epsilon:g}"
                 self._series.exits_allowed.labels(*labels).set(not tightened)
                 if not checked:
                     continue
-                low, high = confidence_interval(disagreed, checked, self._alphas[policy])
+                low, high = confidence_interval(disagreed, checked, shadow["alpha"])
                 for end, value in ("rate", disagreed / checked), ("low", low), ("high", high):
                     self._series.disagreement[end].labels(*labels).set(value)
 

@@ -40,7 +40,7 @@ class WithExitStats(_Manager):
         for index in self.engine_indexes:
             self._metrics[index] = EngineMetrics(series, model.served_model_name, index, configs)
             if kw.get("client_count", 1) == 1:  # else each frontend has only a part of the numbers
-                self._lines[index] = LogLine(depth, configs)
+                self._lines[index] = LogLine(depth)
 
     def record(
         self,

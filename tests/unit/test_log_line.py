@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.tiny import LAYERS
+from vllm_adainfer.decision.monitor import confidence_interval
+from vllm_adainfer.serving.log_line import LogLine
+
+ALPHAS = {"a": 0.1, "b": 0.01}
+WORK = [
+    ("layers_run", "a", "", 300),
+    ("layers_skipped", "a", "", 100),
+    ("tokens", "a", "2", 3),
+    ("tokens", "a", "6", 1),
+]
+TIME = [("seconds", "", "", 2.0), ("probe_seconds", "", "", 0.05)]
+
+
+@pytest.fixture
+def line() -> LogLine:
+    return LogLine(LAYERS)
+
+
+def report(added: list[Any], **shadow: list[Any]) -> dict[str, Any]:
+    return {
+        "added": added,
+        "shadow": {name: {"alpha": ALPHAS[name], "levels": told} for name, told in shadow.items()},
+    }
+
+
+def interval(disagreed: int, checked: int, alpha: float) -> str:
+    low, high = confidence_interval(disagreed, checked, alpha)
+    return f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+@pytest.mark.parametrize(
+    ("reports", "text"),
+    [
+        ([report(WORK)], "mean exit layer 3.0/6, layers saved 25%"),
+        (
+            [report(WORK + TIME)],
+            "mean exit layer 3.0/6, layers saved 25%, probes 2.5% of the time",
+        ),
+        (
+            [report(WORK), report([("tokens", "b", "6", 4), ("layers_run", "b", "", 400)])],
+            "mean exit layer 4.5/6, layers saved 12%",
+        ),
+        ([report([("tokens", "full_depth", "6", 1)])], "mean exit layer 6.0/6, layers saved 0%"),
+    ],
+    ids=["one policy", "with times", "policies together", "no work counted yet"],
+)
+def test_the_line_sums_up_what_was_reported(line, reports, text):
+    for one in reports:
+        line.add(one)
+    assert line.take() == text
+
+
+@pytest.mark.parametrize("added", [[], TIME, WORK[:2]], ids=["nothing", "time", "prompts only"])
+def test_there_is_no_line_where_nothing_was_decided(line, added):
+    line.add(report(added))
+    assert line.take() is None
+
+
+def test_each_line_starts_from_nothing(line):
+    line.add(report(WORK + TIME))
+    line.take()
+    assert line.take() is None
+    line.add(report([("tokens", "a", "4", 1), ("layers_run", "a", "", 4)]))
+    assert line.take() == "mean exit layer 4.0/6, layers saved 0%"
+
+
+def test_shadow_answers_are_told_with_their_interval_for_each_bound_that_has_some(line):
+    line.add(report(WORK, a=[[0.02, 40, 1, False], [0.05, 0, 0, False]], b=[[0.05, 60, 20, True]]))
+    assert line.take() == (
+        "mean exit layer 3.0/6, layers saved 25%, "
+        f"shadow disagreement of a at 0.02 2.5% {interval(1, 40, 0.1)}, "
+        f"shadow disagreement of b at 0.05 33.3% {interval(20, 60, 0.01)}: at full depth now"
+    )
+
+
+def test_the_latest_counts_of_shadow_answers_are_told_as_they_are_totals(line):
+    line.add(report(WORK, a=[[0.02, 40, 1, False]]))
+    line.add(report(WORK, a=[[0.02, 50, 1, False]]))
+    assert f"at 0.02 2.0% {interval(1, 50, 0.1)}" in str(line.take())

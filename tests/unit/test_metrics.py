@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import REGISTRY
+
+from tests.tiny import tiny_config
+from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.decision.monitor import confidence_interval
+from vllm_adainfer.serving.metrics import EngineMetrics, Series
+
+BUCKETS = (2, 3, 5, 6)
+ALPHAS = {"a": 0.1, "b": 0.01}
+# What a reporter calls it, and its series.
+WORK = {
+    "layers_run": "adainfer:layer_rows_executed_total",
+    "layers_skipped": "adainfer:layer_rows_skipped_total",
+}
+TIME = {
+    "seconds": "adainfer:forward_seconds_total",
+    "probe_seconds": "adainfer:probe_seconds_total",
+}
+SHADOW = {
+    "shadow_checked": "adainfer:shadow_checked_total",
+    "shadow_disagreed": "adainfer:shadow_disagreed_total",
+}
+
+
+@pytest.fixture
+def configs(tiny_model) -> Any:
+    return {name: tiny_config(tiny_model) for name in ALPHAS}
+
+
+def value(name: str, engine: int, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(name, {"model_name": "tiny", "engine": str(engine), **labels})
+
+
+def report(*added: Any, **shadow: Any) -> dict[str, Any]:
+    return {
+        "added": list(added),
+        "shadow": {name: {"alpha": ALPHAS[name], "levels": told} for name, told in shadow.items()},
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reports_of_two_engines_add_up_by_engine_and_policy(configs, seed):
+    series = Series(BUCKETS)
+    engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
+    generator = np.random.default_rng(seed)
+    totals: Counter[Any] = Counter()
+    for _ in range(100):
+        engine, amount = int(generator.integers(2)), int(generator.integers(1, 9))
+        policy = str(generator.choice(["a", "b", NO_POLICY]))
+        kind = str(generator.choice([*WORK, *TIME]))
+        if kind in TIME:
+            policy = ""
+        engines[engine].add(report((kind, policy, "", amount)))
+        totals[kind, engine, policy] += amount
+    for (kind, engine, policy), total in totals.items():
+        labels = {"policy": policy} if policy else {}
+        assert value({**WORK, **TIME}[kind], engine, **labels) == total
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_are_in_the_bucket_of_the_layers_they_ran(configs, seed):
+    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    generator = np.random.default_rng(seed)
+    tokens = {layer: int(generator.integers(1, 20)) for layer in BUCKETS}
+    engine.add(report(*(("tokens", "a", str(layer), count) for layer, count in tokens.items())))
+    for layer in BUCKETS:
+        expected = sum(count for other, count in tokens.items() if other <= layer)
+        assert value("adainfer:exit_layer_bucket", 0, policy="a", le=f"{layer}.0") == expected
+    assert value("adainfer:exit_layer_count", 0, policy="a") == sum(tokens.values())
+    weighted = sum(layer * count for layer, count in tokens.items())
+    assert value("adainfer:exit_layer_sum", 0, policy="a") == weighted
+
+
+def test_before_the_first_request_rates_begin_at_0_and_all_may_exit(configs):
+    EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    for name in WORK.values():
+        assert [value(name, 0, policy=policy) for policy in ("a", "b", NO_POLICY)] == [0, 0, 0]
+    assert [value(name, 0) for name in TIME.values()] == [0, 0]
+    for epsilon in ("0.02", "0.05"):
+        allowed = "adainfer:policy_exits_allowed"
+        assert value(allowed, 0, policy="b", epsilon=epsilon) == 1
+        assert value(allowed, 0, policy=NO_POLICY, epsilon=epsilon) is None
+
+
+@pytest.mark.parametrize("tightened", [False, True])
+@pytest.mark.parametrize(("policy", "alpha"), ALPHAS.items())
+@pytest.mark.parametrize(("checked", "disagreed"), [(1, 0), (40, 1), (60, 20)])
+def test_gauges_show_what_shadow_requests_show_with_the_policys_own_confidence(
+    configs, policy, alpha, checked, disagreed, tightened
+):
+    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    levels = [[0.02, checked, disagreed, tightened], [0.05, 0, 0, False]]
+    engine.add(report(**{policy: levels}))
+    low, high = confidence_interval(disagreed, checked, alpha)
+    shown = {"": disagreed / checked, "_low": low, "_high": high}
+    labels = {"policy": policy, "epsilon": "0.02"}
+    for suffix, expected in shown.items():
+        assert value(f"adainfer:shadow_disagreement{suffix}", 0, **labels) == expected
+    assert value("adainfer:policy_exits_allowed", 0, **labels) == (not tightened)
+    unchecked = {"policy": policy, "epsilon": "0.05"}
+    assert value("adainfer:shadow_disagreement", 0, **unchecked) is None
+    assert value("adainfer:policy_exits_allowed", 0, **unchecked) == 1
+
+
+@pytest.mark.parametrize(("kind", "name"), SHADOW.items())
+def test_shadow_answers_are_counted_for_each_bound(configs, kind, name):
+    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    for epsilon, added in ("0.02", 3), ("0.05", 1), ("0.02", 2):
+        engine.add(report((kind, "a", epsilon, added)))
+    assert value(name, 0, policy="a", epsilon="0.02") == 5
+    assert value(name, 0, policy="a", epsilon="0.05") == 1
+
+
+def test_the_series_of_a_second_server_in_the_process_replace_those_of_the_first(configs):
+    first = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    first.add(report(("layers_run", "a", "", 7), a=[[0.02, 1, 1, True]]))
+    second = EngineMetrics(Series((4, 6)), "tiny", 0, configs)
+    second.add(report(("layers_run", "a", "", 2), ("tokens", "a", "4", 1)))
+    first.add(report(("layers_run", "a", "", 7)))
+    assert value(WORK["layers_run"], 0, policy="a") == 2
+    assert value("adainfer:shadow_disagreement", 0, policy="a", epsilon="0.02") is None
+    assert value("adainfer:policy_exits_allowed", 0, policy="a", epsilon="0.02") == 1
+    assert value("adainfer:exit_layer_bucket", 0, policy="a", le="4.0") == 1
+    assert value("adainfer:exit_layer_bucket", 0, policy="a", le="2.0") is None
+
+
+def test_series_of_others_stay(configs):
+    others = [metric.name for metric in REGISTRY.collect() if "adainfer" not in metric.name]
+    Series(BUCKETS)
+    Series(BUCKETS)
+    assert [metric.name for metric in REGISTRY.collect() if "adainfer" not in metric.name] == others

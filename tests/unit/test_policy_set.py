@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.decision.policy_set import PolicySet, first_tags
+
+
+def policy(exit_points: tuple[int, ...], num_tags: int) -> Any:
+    return SimpleNamespace(exit_points=exit_points, num_tags=num_tags)
+
+
+A_AND_B = {"a": policy((2, 4), 3), "b": policy((4, 7), 2)}
+
+
+def slow_tags(policies: dict[str, Any]) -> list[tuple[int, int | None]]:
+    """Policy and own number by tag, written down one by one; the last is that of -1."""
+    tags: list[tuple[int, int | None]] = []
+    for place, one in enumerate(policies.values()):
+        for own in range(one.num_tags):
+            tags.append((place, own))
+    return [*tags, (len(policies), None)]
+
+
+def slow_asked(policies: dict[str, Any], layer: int, owners: list[int]) -> list[Any]:
+    """Each policy that has an exit point after `layer`, and the rows that are its own."""
+    found = []
+    for place, one in enumerate(policies.values()):
+        rows = [row for row, owner in enumerate(owners) if owner == place]
+        if layer in one.exit_points and rows:
+            found.append((place, one.exit_points.index(layer), rows))
+    return found
+
+
+def asked(policies: PolicySet, exit_index: int, owners: Any) -> list[Any]:
+    return [
+        (part.policy, part.exit_index, part.rows.tolist())
+        for part in policies.asked(exit_index, np.array(owners, dtype=np.int64))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("levels", "firsts"), [([], []), ([3], [0]), ([3, 2], [0, 3]), ([1, 4, 1, 2], [0, 1, 5, 6])]
+)
+def test_tags_are_numbered_through_policy_by_policy(levels, firsts):
+    assert first_tags(levels) == firsts
+    assert first_tags(iter(levels)) == firsts
+
+
+def test_a_tag_says_whose_request_it_is_and_what_its_policy_calls_it():
+    policies = PolicySet(A_AND_B)
+    tags = np.array([4, -1, 0, 2, 3, 1])
+    owners = policies.owners(tags)
+    assert owners.tolist() == [1, 2, 0, 0, 1, 0]
+    assert [policies.names[owner] for owner in owners] == ["b", NO_POLICY, "a", "a", "b", "a"]
+    may_exit = tags >= 0
+    assert policies.own_tags(tags[may_exit], owners[may_exit]).tolist() == [1, 0, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("owners", "expected"),
+    [
+        ([0, 1, 2, 0], {2: [(0, 0, [0, 3])], 4: [(0, 1, [0, 3]), (1, 0, [1])], 7: [(1, 1, [1])]}),
+        ([0, 0], {2: [(0, 0, [0, 1])], 4: [(0, 1, [0, 1])], 7: []}),
+        ([2, 2], {2: [], 4: [], 7: []}),
+        ([], {2: [], 4: [], 7: []}),
+    ],
+    ids=["all", "one policy", "none may exit", "no rows"],
+)  # fmt: skip
+def test_at_the_exit_points_of_them_all_each_is_asked_at_its_own_about_its_own(owners, expected):
+    policies = PolicySet(A_AND_B)
+    assert policies.exit_points == (2, 4, 7)
+    assert {
+        layer: asked(policies, index, owners) for index, layer in enumerate(policies.exit_points)
+    } == expected
+
+
+def test_where_the_stack_is_cut_at_more_points_no_one_is_asked_at_those():
+    policies = PolicySet(A_AND_B, (1, 2, 4, 5, 7))
+    assert policies.exit_points == (1, 2, 4, 5, 7)
+    assert [asked(policies, index, [0, 1]) for index in range(5)] == [
+        [], [(0, 0, [0])], [(0, 1, [0]), (1, 0, [1])], [], [(1, 1, [1])],
+    ]  # fmt: skip
+
+
+def test_without_policies_every_request_runs_to_full_depth():
+    policies = PolicySet({}, (3,))
+    assert policies.owners(np.array([-1, -1])).tolist() == [0, 0]
+    assert policies.names == (NO_POLICY,)
+    assert asked(policies, 0, [0, 0]) == []
+
+
+@pytest.mark.parametrize("wider", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+def test_random_sets_do_what_writing_it_all_down_does(seed, wider):
+    generator = np.random.default_rng(seed)
+    some = {
+        str(number): policy(
+            tuple(sorted(generator.choice(np.arange(1, 12), generator.integers(1, 5), False))),
+            int(generator.integers(1, 5)),
+        )
+        for number in range(generator.integers(1, 5))
+    }
+    points = tuple(range(1, 12)) if wider else None
+    policies, slow = PolicySet(some, points), slow_tags(some)
+    union = sorted(set().union(*(one.exit_points for one in some.values())))
+    assert list(policies.exit_points) == (list(points) if points else union)
+    tags = generator.integers(-1, len(slow) - 1, 40)
+    owners = policies.owners(tags)
+    assert owners.tolist() == [slow[tag][0] for tag in tags]
+    may_exit = tags >= 0
+    own = policies.own_tags(tags[may_exit], owners[may_exit])
+    assert own.tolist() == [slow[tag][1] for tag in tags[may_exit]]
+    for index, layer in enumerate(policies.exit_points):
+        assert asked(policies, index, owners) == slow_asked(some, layer, owners.tolist())

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
+from vllm_adainfer.artifact import Artifact, Label, Level
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.runtime.reload import check_replaces, digest_of
+
+STRICT = Level(epsilon=0.01, disagreement=0.0, risk=0.0, bound=0.01, layers_saved=0.1)
+
+
+def labels(*ids: int) -> tuple[Label, ...]:
+    return tuple(Label(name=str(token), token_id=token) for token in ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"architecture": "OPTForCausalLM"},
+            "policy reviews is for a model with architecture = OPTForCausalLM, this one has "
+            "LlamaForCausalLM: calibrate for this model",
+        ),
+        ({"layers": 7}, "with layers = 7, this one has 6: calibrate for this model"),
+        ({"hidden_size": 128}, "with hidden_size = 128, this one has 64"),
+        ({"vocab_size": 5000}, "with vocab_size = 5000, this one has "),
+        ({"head_size": 32}, "with head_size = 32, this one has None"),
+        (
+            {"exit_points": (2, 4)},
+            "policy reviews has exit points [2, 4], this engine only [2, 3, 5]: restart it, or "
+            "calibrate with --exit-points 2,3,5",
+        ),
+        (
+            {"labels": labels(1, 2)},
+            "policy reviews has other labels than before: restart the engine",
+        ),
+        (
+            {"probe": "logit-lens", "candidates": "full", "labels": ()},
+            "policy reviews has other labels than before: restart the engine",
+        ),
+        (
+            {"max_tokens": 64},
+            "policy reviews was calibrated for 64 tokens, the one before for 1: restart the engine",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_running_engine_cannot_change_to_is_refused_with_its_cure(
+    tiny_model, changes, sentence
+):
+    old, new = tiny_config(tiny_model), tiny_config(tiny_model, **changes)
+    with pytest.raises(AdaInferError) as caught:
+        check_replaces("reviews", new, old, EXIT_POINTS)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {}),
+        ({}, {"levels": (STRICT,), "epsilon": 0.01, "delta": 0.2}),
+        ({}, {"exit_points": (3,)}),
+        ({"exit_points": (3,)}, {"exit_points": EXIT_POINTS}),
+        ({}, {"probe": "lens", "classifier": "crf", "bound": "wsr"}),
+        ({"labels": labels(1, 2)}, {"labels": labels(2, 1)}),
+        ({"max_tokens": 64}, {"max_tokens": 32}),
+    ],
+    ids=["nothing", "bounds", "fewer points", "more points", "probe", "label order", "tokens"],
+)
+def test_whatever_else_was_calibrated_anew_is_served(tiny_model, before, after):
+    old, new = tiny_config(tiny_model, **before), tiny_config(tiny_model, **after)
+    check_replaces("reviews", new, old, EXIT_POINTS)
+
+
+def made(model: Any, name: str = "reviews", **changes: Any) -> dict[str, Artifact]:
+    """An artifact by policy; a change to a tensor is a function of it, under its name."""
+    tensors = {key: change for key, change in changes.items() if callable(change)}
+    config = tiny_config(
+        model, **{key: change for key, change in changes.items() if key not in tensors}
+    )
+    parts = tiny_tensors(config)
+    for key, change in tensors.items():
+        parts[key] = change(parts[key])
+    return {name: Artifact(config, parts)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "topics"},
+        {"delta": 0.2},
+        {"base_model": "another"},
+        {"thresholds": lambda part: part + 1e-6},
+        {"exit.2.head_bias": lambda part: -part},  # minus zero
+        {"exit.5.head_weight": lambda part: part.flip(0)},
+        {"exit.5.head_weight": lambda part: part.half()},
+    ],
+    ids=["name", "bound", "model", "one number", "a sign", "order of rows", "dtype"],
+)
+def test_a_digest_tells_any_difference(tiny_model, changes):
+    assert digest_of(made(tiny_model)) != digest_of(made(tiny_model, **changes))
+
+
+def test_a_digest_tells_how_many_policies_there_are(tiny_model):
+    one, other = made(tiny_model), made(tiny_model, "topics")
+    assert len({digest_of(some) for some in ({}, one, other, {**one, **other})}) == 4
+
+
+def test_the_same_artifact_has_the_same_digest_however_its_tensors_came(tiny_model):
+    [artifact] = made(tiny_model).values()
+    shuffled = dict(reversed(list(artifact.tensors.items())))
+    strided = {name: torch.stack([part, part], -1)[..., 0] for name, part in shuffled.items()}
+    assert not all(part.is_contiguous() for part in strided.values())
+    assert digest_of({"a": artifact}) == digest_of({"a": Artifact(artifact.config, strided)})
+
+
+def test_a_digest_fits_a_signed_64_bit_tensor_with_room(tiny_model):
+    digests = [digest_of(made(tiny_model, name=str(number))) for number in range(20)]
+    assert all(0 <= digest < 1 << 62 for digest in digests)
+    assert torch.tensor(digests).tolist() == digests

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.tiny import LAYERS, word_tokenizer
+from vllm_adainfer.serving.smoke import (
+    SENTENCES,
+    Sent,
+    exits_found,
+    full_depth_found,
+    smoke_examples,
+)
+
+
+def sent(left: dict[int, int], answers: list[int] | None = None, rows_skipped: int = 0) -> Sent:
+    return Sent(answers or [1] * sum(left.values()), Counter(left), rows_skipped)
+
+
+@pytest.mark.parametrize(
+    ("template", "around"),
+    [
+        (None, ("", "")),
+        ("Review : {text} Sentiment :", ("Review : ", " Sentiment :")),
+        ("{a[0]} {b}", ("", "")),
+        ("@nowhere.txt", ("", "")),
+        ("{", ("", "")),
+        ("{text} " * 100, ("", "")),
+    ],
+    ids=["none", "of one field", "of parts", "file that is gone", "no template", "too long"],
+)
+def test_prompts_are_made_by_the_calibrations_template_where_they_can_be(template, around):
+    before, after = around
+    examples = smoke_examples(template, word_tokenizer(), 100)
+    assert [example.text for example in examples] == [
+        f"{before}{line}{after}" for line in SENTENCES
+    ]
+    assert all(0 < len(example.token_ids) <= 100 for example in examples)
+
+
+@pytest.mark.parametrize(
+    ("left", "answers", "sentence"),
+    [
+        (
+            {2: 4, 5: 1, 6: 1},
+            [1, 1, 1, 2, 1, 1],
+            "exits: 5 of 6 short requests left early, after layers 2 (4), 5 (1) of 6; 5 of 6 "
+            "answers are those of full depth",
+        ),
+        ({3: 2}, [1, 1], "2 of 2 short requests left early, after layers 3 (2) of 6; 2 of 2"),
+        ({6: 3}, None, "none of 3 short requests left early; they are not from the prompts of"),
+    ],
+)
+def test_who_left_where_and_how_many_answers_changed_is_told(left, answers, sentence):
+    full = sent({LAYERS: sum(left.values())})
+    found = exits_found(sent(left, answers), full, LAYERS)
+    assert found.state == "ok"
+    assert sentence in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("left", "rows_skipped", "state", "sentence"),
+    [
+        ({6: 4}, 0, "ok", 'full depth: 4 of 4 requests with "adainfer": 0 ran all 6 layers'),
+        ({6: 3, 2: 1}, 40, "FAIL", "full depth: only 3 of 4 requests with"),
+        ({6: 4}, 1, "FAIL", "please report this, with what is printed here"),
+    ],
+)
+def test_requests_that_may_not_exit_have_to_run_every_layer(left, rows_skipped, state, sentence):
+    found = full_depth_found(sent(left, rows_skipped=rows_skipped), LAYERS)
+    assert found.state == state
+    assert sentence in found.sentence
