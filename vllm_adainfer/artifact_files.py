@@ -67,7 +67,8 @@ def load_artifact(source: str) -> Artifact:
     directory = _locate(source)
     config = _config_of(directory)
     try:
-        tensors = load_file(directory / POLICY_FILE)
+        # Copies: what is loaded is the file itself, which may be overwritten while it serves.
+        tensors = {k: v.clone() for k, v in load_file(directory / POLICY_FILE).items()}
     except (OSError, SafetensorError) as error:
         raise AdaInferError(
             f"{directory / POLICY_FILE} cannot be read ({error}): calibrate again"

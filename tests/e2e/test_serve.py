@@ -1,0 +1,267 @@
+"""A real server: what goes over HTTP, what its metrics say, and the other commands of vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server import Server, serving
+from transformers import AutoTokenizer
+from vllm_command import COMMAND
+
+from tests.e2e.tasks import Case, cases, saved, three_tasks
+from tests.e2e.test_tasks import prompts_of
+from tests.tiny import LABELS, LAYERS
+
+ENVIRONMENT = {
+    "VLLM_PLUGINS": "adainfer",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_LOG_STATS_INTERVAL": "1",
+}
+FLAGS = (
+    "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--block-size", "32",
+    "--chat-template", "{% for message in messages %}{{ message['content'] }}{% endfor %}",
+)  # fmt: skip
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process of its own: conftest's is for engines in this one."""
+    return {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **more}
+
+
+@pytest.fixture(scope="module")
+def tasks(tiny_model, reference) -> Any:
+    return three_tasks(tiny_model, reference)
+
+
+@pytest.fixture(scope="module")
+def sources(tasks, tmp_path_factory) -> dict[str, str]:
+    return saved(tasks, tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model, sources, tmp_path_factory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    switch = {"artifact": sources, "min_rows_saved": 1}
+    with serving(str(tiny_model), switch, log, FLAGS, environment()) as running:
+        yield running
+
+
+def post(server: Server, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Status and JSON of the answer."""
+    request = urllib.request.Request(
+        server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def completion(case: Case) -> dict[str, Any]:
+    """A case as a request."""
+    return {
+        "model": "model",
+        "prompt": case.prompt,
+        "max_tokens": 1,
+        "temperature": 0,
+        "return_token_ids": True,
+        "allowed_token_ids": case.params.allowed_token_ids,
+        "vllm_xargs": case.params.extra_args,
+    }
+
+
+def answers(server: Server, wanted: list[Case]) -> list[int]:
+    """The tokens, of requests that come together."""
+    with ThreadPoolExecutor(16) as pool:
+        found = list(
+            pool.map(lambda case: post(server, "/v1/completions", completion(case)), wanted)
+        )
+    assert [status for status, _ in found] == [200] * len(wanted)
+    return [body["choices"][0]["token_ids"][0] for _, body in found]
+
+
+def by_policy(server: Server, name: str) -> Counter[str]:
+    """A counter of the server's, by the label `policy`."""
+    found: Counter[str] = Counter()
+    for series, value in server.metrics(f"adainfer:{name}{{").items():
+        found[series.split('policy="')[1].split('"')[0]] += int(value)
+    return found
+
+
+def test_each_request_gets_its_own_policys_answer_and_all_counters_add_up(server, tasks, reference):
+    names = (
+        "layer_rows_executed_total",
+        "layer_rows_skipped_total",
+        "exit_layer_count",
+        "exit_layer_sum",
+    )
+    before = {name: by_policy(server, name) for name in names}
+    generated = server.metrics("vllm:generation_tokens_total")
+    wanted = cases(tasks, reference, prompts_of(40, 80), 40)
+    assert answers(server, wanted) == [case.token for case in wanted]
+    executed, skipped, count, layers = (by_policy(server, n) - before[n] for n in names)
+    rows, requests, depths = Counter[str](), Counter[str](), Counter[str]()
+    for case in wanted:
+        rows[case.task] += len(case.prompt)
+        requests[case.task] += 1
+        depths[case.task] += case.depth
+    assert count == requests
+    assert layers == depths
+    assert executed + skipped == Counter({name: LAYERS * n for name, n in rows.items()})
+    assert set(skipped) == {"mood", "topic", "next"}
+    [key] = generated
+    assert server.metrics(key)[key] - generated[key] == sum(count.values())
+    [share] = server.metrics("adainfer:probe_seconds_total").values()
+    assert 0 < share < sum(server.metrics("adainfer:forward_seconds_total").values())
+
+
+def test_streamed_and_chat_answers_are_the_same_and_leave_early(server, tasks, reference):
+    wanted = [
+        case for case in cases(tasks, reference, prompts_of(41, 40), 41) if case.task == "mood"
+    ]
+    before = by_policy(server, "exit_layer_count")
+    for case in wanted:
+        body = json.dumps({**completion(case), "stream": True}).encode()
+        request = urllib.request.Request(
+            server.url + "/v1/completions", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            lines = [line[6:] for line in response.read().decode().split("\n\n") if line]
+        assert lines[-1] == "[DONE]"
+        [token] = [
+            t for line in lines[:-1] for c in json.loads(line)["choices"] for t in c["token_ids"]
+        ]
+        assert token == case.token
+    labels = wanted[0].params.allowed_token_ids
+    message = {"role": "user", "content": "a warm and clever film"}
+    body = {**completion(wanted[0]), "messages": [message], "allowed_token_ids": labels}
+    del body["prompt"]
+    status, chat = post(server, "/v1/chat/completions", body)
+    assert status == 200
+    assert chat["choices"][0]["message"]["content"].strip() in LABELS
+    assert (by_policy(server, "exit_layer_count") - before)["mood"] == len(wanted) + 1
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"adainfer_policy": "weather"}, "there are: mood, topic, next"),
+        ({"adainfer_policy": "../../etc/passwd"}, "is not a policy of this engine"),
+        ({"adainfer_epsilon": 0.001}, "stricter than the artifact's strictest certified bound"),
+        ({"adainfer_epsilon": -1}, "adainfer_epsilon = -1"),
+        ({"adainfer": "maybe"}, "adainfer = 'maybe'"),
+        ({"adainfer_depth": 3}, "'adainfer_depth' is not known to vllm-adainfer"),
+    ],
+)
+def test_a_request_that_asks_for_what_there_is_not_gets_a_400_with_the_reason(
+    server, path, arguments, sentence
+):
+    body = {"model": "model", "max_tokens": 1, "vllm_xargs": arguments}
+    chat = {"messages": [{"role": "user", "content": "film"}]}
+    status, answer = post(
+        server, path, {**body, **({"prompt": "film"} if "chat" not in path else chat)}
+    )
+    assert (status, sentence in answer["error"]["message"]) == (400, True), answer
+
+
+def test_artifacts_are_read_again_by_a_post_and_damaged_ones_are_refused(
+    server, tasks, sources, reference
+):
+    assert post(server, "/adainfer/reload", {})[0] == 200
+    weights = Path(sources["mood"], "policy.safetensors")
+    content = weights.read_bytes()
+    try:
+        weights.write_bytes(content[: len(content) // 2])
+        status, answer = post(server, "/adainfer/reload", {})
+        assert status == 409
+        assert "cannot be read" in answer["error"]["message"]
+    finally:
+        weights.write_bytes(content)
+    wanted = cases(tasks, reference, prompts_of(42, 30), 42)
+    assert answers(server, wanted) == [case.token for case in wanted]
+
+
+def test_the_log_says_what_is_active_and_at_each_interval_what_was_saved(server):
+    log = server.log.read_text()
+    assert "AdaInfer is on: policy mood, label-head probe after layers 2, 3 of 6" in log
+    assert "AdaInfer is on: policy next, lens probe after layers 2, 5 of 6" in log
+    assert re.search(r"Engine 000: mean exit layer \d\.\d/6, layers saved \d+%, probes \d", log)
+
+
+def test_replicas_count_each_for_itself_behind_one_frontend_or_several(
+    tiny_model, tasks, sources, reference, tmp_path
+):
+    flags = (*FLAGS, "--data-parallel-size", "2", "--api-server-count", "2")
+    more = environment(VLLM_CPU_OMP_THREADS_BIND="0|1")
+    switch = {"artifact": sources, "min_rows_saved": 1}
+    with serving(str(tiny_model), switch, tmp_path / "log", flags, more) as running:
+        wanted = cases(tasks, reference, prompts_of(43, 60), 43)
+        assert answers(running, wanted) == [case.token for case in wanted]
+        decided = running.metrics("adainfer:exit_layer_count")
+        engines = Counter[str]()
+        for series, value in decided.items():
+            engines[series.split('engine="')[1][0]] += int(value)
+        assert set(engines) == {"0", "1"}
+        assert sum(engines.values()) == len(wanted)
+
+
+def run_vllm(*arguments: str) -> str:
+    """What a command of vLLM prints."""
+    ended = subprocess.run(
+        [*COMMAND, *arguments],
+        env={**os.environ, **environment()},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout + ended.stderr
+
+
+def test_run_batch_takes_the_same_switch(tiny_model, tasks, sources, reference, tmp_path):
+    wanted = cases(tasks, reference, prompts_of(44, 30), 44)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    lines = []
+    for number, case in enumerate(wanted):
+        body = {**completion(case), "model": str(tiny_model)}
+        body["messages"] = [{"role": "user", "content": tokenizer.decode(body.pop("prompt"))}]
+        url = "/v1/chat/completions"
+        lines.append({"custom_id": str(number), "method": "POST", "url": url, "body": body})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    switch = json.dumps({"adainfer": {"artifact": sources, "min_rows_saved": 1}})
+    said = run_vllm(
+        "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"),
+        "--model", str(tiny_model), "--additional-config", switch, *FLAGS,
+    )  # fmt: skip
+    assert "AdaInfer is on" in said
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    bodies = {one["custom_id"]: one["response"]["body"] for one in found}
+    answered = [bodies[str(number)] for number in range(len(wanted))]
+    assert [b["usage"]["prompt_tokens"] for b in answered] == [len(c.prompt) for c in wanted]
+    assert [b["choices"][0]["token_ids"][0] for b in answered] == [c.token for c in wanted]
+
+
+def test_bench_throughput_takes_the_same_switch(tiny_model, sources, tmp_path):
+    switch = json.dumps({"adainfer": {"artifact": sources}})
+    said = run_vllm(
+        "bench", "throughput", "--model", str(tiny_model), "--additional-config", switch,
+        "--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "1",
+        "--num-prompts", "8",
+        "--output-json", str(tmp_path / "out.json"), *FLAGS[:-2],
+    )  # fmt: skip
+    assert "AdaInfer is on" in said
+    assert json.loads((tmp_path / "out.json").read_text())["num_requests"] == 8
