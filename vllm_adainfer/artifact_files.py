@@ -29,6 +29,7 @@ POLICY_FILE = "policy.safetensors"
 CALIBRATION_FILE = "calibration.json"
 CARD_FILE = "README.md"
 MAX_JSON = 64 << 20  # bytes; what we write takes some tens of KiB
+UNREADABLE = (OSError, RuntimeError, SafetensorError)  # RuntimeError: more than can be mapped
 FLOATS = ("F32", "F16", "BF16")
 FILES = (CONFIG_FILE, POLICY_FILE, CALIBRATION_FILE, CARD_FILE)
 # What a reader of calibration.json may rely on.
@@ -69,7 +70,7 @@ def load_artifact(source: str) -> Artifact:
     try:
         # Copies: what is loaded is the file itself, which may be overwritten while it serves.
         tensors = {k: v.clone() for k, v in load_file(directory / POLICY_FILE).items()}
-    except (OSError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise AdaInferError(
             f"{directory / POLICY_FILE} cannot be read ({error}): calibrate again"
         ) from None
@@ -103,7 +104,7 @@ def _check_tensors(path: Path, config: ArtifactConfig) -> None:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
             dtypes = {name: part.get_dtype() for name, part in parts.items()}
-    except (OSError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
     expected = _expected_shapes(config, shapes)
     for name, shape in expected.items():

@@ -26,7 +26,7 @@ def test_the_result_tables_are_generated_from_the_committed_results():
 
 def test_the_table_of_models_has_the_architectures_that_are_served_and_what_tests_them():
     readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Models") : readme.index("## Supported and not")]
+    section = readme[readme.index("## Models") : readme.index("## Limits")]
     rows = [line.split("|") for line in section.splitlines() if line.startswith("| ")][1:]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row[2])} == MODELS.keys()
     assert {name.strip() for row in rows for name in row[3].split(",")} == FAMILIES.keys()

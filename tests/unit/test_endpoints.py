@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+from vllm_adainfer.serving.endpoints import AdaInferEndpoints
+
+CONFIGURED = {"adainfer": {"artifact": "policy"}}
+
+
+def client_of(additional_config: dict[str, Any], answer: Any) -> TestClient:
+    """Of a server whose workers give `answer`, or raise it."""
+
+    async def collective_rpc(method: str) -> Any:
+        assert method == "adainfer_reload"
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    app = FastAPI()
+    AdaInferEndpoints().attach_router(app)
+    app.state.engine_client = SimpleNamespace(
+        vllm_config=SimpleNamespace(additional_config=additional_config),
+        collective_rpc=collective_rpc,
+    )
+    return TestClient(app)
+
+
+def test_vllm_takes_it_for_an_endpoint_plugin():
+    assert isinstance(AdaInferEndpoints(), EndpointPlugin)
+
+
+def test_what_was_read_again_is_told_once_whatever_the_number_of_ranks():
+    lines = ["policy default was read again from policy"]
+    response = client_of(CONFIGURED, [lines, lines]).post("/adainfer/reload")
+    assert (response.status_code, response.json()) == (200, {"reloaded": lines})
+
+
+@pytest.mark.parametrize("config", [{}, {"adainfer": {"artifact": "policy", "enabled": False}}])
+def test_a_stock_server_has_nothing_to_read_again(config):
+    response = client_of(config, AssertionError("nobody is asked")).post("/adainfer/reload")
+    assert response.status_code == 404
+    assert "stock vLLM" in response.json()["detail"]
+
+
+def test_a_refusal_is_its_last_sentence_without_a_traceback():
+    error = RuntimeError("Traceback\n  File x\nAdaInferError: policy default has other labels")
+    response = client_of(CONFIGURED, error).post("/adainfer/reload")
+    assert response.status_code == 409
+    assert response.json()["detail"] == "AdaInferError: policy default has other labels"
+
+
+def test_reading_again_is_no_get():
+    assert client_of(CONFIGURED, []).get("/adainfer/reload").status_code == 405

@@ -1,0 +1,195 @@
+"""Artifacts from elsewhere: nothing is run, read or allocated for what does not belong there."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import tiny_config, tiny_tensors
+from vllm_adainfer.artifact_files import (
+    CALIBRATION_FILE,
+    CONFIG_FILE,
+    FILES,
+    MAX_JSON,
+    POLICY_FILE,
+    load_artifact,
+    load_artifact_config,
+    load_details,
+    save_artifact,
+)
+from vllm_adainfer.errors import AdaInferError
+
+
+@pytest.fixture
+def artifact(tiny_policy, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_policy, tmp_path / "policy"))
+
+
+def header(entries: dict[str, Any]) -> bytes:
+    """A safetensors file without its tensors."""
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def huge_tensor(directory: Path) -> None:
+    """Claims a terabyte, in a file that has it only by name."""
+    path, size = directory / POLICY_FILE, 1 << 40
+    entry = {"dtype": "F32", "shape": [1 << 19, 1 << 19], "data_offsets": [0, size]}
+    content = header({"exit.2.head_weight": entry})
+    with path.open("wb") as file:
+        file.write(content)
+        file.truncate(len(content) + size)
+
+
+def with_tensor(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        tensors = load_file(directory / POLICY_FILE)
+        save_file({**tensors, name: tensor}, directory / POLICY_FILE)
+
+    return change
+
+
+def with_config(**changes: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        path = directory / CONFIG_FILE
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def large_config(directory: Path) -> None:
+    with (directory / CONFIG_FILE).open("wb") as file:
+        file.truncate(MAX_JSON + 1)
+
+
+def pickled(directory: Path) -> None:
+    (directory / POLICY_FILE).write_bytes(pickle.dumps({"thresholds": [0.0]}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (huge_tensor, "cannot be read|must have shape"),
+        (with_tensor("extra", torch.zeros(3)), "'extra' does not belong to this policy"),
+        (with_tensor("thresholds", torch.zeros(2, 3, dtype=torch.int64)), "must be F32 or"),
+        (with_tensor("thresholds", torch.zeros(2, 3, dtype=torch.float64)), "must be F32 or"),
+        (pickled, "cannot be read"),
+        (large_config, "is larger than 64 MiB"),
+        (with_config(hidden_size=1 << 40), "must have shape"),
+        (with_config(hidden_size=10**400), "must have shape"),
+        (with_config(labels=[{"name": "a", "token_id": 1 << 40}] * 2), "below vocab_size"),
+        (with_config(labels=[{"name": "a", "token_id": 5}] * 2), "token id of its own"),
+        (with_config(code="print()"), "not a valid artifact config"),
+    ],
+)
+def test_what_does_not_belong_there_is_refused_before_a_tensor_is_read(
+    artifact, damage, sentence, monkeypatch
+):
+    damage(artifact)
+    monkeypatch.setattr("vllm_adainfer.artifact_files.load_file", None)
+    with pytest.raises(AdaInferError, match=sentence):
+        load_artifact(str(artifact))
+
+
+def test_a_shortlist_names_tokens_that_there_are(tiny_model, tmp_path):
+    config = tiny_config(tiny_model, probe="lens", candidates="shortlist", labels=())
+    tensors = {name: t for name, t in tiny_tensors(config).items() if ".head_" not in name}
+    tensors |= {"shortlist": torch.tensor([1, 1 << 40]), "head_rows": torch.zeros(2, 64)}
+    for layer in config.exit_points:
+        tensors[f"exit.{layer}.lens_weight"] = torch.zeros(64, 64)
+        tensors[f"exit.{layer}.lens_bias"] = torch.zeros(64)
+    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n", {})
+    with pytest.raises(AdaInferError, match="token ids outside the vocabulary"):
+        load_artifact(str(tmp_path / "policy"))
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, POLICY_FILE])
+@pytest.mark.parametrize("where", ["outside", "/dev/zero", "a pipe"])
+def test_links_that_lead_out_of_an_artifact_are_not_followed(artifact, tmp_path, name, where):
+    path = artifact / name
+    target = tmp_path / "elsewhere"
+    if where == "outside":
+        path.rename(target)
+    elif where == "a pipe":
+        os.mkfifo(target)
+    else:
+        target = Path(where)
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+    with pytest.raises(AdaInferError, match=r"leads out of the artifact|has no "):
+        load_artifact_config(str(artifact))
+
+
+def test_details_are_not_read_through_such_links_either(artifact, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text('{"password": "x"}')
+    (artifact / CALIBRATION_FILE).unlink()
+    (artifact / CALIBRATION_FILE).symlink_to(secret)
+    with pytest.raises(AdaInferError, match="leads out of the artifact"):
+        load_details(str(artifact))
+
+
+def test_details_nested_beyond_reason_are_an_error(artifact):
+    (artifact / CALIBRATION_FILE).write_text("[" * 100_000)
+    with pytest.raises(AdaInferError, match="cannot be read"):
+        load_details(str(artifact))
+
+
+@pytest.mark.parametrize("layout", ["the hub's cache", "a mounted volume", "a link to it"])
+def test_links_of_the_hub_and_of_mounted_volumes_are_followed(artifact, tmp_path, layout):
+    served = tmp_path / "models--a--b" / "snapshots" / "0123"
+    files = [path for path in artifact.iterdir() if path.is_file()]
+    if layout == "the hub's cache":
+        blobs = tmp_path / "models--a--b" / "blobs"
+        blobs.mkdir(parents=True)
+        served.mkdir(parents=True)
+        for number, path in enumerate(files):
+            path.rename(blobs / str(number))
+            (served / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    elif layout == "a mounted volume":
+        served.parent.mkdir(parents=True)
+        served.mkdir()
+        artifact.rename(served / "..data")
+        for path in files:
+            (served / path.name).symlink_to(Path("..data", path.name))
+    else:
+        served.parent.mkdir(parents=True)
+        served.symlink_to(artifact)
+    assert load_artifact(str(served)).config.layers == 6
+
+
+def test_from_the_hub_only_our_files_are_fetched(artifact, monkeypatch):
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(repo: str, **options: Any) -> str:
+        asked.update(options, repo=repo)
+        return str(artifact)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    load_artifact_config("someone/policy")
+    assert asked == {"repo": "someone/policy", "allow_patterns": list(FILES)}
+
+
+@pytest.mark.parametrize("source", ["../policy", "/etc", "a/..", "~root/x", "a\0b/c"])
+def test_no_path_is_taken_for_a_hub_id(source, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", None)
+    with pytest.raises(AdaInferError):
+        load_artifact_config(source)
+
+
+def test_overwriting_the_file_of_a_served_artifact_changes_nothing_that_is_loaded(artifact):
+    loaded = load_artifact(str(artifact)).tensors
+    before = {name: tensor.clone() for name, tensor in loaded.items()}
+    content = (artifact / POLICY_FILE).read_bytes()
+    with (artifact / POLICY_FILE).open("r+b") as file:
+        file.write(b"\xff" * len(content))
+    assert all(torch.equal(loaded[name], before[name]) for name in before)
