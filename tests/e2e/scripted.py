@@ -147,10 +147,11 @@ def drawn(
             loop.kv = PropagateKV(fill)
 
         def noting(positions: Tensor, input_ids: Tensor, step: Any) -> Any:
-            came = step.layout
+            came, seeds = step.layout, step.tags.copy()
+            step.tags[:] = FULL
             for place in step.undecided():
                 position = int(came.last_positions[place])
-                step.tags[place] = draw(step.tags[place], position, len(exit_points))
+                step.tags[place] = draw(seeds[place], position, len(exit_points))
             output = run(positions, input_ids, step)
             left = set(step.left.tolist())
             for place, request_id in enumerate(step.request_ids):

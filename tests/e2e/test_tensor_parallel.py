@@ -32,7 +32,10 @@ def artifacts(tiny_model: Path, tmp_path: Path) -> Artifacts:
         more: dict[str, Any] = {} if candidates == "labels" else {"labels": (), "max_tokens": 8}
         config = tiny_config(tiny_model, probe=probe, candidates=candidates, **more)
         thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
-        save_artifact(tmp_path / probe, config, tiny_tensors(config, thresholds), {}, "card\n", {})
+        tensors = tiny_tensors(config, thresholds)
+        if candidates == "full":
+            tensors = {name: t for name, t in tensors.items() if ".head_" not in name}
+        save_artifact(tmp_path / probe, config, tensors, {}, "card\n", {})
         return tmp_path / probe
 
     return artifact
