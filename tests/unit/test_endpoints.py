@@ -48,11 +48,20 @@ def test_a_stock_server_has_nothing_to_read_again(config):
     assert "stock vLLM" in response.json()["detail"]
 
 
-def test_a_refusal_is_its_last_sentence_without_a_traceback():
-    error = RuntimeError("Traceback\n  File x\nAdaInferError: policy default has other labels")
-    response = client_of(CONFIGURED, error).post("/adainfer/reload")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "policy default has other labels",
+        "Traceback\n  File x\npolicy default has other labels",
+        "Call to collective_rpc method failed: Worker failed with error 'policy default has other "
+        "labels', please check the stack trace above for the root cause",
+    ],
+    ids=["alone", "with a traceback", "from a worker's process"],
+)
+def test_a_refusal_is_one_sentence(text):
+    response = client_of(CONFIGURED, RuntimeError(text)).post("/adainfer/reload")
     assert response.status_code == 409
-    assert response.json()["detail"] == "AdaInferError: policy default has other labels"
+    assert response.json()["detail"] == "policy default has other labels"
 
 
 def test_reading_again_is_no_get():

@@ -5,6 +5,7 @@ vLLM loads endpoint plugins only where ``VLLM_PLUGINS`` names them.
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from typing import Any
 
@@ -39,10 +40,12 @@ async def reload(request: Request) -> dict[str, Any]:
     try:
         lines, *_ = await engine.collective_rpc("adainfer_reload")
     except Exception as error:
-        raise HTTPException(409, detail=_last_sentence(error)) from error
+        raise HTTPException(409, detail=_sentence(error)) from error
     return {"reloaded": lines}
 
 
-def _last_sentence(error: Exception) -> str:
-    """What vLLM wraps, without its traceback."""
-    return str(error).strip().splitlines()[-1]
+def _sentence(error: Exception) -> str:
+    """What a worker has said, out of what vLLM wraps around it."""
+    text = str(error).strip().splitlines()[-1]
+    found = re.search(r"failed with error '(.+)', please check the stack trace", text)
+    return found[1] if found else text

@@ -1,0 +1,216 @@
+r"""Classification by a server, with and without the plugin: throughput and latency by request rate.
+
+    .venv/bin/python benchmarks/bench_serve.py --model MODEL --artifact POLICY --data test.jsonl \
+        --template $'Review: {text}\nSentiment:'
+
+A stock server and one with the plugin run side by side with the same flags, but only one is ever
+asked: on a CPU each computes on one core, the same one, and frontends and client take the other.
+In each round both get the same prompts in the same order at the same times; another round has
+another order and other times. Nothing is cached at the start of a run, and no row of the data comes
+twice in it, so that the prefix cache gives no more than what different prompts share.
+
+It fails where a request failed, was answered by anything but one label, or where no layers were
+skipped. Answers are compared apart from the load, see `compare_answers`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from label_requests import Load, ask, bench, post, tokens_of
+from serve_report import FIGURES, OURS, STOCK, plot, rate_row, table
+from server import Server, serving
+from tqdm import tqdm
+
+from vllm_adainfer.artifact_files import load_artifact_config
+from vllm_adainfer.calibration.calibrate import load_config
+from vllm_adainfer.calibration.data import Example, make_examples, read_rows, read_template
+from vllm_adainfer.calibration.engine import BLOCK
+from vllm_adainfer.calibration.report import write_whole
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.provenance import provenance
+
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",  # an idle server leaves its core to the other one
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # has /reset_prefix_cache
+}
+COUNTERS = "layer_rows_executed_total", "layer_rows_skipped_total", "exit_layer_count"
+COUNT_SECONDS = 30  # in which counters are to arrive after the last answer
+
+
+def main(
+    model: Annotated[str, typer.Option()],
+    artifact: Annotated[str, typer.Option(help="Calibrated with labels.")],
+    data: Annotated[Path, typer.Option(help="JSON lines.")],
+    template: Annotated[str, typer.Option(help="As for `vllm-adainfer evaluate`.")],
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/serve.json"),
+    rates: Annotated[str, typer.Option(help="Requests/s; inf sends all at once.")] = (
+        "5,10,20,40,inf"
+    ),
+    requests: Annotated[int, typer.Option(min=1, help="At each rate in each round.")] = 300,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Measure, and write JSON, a Markdown table and a plot beside each other."""
+    config = load_artifact_config(artifact)
+    hf_config, tokenizer = load_config(model)
+    config.check_served_by(hf_config)
+    longest = hf_config.max_position_embeddings - 1
+    rows = read_rows(data)
+    examples = make_examples(rows, tokenizer, read_template(template), "label", longest)
+    if find_spec("pandas") is None:
+        raise AdaInferError("vllm bench serve reads its data set by pandas: pip install pandas")
+    if not config.labels:
+        raise AdaInferError(f"{artifact} has no labels: calibrate with --labels")
+    if len(examples) < requests:
+        raise AdaInferError(f"--data {data} has {len(examples)} rows: at most so many --requests")
+    asked_rates = [float(rate) for rate in rates.split(",")]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        load = Load(
+            model,
+            examples[:requests],
+            Path(folder, "prompts.jsonl"),
+            config.label_ids,
+            frozenset(tokenizer.decode([token]).strip() for token in config.label_ids),
+        )
+        lines = (json.dumps({"prompt": example.text}) + "\n" for example in load.examples)
+        load.file.write_text("".join(lines))
+        servers = {
+            name: stack.enter_context(server)
+            for name, server in planned(model, artifact, examples, Path(folder))
+        }
+        answers = compare_answers(servers, load, examples)
+        measured = measure(servers, load, asked_rates, rounds)
+    report = {
+        "model": config.base_model,
+        "artifact": Path(artifact).name,
+        "data": data.name,
+        "requests": requests,
+        "prompt_tokens_mean": tokens_of(load.examples) / requests,
+        "prefix_cache": "on, reset before each run",
+        "rounds": rounds,
+        "epsilon": config.epsilon,
+        "delta": config.delta,
+        "layers_total": config.layers,
+        "answers": answers,
+        "rates": [rate_row(rate, runs) for rate, runs in measured],
+        "provenance": provenance(),
+    }
+    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(output.with_suffix(".md"), table(report).encode())
+    write_whole(output.with_suffix(".png"), plot(report))
+    typer.echo(table(report))
+
+
+def planned(
+    model: str, artifact: str, examples: Sequence[Example], folder: Path
+) -> list[tuple[str, Any]]:
+    """Both servers, by name, to be started; ours first, which refuses what does not fit."""
+    longest = max(len(example.token_ids) for example in examples)
+    flags = ["--max-model-len", str(-(-(longest + 1) // BLOCK) * BLOCK)]
+    without = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
+    ours = {"artifact": artifact}
+    return [
+        (OURS, serving(model, ours, folder / "ours.log", flags, ENVIRONMENT)),
+        (STOCK, serving(model, None, folder / "stock.log", flags, without)),
+    ]
+
+
+def compare_answers(
+    servers: Mapping[str, Server], load: Load, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """Shares of all prompts that are answered in another way: at full depth, by stock vLLM.
+
+    Each pass sends the same prompts together, so that rounding does not differ by batch. Both
+    servers have compiled what they need afterwards.
+    """
+    stock = ask(servers[STOCK], load, examples)
+    full = ask(servers[OURS], load, examples, {"vllm_xargs": {"adainfer": 0}})
+    early = ask(servers[OURS], load, examples)
+
+    def differing(some: Sequence[str], others: Sequence[str]) -> float:
+        return sum(a != b for a, b in zip(some, others, strict=True)) / len(examples)
+
+    return {
+        "n": len(examples),
+        "disagreement": differing(early, full),
+        "disagreement_with_stock": differing(early, stock),
+        "full_depth_disagreement_with_stock": differing(full, stock),
+    }
+
+
+def measure(
+    servers: Mapping[str, Server], load: Load, rates: Sequence[float], rounds: int
+) -> list[tuple[float, dict[str, list[dict[str, Any]]]]]:
+    """Interleaved rounds at each rate: what ``vllm bench serve`` says, by server."""
+    measured = []
+    with tqdm(total=len(rates) * rounds * len(servers), desc="runs", unit="run") as progress:
+        for rate in rates:
+            runs: dict[str, list[dict[str, Any]]] = {STOCK: [], OURS: []}
+            for number in range(rounds):
+                for name, done in runs.items():
+                    done.append(one_run(servers[name], load, rate, number, name == OURS))
+                    progress.update()
+            measured.append((rate, runs))
+    return measured
+
+
+def one_run(server: Server, load: Load, rate: float, seed: int, ours: bool) -> dict[str, Any]:
+    """One run at one rate; of ours with the share of layers it saved.
+
+    Raises:
+        RuntimeError: it is not what was to be measured.
+
+    """
+    if not post(server, "/reset_prefix_cache")["success"]:
+        raise RuntimeError("the prefix cache is in use by a server that should be idle")
+    before = counters(server)
+    result = bench(server, load, rate, seed)
+    run = {key: result[key] for key in (*FIGURES, "duration", "completed", "failed")}
+    if ours:
+        executed, skipped = counted(server, before, len(load.examples))
+        if not skipped:
+            raise RuntimeError("the server with the plugin skipped no layers: nobody left early")
+        run["layers_saved"] = skipped / (executed + skipped)
+    elif before:
+        raise RuntimeError("the stock server has the plugin's metrics")
+    return run
+
+
+def counters(server: Server) -> dict[str, float]:
+    """The plugin's, over all policies; empty where there is none."""
+    series = server.metrics()
+    return {
+        name: sum(value for key, value in series.items() if key.startswith(f"adainfer:{name}{{"))
+        for name in COUNTERS
+        if series
+    }
+
+
+def counted(server: Server, before: Mapping[str, float], requests: int) -> tuple[float, float]:
+    """Rows x layers executed and skipped since `before`, once all `requests` are counted.
+
+    Raises:
+        RuntimeError: another number of them was.
+
+    """
+    end = time.monotonic() + COUNT_SECONDS
+    while True:
+        executed, skipped, decided = (value - before[k] for k, value in counters(server).items())
+        if decided == requests:
+            return executed, skipped
+        if time.monotonic() > end:
+            raise RuntimeError(f"{decided:g} of {requests} requests were counted")
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    typer.run(main)

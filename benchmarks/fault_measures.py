@@ -1,0 +1,97 @@
+"""What a server says of itself, and what its processes hold, before and after a scenario."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+from server import Server
+
+REST_SECONDS = 120
+MIB = 2**20
+
+
+def totals(server: Server) -> dict[str, float]:
+    """Metrics, each summed over its labels."""
+    sums: Counter[str] = Counter()
+    for prefix in ("vllm:", "adainfer:"):
+        for series, value in server.metrics(prefix).items():
+            sums[series.partition("{")[0]] += value
+    return dict(sums)
+
+
+def at_rest(server: Server) -> dict[str, float]:
+    """Metrics once nothing runs or waits and nothing is counted any more.
+
+    Raises:
+        RuntimeError: that is not so after two minutes.
+
+    """
+    end = time.monotonic() + REST_SECONDS
+    before: dict[str, float] = {}
+    while time.monotonic() < end:
+        now = totals(server)
+        keys = [key for key in now if key.startswith("adainfer:") or "tokens" in key]
+        busy = now["vllm:num_requests_running"] + now["vllm:num_requests_waiting"]
+        if not busy and before and all(now[key] == before[key] for key in keys):
+            return now
+        before = now
+        time.sleep(1)
+    raise RuntimeError(f"the server is not idle {REST_SECONDS} s after the last request")
+
+
+def counters(
+    before: Mapping[str, float], after: Mapping[str, float], layers: int
+) -> dict[str, Any]:
+    """What a scenario has added to the plugin's counters, beside what vLLM's say it should.
+
+    A row is a token that goes through the layers: each of a prompt that is not cached, and each
+    generated one but a request's last. vLLM counts what it has sent to the frontend, so that of a
+    request that its client left, one token may be decided and not be counted there (the step that
+    was under way), and a prompt whose first token was not sent is not counted at all.
+    """
+
+    def added(name: str) -> float:
+        return after.get(name, 0) - before.get(name, 0)
+
+    run, skipped = (added(f"adainfer:layer_rows_{what}_total") for what in ("executed", "skipped"))
+    prompts = added("vllm:prompt_tokens_total") - added("vllm:prompt_tokens_cached_total")
+    generated = added("vllm:generation_tokens_total")
+    return {
+        "tokens_decided": added("adainfer:exit_layer_count"),
+        "tokens_generated": generated,
+        "rows": (run + skipped) / layers,
+        "rows_by_vllm": prompts + generated - added("vllm:request_success_total"),
+        "layers_saved": skipped / max(run + skipped, 1),
+        "preemptions": added("vllm:num_preemptions_total"),
+    }
+
+
+def counter_problems(found: Mapping[str, Any], left: int, longest: int) -> list[str]:
+    """Sentences on counters that do not add up; see `counters` for what requests left may change.
+
+    `left` were left by their clients, `longest` is the longest prompt.
+    """
+    problems = []
+    tokens = found["tokens_decided"] - found["tokens_generated"]
+    if not 0 <= tokens <= left:
+        problems.append(
+            f"{tokens:+.0f} tokens decided that vLLM has not, with {left} requests left"
+        )
+    rows = found["rows"] - found["rows_by_vllm"]
+    if not found["preemptions"] and not -left <= rows <= left * longest:
+        problems.append(f"{rows:+.1f} rows that vLLM has not, with {left} requests left")
+    return problems
+
+
+def memory(server: Server) -> dict[str, float]:
+    """MiB of all of a server's processes."""
+    parent = psutil.Process(server.process.pid)
+    infos = [one.memory_full_info() for one in (parent, *parent.children(recursive=True))]
+    return {
+        "rss": sum(info.rss for info in infos) / MIB,
+        "uss": sum(info.uss for info in infos) / MIB,
+    }

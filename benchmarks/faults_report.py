@@ -1,0 +1,88 @@
+"""The report of `bench_faults.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+COUNTS = ("sent", "answered", "ties", "wrong", "lost", "refused", "left", "failed")
+
+
+EXPLAINED = (
+    "A tie is an answer that differed in a batch and came as in the quiet pass when asked for "
+    "again, alone. Tokens and rows are equal where no client left; of each request that was left, "
+    "the plugin may count one token more (decided in the step under way), and rows of a prompt "
+    "whose first token was never sent."
+)
+
+
+def growth(samples: list[Mapping[str, float]]) -> dict[str, float]:
+    """MiB per 10,000 requests of a soak, since its first and since its second memory sample.
+
+    The first half minute fills pools and caches, once. A soak of under a minute has no third.
+    """
+    found = {}
+    for name, first in (("all", samples[0]), ("after_half_a_minute", samples[1])):
+        requests = max(samples[-1]["sent"] - first["sent"], 1)
+        for kind in ("rss", "uss"):
+            found[f"{kind}_{name}"] = 10_000 * (samples[-1][kind] - first[kind]) / requests
+    return found
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: a row for each scenario, then what counters and processes did."""
+    lines = [
+        "| scenario | sent | answered | tie | wrong | lost | refused | left by the client "
+        "| failed when killed | USS before / after, MiB | RSS before / after, MiB |",
+        "|" + "---|" * 11,
+    ]
+    for row in report["scenarios"]:
+        counts = " | ".join(f"{row['requests'][key]:,}" for key in COUNTS)
+        held = " | ".join(
+            " / ".join(f"{at[kind]:,.0f}" for at in row["memory"].values())
+            for kind in ("uss", "rss")
+        )
+        lines.append(f"| {row['name']} | {counts} | {held} |")
+    lines += [
+        "",
+        "| scenario | tokens decided / by vLLM | rows / by vLLM | layers saved |",
+        "|---|---|---|---|",
+    ]
+    for row in report["scenarios"]:
+        if "counters" not in row:
+            continue
+        one = row["counters"]
+        lines.append(
+            f"| {row['name']} | {one['tokens_decided']:,.0f} / {one['tokens_generated']:,.0f} "
+            f"| {one['rows']:,.0f} / {one['rows_by_vllm']:,.0f} | {one['layers_saved']:.0%} |"
+        )
+    lines += ["", EXPLAINED, "", *_remarks(report)]
+    problems = report["problems"]
+    lines += ["", *(f"**{problem}**" for problem in problems)] if problems else []
+    return "\n".join(lines) + "\n"
+
+
+def _remarks(report: Mapping[str, Any]) -> list[str]:
+    found = {row["name"]: row for row in report["scenarios"]}
+    lines = []
+    if "growth" in (soak := found.get("soak", {})):
+        lines += [
+            f"Soak: {soak['requests_per_second']:.0f} requests/s, as many as come in "
+            f"{soak['hours_at_5_a_second']:.2f} hours at 5 a second; MiB per 10,000 requests: USS "
+            f"{soak['growth']['uss_all']:+.1f}, after the first half minute "
+            f"{soak['growth']['uss_after_half_a_minute']:+.1f}.",
+            "",
+        ]
+    for row in report["scenarios"]:
+        if "killed" in row:
+            errors = ", ".join(f"{n} x {what}" for what, n in row["requests"]["errors"].items())
+            again = row.get("started_again_after_seconds")
+            lines += [
+                f"{row['killed']} killed: requests in flight got {errors or 'nothing'}, "
+                f"/health {row['health_meanwhile']}; the server ended after "
+                f"{row['server_ended_after_seconds']:.1f} s with code {row['exit_code']}, leaving "
+                f"{len(row['left_behind'])} processes; started again, it "
+                + (f"answered {again:.0f} s after the kill." if again else "did not answer."),
+                "",
+            ]
+    return lines[:-1]

@@ -1,0 +1,74 @@
+"""The demo's real model, calibrated and served: `vllm bench serve` with and without the plugin."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.test_cli import command
+from vllm_adainfer.decision.monitor import confidence_interval
+from vllm_adainfer.demo.run import LABELS
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_serve.py"
+PROMPTS, REQUESTS = 100, 60
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict[str, Any]:
+    """What the benchmark has measured, as a user would run it.
+
+    It fails by itself where a request failed or was not answered by one label, where the counters
+    of `/metrics` are not those of its requests, and where no layers were skipped.
+    """
+    folder = tmp_path_factory.mktemp("demo")
+    shipped = files("vllm_adainfer.demo")
+    template = folder / "template.txt"
+    template.write_text(shipped.joinpath("template.txt").read_text())
+    for name, rows in (("calibration", None), ("test", PROMPTS)):
+        lines = shipped.joinpath(f"{name}.jsonl").read_text().splitlines()[:rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    model, policy = str(folder / "model"), str(folder / "policy")
+    command("fetch-demo-model", "--output", model)
+    command(
+        "calibrate", "--model", model, "--data", str(folder / "calibration.jsonl"),
+        "--template", f"@{template}", "--labels", ",".join(LABELS), "--output", policy,
+    )  # fmt: skip
+    arguments = [
+        "--model", model, "--artifact", policy, "--data", str(folder / "test.jsonl"),
+        "--template", f"@{template}", "--output", str(folder / "serve.json"),
+        "--rates", "inf", "--requests", str(REQUESTS), "--rounds", "1",
+    ]  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    ended = subprocess.run(
+        [sys.executable, str(BENCHMARK), *arguments], env=env, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    found: dict[str, Any] = json.loads((folder / "serve.json").read_text())
+    return found
+
+
+def test_every_request_of_both_servers_is_answered_and_one_of_them_skips_layers(report):
+    [rate] = report["rates"]
+    for server in ("stock", "adainfer"):
+        assert [run["completed"] for run in rate[server]["runs"]] == [REQUESTS]
+        assert rate[server]["failed"] == 0
+    assert 0.1 < rate["adainfer"]["layers_saved"] < 1
+
+
+def test_answers_agree_with_full_depth_within_the_bound(report):
+    answers = report["answers"]
+    assert answers["n"] == PROMPTS
+    low, _ = confidence_interval(round(answers["disagreement"] * PROMPTS), PROMPTS, alpha=0.01)
+    assert low <= report["epsilon"]
+
+
+def test_requests_are_served_faster(report):
+    [rate] = report["rates"]
+    assert rate["ratios"]["request_throughput"] > 1
