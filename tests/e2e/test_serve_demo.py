@@ -67,8 +67,3 @@ def test_answers_agree_with_full_depth_within_the_bound(report):
     assert answers["n"] == PROMPTS
     low, _ = confidence_interval(round(answers["disagreement"] * PROMPTS), PROMPTS, alpha=0.01)
     assert low <= report["epsilon"]
-
-
-def test_requests_are_served_faster(report):
-    [rate] = report["rates"]
-    assert rate["ratios"]["request_throughput"] > 1
