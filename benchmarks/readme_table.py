@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from serve_report import table as serve_table
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -165,6 +167,7 @@ def tables() -> str:
         )
     for name, title in SUITES.items():
         lines += ["", *suite_table(name, title)]
+    lines += ["", f"A server. {serve_table(load('serve')).rstrip()}"]
     lines += ["", *families_table(), "", *generation_table(), "", *throughput_table()]
     ratios = load("startup")["ratios"]
     lines += [
