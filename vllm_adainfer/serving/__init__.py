@@ -1,1 +1,1 @@
-"""What the frontend of a server does for us: request checks, metrics, log lines."""
+"""What frontends do for us (request checks, metrics, log lines), and `doctor`."""
