@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -101,6 +102,14 @@ def by_policy(server: Server, name: str) -> Counter[str]:
     return found
 
 
+def wait_for_counters(server: Server, decided: int) -> None:
+    """Counters come a moment after the last answer: wait until so many tokens are counted."""
+    end = time.monotonic() + 30
+    while (found := by_policy(server, "exit_layer_count").total()) != decided:
+        assert time.monotonic() < end, f"{found} tokens are counted, not {decided}"
+        time.sleep(0.1)
+
+
 def test_each_request_gets_its_own_policys_answer_and_all_counters_add_up(server, tasks, reference):
     names = (
         "layer_rows_executed_total",
@@ -112,6 +121,7 @@ def test_each_request_gets_its_own_policys_answer_and_all_counters_add_up(server
     generated = server.metrics("vllm:generation_tokens_total")
     wanted = cases(tasks, reference, prompts_of(40, 80), 40)
     assert answers(server, wanted) == [case.token for case in wanted]
+    wait_for_counters(server, before["exit_layer_count"].total() + len(wanted))
     executed, skipped, count, layers = (by_policy(server, n) - before[n] for n in names)
     rows, requests, depths = Counter[str](), Counter[str](), Counter[str]()
     for case in wanted:
@@ -152,6 +162,7 @@ def test_streamed_and_chat_answers_are_the_same_and_leave_early(server, tasks, r
     status, chat = post(server, "/v1/chat/completions", body)
     assert status == 200
     assert chat["choices"][0]["message"]["content"].strip() in LABELS
+    wait_for_counters(server, before.total() + len(wanted) + 1)
     assert (by_policy(server, "exit_layer_count") - before)["mood"] == len(wanted) + 1
 
 
@@ -211,6 +222,7 @@ def test_replicas_count_each_for_itself_behind_one_frontend_or_several(
     with serving(str(tiny_model), switch, tmp_path / "log", flags, more) as running:
         wanted = cases(tasks, reference, prompts_of(43, 60), 43)
         assert answers(running, wanted) == [case.token for case in wanted]
+        wait_for_counters(running, len(wanted))
         decided = running.metrics("adainfer:exit_layer_count")
         engines = Counter[str]()
         for series, value in decided.items():
