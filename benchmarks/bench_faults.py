@@ -1,8 +1,8 @@
 """Faults and load: what a server with the plugin does when clients, files and processes fail.
 
     .venv/bin/python benchmarks/bench_faults.py --model MODEL \
-        --artifact sst2=policies/sst2 --data sst2.jsonl --template 'Review: {text}\\nSentiment:' \
-        --artifact trec=policies/trec --data trec.jsonl --template 'Question: {text}\\nType:'
+        --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\\nSentiment:' \
+        --artifact trec=policies/trec --data trec.jsonl --template $'Question: {text}\\nType:'
 
 One server serves all policies; `fault_scenarios.py` has the scenarios. Right is what a quiet server
 answers to one request at a time. Batches round differently, so an answer that differs is asked for
@@ -41,6 +41,8 @@ from faults_report import growth, table
 from load_client import Question, Tokens, client_of, questions_of, quiet_pass
 from server import Server, serving
 
+from vllm_adainfer.artifact_files import load_artifact_config
+from vllm_adainfer.calibration.data import read_template
 from vllm_adainfer.calibration.report import write_whole
 from vllm_adainfer.provenance import provenance
 
@@ -137,10 +139,9 @@ def main(
             name, _, source = named.partition("=")
             copies[name] = Path(folder, name)
             shutil.copytree(source, copies[name])
-            form = form.replace("\\n", "\n")
-            questions += questions_of(name, copies[name], path, form, rows)
+            questions += questions_of(name, copies[name], path, read_template(form) or "", rows)
         first = next(iter(copies.values()))
-        layers = json.loads((first / "config.json").read_text())["layers"]
+        layers = load_artifact_config(str(first)).layers
         bench = Bench(questions, first, layers)
         adainfer = {"artifact": {name: str(copy) for name, copy in copies.items()}}
         server_of = partial(serving, model, adainfer, arguments=ARGUMENTS, environment=ENVIRONMENT)

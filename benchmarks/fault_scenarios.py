@@ -162,7 +162,7 @@ async def reload(stage: Stage) -> dict[str, Any]:
             if damage is not None:
                 damage()
             async with session.post("/adainfer/reload") as response:
-                told = await response.text()
+                told = (await response.text()).replace(str(stage.artifact.parent), "DIR")
                 status = response.status
             replies.append({"artifact": what, "status": status, "answer": told[:300]})
             if status != wanted:

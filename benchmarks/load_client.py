@@ -12,6 +12,9 @@ from typing import Any
 
 import aiohttp
 
+from vllm_adainfer.artifact_files import load_artifact_config
+from vllm_adainfer.calibration.data import fill, read_rows
+
 SECONDS = 600.0  # an answer that takes longer is lost
 TEXT = "text"
 TEXT_TOKENS = 4
@@ -74,12 +77,10 @@ class Tally:
 
 def questions_of(name: str, artifact: Path, data: Path, template: str, rows: int) -> list[Question]:
     """The first rows of a task, each with exits, at full depth, and (some) as generated text."""
-    labels = [
-        label["token_id"] for label in json.loads((artifact / "config.json").read_text())["labels"]
-    ]
+    labels = list(load_artifact_config(str(artifact)).label_ids)
     found = []
-    for number, line in enumerate(data.read_text().splitlines()[:rows]):
-        prompt = template.format(**json.loads(line))
+    for number, row in enumerate(read_rows(data)[:rows]):
+        prompt = fill(template, row)
         body = {"model": "model", "prompt": prompt, "temperature": 0, "return_token_ids": True}
         one = {**body, "max_tokens": 1, "allowed_token_ids": labels}
         found.append(Question(name, False, one))

@@ -115,7 +115,6 @@ class Settings(BaseModel):
 
 # For those who write requests.
 EXIT_ARG = "adainfer"
-POLICY_ARG = "adainfer_policy"
 EPSILON_ARG = "adainfer_epsilon"
 SCRIPT_ARG = "adainfer_exit"
 ROW_ARG = "adainfer_row"

@@ -30,10 +30,16 @@ def provenance() -> dict[str, Any]:
         "versions": versions,
         "cpu": _cpu(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "argv": [Path(word).name if Path(word).is_absolute() else word for word in sys.argv],
+        "argv": [_shared(word) for word in sys.argv],
         "git": _commit(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _shared(word: str) -> str:
+    """A word of the command, or ``NAME=`` and a word, without the folders of an absolute path."""
+    name, equals, path = word.rpartition("=")
+    return f"{name}{equals}{Path(path).name}" if Path(path).is_absolute() else word
 
 
 def _cpu() -> str:

@@ -20,7 +20,7 @@ from server import Server, serving
 from transformers import AutoTokenizer
 from vllm_command import COMMAND
 
-from tests.e2e.tasks import Case, cases, saved, three_tasks
+from tests.e2e.tasks import Case, cases
 from tests.e2e.test_tasks import prompts_of
 from tests.tiny import LABELS, LAYERS
 
@@ -39,16 +39,6 @@ FLAGS = (
 def environment(**more: str) -> dict[str, str]:
     """Of a process of its own: conftest's is for engines in this one."""
     return {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **more}
-
-
-@pytest.fixture(scope="module")
-def tasks(tiny_model, reference) -> Any:
-    return three_tasks(tiny_model, reference)
-
-
-@pytest.fixture(scope="module")
-def sources(tasks, tmp_path_factory) -> dict[str, str]:
-    return saved(tasks, tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")

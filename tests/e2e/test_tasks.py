@@ -18,20 +18,10 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.conftest import tiny_engine
 from tests.e2e.scripted import parts
-from tests.e2e.tasks import cases, saved, three_tasks, tokens_of
+from tests.e2e.tasks import cases, saved, tokens_of
 from tests.tiny import LAYERS
 from vllm_adainfer import stats
 from vllm_adainfer.artifact import Artifact
-
-
-@pytest.fixture(scope="module")
-def tasks(tiny_model, reference) -> Any:
-    return three_tasks(tiny_model, reference)
-
-
-@pytest.fixture(scope="module")
-def sources(tasks, tmp_path_factory) -> dict[str, str]:
-    return saved(tasks, tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +168,24 @@ def test_requests_that_are_here_go_on_under_the_artifacts_read_while_they_run(ll
         while engine.has_unfinished_requests():
             engine.step()
     assert stats(llm)["policies"]["mood"]["exit_histogram"][2] == left + 1
+
+
+def test_what_shadow_requests_have_closed_is_open_again_with_the_artifact_read_again(
+    llm, tasks, reference
+):
+    """It has not been watched yet; what was counted before stays in the counters."""
+    model, _, _ = parts(llm)
+    unwatched = model._settings
+    model._settings = unwatched.model_copy(update={"shadow_rate": 0.5})
+    try:
+        model.use_artifacts(model.artifacts)
+        every = cases(tasks, reference, prompts_of(50, 60), 50)
+        early = [case for case in every if case.task == "mood" and case.depth < LAYERS]
+        assert early
+        model.exit_loop.monitors["mood"].tightened[:] = True
+        assert tokens_of(llm, early) == [case.deep_token for case in early]
+        llm.collective_rpc("adainfer_reload")
+        assert tokens_of(llm, early) == [case.token for case in early]
+    finally:
+        model._settings = unwatched
+        model.use_artifacts(model.artifacts)

@@ -218,9 +218,9 @@ class EarlyExit(_Model):
         step, self.step = self.step, None
         if step is None:  # a profiling pass, which belongs to no request
             return self.exit_loop.stack.profile(positions, input_ids)
-        ran = self.exit_loop.run(positions, input_ids, step)
-        self._scored_answers, self._shadow_answers = ran.scored, ran.shadows
-        return ran.hidden
+        output = self.exit_loop.run(positions, input_ids, step)
+        self._scored_answers, self._shadow_answers = output.scored, output.shadows
+        return output.hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [requests, vocabulary]; an answer given as scores masks the other tokens."""

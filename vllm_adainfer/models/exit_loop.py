@@ -48,7 +48,7 @@ class ScoredAnswers:
 
 
 @dataclass(frozen=True)
-class Ran:
+class StepOutput:
     """What a step has given.
 
     Attributes:
@@ -97,7 +97,7 @@ class ExitLoop:
         self._min_rows_saved = min_rows_saved
         self._depth = stack.depth
 
-    def run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> Ran:
+    def run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> StepOutput:
         """Run one step.
 
         Args:
@@ -110,11 +110,11 @@ class ExitLoop:
         if step.device.type != "cpu":
             return self._run(positions, input_ids, step)
         start = time.perf_counter()
-        ran = self._run(positions, input_ids, step)
+        output = self._run(positions, input_ids, step)
         self.stats.seconds += time.perf_counter() - start
-        return ran
+        return output
 
-    def _run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> Ran:
+    def _run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> StepOutput:
         policies, owners = self.policies, self.policies.owners(step.tags)
         self.stats.tokens_decided += step.num_sampled
         counts = StepCounts(self.stats, policies.names, owners, step.layout, self._depth)
@@ -144,7 +144,7 @@ class ExitLoop:
             else:
                 requests, rows = step.on_device(early, step.original_sampled_rows(early))
                 whole[rows] = answers[requests]
-        return Ran(whole, tuple(scored), tuple(decisions.of_shadows()))
+        return StepOutput(whole, tuple(scored), tuple(decisions.of_shadows()))
 
     def _graphed(self, step: StepContext) -> Batch | None:
         """The batch as it is now, if there are CUDA graphs for it."""
@@ -155,10 +155,12 @@ class ExitLoop:
         return batch.run(index, stream)
 
     def _ask(self, decisions: Decisions, index: int, stream: Stream, step: StepContext) -> None:
+        if step.device.type != "cpu":
+            decisions.ask(index, stream)
+            return
         start = time.perf_counter()
         decisions.ask(index, stream)
-        if step.device.type == "cpu":
-            self.stats.probe_seconds += time.perf_counter() - start
+        self.stats.probe_seconds += time.perf_counter() - start
 
     def _regroup(
         self, exit_index: int, stream: Stream, step: StepContext, counts: StepCounts

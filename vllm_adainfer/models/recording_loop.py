@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.decision.monitor import DisagreementMonitor
 from vllm_adainfer.decision.record import Recorder
-from vllm_adainfer.models.exit_loop import Ran
+from vllm_adainfer.models.exit_loop import StepOutput
 from vllm_adainfer.models.segments import Stack
 from vllm_adainfer.runtime.kv import ExactKV
 from vllm_adainfer.runtime.step import StepContext
@@ -52,7 +52,7 @@ class RecordingLoop:
         self.stack = stack
         self._depth = stack.depth
 
-    def run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> Ran:
+    def run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> StepOutput:
         """Run and record one step; see `ExitLoop.run`. Nobody leaves, so there are no answers."""
         rows = step.layout.num_rows
         stream = Stream(input_ids)
@@ -77,7 +77,7 @@ class RecordingLoop:
         own.layers_run += work
         own.layers_possible += work
         own.exit_histogram[self._depth] += step.num_sampled
-        return Ran(final)
+        return StepOutput(final)
 
     def _rehearse_cut(self, stream: Stream, step: StepContext) -> None:
         """Time what an exit point does when half of the requests leave, now that it is over."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 
 from vllm_adainfer.artifact import ArtifactConfig
 from vllm_adainfer.config import NO_POLICY
@@ -21,6 +22,9 @@ LEVEL = [*POLICY, "epsilon"]
 LATEST: Literal["mostrecent"] = "mostrecent"
 
 
+_registered: list[MetricWrapperBase] = []  # those of the last server in this process
+
+
 class Series:
     """All series of a server; its engines share them, by their labels."""
 
@@ -29,9 +33,8 @@ class Series:
 
         Those of an engine that was here before go, as vLLM does it with its own.
         """
-        for collector, names in list(REGISTRY._collector_to_names.items()):
-            if any(name.startswith("adainfer:") for name in names):
-                REGISTRY.unregister(collector)
+        while _registered:
+            REGISTRY.unregister(_registered.pop())
         self.layers_run = Counter(
             "adainfer:layer_rows_executed",
             "Rows x layers executed, counted where layers execute.",
@@ -79,6 +82,8 @@ class Series:
             LEVEL,
             multiprocess_mode=LATEST,
         )
+        own = (one for one in vars(self).values() if isinstance(one, MetricWrapperBase))
+        _registered.extend([*own, *self.disagreement.values()])
 
 
 class EngineMetrics:

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from vllm_adainfer.provenance import provenance
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("/home/someone/models/smollm2", "smollm2"),
+        ("--model=/home/someone/models/smollm2", "--model=smollm2"),
+        ("sst2=/home/someone/policies/sst2", "sst2=sst2"),
+        ("policies/sst2", "policies/sst2"),
+        ("Review: {text}\nSentiment:", "Review: {text}\nSentiment:"),
+        ("--rates=10,20", "--rates=10,20"),
+    ],
+)
+def test_a_result_names_no_folder_of_the_machine_that_made_it(monkeypatch, word, kept):
+    monkeypatch.setattr(sys, "argv", ["bench.py", word])
+    assert provenance()["argv"] == ["bench.py", kept]
