@@ -160,3 +160,22 @@ def write_kv(attention: Any, keys: Tensor, values: Tensor, slots: Tensor) -> Non
     What 0.32's ``unified_kv_cache_update`` calls for the rows of a forward pass.
     """
     attention.impl.do_kv_cache_update(attention, keys, values, attention.kv_cache, slots)
+
+
+def keep_best_tokens(runner: Any) -> None:
+    """Let requests with ``logprobs`` keep their best tokens beside some with ``logprob_token_ids``.
+
+    0.32's V1 `Sampler.forward` drops what it gathered for the former once a step has one of the
+    latter (vLLM pull request 51789; V2 keeps both). So here every row without ids of its own asks
+    for its best tokens by their ids. On this runner's sampler only, and in such steps only.
+    """
+    gather = runner.sampler.gather_specific_token_logprobs
+
+    def gather_both(logprobs: Tensor, asked: dict[int, list[int]], sampled: Tensor) -> Any:
+        most = runner.input_batch.sampling_metadata.max_num_logprobs
+        if most is not None:
+            best = logprobs.topk(most).indices.tolist()
+            asked = {**dict(enumerate(best)), **asked}
+        return gather(logprobs, asked, sampled)
+
+    runner.sampler.gather_specific_token_logprobs = gather_both

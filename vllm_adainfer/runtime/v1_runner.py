@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_adainfer.compat import keep_best_tokens
 from vllm_adainfer.runtime.attention import Groups, StepAttention, own_groups
 from vllm_adainfer.runtime.requests import RunningRequests
 from vllm_adainfer.runtime.step import StepContext
@@ -22,6 +23,7 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         """As vLLM's; then the model's exit loop is built of what was loaded."""
         super().load_model(*args, **kwargs)
         self.model.build_exit_loop(self.vllm_config)
+        keep_best_tokens(self)
         self.running = RunningRequests(self.vllm_config, self.model.exit_loop)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
