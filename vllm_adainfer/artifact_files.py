@@ -191,16 +191,27 @@ def save_artifact(
                 (draft / name).write_bytes(content)
             draft.chmod(0o755)
             if directory.exists():
-                former = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-                directory.replace(former)  # onto an empty directory
-                draft.rename(directory)
-                shutil.rmtree(former)
+                _replace(directory, draft)
             else:
                 draft.rename(directory)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise AdaInferError(f"cannot write the artifact to {directory}: {error}") from None
+
+
+def _replace(directory: Path, draft: Path) -> None:
+    """Put `draft` where `directory` is, which stays, or comes back, if that fails."""
+    former = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        directory.replace(former)  # onto an empty directory
+        try:
+            draft.rename(directory)
+        except BaseException:
+            former.replace(directory)
+            raise
+    finally:
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def check_writable(directory: Path) -> None:
