@@ -109,10 +109,16 @@ def banner(name: str, config: ArtifactConfig, settings: Settings) -> str:
     if level < 0:
         return f"{text}; epsilon is 0, so that none exits unless it asks for a bound of its own"
     at = config.levels[level]
+    risk = "accuracy lost" if config.risk == "accuracy" else "disagreement"
+    watched = f"shadow rate {settings.shadow_rate:g}"
+    if settings.shadow_rate and config.risk == "accuracy":
+        watched += (
+            " (what is right is not known in service: shadow requests show disagreement, which "
+            "accuracy lost cannot exceed, and close no bound)"
+        )
     return (
-        f"{text}, at most {at.epsilon:.3g} {config.risk} (confidence {1 - config.delta:.0%}), "
-        f"{at.layers_saved:.0%} of layers saved in calibration; kv {settings.kv}, shadow rate "
-        f"{settings.shadow_rate:g}"
+        f"{text}, at most {at.epsilon:.3g} {risk} (confidence {1 - config.delta:.0%}), "
+        f"{at.layers_saved:.0%} of layers saved in calibration; kv {settings.kv}, {watched}"
     )
 
 

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from vllm_adainfer.config import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from vllm_adainfer.decision.monitor import DisagreementMonitor
-    from vllm_adainfer.runtime.layout import Ints, RowLayout
+    from vllm_adainfer.decision.monitor import Monitor
 
 
 @dataclass
 class PolicyStats:
-    """What requests of one policy have run.
+    """What rows that came under one policy have run. No counter ever falls.
+
+    At any time run + skipped + what still waits (see `vllm_adainfer.runtime.work`) is possible.
 
     Attributes:
         layers_run: rows x layers executed.
+        layers_skipped: rows x layers that will never be executed.
+        layers_deferred: rows x layers put off until their request needs them; then they are either
+            run or skipped. Counted each time a row is put off.
         layers_possible: rows x layers that full depth would have executed.
         exit_histogram: tokens sampled by the number of layers they ran.
-        shadow_checked: early answers compared with full depth, by epsilon; `DisagreementMonitor`
-            counts those of the artifact that serves now.
+        shadow_checked: early answers compared with full depth, by epsilon; a monitor counts those
+            of the artifact that serves now.
         shadow_disagreed: those that differed.
 
     """
 
     layers_run: int = 0
+    layers_skipped: int = 0
+    layers_deferred: int = 0
     layers_possible: int = 0
     exit_histogram: Counter[int] = field(default_factory=Counter)
     shadow_checked: Counter[float] = field(default_factory=Counter)
@@ -42,6 +46,8 @@ class PolicyStats:
         """Plain values."""
         return {
             "layers_run": self.layers_run,
+            "layers_skipped": self.layers_skipped,
+            "layers_deferred": self.layers_deferred,
             "layers_possible": self.layers_possible,
             "exit_histogram": dict(sorted((+self.exit_histogram).items())),
         }
@@ -71,7 +77,7 @@ class ExitStats:
     by_policy: defaultdict[str, PolicyStats] = field(
         default_factory=lambda: defaultdict(PolicyStats)
     )
-    shadow: Mapping[str, DisagreementMonitor] = field(default_factory=dict)
+    shadow: Mapping[str, Monitor] = field(default_factory=dict)
 
     @property
     def layers_run(self) -> int:
@@ -103,54 +109,6 @@ class ExitStats:
             shadow = {name: monitor.as_dict() for name, monitor in self.shadow.items()}
             counters["shadow"] = shadow.get(DEFAULT_POLICY, shadow)
         return counters
-
-
-class StepCounts:
-    """Adds what one step runs to an engine's counters."""
-
-    def __init__(
-        self, stats: ExitStats, names: Sequence[str], owners: Ints, layout: RowLayout, depth: int
-    ) -> None:
-        """A step begins.
-
-        Args:
-            stats: what is added to.
-            names: of policies.
-            owners: [requests], the policy (an index) of each.
-            layout: of the batch as it came.
-            depth: layers of the model.
-
-        """
-        self._stats = stats
-        self._names = names
-        self._owners = owners
-        self.regrouped(layout)
-        for own, rows in self._rows:
-            own.layers_possible += rows * depth
-        stats.passes_possible += depth
-
-    def regrouped(self, layout: RowLayout) -> None:
-        """The batch now has the rows of `layout`."""
-        self._rows = self._by_policy(self._owners, layout.lens)
-
-    def ran(self, layers: int) -> None:
-        """The batch has run so many layers."""
-        self._stats.passes_run += layers
-        for own, rows in self._rows:
-            own.layers_run += rows * layers
-
-    def decided(self, requests: Ints, depth: int) -> None:
-        """Tokens of `requests` were decided after so many layers."""
-        for own, tokens in self._by_policy(self._owners[requests], None):
-            own.exit_histogram[depth] += tokens
-
-    def _by_policy(self, owners: Ints, weights: Ints | None) -> list[tuple[PolicyStats, int]]:
-        counts = np.bincount(owners, weights, len(self._names))
-        return [
-            (self._stats.by_policy[name], int(count))
-            for name, count in zip(self._names, counts.tolist(), strict=True)
-            if count
-        ]
 
 
 def stats(llm: LLM) -> dict[str, Any]:

@@ -78,13 +78,13 @@ def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     """Let the requests' scripts decide; yields the engine's `ExitStats`, starting at zero."""
     model, runner, scheduler = parts(llm)
     loop = model.exit_loop
-    names = "policies", "stats", "kv", "_min_rows_saved"
+    names = "policies", "work", "kv", "_min_rows_saved"
     saved = {name: getattr(loop, name) for name in names}
     running = running_of(runner)
     admission = running.admission, scheduler.admission
     lens = model.logit_lens()
     loop.policies = only(ScriptedPolicy(loop.policies.exit_points, lens))
-    loop.stats = type(loop.stats)()
+    loop.count_anew()
     loop.kv = ExactKV()
     loop._min_rows_saved = min_rows_saved
     running.admission = scheduler.admission = ScriptedAdmission()

@@ -12,7 +12,9 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -154,6 +156,54 @@ def test_streamed_and_chat_answers_are_the_same_and_leave_early(server, tasks, r
     assert chat["choices"][0]["message"]["content"].strip() in LABELS
     wait_for_counters(server, before.total() + len(wanted) + 1)
     assert (by_policy(server, "exit_layer_count") - before)["mood"] == len(wanted) + 1
+
+
+@contextmanager
+def scraping(server: Server) -> Iterator[list[dict[str, float]]]:
+    """Read all counters again and again, in a thread."""
+    found: list[dict[str, float]] = []
+    over = Event()
+
+    def scrape() -> None:
+        while not over.wait(0.05):
+            found.append(server.metrics())
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(scrape)
+        yield found
+        over.set()
+        reading.result()
+
+
+@pytest.mark.parametrize("clients", [1, 6])
+def test_texts_leave_early_and_no_counter_of_the_server_ever_falls(server, clients):
+    """Rows that left wait and rejoin: of one client alone as of several at once."""
+    names = "layer_rows_executed_total", "layer_rows_skipped_total", "layer_rows_deferred_total"
+    before = {name: by_policy(server, name) for name in names}
+    decided = by_policy(server, "exit_layer_count")
+    prompts, tokens = prompts_of(60 + clients, 12), 32
+
+    def generate(prompt: list[int]) -> tuple[int, Any]:
+        body = {"model": "model", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        return post(server, "/v1/completions", body)
+
+    with scraping(server) as scraped, ThreadPoolExecutor(clients) as pool:
+        answered = list(pool.map(generate, prompts))
+    assert [status for status, _ in answered] == [200] * len(prompts)
+    assert [body["usage"]["completion_tokens"] for _, body in answered] == [tokens] * len(prompts)
+    assert server.get("/health") == ""
+    wait_for_counters(server, decided.total() + tokens * len(prompts))
+    assert len(scraped) > 5
+    for series in scraped[-1]:
+        if series.partition("{")[0].endswith(("_total", "_count", "_bucket", "_sum")):
+            values = [one.get(series, 0) for one in scraped]
+            assert values == sorted(values), series
+    executed, skipped, deferred = (
+        (by_policy(server, name) - before[name])["next"] for name in names
+    )
+    rows = sum(map(len, prompts)) + len(prompts) * (tokens - 1)
+    assert executed + skipped == rows * LAYERS
+    assert deferred > 0, "some rows have to wait"
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

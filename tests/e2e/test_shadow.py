@@ -24,7 +24,7 @@ from vllm_adainfer import stats as stats_of
 from vllm_adainfer.artifact import Artifact
 from vllm_adainfer.artifact_files import load_artifact
 from vllm_adainfer.config import DEFAULT_POLICY, Settings
-from vllm_adainfer.decision.monitor import DisagreementMonitor
+from vllm_adainfer.decision.monitor import AnswerMonitor
 from vllm_adainfer.runtime.admission import Admission
 
 LABELS_AND_OPEN = [
@@ -58,7 +58,7 @@ def watched(
         if artifact is not None:
             epsilons = [level.epsilon for level in artifact.config.levels]
             loop.policies = only(policy_of(artifact, model))
-        loop.monitors = stats.shadow = {DEFAULT_POLICY: DisagreementMonitor(epsilons, alpha)}
+        loop.monitors = stats.shadow = {DEFAULT_POLICY: AnswerMonitor(epsilons, alpha)}
         set_rate(rate)
         try:
             yield stats, set_rate

@@ -5,10 +5,8 @@ from typing import Any
 import pytest
 
 from tests.tiny import LAYERS
-from vllm_adainfer.decision.monitor import confidence_interval
 from vllm_adainfer.serving.log_line import LogLine
 
-ALPHAS = {"a": 0.1, "b": 0.01}
 WORK = [
     ("layers_run", "a", "", 300),
     ("layers_skipped", "a", "", 100),
@@ -24,15 +22,12 @@ def line() -> LogLine:
 
 
 def report(added: list[Any], **shadow: list[Any]) -> dict[str, Any]:
-    return {
-        "added": added,
-        "shadow": {name: {"alpha": ALPHAS[name], "levels": told} for name, told in shadow.items()},
-    }
+    return {"added": added, "shadow": shadow}
 
 
-def interval(disagreed: int, checked: int, alpha: float) -> str:
-    low, high = confidence_interval(disagreed, checked, alpha)
-    return f"[{100 * low:.1f}, {100 * high:.1f}]"
+def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[str, Any]:
+    ends = {"low": 0.0, "high": 1.0, "tightened": False}
+    return {"epsilon": epsilon, "checked": checked, "disagreed": disagreed, **ends, **more}
 
 
 @pytest.mark.parametrize(
@@ -72,15 +67,22 @@ def test_each_line_starts_from_nothing(line):
 
 
 def test_shadow_answers_are_told_with_their_interval_for_each_bound_that_has_some(line):
-    line.add(report(WORK, a=[[0.02, 40, 1, False], [0.05, 0, 0, False]], b=[[0.05, 60, 20, True]]))
+    a = [reading(0.02, 40, 1, low=0.001, high=0.123), reading(0.05, 0, 0)]
+    b = [reading(0.05, 60, 20, low=0.21, high=0.47, tightened=True)]
+    line.add(report(WORK, a=a, b=b))
     assert line.take() == (
         "mean exit layer 3.0/6, layers saved 25%, "
-        f"shadow disagreement of a at 0.02 2.5% {interval(1, 40, 0.1)}, "
-        f"shadow disagreement of b at 0.05 33.3% {interval(20, 60, 0.01)}: at full depth now"
+        "shadow disagreement of a at 0.02 2.5% [0.1, 12.3], "
+        "shadow disagreement of b at 0.05 33.3% [21.0, 47.0]: at full depth now"
     )
 
 
 def test_the_latest_counts_of_shadow_answers_are_told_as_they_are_totals(line):
-    line.add(report(WORK, a=[[0.02, 40, 1, False]]))
-    line.add(report(WORK, a=[[0.02, 50, 1, False]]))
-    assert f"at 0.02 2.0% {interval(1, 50, 0.1)}" in str(line.take())
+    line.add(report(WORK, a=[reading(0.02, 40, 1)]))
+    line.add(report(WORK, a=[reading(0.02, 50, 1, high=0.2)]))
+    assert "at 0.02 2.0% [0.0, 20.0]" in str(line.take())
+
+
+def test_work_put_off_is_neither_run_nor_saved(line):
+    line.add(report([*WORK, ("layers_deferred", "a", "", 5000)]))
+    assert line.take() == "mean exit layer 3.0/6, layers saved 25%"

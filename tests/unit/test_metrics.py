@@ -9,15 +9,15 @@ from prometheus_client import REGISTRY
 
 from tests.tiny import tiny_config
 from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.decision.monitor import confidence_interval
 from vllm_adainfer.serving.metrics import EngineMetrics, Series
 
 BUCKETS = (2, 3, 5, 6)
-ALPHAS = {"a": 0.1, "b": 0.01}
+POLICIES = ("a", "b")
 # What a reporter calls it, and its series.
 WORK = {
     "layers_run": "adainfer:layer_rows_executed_total",
     "layers_skipped": "adainfer:layer_rows_skipped_total",
+    "layers_deferred": "adainfer:layer_rows_deferred_total",
 }
 TIME = {
     "seconds": "adainfer:forward_seconds_total",
@@ -31,7 +31,7 @@ SHADOW = {
 
 @pytest.fixture
 def configs(tiny_model) -> Any:
-    return {name: tiny_config(tiny_model) for name in ALPHAS}
+    return {name: tiny_config(tiny_model) for name in POLICIES}
 
 
 def value(name: str, engine: int, **labels: str) -> float | None:
@@ -39,10 +39,12 @@ def value(name: str, engine: int, **labels: str) -> float | None:
 
 
 def report(*added: Any, **shadow: Any) -> dict[str, Any]:
-    return {
-        "added": list(added),
-        "shadow": {name: {"alpha": ALPHAS[name], "levels": told} for name, told in shadow.items()},
-    }
+    return {"added": list(added), "shadow": shadow}
+
+
+def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[str, Any]:
+    ends = {"low": 0.0, "high": 1.0, "tightened": False}
+    return {"epsilon": epsilon, "checked": checked, "disagreed": disagreed, **ends, **more}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -90,15 +92,16 @@ def test_before_the_first_request_rates_begin_at_0_and_all_may_exit(configs):
 
 
 @pytest.mark.parametrize("tightened", [False, True])
-@pytest.mark.parametrize(("policy", "alpha"), ALPHAS.items())
-@pytest.mark.parametrize(("checked", "disagreed"), [(1, 0), (40, 1), (60, 20)])
-def test_gauges_show_what_shadow_requests_show_with_the_policys_own_confidence(
-    configs, policy, alpha, checked, disagreed, tightened
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("checked", "disagreed", "low", "high"), [(1, 0, 0, 0.9), (40, 1, 0.001, 0.1)]
+)
+def test_gauges_show_what_shadow_requests_show(
+    configs, policy, checked, disagreed, low, high, tightened
 ):
     engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
-    levels = [[0.02, checked, disagreed, tightened], [0.05, 0, 0, False]]
-    engine.add(report(**{policy: levels}))
-    low, high = confidence_interval(disagreed, checked, alpha)
+    seen = reading(0.02, checked, disagreed, low=low, high=high, tightened=tightened)
+    engine.add(report(**{policy: [seen, reading(0.05, 0, 0)]}))
     shown = {"": disagreed / checked, "_low": low, "_high": high}
     labels = {"policy": policy, "epsilon": "0.02"}
     for suffix, expected in shown.items():
@@ -120,7 +123,7 @@ def test_shadow_answers_are_counted_for_each_bound(configs, kind, name):
 
 def test_the_series_of_a_second_server_in_the_process_replace_those_of_the_first(configs):
     first = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
-    first.add(report(("layers_run", "a", "", 7), a=[[0.02, 1, 1, True]]))
+    first.add(report(("layers_run", "a", "", 7), a=[reading(0.02, 1, 1, tightened=True)]))
     second = EngineMetrics(Series((4, 6)), "tiny", 0, configs)
     second.add(report(("layers_run", "a", "", 2), ("tokens", "a", "4", 1)))
     first.add(report(("layers_run", "a", "", 7)))

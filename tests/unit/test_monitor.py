@@ -8,7 +8,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import beta
 
-from vllm_adainfer.decision.monitor import PRIOR, DisagreementMonitor, confidence_interval
+from vllm_adainfer.decision.monitor import PRIOR, AnswerMonitor, Reading, confidence_interval
 
 EPSILONS = (0.02, 0.05)
 interval = cache(confidence_interval)
@@ -62,12 +62,13 @@ def outcomes(rate: float, answers: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).random(answers) < rate
 
 
-def observe(monitor: DisagreementMonitor, level: int, disagreed: Any, batch: int = 8) -> list[int]:
+def observe(monitor: AnswerMonitor, level: int, disagreed: Any, batch: int = 8) -> list[int]:
     """Feed outcomes in batches; returns after how many answers the level was tightened."""
     found = []
     for start in range(0, len(disagreed), batch):
         part = disagreed[start : start + batch]
-        if monitor.observe(np.full(len(part), level), part):
+        names = [str(number) for number in range(start, start + len(part))]
+        if monitor.observe(names, np.full(len(part), level), part):
             found.append(start + len(part))
     return found
 
@@ -75,7 +76,7 @@ def observe(monitor: DisagreementMonitor, level: int, disagreed: Any, batch: int
 @pytest.mark.parametrize("level", [0, 1])
 @pytest.mark.parametrize("seed", range(5))
 def test_twice_epsilon_is_found_once_and_only_its_level_is_tightened(level, seed):
-    monitor = DisagreementMonitor(EPSILONS, alpha=0.1)
+    monitor = AnswerMonitor(EPSILONS, alpha=0.1)
     found = observe(monitor, level, outcomes(2 * EPSILONS[level], 3000, seed))
     assert len(found) == 1
     assert monitor.tightened.tolist() == [index == level for index in range(2)]
@@ -83,7 +84,7 @@ def test_twice_epsilon_is_found_once_and_only_its_level_is_tightened(level, seed
 
 @pytest.mark.parametrize("alpha", [0.01, 0.1])
 def test_a_level_is_tightened_at_the_first_batch_whose_lower_end_exceeds_epsilon(alpha):
-    monitor = DisagreementMonitor(EPSILONS, alpha)
+    monitor = AnswerMonitor(EPSILONS, alpha)
     disagreed = outcomes(0.12, 1000)
     found = observe(monitor, 1, disagreed)
     counts = disagreed.cumsum()
@@ -97,14 +98,14 @@ def test_a_level_is_tightened_at_the_first_batch_whose_lower_end_exceeds_epsilon
     ("rate", "answers"), [(0.0, 100_000), (0.01, 20_000)], ids=["never", "within"]
 )
 def test_a_rate_within_epsilon_tightens_nothing(rate, answers):
-    monitor = DisagreementMonitor(EPSILONS, alpha=0.01)
+    monitor = AnswerMonitor(EPSILONS, alpha=0.01)
     assert observe(monitor, 0, outcomes(rate, answers), batch=64) == []
     assert not monitor.tightened.any()
     assert monitor.as_dict()[0.02]["high"] < 0.02
 
 
 def test_a_tightened_level_goes_on_counting_and_is_not_loosened():
-    monitor = DisagreementMonitor(EPSILONS, alpha=0.1)
+    monitor = AnswerMonitor(EPSILONS, alpha=0.1)
     observe(monitor, 0, np.ones(20, dtype=np.bool_))
     assert observe(monitor, 0, np.zeros(20_000, dtype=np.bool_), batch=64) == []
     reading = monitor.as_dict()[0.02]
@@ -114,8 +115,8 @@ def test_a_tightened_level_goes_on_counting_and_is_not_loosened():
 
 
 def test_the_readings_are_plain_values_by_epsilon():
-    monitor = DisagreementMonitor(EPSILONS, alpha=0.1)
-    monitor.observe(np.array([1, 0, 1, 1]), np.array([True, False, False, False]))
+    monitor = AnswerMonitor(EPSILONS, alpha=0.1)
+    monitor.observe([*"abcd"], np.array([1, 0, 1, 1]), np.array([True, False, False, False]))
     low, high = confidence_interval(1, 3, 0.1)
     assert monitor.as_dict() == {
         0.02: {
@@ -129,3 +130,22 @@ def test_the_readings_are_plain_values_by_epsilon():
     }  # fmt: skip
     kinds = {type(value) for reading in monitor.as_dict().values() for value in reading.values()}
     assert kinds == {int, float, bool}
+
+
+def test_accuracy_lost_is_at_most_the_disagreement_so_that_no_disagreement_breaks_its_bound():
+    """6 % of disagreement at epsilon 0.02: right and wrong answers may have changed alike."""
+    monitor = AnswerMonitor(EPSILONS, alpha=0.1, risk="accuracy")
+    [found] = observe(monitor, 0, outcomes(0.06, 3000))
+    assert not monitor.tightened.any()
+    reading = monitor.readings()[0]
+    assert reading.low > reading.epsilon, "what there is to see is shown"
+    assert found < 3000
+    assert observe(monitor, 0, outcomes(0.06, 3000, seed=1)) == [], "said once"
+
+
+def test_the_level_that_is_found_above_its_epsilon_is_told_with_its_reading():
+    monitor = AnswerMonitor(EPSILONS, alpha=0.1)
+    disagreed = np.ones(20, dtype=np.bool_)
+    told = monitor.observe([*map(str, range(20))], np.full(20, 1), disagreed)
+    low, high = confidence_interval(20, 20, 0.1)
+    assert told == [Reading(0.05, 20, 20, low, high, tightened=True)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -8,44 +9,72 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_adainfer.decision.monitor import DisagreementMonitor
+from vllm_adainfer.decision.monitor import AnswerMonitor
 from vllm_adainfer.models.shadow import watch
-from vllm_adainfer.runtime.report import Reporter
+from vllm_adainfer.runtime.report import Reporter, snapshot_of
+from vllm_adainfer.runtime.work import Work
 from vllm_adainfer.stats import ExitStats
 
 EPSILONS = (0.02, 0.05)
 POLICIES = ("a", "b", "full_depth")
+DEPTH, EXIT_LAYER = 6, 2
 
 
 class Traffic:
-    """Random updates of counters, each tallied a second time in `totals`."""
+    """One request a step, tallied a second time in `totals`: its rows wait, rejoin, are dropped."""
 
     def __init__(self, seed: int) -> None:
         self.generator = np.random.default_rng(seed)
-        self.monitors = {name: DisagreementMonitor(EPSILONS, alpha=0.1) for name in ("a", "b")}
+        self.monitors = {name: AnswerMonitor(EPSILONS, alpha=0.1) for name in ("a", "b")}
         self.stats = ExitStats(shadow=self.monitors)
+        self.work = Work(self.stats, [EXIT_LAYER], DEPTH)
         self.totals: Counter[Any] = Counter()
+        self.waiting: Counter[str] = Counter()  # rows of the one request, by policy
 
     def update(self) -> None:
-        run, possible, layer, tokens = (int(number) for number in self.generator.integers(1, 9, 4))
+        rows, tokens = self.generator.integers(1, 9, 2).tolist()
         name = str(self.generator.choice(POLICIES))
-        own = self.stats.by_policy[name]
-        own.layers_run += run
-        own.layers_possible += run + possible
-        own.exit_histogram[layer] += tokens
-        self.stats.seconds += run
-        self.stats.probe_seconds += possible / 8
-        self.totals["layers_run", name, ""] += run
-        self.totals["layers_skipped", name, ""] += possible
-        self.totals["tokens", name, str(layer)] += tokens
-        self.totals["seconds", "", ""] += run
-        self.totals["probe_seconds", "", ""] += possible / 8
+        step = self.work.step(POLICIES, np.array([POLICIES.index(name)]), ["x"], np.array([rows]))
+        step.ran(EXIT_LAYER)
+        self.count("layers_run", {name: rows * EXIT_LAYER})
+        left = {name: rows * (DEPTH - EXIT_LAYER)}
+        match self.generator.integers(4):
+            case 0:
+                step.leave(0, np.array([0]))
+                self.count("layers_skipped", left)
+            case 1:
+                step.put_off(0, np.array([0]))
+                self.count("layers_deferred", left)
+                self.waiting[name] += rows
+            case 2:
+                if self.waiting:
+                    step.join(0, np.array([0]))
+                step.ran(DEPTH - EXIT_LAYER)
+                self.count("layers_run", left)
+                self.drop_waiting("layers_run")
+            case 3:
+                step.ran(DEPTH - EXIT_LAYER)
+                self.count("layers_run", left)
+                self.work.forget("x")
+                self.drop_waiting("layers_skipped")
+        self.stats.seconds += rows
+        self.totals["seconds", "", ""] += rows
+        self.stats.by_policy[name].exit_histogram[DEPTH] += tokens
+        self.totals["tokens", name, str(DEPTH)] += tokens
         if name in self.monitors:
             self.compare(name, self.generator.integers(0, 2, tokens))
 
+    def count(self, kind: str, amounts: dict[str, int]) -> None:
+        for name, amount in amounts.items():
+            self.totals[kind, name, ""] += amount
+
+    def drop_waiting(self, kind: str) -> None:
+        self.count(kind, {n: rows * (DEPTH - EXIT_LAYER) for n, rows in self.waiting.items()})
+        self.waiting.clear()
+
     def compare(self, name: str, levels: Any) -> None:
         disagreed = self.generator.random(len(levels)) < 0.3
-        answers = SimpleNamespace(name=name, tags=levels)
+        answers = SimpleNamespace(name=name, tags=levels, request_ids=["x"] * len(levels))
         watch(self.monitors[name], self.stats.by_policy[name], answers, disagreed)
         for level, differs in zip(levels, disagreed, strict=True):
             self.totals["shadow_checked", name, f"{EPSILONS[level]:g}"] += 1
@@ -53,31 +82,45 @@ class Traffic:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_increments_of_all_reports_add_up_to_everything_counted(seed):
+def test_reports_at_any_moments_add_up_to_everything_counted_and_take_nothing_back(seed):
     traffic, reporter = Traffic(seed), Reporter()
     received: Counter[Any] = Counter()
     for _ in range(50):
         for _ in range(traffic.generator.integers(0, 4)):
             traffic.update()
-        for *key, added in reporter.report(traffic.stats)["added"]:
+        for *key, added in reporter.report(snapshot_of(traffic.stats))["added"]:
             assert added > 0
             received[tuple(key)] += added
         assert received == +traffic.totals
+    assert {kind for kind, *_ in received} > {"layers_run", "layers_skipped", "layers_deferred"}
 
 
 def test_what_was_sent_is_not_sent_again():
     traffic, reporter = Traffic(0), Reporter()
     traffic.update()
-    assert reporter.report(traffic.stats)["added"]
-    assert reporter.report(traffic.stats)["added"] == []
+    assert reporter.report(snapshot_of(traffic.stats))["added"]
+    assert reporter.report(snapshot_of(traffic.stats))["added"] == []
     before = Counter(traffic.totals)
     traffic.update()
-    added = {tuple(key): count for *key, count in reporter.report(traffic.stats)["added"]}
-    assert added == traffic.totals - before
+    report = reporter.report(snapshot_of(traffic.stats))
+    assert {tuple(key): count for *key, count in report["added"]} == traffic.totals - before
+
+
+def test_a_snapshot_stays_as_it_was_taken_while_the_worker_goes_on_counting():
+    """Another thread may be sending it."""
+    traffic = Traffic(2)
+    for _ in range(5):
+        traffic.update()
+    taken = snapshot_of(traffic.stats)
+    sent = pickle.dumps(taken)
+    for _ in range(20):
+        traffic.update()
+    assert pickle.dumps(taken) == sent
+    assert snapshot_of(traffic.stats) != taken
 
 
 def test_before_anything_ran_a_report_is_empty():
-    assert Reporter().report(ExitStats()) == {"added": [], "shadow": {}}
+    assert Reporter().report(snapshot_of(ExitStats())) == {"added": [], "shadow": {}}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -85,19 +128,17 @@ def test_what_shadow_requests_show_is_told_in_all_each_time(seed):
     traffic, reporter = Traffic(seed), Reporter()
     for _ in range(20):
         traffic.update()
-        shadow = reporter.report(traffic.stats)["shadow"]
+        shadow = reporter.report(snapshot_of(traffic.stats))["shadow"]
         for name, monitor in traffic.monitors.items():
-            assert shadow[name]["alpha"] == 0.1
-            assert shadow[name]["levels"] == [
-                [
-                    epsilon,
-                    traffic.totals["shadow_checked", name, f"{epsilon:g}"],
-                    traffic.totals["shadow_disagreed", name, f"{epsilon:g}"],
-                    bool(monitor.tightened[level]),
+            for told, reading in zip(shadow[name], monitor.as_dict().values(), strict=True):
+                key = name, f"{told['epsilon']:g}"
+                counts = [
+                    traffic.totals[(kind, *key)] for kind in ("shadow_checked", "shadow_disagreed")
                 ]
-                for level, epsilon in enumerate(EPSILONS)
-            ]
-    assert any(level[-1] for told in shadow.values() for level in told["levels"])
+                assert [told["checked"], told["disagreed"]] == counts
+                ends = "low", "high", "tightened"
+                assert [told[end] for end in ends] == [reading[end] for end in ends]
+    assert any(one["tightened"] for told in shadow.values() for one in told)
 
 
 def test_artifacts_read_again_take_nothing_from_what_was_counted():
@@ -107,8 +148,8 @@ def test_artifacts_read_again_take_nothing_from_what_was_counted():
         for _ in range(5):
             traffic.update()
         for name in traffic.monitors:
-            traffic.monitors[name] = DisagreementMonitor(EPSILONS, alpha=0.1)
-        for *key, added in reporter.report(traffic.stats)["added"]:
+            traffic.monitors[name] = AnswerMonitor(EPSILONS, alpha=0.1)
+        for *key, added in reporter.report(snapshot_of(traffic.stats))["added"]:
             assert added > 0
             received[tuple(key)] += added
     assert received == +traffic.totals
@@ -118,6 +159,6 @@ def test_a_report_is_made_of_plain_values_which_cross_a_process_border():
     traffic = Traffic(1)
     for _ in range(5):
         traffic.update()
-    report = Reporter().report(traffic.stats)
+    report = Reporter().report(snapshot_of(traffic.stats))
     report["added"] = [list(entry) for entry in report["added"]]
     assert json.loads(json.dumps(report)) == report

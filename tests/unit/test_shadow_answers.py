@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_adainfer.models import agreement
 from vllm_adainfer.models.shadow import ShadowAnswers
 
 LABELS = SimpleNamespace(answer_ids=torch.tensor([7, 3]), restricted=True)
 SHORTLIST = SimpleNamespace(answer_ids=torch.tensor([3, 7]), restricted=False)
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "get_tp_group", lambda: SimpleNamespace(world_size=1))
 
 
 def head(states: torch.Tensor) -> torch.Tensor:
@@ -34,6 +40,7 @@ def test_labels_are_compared_as_the_sampler_chooses_among_them(early, full, disa
     shadow = ShadowAnswers(
         name="default",
         policy=LABELS,
+        request_ids=["a", "b"],
         tags=np.array([0, 1]),
         settled=np.array([False, True]),
         requests=torch.tensor([2]),
@@ -52,6 +59,7 @@ def test_a_shortlists_answer_is_compared_with_any_token(full, disagreed):
     shadow = ShadowAnswers(
         name="default",
         policy=SHORTLIST,
+        request_ids=["a"],
         tags=np.array([0]),
         settled=np.array([True]),
         requests=torch.tensor([0]),
@@ -65,6 +73,7 @@ def test_what_no_exit_point_settles_agrees(answers):
     shadow = ShadowAnswers(
         name="default",
         policy=LABELS,
+        request_ids=["a", "b"],
         tags=np.array([0, 1]),
         settled=np.array([False, False]),
         requests=torch.empty(0, dtype=torch.int64),

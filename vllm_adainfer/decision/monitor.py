@@ -1,28 +1,99 @@
 """Disagreement in service: a confidence interval that may be looked at after every answer.
 
-The interval is the beta-binomial mixture confidence sequence for a Bernoulli rate (Robbins 1970;
-Howard, Ramdas, McAuliffe and Sekhon 2021, "Time-uniform, nonparametric, nonasymptotic confidence
-sequences"). With k disagreements among n answers it holds the rates p for which
+Answers of one token each are independent. Their interval is the beta-binomial mixture confidence
+sequence for a Bernoulli rate (Robbins 1970; Howard, Ramdas, McAuliffe and Sekhon 2021,
+"Time-uniform, nonparametric, nonasymptotic confidence sequences"). With k disagreements among n
+answers it holds the rates p for which
 
     Beta(a + k, b + n - k) / Beta(a, b)  <  p^k (1 - p)^(n - k) / alpha.
 
 At the true rate the ratio of the two sides is a martingale, so by Ville's inequality the interval
-ever misses that rate with a chance of at most alpha, however often it is looked at.
+ever misses that rate with a chance of at most alpha, however often it is looked at. Tokens of one
+text are not independent: `vllm_adainfer.decision.text_monitor` watches those.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
-from scipy.special import betaln, xlog1py, xlogy
+from scipy.special import betaln, xlog1py
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Risk = Literal["disagreement", "accuracy"]
 
 # (a, b) of the mixture. Any is valid; this one is narrow at rates of a few in a hundred.
 PRIOR = (1.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What shadow requests at one epsilon have shown.
+
+    Attributes:
+        epsilon: the bound.
+        checked: answers compared with full depth.
+        disagreed: those that differed.
+        low: lower end of the interval of the rate.
+        high: its upper end; the interval is [0, 1] without answers.
+        tightened: whether requests at this epsilon must run to full depth.
+
+    """
+
+    epsilon: float
+    checked: int
+    disagreed: int
+    low: float
+    high: float
+    tightened: bool
+
+    @property
+    def rate(self) -> float:
+        """Share of answers that differed, 0 without answers."""
+        return self.disagreed / max(self.checked, 1)
+
+
+class Monitor(Protocol):
+    """Watches one policy.
+
+    Attributes:
+        alpha: chance, for each level, that its interval ever misses the true rate.
+        epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
+        tightened: bool [levels], whose requests must run to full depth.
+
+    """
+
+    alpha: float
+    epsilons: npt.NDArray[np.float64]
+    tightened: Bools
+
+    def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
+        """Count answers that have been compared with full depth.
+
+        Args:
+            request_ids: [answers], whose each is.
+            levels: [answers], the row of the epsilon table each was decided with.
+            disagreed: [answers].
+
+        Returns:
+            of the levels whose interval now lies above their epsilon, and did not before.
+
+        """
+
+    def ended(self, request_id: str) -> list[Reading]:
+        """A request, of this policy or not, has no more answers; returns as `observe` does."""
+
+    def readings(self) -> list[Reading]:
+        """Of each level."""
+
+    def as_dict(self) -> dict[float, dict[str, Any]]:
+        """By epsilon: ``checked``, ``disagreed``, ``rate``, ``low``, ``high``, ``tightened``."""
 
 
 def confidence_interval(disagreed: int, checked: int, alpha: float) -> tuple[float, float]:
@@ -58,76 +129,74 @@ def _lower_end(hits: int, misses: int, evidence: float) -> float:
     return math.exp(brentq(excess, evidence / hits - 1, best))
 
 
-class DisagreementMonitor:
-    """Counts shadow answers for each row of the epsilon table, and says which bound is broken.
+class LevelMonitor:
+    """Counts for each row of the epsilon table, and says which bound is broken.
 
-    A level is tightened when its interval lies above its epsilon. Counting goes on, but no level
-    is loosened again: whoever serves has to look and to calibrate anew. The other levels stay as
-    they are, stricter and looser ones alike: each has a bound and a reading of its own.
-
-    Attributes:
-        alpha: chance, for each level, that its interval ever misses the true rate.
-        epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
-        tightened: bool [levels], whose requests must run to full depth.
-
+    A level is tightened when its interval lies above its epsilon, if epsilon bounds disagreement.
+    Accuracy lost is at most the disagreement, but may be less, and what is right is not known in
+    service: such a bound is confirmed while the interval lies below it, and never tightened.
+    Counting goes on, but no level is loosened again: whoever serves has to look and to calibrate
+    anew. The other levels stay as they are, stricter and looser ones alike: each has a bound and a
+    reading of its own.
     """
 
-    def __init__(self, epsilons: Sequence[float], alpha: float) -> None:
-        """`epsilons` are the bounds of the levels, in the order of the epsilon table."""
+    def __init__(
+        self, epsilons: Sequence[float], alpha: float, risk: Risk = "disagreement"
+    ) -> None:
+        """`epsilons` are the bounds of the levels, in the order of the epsilon table, on `risk`."""
         self.alpha = alpha
-        self.tightened: npt.NDArray[np.bool_] = np.zeros(len(epsilons), dtype=np.bool_)
         self.epsilons = np.array(epsilons, dtype=np.float64)
-        self._checked = np.zeros(len(epsilons), dtype=np.int64)
-        self._disagreed = np.zeros(len(epsilons), dtype=np.int64)
+        self.tightened: Bools = np.zeros(len(epsilons), dtype=np.bool_)
+        self._closes = risk == "disagreement"
+        self._exceeded = [False] * len(epsilons)
+        self._readings = [Reading(epsilon, 0, 0, 0.0, 1.0, False) for epsilon in epsilons]
 
-    def observe(
-        self, levels: npt.NDArray[np.int64], disagreed: npt.NDArray[np.bool_]
-    ) -> list[float]:
-        """Count answers that have been compared with full depth.
+    def ended(self, request_id: str) -> list[Reading]:
+        """See `Monitor.ended`: each answer was a request."""
+        return []
 
-        Args:
-            levels: [answers], the row of the epsilon table each was decided with.
-            disagreed: [answers].
-
-        Returns:
-            the epsilons of the levels that this has tightened.
-
-        """
-        np.add.at(self._checked, levels, 1)
-        np.add.at(self._disagreed, levels, disagreed)
-        broken = self._above_epsilon() & ~self.tightened
-        self.tightened |= broken
-        return [float(epsilon) for epsilon in self.epsilons[broken]]
-
-    def _above_epsilon(self) -> npt.NDArray[np.bool_]:
-        """Where the lower end exceeds epsilon, without solving for it."""
-        (a, b), k, n, p = PRIOR, self._disagreed, self._checked, self.epsilons
-        excluded = (
-            betaln(a + k, b + n - k) - betaln(a, b) + math.log(self.alpha)
-            >= xlogy(k, p) + xlog1py(n - k, -p)
-        )  # fmt: skip
-        return np.asarray(excluded & (k > n * p))
-
-    def counts(self) -> list[tuple[float, int, int, bool]]:
-        """Of each level: epsilon, answers checked, those that disagreed, whether it is tight."""
-        columns = self.epsilons, self._checked, self._disagreed, self.tightened
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+    def readings(self) -> list[Reading]:
+        """See `Monitor.readings`."""
+        return list(self._readings)
 
     def as_dict(self) -> dict[float, dict[str, Any]]:
-        """By epsilon: ``checked``, ``disagreed``, ``rate``, ``low``, ``high``, ``tightened``.
-
-        Without answers the rate is 0 and the interval [0, 1].
-        """
-        return {float(epsilon): self._reading(level) for level, epsilon in enumerate(self.epsilons)}
-
-    def _reading(self, level: int) -> dict[str, Any]:
-        checked, disagreed = int(self._checked[level]), int(self._disagreed[level])
-        low, high = confidence_interval(disagreed, checked, self.alpha)
+        """See `Monitor.as_dict`."""
         return {
-            "checked": checked,
-            "disagreed": disagreed,
-            "rate": disagreed / max(checked, 1),
-            "low": low,
-            "high": high,
-            "tightened": bool(self.tightened[level]),
+            one.epsilon: {
+                "checked": one.checked,
+                "disagreed": one.disagreed,
+                "rate": one.rate,
+                "low": one.low,
+                "high": one.high,
+                "tightened": one.tightened,
+            }
+            for one in self._readings
         }
+
+    def _read(self, level: int, checked: int, disagreed: int, low: float, high: float) -> bool:
+        """A new reading of a level; whether it lies above its epsilon for the first time."""
+        epsilon = float(self.epsilons[level])
+        above = low > epsilon and not self._exceeded[level]
+        if above:
+            self._exceeded[level] = True
+            self.tightened[level] = self._closes
+        tightened = bool(self.tightened[level])
+        self._readings[level] = Reading(epsilon, checked, disagreed, low, high, tightened)
+        return above
+
+
+class AnswerMonitor(LevelMonitor):
+    """Watches answers of one token."""
+
+    def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
+        """See `Monitor.observe`."""
+        found = []
+        for level in np.unique(levels).tolist():
+            here = levels == level
+            before = self._readings[level]
+            checked = before.checked + int(np.count_nonzero(here))
+            differed = before.disagreed + int(np.count_nonzero(disagreed[here]))
+            interval = confidence_interval(differed, checked, self.alpha)
+            if self._read(level, checked, differed, *interval):
+                found.append(self._readings[level])
+        return found

@@ -100,6 +100,7 @@ class Decisions:
             yield ShadowAnswers(
                 name=self._policies.names[index],
                 policy=self._policies.policies[index],
+                request_ids=[step.request_ids[place] for place in shadow.tolist()],
                 tags=self._policies.own_tags(step.tags[shadow], self._owners[shadow]),
                 settled=settled,
                 requests=requests,

@@ -13,17 +13,18 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from vllm_adainfer.artifact import Artifact
+from vllm_adainfer.artifact import Artifact, ArtifactConfig
 from vllm_adainfer.artifact_files import load_artifacts
 from vllm_adainfer.compat import get_logger
 from vllm_adainfer.config import DEFAULT_POLICY, LensRecord, read_settings
-from vllm_adainfer.decision.monitor import DisagreementMonitor
+from vllm_adainfer.decision.monitor import AnswerMonitor, Monitor
 from vllm_adainfer.decision.policy import CalibratedPolicy
 from vllm_adainfer.decision.policy_set import PolicySet
 from vllm_adainfer.decision.probe import Probe
 from vllm_adainfer.decision.record import LensSums, Recorder
 from vllm_adainfer.decision.script import ScriptedPolicy
 from vllm_adainfer.decision.shards import VocabularyShards
+from vllm_adainfer.decision.text_monitor import TextMonitor
 from vllm_adainfer.fingerprint import WeightsFingerprint
 from vllm_adainfer.models.agreement import agreed
 from vllm_adainfer.models.decoder import Decoder, norm_of
@@ -107,6 +108,7 @@ class EarlyExit(_Model):
             kv,
             settings.min_rows_saved,
             self._monitors(),
+            vllm_config.scheduler_config.max_num_batched_tokens,
         )
 
     def use_artifacts(self, artifacts: Mapping[str, Artifact]) -> None:
@@ -142,14 +144,10 @@ class EarlyExit(_Model):
             lens = self.logit_lens(artifact.tensors.get("head_rows"))
         return CalibratedPolicy(artifact, lens, self.device)
 
-    def _monitors(self) -> dict[str, DisagreementMonitor]:
+    def _monitors(self) -> dict[str, Monitor]:
         if not self._settings.shadow_rate:
             return {}
-        configs = {name: artifact.config for name, artifact in self.artifacts.items()}
-        return {
-            name: DisagreementMonitor([level.epsilon for level in config.levels], config.delta)
-            for name, config in configs.items()
-        }
+        return {name: monitor_of(artifact.config) for name, artifact in self.artifacts.items()}
 
     def _stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> Stack:
         width = self.decoder.head(self).embedding_dim
@@ -265,6 +263,14 @@ class EarlyExit(_Model):
         if processor.soft_cap is not None:
             scores = torch.tanh(scores / processor.soft_cap) * processor.soft_cap
         return scores * processor.scale
+
+
+def monitor_of(config: ArtifactConfig) -> Monitor:
+    """Who watches the risk that an artifact bounds, in the unit that its bound is over."""
+    epsilons = [level.epsilon for level in config.levels]
+    if config.max_tokens > 1:
+        return TextMonitor(epsilons, config.delta, config.max_tokens)
+    return AnswerMonitor(epsilons, config.delta, config.risk)
 
 
 def _recorder(layers: tuple[int, ...], lens: LensRecord | None) -> Recorder:

@@ -7,20 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 
-from vllm_adainfer.decision.monitor import DisagreementMonitor
+from vllm_adainfer.decision.monitor import Monitor
 from vllm_adainfer.decision.policy_set import PolicySet
 from vllm_adainfer.models.batch import Batch, CompiledBatch
 from vllm_adainfer.models.decisions import Decisions
 from vllm_adainfer.models.segments import Stack
-from vllm_adainfer.models.shadow import ShadowAnswers
+from vllm_adainfer.models.shadow import ShadowAnswers, warn
 from vllm_adainfer.runtime.kv import KVPolicy
-from vllm_adainfer.runtime.layout import Ints
+from vllm_adainfer.runtime.layout import Ints, RowLayout
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.runtime.stream import Stream
-from vllm_adainfer.stats import ExitStats, StepCounts
+from vllm_adainfer.runtime.work import StepWork, Work
+from vllm_adainfer.stats import ExitStats
 
 if TYPE_CHECKING:
     from vllm_adainfer.models.segment_graphs import SegmentGraphs
@@ -81,21 +83,44 @@ class ExitLoop:
         policies: PolicySet,
         kv: KVPolicy,
         min_rows_saved: int | None,
-        monitors: Mapping[str, DisagreementMonitor],
+        monitors: Mapping[str, Monitor],
+        max_rows: int,
     ) -> None:
         """`stack` is cut at ``policies.exit_points``.
 
         `min_rows_saved` rows leave together, None where that is faster. `monitors` ask for shadow
-        requests: one for each policy, in their order, or none.
+        requests: one for each policy, in their order, or none. No segment ever gets more than
+        `max_rows` rows: vLLM has compiled for so many, and backends have buffers for them.
         """
         self.policies = policies
         self.kv = kv
         self.monitors = monitors
-        self.stats = ExitStats(shadow=monitors)
         self.stack = stack
         self.graphs: SegmentGraphs | None = None  # where the runner has captured some
         self._min_rows_saved = min_rows_saved
+        self._max_rows = max_rows
         self._depth = stack.depth
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Start all counters from 0."""
+        stats = ExitStats(shadow=self.monitors)
+        self.work = Work(stats, self.policies.exit_points, self._depth)
+
+    @property
+    def stats(self) -> ExitStats:
+        """What has been counted."""
+        return self.work.stats
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended, or its keys and values were thrown away."""
+        self.kv.forget(request_id)
+        self.work.forget(request_id)
+
+    def ended(self, request_id: str) -> None:
+        """A request has no more tokens; whether or not it ever ran."""
+        for name, monitor in self.monitors.items():
+            warn(name, monitor, monitor.ended(request_id))
 
     def run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> StepOutput:
         """Run one step.
@@ -117,25 +142,25 @@ class ExitLoop:
     def _run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> StepOutput:
         policies, owners = self.policies, self.policies.owners(step.tags)
         self.stats.tokens_decided += step.num_sampled
-        counts = StepCounts(self.stats, policies.names, owners, step.layout, self._depth)
+        work = self.work.step(policies.names, owners, step.request_ids, step.layout.lens)
         came = CompiledBatch(self.stack, positions, get_forward_context())
         batch = self._graphed(step) or came
         decisions = Decisions(policies, owners, step)
         stream = Stream(input_ids)
         for index in range(len(self.stack.segments) - 1):
-            stream = self._segment(index, batch, stream, counts)
+            stream = self._segment(index, batch, stream, work)
             if index == len(policies.exit_points):  # it ends where the last layer begins
                 break
             self._ask(decisions, index, stream, step)
-            regrouped = self._regroup(index, stream, step, counts)
+            regrouped = self._regroup(index, stream, step, work, came)
             if regrouped is None:
                 continue
             stream = regrouped
             if stream.num_rows == 0:
                 break
             batch = self._graphed(step) or came.narrowed(step)
-        whole = self._last(batch, stream, step, positions.shape[0], counts)
-        counts.decided(step.stayed(), self._depth)
+        whole = self._last(batch, stream, step, positions.shape[0], work)
+        work.decided(step.stayed(), self._depth)
         scored = []
         for policy, early, answers in decisions.early():
             if policy.answer_ids is not None:
@@ -150,8 +175,8 @@ class ExitLoop:
         """The batch as it is now, if there are CUDA graphs for it."""
         return None if self.graphs is None else self.graphs.batch(step.layout, step.narrow)
 
-    def _segment(self, index: int, batch: Batch, stream: Stream, counts: StepCounts) -> Stream:
-        counts.ran(self.stack.segments[index].num_layers)
+    def _segment(self, index: int, batch: Batch, stream: Stream, work: StepWork) -> Stream:
+        work.ran(self.stack.segments[index].num_layers)
         return batch.run(index, stream)
 
     def _ask(self, decisions: Decisions, index: int, stream: Stream, step: StepContext) -> None:
@@ -163,7 +188,12 @@ class ExitLoop:
         self.stats.probe_seconds += time.perf_counter() - start
 
     def _regroup(
-        self, exit_index: int, stream: Stream, step: StepContext, counts: StepCounts
+        self,
+        exit_index: int,
+        stream: Stream,
+        step: StepContext,
+        work: StepWork,
+        came: CompiledBatch,
     ) -> Stream | None:
         """The rows that go on below this exit point; None if they are those that came to it."""
         leaving = step.ready()
@@ -173,16 +203,64 @@ class ExitLoop:
         if leaving.size == 0 and waiting is None:
             return None
         if leaving.size:
-            counts.decided(leaving, self.policies.exit_points[exit_index])
-        going_on = leaving[step.goes_on[leaving]]
-        if going_on.size:
-            self.kv.leave(exit_index, going_on, stream, step)
+            self._let_go(exit_index, leaving, stream, step, work)
+        if waiting is not None:
+            staying = step.layout.num_rows - int(step.layout.lens[leaving].sum())
+            if staying + int(waiting.sum()) > self._max_rows:
+                self._catch_up(exit_index, waiting, step, work, came)
+                waiting = None
         if waiting is not None:
             stream = stream.rows(slice(0, step.layout.num_rows))  # those of nobody go
             stream = Stream.cat([stream, self.kv.rejoin(exit_index, step, waiting)])
-        stream = stream.rows(step.regroup(leaving, waiting))
-        counts.regrouped(step.layout)
-        return stream
+            work.join(exit_index, waiting.nonzero()[0])
+        return stream.rows(step.regroup(leaving, waiting))
+
+    def _let_go(
+        self, exit_index: int, leaving: Ints, stream: Stream, step: StepContext, work: StepWork
+    ) -> None:
+        """Requests leave at this exit point."""
+        work.decided(leaving, self.policies.exit_points[exit_index])
+        goes_on = step.goes_on[leaving]
+        if (going_on := leaving[goes_on]).size:
+            self.kv.leave(exit_index, going_on, stream, step)
+        if self.kv.defers:
+            work.put_off(exit_index, going_on)
+            work.leave(exit_index, leaving[~goes_on])
+        else:
+            work.leave(exit_index, leaving)
+
+    def _catch_up(
+        self,
+        exit_index: int,
+        waiting: Ints,
+        step: StepContext,
+        work: StepWork,
+        came: CompiledBatch,
+    ) -> None:
+        """Run rows that wait to the end, before the others: together they would be too many.
+
+        Of the requests that have rows `waiting` [requests] here, those below later exit points come
+        first, as their positions do. Metadata of the batch have to be built anew after this.
+        """
+        last = step.layout.last_positions - step.layout.lens
+        others = np.flatnonzero(waiting == 0)
+        parts: list[tuple[int, RowLayout]] = []
+        for index in range(exit_index, len(self.policies.exit_points)):
+            lens = self.kv.waiting(index, step, others)
+            if lens is not None:
+                parts.append((index, RowLayout(lens, last)))
+                last = last - lens
+        for index, layout in reversed(parts):
+            stream = self.kv.rejoin(index, step, layout.lens)
+            starts = range(0, layout.num_rows, self._max_rows)
+            for start in starts:
+                rows = slice(start, min(start + self._max_rows, layout.num_rows))
+                batch, here = came.narrowed_to(layout.part(rows), step), stream.rows(rows)
+                for segment in range(index + 1, len(self.stack.segments) - 1):
+                    here = batch.run(segment, here)
+                batch.write_last_kv(here)
+            layers = self._depth - self.policies.exit_points[index]
+            work.ran_apart(work.take(index, layout.here), layers, len(starts))
 
     def _worth_a_cut(self, exit_index: int, leaving: Ints, step: StepContext) -> bool:
         """Whether requests that are ready are to leave at this exit point."""
@@ -199,7 +277,7 @@ class ExitLoop:
         )
 
     def _last(
-        self, batch: Batch, stream: Stream, step: StepContext, rows: int, counts: StepCounts
+        self, batch: Batch, stream: Stream, step: StepContext, rows: int, work: StepWork
     ) -> Tensor:
         """What the LM head reads of the remaining rows, among all `rows` of the batch as it came.
 
@@ -215,7 +293,7 @@ class ExitLoop:
             batch.write_last_kv(every)
             batch = batch.narrowed_to(decisive, step)
         # All rows are counted, as if they had run the layer.
-        final = self._segment(len(self.stack.segments) - 1, batch, stream, counts).hidden
+        final = self._segment(len(self.stack.segments) - 1, batch, stream, work).hidden
         if step.as_it_came and decisive is None:
             return final
         whole = final.new_empty(rows, self.stack.width)

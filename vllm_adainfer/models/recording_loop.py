@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.decision.monitor import DisagreementMonitor
+from vllm_adainfer.decision.monitor import Monitor
 from vllm_adainfer.decision.record import Recorder
 from vllm_adainfer.models.exit_loop import StepOutput
 from vllm_adainfer.models.segments import Stack
@@ -46,11 +46,21 @@ class RecordingLoop:
         """`stack` is cut at ``recorder.layers``: its last segment is the final norm alone."""
         self.recorder = recorder
         self.kv = ExactKV()  # where nobody ever waits
-        self.monitors: dict[str, DisagreementMonitor] = {}  # nobody is let go, so nobody is watched
-        self.stats = ExitStats()
+        self.monitors: dict[str, Monitor] = {}  # nobody is let go, so nobody is watched
         self.timings = Timings()
         self.stack = stack
         self._depth = stack.depth
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """See `ExitLoop.count_anew`."""
+        self.stats = ExitStats()
+
+    def forget(self, request_id: str) -> None:
+        """See `ExitLoop.forget`: nothing of it waits."""
+
+    def ended(self, request_id: str) -> None:
+        """See `ExitLoop.ended`: nobody watches."""
 
     def run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> StepOutput:
         """Run and record one step; see `ExitLoop.run`. Nobody leaves, so there are no answers."""

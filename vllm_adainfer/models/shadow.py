@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from vllm_adainfer.compat import get_logger
-from vllm_adainfer.decision.monitor import DisagreementMonitor
+from vllm_adainfer.decision.monitor import Monitor, Reading
 from vllm_adainfer.decision.policy import ExitPolicy
+from vllm_adainfer.models.agreement import agreed
 from vllm_adainfer.runtime.layout import Bools, Ints
 from vllm_adainfer.stats import PolicyStats
 
@@ -24,6 +25,7 @@ class ShadowAnswers:
     Attributes:
         name: of the policy.
         policy: that decided them.
+        request_ids: [shadow], vLLM's.
         tags: [shadow], the number by which the policy knows each request.
         settled: [shadow], False where no exit point settled it: it agrees by running deep.
         requests: int64 [settled], places of the settled ones in the step's batch.
@@ -34,6 +36,7 @@ class ShadowAnswers:
 
     name: str
     policy: ExitPolicy
+    request_ids: Sequence[str]
     tags: Ints
     settled: Bools
     requests: Tensor
@@ -41,6 +44,8 @@ class ShadowAnswers:
 
     def disagreed(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Bools:
         """[shadow], whether the early answer differs from that of full depth.
+
+        All ranks get the same: it may close a bound, and then steers who leaves in later steps.
 
         Args:
             logits: [requests, vocabulary] of the step, the shadow requests' at full depth.
@@ -61,28 +66,37 @@ class ShadowAnswers:
             full_ids = (
                 ids[full[:, ids].argmax(dim=1)] if self.policy.restricted else full.argmax(dim=1)
             )
-        disagreed[self.settled] = (early_ids != full_ids).cpu().numpy()
+        disagreed[self.settled] = agreed(early_ids != full_ids).cpu().numpy()
         return disagreed
 
 
-def watch(
-    monitor: DisagreementMonitor, stats: PolicyStats, shadow: ShadowAnswers, disagreed: Bools
-) -> None:
+def watch(monitor: Monitor, stats: PolicyStats, shadow: ShadowAnswers, disagreed: Bools) -> None:
     """Count compared answers [shadow]; a level whose bound is broken is said so, once."""
     epsilons = monitor.epsilons
     stats.shadow_checked.update(epsilons[shadow.tags].tolist())
     stats.shadow_disagreed.update(epsilons[shadow.tags[disagreed]].tolist())
-    for epsilon in monitor.observe(shadow.tags, disagreed):
-        reading = monitor.as_dict()[epsilon]
+    warn(shadow.name, monitor, monitor.observe(shadow.request_ids, shadow.tags, disagreed))
+
+
+def warn(policy: str, monitor: Monitor, exceeded: Sequence[Reading]) -> None:
+    """Say which levels of a policy now disagree more often than their epsilon."""
+    for reading in exceeded:
+        what = (
+            "so requests at this epsilon run at full depth from now on: calibrate again, on "
+            "prompts like those served now"
+            if reading.tightened
+            else "which the accuracy lost may reach but need not: what is right is not known here, "
+            "so nothing was closed: evaluate on labelled prompts like those served now"
+        )
         logger.warning(
-            "policy %s: disagreement is above epsilon = %g: %d of %d shadow requests differ from "
-            "full depth (%.2f%%; at least %.2f%% at confidence %g%%), so requests at this epsilon "
-            "run at full depth from now on: calibrate again, on prompts like those served now",
-            shadow.name,
-            epsilon,
-            reading["disagreed"],
-            reading["checked"],
-            100 * reading["rate"],
-            100 * reading["low"],
+            "policy %s: disagreement is above epsilon = %g: %d of %d early answers of shadow "
+            "requests differ from full depth (%.2f%%; at least %.2f%% at confidence %g%%), %s",
+            policy,
+            reading.epsilon,
+            reading.disagreed,
+            reading.checked,
+            100 * reading.rate,
+            100 * reading.low,
             100 * (1 - monitor.alpha),
+            what,
         )

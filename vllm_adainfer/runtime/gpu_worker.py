@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_adainfer.runtime.worker import ExitWorker
-from vllm_adainfer.stats import ExitStats
 
 
 class AdaInferGPUWorker(ExitWorker, Worker):
@@ -23,6 +20,5 @@ class AdaInferGPUWorker(ExitWorker, Worker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """As vLLM's, which warms up with requests that are not to be counted."""
         times = super().compile_or_warm_up_model()
-        loop: Any = self.model_runner.model.exit_loop
-        loop.stats = ExitStats(shadow=loop.stats.shadow)
+        self.model_runner.model.exit_loop.count_anew()
         return times

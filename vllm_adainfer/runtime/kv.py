@@ -35,7 +35,7 @@ class KVPolicy(Protocol):
         """Rows of `requests`, which go on, are about to leave the batch at this exit point."""
 
     def waiting(self, exit_index: int, step: StepContext, leaving: Ints) -> Ints | None:
-        """[requests], rows below this exit point of those that stay; None if there are none."""
+        """[requests], rows below this exit point of all but `leaving`; None if there are none."""
 
     def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> Stream:
         """Those rows, in order; they wait no more."""

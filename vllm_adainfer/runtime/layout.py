@@ -75,6 +75,13 @@ class RowLayout:
         lens[requests] = self.lens[requests]
         return RowLayout(lens, self.last_positions)
 
+    def part(self, rows: slice) -> RowLayout:
+        """Its rows from one up to another, and nobody else's."""
+        first, end = self.ends - self.lens, self.ends
+        kept_end = np.clip(end, rows.start, rows.stop)
+        lens = kept_end - np.clip(first, rows.start, rows.stop)
+        return RowLayout(lens, self.last_positions - (end - kept_end))
+
     def regroup(self, leaving: Ints, waiting: Ints) -> tuple[RowLayout, Ints]:
         """Without the rows of `leaving`, and with rows that waited before those of their request.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.runtime.admission import FULL_DEPTH, UNLIMITED, Admission, Admitted
 from vllm_adainfer.runtime.layout import Bools, Ints, RowLayout
-from vllm_adainfer.runtime.report import INTERVAL, StepNote
+from vllm_adainfer.runtime.report import INTERVAL, StepNote, snapshot_of
 from vllm_adainfer.runtime.step import Narrow, StepContext
 
 if TYPE_CHECKING:
@@ -62,12 +62,17 @@ class RunningRequests:
 
     def lost_kv(self, request_id: str) -> None:
         """The request was preempted: it starts anew, without its blocks."""
-        self._loop.kv.forget(request_id)
+        self._loop.forget(request_id)
 
     def remove(self, request_id: str) -> None:
         """The request has ended, or comes back as a new one."""
         self._admitted.pop(request_id, None)
-        self._loop.kv.forget(request_id)
+        self._loop.forget(request_id)
+
+    def ended(self, request_ids: Iterable[str]) -> None:
+        """Requests have no more tokens."""
+        for request_id in request_ids:
+            self._loop.ended(request_id)
 
     def knows(self, request_id: str) -> bool:
         """Whether this is a request, not a part of a dummy batch."""
@@ -135,11 +140,11 @@ class RunningRequests:
         if due := now >= self._next_report:
             self._next_report = now + INTERVAL
         complete = self._complete(step) if self._scheduler_asks else None
-        return StepNote(complete, self._loop.stats if due else None)
+        return StepNote(complete, snapshot_of(self._loop.stats) if due else None)
 
     def note_at_rest(self) -> StepNote:
         """What the scheduler is to be told when nothing is left to do."""
-        return StepNote(None, self._loop.stats)
+        return StepNote(None, snapshot_of(self._loop.stats))
 
     def _complete(self, step: StepContext) -> dict[str, int]:
         kv = self._loop.kv

@@ -14,8 +14,7 @@ from vllm_adainfer import compat
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.runtime.admission import Admission, has_deep_prompt, with_deep_prompt
 from vllm_adainfer.runtime.prefix_cache import PrefixCacheGuard
-from vllm_adainfer.runtime.report import Reporter, StepNote
-from vllm_adainfer.stats import ExitStats
+from vllm_adainfer.runtime.report import Reporter, Snapshot, StepNote
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
@@ -36,7 +35,7 @@ class GuardedScheduler(_Scheduler):
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
         self.admission = Admission(settings)
-        self._executed: ExitStats | None = None
+        self._counted: Snapshot | None = None
         self._reporter = Reporter()
         if self.cache_config.enable_prefix_caching and not self.admission.records:
             self.kv_cache_manager = PrefixCacheGuard(
@@ -53,8 +52,8 @@ class GuardedScheduler(_Scheduler):
         """As vLLM's, once what the step has completed is in the prefix cache."""
         note: StepNote | None = compat.noted(model_runner_output)
         if note is not None:
-            if note.stats is not None:
-                self._executed = note.stats
+            if note.counted is not None:
+                self._counted = note.counted
             if note.complete is not None and isinstance(self.kv_cache_manager, PrefixCacheGuard):
                 self.kv_cache_manager.step_ended(note.complete)
         return super().update_from_output(scheduler_output, model_runner_output)
@@ -62,9 +61,9 @@ class GuardedScheduler(_Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """As vLLM's, which asks after each step; with a report of ours when the worker sent one."""
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
-        executed, self._executed = self._executed, None
-        if stats is not None and executed is not None:
-            compat.note_report(stats, self._reporter.report(executed))
+        counted, self._counted = self._counted, None
+        if stats is not None and counted is not None:
+            compat.note_report(stats, self._reporter.report(counted))
         return stats
 
     def _may_exit(self, request: Request, computed: int) -> bool:

@@ -37,6 +37,7 @@ class ExitWorker(_Worker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """As vLLM's, which sends an empty step, too, when the last requests have ended."""
+        self._running.ended(scheduler_output.finished_req_ids)
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
             output = copy.copy(output)  # all empty steps share one

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from vllm_adainfer.decision.monitor import confidence_interval
 
 
 class LogLine:
@@ -16,7 +14,7 @@ class LogLine:
         """`depth` is the model's."""
         self._depth = depth
         self._sums: Counter[str] = Counter()
-        self._shadow: Mapping[str, Mapping[str, Any]] = {}
+        self._shadow: Mapping[str, Sequence[Mapping[str, Any]]] = {}
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Add what a `vllm_adainfer.runtime.report.Reporter` has sent."""
@@ -38,21 +36,15 @@ class LogLine:
         ]
         if sums["seconds"]:
             parts.append(f"probes {sums['probe_seconds'] / sums['seconds']:.1%} of the time")
-        for policy, shadow in self._shadow.items():
-            parts += [
-                _disagreement(policy, shadow["alpha"], *level)
-                for level in shadow["levels"]
-                if level[1]
-            ]
+        for policy, readings in self._shadow.items():
+            parts += [_disagreement(policy, one) for one in readings if one["checked"]]
         return ", ".join(parts)
 
 
-def _disagreement(
-    policy: str, alpha: float, epsilon: float, checked: int, disagreed: int, tightened: bool
-) -> str:
-    low, high = confidence_interval(disagreed, checked, alpha)
-    state = ": at full depth now" if tightened else ""
+def _disagreement(policy: str, reading: Mapping[str, Any]) -> str:
+    state = ": at full depth now" if reading["tightened"] else ""
     return (
-        f"shadow disagreement of {policy} at {epsilon:g} {disagreed / checked:.1%} "
-        f"[{100 * low:.1f}, {100 * high:.1f}]{state}"
+        f"shadow disagreement of {policy} at {reading['epsilon']:g} "
+        f"{reading['disagreed'] / reading['checked']:.1%} "
+        f"[{100 * reading['low']:.1f}, {100 * reading['high']:.1f}]{state}"
     )

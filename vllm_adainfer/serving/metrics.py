@@ -13,7 +13,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from vllm_adainfer.artifact import ArtifactConfig
 from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.decision.monitor import confidence_interval
+from vllm_adainfer.runtime.report import WORK
 
 ENGINE = ["model_name", "engine"]
 POLICY = [*ENGINE, "policy"]
@@ -42,7 +42,12 @@ class Series:
         )
         self.layers_skipped = Counter(
             "adainfer:layer_rows_skipped",
-            "Rows x layers that full depth would have executed as well.",
+            "Rows x layers that full depth would have executed, and that never will be.",
+            POLICY,
+        )
+        self.layers_deferred = Counter(
+            "adainfer:layer_rows_deferred",
+            "Rows x layers put off until their request needs them: then executed, or else skipped.",
             POLICY,
         )
         self.exit_layer = Histogram(
@@ -101,8 +106,8 @@ class EngineMetrics:
         self._labels = model_name, str(engine)
         shown = self._series
         for name in (*configs, NO_POLICY):  # so that rates begin at 0
-            for metric in (shown.layers_run, shown.layers_skipped, shown.exit_layer):
-                metric.labels(*self._labels, name)
+            for kind in (*WORK, "exit_layer"):
+                getattr(shown, kind).labels(*self._labels, name)
         for name, config in configs.items():
             for level in config.levels:
                 labels = *self._labels, name, f"{level.epsilon:g}"
@@ -114,15 +119,15 @@ class EngineMetrics:
         """Add what a `vllm_adainfer.runtime.report.Reporter` has sent."""
         for kind, policy, detail, added in report["added"]:
             self._add(kind, policy, detail, added)
-        for policy, shadow in report["shadow"].items():
-            for epsilon, checked, disagreed, tightened in shadow["levels"]:
-                labels = *self._labels, policy, f"{epsilon:g}"
-                self._series.exits_allowed.labels(*labels).set(not tightened)
-                if not checked:
+        for policy, readings in report["shadow"].items():
+            for reading in readings:
+                labels = *self._labels, policy, f"{reading['epsilon']:g}"
+                self._series.exits_allowed.labels(*labels).set(not reading["tightened"])
+                if not reading["checked"]:
                     continue
-                low, high = confidence_interval(disagreed, checked, shadow["alpha"])
-                for end, value in ("rate", disagreed / checked), ("low", low), ("high", high):
-                    self._series.disagreement[end].labels(*labels).set(value)
+                ends = {**reading, "rate": reading["disagreed"] / reading["checked"]}
+                for end, gauge in self._series.disagreement.items():
+                    gauge.labels(*labels).set(ends[end])
 
     def _add(self, kind: str, policy: str, detail: str, added: float) -> None:
         if kind == "tokens":

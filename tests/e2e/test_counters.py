@@ -1,0 +1,187 @@
+"""Whatever requests do, no counter ever falls, and every row that came is accounted for."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from tests.e2e.patterns import Request, drive, random_requests, wrong
+from tests.e2e.scripted import FULL, ScriptedPolicy, drawn, parts, scripted
+from tests.tiny import EXIT_POINTS, LAYERS
+from tests.triton_on_cpu import IS_V2
+from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.decision.policy_set import PolicySet
+from vllm_adainfer.models.segments import Stack
+from vllm_adainfer.runtime import step as step_of
+from vllm_adainfer.runtime.kv import ExactKV, PropagateKV
+from vllm_adainfer.runtime.report import WORK, Reporter, snapshot_of
+from vllm_adainfer.runtime.stream import Stream
+
+NAMES = ("a", "b", NO_POLICY)
+BUDGET = 128  # rows of a step, see `tiny_engine`
+
+
+class CountingStack(Stack):
+    """Counts rows x layers as they are run; `largest` is the most rows of a segment."""
+
+    executed = 0
+    largest = 0
+
+    def run(self, index: int, positions: Tensor, stream: Stream) -> Stream:
+        self._count(stream.num_rows, self.segments[index].num_layers)
+        return super().run(index, positions, stream)
+
+    def write_last_kv(self, positions: Tensor, stream: Stream, slots: dict[str, Tensor]) -> None:
+        self._count(stream.num_rows, 1)
+        super().write_last_kv(positions, stream, slots)
+
+    def _count(self, rows: int, layers: int) -> None:
+        cls = type(self)
+        cls.executed += rows * layers
+        cls.largest = max(cls.largest, rows)
+
+
+@contextmanager
+def counting(loop: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[CountingStack]]:
+    """The loop's stack, counted; each row runs the last layer in one piece."""
+    monkeypatch.setitem(step_of.MIN_ROWS_SPARED, "cpu", 1 << 30)
+    stack, cls = loop.stack, type("FreshStack", (CountingStack,), {})
+    loop.stack = cls(**{field.name: getattr(stack, field.name) for field in fields(stack)})
+    try:
+        yield cls
+    finally:
+        loop.stack = stack
+
+
+def waiting_rows(kv: Any) -> int:
+    """Rows x layers that the KV policy itself holds back."""
+    return sum(
+        len(places) * (LAYERS - EXIT_POINTS[exit_index])
+        for below in getattr(kv, "_waiting", {}).values()
+        for exit_index, parts in below.items()
+        for places in parts
+    )
+
+
+@contextmanager
+def two_policies(
+    llm: Any, kv: str, capacity: int, check: Callable[[Counter[str]], None], reload_share: float
+) -> Iterator[None]:
+    """Each token draws one of two policies and an exit point, or full depth.
+
+    After each step `check` gets rows x layers that came by policy. Artifacts are read again now and
+    then.
+    """
+    model, _, _ = parts(llm)
+    loop = model.exit_loop
+    came: Counter[str] = Counter()
+    dice = np.random.default_rng(capacity)
+    fill = getattr(loop.kv, "fill", None)
+    with scripted(llm):
+        points, run = loop.policies.exit_points, loop.run
+        policy = ScriptedPolicy(points, model.logit_lens())
+        policies = PolicySet({"a": policy, "b": policy})
+        loop.policies = policies
+        loop.kv = ExactKV(capacity) if kv == "exact" else PropagateKV(fill)
+
+        def drawing(positions: Tensor, input_ids: Tensor, step: Any) -> Any:
+            if dice.random() < reload_share:
+                model.use_artifacts(model.artifacts)
+                loop.policies = policies
+            seeds = step.tags.copy()
+            step.tags[:] = FULL
+            for place in step.undecided():
+                position = int(step.layout.last_positions[place])
+                drawn_tag = zlib.crc32(f"{seeds[place]} {position}".encode())
+                step.tags[place] = drawn_tag % (2 * len(points) + 1) - 1
+            for owner, rows in zip(policies.owners(step.tags), step.layout.lens, strict=True):
+                came[NAMES[owner]] += int(rows) * LAYERS
+            output = run(positions, input_ids, step)
+            check(came)
+            return output
+
+        loop.run = drawing
+        try:
+            yield
+        finally:
+            del loop.run
+
+
+@pytest.mark.parametrize("kv", ["exact", "propagate"])
+@pytest.mark.parametrize("seed", range(2 if IS_V2 else 12))
+def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped_or_waits(
+    small, monkeypatch, kv, seed
+):
+    """Random exits under two policies, with rejoins, preemptions, aborts, next turns, reloads."""
+    generator = np.random.default_rng(3000 + seed)
+    requests = random_requests(generator, int(generator.integers(3, 15)), within=8)
+    capacity = int(generator.choice([5, 50, 10_000]))
+    loop, reporter = parts(small)[0].exit_loop, Reporter()
+    received: Counter[Any] = Counter()
+    steps = 0
+
+    def check(came: Counter[str]) -> None:
+        nonlocal steps
+        steps += 1
+        stats = loop.stats
+        for *key, added in reporter.report(snapshot_of(stats))["added"]:
+            assert added > 0, key
+            received[tuple(key)] += added
+        waiting = loop.work.waiting()
+        for name in NAMES:
+            run, skipped, _ = (received[kind, name, ""] for kind in WORK)
+            assert run + skipped + waiting[name] == came[name]
+        assert sum(waiting.values()) == waiting_rows(loop.kv)
+        assert stats.layers_run == stack.executed
+        assert stack.largest <= BUDGET
+
+    with (
+        counting(loop, monkeypatch) as stack,
+        two_policies(small, kv, capacity, check, reload_share=0.1),
+    ):
+        pattern = drive(small, requests)
+        small.llm_engine.step()  # the worker hears of the last ones that ended
+        assert loop.work.waiting() == dict.fromkeys(NAMES, 0)
+    assert steps > 10
+    assert pattern.produced
+    assert received["layers_deferred", "a", ""] > 0 or kv == "propagate"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rejoin_at"),
+    [
+        pytest.param([140] * 10, 60, id="of ten requests, at once"),
+        pytest.param([200], 150, id="of one request, more than a step takes"),
+    ],
+)
+def test_rows_that_rejoin_never_make_a_batch_larger_than_a_step(
+    engine, reference, monkeypatch, tokens, rejoin_at
+):
+    """All wait at two exit points, until at one position all go to the end."""
+    prompts = [np.random.default_rng(n).integers(5, 1000, 9).tolist() for n in range(len(tokens))]
+    requests = [
+        Request(prompt, max_tokens=min(count, rejoin_at + 10), seed=number)
+        for number, (prompt, count) in enumerate(zip(prompts, tokens, strict=True))
+    ]
+    loop, held = parts(engine)[0].exit_loop, []
+
+    def draw(seed: int, position: int, exit_points: int) -> int:
+        held.append(waiting_rows(loop.kv))
+        return FULL if position >= rejoin_at else int(position > rejoin_at // 2) ^ 1
+
+    with counting(loop, monkeypatch) as stack, drawn(engine, "exact", draw=draw) as ran:
+        pattern = drive(engine, requests)
+        stats = loop.stats
+        assert stats.layers_run == stack.executed
+    assert max(held) > BUDGET * (LAYERS - EXIT_POINTS[0]), "the case must be beyond the limit"
+    assert stack.largest <= BUDGET
+    names = range(len(pattern.requests))
+    assert [e for name in names for e in wrong(reference, "exact", pattern, name, ran)] == []

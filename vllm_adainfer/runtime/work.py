@@ -1,0 +1,144 @@
+"""Work: rows x layers of a step as they are run, skipped for good, or put off.
+
+Rows belong to the policy that their request came under, also when they run layers in a later step
+in which the request has another tag. So of each policy, at any time,
+
+    run + skipped + still waiting = rows that came x layers
+
+and each of the counters only ever grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_adainfer.runtime.layout import Ints
+from vllm_adainfer.stats import ExitStats
+
+
+class Work:
+    """An engine's work, and what of it waits.
+
+    Attributes:
+        stats: where it is counted.
+        names: of policies.
+
+    """
+
+    def __init__(self, stats: ExitStats, exit_layers: Sequence[int], depth: int) -> None:
+        """Of a model with `depth` layers whose rows can leave after `exit_layers`."""
+        self.stats = stats
+        self.names: Sequence[str] = ()
+        self._left_after = [depth - layer for layer in exit_layers]
+        self._depth = depth
+        # By request, then exit point (an index): [policies], the rows that wait there.
+        self._waiting: dict[str, dict[int, Ints]] = {}
+
+    def waiting(self) -> dict[str, int]:
+        """Rows x layers that are put off, by policy."""
+        total = np.zeros(len(self.names), dtype=np.int64)
+        for below in self._waiting.values():
+            for exit_index, rows in below.items():
+                total += rows * self._left_after[exit_index]
+        return dict(zip(self.names, total.tolist(), strict=True))
+
+    def step(
+        self, names: Sequence[str], owners: Ints, request_ids: Sequence[str], lens: Ints
+    ) -> StepWork:
+        """A step begins.
+
+        Args:
+            names: of policies, the same in every step.
+            owners: [requests], the policy (an index) that each comes under.
+            request_ids: vLLM's.
+            lens: [requests], rows of each.
+
+        """
+        self.names = names
+        rows = np.zeros((len(owners), len(names)), dtype=np.int64)
+        rows[np.arange(len(owners)), owners] = lens
+        self.stats.passes_possible += self._depth
+        self.add("layers_possible", rows.sum(axis=0) * self._depth)
+        return StepWork(self, request_ids, owners, rows)
+
+    def put_off(self, request_id: str, exit_index: int, rows: Ints) -> None:
+        """`rows` [policies] of a request wait below an exit point."""
+        self.add("layers_deferred", rows * self._left_after[exit_index])
+        below = self._waiting.setdefault(request_id, {})
+        below[exit_index] = below.get(exit_index, 0) + rows
+
+    def take(self, request_id: str, exit_index: int) -> Ints:
+        """[policies], the rows of a request that wait below an exit point; they wait no more."""
+        below = self._waiting[request_id]
+        rows = below.pop(exit_index)
+        if not below:
+            del self._waiting[request_id]
+        return rows
+
+    def forget(self, request_id: str) -> None:
+        """What waits for a request is never run: it has ended, or starts anew."""
+        for exit_index, rows in self._waiting.pop(request_id, {}).items():
+            self.skip(exit_index, rows)
+
+    def skip(self, exit_index: int, rows: Ints) -> None:
+        """`rows` [policies] never run what is below an exit point."""
+        self.add("layers_skipped", rows * self._left_after[exit_index])
+
+    def add(self, counter: str, by_policy: Ints) -> None:
+        """Count `by_policy` [policies]."""
+        for name, amount in zip(self.names, by_policy.tolist(), strict=True):
+            if amount:
+                own = self.stats.by_policy[name]
+                setattr(own, counter, getattr(own, counter) + amount)
+
+
+class StepWork:
+    """The rows of one step, by the policy they came under."""
+
+    def __init__(self, work: Work, request_ids: Sequence[str], owners: Ints, rows: Ints) -> None:
+        """`rows` are [requests, policies]; see `Work.step`."""
+        self._work = work
+        self._request_ids = request_ids
+        self._owners = owners
+        self._rows = rows
+
+    def ran(self, layers: int) -> None:
+        """The batch has run so many layers."""
+        self.ran_apart(self._rows.sum(axis=0), layers)
+
+    def ran_apart(self, rows: Ints, layers: int, batches: int = 1) -> None:
+        """`rows` [policies] have run so many layers, in one batch or several."""
+        self._work.stats.passes_run += layers * batches
+        self._work.add("layers_run", rows * layers)
+
+    def leave(self, exit_index: int, requests: Ints) -> None:
+        """`requests` leave the batch at an exit point and never run what is below."""
+        self._work.skip(exit_index, self._rows[requests].sum(axis=0))
+        self._rows[requests] = 0
+
+    def put_off(self, exit_index: int, requests: Ints) -> None:
+        """`requests` leave the batch at an exit point, to run what is below in a later step."""
+        for request in requests.tolist():
+            request_id = self._request_ids[request]
+            self._work.put_off(request_id, exit_index, self._rows[request].copy())
+        self._rows[requests] = 0
+
+    def join(self, exit_index: int, requests: Ints) -> None:
+        """Rows of `requests` that waited below an exit point are in the batch from now on."""
+        for request in requests.tolist():
+            self._rows[request] += self._work.take(self._request_ids[request], exit_index)
+
+    def take(self, exit_index: int, requests: Ints) -> Ints:
+        """[policies], rows of `requests` that wait no more below an exit point, nor join."""
+        taken = [self._work.take(self._request_ids[request], exit_index) for request in requests]
+        return np.sum(taken, axis=0)
+
+    def decided(self, requests: Ints, depth: int) -> None:
+        """Tokens of `requests` were decided after so many layers."""
+        names = self._work.names
+        counts = np.bincount(self._owners[requests], minlength=len(names))
+        for name, tokens in zip(names, counts.tolist(), strict=True):
+            if tokens:
+                self._work.stats.by_policy[name].exit_histogram[depth] += tokens
