@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import GenerationConfig
 from vllm.platforms import current_platform
 
-from tests.conftest import small_engine
+from tests.conftest import small_engine, tiny_engine
+from tests.e2e.oracle import hidden_states
 from tests.e2e.patterns import drawn_pattern, wrong
+from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
+from vllm_adainfer.calibration.collect import record
+from vllm_adainfer.calibration.data import Example
 from vllm_adainfer.runtime.scheduler import AdaInferAsyncScheduler
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="Model Runner V1 is scheduled synchronously")
 
 
-@pytest.fixture(scope="module")
-def asynchronous(tiny_model: Path, tiny_policy: Path) -> Any:
-    """An engine like `small`; on a CPU vLLM 0.32 turns asynchronous scheduling off."""
+ENDS = range(5, 1000, 9)  # tokens that end a text
+
+
+@contextmanager
+def asynchronous_scheduling() -> Iterator[None]:
+    """On a CPU vLLM 0.32 turns it off."""
     cls = type(current_platform)
     check = cls.check_and_update_config
 
@@ -28,6 +41,13 @@ def asynchronous(tiny_model: Path, tiny_policy: Path) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cls, "check_and_update_config", staticmethod(check_but_stay_asynchronous))
+        yield
+
+
+@pytest.fixture(scope="module")
+def asynchronous(tiny_model: Path, tiny_policy: Path) -> Any:
+    """An engine like `small`."""
+    with asynchronous_scheduling():
         return small_engine(tiny_model, tiny_policy)
 
 
@@ -40,3 +60,39 @@ def test_drawn_exits_reproduce_the_oracle(asynchronous, reference, kv, seed):
     pattern, ran = drawn_pattern(asynchronous, kv, 2000 + seed)
     names = range(len(pattern.requests))
     assert [found for name in names for found in wrong(reference, kv, pattern, name, ran)] == []
+
+
+def test_of_texts_that_end_while_the_next_step_runs_each_token_is_recorded_with_its_own_state(
+    tiny_model, reference, tmp_path
+):
+    """That step has a row too many; without a look at positions all rows after it were shifted."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    ends = GenerationConfig(eos_token_id=list(ENDS))
+    ends.save_pretrained(model)
+    with asynchronous_scheduling():
+        engine = tiny_engine(
+            model,
+            {"record": [*EXIT_POINTS, LAYERS]},
+            max_model_len=64,
+            kv_cache_memory_bytes=8 << 20,
+        )
+    generator = np.random.default_rng(4)
+    prompts = [generator.integers(5, 1000, n).tolist() for n in (3, 9, 1, 5, 12, 7)]
+    examples = [Example(f"line {n}", "", prompt, None) for n, prompt in enumerate(prompts)]
+    recording = record(engine, examples, (), EXIT_POINTS, max_tokens=12)
+    lengths = np.bincount(recording.prompts)
+    assert lengths.min() < 12, "some texts have to end by themselves"
+    texts = np.split(recording.tokens, np.cumsum(lengths)[:-1])
+    states = [
+        hidden_states(reference, [*prompt, *text.tolist()])
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    for layer in EXIT_POINTS:
+        right = torch.cat(
+            [
+                state[layer][len(prompt) - 1 : len(prompt) - 1 + len(text)]
+                for prompt, text, state in zip(prompts, texts, states, strict=True)
+            ]
+        )
+        torch.testing.assert_close(recording.states[layer], right, rtol=1e-3, atol=1e-3)

@@ -12,15 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 from torch import Tensor
+from vllm import SamplingParams
+from vllm.v1.worker.gpu_worker import Worker
 
 from tests.e2e.patterns import Request, drive, random_requests, wrong
 from tests.e2e.scripted import FULL, ScriptedPolicy, drawn, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
+from vllm_adainfer import stats
 from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.decision.policy_set import PolicySet
 from vllm_adainfer.models.segments import Stack
 from vllm_adainfer.runtime import step as step_of
+from vllm_adainfer.runtime.gpu_worker import AdaInferGPUWorker
 from vllm_adainfer.runtime.kv import ExactKV, PropagateKV
 from vllm_adainfer.runtime.report import WORK, Reporter, snapshot_of
 from vllm_adainfer.runtime.stream import Stream
@@ -131,8 +135,7 @@ def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped
     def check(came: Counter[str]) -> None:
         nonlocal steps
         steps += 1
-        stats = loop.stats
-        for *key, added in reporter.report(snapshot_of(stats))["added"]:
+        for *key, added in reporter.report(snapshot_of(loop.stats))["added"]:
             assert added > 0, key
             received[tuple(key)] += added
         waiting = loop.work.waiting()
@@ -140,7 +143,7 @@ def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped
             run, skipped, _ = (received[kind, name, ""] for kind in WORK)
             assert run + skipped + waiting[name] == came[name]
         assert sum(waiting.values()) == waiting_rows(loop.kv)
-        assert stats.layers_run == stack.executed
+        assert loop.stats.layers_run == stack.executed
         assert stack.largest <= BUDGET
 
     with (
@@ -179,9 +182,24 @@ def test_rows_that_rejoin_never_make_a_batch_larger_than_a_step(
 
     with counting(loop, monkeypatch) as stack, drawn(engine, "exact", draw=draw) as ran:
         pattern = drive(engine, requests)
-        stats = loop.stats
-        assert stats.layers_run == stack.executed
+        assert loop.stats.layers_run == stack.executed
     assert max(held) > BUDGET * (LAYERS - EXIT_POINTS[0]), "the case must be beyond the limit"
     assert stack.largest <= BUDGET
     names = range(len(pattern.requests))
     assert [e for name in names for e in wrong(reference, "exact", pattern, name, ran)] == []
+
+
+def test_requests_that_warm_up_a_gpu_are_not_counted(engine, monkeypatch):
+    _, runner, _ = parts(engine)
+    prompt, params = {"prompt_token_ids": [5, 6, 7]}, SamplingParams(temperature=0, max_tokens=4)
+
+    def warm_up(_: Worker) -> str:
+        engine.generate([prompt] * 3, params, use_tqdm=False)
+        return "times"
+
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", warm_up)
+    worker = object.__new__(AdaInferGPUWorker)
+    worker.model_runner = runner
+    assert worker.compile_or_warm_up_model() == "times"
+    engine.generate([prompt], params, use_tqdm=False)
+    assert (stats(engine)["tokens_decided"], stats(engine)["layers_run"]) == (4, 6 * LAYERS)

@@ -83,9 +83,14 @@ def states(reference: Any, prompts: list[list[int]]) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("layer", [*RECORDED, LAYERS])
-def test_the_states_of_decision_rows_are_kept_in_the_order_of_the_prompts(recorded, states, layer):
-    right = torch.stack([prompt[layer][-1] for prompt in states])
-    torch.testing.assert_close(recorded[0][f"layer.{layer}"], right, rtol=1e-3, atol=1e-3)
+def test_the_states_of_decision_rows_are_kept_with_their_prompt_and_position(
+    recorded, states, layer
+):
+    record, _ = recorded
+    places = list(zip(record["tags"].tolist(), record["positions"].tolist(), strict=True))
+    assert sorted(places) == [(tag, length - 1) for tag, length in enumerate(LENGTHS)]
+    right = torch.stack([states[tag][layer][position] for tag, position in places])
+    torch.testing.assert_close(record[f"layer.{layer}"], right, rtol=1e-3, atol=1e-3)
 
 
 def by_rows(states: list[list[Tensor]], layer: int, fold: int) -> Moments:

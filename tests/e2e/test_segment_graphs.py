@@ -18,12 +18,14 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.gpu_worker import Worker
 
 from tests.conftest import tiny_engine
 from tests.e2e.patterns import Request, drive, wrong
 from tests.e2e.scripted import FULL, drawn, parts
 from tests.tiny import EXIT_POINTS
 from tests.triton_on_cpu import IS_V2
+from vllm_adainfer.runtime.gpu_worker import AdaInferGPUWorker
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="Model Runner V1 captures no segments")
 
@@ -144,3 +146,20 @@ def test_three_requests_are_padded_to_a_graph_of_four(graphed, reference):
 def test_no_graph_is_replayed_for_a_request_with_several_rows(graphed, reference):
     one_token = Request([5, 6, 7, 8], max_tokens=1, seed=3)
     assert replayed(graphed, reference, "exact", [one_token]) == {}
+
+
+def test_graphs_captured_to_measure_what_they_take_are_not_replayed(
+    graphed, reference, monkeypatch
+):
+    """VLLM's worker captures once to measure, with a cache that is gone afterwards."""
+    model, runner, _ = parts(graphed)
+    captured = model.exit_loop.graphs
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda _: 7)
+    worker = object.__new__(AdaInferGPUWorker)
+    worker.model_runner = runner
+    try:
+        assert worker.determine_available_memory() == 7
+        requests = [Request([7, 8], max_tokens=4, seed=FULL)]
+        assert replayed(graphed, reference, "exact", requests) == {}
+    finally:
+        model.exit_loop.graphs = captured

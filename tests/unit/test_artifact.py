@@ -251,6 +251,26 @@ def test_a_failing_save_leaves_things_as_they_were(tmp_path, config, monkeypatch
     assert before == (content(directory) if former else None)
 
 
+@pytest.mark.parametrize("step", ["replace", "rename"], ids=["moved away", "moved there"])
+def test_an_artifact_whose_place_cannot_be_taken_stays_what_it_was(
+    tmp_path, config, monkeypatch, step
+):
+    directory = tmp_path / "policy"
+    save(directory, config)
+    before = content(directory)
+    move = getattr(Path, step)
+
+    def fail_once(self: Path, target: Path) -> Any:
+        monkeypatch.setattr(Path, step, move)
+        raise OSError("Device or resource busy")
+
+    monkeypatch.setattr(Path, step, fail_once)
+    with pytest.raises(AdaInferError, match=r"cannot write the artifact to .*busy"):
+        save(directory, changed(config, epsilon=0.02))
+    assert list(tmp_path.iterdir()) == [directory]
+    assert content(directory) == before
+
+
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         path = directory / CONFIG_FILE

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from vllm_adainfer.config import ROW_ARG
 from vllm_adainfer.decision.bound import FloatArray
 from vllm_adainfer.decision.moments import Moments
 from vllm_adainfer.decision.probe import Probe, logit_lens_of
+from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -124,6 +126,9 @@ def record(
         layers: the engine's.
         max_tokens: that are generated after a prompt, unless it ends before.
 
+    Raises:
+        AdaInferError: a token was not recorded.
+
     """
     engine.reset_prefix_cache()
     outputs = engine.generate(
@@ -137,19 +142,25 @@ def record(
         tensors = load_file(path)
     depth = max(int(name.removeprefix("layer.")) for name in tensors if name.startswith("layer."))
     has_lens = any(name.startswith("lens.") for name in tensors)
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    rows = torch.from_numpy(
+        rows_of_tokens(
+            tensors["tags"].numpy(),
+            tensors["positions"].numpy(),
+            [len(example.token_ids) for example in examples],
+            [len(text) for text in texts],
+        )
+    )
     return Recording(
-        states={layer: tensors[f"layer.{layer}"] for layer in layers},
+        states={layer: tensors[f"layer.{layer}"][rows] for layer in layers},
         depth=depth,
-        final=tensors[f"layer.{depth}"],
-        tokens=np.concatenate([output.outputs[0].token_ids for output in outputs]),
-        prompts=np.repeat(
-            np.arange(len(examples)), [len(output.outputs[0].token_ids) for output in outputs]
-        ),
+        final=tensors[f"layer.{depth}"][rows],
+        tokens=np.concatenate(texts),
+        prompts=np.repeat(np.arange(len(examples)), [len(text) for text in texts]),
         computed=np.concatenate(
             [
-                [len(example.token_ids) - (output.num_cached_tokens or 0)]
-                + [1] * (len(output.outputs[0].token_ids) - 1)
-                for example, output in zip(examples, outputs, strict=True)
+                [len(example.token_ids) - (output.num_cached_tokens or 0)] + [1] * (len(text) - 1)
+                for example, output, text in zip(examples, outputs, texts, strict=True)
             ]
         ).astype(np.float64),
         moments={layer: _folds(tensors, layer) for layer in layers} if has_lens else {},
@@ -159,6 +170,44 @@ def record(
         cut_seconds=facts["cut_seconds"] / max(1, facts["rows"]),
         threads=facts["threads"],
     )
+
+
+def rows_of_tokens(
+    tags: Ints, positions: Ints, prompt_lens: Sequence[int], text_lens: Sequence[int]
+) -> Ints:
+    """Which recorded row decided each token: by text, and of one text in order.
+
+    The row of a text's first token is the last of its prompt. A text may have rows beyond its end:
+    where steps are scheduled ahead, one more has begun when the last token is known. A row that
+    came again, after a preemption, counts as it came last.
+
+    Args:
+        tags: [rows], the text (an index) of each recorded row, in the order in which they came.
+        positions: [rows], of each row in its sequence.
+        prompt_lens: [texts], tokens of each one's prompt.
+        text_lens: [texts], tokens that were generated after it.
+
+    Raises:
+        AdaInferError: a token has no row.
+
+    """
+    row_at = {
+        place: row for row, place in enumerate(zip(tags.tolist(), positions.tolist(), strict=True))
+    }
+    wanted = [
+        (text, prompt + number - 1)
+        for text, (prompt, tokens) in enumerate(zip(prompt_lens, text_lens, strict=True))
+        for number in range(tokens)
+    ]
+    missing = [place for place in wanted if place not in row_at]
+    if missing:
+        text, position = missing[0]
+        raise AdaInferError(
+            f"{len(missing)} of {len(wanted)} generated tokens were not recorded, the first is "
+            f"token {position - prompt_lens[text] + 2} after prompt {text + 1}: this is a fault of "
+            "vllm-adainfer's or vLLM's scheduling, please report it with the command"
+        )
+    return np.array([row_at[place] for place in wanted], dtype=np.int64)
 
 
 def _named(record: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

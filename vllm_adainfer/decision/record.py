@@ -70,6 +70,7 @@ class Recorder:
         self._lens = lens
         self._states: list[list[Tensor]] = [[] for _ in layers]
         self._tags: list[Tensor] = []
+        self._positions: list[Tensor] = []
 
     def record(
         self, states: Sequence[Tensor], tags: Tensor, positions: Tensor, last: Tensor
@@ -85,22 +86,23 @@ class Recorder:
         """
         decisions = last & (tags >= 0)
         self._tags.append(tags[decisions])
+        self._positions.append(positions[decisions])
         for kept, state in zip(self._states, states, strict=True):
             kept.append(state[decisions])
         if self._lens is not None:
             self._lens.add(states, tags, positions, last)
 
     def take(self) -> dict[str, Tensor]:
-        """All that was kept, ``layer.<n>`` [rows, hidden size] by tag; then start over.
+        """All that was kept, in the order in which it came; then start over.
 
-        Rows of one tag are in the order in which they came.
-
+        ``layer.<n>`` [rows, hidden size], and int64 [rows] ``tags`` and ``positions`` of the rows.
         With it the sums for the lens, see `LensSums.take`.
         """
-        order = torch.cat(self._tags).argsort(stable=True)
         taken = {} if self._lens is None else self._lens.take()
         for layer, states in zip(self.layers, self._states, strict=True):
-            taken[f"layer.{layer}"] = torch.cat(states)[order]
+            taken[f"layer.{layer}"] = torch.cat(states)
             states.clear()
-        self._tags.clear()
+        for name, kept in (("tags", self._tags), ("positions", self._positions)):
+            taken[name] = torch.cat(kept)
+            kept.clear()
         return taken

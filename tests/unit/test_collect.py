@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_adainfer.calibration.collect import rows_of_tokens
+from vllm_adainfer.errors import AdaInferError
+
+PROMPTS, TEXTS = [3, 1, 5], [2, 4, 1]
+# Text and position of each token's row.
+ROWS = [(0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 4)]
+
+
+def found(rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    tags, positions = (np.array(column) for column in zip(*rows, strict=True))
+    return [rows[row] for row in rows_of_tokens(tags, positions, PROMPTS, TEXTS)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_came_in_any_order_are_told_by_text_and_token(seed):
+    order = np.random.default_rng(seed).permutation(len(ROWS))
+    assert found([ROWS[place] for place in order]) == ROWS
+
+
+def test_rows_beyond_the_end_of_a_text_shift_nothing():
+    assert found([*ROWS[:2], (0, 4), *ROWS[2:], (2, 5)]) == ROWS
+
+
+def test_of_a_row_that_came_again_the_last_counts():
+    tags, positions = (np.array(column) for column in zip(*ROWS, ROWS[3], strict=True))
+    assert rows_of_tokens(tags, positions, PROMPTS, TEXTS).tolist() == [0, 1, 2, 7, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("lost", "sentence"),
+    [
+        (
+            ROWS[:1],
+            "1 of 7 generated tokens were not recorded, the first is token 1 after prompt 1",
+        ),
+        (ROWS[3:5], "2 of 7 generated tokens .* token 2 after prompt 2"),
+    ],
+)
+def test_a_token_without_a_row_is_an_error(lost, sentence):
+    with pytest.raises(AdaInferError, match=sentence):
+        found([row for row in ROWS if row not in lost])
