@@ -2,12 +2,14 @@
 
     .venv/bin/python benchmarks/bench_faults.py --model MODEL \
         --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\\nSentiment:' \
-        --artifact trec=policies/trec --data trec.jsonl --template $'Question: {text}\\nType:'
+        --artifact trec=policies/trec --data trec.jsonl --template $'Question: {text}\\nType:' \\
+        --text-artifact chat=policies/chat --text-data chat.jsonl
 
 One server serves all policies; `fault_scenarios.py` has the scenarios. Right is what a quiet server
 answers to one request at a time. Batches round differently, so an answer that differs is asked for
-again, alone, and is a tie if the quiet answer comes then, wrong if not. Ends with code 1 and a
-sentence for each thing that is not as it should be.
+again, alone, and is a tie if the quiet answer comes then, wrong if not. Two more servers generate
+text beside that, with either KV policy and a small cache: `text_scenarios.py`. Ends with code 1 and
+a sentence for each thing that is not as it should be.
 """
 
 from __future__ import annotations
@@ -40,9 +42,11 @@ from fault_scenarios import (
 from faults_report import growth, table
 from load_client import Question, Tokens, client_of, questions_of, quiet_pass
 from server import Server, serving
+from text_scenarios import texts
 
 from vllm_adainfer.artifact_files import load_artifact_config
-from vllm_adainfer.calibration.data import read_template
+from vllm_adainfer.calibration.calibrate import load_config
+from vllm_adainfer.calibration.data import make_examples, read_rows, read_template
 from vllm_adainfer.calibration.report import write_whole
 from vllm_adainfer.provenance import provenance
 
@@ -52,6 +56,11 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
 }
 ARGUMENTS = ("--max-model-len", "512")
+# Blocks of 128 tokens for 16 texts, so that some are preempted; steps that rows which rejoin fill.
+TEXT_ARGUMENTS = ("--max-model-len", "1024", "--num-gpu-blocks-override", "40")
+TEXT_ARGUMENTS += ("--max-num-batched-tokens", "512")
+LONGEST_PROMPT = 400  # tokens
+LEAVING = 0.2  # of the time with text, clients leave in the middle
 PROCESSES = ("VLLM::EngineCore", "VLLM::Worker")
 Scenario = Callable[[Stage], Awaitable[dict[str, Any]]]
 SCENARIOS: dict[str, Scenario] = {
@@ -126,12 +135,17 @@ def main(
     data: Annotated[list[Path], typer.Option(help="JSON lines, for each policy.")],
     template: Annotated[list[str], typer.Option(help="Of the prompts, for each policy.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/faults.json"),
+    text_artifact: Annotated[str, typer.Option(help="NAME=DIR, of generated text.")] = "",
+    text_data: Annotated[Path | None, typer.Option(help="Prompts for it, JSON lines.")] = None,
     minutes: Annotated[float, typer.Option(help="How long the soak takes.")] = 5,
+    text_minutes: Annotated[float, typer.Option(help="How long texts are generated.")] = 30,
     rows: Annotated[int, typer.Option(help="Of the data, for each policy.")] = 100,
 ) -> None:
     """Run all scenarios, and write JSON and a Markdown table beside each other."""
     if not len(artifact) == len(data) == len(template):
         raise typer.BadParameter("give --artifact, --data and --template as often as each other")
+    if bool(text_artifact) != (text_data is not None):
+        raise typer.BadParameter("give --text-artifact and --text-data, or neither")
     with tempfile.TemporaryDirectory() as folder:
         copies = {}
         questions: list[Question] = []
@@ -148,6 +162,16 @@ def main(
         stopped = []
         try:
             all_in_turn(bench, server_of, Path(folder), 60 * minutes)
+            if text_data is not None:
+                name, _, source = text_artifact.partition("=")
+                policies = {**copies, name: source}
+                prompts = prompts_of(model, text_data)
+                for kv in ("exact", "propagate"):
+                    switch = {"artifact": {n: str(copy) for n, copy in policies.items()}, "kv": kv}
+                    with_text = partial(texts, prompts=prompts, policy=name, kv=kv)
+                    generate(
+                        bench, model, switch, with_text, source, Path(folder), 30 * text_minutes
+                    )
         except Exception as error:  # what was measured before it is a result
             stopped = [f"stopped before the end: {str(error).splitlines()[:1]}"]
     problems = stopped + [
@@ -183,6 +207,39 @@ def all_in_turn(bench: Bench, server_of: Callable[..., Any], folder: Path, secon
             bench.run(f"after {row['name']}", server, everything)
             if title is not None:
                 row = bench.kill(server, title)
+
+
+def prompts_of(model: str, data: Path) -> list[list[int]]:
+    """Prompts as token ids, short enough for a text and a next turn behind them."""
+    _, tokenizer = load_config(model)
+    examples = make_examples(read_rows(data), tokenizer, None, "label", 1 << 20)
+    return [one.token_ids for one in examples if len(one.token_ids) <= LONGEST_PROMPT]
+
+
+def generate(
+    bench: Bench,
+    model: str,
+    switch: dict[str, Any],
+    with_text: Callable[..., Any],
+    source: str,
+    folder: Path,
+    seconds: float,
+) -> None:
+    """A server whose clients generate text, first without any that leave.
+
+    Where keys and values are propagated all requests may exit, and some draw their tokens.
+    """
+    kv, config = switch["kv"], load_artifact_config(source)
+    draws = kv == "propagate"
+    if draws:
+        switch["requests"] = "all"
+    with serving(model, switch, folder / f"{kv}.log", TEXT_ARGUMENTS, ENVIRONMENT) as server:
+        for name, leaves, share in (("texts", False, 1 - LEAVING), ("texts left", True, LEAVING)):
+            scenario = partial(
+                with_text, seconds=share * seconds, config=config, draws=draws, leaves=leaves
+            )
+            row = bench.run(f"{name}, {kv}", server, scenario)
+            row["growth"] = growth(row["samples"])
 
 
 if __name__ == "__main__":

@@ -197,19 +197,8 @@ async def soak(stage: Stage, seconds: float) -> dict[str, Any]:
                 await stage.client.ask(index)
 
     begin = time.monotonic()
-    samples: list[dict[str, float]] = []
-
-    async def sample() -> None:
-        held = await asyncio.to_thread(memory, stage.server)
-        sent = stage.client.tally.sent
-        samples.append({"seconds": time.monotonic() - begin, "sent": sent, **held})
-
-    workers = asyncio.gather(*(work() for _ in range(AT_ONCE)))
-    while not workers.done():
-        await sample()
-        await asyncio.wait([workers], timeout=SAMPLE_SECONDS)
-    await workers
-    await sample()
+    async with sampled_memory(stage) as samples:
+        await asyncio.gather(*(work() for _ in range(AT_ONCE)))
     sent, took = stage.client.tally.sent, time.monotonic() - begin
     return {
         "samples": samples,
@@ -217,6 +206,32 @@ async def soak(stage: Stage, seconds: float) -> dict[str, Any]:
         "hours_at_5_a_second": sent / 5 / 3600,
         "problems": problems,
     }
+
+
+@asynccontextmanager
+async def sampled_memory(stage: Stage) -> AsyncIterator[list[dict[str, float]]]:
+    """What the server's processes hold, every half minute and at the end."""
+    begin = time.monotonic()
+    samples: list[dict[str, float]] = []
+
+    async def sample() -> None:
+        held = await asyncio.to_thread(memory, stage.server)
+        sent = stage.client.tally.sent
+        samples.append({"seconds": time.monotonic() - begin, "sent": sent, **held})
+
+    async def sample_now_and_then() -> None:
+        while True:
+            await sample()
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    task = asyncio.create_task(sample_now_and_then())
+    try:
+        yield samples
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    await sample()
 
 
 async def kill(stage: Stage, title: str) -> dict[str, Any]:

@@ -56,10 +56,44 @@ def table(report: Mapping[str, Any]) -> str:
             f"| {row['name']} | {one['tokens_decided']:,.0f} / {one['tokens_generated']:,.0f} "
             f"| {one['rows']:,.0f} / {one['rows_by_vllm']:,.0f} | {one['layers_saved']:.0%} |"
         )
-    lines += ["", EXPLAINED, "", *_remarks(report)]
+    lines += ["", EXPLAINED, "", *_texts(report), *_remarks(report)]
     problems = report["problems"]
     lines += ["", *(f"**{problem}**" for problem in problems)] if problems else []
     return "\n".join(lines) + "\n"
+
+
+TEXTS = (
+    "Texts: after each scenario the server reads texts once more at full depth. Of those that "
+    "asked for it every token has to be its own choice (by half a unit of log-probability), of "
+    "those that may exit at most as many may differ as the policy's bound allows, per token and by "
+    "prompt. `kv: propagate` promises no bound. Memory: MiB of all processes, of their own, after "
+    "half a minute and at the end."
+)
+
+
+def _texts(report: Mapping[str, Any]) -> list[str]:
+    rows = [row for row in report["scenarios"] if "texts" in row]
+    if not rows:
+        return []
+    lines = [
+        "| scenario | minutes | texts early / deep / drawn | tokens | preemptions | reloads "
+        "| readings of /metrics | counters that fell | early tokens that differ | deep ones "
+        "| memory |",
+        "|" + "---|" * 11,
+    ]
+    for row in rows:
+        early, deep = (row["judged"][kind] for kind in ("early", "deep"))
+        fell = sum("fell by" in problem for problem in row["problems"])
+        lines.append(
+            f"| {row['name']} | {row['took_seconds'] / 60:.0f} "
+            f"| {' / '.join(f'{count:,}' for count in row['texts'].values())} "
+            f"| {row['text_tokens']:,} | {row['counters']['preemptions']:.0f} | {row['reloads']} "
+            f"| {row['scrapes']:,} | {fell} "
+            f"| {early['changed'] / max(early['tokens'], 1):.1%} of {early['tokens']:,} "
+            f"| {deep['changed']} of {deep['tokens']:,} "
+            f"| {row['samples'][1]['uss']:,.0f} / {row['samples'][-1]['uss']:,.0f} |"
+        )
+    return [*lines, "", TEXTS, ""]
 
 
 def _remarks(report: Mapping[str, Any]) -> list[str]:

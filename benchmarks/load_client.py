@@ -44,6 +44,7 @@ class Reply:
     status: int
     tokens: Tokens = ()
     prompt_tokens: int = 0
+    prompt_logprobs: Sequence[Any] = ()
     message: str = ""
 
 
@@ -125,8 +126,7 @@ class Client:
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             return Reply(0, message=type(error).__name__)
         if text.startswith("data:"):
-            broken = '"error":' in text  # in a value its quotes would be escaped
-            return Reply(0, message="error in a stream") if broken else Reply(200)
+            return streamed(text)
         try:
             told = json.loads(text)
         except ValueError:
@@ -134,7 +134,13 @@ class Client:
         if response.status != 200:
             told = told.get("error", told)
             return Reply(response.status, message=str(told.get("message", told)))
-        return Reply(200, tuple(told["choices"][0]["token_ids"]), told["usage"]["prompt_tokens"])
+        [choice] = told["choices"]
+        return Reply(
+            200,
+            tuple(choice["token_ids"]),
+            told["usage"]["prompt_tokens"],
+            choice.get("prompt_logprobs") or (),
+        )
 
     async def ask(self, index: int) -> Reply:
         """Ask a question, and compare the answer."""
@@ -186,6 +192,18 @@ class Client:
             self.tally.ties += same
             self.tally.wrong += not same
         self.doubtful.clear()
+
+
+def streamed(text: str) -> Reply:
+    """A stream that has been read to its end, which is said in it."""
+    *events, end = [line[len("data:") :].strip() for line in text.split("\n\n") if line.strip()]
+    if end != "[DONE]":
+        return Reply(0, message="a stream without an end")
+    told = [json.loads(event) for event in events]
+    if any("error" in one for one in told):
+        return Reply(0, message="error in a stream")
+    parts = [choice.get("token_ids") or () for one in told for choice in one["choices"]]
+    return Reply(200, tuple(token for part in parts for token in part))
 
 
 @asynccontextmanager

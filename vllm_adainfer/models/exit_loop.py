@@ -225,9 +225,8 @@ class ExitLoop:
             self.kv.leave(exit_index, going_on, stream, step)
         if self.kv.defers:
             work.put_off(exit_index, going_on)
-            work.leave(exit_index, leaving[~goes_on])
-        else:
-            work.leave(exit_index, leaving)
+            leaving = leaving[~goes_on]
+        work.leave(exit_index, leaving)
 
     def _catch_up(
         self,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_adainfer.runtime.layout import Ints
-from vllm_adainfer.stats import ExitStats
+from vllm_adainfer.stats import ExitStats, PolicyStats
 
 
 class Work:
@@ -60,12 +60,12 @@ class Work:
         rows = np.zeros((len(owners), len(names)), dtype=np.int64)
         rows[np.arange(len(owners)), owners] = lens
         self.stats.passes_possible += self._depth
-        self.add("layers_possible", rows.sum(axis=0) * self._depth)
+        self.add("layers_possible", rows.sum(axis=0), self._depth)
         return StepWork(self, request_ids, owners, rows)
 
     def put_off(self, request_id: str, exit_index: int, rows: Ints) -> None:
         """`rows` [policies] of a request wait below an exit point."""
-        self.add("layers_deferred", rows * self._left_after[exit_index])
+        self.add("layers_deferred", rows, self._left_after[exit_index])
         below = self._waiting.setdefault(request_id, {})
         below[exit_index] = below.get(exit_index, 0) + rows
 
@@ -84,14 +84,20 @@ class Work:
 
     def skip(self, exit_index: int, rows: Ints) -> None:
         """`rows` [policies] never run what is below an exit point."""
-        self.add("layers_skipped", rows * self._left_after[exit_index])
+        self.add("layers_skipped", rows, self._left_after[exit_index])
 
-    def add(self, counter: str, by_policy: Ints) -> None:
-        """Count `by_policy` [policies]."""
-        for name, amount in zip(self.names, by_policy.tolist(), strict=True):
-            if amount:
-                own = self.stats.by_policy[name]
-                setattr(own, counter, getattr(own, counter) + amount)
+    def add(self, counter: str, rows: Ints, layers: int) -> None:
+        """Count `rows` [policies] x `layers`."""
+        for own, count in self.of(rows):
+            setattr(own, counter, getattr(own, counter) + count * layers)
+
+    def of(self, rows: Ints) -> list[tuple[PolicyStats, int]]:
+        """The policies that have some of `rows` [policies], and how many."""
+        return [
+            (self.stats.by_policy[name], count)
+            for name, count in zip(self.names, rows.tolist(), strict=True)
+            if count
+        ]
 
 
 class StepWork:
@@ -103,32 +109,36 @@ class StepWork:
         self._request_ids = request_ids
         self._owners = owners
         self._rows = rows
+        self._here = work.of(rows.sum(axis=0))
 
     def ran(self, layers: int) -> None:
         """The batch has run so many layers."""
-        self.ran_apart(self._rows.sum(axis=0), layers)
+        self._work.stats.passes_run += layers
+        for own, rows in self._here:
+            own.layers_run += rows * layers
 
-    def ran_apart(self, rows: Ints, layers: int, batches: int = 1) -> None:
-        """`rows` [policies] have run so many layers, in one batch or several."""
+    def ran_apart(self, rows: Ints, layers: int, batches: int) -> None:
+        """`rows` [policies] have run so many layers in batches of their own."""
         self._work.stats.passes_run += layers * batches
-        self._work.add("layers_run", rows * layers)
+        self._work.add("layers_run", rows, layers)
 
     def leave(self, exit_index: int, requests: Ints) -> None:
         """`requests` leave the batch at an exit point and never run what is below."""
         self._work.skip(exit_index, self._rows[requests].sum(axis=0))
-        self._rows[requests] = 0
+        self._remove(requests)
 
     def put_off(self, exit_index: int, requests: Ints) -> None:
         """`requests` leave the batch at an exit point, to run what is below in a later step."""
         for request in requests.tolist():
             request_id = self._request_ids[request]
             self._work.put_off(request_id, exit_index, self._rows[request].copy())
-        self._rows[requests] = 0
+        self._remove(requests)
 
     def join(self, exit_index: int, requests: Ints) -> None:
         """Rows of `requests` that waited below an exit point are in the batch from now on."""
         for request in requests.tolist():
             self._rows[request] += self._work.take(self._request_ids[request], exit_index)
+        self._here = self._work.of(self._rows.sum(axis=0))
 
     def take(self, exit_index: int, requests: Ints) -> Ints:
         """[policies], rows of `requests` that wait no more below an exit point, nor join."""
@@ -137,8 +147,10 @@ class StepWork:
 
     def decided(self, requests: Ints, depth: int) -> None:
         """Tokens of `requests` were decided after so many layers."""
-        names = self._work.names
-        counts = np.bincount(self._owners[requests], minlength=len(names))
-        for name, tokens in zip(names, counts.tolist(), strict=True):
-            if tokens:
-                self._work.stats.by_policy[name].exit_histogram[depth] += tokens
+        counts = np.bincount(self._owners[requests], minlength=len(self._work.names))
+        for own, tokens in self._work.of(counts):
+            own.exit_histogram[depth] += tokens
+
+    def _remove(self, requests: Ints) -> None:
+        self._rows[requests] = 0
+        self._here = self._work.of(self._rows.sum(axis=0))
