@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -66,6 +66,18 @@ def segment_config(vllm_config: VllmConfig) -> VllmConfig:
     config = copy.copy(vllm_config)
     config.additional_config = {}
     return config
+
+
+def compile_cache_folder(name: str) -> AbstractContextManager[None]:
+    """Modules built in this context have folder `name` of vLLM's compile cache for their own.
+
+    0.32 finds compiled graphs in a folder by their numbers, which start at 0 in each module, and
+    all modules built under the same tag share one. Unless whole modules are stored
+    (``VLLM_USE_MEGA_AOT_ARTIFACT``, by default with torch 2.12), one would run another's code.
+    """
+    from vllm.compilation.backends import set_model_tag
+
+    return set_model_tag(name)
 
 
 def client_request_id(request_id: str) -> str:

@@ -170,14 +170,15 @@ def build_stack(
     config = compat.segment_config(vllm_config)
     cuts = sorted({*cuts, max(depth - 1, *cuts)})
     spans = [*itertools.pairwise([0, *cuts]), (cuts[-1], depth)]
-    segments = tuple(
-        segment_class(first, last, depth, finishes=(first, last) == spans[-1])(
-            vllm_config=config, decoder=decoder, body=body, layers=layers[first:last]
-        )
-        for first, last in spans
-    )
+    segments = []
+    for first, last in spans:
+        cls = segment_class(first, last, depth, finishes=(first, last) == spans[-1])
+        with compat.compile_cache_folder(cls.__name__):
+            segment = cls(vllm_config=config, decoder=decoder, body=body, layers=layers[first:last])
+        segments.append(segment)
     last_kv = None
     if cuts[-1] < depth:
-        projection = decoder.kv_projection(layers[-1])
-        last_kv = last_kv_class(depth)(vllm_config=config, projection=projection)
-    return Stack(segments, last_kv, width)
+        projection, kv_class = decoder.kv_projection(layers[-1]), last_kv_class(depth)
+        with compat.compile_cache_folder(kv_class.__name__):
+            last_kv = kv_class(vllm_config=config, projection=projection)
+    return Stack(tuple(segments), last_kv, width)
