@@ -57,7 +57,7 @@ ENVIRONMENT = {
 }
 ARGUMENTS = ("--max-model-len", "512")
 # Blocks of 128 tokens for 16 texts, so that some are preempted; steps that rows which rejoin fill.
-TEXT_ARGUMENTS = ("--max-model-len", "1024", "--num-gpu-blocks-override", "40")
+TEXT_ARGUMENTS = ("--max-model-len", "1024", "--num-gpu-blocks-override", "24")
 TEXT_ARGUMENTS += ("--max-num-batched-tokens", "512")
 LONGEST_PROMPT = 400  # tokens
 LEAVING = 0.2  # of the time with text, clients leave in the middle

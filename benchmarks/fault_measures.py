@@ -11,6 +11,7 @@ import psutil
 from server import Server
 
 REST_SECONDS = 120
+UNHEARD = 8  # steps that a request may run after its frontend has forgotten it
 MIB = 2**20
 
 
@@ -50,8 +51,9 @@ def counters(
 
     A row is a token that goes through the layers: each of a prompt that is not cached, and each
     generated one but a request's last. vLLM counts what it has sent to the frontend, so that of a
-    request that its client left, one token may be decided and not be counted there (the step that
-    was under way), and a prompt whose first token was not sent is not counted at all.
+    request that its client left, tokens may be decided and not be counted there (of the step that
+    was under way, and until the engine has heard), and a prompt whose first token was not sent is
+    not counted at all.
     """
 
     def added(name: str) -> float:
@@ -77,12 +79,12 @@ def counter_problems(found: Mapping[str, Any], left: int, longest: int) -> list[
     """
     problems = []
     tokens = found["tokens_decided"] - found["tokens_generated"]
-    if not 0 <= tokens <= left:
+    if not 0 <= tokens <= left * UNHEARD:
         problems.append(
             f"{tokens:+.0f} tokens decided that vLLM has not, with {left} requests left"
         )
     rows = found["rows"] - found["rows_by_vllm"]
-    if not found["preemptions"] and not -left <= rows <= left * longest:
+    if not found["preemptions"] and not -left <= rows <= left * (longest + UNHEARD):
         problems.append(f"{rows:+.1f} rows that vLLM has not, with {left} requests left")
     return problems
 

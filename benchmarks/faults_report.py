@@ -10,9 +10,10 @@ COUNTS = ("sent", "answered", "ties", "wrong", "lost", "refused", "left", "faile
 
 EXPLAINED = (
     "A tie is an answer that differed in a batch and came as in the quiet pass when asked for "
-    "again, alone. Tokens and rows are equal where no client left; of each request that was left, "
-    "the plugin may count one token more (decided in the step under way), and rows of a prompt "
-    "whose first token was never sent."
+    "again, alone. Tokens and rows are equal where no client left (rows also where nobody was "
+    "preempted, whose rows come twice); of each request that was left, the plugin may count some "
+    "tokens more (decided until the engine had heard), and rows of a prompt whose first token was "
+    "never sent."
 )
 
 

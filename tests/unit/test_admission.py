@@ -76,6 +76,7 @@ def test_the_setting_says_which_one_token_requests_exit(
         {"max_tokens": None},
         {"logprobs": 0},
         {"logprobs": 1},
+        {"logprob_token_ids": [1]},
         {"prompt_logprobs": 1},
         {"min_tokens": 1},
         {"logit_bias": {1: 0.5}},
@@ -158,13 +159,54 @@ def test_a_setting_stricter_than_the_artifact_is_an_error(admission):
 
 def test_a_request_without_sampling_parameters_runs_at_full_depth(admission):
     assert admission().tag(None) == FULL_DEPTH
+    assert not admission().may_exit(None)
+
+
+@pytest.mark.parametrize(
+    ("requests", "changes", "may_exit"),
+    [
+        ("greedy", {}, True),
+        ("greedy", {"temperature": 1}, False),
+        ("greedy", {"max_tokens": 2}, False),
+        ("greedy", {"allowed_token_ids": None}, False),
+        ("greedy", {"extra_args": {"adainfer": 0}}, False),
+        ("all", {"temperature": 1}, True),
+        ("opt-in", {}, False),
+        ("opt-in", {"extra_args": {"adainfer": 1}}, True),
+    ],
+)
+def test_a_request_may_exit_where_a_policy_decides_it(
+    admission, label_ids, requests, changes, may_exit
+):
+    params = label_request(label_ids, **changes)
+    assert admission(requests).may_exit(params) == may_exit
+    assert admission(requests).admit("id", params, 5).may_exit == may_exit
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "may_exit"),
+    [
+        (None, 0.02, True),
+        (None, 0.001, True),  # another artifact may certify it
+        (None, 0, False),
+        (0, None, False),
+        (0, 0.02, True),
+        (0.02, None, True),
+        (0.02, 0, False),
+    ],
+)
+def test_a_request_may_exit_at_every_epsilon_but_0(admission, label_ids, own, asked, may_exit):
+    arguments = None if asked is None else {"adainfer_epsilon": asked}
+    params = label_request(label_ids, extra_args=arguments)
+    assert admission(epsilon=own).may_exit(params) == may_exit
 
 
 @pytest.mark.parametrize(("arguments", "tag"), [({"adainfer_row": 7}, 7), ({}, FULL_DEPTH)])
-def test_while_recording_the_tag_is_the_row(arguments, tag):
+def test_while_recording_the_tag_is_the_row_and_nobody_may_exit(arguments, tag):
     admission = Admission(Settings(record=(1, 2)))
+    params = SamplingParams(max_tokens=1, extra_args=arguments)
     assert admission.records
-    assert admission.tag(SamplingParams(max_tokens=1, extra_args=arguments)) == tag
+    assert (admission.tag(params), admission.may_exit(params)) == (tag, False)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +227,10 @@ def test_with_a_script_the_tag_is_the_exit_point_that_a_label_request_names(
     arguments, changes, tag
 ):
     admission = Admission(Settings(exit_script=(2, 5)))
+    params = label_request(SCRIPT_LABELS, **changes, extra_args=arguments)
     assert not admission.records
-    assert admission.tag(label_request(SCRIPT_LABELS, **changes, extra_args=arguments)) == tag
+    assert admission.tag(params) == tag
+    assert admission.may_exit(params) == (tag != FULL_DEPTH)
 
 
 @pytest.mark.parametrize("arguments", [None, {}, {"adainfer": 1, "mine": 2}])

@@ -399,10 +399,12 @@ def test_nothing_is_certified_with_too_few_rows():
 
 
 def clustered(generator: np.random.Generator, rate: float) -> tuple[np.ndarray, np.ndarray]:
-    """Losses of 150 prompts of 1 to 20 rows at a mean of `rate`, alike within a prompt."""
-    lens = generator.integers(1, 21, 150)
+    """Losses at a mean of `rate` of 75 prompts of 1 row and, where they all are, 75 of 20 rows."""
+    lens = np.tile([1, 20], 75)
     prompts = np.repeat(np.arange(150), lens)
+    rate *= 21 / 20
     own = generator.beta(0.3 * rate / (1 - rate), 0.3, 150)  # most prompts at 0, a few near 1
+    own[lens == 1] = 0
     return prompts, (generator.random(len(prompts)) < own[prompts]).astype(np.float64)
 
 
@@ -441,5 +443,9 @@ def test_with_one_row_a_prompt_a_bound_over_prompts_is_the_plain_one():
 def test_the_allowance_over_prompts_is_what_just_holds(rows):
     prompts = np.repeat(np.arange(rows // 5), 5)
     bound = Bound("wsr", 0.1, 0.0, prompts, longest=5)
-    assert 0 < bound.allowance(rows, 0.1) < 0.1
+    errors = round(bound.allowance(rows, 0.1) * rows)
+    order = np.random.default_rng(0).permutation(rows)
+    assert errors > 0
+    assert bound.holds((order < errors).astype(float), 0.1)
+    assert not bound.holds((order < errors + 1).astype(float), 0.1)
     assert Bound("wsr", 0.1, 0.0, prompts[:20], longest=5).allowance(20, 0.1) == 0

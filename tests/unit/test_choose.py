@@ -45,9 +45,9 @@ def candidates_of(seed: int, lowest: int = 0, ties: bool = False) -> list[Fitted
     return exits
 
 
-def costs_of(probe: float = 1e-4, cut: float = 1e-5, **dear: float) -> Costs:
+def costs_of(probe: float = 1e-4, cut: float = 1e-5, head: float = 0.0, **dear: float) -> Costs:
     by_layer = {layer: dear.get(f"after_{layer}", probe) for layer in LAYERS}
-    return Costs(depth=DEPTH, layer=1e-4, cut=cut, probe=by_layer)
+    return Costs(depth=DEPTH, layer=1e-4, cut=cut, probe=by_layer, head=head)
 
 
 def tokens_of(seed: int) -> np.ndarray:
@@ -56,16 +56,19 @@ def tokens_of(seed: int) -> np.ndarray:
 
 def by_prompt(exits, costs, tokens, threshold) -> tuple[float, float, float]:
     """Mean time, share of layers x token rows saved, and mean loss at one threshold."""
-    seconds = saved = lost = 0.0
+    saved = lost = 0.0
+    seconds = ROWS * len(exits) * costs.cut * tokens.mean()
+    scores = [exit.fitted.score.tolist() for exit in exits]
     for row in range(ROWS):
-        seconds += sum(costs.cut * tokens.mean() for _ in exits)
         layers_run = DEPTH
-        for exit in exits:
+        for exit, score in zip(exits, scores, strict=True):
             seconds += costs.probe[exit.layer]
-            if exit.fitted.score[row] >= threshold:
+            if score[row] >= threshold:
                 layers_run = exit.layer
                 lost += exit.fitted.loss[row]
                 break
+        else:
+            seconds += costs.head
         seconds += costs.layer * layers_run * tokens[row]
         saved += (DEPTH - layers_run) * tokens[row]
     return seconds / ROWS, saved / (DEPTH * tokens.sum()), lost / ROWS
@@ -75,11 +78,12 @@ def by_prompt(exits, costs, tokens, threshold) -> tuple[float, float, float]:
 @pytest.mark.parametrize("lowest", [0, -1])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("layers", [(4,), (2, 8), (4, 6, 10), LAYERS])
+@pytest.mark.parametrize("head", [0.0, 5e-3])
 def test_a_forecast_is_the_loosest_threshold_before_the_first_beyond_the_bound(
-    layers, ties, lowest, allowed
+    head, layers, ties, lowest, allowed
 ):
     exits = [exit for exit in candidates_of(7, lowest, ties) if exit.layer in layers]
-    costs, tokens = costs_of(), tokens_of(7)
+    costs, tokens = costs_of(head=head), tokens_of(7)
     thresholds = sorted({float(s) for exit in exits for s in exit.fitted.score}, reverse=True)
     best = by_prompt(exits, costs, tokens, np.inf)
     for threshold in thresholds:
@@ -92,10 +96,11 @@ def test_a_forecast_is_the_loosest_threshold_before_the_first_beyond_the_bound(
     assert expected.layers_saved == pytest.approx(best[1])
 
 
-def test_full_depth_is_forecast_without_probes_and_cuts():
-    costs, tokens = costs_of(), tokens_of(0)
+@pytest.mark.parametrize("head", [0.0, 5e-3])
+def test_full_depth_is_forecast_without_probes_and_cuts(head):
+    costs, tokens = costs_of(head=head), tokens_of(0)
     full = forecast([], costs, tokens, 0.02)
-    assert full.seconds == pytest.approx(costs.layer * DEPTH * tokens.mean())
+    assert full.seconds == pytest.approx(costs.layer * DEPTH * tokens.mean() + head)
     assert full.layers_saved == 0
 
 
@@ -138,11 +143,16 @@ def test_the_choice_beats_as_many_exit_points_evenly_spread():
     assert np.mean(ratios) < 0.9
 
 
-def test_an_exit_point_that_gains_next_to_nothing_is_left_out():
-    candidates, costs, tokens = candidates_of(1), costs_of(probe=0.0, cut=0.0), tokens_of(1)
-    copy = replace(candidates[-1], layer=11)
+@pytest.mark.parametrize(("rows", "layers"), [(1, [10]), (4, [10, 11])])
+def test_an_exit_point_that_gains_next_to_nothing_is_left_out(rows, layers):
+    """A row that leaves a layer early takes 1 / (12 * 80), 0.1 %, off full depth's time."""
+    row = np.arange(ROWS)
+    early = exit_after(10, np.where(row < 40, 1.0, -1.0), row >= 40)
+    late = exit_after(11, np.where(row >= ROWS - rows, 1.0, -1.0), np.zeros(ROWS))
+    costs = costs_of(probe=0.0, cut=0.0)
     costs = replace(costs, probe={**costs.probe, 11: 0.0})
-    assert copy not in choose_exits([*candidates, copy], costs, tokens, 0.03)
+    chosen = choose_exits([early, late], costs, np.full(ROWS, 20.0), 0.0)
+    assert [exit.layer for exit in chosen] == layers
 
 
 def test_many_rows_are_judged_by_the_first_of_them(monkeypatch):

@@ -179,10 +179,18 @@ def test_from_the_hub_only_our_files_are_fetched(artifact, monkeypatch):
     assert asked == {"repo": "someone/policy", "allow_patterns": list(FILES)}
 
 
-@pytest.mark.parametrize("source", ["../policy", "/etc", "a/..", "~root/x", "a\0b/c"])
+@pytest.mark.parametrize("source", ["../policy", "./policy", "/policy", "/etc", "no/such/policy"])
 def test_no_path_is_taken_for_a_hub_id(source, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.file_download.http_get", None)
-    with pytest.raises(AdaInferError):
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: asked.append(repo))
+    with pytest.raises(AdaInferError, match=f"artifact '{source}' has no config.json"):
+        load_artifact_config(source)
+    assert asked == []
+
+
+@pytest.mark.parametrize("source", ["a/..", "~root/x", "a\0b/c"])
+def test_what_cannot_be_a_hub_id_is_not_asked_for(source):
+    with pytest.raises(AdaInferError, match=r"nor a hub id .* \(HFValidationError\)"):
         load_artifact_config(source)
 
 

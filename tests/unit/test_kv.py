@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_adainfer.runtime.kv import ExactKV, PropagateKV
 from vllm_adainfer.runtime.layout import RowLayout
@@ -92,12 +94,28 @@ def test_beyond_the_capacity_the_oldest_are_overdue(capacity, overdue):
     assert kv.overdue() == overdue
 
 
+@pytest.mark.parametrize("how", ["rejoin", "forget"])
+def test_rows_that_wait_no_more_leave_their_places_to_others(how):
+    kv, step = ExactKV(), step_of([3, 1], [2, 5])
+    kv.leave(0, np.array([0, 1]), stream(step), step)
+    assert kv._pool.taken == 4
+    if how == "rejoin":
+        kv.rejoin(0, step, kv.waiting(0, step, NOBODY))
+    else:
+        for request_id in step.request_ids:
+            kv.forget(request_id)
+    assert kv._pool.taken == 0
+
+
 def test_what_waits_does_not_keep_the_states_of_the_whole_batch_alive():
     kv, step = ExactKV(), step_of([1, 500], [4, 499])
-    kv.leave(0, np.array([0]), stream(step), step)
-    joining = kv.rejoin(0, step, kv.waiting(0, step, NOBODY))
-    for part in (joining.hidden, joining.residual):
-        assert part.untyped_storage().nbytes() == part.nbytes
+    batch = stream(step)
+    parts = [StorageWeakRef(part.untyped_storage()) for part in (batch.hidden, batch.residual)]
+    kv.leave(0, np.array([0]), batch, step)
+    assert not any(part.expired() for part in parts)
+    del batch
+    gc.collect()
+    assert all(part.expired() for part in parts)
 
 
 def test_propagate_fills_the_rows_that_leave_with_their_states():

@@ -142,11 +142,11 @@ def test_accuracy_that_is_not_lost_lets_more_leave_than_answers_that_do_not_chan
     assert saved["accuracy"] > saved["disagreement"]
 
 
-def test_layers_asked_for_are_kept_whatever_they_bring():
+def test_layers_asked_for_are_kept_whatever_they_cost(monkeypatch):
+    monkeypatch.setattr(making, "probe_seconds", lambda *_: 1.0)
     recording = recording_of(labels=True)
-    recording.states.pop(4)
-    policy = made(recording, Target("label-head", LABEL_IDS), exit_points=(2, 6))
-    assert [exit.layer for exit in policy.exits] == [2, 6]
+    policy = made(recording, Target("label-head", LABEL_IDS), exit_points=LAYERS)
+    assert [exit.layer for exit in policy.exits] == list(LAYERS)
 
 
 def test_the_default_chooses_and_expects_to_be_faster_than_full_depth_and_an_even_spread():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from tests.unit.test_make_policy import DEPTH, HALVES, LABEL_IDS, LAYERS, PROMPTS, recording_of
+from vllm_adainfer.calibration.certify import certify
 from vllm_adainfer.calibration.cost import Costs
+from vllm_adainfer.calibration.fit import fit_exits
 from vllm_adainfer.calibration.policy import PolicyOptions, make_policy
 from vllm_adainfer.calibration.probes import Target, logit_lens
 from vllm_adainfer.suite import methods
@@ -40,31 +43,41 @@ def accuracy(tokens, prompts=TESTS) -> float:
     return float(np.mean([int(t) in RIGHT[p] for t, p in zip(tokens, prompts, strict=True)]))
 
 
-def test_our_outcome_is_that_of_the_certified_threshold_a_prompt_at_a_time(recording, test, policy):
-    threshold = torch.tensor([policy.points[EPSILON].threshold])
-    costs = policy.costs
+def by_prompt(recording, exits, classifiers, threshold, costs) -> Any:
+    """What leaving at the first exit point whose score passes comes to, a prompt at a time."""
+    limit = torch.tensor([threshold])
     tokens, run, seconds = [], [], 0.0
     for prompt in TESTS:
         token, layers = int(recording.tokens[prompt]), DEPTH
-        seconds += len(policy.exits) * costs.cut * recording.computed[prompt]
-        for exit in policy.exits:
+        seconds += len(exits) * costs.cut * recording.computed[prompt]
+        for exit, classifier in zip(exits, classifiers, strict=True):
             seconds += costs.probe[exit.layer]
             state = recording.states[exit.layer][prompt].unsqueeze(0)
-            result = exit.probe.score(exit.probe.readout(state), exit.classifier, threshold)
+            result = exit.probe.score(exit.probe.readout(state), classifier, limit)
             if bool(result.settled):
                 token, layers = int(result.top1_id), exit.layer
                 break
         tokens.append(token)
         run.append(layers)
         seconds += costs.layer * layers * recording.computed[prompt]
-    found = methods.ours(policy, EPSILON, test)
-    assert found is not None
-    assert found.layers_run == pytest.approx(np.mean(run))
-    assert found.layers_saved == pytest.approx(1 - np.mean(run) / DEPTH)
-    assert found.accuracy == pytest.approx(accuracy(tokens))
-    assert found.disagreement == pytest.approx(np.mean(tokens != recording.tokens[TESTS]))
+    assert len(set(run)) > 1
     full = costs.layer * DEPTH * recording.computed[TESTS].sum()
-    assert found.expected_speedup == pytest.approx(full / seconds)
+    return pytest.approx(
+        {
+            "accuracy": accuracy(tokens),
+            "disagreement": np.mean(tokens != recording.tokens[TESTS]),
+            "layers_run": np.mean(run),
+            "layers_saved": 1 - np.mean(run) / DEPTH,
+            "expected_speedup": full / seconds,
+        }
+    )
+
+
+def test_our_outcome_is_that_of_the_certified_threshold_a_prompt_at_a_time(recording, test, policy):
+    threshold = policy.points[EPSILON].threshold
+    classifiers = [exit.classifier for exit in policy.exits]
+    expected = by_prompt(recording, policy.exits, classifiers, threshold, policy.costs)
+    assert asdict(methods.ours(policy, EPSILON, test)) == expected
 
 
 @pytest.mark.parametrize(("layers_run", "layer"), [(1.0, 2), (3.2, 4), (DEPTH, 6)])
@@ -77,26 +90,44 @@ def test_static_truncation_stops_everyone_at_the_nearest_layer(recording, test, 
     assert found.expected_speedup == pytest.approx(DEPTH / layer)
 
 
-def test_adainfer_leaves_where_its_svm_says_so_and_pays_for_a_head_at_every_layer(recording, test):
+def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeypatch):
+    recording, bound = recording_of(labels=False, noise=0.5), PolicyOptions().bounds()
+    test = methods.TestPart(recording, TESTS, RIGHT)
     costs = Costs(DEPTH, 1e-3, 1e-6, {})
-    bound = PolicyOptions().bounds()
+    monkeypatch.setattr(methods, "probe_seconds", lambda *_: 5e-3)
     found = methods.adainfer(HALVES, TARGET, EPSILON, bound, costs, test, seed=0)
     assert found.keys() == {"adainfer", "adainfer_certified", "calm"}
-    published = found["adainfer"]
-    assert published is not None
-    assert published.expected_speedup < DEPTH / published.layers_run
-    for name in ("adainfer_certified", "calm"):
-        outcome = found[name]
-        assert outcome is None or outcome.disagreement <= 2 * EPSILON
+
+    paid = replace(costs, probe=dict.fromkeys(LAYERS, 5e-3))
+    head = Target("logit-lens", None)
+    by_svm = fit_exits(recording, head, HALVES, "svm", 0, LAYERS)
+    svms = [exit.classifier for exit in by_svm]
+    assert asdict(found["adainfer"]) == by_prompt(recording, by_svm, svms, 0.0, paid)
+    # The gap alone, which a policy of this kind scores by.
+    by_gap = fit_exits(recording, head, HALVES, "threshold", 0, LAYERS)
+    for name, exits in (("adainfer_certified", by_svm), ("calm", by_gap)):
+        point = certify(exits, DEPTH, EPSILON, bound)
+        classifiers = [exit.classifier for exit in exits]
+        expected = by_prompt(recording, exits, classifiers, point.threshold, paid)
+        assert asdict(found[name]) == expected
 
 
 def test_the_curves_are_of_the_test_prompts(recording, test, policy):
     agreement = methods.agreement_curve(policy, TARGET, test)
     assert agreement["layers"] == list(LAYERS)
-    assert agreement["probe"] == sorted(agreement["probe"])
+    lens = logit_lens(recording, TARGET)
+    for index, exit in enumerate(policy.candidates):
+        state = recording.states[exit.layer][TESTS]
+        for name, probe in (("probe", exit.probe), ("logit_lens", lens)):
+            tokens = probe.score(probe.readout(state)).top1_id.numpy()
+            assert agreement[name][index] == np.mean(tokens == recording.tokens[TESTS])
+    assert agreement["probe"] != agreement["logit_lens"]
     path = methods.risk_coverage(policy, test, [np.inf, 0.0, -np.inf])
+    first = policy.exits[0].layer
     assert path["layers_saved"][0] == path["disagreement"][0] == 0
-    assert path["layers_saved"][-1] == pytest.approx(1 - policy.exits[0].layer / DEPTH)
+    assert path["layers_saved"][-1] == pytest.approx(1 - first / DEPTH)
+    agreeing = agreement["probe"][LAYERS.index(first)]
+    assert path["disagreement"][-1] == pytest.approx(1 - agreeing)
 
 
 def row(accuracy: float, at_chance: bool, ours: dict[str, float] | None) -> dict[str, Any]:

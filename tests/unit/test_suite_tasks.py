@@ -317,17 +317,95 @@ def test_a_mistake_in_a_suite_file_is_an_error(change):
 # The hub
 
 
-def their_row(task: Task, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as the hub has it: their names, nested where theirs are, their labels."""
-    theirs: dict[str, Any] = {}
-    raw = {name: label for label, name in task.hub.classes.items()}
-    for name, path in task.hub.fields.items():
-        *outer, last = path.split(".")
-        inside = theirs
-        for step in outer:
-            inside = inside.setdefault(step, {})
-        inside[last] = raw.get(ours[name], ours[name]) if name == task.answer else ours[name]
-    return theirs
+# By task: where it is published, and the splits to calibrate and to measure on.
+PLACES = {
+    "sst2": ("stanfordnlp/sst2", None, "train", "validation"),
+    "ag_news": ("fancyzhx/ag_news", None, "train", "test"),
+    "mmlu": ("cais/mmlu", "all", "dev+validation", "test"),
+    "csqa": ("tau/commonsense_qa", None, "train", "validation"),
+    "squad": ("rajpurkar/squad", None, "train", "validation"),
+    "cr": ("SetFit/SentEval-CR", None, "train", "test"),
+    "trec": ("SetFit/TREC-QC", None, "train", "test"),
+    "subj": ("SetFit/subj", None, "train", "test"),
+    "boolq": ("google/boolq", None, "train", "validation"),
+    "rte": ("nyu-mll/glue", "rte", "train", "validation"),
+}
+# What is published there: a row, and the prompt and the answer that it makes.
+ROWS = {
+    "sst2": (
+        {"idx": 0, "sentence": "bees hum", "label": 1},
+        "Review: bees hum\nSentiment:",
+        "positive",
+    ),
+    "ag_news": ({"text": "bees hum", "label": 3}, "Article: bees hum\nTopic:", "technology"),
+    "mmlu": (
+        {"question": "what", "subject": "bees", "choices": ["hum", "is", "it", "no"], "answer": 2},
+        "Question: what\nA. hum\nB. is\nC. it\nD. no\nAnswer:",
+        "C",
+    ),
+    "csqa": (
+        {
+            "id": "0",
+            "question": "what",
+            "question_concept": "bees",
+            "choices": {"label": list("ABCDE"), "text": ["hum", "is", "it", "no", "oaks"]},
+            "answerKey": "E",
+        },
+        "Question: what\nA. hum\nB. is\nC. it\nD. no\nE. oaks\nAnswer:",
+        "E",
+    ),
+    "squad": (
+        {
+            "id": "0",
+            "title": "bees",
+            "context": "oaks grow",
+            "question": "what grow",
+            "answers": {"text": ["oaks", "all oaks"], "answer_start": [0, 0]},
+        },
+        "Context: oaks grow\nQuestion: what grow\nAnswer:",
+        "oaks",
+    ),
+    "cr": (
+        {"text": "bees hum", "label": 0, "label_text": "negative"},
+        "Review: bees hum\nSentiment:",
+        "negative",
+    ),
+    "trec": (
+        {"text": "bees hum", "label": 1, "label_coarse_original": "NUM"},
+        "Question: bees hum\nAnswer type:",
+        "number",
+    ),
+    "subj": (
+        {"text": "bees hum", "label": 1, "label_text": "subjective"},
+        "Text: bees hum\nType:",
+        "subjective",
+    ),
+    "boolq": (
+        {"question": "do oaks grow", "answer": True, "passage": "oaks grow"},
+        "Passage: oaks grow\nQuestion: do oaks grow?\nAnswer:",
+        "yes",
+    ),
+    "rte": (
+        {"sentence1": "oaks grow", "sentence2": "bees hum", "label": 0, "idx": 0},
+        "Premise: oaks grow\nHypothesis: bees hum\nEntailed:",
+        "yes",
+    ),
+}
+CLASSES = {
+    "sst2": {"0": "negative", "1": "positive"},
+    "ag_news": {"0": "world", "1": "sports", "2": "business", "3": "technology"},
+    "mmlu": {"0": "A", "1": "B", "2": "C", "3": "D"},
+    "trec": {
+        "ABBR": "abbreviation",
+        "DESC": "description",
+        "ENTY": "entity",
+        "HUM": "human",
+        "LOC": "location",
+        "NUM": "number",
+    },
+    "boolq": {"False": "no", "True": "yes"},
+    "rte": {"0": "entailment", "1": "not_entailment"},
+}
 
 
 @pytest.fixture
@@ -355,18 +433,20 @@ def fake_hub(monkeypatch) -> Any:
 
 
 @pytest.mark.parametrize("task", SUITE.tasks, ids=NAMES)
-def test_rows_of_the_hub_make_the_prompts_that_files_make(load, fake_hub, tokenizer, task):
-    rows = made_rows(task, 30)
-    expected = load(task.name, rows, rows, shots=None)
-    asked = fake_hub([their_row(task, row) for row in rows[::-1]])
-    data = load_task(task, None, tokenizer, None, None, None, 10_000)
-    assert [e.text for e in data.test] == [e.text for e in expected.test]
-    assert [e.text for e in data.train] == [e.text for e in expected.train]
-    assert data.answers == expected.answers
-    hub = task.hub
-    fetched = [("shuffle", 0)] * 4
-    fetched[::2] = [(hub.dataset, hub.config, split) for split in (hub.train, hub.test)]
-    assert asked == fetched
+def test_rows_of_the_hub_as_they_are_published_make_prompts(fake_hub, tokenizer, task):
+    row, prompt, answer = ROWS[task.name]
+    asked = fake_hub([row])
+    data = load_task(task, None, tokenizer, 0, None, None, 10_000)
+    for [example] in (data.train, data.test):
+        assert (example.text, example.label) == (prompt, answer)
+    dataset, config, train, test = PLACES[task.name]
+    shuffled = ("shuffle", 0)
+    assert asked == [(dataset, config, train), shuffled, (dataset, config, test), shuffled]
+
+
+@pytest.mark.parametrize("task", SUITE.tasks, ids=NAMES)
+def test_classes_of_the_hub_are_named_as_they_are_published(task):
+    assert task.hub.classes == CLASSES.get(task.name, {})
 
 
 @pytest.mark.parametrize("task", SUITE.tasks, ids=NAMES)

@@ -1,0 +1,119 @@
+"""What `evaluate` reports of runs whose times, depths and answers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import LAYERS, tiny_config
+from vllm_adainfer.calibration.data import Example
+from vllm_adainfer.calibration.report import NEVER_EXIT, Run, build_report, summary_line
+
+EXAMPLES = [Example(f"line {number}", "a review", list(range(10)), None) for number in range(4)]
+STRICT, OURS = 0.02, 0.05  # the tiny artifact's levels; the second is its own
+FULL_DEPTH = {LAYERS: 4}
+
+
+def run(seconds: float, answers: str, exits: dict[int, int] = FULL_DEPTH) -> Run:
+    """A digit per prompt is its answer; `exits` counts rows by the layer they left after."""
+    return Run(
+        seconds,
+        [[int(answer)] for answer in answers],
+        layers_run=sum(layer * rows for layer, rows in exits.items()),
+        layers_possible=LAYERS * sum(exits.values()),
+        exit_histogram=exits,
+    )
+
+
+@pytest.fixture
+def report(tiny_model) -> Any:
+    def make(*rounds: tuple[Run, dict[float, Run]]) -> dict[str, Any]:
+        config = tiny_config(tiny_model)
+        return build_report("a/policy", Path("b/c.jsonl"), config, EXAMPLES, share_of_1, rounds)
+
+    return make
+
+
+def share_of_1(texts: Sequence[Sequence[int]]) -> float:
+    """An accuracy: the answer 1 is right."""
+    return sum(text == [1] for text in texts) / len(texts)
+
+
+def one_round(seconds: float, exits: dict[int, int], answers: str = "2111") -> Any:
+    """Stock takes 10 seconds, and ours at its own epsilon as long as is said."""
+    ours = {
+        NEVER_EXIT: run(12.5, "1111"),
+        STRICT: run(8, "1111", {3: 1, LAYERS: 3}),
+        OURS: run(seconds, answers, exits),
+    }
+    return run(10, "1133"), ours
+
+
+def test_a_round_is_reported_at_the_artifacts_own_epsilon(report):
+    found = report(one_round(5, {2: 2, LAYERS: 2}))
+    assert (found["artifact"], found["data"], found["n"]) == ("policy", "c.jsonl", 4)
+    assert (found["prompt_tokens_mean"], found["layers_total"]) == (10, 6)
+    assert (found["epsilon"], found["speedup"]) == (OURS, 2)
+    assert found["layers_saved"] == pytest.approx(1 / 3)
+    assert found["efficiency"] == pytest.approx(4 / 3)
+    assert (found["disagreement"], found["disagreement_with_stock"]) == (0.25, 0.75)
+    assert found["stock"] == {
+        "requests_per_second": 0.4,
+        "tokens_per_second": 4.4,
+        "accuracy": 0.5,
+        "runs": [{"seconds": 10}],
+    }
+    assert found["adainfer"] == {
+        "requests_per_second": 0.8,
+        "tokens_per_second": 8.8,
+        "accuracy": 0.75,
+        "runs": [{"seconds": 5}],
+        "layers_run_mean": pytest.approx(4),
+        "exit_histogram": {"2": 0.5, "6": 0.5},
+    }
+    assert found["never_exit"] == {"speedup": 0.8, "disagreement_with_stock": 0.5}
+    assert summary_line(found) == (
+        "speedup 2.00x, layers saved 33 %, disagreement 25.0 % (bound 5.0 %)"
+    )
+
+
+def test_every_level_has_a_row_of_its_own_run(report):
+    strict, ours = report(one_round(5, {2: 2, LAYERS: 2}))["levels"]
+    assert strict == {
+        "epsilon": STRICT,
+        "speedup": 1.25,
+        "layers_saved": pytest.approx(1 / 8),
+        "disagreement": 0,
+        "disagreement_with_stock": 0.5,
+        "efficiency": pytest.approx(1.25 * 7 / 8),
+        "accuracy": 1,
+    }
+    assert (ours["epsilon"], ours["speedup"], ours["accuracy"]) == (OURS, 2, 0.75)
+
+
+def test_of_several_rounds_the_median_counts_and_the_work_of_all(report):
+    found = report(
+        one_round(5, {2: 2, LAYERS: 2}),
+        one_round(20, {2: 1, LAYERS: 3}, "1111"),
+        one_round(4, {3: 4}, "2211"),
+    )
+    assert (found["speedup"], found["disagreement"]) == (2, 0.25)
+    assert found["adainfer"]["requests_per_second"] == 0.8
+    assert found["adainfer"]["runs"] == [{"seconds": 5}, {"seconds": 20}, {"seconds": 4}]
+    assert found["layers_saved"] == pytest.approx((8 + 4 + 12) / 72)
+    shares = {"2": 3 / 12, "3": 4 / 12, "6": 5 / 12}
+    assert found["adainfer"]["exit_histogram"] == pytest.approx(shares)
+
+
+def test_a_run_counts_what_the_engine_did_meanwhile():
+    names = "layers_run", "layers_possible", "passes_run", "passes_possible"
+    before = dict(zip(names, (1, 6, 2, 6), strict=True)) | {"exit_histogram": {1: 1}}
+    after = dict(zip(names, (17, 30, 5, 12), strict=True)) | {"exit_histogram": {1: 1, 2: 2, 6: 2}}
+    found = Run.counted(5, [[1, 2], [3]], before, after)
+    assert (found.seconds, found.tokens) == (5, 3)
+    assert found.layers_saved == pytest.approx(1 / 3)
+    assert found.passes_saved == pytest.approx(1 / 2)
+    assert found.exit_histogram == {2: 2, 6: 2}
