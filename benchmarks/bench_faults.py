@@ -57,7 +57,8 @@ ENVIRONMENT = {
 }
 ARGUMENTS = ("--max-model-len", "512")
 # Blocks of 128 tokens for 16 texts, so that some are preempted; steps that rows which rejoin fill.
-TEXT_ARGUMENTS = ("--max-model-len", "1024", "--num-gpu-blocks-override", "24")
+TEXT_LENGTH = 1024
+TEXT_ARGUMENTS = ("--max-model-len", str(TEXT_LENGTH), "--num-gpu-blocks-override", "24")
 TEXT_ARGUMENTS += ("--max-num-batched-tokens", "512")
 LONGEST_PROMPT = 400  # tokens
 LEAVING = 0.2  # of the time with text, clients leave in the middle
@@ -82,12 +83,12 @@ class Bench:
         self._artifact = artifact
         self._layers = layers
         self._expected: dict[int, Tokens] = {}
-        self._longest = 0
+        self.longest = 0
         self._doubtful: list[int] = []
 
     def quiet(self, server: Server) -> None:
         """Learn what is right."""
-        self._expected, self._longest = asyncio.run(quiet_pass(server.url, self._questions))
+        self._expected, self.longest = asyncio.run(quiet_pass(server.url, self._questions))
 
     def run(self, name: str, server: Server, scenario: Scenario) -> dict[str, Any]:
         """A scenario whose server lives on; its row of the report."""
@@ -95,7 +96,7 @@ class Bench:
         row = asyncio.run(self._play(name, server, scenario))
         row["counters"] = counters(before, row.pop("metrics"), self._layers)
         row["memory"] = {"before": held, "after": memory(server)}
-        row["problems"] += counter_problems(row["counters"], row["requests"]["left"], self._longest)
+        row["problems"] += counter_problems(row["counters"], row["requests"]["left"], self.longest)
         self.rows.append(row)
         return row
 
@@ -233,6 +234,7 @@ def generate(
     draws = kv == "propagate"
     if draws:
         switch["requests"] = "all"
+    bench.longest = TEXT_LENGTH
     with serving(model, switch, folder / f"{kv}.log", TEXT_ARGUMENTS, ENVIRONMENT) as server:
         for name, leaves, share in (("texts", False, 1 - LEAVING), ("texts left", True, LEAVING)):
             scenario = partial(
