@@ -16,7 +16,6 @@ import pytest
 from vllm import envs
 from vllm.compilation.counter import compilation_counter
 from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
-from vllm.model_executor.layers import rotary_embedding
 from vllm.platforms import current_platform
 
 from tests.conftest import tiny_engine
@@ -61,7 +60,11 @@ def start(tiny_model: Path, cache: Path, tmp_path_factory: Any) -> Iterator[Call
             tiny_model,
             {"artifact": str(policy), "kv": "propagate"},
             enforce_eager=False,
-            compilation_config={"compile_sizes": [], "cache_dir": str(cache)},
+            compilation_config={
+                "compile_sizes": [],
+                "cache_dir": str(cache),
+                "custom_ops": ["none", "+rotary_embedding"],  # as some fusions on GPUs want it
+            },
             max_model_len=512,
             kv_cache_memory_bytes=64 << 20,
         )
@@ -71,7 +74,6 @@ def start(tiny_model: Path, cache: Path, tmp_path_factory: Any) -> Iterator[Call
         envs.disable_envs_cache()  # an engine in this process has filled it
         patch.setattr(cls, "check_and_update_config", staticmethod(check_but_compile))
         patch.setattr(FixFunctionalizationPass, "__call__", lambda _, graph: None)
-        patch.setattr(rotary_embedding, "_ROPE_DICT", {})  # those of eager engines do not compile
         yield start
     envs.disable_envs_cache()
 

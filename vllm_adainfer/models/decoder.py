@@ -59,7 +59,10 @@ class KVProjection:
         if self.key_norm is not None:
             keys = self.key_norm(keys.contiguous())
         if self.rotary is not None:
-            keys = self.rotary(positions, keys.flatten(1), None)[0].view_as(keys)
+            # A copy: vLLM's own op writes to what it is given, a part of the projection's output.
+            # Compiled so, torch 2.13 may take the number of rows for a constant.
+            turned = self.rotary(positions, keys.flatten(1).clone(), None)[0]
+            keys = turned.unflatten(1, self.heads)
         return keys, values
 
 
