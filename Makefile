@@ -7,8 +7,9 @@ GPU_PYTHON ?= python3
 HAS_GPU = $(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'
 HAS_ENGINE = $(GPU_PYTHON) -c 'import vllm, importlib.metadata as m; m.version("vllm-adainfer")'
 
-V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,async_scheduling equal_to_stock exit_loop \
-  generation policies prefix_cache recording segment_graphs shadow tasks tensor_parallel))
+V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,async_scheduling counters equal_to_stock \
+  exit_loop generation logprobs policies prefix_cache recording segment_graphs shadow tasks \
+  tensor_parallel))
 
 .PHONY: demo test test-v2 check gpu gpu-kernels setup clean
 
