@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.distributed import get_tp_group
 from vllm.exceptions import VLLMValidationError
 
 from tests.conftest import tiny_engine
@@ -151,6 +152,22 @@ def test_an_artifact_that_cannot_be_served_is_refused_and_the_one_before_stays(
         with pytest.raises(Exception, match=r"exit points \[2, 4\], this engine only \[2, 3, 5\]"):
             llm.collective_rpc("adainfer_reload")
         wanted = cases(tasks, reference, prompts_of(30, 40), 30)
+        assert tokens_of(llm, wanted) == [case.token for case in wanted]
+
+
+def test_nothing_is_replaced_where_another_rank_has_read_other_artifacts(
+    llm, tasks, sources, reference, monkeypatch
+):
+    looser = with_thresholds(tasks["mood"], tasks["mood"].tensors["thresholds"] - 1)
+
+    def gathered(own: Tensor, dim: int) -> Tensor:
+        return torch.cat([own, own + 1])
+
+    with replaced(llm, tasks, sources, looser):
+        with monkeypatch.context() as patch, pytest.raises(Exception, match="not read the same"):
+            patch.setattr(get_tp_group(), "all_gather", gathered)
+            llm.collective_rpc("adainfer_reload")
+        wanted = cases(tasks, reference, prompts_of(31, 40), 31)
         assert tokens_of(llm, wanted) == [case.token for case in wanted]
 
 

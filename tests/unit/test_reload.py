@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact import Artifact, Label, Level
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.models import agreement
 from vllm_adainfer.runtime.reload import check_replaces, digest_of
 
 STRICT = Level(epsilon=0.01, disagreement=0.0, risk=0.0, bound=0.01, layers_saved=0.1)
@@ -122,3 +124,10 @@ def test_a_digest_fits_a_signed_64_bit_tensor_with_room(tiny_model):
     digests = [digest_of(made(tiny_model, name=str(number))) for number in range(20)]
     assert all(0 <= digest < 1 << 62 for digest in digests)
     assert torch.tensor(digests).tolist() == digests
+
+
+@pytest.mark.parametrize(("other", "same"), [(7, True), (8, False), ((1 << 62) - 1, False)])
+def test_ranks_that_have_read_something_else_are_noticed(monkeypatch, other, same):
+    group = SimpleNamespace(all_gather=lambda own, dim: torch.cat([own, torch.tensor([other])]))
+    monkeypatch.setattr(agreement, "get_tp_group", lambda: group)
+    assert agreement.have_all(7, torch.device("cpu")) is same

@@ -1,4 +1,4 @@
-"""Tensor parallelism: one decision for all ranks."""
+"""Tensor parallelism: one decision for all ranks, made by the same policies."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def agreed(values: Tensor) -> Tensor:
         received: Tensor = ranks.broadcast(values.to(torch.uint8))
         return received.bool()
     return ranks.broadcast(values.contiguous())
+
+
+def have_all(number: int, device: torch.device) -> bool:
+    """Whether `number`, below 2**62, is the same on every rank."""
+    numbers = get_tp_group().all_gather(torch.tensor([number], device=device), dim=0)
+    return bool((numbers == number).all())

@@ -25,8 +25,9 @@ from vllm_adainfer.decision.record import LensSums, Recorder
 from vllm_adainfer.decision.script import ScriptedPolicy
 from vllm_adainfer.decision.shards import VocabularyShards
 from vllm_adainfer.decision.text_monitor import TextMonitor
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.fingerprint import WeightsFingerprint
-from vllm_adainfer.models.agreement import agreed
+from vllm_adainfer.models.agreement import agreed, have_all
 from vllm_adainfer.models.decoder import Decoder, norm_of
 from vllm_adainfer.models.exit_loop import ExitLoop, ScoredAnswers
 from vllm_adainfer.models.kv_fill import KVFill
@@ -34,6 +35,7 @@ from vllm_adainfer.models.recording_loop import RecordingLoop
 from vllm_adainfer.models.segments import Stack, build_stack
 from vllm_adainfer.models.shadow import ShadowAnswers, watch
 from vllm_adainfer.runtime.kv import ExactKV, KVPolicy, PropagateKV
+from vllm_adainfer.runtime.reload import NOT_THE_SAME, digest_of
 from vllm_adainfer.runtime.step import StepContext
 from vllm_adainfer.runtime.transfer import upload
 
@@ -95,12 +97,19 @@ class EarlyExit(_Model):
         return loaded
 
     def build_exit_loop(self, vllm_config: VllmConfig) -> None:
-        """Set `exit_loop`; the model runner calls this when the weights are loaded."""
+        """Set `exit_loop`; the model runner calls this when the weights are loaded.
+
+        Raises:
+            AdaInferError: another rank has read other artifacts.
+
+        """
         settings = self._settings
         if settings.record is not None:
             recorder = _recorder(settings.record, settings.record_lens)
             self.exit_loop = RecordingLoop(self._stack(recorder.layers, vllm_config), recorder)
             return
+        if not have_all(digest_of(self.artifacts), self.device):
+            raise AdaInferError(NOT_THE_SAME)
         kv: KVPolicy = ExactKV() if self._kv_fill is None else PropagateKV(self._kv_fill)
         self.exit_loop = ExitLoop(
             self._stack(self._exit_points, vllm_config),

@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_tp_group
 
 from vllm_adainfer.artifact import Artifact, ArtifactConfig
 from vllm_adainfer.artifact_files import load_artifacts
 from vllm_adainfer.compat import get_logger
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.models.agreement import have_all
 from vllm_adainfer.runtime.admission import Admission
 from vllm_adainfer.runtime.requests import RunningRequests
 
 logger = get_logger(__name__)
+
+NOT_THE_SAME = "ranks have not read the same: is an artifact being replaced? Try again"
 
 
 def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConfig) -> list[str]:
@@ -49,13 +51,11 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
         digest = digest_of(artifacts)
     except AdaInferError as error:
         failure = error
-    digests = get_tp_group().all_gather(torch.tensor([digest], device=model.device), dim=0)
+    same = have_all(digest, model.device)  # every rank has to get here
     if failure is not None:
         raise failure
-    if not bool((digests == digest).all()):
-        raise AdaInferError(
-            "ranks have not read the same: is an artifact being replaced? Try again"
-        )
+    if not same:
+        raise AdaInferError(NOT_THE_SAME)
     model.use_artifacts(artifacts)
     running.use_admission(admission)
     lines = [
