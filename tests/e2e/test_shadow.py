@@ -15,7 +15,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from tests.e2e.oracle import continuation, same
+from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.scripted import EXIT_AT, only, parts, running_of, scripted
 from tests.e2e.test_equal_to_stock import LENGTHS, answer
 from tests.e2e.test_policies import artifact_of, expected, policy_of
@@ -25,6 +25,7 @@ from vllm_adainfer.artifact import Artifact
 from vllm_adainfer.artifact_files import load_artifact
 from vllm_adainfer.config import DEFAULT_POLICY, Settings
 from vllm_adainfer.decision.monitor import AnswerMonitor
+from vllm_adainfer.decision.text_monitor import TextMonitor
 from vllm_adainfer.runtime.admission import Admission
 
 LABELS_AND_OPEN = [
@@ -178,6 +179,36 @@ def test_shadows_in_mixed_batches_with_prompts_longer_than_a_step(engine, refere
             checked[exit_at] += 1
     assert sum(checked) > 0
     assert [reading["checked"] for reading in stats.as_dict()["shadow"].values()] == checked
+
+
+def test_generated_texts_are_watched_text_by_text_up_to_the_tokens_that_the_bound_speaks_of(
+    engine, reference
+):
+    """Each token of a shadow is compared after the same text; a text counts when it has ended."""
+    longest, generator = 5, np.random.default_rng(21)
+    prompts = [generator.integers(5, 1000, 6).tolist() for _ in range(10)]
+    exits = generator.integers(0, len(EXIT_POINTS), len(prompts)).tolist()
+    lengths = generator.integers(1, 9, len(prompts)).tolist()
+    params = [
+        SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, extra_args={EXIT_AT: e})
+        for e, n in zip(exits, lengths, strict=True)
+    ]
+    checked, disagreed = [0] * len(EXIT_POINTS), [0] * len(EXIT_POINTS)
+    with watched(engine, None, rate=1) as (stats, _):
+        loop = parts(engine)[0].exit_loop
+        monitor = TextMonitor([0.02, 0.05, 0.1], NEVER, longest)
+        loop.monitors = stats.shadow = {DEFAULT_POLICY: monitor}
+        found = run(engine, prompts, params)
+        engine.llm_engine.step()  # the worker hears of the last ones that ended
+    for prompt, exit_at, (_, text) in zip(prompts, exits, found, strict=True):
+        for number, token in enumerate(text[:longest]):
+            early = token_after(reference, prompt + text[:number], EXIT_POINTS[exit_at])
+            checked[exit_at] += 1
+            disagreed[exit_at] += early != token
+    assert [one.checked for one in monitor.readings()] == checked
+    assert [one.disagreed for one in monitor.readings()] == disagreed
+    assert sum(checked) < sum(lengths)
+    assert 0 < sum(disagreed) < sum(checked)
 
 
 def test_rows_of_shadows_do_not_count_as_ready_to_leave(engine):
