@@ -9,6 +9,7 @@ from vllm_adainfer.decision.monitor import Reading
 from vllm_adainfer.stats import ExitStats
 
 Key = tuple[str, str, str]  # kind of counter, the policy it is of, and the layer or epsilon, if any
+WORK = ("layers_run", "layers_skipped", "layers_deferred")
 INTERVAL = 0.25  # seconds between reports, while there is work: to send counters takes its time
 
 
@@ -43,9 +44,6 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
             counts.append((("shadow_disagreed", name, level), own.shadow_disagreed[epsilon]))
     shadow = tuple((name, tuple(monitor.readings())) for name, monitor in stats.shadow.items())
     return Snapshot(tuple(counts), shadow)
-
-
-WORK = ("layers_run", "layers_skipped", "layers_deferred")
 
 
 @dataclass(frozen=True)
