@@ -1,4 +1,4 @@
-"""The report of `bench_faults.py`."""
+"""The report of `bench_faults.py` and `bench_texts.py`."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ TEXTS = (
     "Texts: after each scenario the server reads texts once more at full depth. Of those that "
     "asked for it every token has to be its own choice (by half a unit of log-probability), of "
     "those that may exit at most as many may differ as the policy's bound allows, per token and by "
-    "prompt. `kv: propagate` promises no bound. Memory: MiB of all processes, of their own, after "
-    "half a minute and at the end."
+    "prompt. `kv: propagate` promises no bound. Memory: MiB of all processes, of their own, at the "
+    "begin, in the middle and at the end."
 )
 
 
@@ -92,9 +92,13 @@ def _texts(report: Mapping[str, Any]) -> list[str]:
             f"| {row['scrapes']:,} | {fell} "
             f"| {early['changed'] / max(early['tokens'], 1):.1%} of {early['tokens']:,} "
             f"| {deep['changed']} of {deep['tokens']:,} "
-            f"| {row['samples'][1]['uss']:,.0f} / {row['samples'][-1]['uss']:,.0f} |"
+            f"| {' / '.join(f'{held:,.0f}' for held in _begin_middle_end(row['samples']))} |"
         )
     return [*lines, "", TEXTS, ""]
+
+
+def _begin_middle_end(samples: list[Mapping[str, float]]) -> list[float]:
+    return [samples[place]["uss"] for place in (0, len(samples) // 2, -1)]
 
 
 def _remarks(report: Mapping[str, Any]) -> list[str]:
@@ -120,4 +124,4 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
                 + (f"answered {again:.0f} s after the kill." if again else "did not answer."),
                 "",
             ]
-    return lines[:-1]
+    return lines[:-1] if lines else []

@@ -1,4 +1,4 @@
-"""Scenarios of `bench_faults.py` with generated text: everything mixed, by one client and by many.
+"""Scenarios of `bench_texts.py`: everything mixed, by one client and by many.
 
 What a text should be depends on who was in its batches: a token that is settled leaves early only
 where that is faster. So the server itself judges each text afterwards, at full depth, as a prompt
@@ -76,7 +76,7 @@ async def scraping(stage: Stage) -> AsyncIterator[Scraper]:
     scraper = Scraper()
 
     async def scrape() -> None:
-        async with aiohttp.ClientSession(stage.server.url) as session:
+        async with one_connection_each(stage) as session:
             while True:
                 async with session.get("/metrics") as response:
                     scraper.read(await response.text())
@@ -89,6 +89,12 @@ async def scraping(stage: Stage) -> AsyncIterator[Scraper]:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task  # or what it failed with
+
+
+def one_connection_each(stage: Stage) -> aiohttp.ClientSession:
+    """Requests do not share connections, which a server may close between two of them."""
+    connector = aiohttp.TCPConnector(force_close=True)
+    return aiohttp.ClientSession(stage.server.url, connector=connector)
 
 
 class Writers:
@@ -177,7 +183,7 @@ async def texts(
                 await asyncio.sleep(0.2)
 
     async def reload() -> None:
-        async with aiohttp.ClientSession(stage.server.url) as session:
+        async with one_connection_each(stage) as session:
             while time.monotonic() - begin < seconds:
                 async with session.post("/adainfer/reload") as response:
                     reloads[response.status] = reloads.get(response.status, 0) + 1

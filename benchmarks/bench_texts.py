@@ -1,0 +1,88 @@
+"""Generated text under load: half an hour of everything that clients do, with either KV policy.
+
+    .venv/bin/vllm-adainfer calibrate ... --max-tokens 32 --epsilon 0.1 --output policies/chat
+    .venv/bin/python benchmarks/bench_texts.py --model MODEL \
+        --text-artifact chat=policies/chat --text-data chat.jsonl \
+        --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\\nSentiment:'
+
+`text_scenarios.py` has the scenarios, and how a text is judged; labels are asked for and compared
+as in `bench_faults.py`. Ends with code 1 and a sentence for each thing that is not as it should be.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from fault_bench import ENVIRONMENT, Bench, tasks
+from faults_report import growth
+from server import serving
+from text_scenarios import texts
+
+from vllm_adainfer.artifact_files import load_artifact_config
+from vllm_adainfer.calibration.calibrate import load_config
+from vllm_adainfer.calibration.data import make_examples, read_rows
+
+LENGTH = 1024  # of a prompt and its text, at most
+LONGEST_PROMPT = 400
+# Blocks of 128 tokens for 16 texts, so that some are preempted; steps that rows which rejoin fill.
+ARGUMENTS = ("--max-model-len", str(LENGTH), "--num-gpu-blocks-override", "24")
+ARGUMENTS += ("--max-num-batched-tokens", "512")
+LEAVING = 0.2  # of the time clients leave in the middle
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Directory or hub id.")],
+    text_artifact: Annotated[str, typer.Option(help="NAME=DIR, of generated text.")],
+    text_data: Annotated[Path, typer.Option(help="Prompts for it, JSON lines.")],
+    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, for each other policy.")],
+    data: Annotated[list[Path], typer.Option(help="JSON lines, for each of them.")],
+    template: Annotated[list[str], typer.Option(help="Of the prompts, for each of them.")],
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/texts.json"),
+    minutes: Annotated[float, typer.Option(help="How long texts are generated.")] = 30,
+    rows: Annotated[int, typer.Option(help="Of the data, for each other policy.")] = 20,
+) -> None:
+    """Serve with each KV policy, and write JSON and a Markdown table beside each other.
+
+    Where keys and values are propagated all requests may exit, and some draw their tokens.
+    """
+    sources, questions = tasks(artifact, data, template, rows)
+    name, _, source = text_artifact.partition("=")
+    sources[name] = source
+    config = load_artifact_config(source)
+    bench = Bench(questions, Path(source))
+    with_text = partial(texts, prompts=prompts_of(model, text_data), policy=name, config=config)
+    with tempfile.TemporaryDirectory() as folder, bench.written_to(output, model, list(sources)):
+        for kv, requests in ("exact", "greedy"), ("propagate", "all"):
+            switch = {"artifact": sources, "kv": kv, "requests": requests}
+            log = Path(folder, f"{kv}.log")
+            with serving(model, switch, log, ARGUMENTS, ENVIRONMENT) as server:
+                bench.quiet(server)
+                bench.longest = LENGTH
+                for title, leaves, share in (
+                    ("texts", False, 1 - LEAVING),
+                    ("texts left", True, LEAVING),
+                ):
+                    scenario = partial(
+                        with_text,
+                        seconds=30 * minutes * share,
+                        kv=kv,
+                        draws=requests == "all",
+                        leaves=leaves,
+                    )
+                    row = bench.run(f"{title}, {kv}", server, scenario)
+                    row["growth"] = growth(row["samples"])
+
+
+def prompts_of(model: str, data: Path) -> list[list[int]]:
+    """Prompts as token ids, short enough for a text and a next turn behind them."""
+    _, tokenizer = load_config(model)
+    examples = make_examples(read_rows(data), tokenizer, None, "label", 1 << 20)
+    return [one.token_ids for one in examples if len(one.token_ids) <= LONGEST_PROMPT]
+
+
+if __name__ == "__main__":
+    typer.run(main)

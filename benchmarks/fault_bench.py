@@ -1,0 +1,142 @@
+"""What `bench_faults.py` and `bench_texts.py` share: scenarios on servers, and their report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+from fault_measures import at_rest, counter_problems, counters, memory
+from fault_scenarios import Stage, kill
+from faults_report import table
+from load_client import Question, Tokens, client_of, questions_of, quiet_pass
+from server import Server
+
+from vllm_adainfer.artifact_files import load_artifact_config
+from vllm_adainfer.calibration.data import read_template
+from vllm_adainfer.calibration.report import write_whole
+from vllm_adainfer.provenance import provenance
+
+ENVIRONMENT = {
+    "VLLM_PLUGINS": "adainfer",  # has /adainfer/reload
+    "OMP_WAIT_POLICY": "passive",
+    "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+}
+MOST_TIES = 0.03  # of the answers compared; more of them are not rounding
+Scenario = Callable[[Stage], Awaitable[dict[str, Any]]]
+
+
+class Bench:
+    """Runs scenarios on one server after the other, and keeps what they report."""
+
+    def __init__(self, questions: list[Question], artifact: Path) -> None:
+        """`artifact` is one that servers read and scenarios may damage."""
+        self.rows: list[dict[str, Any]] = []
+        self._questions = questions
+        self._artifact = artifact
+        self._layers = load_artifact_config(str(artifact)).layers
+        self._expected: dict[int, Tokens] = {}
+        self.longest = 0  # tokens of a prompt
+        self._doubtful: list[int] = []
+
+    def quiet(self, server: Server) -> None:
+        """Learn what is right."""
+        self._expected, self.longest = asyncio.run(quiet_pass(server.url, self._questions))
+
+    def run(self, name: str, server: Server, scenario: Scenario) -> dict[str, Any]:
+        """A scenario whose server lives on; its row of the report."""
+        before, held = at_rest(server), memory(server)
+        row = asyncio.run(self._play(name, server, scenario))
+        row["counters"] = counters(before, row.pop("metrics"), self._layers)
+        row["memory"] = {"before": held, "after": memory(server)}
+        row["problems"] += counter_problems(row["counters"], row["requests"]["left"], self.longest)
+        self.rows.append(row)
+        return row
+
+    def kill(self, server: Server, title: str) -> dict[str, Any]:
+        """Kill a process under load; its row of the report."""
+        held = memory(server)
+        row = asyncio.run(self._play(f"kill {title}", server, partial(kill, title=title)))
+        row["memory"] = {"before": held}
+        self.rows.append(row)
+        return row
+
+    async def _play(self, name: str, server: Server, scenario: Scenario) -> dict[str, Any]:
+        typer.echo(f"{name} ...")
+        begin = time.monotonic()
+        async with client_of(server.url, self._questions, self._expected) as client:
+            client.doubtful += self._doubtful  # of a server that was killed
+            stage = Stage(server, client, self._artifact, random.Random(0))
+            row: dict[str, Any] = {"name": name, "problems": [], **await scenario(stage)}
+            if not client.killed:
+                row["metrics"] = await asyncio.to_thread(at_rest, server)
+                await client.settle()
+            self._doubtful = client.doubtful
+        tally = client.tally
+        row |= {"requests": asdict(tally), "seconds": time.monotonic() - begin}
+        compared = tally.answered + tally.ties + tally.wrong
+        for what in ("wrong", "lost"):
+            if count := getattr(tally, what):
+                row["problems"].append(f"{count} requests were {what} ({tally.errors})")
+        if tally.ties > MOST_TIES * compared:
+            row["problems"].append(f"{tally.ties} of {compared} answers differ: too many for ties")
+        return row
+
+    @contextmanager
+    def written_to(self, output: Path, model: str, policies: Sequence[str]) -> Iterator[None]:
+        """Write JSON and a Markdown table beside each other, also if something goes wrong.
+
+        Raises:
+            typer.Exit: something is not as it should be.
+
+        """
+        stopped = []
+        try:
+            yield
+        except Exception as error:  # what was measured before it is a result
+            stopped = [f"stopped before the end: {type(error).__name__}: {str(error)[:200]}"]
+        problems = stopped + [
+            f"{row['name']}: {problem}" for row in self.rows for problem in row["problems"]
+        ]
+        report = {
+            "model": Path(model).name,
+            "policies": list(policies),
+            "questions": len(self._questions),
+            "scenarios": self.rows,
+            "problems": problems,
+            "provenance": provenance(),
+        }
+        write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
+        write_whole(output.with_suffix(".md"), table(report).encode())
+        typer.echo(table(report))
+        if problems:
+            raise typer.Exit(1)
+
+
+def tasks(
+    artifact: Sequence[str], data: Sequence[Path], template: Sequence[str], rows: int
+) -> tuple[dict[str, str], list[Question]]:
+    """The policies, by name, and the questions of each.
+
+    Raises:
+        typer.BadParameter: there are not as many of one as of the others.
+
+    """
+    if not len(artifact) == len(data) == len(template):
+        raise typer.BadParameter("give --artifact, --data and --template as often as each other")
+    sources: dict[str, str] = {}
+    questions: list[Question] = []
+    for named, path, form in zip(artifact, data, template, strict=True):
+        name, _, source = named.partition("=")
+        sources[name] = source
+        questions += questions_of(name, Path(source), path, read_template(form) or "", rows)
+    return sources, questions
