@@ -191,3 +191,20 @@ def keep_best_tokens(runner: Any) -> None:
         return gather(logprobs, asked, sampled)
 
     runner.sampler.gather_specific_token_logprobs = gather_both
+
+
+@contextmanager
+def seeds_of_chunks_kept(runner: Any) -> Iterator[None]:
+    """While the V1 `runner` samples: leave out the generators of prompts that are not complete.
+
+    What is drawn for such a row is thrown away. 0.32 then rewinds its generator by an offset, which
+    a CPU's does not have: one request with a ``seed`` and a prompt of several chunks ends a stock
+    server. Left out, it draws nothing, as if it had been rewound.
+    """
+    generators, batch = runner.input_batch.generators, runner.input_batch
+    incomplete = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+    kept = {place: generators.pop(place) for place in incomplete if place in generators}
+    try:
+        yield
+    finally:
+        generators.update(kept)

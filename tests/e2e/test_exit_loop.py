@@ -159,3 +159,14 @@ def test_by_default_requests_leave_where_that_is_faster(engine, lengths, exits, 
     with scripted(engine, min_rows_saved=None) as stats:
         run(engine, prompts_of(lengths, seed=5), [one_token(e) for e in exits])
     assert stats.exit_histogram[EXIT_POINTS[0]] == left
+
+
+def test_a_request_with_a_seed_and_a_prompt_of_several_chunks_draws_what_it_draws_of_one(engine):
+    """On a CPU stock vLLM 0.32 ends at its first chunk: it rewinds generators by their offset."""
+    prompt = prompts_of([150], seed=6)[0]  # steps have 128 rows
+    drawn = SamplingParams(temperature=1, seed=5, max_tokens=6, ignore_eos=True)
+    [chunked] = run(engine, [prompt], [drawn])
+    [at_once] = run(engine, [prompt], [drawn])  # all but the last block is cached
+    beside = run(engine, [*prompts_of([100, 90], seed=7), prompt[::-1], prompt], [drawn] * 4)
+    assert chunked == at_once == beside[-1]
+    assert len(set(map(tuple, beside))) == len(beside)

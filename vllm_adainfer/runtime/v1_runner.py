@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_adainfer.compat import keep_best_tokens
+from vllm_adainfer.compat import keep_best_tokens, seeds_of_chunks_kept
 from vllm_adainfer.runtime.attention import Groups, StepAttention, own_groups
 from vllm_adainfer.runtime.requests import RunningRequests
 from vllm_adainfer.runtime.step import StepContext
@@ -48,6 +48,11 @@ class AdaInferCPUModelRunner(CPUModelRunner):
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         self.model.step = self._describe_step()
         return super()._model_forward(*args, **kwargs)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's."""
+        with seeds_of_chunks_kept(self):
+            return super().sample_tokens(*args, **kwargs)
 
     def _describe_step(self) -> StepContext:
         batch = self.input_batch
