@@ -113,7 +113,9 @@ def test_two_ranks_decide_watch_and_answer_as_one(
             [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
         )
         answers = [list(output.outputs[0].token_ids) for output in outputs]
-        return answers, engine.collective_rpc("adainfer_stats")
+        counted = engine.collective_rpc("adainfer_stats")
+        assert len(engine.collective_rpc("adainfer_reload")) == ranks
+        return answers, counted
 
     (answers, [stats]), (answers_of_two, both) = run(1), run(2)
     assert answers_of_two == answers

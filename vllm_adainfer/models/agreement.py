@@ -18,7 +18,9 @@ def agreed(values: Tensor) -> Tensor:
     return ranks.broadcast(values.contiguous())
 
 
-def have_all(number: int, device: torch.device) -> bool:
-    """Whether `number`, below 2**62, is the same on every rank."""
-    numbers = get_tp_group().all_gather(torch.tensor([number], device=device), dim=0)
-    return bool((numbers == number).all())
+def have_all(number: int) -> bool:
+    """Whether every rank has `number`; all of them have to ask."""
+    ranks = get_tp_group()
+    numbers = [0] * ranks.world_size
+    torch.distributed.all_gather_object(numbers, number, group=ranks.cpu_group)
+    return all(other == number for other in numbers)

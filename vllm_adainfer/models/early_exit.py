@@ -108,7 +108,7 @@ class EarlyExit(_Model):
             recorder = _recorder(settings.record, settings.record_lens)
             self.exit_loop = RecordingLoop(self._stack(recorder.layers, vllm_config), recorder)
             return
-        if not have_all(digest_of(self.artifacts), self.device):
+        if not have_all(digest_of(self.artifacts)):
             raise AdaInferError(NOT_THE_SAME)
         kv: KVPolicy = ExactKV() if self._kv_fill is None else PropagateKV(self._kv_fill)
         self.exit_loop = ExitLoop(

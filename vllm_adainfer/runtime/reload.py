@@ -51,7 +51,7 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
         digest = digest_of(artifacts)
     except AdaInferError as error:
         failure = error
-    same = have_all(digest, model.device)  # every rank has to get here
+    same = have_all(digest)  # every rank has to get here
     if failure is not None:
         raise failure
     if not same:
