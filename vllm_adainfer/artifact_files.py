@@ -201,17 +201,30 @@ def save_artifact(
 
 
 def _replace(directory: Path, draft: Path) -> None:
-    """Put `draft` where `directory` is, which stays, or comes back, if that fails."""
+    """Put `draft` where `directory` is, which comes back if that fails.
+
+    Raises:
+        AdaInferError: it failed, and `directory` could not be put back either.
+
+    """
     former = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         directory.replace(former)  # onto an empty directory
+    except OSError:
+        former.rmdir()
+        raise
+    try:
+        draft.rename(directory)
+    except OSError as error:
         try:
-            draft.rename(directory)
-        except BaseException:
             former.replace(directory)
-            raise
-    finally:
-        shutil.rmtree(former, ignore_errors=True)
+        except OSError:
+            raise AdaInferError(
+                f"cannot write the artifact to {directory} ({error}); the one that was there is "
+                f"now {former}: move it back"
+            ) from None
+        raise
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def check_writable(directory: Path) -> None:

@@ -271,6 +271,30 @@ def test_an_artifact_whose_place_cannot_be_taken_stays_what_it_was(
     assert content(directory) == before
 
 
+def test_an_artifact_that_cannot_be_put_back_is_kept_where_the_error_says(
+    tmp_path, config, monkeypatch
+):
+    directory = tmp_path / "policy"
+    save(directory, config)
+    before = content(directory)
+    replace = Path.replace
+
+    def fail(self: Path, target: Path) -> Any:
+        raise OSError("Device or resource busy")
+
+    def replace_once(self: Path, target: Path) -> Any:
+        monkeypatch.setattr(Path, "replace", fail)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(Path, "replace", replace_once)
+    with pytest.raises(AdaInferError, match="move it back") as caught:
+        save(directory, changed(config, epsilon=0.02))
+    [kept] = tmp_path.iterdir()
+    assert f"is now {kept}: move it back" in str(caught.value)
+    assert content(kept) == before
+
+
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         path = directory / CONFIG_FILE
