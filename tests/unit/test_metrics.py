@@ -43,8 +43,9 @@ def report(*added: Any, **shadow: Any) -> dict[str, Any]:
 
 
 def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[str, Any]:
-    ends = {"low": 0.0, "high": 1.0, "tightened": False}
-    return {"epsilon": epsilon, "checked": checked, "disagreed": disagreed, **ends, **more}
+    rate = disagreed / max(checked, 1)
+    rest = {"rate": rate, "low": 0.0, "high": 1.0, "tightened": False, **more}
+    return {"epsilon": epsilon, "checked": checked, "disagreed": disagreed, **rest}
 
 
 @pytest.mark.parametrize("seed", range(3))

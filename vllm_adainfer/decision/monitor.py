@@ -15,14 +15,16 @@ text are not independent: `vllm_adainfer.decision.text_monitor` watches those.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
-from scipy.special import betaln, xlog1py
+from scipy.special import betaln, xlog1py, xlogy
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -58,44 +60,19 @@ class Reading:
         """Share of answers that differed, 0 without answers."""
         return self.disagreed / max(self.checked, 1)
 
-
-class Monitor(Protocol):
-    """Watches one policy.
-
-    Attributes:
-        alpha: chance, for each level, that its interval ever misses the true rate.
-        epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
-        tightened: bool [levels], whose requests must run to full depth.
-
-    """
-
-    alpha: float
-    epsilons: npt.NDArray[np.float64]
-    tightened: Bools
-
-    def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
-        """Count answers that have been compared with full depth.
-
-        Args:
-            request_ids: [answers], whose each is.
-            levels: [answers], the row of the epsilon table each was decided with.
-            disagreed: [answers].
-
-        Returns:
-            of the levels whose interval now lies above their epsilon, and did not before.
-
-        """
-
-    def ended(self, request_id: str) -> list[Reading]:
-        """A request, of this policy or not, has no more answers; returns as `observe` does."""
-
-    def readings(self) -> list[Reading]:
-        """Of each level."""
-
-    def as_dict(self) -> dict[float, dict[str, Any]]:
-        """By epsilon: ``checked``, ``disagreed``, ``rate``, ``low``, ``high``, ``tightened``."""
+    def as_dict(self) -> dict[str, Any]:
+        """All but `epsilon`, and ``rate``."""
+        return {
+            "checked": self.checked,
+            "disagreed": self.disagreed,
+            "rate": self.rate,
+            "low": self.low,
+            "high": self.high,
+            "tightened": self.tightened,
+        }
 
 
+@lru_cache
 def confidence_interval(disagreed: int, checked: int, alpha: float) -> tuple[float, float]:
     """Rates that `disagreed` of `checked` leave possible, at every moment at once.
 
@@ -129,8 +106,8 @@ def _lower_end(hits: int, misses: int, evidence: float) -> float:
     return math.exp(brentq(excess, evidence / hits - 1, best))
 
 
-class LevelMonitor:
-    """Counts for each row of the epsilon table, and says which bound is broken.
+class Monitor(ABC):
+    """Counts for each row of a policy's epsilon table, and says which bound is broken.
 
     A level is tightened when its interval lies above its epsilon, if epsilon bounds disagreement.
     Accuracy lost is at most the disagreement, but may be less, and what is right is not known in
@@ -138,6 +115,12 @@ class LevelMonitor:
     Counting goes on, but no level is loosened again: whoever serves has to look and to calibrate
     anew. The other levels stay as they are, stricter and looser ones alike: each has a bound and a
     reading of its own.
+
+    Attributes:
+        alpha: chance, for each level, that its interval ever misses the true rate.
+        epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
+        tightened: bool [levels], whose requests must run to full depth.
+
     """
 
     def __init__(
@@ -148,55 +131,85 @@ class LevelMonitor:
         self.epsilons = np.array(epsilons, dtype=np.float64)
         self.tightened: Bools = np.zeros(len(epsilons), dtype=np.bool_)
         self._closes = risk == "disagreement"
+        self._checked, self._disagreed = [0] * len(epsilons), [0] * len(epsilons)
         self._exceeded = [False] * len(epsilons)
-        self._readings = [Reading(epsilon, 0, 0, 0.0, 1.0, False) for epsilon in epsilons]
 
+    @abstractmethod
+    def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
+        """Count answers that have been compared with full depth.
+
+        Args:
+            request_ids: [answers], whose each is.
+            levels: [answers], the row of the epsilon table each was decided with.
+            disagreed: [answers].
+
+        Returns:
+            of the levels whose interval now lies above their epsilon, and did not before.
+
+        """
+
+    @abstractmethod
     def ended(self, request_id: str) -> list[Reading]:
-        """See `Monitor.ended`: each answer was a request."""
-        return []
+        """A request, of this policy or not, has no more answers; returns as `observe` does."""
+
+    @abstractmethod
+    def _interval(self, level: int) -> tuple[float, float]:
+        """Rates that are possible, at every moment at once."""
+
+    @abstractmethod
+    def _exceeds(self, level: int) -> bool:
+        """Whether that interval lies above the level's epsilon."""
 
     def readings(self) -> list[Reading]:
-        """See `Monitor.readings`."""
-        return list(self._readings)
+        """Of each level."""
+        return [self._reading(level) for level in range(len(self.epsilons))]
 
     def as_dict(self) -> dict[float, dict[str, Any]]:
-        """See `Monitor.as_dict`."""
-        return {
-            one.epsilon: {
-                "checked": one.checked,
-                "disagreed": one.disagreed,
-                "rate": one.rate,
-                "low": one.low,
-                "high": one.high,
-                "tightened": one.tightened,
-            }
-            for one in self._readings
-        }
+        """By epsilon, see `Reading.as_dict`."""
+        return {one.epsilon: one.as_dict() for one in self.readings()}
 
-    def _read(self, level: int, checked: int, disagreed: int, low: float, high: float) -> bool:
-        """A new reading of a level; whether it lies above its epsilon for the first time."""
-        epsilon = float(self.epsilons[level])
-        above = low > epsilon and not self._exceeded[level]
-        if above:
-            self._exceeded[level] = True
-            self.tightened[level] = self._closes
-        tightened = bool(self.tightened[level])
-        self._readings[level] = Reading(epsilon, checked, disagreed, low, high, tightened)
-        return above
+    def _reading(self, level: int) -> Reading:
+        return Reading(
+            float(self.epsilons[level]),
+            self._checked[level],
+            self._disagreed[level],
+            *self._interval(level),
+            bool(self.tightened[level]),
+        )
+
+    def _count(self, level: int, checked: int, disagreed: int) -> list[Reading]:
+        """Count so many answers of a level; its reading if that shows it above its epsilon."""
+        self._checked[level] += checked
+        self._disagreed[level] += disagreed
+        if self._exceeded[level] or not self._exceeds(level):
+            return []
+        self._exceeded[level] = True
+        self.tightened[level] = self._closes
+        return [self._reading(level)]
 
 
-class AnswerMonitor(LevelMonitor):
+class AnswerMonitor(Monitor):
     """Watches answers of one token."""
 
     def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
         """See `Monitor.observe`."""
         found = []
         for level in np.unique(levels).tolist():
-            here = levels == level
-            before = self._readings[level]
-            checked = before.checked + int(np.count_nonzero(here))
-            differed = before.disagreed + int(np.count_nonzero(disagreed[here]))
-            interval = confidence_interval(differed, checked, self.alpha)
-            if self._read(level, checked, differed, *interval):
-                found.append(self._readings[level])
+            here = disagreed[levels == level]
+            found += self._count(level, len(here), int(np.count_nonzero(here)))
         return found
+
+    def ended(self, request_id: str) -> list[Reading]:
+        """See `Monitor.ended`: each answer was a request."""
+        return []
+
+    def _interval(self, level: int) -> tuple[float, float]:
+        return confidence_interval(self._disagreed[level], self._checked[level], self.alpha)
+
+    def _exceeds(self, level: int) -> bool:
+        """Whether the lower end exceeds epsilon, without solving for it."""
+        (a, b), p = PRIOR, float(self.epsilons[level])
+        k, n = self._disagreed[level], self._checked[level]
+        mixture = betaln(a + k, b + n - k) - betaln(a, b)
+        at_epsilon = xlogy(k, p) + xlog1py(n - k, -p)
+        return k > n * p and bool(mixture + math.log(self.alpha) >= at_epsilon)

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp
 
-from vllm_adainfer.decision.monitor import Bools, Ints, LevelMonitor, Reading
+from vllm_adainfer.decision.monitor import Bools, Ints, Monitor, Reading
 
 STAKES = np.array([0.5, 0.25, 0.12, 0.06, 0.03, 0.015])
 RATES = np.geomspace(1e-4, 0.98, 120)  # the ends of an interval are among them, and the epsilons
@@ -32,9 +32,14 @@ RATES = np.geomspace(1e-4, 0.98, 120)  # the ends of an interval are among them,
 
 @dataclass
 class Text:
-    """A shadow request's text: its level, and of its tokens those compared, and those that differ.
+    """What has been compared of a shadow request's text.
 
-    It is complete when it has ended, or no more tokens of it count.
+    Attributes:
+        level: the row of the epsilon table it is decided with.
+        checked: tokens that were compared.
+        disagreed: those that differed.
+        complete: whether it has ended, or no more of its tokens count.
+
     """
 
     level: int
@@ -66,7 +71,7 @@ class Capital:
         return float(low.max(initial=0.0)), float(high.min(initial=1.0))
 
 
-class TextMonitor(LevelMonitor):
+class TextMonitor(Monitor):
     """Watches generated texts, up to as many tokens of each as calibration generated.
 
     Texts count in the order in which they began, each when it has ended (or has enough tokens): in
@@ -74,7 +79,7 @@ class TextMonitor(LevelMonitor):
     """
 
     def __init__(self, epsilons: Sequence[float], alpha: float, longest: int) -> None:
-        """`longest` is the most tokens of a text that count; see `LevelMonitor`."""
+        """`longest` is the most tokens of a text that count; see `Monitor`."""
         super().__init__(epsilons, alpha)
         rates = np.union1d(RATES, self.epsilons)
         self._capital = [Capital(rates) for _ in epsilons]
@@ -94,7 +99,7 @@ class TextMonitor(LevelMonitor):
                 text.checked += 1
                 text.disagreed += differs
                 text.complete = text.checked == self._longest
-        return self._count()
+        return self._count_complete()
 
     def ended(self, request_id: str) -> list[Reading]:
         """See `Monitor.ended`."""
@@ -102,17 +107,22 @@ class TextMonitor(LevelMonitor):
         if text is None:
             return []
         text.complete = True
-        return self._count()
+        return self._count_complete()
 
-    def _count(self) -> list[Reading]:
+    def _count_complete(self) -> list[Reading]:
         """Count texts that are complete, up to the first that is not."""
         found = []
         while self._to_count and self._to_count[0].complete:
             text = self._to_count.popleft()
-            capital, before = self._capital[text.level], self._readings[text.level]
-            capital.bet(text.disagreed / self._longest, text.checked / self._longest)
-            checked = before.checked + text.checked
-            disagreed = before.disagreed + text.disagreed
-            if self._read(text.level, checked, disagreed, *capital.interval(self.alpha)):
-                found.append(self._readings[text.level])
+            self._capital[text.level].bet(
+                text.disagreed / self._longest, text.checked / self._longest
+            )
+            found += self._count(text.level, text.checked, text.disagreed)
         return found
+
+    def _interval(self, level: int) -> tuple[float, float]:
+        return self._capital[level].interval(self.alpha)
+
+    def _exceeds(self, level: int) -> bool:
+        """Whether epsilon, which is among the rates, is too low."""
+        return self._interval(level)[0] >= self.epsilons[level]

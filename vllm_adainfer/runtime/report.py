@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_adainfer.decision.monitor import Reading
@@ -77,6 +77,7 @@ class Reporter:
         return {
             "added": [entry for entry in added if entry[-1]],
             "shadow": {
-                name: [asdict(reading) for reading in readings] for name, readings in counted.shadow
+                name: [{"epsilon": one.epsilon, **one.as_dict()} for one in readings]
+                for name, readings in counted.shadow
             },
         }

@@ -45,6 +45,6 @@ def _disagreement(policy: str, reading: Mapping[str, Any]) -> str:
     state = ": at full depth now" if reading["tightened"] else ""
     return (
         f"shadow disagreement of {policy} at {reading['epsilon']:g} "
-        f"{reading['disagreed'] / reading['checked']:.1%} "
+        f"{reading['rate']:.1%} "
         f"[{100 * reading['low']:.1f}, {100 * reading['high']:.1f}]{state}"
     )

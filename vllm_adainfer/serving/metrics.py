@@ -125,9 +125,8 @@ class EngineMetrics:
                 self._series.exits_allowed.labels(*labels).set(not reading["tightened"])
                 if not reading["checked"]:
                     continue
-                ends = {**reading, "rate": reading["disagreed"] / reading["checked"]}
                 for end, gauge in self._series.disagreement.items():
-                    gauge.labels(*labels).set(ends[end])
+                    gauge.labels(*labels).set(reading[end])
 
     def _add(self, kind: str, policy: str, detail: str, added: float) -> None:
         if kind == "tokens":
