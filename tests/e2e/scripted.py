@@ -84,7 +84,7 @@ def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     admission = running.admission, scheduler.admission
     lens = model.logit_lens()
     loop.policies = only(ScriptedPolicy(loop.policies.exit_points, lens))
-    loop.count_anew()
+    loop.reset_counters()
     loop.kv = ExactKV()
     loop._min_rows_saved = min_rows_saved
     running.admission = scheduler.admission = ScriptedAdmission()

@@ -19,6 +19,7 @@ from tests.e2e.patterns import Request, drive, random_requests, wrong
 from tests.e2e.scripted import FULL, ScriptedPolicy, drawn, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
+from tests.unit.test_work import waiting_of
 from vllm_adainfer import stats
 from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.decision.policy_set import PolicySet
@@ -94,6 +95,7 @@ def two_policies(
         policy = ScriptedPolicy(points, model.logit_lens())
         policies = PolicySet({"a": policy, "b": policy})
         loop.policies = policies
+        loop.reset_counters()
         loop.kv = ExactKV(capacity) if kv == "exact" else PropagateKV(fill)
 
         def drawing(positions: Tensor, input_ids: Tensor, step: Any) -> Any:
@@ -138,7 +140,7 @@ def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped
         for *key, added in reporter.report(snapshot_of(loop.stats))["added"]:
             assert added > 0, key
             received[tuple(key)] += added
-        waiting = loop.work.waiting()
+        waiting = waiting_of(loop.work)
         for name in NAMES:
             run, skipped, _ = (received[kind, name, ""] for kind in WORK)
             assert run + skipped + waiting[name] == came[name]
@@ -152,7 +154,7 @@ def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped
     ):
         pattern = drive(small, requests)
         small.llm_engine.step()  # the worker hears of the last ones that ended
-        assert loop.work.waiting() == dict.fromkeys(NAMES, 0)
+        assert waiting_of(loop.work) == dict.fromkeys(NAMES, 0)
     assert steps > 10
     assert pattern.produced
     assert received["layers_deferred", "a", ""] > 0 or kv == "propagate"

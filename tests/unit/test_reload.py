@@ -134,4 +134,4 @@ def test_ranks_that_have_read_something_else_are_noticed(monkeypatch, other, sam
     ranks = SimpleNamespace(world_size=2, cpu_group="both")
     monkeypatch.setattr(agreement, "get_tp_group", lambda: ranks)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert agreement.have_all(7) is same
+    assert agreement.same_on_all_ranks(7) is same

@@ -27,14 +27,14 @@ class Traffic:
         self.generator = np.random.default_rng(seed)
         self.monitors = {name: AnswerMonitor(EPSILONS, alpha=0.1) for name in ("a", "b")}
         self.stats = ExitStats(shadow=self.monitors)
-        self.work = Work(self.stats, [EXIT_LAYER], DEPTH)
+        self.work = Work(self.stats, POLICIES, [EXIT_LAYER], DEPTH)
         self.totals: Counter[Any] = Counter()
         self.waiting: Counter[str] = Counter()  # rows of the one request, by policy
 
     def update(self) -> None:
         rows, tokens = self.generator.integers(1, 9, 2).tolist()
         name = str(self.generator.choice(POLICIES))
-        step = self.work.step(POLICIES, np.array([POLICIES.index(name)]), ["x"], np.array([rows]))
+        step = self.work.step(np.array([POLICIES.index(name)]), ["x"], np.array([rows]))
         step.ran(EXIT_LAYER)
         self.count("layers_run", {name: rows * EXIT_LAYER})
         left = {name: rows * (DEPTH - EXIT_LAYER)}
@@ -43,7 +43,7 @@ class Traffic:
                 step.leave(0, np.array([0]))
                 self.count("layers_skipped", left)
             case 1:
-                step.put_off(0, np.array([0]))
+                step.defer(0, np.array([0]))
                 self.count("layers_deferred", left)
                 self.waiting[name] += rows
             case 2:

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tiny import EXIT_POINTS, LAYERS
+from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.runtime.work import Work
 from vllm_adainfer.stats import ExitStats
 
-DEPTH, EXIT_LAYERS, NAMES = 6, (2, 3, 5), ("a", "b", "full_depth")
+DEPTH, EXIT_LAYERS, NAMES = LAYERS, EXIT_POINTS, ("a", "b", NO_POLICY)
 COUNTERS = ("layers_run", "layers_skipped", "layers_deferred", "layers_possible")
 
 
@@ -25,24 +27,34 @@ def counted(stats: ExitStats) -> dict[tuple[str, str], int]:
 
 
 def work() -> Work:
-    return Work(ExitStats(), EXIT_LAYERS, DEPTH)
+    return Work(ExitStats(), NAMES, EXIT_LAYERS, DEPTH)
 
 
 def step(engine: Work, *requests: tuple[str, str, int]) -> Any:
     """Of each request: its name, the policy it comes under, its rows."""
     owners = np.array([NAMES.index(policy) for _, policy, _ in requests])
     lens = np.array([rows for _, _, rows in requests])
-    return engine.step(NAMES, owners, [name for name, _, _ in requests], lens)
+    return engine.step(owners, [name for name, _, _ in requests], lens)
 
 
 FIRST = np.array([0])
+
+
+def waiting_of(work: Work) -> dict[str, int]:
+    """Rows x layers that wait, by policy."""
+    found = dict.fromkeys(work.names, 0)
+    for below in work._waiting.values():
+        for exit_index, rows in below.items():
+            for name, count in zip(work.names, rows.tolist(), strict=True):
+                found[name] += count * (DEPTH - EXIT_LAYERS[exit_index])
+    return found
 
 
 def test_a_row_that_waited_is_counted_for_the_policy_it_came_under_whatever_its_request_has_now():
     engine = work()
     early = step(engine, ("x", "a", 3))
     early.ran(2)
-    early.put_off(0, FIRST)
+    early.defer(0, FIRST)
     later = step(engine, ("x", "full_depth", 1))
     later.ran(2)
     later.join(0, FIRST)
@@ -57,13 +69,13 @@ def test_a_row_that_waited_is_counted_for_the_policy_it_came_under_whatever_its_
 def test_rows_that_wait_again_further_down_stay_those_of_their_policies():
     engine = work()
     early = step(engine, ("x", "a", 3))
-    early.put_off(0, FIRST)
+    early.defer(0, FIRST)
     later = step(engine, ("x", "b", 1))
     later.join(0, FIRST)
-    later.put_off(1, FIRST)
-    assert engine.waiting() == {"a": 3 * 3, "b": 1 * 3, "full_depth": 0}
+    later.defer(1, FIRST)
+    assert waiting_of(engine) == {"a": 3 * 3, "b": 1 * 3, "full_depth": 0}
     engine.forget("x")
-    assert engine.waiting() == dict.fromkeys(NAMES, 0)
+    assert waiting_of(engine) == dict.fromkeys(NAMES, 0)
     assert engine.stats.by_policy["a"].layers_skipped == 3 * 3
     assert engine.stats.by_policy["b"].layers_skipped == 1 * 3
 
@@ -104,7 +116,7 @@ def test_no_counter_falls_and_run_skipped_and_waiting_are_all_that_came(data):
                 if fate == "leaves":
                     now.leave(index, np.array([place]))
                 elif fate == "waits":
-                    now.put_off(index, np.array([place]))
+                    now.defer(index, np.array([place]))
                     key = names[place], index
                     waiting[key] = 1 + waiting.get(key, 0)
                 elif (names[place], index) in waiting:
@@ -122,5 +134,5 @@ def test_no_counter_falls_and_run_skipped_and_waiting_are_all_that_came(data):
         for name in NAMES:
             own = engine.stats.by_policy[name]
             assert own.layers_possible == came[name]
-            assert own.layers_run + own.layers_skipped + engine.waiting()[name] == came[name]
+            assert own.layers_run + own.layers_skipped + waiting_of(engine)[name] == came[name]
     assert {name for name, _ in waiting} == set(engine._waiting)

@@ -18,7 +18,7 @@ def agreed(values: Tensor) -> Tensor:
     return ranks.broadcast(values.contiguous())
 
 
-def have_all(number: int) -> bool:
+def same_on_all_ranks(number: int) -> bool:
     """Whether every rank has `number`; all of them have to ask."""
     ranks = get_tp_group()
     numbers = [0] * ranks.world_size

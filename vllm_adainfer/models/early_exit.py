@@ -27,7 +27,7 @@ from vllm_adainfer.decision.shards import VocabularyShards
 from vllm_adainfer.decision.text_monitor import TextMonitor
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.fingerprint import WeightsFingerprint
-from vllm_adainfer.models.agreement import agreed, have_all
+from vllm_adainfer.models.agreement import agreed, same_on_all_ranks
 from vllm_adainfer.models.decoder import Decoder, norm_of
 from vllm_adainfer.models.exit_loop import ExitLoop, ScoredAnswers
 from vllm_adainfer.models.kv_fill import KVFill
@@ -108,7 +108,7 @@ class EarlyExit(_Model):
             recorder = _recorder(settings.record, settings.record_lens)
             self.exit_loop = RecordingLoop(self._stack(recorder.layers, vllm_config), recorder)
             return
-        if not have_all(digest_of(self.artifacts)):
+        if not same_on_all_ranks(digest_of(self.artifacts)):
             raise AdaInferError(NOT_THE_SAME)
         kv: KVPolicy = ExactKV() if self._kv_fill is None else PropagateKV(self._kv_fill)
         self.exit_loop = ExitLoop(

@@ -100,12 +100,12 @@ class ExitLoop:
         self._min_rows_saved = min_rows_saved
         self._max_rows = max_rows
         self._depth = stack.depth
-        self.count_anew()
+        self.reset_counters()
 
-    def count_anew(self) -> None:
+    def reset_counters(self) -> None:
         """Start all counters from 0."""
-        stats = ExitStats(shadow=self.monitors)
-        self.work = Work(stats, self.policies.exit_points, self._depth)
+        stats, policies = ExitStats(shadow=self.monitors), self.policies
+        self.work = Work(stats, policies.names, policies.exit_points, self._depth)
 
     @property
     def stats(self) -> ExitStats:
@@ -142,7 +142,7 @@ class ExitLoop:
     def _run(self, positions: Tensor, input_ids: Tensor, step: StepContext) -> StepOutput:
         policies, owners = self.policies, self.policies.owners(step.tags)
         self.stats.tokens_decided += step.num_sampled
-        work = self.work.step(policies.names, owners, step.request_ids, step.layout.lens)
+        work = self.work.step(owners, step.request_ids, step.layout.lens)
         came = CompiledBatch(self.stack, positions, get_forward_context())
         batch = self._graphed(step) or came
         decisions = Decisions(policies, owners, step)
@@ -204,11 +204,9 @@ class ExitLoop:
             return None
         if leaving.size:
             self._let_go(exit_index, leaving, stream, step, work)
-        if waiting is not None:
-            staying = step.layout.num_rows - int(step.layout.lens[leaving].sum())
-            if staying + int(waiting.sum()) > self._max_rows:
-                self._catch_up(exit_index, waiting, step, work, came)
-                waiting = None
+        if waiting is not None and self._would_be_too_many(leaving, waiting, step):
+            self._catch_up(exit_index, waiting, step, work, came)
+            waiting = None
         if waiting is not None:
             stream = stream.rows(slice(0, step.layout.num_rows))  # those of nobody go
             stream = Stream.cat([stream, self.kv.rejoin(exit_index, step, waiting)])
@@ -224,9 +222,14 @@ class ExitLoop:
         if (going_on := leaving[goes_on]).size:
             self.kv.leave(exit_index, going_on, stream, step)
         if self.kv.defers:
-            work.put_off(exit_index, going_on)
+            work.defer(exit_index, going_on)
             leaving = leaving[~goes_on]
         work.leave(exit_index, leaving)
+
+    def _would_be_too_many(self, leaving: Ints, waiting: Ints, step: StepContext) -> bool:
+        """Whether the batch without `leaving` but with rows `waiting` [requests] is too large."""
+        stay = step.layout.num_rows - int(step.layout.lens[leaving].sum())
+        return stay + int(waiting.sum()) > self._max_rows
 
     def _catch_up(
         self,
@@ -236,10 +239,11 @@ class ExitLoop:
         work: StepWork,
         came: CompiledBatch,
     ) -> None:
-        """Run rows that wait to the end, before the others: together they would be too many.
+        """Run waiting rows through the rest of the stack by themselves, before the batch goes on.
 
-        Of the requests that have rows `waiting` [requests] here, those below later exit points come
-        first, as their positions do. Metadata of the batch have to be built anew after this.
+        They are all those of requests that have rows `waiting` [requests] here. Rows below later
+        exit points have earlier positions, so they run first. This builds attention metadata, so
+        the batch needs its own to be built again afterwards.
         """
         last = step.layout.last_positions - step.layout.lens
         others = np.flatnonzero(waiting == 0)

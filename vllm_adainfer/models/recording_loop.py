@@ -50,10 +50,10 @@ class RecordingLoop:
         self.timings = Timings()
         self.stack = stack
         self._depth = stack.depth
-        self.count_anew()
+        self.reset_counters()
 
-    def count_anew(self) -> None:
-        """See `ExitLoop.count_anew`."""
+    def reset_counters(self) -> None:
+        """See `ExitLoop.reset_counters`."""
         self.stats = ExitStats()
 
     def forget(self, request_id: str) -> None:

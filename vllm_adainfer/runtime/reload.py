@@ -14,7 +14,7 @@ from vllm_adainfer.artifact_files import load_artifacts
 from vllm_adainfer.compat import get_logger
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.models.agreement import have_all
+from vllm_adainfer.models.agreement import same_on_all_ranks
 from vllm_adainfer.runtime.admission import Admission
 from vllm_adainfer.runtime.requests import RunningRequests
 
@@ -51,7 +51,7 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
         digest = digest_of(artifacts)
     except AdaInferError as error:
         failure = error
-    same = have_all(digest)  # every rank has to get here
+    same = same_on_all_ranks(digest)  # every rank has to get here
     if failure is not None:
         raise failure
     if not same:

@@ -1,4 +1,4 @@
-"""Work: rows x layers of a step as they are run, skipped for good, or put off.
+"""Work: rows x layers of a step as they are run, skipped for good, or deferred.
 
 Rows belong to the policy that their request came under, also when they run layers in a later step
 in which the request has another tag. So of each policy, at any time,
@@ -27,43 +27,33 @@ class Work:
 
     """
 
-    def __init__(self, stats: ExitStats, exit_layers: Sequence[int], depth: int) -> None:
+    def __init__(
+        self, stats: ExitStats, names: Sequence[str], exit_layers: Sequence[int], depth: int
+    ) -> None:
         """Of a model with `depth` layers whose rows can leave after `exit_layers`."""
         self.stats = stats
-        self.names: Sequence[str] = ()
+        self.names = names
         self._left_after = [depth - layer for layer in exit_layers]
         self._depth = depth
         # By request, then exit point (an index): [policies], the rows that wait there.
         self._waiting: dict[str, dict[int, Ints]] = {}
 
-    def waiting(self) -> dict[str, int]:
-        """Rows x layers that are put off, by policy."""
-        total = np.zeros(len(self.names), dtype=np.int64)
-        for below in self._waiting.values():
-            for exit_index, rows in below.items():
-                total += rows * self._left_after[exit_index]
-        return dict(zip(self.names, total.tolist(), strict=True))
-
-    def step(
-        self, names: Sequence[str], owners: Ints, request_ids: Sequence[str], lens: Ints
-    ) -> StepWork:
+    def step(self, owners: Ints, request_ids: Sequence[str], lens: Ints) -> StepWork:
         """A step begins.
 
         Args:
-            names: of policies, the same in every step.
             owners: [requests], the policy (an index) that each comes under.
             request_ids: vLLM's.
             lens: [requests], rows of each.
 
         """
-        self.names = names
-        rows = np.zeros((len(owners), len(names)), dtype=np.int64)
+        rows = np.zeros((len(owners), len(self.names)), dtype=np.int64)
         rows[np.arange(len(owners)), owners] = lens
         self.stats.passes_possible += self._depth
         self.add("layers_possible", rows.sum(axis=0), self._depth)
         return StepWork(self, request_ids, owners, rows)
 
-    def put_off(self, request_id: str, exit_index: int, rows: Ints) -> None:
+    def defer(self, request_id: str, exit_index: int, rows: Ints) -> None:
         """`rows` [policies] of a request wait below an exit point."""
         self.add("layers_deferred", rows, self._left_after[exit_index])
         below = self._waiting.setdefault(request_id, {})
@@ -127,11 +117,11 @@ class StepWork:
         self._work.skip(exit_index, self._rows[requests].sum(axis=0))
         self._remove(requests)
 
-    def put_off(self, exit_index: int, requests: Ints) -> None:
+    def defer(self, exit_index: int, requests: Ints) -> None:
         """`requests` leave the batch at an exit point, to run what is below in a later step."""
         for request in requests.tolist():
             request_id = self._request_ids[request]
-            self._work.put_off(request_id, exit_index, self._rows[request].copy())
+            self._work.defer(request_id, exit_index, self._rows[request].copy())
         self._remove(requests)
 
     def join(self, exit_index: int, requests: Ints) -> None:
