@@ -32,6 +32,7 @@ LONGEST_PROMPT = 400
 ARGUMENTS = ("--max-model-len", str(LENGTH), "--num-gpu-blocks-override", "24")
 ARGUMENTS += ("--max-num-batched-tokens", "512")
 REQUESTS = {"exact": "greedy", "propagate": "all"}  # that may exit, by KV policy
+SHADOW_RATE = 0.1
 LEAVING = 0.2  # of the time clients leave in the middle
 
 
@@ -43,8 +44,7 @@ def main(
     data: Annotated[list[Path], typer.Option(help="JSON lines, for each of them.")],
     template: Annotated[list[str], typer.Option(help="Of the prompts, for each of them.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/texts.json"),
-    kv: Annotated[list[str] | None, typer.Option(help="KV policies; both by default.")] = None,
-    minutes: Annotated[float, typer.Option(help="How long texts are generated with each.")] = 15,
+    minutes: Annotated[float, typer.Option(help="How long texts are generated.")] = 30,
     rows: Annotated[int, typer.Option(help="Of the data, for each other policy.")] = 20,
 ) -> None:
     """Serve with each KV policy, and write JSON and a Markdown table beside each other.
@@ -58,9 +58,14 @@ def main(
     bench = Bench(questions, Path(source))
     with_text = partial(texts, prompts=prompts_of(model, text_data), policy=name, config=config)
     with tempfile.TemporaryDirectory() as folder, bench.written_to(output, model, list(sources)):
-        for one in kv or REQUESTS:
-            switch = {"artifact": sources, "kv": one, "requests": REQUESTS[one]}
-            log = Path(folder, f"{one}.log")
+        for kv, requests in REQUESTS.items():
+            switch = {
+                "artifact": sources,
+                "kv": kv,
+                "requests": requests,
+                "shadow_rate": SHADOW_RATE,
+            }
+            log = Path(folder, f"{kv}.log")
             with serving(model, switch, log, ARGUMENTS, ENVIRONMENT) as server:
                 bench.quiet(server)
                 bench.longest = LENGTH
@@ -70,12 +75,12 @@ def main(
                 ):
                     scenario = partial(
                         with_text,
-                        seconds=60 * minutes * share,
-                        kv=one,
-                        draws=REQUESTS[one] == "all",
+                        seconds=60 * minutes * share / len(REQUESTS),
+                        kv=kv,
+                        draws=requests == "all",
                         leaves=leaves,
                     )
-                    row = bench.run(f"{title}, {one}", server, scenario)
+                    row = bench.run(f"{title}, {kv}", server, scenario)
                     row["growth"] = growth(row["samples"])
 
 

@@ -6,7 +6,7 @@ import asyncio
 import random
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,14 +224,21 @@ async def sampled_memory(stage: Stage) -> AsyncIterator[list[dict[str, float]]]:
             await sample()
             await asyncio.sleep(SAMPLE_SECONDS)
 
-    task = asyncio.create_task(sample_now_and_then())
-    try:
+    async with meanwhile(sample_now_and_then()):
         yield samples
+    await sample()
+
+
+@asynccontextmanager
+async def meanwhile(endless: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `endless` while the caller does something else; what it fails with is raised then."""
+    task = asyncio.create_task(endless)
+    try:
+        yield
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-    await sample()
 
 
 async def kill(stage: Stage, title: str) -> dict[str, Any]:

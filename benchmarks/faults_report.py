@@ -67,8 +67,9 @@ TEXTS = (
     "Texts: after each scenario the server reads texts once more at full depth. Of those that "
     "asked for it every token has to be its own choice (by half a unit of log-probability), of "
     "those that may exit at most as many may differ as the policy's bound allows, per token and by "
-    "prompt. `kv: propagate` promises no bound. Memory: MiB of all processes, of their own, at the "
-    "begin, in the middle and at the end."
+    "prompt. `kv: propagate` promises no bound. One request in ten that may exit is a shadow, "
+    "which runs at full depth and is compared (counted since the server's start). Memory: MiB of "
+    "all processes, of their own, at the begin, in the middle and at the end."
 )
 
 
@@ -79,8 +80,8 @@ def _texts(report: Mapping[str, Any]) -> list[str]:
     lines = [
         "| scenario | minutes | texts early / deep / drawn | tokens | preemptions | reloads "
         "| readings of /metrics | counters that fell | early tokens that differ | deep ones "
-        "| memory |",
-        "|" + "---|" * 11,
+        "| shadow answers that differ | memory |",
+        "|" + "---|" * 12,
     ]
     for row in rows:
         early, deep = (row["judged"][kind] for kind in ("early", "deep"))
@@ -92,6 +93,7 @@ def _texts(report: Mapping[str, Any]) -> list[str]:
             f"| {row['scrapes']:,} | {fell} "
             f"| {early['changed'] / max(early['tokens'], 1):.1%} of {early['tokens']:,} "
             f"| {deep['changed']} of {deep['tokens']:,} "
+            f"| {row['shadow']['disagreed']:,.0f} of {row['shadow']['checked']:,.0f} "
             f"| {' / '.join(f'{held:,.0f}' for held in _begin_middle_end(row['samples']))} |"
         )
     return [*lines, "", TEXTS, ""]

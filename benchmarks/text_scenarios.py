@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import numpy as np
-from fault_scenarios import Stage, sampled_memory
+from fault_scenarios import Stage, meanwhile, sampled_memory
 from load_client import Tokens
 
 from vllm_adainfer.artifact import ArtifactConfig
@@ -82,13 +82,8 @@ async def scraping(stage: Stage) -> AsyncIterator[Scraper]:
                     scraper.read(await response.text())
                 await asyncio.sleep(SCRAPE_SECONDS)
 
-    task = asyncio.create_task(scrape())
-    try:
+    async with meanwhile(scrape()):
         yield scraper
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task  # or what it failed with
 
 
 def one_connection_each(stage: Stage) -> aiohttp.ClientSession:
@@ -210,6 +205,10 @@ async def texts(
         },
         "text_tokens": sum(len(text.tokens) for text in writers.texts),
         "judged": judged,
+        "shadow": {
+            what: sum(stage.server.metrics(f"adainfer:shadow_{what}_total").values())
+            for what in ("checked", "disagreed")
+        },
         "scrapes": scraper.scrapes,
         "reloads": sum(reloads.values()),
         "took_seconds": took,

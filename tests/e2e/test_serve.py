@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import label_requests
 import pytest
 from server import Server, serving
 from transformers import AutoTokenizer
@@ -28,12 +29,14 @@ from tests.tiny import LABELS, LAYERS
 
 ENVIRONMENT = {
     "VLLM_PLUGINS": "adainfer",
+    "VLLM_SERVER_DEV_MODE": "1",  # has /reset_prefix_cache
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_LOG_STATS_INTERVAL": "1",
 }
 FLAGS = (
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--block-size", "32",
+    "--max-num-batched-tokens", "256",
     "--chat-template", "{% for message in messages %}{{ message['content'] }}{% endfor %}",
 )  # fmt: skip
 
@@ -204,6 +207,37 @@ def test_texts_leave_early_and_no_counter_of_the_server_ever_falls(server, clien
     rows = sum(map(len, prompts)) + len(prompts) * (tokens - 1)
     assert executed + skipped == rows * LAYERS
     assert deferred > 0, "some rows have to wait"
+
+
+def test_requests_of_all_kinds_at_once_are_told_what_each_is_told_alone(server, tasks):
+    """Of them stock vLLM on a CPU garbles `logprobs`, and ends at a seeded prompt of two chunks."""
+    labels = list(tasks["mood"].config.label_ids)
+    kinds: list[dict[str, Any]] = [
+        {"allowed_token_ids": labels},
+        {"logprobs": 3},
+        {"logprobs": 1, "logprob_token_ids": labels},
+        {"temperature": 1, "seed": 7, "max_tokens": 8},
+        {"temperature": 1, "seed": 8, "logprobs": 2, "max_tokens": 4},
+    ]
+    prompts = [prompt * 15 for prompt in prompts_of(70, 15, longest=20)]  # up to 300 tokens
+    wanted = [
+        {"model": "model", "prompt": prompt, "max_tokens": 1, "temperature": 0, **kind}
+        for prompt, kind in zip(prompts, kinds * 3, strict=True)
+    ]
+
+    def told(body: dict[str, Any]) -> Any:
+        status, answer = post(server, "/v1/completions", {**body, "return_token_ids": True})
+        assert status == 200, answer
+        [choice] = answer["choices"]
+        logprobs = choice["logprobs"] and choice["logprobs"]["top_logprobs"]
+        return choice["token_ids"], [sorted(place) for place in logprobs or ()]
+
+    label_requests.post(server, "/reset_prefix_cache")
+    alone = [told(body) for body in wanted]
+    for _ in range(3):
+        label_requests.post(server, "/reset_prefix_cache")
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            assert list(pool.map(told, wanted)) == alone
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
