@@ -113,8 +113,8 @@ def banner(name: str, config: ArtifactConfig, settings: Settings) -> str:
     watched = f"shadow rate {settings.shadow_rate:g}"
     if settings.shadow_rate and config.risk == "accuracy":
         watched += (
-            " (what is right is not known in service: shadow requests show disagreement, which "
-            "accuracy lost cannot exceed, and close no bound)"
+            " (the right answers are not known in service: shadow requests show disagreement, "
+            "which the accuracy lost cannot exceed, and close no bound)"
         )
     return (
         f"{text}, at most {at.epsilon:.3g} {risk} (confidence {1 - config.delta:.0%}), "

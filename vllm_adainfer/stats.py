@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 class PolicyStats:
     """What rows that came under one policy have run. No counter ever falls.
 
-    At any time run + skipped + what still waits (see `vllm_adainfer.runtime.work`) is possible.
+    At any time those run, skipped and still waiting (see `vllm_adainfer.runtime.work`) add up to
+    those possible.
 
     Attributes:
         layers_run: rows x layers executed.
         layers_skipped: rows x layers that will never be executed.
-        layers_deferred: rows x layers put off until their request needs them; then they are either
-            run or skipped. Counted each time a row is put off.
+        layers_deferred: rows x layers that wait until their request needs them; later they are
+            run or skipped. Counted each time that a row begins to wait.
         layers_possible: rows x layers that full depth would have executed.
         exit_histogram: tokens sampled by the number of layers they ran.
         shadow_checked: early answers compared with full depth, by epsilon; a monitor counts those

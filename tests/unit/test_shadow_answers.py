@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny import tiny_config
+from vllm_adainfer.config import Settings
+from vllm_adainfer.decision.monitor import AnswerMonitor
+from vllm_adainfer.decision.text_monitor import TextMonitor
+from vllm_adainfer.engine import banner
 from vllm_adainfer.models import agreement
-from vllm_adainfer.models.shadow import ShadowAnswers
+from vllm_adainfer.models.early_exit import monitor_of
+from vllm_adainfer.models.shadow import ShadowAnswers, warn, watch
+from vllm_adainfer.stats import PolicyStats
 
 LABELS = SimpleNamespace(answer_ids=torch.tensor([7, 3]), restricted=True)
 SHORTLIST = SimpleNamespace(answer_ids=torch.tensor([3, 7]), restricted=False)
@@ -80,3 +87,47 @@ def test_what_no_exit_point_settles_agrees(answers):
         answers=answers,
     )
     assert shadow.disagreed(torch.zeros(2, 10), head).tolist() == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "closes"),
+    [
+        ({}, AnswerMonitor, True),
+        ({"risk": "accuracy", "bound": "wsr"}, AnswerMonitor, False),
+        ({"max_tokens": 32, "bound": "wsr"}, TextMonitor, True),
+    ],
+    ids=["answers", "accuracy", "texts"],
+)
+def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
+    tiny_model, caplog, changes, kind, closes
+):
+    monitor = monitor_of(tiny_config(tiny_model, **changes))
+    assert type(monitor) is kind
+    assert (monitor.alpha, monitor.epsilons.tolist()) == (0.1, [0.02, 0.05])
+    for number in range(100):
+        shadow = SimpleNamespace(name="mood", tags=np.array([0]), request_ids=[str(number)])
+        watch(monitor, PolicyStats(), shadow, np.array([True]))
+        warn("mood", monitor, monitor.ended(str(number)))
+    assert monitor.tightened.tolist() == [closes, False]
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "policy mood: disagreement is above epsilon = 0.02" in warning
+    assert ("run at full depth from now on" in warning) == closes
+    assert ("the right answers are not known here, so nothing was closed" in warning) != closes
+
+
+@pytest.mark.parametrize(
+    ("changes", "promise"),
+    [
+        ({}, "at most 0.05 disagreement (confidence 90%)"),
+        ({"risk": "accuracy", "bound": "wsr"}, "at most 0.05 accuracy lost (confidence 90%)"),
+    ],
+)
+@pytest.mark.parametrize("rate", [0, 0.25])
+def test_the_start_up_line_says_what_is_bounded_and_what_shadows_can_tell_of_it(
+    tiny_model, changes, promise, rate
+):
+    config = tiny_config(tiny_model, **changes)
+    line = banner("mood", config, Settings(artifact="policy", shadow_rate=rate))
+    assert promise in line
+    assert f"shadow rate {rate:g}" in line
+    assert ("close no bound" in line) == (rate > 0 and config.risk == "accuracy")

@@ -110,8 +110,8 @@ class Monitor(ABC):
     """Counts for each row of a policy's epsilon table, and says which bound is broken.
 
     A level is tightened when its interval lies above its epsilon, if epsilon bounds disagreement.
-    Accuracy lost is at most the disagreement, but may be less, and what is right is not known in
-    service: such a bound is confirmed while the interval lies below it, and never tightened.
+    Accuracy lost is at most the disagreement, but may be less, and the right answers are not known
+    in service: such a bound is confirmed while the interval lies below it, and never tightened.
     Counting goes on, but no level is loosened again: whoever serves has to look and to calibrate
     anew. The other levels stay as they are, stricter and looser ones alike: each has a bound and a
     reading of its own.

@@ -85,8 +85,8 @@ def warn(policy: str, monitor: Monitor, exceeded: Sequence[Reading]) -> None:
             "so requests at this epsilon run at full depth from now on: calibrate again, on "
             "prompts like those served now"
             if reading.tightened
-            else "which the accuracy lost may reach but need not: what is right is not known here, "
-            "so nothing was closed: evaluate on labelled prompts like those served now"
+            else "which the accuracy lost may reach but need not; the right answers are not known "
+            "here, so nothing was closed: evaluate on labelled prompts like those served now"
         )
         logger.warning(
             "policy %s: disagreement is above epsilon = %g: %d of %d early answers of shadow "

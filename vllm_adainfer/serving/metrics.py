@@ -42,12 +42,12 @@ class Series:
         )
         self.layers_skipped = Counter(
             "adainfer:layer_rows_skipped",
-            "Rows x layers that full depth would have executed, and that never will be.",
+            "Rows x layers that will never be executed.",
             POLICY,
         )
         self.layers_deferred = Counter(
             "adainfer:layer_rows_deferred",
-            "Rows x layers put off until their request needs them: then executed, or else skipped.",
+            "Rows x layers that wait until their request needs them; later executed or skipped.",
             POLICY,
         )
         self.exit_layer = Histogram(
