@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import typer
 from small_models import FAMILIES, SOURCES, TEMPLATE, Row, snippets, train
 
-from vllm_adainfer.calibration.calibrate import CalibrationRequest, calibrate
-from vllm_adainfer.calibration.evaluate import EvaluationRequest, evaluate
-from vllm_adainfer.calibration.report import write_whole
+from vllm_adainfer.offline.calibration.calibrate import CalibrationRequest, calibrate
+from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
+from vllm_adainfer.offline.evaluation.report import write_whole
 
 TRAIN, CALIBRATE = 1400, 700  # of the rows; the rest is for the test
 

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from vllm_adainfer.artifact_files import load_artifact_config, load_details
-from vllm_adainfer.calibration.calibrate import load_config
-from vllm_adainfer.calibration.data import Example, Row, make_examples
-from vllm_adainfer.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.calibration.report import Run, write_whole
-from vllm_adainfer.calibration.sequences import compare, has_number, read_back
 from vllm_adainfer.config import EXIT_ARG
+from vllm_adainfer.offline.calibration.calibrate import load_config
+from vllm_adainfer.offline.calibration.data import Example, Row, make_examples
+from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.evaluation.report import Run, write_whole
+from vllm_adainfer.offline.evaluation.sequences import compare, has_number, read_back
+from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.plugin import register
-from vllm_adainfer.provenance import provenance
+from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ import typer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vllm_adainfer.provenance import provenance
+from vllm_adainfer.offline.provenance import provenance
 
 # name: (vocabulary, hidden size, kind of the final norm)
 SHAPES = {

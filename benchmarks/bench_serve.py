@@ -30,13 +30,13 @@ from serve_report import FIGURES, OURS, STOCK, plot, rate_row, table
 from server import Server, serving
 from tqdm import tqdm
 
-from vllm_adainfer.artifact_files import load_artifact_config
-from vllm_adainfer.calibration.calibrate import load_config
-from vllm_adainfer.calibration.data import Example, make_examples, read_rows, read_template
-from vllm_adainfer.calibration.engine import BLOCK
-from vllm_adainfer.calibration.report import write_whole
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.provenance import provenance
+from vllm_adainfer.offline.calibration.calibrate import load_config
+from vllm_adainfer.offline.calibration.data import Example, make_examples, read_rows, read_template
+from vllm_adainfer.offline.calibration.engine import BLOCK
+from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # an idle server leaves its core to the other one

@@ -18,11 +18,11 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from vllm_adainfer.calibration.calibrate import load_config
-from vllm_adainfer.calibration.data import Example
-from vllm_adainfer.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.calibration.report import write_whole
-from vllm_adainfer.provenance import provenance
+from vllm_adainfer.offline.calibration.calibrate import load_config
+from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.provenance import provenance
 
 MAX_LENGTH = 1024
 STOCK, FOUR = "stock", "four exit points"

@@ -35,17 +35,17 @@ import typer
 from scipy.optimize import nnls
 from scripted_requests import random_prompts, scripted_request
 
-from vllm_adainfer.calibration.calibrate import load_config
-from vllm_adainfer.calibration.data import Example
-from vllm_adainfer.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.calibration.report import write_whole
-from vllm_adainfer.decision.norm import Norm
-from vllm_adainfer.decision.probe import Probe
-from vllm_adainfer.decision.script import ScriptedPolicy
-from vllm_adainfer.models.batch import CompiledBatch
-from vllm_adainfer.models.exit_loop import ExitLoop
-from vllm_adainfer.provenance import provenance
-from vllm_adainfer.runtime.step import StepContext
+from vllm_adainfer.engine.compiled_batch import CompiledBatch
+from vllm_adainfer.exits.exit_loop import ExitLoop
+from vllm_adainfer.exits.step import StepContext
+from vllm_adainfer.offline.calibration.calibrate import load_config
+from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.policy.norm import Norm
+from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.script import ScriptedPolicy
 
 # Part of a step -> what its time is expected to be linear in; see `work` for the words.
 LINES = {

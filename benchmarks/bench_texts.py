@@ -22,9 +22,9 @@ from faults_report import growth
 from server import serving
 from text_scenarios import texts
 
-from vllm_adainfer.artifact_files import load_artifact_config
-from vllm_adainfer.calibration.calibrate import load_config
-from vllm_adainfer.calibration.data import make_examples, read_rows
+from vllm_adainfer.offline.calibration.calibrate import load_config
+from vllm_adainfer.offline.calibration.data import make_examples, read_rows
+from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 LENGTH = 1024  # of a prompt and its text, at most
 LONGEST_PROMPT = 400

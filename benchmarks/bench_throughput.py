@@ -39,12 +39,12 @@ from throughput_report import (
 )
 from tqdm import tqdm
 
-from vllm_adainfer.calibration.calibrate import load_config
-from vllm_adainfer.calibration.data import Example
-from vllm_adainfer.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.calibration.report import write_whole
+from vllm_adainfer.offline.calibration.calibrate import load_config
+from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.plugin import register
-from vllm_adainfer.provenance import provenance
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from faults_report import table
 from load_client import Question, Tokens, client_of, questions_of, quiet_pass
 from server import Server
 
-from vllm_adainfer.artifact_files import load_artifact_config
-from vllm_adainfer.calibration.data import read_template
-from vllm_adainfer.calibration.report import write_whole
-from vllm_adainfer.provenance import provenance
+from vllm_adainfer.offline.calibration.data import read_template
+from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 ENVIRONMENT = {
     "VLLM_PLUGINS": "adainfer",  # has /adainfer/reload

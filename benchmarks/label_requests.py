@@ -19,7 +19,7 @@ from typing import Any
 from server import Server
 from vllm_command import COMMAND
 
-from vllm_adainfer.calibration.data import Example
+from vllm_adainfer.offline.calibration.data import Example
 
 TOGETHER = 64  # prompts that are asked at once where answers are compared
 

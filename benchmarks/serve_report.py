@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_adainfer.calibration.plot import as_png
+from vllm_adainfer.offline.evaluation.plot import as_png
 
 STOCK, OURS = "stock", "adainfer"
 # What is kept of a run of ``vllm bench serve``, by its names; E2EL is a request's whole latency.

@@ -20,8 +20,8 @@ import numpy as np
 from fault_scenarios import Stage, meanwhile, sampled_memory
 from load_client import Tokens
 
-from vllm_adainfer.artifact import ArtifactConfig
-from vllm_adainfer.decision.text_monitor import TextMonitor
+from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.policy.text_monitor import TextMonitor
 
 CLIENTS = (1, 6, 16)  # in turn: one user alone does what a crowd does not, and the other way
 TURN_SECONDS = 30

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_adainfer.calibration.plot import as_png
+from vllm_adainfer.offline.evaluation.plot import as_png
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from vllm_adainfer.artifact import ArtifactConfig, Label, Level
-from vllm_adainfer.artifact_files import save_artifact
-from vllm_adainfer.fingerprint import WeightsFingerprint
+from vllm_adainfer.policy.artifact import ArtifactConfig, Label, Level
+from vllm_adainfer.policy.artifact_files import save_artifact
+from vllm_adainfer.policy.fingerprint import WeightsFingerprint
 
 LAYERS = 6
 EXIT_POINTS = (2, 3, 5)
@@ -47,7 +47,7 @@ def tiny_llama(directory: Path) -> Path:
 
 def word_tokenizer() -> Fast:
     """One token a word of the demo's reviews."""
-    text = files("vllm_adainfer.demo").joinpath("calibration.jsonl").read_text()
+    text = files("vllm_adainfer.offline.demo").joinpath("calibration.jsonl").read_text()
     split = pre_tokenizers.Whitespace()
     words = ["<unk>", *sorted({word for word, _ in split.pre_tokenize_str(text)})[:998]]
     more = (*LABELS, "negative", "positive", "Review", "Sentiment", ":")

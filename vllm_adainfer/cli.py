@@ -163,11 +163,11 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="For splits and folds.")] = 0,
 ) -> None:
     """Fit a policy on your prompts, certify its bound, write an artifact."""
-    from vllm_adainfer.artifact_files import load_details
-    from vllm_adainfer.calibration.calibrate import CalibrationRequest
-    from vllm_adainfer.calibration.calibrate import calibrate as run
-    from vllm_adainfer.calibration.policy import PolicyOptions
-    from vllm_adainfer.describe import describe
+    from vllm_adainfer.offline.calibration.calibrate import CalibrationRequest
+    from vllm_adainfer.offline.calibration.calibrate import calibrate as run
+    from vllm_adainfer.offline.calibration.policy import PolicyOptions
+    from vllm_adainfer.offline.describe import describe
+    from vllm_adainfer.policy.artifact_files import load_details
 
     config = run(
         CalibrationRequest(
@@ -232,8 +232,8 @@ def evaluate(
     if suite is not None:
         if artifact is not None or data is not None:
             raise AdaInferError("--suite brings its own data and policies: drop --artifact, --data")
-        from vllm_adainfer.suite.report import markdown
-        from vllm_adainfer.suite.run import SuiteRequest, run_suite
+        from vllm_adainfer.offline.suite.report import markdown
+        from vllm_adainfer.offline.suite.run import SuiteRequest, run_suite
 
         request = SuiteRequest(
             model=model,
@@ -249,10 +249,10 @@ def evaluate(
         return
     if artifact is None or data is None:
         raise AdaInferError("evaluate needs --artifact and --data, or --suite: give one of the two")
-    from vllm_adainfer.calibration.evaluate import EvaluationRequest
-    from vllm_adainfer.calibration.evaluate import evaluate as run
-    from vllm_adainfer.calibration.report import summary_line
-    from vllm_adainfer.describe import table
+    from vllm_adainfer.offline.describe import table
+    from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest
+    from vllm_adainfer.offline.evaluation.evaluate import evaluate as run
+    from vllm_adainfer.offline.evaluation.report import summary_line
 
     result = run(
         EvaluationRequest(
@@ -278,8 +278,8 @@ def inspect(
     artifact: Annotated[str, typer.Argument(help="Directory or hub id of the artifact.")],
 ) -> None:
     """Say what an artifact is for and what it promises."""
-    from vllm_adainfer.artifact_files import load_artifact_config, load_details
-    from vllm_adainfer.describe import describe
+    from vllm_adainfer.offline.describe import describe
+    from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
 
     typer.echo(describe(load_artifact_config(artifact), load_details(artifact)))
 
@@ -296,7 +296,7 @@ def doctor(
     ] = None,
 ) -> None:
     """Check installation, artifact and model, a line each; exit with 1 if a check failed."""
-    from vllm_adainfer.serving.doctor import examine
+    from vllm_adainfer.offline.doctor.checks import examine
 
     failed = False
     for finding in examine(model, artifact):
@@ -314,7 +314,7 @@ def demo(
     ),
 ) -> None:
     """Fetch a small model, calibrate on the prompts shipped here, compare with stock vLLM."""
-    from vllm_adainfer.demo.run import run
+    from vllm_adainfer.offline.demo.run import run
 
     typer.echo(run(output))
 
@@ -325,7 +325,7 @@ def fetch_demo_model(
     output: Annotated[Path, typer.Option(help="Directory of the checkpoint.")],
 ) -> None:
     """Write the demo model, SmolLM2-135M-Instruct, as a safetensors checkpoint."""
-    from vllm_adainfer.demo.model import fetch_demo_model as fetch
+    from vllm_adainfer.offline.demo.model import fetch_demo_model as fetch
 
     typer.echo(f"demo model in {fetch(output)}")
 

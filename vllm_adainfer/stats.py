@@ -1,126 +1,22 @@
-"""Counters of executed work: rows x layers are counted where layers execute."""
+"""Counters of a running engine, for those who hold an ``LLM``."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.config import DEFAULT_POLICY
+from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from vllm_adainfer.decision.monitor import Monitor
-
-
-@dataclass
-class PolicyStats:
-    """What rows that came under one policy have run. No counter ever falls.
-
-    At any time those run, skipped and still waiting (see `vllm_adainfer.runtime.work`) add up to
-    those possible.
-
-    Attributes:
-        layers_run: rows x layers executed.
-        layers_skipped: rows x layers that will never be executed.
-        layers_deferred: rows x layers that wait until their request needs them; later they are
-            run or skipped. Counted each time that a row begins to wait.
-        layers_possible: rows x layers that full depth would have executed.
-        exit_histogram: tokens sampled by the number of layers they ran.
-        shadow_checked: early answers compared with full depth, by epsilon; a monitor counts those
-            of the artifact that serves now.
-        shadow_disagreed: those that differed.
-
-    """
-
-    layers_run: int = 0
-    layers_skipped: int = 0
-    layers_deferred: int = 0
-    layers_possible: int = 0
-    exit_histogram: Counter[int] = field(default_factory=Counter)
-    shadow_checked: Counter[float] = field(default_factory=Counter)
-    shadow_disagreed: Counter[float] = field(default_factory=Counter)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "layers_run": self.layers_run,
-            "layers_skipped": self.layers_skipped,
-            "layers_deferred": self.layers_deferred,
-            "layers_possible": self.layers_possible,
-            "exit_histogram": dict(sorted((+self.exit_histogram).items())),
-        }
-
-
-@dataclass
-class ExitStats:
-    """What one engine has run since it started.
-
-    Attributes:
-        tokens_decided: tokens sampled, at any depth.
-        passes_run: layers entered, with however many rows: weights are read once for each.
-        passes_possible: layers that full depth would have entered.
-        seconds: in the stack, by the host's clock; on a CPU only, elsewhere it is 0.
-        probe_seconds: of these, asking policies.
-        by_policy: the rest, by the name of the policy that decides; `NO_POLICY` is those that may
-            not exit.
-        shadow: what shadow requests have shown, by policy; empty (and no key) where nobody watches.
-
-    """
-
-    tokens_decided: int = 0
-    passes_run: int = 0
-    passes_possible: int = 0
-    seconds: float = 0.0
-    probe_seconds: float = 0.0
-    by_policy: defaultdict[str, PolicyStats] = field(
-        default_factory=lambda: defaultdict(PolicyStats)
-    )
-    shadow: Mapping[str, Monitor] = field(default_factory=dict)
-
-    @property
-    def layers_run(self) -> int:
-        """Rows x layers executed."""
-        return sum(policy.layers_run for policy in self.by_policy.values())
-
-    @property
-    def layers_possible(self) -> int:
-        """Rows x layers that full depth would have executed."""
-        return sum(policy.layers_possible for policy in self.by_policy.values())
-
-    @property
-    def exit_histogram(self) -> Counter[int]:
-        """Tokens sampled by the number of layers they ran."""
-        return sum((policy.exit_histogram for policy in self.by_policy.values()), Counter())
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, so that they can cross a process border."""
-        counters: dict[str, Any] = {
-            "tokens_decided": self.tokens_decided,
-            "layers_run": self.layers_run,
-            "layers_possible": self.layers_possible,
-            "passes_run": self.passes_run,
-            "passes_possible": self.passes_possible,
-            "exit_histogram": dict(sorted(self.exit_histogram.items())),
-            "policies": {name: own.as_dict() for name, own in self.by_policy.items()},
-        }
-        if self.shadow:
-            shadow = {name: monitor.as_dict() for name, monitor in self.shadow.items()}
-            counters["shadow"] = shadow.get(DEFAULT_POLICY, shadow)
-        return counters
-
 
 def stats(llm: LLM) -> dict[str, Any]:
-    """Counters of a running engine, see `ExitStats` for the keys.
+    """Counters of a running engine, see `vllm_adainfer.exits.counters.ExitStats`.
 
     Raises:
         AdaInferError: the engine was started without vllm-adainfer configured.
 
     """
-    from vllm_adainfer.errors import AdaInferError
-
     try:
         counters, *_ = llm.collective_rpc("adainfer_stats")  # every rank counts the same
     except Exception as error:

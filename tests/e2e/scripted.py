@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.config import DEFAULT_POLICY
-from vllm_adainfer.decision.policy import Decision
-from vllm_adainfer.decision.policy_set import PolicySet
-from vllm_adainfer.decision.probe import Probe
-from vllm_adainfer.runtime.admission import Admission
-from vllm_adainfer.runtime.kv import ExactKV, PropagateKV
+from vllm_adainfer.engine.admission import Admission
+from vllm_adainfer.exits.kv import ExactKV, PropagateKV
+from vllm_adainfer.policy.exit_policy import Decision
+from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.policy.probe import Probe
 
 EXIT_AT = "exit_at"
 FULL = -1

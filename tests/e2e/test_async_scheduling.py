@@ -19,9 +19,9 @@ from tests.e2e.oracle import hidden_states
 from tests.e2e.patterns import drawn_pattern, wrong
 from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
-from vllm_adainfer.calibration.collect import record
-from vllm_adainfer.calibration.data import Example
-from vllm_adainfer.runtime.scheduler import AdaInferAsyncScheduler
+from vllm_adainfer.engine.scheduler import AdaInferAsyncScheduler
+from vllm_adainfer.offline.calibration.collect import record
+from vllm_adainfer.offline.calibration.data import Example
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="Model Runner V1 is scheduled synchronously")
 

@@ -38,7 +38,9 @@ def command(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
-    lines = files("vllm_adainfer.demo").joinpath("calibration.jsonl").read_text().splitlines()
+    lines = (
+        files("vllm_adainfer.offline.demo").joinpath("calibration.jsonl").read_text().splitlines()
+    )
     path.write_text("\n".join(lines[:240]))
     return path
 

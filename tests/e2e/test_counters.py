@@ -22,13 +22,13 @@ from tests.triton_on_cpu import IS_V2
 from tests.unit.test_work import waiting_of
 from vllm_adainfer import stats
 from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.decision.policy_set import PolicySet
-from vllm_adainfer.models.segments import Stack
-from vllm_adainfer.runtime import step as step_of
-from vllm_adainfer.runtime.gpu_worker import AdaInferGPUWorker
-from vllm_adainfer.runtime.kv import ExactKV, PropagateKV
-from vllm_adainfer.runtime.report import WORK, Reporter, snapshot_of
-from vllm_adainfer.runtime.stream import Stream
+from vllm_adainfer.engine.gpu_worker import AdaInferGPUWorker
+from vllm_adainfer.engine.segments import Stack
+from vllm_adainfer.exits import step as step_of
+from vllm_adainfer.exits.kv import ExactKV, PropagateKV
+from vllm_adainfer.exits.report import WORK, Reporter, snapshot_of
+from vllm_adainfer.exits.residual import Stream
+from vllm_adainfer.policy.policy_set import PolicySet
 
 NAMES = ("a", "b", NO_POLICY)
 BUDGET = 128  # rows of a step, see `tiny_engine`

@@ -15,8 +15,8 @@ from vllm.forward_context import get_forward_context, override_forward_context
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.scripted import EXIT_AT, FULL, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS
-from vllm_adainfer.compat import NO_SLOT
-from vllm_adainfer.models.exit_loop import CUT_WORK
+from vllm_adainfer.engine.compat import NO_SLOT
+from vllm_adainfer.exits.exit_loop import CUT_WORK
 
 
 def depth_of(exit_at: int) -> int:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from tests.e2e.test_equal_to_stock import LENGTHS, answer
 from tests.tiny import LAYERS
-from vllm_adainfer.decision.script import SCRIPT_LABELS
+from vllm_adainfer.policy.script import SCRIPT_LABELS
 
 SCRIPT = (2, 3)
 

@@ -21,7 +21,7 @@ from tests.e2e.test_equal_to_stock import PROMPTS, answer
 from tests.families import FAMILIES, tiny_checkpoint
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer.config import ROW_ARG
-from vllm_adainfer.decision.probe import logit_lens_of
+from vllm_adainfer.policy.probe import logit_lens_of
 
 SMALL = {"max_model_len": 320, "num_gpu_blocks_override": 24, "kv_cache_memory_bytes": 8 << 20}
 SWITCH = {"exit_script": list(EXIT_POINTS), "kv": "propagate"}

@@ -15,10 +15,10 @@ from tests.chain import log_odds
 from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.scripted import only, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
-from vllm_adainfer.artifact import Artifact
-from vllm_adainfer.decision.classifier import fit_classifier
-from vllm_adainfer.decision.policy import CalibratedPolicy
-from vllm_adainfer.models.exit_loop import ScoredAnswers
+from vllm_adainfer.exits.exit_loop import ScoredAnswers
+from vllm_adainfer.policy.artifact import Artifact
+from vllm_adainfer.policy.classifier import fit_classifier
+from vllm_adainfer.policy.exit_policy import CalibratedPolicy
 
 PROMPTS = 24
 SHORTLIST = torch.arange(3, 1000, 7)

@@ -25,7 +25,7 @@ from tests.e2e.patterns import Request, drive, wrong
 from tests.e2e.scripted import FULL, drawn, parts
 from tests.tiny import EXIT_POINTS
 from tests.triton_on_cpu import IS_V2
-from vllm_adainfer.runtime.gpu_worker import AdaInferGPUWorker
+from vllm_adainfer.engine.gpu_worker import AdaInferGPUWorker
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="Model Runner V1 captures no segments")
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.test_cli import command
-from vllm_adainfer.decision.monitor import confidence_interval
-from vllm_adainfer.demo.run import LABELS
+from vllm_adainfer.offline.demo.run import LABELS
+from vllm_adainfer.policy.monitor import confidence_interval
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_serve.py"
 PROMPTS, REQUESTS = 100, 60
@@ -28,7 +28,7 @@ def report(tmp_path_factory) -> dict[str, Any]:
     of `/metrics` are not those of its requests, and where no layers were skipped.
     """
     folder = tmp_path_factory.mktemp("demo")
-    shipped = files("vllm_adainfer.demo")
+    shipped = files("vllm_adainfer.offline.demo")
     template = folder / "template.txt"
     template.write_text(shipped.joinpath("template.txt").read_text())
     for name, rows in (("calibration", None), ("test", PROMPTS)):

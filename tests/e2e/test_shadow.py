@@ -21,12 +21,12 @@ from tests.e2e.test_equal_to_stock import LENGTHS, answer
 from tests.e2e.test_policies import artifact_of, expected, policy_of
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer import stats as stats_of
-from vllm_adainfer.artifact import Artifact
-from vllm_adainfer.artifact_files import load_artifact
 from vllm_adainfer.config import DEFAULT_POLICY, Settings
-from vllm_adainfer.decision.monitor import AnswerMonitor
-from vllm_adainfer.decision.text_monitor import TextMonitor
-from vllm_adainfer.runtime.admission import Admission
+from vllm_adainfer.engine.admission import Admission
+from vllm_adainfer.policy.artifact import Artifact
+from vllm_adainfer.policy.artifact_files import load_artifact
+from vllm_adainfer.policy.monitor import AnswerMonitor
+from vllm_adainfer.policy.text_monitor import TextMonitor
 
 LABELS_AND_OPEN = [
     pytest.param("label-head", "labels", 0.2, id="label-head"),

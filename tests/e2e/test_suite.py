@@ -23,7 +23,7 @@ METHODS = {"static_truncation", "adainfer", "adainfer_certified", "calm", "ours"
 
 RUN = """
 from pathlib import Path
-from vllm_adainfer.suite.run import SuiteRequest, run_suite
+from vllm_adainfer.offline.suite.run import SuiteRequest, run_suite
 run_suite(SuiteRequest(
     model={model!r}, suite="adainfer", data_dir=Path({data!r}), tasks=("sst2", "squad"), shots=0,
     epsilon={epsilon}, repeat=1, report=Path({report!r}), plot=Path({plot!r})))
@@ -36,7 +36,9 @@ def data_dir(tiny_model: Path, reference: Any, tmp_path_factory: pytest.TempPath
     directory = tmp_path_factory.mktemp("data")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     ids = tokenizer.convert_tokens_to_ids(list(WORDS))
-    lines = files("vllm_adainfer.demo").joinpath("calibration.jsonl").read_text().splitlines()
+    lines = (
+        files("vllm_adainfer.offline.demo").joinpath("calibration.jsonl").read_text().splitlines()
+    )
     texts = [json.loads(line)["text"] for line in lines[: TRAIN + TEST]]
     rows = []
     for number, text in enumerate(texts):

@@ -21,7 +21,7 @@ from tests.e2e.scripted import parts
 from tests.e2e.tasks import cases, saved, tokens_of
 from tests.tiny import LAYERS
 from vllm_adainfer import stats
-from vllm_adainfer.artifact import Artifact
+from vllm_adainfer.policy.artifact import Artifact
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from vllm.distributed import get_tp_group
 
 from tests.conftest import tiny_engine
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
-from vllm_adainfer.artifact_files import save_artifact
-from vllm_adainfer.models.decisions import Decisions
-from vllm_adainfer.models.shadow import ShadowAnswers
+from vllm_adainfer.exits.decisions import Decisions
+from vllm_adainfer.exits.shadow import ShadowAnswers
+from vllm_adainfer.policy.artifact_files import save_artifact
 
 Artifacts = Callable[[str, float], Path]
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from vllm.plugins import load_general_plugins
 
 from vllm_adainfer import plugin
 from vllm_adainfer.config import Settings
-from vllm_adainfer.engine import (
+from vllm_adainfer.engine.configure import (
     CPU_WORKER,
     GPU_WORKER,
     SCHEDULER,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+from vllm_adainfer.engine.architectures import MODELS
 
-from vllm_adainfer.models.early_exit import EarlyExit
-from vllm_adainfer.plugin import MODELS
+from vllm_adainfer.engine.early_exit import EarlyExit
 
 # Built of Llama's class, but not in the table, and why.
 LEFT_OUT = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_adainfer.models.segments import segment_class
+from vllm_adainfer.engine.segments import segment_class
 
 
 def test_segments_that_compile_differently_are_named_differently():

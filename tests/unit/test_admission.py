@@ -9,17 +9,17 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.tiny import tiny_config
-from vllm_adainfer.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.config import Settings
-from vllm_adainfer.decision.script import SCRIPT_LABELS
-from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.runtime.admission import (
+from vllm_adainfer.engine.admission import (
     FULL_DEPTH,
     UNLIMITED,
     Admission,
     has_deep_prompt,
     with_deep_prompt,
 )
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
+from vllm_adainfer.policy.script import SCRIPT_LABELS
 
 DEFAULT = 1  # the tiny artifact's own epsilon, 0.05, is the second of its levels
 

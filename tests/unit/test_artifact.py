@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny import tiny_config, tiny_tensors
-from vllm_adainfer import artifact_files as module
-from vllm_adainfer.artifact import ArtifactConfig, Label
-from vllm_adainfer.artifact_files import (
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy import artifact_files as module
+from vllm_adainfer.policy.artifact import ArtifactConfig, Label
+from vllm_adainfer.policy.artifact_files import (
     CALIBRATION_FILE,
     CARD_FILE,
     CONFIG_FILE,
@@ -23,7 +24,6 @@ from vllm_adainfer.artifact_files import (
     load_artifact,
     save_artifact,
 )
-from vllm_adainfer.errors import AdaInferError
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm_adainfer.engine.attention import own_groups
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.runtime.attention import own_groups
 
 
 def test_a_backend_that_writes_keys_only_where_it_attends_is_refused():

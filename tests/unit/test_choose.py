@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.calibration import choose
-from vllm_adainfer.calibration.choose import choose_exits, evenly_spread, forecast
-from vllm_adainfer.calibration.cost import Costs
-from vllm_adainfer.calibration.fit import FittedExit, Scored
-from vllm_adainfer.decision.probe import Probe
+from vllm_adainfer.offline.calibration import choose
+from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, forecast
+from vllm_adainfer.offline.calibration.cost import Costs
+from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
+from vllm_adainfer.policy.probe import Probe
 
 DEPTH, ROWS = 12, 80
 LAYERS = (2, 4, 6, 8, 10)

@@ -15,9 +15,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from torch import Tensor
 
-from vllm_adainfer.decision.classifier import fit_classifier
-from vllm_adainfer.decision.probe import FEATURES
-from vllm_adainfer.decision.score import score
+from vllm_adainfer.policy.classifier import fit_classifier
+from vllm_adainfer.policy.probe import FEATURES
+from vllm_adainfer.policy.score import score
 
 LINEAR, TABLES = ["svm", "logreg"], ["rbf", "boosting"]
 LEARNED = LINEAR + TABLES

@@ -10,8 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.tiny import tiny_config, tiny_tensors
-from vllm_adainfer.artifact_files import CALIBRATION_FILE, CONFIG_FILE, POLICY_FILE, save_artifact
 from vllm_adainfer.cli import app
+from vllm_adainfer.policy.artifact_files import (
+    CALIBRATION_FILE,
+    CONFIG_FILE,
+    POLICY_FILE,
+    save_artifact,
+)
 
 TEMPLATE = "Review : {text} Sentiment :"
 

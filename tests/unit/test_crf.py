@@ -8,10 +8,10 @@ from sklearn.metrics import log_loss
 from torch import Tensor
 
 from tests.chain import log_odds, log_sum, potentials
-from vllm_adainfer.calibration.fit import FittedExit, Scored, chain
-from vllm_adainfer.decision.crf import fit_crf
-from vllm_adainfer.decision.probe import Probe
-from vllm_adainfer.decision.score import score
+from vllm_adainfer.offline.calibration.fit import FittedExit, Scored, chain
+from vllm_adainfer.policy.crf import fit_crf
+from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.score import score
 
 
 def chains(count: int, exits: int, seed: int) -> tuple[Tensor, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_adainfer.serving.metrics import Series
+from vllm_adainfer.frontend.metrics import Series
 
 FILE = Path(__file__).parents[2] / "docs" / "grafana.json"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from vllm_adainfer.calibration.data import (
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.data import (
     Example,
     Row,
     check_labels_known,
@@ -18,7 +19,6 @@ from vllm_adainfer.calibration.data import (
     read_rows,
     read_template,
 )
-from vllm_adainfer.errors import AdaInferError
 
 TEMPLATE = "Review : {text} Sentiment :"
 CHAT = (

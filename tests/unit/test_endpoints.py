@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
-from vllm_adainfer.serving.endpoints import AdaInferEndpoints
+from vllm_adainfer.frontend.endpoints import AdaInferEndpoints
 
 CONFIGURED = {"adainfer": {"artifact": "policy"}}
 

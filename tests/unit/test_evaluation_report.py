@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.tiny import LAYERS, tiny_config
-from vllm_adainfer.calibration.data import Example
-from vllm_adainfer.calibration.report import NEVER_EXIT, Run, build_report, summary_line
+from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.evaluation.report import NEVER_EXIT, Run, build_report, summary_line
 
 EXAMPLES = [Example(f"line {number}", "a review", list(range(10)), None) for number in range(4)]
 STRICT, OURS = 0.02, 0.05  # the tiny artifact's levels; the second is its own

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.calibration import probes
-from vllm_adainfer.calibration.collect import FOLDS, Recording
-from vllm_adainfer.calibration.fit import FittedExit, fit_exits, is_right, split
-from vllm_adainfer.calibration.probes import Target
-from vllm_adainfer.decision.moments import Moments
-from vllm_adainfer.decision.norm import Norm
-from vllm_adainfer.decision.probe import Probe
+from vllm_adainfer.offline.calibration import probes
+from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
+from vllm_adainfer.offline.calibration.fit import FittedExit, fit_exits, is_right, split
+from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.policy.moments import Moments
+from vllm_adainfer.policy.norm import Norm
+from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, LAYER = 32, 50, 4
 PROMPTS, ROWS_PER_PROMPT = 100, 10

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_config, tiny_tensors
-from vllm_adainfer.artifact_files import (
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.artifact_files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
     FILES,
@@ -26,7 +27,6 @@ from vllm_adainfer.artifact_files import (
     load_details,
     save_artifact,
 )
-from vllm_adainfer.errors import AdaInferError
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_what_does_not_belong_there_is_refused_before_a_tensor_is_read(
     artifact, damage, sentence, monkeypatch
 ):
     damage(artifact)
-    monkeypatch.setattr("vllm_adainfer.artifact_files.load_file", None)
+    monkeypatch.setattr("vllm_adainfer.policy.artifact_files.load_file", None)
     with pytest.raises(AdaInferError, match=sentence):
         load_artifact(str(artifact))
 

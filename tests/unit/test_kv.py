@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from vllm_adainfer.runtime.kv import ExactKV, PropagateKV
-from vllm_adainfer.runtime.layout import RowLayout
-from vllm_adainfer.runtime.step import Rows
-from vllm_adainfer.runtime.stream import Stream
-from vllm_adainfer.runtime.transfer import upload
+from vllm_adainfer.exits.kv import ExactKV, PropagateKV
+from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.residual import Stream
+from vllm_adainfer.exits.step import Rows
+from vllm_adainfer.exits.transfer import upload
 
 
 def step_of(lens: list[int], last_positions: list[int]) -> Any:

@@ -1,42 +1,106 @@
-"""Layers depend one way, as the reader of the main path expects."""
+"""Rooms depend one way, as the reader of the main path expects, and no files form a circle."""
 
 from __future__ import annotations
 
 import ast
+import itertools
+from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = ROOT / "vllm_adainfer", ROOT / "kernels" / "adainfer_kernels"
+BELOW = {
+    "kernels": set(),
+    "errors": set(),
+    "config": {"errors"},
+    "policy": {"kernels", "errors", "config"},
+    "exits": {"policy", "errors", "config"},
+    "engine": {"exits", "policy", "errors", "config"},
+    "frontend": {"engine", "exits", "policy", "errors", "config"},
+    "config_hook": {"frontend", "engine", "config"},
+    "plugin": {"config_hook", "engine"},
+    "stats": {"errors"},
+    "offline": {"stats", "engine", "policy", "errors", "config", "kernels"},
+    "cli": {"offline", "policy", "errors", "config"},
+}
+"""What each room may import: the top-level packages and files of the project."""
+WITHOUT_VLLM = "kernels", "errors", "config", "policy", "exits"
 
 
-def imports(folder: Path) -> set[str]:
-    """Every module imported anywhere in the Python files of `folder`."""
-    found: set[str] = set()
-    for path in folder.rglob("*.py"):
-        package = ".".join(path.parent.relative_to(ROOT).parts)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                module = resolve_name("." * node.level + (node.module or ""), package)
-                found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+def modules() -> dict[str, Path]:
+    """Every file of the project by its module's name."""
+    found = {}
+    for package in PACKAGES:
+        for path in package.rglob("*.py"):
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-@pytest.mark.parametrize(
-    ("folder", "forbidden"),
-    [
-        ("kernels/adainfer_kernels", ("vllm", "vllm_adainfer")),
-        ("vllm_adainfer/decision", ("vllm", "vllm_adainfer.models", "vllm_adainfer.runtime")),
-        ("vllm_adainfer/models", ("vllm_adainfer.calibration",)),
-        ("vllm_adainfer/runtime", ("vllm_adainfer.calibration",)),
-        ("vllm_adainfer/calibration", ("vllm_adainfer.suite", "vllm_adainfer.describe")),
-        ("vllm_adainfer", ("vllm_adainfer.cli",)),
-    ],
-)
-def test_a_layer_does_not_import_what_lies_above_it(folder, forbidden):
-    modules = imports(ROOT / folder)
-    assert modules
-    assert not [m for m in modules if any(m == f or m.startswith(f"{f}.") for f in forbidden)]
+MODULES = modules()
+
+
+def imports(module: str) -> set[str]:
+    """All that a file imports, anywhere in it: at its head, in functions, or for types alone."""
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            names = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else source for name in names}
+    return found
+
+
+IMPORTS = {module: imports(module) for module in MODULES}
+
+
+def room_of(module: str) -> str | None:
+    """None for what lies outside the project, and for the package's own `__init__`."""
+    if module.startswith("adainfer_kernels"):
+        return "kernels"
+    parts = module.split(".")
+    return parts[1] if parts[0] == "vllm_adainfer" and len(parts) > 1 else None
+
+
+def test_every_file_is_in_a_room_of_the_table():
+    rooms = {room_of(module) for module in MODULES} - {None}
+    assert rooms == set(BELOW)
+
+
+@pytest.mark.parametrize(("above", "below"), itertools.permutations(BELOW, 2))
+def test_a_room_imports_only_rooms_below_it(above, below):
+    found = [
+        (module, name)
+        for module, names in IMPORTS.items()
+        if room_of(module) == above
+        for name in names
+        if room_of(name) == below
+    ]
+    if below not in BELOW[above]:
+        assert not found
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {
+        module: {name for name in names if name in MODULES} for module, names in IMPORTS.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("room", WITHOUT_VLLM)
+def test_what_decides_and_what_a_step_does_with_it_never_import_vllm(room):
+    found = [
+        (module, name)
+        for module, names in IMPORTS.items()
+        if room_of(module) == room
+        for name in names
+        if name.partition(".")[0] == "vllm"
+    ]
+    assert not found

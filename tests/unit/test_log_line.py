@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import LAYERS
-from vllm_adainfer.serving.log_line import LogLine
+from vllm_adainfer.frontend.log_line import LogLine
 
 WORK = [
     ("layers_run", "a", "", 300),

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.artifact import Label
-from vllm_adainfer.artifact_files import load_artifact, save_artifact
-from vllm_adainfer.calibration import policy as making
-from vllm_adainfer.calibration.collect import FOLDS, Recording
-from vllm_adainfer.calibration.policy import (
+from vllm_adainfer.offline.calibration import policy as making
+from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
+from vllm_adainfer.offline.calibration.policy import (
     FittedPolicy,
     PolicyOptions,
     make_policy,
@@ -20,11 +18,13 @@ from vllm_adainfer.calibration.policy import (
     policy_details,
     policy_tensors,
 )
-from vllm_adainfer.calibration.probes import Target
-from vllm_adainfer.decision.moments import Moments
-from vllm_adainfer.decision.norm import Norm
-from vllm_adainfer.decision.policy import CalibratedPolicy
-from vllm_adainfer.decision.probe import Probe
+from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.policy.artifact import Label
+from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
+from vllm_adainfer.policy.exit_policy import CalibratedPolicy
+from vllm_adainfer.policy.moments import Moments
+from vllm_adainfer.policy.norm import Norm
+from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, DEPTH, PROMPTS = 16, 40, 8, 900
 LAYERS = (2, 4, 6)

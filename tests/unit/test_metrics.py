@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY
 
 from tests.tiny import tiny_config
 from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.serving.metrics import EngineMetrics, Series
+from vllm_adainfer.frontend.metrics import EngineMetrics, Series
 
 BUCKETS = (2, 3, 5, 6)
 POLICIES = ("a", "b")

@@ -8,7 +8,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import beta
 
-from vllm_adainfer.decision.monitor import PRIOR, AnswerMonitor, Reading, confidence_interval
+from vllm_adainfer.policy.monitor import PRIOR, AnswerMonitor, Reading, confidence_interval
 
 EPSILONS = (0.02, 0.05)
 interval = cache(confidence_interval)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.decision.policy_set import PolicySet, first_tags
+from vllm_adainfer.policy.policy_set import PolicySet, first_tags
 
 
 def policy(exit_points: tuple[int, ...], num_tags: int) -> Any:

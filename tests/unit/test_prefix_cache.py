@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from vllm_adainfer.runtime.prefix_cache import PrefixCacheGuard
+from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
 
 BLOCK = 4
 NUMBERS = itertools.count()

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from vllm_adainfer.provenance import provenance
+from vllm_adainfer.offline.provenance import provenance
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm_adainfer.exits.counters import ExitStats
 
-from vllm_adainfer.decision.monitor import AnswerMonitor
-from vllm_adainfer.models.shadow import watch
-from vllm_adainfer.runtime.report import Reporter, snapshot_of
-from vllm_adainfer.runtime.work import Work
-from vllm_adainfer.stats import ExitStats
+from vllm_adainfer.exits.report import Reporter, snapshot_of
+from vllm_adainfer.exits.shadow import watch
+from vllm_adainfer.exits.work import Work
+from vllm_adainfer.policy.monitor import AnswerMonitor
 
 EPSILONS = (0.02, 0.05)
 POLICIES = ("a", "b", "full_depth")

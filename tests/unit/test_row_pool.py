@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.runtime.row_pool import FIRST_SIZE, RowPool
-from vllm_adainfer.runtime.stream import Stream
+from vllm_adainfer.exits.residual import Stream
+from vllm_adainfer.exits.row_pool import FIRST_SIZE, RowPool
 
 
 def stream_of(values: list[int], parts: int) -> Stream:

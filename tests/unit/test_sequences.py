@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_adainfer.calibration.sequences import compare, has_number
+from vllm_adainfer.offline.evaluation.sequences import compare, has_number
 
 
 def test_texts_are_compared_to_the_first_token_that_differs():

@@ -5,16 +5,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm_adainfer.exits.counters import PolicyStats
 
 from tests.tiny import tiny_config
 from vllm_adainfer.config import Settings
-from vllm_adainfer.decision.monitor import AnswerMonitor
-from vllm_adainfer.decision.text_monitor import TextMonitor
-from vllm_adainfer.engine import banner
-from vllm_adainfer.models import agreement
-from vllm_adainfer.models.early_exit import monitor_of
-from vllm_adainfer.models.shadow import ShadowAnswers, warn, watch
-from vllm_adainfer.stats import PolicyStats
+from vllm_adainfer.engine import ranks as agreement
+from vllm_adainfer.engine.configure import banner
+from vllm_adainfer.engine.early_exit import monitor_of
+from vllm_adainfer.exits.shadow import ShadowAnswers, warn, watch
+from vllm_adainfer.policy.monitor import AnswerMonitor
+from vllm_adainfer.policy.text_monitor import TextMonitor
 
 LABELS = SimpleNamespace(answer_ids=torch.tensor([7, 3]), restricted=True)
 SHORTLIST = SimpleNamespace(answer_ids=torch.tensor([3, 7]), restricted=False)

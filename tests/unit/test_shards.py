@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.decision.probe import Probe
-from vllm_adainfer.decision.shards import VocabularyShards
-from vllm_adainfer.models import agreement
+from vllm_adainfer.engine import ranks as agreement
+from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.shards import VocabularyShards
 
 
 @pytest.mark.parametrize("bounds", [[0, 50, 101], [0, 2, 40, 101]], ids=["two ranks", "three"])

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from tests.tiny import LAYERS, word_tokenizer
-from vllm_adainfer.serving.smoke import (
+from vllm_adainfer.offline.doctor.smoke import (
     SENTENCES,
     Sent,
     exits_found,

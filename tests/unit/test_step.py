@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.runtime.layout import RowLayout
-from vllm_adainfer.runtime.step import MIN_ROWS_SPARED, Rows, StepContext
+from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.step import MIN_ROWS_SPARED, Rows, StepContext
 
 
 @dataclass

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tests.unit.test_make_policy import DEPTH, HALVES, LABEL_IDS, LAYERS, PROMPTS, recording_of
-from vllm_adainfer.calibration.certify import certify
-from vllm_adainfer.calibration.cost import Costs
-from vllm_adainfer.calibration.fit import fit_exits
-from vllm_adainfer.calibration.policy import PolicyOptions, make_policy
-from vllm_adainfer.calibration.probes import Target, logit_lens
-from vllm_adainfer.suite import methods
-from vllm_adainfer.suite.report import METHODS, markdown, suite_report
+from vllm_adainfer.offline.calibration.certify import certify
+from vllm_adainfer.offline.calibration.cost import Costs
+from vllm_adainfer.offline.calibration.fit import fit_exits
+from vllm_adainfer.offline.calibration.policy import PolicyOptions, make_policy
+from vllm_adainfer.offline.calibration.probes import Target, logit_lens
+from vllm_adainfer.offline.suite import methods
+from vllm_adainfer.offline.suite.report import METHODS, markdown, suite_report
 
 TESTS = HALVES[1][:200]
 RIGHT = [{int(LABEL_IDS[prompt % 2])} for prompt in range(PROMPTS)]

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.suite.hub import hub_rows
-from vllm_adainfer.suite.tasks import Task, TaskData, load_suite, load_task
+from vllm_adainfer.offline.suite.hub import hub_rows
+from vllm_adainfer.offline.suite.tasks import Task, TaskData, load_suite, load_task
 
 SUITE = load_suite("adainfer")
 NAMES = [task.name for task in SUITE.tasks]

@@ -1,1 +1,0 @@
-"""Calibration: collect hidden states, fit probes and classifiers, certify a bound, report."""

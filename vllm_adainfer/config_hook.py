@@ -1,0 +1,44 @@
+"""VLLM's config hook: where the one switch turns into our classes, in engine and frontend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_adainfer.config import read_settings
+from vllm_adainfer.engine.compat import use_stat_loggers
+from vllm_adainfer.engine.configure import configure
+from vllm_adainfer.frontend.request_check import use_check
+from vllm_adainfer.frontend.stat_logger import WithExitStats
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class ConfigHook(VerifyAndUpdateConfig):
+    """The hook of one architecture; `model_class` is empty for one without exit points."""
+
+    model_class = ""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Let the stock hook do its part, then configure ours if the switch is on."""
+        super().verify_and_update_config(vllm_config)
+        settings = read_settings(vllm_config.additional_config)
+        if settings is None:
+            return
+        admission = configure(vllm_config, settings, cls.model_class)
+        vllm_config.model_config.logits_processors = [use_check(admission)]
+        use_stat_loggers(WithExitStats)
+
+
+def config_hook(stock: type | None, model_class: str) -> type[ConfigHook]:
+    """A hook that runs `stock` first, if there is one."""
+    bases = (ConfigHook,) if stock is None else (ConfigHook, stock)
+    return type("AdaInferConfigHook", bases, {"model_class": model_class})
+
+
+def is_config_hook(hook: Any) -> bool:
+    """Whether `register` has already replaced this hook."""
+    return isinstance(hook, type) and issubclass(hook, ConfigHook)

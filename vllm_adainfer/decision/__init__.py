@@ -1,1 +1,0 @@
-"""Decision: probes, features, classifiers, thresholds and bounds; torch and scikit-learn only."""

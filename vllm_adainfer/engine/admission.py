@@ -1,0 +1,255 @@
+"""Admission: which requests may exit, decided from their sampling parameters alone.
+
+The scheduler (for the prefix cache) and the worker (for the exit loop) ask the same question
+and must get the same answer; the frontend refuses requests that ask for what there is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_adainfer.config import EXIT_ARG, RequestSettings, Settings, read_request
+from vllm_adainfer.engine.compat import client_request_id, get_logger
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.policy.artifact_files import load_artifact_configs
+from vllm_adainfer.policy.policy_set import first_tags
+from vllm_adainfer.policy.script import SCRIPT_LABELS
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+logger = get_logger(__name__)
+
+FULL_DEPTH = -1
+UNLIMITED = 1 << 62
+NOT_UNDERSTOOD = RequestSettings.model_validate({EXIT_ARG: 0})
+DEEP_PROMPT_ARG = "_adainfer_deep_prompt"  # set by the scheduler, see `with_deep_prompt`
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What the worker remembers of a request.
+
+    Attributes:
+        tag: see `Admission.tag`.
+        may_exit: see `Admission.may_exit`.
+        is_shadow: see `Admission.is_shadow`.
+        prompt_len: tokens of its prompt.
+        max_tokens: how many it will be asked for at most.
+        deep_prompt: whether its prompt runs at full depth, whatever the tag.
+        wants_prompt: whether it wants log-probabilities of its prompt's tokens.
+        params: what all this was made of.
+
+    """
+
+    tag: int
+    may_exit: bool
+    is_shadow: bool
+    prompt_len: int
+    max_tokens: int
+    deep_prompt: bool
+    wants_prompt: bool
+    params: SamplingParams | None
+
+
+class Admission:
+    """Gives each request a tag: `FULL_DEPTH`, or a number the policy knows."""
+
+    def __init__(
+        self, settings: Settings, configs: Mapping[str, ArtifactConfig] | None = None
+    ) -> None:
+        """`configs` are of the artifacts, by policy; None reads them.
+
+        Raises:
+            AdaInferError: an artifact is not there, or does not certify the switch's epsilon.
+
+        """
+        self.records = settings.record is not None
+        self._settings = settings
+        if configs is None:
+            configs = load_artifact_configs(settings.artifacts)
+        self._configs = configs
+        firsts = first_tags(len(config.levels) for config in configs.values())
+        self._first_tag = dict(zip(configs, firsts, strict=True))
+        self._default_level = {
+            name: config.level_of(settings.epsilon) for name, config in configs.items()
+        }
+        self._by_labels: dict[frozenset[int] | None, list[str]] = {}
+        for name, config in configs.items():
+            labels = frozenset(config.label_ids) or None
+            self._by_labels.setdefault(labels, []).append(name)
+
+    @property
+    def ambiguous(self) -> list[list[str]]:
+        """Policies among which a request has to choose by name."""
+        return [names for names in self._by_labels.values() if len(names) > 1]
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse a request that asks us for what there is not.
+
+        Raises:
+            AdaInferError: it does.
+
+        """
+        asked = read_request(params.extra_args)
+        if asked.adainfer_exit is not None and self._settings.exit_script is None:
+            raise AdaInferError("adainfer_exit goes with an exit_script, and this engine has none")
+        if asked.adainfer_row is not None and not self.records:
+            raise AdaInferError("adainfer_row is for calibration, and this engine records nothing")
+        name = asked.adainfer_policy
+        if name is not None and name not in self._configs:
+            known = ", ".join(self._configs) or "none"
+            raise AdaInferError(
+                f"adainfer_policy = {name!r:.80} is not a policy of this engine; there are: {known}"
+            )
+        if asked.adainfer_epsilon is not None:
+            name = self._policy(asked, params) or name
+            configs = self._configs.values() if name is None else [self._configs[name]]
+            for config in configs:
+                config.level_of(asked.adainfer_epsilon)
+
+    def admit(self, request_id: str, params: SamplingParams | None, prompt_len: int) -> Admitted:
+        """All that the worker is to remember of a request."""
+        return Admitted(
+            tag=self.tag(params),
+            may_exit=self.may_exit(params),
+            is_shadow=self.is_shadow(request_id),
+            prompt_len=prompt_len,
+            max_tokens=(params and params.max_tokens) or UNLIMITED,
+            deep_prompt=has_deep_prompt(params),
+            wants_prompt=params is not None and params.prompt_logprobs is not None,
+            params=params,
+        )
+
+    def may_exit(self, params: SamplingParams | None) -> bool:
+        """Whether a request with `params` may leave early, at whatever epsilon.
+
+        This stays true when the artifacts are replaced by others that certify other bounds.
+        """
+        if params is None or self.records:
+            return False
+        if self._settings.exit_script is not None:
+            return self._scripted(params) != FULL_DEPTH
+        asked = _asked(params)
+        if self._policy(asked, params) is None:
+            return False
+        epsilon = asked.adainfer_epsilon
+        return (self._settings.epsilon if epsilon is None else epsilon) != 0
+
+    def tag(self, params: SamplingParams | None) -> int:
+        """The policy's number for a request with `params`, or `FULL_DEPTH`.
+
+        With artifacts the number is a row of one's epsilon table (numbered through), while
+        recording it is the row of the calibration data, and with a script the exit point (an
+        index).
+        """
+        if params is None:
+            return FULL_DEPTH
+        if self.records:
+            row = _asked(params).adainfer_row
+            return FULL_DEPTH if row is None else row
+        if self._settings.exit_script is not None:
+            return self._scripted(params)
+        asked = _asked(params)
+        name = self._policy(asked, params)
+        if name is None:
+            return FULL_DEPTH
+        level = self._default_level[name]
+        if asked.adainfer_epsilon is not None:
+            try:
+                level = self._configs[name].level_of(asked.adainfer_epsilon)
+            except AdaInferError as error:
+                logger.warning_once("a request runs at full depth: %s", str(error))
+                return FULL_DEPTH
+        return FULL_DEPTH if level < 0 else self._first_tag[name] + level
+
+    def _policy(self, asked: RequestSettings, params: SamplingParams) -> str | None:
+        """The policy that may decide a request, None if it is to run at full depth."""
+        wanted = asked.adainfer
+        if wanted is None:
+            wanted = self._settings.requests != "opt-in"
+        if not wanted:
+            return None
+        allowed = params.allowed_token_ids
+        name = asked.adainfer_policy
+        names = self._by_labels.get(None if allowed is None else frozenset(allowed), [])
+        if name is None and len(names) == 1:
+            [name] = names
+        # A label policy decides among exactly its labels, others where any token may come.
+        if name not in names or not self._plain(params, self._configs[name].max_tokens):
+            return None
+        return name
+
+    def _scripted(self, params: SamplingParams) -> int:
+        """The exit point that a request names, if a label head could answer it."""
+        layer = _asked(params).adainfer_exit
+        script = self._settings.exit_script or ()
+        if layer is not None and layer not in script:
+            logger.warning_once(
+                "a request asked for adainfer_exit = %s, which is no exit point of the script: it "
+                "runs at full depth",
+                layer,
+            )
+        if layer not in script or set(params.allowed_token_ids or ()) != set(SCRIPT_LABELS):
+            return FULL_DEPTH
+        return script.index(layer) if self._plain(params, UNLIMITED) else FULL_DEPTH
+
+    def is_shadow(self, request_id: str) -> bool:
+        """Whether a request, if it may exit, is to run to full depth and be compared instead.
+
+        The id decides, so that a repeated run watches the same requests.
+        """
+        if not self._settings.shadow_rate:
+            return False
+        digest = hashlib.sha256(client_request_id(request_id).encode()).digest()
+        return int.from_bytes(digest[:4], "big") / 2**32 < self._settings.shadow_rate
+
+    def _plain(self, params: SamplingParams, max_tokens: int) -> bool:
+        """Tokens chosen by the scores as they are: what a calibrated bound speaks of.
+
+        Calibrated on one token it speaks of one token only; on more, of any number.
+        """
+        return (
+            (params.max_tokens == 1 or max_tokens > 1)
+            and (params.temperature == 0 or self._settings.requests == "all")
+            and params.logprobs is None
+            and params.prompt_logprobs is None
+            and params.logprob_token_ids is None
+            and not params.min_tokens
+            and not params.logit_bias
+            and not params.bad_words
+            and params.structured_outputs is None
+            and params.thinking_token_budget is None
+            and params.repetition_penalty == 1
+            and (params.max_tokens == 1 or not params.presence_penalty)
+            and (params.max_tokens == 1 or not params.frequency_penalty)
+        )
+
+
+def _asked(params: SamplingParams) -> RequestSettings:
+    """What a request says to us; at full depth where that is not understood.
+
+    `Admission.check` has refused such a request, if it came through vLLM's frontend.
+    """
+    try:
+        return read_request(params.extra_args)
+    except AdaInferError as error:
+        logger.warning_once("a request runs at full depth: %s", str(error))
+        return NOT_UNDERSTOOD
+
+
+def with_deep_prompt(params: SamplingParams) -> SamplingParams:
+    """A copy of `params` for which the worker runs the prompt at full depth."""
+    params = copy.copy(params)  # the caller's object may serve other requests
+    params.extra_args = {**(params.extra_args or {}), DEEP_PROMPT_ARG: 1}
+    return params
+
+
+def has_deep_prompt(params: SamplingParams | None) -> bool:
+    """Whether `with_deep_prompt` has been here."""
+    return params is not None and DEEP_PROMPT_ARG in (params.extra_args or {})

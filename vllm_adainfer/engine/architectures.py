@@ -1,0 +1,28 @@
+"""The architectures with exit points, and our model class for each. Imports nothing."""
+
+from __future__ import annotations
+
+# Stock architecture -> our model class, which vLLM loads only for an engine that asks for it.
+MODELS = {
+    "Ernie4_5ForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferErnie4_5ForCausalLM",
+    "GemmaForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemmaForCausalLM",
+    "Gemma2ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma2ForCausalLM",
+    "Gemma3ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma3ForCausalLM",
+    "Glm4ForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferGlm4ForCausalLM",
+    "GraniteForCausalLM": "vllm_adainfer.engine.families.granite:AdaInferGraniteForCausalLM",
+    "LlamaForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferLlamaForCausalLM",
+    "MistralForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferMistralForCausalLM",
+    "OPTForCausalLM": "vllm_adainfer.engine.families.opt:AdaInferOPTForCausalLM",
+    "Phi3ForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferPhi3ForCausalLM",
+    "Qwen2ForCausalLM": "vllm_adainfer.engine.families.qwen:AdaInferQwen2ForCausalLM",
+    "Qwen3ForCausalLM": "vllm_adainfer.engine.families.qwen:AdaInferQwen3ForCausalLM",
+}
+# Other names under which vLLM 0.32 builds the same classes.
+SAME_AS = {
+    "IQuestCoderForCausalLM": "LlamaForCausalLM",
+    "InternLM3ForCausalLM": "LlamaForCausalLM",
+    "LLaMAForCausalLM": "LlamaForCausalLM",
+    "TeleChat3ForCausalLM": "LlamaForCausalLM",
+    "Ministral3ForCausalLM": "MistralForCausalLM",
+}
+MODELS |= {name: MODELS[same] for name, same in SAME_AS.items()}

@@ -1,0 +1,178 @@
+"""Attention metadata of a batch that exits have changed, built by the attention backend itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_adainfer.engine import compat
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.step import Rows
+from vllm_adainfer.exits.transfer import upload
+
+Groups = list[list[AttentionGroup]]  # by KV cache group
+
+
+def own_groups(groups: Groups, vllm_config: VllmConfig, device: torch.device) -> Groups:
+    """`groups` with metadata builders of their own: a builder may keep what it built last.
+
+    So does vLLM's own model that runs some layers on some rows only
+    (`models/deepseek_v41/nvidia/model_state.py`).
+
+    Raises:
+        AdaInferError: a backend writes keys and values only where it attends.
+
+    """
+    for group in itertools.chain.from_iterable(groups):
+        if group.backend.forward_includes_kv_cache_update:
+            raise AdaInferError(
+                f"vllm-adainfer: attention backend {group.backend.get_name()} cannot write keys "
+                "and values of rows that do not attend: choose another with --attention-backend, "
+                'such as FLASH_ATTN or TRITON_ATTN, or drop "adainfer" from additional_config'
+            )
+    copies = [[replace(group, metadata_builders=[]) for group in same] for same in groups]
+    for same in copies:
+        for group in same:
+            group.create_metadata_builders(vllm_config, device, group.kernel_block_size)
+    return copies
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Rows of some requests, as attention takes them.
+
+    Attributes:
+        starts: int32 [requests + 1], the first row of each, then the number of all.
+        starts_cpu: the same on the host.
+        seq_lens: int32 [requests], tokens that each has with the rows here.
+        seq_lens_cpu: the same on the host.
+        positions: int64 [rows], in their sequences.
+        max_query_len: most rows of a request.
+        max_seq_len: most tokens of a request, or a bound on that.
+
+    """
+
+    starts: Tensor
+    starts_cpu: Tensor
+    seq_lens: Tensor
+    seq_lens_cpu: Tensor
+    positions: Tensor
+    max_query_len: int
+    max_seq_len: int
+
+
+def metadata_of(
+    groups: Groups,
+    queries: Queries,
+    block_tables: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    for_capture: bool = False,
+) -> dict[str, Any]:
+    """Attention metadata by layer.
+
+    Args:
+        groups: `own_groups`.
+        queries: of the requests whose block tables are given.
+        block_tables: int32 [requests, blocks] by KV cache group.
+        slots: int64 [rows] by KV cache group, where keys and values go.
+        for_capture: whether a CUDA graph is about to be captured.
+
+    """
+    metadata: dict[str, Any] = {}
+    for same, table, group_slots in zip(groups, block_tables, slots, strict=True):
+        common = CommonAttentionMetadata(
+            query_start_loc=queries.starts,
+            query_start_loc_cpu=queries.starts_cpu,
+            seq_lens=queries.seq_lens,
+            seq_lens_cpu_upper_bound=queries.seq_lens_cpu,
+            num_reqs=len(queries.seq_lens),
+            num_actual_tokens=len(queries.positions),
+            max_query_len=queries.max_query_len,
+            max_seq_len=queries.max_seq_len,
+            block_table_tensor=table,
+            slot_mapping=group_slots,
+            positions=queries.positions,
+        )
+        for group in same:
+            built = (
+                group.build_metadata_for_cudagraph_capture(common)
+                if for_capture
+                else group.build_metadata(common)
+            )
+            metadata.update(dict.fromkeys(group.layer_names, built))
+    return metadata
+
+
+def by_layer(groups: Groups, slots: Sequence[Tensor]) -> dict[str, Tensor]:
+    """`slots` of the KV cache groups, by layer name."""
+    return {
+        name: group_slots
+        for same, group_slots in zip(groups, slots, strict=True)
+        for group in same
+        for name in group.layer_names
+    }
+
+
+@dataclass(frozen=True)
+class StepAttention:
+    """What layers need for other rows of a step's requests: `vllm_adainfer.exits.step.Narrow`.
+
+    The slot mapping is given twice, inside the metadata and by layer, because vLLM 0.32 reads the
+    second where it writes K and V.
+
+    Attributes:
+        groups: `own_groups`.
+        block_tables: int32 [requests, blocks] of each KV cache group, on the device.
+        block_sizes: of these blocks, by KV cache group.
+        device: of the rows.
+
+    """
+
+    groups: Groups
+    block_tables: Sequence[Tensor]
+    block_sizes: Sequence[int]
+    device: torch.device
+
+    def __call__(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
+        """See `Narrow`."""
+        requests = layout.here
+        lens = layout.lens[requests]
+        starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
+        seq_lens = (layout.last_positions[requests] + 1).astype(np.int32)
+        arrays = layout.owners, layout.positions, requests, starts, seq_lens
+        owners, positions, kept, starts_there, seq_lens_there = upload(arrays, self.device)
+        slots = self._slots(owners, positions)
+        queries = Queries(
+            starts=starts_there,
+            starts_cpu=torch.from_numpy(starts),
+            seq_lens=seq_lens_there,
+            seq_lens_cpu=torch.from_numpy(seq_lens),
+            positions=positions,
+            max_query_len=int(lens.max()),
+            max_seq_len=int(seq_lens.max()),
+        )
+        tables = [table[kept] for table in self.block_tables]
+        metadata = metadata_of(self.groups, queries, tables, slots)
+        return Rows(positions, by_layer(self.groups, slots)), metadata
+
+    def rows(self, layout: RowLayout) -> Rows:
+        """See `Narrow.rows`."""
+        owners, positions = upload((layout.owners, layout.positions), self.device)
+        return Rows(positions, by_layer(self.groups, self._slots(owners, positions)))
+
+    def _slots(self, owners: Tensor, positions: Tensor) -> list[Tensor]:
+        """Of each KV cache group, int64 [rows]."""
+        return [
+            compat.slots(table, size, owners, positions)
+            for table, size in zip(self.block_tables, self.block_sizes, strict=True)
+        ]

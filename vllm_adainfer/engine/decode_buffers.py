@@ -1,0 +1,124 @@
+"""What CUDA graphs of decode steps read and write: always the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.attention import Queries, StepAttention
+from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.residual import Stream
+from vllm_adainfer.exits.transfer import upload
+
+
+class DecodeBuffers:
+    """A batch of requests with one row each, and its residual stream.
+
+    At first, to be captured, requests that have one token and own no blocks. Rows beyond those
+    staged are padding: their requests have no tokens, their keys and values no slot.
+
+    Attributes:
+        positions: int64 [size].
+
+    """
+
+    def __init__(self, size: int, block_tables: Sequence[Tensor], device: torch.device) -> None:
+        """For up to `size` requests; `block_tables` [requests, blocks] are as they will come."""
+        self.positions = torch.zeros(size, dtype=torch.int64, device=device)
+        self._ids = torch.zeros(size, dtype=torch.int32, device=device)
+        self._starts_cpu = torch.arange(size + 1, dtype=torch.int32)
+        self._starts = self._starts_cpu.to(device, copy=True)
+        self._seq_lens_cpu = torch.ones(size, dtype=torch.int32)
+        self._seq_lens = self._seq_lens_cpu.to(device, copy=True)
+        self._tables = [table.new_zeros(size, table.shape[1]) for table in block_tables]
+        self._slots = torch.full(
+            (len(block_tables), size), compat.NO_SLOT, dtype=torch.int64, device=device
+        )
+        # Made when the first, largest, batch has shown what it is like.
+        self._stream: Stream | None = None
+        self._final: Tensor | None = None
+
+    def stage(self, layout: RowLayout, attention: StepAttention, padded: int) -> None:
+        """Take in the batch of `layout`, padded to so many requests."""
+        requests, rows = layout.here, layout.num_rows
+        positions = np.zeros(padded, dtype=np.int64)
+        positions[:rows] = layout.last_positions[requests]
+        seq_lens = np.zeros(padded, dtype=np.int32)
+        seq_lens[:rows] = positions[:rows] + 1
+        starts = np.minimum(np.arange(padded + 1, dtype=np.int32), np.int32(rows))
+        arrays = positions, seq_lens, starts, requests
+        there = upload(arrays, self.positions.device)
+        self.positions[:padded] = there[0]
+        self._seq_lens[:padded] = there[1]
+        self._seq_lens_cpu[:padded] = torch.from_numpy(seq_lens)
+        self._starts[: padded + 1] = there[2]
+        self._starts_cpu[: padded + 1] = torch.from_numpy(starts)
+        self._slots[:, rows:padded] = compat.NO_SLOT
+        for group, (ours, table) in enumerate(
+            zip(self._tables, attention.block_tables, strict=True)
+        ):
+            ours[:rows] = table[there[3]]
+            ours[rows:padded] = 0
+            self._slots[group, :rows] = compat.slots(
+                table, attention.block_sizes[group], there[3], there[0][:rows]
+            )
+
+    def queries(self, rows: int, max_seq_len: int) -> Queries:
+        """The staged batch with its padding, as attention takes it."""
+        return Queries(
+            starts=self._starts[: rows + 1],
+            starts_cpu=self._starts_cpu[: rows + 1],
+            seq_lens=self._seq_lens[:rows],
+            seq_lens_cpu=self._seq_lens_cpu[:rows],
+            positions=self.positions[:rows],
+            max_query_len=1,
+            max_seq_len=max_seq_len,
+        )
+
+    def tables_of(self, rows: int) -> list[Tensor]:
+        """Block tables by KV cache group, [rows, blocks]."""
+        return [table[:rows] for table in self._tables]
+
+    def slots_of(self, rows: int) -> list[Tensor]:
+        """Slots by KV cache group, [rows]."""
+        return list(self._slots[:, :rows].unbind())
+
+    def ids_of(self, rows: int) -> Stream:
+        """The token ids."""
+        return Stream(self._ids[:rows])
+
+    def stream_of(self, rows: int) -> Stream:
+        """The stream between two segments."""
+        assert self._stream is not None, "stored by the first segment"
+        return self._stream.rows(slice(0, rows))
+
+    def final_of(self, rows: int) -> Tensor:
+        """[rows, width], what the LM head reads."""
+        assert self._final is not None, "stored by the last segment"
+        return self._final[:rows]
+
+    def load(self, stream: Stream, is_ids: bool) -> None:
+        """Take in the stream of the staged rows, unless it is here already."""
+        rows = slice(0, stream.num_rows)
+        if is_ids:
+            self._ids[rows] = stream.hidden
+            return
+        assert self._stream is not None, "stored by the first segment"
+        if stream.hidden.data_ptr() != self._stream.hidden.data_ptr():
+            self._stream.put(stream, rows)
+
+    def store(self, stream: Stream, is_final: bool) -> None:
+        """Keep what a segment gives."""
+        size = len(self.positions)
+        if is_final:
+            if self._final is None:
+                self._final = stream.hidden.new_zeros(size, *stream.hidden.shape[1:])
+            self._final[: stream.num_rows] = stream.hidden
+            return
+        if self._stream is None:
+            self._stream = stream.zeros(size)
+        self._stream.put(stream, slice(0, stream.num_rows))

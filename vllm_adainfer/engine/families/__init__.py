@@ -1,0 +1,1 @@
+"""VLLM's model classes with exit points, by family."""

@@ -1,0 +1,80 @@
+"""OPT with exit points."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.models.opt import OPTForCausalLM
+
+from vllm_adainfer.engine.decoder import Decoder, KVProjection
+from vllm_adainfer.engine.early_exit import EarlyExit
+
+
+class OPTDecoder(Decoder):
+    """Learned positions, a stream in one part, LayerNorm; OPT-350m norms after its blocks instead.
+
+    There the embedding is narrower than the stream, with a projection from it and back.
+    """
+
+    @staticmethod
+    def body(model: Any) -> Any:
+        """See `Decoder.body`."""
+        return model.model.decoder
+
+    @staticmethod
+    def embed(body: Any, ids: Tensor, positions: Tensor) -> Tensor:
+        """See `Decoder.embed`."""
+        embedded = body.embed_input_ids(ids)
+        if body.project_in is not None:
+            embedded, _ = body.project_in(embedded)
+        hidden: Tensor = embedded + body.embed_positions(positions)
+        return hidden
+
+    @staticmethod
+    def run_layer(
+        layer: nn.Module, positions: Tensor, hidden: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, None]:
+        """See `Decoder.run_layer`."""
+        return layer(hidden), None
+
+    @staticmethod
+    def finish(body: Any, hidden: Tensor, residual: Tensor | None) -> Tensor:
+        """See `Decoder.finish`."""
+        if body.final_layer_norm is not None:
+            hidden = body.final_layer_norm(hidden)
+        if body.project_out is not None:
+            hidden, _ = body.project_out(hidden)
+        return hidden
+
+    @staticmethod
+    def final_norm(body: Any) -> nn.Module | None:
+        """See `Decoder.final_norm`."""
+        norm: nn.Module | None = body.final_layer_norm
+        return norm
+
+    @staticmethod
+    def projection(body: Any) -> Tensor | None:
+        """See `Decoder.projection`."""
+        if body.project_out is None:
+            return None
+        positions = body.embed_positions.weight  # vLLM may have repacked the projection's
+        eye = torch.eye(positions.shape[1], dtype=positions.dtype, device=positions.device)
+        projection: Tensor = body.project_out(eye)[0]
+        return projection
+
+    @staticmethod
+    def kv_projection(layer: Any) -> KVProjection:
+        """See `Decoder.kv_projection`."""
+        return KVProjection(
+            attention=layer.self_attn.attn,
+            qkv_proj=layer.self_attn.qkv_proj,
+            norm=layer.self_attn_layer_norm if layer.do_layer_norm_before else None,
+        )
+
+
+class AdaInferOPTForCausalLM(EarlyExit, OPTForCausalLM):
+    """OPT, of any size."""
+
+    decoder = OPTDecoder

@@ -1,0 +1,106 @@
+"""Keys and values of the layers that an exited row skips, made of the state it left with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear, rms_norm
+
+from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.decoder import KVProjection, norm_of
+from vllm_adainfer.policy.norm import Norm
+
+
+class KVFill:
+    """What `PropagateKV` calls: keys and values that all layers make of one and the same state.
+
+    All layers' projections are one product, whose weights are kept a second time for it, each
+    with weight and bias of the layer's norm multiplied in.
+    """
+
+    def __init__(self, layers: Sequence[KVProjection], exit_points: Sequence[int]) -> None:
+        """`layers` are all of the model's, with weights loaded and not repacked yet.
+
+        vLLM repacks linear weights for CPUs after loading, and drops the originals.
+        """
+        self._layers = layers[exit_points[0] :]
+        self._skip = [layer - exit_points[0] for layer in exit_points]
+        first = self._layers[0]
+        self._norm = None if first.norm is None else norm_of(first.norm)
+        weights, biases = zip(*map(_folded, self._layers), strict=True)
+        self._weight = torch.stack(weights)  # [layers, 2 (K, V) x heads x head size, hidden size]
+        self._bias = torch.stack(biases)
+        self._key_norm = None if first.key_norm is None else norm_of(first.key_norm)
+        if self._key_norm is not None:  # [layers, 1, head size]
+            norms = [norm_of(layer.key_norm) for layer in self._layers if layer.key_norm]
+            scales = [norm.weight for norm in norms if norm.weight is not None]
+            self._key_weight = torch.stack(scales).unsqueeze(1)
+
+    def __call__(
+        self, exit_index: int, states: Tensor, positions: Tensor, slots: dict[str, Tensor]
+    ) -> None:
+        """Write keys and values of all layers after an exit point.
+
+        Args:
+            exit_index: which exit point.
+            states: [rows, hidden size], the residual stream there.
+            positions: int64 [rows], of the rows in their sequences.
+            slots: int64 [rows] by layer name, where in the cache they belong.
+
+        """
+        skip, rows = self._skip[exit_index], states.shape[0]
+        layers = self._layers[skip:]
+        normed = _normed(states, self._norm)
+        both = linear(normed, self._weight[skip:].flatten(0, 1), self._bias[skip:].flatten())
+        keys, values = both.view(rows, len(layers), 2, *layers[0].heads).unbind(dim=2)
+        if self._key_norm is not None:
+            keys = (_normed(keys, self._key_norm) * self._key_weight[skip:]).to(states.dtype)
+        keys = _turned(keys, layers, positions)
+        for index, layer in enumerate(layers):
+            attention = layer.attention
+            compat.write_kv(
+                attention, keys[:, index], values[:, index], slots[attention.layer_name]
+            )
+
+
+def _folded(layer: KVProjection) -> tuple[Tensor, Tensor]:
+    """[2 x heads x head size, hidden size] and [2 x heads x head size], with the norm's numbers."""
+    weight = layer.qkv_proj.weight.data[layer.q_size :]
+    own = layer.qkv_proj.bias
+    bias = weight.new_zeros(len(weight)) if own is None else own.data[layer.q_size :]
+    if layer.norm is None:
+        return weight, bias
+    norm, dtype = norm_of(layer.norm), weight.dtype
+    if norm.bias is not None:
+        bias = (bias.float() + weight.float() @ norm.bias.float()).to(dtype)
+    if norm.weight is not None:
+        weight = (weight.float() * norm.weight.float()).to(dtype)
+    return weight, bias
+
+
+def _normed(states: Tensor, norm: Norm | None) -> Tensor:
+    """`states` after a norm over the last dimension, without its weight and bias."""
+    if norm is None:
+        return states
+    size = states.shape[-1:]
+    if norm.kind == "rms":
+        return rms_norm(states.float(), size, eps=norm.eps).to(states.dtype)
+    return layer_norm(states.float(), size, eps=norm.eps).to(states.dtype)
+
+
+def _turned(keys: Tensor, layers: Sequence[KVProjection], positions: Tensor) -> Tensor:
+    """`keys` [rows, layers, heads, head size], each turned as its layer does it."""
+    rotaries = [layer.rotary for layer in layers]
+    if len(set(rotaries)) == 1:  # all at once
+        [rotary] = set(rotaries)
+        if rotary is None:
+            return keys
+        turned: Tensor = rotary(positions, keys.flatten(1), None)[0].view_as(keys)
+        return turned
+    by_layer = [
+        key if rotary is None else rotary(positions, key.flatten(1), None)[0].view_as(key)
+        for key, rotary in zip(keys.unbind(1), rotaries, strict=True)
+    ]
+    return torch.stack(by_layer, dim=1)

@@ -1,0 +1,157 @@
+"""The requests that a worker runs, and the step contexts made of them: the same for V1 and V2."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
+
+from vllm_adainfer.config import read_settings
+from vllm_adainfer.engine.admission import FULL_DEPTH, UNLIMITED, Admission, Admitted
+from vllm_adainfer.exits.layout import Bools, Ints, RowLayout
+from vllm_adainfer.exits.report import INTERVAL, StepNote, snapshot_of
+from vllm_adainfer.exits.step import Narrow, StepContext
+
+if TYPE_CHECKING:
+    from vllm_adainfer.exits.exit_loop import ExitLoop
+    from vllm_adainfer.exits.recording_loop import RecordingLoop
+
+
+class RunningRequests:
+    """Admits requests when they arrive and says what each may do in a step."""
+
+    def __init__(self, vllm_config: VllmConfig, loop: ExitLoop | RecordingLoop) -> None:
+        """`loop` runs them."""
+        settings = read_settings(vllm_config.additional_config)
+        assert settings is not None
+        self.admission = Admission(settings)
+        self._loop = loop
+        self._window = UNLIMITED
+        self._admitted: dict[str, Admitted] = {}
+        # See `GuardedScheduler`: otherwise no guard reads what is complete.
+        self._scheduler_asks = (
+            vllm_config.cache_config.enable_prefix_caching and not self.admission.records
+        )
+        self._ran: StepContext | None = None
+        self._next_report = 0.0
+
+    def use_kv_cache(self, config: KVCacheConfig) -> None:
+        """Note how many tokens the layer with the smallest sliding window sees."""
+        specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+        windows = [spec.sliding_window for spec in specs if isinstance(spec, SlidingWindowSpec)]
+        self._window = min(windows, default=UNLIMITED)
+
+    def add(self, new: Any) -> None:
+        """Admit a request of vLLM's `NewRequestData`."""
+        self._admitted[new.req_id] = self.admission.admit(
+            new.req_id, new.sampling_params, len(new.prompt_token_ids)
+        )
+
+    def use_admission(self, admission: Admission) -> None:
+        """Let `admission` decide from now on, also about requests that are here already."""
+        self.admission = admission
+        for request_id, request in self._admitted.items():
+            self._admitted[request_id] = admission.admit(
+                request_id, request.params, request.prompt_len
+            )
+
+    def lost_kv(self, request_id: str) -> None:
+        """The request was preempted: it starts anew, without its blocks."""
+        self._loop.forget(request_id)
+
+    def remove(self, request_id: str) -> None:
+        """The request has ended, or comes back as a new one."""
+        self._admitted.pop(request_id, None)
+        self._loop.forget(request_id)
+
+    def ended(self, request_ids: Iterable[str]) -> None:
+        """Requests have no more tokens."""
+        for request_id in request_ids:
+            self._loop.ended(request_id)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether this is a request, not a part of a dummy batch."""
+        return request_id in self._admitted
+
+    def describe(
+        self,
+        request_ids: Sequence[str],
+        lens: Ints,
+        computed: Ints,
+        sampled: Bools,
+        narrow: Narrow,
+        device: torch.device,
+    ) -> StepContext:
+        """The step that is about to run.
+
+        Args:
+            request_ids: vLLM's, in order of the batch.
+            lens: [requests], rows of each.
+            computed: [requests], tokens of each that have been through the stack before.
+            sampled: [requests], whether this step yields a token.
+            narrow: see `StepContext`.
+            device: of the rows.
+
+        """
+        kv, monitors = self._loop.kv, self._loop.monitors.values()
+        admitted = [self._admitted[request_id] for request_id in request_ids]
+        last = computed + lens - 1
+        prompt = np.array([request.prompt_len for request in admitted])
+        tags = np.array([request.tag for request in admitted])
+        max_tokens = np.array([request.max_tokens for request in admitted])
+        deep_prompt = np.array([request.deep_prompt for request in admitted])
+        tags[deep_prompt & (computed < prompt)] = FULL_DEPTH
+        overdue = kv.overdue()
+        if overdue:
+            tags[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
+        goes_on = last + 2 - prompt < max_tokens  # once this step's token is appended
+        if kv.defers:
+            # Of a sequence beyond the window vLLM frees blocks that rows which wait still need.
+            tags[goes_on & (last + 1 >= self._window)] = FULL_DEPTH
+        shadow = None
+        if monitors:
+            shadow = np.array([request.is_shadow for request in admitted])
+            tightened = np.concatenate([monitor.tightened for monitor in monitors])
+            tags[tightened[tags] & ~shadow] = FULL_DEPTH
+        self._ran = StepContext(
+            request_ids=request_ids,
+            layout=RowLayout(lens, last),
+            sampled=sampled,
+            tags=tags,
+            goes_on=goes_on,
+            narrow=narrow,
+            shadow=shadow,
+            all_rows_count=any(request.wants_prompt for request in admitted),
+            device=device,
+        )
+        return self._ran
+
+    def take_note(self) -> StepNote | None:
+        """What the scheduler is to be told after a step, None if there was none."""
+        step, self._ran = self._ran, None
+        if step is None:
+            return None
+        now = time.monotonic()
+        if due := now >= self._next_report:
+            self._next_report = now + INTERVAL
+        complete = self._complete(step) if self._scheduler_asks else None
+        return StepNote(complete, snapshot_of(self._loop.stats) if due else None)
+
+    def note_at_rest(self) -> StepNote:
+        """What the scheduler is to be told when nothing is left to do."""
+        return StepNote(None, snapshot_of(self._loop.stats))
+
+    def _complete(self, step: StepContext) -> dict[str, int]:
+        kv = self._loop.kv
+        ended = set(step.left[~step.goes_on[step.left]].tolist())
+        ends = (step.layout.last_positions + 1).tolist()
+        return {
+            request_id: 0 if place in ended else ends[place] - kv.missing(request_id, ends[place])
+            for place, request_id in enumerate(step.request_ids)
+            if self._admitted[request_id].may_exit
+        }

@@ -1,0 +1,96 @@
+"""vLLM's schedulers with a guarded prefix cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
+
+from vllm_adainfer.config import read_settings
+from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.admission import Admission, has_deep_prompt, with_deep_prompt
+from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
+from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
+else:
+    _Scheduler = object
+
+
+class GuardedScheduler(_Scheduler):
+    """Keeps blocks of prompts that may exit early out of the prefix cache.
+
+    Comes before vLLM's class among the bases of ours.
+    """
+
+    kv_cache_manager: Any  # vLLM's KVCacheManager, or the guard around it
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = read_settings(self.vllm_config.additional_config)
+        assert settings is not None
+        self.admission = Admission(settings)
+        self._counted: Snapshot | None = None
+        self._reporter = Reporter()
+        if self.cache_config.enable_prefix_caching and not self.admission.records:
+            self.kv_cache_manager = PrefixCacheGuard(
+                self.kv_cache_manager, self._may_exit, self._complete
+            )
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, with the guard told that a step begins."""
+        if isinstance(self.kv_cache_manager, PrefixCacheGuard):
+            self.kv_cache_manager.new_step()
+        return super().schedule(*args, **kwargs)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """As vLLM's, once what the step has completed is in the prefix cache."""
+        note: StepNote | None = compat.noted(model_runner_output)
+        if note is not None:
+            if note.counted is not None:
+                self._counted = note.counted
+            if note.complete is not None and isinstance(self.kv_cache_manager, PrefixCacheGuard):
+                self.kv_cache_manager.step_ended(note.complete)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """As vLLM's, which asks after each step; with a report of ours when the worker sent one."""
+        stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
+        counted, self._counted = self._counted, None
+        if stats is not None and counted is not None:
+            compat.note_report(stats, self._reporter.report(counted))
+        return stats
+
+    def _may_exit(self, request: Request, computed: int) -> bool:
+        """Whether `request` may exit in a step that starts after `computed` of its tokens."""
+        params = request.sampling_params
+        if has_deep_prompt(params) and computed < request.num_prompt_tokens:
+            return False
+        return self.admission.may_exit(params)
+
+    def _complete(self, request: Request) -> None:
+        """The worker reads this when the request is first sent to it, in this very step."""
+        request.sampling_params = with_deep_prompt(request.sampling_params)
+
+
+class AdaInferScheduler(GuardedScheduler, Scheduler):
+    """Schedules a step when the one before has ended, as on a CPU."""
+
+
+class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
+    """Schedules a step while the one before runs, as on a GPU."""
+
+
+def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """The scheduler of a configured engine.
+
+    vLLM 0.32 settles ``async_scheduling`` after its config hooks, so the class is chosen here.
+    """
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    chosen = AdaInferAsyncScheduler if asynchronous else AdaInferScheduler
+    return chosen(vllm_config=vllm_config, **kwargs)

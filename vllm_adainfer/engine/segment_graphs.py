@@ -1,0 +1,165 @@
+"""CUDA graphs of segments, for decode batches: one launch a segment instead of hundreds.
+
+vLLM's full graphs hold the whole model, in which nobody could leave. Here each segment has its
+own for the usual batch sizes, replayed for whatever number of rows is there, padded up. As in
+vLLM's own model that runs some layers on some rows only (`models/deepseek_v41/nvidia/
+decoder_replay_cudagraph.py`) its `CudaGraphManager` captures and keeps them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+
+from vllm_adainfer.engine.attention import Groups, StepAttention, by_layer, metadata_of, own_groups
+from vllm_adainfer.engine.compat import get_logger
+from vllm_adainfer.engine.decode_buffers import DecodeBuffers
+from vllm_adainfer.engine.segments import Stack
+from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.residual import Stream
+from vllm_adainfer.exits.step import Narrow
+
+logger = get_logger(__name__)
+
+
+class SegmentGraphs:
+    """Captures the graphs, and gives batches that replay them.
+
+    All graphs share one memory pool (only one of them runs at a time) and one set of buffers, so
+    that what they need beyond the largest one is their launches.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        stack: Stack,
+        groups: Groups,
+        block_tables: Sequence[Tensor],
+        device: torch.device,
+    ) -> None:
+        """Prepare, for `groups` of attention with `block_tables` [requests, blocks]."""
+        # Builders keep what graphs read at fixed addresses only if the config says so.
+        config = copy.copy(vllm_config)
+        config.compilation_config = copy.copy(vllm_config.compilation_config)
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        self._config = config
+        self._stack = stack
+        self._groups = own_groups(groups, config, device)
+        self._managers = [
+            CudaGraphManager(config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1)
+            for _ in stack.segments
+        ]
+        size = min(
+            config.scheduler_config.max_num_seqs,
+            config.compilation_config.max_cudagraph_capture_size or 0,
+        )
+        self._buffers = DecodeBuffers(size, block_tables, device)
+
+    def capture(self) -> None:
+        """Capture all; says how much memory they take."""
+        before = torch.accelerator.get_memory_info()[0]
+        for index, manager in enumerate(self._managers):
+            manager.capture(self._forward_of(index), f"Capturing segment {index + 1} for decoding")
+        taken = before - torch.accelerator.get_memory_info()[0]
+        logger.info(
+            "captured %d CUDA graphs of %d segments for decode batches: %.2f GiB",
+            sum(len(manager.graphs) for manager in self._managers),
+            len(self._managers),
+            taken / (1 << 30),
+        )
+
+    def serves(self, layout: RowLayout) -> bool:
+        """Whether there are graphs for a batch with the rows of `layout`."""
+        return self._graph_for(layout).cg_mode == CUDAGraphMode.FULL
+
+    def batch(self, layout: RowLayout, narrow: Narrow) -> GraphedBatch | None:
+        """A batch with the rows of `layout`, None if there are no graphs for it."""
+        graph = self._graph_for(layout)
+        if graph.cg_mode != CUDAGraphMode.FULL:
+            return None
+        assert isinstance(narrow, StepAttention), "Model Runner V2 gives one"
+        self._buffers.stage(layout, narrow, graph.num_tokens)
+        self._metadata(graph.num_tokens, int(layout.last_positions[layout.here].max()) + 1)
+        return GraphedBatch(self._managers, self._buffers, graph, layout.num_rows)
+
+    def _graph_for(self, layout: RowLayout) -> BatchExecutionDescriptor:
+        """The smallest that holds them all; any one segment's, for all have the same."""
+        rows, requests = layout.num_rows, len(layout.here)
+        uniform = 1 if rows == requests else None
+        return self._managers[0].dispatch(requests, rows, uniform, num_active_loras=0)
+
+    def _metadata(self, rows: int, max_seq_len: int, for_capture: bool = False) -> dict[str, Any]:
+        """Attention metadata of the buffers; built for its effect on what the builders keep."""
+        queries = self._buffers.queries(rows, max_seq_len)
+        tables, slots = self._buffers.tables_of(rows), self._buffers.slots_of(rows)
+        return metadata_of(self._groups, queries, tables, slots, for_capture)
+
+    def _forward_of(self, index: int) -> Callable[..., Callable[[CUDAGraphMode], None]]:
+        """What vLLM calls to prepare the inputs of a segment, and then to run it."""
+
+        def prepare(graph: BatchExecutionDescriptor, warmup: bool) -> Callable[..., None]:
+            rows, buffers = graph.num_tokens, self._buffers
+            metadata = self._metadata(rows, self._config.model_config.max_model_len, True)
+            slots = by_layer(self._groups, buffers.slots_of(rows))
+
+            def forward(mode: CUDAGraphMode) -> None:
+                with set_forward_context(
+                    metadata,
+                    self._config,
+                    num_tokens=rows,
+                    cudagraph_runtime_mode=mode,
+                    slot_mapping=slots,
+                ):
+                    stream = buffers.ids_of(rows) if index == 0 else buffers.stream_of(rows)
+                    stream = self._stack.run(index, buffers.positions[:rows], stream)
+                    buffers.store(stream, is_final=index == len(self._managers) - 1)
+
+            return forward
+
+        return prepare
+
+
+@dataclass(frozen=True)
+class GraphedBatch:
+    """Rows in the buffers, one a request: see `vllm_adainfer.engine.compiled_batch.Batch`.
+
+    Attributes:
+        managers: of each segment's graphs.
+        buffers: staged for these rows.
+        graph: which of a manager's.
+        rows: how many there are without padding.
+
+    """
+
+    managers: Sequence[CudaGraphManager]
+    buffers: DecodeBuffers
+    graph: BatchExecutionDescriptor
+    rows: int
+
+    def run(self, index: int, stream: Stream) -> Stream:
+        """See `Batch.run`; what it returns lies in the buffers, and is overwritten by the next."""
+        self.buffers.load(stream.rows(slice(0, self.rows)), is_ids=index == 0)
+        self.managers[index].run_fullgraph(self.graph)
+        if index == len(self.managers) - 1:
+            return Stream(self.buffers.final_of(self.rows))
+        return self.buffers.stream_of(self.rows)
+
+
+def why_not_captured(vllm_config: VllmConfig, groups: Groups) -> str | None:
+    """Why decode steps cannot be captured, None if they can."""
+    for same in groups:
+        for group in same:
+            builder = group.get_metadata_builder(0)
+            support = builder.get_cudagraph_support(vllm_config, group.kv_cache_spec)
+            if support == AttentionCGSupport.NEVER:
+                return f"{group.backend.get_name()} cannot be captured"
+    return None

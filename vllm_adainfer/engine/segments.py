@@ -1,0 +1,184 @@
+"""Segments: runs of stock decoder layers, each compiled on its own, with a decision between."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    override_forward_context,
+)
+
+from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.decoder import Decoder, KVProjection
+from vllm_adainfer.exits.residual import Stream
+
+ROWS = {0: "b"}  # dynamic dimension: the batch's token rows
+
+
+class Segment(nn.Module):
+    """Consecutive decoder layers; the first segment embeds, the last one ends with the final norm.
+
+    The layers stay the model's: a segment borrows them, it owns no weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        prefix: str = "",
+        decoder: type[Decoder],
+        body: nn.Module,
+        layers: Iterable[nn.Module],
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.body = body
+        self.layers = nn.ModuleList(layers)
+        self.num_layers = len(self.layers)
+
+
+class LastKV(nn.Module):
+    """Keys and values of the last layer, for rows that need nothing else of it."""
+
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str = "", projection: KVProjection
+    ) -> None:
+        super().__init__()
+        self.projection = projection
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A model's layers in segments.
+
+    Attributes:
+        segments: in turn; the last one is the last layer, if that, and ends with the final norm.
+        last_kv: of that layer; None where the last segment has none.
+        width: of what the last segment gives, the LM head's input.
+
+    """
+
+    segments: tuple[Segment, ...]
+    last_kv: LastKV | None
+    width: int
+
+    @property
+    def depth(self) -> int:
+        """Layers of the model."""
+        return sum(segment.num_layers for segment in self.segments)
+
+    def run(self, index: int, positions: Tensor, stream: Stream) -> Stream:
+        """The stream after a segment; after the last one [rows, width] for the LM head."""
+        return Stream(*self.segments[index](positions, *stream.parts))
+
+    def write_last_kv(self, positions: Tensor, stream: Stream, slots: dict[str, Tensor]) -> None:
+        """Write keys and values of the last layer to `slots` [rows], by layer name.
+
+        `stream` is before that layer, and may be overwritten.
+        """
+        assert self.last_kv is not None, "the last segment has no layer"
+        keys, values = self.last_kv(positions, *stream.parts)
+        attention = self.last_kv.projection.attention
+        compat.write_kv(attention, keys, values, slots[attention.layer_name])
+
+    def profile(self, positions: Tensor, ids: Tensor) -> Tensor:
+        """A pass that belongs to no request: [rows, width].
+
+        vLLM captures piecewise graphs in such passes.
+        """
+        stream = Stream(ids)
+        for index in range(len(self.segments) - 1):
+            stream = self.run(index, positions, stream)
+        if self.last_kv is not None:  # a copy, for it may be overwritten
+            with override_forward_context(without_graphs(get_forward_context())):
+                self.last_kv(positions, *stream.clone().parts)
+        return self.run(len(self.segments) - 1, positions, stream).hidden
+
+
+def without_graphs(context: ForwardContext) -> ForwardContext:
+    """`context`, but kernels are launched one by one."""
+    return replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None)
+
+
+def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Segment]:
+    """A compiled class for layers `first` + 1 to `last` of `depth`.
+
+    vLLM keys compiled code by the qualified name of ``forward``, so whatever changes the code
+    must be in that name.
+    """
+
+    def forward(
+        self: Segment, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if first == 0:  # then they are token ids
+            hidden_states = self.decoder.embed(self.body, hidden_states, positions)
+        for layer in self.layers:
+            hidden_states, residual = self.decoder.run_layer(
+                layer, positions, hidden_states, residual
+            )
+        if finishes:
+            return self.decoder.finish(self.body, hidden_states, residual), None
+        return hidden_states, residual
+
+    name = f"Segment_{first}_{last}_of_{depth}" + ("_finishes" if finishes else "")
+    forward.__qualname__ = f"{name}.forward"
+    compiled = support_torch_compile(
+        dynamic_arg_dims={"positions": ROWS, "hidden_states": ROWS, "residual": ROWS}
+    )
+    segment_class: type[Segment] = compiled(type(name, (Segment,), {"forward": forward}))
+    return segment_class
+
+
+def last_kv_class(depth: int) -> type[LastKV]:
+    """A compiled class for the last layer of `depth`; see `segment_class`."""
+
+    def forward(
+        self: LastKV, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.projection(hidden_states, residual, positions)
+
+    name = f"LastKV_of_{depth}"
+    forward.__qualname__ = f"{name}.forward"
+    compiled = support_torch_compile(
+        dynamic_arg_dims={"positions": ROWS, "hidden_states": ROWS, "residual": ROWS}
+    )
+    last_kv_class: type[LastKV] = compiled(type(name, (LastKV,), {"forward": forward}))
+    return last_kv_class
+
+
+def build_stack(
+    decoder: type[Decoder],
+    body: nn.Module,
+    width: int,
+    cuts: Sequence[int],
+    vllm_config: VllmConfig,
+) -> Stack:
+    """Cut the stack of `body` after each of `cuts` (counts of layers run).
+
+    The last layer is cut off, too; a cut after it leaves the final norm alone. `width` is of the
+    LM head's input.
+    """
+    layers = decoder.layers(body)
+    depth = len(layers)
+    config = compat.segment_config(vllm_config)
+    cuts = sorted({*cuts, max(depth - 1, *cuts)})
+    spans = [*itertools.pairwise([0, *cuts]), (cuts[-1], depth)]
+    segments = []
+    for first, last in spans:
+        cls = segment_class(first, last, depth, finishes=(first, last) == spans[-1])
+        with compat.compile_cache_folder(cls.__name__):
+            segment = cls(vllm_config=config, decoder=decoder, body=body, layers=layers[first:last])
+        segments.append(segment)
+    last_kv = None
+    if cuts[-1] < depth:
+        projection, kv_class = decoder.kv_projection(layers[-1]), last_kv_class(depth)
+        with compat.compile_cache_folder(kv_class.__name__):
+            last_kv = kv_class(vllm_config=config, projection=projection)
+    return Stack(tuple(segments), last_kv, width)

@@ -1,0 +1,73 @@
+"""Model Runner V1 (vLLM's on a CPU) with a step context."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_adainfer.engine.attention import Groups, StepAttention, own_groups
+from vllm_adainfer.engine.compat import keep_best_tokens, seeds_of_chunks_kept
+from vllm_adainfer.engine.requests import RunningRequests
+from vllm_adainfer.exits.step import StepContext
+
+
+class AdaInferCPUModelRunner(CPUModelRunner):
+    """Tells the model whose rows it is about to run and who may exit."""
+
+    running: RunningRequests
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; then the model's exit loop is built of what was loaded."""
+        super().load_model(*args, **kwargs)
+        self.model.build_exit_loop(self.vllm_config)
+        keep_best_tokens(self)
+        self.running = RunningRequests(self.vllm_config, self.model.exit_loop)
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's."""
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        self.running.use_kv_cache(self.kv_cache_config)
+
+    @cached_property
+    def _own_groups(self) -> Groups:
+        return own_groups(self.attn_groups, self.vllm_config, self.device)
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        """Admit requests when they arrive, forget them when they end."""
+        for request_id in scheduler_output.finished_req_ids:
+            self.running.remove(request_id)
+        for request_id in scheduler_output.preempted_req_ids or ():
+            self.running.lost_kv(request_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            self.running.add(new)
+        return super()._update_states(scheduler_output)
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.model.step = self._describe_step()
+        return super()._model_forward(*args, **kwargs)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's."""
+        with seeds_of_chunks_kept(self):
+            return super().sample_tokens(*args, **kwargs)
+
+    def _describe_step(self) -> StepContext:
+        batch = self.input_batch
+        count = batch.num_reqs
+        tables = [batch.block_table[group] for group in range(len(self._own_groups))]
+        return self.running.describe(
+            request_ids=batch.req_ids,
+            lens=np.diff(self.query_start_loc.np[: count + 1].astype(np.int64)),
+            computed=batch.num_computed_tokens_cpu[:count].astype(np.int64),
+            sampled=~self.discard_request_mask.np[:count],
+            narrow=StepAttention(
+                self._own_groups,
+                [table.get_device_tensor(count) for table in tables],
+                [table.block_size for table in tables],
+                self.device,
+            ),
+            device=self.device,
+        )

@@ -1,0 +1,116 @@
+"""Model Runner V2 (vLLM's on a GPU): the model's own `ModelState` brings the step context."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from vllm_adainfer.engine.attention import Groups, StepAttention, own_groups
+from vllm_adainfer.engine.compat import get_logger
+from vllm_adainfer.engine.requests import RunningRequests
+from vllm_adainfer.engine.segment_graphs import SegmentGraphs, why_not_captured
+from vllm_adainfer.exits.exit_loop import ExitLoop
+
+logger = get_logger(__name__)
+
+
+class AdaInferModelState(DefaultModelState):
+    """vLLM's default state; with attention it prepares whose rows the next forward runs."""
+
+    model: Any
+
+    def __init__(
+        self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: None, device: torch.device
+    ) -> None:
+        """`model` is loaded; its exit loop is built of what it has become."""
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.model.build_exit_loop(vllm_config)
+        self.running = RunningRequests(vllm_config, self.model.exit_loop)
+        self._own_groups: Groups | None = None
+        self._block_sizes: list[int] = []
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """As vLLM's, and admit the request."""
+        super().add_request(req_index, new_req_data)
+        self.running.add(new_req_data)
+
+    def remove_request(self, req_id: str) -> None:
+        """As vLLM's; the request has ended, was preempted, or was never there."""
+        super().remove_request(req_id)
+        self.running.remove(req_id)
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
+    ) -> None:
+        """As vLLM's, which calls it once with a small cache to measure graphs, then for good."""
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        self.running.use_kv_cache(kv_cache_config)
+        self._own_groups = None
+        self._block_sizes = block_tables.block_sizes
+
+    def capture_inner_cudagraphs(
+        self,
+        input_buffers: InputBuffers,
+        block_tables: BlockTables,
+        attn_groups: Groups,
+        kv_cache_config: KVCacheConfig,
+    ) -> None:
+        """Capture the segments' graphs, where the runner has captured those around them."""
+        loop = self.model.exit_loop
+        if not isinstance(loop, ExitLoop):
+            return
+        reason = why_not_captured(self.vllm_config, attn_groups)
+        if reason is not None:
+            logger.warning("decode steps run without CUDA graphs of segments: %s", reason)
+            return
+        loop.graphs = SegmentGraphs(
+            self.vllm_config, loop.stack, attn_groups, block_tables.input_block_tables, self.device
+        )
+        loop.graphs.capture()
+
+    def drop_graphs(self) -> None:
+        """Those were captured to measure what they take."""
+        self.model.exit_loop.graphs = None
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: Any,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: Groups,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As vLLM's, and describe the step, unless this is a dummy batch."""
+        if self._own_groups is None:
+            self._own_groups = own_groups(attn_groups, self.vllm_config, self.device)
+        self.model.step = step = None
+        if self.running.knows(input_batch.req_ids[0]):
+            computed = input_batch.num_computed_tokens_np.astype(np.int64)
+            lens = input_batch.num_scheduled_tokens.astype(np.int64)
+            self.model.step = step = self.running.describe(
+                request_ids=input_batch.req_ids,
+                lens=lens,
+                computed=computed,
+                sampled=computed + lens >= input_batch.prefill_len_np,
+                narrow=StepAttention(
+                    self._own_groups, block_tables, self._block_sizes, self.device
+                ),
+                device=self.device,
+            )
+        graphs = self.model.exit_loop.graphs
+        if step is not None and graphs is not None and graphs.serves(step.layout):
+            return {}  # the graphs have their own
+        return super().prepare_attn(
+            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
+        )

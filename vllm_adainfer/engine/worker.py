@@ -1,0 +1,85 @@
+"""What workers with exits have in common, and the calls that reach them by ``collective_rpc``."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.reload import reload_artifacts
+from vllm_adainfer.engine.requests import RunningRequests
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+else:
+    _Worker = object
+
+
+class ExitWorker(_Worker):
+    """Comes before vLLM's class among the bases of ours."""
+
+    @property
+    def _running(self) -> RunningRequests:
+        runner: Any = self.model_runner
+        running: RunningRequests = (
+            runner.model_state.running if self.use_v2_model_runner else runner.running
+        )
+        return running
+
+    def init_device(self) -> None:
+        """As vLLM's, without the request check: that one works in the frontend."""
+        self.model_config.logits_processors = None
+        super().init_device()
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """As vLLM's, which sends an empty step, too, when the last requests have ended."""
+        self._running.ended(scheduler_output.finished_req_ids)
+        output = super().execute_model(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
+            output = copy.copy(output)  # all empty steps share one
+            compat.note(output, self._running.note_at_rest())
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """As vLLM's; the output says what is complete in the KV cache, and what was executed."""
+        output = super().sample_tokens(grammar_output)
+        note = self._running.take_note()
+        if note is not None:
+            compat.note(output, note)
+        return output
+
+    def adainfer_stats(self) -> dict[str, Any]:
+        """Counters of this worker, see `vllm_adainfer.stats`."""
+        stats: dict[str, Any] = self.model_runner.model.exit_loop.stats.as_dict()
+        return stats
+
+    def adainfer_reload(self) -> list[str]:
+        """Serve with the artifacts that are there now, see `reload_artifacts`."""
+        return reload_artifacts(self.model_runner.model, self._running, self.vllm_config)
+
+    def adainfer_take_record(self, path: str) -> dict[str, Any]:
+        """Write the recorded states and sums and the tensors of the model's logit lens to `path`.
+
+        Returns:
+            ``fingerprint`` of the served weights, ``norm`` (kind and epsilon of the final one,
+            None if there is none), ``threads`` that computed, and the times of
+            `vllm_adainfer.exits.recording_loop.Timings`.
+
+        """
+        model: Any = self.model_runner.model
+        loop = model.exit_loop
+        tensors = loop.recorder.take()
+        lens = model.logit_lens()
+        tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.own.items()}
+        save_file(tensors, path)
+        timings = asdict(loop.timings)
+        return {
+            "fingerprint": model.fingerprint,
+            "norm": lens.norm and (lens.norm.kind, lens.norm.eps),
+            "threads": torch.get_num_threads(),
+            **timings,
+        }

@@ -1,0 +1,4 @@
+"""What a step does with decisions.
+
+Never imports vLLM.
+"""

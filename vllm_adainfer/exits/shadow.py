@@ -1,0 +1,102 @@
+"""Shadow requests: decided early like others, but run to full depth, to compare both answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from vllm_adainfer.engine.compat import get_logger
+from vllm_adainfer.engine.ranks import agreed
+from vllm_adainfer.exits.counters import PolicyStats
+from vllm_adainfer.exits.layout import Bools, Ints
+from vllm_adainfer.policy.exit_policy import ExitPolicy
+from vllm_adainfer.policy.monitor import Monitor, Reading
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ShadowAnswers:
+    """Early answers of one policy's shadow requests in a step, for `compute_logits` to compare.
+
+    Attributes:
+        name: of the policy.
+        policy: that decided them.
+        request_ids: [shadow], vLLM's.
+        tags: [shadow], the number by which the policy knows each request.
+        settled: [shadow], False where no exit point settled it: it agrees by running deep.
+        requests: int64 [settled], places of the settled ones in the step's batch.
+        answers: [settled, answer ids] or [settled, hidden size], as in `Decision`; None where
+            nothing has been settled in the step.
+
+    """
+
+    name: str
+    policy: ExitPolicy
+    request_ids: Sequence[str]
+    tags: Ints
+    settled: Bools
+    requests: Tensor
+    answers: Tensor | None
+
+    def disagreed(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Bools:
+        """[shadow], whether the early answer differs from that of full depth.
+
+        All ranks get the same: it may close a bound, and then steers who leaves in later steps.
+
+        Args:
+            logits: [requests, vocabulary] of the step, the shadow requests' at full depth.
+            head: the stock `compute_logits`, which reads early answers that are states.
+
+        """
+        disagreed = np.zeros(len(self.tags), dtype=np.bool_)
+        if self.answers is None or len(self.requests) == 0:
+            return disagreed
+        full = logits[self.requests]
+        ids = self.policy.answer_ids
+        if ids is None:
+            early_ids, full_ids = head(self.answers).argmax(dim=1), full.argmax(dim=1)
+        else:
+            # In ascending order, so that a tie goes to the token that the sampler takes, too.
+            ids, order = ids.sort()
+            early_ids = ids[self.answers[:, order].argmax(dim=1)]
+            full_ids = (
+                ids[full[:, ids].argmax(dim=1)] if self.policy.restricted else full.argmax(dim=1)
+            )
+        disagreed[self.settled] = agreed(early_ids != full_ids).cpu().numpy()
+        return disagreed
+
+
+def watch(monitor: Monitor, stats: PolicyStats, shadow: ShadowAnswers, disagreed: Bools) -> None:
+    """Count compared answers [shadow]; a level whose bound is broken is said so, once."""
+    epsilons = monitor.epsilons
+    stats.shadow_checked.update(epsilons[shadow.tags].tolist())
+    stats.shadow_disagreed.update(epsilons[shadow.tags[disagreed]].tolist())
+    warn(shadow.name, monitor, monitor.observe(shadow.request_ids, shadow.tags, disagreed))
+
+
+def warn(policy: str, monitor: Monitor, exceeded: Sequence[Reading]) -> None:
+    """Say which levels of a policy now disagree more often than their epsilon."""
+    for reading in exceeded:
+        what = (
+            "so requests at this epsilon run at full depth from now on: calibrate again, on "
+            "prompts like those served now"
+            if reading.tightened
+            else "which the accuracy lost may reach but need not; the right answers are not known "
+            "here, so nothing was closed: evaluate on labelled prompts like those served now"
+        )
+        logger.warning(
+            "policy %s: disagreement is above epsilon = %g: %d of %d early answers of shadow "
+            "requests differ from full depth (%.2f%%; at least %.2f%% at confidence %g%%), %s",
+            policy,
+            reading.epsilon,
+            reading.disagreed,
+            reading.checked,
+            100 * reading.rate,
+            100 * reading.low,
+            100 * (1 - monitor.alpha),
+            what,
+        )

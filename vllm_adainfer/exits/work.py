@@ -1,0 +1,146 @@
+"""Work: rows x layers of a step as they are run, skipped for good, or deferred.
+
+Rows belong to the policy that their request came under, also when they run layers in a later step
+in which the request has another tag. So of each policy, at any time,
+
+    run + skipped + still waiting = rows that came x layers
+
+and each of the counters only ever grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_adainfer.exits.counters import ExitStats, PolicyStats
+from vllm_adainfer.exits.layout import Ints
+
+
+class Work:
+    """An engine's work, and what of it waits.
+
+    Attributes:
+        stats: where it is counted.
+        names: of policies.
+
+    """
+
+    def __init__(
+        self, stats: ExitStats, names: Sequence[str], exit_layers: Sequence[int], depth: int
+    ) -> None:
+        """Of a model with `depth` layers whose rows can leave after `exit_layers`."""
+        self.stats = stats
+        self.names = names
+        self._left_after = [depth - layer for layer in exit_layers]
+        self._depth = depth
+        # By request, then exit point (an index): [policies], the rows that wait there.
+        self._waiting: dict[str, dict[int, Ints]] = {}
+
+    def step(self, owners: Ints, request_ids: Sequence[str], lens: Ints) -> StepWork:
+        """A step begins.
+
+        Args:
+            owners: [requests], the policy (an index) that each comes under.
+            request_ids: vLLM's.
+            lens: [requests], rows of each.
+
+        """
+        rows = np.zeros((len(owners), len(self.names)), dtype=np.int64)
+        rows[np.arange(len(owners)), owners] = lens
+        self.stats.passes_possible += self._depth
+        self.add("layers_possible", rows.sum(axis=0), self._depth)
+        return StepWork(self, request_ids, owners, rows)
+
+    def defer(self, request_id: str, exit_index: int, rows: Ints) -> None:
+        """`rows` [policies] of a request wait below an exit point."""
+        self.add("layers_deferred", rows, self._left_after[exit_index])
+        below = self._waiting.setdefault(request_id, {})
+        below[exit_index] = below.get(exit_index, 0) + rows
+
+    def take(self, request_id: str, exit_index: int) -> Ints:
+        """[policies], the rows of a request that wait below an exit point; they wait no more."""
+        below = self._waiting[request_id]
+        rows = below.pop(exit_index)
+        if not below:
+            del self._waiting[request_id]
+        return rows
+
+    def forget(self, request_id: str) -> None:
+        """What waits for a request is never run: it has ended, or starts anew."""
+        for exit_index, rows in self._waiting.pop(request_id, {}).items():
+            self.skip(exit_index, rows)
+
+    def skip(self, exit_index: int, rows: Ints) -> None:
+        """`rows` [policies] never run what is below an exit point."""
+        self.add("layers_skipped", rows, self._left_after[exit_index])
+
+    def add(self, counter: str, rows: Ints, layers: int) -> None:
+        """Count `rows` [policies] x `layers`."""
+        for own, count in self.of(rows):
+            setattr(own, counter, getattr(own, counter) + count * layers)
+
+    def of(self, rows: Ints) -> list[tuple[PolicyStats, int]]:
+        """The policies that have some of `rows` [policies], and how many."""
+        return [
+            (self.stats.by_policy[name], count)
+            for name, count in zip(self.names, rows.tolist(), strict=True)
+            if count
+        ]
+
+
+class StepWork:
+    """The rows of one step, by the policy they came under."""
+
+    def __init__(self, work: Work, request_ids: Sequence[str], owners: Ints, rows: Ints) -> None:
+        """`rows` are [requests, policies]; see `Work.step`."""
+        self._work = work
+        self._request_ids = request_ids
+        self._owners = owners
+        self._rows = rows
+        self._here = work.of(rows.sum(axis=0))
+
+    def ran(self, layers: int) -> None:
+        """The batch has run so many layers."""
+        self._work.stats.passes_run += layers
+        for own, rows in self._here:
+            own.layers_run += rows * layers
+
+    def ran_apart(self, rows: Ints, layers: int, batches: int) -> None:
+        """`rows` [policies] have run so many layers in batches of their own."""
+        self._work.stats.passes_run += layers * batches
+        self._work.add("layers_run", rows, layers)
+
+    def leave(self, exit_index: int, requests: Ints) -> None:
+        """`requests` leave the batch at an exit point and never run what is below."""
+        self._work.skip(exit_index, self._rows[requests].sum(axis=0))
+        self._remove(requests)
+
+    def defer(self, exit_index: int, requests: Ints) -> None:
+        """`requests` leave the batch at an exit point, to run what is below in a later step."""
+        for request in requests.tolist():
+            request_id = self._request_ids[request]
+            self._work.defer(request_id, exit_index, self._rows[request].copy())
+        self._remove(requests)
+
+    def join(self, exit_index: int, requests: Ints) -> None:
+        """Rows of `requests` that waited below an exit point are in the batch from now on."""
+        for request in requests.tolist():
+            self._rows[request] += self._work.take(self._request_ids[request], exit_index)
+        self._here = self._work.of(self._rows.sum(axis=0))
+
+    def take(self, exit_index: int, requests: Ints) -> Ints:
+        """[policies], rows of `requests` that wait no more below an exit point, nor join."""
+        taken = [self._work.take(self._request_ids[request], exit_index) for request in requests]
+        return np.sum(taken, axis=0)
+
+    def decided(self, requests: Ints, depth: int) -> None:
+        """Tokens of `requests` were decided after so many layers."""
+        counts = np.bincount(self._owners[requests], minlength=len(self._work.names))
+        for own, tokens in self._work.of(counts):
+            own.exit_histogram[depth] += tokens
+
+    def _remove(self, requests: Ints) -> None:
+        self._rows[requests] = 0
+        self._here = self._work.of(self._rows.sum(axis=0))

@@ -1,0 +1,50 @@
+"""One line about exits for each stats interval of the log."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class LogLine:
+    """Collects one engine's reports between two lines."""
+
+    def __init__(self, depth: int) -> None:
+        """`depth` is the model's."""
+        self._depth = depth
+        self._sums: Counter[str] = Counter()
+        self._shadow: Mapping[str, Sequence[Mapping[str, Any]]] = {}
+
+    def add(self, report: Mapping[str, Any]) -> None:
+        """Add what a `vllm_adainfer.exits.report.Reporter` has sent."""
+        for kind, _, detail, added in report["added"]:
+            self._sums[kind] += added
+            if kind == "tokens":
+                self._sums["layers of tokens"] += int(detail) * added
+        self._shadow = report["shadow"]
+
+    def take(self) -> str | None:
+        """The line; None if nothing was decided since the last one."""
+        sums, self._sums = self._sums, Counter()
+        if not sums["tokens"]:
+            return None
+        possible = sums["layers_run"] + sums["layers_skipped"]
+        parts = [
+            f"mean exit layer {sums['layers of tokens'] / sums['tokens']:.1f}/{self._depth}",
+            f"layers saved {sums['layers_skipped'] / max(possible, 1):.0%}",
+        ]
+        if sums["seconds"]:
+            parts.append(f"probes {sums['probe_seconds'] / sums['seconds']:.1%} of the time")
+        for policy, readings in self._shadow.items():
+            parts += [_disagreement(policy, one) for one in readings if one["checked"]]
+        return ", ".join(parts)
+
+
+def _disagreement(policy: str, reading: Mapping[str, Any]) -> str:
+    state = ": at full depth now" if reading["tightened"] else ""
+    return (
+        f"shadow disagreement of {policy} at {reading['epsilon']:g} "
+        f"{reading['rate']:.1%} "
+        f"[{100 * reading['low']:.1f}, {100 * reading['high']:.1f}]{state}"
+    )

@@ -1,0 +1,66 @@
+"""What a server tells of exits: metrics, and a line in the log at each stats interval."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer.config import read_settings
+from vllm_adainfer.engine import compat
+from vllm_adainfer.frontend.log_line import LogLine
+from vllm_adainfer.frontend.metrics import EngineMetrics, Series
+from vllm_adainfer.policy.artifact_files import load_artifact_configs
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.metrics.loggers import StatLoggerManager as _Manager
+else:
+    _Manager = object
+
+logger = compat.get_logger(__name__)
+
+
+class WithExitStats(_Manager):
+    """Comes before vLLM's `StatLoggerManager`: takes our reports out of what engines send."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, engine_idxs: list[int] | None = None, *args: Any, **kw: Any
+    ) -> None:
+        """As vLLM's; engines without our switch have none of ours."""
+        super().__init__(vllm_config, engine_idxs, *args, **kw)
+        self._metrics: dict[int, EngineMetrics] = {}
+        self._lines: dict[int, LogLine] = {}
+        settings = read_settings(vllm_config.additional_config)
+        if settings is None:
+            return
+        model = vllm_config.model_config
+        depth = model.hf_config.num_hidden_layers
+        configs = load_artifact_configs(settings.artifacts)
+        points = {point for config in configs.values() for point in config.exit_points}
+        series = Series((*sorted(points.union(settings.exit_script or ())), depth))
+        for index in self.engine_indexes:
+            self._metrics[index] = EngineMetrics(series, model.served_model_name, index, configs)
+            if kw.get("client_count", 1) == 1:  # else each frontend has only a part of the numbers
+                self._lines[index] = LogLine(depth)
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int | None = None,
+    ) -> None:
+        """As vLLM's."""
+        report = compat.take_report(scheduler_stats)
+        if report is not None:
+            self._metrics[engine_idx or 0].add(report)
+            if self._lines:
+                self._lines[engine_idx or 0].add(report)
+        super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
+
+    def log(self) -> None:
+        """As vLLM's, and a line of ours for each engine that has decided something."""
+        super().log()
+        for index, line in self._lines.items():
+            text = line.take()
+            if text is not None:
+                logger.info("Engine %03d: %s", index, text)

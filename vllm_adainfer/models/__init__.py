@@ -1,1 +1,0 @@
-"""Model classes: vLLM models whose layer stack has exit points."""

@@ -1,0 +1,1 @@
+"""Calibration: prompts in, artifact out."""

@@ -1,0 +1,93 @@
+"""The artifact's model card and its plot of risk against layers saved."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_adainfer.policy.artifact import ArtifactConfig
+
+
+def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
+    """README.md of an artifact: front matter for the hub, then what it promises."""
+    labels = ", ".join(f"`{label.name}`" for label in config.labels) or "any token"
+    levels = "\n".join(
+        f"| {level.epsilon:.1%} | {level.disagreement:.2%} | {level.risk:.2%} | {level.bound:.2%} "
+        f"| {level.layers_saved:.1%} |"
+        for level in config.levels
+    )
+    agreement = "\n".join(
+        f"| {layer}{' (exit point)' if int(layer) in config.exit_points else ''} | {share:.1%} |"
+        for layer, share in details["agreement"].items()
+    )
+    rows = "tokens" if config.max_tokens > 1 else "prompts"
+    versions = ", ".join(f"{k} {v}" for k, v in details["provenance"]["versions"].items())
+    return f"""---
+base_model: {config.base_model}
+library_name: vllm
+tags: [vllm, early-exit, adainfer]
+---
+
+# Early-exit policy for {config.base_model}
+
+Serve it with the plugin [vllm-adainfer](https://arxiv.org/abs/2403.02181):
+
+```
+vllm serve MODEL --additional-config '{{"adainfer": {{"artifact": "DIR"}}}}'
+```
+
+| | |
+|---|---|
+| architecture | {config.architecture}, {config.layers} layers |
+| exit points | {", ".join(map(str, config.exit_points))} |
+| probe | {config.probe}, candidates: {labels} |
+| classifier | {config.classifier} on {", ".join(config.features)} |
+| calibrated on | {details["rows"]} {rows} ({details["rows_fitted"]} to fit, \
+{details["rows_held_out"]} held out), seed {details["seed"]} |
+| majority answer | {details["majority_share"]:.1%} of the held-out {rows} |
+
+Each bound holds with probability {1 - config.delta:.0%} over the held-out prompts, for prompts
+drawn like them: {
+        "the accuracy lost"
+        if config.risk == "accuracy"
+        else "the share of answers that differ from the full model's"
+    } is at most epsilon ({config.bound} bound on the mean loss).
+
+| epsilon | disagreement, held out | loss, held out | upper bound | layers saved |
+|---|---|---|---|---|
+{levels}
+
+Agreement of the probe alone with the full model, were every row to leave there:
+
+| layer | agreement |
+|---|---|
+{agreement}
+
+![risk curve](risk.png)
+
+Made with {versions} on {details["provenance"]["cpu"]}.
+"""
+
+
+def risk_plot(config: ArtifactConfig, details: Mapping[str, Any]) -> bytes:
+    """PNG: disagreement and its bound against layers saved, along the threshold path."""
+    from matplotlib.figure import Figure
+
+    curve = details["risk_curve"]
+    saved = [100 * point["layers_saved"] for point in curve]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(saved, [100 * point["risk"] for point in curve], label="held-out rows")
+    axes.plot(
+        saved, [100 * point["bound"] for point in curve], label=f"bound at {1 - config.delta:.0%}"
+    )
+    axes.axhline(100 * config.epsilon, color="grey", linestyle=":", label="epsilon")
+    axes.set_xlabel("layers saved, %")
+    accuracy = config.risk == "accuracy"
+    axes.set_ylabel("accuracy lost, points" if accuracy else "disagreement with full depth, %")
+    axes.set_title(f"{config.base_model}: {config.probe} at {list(config.exit_points)}")
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

@@ -1,0 +1,163 @@
+"""Certify: the loosest joint threshold whose bound holds on the held-out half.
+
+One threshold on the settled score serves all exit points, so lowering it makes every row leave
+no later: a one-parameter path. The bound is tested along that path for the whole policy (first
+exit point whose score passes), not for each exit point alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_adainfer.offline.calibration.collect import Ints
+from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
+from vllm_adainfer.policy.bound import BoundKind, FloatArray, certified, rows_needed, upper_bound
+
+STEPS = 200
+HIGHEST, PRECISION = 0.999, 0.0005  # of an upper bound that is searched for
+EPSILONS = (0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What is to be promised of a policy.
+
+    Attributes:
+        kind: how the bound is computed, see `vllm_adainfer.policy.bound`.
+        delta: chance that it does not hold.
+        lowest: smallest possible loss: 0 for disagreement, -1 for lost accuracy.
+        prompts: [rows], the prompt of each held-out row where prompts have several: their losses
+            are not independent. None where each row is a prompt of its own.
+        longest: most rows that a prompt may have.
+
+    """
+
+    kind: BoundKind
+    delta: float
+    lowest: float
+    prompts: Ints | None = None
+    longest: int = 1
+
+    def holds(self, losses: FloatArray, epsilon: float) -> bool:
+        """Whether `losses` certify a mean of at most `epsilon`."""
+        if self.prompts is not None:
+            losses = self._by_prompt(losses, epsilon)
+        return certified(losses, epsilon, self.delta, self.kind, self.lowest)
+
+    def of(self, losses: FloatArray) -> float:
+        """Upper confidence bound of the mean loss."""
+        if self.prompts is None:
+            return upper_bound(losses, self.delta, self.kind, self.lowest)
+        if not self.holds(losses, HIGHEST):
+            return 1.0
+        low, high = 0.0, HIGHEST
+        while high - low > PRECISION:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.holds(losses, middle) else (middle, high)
+        return high
+
+    def _by_prompt(self, losses: FloatArray, epsilon: float) -> FloatArray:
+        """[prompts], in [0, 1]: their mean is at most `epsilon` where the loss per row is.
+
+        A prompt's losses as a share of the most rows there may be, with a loss of `epsilon` for
+        each row that it lacks: E[losses] + epsilon (longest - E[rows]) <= epsilon longest.
+        """
+        assert self.prompts is not None, "the caller has looked"
+        _, place = np.unique(self.prompts, return_inverse=True)
+        rows, sums = np.bincount(place), np.bincount(place, weights=losses)
+        by_prompt: FloatArray = (sums + epsilon * (self.longest - rows)) / self.longest
+        return by_prompt
+
+    def rows_needed(self, epsilon: float) -> int:
+        """Fewest rows that certify `epsilon`, if not one of them has a loss."""
+        return rows_needed(epsilon, self.delta, self.kind, self.lowest)
+
+    def allowance(self, rows: int, epsilon: float) -> float:
+        """Largest mean loss of `rows` rows with losses of 0 or 1 that certifies `epsilon`."""
+        order = np.random.default_rng(0).permutation(rows)
+        if not self.holds(np.zeros(rows), epsilon):
+            return 0.0
+        fits, fails = 0, int(rows * epsilon) + 2
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            holds = self.holds((order < middle).astype(np.float64), epsilon)
+            fits, fails = (middle, fails) if holds else (fits, middle)
+        return fits / rows
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """The policy at one joint threshold, on some prompts.
+
+    Attributes:
+        threshold: on the settled score.
+        exits: [rows], index of the exit point where each row leaves; the number of exit points
+            where it runs to the end.
+        losses: [rows], of each row where it leaves; 0 where it runs to the end.
+        disagreement: share of rows whose answer is not the full model's.
+        layers_saved: share of layers, 0 to 1.
+
+    """
+
+    threshold: float
+    exits: Ints
+    losses: FloatArray
+    disagreement: float
+    layers_saved: float
+
+    @property
+    def risk(self) -> float:
+        """Mean loss."""
+        return float(self.losses.mean())
+
+
+def walk(
+    layers: Sequence[int], scored: Sequence[Scored], depth: int, thresholds: Sequence[float]
+) -> Iterator[PathPoint]:
+    """The policy with exit points after `layers` (ascending) at each threshold, strictest first."""
+    rows = len(scored[0].loss)
+    for threshold in thresholds:
+        exits = np.full(rows, len(layers))
+        losses, disagreeing = np.zeros(rows), 0
+        for index, exit_point in enumerate(scored):
+            leaves = (exits == len(layers)) & (exit_point.score >= threshold).numpy()
+            exits[leaves] = index
+            losses[leaves] = exit_point.loss[leaves]
+            disagreeing += int(np.count_nonzero(~exit_point.agrees[leaves]))
+        run = np.array([*layers, depth])[exits]
+        saved = 1 - float(run.sum()) / (rows * depth)
+        yield PathPoint(threshold, exits, losses, disagreeing / rows, saved)
+
+
+def held_out_path(exits: Sequence[FittedExit], depth: int) -> Iterator[PathPoint]:
+    """`walk` on the held-out half."""
+    layers = [exit.layer for exit in exits]
+    return walk(layers, [exit.held_out for exit in exits], depth, threshold_grid(exits))
+
+
+def threshold_grid(exits: Sequence[FittedExit]) -> list[float]:
+    """Thresholds to try, strictest first; read off the fitted half only."""
+    scores = torch.cat([exit.fitted.score for exit in exits]).double()
+    grid = torch.quantile(scores, torch.linspace(1, 0, STEPS, dtype=torch.float64))
+    return [float("inf"), *sorted(set(grid.tolist()), reverse=True)]
+
+
+def loosest(path: Iterator[PathPoint], epsilon: float, bound: Bound) -> PathPoint | None:
+    """The last point before the first that cannot be certified (fixed-sequence testing)."""
+    best = None
+    for point in path:
+        if not bound.holds(point.losses, epsilon):
+            break
+        best = point
+    return best
+
+
+def certify(
+    exits: Sequence[FittedExit], depth: int, epsilon: float, bound: Bound
+) -> PathPoint | None:
+    """The loosest certified policy on the held-out half; None if there is none."""
+    return loosest(held_out_path(exits, depth), epsilon, bound)

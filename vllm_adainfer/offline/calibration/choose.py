@@ -1,0 +1,119 @@
+"""Choose: the exit points that make a prompt's expected time shortest within the bound.
+
+Judged on the fitted half alone, so that the held-out half stays untouched for the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from vllm_adainfer.offline.calibration.collect import Ints
+from vllm_adainfer.offline.calibration.cost import Costs
+from vllm_adainfer.offline.calibration.fit import Bools, FittedExit
+from vllm_adainfer.policy.bound import FloatArray
+
+MAX_EXIT_POINTS = 4
+# An exit point must take so large a share off full depth's time to be worth its segment.
+MIN_GAIN = 0.002
+CHOICE_ROWS = 3000
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a set of exit points would do at its loosest threshold within the bound.
+
+    Attributes:
+        seconds: expected time of a prompt in layers, probes, cuts and head; full depth is the
+            same without probes and cuts.
+        layers_saved: share of layers x token rows, 0 to 1.
+
+    """
+
+    seconds: float
+    layers_saved: float
+
+
+def choose_exits(
+    candidates: Sequence[FittedExit], costs: Costs, tokens: FloatArray, allowed: float
+) -> list[FittedExit]:
+    """Up to `MAX_EXIT_POINTS` with the shortest expected time; none if full depth is shorter.
+
+    Every set of that size is tried, on the first `CHOICE_ROWS` rows.
+
+    Args:
+        candidates: fitted exit points, by layer.
+        costs: of this model on this machine.
+        tokens: [rows] of the fitted half, token rows that the prompt puts through the layers.
+        allowed: mean loss that the bound leaves.
+
+    """
+    tokens = tokens[:CHOICE_ROWS]
+    worth = MIN_GAIN * forecast([], costs, tokens, allowed).seconds
+    best: list[FittedExit] = []
+    least = np.inf
+    for count in range(MAX_EXIT_POINTS + 1):
+        for exits in combinations(candidates, count):
+            seconds = forecast(exits, costs, tokens, allowed).seconds + worth * count
+            if seconds < least:
+                best, least = list(exits), seconds
+    return best
+
+
+def forecast(
+    exits: Sequence[FittedExit], costs: Costs, tokens: FloatArray, allowed: float
+) -> Forecast:
+    """Expected time of a prompt with `exits` at the loosest joint threshold within `allowed`.
+
+    Lowering the threshold moves a row from exit point to earlier exit point, each time when it
+    passes the best score so far; sorted, these moves are the whole path. `tokens` may be of the
+    first rows only.
+    """
+    rows, depth = len(tokens), costs.depth
+    full = costs.layer * depth * tokens.mean() + costs.head
+    if not exits:
+        return Forecast(full, 0.0)
+    scores = np.stack([exit.fitted.score[:rows].double().numpy() for exit in exits])
+    scores = np.nan_to_num(scores, nan=-np.inf)  # which no threshold lets pass
+    # One column more for full depth, which needs no score and loses nothing.
+    losses = np.vstack([*(exit.fitted.loss[:rows] for exit in exits), np.zeros(rows)])
+    layers = np.array([*(exit.layer for exit in exits), depth])
+    probes = np.cumsum([costs.probe[exit.layer] for exit in exits])
+    probes = np.append(probes, probes[-1])  # what a row pays that leaves at each
+
+    record = np.vstack([scores[:1] > -np.inf, scores[1:] > np.maximum.accumulate(scores)[:-1]])
+    to, row = np.nonzero(record)
+    start = _next_record(record)[to, row]  # where the row is until it moves
+    score = scores[to, row]
+    order = np.argsort(-score, kind="stable")
+    to, row, start, score = to[order], row[order], start[order], score[order]
+
+    risk = np.cumsum(losses[to, row] - losses[start, row]) / rows
+    layer_rows = np.cumsum((layers[start] - layers[to]) * tokens[row])
+    probing = np.cumsum(probes[start] - probes[to] + costs.head * (start == len(exits)))
+    ends = np.flatnonzero(np.append(score[1:] < score[:-1], True))  # equal scores move together
+    failing = risk[ends] > allowed + 1e-12
+    passing = int(failing.argmax()) if failing.any() else len(ends)
+    saved = spared = 0.0
+    if passing:
+        saved, spared = layer_rows[ends[passing - 1]], probing[ends[passing - 1]]
+    cuts = len(exits) * costs.cut * tokens.mean()
+    seconds = full + probes[-1] + cuts - (costs.layer * saved + spared) / rows
+    return Forecast(float(seconds), float(saved / (tokens.sum() * depth)))
+
+
+def _next_record(record: Bools) -> Ints:
+    """For each exit point and row the next exit point that is a record of the row."""
+    following = np.full(record.shape, len(record))
+    for index in range(len(record) - 2, -1, -1):
+        following[index] = np.where(record[index + 1], index + 1, following[index + 1])
+    return following
+
+
+def evenly_spread(candidates: Sequence[FittedExit], count: int) -> list[FittedExit]:
+    """`count` of the candidates at even distances: the choice to beat."""
+    places = np.linspace(0, len(candidates) - 1, count + 2)[1:-1].round().astype(int)
+    return [candidates[place] for place in sorted(set(places.tolist()))]

@@ -1,0 +1,71 @@
+"""Cost: what layers, cuts and probes take on this machine, for choosing exit points."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_adainfer.policy.probe import Probe
+
+ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured times, in seconds.
+
+    Attributes:
+        depth: layers of the model.
+        layer: one layer for one token row.
+        cut: one exit point for one token row of a step: the boundary of two segments, and taking
+            the rows that stay out of the batch.
+        probe: layer -> asking the exit point there about one prompt.
+        head: the LM head for one row; 0 where an answer given early needs it as well.
+
+    """
+
+    depth: int
+    layer: float
+    cut: float
+    probe: Mapping[int, float]
+    head: float = 0.0
+
+
+def probe_seconds(probe: Probe, states: Tensor, threads: int) -> float:
+    """Time for one prompt when a step asks about all `states` [prompts, hidden size] at once.
+
+    `threads` is how many the serving process computes with.
+    """
+    return _seconds(lambda: probe.score(probe.readout(states)), threads) / len(states)
+
+
+def head_seconds(logit_lens: Probe, states: Tensor, threads: int) -> float:
+    """Time of the LM head for one of `states` [rows, hidden size], asked about all at once."""
+    read, head = logit_lens.readout(states), logit_lens.head_weight
+    return _seconds(lambda: torch.nn.functional.linear(read, head), threads) / len(states)
+
+
+def _seconds(call: Callable[[], object], threads: int) -> float:
+    times = []
+    with _threads(threads):
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,215 @@
+"""Prompts and labels from JSON lines: read, fill the template, tokenise, find label tokens."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.artifact import Label
+
+
+@dataclass(frozen=True)
+class Row:
+    """One JSON object of a data file, and where it stood."""
+
+    place: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised prompt and its label, if the row has one."""
+
+    place: str
+    text: str
+    token_ids: list[int]
+    label: str | None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a JSON-lines file of objects.
+
+    Raises:
+        AdaInferError: it is missing, empty, or a line is no JSON object.
+
+    """
+    try:
+        # Not splitlines(), which also cuts at U+2028 and its like inside a string.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdaInferError(f"cannot read --data {path}: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise AdaInferError(f"{place} is not JSON ({error.msg})") from None
+        if not isinstance(fields, dict):
+            raise AdaInferError(f"{place} must be a JSON object, not {type(fields).__name__}")
+        rows.append(Row(place, fields))
+    if not rows:
+        raise AdaInferError(f"--data {path} has no rows: give one JSON object a line")
+    return rows
+
+
+def read_template(template: str | None) -> str | None:
+    """``@file`` is replaced by the file's content; anything else is the template itself.
+
+    Raises:
+        AdaInferError: the file cannot be read.
+
+    """
+    if template is None or not template.startswith("@"):
+        return template
+    try:
+        return Path(template[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdaInferError(f"cannot read --template {template}: {error}") from None
+
+
+def make_examples(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    template: str | None,
+    label_field: str,
+    max_tokens: int,
+) -> list[Example]:
+    """Render and tokenise `rows`.
+
+    Without a template a row carries ``prompt`` or ``messages`` (chat).
+
+    Args:
+        rows: of one file.
+        tokenizer: a Hugging Face tokenizer.
+        template: format string over a row's fields, or None.
+        label_field: the field that holds the label; rows without it have none.
+        max_tokens: longest prompt the model takes.
+
+    Raises:
+        AdaInferError: a field is missing or of the wrong kind, or a prompt is too long.
+
+    """
+    examples = []
+    for row in rows:
+        text, special = _render(row, tokenizer, template)
+        token_ids = tokenizer.encode(text, add_special_tokens=special)
+        if not 0 < len(token_ids) <= max_tokens:
+            raise AdaInferError(
+                f"{row.place}: the prompt has {len(token_ids)} tokens, but the model takes 1 to "
+                f"{max_tokens}: shorten the text or the template"
+            )
+        label = row.fields.get(label_field)
+        examples.append(Example(row.place, text, token_ids, None if label is None else str(label)))
+    return examples
+
+
+def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
+    """The prompt's text, and whether the tokenizer is to add its special tokens."""
+    if template is not None:
+        return fill(template, row), True
+    prompt, messages = row.fields.get("prompt"), row.fields.get("messages")
+    if isinstance(prompt, str):
+        return prompt, True
+    if isinstance(messages, list):
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template raises whatever its author chose
+            reason = " ".join(str(error).split())
+            raise AdaInferError(
+                f"{row.place}: messages do not fit the model's chat template: {reason}"
+            ) from None
+        return str(text), False
+    raise AdaInferError(
+        f"{row.place} has neither a 'prompt' (text) nor 'messages' (list): give a --template"
+    )
+
+
+def fill(template: str, row: Row) -> str:
+    """`template`, a format string, with the row's fields in it.
+
+    Raises:
+        AdaInferError: the row lacks a field, or it is no format string.
+
+    """
+    try:
+        for _, name, _, _ in string.Formatter().parse(template):
+            field = None if name is None else name.split(".")[0].split("[")[0]
+            if field is not None and field not in row.fields:
+                raise AdaInferError(
+                    f"{row.place}: the template wants the field {field!r}, but the row has "
+                    f"{', '.join(map(repr, row.fields)) or 'none'}"
+                )
+        return template.format_map(row.fields)
+    except AdaInferError:
+        raise
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise AdaInferError(
+            f"{row.place}: the template is no format string for this row ({error}); write "
+            "{{ and }} for braces"
+        ) from None
+
+
+def find_labels(names: Sequence[str], example: Example, tokenizer: Any) -> tuple[Label, ...]:
+    """The token that decides each label: the first one of the label after the prompt.
+
+    Raises:
+        AdaInferError: fewer than two labels, or a label whose token is not its own.
+
+    """
+    if len(set(names)) != len(names) or len(names) < 2 or not all(names):
+        raise AdaInferError(f"--labels needs two or more different names, got {list(names)}")
+    labels: dict[int, Label] = {}
+    for name in names:
+        token_id = first_token(example.text, name, tokenizer)
+        if token_id in labels:
+            raise AdaInferError(
+                f"labels {labels[token_id].name!r} and {name!r} tokenise ambiguously: both begin "
+                f"with the token {tokenizer.decode([token_id])!r}; choose other label names"
+            )
+        labels[token_id] = Label(name=name, token_id=token_id)
+    return tuple(labels.values())
+
+
+def first_token(prompt: str, answer: str, tokenizer: Any) -> int:
+    """The token that `answer` begins with after `prompt`.
+
+    A space goes between the two unless the prompt ends with white space.
+
+    Raises:
+        AdaInferError: the answer has no token of its own there.
+
+    """
+    separator = "" if prompt[-1:].isspace() else " "
+    alone = tokenizer.encode(prompt, add_special_tokens=False)
+    whole = tokenizer.encode(prompt + separator + answer, add_special_tokens=False)
+    if whole[: len(alone)] != alone or len(whole) == len(alone):
+        raise AdaInferError(
+            f"label {answer!r} tokenises ambiguously: it merges with the end of the prompt "
+            f"({prompt[-12:]!r}); let the template end without white space"
+        )
+    return int(whole[len(alone)])
+
+
+def check_labels_known(examples: Sequence[Example], labels: Sequence[Label]) -> None:
+    """Every label in the data is one of `labels`.
+
+    Raises:
+        AdaInferError: names the first row where it is not.
+
+    """
+    names = [label.name for label in labels]
+    for example in examples:
+        if example.label is not None and example.label not in names:
+            raise AdaInferError(
+                f"{example.place}: label {example.label!r} is not among {', '.join(names)}"
+            )

@@ -1,0 +1,105 @@
+"""vLLM engines as calibration and evaluation start them: quiet, small, and comparable."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer.config import CONFIG_KEY
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.data import Example
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+# On a GPU vLLM wants its share of the memory to be free, even where the cache's size is given.
+SMALL = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.05}
+BLOCK = 128  # vLLM's default block on a CPU: lengths are rounded up to it
+
+
+def start_engine(
+    model: str,
+    examples: Sequence[Example],
+    adainfer: dict[str, Any] | None = None,
+    max_tokens: int = 1,
+    **settings: Any,
+) -> LLM:
+    """Start an engine that fits `examples`, with the plugin configured or not.
+
+    Two engines may run side by side, so OpenMP threads sleep while they wait and each engine
+    has a KV cache of its own fixed size.
+
+    Args:
+        model: directory or hub id.
+        examples: the longest decides the engine's maximum length.
+        adainfer: value of ``additional_config["adainfer"]``; None is stock vLLM.
+        max_tokens: that are to be generated after a prompt.
+        settings: more of vLLM's own, such as ``load_format``.
+
+    Raises:
+        AdaInferError: vLLM cannot start; the message ends with its last words.
+
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    with _output_to_file() as log:
+        try:
+            from vllm import LLM
+
+            longest = max(len(example.token_ids) for example in examples)
+            return LLM(
+                model=model,
+                max_model_len=-(-(longest + max_tokens) // BLOCK) * BLOCK,
+                disable_log_stats=True,
+                additional_config={} if adainfer is None else {CONFIG_KEY: adainfer},
+                **{**SMALL, **settings},
+            )
+        except Exception as error:
+            raise AdaInferError(
+                f"vLLM could not start {model}: {_last_words(log, error)}"
+            ) from error
+
+
+def stop_engine(engine: LLM) -> None:
+    """End an engine's processes now instead of when the garbage collector comes by."""
+    with _output_to_file():
+        engine.llm_engine.engine_core.shutdown()
+
+
+def _last_words(log: Path, error: Exception) -> str:
+    """The sentence meant for the user, wherever in vLLM's processes it was raised."""
+    text = f"{log.read_text(errors='replace')}\n{error}"
+    ours = re.findall(rf"{AdaInferError.__name__}: (.+)", text)
+    wrapped = re.findall(r"Value error, (.+?)(?: \[type=|\n|$)", text)
+    causes = re.findall(r"^(?:\(\S+ pid=\d+\) )?(?:ERROR \S+ \S+ \S+ )?(\w*Error: .+)$", text, re.M)
+    return str([*causes, str(error), *wrapped, *ours][-1]).strip()
+
+
+@contextmanager
+def _output_to_file() -> Iterator[Path]:
+    """Send what vLLM and its processes print to a file; our own output is not among it."""
+    handle, name = tempfile.mkstemp(prefix="vllm-adainfer-", suffix=".log")
+    saved = os.dup(1), os.dup(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    try:
+        yield Path(name)
+    finally:
+        for stream in logging.getLogger("vllm").handlers:
+            stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for descriptor in (handle, *saved):
+            os.close(descriptor)
+        os.unlink(name)

@@ -1,0 +1,50 @@
+"""What ``make demo`` runs: fetch, calibrate, compare, report."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import typer
+
+from vllm_adainfer.offline.calibration.calibrate import CalibrationRequest, calibrate
+from vllm_adainfer.offline.demo.model import MODEL_NAME, fetch_demo_model
+from vllm_adainfer.offline.describe import describe, table
+from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
+from vllm_adainfer.offline.evaluation.report import summary_line
+from vllm_adainfer.policy.artifact_files import load_details
+
+LABELS = ("bad", "good")
+
+
+def run(output: Path) -> str:
+    """Run the demo into `output`; returns its last line."""
+    typer.echo(f"demo: fetching the model ({MODEL_NAME}, Apache-2.0)")
+    model = str(fetch_demo_model(output / MODEL_NAME))
+    with as_file(files("vllm_adainfer.offline.demo")) as shipped:
+        template = f"@{shipped / 'template.txt'}"
+        typer.echo("demo: calibrating on the reviews that ship with the package")
+        artifact = output / "artifact"
+        config = calibrate(
+            CalibrationRequest(
+                model=model,
+                data=shipped / "calibration.jsonl",
+                output=artifact,
+                template=template,
+                labels=LABELS,
+            )
+        )
+        typer.echo(describe(config, load_details(str(artifact))))
+        typer.echo("demo: stock vLLM and vllm-adainfer on unseen reviews, interleaved")
+        report = evaluate(
+            EvaluationRequest(
+                model=model,
+                artifact=str(artifact),
+                data=shipped / "test.jsonl",
+                template=template,
+                report=output / "report.json",
+                plot=output / "report.png",
+            )
+        )
+    typer.echo(table(report))
+    return f"demo: {summary_line(report)}"

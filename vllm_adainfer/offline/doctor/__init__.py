@@ -1,0 +1,1 @@
+"""Doctor: can this installation serve this artifact?"""

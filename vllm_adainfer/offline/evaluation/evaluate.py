@@ -1,0 +1,201 @@
+"""Evaluate: stock vLLM and vllm-adainfer side by side on the same prompts, interleaved."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.calibrate import load_config
+from vllm_adainfer.offline.calibration.data import (
+    Example,
+    check_labels_known,
+    find_labels,
+    first_token,
+    make_examples,
+    read_rows,
+    read_template,
+)
+from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.evaluation.measure import measure
+from vllm_adainfer.offline.evaluation.report import NEVER_EXIT, Run, build_report, write_whole
+from vllm_adainfer.offline.evaluation.sequences import (
+    Tokens,
+    compare,
+    has_number,
+    is_number,
+    read_back,
+)
+from vllm_adainfer.policy.artifact import ArtifactConfig, Label
+from vllm_adainfer.policy.artifact_files import load_artifact_config
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What the command line says; see `vllm-adainfer evaluate --help`."""
+
+    model: str
+    artifact: str
+    data: Path
+    template: str | None = None
+    label_field: str = "label"
+    labels: tuple[str, ...] = ()
+    repeat: int = 3
+    max_tokens: int | None = None
+    report: Path | None = None
+    plot: Path | None = None
+
+
+def evaluate(request: EvaluationRequest) -> dict[str, Any]:
+    """Measure both engines and write what was asked for.
+
+    Returns:
+        the report.
+
+    Raises:
+        AdaInferError: input, model and artifact do not fit together, or a file cannot be
+            written.
+
+    """
+    for path in (request.report, request.plot):
+        if path is not None:
+            check_file(path)
+    config = load_artifact_config(request.artifact)
+    rows = read_rows(request.data)
+    hf_config, tokenizer = load_config(request.model)
+    config.check_served_by(hf_config)
+    template = read_template(request.template)
+    max_tokens = _max_tokens(request.max_tokens, config)
+    longest = hf_config.max_position_embeddings - max_tokens
+    examples = make_examples(rows, tokenizer, template, request.label_field, longest)
+    if config.labels:
+        _check_labels(config, request, examples, tokenizer)
+    epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
+    # Ours first: an artifact for other weights is refused before stock vLLM compiles.
+    ours = start_engine(request.model, examples, {"artifact": request.artifact}, max_tokens)
+    try:
+        stock = start_engine(request.model, examples, None, max_tokens)
+        try:
+            rounds = measure(
+                stock, ours, examples, config.labels, epsilons, request.repeat, max_tokens
+            )
+            texts = None
+            if max_tokens > 1:
+                texts = _read_texts(stock, examples, rounds[0], config.epsilon)
+        finally:
+            stop_engine(stock)
+    finally:
+        stop_engine(ours)
+    accuracy_of = partial(_accuracy, examples, config.labels, tokenizer, max_tokens)
+    report = build_report(request.artifact, request.data, config, examples, accuracy_of, rounds)
+    if texts is not None:
+        report |= {"max_tokens": max_tokens, "texts": texts}
+    if request.report is not None:
+        write_whole(request.report, (json.dumps(report, indent=2) + "\n").encode())
+    if request.plot is not None:
+        from vllm_adainfer.offline.evaluation.plot import report_plot
+
+        write_whole(request.plot, report_plot(report))
+    return report
+
+
+def check_file(path: Path) -> None:
+    """Fail before the measurement, not after it."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise AdaInferError(f"cannot write {path}: choose a file in a directory you may write to")
+
+
+def _check_labels(
+    config: ArtifactConfig, request: EvaluationRequest, examples: Sequence[Example], tokenizer: Any
+) -> None:
+    """The artifact's labels must decide these prompts as they decided the calibration's."""
+    names = [label.name for label in config.labels]
+    if request.labels and set(request.labels) != set(names):
+        raise AdaInferError(
+            f"--labels {','.join(request.labels)} are not those of the artifact: {','.join(names)}"
+        )
+    found = find_labels(names, examples[0], tokenizer)
+    if found != config.labels:
+        raise AdaInferError(
+            "the labels begin with other tokens after this prompt than at calibration: use the "
+            "template and model of the calibration"
+        )
+    check_labels_known(examples, config.labels)
+
+
+def _max_tokens(asked: int | None, config: ArtifactConfig) -> int:
+    """How many tokens to generate: by default as many as at calibration.
+
+    Raises:
+        AdaInferError: more than one, where the artifact speaks of one.
+
+    """
+    if asked is not None and asked > 1 and config.max_tokens == 1:
+        raise AdaInferError(
+            f"--max-tokens {asked}: the artifact was calibrated on one token, so requests for more "
+            "run at full depth: calibrate with --max-tokens"
+        )
+    return config.max_tokens if asked is None else asked
+
+
+def _read_texts(
+    stock: LLM,
+    examples: Sequence[Example],
+    first_round: tuple[Run, dict[float, Run]],
+    epsilon: float,
+) -> dict[str, Any]:
+    """Measures of whole texts: stock's own, and ours at `epsilon`, compared with never exiting."""
+    baseline, by_epsilon = first_round
+    never, prompts = by_epsilon[NEVER_EXIT].texts, [example.token_ids for example in examples]
+    return {
+        name: {
+            **asdict(compare(texts, never)),
+            "read_back": asdict(read_back(stock, prompts, texts)),
+        }
+        for name, texts in (
+            ("stock", baseline.texts),
+            ("never_exit", never),
+            ("adainfer", by_epsilon[epsilon].texts),
+        )
+    }
+
+
+def _accuracy(
+    examples: Sequence[Example],
+    labels: Sequence[Label],
+    tokenizer: Any,
+    max_tokens: int,
+    texts: Sequence[Tokens],
+) -> float | None:
+    """Share of right answers: the token that the label begins with, or a text's last number.
+
+    None where the data has no labels, or texts and labels that are no numbers.
+    """
+    if any(example.label is None for example in examples):
+        return None
+    answers = [str(example.label) for example in examples]
+    if max_tokens > 1:
+        if not all(map(is_number, answers)):
+            return None
+        decoded = map(tokenizer.decode, texts)
+        return sum(map(has_number, decoded, answers)) / len(texts)
+    if labels:
+        ids = {label.name: label.token_id for label in labels}
+        truth = [ids[answer] for answer in answers]
+    else:
+        truth = [
+            first_token(example.text, answer, tokenizer)
+            for example, answer in zip(examples, answers, strict=True)
+        ]
+    return sum(text[0] == token for text, token in zip(texts, truth, strict=True)) / len(texts)

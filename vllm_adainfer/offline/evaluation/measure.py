@@ -1,0 +1,74 @@
+"""Measure: stock vLLM and vllm-adainfer on the same prompts, in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from vllm_adainfer.config import EPSILON_ARG
+from vllm_adainfer.offline.calibration.collect import greedy
+from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.evaluation.report import Run
+from vllm_adainfer.policy.artifact import Label
+from vllm_adainfer.stats import stats
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+WARM_UP = 64
+
+
+def measure(
+    stock: LLM,
+    ours: LLM,
+    examples: Sequence[Example],
+    labels: Sequence[Label],
+    epsilons: Sequence[float],
+    repeat: int,
+    max_tokens: int = 1,
+) -> list[tuple[Run, dict[float, Run]]]:
+    """Run `repeat` rounds: stock once, then vllm-adainfer at each epsilon; a warm-up first.
+
+    Returns:
+        per round, stock's run and ours by epsilon.
+
+    """
+    _run(stock, examples[:WARM_UP], labels, None, max_tokens)
+    _run(ours, examples[:WARM_UP], labels, epsilons[-1], max_tokens)
+    rounds = []
+    steps = repeat * (1 + len(epsilons))
+    with tqdm(total=steps, desc="evaluate", unit="run", disable=None) as progress:
+        for _ in range(repeat):
+            baseline = _run(stock, examples, labels, None, max_tokens)
+            progress.update()
+            by_epsilon = {}
+            for epsilon in epsilons:
+                by_epsilon[epsilon] = _run(ours, examples, labels, epsilon, max_tokens)
+                progress.update()
+            rounds.append((baseline, by_epsilon))
+    return rounds
+
+
+def _run(
+    engine: LLM,
+    examples: Sequence[Example],
+    labels: Sequence[Label],
+    epsilon: float | None,
+    max_tokens: int,
+) -> Run:
+    """One pass; `epsilon` is None for stock vLLM. The prefix cache starts empty."""
+    engine.reset_prefix_cache()
+    before = None if epsilon is None else stats(engine)
+    arguments = None if epsilon is None else {EPSILON_ARG: epsilon}
+    params = greedy(labels, arguments, max_tokens)
+    prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
+    start = time.perf_counter()
+    outputs = engine.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    if before is None:
+        return Run(seconds, texts)
+    return Run.counted(seconds, texts, before, stats(engine))

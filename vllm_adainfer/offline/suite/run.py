@@ -1,0 +1,265 @@
+"""Run a suite: calibrate every task, judge other methods beside it, measure against stock vLLM."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vllm_adainfer.offline.calibration.calibrate import check_rows, label_ids, load_config
+from vllm_adainfer.offline.calibration.card import model_card
+from vllm_adainfer.offline.calibration.certify import threshold_grid
+from vllm_adainfer.offline.calibration.collect import Ints, record, recording_engine
+from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.fit import candidate_layers, is_right, split
+from vllm_adainfer.offline.calibration.policy import (
+    FittedPolicy,
+    PolicyOptions,
+    make_policy,
+    policy_config,
+    policy_details,
+    policy_tensors,
+)
+from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.evaluation.evaluate import check_file
+from vllm_adainfer.offline.evaluation.measure import measure
+from vllm_adainfer.offline.evaluation.report import NEVER_EXIT, Run
+from vllm_adainfer.offline.evaluation.sequences import compare
+from vllm_adainfer.offline.suite import methods
+from vllm_adainfer.offline.suite.report import suite_report, write_suite_report
+from vllm_adainfer.offline.suite.tasks import TaskData, load_suite, load_task
+from vllm_adainfer.policy.artifact_files import save_artifact
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@dataclass(frozen=True)
+class SuiteRequest:
+    """What the command line says; see `vllm-adainfer evaluate --help`."""
+
+    model: str
+    suite: str
+    data_dir: Path | None = None
+    tasks: tuple[str, ...] = ()
+    shots: int | None = None
+    max_train: int = 3000
+    max_test: int = 300
+    epsilon: float = 0.02
+    delta: float = 0.1
+    repeat: int = 3
+    seed: int = 0
+    report: Path | None = None
+    plot: Path | None = None
+
+
+def run_suite(request: SuiteRequest) -> dict[str, Any]:
+    """Evaluate a model on a suite and write what was asked for.
+
+    Returns:
+        the report, see `suite_report`.
+
+    Raises:
+        AdaInferError: model, data or request do not fit together, or a file cannot be written.
+
+    """
+    for path in (request.report, request.plot):
+        if path is not None:
+            check_file(path)
+    tasks = load_suite(request.suite).select(request.tasks)
+    hf_config, tokenizer = load_config(request.model)
+    most = hf_config.max_position_embeddings - 1
+    options = PolicyOptions(epsilon=request.epsilon, delta=request.delta, seed=request.seed)
+    loaded = []
+    for task in tqdm(tasks, desc="tasks", unit="task", disable=None):
+        data = load_task(
+            task,
+            request.data_dir,
+            tokenizer,
+            request.shots,
+            request.max_train,
+            request.max_test,
+            most,
+        )
+        check_rows(len(data.train) // 2, options, f"the training part of {task.name}")
+        loaded.append(data)
+    with tempfile.TemporaryDirectory() as directory:
+        judging = _Judging(request, hf_config, options, Path(directory))
+        rows = judging.all(loaded)
+        _measure(request, loaded, rows, Path(directory))
+    report = suite_report(request.model, request.suite, options, hf_config.num_hidden_layers, rows)
+    write_suite_report(report, request.report, request.plot)
+    return report
+
+
+@dataclass(frozen=True)
+class _Judging:
+    """Records tasks and judges methods on them; artifacts go into `directory`."""
+
+    request: SuiteRequest
+    hf_config: Any
+    options: PolicyOptions
+    directory: Path
+
+    def all(self, loaded: Sequence[TaskData]) -> list[dict[str, Any]]:
+        """A row of the report for each task."""
+        layers = list(range(1, self.hf_config.num_hidden_layers))
+        rows: dict[str, dict[str, Any]] = {}
+        with_labels = [data for data in loaded if data.labels]
+        # A lens learns from the first prompts of a recording, so an open task has its own engine.
+        groups = [with_labels] if with_labels else []
+        groups += [[data] for data in loaded if not data.labels]
+        for group in groups:
+            examples = [example for data in group for example in (*data.train, *data.test)]
+            lens_prompts = 0 if group[0].labels else len(group[0].train) // 2
+            with recording_engine(
+                self.request.model, self.hf_config, examples, layers, lens_prompts
+            ) as engine:
+                for data in tqdm(group, desc="record and fit", unit="task", disable=None):
+                    rows[data.task.name] = self.one(engine, data, layers)
+        return [rows[data.task.name] for data in loaded]
+
+    def one(self, engine: LLM, data: TaskData, layers: Sequence[int]) -> dict[str, Any]:
+        """The row of one task; its artifact is saved if there is one."""
+        options = self.options
+        order = np.concatenate(split(len(data.train), options.seed))
+        examples = [*(data.train[index] for index in order), *data.test]
+        right = [*(data.train_answers[index] for index in order), *data.answers]
+        recording = record(engine, examples, data.labels, layers)
+        fitted = np.arange(len(order) // 2)
+        halves = fitted, np.arange(len(order) // 2, len(order))
+        tests = np.arange(len(order), len(examples))
+        target = Target("label-head" if data.labels else "lens", label_ids(data.labels))
+        candidates = candidate_layers(recording.depth, None)
+        policy = make_policy(
+            replace(recording, states={layer: recording.states[layer] for layer in candidates}),
+            target,
+            halves,
+            options,
+        )
+        test = methods.TestPart(recording, tests, right)
+        full = is_right(recording.tokens[tests], right, tests)
+        chance = data.chance
+        row: dict[str, Any] = {
+            "task": data.task.name,
+            "title": data.task.title,
+            "shots": data.shots,
+            "labels": len(data.labels),
+            "train": len(data.train),
+            "test": len(data.test),
+            "skipped": data.skipped,
+            "prompt_tokens_mean": float(np.mean([len(e.token_ids) for e in data.test])),
+            "chance": chance,
+            "full_depth": {"accuracy": float(full.mean())},
+            # Not better than always the commonest answer, by a one-sided test at 95 %.
+            "at_chance": bool(
+                full.mean() < chance + 1.645 * np.sqrt(chance * (1 - chance) / len(full))
+            ),
+            "exit_points": [exit.layer for exit in policy.exits],
+            "methods": _outcomes(policy, halves, target, options, test),
+            "agreement": methods.agreement_curve(policy, target, test),
+            "measured": None,
+        }
+        if options.epsilon in policy.points:
+            row["risk_coverage"] = methods.risk_coverage(policy, test, threshold_grid(policy.exits))
+            details = {
+                "template": data.task.template,
+                "labels": [label.name for label in data.labels],
+                **policy_details(policy, recording, halves, options),
+            }
+            name = Path(self.request.model).name
+            config = policy_config(
+                policy, recording, target, halves, options, data.labels, name, self.hf_config
+            )
+            save_artifact(
+                self.directory / data.task.name,
+                config,
+                policy_tensors(policy, target, data.labels),
+                details,
+                model_card(config, details),
+                {},
+            )
+        return row
+
+
+def _outcomes(
+    policy: FittedPolicy,
+    halves: tuple[Ints, Ints],
+    target: Target,
+    options: PolicyOptions,
+    test: methods.TestPart,
+) -> dict[str, Any]:
+    epsilon, bound, costs = options.epsilon, options.bounds(), policy.costs
+    ours = methods.ours(policy, epsilon, test)
+    layers_run = costs.depth if ours is None else ours.layers_run
+    outcomes = {
+        "static_truncation": methods.static_truncation(layers_run, target, test, costs),
+        **methods.adainfer(halves, target, epsilon, bound, costs, test, options.seed),
+        "ours": ours,
+    }
+    return {name: outcome and asdict(outcome) for name, outcome in outcomes.items()}
+
+
+def _measure(
+    request: SuiteRequest,
+    loaded: Sequence[TaskData],
+    rows: Sequence[dict[str, Any]],
+    directory: Path,
+) -> None:
+    """Fill in ``measured``; a task at chance has no answers worth a measurement."""
+    worth = [
+        (data, row)
+        for data, row in zip(loaded, rows, strict=True)
+        if not row["at_chance"] and (directory / data.task.name).is_dir()
+    ]
+    if not worth:
+        return
+    stock = start_engine(request.model, [example for data, _ in worth for example in data.test])
+    try:
+        for data, row in tqdm(worth, desc="measure", unit="task", disable=None):
+            artifact = str(directory / data.task.name)
+            ours = start_engine(request.model, data.test, {"artifact": artifact})
+            try:
+                epsilons = [NEVER_EXIT, request.epsilon]
+                rounds = measure(stock, ours, data.test, data.labels, epsilons, request.repeat)
+            finally:
+                stop_engine(ours)
+            row["measured"] = _measured(rounds, data, request.epsilon)
+    finally:
+        stop_engine(stock)
+
+
+def _measured(
+    rounds: Sequence[tuple[Run, dict[float, Run]]], data: TaskData, epsilon: float
+) -> dict[str, Any]:
+    """Medians over rounds of stock vLLM and ours."""
+    stock = [baseline for baseline, _ in rounds]
+    never = [by_epsilon[NEVER_EXIT] for _, by_epsilon in rounds]
+    runs = [by_epsilon[epsilon] for _, by_epsilon in rounds]
+    n = len(data.test)
+
+    def differing(run: Run, other: Run) -> float:
+        return compare(run.texts, other.texts).disagreement
+
+    def accuracy(run: Run) -> float:
+        hits = (text[0] in right for text, right in zip(run.texts, data.answers, strict=True))
+        return sum(hits) / n
+
+    pairs = list(zip(stock, runs, strict=True))
+    return {
+        "speedup": float(np.median([base.seconds / run.seconds for base, run in pairs])),
+        "layers_saved": float(np.median([run.layers_saved for run in runs])),
+        "disagreement": float(
+            np.median([differing(a, b) for a, b in zip(runs, never, strict=True)])
+        ),
+        "disagreement_with_stock": float(np.median([differing(run, base) for base, run in pairs])),
+        "accuracy": float(np.median([accuracy(run) for run in runs])),
+        "stock_accuracy": float(np.median([accuracy(run) for run in stock])),
+        "stock_requests_per_second": float(np.median([n / run.seconds for run in stock])),
+        "requests_per_second": float(np.median([n / run.seconds for run in runs])),
+    }

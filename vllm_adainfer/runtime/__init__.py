@@ -1,1 +1,0 @@
-"""Runtime: what the exit loop needs from vLLM while it runs (rows, metadata, scheduling)."""

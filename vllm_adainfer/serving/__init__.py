@@ -1,1 +1,0 @@
-"""What frontends do for us (request checks, metrics, log lines), and `doctor`."""
