@@ -35,7 +35,7 @@ import typer
 from scipy.optimize import nnls
 from scripted_requests import random_prompts, scripted_request
 
-from vllm_adainfer.engine.compiled_batch import CompiledBatch
+from vllm_adainfer.engine.batch import CompiledBatch
 from vllm_adainfer.exits.exit_loop import ExitLoop
 from vllm_adainfer.exits.step import StepContext
 from vllm_adainfer.offline.calibration.calibrate import load_config

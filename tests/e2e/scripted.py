@@ -77,7 +77,7 @@ def running_of(runner: Any) -> Any:
 def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     """Let the requests' scripts decide; yields the engine's `ExitStats`, starting at zero."""
     model, runner, scheduler = parts(llm)
-    loop = model.exit_loop
+    loop = model.loop
     names = "policies", "work", "kv", "_min_rows_saved"
     saved = {name: getattr(loop, name) for name in names}
     running = running_of(runner)
@@ -137,31 +137,31 @@ def drawn(
     Yields, by a request's id as the client knows it, what it ran.
     """
     model, _, _ = parts(llm)
-    loop = model.exit_loop
-    fill = getattr(loop.kv, "fill", None)
+    loop = model.loop
     ran: dict[str, list[Ran]] = {}
     with scripted(llm, min_rows_saved):
         exit_points, run = loop.policies.exit_points, loop.run
+        depth = model.stack.shape.depth
         loop.kv = ExactKV(capacity)
         if kv == "propagate":
-            loop.kv = PropagateKV(fill)
+            loop.kv = PropagateKV()
 
-        def noting(positions: Tensor, input_ids: Tensor, step: Any) -> Any:
+        def noting(batch: Any, input_ids: Tensor, step: Any) -> Any:
             came, seeds = step.layout, step.tags.copy()
             step.tags[:] = FULL
             for place in step.undecided():
                 position = int(came.last_positions[place])
                 step.tags[place] = draw(seeds[place], position, len(exit_points))
-            output = run(positions, input_ids, step)
-            left = set(step.left.tolist())
+            output = run(batch, input_ids, step)
+            left = set(step.exited.tolist())
             for place, request_id in enumerate(step.request_ids):
                 rows, last = int(came.lens[place]), int(came.ends[place]) - 1
                 ran.setdefault(request_id.split("-")[0], []).append(
                     Ran(
                         first=int(came.last_positions[place]) - rows + 1,
                         rows=rows,
-                        layers=exit_points[step.tags[place]] if place in left else loop.stack.depth,
-                        sampled=bool(step.sampled_by_row()[last]),
+                        layers=exit_points[step.tags[place]] if place in left else depth,
+                        sampled=bool(step.original_sampled()[last]),
                         state=output.hidden[last].cpu().clone(),
                     )
                 )

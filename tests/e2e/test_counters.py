@@ -22,12 +22,13 @@ from tests.triton_on_cpu import IS_V2
 from tests.unit.test_work import waiting_of
 from vllm_adainfer import stats
 from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.engine.build_loop import monitors_of
 from vllm_adainfer.engine.gpu_worker import AdaInferGPUWorker
 from vllm_adainfer.engine.segments import Stack
 from vllm_adainfer.exits import step as step_of
+from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.kv import ExactKV, PropagateKV
 from vllm_adainfer.exits.report import WORK, Reporter, snapshot_of
-from vllm_adainfer.exits.residual import Stream
 from vllm_adainfer.policy.policy_set import PolicySet
 
 NAMES = ("a", "b", NO_POLICY)
@@ -40,13 +41,15 @@ class CountingStack(Stack):
     executed = 0
     largest = 0
 
-    def run(self, index: int, positions: Tensor, stream: Stream) -> Stream:
-        self._count(stream.num_rows, self.segments[index].num_layers)
-        return super().run(index, positions, stream)
+    def run(self, index: int, positions: Tensor, states: HiddenStates) -> HiddenStates:
+        self._count(states.num_rows, self.segments[index].num_layers)
+        return super().run(index, positions, states)
 
-    def write_last_kv(self, positions: Tensor, stream: Stream, slots: dict[str, Tensor]) -> None:
-        self._count(stream.num_rows, 1)
-        super().write_last_kv(positions, stream, slots)
+    def write_last_kv(
+        self, positions: Tensor, states: HiddenStates, slots: dict[str, Tensor]
+    ) -> None:
+        self._count(states.num_rows, 1)
+        super().write_last_kv(positions, states, slots)
 
     def _count(self, rows: int, layers: int) -> None:
         cls = type(self)
@@ -55,15 +58,15 @@ class CountingStack(Stack):
 
 
 @contextmanager
-def counting(loop: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[CountingStack]]:
-    """The loop's stack, counted; each row runs the last layer in one piece."""
-    monkeypatch.setitem(step_of.MIN_ROWS_SPARED, "cpu", 1 << 30)
-    stack, cls = loop.stack, type("FreshStack", (CountingStack,), {})
-    loop.stack = cls(**{field.name: getattr(stack, field.name) for field in fields(stack)})
+def counting(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[CountingStack]]:
+    """The model's stack, counted; each row runs the last layer in one piece."""
+    monkeypatch.setitem(step_of.REGROUP_COST, "cpu", 1 << 30)
+    stack, cls = model.stack, type("FreshStack", (CountingStack,), {})
+    model.stack = cls(**{field.name: getattr(stack, field.name) for field in fields(stack)})
     try:
         yield cls
     finally:
-        loop.stack = stack
+        model.stack = stack
 
 
 def waiting_rows(kv: Any) -> int:
@@ -86,22 +89,20 @@ def two_policies(
     then.
     """
     model, _, _ = parts(llm)
-    loop = model.exit_loop
+    loop = model.loop
     came: Counter[str] = Counter()
     dice = np.random.default_rng(capacity)
-    fill = getattr(loop.kv, "fill", None)
     with scripted(llm):
         points, run = loop.policies.exit_points, loop.run
         policy = ScriptedPolicy(points, model.logit_lens())
         policies = PolicySet({"a": policy, "b": policy})
         loop.policies = policies
         loop.reset_counters()
-        loop.kv = ExactKV(capacity) if kv == "exact" else PropagateKV(fill)
+        loop.kv = ExactKV(capacity) if kv == "exact" else PropagateKV()
 
-        def drawing(positions: Tensor, input_ids: Tensor, step: Any) -> Any:
+        def drawing(batch: Any, input_ids: Tensor, step: Any) -> Any:
             if dice.random() < reload_share:
-                model.use_artifacts(model.artifacts)
-                loop.policies = policies
+                loop.use_policies(policies, monitors_of(model))
             seeds = step.tags.copy()
             step.tags[:] = FULL
             for place in step.undecided():
@@ -110,7 +111,7 @@ def two_policies(
                 step.tags[place] = drawn_tag % (2 * len(points) + 1) - 1
             for owner, rows in zip(policies.owners(step.tags), step.layout.lens, strict=True):
                 came[NAMES[owner]] += int(rows) * LAYERS
-            output = run(positions, input_ids, step)
+            output = run(batch, input_ids, step)
             check(came)
             return output
 
@@ -130,7 +131,7 @@ def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped
     generator = np.random.default_rng(3000 + seed)
     requests = random_requests(generator, int(generator.integers(3, 15)), within=8)
     capacity = int(generator.choice([5, 50, 10_000]))
-    loop, reporter = parts(small)[0].exit_loop, Reporter()
+    loop, reporter = parts(small)[0].loop, Reporter()
     received: Counter[Any] = Counter()
     steps = 0
 
@@ -149,7 +150,7 @@ def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped
         assert stack.largest <= BUDGET
 
     with (
-        counting(loop, monkeypatch) as stack,
+        counting(parts(small)[0], monkeypatch) as stack,
         two_policies(small, kv, capacity, check, reload_share=0.1),
     ):
         pattern = drive(small, requests)
@@ -176,13 +177,14 @@ def test_rows_that_rejoin_never_make_a_batch_larger_than_a_step(
         Request(prompt, max_tokens=min(count, rejoin_at + 10), seed=number)
         for number, (prompt, count) in enumerate(zip(prompts, tokens, strict=True))
     ]
-    loop, held = parts(engine)[0].exit_loop, []
+    model, held = parts(engine)[0], []
+    loop = model.loop
 
     def draw(seed: int, position: int, exit_points: int) -> int:
         held.append(waiting_rows(loop.kv))
         return FULL if position >= rejoin_at else int(position > rejoin_at // 2) ^ 1
 
-    with counting(loop, monkeypatch) as stack, drawn(engine, "exact", draw=draw) as ran:
+    with counting(model, monkeypatch) as stack, drawn(engine, "exact", draw=draw) as ran:
         pattern = drive(engine, requests)
         assert loop.stats.layers_run == stack.executed
     assert max(held) > BUDGET * (LAYERS - EXIT_POINTS[0]), "the case must be beyond the limit"

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from torch.nn.functional import pad
 from vllm import SamplingParams
-from vllm.forward_context import get_forward_context, override_forward_context
 
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.scripted import EXIT_AT, FULL, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer.engine.compat import NO_SLOT
-from vllm_adainfer.exits.exit_loop import CUT_WORK
+from vllm_adainfer.exits.step import REGROUP_COST
 
 
 def depth_of(exit_at: int) -> int:
@@ -67,14 +66,14 @@ def test_each_request_gets_the_answer_of_its_depth_and_runs_no_more(engine, refe
 @contextmanager
 def padded(llm, rows: int) -> Iterator[None]:
     """Give the loop so many rows more than there are, as vLLM does where graphs have sizes."""
-    loop = parts(llm)[0].exit_loop
+    loop = parts(llm)[0].loop
     run = loop.run
 
-    def run_padded(positions, input_ids, step):
-        context = get_forward_context()
-        slots = {n: pad(s, (0, rows), value=NO_SLOT) for n, s in context.slot_mapping.items()}
-        with override_forward_context(replace(context, slot_mapping=slots)):
-            return run(pad(positions, (0, rows)), pad(input_ids, (0, rows)), step)
+    def run_padded(batch, input_ids, step):
+        slots = {n: pad(s, (0, rows), value=NO_SLOT) for n, s in batch.context.slot_mapping.items()}
+        context = replace(batch.context, slot_mapping=slots)
+        padded = replace(batch, positions=pad(batch.positions, (0, rows)), context=context)
+        return run(padded, pad(input_ids, (0, rows)), step)
 
     loop.run = run_padded
     try:
@@ -142,7 +141,7 @@ def test_a_settled_request_that_waits_for_company_leaves_with_the_answer_it_sett
 
 
 # Rows that gain at the first point what a cut takes.
-ENOUGH = CUT_WORK["cpu"] // (LAYERS - EXIT_POINTS[0])
+ENOUGH = REGROUP_COST["cpu"] // (LAYERS - EXIT_POINTS[0])
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_a_long_soak_leaks_nothing_and_stays_right(small, reference, kv, wave):
     for requests in waves:
         with drawn(small, kv, capacity=200) as ran:
             pattern = drive(small, requests)
-            loop_kv = runner.model.exit_loop.kv
+            loop_kv = runner.model.loop.kv
             small.llm_engine.step()  # the worker hears of the last ones that ended
         names = range(0, len(pattern.requests), 25)
         assert [e for name in names for e in wrong(reference, kv, pattern, name, ran)] == []

@@ -83,12 +83,12 @@ def told(output: Any) -> dict[tuple[str, int, int], Any]:
 
 def test_requests_of_a_mixed_step_are_told_what_each_is_told_alone(engine, step):
     alone = [run(engine, [p], [asked])[0] for p, asked in zip(PROMPTS, step, strict=True)]
-    loop, widths = parts(engine)[0].exit_loop, []
+    loop, widths = parts(engine)[0].loop, []
     forward = loop.run
 
-    def noting(positions: Any, input_ids: Any, context: Any) -> Any:
+    def noting(batch: Any, input_ids: Any, context: Any) -> Any:
         widths.append(len(context.request_ids))
-        return forward(positions, input_ids, context)
+        return forward(batch, input_ids, context)
 
     left = stats(engine)["exit_histogram"].get(EXIT_POINTS[0], 0)
     with mock.patch.object(loop, "run", noting):

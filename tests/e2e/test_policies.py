@@ -15,7 +15,7 @@ from tests.chain import log_odds
 from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.scripted import only, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
-from vllm_adainfer.exits.exit_loop import ScoredAnswers
+from vllm_adainfer.exits.loop import ScoredAnswers, StepOutput
 from vllm_adainfer.policy.artifact import Artifact
 from vllm_adainfer.policy.classifier import fit_classifier
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy
@@ -161,7 +161,7 @@ def test_depths_and_tokens_are_those_of_the_oracle(
         extra_args={"exit_at": 0},  # admitted with tag 0: the first row of the epsilon table
     )
     with scripted(engine) as stats:
-        model.exit_loop.policies = only(policy_of(artifact, model))
+        model.loop.policies = only(policy_of(artifact, model))
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
         )
@@ -178,9 +178,11 @@ def test_depths_and_tokens_are_those_of_the_oracle(
 
 def test_a_certified_label_wins_also_where_its_lead_is_below_the_rounding_of_the_logits(engine):
     model, _, _ = parts(engine)
-    [policy] = model.exit_loop.policies.policies
+    [policy] = model.loop.policies.policies
     label_ids = policy.answer_ids
     scores = torch.tensor([[100.0, 100.05], [100.05, 100.0]])  # bfloat16 steps by 0.5 there
-    model._scored_answers = (ScoredAnswers(np.array([0, 1]), scores, label_ids),)
-    logits = model.compute_logits(torch.zeros(2, 64, dtype=torch.bfloat16))
+    scored = ScoredAnswers(np.array([0, 1]), scores, label_ids)
+    hidden = torch.zeros(2, 64, dtype=torch.bfloat16)
+    model._output = StepOutput(hidden, (scored,))
+    logits = model.compute_logits(hidden)
     assert logits.argmax(dim=1).tolist() == [int(label_ids[1]), int(label_ids[0])]

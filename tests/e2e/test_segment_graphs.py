@@ -106,7 +106,7 @@ def test_a_backend_that_cannot_be_captured_runs_without_and_says_so(engine, capl
     runner.model_state.capture_inner_cudagraphs(
         runner.input_buffers, runner.block_tables, runner.attn_groups, runner.kv_cache_config
     )
-    assert model.exit_loop.graphs is None
+    assert model.graphs is None
     assert "without CUDA graphs of segments: CPU_ATTN cannot be captured" in caplog.text
 
 
@@ -153,7 +153,7 @@ def test_graphs_captured_to_measure_what_they_take_are_not_replayed(
 ):
     """VLLM's worker captures once to measure, with a cache that is gone afterwards."""
     model, runner, _ = parts(graphed)
-    captured = model.exit_loop.graphs
+    captured = model.graphs
     monkeypatch.setattr(Worker, "determine_available_memory", lambda _: 7)
     worker = object.__new__(AdaInferGPUWorker)
     worker.model_runner = runner
@@ -162,4 +162,4 @@ def test_graphs_captured_to_measure_what_they_take_are_not_replayed(
         requests = [Request([7, 8], max_tokens=4, seed=FULL)]
         assert replayed(graphed, reference, "exact", requests) == {}
     finally:
-        model.exit_loop.graphs = captured
+        model.graphs = captured

@@ -48,7 +48,7 @@ def watched(
     Yields the engine's stats, starting at zero, and a function that sets another shadow rate.
     """
     model, runner, _ = parts(llm)
-    loop = model.exit_loop
+    loop = model.loop
 
     def set_rate(rate: float) -> None:
         settings = Settings(record=(1,), shadow_rate=rate)
@@ -195,7 +195,7 @@ def test_generated_texts_are_watched_text_by_text_up_to_the_tokens_that_the_boun
     ]
     checked, disagreed = [0] * len(EXIT_POINTS), [0] * len(EXIT_POINTS)
     with watched(engine, None, rate=1) as (stats, _):
-        loop = parts(engine)[0].exit_loop
+        loop = parts(engine)[0].loop
         monitor = TextMonitor([0.02, 0.05, 0.1], NEVER, longest)
         loop.monitors = stats.shadow = {DEFAULT_POLICY: monitor}
         found = run(engine, prompts, params)
@@ -215,7 +215,7 @@ def test_rows_of_shadows_do_not_count_as_ready_to_leave(engine):
     prompt = list(range(5, 15))
     with watched(engine, None, rate=0) as (stats, _):
         model, runner, _ = parts(engine)
-        model.exit_loop._min_rows_saved = 2 * len(prompt)
+        model.loop._min_rows_saved = 2 * len(prompt)
         turns = iter([True, False])
         running_of(runner).admission.is_shadow = cache(lambda request_id: next(turns))
         exit_at_once = SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: 0})
@@ -229,7 +229,7 @@ def test_a_rate_of_zero_changes_nothing(engine, tiny_model, reference):
     with watched(engine, artifact, rate=0) as (watching, _):
         found = run(engine, prompts, admitted(artifact))
     with watched(engine, artifact, rate=0) as (plain, _):
-        parts(engine)[0].exit_loop.monitors = plain.shadow = {}
+        parts(engine)[0].loop.monitors = plain.shadow = {}
         assert [tokens for _, tokens in run(engine, prompts, admitted(artifact))] == [
             tokens for _, tokens in found
         ]
@@ -240,7 +240,7 @@ def test_a_rate_of_zero_changes_nothing(engine, tiny_model, reference):
 
 
 def test_an_engine_without_the_setting_has_no_monitor_and_no_reading(engine):
-    assert parts(engine)[0].exit_loop.monitors == {}
+    assert parts(engine)[0].loop.monitors == {}
     assert "shadow" not in stats_of(engine)
 
 
@@ -277,7 +277,7 @@ def test_a_policy_that_is_often_wrong_is_stopped_and_the_other_level_is_not(
         left = stats.exit_histogram[EXIT_POINTS[0]]
         run(engine, random_prompts(8, seed=11), admitted(artifact, tag=1))
         assert stats.exit_histogram[EXIT_POINTS[0]] == left + 8
-    [warning] = [record for record in caplog.records if record.name.endswith("models.shadow")]
+    [warning] = [record for record in caplog.records if record.name.endswith("exits.shadow")]
     assert warning.levelname == "WARNING"
     assert f"epsilon = {strict:g}" in warning.getMessage()
     assert "calibrate again" in warning.getMessage()

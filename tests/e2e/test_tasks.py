@@ -21,6 +21,7 @@ from tests.e2e.scripted import parts
 from tests.e2e.tasks import cases, saved, tokens_of
 from tests.tiny import LAYERS
 from vllm_adainfer import stats
+from vllm_adainfer.engine.build_loop import monitors_of, policies_of
 from vllm_adainfer.policy.artifact import Artifact
 
 
@@ -195,14 +196,14 @@ def test_what_shadow_requests_have_closed_is_open_again_with_the_artifact_read_a
     unwatched = model._settings
     model._settings = unwatched.model_copy(update={"shadow_rate": 0.5})
     try:
-        model.use_artifacts(model.artifacts)
+        model.loop.use_policies(policies_of(model), monitors_of(model))
         every = cases(tasks, reference, prompts_of(50, 60), 50)
         early = [case for case in every if case.task == "mood" and case.depth < LAYERS]
         assert early
-        model.exit_loop.monitors["mood"].tightened[:] = True
+        model.loop.monitors["mood"].tightened[:] = True
         assert tokens_of(llm, early) == [case.deep_token for case in early]
         llm.collective_rpc("adainfer_reload")
         assert tokens_of(llm, early) == [case.token for case in early]
     finally:
         model._settings = unwatched
-        model.use_artifacts(model.artifacts)
+        model.loop.use_policies(policies_of(model), monitors_of(model))

@@ -63,8 +63,8 @@ def perturb_second_rank(worker: Any) -> None:
     """Let it see other early answers of shadow requests, as rounding may at a near tie."""
     of_shadows = Decisions.of_shadows
 
-    def perturbed(decisions: Decisions) -> Iterator[ShadowAnswers]:
-        for shadow in of_shadows(decisions):
+    def perturbed(decisions: Decisions, *watch: Any) -> Iterator[ShadowAnswers]:
+        for shadow in of_shadows(decisions, *watch):
             answers = shadow.answers
             yield shadow if answers is None else replace(shadow, answers=-answers)
 

@@ -12,13 +12,13 @@ def ints(*values: int) -> np.ndarray:
 
 def rows_of(layout: RowLayout) -> list[tuple[int, int]]:
     """(request, position) of each row."""
-    return list(zip(layout.owners.tolist(), layout.positions.tolist(), strict=True))
+    return list(zip(layout.row_requests.tolist(), layout.positions.tolist(), strict=True))
 
 
 def test_positions_of_a_request_run_up_to_its_last_one():
     layout = RowLayout(ints(2, 0, 3, 1), ints(9, 5, 2, 40))
     assert rows_of(layout) == [(0, 8), (0, 9), (2, 0), (2, 1), (2, 2), (3, 40)]
-    assert layout.here.tolist() == [0, 2, 3]
+    assert layout.present.tolist() == [0, 2, 3]
     assert layout.last_rows(ints(0, 2, 3)).tolist() == [1, 4, 5]
     assert layout.rows_of(ints(0, 3)).tolist() == [0, 1, 5]
     assert rows_of(layout.only(ints(2))) == [(2, 0), (2, 1), (2, 2)]
@@ -26,7 +26,7 @@ def test_positions_of_a_request_run_up_to_its_last_one():
 
 def test_a_layout_without_rows_has_none():
     layout = RowLayout(ints(0, 0), ints(3, 4))
-    assert (layout.num_rows, layout.here.tolist(), layout.positions.tolist()) == (0, [], [])
+    assert (layout.num_rows, layout.present.tolist(), layout.positions.tolist()) == (0, [], [])
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -8,9 +8,10 @@ import torch
 
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
 from vllm_adainfer.engine import ranks as agreement
-from vllm_adainfer.engine.reload import check_replaces, digest_of
+from vllm_adainfer.engine.reload import check_replaces
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import Artifact, Label, Level
+from vllm_adainfer.policy.digest import digest_of
 
 STRICT = Level(epsilon=0.01, disagreement=0.0, risk=0.0, bound=0.01, layers_saved=0.1)
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vllm_adainfer.exits.counters import ExitStats
+import torch
 
+from vllm_adainfer.exits.counters import ExitStats
 from vllm_adainfer.exits.report import Reporter, snapshot_of
-from vllm_adainfer.exits.shadow import watch
+from vllm_adainfer.exits.shadow import ShadowAnswers
 from vllm_adainfer.exits.work import Work
 from vllm_adainfer.policy.monitor import AnswerMonitor
 
@@ -74,8 +75,19 @@ class Traffic:
 
     def compare(self, name: str, levels: Any) -> None:
         disagreed = self.generator.random(len(levels)) < 0.3
-        answers = SimpleNamespace(name=name, tags=levels, request_ids=["x"] * len(levels))
-        watch(self.monitors[name], self.stats.by_policy[name], answers, disagreed)
+        answers = ShadowAnswers(
+            name=name,
+            policy=SimpleNamespace(answer_ids=torch.tensor([0, 1]), restricted=True),
+            monitor=self.monitors[name],
+            stats=self.stats.by_policy[name],
+            request_ids=["x"] * len(levels),
+            tags=levels,
+            settled=np.ones(len(levels), dtype=np.bool_),
+            requests=torch.arange(len(levels)),
+            answers=torch.tensor([[0.0, 1.0]] * len(levels)),
+            agreed=lambda values: values,
+        )
+        answers.compare(torch.tensor([[float(d), 0.5] for d in disagreed]), head=None)
         for level, differs in zip(levels, disagreed, strict=True):
             self.totals["shadow_checked", name, f"{EPSILONS[level]:g}"] += 1
             self.totals["shadow_disagreed", name, f"{EPSILONS[level]:g}"] += int(differs)

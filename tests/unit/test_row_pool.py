@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.exits.residual import Stream
+from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.row_pool import FIRST_SIZE, RowPool
 
 
-def stream_of(values: list[int], parts: int) -> Stream:
+def stream_of(values: list[int], parts: int) -> HiddenStates:
     """Rows [1] that are their values, in one part or in two."""
     hidden = torch.tensor(values, dtype=torch.float32).unsqueeze(1)
-    return Stream(hidden, None if parts == 1 else -hidden)
+    return HiddenStates(hidden, None if parts == 1 else -hidden)
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from vllm_adainfer.exits.counters import PolicyStats
 
 from tests.tiny import tiny_config
 from vllm_adainfer.config import Settings
-from vllm_adainfer.engine import ranks as agreement
+from vllm_adainfer.engine.build_loop import monitor_of
 from vllm_adainfer.engine.configure import banner
-from vllm_adainfer.engine.early_exit import monitor_of
-from vllm_adainfer.exits.shadow import ShadowAnswers, warn, watch
+from vllm_adainfer.exits.counters import PolicyStats
+from vllm_adainfer.exits.shadow import ShadowAnswers, warn
 from vllm_adainfer.policy.monitor import AnswerMonitor
 from vllm_adainfer.policy.text_monitor import TextMonitor
 
@@ -20,9 +20,17 @@ LABELS = SimpleNamespace(answer_ids=torch.tensor([7, 3]), restricted=True)
 SHORTLIST = SimpleNamespace(answer_ids=torch.tensor([3, 7]), restricted=False)
 
 
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+def disagreed_of(logits: torch.Tensor, **answers: Any) -> int:
+    """How many of one policy's early answers are counted as different from full depth."""
+    count = len(answers["request_ids"])
+    stats, monitor = PolicyStats(), AnswerMonitor([0.02, 0.05], alpha=0.1)
+    shadow = ShadowAnswers(
+        name="default", monitor=monitor, stats=stats, agreed=lambda values: values, **answers
+    )
+    shadow.compare(logits, head)
+    assert stats.shadow_checked.total() == count
+    assert sum(one.disagreed for one in monitor.readings()) == stats.shadow_disagreed.total()
+    return stats.shadow_disagreed.total()
 
 
 def head(states: torch.Tensor) -> torch.Tensor:
@@ -44,8 +52,8 @@ def test_labels_are_compared_as_the_sampler_chooses_among_them(early, full, disa
     logits = torch.full((3, 10), -1.0)
     for token, score in full.items():
         logits[2, token] = score
-    shadow = ShadowAnswers(
-        name="default",
+    found = disagreed_of(
+        logits,
         policy=LABELS,
         request_ids=["a", "b"],
         tags=np.array([0, 1]),
@@ -53,7 +61,7 @@ def test_labels_are_compared_as_the_sampler_chooses_among_them(early, full, disa
         requests=torch.tensor([2]),
         answers=torch.tensor([early]),
     )
-    assert shadow.disagreed(logits, head).tolist() == [False, disagreed]
+    assert found == disagreed
 
 
 @pytest.mark.parametrize(
@@ -63,8 +71,8 @@ def test_a_shortlists_answer_is_compared_with_any_token(full, disagreed):
     logits = torch.full((1, 10), -1.0)
     for token, score in full.items():
         logits[0, token] = score
-    shadow = ShadowAnswers(
-        name="default",
+    found = disagreed_of(
+        logits,
         policy=SHORTLIST,
         request_ids=["a"],
         tags=np.array([0]),
@@ -72,13 +80,13 @@ def test_a_shortlists_answer_is_compared_with_any_token(full, disagreed):
         requests=torch.tensor([0]),
         answers=torch.tensor([[1.0, 2.0]]),
     )
-    assert shadow.disagreed(logits, head).tolist() == [disagreed]
+    assert found == disagreed
 
 
 @pytest.mark.parametrize("answers", [None, torch.empty(0, 2)], ids=["of nobody", "of others only"])
 def test_what_no_exit_point_settles_agrees(answers):
-    shadow = ShadowAnswers(
-        name="default",
+    found = disagreed_of(
+        torch.zeros(2, 10),
         policy=LABELS,
         request_ids=["a", "b"],
         tags=np.array([0, 1]),
@@ -86,7 +94,7 @@ def test_what_no_exit_point_settles_agrees(answers):
         requests=torch.empty(0, dtype=torch.int64),
         answers=answers,
     )
-    assert shadow.disagreed(torch.zeros(2, 10), head).tolist() == [False, False]
+    assert found == 0
 
 
 @pytest.mark.parametrize(
@@ -104,9 +112,22 @@ def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
     monitor = monitor_of(tiny_config(tiny_model, **changes))
     assert type(monitor) is kind
     assert (monitor.alpha, monitor.epsilons.tolist()) == (0.1, [0.02, 0.05])
+    differs = torch.full((1, 10), -1.0)
+    differs[0, 3] = 1.0
     for number in range(100):
-        shadow = SimpleNamespace(name="mood", tags=np.array([0]), request_ids=[str(number)])
-        watch(monitor, PolicyStats(), shadow, np.array([True]))
+        shadow = ShadowAnswers(
+            name="mood",
+            policy=LABELS,
+            monitor=monitor,
+            stats=PolicyStats(),
+            request_ids=[str(number)],
+            tags=np.array([0]),
+            settled=np.array([True]),
+            requests=torch.tensor([0]),
+            answers=torch.tensor([[2.0, 1.0]]),
+            agreed=lambda values: values,
+        )
+        shadow.compare(differs, head)
         warn("mood", monitor, monitor.ended(str(number)))
     assert monitor.tightened.tolist() == [closes, False]
     [warning] = [record.getMessage() for record in caplog.records]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -8,22 +7,7 @@ import pytest
 import torch
 
 from vllm_adainfer.exits.layout import RowLayout
-from vllm_adainfer.exits.step import MIN_ROWS_SPARED, Rows, StepContext
-
-
-@dataclass
-class Narrow:
-    """Notes what attention was asked to be built for."""
-
-    calls: list[tuple[list[int], list[int]]] = field(default_factory=list)
-
-    def __call__(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
-        self.calls.append((layout.here.tolist(), layout.positions.tolist()))
-        return self.rows(layout), {"layer": len(self.calls)}
-
-    def rows(self, layout: RowLayout) -> Rows:
-        positions = torch.from_numpy(layout.positions)
-        return Rows(positions, {"layer": positions})
+from vllm_adainfer.exits.step import REGROUP_COST, StepContext
 
 
 def ints(*values: int) -> Any:
@@ -34,7 +18,6 @@ def make(
     query_lens: list[int],
     sampled: list[bool] | None = None,
     tags: list[int] | None = None,
-    narrow: Any = None,
     shadow: list[bool] | None = None,
     all_rows_count: bool = False,
 ) -> StepContext:
@@ -46,7 +29,6 @@ def make(
         np.array([True] * count if sampled is None else sampled),
         ints(*([0] * count if tags is None else tags)),
         np.ones(count, dtype=np.bool_),
-        narrow or Narrow(),
         None if shadow is None else np.array(shadow),
         all_rows_count,
     )
@@ -63,12 +45,12 @@ def compact(step: StepContext) -> tuple[int, list[int]]:
 
 
 def original_rows(step: StepContext, requests: Any = None) -> list[int]:
-    """Where the last rows of `requests` (None: all rows) were in the batch as it came."""
-    whole = torch.full((1000, 1), -1.0)
+    """Where the last rows of `requests` (None: all rows) were in the original batch."""
+    output = torch.full((1000, 1), -1.0)
     count = step.layout.num_rows if requests is None else len(requests)
-    step.put_back(torch.arange(float(count)).unsqueeze(1), requests, whole)
-    came = (whole[:, 0] >= 0).nonzero().squeeze(1)
-    return came[whole[came, 0].argsort()].tolist()
+    step.scatter(torch.arange(float(count)).unsqueeze(1), requests, output)
+    found = (output[:, 0] >= 0).nonzero().squeeze(1)
+    return found[output[found, 0].argsort()].tolist()
 
 
 def test_at_first_every_sampled_and_admitted_request_is_undecided():
@@ -76,7 +58,7 @@ def test_at_first_every_sampled_and_admitted_request_is_undecided():
     assert step.undecided().tolist() == [0, 3]
     assert step.num_sampled == 3
     assert step.num_requests == 4
-    assert step.left.tolist() == []
+    assert step.exited.tolist() == []
     assert rows_ready(step) == 0
 
 
@@ -90,7 +72,7 @@ def test_a_request_with_more_chunks_to_come_is_never_undecided(tag):
     step.settle(ints(2))
     compact(step)
     assert step.undecided().tolist() == []
-    assert step.left.tolist() == [1, 2]
+    assert step.exited.tolist() == [1, 2]
     assert step.sampled_rows(ints(0)).tolist() == [3]
 
 
@@ -117,14 +99,14 @@ def test_compacting_keeps_the_rows_of_those_that_stay():
     assert rows_ready(step) == 4
     left, kept = compact(step)
     assert (left, kept) == (1, [0, 1])
-    assert step.left.tolist() == [1, 2, 3]
+    assert step.exited.tolist() == [1, 2, 3]
 
 
 def test_settled_requests_stay_until_the_batch_is_compacted():
     step = make([2, 3, 1])
     step.settle(ints(1))
     assert step.undecided().tolist() == [0, 2]
-    assert step.left.tolist() == []
+    assert step.exited.tolist() == []
     assert step.sampled_rows(ints(2)).tolist() == [5]
     step.settle(ints(2))
     assert rows_ready(step) == 4
@@ -149,12 +131,12 @@ def test_a_shadow_request_is_decided_and_stays():
     assert rows_ready(step) == 3
     left, kept = compact(step)
     assert (left, kept) == (1, [0, 1, 5, 6, 7, 8, 9])
-    assert step.left.tolist() == [1]
+    assert step.exited.tolist() == [1]
     step.settle(ints(2, 3))
     assert step.settled(step.shadow).tolist() == [True, True]
     left, kept = compact(step)
     assert (left, kept) == (1, [0, 1, 2])
-    assert step.left.tolist() == [1, 3]
+    assert step.exited.tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -165,40 +147,42 @@ def test_only_a_request_that_may_exit_is_a_shadow(sampled, tag):
     assert step.shadow.tolist() == [1]
 
 
-def test_attention_is_narrowed_to_requests_and_rows_of_the_batch_as_it_came():
-    narrow = Narrow()
-    step = make([2, 3, 1, 4], narrow=narrow)
+def test_the_layout_is_of_the_requests_and_rows_that_remain():
+    step = make([2, 3, 1, 4])
     step.settle(ints(1))
     compact(step)
-    _, metadata = step.narrowed_to(step.layout)
+    assert (step.layout.present.tolist(), step.layout.positions.tolist()) == (
+        [0, 2, 3],
+        [0, 1, 5, 6, 7, 8, 9],
+    )
     step.settle(ints(0))
     compact(step)
-    rows, _ = step.narrowed_to(step.layout)
-    assert metadata == {"layer": 1}
-    assert rows.slots["layer"].tolist() == [5, 6, 7, 8, 9]
-    assert narrow.calls == [([0, 2, 3], [0, 1, 5, 6, 7, 8, 9]), ([2, 3], [5, 6, 7, 8, 9])]
+    assert (step.layout.present.tolist(), step.layout.positions.tolist()) == (
+        [2, 3],
+        [5, 6, 7, 8, 9],
+    )
 
 
 def test_the_last_layer_asks_for_the_last_row_of_each_request_that_remains():
     step = make([40, 3, 150], sampled=[True, True, False])  # rows 0-39, 40-42, 43-192
-    decisive = step.decisive()
-    assert decisive.here.tolist() == [0, 1, 2]
-    assert decisive.positions.tolist() == [39, 42, 192]
+    sampled = step.sampled_only()
+    assert sampled.present.tolist() == [0, 1, 2]
+    assert sampled.positions.tolist() == [39, 42, 192]
     step.settle(ints(0))
     compact(step)
-    decisive = step.decisive()
-    assert decisive.here.tolist() == [1, 2]
-    assert decisive.positions.tolist() == [42, 192]
-    assert original_rows(step, decisive.here) == [42, 192]
+    sampled = step.sampled_only()
+    assert sampled.present.tolist() == [1, 2]
+    assert sampled.positions.tolist() == [42, 192]
+    assert original_rows(step, sampled.present) == [42, 192]
 
 
 @pytest.mark.parametrize(
     ("lens", "all_rows_count"),
-    [([1, 1, 1], False), ([MIN_ROWS_SPARED["cpu"] - 1, 2], False), ([500, 9], True)],
+    [([1, 1, 1], False), ([REGROUP_COST["cpu"] - 1, 2], False), ([500, 9], True)],
     ids=["one row each", "not worth new metadata", "all are wanted"],
 )
 def test_otherwise_the_last_layer_is_as_vllm_runs_it(lens, all_rows_count):
-    assert make(lens, all_rows_count=all_rows_count).decisive() is None
+    assert make(lens, all_rows_count=all_rows_count).sampled_only() is None
 
 
 class ObviousStep:
@@ -239,8 +223,7 @@ def test_the_bookkeeping_is_that_of_a_plain_list_of_rows(seed):
     lens = generator.integers(1, 6, count).tolist()
     sampled = (generator.random(count) < 0.8).tolist()
     tags = generator.integers(-1, 3, count).tolist()
-    narrow = Narrow()
-    step, oracle = make(lens, sampled, tags, narrow), ObviousStep(lens, sampled, tags)
+    step, oracle = make(lens, sampled, tags), ObviousStep(lens, sampled, tags)
     states = torch.arange(float(sum(lens))).unsqueeze(1)
     remaining = states
     for _ in range(4):
@@ -257,10 +240,10 @@ def test_the_bookkeeping_is_that_of_a_plain_list_of_rows(seed):
         left, kept = compact(step)
         assert (left, kept) == oracle.compact()
         remaining = remaining[kept]
-        assert step.left.tolist() == sorted(oracle.left)
-        step.narrowed_to(step.layout)
+        assert step.exited.tolist() == sorted(oracle.left)
         original = [row for _, row in oracle.batch]
-        assert narrow.calls[-1] == (oracle.remaining(), original)
+        assert step.layout.present.tolist() == oracle.remaining()
+        assert step.layout.positions.tolist() == original
         assert remaining.flatten().tolist() == original
         assert original_rows(step) == original
     everyone = list(range(count))

@@ -17,7 +17,6 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_adainfer.engine import compat
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.layout import RowLayout
-from vllm_adainfer.exits.step import Rows
 from vllm_adainfer.exits.transfer import upload
 
 Groups = list[list[AttentionGroup]]  # by KV cache group
@@ -45,6 +44,20 @@ def own_groups(groups: Groups, vllm_config: VllmConfig, device: torch.device) ->
         for group in same:
             group.create_metadata_builders(vllm_config, device, group.kernel_block_size)
     return copies
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a batch are.
+
+    Attributes:
+        positions: int64 [rows], in their sequences.
+        slots: int64 [rows] by layer name, where in the cache their keys and values go.
+
+    """
+
+    positions: Tensor
+    slots: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ def by_layer(groups: Groups, slots: Sequence[Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class StepAttention:
-    """What layers need for other rows of a step's requests: `vllm_adainfer.exits.step.Narrow`.
+    """Builds what layers need for other rows of a step's requests.
 
     The slot mapping is given twice, inside the metadata and by layer, because vLLM 0.32 reads the
     second where it writes K and V.
@@ -143,13 +156,13 @@ class StepAttention:
     block_sizes: Sequence[int]
     device: torch.device
 
-    def __call__(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
-        """See `Narrow`."""
-        requests = layout.here
+    def metadata(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
+        """Where the rows of `layout` are, and their attention metadata by layer name."""
+        requests = layout.present
         lens = layout.lens[requests]
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
         seq_lens = (layout.last_positions[requests] + 1).astype(np.int32)
-        arrays = layout.owners, layout.positions, requests, starts, seq_lens
+        arrays = layout.row_requests, layout.positions, requests, starts, seq_lens
         owners, positions, kept, starts_there, seq_lens_there = upload(arrays, self.device)
         slots = self._slots(owners, positions)
         queries = Queries(
@@ -166,8 +179,8 @@ class StepAttention:
         return Rows(positions, by_layer(self.groups, slots)), metadata
 
     def rows(self, layout: RowLayout) -> Rows:
-        """See `Narrow.rows`."""
-        owners, positions = upload((layout.owners, layout.positions), self.device)
+        """Where the rows of `layout` are."""
+        owners, positions = upload((layout.row_requests, layout.positions), self.device)
         return Rows(positions, by_layer(self.groups, self._slots(owners, positions)))
 
     def _slots(self, owners: Tensor, positions: Tensor) -> list[Tensor]:

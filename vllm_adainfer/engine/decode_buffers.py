@@ -10,13 +10,13 @@ from torch import Tensor
 
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.attention import Queries, StepAttention
+from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.layout import RowLayout
-from vllm_adainfer.exits.residual import Stream
 from vllm_adainfer.exits.transfer import upload
 
 
 class DecodeBuffers:
-    """A batch of requests with one row each, and its residual stream.
+    """A batch of requests with one row each, and their hidden states.
 
     At first, to be captured, requests that have one token and own no blocks. Rows beyond those
     staged are padding: their requests have no tokens, their keys and values no slot.
@@ -39,12 +39,12 @@ class DecodeBuffers:
             (len(block_tables), size), compat.NO_SLOT, dtype=torch.int64, device=device
         )
         # Made when the first, largest, batch has shown what it is like.
-        self._stream: Stream | None = None
+        self._states: HiddenStates | None = None
         self._final: Tensor | None = None
 
     def stage(self, layout: RowLayout, attention: StepAttention, padded: int) -> None:
         """Take in the batch of `layout`, padded to so many requests."""
-        requests, rows = layout.here, layout.num_rows
+        requests, rows = layout.present, layout.num_rows
         positions = np.zeros(padded, dtype=np.int64)
         positions[:rows] = layout.last_positions[requests]
         seq_lens = np.zeros(padded, dtype=np.int32)
@@ -87,38 +87,38 @@ class DecodeBuffers:
         """Slots by KV cache group, [rows]."""
         return list(self._slots[:, :rows].unbind())
 
-    def ids_of(self, rows: int) -> Stream:
+    def ids_of(self, rows: int) -> HiddenStates:
         """The token ids."""
-        return Stream(self._ids[:rows])
+        return HiddenStates(self._ids[:rows])
 
-    def stream_of(self, rows: int) -> Stream:
-        """The stream between two segments."""
-        assert self._stream is not None, "stored by the first segment"
-        return self._stream.rows(slice(0, rows))
+    def states_of(self, rows: int) -> HiddenStates:
+        """The states between two segments."""
+        assert self._states is not None, "stored by the first segment"
+        return self._states.rows(slice(0, rows))
 
     def final_of(self, rows: int) -> Tensor:
         """[rows, width], what the LM head reads."""
         assert self._final is not None, "stored by the last segment"
         return self._final[:rows]
 
-    def load(self, stream: Stream, is_ids: bool) -> None:
-        """Take in the stream of the staged rows, unless it is here already."""
-        rows = slice(0, stream.num_rows)
+    def load(self, states: HiddenStates, is_ids: bool) -> None:
+        """Take in the states of the staged rows, unless they are here already."""
+        rows = slice(0, states.num_rows)
         if is_ids:
-            self._ids[rows] = stream.hidden
+            self._ids[rows] = states.hidden
             return
-        assert self._stream is not None, "stored by the first segment"
-        if stream.hidden.data_ptr() != self._stream.hidden.data_ptr():
-            self._stream.put(stream, rows)
+        assert self._states is not None, "stored by the first segment"
+        if states.hidden.data_ptr() != self._states.hidden.data_ptr():
+            self._states.put(states, rows)
 
-    def store(self, stream: Stream, is_final: bool) -> None:
+    def store(self, states: HiddenStates, is_final: bool) -> None:
         """Keep what a segment gives."""
         size = len(self.positions)
         if is_final:
             if self._final is None:
-                self._final = stream.hidden.new_zeros(size, *stream.hidden.shape[1:])
-            self._final[: stream.num_rows] = stream.hidden
+                self._final = states.hidden.new_zeros(size, *states.hidden.shape[1:])
+            self._final[: states.num_rows] = states.hidden
             return
-        if self._stream is None:
-            self._stream = stream.zeros(size)
-        self._stream.put(stream, slice(0, stream.num_rows))
+        if self._states is None:
+            self._states = states.zeros(size)
+        self._states.put(states, slice(0, states.num_rows))

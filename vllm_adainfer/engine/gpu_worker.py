@@ -20,5 +20,5 @@ class AdaInferGPUWorker(ExitWorker, Worker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """As vLLM's, which warms up with requests that are not to be counted."""
         times = super().compile_or_warm_up_model()
-        self.model_runner.model.exit_loop.reset_counters()
+        self.model_runner.model.loop.reset_counters()
         return times

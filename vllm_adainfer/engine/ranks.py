@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 
+NOT_THE_SAME = "ranks have not read the same: is an artifact being replaced? Try again"
+
 
 def agreed(values: Tensor) -> Tensor:
     """`values` of the first rank, on each: every rank computes them, but may round otherwise."""

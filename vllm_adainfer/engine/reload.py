@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine.admission import Admission
+from vllm_adainfer.engine.build_loop import monitors_of, policies_of
 from vllm_adainfer.engine.compat import get_logger
-from vllm_adainfer.engine.ranks import same_on_all_ranks
+from vllm_adainfer.engine.ranks import NOT_THE_SAME, same_on_all_ranks
 from vllm_adainfer.engine.requests import RunningRequests
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact import Artifact, ArtifactConfig
+from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.artifact_files import load_artifacts
+from vllm_adainfer.policy.digest import digest_of
 
 logger = get_logger(__name__)
 
-NOT_THE_SAME = "ranks have not read the same: is an artifact being replaced? Try again"
-
 
 def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConfig) -> list[str]:
-    """Read the artifacts that the switch names again, and decide by them from the next step on.
+    """Read the artifacts of the engine switch again, and decide by them from the next step on.
 
-    Every rank does, or none: what they have read has to be the same.
+    Either every rank does, or none: all must have read the same.
+
+    Args:
+        model: an `EarlyExit`.
+        running: the worker's requests.
+        vllm_config: of the engine.
 
     Returns:
         a line for each policy.
 
     Raises:
-        AdaInferError: one cannot be served without a restart; all stay as they were.
+        AdaInferError: an artifact cannot be served without a restart; all stay as they were.
 
     """
     settings = read_settings(vllm_config.additional_config)
@@ -42,10 +44,11 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
     try:
         if settings.artifact is None:
             raise AdaInferError("this engine has no artifact to read again")
+        cuts = model.loop.policies.exit_points
         artifacts = load_artifacts(settings.artifacts)
         for name, artifact in artifacts.items():
             artifact.config.check_weights(model.fingerprint)
-            check_replaces(name, artifact.config, model.artifacts[name].config, model.cuts)
+            check_replaces(name, artifact.config, model.artifacts[name].config, cuts)
         configs = {name: artifact.config for name, artifact in artifacts.items()}
         admission = Admission(settings, configs)
         digest = digest_of(artifacts)
@@ -56,7 +59,8 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
         raise failure
     if not same:
         raise AdaInferError(NOT_THE_SAME)
-    model.use_artifacts(artifacts)
+    model.artifacts = artifacts
+    model.loop.use_policies(policies_of(model, cuts), monitors_of(model))
     running.use_admission(admission)
     lines = [
         f"policy {name} was read again from {source}" for name, source in settings.artifacts.items()
@@ -69,10 +73,10 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
 def check_replaces(
     name: str, new: ArtifactConfig, old: ArtifactConfig, cuts: tuple[int, ...]
 ) -> None:
-    """Whether a running engine can serve `new` in the place of `old`.
+    """Check that a running engine can serve `new` in the place of `old`.
 
-    The stack stays cut after `cuts`, and the scheduler knows which requests may exit from the time
-    of the start.
+    The stack stays cut after `cuts`, and the scheduler has known since the start which requests
+    may exit.
 
     Raises:
         AdaInferError: it cannot.
@@ -96,14 +100,3 @@ def check_replaces(
             f"policy {name} was calibrated for {new.max_tokens} tokens, the one before for "
             f"{old.max_tokens}: restart the engine"
         )
-
-
-def digest_of(artifacts: Mapping[str, Artifact]) -> int:
-    """A number of 62 bits for all that they say."""
-    digest = hashlib.sha256()
-    for name, artifact in artifacts.items():
-        digest.update(f"{name} {artifact.config.model_dump_json()}".encode())
-        for part in sorted(artifact.tensors):
-            raw = artifact.tensors[part].contiguous().view(torch.uint8)
-            digest.update(part.encode() + raw.numpy().tobytes())
-    return int.from_bytes(digest.digest()[:8], "big") >> 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,18 +14,15 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine.admission import FULL_DEPTH, UNLIMITED, Admission, Admitted
 from vllm_adainfer.exits.layout import Bools, Ints, RowLayout
+from vllm_adainfer.exits.loop import Loop
 from vllm_adainfer.exits.report import INTERVAL, StepNote, snapshot_of
-from vllm_adainfer.exits.step import Narrow, StepContext
-
-if TYPE_CHECKING:
-    from vllm_adainfer.exits.exit_loop import ExitLoop
-    from vllm_adainfer.exits.recording_loop import RecordingLoop
+from vllm_adainfer.exits.step import StepContext
 
 
 class RunningRequests:
     """Admits requests when they arrive and says what each may do in a step."""
 
-    def __init__(self, vllm_config: VllmConfig, loop: ExitLoop | RecordingLoop) -> None:
+    def __init__(self, vllm_config: VllmConfig, loop: Loop) -> None:
         """`loop` runs them."""
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None
@@ -84,7 +81,6 @@ class RunningRequests:
         lens: Ints,
         computed: Ints,
         sampled: Bools,
-        narrow: Narrow,
         device: torch.device,
     ) -> StepContext:
         """The step that is about to run.
@@ -94,11 +90,9 @@ class RunningRequests:
             lens: [requests], rows of each.
             computed: [requests], tokens of each that have been through the stack before.
             sampled: [requests], whether this step yields a token.
-            narrow: see `StepContext`.
             device: of the rows.
 
         """
-        kv, monitors = self._loop.kv, self._loop.monitors.values()
         admitted = [self._admitted[request_id] for request_id in request_ids]
         last = computed + lens - 1
         prompt = np.array([request.prompt_len for request in admitted])
@@ -106,25 +100,23 @@ class RunningRequests:
         max_tokens = np.array([request.max_tokens for request in admitted])
         deep_prompt = np.array([request.deep_prompt for request in admitted])
         tags[deep_prompt & (computed < prompt)] = FULL_DEPTH
-        overdue = kv.overdue()
+        overdue = self._loop.overdue()
         if overdue:
             tags[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
-        goes_on = last + 2 - prompt < max_tokens  # once this step's token is appended
-        if kv.defers:
-            # Of a sequence beyond the window vLLM frees blocks that rows which wait still need.
-            tags[goes_on & (last + 1 >= self._window)] = FULL_DEPTH
-        shadow = None
-        if monitors:
+        continues = last + 2 - prompt < max_tokens  # once this step's token is appended
+        if self._loop.defers:
+            # vLLM frees blocks beyond the window that waiting rows still need.
+            tags[continues & (last + 1 >= self._window)] = FULL_DEPTH
+        shadow, tightened = None, self._loop.tightened()
+        if tightened is not None:
             shadow = np.array([request.is_shadow for request in admitted])
-            tightened = np.concatenate([monitor.tightened for monitor in monitors])
             tags[tightened[tags] & ~shadow] = FULL_DEPTH
         self._ran = StepContext(
             request_ids=request_ids,
             layout=RowLayout(lens, last),
             sampled=sampled,
             tags=tags,
-            goes_on=goes_on,
-            narrow=narrow,
+            continues=continues,
             shadow=shadow,
             all_rows_count=any(request.wants_prompt for request in admitted),
             device=device,
@@ -147,11 +139,12 @@ class RunningRequests:
         return StepNote(None, snapshot_of(self._loop.stats))
 
     def _complete(self, step: StepContext) -> dict[str, int]:
-        kv = self._loop.kv
-        ended = set(step.left[~step.goes_on[step.left]].tolist())
+        ended = set(step.exited[~step.continues[step.exited]].tolist())
         ends = (step.layout.last_positions + 1).tolist()
         return {
-            request_id: 0 if place in ended else ends[place] - kv.missing(request_id, ends[place])
+            request_id: 0
+            if place in ended
+            else ends[place] - self._loop.missing(request_id, ends[place])
             for place, request_id in enumerate(step.request_ids)
             if self._admitted[request_id].may_exit
         }

@@ -24,9 +24,8 @@ from vllm_adainfer.engine.attention import Groups, StepAttention, by_layer, meta
 from vllm_adainfer.engine.compat import get_logger
 from vllm_adainfer.engine.decode_buffers import DecodeBuffers
 from vllm_adainfer.engine.segments import Stack
+from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.layout import RowLayout
-from vllm_adainfer.exits.residual import Stream
-from vllm_adainfer.exits.step import Narrow
 
 logger = get_logger(__name__)
 
@@ -81,19 +80,18 @@ class SegmentGraphs:
         """Whether there are graphs for a batch with the rows of `layout`."""
         return self._graph_for(layout).cg_mode == CUDAGraphMode.FULL
 
-    def batch(self, layout: RowLayout, narrow: Narrow) -> GraphedBatch | None:
-        """A batch with the rows of `layout`, None if there are no graphs for it."""
+    def stage(self, layout: RowLayout, attention: StepAttention) -> Replay | None:
+        """Put the rows of `layout` into the buffers; None if there are no graphs for them."""
         graph = self._graph_for(layout)
         if graph.cg_mode != CUDAGraphMode.FULL:
             return None
-        assert isinstance(narrow, StepAttention), "Model Runner V2 gives one"
-        self._buffers.stage(layout, narrow, graph.num_tokens)
-        self._metadata(graph.num_tokens, int(layout.last_positions[layout.here].max()) + 1)
-        return GraphedBatch(self._managers, self._buffers, graph, layout.num_rows)
+        self._buffers.stage(layout, attention, graph.num_tokens)
+        self._metadata(graph.num_tokens, int(layout.last_positions[layout.present].max()) + 1)
+        return Replay(self._managers, self._buffers, graph, layout.num_rows)
 
     def _graph_for(self, layout: RowLayout) -> BatchExecutionDescriptor:
         """The smallest that holds them all; any one segment's, for all have the same."""
-        rows, requests = layout.num_rows, len(layout.here)
+        rows, requests = layout.num_rows, len(layout.present)
         uniform = 1 if rows == requests else None
         return self._managers[0].dispatch(requests, rows, uniform, num_active_loras=0)
 
@@ -119,9 +117,9 @@ class SegmentGraphs:
                     cudagraph_runtime_mode=mode,
                     slot_mapping=slots,
                 ):
-                    stream = buffers.ids_of(rows) if index == 0 else buffers.stream_of(rows)
-                    stream = self._stack.run(index, buffers.positions[:rows], stream)
-                    buffers.store(stream, is_final=index == len(self._managers) - 1)
+                    states = buffers.ids_of(rows) if index == 0 else buffers.states_of(rows)
+                    states = self._stack.run(index, buffers.positions[:rows], states)
+                    buffers.store(states, is_final=index == len(self._managers) - 1)
 
             return forward
 
@@ -129,8 +127,8 @@ class SegmentGraphs:
 
 
 @dataclass(frozen=True)
-class GraphedBatch:
-    """Rows in the buffers, one a request: see `vllm_adainfer.engine.compiled_batch.Batch`.
+class Replay:
+    """The segments' graphs of one size, with rows in their buffers, one for each request.
 
     Attributes:
         managers: of each segment's graphs.
@@ -145,13 +143,13 @@ class GraphedBatch:
     graph: BatchExecutionDescriptor
     rows: int
 
-    def run(self, index: int, stream: Stream) -> Stream:
-        """See `Batch.run`; what it returns lies in the buffers, and is overwritten by the next."""
-        self.buffers.load(stream.rows(slice(0, self.rows)), is_ids=index == 0)
-        self.managers[index].run_fullgraph(self.graph)
-        if index == len(self.managers) - 1:
-            return Stream(self.buffers.final_of(self.rows))
-        return self.buffers.stream_of(self.rows)
+    def run(self, segment: int, states: HiddenStates) -> HiddenStates:
+        """The states after a segment: in the buffers, where the next segment overwrites them."""
+        self.buffers.load(states.rows(slice(0, self.rows)), is_ids=segment == 0)
+        self.managers[segment].run_fullgraph(self.graph)
+        if segment == len(self.managers) - 1:
+            return HiddenStates(self.buffers.final_of(self.rows))
+        return self.buffers.states_of(self.rows)
 
 
 def why_not_captured(vllm_config: VllmConfig, groups: Groups) -> str | None:

@@ -17,7 +17,8 @@ from vllm.forward_context import (
 
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.decoder import Decoder, KVProjection
-from vllm_adainfer.exits.residual import Stream
+from vllm_adainfer.exits.batch import StackShape
+from vllm_adainfer.exits.hidden_states import HiddenStates
 
 ROWS = {0: "b"}  # dynamic dimension: the batch's token rows
 
@@ -61,45 +62,47 @@ class Stack:
     Attributes:
         segments: in turn; the last one is the last layer, if that, and ends with the final norm.
         last_kv: of that layer; None where the last segment has none.
-        width: of what the last segment gives, the LM head's input.
+        head_size: width of what the last segment gives, the LM head's input.
 
     """
 
     segments: tuple[Segment, ...]
     last_kv: LastKV | None
-    width: int
+    head_size: int
 
     @property
-    def depth(self) -> int:
-        """Layers of the model."""
-        return sum(segment.num_layers for segment in self.segments)
+    def shape(self) -> StackShape:
+        """As the exit loop sees the stack."""
+        return StackShape([segment.num_layers for segment in self.segments], self.head_size)
 
-    def run(self, index: int, positions: Tensor, stream: Stream) -> Stream:
-        """The stream after a segment; after the last one [rows, width] for the LM head."""
-        return Stream(*self.segments[index](positions, *stream.parts))
+    def run(self, index: int, positions: Tensor, states: HiddenStates) -> HiddenStates:
+        """The states after a segment; after the last one [rows, head size]."""
+        return HiddenStates(*self.segments[index](positions, *states.parts))
 
-    def write_last_kv(self, positions: Tensor, stream: Stream, slots: dict[str, Tensor]) -> None:
+    def write_last_kv(
+        self, positions: Tensor, states: HiddenStates, slots: dict[str, Tensor]
+    ) -> None:
         """Write keys and values of the last layer to `slots` [rows], by layer name.
 
-        `stream` is before that layer, and may be overwritten.
+        `states` is before that layer, and may be overwritten.
         """
         assert self.last_kv is not None, "the last segment has no layer"
-        keys, values = self.last_kv(positions, *stream.parts)
+        keys, values = self.last_kv(positions, *states.parts)
         attention = self.last_kv.projection.attention
         compat.write_kv(attention, keys, values, slots[attention.layer_name])
 
     def profile(self, positions: Tensor, ids: Tensor) -> Tensor:
-        """A pass that belongs to no request: [rows, width].
+        """A pass that belongs to no request: [rows, head size].
 
         vLLM captures piecewise graphs in such passes.
         """
-        stream = Stream(ids)
+        states = HiddenStates(ids)
         for index in range(len(self.segments) - 1):
-            stream = self.run(index, positions, stream)
+            states = self.run(index, positions, states)
         if self.last_kv is not None:  # a copy, for it may be overwritten
             with override_forward_context(without_graphs(get_forward_context())):
-                self.last_kv(positions, *stream.clone().parts)
-        return self.run(len(self.segments) - 1, positions, stream).hidden
+                self.last_kv(positions, *states.clone().parts)
+        return self.run(len(self.segments) - 1, positions, states).hidden
 
 
 def without_graphs(context: ForwardContext) -> ForwardContext:
@@ -156,14 +159,14 @@ def last_kv_class(depth: int) -> type[LastKV]:
 def build_stack(
     decoder: type[Decoder],
     body: nn.Module,
-    width: int,
+    head_size: int,
     cuts: Sequence[int],
     vllm_config: VllmConfig,
 ) -> Stack:
     """Cut the stack of `body` after each of `cuts` (counts of layers run).
 
-    The last layer is cut off, too; a cut after it leaves the final norm alone. `width` is of the
-    LM head's input.
+    The last layer is cut off, too; a cut after it leaves the final norm alone. `head_size` is
+    the width of the LM head's input.
     """
     layers = decoder.layers(body)
     depth = len(layers)
@@ -181,4 +184,4 @@ def build_stack(
         projection, kv_class = decoder.kv_projection(layers[-1]), last_kv_class(depth)
         with compat.compile_cache_folder(kv_class.__name__):
             last_kv = kv_class(vllm_config=config, projection=projection)
-    return Stack(tuple(segments), last_kv, width)
+    return Stack(tuple(segments), last_kv, head_size)

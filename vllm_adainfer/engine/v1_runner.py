@@ -9,9 +9,9 @@ import numpy as np
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_adainfer.engine.attention import Groups, StepAttention, own_groups
+from vllm_adainfer.engine.build_loop import build_loop
 from vllm_adainfer.engine.compat import keep_best_tokens, seeds_of_chunks_kept
 from vllm_adainfer.engine.requests import RunningRequests
-from vllm_adainfer.exits.step import StepContext
 
 
 class AdaInferCPUModelRunner(CPUModelRunner):
@@ -20,11 +20,11 @@ class AdaInferCPUModelRunner(CPUModelRunner):
     running: RunningRequests
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's; then the model's exit loop is built of what was loaded."""
+        """As vLLM's; then build the model's loop."""
         super().load_model(*args, **kwargs)
-        self.model.build_exit_loop(self.vllm_config)
+        self.model.loop = build_loop(self.model, self.vllm_config)
         keep_best_tokens(self)
-        self.running = RunningRequests(self.vllm_config, self.model.exit_loop)
+        self.running = RunningRequests(self.vllm_config, self.model.loop)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         """As vLLM's."""
@@ -46,7 +46,7 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         return super()._update_states(scheduler_output)
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.model.step = self._describe_step()
+        self._prepare_step()
         return super()._model_forward(*args, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,20 +54,21 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         with seeds_of_chunks_kept(self):
             return super().sample_tokens(*args, **kwargs)
 
-    def _describe_step(self) -> StepContext:
+    def _prepare_step(self) -> None:
         batch = self.input_batch
         count = batch.num_reqs
         tables = [batch.block_table[group] for group in range(len(self._own_groups))]
-        return self.running.describe(
+        step = self.running.describe(
             request_ids=batch.req_ids,
             lens=np.diff(self.query_start_loc.np[: count + 1].astype(np.int64)),
             computed=batch.num_computed_tokens_cpu[:count].astype(np.int64),
             sampled=~self.discard_request_mask.np[:count],
-            narrow=StepAttention(
-                self._own_groups,
-                [table.get_device_tensor(count) for table in tables],
-                [table.block_size for table in tables],
-                self.device,
-            ),
             device=self.device,
         )
+        attention = StepAttention(
+            self._own_groups,
+            [table.get_device_tensor(count) for table in tables],
+            [table.block_size for table in tables],
+            self.device,
+        )
+        self.model.prepare(step, attention)

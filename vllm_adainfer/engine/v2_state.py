@@ -15,10 +15,10 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_adainfer.engine.attention import Groups, StepAttention, own_groups
+from vllm_adainfer.engine.build_loop import build_loop
 from vllm_adainfer.engine.compat import get_logger
 from vllm_adainfer.engine.requests import RunningRequests
 from vllm_adainfer.engine.segment_graphs import SegmentGraphs, why_not_captured
-from vllm_adainfer.exits.exit_loop import ExitLoop
 
 logger = get_logger(__name__)
 
@@ -33,8 +33,8 @@ class AdaInferModelState(DefaultModelState):
     ) -> None:
         """`model` is loaded; its exit loop is built of what it has become."""
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.model.build_exit_loop(vllm_config)
-        self.running = RunningRequests(vllm_config, self.model.exit_loop)
+        self.model.loop = build_loop(self.model, vllm_config)
+        self.running = RunningRequests(vllm_config, self.model.loop)
         self._own_groups: Groups | None = None
         self._block_sizes: list[int] = []
 
@@ -65,21 +65,25 @@ class AdaInferModelState(DefaultModelState):
         kv_cache_config: KVCacheConfig,
     ) -> None:
         """Capture the segments' graphs, where the runner has captured those around them."""
-        loop = self.model.exit_loop
-        if not isinstance(loop, ExitLoop):
+        if self.running.admission.records:  # states are kept, and graphs would overwrite them
             return
         reason = why_not_captured(self.vllm_config, attn_groups)
         if reason is not None:
             logger.warning("decode steps run without CUDA graphs of segments: %s", reason)
             return
-        loop.graphs = SegmentGraphs(
-            self.vllm_config, loop.stack, attn_groups, block_tables.input_block_tables, self.device
+        graphs = SegmentGraphs(
+            self.vllm_config,
+            self.model.stack,
+            attn_groups,
+            block_tables.input_block_tables,
+            self.device,
         )
-        loop.graphs.capture()
+        graphs.capture()
+        self.model.graphs = graphs
 
     def drop_graphs(self) -> None:
         """Those were captured to measure what they take."""
-        self.model.exit_loop.graphs = None
+        self.model.graphs = None
 
     def prepare_attn(
         self,
@@ -94,23 +98,23 @@ class AdaInferModelState(DefaultModelState):
         """As vLLM's, and describe the step, unless this is a dummy batch."""
         if self._own_groups is None:
             self._own_groups = own_groups(attn_groups, self.vllm_config, self.device)
-        self.model.step = step = None
+        graphs = self.model.graphs
         if self.running.knows(input_batch.req_ids[0]):
             computed = input_batch.num_computed_tokens_np.astype(np.int64)
             lens = input_batch.num_scheduled_tokens.astype(np.int64)
-            self.model.step = step = self.running.describe(
+            step = self.running.describe(
                 request_ids=input_batch.req_ids,
                 lens=lens,
                 computed=computed,
                 sampled=computed + lens >= input_batch.prefill_len_np,
-                narrow=StepAttention(
-                    self._own_groups, block_tables, self._block_sizes, self.device
-                ),
                 device=self.device,
             )
-        graphs = self.model.exit_loop.graphs
-        if step is not None and graphs is not None and graphs.serves(step.layout):
-            return {}  # the graphs have their own
+            attention = StepAttention(
+                self._own_groups, block_tables, self._block_sizes, self.device
+            )
+            self.model.prepare(step, attention)
+            if graphs is not None and graphs.serves(step.layout):
+                return {}  # the graphs have their own
         return super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
         )

@@ -54,7 +54,7 @@ class ExitWorker(_Worker):
 
     def adainfer_stats(self) -> dict[str, Any]:
         """Counters of this worker, see `vllm_adainfer.stats`."""
-        stats: dict[str, Any] = self.model_runner.model.exit_loop.stats.as_dict()
+        stats: dict[str, Any] = self.model_runner.model.loop.stats.as_dict()
         return stats
 
     def adainfer_reload(self) -> list[str]:
@@ -71,7 +71,7 @@ class ExitWorker(_Worker):
 
         """
         model: Any = self.model_runner.model
-        loop = model.exit_loop
+        loop = model.loop
         tensors = loop.recorder.take()
         lens = model.logit_lens()
         tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.own.items()}

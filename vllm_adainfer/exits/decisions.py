@@ -1,51 +1,62 @@
-"""What the policies have said in one step, kept until it is known who leaves with it."""
+"""What the policies have decided in one step, kept until it is known who leaves with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_adainfer.engine.ranks import agreed
+from vllm_adainfer.exits.counters import ExitStats
+from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.layout import Ints
-from vllm_adainfer.exits.residual import Stream
 from vllm_adainfer.exits.shadow import ShadowAnswers
 from vllm_adainfer.exits.step import StepContext
 from vllm_adainfer.policy.exit_policy import ExitPolicy
+from vllm_adainfer.policy.monitor import Monitor
 from vllm_adainfer.policy.policy_set import PolicySet
 
 
 class Decisions:
     """Asks policies about a step's requests, at one exit point after the other."""
 
-    def __init__(self, policies: PolicySet, owners: Ints, step: StepContext) -> None:
-        """`owners` [requests] are the policies that decide them."""
+    def __init__(
+        self,
+        policies: PolicySet,
+        owners: Ints,
+        step: StepContext,
+        agreed: Callable[[Tensor], Tensor],
+    ) -> None:
+        """`owners` [requests] are the policies that decide them; see `ExitLoop` for `agreed`."""
         self._policies = policies
         self._owners = owners
         self._step = step
+        self._agreed = agreed
         # By policy, [requests, ...] as in `Decision`: answers are defined where settled.
         self._answers: dict[int, Tensor] = {}
         self._memory: dict[int, Tensor] = {}
 
-    def ask(self, exit_index: int, stream: Stream) -> None:
-        """Ask about those in the batch who may exit and are not settled; settle who now is."""
+    def ask(self, exit_index: int, states: HiddenStates) -> None:
+        """Ask about requests that may exit and are not settled; settle those that now are.
+
+        `states` are those of the batch at the exit point.
+        """
         step, undecided = self._step, self._step.undecided()
         parts = list(self._policies.asked(exit_index, self._owners[undecided]))
-        if not parts:  # then nothing is read, either
+        if not parts:
             return
         asked = [undecided[part.rows] for part in parts]
-        every = asked[0] if len(asked) == 1 else np.concatenate(asked)
-        own_tags = self._policies.own_tags(step.tags[every], self._owners[every])
-        places, tags, rows = step.on_device(every, own_tags, step.sampled_rows(every))
-        # Else tokens are generated: every row is asked about, in order.
-        if len(every) < stream.num_rows or len(asked) > 1:
-            stream = stream.rows(rows)
-        hidden, start = stream.whole(), 0
+        requests = asked[0] if len(asked) == 1 else np.concatenate(asked)
+        own_tags = self._policies.own_tags(step.tags[requests], self._owners[requests])
+        places, tags, rows = step.on_device(requests, own_tags, step.sampled_rows(requests))
+        # Where tokens are generated, every row is asked about, in order: then none is copied.
+        if len(requests) < states.num_rows or len(asked) > 1:
+            states = states.rows(rows)
+        hidden, start = states.combined(), 0
         settled = []
-        for part, requests in zip(parts, asked, strict=True):
-            here = slice(start, start + len(requests))
+        for part in parts:
+            here = slice(start, start + len(part.rows))
             start = here.stop
             memory = self._memory.get(part.policy)
             decision = self._policies.policies[part.policy].decide(
@@ -57,14 +68,15 @@ class Decisions:
             if decision.memory is not None:
                 self._put(self._memory, part.policy, places[here], decision.memory)
             if decision.answers is not None:
-                # Of those that are not settled, too: to pick the others out, the device would have
-                # to wait.
+                # Also of those that are not settled: picking out the others would make the device
+                # wait.
                 self._put(self._answers, part.policy, places[here], decision.answers)
             settled.append(decision.settled)
         if not self._answers:  # nobody can be settled
             return
-        said = agreed(settled[0] if len(settled) == 1 else torch.cat(settled))
-        step.settle(every[said.cpu().numpy()])  # the one read of an exit point
+        settled_rows = self._agreed(settled[0] if len(settled) == 1 else torch.cat(settled))
+        # The only time that an exit point waits for the device.
+        step.settle(requests[settled_rows.cpu().numpy()])
 
     def _put(self, kept: dict[int, Tensor], policy: int, places: Tensor, values: Tensor) -> None:
         """Keep `values` at `places` of a policy's [requests, ...], made if there is none."""
@@ -73,22 +85,24 @@ class Decisions:
         kept[policy][places] = values
 
     def early(self) -> Iterator[tuple[ExitPolicy, Ints, Tensor]]:
-        """Of each policy, the requests that its answers are to decide, and answers [requests, ...].
+        """For each policy, the requests that its answers decide, and answers [requests, ...].
 
-        Requests that stayed in are among them if that spares the LM head: where answers are scores,
-        and full depth would score the whole vocabulary.
+        They include requests that stayed to full depth if that spares the LM head: where answers
+        are scores, and full depth would score the whole vocabulary.
         """
-        left, answered = self._step.left, self._step.answered()
+        exited, answered = self._step.exited, self._step.answered()
         for index, answers in self._answers.items():
             policy = self._policies.policies[index]
             spares_head = policy.answer_ids is not None and not policy.restricted
-            requests = answered if spares_head else left
+            requests = answered if spares_head else exited
             requests = requests[self._owners[requests] == index]
             if requests.size:
                 yield policy, requests, answers
 
-    def of_shadows(self) -> Iterator[ShadowAnswers]:
-        """What shadow requests would have answered, of each policy that has some."""
+    def of_shadows(
+        self, monitors: Mapping[str, Monitor], stats: ExitStats
+    ) -> Iterator[ShadowAnswers]:
+        """What shadow requests would have answered, for each policy that has some."""
         step = self._step
         if step.shadow is None:
             return
@@ -97,12 +111,16 @@ class Decisions:
             settled = step.settled(shadow)
             [requests] = step.on_device(shadow[settled])
             answers = self._answers.get(index)
+            name = self._policies.names[index]
             yield ShadowAnswers(
-                name=self._policies.names[index],
+                name=name,
                 policy=self._policies.policies[index],
+                monitor=monitors[name],
+                stats=stats.by_policy[name],
                 request_ids=[step.request_ids[place] for place in shadow.tolist()],
                 tags=self._policies.own_tags(step.tags[shadow], self._owners[shadow]),
                 settled=settled,
                 requests=requests,
                 answers=None if answers is None else answers[requests],
+                agreed=self._agreed,
             )

@@ -1,6 +1,6 @@
 """KV policies: what later tokens find in the layers that an exited row has skipped.
 
-Only rows of requests that go on to another token matter; nobody reads those of the others.
+Only rows of requests that continue to another token matter; nobody reads those of the others.
 """
 
 from __future__ import annotations
@@ -10,52 +10,58 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
+from typing_extensions import override
 
+from vllm_adainfer.exits.batch import Batch
+from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.layout import Ints
-from vllm_adainfer.exits.residual import Stream
 from vllm_adainfer.exits.row_pool import RowPool
 from vllm_adainfer.exits.step import StepContext
 
-# Rows that may wait in all; a request with more runs the next step at full depth, oldest first.
+# Rows that may wait in all. Above it requests run the next step at full depth, the oldest first.
 CAPACITY = 4096
 
 
 class KVPolicy(Protocol):
-    """What the exit loop and the runner ask of whoever sees to keys and values.
+    """Takes care of the keys and values of exited rows, for the exit loop and the runner.
 
     Attributes:
-        defers: True where the layers that a row skips are run for it later.
+        defers: whether the layers that a row skips are run for it later.
 
     """
 
     defers: bool
 
-    def leave(self, exit_index: int, requests: Ints, stream: Stream, step: StepContext) -> None:
-        """Rows of `requests`, which go on, are about to leave the batch at this exit point."""
+    def leave(
+        self, exit_index: int, requests: Ints, batch: Batch, states: HiddenStates, step: StepContext
+    ) -> None:
+        """Rows of `requests`, which continue, are about to leave the batch at this exit point.
+
+        `states` are those of the whole batch.
+        """
 
     def waiting(self, exit_index: int, step: StepContext, leaving: Ints) -> Ints | None:
-        """[requests], rows below this exit point of all but `leaving`; None if there are none."""
+        """[requests], rows that wait below this exit point, without `leaving`; None if none do."""
 
-    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> Stream:
-        """Those rows, in order; they wait no more."""
+    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> HiddenStates:
+        """Those rows, in order; they no longer wait."""
 
     def missing(self, request_id: str, end: int) -> int:
         """How many of the request's last positions before `end` are not as at full depth."""
 
     def overdue(self) -> set[str]:
-        """Requests that are to run the next step at full depth."""
+        """Requests that must run the next step at full depth."""
 
     def forget(self, request_id: str) -> None:
         """The request has ended, or its keys and values were thrown away."""
 
 
-class ExactKV:
-    """Rows that left wait, and run the layers they skipped with the next token that goes there.
+class ExactKV(KVPolicy):
+    """Exited rows wait, and run the layers they skipped with the next token that goes there.
 
-    Whatever a token attends to in a layer is what full depth would have put there. For the rows
-    that wait it is a small chunk of a prompt: weights are read once for all of them. Of a request
-    the rows below a later exit point come before those below an earlier one.
+    Whatever a token attends to in a layer is what full depth would have put there. To the layers
+    the rows that wait are a small chunk of a prompt: weights are read once for all of them. Rows of
+    a request below a later exit point come before those below an earlier one.
     """
 
     defers = True
@@ -66,31 +72,34 @@ class ExactKV:
         # By request, then exit point: places in the pool, in order of positions.
         self._waiting: OrderedDict[str, dict[int, list[Ints]]] = OrderedDict()
 
-    def leave(self, exit_index: int, requests: Ints, stream: Stream, step: StepContext) -> None:
-        """See `KVPolicy.leave`."""
+    @override
+    def leave(
+        self, exit_index: int, requests: Ints, batch: Batch, states: HiddenStates, step: StepContext
+    ) -> None:
         rows = step.layout.rows_of(requests)
         places = self._pool.free_places(len(rows))
-        rows_there, places_there = step.on_device(rows, places)
-        self._pool.put(stream.rows(rows_there), places_there)
+        rows_on_device, places_on_device = step.on_device(rows, places)
+        self._pool.put(states.rows(rows_on_device), places_on_device)
         ends = np.cumsum(step.layout.lens[requests])
-        for request, own in zip(requests.tolist(), np.split(places, ends[:-1]), strict=True):
+        by_request = np.split(places, ends[:-1])
+        for request, request_places in zip(requests.tolist(), by_request, strict=True):
             below = self._waiting.setdefault(step.request_ids[request], {})
-            below.setdefault(exit_index, []).append(own)
+            below.setdefault(exit_index, []).append(request_places)
 
+    @override
     def waiting(self, exit_index: int, step: StepContext, leaving: Ints) -> Ints | None:
-        """See `KVPolicy.waiting`."""
         if not self._waiting:
             return None
         counts = step.layout.lens * 0
-        stay = set(step.layout.here.tolist()) - set(leaving.tolist())
+        stay = set(step.layout.present.tolist()) - set(leaving.tolist())
         for request in stay:
             below = self._waiting.get(step.request_ids[request])
             if below is not None:
                 counts[request] = _count(below.get(exit_index, ()))
         return counts if counts.any() else None
 
-    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> Stream:
-        """See `KVPolicy.rejoin`."""
+    @override
+    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> HiddenStates:
         joining: list[Ints] = []
         for request in waiting.nonzero()[0].tolist():
             request_id = step.request_ids[request]
@@ -98,16 +107,16 @@ class ExactKV:
             if not self._waiting[request_id]:
                 del self._waiting[request_id]
         places = np.concatenate(joining)
-        stream = self._pool.rows(step.on_device(places)[0])
+        states = self._pool.rows(step.on_device(places)[0])
         self._pool.give_back(places)
-        return stream
+        return states
 
+    @override
     def missing(self, request_id: str, end: int) -> int:
-        """See `KVPolicy.missing`: those that wait."""
         return sum(map(_count, self._waiting.get(request_id, {}).values()))
 
+    @override
     def overdue(self) -> set[str]:
-        """See `KVPolicy.overdue`: the oldest, until the rest fits."""
         overdue: set[str] = set()
         excess = self._pool.taken - self._capacity
         for request_id in self._waiting if excess > 0 else ():
@@ -117,14 +126,14 @@ class ExactKV:
                 break
         return overdue
 
+    @override
     def forget(self, request_id: str) -> None:
-        """See `KVPolicy.forget`."""
-        for places in self._waiting.pop(request_id, {}).values():
-            for own in places:
-                self._pool.give_back(own)
+        for below in self._waiting.pop(request_id, {}).values():
+            for places in below:
+                self._pool.give_back(places)
 
 
-class PropagateKV:
+class PropagateKV(KVPolicy):
     """Layers that a row skips get keys and values made of the state it left with.
 
     Cheap, and close only where the state would have changed little: tokens after it attend to
@@ -133,48 +142,40 @@ class PropagateKV:
 
     defers = False
 
-    def __init__(self, fill: Fill) -> None:
-        self.fill = fill
+    def __init__(self) -> None:
         self._exact: dict[str, int] = {}  # by request, positions before the first that left
 
-    def leave(self, exit_index: int, requests: Ints, stream: Stream, step: StepContext) -> None:
-        """See `KVPolicy.leave`."""
-        [places] = step.on_device(step.layout.rows_of(requests))
+    @override
+    def leave(
+        self, exit_index: int, requests: Ints, batch: Batch, states: HiddenStates, step: StepContext
+    ) -> None:
+        [rows] = step.on_device(step.layout.rows_of(requests))
         leaving = step.layout.only(requests)
-        rows = step.rows(leaving)
-        self.fill(exit_index, stream.rows(places).whole(), rows.positions, rows.slots)
+        batch.fill_kv(exit_index, states.rows(rows).combined(), leaving)
         for request in requests.tolist():
             first = int(leaving.last_positions[request] - leaving.lens[request] + 1)
             self._exact.setdefault(step.request_ids[request], first)
 
+    @override
     def waiting(self, exit_index: int, step: StepContext, leaving: Ints) -> None:
-        """See `KVPolicy.waiting`: nobody waits."""
+        return None
 
-    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> Stream:
-        """See `KVPolicy.rejoin`: never called."""
-        raise AssertionError("nobody waits")
+    @override
+    def rejoin(self, exit_index: int, step: StepContext, waiting: Ints) -> HiddenStates:
+        raise AssertionError("no rows wait")
 
+    @override
     def missing(self, request_id: str, end: int) -> int:
-        """See `KVPolicy.missing`: all from the first that left."""
         return max(0, end - self._exact.get(request_id, end))
 
+    @override
     def overdue(self) -> set[str]:
-        """See `KVPolicy.overdue`: none, there is nothing to make good."""
         return set()
 
+    @override
     def forget(self, request_id: str) -> None:
-        """See `KVPolicy.forget`."""
         self._exact.pop(request_id, None)
 
 
-class Fill(Protocol):
-    """Writes keys and values of all layers after an exit point."""
-
-    def __call__(
-        self, exit_index: int, states: Tensor, positions: Tensor, slots: dict[str, Tensor]
-    ) -> None:
-        """For `states` [rows, hidden size] at int64 [rows] `positions`, to `slots` by layer."""
-
-
 def _count(places: Iterable[Ints]) -> int:
-    return sum(len(own) for own in places)
+    return sum(map(len, places))

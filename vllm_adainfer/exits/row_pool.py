@@ -1,18 +1,18 @@
-"""Rows of the residual stream that are kept from one step to another."""
+"""Hidden states of rows, kept from one step to another."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch import Tensor
 
+from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.layout import Ints
-from vllm_adainfer.exits.residual import Stream
 
-FIRST_SIZE = 256  # rows; it doubles where more are kept
+FIRST_SIZE = 256  # rows; the size doubles where more are kept
 
 
 class RowPool:
-    """One tensor for all of them, so that any number is put in, or taken out, in one operation.
+    """Keeps all rows in one tensor, so that any number goes in or out in one operation.
 
     Attributes:
         taken: places that are not free.
@@ -23,10 +23,10 @@ class RowPool:
 
     def __init__(self) -> None:
         self._free = np.arange(0)
-        self._stream: Stream | None = None  # with a row for each place, made by the first `put`
+        self._states: HiddenStates | None = None  # a row for each place, made by the first `put`
 
     def free_places(self, count: int) -> Ints:
-        """Take so many places, [count]."""
+        """Take `count` places, [count]."""
         while len(self._free) < count:
             size = len(self._free) + self.taken
             self._free = np.concatenate([np.arange(size, 2 * size or FIRST_SIZE), self._free])
@@ -35,21 +35,21 @@ class RowPool:
         return places
 
     def give_back(self, places: Ints) -> None:
-        """Free `places`; what is there is not needed any more."""
+        """Free `places`; their rows are no longer needed."""
         self._free = np.concatenate([places, self._free])
         self.taken -= len(places)
 
-    def put(self, stream: Stream, places: Tensor) -> None:
-        """Keep the rows of `stream` at int64 `places`, on their device."""
+    def put(self, states: HiddenStates, places: Tensor) -> None:
+        """Keep the rows of `states` at int64 `places`, on their device."""
         size = len(self._free) + self.taken
-        if self._stream is None:
-            self._stream = stream.zeros(size)
-        elif self._stream.num_rows < size:
-            more = stream.zeros(size - self._stream.num_rows)
-            self._stream = Stream.cat([self._stream, more])
-        self._stream.put(stream, places)
+        if self._states is None:
+            self._states = states.zeros(size)
+        elif self._states.num_rows < size:
+            more = states.zeros(size - self._states.num_rows)
+            self._states = HiddenStates.cat([self._states, more])
+        self._states.put(states, places)
 
-    def rows(self, places: Tensor) -> Stream:
+    def rows(self, places: Tensor) -> HiddenStates:
         """A copy of the rows at `places`."""
-        assert self._stream is not None, "put in before they are taken out"
-        return self._stream.rows(places)
+        assert self._states is not None, "rows are put in before they are taken out"
+        return self._states.rows(places)

@@ -2,55 +2,70 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from vllm_adainfer.engine.compat import get_logger
-from vllm_adainfer.engine.ranks import agreed
 from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.exits.layout import Bools, Ints
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.policy.monitor import Monitor, Reading
 
-logger = get_logger(__name__)
+logger = logging.getLogger("vllm.adainfer.exits.shadow")  # vLLM's logging shows "vllm." alone
 
 
 @dataclass(frozen=True)
 class ShadowAnswers:
-    """Early answers of one policy's shadow requests in a step, for `compute_logits` to compare.
+    """Early answers of one policy's shadow requests in a step, to compare with full depth.
 
     Attributes:
         name: of the policy.
         policy: that decided them.
+        monitor: that watches this policy.
+        stats: the policy's counters.
         request_ids: [shadow], vLLM's.
         tags: [shadow], the number by which the policy knows each request.
-        settled: [shadow], False where no exit point settled it: it agrees by running deep.
-        requests: int64 [settled], places of the settled ones in the step's batch.
+        settled: [shadow], False where no exit point settled the request: then both answers agree.
+        requests: int64 [settled], places of the settled requests in the step's batch.
         answers: [settled, answer ids] or [settled, hidden size], as in `Decision`; None where
-            nothing has been settled in the step.
+            nothing was settled in the step.
+        agreed: see `ExitLoop`.
 
     """
 
     name: str
     policy: ExitPolicy
+    monitor: Monitor
+    stats: PolicyStats
     request_ids: Sequence[str]
     tags: Ints
     settled: Bools
     requests: Tensor
     answers: Tensor | None
+    agreed: Callable[[Tensor], Tensor]
 
-    def disagreed(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Bools:
-        """[shadow], whether the early answer differs from that of full depth.
-
-        All ranks get the same: it may close a bound, and then steers who leaves in later steps.
+    def compare(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> None:
+        """Compare with full depth and count; warn of a bound that is broken.
 
         Args:
             logits: [requests, vocabulary] of the step, the shadow requests' at full depth.
-            head: the stock `compute_logits`, which reads early answers that are states.
+            head: vLLM's own `compute_logits`, which reads early answers that are states.
 
+        """
+        disagreed = self._disagreed(logits, head)
+        epsilons = self.monitor.epsilons
+        self.stats.shadow_checked.update(epsilons[self.tags].tolist())
+        self.stats.shadow_disagreed.update(epsilons[self.tags[disagreed]].tolist())
+        exceeded = self.monitor.observe(self.request_ids, self.tags, disagreed)
+        warn(self.name, self.monitor, exceeded)
+
+    def _disagreed(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Bools:
+        """[shadow], whether the early answer differs from that of full depth.
+
+        All ranks get the same: it may tighten a level, which decides who leaves in later steps.
         """
         disagreed = np.zeros(len(self.tags), dtype=np.bool_)
         if self.answers is None or len(self.requests) == 0:
@@ -66,22 +81,14 @@ class ShadowAnswers:
             full_ids = (
                 ids[full[:, ids].argmax(dim=1)] if self.policy.restricted else full.argmax(dim=1)
             )
-        disagreed[self.settled] = agreed(early_ids != full_ids).cpu().numpy()
+        disagreed[self.settled] = self.agreed(early_ids != full_ids).cpu().numpy()
         return disagreed
 
 
-def watch(monitor: Monitor, stats: PolicyStats, shadow: ShadowAnswers, disagreed: Bools) -> None:
-    """Count compared answers [shadow]; a level whose bound is broken is said so, once."""
-    epsilons = monitor.epsilons
-    stats.shadow_checked.update(epsilons[shadow.tags].tolist())
-    stats.shadow_disagreed.update(epsilons[shadow.tags[disagreed]].tolist())
-    warn(shadow.name, monitor, monitor.observe(shadow.request_ids, shadow.tags, disagreed))
-
-
 def warn(policy: str, monitor: Monitor, exceeded: Sequence[Reading]) -> None:
-    """Say which levels of a policy now disagree more often than their epsilon."""
+    """Log which levels of a policy now disagree more often than their epsilon."""
     for reading in exceeded:
-        what = (
+        consequence = (
             "so requests at this epsilon run at full depth from now on: calibrate again, on "
             "prompts like those served now"
             if reading.tightened
@@ -98,5 +105,5 @@ def warn(policy: str, monitor: Monitor, exceeded: Sequence[Reading]) -> None:
             100 * reading.rate,
             100 * reading.low,
             100 * (1 - monitor.alpha),
-            what,
+            consequence,
         )

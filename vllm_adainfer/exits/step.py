@@ -1,10 +1,8 @@
-"""One step's bookkeeping on the host: whose rows are where, who may exit, who has left."""
+"""One step's bookkeeping on the host: whose rows are where, who may exit, who has exited."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,39 +11,25 @@ from torch import Tensor
 from vllm_adainfer.exits.layout import Bools, Ints, RowLayout
 from vllm_adainfer.exits.transfer import upload
 
-# New attention metadata take as long as the last layer of so many rows (see `CUT_WORK`).
-MIN_ROWS_SPARED = {"cpu": 64, "cuda": 2048}
+# Regrouping a batch (new rows, new attention metadata) takes as long as running so many rows x
+# layers, by the type of device. On CPUs 6 to 60 were measured with a 135M model; a larger model's
+# layers take longer, so fewer rows are worth it. The number for GPUs is an estimate from what a 1B
+# model's layers and a dozen launches should take.
+REGROUP_COST = {"cpu": 64, "cuda": 2048}
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Where the rows of a batch are.
+class StepContext:
+    """The requests of one step, named by their place in the batch, and their token rows.
+
+    The last row of a request is the one that is sampled, if its prompt is complete. The original
+    batch is the one that the step came with.
 
     Attributes:
-        positions: int64 [rows], in their sequences.
-        slots: int64 [rows] by layer, where in the cache their keys and values belong.
+        layout: of the batch as it is now.
+        shadow: requests that are decided at exit points but stay to full depth; None where nobody
+            watches.
 
-    """
-
-    positions: Tensor
-    slots: dict[str, Tensor]
-
-
-class Narrow(Protocol):
-    """Builds what layers need when they are not to see the batch as it came."""
-
-    def __call__(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
-        """Rows and attention metadata, by layer, for the rows of `layout`."""
-
-    def rows(self, layout: RowLayout) -> Rows:
-        """The rows of `layout` alone."""
-
-
-class StepContext:
-    """Requests of one step, named by their place in the batch, and their token rows.
-
-    The last row of a request is the one that is sampled (if its prompt is complete).
     """
 
     def __init__(
@@ -54,36 +38,33 @@ class StepContext:
         layout: RowLayout,
         sampled: Bools,
         tags: Ints,
-        goes_on: Bools,
-        narrow: Narrow,
+        continues: Bools,
         shadow: Bools | None = None,
         all_rows_count: bool = False,
         device: torch.device = CPU,
     ) -> None:
-        """Describe the batch.
+        """Describe the original batch.
 
         Args:
             request_ids: vLLM's, by place.
             layout: rows of each request in this step; every request has some.
             sampled: [requests], True where this step yields a token (False: more chunks follow).
-            tags: [requests], what `Admission` gave; negative runs at full depth.
-            goes_on: [requests], True for those that may be asked for another token after this.
-            narrow: builds what attention needs when only some requests remain.
-            shadow: [requests], True for those that, if they may exit, are decided but stay.
-            all_rows_count: whether final states of rows that are not sampled are wanted.
+            tags: [requests], from `Admission.tag`; a negative one runs at full depth.
+            continues: [requests], True for those that may be asked for another token.
+            shadow: [requests], True for shadow requests.
+            all_rows_count: whether final states are wanted of rows that are not sampled, too.
             device: of the rows.
 
         """
         self.request_ids = request_ids
         self.num_requests = len(request_ids)
         self.num_sampled = int(np.count_nonzero(sampled))
-        self.layout = layout  # of the batch as it is now
+        self.layout = layout
         self.tags = tags
-        self.goes_on = goes_on
+        self.continues = continues
         self.device = device
-        self._came = layout
+        self._original = layout
         self._sampled = sampled
-        self.narrow = narrow
         self._all_rows_count = all_rows_count
         self._may_exit = self._may_leave = sampled & (tags >= 0)
         self.shadow: Ints | None = None
@@ -91,23 +72,23 @@ class StepContext:
             self.shadow = np.flatnonzero(self._may_exit & shadow)
             self._may_leave = self._may_exit & ~shadow
         self._settled = np.zeros(self.num_requests, dtype=np.bool_)
-        self._left = np.zeros(self.num_requests, dtype=np.bool_)
-        # Where each row was in the batch as it came, negative for one that joined; None: there.
+        self._exited = np.zeros(self.num_requests, dtype=np.bool_)
+        # The original row of each row, negative for one that joined; None if nothing has changed.
         self._origin: Ints | None = None
 
     @property
-    def as_it_came(self) -> bool:
-        """Whether the batch has the rows that it came with."""
+    def is_original(self) -> bool:
+        """Whether the batch still has the rows that it came with."""
         return self._origin is None
 
     @property
-    def left(self) -> Ints:
+    def exited(self) -> Ints:
         """Requests that have left the stack early."""
-        return np.flatnonzero(self._left)
+        return np.flatnonzero(self._exited)
 
-    def stayed(self) -> Ints:
-        """Requests that are sampled in this step and have not left."""
-        return np.flatnonzero(self._sampled & ~self._left)
+    def at_full_depth(self) -> Ints:
+        """Requests that are sampled in this step and have not exited."""
+        return np.flatnonzero(self._sampled & ~self._exited)
 
     def settled(self, requests: Ints) -> Bools:
         """[requests], whether the answer of each is known."""
@@ -118,21 +99,25 @@ class StepContext:
         return np.flatnonzero(self._may_exit & ~self._settled)
 
     def on_device(self, *arrays: Ints | Bools) -> list[Tensor]:
-        """`arrays` where the rows are."""
+        """`arrays` on the device of the rows."""
         return upload(arrays, self.device)
 
     def sampled_rows(self, requests: Ints) -> Ints:
-        """Rows, in the batch as it is now, that decide `requests` (which must not have left)."""
+        """Rows of the batch as it is now that decide `requests`, which must not have exited."""
         return self.layout.last_rows(requests)
 
-    def tags_by_row(self) -> Ints:
-        """The tag of each row's request, in the batch as it came."""
-        return self.tags[self._came.owners]
+    def original_sampled_rows(self, requests: Ints) -> Ints:
+        """Rows of the original batch that decide `requests`."""
+        return self._original.last_rows(requests)
 
-    def sampled_by_row(self) -> Bools:
-        """Which rows yield a token, in the batch as it came."""
-        rows = np.zeros(self._came.num_rows, dtype=np.bool_)
-        rows[self._came.last_rows(np.flatnonzero(self._sampled))] = True
+    def original_tags(self) -> Ints:
+        """[rows], the tag of each original row's request."""
+        return self.tags[self._original.row_requests]
+
+    def original_sampled(self) -> Bools:
+        """[rows], whether each original row yields a token."""
+        rows = np.zeros(self._original.num_rows, dtype=np.bool_)
+        rows[self._original.last_rows(np.flatnonzero(self._sampled))] = True
         return rows
 
     def settle(self, requests: Ints) -> None:
@@ -141,65 +126,53 @@ class StepContext:
 
     def ready(self) -> Ints:
         """Settled requests that are still in the batch and need not stay."""
-        return np.flatnonzero(self._settled & self._may_leave & ~self._left)
+        return np.flatnonzero(self._settled & self._may_leave & ~self._exited)
 
     def answered(self) -> Ints:
-        """Settled requests whether they have left or not, but not shadow requests."""
+        """Settled requests, exited or not, without the shadow requests."""
         return np.flatnonzero(self._settled & self._may_leave)
 
     def regroup(self, leaving: Ints, waiting: Ints | None = None) -> Tensor:
-        """Let requests leave, and rows that waited for their requests to go on join the batch.
+        """Let requests leave, and let rows that waited join the rows of their requests.
 
         Args:
             leaving: requests, all of them ready.
             waiting: [requests], see `RowLayout.regroup`; None if no row joins.
 
         Returns:
-            rows of the batch as it was that make up the batch now, see `RowLayout.regroup`.
+            the rows of the batch before that make up the batch now, see `RowLayout.regroup`.
 
         """
         if waiting is None:
             waiting = np.zeros_like(self.layout.lens)
         before = self.layout.num_rows
         self.layout, rows = self.layout.regroup(leaving, waiting)
-        self._left[leaving] = True
+        self._exited[leaving] = True
         origin = np.full(before + int(waiting.sum()), -1)
         origin[:before] = np.arange(before) if self._origin is None else self._origin
         self._origin = origin[rows]
         [rows_on_device] = self.on_device(rows)
         return rows_on_device
 
-    def narrowed_to(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
-        """Rows and attention metadata, by layer, of a batch with the rows of `layout`."""
-        return self.narrow(layout)
+    def sampled_only(self) -> RowLayout | None:
+        """The last row of each remaining request, whose final states alone are wanted.
 
-    def rows(self, layout: RowLayout) -> Rows:
-        """Where the rows of `layout` are."""
-        return self.narrow.rows(layout)
-
-    def decisive(self) -> RowLayout | None:
-        """The last row of each request that remains: those whose final states are wanted.
-
-        None if all are, or are not so many more that leaving them out pays.
+        None if all rows are wanted, or if leaving the others out is not worth a regrouping.
         """
-        spared = self.layout.num_rows - len(self.layout.here)
-        if self._all_rows_count or spared < MIN_ROWS_SPARED[self.device.type]:
+        spared = self.layout.num_rows - len(self.layout.present)
+        if self._all_rows_count or spared < REGROUP_COST[self.device.type]:
             return None
         return self.layout.last_only()
 
-    def put_back(self, states: Tensor, requests: Ints | None, whole: Tensor) -> None:
-        """Copy `states` of the batch as it is now to their rows of the one that came.
+    def scatter(self, states: Tensor, requests: Ints | None, output: Tensor) -> None:
+        """Copy `states` of the batch as it is now to their original rows of `output`.
 
-        They are of the last row of each of `requests`, or of all rows. Rows that joined are of no
-        use to anybody.
+        The states are of the last row of each of `requests`, or of all rows if that is None. Rows
+        that joined have no original row and are dropped.
         """
         origin = np.arange(self.layout.num_rows) if self._origin is None else self._origin
         if requests is not None:
             origin = origin[self.layout.last_rows(requests)]
-        came = np.flatnonzero(origin >= 0)
-        here, there = self.on_device(came, origin[came])
-        whole[there] = states[here]
-
-    def original_sampled_rows(self, requests: Ints) -> Ints:
-        """Rows, in the batch as it came, that decide `requests`."""
-        return self._came.last_rows(requests)
+        kept = np.flatnonzero(origin >= 0)
+        source, target = self.on_device(kept, origin[kept])
+        output[target] = states[source]

@@ -15,7 +15,7 @@ ALIGNMENT = 16  # bytes; torch views of a dtype need a multiple of its size
 
 
 def upload(arrays: Arrays, device: torch.device) -> list[Tensor]:
-    """`arrays` [n] as tensors on `device`: all of them in one copy, which nobody waits for.
+    """`arrays` [n] as tensors on `device`: in one copy, which the host does not wait for.
 
     On a CPU they share the arrays' memory.
     """
@@ -28,7 +28,7 @@ def upload(arrays: Arrays, device: torch.device) -> list[Tensor]:
 
 
 def pack(arrays: Arrays, packed: Tensor) -> None:
-    """Write `arrays` behind each other into uint8 `packed`."""
+    """Write `arrays` one after the other into uint8 `packed`."""
     target = packed.numpy()
     for array, start in zip(arrays, _places(arrays), strict=False):
         target[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8)
@@ -43,7 +43,7 @@ def unpack(packed: Tensor, arrays: Arrays) -> list[Tensor]:
 
 
 def _places(arrays: Arrays) -> list[int]:
-    """Where each begins, and the bytes of all."""
+    """The byte where each array begins, then the bytes of all."""
     sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
     places: list[int] = np.cumsum([0, *sizes]).tolist()
     return places

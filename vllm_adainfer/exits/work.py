@@ -1,7 +1,7 @@
 """Work: rows x layers of a step as they are run, skipped for good, or deferred.
 
-Rows belong to the policy that their request came under, also when they run layers in a later step
-in which the request has another tag. So of each policy, at any time,
+Rows count for the policy that their request came under, even when they run layers in a later step
+in which the request has another tag. So for each policy, at any time,
 
     run + skipped + still waiting = rows that came x layers
 
@@ -19,10 +19,10 @@ from vllm_adainfer.exits.layout import Ints
 
 
 class Work:
-    """An engine's work, and what of it waits.
+    """An engine's work, and the part of it that waits.
 
     Attributes:
-        stats: where it is counted.
+        stats: the counters.
         names: of policies.
 
     """
@@ -30,10 +30,10 @@ class Work:
     def __init__(
         self, stats: ExitStats, names: Sequence[str], exit_layers: Sequence[int], depth: int
     ) -> None:
-        """Of a model with `depth` layers whose rows can leave after `exit_layers`."""
+        """For a model with `depth` layers whose rows can leave after `exit_layers`."""
         self.stats = stats
         self.names = names
-        self._left_after = [depth - layer for layer in exit_layers]
+        self._layers_below = [depth - layer for layer in exit_layers]
         self._depth = depth
         # By request, then exit point (an index): [policies], the rows that wait there.
         self._waiting: dict[str, dict[int, Ints]] = {}
@@ -50,17 +50,19 @@ class Work:
         rows = np.zeros((len(owners), len(self.names)), dtype=np.int64)
         rows[np.arange(len(owners)), owners] = lens
         self.stats.passes_possible += self._depth
-        self.add("layers_possible", rows.sum(axis=0), self._depth)
+        for policy, count in self.by_policy(rows.sum(axis=0)):
+            policy.layers_possible += count * self._depth
         return StepWork(self, request_ids, owners, rows)
 
     def defer(self, request_id: str, exit_index: int, rows: Ints) -> None:
         """`rows` [policies] of a request wait below an exit point."""
-        self.add("layers_deferred", rows, self._left_after[exit_index])
+        for policy, count in self.by_policy(rows):
+            policy.layers_deferred += count * self._layers_below[exit_index]
         below = self._waiting.setdefault(request_id, {})
         below[exit_index] = below.get(exit_index, 0) + rows
 
     def take(self, request_id: str, exit_index: int) -> Ints:
-        """[policies], the rows of a request that wait below an exit point; they wait no more."""
+        """[policies], the rows of a request below an exit point, which no longer wait."""
         below = self._waiting[request_id]
         rows = below.pop(exit_index)
         if not below:
@@ -68,20 +70,21 @@ class Work:
         return rows
 
     def forget(self, request_id: str) -> None:
-        """What waits for a request is never run: it has ended, or starts anew."""
+        """A request has ended, or starts anew: its waiting rows are never run."""
         for exit_index, rows in self._waiting.pop(request_id, {}).items():
             self.skip(exit_index, rows)
 
     def skip(self, exit_index: int, rows: Ints) -> None:
-        """`rows` [policies] never run what is below an exit point."""
-        self.add("layers_skipped", rows, self._left_after[exit_index])
+        """`rows` [policies] never run the layers below an exit point."""
+        for policy, count in self.by_policy(rows):
+            policy.layers_skipped += count * self._layers_below[exit_index]
 
-    def add(self, counter: str, rows: Ints, layers: int) -> None:
-        """Count `rows` [policies] x `layers`."""
-        for own, count in self.of(rows):
-            setattr(own, counter, getattr(own, counter) + count * layers)
+    def run(self, rows: Ints, layers: int) -> None:
+        """`rows` [policies] have run `layers`."""
+        for policy, count in self.by_policy(rows):
+            policy.layers_run += count * layers
 
-    def of(self, rows: Ints) -> list[tuple[PolicyStats, int]]:
+    def by_policy(self, rows: Ints) -> list[tuple[PolicyStats, int]]:
         """The policies that have some of `rows` [policies], and how many."""
         return [
             (self.stats.by_policy[name], count)
@@ -99,48 +102,48 @@ class StepWork:
         self._request_ids = request_ids
         self._owners = owners
         self._rows = rows
-        self._here = work.of(rows.sum(axis=0))
+        self._in_batch = work.by_policy(rows.sum(axis=0))
 
     def ran(self, layers: int) -> None:
-        """The batch has run so many layers."""
+        """The batch has run `layers`."""
         self._work.stats.passes_run += layers
-        for own, rows in self._here:
-            own.layers_run += rows * layers
+        for policy, count in self._in_batch:
+            policy.layers_run += count * layers
 
     def ran_apart(self, rows: Ints, layers: int, batches: int) -> None:
-        """`rows` [policies] have run so many layers in batches of their own."""
+        """`rows` [policies] have run `layers` in so many batches of their own."""
         self._work.stats.passes_run += layers * batches
-        self._work.add("layers_run", rows, layers)
+        self._work.run(rows, layers)
 
     def leave(self, exit_index: int, requests: Ints) -> None:
-        """`requests` leave the batch at an exit point and never run what is below."""
+        """`requests` leave the batch at an exit point and never run the layers below."""
         self._work.skip(exit_index, self._rows[requests].sum(axis=0))
         self._remove(requests)
 
     def defer(self, exit_index: int, requests: Ints) -> None:
-        """`requests` leave the batch at an exit point, to run what is below in a later step."""
+        """`requests` leave the batch at an exit point, to run the layers below in a later step."""
         for request in requests.tolist():
             request_id = self._request_ids[request]
             self._work.defer(request_id, exit_index, self._rows[request].copy())
         self._remove(requests)
 
     def join(self, exit_index: int, requests: Ints) -> None:
-        """Rows of `requests` that waited below an exit point are in the batch from now on."""
+        """Rows of `requests` that waited below an exit point have joined the batch."""
         for request in requests.tolist():
             self._rows[request] += self._work.take(self._request_ids[request], exit_index)
-        self._here = self._work.of(self._rows.sum(axis=0))
+        self._in_batch = self._work.by_policy(self._rows.sum(axis=0))
 
     def take(self, exit_index: int, requests: Ints) -> Ints:
-        """[policies], rows of `requests` that wait no more below an exit point, nor join."""
+        """[policies], rows of `requests` below an exit point, which no longer wait."""
         taken = [self._work.take(self._request_ids[request], exit_index) for request in requests]
         return np.sum(taken, axis=0)
 
     def decided(self, requests: Ints, depth: int) -> None:
-        """Tokens of `requests` were decided after so many layers."""
+        """Tokens of `requests` were decided after `depth` layers."""
         counts = np.bincount(self._owners[requests], minlength=len(self._work.names))
-        for own, tokens in self._work.of(counts):
-            own.exit_histogram[depth] += tokens
+        for policy, tokens in self._work.by_policy(counts):
+            policy.exit_histogram[depth] += tokens
 
     def _remove(self, requests: Ints) -> None:
         self._rows[requests] = 0
-        self._here = self._work.of(self._rows.sum(axis=0))
+        self._in_batch = self._work.by_policy(self._rows.sum(axis=0))

@@ -1,0 +1,277 @@
+"""How exits work, on a toy stack without vLLM: start reading here.
+
+The toy's hidden states are single numbers. A layer halves a row's state, adds what the row attends
+to (the mean of the cached states of its sequence in this layer, its own included) and the layer's
+number. So a state shows which layers it has been through, and a key that was never written shows as
+NaN. The stack has six layers, cut after two and after four (the exit points) and before the last.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.exits.batch import StackShape
+from vllm_adainfer.exits.exit_loop import ExitLoop
+from vllm_adainfer.exits.hidden_states import HiddenStates
+from vllm_adainfer.exits.kv import ExactKV, PropagateKV
+from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.recorder import Recorder
+from vllm_adainfer.exits.recording_loop import RecordingLoop
+from vllm_adainfer.exits.step import StepContext
+from vllm_adainfer.policy.exit_policy import Decision
+from vllm_adainfer.policy.monitor import AnswerMonitor
+from vllm_adainfer.policy.policy_set import PolicySet
+
+EXIT_POINTS, DEPTH = (2, 4), 6
+SHAPE = StackShape(segment_layers=(2, 2, 1, 1), head_size=1)
+FULL_DEPTH, FIRST_EXIT, SECOND_EXIT = -1, 0, 1  # tags
+LONGEST = 100
+
+
+def next_state(state: Tensor, attended: Tensor, layer: int) -> Tensor:
+    return state / 2 + attended + layer
+
+
+class ToyBatch:
+    """Rows of some requests in the toy stack, as the loop's `Batch` protocol wants them.
+
+    `cache` [layers, requests, positions] stands for vLLM's KV cache, `executed` counts layers by
+    (request, position), `sizes` the rows of each run of a segment.
+    """
+
+    def __init__(
+        self, shape: StackShape, cache: Tensor, layout: RowLayout, executed: Counter, sizes: list
+    ) -> None:
+        self.shape, self.cache, self.layout = shape, cache, layout
+        self.executed, self.sizes = executed, sizes
+
+    def rows(self) -> list[tuple[int, int]]:
+        layout = self.layout
+        return list(zip(layout.row_requests.tolist(), layout.positions.tolist(), strict=True))
+
+    def run(self, segment: int, states: HiddenStates) -> HiddenStates:
+        state = states.hidden.reshape(-1, 1).double()
+        assert len(state) == self.layout.num_rows
+        self.sizes.append(len(state))
+        first = sum(self.shape.segment_layers[:segment])
+        for layer in range(first, first + self.shape.segment_layers[segment]):
+            self.write(layer, state)
+            attended = [self.cache[layer, r, : p + 1].mean() for r, p in self.rows()]
+            state = next_state(state, torch.stack(attended).unsqueeze(1), layer)
+            self.executed.update(self.rows())
+        return HiddenStates(state)
+
+    def write(self, layer: int, state: Tensor) -> None:
+        for (request, position), value in zip(self.rows(), state[:, 0], strict=True):
+            self.cache[layer, request, position] = value
+
+    def write_last_kv(self, states: HiddenStates) -> None:
+        self.write(DEPTH - 1, states.hidden)
+
+    def fill_kv(self, exit_index: int, states: Tensor, layout: RowLayout) -> None:
+        for layer in range(EXIT_POINTS[exit_index], DEPTH):
+            self.narrowed(layout).write(layer, states)
+
+    def narrowed(self, layout: RowLayout) -> ToyBatch:
+        return ToyBatch(self.shape, self.cache, layout, self.executed, self.sizes)
+
+    beside = narrowed
+
+
+class ExitByTag:
+    """A policy that settles a request at the exit point that is its tag."""
+
+    exit_points, num_tags, answer_ids, restricted = EXIT_POINTS, len(EXIT_POINTS), None, False
+
+    def decide(self, exit_index: int, hidden: Tensor, tags: Tensor, memory: None) -> Decision:
+        return Decision(settled=tags == exit_index, answers=hidden)
+
+
+class Toy:
+    """An exit loop over the toy stack, fed step by step."""
+
+    def __init__(self, kv: Any = None, requests: int = 4, **changes: Any) -> None:
+        self.shape = SHAPE
+        self.cache = torch.full((DEPTH, requests, LONGEST), torch.nan, dtype=torch.float64)
+        self.lengths = np.zeros(requests, dtype=np.int64)
+        self.executed: Counter = Counter()
+        self.sizes: list[int] = []
+        settings = {"max_rows": LONGEST, "min_rows_saved": 1, "monitors": {}, **changes}
+        policies = PolicySet({"toy": ExitByTag()})
+        self.loop = ExitLoop(SHAPE, policies, ExactKV() if kv is None else kv, **settings)
+
+    def step(self, tokens: list[list[int]], tags: list[int], **context: Any) -> Any:
+        """Run `tokens` of each request; returns the last state of each, and the output."""
+        lens = np.array([len(each) for each in tokens])
+        self.lengths += lens
+        layout = RowLayout(lens, self.lengths - 1)
+        defaults = {"continues": np.ones(len(lens), dtype=bool), "sampled": lens > 0}
+        step = StepContext(
+            request_ids=[f"request {place}" for place in range(len(lens))],
+            layout=layout,
+            tags=np.array(tags),
+            **{**defaults, **context},
+        )
+        ids = torch.tensor([token for each in tokens for token in each])
+        batch = ToyBatch(self.shape, self.cache, layout, self.executed, self.sizes)
+        output = self.loop.run(batch, ids, step)
+        return output.hidden[layout.ends[lens > 0] - 1, 0].tolist(), output
+
+
+def oracle(tokens: list[int], depth: int) -> tuple[float, Tensor]:
+    """The last token's state after `depth` layers, and the cache: all others ran at full depth."""
+    state = torch.tensor(tokens, dtype=torch.float64)
+    cache = []
+    for layer in range(DEPTH):
+        cache.append(state)
+        means = state.cumsum(0) / torch.arange(1, len(tokens) + 1)
+        state = next_state(state, means, layer)
+        if layer + 1 == depth:
+            last = float(state[-1])
+    return last, torch.stack(cache)
+
+
+PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3]]
+TAGS = [FIRST_EXIT, FULL_DEPTH, SECOND_EXIT, FIRST_EXIT]
+DEPTHS = [2, 6, 4, 2]
+
+
+def test_each_request_runs_the_layers_up_to_the_exit_point_where_it_is_settled():
+    toy = Toy()
+    toy.step(PROMPTS, TAGS, continues=np.zeros(4, dtype=bool))
+    assert toy.executed == {
+        (request, position): DEPTHS[request]
+        for request, prompt in enumerate(PROMPTS)
+        for position in range(len(prompt))
+    }
+    assert toy.sizes == [10, 6, 2, 2], "the batch shrinks at both exit points"
+
+
+def test_each_answer_is_the_state_at_the_depth_where_the_request_left():
+    found, _ = Toy().step(PROMPTS, TAGS)
+    assert found == pytest.approx([oracle(p, d)[0] for p, d in zip(PROMPTS, DEPTHS, strict=True)])
+
+
+def test_work_is_counted_where_layers_run_and_by_the_policy_that_decides():
+    toy = Toy()
+    toy.step(PROMPTS, TAGS, continues=np.zeros(4, dtype=bool))
+    toys, deep = toy.loop.stats.by_policy["toy"], toy.loop.stats.by_policy[NO_POLICY]
+    assert (toys.layers_run, toys.layers_skipped) == (3 * 2 + 4 * 4 + 1 * 2, 3 * 4 + 4 * 2 + 1 * 4)
+    assert (deep.layers_run, deep.layers_skipped) == (2 * 6, 0)
+    assert toys.exit_histogram == {2: 2, 4: 1}
+    assert toys.layers_run + deep.layers_run == sum(toy.executed.values())
+
+
+def test_a_settled_request_stays_where_too_few_rows_would_leave_with_it():
+    toy = Toy(min_rows_saved=5)
+    found, _ = toy.step(PROMPTS, TAGS)
+    # Four rows are ready at the first exit point, eight at the second: there all three leave.
+    assert found == pytest.approx(
+        [oracle(p, d)[0] for p, d in zip(PROMPTS, [2, 6, 4, 2], strict=True)]
+    ), "an answer stays the one that was settled"
+    assert toy.sizes == [10, 10, 2, 2]
+
+
+def test_a_chunk_before_the_last_of_a_prompt_never_leaves():
+    toy = Toy(requests=2)
+    toy.step([[3, 1], [7]], [FIRST_EXIT, FIRST_EXIT], sampled=np.array([False, True]))
+    assert toy.executed == {(0, 0): DEPTH, (0, 1): DEPTH, (1, 0): 2}
+
+
+def test_rows_that_decide_no_request_only_get_keys_and_values_in_the_last_layer():
+    toy, prompt = Toy(requests=2), [3, 1, 4, 1] * 20
+    found, _ = toy.step([prompt, [7]], [FULL_DEPTH, FULL_DEPTH])
+    full_depth, cache = oracle(prompt, DEPTH)
+    assert found[0] == pytest.approx(full_depth)
+    assert torch.allclose(toy.cache[:, 0, :80], cache)
+    assert toy.sizes == [81, 81, 81, 2]
+
+
+@pytest.mark.parametrize("max_rows", [LONGEST, 4], ids=["rejoins", "catches up in parts"])
+def test_exact_kv_runs_skipped_layers_with_the_next_token_that_goes_there(max_rows):
+    toy, text = Toy(requests=1, max_rows=max_rows), [3, 1, 4, 1, 5, 9, 2, 6]
+    for position, tag in enumerate([FIRST_EXIT, SECOND_EXIT, FIRST_EXIT, FIRST_EXIT, FIRST_EXIT]):
+        toy.step([[text[position]]], [tag])
+    assert toy.cache[4, 0, 0].isnan(), "the layers that the first token skipped are not run yet"
+    [found], _ = toy.step([[text[5]]], [FULL_DEPTH])
+    full_depth, cache = oracle(text[:6], DEPTH)
+    assert found == pytest.approx(full_depth)
+    assert torch.allclose(toy.cache[:, 0, :6], cache)
+    assert max(toy.sizes) <= max_rows
+
+
+def test_propagate_fills_skipped_layers_with_the_state_at_the_exit():
+    toy = Toy(PropagateKV(), requests=1)
+    [state], _ = toy.step([[3]], [FIRST_EXIT])
+    assert toy.cache[2:, 0, 0].tolist() == [state] * 4
+    [found], _ = toy.step([[1]], [FULL_DEPTH])
+    assert not np.isnan(found)
+    assert found != pytest.approx(oracle([3, 1], DEPTH)[0]), "an approximation"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_drawn_exits_give_the_oracles_states_whatever_left_before(seed):
+    """Several requests, prompts and tokens, with `exact`: others' exits change nobody's state."""
+    generator = np.random.default_rng(seed)
+    toy = Toy(ExactKV(capacity=6), max_rows=int(generator.integers(8, LONGEST)))
+    texts: list[list[int]] = [[], [], [], []]
+    for _ in range(12):
+        lens = generator.integers(0, 3, 4)
+        if not lens.any():
+            continue
+        tokens = [generator.integers(1, 9, count).tolist() for count in lens]
+        tags = generator.integers(FULL_DEPTH, 2, 4)
+        overdue = toy.loop.overdue()
+        tags[[f"request {place}" in overdue for place in range(4)]] = FULL_DEPTH
+        found, _ = toy.step(tokens, tags.tolist())
+        texts = [text + more for text, more in zip(texts, tokens, strict=True)]
+        wanted = [
+            oracle(text, DEPTH if tag == FULL_DEPTH else EXIT_POINTS[tag])[0]
+            for text, tag, count in zip(texts, tags, lens, strict=True)
+            if count
+        ]
+        assert found == pytest.approx(wanted)
+    waiting = sum(toy.loop.missing(f"request {place}", 0) for place in range(4))
+    assert waiting or not toy.loop.kv._waiting
+
+
+@pytest.mark.parametrize(("threshold", "differs"), [(6.0, True), (100.0, False)])
+def test_a_shadow_request_runs_to_full_depth_and_its_early_answer_is_compared(threshold, differs):
+    monitor = AnswerMonitor([0.1, 0.2], alpha=0.1)
+    toy = Toy(requests=2, monitors={"toy": monitor})
+    found, output = toy.step(
+        [[3, 1], [7]], [FIRST_EXIT, FIRST_EXIT], shadow=np.array([True, False])
+    )
+    assert found == pytest.approx([oracle([3, 1], DEPTH)[0], oracle([7], 2)[0]])
+    [shadow] = output.shadows
+    assert shadow.answers.flatten().tolist() == pytest.approx([oracle([3, 1], 2)[0]])
+
+    def head(states: Tensor) -> Tensor:
+        """Token 1 for a state above the threshold, else token 0."""
+        return torch.cat([torch.full_like(states, threshold), states], dim=1)
+
+    shadow.compare(head(output.hidden[[1, 2]]), head)
+    reading = monitor.readings()[FIRST_EXIT]
+    assert (reading.checked, reading.disagreed) == (1, differs)
+
+
+def test_a_recording_loop_runs_everything_and_keeps_the_states():
+    layers = (2, 4, DEPTH)
+    recorder = Recorder(layers, lens=None)
+    toy = Toy(requests=2)
+    toy.shape = StackShape(segment_layers=(2, 2, 2, 0), head_size=1)  # the last: the final norm
+    toy.loop = RecordingLoop(toy.shape, recorder)
+    toy.step([[3, 1], [7]], [0, 1])
+    taken = recorder.take()
+    for layer in layers:
+        wanted = [oracle([3, 1], layer)[0], oracle([7], layer)[0]]
+        assert taken[f"layer.{layer}"].flatten().tolist() == pytest.approx(wanted)
+    assert taken["tags"].tolist() == [0, 1]
+    assert toy.loop.stats.layers_run == 3 * DEPTH

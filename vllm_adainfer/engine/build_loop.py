@@ -1,0 +1,121 @@
+"""Builds the loop that a loaded model runs its stack with, of the settings and the artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+
+from vllm_adainfer.config import DEFAULT_POLICY, LensRecord, Settings
+from vllm_adainfer.engine.ranks import NOT_THE_SAME, agreed, same_on_all_ranks
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.batch import StackShape
+from vllm_adainfer.exits.exit_loop import ExitLoop
+from vllm_adainfer.exits.kv import ExactKV, PropagateKV
+from vllm_adainfer.exits.loop import Loop
+from vllm_adainfer.exits.recorder import LensSums, Recorder
+from vllm_adainfer.exits.recording_loop import RecordingLoop
+from vllm_adainfer.policy.artifact import Artifact, ArtifactConfig
+from vllm_adainfer.policy.digest import digest_of
+from vllm_adainfer.policy.exit_policy import CalibratedPolicy
+from vllm_adainfer.policy.monitor import AnswerMonitor, Monitor
+from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.script import ScriptedPolicy
+from vllm_adainfer.policy.text_monitor import TextMonitor
+
+
+class LoadedModel(Protocol):
+    """What a loop is built from; `EarlyExit` is one.
+
+    Attributes:
+        settings: of the engine switch.
+        artifacts: by the name of their policy.
+
+    """
+
+    settings: Settings
+    artifacts: Mapping[str, Artifact]
+
+    @property
+    def exit_points(self) -> tuple[int, ...]:
+        """Of all policies, or of the script."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the states that probes read."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of policies."""
+
+    def logit_lens(self, head_rows: Tensor | None = None) -> Probe:
+        """The model's own reading of a state."""
+
+    def cut_stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> StackShape:
+        """Cut the stack after each of `cuts`."""
+
+
+def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
+    """The loop for a model whose weights are loaded.
+
+    Raises:
+        AdaInferError: another rank has read other artifacts.
+
+    """
+    settings = model.settings
+    if settings.record is not None:
+        recorder = _recorder(settings.record, settings.record_lens)
+        return RecordingLoop(model.cut_stack(recorder.layers, vllm_config), recorder)
+    if not same_on_all_ranks(digest_of(model.artifacts)):
+        raise AdaInferError(NOT_THE_SAME)
+    return ExitLoop(
+        model.cut_stack(model.exit_points, vllm_config),
+        policies_of(model),
+        PropagateKV() if settings.kv == "propagate" else ExactKV(),
+        monitors_of(model),
+        max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
+        min_rows_saved=settings.min_rows_saved,
+        agreed=agreed,
+    )
+
+
+def policies_of(model: LoadedModel, cuts: tuple[int, ...] | None = None) -> PolicySet:
+    """The policies of a model; `cuts` are where its stack is cut, None for their exit points."""
+    if model.settings.exit_script is not None:
+        script = ScriptedPolicy(model.exit_points, model.hidden_size, model.device)
+        return PolicySet({DEFAULT_POLICY: script})
+    return PolicySet(
+        {name: _policy(model, artifact) for name, artifact in model.artifacts.items()}, cuts
+    )
+
+
+def _policy(model: LoadedModel, artifact: Artifact) -> CalibratedPolicy:
+    lens = None
+    if artifact.config.probe != "label-head":
+        lens = model.logit_lens(artifact.tensors.get("head_rows"))
+    return CalibratedPolicy(artifact, lens, model.device)
+
+
+def monitors_of(model: LoadedModel) -> dict[str, Monitor]:
+    """A monitor for each policy of a model, none without a shadow rate."""
+    if not model.settings.shadow_rate:
+        return {}
+    return {name: monitor_of(artifact.config) for name, artifact in model.artifacts.items()}
+
+
+def monitor_of(config: ArtifactConfig) -> Monitor:
+    """The monitor of the risk that an artifact bounds, in the unit that its bound is over."""
+    epsilons = [level.epsilon for level in config.levels]
+    if config.max_tokens > 1:
+        return TextMonitor(epsilons, config.delta, config.max_tokens)
+    return AnswerMonitor(epsilons, config.delta, config.risk)
+
+
+def _recorder(layers: tuple[int, ...], lens: LensRecord | None) -> Recorder:
+    """The recorder that ``record`` and ``record_lens`` ask for."""
+    sums = None if lens is None else LensSums(layers[:-1], lens.folds, lens.prompts)
+    return Recorder(layers, sums)
