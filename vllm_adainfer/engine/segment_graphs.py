@@ -1,9 +1,9 @@
-"""CUDA graphs of segments, for decode batches: one launch a segment instead of hundreds.
+"""CUDA graphs of segments, for decode batches: one launch per segment instead of hundreds.
 
-vLLM's full graphs hold the whole model, in which nobody could leave. Here each segment has its
-own for the usual batch sizes, replayed for whatever number of rows is there, padded up. As in
-vLLM's own model that runs some layers on some rows only (`models/deepseek_v41/nvidia/
-decoder_replay_cudagraph.py`) its `CudaGraphManager` captures and keeps them.
+vLLM's full graphs hold the whole model, so no request could leave. Here each segment has a graph
+per capture size, and a batch is padded to the next one. vLLM's `CudaGraphManager` captures and
+keeps the graphs, as for vLLM's model that runs some layers on only some rows
+(`models/deepseek_v41/nvidia/decoder_replay_cudagraph.py`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ logger = get_logger(__name__)
 
 
 class SegmentGraphs:
-    """Captures the graphs, and gives batches that replay them.
+    """Captures the graphs, and makes batches that replay them.
 
-    All graphs share one memory pool (only one of them runs at a time) and one set of buffers, so
-    that what they need beyond the largest one is their launches.
+    All graphs share one memory pool (only one runs at a time) and one set of buffers, so beyond the
+    largest graph each takes memory only for its launches.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class SegmentGraphs:
         block_tables: Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        """Prepare, for `groups` of attention with `block_tables` [requests, blocks]."""
-        # Builders keep what graphs read at fixed addresses only if the config says so.
+        """Allocate for the attention `groups`, with `block_tables` [requests, blocks]."""
+        # Builders keep what graphs read at fixed addresses only under this mode.
         config = copy.copy(vllm_config)
         config.compilation_config = copy.copy(vllm_config.compilation_config)
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
@@ -65,7 +65,7 @@ class SegmentGraphs:
         self._buffers = DecodeBuffers(size, block_tables, device)
 
     def capture(self) -> None:
-        """Capture all; says how much memory they take."""
+        """Capture all graphs, and log how much memory they take."""
         before = torch.accelerator.get_memory_info()[0]
         for index, manager in enumerate(self._managers):
             manager.capture(self._forward_of(index), f"Capturing segment {index + 1} for decoding")
@@ -78,33 +78,33 @@ class SegmentGraphs:
         )
 
     def serves(self, layout: RowLayout) -> bool:
-        """Whether there are graphs for a batch with the rows of `layout`."""
+        """Whether graphs fit a batch with the rows of `layout`."""
         return self._graph_for(layout).cg_mode == CUDAGraphMode.FULL
 
     def batch(self, layout: RowLayout, narrow: Narrow) -> GraphedBatch | None:
-        """A batch with the rows of `layout`, None if there are no graphs for it."""
+        """A batch with the rows of `layout`, None if no graphs fit it."""
         graph = self._graph_for(layout)
         if graph.cg_mode != CUDAGraphMode.FULL:
             return None
-        assert isinstance(narrow, StepAttention), "Model Runner V2 gives one"
+        assert isinstance(narrow, StepAttention), "Model Runner V2 passes one"
         self._buffers.stage(layout, narrow, graph.num_tokens)
         self._metadata(graph.num_tokens, int(layout.last_positions[layout.here].max()) + 1)
         return GraphedBatch(self._managers, self._buffers, graph, layout.num_rows)
 
     def _graph_for(self, layout: RowLayout) -> BatchExecutionDescriptor:
-        """The smallest that holds them all; any one segment's, for all have the same."""
+        """The smallest that holds all rows; every segment has the same ones."""
         rows, requests = layout.num_rows, len(layout.here)
         uniform = 1 if rows == requests else None
         return self._managers[0].dispatch(requests, rows, uniform, num_active_loras=0)
 
     def _metadata(self, rows: int, max_seq_len: int, for_capture: bool = False) -> dict[str, Any]:
-        """Attention metadata of the buffers; built for its effect on what the builders keep."""
+        """Attention metadata of the buffers; building them updates what the builders keep."""
         queries = self._buffers.queries(rows, max_seq_len)
         tables, slots = self._buffers.tables_of(rows), self._buffers.slots_of(rows)
         return metadata_of(self._groups, queries, tables, slots, for_capture)
 
     def _forward_of(self, index: int) -> Callable[..., Callable[[CUDAGraphMode], None]]:
-        """What vLLM calls to prepare the inputs of a segment, and then to run it."""
+        """The function with which vLLM prepares a segment's inputs; it returns one that runs it."""
 
         def prepare(graph: BatchExecutionDescriptor, warmup: bool) -> Callable[..., None]:
             rows, buffers = graph.num_tokens, self._buffers
@@ -130,13 +130,13 @@ class SegmentGraphs:
 
 @dataclass(frozen=True)
 class GraphedBatch:
-    """Rows in the buffers, one a request: see `vllm_adainfer.engine.compiled_batch.Batch`.
+    """Rows in the buffers, one per request, on which segments run by replaying their graphs.
 
     Attributes:
-        managers: of each segment's graphs.
+        managers: of the graphs, by segment.
         buffers: staged for these rows.
-        graph: which of a manager's.
-        rows: how many there are without padding.
+        graph: which of each manager's graphs.
+        rows: how many there are, without padding.
 
     """
 
@@ -146,7 +146,7 @@ class GraphedBatch:
     rows: int
 
     def run(self, index: int, stream: Stream) -> Stream:
-        """See `Batch.run`; what it returns lies in the buffers, and is overwritten by the next."""
+        """The stream of these rows after a segment, in buffers that the next run overwrites."""
         self.buffers.load(stream.rows(slice(0, self.rows)), is_ids=index == 0)
         self.managers[index].run_fullgraph(self.graph)
         if index == len(self.managers) - 1:
@@ -155,9 +155,9 @@ class GraphedBatch:
 
 
 def why_not_captured(vllm_config: VllmConfig, groups: Groups) -> str | None:
-    """Why decode steps cannot be captured, None if they can."""
-    for same in groups:
-        for group in same:
+    """Why graphs of decode steps cannot be captured, None if they can."""
+    for kv_group in groups:
+        for group in kv_group:
             builder = group.get_metadata_builder(0)
             support = builder.get_cudagraph_support(vllm_config, group.kv_cache_spec)
             if support == AttentionCGSupport.NEVER:
