@@ -19,14 +19,14 @@ from vllm_adainfer.errors import AdaInferError
 
 CONFIG_KEY = "adainfer"
 KILL_SWITCH = "VLLM_ADAINFER"
-NO_POLICY = "full_depth"  # requests that may not exit, where policies are counted by name
-DEFAULT_POLICY = "default"  # what the policy is called where there is only one
-# A name goes into requests and into the labels of metrics.
+NO_POLICY = "full_depth"  # stands for a policy's name where requests that may not exit are counted
+DEFAULT_POLICY = "default"  # name of the only policy
+# Policy names appear in requests and in the labels of metrics.
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
 class LensRecord(BaseModel):
-    """What is summed up for a lens while recording; see `decision.record.LensSums`."""
+    """The sums for a lens while recording; see `vllm_adainfer.exits.recorder.LensSums`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,35 +35,35 @@ class LensRecord(BaseModel):
 
 
 class Settings(BaseModel):
-    """What ``additional_config["adainfer"]`` may say; an unknown key is an error."""
+    """The value of ``additional_config["adainfer"]``; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     artifact: str | dict[PolicyName, str] | None = Field(
         None,
-        description="Directory or hub id of the artifact that `calibrate` wrote; or several, each "
-        "for a task of its own, by the names that requests may choose them by.",
+        description="Directory or hub id of the artifact that `calibrate` wrote; or several, one "
+        "per task, by the names that requests may choose them by.",
     )
     record: tuple[int, ...] | None = Field(
         None,
         description="Instead of an artifact: run at full depth and keep the hidden states of "
-        "sampled rows after these layers. `calibrate` uses it.",
+        "sampled rows after these layers. Used by `calibrate`.",
     )
     record_lens: LensRecord | None = Field(
-        None, description="Goes with `record`: sums for a lens at the layers before the last."
+        None, description="With `record`: sums for a lens at the layers before the last."
     )
     exit_script: tuple[int, ...] | None = Field(
         None,
-        description="Instead of an artifact, for benchmarks: exit points at which requests leave "
-        'as they say with extra_args={"adainfer_exit": LAYER}. Their answers mean nothing.',
+        description="Instead of an artifact, for benchmarks: exit points; a request leaves at the "
+        'one it names with extra_args={"adainfer_exit": LAYER}. The answers mean nothing.',
     )
     enabled: bool = Field(True, description="False runs stock vLLM.")
     epsilon: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Bound on disagreement; must be one the artifact certified, at most. "
-        "None takes the artifact's own; 0 never exits.",
+        description="Bound on disagreement, no stricter than the artifact's strictest. "
+        "None takes the artifact's default; 0 never exits.",
     )
     requests: Literal["greedy", "all", "opt-in"] = Field(
         "greedy",
@@ -74,20 +74,20 @@ class Settings(BaseModel):
         None,
         ge=1,
         description="Token rows that must be ready to leave before the batch is compacted; "
-        "fewer stay in until more join them. None lets them leave where that is faster.",
+        "fewer stay until more join them. None lets rows leave wherever that is faster.",
     )
     kv: Literal["exact", "propagate"] = Field(
         "exact",
-        description="What a request that goes on to another token leaves in the layers it has "
-        "skipped: what full depth would have put there, computed later with the next token that "
-        "goes there; or keys and values made of the state it left with.",
+        description="What the KV cache holds in the layers that a request with more tokens to come "
+        "has skipped: what full depth would have written, computed later with the next token "
+        "that runs them; or keys and values made from the state it left with.",
     )
     shadow_rate: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Share of the requests that may exit which run to full depth instead, to "
-        "compare their early answers with it; 0 does not watch.",
+        description="Share of the requests that may exit that run to full depth instead, which "
+        "their early answers are compared with; 0 compares none.",
     )
 
     @model_validator(mode="after")
@@ -95,7 +95,7 @@ class Settings(BaseModel):
         if self.artifact == {}:
             raise ValueError('"artifact" names no artifact: give {"NAME": "DIR"}, or a directory')
         if isinstance(self.artifact, dict) and NO_POLICY in self.artifact:
-            raise ValueError(f'"{NO_POLICY}" is what metrics call requests without a policy')
+            raise ValueError(f'"{NO_POLICY}" is a reserved name: give the artifact another one')
         sources = self.artifact, self.record, self.exit_script
         if self.enabled and sum(source is not None for source in sources) != 1:
             raise ValueError('give "artifact": the directory that `calibrate` wrote')
@@ -113,7 +113,7 @@ class Settings(BaseModel):
         return dict(self.artifact or {})
 
 
-# For those who write requests.
+# Keys of a request's extra_args.
 EXIT_ARG = "adainfer"
 EPSILON_ARG = "adainfer_epsilon"
 SCRIPT_ARG = "adainfer_exit"
@@ -121,9 +121,9 @@ ROW_ARG = "adainfer_row"
 
 
 class RequestSettings(BaseModel):
-    """What a request may say in ``extra_args`` (``vllm_xargs``); an unknown key is an error.
+    """A request's settings in ``extra_args`` (``vllm_xargs``); an unknown key is an error.
 
-    Keys that do not begin with ``adainfer`` are not ours.
+    Keys that do not begin with ``adainfer`` are ignored.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -131,10 +131,10 @@ class RequestSettings(BaseModel):
     adainfer: bool | None = Field(None, description="0 runs at full depth, 1 may exit.")
     adainfer_policy: str | None = Field(None, description="Name of the policy that decides.")
     adainfer_epsilon: float | None = Field(
-        None, ge=0, lt=1, strict=True, description="Instead of the switch's epsilon."
+        None, ge=0, lt=1, strict=True, description="Replaces the switch's epsilon."
     )
     adainfer_exit: int | None = Field(
-        None, strict=True, description="With `exit_script`: the exit point where it leaves."
+        None, strict=True, description="With `exit_script`: the exit point at which to leave."
     )
     adainfer_row: int | None = Field(
         None, strict=True, description="While recording: the row of the calibration data."
@@ -142,15 +142,15 @@ class RequestSettings(BaseModel):
 
 
 def read_request(arguments: Mapping[str, Any] | None) -> RequestSettings:
-    """What `arguments`, a request's ``extra_args``, say to us.
+    """Our settings in `arguments`, a request's ``extra_args``.
 
     Raises:
-        AdaInferError: a key of ours is unknown or its value does not fit.
+        AdaInferError: a key of ours is unknown or its value is not valid.
 
     """
     ours = {k: v for k, v in (arguments or {}).items() if k.startswith(CONFIG_KEY)}
     if not ours:
-        return NO_WISHES
+        return NO_REQUEST_SETTINGS
     try:
         return RequestSettings.model_validate(ours)
     except ValidationError as error:
@@ -159,27 +159,27 @@ def read_request(arguments: Mapping[str, Any] | None) -> RequestSettings:
         if problem["type"] == "extra_forbidden":
             known = ", ".join(RequestSettings.model_fields)
             raise AdaInferError(
-                f"{_shown(where)} is not known to vllm-adainfer; known are {known}"
+                f"{_shown(where)} is not a key that vllm-adainfer knows; its keys are {known}"
             ) from None
         raise AdaInferError(f"{where} = {_shown(problem['input'])}: {problem['msg']}") from None
 
 
 def _shown(value: Any) -> str:
-    """`value` as it is written, cut where it is long."""
+    """`value` as Python writes it, cut if long."""
     try:
         return f"{value!r:.80}"
-    except (ValueError, RecursionError):  # a number of thousands of digits, or nested as deep
-        return f"something of type {type(value).__name__}"
+    except (ValueError, RecursionError):  # thousands of digits or levels
+        return f"a value of type {type(value).__name__}"
 
 
-NO_WISHES = RequestSettings.model_validate({})
+NO_REQUEST_SETTINGS = RequestSettings.model_validate({})
 
 
 def read_settings(additional_config: Any) -> Settings | None:
-    """The plugin's settings, or None where vLLM is to run as it is.
+    """The plugin's settings, or None if stock vLLM is to run.
 
     Raises:
-        AdaInferError: a key is unknown or a value does not fit.
+        AdaInferError: a key is unknown or a value is not valid.
 
     """
     if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:

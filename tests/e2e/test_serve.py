@@ -244,12 +244,12 @@ def test_requests_of_all_kinds_at_once_are_told_what_each_is_told_alone(server, 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"adainfer_policy": "weather"}, "there are: mood, topic, next"),
+        ({"adainfer_policy": "weather"}, "its policies are: mood, topic, next"),
         ({"adainfer_policy": "../../etc/passwd"}, "is not a policy of this engine"),
         ({"adainfer_epsilon": 0.001}, "stricter than the artifact's strictest certified bound"),
         ({"adainfer_epsilon": -1}, "adainfer_epsilon = -1"),
         ({"adainfer": "maybe"}, "adainfer = 'maybe'"),
-        ({"adainfer_depth": 3}, "'adainfer_depth' is not known to vllm-adainfer"),
+        ({"adainfer_depth": 3}, "'adainfer_depth' is not a key that vllm-adainfer knows"),
     ],
 )
 def test_a_request_that_asks_for_what_there_is_not_gets_a_400_with_the_reason(

@@ -1,4 +1,4 @@
-"""The one switch at config time: what it selects, and what it refuses with a sentence."""
+"""The switch at config time: what it selects, and what it refuses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_switch_selects_model_worker_and_scheduler(tiny_model, tiny_policy):
 
 
 @pytest.mark.parametrize(
-    ("asked", "outside"),
+    ("before", "after"),
     [
         (None, CUDAGraphMode.PIECEWISE),
         (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.PIECEWISE),
@@ -63,9 +63,9 @@ def test_the_switch_selects_model_worker_and_scheduler(tiny_model, tiny_policy):
         (CUDAGraphMode.NONE, CUDAGraphMode.NONE),
     ],
 )
-def test_on_a_gpu_full_graphs_are_left_to_the_segments(tiny_model, monkeypatch, asked, outside):
+def test_on_a_gpu_full_graphs_are_left_to_the_segments(tiny_model, monkeypatch, before, after):
     vllm_config = engine_config(tiny_model, None)
-    vllm_config.compilation_config.cudagraph_mode = asked
+    vllm_config.compilation_config.cudagraph_mode = before
     vllm_config.parallel_config.worker_cls = "auto"  # as it is when the hook runs
     monkeypatch.setattr(
         "vllm.platforms.current_platform",
@@ -73,7 +73,7 @@ def test_on_a_gpu_full_graphs_are_left_to_the_segments(tiny_model, monkeypatch, 
     )
     monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", True)
     configure(vllm_config, Settings(exit_script=(2,)), "AdaInferLlamaForCausalLM")
-    assert vllm_config.compilation_config.cudagraph_mode == outside
+    assert vllm_config.compilation_config.cudagraph_mode == after
     assert vllm_config.parallel_config.worker_cls == GPU_WORKER
 
 
@@ -131,7 +131,7 @@ def test_an_epsilon_that_was_not_certified_is_refused(tiny_model, tiny_policy):
     [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism cannot drop rows"),
         ({"prefill_context_parallel_size": 2}, "context parallelism splits a request's rows"),
-        ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling reads logits past"),
+        ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling bypasses the logits"),
         ({"enable_lora": True}, "LoRA maps adapters to token rows"),
         ({"runner": "pooling"}, "pooling models have no next token|has no exit points"),
         ({"enable_prompt_embeds": True}, "prompt embeddings enter below"),
@@ -145,12 +145,12 @@ def test_an_epsilon_that_was_not_certified_is_refused(tiny_model, tiny_policy):
         ({"scheduler_cls": "some.Scheduler"}, "custom --scheduler-cls"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding reads hidden states",
+            "speculative decoding reads the hidden states",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_unsupported_engine_settings_are_refused_with_the_cure(
+def test_unsupported_engine_settings_are_refused_with_what_to_set(
     tiny_model, tiny_policy, settings, sentence
 ):
     with pytest.raises(ValueError, match=sentence) as refusal:
@@ -236,10 +236,10 @@ def test_an_architecture_without_exit_points_is_refused_not_ignored(
         ("is_moe", "is a mixture of experts"),
     ],
 )
-def test_kinds_of_models_that_cannot_leave_early_are_told_apart(
+def test_each_kind_of_model_without_exit_points_has_its_own_reason(
     tiny_model, monkeypatch, kind, reason
 ):
-    """Such models need files that are not made here, so one is only said to be of the kind."""
+    """Such models need files that these tests do not make, so a Llama claims to be of the kind."""
     vllm_config = engine_config(tiny_model)
     monkeypatch.setattr(ModelConfig, kind, property(lambda _config: True))
     with pytest.raises(AdaInferError, match=f"LlamaForCausalLM {reason}"):

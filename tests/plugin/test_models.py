@@ -1,4 +1,4 @@
-"""The table of architectures against vLLM's own."""
+"""Our table of architectures against vLLM's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
-from vllm_adainfer.engine.architectures import MODELS
 
+from vllm_adainfer.engine.architectures import MODELS
 from vllm_adainfer.engine.early_exit import EarlyExit
 
-# Built of Llama's class, but not in the table, and why.
+# Subclasses of Llama's class that are not in the table, and why.
 LEFT_OUT = {
     "Llama4ForCausalLM": "a mixture of experts",
     "TeleChat2ForCausalLM": "transformers has no config to test it with",
@@ -34,10 +34,10 @@ def test_each_class_of_ours_is_vllms_own_with_exit_points(architecture):
     assert ours.__mro__.index(EarlyExit) < ours.__mro__.index(stock_class(architecture))
 
 
-def test_whatever_vllm_builds_of_llama_has_exit_points_unless_left_out():
-    of_llama = {
+def test_every_subclass_of_vllms_llama_has_exit_points_unless_left_out():
+    llamas = {
         architecture
         for architecture in _TEXT_GENERATION_MODELS
         if issubclass(stock_class(architecture), LlamaForCausalLM)
     }
-    assert of_llama - MODELS.keys() == LEFT_OUT.keys()
+    assert llamas - MODELS.keys() == LEFT_OUT.keys()

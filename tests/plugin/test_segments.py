@@ -1,4 +1,4 @@
-"""The stack is cut where it is to be, and compiled code is found by name."""
+"""vLLM finds compiled code by name, so segments that differ have different names."""
 
 from __future__ import annotations
 

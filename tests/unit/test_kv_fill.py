@@ -1,4 +1,4 @@
-"""K and V of skipped layers, by the formula: norm, projection, norm and rotation of one state."""
+"""K and V of skipped layers against the formula: norm, projection, key norm, rotation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NORMS = {"rms": RMSNorm, "gemma": GemmaRMSNorm, "layer": LayerNorm}
 
 
 def rotation(faster: int) -> Any:
-    """Stands for RoPE: another thing for each position and place in a head."""
+    """Stands in for RoPE: depends on the position and the place in a head."""
 
     def rotate(positions: Tensor, keys: Tensor, _: None) -> tuple[Tensor, None]:
         heads = keys.view(len(positions), -1, HEAD_DIM)
@@ -43,7 +43,7 @@ def random_norm(kind: str, size: int) -> nn.Module:
 
 
 def formula(state: Tensor, norm: nn.Module | None) -> Tensor:
-    """The norm as its paper has it."""
+    """The norm by its definition."""
     if norm is None:
         return state
     if isinstance(norm, LayerNorm):

@@ -67,23 +67,23 @@ def test_each_line_starts_from_nothing(line):
     assert line.take() == "mean exit layer 4.0/6, layers saved 0%"
 
 
-def test_shadow_answers_are_told_with_their_interval_for_each_bound_that_has_some(line):
+def test_shadow_answers_are_logged_with_their_interval_for_each_bound_that_has_some(line):
     a = [reading(0.02, 40, 1, low=0.001, high=0.123), reading(0.05, 0, 0)]
     b = [reading(0.05, 60, 20, low=0.21, high=0.47, tightened=True)]
     line.add(report(WORK, a=a, b=b))
     assert line.take() == (
         "mean exit layer 3.0/6, layers saved 25%, "
         "shadow disagreement of a at 0.02 2.5% [0.1, 12.3], "
-        "shadow disagreement of b at 0.05 33.3% [21.0, 47.0]: at full depth now"
+        "shadow disagreement of b at 0.05 33.3% [21.0, 47.0]: now at full depth"
     )
 
 
-def test_the_latest_counts_of_shadow_answers_are_told_as_they_are_totals(line):
+def test_the_latest_counts_of_shadow_answers_are_logged_because_they_are_totals(line):
     line.add(report(WORK, a=[reading(0.02, 40, 1)]))
     line.add(report(WORK, a=[reading(0.02, 50, 1, high=0.2)]))
     assert "at 0.02 2.0% [0.0, 20.0]" in str(line.take())
 
 
-def test_work_put_off_is_neither_run_nor_saved(line):
+def test_deferred_work_is_neither_run_nor_saved(line):
     line.add(report([*WORK, ("layers_deferred", "a", "", 5000)]))
     assert line.take() == "mean exit layer 3.0/6, layers saved 25%"

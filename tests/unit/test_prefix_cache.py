@@ -17,7 +17,7 @@ BLOCKS_ALLOCATED = object()
 
 @dataclass
 class FakeManager:
-    """Allocates whatever is asked for, unless it is full."""
+    """Allocates any number of slots, unless it is full."""
 
     blocks: int = 100
     full: bool = False
@@ -51,7 +51,7 @@ class FakeManager:
 
 @dataclass
 class FakeRequest:
-    """A prompt of whole blocks, named by their hashes, and perhaps some tokens more."""
+    """A prompt of whole blocks, named by their hashes, and perhaps some more tokens."""
 
     hashes: str
     may_exit: bool = True
@@ -82,29 +82,29 @@ class Setup:
         self.completed.append(request)
 
     def allocate(self, request: FakeRequest, tokens: int | None = None, hit: int = 0) -> bool:
-        """Schedule the whole rest (or `tokens`) of a request; whether its blocks are withheld."""
+        """Schedule the rest (or `tokens`) of a request; returns whether its blocks are withheld."""
         rest = request.num_tokens - request.num_computed_tokens - hit
         self.guard.allocate_slots(request, rest if tokens is None else tokens, hit)
         return self.manager.calls[-1][2].get("delay_cache_blocks", False)
 
     def remembers(self, block_hash: str) -> bool:
-        """Whether a request for the block would be completed; records nothing."""
-        was, self.manager.full = self.manager.full, True
+        """Whether a request for the block would be completed; leaves no trace."""
+        was_full, self.manager.full = self.manager.full, True
         request = FakeRequest(block_hash)
         self.allocate(request)
-        self.manager.full = was
+        self.manager.full = was_full
         return request in self.completed
 
 
 @pytest.mark.parametrize("may_exit", [False, True])
-def test_an_asynchronous_scheduler_caches_tokens_of_other_requests_alone(may_exit):
+def test_an_asynchronous_scheduler_caches_only_tokens_that_are_not_withheld(may_exit):
     setup, request = Setup(), FakeRequest("ab", may_exit)
     setup.allocate(request)
     setup.guard.cache_blocks(request, 8)
     assert setup.manager.cached == ([] if may_exit else [("ab", 8)])
 
 
-def test_the_limit_that_vllm_0_33_has_for_a_hit_is_passed_on():
+def test_the_limit_on_a_hit_that_vllm_0_33_passes_reaches_the_manager():
     assert Setup().guard.get_computed_blocks(FakeRequest("a"), 12)[-1] == 12
 
 
@@ -170,7 +170,7 @@ def test_a_touch_in_a_later_step_completes_the_second():
     assert setup.completed == [second]
 
 
-def test_a_first_that_the_worker_knew_before_the_step_is_not_completed():
+def test_a_first_request_that_the_worker_knew_before_the_step_is_not_completed():
     setup = Setup()
     setup.allocate(FakeRequest("abx", status=RequestStatus.RUNNING))
     assert setup.guard.get_computed_blocks(FakeRequest("aby"))[-1] == ()
@@ -267,7 +267,7 @@ def test_resetting_the_prefix_cache_forgets_what_was_withheld():
 def run(
     setup: Setup, request: FakeRequest, complete: int, then: Any = RequestStatus.RUNNING
 ) -> None:
-    """A step with one request, how many of its tokens are complete then, and what it is then."""
+    """A step with one request, which ends with `complete` tokens and status `then`."""
     setup.guard.new_step()
     setup.allocate(request)
     request.status = then
@@ -295,7 +295,7 @@ def test_what_becomes_complete_later_is_cached_then():
     request.num_computed_tokens = request.num_tokens
     request.hashes = "abc"
     run(setup, request, complete=BLOCK)
-    run(setup, request, complete=BLOCK + 1)  # no block more
+    run(setup, request, complete=BLOCK + 1)  # no further block
     run(setup, request, complete=3 * BLOCK)
     assert setup.manager.cached == [("abc", BLOCK), ("abc", 3 * BLOCK)]
     assert not any(setup.remembers(block_hash) for block_hash in "abc")
@@ -332,7 +332,7 @@ def test_what_the_worker_says_of_requests_without_withheld_tokens_changes_nothin
     assert setup.manager.cached == []
 
 
-def test_one_that_was_completed_for_a_second_in_its_step_is_cached_once():
+def test_a_request_completed_for_a_second_in_its_step_is_cached_once():
     setup, first = Setup(), FakeRequest("abx")
     setup.allocate(first)
     setup.guard.get_computed_blocks(FakeRequest("aby"))

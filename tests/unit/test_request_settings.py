@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adainfer.config import NO_WISHES, RequestSettings, read_request
+from vllm_adainfer.config import NO_REQUEST_SETTINGS, RequestSettings, read_request
 from vllm_adainfer.errors import AdaInferError
 
 KEYS = tuple(RequestSettings.model_fields)
@@ -78,18 +78,18 @@ def test_every_key_is_read_and_leaves_the_others_alone(key, value):
         ("adainfer_row", {}, "adainfer_row = {}: Input should be a valid integer"),
     ],
 )
-def test_a_value_that_does_not_fit_is_named_with_what_would(key, value, sentence):
+def test_an_invalid_value_is_named_with_what_would_be_valid(key, value, sentence):
     with pytest.raises(AdaInferError) as caught:
         read_request({key: value})
     assert str(caught.value).startswith(sentence)
 
 
 @pytest.mark.parametrize("key", ["adainfer_epsilons", "adainfer-epsilon", "adainferEpsilon"])
-def test_a_key_that_looks_like_ours_but_is_not_is_answered_with_those_that_are(key):
+def test_an_unknown_key_with_our_prefix_is_answered_with_the_known_keys(key):
     with pytest.raises(AdaInferError) as caught:
         read_request({"adainfer": 1, key: 0.02})
     assert str(caught.value) == (
-        f"{key!r} is not known to vllm-adainfer; known are adainfer, adainfer_policy, "
+        f"{key!r} is not a key that vllm-adainfer knows; its keys are adainfer, adainfer_policy, "
         "adainfer_epsilon, adainfer_exit, adainfer_row"
     )
 
@@ -98,10 +98,10 @@ def test_a_key_that_looks_like_ours_but_is_not_is_answered_with_those_that_are(k
     "arguments",
     [None, {}, {"top": 1}, {"_adainfer_deep_prompt": 1}, {"AdaInfer": 7}, {"my_adainfer": []}],
 )
-def test_keys_of_others_are_not_looked_at(arguments):
-    assert read_request(arguments) is NO_WISHES
-    wished = read_request({**(arguments or {}), "adainfer": 0})
-    assert wished == RequestSettings.model_validate({"adainfer": 0})
+def test_keys_without_our_prefix_are_ignored(arguments):
+    assert read_request(arguments) is NO_REQUEST_SETTINGS
+    read = read_request({**(arguments or {}), "adainfer": 0})
+    assert read == RequestSettings.model_validate({"adainfer": 0})
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_keys_of_others_are_not_looked_at(arguments):
     ],
     ids=["text", "list", "object", "number", "key"],
 )
-def test_what_is_long_is_cut_in_the_message(arguments):
+def test_a_long_value_is_cut_in_the_message(arguments):
     with pytest.raises(AdaInferError) as caught:
         read_request(arguments)
     assert len(str(caught.value)) < 220
@@ -130,7 +130,7 @@ keys = st.sampled_from(KEYS) | st.text() | st.text().map("adainfer{}".format)
 
 
 @given(st.dictionaries(keys, json_values, max_size=4))
-def test_whatever_json_a_request_brings_is_understood_or_refused(arguments: dict[str, Any]):
+def test_any_json_in_a_request_is_understood_or_refused(arguments: dict[str, Any]):
     try:
         read = read_request(arguments)
     except AdaInferError:
@@ -145,11 +145,11 @@ def test_whatever_json_a_request_brings_is_understood_or_refused(arguments: dict
     ("given", "sentence"),
     [
         ({"adainfer\ud800": 1}, "a key of extra_args"),
-        ({"adainfer": 10**5000}, "something of type int"),
-        ({"adainfer": nested(5000)}, "something of type list"),
+        ({"adainfer": 10**5000}, "a value of type int"),
+        ({"adainfer": nested(5000)}, "a value of type list"),
     ],
-    ids=["a lone surrogate", "thousands of digits", "nested as deep"],
+    ids=["a lone surrogate", "thousands of digits", "thousands of levels"],
 )
-def test_what_cannot_even_be_shown_is_refused_all_the_same(given, sentence):
+def test_a_value_that_cannot_be_shown_is_refused_all_the_same(given, sentence):
     with pytest.raises(AdaInferError, match=sentence):
         read_request(given)

@@ -1,4 +1,4 @@
-"""Ranks that hold parts of the LM head find what one finds that holds all of it."""
+"""Ranks that each hold a part of the LM head find what a rank with all of it finds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.engine import ranks as agreement
+from vllm_adainfer.engine import ranks
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.shards import VocabularyShards
 
@@ -38,7 +38,7 @@ def test_probes_of_shards_join_to_the_probe_of_all(bounds):
 
 
 @pytest.mark.parametrize("values", [[True, False], [0.5, 2.0]], ids=["decisions", "scores"])
-def test_every_rank_takes_what_the_first_has(monkeypatch, values):
+def test_every_rank_takes_the_values_of_the_first(monkeypatch, values):
     first = torch.tensor(values)
 
     class Ranks:
@@ -47,5 +47,5 @@ def test_every_rank_takes_what_the_first_has(monkeypatch, values):
         def broadcast(self, tensor: Tensor) -> Tensor:
             return first.to(tensor.dtype)
 
-    monkeypatch.setattr(agreement, "get_tp_group", Ranks)
-    assert agreement.agreed(torch.zeros_like(first)).tolist() == values
+    monkeypatch.setattr(ranks, "get_tp_group", Ranks)
+    assert ranks.agreed(torch.zeros_like(first)).tolist() == values

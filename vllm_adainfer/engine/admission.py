@@ -1,7 +1,7 @@
 """Admission: which requests may exit, decided from their sampling parameters alone.
 
-The scheduler (for the prefix cache) and the worker (for the exit loop) ask the same question
-and must get the same answer; the frontend refuses requests that ask for what there is not.
+The scheduler (for the prefix cache) and the worker (for the exit loop) ask the same question and
+must get the same answer; the frontend refuses requests whose settings the engine cannot serve.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Admitted:
         may_exit: see `Admission.may_exit`.
         is_shadow: see `Admission.is_shadow`.
         prompt_len: tokens of its prompt.
-        max_tokens: how many it will be asked for at most.
+        max_tokens: most tokens that it may generate.
         deep_prompt: whether its prompt runs at full depth, whatever the tag.
         wants_prompt: whether it wants log-probabilities of its prompt's tokens.
-        params: what all this was made of.
+        params: its sampling parameters, from which all this follows.
 
     """
 
@@ -63,10 +63,10 @@ class Admission:
     def __init__(
         self, settings: Settings, configs: Mapping[str, ArtifactConfig] | None = None
     ) -> None:
-        """`configs` are of the artifacts, by policy; None reads them.
+        """`configs` are those of the artifacts, by policy; None reads them.
 
         Raises:
-            AdaInferError: an artifact is not there, or does not certify the switch's epsilon.
+            AdaInferError: an artifact is missing, or does not certify the switch's epsilon.
 
         """
         self.records = settings.record is not None
@@ -86,35 +86,36 @@ class Admission:
 
     @property
     def ambiguous(self) -> list[list[str]]:
-        """Policies among which a request has to choose by name."""
+        """Policies of which a request has to name one."""
         return [names for names in self._by_labels.values() if len(names) > 1]
 
     def check(self, params: SamplingParams) -> None:
-        """Refuse a request that asks us for what there is not.
+        """Refuse a request whose settings this engine cannot serve.
 
         Raises:
-            AdaInferError: it does.
+            AdaInferError: one is unknown, not valid, or not offered by this engine.
 
         """
-        asked = read_request(params.extra_args)
-        if asked.adainfer_exit is not None and self._settings.exit_script is None:
+        request = read_request(params.extra_args)
+        if request.adainfer_exit is not None and self._settings.exit_script is None:
             raise AdaInferError("adainfer_exit goes with an exit_script, and this engine has none")
-        if asked.adainfer_row is not None and not self.records:
+        if request.adainfer_row is not None and not self.records:
             raise AdaInferError("adainfer_row is for calibration, and this engine records nothing")
-        name = asked.adainfer_policy
+        name = request.adainfer_policy
         if name is not None and name not in self._configs:
             known = ", ".join(self._configs) or "none"
             raise AdaInferError(
-                f"adainfer_policy = {name!r:.80} is not a policy of this engine; there are: {known}"
+                f"adainfer_policy = {name!r:.80} is not a policy of this engine; its policies are: "
+                f"{known}"
             )
-        if asked.adainfer_epsilon is not None:
-            name = self._policy(asked, params) or name
+        if request.adainfer_epsilon is not None:
+            name = self._policy(request, params) or name
             configs = self._configs.values() if name is None else [self._configs[name]]
             for config in configs:
-                config.level_of(asked.adainfer_epsilon)
+                config.level_of(request.adainfer_epsilon)
 
     def admit(self, request_id: str, params: SamplingParams | None, prompt_len: int) -> Admitted:
-        """All that the worker is to remember of a request."""
+        """What the worker is to remember of a request."""
         return Admitted(
             tag=self.tag(params),
             may_exit=self.may_exit(params),
@@ -129,70 +130,69 @@ class Admission:
     def may_exit(self, params: SamplingParams | None) -> bool:
         """Whether a request with `params` may leave early, at whatever epsilon.
 
-        This stays true when the artifacts are replaced by others that certify other bounds.
+        The answer does not change when artifacts that certify other bounds replace these.
         """
         if params is None or self.records:
             return False
         if self._settings.exit_script is not None:
             return self._scripted(params) != FULL_DEPTH
-        asked = _asked(params)
-        if self._policy(asked, params) is None:
+        request = _request_settings(params)
+        if self._policy(request, params) is None:
             return False
-        epsilon = asked.adainfer_epsilon
+        epsilon = request.adainfer_epsilon
         return (self._settings.epsilon if epsilon is None else epsilon) != 0
 
     def tag(self, params: SamplingParams | None) -> int:
         """The policy's number for a request with `params`, or `FULL_DEPTH`.
 
-        With artifacts the number is a row of one's epsilon table (numbered through), while
-        recording it is the row of the calibration data, and with a script the exit point (an
-        index).
+        With artifacts the number is a row of the epsilon tables, numbered across policies; while
+        recording it is the row of the calibration data; with a script, the index of the exit point.
         """
         if params is None:
             return FULL_DEPTH
         if self.records:
-            row = _asked(params).adainfer_row
+            row = _request_settings(params).adainfer_row
             return FULL_DEPTH if row is None else row
         if self._settings.exit_script is not None:
             return self._scripted(params)
-        asked = _asked(params)
-        name = self._policy(asked, params)
+        request = _request_settings(params)
+        name = self._policy(request, params)
         if name is None:
             return FULL_DEPTH
         level = self._default_level[name]
-        if asked.adainfer_epsilon is not None:
+        if request.adainfer_epsilon is not None:
             try:
-                level = self._configs[name].level_of(asked.adainfer_epsilon)
+                level = self._configs[name].level_of(request.adainfer_epsilon)
             except AdaInferError as error:
                 logger.warning_once("a request runs at full depth: %s", str(error))
                 return FULL_DEPTH
         return FULL_DEPTH if level < 0 else self._first_tag[name] + level
 
-    def _policy(self, asked: RequestSettings, params: SamplingParams) -> str | None:
-        """The policy that may decide a request, None if it is to run at full depth."""
-        wanted = asked.adainfer
+    def _policy(self, request: RequestSettings, params: SamplingParams) -> str | None:
+        """The policy that may decide a request, None if it runs at full depth."""
+        wanted = request.adainfer
         if wanted is None:
             wanted = self._settings.requests != "opt-in"
         if not wanted:
             return None
         allowed = params.allowed_token_ids
-        name = asked.adainfer_policy
+        name = request.adainfer_policy
         names = self._by_labels.get(None if allowed is None else frozenset(allowed), [])
         if name is None and len(names) == 1:
             [name] = names
-        # A label policy decides among exactly its labels, others where any token may come.
+        # A label policy serves requests restricted to exactly its labels, others unrestricted ones.
         if name not in names or not self._plain(params, self._configs[name].max_tokens):
             return None
         return name
 
     def _scripted(self, params: SamplingParams) -> int:
-        """The exit point that a request names, if a label head could answer it."""
-        layer = _asked(params).adainfer_exit
+        """Index of the exit point that a request names, if a label head can answer it."""
+        layer = _request_settings(params).adainfer_exit
         script = self._settings.exit_script or ()
         if layer is not None and layer not in script:
             logger.warning_once(
-                "a request asked for adainfer_exit = %s, which is no exit point of the script: it "
-                "runs at full depth",
+                "a request asked for adainfer_exit = %s, which is not an exit point of the script: "
+                "it runs at full depth",
                 layer,
             )
         if layer not in script or set(params.allowed_token_ids or ()) != set(SCRIPT_LABELS):
@@ -200,9 +200,9 @@ class Admission:
         return script.index(layer) if self._plain(params, UNLIMITED) else FULL_DEPTH
 
     def is_shadow(self, request_id: str) -> bool:
-        """Whether a request, if it may exit, is to run to full depth and be compared instead.
+        """Whether a request that may exit runs to full depth instead, to be compared.
 
-        The id decides, so that a repeated run watches the same requests.
+        The id decides, so a repeated run compares the same requests.
         """
         if not self._settings.shadow_rate:
             return False
@@ -210,9 +210,9 @@ class Admission:
         return int.from_bytes(digest[:4], "big") / 2**32 < self._settings.shadow_rate
 
     def _plain(self, params: SamplingParams, max_tokens: int) -> bool:
-        """Tokens chosen by the scores as they are: what a calibrated bound speaks of.
+        """Whether tokens are chosen by the unchanged scores, as the calibrated bound assumes.
 
-        Calibrated on one token it speaks of one token only; on more, of any number.
+        A bound calibrated on one token covers one token only; on more, any number.
         """
         return (
             (params.max_tokens == 1 or max_tokens > 1)
@@ -231,10 +231,10 @@ class Admission:
         )
 
 
-def _asked(params: SamplingParams) -> RequestSettings:
-    """What a request says to us; at full depth where that is not understood.
+def _request_settings(params: SamplingParams) -> RequestSettings:
+    """A request's settings; full depth if they are not valid.
 
-    `Admission.check` has refused such a request, if it came through vLLM's frontend.
+    vLLM's frontend refuses such a request by `Admission.check`; others can reach the engine.
     """
     try:
         return read_request(params.extra_args)
@@ -251,5 +251,5 @@ def with_deep_prompt(params: SamplingParams) -> SamplingParams:
 
 
 def has_deep_prompt(params: SamplingParams | None) -> bool:
-    """Whether `with_deep_prompt` has been here."""
+    """Whether `params` came from `with_deep_prompt`."""
     return params is not None and DEEP_PROMPT_ARG in (params.extra_args or {})

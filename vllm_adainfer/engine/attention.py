@@ -1,4 +1,4 @@
-"""Attention metadata of a batch that exits have changed, built by the attention backend itself."""
+"""Attention metadata of a batch that exits have changed, built by the backend's own builder."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Groups = list[list[AttentionGroup]]  # by KV cache group
 
 
 def own_groups(groups: Groups, vllm_config: VllmConfig, device: torch.device) -> Groups:
-    """`groups` with metadata builders of their own: a builder may keep what it built last.
+    """`groups` with their own metadata builders, because a builder may keep what it built last.
 
-    So does vLLM's own model that runs some layers on some rows only
+    vLLM's model that runs some layers on only some rows does the same
     (`models/deepseek_v41/nvidia/model_state.py`).
 
     Raises:
-        AdaInferError: a backend writes keys and values only where it attends.
+        AdaInferError: a backend writes keys and values only of rows that attend.
 
     """
     for group in itertools.chain.from_iterable(groups):
@@ -39,9 +39,9 @@ def own_groups(groups: Groups, vllm_config: VllmConfig, device: torch.device) ->
                 "and values of rows that do not attend: choose another with --attention-backend, "
                 'such as FLASH_ATTN or TRITON_ATTN, or drop "adainfer" from additional_config'
             )
-    copies = [[replace(group, metadata_builders=[]) for group in same] for same in groups]
-    for same in copies:
-        for group in same:
+    copies = [[replace(group, metadata_builders=[]) for group in kv_group] for kv_group in groups]
+    for kv_group in copies:
+        for group in kv_group:
             group.create_metadata_builders(vllm_config, device, group.kernel_block_size)
     return copies
 
@@ -62,16 +62,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Queries:
-    """Rows of some requests, as attention takes them.
+    """Rows of some requests, in the form that attention metadata are built from.
 
     Attributes:
-        starts: int32 [requests + 1], the first row of each, then the number of all.
+        starts: int32 [requests + 1], the first row of each, then the number of rows.
         starts_cpu: the same on the host.
-        seq_lens: int32 [requests], tokens that each has with the rows here.
+        seq_lens: int32 [requests], tokens of each up to its last row.
         seq_lens_cpu: the same on the host.
         positions: int64 [rows], in their sequences.
         max_query_len: most rows of a request.
-        max_seq_len: most tokens of a request, or a bound on that.
+        max_seq_len: most tokens of a request, or an upper bound on that.
 
     """
 
@@ -95,14 +95,14 @@ def metadata_of(
 
     Args:
         groups: `own_groups`.
-        queries: of the requests whose block tables are given.
-        block_tables: int32 [requests, blocks] by KV cache group.
+        queries: rows of the requests.
+        block_tables: int32 [requests, blocks] of these requests, by KV cache group.
         slots: int64 [rows] by KV cache group, where keys and values go.
         for_capture: whether a CUDA graph is about to be captured.
 
     """
     metadata: dict[str, Any] = {}
-    for same, table, group_slots in zip(groups, block_tables, slots, strict=True):
+    for kv_group, table, group_slots in zip(groups, block_tables, slots, strict=True):
         common = CommonAttentionMetadata(
             query_start_loc=queries.starts,
             query_start_loc_cpu=queries.starts_cpu,
@@ -116,7 +116,7 @@ def metadata_of(
             slot_mapping=group_slots,
             positions=queries.positions,
         )
-        for group in same:
+        for group in kv_group:
             built = (
                 group.build_metadata_for_cudagraph_capture(common)
                 if for_capture
@@ -130,23 +130,23 @@ def by_layer(groups: Groups, slots: Sequence[Tensor]) -> dict[str, Tensor]:
     """`slots` of the KV cache groups, by layer name."""
     return {
         name: group_slots
-        for same, group_slots in zip(groups, slots, strict=True)
-        for group in same
+        for kv_group, group_slots in zip(groups, slots, strict=True)
+        for group in kv_group
         for name in group.layer_names
     }
 
 
 @dataclass(frozen=True)
 class StepAttention:
-    """Builds what layers need for other rows of a step's requests.
+    """Builds rows and attention metadata for other rows of a step's requests.
 
-    The slot mapping is given twice, inside the metadata and by layer, because vLLM 0.32 reads the
-    second where it writes K and V.
+    The slot mapping is given twice, in the metadata and by layer: vLLM 0.32 reads the second where
+    it writes K and V.
 
     Attributes:
         groups: `own_groups`.
         block_tables: int32 [requests, blocks] of each KV cache group, on the device.
-        block_sizes: of these blocks, by KV cache group.
+        block_sizes: tokens per block, by KV cache group.
         device: of the rows.
 
     """
@@ -163,12 +163,12 @@ class StepAttention:
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
         seq_lens = (layout.last_positions[requests] + 1).astype(np.int32)
         arrays = layout.row_requests, layout.positions, requests, starts, seq_lens
-        owners, positions, kept, starts_there, seq_lens_there = upload(arrays, self.device)
+        owners, positions, kept, device_starts, device_seq_lens = upload(arrays, self.device)
         slots = self._slots(owners, positions)
         queries = Queries(
-            starts=starts_there,
+            starts=device_starts,
             starts_cpu=torch.from_numpy(starts),
-            seq_lens=seq_lens_there,
+            seq_lens=device_seq_lens,
             seq_lens_cpu=torch.from_numpy(seq_lens),
             positions=positions,
             max_query_len=int(lens.max()),
@@ -184,7 +184,7 @@ class StepAttention:
         return Rows(positions, by_layer(self.groups, self._slots(owners, positions)))
 
     def _slots(self, owners: Tensor, positions: Tensor) -> list[Tensor]:
-        """Of each KV cache group, int64 [rows]."""
+        """Slots by KV cache group, int64 [rows]."""
         return [
             compat.slots(table, size, owners, positions)
             for table, size in zip(self.block_tables, self.block_sizes, strict=True)

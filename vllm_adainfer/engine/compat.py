@@ -1,6 +1,6 @@
-"""Every touch of a vLLM name that is not documented for plugins: what, why, and since when.
+"""Every use of a vLLM name that is not documented for plugins: what, why, and since when.
 
-Each entry was checked against vLLM 0.32.0 (CPU build).
+Each was checked against vLLM 0.32.0 (CPU build).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def get_logger(module: str) -> VllmLogger:
-    """A logger below ``vllm.``: vLLM 0.32 configures that name only, others lose INFO lines."""
+    """A logger below ``vllm.``: vLLM 0.32 configures only that name; others lose INFO lines."""
     return init_logger(module.replace("vllm_adainfer", "vllm.adainfer", 1))
 
 
@@ -44,10 +44,10 @@ def use_model_class(vllm_config: VllmConfig, architecture: str) -> None:
 
 
 def leave_full_graphs_to_segments(vllm_config: VllmConfig) -> None:
-    """Let vLLM's own CUDA graphs be piecewise: a full one holds the whole model.
+    """Make vLLM's own CUDA graphs piecewise: a full one holds the whole model.
 
-    0.32 replays full graphs without calling the model, in which nobody could leave. Decode steps
-    get graphs of their own, see `vllm_adainfer.engine.segment_graphs`.
+    0.32 replays a full graph without calling the model, so no request could leave. Decode steps get
+    graphs per segment, see `vllm_adainfer.engine.segment_graphs`.
     """
     from vllm.config import CUDAGraphMode
 
@@ -57,11 +57,10 @@ def leave_full_graphs_to_segments(vllm_config: VllmConfig) -> None:
 
 
 def segment_config(vllm_config: VllmConfig) -> VllmConfig:
-    """The config to compile a segment with: one that does not depend on our settings.
+    """The config to compile a segment with, which does not depend on our settings.
 
-    0.32 puts ``additional_config`` into the key of its compile cache. What a segment compiles
-    to depends on its layers alone, which its own name states, so that a recalibrated artifact
-    finds the segments of the last one.
+    0.32 puts ``additional_config`` into the key of its compile cache. A segment's code depends only
+    on its layers, which its name states, so a recalibrated artifact reuses the cached segments.
     """
     config = copy.copy(vllm_config)
     config.additional_config = {}
@@ -69,11 +68,11 @@ def segment_config(vllm_config: VllmConfig) -> VllmConfig:
 
 
 def compile_cache_folder(name: str) -> AbstractContextManager[None]:
-    """Modules built in this context have folder `name` of vLLM's compile cache for their own.
+    """Give modules built in this context their own folder, `name`, in vLLM's compile cache.
 
     0.32 finds compiled graphs in a folder by their numbers, which start at 0 in each module, and
-    all modules built under the same tag share one. Unless whole modules are stored
-    (``VLLM_USE_MEGA_AOT_ARTIFACT``, by default with torch 2.12), one would run another's code.
+    modules built under the same tag share a folder. Unless whole modules are stored
+    (``VLLM_USE_MEGA_AOT_ARTIFACT``, the default with torch 2.12), one would run another's code.
     """
     from vllm.compilation.backends import set_model_tag
 
@@ -81,7 +80,7 @@ def compile_cache_folder(name: str) -> AbstractContextManager[None]:
 
 
 def client_request_id(request_id: str) -> str:
-    """The id a request came with: 0.32 appends a dash and eight random hex digits to it.
+    """The id that the client sent: 0.32 appends a dash and eight random hex digits to it.
 
     (`InputProcessor.assign_request_id`, unless ``VLLM_DISABLE_REQUEST_ID_RANDOMIZATION`` is set.)
     """
@@ -97,9 +96,9 @@ def use_stat_loggers(mixin: type) -> None:
     """Have engines with our switch in their config write our metrics and log lines, too.
 
     0.32 takes stat loggers from entry points, but then turns statistics on for every engine of
-    every process, also where they are off and nobody asked for us. So the class that builds
-    loggers (it is looked up in these two modules) gets `mixin` before it here, once, when an
-    engine is configured.
+    every process, even where they are off and our switch is not set. So the class that builds
+    loggers, which these two modules look up, gets `mixin` as its first base, once, when an engine
+    is configured.
     """
     from vllm.v1.engine import async_llm, llm_engine
     from vllm.v1.metrics.loggers import StatLoggerManager
@@ -111,16 +110,16 @@ def use_stat_loggers(mixin: type) -> None:
 
 
 def note_report(scheduler_stats: Any, report: dict[str, Any]) -> None:
-    """Send from the scheduler to the frontends, in `SchedulerStats`, what has been executed.
+    """Send `report` from the scheduler to the frontends, in `SchedulerStats`.
 
-    0.32 has no field in it for a plugin. The one for KV connectors may hold any plain values, and
-    is free: KV connectors are refused.
+    0.32 has no field for plugins there. The one for KV connectors may hold any plain values, and is
+    unused because KV connectors are refused.
     """
     scheduler_stats.kv_connector_stats = {REPORT_KEY: report}
 
 
 def take_report(scheduler_stats: Any) -> dict[str, Any] | None:
-    """What `note_report` sent; the field is empty then, for vLLM's own loggers."""
+    """What `note_report` sent; empties the field for vLLM's own loggers."""
     sent = None if scheduler_stats is None else scheduler_stats.kv_connector_stats
     if not sent or REPORT_KEY not in sent:
         return None
@@ -136,13 +135,13 @@ NO_SLOT = -1  # 0.32's PAD_SLOT_ID: keys and values of such a row are not writte
 def slots(blocks: Tensor, size: int, requests: Tensor, positions: Tensor) -> Tensor:
     """Cache slots, int64 [rows], of `positions` of `requests` (places in the batch).
 
-    What 0.32's kernels for ``BlockTable.compute_slot_mapping`` (V1) and
+    This is what 0.32's kernels for ``BlockTable.compute_slot_mapping`` (V1) and
     ``BlockTables.compute_slot_mappings`` (V2) do without context parallelism; calling those would
     overwrite the step's own mapping.
 
     Args:
         blocks: int32 [requests, blocks], the block table.
-        size: tokens of a block.
+        size: tokens per block.
         requests: int64 [rows].
         positions: int64 [rows].
 
@@ -150,54 +149,54 @@ def slots(blocks: Tensor, size: int, requests: Tensor, positions: Tensor) -> Ten
     return blocks[requests, positions // size].long() * size + positions % size
 
 
-def note(output: Any, told: Any) -> None:
-    """Send something from the worker to the scheduler, in a `ModelRunnerOutput`.
+def note(output: Any, content: Any) -> None:
+    """Send `content` from the worker to the scheduler, in a `ModelRunnerOutput`.
 
-    0.32 has no field in it for a plugin; as it is pickled, an attribute more travels with it.
-    V2 wraps it in an `AsyncOutput`, which hands it on when the tokens are there.
+    0.32 has no field for plugins there, but it is pickled, so an extra attribute travels with it.
+    V2 wraps it in an `AsyncOutput`, which passes it on once the tokens are known.
     """
-    getattr(output, "model_runner_output", output).adainfer = told
+    getattr(output, "model_runner_output", output).adainfer = content
 
 
 def noted(output: Any) -> Any:
-    """What `note` sent; None where the worker has run no step."""
+    """What `note` sent; None if the worker has run no step."""
     return getattr(output, "adainfer", None)
 
 
 def write_kv(attention: Any, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Write `keys` and `values` [rows, heads, head size] of a layer to cache `slots` [rows].
 
-    What 0.32's ``unified_kv_cache_update`` calls for the rows of a forward pass.
+    0.32's ``unified_kv_cache_update`` makes the same call for the rows of a forward pass.
     """
     attention.impl.do_kv_cache_update(attention, keys, values, attention.kv_cache, slots)
 
 
 def keep_best_tokens(runner: Any) -> None:
-    """Let requests with ``logprobs`` keep their best tokens beside some with ``logprob_token_ids``.
+    """Let ``logprobs`` requests keep their best tokens beside ``logprob_token_ids`` requests.
 
-    0.32's V1 `Sampler.forward` drops what it gathered for the former once a step has one of the
-    latter (vLLM pull request 51789; V2 keeps both). So here every row without ids of its own asks
-    for its best tokens by their ids. On this runner's sampler only, and in such steps only.
+    0.32's V1 `Sampler.forward` drops what it gathered for the former as soon as a step has one of
+    the latter (vLLM pull request 51789; V2 keeps both). So every row without its own ids asks for
+    its best tokens by id. This changes only this runner's sampler, and only such steps.
     """
     gather = runner.sampler.gather_specific_token_logprobs
 
-    def gather_both(logprobs: Tensor, asked: dict[int, list[int]], sampled: Tensor) -> Any:
+    def gather_both(logprobs: Tensor, ids_by_row: dict[int, list[int]], sampled: Tensor) -> Any:
         most = runner.input_batch.sampling_metadata.max_num_logprobs
         if most is not None:
             best = logprobs.topk(most).indices.tolist()
-            asked = {**dict(enumerate(best)), **asked}
-        return gather(logprobs, asked, sampled)
+            ids_by_row = {**dict(enumerate(best)), **ids_by_row}
+        return gather(logprobs, ids_by_row, sampled)
 
     runner.sampler.gather_specific_token_logprobs = gather_both
 
 
 @contextmanager
 def seeds_of_chunks_kept(runner: Any) -> Iterator[None]:
-    """While the V1 `runner` samples: leave out the generators of prompts that are not complete.
+    """While the V1 `runner` samples, leave out the generators of incomplete prompts.
 
-    What is drawn for such a row is thrown away. 0.32 then rewinds its generator by an offset, which
-    a CPU's does not have: one request with a ``seed`` and a prompt of several chunks ends a stock
-    server. Left out, it draws nothing, as if it had been rewound.
+    A token drawn for such a row is thrown away. 0.32 then rewinds the row's generator by an offset,
+    which CPU generators do not have: one request with a ``seed`` and a prompt of several chunks
+    crashes a stock server. A generator that is left out draws nothing, as if it were rewound.
     """
     generators, batch = runner.input_batch.generators, runner.input_batch
     incomplete = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()

@@ -1,4 +1,4 @@
-"""Config time: turn the one switch into model class, worker and scheduler, or refuse."""
+"""Config time: select model class, worker and scheduler for the switch, or refuse it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ REQUEST_CHECK = "vllm_adainfer.frontend.request_check"
 
 
 def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> Admission:
-    """Check the engine's settings and the artifact, then choose our three classes.
+    """Check the engine's settings and the artifacts, then select our three classes.
 
     Returns:
-        who decides which requests may exit.
+        the admission, which decides which requests may exit.
 
     Raises:
-        AdaInferError: the engine cannot run early exits as it is set up, or the artifact is
-            not for this model.
+        AdaInferError: these settings of the engine rule out early exits, or an artifact is for
+            another model.
 
     """
     refuse_unsupported(vllm_config, model_class, settings)
@@ -43,8 +43,8 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
         logger.info("%s", banner(name, config, settings))
     for names in admission.ambiguous:
         logger.warning(
-            "policies %s decide the same kind of request: only those that name one with "
-            "adainfer_policy leave early",
+            "policies %s serve the same kind of request: only requests that name one with "
+            "adainfer_policy exit early",
             ", ".join(names),
         )
     if settings.exit_script is not None:
@@ -54,7 +54,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
                 f"additional_config: adainfer.exit_script must ascend between 1 and {depth - 1}, "
                 f"got {list(settings.exit_script)}"
             )
-        logger.warning("AdaInfer follows an exit script, for benchmarks: answers mean nothing")
+        logger.warning("AdaInfer follows an exit script, for benchmarks: its answers mean nothing")
     compat.use_model_class(vllm_config, model_class)
     if worker_class() == GPU_WORKER:
         compat.leave_full_graphs_to_segments(vllm_config)
@@ -64,7 +64,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
 
 
 def banner(name: str, config: ArtifactConfig, settings: Settings) -> str:
-    """One line that says what is active."""
+    """The log line that says what is active."""
     level = config.level_of(settings.epsilon)
     who = {
         "greedy": "greedy requests",
@@ -81,23 +81,23 @@ def banner(name: str, config: ArtifactConfig, settings: Settings) -> str:
         f"{tokens}{among}"
     )
     if level < 0:
-        return f"{text}; epsilon is 0, so that none exits unless it asks for a bound of its own"
-    at = config.levels[level]
+        return f"{text}; epsilon is 0, so no request exits unless it asks for its own bound"
+    certified = config.levels[level]
     risk = "accuracy lost" if config.risk == "accuracy" else "disagreement"
     watched = f"shadow rate {settings.shadow_rate:g}"
     if settings.shadow_rate and config.risk == "accuracy":
         watched += (
-            " (the right answers are not known in service: shadow requests show disagreement, "
+            " (the right answers are unknown in service: shadow requests measure disagreement, "
             "which the accuracy lost cannot exceed, and close no bound)"
         )
     return (
-        f"{text}, at most {at.epsilon:.3g} {risk} (confidence {1 - config.delta:.0%}), "
-        f"{at.layers_saved:.0%} of layers saved in calibration; kv {settings.kv}, {watched}"
+        f"{text}, at most {certified.epsilon:.3g} {risk} (confidence {1 - config.delta:.0%}), "
+        f"{certified.layers_saved:.0%} of layers saved in calibration; kv {settings.kv}, {watched}"
     )
 
 
 def worker_class() -> str:
-    """Our worker for the platform that vLLM runs on."""
+    """Our worker class for vLLM's platform."""
     from vllm.platforms import current_platform
 
     return CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
@@ -109,10 +109,10 @@ def is_request_check(processor: object) -> bool:
 
 
 def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Settings) -> None:
-    """Name the first setting that early exits do not support yet, and its cure.
+    """Refuse the first setting that early exits do not support, and say what to set instead.
 
     Raises:
-        AdaInferError: there is one.
+        AdaInferError: there is such a setting.
 
     """
     from vllm.platforms import current_platform
@@ -131,8 +131,8 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
         ),
         (
             current_platform.is_cuda() and not vllm_config.use_v2_model_runner,
-            "on a GPU exits need Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER and what vLLM's "
-            f"log says that V2 does not support, {off}",
+            "on a GPU exits need Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER and drop the "
+            f"settings that, by vLLM's log, V2 does not support, {off}",
         ),
         (
             model.runner_type != "generate",
@@ -148,7 +148,7 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
         ),
         (
             parallel.tensor_parallel_size > 1 and settings.record is not None,
-            "recording reads the whole LM head, and each rank has only a part of it: calibrate "
+            "recording reads the whole LM head, and each rank holds only a part of it: calibrate "
             "with --tensor-parallel-size 1 and serve with any",
         ),
         (
@@ -168,12 +168,12 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
         ),
         (
             bool(parallel.enable_batch_sharded_sampling),
-            "batch-sharded sampling reads logits past the answers of exits: drop "
+            "batch-sharded sampling bypasses the logits that hold early answers: drop "
             f"--enable-batch-sharded-sampling, {off}",
         ),
         (
             vllm_config.speculative_config is not None,
-            f"speculative decoding reads hidden states of all rows: drop it, {off}",
+            f"speculative decoding reads the hidden states of all rows: drop it, {off}",
         ),
         (
             vllm_config.lora_config is not None,
@@ -181,11 +181,11 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
         ),
         (
             vllm_config.kv_transfer_config is not None,
-            f"a KV connector would ship blocks that are not complete: drop it, {off}",
+            f"a KV connector would send incomplete blocks: drop it, {off}",
         ),
         (
             vllm_config.cache_config.kv_sharing_fast_prefill,
-            f"--kv-sharing-fast-prefill chooses rows itself: drop it, {off}",
+            f"--kv-sharing-fast-prefill selects rows itself: drop it, {off}",
         ),
         (
             model.enable_prompt_embeds,
@@ -193,17 +193,17 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
         ),
         (
             settings.kv == "propagate" and model.quantization is not None,
-            "kv = propagate multiplies by plain K and V weights, these are quantised: set kv to "
+            "kv = propagate needs plain K and V weights, and these are quantised: set kv to "
             f"exact, {off}",
         ),
         (
             settings.kv == "propagate" and vllm_config.load_config.load_format == "dummy",
-            "kv = propagate is made of weights as they are loaded: set kv to exact, or drop "
+            "kv = propagate copies weights as they load: set kv to exact, or drop "
             f"--load-format dummy, {off}",
         ),
         (
             not all(is_request_check(processor) for processor in model.logits_processors or ()),
-            f"custom logits processors change answers after they are certified: drop them, {off}",
+            f"custom logits processors change answers that are already decided: drop them, {off}",
         ),
         (
             parallel.worker_cls not in ("auto", worker_class()),
@@ -220,12 +220,12 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
 
 
 def _why_no_exit_points(model: ModelConfig) -> str:
-    """What about an architecture that is not among `MODELS` keeps it from leaving early."""
+    """Why an architecture that is not in `MODELS` has no exit points."""
     reasons = [
         (
             model.is_encoder_decoder,
-            "is an encoder-decoder model, whose decoder also attends to what it was given: serve "
-            "a decoder-only model",
+            "is an encoder-decoder model, whose decoder also attends to the encoder's output: "
+            "serve a decoder-only model",
         ),
         (
             model.is_multimodal_model,
@@ -233,13 +233,13 @@ def _why_no_exit_points(model: ModelConfig) -> str:
         ),
         (
             model.is_hybrid or model.has_inner_state or model.is_attention_free,
-            "keeps a recurrent state, which a layer that is skipped would not advance: serve a "
-            "model whose layers all have attention",
+            "keeps a recurrent state, which a skipped layer would not advance: serve a model "
+            "whose layers all have attention",
         ),
         (
             model.is_moe,
-            "is a mixture of experts, which are chosen layer by layer for the rows that get "
-            "there: serve a dense model",
+            "is a mixture of experts, which each layer chooses for the rows that reach it: serve "
+            "a dense model",
         ),
     ]
     for applies, reason in reasons:

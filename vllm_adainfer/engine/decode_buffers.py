@@ -1,4 +1,4 @@
-"""What CUDA graphs of decode steps read and write: always the same memory."""
+"""The fixed memory that CUDA graphs of decode steps read and write."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vllm_adainfer.exits.transfer import upload
 class DecodeBuffers:
     """A batch of requests with one row each, and their hidden states.
 
-    At first, to be captured, requests that have one token and own no blocks. Rows beyond those
-    staged are padding: their requests have no tokens, their keys and values no slot.
+    Until a batch is staged, for capture, each request has one token and no blocks. Rows beyond the
+    staged ones are padding: their requests have no tokens, their keys and values no slot.
 
     Attributes:
         positions: int64 [size].
@@ -27,7 +27,7 @@ class DecodeBuffers:
     """
 
     def __init__(self, size: int, block_tables: Sequence[Tensor], device: torch.device) -> None:
-        """For up to `size` requests; `block_tables` [requests, blocks] are as they will come."""
+        """For up to `size` requests, with `block_tables` [requests, blocks] like those of steps."""
         self.positions = torch.zeros(size, dtype=torch.int64, device=device)
         self._ids = torch.zeros(size, dtype=torch.int32, device=device)
         self._starts_cpu = torch.arange(size + 1, dtype=torch.int32)
@@ -38,12 +38,12 @@ class DecodeBuffers:
         self._slots = torch.full(
             (len(block_tables), size), compat.NO_SLOT, dtype=torch.int64, device=device
         )
-        # Made when the first, largest, batch has shown what it is like.
+        # Allocated by the first batch, the largest, which has their dtype and widths.
         self._states: HiddenStates | None = None
         self._final: Tensor | None = None
 
     def stage(self, layout: RowLayout, attention: StepAttention, padded: int) -> None:
-        """Take in the batch of `layout`, padded to so many requests."""
+        """Copy in the batch of `layout`, padded to that many requests."""
         requests, rows = layout.present, layout.num_rows
         positions = np.zeros(padded, dtype=np.int64)
         positions[:rows] = layout.last_positions[requests]
@@ -51,24 +51,26 @@ class DecodeBuffers:
         seq_lens[:rows] = positions[:rows] + 1
         starts = np.minimum(np.arange(padded + 1, dtype=np.int32), np.int32(rows))
         arrays = positions, seq_lens, starts, requests
-        there = upload(arrays, self.positions.device)
-        self.positions[:padded] = there[0]
-        self._seq_lens[:padded] = there[1]
+        device_positions, device_seq_lens, device_starts, owners = upload(
+            arrays, self.positions.device
+        )
+        self.positions[:padded] = device_positions
+        self._seq_lens[:padded] = device_seq_lens
         self._seq_lens_cpu[:padded] = torch.from_numpy(seq_lens)
-        self._starts[: padded + 1] = there[2]
+        self._starts[: padded + 1] = device_starts
         self._starts_cpu[: padded + 1] = torch.from_numpy(starts)
         self._slots[:, rows:padded] = compat.NO_SLOT
-        for group, (ours, table) in enumerate(
+        for group, (buffer, table) in enumerate(
             zip(self._tables, attention.block_tables, strict=True)
         ):
-            ours[:rows] = table[there[3]]
-            ours[rows:padded] = 0
+            buffer[:rows] = table[owners]
+            buffer[rows:padded] = 0
             self._slots[group, :rows] = compat.slots(
-                table, attention.block_sizes[group], there[3], there[0][:rows]
+                table, attention.block_sizes[group], owners, device_positions[:rows]
             )
 
     def queries(self, rows: int, max_seq_len: int) -> Queries:
-        """The staged batch with its padding, as attention takes it."""
+        """The staged batch with its padding."""
         return Queries(
             starts=self._starts[: rows + 1],
             starts_cpu=self._starts_cpu[: rows + 1],
@@ -88,7 +90,7 @@ class DecodeBuffers:
         return list(self._slots[:, :rows].unbind())
 
     def ids_of(self, rows: int) -> HiddenStates:
-        """The token ids."""
+        """The token ids, input of the first segment."""
         return HiddenStates(self._ids[:rows])
 
     def states_of(self, rows: int) -> HiddenStates:
@@ -97,12 +99,12 @@ class DecodeBuffers:
         return self._states.rows(slice(0, rows))
 
     def final_of(self, rows: int) -> Tensor:
-        """[rows, width], what the LM head reads."""
+        """[rows, head size], the LM head's input."""
         assert self._final is not None, "stored by the last segment"
         return self._final[:rows]
 
     def load(self, states: HiddenStates, is_ids: bool) -> None:
-        """Take in the states of the staged rows, unless they are here already."""
+        """Copy in the states of the staged rows, unless it is in the buffers already."""
         rows = slice(0, states.num_rows)
         if is_ids:
             self._ids[rows] = states.hidden
@@ -112,7 +114,7 @@ class DecodeBuffers:
             self._states.put(states, rows)
 
     def store(self, states: HiddenStates, is_final: bool) -> None:
-        """Keep what a segment gives."""
+        """Keep a segment's output."""
         size = len(self.positions)
         if is_final:
             if self._final is None:

@@ -1,4 +1,4 @@
-"""A family of models as the exit loop sees it: where vLLM's modules are, and how to call them."""
+"""What the engine knows of a family of models: where vLLM's modules are, how to call them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vllm_adainfer.policy.norm import Norm
 
 @dataclass(frozen=True)
 class KVProjection:
-    """How a layer makes keys and values of its input.
+    """How a layer makes keys and values from its input.
 
     Attributes:
-        attention: vLLM's attention layer, whose cache they are for.
+        attention: vLLM's attention layer, which has the KV cache.
         qkv_proj: from the normed input to queries, keys and values, in this order.
-        norm: of the input; None where it is projected as it is.
-        rotary: turns keys by their positions; None where positions are in the input.
-        key_norm: of each key, over the head size, before it is turned; None for none.
+        norm: of the input; None if the input is projected without one.
+        rotary: rotates keys by their positions; None if the embedding adds positions.
+        key_norm: of each key, over the head size, before the rotation; None for none.
 
     """
 
@@ -38,7 +38,7 @@ class KVProjection:
 
     @property
     def q_size(self) -> int:
-        """Outputs of the projection that are queries."""
+        """Number of the projection's outputs that are queries."""
         size: int = self.attention.num_heads * self.attention.head_size
         return size
 
@@ -47,7 +47,7 @@ class KVProjection:
     ) -> tuple[Tensor, Tensor]:
         """Keys and values, each [rows, heads, head size], of rows at int64 [rows] `positions`.
 
-        `hidden` and `residual` are the stream's parts, which the norm may overwrite.
+        `hidden` and `residual` are the parts of the stream, which the norm may overwrite.
         """
         state = hidden
         if self.norm is not None and residual is not None:
@@ -59,18 +59,18 @@ class KVProjection:
         if self.key_norm is not None:
             keys = self.key_norm(keys.contiguous())
         if self.rotary is not None:
-            # A copy: vLLM's own op writes to what it is given, a part of the projection's output.
-            # Compiled so, torch 2.13 may take the number of rows for a constant.
-            turned = self.rotary(positions, keys.flatten(1).clone(), None)[0]
-            keys = turned.unflatten(1, self.heads)
+            # A copy: vLLM's op writes to its argument, which is a part of the projection's output.
+            # Compiling that, torch 2.13 may take the number of rows for a constant.
+            rotated = self.rotary(positions, keys.flatten(1).clone(), None)[0]
+            keys = rotated.unflatten(1, self.heads)
         return keys, values
 
 
 class Decoder:
     """The conventions of vLLM's Llama; another family overrides what it does differently.
 
-    `body` is the module that holds embedding, layers and final norm. Nothing is kept here: the
-    functions are called with vLLM's modules, inside of compiled code, too.
+    `body` is the module that holds embedding, layers and final norm. The functions keep no state:
+    they are called with vLLM's modules, also inside compiled code.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ class Decoder:
 
     @staticmethod
     def embed(body: Any, ids: Tensor, positions: Tensor) -> Tensor:
-        """What the first layer gets, [rows, hidden size], for int [rows] token `ids`."""
+        """Input of the first layer, [rows, hidden size], for int [rows] token `ids`."""
         embedded: Tensor = body.embed_input_ids(ids)
         return embedded
 
@@ -99,13 +99,13 @@ class Decoder:
     def run_layer(
         layer: nn.Module, positions: Tensor, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One layer: the parts of the stream after it."""
+        """The parts of the stream after one layer."""
         after: tuple[Tensor, Tensor | None] = layer(positions, hidden, residual)
         return after
 
     @staticmethod
     def finish(body: Any, hidden: Tensor, residual: Tensor | None) -> Tensor:
-        """What the LM head reads, [rows, head size], of the stream after the last layer."""
+        """The LM head's input, [rows, head size], from the stream after the last layer."""
         normed: Tensor = body.norm(hidden, residual)[0]
         return normed
 
@@ -117,12 +117,12 @@ class Decoder:
 
     @staticmethod
     def projection(body: Any) -> Tensor | None:
-        """[hidden size, head size], what follows it there, if anything does."""
+        """[hidden size, head size], the projection after that norm; None for none."""
         return None
 
     @staticmethod
     def kv_projection(layer: Any) -> KVProjection:
-        """How `layer` makes keys and values; rotation and norm of keys where it has them."""
+        """How `layer` makes keys and values, with rotation and key norm if it has them."""
         attention = layer.self_attn
         return KVProjection(
             attention=attention.attn,
@@ -134,11 +134,11 @@ class Decoder:
 
 
 def norm_of(module: nn.Module) -> Norm:
-    """The numbers of one of vLLM's norms, as they are loaded now."""
-    if isinstance(module, GemmaRMSNorm):  # stores what is added to one
+    """The parameters of one of vLLM's norms, as loaded so far."""
+    if isinstance(module, GemmaRMSNorm):  # its weight is stored less one
         return Norm("rms", module.weight.data.float() + 1, eps=module.variance_epsilon)
     if isinstance(module, RMSNorm):
         return Norm("rms", module.weight.data, eps=module.variance_epsilon)
-    assert isinstance(module, LayerNorm), f"a norm that no supported family has: {module}"
+    assert isinstance(module, LayerNorm), f"no supported family has such a norm: {module}"
     weight = None if module.weight is None else module.weight.data
     return Norm("layer", weight, None if module.bias is None else module.bias.data, module.eps)

@@ -1,4 +1,4 @@
-"""Keys and values of the layers that an exited row skips, made of the state it left with."""
+"""Keys and values for the layers that an exited row skips, made from the state it left with."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from vllm_adainfer.policy.norm import Norm
 
 
 class KVFill:
-    """What `PropagateKV` calls: keys and values that all layers make of one and the same state.
+    """Writes the keys and values that layers make from one and the same state, for `PropagateKV`.
 
-    All layers' projections are one product, whose weights are kept a second time for it, each
-    with weight and bias of the layer's norm multiplied in.
+    The projections of all layers are one product. It has its own copy of the weights, into which
+    weight and bias of each layer's norm are folded.
     """
 
     def __init__(self, layers: Sequence[KVProjection], exit_points: Sequence[int]) -> None:
-        """`layers` are all of the model's, with weights loaded and not repacked yet.
+        """`layers` are all of the model's, with weights loaded but not repacked yet.
 
-        vLLM repacks linear weights for CPUs after loading, and drops the originals.
+        On CPUs vLLM repacks linear weights after loading, and drops the originals.
         """
         self._layers = layers[exit_points[0] :]
         self._skip = [layer - exit_points[0] for layer in exit_points]
@@ -45,9 +45,9 @@ class KVFill:
 
         Args:
             exit_index: which exit point.
-            states: [rows, hidden size], the residual stream there.
-            positions: int64 [rows], of the rows in their sequences.
-            slots: int64 [rows] by layer name, where in the cache they belong.
+            states: [rows, hidden size], the residual stream at it.
+            positions: int64 [rows], in their sequences.
+            slots: int64 [rows] by layer name, where keys and values go.
 
         """
         skip, rows = self._skip[exit_index], states.shape[0]
@@ -57,7 +57,7 @@ class KVFill:
         keys, values = both.view(rows, len(layers), 2, *layers[0].heads).unbind(dim=2)
         if self._key_norm is not None:
             keys = (_normed(keys, self._key_norm) * self._key_weight[skip:]).to(states.dtype)
-        keys = _turned(keys, layers, positions)
+        keys = _rotated(keys, layers, positions)
         for index, layer in enumerate(layers):
             attention = layer.attention
             compat.write_kv(
@@ -66,10 +66,13 @@ class KVFill:
 
 
 def _folded(layer: KVProjection) -> tuple[Tensor, Tensor]:
-    """[2 x heads x head size, hidden size] and [2 x heads x head size], with the norm's numbers."""
+    """K/V weight [2 x heads x head size, hidden size] and bias [2 x heads x head size].
+
+    The norm's weight and bias are folded in.
+    """
     weight = layer.qkv_proj.weight.data[layer.q_size :]
-    own = layer.qkv_proj.bias
-    bias = weight.new_zeros(len(weight)) if own is None else own.data[layer.q_size :]
+    qkv_bias = layer.qkv_proj.bias
+    bias = weight.new_zeros(len(weight)) if qkv_bias is None else qkv_bias.data[layer.q_size :]
     if layer.norm is None:
         return weight, bias
     norm, dtype = norm_of(layer.norm), weight.dtype
@@ -90,15 +93,15 @@ def _normed(states: Tensor, norm: Norm | None) -> Tensor:
     return layer_norm(states.float(), size, eps=norm.eps).to(states.dtype)
 
 
-def _turned(keys: Tensor, layers: Sequence[KVProjection], positions: Tensor) -> Tensor:
-    """`keys` [rows, layers, heads, head size], each turned as its layer does it."""
+def _rotated(keys: Tensor, layers: Sequence[KVProjection], positions: Tensor) -> Tensor:
+    """`keys` [rows, layers, heads, head size], rotated as each layer does."""
     rotaries = [layer.rotary for layer in layers]
     if len(set(rotaries)) == 1:  # all at once
         [rotary] = set(rotaries)
         if rotary is None:
             return keys
-        turned: Tensor = rotary(positions, keys.flatten(1), None)[0].view_as(keys)
-        return turned
+        rotated: Tensor = rotary(positions, keys.flatten(1), None)[0].view_as(keys)
+        return rotated
     by_layer = [
         key if rotary is None else rotary(positions, key.flatten(1), None)[0].view_as(key)
         for key, rotary in zip(keys.unbind(1), rotaries, strict=True)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: one decision for all ranks, made by the same policies."""
+"""Tensor parallelism: all ranks take the first rank's decisions and have the same policies."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ NOT_THE_SAME = "ranks have not read the same: is an artifact being replaced? Try
 
 
 def agreed(values: Tensor) -> Tensor:
-    """`values` of the first rank, on each: every rank computes them, but may round otherwise."""
+    """The first rank's `values`, on every rank: each computes them, but may round differently."""
     ranks = get_tp_group()
     if ranks.world_size == 1:
         return values
-    if values.dtype == torch.bool:  # which not every backend sends
+    if values.dtype == torch.bool:  # not every backend can send these
         received: Tensor = ranks.broadcast(values.to(torch.uint8))
         return received.bool()
     return ranks.broadcast(values.contiguous())
 
 
 def same_on_all_ranks(number: int) -> bool:
-    """Whether every rank has `number`; all of them have to ask."""
+    """Whether every rank passes the same `number`; a collective, which every rank must call."""
     ranks = get_tp_group()
     numbers = [0] * ranks.world_size
     torch.distributed.all_gather_object(numbers, number, group=ranks.cpu_group)

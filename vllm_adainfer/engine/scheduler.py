@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -23,9 +24,9 @@ else:
 
 
 class GuardedScheduler(_Scheduler):
-    """Keeps blocks of prompts that may exit early out of the prefix cache.
+    """Keeps incomplete blocks of requests that may exit out of the prefix cache.
 
-    Comes before vLLM's class among the bases of ours.
+    Mixed in before vLLM's class.
     """
 
     kv_cache_manager: Any  # vLLM's KVCacheManager, or the guard around it
@@ -42,14 +43,16 @@ class GuardedScheduler(_Scheduler):
                 self.kv_cache_manager, self._may_exit, self._complete
             )
 
+    @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's, with the guard told that a step begins."""
+        """Tell the guard that a step begins."""
         if isinstance(self.kv_cache_manager, PrefixCacheGuard):
             self.kv_cache_manager.new_step()
         return super().schedule(*args, **kwargs)
 
+    @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """As vLLM's, once what the step has completed is in the prefix cache."""
+        """First put blocks that the step completed into the prefix cache."""
         note: StepNote | None = compat.noted(model_runner_output)
         if note is not None:
             if note.counted is not None:
@@ -58,8 +61,9 @@ class GuardedScheduler(_Scheduler):
                 self.kv_cache_manager.step_ended(note.complete)
         return super().update_from_output(scheduler_output, model_runner_output)
 
+    @override
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """As vLLM's, which asks after each step; with a report of ours when the worker sent one."""
+        """Add our report if the worker sent counters; vLLM calls this after each step."""
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
         counted, self._counted = self._counted, None
         if stats is not None and counted is not None:
@@ -74,23 +78,23 @@ class GuardedScheduler(_Scheduler):
         return self.admission.may_exit(params)
 
     def _complete(self, request: Request) -> None:
-        """The worker reads this when the request is first sent to it, in this very step."""
+        """Run the prompt at full depth; the worker first gets the request in this very step."""
         request.sampling_params = with_deep_prompt(request.sampling_params)
 
 
 class AdaInferScheduler(GuardedScheduler, Scheduler):
-    """Schedules a step when the one before has ended, as on a CPU."""
+    """Schedules a step when the last one has ended, as on a CPU."""
 
 
 class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
-    """Schedules a step while the one before runs, as on a GPU."""
+    """Schedules a step while the last one runs, as on a GPU."""
 
 
 def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     """The scheduler of a configured engine.
 
-    vLLM 0.32 settles ``async_scheduling`` after its config hooks, so the class is chosen here.
+    vLLM 0.32 decides on ``async_scheduling`` after its config hooks, so the class is chosen here.
     """
     asynchronous = vllm_config.scheduler_config.async_scheduling
-    chosen = AdaInferAsyncScheduler if asynchronous else AdaInferScheduler
-    return chosen(vllm_config=vllm_config, **kwargs)
+    scheduler_class = AdaInferAsyncScheduler if asynchronous else AdaInferScheduler
+    return scheduler_class(vllm_config=vllm_config, **kwargs)

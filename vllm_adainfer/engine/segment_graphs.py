@@ -1,9 +1,9 @@
-"""CUDA graphs of segments, for decode batches: one launch a segment instead of hundreds.
+"""CUDA graphs of segments, for decode batches: one launch per segment instead of hundreds.
 
-vLLM's full graphs hold the whole model, in which nobody could leave. Here each segment has its
-own for the usual batch sizes, replayed for whatever number of rows is there, padded up. As in
-vLLM's own model that runs some layers on some rows only (`models/deepseek_v41/nvidia/
-decoder_replay_cudagraph.py`) its `CudaGraphManager` captures and keeps them.
+vLLM's full graphs hold the whole model, so no request could leave. Here each segment has a graph
+per capture size, and a batch is padded to the next one. vLLM's `CudaGraphManager` captures and
+keeps the graphs, as for vLLM's model that runs some layers on only some rows
+(`models/deepseek_v41/nvidia/decoder_replay_cudagraph.py`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ logger = get_logger(__name__)
 
 
 class SegmentGraphs:
-    """Captures the graphs, and gives batches that replay them.
+    """Captures the graphs, and makes batches that replay them.
 
-    All graphs share one memory pool (only one of them runs at a time) and one set of buffers, so
-    that what they need beyond the largest one is their launches.
+    All graphs share one memory pool (only one runs at a time) and one set of buffers, so beyond the
+    largest graph each takes memory only for its launches.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class SegmentGraphs:
         block_tables: Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        """Prepare, for `groups` of attention with `block_tables` [requests, blocks]."""
-        # Builders keep what graphs read at fixed addresses only if the config says so.
+        """Allocate for the attention `groups`, with `block_tables` [requests, blocks]."""
+        # Builders keep what graphs read at fixed addresses only under this mode.
         config = copy.copy(vllm_config)
         config.compilation_config = copy.copy(vllm_config.compilation_config)
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
@@ -64,7 +64,7 @@ class SegmentGraphs:
         self._buffers = DecodeBuffers(size, block_tables, device)
 
     def capture(self) -> None:
-        """Capture all; says how much memory they take."""
+        """Capture all graphs, and log how much memory they take."""
         before = torch.accelerator.get_memory_info()[0]
         for index, manager in enumerate(self._managers):
             manager.capture(self._forward_of(index), f"Capturing segment {index + 1} for decoding")
@@ -77,7 +77,7 @@ class SegmentGraphs:
         )
 
     def serves(self, layout: RowLayout) -> bool:
-        """Whether there are graphs for a batch with the rows of `layout`."""
+        """Whether graphs fit a batch with the rows of `layout`."""
         return self._graph_for(layout).cg_mode == CUDAGraphMode.FULL
 
     def stage(self, layout: RowLayout, attention: StepAttention) -> Replay | None:
@@ -96,13 +96,13 @@ class SegmentGraphs:
         return self._managers[0].dispatch(requests, rows, uniform, num_active_loras=0)
 
     def _metadata(self, rows: int, max_seq_len: int, for_capture: bool = False) -> dict[str, Any]:
-        """Attention metadata of the buffers; built for its effect on what the builders keep."""
+        """Attention metadata of the buffers; building them updates what the builders keep."""
         queries = self._buffers.queries(rows, max_seq_len)
         tables, slots = self._buffers.tables_of(rows), self._buffers.slots_of(rows)
         return metadata_of(self._groups, queries, tables, slots, for_capture)
 
     def _forward_of(self, index: int) -> Callable[..., Callable[[CUDAGraphMode], None]]:
-        """What vLLM calls to prepare the inputs of a segment, and then to run it."""
+        """The function with which vLLM prepares a segment's inputs; it returns one that runs it."""
 
         def prepare(graph: BatchExecutionDescriptor, warmup: bool) -> Callable[..., None]:
             rows, buffers = graph.num_tokens, self._buffers
@@ -131,10 +131,10 @@ class Replay:
     """The segments' graphs of one size, with rows in their buffers, one for each request.
 
     Attributes:
-        managers: of each segment's graphs.
+        managers: of the graphs, by segment.
         buffers: staged for these rows.
-        graph: which of a manager's.
-        rows: how many there are without padding.
+        graph: which of each manager's graphs.
+        rows: how many there are, without padding.
 
     """
 
@@ -153,9 +153,9 @@ class Replay:
 
 
 def why_not_captured(vllm_config: VllmConfig, groups: Groups) -> str | None:
-    """Why decode steps cannot be captured, None if they can."""
-    for same in groups:
-        for group in same:
+    """Why graphs of decode steps cannot be captured, None if they can."""
+    for kv_group in groups:
+        for group in kv_group:
             builder = group.get_metadata_builder(0)
             support = builder.get_cudagraph_support(vllm_config, group.kv_cache_spec)
             if support == AttentionCGSupport.NEVER:

@@ -1,4 +1,4 @@
-"""Segments: runs of stock decoder layers, each compiled on its own, with a decision between."""
+"""Segments: runs of stock decoder layers, compiled separately, with decisions between them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ROWS = {0: "b"}  # dynamic dimension: the batch's token rows
 
 
 class Segment(nn.Module):
-    """Consecutive decoder layers; the first segment embeds, the last one ends with the final norm.
+    """Consecutive decoder layers; the first segment also embeds, the last applies the final norm.
 
-    The layers stay the model's: a segment borrows them, it owns no weights.
+    The model owns the layers; a segment only refers to them.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Segment(nn.Module):
 
 
 class LastKV(nn.Module):
-    """Keys and values of the last layer, for rows that need nothing else of it."""
+    """Computes the last layer's keys and values, for rows that need nothing else of it."""
 
     def __init__(
         self, *, vllm_config: VllmConfig, prefix: str = "", projection: KVProjection
@@ -60,9 +60,9 @@ class Stack:
     """A model's layers in segments.
 
     Attributes:
-        segments: in turn; the last one is the last layer, if that, and ends with the final norm.
-        last_kv: of that layer; None where the last segment has none.
-        head_size: width of what the last segment gives, the LM head's input.
+        segments: in order; the last one has at most the last layer, and the final norm.
+        last_kv: of that layer; None if the last segment has no layer.
+        head_size: width of the last segment's output, the LM head's input.
 
     """
 
@@ -84,7 +84,7 @@ class Stack:
     ) -> None:
         """Write keys and values of the last layer to `slots` [rows], by layer name.
 
-        `states` is before that layer, and may be overwritten.
+        `states` is that layer's input, and may be overwritten.
         """
         assert self.last_kv is not None, "the last segment has no layer"
         keys, values = self.last_kv(positions, *states.parts)
@@ -92,35 +92,37 @@ class Stack:
         compat.write_kv(attention, keys, values, slots[attention.layer_name])
 
     def profile(self, positions: Tensor, ids: Tensor) -> Tensor:
-        """A pass that belongs to no request: [rows, head size].
+        """A pass for no request, in which vLLM profiles and captures piecewise graphs.
 
-        vLLM captures piecewise graphs in such passes.
+        Returns:
+            [rows, head size].
+
         """
         states = HiddenStates(ids)
         for index in range(len(self.segments) - 1):
             states = self.run(index, positions, states)
-        if self.last_kv is not None:  # a copy, for it may be overwritten
+        if self.last_kv is not None:  # on a copy, which may be overwritten
             with override_forward_context(without_graphs(get_forward_context())):
                 self.last_kv(positions, *states.clone().parts)
         return self.run(len(self.segments) - 1, positions, states).hidden
 
 
 def without_graphs(context: ForwardContext) -> ForwardContext:
-    """`context`, but kernels are launched one by one."""
+    """`context` with CUDA graphs off."""
     return replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None)
 
 
 def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Segment]:
     """A compiled class for layers `first` + 1 to `last` of `depth`.
 
-    vLLM keys compiled code by the qualified name of ``forward``, so whatever changes the code
-    must be in that name.
+    vLLM caches compiled code by the qualified name of ``forward``, so the name must state whatever
+    changes the code.
     """
 
     def forward(
         self: Segment, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        if first == 0:  # then they are token ids
+        if first == 0:  # they are token ids
             hidden_states = self.decoder.embed(self.body, hidden_states, positions)
         for layer in self.layers:
             hidden_states, residual = self.decoder.run_layer(
@@ -165,8 +167,8 @@ def build_stack(
 ) -> Stack:
     """Cut the stack of `body` after each of `cuts` (counts of layers run).
 
-    The last layer is cut off, too; a cut after it leaves the final norm alone. `head_size` is
-    the width of the LM head's input.
+    The last layer is always cut off; after a cut behind it the last segment is only the final norm.
+    `head_size` is that of the LM head's input.
     """
     layers = decoder.layers(body)
     depth = len(layers)

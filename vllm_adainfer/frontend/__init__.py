@@ -1,1 +1,1 @@
-"""Everything that runs in vLLM's API server."""
+"""What runs in vLLM's API server: request check, metrics, log line, endpoints."""

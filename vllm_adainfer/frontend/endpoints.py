@@ -1,6 +1,6 @@
 """``POST /adainfer/reload``, in servers started with ``VLLM_PLUGINS=adainfer``.
 
-vLLM loads endpoint plugins only where ``VLLM_PLUGINS`` names them.
+vLLM loads an endpoint plugin only if ``VLLM_PLUGINS`` names it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm_adainfer.config import read_settings
 
 
 class AdaInferEndpoints:
-    """See vLLM's `EndpointPlugin`."""
+    """The plugin's route, as an `EndpointPlugin` of vLLM's."""
 
     name = "adainfer"
     required_tasks = ("generate",)
@@ -29,11 +29,11 @@ class AdaInferEndpoints:
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        """Nothing to keep: the route finds the engine where vLLM's own do."""
+        """Keep nothing: the route finds the engine where vLLM's own routes do."""
 
 
 async def reload(request: Request) -> dict[str, Any]:
-    """Serve with the artifacts that are there now; a 409 says why not."""
+    """Serve with the artifacts now on disk; a 409 says why that is not possible."""
     engine: EngineClient = request.app.state.engine_client
     if read_settings(engine.vllm_config.additional_config) is None:
         raise HTTPException(404, detail="this server runs stock vLLM: adainfer is not configured")
@@ -45,7 +45,7 @@ async def reload(request: Request) -> dict[str, Any]:
 
 
 def _sentence(error: Exception) -> str:
-    """What a worker has said, out of what vLLM wraps around it."""
+    """A worker's message, without the text that vLLM wraps around it."""
     text = str(error).strip().splitlines()[-1]
     found = re.search(r"failed with error '(.+)', please check the stack trace", text)
     return found[1] if found else text

@@ -1,4 +1,4 @@
-"""One line about exits for each stats interval of the log."""
+"""One log line about exits per stats interval."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 
 class LogLine:
-    """Collects one engine's reports between two lines."""
+    """Sums one engine's reports between two log lines."""
 
     def __init__(self, depth: int) -> None:
-        """`depth` is the model's."""
+        """`depth` is the model's number of layers."""
         self._depth = depth
         self._sums: Counter[str] = Counter()
         self._shadow: Mapping[str, Sequence[Mapping[str, Any]]] = {}
 
     def add(self, report: Mapping[str, Any]) -> None:
-        """Add what a `vllm_adainfer.exits.report.Reporter` has sent."""
+        """Add a report of `vllm_adainfer.exits.report.Reporter`."""
         for kind, _, detail, added in report["added"]:
             self._sums[kind] += added
             if kind == "tokens":
@@ -25,7 +25,7 @@ class LogLine:
         self._shadow = report["shadow"]
 
     def take(self) -> str | None:
-        """The line; None if nothing was decided since the last one."""
+        """The line; None if no token was decided since the last one."""
         sums, self._sums = self._sums, Counter()
         if not sums["tokens"]:
             return None
@@ -37,12 +37,12 @@ class LogLine:
         if sums["seconds"]:
             parts.append(f"probes {sums['probe_seconds'] / sums['seconds']:.1%} of the time")
         for policy, readings in self._shadow.items():
-            parts += [_disagreement(policy, one) for one in readings if one["checked"]]
+            parts += [_disagreement(policy, reading) for reading in readings if reading["checked"]]
         return ", ".join(parts)
 
 
 def _disagreement(policy: str, reading: Mapping[str, Any]) -> str:
-    state = ": at full depth now" if reading["tightened"] else ""
+    state = ": now at full depth" if reading["tightened"] else ""
     return (
         f"shadow disagreement of {policy} at {reading['epsilon']:g} "
         f"{reading['rate']:.1%} "

@@ -1,6 +1,6 @@
 """Prometheus series ``adainfer:``, on the same ``/metrics`` as vLLM's own.
 
-Not ``vllm:``: vLLM unregisters what begins with that when an engine starts.
+Not ``vllm:``: vLLM unregisters all series with that prefix when an engine starts.
 """
 
 from __future__ import annotations
@@ -18,68 +18,78 @@ from vllm_adainfer.policy.artifact import ArtifactConfig
 ENGINE = ["model_name", "engine"]
 POLICY = [*ENGINE, "policy"]
 LEVEL = [*POLICY, "epsilon"]
-# What one frontend last heard is what is true, whichever of them heard it.
+# Of several frontends, the one that heard last has the current value.
 LATEST: Literal["mostrecent"] = "mostrecent"
+TIMES = "seconds", "probe_seconds"
+# By the report's kind: name of the counter, its help, its labels.
+COUNTERS = {
+    "layers_run": (
+        "layer_rows_executed",
+        "Rows x layers executed, counted where layers execute.",
+        POLICY,
+    ),
+    "layers_skipped": (
+        "layer_rows_skipped",
+        "Rows x layers that will never be executed.",
+        POLICY,
+    ),
+    "layers_deferred": (
+        "layer_rows_deferred",
+        "Rows x layers that wait until their request needs them; later executed or skipped.",
+        POLICY,
+    ),
+    "seconds": ("forward_seconds", "Time in the stack of layers (on CPUs).", ENGINE),
+    "probe_seconds": (
+        "probe_seconds",
+        "Part of forward_seconds in which policies decided.",
+        ENGINE,
+    ),
+    "shadow_checked": ("shadow_checked", "Early answers compared with full depth.", LEVEL),
+    "shadow_disagreed": ("shadow_disagreed", "Early answers that differ from full depth.", LEVEL),
+}
+# By the reading's key: name of the gauge, what its help adds.
+DISAGREEMENT = {
+    "rate": ("shadow_disagreement", ""),
+    "low": ("shadow_disagreement_low", ", lower confidence bound"),
+    "high": ("shadow_disagreement_high", ", upper confidence bound"),
+}
 
-
-_registered: list[MetricWrapperBase] = []  # those of the last server in this process
+_registered: list[MetricWrapperBase] = []  # by the latest server in this process
 
 
 class Series:
-    """All series of a server; its engines share them, by their labels."""
+    """All series of a server, which its engines share and tell apart by labels.
+
+    Attributes:
+        counters: by the report's kind.
+        exit_layer: a histogram, of the report's kind ``tokens``.
+        disagreement: gauges, by the reading's key.
+        exits_allowed: a gauge.
+
+    """
 
     def __init__(self, layers: tuple[int, ...]) -> None:
         """`layers` are the buckets of the histogram: exit points and full depth.
 
-        Those of an engine that was here before go, as vLLM does it with its own.
+        Series of an earlier engine in this process are unregistered, as vLLM does with its own.
         """
         while _registered:
             REGISTRY.unregister(_registered.pop())
-        self.layers_run = Counter(
-            "adainfer:layer_rows_executed",
-            "Rows x layers executed, counted where layers execute.",
-            POLICY,
-        )
-        self.layers_skipped = Counter(
-            "adainfer:layer_rows_skipped",
-            "Rows x layers that will never be executed.",
-            POLICY,
-        )
-        self.layers_deferred = Counter(
-            "adainfer:layer_rows_deferred",
-            "Rows x layers that wait until their request needs them; later executed or skipped.",
-            POLICY,
-        )
+        self.counters = {
+            kind: Counter(f"adainfer:{name}", text, labels)
+            for kind, (name, text, labels) in COUNTERS.items()
+        }
         self.exit_layer = Histogram(
-            "adainfer:exit_layer",
-            "Layers that decided tokens have run.",
-            POLICY,
-            buckets=layers,
-        )
-        self.seconds = Counter(
-            "adainfer:forward_seconds", "Time in the stack of layers (on CPUs).", ENGINE
-        )
-        self.probe_seconds = Counter(
-            "adainfer:probe_seconds", "Of these, time in which policies decided.", ENGINE
-        )
-        self.shadow_checked = Counter(
-            "adainfer:shadow_checked", "Early answers compared with full depth.", LEVEL
-        )
-        self.shadow_disagreed = Counter(
-            "adainfer:shadow_disagreed", "Early answers that differ from full depth.", LEVEL
+            "adainfer:exit_layer", "Layers that decided tokens have run.", POLICY, buckets=layers
         )
         self.disagreement = {
-            end: Gauge(
-                f"adainfer:shadow_disagreement{suffix}",
-                f"Share of early answers that differ from full depth{what}.",
+            key: Gauge(
+                f"adainfer:{name}",
+                f"Share of early answers that differ from full depth{text}.",
                 LEVEL,
                 multiprocess_mode=LATEST,
             )
-            for end, suffix, what in (
-                ("rate", "", ""),
-                ("low", "_low", ", lower confidence bound"),
-                ("high", "_high", ", upper confidence bound"),
-            )
+            for key, (name, text) in DISAGREEMENT.items()
         }
         self.exits_allowed = Gauge(
             "adainfer:policy_exits_allowed",
@@ -87,8 +97,14 @@ class Series:
             LEVEL,
             multiprocess_mode=LATEST,
         )
-        own = (one for one in vars(self).values() if isinstance(one, MetricWrapperBase))
-        _registered.extend([*own, *self.disagreement.values()])
+        _registered.extend(
+            [
+                *self.counters.values(),
+                self.exit_layer,
+                *self.disagreement.values(),
+                self.exits_allowed,
+            ]
+        )
 
 
 class EngineMetrics:
@@ -96,27 +112,27 @@ class EngineMetrics:
 
     def __init__(
         self,
-        shared: Series,
+        series: Series,
         model_name: str,
         engine: int,
         configs: Mapping[str, ArtifactConfig],
     ) -> None:
         """`configs` are those of the policies, by name."""
-        self._series = shared
+        self._series = series
         self._labels = model_name, str(engine)
-        shown = self._series
         for name in (*configs, NO_POLICY):  # so that rates begin at 0
-            for kind in (*WORK, "exit_layer"):
-                getattr(shown, kind).labels(*self._labels, name)
+            for kind in WORK:
+                series.counters[kind].labels(*self._labels, name)
+            series.exit_layer.labels(*self._labels, name)
         for name, config in configs.items():
             for level in config.levels:
                 labels = *self._labels, name, f"{level.epsilon:g}"
-                shown.exits_allowed.labels(*labels).set(1)
-        shown.seconds.labels(*self._labels)
-        shown.probe_seconds.labels(*self._labels)
+                series.exits_allowed.labels(*labels).set(1)
+        for kind in TIMES:
+            series.counters[kind].labels(*self._labels)
 
     def add(self, report: Mapping[str, Any]) -> None:
-        """Add what a `vllm_adainfer.exits.report.Reporter` has sent."""
+        """Add a report of `vllm_adainfer.exits.report.Reporter`."""
         for kind, policy, detail, added in report["added"]:
             self._add(kind, policy, detail, added)
         for policy, readings in report["shadow"].items():
@@ -125,8 +141,8 @@ class EngineMetrics:
                 self._series.exits_allowed.labels(*labels).set(not reading["tightened"])
                 if not reading["checked"]:
                     continue
-                for end, gauge in self._series.disagreement.items():
-                    gauge.labels(*labels).set(reading[end])
+                for key, gauge in self._series.disagreement.items():
+                    gauge.labels(*labels).set(reading[key])
 
     def _add(self, kind: str, policy: str, detail: str, added: float) -> None:
         if kind == "tokens":
@@ -135,4 +151,4 @@ class EngineMetrics:
                 histogram.observe(int(detail))
             return
         labels = [*self._labels, *([policy] if policy else []), *([detail] if detail else [])]
-        getattr(self._series, kind).labels(*labels).inc(added)
+        self._series.counters[kind].labels(*labels).inc(added)

@@ -1,8 +1,8 @@
-"""Requests that ask us for what there is not are refused by vLLM's frontend, with a 400.
+"""vLLM's frontend answers a request that the engine cannot serve as asked with a 400.
 
-vLLM lets custom logits processors look at the parameters of each request when it arrives
-(``LogitsProcessor.validate_params``). We hand it one that does this and nothing else: workers drop
-it before they build their samplers, see `vllm_adainfer.engine.worker`.
+vLLM lets custom logits processors check the parameters of each request on arrival
+(``LogitsProcessor.validate_params``). Ours does only that: workers drop it before they build their
+samplers, see `vllm_adainfer.engine.worker`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import sys
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as V2LogitsProcessor,
@@ -26,13 +27,14 @@ _numbers = itertools.count()
 
 
 class RequestCheck(V1LogitsProcessor, V2LogitsProcessor):
-    """One engine's, by a subclass: vLLM calls `validate_params` without saying which engine's."""
+    """Subclassed for each engine: vLLM does not tell `validate_params` whose request it is."""
 
     admission: ClassVar[Admission]
 
     @classmethod
+    @override
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raise ``ValueError``, which vLLM makes a 400 of."""
+        """Raise ``ValueError``, which vLLM turns into a 400."""
         try:
             cls.admission.check(sampling_params)
         except AdaInferError as error:
@@ -40,7 +42,7 @@ class RequestCheck(V1LogitsProcessor, V2LogitsProcessor):
 
 
 def use_check(admission: Admission) -> str:
-    """What to put among a model's logits processors so that `admission` checks its requests."""
+    """Name of the logits processor through which `admission` checks a model's requests."""
     name = f"RequestCheck{next(_numbers)}"
     check = type(name, (RequestCheck,), {"admission": admission})
     setattr(sys.modules[__name__], name, check)

@@ -1,8 +1,10 @@
-"""What a server tells of exits: metrics, and a line in the log at each stats interval."""
+"""A server's statistics about exits: metrics, and a log line per stats interval."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine import compat
@@ -20,12 +22,12 @@ logger = compat.get_logger(__name__)
 
 
 class WithExitStats(_Manager):
-    """Comes before vLLM's `StatLoggerManager`: takes our reports out of what engines send."""
+    """Mixed in before vLLM's `StatLoggerManager`: takes our reports out of what engines send."""
 
     def __init__(
         self, vllm_config: VllmConfig, engine_idxs: list[int] | None = None, *args: Any, **kw: Any
     ) -> None:
-        """As vLLM's; engines without our switch have none of ours."""
+        """An engine without our switch gets no statistics of ours."""
         super().__init__(vllm_config, engine_idxs, *args, **kw)
         self._metrics: dict[int, EngineMetrics] = {}
         self._lines: dict[int, LogLine] = {}
@@ -39,9 +41,10 @@ class WithExitStats(_Manager):
         series = Series((*sorted(points.union(settings.exit_script or ())), depth))
         for index in self.engine_indexes:
             self._metrics[index] = EngineMetrics(series, model.served_model_name, index, configs)
-            if kw.get("client_count", 1) == 1:  # else each frontend has only a part of the numbers
+            if kw.get("client_count", 1) == 1:  # else a frontend sees a part of the counts
                 self._lines[index] = LogLine(depth)
 
+    @override
     def record(
         self,
         scheduler_stats: Any,
@@ -49,7 +52,6 @@ class WithExitStats(_Manager):
         mm_cache_stats: Any = None,
         engine_idx: int | None = None,
     ) -> None:
-        """As vLLM's."""
         report = compat.take_report(scheduler_stats)
         if report is not None:
             self._metrics[engine_idx or 0].add(report)
@@ -57,8 +59,9 @@ class WithExitStats(_Manager):
                 self._lines[engine_idx or 0].add(report)
         super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
 
+    @override
     def log(self) -> None:
-        """As vLLM's, and a line of ours for each engine that has decided something."""
+        """Add a line for each engine that has decided a token."""
         super().log()
         for index, line in self._lines.items():
             text = line.take()

@@ -1,1 +1,1 @@
-"""VLLM's model classes with exit points, by family."""
+"""Model classes of vLLM with exit points, by family."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from typing_extensions import override
 from vllm.model_executor.models.gemma import GemmaForCausalLM
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
@@ -13,11 +14,11 @@ from vllm_adainfer.engine.early_exit import EarlyExit
 
 
 class Gemma2Decoder(Decoder):
-    """Llama's, with the embedding for a head."""
+    """As Llama, but the embedding is also the LM head."""
 
     @staticmethod
+    @override
     def head(model: Any) -> Any:
-        """See `Decoder.head`."""
         return model.model.embed_tokens
 
 
@@ -34,6 +35,6 @@ class AdaInferGemma2ForCausalLM(EarlyExit, Gemma2ForCausalLM):
 
 
 class AdaInferGemma3ForCausalLM(EarlyExit, Gemma3ForCausalLM):
-    """Gemma 3, text alone."""
+    """Gemma 3, text only."""
 
     decoder = Decoder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 from vllm.model_executor.models.granite import GraniteForCausalLM
 
 from vllm_adainfer.engine.decoder import Decoder
@@ -12,23 +13,23 @@ from vllm_adainfer.engine.early_exit import EarlyExit
 
 
 class GraniteDecoder(Decoder):
-    """Llama's, with a multiplied embedding and a stream in one part."""
+    """As Llama, but with a scaled embedding and a residual stream in one part."""
 
     @staticmethod
+    @override
     def embed(body: Any, ids: Tensor, positions: Tensor) -> Tensor:
-        """See `Decoder.embed`."""
         return Decoder.embed(body, ids, positions) * float(body.config.embedding_multiplier)
 
     @staticmethod
+    @override
     def run_layer(
         layer: nn.Module, positions: Tensor, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, None]:
-        """See `Decoder.run_layer`."""
         return layer(positions, hidden), None
 
     @staticmethod
+    @override
     def finish(body: Any, hidden: Tensor, residual: Tensor | None) -> Tensor:
-        """See `Decoder.finish`."""
         normed: Tensor = body.norm(hidden)
         return normed
 

@@ -1,4 +1,4 @@
-"""Llama, and what vLLM builds like it: its classes with exit points."""
+"""Llama, and the families that vLLM builds like it, with exit points."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_adainfer.engine.decoder import Decoder
 from vllm_adainfer.engine.early_exit import EarlyExit
 
 
-@ignore_torch_compile  # vLLM compiles this class; here its segments are compiled instead
+@ignore_torch_compile  # vLLM compiles this class; we compile its segments instead
 class AdaInferErnie4_5ForCausalLM(EarlyExit, Ernie4_5ForCausalLM):
     """Ernie 4.5, dense."""
 
@@ -27,7 +27,7 @@ class AdaInferGlm4ForCausalLM(EarlyExit, Glm4ForCausalLM):
 
 
 class AdaInferLlamaForCausalLM(EarlyExit, LlamaForCausalLM):
-    """Llama 2 and 3, and all that uses their architecture."""
+    """Llama 2 and 3, and other models of their architecture."""
 
     decoder = Decoder
 

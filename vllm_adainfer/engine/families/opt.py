@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 from vllm.model_executor.models.opt import OPTForCausalLM
 
 from vllm_adainfer.engine.decoder import Decoder, KVProjection
@@ -13,19 +14,19 @@ from vllm_adainfer.engine.early_exit import EarlyExit
 
 
 class OPTDecoder(Decoder):
-    """Learned positions, a stream in one part, LayerNorm; OPT-350m norms after its blocks instead.
+    """Learned positions, a residual stream in one part, LayerNorm before each block.
 
-    There the embedding is narrower than the stream, with a projection from it and back.
+    OPT-350m norms after its blocks, and projects from a narrower embedding to the stream and back.
     """
 
     @staticmethod
+    @override
     def body(model: Any) -> Any:
-        """See `Decoder.body`."""
         return model.model.decoder
 
     @staticmethod
+    @override
     def embed(body: Any, ids: Tensor, positions: Tensor) -> Tensor:
-        """See `Decoder.embed`."""
         embedded = body.embed_input_ids(ids)
         if body.project_in is not None:
             embedded, _ = body.project_in(embedded)
@@ -33,15 +34,15 @@ class OPTDecoder(Decoder):
         return hidden
 
     @staticmethod
+    @override
     def run_layer(
         layer: nn.Module, positions: Tensor, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, None]:
-        """See `Decoder.run_layer`."""
         return layer(hidden), None
 
     @staticmethod
+    @override
     def finish(body: Any, hidden: Tensor, residual: Tensor | None) -> Tensor:
-        """See `Decoder.finish`."""
         if body.final_layer_norm is not None:
             hidden = body.final_layer_norm(hidden)
         if body.project_out is not None:
@@ -49,24 +50,24 @@ class OPTDecoder(Decoder):
         return hidden
 
     @staticmethod
+    @override
     def final_norm(body: Any) -> nn.Module | None:
-        """See `Decoder.final_norm`."""
         norm: nn.Module | None = body.final_layer_norm
         return norm
 
     @staticmethod
+    @override
     def projection(body: Any) -> Tensor | None:
-        """See `Decoder.projection`."""
         if body.project_out is None:
             return None
-        positions = body.embed_positions.weight  # vLLM may have repacked the projection's
+        positions = body.embed_positions.weight  # vLLM may have repacked the projection's weights
         eye = torch.eye(positions.shape[1], dtype=positions.dtype, device=positions.device)
         projection: Tensor = body.project_out(eye)[0]
         return projection
 
     @staticmethod
+    @override
     def kv_projection(layer: Any) -> KVProjection:
-        """See `Decoder.kv_projection`."""
         return KVProjection(
             attention=layer.self_attn.attn,
             qkv_proj=layer.self_attn.qkv_proj,
