@@ -24,11 +24,11 @@ import typer
 from tqdm import tqdm
 
 from vllm_adainfer.config import EXIT_ARG
-from vllm_adainfer.offline.calibration.calibrate import load_config
 from vllm_adainfer.offline.calibration.data import Example, Row, make_examples
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.report import Run, write_whole
 from vllm_adainfer.offline.evaluation.sequences import compare, has_number, read_back
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.plugin import register
 from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
@@ -90,7 +90,7 @@ def main(
 
 def read_sets(model: str, data_dir: Path, count: int) -> dict[str, list[Example]]:
     """Up to `count` chat prompts of each source; the label is the answer, where one is scored."""
-    _, tokenizer = load_config(model)
+    _, tokenizer = load_config_and_tokenizer(model)
     sets = {}
     for name, (field, used) in SOURCES.items():
         path = data_dir / name / "test.jsonl"
@@ -199,7 +199,7 @@ def measure_quality(
 
     One request at a time, so that every token that settles leaves.
     """
-    _, tokenizer = load_config(model)
+    _, tokenizer = load_config_and_tokenizer(model)
     prompts = [example.token_ids for example in examples]
     texts = {v: run(engines, v, examples, 1, max_tokens).texts for v in VARIANTS}
     rows = []

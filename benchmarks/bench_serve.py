@@ -31,10 +31,10 @@ from server import Server, serving
 from tqdm import tqdm
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.calibrate import load_config
 from vllm_adainfer.offline.calibration.data import Example, make_examples, read_rows, read_template
 from vllm_adainfer.offline.calibration.engine import BLOCK
 from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
@@ -61,7 +61,7 @@ def main(
 ) -> None:
     """Measure, and write JSON, a Markdown table and a plot beside each other."""
     config = load_artifact_config(artifact)
-    hf_config, tokenizer = load_config(model)
+    hf_config, tokenizer = load_config_and_tokenizer(model)
     config.check_served_by(hf_config)
     longest = hf_config.max_position_embeddings - 1
     rows = read_rows(data)

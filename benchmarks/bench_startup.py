@@ -18,10 +18,10 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from vllm_adainfer.offline.calibration.calibrate import load_config
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 
 MAX_LENGTH = 1024
@@ -33,7 +33,7 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/startup.json"),
 ) -> None:
     """Measure, and write JSON and a Markdown table beside each other."""
-    depth = load_config(model)[0].num_hidden_layers
+    depth = load_config_and_tokenizer(model)[0].num_hidden_layers
     plans: dict[str, Any] = {
         STOCK: None,
         FOUR: {"exit_script": [depth * part // 5 for part in range(1, 5)]},

@@ -38,10 +38,10 @@ from scripted_requests import random_prompts, scripted_request
 from vllm_adainfer.engine.batch import CompiledBatch
 from vllm_adainfer.exits.exit_loop import ExitLoop
 from vllm_adainfer.exits.step import StepContext
-from vllm_adainfer.offline.calibration.calibrate import load_config
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.norm import Norm
 from vllm_adainfer.policy.probe import Probe
@@ -66,7 +66,7 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/step_cost.json"),
 ) -> None:
     """Measure, fit, and write JSON and a Markdown table beside each other."""
-    hf_config, _ = load_config(model)
+    hf_config, _ = load_config_and_tokenizer(model)
     depth, vocabulary = hf_config.num_hidden_layers, hf_config.vocab_size
     measured = []
     for layers in (depth // 3, depth):

@@ -22,8 +22,8 @@ from faults_report import growth
 from server import serving
 from text_scenarios import texts
 
-from vllm_adainfer.offline.calibration.calibrate import load_config
 from vllm_adainfer.offline.calibration.data import make_examples, read_rows
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 LENGTH = 1024  # of a prompt and its text, at most
@@ -86,7 +86,7 @@ def main(
 
 def prompts_of(model: str, data: Path) -> list[list[int]]:
     """Prompts as token ids, short enough for a text and a next turn behind them."""
-    _, tokenizer = load_config(model)
+    _, tokenizer = load_config_and_tokenizer(model)
     examples = make_examples(read_rows(data), tokenizer, None, "label", 1 << 20)
     return [one.token_ids for one in examples if len(one.token_ids) <= LONGEST_PROMPT]
 

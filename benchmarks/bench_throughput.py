@@ -39,10 +39,10 @@ from throughput_report import (
 )
 from tqdm import tqdm
 
-from vllm_adainfer.offline.calibration.calibrate import load_config
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.plugin import register
 from vllm_adainfer.stats import stats
@@ -134,7 +134,7 @@ def main(
     """Measure, and write JSON, a Markdown table and a plot beside each other."""
     if model in SHAPES:
         model = str(write_shape(model, Path(tempfile.mkdtemp())))
-    hf_config, _ = load_config(model)
+    hf_config, _ = load_config_and_tokenizer(model)
     depth, vocabulary = hf_config.num_hidden_layers, hf_config.vocab_size
     cases = QUICK_CASES if quick else GPU_CASES if ON_GPU else CASES
     engines = start_engines(model, depth, cases, quick)

@@ -14,7 +14,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ import typer
 
 from vllm_adainfer import __version__
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.kinds import BoundChoice, ClassifierKind, ProbeChoice, Risk
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,43 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Early exit for stock vLLM: calibrate a policy, measure it, serve with one flag.",
 )
-
-
-class ProbeChoice(str, Enum):
-    """Probes; auto takes label-head with --labels and lens without."""
-
-    auto = "auto"
-    lens = "lens"
-    label_head = "label-head"
-    logit_lens = "logit-lens"
-
-
-class ClassifierChoice(str, Enum):
-    """Classifiers on top_prob and gap; crf also reads those of the exit points before."""
-
-    svm = "svm"
-    logreg = "logreg"
-    threshold = "threshold"
-    rbf = "rbf"
-    boosting = "boosting"
-    crf = "crf"
-
-
-class RiskChoice(str, Enum):
-    """What epsilon bounds."""
-
-    disagreement = "disagreement"
-    accuracy = "accuracy"
-
-
-class BoundChoice(str, Enum):
-    """Confidence bounds; auto takes exact for disagreement and wsr for accuracy."""
-
-    auto = "auto"
-    exact = "exact"
-    wsr = "wsr"
-    hoeffding_bentkus = "hoeffding-bentkus"
-    naive = "naive"
 
 
 def _errors_as_sentences(command: Callable[..., None]) -> Callable[..., None]:
@@ -125,16 +88,14 @@ def calibrate(
     template: Template = None,
     label_field: LabelField = "label",
     labels: Labels = "",
-    probe: Annotated[ProbeChoice, typer.Option(help="How a state becomes scores.")] = (
-        ProbeChoice.auto
-    ),
+    probe: Annotated[ProbeChoice, typer.Option(help="How a state becomes scores.")] = "auto",
     classifier: Annotated[
-        ClassifierChoice,
+        ClassifierKind,
         typer.Option(
             help="What reads the features: a linear svm or logreg, the threshold on the gap alone, "
             "an rbf SVM, boosting (shallow trees), or a crf over the exit points."
         ),
-    ] = ClassifierChoice.svm,
+    ] = "svm",
     exit_points: Annotated[
         str, typer.Option(help="Layers such as 12,18,24, or auto: up to four, chosen.")
     ] = "auto",
@@ -143,15 +104,15 @@ def calibrate(
         float, typer.Option(min=0.0001, max=0.5, help="Chance that the bound does not hold.")
     ] = 0.1,
     risk: Annotated[
-        RiskChoice,
+        Risk,
         typer.Option(
             help="What epsilon bounds: the share of changed answers, or the accuracy lost (every "
             "row needs its label)."
         ),
-    ] = RiskChoice.disagreement,
+    ] = "disagreement",
     bound: Annotated[
         BoundChoice, typer.Option(help="How it is certified; naive has no confidence.")
-    ] = BoundChoice.auto,
+    ] = "auto",
     max_tokens: Annotated[
         int,
         typer.Option(
@@ -165,7 +126,7 @@ def calibrate(
     """Fit a policy on your prompts, certify its bound, write an artifact."""
     from vllm_adainfer.offline.calibration.calibrate import CalibrationRequest
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
-    from vllm_adainfer.offline.calibration.policy import PolicyOptions
+    from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
     from vllm_adainfer.offline.describe import describe
     from vllm_adainfer.policy.artifact_files import load_details
 
@@ -177,14 +138,14 @@ def calibrate(
             template=template,
             label_field=label_field,
             labels=_names(labels),
-            probe=probe.value,
+            probe=probe,
             options=PolicyOptions(
-                classifier=classifier.value,
+                classifier=classifier,
                 exit_points=_layers(exit_points),
                 epsilon=epsilon,
                 delta=delta,
-                risk=risk.value,
-                bound=bound.value,
+                risk=risk,
+                bound=bound,
                 seed=seed,
                 max_tokens=max_tokens,
             ),

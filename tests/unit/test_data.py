@@ -181,16 +181,16 @@ def test_special_tokens_are_added_to_a_prompt_but_not_to_a_rendered_chat(chat):
 @pytest.mark.parametrize(
     ("fields", "template", "message"),
     [
-        ({"txt": "good"}, TEMPLATE, "the template wants the field 'text', but the row has 'txt'"),
-        ({}, TEMPLATE, "the template wants the field 'text', but the row has none"),
-        ({"text": "good"}, "{a[b]}", "the template wants the field 'a'"),
+        ({"txt": "good"}, TEMPLATE, "the template needs the field 'text', but the row has 'txt'"),
+        ({}, TEMPLATE, "the template needs the field 'text', but the row has none"),
+        ({"text": "good"}, "{a[b]}", "the template needs the field 'a'"),
         ({"text": "good"}, None, "neither a 'prompt' (text) nor 'messages' (list)"),
         ({"prompt": 3}, None, "neither a 'prompt' (text) nor 'messages' (list)"),
         ({"messages": "good"}, None, "neither a 'prompt' (text) nor 'messages' (list)"),
         (
             {"messages": ["good"]},
             None,
-            "messages do not fit the model's chat template: a message is an",
+            "the model's chat template rejects the messages: a message is an",
         ),
         ({"prompt": ""}, None, "the prompt has 0 tokens, but the model takes 1 to 8"),
         ({"prompt": "good " * 9}, None, "the prompt has 9 tokens, but the model takes 1 to 8"),
@@ -210,14 +210,14 @@ def test_a_row_that_makes_no_prompt_is_an_error_that_names_its_line(
 def test_messages_without_a_chat_template_are_an_error(tokenizer):
     rows = [Row("data.jsonl, line 1", {"messages": MESSAGES})]
     with pytest.raises(
-        AdaInferError, match="line 1: messages do not fit the model's chat template"
+        AdaInferError, match="line 1: the model's chat template rejects the messages"
     ):
         make_examples(rows, tokenizer, None, "label", 100)
 
 
 def test_a_template_names_its_fields(tokenizer):
     rows = [Row("data.jsonl, line 1", {"text": "good"})]
-    with pytest.raises(AdaInferError, match="line 1: the template wants the field ''"):
+    with pytest.raises(AdaInferError, match="line 1: the template needs the field ''"):
         make_examples(rows, tokenizer, "{}", "label", 100)
 
 
@@ -242,13 +242,13 @@ def test_a_label_is_decided_by_its_first_token_after_the_prompt(tokenizer, end):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "two or more different names"),
-        (["good"], "two or more different names"),
-        (["good", "good"], "two or more different names"),
-        (["good", ""], "two or more different names"),
-        (["good", "good Review"], "'good' and 'good Review' tokenise ambiguously"),
-        (["xyzzy", "plugh"], "'xyzzy' and 'plugh' tokenise ambiguously"),
-        (["good", " "], "label ' ' tokenises ambiguously"),
+        ([], "at least two different names"),
+        (["good"], "at least two different names"),
+        (["good", "good"], "at least two different names"),
+        (["good", ""], "at least two different names"),
+        (["good", "good Review"], "'good' and 'good Review' both begin with"),
+        (["xyzzy", "plugh"], "'xyzzy' and 'plugh' both begin with"),
+        (["good", " "], "the label ' ' merges with"),
     ],
 )
 def test_labels_that_cannot_be_told_apart_are_an_error(tokenizer, names, message):
@@ -280,7 +280,9 @@ def test_a_label_that_merges_with_the_prompt_is_an_error(tokenizer):
         def encode(self, text: str, add_special_tokens: bool) -> list[int]:
             return tokenizer.encode(text.replace(": g", ":g").replace(":good", "Review"))
 
-    with pytest.raises(AdaInferError, match=r"label 'good' tokenises ambiguously.*'Sentiment :'"):
+    with pytest.raises(
+        AdaInferError, match=r"the label 'good' merges with the end of the prompt .*'Sentiment :'"
+    ):
         find_labels(["bad", "good"], example("Sentiment :"), Merging())
 
 
@@ -292,5 +294,5 @@ def test_known_labels_and_rows_without_one_pass(tokenizer, label):
 
 def test_an_unknown_label_is_an_error_that_names_its_line(tokenizer):
     labels = find_labels(["bad", "good"], example("Sentiment :"), tokenizer)
-    with pytest.raises(AdaInferError, match="line 1: label 'fine' is not among bad, good"):
+    with pytest.raises(AdaInferError, match="line 1: the label 'fine' is not among bad, good"):
         check_labels_known([example("Review", "good"), example("Review", "fine")], labels)

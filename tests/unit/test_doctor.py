@@ -282,7 +282,10 @@ def test_a_model_without_exit_points_fails(installed, tmp_path, tiny_policy):
     Fast(tokenizer_object=word_tokenizer().backend_tokenizer).save_pretrained(tmp_path)
     *_, model, engine = examine(str(tmp_path), str(tiny_policy))
     assert model.failed
-    assert "is a OtherForLM, which has no exit points yet; supported: Ernie4_5" in model.sentence
+    assert (
+        "is of the architecture OtherForLM, which is not supported yet; supported: Ernie4_5"
+        in model.sentence
+    )
     assert engine.state == "skip"
 
 

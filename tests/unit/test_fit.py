@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch import Tensor
 
 from vllm_adainfer.offline.calibration import probes
 from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
-from vllm_adainfer.offline.calibration.fit import FittedExit, fit_exits, is_right, split
+from vllm_adainfer.offline.calibration.fit import FittedExit, fit_exits, is_right
 from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.calibration.split import Split, random_order
 from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.norm import Norm
 from vllm_adainfer.policy.probe import Probe
@@ -18,7 +21,7 @@ from vllm_adainfer.policy.probe import Probe
 HIDDEN, VOCAB, LAYER = 32, 50, 4
 PROMPTS, ROWS_PER_PROMPT = 100, 10
 NORM = Norm("rms", torch.ones(HIDDEN), eps=1e-5)
-HALVES = np.arange(PROMPTS // 2), np.arange(PROMPTS // 2, PROMPTS)
+SPLIT = Split.halves(PROMPTS)
 LABELS = torch.tensor([7, 3, 20])
 
 
@@ -37,7 +40,7 @@ def recording_of(rank: int, noise: float = 0.0) -> Recording:
 
     decisions = normal(PROMPTS, HIDDEN)
     folds = [Moments.zeros(HIDDEN, HIDDEN) for _ in range(FOLDS)]
-    for prompt in HALVES[0]:
+    for prompt in SPLIT.fit:
         rows = normal(ROWS_PER_PROMPT, HIDDEN)
         folds[prompt % FOLDS].add(rows, final_of(rows) - rows, torch.ones(ROWS_PER_PROMPT))
     final = final_of(decisions)
@@ -60,17 +63,25 @@ def recording_of(rank: int, noise: float = 0.0) -> Recording:
 
 def fitted_on(recording: Recording, kind: str, labels: Tensor | None = None) -> FittedExit:
     target = Target(kind, labels)
-    [fitted] = fit_exits(recording, target, HALVES, "threshold", 0, [LAYER])
+    [fitted] = fit_exits(recording, target, SPLIT, "threshold", 0, [LAYER])
     return fitted
 
 
 def test_the_halves_share_no_prompt_miss_none_and_are_in_random_order():
-    first, second = split(101, seed=3)
+    split, order = Split.halves(101), random_order(101, seed=3)
+    first, second = order[split.fit], order[split.certify]
     assert (len(first), len(second)) == (50, 51)
     assert sorted([*first, *second]) == list(range(101))
     assert all((half != np.sort(half)).any() for half in (first, second))
-    assert np.array_equal(first, split(101, seed=3)[0])
-    assert not np.array_equal(first, split(101, seed=4)[0])
+    assert np.array_equal(order, random_order(101, seed=3))
+    assert not np.array_equal(order, random_order(101, seed=4))
+
+
+def test_the_rows_of_a_half_are_all_those_of_its_prompts_in_the_prompts_order():
+    recording = replace(recording_of(rank=1), prompts=np.array([0, 0, 1, 2, 2, 3]))
+    split = Split(fit=np.array([2, 0]), certify=np.array([1, 3]))
+    assert split.fit_rows(recording).tolist() == [3, 4, 0, 1]
+    assert split.certify_rows(recording).tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("low_rank_from", [HIDDEN, HIDDEN + 1])
@@ -123,11 +134,11 @@ def test_features_to_learn_from_are_of_probes_that_have_not_seen_the_prompt(
         recording.tokens[:] = final.top1_id.numpy()
     else:
         for fold, moments in enumerate(recording.moments[LAYER]):
-            rows = torch.from_numpy(HALVES[0][HALVES[0] % FOLDS == fold])
+            rows = torch.from_numpy(SPLIT.fit[SPLIT.fit % FOLDS == fold])
             state = recording.states[LAYER][rows]
             moments.add(state, recording.final[rows] - state, torch.full((len(rows),), 1000.0))
     fitted = fitted_on(recording, kind, labels)
-    seen = HALVES[0]
+    seen = SPLIT.fit
     probe = fitted.probe
     result = probe.score(probe.readout(recording.states[LAYER][seen]))
     in_sample = (result.top1_id.numpy() == recording.tokens[seen]).mean()
@@ -149,8 +160,8 @@ def test_the_loss_of_accuracy_is_signed_by_who_is_right():
     plain = fitted_on(recording, "logit-lens", LABELS).probe
     recording.tokens[:] = plain.score(plain.readout(recording.final)).top1_id.numpy()
     target = Target("label-head", LABELS)
-    [exit] = fit_exits(recording, target, HALVES, "svm", 0, [LAYER], right)
-    for half, prompts in zip((exit.fitted, exit.held_out), HALVES, strict=True):
+    [exit] = fit_exits(recording, target, SPLIT, "svm", 0, [LAYER], right)
+    for half, prompts in zip((exit.fitted, exit.held_out), (SPLIT.fit, SPLIT.certify), strict=True):
         full = recording.tokens[prompts]
         found = set()
         for row, prompt in enumerate(prompts):

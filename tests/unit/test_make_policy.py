@@ -8,17 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.offline.calibration import policy as making
+from vllm_adainfer.offline.calibration import fitted_policy as making
 from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
-from vllm_adainfer.offline.calibration.policy import (
+from vllm_adainfer.offline.calibration.fitted_policy import (
+    Calibration,
     FittedPolicy,
     PolicyOptions,
     make_policy,
+)
+from vllm_adainfer.offline.calibration.policy_artifact import (
     policy_config,
     policy_details,
     policy_tensors,
 )
 from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy
@@ -31,7 +35,7 @@ LAYERS = (2, 4, 6)
 LABELS = (Label(name="bad", token_id=7), Label(name="good", token_id=3))
 LABEL_IDS = torch.tensor([7, 3])
 NORM = Norm("rms", torch.ones(HIDDEN), eps=1e-5)
-HALVES = np.arange(PROMPTS // 2), np.arange(PROMPTS // 2, PROMPTS)
+SPLIT = Split.halves(PROMPTS)
 HF_CONFIG = SimpleNamespace(
     architectures=["LlamaForCausalLM"], hidden_size=HIDDEN, vocab_size=VOCAB
 )
@@ -51,7 +55,7 @@ def recording_of(labels: bool, noise: float = 1.0) -> Recording:
     moments = {layer: [Moments.zeros(HIDDEN, HIDDEN) for _ in range(FOLDS)] for layer in LAYERS}
     for layer, folds in moments.items():
         for fold, sums in enumerate(folds):
-            rows = HALVES[0][HALVES[0] % FOLDS == fold]
+            rows = SPLIT.fit[SPLIT.fit % FOLDS == fold]
             change = final[rows] - states[layer][rows]
             sums.add(states[layer][rows].double(), change.double(), torch.ones(len(rows)))
     model = Probe(
@@ -76,7 +80,9 @@ def recording_of(labels: bool, noise: float = 1.0) -> Recording:
 
 
 def made(recording: Recording, target: Target, **options) -> FittedPolicy:
-    return make_policy(recording, target, HALVES, PolicyOptions(epsilon=0.05, **options))
+    return make_policy(
+        Calibration(recording, target, SPLIT, PolicyOptions(epsilon=0.05, **options))
+    )
 
 
 @pytest.mark.parametrize("classifier", ["svm", "logreg", "threshold", "rbf", "boosting", "crf"])
@@ -89,20 +95,18 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_
     labels = LABELS if with_labels else ()
     target = Target(probe, LABEL_IDS if with_labels else None)
     options = PolicyOptions(classifier=classifier, epsilon=0.05)
-    policy = make_policy(recording, target, HALVES, options)
-    config = policy_config(policy, recording, target, HALVES, options, labels, "tiny", HF_CONFIG)
-    save_artifact(
-        tmp_path / "policy", config, policy_tensors(policy, target, labels), {}, "card", {}
-    )
+    policy = make_policy(Calibration(recording, target, SPLIT, options, labels))
+    config = policy_config(policy, "tiny", HF_CONFIG)
+    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card", {})
 
     artifact = load_artifact(str(tmp_path / "policy"))
     serving = CalibratedPolicy(artifact, recording.logit_lens, torch.device("cpu"))
     point = policy.points[0.05]
-    tags = torch.full((len(HALVES[1]),), artifact.config.level_of(None))
-    exits = np.full(len(HALVES[1]), len(policy.exits))
+    tags = torch.full((len(SPLIT.certify),), artifact.config.level_of(None))
+    exits = np.full(len(SPLIT.certify), len(policy.exits))
     memory = None
     for index, layer in enumerate(serving.exit_points):
-        decision = serving.decide(index, recording.states[layer][HALVES[1]], tags, memory)
+        decision = serving.decide(index, recording.states[layer][SPLIT.certify], tags, memory)
         exits[(exits == len(policy.exits)) & decision.settled.numpy()] = index
         memory = decision.memory
     assert np.array_equal(exits, point.exits)
@@ -115,8 +119,12 @@ def test_every_level_is_within_its_epsilon_and_a_looser_one_saves_no_less(risk):
     right = [{int(token)} for token in recording.tokens]
     options = PolicyOptions(epsilon=0.05, risk=risk)
     target = Target("label-head", LABEL_IDS)
-    policy = make_policy(recording, target, HALVES, options, right if risk == "accuracy" else None)
-    config = policy_config(policy, recording, target, HALVES, options, LABELS, "tiny", HF_CONFIG)
+    policy = make_policy(
+        Calibration(
+            recording, target, SPLIT, options, LABELS, right if risk == "accuracy" else None
+        )
+    )
+    config = policy_config(policy, "tiny", HF_CONFIG)
     assert config.risk == risk
     assert config.bound == ("exact" if risk == "disagreement" else "wsr")
     assert [level.epsilon for level in config.levels] == sorted(policy.points)
@@ -136,7 +144,9 @@ def test_accuracy_that_is_not_lost_lets_more_leave_than_answers_that_do_not_chan
     for risk in ("disagreement", "accuracy"):
         options = PolicyOptions(epsilon=0.1, risk=risk)
         policy = make_policy(
-            recording, target, HALVES, options, right if risk == "accuracy" else None
+            Calibration(
+                recording, target, SPLIT, options, LABELS, right if risk == "accuracy" else None
+            )
         )
         saved[risk] = policy.points[0.1].layers_saved
     assert saved["accuracy"] > saved["disagreement"]
@@ -173,15 +183,15 @@ def test_states_that_say_nothing_leave_no_policy():
 def test_the_details_say_who_leaves_where_and_what_each_probe_takes():
     recording, target = recording_of(labels=True), Target("label-head", LABEL_IDS)
     options = PolicyOptions(epsilon=0.05)
-    policy = make_policy(recording, target, HALVES, options)
-    details = policy_details(policy, recording, HALVES, options)
+    policy = make_policy(Calibration(recording, target, SPLIT, options, LABELS))
+    details = policy_details(policy)
     point = policy.points[0.05]
     for index, found in enumerate(details["exit_points"]):
         assert found["layer"] == policy.exits[index].layer
         assert found["leaving"] == pytest.approx((point.exits == index).mean())
         assert found["probe_bytes"] == 4 * len(LABELS) * (HIDDEN + 1)
         assert found["probe_cost"] > 0
-    counts = np.unique(recording.tokens[HALVES[1]], return_counts=True)[1]
+    counts = np.unique(recording.tokens[SPLIT.certify], return_counts=True)[1]
     assert details["majority_share"] == counts.max() / counts.sum()
     assert details["rows"] == PROMPTS
     assert list(details["agreement"]) == [str(layer) for layer in LAYERS]

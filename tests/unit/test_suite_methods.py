@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.test_make_policy import DEPTH, HALVES, LABEL_IDS, LAYERS, PROMPTS, recording_of
+from tests.unit.test_make_policy import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
 from vllm_adainfer.offline.calibration.certify import certify
 from vllm_adainfer.offline.calibration.cost import Costs
 from vllm_adainfer.offline.calibration.fit import fit_exits
-from vllm_adainfer.offline.calibration.policy import PolicyOptions, make_policy
+from vllm_adainfer.offline.calibration.fitted_policy import (
+    Calibration,
+    PolicyOptions,
+    make_policy,
+)
 from vllm_adainfer.offline.calibration.probes import Target, logit_lens
 from vllm_adainfer.offline.suite import methods
 from vllm_adainfer.offline.suite.report import METHODS, markdown, suite_report
 
-TESTS = HALVES[1][:200]
+TESTS = SPLIT.certify[:200]
 RIGHT = [{int(LABEL_IDS[prompt % 2])} for prompt in range(PROMPTS)]
 TARGET = Target("label-head", LABEL_IDS)
 EPSILON = 0.05
@@ -36,7 +40,7 @@ def test(recording) -> methods.TestPart:
 
 @pytest.fixture(scope="module")
 def policy(recording) -> Any:
-    return make_policy(recording, TARGET, HALVES, PolicyOptions(epsilon=EPSILON))
+    return make_policy(Calibration(recording, TARGET, SPLIT, PolicyOptions(epsilon=EPSILON)))
 
 
 def accuracy(tokens, prompts=TESTS) -> float:
@@ -91,22 +95,22 @@ def test_static_truncation_stops_everyone_at_the_nearest_layer(recording, test, 
 
 
 def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeypatch):
-    recording, bound = recording_of(labels=False, noise=0.5), PolicyOptions().bounds()
+    recording, options = recording_of(labels=False, noise=0.5), PolicyOptions(epsilon=EPSILON)
     test = methods.TestPart(recording, TESTS, RIGHT)
     costs = Costs(DEPTH, 1e-3, 1e-6, {})
     monkeypatch.setattr(methods, "probe_seconds", lambda *_: 5e-3)
-    found = methods.adainfer(HALVES, TARGET, EPSILON, bound, costs, test, seed=0)
+    found = methods.adainfer(SPLIT, options, costs, test)
     assert found.keys() == {"adainfer", "adainfer_certified", "calm"}
 
     paid = replace(costs, probe=dict.fromkeys(LAYERS, 5e-3))
     head = Target("logit-lens", None)
-    by_svm = fit_exits(recording, head, HALVES, "svm", 0, LAYERS)
+    by_svm = fit_exits(recording, head, SPLIT, "svm", 0, LAYERS)
     svms = [exit.classifier for exit in by_svm]
     assert asdict(found["adainfer"]) == by_prompt(recording, by_svm, svms, 0.0, paid)
     # The gap alone, which a policy of this kind scores by.
-    by_gap = fit_exits(recording, head, HALVES, "threshold", 0, LAYERS)
+    by_gap = fit_exits(recording, head, SPLIT, "threshold", 0, LAYERS)
     for name, exits in (("adainfer_certified", by_svm), ("calm", by_gap)):
-        point = certify(exits, DEPTH, EPSILON, bound)
+        point = certify(exits, DEPTH, EPSILON, options.bounds())
         classifiers = [exit.classifier for exit in exits]
         expected = by_prompt(recording, exits, classifiers, point.threshold, paid)
         assert asdict(found[name]) == expected

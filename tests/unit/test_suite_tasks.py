@@ -246,7 +246,7 @@ def test_rows_up_to_the_limits_are_a_fair_sample_of_a_file_sorted_by_class(load)
     [
         ("sst2", {**BEES, "label": "good"}, "label 'good' is not among negative, positive"),
         ("sst2", BEES, "label None is not among"),
-        ("sst2", {"label": "positive"}, "the template wants the field 'text'"),
+        ("sst2", {"label": "positive"}, "the template needs the field 'text'"),
         ("mmlu", {**CHOICES, "answer": "E"}, "answer 'E' is not among A, B, C, D"),
         ("mmlu", {**CHOICES, "choices": ["a"], "answer": "A"}, "must be a list of 4 choices"),
         ("mmlu", {**CHOICES, "choices": "abcd", "answer": "A"}, "must be a list of 4 choices"),

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.kinds import BoundKind, Candidates, ClassifierKind, ProbeKind, Risk
 
 
 def are_exit_points(points: Sequence[int], layers: int) -> bool:
@@ -53,17 +54,17 @@ class ArtifactConfig(_Strict):
     )
     weights_fingerprint: str
     exit_points: tuple[int, ...] = Field(min_length=1)
-    probe: Literal["label-head", "lens", "logit-lens"]
-    candidates: Literal["labels", "shortlist", "full"]
+    probe: ProbeKind
+    candidates: Candidates
     labels: tuple[Label, ...] = ()
     features: tuple[str, ...]
-    classifier: Literal["svm", "logreg", "threshold", "rbf", "boosting", "crf"]
+    classifier: ClassifierKind
     epsilon: float = Field(gt=0, lt=1)
     delta: float = Field(gt=0, lt=1)
-    risk: Literal["disagreement", "accuracy"] = Field(
+    risk: Risk = Field(
         "disagreement", description="What epsilon bounds: changed answers, or accuracy lost."
     )
-    bound: Literal["exact", "wsr", "hoeffding-bentkus", "naive"] = "exact"
+    bound: BoundKind = "exact"
     max_tokens: int = Field(
         1, ge=1, description="Tokens generated per prompt: 1 speaks of one-token requests only."
     )

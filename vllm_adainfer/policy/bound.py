@@ -31,14 +31,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import betaincc, rel_entr
 
-BoundKind = Literal["exact", "wsr", "hoeffding-bentkus", "naive"]
+from vllm_adainfer.policy.kinds import BoundKind
+
 FloatArray = npt.NDArray[np.float64]
 
 

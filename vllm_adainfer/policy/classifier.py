@@ -6,8 +6,6 @@ for those that are none. The chain over several exit points is in `crf`.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,15 +18,15 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from torch import Tensor
 
+from vllm_adainfer.policy.kinds import ClassifierKind
 from vllm_adainfer.policy.probe import FEATURES
 from vllm_adainfer.policy.score import LONGEST, TABLE_SHAPE, served_shape, stretch
 
-Kind = Literal["svm", "logreg", "threshold", "rbf", "boosting", "crf"]
 INVERSE_PENALTY = 100.0  # scikit-learn's C
 
 
 def fit_classifier(
-    kind: Kind, features: Tensor, settled: npt.NDArray[np.bool_], seed: int
+    kind: ClassifierKind, features: Tensor, settled: npt.NDArray[np.bool_], seed: int
 ) -> Tensor | None:
     """Fit on one exit point's rows.
 
@@ -81,7 +79,7 @@ def fit_classifier(
     return torch.from_numpy(plane).float()
 
 
-def _estimator(kind: Kind, seed: int) -> ClassifierMixin:
+def _estimator(kind: ClassifierKind, seed: int) -> ClassifierMixin:
     if kind == "svm":
         return LinearSVC(class_weight="balanced", random_state=seed)
     if kind == "rbf":

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_adainfer.engine.architectures import MODELS
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.card import model_card, risk_plot
 from vllm_adainfer.offline.calibration.collect import Ints, record, recording_engine
 from vllm_adainfer.offline.calibration.data import (
     Example,
@@ -22,27 +20,26 @@ from vllm_adainfer.offline.calibration.data import (
     read_rows,
     read_template,
 )
-from vllm_adainfer.offline.calibration.fit import RightTokens, candidate_layers, split
-from vllm_adainfer.offline.calibration.policy import (
-    PolicyOptions,
-    make_policy,
-    policy_config,
-    policy_details,
-    policy_tensors,
-)
-from vllm_adainfer.offline.calibration.probes import ProbeKind, Target
+from vllm_adainfer.offline.calibration.fit import RightTokens, candidate_layers
+from vllm_adainfer.offline.calibration.fitted_policy import Calibration, PolicyOptions, make_policy
+from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
+from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.calibration.split import Split, random_order
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.artifact import ArtifactConfig, Label, are_exit_points
-from vllm_adainfer.policy.artifact_files import check_writable, save_artifact
+from vllm_adainfer.policy.artifact_files import check_writable
+from vllm_adainfer.policy.kinds import ProbeChoice, ProbeKind
 
-# Tokens that an exit point may give where any may be asked for. They are 87 % of what SmolLM2
-# writes, and what it is sure of early is common: simulated at epsilon 0.02, a probe of all 49,152
-# saves 8.0 % of its layers and these 6.8 %, but it costs an LM head at every exit point.
+# How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
+# what SmolLM2 writes, and the tokens it is sure of early are common ones: simulated at epsilon
+# 0.02, a probe of all 49,152 tokens saves 8.0 % of the layers and this one 6.8 %, but the former
+# costs an LM head at every exit point.
 SHORTLIST = 1024
 
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """What the command line says; see `vllm-adainfer calibrate --help`."""
+    """The command line's arguments; see `vllm-adainfer calibrate --help`."""
 
     model: str
     data: Path
@@ -50,7 +47,7 @@ class CalibrationRequest:
     template: str | None = None
     label_field: str = "label"
     labels: tuple[str, ...] = ()
-    probe: ProbeKind | Literal["auto"] = "auto"
+    probe: ProbeChoice = "auto"
     options: PolicyOptions = field(default_factory=PolicyOptions)
 
 
@@ -58,18 +55,18 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     """Calibrate a policy and write its artifact.
 
     Raises:
-        AdaInferError: input, model or bound do not allow it; nothing is left behind.
+        AdaInferError: the input, the model or the bound does not allow it; nothing is written.
 
     """
     check_writable(request.output)
     options = request.options
     if request.labels and options.max_tokens > 1:
-        raise AdaInferError("--labels are answers of one token: drop --max-tokens, or --labels")
+        raise AdaInferError("--labels are one-token answers: drop --max-tokens or --labels")
     probe = choose_probe(request.probe, request.labels)
     rows = read_rows(request.data)
-    halves = split(len(rows), options.seed)
-    check_rows(len(halves[1]), options, str(request.data))
-    hf_config, tokenizer = load_config(request.model)
+    split = Split.halves(len(rows))
+    check_rows(split, options, str(request.data))
+    hf_config, tokenizer = load_config_and_tokenizer(request.model)
     examples = make_examples(
         rows,
         tokenizer,
@@ -80,73 +77,30 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     labels = find_labels(request.labels, examples[0], tokenizer) if request.labels else ()
     if labels:
         check_labels_known(examples, labels)
-    # Recorded in this order, so that what a lens may learn from comes first.
-    fit_half, held_out = (np.arange(len(halves[0])), np.arange(len(halves[0]), len(rows)))
-    examples = [examples[index] for index in np.concatenate(halves)]
+    examples = [examples[index] for index in random_order(len(examples), options.seed)]
     right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
     layers = _layers(options.exit_points, hf_config.num_hidden_layers)
-    lens_prompts = len(fit_half) if probe == "lens" else 0
+    lens_prompts = len(split.fit) if probe == "lens" else 0
     with recording_engine(
         request.model, hf_config, examples, layers, lens_prompts, options.max_tokens
     ) as engine:
         recording = record(engine, examples, labels, layers, options.max_tokens)
     answers = label_ids(labels)
     if options.max_tokens > 1:
-        answers = shortlist(recording.tokens[recording.rows_of(fit_half)])
-    target = Target(probe, answers)
-    policy = make_policy(recording, target, (fit_half, held_out), options, right)
+        answers = shortlist(recording.tokens[split.fit_rows(recording)])
+    policy = make_policy(
+        Calibration(recording, Target(probe, answers), split, options, labels, right)
+    )
     if options.epsilon not in policy.points:
         raise AdaInferError(
             f"no exit point of {request.model} is worth its cost on these prompts within epsilon "
             f"{options.epsilon:g}: raise --epsilon, give more rows, or try another --probe"
         )
-    name = Path(request.model).name if Path(request.model).is_dir() else request.model
-    halves = (fit_half, held_out)
-    config = policy_config(policy, recording, target, halves, options, labels, name, hf_config)
-    details = {
-        "template": request.template,
-        "labels": list(request.labels),
-        **policy_details(policy, recording, halves, options),
-    }
-    save_artifact(
-        request.output,
-        config,
-        policy_tensors(policy, target, labels),
-        details,
-        model_card(config, details),
-        {"risk.png": risk_plot(config, details)},
-    )
-    return config
+    return write_artifact(policy, request.model, hf_config, request.template, request.output)
 
 
-def load_config(model: str) -> tuple[Any, Any]:
-    """The model's Hugging Face config and tokenizer.
-
-    Raises:
-        AdaInferError: there is no such model, or it has no exit points.
-
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        hf_config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise AdaInferError(
-            f"--model {model} is neither a model directory nor a hub id that can be fetched "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from None
-    architecture = (hf_config.architectures or ["none"])[0]
-    if architecture not in MODELS:
-        raise AdaInferError(
-            f"--model {model} is a {architecture}, which has no exit points yet; supported: "
-            f"{', '.join(MODELS)}"
-        )
-    return hf_config, tokenizer
-
-
-def choose_probe(asked: ProbeKind | Literal["auto"], labels: tuple[str, ...]) -> ProbeKind:
-    """The probe asked for, or the one that suits.
+def choose_probe(asked: ProbeChoice, labels: tuple[str, ...]) -> ProbeKind:
+    """The probe asked for, or the default for these labels.
 
     Raises:
         AdaInferError: a label head without labels.
@@ -160,7 +114,7 @@ def choose_probe(asked: ProbeKind | Literal["auto"], labels: tuple[str, ...]) ->
 
 
 def label_ids(labels: tuple[Label, ...]) -> torch.Tensor | None:
-    """int64 [labels], None for the whole vocabulary."""
+    """int64 [labels]; None, which means the whole vocabulary, if there are none."""
     return torch.tensor([label.token_id for label in labels]) if labels else None
 
 
@@ -171,24 +125,24 @@ def shortlist(tokens: Ints) -> torch.Tensor:
     return torch.from_numpy(np.sort(commonest))
 
 
-def check_rows(held_out: int, options: PolicyOptions, data: str) -> None:
-    """The half that certifies must be able to, even if not one answer differs.
+def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
+    """Check that the held-out half could certify the bound if not one answer differed.
 
     Raises:
-        AdaInferError: it has too few rows; says how many are needed.
+        AdaInferError: it has too few rows; the message says how many are needed.
 
     """
     needed = options.bounds().rows_needed(options.epsilon)
-    if held_out < needed:
+    if len(split.certify) < needed:
         raise AdaInferError(
             f"too few rows for the bound: epsilon {options.epsilon:g} at delta "
-            f"{options.delta:g} needs at least {2 * needed - 1} rows (half of them held out), "
-            f"{data} has {2 * held_out} or one fewer: give more rows or raise --epsilon"
+            f"{options.delta:g} needs at least {2 * needed - 1} rows (half of them held out), but "
+            f"{data} has {len(split.fit) + len(split.certify)}: give more rows or raise --epsilon"
         )
 
 
 def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: Any) -> RightTokens:
-    """Per prompt the token that its label begins with.
+    """For each prompt, the first token of its label.
 
     Raises:
         AdaInferError: a row has no label.
@@ -199,7 +153,7 @@ def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: 
     for example in examples:
         if example.label is None:
             raise AdaInferError(
-                f"{example.place} has no label, which --risk accuracy needs in every row: label "
+                f"{example.place} has no label, but --risk accuracy needs one in every row: label "
                 "the rows (see --label-field) or bound the disagreement"
             )
         if labels:

@@ -1,8 +1,8 @@
 """Certify: the loosest joint threshold whose bound holds on the held-out half.
 
-One threshold on the settled score serves all exit points, so lowering it makes every row leave
-no later: a one-parameter path. The bound is tested along that path for the whole policy (first
-exit point whose score passes), not for each exit point alone.
+One threshold on the settled score serves all exit points, so as it falls, no row leaves later than
+before: a path with one parameter. Along it the bound is tested for the whole policy (a row leaves
+at the first exit point whose score passes), not for each exit point alone.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ import torch
 
 from vllm_adainfer.offline.calibration.collect import Ints
 from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
-from vllm_adainfer.policy.bound import BoundKind, FloatArray, certified, rows_needed, upper_bound
+from vllm_adainfer.policy.bound import FloatArray, certified, rows_needed, upper_bound
+from vllm_adainfer.policy.kinds import BoundKind
 
 STEPS = 200
-HIGHEST, PRECISION = 0.999, 0.0005  # of an upper bound that is searched for
+HIGHEST, PRECISION = 0.999, 0.0005  # of an upper bound found by bisection
 EPSILONS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What is to be promised of a policy.
+    """The promise of a policy.
 
     Attributes:
         kind: how the bound is computed, see `vllm_adainfer.policy.bound`.
-        delta: chance that it does not hold.
+        delta: the chance that it does not hold.
         lowest: smallest possible loss: 0 for disagreement, -1 for lost accuracy.
-        prompts: [rows], the prompt of each held-out row where prompts have several: their losses
-            are not independent. None where each row is a prompt of its own.
-        longest: most rows that a prompt may have.
+        prompts: [rows], the prompt of each held-out row, if a prompt has several: their losses
+            are not independent. None if each row is a prompt of its own.
+        longest: the most rows a prompt can have.
 
     """
 
@@ -61,23 +62,23 @@ class Bound:
         return high
 
     def _by_prompt(self, losses: FloatArray, epsilon: float) -> FloatArray:
-        """[prompts], in [0, 1]: their mean is at most `epsilon` where the loss per row is.
+        """[prompts], in [0, 1], with a mean of at most `epsilon` exactly if the loss per row is.
 
-        A prompt's losses as a share of the most rows there may be, with a loss of `epsilon` for
-        each row that it lacks: E[losses] + epsilon (longest - E[rows]) <= epsilon longest.
+        A prompt's losses are divided by the most rows a prompt can have, and each missing row
+        counts as a loss of `epsilon`: E[losses] + epsilon (longest - E[rows]) <= epsilon longest.
         """
-        assert self.prompts is not None, "the caller has looked"
+        assert self.prompts is not None, "checked by the caller"
         _, place = np.unique(self.prompts, return_inverse=True)
         rows, sums = np.bincount(place), np.bincount(place, weights=losses)
         by_prompt: FloatArray = (sums + epsilon * (self.longest - rows)) / self.longest
         return by_prompt
 
     def rows_needed(self, epsilon: float) -> int:
-        """Fewest rows that certify `epsilon`, if not one of them has a loss."""
+        """The fewest rows that certify `epsilon` if none of them has a loss."""
         return rows_needed(epsilon, self.delta, self.kind, self.lowest)
 
     def allowance(self, rows: int, epsilon: float) -> float:
-        """Largest mean loss of `rows` rows with losses of 0 or 1 that certifies `epsilon`."""
+        """The largest mean of `rows` losses, each 0 or 1, that certifies `epsilon`."""
         order = np.random.default_rng(0).permutation(rows)
         if not self.holds(np.zeros(rows), epsilon):
             return 0.0
@@ -96,9 +97,9 @@ class PathPoint:
     Attributes:
         threshold: on the settled score.
         exits: [rows], index of the exit point where each row leaves; the number of exit points
-            where it runs to the end.
-        losses: [rows], of each row where it leaves; 0 where it runs to the end.
-        disagreement: share of rows whose answer is not the full model's.
+            for a row that runs to the end.
+        losses: [rows], the loss of each row where it leaves; 0 if it runs to the end.
+        disagreement: share of rows whose answer differs from the full model's.
         layers_saved: share of layers, 0 to 1.
 
     """
@@ -140,14 +141,14 @@ def held_out_path(exits: Sequence[FittedExit], depth: int) -> Iterator[PathPoint
 
 
 def threshold_grid(exits: Sequence[FittedExit]) -> list[float]:
-    """Thresholds to try, strictest first; read off the fitted half only."""
+    """The thresholds to try, strictest first; taken from the fitted half only."""
     scores = torch.cat([exit.fitted.score for exit in exits]).double()
     grid = torch.quantile(scores, torch.linspace(1, 0, STEPS, dtype=torch.float64))
     return [float("inf"), *sorted(set(grid.tolist()), reverse=True)]
 
 
 def loosest(path: Iterator[PathPoint], epsilon: float, bound: Bound) -> PathPoint | None:
-    """The last point before the first that cannot be certified (fixed-sequence testing)."""
+    """The last point before the first that fails (fixed-sequence testing)."""
     best = None
     for point in path:
         if not bound.holds(point.losses, epsilon):
@@ -159,5 +160,5 @@ def loosest(path: Iterator[PathPoint], epsilon: float, bound: Bound) -> PathPoin
 def certify(
     exits: Sequence[FittedExit], depth: int, epsilon: float, bound: Bound
 ) -> PathPoint | None:
-    """The loosest certified policy on the held-out half; None if there is none."""
+    """The loosest policy certified on the held-out half; None if there is none."""
     return loosest(held_out_path(exits, depth), epsilon, bound)

@@ -1,6 +1,6 @@
-"""Choose: the exit points that make a prompt's expected time shortest within the bound.
+"""Choose: the exit points with the shortest expected time of a prompt within the bound.
 
-Judged on the fitted half alone, so that the held-out half stays untouched for the bound.
+The choice reads the fitted half alone: the held-out half is for the bound.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from vllm_adainfer.offline.calibration.fit import Bools, FittedExit
 from vllm_adainfer.policy.bound import FloatArray
 
 MAX_EXIT_POINTS = 4
-# An exit point must take so large a share off full depth's time to be worth its segment.
+# An exit point must save at least this share of full depth's time to be worth its segment.
 MIN_GAIN = 0.002
 CHOICE_ROWS = 3000
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a set of exit points would do at its loosest threshold within the bound.
+    """What a set of exit points would save at its loosest threshold within the bound.
 
     Attributes:
-        seconds: expected time of a prompt in layers, probes, cuts and head; full depth is the
-            same without probes and cuts.
+        seconds: expected time of a prompt in layers, probes, cuts and head; full depth has no
+            probes and cuts.
         layers_saved: share of layers x token rows, 0 to 1.
 
     """
@@ -40,15 +40,15 @@ class Forecast:
 def choose_exits(
     candidates: Sequence[FittedExit], costs: Costs, tokens: FloatArray, allowed: float
 ) -> list[FittedExit]:
-    """Up to `MAX_EXIT_POINTS` with the shortest expected time; none if full depth is shorter.
+    """The set of up to `MAX_EXIT_POINTS` with the shortest expected time.
 
-    Every set of that size is tried, on the first `CHOICE_ROWS` rows.
+    It is empty if full depth is faster. Every set is tried, on the first `CHOICE_ROWS` rows.
 
     Args:
         candidates: fitted exit points, by layer.
         costs: of this model on this machine.
-        tokens: [rows] of the fitted half, token rows that the prompt puts through the layers.
-        allowed: mean loss that the bound leaves.
+        tokens: [rows] of the fitted half, token rows that the layers run for each.
+        allowed: the largest mean loss that the bound allows.
 
     """
     tokens = tokens[:CHOICE_ROWS]
@@ -68,8 +68,8 @@ def forecast(
 ) -> Forecast:
     """Expected time of a prompt with `exits` at the loosest joint threshold within `allowed`.
 
-    Lowering the threshold moves a row from exit point to earlier exit point, each time when it
-    passes the best score so far; sorted, these moves are the whole path. `tokens` may be of the
+    As the threshold falls, a row moves to an earlier exit point each time the threshold passes the
+    best score before it. Sorted by score, these moves are the whole path. `tokens` may cover the
     first rows only.
     """
     rows, depth = len(tokens), costs.depth
@@ -77,12 +77,12 @@ def forecast(
     if not exits:
         return Forecast(full, 0.0)
     scores = np.stack([exit.fitted.score[:rows].double().numpy() for exit in exits])
-    scores = np.nan_to_num(scores, nan=-np.inf)  # which no threshold lets pass
-    # One column more for full depth, which needs no score and loses nothing.
+    scores = np.nan_to_num(scores, nan=-np.inf)  # never passes
+    # One more row for full depth, which needs no score and loses nothing.
     losses = np.vstack([*(exit.fitted.loss[:rows] for exit in exits), np.zeros(rows)])
     layers = np.array([*(exit.layer for exit in exits), depth])
     probes = np.cumsum([costs.probe[exit.layer] for exit in exits])
-    probes = np.append(probes, probes[-1])  # what a row pays that leaves at each
+    probes = np.append(probes, probes[-1])  # what a row has paid when it leaves at each
 
     record = np.vstack([scores[:1] > -np.inf, scores[1:] > np.maximum.accumulate(scores)[:-1]])
     to, row = np.nonzero(record)
@@ -106,7 +106,7 @@ def forecast(
 
 
 def _next_record(record: Bools) -> Ints:
-    """For each exit point and row the next exit point that is a record of the row."""
+    """[exit points, rows], the next exit point whose score is a record of the row."""
     following = np.full(record.shape, len(record))
     for index in range(len(record) - 2, -1, -1):
         following[index] = np.where(record[index + 1], index + 1, following[index + 1])
@@ -114,6 +114,6 @@ def _next_record(record: Bools) -> Ints:
 
 
 def evenly_spread(candidates: Sequence[FittedExit], count: int) -> list[FittedExit]:
-    """`count` of the candidates at even distances: the choice to beat."""
+    """`count` evenly spaced candidates: the choice to beat."""
     places = np.linspace(0, len(candidates) - 1, count + 2)[1:-1].round().astype(int)
     return [candidates[place] for place in sorted(set(places.tolist()))]

@@ -1,4 +1,4 @@
-"""Collect: what probes are fitted on, recorded by the plugin itself at full depth."""
+"""Collect: the plugin runs prompts at full depth and records what probes are fitted on."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ FOLDS = 5  # prompt i of the recording is in fold i % FOLDS
 
 @dataclass(frozen=True)
 class Recording:
-    """What the full model did on the calibration prompts.
+    """What the full model did on some prompts.
 
     Attributes:
-        states: layer -> [rows, hidden size], the residual stream of the decision rows, those that
-            yield a token: by prompt, and of one prompt in order.
+        states: layer -> [rows, hidden size], the residual stream of the decision rows: the rows
+            that yield a token, sorted by prompt and by position.
         depth: layers of the model.
-        final: [rows, hidden size], the same after the last layer (before the final norm).
-        tokens: int64 [rows], what the full model answered.
-        prompts: int64 [rows], which prompt each row belongs to.
-        computed: [rows], token rows that the layers ran for each: one for a token after the
-            first, for that all of the prompt's own that were not taken from the cache.
-        moments: layer -> folds of the prompts that a lens may learn from, summed over their rows
-            (all sorts of rows, see `LensSums`), with the change until the last layer as target.
+        final: [rows, hidden size], the same after the last layer, before the final norm.
+        tokens: int64 [rows], the full model's answers.
+        prompts: int64 [rows], the prompt of each row.
+        computed: [rows], token rows that the layers ran for each: for a text's first token, those
+            of its prompt that were not in the prefix cache; one for each later token.
+        moments: layer -> for each fold, sums over the rows of the prompts that a lens may learn
+            from (rows of all kinds, see `LensSums`); the target is the change until the last layer.
         logit_lens: the model's final norm and its whole LM head.
         fingerprint: of the weights.
-        layer_seconds: one layer for one token row.
-        cut_seconds: cutting the batch, for one token row of it.
-        threads: that the model was computed with.
+        layer_seconds: time of one layer for one token row.
+        cut_seconds: time of cutting the batch, for one token row of it.
+        threads: the number of threads in the process that ran the model.
 
     """
 
@@ -70,7 +70,7 @@ class Recording:
     threads: int
 
     def rows_of(self, prompts: Ints) -> Ints:
-        """Decision rows of `prompts`, in that order of the prompts."""
+        """The decision rows of `prompts`, in the order of `prompts`."""
         order = np.full(self.prompts.max() + 1, -1)
         order[prompts] = np.arange(len(prompts))
         place = order[self.prompts]
@@ -88,16 +88,16 @@ def recording_engine(
     lens_prompts: int = 0,
     max_tokens: int = 1,
 ) -> Iterator[LLM]:
-    """An engine that keeps the states after `layers`, for `record`.
+    """An engine for `record` that keeps the states after `layers`.
 
     Args:
         model: directory or hub id.
         hf_config: its config.
-        examples: the longest one to come decides the engine's maximum length.
+        examples: the longest sets the engine's maximum length.
         layers: candidate exit points.
-        lens_prompts: sum the rows of so many first prompts of a recording for a lens. What the
-            prefix cache has of a prompt is not computed again, so a shared prefix is summed once.
-        max_tokens: that will be generated after a prompt.
+        lens_prompts: how many prompts, from the first on, a lens may learn from: their rows are
+            summed. Rows in the prefix cache are not run again, so a shared prefix counts once.
+        max_tokens: tokens to generate after a prompt.
 
     """
     switch: dict[str, Any] = {"record": [*layers, hf_config.num_hidden_layers]}
@@ -120,11 +120,11 @@ def record(
     """Run `examples` through an engine of `recording_engine`; each token is a decision row.
 
     Args:
-        engine: of `recording_engine`.
+        engine: from `recording_engine`.
         examples: the prompts.
-        labels: restrict the answers, if there are any.
-        layers: the engine's.
-        max_tokens: that are generated after a prompt, unless it ends before.
+        labels: the answers are restricted to these, if there are any.
+        layers: those of the engine.
+        max_tokens: tokens to generate after a prompt, unless the text ends earlier.
 
     Raises:
         AdaInferError: a token was not recorded.
@@ -175,17 +175,17 @@ def record(
 def rows_of_tokens(
     tags: Ints, positions: Ints, prompt_lens: Sequence[int], text_lens: Sequence[int]
 ) -> Ints:
-    """Which recorded row decided each token: by text, and of one text in order.
+    """The recorded row that decided each token, sorted by text and by position.
 
-    The row of a text's first token is the last of its prompt. A text may have rows beyond its end:
-    where steps are scheduled ahead, one more has begun when the last token is known. A row that
-    came again, after a preemption, counts as it came last.
+    The last row of the prompt decides a text's first token. A text may have rows beyond its end: if
+    steps are scheduled ahead, one more has begun when the last token is known. If a row was run
+    twice, because of a preemption, the second time counts.
 
     Args:
-        tags: [rows], the text (an index) of each recorded row, in the order in which they came.
-        positions: [rows], of each row in its sequence.
-        prompt_lens: [texts], tokens of each one's prompt.
-        text_lens: [texts], tokens that were generated after it.
+        tags: [rows], the text (an index) of each recorded row, in the order they were run.
+        positions: [rows], the position of each row in its sequence.
+        prompt_lens: [texts], tokens of each prompt.
+        text_lens: [texts], tokens generated after it.
 
     Raises:
         AdaInferError: a token has no row.
@@ -204,8 +204,8 @@ def rows_of_tokens(
         text, position = missing[0]
         raise AdaInferError(
             f"{len(missing)} of {len(wanted)} generated tokens were not recorded, the first is "
-            f"token {position - prompt_lens[text] + 2} after prompt {text + 1}: this is a fault of "
-            "vllm-adainfer's or vLLM's scheduling, please report it with the command"
+            f"token {position - prompt_lens[text] + 2} after prompt {text + 1}: this is a bug in "
+            "vllm-adainfer or in vLLM's scheduling; please report it with the command"
         )
     return np.array([row_at[place] for place in wanted], dtype=np.int64)
 
@@ -215,7 +215,7 @@ def _named(record: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _folds(record: dict[str, Tensor], layer: int) -> list[Moments]:
-    """The moments of one layer, as `LensSums.take` named their parts."""
+    """The moments of one layer by fold; `LensSums.take` names their parts."""
     names = [field.name for field in fields(Moments)]
     return [
         Moments(**{name: record[f"lens.{layer}.{fold}.{name}"] for name in names})
@@ -226,7 +226,7 @@ def _folds(record: dict[str, Tensor], layer: int) -> list[Moments]:
 def greedy(
     labels: Sequence[Label], extra_args: dict[str, Any] | None = None, max_tokens: int = 1
 ) -> SamplingParams:
-    """Greedy parameters, restricted to `labels` if there are any."""
+    """Parameters for greedy decoding, restricted to `labels` if there are any."""
     from vllm import SamplingParams
 
     return SamplingParams(

@@ -1,4 +1,4 @@
-"""Cost: what layers, cuts and probes take on this machine, for choosing exit points."""
+"""Cost: the time of layers, cuts and probes on this machine, for choosing exit points."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Costs:
     Attributes:
         depth: layers of the model.
         layer: one layer for one token row.
-        cut: one exit point for one token row of a step: the boundary of two segments, and taking
-            the rows that stay out of the batch.
-        probe: layer -> asking the exit point there about one prompt.
-        head: the LM head for one row; 0 where an answer given early needs it as well.
+        cut: one exit point for one token row of a step: the boundary between two segments, and
+            gathering the rows that go on.
+        probe: layer -> the probe after it, for one prompt.
+        head: the LM head for one row; 0 if an early answer needs it as well.
 
     """
 
@@ -38,15 +38,15 @@ class Costs:
 
 
 def probe_seconds(probe: Probe, states: Tensor, threads: int) -> float:
-    """Time for one prompt when a step asks about all `states` [prompts, hidden size] at once.
+    """Time of `probe` for one prompt, when a step probes all `states` [prompts, hidden size].
 
-    `threads` is how many the serving process computes with.
+    `threads` is the number of threads in the serving process.
     """
     return _seconds(lambda: probe.score(probe.readout(states)), threads) / len(states)
 
 
 def head_seconds(logit_lens: Probe, states: Tensor, threads: int) -> float:
-    """Time of the LM head for one of `states` [rows, hidden size], asked about all at once."""
+    """Time of the LM head for one of `states` [rows, hidden size], computed all at once."""
     read, head = logit_lens.readout(states), logit_lens.head_weight
     return _seconds(lambda: torch.nn.functional.linear(read, head), threads) / len(states)
 

@@ -1,4 +1,4 @@
-"""Prompts and labels from JSON lines: read, fill the template, tokenise, find label tokens."""
+"""Prompts and labels from JSON lines: read, fill in the template, tokenise, find label tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_adainfer.policy.artifact import Label
 
 @dataclass(frozen=True)
 class Row:
-    """One JSON object of a data file, and where it stood."""
+    """One JSON object of a data file, and its place in the file."""
 
     place: str
     fields: Mapping[str, Any]
@@ -35,11 +35,11 @@ def read_rows(path: Path) -> list[Row]:
     """Read a JSON-lines file of objects.
 
     Raises:
-        AdaInferError: it is missing, empty, or a line is no JSON object.
+        AdaInferError: it is missing or empty, or a line is not a JSON object.
 
     """
     try:
-        # Not splitlines(), which also cuts at U+2028 and its like inside a string.
+        # Not splitlines(), which also splits at U+2028 and the like inside a string.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise AdaInferError(f"cannot read --data {path}: {error}") from None
@@ -56,12 +56,12 @@ def read_rows(path: Path) -> list[Row]:
             raise AdaInferError(f"{place} must be a JSON object, not {type(fields).__name__}")
         rows.append(Row(place, fields))
     if not rows:
-        raise AdaInferError(f"--data {path} has no rows: give one JSON object a line")
+        raise AdaInferError(f"--data {path} has no rows: give one JSON object per line")
     return rows
 
 
 def read_template(template: str | None) -> str | None:
-    """``@file`` is replaced by the file's content; anything else is the template itself.
+    """The content of FILE for ``@FILE``; anything else is the template itself.
 
     Raises:
         AdaInferError: the file cannot be read.
@@ -84,14 +84,14 @@ def make_examples(
 ) -> list[Example]:
     """Render and tokenise `rows`.
 
-    Without a template a row carries ``prompt`` or ``messages`` (chat).
+    Without a template, a row needs the field ``prompt`` or ``messages`` (chat).
 
     Args:
         rows: of one file.
         tokenizer: a Hugging Face tokenizer.
-        template: format string over a row's fields, or None.
-        label_field: the field that holds the label; rows without it have none.
-        max_tokens: longest prompt the model takes.
+        template: a format string over a row's fields, or None.
+        label_field: the field that holds the label; a row without it has no label.
+        max_tokens: the longest prompt the model takes.
 
     Raises:
         AdaInferError: a field is missing or of the wrong kind, or a prompt is too long.
@@ -112,7 +112,7 @@ def make_examples(
 
 
 def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
-    """The prompt's text, and whether the tokenizer is to add its special tokens."""
+    """The prompt's text, and whether the tokenizer should add its special tokens."""
     if template is not None:
         return fill(template, row), True
     prompt, messages = row.fields.get("prompt"), row.fields.get("messages")
@@ -123,10 +123,10 @@ def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # a template raises whatever its author chose
+        except Exception as error:  # a chat template can raise anything
             reason = " ".join(str(error).split())
             raise AdaInferError(
-                f"{row.place}: messages do not fit the model's chat template: {reason}"
+                f"{row.place}: the model's chat template rejects the messages: {reason}"
             ) from None
         return str(text), False
     raise AdaInferError(
@@ -135,10 +135,10 @@ def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
 
 
 def fill(template: str, row: Row) -> str:
-    """`template`, a format string, with the row's fields in it.
+    """`template`, a format string, filled in with the row's fields.
 
     Raises:
-        AdaInferError: the row lacks a field, or it is no format string.
+        AdaInferError: the row lacks a field, or the template is not a valid format string.
 
     """
     try:
@@ -146,7 +146,7 @@ def fill(template: str, row: Row) -> str:
             field = None if name is None else name.split(".")[0].split("[")[0]
             if field is not None and field not in row.fields:
                 raise AdaInferError(
-                    f"{row.place}: the template wants the field {field!r}, but the row has "
+                    f"{row.place}: the template needs the field {field!r}, but the row has "
                     f"{', '.join(map(repr, row.fields)) or 'none'}"
                 )
         return template.format_map(row.fields)
@@ -154,39 +154,39 @@ def fill(template: str, row: Row) -> str:
         raise
     except (ValueError, AttributeError, LookupError, TypeError) as error:
         raise AdaInferError(
-            f"{row.place}: the template is no format string for this row ({error}); write "
-            "{{ and }} for braces"
+            f"{row.place}: the template is not a valid format string for this row ({error}); write "
+            "{{ and }} for literal braces"
         ) from None
 
 
 def find_labels(names: Sequence[str], example: Example, tokenizer: Any) -> tuple[Label, ...]:
-    """The token that decides each label: the first one of the label after the prompt.
+    """The token that stands for each label: its first one after the prompt.
 
     Raises:
-        AdaInferError: fewer than two labels, or a label whose token is not its own.
+        AdaInferError: there are fewer than two labels, or two labels share their first token.
 
     """
     if len(set(names)) != len(names) or len(names) < 2 or not all(names):
-        raise AdaInferError(f"--labels needs two or more different names, got {list(names)}")
+        raise AdaInferError(f"--labels needs at least two different names, got {list(names)}")
     labels: dict[int, Label] = {}
     for name in names:
         token_id = first_token(example.text, name, tokenizer)
         if token_id in labels:
             raise AdaInferError(
-                f"labels {labels[token_id].name!r} and {name!r} tokenise ambiguously: both begin "
-                f"with the token {tokenizer.decode([token_id])!r}; choose other label names"
+                f"the labels {labels[token_id].name!r} and {name!r} both begin with the token "
+                f"{tokenizer.decode([token_id])!r}: choose other label names"
             )
         labels[token_id] = Label(name=name, token_id=token_id)
     return tuple(labels.values())
 
 
 def first_token(prompt: str, answer: str, tokenizer: Any) -> int:
-    """The token that `answer` begins with after `prompt`.
+    """The first token of `answer` after `prompt`.
 
     A space goes between the two unless the prompt ends with white space.
 
     Raises:
-        AdaInferError: the answer has no token of its own there.
+        AdaInferError: the answer merges with the prompt into one token.
 
     """
     separator = "" if prompt[-1:].isspace() else " "
@@ -194,22 +194,22 @@ def first_token(prompt: str, answer: str, tokenizer: Any) -> int:
     whole = tokenizer.encode(prompt + separator + answer, add_special_tokens=False)
     if whole[: len(alone)] != alone or len(whole) == len(alone):
         raise AdaInferError(
-            f"label {answer!r} tokenises ambiguously: it merges with the end of the prompt "
-            f"({prompt[-12:]!r}); let the template end without white space"
+            f"the first token of the label {answer!r} merges with the end of the prompt "
+            f"({prompt[-12:]!r}): end the template without white space"
         )
     return int(whole[len(alone)])
 
 
 def check_labels_known(examples: Sequence[Example], labels: Sequence[Label]) -> None:
-    """Every label in the data is one of `labels`.
+    """Check that every label in the data is one of `labels`.
 
     Raises:
-        AdaInferError: names the first row where it is not.
+        AdaInferError: one is not; the message names the first such row.
 
     """
     names = [label.name for label in labels]
     for example in examples:
         if example.label is not None and example.label not in names:
             raise AdaInferError(
-                f"{example.place}: label {example.label!r} is not among {', '.join(names)}"
+                f"{example.place}: the label {example.label!r} is not among {', '.join(names)}"
             )

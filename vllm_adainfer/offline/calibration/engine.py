@@ -1,4 +1,4 @@
-"""vLLM engines as calibration and evaluation start them: quiet, small, and comparable."""
+"""The vLLM engines of calibration and evaluation: quiet, small and comparable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_adainfer.offline.calibration.data import Example
 if TYPE_CHECKING:
     from vllm import LLM
 
-# On a GPU vLLM wants its share of the memory to be free, even where the cache's size is given.
+# On a GPU, vLLM checks that its share of the memory is free, even if the cache's size is given.
 SMALL = {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.05}
 BLOCK = 128  # vLLM's default block on a CPU: lengths are rounded up to it
 
@@ -33,18 +33,18 @@ def start_engine(
 ) -> LLM:
     """Start an engine that fits `examples`, with the plugin configured or not.
 
-    Two engines may run side by side, so OpenMP threads sleep while they wait and each engine
-    has a KV cache of its own fixed size.
+    Two engines may run side by side, so idle OpenMP threads sleep, and each engine has a KV cache
+    of fixed size.
 
     Args:
         model: directory or hub id.
-        examples: the longest decides the engine's maximum length.
+        examples: the longest sets the engine's maximum length.
         adainfer: value of ``additional_config["adainfer"]``; None is stock vLLM.
-        max_tokens: that are to be generated after a prompt.
-        settings: more of vLLM's own, such as ``load_format``.
+        max_tokens: tokens to generate after a prompt.
+        settings: further arguments of `vllm.LLM`, such as ``load_format``.
 
     Raises:
-        AdaInferError: vLLM cannot start; the message ends with its last words.
+        AdaInferError: vLLM cannot start; the message ends with the reason it gave.
 
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -68,13 +68,13 @@ def start_engine(
 
 
 def stop_engine(engine: LLM) -> None:
-    """End an engine's processes now instead of when the garbage collector comes by."""
+    """Stop an engine's processes now rather than at garbage collection."""
     with _output_to_file():
         engine.llm_engine.engine_core.shutdown()
 
 
 def _last_words(log: Path, error: Exception) -> str:
-    """The sentence meant for the user, wherever in vLLM's processes it was raised."""
+    """The error message meant for the user, whichever of vLLM's processes raised it."""
     text = f"{log.read_text(errors='replace')}\n{error}"
     ours = re.findall(rf"{AdaInferError.__name__}: (.+)", text)
     wrapped = re.findall(r"Value error, (.+?)(?: \[type=|\n|$)", text)
@@ -84,7 +84,7 @@ def _last_words(log: Path, error: Exception) -> str:
 
 @contextmanager
 def _output_to_file() -> Iterator[Path]:
-    """Send what vLLM and its processes print to a file; our own output is not among it."""
+    """Redirect the output of vLLM and its processes to a file, which is deleted at the end."""
     handle, name = tempfile.mkstemp(prefix="vllm-adainfer-", suffix=".log")
     saved = os.dup(1), os.dup(2)
     sys.stdout.flush()

@@ -1,8 +1,8 @@
 """Fit: a probe and a classifier at every candidate exit point.
 
-Prompts are split in two. The first half fits probes and classifiers; the classifier learns from
-out-of-fold probe scores, because a ridge is surer of the rows it has seen than of new ones. The
-second half is touched by nothing but the bound.
+One half of the prompts fits probes and classifiers. A classifier learns from out-of-fold probe
+scores, because a ridge regression is surer of the rows it has seen than of new ones. Nothing but
+the bound reads the other half.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
 from vllm_adainfer.offline.calibration.probes import Target, fit_probes
+from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.policy.bound import FloatArray
-from vllm_adainfer.policy.classifier import Kind, fit_classifier
+from vllm_adainfer.policy.classifier import fit_classifier
 from vllm_adainfer.policy.crf import fit_crf
+from vllm_adainfer.policy.kinds import ClassifierKind
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
 
@@ -29,14 +31,15 @@ RightTokens = Sequence[set[int]]
 
 @dataclass(frozen=True)
 class Judged:
-    """What a probe says of decision rows.
+    """What a probe says about decision rows.
 
     Attributes:
-        features: fp32 [rows, 2], what the classifier reads.
+        features: fp32 [rows, 2], the classifier's input.
         tokens: int64 [rows], the probe's answers.
-        agrees: [rows], whether that is the full model's answer.
-        loss: [rows], what leaving here costs. For disagreement: 1 where it does not agree, else
-            0. For accuracy: 1 where full depth is right and this is not, -1 the other way round.
+        agrees: [rows], whether the full model gives the same answer.
+        loss: [rows], what leaving here costs. For disagreement: 1 where the answers differ, else
+            0. For accuracy: 1 where full depth is right and the probe is not, -1 in the opposite
+            case, else 0.
 
     """
 
@@ -46,17 +49,17 @@ class Judged:
     loss: FloatArray
 
     def scored(self, classifier: Tensor, memory: Tensor | None = None) -> Scored:
-        """With the classifier's settled score."""
+        """Add the classifier's settled score."""
         settled = score(self.features, classifier, memory)
         return Scored(self.features, self.tokens, self.agrees, self.loss, settled)
 
 
 @dataclass(frozen=True)
 class Scored(Judged):
-    """And what the classifier makes of it.
+    """What a probe and its classifier say about decision rows.
 
     Attributes:
-        score: fp32 [rows], the settled score.
+        score: fp32 [rows], the settled score: log odds that the answer is final.
 
     """
 
@@ -65,7 +68,7 @@ class Scored(Judged):
 
 @dataclass(frozen=True)
 class FittedExit:
-    """A candidate exit point: what serving needs of it, and how it did."""
+    """A candidate exit point: the parts that serve, and how it did on both halves."""
 
     layer: int
     probe: Probe
@@ -74,42 +77,33 @@ class FittedExit:
     held_out: Scored
 
 
-def split(prompts: int, seed: int) -> tuple[Ints, Ints]:
-    """Two random halves of the prompts: to fit on, and to certify on.
-
-    They stay in random order, which the bound of Waudby-Smith and Ramdas needs.
-    """
-    order = np.random.default_rng(seed).permutation(prompts)
-    return order[: prompts // 2], order[prompts // 2 :]
-
-
 def fit_exits(
     recording: Recording,
     target: Target,
-    halves: tuple[Ints, Ints],
-    kind: Kind,
+    split: Split,
+    kind: ClassifierKind,
     seed: int,
     layers: Iterable[int],
     right: RightTokens | None = None,
 ) -> list[FittedExit]:
-    """Fit every layer in `layers`; those that cannot be learned are left out.
+    """Fit an exit point after each of `layers`; leave out those that cannot be learned.
 
     Args:
         recording: of all prompts.
-        target: what the probes are to predict.
-        halves: decision rows of `recording` to fit on, and to certify on.
-        kind: of classifier; a CRF is fitted later on the chosen exit points, see `chain`.
+        target: what the probes predict.
+        split: the prompts to fit on, and those to certify on.
+        kind: of the classifier; `chain` fits a CRF later, on the chosen exit points.
         seed: for solvers and folds.
-        layers: candidates; a progress bar may be around them.
-        right: tokens that are right, by row: losses are of accuracy then, not disagreement.
+        layers: candidates; possibly wrapped in a progress bar.
+        right: the right tokens of each row, if losses are of accuracy; None: of disagreement.
 
     """
-    fit_rows, held_out = halves
+    fit_rows, held_out = split.fit_rows(recording), split.certify_rows(recording)
     folds = recording.prompts[fit_rows] % FOLDS
     exits = []
     for layer in layers:
         probe, without_fold = fit_probes(recording, target, fit_rows, layer)
-        # Out of fold: each decision row is judged by a probe that has not seen its prompt.
+        # Out of fold: a probe that has not seen a prompt judges its decision rows.
         features = torch.empty(len(fit_rows), 2)
         tokens = np.empty(len(fit_rows), dtype=np.int64)
         for fold, unseeing in enumerate(without_fold):
@@ -134,7 +128,7 @@ def judge(
     rows: Ints,
     right: RightTokens | None = None,
 ) -> Judged:
-    """What `probe` says of decision `rows` of a recording after `layer`."""
+    """What `probe` says about decision `rows` of a recording after `layer`."""
     result = probe.score(probe.readout(recording.states[layer][rows]))
     return _judged(result.features, result.top1_id.numpy(), recording, rows, right)
 
@@ -151,13 +145,13 @@ def _judged(
 
 
 def is_right(tokens: Ints, right: RightTokens, rows: Ints) -> FloatArray:
-    """1 where the token is one of those that are right for its row, else 0."""
+    """[rows], 1 where the token is one of the right ones for its row, else 0."""
     pairs = zip(tokens.tolist(), rows.tolist(), strict=True)
     return np.array([float(token in right[row]) for token, row in pairs])
 
 
 def chain(exits: Sequence[FittedExit]) -> list[FittedExit]:
-    """The chosen exit points (ascending, at least one) with a CRF over them for classifiers."""
+    """Give the chosen exit points (ascending, at least one) a CRF over all of them."""
     steps = fit_crf(
         torch.stack([fitted.fitted.features for fitted in exits], dim=1),
         np.stack([fitted.fitted.agrees for fitted in exits], axis=1),
@@ -180,7 +174,7 @@ def chain(exits: Sequence[FittedExit]) -> list[FittedExit]:
 
 
 def candidate_layers(depth: int, asked: Sequence[int] | None) -> list[int]:
-    """Layers to record: those asked for, or about fifteen spread over the stack."""
+    """The layers to record: those asked for, or about fifteen spread over the model."""
     if asked is not None:
         return list(asked)
     step = max(1, round(depth / 16))

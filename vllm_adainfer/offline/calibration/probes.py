@@ -1,39 +1,37 @@
-"""Fit probes: how an exit point reads the answer, by ridge regression or as the model is."""
+"""Fit probes: an exit point reads the answer by ridge regression or with the model's own head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vllm_adainfer.offline.calibration import ridge
 from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
+from vllm_adainfer.policy.kinds import ProbeKind
 from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probe import Probe
 
-ProbeKind = Literal["lens", "label-head", "logit-lens"]
-
 PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
-# From this hidden size on a lens may be of low rank: a whole one is 8 MiB there in bfloat16, to
-# be stored and read for each exit point.
+# From this hidden size on, a lens may have low rank: a full one takes 8 MiB there in bfloat16,
+# stored and read for each exit point.
 LOW_RANK_HIDDEN_SIZE = 2048
-# The ranks tried are the hidden size divided by these; above a quarter little is saved.
+# The ranks to try are the hidden size divided by these; above a quarter, little is saved.
 RANK_DIVISORS = (64, 32, 16, 8, 4)
-# A low rank may add so much to the lens's squared error on unseen prompts, relative to it: on the
-# demo model (SST-2, layers 15 to 27) agreement with the full model stays within 0.5 points.
+# A low rank may raise the lens's squared error on unseen prompts by this share: on the demo model
+# (SST-2, layers 15 to 27) agreement with the full model then stays within 0.5 points.
 RANK_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the probes are to predict.
+    """What the probes predict.
 
     Attributes:
-        kind: of probe.
-        label_ids: token ids that may be the answer, labels or a shortlist; None for the whole
+        kind: of the probes.
+        label_ids: token ids of the possible answers, labels or a shortlist; None for the whole
             vocabulary.
 
     """
@@ -45,7 +43,7 @@ class Target:
 def fit_probes(
     recording: Recording, target: Target, rows: Ints, layer: int
 ) -> tuple[Probe, list[Probe]]:
-    """The layer's probe fitted on decision `rows`, and per fold one fitted without its prompts."""
+    """The layer's probe fitted on decision `rows`, and for each fold one fitted without it."""
     plain = logit_lens(recording, target)
     if target.kind == "logit-lens":
         return plain, [plain] * FOLDS
@@ -75,7 +73,7 @@ def fit_probes(
 
 
 def logit_lens(recording: Recording, target: Target) -> Probe:
-    """The model's own final norm and head, of the target's tokens only if it names some."""
+    """The model's own final norm and head, restricted to the target's tokens if it names any."""
     plain = recording.logit_lens
     return plain if target.label_ids is None else plain.of_tokens(target.label_ids)
 
@@ -83,7 +81,7 @@ def logit_lens(recording: Recording, target: Target) -> Probe:
 def _fit_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Probe]]:
     """`plain` with a lens from all `folds`, and for each fold one from the others.
 
-    A lens of a wide model is of the lowest rank that serves unseen prompts as well.
+    A wide model's lens has the lowest rank that predicts unseen prompts as well.
     """
     fitted = ridge.choose(folds, PENALTIES)
     size, dtype = len(folds[0].x_mean), plain.head_weight.dtype

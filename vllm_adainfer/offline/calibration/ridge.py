@@ -1,7 +1,7 @@
-"""Ridge regression from moments alone: penalty and rank by cross-validation, never a row.
+"""Ridge regression from moments alone: cross-validation chooses the penalty and the rank.
 
-Features are standardised, so that a penalty means the same for each of them, and the intercept
-is free: with the penalty called alpha, this is scikit-learn's StandardScaler and Ridge.
+Features are standardised, so that a penalty means the same for each of them, and the intercept is
+not penalised: this is scikit-learn's StandardScaler and Ridge, where the penalty is called alpha.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Ridge:
-    """A ridge regression whose penalty was chosen by cross-validation.
+    """A ridge regression with a penalty chosen by cross-validation.
 
     Attributes:
         penalty: the chosen one.
-        whole: fitted on all folds.
-        without: for each fold, fitted on the others.
+        whole: the fit on all folds.
+        without: for each fold, the fit on the others.
 
     """
 
@@ -42,18 +42,18 @@ class Ridge:
 
 
 def total(folds: Sequence[Moments]) -> Moments:
-    """Moments of the rows of all folds."""
+    """The moments of the rows of all folds."""
     return functools.reduce(operator.add, folds)
 
 
 def solve(moments: Moments, penalty: float) -> Linear:
-    """The least weighted squared error plus `penalty` times the squared coefficients.
+    """Minimise the weighted squared error plus `penalty` times the squared coefficients.
 
-    The coefficients are those of features divided by their standard deviation; a feature that
-    never changes gets 0.
+    The coefficients are those of features divided by their standard deviation; a constant feature
+    gets 0.
     """
     deviation = (moments.xx.diagonal() / moments.weight).clamp(min=0).sqrt()
-    changes = deviation > 1e-9 * moments.x_mean.abs()  # more than fp64's rounding of the mean
+    changes = deviation > 1e-9 * moments.x_mean.abs()  # more than fp64 rounds the mean by
     scale = torch.where(changes, 1 / deviation, 0)
     scaled = moments.xx * scale
     scaled *= scale.unsqueeze(1)
@@ -65,17 +65,17 @@ def solve(moments: Moments, penalty: float) -> Linear:
 
 
 def intercept(moments: Moments, matrix: Tensor) -> Tensor:
-    """The bias [n] with which `matrix` [n, d] is right on average."""
+    """The bias [n] that makes `matrix` [n, d] right on average."""
     return moments.y_mean - matrix @ moments.x_mean
 
 
 def error(moments: Moments, linear: Linear) -> float:
-    """Mean squared error of `linear` on the rows behind `moments`, per row and target."""
+    """The mean squared error of `linear` on the rows behind `moments`, per row and target."""
     return _squared_error(moments, linear) / (float(moments.weight) * len(linear.bias))
 
 
 def _squared_error(moments: Moments, linear: Linear) -> float:
-    """The weighted sum over rows and targets; 0 without rows."""
+    """The weighted squared error summed over rows and targets; 0 without rows."""
     matrix = linear.matrix
     off = moments.y_mean - matrix @ moments.x_mean - linear.bias
     explained = (matrix * (2 * moments.xy.T - matrix @ moments.xx)).sum()
@@ -83,7 +83,7 @@ def _squared_error(moments: Moments, linear: Linear) -> float:
 
 
 def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> Ridge:
-    """The penalty (all positive) with the least error on folds it was not fitted on."""
+    """The penalty (all are positive) with the least error on folds it was not fitted on."""
     whole = total(folds)
     errors = dict.fromkeys(penalties, 0.0)
     for fold in folds:
@@ -99,10 +99,10 @@ def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> Ridge:
 
 
 def low_rank(moments: Moments, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The map of rank `rank` that is nearest to `matrix` [n, d] on these rows.
+    """The map of rank `rank` whose predictions are nearest to those of `matrix` [n, d].
 
-    Nearest in the features' covariance, which is reduced-rank regression (Izenman 1975) of what
-    `matrix` predicts: its projection on the leading principal directions of its predictions.
+    Nearest on the rows behind `moments`. This is reduced-rank regression (Izenman 1975) of what
+    `matrix` predicts: the projection on the leading principal directions of its predictions.
 
     Returns:
         down [d, rank] and up [rank, n]: x @ down @ up stands for x @ matrix.T.
@@ -112,7 +112,7 @@ def low_rank(moments: Moments, matrix: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 
 def _directions(moments: Moments, matrix: Tensor) -> Tensor:
-    """Principal directions [n, n] of the predictions, the leading one first."""
+    """The principal directions [n, n] of the predictions, the leading one first."""
     _, directions = torch.linalg.eigh(matrix @ moments.xx @ matrix.T)
     return directions.flip(1)
 
@@ -128,10 +128,10 @@ def choose_rank(
     """The smallest rank that predicts unseen folds as well as the full map.
 
     Args:
-        folds: moments of each fold.
+        folds: the moments of each fold.
         penalty: of the full map.
         ranks: to choose from.
-        tolerance: how much larger the mean squared error may be, relative to the full map's.
+        tolerance: by how much the mean squared error may exceed the full map's, as a share of it.
 
     Returns:
         None if none of `ranks` is within `tolerance`.

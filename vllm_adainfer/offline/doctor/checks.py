@@ -195,10 +195,10 @@ def examine_model(
     """Its Hugging Face config and tokenizer, if it has exit points, and whether `config` fits."""
     if model is None:
         return None, [Finding("skip", "model: pass --model with the directory or hub id you serve")]
-    from vllm_adainfer.offline.calibration.calibrate import load_config
+    from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 
     try:
-        served = load_config(model)
+        served = load_config_and_tokenizer(model)
     except AdaInferError as error:
         return None, [Finding("FAIL", f"model: {error}")]
     architecture = served[0].architectures[0]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.calibrate import load_config
 from vllm_adainfer.offline.calibration.data import (
     Example,
     check_labels_known,
@@ -31,6 +30,7 @@ from vllm_adainfer.offline.evaluation.sequences import (
     is_number,
     read_back,
 )
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.artifact import ArtifactConfig, Label
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
@@ -70,7 +70,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
             check_file(path)
     config = load_artifact_config(request.artifact)
     rows = read_rows(request.data)
-    hf_config, tokenizer = load_config(request.model)
+    hf_config, tokenizer = load_config_and_tokenizer(request.model)
     config.check_served_by(hf_config)
     template = read_template(request.template)
     max_tokens = _max_tokens(request.max_tokens, config)

@@ -1,4 +1,4 @@
-"""A task's rows from the Hugging Face hub, in the fields of the task's data files."""
+"""A task's rows from the Hugging Face hub, with the fields that the task's data files have."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ Part = Literal["train", "test"]
 
 
 class Hub(BaseModel):
-    """Where a task's data is on the hub and how its fields are called there."""
+    """Where a task's data is on the hub, and the names of its fields there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dataset: str
     config: str | None = None
     train: str = Field(description="Split to calibrate on, or several joined by +.")
-    test: str = Field(description="Split to measure on: one whose answers are published.")
+    test: str = Field(description="Split to measure on, one with published answers.")
     fields: dict[str, str] = Field(description="Our field to theirs; a dot steps inside one.")
     classes: dict[str, str] = Field({}, description="Their label, as text, to ours.")
 
 
 def hub_rows(hub: Hub, part: Part, answer: str) -> list[Row]:
-    """Fetch one part, shuffled with a fixed seed, as some data sets are sorted by class.
+    """Fetch one part, shuffled with a fixed seed, because some data sets are sorted by class.
 
     Args:
-        hub: where it is.
-        part: which split.
-        answer: our name of the field that `hub.classes` is about.
+        hub: where the data is.
+        part: which split to fetch.
+        answer: our name of the field whose values `hub.classes` maps.
 
     Raises:
-        AdaInferError: `datasets` is not installed, or the data cannot be had in this form.
+        AdaInferError: `datasets` is not installed, or the data cannot be fetched or lacks a field.
 
     """
     try:
         from datasets import load_dataset
     except ImportError:
         raise AdaInferError(
-            f"fetching {hub.dataset} from the hub needs the package datasets: pip install "
+            f"fetching {hub.dataset} from the hub needs the datasets package: pip install "
             "datasets, or pass --data-dir DIR"
         ) from None
     split = hub.train if part == "train" else hub.test

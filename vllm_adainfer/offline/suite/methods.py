@@ -1,6 +1,6 @@
-"""What other ways to run fewer layers would have done on the same prompts, from recorded states.
+"""Other ways to run fewer layers, judged on the same prompts from recorded states.
 
-They are judged by their decisions; the time they would take is reckoned from measured costs.
+They are judged by their decisions; the time they would take is computed from measured costs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from vllm_adainfer.offline.calibration.certify import Bound, PathPoint, certify, walk
+from vllm_adainfer.offline.calibration.certify import PathPoint, certify, walk
 from vllm_adainfer.offline.calibration.collect import Ints, Recording
 from vllm_adainfer.offline.calibration.cost import Costs, probe_seconds
 from vllm_adainfer.offline.calibration.fit import (
@@ -22,10 +22,11 @@ from vllm_adainfer.offline.calibration.fit import (
     is_right,
     judge,
 )
-from vllm_adainfer.offline.calibration.policy import STEP_ROWS, FittedPolicy
+from vllm_adainfer.offline.calibration.fitted_policy import STEP_ROWS, FittedPolicy, PolicyOptions
 from vllm_adainfer.offline.calibration.probes import Target, logit_lens
+from vllm_adainfer.offline.calibration.split import Split
 
-GAP_ALONE = torch.tensor([0.0, 1.0, 0.0])  # a classifier: the gap is the score
+GAP_ALONE = torch.tensor([0.0, 1.0, 0.0])  # a classifier whose score is the gap
 EVEN_ODDS = 0.0
 
 
@@ -35,10 +36,10 @@ class Outcome:
 
     Attributes:
         accuracy: share of right answers.
-        disagreement: share of answers that are not the full model's.
-        layers_run: mean number.
-        layers_saved: share.
-        expected_speedup: in layers, probes and cuts, by measured costs.
+        disagreement: share of answers that differ from the full model's.
+        layers_run: mean number of layers.
+        layers_saved: share of layers.
+        expected_speedup: of layers, probes and cuts, by measured costs.
 
     """
 
@@ -51,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TestPart:
-    """The prompts of a recording to judge methods on."""
+    """The prompts of a recording that methods are judged on; `right` is by prompt."""
 
     recording: Recording
     prompts: Ints
@@ -64,7 +65,7 @@ class TestPart:
         threshold: float,
         costs: Costs,
     ) -> Outcome:
-        """The policy that leaves at the first of `layers` whose score passes `threshold`."""
+        """The outcome of leaving at the first of `layers` whose score passes `threshold`."""
         [point] = walk(layers, scored, costs.depth, [threshold])
         answers = np.stack([*(exit.tokens for exit in scored), self.recording.tokens[self.prompts]])
         chosen = answers[point.exits, np.arange(len(self.prompts))]
@@ -86,12 +87,12 @@ class TestPart:
         return float(costs.layer * costs.depth * tokens.sum() / seconds.sum())
 
     def scored(self, exit: FittedExit) -> Scored:
-        """What an exit point says of the test prompts."""
+        """What an exit point says about the test prompts."""
         return judge(exit.probe, exit.layer, self.recording, self.prompts).scored(exit.classifier)
 
 
 def ours(policy: FittedPolicy, epsilon: float, test: TestPart) -> Outcome | None:
-    """The policy at its certified threshold; None if nothing was certified."""
+    """Our policy at its certified threshold; None if none was certified."""
     if epsilon not in policy.points:
         return None
     layers = [exit.layer for exit in policy.exits]
@@ -108,23 +109,17 @@ def static_truncation(layers_run: float, target: Target, test: TestPart, costs: 
 
 
 def adainfer(
-    halves: tuple[Ints, Ints],
-    target: Target,
-    epsilon: float,
-    bound: Bound,
-    costs: Costs,
-    test: TestPart,
-    seed: int,
+    split: Split, options: PolicyOptions, costs: Costs, test: TestPart
 ) -> dict[str, Outcome | None]:
-    """AdaInfer's features: the whole head after every layer; by three rules of leaving.
+    """AdaInfer's features, the whole LM head after every layer, with three rules for leaving.
 
-    ``adainfer`` is the paper's: leave where the SVM says settled. ``adainfer_certified`` has one
-    threshold on the SVM's log odds certified as ours are, ``calm`` (arXiv 2207.07061) one on
-    the gap itself.
+    ``adainfer`` is the paper's rule: leave where the SVM says settled. ``adainfer_certified``
+    certifies one threshold on the SVM's log odds, as our policy does, and ``calm`` (arXiv
+    2207.07061) one on the gap itself.
     """
-    recording, depth = test.recording, costs.depth
-    open_target = Target("logit-lens", None)
-    exits = fit_exits(recording, open_target, halves, "svm", seed, recording.states)
+    recording, bound = test.recording, options.bounds()
+    whole_head = Target("logit-lens", None)
+    exits = fit_exits(recording, whole_head, split, "svm", options.seed, recording.states)
     if not exits:
         return dict.fromkeys(("adainfer", "adainfer_certified", "calm"))
     states = next(iter(recording.states.values()))
@@ -135,7 +130,7 @@ def adainfer(
     scored = [test.scored(exit) for exit in exits]
 
     def certified(exits: list[FittedExit], scored: Sequence[Scored]) -> Outcome | None:
-        point = certify(exits, depth, epsilon, bound)
+        point = certify(exits, costs.depth, options.epsilon, bound)
         return None if point is None else test.outcome(layers, scored, point.threshold, costs)
 
     on_gap = [
@@ -155,10 +150,10 @@ def adainfer(
 
 
 def agreement_curve(policy: FittedPolicy, target: Target, test: TestPart) -> dict[str, list[float]]:
-    """Share of test answers equal to the full model's, were every prompt to leave there.
+    """The share of test answers equal to the full model's if every prompt left after a layer.
 
     Returns:
-        ``layers``, and by those our ``probe`` and the ``logit_lens``.
+        ``layers``, and the shares for each: of our ``probe`` and of the ``logit_lens``.
 
     """
     plain = logit_lens(test.recording, target)
@@ -177,7 +172,7 @@ def agreement_curve(policy: FittedPolicy, target: Target, test: TestPart) -> dic
 def risk_coverage(
     policy: FittedPolicy, test: TestPart, thresholds: Sequence[float]
 ) -> dict[str, list[float]]:
-    """Layers saved and disagreement of our policy on the test prompts along its threshold."""
+    """Layers saved and disagreement of our policy on the test prompts at each threshold."""
     layers = [exit.layer for exit in policy.exits]
     scored = [test.scored(exit) for exit in policy.exits]
     path = list(walk(layers, scored, policy.costs.depth, thresholds))

@@ -1,4 +1,4 @@
-"""Run a suite: calibrate every task, judge other methods beside it, measure against stock vLLM."""
+"""Run a suite: calibrate each task, judge other methods on it, measure against stock vLLM."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from vllm_adainfer.offline.calibration.calibrate import check_rows, label_ids, load_config
-from vllm_adainfer.offline.calibration.card import model_card
+from vllm_adainfer.offline.calibration.calibrate import check_rows, label_ids
 from vllm_adainfer.offline.calibration.certify import threshold_grid
-from vllm_adainfer.offline.calibration.collect import Ints, record, recording_engine
+from vllm_adainfer.offline.calibration.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.offline.calibration.fit import candidate_layers, is_right, split
-from vllm_adainfer.offline.calibration.policy import (
+from vllm_adainfer.offline.calibration.fit import candidate_layers, is_right
+from vllm_adainfer.offline.calibration.fitted_policy import (
+    Calibration,
     FittedPolicy,
     PolicyOptions,
     make_policy,
-    policy_config,
-    policy_details,
-    policy_tensors,
 )
+from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
 from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.calibration.split import Split, random_order
 from vllm_adainfer.offline.evaluation.evaluate import check_file
 from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.report import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import compare
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.suite import methods
 from vllm_adainfer.offline.suite.report import suite_report, write_suite_report
 from vllm_adainfer.offline.suite.tasks import TaskData, load_suite, load_task
-from vllm_adainfer.policy.artifact_files import save_artifact
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SuiteRequest:
-    """What the command line says; see `vllm-adainfer evaluate --help`."""
+    """The command line's arguments; see `vllm-adainfer evaluate --help`."""
 
     model: str
     suite: str
@@ -59,20 +58,20 @@ class SuiteRequest:
 
 
 def run_suite(request: SuiteRequest) -> dict[str, Any]:
-    """Evaluate a model on a suite and write what was asked for.
+    """Evaluate a model on a suite; write the report and the plots if asked to.
 
     Returns:
         the report, see `suite_report`.
 
     Raises:
-        AdaInferError: model, data or request do not fit together, or a file cannot be written.
+        AdaInferError: model, data and request do not fit together, or a file cannot be written.
 
     """
     for path in (request.report, request.plot):
         if path is not None:
             check_file(path)
     tasks = load_suite(request.suite).select(request.tasks)
-    hf_config, tokenizer = load_config(request.model)
+    hf_config, tokenizer = load_config_and_tokenizer(request.model)
     most = hf_config.max_position_embeddings - 1
     options = PolicyOptions(epsilon=request.epsilon, delta=request.delta, seed=request.seed)
     loaded = []
@@ -86,7 +85,8 @@ def run_suite(request: SuiteRequest) -> dict[str, Any]:
             request.max_test,
             most,
         )
-        check_rows(len(data.train) // 2, options, f"the training part of {task.name}")
+        split = Split.halves(len(data.train))
+        check_rows(split, options, f"the training part of {task.name}")
         loaded.append(data)
     with tempfile.TemporaryDirectory() as directory:
         judging = _Judging(request, hf_config, options, Path(directory))
@@ -99,7 +99,7 @@ def run_suite(request: SuiteRequest) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Judging:
-    """Records tasks and judges methods on them; artifacts go into `directory`."""
+    """Records tasks and judges methods on them; writes the artifacts to `directory`."""
 
     request: SuiteRequest
     hf_config: Any
@@ -111,7 +111,7 @@ class _Judging:
         layers = list(range(1, self.hf_config.num_hidden_layers))
         rows: dict[str, dict[str, Any]] = {}
         with_labels = [data for data in loaded if data.labels]
-        # A lens learns from the first prompts of a recording, so an open task has its own engine.
+        # A lens learns from the first prompts of an engine, so a task without labels has its own.
         groups = [with_labels] if with_labels else []
         groups += [[data] for data in loaded if not data.labels]
         for group in groups:
@@ -125,23 +125,19 @@ class _Judging:
         return [rows[data.task.name] for data in loaded]
 
     def one(self, engine: LLM, data: TaskData, layers: Sequence[int]) -> dict[str, Any]:
-        """The row of one task; its artifact is saved if there is one."""
+        """The row of one task; writes its artifact if a policy was certified."""
         options = self.options
-        order = np.concatenate(split(len(data.train), options.seed))
+        order, split = random_order(len(data.train), options.seed), Split.halves(len(data.train))
         examples = [*(data.train[index] for index in order), *data.test]
         right = [*(data.train_answers[index] for index in order), *data.answers]
         recording = record(engine, examples, data.labels, layers)
-        fitted = np.arange(len(order) // 2)
-        halves = fitted, np.arange(len(order) // 2, len(order))
         tests = np.arange(len(order), len(examples))
         target = Target("label-head" if data.labels else "lens", label_ids(data.labels))
         candidates = candidate_layers(recording.depth, None)
-        policy = make_policy(
-            replace(recording, states={layer: recording.states[layer] for layer in candidates}),
-            target,
-            halves,
-            options,
+        thinned = replace(
+            recording, states={layer: recording.states[layer] for layer in candidates}
         )
+        policy = make_policy(Calibration(thinned, target, split, options, data.labels))
         test = methods.TestPart(recording, tests, right)
         full = is_right(recording.tokens[tests], right, tests)
         chance = data.chance
@@ -156,50 +152,34 @@ class _Judging:
             "prompt_tokens_mean": float(np.mean([len(e.token_ids) for e in data.test])),
             "chance": chance,
             "full_depth": {"accuracy": float(full.mean())},
-            # Not better than always the commonest answer, by a one-sided test at 95 %.
+            # Not better than always giving the commonest answer, by a one-sided test at 95 %.
             "at_chance": bool(
                 full.mean() < chance + 1.645 * np.sqrt(chance * (1 - chance) / len(full))
             ),
             "exit_points": [exit.layer for exit in policy.exits],
-            "methods": _outcomes(policy, halves, target, options, test),
+            "methods": _outcomes(policy, test),
             "agreement": methods.agreement_curve(policy, target, test),
             "measured": None,
         }
         if options.epsilon in policy.points:
             row["risk_coverage"] = methods.risk_coverage(policy, test, threshold_grid(policy.exits))
-            details = {
-                "template": data.task.template,
-                "labels": [label.name for label in data.labels],
-                **policy_details(policy, recording, halves, options),
-            }
-            name = Path(self.request.model).name
-            config = policy_config(
-                policy, recording, target, halves, options, data.labels, name, self.hf_config
-            )
-            save_artifact(
+            write_artifact(
+                policy,
+                self.request.model,
+                self.hf_config,
+                data.task.template,
                 self.directory / data.task.name,
-                config,
-                policy_tensors(policy, target, data.labels),
-                details,
-                model_card(config, details),
-                {},
             )
         return row
 
 
-def _outcomes(
-    policy: FittedPolicy,
-    halves: tuple[Ints, Ints],
-    target: Target,
-    options: PolicyOptions,
-    test: methods.TestPart,
-) -> dict[str, Any]:
-    epsilon, bound, costs = options.epsilon, options.bounds(), policy.costs
-    ours = methods.ours(policy, epsilon, test)
+def _outcomes(policy: FittedPolicy, test: methods.TestPart) -> dict[str, Any]:
+    calibration, costs = policy.calibration, policy.costs
+    ours = methods.ours(policy, calibration.options.epsilon, test)
     layers_run = costs.depth if ours is None else ours.layers_run
     outcomes = {
-        "static_truncation": methods.static_truncation(layers_run, target, test, costs),
-        **methods.adainfer(halves, target, epsilon, bound, costs, test, options.seed),
+        "static_truncation": methods.static_truncation(layers_run, calibration.target, test, costs),
+        **methods.adainfer(calibration.split, calibration.options, costs, test),
         "ours": ours,
     }
     return {name: outcome and asdict(outcome) for name, outcome in outcomes.items()}
@@ -211,7 +191,7 @@ def _measure(
     rows: Sequence[dict[str, Any]],
     directory: Path,
 ) -> None:
-    """Fill in ``measured``; a task at chance has no answers worth a measurement."""
+    """Fill in ``measured``, except for tasks at chance and tasks without a policy."""
     worth = [
         (data, row)
         for data, row in zip(loaded, rows, strict=True)
@@ -237,7 +217,7 @@ def _measure(
 def _measured(
     rounds: Sequence[tuple[Run, dict[float, Run]]], data: TaskData, epsilon: float
 ) -> dict[str, Any]:
-    """Medians over rounds of stock vLLM and ours."""
+    """Medians over the rounds of stock vLLM and ours."""
     stock = [baseline for baseline, _ in rounds]
     never = [by_epsilon[NEVER_EXIT] for _, by_epsilon in rounds]
     runs = [by_epsilon[epsilon] for _, by_epsilon in rounds]

@@ -1,0 +1,185 @@
+"""A policy made from a recording: fit, choose the exit points, certify the bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.certify import EPSILONS, Bound, PathPoint, certify
+from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, forecast
+from vllm_adainfer.offline.calibration.collect import Ints, Recording
+from vllm_adainfer.offline.calibration.cost import Costs, head_seconds, probe_seconds
+from vllm_adainfer.offline.calibration.fit import FittedExit, RightTokens, chain, fit_exits
+from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.calibration.split import Split
+from vllm_adainfer.policy.artifact import Label
+from vllm_adainfer.policy.bound import FloatArray
+from vllm_adainfer.policy.kinds import BoundChoice, ClassifierKind, Risk
+
+STEP_ROWS = 2048  # token rows of a full step, vLLM's default on a CPU
+HEAD_ROWS = 128  # tokens that a full step yields, likewise
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What a policy consists of and what it promises; see `vllm-adainfer calibrate --help`."""
+
+    classifier: ClassifierKind = "svm"
+    exit_points: tuple[int, ...] | None = None
+    epsilon: float = 0.02
+    delta: float = 0.1
+    risk: Risk = "disagreement"
+    bound: BoundChoice = "auto"
+    seed: int = 0
+    max_tokens: int = 1
+
+    def bounds(self, prompts: Ints | None = None) -> Bound:
+        """The bound that `risk` and `bound` ask for.
+
+        Args:
+            prompts: [held-out rows], the prompt of each, if more than one token is generated.
+
+        Raises:
+            AdaInferError: the exact bound is asked for accuracy, whose losses may be negative, or
+                for several tokens of a prompt, which are not independent.
+
+        """
+        disagreement, generated = self.risk == "disagreement", self.max_tokens > 1
+        if self.bound == "exact" and generated:
+            raise AdaInferError(
+                "--bound exact counts independent answers, and the tokens of a text are not: use "
+                "wsr, hoeffding-bentkus or auto with --max-tokens"
+            )
+        if generated and not disagreement:
+            raise AdaInferError(
+                "--risk accuracy works for one-token answers only: drop --max-tokens or bound the "
+                "disagreement"
+            )
+        if self.bound == "exact" and not disagreement:
+            raise AdaInferError(
+                "--bound exact counts changed answers and cannot bound the accuracy lost: use wsr, "
+                "hoeffding-bentkus or auto"
+            )
+        kind = self.bound
+        if kind == "auto":
+            kind = "exact" if disagreement and not generated else "wsr"
+        lowest = 0.0 if disagreement else -1.0
+        return Bound(kind, self.delta, lowest, prompts if generated else None, self.max_tokens)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a policy is made from.
+
+    Attributes:
+        recording: of all prompts.
+        target: what the probes predict.
+        split: which prompts fit, and which certify.
+        options: what is wanted.
+        labels: the answers, if there is a fixed set of them.
+        right: the right tokens by prompt, if the risk is of accuracy.
+
+    """
+
+    recording: Recording
+    target: Target
+    split: Split
+    options: PolicyOptions
+    labels: tuple[Label, ...] = ()
+    right: RightTokens | None = None
+
+    @property
+    def bound(self) -> Bound:
+        """The bound, on the decision rows of the held-out prompts."""
+        rows = self.split.certify_rows(self.recording)
+        return self.options.bounds(self.recording.prompts[rows])
+
+
+@dataclass(frozen=True)
+class FittedPolicy:
+    """A policy and how it did on the prompts it was made from.
+
+    Attributes:
+        calibration: what it was made from.
+        exits: the chosen exit points, by layer; empty if no set of them is worth its cost.
+        points: epsilon -> the loosest policy certified for it on the held-out half.
+        candidates: all fitted exit points.
+        costs: the costs the choice was based on.
+        expected: expected times of a prompt, in seconds: ``full_depth``, ``chosen``, ``uniform``
+            (as many exit points, evenly spread).
+
+    """
+
+    calibration: Calibration
+    exits: list[FittedExit]
+    points: dict[float, PathPoint]
+    candidates: list[FittedExit]
+    costs: Costs
+    expected: dict[str, float]
+
+
+def make_policy(calibration: Calibration) -> FittedPolicy:
+    """Fit every recorded layer, choose among them, certify every epsilon that can be."""
+    recording, split, options = calibration.recording, calibration.split, calibration.options
+    candidates = fit_exits(
+        recording,
+        calibration.target,
+        split,
+        options.classifier,
+        options.seed,
+        tqdm(recording.states, desc="fit", unit="layer", disable=None),
+        calibration.right,
+    )
+    tokens = recording.computed[split.fit_rows(recording)]
+    if options.max_tokens > 1:  # at later tokens, reading a layer's weights is what takes time
+        tokens = np.ones_like(tokens)
+    costs = _measured_costs(recording, candidates, tokens, generated=options.max_tokens > 1)
+    bound = calibration.bound
+    allowed = bound.allowance(len(split.certify_rows(recording)), options.epsilon)
+    exits = candidates
+    if options.exit_points is None:
+        exits = choose_exits(candidates, costs, tokens, allowed)
+    expected = {
+        "full_depth": forecast([], costs, tokens, allowed).seconds,
+        "chosen": forecast(exits, costs, tokens, allowed).seconds,
+        "uniform": forecast(evenly_spread(candidates, len(exits)), costs, tokens, allowed).seconds,
+    }
+    if options.classifier == "crf" and exits:
+        exits = chain(exits)
+    points: dict[float, PathPoint] = {}
+    for epsilon in sorted({*EPSILONS, options.epsilon}) if exits else ():
+        point = certify(exits, recording.depth, epsilon, bound)
+        if point is not None:
+            points[epsilon] = point
+    return FittedPolicy(calibration, exits, points, candidates, costs, expected)
+
+
+def _measured_costs(
+    recording: Recording, candidates: list[FittedExit], tokens: FloatArray, generated: bool
+) -> Costs:
+    """Time the probes; the recording has timed the layers.
+
+    Args:
+        recording: of all prompts.
+        candidates: fitted exit points.
+        tokens: [rows], token rows that the layers run for each decision row.
+        generated: whether texts are generated, so that an early answer spares the LM head.
+
+    """
+    states = next(iter(recording.states.values()))
+    asked = states[: max(1, round(STEP_ROWS / tokens.mean()))]
+    head = 0.0
+    if generated:
+        head = head_seconds(recording.logit_lens, asked[:HEAD_ROWS], recording.threads)
+    return Costs(
+        depth=recording.depth,
+        layer=recording.layer_seconds,
+        cut=recording.cut_seconds,
+        probe={
+            exit.layer: probe_seconds(exit.probe, asked, recording.threads) for exit in candidates
+        },
+        head=head,
+    )

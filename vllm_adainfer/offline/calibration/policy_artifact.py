@@ -1,0 +1,172 @@
+"""The artifact of a fitted policy: its config, its tensors, and how it was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_adainfer.offline.calibration.card import model_card, risk_plot
+from vllm_adainfer.offline.calibration.certify import held_out_path
+from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.policy.artifact import ArtifactConfig, Level
+from vllm_adainfer.policy.artifact_files import save_artifact
+from vllm_adainfer.policy.kinds import Candidates
+from vllm_adainfer.policy.probe import FEATURES
+
+
+def write_artifact(
+    policy: FittedPolicy, model: str, hf_config: Any, template: str | None, directory: Path
+) -> ArtifactConfig:
+    """Write a policy that certified its own epsilon.
+
+    Args:
+        policy: the policy.
+        model: directory or hub id of its model.
+        hf_config: the model's config.
+        template: of the prompts, as it was given.
+        directory: of the artifact.
+
+    Raises:
+        AdaInferError: `directory` cannot be written.
+
+    """
+    name = Path(model).name if Path(model).is_dir() else model
+    config = policy_config(policy, name, hf_config)
+    details = {
+        "template": template,
+        "labels": [label.name for label in policy.calibration.labels],
+        **policy_details(policy),
+    }
+    save_artifact(
+        directory,
+        config,
+        policy_tensors(policy),
+        details,
+        model_card(config, details),
+        {"risk.png": risk_plot(config, details)},
+    )
+    return config
+
+
+def policy_config(policy: FittedPolicy, model: str, hf_config: Any) -> ArtifactConfig:
+    """``config.json``; `model` is the name of the model, `hf_config` its config."""
+    calibration = policy.calibration
+    recording, options, bound = calibration.recording, calibration.options, calibration.bound
+    head_size = recording.logit_lens.head_weight.shape[1]
+    candidates: Candidates = "full" if calibration.target.label_ids is None else "shortlist"
+    return ArtifactConfig(
+        base_model=model,
+        architecture=hf_config.architectures[0],
+        layers=policy.costs.depth,
+        hidden_size=hf_config.hidden_size,
+        vocab_size=hf_config.vocab_size,
+        head_size=None if head_size == hf_config.hidden_size else head_size,
+        weights_fingerprint=recording.fingerprint,
+        exit_points=tuple(exit.layer for exit in policy.exits),
+        probe=calibration.target.kind,
+        candidates="labels" if calibration.labels else candidates,
+        labels=calibration.labels,
+        features=FEATURES,
+        classifier=options.classifier,
+        epsilon=options.epsilon,
+        delta=options.delta,
+        risk=options.risk,
+        bound=bound.kind,
+        max_tokens=options.max_tokens,
+        levels=tuple(
+            Level(
+                epsilon=epsilon,
+                disagreement=point.disagreement,
+                risk=point.risk,
+                bound=bound.of(point.losses),
+                layers_saved=point.layers_saved,
+            )
+            for epsilon, point in policy.points.items()
+        ),
+    )
+
+
+def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
+    """The tensors of ``policy.safetensors``."""
+    target, labels = policy.calibration.target, policy.calibration.labels
+    thresholds = torch.tensor([point.threshold for point in policy.points.values()])
+    tensors = {"thresholds": thresholds.unsqueeze(1).repeat(1, len(policy.exits))}
+    if target.label_ids is not None and not labels:
+        tensors["shortlist"] = target.label_ids
+    for exit in policy.exits:
+        name, probe = f"exit.{exit.layer}", exit.probe
+        tensors[f"{name}.classifier"] = exit.classifier
+        if probe.head_bias is not None:  # a label head
+            tensors[f"{name}.head_weight"] = probe.head_weight
+            tensors[f"{name}.head_bias"] = probe.head_bias
+            continue
+        for part, tensor in probe.lens.items():
+            tensors[f"{name}.{part}"] = tensor
+        if target.label_ids is not None:
+            tensors["head_rows"] = probe.head_weight
+    return tensors
+
+
+def policy_details(policy: FittedPolicy) -> dict[str, Any]:
+    """``calibration.json``: how the policy was made, and what each exit point does."""
+    calibration = policy.calibration
+    recording, split = calibration.recording, calibration.split
+    held_out, bound = split.certify_rows(recording), calibration.bound
+    _, counts = np.unique(recording.tokens[held_out], return_counts=True)
+    point = policy.points[calibration.options.epsilon]
+    leaving = np.bincount(point.exits, minlength=len(policy.exits) + 1) / len(held_out)
+    return {
+        "prompts": len(split.fit) + len(split.certify),
+        "rows": len(recording.tokens),
+        "rows_fitted": len(split.fit_rows(recording)),
+        "rows_held_out": len(held_out),
+        "seed": calibration.options.seed,
+        "majority_share": float(counts.max() / counts.sum()),
+        "exit_points": [
+            {
+                "layer": exit.layer,
+                "leaving": float(share),
+                "agreement": float(exit.held_out.agrees.mean()),
+                "probe_bytes": exit.probe.bytes,
+                # In units of the time of one layer for one token row.
+                "probe_cost": policy.costs.probe[exit.layer] / policy.costs.layer,
+            }
+            for exit, share in zip(policy.exits, leaving[:-1], strict=True)
+        ],
+        "agreement": {
+            str(exit.layer): float(exit.held_out.agrees.mean()) for exit in policy.candidates
+        },
+        "oracle_layers_run": oracle_layers_run(policy),
+        "seconds": {
+            "layer": policy.costs.layer,
+            "cut": policy.costs.cut,
+            "expected": policy.expected,
+        },
+        "risk_curve": [
+            {
+                "threshold": point.threshold if np.isfinite(point.threshold) else None,
+                "risk": point.risk,
+                "disagreement": point.disagreement,
+                "bound": bound.of(point.losses),
+                "layers_saved": point.layers_saved,
+            }
+            for point in held_out_path(policy.exits, policy.costs.depth)
+        ],
+        "provenance": provenance(),
+    }
+
+
+def oracle_layers_run(policy: FittedPolicy) -> float:
+    """Mean depth on the held-out half if each row left where it first agrees with the full model.
+
+    Over all candidates: what a perfect classifier would reach.
+    """
+    agrees = np.stack([exit.held_out.agrees for exit in policy.candidates])
+    layers = np.array([*(exit.layer for exit in policy.candidates), policy.costs.depth])
+    first = np.where(agrees.any(axis=0), agrees.argmax(axis=0), len(agrees))
+    return float(layers[first].mean())

@@ -1,0 +1,19 @@
+"""Names of probes, classifiers, risks, bounds and candidates; importable without torch.
+
+The command line offers them, and an artifact's ``config.json`` holds them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ProbeKind = Literal["lens", "label-head", "logit-lens"]
+ClassifierKind = Literal["svm", "logreg", "threshold", "rbf", "boosting", "crf"]
+Risk = Literal["disagreement", "accuracy"]
+BoundKind = Literal["exact", "wsr", "hoeffding-bentkus", "naive"]
+Candidates = Literal["labels", "shortlist", "full"]
+
+# On the command line; auto takes label-head with --labels and lens without.
+ProbeChoice = Literal["auto", ProbeKind]
+# Likewise; auto takes exact for disagreement in one-token answers, and wsr otherwise.
+BoundChoice = Literal["auto", BoundKind]
