@@ -26,9 +26,10 @@ from vllm_adainfer.engine.build_loop import monitors_of
 from vllm_adainfer.engine.gpu_worker import AdaInferGPUWorker
 from vllm_adainfer.engine.segments import Stack
 from vllm_adainfer.exits import step as step_of
+from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.kv import ExactKV, PropagateKV
-from vllm_adainfer.exits.report import WORK, Reporter, snapshot_of
+from vllm_adainfer.exits.report import Reporter, snapshot_of
 from vllm_adainfer.policy.policy_set import PolicySet
 
 NAMES = ("a", "b", NO_POLICY)
@@ -143,7 +144,7 @@ def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped
             received[tuple(key)] += added
         waiting = waiting_of(loop.work)
         for name in NAMES:
-            run, skipped, _ = (received[kind, name, ""] for kind in WORK)
+            run, skipped, _ = (received[kind, name, ""] for kind in PolicyStats().work)
             assert run + skipped + waiting[name] == came[name]
         assert sum(waiting.values()) == waiting_rows(loop.kv)
         assert loop.stats.layers_run == stack.executed

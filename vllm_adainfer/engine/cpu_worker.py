@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adainfer.engine import compat
@@ -12,7 +13,8 @@ from vllm_adainfer.engine.worker import ExitWorker
 class AdaInferCPUWorker(ExitWorker, CPUWorker):
     """Its runner is V1, or V2 where Triton runs on the CPU."""
 
+    @override
     def init_device(self) -> None:
-        """Build the device state as stock does, with our runner where that is V1."""
+        """Build our runner in place of V1's."""
         with compat.cpu_runner_class(AdaInferCPUModelRunner):
             super().init_device()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
@@ -11,14 +12,16 @@ from vllm_adainfer.engine.worker import ExitWorker
 class AdaInferGPUWorker(ExitWorker, Worker):
     """Its runner is V2, which asks the model for its state."""
 
+    @override
     def determine_available_memory(self) -> int:
-        """As vLLM's, which captures graphs to measure them and cannot know of ours."""
+        """vLLM captures graphs to measure them, and does not know of ours."""
         available: int = super().determine_available_memory()
         self.model_runner.model_state.drop_graphs()
         return available
 
+    @override
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """As vLLM's, which warms up with requests that are not to be counted."""
+        """vLLM warms up with requests that must not be counted."""
         times = super().compile_or_warm_up_model()
         self.model_runner.model.loop.reset_counters()
         return times

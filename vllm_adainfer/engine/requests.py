@@ -1,4 +1,4 @@
-"""The requests that a worker runs, and the step contexts made of them: the same for V1 and V2."""
+"""The requests that a worker runs, and the step contexts made of them, on V1 and V2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunningRequests:
         self._loop = loop
         self._window = UNLIMITED
         self._admitted: dict[str, Admitted] = {}
-        # See `GuardedScheduler`: otherwise no guard reads what is complete.
+        # Without a guard nobody reads which tokens are complete, see `GuardedScheduler`.
         self._scheduler_asks = (
             vllm_config.cache_config.enable_prefix_caching and not self.admission.records
         )
@@ -50,7 +50,7 @@ class RunningRequests:
         )
 
     def use_admission(self, admission: Admission) -> None:
-        """Let `admission` decide from now on, also about requests that are here already."""
+        """Let `admission` decide from now on, also about requests that are already running."""
         self.admission = admission
         for request_id, request in self._admitted.items():
             self._admitted[request_id] = admission.admit(
@@ -58,7 +58,7 @@ class RunningRequests:
             )
 
     def lost_kv(self, request_id: str) -> None:
-        """The request was preempted: it starts anew, without its blocks."""
+        """The request was preempted: it starts again, without its blocks."""
         self._loop.forget(request_id)
 
     def remove(self, request_id: str) -> None:
@@ -67,12 +67,12 @@ class RunningRequests:
         self._loop.forget(request_id)
 
     def ended(self, request_ids: Iterable[str]) -> None:
-        """Requests have no more tokens."""
+        """These requests get no more tokens."""
         for request_id in request_ids:
             self._loop.ended(request_id)
 
     def knows(self, request_id: str) -> bool:
-        """Whether this is a request, not a part of a dummy batch."""
+        """Whether this is a real request, not part of a dummy batch."""
         return request_id in self._admitted
 
     def describe(
@@ -124,7 +124,7 @@ class RunningRequests:
         return self._ran
 
     def take_note(self) -> StepNote | None:
-        """What the scheduler is to be told after a step, None if there was none."""
+        """The note to the scheduler after a step, None if there was no step."""
         step, self._ran = self._ran, None
         if step is None:
             return None
@@ -135,7 +135,7 @@ class RunningRequests:
         return StepNote(complete, snapshot_of(self._loop.stats) if due else None)
 
     def note_at_rest(self) -> StepNote:
-        """What the scheduler is to be told when nothing is left to do."""
+        """The note to the scheduler when no work is left."""
         return StepNote(None, snapshot_of(self._loop.stats))
 
     def _complete(self, step: StepContext) -> dict[str, int]:

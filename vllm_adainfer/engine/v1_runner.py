@@ -1,4 +1,4 @@
-"""Model Runner V1 (vLLM's on a CPU) with a step context."""
+"""Model Runner V1, which vLLM uses on CPUs, with a step context."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_adainfer.engine.attention import Groups, StepAttention, own_groups
@@ -19,15 +20,16 @@ class AdaInferCPUModelRunner(CPUModelRunner):
 
     running: RunningRequests
 
+    @override
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's; then build the model's loop."""
+        """Then build the model's loop."""
         super().load_model(*args, **kwargs)
         self.model.loop = build_loop(self.model, self.vllm_config)
         keep_best_tokens(self)
         self.running = RunningRequests(self.vllm_config, self.model.loop)
 
+    @override
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         self.running.use_kv_cache(self.kv_cache_config)
 
@@ -35,8 +37,9 @@ class AdaInferCPUModelRunner(CPUModelRunner):
     def _own_groups(self) -> Groups:
         return own_groups(self.attn_groups, self.vllm_config, self.device)
 
+    @override
     def _update_states(self, scheduler_output: Any) -> Any:
-        """Admit requests when they arrive, forget them when they end."""
+        """Admit requests when they arrive, and forget them when they end."""
         for request_id in scheduler_output.finished_req_ids:
             self.running.remove(request_id)
         for request_id in scheduler_output.preempted_req_ids or ():
@@ -45,12 +48,13 @@ class AdaInferCPUModelRunner(CPUModelRunner):
             self.running.add(new)
         return super()._update_states(scheduler_output)
 
+    @override
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         self._prepare_step()
         return super()._model_forward(*args, **kwargs)
 
+    @override
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's."""
         with seeds_of_chunks_kept(self):
             return super().sample_tokens(*args, **kwargs)
 

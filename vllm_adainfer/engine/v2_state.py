@@ -1,4 +1,4 @@
-"""Model Runner V2 (vLLM's on a GPU): the model's own `ModelState` brings the step context."""
+"""Model Runner V2, which vLLM uses on GPUs: our `ModelState` prepares the step context."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -24,39 +25,42 @@ logger = get_logger(__name__)
 
 
 class AdaInferModelState(DefaultModelState):
-    """vLLM's default state; with attention it prepares whose rows the next forward runs."""
+    """vLLM's default state; together with attention it prepares the next step."""
 
     model: Any
 
     def __init__(
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: None, device: torch.device
     ) -> None:
-        """`model` is loaded; its exit loop is built of what it has become."""
+        """`model` is loaded, so that its loop can be built."""
         super().__init__(vllm_config, model, encoder_cache, device)
         self.model.loop = build_loop(self.model, vllm_config)
         self.running = RunningRequests(vllm_config, self.model.loop)
         self._own_groups: Groups | None = None
         self._block_sizes: list[int] = []
 
+    @override
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """As vLLM's, and admit the request."""
         super().add_request(req_index, new_req_data)
         self.running.add(new_req_data)
 
+    @override
     def remove_request(self, req_id: str) -> None:
-        """As vLLM's; the request has ended, was preempted, or was never there."""
+        """The request has ended, was preempted, or never existed."""
         super().remove_request(req_id)
         self.running.remove(req_id)
 
+    @override
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
     ) -> None:
-        """As vLLM's, which calls it once with a small cache to measure graphs, then for good."""
+        """vLLM calls this with a small cache to measure graphs, then with the final one."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.running.use_kv_cache(kv_cache_config)
         self._own_groups = None
         self._block_sizes = block_tables.block_sizes
 
+    @override
     def capture_inner_cudagraphs(
         self,
         input_buffers: InputBuffers,
@@ -64,7 +68,7 @@ class AdaInferModelState(DefaultModelState):
         attn_groups: Groups,
         kv_cache_config: KVCacheConfig,
     ) -> None:
-        """Capture the segments' graphs, where the runner has captured those around them."""
+        """Capture the segments' graphs; the runner has captured its own."""
         if self.running.admission.records:  # states are kept, and graphs would overwrite them
             return
         reason = why_not_captured(self.vllm_config, attn_groups)
@@ -82,9 +86,10 @@ class AdaInferModelState(DefaultModelState):
         self.model.graphs = graphs
 
     def drop_graphs(self) -> None:
-        """Those were captured to measure what they take."""
+        """Drop graphs that were captured to measure their memory."""
         self.model.graphs = None
 
+    @override
     def prepare_attn(
         self,
         input_batch: InputBatch,
@@ -95,7 +100,7 @@ class AdaInferModelState(DefaultModelState):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As vLLM's, and describe the step, unless this is a dummy batch."""
+        """Also describe the step, unless this is a dummy batch."""
         if self._own_groups is None:
             self._own_groups = own_groups(attn_groups, self.vllm_config, self.device)
         graphs = self.model.graphs

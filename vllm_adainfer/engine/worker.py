@@ -1,4 +1,4 @@
-"""What workers with exits have in common, and the calls that reach them by ``collective_rpc``."""
+"""What all our workers share, and the calls that reach them by ``collective_rpc``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
+from typing_extensions import override
 
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.reload import reload_artifacts
@@ -30,13 +31,15 @@ class ExitWorker(_Worker):
         )
         return running
 
+    @override
     def init_device(self) -> None:
-        """As vLLM's, without the request check: that one works in the frontend."""
+        """Drop the request check first: it belongs to the frontend."""
         self.model_config.logits_processors = None
         super().init_device()
 
+    @override
     def execute_model(self, scheduler_output: Any) -> Any:
-        """As vLLM's, which sends an empty step, too, when the last requests have ended."""
+        """vLLM also sends an empty step once the last requests have ended."""
         self._running.ended(scheduler_output.finished_req_ids)
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
@@ -44,8 +47,9 @@ class ExitWorker(_Worker):
             compat.note(output, self._running.note_at_rest())
         return output
 
+    @override
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """As vLLM's; the output says what is complete in the KV cache, and what was executed."""
+        """Attach what is complete in the KV cache, and what was executed."""
         output = super().sample_tokens(grammar_output)
         note = self._running.take_note()
         if note is not None:
@@ -53,16 +57,16 @@ class ExitWorker(_Worker):
         return output
 
     def adainfer_stats(self) -> dict[str, Any]:
-        """Counters of this worker, see `vllm_adainfer.stats`."""
+        """This worker's counters, see `vllm_adainfer.stats`."""
         stats: dict[str, Any] = self.model_runner.model.loop.stats.as_dict()
         return stats
 
     def adainfer_reload(self) -> list[str]:
-        """Serve with the artifacts that are there now, see `reload_artifacts`."""
+        """Read the artifacts again and serve with them, see `reload_artifacts`."""
         return reload_artifacts(self.model_runner.model, self._running, self.vllm_config)
 
     def adainfer_take_record(self, path: str) -> dict[str, Any]:
-        """Write the recorded states and sums and the tensors of the model's logit lens to `path`.
+        """Write the recorded states and sums, and the tensors of the model's logit lens, to `path`.
 
         Returns:
             ``fingerprint`` of the served weights, ``norm`` (kind and epsilon of the final one,

@@ -13,20 +13,20 @@ from vllm_adainfer.policy.monitor import Monitor
 
 @dataclass
 class PolicyStats:
-    """What rows that came under one policy have run. No counter ever falls.
+    """The work of rows that came under one policy. No counter ever falls.
 
-    At any time those run, skipped and still waiting (see `vllm_adainfer.exits.work`) add up to
-    those possible.
+    At any time, what is run, skipped and still waiting (see `vllm_adainfer.exits.work`) adds up to
+    what is possible.
 
     Attributes:
         layers_run: rows x layers executed.
         layers_skipped: rows x layers that will never be executed.
-        layers_deferred: rows x layers that wait until their request needs them; later they are
-            run or skipped. Counted each time that a row begins to wait.
+        layers_deferred: rows x layers that wait until their request needs them, and are then run
+            or skipped. Counted each time that a row begins to wait.
         layers_possible: rows x layers that full depth would have executed.
-        exit_histogram: tokens sampled by the number of layers they ran.
-        shadow_checked: early answers compared with full depth, by epsilon; a monitor counts those
-            of the artifact that serves now.
+        exit_histogram: sampled tokens by the number of layers they ran.
+        shadow_checked: early answers compared with full depth, by epsilon. (A monitor only counts
+            those of the artifact that serves now.)
         shadow_disagreed: those that differed.
 
     """
@@ -39,12 +39,19 @@ class PolicyStats:
     shadow_checked: Counter[float] = field(default_factory=Counter)
     shadow_disagreed: Counter[float] = field(default_factory=Counter)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+    @property
+    def work(self) -> dict[str, int]:
+        """Rows x layers, by what has become of them."""
         return {
             "layers_run": self.layers_run,
             "layers_skipped": self.layers_skipped,
             "layers_deferred": self.layers_deferred,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **self.work,
             "layers_possible": self.layers_possible,
             "exit_histogram": dict(sorted((+self.exit_histogram).items())),
         }
@@ -52,17 +59,17 @@ class PolicyStats:
 
 @dataclass
 class ExitStats:
-    """What one engine has run since it started.
+    """The work of one engine since it started.
 
     Attributes:
         tokens_decided: tokens sampled, at any depth.
-        passes_run: layers entered, with however many rows: weights are read once for each.
+        passes_run: layers entered, with any number of rows: weights are read once for each.
         passes_possible: layers that full depth would have entered.
-        seconds: in the stack, by the host's clock; on a CPU only, elsewhere it is 0.
-        probe_seconds: of these, asking policies.
-        by_policy: the rest, by the name of the policy that decides; `NO_POLICY` is those that may
-            not exit.
-        shadow: what shadow requests have shown, by policy; empty (and no key) where nobody watches.
+        seconds: time in the stack, by the host's clock; only on a CPU, elsewhere 0.
+        probe_seconds: the part of it in which policies decided.
+        by_policy: the rest, by the name of the policy that decides; `NO_POLICY` stands for requests
+            that may not exit.
+        shadow: the monitors, by policy; empty (and no key in `as_dict`) where nobody watches.
 
     """
 
@@ -88,11 +95,11 @@ class ExitStats:
 
     @property
     def exit_histogram(self) -> Counter[int]:
-        """Tokens sampled by the number of layers they ran."""
+        """Sampled tokens by the number of layers they ran."""
         return sum((policy.exit_histogram for policy in self.by_policy.values()), Counter())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, so that they can cross a process border."""
+        """Plain values, which can cross a process border."""
         counters: dict[str, Any] = {
             "tokens_decided": self.tokens_decided,
             "layers_run": self.layers_run,

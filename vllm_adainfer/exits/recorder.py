@@ -1,4 +1,4 @@
-"""The recorder: keeps what calibration learns from, as the layers run."""
+"""The recorder: keeps what calibration learns from while the layers run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vllm_adainfer.policy.moments import Moments
 
-# A decision row counts as much as so many other rows of a prompt.
+# A decision row weighs as much as this many other rows of a prompt.
 DECISION_ROW_WEIGHT = 64.0
-# Of a prompt's other rows, one in so many is summed: more cost time and teach a lens little.
+# One in this many of a prompt's other rows is summed: more cost time and teach a lens little.
 STRIDE = 3
 
 
@@ -32,8 +32,8 @@ class LensSums:
     def add(self, states: Sequence[Tensor], tags: Tensor, positions: Tensor, last: Tensor) -> None:
         """Add a step's rows; arguments as for `Recorder.record`, the last state is final.
 
-        A prompt's first row is left out: it serves attention as a sink, its state is an outlier
-        many times longer than any other, and no request for an answer ends there.
+        A prompt's first row is left out: it is an attention sink, its state is an outlier many
+        times longer than any other, and no request for an answer ends there.
         """
         chosen = last | ((tags + positions) % STRIDE == 0) & (positions > 0)
         chosen &= (tags >= 0) & (tags < self._prompts)
@@ -50,7 +50,7 @@ class LensSums:
                 moments[fold].add(x, target - x, weight)
 
     def take(self) -> dict[str, Tensor]:
-        """``lens.<layer>.<fold>.<field of Moments>``; then start over."""
+        """The sums as ``lens.<layer>.<fold>.<field of Moments>``; then start over."""
         taken = {
             f"lens.{layer}.{fold}.{field.name}": getattr(moments, field.name)
             for layer, by_fold in zip(self._layers, self._moments, strict=False)
@@ -62,7 +62,7 @@ class LensSums:
 
 
 class Recorder:
-    """Keeps the states of decision rows; a request's tag is its row in the calibration data."""
+    """Keeps the states of decision rows; a request's tag is its line of the calibration data."""
 
     def __init__(self, layers: tuple[int, ...], lens: LensSums | None) -> None:
         """Record after `layers`, the last of which is the model's last; sum for `lens` too."""
@@ -79,7 +79,7 @@ class Recorder:
 
         Args:
             states: [rows, hidden size] after each of the recorded layers.
-            tags: int64 [rows], of the row's request; negative rows are nobody's.
+            tags: int64 [rows], of the row's request; a negative one is not recorded.
             positions: int64 [rows], of the row in its prompt.
             last: bool [rows], whether the row decides its request's answer.
 
@@ -93,10 +93,10 @@ class Recorder:
             self._lens.add(states, tags, positions, last)
 
     def take(self) -> dict[str, Tensor]:
-        """All that was kept, in the order in which it came; then start over.
+        """Everything kept, in the order in which it came; then start over.
 
         ``layer.<n>`` [rows, hidden size], and int64 [rows] ``tags`` and ``positions`` of the rows.
-        With it the sums for the lens, see `LensSums.take`.
+        Also the sums for the lens, see `LensSums.take`.
         """
         taken = {} if self._lens is None else self._lens.take()
         for layer, states in zip(self.layers, self._states, strict=True):

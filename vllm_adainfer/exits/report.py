@@ -1,4 +1,4 @@
-"""Reports: what a worker has counted, on its way through the scheduler to the frontends."""
+"""Reports: a worker's counters on their way through the scheduler to the frontends."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 from vllm_adainfer.exits.counters import ExitStats
 from vllm_adainfer.policy.monitor import Reading
 
-Key = tuple[str, str, str]  # kind of counter, the policy it is of, and the layer or epsilon, if any
-WORK = ("layers_run", "layers_skipped", "layers_deferred")
-INTERVAL = 0.25  # seconds between reports, while there is work: to send counters takes its time
+Key = tuple[str, str, str]  # kind of counter, its policy, and its layer or epsilon, if any
+INTERVAL = 0.25  # seconds between reports, while there is work: sending counters takes time
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A worker's counters at one moment; the worker goes on counting while this is sent.
+    """A worker's counters at one moment; the worker keeps counting while this is sent.
 
     Attributes:
         counts: every counter; each only ever grows.
-        shadow: by policy, what shadow requests have shown in all, by level.
+        shadow: by policy, the readings of its levels.
 
     """
 
@@ -28,20 +27,19 @@ class Snapshot:
 
 
 def snapshot_of(stats: ExitStats) -> Snapshot:
-    """`stats` as they are now."""
+    """A snapshot of `stats`."""
     counts: list[tuple[Key, float]] = [
         (("seconds", "", ""), stats.seconds),
         (("probe_seconds", "", ""), stats.probe_seconds),
     ]
-    for name, own in stats.by_policy.items():
-        for kind in WORK:
-            counts.append(((kind, name, ""), getattr(own, kind)))
-        for layer, tokens in own.exit_histogram.items():
+    for name, policy in stats.by_policy.items():
+        counts += [((kind, name, ""), count) for kind, count in policy.work.items()]
+        for layer, tokens in policy.exit_histogram.items():
             counts.append((("tokens", name, str(layer)), tokens))
-        for epsilon, checked in own.shadow_checked.items():
+        for epsilon, checked in policy.shadow_checked.items():
             level = f"{epsilon:g}"
             counts.append((("shadow_checked", name, level), checked))
-            counts.append((("shadow_disagreed", name, level), own.shadow_disagreed[epsilon]))
+            counts.append((("shadow_disagreed", name, level), policy.shadow_disagreed[epsilon]))
     shadow = tuple((name, tuple(monitor.readings())) for name, monitor in stats.shadow.items())
     return Snapshot(tuple(counts), shadow)
 
@@ -51,7 +49,7 @@ class StepNote:
     """What the worker tells the scheduler after a step.
 
     Attributes:
-        complete: of each request that may exit, how many of its first tokens the cache has as at
+        complete: for each request that may exit, how many of its first tokens are cached as at
             full depth; None where nobody asks.
         counted: the worker's counters, None in most steps.
 
@@ -64,14 +62,14 @@ class StepNote:
 class Reporter:
     """Turns snapshots into reports of what was added since the last one.
 
-    Reports are increments, because each goes to one of several frontends, which add them up.
+    Reports are increments because each goes to one of several frontends, which add them up.
     """
 
     def __init__(self) -> None:
         self._sent: dict[Key, float] = {}
 
     def report(self, counted: Snapshot) -> dict[str, Any]:
-        """What `counted` has more than the last one, and what shadow requests show in all."""
+        """What `counted` adds to the last snapshot, and the readings of all levels."""
         before, self._sent = self._sent, dict(counted.counts)
         added = [(*key, count - before.get(key, 0)) for key, count in counted.counts]
         return {

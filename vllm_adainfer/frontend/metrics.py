@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.exits.report import WORK
+from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.policy.artifact import ArtifactConfig
 
 ENGINE = ["model_name", "engine"]
@@ -121,7 +121,7 @@ class EngineMetrics:
         self._series = series
         self._labels = model_name, str(engine)
         for name in (*configs, NO_POLICY):  # so that rates begin at 0
-            for kind in WORK:
+            for kind in PolicyStats().work:
                 series.counters[kind].labels(*self._labels, name)
             series.exit_layer.labels(*self._labels, name)
         for name, config in configs.items():
