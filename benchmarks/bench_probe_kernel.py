@@ -25,16 +25,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import adainfer_kernels
 import torch
 import typer
+from adainfer_kernels import Head, Norm, NormKind, probe
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from vllm_adainfer.offline.provenance import provenance
 
 # name: (vocabulary, hidden size, kind of the final norm)
-SHAPES = {
+SHAPES: dict[str, tuple[int, int, NormKind]] = {
     "SmolLM2-135M": (49152, 576, "rms"),
     "Llama-2-7B": (32000, 4096, "rms"),
     "OPT-6.7B": (50272, 4096, "layer"),
@@ -110,12 +110,15 @@ def cells(shape: str, rows_list: list[int]) -> Iterator[tuple[str, int, dict[str
 
 
 def ours(
-    hidden: Tensor, head: Tensor, ids: Tensor | None, kind: Any, weight: Tensor, bias: Tensor | None
+    hidden: Tensor,
+    head: Tensor,
+    ids: Tensor | None,
+    kind: NormKind,
+    weight: Tensor,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same numbers from the kernel."""
-    found = adainfer_kernels.probe(
-        hidden, head, norm=kind, norm_weight=weight, norm_bias=bias, candidates=ids
-    )
+    found = probe(hidden, Head(head), Norm(kind, weight, bias), candidates=ids)
     top_prob, gap = found.features.unbind(dim=-1)
     return found.top1_id, top_prob, gap
 

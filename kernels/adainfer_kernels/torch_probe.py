@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adainfer_kernels.parameters import Head, Lens, Norm
 from adainfer_kernels.result import NO_ID, ProbeResult, linear_score, merge
 
 # Scores in flight, 2 MiB in fp32: best of 2^17 to 2^22 where cores have 1 MiB of L2, 16 of L3.
@@ -20,42 +21,33 @@ GROUP = 64
 FEW_SCORES = 1 << 13  # of which torch finds the two best faster without groups
 
 
-@torch.no_grad()  # what is written in place cannot be differentiated
-def readout(
-    hidden: Tensor,
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    lens_weight: Tensor | None,
-    lens_up: Tensor | None,
-    lens_bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+@torch.no_grad()  # in-place writes cannot be differentiated
+def readout(hidden: Tensor, norm: Norm | None, lens: Lens | None, dtype: torch.dtype) -> Tensor:
     """See `adainfer_kernels.readout`."""
-    no_lens = lens_weight is None and lens_bias is None
-    one_dtype = all(t is None or t.dtype == dtype for t in (hidden, norm_weight, norm_bias))
-    if norm == "layer" and no_lens and one_dtype:
-        # torch's own kernel sums in fp32 and rounds once as well, with no copy.
-        return _layer_norm(hidden.contiguous(), norm_weight, norm_bias, norm_eps)
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    one_dtype = all(t is None or t.dtype == dtype for t in (hidden, weight, bias))
+    if norm is not None and norm.kind == "layer" and lens is None and one_dtype:
+        # torch's own kernel also sums in fp32 and rounds once, and copies nothing.
+        return _layer_norm(hidden.contiguous(), weight, bias, norm.eps)
     # In place: on a CPU a temporary of a megabyte costs more in page faults than its arithmetic.
     x = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if lens_weight is not None:
-        change = hidden.to(lens_weight.dtype) @ lens_weight
-        x += change if lens_up is None else change @ lens_up
-    if lens_bias is not None:
-        x += lens_bias
-    if norm == "layer":
-        weight = None if norm_weight is None else norm_weight.float()
-        bias = None if norm_bias is None else norm_bias.float()
-        return _layer_norm(x, weight, bias, norm_eps).to(dtype)
-    if norm == "rms":
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        x *= torch.rsqrt(length.square() / x.shape[-1] + norm_eps)
-    if norm_weight is not None:
-        x *= norm_weight
-    if norm_bias is not None:
-        x += norm_bias
+    if lens is not None:
+        change = hidden.to(lens.weight.dtype) @ lens.weight
+        x += change if lens.up is None else change @ lens.up
+        if lens.bias is not None:
+            x += lens.bias
+    if norm is None:
+        return x.to(dtype)
+    if norm.kind == "layer":
+        weight = None if weight is None else weight.float()
+        bias = None if bias is None else bias.float()
+        return _layer_norm(x, weight, bias, norm.eps).to(dtype)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    x *= torch.rsqrt(length.square() / x.shape[-1] + norm.eps)
+    if weight is not None:
+        x *= weight
+    if bias is not None:
+        x += bias
     return x.to(dtype)
 
 
@@ -63,14 +55,11 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-@torch.no_grad()  # what is written in place cannot be differentiated
+@torch.no_grad()  # in-place writes cannot be differentiated
 def score(
     readout: Tensor,
-    head_weight: Tensor,
+    head: Head,
     candidates: Tensor | None,
-    head_bias: Tensor | None,
-    soft_cap: float | None,
-    scale: float,
     classifier: Tensor | None,
     threshold: Tensor | None,
     return_scores: bool,
@@ -78,12 +67,10 @@ def score(
     """Score readouts [rows, hidden size] with a head (packed if `candidates` is 1-D) and reduce."""
     if candidates is not None and candidates.dim() == 2:
         kept: Tensor | None
-        kept = _shortlist_scores(readout, head_weight, candidates, head_bias, soft_cap, scale)
-        found = _reduce(kept, candidates, 0, torch.empty_like(kept))
+        kept = scores = _shortlist_scores(readout, head, candidates)
+        found = _reduce(scores, candidates, 0, torch.empty_like(scores))
     else:
-        found, kept = _score_blocks(
-            readout, head_weight, candidates, head_bias, soft_cap, scale, return_scores
-        )
+        found, kept = _score_blocks(readout, head, candidates, return_scores)
     settled: Tensor | None = None
     if classifier is not None and threshold is not None:
         settled = linear_score(found.features, classifier) >= threshold
@@ -99,24 +86,19 @@ def score(
 
 @torch.no_grad()
 def settle(
-    readout: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    classifier: Tensor,
-    threshold: Tensor,
+    readout: Tensor, head: Head, classifier: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `adainfer_kernels.settle`: `score` with fewer, smaller steps.
+    """See `adainfer_kernels.settle`: `score` in fewer, smaller steps.
 
-    Between layers whose weights fill the caches each step costs ten times what it costs alone.
+    Between layers whose weights fill the caches, a step costs ten times what it costs alone.
     """
-    if readout.shape[0] * head_weight.shape[0] > BLOCK_SCORES:
-        found = score(readout, head_weight, None, head_bias, None, 1.0, classifier, threshold, True)
+    if readout.shape[0] * head.size > BLOCK_SCORES:
+        found = score(readout, head, None, classifier, threshold, True)
         assert found.settled is not None
         assert found.scores is not None
         return found.settled, found.scores
-    scores = (readout @ head_weight.T).float()
-    if head_bias is not None:
-        scores += head_bias
+    scores = (readout @ head.weight.T).float()
+    _to_scores(scores, head, head.bias)
     best = torch.softmax(scores, dim=-1)
     if best.numel() <= FEW_SCORES:
         best = best.topk(2).values
@@ -127,16 +109,10 @@ def settle(
 
 
 def _score_blocks(
-    readout: Tensor,
-    head_weight: Tensor,
-    candidates: Tensor | None,
-    head_bias: Tensor | None,
-    soft_cap: float | None,
-    scale: float,
-    return_scores: bool,
+    readout: Tensor, head: Head, candidates: Tensor | None, return_scores: bool
 ) -> tuple[ProbeResult, Tensor | None]:
-    """Score and reduce block by block, in the same three buffers; with the scores if asked for."""
-    rows, size = readout.shape[0], head_weight.shape[0]
+    """Score and reduce block by block, in the same three buffers; with the scores if wanted."""
+    rows, size = readout.shape[0], head.size
     block = max(SMALLEST_BLOCK, BLOCK_SCORES // max(rows, 1) // GROUP * GROUP)
     block = min(block, size)
     products = readout.new_empty(rows * block)
@@ -149,9 +125,9 @@ def _score_blocks(
         product, part, exponentials = (
             buffer[: rows * width].view(rows, width) for buffer in (products, scores, softmax)
         )
-        torch.mm(readout, head_weight[here].T, out=product)
+        torch.mm(readout, head.weight[here].T, out=product)
         part.copy_(product)
-        _shape(part, None if head_bias is None else head_bias[here], soft_cap, scale)
+        _to_scores(part, head, None if head.bias is None else head.bias[here])
         if kept is not None:
             kept[:, here] = part
         ids = None if candidates is None else candidates[here]
@@ -231,36 +207,32 @@ def _lowest_winner(scores: Tensor, ids: Tensor, top1: Tensor) -> Tensor:
     return lowest.masked_fill(lowest == NO_ID, -1)
 
 
-def _shortlist_scores(
-    readout: Tensor,
-    head_weight: Tensor,
-    candidates: Tensor,
-    head_bias: Tensor | None,
-    soft_cap: float | None,
-    scale: float,
-) -> Tensor:
+def _shortlist_scores(readout: Tensor, head: Head, candidates: Tensor) -> Tensor:
     """Scores of each row's own candidates, fp32 [rows, width].
 
     Padding has -inf, an id beyond the head NaN.
     """
-    (rows, width), hidden_size = candidates.shape, head_weight.shape[1]
-    beyond = candidates >= head_weight.shape[0]
+    rows, width = candidates.shape
+    beyond = candidates >= head.size
     safe = candidates.masked_fill(beyond, 0).clamp(min=0)
-    block = max(1, GATHERED // max(1, width * hidden_size))  # rows gathered at a time
+    block = max(1, GATHERED // max(1, width * head.hidden_size))  # rows gathered at a time
     products = readout.new_empty(rows, width, 1)
     for first in range(0, rows, block):
         here = slice(first, first + block)
-        torch.bmm(head_weight[safe[here]], readout[here].unsqueeze(-1), out=products[here])
+        torch.bmm(head.weight[safe[here]], readout[here].unsqueeze(-1), out=products[here])
     scores = products.squeeze(-1).to(torch.float32, copy=True)
-    _shape(scores, None if head_bias is None else head_bias[safe], soft_cap, scale)
+    _to_scores(scores, head, None if head.bias is None else head.bias[safe])
     return scores.masked_fill_(beyond, torch.nan).masked_fill_(candidates < 0, -torch.inf)
 
 
-def _shape(scores: Tensor, bias: Tensor | None, soft_cap: float | None, scale: float) -> None:
-    """Bias, then soft cap, then scale, in place: the order of vLLM's LogitsProcessor."""
+def _to_scores(products: Tensor, head: Head, bias: Tensor | None) -> None:
+    """Bias, then soft cap, then scale, in place: the order of vLLM's LogitsProcessor.
+
+    `bias` holds the entries of ``head.bias`` that belong to these columns.
+    """
     if bias is not None:
-        scores += bias
-    if soft_cap is not None:
-        scores.div_(soft_cap).tanh_().mul_(soft_cap)
-    if scale != 1.0:
-        scores *= scale
+        products += bias
+    if head.soft_cap is not None:
+        products.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
+    if head.scale != 1.0:
+        products *= head.scale

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from adainfer_kernels import triton_kernels, tuning
+from adainfer_kernels.parameters import Head, Lens, Norm
 from adainfer_kernels.result import ProbeResult
 
 
@@ -24,38 +25,32 @@ _autotuned_score_kernel = triton.autotune(
 )(triton_kernels.score_kernel)
 
 
-def readout(
-    hidden: Tensor,
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    lens_weight: Tensor | None,
-    lens_up: Tensor | None,
-    lens_bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See `adainfer_kernels.readout`; products with the lens are torch's."""
+def readout(hidden: Tensor, norm: Norm | None, lens: Lens | None, dtype: torch.dtype) -> Tensor:
+    """See `adainfer_kernels.readout`; torch multiplies with the lens."""
     hidden = _rows_contiguous(hidden)
     rows, hidden_size = hidden.shape
     out = torch.empty(rows, hidden_size, dtype=dtype, device=hidden.device)
     if rows == 0:
         return out
-    change = None if lens_weight is None else hidden.to(lens_weight.dtype) @ lens_weight
-    if change is not None and lens_up is not None:
-        change = change @ lens_up
+    change = lens_bias = weight = bias = None
+    if lens is not None:
+        change = hidden.to(lens.weight.dtype) @ lens.weight
+        change = change if lens.up is None else change @ lens.up
+        lens_bias = lens.bias
+    if norm is not None:
+        weight, bias = norm.weight, norm.bias
     triton_kernels.readout_kernel[(rows,)](
         hidden,
         change,
         _contiguous(lens_bias),
-        _contiguous(norm_weight),
-        _contiguous(norm_bias),
+        _contiguous(weight),
+        _contiguous(bias),
         out,
         hidden_size,
         hidden.stride(0),
-        norm_eps,
-        RMS=norm == "rms",
-        LAYER=norm == "layer",
+        0.0 if norm is None else norm.eps,
+        RMS=norm is not None and norm.kind == "rms",
+        LAYER=norm is not None and norm.kind == "layer",
         BLOCK_K=triton.next_power_of_2(hidden_size),
         num_warps=4 if hidden_size <= 4096 else 8,
     )
@@ -64,11 +59,8 @@ def readout(
 
 def score(
     readout: Tensor,
-    head_weight: Tensor,
+    head: Head,
     candidates: Tensor | None,
-    head_bias: Tensor | None,
-    soft_cap: float | None,
-    scale: float,
     classifier: Tensor | None,
     threshold: Tensor | None,
     return_scores: bool,
@@ -81,7 +73,7 @@ def score(
     readout = _rows_contiguous(readout)
     rows, hidden_size = readout.shape
     shortlist = candidates is not None and candidates.dim() == 2
-    size = head_weight.shape[0] if candidates is None else candidates.shape[-1]
+    size = head.size if candidates is None else candidates.shape[-1]
     if shortlist:
         parts = triton.cdiv(size, tuning.SHORTLIST_BLOCK_V)
     else:
@@ -114,11 +106,11 @@ def score(
     )
     arguments = (
         readout,
-        head_weight,
+        head.weight,
         _contiguous(candidates),
-        _contiguous(head_bias),
-        soft_cap,
-        scale,
+        _contiguous(head.bias),
+        head.soft_cap,
+        head.scale,
         result.scores,
         *scratch,
         *ends,
@@ -126,20 +118,20 @@ def score(
         size,
         hidden_size,
         readout.stride(0),
-        head_weight.stride(0),
-        head_weight.stride(1),
+        head.weight.stride(0),
+        head.weight.stride(1),
         parts,
     )
     if shortlist:
         triton_kernels.shortlist_kernel[(rows, parts)](
             *arguments,
-            head_weight.shape[0],
+            head.size,
             WHOLE=parts == 1,
             BLOCK_V=tuning.SHORTLIST_BLOCK_V,
             BLOCK_K=tuning.SHORTLIST_BLOCK_K,
         )
     else:
-        _launch_score(arguments, rows, size, parts, head_weight, shape)
+        _launch_score(arguments, rows, size, parts, head.weight, shape)
     if parts > 1:
         triton_kernels.finish_kernel[(rows,)](
             *scratch, *ends, rows, parts, BLOCK_P=triton.next_power_of_2(parts)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adainfer_kernels import triton_probe
+from adainfer_kernels import Head, Lens, Norm, triton_probe
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -71,19 +71,20 @@ def launch(
     kind = getattr(torch, dtype)
     states = empty(rows, hidden, dtype=kind)
     if kernel == "readout":
-        lens = (empty(hidden, hidden, dtype=kind), None, empty(hidden, dtype=kind))
-        affine = (empty(hidden, dtype=kind), empty(hidden, dtype=kind))
-        if not everything:
-            lens, affine = (None, None, None), (affine[0], None)
-        triton_probe.readout(states, "rms", *affine, 1e-6, *lens, kind)
+        norm, lens = Norm("rms", empty(hidden, dtype=kind)), None
+        if everything:
+            norm = Norm("rms", empty(hidden, dtype=kind), empty(hidden, dtype=kind))
+            lens = Lens(empty(hidden, hidden, dtype=kind), bias=empty(hidden, dtype=kind))
+        triton_probe.readout(states, norm, lens, kind)
         return
     triton_probe.score(
         states,
-        empty(size, hidden, dtype=kind),
+        Head(
+            empty(size, hidden, dtype=kind),
+            empty(size, dtype=kind) if everything else None,
+            30.0 if everything else None,
+        ),
         None if candidates is None else empty(*candidates, dtype=torch.int64),
-        empty(size, dtype=kind) if everything else None,
-        30.0 if everything else None,
-        1.0,
         empty(3),
         empty(rows),
         return_scores=False,

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from adainfer_kernels import ProbeResult, probe
+from adainfer_kernels import ProbeResult
 from torch import Tensor
+
+from tests.kernels.flat import probe
 
 IMPLEMENTATIONS = ["torch", "triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

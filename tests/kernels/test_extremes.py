@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adainfer_kernels import probe
 from torch import Tensor
 
+from tests.kernels.flat import probe
 from tests.kernels.oracle import (
     DEVICE,
     DTYPES,

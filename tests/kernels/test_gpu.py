@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adainfer_kernels import ProbeResult, probe, tuning
+from adainfer_kernels import ProbeResult, tuning
 
+from tests.kernels.flat import probe
 from tests.kernels.oracle import (
     DEVICE,
     FORMS,

@@ -7,15 +7,18 @@ import re
 import subprocess
 import sys
 
+import adainfer_kernels
 import pytest
 import torch
-from adainfer_kernels import probe, readout
+from adainfer_kernels import Head, Lens, Norm
 from adainfer_kernels.dispatch import resolve
 
+from tests.kernels.flat import probe, readout
 from tests.kernels.oracle import (
     DEVICE,
     FORMS,
     IMPLEMENTATIONS,
+    NAN,
     in_form,
     normal,
     same,
@@ -33,51 +36,50 @@ def ids(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, device=DEVICE, dtype=torch.int64)
 
 
-# What the sentence is to say; … stands for words of no matter.
+# What the sentence says; … stands for any words.
+BAD_PARAMETERS = [
+    (lambda: Norm("batch"), """Norm.kind must be "rms" or "layer", got 'batch'"""),
+    (lambda: Norm(None), """Norm.kind must be "rms" or "layer", got None"""),
+    (lambda: Norm("rms", floats(1, 8)), "Norm.weight must … [8], got [1, 8]"),
+    (lambda: Norm("rms", floats(9), floats(8)), "Norm.bias must … [9], got [8]"),
+    (lambda: Norm("layer", bias=floats(1, 8)), "Norm.bias must … [8], got [1, 8]"),
+    (lambda: Lens(floats(8, 9)), "Lens.weight must … [8, 8], got [8, 9]"),
+    (lambda: Lens(floats(8)), "Lens.weight must be [hidden size, rank], got [8]"),
+    (lambda: Lens(floats(8, 8), bias=floats(7)), "Lens.bias must … [8], got [7]"),
+    (lambda: Lens(floats(8, 8), floats(3, 8)), "Lens.weight must … [8, 3], got [8, 8]"),
+    (lambda: Lens(floats(8, 3), floats(3, 7)), "Lens.up must … [3, 8], got [3, 7]"),
+    (lambda: Head(floats(10)), "Head.weight must be [n, hidden size], got [10]"),
+    (lambda: Head(floats(10, 8), floats(9)), "Head.bias must … [10], got [9]"),
+    (lambda: Head(floats(0, 8)), "Head.weight needs at least two rows, got 0"),
+    (lambda: Head(floats(1, 8)), "Head.weight needs at least two rows, got 1"),
+    (lambda: Head(floats(10, 8), soft_cap=0.0), "Head.soft_cap must be positive, got 0.0"),
+    (lambda: Head(floats(10, 8), soft_cap=-1.0), "Head.soft_cap must be positive, got -1.0"),
+    (lambda: Head(floats(10, 8), soft_cap=NAN), "Head.soft_cap must be positive, got nan"),
+    (lambda: Head(floats(10, 8), scale=0.0), "Head.scale must be positive, got 0.0"),
+    (lambda: Head(floats(10, 8), scale=-2.0), "Head.scale must be positive, got -2.0"),
+    (lambda: Head(floats(10, 8), scale=NAN), "Head.scale must be positive, got nan"),
+]
 BAD_READOUTS = [
     ({"hidden": floats(8)}, "hidden must be [rows, hidden size], got [8]"),
     ({"hidden": floats(2, 3, 8)}, "hidden must be [rows, hidden size], got [2, 3, 8]"),
-    ({"norm": "batch"}, """norm must be "rms", "layer" or None, got 'batch'"""),
-    ({"norm": None, "norm_weight": floats(8)}, "norm_weight … is given but norm is None"),
-    ({"norm": None, "norm_bias": floats(8)}, "norm_bias … is given but norm is None"),
-    ({"norm_weight": floats(9)}, "norm_weight must … [8], got [9]"),
-    ({"norm_bias": floats(1, 8)}, "norm_bias must … [8], got [1, 8]"),
-    ({"lens_weight": floats(8, 9)}, "lens_weight must … [8, 8], got [8, 9]"),
-    ({"lens_weight": floats(8)}, "lens_weight must … [8, 8], got [8]"),
-    ({"lens_weight": floats(8, 8), "lens_bias": floats(7)}, "lens_bias must … [8], got [7]"),
-    ({"lens_bias": floats(8)}, "lens_bias … lens_weight"),
-    ({"lens_up": floats(3, 8)}, "lens_up … lens_weight"),
+    ({"norm": Norm("rms", floats(9))}, "norm is for a hidden size of 9, got states [3, 8]"),
+    ({"norm": Norm("rms", bias=floats(1))}, "norm is for a hidden size of 1, got states [3, 8]"),
+    ({"lens": Lens(floats(7, 7))}, "lens is for a hidden size of 7, got states [3, 8]"),
     (
-        {"lens_weight": floats(8, 8), "lens_up": floats(3, 8)},
-        "lens_weight must … [8, 3], got [8, 8]",
-    ),
-    ({"lens_weight": floats(8, 3), "lens_up": floats(3, 7)}, "lens_up must … [3, 8], got [3, 7]"),
-    (
-        {"implementation": "cuda-magic"},
+        {"norm": Norm("rms"), "implementation": "cuda-magic"},
         """implementation must be "auto", "triton" or "torch", got 'cuda-magic'""",
     ),
 ]
 BAD_PROBES = [
-    ({"head_weight": floats(10, 9)}, "head_weight must be [vocabulary, 8], got [10, 9]"),
-    ({"head_weight": floats(10)}, "head_weight must be [vocabulary, 8], got [10]"),
-    ({"head_bias": floats(9)}, "head_bias must … [10], got [9]"),
-    ({"head_bias": floats(4), "candidates": ids(4)}, "head_bias must … [10], got [4]"),
+    ({"head": Head(floats(10, 9))}, "head is for a hidden size of 9, got states [3, 8]"),
     ({"candidates": ids(5).int()}, "candidates must be int64, got torch.int32"),
     ({"candidates": floats(5)}, "candidates must be int64, got torch.float32"),
     ({"candidates": ids()}, "candidates must be [n] or [3, width], got []"),
     ({"candidates": ids(4, 5)}, "candidates must be [n] or [3, width], got [4, 5]"),
     ({"candidates": ids(3, 5, 1)}, "candidates must be [n] or [3, width], got [3, 5, 1]"),
-    ({"head_weight": floats(0, 8)}, "at least two scores a row, got 0"),
-    ({"head_weight": floats(1, 8)}, "at least two scores a row, got 1"),
-    ({"candidates": ids(1)}, "at least two scores a row, got 1"),
-    ({"candidates": ids(3, 1)}, "at least two scores a row, got 1"),
-    ({"candidates": ids(3, 0)}, "at least two scores a row, got 0"),
-    ({"soft_cap": 0.0}, "soft_cap must be positive, got 0.0"),
-    ({"soft_cap": -1.0}, "soft_cap must be positive, got -1.0"),
-    ({"soft_cap": float("nan")}, "soft_cap must be positive, got nan"),
-    ({"scale": 0.0}, "scale must be positive, got 0.0"),
-    ({"scale": -2.0}, "scale must be positive, got -2.0"),
-    ({"scale": float("nan")}, "scale must be positive, got nan"),
+    ({"candidates": ids(1)}, "at least two candidates, got 1"),
+    ({"candidates": ids(3, 1)}, "at least two candidates, got 1"),
+    ({"candidates": ids(3, 0)}, "at least two candidates, got 0"),
     ({"classifier": floats(3)}, "classifier and threshold go together"),
     ({"threshold": floats(3)}, "classifier and threshold go together"),
     ({"classifier": floats(2), "threshold": floats(3)}, "classifier must … [3], got [2]"),
@@ -91,22 +93,28 @@ def assert_says(error: pytest.ExceptionInfo[ValueError], words: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("make", "words"), BAD_PARAMETERS)
+def test_bad_parameters_are_one_clear_sentence(make, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  see assert_says
+        make()
+    assert_says(error, words)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("bad", "words"), BAD_READOUTS + BAD_PROBES)
 def test_bad_input_is_one_clear_sentence(bad, words, implementation):
-    call = {"hidden": floats(ROWS, HIDDEN), "implementation": implementation, **bad}
-    head = call.pop("head_weight", floats(VOCAB, HIDDEN))
+    call = {"hidden": floats(ROWS, HIDDEN), "head": Head(floats(VOCAB, HIDDEN))}
     with pytest.raises(ValueError) as error:  # noqa: PT011  see assert_says
-        probe(call.pop("hidden"), head, **call)
+        adainfer_kernels.probe(**{**call, "implementation": implementation, **bad})
     assert_says(error, words)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("bad", "words"), BAD_READOUTS)
-def test_a_readout_takes_the_same_exceptions(bad, words, implementation):
+def test_a_readout_raises_the_same_errors(bad, words, implementation):
     call = {"hidden": floats(ROWS, HIDDEN), "implementation": implementation, **bad}
     with pytest.raises(ValueError) as error:  # noqa: PT011  see assert_says
-        readout(call.pop("hidden"), **call)
+        adainfer_kernels.readout(**call)
     assert_says(error, words)
 
 
@@ -176,22 +184,18 @@ def test_triton_is_what_its_twin_says_bit_for_bit(dtype, form):
 
     hidden, head = states_and_head(5, 1500, 40, dtype)
     head, options = in_form(form, head, rows=5, width=30, head_bias=normal(1500))
-    asked = {"soft_cap": 5.0, "scale": 0.5, "classifier": normal(3), "threshold": normal(5)}
-    found = probe(
-        hidden, head, **options, **asked, return_scores=True, norm=None, implementation="triton"
-    )
+    head = Head(head, options["head_bias"], soft_cap=5.0, scale=0.5)
+    call = {
+        "candidates": options.get("candidates"),
+        "classifier": normal(3),
+        "threshold": normal(5),
+        "return_scores": True,
+    }
+    found = adainfer_kernels.probe(hidden, head, **call, implementation="triton")
     if form == "gathered":
-        head, options["head_bias"] = (
-            tensor[options["candidates"]] for tensor in (head, options["head_bias"])
-        )
-    direct = triton_probe.score(
-        hidden,
-        head,
-        options.get("candidates"),
-        options["head_bias"],
-        *asked.values(),
-        return_scores=True,
-    )
+        ids = call["candidates"]
+        head = Head(head.weight[ids], head.bias[ids], soft_cap=5.0, scale=0.5)
+    direct = triton_probe.score(hidden, head, **call)
     assert same(found, direct)
     assert torch.equal(found.settled, direct.settled)
     assert torch.equal(found.scores, direct.scores)
@@ -200,10 +204,10 @@ def test_triton_is_what_its_twin_says_bit_for_bit(dtype, form):
 FORCED_TORCH = """
 import sys
 import torch
-from adainfer_kernels import probe
-hidden = torch.ones(2, 8)
+from adainfer_kernels import Head, probe
+hidden, head = torch.ones(2, 8), Head(torch.ones(10, 8))
 for candidates in (None, torch.arange(10), torch.arange(4), torch.arange(10).view(2, 5)):
-    probe(hidden, torch.ones(10, 8), candidates=candidates, implementation="torch")
+    probe(hidden, head, candidates=candidates, implementation="torch")
 assert "adainfer_kernels.torch_probe" in sys.modules
 unwanted = ("vllm", "adainfer_kernels.triton_")  # torch itself may load Triton
 assert not [name for name in sys.modules if name.startswith(unwanted)]

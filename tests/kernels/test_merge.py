@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
-from adainfer_kernels import ProbeResult, merge, probe
+from adainfer_kernels import ProbeResult, merge
 from torch import Tensor
 
+from tests.kernels.flat import probe
 from tests.kernels.oracle import (
     DEVICE,
     IMPLEMENTATIONS,

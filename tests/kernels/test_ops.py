@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from adainfer_kernels import probe, readout
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.kernels.flat import probe, readout
 from tests.kernels.oracle import (
     DEVICE,
     FORMS,
@@ -57,12 +57,12 @@ def test_readout_is_a_proper_op(dtype, norm, lens, view, implementation):
         torch.ops.adainfer.readout.default,
         (
             view(normal(5, HIDDEN)),
+            dtype,
+            implementation,
             norm,
             *affine,
             1e-6,
             *lenses[lens],
-            dtype,
-            implementation,
         ),
         test_utils=CHECKS,
     )
@@ -83,13 +83,13 @@ def test_probe_is_a_proper_op(form, classified, return_scores, view, implementat
             view(hidden),
             head,
             options.get("candidates"),
-            options["head_bias"],
-            None,
-            1.0,
             normal(3) if classified else None,
             normal(5) if classified else None,
             return_scores,
             implementation,
+            options["head_bias"],
+            None,
+            1.0,
         ),
         test_utils=CHECKS,
     )

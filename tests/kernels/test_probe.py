@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from adainfer_kernels import linear_score, probe, readout
+from adainfer_kernels import linear_score
 from torch import Tensor
 
 from tests.kernels import oracle
+from tests.kernels.flat import probe, readout
 from tests.kernels.oracle import (
     DEVICE,
     DTYPES,

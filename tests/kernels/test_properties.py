@@ -6,11 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from adainfer_kernels import ProbeResult, merge, probe, summarise
+from adainfer_kernels import ProbeResult, merge, summarise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.flat import probe
 from tests.kernels.oracle import (
     DEVICE,
     DTYPES,

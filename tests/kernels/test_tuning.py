@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adainfer_kernels import tuning
+from adainfer_kernels import Head, tuning
 from adainfer_kernels.tuning import LaunchShape
 
 from tests.kernels.oracle import (
@@ -43,10 +43,8 @@ def test_every_shape_gives_the_same_result(shape, dtype, form):
     after = {"soft_cap": 8.0, "scale": 1.5}
     found = triton_probe.score(
         hidden,
-        head,
+        Head(head, options["head_bias"], **after),
         options.get("candidates"),
-        options["head_bias"],
-        *after.values(),
         classifier=None,
         threshold=None,
         return_scores=False,

@@ -114,12 +114,5 @@ def test_a_norm_is_known_by_its_numbers(kind):
 
     torch.manual_seed(0)
     module, states = random_norm(kind, HIDDEN), torch.randn(4, HIDDEN)
-    norm = norm_of(module)
-    found = readout(
-        states,
-        norm=norm.kind,
-        norm_weight=norm.weight,
-        norm_bias=norm.bias,
-        norm_eps=norm.eps,
-    )
+    found = readout(states, norm_of(module))
     torch.testing.assert_close(found, formula(states, module))

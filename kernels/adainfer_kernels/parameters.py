@@ -1,0 +1,139 @@
+"""The parameters of a probe: lens, final norm and LM head. Each checks itself when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+NormKind = Literal["rms", "layer"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm over the hidden size.
+
+    Attributes:
+        kind: "rms" (RMSNorm), or "layer" (LayerNorm, which subtracts the mean first).
+        weight: [hidden size], multiplies the result; None means ones.
+        bias: [hidden size], added last; None means zeros.
+        eps: added to the mean square before its root is taken.
+
+    Raises:
+        ValueError: the kind is unknown, or the shapes do not fit together.
+
+    """
+
+    kind: NormKind
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check the kind and the shapes."""
+        if self.kind not in get_args(NormKind):
+            raise ValueError(f'Norm.kind must be "rms" or "layer", got {self.kind!r}')
+        size = self.hidden_size
+        if size is not None:
+            check_shape("Norm.weight", self.weight, size)
+            check_shape("Norm.bias", self.bias, size)
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Size of the states it fits; None means any."""
+        tensor = self.bias if self.weight is None else self.weight
+        return None if tensor is None else tensor.numel()
+
+
+@dataclass(frozen=True)
+class Lens:
+    """An affine lens: what it adds to a hidden state, ``hidden @ weight @ up + bias``.
+
+    Attributes:
+        weight: [hidden size, hidden size], or [hidden size, rank] with `up`. The product is
+            computed in the dtype of this matrix.
+        up: [rank, hidden size] of a low-rank lens; None means the identity.
+        bias: [hidden size]; None means zeros.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+
+    """
+
+    weight: Tensor
+    up: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        if self.weight.dim() != 2:
+            raise ValueError(
+                f"Lens.weight must be [hidden size, rank], got {list(self.weight.shape)}"
+            )
+        size = self.hidden_size
+        rank = size if self.up is None else self.up.shape[0]
+        check_shape("Lens.weight", self.weight, size, rank)
+        check_shape("Lens.up", self.up, rank, size)
+        check_shape("Lens.bias", self.bias, size)
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of the states it fits."""
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head, or some of its rows: ``soft_cap(readout @ weight.T + bias) * scale``.
+
+    Attributes:
+        weight: [n, hidden size], fp32, fp16 or bf16; one row for each token. Slice off the padding
+            rows of a padded head (a slice copies nothing).
+        bias: [n], added to the products; None means zeros.
+        soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``; None means no cap.
+        scale: multiplies the scores, after the soft cap.
+
+    Raises:
+        ValueError: the shapes do not fit together, there are fewer than two rows, or a number is
+            not positive.
+
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    soft_cap: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the shapes and the factors."""
+        if self.weight.dim() != 2:
+            raise ValueError(f"Head.weight must be [n, hidden size], got {list(self.weight.shape)}")
+        check_shape("Head.bias", self.bias, self.size)
+        if self.size < 2:
+            raise ValueError(f"Head.weight needs at least two rows, got {self.size}")
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(f"Head.soft_cap must be positive, got {self.soft_cap}")
+        if not self.scale > 0:
+            raise ValueError(f"Head.scale must be positive, got {self.scale}")
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of the states it reads."""
+        return self.weight.shape[1]
+
+    def of_rows(self, rows: Tensor) -> Head:
+        """A head of these rows alone, copied; int64 [n]."""
+        bias = None if self.bias is None else self.bias[rows]
+        return Head(self.weight[rows], bias, self.soft_cap, self.scale)
+
+
+def check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
+    """Raise a ValueError unless `tensor` has this shape or is None."""
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {list(shape)}, got {list(tensor.shape)}")
