@@ -210,7 +210,7 @@ def evaluate(
         return
     if artifact is None or data is None:
         raise AdaInferError("evaluate needs --artifact and --data, or --suite: give one of the two")
-    from vllm_adainfer.offline.describe import table
+    from vllm_adainfer.offline.describe import describe_report
     from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest
     from vllm_adainfer.offline.evaluation.evaluate import evaluate as run
     from vllm_adainfer.offline.evaluation.report import summary_line
@@ -229,7 +229,7 @@ def evaluate(
             plot=plot,
         )
     )
-    typer.echo(table(result))
+    typer.echo(describe_report(result))
     typer.echo(summary_line(result))
 
 

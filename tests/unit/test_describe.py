@@ -26,6 +26,15 @@ def level(epsilon: float, saved: float, risk: float = 0.001) -> Level:
     )
 
 
+def test_nothing_is_wrapped_or_coloured_at_a_narrow_width(tiny_model, monkeypatch):
+    levels = [level(0.05, 0.2)]
+    plain = lines(tiny_model, levels)
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert lines(tiny_model, levels) == plain
+    assert not any("\x1b" in line for line in plain)
+
+
 def lines(tiny_model, levels: list[Level], **changes: Any) -> list[str]:
     config = tiny_config(tiny_model, levels=tuple(levels), **changes)
     return describe(config, DETAILS).splitlines()
@@ -62,7 +71,7 @@ def test_the_last_line_says_what_is_saved_at_what_bound_and_at_the_next_looser_o
 def test_rows_seed_majority_and_bound_are_named(tiny_model):
     text = "\n".join(lines(tiny_model, [level(0.05, 0.2)]))
     assert "on 401 prompts, 201 of them held out for the bound; seed 4" in text
-    assert "the commonest answer alone agrees with 61.0%" in text
+    assert "always giving the commonest answer agrees with 61.0%" in text
     assert "epsilon 0.05 at delta 0.1 on disagreement (exact)" in text
 
 

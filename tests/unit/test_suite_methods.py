@@ -174,7 +174,7 @@ def test_means_are_over_tasks_above_chance_that_have_an_outcome():
     assert mean["tasks"] == 2
     assert mean["layers_saved"] == pytest.approx(0.3)
     assert mean["accuracy_lost"] == pytest.approx(0.01)
-    table = markdown(report)
+    table = " ".join(markdown(report).split())
     assert "task of 0.5 (at chance)" in table
     assert "no exit point is worth its cost" in table
     assert "| mean of 2 | vllm-adainfer | | -1.0 | 1.0% | | 30.0% |" in table

@@ -1,61 +1,103 @@
-"""Artifacts and reports as text for a terminal."""
+"""Artifacts and evaluation reports as text for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_adainfer.offline.tables import aligned, text_table
 from vllm_adainfer.policy.artifact import ArtifactConfig
 
 
 def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
-    """What an artifact is for, what it promises, and what another bound would change.
+    """What an artifact is for, what it promises, and what the next looser bound would save.
 
     `details` is its ``calibration.json``.
     """
+    parts = [
+        _facts(config, details),
+        _exit_points(details),
+        _levels(config),
+        in_words(config),
+    ]
+    return "\n\n".join(parts)
+
+
+def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     generated = config.max_tokens > 1
-    scored = ", ".join(f"{label.name} ({label.token_id})" for label in config.labels)
-    if config.candidates != "labels":
-        scored = {"full": "the whole vocabulary", "shortlist": "the commonest tokens"}[
-            config.candidates
-        ]
+    if config.candidates == "labels":
+        scored = ", ".join(f"{label.name} ({label.token_id})" for label in config.labels)
+    else:
+        scored = "the commonest tokens"
+        if config.candidates == "full":
+            scored = "the whole vocabulary"
     rows = "{} tokens of {} prompts" if generated else "{} prompts"
+    risk = "the accuracy lost" if config.risk == "accuracy" else "disagreement"
+    return aligned(
+        [
+            (
+                "model",
+                f"{config.base_model} ({config.architecture}, {config.layers} layers, weights "
+                f"{config.weights_fingerprint})",
+            ),
+            ("probe", f"{config.probe} on {scored}"),
+            ("classifier", f"{config.classifier} on {', '.join(config.features)}"),
+            (
+                "calibrated",
+                f"on {rows.format(details['rows'], details.get('prompts'))}, "
+                f"{details['rows_held_out']} of them held out for the bound; seed "
+                f"{details['seed']}",
+            ),
+            (
+                "majority",
+                f"always giving the commonest answer agrees with {details['majority_share']:.1%}",
+            ),
+            (
+                "bound",
+                f"epsilon {config.epsilon:g} at delta {config.delta:g} on {risk} "
+                f"{'per token ' if generated else ''}({config.bound})",
+            ),
+        ]
+    )
+
+
+def _exit_points(details: Mapping[str, Any]) -> str:
+    return text_table(
+        ["exit point", "leaving", "probe agrees", "probe size", "probe cost, layers of one token"],
+        [
+            [
+                str(point["layer"]),
+                f"{point['leaving']:.1%}",
+                f"{point['agreement']:.1%}",
+                _size(point["probe_bytes"]),
+                f"{point['probe_cost']:.2f}",
+            ]
+            for point in details["exit_points"]
+        ],
+    )
+
+
+def _levels(config: ArtifactConfig) -> str:
+    """The epsilon table, on the held-out rows."""
     accuracy = config.risk == "accuracy"
-    lines = [
-        f"model        {config.base_model} ({config.architecture}, {config.layers} layers, "
-        f"weights {config.weights_fingerprint})",
-        f"probe        {config.probe} on {scored}",
-        f"classifier   {config.classifier} on {', '.join(config.features)}",
-        f"calibrated   on {rows.format(details['rows'], details.get('prompts'))}, "
-        f"{details['rows_held_out']} of them held out for the bound; seed {details['seed']}",
-        f"majority     the commonest answer alone agrees with {details['majority_share']:.1%}",
-        f"bound        epsilon {config.epsilon:g} at delta {config.delta:g} on "
-        f"{'the accuracy lost' if accuracy else 'disagreement'} "
-        f"{'per token ' if generated else ''}({config.bound})",
-        "",
-        "exit point  leaving  probe agrees  probe size  probe cost (layers of one token)",
-    ]
-    lines += [
-        f"{point['layer']:10}  {point['leaving']:7.1%}  {point['agreement']:12.1%}  "
-        f"{_size(point['probe_bytes']):>10}  {point['probe_cost']:10.2f}"
-        for point in details["exit_points"]
-    ]
-    header = "epsilon  disagreement  upper bound  layers saved   (held-out rows)"
-    lines += [
-        "",
-        header.replace("upper bound", "accuracy lost  upper bound") if accuracy else header,
-    ]
-    for level in config.levels:
-        lost = f"{level.risk:13.2%}  " if accuracy else ""
-        lines.append(
-            f"{level.epsilon:7.3f}  {level.disagreement:12.2%}  {lost}{level.bound:11.2%}  "
-            f"{level.layers_saved:12.1%}"
-        )
-    return "\n".join([*lines, "", in_words(config)])
+    lost = ["accuracy lost"] if accuracy else []
+    return text_table(
+        ["epsilon", "disagreement, held out", *lost, "upper bound", "layers saved"],
+        [
+            [
+                f"{level.epsilon:.3f}",
+                f"{level.disagreement:.2%}",
+                *([f"{level.risk:.2%}"] if accuracy else []),
+                f"{level.bound:.2%}",
+                f"{level.layers_saved:.1%}",
+            ]
+            for level in config.levels
+        ],
+    )
 
 
 def in_words(config: ArtifactConfig) -> str:
-    """How many layers will be saved, at what bound, and what a looser one would change."""
+    """How many layers will be saved within which bound, and how many within a looser one."""
     level = config.levels[config.level_of(None)]
     if not level.layers_saved:
         return "Nothing is saved within this bound: serving will run at full depth."
@@ -84,35 +126,52 @@ def _size(count: int) -> str:
     return f"{count / 1024:.1f} KiB" if count < 1 << 20 else f"{count / (1 << 20):.1f} MiB"
 
 
-def table(report: Mapping[str, Any]) -> str:
+def describe_report(report: Mapping[str, Any]) -> str:
     """Both engines of an evaluation report, and every certified bound."""
-
-    def percent(share: float | None) -> str:
-        return "-" if share is None else f"{share:.1%}"
-
-    stock, ours = report["stock"], report["adainfer"]
-    rows = [
-        f"{report['n']} prompts of {report['prompt_tokens_mean']:.0f} tokens on average, "
-        f"{report['model']} ({report['layers_total']} layers)",
-        "",
-        "                requests/s  tokens/s  accuracy  layers run",
-        f"stock vLLM      {stock['requests_per_second']:10.1f}  {stock['tokens_per_second']:8.0f}  "
-        f"{percent(stock['accuracy']):>8}  {report['layers_total']:10.1f}",
-        f"vllm-adainfer   {ours['requests_per_second']:10.1f}  {ours['tokens_per_second']:8.0f}  "
-        f"{percent(ours['accuracy']):>8}  {ours['layers_run_mean']:10.1f}",
-        "",
-        "bound   speedup  layers saved  disagreement  differs from stock  efficiency",
+    ours, never = report["adainfer"], report["never_exit"]
+    engines = [
+        [
+            name,
+            f"{engine['requests_per_second']:.1f}",
+            f"{engine['tokens_per_second']:.0f}",
+            "-" if engine["accuracy"] is None else f"{engine['accuracy']:.1%}",
+            f"{layers_run:.1f}",
+        ]
+        for name, engine, layers_run in (
+            ("stock vLLM", report["stock"], report["layers_total"]),
+            ("vllm-adainfer", ours, ours["layers_run_mean"]),
+        )
     ]
-    rows += [
-        f"{level['epsilon']:5.1%}  {level['speedup']:7.2f}x  {level['layers_saved']:12.1%}  "
-        f"{level['disagreement']:12.1%}  {level['disagreement_with_stock']:18.1%}  "
-        f"{level['efficiency']:10.2f}"
+    levels = [
+        [
+            f"{level['epsilon']:.1%}",
+            f"{level['speedup']:.2f}x",
+            f"{level['layers_saved']:.1%}",
+            f"{level['disagreement']:.1%}",
+            f"{level['disagreement_with_stock']:.1%}",
+            f"{level['efficiency']:.2f}",
+        ]
         for level in report["levels"]
     ]
-    never = report["never_exit"]
-    rows.append(
-        f"never  {never['speedup']:7.2f}x  {0:12.1%}  {0:12.1%}  "
-        f"{never['disagreement_with_stock']:18.1%}      (cost and rounding of the segments)"
-    )
+    differs = f"{never['disagreement_with_stock']:.1%}"
+    levels.append(["never exit", f"{never['speedup']:.2f}x", "0.0%", "0.0%", differs, "-"])
     left = ", ".join(f"{layer}: {share:.0%}" for layer, share in ours["exit_histogram"].items())
-    return "\n".join([*rows, "", f"requests by layers run: {left}", ""])
+    parts = [
+        f"{report['n']} prompts of {report['prompt_tokens_mean']:.0f} tokens on average, "
+        f"{report['model']} ({report['layers_total']} layers)",
+        text_table(["engine", "requests/s", "tokens/s", "accuracy", "layers run"], engines, 1),
+        text_table(
+            [
+                "bound",
+                "speedup",
+                "layers saved",
+                "disagreement",
+                "differs from stock",
+                "efficiency",
+            ],
+            levels,
+        ),
+        "Never exit: what the segments cost, and how often their rounding changes an answer.",
+        f"Requests by layers run: {left}",
+    ]
+    return "\n\n".join(parts) + "\n"

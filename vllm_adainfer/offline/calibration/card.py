@@ -6,22 +6,62 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.artifact import ArtifactConfig
 
 
 def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
-    """README.md of an artifact: front matter for the hub, then what it promises."""
+    """README.md of an artifact: front matter for the hub, then what the policy promises."""
     labels = ", ".join(f"`{label.name}`" for label in config.labels) or "any token"
-    levels = "\n".join(
-        f"| {level.epsilon:.1%} | {level.disagreement:.2%} | {level.risk:.2%} | {level.bound:.2%} "
-        f"| {level.layers_saved:.1%} |"
-        for level in config.levels
-    )
-    agreement = "\n".join(
-        f"| {layer}{' (exit point)' if int(layer) in config.exit_points else ''} | {share:.1%} |"
-        for layer, share in details["agreement"].items()
-    )
     rows = "tokens" if config.max_tokens > 1 else "prompts"
+    facts = markdown_table(
+        ["", ""],
+        [
+            ["architecture", f"{config.architecture}, {config.layers} layers"],
+            ["exit points", ", ".join(map(str, config.exit_points))],
+            ["probe", f"{config.probe}, candidates: {labels}"],
+            ["classifier", f"{config.classifier} on {', '.join(config.features)}"],
+            [
+                "calibrated on",
+                f"{details['rows']} {rows} ({details['rows_fitted']} to fit, "
+                f"{details['rows_held_out']} held out), seed {details['seed']}",
+            ],
+            [
+                "majority answer",
+                f"{details['majority_share']:.1%} of the held-out {rows}",
+            ],
+        ],
+        text_columns=2,
+    )
+    levels = markdown_table(
+        ["epsilon", "disagreement, held out", "loss, held out", "upper bound", "layers saved"],
+        [
+            [
+                f"{level.epsilon:.1%}",
+                f"{level.disagreement:.2%}",
+                f"{level.risk:.2%}",
+                f"{level.bound:.2%}",
+                f"{level.layers_saved:.1%}",
+            ]
+            for level in config.levels
+        ],
+        text_columns=0,
+    )
+    agreement = markdown_table(
+        ["layer", "agreement"],
+        [
+            [
+                f"{layer} (exit point)" if int(layer) in config.exit_points else layer,
+                f"{share:.1%}",
+            ]
+            for layer, share in details["agreement"].items()
+        ],
+    )
+    risk = (
+        "the accuracy lost"
+        if config.risk == "accuracy"
+        else "the share of answers that differ from the full model's"
+    )
     versions = ", ".join(f"{k} {v}" for k, v in details["provenance"]["versions"].items())
     return f"""---
 base_model: {config.base_model}
@@ -37,31 +77,16 @@ Serve it with the plugin [vllm-adainfer](https://arxiv.org/abs/2403.02181):
 vllm serve MODEL --additional-config '{{"adainfer": {{"artifact": "DIR"}}}}'
 ```
 
-| | |
-|---|---|
-| architecture | {config.architecture}, {config.layers} layers |
-| exit points | {", ".join(map(str, config.exit_points))} |
-| probe | {config.probe}, candidates: {labels} |
-| classifier | {config.classifier} on {", ".join(config.features)} |
-| calibrated on | {details["rows"]} {rows} ({details["rows_fitted"]} to fit, \
-{details["rows_held_out"]} held out), seed {details["seed"]} |
-| majority answer | {details["majority_share"]:.1%} of the held-out {rows} |
+{facts}
 
-Each bound holds with probability {1 - config.delta:.0%} over the held-out prompts, for prompts
-drawn like them: {
-        "the accuracy lost"
-        if config.risk == "accuracy"
-        else "the share of answers that differ from the full model's"
-    } is at most epsilon ({config.bound} bound on the mean loss).
+Each bound holds with probability {1 - config.delta:.0%} over the draw of the held-out prompts, for
+prompts from the same distribution: {risk} is at most epsilon ({config.bound} bound on the mean
+loss).
 
-| epsilon | disagreement, held out | loss, held out | upper bound | layers saved |
-|---|---|---|---|---|
 {levels}
 
-Agreement of the probe alone with the full model, were every row to leave there:
+How often the probe alone agrees with the full model, if every row left there:
 
-| layer | agreement |
-|---|---|
 {agreement}
 
 ![risk curve](risk.png)

@@ -1,4 +1,4 @@
-"""What ``make demo`` runs: fetch, calibrate, compare, report."""
+"""The demo: fetch a model, calibrate, compare with stock vLLM, report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from vllm_adainfer.offline.calibration.calibrate import CalibrationRequest, calibrate
 from vllm_adainfer.offline.demo.model import MODEL_NAME, fetch_demo_model
-from vllm_adainfer.offline.describe import describe, table
+from vllm_adainfer.offline.describe import describe, describe_report
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.report import summary_line
 from vllm_adainfer.policy.artifact_files import load_details
@@ -18,12 +18,12 @@ LABELS = ("bad", "good")
 
 
 def run(output: Path) -> str:
-    """Run the demo into `output`; returns its last line."""
+    """Run the demo, write to `output`, and return the last line to print."""
     typer.echo(f"demo: fetching the model ({MODEL_NAME}, Apache-2.0)")
     model = str(fetch_demo_model(output / MODEL_NAME))
     with as_file(files("vllm_adainfer.offline.demo")) as shipped:
         template = f"@{shipped / 'template.txt'}"
-        typer.echo("demo: calibrating on the reviews that ship with the package")
+        typer.echo("demo: calibrating on the reviews in the package")
         artifact = output / "artifact"
         config = calibrate(
             CalibrationRequest(
@@ -35,7 +35,7 @@ def run(output: Path) -> str:
             )
         )
         typer.echo(describe(config, load_details(str(artifact))))
-        typer.echo("demo: stock vLLM and vllm-adainfer on unseen reviews, interleaved")
+        typer.echo("demo: measuring stock vLLM and vllm-adainfer on unseen reviews, interleaved")
         report = evaluate(
             EvaluationRequest(
                 model=model,
@@ -46,5 +46,5 @@ def run(output: Path) -> str:
                 plot=output / "report.png",
             )
         )
-    typer.echo(table(report))
+    typer.echo(describe_report(report))
     return f"demo: {summary_line(report)}"

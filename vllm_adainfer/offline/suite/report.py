@@ -12,6 +12,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
 from vllm_adainfer.offline.evaluation.plot import as_png
 from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.tables import markdown_table
 
 METHODS = {
     "static_truncation": "static truncation at equal depth",
@@ -30,14 +31,14 @@ def suite_report(
     """The JSON report.
 
     Args:
-        model: directory or hub id; its last part is named.
-        suite: its name.
+        model: directory or hub id; the report names its last part.
+        suite: name of the suite.
         options: of the policies.
         depth: layers of the model.
-        rows: what each task gave, see `vllm_adainfer.offline.suite.run`.
+        rows: one for each task, see `vllm_adainfer.offline.suite.run`.
 
     Returns:
-        the rows with averages over the tasks where the full model is better than chance.
+        the rows, and averages over the tasks where the full model is better than chance.
 
     """
     meaningful = [row for row in rows if not row["at_chance"]]
@@ -95,84 +96,133 @@ def write_suite_report(report: dict[str, Any], path: Path | None, plot: Path | N
 
 def markdown(report: dict[str, Any]) -> str:
     """Two tables: what was measured in vLLM, and every method by its decisions."""
-    cpu = report["provenance"]["cpu"]
-    lines = [
+    parts = [
         f"{report['model']} ({report['layers_total']} layers), suite {report['suite']}, epsilon "
-        f"{report['epsilon']:g} at delta {report['delta']:g}, on {cpu}.",
-        "",
+        f"{report['epsilon']:g} at delta {report['delta']:g}, on {report['provenance']['cpu']}.",
         "Measured in vLLM, interleaved with stock:",
-        "",
-        "| task | shots | prompts x tokens | chance | accuracy, stock / ours | disagreement "
-        "| layers saved | speed-up | exit points |",
-        "|---|---|---|---|---|---|---|---|---|",
+        _measured_table(report),
+        "Every method on the same prompts, by its decisions; the expected speed-up is that of "
+        "layers, probes and cuts by measured costs, without the rest of the engine:",
+        _methods_table(report),
+        "The means leave out tasks where the full model is at chance. No policy: no exit point "
+        "agrees with the full model often enough to be learned or certified.",
     ]
-    for row in report["tasks"]:
-        run = row["measured"]
-        start = (
-            f"| {row['title']} | {row['shots']} | {row['test']} x {row['prompt_tokens_mean']:.0f} "
-            f"| {row['chance']:.1%} |"
-        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured_table(report: dict[str, Any]) -> str:
+    rows = []
+    for task in report["tasks"]:
+        run = task["measured"]
+        start = [
+            task["title"],
+            str(task["shots"]),
+            f"{task['test']} x {task['prompt_tokens_mean']:.0f}",
+            f"{task['chance']:.1%}",
+        ]
         if run is None:
-            why = "at chance" if row["at_chance"] else "no exit point is worth its cost"
-            lines.append(f"{start} {row['full_depth']['accuracy']:.1%}, {why} | - | - | - | - |")
+            why = "at chance" if task["at_chance"] else "no exit point is worth its cost"
+            rows.append([*start, f"{task['full_depth']['accuracy']:.1%}, {why}", *4 * ["-"]])
             continue
-        lines.append(
-            f"{start} {run['stock_accuracy']:.1%} / {run['accuracy']:.1%} "
-            f"| {run['disagreement']:.1%} | {run['layers_saved']:.1%} | **{run['speedup']:.2f}x** "
-            f"| {', '.join(map(str, row['exit_points']))} |"
+        rows.append(
+            [
+                *start,
+                f"{run['stock_accuracy']:.1%} / {run['accuracy']:.1%}",
+                f"{run['disagreement']:.1%}",
+                f"{run['layers_saved']:.1%}",
+                f"**{run['speedup']:.2f}x**",
+                ", ".join(map(str, task["exit_points"])),
+            ]
         )
     if "measured" in report["averages"]:
         mean = report["averages"]["measured"]
-        lines.append(
-            f"| mean of {mean['tasks']} | | | | {100 * mean['accuracy_lost']:+.1f} points lost "
-            f"| {mean['disagreement']:.1%} | {mean['layers_saved']:.1%} "
-            f"| {mean['speedup']:.2f}x | |"
+        rows.append(
+            [
+                f"mean of {mean['tasks']}",
+                *3 * [""],
+                f"{100 * mean['accuracy_lost']:+.1f} points lost",
+                f"{mean['disagreement']:.1%}",
+                f"{mean['layers_saved']:.1%}",
+                f"{mean['speedup']:.2f}x",
+                "",
+            ]
         )
     paper = report["paper"]
-    lines += [
-        f"| *AdaInfer's paper, other models and tasks* | | | | under "
-        f"{100 * paper['accuracy_lost_below']:.0f} point lost | | *{paper['layers_saved']:.1%}; "
-        f"sentiment {paper['layers_saved_sentiment']:.0%}* | | every layer |",
-        "",
-        "Every method on the same prompts, by its decisions; expected speed-up is of layers, "
-        "probes and cuts by measured costs, without the rest of the engine:",
-        "",
-        "| task | method | accuracy | minus full depth, points | disagreement | layers run "
-        "| layers saved | expected speed-up |",
-        "|---|---|---|---|---|---|---|---|",
+    rows.append(
+        [
+            "*AdaInfer's paper, other models and tasks*",
+            *3 * [""],
+            f"under {100 * paper['accuracy_lost_below']:.0f} point lost",
+            "",
+            f"*{paper['layers_saved']:.1%}; sentiment {paper['layers_saved_sentiment']:.0%}*",
+            "",
+            "every layer",
+        ]
+    )
+    columns = [
+        "task",
+        "shots",
+        "prompts x tokens",
+        "chance",
+        "accuracy, stock / ours",
+        "disagreement",
+        "layers saved",
+        "speed-up",
+        "exit points",
     ]
-    for row in report["tasks"]:
-        full = row["full_depth"]["accuracy"]
-        mark = " (at chance)" if row["at_chance"] else ""
-        lines.append(
-            f"| {row['title']}{mark} | full depth | {full:.1%} | | | {report['layers_total']} | | |"
-        )
+    return markdown_table(columns, rows)
+
+
+def _methods_table(report: dict[str, Any]) -> str:
+    rows = []
+    for task in report["tasks"]:
+        full = task["full_depth"]["accuracy"]
+        mark = " (at chance)" if task["at_chance"] else ""
+        depth = str(report["layers_total"])
+        rows.append([task["title"] + mark, "full depth", f"{full:.1%}", "", "", depth, "", ""])
         for method, title in METHODS.items():
-            outcome = row["methods"][method]
+            outcome = task["methods"][method]
             if outcome is None:
-                lines.append(f"| | {title} | no policy | | | | | |")
+                rows.append(["", title, "no policy", *5 * [""]])
                 continue
-            lines.append(
-                f"| | {title} | {outcome['accuracy']:.1%} "
-                f"| {100 * (outcome['accuracy'] - full):+.1f} | {outcome['disagreement']:.1%} "
-                f"| {outcome['layers_run']:.1f} | {outcome['layers_saved']:.1%} "
-                f"| {outcome['expected_speedup']:.2f}x |"
+            rows.append(
+                [
+                    "",
+                    title,
+                    f"{outcome['accuracy']:.1%}",
+                    f"{100 * (outcome['accuracy'] - full):+.1f}",
+                    f"{outcome['disagreement']:.1%}",
+                    f"{outcome['layers_run']:.1f}",
+                    f"{outcome['layers_saved']:.1%}",
+                    f"{outcome['expected_speedup']:.2f}x",
+                ]
             )
     for method, title in METHODS.items():
         if method in report["averages"]:
             mean = report["averages"][method]
-            lines.append(
-                f"| mean of {mean['tasks']} | {title} | | {-100 * mean['accuracy_lost']:+.1f} "
-                f"| {mean['disagreement']:.1%} | | {mean['layers_saved']:.1%} "
-                f"| {mean['expected_speedup']:.2f}x |"
+            rows.append(
+                [
+                    f"mean of {mean['tasks']}",
+                    title,
+                    "",
+                    f"{-100 * mean['accuracy_lost']:+.1f}",
+                    f"{mean['disagreement']:.1%}",
+                    "",
+                    f"{mean['layers_saved']:.1%}",
+                    f"{mean['expected_speedup']:.2f}x",
+                ]
             )
-    lines += [
-        "",
-        "Tasks where the full model is at chance are left out of the means. No policy: no exit "
-        "point agrees with the full model often enough to be learned or certified.",
-        "",
+    columns = [
+        "task",
+        "method",
+        "accuracy",
+        "minus full depth, points",
+        "disagreement",
+        "layers run",
+        "layers saved",
+        "expected speed-up",
     ]
-    return "\n".join(lines)
+    return markdown_table(columns, rows, text_columns=2)
 
 
 def plots(report: dict[str, Any]) -> bytes:
@@ -192,7 +242,7 @@ def plots(report: dict[str, Any]) -> bytes:
             coverage.plot(_percent(saved), _percent(risk), color=colour, label=row["title"])
     agreement.set_xlabel("layer")
     agreement.set_ylabel("agreement with full depth")
-    agreement.set_title("if all left there: our probe, dotted: logit lens")
+    agreement.set_title("if every prompt left there: our probe; dotted: logit lens")
     agreement.legend(fontsize=8)
     coverage.axhline(100 * report["epsilon"], color="grey", linestyle=":")
     coverage.set_xlabel("layers saved, %")
@@ -211,7 +261,7 @@ def plots(report: dict[str, Any]) -> bytes:
     pareto.set_xlabel("expected speed-up of layers, probes and cuts")
     pareto.set_ylabel("disagreement, %")
     pareto.set_yscale("symlog", linthresh=1)
-    pareto.set_title("a point is a task")
+    pareto.set_title("one point per task")
     pareto.legend(fontsize=8)
     return as_png(figure, report["provenance"])
 
