@@ -32,10 +32,10 @@ else:
     handle, os.environ["ADAINFER_TESTS_ENGINES"] = tempfile.mkstemp(prefix="engines-")
     os.close(handle)
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from tests.every_process import sitecustomize
+from tests.every_process import sitecustomize  # noqa: E402
 
 if not WORKER:  # it, as all that is started from here, has run this when Python started
     if not torch.cuda.is_available():
