@@ -11,19 +11,29 @@ V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,async_scheduling counter
   exit_loop generation logprobs policies prefix_cache recording segment_graphs shadow tasks \
   tensor_parallel))
 
-.PHONY: demo test test-v2 check gpu gpu-kernels setup clean
+# Two workers, each on a core of its own; a file's tests stay together, as they share engines.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '$(CASES)'
+CASES := not full
+
+.PHONY: demo test test-full test-v1 test-v2 check gpu gpu-kernels setup clean
+.NOTPARALLEL:
 
 demo: setup
 	$(BIN)/vllm-adainfer demo --output .demo
 
-test: setup check
-	$(BIN)/python -m pytest
-	$(MAKE) test-v2
+# On each change; `make test-full` runs the cases that this leaves out. See docs/testing.md.
+test: setup check test-v1 test-v2
+
+test-full: CASES := full
+test-full: setup test-v1 test-v2
+
+test-v1: setup
+	$(PYTEST)
 
 # Model Runner V2, which vLLM uses on GPUs, with its Triton kernels in the interpreter.
 test-v2: export VLLM_USE_V2_MODEL_RUNNER := 1
 test-v2: setup
-	$(BIN)/python -m pytest $(V2_TESTS)
+	$(PYTEST) $(V2_TESTS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -3,24 +3,64 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
+CORES = sorted(os.sched_getaffinity(0))
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0 or gw1 of `pytest -n 2`
 
 # Before vLLM is imported anywhere: engines in this process, quiet, no GPU.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CACHE_ROOT", str(ROOT / ".cache" / "vllm"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
 
-import pytest
-import torch
+if WORKER:
+    # Each worker computes on a core of its own, with all that it starts. By itself vLLM binds
+    # engines in processes of their own to the first of two cores, those of both workers.
+    os.sched_setaffinity(0, {CORES[int(WORKER[2:]) % len(CORES)]})
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    path = ROOT / "tests" / "every_process", ROOT, os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, path)).rstrip(os.pathsep)
+    handle, os.environ["ADAINFER_TESTS_ENGINES"] = tempfile.mkstemp(prefix="engines-")
+    os.close(handle)
 
-from tests import triton_on_cpu
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-# Before Triton is imported: without a GPU its code runs in its interpreter.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-triton_on_cpu.install_for_v2()
+from tests.every_process import sitecustomize  # noqa: E402
+
+if not WORKER:  # it, as all that is started from here, has run this when Python started
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    sitecustomize.prepare()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many engines were started, in whatever process."""
+    if WORKER:
+        return
+    counted = Path(os.environ["ADAINFER_TESTS_ENGINES"])
+    kinds = Counter(counted.read_text().split())
+    counted.unlink()
+    told = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+    terminalreporter.write_line(f"engines started: {kinds.total()} ({told or 'none'})")
+
+
+@pytest.fixture
+def all_cores() -> Iterator[list[int]]:
+    """For a test of two engines or ranks side by side: the cores, which all of it may use."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    yield CORES
+    os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(scope="session")

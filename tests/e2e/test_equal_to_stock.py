@@ -21,6 +21,15 @@ PROMPTS = [_GENERATOR.integers(5, 1000, length).tolist() for length in LENGTHS]
 
 
 def answer(model: Path, params: list[dict[str, Any]], env: dict[str, str], **engine: Any) -> Any:
+    """What an engine in a fresh process answers, and its counters."""
+    found = answer_each(model, [params], env, **engine)
+    return {**found, "answers": found["answers"][0]}
+
+
+def answer_each(
+    model: Path, batches: list[list[dict[str, Any]]], env: dict[str, str], **engine: Any
+) -> Any:
+    """The same of several batches of `PROMPTS`, one after the other."""
     job = {
         "engine": {
             "model": str(model),
@@ -32,7 +41,7 @@ def answer(model: Path, params: list[dict[str, Any]], env: dict[str, str], **eng
             **engine,
         },
         "prompts": PROMPTS,
-        "params": params,
+        "batches": batches,
     }
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.generate"],
@@ -62,19 +71,14 @@ def deep_with_prompts(**more: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def stock(tiny_model: Path) -> Any:
-    """vLLM with the plugin not even loaded."""
-    return answer(tiny_model, deep(), {"VLLM_PLUGINS": ""}, enforce_eager=True)
-
-
-@pytest.fixture(scope="module")
-def stock_with_prompts(tiny_model: Path) -> Any:
-    """The same, and log-probabilities of two prompts."""
-    return answer(tiny_model, deep_with_prompts(), {"VLLM_PLUGINS": ""}, enforce_eager=True)
+    """vLLM with the plugin not even loaded: answers to `deep`, and to `deep_with_prompts`."""
+    batches = [deep(), deep_with_prompts()]
+    return answer_each(tiny_model, batches, {"VLLM_PLUGINS": ""}, enforce_eager=True)["answers"]
 
 
 def test_installed_but_not_configured_is_stock_bit_for_bit(tiny_model, stock):
     idle = answer(tiny_model, deep(), {}, enforce_eager=True)
-    assert idle["answers"] == stock["answers"]
+    assert idle["answers"] == stock[0]
     assert "runs without vllm-adainfer" in idle["stats"]["error"]
 
 
@@ -86,7 +90,7 @@ def test_killed_by_the_environment_is_stock_bit_for_bit(tiny_model, tiny_policy,
         enforce_eager=True,
         additional_config={"adainfer": {"artifact": str(tiny_policy)}},
     )
-    assert killed["answers"] == stock["answers"]
+    assert killed["answers"] == stock[0]
     assert "runs without vllm-adainfer" in killed["stats"]["error"]
 
 
@@ -102,34 +106,42 @@ def bf16_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return directory
 
 
-@pytest.mark.parametrize("how", ["epsilon 0 in the switch", "adainfer 0 on the request"])
-def test_configured_but_never_exiting_is_stock_bit_for_bit(tiny_model, bf16_policy, stock, how):
-    switch: dict[str, Any] = {"artifact": str(bf16_policy)}
-    params = deep()
-    if how == "epsilon 0 in the switch":
-        switch["epsilon"] = 0
-    else:
-        params = deep(extra_args={"adainfer": 0})
-    never = answer(
-        tiny_model, params, {}, enforce_eager=True, additional_config={"adainfer": switch}
+@pytest.fixture(scope="module")
+def kept_by_requests(tiny_model: Path, bf16_policy: Path) -> Any:
+    """Answers to both batches of an engine with a policy, of which every request says no."""
+    no = {"extra_args": {"adainfer": 0}}
+    switch = {"artifact": str(bf16_policy)}
+    return answer_each(
+        tiny_model,
+        [deep(**no), deep_with_prompts(**no)],
+        {},
+        enforce_eager=True,
+        additional_config={"adainfer": switch},
     )
-    assert never["answers"] == stock["answers"]
+
+
+@pytest.fixture(scope="module")
+def kept_by_the_switch(tiny_model: Path, bf16_policy: Path) -> Any:
+    """The answers of one whose epsilon is 0."""
+    switch = {"artifact": str(bf16_policy), "epsilon": 0}
+    return answer_each(
+        tiny_model, [deep()], {}, enforce_eager=True, additional_config={"adainfer": switch}
+    )
+
+
+@pytest.mark.parametrize("how", ["epsilon 0 in the switch", "adainfer 0 on the request"])
+def test_configured_but_never_exiting_is_stock_bit_for_bit(stock, how, request):
+    fixture = "kept_by_the_switch" if how == "epsilon 0 in the switch" else "kept_by_requests"
+    never = request.getfixturevalue(fixture)
+    assert never["answers"][0] == stock[0]
     assert never["stats"]["layers_run"] == never["stats"]["layers_possible"]
     assert set(never["stats"]["exit_histogram"]) == {str(LAYERS)}
 
 
-def test_log_probabilities_of_prompts_are_those_of_stock_bit_for_bit(
-    tiny_model, bf16_policy, stock_with_prompts
-):
-    never = answer(
-        tiny_model,
-        deep_with_prompts(extra_args={"adainfer": 0}),
-        {},
-        enforce_eager=True,
-        additional_config={"adainfer": {"artifact": str(bf16_policy)}},
-    )
-    assert never["answers"] == stock_with_prompts["answers"]
-    assert len(never["answers"][4]["prompt_logprobs"]) == LENGTHS[4]
+def test_log_probabilities_of_prompts_are_those_of_stock_bit_for_bit(stock, kept_by_requests):
+    _, found = kept_by_requests["answers"]
+    assert found == stock[1]
+    assert len(found[4]["prompt_logprobs"]) == LENGTHS[4]
 
 
 def test_compiled_segments_give_stock_tokens_and_exits_count_what_ran(

@@ -10,13 +10,14 @@ import pytest
 
 from tests.e2e.patterns import drawn_pattern, drive, random_requests, wrong
 from tests.e2e.scripted import drawn, parts
+from tests.full import needed
 from tests.triton_on_cpu import IS_V2
 
 SLOW = "Triton's interpreter takes 20 times as long: what V1 shows is enough"
 
 
 @pytest.mark.parametrize("kv", ["exact", "propagate"])
-@pytest.mark.parametrize("seed", range(8 if IS_V2 else 60))
+@pytest.mark.parametrize("seed", needed(2, of=range(8)) if IS_V2 else needed(10, of=range(60)))
 def test_drawn_exits_at_every_token_reproduce_the_oracle(small, reference, kv, seed):
     pattern, ran = drawn_pattern(small, kv, seed)
     names = range(len(pattern.requests))
@@ -24,7 +25,7 @@ def test_drawn_exits_at_every_token_reproduce_the_oracle(small, reference, kv, s
 
 
 @pytest.mark.parametrize("min_rows_saved", [3, None], ids=["three rows", "where that is faster"])
-@pytest.mark.parametrize("seed", range(2 if IS_V2 else 10))
+@pytest.mark.parametrize("seed", needed(1, of=range(2)) if IS_V2 else needed(3, of=range(10)))
 def test_rows_that_wait_for_company_before_they_leave_change_no_state(
     small, reference, min_rows_saved, seed
 ):
@@ -45,6 +46,7 @@ def test_the_patterns_hold_what_they_are_for(small):
     assert depths == {2, 3, 5, 6}
 
 
+@pytest.mark.full
 @pytest.mark.skipif(IS_V2, reason=SLOW)
 @pytest.mark.parametrize(("kv", "wave"), [("exact", 250), ("propagate", 125)])
 def test_a_long_soak_leaks_nothing_and_stays_right(small, reference, kv, wave):

@@ -57,9 +57,11 @@ def recorded(
             "additional_config": {"adainfer": switch},
         },
         "prompts": prompts,
-        "params": [
-            {"temperature": 0, "max_tokens": 1, "extra_args": {"adainfer_row": row}}
-            for row in range(len(prompts))
+        "batches": [
+            [
+                {"temperature": 0, "max_tokens": 1, "extra_args": {"adainfer_row": row}}
+                for row in range(len(prompts))
+            ]
         ],
         "record": str(path),
     }

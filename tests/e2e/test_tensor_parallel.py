@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +20,6 @@ from vllm_adainfer.exits.shadow import ShadowAnswers
 from vllm_adainfer.policy.artifact_files import save_artifact
 
 Artifacts = Callable[[str, float], Path]
-ROOT = Path(__file__).parents[2]
-IN_EVERY_PROCESS = """from tests import triton_on_cpu
-triton_on_cpu.install_for_v2()
-"""
 
 
 @pytest.fixture
@@ -46,13 +41,9 @@ def artifacts(tiny_model: Path, tmp_path: Path) -> Artifacts:
 
 
 @pytest.fixture
-def ranks_on_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def ranks_on_cores(all_cores: list[int], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without memory nodes for each rank vLLM wants to be told where they run."""
-    (tmp_path / "sitecustomize.py").write_text(IN_EVERY_PROCESS)
-    path = [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    cores = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{all_cores[0]}|{all_cores[-1]}")
     envs.disable_envs_cache()  # an engine that ran in this process has frozen vLLM's view
     yield
     monkeypatch.undo()

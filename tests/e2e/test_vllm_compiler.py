@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 from tests.conftest import tiny_engine
 from tests.e2e.patterns import Pattern, Request, drawn_pattern, drive, wrong
 from tests.e2e.scripted import FULL, Ran, drawn
+from tests.full import needed
 from tests.tiny import LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.policy.artifact_files import save_artifact
 
@@ -103,7 +104,7 @@ def differing(model: Any, kv: str, pattern: Pattern, ran: dict[str, list[Ran]]) 
 
 
 @pytest.mark.parametrize("kv", ["exact", "propagate"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", needed(1, of=range(3)))
 def test_drawn_exits_reproduce_the_oracle(compiled, reference, kv, seed):
     assert differing(reference, kv, *drawn_pattern(compiled, kv, seed)) == []
 

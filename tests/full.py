@@ -1,0 +1,20 @@
+"""What `make test` leaves to `make test-full`: cases of a promise beyond those that show it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+
+def needed(cases: int | Collection[Any], *, of: Iterable[Any]) -> list[Any]:
+    """For `parametrize`: all `of` them, marked `full` but for those `cases` (or the first so many).
+
+    Use it where each further case costs seconds and would fail for the reasons that others do.
+    """
+    every = list(of)
+    kept = every[:cases] if isinstance(cases, int) else list(cases)
+    unknown = [case for case in kept if case not in every]
+    assert not unknown, f"{unknown} are not among {every}"
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.full) for case in every]
