@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_adainfer.offline.tables import markdown_table
+
 COUNTS = ("sent", "answered", "ties", "wrong", "lost", "refused", "left", "failed")
 
 
@@ -32,32 +34,47 @@ def growth(samples: list[Mapping[str, float]]) -> dict[str, float]:
 
 def table(report: Mapping[str, Any]) -> str:
     """Markdown: a row for each scenario, then what counters and processes did."""
-    lines = [
-        "| scenario | sent | answered | tie | wrong | lost | refused | left by the client "
-        "| failed when killed | USS before / after, MiB | RSS before / after, MiB |",
-        "|" + "---|" * 11,
-    ]
-    for row in report["scenarios"]:
-        counts = " | ".join(f"{row['requests'][key]:,}" for key in COUNTS)
-        held = " | ".join(
-            " / ".join(f"{at[kind]:,.0f}" for at in row["memory"].values())
-            for kind in ("uss", "rss")
-        )
-        lines.append(f"| {row['name']} | {counts} | {held} |")
-    lines += [
-        "",
-        "| scenario | tokens decided / by vLLM | rows / by vLLM | layers saved |",
-        "|---|---|---|---|",
-    ]
-    for row in report["scenarios"]:
-        if "counters" not in row:
-            continue
-        one = row["counters"]
-        lines.append(
-            f"| {row['name']} | {one['tokens_decided']:,.0f} / {one['tokens_generated']:,.0f} "
-            f"| {one['rows']:,.0f} / {one['rows_by_vllm']:,.0f} | {one['layers_saved']:.0%} |"
-        )
-    lines += ["", EXPLAINED, "", *_texts(report), *_remarks(report)]
+    scenarios = report["scenarios"]
+    requests = markdown_table(
+        [
+            "scenario",
+            "sent",
+            "answered",
+            "tie",
+            "wrong",
+            "lost",
+            "refused",
+            "left by the client",
+            "failed when killed",
+            "USS before / after, MiB",
+            "RSS before / after, MiB",
+        ],
+        [
+            [
+                row["name"],
+                *(f"{row['requests'][key]:,}" for key in COUNTS),
+                *(
+                    " / ".join(f"{at[kind]:,.0f}" for at in row["memory"].values())
+                    for kind in ("uss", "rss")
+                ),
+            ]
+            for row in scenarios
+        ],
+    )
+    counted = markdown_table(
+        ["scenario", "tokens decided / by vLLM", "rows / by vLLM", "layers saved"],
+        [
+            [
+                row["name"],
+                f"{one['tokens_decided']:,.0f} / {one['tokens_generated']:,.0f}",
+                f"{one['rows']:,.0f} / {one['rows_by_vllm']:,.0f}",
+                f"{one['layers_saved']:.0%}",
+            ]
+            for row in scenarios
+            if (one := row.get("counters")) is not None
+        ],
+    )
+    lines = [requests, "", counted, "", EXPLAINED, "", *_texts(report), *_remarks(report)]
     problems = report["problems"]
     lines += ["", *(f"**{problem}**" for problem in problems)] if problems else []
     return "\n".join(lines) + "\n"
@@ -77,26 +94,41 @@ def _texts(report: Mapping[str, Any]) -> list[str]:
     rows = [row for row in report["scenarios"] if "texts" in row]
     if not rows:
         return []
-    lines = [
-        "| scenario | minutes | texts early / deep / drawn | tokens | preemptions | reloads "
-        "| readings of /metrics | counters that fell | early tokens that differ | deep ones "
-        "| shadow answers that differ | memory |",
-        "|" + "---|" * 12,
+    columns = [
+        "scenario",
+        "minutes",
+        "texts early / deep / drawn",
+        "tokens",
+        "preemptions",
+        "reloads",
+        "readings of /metrics",
+        "counters that fell",
+        "early tokens that differ",
+        "deep ones",
+        "shadow answers that differ",
+        "memory",
     ]
+    cells = []
     for row in rows:
         early, deep = (row["judged"][kind] for kind in ("early", "deep"))
         fell = sum("fell by" in problem for problem in row["problems"])
-        lines.append(
-            f"| {row['name']} | {row['took_seconds'] / 60:.0f} "
-            f"| {' / '.join(f'{count:,}' for count in row['texts'].values())} "
-            f"| {row['text_tokens']:,} | {row['counters']['preemptions']:.0f} | {row['reloads']} "
-            f"| {row['scrapes']:,} | {fell} "
-            f"| {early['changed'] / max(early['tokens'], 1):.1%} of {early['tokens']:,} "
-            f"| {deep['changed']} of {deep['tokens']:,} "
-            f"| {row['shadow']['disagreed']:,.0f} of {row['shadow']['checked']:,.0f} "
-            f"| {' / '.join(f'{held:,.0f}' for held in _begin_middle_end(row['samples']))} |"
+        cells.append(
+            [
+                row["name"],
+                f"{row['took_seconds'] / 60:.0f}",
+                " / ".join(f"{count:,}" for count in row["texts"].values()),
+                f"{row['text_tokens']:,}",
+                f"{row['counters']['preemptions']:.0f}",
+                str(row["reloads"]),
+                f"{row['scrapes']:,}",
+                str(fell),
+                f"{early['changed'] / max(early['tokens'], 1):.1%} of {early['tokens']:,}",
+                f"{deep['changed']} of {deep['tokens']:,}",
+                f"{row['shadow']['disagreed']:,.0f} of {row['shadow']['checked']:,.0f}",
+                " / ".join(f"{held:,.0f}" for held in _begin_middle_end(row["samples"])),
+            ]
         )
-    return [*lines, "", TEXTS, ""]
+    return [markdown_table(columns, cells), "", TEXTS, ""]
 
 
 def _begin_middle_end(samples: list[Mapping[str, float]]) -> list[float]:

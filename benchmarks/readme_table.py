@@ -15,6 +15,8 @@ from typing import Any
 
 from serve_report import table as serve_table
 
+from vllm_adainfer.offline.tables import markdown_table
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -40,31 +42,45 @@ def load(name: str) -> dict[str, Any]:
 def suite_table(name: str, title: str) -> list[str]:
     """What a suite's report measured, beside AdaInfer as published."""
     report = load(name)
-    lines = [
-        f"{title}, epsilon {report['epsilon']:g} at delta {report['delta']:g}:",
-        "",
-        "| task, shots | chance | accuracy, stock / ours | disagreement | layers saved | speed-up "
-        "| exit points | AdaInfer as published: layers saved, points lost |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for task in report["tasks"]:
         run, published = task["measured"], task["methods"]["adainfer"]
-        start = f"| {task['title']}, {task['shots']} | {task['chance']:.0%} "
+        start = [f"{task['title']}, {task['shots']}", f"{task['chance']:.0%}"]
         full = task["full_depth"]["accuracy"]
         if run is None:
             why = "at chance" if task["at_chance"] else "no exit pays"
-            lines.append(f"{start}| {full:.1%}, {why} | | | | | |")
+            rows.append([*start, f"{full:.1%}, {why}", *5 * [""]])
             continue
         theirs = "no policy"
         if published is not None:
             lost = 100 * (full - published["accuracy"])
             theirs = f"{published['layers_saved']:.0%}, {lost:.1f}"
-        lines.append(
-            f"{start}| {run['stock_accuracy']:.1%} / {run['accuracy']:.1%} "
-            f"| {run['disagreement']:.1%} | {run['layers_saved']:.0%} | **{run['speedup']:.2f}x** "
-            f"| {', '.join(map(str, task['exit_points']))} | {theirs} |"
+        rows.append(
+            [
+                *start,
+                f"{run['stock_accuracy']:.1%} / {run['accuracy']:.1%}",
+                f"{run['disagreement']:.1%}",
+                f"{run['layers_saved']:.0%}",
+                f"**{run['speedup']:.2f}x**",
+                ", ".join(map(str, task["exit_points"])),
+                theirs,
+            ]
         )
-    return lines
+    columns = [
+        "task, shots",
+        "chance",
+        "accuracy, stock / ours",
+        "disagreement",
+        "layers saved",
+        "speed-up",
+        "exit points",
+        "AdaInfer as published: layers saved, points lost",
+    ]
+    return [
+        f"{title}, epsilon {report['epsilon']:g} at delta {report['delta']:g}:",
+        "",
+        markdown_table(columns, rows),
+    ]
 
 
 def families_table() -> list[str]:
@@ -89,22 +105,31 @@ def throughput_table() -> list[str]:
             cases.setdefault(row["scenario"], []).append(row)
     lengths = {row["length"] for rows in cases.values() for row in rows}
     batches = {row["batch"] for rows in cases.values() for row in rows}
-    lines = [
+    cells = []
+    for name, rows in cases.items():
+        speedups, shares = [[row[key] for row in rows] for key in ("speedup", "of_bound")]
+        cells.append(
+            [
+                name,
+                str(len(rows)),
+                f"{mean(row['layers_saved'] for row in rows):.0%}",
+                f"**{median(speedups):.2f}x** ({min(speedups):.2f} to {max(speedups):.2f})",
+                f"{median(shares):.2f} ({min(shares):.2f})",
+            ]
+        )
+    columns = [
+        "scenario",
+        "cases",
+        "layers saved, mean",
+        "speed-up, median (range)",
+        "share of what could be had, median (lowest)",
+    ]
+    return [
         f"Exits by script (synthetic), {min(lengths)} to {max(lengths)} prompt tokens x "
         f"{min(batches)} to {max(batches)} requests, one token out:",
         "",
-        "| scenario | cases | layers saved, mean | speed-up, median (range) "
-        "| share of what could be had, median (lowest) |",
-        "|---|---|---|---|---|",
+        markdown_table(columns, cells),
     ]
-    for name, rows in cases.items():
-        speedups, shares = [[row[key] for row in rows] for key in ("speedup", "of_bound")]
-        lines.append(
-            f"| {name} | {len(rows)} | {mean(row['layers_saved'] for row in rows):.0%} "
-            f"| **{median(speedups):.2f}x** ({min(speedups):.2f} to {max(speedups):.2f}) "
-            f"| {median(shares):.2f} ({min(shares):.2f}) |"
-        )
-    return lines
 
 
 def generation_table() -> list[str]:
@@ -112,21 +137,22 @@ def generation_table() -> list[str]:
     report = load("generation")
     variants = list(dict.fromkeys(row["variant"] for row in report["speed"]))
     speed = {(row["batch"], row["variant"]): row for row in report["speed"]}
+    cells = []
+    for batch in dict.fromkeys(row["batch"] for row in report["speed"]):
+        stock, *ours = (speed[batch, variant] for variant in variants)
+        speedups = [
+            f"**{row['speedup']:.2f}x** ({row['speedup_min']:.2f} to {row['speedup_max']:.2f})"
+            for row in ours
+        ]
+        cells.append([str(batch), f"{stock['tokens_per_second']:.0f}", *speedups])
+    columns = ["requests at once", f"{variants[0]}, tokens/s", *variants[1:]]
     lines = [
         "Generated text (GSM8K, AlpacaEval, Spec-Bench prompts), SmolLM2-135M-Instruct, up to "
         f"{report['max_tokens']} tokens, epsilon {report['epsilon']:g} per token at delta "
         f"{report['delta']:g}:",
         "",
-        f"| requests at once | {variants[0]}, tokens/s | {' | '.join(variants[1:])} |",
-        "|---" * (len(variants) + 1) + "|",
+        markdown_table(columns, cells, text_columns=0),
     ]
-    for batch in dict.fromkeys(row["batch"] for row in report["speed"]):
-        stock, *ours = (speed[batch, variant] for variant in variants)
-        cells = [
-            f"**{row['speedup']:.2f}x** ({row['speedup_min']:.2f} to {row['speedup_max']:.2f})"
-            for row in ours
-        ]
-        lines.append(f"| {batch} | {stock['tokens_per_second']:.0f} | {' | '.join(cells)} |")
     changed = {
         name: mean(row["disagreement"] for row in report["quality"] if row["variant"] == name)
         for name in variants
@@ -149,22 +175,37 @@ def generation_table() -> list[str]:
 
 def tables() -> str:
     """The generated part of README."""
-    lines = [
-        "| workload | prompts | stock, requests/s | ours, requests/s | speed-up | layers saved "
-        "| disagreement (bound) | differs from stock | accuracy, stock / ours | efficiency |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, title in REPORTS.items():
         report = load(name)
         stock, ours = report["stock"], report["adainfer"]
-        lines.append(
-            f"| {title} | {report['n']} x {report['prompt_tokens_mean']:.0f} tokens "
-            f"| {stock['requests_per_second']:.1f} | {ours['requests_per_second']:.1f} "
-            f"| **{report['speedup']:.2f}x** | {report['layers_saved']:.0%} "
-            f"| {report['disagreement']:.1%} ({report['epsilon']:.0%}) "
-            f"| {report['disagreement_with_stock']:.1%} "
-            f"| {stock['accuracy']:.1%} / {ours['accuracy']:.1%} | {report['efficiency']:.2f} |"
+        rows.append(
+            [
+                title,
+                f"{report['n']} x {report['prompt_tokens_mean']:.0f} tokens",
+                f"{stock['requests_per_second']:.1f}",
+                f"{ours['requests_per_second']:.1f}",
+                f"**{report['speedup']:.2f}x**",
+                f"{report['layers_saved']:.0%}",
+                f"{report['disagreement']:.1%} ({report['epsilon']:.0%})",
+                f"{report['disagreement_with_stock']:.1%}",
+                f"{stock['accuracy']:.1%} / {ours['accuracy']:.1%}",
+                f"{report['efficiency']:.2f}",
+            ]
         )
+    columns = [
+        "workload",
+        "prompts",
+        "stock, requests/s",
+        "ours, requests/s",
+        "speed-up",
+        "layers saved",
+        "disagreement (bound)",
+        "differs from stock",
+        "accuracy, stock / ours",
+        "efficiency",
+    ]
+    lines = [markdown_table(columns, rows)]
     for name, title in SUITES.items():
         lines += ["", *suite_table(name, title)]
     lines += ["", f"A server. {serve_table(load('serve')).rstrip()}"]

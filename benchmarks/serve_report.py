@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_adainfer.offline.evaluation.plot import as_png
+from vllm_adainfer.offline.tables import markdown_table
 
 STOCK, OURS = "stock", "adainfer"
 # What is kept of a run of ``vllm bench serve``, by its names; E2EL is a request's whole latency.
@@ -49,6 +50,17 @@ def name_of(rate: float | str) -> str:
 def table(report: Mapping[str, Any]) -> str:
     """Markdown: what was asked, a row for each rate, and how far answers differ."""
     answers, bound = report["answers"], report["epsilon"]
+    rows = [
+        [
+            name_of(row["rate"]),
+            *(
+                f"{row[STOCK][key]:.1f} / {row[OURS][key]:.1f} (**{row['ratios'][key]:.2f}x**)"
+                for key in IN_TABLE
+            ),
+            f"{row[OURS]['layers_saved']:.0%}",
+        ]
+        for row in report["rates"]
+    ]
     lines = [
         f"{report['model']}, {report['data']}: at each rate {report['requests']} prompts of "
         f"{report['prompt_tokens_mean']:.0f} tokens, one label out, by `vllm bench serve`. Medians "
@@ -56,19 +68,18 @@ def table(report: Mapping[str, Any]) -> str:
         f"Prefix cache {report['prefix_cache']}; no row of the data comes twice in a "
         "run. Of one token, the time to the first (TTFT) is the whole latency.",
         "",
-        "| requests/s sent | requests/s answered | mean TTFT, ms | p50 latency, ms "
-        "| p99 latency, ms | layers saved |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in report["rates"]:
-        cells = [
-            f"{row[STOCK][key]:.1f} / {row[OURS][key]:.1f} (**{row['ratios'][key]:.2f}x**)"
-            for key in IN_TABLE
-        ]
-        lines.append(
-            f"| {name_of(row['rate'])} | {' | '.join(cells)} | {row[OURS]['layers_saved']:.0%} |"
-        )
-    lines += [
+        markdown_table(
+            [
+                "requests/s sent",
+                "requests/s answered",
+                "mean TTFT, ms",
+                "p50 latency, ms",
+                "p99 latency, ms",
+                "layers saved",
+            ],
+            rows,
+            text_columns=0,
+        ),
         "",
         f"Of {answers['n']} prompts {answers['disagreement']:.1%} were answered otherwise than at "
         f"full depth (bound {bound:.0%} at delta {report['delta']:g}), "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.offline.evaluation.plot import as_png
+from vllm_adainfer.offline.tables import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -62,26 +63,27 @@ def table(report: Mapping[str, Any]) -> str:
     cases: dict[tuple[int, int, int], dict[str, Any]] = {}
     for row in rows:
         cases.setdefault((row["length"], row["batch"], row["output"]), {})[row["scenario"]] = row
-    lines = [
-        f"Synthetic: {report['synthetic']}. {report['model']}, {report['rounds']} rounds. Speed-up "
-        "over stock vLLM, and in brackets its share of the bound, which counts time outside the "
-        "layers as not skippable.",
-        "",
-        f"| prompt tokens x requests, output tokens | stock, ms | outside layers | "
-        f"{' | '.join(names)} |",
-        "|---" * (len(names) + 3) + "|",
-    ]
+    cells = []
     for (length, batch, output), by_name in cases.items():
         any_row = next(iter(by_name.values()))
-        cells = [
+        speedups = [
             f"{row['speedup']:.2f}x ({row['of_bound']:.2f})" if (row := by_name.get(name)) else ""
             for name in names
         ]
-        lines.append(
-            f"| {length} x {batch}, {output} | {1000 * any_row['stock_seconds']:.0f} "
-            f"| {any_row['outside_layers']:.0%} | {' | '.join(cells)} |"
+        cells.append(
+            [
+                f"{length} x {batch}, {output}",
+                f"{1000 * any_row['stock_seconds']:.0f}",
+                f"{any_row['outside_layers']:.0%}",
+                *speedups,
+            ]
         )
-    return "\n".join(lines) + "\n"
+    columns = ["prompt tokens x requests, output tokens", "stock, ms", "outside layers", *names]
+    return (
+        f"Synthetic: {report['synthetic']}. {report['model']}, {report['rounds']} rounds. Speed-up "
+        "over stock vLLM, and in brackets its share of the bound, which counts time outside the "
+        f"layers as not skippable.\n\n{markdown_table(columns, cells, text_columns=0)}\n"
+    )
 
 
 def plot(report: Mapping[str, Any]) -> bytes:
