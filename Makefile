@@ -1,7 +1,7 @@
-# Every target sets up what it needs in .venv; the second run starts in seconds.
+# Every target sets up what it needs in .venv; later runs start in seconds.
 BIN := .venv/bin
 
-# The Python of `make gpu`: needs torch with CUDA, Triton, pytest, hypothesis and typer; see
+# The Python of `make gpu`, which needs torch with CUDA, Triton, pytest, hypothesis and typer; see
 # docs/gpu.md.
 GPU_PYTHON ?= python3
 HAS_GPU = $(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'
@@ -30,7 +30,7 @@ test-full: setup test-v1 test-v2
 test-v1: setup
 	$(PYTEST)
 
-# Model Runner V2, which vLLM uses on GPUs, with its Triton kernels in the interpreter.
+# Model Runner V2, which vLLM uses on GPUs, with its Triton kernels in Triton's interpreter.
 test-v2: export VLLM_USE_V2_MODEL_RUNNER := 1
 test-v2: setup
 	$(PYTEST) $(V2_TESTS)
@@ -40,8 +40,8 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# On a GPU machine: the kernels, then what needs vLLM, installed for $(GPU_PYTHON) as this package is;
-# what cannot run is skipped with the reason. Results go to benchmarks/results/.
+# On a GPU machine: the kernels, then what needs vLLM and this package, installed for $(GPU_PYTHON).
+# What cannot run is skipped, with the reason. Results go to benchmarks/results/.
 gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
 gpu:
 	@$(HAS_GPU) || { echo 'skipped: $(GPU_PYTHON) sees no GPU through torch: set GPU_PYTHON'; exit 0; }; \
@@ -58,7 +58,7 @@ gpu:
 	    --output benchmarks/results/throughput_gpu_$$shape.json || exit 1; \
 	done
 
-# With or without vLLM: the kernels' tests, then their benchmark.
+# The kernels' tests, then their benchmark; vLLM is not needed.
 gpu-kernels: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
 gpu-kernels:
 	@$(HAS_GPU) || { echo 'make gpu-kernels needs a GPU that $(GPU_PYTHON) sees through torch: set GPU_PYTHON'; exit 1; }

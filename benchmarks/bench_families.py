@@ -1,9 +1,9 @@
-"""OPT and Llama side by side: small models trained here, calibrated, and measured on unseen rows.
+"""OPT and Llama side by side: train small models, calibrate them, measure them on unseen rows.
 
     .venv/bin/python benchmarks/bench_families.py
 
-Both have 12 layers and learn from the same text; see `small_models`. What runs after training is
-what the commands `calibrate` and `evaluate` run.
+Both have 12 layers and learn from the same text; see `small_models`. After training, this runs the
+same code as the commands `calibrate` and `evaluate`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm_adainfer.offline.calibration.calibrate import CalibrationRequest, cali
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.report import write_whole
 
-TRAIN, CALIBRATE = 1400, 700  # of the rows; the rest is for the test
+TRAIN, CALIBRATE = 1400, 700  # rows; the rest is for the test
 
 
 def main(
@@ -41,7 +41,7 @@ def main(
 
 
 def measured(family: str, rows: Sequence[Row], directory: Path, repeat: int) -> dict[str, Any]:
-    """The report of `evaluate`, and how long training took."""
+    """The report of `evaluate`, with the training time."""
     directory.mkdir()
     parts = {"calibration": rows[TRAIN : TRAIN + CALIBRATE], "test": rows[TRAIN + CALIBRATE :]}
     for name, part in parts.items():

@@ -4,10 +4,10 @@
         --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\\nSentiment:' \
         --artifact trec=policies/trec --data trec.jsonl --template $'Question: {text}\\nType:'
 
-One server serves all policies; `fault_scenarios.py` has the scenarios. Right is what a quiet server
-answers to one request at a time. Batches round differently, so an answer that differs is asked for
-again, alone, and is a tie if the quiet answer comes then, wrong if not. Ends with code 1 and a
-sentence for each thing that is not as it should be.
+One server serves all policies; `fault_scenarios.py` has the scenarios. The right answer is the one
+that an idle server gives to a single request. Batches round differently, so a request whose answer
+differs is sent again, alone: it is a tie if the right answer comes then, wrong if not. Exits with
+code 1 and a sentence per problem.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SCENARIOS: dict[str, Scenario] = {
 
 def main(
     model: Annotated[str, typer.Option(help="Directory or hub id.")],
-    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, for each policy.")],
-    data: Annotated[list[Path], typer.Option(help="JSON lines, for each policy.")],
-    template: Annotated[list[str], typer.Option(help="Of the prompts, for each policy.")],
+    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, one per policy.")],
+    data: Annotated[list[Path], typer.Option(help="JSON lines, one file per policy.")],
+    template: Annotated[list[str], typer.Option(help="For the prompts, one per policy.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/faults.json"),
-    minutes: Annotated[float, typer.Option(help="How long the soak takes.")] = 5,
-    rows: Annotated[int, typer.Option(help="Of the data, for each policy.")] = 100,
+    minutes: Annotated[float, typer.Option(help="Length of the soak.")] = 5,
+    rows: Annotated[int, typer.Option(help="Rows of the data per policy.")] = 100,
 ) -> None:
     """Run all scenarios, and write JSON and a Markdown table beside each other."""
     sources, questions = tasks(artifact, data, template, rows)
@@ -59,7 +59,7 @@ def main(
 
 
 def all_in_turn(bench: Bench, server_of: Callable[..., Any], folder: Path, seconds: float) -> None:
-    """Every scenario; a server that was killed is started again, as a supervisor would."""
+    """Run every scenario, restarting a killed server as a supervisor would."""
     with server_of(log=folder / "server.log") as server:
         bench.quiet(server)
         for name, scenario in SCENARIOS.items():

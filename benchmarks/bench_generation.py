@@ -1,11 +1,11 @@
-"""Generation: stock vLLM beside exits at every token, with exact and with propagated K and V.
+"""Generation: stock vLLM against exits at every token, with exact and with propagated K and V.
 
     .venv/bin/vllm-adainfer calibrate --model MODEL --data FILE --max-tokens 64 --output POLICY
     .venv/bin/python benchmarks/bench_generation.py --model MODEL --artifact POLICY --data-dir DIR
 
-Engines run interleaved on chat prompts of `DIR`: test rows of GSM8K, and of alpaca_eval and
-specbench those that calibration has not seen. Speed is taken at each batch size, quality once.
-What exits could have saved (the oracle's depth) is in the artifact.
+Engines run interleaved on chat prompts of `DIR`: test rows of GSM8K, and those of alpaca_eval and
+specbench that calibration has not seen. Speed is measured at each batch size, quality once. What
+exits could save at most (the oracle's depth) is in the artifact.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 STOCK, NEVER, EXACT, PROPAGATE = "stock", "never exit", "exact", "propagate"
 VARIANTS = (STOCK, NEVER, EXACT, PROPAGATE)
-# Directory -> field, and test rows that calibration has used.
+# Directory -> field, and number of test rows that calibration has used.
 SOURCES = {"gsm8k": ("question", 0), "alpaca_eval": ("text", 250), "specbench": ("text", 90)}
-# Batch size -> prompts of a timed pass: a few full batches.
+# Batch size -> prompts in a timed pass: a few full batches.
 BATCHES = {1: 12, 8: 24, 32: 64, 128: 128}
-MOST = 48  # prompts of a data set
+MOST = 48  # prompts per data set
 MAX_PROMPT = 512  # tokens; longer prompts are left out
 
 
@@ -53,7 +53,7 @@ def main(
     data_dir: Annotated[Path, typer.Option()],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/generation.json"),
     max_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    prompts: Annotated[int, typer.Option(help="Per data set, for quality.")] = 24,
+    prompts: Annotated[int, typer.Option(help="Prompts per data set, for quality.")] = 24,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
     """Measure, and write JSON and a Markdown table beside each other."""
@@ -89,7 +89,7 @@ def main(
 
 
 def read_sets(model: str, data_dir: Path, count: int) -> dict[str, list[Example]]:
-    """Up to `count` chat prompts of each source; the label is the answer, where one is scored."""
+    """Up to `count` chat prompts of each source, with the answer as label if it is scored."""
     _, tokenizer = load_config_and_tokenizer(model)
     sets = {}
     for name, (field, used) in SOURCES.items():
@@ -113,11 +113,11 @@ def read_sets(model: str, data_dir: Path, count: int) -> dict[str, list[Example]
 def start_engines(
     model: str, artifact: str, examples: Sequence[Example], max_tokens: int
 ) -> dict[str, LLM]:
-    """Stock, and ours with either KV policy, side by side."""
+    """Stock, and ours with each KV policy, side by side."""
     os.environ["VLLM_PLUGINS"] = ""
     engines = {STOCK: start_engine(model, examples, None, max_tokens)}
     del os.environ["VLLM_PLUGINS"]
-    register()  # vLLM asks for plugins once in a process, and this one has had none
+    register()  # vLLM loads plugins once per process, and loaded none here
     for kv in (EXACT, PROPAGATE):
         switch = {"artifact": artifact, "kv": kv}
         engines[kv] = start_engine(model, examples, switch, max_tokens)
@@ -131,7 +131,7 @@ def run(
     batch: int,
     max_tokens: int,
 ) -> Run:
-    """`examples` in batches of `batch`, one after the other; nothing is cached at first."""
+    """Run `examples` in batches of `batch`, one after the other, from an empty prefix cache."""
     from vllm import SamplingParams
 
     engine = engines[EXACT if variant == NEVER else variant]
@@ -158,7 +158,7 @@ def measure_speed(
     max_tokens: int,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """Interleaved rounds at one batch size, a row for each variant."""
+    """Interleaved rounds at one batch size; returns a row per variant."""
     for variant in VARIANTS:
         run(engines, variant, examples[:batch], batch, 4)
     passes: dict[str, list[Run]] = {variant: [] for variant in VARIANTS}
@@ -195,7 +195,7 @@ def measure_quality(
     examples: Sequence[Example],
     max_tokens: int,
 ) -> list[dict[str, Any]]:
-    """Texts of each variant, read back by stock vLLM, a row for each.
+    """Texts of each variant, read back by stock vLLM; returns a row per variant.
 
     One request at a time, so that every token that settles leaves.
     """

@@ -2,16 +2,16 @@
 
     .venv/bin/python benchmarks/bench_probe_kernel.py
 
-Every cell is one model shape, one form of candidates and one number of rows; random weights, since
-time does not depend on them. Providers, interleaved on a CPU:
+Each cell is one model shape, one form of candidates and one number of rows. Weights are random,
+since time does not depend on them. Providers, interleaved on a CPU:
 
-    naive    norm, matmul, softmax, topk(2), the way the paper's code does it
+    naive    norm, matmul, softmax, topk(2), as in the paper's code
     compile  the same function through torch.compile, specialised for the cell
     ours     adainfer_kernels.probe, checked against naive first
-    matmul   the product with the head alone: what no probe of the whole head can go below on a CPU
+    matmul   only the product with the head: a lower bound for probes of the whole head on a CPU
 
-On a GPU each call is a CUDA graph's replay with a cold second-level cache, so that launches by
-Python are not timed.
+On a GPU each call replays a CUDA graph with a cold L2 cache, so Python's launch overhead is not
+timed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Call = Callable[[], Any]
 def naive(
     hidden: Tensor, head: Tensor, ids: Tensor | None, kind: str, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """top1 id, top_prob and gap, as anyone would write it."""
+    """top1 id, top_prob and gap in plain torch."""
     size = hidden.shape[-1:]
     if kind == "layer":
         state = torch.nn.functional.layer_norm(hidden, size, weight, bias, 1e-6)
@@ -73,7 +73,7 @@ def naive(
 
 
 def cells(shape: str, rows_list: list[int]) -> Iterator[tuple[str, int, dict[str, Call], int]]:
-    """Form, rows, providers and the bytes that must move, for each cell of a shape."""
+    """Form, rows, providers and the bytes that must be read, for each cell of a shape."""
     vocabulary, size, kind = SHAPES[shape]
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -124,11 +124,13 @@ def ours(
 
 
 def check(providers: dict[str, Call]) -> None:
-    """Fail unless ours says what naive says, up to bfloat16 logits."""
+    """Fail unless ours agrees with naive, up to the rounding of bfloat16 logits."""
     expected, found = providers["naive"](), providers["ours"]()
     clear = expected[2] > 0.02
     if not torch.equal(expected[0][clear], found[0][clear]):
-        raise SystemExit("the kernel names another token than plain torch: do not trust it")
+        raise SystemExit(
+            "the kernel and plain torch find different tokens: do not trust these times"
+        )
     for left, right in zip(expected[1:], found[1:], strict=True):
         torch.testing.assert_close(left, right, rtol=0.05, atol=1e-3)
 
@@ -172,7 +174,7 @@ def _replayed(call: Call) -> list[float]:
 
 
 def peak_bytes(call: Call) -> int:
-    """Most bytes that torch's allocator held for a call, beyond those before it."""
+    """Peak bytes that torch's allocator held during a call, beyond those before it."""
     call()
     gc.collect()
     if DEVICE == "cuda":
@@ -197,7 +199,7 @@ def peak_bytes(call: Call) -> int:
 
 
 def bandwidth() -> float:
-    """Bytes a second that this device reaches: the better of a large copy and a large sum."""
+    """Bytes per second that this device reaches: the better of a large copy and a large sum."""
     source = torch.ones(1 << 29, dtype=torch.bfloat16, device=DEVICE)
     target = torch.empty_like(source)
     rates = []
@@ -233,7 +235,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main(
-    output: Annotated[Path | None, typer.Option(help="default: by the device's name")] = None,
+    output: Annotated[Path | None, typer.Option(help="default: named after the device")] = None,
     models: Annotated[str, typer.Option(help="comma-separated")] = ",".join(SHAPES),
     rows: Annotated[str, typer.Option(help="comma-separated")] = ",".join(map(str, ROWS)),
 ) -> None:

@@ -3,14 +3,14 @@ r"""Classification by a server, with and without the plugin: throughput and late
     .venv/bin/python benchmarks/bench_serve.py --model MODEL --artifact POLICY --data test.jsonl \
         --template $'Review: {text}\nSentiment:'
 
-A stock server and one with the plugin run side by side with the same flags, but only one is ever
-asked: on a CPU each computes on one core, the same one, and frontends and client take the other.
-In each round both get the same prompts in the same order at the same times; another round has
-another order and other times. Nothing is cached at the start of a run, and no row of the data comes
-twice in it, so that the prefix cache gives no more than what different prompts share.
+A stock server and one with the plugin run side by side with the same flags, but only one at a time
+gets requests: on a CPU both compute on the same core, and frontends and client use the other. In
+each round both get the same prompts in the same order at the same times; each round has a different
+order and different times. Each run starts from an empty prefix cache and sends each row of the data
+once, so only what different prompts share is ever hit.
 
-It fails where a request failed, was answered by anything but one label, or where no layers were
-skipped. Answers are compared apart from the load, see `compare_answers`.
+It fails if a request fails, if an answer is not exactly one label, or if no layers are skipped.
+Answers are compared separately from the load, see `compare_answers`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",  # an idle server leaves its core to the other one
+    "OMP_WAIT_POLICY": "passive",  # an idle server leaves the core to the other one
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_SERVER_DEV_MODE": "1",  # has /reset_prefix_cache
 }
 COUNTERS = "layer_rows_executed_total", "layer_rows_skipped_total", "exit_layer_count"
-COUNT_SECONDS = 30  # in which counters are to arrive after the last answer
+COUNT_SECONDS = 30  # for counters to arrive after the last answer
 
 
 def main(
@@ -56,7 +56,7 @@ def main(
     rates: Annotated[str, typer.Option(help="Requests/s; inf sends all at once.")] = (
         "5,10,20,40,inf"
     ),
-    requests: Annotated[int, typer.Option(min=1, help="At each rate in each round.")] = 300,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per rate and round.")] = 300,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
     """Measure, and write JSON, a Markdown table and a plot beside each other."""
@@ -67,11 +67,13 @@ def main(
     rows = read_rows(data)
     examples = make_examples(rows, tokenizer, read_template(template), "label", longest)
     if find_spec("pandas") is None:
-        raise AdaInferError("vllm bench serve reads its data set by pandas: pip install pandas")
+        raise AdaInferError("vllm bench serve reads its data set with pandas: pip install pandas")
     if not config.labels:
         raise AdaInferError(f"{artifact} has no labels: calibrate with --labels")
     if len(examples) < requests:
-        raise AdaInferError(f"--data {data} has {len(examples)} rows: at most so many --requests")
+        raise AdaInferError(
+            f"--data {data} has {len(examples)} rows: ask for at most that many --requests"
+        )
     asked_rates = [float(rate) for rate in rates.split(",")]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         load = Load(
@@ -113,7 +115,7 @@ def main(
 def planned(
     model: str, artifact: str, examples: Sequence[Example], folder: Path
 ) -> list[tuple[str, Any]]:
-    """Both servers, by name, to be started; ours first, which refuses what does not fit."""
+    """Both servers by name, not started yet; ours first, because it may refuse its settings."""
     longest = max(len(example.token_ids) for example in examples)
     flags = ["--max-model-len", str(-(-(longest + 1) // BLOCK) * BLOCK)]
     without = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
@@ -127,10 +129,10 @@ def planned(
 def compare_answers(
     servers: Mapping[str, Server], load: Load, examples: Sequence[Example]
 ) -> dict[str, Any]:
-    """Shares of all prompts that are answered in another way: at full depth, by stock vLLM.
+    """Shares of all prompts that full depth and stock vLLM answer differently.
 
-    Each pass sends the same prompts together, so that rounding does not differ by batch. Both
-    servers have compiled what they need afterwards.
+    Each pass sends the same prompts together, so batches do not change the rounding. Afterwards
+    both servers have compiled all they need.
     """
     stock = ask(servers[STOCK], load, examples)
     full = ask(servers[OURS], load, examples, {"vllm_xargs": {"adainfer": 0}})
@@ -150,7 +152,7 @@ def compare_answers(
 def measure(
     servers: Mapping[str, Server], load: Load, rates: Sequence[float], rounds: int
 ) -> list[tuple[float, dict[str, list[dict[str, Any]]]]]:
-    """Interleaved rounds at each rate: what ``vllm bench serve`` says, by server."""
+    """Interleaved rounds at each rate: results of ``vllm bench serve``, by server."""
     measured = []
     with tqdm(total=len(rates) * rounds * len(servers), desc="runs", unit="run") as progress:
         for rate in rates:
@@ -164,10 +166,10 @@ def measure(
 
 
 def one_run(server: Server, load: Load, rate: float, seed: int, ours: bool) -> dict[str, Any]:
-    """One run at one rate; of ours with the share of layers it saved.
+    """One run at one rate; for our server, with the share of layers saved.
 
     Raises:
-        RuntimeError: it is not what was to be measured.
+        RuntimeError: the server was busy, or exits were missing with the plugin or found in stock.
 
     """
     if not post(server, "/reset_prefix_cache")["success"]:
@@ -186,7 +188,7 @@ def one_run(server: Server, load: Load, rate: float, seed: int, ours: bool) -> d
 
 
 def counters(server: Server) -> dict[str, float]:
-    """The plugin's, over all policies; empty where there is none."""
+    """The plugin's counters, summed over policies; empty for a stock server."""
     series = server.metrics()
     return {
         name: sum(value for key, value in series.items() if key.startswith(f"adainfer:{name}{{"))
@@ -199,7 +201,7 @@ def counted(server: Server, before: Mapping[str, float], requests: int) -> tuple
     """Rows x layers executed and skipped since `before`, once all `requests` are counted.
 
     Raises:
-        RuntimeError: another number of them was.
+        RuntimeError: the count did not become right in time.
 
     """
     end = time.monotonic() + COUNT_SECONDS

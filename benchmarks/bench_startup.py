@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/bench_startup.py --model .demo/SmolLM2-135M-Instruct
 
 Stock vLLM and a scripted engine with four exit points (six compiled segments) start in turn, one at
-a time: first with nothing compiled, then with what that left in the cache.
+a time: first with an empty compile cache, then with the one that those starts filled.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(
         STOCK: None,
         FOUR: {"exit_script": [depth * part // 5 for part in range(1, 5)]},
     }
-    start(model, None)  # imports, and files that the system is to have in memory
+    start(model, None)  # fills the page cache with imports and files
     found: dict[str, dict[str, float]] = {name: {} for name in plans}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["VLLM_CACHE_ROOT"] = cache
@@ -57,7 +57,7 @@ def main(
 
 
 def start(model: str, adainfer: dict[str, Any] | None) -> tuple[float, int]:
-    """Start an engine and end it: seconds, and bytes that its processes had to themselves."""
+    """Start an engine and stop it: seconds, and bytes that only its processes hold (USS)."""
     begin = time.perf_counter()
     engine = start_engine(
         model, [Example("", "", [0] * MAX_LENGTH, None)], adainfer, load_format="dummy"
@@ -70,7 +70,7 @@ def start(model: str, adainfer: dict[str, Any] | None) -> tuple[float, int]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: a row for each engine, then their ratio."""
+    """Markdown: a row per engine, then their ratio."""
     lines = [
         "| engine | start, nothing compiled, s | start, compiled before, s | memory, MiB |",
         "|---|---|---|---|",

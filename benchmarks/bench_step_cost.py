@@ -2,16 +2,16 @@
 
     .venv/bin/python benchmarks/bench_step_cost.py --model .demo/SmolLM2-135M-Instruct
 
-Engines run in this process, with random weights and exits by script, and every part of the exit
-loop is timed where it is called. Each part's time is then fitted by the straight line that is
-expected of it; the table says how far the line is off.
+Engines run in this process, with random weights and scripted exits, and every part of the exit loop
+is timed where it is called. A straight line in the expected terms is then fitted to each part's
+time; the table says how far the line is off.
 """
 
 from __future__ import annotations
 
 import os
 
-# Before libraries read them: everything in this process, on one thread, as a server on two cores.
+# Set before libraries read them: one process, and one thread, as a server on two cores computes.
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
@@ -47,7 +47,7 @@ from vllm_adainfer.policy.norm import Norm
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 
-# Part of a step -> what its time is expected to be linear in; see `work` for the words.
+# Part of a step -> terms in which its time should be linear; `work` computes them.
 LINES = {
     "segments": ("layers run", "layers x rows"),
     "last layer": ("steps", "rows left", "requests left"),
@@ -99,7 +99,7 @@ def main(
 
 
 def work(layers: int, requests: int, leaving: list[int]) -> dict[str, int]:
-    """What a step has to do in which a quarter of the requests leaves after each of `leaving`."""
+    """The work of a step in which a quarter of the requests leaves after each of `leaving`."""
     quarter = max(1, requests // 4)
     cuts = len(leaving)
     left = [requests - quarter * cut for cut in range(cuts + 1)]  # in each stretch of layers
@@ -131,7 +131,9 @@ def step_times(engine: Any, vocabulary: int, requests: int, leaving: list[int]) 
         engine.reset_prefix_cache()
         with timed() as times:
             engine.generate(prompts, params, use_tqdm=False)
-        if number > 1 and len(times["step"]) == 1:  # two warm up; all prompts in one step
+        if (
+            number > 1 and len(times["step"]) == 1
+        ):  # after two warm-up runs, if all prompts ran in one step
             parts = {
                 part: 1000 * sum(times[part]) for part in ("step", "last layer", "decide", "cut")
             }
@@ -175,7 +177,7 @@ def timed() -> Iterator[Times]:
 
 
 def probe_times(hidden_size: int, vocabulary: int) -> list[dict[str, Any]]:
-    """Milliseconds to ask probes of growing vocabulary about growing numbers of rows."""
+    """Milliseconds of probes by vocabulary size and number of rows."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for size in (2, vocabulary // 4, vocabulary):
@@ -202,7 +204,7 @@ def probe_times(hidden_size: int, vocabulary: int) -> list[dict[str, Any]]:
 
 
 def fit(part: str, measured: Sequence[dict[str, Any]], terms: Sequence[str]) -> dict[str, Any]:
-    """The line through a part's times, least in relative error, with no negative slope."""
+    """The line through a part's times with least relative error and no negative slope."""
     used = [row for row in measured if row[part] > 0]
     times = np.array([row[part] for row in used])
     design = np.array([[row[term] for term in terms] for row in used], dtype=np.float64)
@@ -217,7 +219,7 @@ def fit(part: str, measured: Sequence[dict[str, Any]], terms: Sequence[str]) -> 
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: what each part is linear in, then the measured steps and probes."""
+    """Markdown: the line of each part, then the measured steps and probes."""
     rows = [
         "| part of a step | microseconds | line is off by, median (most) |",
         "|---|---|---|",

@@ -1,12 +1,12 @@
-"""Generated text under load: half an hour of everything that clients do, with either KV policy.
+"""Generated text under load: half an hour of all that clients do, under both KV policies.
 
     .venv/bin/vllm-adainfer calibrate ... --max-tokens 32 --epsilon 0.1 --output policies/chat
     .venv/bin/python benchmarks/bench_texts.py --model MODEL \
         --text-artifact chat=policies/chat --text-data chat.jsonl \
         --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\\nSentiment:'
 
-`text_scenarios.py` has the scenarios, and how a text is judged; labels are asked for and compared
-as in `bench_faults.py`. Ends with code 1 and a sentence for each thing that is not as it should be.
+`text_scenarios.py` has the scenarios, and says how a text is judged; label requests are sent and
+compared as in `bench_faults.py`. Exits with code 1 and a sentence per problem.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from vllm_adainfer.offline.calibration.data import make_examples, read_rows
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
-LENGTH = 1024  # of a prompt and its text, at most
+LENGTH = 1024  # most tokens of a prompt and its text
 LONGEST_PROMPT = 400
-# Blocks of 128 tokens for 16 texts, so that some are preempted; steps that rows which rejoin fill.
+# So few blocks (of 128 tokens) that some of 16 texts are preempted; steps that rejoining rows fill.
 ARGUMENTS = ("--max-model-len", str(LENGTH), "--num-gpu-blocks-override", "24")
 ARGUMENTS += ("--max-num-batched-tokens", "512")
-REQUESTS = {"exact": "greedy", "propagate": "all"}  # that may exit, by KV policy
+REQUESTS = {"exact": "greedy", "propagate": "all"}  # which may exit, by KV policy
 SHADOW_RATE = 0.1
-LEAVING = 0.2  # of the time clients leave in the middle
+LEAVING = 0.2  # share of the time in which clients leave mid-text
 
 
 def main(
     model: Annotated[str, typer.Option(help="Directory or hub id.")],
-    text_artifact: Annotated[str, typer.Option(help="NAME=DIR, of generated text.")],
+    text_artifact: Annotated[str, typer.Option(help="NAME=DIR, for generated text.")],
     text_data: Annotated[Path, typer.Option(help="Prompts for it, JSON lines.")],
-    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, for each other policy.")],
-    data: Annotated[list[Path], typer.Option(help="JSON lines, for each of them.")],
-    template: Annotated[list[str], typer.Option(help="Of the prompts, for each of them.")],
+    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, one per other policy.")],
+    data: Annotated[list[Path], typer.Option(help="JSON lines, one file per other policy.")],
+    template: Annotated[list[str], typer.Option(help="For the prompts, one per other policy.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/texts.json"),
-    minutes: Annotated[float, typer.Option(help="How long texts are generated.")] = 30,
-    rows: Annotated[int, typer.Option(help="Of the data, for each other policy.")] = 20,
+    minutes: Annotated[float, typer.Option(help="How long to generate texts.")] = 30,
+    rows: Annotated[int, typer.Option(help="Rows of the data per other policy.")] = 20,
 ) -> None:
     """Serve with each KV policy, and write JSON and a Markdown table beside each other.
 
-    Where keys and values are propagated all requests may exit, and some draw their tokens.
+    With propagated keys and values all requests may exit, and some sample their tokens.
     """
     sources, questions = tasks(artifact, data, template, rows)
     name, _, source = text_artifact.partition("=")
@@ -85,7 +85,7 @@ def main(
 
 
 def prompts_of(model: str, data: Path) -> list[list[int]]:
-    """Prompts as token ids, short enough for a text and a next turn behind them."""
+    """Prompts as token ids, short enough that a text and a next turn fit after them."""
     _, tokenizer = load_config_and_tokenizer(model)
     examples = make_examples(read_rows(data), tokenizer, None, "label", 1 << 20)
     return [one.token_ids for one in examples if len(one.token_ids) <= LONGEST_PROMPT]

@@ -1,15 +1,15 @@
-"""What the engine makes of skipped layers, whoever decides: exits here follow a script.
+"""How much time the engine saves by skipping layers, with exits that follow a script.
 
     .venv/bin/python benchmarks/bench_throughput.py --model .demo/SmolLM2-135M-Instruct
     python benchmarks/bench_throughput.py --model llama-1b    # on a GPU, see `make gpu`
 
 Engines run interleaved on the same random prompts: stock vLLM, stock with half of the layers (for
-the bound, see `throughput_report.py`), the plugin idle, and scripted engines with one and with four
-exit points. Weights are random, answers mean nothing: every number here is synthetic, and says how
-much of the skipped work becomes time. For the quality of decisions see `vllm-adainfer evaluate`.
+the bound, see `throughput_report.py`), the idle plugin, and scripted engines with one and with four
+exit points. Weights are random and answers mean nothing: every number is synthetic, and says how
+much skipped work is saved as time. For the quality of decisions see `vllm-adainfer evaluate`.
 
-Where tokens are generated, those that leave wait (``kv`` = ``exact``) until their request ends, so
-that what is timed is a decode step of fewer layers. On a GPU stock runs with its CUDA graphs.
+In generation, tokens that leave wait (``kv`` = ``exact``) until their request ends, so a decode
+step of fewer layers is timed. On a GPU stock runs with its CUDA graphs.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
 ONE, FOUR = "one exit point", "four exit points"
-MIN_TOKENS = 1024  # of a timed pass; smaller cases are repeated within it
-STEP_TOKENS = 64  # prompt tokens that take about as long as a step of decoding
+MIN_TOKENS = 1024  # per timed pass; smaller cases are repeated within it
+STEP_TOKENS = 64  # prompt tokens that take about as long as a decode step
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked of an engine at once: `batch` prompts of `length`, each for `output` tokens."""
+    """Requests sent together: `batch` prompts of `length` tokens, each for `output` tokens."""
 
     length: int
     batch: int
@@ -65,14 +65,14 @@ class Case:
 
     @property
     def repeats(self) -> int:
-        """Times that a timed pass runs it."""
+        """How often a timed pass runs it."""
         tokens = self.batch * self.length + STEP_TOKENS * (self.output - 1)
         return -(-MIN_TOKENS // tokens)
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Which engine runs a case, and which shares of its requests leave after which layers."""
+    """The engine that runs a case, and the share of its requests that leaves after each layer."""
 
     name: str
     engine: str
@@ -84,7 +84,7 @@ class Scenario:
         return all(count >= 1 for count in counts)
 
     def exits(self, batch: int, generator: np.random.Generator) -> list[int | None]:
-        """The layer after which each request leaves, None for full depth."""
+        """The layer after which each request leaves; None for full depth."""
         layers = [
             layer for layer, share in self.leaving.items() for _ in range(round(share * batch))
         ]
@@ -103,7 +103,7 @@ QUICK_CASES = [Case(32, 8), Case(128, 32)]
 GPU_CASES = [
     *(Case(128, batch) for batch in (1, 8, 64, 256)),
     *(Case(1024, batch) for batch in (1, 8, 32)),
-    # At most as many tokens as may wait.
+    # No more tokens than may wait.
     *(Case(32, batch, output=64) for batch in (1, 8, 32)),
 ]
 ON_GPU = torch.cuda.is_available()
@@ -111,7 +111,7 @@ MORE = {"kv_cache_memory_bytes": 5 << 30} if ON_GPU else {}  # for the largest c
 
 
 def scenarios(depth: int) -> list[Scenario]:
-    """Nobody leaves, or some do; the last four are judged by the bound."""
+    """From no exits to exits at four points; the bound judges the last four."""
     middle, fifths = depth // 2, [depth * part // 5 for part in range(1, 5)]
     return [
         Scenario("never exit", FOUR, {}),
@@ -159,14 +159,14 @@ def main(
 
 
 def start_engines(model: str, depth: int, cases: Sequence[Case], quick: bool) -> dict[str, LLM]:
-    """All of them side by side; for a `quick` run those that it needs."""
+    """All engines side by side; for a `quick` run only those that it needs."""
     longest = max(case.length + case.output for case in cases)
     examples = [Example("", "", [0] * longest, None)]
     points = [depth * part // 5 for part in range(1, 5)]
     plans: dict[str, dict[str, Any]] = {
         STOCK: {},
         HALF: {"hf_overrides": {"num_hidden_layers": depth // 2}},
-        **({} if ON_GPU else {IDLE: {}}),  # on a GPU there is no room for it
+        **({} if ON_GPU else {IDLE: {}}),  # does not fit on a GPU
         ONE: {"adainfer": {"exit_script": [depth // 2]}},
         FOUR: {"adainfer": {"exit_script": points}},
     }
@@ -177,7 +177,7 @@ def start_engines(model: str, depth: int, cases: Sequence[Case], quick: bool) ->
     for name, settings in tqdm(plans.items(), desc="engines", unit="engine"):
         if name not in (STOCK, HALF) and "VLLM_PLUGINS" in os.environ:
             del os.environ["VLLM_PLUGINS"]
-            register()  # vLLM asks for plugins once in a process, and this one has had none
+            register()  # vLLM loads plugins once per process, and loaded none here
         engines[name] = start_engine(model, examples, load_format="dummy", **MORE, **settings)
     return engines
 
@@ -189,11 +189,11 @@ def measure(
     prompts: Sequence[Any],
     rounds: int,
 ) -> dict[str, dict[str, Any]]:
-    """Interleaved rounds of one case, after a request or two that warm up.
+    """Interleaved rounds of one case, after a few warm-up requests.
 
     Returns:
-        by scenario, or by engine where that is stock vLLM: ``seconds`` of one batch in each round
-        and ``layers_saved``.
+        by scenario, or by engine for stock vLLM: ``seconds`` per batch in each round, and
+        ``layers_saved``.
 
     """
     plain = [Scenario(name, name, {}) for name in (STOCK, HALF, IDLE)]
@@ -224,7 +224,7 @@ def measure(
 
 
 def one_pass(engine: LLM, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> float:
-    """Seconds for one batch, nothing of it cached."""
+    """Seconds for one batch, from an empty prefix cache."""
     engine.reset_prefix_cache()
     start = time.perf_counter()
     engine.generate(prompts, params, use_tqdm=False)

@@ -1,4 +1,4 @@
-"""What `bench_faults.py` and `bench_texts.py` share: scenarios on servers, and their report."""
+"""Shared by `bench_faults.py` and `bench_texts.py`: runs scenarios on servers and reports them."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
     "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
 }
-MOST_TIES = 0.03  # of the answers compared; more of them are not rounding
+MOST_TIES = 0.03  # share of the answers compared; more cannot be rounding
 Scenario = Callable[[Stage], Awaitable[dict[str, Any]]]
 
 
 class Bench:
-    """Runs scenarios on one server after the other, and keeps what they report."""
+    """Runs scenarios on one server after the other, and keeps their reports."""
 
     def __init__(self, questions: list[Question], artifact: Path) -> None:
-        """`artifact` is one that servers read and scenarios may damage."""
+        """`artifact` is one that the servers read and scenarios may damage."""
         self.rows: list[dict[str, Any]] = []
         self._questions = questions
         self._artifact = artifact
         self._layers = load_artifact_config(str(artifact)).layers
         self._expected: dict[int, Tokens] = {}
-        self.longest = 0  # tokens of a prompt
+        self.longest = 0  # tokens of the longest prompt
         self._doubtful: list[int] = []
 
     def quiet(self, server: Server) -> None:
-        """Learn what is right."""
+        """Learn the right answers from an idle server."""
         self._expected, self.longest = asyncio.run(quiet_pass(server.url, self._questions))
 
     def run(self, name: str, server: Server, scenario: Scenario) -> dict[str, Any]:
-        """A scenario whose server lives on; its row of the report."""
+        """Run a scenario that keeps its server alive; returns its row of the report."""
         before, held = at_rest(server), memory(server)
         row = asyncio.run(self._play(name, server, scenario))
         row["counters"] = counters(before, row.pop("metrics"), self._layers)
@@ -63,7 +63,7 @@ class Bench:
         return row
 
     def kill(self, server: Server, title: str) -> dict[str, Any]:
-        """Kill a process under load; its row of the report."""
+        """Kill a process under load; returns the row of the report."""
         held = memory(server)
         row = asyncio.run(self._play(f"kill {title}", server, partial(kill, title=title)))
         row["memory"] = {"before": held}
@@ -74,7 +74,7 @@ class Bench:
         typer.echo(f"{name} ...")
         begin = time.monotonic()
         async with client_of(server.url, self._questions, self._expected) as client:
-            client.doubtful += self._doubtful  # of a server that was killed
+            client.doubtful += self._doubtful  # from a server that was killed
             stage = Stage(server, client, self._artifact, random.Random(0))
             row: dict[str, Any] = {"name": name, "problems": [], **await scenario(stage)}
             if not client.killed:
@@ -93,16 +93,16 @@ class Bench:
 
     @contextmanager
     def written_to(self, output: Path, model: str, policies: Sequence[str]) -> Iterator[None]:
-        """Write JSON and a Markdown table beside each other, also if something goes wrong.
+        """Write JSON and a Markdown table beside each other, even after an error.
 
         Raises:
-            typer.Exit: something is not as it should be.
+            typer.Exit: there are problems.
 
         """
         stopped = []
         try:
             yield
-        except Exception as error:  # what was measured before it is a result
+        except Exception as error:  # keep what was measured before it
             stopped = [f"stopped before the end: {type(error).__name__}: {str(error)[:200]}"]
         problems = stopped + [
             f"{row['name']}: {problem}" for row in self.rows for problem in row["problems"]
@@ -128,11 +128,11 @@ def tasks(
     """The policies, by name, and the questions of each.
 
     Raises:
-        typer.BadParameter: there are not as many of one as of the others.
+        typer.BadParameter: the numbers of artifacts, data and templates differ.
 
     """
     if not len(artifact) == len(data) == len(template):
-        raise typer.BadParameter("give --artifact, --data and --template as often as each other")
+        raise typer.BadParameter("give --artifact, --data and --template equally often")
     sources: dict[str, str] = {}
     questions: list[Question] = []
     for named, path, form in zip(artifact, data, template, strict=True):

@@ -1,4 +1,4 @@
-"""What a server says of itself, and what its processes hold, before and after a scenario."""
+"""A server's metrics and the memory of its processes, before and after a scenario."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 from server import Server
 
 REST_SECONDS = 120
-UNHEARD = 8  # steps that a request may run after its frontend has forgotten it
+UNHEARD = 8  # steps that a request may still run after its client left
 MIB = 2**20
 
 
@@ -25,10 +25,10 @@ def totals(server: Server) -> dict[str, float]:
 
 
 def at_rest(server: Server) -> dict[str, float]:
-    """Metrics once nothing runs or waits and nothing is counted any more.
+    """Metrics once no request runs or waits and no counter moves.
 
     Raises:
-        RuntimeError: that is not so after two minutes.
+        RuntimeError: the server is still busy after two minutes.
 
     """
     end = time.monotonic() + REST_SECONDS
@@ -47,13 +47,12 @@ def at_rest(server: Server) -> dict[str, float]:
 def counters(
     before: Mapping[str, float], after: Mapping[str, float], layers: int
 ) -> dict[str, Any]:
-    """What a scenario has added to the plugin's counters, beside what vLLM's say it should.
+    """What a scenario added to the plugin's counters, and what it should be by vLLM's.
 
-    A row is a token that goes through the layers: each of a prompt that is not cached, and each
-    generated one but a request's last. vLLM counts what it has sent to the frontend, so that of a
-    request that its client left, tokens may be decided and not be counted there (of the step that
-    was under way, and until the engine has heard), and a prompt whose first token was not sent is
-    not counted at all.
+    A row is a token that goes through the layers: each uncached token of a prompt, and each
+    generated token but a request's last. vLLM counts what it has sent to the frontend. So if a
+    client leaves, vLLM does not count tokens decided in the step under way or until the engine
+    learns of it, nor a prompt whose first token was not sent.
     """
 
     def added(name: str) -> float:
@@ -73,9 +72,9 @@ def counters(
 
 
 def counter_problems(found: Mapping[str, Any], left: int, longest: int) -> list[str]:
-    """Sentences on counters that do not add up; see `counters` for what requests left may change.
+    """Sentences on counters that do not add up, allowing for clients that left, see `counters`.
 
-    `left` were left by their clients, `longest` is the longest prompt.
+    `left` is the number of requests whose clients left, `longest` the tokens of the longest prompt.
     """
     problems = []
     tokens = found["tokens_decided"] - found["tokens_generated"]
@@ -90,7 +89,7 @@ def counter_problems(found: Mapping[str, Any], left: int, longest: int) -> list[
 
 
 def memory(server: Server) -> dict[str, float]:
-    """MiB of all of a server's processes."""
+    """MiB that all processes of a server hold."""
     parent = psutil.Process(server.process.pid)
     infos = [one.memory_full_info() for one in (parent, *parent.children(recursive=True))]
     return {

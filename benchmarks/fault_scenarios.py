@@ -31,13 +31,13 @@ SAMPLE_SECONDS = 30
 
 @dataclass
 class Stage:
-    """What scenarios work with.
+    """What a scenario works with.
 
     Attributes:
         server: a healthy one.
-        client: that asks and counts.
+        client: sends requests and counts the replies.
         artifact: directory of one policy that the server reads, a copy.
-        dice: the same at each run.
+        dice: seeded, so the same in each run.
 
     """
 
@@ -47,13 +47,13 @@ class Stage:
     dice: random.Random
 
     def order(self, many: int) -> list[int]:
-        """Indices of questions, mixed; each is drawn as often as the others."""
+        """Indices of questions, shuffled, all equally often."""
         indices = [number % len(self.client.questions) for number in range(many)]
         self.dice.shuffle(indices)
         return indices
 
     def to_leave(self, index: int, stream: bool) -> dict[str, Any]:
-        """A question's body for a client that will not wait."""
+        """A question's body, for a client that leaves before the end."""
         body = dict(self.client.questions[index].body)
         if stream:
             body.pop("allowed_token_ids", None)
@@ -63,7 +63,7 @@ class Stage:
 
 @asynccontextmanager
 async def traffic(stage: Stage, many: int = AT_ONCE) -> AsyncIterator[None]:
-    """Questions without a pause, `many` at a time, while the caller does something else."""
+    """Send questions without a pause, `many` at a time, while the caller does something else."""
     over = asyncio.Event()
 
     async def work() -> None:
@@ -87,14 +87,14 @@ async def everything(stage: Stage) -> dict[str, Any]:
 
 
 async def burst(stage: Stage) -> dict[str, Any]:
-    """All requests at once, each with a connection of its own."""
+    """All requests at once, each on its own connection."""
     begin = time.monotonic()
     await stage.client.ask_all(stage.order(BURST), BURST)
     return {"requests_per_second": BURST / (time.monotonic() - begin)}
 
 
 async def disconnects(stage: Stage) -> dict[str, Any]:
-    """Clients leave, before the first token and after, beside others that stay."""
+    """Clients leave before and after the first token, while others stay."""
     tasks = []
     for number, index in enumerate(stage.order(STREAMS + ONE_TOKEN)):
         stream = number < STREAMS
@@ -117,7 +117,7 @@ async def disconnects(stage: Stage) -> dict[str, Any]:
 
 
 async def hostile_requests(stage: Stage) -> dict[str, Any]:
-    """One hostile request after the other, while good ones are answered."""
+    """One hostile request after another, while good ones are answered."""
     replies, problems = {}, []
     body = next(one.body for one in stage.client.questions if not one.deep)
     async with traffic(stage, 4):
@@ -125,7 +125,7 @@ async def hostile_requests(stage: Stage) -> dict[str, Any]:
             stage.client.tally.sent += 1
             reply = await stage.client.send(bad)
             if reply.status in statuses and reply.status >= 500:
-                stage.client.tally.refused += 1  # by vLLM, which has no better word for it
+                stage.client.tally.refused += 1  # by vLLM, which has no better status for it
             else:
                 stage.client.count(reply, refusable=True)
             replies[name] = {"status": reply.status, "message": reply.message[:300]}
@@ -138,7 +138,7 @@ async def hostile_requests(stage: Stage) -> dict[str, Any]:
 
 
 async def reload(stage: Stage) -> dict[str, Any]:
-    """Reload under load: as it is, with one artifact damaged in three ways, and mended."""
+    """Reload under load: unchanged, with one artifact damaged in three ways, and repaired."""
     replies: list[dict[str, Any]] = []
     problems = []
     tensors, config = stage.artifact / "policy.safetensors", stage.artifact / "config.json"
@@ -175,7 +175,7 @@ async def reload(stage: Stage) -> dict[str, Any]:
 
 
 async def soak(stage: Stage, seconds: float) -> dict[str, Any]:
-    """Everything mixed, in a closed loop, with memory every half minute."""
+    """A mix of everything, in a closed loop, with memory sampled every half minute."""
     refused = cheap_refused(next(one.body for one in stage.client.questions if not one.deep))
     problems: list[str] = []
     end = time.monotonic() + seconds
@@ -192,7 +192,7 @@ async def soak(stage: Stage, seconds: float) -> dict[str, Any]:
                 reply = await stage.client.send(stage.dice.choice(refused))
                 stage.client.count(reply, refusable=True)
                 if reply.status == 200:
-                    problems.append("a request that was to be refused was answered")
+                    problems.append("a request that should be refused was answered")
             else:
                 await stage.client.ask(index)
 
@@ -210,7 +210,7 @@ async def soak(stage: Stage, seconds: float) -> dict[str, Any]:
 
 @asynccontextmanager
 async def sampled_memory(stage: Stage) -> AsyncIterator[list[dict[str, float]]]:
-    """What the server's processes hold, every half minute and at the end."""
+    """Memory of the server's processes, every half minute and at the end."""
     begin = time.monotonic()
     samples: list[dict[str, float]] = []
 
@@ -231,7 +231,7 @@ async def sampled_memory(stage: Stage) -> AsyncIterator[list[dict[str, float]]]:
 
 @asynccontextmanager
 async def meanwhile(endless: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `endless` while the caller does something else; what it fails with is raised then."""
+    """Run `endless` while the caller does something else; raises its error at the end."""
     task = asyncio.create_task(endless)
     try:
         yield
@@ -242,7 +242,7 @@ async def meanwhile(endless: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 async def kill(stage: Stage, title: str) -> dict[str, Any]:
-    """``kill -9`` of one of the server's processes under load, and what becomes of the others."""
+    """``kill -9`` one of the server's processes under load, and see what becomes of the others."""
     server = stage.server
     family = psutil.Process(server.process.pid).children(recursive=True)
     [victim] = [one for one in family if one.cmdline()[:1] == [title]]
@@ -281,7 +281,7 @@ async def kill(stage: Stage, title: str) -> dict[str, Any]:
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether it runs and is not merely waiting to be collected."""
+    """Whether it is running, and not a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -22,7 +22,7 @@ EXPLAINED = (
 def growth(samples: list[Mapping[str, float]]) -> dict[str, float]:
     """MiB per 10,000 requests of a soak, since its first and since its second memory sample.
 
-    The first half minute fills pools and caches, once. A soak of under a minute has no third.
+    The first half minute fills pools and caches once. A soak under a minute has no third sample.
     """
     found = {}
     for name, first in (("all", samples[0]), ("after_half_a_minute", samples[1])):
@@ -33,7 +33,7 @@ def growth(samples: list[Mapping[str, float]]) -> dict[str, float]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown: a row for each scenario, then what counters and processes did."""
+    """Markdown: a row per scenario, then counters and remarks."""
     scenarios = report["scenarios"]
     requests = markdown_table(
         [

@@ -1,4 +1,4 @@
-"""Requests that a server has to refuse with a sentence, or to answer all the same."""
+"""Odd requests, each of which a server must refuse with a sentence or answer anyway."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ ANSWERED: dict[str, Any] = {
     "1 MiB key and value of others": {LONG: LONG},
     "NaN of others": {"other": float("nan")},
 }
-# vLLM 0.32 answers 500 to these whether or not the plugin is there: it cannot encode them.
+# vLLM 0.32 answers these with a 500, with or without the plugin: it cannot encode them.
 STOCK_500: dict[str, Any] = {
     "lone surrogate as value of others": {"other": "\ud800"},
     "lone surrogate in a key of others": {"other\ud800": 1},
 }
-# Bodies that are no JSON, or no object.
+# Bodies that are not JSON, or not an object.
 BROKEN: dict[str, bytes] = {
     "empty": b"",
     "cut off": b'{"model": "model", "prompt": "a", "vllm_xargs": {"adainfer":',
@@ -93,7 +93,7 @@ BROKEN: dict[str, bytes] = {
 
 
 def hostile(body: Mapping[str, Any]) -> list[tuple[str, Any, tuple[int, ...]]]:
-    """Name, body and permitted statuses of each; `body` is what else the requests say."""
+    """Name, body and permitted statuses of each; `body` is the rest of the requests."""
     found: list[tuple[str, Any, tuple[int, ...]]] = []
     for cases, statuses in ((REFUSED, (400,)), (ANSWERED, (200,)), (STOCK_500, (400, 500))):
         found += [(name, {**body, "vllm_xargs": value}, statuses) for name, value in cases.items()]
@@ -102,6 +102,6 @@ def hostile(body: Mapping[str, Any]) -> list[tuple[str, Any, tuple[int, ...]]]:
 
 
 def cheap_refused(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Those to be refused that are short."""
+    """The short ones of those to be refused."""
     bodies = [{**body, "vllm_xargs": value} for value in REFUSED.values()]
     return [body for body in bodies if len(json.dumps(body)) < 10_000]

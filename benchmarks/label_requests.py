@@ -1,7 +1,7 @@
-"""Classification requests to a server: all prompts for their answers, or a load to be timed.
+"""Classification requests to a server: all prompts for their answers, or a timed load.
 
-Each asks for one greedy token out of the labels. The load is ``vllm bench serve`` with its custom
-data set. Both fail where a request failed or was answered by anything but one label.
+Each asks for one greedy token among the labels. The load is ``vllm bench serve`` with its custom
+data set. Both fail if a request fails or its answer is not exactly one label.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from vllm_command import COMMAND
 
 from vllm_adainfer.offline.calibration.data import Example
 
-TOGETHER = 64  # prompts that are asked at once where answers are compared
+TOGETHER = 64  # prompts sent at once when answers are compared
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a server is asked.
+    """The requests to a server.
 
     Attributes:
         model: for its tokenizer.
         examples: the prompts of one run.
         file: the same as a custom data set of ``vllm bench serve``.
         label_ids: the tokens that may be answered.
-        labels: their texts, bare.
+        labels: their texts, stripped.
 
     """
 
@@ -63,10 +63,10 @@ def ask(
 
 
 def post(server: Server, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON that a POST request is answered with.
+    """The JSON reply to a POST request.
 
     Raises:
-        RuntimeError: it is refused, or the server fails; with the end of its log.
+        RuntimeError: the server refuses or fails; with the end of its log.
 
     """
     headers = {"Content-Type": "application/json"}
@@ -82,15 +82,15 @@ def post(server: Server, path: str, body: Mapping[str, Any] | None = None) -> di
 
 
 def sampling(load: Load) -> dict[str, Any]:
-    """What both kinds of requests say beside their prompt."""
+    """What both kinds of requests have beside their prompt."""
     return {"temperature": 0, "allowed_token_ids": load.label_ids}
 
 
 def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
-    """The result of ``vllm bench serve`` at a rate; order and times of the prompts are by `seed`.
+    """The result of ``vllm bench serve`` at a rate; `seed` fixes order and times of the prompts.
 
     Raises:
-        RuntimeError: it ended with an error, with the end of what it printed, or see `check`.
+        RuntimeError: it failed, with the end of its output; or see `check`.
 
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -125,10 +125,10 @@ def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
 
 
 def check(load: Load, result: Mapping[str, Any]) -> None:
-    """Every request was answered, and had the prompt and the answer that it should have.
+    """Check that every request was answered, with as many tokens in and out as expected.
 
     Raises:
-        RuntimeError: one was not, or had not.
+        RuntimeError: one was not.
 
     """
     expected = {
@@ -145,7 +145,7 @@ def check(load: Load, result: Mapping[str, Any]) -> None:
 
 
 def check_answers(load: Load, answers: Sequence[str]) -> None:
-    """All are labels.
+    """Check that all answers are labels.
 
     Raises:
         RuntimeError: some are not.
@@ -153,9 +153,9 @@ def check_answers(load: Load, answers: Sequence[str]) -> None:
     """
     strange = {answer.strip() for answer in answers} - load.labels
     if strange:
-        raise RuntimeError(f"answers that are no labels: {sorted(strange)[:10]}")
+        raise RuntimeError(f"answers that are not labels: {sorted(strange)[:10]}")
 
 
 def tokens_of(examples: Sequence[Example]) -> int:
-    """Of all prompts."""
+    """Number of tokens of all prompts."""
     return sum(len(example.token_ids) for example in examples)

@@ -1,4 +1,4 @@
-"""Checkpoints without weights: a config of a Llama and a tokenizer, for ``load_format=dummy``."""
+"""Checkpoints without weights: a Llama config and a tokenizer, for ``load_format=dummy``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VOCABULARY = 128_256
 
 
 def write_shape(name: str, parent: Path) -> Path:
-    """The directory of a checkpoint that has the shape called `name`."""
+    """Write a checkpoint of the shape `name`; returns its directory."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 

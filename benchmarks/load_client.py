@@ -1,4 +1,4 @@
-"""Requests for a server, from one that knows what has to be answered."""
+"""A client that sends requests and knows the right answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import aiohttp
 from vllm_adainfer.offline.calibration.data import fill, read_rows
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
-SECONDS = 600.0  # an answer that takes longer is lost
+SECONDS = 600.0  # a later answer counts as lost
 TEXT = "text"
 TEXT_TOKENS = 4
 Tokens = tuple[int, ...]
@@ -39,7 +39,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: `status` is 0 where nothing did."""
+    """A server's reply; `status` is 0 if there was none."""
 
     status: int
     tokens: Tokens = ()
@@ -50,18 +50,18 @@ class Reply:
 
 @dataclass
 class Tally:
-    """What became of requests.
+    """Outcomes of requests, counted.
 
     Attributes:
         sent: all of them.
-        answered: with the quiet pass's answer, or, where none is known, with any.
-        ties: with another; but asked again, alone, the quiet pass's came.
-        wrong: with another, and again when asked alone.
-        refused: by a 4xx, as it was to be.
-        lost: anything else, though nobody had killed the engine.
-        failed: the same, in flight when the engine was killed.
+        answered: as in the quiet pass, or at all if the quiet pass has no answer.
+        ties: answered differently, but as in the quiet pass when sent again, alone.
+        wrong: answered differently, and again when sent alone.
+        refused: by a 4xx, as expected.
+        lost: any other outcome while the engine was alive.
+        failed: any other outcome, in flight when the engine was killed.
         left: the client closed the connection before the end.
-        errors: statuses or exceptions of those that were lost or failed.
+        errors: statuses or exceptions of lost and failed ones.
 
     """
 
@@ -95,9 +95,9 @@ class Client:
     """Sends requests and keeps count.
 
     Attributes:
-        questions: that it may ask.
+        questions: those it may ask.
         tally: of what it has sent.
-        doubtful: questions, by index, with another answer than in the quiet pass.
+        doubtful: indices of questions answered differently than in the quiet pass.
         killed: whether the engine is known to be dead.
 
     """
@@ -108,7 +108,7 @@ class Client:
         questions: Sequence[Question],
         expected: Mapping[int, Tokens],
     ) -> None:
-        """`expected` are answers by the index of the question."""
+        """`expected` are the answers, by index of the question."""
         self.questions = questions
         self.tally = Tally()
         self.doubtful: list[int] = []
@@ -117,7 +117,7 @@ class Client:
         self._expected = expected
 
     async def send(self, body: Any) -> Reply:
-        """One request, uncounted; `body` is JSON's, or bytes."""
+        """Send one request, uncounted; `body` is JSON data, or bytes."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         try:
@@ -153,9 +153,9 @@ class Client:
         return reply
 
     def count(self, reply: Reply, refusable: bool = False) -> None:
-        """Count a reply that is not compared with anything.
+        """Count a reply without comparing its answer.
 
-        A refusal is as good as lost unless the request was made to be refused.
+        A refusal counts as lost unless the request is `refusable`.
         """
         if reply.status == 200:
             self.tally.answered += 1
@@ -168,7 +168,7 @@ class Client:
             self.tally.errors[what] = self.tally.errors.get(what, 0) + 1
 
     async def leave(self, body: Mapping[str, Any], seconds: float) -> None:
-        """Send one and close the connection after so many seconds, if it is still open."""
+        """Send a request, and close the connection after that many seconds if it is still open."""
         self.tally.sent += 1
         try:
             self.count(await asyncio.wait_for(self.send(body), seconds))
@@ -186,7 +186,7 @@ class Client:
         await asyncio.gather(*(work() for _ in range(many)))
 
     async def settle(self) -> None:
-        """Ask again, alone, where another answer came than in the quiet pass."""
+        """Ask doubtful questions again, alone."""
         for index in self.doubtful:
             same = (await self.send(self.questions[index].body)).tokens == self._expected[index]
             self.tally.ties += same
@@ -195,7 +195,7 @@ class Client:
 
 
 def streamed(text: str) -> Reply:
-    """A stream that has been read to its end, which is said in it."""
+    """The reply in a stream that was read to its end marker."""
     *events, end = [line[len("data:") :].strip() for line in text.split("\n\n") if line.strip()]
     if end != "[DONE]":
         return Reply(0, message="a stream without an end")
@@ -210,7 +210,7 @@ def streamed(text: str) -> Reply:
 async def client_of(
     url: str, questions: Sequence[Question], expected: Mapping[int, Tokens]
 ) -> AsyncIterator[Client]:
-    """A client for as long as asked; every request has a connection of its own."""
+    """A client; every request has its own connection."""
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=SECONDS)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
@@ -218,14 +218,14 @@ async def client_of(
 
 
 async def quiet_pass(url: str, questions: Sequence[Question]) -> tuple[dict[int, Tokens], int]:
-    """What is answered to one request at a time, and the longest prompt."""
+    """The answers to one request at a time, and the tokens of the longest prompt."""
     expected = {}
     longest = 0
     async with client_of(url, questions, {}) as client:
         for index, question in enumerate(questions):
             reply = await client.send(question.body)
             if reply.status != 200:
-                raise RuntimeError(f"the quiet pass was answered by {reply}")
+                raise RuntimeError(f"a request of the quiet pass failed: {reply}")
             expected[index] = reply.tokens
             longest = max(longest, reply.prompt_tokens)
     return expected, longest

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/readme_table.py
 
-A row is one report of `vllm-adainfer evaluate` (or of the demo) under `results/`, or one task of a
+A row is a report of `vllm-adainfer evaluate` (or of the demo) under `results/`, or a task of a
 suite's report.
 """
 
@@ -40,7 +40,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def suite_table(name: str, title: str) -> list[str]:
-    """What a suite's report measured, beside AdaInfer as published."""
+    """A suite's measurements, beside AdaInfer as published."""
     report = load(name)
     rows = []
     for task in report["tasks"]:
@@ -84,7 +84,7 @@ def suite_table(name: str, title: str) -> list[str]:
 
 
 def families_table() -> list[str]:
-    """OPT beside Llama, on small models that were trained in the benchmark."""
+    """OPT beside Llama, on small models trained in the benchmark."""
     report = next(iter(load("families").values()))
     table = (HERE / "results" / "families.md").read_text().splitlines()
     return [
@@ -97,7 +97,7 @@ def families_table() -> list[str]:
 
 
 def throughput_table() -> list[str]:
-    """What skipped layers bring, over all one-token cases of the synthetic benchmark."""
+    """Speed-up by skipped layers, over all one-token cases of the synthetic benchmark."""
     report = load("throughput")
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in report["cases"]:
@@ -133,7 +133,7 @@ def throughput_table() -> list[str]:
 
 
 def generation_table() -> list[str]:
-    """Speed by batch size and KV policy, and beside it what could be had and what it changed."""
+    """Speed by batch size and KV policy, then the oracle's savings and the changed tokens."""
     report = load("generation")
     variants = list(dict.fromkeys(row["variant"] for row in report["speed"]))
     speed = {(row["batch"], row["variant"]): row for row in report["speed"]}
@@ -229,7 +229,7 @@ def tables() -> str:
 
 
 def updated(readme: str) -> str:
-    """README with its generated part made anew."""
+    """README with its generated part regenerated."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{tables()}\n{END}{after}"

@@ -1,4 +1,4 @@
-"""What benchmarks ask of engines: random prompts, and requests that say where they leave."""
+"""Requests of benchmarks: random prompts, and parameters that name the exit point."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def random_prompts(batch: int, length: int, vocabulary: int) -> list[dict[str, list[int]]]:
-    """`batch` prompts of `length` tokens that share nothing, the same at every call."""
+    """`batch` prompts of `length` tokens without common prefixes, the same in every call."""
     ids = np.random.default_rng(length * batch).integers(2, vocabulary, (batch, length))
     return [{"prompt_token_ids": row.tolist()} for row in ids]
 
 
 def scripted_request(layer: int | None, tokens: int = 1) -> SamplingParams:
-    """What a label head can answer, for `tokens`; a scripted engine lets it leave after `layer`."""
+    """A request for `tokens` of the script's labels; a scripted engine exits after `layer`."""
     from vllm import SamplingParams
 
     return SamplingParams(

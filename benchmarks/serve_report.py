@@ -11,7 +11,7 @@ from vllm_adainfer.offline.evaluation.plot import as_png
 from vllm_adainfer.offline.tables import markdown_table
 
 STOCK, OURS = "stock", "adainfer"
-# What is kept of a run of ``vllm bench serve``, by its names; E2EL is a request's whole latency.
+# Figures kept from ``vllm bench serve``, under its names; E2EL is a request's whole latency.
 FIGURES = (
     "request_throughput",
     "mean_ttft_ms",
@@ -25,11 +25,11 @@ IN_TABLE = FIGURES[0], "mean_ttft_ms", "p50_e2el_ms", "p99_e2el_ms"
 
 
 def rate_row(rate: float, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """One rate: medians over rounds and all rounds of both servers, and ours over stock's.
+    """One rate: medians over rounds and all rounds, of both servers, and ratios ours / stock.
 
     Args:
-        rate: requests/s that were sent.
-        runs: of each server, in order of the rounds.
+        rate: requests/s sent.
+        runs: by server, in order of the rounds.
 
     """
     row: dict[str, Any] = {"rate": rate if math.isfinite(rate) else "inf"}
@@ -43,12 +43,12 @@ def rate_row(rate: float, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> di
 
 
 def name_of(rate: float | str) -> str:
-    """A rate in table and plot."""
+    """How table and plot show a rate."""
     return "all at once" if rate == "inf" else f"{rate:g}"
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown: what was asked, a row for each rate, and how far answers differ."""
+    """Markdown: the set-up, a row per rate, and how many answers differ."""
     answers, bound = report["answers"], report["epsilon"]
     rows = [
         [
@@ -90,7 +90,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def plot(report: Mapping[str, Any]) -> bytes:
-    """PNG: p50 and p99 of the latency by rate, the medians as lines and each round as a dot."""
+    """PNG: p50 and p99 latency by rate, medians as lines and each round as a dot."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 

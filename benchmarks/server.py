@@ -1,4 +1,4 @@
-"""``vllm serve`` in processes of its own, on a free port of this machine, for as long as asked."""
+"""``vllm serve`` in its own processes, on a free port of this machine, as a context manager."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ START_SECONDS = 600
 
 @dataclass
 class Server:
-    """A server that answers.
+    """A running server.
 
     Attributes:
-        url: where, without a slash at the end.
-        process: the frontend's; it leads a process group of its own.
-        log: what all of its processes print.
+        url: without a trailing slash.
+        process: the frontend, which leads its own process group.
+        log: output of all its processes.
 
     """
 
@@ -41,7 +41,7 @@ class Server:
             return str(response.read().decode())
 
     def metrics(self, prefix: str = "adainfer:") -> dict[str, float]:
-        """Values of ``/metrics`` by series, labels and all as they are printed there."""
+        """Values of ``/metrics`` by series, named with their labels as printed there."""
         lines = (line for line in self.get("/metrics").splitlines() if line.startswith(prefix))
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
@@ -54,17 +54,17 @@ def serving(
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Start a server and end it.
+    """Start a server, and stop it at the end.
 
     Args:
         model: directory or hub id; requests call it ``model``.
         adainfer: value of ``additional_config["adainfer"]``; None is stock vLLM.
-        log: file that what is printed goes to.
-        arguments: more for the command line.
-        environment: variables beside those of this process.
+        log: file for its output.
+        arguments: further ones for the command line.
+        environment: further variables beside those of this process.
 
     Raises:
-        RuntimeError: it ended, or did not answer in time; with the end of its log.
+        RuntimeError: it exited, or did not answer in time; with the end of its log.
 
     """
     with socket.socket() as free:
@@ -106,7 +106,7 @@ def _wait_for(server: Server) -> None:
 
 
 def stop(server: Server) -> None:
-    """End a server with all of its processes."""
+    """Stop a server and all its processes."""
     server.process.terminate()
     with suppress(subprocess.TimeoutExpired):
         server.process.wait(60)

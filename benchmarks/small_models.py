@@ -1,4 +1,4 @@
-"""Small models trained here on this repository's own text, so that their exits mean something.
+"""Train small models on this repository's own text, so that their exits mean something.
 
 The task is to tell where three lines of code are from: the package, its tests or its tools.
 """
@@ -23,7 +23,7 @@ TEMPLATE = "{text}\nFrom:"
 LINES = 3
 LAYERS, HIDDEN, HEADS, VOCABULARY = 12, 256, 4, 2000
 BATCH, EPOCHS, RATE = 32, 3, 1e-3
-LABEL_WEIGHT = 10.0  # of the label, among the tokens of its row
+LABEL_WEIGHT = 10.0  # of the label token in the loss; other tokens have 1
 FAMILIES = {
     "Llama": lambda **shape: LlamaForCausalLM(LlamaConfig(intermediate_size=3 * HIDDEN, **shape)),
     "OPT": lambda **shape: OPTForCausalLM(
@@ -33,7 +33,7 @@ FAMILIES = {
 
 
 def snippets() -> list[Row]:
-    """As many of each source, none overlapping another, in random order."""
+    """Equally many of each source, without overlaps, in random order."""
     by_source: dict[str, list[Row]] = {}
     for source, directories in SOURCES.items():
         rows = by_source[source] = []
@@ -51,7 +51,7 @@ def snippets() -> list[Row]:
 
 
 def bpe_tokenizer(texts: Sequence[str]) -> Fast:
-    """Byte-level BPE of the texts."""
+    """A byte-level BPE tokenizer trained on `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -65,7 +65,7 @@ def bpe_tokenizer(texts: Sequence[str]) -> Fast:
 
 
 def train(family: str, rows: Sequence[Row], directory: Path) -> Path:
-    """Train a model of `family` from nothing on prompts and labels of `rows`, and save it."""
+    """Train a model of `family` from scratch on prompts and labels of `rows`, and save it."""
     torch.manual_seed(0)
     texts = [f"{TEMPLATE.format(**row)} {row['label']}" for row in rows]
     tokenizer = bpe_tokenizer(texts)
@@ -97,7 +97,7 @@ def train(family: str, rows: Sequence[Row], directory: Path) -> Path:
 
 
 def weighted_loss(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Cross entropy of each next token; of the last one, the label, it weighs more."""
+    """Cross entropy of each next token; the last one, the label, has more weight."""
     logits = model(ids, attention_mask=mask).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"

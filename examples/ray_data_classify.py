@@ -1,14 +1,15 @@
-"""Label a data set with Ray Data's vLLM stage on several replicas, each with early exits.
+"""Label a data set with Ray Data's vLLM stage on several replicas with early exits.
 
     pip install 'ray[data]'
     python examples/ray_data_classify.py --model MODEL --artifact policy --data rows.jsonl \
         --template $'Review: {text}\nSentiment:' --replicas 2 --cpus 0.5 --output labelled
 
-`policy` is what `vllm-adainfer calibrate --labels ...` wrote; every node must find it, and the
-model, under the same path. Each row is one request that may exit: a greedy token out of the
-policy's labels. `--output` becomes a folder of JSON lines (Parquet, if `--data` is): the rows as
-they were, in any order, with `answer`. Ray sets `--cpus` aside for each replica and needs one more
-to read and write, without which it waits and says nothing: two cores are two replicas of half one.
+`policy` is the output of `vllm-adainfer calibrate --labels ...`; every node must find it, and the
+model, under the same path. Each row is one request that may exit: one greedy token among the
+policy's labels. `--output` becomes a folder of JSON lines (Parquet if `--data` is): the rows as
+they were, in any order, with an `answer`. Ray reserves `--cpus` for each replica and needs one more
+CPU to read and write, without which it waits silently: two cores give two replicas of half a core
+each.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import typer
 from ray.data.aggregate import Count, Max, Mean, Min
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-# For vLLM on CPUs; what your own environment says goes first.
+# For vLLM on CPUs; your own environment takes precedence.
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" binds all replicas of a node to the same cores
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -37,15 +38,15 @@ def main(
     artifact: Annotated[Path, typer.Option(help="Calibrated with --labels.")],
     data: Annotated[Path, typer.Option(help="A file: JSON lines, or .parquet.")],
     template: Annotated[str, typer.Option(help="Python format string over a row's fields.")],
-    output: Annotated[Path, typer.Option(help="A folder that is not there yet.")],
+    output: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
     replicas: Annotated[int, typer.Option()] = 2,
-    cpus: Annotated[float, typer.Option(help="Of each replica.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Rows handed to a replica at once.")] = 32,
+    cpus: Annotated[float, typer.Option(help="CPUs per replica.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Rows sent to a replica at once.")] = 32,
     stock: Annotated[bool, typer.Option("--stock", help="Without exits, to compare.")] = False,
 ) -> None:
     """Write the rows with answers; print rows/s and, if they have a `label`, the accuracy."""
     if output.exists():
-        raise typer.BadParameter(f"{output} is there already")
+        raise typer.BadParameter(f"{output} exists already: choose another --output")
     labels = json.loads((artifact / "config.json").read_text())["labels"]
     names = {label["token_id"]: label["name"] for label in labels}
     sampling = {"temperature": 0.0, "max_tokens": 1, "allowed_token_ids": list(names)}
@@ -58,10 +59,10 @@ def main(
             "env_vars": {key: os.environ.get(key, environment[key]) for key in environment}
         },
         concurrency=(replicas, replicas),  # a number N means from 1 to N
-        placement_group_config={"bundles": [{"CPU": cpus}]},  # without it: a GPU for each replica
+        placement_group_config={"bundles": [{"CPU": cpus}]},  # without it, a GPU per replica
         batch_size=batch_size,
-        log_engine_metrics=False,  # wants ray[serve]
-        # vLLM tokenises by itself, and each of these stages would take more CPUs.
+        log_engine_metrics=False,  # needs ray[serve]
+        # vLLM tokenises itself, and each of these stages would take more CPUs.
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
@@ -80,7 +81,7 @@ def main(
         notes = {"begun": now - row["time_taken_llm"], "done": now, "ok": row.get("label") == name}
         return {**given, "answer": name, **notes}
 
-    # The first replica that is up takes 16 blocks at once: small ones leave some for the others.
+    # The first replica to start takes 16 blocks at once: small blocks leave some for the others.
     blocks = rows.repartition(target_num_rows_per_block=batch_size)
     start = time.time()
     answered = build_processor(config, preprocess=request, postprocess=answer)(blocks).materialize()
@@ -90,7 +91,7 @@ def main(
     write(str(output.absolute()), min_rows_per_file=100_000)
 
     seconds = totals["max(done)"] - totals["min(begun)"]
-    typer.echo(f"{replicas} replicas were up after {totals['min(begun)'] - start:.0f} s")
+    typer.echo(f"{replicas} replicas had started after {totals['min(begun)'] - start:.0f} s")
     typer.echo(f"{totals['count()']} rows, {totals['count()'] / seconds:.1f} rows/s")
     if "label" in columns:
         typer.echo(f"accuracy {totals['mean(ok)']:.1%}")

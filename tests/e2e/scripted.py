@@ -78,7 +78,7 @@ def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     """Let the requests' scripts decide; yields the engine's `ExitStats`, starting at zero."""
     model, runner, scheduler = parts(llm)
     loop = model.loop
-    names = "policies", "work", "kv", "_min_rows_saved"
+    names = "policies", "work", "stats", "kv", "_min_rows_saved"
     saved = {name: getattr(loop, name) for name in names}
     running = running_of(runner)
     admission = running.admission, scheduler.admission

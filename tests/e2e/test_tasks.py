@@ -89,13 +89,13 @@ def test_no_request_changes_anothers_outcome_through_the_prefix_cache(llm, tasks
         ({"adainfer_policy": "weather"}, "'weather' is not a policy .* mood, topic, next"),
         ({"adainfer_epsilon": 0.001}, "stricter than the artifact's strictest certified bound"),
         ({"adainfer_epsilon": "low"}, "adainfer_epsilon = 'low': Input should be a valid number"),
-        ({"adainfer_epsilons": 0.1}, "'adainfer_epsilons' is not known .* adainfer_epsilon"),
+        ({"adainfer_epsilons": 0.1}, "'adainfer_epsilons' is not a key .* adainfer_epsilon"),
         ({"adainfer": 7}, "adainfer = 7: Input should be a valid boolean"),
         ({"adainfer_exit": 2}, "goes with an exit_script"),
         ({"adainfer_row": 2}, "for calibration"),
     ],
 )
-def test_a_request_that_asks_for_what_there_is_not_is_refused_and_the_engine_goes_on(
+def test_a_request_that_asks_for_something_unknown_is_refused_and_the_engine_goes_on(
     llm, tasks, reference, arguments, sentence
 ):
     params = SamplingParams(temperature=0, max_tokens=1, extra_args=arguments)
@@ -194,8 +194,8 @@ def test_what_shadow_requests_have_closed_is_open_again_with_the_artifact_read_a
 ):
     """It has not been watched yet; what was counted before stays in the counters."""
     model, _, _ = parts(llm)
-    unwatched = model._settings
-    model._settings = unwatched.model_copy(update={"shadow_rate": 0.5})
+    unwatched = model.settings
+    model.settings = unwatched.model_copy(update={"shadow_rate": 0.5})
     try:
         model.loop.use_policies(policies_of(model), monitors_of(model))
         every = cases(tasks, reference, prompts_of(50, 60), 50)
@@ -206,5 +206,5 @@ def test_what_shadow_requests_have_closed_is_open_again_with_the_artifact_read_a
         llm.collective_rpc("adainfer_reload")
         assert tokens_of(llm, early) == [case.token for case in early]
     finally:
-        model._settings = unwatched
+        model.settings = unwatched
         model.loop.use_policies(policies_of(model), monitors_of(model))
