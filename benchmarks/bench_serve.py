@@ -180,7 +180,9 @@ def one_run(server: Server, load: Load, rate: float, seed: int, ours: bool) -> d
     if ours:
         executed, skipped = counted(server, before, len(load.examples))
         if not skipped:
-            raise RuntimeError("the server with the plugin skipped no layers: nobody left early")
+            raise RuntimeError(
+                "the server with the plugin skipped no layers: no request left early"
+            )
         run["layers_saved"] = skipped / (executed + skipped)
     elif before:
         raise RuntimeError("the stock server has the plugin's metrics")

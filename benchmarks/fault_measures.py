@@ -80,11 +80,11 @@ def counter_problems(found: Mapping[str, Any], left: int, longest: int) -> list[
     tokens = found["tokens_decided"] - found["tokens_generated"]
     if not 0 <= tokens <= left * UNHEARD:
         problems.append(
-            f"{tokens:+.0f} tokens decided that vLLM has not, with {left} requests left"
+            f"{tokens:+.0f} tokens decided beyond vLLM's count, with {left} requests left"
         )
     rows = found["rows"] - found["rows_by_vllm"]
     if not found["preemptions"] and not -left <= rows <= left * (longest + UNHEARD):
-        problems.append(f"{rows:+.1f} rows that vLLM has not, with {left} requests left")
+        problems.append(f"{rows:+.1f} rows beyond vLLM's count, with {left} requests left")
     return problems
 
 

@@ -110,7 +110,9 @@ async def disconnects(stage: Stage) -> dict[str, Any]:
             break
         await asyncio.sleep(1)
     problems = [
-        f"{series} is {value:g} after all have left" for series, value in found.items() if value
+        f"{series} is {value:g} after all clients have left"
+        for series, value in found.items()
+        if value
     ]
     await everything(stage)
     return {"problems": problems}
@@ -132,7 +134,7 @@ async def hostile_requests(stage: Stage) -> dict[str, Any]:
             if reply.status not in statuses:
                 problems.append(f"{name}: {reply.status}, not {statuses}: {reply.message[:200]}")
             if len(reply.message) > 2000 or "Traceback" in reply.message:
-                problems.append(f"{name}: no sentence, but {len(reply.message)} characters")
+                problems.append(f"{name}: {len(reply.message)} characters instead of a sentence")
     await everything(stage)
     return {"replies": replies, "problems": problems}
 

@@ -194,7 +194,9 @@ async def texts(
     ]
     judged = await judge(stage, writers.texts, config)
     if judged["deep"]["changed"]:
-        problems.append(f"{judged['deep']['changed']} tokens at full depth are not its choice")
+        problems.append(
+            f"{judged['deep']['changed']} tokens at full depth are not the server's choice"
+        )
     if kv == "exact" and judged["early"]["low"] > config.epsilon:
         problems.append(f"more tokens differ than {config.epsilon:g} allows: {judged['early']}")
     return {

@@ -21,7 +21,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 
-DEFAULT = 1  # the tiny artifact's own epsilon, 0.05, is the second of its levels
+DEFAULT = 1  # the tiny artifact's default epsilon, 0.05, is the second of its levels
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def admission(tiny_policy) -> Any:
 
 
 def label_request(label_ids: Sequence[int], **changes: Any) -> SamplingParams:
-    """One greedy token among the labels."""
+    """A request for one greedy token among the labels."""
     plain = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": list(label_ids)}
     return SamplingParams(**{**plain, **changes})
 
@@ -87,7 +87,7 @@ def test_the_setting_says_which_one_token_requests_exit(
     ],
     ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items())[:30],
 )
-def test_what_the_bound_does_not_speak_of_runs_at_full_depth(
+def test_a_request_that_the_bound_does_not_cover_runs_at_full_depth(
     admission, label_ids, requests, changes
 ):
     params = label_request(label_ids, extra_args={"adainfer": 1}, **changes)
@@ -139,10 +139,10 @@ def test_an_open_vocabulary_policy_serves_unrestricted_requests(
         ([0.02], FULL_DEPTH),
     ],
 )
-@pytest.mark.parametrize("own", [None, 0, 0.02])
-def test_a_request_may_ask_for_its_own_epsilon(admission, label_ids, own, epsilon, tag):
+@pytest.mark.parametrize("default", [None, 0, 0.02])
+def test_a_request_may_ask_for_its_own_epsilon(admission, label_ids, default, epsilon, tag):
     params = label_request(label_ids, extra_args={"adainfer_epsilon": epsilon})
-    assert admission(epsilon=own).tag(params) == tag
+    assert admission(epsilon=default).tag(params) == tag
 
 
 @pytest.mark.parametrize(("epsilon", "tag"), [(None, 1), (0, FULL_DEPTH), (0.02, 0), (0.03, 0)])
@@ -184,7 +184,7 @@ def test_a_request_may_exit_where_a_policy_decides_it(
 
 
 @pytest.mark.parametrize(
-    ("own", "asked", "may_exit"),
+    ("default", "requested", "may_exit"),
     [
         (None, 0.02, True),
         (None, 0.001, True),  # another artifact may certify it
@@ -195,10 +195,12 @@ def test_a_request_may_exit_where_a_policy_decides_it(
         (0.02, 0, False),
     ],
 )
-def test_a_request_may_exit_at_every_epsilon_but_0(admission, label_ids, own, asked, may_exit):
-    arguments = None if asked is None else {"adainfer_epsilon": asked}
+def test_a_request_may_exit_at_every_epsilon_but_0(
+    admission, label_ids, default, requested, may_exit
+):
+    arguments = None if requested is None else {"adainfer_epsilon": requested}
     params = label_request(label_ids, extra_args=arguments)
-    assert admission(epsilon=own).may_exit(params) == may_exit
+    assert admission(epsilon=default).may_exit(params) == may_exit
 
 
 @pytest.mark.parametrize(("arguments", "tag"), [({"adainfer_row": 7}, 7), ({}, FULL_DEPTH)])
@@ -297,22 +299,23 @@ def generation(tiny_model, tmp_path_factory) -> Any:
     ],
     ids=repr,
 )
-def test_a_policy_for_generated_text_serves_what_its_bound_speaks_of(
+def test_a_policy_for_generated_text_serves_what_its_bound_covers(
     generation, requests, changes, tag
 ):
     params = SamplingParams(**{"temperature": 0, "max_tokens": 30, **changes})
     assert generation(requests).tag(params) == tag
 
 
-@pytest.mark.parametrize(("asked", "known"), [(None, UNLIMITED), (1, 1), (30, 30)])
-def test_the_worker_remembers_how_many_tokens_there_may_be(generation, asked, known):
-    assert generation().admit("id", SamplingParams(max_tokens=asked), 5).max_tokens == known
+@pytest.mark.parametrize(("requested", "remembered"), [(None, UNLIMITED), (1, 1), (30, 30)])
+def test_the_worker_remembers_how_many_tokens_there_may_be(generation, requested, remembered):
+    admitted = generation().admit("id", SamplingParams(max_tokens=requested), 5)
+    assert admitted.max_tokens == remembered
 
 
 def test_the_worker_remembers_who_wants_log_probabilities_of_the_prompt(generation):
     wants = [
-        generation().admit("id", SamplingParams(prompt_logprobs=asked), 5).wants_prompt
-        for asked in (None, 0, 1)
+        generation().admit("id", SamplingParams(prompt_logprobs=count), 5).wants_prompt
+        for count in (None, 0, 1)
     ]
     assert wants == [False, True, True]
 

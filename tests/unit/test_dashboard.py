@@ -1,4 +1,4 @@
-"""The Grafana dashboard shows the series there are, all of ours, for the engines chosen."""
+"""The Grafana dashboard shows all our series, and only existing ones, for the chosen engines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dashboard() -> Any:
 
 @pytest.fixture(scope="module")
 def series() -> dict[str, set[str]]:
-    """Labels of each series of ours, by the name it has on /metrics."""
+    """Labels of each of our series, by its name on /metrics."""
     shared = Series((2, 6))
     labels = {}
     for collector in vars(shared).values():
@@ -45,14 +45,14 @@ def expressions(dashboard: Any) -> Iterator[str]:
             yield target["expr"]
 
 
-def test_every_series_named_is_one_of_ours_and_every_one_of_ours_is_shown(dashboard, series):
+def test_every_named_series_exists_and_every_series_of_ours_is_shown(dashboard, series):
     named = set(re.findall(r"adainfer:\w+", FILE.read_text()))
     assert named == series.keys()
     shown = {name for text in expressions(dashboard) for name in re.findall(r"adainfer:\w+", text)}
     assert shown == series.keys()
 
 
-def test_what_is_shown_is_of_the_models_and_engines_chosen(dashboard):
+def test_every_expression_selects_the_chosen_models_and_engines(dashboard):
     chosen = 'model_name=~"$model_name", engine=~"$engine"'
     for text in expressions(dashboard):
         for name, labels in re.findall(r"((?:adainfer|vllm):\w+)(\{[^}]*\})?", text):
@@ -96,7 +96,7 @@ def test_data_source_model_engine_and_epsilon_are_chosen_by_variables(dashboard)
     assert sources == {"${datasource}"}
 
 
-def test_panels_have_ids_of_their_own_and_do_not_lie_on_each_other(dashboard):
+def test_panels_have_unique_ids_and_do_not_overlap(dashboard):
     panels = dashboard["panels"]
     assert dashboard["schemaVersion"] >= 36
     assert len({panel["id"] for panel in panels}) == len(panels)

@@ -14,7 +14,7 @@ CONFIGURED = {"adainfer": {"artifact": "policy"}}
 
 
 def client_of(additional_config: dict[str, Any], answer: Any) -> TestClient:
-    """Of a server whose workers give `answer`, or raise it."""
+    """A client of a server whose workers return `answer`, or raise it."""
 
     async def collective_rpc(method: str) -> Any:
         assert method == "adainfer_reload"
@@ -35,15 +35,15 @@ def test_vllm_takes_it_for_an_endpoint_plugin():
     assert isinstance(AdaInferEndpoints(), EndpointPlugin)
 
 
-def test_what_was_read_again_is_told_once_whatever_the_number_of_ranks():
+def test_a_reload_is_reported_once_whatever_the_number_of_ranks():
     lines = ["policy default was read again from policy"]
     response = client_of(CONFIGURED, [lines, lines]).post("/adainfer/reload")
     assert (response.status_code, response.json()) == (200, {"reloaded": lines})
 
 
 @pytest.mark.parametrize("config", [{}, {"adainfer": {"artifact": "policy", "enabled": False}}])
-def test_a_stock_server_has_nothing_to_read_again(config):
-    response = client_of(config, AssertionError("nobody is asked")).post("/adainfer/reload")
+def test_a_stock_server_has_nothing_to_reload(config):
+    response = client_of(config, AssertionError("no worker is called")).post("/adainfer/reload")
     assert response.status_code == 404
     assert "stock vLLM" in response.json()["detail"]
 
@@ -64,5 +64,5 @@ def test_a_refusal_is_one_sentence(text):
     assert response.json()["detail"] == "policy default has other labels"
 
 
-def test_reading_again_is_no_get():
+def test_a_reload_is_not_a_get_request():
     assert client_of(CONFIGURED, []).get("/adainfer/reload").status_code == 405

@@ -13,7 +13,7 @@ from vllm_adainfer.frontend.metrics import EngineMetrics, Series
 
 BUCKETS = (2, 3, 5, 6)
 POLICIES = ("a", "b")
-# What a reporter calls it, and its series.
+# By the report's kind, the series.
 WORK = {
     "layers_run": "adainfer:layer_rows_executed_total",
     "layers_skipped": "adainfer:layer_rows_skipped_total",
