@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.resources import files
@@ -12,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.test_cli import command
+from tests.e2e.test_cli import command, of_a_user
 from vllm_adainfer.offline.demo.run import LABELS
 from vllm_adainfer.policy.monitor import confidence_interval
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_serve.py"
 PROMPTS, REQUESTS = 100, 60
+pytestmark = pytest.mark.full  # ten minutes of a real model
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,18 @@ def report(tmp_path_factory) -> dict[str, Any]:
     command(
         "calibrate", "--model", model, "--data", str(folder / "calibration.jsonl"),
         "--template", f"@{template}", "--labels", ",".join(LABELS), "--output", policy,
+        compiled=True,
     )  # fmt: skip
     arguments = [
         "--model", model, "--artifact", policy, "--data", str(folder / "test.jsonl"),
         "--template", f"@{template}", "--output", str(folder / "serve.json"),
         "--rates", "inf", "--requests", str(REQUESTS), "--rounds", "1",
     ]  # fmt: skip
-    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     ended = subprocess.run(
-        [sys.executable, str(BENCHMARK), *arguments], env=env, capture_output=True, text=True
+        [sys.executable, str(BENCHMARK), *arguments],
+        env=of_a_user(compiled=True),
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
     found: dict[str, Any] = json.loads((folder / "serve.json").read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.resources import files
@@ -14,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tests.e2e.test_cli import of_a_user
 from tests.tiny import LAYERS
 
 TEMPLATE = "Review: {text}\nSentiment:"  # the suite's, of SST-2
@@ -69,9 +69,8 @@ def written(tiny_model: Path, data_dir: Path, tmp_path_factory: pytest.TempPathF
         report=str(report),
         plot=str(plot),
     )
-    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env=of_a_user(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return report

@@ -65,7 +65,11 @@ def perturb_second_rank(worker: Any) -> None:
 
 @pytest.mark.parametrize(
     ("probe", "threshold", "kv"),
-    [("label-head", 0.2, "exact"), ("logit-lens", 0.1, "exact"), ("logit-lens", 0.1, "propagate")],
+    [
+        ("label-head", 0.2, "exact"),
+        pytest.param("logit-lens", 0.1, "exact", marks=pytest.mark.full),
+        ("logit-lens", 0.1, "propagate"),
+    ],
 )
 def test_two_ranks_decide_watch_and_answer_as_one(
     tiny_model, artifacts, ranks_on_cores, probe, threshold, kv

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -14,16 +14,37 @@ from typing import Any
 from tests import triton_on_cpu
 
 COUNTED_IN = "ADAINFER_TESTS_ENGINES"  # a file: one line for each engine that was started
-ENGINES_OF = "vllm.v1.engine.core"
 
 
-class _CountEngines(MetaPathFinder):
-    """Lets the class of all engines write a line when one has started."""
+def count_engines(core: ModuleType) -> None:
+    """Let the class of all engines write a line when one has started."""
+    start = core.EngineCore.__init__
+
+    def counted(self: Any, vllm_config: Any, *more: Any, **settings: Any) -> None:
+        start(self, vllm_config, *more, **settings)
+        kind = "eager" if vllm_config.model_config.enforce_eager else "compiled"
+        with open(os.environ[COUNTED_IN], "a") as file:
+            file.write(f"{kind}\n")
+
+    core.EngineCore.__init__ = counted
+
+
+def look_at_models_here(registry: ModuleType) -> None:
+    """VLLM starts a process to look at a model's class, lest CUDA be initialised; it takes 10 s."""
+    registry._run_in_subprocess = lambda look: look()
+
+
+class _AfterImport(MetaPathFinder):
+    """Calls a function with a module when that has been imported."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        self.name = name
+        self.then = then
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != ENGINES_OF:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -31,26 +52,21 @@ class _CountEngines(MetaPathFinder):
         assert spec.loader is not None
         execute = spec.loader.exec_module
 
-        def execute_and_count(module: ModuleType) -> None:
+        def execute_and_then(module: ModuleType) -> None:
             execute(module)
-            start = module.EngineCore.__init__
+            self.then(module)
 
-            def counted(core: Any, vllm_config: Any, *more: Any, **settings: Any) -> None:
-                start(core, vllm_config, *more, **settings)
-                kind = "eager" if vllm_config.model_config.enforce_eager else "compiled"
-                with open(os.environ[COUNTED_IN], "a") as file:
-                    file.write(f"{kind}\n")
-
-            module.EngineCore.__init__ = counted
-
-        spec.loader.exec_module = execute_and_count  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_then  # type: ignore[method-assign]
         return spec
 
 
 def prepare() -> None:
-    """Count engines from here on, and let Model Runner V2 run without a GPU."""
-    if COUNTED_IN in os.environ and ENGINES_OF not in sys.modules:
-        sys.meta_path.insert(0, _CountEngines())
+    """Once in a process, before vLLM is imported."""
+    if COUNTED_IN in os.environ:
+        sys.meta_path.insert(0, _AfterImport("vllm.v1.engine.core", count_engines))
+    if os.environ.get("TRITON_INTERPRET") == "1":  # without a GPU
+        models = "vllm.model_executor.models.registry"
+        sys.meta_path.insert(0, _AfterImport(models, look_at_models_here))
     triton_on_cpu.install_for_v2()
 
 
