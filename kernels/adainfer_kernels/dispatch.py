@@ -1,4 +1,4 @@
-"""Which twin runs: a forced choice that cannot run is an error, never a silent swap."""
+"""Which twin runs. A forced choice that cannot run is an error, never replaced silently."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Implementation = Literal["auto", "triton", "torch"]
 
 
 def resolve(implementation: Implementation, device: torch.device) -> Literal["triton", "torch"]:
-    """The twin for tensors on `device`.
+    """The twin to run on tensors of `device`.
 
     Raises:
-        ValueError: there is no such implementation.
+        ValueError: `implementation` is unknown.
         RuntimeError: Triton is forced where it cannot run.
 
     """
@@ -41,7 +41,7 @@ def resolve(implementation: Implementation, device: torch.device) -> Literal["tr
 
 
 def twin(implementation: str) -> ModuleType:
-    """The module of a resolved implementation; Triton's is imported when it is first used."""
+    """The module of a resolved implementation; imports Triton's at its first use."""
     return importlib.import_module(f"adainfer_kernels.{implementation}_probe")
 
 

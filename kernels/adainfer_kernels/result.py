@@ -1,4 +1,4 @@
-"""What a probe returns, and how the results of vocabulary shards join."""
+"""What a probe returns, and how to merge the results of vocabulary shards."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ NO_ID = torch.iinfo(torch.int32).max  # loses every tie
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe says about each row; the tensors have the shape [rows].
+    """What a probe finds in each row; the tensors have the shape [rows].
 
-    A row with a NaN score, with +inf, or with nothing but -inf has NaN features: no threshold
-    accepts it.
+    A row with a score of NaN or +inf, or with only -inf, has NaN features, which no threshold
+    accepts.
 
     Attributes:
         top1_id: vocabulary id of the best score (int64); the lowest id wins a tie. -1 where a row
-            has no candidate at all.
+            has no candidates.
         top1: best score (fp32).
         top2: second best score (fp32); equals ``top1`` on a tie, -inf where there is no second.
         lse: log of the sum of the exponentials of all scores (fp32).
-        settled: bool, whether the linear classifier accepted the row; None if none was given.
-        scores: fp32 [rows, candidates], None unless asked for.
+        settled: bool, whether the linear classifier accepts the row; None without a classifier.
+        scores: fp32 [rows, candidates]; None unless requested.
 
     """
 
@@ -58,20 +58,20 @@ def linear_score(features: Tensor, classifier: Tensor) -> Tensor:
 
     Args:
         features: fp32 [rows, n].
-        classifier: fp32 [n + 1], the bias last.
+        classifier: fp32 [n + 1], the weights, then the bias.
 
     Returns:
-        fp32 [rows]; a row is settled where this reaches its threshold.
+        fp32 [rows]; a row is settled if its score reaches its threshold.
 
     """
     return torch.addmv(classifier[-1], features, classifier[:-1])
 
 
 def merge(parts: Sequence[ProbeResult]) -> ProbeResult:
-    """Join results of the same rows over disjoint parts of the vocabulary, in any order.
+    """Merge results of the same rows over disjoint parts of the vocabulary, in any order.
 
-    `settled` and `scores` speak of one part only and are left out: decide after the merge, with
-    `linear_score`.
+    `settled` and `scores` describe a single part, so the merged result has neither: decide after
+    the merge, with `linear_score`.
     """
     if not parts:
         raise ValueError("merge needs at least one part")

@@ -1,7 +1,7 @@
-"""Torch twin of `triton_probe`, and the path that a CPU takes.
+"""Torch twin of `triton_probe`; CPUs use it.
 
-The vocabulary goes by in blocks that stay in the cache: each is multiplied in the head's own
-dtype, reduced, and dropped, so that memory does not grow with the vocabulary.
+It goes through the vocabulary in blocks that fit the cache. Each block is multiplied in the head's
+dtype, reduced, and dropped, so memory does not grow with the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from torch import Tensor
 from adainfer_kernels.parameters import Head, Lens, Norm
 from adainfer_kernels.result import NO_ID, ProbeResult, linear_score, merge
 
-# Scores in flight, 2 MiB in fp32: best of 2^17 to 2^22 where cores have 1 MiB of L2, 16 of L3.
+# Scores in a block, 2 MiB in fp32: the fastest of 2^17 to 2^22 on cores with 1 MiB of L2 and
+# 16 MiB of L3.
 BLOCK_SCORES = 1 << 19
 SMALLEST_BLOCK = 1024
 FEATURES_OF_BEST = torch.tensor([[1.0, 1.0], [0.0, -1.0]])  # top_prob and gap of two probabilities
 GATHERED = 1 << 22  # elements of the head gathered at a time
 GROUP = 64
-FEW_SCORES = 1 << 13  # of which torch finds the two best faster without groups
+FEW_SCORES = 1 << 13  # up to this many, torch finds the best two faster without groups
 
 
 @torch.no_grad()  # in-place writes cannot be differentiated
@@ -140,8 +141,8 @@ def summarise(scores: Tensor, ids: Tensor | None = None) -> ProbeResult:
 
     Args:
         scores: [rows, n].
-        ids: vocabulary ids of the columns, [n] or [rows, n], -1 for a column that is none; without
-            them column j is token j.
+        ids: vocabulary ids of the columns, [n] or [rows, n]; -1 marks padding. None means that
+            column j is token j.
 
     """
     scores = scores.float()
@@ -151,7 +152,7 @@ def summarise(scores: Tensor, ids: Tensor | None = None) -> ProbeResult:
 
 
 def _reduce(scores: Tensor, ids: Tensor | None, first_id: int, softmax: Tensor) -> ProbeResult:
-    """See `summarise`; without `ids` the first column is token `first_id`; `softmax` is scratch."""
+    """See `summarise`. Without `ids`, column 0 is token `first_id`; `softmax` is scratch memory."""
     top1, column, top2 = _best_two(scores)
     if ids is not None:
         top1_id = _lowest_best_id(scores, ids, top1, column, top2)
@@ -165,8 +166,8 @@ def _reduce(scores: Tensor, ids: Tensor | None, first_id: int, softmax: Tensor) 
 def _best_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Best score, the first column that has it, second best score.
 
-    Many columns are reduced to maxima of groups first (one vectorised pass); only the best group
-    is looked into.
+    Many columns are first reduced to the maxima of groups, in one vectorised pass; then only the
+    best group is searched.
     """
     rows, size = scores.shape
     if size == 1:
@@ -189,8 +190,8 @@ def _best_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _lowest_best_id(
     scores: Tensor, ids: Tensor, top1: Tensor, column: Tensor, top2: Tensor
 ) -> Tensor:
-    """The lowest id that has the best score, wherever its column is; -1 if only padding has it."""
-    if scores.is_cuda:  # asking for ties would wait for the device
+    """The lowest id that has the best score, in any column; -1 if only padding has it."""
+    if scores.is_cuda:  # testing for ties would synchronise with the device
         return _lowest_winner(scores, ids, top1)
     top1_id = ids[column] if ids.dim() == 1 else ids.gather(1, column.unsqueeze(1)).squeeze(1)
     is_tied = top1 == top2
@@ -210,7 +211,7 @@ def _lowest_winner(scores: Tensor, ids: Tensor, top1: Tensor) -> Tensor:
 def _shortlist_scores(readout: Tensor, head: Head, candidates: Tensor) -> Tensor:
     """Scores of each row's own candidates, fp32 [rows, width].
 
-    Padding has -inf, an id beyond the head NaN.
+    Padding scores -inf; an id beyond the head scores NaN.
     """
     rows, width = candidates.shape
     beyond = candidates >= head.size

@@ -1,12 +1,12 @@
-"""Device code of `triton_probe`: one pass over the LM head, the logits never leave the chip.
+"""Device code of `triton_probe`: one pass over the LM head; the logits never leave the chip.
 
-    readout    lens and final norm of each row                         [rows, hidden]
-    score      a share of the vocabulary for a block of rows, reduced  4 numbers a row and share
-    shortlist  the same over each row's own candidates
-    finish     joins the shares of a row, applies the linear classifier
+    readout    lens and final norm of each row                      [rows, hidden]
+    score      scores a part of the vocabulary for a block of rows  4 numbers per row and part
+    shortlist  the same for each row's own candidates
+    finish     joins the parts of a row, applies the linear classifier
 
-Where one program sees all candidates of its rows, it finishes itself. Formulas and the layout of
-the scratch tensors are in kernels/README.md.
+A program that sees all candidates of its rows finishes them itself. kernels/README.md has the
+formulas and the layout of the scratch tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def readout_kernel(
     LAYER: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program a row: ``hidden + change + lens_bias``, then the norm, in fp32."""
+    """One program per row: ``hidden + change + lens_bias``, then the norm, in fp32."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     inside = k < hidden_size
@@ -57,7 +57,7 @@ def readout_kernel(
 
 @triton.jit
 def _finite(top1):
-    """What to subtract before an exponential: 0 stands in for an infinite maximum."""
+    """What to subtract before an exponential: the maximum, or 0 if it is infinite."""
     return tl.where(tl.abs(top1) == INF, 0.0, top1)
 
 
@@ -69,7 +69,7 @@ def _join(top1, top1_id, top2, total, other1, other1_id, other2, other_total):
     best_id = tl.where(top1 == other1, tl.minimum(top1_id, other1_id), best_id)
     second = tl.maximum(tl.minimum(top1, other1), tl.maximum(top2, other2))
     shift = _finite(best)
-    # A part without any score has total 0 and must not be scaled by an overflowing exponential.
+    # A part without scores has total 0, which must not be scaled by an overflowing exponential.
     total = tl.where(top1 == -INF, total, total * tl.exp(_finite(top1) - shift))
     other_total = tl.where(
         other1 == -INF, other_total, other_total * tl.exp(_finite(other1) - shift)
@@ -79,7 +79,7 @@ def _join(top1, top1_id, top2, total, other1, other1_id, other2, other_total):
 
 @triton.jit
 def _shaped(scores, bias, soft_cap, scale):
-    """Raw products to scores: bias, soft cap, scale."""
+    """Turn raw products into scores: bias, soft cap, scale."""
     scores = scores + bias
     if soft_cap is not None:
         scores = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 * scores / soft_cap) + 1.0))  # tanh
@@ -91,7 +91,7 @@ def _reduce(scores, ids, valid):
     """Reduce scores [rows, candidates] over the candidates; invalid ones do not count."""
     scores = tl.where(valid, scores, -INF)
     ids = tl.where(valid, ids, NO_ID_IN_KERNEL)
-    # NaN is left out of the maxima, whose treatment of it varies, and comes back by the sum.
+    # Maxima do not treat NaN alike everywhere, so it is kept out of them; it returns by the sum.
     ranked = tl.where(scores == scores, scores, -INF)
     top1 = tl.max(ranked, axis=1)
     top1_id = tl.min(tl.where(ranked == top1[:, None], ids, NO_ID_IN_KERNEL), axis=1)
@@ -336,7 +336,7 @@ def finish_kernel(
     parts,
     BLOCK_P: tl.constexpr,
 ):
-    """One program a row: join its parts."""
+    """One program per row: join its parts."""
     row = tl.program_id(0) + tl.arange(0, 1).to(tl.int64)
     part = tl.arange(0, BLOCK_P)
     inside = part < parts

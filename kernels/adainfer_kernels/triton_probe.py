@@ -147,7 +147,7 @@ def _launch_score(
     head_weight: Tensor,
     shape: tuning.LaunchShape | None,
 ) -> None:
-    """Launch with `shape`, the tuning table's, or the one that autotuning finds."""
+    """Launch with `shape`; None means the tuning table's, or else the autotuner's."""
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
         return triton.cdiv(rows, meta["BLOCK_R"]), parts
@@ -171,7 +171,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
-    """Rows may lie apart, a row's elements may not."""
+    """The kernels take any row stride, but the elements of a row must be contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Launch shapes of the score kernel: fixed ones for Hopper, candidates for autotuning elsewhere."""
+"""Launch shapes of the score kernel: fixed for Hopper, candidates for the autotuner elsewhere."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class LaunchShape(NamedTuple):
     num_stages: int
 
 
-# By the most rows a shape is for. Up to 64 rows the bytes of the head are the cost, so shapes keep
-# at least 64 KiB of them in flight on a multiprocessor; beyond, it is the tensor cores.
+# Keyed by the most rows a shape is for. Up to 64 rows, reading the head is the bottleneck, so the
+# shapes keep at least 64 KiB of it in flight on a multiprocessor; beyond, the tensor cores are.
 HOPPER = {
     16: LaunchShape(64, 16, 128, num_warps=4, num_stages=4),
     32: LaunchShape(64, 32, 128, num_warps=4, num_stages=4),
     64: LaunchShape(128, 64, 64, num_warps=4, num_stages=4),
     128: LaunchShape(128, 128, 64, num_warps=8, num_stages=4),
 }
-MOST_ROWS = max(HOPPER)  # more rows go in blocks of so many
+MOST_ROWS = max(HOPPER)  # larger batches run in blocks of this many rows
 
-# Elsewhere the first call with new sizes times these; Triton keeps the winner on disk.
+# On other GPUs, the first call with new sizes times these, and Triton keeps the winner on disk.
 CANDIDATES = (
     *HOPPER.values(),
     LaunchShape(64, 16, 64, num_warps=4, num_stages=3),
@@ -46,15 +46,15 @@ CANDIDATES = (
     LaunchShape(128, 64, 64, num_warps=8, num_stages=3),
 )
 
-# Few candidates make few programs, whose latency is the cost: small tiles, deep pipelines.
+# Few candidates make few programs, so latency is the bottleneck: small tiles, deep pipelines.
 FEW_CANDIDATES = 1024
 FEW = LaunchShape(16, 16, 256, num_warps=2, num_stages=4)
 # The only fp32 heads are fitted label heads; fp32 multiplies without tensor cores.
 FP32 = LaunchShape(16, 16, 64, num_warps=4, num_stages=3)
-# The interpreter takes its time for each operation on a tile, not for its elements.
+# The interpreter's time goes by operations on tiles, not by elements.
 INTERPRETED = LaunchShape(1024, 64, 256, num_warps=4, num_stages=1)
 
-# Tile of the shortlist kernel: candidates of one row, hidden elements.
+# Tile of the shortlist kernel: candidates of one row x hidden elements.
 SHORTLIST_BLOCK_V = 8
 SHORTLIST_BLOCK_K = 512
 
@@ -63,7 +63,7 @@ PARTS_PER_MULTIPROCESSOR = 2
 
 
 def parts_of(size: int, multiprocessors: int) -> int:
-    """Programs that share a head of `size` rows: enough to fill the device even at one row."""
+    """How many programs share a head of `size` rows: enough to fill the device even at one row."""
     smallest = FEW.block_v if size <= FEW_CANDIDATES else 64
     return min(-(-size // smallest), PARTS_PER_MULTIPROCESSOR * multiprocessors)
 

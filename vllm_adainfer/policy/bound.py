@@ -1,28 +1,34 @@
-"""Upper confidence bounds on a mean loss, from independent rows; nothing else is assumed.
+"""Upper confidence bounds on a mean loss. They assume only that the rows are independent.
 
-A bound of kind K rejects "the mean loss exceeds epsilon" where its p-value is at most delta.
-Testing thresholds from the strictest on and stopping at the first that fails (fixed-sequence
+Each kind of bound but ``naive`` rejects "the mean loss exceeds epsilon" if its p-value is at most
+delta. Testing thresholds from the strictest on and stopping at the first failure (fixed-sequence
 testing, Angelopoulos et al. 2021, "Learn then Test", arXiv 2110.01052) keeps the chance of
 certifying any bad threshold at delta, however many thresholds are tried.
 
 =====================  =========================================================================
-``exact``              Clopper-Pearson, the binomial test: to be preferred for losses of 0 or 1,
-                       and only for those.
+``exact``              Clopper-Pearson, the binomial test: the best choice for losses of 0 or 1,
+                       and valid only for those.
 ``wsr``                Waudby-Smith and Ramdas 2020 (arXiv 2010.09686): the capital of a gambler
                        who bets against the mean, with the bets of Bates et al. 2021 (arXiv
-                       2101.02703). To be preferred for signed losses of small variance: the
+                       2101.02703). The best choice for signed losses of small variance: the
                        rows it needs grow with 1 / epsilon.
 ``hoeffding-bentkus``  Bates et al. 2021 and "Learn then Test": Hoeffding's bound, in its
-                       Kullback-Leibler form, or Bentkus's, whichever is smaller. It knows no
+                       Kullback-Leibler form, or Bentkus's, whichever is smaller. It ignores the
                        variance: for signed losses the rows it needs grow with 1 / epsilon**2.
 ``naive``              The mean itself, without confidence: for comparison only.
 =====================  =========================================================================
 
-Rows must be independent draws of what is to be bounded. ``wsr`` also looks at their order, which
-must not depend on the losses: shuffle rows that come sorted, say by label.
+Rows must be independent draws from the distribution whose mean is bounded. ``wsr`` depends on their
+order, which must not depend on the losses: shuffle rows that come sorted, say by label.
 
-`losses` are [rows], each between `lowest` and 1: `lowest` is 0 for disagreement, -1 for the
-accuracy lost (1 where only the full model is right, -1 where only the early answer is).
+`losses` are [rows], each between `lowest` and 1. `lowest` is 0 for disagreement and -1 for accuracy
+lost (1 where only the full model is right, -1 where only the early answer is).
+
+No library covers this. `scipy.stats.binomtest` does ``exact`` alone; Bentkus's bound needs the same
+binomial tail, so both take it from `scipy.special`. MAPIE 1.6 has the p-value of
+``hoeffding-bentkus``, for losses in [0, 1], but no upper bound from it; its WSR bound adds up the
+most capital held in each half of the rows, which can be more than was ever held. confseq 0.0.11
+calls itself "in early-stage development"; its `betting_ci` is two-sided and searches a grid.
 """
 
 from __future__ import annotations
@@ -45,12 +51,12 @@ FloatArray = npt.NDArray[np.float64]
 def certified(
     losses: FloatArray, epsilon: float, delta: float, kind: BoundKind, lowest: float = 0.0
 ) -> bool:
-    """Whether `losses` show a mean of at most `epsilon`, at confidence 1 - `delta`.
+    """Whether `losses` show that the mean is at most `epsilon`, at confidence 1 - `delta`.
 
-    The same as ``upper_bound(losses, delta, kind, lowest) <= epsilon``, and faster.
+    Equals ``upper_bound(losses, delta, kind, lowest) <= epsilon``, but is faster.
 
     Raises:
-        ValueError: a loss is out of range, or not 0 or 1 where `kind` is ``exact``.
+        ValueError: a loss is out of range, or `kind` is ``exact`` and a loss is neither 0 nor 1.
 
     """
     if kind == "naive":
@@ -60,10 +66,10 @@ def certified(
 
 
 def upper_bound(losses: FloatArray, delta: float, kind: BoundKind, lowest: float = 0.0) -> float:
-    """Upper confidence bound of the mean loss, at confidence 1 - `delta`.
+    """Upper confidence bound on the mean loss, at confidence 1 - `delta`.
 
     Raises:
-        ValueError: as `certified`.
+        ValueError: as in `certified`.
 
     """
     if kind == "naive":
@@ -76,7 +82,7 @@ def upper_bound(losses: FloatArray, delta: float, kind: BoundKind, lowest: float
 
 
 def rows_needed(epsilon: float, delta: float, kind: BoundKind, lowest: float = 0.0) -> int:
-    """The fewest rows that certify `epsilon` > 0 if all losses are 0; `lowest` is 0 or -1.
+    """The fewest rows that certify `epsilon` > 0 when all losses are 0; `lowest` is 0 or -1.
 
     Raises:
         ValueError: `epsilon` is not positive, or `kind` is ``exact`` and `lowest` is not 0.
@@ -89,7 +95,7 @@ def rows_needed(epsilon: float, delta: float, kind: BoundKind, lowest: float = 0
     [zero] = _unit(np.zeros(1), kind, lowest)
 
     def certifies(rows: int) -> bool:
-        # By their sum where it suffices: Hoeffding-Bentkus may need more rows than fit in memory.
+        # Only wsr needs the rows themselves; hoeffding-bentkus may need more than fit in memory.
         p_value = (
             _p_value(np.full(rows, zero), delta, kind)
             if kind == "wsr"
@@ -97,8 +103,9 @@ def rows_needed(epsilon: float, delta: float, kind: BoundKind, lowest: float = 0
         )
         return p_value((epsilon - lowest) / (1 - lowest)) <= delta
 
-    # In pairs: Bentkus's bound rounds an odd number of halves (0 in -1 to 1) up, so that an odd
-    # number of rows may fail where fewer suffice. All kinds are monotone in the number of pairs.
+    # Search over pairs of rows: with signed losses each zero counts as a half, and Bentkus's bound
+    # rounds an odd number of halves up, so an odd number of rows may fail where fewer suffice. All
+    # kinds are monotone in the number of pairs.
     enough = 1
     while not certifies(2 * enough):
         enough *= 2
@@ -119,21 +126,24 @@ def _unit(losses: FloatArray, kind: BoundKind, lowest: float) -> FloatArray:
 
 
 def _p_value(losses: FloatArray, delta: float, kind: BoundKind) -> Callable[[float], float]:
-    """Of "the mean exceeds m", as a function of m in [0, 1] that never rises; losses in [0, 1]."""
+    """The p-value of "the mean exceeds m", a function of m in [0, 1] that never rises.
+
+    `losses` are in [0, 1].
+    """
     if kind == "wsr":
         return partial(_betting, losses, _bets(losses, delta))
     return partial(TAILS[kind], float(losses.sum()), len(losses))
 
 
 def _binomial(successes: float, rows: int, rate: float) -> float:
-    """P(Binomial(`rows`, `rate`) <= `successes`), a whole number."""
+    """P(Binomial(`rows`, `rate`) <= `successes`); `successes` is a whole number."""
     if successes >= rows:
         return 1.0
     return float(betaincc(successes + 1, rows - successes, rate))
 
 
 def _hoeffding_bentkus(total: float, rows: int, mean: float) -> float:
-    """Bounds P(a sum of `rows` losses with this mean <= `total`)."""
+    """An upper bound on P(the sum of `rows` losses with this mean <= `total`)."""
     seen = min(total / rows, mean)
     divergence = rel_entr(seen, mean) + rel_entr(1 - seen, 1 - mean)
     hoeffding = math.exp(-rows * divergence)
@@ -148,7 +158,7 @@ TAILS: dict[str, Callable[[float, int, float], float]] = {
 
 
 def _bets(losses: FloatArray, delta: float) -> FloatArray:
-    """What is staked on each row, [rows] in 0 to 1, known before it is seen (Bates et al. 2021)."""
+    """The stake on each row, [rows] in 0 to 1, set by the rows before it (Bates et al. 2021)."""
     rows = len(losses)
     counts = np.arange(2, rows + 2)
     mean = (0.5 + np.cumsum(losses)) / counts
@@ -158,7 +168,7 @@ def _bets(losses: FloatArray, delta: float) -> FloatArray:
 
 
 def _betting(losses: FloatArray, bets: FloatArray, mean: float) -> float:
-    """One over the most capital ever held, starting from 1 (Ville's inequality)."""
-    with np.errstate(divide="ignore"):  # ruined: a loss of 1 against a mean of 0, all staked
+    """One over the most capital ever held, starting from 1: a p-value by Ville's inequality."""
+    with np.errstate(divide="ignore"):  # ruin: everything staked, a loss of 1, a mean of 0
         capital = np.cumsum(np.log1p(bets * (mean - losses)))
     return math.exp(-max(0.0, float(capital.max())))

@@ -1,7 +1,7 @@
-"""Classifiers: from an exit point's features to one "settled" score, by scikit-learn.
+"""Classifiers: from an exit point's features to one "settled" score, fitted with scikit-learn.
 
-Each is fitted here and turned into the tensor that `score` serves: a linear function, or a table
-for those that are none. The chain over several exit points is in `crf`.
+Each is fitted here and converted to the tensor that `score` evaluates: a linear function, or a
+table if it is not linear. The chain over several exit points is in `crf`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ INVERSE_PENALTY = 100.0  # scikit-learn's C
 def fit_classifier(
     kind: ClassifierKind, features: Tensor, settled: npt.NDArray[np.bool_], seed: int
 ) -> Tensor | None:
-    """Fit on one exit point's rows.
+    """Fit a classifier on one exit point's rows.
 
     Args:
-        kind: ``svm`` (AdaInfer's choice: linear), ``rbf`` (an SVM with that kernel) and
+        kind: ``svm`` (linear, AdaInfer's choice), ``rbf`` (an SVM with that kernel) and
             ``boosting`` (shallow trees), all three Platt-scaled on folds; ``logreg``; or
-            ``threshold``, which takes the gap itself as the score (as in CALM, arXiv 2207.07061).
-            ``rbf`` and ``boosting`` read the features stretched. A ``crf`` is fitted by `fit_crf`.
+            ``threshold``, whose score is the gap itself (as in CALM, arXiv 2207.07061).
+            ``rbf`` and ``boosting`` read stretched features. For ``crf`` use `fit_crf`.
         features: fp32 [rows, 2].
-        settled: [rows], True where the probe's best token is the full model's.
+        settled: [rows], True where the probe's best token equals the full model's.
         seed: for the solver.
 
     Returns:
-        fp32 of `served_shape`; None if the exit point cannot be learned from these rows (a class
-        with fewer rows than calibration folds).
+        fp32 with shape `served_shape`; None if these rows are too few to fit the exit point (only
+        one row of the rarer class, or no settled row).
 
     """
     if kind == "threshold":
@@ -50,7 +50,7 @@ def fit_classifier(
     tabled = shape == TABLE_SHAPE
     rare = min(int(settled.sum()), int((~settled).sum()))
     if rare == 0 and settled.all():
-        # Nothing to tell apart: the odds of an error by the rule of succession.
+        # Every row is settled: take the odds from the rule of succession.
         odds = torch.tensor([len(settled) + 1.0]).log()
         return odds.expand(shape) if tabled else torch.cat([torch.zeros(len(FEATURES)), odds])
     folds = min(5, rare)
@@ -84,7 +84,7 @@ def _estimator(kind: ClassifierKind, seed: int) -> ClassifierMixin:
         return LinearSVC(class_weight="balanced", random_state=seed)
     if kind == "rbf":
         return make_pipeline(StandardScaler(), SVC(class_weight="balanced", random_state=seed))
-    # Surer features never lower the score: with few errors to learn from, trees follow noise.
+    # With few errors to learn from, trees would fit noise, so higher features never score lower.
     return HistGradientBoostingClassifier(
         max_iter=50, max_leaf_nodes=4, monotonic_cst=[1, 1], random_state=seed
     )

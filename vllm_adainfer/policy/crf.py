@@ -1,15 +1,15 @@
 """A linear-chain CRF over a request's exit points (AdaInfer's second choice of classifier).
 
-Two states an exit point, settled or not; emissions are linear in its features, transitions its
-own (exit points are not evenly spaced). Fitted here rather than by sklearn-crfsuite, which is kept
-up but reads features as dictionaries of strings, keeps its model in a file of its own, shares the
-transitions of all steps, and would still leave the forward algorithm to us: a dependency for what
-scipy's L-BFGS does with the twenty lines below.
+Each exit point has two states, settled or not. Its emissions are linear in its features, and it
+has its own transitions, because exit points are not evenly spaced. sklearn-crfsuite is maintained,
+but it reads features as dictionaries of strings, stores its model in a file, shares transitions
+between all steps, and has no forward algorithm that we could serve. scipy's L-BFGS and the twenty
+lines below do the same without that dependency.
 
-Serving knows the exit points so far and no later ones, so what is fitted is the likelihood of
-every prefix of the chain (each is a CRF of its own, so the loss stays convex). The likelihood of
-the whole chain alone does not say how likely a state is before the rest is seen: moving a
-potential from a state's emission to the transitions out of it leaves it unchanged.
+Serving knows only the exit points so far, so we maximise the likelihood of every prefix of the
+chain (each prefix is a CRF, so the loss stays convex). The likelihood of the whole chain alone does
+not determine how likely a state is before the rest is seen: moving a potential from a state's
+emission to the transitions out of it leaves that likelihood unchanged.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from vllm_adainfer.policy.score import CHAIN_SHAPE, score
 
 
 def fit_crf(features: Tensor, settled: npt.NDArray[np.bool_]) -> list[Tensor]:
-    """Fit the chain, by maximum likelihood with an L2 penalty on all its weights.
+    """Fit the chain by maximum likelihood, with an L2 penalty on all its weights.
 
     Args:
         features: fp32 [rows, exit points, 2].
-        settled: [rows, exit points], True where the probe's best token is the full model's.
+        settled: [rows, exit points], True where the probe's best token equals the full model's.
 
     Returns:
-        for each exit point its step, as `score` serves it: fp32 [7].
+        the step of each exit point, in the form `score` reads: fp32 [7].
 
     """
     x, y = features.double(), torch.from_numpy(settled)
@@ -51,10 +51,10 @@ def fit_crf(features: Tensor, settled: npt.NDArray[np.bool_]) -> list[Tensor]:
 
 
 def _log_likelihood(x: Tensor, settled: Tensor, steps: Tensor) -> Tensor:
-    """Of every prefix of every row's chain, summed.
+    """Log-likelihood, summed over every prefix of every row's chain.
 
-    A prefix's likelihood is that of its last state given all features, as served, times that of
-    each earlier state given the next.
+    The likelihood of a prefix is that of its last state given all features, as served, times that
+    of each earlier state given the next.
     """
     sign = 2.0 * settled - 1
     total, earlier = x.new_zeros(()), x.new_zeros(len(x))

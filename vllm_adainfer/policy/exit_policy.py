@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from vllm_adainfer.policy.artifact import Artifact
 from vllm_adainfer.policy.probe import Probe
@@ -15,15 +16,15 @@ from vllm_adainfer.policy.score import CHAIN_SHAPE, LINEAR_SHAPE, score
 
 @dataclass(frozen=True)
 class Decision:
-    """What an exit point says of the rows it was asked about.
+    """What a policy decides about some rows at an exit point.
 
     Attributes:
         settled: bool [rows]; True where the answer is decided.
         answers: what to decode in settled rows: fp32 [rows, answer ids] scores of those tokens,
             or [rows, hidden size] states for the LM head if any token may be the answer. None
-            from a policy that settles nothing.
-        memory: [rows, ...], what the policy is to be told of these rows at the next exit point;
-            None if nothing.
+            if the policy never settles a row.
+        memory: [rows, ...], passed back to the policy with these rows at the next exit point;
+            None if it needs none.
 
     """
 
@@ -33,14 +34,14 @@ class Decision:
 
 
 class ExitPolicy(Protocol):
-    """What the exit loop asks of whoever decides.
+    """What the exit loop needs from a policy.
 
     Attributes:
-        exit_points: layers after which `decide` is asked, ascending.
-        num_tags: it knows requests by numbers below this.
-        answer_ids: int64, the tokens whose scores answers are, ascending unless they are labels;
-            None where answers are states.
-        restricted: whether requests are restricted to these tokens, at full depth, too.
+        exit_points: layers after which the exit loop calls `decide`, ascending.
+        num_tags: how many tags the policy has; tags count from 0.
+        answer_ids: int64 [answer ids], the tokens that answers hold scores of, ascending unless
+            they are labels; None where answers are states.
+        restricted: whether requests may produce only these tokens, even at full depth.
 
     """
 
@@ -52,40 +53,42 @@ class ExitPolicy(Protocol):
     def decide(
         self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
     ) -> Decision:
-        """Decide rows at exit point ``exit_points[exit_index]``.
+        """Decide which rows are settled at exit point ``exit_points[exit_index]``.
 
         Args:
-            exit_index: which exit point.
-            hidden: [rows, hidden size], the residual stream of the rows to be sampled.
-            tags: int64 [rows], the number with which each row's request was admitted.
-            memory: of these rows, as `Decision.memory` of the exit point before had it; None at
-                the first one.
+            exit_index: index of the exit point.
+            hidden: [rows, hidden size], the residual stream of the rows to sample.
+            tags: int64 [rows], the tag each row's request was admitted with.
+            memory: `Decision.memory` of these rows from the previous exit point; None at the
+                first.
 
         """
 
 
-class CalibratedPolicy:
+class CalibratedPolicy(ExitPolicy):
     """The policy of an artifact; a request's tag is its row of the epsilon table."""
 
     def __init__(self, artifact: Artifact, logit_lens: Probe | None, device: torch.device) -> None:
-        """Take what `artifact` has fitted to `device`.
+        """Load the fitted tensors of `artifact` onto `device`.
 
-        `logit_lens` is the served model's, loaded; None is enough for label heads.
+        `logit_lens` is that of the served model; label heads do not need it.
         """
         config, tensors = artifact.config, artifact.tensors
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.exit_points = config.exit_points
         self.num_tags = len(config.levels)
         self.restricted = config.candidates == "labels"
-        self.answer_ids: Tensor | None = tensors.get("shortlist")
+        self.answer_ids = tensors.get("shortlist")
         if self.restricted:
             self.answer_ids = torch.tensor(config.label_ids, device=device)
         self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, levels]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
-        own = logit_lens
-        if own is not None and "head_rows" in tensors:
-            own = replace(
-                own, head_weight=tensors["head_rows"], token_ids=self.answer_ids, shards=None
+        if logit_lens is not None and "head_rows" in tensors:
+            logit_lens = replace(
+                logit_lens,
+                head_weight=tensors["head_rows"],
+                token_ids=self.answer_ids,
+                shards=None,
             )
         self._probes = [
             Probe(
@@ -93,9 +96,9 @@ class CalibratedPolicy:
                 head_bias=tensors[f"exit.{layer}.head_bias"],
                 token_ids=self.answer_ids,
             )
-            if own is None or config.probe == "label-head"
+            if logit_lens is None or config.probe == "label-head"
             else replace(
-                own,
+                logit_lens,
                 lens_weight=tensors.get(f"exit.{layer}.lens_weight"),
                 lens_down=tensors.get(f"exit.{layer}.lens_down"),
                 lens_up=tensors.get(f"exit.{layer}.lens_up"),
@@ -104,10 +107,10 @@ class CalibratedPolicy:
             for layer in self.exit_points
         ]
 
+    @override
     def decide(
         self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
     ) -> Decision:
-        """See `ExitPolicy.decide`."""
         probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
         threshold = self._thresholds[exit_index][tags]
         linear = classifier.shape == LINEAR_SHAPE
@@ -121,7 +124,7 @@ class CalibratedPolicy:
             return_scores=self.answer_ids is not None,
         )
         answers = readout if self.answer_ids is None else result.scores
-        if result.settled is not None:  # by the probe kernel
+        if result.settled is not None:  # the kernel has applied a linear classifier
             return Decision(result.settled, answers)
         odds = score(result.features, classifier, memory)
         chained = classifier.shape == CHAIN_SHAPE

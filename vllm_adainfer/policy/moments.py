@@ -1,4 +1,4 @@
-"""Moments: what a linear regression needs of its rows, in memory that does not grow with them."""
+"""Moments: what a linear regression needs from its rows, in memory independent of their number."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class Moments:
     """Weight, means and central sums of rows x [rows, d] with targets y [rows, n].
 
     The sums are about the mean, and sets of rows are joined as in Chan, Golub and LeVeque
-    ("Updating formulae and a pairwise algorithm for computing sample variances", 1979): a feature
-    whose mean is far larger than its spread, as some of a residual stream are, keeps its digits.
+    ("Updating formulae and a pairwise algorithm for computing sample variances", 1979). This keeps
+    precision for features whose mean is far larger than their spread, as in a residual stream.
 
     Attributes: all fp64, on the CPU (``xx`` and ``xy`` of a lens at hidden size 8192: 1 GiB).
         weight: [], sum of the rows' weights.
         x_mean: [d].
         y_mean: [n].
         xx: [d, d], weighted sum of products of centred features.
-        xy: [d, n], the same of features with targets.
+        xy: [d, n], weighted sum of products of centred features and centred targets.
         yy: [n], weighted sum of squares of each centred target.
 
     """
@@ -43,7 +43,8 @@ class Moments:
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows x [rows, d], y [rows, n] with weights [rows], on any device.
 
-        Products are formed there, in fp32 unless the rows are fp64, and summed in fp64 here.
+        Products of these rows are computed on their device, in fp32 unless the rows are fp64, and
+        added to the sums in fp64 on the CPU.
         """
         weight = weight.to(x.device, torch.float64)
         total = weight.sum()
@@ -56,10 +57,10 @@ class Moments:
         x = ((x - x_mean) * root).to(work)
         y = ((y - y_mean) * root).to(work)
         sums = total, x_mean, y_mean, x.T @ x, x.T @ y, y.square().sum(0)
-        self._join(Moments(*(part.to(self.weight) for part in sums)), 1.0)
+        self._join(Moments(*(tensor.to(self.weight) for tensor in sums)), 1.0)
 
     def __add__(self, other: Moments) -> Moments:
-        """Moments of the rows of both."""
+        """Moments of both sets of rows together."""
         joined = copy.deepcopy(self)
         joined._join(other, 1.0)
         return joined
@@ -71,7 +72,7 @@ class Moments:
         return joined
 
     def _join(self, other: Moments, sign: float) -> None:
-        """Add the rows of `other`, or take them away, in place."""
+        """Add the rows of `other`, or remove them, in place."""
         weight = self.weight + sign * other.weight
         share = sign * other.weight / weight if weight > 0 else torch.zeros_like(weight)
         x_apart, y_apart = other.x_mean - self.x_mean, other.y_mean - self.y_mean

@@ -1,15 +1,15 @@
-"""Disagreement in service: a confidence interval that may be looked at after every answer.
+"""Disagreement in service: a confidence interval that may be read after every answer.
 
 Answers of one token each are independent. Their interval is the beta-binomial mixture confidence
 sequence for a Bernoulli rate (Robbins 1970; Howard, Ramdas, McAuliffe and Sekhon 2021,
 "Time-uniform, nonparametric, nonasymptotic confidence sequences"). With k disagreements among n
-answers it holds the rates p for which
+answers it contains the rates p for which
 
     Beta(a + k, b + n - k) / Beta(a, b)  <  p^k (1 - p)^(n - k) / alpha.
 
-At the true rate the ratio of the two sides is a martingale, so by Ville's inequality the interval
-ever misses that rate with a chance of at most alpha, however often it is looked at. Tokens of one
-text are not independent: `vllm_adainfer.policy.text_monitor` watches those.
+At the true rate, the left side over p^k (1 - p)^(n - k) is a martingale. So by Ville's inequality
+the chance that the interval ever misses the true rate is at most alpha, however often it is read.
+Tokens of one text are not independent: `vllm_adainfer.policy.text_monitor` watches those.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import betaln, xlog1py, xlogy
+from typing_extensions import override
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Risk = Literal["disagreement", "accuracy"]
 
-# (a, b) of the mixture. Any is valid; this one is narrow at rates of a few in a hundred.
+# (a, b) of the mixture. Any is valid; this one gives narrow intervals at rates of a few percent.
 PRIOR = (1.0, 10.0)
 
 
@@ -40,10 +41,10 @@ class Reading:
 
     Attributes:
         epsilon: the bound.
-        checked: answers compared with full depth.
-        disagreed: those that differed.
-        low: lower end of the interval of the rate.
-        high: its upper end; the interval is [0, 1] without answers.
+        checked: number of answers compared with full depth.
+        disagreed: number of those that differed.
+        low: lower end of the confidence interval of the rate.
+        high: its upper end; without answers the interval is [0, 1].
         tightened: whether requests at this epsilon must run to full depth.
 
     """
@@ -57,11 +58,11 @@ class Reading:
 
     @property
     def rate(self) -> float:
-        """Share of answers that differed, 0 without answers."""
+        """Share of answers that differed; 0 without answers."""
         return self.disagreed / max(self.checked, 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """All but `epsilon`, and ``rate``."""
+        """All fields except `epsilon`, plus ``rate``."""
         return {
             "checked": self.checked,
             "disagreed": self.disagreed,
@@ -74,12 +75,12 @@ class Reading:
 
 @lru_cache
 def confidence_interval(disagreed: int, checked: int, alpha: float) -> tuple[float, float]:
-    """Rates that `disagreed` of `checked` leave possible, at every moment at once.
+    """The time-uniform confidence interval of the rate of disagreement.
 
     Args:
-        disagreed: k, how many of the answers differed.
-        checked: n, how many were compared so far.
-        alpha: chance that the interval ever misses the true rate.
+        disagreed: k, the number of answers that differed.
+        checked: n, the number of answers compared so far.
+        alpha: upper bound on the chance that the interval ever misses the true rate.
 
     Returns:
         the lower and the upper end, in [0, 1].
@@ -94,7 +95,7 @@ def confidence_interval(disagreed: int, checked: int, alpha: float) -> tuple[flo
 def _lower_end(hits: int, misses: int, evidence: float) -> float:
     """The rate p below hits / (hits + misses) whose log-likelihood is `evidence`; 0 without hits.
 
-    Solved in log p, where ``hits * log p`` is above the log-likelihood and gives the bracket.
+    Solved in log p: ``hits * log p`` bounds the log-likelihood from above, which gives the bracket.
     """
     if hits == 0:
         return 0.0
@@ -107,30 +108,33 @@ def _lower_end(hits: int, misses: int, evidence: float) -> float:
 
 
 class Monitor(ABC):
-    """Counts for each row of a policy's epsilon table, and says which bound is broken.
+    """Counts disagreement for each level of a policy's epsilon table, and reports broken bounds.
 
-    A level is tightened when its interval lies above its epsilon, if epsilon bounds disagreement.
-    Accuracy lost is at most the disagreement, but may be less, and the right answers are not known
-    in service: such a bound is confirmed while the interval lies below it, and never tightened.
-    Counting goes on, but no level is loosened again: whoever serves has to look and to calibrate
-    anew. The other levels stay as they are, stricter and looser ones alike: each has a bound and a
-    reading of its own.
+    If epsilon bounds disagreement, a level is tightened once its interval lies above its epsilon.
+    If epsilon bounds the accuracy lost, no level is tightened: accuracy lost is at most the
+    disagreement but may be less, and service does not know the right answers. Such a bound is
+    confirmed while the interval lies below it.
+
+    A tightened level goes on counting but is never loosened again: the operator must investigate
+    and recalibrate. Other levels, stricter or looser, are unaffected: each has its own bound and
+    its own reading.
 
     Attributes:
-        alpha: chance, for each level, that its interval ever misses the true rate.
+        alpha: for each level, upper bound on the chance that its interval ever misses the true
+            rate.
         epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
-        tightened: bool [levels], whose requests must run to full depth.
+        tightened: bool [levels], True where requests must run to full depth.
 
     """
 
     def __init__(
         self, epsilons: Sequence[float], alpha: float, risk: Risk = "disagreement"
     ) -> None:
-        """`epsilons` are the bounds of the levels, in the order of the epsilon table, on `risk`."""
+        """`epsilons` bound `risk` at each level, in the order of the epsilon table."""
         self.alpha = alpha
         self.epsilons = np.array(epsilons, dtype=np.float64)
         self.tightened: Bools = np.zeros(len(epsilons), dtype=np.bool_)
-        self._closes = risk == "disagreement"
+        self._may_tighten = risk == "disagreement"
         self._checked, self._disagreed = [0] * len(epsilons), [0] * len(epsilons)
         self._exceeded = [False] * len(epsilons)
 
@@ -139,34 +143,34 @@ class Monitor(ABC):
         """Count answers that have been compared with full depth.
 
         Args:
-            request_ids: [answers], whose each is.
-            levels: [answers], the row of the epsilon table each was decided with.
-            disagreed: [answers].
+            request_ids: [answers], the request of each.
+            levels: [answers], the level each was decided at.
+            disagreed: [answers], True where the answer differs from full depth.
 
         Returns:
-            of the levels whose interval now lies above their epsilon, and did not before.
+            readings of the levels whose interval has just moved above their epsilon.
 
         """
 
     @abstractmethod
     def ended(self, request_id: str) -> list[Reading]:
-        """A request, of this policy or not, has no more answers; returns as `observe` does."""
+        """Note that a request, of this policy or not, has ended; returns what `observe` does."""
 
     @abstractmethod
     def _interval(self, level: int) -> tuple[float, float]:
-        """Rates that are possible, at every moment at once."""
+        """The time-uniform confidence interval of a level's rate."""
 
     @abstractmethod
     def _exceeds(self, level: int) -> bool:
-        """Whether that interval lies above the level's epsilon."""
+        """Whether the level's interval lies above its epsilon."""
 
     def readings(self) -> list[Reading]:
-        """Of each level."""
+        """The reading of each level."""
         return [self._reading(level) for level in range(len(self.epsilons))]
 
     def as_dict(self) -> dict[float, dict[str, Any]]:
-        """By epsilon, see `Reading.as_dict`."""
-        return {one.epsilon: one.as_dict() for one in self.readings()}
+        """`Reading.as_dict` of each level, by epsilon."""
+        return {reading.epsilon: reading.as_dict() for reading in self.readings()}
 
     def _reading(self, level: int) -> Reading:
         return Reading(
@@ -178,36 +182,38 @@ class Monitor(ABC):
         )
 
     def _count(self, level: int, checked: int, disagreed: int) -> list[Reading]:
-        """Count so many answers of a level; its reading if that shows it above its epsilon."""
+        """Add answers to a level; returns its reading if it has just exceeded its epsilon."""
         self._checked[level] += checked
         self._disagreed[level] += disagreed
         if self._exceeded[level] or not self._exceeds(level):
             return []
         self._exceeded[level] = True
-        self.tightened[level] = self._closes
+        self.tightened[level] = self._may_tighten
         return [self._reading(level)]
 
 
 class AnswerMonitor(Monitor):
-    """Watches answers of one token."""
+    """Watches answers of one token, each its own request."""
 
+    @override
     def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
-        """See `Monitor.observe`."""
         found = []
         for level in np.unique(levels).tolist():
             here = disagreed[levels == level]
             found += self._count(level, len(here), int(np.count_nonzero(here)))
         return found
 
+    @override
     def ended(self, request_id: str) -> list[Reading]:
-        """See `Monitor.ended`: each answer was a request."""
         return []
 
+    @override
     def _interval(self, level: int) -> tuple[float, float]:
         return confidence_interval(self._disagreed[level], self._checked[level], self.alpha)
 
+    @override
     def _exceeds(self, level: int) -> bool:
-        """Whether the lower end exceeds epsilon, without solving for it."""
+        """Compare the lower end with epsilon without solving for it."""
         (a, b), p = PRIOR, float(self.epsilons[level])
         k, n = self._disagreed[level], self._checked[level]
         mixture = betaln(a + k, b + n - k) - betaln(a, b)

@@ -1,4 +1,4 @@
-"""The policies of one engine: one for each calibrated task, at the exit points of them all."""
+"""The policies of one engine, one for each calibrated task, and their exit points combined."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Ints = npt.NDArray[np.int64]
 
 
 def first_tags(levels: Iterable[int]) -> list[int]:
-    """The first tag of each policy, given how many tags each has: they are numbered through."""
+    """The first tag of each policy, given how many tags each has; tags are numbered in sequence."""
     return [0, *accumulate(levels)][:-1]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Rows that one policy is to decide.
+class PolicyRows:
+    """The rows that one policy decides at an exit point.
 
     Attributes:
-        policy: its place in the set.
-        exit_index: which of its own exit points this is.
-        rows: int64 [asked], which of the rows in question.
+        policy: index of the policy in the set.
+        exit_index: index of this exit point among the policy's own.
+        rows: int64 [rows of this policy], indices into all rows.
 
     """
 
@@ -37,25 +37,25 @@ class Asked:
 
 
 class PolicySet:
-    """Several policies as the exit loop sees them.
+    """Several policies, as the exit loop sees them.
 
-    A request's tag says both which policy decides it and the number this policy knows it by.
+    A request's tag identifies both the policy that decides it and its tag within that policy.
     """
 
     def __init__(
         self, policies: Mapping[str, ExitPolicy], exit_points: Sequence[int] | None = None
     ) -> None:
-        """`policies` by name, in order of their tags.
+        """`policies` by name, in the order of their tags.
 
-        `exit_points` are where the stack is cut, ascending, if at more than theirs.
+        `exit_points` are the layers where the model is cut, ascending; None means the policies'.
         """
         self.policies = tuple(policies.values())
         self.names = (*policies, NO_POLICY)
-        own = {point for policy in self.policies for point in policy.exit_points}
-        self.exit_points = tuple(sorted(own) if exit_points is None else exit_points)
+        points = {point for policy in self.policies for point in policy.exit_points}
+        self.exit_points = tuple(sorted(points) if exit_points is None else exit_points)
         counts = [policy.num_tags for policy in self.policies]
         self._first = np.array(first_tags(counts))
-        # By tag; the last entry is for -1, the tag of those that may not exit.
+        # Indexed by tag; the last entry serves -1, the tag of requests that may not exit.
         self._owner = np.repeat(np.arange(len(counts) + 1), [*counts, 1])
         self._at = [
             [
@@ -67,18 +67,18 @@ class PolicySet:
         ]
 
     def owners(self, tags: Ints) -> Ints:
-        """[requests], the policy (its place in `names`) of each of `tags`."""
+        """[requests], the policy of each of `tags`, as an index into `names`."""
         owners: Ints = self._owner[tags]
         return owners
 
     def own_tags(self, tags: Ints, owners: Ints) -> Ints:
-        """[requests], the numbers by which their policies know them; all may exit."""
-        own: Ints = tags - self._first[owners]
-        return own
+        """[requests], each tag within its policy; all of these requests must be able to exit."""
+        within: Ints = tags - self._first[owners]
+        return within
 
-    def asked(self, exit_index: int, owners: Ints) -> Iterator[Asked]:
-        """Who decides which of the rows with `owners` [rows] at an exit point, and who at all."""
-        for policy, own_index in self._at[exit_index]:
+    def asked(self, exit_index: int, owners: Ints) -> Iterator[PolicyRows]:
+        """For each policy with rows to decide at an exit point, those rows; `owners` is [rows]."""
+        for policy, index in self._at[exit_index]:
             rows = np.flatnonzero(owners == policy)
             if rows.size:
-                yield Asked(policy, own_index, rows)
+                yield PolicyRows(policy, index, rows)

@@ -1,14 +1,14 @@
-"""Scores: what serving evaluates of a fitted classifier, as calibration did.
+"""Scores: how calibration and serving both evaluate a fitted classifier.
 
-A served classifier is one fp32 tensor; its shape says which form it is:
+A served classifier is one fp32 tensor, whose shape gives its form:
 
     [3]     linear: weights of top_prob and gap, bias (svm, logreg, threshold)
     [G, G]  a table of log odds over stretched top_prob (rows) and gap (columns), see `stretch`,
             read by bilinear interpolation (rbf, boosting)
-    [7]     a step of a chain: log potentials of the transitions 0->0, 0->1, 1->0, 1->1 (1 is
-            settled) from the exit point before, then a linear form (crf)
+    [7]     one step of a chain: log potentials of the transitions 0->0, 0->1, 1->0, 1->1 (1 is
+            settled) from the previous exit point, then a linear form (crf)
 
-Scores are log odds of "the answer is final", so that one threshold is fair to all exit points.
+Scores are log odds of "the answer is final", so one threshold is fair to all exit points.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from adainfer_kernels import linear_score
 from torch import Tensor
 
 LINEAR_SHAPE = (3,)
-# So fine that an RBF SVM's log odds are met within 0.01, and that boosting, which is made of steps
-# and goes wrong by as much as a step in the cell that holds one, decides 99 % of rows alike.
+# Fine enough to match an RBF SVM's log odds within 0.01. Boosting is a step function, so in a cell
+# that contains a step the table can be off by the whole step; 99 % of decisions agree.
 TABLE_SHAPE = (256, 256)
 CHAIN_SHAPE = (7,)
-# fp32 log-sum-exps carry probabilities near 1 no finer than about this.
+# About the finest difference between probabilities near 1 that fp32 log-sum-exps resolve.
 FINEST = 2.0**-20
 LONGEST = -math.log(FINEST)
 
 
 def served_shape(kind: str) -> tuple[int, ...]:
-    """Shape of the tensor that serves a classifier of `kind`."""
+    """Shape of the tensor that represents a classifier of `kind`."""
     if kind in ("rbf", "boosting"):
         return TABLE_SHAPE
     return CHAIN_SHAPE if kind == "crf" else LINEAR_SHAPE
 
 
 def stretch(features: Tensor) -> Tensor:
-    """-log(1 - feature), elementwise, from 0 to `LONGEST`: features crowd near 1."""
+    """-log(1 - feature), elementwise, from 0 to `LONGEST`: spreads features that crowd near 1."""
     return -(1 - features).clamp(FINEST, 1).log()
 
 
@@ -46,12 +46,12 @@ def score(features: Tensor, classifier: Tensor, memory: Tensor | None) -> Tensor
 
     Args:
         features: fp32 [rows, 2], ``top_prob`` and ``gap``.
-        classifier: any served form, see above.
-        memory: fp32 [rows], the scores of these rows at the exit point before, for a chain; None
-            at the first one. The other forms do not read it.
+        classifier: in any of the forms above.
+        memory: fp32 [rows], for a chain: the scores of these rows at the previous exit point, None
+            at the first. The other forms ignore it.
 
     Returns:
-        fp32 [rows]; NaN where a feature is, which no threshold accepts.
+        fp32 [rows]; NaN where a feature is NaN, which no threshold accepts.
 
     """
     if classifier.dim() == 2:
@@ -61,7 +61,7 @@ def score(features: Tensor, classifier: Tensor, memory: Tensor | None) -> Tensor
     emission = linear_score(features, classifier[4:])
     if memory is None:
         return emission
-    # The forward algorithm in log odds: sum over the state before, given its odds.
+    # The forward algorithm in log odds: sum over the previous state, given its odds.
     stay_open, settle, reopen, stay_settled = classifier[:4]
     return (
         emission
@@ -76,7 +76,7 @@ def _table_score(features: Tensor, table: Tensor) -> Tensor:
     corner = place.nan_to_num().clamp(max=cells - 1).long()
     along_top_prob, along_gap = (place - corner).unbind(dim=-1)
     row, column = corner.unbind(dim=-1)
-    # A lerp between equals is exact, so that the plateaus of trees stay flat.
+    # A lerp between equal values is exact, so the plateaus of trees stay flat.
     before = torch.lerp(table[row, column], table[row, column + 1], along_gap)
     after = torch.lerp(table[row + 1, column], table[row + 1, column + 1], along_gap)
     return torch.lerp(before, after, along_top_prob)

@@ -1,28 +1,29 @@
-"""A policy that asks no one: each request says where it leaves, for benchmarks and tests of speed.
+"""A policy that follows a script: each request names its exit point. For benchmarks and tests.
 
-It probes as a label head does, so that a step costs what it would cost a calibrated policy; what
-it answers means nothing.
+It runs a label head's probe, so a step costs as much as with a calibrated policy. Its answers are
+meaningless.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from vllm_adainfer.policy.exit_policy import Decision
+from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy
 from vllm_adainfer.policy.probe import Probe
 
-SCRIPT_LABELS = (0, 1)  # the token ids that a scripted request must be restricted to
+SCRIPT_LABELS = (0, 1)  # the only token ids that a scripted request may produce
 
 
-class ScriptedPolicy:
-    """Settles a request at the exit point (an index) that is its tag."""
+class ScriptedPolicy(ExitPolicy):
+    """Settles a request at the exit point whose index is the request's tag."""
 
     def __init__(self, exit_points: tuple[int, ...], hidden_size: int, device: torch.device):
-        """Random numbers stand for what a label head of this size has fitted."""
+        """Fill a label head of this size with random numbers."""
         self.exit_points = exit_points
         self.num_tags = len(exit_points)
-        self.answer_ids: Tensor | None = torch.tensor(SCRIPT_LABELS, device=device)
+        self.answer_ids = torch.tensor(SCRIPT_LABELS, device=device)
         self.restricted = True
         self._classifier = torch.zeros(3, dtype=torch.float32, device=device)
         generator = torch.Generator().manual_seed(0)
@@ -35,10 +36,10 @@ class ScriptedPolicy:
             token_ids=self.answer_ids,
         )
 
+    @override
     def decide(
         self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
     ) -> Decision:
-        """See `ExitPolicy.decide`."""
         readout = self._probe.readout(hidden)
         threshold = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         _, scores = self._probe.settle(readout, self._classifier, threshold)

@@ -12,22 +12,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabularyShards:
-    """Ranks that hold different rows of the LM head, and what they have found there.
+    """Joins the probe results of ranks that hold different rows of the LM head.
 
     Attributes:
-        gather: from [...] of this rank to [ranks, ...] of all, the same on each; a collective.
+        gather: collects a tensor [...] from every rank into [ranks, ...], the same on each rank;
+            a collective operation.
 
     """
 
     gather: Callable[[Tensor], Tensor]
 
-    def merged(self, part: ProbeResult) -> ProbeResult:
-        """This rank's part of a probe and all others', joined; the same on each rank."""
-        ids = part.top1_id.to(torch.int32).view(torch.float32)  # travel as they are, bit for bit
-        parts = self.gather(torch.stack([ids, part.top1, part.top2, part.lse]))
+    def merged(self, shard: ProbeResult) -> ProbeResult:
+        """This rank's result merged with those of all other ranks; the same on each rank."""
+        # Ids travel as the bits of floats, so that one collective carries everything.
+        ids = shard.top1_id.to(torch.int32).view(torch.float32)
+        shards = self.gather(torch.stack([ids, shard.top1, shard.top2, shard.lse]))
         return merge(
             [
                 ProbeResult(ids.contiguous().view(torch.int32).long(), top1, top2, lse)
-                for ids, top1, top2, lse in parts.unbind()
+                for ids, top1, top2, lse in shards.unbind()
             ]
         )

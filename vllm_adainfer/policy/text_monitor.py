@@ -1,16 +1,17 @@
-"""Disagreement of generated text in service, watched by prompt.
+"""Disagreement of generated text in service, watched text by text.
 
 A bound on generated text promises, per token, that E[tokens that differ] <= epsilon E[tokens],
 over prompts (see `vllm_adainfer.offline.calibration.certify`). Tokens of one text are not
-independent, texts are. So a gambler bets on whole texts, as in Waudby-Smith and Ramdas 2020
-(arXiv 2010.09686): with d and n the tokens of a text that differ and that were decided, as shares of the most that
-count, a text multiplies the capital held against "the rate is at most p" by
+independent, but texts are. So a gambler bets on whole texts, as in Waudby-Smith and Ramdas 2020
+(arXiv 2010.09686). Let n be the tokens of a text that were compared and d those that differ, both
+as shares of the most tokens that count. Then a text multiplies the capital held against "the rate
+is at most p" by
 
     1 + stake (d - p n) / p,   and that against "at least p" by   1 + stake (p n - d) / (1 - p).
 
-Neither factor is negative, and at that rate its mean is 1, so by Ville's inequality the capital
-ever reaches 2 / alpha with a chance of at most alpha / 2. Capital is held for a grid of rates, for
-several stakes at once (their mean counts); the interval lies between the rates that are rejected.
+Neither factor is negative, and at the rate p each has mean 1. So by Ville's inequality the chance
+that the capital ever reaches 2 / alpha is at most alpha / 2. Capital is held against each rate of a
+grid, as the mean over several stakes; the interval lies between the rejected rates.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp
+from typing_extensions import override
 
 from vllm_adainfer.policy.monitor import Bools, Ints, Monitor, Reading
 
 STAKES = np.array([0.5, 0.25, 0.12, 0.06, 0.03, 0.015])
-RATES = np.geomspace(1e-4, 0.98, 120)  # the ends of an interval are among them, and the epsilons
+RATES = np.geomspace(1e-4, 0.98, 120)  # the grid, to which `TextMonitor` adds its epsilons
 
 
 @dataclass
 class Text:
-    """What has been compared of a shadow request's text.
+    """The text of a shadow request, as far as it has been compared.
 
     Attributes:
-        level: the row of the epsilon table it is decided with.
-        checked: tokens that were compared.
-        disagreed: those that differed.
+        level: the row of the epsilon table that decides it.
+        checked: number of tokens compared.
+        disagreed: number of those that differed.
         complete: whether it has ended, or no more of its tokens count.
 
     """
@@ -49,23 +51,23 @@ class Text:
 
 
 class Capital:
-    """What a gambler holds against rates of one level: see the head of this file."""
+    """The gambler's capital against each rate, for one level; see the module docstring."""
 
     def __init__(self, rates: npt.NDArray[np.float64]) -> None:
-        """`rates` ascend between 0 and 1."""
+        """`rates` [rates] ascend, between 0 and 1."""
         self._rates = rates
-        # Logarithms, [above or below, rates, stakes].
-        self._capital = np.zeros((2, len(rates), len(STAKES)))
+        # [2, rates, stakes], first against "at most", then against "at least" each rate.
+        self._log_capital = np.zeros((2, len(rates), len(STAKES)))
 
     def bet(self, disagreed: float, checked: float) -> None:
-        """A text with shares of tokens that differ and that were decided."""
+        """Bet on a text; both are shares of the most tokens that count."""
         lead = disagreed - self._rates * checked
         odds = np.stack([lead / self._rates, -lead / (1 - self._rates)])
-        self._capital += np.log1p(odds[:, :, None] * STAKES)
+        self._log_capital += np.log1p(odds[:, :, None] * STAKES)
 
     def interval(self, alpha: float) -> tuple[float, float]:
-        """Between the highest rate that is too low and the lowest that is too high."""
-        held = logsumexp(self._capital, axis=2) - math.log(len(STAKES))
+        """The highest rate rejected as too low, and the lowest rejected as too high."""
+        held = logsumexp(self._log_capital, axis=2) - math.log(len(STAKES))
         too_low, too_high = held >= math.log(2 / alpha)
         low, high = self._rates[too_low], self._rates[too_high]
         return float(low.max(initial=0.0)), float(high.min(initial=1.0))
@@ -74,21 +76,22 @@ class Capital:
 class TextMonitor(Monitor):
     """Watches generated texts, up to as many tokens of each as calibration generated.
 
-    Texts count in the order in which they began, each when it has ended (or has enough tokens): in
-    the order of their ends short ones would come first, and texts that run are no fair draw.
+    A text counts once it is complete and all texts that began before it have counted. In the order
+    in which they end, short texts would come first, which is not a fair sample.
     """
 
     def __init__(self, epsilons: Sequence[float], alpha: float, longest: int) -> None:
-        """`longest` is the most tokens of a text that count; see `Monitor`."""
+        """`longest` is the most tokens of a text that count; the rest is as in `Monitor`."""
         super().__init__(epsilons, alpha)
         rates = np.union1d(RATES, self.epsilons)
         self._capital = [Capital(rates) for _ in epsilons]
         self._longest = longest
-        self._running: dict[str, Text] = {}  # by request
+        self._running: dict[str, Text] = {}  # by request id
         self._to_count: deque[Text] = deque()
 
+    @override
     def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
-        """See `Monitor.observe`; an answer is the next token of its request's text."""
+        """Count each answer as the next token of its request's text; see `Monitor.observe`."""
         answers = zip(request_ids, levels.tolist(), disagreed.tolist(), strict=True)
         for request_id, level, differs in answers:
             if request_id not in self._running:
@@ -101,8 +104,8 @@ class TextMonitor(Monitor):
                 text.complete = text.checked == self._longest
         return self._count_complete()
 
+    @override
     def ended(self, request_id: str) -> list[Reading]:
-        """See `Monitor.ended`."""
         text = self._running.pop(request_id, None)
         if text is None:
             return []
@@ -110,7 +113,7 @@ class TextMonitor(Monitor):
         return self._count_complete()
 
     def _count_complete(self) -> list[Reading]:
-        """Count texts that are complete, up to the first that is not."""
+        """Count complete texts, up to the first incomplete one."""
         found = []
         while self._to_count and self._to_count[0].complete:
             text = self._to_count.popleft()
@@ -120,9 +123,11 @@ class TextMonitor(Monitor):
             found += self._count(text.level, text.checked, text.disagreed)
         return found
 
+    @override
     def _interval(self, level: int) -> tuple[float, float]:
         return self._capital[level].interval(self.alpha)
 
+    @override
     def _exceeds(self, level: int) -> bool:
-        """Whether epsilon, which is among the rates, is too low."""
+        """Whether epsilon, which is one of the rates, is rejected as too low."""
         return self._interval(level)[0] >= self.epsilons[level]
