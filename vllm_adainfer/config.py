@@ -19,7 +19,7 @@ from vllm_adainfer.errors import AdaInferError
 
 CONFIG_KEY = "adainfer"
 KILL_SWITCH = "VLLM_ADAINFER"
-NO_POLICY = "full_depth"  # stands for a policy's name where requests that may not exit are counted
+NO_POLICY = "full_depth"  # policy name under which requests that may not exit are counted
 DEFAULT_POLICY = "default"  # name of the only policy
 # Policy names appear in requests and in the labels of metrics.
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -86,8 +86,8 @@ class Settings(BaseModel):
         0.0,
         ge=0,
         le=1,
-        description="Share of the requests that may exit that run to full depth instead, which "
-        "their early answers are compared with; 0 compares none.",
+        description="Of the requests that may exit, the share that runs to full depth instead, "
+        "to be compared with the early answers; 0 compares none.",
     )
 
     @model_validator(mode="after")
