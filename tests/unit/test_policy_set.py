@@ -39,7 +39,7 @@ def slow_asked(policies: dict[str, Any], layer: int, owners: list[int]) -> list[
 def asked(policies: PolicySet, exit_index: int, owners: Any) -> list[Any]:
     return [
         (part.policy, part.exit_index, part.rows.tolist())
-        for part in policies.asked(exit_index, np.array(owners, dtype=np.int64))
+        for part in policies.rows_by_policy(exit_index, np.array(owners, dtype=np.int64))
     ]
 
 
@@ -58,7 +58,7 @@ def test_a_tag_says_whose_request_it_is_and_what_its_policy_calls_it():
     assert owners.tolist() == [1, 2, 0, 0, 1, 0]
     assert [policies.names[owner] for owner in owners] == ["b", NO_POLICY, "a", "a", "b", "a"]
     may_exit = tags >= 0
-    assert policies.own_tags(tags[may_exit], owners[may_exit]).tolist() == [1, 0, 2, 0, 1]
+    assert policies.tags_within(tags[may_exit], owners[may_exit]).tolist() == [1, 0, 2, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_random_sets_do_what_writing_it_all_down_does(seed, wider):
     owners = policies.owners(tags)
     assert owners.tolist() == [slow[tag][0] for tag in tags]
     may_exit = tags >= 0
-    own = policies.own_tags(tags[may_exit], owners[may_exit])
+    own = policies.tags_within(tags[may_exit], owners[may_exit])
     assert own.tolist() == [slow[tag][1] for tag in tags[may_exit]]
     for index, layer in enumerate(policies.exit_points):
         assert asked(policies, index, owners) == slow_asked(some, layer, owners.tolist())

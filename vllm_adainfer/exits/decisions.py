@@ -43,34 +43,34 @@ class Decisions:
         `states` are those of the batch at the exit point.
         """
         step, undecided = self._step, self._step.undecided()
-        parts = list(self._policies.asked(exit_index, self._owners[undecided]))
+        parts = list(self._policies.rows_by_policy(exit_index, self._owners[undecided]))
         if not parts:
             return
         asked = [undecided[part.rows] for part in parts]
         requests = asked[0] if len(asked) == 1 else np.concatenate(asked)
-        own_tags = self._policies.own_tags(step.tags[requests], self._owners[requests])
-        places, tags, rows = step.on_device(requests, own_tags, step.sampled_rows(requests))
-        # Where tokens are generated, every row is asked about, in order: then none is copied.
+        tags = self._policies.tags_within(step.tags[requests], self._owners[requests])
+        places, device_tags, rows = step.on_device(requests, tags, step.sampled_rows(requests))
+        # Rows are not copied if all are asked about in order, as where tokens are generated.
         if len(requests) < states.num_rows or len(asked) > 1:
             states = states.rows(rows)
         hidden, start = states.combined(), 0
         settled = []
         for part in parts:
-            here = slice(start, start + len(part.rows))
-            start = here.stop
+            span = slice(start, start + len(part.rows))
+            start = span.stop
             memory = self._memory.get(part.policy)
             decision = self._policies.policies[part.policy].decide(
                 part.exit_index,
-                hidden[here],
-                tags[here],
-                None if memory is None else memory[places[here]],
+                hidden[span],
+                device_tags[span],
+                None if memory is None else memory[places[span]],
             )
             if decision.memory is not None:
-                self._put(self._memory, part.policy, places[here], decision.memory)
+                self._put(self._memory, part.policy, places[span], decision.memory)
             if decision.answers is not None:
                 # Also of those that are not settled: picking out the others would make the device
                 # wait.
-                self._put(self._answers, part.policy, places[here], decision.answers)
+                self._put(self._answers, part.policy, places[span], decision.answers)
             settled.append(decision.settled)
         if not self._answers:  # nobody can be settled
             return
@@ -118,7 +118,7 @@ class Decisions:
                 monitor=monitors[name],
                 stats=stats.by_policy[name],
                 request_ids=[step.request_ids[place] for place in shadow.tolist()],
-                tags=self._policies.own_tags(step.tags[shadow], self._owners[shadow]),
+                tags=self._policies.tags_within(step.tags[shadow], self._owners[shadow]),
                 settled=settled,
                 requests=requests,
                 answers=None if answers is None else answers[requests],

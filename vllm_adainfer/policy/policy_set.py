@@ -71,12 +71,12 @@ class PolicySet:
         owners: Ints = self._owner[tags]
         return owners
 
-    def own_tags(self, tags: Ints, owners: Ints) -> Ints:
+    def tags_within(self, tags: Ints, owners: Ints) -> Ints:
         """[requests], each tag within its policy; all of these requests must be able to exit."""
         within: Ints = tags - self._first[owners]
         return within
 
-    def asked(self, exit_index: int, owners: Ints) -> Iterator[PolicyRows]:
+    def rows_by_policy(self, exit_index: int, owners: Ints) -> Iterator[PolicyRows]:
         """For each policy with rows to decide at an exit point, those rows; `owners` is [rows]."""
         for policy, index in self._at[exit_index]:
             rows = np.flatnonzero(owners == policy)
