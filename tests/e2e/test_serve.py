@@ -252,7 +252,7 @@ def test_requests_of_all_kinds_at_once_are_told_what_each_is_told_alone(server, 
         ({"adainfer_depth": 3}, "'adainfer_depth' is not a key that vllm-adainfer knows"),
     ],
 )
-def test_a_request_that_asks_for_what_there_is_not_gets_a_400_with_the_reason(
+def test_a_request_that_asks_for_something_unknown_gets_a_400_with_the_reason(
     server, path, arguments, sentence
 ):
     body = {"model": "model", "max_tokens": 1, "vllm_xargs": arguments}

@@ -314,7 +314,7 @@ def test_the_worker_remembers_how_many_tokens_there_may_be(generation, requested
 
 def test_the_worker_remembers_who_wants_log_probabilities_of_the_prompt(generation):
     wants = [
-        generation().admit("id", SamplingParams(prompt_logprobs=count), 5).wants_prompt
+        generation().admit("id", SamplingParams(prompt_logprobs=count), 5).wants_prompt_logprobs
         for count in (None, 0, 1)
     ]
     assert wants == [False, True, True]

@@ -42,7 +42,7 @@ class Admitted:
         prompt_len: tokens of its prompt.
         max_tokens: most tokens that it may generate.
         deep_prompt: whether its prompt runs at full depth, whatever the tag.
-        wants_prompt: whether it wants log-probabilities of its prompt's tokens.
+        wants_prompt_logprobs: whether it wants log-probabilities of its prompt's tokens.
         params: its sampling parameters, from which all this follows.
 
     """
@@ -53,7 +53,7 @@ class Admitted:
     prompt_len: int
     max_tokens: int
     deep_prompt: bool
-    wants_prompt: bool
+    wants_prompt_logprobs: bool
     params: SamplingParams | None
 
 
@@ -123,7 +123,7 @@ class Admission:
             prompt_len=prompt_len,
             max_tokens=(params and params.max_tokens) or UNLIMITED,
             deep_prompt=has_deep_prompt(params),
-            wants_prompt=params is not None and params.prompt_logprobs is not None,
+            wants_prompt_logprobs=params is not None and params.prompt_logprobs is not None,
             params=params,
         )
 

@@ -22,7 +22,7 @@ from vllm_adainfer.exits.transfer import upload
 Groups = list[list[AttentionGroup]]  # by KV cache group
 
 
-def own_groups(groups: Groups, vllm_config: VllmConfig, device: torch.device) -> Groups:
+def with_own_builders(groups: Groups, vllm_config: VllmConfig, device: torch.device) -> Groups:
     """`groups` with their own metadata builders, because a builder may keep what it built last.
 
     vLLM's model that runs some layers on only some rows does the same
@@ -94,7 +94,7 @@ def metadata_of(
     """Attention metadata by layer.
 
     Args:
-        groups: `own_groups`.
+        groups: `with_own_builders`.
         queries: rows of the requests.
         block_tables: int32 [requests, blocks] of these requests, by KV cache group.
         slots: int64 [rows] by KV cache group, where keys and values go.
@@ -144,7 +144,7 @@ class StepAttention:
     it writes K and V.
 
     Attributes:
-        groups: `own_groups`.
+        groups: `with_own_builders`.
         block_tables: int32 [requests, blocks] of each KV cache group, on the device.
         block_sizes: tokens per block, by KV cache group.
         device: of the rows.
@@ -186,6 +186,6 @@ class StepAttention:
     def _slots(self, owners: Tensor, positions: Tensor) -> list[Tensor]:
         """Slots by KV cache group, int64 [rows]."""
         return [
-            compat.slots(table, size, owners, positions)
+            compat.slots_of(table, size, owners, positions)
             for table, size in zip(self.block_tables, self.block_sizes, strict=True)
         ]

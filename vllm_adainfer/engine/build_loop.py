@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 
 from vllm_adainfer.config import DEFAULT_POLICY, LensRecord, Settings
-from vllm_adainfer.engine.ranks import NOT_THE_SAME, agreed, same_on_all_ranks
+from vllm_adainfer.engine.ranks import RANKS_DIFFER, agreed, same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.exit_loop import ExitLoop
@@ -71,7 +71,7 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
         recorder = _recorder(settings.record, settings.record_lens)
         return RecordingLoop(model.cut_stack(recorder.layers, vllm_config), recorder)
     if not same_on_all_ranks(digest_of(model.artifacts)):
-        raise AdaInferError(NOT_THE_SAME)
+        raise AdaInferError(RANKS_DIFFER)
     return ExitLoop(
         model.cut_stack(model.exit_points, vllm_config),
         policies_of(model),

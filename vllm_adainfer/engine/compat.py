@@ -109,7 +109,7 @@ def use_stat_loggers(mixin: type) -> None:
             module.StatLoggerManager = ours
 
 
-def note_report(scheduler_stats: Any, report: dict[str, Any]) -> None:
+def attach_report(scheduler_stats: Any, report: dict[str, Any]) -> None:
     """Send `report` from the scheduler to the frontends, in `SchedulerStats`.
 
     0.32 has no field for plugins there. The one for KV connectors may hold any plain values, and is
@@ -119,7 +119,7 @@ def note_report(scheduler_stats: Any, report: dict[str, Any]) -> None:
 
 
 def take_report(scheduler_stats: Any) -> dict[str, Any] | None:
-    """What `note_report` sent; empties the field for vLLM's own loggers."""
+    """What `attach_report` sent; empties the field for vLLM's own loggers."""
     sent = None if scheduler_stats is None else scheduler_stats.kv_connector_stats
     if not sent or REPORT_KEY not in sent:
         return None
@@ -132,7 +132,7 @@ REPORT_KEY = "adainfer"
 NO_SLOT = -1  # 0.32's PAD_SLOT_ID: keys and values of such a row are not written
 
 
-def slots(blocks: Tensor, size: int, requests: Tensor, positions: Tensor) -> Tensor:
+def slots_of(blocks: Tensor, size: int, requests: Tensor, positions: Tensor) -> Tensor:
     """Cache slots, int64 [rows], of `positions` of `requests` (places in the batch).
 
     This is what 0.32's kernels for ``BlockTable.compute_slot_mapping`` (V1) and
@@ -149,7 +149,7 @@ def slots(blocks: Tensor, size: int, requests: Tensor, positions: Tensor) -> Ten
     return blocks[requests, positions // size].long() * size + positions % size
 
 
-def note(output: Any, content: Any) -> None:
+def attach_note(output: Any, content: Any) -> None:
     """Send `content` from the worker to the scheduler, in a `ModelRunnerOutput`.
 
     0.32 has no field for plugins there, but it is pickled, so an extra attribute travels with it.
@@ -158,8 +158,8 @@ def note(output: Any, content: Any) -> None:
     getattr(output, "model_runner_output", output).adainfer = content
 
 
-def noted(output: Any) -> Any:
-    """What `note` sent; None if the worker has run no step."""
+def attached_note(output: Any) -> Any:
+    """What `attach_note` sent; None if the worker has run no step."""
     return getattr(output, "adainfer", None)
 
 

@@ -65,7 +65,7 @@ class DecodeBuffers:
         ):
             buffer[:rows] = table[owners]
             buffer[rows:padded] = 0
-            self._slots[group, :rows] = compat.slots(
+            self._slots[group, :rows] = compat.slots_of(
                 table, attention.block_sizes[group], owners, device_positions[:rows]
             )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 
-NOT_THE_SAME = "ranks have not read the same: is an artifact being replaced? Try again"
+RANKS_DIFFER = "ranks have not read the same: is an artifact being replaced? Try again"
 
 
 def agreed(values: Tensor) -> Tensor:

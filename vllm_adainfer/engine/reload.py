@@ -10,7 +10,7 @@ from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine.admission import Admission
 from vllm_adainfer.engine.build_loop import monitors_of, policies_of
 from vllm_adainfer.engine.compat import get_logger
-from vllm_adainfer.engine.ranks import NOT_THE_SAME, same_on_all_ranks
+from vllm_adainfer.engine.ranks import RANKS_DIFFER, same_on_all_ranks
 from vllm_adainfer.engine.requests import RunningRequests
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import ArtifactConfig
@@ -58,7 +58,7 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
     if failure is not None:
         raise failure
     if not same:
-        raise AdaInferError(NOT_THE_SAME)
+        raise AdaInferError(RANKS_DIFFER)
     model.artifacts = artifacts
     model.loop.use_policies(policies_of(model, cuts), monitors_of(model))
     running.use_admission(admission)

@@ -118,7 +118,7 @@ class RunningRequests:
             tags=tags,
             continues=continues,
             shadow=shadow,
-            all_rows_count=any(request.wants_prompt for request in admitted),
+            all_rows_count=any(request.wants_prompt_logprobs for request in admitted),
             device=device,
         )
         return self._ran

@@ -53,7 +53,7 @@ class GuardedScheduler(_Scheduler):
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """First put blocks that the step completed into the prefix cache."""
-        note: StepNote | None = compat.noted(model_runner_output)
+        note: StepNote | None = compat.attached_note(model_runner_output)
         if note is not None:
             if note.counted is not None:
                 self._counted = note.counted
@@ -67,7 +67,7 @@ class GuardedScheduler(_Scheduler):
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
         counted, self._counted = self._counted, None
         if stats is not None and counted is not None:
-            compat.note_report(stats, self._reporter.report(counted))
+            compat.attach_report(stats, self._reporter.report(counted))
         return stats
 
     def _may_exit(self, request: Request, computed: int) -> bool:

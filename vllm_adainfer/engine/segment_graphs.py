@@ -20,7 +20,13 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_adainfer.engine.attention import Groups, StepAttention, by_layer, metadata_of, own_groups
+from vllm_adainfer.engine.attention import (
+    Groups,
+    StepAttention,
+    by_layer,
+    metadata_of,
+    with_own_builders,
+)
 from vllm_adainfer.engine.compat import get_logger
 from vllm_adainfer.engine.decode_buffers import DecodeBuffers
 from vllm_adainfer.engine.segments import Stack
@@ -52,7 +58,7 @@ class SegmentGraphs:
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
         self._config = config
         self._stack = stack
-        self._groups = own_groups(groups, config, device)
+        self._groups = with_own_builders(groups, config, device)
         self._managers = [
             CudaGraphManager(config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1)
             for _ in stack.segments

@@ -9,7 +9,7 @@ import numpy as np
 from typing_extensions import override
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_adainfer.engine.attention import Groups, StepAttention, own_groups
+from vllm_adainfer.engine.attention import Groups, StepAttention, with_own_builders
 from vllm_adainfer.engine.build_loop import build_loop
 from vllm_adainfer.engine.compat import keep_best_tokens, seeds_of_chunks_kept
 from vllm_adainfer.engine.requests import RunningRequests
@@ -35,7 +35,7 @@ class AdaInferCPUModelRunner(CPUModelRunner):
 
     @cached_property
     def _own_groups(self) -> Groups:
-        return own_groups(self.attn_groups, self.vllm_config, self.device)
+        return with_own_builders(self.attn_groups, self.vllm_config, self.device)
 
     @override
     def _update_states(self, scheduler_output: Any) -> Any:

@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_adainfer.engine.attention import Groups, StepAttention, own_groups
+from vllm_adainfer.engine.attention import Groups, StepAttention, with_own_builders
 from vllm_adainfer.engine.build_loop import build_loop
 from vllm_adainfer.engine.compat import get_logger
 from vllm_adainfer.engine.requests import RunningRequests
@@ -102,7 +102,7 @@ class AdaInferModelState(DefaultModelState):
     ) -> dict[str, Any]:
         """Also describe the step, unless this is a dummy batch."""
         if self._own_groups is None:
-            self._own_groups = own_groups(attn_groups, self.vllm_config, self.device)
+            self._own_groups = with_own_builders(attn_groups, self.vllm_config, self.device)
         graphs = self.model.graphs
         if self.running.knows(input_batch.req_ids[0]):
             computed = input_batch.num_computed_tokens_np.astype(np.int64)

@@ -44,7 +44,7 @@ class ExitWorker(_Worker):
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
             output = copy.copy(output)  # all empty steps share one
-            compat.note(output, self._running.note_at_rest())
+            compat.attach_note(output, self._running.note_at_rest())
         return output
 
     @override
@@ -53,7 +53,7 @@ class ExitWorker(_Worker):
         output = super().sample_tokens(grammar_output)
         note = self._running.take_note()
         if note is not None:
-            compat.note(output, note)
+            compat.attach_note(output, note)
         return output
 
     def adainfer_stats(self) -> dict[str, Any]:
