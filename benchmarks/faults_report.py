@@ -11,11 +11,11 @@ COUNTS = ("sent", "answered", "ties", "wrong", "lost", "refused", "left", "faile
 
 
 EXPLAINED = (
-    "A tie is an answer that differed in a batch and came as in the quiet pass when asked for "
-    "again, alone. Tokens and rows are equal where no client left (rows also where nobody was "
-    "preempted, whose rows come twice); of each request that was left, the plugin may count some "
-    "tokens more (decided until the engine had heard), and rows of a prompt whose first token was "
-    "never sent."
+    "A tie is an answer that differed in a batch but was that of the quiet pass when asked for "
+    "again, alone. Tokens are equal where no client left, and rows where also no request was "
+    "preempted (its rows come twice). For each request that its client left, the plugin may count "
+    "some more tokens (decided before the engine heard of it), and rows of a prompt whose first "
+    "token was never sent."
 )
 
 

@@ -88,8 +88,8 @@ def families_table() -> list[str]:
     report = next(iter(load("families").values()))
     table = (HERE / "results" / "families.md").read_text().splitlines()
     return [
-        "OPT and Llama, small ones trained in the benchmark to tell where lines of this repository "
-        f"are from, {report['n']} unseen prompts of {report['prompt_tokens_mean']:.0f} tokens, "
+        "OPT and Llama, small ones that the benchmark trains to say which file of this repository a "
+        f"line is from, {report['n']} unseen prompts of {report['prompt_tokens_mean']:.0f} tokens, "
         f"delta {report['delta']:g}:",
         "",
         *table,
@@ -122,7 +122,7 @@ def throughput_table() -> list[str]:
         "cases",
         "layers saved, mean",
         "speed-up, median (range)",
-        "share of what could be had, median (lowest)",
+        "share of the possible speed-up, median (lowest)",
     ]
     return [
         f"Exits by script (synthetic), {min(lengths)} to {max(lengths)} prompt tokens x "

@@ -81,10 +81,10 @@ def table(report: Mapping[str, Any]) -> str:
             text_columns=0,
         ),
         "",
-        f"Of {answers['n']} prompts {answers['disagreement']:.1%} were answered otherwise than at "
+        f"Of {answers['n']} prompts {answers['disagreement']:.1%} got another answer than at "
         f"full depth (bound {bound:.0%} at delta {report['delta']:g}), "
-        f"{answers['disagreement_with_stock']:.1%} otherwise than by stock vLLM, from which full "
-        f"depth differs in {answers['full_depth_disagreement_with_stock']:.1%} (by rounding).",
+        f"{answers['disagreement_with_stock']:.1%} another than stock vLLM's, from which full "
+        f"depth itself differs in {answers['full_depth_disagreement_with_stock']:.1%} (by rounding).",
     ]
     return "\n".join(lines) + "\n"
 
