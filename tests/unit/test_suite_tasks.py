@@ -269,7 +269,7 @@ def test_a_row_that_does_not_fit_the_task_is_an_error_that_names_its_line(
 def test_more_shots_than_balanced_rows_are_an_error(load):
     rows = [{**BEES, "label": label} for label in ("negative", "positive", "positive")]
     with pytest.raises(
-        AdaInferError, match="--shots 3: the task cr .* only 2 balanced shots: ask for fewer"
+        AdaInferError, match=r"--shots 3: the task cr .* only 2 balanced shots: ask for fewer"
     ):
         load("cr", rows, rows, shots=3)
 
