@@ -1,11 +1,11 @@
-"""Command line ``vllm-adainfer``.
+"""The command line ``vllm-adainfer``.
 
 calibrate         fit a policy on your prompts and certify its bound
-evaluate          stock vLLM and vllm-adainfer side by side
-inspect           human-readable summary of an artifact
-doctor            checks of the installation, an artifact and a model
-demo              all of it on a small real model
-fetch-demo-model  that model as a safetensors checkpoint
+evaluate          measure stock vLLM and vllm-adainfer side by side
+inspect           summarise an artifact
+doctor            check the installation, an artifact and a model
+demo              calibrate and evaluate on a small real model
+fetch-demo-model  write that model as a safetensors checkpoint
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 
 def _errors_as_sentences(command: Callable[..., None]) -> Callable[..., None]:
-    """Print an `AdaInferError` as it stands and exit with 1."""
+    """Print an `AdaInferError` as one sentence and exit with 1."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -50,16 +50,16 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 Model = Annotated[str, typer.Option(help="Directory or hub id of the model.")]
-Data = Annotated[Path, typer.Option(help="JSON lines, one object a row.")]
+Data = Annotated[Path, typer.Option(help="JSON lines, one object per row.")]
 Template = Annotated[
     str | None,
     typer.Option(
-        help="Python format string over a row's fields, or @file. Without it rows carry "
+        help="Python format string over a row's fields, or @FILE. Without it, each row needs "
         "'prompt' or 'messages'."
     ),
 ]
-LabelField = Annotated[str, typer.Option(help="Field of a row that holds its label.")]
-Labels = Annotated[str, typer.Option(help="Comma-separated labels the answer is one of.")]
+LabelField = Annotated[str, typer.Option(help="The field of a row that holds its label.")]
+Labels = Annotated[str, typer.Option(help="Comma-separated labels: the possible answers.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,10 +71,14 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
-    """Progress bars are for terminals: ours, vLLM's and transformers' are off elsewhere."""
+    """Early exit for stock vLLM: calibrate a policy, measure it, serve with one flag."""
+    # Progress bars, ours and those of vLLM and transformers, are for terminals only.
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -84,46 +88,54 @@ def main(
 def calibrate(
     model: Model,
     data: Data,
-    output: Annotated[Path, typer.Option(help="Directory of the artifact.")],
+    output: Annotated[Path, typer.Option(help="Directory to write the artifact to.")],
     template: Template = None,
     label_field: LabelField = "label",
     labels: Labels = "",
-    probe: Annotated[ProbeChoice, typer.Option(help="How a state becomes scores.")] = "auto",
+    probe: Annotated[
+        ProbeChoice,
+        typer.Option(
+            help="How an exit point reads the answer; auto: label-head with --labels, else lens."
+        ),
+    ] = "auto",
     classifier: Annotated[
         ClassifierKind,
         typer.Option(
-            help="What reads the features: a linear svm or logreg, the threshold on the gap alone, "
-            "an rbf SVM, boosting (shallow trees), or a crf over the exit points."
+            help="What decides whether an answer is settled: a linear svm or logreg, a threshold "
+            "on the gap alone, an rbf SVM, boosting (shallow trees), or a crf over the exit "
+            "points."
         ),
     ] = "svm",
     exit_points: Annotated[
-        str, typer.Option(help="Layers such as 12,18,24, or auto: up to four, chosen.")
+        str, typer.Option(help="Layers such as 12,18,24; auto chooses up to four.")
     ] = "auto",
-    epsilon: Annotated[float, typer.Option(min=0.0001, max=0.5, help="Bound on the risk.")] = 0.02,
+    epsilon: Annotated[
+        float, typer.Option(min=0.0001, max=0.5, help="The bound on the risk.")
+    ] = 0.02,
     delta: Annotated[
-        float, typer.Option(min=0.0001, max=0.5, help="Chance that the bound does not hold.")
+        float, typer.Option(min=0.0001, max=0.5, help="The chance that the bound does not hold.")
     ] = 0.1,
     risk: Annotated[
         Risk,
         typer.Option(
             help="What epsilon bounds: the share of changed answers, or the accuracy lost (every "
-            "row needs its label)."
+            "row needs a label)."
         ),
     ] = "disagreement",
     bound: Annotated[
-        BoundChoice, typer.Option(help="How it is certified; naive has no confidence.")
+        BoundChoice, typer.Option(help="How the bound is certified; naive has no confidence.")
     ] = "auto",
     max_tokens: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Tokens generated per prompt. Above 1 the policy is for generation: each token "
-            "may leave early, and the bound is on changed tokens.",
+            help="Tokens to generate per prompt. Above 1, the policy is for generated text: each "
+            "token may leave early, and the bound is on changed tokens.",
         ),
     ] = 1,
-    seed: Annotated[int, typer.Option(help="For splits and folds.")] = 0,
+    seed: Annotated[int, typer.Option(help="For the split and the folds.")] = 0,
 ) -> None:
-    """Fit a policy on your prompts, certify its bound, write an artifact."""
+    """Fit a policy on your prompts, certify its bound, and write an artifact."""
     from vllm_adainfer.offline.calibration.calibrate import CalibrationRequest
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
     from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
@@ -162,37 +174,46 @@ def evaluate(
     artifact: Annotated[
         str | None, typer.Option(help="Directory or hub id of the artifact.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="JSON lines, one object a row.")] = None,
+    data: Annotated[Path | None, typer.Option(help="JSON lines, one object per row.")] = None,
     template: Template = None,
     label_field: LabelField = "label",
     labels: Labels = "",
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens to generate; as many as the artifact was calibrated on."),
+        typer.Option(min=1, help="Tokens to generate; by default as many as at calibration."),
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Measured rounds of both engines.")] = 3,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Rounds to measure, each of both engines.")
+    ] = 3,
     report: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the plot here (PNG).")] = None,
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Instead of an artifact and data: calibrate and evaluate on the tasks of a suite "
-            "(adainfer), beside other methods. The report is JSON with a Markdown table beside it."
+            help="Instead of an artifact and data: calibrate and evaluate on the tasks of this "
+            "suite (adainfer), beside other methods. Writes a Markdown table beside the report."
         ),
     ] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Holds TASK/train.jsonl and test.jsonl; without it: from the hub."),
+        typer.Option(
+            help="Directory of TASK/train.jsonl and TASK/test.jsonl; by default from the hub."
+        ),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="Comma-separated tasks of the suite; all.")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated tasks of the suite; by default all.")
+    ] = "",
     shots: Annotated[
-        int | None, typer.Option(min=0, help="Answered rows in front of each prompt of a suite.")
+        int | None,
+        typer.Option(
+            min=0, help="Answered rows before each prompt of the suite; by default as it says."
+        ),
     ] = None,
 ) -> None:
-    """Run stock vLLM and vllm-adainfer on the same prompts, interleaved, and compare."""
+    """Run stock vLLM and vllm-adainfer on the same prompts, interleaved, and compare them."""
     if suite is not None:
         if artifact is not None or data is not None:
-            raise AdaInferError("--suite brings its own data and policies: drop --artifact, --data")
+            raise AdaInferError("--suite has its own data and policies: drop --artifact and --data")
         from vllm_adainfer.offline.suite.report import markdown
         from vllm_adainfer.offline.suite.run import SuiteRequest, run_suite
 
@@ -209,7 +230,7 @@ def evaluate(
         typer.echo(markdown(run_suite(request)))
         return
     if artifact is None or data is None:
-        raise AdaInferError("evaluate needs --artifact and --data, or --suite: give one of the two")
+        raise AdaInferError("evaluate needs --artifact and --data, or --suite")
     from vllm_adainfer.offline.describe import describe_report
     from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest
     from vllm_adainfer.offline.evaluation.evaluate import evaluate as run
@@ -238,7 +259,7 @@ def evaluate(
 def inspect(
     artifact: Annotated[str, typer.Argument(help="Directory or hub id of the artifact.")],
 ) -> None:
-    """Say what an artifact is for and what it promises."""
+    """Print what an artifact is for and what it promises."""
     from vllm_adainfer.offline.describe import describe
     from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
 
@@ -249,14 +270,16 @@ def inspect(
 @_errors_as_sentences
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Directory or hub id of the model to be served.")
+        str | None, typer.Option(help="Directory or hub id of the model to serve.")
     ] = None,
     artifact: Annotated[
         str | None,
-        typer.Option(help="Directory or hub id of its artifact. With both an engine is started."),
+        typer.Option(
+            help="Directory or hub id of its artifact. Given both, doctor starts an engine."
+        ),
     ] = None,
 ) -> None:
-    """Check installation, artifact and model, a line each; exit with 1 if a check failed."""
+    """Check installation, artifact and model, one line each; exit with 1 if a check failed."""
     from vllm_adainfer.offline.doctor.checks import examine
 
     failed = False
@@ -270,11 +293,11 @@ def doctor(
 @app.command()
 @_errors_as_sentences
 def demo(
-    output: Annotated[Path, typer.Option(help="Directory for model, artifact and report.")] = Path(
-        ".demo"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Directory for the model, the artifact and the report.")
+    ] = Path(".demo"),
 ) -> None:
-    """Fetch a small model, calibrate on the prompts shipped here, compare with stock vLLM."""
+    """Fetch a small model, calibrate it on the included prompts, compare with stock vLLM."""
     from vllm_adainfer.offline.demo.run import run
 
     typer.echo(run(output))
@@ -283,7 +306,7 @@ def demo(
 @app.command()
 @_errors_as_sentences
 def fetch_demo_model(
-    output: Annotated[Path, typer.Option(help="Directory of the checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Directory to write the checkpoint to.")],
 ) -> None:
     """Write the demo model, SmolLM2-135M-Instruct, as a safetensors checkpoint."""
     from vllm_adainfer.offline.demo.model import fetch_demo_model as fetch

@@ -212,7 +212,7 @@ def test_what_is_no_artifact_is_not_overwritten(tmp_path, config, make):
     target = tmp_path / "policy"
     make(target)
     before = content(tmp_path) if target.is_file() else content(target)
-    with pytest.raises(AdaInferError, match="is no output of ours"):
+    with pytest.raises(AdaInferError, match="was not written by vllm-adainfer"):
         save(target, config)
     assert before == (content(tmp_path) if target.is_file() else content(target))
     assert list(tmp_path.iterdir()) == [target]

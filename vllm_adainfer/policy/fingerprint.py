@@ -1,4 +1,4 @@
-"""Whether served weights are those of the calibration."""
+"""A fingerprint of the weights: are the served ones those of the calibration?"""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 class WeightsFingerprint:
-    """A short hash of up to 1,024 evenly spaced elements of every tensor of a checkpoint, by name.
+    """A short hash of up to 1,024 evenly spaced elements of every tensor in a checkpoint.
 
-    Of the checkpoint, not of the served parameters: those are stacked, and sharded over ranks.
+    It covers the checkpoint, not the served parameters, which are stacked and sharded over ranks.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        """`dtype` is what the model is served in."""
+        """`dtype` is the dtype the model is served in."""
         self._dtype = dtype
         self._samples: dict[str, bytes] = {}
 
     def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """`weights` by name, as they are, noted on their way to the model."""
+        """Yield `weights`, by name, unchanged, and sample them on their way to the model."""
         for name, tensor in weights:
             flat = tensor.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 1024)][:1024].to("cpu", torch.float32)
@@ -30,7 +30,7 @@ class WeightsFingerprint:
 
     @property
     def hexdigest(self) -> str:
-        """Of those that have passed, whatever their order: 16 hex digits."""
+        """16 hex digits, over the tensors that have passed in any order."""
         digest = hashlib.sha256(str(self._dtype).encode())
         for name in sorted(self._samples):
             digest.update(name.encode())

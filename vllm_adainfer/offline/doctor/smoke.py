@@ -1,4 +1,4 @@
-"""A short run for ``vllm-adainfer doctor``: an engine starts as ours, and requests leave early."""
+"""A short run for ``vllm-adainfer doctor``: start an engine and send it a few requests."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ SENTENCES = (
 def examine_engine(
     model: str, artifact: str, config: ArtifactConfig, hf_config: Any, tokenizer: Any
 ) -> Iterator[Finding]:
-    """Start an engine with the artifact (`config` is its), and run short requests both ways.
+    """Start an engine with the artifact; run short requests with exits and at full depth.
 
     Args:
-        model: directory or hub id; the artifact fits it.
+        model: directory or hub id of a model that the artifact fits.
         artifact: directory or hub id.
         config: of the artifact.
         hf_config: of the model.
@@ -57,19 +57,19 @@ def examine_engine(
         full = _send(engine, config, examples, {EXIT_ARG: 0})
         yield exits_found(early, full, config.layers)
         yield full_depth_found(full, config.layers)
-    except AdaInferError as error:  # by `stats`
+    except AdaInferError as error:  # from `stats`
         yield Finding("FAIL", f"engine: {error}")
     finally:
         stop_engine(engine)
 
 
 def smoke_examples(template: str | None, tokenizer: Any, longest: int) -> list[Example]:
-    """`SENTENCES`, each in every field of `template`, or bare where that makes no prompt.
+    """`SENTENCES`, each filled into all fields of `template`, or bare if that fails.
 
     Args:
         template: of the calibration, as it was given.
         tokenizer: of the model.
-        longest: tokens that a prompt may have.
+        longest: the most tokens a prompt may have.
 
     """
     try:
@@ -84,11 +84,11 @@ def smoke_examples(template: str | None, tokenizer: Any, longest: int) -> list[E
 
 @dataclass(frozen=True)
 class Sent:
-    """What became of some one-token requests.
+    """The results of some one-token requests.
 
     Attributes:
         answers: [requests], the token ids.
-        left: requests by the number of layers they ran.
+        left: layers run -> number of requests.
         rows_skipped: rows x layers that were not executed.
 
     """
@@ -99,33 +99,33 @@ class Sent:
 
 
 def exits_found(early: Sent, full: Sent, depth: int) -> Finding:
-    """How many of requests that may exit did, and whether they answer as at full depth."""
+    """How many requests left early, and how many answers are the same as at full depth."""
     count = len(early.answers)
     layers = [f"{layer} ({some})" for layer, some in sorted(early.left.items()) if layer < depth]
     if not layers:
         return Finding(
             "ok",
-            f"exits: none of {count} short requests left early; they are not from the prompts of "
-            "the calibration: `vllm-adainfer evaluate` says how many of yours will",
+            f"exits: none of {count} short requests left early; they are unlike the prompts of the "
+            "calibration: `vllm-adainfer evaluate` tells how many of yours leave",
         )
     same = sum(map(int.__eq__, early.answers, full.answers))
     return Finding(
         "ok",
         f"exits: {count - early.left[depth]} of {count} short requests left early, after layers "
-        f"{', '.join(layers)} of {depth}; {same} of {count} answers are those of full depth (the "
-        "bound speaks of prompts as at calibration, which these are not)",
+        f"{', '.join(layers)} of {depth}; {same} of {count} answers are the same as at full depth "
+        "(the bound is for prompts like those of the calibration, and these are not)",
     )
 
 
 def full_depth_found(full: Sent, depth: int) -> Finding:
-    """Whether requests that may not exit ran everything."""
+    """Whether requests that must not exit ran all layers."""
     count = len(full.answers)
     asked = f'requests with "{EXIT_ARG}": 0'
     if full.left != {depth: count} or full.rows_skipped:
         return Finding(
             "FAIL",
             f"full depth: only {full.left[depth]} of {count} {asked} ran all {depth} layers: "
-            "please report this, with what is printed here",
+            "please report this with the output above",
         )
     return Finding("ok", f"full depth: {count} of {count} {asked} ran all {depth} layers")
 
@@ -139,10 +139,10 @@ def _template_of(artifact: str) -> str | None:
 
 
 def _served_by_us(engine: LLM) -> Finding:
-    """What runs, and where; its counters answer only if it is ours.
+    """Which model class runs, and where.
 
     Raises:
-        AdaInferError: it is stock vLLM.
+        AdaInferError: the engine runs stock vLLM, which has no counters of ours.
 
     """
     from vllm.platforms import current_platform
@@ -154,7 +154,7 @@ def _served_by_us(engine: LLM) -> Finding:
     mode = vllm_config.compilation_config.cudagraph_mode
     graphs = "without CUDA graphs"
     if current_platform.is_cuda() and mode.name != "NONE":
-        graphs = f"with CUDA graphs ({mode.name} of vLLM's own, and those of decode segments)"
+        graphs = f"with CUDA graphs (vLLM's own, {mode.name}, and those of decode segments)"
     where = "a CPU" if current_platform.is_cpu() else "a GPU"
     return Finding(
         "ok", f"engine: {model_class} runs on {where}, with Model Runner {runner}, {graphs}"
@@ -167,7 +167,7 @@ def _send(
     examples: Sequence[Example],
     extra_args: dict[str, Any] | None,
 ) -> Sent:
-    """One greedy token for each of `examples`; the prefix cache starts empty."""
+    """Generate one greedy token for each of `examples`, from an empty prefix cache."""
     engine.reset_prefix_cache()
     before = stats(engine)
     outputs = engine.generate(

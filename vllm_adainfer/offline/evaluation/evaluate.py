@@ -1,4 +1,4 @@
-"""Evaluate: stock vLLM and vllm-adainfer side by side on the same prompts, interleaved."""
+"""Evaluate: run stock vLLM and vllm-adainfer on the same prompts, interleaved."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What the command line says; see `vllm-adainfer evaluate --help`."""
+    """The command line's arguments; see `vllm-adainfer evaluate --help`."""
 
     model: str
     artifact: str
@@ -55,7 +55,7 @@ class EvaluationRequest:
 
 
 def evaluate(request: EvaluationRequest) -> dict[str, Any]:
-    """Measure both engines and write what was asked for.
+    """Measure both engines; write the report and the plot if asked to.
 
     Returns:
         the report.
@@ -79,7 +79,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     if config.labels:
         _check_labels(config, request, examples, tokenizer)
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
-    # Ours first: an artifact for other weights is refused before stock vLLM compiles.
+    # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
     ours = start_engine(request.model, examples, {"artifact": request.artifact}, max_tokens)
     try:
         stock = start_engine(request.model, examples, None, max_tokens)
@@ -108,18 +108,18 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
 
 
 def check_file(path: Path) -> None:
-    """Fail before the measurement, not after it."""
+    """Check that a file can be written, before the measurement starts."""
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise AdaInferError(f"cannot write {path}: choose a file in a directory you may write to")
+        raise AdaInferError(f"cannot write {path}: choose a file in a directory that is writable")
 
 
 def _check_labels(
     config: ArtifactConfig, request: EvaluationRequest, examples: Sequence[Example], tokenizer: Any
 ) -> None:
-    """The artifact's labels must decide these prompts as they decided the calibration's."""
+    """Check that the labels begin with the same tokens as at calibration."""
     names = [label.name for label in config.labels]
     if request.labels and set(request.labels) != set(names):
         raise AdaInferError(
@@ -128,8 +128,8 @@ def _check_labels(
     found = find_labels(names, examples[0], tokenizer)
     if found != config.labels:
         raise AdaInferError(
-            "the labels begin with other tokens after this prompt than at calibration: use the "
-            "template and model of the calibration"
+            "after this prompt the labels begin with other tokens than at calibration: use the "
+            "template and the model of the calibration"
         )
     check_labels_known(examples, config.labels)
 
@@ -138,13 +138,13 @@ def _max_tokens(asked: int | None, config: ArtifactConfig) -> int:
     """How many tokens to generate: by default as many as at calibration.
 
     Raises:
-        AdaInferError: more than one, where the artifact speaks of one.
+        AdaInferError: more than one, for an artifact that was calibrated on one.
 
     """
     if asked is not None and asked > 1 and config.max_tokens == 1:
         raise AdaInferError(
             f"--max-tokens {asked}: the artifact was calibrated on one token, so requests for more "
-            "run at full depth: calibrate with --max-tokens"
+            "would run at full depth: calibrate with --max-tokens"
         )
     return config.max_tokens if asked is None else asked
 
@@ -155,7 +155,7 @@ def _read_texts(
     first_round: tuple[Run, dict[float, Run]],
     epsilon: float,
 ) -> dict[str, Any]:
-    """Measures of whole texts: stock's own, and ours at `epsilon`, compared with never exiting."""
+    """Compare whole texts with those of never exiting: stock's, and ours at `epsilon`."""
     baseline, by_epsilon = first_round
     never, prompts = by_epsilon[NEVER_EXIT].texts, [example.token_ids for example in examples]
     return {
@@ -178,9 +178,9 @@ def _accuracy(
     max_tokens: int,
     texts: Sequence[Tokens],
 ) -> float | None:
-    """Share of right answers: the token that the label begins with, or a text's last number.
+    """The share of right answers, by the label's first token or by a text's last number.
 
-    None where the data has no labels, or texts and labels that are no numbers.
+    None if a row has no label, or if texts are generated and a label is not a number.
     """
     if any(example.label is None for example in examples):
         return None

@@ -30,10 +30,10 @@ def measure(
     repeat: int,
     max_tokens: int = 1,
 ) -> list[tuple[Run, dict[float, Run]]]:
-    """Run `repeat` rounds: stock once, then vllm-adainfer at each epsilon; a warm-up first.
+    """Warm up, then run `repeat` rounds: stock once, then vllm-adainfer at each epsilon.
 
     Returns:
-        per round, stock's run and ours by epsilon.
+        for each round, stock's run and ours by epsilon.
 
     """
     _run(stock, examples[:WARM_UP], labels, None, max_tokens)
@@ -59,7 +59,7 @@ def _run(
     epsilon: float | None,
     max_tokens: int,
 ) -> Run:
-    """One pass; `epsilon` is None for stock vLLM. The prefix cache starts empty."""
+    """One pass from an empty prefix cache; `epsilon` is None for stock vLLM."""
     engine.reset_prefix_cache()
     before = None if epsilon is None else stats(engine)
     arguments = None if epsilon is None else {EPSILON_ARG: epsilon}

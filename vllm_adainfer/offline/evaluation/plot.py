@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def report_plot(report: Mapping[str, Any]) -> bytes:
-    """PNG drawn from a report of `evaluate`, never from a live run."""
+    """PNG drawn from a report of `evaluate`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -40,7 +40,7 @@ class Run:
         before: Mapping[str, Any],
         after: Mapping[str, Any],
     ) -> Run:
-        """A pass of ours, with `stats` of the engine from before and after it."""
+        """A pass of ours, given the engine's `stats` before and after it."""
         counters = "layers_run", "layers_possible", "passes_run", "passes_possible"
         left = Counter(after["exit_histogram"]) - Counter(before["exit_histogram"])
         spent: dict[str, int] = {name: after[name] - before[name] for name in counters}
@@ -53,12 +53,12 @@ class Run:
 
     @property
     def passes_saved(self) -> float:
-        """Share of layers that were not entered."""
+        """Share of layers x steps that no row entered."""
         return 1 - self.passes_run / self.passes_possible
 
     @property
     def tokens(self) -> int:
-        """Generated, of all answers."""
+        """Tokens generated, over all answers."""
         return sum(map(len, self.texts))
 
 
@@ -70,15 +70,15 @@ def build_report(
     accuracy_of: Callable[[Sequence[Tokens]], float | None],
     rounds: Sequence[tuple[Run, dict[float, Run]]],
 ) -> dict[str, Any]:
-    """The JSON report of the contract.
+    """The JSON report.
 
     Args:
-        artifact: directory or hub id; its last part is named.
-        data: file of the prompts; its name is named.
-        config: the artifact's.
+        artifact: directory or hub id; the report names its last part.
+        data: file of the prompts; the report names it without its directory.
+        config: of the artifact.
         examples: the prompts.
-        accuracy_of: share of answers that are right, None where there are no labels.
-        rounds: per round, stock's run and ours by epsilon (`NEVER_EXIT` among them).
+        accuracy_of: the share of right answers, or None without labels.
+        rounds: for each round, stock's run and ours by epsilon, which include `NEVER_EXIT`.
 
     """
     stock_runs = [baseline for baseline, _ in rounds]
@@ -114,8 +114,8 @@ def build_report(
             "epsilon": epsilon,
             "speedup": speedup,
             "layers_saved": saved,
-            # With the full-depth model in the same segments, which is what was certified, and
-            # with stock vLLM, whose unsegmented code also rounds differently.
+            # Compared with full depth in the same segments, which the bound is about, and with
+            # stock vLLM, whose unsegmented code also rounds differently.
             "disagreement": disagreement_of(runs, never),
             "disagreement_with_stock": disagreement_of(runs, stock_runs),
             "efficiency": speedup * (1 - saved),
@@ -141,7 +141,7 @@ def build_report(
         "layers_total": config.layers,
         "stock": engine(stock_runs),
         **asked,
-        # Full depth in segments: what the plugin costs, and how often rounding alone decides.
+        # Full depth in segments: the plugin's cost, and how often rounding changes an answer.
         "never_exit": {
             "speedup": speedup_of(never),
             "disagreement_with_stock": disagreement_of(never, stock_runs),
@@ -164,7 +164,7 @@ def summary_line(report: Mapping[str, Any]) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename.
+    """Write a file under a temporary name, then rename it.
 
     Raises:
         AdaInferError: the file cannot be written.

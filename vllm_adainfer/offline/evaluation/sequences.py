@@ -1,4 +1,4 @@
-"""What exits do to generated texts: measures of a whole sequence, beside the rate per token."""
+"""How exits change generated texts: measures of whole texts, beside the rate per token."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class ReadBack:
-    """What the full model says of texts that were produced otherwise, token by token.
+    """What the full model says, token by token, about texts written with exits.
 
     Attributes:
-        disagreement: share of their tokens that are not its own choice after what stands before.
+        disagreement: share of tokens that are not its own choice after the text before them.
         perplexity: of the texts, given their prompts.
 
     """
@@ -32,7 +32,7 @@ class ReadBack:
 def read_back(engine: LLM, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -> ReadBack:
     """Let `engine` read each of `texts` after its prompt, at full depth.
 
-    A request for log-probabilities of its prompt runs at full depth, with the plugin, too.
+    With the plugin too, a request for log-probabilities of its prompt runs at full depth.
     """
     from vllm import SamplingParams
 
@@ -55,14 +55,14 @@ def read_back(engine: LLM, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -
 
 @dataclass(frozen=True)
 class Comparison:
-    """Texts beside those of full depth.
+    """How texts differ from those of full depth.
 
     Attributes:
-        disagreement: share of tokens that differ, up to each text's first difference: after that
-            the two go on from different texts. What a bound per token speaks of.
+        disagreement: share of tokens that differ, up to each text's first difference (after that,
+            the two continue different texts). The bound per token is on this.
         same: share of texts that are the same to the end.
-        first_divergence: mean position of the first token that differs, among those that differ;
-            None if there are none.
+        first_divergence: mean position of the first token that differs, over the texts that
+            differ; None if none does.
 
     """
 
@@ -72,7 +72,7 @@ class Comparison:
 
 
 def compare(texts: Sequence[Tokens], full: Sequence[Tokens]) -> Comparison:
-    """Compare each of `texts` with the one of full depth at its place."""
+    """Compare each of `texts` with that of full depth at the same index."""
     pairs = list(zip(texts, full, strict=True))
     places = [_first_difference(*pair) for pair in pairs if list(pair[0]) != list(pair[1])]
     equal = sum(len(text) for text, other in pairs if list(text) == list(other))
@@ -89,11 +89,11 @@ def _first_difference(text: Tokens, other: Tokens) -> int:
 
 
 def is_number(answer: str) -> bool:
-    """Whether texts can be scored by `answer`."""
+    """Whether `answer` is a number, so that `has_number` can score texts."""
     return _NUMBER.fullmatch(answer) is not None
 
 
 def has_number(text: str, answer: str) -> bool:
-    """Whether the last number in `text` is `answer` (a number): how GSM8K is scored."""
+    """Whether the last number in `text` is `answer`, a number: the way GSM8K is scored."""
     found = _NUMBER.findall(text)
     return bool(found) and float(found[-1].replace(",", "")) == float(answer.replace(",", ""))

@@ -1,4 +1,4 @@
-"""The tasks of a suite: their definitions, and their prompts from people's data files."""
+"""The tasks of a suite: their definitions, and their prompts from data files."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from vllm_adainfer.policy.artifact import Label
 class Task(BaseModel):
     """One task of a suite file.
 
-    The prompt is the shots, each followed by its answer, and then the row's own template. The
-    answer is decided by one token: a label's, or, where there are no labels, any token.
+    A prompt consists of the shots, each followed by its answer, and the row's own filled template.
+    An answer is one token: that of a label, or any token if there are no labels.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,20 +38,22 @@ class Task(BaseModel):
     name: str = Field(description="Also the task's folder in the data directory.")
     title: str
     template: str = Field(pattern=r"\S$", description="Format string over a row's fields.")
-    separator: str = Field(description="Goes between a shot's answer and the next prompt.")
-    answer: str = Field(description="Field of the right answer: one, or a list of accepted ones.")
+    separator: str = Field(description="Between a shot's answer and the next prompt.")
+    answer: str = Field(description="Field with the right answer, or with a list of accepted ones.")
     labels: dict[str, str] = Field(
-        {}, description="The answer in the data to its word in the prompt; none: open vocabulary."
+        {}, description="The answer in the data to its word in the prompt; empty: open vocabulary."
     )
-    shots: int = Field(ge=0, description="How many answered rows of train go in front.")
-    cut: dict[str, PositiveInt] = Field({}, description="Field to the characters kept of it.")
+    shots: int = Field(ge=0, description="How many answered rows of train precede a prompt.")
+    cut: dict[str, PositiveInt] = Field(
+        {}, description="Field to how many characters of it are kept."
+    )
     longest: dict[str, PositiveInt] = Field(
         {},
-        description="Field to its most characters: longer rows are skipped, as a cut could take "
-        "the answer away.",
+        description="Field to its maximum of characters: longer rows are skipped, because a cut "
+        "could remove the answer.",
     )
     lettered: str | None = Field(
-        None, description="Field that lists choices: shown one a line, each after its label."
+        None, description="Field that lists choices: shown one per line, each after its label."
     )
     hub: Hub
 
@@ -64,7 +66,7 @@ class Suite(BaseModel):
     tasks: tuple[Task, ...]
 
     def select(self, names: Sequence[str]) -> tuple[Task, ...]:
-        """The named tasks, in this order; all of them where none is named.
+        """The named tasks, in this order; all tasks if none is named.
 
         Raises:
             AdaInferError: a name is unknown.
@@ -73,7 +75,9 @@ class Suite(BaseModel):
         known = {task.name: task for task in self.tasks}
         for name in names:
             if name not in known:
-                raise AdaInferError(f"no task {name!r} in this suite: it has {', '.join(known)}")
+                raise AdaInferError(
+                    f"there is no task {name!r} in this suite; it has {', '.join(known)}"
+                )
         return tuple(known[name] for name in names) or self.tasks
 
 
@@ -83,14 +87,14 @@ class TaskData:
 
     Attributes:
         task: the task.
-        shots: answered rows in front of each prompt, the same ones everywhere.
-        labels: what the answer is one of; empty where the vocabulary is open.
-        train: prompts to calibrate on; the shots are not among them.
+        shots: answered rows before each prompt, always the same ones.
+        labels: the possible answers; empty if the vocabulary is open.
+        train: prompts to calibrate on, without the shots.
         test: prompts to measure on.
-        train_answers: per prompt of `train`, the tokens that count as right.
+        train_answers: for each prompt of `train`, the tokens that count as right.
         answers: the same for `test`.
-        chance: share of `test` that is right if one token is always answered, the best one.
-        skipped: rows left out on the way because they were too long.
+        chance: the share of `test` that the best constant answer gets right.
+        skipped: rows that were left out because they were too long.
 
     """
 
@@ -109,7 +113,7 @@ def load_suite(name: str) -> Suite:
     """Read a suite that ships with the package.
 
     Raises:
-        AdaInferError: there is none of this name.
+        AdaInferError: there is no suite of this name.
 
     """
     known = {
@@ -118,7 +122,7 @@ def load_suite(name: str) -> Suite:
         if file.name.endswith(".json")
     }
     if name not in known:
-        raise AdaInferError(f"no suite {name!r}: there is {', '.join(sorted(known))}")
+        raise AdaInferError(f"there is no suite {name!r}; there is {', '.join(sorted(known))}")
     return Suite.model_validate_json(known[name].read_text(encoding="utf-8"))
 
 
@@ -137,10 +141,10 @@ def load_task(
         task: from a suite.
         data_dir: holds ``<task name>/train.jsonl`` and ``test.jsonl``; None fetches from the hub.
         tokenizer: a Hugging Face tokenizer.
-        shots: answered rows in front of each prompt; None takes the task's own number.
-        max_train: prompts to calibrate on at most, drawn at random; None takes all.
-        max_test: the same for those to measure on.
-        max_tokens: longest prompt the model takes; longer ones are skipped, never cut.
+        shots: answered rows before each prompt; None takes the task's own number.
+        max_train: the most prompts to calibrate on, drawn at random; None takes all.
+        max_test: the same for the prompts to measure on.
+        max_tokens: the longest prompt the model takes; longer ones are skipped, never cut.
 
     Raises:
         AdaInferError: files, fields or labels are missing or wrong, or no prompt fits.
@@ -185,7 +189,7 @@ def _read(task: Task, data_dir: Path | None, part: Part) -> list[Row]:
 
 
 def _choose_shots(task: Task, rows: Sequence[Row], count: int) -> list[Row]:
-    """The first rows of each class in turn; simply the first rows without classes."""
+    """Rows of each class in turn; the first rows if there are no classes."""
     by_word: dict[str, list[Row]] = {word: [] for word in task.labels.values() or [""]}
     for row in rows:
         if _short_enough(task, row):
@@ -193,14 +197,14 @@ def _choose_shots(task: Task, rows: Sequence[Row], count: int) -> list[Row]:
     chosen = list(islice(chain.from_iterable(zip(*by_word.values(), strict=False)), count))
     if len(chosen) < count:
         raise AdaInferError(
-            f"--shots {count} is more than the task {task.name} has balanced training rows for "
-            f"({len(chosen)}): ask for fewer shots"
+            f"--shots {count}: the task {task.name} has training rows for only {len(chosen)} "
+            "balanced shots: ask for fewer shots"
         )
     return chosen
 
 
 def _shuffled(rows: Sequence[Row]) -> list[Row]:
-    """In a fixed random order: files may be sorted by class, and only some rows may be taken."""
+    """`rows` in a fixed random order, as files may be sorted by class and not all rows are used."""
     return [rows[index] for index in np.random.default_rng(0).permutation(len(rows))]
 
 
@@ -209,7 +213,7 @@ def _short_enough(task: Task, row: Row) -> bool:
 
 
 def _prompt(task: Task, row: Row) -> str:
-    """The template filled with the row, its fields cut and its choices lettered first."""
+    """The template filled in with the row, after fields are cut and choices lettered."""
     fields = dict(row.fields)
     for name in fields.keys() & task.cut.keys():
         fields[name] = str(fields[name])[: task.cut[name]]
@@ -226,7 +230,7 @@ def _prompt(task: Task, row: Row) -> str:
 
 
 def _accepted(task: Task, row: Row) -> list[str]:
-    """What may follow the prompt, the preferred answer first."""
+    """The accepted answers, the preferred one first."""
     found = row.fields.get(task.answer)
     if task.labels:
         if str(found) not in task.labels:
@@ -282,7 +286,7 @@ def _make(
 
 
 def _right_tokens(prompts: _Prompts, labels: Sequence[Label], tokenizer: Any) -> list[set[int]]:
-    """Per prompt, the tokens that begin an accepted answer."""
+    """For each prompt, the first tokens of its accepted answers."""
     if labels:
         ids = {label.name: label.token_id for label in labels}
         return [{ids[answers[0]]} for answers in prompts.accepted]
