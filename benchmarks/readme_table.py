@@ -88,8 +88,9 @@ def families_table() -> list[str]:
     report = next(iter(load("families").values()))
     table = (HERE / "results" / "families.md").read_text().splitlines()
     return [
-        "OPT and Llama, small ones that the benchmark trains to say which file of this repository a "
-        f"line is from, {report['n']} unseen prompts of {report['prompt_tokens_mean']:.0f} tokens, "
+        "Small OPT and Llama models, which the benchmark trains to say which file of this "
+        f"repository a line is from, {report['n']} unseen prompts of "
+        f"{report['prompt_tokens_mean']:.0f} tokens, "
         f"delta {report['delta']:g}:",
         "",
         *table,

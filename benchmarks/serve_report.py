@@ -84,7 +84,8 @@ def table(report: Mapping[str, Any]) -> str:
         f"Of {answers['n']} prompts {answers['disagreement']:.1%} got another answer than at "
         f"full depth (bound {bound:.0%} at delta {report['delta']:g}), "
         f"{answers['disagreement_with_stock']:.1%} another than stock vLLM's, from which full "
-        f"depth itself differs in {answers['full_depth_disagreement_with_stock']:.1%} (by rounding).",
+        "depth itself differs in "
+        f"{answers['full_depth_disagreement_with_stock']:.1%} (by rounding).",
     ]
     return "\n".join(lines) + "\n"
 
