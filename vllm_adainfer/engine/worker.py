@@ -78,7 +78,7 @@ class ExitWorker(_Worker):
         loop = model.loop
         tensors = loop.recorder.take()
         lens = model.logit_lens()
-        tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.own.items()}
+        tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.model_tensors.items()}
         save_file(tensors, path)
         timings = asdict(loop.timings)
         return {

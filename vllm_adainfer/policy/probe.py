@@ -71,7 +71,7 @@ class Probe:
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     @property
-    def own(self) -> dict[str, Tensor]:
+    def model_tensors(self) -> dict[str, Tensor]:
         """The model's own tensors, those of a `logit-lens`, as `logit_lens_of` takes them."""
         norm = self.norm
         tensors = {
@@ -128,12 +128,16 @@ class Probe:
         return result if self.shards is None else self.shards.merged(result)
 
 
-def logit_lens_of(own: Mapping[str, Tensor], norm: tuple[NormKind, float] | None) -> Probe:
-    """A `logit-lens` from its tensors (see `Probe.own`) and the kind and epsilon of its norm."""
+def logit_lens_of(
+    model_tensors: Mapping[str, Tensor], norm: tuple[NormKind, float] | None
+) -> Probe:
+    """A `logit-lens` from its tensors (see `Probe.model_tensors`) and the kind and epsilon of its norm."""
     return Probe(
-        head_weight=own["head_weight"],
+        head_weight=model_tensors["head_weight"],
         norm=None
         if norm is None
-        else Norm(norm[0], own.get("norm_weight"), own.get("norm_bias"), norm[1]),
-        projection=own.get("projection"),
+        else Norm(
+            norm[0], model_tensors.get("norm_weight"), model_tensors.get("norm_bias"), norm[1]
+        ),
+        projection=model_tensors.get("projection"),
     )
