@@ -128,16 +128,12 @@ class Probe:
         return result if self.shards is None else self.shards.merged(result)
 
 
-def logit_lens_of(
-    model_tensors: Mapping[str, Tensor], norm: tuple[NormKind, float] | None
-) -> Probe:
-    """A `logit-lens` from its tensors (see `Probe.model_tensors`) and the kind and epsilon of its norm."""
+def logit_lens_of(tensors: Mapping[str, Tensor], norm: tuple[NormKind, float] | None) -> Probe:
+    """A `logit-lens` from its tensors (`Probe.model_tensors`) and its norm's kind and epsilon."""
     return Probe(
-        head_weight=model_tensors["head_weight"],
+        head_weight=tensors["head_weight"],
         norm=None
         if norm is None
-        else Norm(
-            norm[0], model_tensors.get("norm_weight"), model_tensors.get("norm_bias"), norm[1]
-        ),
-        projection=model_tensors.get("projection"),
+        else Norm(norm[0], tensors.get("norm_weight"), tensors.get("norm_bias"), norm[1]),
+        projection=tensors.get("projection"),
     )
