@@ -22,7 +22,11 @@ def count_engines(core: ModuleType) -> None:
 
     def counted(self: Any, vllm_config: Any, *more: Any, **settings: Any) -> None:
         start(self, vllm_config, *more, **settings)
-        kind = "eager" if vllm_config.model_config.enforce_eager else "compiled"
+        kind = "compiled"
+        if vllm_config.model_config.enforce_eager:
+            kind = "eager"
+        elif vllm_config.compilation_config.backend == "eager":
+            kind = "traced"
         with open(os.environ[COUNTED_IN], "a") as file:
             file.write(f"{kind}\n")
 
