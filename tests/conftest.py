@@ -61,7 +61,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture
 def all_cores() -> Iterator[list[int]]:
-    """For a test of two engines or ranks side by side: the cores, which all of it may use."""
+    """For ranks of one engine, which wait for each other: the test may use all of these."""
     own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, CORES)
     yield CORES

@@ -6,9 +6,8 @@ import importlib.util
 import re
 from pathlib import Path
 
-from vllm_adainfer.engine.architectures import MODELS
-
 from tests.families import FAMILIES
+from vllm_adainfer.engine.architectures import MODELS
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_adainfer.exits.counters import ExitStats
 
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.exits.counters import ExitStats
 from vllm_adainfer.exits.work import Work
 
 DEPTH, EXIT_LAYERS, NAMES = LAYERS, EXIT_POINTS, ("a", "b", NO_POLICY)
