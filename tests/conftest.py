@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections import Counter
@@ -46,6 +47,11 @@ if not WORKER:  # it, as all that is started from here, has run this when Python
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file that takes longest comes first, so that no worker waits for it at the end."""
     items.sort(key=lambda item: item.path.name != "test_serve_demo.py")
+
+
+def pytest_sessionfinish() -> None:
+    """Engines end with this process; what vLLM then says finds the streams of a worker closed."""
+    logging.raiseExceptions = False
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

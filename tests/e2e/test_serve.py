@@ -342,6 +342,7 @@ def test_run_batch_takes_the_same_switch(tiny_model, tasks, sources, reference, 
     assert [b["choices"][0]["token_ids"][0] for b in answered] == [c.token for c in wanted]
 
 
+@pytest.mark.full
 def test_bench_throughput_takes_the_same_switch(tiny_model, sources, tmp_path):
     switch = json.dumps({"adainfer": {"artifact": sources}})
     said = run_vllm(
