@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CORES = sorted(os.sched_getaffinity(0))
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0 or gw1 of `pytest -n 2`
+LONGEST = "test_serve_demo", "test_serve", "test_cli", "test_suite"
 
 # Before vLLM is imported anywhere: engines in this process, quiet, no GPU.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -23,8 +24,8 @@ os.environ.setdefault("VLLM_CACHE_ROOT", str(ROOT / ".cache" / "vllm"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
 
 if WORKER:
-    # Each worker computes on a core of its own, with all that it starts. By itself vLLM binds
-    # engines in processes of their own to the first of two cores, those of both workers.
+    # Each worker and everything it starts computes on a core of its own. vLLM alone would bind
+    # the engine processes of both workers to the first core.
     os.sched_setaffinity(0, {CORES[int(WORKER[2:]) % len(CORES)]})
     os.environ["OMP_NUM_THREADS"] = "1"
 else:
@@ -38,15 +39,15 @@ import torch  # noqa: E402
 
 from tests.every_process import sitecustomize  # noqa: E402
 
-if not WORKER:  # it, as all that is started from here, has run this when Python started
+if not WORKER:  # Python has run this at the start of a worker, and of all other processes
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     sitecustomize.prepare()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first, so that no worker waits for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_serve_demo.py")
+    """Files that take long come first, so that no worker waits for one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_sessionfinish() -> None:
@@ -55,19 +56,19 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """How many engines were started, in whatever process."""
+    """How many engines were started, in all processes."""
     if WORKER:
         return
     counted = Path(os.environ["ADAINFER_TESTS_ENGINES"])
     kinds = Counter(counted.read_text().split())
     counted.unlink()
-    told = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
-    terminalreporter.write_line(f"engines started: {kinds.total()} ({told or 'none'})")
+    by_kind = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+    terminalreporter.write_line(f"engines started: {kinds.total()} ({by_kind or 'none'})")
 
 
 @pytest.fixture
 def all_cores() -> Iterator[list[int]]:
-    """For ranks of one engine, which wait for each other: the test may use all of these."""
+    """All cores, for a test of two ranks side by side."""
     own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, CORES)
     yield CORES

@@ -291,7 +291,7 @@ def test_replicas_count_each_for_itself_behind_one_frontend_or_several(
     tiny_model, tasks, sources, reference, tmp_path
 ):
     flags = (*FLAGS, "--data-parallel-size", "2", "--api-server-count", "2")
-    cores = sorted(os.sched_getaffinity(0))  # one core for both will do
+    cores = sorted(os.sched_getaffinity(0))  # one beside another worker, which keeps its core busy
     more = environment(VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[-1]}")
     switch = {"artifact": sources, "min_rows_saved": 1}
     with serving(str(tiny_model), switch, tmp_path / "log", flags, more) as running:
