@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from tests.full import needed
 from tests.tiny import LAYERS
 
 TEMPLATE = "Review: {text} Sentiment:"
+TRACED_OR_COMPILED = pytest.mark.parametrize(
+    "compiled", needed(1, of=[False, True]), ids=["traced", "compiled"]
+)
 REPORT_KEYS = {
     "model", "artifact", "n", "epsilon", "delta", "layers_total", "stock", "adainfer", "speedup",
     "layers_saved", "disagreement", "efficiency", "provenance",
@@ -22,12 +26,12 @@ REPORT_KEYS = {
 
 
 def of_a_user(compiled: bool = False) -> dict[str, str]:
-    """The environment of a command with engines in processes of its own.
+    """The environment of a command whose engines have processes of their own.
 
-    Unless it is to be `compiled`, torch traces each model but compiles nothing, as in vLLM's CI.
+    Unless `compiled`, torch traces each model but compiles nothing, as in vLLM's CI.
     """
-    own = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return own if compiled else {**own, "VLLM_CPU_CI_ENV": "1"}
+    variables = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    return variables if compiled else {**variables, "VLLM_CPU_CI_ENV": "1"}
 
 
 def command(
@@ -79,14 +83,16 @@ def test_calibrate_writes_the_artifact_and_says_what_it_promises(calibrated):
     assert command("inspect", str(output)).stdout.strip() in done.stdout
 
 
+@TRACED_OR_COMPILED
 def test_evaluate_reports_what_the_contract_names_and_counts_the_work_skipped(
-    calibrated, tiny_model, rows, tmp_path
+    calibrated, tiny_model, rows, tmp_path, compiled
 ):
     output, _ = calibrated
     report_file, plot = tmp_path / "report.json", tmp_path / "report.png"
     done = command(
         "evaluate", "--model", str(tiny_model), "--artifact", str(output), "--data", str(rows),
         "--template", TEMPLATE, "--repeat", "1", "--report", str(report_file), "--plot", str(plot),
+        compiled=compiled,
     )  # fmt: skip
     report = json.loads(report_file.read_text())
     assert report.keys() >= REPORT_KEYS
@@ -98,13 +104,15 @@ def test_evaluate_reports_what_the_contract_names_and_counts_the_work_skipped(
     assert (report["layers_saved"] > 0) == (min(histogram) < LAYERS)
 
 
+@TRACED_OR_COMPILED
 def test_a_policy_for_generated_text_is_calibrated_and_evaluated_per_token(
-    tiny_model, rows, tmp_path
+    tiny_model, rows, tmp_path, compiled
 ):
     output, report_file = tmp_path / "policy", tmp_path / "report.json"
     done = command(
         "calibrate", "--model", str(tiny_model), "--data", str(rows), "--template", TEMPLATE,
         "--max-tokens", "5", "--epsilon", "0.3", "--exit-points", "5", "--output", str(output),
+        compiled=compiled,
     )  # fmt: skip
     assert "1200 tokens of 240 prompts" in done.stdout
     config = json.loads((output / "config.json").read_text())
@@ -112,6 +120,7 @@ def test_a_policy_for_generated_text_is_calibrated_and_evaluated_per_token(
     command(
         "evaluate", "--model", str(tiny_model), "--artifact", str(output), "--data", str(rows),
         "--template", TEMPLATE, "--repeat", "1", "--report", str(report_file),
+        compiled=compiled,
     )  # fmt: skip
     report = json.loads(report_file.read_text())
     assert report.keys() >= REPORT_KEYS

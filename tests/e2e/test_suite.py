@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.e2e.test_cli import of_a_user
+from tests.full import needed
 from tests.tiny import LAYERS
 
 TEMPLATE = "Review: {text}\nSentiment:"  # the suite's, of SST-2
@@ -58,8 +59,13 @@ def data_dir(tiny_model: Path, reference: Any, tmp_path_factory: pytest.TempPath
     return directory
 
 
-@pytest.fixture(scope="module")
-def written(tiny_model: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=needed(1, of=[False, True]), ids=["traced", "compiled"])
+def written(
+    tiny_model: Path,
+    data_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Path:
     report = tmp_path_factory.mktemp("report") / "suite.json"
     plot = report.with_suffix(".png")
     code = RUN.format(
@@ -69,8 +75,9 @@ def written(tiny_model: Path, data_dir: Path, tmp_path_factory: pytest.TempPathF
         report=str(report),
         plot=str(plot),
     )
+    env = of_a_user(compiled=request.param)
     done = subprocess.run(
-        [sys.executable, "-c", code], env=of_a_user(), capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return report
