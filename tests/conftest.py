@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Engines end with this process; what vLLM then says finds the streams of a worker closed."""
+    """Engines end with this process, and then log to streams that the worker has closed."""
     logging.raiseExceptions = False
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.every_process.sitecustomize import AS_A_USER
 from tests.full import needed
 from tests.tiny import LAYERS
 
@@ -28,10 +29,11 @@ REPORT_KEYS = {
 def of_a_user(compiled: bool = False) -> dict[str, str]:
     """The environment of a command whose engines have processes of their own.
 
-    Unless `compiled`, torch traces each model but compiles nothing, as in vLLM's CI.
+    Unless `compiled`, torch traces each model but compiles nothing, as in vLLM's CI. If `compiled`,
+    all is as a user has it.
     """
     variables = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return variables if compiled else {**variables, "VLLM_CPU_CI_ENV": "1"}
+    return {**variables, AS_A_USER: "1"} if compiled else {**variables, "VLLM_CPU_CI_ENV": "1"}
 
 
 def command(

@@ -1,4 +1,4 @@
-"""Python runs this first in every process of a test run, so in those that engines start, too."""
+"""Python runs this at the start of each process of a test run, also of those that engines start."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 from tests import triton_on_cpu
 
 COUNTED_IN = "ADAINFER_TESTS_ENGINES"  # a file: one line for each engine that was started
+AS_A_USER = "ADAINFER_TESTS_AS_A_USER"  # where it is set, vLLM looks at models as it always does
 
 
 def count_engines(core: ModuleType) -> None:
-    """Let the class of all engines write a line when one has started."""
+    """Make every engine write a line once it has started."""
     start = core.EngineCore.__init__
 
     def counted(self: Any, vllm_config: Any, *more: Any, **settings: Any) -> None:
@@ -34,12 +35,12 @@ def count_engines(core: ModuleType) -> None:
 
 
 def look_at_models_here(registry: ModuleType) -> None:
-    """VLLM starts a process to look at a model's class, lest CUDA be initialised; it takes 10 s."""
+    """Spare the process, of 10 seconds, in which vLLM looks at a model's class to protect CUDA."""
     registry._run_in_subprocess = lambda look: look()
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls a function with a module when that has been imported."""
+    """Calls a function with a module once it has been imported."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
         self.name = name
@@ -65,10 +66,11 @@ class _AfterImport(MetaPathFinder):
 
 
 def prepare() -> None:
-    """Once in a process, before vLLM is imported."""
+    """Call this once in a process, before vLLM is imported."""
     if COUNTED_IN in os.environ:
         sys.meta_path.insert(0, _AfterImport("vllm.v1.engine.core", count_engines))
-    if os.environ.get("TRITON_INTERPRET") == "1":  # without a GPU
+    without_gpu = os.environ.get("TRITON_INTERPRET") == "1"
+    if without_gpu and AS_A_USER not in os.environ:
         models = "vllm.model_executor.models.registry"
         sys.meta_path.insert(0, _AfterImport(models, look_at_models_here))
     triton_on_cpu.install_for_v2()
