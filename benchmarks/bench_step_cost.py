@@ -32,6 +32,7 @@ from unittest import mock
 import numpy as np
 import torch
 import typer
+from adainfer_kernels import Norm
 from scipy.optimize import nnls
 from scripted_requests import random_prompts, scripted_request
 
@@ -43,7 +44,6 @@ from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.policy.norm import Norm
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from adainfer_kernels import Norm
 from torch import Tensor
 
 from vllm_adainfer.offline.calibration import probes
@@ -15,7 +16,6 @@ from vllm_adainfer.offline.calibration.fit import FittedExit, fit_exits, is_righ
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split, random_order
 from vllm_adainfer.policy.moments import Moments
-from vllm_adainfer.policy.norm import Norm
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, LAYER = 32, 50, 4

@@ -18,7 +18,7 @@ BELOW = {
     "config": {"errors"},
     "policy": {"kernels", "errors", "config"},
     "exits": {"policy", "config"},
-    "engine": {"exits", "policy", "errors", "config"},
+    "engine": {"exits", "policy", "kernels", "errors", "config"},
     "frontend": {"engine", "exits", "policy", "errors", "config"},
     "config_hook": {"frontend", "engine", "config"},
     "plugin": {"config_hook", "engine"},

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from adainfer_kernels import Norm
 
 from vllm_adainfer.offline.calibration import fitted_policy as making
 from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
@@ -27,7 +28,6 @@ from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy
 from vllm_adainfer.policy.moments import Moments
-from vllm_adainfer.policy.norm import Norm
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, DEPTH, PROMPTS = 16, 40, 8, 900

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adainfer_kernels import Norm
 from torch import Tensor, nn
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
-
-from vllm_adainfer.policy.norm import Norm
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from adainfer_kernels import Norm
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm
 
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.decoder import KVProjection, norm_of
-from vllm_adainfer.policy.norm import Norm
 
 
 class KVFill:

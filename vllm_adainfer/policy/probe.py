@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import adainfer_kernels
-from adainfer_kernels import Head, Lens, ProbeResult
+from adainfer_kernels import Head, Lens, Norm, NormKind, ProbeResult
 from torch import Tensor
 
-from vllm_adainfer.policy.norm import Norm, NormKind
 from vllm_adainfer.policy.shards import VocabularyShards
 
 FEATURES = ("top_prob", "gap")  # the columns of `ProbeResult.features`
