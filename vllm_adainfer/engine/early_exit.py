@@ -52,6 +52,8 @@ class EarlyExit(_Model):
         stack: the model's layers in segments.
         loop: runs the stack; the model runner builds it once the weights are loaded.
         graphs: of the segments, where the runner has captured some.
+        prepared: the step that the next `forward` runs, and what builds its attention metadata; the
+            runner sets it. None for a pass that belongs to no request.
         fingerprint: of the loaded weights.
 
     """
@@ -62,7 +64,7 @@ class EarlyExit(_Model):
     loop: Loop
     graphs: SegmentGraphs | None = None
     fingerprint: str | None = None
-    _step: tuple[StepContext, StepAttention] | None = None
+    prepared: tuple[StepContext, StepAttention] | None = None
     _output: StepOutput | None = None
     _kv_fill: KVFill | None = None
 
@@ -161,10 +163,6 @@ class EarlyExit(_Model):
             ),
         )
 
-    def prepare(self, step: StepContext, attention: StepAttention) -> None:
-        """Say what the next `forward` runs; without it, that is a pass of no request."""
-        self._step = step, attention
-
     def forward(
         self,
         input_ids: Tensor | None,
@@ -174,7 +172,7 @@ class EarlyExit(_Model):
     ) -> Tensor:
         """What the LM head reads, [rows, head size]."""
         assert input_ids is not None
-        prepared, self._step = self._step, None
+        prepared, self.prepared = self.prepared, None
         if prepared is None:
             return self.stack.profile(positions, input_ids)
         step, attention = prepared

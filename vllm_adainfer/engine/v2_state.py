@@ -103,7 +103,7 @@ class AdaInferModelState(DefaultModelState):
         """Also describe the step, unless this is a dummy batch."""
         if self._own_groups is None:
             self._own_groups = with_own_builders(attn_groups, self.vllm_config, self.device)
-        graphs = self.model.graphs
+        self.model.prepared, graphs = None, self.model.graphs
         if self.running.knows(input_batch.req_ids[0]):
             computed = input_batch.num_computed_tokens_np.astype(np.int64)
             lens = input_batch.num_scheduled_tokens.astype(np.int64)
@@ -117,7 +117,7 @@ class AdaInferModelState(DefaultModelState):
             attention = StepAttention(
                 self._own_groups, block_tables, self._block_sizes, self.device
             )
-            self.model.prepare(step, attention)
+            self.model.prepared = step, attention
             if graphs is not None and graphs.serves(step.layout):
                 return {}  # the graphs have their own
         return super().prepare_attn(
