@@ -19,7 +19,7 @@ BELOW = {
     "policy": {"kernels", "errors", "config"},
     "exits": {"policy", "config"},
     "engine": {"exits", "policy", "kernels", "errors", "config"},
-    "frontend": {"engine", "exits", "policy", "errors", "config"},
+    "frontend": {"engine", "policy", "errors", "config"},
     "config_hook": {"frontend", "engine", "config"},
     "plugin": {"config_hook", "engine"},
     "stats": {"errors"},

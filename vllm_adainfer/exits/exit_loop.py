@@ -77,6 +77,10 @@ class ExitLoop(Loop):
     def defers(self) -> bool:
         return self.kv.defers
 
+    @property
+    def _catch_up(self) -> CatchUp:
+        return CatchUp(self.kv, self._shape, self._max_rows)
+
     @override
     def reset_counters(self) -> None:
         self.stats = ExitStats(shadow=self.monitors)
@@ -181,9 +185,8 @@ class ExitLoop(Loop):
             return None
         if leaving.size:
             self._let_go(exit_index, leaving, batch, states, step, work)
-        catch_up = CatchUp(self.kv, self._shape, self._max_rows)
-        if waiting is not None and catch_up.needed(leaving, waiting, step):
-            catch_up.run(exit_index, waiting, batch, step, work)
+        if waiting is not None and self._catch_up.needed(leaving, waiting, step):
+            self._catch_up.run(exit_index, waiting, batch, step, work)
             waiting = None
         if waiting is not None:
             states = states.rows(slice(0, step.layout.num_rows))  # without padding

@@ -5,14 +5,13 @@ Not ``vllm:``: vLLM unregisters all series with that prefix when an engine start
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.policy.artifact import ArtifactConfig
 
 ENGINE = ["model_name", "engine"]
@@ -20,7 +19,6 @@ POLICY = [*ENGINE, "policy"]
 LEVEL = [*POLICY, "epsilon"]
 # Of several frontends, the one that heard last has the current value.
 LATEST: Literal["mostrecent"] = "mostrecent"
-TIMES = "seconds", "probe_seconds"
 # By the report's kind: name of the counter, its help, its labels.
 COUNTERS = {
     "layers_run": (
@@ -106,6 +104,10 @@ class Series:
             ]
         )
 
+    def counters_of(self, labels: Sequence[str]) -> list[Counter]:
+        """The counters with these labels."""
+        return [self.counters[kind] for kind, (*_, its) in COUNTERS.items() if its == labels]
+
 
 class EngineMetrics:
     """Adds one engine's reports to the series."""
@@ -121,15 +123,15 @@ class EngineMetrics:
         self._series = series
         self._labels = model_name, str(engine)
         for name in (*configs, NO_POLICY):  # so that rates begin at 0
-            for kind in PolicyStats().work:
-                series.counters[kind].labels(*self._labels, name)
+            for counter in series.counters_of(POLICY):
+                counter.labels(*self._labels, name)
             series.exit_layer.labels(*self._labels, name)
         for name, config in configs.items():
             for level in config.levels:
                 labels = *self._labels, name, f"{level.epsilon:g}"
                 series.exits_allowed.labels(*labels).set(1)
-        for kind in TIMES:
-            series.counters[kind].labels(*self._labels)
+        for counter in series.counters_of(ENGINE):
+            counter.labels(*self._labels)
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Add a report of `vllm_adainfer.exits.report.Reporter`."""
