@@ -21,6 +21,7 @@ from small_models import FAMILIES, SOURCES, TEMPLATE, Row, snippets, train
 from vllm_adainfer.offline.calibration.calibrate import CalibrationRequest, calibrate
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.tables import markdown_table
 
 TRAIN, CALIBRATE = 1400, 700  # rows; the rest is for the test
 
@@ -73,25 +74,34 @@ def measured(family: str, rows: Sequence[Row], directory: Path, repeat: int) -> 
 
 def table(reports: dict[str, Any]) -> str:
     """A row for each family."""
-    lines = [
-        "| family | accuracy, stock / ours | requests leave after layer (share) | layers saved "
-        "| disagreement (bound) | speed-up | never exiting |",
-        "|---|---|---|---|---|---|---|",
+    columns = [
+        "family",
+        "accuracy, stock / ours",
+        "requests leave after layer (share)",
+        "layers saved",
+        "disagreement (bound)",
+        "speed-up",
+        "never exiting",
     ]
+    rows = []
     for family, report in reports.items():
         exits = [
             f"{layer} ({share:.0%})"
             for layer, share in report["adainfer"]["exit_histogram"].items()
             if share
         ]
-        lines.append(
-            f"| {family}, {report['layers_total']} layers "
-            f"| {report['stock']['accuracy']:.1%} / {report['adainfer']['accuracy']:.1%} "
-            f"| {', '.join(exits)} | {report['layers_saved']:.0%} "
-            f"| {report['disagreement']:.1%} ({report['epsilon']:.0%}) "
-            f"| **{report['speedup']:.2f}x** | {report['never_exit']['speedup']:.2f}x |"
+        rows.append(
+            [
+                f"{family}, {report['layers_total']} layers",
+                f"{report['stock']['accuracy']:.1%} / {report['adainfer']['accuracy']:.1%}",
+                ", ".join(exits),
+                f"{report['layers_saved']:.0%}",
+                f"{report['disagreement']:.1%} ({report['epsilon']:.0%})",
+                f"**{report['speedup']:.2f}x**",
+                f"{report['never_exit']['speedup']:.2f}x",
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return markdown_table(columns, rows) + "\n"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from vllm_adainfer.offline.evaluation.report import Run, write_whole
 from vllm_adainfer.offline.evaluation.sequences import compare, has_number, read_back
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.plugin import register
 from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
 from vllm_adainfer.stats import stats
@@ -221,20 +222,38 @@ def measure_quality(
     return rows
 
 
+SPEED = [
+    "batch",
+    "variant",
+    "tokens/s",
+    "of stock (range)",
+    "layers x rows saved",
+    "layers entered, saved",
+    "tokens that left",
+]
+QUALITY = [
+    "data",
+    "variant",
+    "differs from never exiting, per token",
+    "same text",
+    "first difference at token",
+    "read back: not the full model's choice",
+    "perplexity",
+    "number match",
+]
+
+
 def table(report: Mapping[str, Any]) -> str:
     """Markdown: speed by batch size, quality by data set."""
     room, depth = report["oracle_layers_run"], report["layers_total"]
-    lines = [
+    head = (
         f"{report['model']}, greedy, up to {report['max_tokens']} tokens, epsilon "
         f"{report['epsilon']:g} at delta {report['delta']:g} per token, exit points after "
         f"{', '.join(map(str, report['exit_points']))} of {depth} layers. The room: an oracle that "
         f"knew where each token's answer is first right would run {room:.1f} layers "
-        f"({1 - room / depth:.0%} fewer).",
-        "",
-        "| batch | variant | tokens/s | of stock (range) | layers x rows saved | layers entered, "
-        "saved | tokens that left |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        f"({1 - room / depth:.0%} fewer)."
+    )
+    speed = []
     for row in report["speed"]:
         cells = ["", "", "", ""]
         if row["variant"] != STOCK:
@@ -245,24 +264,25 @@ def table(report: Mapping[str, Any]) -> str:
                 f"{row['passes_saved']:.1%}",
                 f"{1 - left.get(depth, 0) / sum(left.values()):.0%}",
             ]
-        lines.append(
-            f"| {row['batch']} | {row['variant']} | {row['tokens_per_second']:.0f} | "
-            f"{' | '.join(cells)} |"
-        )
-    lines += [
-        "",
-        "| data | variant | differs from never exiting, per token | same text | first difference "
-        "at token | read back: not the full model's choice | perplexity | number match |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        speed.append([f"{row['batch']}", row["variant"], f"{row['tokens_per_second']:.0f}", *cells])
+    quality = []
     for row in report["quality"]:
         place, score, back = row["first_divergence"], row["score"], row["read_back"]
-        lines.append(
-            f"| {row['data']} | {row['variant']} | {row['disagreement']:.1%} | {row['same']:.0%} | "
-            f"{'' if place is None else f'{place:.0f}'} | {back['disagreement']:.1%} | "
-            f"{back['perplexity']:.2f} | {'' if score is None else f'{score:.0%}'} |"
+        quality.append(
+            [
+                row["data"],
+                row["variant"],
+                f"{row['disagreement']:.1%}",
+                f"{row['same']:.0%}",
+                "" if place is None else f"{place:.0f}",
+                f"{back['disagreement']:.1%}",
+                f"{back['perplexity']:.2f}",
+                "" if score is None else f"{score:.0%}",
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(
+        [head, markdown_table(SPEED, speed, 2), markdown_table(QUALITY, quality, 2) + "\n"]
+    )
 
 
 if __name__ == "__main__":

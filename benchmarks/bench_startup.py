@@ -23,6 +23,7 @@ from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.tables import markdown_table
 
 MAX_LENGTH = 1024
 STOCK, FOUR = "stock", "four exit points"
@@ -71,21 +72,26 @@ def start(model: str, adainfer: dict[str, Any] | None) -> tuple[float, int]:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: a row per engine, then their ratio."""
-    lines = [
-        "| engine | start, nothing compiled, s | start, compiled before, s | memory, MiB |",
-        "|---|---|---|---|",
+    rows = [
+        [
+            name,
+            f"{engine['cold_seconds']:.1f}",
+            f"{engine['warm_seconds']:.1f}",
+            f"{engine['bytes'] / 2**20:.0f}",
+        ]
+        for name, engine in report["engines"].items()
     ]
-    for name, engine in report["engines"].items():
-        lines.append(
-            f"| {name} | {engine['cold_seconds']:.1f} | {engine['warm_seconds']:.1f} "
-            f"| {engine['bytes'] / 2**20:.0f} |"
-        )
     ratios = report["ratios"]
-    lines.append(
-        f"| ratio | {ratios['cold_seconds']:.2f} | {ratios['warm_seconds']:.2f} "
-        f"| {ratios['bytes']:.3f} |"
+    rows.append(
+        [
+            "ratio",
+            f"{ratios['cold_seconds']:.2f}",
+            f"{ratios['warm_seconds']:.2f}",
+            f"{ratios['bytes']:.3f}",
+        ]
     )
-    return "\n".join(lines) + "\n"
+    columns = ["engine", "start, nothing compiled, s", "start, compiled before, s", "memory, MiB"]
+    return markdown_table(columns, rows) + "\n"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from unittest import mock
 import numpy as np
 import torch
 import typer
-from adainfer_kernels import Norm
+from adainfer_kernels import Head, Norm
 from scipy.optimize import nnls
 from scripted_requests import random_prompts, scripted_request
 
@@ -44,6 +44,7 @@ from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 
@@ -183,7 +184,7 @@ def probe_times(hidden_size: int, vocabulary: int) -> list[dict[str, Any]]:
     for size in (2, vocabulary // 4, vocabulary):
         head = torch.randn(size, hidden_size, generator=generator).to(torch.bfloat16)
         norm = Norm("rms", torch.ones(hidden_size, dtype=torch.bfloat16))
-        probe = Probe(head_weight=head, norm=norm)
+        probe = Probe(Head(head), norm=norm)
         for rows in (1, 16, 128):
             states = torch.randn(rows, hidden_size, generator=generator).to(torch.bfloat16)
             runs = []
@@ -220,34 +221,41 @@ def fit(part: str, measured: Sequence[dict[str, Any]], terms: Sequence[str]) -> 
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: the line of each part, then the measured steps and probes."""
-    rows = [
-        "| part of a step | microseconds | line is off by, median (most) |",
-        "|---|---|---|",
-    ]
+    lines = []
     for line in report["lines"]:
         sums = [f"{slope:.3g} x {term}" for term, slope in line["microseconds"].items() if slope]
-        rows.append(
-            f"| {line['part']} | {' + '.join(sums)} "
-            f"| {line['median_error']:.0%} ({line['largest_error']:.0%}) |"
-        )
-    rows += [
-        "",
-        f"| layers | requests of {PROMPT} tokens | exit points used | step, ms | segments "
-        "| last layer | decide | cut |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    rows += [
-        f"| {step['layers']} | {step['requests']} | {step['cuts']} | {step['step']:.1f} "
-        f"| {step['segments']:.1f} | {step['last layer']:.2f} | {step['decide']:.2f} "
-        f"| {step['cut']:.2f} |"
+        off = f"{line['median_error']:.0%} ({line['largest_error']:.0%})"
+        lines.append([line["part"], " + ".join(sums), off])
+    steps = [
+        [
+            *(f"{step[count]}" for count in ("layers", "requests", "cuts")),
+            *(f"{step[part]:.1f}" for part in ("step", "segments")),
+            *(f"{step[part]:.2f}" for part in ("last layer", "decide", "cut")),
+        ]
         for step in report["steps"]
     ]
-    rows += ["", "| probe over so many tokens | rows | ms |", "|---|---|---|"]
-    rows += [
-        f"| {probe['vocabulary']} | {probe['rows']} | {probe['probe']:.2f} |"
+    probes = [
+        [f"{probe['vocabulary']}", f"{probe['rows']}", f"{probe['probe']:.2f}"]
         for probe in report["probes"]
     ]
-    return "\n".join(rows) + "\n"
+    step_columns = [
+        "layers",
+        f"requests of {PROMPT} tokens",
+        "exit points used",
+        "step, ms",
+        "segments",
+        "last layer",
+        "decide",
+        "cut",
+    ]
+    tables = [
+        markdown_table(
+            ["part of a step", "microseconds", "line is off by, median (most)"], lines, 2
+        ),
+        markdown_table(step_columns, steps, 0),
+        markdown_table(["probe over this many tokens", "rows", "ms"], probes, 0),
+    ]
+    return "\n\n".join(tables) + "\n"
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_what_calibration_learns_from_reads_as_the_model_does(served, tmp_path):
     tensors = load_file(path)
     own = {name.partition(".")[2]: part for name, part in tensors.items() if "logit_lens" in name}
     lens = logit_lens_of(own, facts["norm"])
-    torch.testing.assert_close(lens.head_weight, served.reference.lm_head.weight.data)
+    torch.testing.assert_close(lens.head.weight, served.reference.lm_head.weight.data)
     for depth in (3, LAYERS):
         read = lens.readout(tensors[f"layer.{depth}"])[tensors["tags"].argsort()]
         expected = [head_inputs(served.reference, prompt, depth)[-1] for prompt in prompts]

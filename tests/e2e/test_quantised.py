@@ -58,7 +58,7 @@ def test_a_probe_reads_the_head_as_it_is_served_and_says_if_that_takes_a_copy(se
     model, _, _ = parts(served.llm)
     said: list[str] = []
     monkeypatch.setattr(early_exit.logger, "warning", lambda text, *what: said.append(text % what))
-    read = model.logit_lens().head_weight
+    read = model.logit_lens().head.weight
     expected = served.reference.lm_head.weight.data
     torch.testing.assert_close(read, expected.bfloat16(), rtol=0.01, atol=1e-3)
     is_plain = hasattr(model.lm_head, "weight")

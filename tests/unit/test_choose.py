@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from adainfer_kernels import Head
 
 from vllm_adainfer.offline.calibration import choose
 from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, forecast
@@ -17,7 +18,7 @@ from vllm_adainfer.policy.probe import Probe
 
 DEPTH, ROWS = 12, 80
 LAYERS = (2, 4, 6, 8, 10)
-PROBE = Probe(head_weight=torch.zeros(2, 4))
+PROBE = Probe(Head(torch.zeros(2, 4)))
 
 
 def exit_after(layer: int, score: np.ndarray, loss: np.ndarray) -> FittedExit:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from adainfer_kernels import Head
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import Tensor
@@ -100,7 +101,7 @@ def test_chosen_exit_points_are_chained_on_both_halves():
     exits = [
         FittedExit(
             layer,
-            Probe(head_weight=torch.zeros(2, 4)),
+            Probe(Head(torch.zeros(2, 4))),
             torch.zeros(3),
             *(
                 Scored(

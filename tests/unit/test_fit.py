@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from adainfer_kernels import Norm
+from adainfer_kernels import Head, Norm
 from torch import Tensor
 
 from vllm_adainfer.offline.calibration import probes
@@ -44,7 +44,7 @@ def recording_of(rank: int, noise: float = 0.0) -> Recording:
         rows = normal(ROWS_PER_PROMPT, HIDDEN)
         folds[prompt % FOLDS].add(rows, final_of(rows) - rows, torch.ones(ROWS_PER_PROMPT))
     final = final_of(decisions)
-    model = Probe(head_weight=head, norm=NORM)
+    model = Probe(Head(head), norm=NORM)
     return Recording(
         states={LAYER: decisions},
         depth=2 * LAYER,
@@ -53,7 +53,7 @@ def recording_of(rank: int, noise: float = 0.0) -> Recording:
         prompts=np.arange(PROMPTS),
         computed=np.full(PROMPTS, float(ROWS_PER_PROMPT)),
         moments={LAYER: folds},
-        logit_lens=Probe(head_weight=head, norm=NORM),
+        logit_lens=Probe(Head(head), norm=NORM),
         fingerprint="",
         layer_seconds=1e-4,
         cut_seconds=1e-5,
@@ -90,7 +90,7 @@ def test_a_lens_that_is_exact_is_recovered_at_any_rank(monkeypatch, low_rank_fro
     monkeypatch.setattr(probes, "PENALTIES", (1e-6, 1.0))
     recording = recording_of(rank=4)
     fitted = fitted_on(recording, "lens")
-    model = Probe(head_weight=recording.logit_lens.head_weight, norm=NORM)
+    model = Probe(recording.logit_lens.head, norm=NORM)
     found = fitted.probe.readout(recording.states[LAYER])
     torch.testing.assert_close(found, model.readout(recording.final), rtol=1e-3, atol=1e-3)
     assert fitted.fitted.agrees.all()
@@ -106,19 +106,17 @@ def test_a_wide_models_lens_has_the_least_rank_that_serves(monkeypatch, planted,
     monkeypatch.setattr(probes, "RANK_DIVISORS", (32, 16, 8, 4))
     probe = fitted_on(recording_of(planted, noise=0.1), "lens").probe
     if stored is None:
-        assert probe.lens_weight is not None
-        assert probe.lens_down is None
+        assert probe.lens.up is None
         assert probe.bytes == 4 * (HIDDEN * HIDDEN + HIDDEN)
     else:
-        assert probe.lens_weight is None
-        assert probe.lens_down.shape == (HIDDEN, stored)
-        assert probe.lens_up.shape == (stored, HIDDEN)
+        assert probe.lens.weight.shape == (HIDDEN, stored)
+        assert probe.lens.up.shape == (stored, HIDDEN)
         assert probe.bytes == 4 * (2 * HIDDEN * stored + HIDDEN)
 
 
 def test_a_narrow_models_lens_is_whole(monkeypatch):
     monkeypatch.setattr(probes, "LOW_RANK_HIDDEN_SIZE", HIDDEN + 1)
-    assert fitted_on(recording_of(rank=1), "lens").probe.lens_weight is not None
+    assert fitted_on(recording_of(rank=1), "lens").probe.lens.up is None
 
 
 @pytest.mark.parametrize(("kind", "labels"), [("lens", None), ("label-head", LABELS)])
@@ -148,7 +146,7 @@ def test_features_to_learn_from_are_of_probes_that_have_not_seen_the_prompt(
 
 def test_a_label_head_stores_one_row_a_label():
     probe = fitted_on(recording_of(rank=4), "label-head", LABELS).probe
-    assert probe.head_weight.shape == (len(LABELS), HIDDEN)
+    assert probe.head.weight.shape == (len(LABELS), HIDDEN)
     assert probe.bytes == 4 * len(LABELS) * (HIDDEN + 1)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from adainfer_kernels import Norm
+from adainfer_kernels import Head, Norm
 
 from vllm_adainfer.offline.calibration import fitted_policy as making
 from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
@@ -59,7 +59,7 @@ def recording_of(labels: bool, noise: float = 1.0) -> Recording:
             change = final[rows] - states[layer][rows]
             sums.add(states[layer][rows].double(), change.double(), torch.ones(len(rows)))
     model = Probe(
-        head_weight=head[LABEL_IDS] if labels else head,
+        Head(head[LABEL_IDS] if labels else head),
         token_ids=LABEL_IDS if labels else None,
         norm=NORM,
     )
@@ -71,7 +71,7 @@ def recording_of(labels: bool, noise: float = 1.0) -> Recording:
         prompts=np.arange(PROMPTS),
         computed=np.full(PROMPTS, 20.0),
         moments=moments,
-        logit_lens=Probe(head_weight=head, norm=NORM),
+        logit_lens=Probe(Head(head), norm=NORM),
         fingerprint="f" * 16,
         layer_seconds=1e-3,  # so slow that every probe is worth its time
         cut_seconds=1e-6,

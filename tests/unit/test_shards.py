@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from adainfer_kernels import Head
 from torch import Tensor
 
 from vllm_adainfer.engine import ranks
@@ -20,13 +21,13 @@ def test_probes_of_shards_join_to_the_probe_of_all(bounds):
     head[70] = head[3]  # a tie between two ranks: the lower id wins
     hidden = torch.randn(40, 16, generator=generator)
     hidden[0] = 3 * head[3]
-    whole = Probe(head_weight=head).score(hidden)
+    whole = Probe(Head(head)).score(hidden)
     spans = list(itertools.pairwise(bounds))
     parts: list[Tensor] = []
 
     def on_rank(gather: VocabularyShards, first: int, end: int):
         return Probe(
-            head_weight=head[first:end], token_ids=torch.arange(first, end), shards=gather
+            Head(head[first:end]), token_ids=torch.arange(first, end), shards=gather
         ).score(hidden)
 
     for first, end in spans:  # what each rank would send

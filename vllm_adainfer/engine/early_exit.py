@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from adainfer_kernels import Head
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
@@ -147,7 +148,7 @@ class EarlyExit(_Model):
         """The model's own reading of a state, with its LM head or `head_rows` [n, head size]."""
         norm = self.decoder.final_norm(self._body)
         lens = Probe(
-            head_weight=self.head_weight if head_rows is None else head_rows,
+            head=Head(self.head_weight if head_rows is None else head_rows),
             norm=None if norm is None else norm_of(norm),
             projection=self.decoder.projection(self._body),
         )
@@ -157,7 +158,7 @@ class EarlyExit(_Model):
         first = self.decoder.head(self).shard_indices.org_vocab_start_index
         return replace(
             lens,
-            token_ids=first + torch.arange(len(lens.head_weight), device=self.device),
+            token_ids=first + torch.arange(lens.head.size, device=self.device),
             shards=VocabularyShards(
                 lambda part: ranks.all_gather(part, dim=0).unflatten(0, (-1, part.shape[0]))
             ),

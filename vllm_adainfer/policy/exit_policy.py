@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from adainfer_kernels import Head
 from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.policy.artifact import Artifact
-from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.probe import Probe, lens_of
 from vllm_adainfer.policy.score import CHAIN_SHAPE, LINEAR_SHAPE, score
 
 
@@ -84,28 +85,21 @@ class CalibratedPolicy(ExitPolicy):
         self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, levels]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
         if logit_lens is not None and "head_rows" in tensors:
-            logit_lens = replace(
-                logit_lens,
-                head_weight=tensors["head_rows"],
-                token_ids=self.answer_ids,
-                shards=None,
-            )
-        self._probes = [
-            Probe(
-                head_weight=tensors[f"exit.{layer}.head_weight"],
-                head_bias=tensors[f"exit.{layer}.head_bias"],
-                token_ids=self.answer_ids,
-            )
-            if logit_lens is None or config.probe == "label-head"
-            else replace(
-                logit_lens,
-                lens_weight=tensors.get(f"exit.{layer}.lens_weight"),
-                lens_down=tensors.get(f"exit.{layer}.lens_down"),
-                lens_up=tensors.get(f"exit.{layer}.lens_up"),
-                lens_bias=tensors.get(f"exit.{layer}.lens_bias"),
-            )
-            for layer in self.exit_points
-        ]
+            head = Head(tensors["head_rows"])
+            logit_lens = replace(logit_lens, head=head, token_ids=self.answer_ids, shards=None)
+        self._probes = []
+        for layer in self.exit_points:
+            prefix = f"exit.{layer}."
+            own = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
+            if logit_lens is None or config.probe == "label-head":
+                head = Head(own["head_weight"], own["head_bias"])
+                self._probes.append(Probe(head, token_ids=self.answer_ids))
+            else:
+                self._probes.append(replace(logit_lens, lens=lens_of(own)))
 
     @override
     def decide(

@@ -7,6 +7,7 @@ meaningless.
 from __future__ import annotations
 
 import torch
+from adainfer_kernels import Head
 from torch import Tensor
 from typing_extensions import override
 
@@ -31,8 +32,10 @@ class ScriptedPolicy(ExitPolicy):
             len(SCRIPT_LABELS), hidden_size, generator=generator, dtype=torch.float32
         )
         self._probe = Probe(
-            head_weight=head.to(device),
-            head_bias=torch.zeros(len(SCRIPT_LABELS), dtype=torch.float32, device=device),
+            Head(
+                head.to(device),
+                torch.zeros(len(SCRIPT_LABELS), dtype=torch.float32, device=device),
+            ),
             token_ids=self.answer_ids,
         )
 

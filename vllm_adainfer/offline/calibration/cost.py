@@ -47,7 +47,7 @@ def probe_seconds(probe: Probe, states: Tensor, threads: int) -> float:
 
 def head_seconds(logit_lens: Probe, states: Tensor, threads: int) -> float:
     """Time of the LM head for one of `states` [rows, hidden size], computed all at once."""
-    read, head = logit_lens.readout(states), logit_lens.head_weight
+    read, head = logit_lens.readout(states), logit_lens.head.weight
     return _seconds(lambda: torch.nn.functional.linear(read, head), threads) / len(states)
 
 

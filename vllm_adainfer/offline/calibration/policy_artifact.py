@@ -57,7 +57,7 @@ def policy_config(policy: FittedPolicy, model: str, hf_config: Any) -> ArtifactC
     """``config.json``; `model` is the name of the model, `hf_config` its config."""
     calibration = policy.calibration
     recording, options, bound = calibration.recording, calibration.options, calibration.bound
-    head_size = recording.logit_lens.head_weight.shape[1]
+    head_size = recording.logit_lens.head.hidden_size
     candidates: Candidates = "full" if calibration.target.label_ids is None else "shortlist"
     return ArtifactConfig(
         base_model=model,
@@ -101,14 +101,9 @@ def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
     for exit in policy.exits:
         name, probe = f"exit.{exit.layer}", exit.probe
         tensors[f"{name}.classifier"] = exit.classifier
-        if probe.head_bias is not None:  # a label head
-            tensors[f"{name}.head_weight"] = probe.head_weight
-            tensors[f"{name}.head_bias"] = probe.head_bias
-            continue
-        for part, tensor in probe.lens.items():
-            tensors[f"{name}.{part}"] = tensor
-        if target.label_ids is not None:
-            tensors["head_rows"] = probe.head_weight
+        tensors |= {f"{name}.{part}": tensor for part, tensor in probe.fitted_tensors.items()}
+        if target.kind != "label-head" and target.label_ids is not None:
+            tensors["head_rows"] = probe.head.weight
     return tensors
 
 

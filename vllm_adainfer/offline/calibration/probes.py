@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from adainfer_kernels import Head, Lens
 from torch import Tensor
 
 from vllm_adainfer.offline.calibration import ridge
@@ -63,11 +64,8 @@ def fit_probes(
     fitted = ridge.choose(folds, PENALTIES)
 
     def label_head(linear: ridge.Linear) -> Probe:
-        return Probe(
-            head_weight=linear.matrix.float().contiguous(),
-            head_bias=linear.bias.float(),
-            token_ids=target.label_ids,
-        )
+        head = Head(linear.matrix.float().contiguous(), linear.bias.float())
+        return Probe(head, token_ids=target.label_ids)
 
     return label_head(fitted.whole), [label_head(linear) for linear in fitted.without]
 
@@ -84,7 +82,7 @@ def _fit_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Pro
     A wide model's lens has the lowest rank that predicts unseen prompts as well.
     """
     fitted = ridge.choose(folds, PENALTIES)
-    size, dtype = len(folds[0].x_mean), plain.head_weight.dtype
+    size, dtype = len(folds[0].x_mean), plain.head.weight.dtype
     rank = None
     if size >= LOW_RANK_HIDDEN_SIZE:
         ranks = [size // divisor for divisor in RANK_DIVISORS]
@@ -94,15 +92,11 @@ def _fit_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Pro
     def lens(moments: Moments, linear: ridge.Linear) -> Probe:
         if rank is None:
             weight = linear.matrix.T.to(dtype).contiguous()
-            return replace(plain, lens_weight=weight, lens_bias=linear.bias.to(dtype))
+            return replace(plain, lens=Lens(weight, bias=linear.bias.to(dtype)))
         down, up = ridge.low_rank(moments, linear.matrix, rank)
         bias = ridge.intercept(moments, (down @ up).T)
-        return replace(
-            plain,
-            lens_down=down.to(dtype).contiguous(),
-            lens_up=up.to(dtype).contiguous(),
-            lens_bias=bias.to(dtype),
-        )
+        parts = down.to(dtype).contiguous(), up.to(dtype).contiguous(), bias.to(dtype)
+        return replace(plain, lens=Lens(*parts))
 
     without = [
         lens(whole - fold, linear) for fold, linear in zip(folds, fitted.without, strict=True)
