@@ -23,7 +23,7 @@ BELOW = {
     "config_hook": {"frontend", "engine", "config"},
     "plugin": {"config_hook", "engine"},
     "stats": {"errors"},
-    "offline": {"stats", "engine", "policy", "errors", "config"},
+    "offline": {"stats", "engine", "policy", "kernels", "errors", "config"},
     "cli": {"offline", "policy", "errors"},
 }
 """What each room imports: the top-level packages and files of the project."""
