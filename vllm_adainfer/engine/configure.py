@@ -38,7 +38,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     configs = load_artifact_configs(settings.artifacts)
     for config in configs.values():
         config.check_served_by(vllm_config.model_config.hf_config)
-    admission = Admission(settings, configs)
+    admission = Admission(settings, configs, vllm_config.model_config.logprobs_mode)
     for name, config in configs.items():
         logger.info("%s", banner(name, config, settings))
     for names in admission.ambiguous:

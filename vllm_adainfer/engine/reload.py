@@ -50,7 +50,7 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
             artifact.config.check_weights(model.fingerprint)
             check_replaces(name, artifact.config, model.artifacts[name].config, cuts)
         configs = {name: artifact.config for name, artifact in artifacts.items()}
-        admission = Admission(settings, configs)
+        admission = Admission(settings, configs, vllm_config.model_config.logprobs_mode)
         digest = digest_of(artifacts)
     except AdaInferError as error:
         failure = error

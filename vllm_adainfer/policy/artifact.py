@@ -10,7 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.kinds import BoundKind, Candidates, ClassifierKind, ProbeKind, Risk
+from vllm_adainfer.policy.kinds import (
+    BoundKind,
+    Candidates,
+    ClassifierKind,
+    ProbeKind,
+    Risk,
+    features_of_risk,
+)
 
 
 def are_exit_points(points: Sequence[int], layers: int) -> bool:
@@ -95,6 +102,10 @@ class ArtifactConfig(_Strict):
             raise ValueError('there must be a tolerance if and only if risk = "probability"')
         if self.risk == "probability" and (self.probe != "label-head" or self.max_tokens > 1):
             raise ValueError('risk = "probability" needs a label-head and max_tokens = 1')
+        if self.features != features_of_risk(self.risk):
+            raise ValueError(
+                f"features must be {features_of_risk(self.risk)} where risk = {self.risk!r}"
+            )
         if self.label_mass and self.risk != "probability":
             raise ValueError('label_mass needs risk = "probability"')
         if not all(token_id < self.vocab_size for token_id in self.label_ids):

@@ -19,3 +19,13 @@ RiskChoice = Literal["disagreement", "accuracy"]
 ProbeChoice = Literal["auto", ProbeKind]
 # Likewise; auto takes exact for one-token answers that are changed or not, and wsr otherwise.
 BoundChoice = Literal["auto", BoundKind]
+
+# What a classifier reads of a probe: columns of `adainfer_kernels.ProbeResult.features`, and of
+# `vllm_adainfer.policy.probabilities.features_of`.
+FEATURES = ("top_prob", "gap")
+PROBABILITY_FEATURES = ("top_logit", "gap", "mass_logit")
+
+
+def features_of_risk(risk: Risk) -> tuple[str, ...]:
+    """What the classifiers of a policy read, by what the policy bounds."""
+    return PROBABILITY_FEATURES if risk == "probability" else FEATURES

@@ -15,13 +15,14 @@ from vllm_adainfer.offline.calibration.calibrate import check_rows, label_ids
 from vllm_adainfer.offline.calibration.certify import threshold_grid
 from vllm_adainfer.offline.calibration.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.offline.calibration.fit import candidate_layers, is_right
+from vllm_adainfer.offline.calibration.fit import candidate_layers
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
     PolicyOptions,
     make_policy,
 )
+from vllm_adainfer.offline.calibration.loss import is_right
 from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split, random_order
