@@ -106,7 +106,7 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     )
     policy = make_policy(calibration)
     if reads is not None:
-        policy = _with_mass_if_it_pays(policy)
+        policy = with_mass_if_it_pays(policy)
     if options.epsilon not in policy.points:
         raise AdaInferError(
             f"no exit point of {request.model} is worth its cost on these prompts within epsilon "
@@ -115,7 +115,7 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     return write_artifact(policy, request.model, hf_config, request.template, request.output)
 
 
-def _with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
+def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
     """The policy that promises the label mass, too, unless it saves too little."""
     epsilon = policy.calibration.options.epsilon
     with_mass = make_policy(replace(policy.calibration, with_mass=True))
