@@ -100,3 +100,13 @@ def check_replaces(
             f"policy {name} was calibrated for {new.max_tokens} tokens, the one before for "
             f"{old.max_tokens}: restart the engine"
         )
+    if (new.risk == "probability") != (old.risk == "probability"):
+        raise AdaInferError(
+            f"policy {name} bounds {new.risk}, the one before {old.risk}, and other requests exit "
+            "under the one than under the other: restart the engine"
+        )
+    if new.label_mass != old.label_mass:
+        certified = ("does not certify", "certifies")[new.label_mass]
+        raise AdaInferError(
+            f"policy {name} {certified} the label mass, unlike the one before: restart the engine"
+        )

@@ -70,6 +70,8 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     """
     check_writable(request.output)
     options = request.options
+    if options.tolerance is not None:
+        check_tolerance(request)
     if request.labels and options.max_tokens > 1:
         raise AdaInferError("--labels are one-token answers: drop --max-tokens or --labels")
     probe = choose_probe(request.probe, request.labels)
@@ -125,6 +127,45 @@ def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
     if epsilon in policy.points and saved < MASS_WORTH * policy.points[epsilon].layers_saved:
         return policy
     return with_mass
+
+
+def check_tolerance(request: CalibrationRequest) -> None:
+    """Check that a policy can promise the probabilities that `request` asks for.
+
+    Raises:
+        AdaInferError: it cannot.
+
+    """
+    options = request.options
+    refusals = [
+        (
+            options.max_tokens > 1,
+            "--tolerance is for the probabilities of one token: drop --max-tokens or --tolerance",
+        ),
+        (
+            not request.labels,
+            "--tolerance is for the probabilities of labels: give --labels, such as "
+            "negative,positive, or drop --tolerance",
+        ),
+        (
+            request.probe not in ("auto", "label-head"),
+            f"--tolerance needs the scores of a label-head, and --probe {request.probe} has none: "
+            "drop --probe or --tolerance",
+        ),
+        (
+            options.risk == "accuracy",
+            "--tolerance bounds how far probabilities move, --risk accuracy the accuracy lost, and "
+            "a policy has one bound: drop one of them",
+        ),
+        (
+            options.classifier in ("rbf", "boosting"),
+            f"--classifier {options.classifier} is a table over probabilities, and --tolerance "
+            "reads log-odds: use svm, logreg, threshold or crf",
+        ),
+    ]
+    for refused, sentence in refusals:
+        if refused:
+            raise AdaInferError(sentence)
 
 
 def choose_probe(asked: ProbeChoice, labels: tuple[str, ...]) -> ProbeKind:
