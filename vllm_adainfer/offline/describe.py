@@ -214,6 +214,6 @@ def _probabilities(report: Mapping[str, Any]) -> str:
     return (
         f"{table}\n\n"
         "Moves are from never exit, of each prompt's probability that moves most. Those of stock "
-        f"vLLM are rounding. Beyond {tolerance}: answers that break the promise, which the bound "
-        "is about."
+        f"vLLM are rounding. Beyond {tolerance}: answers that change or move by more, the share "
+        "that the bound is about."
     )
