@@ -192,4 +192,46 @@ def describe_report(report: Mapping[str, Any]) -> str:
         "Never exit: what the segments cost, and how often their rounding changes an answer.",
         f"Requests by layers run: {left}",
     ]
+    if "probabilities" in report:
+        parts.append(_probabilities(report))
     return "\n\n".join(parts) + "\n"
+
+
+def _probabilities(report: Mapping[str, Any]) -> str:
+    """How good the probabilities are, and how far exits and rounding move them."""
+    found, tolerance = report["probabilities"], f"{report['tolerance']:g}"
+    named = [
+        ("stock vLLM", found["stock"]),
+        ("never exit", found["never_exit"]),
+        *((f"bound {level['epsilon']:.1%}", level) for level in found["levels"]),
+    ]
+    measures = "ece", "brier", "label_mass", "move_mean", "move_p95", "move_max"
+    table = text_table(
+        [
+            "probabilities",
+            "ECE",
+            "Brier",
+            "label mass",
+            "mean move",
+            "95th percentile",
+            "largest",
+            "best label differs",
+            f"beyond {tolerance}",
+        ],
+        [
+            [
+                name,
+                *("-" if row[measure] is None else f"{row[measure]:.3f}" for measure in measures),
+                f"{row['label_differs']:.1%}",
+                f"{row['wrong']:.1%}",
+            ]
+            for name, row in named
+        ],
+        1,
+    )
+    return (
+        f"{table}\n\n"
+        "Moves are from never exit, of each prompt's probability that moves most. Those of stock "
+        f"vLLM are rounding. Beyond {tolerance}: answers that change or move by more, the share "
+        "that the bound is about."
+    )

@@ -28,7 +28,7 @@ from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split, random_order
 from vllm_adainfer.offline.evaluation.evaluate import check_file
 from vllm_adainfer.offline.evaluation.measure import measure
-from vllm_adainfer.offline.evaluation.report import NEVER_EXIT, Run
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import compare
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.suite import methods
