@@ -196,7 +196,7 @@ class Admission:
         config = None if name is None else self._configs.get(name)
         if config is None or not read.served_by(config):
             return None
-        return name if self._plain(params, config.max_tokens) else None
+        return name if self._plain(params, read.what, config.max_tokens) else None
 
     def _preferred(self, read: Read) -> list[str]:
         """The policies that may serve what a request reads, if it names none.
@@ -220,7 +220,7 @@ class Admission:
         read = read_of(params, self._logprobs_mode)
         if layer not in script or read != Read(What.TOKEN, frozenset(SCRIPT_LABELS)):
             return FULL_DEPTH
-        return script.index(layer) if self._plain(params, UNLIMITED) else FULL_DEPTH
+        return script.index(layer) if self._plain(params, What.TOKEN, UNLIMITED) else FULL_DEPTH
 
     def is_shadow(self, request_id: str) -> bool:
         """Whether a request that may exit runs to full depth instead, to be compared.
@@ -232,14 +232,17 @@ class Admission:
         digest = hashlib.sha256(client_request_id(request_id).encode()).digest()
         return int.from_bytes(digest[:4], "big") / 2**32 < self._settings.shadow_rate
 
-    def _plain(self, params: SamplingParams, max_tokens: int) -> bool:
-        """Whether tokens are chosen by the unchanged scores, as the calibrated bound assumes.
+    def _plain(self, params: SamplingParams, what: What, max_tokens: int) -> bool:
+        """Whether what is read comes of the unchanged scores, as the calibrated bound assumes.
 
-        A bound calibrated on one token covers one token only; on more, any number.
+        A bound calibrated on one token covers one token only; on more, any number. Probabilities in
+        the whole vocabulary are the same at any temperature; ``/generative_scoring`` leaves it at
+        1.
         """
+        greedy = params.temperature == 0 or what is What.IN_VOCABULARY
         return (
             (params.max_tokens == 1 or max_tokens > 1)
-            and (params.temperature == 0 or self._settings.requests == "all")
+            and (greedy or self._settings.requests == "all")
             and params.prompt_logprobs is None
             and not params.min_tokens
             and not params.logit_bias

@@ -121,8 +121,7 @@ def _probabilities_served(config: ArtifactConfig, settings: Settings, logprobs_m
             f", but not for probabilities: {uncertified}, and those among the labels alone need "
             "--logprobs-mode processed_logprobs"
         )
-    text = " and greedy ones" if settings.requests == "all" else " and"
-    text += " for their probabilities"
+    text = " and for their probabilities"
     if logprobs_mode == "raw_logprobs":
         return f"{text} in the whole vocabulary"
     if config.label_mass:

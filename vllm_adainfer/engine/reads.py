@@ -57,10 +57,11 @@ def read_of(params: SamplingParams, logprobs_mode: str) -> Read | None:
     if params.logprobs is None and ids is None:
         return Read(What.TOKEN, labels)
     processed = logprobs_mode == "processed_logprobs"
-    if params.temperature != 0 or not (processed or logprobs_mode == "raw_logprobs"):
-        return None
-    if labels is not None and processed and (ids is None or labels == frozenset(ids)):
+    if processed and params.temperature != 0:
+        return None  # which changes them
+    if processed and labels is not None and (ids is None or labels == frozenset(ids)):
         return Read(What.AMONG_LABELS, labels)
-    if ids is not None and labels in (None, frozenset(ids)):
+    known = processed or logprobs_mode == "raw_logprobs"
+    if known and ids is not None and labels in (None, frozenset(ids)):
         return Read(What.IN_VOCABULARY, frozenset(ids))
     return None

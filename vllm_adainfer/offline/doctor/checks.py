@@ -176,7 +176,10 @@ def examine_artifact(source: str | None) -> tuple[ArtifactConfig | None, list[Fi
 
 def probabilities(config: ArtifactConfig) -> Finding:
     """Which requests for probabilities the policy serves."""
-    whole = "requests with logprob_token_ids = the labels (as /v1/systemone sends)"
+    whole = (
+        "requests with logprob_token_ids = the labels (as /generative_scoring and /v1/systemone "
+        "send)"
+    )
     among = "those with allowed_token_ids = the labels and logprobs"
     if config.label_mass:
         text = (
