@@ -235,17 +235,17 @@ def test_an_artifact_is_summed_up_with_what_calibration_expects(installed, artif
     [
         (
             True,
-            "ok    probabilities: greedy requests with logprob_token_ids = the labels (as "
-            "/v1/systemone sends) may exit; those with allowed_token_ids = the labels and logprobs "
-            "only on a server started with --logprobs-mode processed_logprobs, and run at full "
-            "depth on any other",
+            "ok    probabilities: requests with logprob_token_ids = the labels (as "
+            "/generative_scoring and /v1/systemone send) may exit; greedy ones with "
+            "allowed_token_ids = the labels and logprobs only on a server started with "
+            "--logprobs-mode processed_logprobs, and run at full depth on any other",
         ),
         (
             False,
             "ok    probabilities: the label mass is not certified, so requests with "
-            "logprob_token_ids = the labels (as /v1/systemone sends) run at full depth; greedy "
-            "those with allowed_token_ids = the labels and logprobs may exit, but only on a server "
-            "started with --logprobs-mode processed_logprobs",
+            "logprob_token_ids = the labels (as /generative_scoring and /v1/systemone send) run at "
+            "full depth; greedy ones with allowed_token_ids = the labels and logprobs may exit, but "
+            "only on a server started with --logprobs-mode processed_logprobs",
         ),
     ],
 )

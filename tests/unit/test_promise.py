@@ -74,12 +74,6 @@ def test_the_start_up_line_says_which_probabilities_are_served_and_within_what_b
     assert line.endswith("kv exact, shadow rate 0")
 
 
-def test_where_sampled_requests_exit_only_greedy_ones_do_for_probabilities(tiny_model):
-    config = probability(tiny_model, label_mass=True)
-    line = banner("mood", config, Settings(artifact="policy", requests="all"))
-    assert "for all requests for one token among bad, good and greedy ones for their prob" in line
-
-
 def test_with_epsilon_0_the_start_up_line_promises_nothing(tiny_model):
     config = probability(tiny_model, label_mass=True)
     line = banner("mood", config, Settings(artifact="policy", epsilon=0))

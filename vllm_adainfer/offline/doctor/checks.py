@@ -180,16 +180,16 @@ def probabilities(config: ArtifactConfig) -> Finding:
         "requests with logprob_token_ids = the labels (as /generative_scoring and /v1/systemone "
         "send)"
     )
-    among = "those with allowed_token_ids = the labels and logprobs"
+    among = "greedy ones with allowed_token_ids = the labels and logprobs"
     if config.label_mass:
         text = (
-            f"greedy {whole} may exit; {among} only on a server started with --logprobs-mode "
+            f"{whole} may exit; {among} only on a server started with --logprobs-mode "
             "processed_logprobs, and run at full depth on any other"
         )
     else:
         text = (
-            f"the label mass is not certified, so {whole} run at full depth; greedy {among} may "
-            "exit, but only on a server started with --logprobs-mode processed_logprobs"
+            f"the label mass is not certified, so {whole} run at full depth; {among} may exit, "
+            "but only on a server started with --logprobs-mode processed_logprobs"
         )
     return Finding("ok", f"probabilities: {text}")
 
