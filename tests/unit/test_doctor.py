@@ -244,8 +244,8 @@ def test_an_artifact_is_summed_up_with_what_calibration_expects(installed, artif
             False,
             "ok    probabilities: the label mass is not certified, so requests with "
             "logprob_token_ids = the labels (as /generative_scoring and /v1/systemone send) run at "
-            "full depth; greedy ones with allowed_token_ids = the labels and logprobs may exit, but "
-            "only on a server started with --logprobs-mode processed_logprobs",
+            "full depth; greedy ones with allowed_token_ids = the labels and logprobs may exit, "
+            "but only on a server started with --logprobs-mode processed_logprobs",
         ),
     ],
 )
