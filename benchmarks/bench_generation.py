@@ -26,7 +26,8 @@ from tqdm import tqdm
 from vllm_adainfer.config import EXIT_ARG
 from vllm_adainfer.offline.calibration.data import Example, Row, make_examples
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.offline.evaluation.report import Run, write_whole
+from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.evaluation.sequences import compare, has_number, read_back
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance

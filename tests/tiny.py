@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast as Fast
 from vllm_adainfer.policy.artifact import ArtifactConfig, Label, Level
 from vllm_adainfer.policy.artifact_files import save_artifact
 from vllm_adainfer.policy.fingerprint import WeightsFingerprint
+from vllm_adainfer.policy.kinds import features_of_risk
 
 LAYERS = 6
 EXIT_POINTS = (2, 3, 5)
@@ -84,7 +85,7 @@ def tiny_config(model: Path, **changes: Any) -> ArtifactConfig:
             Label(name=name, token_id=Fast.from_pretrained(model).encode(name)[0])
             for name in LABELS
         ),
-        "features": ("top_prob", "gap"),
+        "features": features_of_risk(changes.get("risk", "disagreement")),
         "classifier": "svm",
         "epsilon": 0.05,
         "delta": 0.1,
@@ -103,16 +104,20 @@ def tiny_tensors(config: ArtifactConfig, thresholds: Tensor | None = None) -> di
         thresholds = torch.full((len(config.levels), len(config.exit_points)), -1.0)
     tensors = {"thresholds": thresholds}
     for layer in config.exit_points:
-        tensors[f"exit.{layer}.classifier"] = torch.tensor([0.0, 1.0, 0.0])
+        gap = [float(name == "gap") for name in config.features]
+        tensors[f"exit.{layer}.classifier"] = torch.tensor([*gap, 0.0])
+        rows = len(config.labels) + (config.risk == "probability")
         tensors[f"exit.{layer}.head_weight"] = 0.02 * torch.randn(
-            len(config.labels), config.hidden_size, generator=generator
+            rows, config.hidden_size, generator=generator
         )
-        tensors[f"exit.{layer}.head_bias"] = torch.zeros(len(config.labels))
+        tensors[f"exit.{layer}.head_bias"] = torch.zeros(rows)
     return tensors
 
 
-def tiny_artifact(model: Path, directory: Path, thresholds: Tensor | None = None) -> Path:
-    """Write an artifact for the tiny model."""
-    config = tiny_config(model)
+def tiny_artifact(
+    model: Path, directory: Path, thresholds: Tensor | None = None, **changes: Any
+) -> Path:
+    """Write an artifact for the tiny model; `changes` are of its config."""
+    config = tiny_config(model, **changes)
     save_artifact(directory, config, tiny_tensors(config, thresholds), {}, "card\n", {})
     return directory

@@ -21,7 +21,7 @@ import typer
 
 from vllm_adainfer import __version__
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.kinds import BoundChoice, ClassifierKind, ProbeChoice, Risk
+from vllm_adainfer.policy.kinds import BoundChoice, ClassifierKind, ProbeChoice, Risk, RiskChoice
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -116,12 +116,21 @@ def calibrate(
         float, typer.Option(min=0.0001, max=0.5, help="The chance that the bound does not hold.")
     ] = 0.1,
     risk: Annotated[
-        Risk,
+        RiskChoice,
         typer.Option(
             help="What epsilon bounds: the share of changed answers, or the accuracy lost (every "
             "row needs a label)."
         ),
     ] = "disagreement",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=0.5,
+            help="Promise the labels' probabilities, too: epsilon then bounds the share of answers "
+            "that change or of which a probability moves by more than this.",
+        ),
+    ] = None,
     bound: Annotated[
         BoundChoice, typer.Option(help="How the bound is certified; naive has no confidence.")
     ] = "auto",
@@ -142,6 +151,9 @@ def calibrate(
     from vllm_adainfer.offline.describe import describe
     from vllm_adainfer.policy.artifact_files import load_details
 
+    bounded: Risk = risk
+    if tolerance is not None and risk == "disagreement":
+        bounded = "probability"
     config = run(
         CalibrationRequest(
             model=model,
@@ -156,7 +168,8 @@ def calibrate(
                 exit_points=_layers(exit_points),
                 epsilon=epsilon,
                 delta=delta,
-                risk=risk,
+                risk=bounded,
+                tolerance=tolerance,
                 bound=bound,
                 seed=seed,
                 max_tokens=max_tokens,

@@ -8,7 +8,7 @@ import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.tiny import tiny_config
+from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.config import Settings
 from vllm_adainfer.engine.admission import (
     FULL_DEPTH,
@@ -337,3 +337,104 @@ def test_what_vllm_appends_to_a_request_id_does_not_change_who_is_watched(admiss
     is_shadow = admission(shadow_rate=0.5).is_shadow
     for number in range(100):
         assert is_shadow(f"{number}-{number:08x}") == is_shadow(str(number))
+
+
+PROBABILITY = {"risk": "probability", "tolerance": 0.05}
+READS = {
+    "the label": {},
+    "in the vocabulary": {"allowed_token_ids": None, "logprob_token_ids": "labels"},
+    "in the vocabulary, at temperature 1": {
+        "allowed_token_ids": None,
+        "logprob_token_ids": "labels",
+        "temperature": 1,
+    },
+    "in the vocabulary, restricted": {"logprob_token_ids": "labels"},
+    "the best two": {"logprobs": 2},
+    "the best two, at temperature 1": {"logprobs": 2, "temperature": 1},
+    "the best two of any": {"logprobs": 2, "allowed_token_ids": None},
+    "of one label": {"allowed_token_ids": None, "logprob_token_ids": "first"},
+    "of other tokens": {"allowed_token_ids": None, "logprob_token_ids": "others"},
+    "of labels, restricted to others": {
+        "allowed_token_ids": "others",
+        "logprob_token_ids": "labels",
+    },
+    "of the prompt": {"prompt_logprobs": 1},
+}
+RAW, PROCESSED = "raw_logprobs", "processed_logprobs"
+EXITING = {  # by the policy's risk and mass, and the engine's mode
+    ("disagreement", False, RAW): {"the label"},
+    ("disagreement", False, PROCESSED): {"the label"},
+    ("probability", False, RAW): {"the label"},
+    ("probability", False, PROCESSED): {
+        "the label",
+        "the best two",
+        "in the vocabulary, restricted",
+    },
+    ("probability", True, RAW): {
+        "the label",
+        "in the vocabulary",
+        "in the vocabulary, at temperature 1",
+        "in the vocabulary, restricted",
+    },
+    ("probability", True, PROCESSED): {
+        "the label",
+        "the best two",
+        "in the vocabulary",
+        "in the vocabulary, restricted",
+    },
+    ("probability", True, "raw_logits"): {"the label"},
+    ("probability", True, "processed_logits"): {"the label"},
+}
+
+
+def policy_that_promises(tiny_model, directory, risk: str, label_mass: bool = False) -> str:
+    changes = PROBABILITY | {"label_mass": label_mass} if risk == "probability" else {}
+    return str(tiny_artifact(tiny_model, directory, **changes))
+
+
+def reading(label_ids: Sequence[int], read: str, **more: Any) -> SamplingParams:
+    named = {"labels": list(label_ids), "first": list(label_ids[:1]), "others": [1, 2]}
+    changes = {
+        key: named[value] if isinstance(value, str) else value for key, value in READS[read].items()
+    }
+    return label_request(label_ids, **changes, **more)
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(("risk", "label_mass", "mode"), EXITING)
+def test_a_request_exits_only_under_a_policy_that_promises_what_it_reads(
+    tiny_model, tmp_path, label_ids, risk, label_mass, mode, read
+):
+    source = policy_that_promises(tiny_model, tmp_path / "policy", risk, label_mass)
+    admission = Admission(Settings(artifact=source), logprobs_mode=mode)
+    exits = read in EXITING[risk, label_mass, mode]
+    assert admission.tag(reading(label_ids, read)) == (DEFAULT if exits else FULL_DEPTH)
+    assert admission.may_exit(reading(label_ids, read)) == exits
+
+
+def test_beside_a_policy_for_probabilities_one_for_the_label_decides_labels(
+    tiny_model, tmp_path, label_ids
+):
+    sources = {
+        "sure": policy_that_promises(tiny_model, tmp_path / "sure", "probability", True),
+        "label": policy_that_promises(tiny_model, tmp_path / "label", "disagreement"),
+    }
+    admission = Admission(Settings(artifact=sources))
+    assert admission.ambiguous == []
+    sure, label = DEFAULT, 2 + DEFAULT
+    assert admission.tag(reading(label_ids, "the label")) == label
+    assert admission.tag(reading(label_ids, "in the vocabulary")) == sure
+    named = {"extra_args": {"adainfer_policy": "sure"}}
+    assert admission.tag(reading(label_ids, "the label", **named)) == sure
+    named = {"extra_args": {"adainfer_policy": "label"}}
+    assert admission.tag(reading(label_ids, "in the vocabulary", **named)) == FULL_DEPTH
+
+
+def test_two_policies_for_the_same_probabilities_have_to_be_named(tiny_model, tmp_path, label_ids):
+    sources = {
+        name: policy_that_promises(tiny_model, tmp_path / name, "probability", True)
+        for name in ("one", "two")
+    }
+    admission = Admission(Settings(artifact=sources))
+    assert admission.ambiguous == [["one", "two"]]
+    assert admission.tag(reading(label_ids, "in the vocabulary")) == FULL_DEPTH

@@ -16,7 +16,7 @@ from sklearn.svm import SVC, LinearSVC
 from torch import Tensor
 
 from vllm_adainfer.policy.classifier import fit_classifier
-from vllm_adainfer.policy.probe import FEATURES
+from vllm_adainfer.policy.kinds import FEATURES
 from vllm_adainfer.policy.score import score
 
 LINEAR, TABLES = ["svm", "logreg"], ["rbf", "boosting"]

@@ -155,6 +155,10 @@ def accuracy_by_the_exact_bound(place: Place) -> list[str]:
     return place.calibrate(risk="accuracy", bound="exact")
 
 
+def tolerance(**options: str) -> Callable[[Place], list[str]]:
+    return lambda place: place.calibrate(**{"tolerance": "0.05", "labels": "bad,good", **options})
+
+
 def too_few_rows_for_accuracy(place: Place) -> list[str]:
     return place.calibrate(risk="accuracy", epsilon="0.01")
 
@@ -290,6 +294,21 @@ def plot_below_a_file(place: Place) -> list[str]:
         (accuracy_without_labels, "line 300 has no label, but --risk accuracy needs"),
         (accuracy_by_the_exact_bound, "--bound exact counts changed answers and cannot bound"),
         (too_few_rows_for_accuracy, "too few rows for the bound: epsilon 0.01 at delta 0.1 needs"),
+        (tolerance(labels=""), "--tolerance is for the probabilities of labels: give --labels"),
+        (tolerance(max_tokens="8"), "--tolerance is for the probabilities of one token: drop"),
+        (
+            tolerance(max_tokens="8", labels=""),
+            "--tolerance is for the probabilities of one token: drop --max-tokens or --tolerance",
+        ),
+        (tolerance(probe="lens"), "needs the scores of a label-head, and --probe lens has none"),
+        (tolerance(probe="logit-lens"), "and --probe logit-lens has none: drop --probe or"),
+        (tolerance(risk="accuracy"), "--tolerance bounds how far probabilities move, --risk accur"),
+        (tolerance(classifier="rbf"), "--classifier rbf is a table over probabilities, and --tol"),
+        (tolerance(classifier="boosting"), "reads log-odds: use svm, logreg, threshold or crf"),
+        (
+            tolerance(epsilon="0.01"),
+            "too few rows for the bound: epsilon 0.01 at delta 0.1 needs at least 459 rows",
+        ),
         (damaged_details, "calibration.json cannot be read"),
         (details_of_something_else, "calibration.json does not hold rows, rows_held_out"),
         (evaluate_without_artifact, "evaluate needs --artifact and --data, or --suite"),
@@ -330,4 +349,16 @@ def test_an_epsilon_out_of_range_is_a_usage_error(place, epsilon):
     result = CliRunner().invoke(app, place.calibrate(epsilon=epsilon))
     assert result.exit_code == 2
     assert "--epsilon" in result.stderr
+    assert place.content() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("tolerance", "0"), ("tolerance", "0.6"), ("tolerance", "nan"), ("risk", "probability")],
+)
+def test_a_tolerance_out_of_range_or_a_risk_without_one_is_a_usage_error(place, option, value):
+    before = place.content()
+    result = CliRunner().invoke(app, place.calibrate(labels="bad,good", **{option: value}))
+    assert result.exit_code == 2
+    assert f"--{option}" in result.stderr
     assert place.content() == before

@@ -81,6 +81,41 @@ def test_each_exit_point_has_a_line_of_who_leaves_and_what_its_probe_takes(tiny_
     assert ["3", "50.0%", "95.0%", "3.0", "MiB", "2.00"] in found
 
 
+PROBABILITY: dict[str, Any] = {"risk": "probability", "tolerance": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("mass", "wrong", "certified"),
+    [
+        (
+            True,
+            "another best label than full depth's, or a label's probability (among the labels or "
+            "in the whole vocabulary) that moves by more than 0.05",
+            "certified: requests that read probabilities in the whole vocabulary may exit, too",
+        ),
+        (
+            False,
+            "another best label than full depth's, or a label's probability that moves by more "
+            "than 0.05",
+            "not certified: requests that read probabilities in the whole vocabulary run all "
+            "layers",
+        ),
+    ],
+)
+def test_a_policy_for_probabilities_says_what_is_wrong_and_whether_the_mass_is_certified(
+    tiny_model, mass, wrong, certified
+):
+    found = lines(tiny_model, [level(0.05, 0.25)], label_mass=mass, **PROBABILITY)
+    facts = dict(line.split(maxsplit=1) for line in found[:10] if " " in line)
+    assert facts["bound"] == "epsilon 0.05 at delta 0.1 on wrong answers (exact)"
+    assert facts["wrong"] == wrong
+    assert any(line.split() == ["label", "mass", *certified.split()] for line in found)
+    assert found[-1] == (
+        "Requests will run 4.5 of 6 layers on average, 25% fewer, and give at most 5 % wrong "
+        f"answers: {wrong} (confidence 90%)."
+    )
+
+
 @pytest.mark.parametrize(
     ("risk", "line"),
     [
@@ -91,3 +126,12 @@ def test_each_exit_point_has_a_line_of_who_leaves_and_what_its_probe_takes(tiny_
 def test_each_level_has_a_line_with_the_accuracy_lost_where_that_is_bounded(tiny_model, risk, line):
     found = lines(tiny_model, [level(0.05, 0.2, risk=-0.001)], risk=risk)
     assert line in [text.split() for text in found]
+
+
+def test_each_level_of_a_policy_for_probabilities_has_disagreement_and_wrong_answers(tiny_model):
+    found = [text.split() for text in lines(tiny_model, [level(0.05, 0.2, 0.01)], **PROBABILITY)]
+    heads = [
+        "epsilon", "disagreement,", "held", "out", "wrong", "upper", "bound", "layers", "saved",
+    ]  # fmt: skip
+    assert heads in found
+    assert ["0.050", "0.30%", "1.00%", "2.50%", "20.0%"] in found

@@ -231,6 +231,35 @@ def test_an_artifact_is_summed_up_with_what_calibration_expects(installed, artif
 
 
 @pytest.mark.parametrize(
+    ("mass", "line"),
+    [
+        (
+            True,
+            "ok    probabilities: requests with logprob_token_ids = the labels (as "
+            "/generative_scoring and /v1/systemone send) may exit; greedy ones with "
+            "allowed_token_ids = the labels and logprobs only on a server started with "
+            "--logprobs-mode processed_logprobs, and run at full depth on any other",
+        ),
+        (
+            False,
+            "ok    probabilities: the label mass is not certified, so requests with "
+            "logprob_token_ids = the labels (as /generative_scoring and /v1/systemone send) run at "
+            "full depth; greedy ones with allowed_token_ids = the labels and logprobs may exit, "
+            "but only on a server started with --logprobs-mode processed_logprobs",
+        ),
+    ],
+)
+def test_a_policy_for_probabilities_has_a_line_of_which_requests_it_serves(
+    installed, artifact, mass, line
+):
+    source = artifact(calibration(), risk="probability", tolerance=0.05, label_mass=mass)
+    summary, probabilities, expected = list(map(str, examine(None, source)))[5:8]
+    assert "give at most 5 % wrong answers" in summary
+    assert probabilities == line
+    assert expected.startswith("ok    expected, by calibration")
+
+
+@pytest.mark.parametrize(
     ("details", "sentence"),
     [
         ({}, "expected speed-up: "),

@@ -10,7 +10,8 @@ import pytest
 
 from tests.tiny import LAYERS, tiny_config
 from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.evaluation.report import NEVER_EXIT, Run, build_report, summary_line
+from vllm_adainfer.offline.evaluation.report import build_report, summary_line
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 
 EXAMPLES = [Example(f"line {number}", "a review", list(range(10)), None) for number in range(4)]
 STRICT, OURS = 0.02, 0.05  # the tiny artifact's levels; the second is its own

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from scipy.integrate import quad
 from scipy.stats import beta
 
+from vllm_adainfer.policy.kinds import Risk
 from vllm_adainfer.policy.monitor import PRIOR, AnswerMonitor, Reading, confidence_interval
 
 EPSILONS = (0.02, 0.05)
@@ -130,6 +131,13 @@ def test_the_readings_are_plain_values_by_epsilon():
     }  # fmt: skip
     kinds = {type(value) for reading in monitor.as_dict().values() for value in reading.values()}
     assert kinds == {int, float, bool}
+
+
+@pytest.mark.parametrize("risk", get_args(Risk))
+def test_every_bound_but_that_of_accuracy_closes_once_too_many_answers_are_wrong(risk):
+    monitor = AnswerMonitor(EPSILONS, alpha=0.1, risk=risk)
+    observe(monitor, 0, outcomes(0.06, 3000))
+    assert monitor.tightened.tolist() == [risk != "accuracy", False]
 
 
 def test_accuracy_lost_is_at_most_the_disagreement_so_that_no_disagreement_breaks_its_bound():

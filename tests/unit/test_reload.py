@@ -61,10 +61,51 @@ def test_what_a_running_engine_cannot_change_to_is_refused_with_its_cure(
     assert sentence in str(caught.value)
 
 
+PROBABILITY: dict[str, Any] = {"risk": "probability", "tolerance": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        (
+            {},
+            PROBABILITY,
+            "policy reviews bounds probability, the one before disagreement, and other requests "
+            "exit under the one than under the other: restart the engine",
+        ),
+        (
+            {**PROBABILITY, "label_mass": True},
+            {"risk": "accuracy", "bound": "wsr"},
+            "policy reviews bounds accuracy, the one before probability, and other requests ",
+        ),
+        (
+            {**PROBABILITY, "label_mass": True},
+            PROBABILITY,
+            "policy reviews does not certify the label mass, unlike the one before: restart the",
+        ),
+        (
+            PROBABILITY,
+            {**PROBABILITY, "label_mass": True},
+            "policy reviews certifies the label mass, unlike the one before: restart the engine",
+        ),
+    ],
+    ids=["to probability", "from probability", "mass lost", "mass won"],
+)
+def test_a_reload_may_not_change_which_probabilities_are_promised(
+    tiny_model, before, after, sentence
+):
+    old, new = tiny_config(tiny_model, **before), tiny_config(tiny_model, **after)
+    with pytest.raises(AdaInferError) as caught:
+        check_replaces("reviews", new, old, EXIT_POINTS)
+    assert sentence in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         ({}, {}),
+        ({}, {"risk": "accuracy", "bound": "wsr"}),
+        (PROBABILITY, {**PROBABILITY, "tolerance": 0.02}),
         ({}, {"levels": (STRICT,), "epsilon": 0.01, "delta": 0.2}),
         ({}, {"exit_points": (3,)}),
         ({"exit_points": (3,)}, {"exit_points": EXIT_POINTS}),
@@ -72,7 +113,17 @@ def test_what_a_running_engine_cannot_change_to_is_refused_with_its_cure(
         ({"labels": labels(1, 2)}, {"labels": labels(2, 1)}),
         ({"max_tokens": 64}, {"max_tokens": 32}),
     ],
-    ids=["nothing", "bounds", "fewer points", "more points", "probe", "label order", "tokens"],
+    ids=[
+        "nothing",
+        "risk",
+        "tolerance",
+        "bounds",
+        "fewer points",
+        "more points",
+        "probe",
+        "label order",
+        "tokens",
+    ],
 )
 def test_whatever_else_was_calibrated_anew_is_served(tiny_model, before, after):
     old, new = tiny_config(tiny_model, **before), tiny_config(tiny_model, **after)

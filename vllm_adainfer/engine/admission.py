@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.config import EXIT_ARG, RequestSettings, Settings, read_request
 from vllm_adainfer.engine.compat import client_request_id, get_logger
+from vllm_adainfer.engine.reads import Read, What, read_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.artifact_files import load_artifact_configs
@@ -61,9 +62,17 @@ class Admission:
     """Gives each request a tag: `FULL_DEPTH`, or a number the policy knows."""
 
     def __init__(
-        self, settings: Settings, configs: Mapping[str, ArtifactConfig] | None = None
+        self,
+        settings: Settings,
+        configs: Mapping[str, ArtifactConfig] | None = None,
+        logprobs_mode: str = "raw_logprobs",
     ) -> None:
-        """`configs` are those of the artifacts, by policy; None reads them.
+        """Prepare to admit requests.
+
+        Args:
+            settings: of the engine switch.
+            configs: those of the artifacts, by policy; None reads them.
+            logprobs_mode: of the engine: what it returns as log-probabilities.
 
         Raises:
             AdaInferError: an artifact is missing, or does not certify the switch's epsilon.
@@ -71,6 +80,7 @@ class Admission:
         """
         self.records = settings.record is not None
         self._settings = settings
+        self._logprobs_mode = logprobs_mode
         if configs is None:
             configs = load_artifact_configs(settings.artifacts)
         self._configs = configs
@@ -79,15 +89,16 @@ class Admission:
         self._default_level = {
             name: config.level_of(settings.epsilon) for name, config in configs.items()
         }
-        self._by_labels: dict[frozenset[int] | None, list[str]] = {}
-        for name, config in configs.items():
-            labels = frozenset(config.label_ids) or None
-            self._by_labels.setdefault(labels, []).append(name)
 
     @property
     def ambiguous(self) -> list[list[str]]:
         """Policies of which a request has to name one."""
-        return [names for names in self._by_labels.values() if len(names) > 1]
+        groups = {
+            tuple(self._preferred(Read(what, frozenset(config.label_ids) or None)))
+            for config in self._configs.values()
+            for what in What
+        }
+        return [list(names) for names in sorted(groups) if len(names) > 1]
 
     def check(self, params: SamplingParams) -> None:
         """Refuse a request whose settings this engine cannot serve.
@@ -175,15 +186,26 @@ class Admission:
             wanted = self._settings.requests != "opt-in"
         if not wanted:
             return None
-        allowed = params.allowed_token_ids
-        name = request.adainfer_policy
-        names = self._by_labels.get(None if allowed is None else frozenset(allowed), [])
-        if name is None and len(names) == 1:
-            [name] = names
-        # A label policy serves requests restricted to exactly its labels, others unrestricted ones.
-        if name not in names or not self._plain(params, self._configs[name].max_tokens):
+        read = read_of(params, self._logprobs_mode)
+        if read is None:
             return None
-        return name
+        name = request.adainfer_policy
+        preferred = self._preferred(read)
+        if name is None and len(preferred) == 1:
+            [name] = preferred
+        config = None if name is None else self._configs.get(name)
+        if config is None or not read.served_by(config):
+            return None
+        return name if self._plain(params, read.what, config.max_tokens) else None
+
+    def _preferred(self, read: Read) -> list[str]:
+        """The policies that may serve what a request reads, if it names none.
+
+        Those that promise the token alone go first where that is enough: they save more.
+        """
+        names = [name for name, config in self._configs.items() if read.served_by(config)]
+        tokens = [name for name in names if self._configs[name].risk != "probability"]
+        return tokens or names
 
     def _scripted(self, params: SamplingParams) -> int:
         """Index of the exit point that a request names, if a label head can answer it."""
@@ -195,9 +217,10 @@ class Admission:
                 "it runs at full depth",
                 layer,
             )
-        if layer not in script or set(params.allowed_token_ids or ()) != set(SCRIPT_LABELS):
+        read = read_of(params, self._logprobs_mode)
+        if layer not in script or read != Read(What.TOKEN, frozenset(SCRIPT_LABELS)):
             return FULL_DEPTH
-        return script.index(layer) if self._plain(params, UNLIMITED) else FULL_DEPTH
+        return script.index(layer) if self._plain(params, What.TOKEN, UNLIMITED) else FULL_DEPTH
 
     def is_shadow(self, request_id: str) -> bool:
         """Whether a request that may exit runs to full depth instead, to be compared.
@@ -209,17 +232,18 @@ class Admission:
         digest = hashlib.sha256(client_request_id(request_id).encode()).digest()
         return int.from_bytes(digest[:4], "big") / 2**32 < self._settings.shadow_rate
 
-    def _plain(self, params: SamplingParams, max_tokens: int) -> bool:
-        """Whether tokens are chosen by the unchanged scores, as the calibrated bound assumes.
+    def _plain(self, params: SamplingParams, what: What, max_tokens: int) -> bool:
+        """Whether what is read comes of the unchanged scores, as the calibrated bound assumes.
 
-        A bound calibrated on one token covers one token only; on more, any number.
+        A bound calibrated on one token covers one token only; on more, any number. Probabilities in
+        the whole vocabulary are the same at any temperature; ``/generative_scoring`` leaves it at
+        1.
         """
+        greedy = params.temperature == 0 or what is What.IN_VOCABULARY
         return (
             (params.max_tokens == 1 or max_tokens > 1)
-            and (params.temperature == 0 or self._settings.requests == "all")
-            and params.logprobs is None
+            and (greedy or self._settings.requests == "all")
             and params.prompt_logprobs is None
-            and params.logprob_token_ids is None
             and not params.min_tokens
             and not params.logit_bias
             and not params.bad_words

@@ -20,9 +20,10 @@ from vllm_adainfer.exits.recorder import LensSums, Recorder
 from vllm_adainfer.exits.recording_loop import RecordingLoop
 from vllm_adainfer.policy.artifact import Artifact, ArtifactConfig
 from vllm_adainfer.policy.digest import digest_of
-from vllm_adainfer.policy.exit_policy import CalibratedPolicy
+from vllm_adainfer.policy.exit_policy import CalibratedPolicy, ExitPolicy
 from vllm_adainfer.policy.monitor import AnswerMonitor, Monitor
 from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 from vllm_adainfer.policy.text_monitor import TextMonitor
@@ -93,7 +94,9 @@ def policies_of(model: LoadedModel, cuts: tuple[int, ...] | None = None) -> Poli
     )
 
 
-def _policy(model: LoadedModel, artifact: Artifact) -> CalibratedPolicy:
+def _policy(model: LoadedModel, artifact: Artifact) -> ExitPolicy:
+    if artifact.config.risk == "probability":
+        return ProbabilityPolicy(artifact, model.device)
     lens = None
     if artifact.config.probe != "label-head":
         lens = model.logit_lens(artifact.tensors.get("head_rows"))

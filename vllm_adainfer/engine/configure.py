@@ -11,6 +11,7 @@ from vllm_adainfer.engine.architectures import MODELS
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import ArtifactConfig, are_exit_points
 from vllm_adainfer.policy.artifact_files import load_artifact_configs
+from vllm_adainfer.policy.promise import wrong_in_words
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -38,9 +39,10 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     configs = load_artifact_configs(settings.artifacts)
     for config in configs.values():
         config.check_served_by(vllm_config.model_config.hf_config)
-    admission = Admission(settings, configs)
+    logprobs_mode = vllm_config.model_config.logprobs_mode
+    admission = Admission(settings, configs, logprobs_mode)
     for name, config in configs.items():
-        logger.info("%s", banner(name, config, settings))
+        logger.info("%s", banner(name, config, settings, logprobs_mode))
     for names in admission.ambiguous:
         logger.warning(
             "policies %s serve the same kind of request: only requests that name one with "
@@ -63,8 +65,10 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     return admission
 
 
-def banner(name: str, config: ArtifactConfig, settings: Settings) -> str:
-    """The log line that says what is active."""
+def banner(
+    name: str, config: ArtifactConfig, settings: Settings, logprobs_mode: str = "raw_logprobs"
+) -> str:
+    """The log line that says what is active; `logprobs_mode` is the engine's."""
     level = config.level_of(settings.epsilon)
     who = {
         "greedy": "greedy requests",
@@ -80,10 +84,17 @@ def banner(name: str, config: ArtifactConfig, settings: Settings) -> str:
         f"{', '.join(map(str, config.exit_points))} of {config.layers}, for {who} for "
         f"{tokens}{among}"
     )
+    if config.risk == "probability":
+        text += _probabilities_served(config, settings, logprobs_mode)
     if level < 0:
         return f"{text}; epsilon is 0, so no request exits unless it asks for its own bound"
     certified = config.levels[level]
-    risk = "accuracy lost" if config.risk == "accuracy" else "disagreement"
+    risk = {
+        "disagreement": "disagreement",
+        "accuracy": "accuracy lost",
+        "probability": "of the answers wrong",
+    }[config.risk]
+    meaning = f"; wrong: {wrong_in_words(config)}" if config.risk == "probability" else ""
     watched = f"shadow rate {settings.shadow_rate:g}"
     if settings.shadow_rate and config.risk == "accuracy":
         watched += (
@@ -91,9 +102,31 @@ def banner(name: str, config: ArtifactConfig, settings: Settings) -> str:
             "which the accuracy lost cannot exceed, and close no bound)"
         )
     return (
-        f"{text}, at most {certified.epsilon:.3g} {risk} (confidence {1 - config.delta:.0%}), "
+        f"{text}, at most {certified.epsilon:.3g} {risk} (confidence "
+        f"{1 - config.delta:.0%}{meaning}), "
         f"{certified.layers_saved:.0%} of layers saved in calibration; kv {settings.kv}, {watched}"
     )
+
+
+def _probabilities_served(config: ArtifactConfig, settings: Settings, logprobs_mode: str) -> str:
+    """Which probabilities requests may exit with, and which full depth answers."""
+    uncertified = (
+        "the label mass is not certified, so requests for probabilities in the whole vocabulary "
+        "run at full depth"
+    )
+    if logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
+        return f", but not for probabilities, which --logprobs-mode {logprobs_mode} does not return"
+    if logprobs_mode == "raw_logprobs" and not config.label_mass:
+        return (
+            f", but not for probabilities: {uncertified}, and those among the labels alone need "
+            "--logprobs-mode processed_logprobs"
+        )
+    text = " and for their probabilities"
+    if logprobs_mode == "raw_logprobs":
+        return f"{text} in the whole vocabulary"
+    if config.label_mass:
+        return f"{text}, in the whole vocabulary or among the labels"
+    return f"{text} among the labels ({uncertified})"
 
 
 def worker_class() -> str:

@@ -201,17 +201,26 @@ class EarlyExit(_Model):
         early = [answers.requests for answers in scored]
         at_full_depth = np.setdiff1d(np.arange(count), np.concatenate(early))
         deep, *places = upload([at_full_depth, *early], device)
+        # bfloat16 is too coarse for probabilities; vLLM's sampler reads logits in fp32 anyway.
+        exact = any(answers.are_logits for answers in scored)
+        size, dtype = self.config.vocab_size, torch.float32 if exact else hidden_states.dtype
+        deep_logits = None
         if at_full_depth.size:
             deep_logits = super().compute_logits(hidden_states[deep])
-            logits: Tensor = deep_logits.new_full((count, deep_logits.shape[1]), -torch.inf)
-            logits[deep] = deep_logits
-        else:
-            logits = hidden_states.new_full((count, self.config.vocab_size), -torch.inf)
+            size, dtype = deep_logits.shape[1], torch.float32 if exact else deep_logits.dtype
+        logits = hidden_states.new_full((count, size), -torch.inf, dtype=dtype)
+        if deep_logits is not None:
+            logits[deep] = deep_logits.to(dtype)
         for answers, place in zip(scored, places, strict=True):
-            scores = self._scaled(agreed(answers.scores))
-            # Relative to the best: rounded to bfloat16, large scores would tie with the certified.
-            scores = scores - scores.max(dim=1, keepdim=True).values
-            logits[place.unsqueeze(1), answers.answer_ids] = scores.to(logits.dtype)
+            scores = agreed(answers.scores)
+            if answers.are_logits:
+                logits[place] = scores[:, -1:].expand(-1, size)
+                scores = scores[:, :-1]
+            else:
+                scores = self._scaled(scores)
+                # Relative to the best: in bfloat16, large scores would tie with the certified.
+                scores = scores - scores.max(dim=1, keepdim=True).values
+            logits[place.unsqueeze(1), answers.answer_ids] = scores.to(dtype)
         return logits
 
     def _scaled(self, scores: Tensor) -> Tensor:

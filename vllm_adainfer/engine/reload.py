@@ -50,7 +50,7 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
             artifact.config.check_weights(model.fingerprint)
             check_replaces(name, artifact.config, model.artifacts[name].config, cuts)
         configs = {name: artifact.config for name, artifact in artifacts.items()}
-        admission = Admission(settings, configs)
+        admission = Admission(settings, configs, vllm_config.model_config.logprobs_mode)
         digest = digest_of(artifacts)
     except AdaInferError as error:
         failure = error
@@ -99,4 +99,14 @@ def check_replaces(
         raise AdaInferError(
             f"policy {name} was calibrated for {new.max_tokens} tokens, the one before for "
             f"{old.max_tokens}: restart the engine"
+        )
+    if (new.risk == "probability") != (old.risk == "probability"):
+        raise AdaInferError(
+            f"policy {name} bounds {new.risk}, the one before {old.risk}, and other requests exit "
+            "under the one than under the other: restart the engine"
+        )
+    if new.label_mass != old.label_mass:
+        certified = ("does not certify", "certifies")[new.label_mass]
+        raise AdaInferError(
+            f"policy {name} {certified} the label mass, unlike the one before: restart the engine"
         )

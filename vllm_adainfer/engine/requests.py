@@ -26,7 +26,7 @@ class RunningRequests:
         """`loop` runs them."""
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None
-        self.admission = Admission(settings)
+        self.admission = Admission(settings, logprobs_mode=vllm_config.model_config.logprobs_mode)
         self._loop = loop
         self._window = UNLIMITED
         self._admitted: dict[str, Admitted] = {}

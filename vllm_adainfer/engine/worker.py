@@ -70,7 +70,8 @@ class ExitWorker(_Worker):
 
         Returns:
             ``fingerprint`` of the served weights, ``norm`` (kind and epsilon of the final one,
-            None if there is none), ``threads`` that computed, and the times of
+            None if there is none), ``soft_cap`` and ``scale`` of the logits, ``threads`` that
+            computed, and the times of
             `vllm_adainfer.exits.recording_loop.Timings`.
 
         """
@@ -84,6 +85,8 @@ class ExitWorker(_Worker):
         return {
             "fingerprint": model.fingerprint,
             "norm": lens.norm and (lens.norm.kind, lens.norm.eps),
+            "soft_cap": model.logits_processor.soft_cap,
+            "scale": model.logits_processor.scale,
             "threads": torch.get_num_threads(),
             **timings,
         }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_adainfer.config import DEFAULT_POLICY
 from vllm_adainfer.policy.monitor import Monitor
+from vllm_adainfer.policy.probabilities import MOVES
 
 
 @dataclass
@@ -27,7 +29,9 @@ class PolicyStats:
         exit_histogram: sampled tokens by the number of layers they ran.
         shadow_checked: early answers compared with full depth, by epsilon. (A monitor only counts
             those of the artifact that serves now.)
-        shadow_disagreed: those that differed.
+        shadow_disagreed: those that differed, or whose probabilities moved too far.
+        shadow_moves: those of policies that promise probabilities, by the largest move of one,
+            rounded up to one of `MOVES`.
 
     """
 
@@ -38,6 +42,11 @@ class PolicyStats:
     exit_histogram: Counter[int] = field(default_factory=Counter)
     shadow_checked: Counter[float] = field(default_factory=Counter)
     shadow_disagreed: Counter[float] = field(default_factory=Counter)
+    shadow_moves: Counter[float] = field(default_factory=Counter)
+
+    def moved(self, moves: Iterable[float]) -> None:
+        """Count the largest moves of answers, each from 0 to 1."""
+        self.shadow_moves.update(MOVES[bisect_left(MOVES, move)] for move in moves if move <= 1)
 
     @property
     def work(self) -> dict[str, int]:

@@ -20,7 +20,8 @@ class ScoredAnswers:
 
     Attributes:
         requests: [answered], places in the step's batch.
-        scores: fp32 [answered, answer ids].
+        scores: fp32 [answered, answer ids] of the LM head's scores; or, with one more column, the
+            logits of those tokens and that of every other one.
         answer_ids: int64 [answer ids], those tokens.
 
     """
@@ -28,6 +29,11 @@ class ScoredAnswers:
     requests: Ints
     scores: Tensor
     answer_ids: Tensor
+
+    @property
+    def are_logits(self) -> bool:
+        """Whether the scores are logits, with that of every other token."""
+        return self.scores.shape[1] > len(self.answer_ids)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
             level = f"{epsilon:g}"
             counts.append((("shadow_checked", name, level), checked))
             counts.append((("shadow_disagreed", name, level), policy.shadow_disagreed[epsilon]))
+        for move, answers in policy.shadow_moves.items():
+            counts.append((("shadow_moves", name, f"{move:g}"), answers))
     shadow = tuple((name, tuple(monitor.readings())) for name, monitor in stats.shadow.items())
     return Snapshot(tuple(counts), shadow)
 

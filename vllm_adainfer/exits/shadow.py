@@ -13,6 +13,7 @@ from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.exits.layout import Bools, Ints
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.policy.monitor import Monitor, Reading
+from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 
 logger = logging.getLogger("vllm.adainfer.exits.shadow")  # vLLM's logging shows "vllm." alone
 
@@ -63,7 +64,7 @@ class ShadowAnswers:
         warn(self.name, self.monitor, exceeded)
 
     def _disagreed(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Bools:
-        """[shadow], whether the early answer differs from that of full depth.
+        """[shadow], whether the early answer differs from full depth's, or moves too far from it.
 
         All ranks get the same: it may tighten a level, which decides who leaves in later steps.
         """
@@ -72,6 +73,11 @@ class ShadowAnswers:
             return disagreed
         full = logits[self.requests]
         ids = self.policy.answer_ids
+        if isinstance(self.policy, ProbabilityPolicy):
+            wrong, moved = self.policy.compare(self.answers, full)
+            self.stats.moved(moved.tolist())
+            disagreed[self.settled] = self.agreed(wrong).cpu().numpy()
+            return disagreed
         if ids is None:
             early_ids, full_ids = head(self.answers).argmax(dim=1), full.argmax(dim=1)
         else:

@@ -13,6 +13,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.policy.probabilities import MOVES
 
 ENGINE = ["model_name", "engine"]
 POLICY = [*ENGINE, "policy"]
@@ -43,7 +44,11 @@ COUNTERS = {
         ENGINE,
     ),
     "shadow_checked": ("shadow_checked", "Early answers compared with full depth.", LEVEL),
-    "shadow_disagreed": ("shadow_disagreed", "Early answers that differ from full depth.", LEVEL),
+    "shadow_disagreed": (
+        "shadow_disagreed",
+        "Early answers that differ from full depth, or whose probabilities move too far.",
+        LEVEL,
+    ),
 }
 # By the reading's key: name of the gauge, what its help adds.
 DISAGREEMENT = {
@@ -61,6 +66,7 @@ class Series:
     Attributes:
         counters: by the report's kind.
         exit_layer: a histogram, of the report's kind ``tokens``.
+        shadow_move: a histogram, of the report's kind ``shadow_moves``.
         disagreement: gauges, by the reading's key.
         exits_allowed: a gauge.
 
@@ -79,6 +85,13 @@ class Series:
         }
         self.exit_layer = Histogram(
             "adainfer:exit_layer", "Layers that decided tokens have run.", POLICY, buckets=layers
+        )
+        self.shadow_move = Histogram(
+            "adainfer:shadow_largest_move",
+            "Largest move of a label's probability between early answers and full depth, rounded "
+            "up to a bucket.",
+            POLICY,
+            buckets=MOVES,
         )
         self.disagreement = {
             key: Gauge(
@@ -99,6 +112,7 @@ class Series:
             [
                 *self.counters.values(),
                 self.exit_layer,
+                self.shadow_move,
                 *self.disagreement.values(),
                 self.exits_allowed,
             ]
@@ -127,6 +141,8 @@ class EngineMetrics:
                 counter.labels(*self._labels, name)
             series.exit_layer.labels(*self._labels, name)
         for name, config in configs.items():
+            if config.risk == "probability":
+                series.shadow_move.labels(*self._labels, name)
             for level in config.levels:
                 labels = *self._labels, name, f"{level.epsilon:g}"
                 series.exits_allowed.labels(*labels).set(1)
@@ -147,10 +163,11 @@ class EngineMetrics:
                     gauge.labels(*labels).set(reading[key])
 
     def _add(self, kind: str, policy: str, detail: str, added: float) -> None:
-        if kind == "tokens":
-            histogram = self._series.exit_layer.labels(*self._labels, policy)
+        histograms = {"tokens": self._series.exit_layer, "shadow_moves": self._series.shadow_move}
+        if kind in histograms:
+            histogram = histograms[kind].labels(*self._labels, policy)
             for _ in range(int(added)):
-                histogram.observe(int(detail))
+                histogram.observe(float(detail))
             return
         labels = [*self._labels, *([policy] if policy else []), *([detail] if detail else [])]
         self._series.counters[kind].labels(*labels).inc(added)

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_adainfer.offline.tables import aligned, text_table
 from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.policy.promise import wrong_in_words
 
 
 def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
@@ -32,7 +33,14 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         if config.candidates == "full":
             scored = "the whole vocabulary"
     rows = "{} tokens of {} prompts" if generated else "{} prompts"
-    risk = "the accuracy lost" if config.risk == "accuracy" else "disagreement"
+    risk = {
+        "disagreement": "disagreement",
+        "accuracy": "the accuracy lost",
+        "probability": "wrong answers",
+    }[config.risk]
+    wrong = []
+    if config.risk == "probability":
+        wrong = [("wrong", wrong_in_words(config)), ("label mass", _label_mass(config))]
     return aligned(
         [
             (
@@ -57,8 +65,15 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
                 f"epsilon {config.epsilon:g} at delta {config.delta:g} on {risk} "
                 f"{'per token ' if generated else ''}({config.bound})",
             ),
+            *wrong,
         ]
     )
+
+
+def _label_mass(config: ArtifactConfig) -> str:
+    if config.label_mass:
+        return "certified: requests that read probabilities in the whole vocabulary may exit, too"
+    return "not certified: requests that read probabilities in the whole vocabulary run all layers"
 
 
 def _exit_points(details: Mapping[str, Any]) -> str:
@@ -79,15 +94,16 @@ def _exit_points(details: Mapping[str, Any]) -> str:
 
 def _levels(config: ArtifactConfig) -> str:
     """The epsilon table, on the held-out rows."""
-    accuracy = config.risk == "accuracy"
-    lost = ["accuracy lost"] if accuracy else []
+    lost = {"disagreement": [], "accuracy": ["accuracy lost"], "probability": ["wrong"]}[
+        config.risk
+    ]
     return text_table(
         ["epsilon", "disagreement, held out", *lost, "upper bound", "layers saved"],
         [
             [
                 f"{level.epsilon:.3f}",
                 f"{level.disagreement:.2%}",
-                *([f"{level.risk:.2%}"] if accuracy else []),
+                *(f"{level.risk:.2%}" for _ in lost),
                 f"{level.bound:.2%}",
                 f"{level.layers_saved:.1%}",
             ]
@@ -101,17 +117,19 @@ def in_words(config: ArtifactConfig) -> str:
     level = config.levels[config.level_of(None)]
     if not level.layers_saved:
         return "Nothing is saved within this bound: serving will run at full depth."
-    what = (
-        "lose at most {} points of accuracy"
-        if config.risk == "accuracy"
-        else "change at most {} % of the "
-        + ("tokens, each after the same text" if config.max_tokens > 1 else "answers")
-    )
+    most = f"{100 * level.epsilon:g}"
+    if config.risk == "accuracy":
+        what = f"lose at most {most} points of accuracy"
+    elif config.risk == "probability":
+        what = f"give at most {most} % wrong answers: {wrong_in_words(config)}"
+    else:
+        unit = "tokens, each after the same text" if config.max_tokens > 1 else "answers"
+        what = f"change at most {most} % of the {unit}"
     run = config.layers * (1 - level.layers_saved)
     text = (
         f"{'Tokens' if config.max_tokens > 1 else 'Requests'} will run {run:.1f} of "
         f"{config.layers} layers on average, "
-        f"{level.layers_saved:.0%} fewer, and {what.format(f'{100 * level.epsilon:g}')} "
+        f"{level.layers_saved:.0%} fewer, and {what} "
         f"(confidence {1 - config.delta:.0%})."
     )
     looser = [other for other in config.levels if other.epsilon > level.epsilon]
@@ -174,4 +192,46 @@ def describe_report(report: Mapping[str, Any]) -> str:
         "Never exit: what the segments cost, and how often their rounding changes an answer.",
         f"Requests by layers run: {left}",
     ]
+    if "probabilities" in report:
+        parts.append(_probabilities(report))
     return "\n\n".join(parts) + "\n"
+
+
+def _probabilities(report: Mapping[str, Any]) -> str:
+    """How good the probabilities are, and how far exits and rounding move them."""
+    found, tolerance = report["probabilities"], f"{report['tolerance']:g}"
+    named = [
+        ("stock vLLM", found["stock"]),
+        ("never exit", found["never_exit"]),
+        *((f"bound {level['epsilon']:.1%}", level) for level in found["levels"]),
+    ]
+    measures = "ece", "brier", "label_mass", "move_mean", "move_p95", "move_max"
+    table = text_table(
+        [
+            "probabilities",
+            "ECE",
+            "Brier",
+            "label mass",
+            "mean move",
+            "95th percentile",
+            "largest",
+            "best label differs",
+            f"beyond {tolerance}",
+        ],
+        [
+            [
+                name,
+                *("-" if row[measure] is None else f"{row[measure]:.3f}" for measure in measures),
+                f"{row['label_differs']:.1%}",
+                f"{row['wrong']:.1%}",
+            ]
+            for name, row in named
+        ],
+        1,
+    )
+    return (
+        f"{table}\n\n"
+        "Moves are from never exit, of each prompt's probability that moves most. Those of stock "
+        f"vLLM are rounding. Beyond {tolerance}: answers that change or move by more, the share "
+        "that the bound is about."
+    )

@@ -10,7 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.kinds import BoundKind, Candidates, ClassifierKind, ProbeKind, Risk
+from vllm_adainfer.policy.kinds import (
+    BoundKind,
+    Candidates,
+    ClassifierKind,
+    ProbeKind,
+    Risk,
+    features_of_risk,
+)
 
 
 def are_exit_points(points: Sequence[int], layers: int) -> bool:
@@ -35,7 +42,10 @@ class Level(_Strict):
 
     epsilon: float = Field(gt=0, lt=1)
     disagreement: float = Field(description="On the held-out rows.")
-    risk: float = Field(description="Mean loss on them: the disagreement, or the accuracy lost.")
+    risk: float = Field(
+        description="Mean loss on them: the disagreement, the accuracy lost, or the share of "
+        "answers whose probabilities move too far."
+    )
     bound: float = Field(description="Upper confidence bound of the risk, <= epsilon.")
     layers_saved: float = Field(description="Share of layers, on the same rows.")
 
@@ -63,7 +73,15 @@ class ArtifactConfig(_Strict):
     delta: float = Field(gt=0, lt=1)
     risk: Risk = Field(
         "disagreement",
-        description="What epsilon bounds: the share of changed answers, or the accuracy lost.",
+        description="What epsilon bounds: the share of changed answers, the accuracy lost, or the "
+        "share of answers that change or of which a probability moves by more than the tolerance.",
+    )
+    tolerance: float | None = Field(
+        None, gt=0, lt=1, description="How far a label's probability may move."
+    )
+    label_mass: bool = Field(
+        False,
+        description="Whether the tolerance is also for probabilities over the whole vocabulary.",
     )
     bound: BoundKind = "exact"
     max_tokens: int = Field(
@@ -80,6 +98,16 @@ class ArtifactConfig(_Strict):
             raise ValueError('there must be labels if and only if candidates = "labels"')
         if self.probe == "label-head" and self.candidates != "labels":
             raise ValueError('a label-head needs candidates = "labels"')
+        if (self.risk == "probability") != (self.tolerance is not None):
+            raise ValueError('there must be a tolerance if and only if risk = "probability"')
+        if self.risk == "probability" and (self.probe != "label-head" or self.max_tokens > 1):
+            raise ValueError('risk = "probability" needs a label-head and max_tokens = 1')
+        if self.features != features_of_risk(self.risk):
+            raise ValueError(
+                f"features must be {features_of_risk(self.risk)} where risk = {self.risk!r}"
+            )
+        if self.label_mass and self.risk != "probability":
+            raise ValueError('label_mass needs risk = "probability"')
         if not all(token_id < self.vocab_size for token_id in self.label_ids):
             raise ValueError(f"token ids of labels must be below vocab_size, {self.vocab_size}")
         if len(set(self.label_ids)) != len(self.labels):

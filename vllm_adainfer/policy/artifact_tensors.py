@@ -55,6 +55,7 @@ def expected_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor by name; `found` says whether a lens is full or of which rank."""
     hidden, labels = config.hidden_size, len(config.labels)
+    head_rows = labels + (config.risk == "probability")  # the last is for the label mass
     shapes: dict[str, tuple[int, ...]] = {
         "thresholds": (len(config.levels), len(config.exit_points))
     }
@@ -65,10 +66,10 @@ def expected_shapes(
     if config.probe != "label-head" and config.candidates != "full":
         shapes["head_rows"] = (scored, config.head_size or hidden)
     for layer in config.exit_points:
-        shapes[f"exit.{layer}.classifier"] = served_shape(config.classifier)
+        shapes[f"exit.{layer}.classifier"] = served_shape(config.classifier, len(config.features))
         if config.probe == "label-head":
-            shapes[f"exit.{layer}.head_weight"] = (labels, hidden)
-            shapes[f"exit.{layer}.head_bias"] = (labels,)
+            shapes[f"exit.{layer}.head_weight"] = (head_rows, hidden)
+            shapes[f"exit.{layer}.head_bias"] = (head_rows,)
         elif config.probe == "lens":
             up = found.get(f"exit.{layer}.lens_up")
             if up is None:

@@ -6,6 +6,8 @@ table if it is not linear. The chain over several exit points is in `crf`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,15 +20,18 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from torch import Tensor
 
-from vllm_adainfer.policy.kinds import ClassifierKind
-from vllm_adainfer.policy.probe import FEATURES
+from vllm_adainfer.policy.kinds import FEATURES, ClassifierKind
 from vllm_adainfer.policy.score import LONGEST, TABLE_SHAPE, served_shape, stretch
 
 INVERSE_PENALTY = 100.0  # scikit-learn's C
 
 
 def fit_classifier(
-    kind: ClassifierKind, features: Tensor, settled: npt.NDArray[np.bool_], seed: int
+    kind: ClassifierKind,
+    features: Tensor,
+    settled: npt.NDArray[np.bool_],
+    seed: int,
+    names: Sequence[str] = FEATURES,
 ) -> Tensor | None:
     """Fit a classifier on one exit point's rows.
 
@@ -35,9 +40,10 @@ def fit_classifier(
             ``boosting`` (shallow trees), all three Platt-scaled on folds; ``logreg``; or
             ``threshold``, whose score is the gap itself (as in CALM, arXiv 2207.07061).
             ``rbf`` and ``boosting`` read stretched features. For ``crf`` use `fit_crf`.
-        features: fp32 [rows, 2].
-        settled: [rows], True where the probe's best token equals the full model's.
+        features: fp32 [rows, n]; tables (rbf, boosting) are for ``top_prob`` and ``gap`` alone.
+        settled: [rows], True where the probe's answer is as good as the full model's.
         seed: for the solver.
+        names: of the features.
 
     Returns:
         fp32 with shape `served_shape`; None if these rows are too few to fit the exit point (only
@@ -45,14 +51,14 @@ def fit_classifier(
 
     """
     if kind == "threshold":
-        return torch.tensor([float(name == "gap") for name in FEATURES] + [0.0])
-    shape = served_shape(kind)
+        return torch.tensor([float(name == "gap") for name in names] + [0.0])
+    shape = served_shape(kind, len(names))
     tabled = shape == TABLE_SHAPE
     rare = min(int(settled.sum()), int((~settled).sum()))
     if rare == 0 and settled.all():
         # Every row is settled: take the odds from the rule of succession.
         odds = torch.tensor([len(settled) + 1.0]).log()
-        return odds.expand(shape) if tabled else torch.cat([torch.zeros(len(FEATURES)), odds])
+        return odds.expand(shape) if tabled else torch.cat([torch.zeros(len(names)), odds])
     folds = min(5, rare)
     if folds < 2:
         return None

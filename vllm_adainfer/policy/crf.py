@@ -22,22 +22,22 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from vllm_adainfer.policy.classifier import INVERSE_PENALTY
-from vllm_adainfer.policy.score import CHAIN_SHAPE, score
+from vllm_adainfer.policy.score import score, served_shape
 
 
 def fit_crf(features: Tensor, settled: npt.NDArray[np.bool_]) -> list[Tensor]:
     """Fit the chain by maximum likelihood, with an L2 penalty on all its weights.
 
     Args:
-        features: fp32 [rows, exit points, 2].
-        settled: [rows, exit points], True where the probe's best token equals the full model's.
+        features: fp32 [rows, exit points, n].
+        settled: [rows, exit points], True where the probe's answer is as good as the full model's.
 
     Returns:
-        the step of each exit point, in the form `score` reads: fp32 [7].
+        the step of each exit point, in the form `score` reads: fp32 [n + 5].
 
     """
     x, y = features.double(), torch.from_numpy(settled)
-    shape = (x.shape[1], *CHAIN_SHAPE)
+    shape = (x.shape[1], *served_shape("crf", x.shape[2]))
 
     def loss(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         steps = torch.from_numpy(flat).reshape(shape).requires_grad_()

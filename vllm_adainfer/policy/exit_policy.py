@@ -11,8 +11,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.policy.artifact import Artifact
+from vllm_adainfer.policy.kinds import FEATURES
 from vllm_adainfer.policy.probe import Probe, lens_of
-from vllm_adainfer.policy.score import CHAIN_SHAPE, LINEAR_SHAPE, score
+from vllm_adainfer.policy.score import is_chain, score, served_shape
+
+LINEAR_SHAPE = served_shape("svm", len(FEATURES))
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,10 @@ class Decision:
 
     Attributes:
         settled: bool [rows]; True where the answer is decided.
-        answers: what to decode in settled rows: fp32 [rows, answer ids] scores of those tokens,
-            or [rows, hidden size] states for the LM head if any token may be the answer. None
-            if the policy never settles a row.
+        answers: what to decode in settled rows: fp32 [rows, answer ids] scores of those tokens;
+            with one more column, their logits and that of every other token; or [rows, hidden
+            size] states for the LM head if any token may be the answer. None if the policy never
+            settles a row.
         memory: [rows, ...], passed back to the policy with these rows at the next exit point;
             None if it needs none.
 
@@ -121,5 +125,5 @@ class CalibratedPolicy(ExitPolicy):
         if result.settled is not None:  # the kernel has applied a linear classifier
             return Decision(result.settled, answers)
         odds = score(result.features, classifier, memory)
-        chained = classifier.shape == CHAIN_SHAPE
+        chained = is_chain(classifier, result.features)
         return Decision(odds >= threshold, answers, memory=odds if chained else None)

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,10 @@ from scipy.optimize import brentq
 from scipy.special import betaln, xlog1py, xlogy
 from typing_extensions import override
 
+from vllm_adainfer.policy.kinds import Risk
+
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-Risk = Literal["disagreement", "accuracy"]
 
 # (a, b) of the mixture. Any is valid; this one gives narrow intervals at rates of a few percent.
 PRIOR = (1.0, 10.0)
@@ -110,7 +111,8 @@ def _lower_end(hits: int, misses: int, evidence: float) -> float:
 class Monitor(ABC):
     """Counts disagreement for each level of a policy's epsilon table, and reports broken bounds.
 
-    If epsilon bounds disagreement, a level is tightened once its interval lies above its epsilon.
+    If epsilon bounds disagreement (or the share of answers whose probabilities move too far, which
+    then count as disagreeing), a level is tightened once its interval lies above its epsilon.
     If epsilon bounds the accuracy lost, no level is tightened: accuracy lost is at most the
     disagreement but may be less, and service does not know the right answers. Such a bound is
     confirmed while the interval lies below it.
@@ -134,7 +136,7 @@ class Monitor(ABC):
         self.alpha = alpha
         self.epsilons = np.array(epsilons, dtype=np.float64)
         self.tightened: Bools = np.zeros(len(epsilons), dtype=np.bool_)
-        self._may_tighten = risk == "disagreement"
+        self._may_tighten = risk != "accuracy"
         self._checked, self._disagreed = [0] * len(epsilons), [0] * len(epsilons)
         self._exceeded = [False] * len(epsilons)
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from vllm_adainfer.policy.shards import VocabularyShards
 
-FEATURES = ("top_prob", "gap")  # the columns of `ProbeResult.features`
-
 
 @dataclass(frozen=True)
 class Probe:

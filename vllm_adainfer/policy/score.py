@@ -2,11 +2,13 @@
 
 A served classifier is one fp32 tensor, whose shape gives its form:
 
-    [3]     linear: weights of top_prob and gap, bias (svm, logreg, threshold)
+    [F + 1] linear: weights of the F features, bias (svm, logreg, threshold)
     [G, G]  a table of log odds over stretched top_prob (rows) and gap (columns), see `stretch`,
             read by bilinear interpolation (rbf, boosting)
-    [7]     one step of a chain: log potentials of the transitions 0->0, 0->1, 1->0, 1->1 (1 is
+    [F + 5] one step of a chain: log potentials of the transitions 0->0, 0->1, 1->0, 1->1 (1 is
             settled) from the previous exit point, then a linear form (crf)
+
+The features are top_prob and gap, or those of `vllm_adainfer.policy.probabilities`.
 
 Scores are log odds of "the answer is final", so one threshold is fair to all exit points.
 """
@@ -19,21 +21,25 @@ import torch
 from adainfer_kernels import linear_score
 from torch import Tensor
 
-LINEAR_SHAPE = (3,)
 # Fine enough to match an RBF SVM's log odds within 0.01. Boosting is a step function, so in a cell
 # that contains a step the table can be off by the whole step; 99 % of decisions agree.
 TABLE_SHAPE = (256, 256)
-CHAIN_SHAPE = (7,)
+TRANSITIONS = 4
 # About the finest difference between probabilities near 1 that fp32 log-sum-exps resolve.
 FINEST = 2.0**-20
 LONGEST = -math.log(FINEST)
 
 
-def served_shape(kind: str) -> tuple[int, ...]:
-    """Shape of the tensor that represents a classifier of `kind`."""
+def served_shape(kind: str, features: int) -> tuple[int, ...]:
+    """Shape of the tensor that represents a classifier of `kind` on so many features."""
     if kind in ("rbf", "boosting"):
         return TABLE_SHAPE
-    return CHAIN_SHAPE if kind == "crf" else LINEAR_SHAPE
+    return (features + 1 + (TRANSITIONS if kind == "crf" else 0),)
+
+
+def is_chain(classifier: Tensor, features: Tensor) -> bool:
+    """Whether `classifier` is a step of a chain over `features` [rows, n]."""
+    return classifier.dim() == 1 and len(classifier) > features.shape[1] + 1
 
 
 def stretch(features: Tensor) -> Tensor:
@@ -45,7 +51,7 @@ def score(features: Tensor, classifier: Tensor, memory: Tensor | None) -> Tensor
     """Log odds that the answer is final.
 
     Args:
-        features: fp32 [rows, 2], ``top_prob`` and ``gap``.
+        features: fp32 [rows, n]; a table is for ``top_prob`` and ``gap`` alone.
         classifier: in any of the forms above.
         memory: fp32 [rows], for a chain: the scores of these rows at the previous exit point, None
             at the first. The other forms ignore it.
@@ -56,13 +62,13 @@ def score(features: Tensor, classifier: Tensor, memory: Tensor | None) -> Tensor
     """
     if classifier.dim() == 2:
         return _table_score(features, classifier)
-    if classifier.shape == LINEAR_SHAPE:
+    if not is_chain(classifier, features):
         return linear_score(features, classifier)
-    emission = linear_score(features, classifier[4:])
+    emission = linear_score(features, classifier[TRANSITIONS:])
     if memory is None:
         return emission
     # The forward algorithm in log odds: sum over the previous state, given its odds.
-    stay_open, settle, reopen, stay_settled = classifier[:4]
+    stay_open, settle, reopen, stay_settled = classifier[:TRANSITIONS]
     return (
         emission
         + torch.logaddexp(settle, memory + stay_settled)

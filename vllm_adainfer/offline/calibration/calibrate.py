@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,15 @@ from vllm_adainfer.offline.calibration.data import (
     read_rows,
     read_template,
 )
-from vllm_adainfer.offline.calibration.fit import RightTokens, candidate_layers
-from vllm_adainfer.offline.calibration.fitted_policy import Calibration, PolicyOptions, make_policy
+from vllm_adainfer.offline.calibration.fit import candidate_layers
+from vllm_adainfer.offline.calibration.fitted_policy import (
+    Calibration,
+    FittedPolicy,
+    PolicyOptions,
+    make_policy,
+)
+from vllm_adainfer.offline.calibration.label_reads import label_reads
+from vllm_adainfer.offline.calibration.loss import RightTokens
 from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split, random_order
@@ -35,6 +42,9 @@ from vllm_adainfer.policy.kinds import ProbeChoice, ProbeKind
 # 0.02, a probe of all 49,152 tokens saves 8.0 % of the layers and this one 6.8 %, but the former
 # costs an LM head at every exit point.
 SHORTLIST = 1024
+# A policy promises probabilities in the whole vocabulary, too, if it then still saves this share of
+# the layers that it would save without: where the labels have nearly all of the mass, it does.
+MASS_WORTH = 0.5
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,8 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     """
     check_writable(request.output)
     options = request.options
+    if options.tolerance is not None:
+        check_tolerance(request)
     if request.labels and options.max_tokens > 1:
         raise AdaInferError("--labels are one-token answers: drop --max-tokens or --labels")
     probe = choose_probe(request.probe, request.labels)
@@ -88,15 +100,72 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     answers = label_ids(labels)
     if options.max_tokens > 1:
         answers = shortlist(recording.tokens[split.fit_rows(recording)])
-    policy = make_policy(
-        Calibration(recording, Target(probe, answers), split, options, labels, right)
+    reads = None
+    if options.risk == "probability" and answers is not None:
+        reads = label_reads(recording, answers)
+    calibration = Calibration(
+        recording, Target(probe, answers, reads), split, options, labels, right
     )
+    policy = make_policy(calibration)
+    if reads is not None:
+        policy = with_mass_if_it_pays(policy)
     if options.epsilon not in policy.points:
         raise AdaInferError(
             f"no exit point of {request.model} is worth its cost on these prompts within epsilon "
             f"{options.epsilon:g}: raise --epsilon, give more rows, or try another --probe"
         )
     return write_artifact(policy, request.model, hf_config, request.template, request.output)
+
+
+def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
+    """The policy that promises the label mass, too, unless it saves too little."""
+    epsilon = policy.calibration.options.epsilon
+    with_mass = make_policy(replace(policy.calibration, with_mass=True))
+    if epsilon not in with_mass.points:
+        return policy
+    saved = with_mass.points[epsilon].layers_saved
+    if epsilon in policy.points and saved < MASS_WORTH * policy.points[epsilon].layers_saved:
+        return policy
+    return with_mass
+
+
+def check_tolerance(request: CalibrationRequest) -> None:
+    """Check that a policy can promise the probabilities that `request` asks for.
+
+    Raises:
+        AdaInferError: it cannot.
+
+    """
+    options = request.options
+    refusals = [
+        (
+            options.max_tokens > 1,
+            "--tolerance is for the probabilities of one token: drop --max-tokens or --tolerance",
+        ),
+        (
+            not request.labels,
+            "--tolerance is for the probabilities of labels: give --labels, such as "
+            "negative,positive, or drop --tolerance",
+        ),
+        (
+            request.probe not in ("auto", "label-head"),
+            f"--tolerance needs the scores of a label-head, and --probe {request.probe} has none: "
+            "drop --probe or --tolerance",
+        ),
+        (
+            options.risk == "accuracy",
+            "--tolerance bounds how far probabilities move, --risk accuracy the accuracy lost, and "
+            "a policy has one bound: drop one of them",
+        ),
+        (
+            options.classifier in ("rbf", "boosting"),
+            f"--classifier {options.classifier} is a table over probabilities, and --tolerance "
+            "reads log-odds: use svm, logreg, threshold or crf",
+        ),
+    ]
+    for refused, sentence in refusals:
+        if refused:
+            raise AdaInferError(sentence)
 
 
 def choose_probe(asked: ProbeChoice, labels: tuple[str, ...]) -> ProbeKind:

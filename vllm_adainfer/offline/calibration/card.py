@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.policy.promise import wrong_in_words
 
 
 def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
@@ -30,6 +31,7 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
                 "majority answer",
                 f"{details['majority_share']:.1%} of the held-out {rows}",
             ],
+            *_tolerated(config),
         ],
         text_columns=2,
     )
@@ -57,11 +59,13 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
             for layer, share in details["agreement"].items()
         ],
     )
-    risk = (
-        "the accuracy lost"
-        if config.risk == "accuracy"
-        else "the share of answers that differ from the full model's"
-    )
+    risk = {
+        "disagreement": "the share of answers that differ from the full model's",
+        "accuracy": "the accuracy lost",
+        "probability": "the share of wrong answers",
+    }[config.risk]
+    if config.risk == "probability":
+        risk += f" ({wrong_in_words(config)})"
     versions = ", ".join(f"{k} {v}" for k, v in details["provenance"]["versions"].items())
     return f"""---
 base_model: {config.base_model}
@@ -95,8 +99,18 @@ Made with {versions} on {details["provenance"]["cpu"]}.
 """
 
 
+def _tolerated(config: ArtifactConfig) -> list[list[str]]:
+    """Rows about a policy for probabilities."""
+    if config.risk != "probability":
+        return []
+    mass = "certified: probabilities in the whole vocabulary are served, too"
+    if not config.label_mass:
+        mass = "not certified: only probabilities among the labels are served"
+    return [["tolerance", f"{config.tolerance:g}"], ["label mass", mass]]
+
+
 def risk_plot(config: ArtifactConfig, details: Mapping[str, Any]) -> bytes:
-    """PNG: disagreement and its bound against layers saved, along the threshold path."""
+    """PNG: the risk and its bound against layers saved, along the threshold path."""
     from matplotlib.figure import Figure
 
     curve = details["risk_curve"]
@@ -109,10 +123,17 @@ def risk_plot(config: ArtifactConfig, details: Mapping[str, Any]) -> bytes:
     )
     axes.axhline(100 * config.epsilon, color="grey", linestyle=":", label="epsilon")
     axes.set_xlabel("layers saved, %")
-    accuracy = config.risk == "accuracy"
-    axes.set_ylabel("accuracy lost, points" if accuracy else "disagreement with full depth, %")
+    axes.set_ylabel(_risk_axis(config))
     axes.set_title(f"{config.base_model}: {config.probe} at {list(config.exit_points)}")
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
+
+
+def _risk_axis(config: ArtifactConfig) -> str:
+    if config.risk == "accuracy":
+        return "accuracy lost, points"
+    if config.risk == "probability":
+        return f"wrong answers (tolerance {config.tolerance:g}), %"
+    return "disagreement with full depth, %"

@@ -53,6 +53,8 @@ class Recording:
         layer_seconds: time of one layer for one token row.
         cut_seconds: time of cutting the batch, for one token row of it.
         threads: the number of threads in the process that ran the model.
+        soft_cap: of the logits, after the head; None for none.
+        scale: of the logits, after the cap.
 
     """
 
@@ -68,6 +70,8 @@ class Recording:
     layer_seconds: float
     cut_seconds: float
     threads: int
+    soft_cap: float | None = None
+    scale: float = 1.0
 
     def rows_of(self, prompts: Ints) -> Ints:
         """The decision rows of `prompts`, in the order of `prompts`."""
@@ -169,6 +173,8 @@ def record(
         layer_seconds=facts["layer_seconds"] / facts["layers_run"],
         cut_seconds=facts["cut_seconds"] / max(1, facts["rows"]),
         threads=facts["threads"],
+        soft_cap=facts["soft_cap"],
+        scale=facts["scale"],
     )
 
 

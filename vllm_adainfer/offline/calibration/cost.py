@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_adainfer.offline.calibration.probes import AnyProbe, read
 from vllm_adainfer.policy.probe import Probe
 
 ROUNDS = 20
@@ -37,12 +38,12 @@ class Costs:
     head: float = 0.0
 
 
-def probe_seconds(probe: Probe, states: Tensor, threads: int) -> float:
+def probe_seconds(probe: AnyProbe, states: Tensor, threads: int) -> float:
     """Time of `probe` for one prompt, when a step probes all `states` [prompts, hidden size].
 
     `threads` is the number of threads in the serving process.
     """
-    return _seconds(lambda: probe.score(probe.readout(states)), threads) / len(states)
+    return _seconds(lambda: read(probe, states), threads) / len(states)
 
 
 def head_seconds(logit_lens: Probe, states: Tensor, threads: int) -> float:

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
-from vllm_adainfer.offline.calibration.probes import Target, fit_probes
+from vllm_adainfer.offline.calibration.loss import Disagreement, Loss
+from vllm_adainfer.offline.calibration.probes import AnyProbe, Target, fit_probes, read
 from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.policy.bound import FloatArray
 from vllm_adainfer.policy.classifier import fit_classifier
 from vllm_adainfer.policy.crf import fit_crf
 from vllm_adainfer.policy.kinds import ClassifierKind
-from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
 
 Bools = npt.NDArray[np.bool_]
-RightTokens = Sequence[set[int]]
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,10 @@ class Judged:
     """What a probe says about decision rows.
 
     Attributes:
-        features: fp32 [rows, 2], the classifier's input.
+        features: fp32 [rows, n], the classifier's input.
         tokens: int64 [rows], the probe's answers.
         agrees: [rows], whether the full model gives the same answer.
-        loss: [rows], what leaving here costs. For disagreement: 1 where the answers differ, else
-            0. For accuracy: 1 where full depth is right and the probe is not, -1 in the opposite
-            case, else 0.
+        loss: [rows], what leaving here costs, see `vllm_adainfer.offline.calibration.loss`.
 
     """
 
@@ -47,6 +44,12 @@ class Judged:
     tokens: Ints
     agrees: Bools
     loss: FloatArray
+
+    @property
+    def settled(self) -> Bools:
+        """[rows], whether the answer is as good as the full model's."""
+        settled: Bools = self.agrees & (self.loss == 0)
+        return settled
 
     def scored(self, classifier: Tensor, memory: Tensor | None = None) -> Scored:
         """Add the classifier's settled score."""
@@ -71,7 +74,7 @@ class FittedExit:
     """A candidate exit point: the parts that serve, and how it did on both halves."""
 
     layer: int
-    probe: Probe
+    probe: AnyProbe
     classifier: Tensor
     fitted: Scored
     held_out: Scored
@@ -84,7 +87,7 @@ def fit_exits(
     kind: ClassifierKind,
     seed: int,
     layers: Iterable[int],
-    right: RightTokens | None = None,
+    loss: Loss | None = None,
 ) -> list[FittedExit]:
     """Fit an exit point after each of `layers`; leave out those that cannot be learned.
 
@@ -95,66 +98,68 @@ def fit_exits(
         kind: of the classifier; `chain` fits a CRF later, on the chosen exit points.
         seed: for solvers and folds.
         layers: candidates; possibly wrapped in a progress bar.
-        right: the right tokens of each row, if losses are of accuracy; None: of disagreement.
+        loss: of an answer; None: it differs from the full model's.
 
     """
+    loss = loss or Disagreement()
     fit_rows, held_out = split.fit_rows(recording), split.certify_rows(recording)
     folds = recording.prompts[fit_rows] % FOLDS
     exits = []
     for layer in layers:
         probe, without_fold = fit_probes(recording, target, fit_rows, layer)
         # Out of fold: a probe that has not seen a prompt judges its decision rows.
-        features = torch.empty(len(fit_rows), 2)
-        tokens = np.empty(len(fit_rows), dtype=np.int64)
-        for fold, unseeing in enumerate(without_fold):
-            where = np.flatnonzero(folds == fold)
-            result = judge(unseeing, layer, recording, fit_rows[where])
-            features[where], tokens[where] = result.features, result.tokens
-        unseen = _judged(features, tokens, recording, fit_rows, right)
+        places = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
+        unseen = _joined(
+            places,
+            [
+                judge(unseeing, layer, recording, fit_rows[where], loss)
+                for unseeing, where in zip(without_fold, places, strict=True)
+            ],
+        )
         classifier = fit_classifier(
-            "svm" if kind == "crf" else kind, unseen.features, unseen.agrees, seed
+            "svm" if kind == "crf" else kind,
+            unseen.features,
+            unseen.settled,
+            seed,
+            target.features,
         )
         if classifier is not None:
-            held = judge(probe, layer, recording, held_out, right)
+            held = judge(probe, layer, recording, held_out, loss)
             fitted = unseen.scored(classifier)
             exits.append(FittedExit(layer, probe, classifier, fitted, held.scored(classifier)))
     return exits
 
 
 def judge(
-    probe: Probe,
+    probe: AnyProbe,
     layer: int,
     recording: Recording,
     rows: Ints,
-    right: RightTokens | None = None,
+    loss: Loss | None = None,
 ) -> Judged:
-    """What `probe` says about decision `rows` of a recording after `layer`."""
-    result = probe.score(probe.readout(recording.states[layer][rows]))
-    return _judged(result.features, result.top1_id.numpy(), recording, rows, right)
+    """What `probe` says about decision `rows` of a recording after `layer`; see `fit_exits`."""
+    said = read(probe, recording.states[layer][rows])
+    agrees = said.tokens == recording.tokens[rows]
+    losses = (loss or Disagreement()).of(said, recording.tokens[rows], rows)
+    return Judged(said.features, said.tokens, agrees, losses)
 
 
-def _judged(
-    features: Tensor, tokens: Ints, recording: Recording, rows: Ints, right: RightTokens | None
-) -> Judged:
-    full = recording.tokens[rows]
-    agrees = tokens == full
-    if right is None:
-        return Judged(features, tokens, agrees, (~agrees).astype(np.float64))
-    loss = is_right(full, right, rows) - is_right(tokens, right, rows)
-    return Judged(features, tokens, agrees, loss)
-
-
-def is_right(tokens: Ints, right: RightTokens, rows: Ints) -> FloatArray:
-    """[rows], 1 where the token is one of the right ones for its row, else 0."""
-    pairs = zip(tokens.tolist(), rows.tolist(), strict=True)
-    return np.array([float(token in right[row]) for token, row in pairs])
+def _joined(places: Sequence[Ints], parts: Sequence[Judged]) -> Judged:
+    """The parts as one, in the order of their places."""
+    order = np.argsort(np.concatenate(places))
+    return Judged(
+        torch.cat([part.features for part in parts])[order],
+        np.concatenate([part.tokens for part in parts])[order],
+        np.concatenate([part.agrees for part in parts])[order],
+        np.concatenate([part.loss for part in parts])[order],
+    )
 
 
 def chain(exits: Sequence[FittedExit]) -> list[FittedExit]:
     """Give the chosen exit points (ascending, at least one) a CRF over all of them."""
     steps = fit_crf(
         torch.stack([fitted.fitted.features for fitted in exits], dim=1),
-        np.stack([fitted.fitted.agrees for fitted in exits], axis=1),
+        np.stack([fitted.fitted.settled for fitted in exits], axis=1),
     )
     chained: list[FittedExit] = []
     fitted_score: Tensor | None = None

@@ -12,7 +12,8 @@ from vllm_adainfer.offline.calibration.certify import EPSILONS, Bound, PathPoint
 from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, forecast
 from vllm_adainfer.offline.calibration.collect import Ints, Recording
 from vllm_adainfer.offline.calibration.cost import Costs, head_seconds, probe_seconds
-from vllm_adainfer.offline.calibration.fit import FittedExit, RightTokens, chain, fit_exits
+from vllm_adainfer.offline.calibration.fit import FittedExit, chain, fit_exits
+from vllm_adainfer.offline.calibration.loss import AccuracyLost, Loss, RightTokens
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.policy.artifact import Label
@@ -32,6 +33,7 @@ class PolicyOptions:
     epsilon: float = 0.02
     delta: float = 0.1
     risk: Risk = "disagreement"
+    tolerance: float | None = None
     bound: BoundChoice = "auto"
     seed: int = 0
     max_tokens: int = 1
@@ -47,7 +49,7 @@ class PolicyOptions:
                 for several tokens of a prompt, which are not independent.
 
         """
-        disagreement, generated = self.risk == "disagreement", self.max_tokens > 1
+        disagreement, generated = self.risk != "accuracy", self.max_tokens > 1
         if self.bound == "exact" and generated:
             raise AdaInferError(
                 "--bound exact counts independent answers, and the tokens of a text are not: use "
@@ -81,6 +83,8 @@ class Calibration:
         options: what is wanted.
         labels: the answers, if there is a fixed set of them.
         right: the right tokens by prompt, if the risk is of accuracy.
+        with_mass: whether probabilities in the whole vocabulary are promised, if the risk is of
+            probabilities.
 
     """
 
@@ -90,6 +94,16 @@ class Calibration:
     options: PolicyOptions
     labels: tuple[Label, ...] = ()
     right: RightTokens | None = None
+    with_mass: bool = False
+
+    @property
+    def loss(self) -> Loss | None:
+        """Of an answer; None: it differs from the full model's."""
+        if self.right is not None:
+            return AccuracyLost(self.right)
+        if self.target.reads is None or self.options.tolerance is None:
+            return None
+        return self.target.reads.loss(self.options.tolerance, self.with_mass)
 
     @property
     def bound(self) -> Bound:
@@ -131,7 +145,7 @@ def make_policy(calibration: Calibration) -> FittedPolicy:
         options.classifier,
         options.seed,
         tqdm(recording.states, desc="fit", unit="layer", disable=None),
-        calibration.right,
+        calibration.loss,
     )
     tokens = recording.computed[split.fit_rows(recording)]
     if options.max_tokens > 1:  # at later tokens, reading a layer's weights is what takes time

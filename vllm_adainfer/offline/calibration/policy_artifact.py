@@ -15,8 +15,8 @@ from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.artifact import ArtifactConfig, Level
 from vllm_adainfer.policy.artifact_files import save_artifact
-from vllm_adainfer.policy.kinds import Candidates
-from vllm_adainfer.policy.probe import FEATURES
+from vllm_adainfer.policy.kinds import Candidates, features_of_risk
+from vllm_adainfer.policy.probe import Probe
 
 
 def write_artifact(
@@ -71,11 +71,13 @@ def policy_config(policy: FittedPolicy, model: str, hf_config: Any) -> ArtifactC
         probe=calibration.target.kind,
         candidates="labels" if calibration.labels else candidates,
         labels=calibration.labels,
-        features=FEATURES,
+        features=features_of_risk(options.risk),
         classifier=options.classifier,
         epsilon=options.epsilon,
         delta=options.delta,
         risk=options.risk,
+        tolerance=options.tolerance,
+        label_mass=calibration.with_mass,
         bound=bound.kind,
         max_tokens=options.max_tokens,
         levels=tuple(
@@ -102,7 +104,11 @@ def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
         name, probe = f"exit.{exit.layer}", exit.probe
         tensors[f"{name}.classifier"] = exit.classifier
         tensors |= {f"{name}.{part}": tensor for part, tensor in probe.fitted_tensors.items()}
-        if target.kind != "label-head" and target.label_ids is not None:
+        if (
+            isinstance(probe, Probe)
+            and target.kind != "label-head"
+            and target.label_ids is not None
+        ):
             tensors["head_rows"] = probe.head.weight
     return tensors
 

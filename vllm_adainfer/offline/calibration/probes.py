@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from adainfer_kernels import Head, Lens
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from vllm_adainfer.offline.calibration import ridge
 from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
-from vllm_adainfer.policy.kinds import ProbeKind
+from vllm_adainfer.offline.calibration.label_reads import LabelReads
+from vllm_adainfer.offline.calibration.loss import Said
+from vllm_adainfer.policy.kinds import FEATURES, PROBABILITY_FEATURES, ProbeKind
 from vllm_adainfer.policy.moments import Moments
+from vllm_adainfer.policy.probabilities import (
+    ProbabilityHead,
+    features_of,
+    probabilities_of_scores,
+)
 from vllm_adainfer.policy.probe import Probe
 
 PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
@@ -24,6 +34,9 @@ RANK_DIVISORS = (64, 32, 16, 8, 4)
 # A low rank may raise the lens's squared error on unseen prompts by this share: on the demo model
 # (SST-2, layers 15 to 27) agreement with the full model then stays within 0.5 points.
 RANK_TOLERANCE = 0.1
+SMALLEST_SHARE = 1e-6  # of the label mass, or of what it leaves: log-odds go no further
+
+AnyProbe = Probe | ProbabilityHead
 
 
 @dataclass(frozen=True)
@@ -34,17 +47,27 @@ class Target:
         kind: of the probes.
         label_ids: token ids of the possible answers, labels or a shortlist; None for the whole
             vocabulary.
+        reads: what full depth says of the labels, if probabilities are predicted; None if the
+            answer alone is.
 
     """
 
     kind: ProbeKind
     label_ids: Tensor | None
+    reads: LabelReads | None = None
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What the classifiers read."""
+        return FEATURES if self.reads is None else PROBABILITY_FEATURES
 
 
 def fit_probes(
     recording: Recording, target: Target, rows: Ints, layer: int
-) -> tuple[Probe, list[Probe]]:
+) -> tuple[AnyProbe, Sequence[AnyProbe]]:
     """The layer's probe fitted on decision `rows`, and for each fold one fitted without it."""
+    if target.reads is not None:
+        return _fit_probability_heads(recording, target.reads, target.label_ids, rows, layer)
     plain = logit_lens(recording, target)
     if target.kind == "logit-lens":
         return plain, [plain] * FOLDS
@@ -52,22 +75,74 @@ def fit_probes(
         return _fit_lenses(plain, recording.moments[layer])
     scores = plain.score(plain.readout(recording.final[rows]), return_scores=True).scores
     assert scores is not None
-    folds = []
-    for fold in range(FOLDS):
-        here = torch.from_numpy(recording.prompts[rows] % FOLDS == fold)
-        folds.append(Moments.zeros(recording.final.shape[1], scores.shape[1]))
-        folds[-1].add(
-            recording.states[layer][rows][here].double(),
-            (scores - scores.mean(1, keepdim=True))[here].double(),
-            torch.ones(int(here.sum())),
-        )
-    fitted = ridge.choose(folds, PENALTIES)
+    fitted = _fit_ridge(recording, scores - scores.mean(1, keepdim=True), rows, layer)
 
     def label_head(linear: ridge.Linear) -> Probe:
         head = Head(linear.matrix.float().contiguous(), linear.bias.float())
         return Probe(head, token_ids=target.label_ids)
 
     return label_head(fitted.whole), [label_head(linear) for linear in fitted.without]
+
+
+def _fit_ridge(recording: Recording, scores: Tensor, rows: Ints, layer: int) -> ridge.Ridge:
+    """The map from states after `layer` to `scores` [rows, n], for decision `rows`."""
+    folds = []
+    for fold in range(FOLDS):
+        here = torch.from_numpy(recording.prompts[rows] % FOLDS == fold)
+        folds.append(Moments.zeros(recording.final.shape[1], scores.shape[1]))
+        folds[-1].add(
+            recording.states[layer][rows][here].double(),
+            scores[here].double(),
+            torch.ones(int(here.sum())),
+        )
+    return ridge.choose(folds, PENALTIES)
+
+
+def _fit_probability_heads(
+    recording: Recording, reads: LabelReads, label_ids: Tensor | None, rows: Ints, layer: int
+) -> tuple[ProbabilityHead, list[ProbabilityHead]]:
+    """A ridge regression on the labels' logits and on the log-odds of the label mass.
+
+    A regression on logits shrinks them, which makes probabilities too even. So the labels' logits
+    are scaled by what makes the probabilities of unseen folds likeliest.
+    """
+    assert label_ids is not None
+    labels = reads.scores[rows]
+    mass = reads.probabilities.mass[rows].double().logit(SMALLEST_SHARE).float()
+    targets = torch.cat([labels - labels.mean(1, keepdim=True), mass.unsqueeze(1)], dim=1)
+    fitted = _fit_ridge(recording, targets, rows, layer)
+    states, folds = recording.states[layer][rows].double(), recording.prompts[rows] % FOLDS
+    unseen = torch.empty(len(rows), len(label_ids), dtype=torch.float64)
+    for fold, linear in enumerate(fitted.without):
+        here = torch.from_numpy(np.flatnonzero(folds == fold))
+        unseen[here] = (states[here] @ linear.matrix.T + linear.bias)[:, :-1]
+    scale = torch.ones(len(label_ids) + 1, dtype=torch.float64)
+    scale[:-1] = _likeliest_scale(unseen, reads.probabilities.among[rows].double())
+
+    def head(linear: ridge.Linear) -> ProbabilityHead:
+        weight = (linear.matrix * scale.unsqueeze(1)).float().contiguous()
+        return ProbabilityHead(weight, (linear.bias * scale).float(), label_ids)
+
+    return head(fitted.whole), [head(linear) for linear in fitted.without]
+
+
+def _likeliest_scale(logits: Tensor, probabilities: Tensor) -> float:
+    """The factor of `logits` with the least cross-entropy to `probabilities`, both [rows, n]."""
+
+    def cross_entropy(log_scale: float) -> float:
+        return -float((probabilities * (logits * math.exp(log_scale)).log_softmax(1)).sum())
+
+    return math.exp(minimize_scalar(cross_entropy, bounds=(-2, 2)).x)
+
+
+def read(probe: AnyProbe, states: Tensor) -> Said:
+    """What `probe` says about states [rows, hidden size]."""
+    if isinstance(probe, ProbabilityHead):
+        scores = probe.score(states)
+        tokens = probe.token_ids[scores[:, :-1].argmax(dim=1)].numpy()
+        return Said(features_of(scores), tokens, probabilities_of_scores(scores))
+    result = probe.score(probe.readout(states))
+    return Said(result.features, result.top1_id.numpy())
 
 
 def logit_lens(recording: Recording, target: Target) -> Probe:

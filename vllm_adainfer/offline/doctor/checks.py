@@ -165,10 +165,33 @@ def examine_artifact(source: str | None) -> tuple[ArtifactConfig | None, list[Fi
         f"artifact: {config.probe} probe after layers {points} of {config.base_model}. "
         f"{in_words(config)}",
     )
+    findings = [loaded]
+    if config.risk == "probability":
+        findings.append(probabilities(config))
     try:
-        return config, [loaded, expectation(config, load_details(source))]
+        return config, [*findings, expectation(config, load_details(source))]
     except AdaInferError as error:  # engines do not read calibration.json
-        return config, [loaded, Finding("skip", f"expected speed-up: {error}")]
+        return config, [*findings, Finding("skip", f"expected speed-up: {error}")]
+
+
+def probabilities(config: ArtifactConfig) -> Finding:
+    """Which requests for probabilities the policy serves."""
+    whole = (
+        "requests with logprob_token_ids = the labels (as /generative_scoring and /v1/systemone "
+        "send)"
+    )
+    among = "greedy ones with allowed_token_ids = the labels and logprobs"
+    if config.label_mass:
+        text = (
+            f"{whole} may exit; {among} only on a server started with --logprobs-mode "
+            "processed_logprobs, and run at full depth on any other"
+        )
+    else:
+        text = (
+            f"the label mass is not certified, so {whole} run at full depth; {among} may exit, "
+            "but only on a server started with --logprobs-mode processed_logprobs"
+        )
+    return Finding("ok", f"probabilities: {text}")
 
 
 def expectation(config: ArtifactConfig, details: Mapping[str, Any]) -> Finding:

@@ -22,7 +22,9 @@ from vllm_adainfer.offline.calibration.data import (
 )
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.measure import measure
-from vllm_adainfer.offline.evaluation.report import NEVER_EXIT, Run, build_report, write_whole
+from vllm_adainfer.offline.evaluation.readings import engine_settings, what_is_read
+from vllm_adainfer.offline.evaluation.report import build_report, write_whole
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import (
     Tokens,
     compare,
@@ -79,13 +81,16 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     if config.labels:
         _check_labels(config, request, examples, tokenizer)
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
+    what = what_is_read(config)
+    settings = engine_settings(what, config.labels)
     # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
-    ours = start_engine(request.model, examples, {"artifact": request.artifact}, max_tokens)
+    switch = {"artifact": request.artifact}
+    ours = start_engine(request.model, examples, switch, max_tokens, **settings)
     try:
-        stock = start_engine(request.model, examples, None, max_tokens)
+        stock = start_engine(request.model, examples, None, max_tokens, **settings)
         try:
             rounds = measure(
-                stock, ours, examples, config.labels, epsilons, request.repeat, max_tokens
+                stock, ours, examples, config.labels, epsilons, request.repeat, max_tokens, what
             )
             texts = None
             if max_tokens > 1:

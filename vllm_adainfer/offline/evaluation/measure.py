@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from vllm_adainfer.config import EPSILON_ARG
-from vllm_adainfer.offline.calibration.collect import greedy
+from vllm_adainfer.engine.reads import What
 from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.evaluation.report import Run
+from vllm_adainfer.offline.evaluation.readings import label_logprobs, request_params
+from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.stats import stats
 
@@ -29,24 +30,35 @@ def measure(
     epsilons: Sequence[float],
     repeat: int,
     max_tokens: int = 1,
+    what: What = What.TOKEN,
 ) -> list[tuple[Run, dict[float, Run]]]:
     """Warm up, then run `repeat` rounds: stock once, then vllm-adainfer at each epsilon.
+
+    Args:
+        stock: an engine without the plugin.
+        ours: an engine with it.
+        examples: the prompts.
+        labels: the answers are restricted to these, or their probabilities are read.
+        epsilons: of our runs.
+        repeat: how many rounds.
+        max_tokens: tokens to generate after a prompt.
+        what: the requests read; both engines were started with its `engine_settings`.
 
     Returns:
         for each round, stock's run and ours by epsilon.
 
     """
-    _run(stock, examples[:WARM_UP], labels, None, max_tokens)
-    _run(ours, examples[:WARM_UP], labels, epsilons[-1], max_tokens)
+    _run(stock, examples[:WARM_UP], labels, None, max_tokens, what)
+    _run(ours, examples[:WARM_UP], labels, epsilons[-1], max_tokens, what)
     rounds = []
     steps = repeat * (1 + len(epsilons))
     with tqdm(total=steps, desc="evaluate", unit="run", disable=None) as progress:
         for _ in range(repeat):
-            baseline = _run(stock, examples, labels, None, max_tokens)
+            baseline = _run(stock, examples, labels, None, max_tokens, what)
             progress.update()
             by_epsilon = {}
             for epsilon in epsilons:
-                by_epsilon[epsilon] = _run(ours, examples, labels, epsilon, max_tokens)
+                by_epsilon[epsilon] = _run(ours, examples, labels, epsilon, max_tokens, what)
                 progress.update()
             rounds.append((baseline, by_epsilon))
     return rounds
@@ -58,17 +70,19 @@ def _run(
     labels: Sequence[Label],
     epsilon: float | None,
     max_tokens: int,
+    what: What,
 ) -> Run:
     """One pass from an empty prefix cache; `epsilon` is None for stock vLLM."""
     engine.reset_prefix_cache()
     before = None if epsilon is None else stats(engine)
     arguments = None if epsilon is None else {EPSILON_ARG: epsilon}
-    params = greedy(labels, arguments, max_tokens)
+    params = request_params(what, labels, arguments, max_tokens)
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
     start = time.perf_counter()
     outputs = engine.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     texts = [list(output.outputs[0].token_ids) for output in outputs]
+    logprobs = None if what is What.TOKEN else label_logprobs(outputs, labels)
     if before is None:
-        return Run(seconds, texts)
-    return Run.counted(seconds, texts, before, stats(engine))
+        return Run(seconds, texts, logprobs=logprobs)
+    return Run.counted(seconds, texts, before, stats(engine), logprobs)

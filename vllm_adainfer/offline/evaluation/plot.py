@@ -1,4 +1,7 @@
-"""The plot of an evaluation report: quality against speed-up, and where requests left."""
+"""The plot of an evaluation report: quality against speed-up, and where requests left.
+
+If the requests read probabilities and the data has true labels, also a reliability diagram.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm_adainfer.offline.evaluation.probability_rows import asked_row
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -14,8 +20,10 @@ def report_plot(report: Mapping[str, Any]) -> bytes:
     """PNG drawn from a report of `evaluate`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    quality, depth = figure.subplots(1, 2)
+    reliable = "probabilities" in report and report["probabilities"]["stock"]["bins"] is not None
+    panels = 3 if reliable else 2
+    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
+    quality, depth, *more = figure.subplots(1, panels)
 
     levels = report["levels"]
     speedups = [1.0, *(level["speedup"] for level in levels)]
@@ -47,7 +55,30 @@ def report_plot(report: Mapping[str, Any]) -> bytes:
         f"bound {100 * report['epsilon']:g} %: {100 * report['layers_saved']:.0f} % of layers saved"
     )
 
+    for panel in more:
+        _reliability(panel, report)
     return as_png(figure, report["provenance"])
+
+
+def _reliability(panel: Axes, report: Mapping[str, Any]) -> None:
+    """How often the best label is right, by its probability."""
+    rows = report["probabilities"]
+    early = f"early, bound {100 * report['epsilon']:g} %"
+    lowest = 1.0
+    for name, row, style in (
+        ("stock vLLM", rows["stock"], "o-"),
+        ("never exit", rows["never_exit"], "s--"),
+        (early, asked_row(report), "^-"),
+    ):
+        confidence = [one["confidence"] for one in row["bins"]]
+        accuracy = [one["accuracy"] for one in row["bins"]]
+        panel.plot(confidence, accuracy, style, markersize=4, label=f"{name}: ECE {row['ece']:.3f}")
+        lowest = min(lowest, *confidence)
+    panel.plot([lowest, 1], [lowest, 1], ":", color="grey", label="perfectly calibrated")
+    panel.set_xlabel("probability of the best label")
+    panel.set_ylabel("share of prompts where it is right")
+    panel.set_title("reliability")
+    panel.legend(fontsize=8)
 
 
 def as_png(figure: Figure, provenance: Mapping[str, Any]) -> bytes:

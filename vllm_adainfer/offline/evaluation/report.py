@@ -7,59 +7,16 @@ import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.evaluation.probability_rows import asked_row, probability_rows
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens, compare
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.artifact import ArtifactConfig
-
-NEVER_EXIT = 0.0
-
-
-@dataclass(frozen=True)
-class Run:
-    """One pass over all prompts: how long it took, and the tokens of each answer."""
-
-    seconds: float
-    texts: list[list[int]]
-    layers_run: int = 0
-    layers_possible: int = 0
-    passes_run: int = 0
-    passes_possible: int = 0
-    exit_histogram: Mapping[int, int] | None = None
-
-    @classmethod
-    def counted(
-        cls,
-        seconds: float,
-        texts: list[list[int]],
-        before: Mapping[str, Any],
-        after: Mapping[str, Any],
-    ) -> Run:
-        """A pass of ours, given the engine's `stats` before and after it."""
-        counters = "layers_run", "layers_possible", "passes_run", "passes_possible"
-        left = Counter(after["exit_histogram"]) - Counter(before["exit_histogram"])
-        spent: dict[str, int] = {name: after[name] - before[name] for name in counters}
-        return cls(seconds, texts, exit_histogram=left, **spent)
-
-    @property
-    def layers_saved(self) -> float:
-        """Share of rows x layers that were not executed."""
-        return 1 - self.layers_run / self.layers_possible
-
-    @property
-    def passes_saved(self) -> float:
-        """Share of layers x steps that no row entered."""
-        return 1 - self.passes_run / self.passes_possible
-
-    @property
-    def tokens(self) -> int:
-        """Tokens generated, over all answers."""
-        return sum(map(len, self.texts))
 
 
 def build_report(
@@ -129,6 +86,14 @@ def build_report(
             },
         }
 
+    promise: dict[str, Any] = {}
+    if config.tolerance is not None:
+        promise = {
+            "risk": config.risk,
+            "tolerance": config.tolerance,
+            "label_mass": config.label_mass,
+            "probabilities": probability_rows(config, config.tolerance, examples, rounds),
+        }
     levels = [level(row.epsilon) for row in config.levels]
     [asked] = [row for row in levels if row["epsilon"] == config.epsilon]
     return {
@@ -151,15 +116,20 @@ def build_report(
             | {"accuracy": row["adainfer"]["accuracy"]}
             for row in levels
         ],
+        **promise,
         "provenance": provenance(),
     }
 
 
 def summary_line(report: Mapping[str, Any]) -> str:
     """The report in one line, for a terminal."""
+    beyond = ""
+    if "probabilities" in report:
+        row = asked_row(report)
+        beyond = f", {row['wrong']:.1%} beyond the tolerance of {report['tolerance']:g}"
     return (
         f"speedup {report['speedup']:.2f}x, layers saved {report['layers_saved']:.0%}, "
-        f"disagreement {report['disagreement']:.1%} (bound {report['epsilon']:.1%})"
+        f"disagreement {report['disagreement']:.1%}{beyond} (bound {report['epsilon']:.1%})"
     ).replace("%", " %")
 
 

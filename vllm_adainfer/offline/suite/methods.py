@@ -14,15 +14,9 @@ import torch
 from vllm_adainfer.offline.calibration.certify import PathPoint, certify, walk
 from vllm_adainfer.offline.calibration.collect import Ints, Recording
 from vllm_adainfer.offline.calibration.cost import Costs, probe_seconds
-from vllm_adainfer.offline.calibration.fit import (
-    FittedExit,
-    RightTokens,
-    Scored,
-    fit_exits,
-    is_right,
-    judge,
-)
+from vllm_adainfer.offline.calibration.fit import FittedExit, Scored, fit_exits, judge
 from vllm_adainfer.offline.calibration.fitted_policy import STEP_ROWS, FittedPolicy, PolicyOptions
+from vllm_adainfer.offline.calibration.loss import RightTokens, is_right
 from vllm_adainfer.offline.calibration.probes import Target, logit_lens
 from vllm_adainfer.offline.calibration.split import Split
 

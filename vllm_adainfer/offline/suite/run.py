@@ -15,19 +15,20 @@ from vllm_adainfer.offline.calibration.calibrate import check_rows, label_ids
 from vllm_adainfer.offline.calibration.certify import threshold_grid
 from vllm_adainfer.offline.calibration.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.offline.calibration.fit import candidate_layers, is_right
+from vllm_adainfer.offline.calibration.fit import candidate_layers
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
     PolicyOptions,
     make_policy,
 )
+from vllm_adainfer.offline.calibration.loss import is_right
 from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split, random_order
 from vllm_adainfer.offline.evaluation.evaluate import check_file
 from vllm_adainfer.offline.evaluation.measure import measure
-from vllm_adainfer.offline.evaluation.report import NEVER_EXIT, Run
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import compare
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.suite import methods

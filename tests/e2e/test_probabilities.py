@@ -1,0 +1,176 @@
+"""Requests that read probabilities leave early, with those that the head at their exit has read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+
+from tests.conftest import tiny_engine
+from tests.e2e.oracle import hidden_states
+from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
+from vllm_adainfer import stats
+from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
+
+PROMISES = {"risk": "probability", "tolerance": 0.05, "label_mass": True}
+CLOSE = 2e-4  # fp32 sums in another order, also over the vocabulary
+TIE = 1e-3
+_GENERATOR = np.random.default_rng(0)
+PROMPTS = [_GENERATOR.integers(5, 1000, 1 + 5 * i % 23).tolist() for i in range(16)]
+
+
+@pytest.fixture(scope="module")
+def label_ids(tiny_model) -> list[int]:
+    return list(tiny_config(tiny_model).label_ids)
+
+
+@pytest.fixture(scope="module")
+def states(reference) -> list[list[Tensor]]:
+    """Of each prompt, its last row after each number of layers."""
+    return [[state[-1:] for state in hidden_states(reference, prompt)] for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_model) -> dict[int, tuple[Tensor, Tensor]]:
+    tensors = tiny_tensors(tiny_config(tiny_model, **PROMISES))
+    return {
+        layer: (tensors[f"exit.{layer}.head_weight"], tensors[f"exit.{layer}.head_bias"])
+        for layer in EXIT_POINTS
+    }
+
+
+def read(state: Tensor, head: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
+    """Probabilities [labels] among the labels and the label mass, as a head reads them."""
+    *labels, mass = (state @ head[0].T + head[1])[0]
+    return torch.stack(labels).softmax(0), float(torch.sigmoid(mass))
+
+
+@pytest.fixture(scope="module")
+def threshold(states, heads) -> float:
+    """On the gap: half of the prompts would leave at the first exit point."""
+    gaps = []
+    for after in states:
+        best = read(after[EXIT_POINTS[0]], heads[EXIT_POINTS[0]])[0].sort().values
+        gaps.append(float(best[-1] - best[-2]))
+    return float(np.median(gaps))
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_model, threshold, tmp_path_factory) -> str:
+    thresholds = torch.full((2, len(EXIT_POINTS)), threshold)
+    directory = tmp_path_factory.mktemp("probabilities") / "policy"
+    return str(tiny_artifact(tiny_model, directory, thresholds, **PROMISES))
+
+
+@pytest.fixture(scope="module", params=["raw_logprobs", "processed_logprobs"])
+def engine(request, tiny_model, artifact) -> Any:
+    switch = {"artifact": artifact, "min_rows_saved": 1}
+    small = {"kv_cache_memory_bytes": 64 << 20, "max_model_len": 512}
+    return tiny_engine(tiny_model, switch, logprobs_mode=request.param, **small)
+
+
+def run(llm: Any, params: list[SamplingParams]) -> list[Any]:
+    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    return [output.outputs[0] for output in llm.generate(inputs, params, use_tqdm=False)]
+
+
+@torch.inference_mode()
+def expected(
+    reference: Any, after: list[Tensor], heads: Any, threshold: float, label_ids: list[int]
+) -> tuple[int, Tensor, float] | None:
+    """Depth, probabilities among the labels and label mass; None if too close to call."""
+    for layer in EXIT_POINTS:
+        among, mass = read(after[layer], heads[layer])
+        best = among.sort().values
+        lead = float(best[-1] - best[-2]) - threshold
+        if abs(lead) < TIE:
+            return None
+        if lead > 0:
+            return layer, among, mass
+    logits = reference.lm_head(reference.model.norm(after[LAYERS]))[0]
+    whole = logits.softmax(0)[label_ids]
+    return LAYERS, whole / whole.sum(), float(whole.sum())
+
+
+def greedy(**more: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": 1, **more})
+
+
+def test_label_reads_get_the_probabilities_of_their_exit_and_others_those_of_full_depth(
+    engine, reference, states, heads, threshold, label_ids
+):
+    """Reads beside requests for the label alone, and such that no policy serves, in one step."""
+    others = [
+        greedy(allowed_token_ids=label_ids),
+        greedy(logprobs=3),
+        greedy(logprob_token_ids=[7, 9]),
+        greedy(),
+    ]
+    params = [
+        greedy(logprob_token_ids=label_ids) if place % 2 else others[place // 2 % len(others)]
+        for place in range(len(PROMPTS))
+    ]
+    before = Counter(stats(engine)["exit_histogram"])
+    outputs = run(engine, params)
+    left = Counter(stats(engine)["exit_histogram"]) - before
+    wanted: Counter[int] = Counter()
+    for after, asked, output in zip(states, params, outputs, strict=True):
+        found = expected(reference, after, heads, threshold, label_ids)
+        serves = asked.logprob_token_ids == label_ids or asked.allowed_token_ids == label_ids
+        if found is None:
+            continue
+        depth, among, mass = found
+        wanted[depth if serves else LAYERS] += 1
+        logits = reference.lm_head(reference.model.norm(after[LAYERS]))[0]
+        if asked.logprob_token_ids == label_ids:
+            got = [output.logprobs[0][token].logprob for token in label_ids]
+            assert np.exp(got) == pytest.approx((among * mass).tolist(), abs=CLOSE)
+            assert np.exp(got).sum() == pytest.approx(mass, abs=CLOSE)
+            if depth < LAYERS and float(among.max()) * mass > 0.01:
+                assert output.token_ids[0] == label_ids[int(among.argmax())]
+        elif asked.allowed_token_ids == label_ids:
+            assert output.token_ids[0] == label_ids[int(among.argmax())]
+        else:
+            whole = logits.log_softmax(0)
+            for token, entry in (output.logprobs or [{}])[0].items():
+                assert entry.logprob == pytest.approx(float(whole[token]), abs=CLOSE)
+            assert output.token_ids[0] == int(logits.argmax())
+    assert left.total() == len(PROMPTS)
+    assert all(left[depth] >= count for depth, count in wanted.items())
+    assert left[EXIT_POINTS[0]] > 2
+
+
+@pytest.mark.parametrize("best", [1, 2, 5])
+def test_the_best_of_allowed_labels_are_probabilities_among_them_if_vllm_returns_those(
+    engine, reference, states, heads, threshold, label_ids, best
+):
+    processed = engine.llm_engine.model_config.logprobs_mode == "processed_logprobs"
+    before = Counter(stats(engine)["exit_histogram"])
+    outputs = run(engine, [greedy(allowed_token_ids=label_ids, logprobs=best)] * len(PROMPTS))
+    left = Counter(stats(engine)["exit_histogram"]) - before
+    if not processed:
+        assert left == {LAYERS: len(PROMPTS)}
+        return
+    assert left[LAYERS] < len(PROMPTS) - 2
+    for after, output in zip(states, outputs, strict=True):
+        found = expected(reference, after, heads, threshold, label_ids)
+        if found is None:
+            continue
+        _, among, _ = found
+        got = output.logprobs[0]
+        assert output.token_ids[0] == label_ids[int(among.argmax())]
+        for token, probability in zip(label_ids, among.tolist(), strict=True):
+            if token in got:
+                assert np.exp(got[token].logprob) == pytest.approx(probability, abs=CLOSE)
+        assert len([token for token in label_ids if token in got]) == min(best, len(label_ids))
+
+
+def test_an_artifact_of_this_kind_is_served_by_its_own_policy(engine):
+    runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    [policy] = runner.model_runner.model.loop.policies.policies
+    assert isinstance(policy, ProbabilityPolicy)

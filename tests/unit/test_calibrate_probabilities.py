@@ -1,0 +1,199 @@
+"""Policies that promise probabilities: fitted, certified, and served as certified."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from adainfer_kernels import Head
+
+from tests.unit.test_make_policy import (
+    DEPTH,
+    HF_CONFIG,
+    LABEL_IDS,
+    LABELS,
+    NORM,
+    SPLIT,
+    VOCAB,
+    recording_of,
+)
+from vllm_adainfer.offline.calibration.calibrate import with_mass_if_it_pays
+from vllm_adainfer.offline.calibration.certify import Bound, loosest, threshold_grid, walk
+from vllm_adainfer.offline.calibration.collect import Recording
+from vllm_adainfer.offline.calibration.fit import Scored
+from vllm_adainfer.offline.calibration.fitted_policy import (
+    Calibration,
+    FittedPolicy,
+    PolicyOptions,
+    make_policy,
+)
+from vllm_adainfer.offline.calibration.label_reads import LabelReads, label_reads
+from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
+from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
+from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
+from vllm_adainfer.policy.probe import Probe
+
+TOLERANCE, EPSILON, DELTA = 0.1, 0.05, 0.1
+NO_MASS, SOME_MASS, ALL_MASS = -30.0, 0.0, 12.0  # added to the labels' scores
+
+
+def recorded(labels_lead: float = ALL_MASS) -> Recording:
+    """A recording in which the labels' scores are that much higher, so that they have the mass."""
+    recording = recording_of(labels=True, noise=0.4)
+    bias = torch.zeros(VOCAB).index_fill(0, LABEL_IDS, labels_lead)
+    head = Head(recording.logit_lens.head.weight / 4, bias)
+    return replace(recording, logit_lens=Probe(head, norm=NORM))
+
+
+def made(recording: Recording, with_mass: bool = True, **options: object) -> FittedPolicy:
+    reads = label_reads(recording, LABEL_IDS)
+    asked = PolicyOptions(
+        **{"epsilon": EPSILON, "risk": "probability", "tolerance": TOLERANCE, **options}
+    )
+    target = Target("label-head", LABEL_IDS, reads)
+    return make_policy(Calibration(recording, target, SPLIT, asked, LABELS, with_mass=with_mass))
+
+
+def logits_of(recording: Recording) -> torch.Tensor:
+    lens = recording.logit_lens
+    return lens.readout(recording.final) @ lens.head.weight.T + lens.head.bias
+
+
+@pytest.mark.parametrize("classifier", ["svm", "logreg", "threshold", "crf"])
+@pytest.mark.parametrize("with_mass", [True, False])
+def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass):
+    recording = recorded()
+    policy = made(recording, with_mass, classifier=classifier)
+    config = policy_config(policy, "tiny", HF_CONFIG)
+    assert (config.risk, config.tolerance, config.label_mass) == ("probability", 0.1, with_mass)
+    assert config.bound == "exact"
+    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card", {})
+
+    artifact = load_artifact(str(tmp_path / "policy"))
+    serving = ProbabilityPolicy(artifact, torch.device("cpu"))
+    point = policy.points[EPSILON]
+    rows = SPLIT.certify
+    tags = torch.full((len(rows),), artifact.config.level_of(None))
+    exits, wrong = np.full(len(rows), len(policy.exits)), np.zeros(len(rows))
+    memory, logits = None, logits_of(recording)[rows]
+    for index, layer in enumerate(serving.exit_points):
+        decision = serving.decide(index, recording.states[layer][rows], tags, memory)
+        leaves = (exits == len(policy.exits)) & decision.settled.numpy()
+        exits[leaves] = index
+        wrong[leaves] = serving.compare(decision.answers, logits)[0].numpy()[leaves]
+        memory = decision.memory
+    assert np.array_equal(exits, point.exits)
+    assert np.array_equal(wrong, point.losses)
+    assert len(set(exits.tolist())) > 1
+    assert 0 < wrong.mean() < EPSILON
+
+
+def test_full_depth_is_read_as_vllm_returns_it():
+    recording = recorded(SOME_MASS)
+    reads, logits = label_reads(recording, LABEL_IDS), logits_of(recording).double()
+    probabilities = logits.softmax(dim=1)[:, LABEL_IDS]
+    close = {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(reads.probabilities.mass.double(), probabilities.sum(1), **close)
+    among = probabilities / probabilities.sum(1, keepdim=True)
+    torch.testing.assert_close(reads.probabilities.among.double(), among, **close)
+    is_label = torch.isin(logits.argmax(dim=1), LABEL_IDS)
+    assert torch.equal(reads.label_is_best, is_label)
+    assert 0 < is_label.float().mean() < 1
+
+
+@pytest.mark.parametrize(("soft_cap", "scale"), [(3.0, 1.0), (None, 0.25), (2.0, 0.5)])
+def test_a_cap_and_a_scale_of_the_logits_change_their_probabilities(soft_cap, scale):
+    recording = replace(recorded(SOME_MASS), soft_cap=soft_cap, scale=scale)
+    logits = logits_of(recording)
+    capped = logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+    expected = (capped * scale)[:, LABEL_IDS].softmax(dim=1)
+    torch.testing.assert_close(label_reads(recording, LABEL_IDS).probabilities.among, expected)
+
+
+@pytest.mark.parametrize("with_mass", [True, False])
+def test_an_answer_is_wrong_if_it_changes_or_anything_promised_moves_too_far(with_mass):
+    recording = recorded(SOME_MASS)
+    policy = made(recording, with_mass, exit_points=(2, 4, 6))
+    logits = logits_of(recording)[SPLIT.certify].double()
+    full = logits.softmax(dim=1)[:, LABEL_IDS]
+    for exit in policy.candidates:
+        scores = exit.probe.score(recording.states[exit.layer][SPLIT.certify]).double()
+        among, mass = scores[:, :-1].softmax(dim=1), scores[:, -1].sigmoid()
+        moved = (among - full / full.sum(1, keepdim=True)).abs().amax(1)
+        wrong = among.argmax(1) != full.argmax(1)
+        if with_mass:
+            whole = (among * mass[:, None] - full).abs().amax(1)
+            moved = torch.stack([moved, whole, (mass - full.sum(1)).abs()]).amax(0)
+            wrong |= ~torch.isin(logits.argmax(1), LABEL_IDS)
+        expected = (wrong | (moved > TOLERANCE)).double().numpy()
+        clear = (moved - TOLERANCE).abs().numpy() > 1e-5
+        assert np.array_equal(exit.held_out.loss[clear], expected[clear])
+        assert not exit.held_out.settled[exit.held_out.loss > 0].any()
+        assert 0 < expected.mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("lead", "with_mass"), [(ALL_MASS, True), (NO_MASS, False), (SOME_MASS, False)]
+)
+def test_the_mass_is_promised_where_it_does_not_cost_most_of_the_layers(lead, with_mass):
+    """Where no label is the best token, every early answer in the vocabulary is wrong."""
+    without = made(recorded(lead), with_mass=False)
+    kept = with_mass_if_it_pays(without)
+    assert kept.calibration.with_mass == with_mass
+    assert EPSILON in kept.points
+
+
+def test_a_scale_is_fitted_that_makes_unseen_probabilities_likelier():
+    """A ridge regression shrinks: without a scale, early probabilities are too even."""
+    recording = recorded()
+    reads = label_reads(recording, LABEL_IDS)
+    policy = made(recording, exit_points=(2,))
+    exit = policy.candidates[0]
+    assert exit.layer == 2
+    scores = exit.probe.score(recording.states[2][SPLIT.certify])[:, :-1]
+    target = reads.probabilities.among[SPLIT.certify]
+
+    def cross_entropy(factor: float) -> float:
+        return -float((target * (scores * factor).log_softmax(1)).sum())
+
+    assert min(cross_entropy(0.7), cross_entropy(1.4)) > cross_entropy(1.0)
+
+
+RESAMPLES, DRAWN = 300, 200
+
+
+def test_the_bound_on_the_tolerance_holds_on_all_but_delta_of_the_calibrations():
+    """Certified on rows drawn again and again from a population whose risk is known."""
+    recording = recorded()
+    policy = made(recording, exit_points=(2, 4, 6))
+    layers = [exit.layer for exit in policy.candidates]
+    grid = threshold_grid(policy.candidates)
+    everyone = [exit.held_out for exit in policy.candidates]
+    true = {point.threshold: point.risk for point in walk(layers, everyone, DEPTH, grid)}
+    generator = np.random.default_rng(0)
+    exceeded, saved = 0, 0.0
+    for _ in range(RESAMPLES):
+        drawn = generator.integers(0, len(SPLIT.certify), DRAWN)
+        sample = [
+            Scored(*(getattr(exit, field.name)[drawn] for field in fields(Scored)))
+            for exit in everyone
+        ]
+        point = loosest(walk(layers, sample, DEPTH, grid), EPSILON, Bound("exact", DELTA, 0.0))
+        assert point is not None
+        exceeded += true[point.threshold] > EPSILON
+        saved += point.layers_saved
+    assert saved / RESAMPLES > 0.1, "a bound that lets nobody leave would prove nothing"
+    assert exceeded / RESAMPLES <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / RESAMPLES)
+    assert exceeded > 0, "the rows are enough to exceed it now and then"
+
+
+def test_reads_of_other_labels_are_other_reads():
+    recording = recorded(SOME_MASS)
+    one, other = (label_reads(recording, torch.tensor(ids)) for ids in ([7, 3], [3, 7]))
+    assert isinstance(one, LabelReads)
+    assert torch.equal(one.probabilities.among, other.probabilities.among.flip(1))
+    assert torch.equal(one.probabilities.mass, other.probabilities.mass)

@@ -1,0 +1,125 @@
+"""What a policy for probabilities says of itself: at start-up, in its card and in its plot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+
+from tests.tiny import tiny_config
+from vllm_adainfer.config import Settings
+from vllm_adainfer.engine.configure import banner
+from vllm_adainfer.offline.calibration.card import model_card, risk_plot
+from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
+from vllm_adainfer.policy.promise import wrong_in_words
+
+DETAILS: dict[str, Any] = {
+    "rows": 401,
+    "rows_fitted": 200,
+    "rows_held_out": 201,
+    "seed": 4,
+    "majority_share": 0.61,
+    "agreement": {"2": 0.9, "4": 0.95},
+    "risk_curve": [{"risk": 0.01, "bound": 0.02, "layers_saved": 0.2}],
+    "provenance": {"versions": {"torch": "2"}, "cpu": "a CPU"},
+}
+
+
+def probability(model: Any, **changes: Any) -> Any:
+    return tiny_config(model, **{"risk": "probability", "tolerance": 0.05, **changes})
+
+
+UNCERTIFIED = (
+    "the label mass is not certified, so requests for probabilities in the whole vocabulary run at "
+    "full depth"
+)
+
+
+@pytest.mark.parametrize(
+    ("mass", "mode", "served"),
+    [
+        (True, "raw_logprobs", " and for their probabilities in the whole vocabulary"),
+        (
+            True,
+            "processed_logprobs",
+            " and for their probabilities, in the whole vocabulary or among the labels",
+        ),
+        (
+            False,
+            "processed_logprobs",
+            f" and for their probabilities among the labels ({UNCERTIFIED})",
+        ),
+        (
+            False,
+            "raw_logprobs",
+            f", but not for probabilities: {UNCERTIFIED}, and those among the labels alone need "
+            "--logprobs-mode processed_logprobs",
+        ),
+        (
+            True,
+            "raw_logits",
+            ", but not for probabilities, which --logprobs-mode raw_logits does not return",
+        ),
+    ],
+)
+def test_the_start_up_line_says_which_probabilities_are_served_and_within_what_bound(
+    tiny_model, mass, mode, served
+):
+    config = probability(tiny_model, label_mass=mass)
+    line = banner("mood", config, Settings(artifact="policy"), mode)
+    assert f"for greedy requests for one token among bad, good{served}, at most 0.05 of" in line
+    wrong = wrong_in_words(config)
+    assert f"at most 0.05 of the answers wrong (confidence 90%; wrong: {wrong}), 20% of" in line
+    assert line.endswith("kv exact, shadow rate 0")
+
+
+def test_with_epsilon_0_the_start_up_line_promises_nothing(tiny_model):
+    config = probability(tiny_model, label_mass=True)
+    line = banner("mood", config, Settings(artifact="policy", epsilon=0))
+    assert "probabilities in the whole vocabulary; epsilon is 0, so no request exits" in line
+    assert "wrong" not in line
+
+
+def test_the_card_says_what_is_wrong_and_whether_the_label_mass_is_certified(tiny_model):
+    config = probability(tiny_model, label_mass=True)
+    card, plain = (
+        " ".join(model_card(one, DETAILS).split()) for one in (config, small(tiny_model))
+    )
+    assert "| tolerance | 0.05 |" in card
+    assert "| certified: probabilities in the whole vocabulary are served, too |" in card
+    assert f"the share of wrong answers ({wrong_in_words(config)}) is at most epsilon" in card
+    assert "| not certified: only probabilities among the labels are served |" in plain
+
+
+def small(model: Any) -> Any:
+    return probability(model, label_mass=False)
+
+
+def test_the_card_of_another_policy_knows_no_tolerance(tiny_model):
+    card = model_card(tiny_config(tiny_model), DETAILS)
+    assert "tolerance" not in card
+    assert "label mass" not in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "axis"),
+    [
+        ({}, "disagreement with full depth, %"),
+        ({"risk": "accuracy", "bound": "wsr"}, "accuracy lost, points"),
+        ({"risk": "probability", "tolerance": 0.05}, "wrong answers (tolerance 0.05), %"),
+    ],
+)
+def test_the_plots_axis_names_the_risk(tiny_model, monkeypatch, changes, axis):
+    names: list[str] = []
+    monkeypatch.setattr(Axes, "set_ylabel", lambda self, name: names.append(name))
+    assert risk_plot(tiny_config(tiny_model, **changes), DETAILS).startswith(b"\x89PNG")
+    assert names == [axis]
+
+
+@pytest.mark.parametrize("bound", ["auto", "exact", "wsr", "hoeffding-bentkus", "naive"])
+def test_a_wrong_answer_is_bounded_as_a_changed_one_is(bound):
+    changed = PolicyOptions(bound=bound).bounds()
+    wrong = PolicyOptions(bound=bound, risk="probability", tolerance=0.05).bounds()
+    assert wrong == changed
+    assert (bound != "auto") or wrong.kind == "exact"

@@ -1,0 +1,54 @@
+"""What full depth says of the labels' probabilities, from the recorded final states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from adainfer_kernels import Head
+from torch import Tensor
+
+from vllm_adainfer.offline.calibration.collect import Recording
+from vllm_adainfer.offline.calibration.loss import ProbabilityMoved
+from vllm_adainfer.policy.probabilities import LabelProbabilities
+
+
+@dataclass(frozen=True)
+class LabelReads:
+    """What full depth says of the labels in each row of a recording.
+
+    Attributes:
+        scores: fp32 [rows, labels], their logits, computed in fp32: what heads learn from.
+        probabilities: of the labels as vLLM returns them, from logits in the model's dtype.
+        label_is_best: bool [rows], whether the best token of the whole vocabulary is a label.
+
+    """
+
+    scores: Tensor
+    probabilities: LabelProbabilities
+    label_is_best: Tensor
+
+    def loss(self, tolerance: float, with_mass: bool) -> ProbabilityMoved:
+        """The loss of an early answer at this tolerance."""
+        return ProbabilityMoved(self.probabilities, self.label_is_best, tolerance, with_mass)
+
+
+def label_reads(recording: Recording, label_ids: Tensor) -> LabelReads:
+    """Read all rows of `recording` for labels, int64 [labels]."""
+    head = recording.logit_lens.head
+    served = Head(head.weight, head.bias, recording.soft_cap, recording.scale)
+    lens = replace(recording.logit_lens, head=served)
+    whole = lens.score(lens.readout(recording.final))
+    labels = lens.of_tokens(label_ids)
+    scores = labels.score(labels.readout(recording.final), return_scores=True).scores
+    weight = labels.head.weight.float()
+    exact = replace(labels, head=replace(labels.head, weight=weight))
+    exact_scores = exact.score(exact.readout(recording.final), return_scores=True).scores
+    assert scores is not None
+    assert exact_scores is not None
+    mass = (scores.logsumexp(dim=1) - whole.lse).exp().clamp(max=1)
+    return LabelReads(
+        exact_scores,
+        LabelProbabilities(scores.softmax(dim=1), mass),
+        torch.isin(whole.top1_id, label_ids),
+    )

@@ -1,0 +1,126 @@
+"""Label probabilities: how an exit point reads them, and how far they are from full depth's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# How far a probability has moved, as buckets of a histogram.
+MOVES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class LabelProbabilities:
+    """What a distribution over the vocabulary says of the labels.
+
+    Attributes:
+        among: fp32 [rows, labels], their probabilities among themselves, which sum to 1.
+        mass: fp32 [rows], the sum of their probabilities in the whole vocabulary.
+
+    """
+
+    among: Tensor
+    mass: Tensor
+
+    def largest_move(self, other: LabelProbabilities, with_mass: bool) -> Tensor:
+        """[rows], the furthest that a probability of `other` is from this one.
+
+        Among the labels; `with_mass` also in the whole vocabulary, and the mass itself.
+        """
+        moved = (self.among - other.among).abs().amax(dim=1)
+        if not with_mass:
+            return moved
+        moved = torch.maximum(moved, (self.mass - other.mass).abs())
+        in_vocabulary, others = (part.among * part.mass.unsqueeze(1) for part in (self, other))
+        return torch.maximum(moved, (in_vocabulary - others).abs().amax(dim=1))
+
+
+@dataclass(frozen=True)
+class ProbabilityHead:
+    """A label head that reads probabilities; calibration and serving both use it.
+
+    It scores the labels, and in one row more the label mass (the labels' share of the whole
+    vocabulary), as log-odds.
+
+    Attributes:
+        weight: fp32 [labels + 1, hidden size].
+        bias: fp32 [labels + 1].
+        token_ids: int64 [labels].
+
+    """
+
+    weight: Tensor
+    bias: Tensor
+    token_ids: Tensor
+
+    @property
+    def fitted_tensors(self) -> dict[str, Tensor]:
+        """What calibration has fitted, by the names that an artifact stores it under."""
+        return {"head_weight": self.weight, "head_bias": self.bias}
+
+    @property
+    def bytes(self) -> int:
+        """What the head stores."""
+        return self.weight.nbytes + self.bias.nbytes
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """Scores fp32 [rows, labels + 1] of states [rows, hidden size]."""
+        return torch.addmm(self.bias, hidden.float(), self.weight.T)
+
+
+def probabilities_of_logits(logits: Tensor, label_ids: Tensor) -> LabelProbabilities:
+    """What logits [rows, vocabulary] say of the labels, int64 [labels]."""
+    logits = logits.float()
+    labels = logits[:, label_ids]
+    mass = (labels.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()
+    return LabelProbabilities(labels.softmax(dim=1), mass.clamp(max=1))
+
+
+def probabilities_of_scores(scores: Tensor) -> LabelProbabilities:
+    """What a head's scores [rows, labels + 1] say of the labels."""
+    return LabelProbabilities(scores[:, :-1].softmax(dim=1), scores[:, -1].sigmoid())
+
+
+def features_of(scores: Tensor) -> Tensor:
+    """What the classifier reads of a head's scores [rows, labels + 1]: fp32 [rows, 3].
+
+    ``top_logit`` is the log-odds of the best label among the labels, ``gap`` the lead of its
+    probability over the second, ``mass_logit`` the log-odds of the label mass. Near 1, where
+    answers leave, a probability hardly changes, but its log-odds do.
+    """
+    labels = scores[:, :-1]
+    best = labels.topk(2)
+    first, second = best.values.unbind(dim=1)
+    rest = labels.scatter(1, best.indices[:, :1], -torch.inf).logsumexp(dim=1)
+    total = torch.logaddexp(first, rest)
+    gap = (first - total).exp() - (second - total).exp()
+    return torch.stack([first - rest, gap, scores[:, -1]], dim=1)
+
+
+def answers_of(scores: Tensor, others: int | None) -> Tensor:
+    """The logits that give a head's probabilities, fp32 [rows, labels + 1].
+
+    The last column is the logit of every token that is no label.
+
+    Args:
+        scores: [rows, labels + 1].
+        others: how many such tokens share what the label mass leaves; None if they get nothing.
+
+    """
+    labels = scores[:, :-1].log_softmax(dim=1)
+    if others is None:
+        rest = torch.full_like(scores[:, -1:], -torch.inf)
+    else:  # the labels' exponentials sum to 1, so the others' must sum to (1 - mass) / mass
+        rest = -scores[:, -1:] - torch.tensor(float(others)).log()
+    return torch.cat([labels, rest], dim=1)
+
+
+def probabilities_of_answers(answers: Tensor, others: int | None) -> LabelProbabilities:
+    """What `answers_of` say, as vLLM's log-softmax over the vocabulary will."""
+    labels, rest = answers[:, :-1], answers[:, -1]
+    mass = torch.ones_like(rest)
+    if others is not None:
+        mass = (-rest - torch.tensor(float(others)).log()).sigmoid()
+    return LabelProbabilities(labels.softmax(dim=1), mass)
