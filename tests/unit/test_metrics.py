@@ -10,6 +10,8 @@ from prometheus_client import REGISTRY
 from tests.tiny import tiny_config
 from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.frontend.metrics import EngineMetrics, Series
+from vllm_adainfer.policy.kinds import PROBABILITY_FEATURES
+from vllm_adainfer.policy.probabilities import MOVES
 
 BUCKETS = (2, 3, 5, 6)
 POLICIES = ("a", "b")
@@ -79,6 +81,19 @@ def test_tokens_are_in_the_bucket_of_the_layers_they_ran(configs, seed):
     assert value("adainfer:exit_layer_count", 0, policy="a") == sum(tokens.values())
     weighted = sum(layer * count for layer, count in tokens.items())
     assert value("adainfer:exit_layer_sum", 0, policy="a") == weighted
+
+
+def test_moves_of_probabilities_are_a_histogram_of_the_policies_that_promise_them(configs):
+    promises = {"risk": "probability", "tolerance": 0.05, "features": PROBABILITY_FEATURES}
+    configs["a"] = configs["a"].model_copy(update=promises)
+    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    name = "adainfer:shadow_largest_move"
+    assert value(f"{name}_count", 0, policy="a") == 0
+    assert value(f"{name}_count", 0, policy="b") is None
+    engine.add(report(("shadow_moves", "a", "0.01", 3), ("shadow_moves", "a", "0.5", 1)))
+    within = {bound: value(f"{name}_bucket", 0, policy="a", le=f"{bound}") for bound in MOVES}
+    assert within == {bound: 3 * (bound >= 0.01) + (bound >= 0.5) for bound in MOVES}
+    assert value(f"{name}_count", 0, policy="a") == 4
 
 
 def test_before_the_first_request_rates_begin_at_0_and_all_may_exit(configs):

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import tiny_config
+from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.config import Settings
 from vllm_adainfer.engine.build_loop import monitor_of
 from vllm_adainfer.engine.configure import banner
 from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.exits.shadow import ShadowAnswers, warn
+from vllm_adainfer.policy.artifact_files import load_artifact
 from vllm_adainfer.policy.monitor import AnswerMonitor
+from vllm_adainfer.policy.probabilities import answers_of
+from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.text_monitor import TextMonitor
 
 LABELS = SimpleNamespace(answer_ids=torch.tensor([7, 3]), restricted=True)
@@ -95,6 +98,51 @@ def test_what_no_exit_point_settles_agrees(answers):
         answers=answers,
     )
     assert found == 0
+
+
+@pytest.mark.parametrize(
+    ("early", "full", "wrong", "bucket"),
+    [
+        ([0.9, 0.1, 0.99], [0.9, 0.1, 0.99], False, 0.001),
+        ([0.9, 0.1, 0.99], [0.87, 0.13, 0.99], False, 0.05),
+        ([0.9, 0.1, 0.99], [0.82, 0.18, 0.99], True, 0.1),
+        ([0.508, 0.492, 0.99], [0.496, 0.504, 0.99], True, 0.02),
+        ([0.9, 0.1, 0.99], [0.9, 0.1, 0.6], True, 0.5),
+        ([0.9, 0.1, 0.02], [0.9, 0.1, 0.02], True, 0.001),
+    ],
+    ids=["same", "within", "beyond", "another label", "another mass", "no label is best"],
+)
+def test_probabilities_are_compared_within_the_tolerance(
+    tiny_model, tmp_path, early, full, wrong, bucket
+):
+    """`early` and `full` are both labels' probabilities among them, and the label mass."""
+    promises = {"risk": "probability", "tolerance": 0.05, "label_mass": True}
+    artifact = load_artifact(str(tiny_artifact(tiny_model, tmp_path / "policy", **promises)))
+    policy = ProbabilityPolicy(artifact, torch.device("cpu"))
+    ids, vocabulary = policy.answer_ids, artifact.config.vocab_size
+    *labels, mass = torch.tensor(full)
+    logits = torch.full((1, vocabulary), -30.0)
+    logits[0, 1] = (1 - mass).log()  # one token has all that the labels leave
+    logits[0, ids] = (mass * torch.stack(labels)).log()
+    *labels, mass = torch.tensor(early)
+    scores = torch.stack([*(label.log() for label in labels), mass.logit()]).unsqueeze(0)
+    stats = PolicyStats()
+    shadow = ShadowAnswers(
+        name="default",
+        policy=policy,
+        monitor=AnswerMonitor([0.02, 0.05], alpha=0.1),
+        stats=stats,
+        request_ids=["a", "b"],
+        tags=np.array([1, 0]),
+        settled=np.array([True, False]),
+        requests=torch.tensor([0]),
+        answers=answers_of(scores, vocabulary - 2),
+        agreed=lambda values: values,
+    )
+    shadow.compare(logits, head)
+    assert stats.shadow_checked == {0.05: 1, 0.02: 1}
+    assert stats.shadow_disagreed == ({0.05: 1} if wrong else {})
+    assert stats.shadow_moves == {bucket: 1}
 
 
 @pytest.mark.parametrize(

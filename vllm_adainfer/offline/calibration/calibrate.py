@@ -43,7 +43,7 @@ from vllm_adainfer.policy.kinds import ProbeChoice, ProbeKind
 # costs an LM head at every exit point.
 SHORTLIST = 1024
 # A policy promises probabilities in the whole vocabulary, too, if it then still saves this share of
-# the layers that it would save without: where the labels have nearly all of the mass, it does.
+# the time that it would save without: where the labels have nearly all of the mass, it does.
 MASS_WORTH = 0.5
 
 
@@ -118,15 +118,16 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
 
 
 def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
-    """The policy that promises the label mass, too, unless it saves too little."""
-    epsilon = policy.calibration.options.epsilon
+    """The policy that promises the label mass, too, unless it is expected to save too little.
+
+    Expected on the half that fits: whichever of the two were chosen by the other half, its bound
+    would hold less often.
+    """
     with_mass = make_policy(replace(policy.calibration, with_mass=True))
-    if epsilon not in with_mass.points:
-        return policy
-    saved = with_mass.points[epsilon].layers_saved
-    if epsilon in policy.points and saved < MASS_WORTH * policy.points[epsilon].layers_saved:
-        return policy
-    return with_mass
+    saved, saved_without = (
+        1 - one.expected["chosen"] / one.expected["full_depth"] for one in (with_mass, policy)
+    )
+    return with_mass if 0 < saved >= MASS_WORTH * saved_without else policy
 
 
 def check_tolerance(request: CalibrationRequest) -> None:
