@@ -151,8 +151,9 @@ def test_probabilities_are_compared_within_the_tolerance(
         ({}, AnswerMonitor, True),
         ({"risk": "accuracy", "bound": "wsr"}, AnswerMonitor, False),
         ({"max_tokens": 32, "bound": "wsr"}, TextMonitor, True),
+        ({"risk": "probability", "tolerance": 0.05}, AnswerMonitor, True),
     ],
-    ids=["answers", "accuracy", "texts"],
+    ids=["answers", "accuracy", "texts", "probabilities"],
 )
 def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
     tiny_model, caplog, changes, kind, closes
@@ -180,6 +181,10 @@ def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
     assert monitor.tightened.tolist() == [closes, False]
     [warning] = [record.getMessage() for record in caplog.records]
     assert "policy mood: disagreement is above epsilon = 0.02" in warning
+    further = changes.get("risk") == "probability"
+    assert (
+        "differ from full depth or have a probability that moves too far (" in warning
+    ) == further
     assert ("run at full depth from now on" in warning) == closes
     assert ("the right answers are not known here, so nothing was closed" in warning) != closes
 

@@ -93,6 +93,7 @@ class ShadowAnswers:
 
 def warn(policy: str, monitor: Monitor, exceeded: Sequence[Reading]) -> None:
     """Log which levels of a policy now disagree more often than their epsilon."""
+    probabilities = monitor.risk == "probability"
     for reading in exceeded:
         consequence = (
             "so requests at this epsilon run at full depth from now on: calibrate again, on "
@@ -101,13 +102,15 @@ def warn(policy: str, monitor: Monitor, exceeded: Sequence[Reading]) -> None:
             else "which the accuracy lost may reach but need not; the right answers are not known "
             "here, so nothing was closed: evaluate on labelled prompts like those served now"
         )
+        further = " or have a probability that moves too far" if probabilities else ""
         logger.warning(
             "policy %s: disagreement is above epsilon = %g: %d of %d early answers of shadow "
-            "requests differ from full depth (%.2f%%; at least %.2f%% at confidence %g%%), %s",
+            "requests differ from full depth%s (%.2f%%; at least %.2f%% at confidence %g%%), %s",
             policy,
             reading.epsilon,
             reading.disagreed,
             reading.checked,
+            further,
             100 * reading.rate,
             100 * reading.low,
             100 * (1 - monitor.alpha),

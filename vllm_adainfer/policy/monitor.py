@@ -126,6 +126,7 @@ class Monitor(ABC):
             rate.
         epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
         tightened: bool [levels], True where requests must run to full depth.
+        risk: what the bounds are on.
 
     """
 
@@ -136,7 +137,7 @@ class Monitor(ABC):
         self.alpha = alpha
         self.epsilons = np.array(epsilons, dtype=np.float64)
         self.tightened: Bools = np.zeros(len(epsilons), dtype=np.bool_)
-        self._may_tighten = risk != "accuracy"
+        self.risk = risk
         self._checked, self._disagreed = [0] * len(epsilons), [0] * len(epsilons)
         self._exceeded = [False] * len(epsilons)
 
@@ -190,7 +191,7 @@ class Monitor(ABC):
         if self._exceeded[level] or not self._exceeds(level):
             return []
         self._exceeded[level] = True
-        self.tightened[level] = self._may_tighten
+        self.tightened[level] = self.risk != "accuracy"
         return [self._reading(level)]
 
 
