@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +114,7 @@ def answers_of(scores: Tensor, others: int | None) -> Tensor:
     if others is None:
         rest = torch.full_like(scores[:, -1:], -torch.inf)
     else:  # the labels' exponentials sum to 1, so the others' must sum to (1 - mass) / mass
-        rest = -scores[:, -1:] - torch.tensor(float(others)).log()
+        rest = -scores[:, -1:] - math.log(others)
     return torch.cat([labels, rest], dim=1)
 
 
@@ -122,5 +123,5 @@ def probabilities_of_answers(answers: Tensor, others: int | None) -> LabelProbab
     labels, rest = answers[:, :-1], answers[:, -1]
     mass = torch.ones_like(rest)
     if others is not None:
-        mass = (-rest - torch.tensor(float(others)).log()).sigmoid()
+        mass = (-rest - math.log(others)).sigmoid()
     return LabelProbabilities(labels.softmax(dim=1), mass)

@@ -30,7 +30,7 @@ class ProbabilityPolicy(ExitPolicy):
         assert config.tolerance is not None
         self.exit_points = config.exit_points
         self.num_tags = len(config.levels)
-        self.restricted = True
+        self.restricted = True  # answers are for those who leave, never for full depth
         self.answer_ids = torch.tensor(config.label_ids, device=device)
         self.tolerance = config.tolerance
         self._with_mass = config.label_mass
