@@ -9,8 +9,12 @@ each round both get the same prompts in the same order at the same times; each r
 order and different times. Each run starts from an empty prefix cache and sends each row of the data
 once, so only what different prompts share is ever hit.
 
-It fails if a request fails, if an answer is not exactly one label, or if no layers are skipped.
-Answers are compared separately from the load, see `compare_answers`.
+A policy that promises probabilities (`calibrate --tolerance`) is asked for scores by
+``/generative_scoring``, any other for one label by ``/v1/completions``.
+
+It fails if a request fails, if an answer is not exactly one label or a score no probability, or if
+no layers are skipped. Answers are compared separately from the load, see `compare_answers` and
+`compare_scores`.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +30,8 @@ from typing import Annotated, Any
 
 import typer
 from label_requests import Load, ask, bench, post, tokens_of
+from scoring_requests import bench as bench_scores
+from scoring_requests import compare_scores
 from serve_report import FIGURES, OURS, STOCK, plot, rate_row, table
 from server import Server, serving
 from tqdm import tqdm
@@ -45,6 +51,9 @@ ENVIRONMENT = {
 }
 COUNTERS = "layer_rows_executed_total", "layer_rows_skipped_total", "exit_layer_count"
 COUNT_SECONDS = 30  # for counters to arrive after the last answer
+
+
+Send = Callable[[Server, Load, float, int], dict[str, Any]]
 
 
 def main(
@@ -89,8 +98,12 @@ def main(
             name: stack.enter_context(server)
             for name, server in planned(model, artifact, examples, Path(folder))
         }
-        answers = compare_answers(servers, load, examples)
-        measured = measure(servers, load, asked_rates, rounds)
+        if config.tolerance is None:
+            answers = compare_answers(servers, load, examples)
+            measured = measure(servers, load, asked_rates, rounds, bench)
+        else:
+            answers = compare_scores(servers, load, examples, config.tolerance)
+            measured = measure(servers, load, asked_rates, rounds, bench_scores)
     report = {
         "model": config.base_model,
         "artifact": Path(artifact).name,
@@ -150,22 +163,33 @@ def compare_answers(
 
 
 def measure(
-    servers: Mapping[str, Server], load: Load, rates: Sequence[float], rounds: int
+    servers: Mapping[str, Server],
+    load: Load,
+    rates: Sequence[float],
+    rounds: int,
+    send: Send,
 ) -> list[tuple[float, dict[str, list[dict[str, Any]]]]]:
-    """Interleaved rounds at each rate: results of ``vllm bench serve``, by server."""
+    """Interleaved rounds at each rate: what `send` measures, by server."""
     measured = []
     with tqdm(total=len(rates) * rounds * len(servers), desc="runs", unit="run") as progress:
         for rate in rates:
             runs: dict[str, list[dict[str, Any]]] = {STOCK: [], OURS: []}
             for number in range(rounds):
                 for name, done in runs.items():
-                    done.append(one_run(servers[name], load, rate, number, name == OURS))
+                    done.append(one_run(servers[name], load, rate, number, name == OURS, send))
                     progress.update()
             measured.append((rate, runs))
     return measured
 
 
-def one_run(server: Server, load: Load, rate: float, seed: int, ours: bool) -> dict[str, Any]:
+def one_run(
+    server: Server,
+    load: Load,
+    rate: float,
+    seed: int,
+    ours: bool,
+    send: Send,
+) -> dict[str, Any]:
     """One run at one rate; for our server, with the share of layers saved.
 
     Raises:
@@ -175,7 +199,7 @@ def one_run(server: Server, load: Load, rate: float, seed: int, ours: bool) -> d
     if not post(server, "/reset_prefix_cache")["success"]:
         raise RuntimeError("the prefix cache is in use by a server that should be idle")
     before = counters(server)
-    result = bench(server, load, rate, seed)
+    result = send(server, load, rate, seed)
     run = {key: result[key] for key in (*FIGURES, "duration", "completed", "failed")}
     if ours:
         executed, skipped = counted(server, before, len(load.examples))

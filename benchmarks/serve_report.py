@@ -49,7 +49,6 @@ def name_of(rate: float | str) -> str:
 
 def table(report: Mapping[str, Any]) -> str:
     """Markdown: the set-up, a row per rate, and how many answers differ."""
-    answers, bound = report["answers"], report["epsilon"]
     rows = [
         [
             name_of(row["rate"]),
@@ -61,12 +60,15 @@ def table(report: Mapping[str, Any]) -> str:
         ]
         for row in report["rates"]
     ]
+    sent = "one label out, by `vllm bench serve`"
+    if "moves" in report["answers"]:
+        sent = "a request of `/generative_scoring` each"
     lines = [
         f"{report['model']}, {report['data']}: at each rate {report['requests']} prompts of "
-        f"{report['prompt_tokens_mean']:.0f} tokens, one label out, by `vllm bench serve`. Medians "
-        f"of {report['rounds']} interleaved rounds, stock / ours, in brackets ours over stock's. "
-        f"Prefix cache {report['prefix_cache']}; no row of the data comes twice in a "
-        "run. Of one token, the time to the first (TTFT) is the whole latency.",
+        f"{report['prompt_tokens_mean']:.0f} tokens, {sent}. Medians of {report['rounds']} "
+        "interleaved rounds, stock / ours, in brackets ours over stock's. Prefix cache "
+        f"{report['prefix_cache']}; no row of the data comes twice in a run. Of one token, the "
+        "time to the first (TTFT) is the whole latency.",
         "",
         markdown_table(
             [
@@ -81,13 +83,31 @@ def table(report: Mapping[str, Any]) -> str:
             text_columns=0,
         ),
         "",
-        f"Of {answers['n']} prompts {answers['disagreement']:.1%} got another answer than at "
-        f"full depth (bound {bound:.0%} at delta {report['delta']:g}), "
-        f"{answers['disagreement_with_stock']:.1%} another than stock vLLM's, from which full "
-        "depth itself differs in "
-        f"{answers['full_depth_disagreement_with_stock']:.1%} (by rounding).",
+        differences(report),
     ]
     return "\n".join(lines) + "\n"
+
+
+def differences(report: Mapping[str, Any]) -> str:
+    """How many answers differ from full depth's and stock's, or how far scores moved."""
+    answers, bound = report["answers"], f"{report['epsilon']:.0%} at delta {report['delta']:g}"
+    if "moves" not in answers:
+        return (
+            f"Of {answers['n']} prompts {answers['disagreement']:.1%} got another answer than at "
+            f"full depth (bound {bound}), {answers['disagreement_with_stock']:.1%} another than "
+            "stock vLLM's, from which full depth itself differs in "
+            f"{answers['full_depth_disagreement_with_stock']:.1%} (by rounding)."
+        )
+    ours, alone = (
+        f"by {moves['mean']:.3f} on average, {moves['p95']:.3f} at the 95th percentile, "
+        f"{moves['largest']:.3f} at most, {moves['beyond_tolerance']:.1%} by more than "
+        f"{answers['tolerance']:g}"
+        for moves in (answers["moves"], answers["moves_of_stock_alone"])
+    )
+    return (
+        f"The scores of {answers['n']} prompts differ from stock's {ours} (bound {bound}, against "
+        f"full depth). Stock's own differ {alone} if each prompt is sent alone (by rounding)."
+    )
 
 
 def plot(report: Mapping[str, Any]) -> bytes:
@@ -113,7 +133,8 @@ def plot(report: Mapping[str, Any]) -> bytes:
     axes.set_xticks(places, [name_of(row["rate"]) for row in rows])
     axes.set_xlabel("requests/s sent")
     axes.set_ylabel("latency of a request, ms")
-    axes.set_title(f"{report['model']}, {report['data']}, one label out")
+    asked = "/generative_scoring" if "moves" in report["answers"] else "one label out"
+    axes.set_title(f"{report['model']}, {report['data']}, {asked}")
     axes.grid(axis="y", which="both", linewidth=0.3)
     axes.legend()
     return as_png(figure, report["provenance"])

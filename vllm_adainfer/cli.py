@@ -198,6 +198,10 @@ def evaluate(
     repeat: Annotated[
         int, typer.Option(min=1, help="Rounds to measure, each of both engines.")
     ] = 3,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Measure this bound alone; by default all that the artifact has."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the plot here (PNG).")] = None,
     suite: Annotated[
@@ -225,8 +229,10 @@ def evaluate(
 ) -> None:
     """Run stock vLLM and vllm-adainfer on the same prompts, interleaved, and compare them."""
     if suite is not None:
-        if artifact is not None or data is not None:
-            raise AdaInferError("--suite has its own data and policies: drop --artifact and --data")
+        if artifact is not None or data is not None or epsilon is not None:
+            raise AdaInferError(
+                "--suite has its own data and policies: drop --artifact, --data and --epsilon"
+            )
         from vllm_adainfer.offline.suite.report import markdown
         from vllm_adainfer.offline.suite.run import SuiteRequest, run_suite
 
@@ -259,6 +265,7 @@ def evaluate(
             labels=_names(labels),
             max_tokens=max_tokens,
             repeat=repeat,
+            epsilon=epsilon,
             report=report,
             plot=plot,
         )

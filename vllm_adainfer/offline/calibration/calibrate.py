@@ -10,7 +10,12 @@ import numpy as np
 import torch
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.collect import Ints, record, recording_engine
+from vllm_adainfer.offline.calibration.collect import (
+    Ints,
+    Recording,
+    record,
+    recording_engine,
+)
 from vllm_adainfer.offline.calibration.data import (
     Example,
     check_labels_known,
@@ -61,11 +66,42 @@ class CalibrationRequest:
     options: PolicyOptions = field(default_factory=PolicyOptions)
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What is recorded, in random order.
+
+    Attributes:
+        examples: the prompts.
+        labels: the answers, if there is a fixed set of them.
+        split: which of them fit, and which certify.
+        hf_config: of the model.
+        right: the right tokens by prompt, if the risk is of accuracy.
+
+    """
+
+    examples: list[Example]
+    labels: tuple[Label, ...]
+    split: Split
+    hf_config: Any
+    right: RightTokens | None
+
+
 def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     """Calibrate a policy and write its artifact.
 
     Raises:
         AdaInferError: the input, the model or the bound does not allow it; nothing is written.
+
+    """
+    prompts = load_prompts(request)
+    return fit_and_certify(request, prompts, record_prompts(request, prompts))
+
+
+def load_prompts(request: CalibrationRequest) -> Prompts:
+    """Check the request, and read its data.
+
+    Raises:
+        AdaInferError: the input, the model or the number of rows does not allow it.
 
     """
     check_writable(request.output)
@@ -74,7 +110,7 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
         check_tolerance(request)
     if request.labels and options.max_tokens > 1:
         raise AdaInferError("--labels are one-token answers: drop --max-tokens or --labels")
-    probe = choose_probe(request.probe, request.labels)
+    choose_probe(request.probe, request.labels)
     rows = read_rows(request.data)
     split = Split.halves(len(rows))
     check_rows(split, options, str(request.data))
@@ -91,22 +127,41 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
         check_labels_known(examples, labels)
     examples = [examples[index] for index in random_order(len(examples), options.seed)]
     right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
+    return Prompts(examples, labels, split, hf_config, right)
+
+
+def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
+    """Run the model at full depth."""
+    options, hf_config, examples = request.options, prompts.hf_config, prompts.examples
     layers = _layers(options.exit_points, hf_config.num_hidden_layers)
-    lens_prompts = len(split.fit) if probe == "lens" else 0
+    probe = choose_probe(request.probe, request.labels)
+    lens_prompts = len(prompts.split.fit) if probe == "lens" else 0
     with recording_engine(
         request.model, hf_config, examples, layers, lens_prompts, options.max_tokens
     ) as engine:
-        recording = record(engine, examples, labels, layers, options.max_tokens)
-    answers = label_ids(labels)
+        return record(engine, examples, prompts.labels, layers, options.max_tokens)
+
+
+def fit_and_certify(
+    request: CalibrationRequest, prompts: Prompts, recording: Recording
+) -> ArtifactConfig:
+    """Make the policy and write its artifact.
+
+    Raises:
+        AdaInferError: no policy keeps the bound and is worth its cost; nothing is written.
+
+    """
+    options, split = request.options, prompts.split
+    answers = label_ids(prompts.labels)
     if options.max_tokens > 1:
         answers = shortlist(recording.tokens[split.fit_rows(recording)])
     reads = None
     if options.risk == "probability" and answers is not None:
         reads = label_reads(recording, answers)
-    calibration = Calibration(
-        recording, Target(probe, answers, reads), split, options, labels, right
+    target = Target(choose_probe(request.probe, request.labels), answers, reads)
+    policy = make_policy(
+        Calibration(recording, target, split, options, prompts.labels, prompts.right)
     )
-    policy = make_policy(calibration)
     if reads is not None:
         policy = with_mass_if_it_pays(policy)
     if options.epsilon not in policy.points:
@@ -114,7 +169,9 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
             f"no exit point of {request.model} is worth its cost on these prompts within epsilon "
             f"{options.epsilon:g}: raise --epsilon, give more rows, or try another --probe"
         )
-    return write_artifact(policy, request.model, hf_config, request.template, request.output)
+    return write_artifact(
+        policy, request.model, prompts.hf_config, request.template, request.output
+    )
 
 
 def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:

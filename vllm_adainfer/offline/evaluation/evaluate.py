@@ -52,6 +52,7 @@ class EvaluationRequest:
     labels: tuple[str, ...] = ()
     repeat: int = 3
     max_tokens: int | None = None
+    epsilon: float | None = None
     report: Path | None = None
     plot: Path | None = None
 
@@ -74,6 +75,8 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     rows = read_rows(request.data)
     hf_config, tokenizer = load_config_and_tokenizer(request.model)
     config.check_served_by(hf_config)
+    if request.epsilon is not None:
+        config = _only(config, request.epsilon)
     template = read_template(request.template)
     max_tokens = _max_tokens(request.max_tokens, config)
     longest = hf_config.max_position_embeddings - max_tokens
@@ -110,6 +113,22 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
 
         write_whole(request.plot, report_plot(report))
     return report
+
+
+def _only(config: ArtifactConfig, epsilon: float) -> ArtifactConfig:
+    """The config as if `epsilon` were the only bound that was certified.
+
+    Raises:
+        AdaInferError: it was not.
+
+    """
+    found = [level for level in config.levels if level.epsilon == epsilon]
+    if not found:
+        certified = ", ".join(f"{level.epsilon:g}" for level in config.levels)
+        raise AdaInferError(
+            f"--epsilon {epsilon:g} was not certified for this artifact: choose one of {certified}"
+        )
+    return config.model_copy(update={"levels": tuple(found), "epsilon": epsilon})
 
 
 def check_file(path: Path) -> None:
