@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import typer
 from small_models import FAMILIES, SOURCES, TEMPLATE, Row, snippets, train
 
-from vllm_adainfer.offline.calibration.calibrate import CalibrationRequest, calibrate
+from vllm_adainfer.offline.calibration.calibrate import calibrate
+from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.tables import markdown_table

@@ -18,13 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_adainfer.offline.calibration.calibrate import (
-    CalibrationRequest,
-    fit_and_certify,
-    load_prompts,
-    record_prompts,
-)
+from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_prompts
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.probability_rows import asked_row
 from vllm_adainfer.offline.evaluation.report import write_whole

@@ -92,6 +92,13 @@ def calibrate(
     template: Template = None,
     label_field: LabelField = "label",
     labels: Labels = "",
+    label_pool: Annotated[
+        str,
+        typer.Option(
+            help="Of requests (lines of vLLM's batch files as --data): the labels that a request "
+            "may name two or more of, such as letters,yes-no,digits, or token ids."
+        ),
+    ] = "",
     probe: Annotated[
         ProbeChoice,
         typer.Option(
@@ -145,9 +152,9 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="For the split and the folds.")] = 0,
 ) -> None:
     """Fit a policy on your prompts, certify its bound, and write an artifact."""
-    from vllm_adainfer.offline.calibration.calibrate import CalibrationRequest
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
     from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
+    from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
     from vllm_adainfer.offline.describe import describe
     from vllm_adainfer.policy.artifact_files import load_details
 
@@ -162,6 +169,7 @@ def calibrate(
             template=template,
             label_field=label_field,
             labels=_names(labels),
+            label_pool=_names(label_pool),
             probe=probe,
             options=PolicyOptions(
                 classifier=classifier,

@@ -51,7 +51,12 @@ class ScriptedPolicy:
         self.lens = lens
 
     def decide(
-        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
+        self,
+        exit_index: int,
+        hidden: Tensor,
+        tags: Tensor,
+        memory: Tensor | None,
+        subsets: Tensor | None,
     ) -> Decision:
         return Decision(tags == exit_index, self.lens.readout(hidden))
 

@@ -90,7 +90,9 @@ class ExitByTag:
 
     exit_points, num_tags, answer_ids, restricted = EXIT_POINTS, len(EXIT_POINTS), None, False
 
-    def decide(self, exit_index: int, hidden: Tensor, tags: Tensor, memory: None) -> Decision:
+    def decide(
+        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: None, subsets: None
+    ) -> Decision:
         return Decision(settled=tags == exit_index, answers=hidden)
 
 

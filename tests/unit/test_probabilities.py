@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adainfer.policy.kinds import PROBABILITY_FEATURES
+from vllm_adainfer.policy.label_subsets import only
 from vllm_adainfer.policy.probabilities import (
     MOVES,
     LabelProbabilities,
@@ -29,32 +30,39 @@ SCORES = st.integers(2, 26).flatmap(
 CLOSE = 5e-4  # fp32 sums over the vocabulary
 
 
-def logits_of(scores: torch.Tensor, label_ids: torch.Tensor, others: int | None) -> torch.Tensor:
+def logits_of(
+    scores: torch.Tensor, label_ids: torch.Tensor, vocabulary: int | None
+) -> torch.Tensor:
     """The row that vLLM's sampler sees of an early answer."""
-    answers = answers_of(scores, others)
+    answers = answers_of(scores, vocabulary)
     logits = answers[:, -1:].repeat(1, VOCABULARY)
-    logits[:, label_ids] = answers[:, :-1]
+    labels, rest = answers[:, :-1], answers[:, -1:]
+    logits[:, label_ids] = torch.where(labels.isneginf(), rest, labels)
     return logits
 
 
 @pytest.mark.parametrize("with_mass", [True, False])
 @given(rows=SCORES, data=st.data())
 def test_vllm_returns_the_probabilities_that_were_read(with_mass, rows, data):
+    """Also of requests that name some labels of a pool alone."""
     scores = torch.tensor(rows)
     labels = scores.shape[1] - 1
     ids = st.lists(st.integers(0, VOCABULARY - 1), min_size=labels, max_size=labels, unique=True)
     label_ids = torch.tensor(data.draw(ids))
-    others = VOCABULARY - labels if with_mass else None
-    logprobs = logits_of(scores, label_ids, others).log_softmax(dim=-1, dtype=torch.float32)
+    own = torch.tensor(data.draw(st.lists(st.booleans(), min_size=labels, max_size=labels)))
+    own |= torch.arange(labels) < 2  # a request names two labels at least
+    scores = only(scores, own.expand(len(scores), -1))
+    vocabulary = VOCABULARY if with_mass else None
+    logprobs = logits_of(scores, label_ids, vocabulary).log_softmax(dim=-1, dtype=torch.float32)
     probabilities = logprobs.exp()
     read = probabilities_of_scores(scores)
     assert not probabilities.isnan().any()
     assert (probabilities >= 0).all()
     assert (probabilities <= 1 + CLOSE).all()
     mass = read.mass if with_mass else torch.ones(len(scores))
-    of_labels = probabilities[:, label_ids]
+    of_labels = probabilities[:, label_ids[own]]
     torch.testing.assert_close(of_labels.sum(1), mass, atol=CLOSE, rtol=0)
-    torch.testing.assert_close(of_labels, read.among * mass[:, None], atol=CLOSE, rtol=0)
+    torch.testing.assert_close(of_labels, read.among[:, own] * mass[:, None], atol=CLOSE, rtol=0)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(len(scores)), atol=CLOSE, rtol=0)
 
 
@@ -83,15 +91,15 @@ def test_the_best_labels_of_a_tie_have_even_odds():
     assert three.tolist() == pytest.approx([-np.log(2), 0.0, 0.0], abs=1e-6)
 
 
-@pytest.mark.parametrize("others", [None, VOCABULARY - 3])
-def test_answers_say_again_what_was_read(others):
+@pytest.mark.parametrize("vocabulary", [None, VOCABULARY])
+def test_answers_say_again_what_was_read(vocabulary):
     scores = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * 5
     read, said = (
         probabilities_of_scores(scores),
-        probabilities_of_answers(answers_of(scores, others), others),
+        probabilities_of_answers(answers_of(scores, vocabulary), vocabulary),
     )
     torch.testing.assert_close(said.among, read.among)
-    expected = torch.ones(50) if others is None else read.mass
+    expected = torch.ones(50) if vocabulary is None else read.mass
     torch.testing.assert_close(said.mass, expected)
 
 

@@ -88,7 +88,7 @@ def test_requests_read_the_most_that_the_policy_promises(tiny_model, changes, wh
     config = tiny_config(tiny_model, **changes)
     asked = what_is_read(config)
     settings = engine_settings(asked, config.labels)
-    params = request_params(asked, config.labels, {"adainfer_epsilon": 0.02}, 1)
+    params = request_params(asked, config.label_ids, {"adainfer_epsilon": 0.02}, 1)
     read = read_of(params, settings.get("logprobs_mode", "raw_logprobs"))
     assert read is not None
     assert read.what is what
@@ -122,7 +122,7 @@ class Engine:
         pass
 
     def generate(self, prompts: Sequence[Any], params: Any, use_tqdm: bool) -> list[Any]:
-        self.asked.append(params)
+        self.asked += params
         return [self._answer] * len(prompts)
 
 

@@ -136,7 +136,7 @@ def test_probabilities_are_compared_within_the_tolerance(
         tags=np.array([1, 0]),
         settled=np.array([True, False]),
         requests=torch.tensor([0]),
-        answers=answers_of(scores, vocabulary - 2),
+        answers=answers_of(scores, vocabulary),
         agreed=lambda values: values,
     )
     shadow.compare(logits, head)

@@ -18,6 +18,7 @@ from vllm_adainfer.engine.reads import Read, What, read_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.artifact_files import load_artifact_configs
+from vllm_adainfer.policy.label_subsets import ALL, bits_of
 from vllm_adainfer.policy.policy_set import first_tags
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 
@@ -38,6 +39,7 @@ class Admitted:
 
     Attributes:
         tag: see `Admission.tag`.
+        subset: see `Admission.subset`.
         may_exit: see `Admission.may_exit`.
         is_shadow: see `Admission.is_shadow`.
         prompt_len: tokens of its prompt.
@@ -49,6 +51,7 @@ class Admitted:
     """
 
     tag: int
+    subset: int
     may_exit: bool
     is_shadow: bool
     prompt_len: int
@@ -84,6 +87,7 @@ class Admission:
         if configs is None:
             configs = load_artifact_configs(settings.artifacts)
         self._configs = configs
+        self.has_pools = any(config.label_pool for config in configs.values())
         firsts = first_tags(len(config.levels) for config in configs.values())
         self._first_tag = dict(zip(configs, firsts, strict=True))
         self._default_level = {
@@ -93,11 +97,11 @@ class Admission:
     @property
     def ambiguous(self) -> list[list[str]]:
         """Policies of which a request has to name one."""
-        groups = {
-            tuple(self._preferred(Read(what, frozenset(config.label_ids) or None)))
-            for config in self._configs.values()
-            for what in What
-        }
+        sets = {frozenset(config.label_ids) or None for config in self._configs.values()}
+        # Pools may share labels that none of them has exactly.
+        shared = {one & other for one in sets for other in sets if one and other}
+        sets |= shared | {both - {label} for both in shared for label in both}
+        groups = {tuple(self._preferred(Read(what, labels))) for labels in sets for what in What}
         return [list(names) for names in sorted(groups) if len(names) > 1]
 
     def check(self, params: SamplingParams) -> None:
@@ -129,6 +133,7 @@ class Admission:
         """What the worker is to remember of a request."""
         return Admitted(
             tag=self.tag(params),
+            subset=self.subset(params),
             may_exit=self.may_exit(params),
             is_shadow=self.is_shadow(request_id),
             prompt_len=prompt_len,
@@ -201,11 +206,25 @@ class Admission:
     def _preferred(self, read: Read) -> list[str]:
         """The policies that may serve what a request reads, if it names none.
 
-        Those that promise the token alone go first where that is enough: they save more.
+        Those whose labels are exactly the request's go before those with a pool of more, and then
+        those that promise the token alone, where that is enough: they save more.
         """
-        names = [name for name, config in self._configs.items() if read.served_by(config)]
-        tokens = [name for name in names if self._configs[name].risk != "probability"]
+        configs = {name: config for name, config in self._configs.items() if read.served_by(config)}
+        exact = [name for name, config in configs.items() if read.is_exactly(config)]
+        names = exact or list(configs)
+        tokens = [name for name in names if configs[name].risk != "probability"]
         return tokens or names
+
+    def subset(self, params: SamplingParams | None) -> int:
+        """The labels that a request is about, as bits of its policy's; all if it has no pool."""
+        if params is None or not self.has_pools:
+            return ALL
+        name = self._policy(_request_settings(params), params)
+        read = read_of(params, self._logprobs_mode)
+        config = None if name is None else self._configs[name]
+        if config is None or not config.label_pool or read is None or read.labels is None:
+            return ALL
+        return bits_of(read.labels, config.label_ids)
 
     def _scripted(self, params: SamplingParams) -> int:
         """Index of the exit point that a request names, if a label head can answer it."""

@@ -23,6 +23,7 @@ from vllm_adainfer.policy.digest import digest_of
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy, ExitPolicy
 from vllm_adainfer.policy.monitor import AnswerMonitor, Monitor
 from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.policy.pool_policy import PoolPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
@@ -97,6 +98,8 @@ def policies_of(model: LoadedModel, cuts: tuple[int, ...] | None = None) -> Poli
 def _policy(model: LoadedModel, artifact: Artifact) -> ExitPolicy:
     if artifact.config.risk == "probability":
         return ProbabilityPolicy(artifact, model.device)
+    if artifact.config.label_pool:
+        return PoolPolicy(artifact, model.device)
     lens = None
     if artifact.config.probe != "label-head":
         lens = model.logit_lens(artifact.tensors.get("head_rows"))

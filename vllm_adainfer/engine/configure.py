@@ -78,7 +78,8 @@ def banner(
     tokens = "one token" if config.max_tokens == 1 else "any number of tokens"
     among = ""
     if config.candidates == "labels":
-        among = f" among {', '.join(label.name.strip() for label in config.labels)}"
+        names = ", ".join(label.name.strip() for label in config.labels)
+        among = f" among {'two or more of ' if config.label_pool else ''}{names}"
     text = (
         f"AdaInfer is on: policy {name}, {config.probe} probe after layers "
         f"{', '.join(map(str, config.exit_points))} of {config.layers}, for {who} for "

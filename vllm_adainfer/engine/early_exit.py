@@ -214,8 +214,10 @@ class EarlyExit(_Model):
         for answers, place in zip(scored, places, strict=True):
             scores = agreed(answers.scores)
             if answers.are_logits:
-                logits[place] = scores[:, -1:].expand(-1, size)
-                scores = scores[:, :-1]
+                rest = scores[:, -1:]
+                logits[place] = rest.expand(-1, size)
+                # A label that a request is not about is one of its other tokens.
+                scores = torch.where(scores[:, :-1].isneginf(), rest, scores[:, :-1])
             else:
                 scores = self._scaled(scores)
                 # Relative to the best: in bfloat16, large scores would tie with the certified.

@@ -35,12 +35,22 @@ class Read:
 
     def served_by(self, config: ArtifactConfig) -> bool:
         """Whether a policy's bound is about this."""
-        if self.labels != (frozenset(config.label_ids) or None):
+        if not self.is_exactly(config) and not self._is_in_pool(config):
             return False
         if self.what is What.TOKEN:
             return True
         certified = config.risk == "probability"
         return certified and (config.label_mass or self.what is What.AMONG_LABELS)
+
+    def is_exactly(self, config: ArtifactConfig) -> bool:
+        """Whether a policy has the same labels."""
+        return self.labels == (frozenset(config.label_ids) or None)
+
+    def _is_in_pool(self, config: ArtifactConfig) -> bool:
+        """Whether a policy's label pool has these labels, at least two; one has no runner-up."""
+        if not config.label_pool or self.labels is None:
+            return False
+        return len(self.labels) > 1 and self.labels <= set(config.label_ids)
 
 
 def read_of(params: SamplingParams, logprobs_mode: str) -> Read | None:

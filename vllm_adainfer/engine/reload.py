@@ -95,6 +95,11 @@ def check_replaces(
         )
     if set(new.label_ids) != set(old.label_ids):
         raise AdaInferError(f"policy {name} has other labels than before: restart the engine")
+    if new.label_pool != old.label_pool:
+        serves = ("its labels as a whole", "any of its labels")[new.label_pool]
+        raise AdaInferError(
+            f"policy {name} serves {serves}, unlike the one before: restart the engine"
+        )
     if (new.max_tokens > 1) != (old.max_tokens > 1):
         raise AdaInferError(
             f"policy {name} was calibrated for {new.max_tokens} tokens, the one before for "

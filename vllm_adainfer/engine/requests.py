@@ -118,10 +118,17 @@ class RunningRequests:
             tags=tags,
             continues=continues,
             shadow=shadow,
+            subsets=self._subsets(admitted),
             all_rows_count=any(request.wants_prompt_logprobs for request in admitted),
             device=device,
         )
         return self._ran
+
+    def _subsets(self, admitted: Sequence[Admitted]) -> Ints | None:
+        """[requests], the labels each is about, as bits; None if no policy has a label pool."""
+        if not self.admission.has_pools:
+            return None
+        return np.array([request.subset for request in admitted])
 
     def take_note(self) -> StepNote | None:
         """The note to the scheduler after a step, None if there was no step."""

@@ -49,7 +49,10 @@ class Decisions:
         asked = [undecided[part.rows] for part in parts]
         requests = asked[0] if len(asked) == 1 else np.concatenate(asked)
         tags = self._policies.tags_within(step.tags[requests], self._owners[requests])
-        places, device_tags, rows = step.on_device(requests, tags, step.sampled_rows(requests))
+        subsets = () if step.subsets is None else (step.subsets[requests],)
+        places, device_tags, rows, *bits = step.on_device(
+            requests, tags, step.sampled_rows(requests), *subsets
+        )
         # Rows are not copied if all are asked about in order, as where tokens are generated.
         if len(requests) < states.num_rows or len(asked) > 1:
             states = states.rows(rows)
@@ -64,6 +67,7 @@ class Decisions:
                 hidden[span],
                 device_tags[span],
                 None if memory is None else memory[places[span]],
+                bits[0][span] if bits else None,
             )
             if decision.memory is not None:
                 self._put(self._memory, part.policy, places[span], decision.memory)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vllm_adainfer.exits.counters import PolicyStats
@@ -84,9 +85,10 @@ class ShadowAnswers:
             # In ascending order, so that a tie goes to the token that the sampler takes, too.
             ids, order = ids.sort()
             early_ids = ids[self.answers[:, order].argmax(dim=1)]
-            full_ids = (
-                ids[full[:, ids].argmax(dim=1)] if self.policy.restricted else full.argmax(dim=1)
-            )
+            full_ids = full.argmax(dim=1)
+            if self.policy.restricted:  # to the request's own labels, if the policy has a pool
+                outside = self.answers[:, order].isneginf()
+                full_ids = ids[full[:, ids].masked_fill(outside, -torch.inf).argmax(dim=1)]
         disagreed[self.settled] = self.agreed(early_ids != full_ids).cpu().numpy()
         return disagreed
 

@@ -40,6 +40,7 @@ class StepContext:
         tags: Ints,
         continues: Bools,
         shadow: Bools | None = None,
+        subsets: Ints | None = None,
         all_rows_count: bool = False,
         device: torch.device = CPU,
     ) -> None:
@@ -52,6 +53,7 @@ class StepContext:
             tags: [requests], from `Admission.tag`; a negative one runs at full depth.
             continues: [requests], True for those that may be asked for another token.
             shadow: [requests], True for shadow requests.
+            subsets: [requests], from `Admission.subset`; None if no policy has a label pool.
             all_rows_count: whether final states are wanted of rows that are not sampled, too.
             device: of the rows.
 
@@ -61,6 +63,7 @@ class StepContext:
         self.num_sampled = int(np.count_nonzero(sampled))
         self.layout = layout
         self.tags = tags
+        self.subsets = subsets
         self.continues = continues
         self.device = device
         self._original = layout

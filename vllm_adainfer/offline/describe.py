@@ -19,6 +19,7 @@ def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         _facts(config, details),
         _exit_points(details),
         _levels(config),
+        *_questions(config, details),
         in_words(config),
     ]
     return "\n\n".join(parts)
@@ -26,7 +27,10 @@ def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
 
 def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     generated = config.max_tokens > 1
-    if config.candidates == "labels":
+    if config.label_pool:
+        names = ", ".join(label.name for label in config.labels)
+        scored = f"the labels that a request names, two or more of {names}"
+    elif config.candidates == "labels":
         scored = ", ".join(f"{label.name} ({label.token_id})" for label in config.labels)
     else:
         scored = "the commonest tokens"
@@ -110,6 +114,31 @@ def _levels(config: ArtifactConfig) -> str:
             for level in config.levels
         ],
     )
+
+
+def _questions(config: ArtifactConfig, details: Mapping[str, Any]) -> list[str]:
+    """The questions of a mixture; nothing if there is one alone."""
+    rows = details.get("questions") or []
+    if not rows:
+        return []
+    table = text_table(
+        ["question", "held out", "risk", "layers saved"],
+        [
+            [
+                row["question"].splitlines()[0][:60],
+                str(row["prompts"]),
+                f"{row['risk']:.2%}{' !' if row['above'] else ''}",
+                f"{row['layers_saved']:.1%}",
+            ]
+            for row in rows
+        ],
+        1,
+    )
+    return [
+        f"{table}\n\n"
+        f"The bound is about this mixture of questions. !: a risk above {config.epsilon:g}, more "
+        "than its share."
+    ]
 
 
 def in_words(config: ArtifactConfig) -> str:

@@ -18,6 +18,7 @@ from vllm_adainfer.policy.kinds import (
     Risk,
     features_of_risk,
 )
+from vllm_adainfer.policy.label_subsets import MOST_LABELS
 
 
 def are_exit_points(points: Sequence[int], layers: int) -> bool:
@@ -83,6 +84,10 @@ class ArtifactConfig(_Strict):
         False,
         description="Whether the tolerance is also for probabilities over the whole vocabulary.",
     )
+    label_pool: bool = Field(
+        False,
+        description="Whether a request may be about any two or more of the labels: its own.",
+    )
     bound: BoundKind = "exact"
     max_tokens: int = Field(
         1, ge=1, description="Tokens generated per prompt; 1: the bound is for one-token requests."
@@ -108,6 +113,10 @@ class ArtifactConfig(_Strict):
             )
         if self.label_mass and self.risk != "probability":
             raise ValueError('label_mass needs risk = "probability"')
+        if self.label_pool and (self.probe != "label-head" or self.max_tokens > 1):
+            raise ValueError("label_pool needs a label-head and max_tokens = 1")
+        if self.label_pool and len(self.labels) > MOST_LABELS:
+            raise ValueError(f"a label pool has at most {MOST_LABELS} labels")
         if not all(token_id < self.vocab_size for token_id in self.label_ids):
             raise ValueError(f"token ids of labels must be below vocab_size, {self.vocab_size}")
         if len(set(self.label_ids)) != len(self.labels):

@@ -56,7 +56,12 @@ class ExitPolicy(Protocol):
     restricted: bool
 
     def decide(
-        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
+        self,
+        exit_index: int,
+        hidden: Tensor,
+        tags: Tensor,
+        memory: Tensor | None,
+        subsets: Tensor | None = None,
     ) -> Decision:
         """Decide which rows are settled at exit point ``exit_points[exit_index]``.
 
@@ -66,6 +71,8 @@ class ExitPolicy(Protocol):
             tags: int64 [rows], the tag each row's request was admitted with.
             memory: `Decision.memory` of these rows from the previous exit point; None at the
                 first.
+            subsets: int64 [rows], the labels each row is about, as bits; None if no policy of the
+                engine has a label pool. Other policies ignore it.
 
         """
 
@@ -107,7 +114,12 @@ class CalibratedPolicy(ExitPolicy):
 
     @override
     def decide(
-        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
+        self,
+        exit_index: int,
+        hidden: Tensor,
+        tags: Tensor,
+        memory: Tensor | None,
+        subsets: Tensor | None = None,
     ) -> Decision:
         probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
         threshold = self._thresholds[exit_index][tags]

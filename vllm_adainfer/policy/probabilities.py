@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vllm_adainfer.policy.label_subsets import only
 
 # How far a probability has moved, as buckets of a histogram.
 MOVES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -71,16 +72,21 @@ class ProbabilityHead:
         return torch.addmm(self.bias, hidden.float(), self.weight.T)
 
 
-def probabilities_of_logits(logits: Tensor, label_ids: Tensor) -> LabelProbabilities:
-    """What logits [rows, vocabulary] say of the labels, int64 [labels]."""
+def probabilities_of_logits(
+    logits: Tensor, label_ids: Tensor, subsets: Tensor | None = None
+) -> LabelProbabilities:
+    """What logits [rows, vocabulary] say of the labels, int64 [labels].
+
+    `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
+    """
     logits = logits.float()
-    labels = logits[:, label_ids]
+    labels = only(logits[:, label_ids], subsets)
     mass = (labels.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()
     return LabelProbabilities(labels.softmax(dim=1), mass.clamp(max=1))
 
 
 def probabilities_of_scores(scores: Tensor) -> LabelProbabilities:
-    """What a head's scores [rows, labels + 1] say of the labels."""
+    """What a head's scores [rows, labels + 1] say of the labels; -inf is for one not asked for."""
     return LabelProbabilities(scores[:, :-1].softmax(dim=1), scores[:, -1].sigmoid())
 
 
@@ -100,28 +106,34 @@ def features_of(scores: Tensor) -> Tensor:
     return torch.stack([first - rest, gap, scores[:, -1]], dim=1)
 
 
-def answers_of(scores: Tensor, others: int | None) -> Tensor:
+def answers_of(scores: Tensor, vocabulary: int | None) -> Tensor:
     """The logits that give a head's probabilities, fp32 [rows, labels + 1].
 
-    The last column is the logit of every token that is no label.
+    The last column is the logit of every token that is none of the row's labels.
 
     Args:
-        scores: [rows, labels + 1].
-        others: how many such tokens share what the label mass leaves; None if they get nothing.
+        scores: [rows, labels + 1]; -inf for labels that a row is not about, also in the result.
+        vocabulary: its size: the tokens that share what the label mass leaves; None if they get
+            nothing.
 
     """
     labels = scores[:, :-1].log_softmax(dim=1)
-    if others is None:
+    if vocabulary is None:
         rest = torch.full_like(scores[:, -1:], -torch.inf)
     else:  # the labels' exponentials sum to 1, so the others' must sum to (1 - mass) / mass
-        rest = -scores[:, -1:] - math.log(others)
+        rest = -scores[:, -1:] - _others(scores[:, :-1], vocabulary).log().unsqueeze(1)
     return torch.cat([labels, rest], dim=1)
 
 
-def probabilities_of_answers(answers: Tensor, others: int | None) -> LabelProbabilities:
+def _others(labels: Tensor, vocabulary: int) -> Tensor:
+    """fp32 [rows], how many tokens of the vocabulary are none of each row's labels."""
+    return vocabulary - labels.isfinite().sum(dim=1, dtype=torch.float32)
+
+
+def probabilities_of_answers(answers: Tensor, vocabulary: int | None) -> LabelProbabilities:
     """What `answers_of` say, as vLLM's log-softmax over the vocabulary will."""
     labels, rest = answers[:, :-1], answers[:, -1]
     mass = torch.ones_like(rest)
-    if others is not None:
-        mass = (-rest - math.log(others)).sigmoid()
+    if vocabulary is not None:
+        mass = (-rest - _others(labels, vocabulary).log()).sigmoid()
     return LabelProbabilities(labels.softmax(dim=1), mass)

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from vllm_adainfer.policy.artifact import Artifact
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy
+from vllm_adainfer.policy.label_subsets import mask_of, only
 from vllm_adainfer.policy.probabilities import (
     ProbabilityHead,
     answers_of,
@@ -34,7 +35,8 @@ class ProbabilityPolicy(ExitPolicy):
         self.answer_ids = torch.tensor(config.label_ids, device=device)
         self.tolerance = config.tolerance
         self._with_mass = config.label_mass
-        self._others = config.vocab_size - len(config.labels) if config.label_mass else None
+        self._vocabulary = config.vocab_size if config.label_mass else None
+        self._pool = config.label_pool
         tensors = {name: tensor.float().to(device) for name, tensor in artifact.tensors.items()}
         self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, levels]
         self._exits = [
@@ -51,15 +53,23 @@ class ProbabilityPolicy(ExitPolicy):
 
     @override
     def decide(
-        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
+        self,
+        exit_index: int,
+        hidden: Tensor,
+        tags: Tensor,
+        memory: Tensor | None,
+        subsets: Tensor | None = None,
     ) -> Decision:
         head, classifier = self._exits[exit_index]
         scores = head.score(hidden)
+        if self._pool:
+            assert subsets is not None
+            scores = only(scores, mask_of(subsets, len(head.token_ids)))
         features = features_of(scores)
         odds = score(features, classifier, memory)
         return Decision(
             odds >= self._thresholds[exit_index][tags],
-            answers_of(scores, self._others),
+            answers_of(scores, self._vocabulary),
             memory=odds if is_chain(classifier, features) else None,
         )
 
@@ -75,12 +85,14 @@ class ProbabilityPolicy(ExitPolicy):
 
         """
         assert self.answer_ids is not None
-        early = probabilities_of_answers(answers, self._others)
-        full = probabilities_of_logits(logits, self.answer_ids)
+        subsets = answers[:, :-1].isfinite() if self._pool else None
+        early = probabilities_of_answers(answers, self._vocabulary)
+        full = probabilities_of_logits(logits, self.answer_ids, subsets)
         moved = early.largest_move(full, self._with_mass)
         # In ascending order, so that a tie goes to the token that the sampler takes, too.
         order = self.answer_ids.argsort()
-        differs = answers[:, order].argmax(dim=1) != logits[:, self.answer_ids[order]].argmax(dim=1)
+        labels = only(logits[:, self.answer_ids], subsets)[:, order]
+        differs = answers[:, order].argmax(dim=1) != labels.argmax(dim=1)
         if self._with_mass:  # any token may be the answer
-            differs |= ~torch.isin(logits.argmax(dim=1), self.answer_ids)
+            differs |= labels.amax(dim=1) < logits.amax(dim=1)
         return differs | ~(moved <= self.tolerance), moved

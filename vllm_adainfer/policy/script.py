@@ -41,7 +41,12 @@ class ScriptedPolicy(ExitPolicy):
 
     @override
     def decide(
-        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: Tensor | None
+        self,
+        exit_index: int,
+        hidden: Tensor,
+        tags: Tensor,
+        memory: Tensor | None,
+        subsets: Tensor | None = None,
     ) -> Decision:
         readout = self._probe.readout(hidden)
         threshold = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)

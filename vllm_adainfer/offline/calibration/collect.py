@@ -20,7 +20,6 @@ from vllm_adainfer.config import ROW_ARG
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.bound import FloatArray
 from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probe import Probe, logit_lens_of
@@ -117,7 +116,7 @@ def recording_engine(
 def record(
     engine: LLM,
     examples: Sequence[Example],
-    labels: Sequence[Label],
+    labels: Sequence[int],
     layers: Sequence[int],
     max_tokens: int = 1,
 ) -> Recording:
@@ -126,7 +125,8 @@ def record(
     Args:
         engine: from `recording_engine`.
         examples: the prompts.
-        labels: the answers are restricted to these, if there are any.
+        labels: token ids that answers are restricted to, if there are any; a request's answers are
+            restricted to its own.
         layers: those of the engine.
         max_tokens: tokens to generate after a prompt, unless the text ends earlier.
 
@@ -137,7 +137,10 @@ def record(
     engine.reset_prefix_cache()
     outputs = engine.generate(
         [{"prompt_token_ids": example.token_ids} for example in examples],
-        [greedy(labels, {ROW_ARG: row}, max_tokens) for row in range(len(examples))],
+        [
+            greedy(example.labels or labels, {ROW_ARG: row}, max_tokens)
+            for row, example in enumerate(examples)
+        ],
         use_tqdm=sys.stderr.isatty(),  # vLLM 0.32 divides by zero where TQDM_DISABLE is set
     )
     with tempfile.TemporaryDirectory() as directory:
@@ -230,14 +233,14 @@ def _folds(record: dict[str, Tensor], layer: int) -> list[Moments]:
 
 
 def greedy(
-    labels: Sequence[Label], extra_args: dict[str, Any] | None = None, max_tokens: int = 1
+    labels: Sequence[int], extra_args: dict[str, Any] | None = None, max_tokens: int = 1
 ) -> SamplingParams:
-    """Parameters for greedy decoding, restricted to `labels` if there are any."""
+    """Parameters for greedy decoding, restricted to `labels`, token ids, if there are any."""
     from vllm import SamplingParams
 
     return SamplingParams(
         temperature=0,
         max_tokens=max_tokens,
-        allowed_token_ids=[label.token_id for label in labels] or None,
+        allowed_token_ids=list(labels) or None,
         extra_args=extra_args,
     )

@@ -23,12 +23,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised prompt and its label, if the row has one."""
+    """A tokenised prompt and its label, if the row has one.
+
+    Attributes:
+        place: of the row.
+        text: of the prompt.
+        token_ids: of the prompt.
+        label: the right one: its name, or its token id if the row is a request.
+        labels: token ids of the labels that the request names; None if the row is no request.
+        question: what the request asks of its state, for reports.
+
+    """
 
     place: str
     text: str
     token_ids: list[int]
     label: str | None
+    labels: tuple[int, ...] | None = None
+    question: str | None = None
 
 
 def read_rows(path: Path) -> list[Row]:

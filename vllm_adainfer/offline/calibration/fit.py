@@ -112,7 +112,7 @@ def fit_exits(
         unseen = _joined(
             places,
             [
-                judge(unseeing, layer, recording, fit_rows[where], loss)
+                judge(unseeing, layer, recording, fit_rows[where], loss, target)
                 for unseeing, where in zip(without_fold, places, strict=True)
             ],
         )
@@ -124,7 +124,7 @@ def fit_exits(
             target.features,
         )
         if classifier is not None:
-            held = judge(probe, layer, recording, held_out, loss)
+            held = judge(probe, layer, recording, held_out, loss, target)
             fitted = unseen.scored(classifier)
             exits.append(FittedExit(layer, probe, classifier, fitted, held.scored(classifier)))
     return exits
@@ -136,9 +136,11 @@ def judge(
     recording: Recording,
     rows: Ints,
     loss: Loss | None = None,
+    target: Target | None = None,
 ) -> Judged:
     """What `probe` says about decision `rows` of a recording after `layer`; see `fit_exits`."""
-    said = read(probe, recording.states[layer][rows])
+    subsets = None if target is None else target.subsets_of(rows)
+    said = read(probe, recording.states[layer][rows], subsets)
     agrees = said.tokens == recording.tokens[rows]
     losses = (loss or Disagreement()).of(said, recording.tokens[rows], rows)
     return Judged(said.features, said.tokens, agrees, losses)

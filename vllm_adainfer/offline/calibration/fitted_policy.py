@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +86,7 @@ class Calibration:
         right: the right tokens by prompt, if the risk is of accuracy.
         with_mass: whether probabilities in the whole vocabulary are promised, if the risk is of
             probabilities.
+        questions: what each prompt asks, if prompts are requests; else empty.
 
     """
 
@@ -95,6 +97,7 @@ class Calibration:
     labels: tuple[Label, ...] = ()
     right: RightTokens | None = None
     with_mass: bool = False
+    questions: Sequence[str] = ()
 
     @property
     def loss(self) -> Loss | None:

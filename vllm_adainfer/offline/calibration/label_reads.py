@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from adainfer_kernels import Head
 from torch import Tensor
 
 from vllm_adainfer.offline.calibration.collect import Recording
 from vllm_adainfer.offline.calibration.loss import ProbabilityMoved
+from vllm_adainfer.policy.label_subsets import only
 from vllm_adainfer.policy.probabilities import LabelProbabilities
 
 
@@ -33,8 +33,13 @@ class LabelReads:
         return ProbabilityMoved(self.probabilities, self.label_is_best, tolerance, with_mass)
 
 
-def label_reads(recording: Recording, label_ids: Tensor) -> LabelReads:
-    """Read all rows of `recording` for labels, int64 [labels]."""
+def label_reads(
+    recording: Recording, label_ids: Tensor, subsets: Tensor | None = None
+) -> LabelReads:
+    """Read all rows of `recording` for labels, int64 [labels].
+
+    `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
+    """
     head = recording.logit_lens.head
     served = Head(head.weight, head.bias, recording.soft_cap, recording.scale)
     lens = replace(recording.logit_lens, head=served)
@@ -46,9 +51,11 @@ def label_reads(recording: Recording, label_ids: Tensor) -> LabelReads:
     exact_scores = exact.score(exact.readout(recording.final), return_scores=True).scores
     assert scores is not None
     assert exact_scores is not None
-    mass = (scores.logsumexp(dim=1) - whole.lse).exp().clamp(max=1)
+    own = only(scores, subsets)
+    mass = (own.logsumexp(dim=1) - whole.lse).exp().clamp(max=1)
+    is_best = whole.top1_id.unsqueeze(1) == label_ids
+    if subsets is not None:
+        is_best &= subsets
     return LabelReads(
-        exact_scores,
-        LabelProbabilities(scores.softmax(dim=1), mass),
-        torch.isin(whole.top1_id, label_ids),
+        exact_scores, LabelProbabilities(own.softmax(dim=1), mass), is_best.any(dim=1)
     )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_adainfer.offline.calibration.by_question import by_question
 from vllm_adainfer.offline.calibration.card import model_card, risk_plot
 from vllm_adainfer.offline.calibration.certify import held_out_path
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
@@ -78,6 +79,7 @@ def policy_config(policy: FittedPolicy, model: str, hf_config: Any) -> ArtifactC
         risk=options.risk,
         tolerance=options.tolerance,
         label_mass=calibration.with_mass,
+        label_pool=calibration.target.subsets is not None,
         bound=bound.kind,
         max_tokens=options.max_tokens,
         levels=tuple(
@@ -143,6 +145,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
             str(exit.layer): float(exit.held_out.agrees.mean()) for exit in policy.candidates
         },
         "oracle_layers_run": oracle_layers_run(policy),
+        "questions": by_question(policy, point),
         "seconds": {
             "layer": policy.costs.layer,
             "cut": policy.costs.cut,

@@ -17,7 +17,9 @@ from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
 from vllm_adainfer.offline.calibration.label_reads import LabelReads
 from vllm_adainfer.offline.calibration.loss import Said
 from vllm_adainfer.policy.kinds import FEATURES, PROBABILITY_FEATURES, ProbeKind
+from vllm_adainfer.policy.label_subsets import only
 from vllm_adainfer.policy.moments import Moments
+from vllm_adainfer.policy.pool_policy import features_among
 from vllm_adainfer.policy.probabilities import (
     ProbabilityHead,
     features_of,
@@ -49,17 +51,24 @@ class Target:
             vocabulary.
         reads: what full depth says of the labels, if probabilities are predicted; None if the
             answer alone is.
+        subsets: bool [rows, labels], the labels that each row of the recording is about, if they
+            are a pool; None if each row is about all of them.
 
     """
 
     kind: ProbeKind
     label_ids: Tensor | None
     reads: LabelReads | None = None
+    subsets: Tensor | None = None
 
     @property
     def features(self) -> tuple[str, ...]:
         """What the classifiers read."""
         return FEATURES if self.reads is None else PROBABILITY_FEATURES
+
+    def subsets_of(self, rows: Ints) -> Tensor | None:
+        """The subsets of decision `rows`."""
+        return None if self.subsets is None else self.subsets[rows]
 
 
 def fit_probes(
@@ -67,7 +76,7 @@ def fit_probes(
 ) -> tuple[AnyProbe, Sequence[AnyProbe]]:
     """The layer's probe fitted on decision `rows`, and for each fold one fitted without it."""
     if target.reads is not None:
-        return _fit_probability_heads(recording, target.reads, target.label_ids, rows, layer)
+        return _fit_probability_heads(recording, target, target.reads, rows, layer)
     plain = logit_lens(recording, target)
     if target.kind == "logit-lens":
         return plain, [plain] * FOLDS
@@ -99,13 +108,14 @@ def _fit_ridge(recording: Recording, scores: Tensor, rows: Ints, layer: int) -> 
 
 
 def _fit_probability_heads(
-    recording: Recording, reads: LabelReads, label_ids: Tensor | None, rows: Ints, layer: int
+    recording: Recording, target: Target, reads: LabelReads, rows: Ints, layer: int
 ) -> tuple[ProbabilityHead, list[ProbabilityHead]]:
     """A ridge regression on the labels' logits and on the log-odds of the label mass.
 
     A regression on logits shrinks them, which makes probabilities too even. So the labels' logits
     are scaled by what makes the probabilities of unseen folds likeliest.
     """
+    label_ids = target.label_ids
     assert label_ids is not None
     labels = reads.scores[rows]
     mass = reads.probabilities.mass[rows].double().logit(SMALLEST_SHARE).float()
@@ -117,7 +127,8 @@ def _fit_probability_heads(
         here = torch.from_numpy(np.flatnonzero(folds == fold))
         unseen[here] = (states[here] @ linear.matrix.T + linear.bias)[:, :-1]
     scale = torch.ones(len(label_ids) + 1, dtype=torch.float64)
-    scale[:-1] = _likeliest_scale(unseen, reads.probabilities.among[rows].double())
+    own = only(unseen, target.subsets_of(rows))
+    scale[:-1] = _likeliest_scale(own, reads.probabilities.among[rows].double())
 
     def head(linear: ridge.Linear) -> ProbabilityHead:
         weight = (linear.matrix * scale.unsqueeze(1)).float().contiguous()
@@ -127,20 +138,33 @@ def _fit_probability_heads(
 
 
 def _likeliest_scale(logits: Tensor, probabilities: Tensor) -> float:
-    """The factor of `logits` with the least cross-entropy to `probabilities`, both [rows, n]."""
+    """The factor of `logits` with the least cross-entropy to `probabilities`, both [rows, n].
+
+    A logit of -inf has the probability 0.
+    """
 
     def cross_entropy(log_scale: float) -> float:
-        return -float((probabilities * (logits * math.exp(log_scale)).log_softmax(1)).sum())
+        logprobs = (logits * math.exp(log_scale)).log_softmax(1)
+        return -float((probabilities * logprobs.masked_fill(logits.isneginf(), 0)).sum())
 
     return math.exp(minimize_scalar(cross_entropy, bounds=(-2, 2)).x)
 
 
-def read(probe: AnyProbe, states: Tensor) -> Said:
-    """What `probe` says about states [rows, hidden size]."""
+def read(probe: AnyProbe, states: Tensor, subsets: Tensor | None = None) -> Said:
+    """What `probe` says about states [rows, hidden size].
+
+    `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
+    """
     if isinstance(probe, ProbabilityHead):
-        scores = probe.score(states)
+        scores = only(probe.score(states), subsets)
         tokens = probe.token_ids[scores[:, :-1].argmax(dim=1)].numpy()
         return Said(features_of(scores), tokens, probabilities_of_scores(scores))
+    if subsets is not None:
+        assert probe.token_ids is not None
+        result = probe.score(probe.readout(states), return_scores=True)
+        assert result.scores is not None
+        scores = only(result.scores, subsets)
+        return Said(features_among(scores), probe.token_ids[scores.argmax(dim=1)].numpy())
     result = probe.score(probe.readout(states))
     return Said(result.features, result.top1_id.numpy())
 

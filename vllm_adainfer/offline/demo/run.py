@@ -7,7 +7,8 @@ from pathlib import Path
 
 import typer
 
-from vllm_adainfer.offline.calibration.calibrate import CalibrationRequest, calibrate
+from vllm_adainfer.offline.calibration.calibrate import calibrate
+from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
 from vllm_adainfer.offline.demo.model import MODEL_NAME, fetch_demo_model
 from vllm_adainfer.offline.describe import describe, describe_report
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate

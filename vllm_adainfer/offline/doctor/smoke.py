@@ -172,7 +172,7 @@ def _send(
     before = stats(engine)
     outputs = engine.generate(
         [{"prompt_token_ids": example.token_ids} for example in examples],
-        greedy(config.labels, extra_args),
+        greedy(config.label_ids, extra_args),
         use_tqdm=False,
     )
     after = stats(engine)

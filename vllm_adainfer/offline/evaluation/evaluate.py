@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_adainfer.engine.reads import Read, What
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import (
     Example,
+    Row,
     check_labels_known,
     find_labels,
     first_token,
@@ -21,6 +24,7 @@ from vllm_adainfer.offline.calibration.data import (
     read_template,
 )
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.requests import are_requests, examples_of
 from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.readings import engine_settings, what_is_read
 from vllm_adainfer.offline.evaluation.report import build_report, write_whole
@@ -38,6 +42,9 @@ from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+
+logger = logging.getLogger("vllm.adainfer.evaluate")  # vLLM's logging shows "vllm." alone
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,15 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     config.check_served_by(hf_config)
     if request.epsilon is not None:
         config = _only(config, request.epsilon)
-    template = read_template(request.template)
     max_tokens = _max_tokens(request.max_tokens, config)
     longest = hf_config.max_position_embeddings - max_tokens
-    examples = make_examples(rows, tokenizer, template, request.label_field, longest)
-    if config.labels:
-        _check_labels(config, request, examples, tokenizer)
+    if are_requests(rows):
+        examples = _requests(request, config, rows, tokenizer, longest)
+    else:
+        template = read_template(request.template)
+        examples = make_examples(rows, tokenizer, template, request.label_field, longest)
+        if config.labels:
+            _check_labels(config, request, examples, tokenizer)
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
     what = what_is_read(config)
     settings = engine_settings(what, config.labels)
@@ -138,6 +148,38 @@ def check_file(path: Path) -> None:
         parent = parent.parent
     if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise AdaInferError(f"cannot write {path}: choose a file in a directory that is writable")
+
+
+def _requests(
+    request: EvaluationRequest,
+    config: ArtifactConfig,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    longest: int,
+) -> list[Example]:
+    """Prompts from requests, each about labels that the policy serves.
+
+    Raises:
+        AdaInferError: one is about others, or the command line names labels or a template.
+
+    """
+    if request.template is not None or request.labels or config.max_tokens > 1:
+        raise AdaInferError(
+            f"{request.data} holds requests, which bring their prompts, labels and one token each: "
+            "drop --template and --labels, and take an artifact for labels"
+        )
+    examples, left_out = examples_of(rows, tokenizer, longest)
+    for reason, count in left_out.items():
+        logger.warning("%d of %d lines were left out: %s", count, len(rows), reason)
+    for example in examples:
+        read = Read(What.TOKEN, frozenset(example.labels or ()))
+        if not read.served_by(config):
+            raise AdaInferError(
+                f"{example.place} is about the labels "
+                f"{', '.join(map(repr, map(tokenizer.decode, example.labels or ())))}, which this "
+                "policy does not serve: calibrate with --label-pool"
+            )
+    return examples
 
 
 def _check_labels(
@@ -209,6 +251,10 @@ def _accuracy(
     if any(example.label is None for example in examples):
         return None
     answers = [str(example.label) for example in examples]
+    if examples[0].labels is not None:  # of a request, the right token
+        return sum(str(text[0]) == one for text, one in zip(texts, answers, strict=True)) / len(
+            texts
+        )
     if max_tokens > 1:
         if not all(map(is_number, answers)):
             return None

@@ -38,7 +38,8 @@ def measure(
         stock: an engine without the plugin.
         ours: an engine with it.
         examples: the prompts.
-        labels: the answers are restricted to these, or their probabilities are read.
+        labels: the answers are restricted to these, or their probabilities are read; of a request
+            those that it names.
         epsilons: of our runs.
         repeat: how many rounds.
         max_tokens: tokens to generate after a prompt.
@@ -76,7 +77,10 @@ def _run(
     engine.reset_prefix_cache()
     before = None if epsilon is None else stats(engine)
     arguments = None if epsilon is None else {EPSILON_ARG: epsilon}
-    params = request_params(what, labels, arguments, max_tokens)
+    ids = tuple(label.token_id for label in labels)
+    params = [
+        request_params(what, example.labels or ids, arguments, max_tokens) for example in examples
+    ]
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
     start = time.perf_counter()
     outputs = engine.generate(prompts, params, use_tqdm=False)

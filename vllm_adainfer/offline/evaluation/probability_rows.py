@@ -72,6 +72,8 @@ def probability_rows(
 def _true_labels(config: ArtifactConfig, examples: Sequence[Example]) -> Ints | None:
     """Index of each row's true label, [rows]; None if a row has no label."""
     index = {label.name: number for number, label in enumerate(config.labels)}
+    if examples[0].labels is not None:  # of a request, the right token
+        index = {str(token): number for number, token in enumerate(config.label_ids)}
     found = [index[str(example.label)] for example in examples if example.label is not None]
     return np.array(found, dtype=np.int64) if len(found) == len(examples) else None
 

@@ -31,14 +31,22 @@ def engine_settings(what: What, labels: Sequence[Label]) -> dict[str, Any]:
 
 
 def request_params(
-    what: What, labels: Sequence[Label], extra_args: dict[str, Any] | None, max_tokens: int
+    what: What, ids: Sequence[int], extra_args: dict[str, Any] | None, max_tokens: int
 ) -> SamplingParams:
-    """Parameters of a greedy request that reads this; `max_tokens` counts for tokens alone."""
+    """Parameters of a greedy request that reads this.
+
+    Args:
+        what: is read.
+        ids: token ids of its labels; none if any token may be the answer.
+        extra_args: of the request.
+        max_tokens: counts for tokens alone.
+
+    """
     if what is What.TOKEN:
-        return greedy(labels, extra_args, max_tokens)
+        return greedy(ids, extra_args, max_tokens)
     from vllm import SamplingParams
 
-    ids = [label.token_id for label in labels]
+    ids = list(ids)
     if what is What.IN_VOCABULARY:
         return SamplingParams(
             temperature=0, max_tokens=1, logprob_token_ids=ids, extra_args=extra_args
@@ -55,8 +63,11 @@ def request_params(
 def label_logprobs(outputs: Sequence[RequestOutput], labels: Sequence[Label]) -> Logprobs:
     """The labels' log-probabilities for each prompt, [prompts, labels], in the order of `labels`.
 
-    `outputs` are those of requests that read them.
+    `outputs` are those of requests that read them; -inf is for labels that a request does not name.
     """
     firsts = [output.outputs[0].logprobs[0] for output in outputs]
-    rows = [[first[label.token_id].logprob for label in labels] for first in firsts]
+    ids = [label.token_id for label in labels]
+    rows = [
+        [first[token].logprob if token in first else -np.inf for token in ids] for first in firsts
+    ]
     return np.array(rows, dtype=np.float32)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from vllm_adainfer.offline.calibration.calibrate import check_rows, label_ids
+from vllm_adainfer.offline.calibration.calibrate import label_ids
 from vllm_adainfer.offline.calibration.certify import threshold_grid
 from vllm_adainfer.offline.calibration.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
@@ -25,6 +25,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
 from vllm_adainfer.offline.calibration.loss import is_right
 from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
 from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.calibration.prompts import check_rows
 from vllm_adainfer.offline.calibration.split import Split, random_order
 from vllm_adainfer.offline.evaluation.evaluate import check_file
 from vllm_adainfer.offline.evaluation.measure import measure
@@ -131,7 +132,7 @@ class _Judging:
         order, split = random_order(len(data.train), options.seed), Split.halves(len(data.train))
         examples = [*(data.train[index] for index in order), *data.test]
         right = [*(data.train_answers[index] for index in order), *data.answers]
-        recording = record(engine, examples, data.labels, layers)
+        recording = record(engine, examples, [label.token_id for label in data.labels], layers)
         tests = np.arange(len(order), len(examples))
         target = Target("label-head" if data.labels else "lens", label_ids(data.labels))
         candidates = candidate_layers(recording.depth, None)

@@ -1,0 +1,131 @@
+"""Requests that name labels of a pool get what the head at their exit says of those alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+
+from tests.conftest import tiny_engine
+from tests.e2e.oracle import hidden_states
+from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
+from vllm_adainfer import stats
+from vllm_adainfer.policy.artifact import Label
+
+POOL = tuple(Label(name=f"label {token}", token_id=token) for token in (40, 7, 300, 12, 999, 5))
+IDS = [label.token_id for label in POOL]
+KINDS: dict[str, dict[str, Any]] = {
+    "tokens": {"labels": POOL, "label_pool": True},
+    "probabilities": {
+        "labels": POOL,
+        "label_pool": True,
+        "risk": "probability",
+        "tolerance": 0.05,
+        "label_mass": True,
+    },
+}
+GAP = 0.15  # between the best two labels at which a row is settled
+CLOSE, TIE = 2e-4, 1e-3
+_GENERATOR = np.random.default_rng(5)
+PROMPTS = [_GENERATOR.integers(5, 1000, 1 + 5 * i % 23).tolist() for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model, tmp_path_factory) -> Any:
+    thresholds = torch.full((2, len(EXIT_POINTS)), GAP)
+    folder = tmp_path_factory.mktemp("pools")
+    artifacts = {
+        name: str(tiny_artifact(tiny_model, folder / name, thresholds, **kind))
+        for name, kind in KINDS.items()
+    }
+    switch = {"artifact": artifacts, "min_rows_saved": 1}
+    return tiny_engine(
+        tiny_model,
+        switch,
+        kv_cache_memory_bytes=64 << 20,
+        max_model_len=512,
+        logprobs_mode="raw_logprobs",
+    )
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_model) -> dict[str, dict[str, Tensor]]:
+    return {name: tiny_tensors(tiny_config(tiny_model, **kind)) for name, kind in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def states(reference) -> list[list[Tensor]]:
+    """Of each prompt, its last row after each number of layers."""
+    return [[state[-1:] for state in hidden_states(reference, prompt)] for prompt in PROMPTS]
+
+
+def random_request(seed: int) -> SamplingParams:
+    """About a random subset of the pool, or about tokens that no policy serves."""
+    generator = np.random.default_rng(seed)
+    own = generator.choice(IDS, generator.integers(2, len(IDS) + 1), replace=False).tolist()
+    asked = [
+        {"allowed_token_ids": own},
+        {"logprob_token_ids": own},
+        {"logprob_token_ids": own},
+        {"allowed_token_ids": [*own, 8]},
+        {"logprob_token_ids": own[:1]},
+    ][generator.integers(5)]
+    return SamplingParams(temperature=0, max_tokens=1, **asked)
+
+
+@torch.inference_mode()
+def expected(
+    reference: Any, after: list[Tensor], tensors: dict[str, Tensor] | None, own: list[int]
+) -> tuple[int, Tensor, float] | None:
+    """Depth, probabilities among the labels `own` and their mass; None if too close to call."""
+    columns = [IDS.index(token) for token in own] if tensors is not None else []
+    for layer in EXIT_POINTS if tensors is not None else ():
+        scores = after[layer] @ tensors[f"exit.{layer}.head_weight"].T
+        scores = (scores + tensors[f"exit.{layer}.head_bias"])[0]
+        among = scores[columns].softmax(0)
+        best = among.sort().values
+        lead = float(best[-1] - best[-2]) - GAP
+        if abs(lead) < TIE:
+            return None
+        if lead > 0:
+            mass = float(torch.sigmoid(scores[-1])) if len(scores) > len(IDS) else 1.0
+            return layer, among, mass
+    whole = reference.lm_head(reference.model.norm(after[LAYERS]))[0].softmax(0)[own]
+    return LAYERS, whole / whole.sum(), float(whole.sum())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_subsets_in_one_step_are_each_answered_among_their_own_labels(
+    engine, reference, states, heads, seed
+):
+    asked = [random_request(100 * seed + place) for place in range(len(PROMPTS))]
+    before = Counter(stats(engine)["exit_histogram"])
+    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    outputs = [out.outputs[0] for out in engine.generate(inputs, asked, use_tqdm=False)]
+    left = Counter(stats(engine)["exit_histogram"]) - before
+    wanted: Counter[int] = Counter()
+    for after, params, output in zip(states, asked, outputs, strict=True):
+        own = params.allowed_token_ids or params.logprob_token_ids
+        reads = params.logprob_token_ids is not None
+        served = len(own) > 1 and set(own) <= set(IDS)
+        tensors = heads["probabilities" if reads else "tokens"] if served else None
+        found = expected(reference, after, tensors, own)
+        if found is None:
+            continue
+        depth, among, mass = found
+        wanted[depth] += 1
+        if reads:
+            got = np.exp([output.logprobs[0][token].logprob for token in own])
+            assert got == pytest.approx((among * mass).tolist(), abs=CLOSE)
+            assert all(entry.logprob <= 0 for entry in output.logprobs[0].values())
+        elif among.sort().values.diff()[-1] > TIE:
+            assert output.token_ids[0] == own[int(among.argmax())]
+    assert left.total() == len(PROMPTS)
+    assert all(left[depth] >= count for depth, count in wanted.items())
+    assert sum(wanted[layer] for layer in EXIT_POINTS) > 5
+    assert wanted[LAYERS] > 1

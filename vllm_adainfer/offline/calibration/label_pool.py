@@ -1,0 +1,84 @@
+"""Label pools: the labels that requests may name, and which of them each request names."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.data import Example, first_token
+from vllm_adainfer.policy.artifact import Label
+from vllm_adainfer.policy.label_subsets import MOST_LABELS
+
+# What vLLM's decision endpoints take as labels.
+POOLS = {
+    "letters": tuple(string.ascii_uppercase),
+    "yes-no": ("yes", "no"),
+    "digits": tuple(string.digits),
+}
+
+
+def pool_of(names: Sequence[str], examples: Sequence[Example], tokenizer: Any) -> tuple[Label, ...]:
+    """The labels of ``--label-pool``, which must hold those of every request.
+
+    Args:
+        names: of `POOLS`, or token ids.
+        examples: requests; a label is the token that follows the first one's prompt.
+        tokenizer: of the model.
+
+    Raises:
+        AdaInferError: a name is unknown, there are too many labels, or a request names another.
+
+    """
+    found: dict[int, Label] = {}
+    for name in names:
+        if name.isdecimal():
+            token = int(name)
+            found[token] = Label(name=tokenizer.decode([token]), token_id=token)
+            continue
+        if name not in POOLS:
+            raise AdaInferError(
+                f"--label-pool {name} is not known: name {', '.join(POOLS)}, or token ids"
+            )
+        for label in POOLS[name]:
+            token = first_token(examples[0].text, label, tokenizer)
+            found[token] = Label(name=label, token_id=token)
+    if not 1 < len(found) <= MOST_LABELS:
+        raise AdaInferError(f"--label-pool has {len(found)} labels: it takes two to {MOST_LABELS}")
+    for example in examples:
+        outside = [token for token in example.labels or () if token not in found]
+        if outside:
+            raise AdaInferError(
+                f"{example.place} names the label {tokenizer.decode(outside[:1])!r} (token "
+                f"{outside[0]}), which --label-pool does not have: add it"
+            )
+    return tuple(found.values())
+
+
+def common_labels(examples: Sequence[Example], tokenizer: Any) -> tuple[Label, ...]:
+    """The labels of requests that all name the same ones.
+
+    Raises:
+        AdaInferError: they do not.
+
+    """
+    sets = {frozenset(example.labels or ()) for example in examples}
+    if len(sets) > 1:
+        tokens = ",".join(map(str, sorted(frozenset[int]().union(*sets))))
+        raise AdaInferError(
+            f"the requests name {len(sets)} different sets of labels: give --label-pool, for "
+            f"example letters,yes-no, or the tokens found: --label-pool {tokens}"
+        )
+    ids = examples[0].labels or ()
+    return tuple(Label(name=tokenizer.decode([token]), token_id=token) for token in ids)
+
+
+def subsets_of(examples: Sequence[Example], label_ids: Sequence[int]) -> Tensor:
+    """bool [examples, labels], which labels each request names."""
+    return torch.tensor(
+        [[token in (example.labels or ()) for token in label_ids] for example in examples]
+    )

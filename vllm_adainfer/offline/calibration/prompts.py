@@ -1,0 +1,227 @@
+"""What `calibrate` is asked for, and the prompts it runs: rows for a template, or requests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.data import (
+    Example,
+    Row,
+    check_labels_known,
+    find_labels,
+    first_token,
+    make_examples,
+    read_rows,
+    read_template,
+)
+from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
+from vllm_adainfer.offline.calibration.label_pool import common_labels, pool_of
+from vllm_adainfer.offline.calibration.loss import RightTokens
+from vllm_adainfer.offline.calibration.requests import are_requests, examples_of
+from vllm_adainfer.offline.calibration.split import Split, random_order
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.policy.artifact import Label
+from vllm_adainfer.policy.artifact_files import check_writable
+from vllm_adainfer.policy.kinds import ProbeChoice, ProbeKind
+
+logger = logging.getLogger("vllm.adainfer.calibrate")  # vLLM's logging shows "vllm." alone
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """The command line's arguments; see `vllm-adainfer calibrate --help`."""
+
+    model: str
+    data: Path
+    output: Path
+    template: str | None = None
+    label_field: str = "label"
+    labels: tuple[str, ...] = ()
+    label_pool: tuple[str, ...] = ()
+    probe: ProbeChoice = "auto"
+    options: PolicyOptions = field(default_factory=PolicyOptions)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is recorded, in random order.
+
+    Attributes:
+        examples: the prompts.
+        labels: the answers, if there is a fixed set of them.
+        split: which of them fit, and which certify.
+        hf_config: of the model.
+        probe: the kind that reads them.
+        right: the right tokens by prompt, if the risk is of accuracy.
+
+    """
+
+    examples: list[Example]
+    labels: tuple[Label, ...]
+    split: Split
+    hf_config: Any
+    probe: ProbeKind
+    right: RightTokens | None
+
+
+def load_prompts(request: CalibrationRequest) -> Prompts:
+    """Check the request, and read its data.
+
+    Raises:
+        AdaInferError: the input, the model or the number of rows does not allow it.
+
+    """
+    check_writable(request.output)
+    options = request.options
+    if options.tolerance is not None:
+        check_tolerance(request)
+    if request.labels and options.max_tokens > 1:
+        raise AdaInferError("--labels are one-token answers: drop --max-tokens or --labels")
+    rows = read_rows(request.data)
+    if not are_requests(rows):
+        check_rows(Split.halves(len(rows)), options, str(request.data))
+    hf_config, tokenizer = load_config_and_tokenizer(request.model)
+    most = hf_config.max_position_embeddings - options.max_tokens
+    if are_requests(rows):
+        examples, labels = _requests(request, rows, tokenizer, most)
+    else:
+        examples, labels = _rows(request, rows, tokenizer, most)
+    split = Split.halves(len(examples))
+    check_rows(split, options, str(request.data))
+    probe = choose_probe(request.probe, labels)
+    examples = [examples[index] for index in random_order(len(examples), options.seed)]
+    right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
+    return Prompts(examples, labels, split, hf_config, probe, right)
+
+
+def _rows(
+    request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, most: int
+) -> tuple[list[Example], tuple[Label, ...]]:
+    """Prompts from rows for a template, and their labels."""
+    if request.label_pool:
+        raise AdaInferError(
+            "--label-pool is for requests that name their own labels: give --data in the form of "
+            "vLLM's batch files, or --labels"
+        )
+    if request.options.tolerance is not None and not request.labels:
+        raise AdaInferError(
+            "--tolerance is for the probabilities of labels: give --labels, such as "
+            "negative,positive, or drop --tolerance"
+        )
+    choose_probe(request.probe, request.labels)
+    template = read_template(request.template)
+    examples = make_examples(rows, tokenizer, template, request.label_field, most)
+    labels = find_labels(request.labels, examples[0], tokenizer) if request.labels else ()
+    if labels:
+        check_labels_known(examples, labels)
+    return examples, labels
+
+
+def _requests(
+    request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, most: int
+) -> tuple[list[Example], tuple[Label, ...]]:
+    """Prompts from requests, and the labels of all of them."""
+    if request.template is not None or request.labels or request.options.max_tokens > 1:
+        raise AdaInferError(
+            f"{request.data} holds requests, which bring their prompts, labels and one token each: "
+            "drop --template, --labels and --max-tokens"
+        )
+    examples, left_out = examples_of(rows, tokenizer, most)
+    for reason, count in left_out.items():
+        logger.warning("%d of %d lines were left out: %s", count, len(rows), reason)
+    if request.label_pool:
+        return examples, pool_of(request.label_pool, examples, tokenizer)
+    return examples, common_labels(examples, tokenizer)
+
+
+def check_tolerance(request: CalibrationRequest) -> None:
+    """Check that a policy can promise the probabilities that `request` asks for.
+
+    Raises:
+        AdaInferError: it cannot.
+
+    """
+    options = request.options
+    refusals = [
+        (
+            options.max_tokens > 1,
+            "--tolerance is for the probabilities of one token: drop --max-tokens or --tolerance",
+        ),
+        (
+            request.probe not in ("auto", "label-head"),
+            f"--tolerance needs the scores of a label-head, and --probe {request.probe} has none: "
+            "drop --probe or --tolerance",
+        ),
+        (
+            options.risk == "accuracy",
+            "--tolerance bounds how far probabilities move, --risk accuracy the accuracy lost, and "
+            "a policy has one bound: drop one of them",
+        ),
+        (
+            options.classifier in ("rbf", "boosting"),
+            f"--classifier {options.classifier} is a table over probabilities, and --tolerance "
+            "reads log-odds: use svm, logreg, threshold or crf",
+        ),
+    ]
+    for refused, sentence in refusals:
+        if refused:
+            raise AdaInferError(sentence)
+
+
+def choose_probe(asked: ProbeChoice, labels: Sequence[object]) -> ProbeKind:
+    """The probe asked for, or the default for these labels.
+
+    Raises:
+        AdaInferError: a label head without labels.
+
+    """
+    if asked == "auto":
+        return "label-head" if labels else "lens"
+    if asked == "label-head" and not labels:
+        raise AdaInferError("--probe label-head needs --labels, such as --labels negative,positive")
+    return asked
+
+
+def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
+    """Check that the held-out half could certify the bound if not one answer differed.
+
+    Raises:
+        AdaInferError: it has too few rows; the message says how many are needed.
+
+    """
+    needed = options.bounds().rows_needed(options.epsilon)
+    if len(split.certify) < needed:
+        raise AdaInferError(
+            f"too few rows for the bound: epsilon {options.epsilon:g} at delta "
+            f"{options.delta:g} needs at least {2 * needed - 1} rows (half of them held out), but "
+            f"{data} has {len(split.fit) + len(split.certify)}: give more rows or raise --epsilon"
+        )
+
+
+def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: Any) -> RightTokens:
+    """For each prompt, the first token of its label.
+
+    Raises:
+        AdaInferError: a row has no label.
+
+    """
+    ids = {label.name: label.token_id for label in labels}
+    right: list[set[int]] = []
+    for example in examples:
+        if example.label is None:
+            raise AdaInferError(
+                f"{example.place} has no label, but --risk accuracy needs one in every row: label "
+                "the rows (see --label-field) or bound the disagreement"
+            )
+        if example.labels is not None:
+            right.append({int(example.label)})
+        elif labels:
+            right.append({ids[example.label]})
+        else:
+            right.append({first_token(example.text, example.label, tokenizer)})
+    return right

@@ -1,0 +1,205 @@
+"""Prompts and labels from requests as users send them: lines of vLLM's batch files.
+
+A line is ``{"custom_id", "method", "url", "body"}``; other keys are ignored, except ``label`` (the
+right label's token id) and ``question`` (a name for what is asked). Prompts are rendered as vLLM
+0.32 renders those of each endpoint; labels and their number are in the body.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.data import Example, Row
+
+LONGEST_QUESTION = 300  # characters of a question's name that are kept
+
+
+class LeftOutError(Exception):
+    """A line that cannot exit; the message says why."""
+
+
+def are_requests(rows: Sequence[Row]) -> bool:
+    """Whether a file holds requests rather than rows for a template."""
+    return "url" in rows[0].fields and "body" in rows[0].fields
+
+
+def examples_of(
+    rows: Sequence[Row], tokenizer: Any, max_tokens: int
+) -> tuple[list[Example], Counter[str]]:
+    """The prompts that requests read labels after, and how many lines were left out, by reason.
+
+    A request with several items or questions becomes as many prompts, as in vLLM.
+
+    Args:
+        rows: of one file.
+        tokenizer: a Hugging Face tokenizer.
+        max_tokens: the longest prompt the model takes; longer ones are left out.
+
+    Raises:
+        AdaInferError: a line is not a request, or none is left.
+
+    """
+    examples, left_out = [], Counter[str]()
+    for row in rows:
+        body = row.fields.get("body")
+        if not isinstance(body, Mapping) or "url" not in row.fields:
+            raise AdaInferError(f"{row.place} is not a request: it needs 'url' and 'body'")
+        try:
+            reader = READERS.get(str(row.fields["url"]))
+            if reader is None:
+                raise LeftOutError(f"{row.fields['url']}: not an endpoint that reads labels")
+            made = list(reader(row, body, tokenizer))
+            if any(not 0 < len(example.token_ids) <= max_tokens for example in made):
+                raise LeftOutError(f"a prompt that does not have 1 to {max_tokens} tokens")
+        except LeftOutError as reason:
+            left_out[str(reason)] += 1
+        except (KeyError, TypeError, ValueError) as error:
+            reason_given = " ".join(str(error).split())
+            left_out[f"{row.fields['url']}: vLLM would refuse it ({reason_given:.80})"] += 1
+        else:
+            examples += made
+    if not examples:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in left_out.items())
+        raise AdaInferError(f"no line of {rows[0].place.partition(',')[0]} can exit: {reasons}")
+    return examples, left_out
+
+
+def _completion(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
+    labels, prompt = _labels_read(body), body["prompt"]
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        yield _example(row, tokenizer.decode(prompt), prompt, labels)
+        return
+    special = bool(body.get("add_special_tokens", True))
+    for text in [prompt] if isinstance(prompt, str) else prompt:
+        token_ids = tokenizer.encode(text, add_special_tokens=special)
+        yield _example(row, text, token_ids, labels)
+
+
+def _chat(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
+    text = _rendered(
+        tokenizer,
+        body["messages"],
+        add_generation_prompt=body.get("add_generation_prompt", True),
+        continue_final_message=body.get("continue_final_message", False),
+        tools=body.get("tools"),
+        **(body.get("chat_template_kwargs") or {}),
+    )
+    special = bool(body.get("add_special_tokens", False))
+    token_ids = tokenizer.encode(text, add_special_tokens=special)
+    question = _last_paragraph(_text_of(body["messages"][-1]["content"]))
+    yield _example(row, text, token_ids, _labels_read(body), question)
+
+
+def _score(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
+    """As in ``vllm/entrypoints/generate/generative_scoring/serving.py``."""
+
+    def tokens(part: str | list[int], special: bool) -> list[int]:
+        if isinstance(part, list):
+            return part
+        found: list[int] = tokenizer.encode(part, add_special_tokens=special)
+        return found
+
+    query = tokens(body["query"], bool(body.get("add_special_tokens", True)))
+    labels = _at_least_two(body["label_token_ids"])
+    for item in body["items"]:
+        own = tokens(item, False)
+        token_ids = own + query if body.get("item_first") else query + own
+        yield _example(row, tokenizer.decode(token_ids), token_ids, labels)
+
+
+def _decision(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
+    """As in ``vllm/entrypoints/generate/structured_decisions/strategies.py``."""
+    from vllm.entrypoints.generate.structured_decisions.question_types import build_question
+
+    if any(body.get(kind) for kind in ("images", "audio", "videos")):
+        raise LeftOutError("/v1/systemone: a state with images, audio or video")
+    state = body["state"]
+    if not isinstance(state, str):
+        state = "" if state is None else json.dumps(state, ensure_ascii=False, indent=2)
+    for name, asked in body["questions"].items():
+        question = build_question(
+            name, asked["type"], asked.get("instructions", ""), asked.get("criteria"), 26
+        )
+        messages = [{"role": "user", "content": f"{state}\n\n{question.type.prompt(question)}"}]
+        if body.get("instructions"):
+            messages.insert(0, {"role": "system", "content": body["instructions"]})
+        more = {"enable_thinking": False, **(body.get("chat_template_kwargs") or {})}
+        text = _rendered(tokenizer, messages, add_generation_prompt=True, **more)
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        labels = [
+            tokenizer.encode(text + label, add_special_tokens=False)[-1]
+            for label in question.labels
+        ]
+        yield _example(row, text, token_ids, _at_least_two(labels), name)
+
+
+READERS: Mapping[str, Callable[[Row, Mapping[str, Any], Any], Iterator[Example]]] = {
+    "/v1/completions": _completion,
+    "/v1/chat/completions": _chat,
+    "/generative_scoring": _score,
+    "/v1/systemone": _decision,
+}
+
+
+def _labels_read(body: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that a completion is restricted to, or reads probabilities of."""
+    tokens = body.get("max_completion_tokens", body.get("max_tokens"))
+    if tokens != 1:
+        raise LeftOutError("a request for more than one token")
+    labels = body.get("allowed_token_ids") or body.get("logprob_token_ids")
+    if labels is None:
+        raise LeftOutError("a request that names no labels")
+    return _at_least_two(labels)
+
+
+def _at_least_two(labels: Sequence[int]) -> tuple[int, ...]:
+    found = tuple(dict.fromkeys(labels))
+    if len(found) < 2:
+        raise LeftOutError("a request about fewer than two labels")
+    return found
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **more: Any) -> str:
+    """The prompt of a chat; text parts of a message are joined as vLLM joins them."""
+    plain = [{**message, "content": _text_of(message["content"])} for message in messages]
+    try:
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, **more))
+    except Exception as error:  # a chat template can raise anything
+        raise ValueError(str(error)) from None
+
+
+def _text_of(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if any(part.get("type") != "text" for part in content):
+        raise LeftOutError("a message that is not text alone")
+    return "\n".join(part["text"] for part in content)
+
+
+def _last_paragraph(text: str) -> str:
+    """What stands after the last blank line: of decision prompts, the question."""
+    return text.rstrip().rpartition("\n\n")[2]
+
+
+def _example(
+    row: Row,
+    text: str,
+    token_ids: list[int],
+    labels: tuple[int, ...],
+    question: str | None = None,
+) -> Example:
+    """An example; its question is the row's own name for it, or the prompt's last paragraph."""
+    named = row.fields.get("question") or question or _last_paragraph(text)
+    right = row.fields.get("label")
+    return Example(
+        row.place,
+        text,
+        token_ids,
+        None if right is None else str(right),
+        labels,
+        str(named)[:LONGEST_QUESTION],
+    )
