@@ -50,9 +50,13 @@ def main(
     model: Annotated[str, typer.Option()],
     data_dir: Annotated[Path, typer.Option()],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/probabilities.json"),
-    policies: Annotated[Path | None, typer.Option(help="Keep the policies here.")] = None,
+    policies: Annotated[
+        Path | None,
+        typer.Option(help="Keep the policies here; tasks that have theirs are not calibrated."),
+    ] = None,
     tolerances: Annotated[str, typer.Option()] = "0.02,0.05,0.1",
     epsilon: Annotated[float, typer.Option()] = 0.02,
+    rows: Annotated[int, typer.Option(help="The first rows of each test, at most.")] = 800,
     repeat: Annotated[int, typer.Option(help="Rounds of stock and ours.")] = 3,
 ) -> None:
     """Calibrate, measure, and write JSON and a Markdown table."""
@@ -75,10 +79,13 @@ def main(
         ]
         reports = []
         for name, artifact in artifacts:
+            lines = (data_dir / name / "test.jsonl").read_text().split("\n")[:rows]
+            test = Path(folder, f"{name}-test.jsonl")
+            test.write_text("\n".join(lines))
             request = EvaluationRequest(
                 model=model,
                 artifact=str(artifact),
-                data=data_dir / name / "test.jsonl",
+                data=test,
                 template=TASKS[name].template,
                 epsilon=epsilon,
                 repeat=repeat,
@@ -101,10 +108,12 @@ def calibrated(
         )
         for tolerance in tolerances
     ]
-    prompts = load_prompts(requests[0])
-    recording = record_prompts(requests[0], prompts)
-    for one in requests:
-        fit_and_certify(one, prompts, recording)
+    missing = [one for one in requests if not one.output.exists()]
+    if missing:
+        prompts = load_prompts(missing[0])
+        recording = record_prompts(missing[0], prompts)
+        for one in missing:
+            fit_and_certify(one, prompts, recording)
     return [(name, one.output) for one in requests]
 
 

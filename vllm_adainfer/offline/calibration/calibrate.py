@@ -60,37 +60,42 @@ def fit_and_certify(
         AdaInferError: no policy keeps the bound and is worth its cost; nothing is written.
 
     """
-    options, split = request.options, prompts.split
+    policy = make_policy(calibration_of(request, prompts, recording))
+    if request.options.risk == "probability":
+        policy = with_mass_if_it_pays(policy)
+    epsilon = request.options.epsilon
+    if epsilon not in policy.points:
+        raise AdaInferError(
+            f"no exit point of {request.model} is worth its cost on these prompts within epsilon "
+            f"{epsilon:g}: raise --epsilon, give more rows, or try another --probe"
+        )
+    return write_artifact(
+        policy, request.model, prompts.hf_config, request.template, request.output
+    )
+
+
+def calibration_of(
+    request: CalibrationRequest, prompts: Prompts, recording: Recording
+) -> Calibration:
+    """What the policy is made from."""
+    split = prompts.split
     answers = label_ids(prompts.labels)
-    if options.max_tokens > 1:
+    if request.options.max_tokens > 1:
         answers = shortlist(recording.tokens[split.fit_rows(recording)])
     reads = subsets = None
     if request.label_pool:
         subsets = subsets_of(prompts.examples, [label.token_id for label in prompts.labels])
-    if options.risk == "probability" and answers is not None:
+    if request.options.risk == "probability" and answers is not None:
         reads = label_reads(recording, answers, subsets)
-    target = Target(prompts.probe, answers, reads, subsets)
     questions = [example.question for example in prompts.examples]
-    policy = make_policy(
-        Calibration(
-            recording,
-            target,
-            split,
-            options,
-            prompts.labels,
-            prompts.right,
-            questions=[name for name in questions if name is not None],
-        )
-    )
-    if reads is not None:
-        policy = with_mass_if_it_pays(policy)
-    if options.epsilon not in policy.points:
-        raise AdaInferError(
-            f"no exit point of {request.model} is worth its cost on these prompts within epsilon "
-            f"{options.epsilon:g}: raise --epsilon, give more rows, or try another --probe"
-        )
-    return write_artifact(
-        policy, request.model, prompts.hf_config, request.template, request.output
+    return Calibration(
+        recording,
+        Target(prompts.probe, answers, reads, subsets),
+        split,
+        request.options,
+        prompts.labels,
+        prompts.right,
+        questions=[name for name in questions if name is not None],
     )
 
 

@@ -1,0 +1,178 @@
+"""Lines of vLLM's batch files become prompts and labels, token for token as vLLM reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import word_tokenizer
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.data import Row, read_rows
+from vllm_adainfer.offline.calibration.requests import are_requests, examples_of
+
+READ = {"max_tokens": 1, "logprob_token_ids": [7, 9]}
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}Sentiment :"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    found = word_tokenizer()
+    found.add_tokens(["yes", "no", "A", "B", "C"])
+    found.chat_template = TEMPLATE
+    return found
+
+
+def line(url: str, body: dict[str, Any], **more: Any) -> Row:
+    fields = {"custom_id": "1", "method": "POST", "url": url, "body": body, **more}
+    return Row("requests.jsonl, line 1", fields)
+
+
+def read_one(row: Row, tokenizer: Any) -> list[tuple[str, tuple[int, ...]]]:
+    examples, left_out = examples_of([row], tokenizer, 200)
+    assert not left_out
+    return [(tokenizer.decode(one.token_ids), one.labels or ()) for one in examples]
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "prompts"),
+    [
+        ("/v1/completions", {"prompt": "a film :"}, ["a film :"]),
+        ("/v1/completions", {"prompt": ["a film :", "the plot :"]}, ["a film :", "the plot :"]),
+        ("/v1/completions", {"prompt": "a film :", "allowed_token_ids": [9, 7]}, ["a film :"]),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a film"}]},
+            ["a film Sentiment :"],
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [
+                    {"role": "system", "content": "the plot"},
+                    {"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]},
+                ],
+                "max_completion_tokens": 1,
+            },
+            ["the plot a b Sentiment :"],
+        ),
+        (
+            "/generative_scoring",
+            {"query": "the plot", "items": ["a film :", "it is"], "label_token_ids": [7, 9]},
+            ["the plot a film :", "the plot it is"],
+        ),
+        (
+            "/generative_scoring",
+            {"query": [3, 4], "items": [[5], [6]], "label_token_ids": [7, 9], "item_first": True},
+            ["5 3 4", "6 3 4"],
+        ),
+    ],
+)
+def test_a_request_becomes_the_prompts_that_vllm_makes_of_it(tokenizer, url, body, prompts):
+    found = read_one(line(url, {**READ, **body}), tokenizer)
+    wanted = [
+        tokenizer.decode([int(token) for token in text.split()]) if text[0].isdigit() else text
+        for text in prompts
+    ]
+    decoded = [tokenizer.decode(tokenizer.encode(text)) for text in wanted]
+    assert [text for text, _ in found] == decoded
+    assert {frozenset(labels) for _, labels in found} == {frozenset((7, 9))}
+
+
+def test_token_prompts_stay_as_they_are(tokenizer):
+    [example], _ = examples_of(
+        [line("/v1/completions", {**READ, "prompt": [5, 1, 5]})], tokenizer, 200
+    )
+    assert example.token_ids == [5, 1, 5]
+
+
+def test_a_decision_becomes_a_prompt_for_each_question(tokenizer):
+    questions = {
+        "good": {"type": "noul", "instructions": "a good film ?"},
+        "kind": {"type": "choice", "criteria": {"warm": None, "clever": "it is"}},
+    }
+    row = line("/v1/systemone", {"state": {"film": "warm"}, "questions": questions})
+    examples, _ = examples_of([row], tokenizer, 200)
+    good, kind = examples
+    assert good.text == (
+        '{\n  "film": "warm"\n}\n\nQuestion: a good film ?\nyes\nno\n'
+        "Answer with yes or no only. Sentiment :"
+    )
+    assert kind.text.endswith(
+        "A: warm\nB: clever - it is\nAnswer with the letter of one option only. Sentiment :"
+    )
+    ids = tokenizer.convert_tokens_to_ids
+    assert good.labels == (ids("yes"), ids("no"))
+    assert kind.labels == (ids("A"), ids("B"))
+    assert (good.question, kind.question) == ("good", "kind")
+
+
+@pytest.mark.parametrize(
+    ("more", "content", "question"),
+    [
+        ({}, "a film\n\nis it good ?", "is it good ?"),
+        ({"question": "mood"}, "a film\n\nis it good ?", "mood"),
+        ({}, "a film", "a film"),
+    ],
+)
+def test_a_question_is_named_in_the_line_or_stands_after_the_last_blank_line(
+    tokenizer, more, content, question
+):
+    body = {**READ, "messages": [{"role": "user", "content": content}]}
+    [example], _ = examples_of(
+        [line("/v1/chat/completions", body, label=9, **more)], tokenizer, 200
+    )
+    assert (example.question, example.label) == (question, "9")
+
+
+FINE = line("/v1/completions", {**READ, "prompt": "a film :"})
+MESSAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "reason"),
+    [
+        ("/v1/embeddings", {"input": "a"}, "/v1/embeddings: not an endpoint that reads labels"),
+        ("/v1/completions", {**READ, "max_tokens": 5, "prompt": "a"}, "more than one token"),
+        ("/v1/completions", {"max_tokens": 1, "prompt": "a"}, "names no labels"),
+        ("/v1/completions", {**READ, "logprob_token_ids": [3], "prompt": "a"}, "fewer than two"),
+        ("/v1/completions", {**READ, "prompt": "a " * 300}, "1 to 200 tokens"),
+        ("/v1/completions", READ, "vLLM would refuse it"),
+        ("/v1/chat/completions", {**READ, "messages": MESSAGE}, "not text alone"),
+        ("/v1/systemone", {"state": "a", "questions": {"q": {"type": "riddle"}}}, "refuse it"),
+        ("/v1/systemone", {"state": "a", "questions": {}, "images": ["x"]}, "images"),
+        (
+            "/generative_scoring",
+            {"query": "a", "items": ["b"], "label_token_ids": [1]},
+            "fewer than two",
+        ),
+    ],
+)
+def test_a_line_that_cannot_exit_is_counted_and_named_and_the_others_are_read(
+    tokenizer, url, body, reason
+):
+    examples, left_out = examples_of([FINE, line(url, body), FINE], tokenizer, 200)
+    assert len(examples) == 2
+    [(found, count)] = left_out.items()
+    assert reason in found
+    assert count == 1
+    with pytest.raises(AdaInferError, match=r"no line of requests\.jsonl can exit: 1 x"):
+        examples_of([line(url, body)], tokenizer, 200)
+
+
+def test_a_line_without_a_body_is_an_error(tokenizer):
+    rows = [FINE, Row("requests.jsonl, line 2", {"text": "a film"})]
+    with pytest.raises(AdaInferError, match=r"line 2 is not a request: it needs 'url' and 'body'"):
+        examples_of(rows, tokenizer, 200)
+
+
+def test_a_file_says_by_its_first_line_whether_it_holds_requests(tmp_path):
+    def kind(row: dict[str, Any]) -> bool:
+        path: Path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        return are_requests(read_rows(path))
+
+    assert kind({"url": "/v1/completions", "body": {}})
+    assert not kind({"text": "a film", "url": "elsewhere"})
