@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.every_process.sitecustomize import AS_A_USER
 from tests.full import needed
@@ -134,6 +135,44 @@ def test_a_policy_for_generated_text_is_calibrated_and_evaluated_per_token(
     assert ours["read_back"]["perplexity"] >= 1
     assert 0 < report["disagreement"] == ours["disagreement"] < 0.3
     assert min(map(int, report["adainfer"]["exit_histogram"])) == 4
+
+
+def test_a_label_pool_is_calibrated_and_evaluated_on_requests(tiny_model, tmp_path):
+    """Two questions about the same films, each with labels of its own, read in two ways."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    bad, good, negative, positive = tokenizer.convert_tokens_to_ids(
+        ["bad", "good", "negative", "positive"]
+    )
+    lines = []
+    reviews = files("vllm_adainfer.offline.demo").joinpath("calibration.jsonl").read_text()
+    for number, review in enumerate(reviews.splitlines()[:160]):
+        text = json.loads(review)["text"]
+        for name, own in ("mood", [bad, good]), ("side", [negative, positive, good]):
+            body = {"prompt": f"{text}\n\n{name} :", "max_tokens": 1, "temperature": 0}
+            key = ("allowed_token_ids", "logprob_token_ids")[number % 2]
+            request = {"custom_id": f"{number}", "method": "POST", "url": "/v1/completions"}
+            lines.append({**request, "body": {**body, key: own}, "label": own[0]})
+    lines.append({"custom_id": "0", "url": "/v1/embeddings", "body": {"input": "a film"}})
+    data, output, report_file = (tmp_path / name for name in ("rows.jsonl", "policy", "report"))
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pool = ",".join(map(str, (bad, good, negative, positive)))
+    done = command(
+        "calibrate", "--model", str(tiny_model), "--data", str(data), "--label-pool", pool,
+        "--exit-points", "3,5", "--epsilon", "0.3", "--output", str(output),
+    )  # fmt: skip
+    assert "1 of 321 lines were left out: /v1/embeddings" in done.stderr
+    assert "two or more of bad, good, negative, positive" in done.stdout
+    assert "mood :" in done.stdout
+    assert json.loads((output / "config.json").read_text())["label_pool"]
+    command(
+        "evaluate", "--model", str(tiny_model), "--artifact", str(output), "--data", str(data),
+        "--repeat", "1", "--epsilon", "0.3", "--report", str(report_file),
+    )  # fmt: skip
+    report = json.loads(report_file.read_text())
+    assert report["n"] == 320
+    assert report["layers_saved"] > 0
+    assert 0 <= report["disagreement"] < 0.3
+    assert [level["epsilon"] for level in report["levels"]] == [0.3]
 
 
 def test_an_artifact_for_other_weights_is_refused_in_one_sentence(

@@ -240,6 +240,14 @@ def artifact_of_another_model(place: Place) -> list[str]:
     return place.evaluate()
 
 
+def label_pool_of_rows(place: Place) -> list[str]:
+    return place.calibrate(label_pool="letters")
+
+
+def evaluate_another_epsilon(place: Place) -> list[str]:
+    return place.evaluate(epsilon="0.03")
+
+
 def evaluate_other_labels(place: Place) -> list[str]:
     return place.evaluate(labels="bad,Review")
 
@@ -262,9 +270,57 @@ def plot_below_a_file(place: Place) -> list[str]:
     return place.evaluate(plot=str(place.data / "plot.png"))
 
 
+def requests(command: str, *lines: dict[str, Any], **options: str) -> Any:
+    """Data of requests, and no template unless it is an option."""
+
+    def spoil(place: Place) -> list[str]:
+        full = [{"method": "POST", "custom_id": "1", **line} for line in lines]
+        place.data.write_text("".join(json.dumps(line) + "\n" for line in full))
+        arguments = getattr(place, command)(**options)
+        if "template" not in options:
+            at = arguments.index("--template")
+            del arguments[at : at + 2]
+        return arguments
+
+    return spoil
+
+
+def read_of(*label_ids: int) -> dict[str, Any]:
+    body = {"prompt": "good", "max_tokens": 1, "logprob_token_ids": list(label_ids)}
+    return {"url": "/v1/completions", "body": body}
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (
+            requests("calibrate", read_of(5, 6), template=TEMPLATE),
+            "holds requests, which bring their prompts, labels and one token each: drop",
+        ),
+        (requests("calibrate", read_of(5, 6)), "too few rows for the bound"),
+        (
+            requests("calibrate", read_of(5, 6), read_of(5, 7)),
+            "tokens found: --label-pool 5,6",
+        ),
+        (requests("calibrate", read_of(5, 6), {"text": "good"}), "line 2 is not a request"),
+        (requests("calibrate", read_of(5)), "can exit: 1 x a request about fewer than two labels"),
+        (
+            requests("calibrate", read_of(5, 6), label_pool="5,7"),
+            "(token 6), which --label-pool does not have: add it",
+        ),
+        (
+            requests("calibrate", read_of(5, 6), label_pool="moods"),
+            "--label-pool moods is not known",
+        ),
+        (label_pool_of_rows, "--label-pool is for requests that name their own labels"),
+        (
+            requests("evaluate", read_of(5, 6)),
+            "which this policy does not serve: calibrate",
+        ),
+        (
+            evaluate_another_epsilon,
+            "--epsilon 0.03 was not certified for this artifact: choose",
+        ),
         (missing_data, "cannot read --data"),
         (malformed_row, "line 301 is not JSON"),
         (row_that_is_no_object, "line 1 must be a JSON object, not list"),
