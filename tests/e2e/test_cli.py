@@ -137,12 +137,12 @@ def test_a_policy_for_generated_text_is_calibrated_and_evaluated_per_token(
     assert min(map(int, report["adainfer"]["exit_histogram"])) == 4
 
 
-def test_a_label_pool_is_calibrated_and_evaluated_on_requests(tiny_model, tmp_path):
-    """Two questions about the same films, each with labels of its own, read in two ways."""
+@pytest.fixture(scope="module")
+def pool(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Requests of two questions about the same films, and a policy for both by the CLI."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    bad, good, negative, positive = tokenizer.convert_tokens_to_ids(
-        ["bad", "good", "negative", "positive"]
-    )
+    names = "bad", "good", "negative", "positive"
+    bad, good, negative, positive = tokenizer.convert_tokens_to_ids(names)
     lines = []
     reviews = files("vllm_adainfer.offline.demo").joinpath("calibration.jsonl").read_text()
     for number, review in enumerate(reviews.splitlines()[:160]):
@@ -153,17 +153,29 @@ def test_a_label_pool_is_calibrated_and_evaluated_on_requests(tiny_model, tmp_pa
             request = {"custom_id": f"{number}", "method": "POST", "url": "/v1/completions"}
             lines.append({**request, "body": {**body, key: own}, "label": own[0]})
     lines.append({"custom_id": "0", "url": "/v1/embeddings", "body": {"input": "a film"}})
-    data, output, report_file = (tmp_path / name for name in ("rows.jsonl", "policy", "report"))
+    folder = tmp_path_factory.mktemp("pool")
+    data, output = folder / "rows.jsonl", folder / "policy"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    pool = ",".join(map(str, (bad, good, negative, positive)))
     done = command(
-        "calibrate", "--model", str(tiny_model), "--data", str(data), "--label-pool", pool,
-        "--exit-points", "3,5", "--epsilon", "0.3", "--output", str(output),
+        "calibrate", "--model", str(tiny_model), "--data", str(data), "--exit-points", "3,5",
+        "--label-pool", ",".join(map(str, (bad, good, negative, positive))), "--epsilon", "0.3",
+        "--output", str(output),
     )  # fmt: skip
+    return data, output, done
+
+
+def test_a_label_pool_is_calibrated_on_requests(pool):
+    _, output, done = pool
     assert "1 of 321 lines were left out: /v1/embeddings" in done.stderr
     assert "two or more of bad, good, negative, positive" in done.stdout
     assert "mood :" in done.stdout
     assert json.loads((output / "config.json").read_text())["label_pool"]
+
+
+@pytest.mark.full
+def test_a_label_pool_is_evaluated_on_requests(pool, tiny_model, tmp_path):
+    data, output, _ = pool
+    report_file = tmp_path / "report.json"
     command(
         "evaluate", "--model", str(tiny_model), "--artifact", str(output), "--data", str(data),
         "--repeat", "1", "--epsilon", "0.3", "--report", str(report_file),

@@ -18,36 +18,35 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tests.e2e.oracle import hidden_states
-from tests.e2e.test_probabilities import CLOSE, TIE, expected, read
+from tests.e2e.test_label_pool import CLOSE, TIE, expected
 from tests.e2e.test_serve import FLAGS, by_policy, environment, post, wait_for_counters
 from tests.families import SHAPE
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
+from vllm_adainfer.offline.calibration.data import Row
+from vllm_adainfer.offline.calibration.requests import examples_of
 from vllm_adainfer.policy.artifact import Label
 
 END = "Sentiment :"  # of each prompt, so that a label is a token of its own
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}" + END
-PROMISES = {"risk": "probability", "tolerance": 0.05, "label_mass": True}
+POOL = ["yes", "no", *map(chr, range(ord("A"), ord("Z") + 1))]
+PROMISES = {"risk": "probability", "tolerance": 0.05, "label_mass": True, "label_pool": True}
 QUESTIONS = {
     "good": {"type": "noul", "instructions": "a good film ?"},
     "kind": {"type": "choice", "criteria": {"warm": None, "clever": None, "long": None}},
+    "how": {"type": "score", "criteria": ["not", "a bit", "much"]},
 }
+LABELS = {"good": ["yes", "no"], "kind": ["A", "B", "C"], "how": ["0", "1", "2"]}
 WORDS = ["a", "warm", "and", "clever", "film", "the", "plot", "is", "slow", "but", "never", "dull"]
 _GENERATOR = np.random.default_rng(3)
 STATES = [" ".join(_GENERATOR.choice(WORDS, 3 + i % 9)) for i in range(32)]
-
-
-def rendered(state: str) -> str:
-    """The yes-or-no question about a state, as vLLM asks it."""
-    lines = ["Question: a good film ?", "yes", "no", "Answer with yes or no only."]
-    return f"{state}\n\n" + "\n".join(lines) + f" {END}"
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """The tiny models', and every label that the endpoint may ask for."""
     found = word_tokenizer()
-    labels = ["yes", "no", *map(chr, range(ord("A"), ord("Z") + 1)), *"0123456789"]
-    found.add_tokens([AddedToken(label, single_word=True) for label in labels])
+    found.add_tokens([AddedToken(label, single_word=True) for label in [*POOL, *"0123456789"]])
+    found.chat_template = TEMPLATE
     return found
 
 
@@ -69,33 +68,40 @@ def reference(model) -> Any:
 
 @pytest.fixture(scope="module")
 def promises(tokenizer) -> dict[str, Any]:
-    ids = [tokenizer.convert_tokens_to_ids(name) for name in ("yes", "no")]
-    labels = tuple(Label(name=n, token_id=i) for n, i in zip(("yes", "no"), ids, strict=True))
+    labels = tuple(
+        Label(name=name, token_id=tokenizer.convert_tokens_to_ids(name)) for name in POOL
+    )
     return {**PROMISES, "architecture": "Qwen3ForCausalLM", "labels": labels}
 
 
 @pytest.fixture(scope="module")
-def heads(model, promises) -> dict[int, tuple[Tensor, Tensor]]:
-    tensors = tiny_tensors(tiny_config(model, **promises))
-    return {
-        layer: (tensors[f"exit.{layer}.head_weight"], tensors[f"exit.{layer}.head_bias"])
-        for layer in EXIT_POINTS
-    }
+def heads(model, promises) -> dict[str, Tensor]:
+    return tiny_tensors(tiny_config(model, **promises))
 
 
-def states_of(reference: Any, tokenizer: Any, texts: list[str]) -> list[list[Tensor]]:
-    """Of each text, its last row after each number of layers."""
-    prompts = [tokenizer.encode(text) for text in texts]
+def states_of(reference: Any, prompts: list[list[int]]) -> list[list[Tensor]]:
+    """Of each prompt, its last row after each number of layers."""
     return [[state[-1:] for state in hidden_states(reference, prompt)] for prompt in prompts]
+
+
+def prompts_of(tokenizer: Any, path: str, body: dict[str, Any]) -> list[list[int]]:
+    """What `calibrate` makes of a request."""
+    row = Row("here", {"url": path, "body": body})
+    return [example.token_ids for example in examples_of([row], tokenizer, 512)[0]]
 
 
 @pytest.fixture(scope="module")
 def threshold(reference, tokenizer, heads) -> float:
-    """On the gap: half of the prompts would leave at the first exit point."""
-    gaps = []
-    for after in states_of(reference, tokenizer, [rendered(state) for state in STATES]):
-        best = read(after[EXIT_POINTS[0]], heads[EXIT_POINTS[0]])[0].sort().values
-        gaps.append(float(best[-1] - best[-2]))
+    """On the gap: half of the yes-or-no questions would leave at the first exit point."""
+    layer, gaps = EXIT_POINTS[0], []
+    for state in STATES:
+        prompt, *_ = prompts_of(
+            tokenizer, "/v1/systemone", {"state": state, "questions": QUESTIONS}
+        )
+        [after] = states_of(reference, [prompt])
+        scores = after[layer] @ heads[f"exit.{layer}.head_weight"].T
+        best = (scores + heads[f"exit.{layer}.head_bias"])[0, :2].softmax(0)
+        gaps.append(float((best[0] - best[1]).abs()))
     return float(np.median(gaps))
 
 
@@ -128,63 +134,89 @@ def left_by(server: Server) -> Counter[int]:
     return found
 
 
-def test_a_decision_is_read_at_the_exit_beside_questions_that_run_at_full_depth(
+def test_a_decision_is_read_at_the_exit_among_the_labels_of_its_question(
     server, reference, tokenizer, heads, threshold, promises
 ):
-    """Of each request one question has a policy; the other one, of three letters, has none."""
+    """Yes or no, and three letters, are in the policy's pool; three digits are not."""
     decided, before = by_policy(server, "exit_layer_count").total(), left_by(server)
     bodies = [{"state": state, "questions": QUESTIONS} for state in STATES]
     answers = post_all(server, "/v1/systemone", bodies)
-    ids = [label.token_id for label in promises["labels"]]
+    pool = [label.token_id for label in promises["labels"]]
     wanted: Counter[int] = Counter()
-    for after, answer in zip(
-        states_of(reference, tokenizer, [rendered(state) for state in STATES]), answers, strict=True
-    ):
-        found = expected(reference, after, heads, threshold, ids)
-        if found is None:
-            continue
-        depth, among, mass = found
-        wanted[depth] += 1
-        told, diagnostics = answer["answers"]["good"], answer["diagnostics"]["good"]
-        assert list(told["probabilities"].values()) == pytest.approx(among.tolist(), abs=CLOSE)
-        assert told["confidence"] == pytest.approx(float(among.max()) * mass, abs=CLOSE)
-        assert diagnostics["label_mass"] == pytest.approx(mass, abs=CLOSE)
-        if mass > 0.5 + TIE:
-            assert diagnostics["argmax_is_label"]
-    wait_for_counters(server, decided + 2 * len(STATES))
+    for body, answer in zip(bodies, answers, strict=True):
+        prompts = prompts_of(tokenizer, "/v1/systemone", body)
+        assert answer["usage"]["input_tokens"] == sum(map(len, prompts))
+        for name, after in zip(QUESTIONS, states_of(reference, prompts), strict=True):
+            own = tokenizer.convert_tokens_to_ids(LABELS[name])
+            tensors = None if name == "how" else heads
+            found = expected(reference, after, tensors, own, pool, threshold)
+            if found is None:
+                continue
+            depth, among, mass = found
+            wanted[depth] += 1
+            told, diagnostics = answer["answers"][name], answer["diagnostics"][name]
+            assert list(told["probabilities"].values()) == pytest.approx(among.tolist(), abs=CLOSE)
+            assert told["confidence"] == pytest.approx(float(among.max()) * mass, abs=CLOSE)
+            assert diagnostics["label_mass"] == pytest.approx(mass, abs=CLOSE)
+            if mass > 0.5 + TIE:
+                assert diagnostics["argmax_is_label"]
+    wait_for_counters(server, decided + len(QUESTIONS) * len(STATES))
     left = left_by(server) - before
     assert wanted[EXIT_POINTS[0]] > len(STATES) // 4
     assert left[EXIT_POINTS[0]] >= wanted[EXIT_POINTS[0]]
-    assert 0 < left[LAYERS - 1] <= len(STATES), "no question of three letters leaves early"
+    assert 0 < left[LAYERS - 1] <= 2 * len(STATES), "no question of three digits leaves early"
 
 
 @pytest.mark.parametrize("among_labels", [True, False])
 def test_a_score_is_the_probability_of_the_first_label_at_the_exit(
     server, reference, tokenizer, heads, threshold, promises, among_labels
 ):
-    """Labels may come in another order than in the policy; the items of a request leave alone."""
-    ids = [label.token_id for label in promises["labels"]]
-    query = f"the plot is {among_labels} :"
+    """Labels come in any order; the items of a request leave one by one."""
+    own = tokenizer.convert_tokens_to_ids(["no", "C", "yes"])
     body = {
-        "query": query,
+        "query": f"the plot is {among_labels} :",
         "items": [f" {state} {END}" for state in STATES],
-        "label_token_ids": ids[::-1],
+        "label_token_ids": own,
         "apply_softmax": among_labels,
     }
     decided = by_policy(server, "exit_layer_count").total()
     before = by_policy(server, "layer_rows_skipped_total")
     [answer] = post_all(server, "/generative_scoring", [body])
+    pool = [label.token_id for label in promises["labels"]]
+    prompts = prompts_of(tokenizer, "/generative_scoring", body)
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
     scores = [one["score"] for one in answer["data"]]
-    texts = [query + item for item in body["items"]]
-    for after, score in zip(states_of(reference, tokenizer, texts), scores, strict=True):
-        found = expected(reference, after, heads, threshold, ids)
+    for after, score in zip(states_of(reference, prompts), scores, strict=True):
+        found = expected(reference, after, heads, own, pool, threshold)
         if found is None:
             continue
         _, among, mass = found
-        wanted = float(among[1]) * (1 if among_labels else mass)
-        assert score == pytest.approx(wanted, abs=CLOSE)
+        assert score == pytest.approx(float(among[0]) * (1 if among_labels else mass), abs=CLOSE)
     wait_for_counters(server, decided + len(STATES))
     assert (by_policy(server, "layer_rows_skipped_total") - before).total() > 0
+
+
+MESSAGES = [
+    {"role": "system", "content": "the film is warm"},
+    {"role": "user", "content": [{"type": "text", "text": text} for text in ("a plot", "good ?")]},
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": f"a warm film {END}", "logprobs": 2}),
+        ("/v1/completions", {"prompt": [5, 6, 7, 3], "logprobs": 2}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "logprobs": True}),
+        ("/v1/chat/completions", {"messages": MESSAGES[1:], "logprobs": True}),
+    ],
+)
+def test_calibration_reads_the_tokens_that_the_server_reads(server, tokenizer, path, body):
+    own = tokenizer.convert_tokens_to_ids(["A", "B"])
+    asked = {"model": "model", "max_tokens": 1, "logprob_token_ids": own, **body}
+    [answer] = post_all(server, path, [{**asked, "return_token_ids": True}])
+    found = answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"]
+    assert prompts_of(tokenizer, path, asked) == [found]
 
 
 BAD = {
@@ -219,7 +251,7 @@ def test_labels_that_come_twice_or_among_others_get_probabilities_of_full_depth(
     ids = [label.token_id for label in promises["labels"]]
     decided = by_policy(server, "exit_layer_count").total()
     before = by_policy(server, "layer_rows_skipped_total")
-    lists = [ids[0], ids[0]], [*ids, 3], ids[:1]
+    lists = [ids[0], ids[0]], [*ids[:2], 3], ids[:1]
     for asked in lists:
         body = {"query": f"the film {json.dumps(asked)} {END}", "items": [""]}
         [answer] = post_all(server, "/generative_scoring", [{**body, "label_token_ids": asked}])

@@ -80,20 +80,28 @@ def random_request(seed: int) -> SamplingParams:
 
 @torch.inference_mode()
 def expected(
-    reference: Any, after: list[Tensor], tensors: dict[str, Tensor] | None, own: list[int]
+    reference: Any,
+    after: list[Tensor],
+    tensors: dict[str, Tensor] | None,
+    own: list[int],
+    pool: list[int] = IDS,
+    gap: float = GAP,
 ) -> tuple[int, Tensor, float] | None:
-    """Depth, probabilities among the labels `own` and their mass; None if too close to call."""
-    columns = [IDS.index(token) for token in own] if tensors is not None else []
+    """Depth, probabilities among the labels `own` and their mass; None if too close to call.
+
+    `tensors` are the policy's; None if no policy serves the request.
+    """
+    columns = [pool.index(token) for token in own] if tensors is not None else []
     for layer in EXIT_POINTS if tensors is not None else ():
         scores = after[layer] @ tensors[f"exit.{layer}.head_weight"].T
         scores = (scores + tensors[f"exit.{layer}.head_bias"])[0]
         among = scores[columns].softmax(0)
         best = among.sort().values
-        lead = float(best[-1] - best[-2]) - GAP
+        lead = float(best[-1] - best[-2]) - gap
         if abs(lead) < TIE:
             return None
         if lead > 0:
-            mass = float(torch.sigmoid(scores[-1])) if len(scores) > len(IDS) else 1.0
+            mass = float(torch.sigmoid(scores[-1])) if len(scores) > len(pool) else 1.0
             return layer, among, mass
     whole = reference.lm_head(reference.model.norm(after[LAYERS]))[0].softmax(0)[own]
     return LAYERS, whole / whole.sum(), float(whole.sum())
