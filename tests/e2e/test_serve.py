@@ -268,11 +268,10 @@ def test_requests_are_captured_token_for_token_by_whatever_endpoint_they_come(
     texts = ["a clever film but never a dull plot", "the plot is a slow film", "never a warm film"]
     prompts = [tokenizer.encode(text) for text in texts]
     common = {"model": "model", "max_tokens": 1, "temperature": 0}
-    choice = {"structured_outputs": {"choice": ["film", "plot"]}}
     message = {"role": "user", "content": texts[1]}
     requests = [
         ("/v1/completions", {**common, "prompt": texts[0], "allowed_token_ids": labels}),
-        ("/v1/chat/completions", {**common, "messages": [message], **choice}),
+        ("/v1/chat/completions", {**common, "messages": [message], "max_tokens": 3}),
         ("/generative_scoring", {"query": texts[2], "items": [" slow"], "label_token_ids": labels}),
     ]
     for path, body in requests:
@@ -281,7 +280,7 @@ def test_requests_are_captured_token_for_token_by_whatever_endpoint_they_come(
     prompts[2] = [*prompts[2], *tokenizer.encode(" slow")]
     said = [
         {**common, "allowed_token_ids": labels},
-        {**common, **choice},
+        {**common, "max_tokens": 3},
         {**common, "temperature": 1, "logprob_token_ids": labels, "logprobs": len(labels)},
     ]
     for prompt, body in zip(prompts, said, strict=True):
@@ -337,13 +336,14 @@ def test_the_log_says_what_is_active_and_at_each_interval_what_was_saved(server)
     assert re.search(r"Engine 000: mean exit layer \d\.\d/6, layers saved \d+%, probes \d", log)
 
 
-def test_replicas_count_each_for_itself_behind_one_frontend_or_several(
+def test_replicas_count_and_capture_each_for_itself_behind_one_frontend_or_several(
     tiny_model, tasks, sources, reference, tmp_path
 ):
     flags = (*FLAGS, "--data-parallel-size", "2", "--api-server-count", "2")
     cores = sorted(os.sched_getaffinity(0))  # one beside another worker, which keeps its core busy
     more = environment(VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[-1]}")
-    switch = {"artifact": sources, "min_rows_saved": 1}
+    capture = {"directory": str(tmp_path / "requests"), "rate": 1}
+    switch = {"artifact": sources, "min_rows_saved": 1, "capture": capture}
     with serving(str(tiny_model), switch, tmp_path / "log", flags, more) as running:
         wanted = cases(tasks, reference, prompts_of(43, 60), 43)
         assert answers(running, wanted) == [case.token for case in wanted]
@@ -354,6 +354,13 @@ def test_replicas_count_each_for_itself_behind_one_frontend_or_several(
             engines[series.split('engine="')[1][0]] += int(value)
         assert set(engines) == {"0", "1"}
         assert sum(engines.values()) == len(wanted)
+    prompts = Counter[str]()
+    for engine in engines:
+        [path] = (tmp_path / "requests").glob(f"capture-{engine}-*.jsonl")
+        lines = path.read_text().splitlines()
+        assert len(lines) == engines[engine]
+        prompts.update(str(json.loads(line)["body"]["prompt"]) for line in lines)
+    assert prompts == Counter(str(case.prompt) for case in wanted)
 
 
 def run_vllm(*arguments: str) -> str:
