@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -16,6 +17,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.conftest import tiny_engine
 from tests.plugin.test_config_time import engine_config
+from tests.tiny import LABELS
+from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
 from vllm_adainfer.engine.capture import CapturingScheduler
 from vllm_adainfer.engine.sample import is_sampled
@@ -36,13 +39,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "label probabilities": {"logprob_token_ids": LABEL_IDS},
     "text": {"max_tokens": 6},
     "sampled": {"temperature": 0.8, "seed": 5, "max_tokens": 3},
-    "choice": {"structured_outputs": {"choice": ["film", "plot"]}, "max_tokens": 2},
+    "choice": {"structured_outputs": {"choice": list(LABELS)}},
 }
 ENGINE: dict[str, Any] = {
     "max_model_len": 512,
     "kv_cache_memory_bytes": 64 << 20,
     "served_model_name": ["name", "other"],
 }
+INTERPRETED = IS_V2 and not torch.cuda.is_available()  # so is vLLM's kernel for grammars, and fails
 
 
 def params_of(kind: str) -> SamplingParams:
@@ -94,7 +98,9 @@ def stock(tiny_model) -> Any:
     return tiny_engine(tiny_model, None, **ENGINE)
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in SETTINGS if not (INTERPRETED and kind == "choice")]
+)
 def test_stock_vllm_answers_the_same_bit_for_bit_and_each_request_is_a_line(
     capturing, stock, directory, kind
 ):

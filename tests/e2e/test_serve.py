@@ -268,10 +268,11 @@ def test_requests_are_captured_token_for_token_by_whatever_endpoint_they_come(
     texts = ["a clever film but never a dull plot", "the plot is a slow film", "never a warm film"]
     prompts = [tokenizer.encode(text) for text in texts]
     common = {"model": "model", "max_tokens": 1, "temperature": 0}
+    choice = {"structured_outputs": {"choice": list(LABELS)}}
     message = {"role": "user", "content": texts[1]}
     requests = [
         ("/v1/completions", {**common, "prompt": texts[0], "allowed_token_ids": labels}),
-        ("/v1/chat/completions", {**common, "messages": [message], "max_tokens": 3}),
+        ("/v1/chat/completions", {**common, "messages": [message], **choice}),
         ("/generative_scoring", {"query": texts[2], "items": [" slow"], "label_token_ids": labels}),
     ]
     for path, body in requests:
@@ -280,7 +281,7 @@ def test_requests_are_captured_token_for_token_by_whatever_endpoint_they_come(
     prompts[2] = [*prompts[2], *tokenizer.encode(" slow")]
     said = [
         {**common, "allowed_token_ids": labels},
-        {**common, "max_tokens": 3},
+        {**common, **choice},
         {**common, "temperature": 1, "logprob_token_ids": labels, "logprobs": len(labels)},
     ]
     for prompt, body in zip(prompts, said, strict=True):
