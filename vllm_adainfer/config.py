@@ -21,6 +21,7 @@ CONFIG_KEY = "adainfer"
 KILL_SWITCH = "VLLM_ADAINFER"
 NO_POLICY = "full_depth"  # policy name under which requests that may not exit are counted
 DEFAULT_POLICY = "default"  # name of the only policy
+ALONE = {"capture", "enabled"}  # keys that need no artifact
 # Policy names appear in requests and in the labels of metrics.
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
@@ -32,6 +33,18 @@ class LensRecord(BaseModel):
 
     folds: int = Field(ge=2)
     prompts: int = Field(ge=1, description="Those with lower tags; the others are held out.")
+
+
+class Capture(BaseModel):
+    """A sample of the requests, kept on disk; see `vllm_adainfer.engine.capture`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    directory: str = Field(min_length=1, description="Made if it is not there, for this user only.")
+    rate: float = Field(0.1, gt=0, le=1, description="Share of the requests that is kept.")
+    limit: int = Field(
+        2000, ge=1, description="Most requests of one engine that the directory keeps."
+    )
 
 
 class Settings(BaseModel):
@@ -89,6 +102,11 @@ class Settings(BaseModel):
         description="Of the requests that may exit, the share that runs to full depth instead, "
         "to be compared with the early answers; 0 compares none.",
     )
+    capture: Capture | None = Field(
+        None,
+        description="Keep a sample of the requests as a batch file, to calibrate on. Without an "
+        "artifact the engine is otherwise stock vLLM.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Settings:
@@ -97,13 +115,29 @@ class Settings(BaseModel):
         if isinstance(self.artifact, dict) and NO_POLICY in self.artifact:
             raise ValueError(f'"{NO_POLICY}" is a reserved name: give the artifact another one')
         sources = self.artifact, self.record, self.exit_script
-        if self.enabled and sum(source is not None for source in sources) != 1:
+        given = sum(source is not None for source in sources)
+        if self.enabled and given != 1 and (given or self.capture is None):
             raise ValueError('give "artifact": the directory that `calibrate` wrote')
+        if self.capture is not None and (self.record, self.exit_script) != (None, None):
+            raise ValueError(
+                '"capture" goes with "artifact" or stands alone: drop it, or "record" and '
+                '"exit_script"'
+            )
+        if self.runs_stock and (others := self.model_dump(exclude_defaults=True).keys() - ALONE):
+            raise ValueError(
+                f'"{min(others)}" goes with "artifact": give the directory that `calibrate` wrote, '
+                'or only "capture"'
+            )
         if self.exit_script is not None and (self.epsilon is not None or self.shadow_rate):
             raise ValueError('"epsilon" and "shadow_rate" go with "artifact", not "exit_script"')
         if self.record is None and self.record_lens is not None:
             raise ValueError('"record_lens" goes with "record": give both, or neither')
         return self
+
+    @property
+    def runs_stock(self) -> bool:
+        """Whether the engine runs vLLM's own model and worker, and only captures requests."""
+        return self.artifact is None and self.record is None and self.exit_script is None
 
     @property
     def artifacts(self) -> dict[str, str]:
@@ -203,6 +237,7 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join([CONFIG_KEY, *map(str, problem["loc"])])
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(sorted(Settings.model_fields))
+        owner = Capture if problem["loc"][0] == "capture" else Settings
+        known = ", ".join(sorted(owner.model_fields))
         return f"additional_config: {where} is not a known key; known keys: {known}"
     return f"additional_config: {where}: {problem['msg'].removeprefix('Value error, ')}"

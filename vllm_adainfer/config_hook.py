@@ -9,6 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine.compat import use_stat_loggers
 from vllm_adainfer.engine.configure import configure
+from vllm_adainfer.engine.configure_capture import configure_capture
 from vllm_adainfer.frontend.request_check import use_check
 from vllm_adainfer.frontend.stat_logger import WithExitStats
 
@@ -28,9 +29,12 @@ class ConfigHook(VerifyAndUpdateConfig):
         settings = read_settings(vllm_config.additional_config)
         if settings is None:
             return
-        admission = configure(vllm_config, settings, cls.model_class)
-        vllm_config.model_config.logits_processors = [use_check(admission)]
-        use_stat_loggers(WithExitStats)
+        if not settings.runs_stock:
+            admission = configure(vllm_config, settings, cls.model_class)
+            vllm_config.model_config.logits_processors = [use_check(admission)]
+            use_stat_loggers(WithExitStats)
+        if settings.capture is not None:
+            configure_capture(vllm_config, settings.capture)
 
 
 def config_hook(stock: type | None, model_class: str) -> type[ConfigHook]:

@@ -47,9 +47,17 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model, sources, tmp_path_factory) -> Iterator[Server]:
+def captured(tmp_path_factory) -> Path:
+    """Where the server keeps all requests."""
+    directory: Path = tmp_path_factory.mktemp("captured")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model, sources, captured, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "server.log"
-    switch = {"artifact": sources, "min_rows_saved": 1}
+    capture = {"directory": str(captured), "rate": 1, "limit": 20_000}
+    switch = {"artifact": sources, "min_rows_saved": 1, "capture": capture}
     with serving(str(tiny_model), switch, log, FLAGS, environment()) as running:
         yield running
 
@@ -240,6 +248,48 @@ def test_requests_of_all_kinds_at_once_are_told_what_each_is_told_alone(server, 
             assert list(pool.map(told, wanted)) == alone
 
 
+def captured_bodies(directory: Path, prompt: list[int]) -> list[dict[str, Any]]:
+    """The bodies of captured requests with a prompt, once there is one."""
+    end = time.monotonic() + 10
+    while True:
+        lines = [line for path in directory.iterdir() for line in path.read_text().splitlines()]
+        bodies = [json.loads(line)["body"] for line in lines]
+        found = [body for body in bodies if body["prompt"] == prompt]
+        if found or time.monotonic() > end:
+            return found
+        time.sleep(0.05)
+
+
+def test_requests_are_captured_token_for_token_by_whatever_endpoint_they_come(
+    server, captured, tiny_model, tasks
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    labels = list(tasks["mood"].config.label_ids)
+    texts = ["a clever film but never a dull plot", "the plot is a slow film", "never a warm film"]
+    prompts = [tokenizer.encode(text) for text in texts]
+    common = {"model": "model", "max_tokens": 1, "temperature": 0}
+    choice = {"structured_outputs": {"choice": list(LABELS)}}
+    message = {"role": "user", "content": texts[1]}
+    requests = [
+        ("/v1/completions", {**common, "prompt": texts[0], "allowed_token_ids": labels}),
+        ("/v1/chat/completions", {**common, "messages": [message], **choice}),
+        ("/generative_scoring", {"query": texts[2], "items": [" slow"], "label_token_ids": labels}),
+    ]
+    for path, body in requests:
+        status, answer = post(server, path, body)
+        assert status == 200, answer
+    prompts[2] = [*prompts[2], *tokenizer.encode(" slow")]
+    said = [
+        {**common, "allowed_token_ids": labels},
+        {**common, **choice},
+        {**common, "temperature": 1, "logprob_token_ids": labels, "logprobs": len(labels)},
+    ]
+    for prompt, body in zip(prompts, said, strict=True):
+        assert captured_bodies(captured, prompt) == [{**body, "prompt": prompt}]
+    assert {path.stat().st_mode & 0o777 for path in captured.iterdir()} == {0o600}
+    assert "users' data on disk" in server.log.read_text()
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
@@ -287,13 +337,14 @@ def test_the_log_says_what_is_active_and_at_each_interval_what_was_saved(server)
     assert re.search(r"Engine 000: mean exit layer \d\.\d/6, layers saved \d+%, probes \d", log)
 
 
-def test_replicas_count_each_for_itself_behind_one_frontend_or_several(
+def test_replicas_count_and_capture_each_for_itself_behind_one_frontend_or_several(
     tiny_model, tasks, sources, reference, tmp_path
 ):
     flags = (*FLAGS, "--data-parallel-size", "2", "--api-server-count", "2")
     cores = sorted(os.sched_getaffinity(0))  # one beside another worker, which keeps its core busy
     more = environment(VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[-1]}")
-    switch = {"artifact": sources, "min_rows_saved": 1}
+    capture = {"directory": str(tmp_path / "requests"), "rate": 1}
+    switch = {"artifact": sources, "min_rows_saved": 1, "capture": capture}
     with serving(str(tiny_model), switch, tmp_path / "log", flags, more) as running:
         wanted = cases(tasks, reference, prompts_of(43, 60), 43)
         assert answers(running, wanted) == [case.token for case in wanted]
@@ -304,6 +355,13 @@ def test_replicas_count_each_for_itself_behind_one_frontend_or_several(
             engines[series.split('engine="')[1][0]] += int(value)
         assert set(engines) == {"0", "1"}
         assert sum(engines.values()) == len(wanted)
+    prompts = Counter[str]()
+    for engine in engines:
+        [path] = (tmp_path / "requests").glob(f"capture-{engine}-*.jsonl")
+        lines = path.read_text().splitlines()
+        assert len(lines) == engines[engine]
+        prompts.update(str(json.loads(line)["body"]["prompt"]) for line in lines)
+    assert prompts == Counter(str(case.prompt) for case in wanted)
 
 
 def run_vllm(*arguments: str) -> str:

@@ -92,6 +92,60 @@ def test_without_the_switch_everything_is_vllms_own(tiny_model, tiny_policy, mon
     assert config.scheduler_config.scheduler_cls is None
 
 
+@pytest.mark.parametrize("settings", [{}, {"enable_lora": True}, {"pipeline_parallel_size": 2}])
+def test_capture_alone_selects_only_a_scheduler_and_refuses_nothing_else(
+    tiny_model, tmp_path, settings
+):
+    capture = {"directory": str(tmp_path / "requests")}
+    config = engine_config(tiny_model, {"capture": capture}, **settings)
+    assert config.model_config.hf_config.architectures == ["LlamaForCausalLM"]
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert config.scheduler_config.scheduler_cls == SCHEDULER
+    assert not config.model_config.logits_processors
+
+
+def test_an_architecture_without_exit_points_can_be_captured(tiny_model, tmp_path):
+    FalconConfig(architectures=["FalconForCausalLM"]).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    config = engine_config(tmp_path, {"capture": {"directory": str(tmp_path / "requests")}})
+    assert config.model_config.hf_config.architectures == ["FalconForCausalLM"]
+    assert config.scheduler_config.scheduler_cls == SCHEDULER
+
+
+def test_capture_beside_an_artifact_leaves_the_exits_as_they_are(tiny_model, tiny_policy, tmp_path):
+    capture = {"directory": str(tmp_path)}
+    config = engine_config(tiny_model, {"artifact": str(tiny_policy), "capture": capture})
+    assert config.model_config.hf_config.architectures == ["AdaInferLlamaForCausalLM"]
+    assert config.parallel_config.worker_cls == CPU_WORKER
+
+
+@pytest.mark.parametrize("how", ["not enabled", "kill switch"])
+def test_what_turns_the_plugin_off_turns_capture_off(tiny_model, tmp_path, monkeypatch, how):
+    adainfer = {"capture": {"directory": str(tmp_path / "requests")}}
+    if how == "not enabled":
+        adainfer["enabled"] = False
+    else:
+        monkeypatch.setenv("VLLM_ADAINFER", "0")
+    assert engine_config(tiny_model, adainfer).scheduler_config.scheduler_cls is None
+    assert not (tmp_path / "requests").exists()
+
+
+@pytest.mark.parametrize(
+    ("directory", "settings", "sentence"),
+    [
+        ("/proc/requests", {}, "cannot write to /proc/requests .*: name a directory"),
+        ("", {"scheduler_cls": "some.Scheduler"}, "custom --scheduler-cls .*: drop it, or"),
+        ("", {"hf_overrides": {"canvas_length": 8}}, "a diffusion model has a scheduler of its"),
+    ],
+)
+def test_an_engine_that_cannot_capture_does_not_start(
+    tiny_model, tmp_path, directory, settings, sentence
+):
+    capture = {"directory": directory or str(tmp_path)}
+    with pytest.raises(ValueError, match=sentence):
+        engine_config(tiny_model, {"capture": capture}, **settings)
+
+
 @pytest.mark.parametrize(
     ("adainfer", "sentence"),
     [

@@ -7,14 +7,14 @@ must get the same answer; the frontend refuses requests whose settings the engin
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.config import EXIT_ARG, RequestSettings, Settings, read_request
-from vllm_adainfer.engine.compat import client_request_id, get_logger
+from vllm_adainfer.engine.compat import get_logger
 from vllm_adainfer.engine.reads import Read, What, read_of
+from vllm_adainfer.engine.sample import is_sampled
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.artifact_files import load_artifact_configs
@@ -242,14 +242,8 @@ class Admission:
         return script.index(layer) if self._plain(params, What.TOKEN, UNLIMITED) else FULL_DEPTH
 
     def is_shadow(self, request_id: str) -> bool:
-        """Whether a request that may exit runs to full depth instead, to be compared.
-
-        The id decides, so a repeated run compares the same requests.
-        """
-        if not self._settings.shadow_rate:
-            return False
-        digest = hashlib.sha256(client_request_id(request_id).encode()).digest()
-        return int.from_bytes(digest[:4], "big") / 2**32 < self._settings.shadow_rate
+        """Whether a request that may exit runs to full depth instead, to be compared."""
+        return is_sampled(request_id, self._settings.shadow_rate, "shadow")
 
     def _plain(self, params: SamplingParams, what: What, max_tokens: int) -> bool:
         """Whether what is read comes of the unchanged scores, as the calibrated bound assumes.

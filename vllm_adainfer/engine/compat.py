@@ -6,6 +6,7 @@ Each was checked against vLLM 0.32.0 (CPU build).
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -85,6 +86,24 @@ def client_request_id(request_id: str) -> str:
     (`InputProcessor.assign_request_id`, unless ``VLLM_DISABLE_REQUEST_ID_RANDOMIZATION`` is set.)
     """
     return re.sub(r"-[0-9a-f]{8}$", "", request_id)
+
+
+def choices_of(structured_outputs: Any) -> list[str] | None:
+    """The texts that a request chooses from; None if it is restricted in another way.
+
+    0.32's frontend has by then turned ``choice`` into a grammar, in place, if the backend is
+    xgrammar (`validate_xgrammar_grammar`), so a grammar is read back if it is one of a choice.
+    """
+    from vllm.v1.structured_output.utils import choice_as_grammar
+
+    if structured_outputs.choice is not None:
+        return list(structured_outputs.choice)
+    grammar = structured_outputs.grammar or ""
+    try:  # its escapes are JSON's
+        choices = [json.loads(text) for text in re.findall(r'"(?:[^"\\]|\\.)*"', grammar)]
+    except ValueError:
+        return None
+    return choices if choices and choice_as_grammar(choices) == grammar else None
 
 
 def hash_block_size(kv_cache_manager: Any) -> int:

@@ -1,4 +1,4 @@
-"""vLLM's schedulers with a guarded prefix cache."""
+"""vLLM's schedulers with a guarded prefix cache, or with requests captured, or both."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.admission import Admission, has_deep_prompt, with_deep_prompt
+from vllm_adainfer.engine.capture import CapturingScheduler
 from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
 from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
 
@@ -97,6 +98,15 @@ def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
 
     vLLM 0.32 decides on ``async_scheduling`` after its config hooks, so the class is chosen here.
     """
+    settings = read_settings(vllm_config.additional_config)
+    assert settings is not None
     asynchronous = vllm_config.scheduler_config.async_scheduling
-    scheduler_class = AdaInferAsyncScheduler if asynchronous else AdaInferScheduler
+    scheduler_class: type[Scheduler]
+    if settings.runs_stock:
+        scheduler_class = AsyncScheduler if asynchronous else Scheduler
+    else:
+        scheduler_class = AdaInferAsyncScheduler if asynchronous else AdaInferScheduler
+    if settings.capture is not None:
+        name = f"Capturing{scheduler_class.__name__}"
+        scheduler_class = type(name, (CapturingScheduler, scheduler_class), {})
     return scheduler_class(vllm_config=vllm_config, **kwargs)

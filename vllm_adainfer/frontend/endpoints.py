@@ -35,8 +35,9 @@ class AdaInferEndpoints:
 async def reload(request: Request) -> dict[str, Any]:
     """Serve with the artifacts now on disk; a 409 says why that is not possible."""
     engine: EngineClient = request.app.state.engine_client
-    if read_settings(engine.vllm_config.additional_config) is None:
-        raise HTTPException(404, detail="this server runs stock vLLM: adainfer is not configured")
+    settings = read_settings(engine.vllm_config.additional_config)
+    if settings is None or settings.runs_stock:
+        raise HTTPException(404, detail="this server runs stock vLLM: adainfer has no artifact")
     try:
         lines, *_ = await engine.collective_rpc("adainfer_reload")
     except Exception as error:

@@ -32,7 +32,7 @@ class WithExitStats(_Manager):
         self._metrics: dict[int, EngineMetrics] = {}
         self._lines: dict[int, LogLine] = {}
         settings = read_settings(vllm_config.additional_config)
-        if settings is None:
+        if settings is None or settings.runs_stock:
             return
         model = vllm_config.model_config
         depth = model.hf_config.num_hidden_layers

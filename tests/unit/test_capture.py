@@ -1,0 +1,194 @@
+"""Which requests are captured, and what a line says of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.request import Request
+from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+from vllm_adainfer.config import Capture, Settings, read_settings
+from vllm_adainfer.engine.capture import body_of
+from vllm_adainfer.engine.compat import choices_of
+from vllm_adainfer.engine.configure_capture import notice
+from vllm_adainfer.engine.sample import is_sampled
+from vllm_adainfer.errors import AdaInferError
+
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def request(params: SamplingParams | None = None, **changes: Any) -> Request:
+    given = {
+        "request_id": "id",
+        "prompt_token_ids": list(PROMPT),
+        "sampling_params": params or SamplingParams(temperature=0, max_tokens=1),
+        "pooling_params": None,
+        **changes,
+    }
+    return Request(**given)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({}, {}),
+        ({"max_tokens": 64}, {"max_tokens": 64}),
+        ({"temperature": 0.7, "top_p": 0.9, "seed": 1}, {"temperature": 0.7}),
+        ({"allowed_token_ids": [7, 8]}, {"allowed_token_ids": [7, 8]}),
+        ({"logprobs": 5}, {"logprobs": 5}),
+        ({"logprob_token_ids": [7, 8]}, {"logprob_token_ids": [7, 8], "logprobs": 2}),
+        ({"presence_penalty": 1.0}, {}),
+        (
+            {"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])},
+            {"structured_outputs": {"choice": ["yes", "no"]}},
+        ),
+    ],
+    ids=lambda value: "-".join(value) or "plain",
+)
+def test_a_line_says_all_that_decides_an_answer(params, said):
+    body = body_of(request(SamplingParams(**{"temperature": 0, "max_tokens": 1, **params})), "m")
+    assert body == {"model": "m", "prompt": PROMPT, "max_tokens": 1, "temperature": 0, **said}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"allowed_token_ids": [7, 8]},
+        {"logprob_token_ids": [7, 8], "logprobs": 2},
+        {"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])},
+    ],
+    ids=lambda params: next(iter(params)),
+)
+def test_vllm_reads_a_body_as_the_request_that_was_sent(params):
+    sent = SamplingParams(temperature=0, max_tokens=1, **params)
+    body = CompletionRequest.model_validate(body_of(request(sent), "m"))
+    assert body.prompt == PROMPT
+    read = body.to_sampling_params(1, {})
+    for field in "temperature", "max_tokens", "allowed_token_ids", "logprob_token_ids":
+        assert getattr(read, field) == getattr(sent, field)
+    assert read.num_logprobs == sent.num_logprobs
+    assert read.structured_outputs == sent.structured_outputs
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"prompt_logprobs": 1},
+        {"min_tokens": 1},
+        {"logit_bias": {7: 1.0}},
+        {"bad_words": ["no"]},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 1.0, "max_tokens": 2},
+        {"frequency_penalty": 1.0, "max_tokens": 2},
+        {"thinking_token_budget": 5},
+        {"structured_outputs": StructuredOutputsParams(regex="a|b")},
+        {"structured_outputs": StructuredOutputsParams(json={"type": "object"})},
+    ],
+    ids=lambda params: next(iter(params)),
+)
+def test_a_request_that_a_line_would_tell_wrongly_is_left_out(params):
+    assert body_of(request(SamplingParams(**{"max_tokens": 1, **params})), "m") is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt_embeds": [[0.0]] * 5},
+        {"prompt_token_ids": None, "prompt_embeds": [[0.0]] * 5},
+        {"mm_features": [object()]},
+        {"lora_request": object()},
+        {"resumable": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_prompt_that_is_not_its_token_ids_alone_is_left_out(changes):
+    assert body_of(request(**changes), "m") is None
+
+
+def test_a_pooling_request_is_left_out():
+    pooling = request(pooling_params=object())
+    pooling.sampling_params = None
+    assert body_of(pooling, "m") is None
+
+
+CHOICES = [
+    ["yes", "no"],
+    ["one"],
+    ["a | b", 'say "x" | "y"', 'ends " | ', "\\", "\\\\n", "line\nfeed", "tab\t", "\x00\x7f\x1b"],
+    ["schön", "日本", "🎬"],
+    ["::=", "//", "#", ""],
+]
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=range(len(CHOICES)))
+def test_choices_are_read_back_from_the_grammar_that_vllm_makes_of_them(choices):
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=choices))
+    assert params.structured_outputs is not None
+    assert choices_of(params.structured_outputs) == choices
+    validate_xgrammar_grammar(params)
+    assert params.structured_outputs.choice is None
+    assert choices_of(params.structured_outputs) == choices
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    ['root ::= "a" "b"', 'root ::= ("a" | "b")', 'root ::= "a" | b\nb ::= "c"', 'root ::= "\\x41"'],
+)
+def test_another_grammar_is_no_choice(grammar):
+    assert choices_of(StructuredOutputsParams(grammar=grammar)) is None
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 1])
+def test_the_rate_is_the_share_that_is_captured_and_ids_decide(rate):
+    ids = [str(number) for number in range(10_000)]
+    drawn = [is_sampled(one, rate, "capture") for one in ids]
+    assert abs(sum(drawn) - rate * len(ids)) <= 3 * (rate * (1 - rate) * len(ids)) ** 0.5
+    suffixed = [f"{one}-{number:08x}" for number, one in enumerate(ids)]
+    assert [is_sampled(one, rate, "capture") for one in suffixed] == drawn
+
+
+def test_shadow_requests_and_captured_ones_are_drawn_independently():
+    ids = [str(number) for number in range(10_000)]
+    both = sum(is_sampled(i, 0.3, "capture") and is_sampled(i, 0.3, "shadow") for i in ids)
+    assert abs(both - 900) < 3 * 900**0.5
+
+
+def test_at_start_the_log_says_what_is_kept_where_and_that_it_is_users_data():
+    text = notice(Capture(directory="/data/requests", rate=0.25, limit=500))
+    assert "captures 0.25 of the requests, the latest 500 of each engine, in /data" in text
+    assert "users' data on disk" in text
+
+
+@pytest.mark.parametrize(
+    ("adainfer", "sentence"),
+    [
+        ({"capture": "here"}, "adainfer.capture: .*dictionary"),
+        ({"capture": {}}, "adainfer.capture.directory: Field required"),
+        ({"capture": {"directory": ""}}, "adainfer.capture.directory: .* at least 1 character"),
+        ({"capture": {"directory": "d", "rate": 0}}, "capture.rate: .* greater than 0"),
+        ({"capture": {"directory": "d", "rate": 1.1}}, "capture.rate: .* less than or equal to 1"),
+        ({"capture": {"directory": "d", "limit": 0}}, "capture.limit: .* greater than or equal to"),
+        (
+            {"capture": {"directory": "d", "share": 1}},
+            "adainfer.capture.share is not a known key; known keys: directory, limit, rate",
+        ),
+        ({"capture": {"directory": "d"}, "record": [2]}, '"capture" goes with "artifact" or'),
+        ({"capture": {"directory": "d"}, "exit_script": [2]}, '"capture" goes with "artifact" or'),
+        ({"capture": {"directory": "d"}, "epsilon": 0.1}, '"epsilon" goes with "artifact": give'),
+        ({"capture": {"directory": "d"}, "kv": "propagate"}, '"kv" goes with "artifact": give'),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_right(adainfer, sentence):
+    with pytest.raises(AdaInferError, match=sentence):
+        read_settings({"adainfer": adainfer})
+
+
+@pytest.mark.parametrize("more", [{}, {"artifact": "policy"}])
+def test_capture_stands_alone_or_beside_an_artifact(more):
+    settings = Settings.model_validate({"capture": {"directory": "d"}, **more})
+    assert settings.capture == Capture(directory="d", rate=0.1, limit=2000)
+    assert settings.runs_stock == (not more)

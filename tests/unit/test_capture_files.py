@@ -1,0 +1,238 @@
+"""Captured requests on disk: who may read them, how many there are, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_adainfer.config import Capture
+from vllm_adainfer.engine import capture_files
+from vllm_adainfer.engine.capture_files import CaptureFiles, check_directory, whole_lines
+from vllm_adainfer.errors import AdaInferError
+
+
+def settings(directory: Path, limit: int = 100) -> Capture:
+    return Capture(directory=str(directory), limit=limit)
+
+
+def write(directory: Path, numbers: range, limit: int = 100, engine: int = 0) -> None:
+    """Requests whose prompts are their numbers, written by an engine that then stops."""
+    files = CaptureFiles(settings(directory, limit), engine)
+    for number in numbers:
+        files.put(str(number), {"prompt": [number]})
+        while not files._queue.empty():
+            time.sleep(0.001)
+    files.close()
+
+
+def kept(directory: Path) -> list[int]:
+    """The prompts in a directory, in the order of its files."""
+    lines = [line for path in sorted(directory.iterdir()) for line in path.open()]
+    return [json.loads(line)["body"]["prompt"][0] for line in lines]
+
+
+def test_a_line_is_one_of_vllms_batch_files(tmp_path):
+    write(tmp_path, range(7, 8))
+    [path] = tmp_path.iterdir()
+    assert path.name == "capture-0-000001.jsonl"
+    assert json.loads(path.read_text()) == {
+        "custom_id": "7", "method": "POST", "url": "/v1/completions", "body": {"prompt": [7]}
+    }  # fmt: skip
+
+
+def test_only_this_user_may_read_the_files_and_a_directory_that_is_made(tmp_path):
+    directory = tmp_path / "new" / "requests"
+    write(directory, range(1))
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert [path.stat().st_mode & 0o777 for path in directory.iterdir()] == [0o600]
+
+
+def test_a_directory_that_is_there_keeps_its_mode(tmp_path):
+    tmp_path.chmod(0o750)
+    write(tmp_path, range(1))
+    assert tmp_path.stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("limit", [1, 2, 9, 10, 25, 100])
+def test_the_latest_requests_are_kept_and_never_more_than_the_limit(tmp_path, limit):
+    write(tmp_path, range(230), limit)
+    found = kept(tmp_path)
+    assert found == list(range(230 - len(found), 230))
+    assert limit - limit // 10 - limit % 10 <= len(found) <= limit
+    assert len(list(tmp_path.iterdir())) <= max(10, limit // max(1, limit // 10))
+
+
+def test_the_limit_holds_over_restarts_also_if_it_is_lowered(tmp_path):
+    for start in range(0, 300, 30):
+        write(tmp_path, range(start, start + 30))
+        assert kept(tmp_path)[-30:] == list(range(start, start + 30))
+        assert len(kept(tmp_path)) <= 100
+    CaptureFiles(settings(tmp_path, 40), 0).close()
+    assert 0 < len(kept(tmp_path)) <= 40
+
+
+def test_engines_write_side_by_side_and_delete_nothing_of_each_other(tmp_path):
+    write(tmp_path, range(1000, 1010), engine=1)
+    write(tmp_path, range(150), engine=0)
+    write(tmp_path, range(2000, 2010), engine=10)
+    (tmp_path / "notes.txt").write_text("")
+    write(tmp_path, range(150, 300), engine=0)
+    (tmp_path / "notes.txt").unlink()
+    found = kept(tmp_path)
+    assert {*range(1000, 1010), *range(2000, 2010)} < set(found)
+    assert sum(number < 1000 for number in found) <= 100
+
+
+def test_two_servers_in_one_directory_never_write_to_the_same_file(tmp_path):
+    both = [CaptureFiles(settings(tmp_path, 1000), 0) for _ in range(2)]
+    for number in range(200):
+        both[number % 2].put(str(number), {"prompt": [number]})
+    for files in both:
+        files.close()
+    assert sorted(kept(tmp_path)) == list(range(200))
+
+
+WRITER = """
+import sys
+from vllm_adainfer.config import Capture
+from vllm_adainfer.engine.capture_files import CaptureFiles
+
+files = CaptureFiles(Capture(directory=sys.argv[1], limit=10**6), 0)
+print("started", flush=True)
+while True:
+    files.put("x", {"prompt": list(range(2000))})
+"""
+
+
+def test_lines_are_whole_after_a_kill_and_a_cut_one_is_removed_at_the_next_start(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"started\n"
+    end = time.monotonic() + 30
+    while not any(path.stat().st_size > 1 << 20 for path in tmp_path.iterdir()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    [path] = tmp_path.iterdir()
+    whole = path.read_bytes().rpartition(b"\n")[0].splitlines()
+    assert all(json.loads(line)["body"]["prompt"] == list(range(2000)) for line in whole)
+    path.write_bytes(b"\n".join([*whole, b'{"custom_id": "cut o']))
+    CaptureFiles(settings(tmp_path, 10**6), 0).close()
+    assert path.read_bytes().splitlines() == whole
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_whole_lines_of_an_empty_file_are_none(tmp_path):
+    path = tmp_path / "empty"
+    path.write_bytes(b"")
+    assert whole_lines(path) == 0
+    path.write_bytes(b'{"custom_id"')
+    assert (whole_lines(path), path.read_bytes()) == (0, b"")
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    found: list[str] = []
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(
+            capture_files.logger, name, lambda text, *values: found.append(text % values)
+        )
+    return found
+
+
+def test_a_full_queue_leaves_requests_out_and_nobody_waits(tmp_path, monkeypatch, warnings):
+    monkeypatch.setattr(CaptureFiles, "_write_all", lambda self: None)  # a disk that hangs
+    files = CaptureFiles(settings(tmp_path), 0)
+    begin = time.monotonic()
+    for number in range(capture_files.QUEUED + 3):
+        files.put(str(number), {})
+    assert time.monotonic() - begin < 1
+    assert files._queue.qsize() == capture_files.QUEUED
+    assert len(warnings) == 3  # vLLM's logger says one of them
+    assert "some are not captured" in warnings[0]
+
+
+@contextmanager
+def disk_full_after(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes: the kernel writes what fits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def put_and_wait(files: CaptureFiles, number: int) -> None:
+    files.put(str(number), {"prompt": [number], "text": "x" * 300_000})
+    end = time.monotonic() + 10
+    while not files._queue.empty() and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.05)
+
+
+def test_a_full_disk_costs_lines_but_cuts_none_and_is_said_once(tmp_path, warnings):
+    files = CaptureFiles(settings(tmp_path), 0)
+    with disk_full_after(1 << 20):
+        for number in range(6):
+            put_and_wait(files, number)
+    assert kept(tmp_path) == [0, 1, 2]
+    put_and_wait(files, 6)
+    files.close()
+    assert kept(tmp_path) == [0, 1, 2, 6]
+    assert len(warnings) == 1
+    assert "could not be captured" in warnings[0]
+
+
+def test_a_request_that_is_no_json_does_not_stop_the_next_one(tmp_path, warnings):
+    files = CaptureFiles(settings(tmp_path), 0)
+    files.put("0", {"prompt": [object()]})
+    files.put("1", {"prompt": [1]})
+    files.close()
+    assert kept(tmp_path) == [1]
+    assert len(warnings) == 1
+
+
+def test_a_directory_that_is_taken_away_is_not_made_again(tmp_path, warnings):
+    directory = tmp_path / "requests"
+    files = CaptureFiles(settings(directory), 0)
+    directory.rmdir()
+    for number in range(3):
+        files.put(str(number), {"prompt": [number]})
+    files.close()
+    assert not directory.exists()
+    assert len(warnings) == 1
+    assert "No such file or directory" in warnings[0]
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_with_what_to_change(tmp_path):
+    place = tmp_path / "file"
+    place.write_text("")
+    for directory in (place, place / "below", Path("/proc/requests")):
+        with pytest.raises(AdaInferError, match=rf"cannot write to {directory} \(.+\): name a"):
+            check_directory(str(directory))
+
+
+def test_files_of_another_kind_at_the_names_are_refused_at_the_start(tmp_path):
+    (tmp_path / "capture-0-000001.jsonl").mkdir()
+    with pytest.raises(AdaInferError, match=r"cannot write to .* \(Is a directory\)"):
+        CaptureFiles(settings(tmp_path), 0)
+
+
+def test_stopping_does_not_wait_for_a_disk_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(capture_files, "CLOSE_SECONDS", 0.1)
+    hang: Any = lambda self: time.sleep(30)  # noqa: E731
+    monkeypatch.setattr(CaptureFiles, "_write_all", hang)
+    files = CaptureFiles(settings(tmp_path), 0)
+    begin = time.monotonic()
+    files.close()
+    assert time.monotonic() - begin < 5
