@@ -50,7 +50,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 Model = Annotated[str, typer.Option(help="Directory or hub id of the model.")]
-Data = Annotated[Path, typer.Option(help="JSON lines, one object per row.")]
+Data = Annotated[
+    Path, typer.Option(help="JSON lines, one object per row; or a directory of *.jsonl.")
+]
 Template = Annotated[
     str | None,
     typer.Option(

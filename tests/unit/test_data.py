@@ -296,3 +296,15 @@ def test_an_unknown_label_is_an_error_that_names_its_line(tokenizer):
     labels = find_labels(["bad", "good"], example("Sentiment :"), tokenizer)
     with pytest.raises(AdaInferError, match="line 1: the label 'fine' is not among bad, good"):
         check_labels_known([example("Review", "good"), example("Review", "fine")], labels)
+
+
+def test_a_directory_is_read_as_all_its_files_in_order_of_their_names(tmp_path):
+    for name, texts in (("b.jsonl", ["three"]), ("a.jsonl", ["one", "two"]), ("c.txt", ["four"])):
+        lines = (json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / name).write_text("".join(lines))
+    rows = read_rows(tmp_path)
+    assert [row.fields["text"] for row in rows] == ["one", "two", "three"]
+    assert rows[1].place == f"{tmp_path / 'a.jsonl'}, line 2"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AdaInferError, match="has no rows: give one JSON object per line"):
+        read_rows(tmp_path / "empty")

@@ -44,12 +44,20 @@ class Example:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a JSON-lines file of objects.
+    """Read a JSON-lines file of objects, or all files ``*.jsonl`` of a directory.
 
     Raises:
-        AdaInferError: it is missing or empty, or a line is not a JSON object.
+        AdaInferError: there is none, it is empty, or a line is not a JSON object.
 
     """
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    rows = [row for file in files for row in _rows_of(file)]
+    if not rows:
+        raise AdaInferError(f"--data {path} has no rows: give one JSON object per line")
+    return rows
+
+
+def _rows_of(path: Path) -> list[Row]:
     try:
         # Not splitlines(), which also splits at U+2028 and the like inside a string.
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -67,8 +75,6 @@ def read_rows(path: Path) -> list[Row]:
         if not isinstance(fields, dict):
             raise AdaInferError(f"{place} must be a JSON object, not {type(fields).__name__}")
         rows.append(Row(place, fields))
-    if not rows:
-        raise AdaInferError(f"--data {path} has no rows: give one JSON object per line")
     return rows
 
 
