@@ -128,7 +128,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
         "beyond the tolerance (bound)",
         "best label differs",
         "largest move: mean, 95th percentile",
-        "the same of stock: rounding",
+        "stock, by rounding: beyond, mean, 95th percentile",
         "ECE, never exiting / ours",
         "Brier score, likewise",
     ]
@@ -146,7 +146,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
                 f"{ours['wrong']:.1%} ({report['epsilon']:.0%})",
                 f"{ours['label_differs']:.1%}",
                 f"{ours['move_mean']:.3f}, {ours['move_p95']:.3f}",
-                f"{stock['move_mean']:.3f}, {stock['move_p95']:.3f}",
+                f"{stock['wrong']:.1%}, {stock['move_mean']:.3f}, {stock['move_p95']:.3f}",
                 f"{never['ece']:.3f} / {ours['ece']:.3f}",
                 f"{never['brier']:.3f} / {ours['brier']:.3f}",
             ]

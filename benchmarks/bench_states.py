@@ -3,8 +3,8 @@ r"""Several questions about one state, as decision endpoints ask them: ours agai
     .venv/bin/python benchmarks/bench_states.py --model MODEL --artifact POLICY --data texts.jsonl
 
 POLICY has a label pool of letters, yes and no; the `text` of the rows is joined to states. vLLM
-sends questions about a state as requests of their own that share a prefix, at the same time; so does
-this. A state is asked about twice: when it is new, and again, with the same questions, when its
+sends questions about a state as requests of their own, at the same time, which share a prefix; so
+does this. A state is asked about twice: when it is new, and again, with the same questions, when its
 prefix may be cached. A stock server and ours run side by side, and take turns at each state.
 
 It fails if a request fails or an answer is not one of its labels.
