@@ -4,8 +4,8 @@ r"""Several questions about one state, as decision endpoints ask them: ours agai
 
 POLICY has a label pool of letters, yes and no; the `text` of the rows is joined to states. vLLM
 sends questions about a state as requests of their own, at the same time, which share a prefix; so
-does this. A state is asked about twice: when it is new, and again, with the same questions, when its
-prefix may be cached. A stock server and ours run side by side, and take turns at each state.
+does this. A state is asked about twice: when it is new, and again, with the same questions, when
+its prefix may be cached. A stock server and ours run side by side, and take turns at each state.
 
 It fails if a request fails or an answer is not one of its labels.
 """

@@ -13,8 +13,10 @@ from vllm_adainfer.engine.build_loop import monitor_of
 from vllm_adainfer.engine.configure import banner
 from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.exits.shadow import ShadowAnswers, warn
+from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.artifact_files import load_artifact
 from vllm_adainfer.policy.monitor import AnswerMonitor
+from vllm_adainfer.policy.pool_policy import PoolPolicy
 from vllm_adainfer.policy.probabilities import answers_of
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.text_monitor import TextMonitor
@@ -143,6 +145,34 @@ def test_probabilities_are_compared_within_the_tolerance(
     assert stats.shadow_checked == {0.05: 1, 0.02: 1}
     assert stats.shadow_disagreed == ({0.05: 1} if wrong else {})
     assert stats.shadow_moves == {bucket: 1}
+
+
+@pytest.mark.parametrize(("best", "disagreed"), [(10, 0), (12, 1), (11, 0)])
+def test_of_a_pool_the_labels_of_the_request_alone_are_compared(
+    tiny_model, tmp_path, best, disagreed
+):
+    """The early answer is 10 of the labels 10 and 12; 11 is in the pool, but not asked for."""
+    labels = tuple(Label(name=str(token), token_id=token) for token in (12, 11, 10))
+    pool = {"labels": labels, "label_pool": True}
+    artifact = load_artifact(str(tiny_artifact(tiny_model, tmp_path / "policy", **pool)))
+    logits = torch.zeros(1, artifact.config.vocab_size)
+    logits[0, [10, 12]] = torch.tensor([1.0, 0.5])
+    logits[0, best] = 5
+    stats = PolicyStats()
+    shadow = ShadowAnswers(
+        name="default",
+        policy=PoolPolicy(artifact, torch.device("cpu")),
+        monitor=AnswerMonitor([0.02, 0.05], alpha=0.1),
+        stats=stats,
+        request_ids=["a"],
+        tags=np.array([1]),
+        settled=np.array([True]),
+        requests=torch.tensor([0]),
+        answers=torch.tensor([[-1.0, -torch.inf, 3.0]]),
+        agreed=lambda values: values,
+    )
+    shadow.compare(logits, head)
+    assert stats.shadow_disagreed.total() == disagreed
 
 
 @pytest.mark.parametrize(

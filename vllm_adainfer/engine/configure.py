@@ -96,6 +96,8 @@ def banner(
         "probability": "of the answers wrong",
     }[config.risk]
     meaning = f"; wrong: {wrong_in_words(config)}" if config.risk == "probability" else ""
+    if config.label_pool:
+        meaning += "; over the mixture of questions it was calibrated on"
     watched = f"shadow rate {settings.shadow_rate:g}"
     if settings.shadow_rate and config.risk == "accuracy":
         watched += (

@@ -84,8 +84,8 @@ vllm serve MODEL --additional-config '{{"adainfer": {{"artifact": "DIR"}}}}'
 {facts}
 
 Each bound holds with probability {1 - config.delta:.0%} over the draw of the held-out prompts, for
-prompts from the same distribution: {risk} is at most epsilon ({config.bound} bound on the mean
-loss).
+prompts from the same distribution{_mixture(config)}: {risk} is at most epsilon
+({config.bound} bound on the mean loss).
 
 {levels}
 
@@ -97,6 +97,11 @@ How often the probe alone agrees with the full model, if every row left there:
 
 Made with {versions} on {details["provenance"]["cpu"]}.
 """
+
+
+def _mixture(config: ArtifactConfig) -> str:
+    """What the distribution of a label pool's prompts is."""
+    return " (the same mixture of questions, each with labels of its own)" * config.label_pool
 
 
 def _tolerated(config: ArtifactConfig) -> list[list[str]]:
