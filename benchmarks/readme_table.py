@@ -97,6 +97,29 @@ def families_table() -> list[str]:
     ]
 
 
+def probabilities_table() -> list[str]:
+    """Policies for label probabilities, by tolerance, then a mixture of questions."""
+    report, *_ = load("probabilities")
+    questions, *_ = load("questions")
+    return [
+        "Label probabilities, fine-tuned SmolLM2-135M, epsilon "
+        f"{report['epsilon']:g} at delta {report['delta']:g}. The bound is about answers that "
+        "change or have a probability that moves by more than the tolerance. Stock's own move, "
+        "too, by rounding alone:",
+        "",
+        *(HERE / "results" / "probabilities.md").read_text().splitlines(),
+        "",
+        f"A server. {serve_table(load('scoring')).rstrip()}",
+        "",
+        f"One policy for eight questions of a decision endpoint, {questions['n']} unseen requests "
+        f"of {questions['prompt_tokens_mean']:.0f} tokens, SmolLM2-135M fine-tuned for them, "
+        f"epsilon {questions['epsilon']:g}. Below, layers saved and wrong answers by question, and "
+        "of a policy that has not seen it:",
+        "",
+        *(HERE / "results" / "questions.md").read_text().splitlines(),
+    ]
+
+
 def throughput_table() -> list[str]:
     """Speed-up by skipped layers, over all one-token cases of the synthetic benchmark."""
     report = load("throughput")
@@ -210,6 +233,7 @@ def tables() -> str:
     for name, title in SUITES.items():
         lines += ["", *suite_table(name, title)]
     lines += ["", f"A server. {serve_table(load('serve')).rstrip()}"]
+    lines += ["", *probabilities_table()]
     lines += ["", *families_table(), "", *generation_table(), "", *throughput_table()]
     ratios = load("startup")["ratios"]
     lines += [
