@@ -40,9 +40,9 @@ class StepContext:
         tags: Ints,
         continues: Bools,
         shadow: Bools | None = None,
-        subsets: Ints | None = None,
         all_rows_count: bool = False,
         device: torch.device = CPU,
+        subsets: Ints | None = None,
     ) -> None:
         """Describe the original batch.
 
@@ -53,9 +53,9 @@ class StepContext:
             tags: [requests], from `Admission.tag`; a negative one runs at full depth.
             continues: [requests], True for those that may be asked for another token.
             shadow: [requests], True for shadow requests.
-            subsets: [requests], from `Admission.subset`; None if no policy has a label pool.
             all_rows_count: whether final states are wanted of rows that are not sampled, too.
             device: of the rows.
+            subsets: [requests], from `Admission.subset`; None if no policy has a label pool.
 
         """
         self.request_ids = request_ids
