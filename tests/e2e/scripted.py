@@ -26,7 +26,7 @@ class ScriptedAdmission(Admission):
     """A request's tag is the exit point (an index) its extra_args ask for."""
 
     def __init__(self) -> None:
-        self.records = False
+        self.records = self.has_pools = False
 
     def tag(self, params: Any) -> int:
         arguments = params.extra_args or {}
