@@ -10,6 +10,7 @@ Each task is recorded once; then, for each tolerance, this runs the rest of `cal
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,7 +57,7 @@ def main(
     ] = None,
     tolerances: Annotated[str, typer.Option()] = "0.02,0.05,0.1",
     epsilon: Annotated[float, typer.Option()] = 0.02,
-    rows: Annotated[int, typer.Option(help="The first rows of each test, at most.")] = 800,
+    rows: Annotated[int, typer.Option(help="Rows of each test, at most.")] = 800,
     repeat: Annotated[int, typer.Option(help="Rounds of stock and ours.")] = 3,
 ) -> None:
     """Calibrate, measure, and write JSON and a Markdown table."""
@@ -79,9 +80,10 @@ def main(
         ]
         reports = []
         for name, artifact in artifacts:
-            lines = (data_dir / name / "test.jsonl").read_text().split("\n")[:rows]
+            lines = (data_dir / name / "test.jsonl").read_text().strip().split("\n")
+            random.Random(0).shuffle(lines)  # a file may be sorted by label
             test = Path(folder, f"{name}-test.jsonl")
-            test.write_text("\n".join(lines))
+            test.write_text("\n".join(lines[:rows]))
             request = EvaluationRequest(
                 model=model,
                 artifact=str(artifact),

@@ -20,6 +20,7 @@ no layers are skipped. Answers are compared separately from the load, see `compa
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,7 @@ def main(
     longest = hf_config.max_position_embeddings - 1
     rows = read_rows(data)
     examples = make_examples(rows, tokenizer, read_template(template), "label", longest)
+    random.Random(0).shuffle(examples)  # a file may be sorted by label
     if config.tolerance is None and find_spec("pandas") is None:
         raise AdaInferError("vllm bench serve reads its data set with pandas: pip install pandas")
     if not config.labels:
