@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm_adainfer.config import DEFAULT_POLICY
 from vllm_adainfer.engine.admission import Admission
 from vllm_adainfer.exits.kv import ExactKV, PropagateKV
-from vllm_adainfer.policy.exit_policy import Decision
+from vllm_adainfer.policy.exit_policy import Asked, Decision
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
 
@@ -50,15 +50,8 @@ class ScriptedPolicy:
         self.num_tags = len(exit_points)
         self.lens = lens
 
-    def decide(
-        self,
-        exit_index: int,
-        hidden: Tensor,
-        tags: Tensor,
-        memory: Tensor | None,
-        subsets: Tensor | None,
-    ) -> Decision:
-        return Decision(tags == exit_index, self.lens.readout(hidden))
+    def decide(self, exit_index: int, asked: Asked) -> Decision:
+        return Decision(asked.tags == exit_index, self.lens.readout(asked.hidden))
 
 
 def only(policy: Any) -> PolicySet:

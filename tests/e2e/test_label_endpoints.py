@@ -22,8 +22,8 @@ from tests.e2e.test_label_pool import CLOSE, TIE, expected
 from tests.e2e.test_serve import FLAGS, by_policy, environment, post, wait_for_counters
 from tests.families import SHAPE
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
+from vllm_adainfer.offline.calibration.batch_files import read_requests
 from vllm_adainfer.offline.calibration.data import Row
-from vllm_adainfer.offline.calibration.requests import examples_of
 from vllm_adainfer.policy.artifact import Label
 
 END = "Sentiment :"  # of each prompt, so that a label is a token of its own
@@ -87,7 +87,8 @@ def states_of(reference: Any, prompts: list[list[int]]) -> list[list[Tensor]]:
 def prompts_of(tokenizer: Any, path: str, body: dict[str, Any]) -> list[list[int]]:
     """What `calibrate` makes of a request."""
     row = Row("here", {"url": path, "body": body})
-    return [example.token_ids for example in examples_of([row], tokenizer, 512)[0]]
+    examples = read_requests([row], tokenizer, len(tokenizer), 512)
+    return [example.token_ids for example in examples]
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from vllm_adainfer.offline.calibration.label_reads import LabelReads, label_read
 from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
+from vllm_adainfer.policy.exit_policy import Asked
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
 
@@ -81,7 +82,7 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass):
     exits, wrong = np.full(len(rows), len(policy.exits)), np.zeros(len(rows))
     memory, logits = None, logits_of(recording)[rows]
     for index, layer in enumerate(serving.exit_points):
-        decision = serving.decide(index, recording.states[layer][rows], tags, memory)
+        decision = serving.decide(index, Asked(recording.states[layer][rows], tags, memory))
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
         wrong[leaves] = serving.compare(decision.answers, logits)[0].numpy()[leaves]

@@ -25,7 +25,7 @@ from vllm_adainfer.exits.layout import RowLayout
 from vllm_adainfer.exits.recorder import Recorder
 from vllm_adainfer.exits.recording_loop import RecordingLoop
 from vllm_adainfer.exits.step import StepContext
-from vllm_adainfer.policy.exit_policy import Decision
+from vllm_adainfer.policy.exit_policy import Asked, Decision
 from vllm_adainfer.policy.monitor import AnswerMonitor
 from vllm_adainfer.policy.policy_set import PolicySet
 
@@ -90,10 +90,8 @@ class ExitByTag:
 
     exit_points, num_tags, answer_ids, restricted = EXIT_POINTS, len(EXIT_POINTS), None, False
 
-    def decide(
-        self, exit_index: int, hidden: Tensor, tags: Tensor, memory: None, subsets: None
-    ) -> Decision:
-        return Decision(settled=tags == exit_index, answers=hidden)
+    def decide(self, exit_index: int, asked: Asked) -> Decision:
+        return Decision(settled=asked.tags == exit_index, answers=asked.hidden)
 
 
 class Toy:

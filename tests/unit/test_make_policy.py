@@ -26,7 +26,7 @@ from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
-from vllm_adainfer.policy.exit_policy import CalibratedPolicy
+from vllm_adainfer.policy.exit_policy import Asked, CalibratedPolicy
 from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probe import Probe
 
@@ -106,7 +106,9 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_
     exits = np.full(len(SPLIT.certify), len(policy.exits))
     memory = None
     for index, layer in enumerate(serving.exit_points):
-        decision = serving.decide(index, recording.states[layer][SPLIT.certify], tags, memory)
+        decision = serving.decide(
+            index, Asked(recording.states[layer][SPLIT.certify], tags, memory)
+        )
         exits[(exits == len(policy.exits)) & decision.settled.numpy()] = index
         memory = decision.memory
     assert np.array_equal(exits, point.exits)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adainfer.policy.kinds import PROBABILITY_FEATURES
-from vllm_adainfer.policy.label_subsets import only
+from vllm_adainfer.policy.label_subsets import restrict
 from vllm_adainfer.policy.probabilities import (
     MOVES,
     LabelProbabilities,
@@ -51,7 +51,7 @@ def test_vllm_returns_the_probabilities_that_were_read(with_mass, rows, data):
     label_ids = torch.tensor(data.draw(ids))
     own = torch.tensor(data.draw(st.lists(st.booleans(), min_size=labels, max_size=labels)))
     own |= torch.arange(labels) < 2  # a request names two labels at least
-    scores = only(scores, own.expand(len(scores), -1))
+    scores = restrict(scores, own.expand(len(scores), -1))
     vocabulary = VOCABULARY if with_mass else None
     logprobs = logits_of(scores, label_ids, vocabulary).log_softmax(dim=-1, dtype=torch.float32)
     probabilities = logprobs.exp()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -104,6 +104,21 @@ def choices_of(structured_outputs: Any) -> list[str] | None:
     except ValueError:
         return None
     return choices if choices and choice_as_grammar(choices) == grammar else None
+
+
+def decision_question(name: str, asked: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """A question of ``/v1/systemone`` as 0.32 puts it to the model, and its labels.
+
+    Raises:
+        ValueError: 0.32 refuses the question.
+
+    """
+    from vllm.entrypoints.generate.structured_decisions.question_types import LABELS, build_question
+
+    question = build_question(
+        name, asked["type"], asked.get("instructions", ""), asked.get("criteria"), len(LABELS)
+    )
+    return question.type.prompt(question), question.labels
 
 
 def hash_block_size(kv_cache_manager: Any) -> int:

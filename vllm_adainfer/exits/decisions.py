@@ -13,7 +13,7 @@ from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.layout import Ints
 from vllm_adainfer.exits.shadow import ShadowAnswers
 from vllm_adainfer.exits.step import StepContext
-from vllm_adainfer.policy.exit_policy import ExitPolicy
+from vllm_adainfer.policy.exit_policy import Asked, ExitPolicy
 from vllm_adainfer.policy.monitor import Monitor
 from vllm_adainfer.policy.policy_set import PolicySet
 
@@ -62,13 +62,13 @@ class Decisions:
             span = slice(start, start + len(part.rows))
             start = span.stop
             memory = self._memory.get(part.policy)
-            decision = self._policies.policies[part.policy].decide(
-                part.exit_index,
+            part_asked = Asked(
                 hidden[span],
                 device_tags[span],
                 None if memory is None else memory[places[span]],
                 bits[0][span] if bits else None,
             )
+            decision = self._policies.policies[part.policy].decide(part.exit_index, part_asked)
             if decision.memory is not None:
                 self._put(self._memory, part.policy, places[span], decision.memory)
             if decision.answers is not None:

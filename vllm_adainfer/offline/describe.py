@@ -127,7 +127,7 @@ def _questions(config: ArtifactConfig, details: Mapping[str, Any]) -> list[str]:
             [
                 row["question"].splitlines()[0][:60],
                 str(row["prompts"]),
-                f"{row['risk']:.2%}{' !' if row['above'] else ''}",
+                f"{row['risk']:.2%}{' !' if row['risk'] > config.epsilon else ''}",
                 f"{row['layers_saved']:.1%}",
             ]
             for row in rows

@@ -37,6 +37,39 @@ class Decision:
     answers: Tensor | None
     memory: Tensor | None = None
 
+    @classmethod
+    def by_score(
+        cls,
+        features: Tensor,
+        classifier: Tensor,
+        threshold: Tensor,
+        memory: Tensor | None,
+        answers: Tensor | None,
+    ) -> Decision:
+        """Settle the rows whose classifier score reaches their `threshold`, [rows]."""
+        odds = score(features, classifier, memory)
+        chained = is_chain(classifier, features)
+        return cls(odds >= threshold, answers, memory=odds if chained else None)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The rows that a policy is asked about at an exit point.
+
+    Attributes:
+        hidden: [rows, hidden size], the residual stream of the rows to sample.
+        tags: int64 [rows], the tag each row's request was admitted with.
+        memory: `Decision.memory` of these rows from the previous exit point; None at the first.
+        subsets: int64 [rows], the labels each row is about, as bits; None if no policy of the
+            engine has a label pool. Policies without one ignore it.
+
+    """
+
+    hidden: Tensor
+    tags: Tensor
+    memory: Tensor | None = None
+    subsets: Tensor | None = None
+
 
 class ExitPolicy(Protocol):
     """What the exit loop needs from a policy.
@@ -55,26 +88,8 @@ class ExitPolicy(Protocol):
     answer_ids: Tensor | None
     restricted: bool
 
-    def decide(
-        self,
-        exit_index: int,
-        hidden: Tensor,
-        tags: Tensor,
-        memory: Tensor | None,
-        subsets: Tensor | None = None,
-    ) -> Decision:
-        """Decide which rows are settled at exit point ``exit_points[exit_index]``.
-
-        Args:
-            exit_index: index of the exit point.
-            hidden: [rows, hidden size], the residual stream of the rows to sample.
-            tags: int64 [rows], the tag each row's request was admitted with.
-            memory: `Decision.memory` of these rows from the previous exit point; None at the
-                first.
-            subsets: int64 [rows], the labels each row is about, as bits; None if no policy of the
-                engine has a label pool. Other policies ignore it.
-
-        """
+    def decide(self, exit_index: int, asked: Asked) -> Decision:
+        """Decide which rows are settled at exit point ``exit_points[exit_index]``."""
 
 
 class CalibratedPolicy(ExitPolicy):
@@ -113,18 +128,11 @@ class CalibratedPolicy(ExitPolicy):
                 self._probes.append(replace(logit_lens, lens=lens_of(own)))
 
     @override
-    def decide(
-        self,
-        exit_index: int,
-        hidden: Tensor,
-        tags: Tensor,
-        memory: Tensor | None,
-        subsets: Tensor | None = None,
-    ) -> Decision:
+    def decide(self, exit_index: int, asked: Asked) -> Decision:
         probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
-        threshold = self._thresholds[exit_index][tags]
+        threshold = self._thresholds[exit_index][asked.tags]
         linear = classifier.shape == LINEAR_SHAPE
-        readout = probe.readout(hidden)
+        readout = probe.readout(asked.hidden)
         if linear and self.answer_ids is not None:
             return Decision(*probe.settle(readout, classifier, threshold))
         result = probe.score(
@@ -136,6 +144,4 @@ class CalibratedPolicy(ExitPolicy):
         answers = readout if self.answer_ids is None else result.scores
         if result.settled is not None:  # the kernel has applied a linear classifier
             return Decision(result.settled, answers)
-        odds = score(result.features, classifier, memory)
-        chained = is_chain(classifier, result.features)
-        return Decision(odds >= threshold, answers, memory=odds if chained else None)
+        return Decision.by_score(result.features, classifier, threshold, asked.memory, answers)

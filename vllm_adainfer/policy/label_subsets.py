@@ -20,13 +20,15 @@ def bits_of(asked: Collection[int], label_ids: Sequence[int]) -> int:
     return sum(1 << column for column, token in enumerate(label_ids) if token in asked)
 
 
-def mask_of(bits: Tensor, labels: int) -> Tensor:
-    """bool [rows, labels], True for the labels in the `bits`, int64 [rows], of each row."""
-    columns = torch.arange(labels, device=bits.device)
+def mask_of(bits: Tensor, columns: Tensor) -> Tensor:
+    """bool [rows, labels], True for the labels in the `bits`, int64 [rows], of each row.
+
+    `columns` are 0, 1, ... as int64 [labels], on the same device.
+    """
     return (bits.unsqueeze(1) >> columns) & 1 == 1
 
 
-def only(scores: Tensor, subsets: Tensor | None) -> Tensor:
+def restrict(scores: Tensor, subsets: Tensor | None) -> Tensor:
     """Scores [rows, labels or more] with -inf for labels outside each row's subset.
 
     Args:
@@ -36,5 +38,5 @@ def only(scores: Tensor, subsets: Tensor | None) -> Tensor:
     """
     if subsets is None:
         return scores
-    labels = scores[:, : subsets.shape[1]].masked_fill(~subsets, -torch.inf)
-    return torch.cat([labels, scores[:, subsets.shape[1] :]], dim=1)
+    more = scores.shape[1] - subsets.shape[1]
+    return scores.masked_fill(~torch.nn.functional.pad(subsets, (0, more), value=True), -torch.inf)

@@ -7,9 +7,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.policy.artifact import Artifact
-from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy
-from vllm_adainfer.policy.label_subsets import mask_of, only
-from vllm_adainfer.policy.score import is_chain, score
+from vllm_adainfer.policy.exit_policy import Asked, Decision, ExitPolicy
+from vllm_adainfer.policy.label_heads import LabelHeads
 
 
 class PoolPolicy(ExitPolicy):
@@ -20,39 +19,16 @@ class PoolPolicy(ExitPolicy):
 
     def __init__(self, artifact: Artifact, device: torch.device) -> None:
         """Load the fitted tensors of `artifact`, which has a label pool, onto `device`."""
-        config = artifact.config
-        self.exit_points = config.exit_points
-        self.num_tags = len(config.levels)
+        self.exit_points = artifact.config.exit_points
+        self.num_tags = len(artifact.config.levels)
         self.restricted = True
-        self.answer_ids = torch.tensor(config.label_ids, device=device)
-        tensors = {name: tensor.float().to(device) for name, tensor in artifact.tensors.items()}
-        self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, levels]
-        self._exits = [
-            tuple(tensors[f"exit.{layer}.{part}"] for part in ("head_weight", "head_bias"))
-            for layer in self.exit_points
-        ]
-        self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
+        self._heads = LabelHeads(artifact, device)
+        self.answer_ids = self._heads.token_ids
 
     @override
-    def decide(
-        self,
-        exit_index: int,
-        hidden: Tensor,
-        tags: Tensor,
-        memory: Tensor | None,
-        subsets: Tensor | None = None,
-    ) -> Decision:
-        assert subsets is not None
-        weight, bias = self._exits[exit_index]
-        scores = torch.addmm(bias, hidden.float(), weight.T)
-        scores = only(scores, mask_of(subsets, len(bias)))
-        features, classifier = features_among(scores), self._classifiers[exit_index]
-        odds = score(features, classifier, memory)
-        return Decision(
-            odds >= self._thresholds[exit_index][tags],
-            scores,
-            memory=odds if is_chain(classifier, features) else None,
-        )
+    def decide(self, exit_index: int, asked: Asked) -> Decision:
+        scores = self._heads.score(exit_index, asked)
+        return self._heads.decide(exit_index, asked, features_among(scores), scores)
 
 
 def features_among(scores: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_adainfer.policy.label_subsets import only
+from vllm_adainfer.policy.label_subsets import restrict
 
 # How far a probability has moved, as buckets of a histogram.
 MOVES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -39,39 +39,6 @@ class LabelProbabilities:
         return torch.maximum(moved, (in_vocabulary - others).abs().amax(dim=1))
 
 
-@dataclass(frozen=True)
-class ProbabilityHead:
-    """A label head that reads probabilities; calibration and serving both use it.
-
-    It scores the labels, and in one row more the label mass (the labels' share of the whole
-    vocabulary), as log-odds.
-
-    Attributes:
-        weight: fp32 [labels + 1, hidden size].
-        bias: fp32 [labels + 1].
-        token_ids: int64 [labels].
-
-    """
-
-    weight: Tensor
-    bias: Tensor
-    token_ids: Tensor
-
-    @property
-    def fitted_tensors(self) -> dict[str, Tensor]:
-        """What calibration has fitted, by the names that an artifact stores it under."""
-        return {"head_weight": self.weight, "head_bias": self.bias}
-
-    @property
-    def bytes(self) -> int:
-        """What the head stores."""
-        return self.weight.nbytes + self.bias.nbytes
-
-    def score(self, hidden: Tensor) -> Tensor:
-        """Scores fp32 [rows, labels + 1] of states [rows, hidden size]."""
-        return torch.addmm(self.bias, hidden.float(), self.weight.T)
-
-
 def probabilities_of_logits(
     logits: Tensor, label_ids: Tensor, subsets: Tensor | None = None
 ) -> LabelProbabilities:
@@ -80,7 +47,7 @@ def probabilities_of_logits(
     `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
     """
     logits = logits.float()
-    labels = only(logits[:, label_ids], subsets)
+    labels = restrict(logits[:, label_ids], subsets)
     mass = (labels.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()
     return LabelProbabilities(labels.softmax(dim=1), mass.clamp(max=1))
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 from adainfer_kernels import Head
-from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy
+from vllm_adainfer.policy.exit_policy import Asked, Decision, ExitPolicy
 from vllm_adainfer.policy.probe import Probe
 
 SCRIPT_LABELS = (0, 1)  # the only token ids that a scripted request may produce
@@ -40,15 +39,8 @@ class ScriptedPolicy(ExitPolicy):
         )
 
     @override
-    def decide(
-        self,
-        exit_index: int,
-        hidden: Tensor,
-        tags: Tensor,
-        memory: Tensor | None,
-        subsets: Tensor | None = None,
-    ) -> Decision:
-        readout = self._probe.readout(hidden)
-        threshold = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    def decide(self, exit_index: int, asked: Asked) -> Decision:
+        readout = self._probe.readout(asked.hidden)
+        threshold = torch.zeros(len(asked.hidden), dtype=torch.float32, device=asked.hidden.device)
         _, scores = self._probe.settle(readout, self._classifier, threshold)
-        return Decision(tags <= exit_index, scores)
+        return Decision(asked.tags <= exit_index, scores)

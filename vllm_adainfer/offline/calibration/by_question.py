@@ -11,11 +11,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 
 
 def by_question(policy: FittedPolicy, point: PathPoint) -> list[dict[str, Any]]:
-    """A row for each question of the held-out prompts, the commonest first.
-
-    The bound is about all of them together: a question whose own risk is above epsilon takes more
-    than its share (``above``).
-    """
+    """A row for each question of the held-out prompts, the commonest first."""
     calibration = policy.calibration
     if len(set(calibration.questions)) < 2:
         return []
@@ -25,14 +21,12 @@ def by_question(policy: FittedPolicy, point: PathPoint) -> list[dict[str, Any]]:
     rows = []
     for name in np.unique(names):
         own = names == name
-        risk = float(point.losses[own].mean())
         rows.append(
             {
                 "question": str(name),
                 "prompts": int(own.sum()),
-                "risk": risk,
+                "risk": float(point.losses[own].mean()),
                 "layers_saved": float(saved[own].mean()),
-                "above": risk > calibration.options.epsilon,
             }
         )
     return sorted(rows, key=lambda row: -int(row["prompts"]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Example, first_token
+from vllm_adainfer.offline.calibration.data import Example, find_labels
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.label_subsets import MOST_LABELS
 
@@ -34,19 +34,22 @@ def pool_of(names: Sequence[str], examples: Sequence[Example], tokenizer: Any) -
         AdaInferError: a name is unknown, there are too many labels, or a request names another.
 
     """
-    found: dict[int, Label] = {}
-    for name in names:
-        if name.isdecimal():
-            token = int(name)
-            found[token] = Label(name=tokenizer.decode([token]), token_id=token)
-            continue
-        if name not in POOLS:
-            raise AdaInferError(
-                f"--label-pool {name} is not known: name {', '.join(POOLS)}, or token ids"
-            )
-        for label in POOLS[name]:
-            token = first_token(examples[0].text, label, tokenizer)
-            found[token] = Label(name=label, token_id=token)
+    tokens = [int(name) for name in names if name.isdecimal()]
+    unknown = [name for name in names if not name.isdecimal() and name not in POOLS]
+    if unknown:
+        raise AdaInferError(
+            f"--label-pool {unknown[0]} is not known: name {', '.join(POOLS)}, or token ids"
+        )
+    if any(token >= len(tokenizer) for token in tokens):
+        raise AdaInferError(
+            f"--label-pool {max(tokens)} is no token id of this model: they are below "
+            f"{len(tokenizer)}"
+        )
+    named = dict.fromkeys(label for name in names for label in POOLS.get(name, ()))
+    labels = find_labels(tuple(named), examples[0], tokenizer) if named else ()
+    found = {label.token_id: label for label in labels}
+    for token in tokens:
+        found.setdefault(token, Label(name=tokenizer.decode([token]), token_id=token))
     if not 1 < len(found) <= MOST_LABELS:
         raise AdaInferError(f"--label-pool has {len(found)} labels: it takes two to {MOST_LABELS}")
     for example in examples:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_adainfer.offline.calibration.collect import Recording
 from vllm_adainfer.offline.calibration.loss import ProbabilityMoved
-from vllm_adainfer.policy.label_subsets import only
+from vllm_adainfer.policy.label_subsets import restrict
 from vllm_adainfer.policy.probabilities import LabelProbabilities
 
 
@@ -51,7 +51,7 @@ def label_reads(
     exact_scores = exact.score(exact.readout(recording.final), return_scores=True).scores
     assert scores is not None
     assert exact_scores is not None
-    own = only(scores, subsets)
+    own = restrict(scores, subsets)
     mass = (own.logsumexp(dim=1) - whole.lse).exp().clamp(max=1)
     is_best = whole.top1_id.unsqueeze(1) == label_ids
     if subsets is not None:

@@ -17,11 +17,11 @@ from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
 from vllm_adainfer.offline.calibration.label_reads import LabelReads
 from vllm_adainfer.offline.calibration.loss import Said
 from vllm_adainfer.policy.kinds import FEATURES, PROBABILITY_FEATURES, ProbeKind
-from vllm_adainfer.policy.label_subsets import only
+from vllm_adainfer.policy.label_heads import LabelHead
+from vllm_adainfer.policy.label_subsets import restrict
 from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.pool_policy import features_among
 from vllm_adainfer.policy.probabilities import (
-    ProbabilityHead,
     features_of,
     probabilities_of_scores,
 )
@@ -38,7 +38,7 @@ RANK_DIVISORS = (64, 32, 16, 8, 4)
 RANK_TOLERANCE = 0.1
 SMALLEST_SHARE = 1e-6  # of the label mass, or of what it leaves: log-odds go no further
 
-AnyProbe = Probe | ProbabilityHead
+AnyProbe = Probe | LabelHead
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,12 @@ def fit_probes(
     assert scores is not None
     fitted = _fit_ridge(recording, scores - scores.mean(1, keepdim=True), rows, layer)
 
-    def label_head(linear: ridge.Linear) -> Probe:
-        head = Head(linear.matrix.float().contiguous(), linear.bias.float())
-        return Probe(head, token_ids=target.label_ids)
+    def label_head(linear: ridge.Linear) -> AnyProbe:
+        weight, bias = linear.matrix.float().contiguous(), linear.bias.float()
+        if target.subsets is not None:
+            assert target.label_ids is not None
+            return LabelHead(weight, bias, target.label_ids)
+        return Probe(Head(weight, bias), token_ids=target.label_ids)
 
     return label_head(fitted.whole), [label_head(linear) for linear in fitted.without]
 
@@ -109,7 +112,7 @@ def _fit_ridge(recording: Recording, scores: Tensor, rows: Ints, layer: int) -> 
 
 def _fit_probability_heads(
     recording: Recording, target: Target, reads: LabelReads, rows: Ints, layer: int
-) -> tuple[ProbabilityHead, list[ProbabilityHead]]:
+) -> tuple[LabelHead, list[LabelHead]]:
     """A ridge regression on the labels' logits and on the log-odds of the label mass.
 
     A regression on logits shrinks them, which makes probabilities too even. So the labels' logits
@@ -127,12 +130,12 @@ def _fit_probability_heads(
         here = torch.from_numpy(np.flatnonzero(folds == fold))
         unseen[here] = (states[here] @ linear.matrix.T + linear.bias)[:, :-1]
     scale = torch.ones(len(label_ids) + 1, dtype=torch.float64)
-    own = only(unseen, target.subsets_of(rows))
+    own = restrict(unseen, target.subsets_of(rows))
     scale[:-1] = _likeliest_scale(own, reads.probabilities.among[rows].double())
 
-    def head(linear: ridge.Linear) -> ProbabilityHead:
+    def head(linear: ridge.Linear) -> LabelHead:
         weight = (linear.matrix * scale.unsqueeze(1)).float().contiguous()
-        return ProbabilityHead(weight, (linear.bias * scale).float(), label_ids)
+        return LabelHead(weight, (linear.bias * scale).float(), label_ids)
 
     return head(fitted.whole), [head(linear) for linear in fitted.without]
 
@@ -155,16 +158,13 @@ def read(probe: AnyProbe, states: Tensor, subsets: Tensor | None = None) -> Said
 
     `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
     """
-    if isinstance(probe, ProbabilityHead):
-        scores = only(probe.score(states), subsets)
-        tokens = probe.token_ids[scores[:, :-1].argmax(dim=1)].numpy()
+    if isinstance(probe, LabelHead):
+        scores = probe.score(states, subsets)
+        best = scores[:, : len(probe.token_ids)].argmax(dim=1)
+        tokens = probe.token_ids[best].numpy()
+        if not probe.reads_mass:
+            return Said(features_among(scores), tokens)
         return Said(features_of(scores), tokens, probabilities_of_scores(scores))
-    if subsets is not None:
-        assert probe.token_ids is not None
-        result = probe.score(probe.readout(states), return_scores=True)
-        assert result.scores is not None
-        scores = only(result.scores, subsets)
-        return Said(features_among(scores), probe.token_ids[scores.argmax(dim=1)].numpy())
     result = probe.score(probe.readout(states))
     return Said(result.features, result.top1_id.numpy())
 

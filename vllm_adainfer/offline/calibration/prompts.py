@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
 from vllm_adainfer.offline.calibration.data import (
     Example,
     Row,
@@ -22,14 +22,11 @@ from vllm_adainfer.offline.calibration.data import (
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
 from vllm_adainfer.offline.calibration.label_pool import common_labels, pool_of
 from vllm_adainfer.offline.calibration.loss import RightTokens
-from vllm_adainfer.offline.calibration.requests import are_requests, examples_of
 from vllm_adainfer.offline.calibration.split import Split, random_order
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.artifact_files import check_writable
 from vllm_adainfer.policy.kinds import ProbeChoice, ProbeKind
-
-logger = logging.getLogger("vllm.adainfer.calibrate")  # vLLM's logging shows "vllm." alone
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     hf_config, tokenizer = load_config_and_tokenizer(request.model)
     most = hf_config.max_position_embeddings - options.max_tokens
     if are_requests(rows):
-        examples, labels = _requests(request, rows, tokenizer, most)
+        examples, labels = _requests(request, rows, tokenizer, hf_config.vocab_size, most)
     else:
         examples, labels = _rows(request, rows, tokenizer, most)
     split = Split.halves(len(examples))
@@ -123,7 +120,7 @@ def _rows(
 
 
 def _requests(
-    request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, most: int
+    request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
 ) -> tuple[list[Example], tuple[Label, ...]]:
     """Prompts from requests, and the labels of all of them."""
     if request.template is not None or request.labels or request.options.max_tokens > 1:
@@ -131,9 +128,7 @@ def _requests(
             f"{request.data} holds requests, which bring their prompts, labels and one token each: "
             "drop --template, --labels and --max-tokens"
         )
-    examples, left_out = examples_of(rows, tokenizer, most)
-    for reason, count in left_out.items():
-        logger.warning("%d of %d lines were left out: %s", count, len(rows), reason)
+    examples = read_requests(rows, tokenizer, vocabulary, most)
     if request.label_pool:
         return examples, pool_of(request.label_pool, examples, tokenizer)
     return examples, common_labels(examples, tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.engine.reads import Read, What
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
 from vllm_adainfer.offline.calibration.data import (
     Example,
     Row,
@@ -24,7 +24,6 @@ from vllm_adainfer.offline.calibration.data import (
     read_template,
 )
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.offline.calibration.requests import are_requests, examples_of
 from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.readings import engine_settings, what_is_read
 from vllm_adainfer.offline.evaluation.report import build_report, write_whole
@@ -42,9 +41,6 @@ from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 if TYPE_CHECKING:
     from vllm import LLM
-
-
-logger = logging.getLogger("vllm.adainfer.evaluate")  # vLLM's logging shows "vllm." alone
 
 
 @dataclass(frozen=True)
@@ -168,9 +164,7 @@ def _requests(
             f"{request.data} holds requests, which bring their prompts, labels and one token each: "
             "drop --template and --labels, and take an artifact for labels"
         )
-    examples, left_out = examples_of(rows, tokenizer, longest)
-    for reason, count in left_out.items():
-        logger.warning("%d of %d lines were left out: %s", count, len(rows), reason)
+    examples = read_requests(rows, tokenizer, config.vocab_size, longest)
     for example in examples:
         read = Read(What.TOKEN, frozenset(example.labels or ()))
         if not read.served_by(config):
@@ -251,16 +245,14 @@ def _accuracy(
     if any(example.label is None for example in examples):
         return None
     answers = [str(example.label) for example in examples]
-    if examples[0].labels is not None:  # of a request, the right token
-        return sum(str(text[0]) == one for text, one in zip(texts, answers, strict=True)) / len(
-            texts
-        )
     if max_tokens > 1:
         if not all(map(is_number, answers)):
             return None
         decoded = map(tokenizer.decode, texts)
         return sum(map(has_number, decoded, answers)) / len(texts)
-    if labels:
+    if examples[0].labels is not None:  # of a request, the right token
+        truth = [int(answer) for answer in answers]
+    elif labels:
         ids = {label.name: label.token_id for label in labels}
         truth = [ids[answer] for answer in answers]
     else:

@@ -10,8 +10,8 @@ import pytest
 
 from tests.tiny import word_tokenizer
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Row, read_rows
-from vllm_adainfer.offline.calibration.requests import are_requests, examples_of
+from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
+from vllm_adainfer.offline.calibration.data import Example, Row, read_rows
 
 READ = {"max_tokens": 1, "logprob_token_ids": [7, 9]}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}Sentiment :"
@@ -30,10 +30,8 @@ def line(url: str, body: dict[str, Any], **more: Any) -> Row:
     return Row("requests.jsonl, line 1", fields)
 
 
-def read_one(row: Row, tokenizer: Any) -> list[tuple[str, tuple[int, ...]]]:
-    examples, left_out = examples_of([row], tokenizer, 200)
-    assert not left_out
-    return [(tokenizer.decode(one.token_ids), one.labels or ()) for one in examples]
+def read(rows: list[Row], tokenizer: Any) -> list[Example]:
+    return read_requests(rows, tokenizer, len(tokenizer), 200)
 
 
 @pytest.mark.parametrize(
@@ -71,20 +69,18 @@ def read_one(row: Row, tokenizer: Any) -> list[tuple[str, tuple[int, ...]]]:
     ],
 )
 def test_a_request_becomes_the_prompts_that_vllm_makes_of_it(tokenizer, url, body, prompts):
-    found = read_one(line(url, {**READ, **body}), tokenizer)
+    found = read([line(url, {**READ, **body})], tokenizer)
     wanted = [
         tokenizer.decode([int(token) for token in text.split()]) if text[0].isdigit() else text
         for text in prompts
     ]
     decoded = [tokenizer.decode(tokenizer.encode(text)) for text in wanted]
-    assert [text for text, _ in found] == decoded
-    assert {frozenset(labels) for _, labels in found} == {frozenset((7, 9))}
+    assert [tokenizer.decode(one.token_ids) for one in found] == decoded
+    assert {frozenset(one.labels or ()) for one in found} == {frozenset((7, 9))}
 
 
 def test_token_prompts_stay_as_they_are(tokenizer):
-    [example], _ = examples_of(
-        [line("/v1/completions", {**READ, "prompt": [5, 1, 5]})], tokenizer, 200
-    )
+    [example] = read([line("/v1/completions", {**READ, "prompt": [5, 1, 5]})], tokenizer)
     assert example.token_ids == [5, 1, 5]
 
 
@@ -94,8 +90,7 @@ def test_a_decision_becomes_a_prompt_for_each_question(tokenizer):
         "kind": {"type": "choice", "criteria": {"warm": None, "clever": "it is"}},
     }
     row = line("/v1/systemone", {"state": {"film": "warm"}, "questions": questions})
-    examples, _ = examples_of([row], tokenizer, 200)
-    good, kind = examples
+    good, kind = read([row], tokenizer)
     assert good.text == (
         '{\n  "film": "warm"\n}\n\nQuestion: a good film ?\nyes\nno\n'
         "Answer with yes or no only. Sentiment :"
@@ -121,10 +116,14 @@ def test_a_question_is_named_in_the_line_or_stands_after_the_last_blank_line(
     tokenizer, more, content, question
 ):
     body = {**READ, "messages": [{"role": "user", "content": content}]}
-    [example], _ = examples_of(
-        [line("/v1/chat/completions", body, label=9, **more)], tokenizer, 200
-    )
-    assert (example.question, example.label) == (question, "9")
+    [example] = read([line("/v1/chat/completions", body, **more)], tokenizer)
+    assert example.question == question
+
+
+@pytest.mark.parametrize(("label", "found"), [(9, "9"), (8, None), ("good", None), ([9], None)])
+def test_a_label_is_known_if_it_is_one_that_the_request_names(tokenizer, label, found):
+    [example] = read([line("/v1/completions", {**READ, "prompt": "a"}, label=label)], tokenizer)
+    assert example.label == found
 
 
 FINE = line("/v1/completions", {**READ, "prompt": "a film :"})
@@ -140,6 +139,19 @@ MESSAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url
         ("/v1/completions", {**READ, "logprob_token_ids": [3], "prompt": "a"}, "fewer than two"),
         ("/v1/completions", {**READ, "prompt": "a " * 300}, "1 to 200 tokens"),
         ("/v1/completions", READ, "vLLM would refuse it"),
+        ("/v1/completions", {**READ, "prompt": 5}, "vLLM would refuse it"),
+        ("/v1/completions", {**READ, "prompt": [1 << 40]}, "vLLM would refuse it"),
+        ("/v1/completions", {**READ, "prompt": [5000]}, "not in the vocabulary"),
+        ("/v1/completions", {**READ, "logprob_token_ids": [7, -1], "prompt": "a"}, "vocabulary"),
+        ("/v1/completions", {**READ, "logprob_token_ids": [7, "x"], "prompt": "a"}, "vocabulary"),
+        ("/v1/completions", {**READ, "logprob_token_ids": 7, "prompt": "a"}, "would refuse it"),
+        ("/v1/completions", {**READ, "logit_bias": {"7": 1}, "prompt": "a"}, "full depth"),
+        ("/v1/completions", {**READ, "repetition_penalty": 2, "prompt": "a"}, "full depth"),
+        ("/v1/chat/completions", {**READ, "messages": []}, "would refuse it"),
+        ("/v1/chat/completions", {**READ, "messages": "a film"}, "would refuse it"),
+        ("/v1/chat/completions", {**READ, "messages": [{"content": ["a"]}]}, "would refuse it"),
+        ("/v1/systemone", {"state": "a", "questions": ["q"]}, "would refuse it"),
+        ("/v1/systemone", {"state": "a", "questions": {"q": "noul"}}, "would refuse it"),
         ("/v1/chat/completions", {**READ, "messages": MESSAGE}, "not text alone"),
         ("/v1/systemone", {"state": "a", "questions": {"q": {"type": "riddle"}}}, "refuse it"),
         ("/v1/systemone", {"state": "a", "questions": {}, "images": ["x"]}, "images"),
@@ -151,21 +163,20 @@ MESSAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url
     ],
 )
 def test_a_line_that_cannot_exit_is_counted_and_named_and_the_others_are_read(
-    tokenizer, url, body, reason
+    tokenizer, caplog, url, body, reason
 ):
-    examples, left_out = examples_of([FINE, line(url, body), FINE], tokenizer, 200)
-    assert len(examples) == 2
-    [(found, count)] = left_out.items()
-    assert reason in found
-    assert count == 1
+    assert len(read([FINE, line(url, body), FINE], tokenizer)) == 2
+    [record] = caplog.records
+    assert record.getMessage().startswith("1 of 3 lines were left out: ")
+    assert reason in record.getMessage()
     with pytest.raises(AdaInferError, match=r"no line of requests\.jsonl can exit: 1 x"):
-        examples_of([line(url, body)], tokenizer, 200)
+        read([line(url, body)], tokenizer)
 
 
 def test_a_line_without_a_body_is_an_error(tokenizer):
     rows = [FINE, Row("requests.jsonl, line 2", {"text": "a film"})]
     with pytest.raises(AdaInferError, match=r"line 2 is not a request: it needs 'url' and 'body'"):
-        examples_of(rows, tokenizer, 200)
+        read(rows, tokenizer)
 
 
 def test_a_file_says_by_its_first_line_whether_it_holds_requests(tmp_path):

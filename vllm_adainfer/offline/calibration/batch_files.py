@@ -1,21 +1,31 @@
 """Prompts and labels from requests as users send them: lines of vLLM's batch files.
 
 A line is ``{"custom_id", "method", "url", "body"}``; other keys are ignored, except ``label`` (the
-right label's token id) and ``question`` (a name for what is asked). Prompts are rendered as vLLM
-0.32 renders those of each endpoint; labels and their number are in the body.
+right label, if it is the token id of one that the request names) and ``question`` (a name for what
+is asked). Prompts are rendered as vLLM 0.32 renders those of each endpoint; the labels are in the
+body.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from vllm_adainfer.engine.compat import decision_question
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example, Row
 
+logger = logging.getLogger("vllm.adainfer.batch_files")  # vLLM's logging shows "vllm." alone
+
 LONGEST_QUESTION = 300  # characters of a question's name that are kept
+# With one of these in its body, a completion or chat runs at full depth.
+FULL_DEPTH_KEYS = (
+    "prompt_logprobs", "min_tokens", "logit_bias", "bad_words", "structured_outputs",
+    "response_format", "thinking_token_budget",
+)  # fmt: skip
 
 
 class LeftOutError(Exception):
@@ -27,45 +37,56 @@ def are_requests(rows: Sequence[Row]) -> bool:
     return "url" in rows[0].fields and "body" in rows[0].fields
 
 
-def examples_of(
-    rows: Sequence[Row], tokenizer: Any, max_tokens: int
-) -> tuple[list[Example], Counter[str]]:
-    """The prompts that requests read labels after, and how many lines were left out, by reason.
+def read_requests(
+    rows: Sequence[Row], tokenizer: Any, vocabulary: int, max_tokens: int
+) -> list[Example]:
+    """The prompts that requests read labels after; a warning counts the lines that cannot exit.
 
     A request with several items or questions becomes as many prompts, as in vLLM.
 
     Args:
         rows: of one file.
         tokenizer: a Hugging Face tokenizer.
+        vocabulary: its size.
         max_tokens: the longest prompt the model takes; longer ones are left out.
 
     Raises:
-        AdaInferError: a line is not a request, or none is left.
+        AdaInferError: a line is not a request, or none can exit.
 
     """
-    examples, left_out = [], Counter[str]()
+    examples: list[Example] = []
+    left_out = Counter[str]()
     for row in rows:
-        body = row.fields.get("body")
-        if not isinstance(body, Mapping) or "url" not in row.fields:
-            raise AdaInferError(f"{row.place} is not a request: it needs 'url' and 'body'")
         try:
-            reader = READERS.get(str(row.fields["url"]))
-            if reader is None:
-                raise LeftOutError(f"{row.fields['url']}: not an endpoint that reads labels")
-            made = list(reader(row, body, tokenizer))
-            if any(not 0 < len(example.token_ids) <= max_tokens for example in made):
-                raise LeftOutError(f"a prompt that does not have 1 to {max_tokens} tokens")
-        except LeftOutError as reason:
-            left_out[str(reason)] += 1
-        except (KeyError, TypeError, ValueError) as error:
-            reason_given = " ".join(str(error).split())
-            left_out[f"{row.fields['url']}: vLLM would refuse it ({reason_given:.80})"] += 1
-        else:
-            examples += made
+            examples += _examples_of(row, tokenizer, vocabulary, max_tokens)
+        except LeftOutError as error:
+            left_out[str(error)] += 1
     if not examples:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in left_out.items())
         raise AdaInferError(f"no line of {rows[0].place.partition(',')[0]} can exit: {reasons}")
-    return examples, left_out
+    for reason, count in left_out.items():
+        logger.warning("%d of %d lines were left out: %s", count, len(rows), reason)
+    return examples
+
+
+def _examples_of(row: Row, tokenizer: Any, vocabulary: int, max_tokens: int) -> list[Example]:
+    body, url = row.fields.get("body"), str(row.fields.get("url"))
+    if not isinstance(body, Mapping) or "url" not in row.fields:
+        raise AdaInferError(f"{row.place} is not a request: it needs 'url' and 'body'")
+    if url not in READERS:
+        raise LeftOutError(f"{url}: not an endpoint that reads labels")
+    try:
+        examples = list(READERS[url](row, body, tokenizer))
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise LeftOutError(f"{url}: vLLM would refuse it ({reason:.80})") from None
+    for example in examples:
+        if not 0 < len(example.token_ids) <= max_tokens:
+            raise LeftOutError(f"a prompt that does not have 1 to {max_tokens} tokens")
+        tokens = [*example.token_ids, *(example.labels or ())]
+        if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
+            raise LeftOutError("token ids that are not in the vocabulary")
+    return examples
 
 
 def _completion(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
@@ -113,27 +134,20 @@ def _score(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Exampl
 
 def _decision(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
     """As in ``vllm/entrypoints/generate/structured_decisions/strategies.py``."""
-    from vllm.entrypoints.generate.structured_decisions.question_types import build_question
-
     if any(body.get(kind) for kind in ("images", "audio", "videos")):
         raise LeftOutError("/v1/systemone: a state with images, audio or video")
     state = body["state"]
     if not isinstance(state, str):
         state = "" if state is None else json.dumps(state, ensure_ascii=False, indent=2)
     for name, asked in body["questions"].items():
-        question = build_question(
-            name, asked["type"], asked.get("instructions", ""), asked.get("criteria"), 26
-        )
-        messages = [{"role": "user", "content": f"{state}\n\n{question.type.prompt(question)}"}]
+        question, named = decision_question(name, asked)
+        messages = [{"role": "user", "content": f"{state}\n\n{question}"}]
         if body.get("instructions"):
             messages.insert(0, {"role": "system", "content": body["instructions"]})
         more = {"enable_thinking": False, **(body.get("chat_template_kwargs") or {})}
         text = _rendered(tokenizer, messages, add_generation_prompt=True, **more)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
-        labels = [
-            tokenizer.encode(text + label, add_special_tokens=False)[-1]
-            for label in question.labels
-        ]
+        labels = [tokenizer.encode(text + one, add_special_tokens=False)[-1] for one in named]
         yield _example(row, text, token_ids, _at_least_two(labels), name)
 
 
@@ -150,6 +164,11 @@ def _labels_read(body: Mapping[str, Any]) -> tuple[int, ...]:
     tokens = body.get("max_completion_tokens", body.get("max_tokens"))
     if tokens != 1:
         raise LeftOutError("a request for more than one token")
+    for key in FULL_DEPTH_KEYS:
+        if body.get(key):
+            raise LeftOutError(f"a request with {key}, which runs at full depth")
+    if body.get("repetition_penalty", 1) != 1:
+        raise LeftOutError("a request with repetition_penalty, which runs at full depth")
     labels = body.get("allowed_token_ids") or body.get("logprob_token_ids")
     if labels is None:
         raise LeftOutError("a request that names no labels")
@@ -195,6 +214,8 @@ def _example(
     """An example; its question is the row's own name for it, or the prompt's last paragraph."""
     named = row.fields.get("question") or question or _last_paragraph(text)
     right = row.fields.get("label")
+    if right not in labels:
+        right = None
     return Example(
         row.place,
         text,
