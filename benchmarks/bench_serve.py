@@ -204,7 +204,7 @@ def one_run(
     result = send(server, load, rate, seed)
     run = {key: result[key] for key in (*FIGURES, "duration", "completed", "failed")}
     if ours:
-        executed, skipped = counted(server, before, len(load.examples))
+        executed, skipped = counted(server, before, run["completed"])
         if not skipped:
             raise RuntimeError(
                 "the server with the plugin skipped no layers: no request left early"
