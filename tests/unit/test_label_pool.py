@@ -26,8 +26,12 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
 )
 from vllm_adainfer.offline.calibration.label_pool import common_labels, pool_of, subsets_of
 from vllm_adainfer.offline.calibration.label_reads import label_reads
-from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
-from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.calibration.policy_artifact import (
+    never_named,
+    policy_config,
+    policy_tensors,
+)
+from vllm_adainfer.offline.calibration.probes import Target, fit_probes
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.policy.exit_policy import Asked
@@ -109,6 +113,29 @@ def test_what_is_served_of_a_pool_is_what_was_certified(tmp_path, risk, with_mas
     assert np.array_equal(exits, point.exits)
     assert np.array_equal(wrong, point.losses)
     assert len(set(exits.tolist())) > 1
+
+
+def test_labels_that_no_request_names_do_not_change_how_others_are_read():
+    policy, _ = calibrated("disagreement", False)
+    calibration = policy.calibration
+    target = calibration.target
+    more = torch.tensor([3, 21, 33])
+    none = torch.zeros(len(target.subsets), len(more), dtype=torch.bool)
+    wider = replace(
+        target,
+        label_ids=torch.cat([POOL, more]),
+        subsets=torch.cat([target.subsets, none], dim=1),
+    )
+    rows = SPLIT.fit
+    for layer, states in calibration.recording.states.items():
+        narrow_head, _ = fit_probes(calibration.recording, target, rows, layer)
+        wide_head, _ = fit_probes(calibration.recording, wider, rows, layer)
+        narrow, wide = (head.score(states)[:, : len(POOL)] for head in (narrow_head, wide_head))
+        torch.testing.assert_close(wide - wide[:, :1], narrow - narrow[:, :1], atol=1e-4, rtol=1e-4)
+    labels = (*LABELS, *(Label(name=f"unused {t}", token_id=t) for t in more.tolist()))
+    unused = replace(calibration, target=wider, labels=labels)
+    assert never_named(unused) == ["unused 3", "unused 21", "unused 33"]
+    assert never_named(calibration) == []
 
 
 def test_a_mixture_says_what_each_question_saves_and_risks():

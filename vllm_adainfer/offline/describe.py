@@ -20,6 +20,7 @@ def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         _exit_points(details),
         _levels(config),
         *_questions(config, details),
+        *_never_named(details),
         in_words(config),
     ]
     return "\n\n".join(parts)
@@ -138,6 +139,18 @@ def _questions(config: ArtifactConfig, details: Mapping[str, Any]) -> list[str]:
         f"{table}\n\n"
         f"The bound is about this mixture of questions. !: a risk above {config.epsilon:g}, more "
         "than its share."
+    ]
+
+
+def _never_named(details: Mapping[str, Any]) -> list[str]:
+    """A warning of labels in the pool that calibration knows nothing about."""
+    names = details.get("never_named") or []
+    if not names:
+        return []
+    return [
+        f"No request of the calibration named {', '.join(names)}. Requests that do are served, but "
+        "the bound is not about them: leave these labels out of --label-pool, or serve with a "
+        "shadow_rate."
     ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_adainfer.offline.calibration.by_question import by_question
 from vllm_adainfer.offline.calibration.card import model_card, risk_plot
 from vllm_adainfer.offline.calibration.certify import held_out_path
-from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.artifact import ArtifactConfig, Level
 from vllm_adainfer.policy.artifact_files import save_artifact
@@ -146,6 +146,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
         },
         "oracle_layers_run": oracle_layers_run(policy),
         "questions": by_question(policy, point),
+        "never_named": never_named(calibration),
         "seconds": {
             "layer": policy.costs.layer,
             "cut": policy.costs.cut,
@@ -163,6 +164,15 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
         ],
         "provenance": provenance(),
     }
+
+
+def never_named(calibration: Calibration) -> list[str]:
+    """The labels of a pool that no prompt is about: nothing is known of the risk with them."""
+    subsets = calibration.target.subsets
+    if subsets is None:
+        return []
+    pairs = zip(calibration.labels, subsets.any(dim=0).tolist(), strict=True)
+    return [label.name for label, named in pairs if not named]
 
 
 def oracle_layers_run(policy: FittedPolicy) -> float:

@@ -70,6 +70,10 @@ class Target:
         """The subsets of decision `rows`."""
         return None if self.subsets is None else self.subsets[rows]
 
+    def named(self, rows: Ints) -> Tensor | None:
+        """bool [labels], the labels of a pool that any of decision `rows` is about."""
+        return None if self.subsets is None else self.subsets[rows].any(dim=0)
+
 
 def fit_probes(
     recording: Recording, target: Target, rows: Ints, layer: int
@@ -84,7 +88,8 @@ def fit_probes(
         return _fit_lenses(plain, recording.moments[layer])
     scores = plain.score(plain.readout(recording.final[rows]), return_scores=True).scores
     assert scores is not None
-    fitted = _fit_ridge(recording, scores - scores.mean(1, keepdim=True), rows, layer)
+    named = target.named(rows)
+    fitted = _fit_ridge(recording, _centred(scores, named), rows, layer, named)
 
     def label_head(linear: ridge.Linear) -> AnyProbe:
         weight, bias = linear.matrix.float().contiguous(), linear.bias.float()
@@ -96,8 +101,18 @@ def fit_probes(
     return label_head(fitted.whole), [label_head(linear) for linear in fitted.without]
 
 
-def _fit_ridge(recording: Recording, scores: Tensor, rows: Ints, layer: int) -> ridge.Ridge:
-    """The map from states after `layer` to `scores` [rows, n], for decision `rows`."""
+def _centred(scores: Tensor, named: Tensor | None) -> Tensor:
+    """Scores [rows, labels] without their mean over the `named` labels, bool [labels], or all."""
+    return scores - (scores if named is None else scores[:, named]).mean(1, keepdim=True)
+
+
+def _fit_ridge(
+    recording: Recording, scores: Tensor, rows: Ints, layer: int, named: Tensor | None
+) -> ridge.Ridge:
+    """The map from states after `layer` to `scores` [rows, n], for decision `rows`.
+
+    The penalty is what suits the `named` labels, bool [labels], and further scores; None for all.
+    """
     folds = []
     for fold in range(FOLDS):
         here = torch.from_numpy(recording.prompts[rows] % FOLDS == fold)
@@ -107,7 +122,12 @@ def _fit_ridge(recording: Recording, scores: Tensor, rows: Ints, layer: int) -> 
             scores[here].double(),
             torch.ones(int(here.sum())),
         )
-    return ridge.choose(folds, PENALTIES)
+    if named is None:
+        return ridge.choose(folds, PENALTIES)
+    wanted = torch.ones(scores.shape[1], dtype=torch.bool)
+    wanted[: len(named)] = named
+    penalty = ridge.choose([fold.of_targets(wanted) for fold in folds], PENALTIES).penalty
+    return ridge.choose(folds, (penalty,))
 
 
 def _fit_probability_heads(
@@ -122,8 +142,9 @@ def _fit_probability_heads(
     assert label_ids is not None
     labels = reads.scores[rows]
     mass = reads.probabilities.mass[rows].double().logit(SMALLEST_SHARE).float()
-    targets = torch.cat([labels - labels.mean(1, keepdim=True), mass.unsqueeze(1)], dim=1)
-    fitted = _fit_ridge(recording, targets, rows, layer)
+    named = target.named(rows)
+    targets = torch.cat([_centred(labels, named), mass.unsqueeze(1)], dim=1)
+    fitted = _fit_ridge(recording, targets, rows, layer, named)
     states, folds = recording.states[layer][rows].double(), recording.prompts[rows] % FOLDS
     unseen = torch.empty(len(rows), len(label_ids), dtype=torch.float64)
     for fold, linear in enumerate(fitted.without):
