@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from label_requests import post
 from serve_report import OURS, STOCK
-from server import Server, serving
+from server import Server, let_others_rest, serving
 from tqdm import tqdm
 
 from vllm_adainfer.offline.calibration.data import read_rows
@@ -59,7 +59,7 @@ def main(
     artifact: Annotated[str, typer.Option()],
     data: Annotated[Path, typer.Option(help="JSON lines with a text.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/states.json"),
-    states: Annotated[int, typer.Option(min=1, help="States of each length and count.")] = 12,
+    states: Annotated[int, typer.Option(min=1, help="States of each length and count.")] = 8,
 ) -> None:
     """Measure, and write JSON and a Markdown table."""
     config = load_artifact_config(artifact)
@@ -144,8 +144,9 @@ def cell(
     for number in range(states + 1):
         bodies = questions(next(texts), count, tokenizer, key)
         order = list(servers) if number % 2 else list(servers)[::-1]
-        for touch in "new", "again":
-            for name in order:
+        for name in order:
+            let_others_rest()
+            for touch in "new", "again":
                 spent = ask(servers[name], bodies)
                 if number:
                     seconds[name][touch].append(spent)

@@ -18,6 +18,7 @@ from typing import Any
 from vllm_command import COMMAND
 
 START_SECONDS = 600
+POLLING_SECONDS = 1.5
 
 
 @dataclass
@@ -103,6 +104,15 @@ def _wait_for(server: Server) -> None:
             return
     text = server.log.read_text(errors="replace")
     raise RuntimeError(f"the server does not answer; its log ends\n{text[-4000:]}")
+
+
+def let_others_rest() -> None:
+    """Wait until no other server takes a core from the one that is about to be timed.
+
+    vLLM's workers poll for a second after each step (``SpinCondition`` of
+    ``vllm/distributed/device_communicators/shm_broadcast.py``).
+    """
+    time.sleep(POLLING_SECONDS)
 
 
 def stop(server: Server) -> None:

@@ -101,7 +101,7 @@ def tiny_tensors(config: ArtifactConfig, thresholds: Tensor | None = None) -> di
     """Random label heads whose score is the gap; by default all settle at the first exit."""
     generator = torch.Generator().manual_seed(1)
     if thresholds is None:
-        thresholds = torch.full((len(config.levels), len(config.exit_points)), -1.0)
+        thresholds = torch.full((config.num_tags, len(config.exit_points)), -1.0)
     tensors = {"thresholds": thresholds}
     for layer in config.exit_points:
         gap = [float(name == "gap") for name in config.features]

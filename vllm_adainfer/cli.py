@@ -21,7 +21,14 @@ import typer
 
 from vllm_adainfer import __version__
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.kinds import BoundChoice, ClassifierKind, ProbeChoice, Risk, RiskChoice
+from vllm_adainfer.policy.kinds import (
+    BoundChoice,
+    By,
+    ClassifierKind,
+    ProbeChoice,
+    Risk,
+    RiskChoice,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -151,6 +158,13 @@ def calibrate(
             "token may leave early, and the bound is on changed tokens.",
         ),
     ] = 1,
+    by: Annotated[
+        By | None,
+        typer.Option(
+            help="Of requests: certify each question on its own instead of all together; those "
+            "with too few rows run all layers."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="For the split and the folds.")] = 0,
 ) -> None:
     """Fit a policy on your prompts, certify its bound, and write an artifact."""
@@ -183,6 +197,7 @@ def calibrate(
                 bound=bound,
                 seed=seed,
                 max_tokens=max_tokens,
+                by_question=by == "question",
             ),
         )
     )

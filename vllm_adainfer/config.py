@@ -78,10 +78,11 @@ class Settings(BaseModel):
         description="Bound on disagreement, no stricter than the artifact's strictest. "
         "None takes the artifact's default; 0 never exits.",
     )
-    requests: Literal["greedy", "all", "opt-in"] = Field(
+    requests: Literal["greedy", "all", "opt-in", "known"] = Field(
         "greedy",
-        description="Which requests may exit: greedy ones, sampled ones too, or "
-        'only those that ask for it with extra_args={"adainfer": 1}.',
+        description="Which requests may exit: greedy ones, sampled ones too, only those that ask "
+        'for it with extra_args={"adainfer": 1}, or greedy ones that ask a question which '
+        "calibration has seen.",
     )
     min_rows_saved: int | None = Field(
         None,

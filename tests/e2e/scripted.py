@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +28,15 @@ class ScriptedAdmission(Admission):
     def __init__(self) -> None:
         self.records = self.has_pools = False
 
-    def tag(self, params: Any) -> int:
+    def tag(self, params: Any, prompt: Sequence[int] = ()) -> int:
         arguments = params.extra_args or {}
         return int(arguments.get(EXIT_AT, FULL)) if arguments.get("adainfer", 1) else FULL
 
     def may_exit(self, params: Any) -> bool:
         return self.tag(params) != FULL
+
+    def prompt_saving(self, params: Any) -> None:
+        return None
 
     def is_shadow(self, request_id: str) -> bool:
         return False

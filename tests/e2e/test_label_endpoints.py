@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from tests.families import SHAPE
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
 from vllm_adainfer.offline.calibration.batch_files import read_requests
 from vllm_adainfer.offline.calibration.data import Row
+from vllm_adainfer.exits.report import INTERVAL
 from vllm_adainfer.policy.artifact import Label
 
 END = "Sentiment :"  # of each prompt, so that a label is a token of its own
@@ -123,6 +125,15 @@ def post_all(server: Server, path: str, bodies: list[dict[str, Any]]) -> list[An
         found = list(pool.map(lambda body: post(server, path, body), bodies))
     assert [status for status, _ in found] == [200] * len(bodies), found
     return [answer for _, answer in found]
+
+
+def counted_at_rest(server: Server) -> int:
+    """How many tokens are counted, once those of earlier tests are."""
+    before, now = -1, int(by_policy(server, "exit_layer_count").total())
+    while now != before:
+        time.sleep(2 * INTERVAL)
+        before, now = now, int(by_policy(server, "exit_layer_count").total())
+    return now
 
 
 def left_by(server: Server) -> Counter[int]:
@@ -250,7 +261,7 @@ def test_a_request_that_vllm_refuses_is_refused_and_others_are_answered(server, 
 
 def test_labels_that_come_twice_or_among_others_get_probabilities_of_full_depth(server, promises):
     ids = [label.token_id for label in promises["labels"]]
-    decided = by_policy(server, "exit_layer_count").total()
+    decided = counted_at_rest(server)
     before = by_policy(server, "layer_rows_skipped_total")
     lists = [ids[0], ids[0]], [*ids[:2], 3], ids[:1]
     for asked in lists:

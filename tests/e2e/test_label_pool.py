@@ -15,7 +15,7 @@ from tests.conftest import tiny_engine
 from tests.e2e.oracle import hidden_states
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
-from vllm_adainfer.policy.artifact import Label
+from vllm_adainfer.policy.artifact import Label, Question
 
 POOL = tuple(Label(name=f"label {token}", token_id=token) for token in (40, 7, 300, 12, 999, 5))
 IDS = [label.token_id for label in POOL]
@@ -29,6 +29,19 @@ KINDS: dict[str, dict[str, Any]] = {
         "label_mass": True,
     },
 }
+# Each certified on its own; no other policy has these labels.
+MOODS = [Label(name=f"mood {token}", token_id=token) for token in (60, 50, 70)]
+KINDS["questions"] = {
+    "labels": tuple(MOODS),
+    "label_pool": True,
+    "by_question": True,
+    "questions": (
+        Question(name="mood", ends=((20, 30), (22, 30)), certified=(0.02, 0.05)),
+        Question(name="side", ends=((30,),), certified=(0.05,)),
+    ),
+}
+# By question and epsilon, as tags count.
+GAPS = {("mood", 0.02): 0.3, ("mood", 0.05): 0.05, ("side", 0.02): np.inf, ("side", 0.05): 0.0}
 GAP = 0.15  # between the best two labels at which a row is settled
 CLOSE, TIE = 2e-4, 1e-3
 _GENERATOR = np.random.default_rng(5)
@@ -37,12 +50,12 @@ PROMPTS = [_GENERATOR.integers(5, 1000, 1 + 5 * i % 23).tolist() for i in range(
 
 @pytest.fixture(scope="module")
 def engine(tiny_model, tmp_path_factory) -> Any:
-    thresholds = torch.full((2, len(EXIT_POINTS)), GAP)
     folder = tmp_path_factory.mktemp("pools")
-    artifacts = {
-        name: str(tiny_artifact(tiny_model, folder / name, thresholds, **kind))
-        for name, kind in KINDS.items()
-    }
+    artifacts = {}
+    for name, kind in KINDS.items():
+        gaps = torch.tensor([*GAPS.values()] if name == "questions" else [GAP, GAP])
+        thresholds = gaps.unsqueeze(1).repeat(1, len(EXIT_POINTS))
+        artifacts[name] = str(tiny_artifact(tiny_model, folder / name, thresholds, **kind))
     switch = {"artifact": artifacts, "min_rows_saved": 1}
     return tiny_engine(
         tiny_model,
@@ -137,3 +150,36 @@ def test_random_subsets_in_one_step_are_each_answered_among_their_own_labels(
     assert all(left[depth] >= count for depth, count in wanted.items())
     assert sum(wanted[layer] for layer in EXIT_POINTS) > 5
     assert wanted[LAYERS] > 1
+
+
+def test_each_question_is_answered_at_its_own_exit_and_others_at_full_depth(
+    engine, reference, heads
+):
+    """Two wordings of one question, another, and two that nobody has calibrated."""
+    ends = {(20, 30): "mood", (22, 30): "mood", (23, 30): "side", (20, 31): None, (30, 8): None}
+    own = [label.token_id for label in MOODS]
+    inputs, asked, wanted = [], [], []
+    for place, prompt in enumerate(PROMPTS):
+        end = list(ends)[place % len(ends)]
+        epsilon = (0.02, 0.05)[place // len(ends) % 2]
+        inputs.append({"prompt_token_ids": [*prompt, *end]})
+        arguments = {"adainfer_epsilon": epsilon}
+        asked.append(
+            SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=own, extra_args=arguments)
+        )
+        wanted.append(GAPS.get((ends[end], epsilon), np.inf))
+    before = Counter(stats(engine)["exit_histogram"])
+    outputs = [out.outputs[0] for out in engine.generate(inputs, asked, use_tqdm=False)]
+    left = Counter(stats(engine)["exit_histogram"]) - before
+    depths: Counter[int] = Counter()
+    for prompt, output, gap in zip(inputs, outputs, wanted, strict=True):
+        after = [state[-1:] for state in hidden_states(reference, prompt["prompt_token_ids"])]
+        found = expected(reference, after, heads["questions"], own, own, gap)
+        if found is None:
+            continue
+        depths[found[0]] += 1
+        if found[1].sort().values.diff()[-1] > TIE:
+            assert output.token_ids[0] == own[int(found[1].argmax())]
+    assert all(left[depth] >= count for depth, count in depths.items())
+    assert depths[EXIT_POINTS[0]] > 3
+    assert depths[LAYERS] > 10

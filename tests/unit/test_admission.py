@@ -14,9 +14,8 @@ from vllm_adainfer.engine.admission import (
     FULL_DEPTH,
     UNLIMITED,
     Admission,
-    has_deep_prompt,
-    with_deep_prompt,
 )
+from vllm_adainfer.engine.deep_prompt import has_deep_prompt, with_deep_prompt
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.policy.script import SCRIPT_LABELS

@@ -12,6 +12,7 @@ from tests.tiny import word_tokenizer
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
 from vllm_adainfer.offline.calibration.data import Example, Row, read_rows
+from vllm_adainfer.offline.calibration.questions import SEEN
 
 READ = {"max_tokens": 1, "logprob_token_ids": [7, 9]}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}Sentiment :"
@@ -105,19 +106,18 @@ def test_a_decision_becomes_a_prompt_for_each_question(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("more", "content", "question"),
-    [
-        ({}, "a film\n\nis it good ?", "is it good ?"),
-        ({"question": "mood"}, "a film\n\nis it good ?", "mood"),
-        ({}, "a film", "a film"),
-    ],
+    ("url", "end"), [("/v1/completions", ""), ("/v1/chat/completions", " Sentiment :")]
 )
-def test_a_question_is_named_in_the_line_or_stands_after_the_last_blank_line(
-    tokenizer, more, content, question
-):
-    body = {**READ, "messages": [{"role": "user", "content": content}]}
-    [example] = read([line("/v1/chat/completions", body, **more)], tokenizer)
-    assert example.question == question
+def test_a_question_is_named_in_the_line_or_by_its_wording(tokenizer, url, end):
+    rows = []
+    for number in range(2 * SEEN):
+        asked = f"{['a', 'good', 'plot'][number % 3]} film\n\nis it {['good', 'long'][number % 2]}"
+        body = {"prompt": asked, "messages": [{"role": "user", "content": asked}]}
+        rows.append(line(url, {**READ, **body}))
+    rows.append(line(url, {**READ, **body}, question="mood"))
+    *found, named = read(rows, tokenizer)
+    assert {example.question for example in found} == {f"is it good{end}", f"is it long{end}"}
+    assert (named.question, named.wording) == ("mood", found[-1].wording)
 
 
 @pytest.mark.parametrize(("label", "found"), [(9, "9"), (8, None), ("good", None), ([9], None)])

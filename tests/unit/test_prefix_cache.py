@@ -11,6 +11,7 @@ from vllm.v1.request import RequestStatus
 from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
 
 BLOCK = 4
+SAVED = 0.4  # of the layers, by a prompt that exits
 NUMBERS = itertools.count()
 BLOCKS_ALLOCATED = object()
 
@@ -74,7 +75,10 @@ class Setup:
         self.manager = FakeManager(**manager)
         self.completed: list[FakeRequest] = []
         self.guard = PrefixCacheGuard(
-            self.manager, lambda request, computed: request.may_exit, self.complete
+            self.manager,
+            lambda request, computed: request.may_exit,
+            self.complete,
+            lambda request: ("policy", SAVED),
         )
 
     def complete(self, request: FakeRequest) -> None:

@@ -81,7 +81,7 @@ class Traffic:
             monitor=self.monitors[name],
             stats=self.stats.by_policy[name],
             request_ids=["x"] * len(levels),
-            tags=levels,
+            levels=levels,
             settled=np.ones(len(levels), dtype=np.bool_),
             requests=torch.arange(len(levels)),
             answers=torch.tensor([[0.0, 1.0]] * len(levels)),

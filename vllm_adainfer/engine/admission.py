@@ -6,13 +6,13 @@ must get the same answer; the frontend refuses requests whose settings the engin
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.config import EXIT_ARG, RequestSettings, Settings, read_request
 from vllm_adainfer.engine.compat import get_logger
+from vllm_adainfer.engine.deep_prompt import has_deep_prompt
 from vllm_adainfer.engine.reads import Read, What, read_of
 from vllm_adainfer.engine.sample import is_sampled
 from vllm_adainfer.errors import AdaInferError
@@ -20,6 +20,7 @@ from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.artifact_files import load_artifact_configs
 from vllm_adainfer.policy.label_subsets import ALL, bits_of
 from vllm_adainfer.policy.policy_set import first_tags
+from vllm_adainfer.policy.questions import KnownQuestions
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ logger = get_logger(__name__)
 FULL_DEPTH = -1
 UNLIMITED = 1 << 62
 NOT_UNDERSTOOD = RequestSettings.model_validate({EXIT_ARG: 0})
-DEEP_PROMPT_ARG = "_adainfer_deep_prompt"  # set by the scheduler, see `with_deep_prompt`
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Admitted:
         subset: see `Admission.subset`.
         may_exit: see `Admission.may_exit`.
         is_shadow: see `Admission.is_shadow`.
-        prompt_len: tokens of its prompt.
+        prompt: token ids of its prompt.
         max_tokens: most tokens that it may generate.
         deep_prompt: whether its prompt runs at full depth, whatever the tag.
         wants_prompt_logprobs: whether it wants log-probabilities of its prompt's tokens.
@@ -54,7 +54,7 @@ class Admitted:
     subset: int
     may_exit: bool
     is_shadow: bool
-    prompt_len: int
+    prompt: Sequence[int]
     max_tokens: int
     deep_prompt: bool
     wants_prompt_logprobs: bool
@@ -88,10 +88,15 @@ class Admission:
             configs = load_artifact_configs(settings.artifacts)
         self._configs = configs
         self.has_pools = any(config.label_pool for config in configs.values())
-        firsts = first_tags(len(config.levels) for config in configs.values())
+        firsts = first_tags(config.num_tags for config in configs.values())
         self._first_tag = dict(zip(configs, firsts, strict=True))
         self._default_level = {
             name: config.level_of(settings.epsilon) for name, config in configs.items()
+        }
+        self._known = {
+            name: KnownQuestions(question.ends for question in config.questions)
+            for name, config in configs.items()
+            if config.by_question or settings.requests == "known"
         }
 
     @property
@@ -129,14 +134,16 @@ class Admission:
             for config in configs:
                 config.level_of(request.adainfer_epsilon)
 
-    def admit(self, request_id: str, params: SamplingParams | None, prompt_len: int) -> Admitted:
+    def admit(
+        self, request_id: str, params: SamplingParams | None, prompt: Sequence[int]
+    ) -> Admitted:
         """What the worker is to remember of a request."""
         return Admitted(
-            tag=self.tag(params),
+            tag=self.tag(params, prompt),
             subset=self.subset(params),
             may_exit=self.may_exit(params),
             is_shadow=self.is_shadow(request_id),
-            prompt_len=prompt_len,
+            prompt=prompt,
             max_tokens=(params and params.max_tokens) or UNLIMITED,
             deep_prompt=has_deep_prompt(params),
             wants_prompt_logprobs=params is not None and params.prompt_logprobs is not None,
@@ -146,7 +153,8 @@ class Admission:
     def may_exit(self, params: SamplingParams | None) -> bool:
         """Whether a request with `params` may leave early, at whatever epsilon.
 
-        The answer does not change when artifacts that certify other bounds replace these.
+        Whatever its prompt asks. The answer does not change when other artifacts replace these, see
+        `vllm_adainfer.engine.reload.check_replaces`.
         """
         if params is None or self.records:
             return False
@@ -158,10 +166,23 @@ class Admission:
         epsilon = request.adainfer_epsilon
         return (self._settings.epsilon if epsilon is None else epsilon) != 0
 
-    def tag(self, params: SamplingParams | None) -> int:
+    def prompt_saving(self, params: SamplingParams | None) -> tuple[str, float] | None:
+        """The policy of a request, and the share of its prompt's layers that exits save for good.
+
+        None if it may not exit, or generates text, where the next token runs what was skipped.
+        """
+        if params is None or self.records or not self._configs:
+            return None
+        name = self._policy(_request_settings(params), params)
+        if name is None or self._configs[name].max_tokens > 1:
+            return None
+        config = self._configs[name]
+        return name, config.levels[config.level_of(None)].layers_saved
+
+    def tag(self, params: SamplingParams | None, prompt: Sequence[int] = ()) -> int:
         """The policy's number for a request with `params`, or `FULL_DEPTH`.
 
-        With artifacts the number is a row of the epsilon tables, numbered across policies; while
+        With artifacts the number is a row of the thresholds, numbered across policies; while
         recording it is the row of the calibration data; with a script, the index of the exit point.
         """
         if params is None:
@@ -182,7 +203,15 @@ class Admission:
             except AdaInferError as error:
                 logger.warning_once("a request runs at full depth: %s", str(error))
                 return FULL_DEPTH
-        return FULL_DEPTH if level < 0 else self._first_tag[name] + level
+        if level < 0:
+            return FULL_DEPTH
+        question = None
+        if name in self._known:
+            question = self._known[name].asked_by(prompt)
+            if question is None:
+                return FULL_DEPTH
+        tag = self._configs[name].tag_of(level, question)
+        return FULL_DEPTH if tag is None else self._first_tag[name] + tag
 
     def _policy(self, request: RequestSettings, params: SamplingParams) -> str | None:
         """The policy that may decide a request, None if it runs at full depth."""
@@ -278,15 +307,3 @@ def _request_settings(params: SamplingParams) -> RequestSettings:
     except AdaInferError as error:
         logger.warning_once("a request runs at full depth: %s", str(error))
         return NOT_UNDERSTOOD
-
-
-def with_deep_prompt(params: SamplingParams) -> SamplingParams:
-    """A copy of `params` for which the worker runs the prompt at full depth."""
-    params = copy.copy(params)  # the caller's object may serve other requests
-    params.extra_args = {**(params.extra_args or {}), DEEP_PROMPT_ARG: 1}
-    return params
-
-
-def has_deep_prompt(params: SamplingParams | None) -> bool:
-    """Whether `params` came from `with_deep_prompt`."""
-    return params is not None and DEEP_PROMPT_ARG in (params.extra_args or {})

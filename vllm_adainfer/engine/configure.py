@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.config import Settings
@@ -39,6 +40,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     configs = load_artifact_configs(settings.artifacts)
     for config in configs.values():
         config.check_served_by(vllm_config.model_config.hf_config)
+    refuse_unknown_questions(settings, configs)
     logprobs_mode = vllm_config.model_config.logprobs_mode
     admission = Admission(settings, configs, logprobs_mode)
     for name, config in configs.items():
@@ -74,6 +76,7 @@ def banner(
         "greedy": "greedy requests",
         "all": "all requests",
         "opt-in": 'requests with "adainfer": 1',
+        "known": "greedy requests that ask a question known from calibration",
     }[settings.requests]
     tokens = "one token" if config.max_tokens == 1 else "any number of tokens"
     among = ""
@@ -96,7 +99,9 @@ def banner(
         "probability": "of the answers wrong",
     }[config.risk]
     meaning = f"; wrong: {wrong_in_words(config)}" if config.risk == "probability" else ""
-    if config.label_pool:
+    if config.by_question:
+        meaning += f"; for each of {len(config.questions)} questions, others run all layers"
+    elif config.label_pool:
         meaning += "; over the mixture of questions it was calibrated on"
     watched = f"shadow rate {settings.shadow_rate:g}"
     if settings.shadow_rate and config.risk == "accuracy":
@@ -130,6 +135,22 @@ def _probabilities_served(config: ArtifactConfig, settings: Settings, logprobs_m
     if config.label_mass:
         return f"{text}, in the whole vocabulary or among the labels"
     return f"{text} among the labels ({uncertified})"
+
+
+def refuse_unknown_questions(settings: Settings, configs: Mapping[str, ArtifactConfig]) -> None:
+    """Refuse ``"requests": "known"`` for a policy that knows no question.
+
+    Raises:
+        AdaInferError: there is one.
+
+    """
+    for name, config in configs.items():
+        if settings.requests == "known" and not config.questions:
+            raise AdaInferError(
+                f'additional_config: adainfer.requests is "known", but policy {name} knows no '
+                "question: calibrate it on requests whose prompts end with their question, or drop "
+                '"requests"'
+            )
 
 
 def worker_class() -> str:

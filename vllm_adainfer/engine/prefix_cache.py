@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_adainfer.engine.compat import hash_block_size
+from vllm_adainfer.engine.prefix_reuse import PrefixReuse
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -25,6 +26,9 @@ class PrefixCacheGuard:
     worker has not seen it yet: then the first one is completed, and the second already hits its
     blocks. From then on the prefix is hit as in stock vLLM, and only the rest of each request is
     computed and may exit.
+
+    Where prefixes like that of a new request come again more often than its exit saves, it is
+    completed at once: the second touch would cost more.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class PrefixCacheGuard:
         manager: KVCacheManager,
         may_exit: Callable[[Request, int], bool],
         complete: Callable[[Request], None],
+        saving: Callable[[Request], tuple[str, float] | None],
     ) -> None:
         """Guard `manager`.
 
@@ -39,15 +44,19 @@ class PrefixCacheGuard:
             manager: the scheduler's; all that is not defined here is passed on to it.
             may_exit: whether a request may exit in a step that starts after so many of its tokens.
             complete: called with a request whose prompt must run at full depth.
+            saving: the policy of a request that may exit, and the share of its prompt's layers that
+                it is expected to skip for good; None if later steps run them.
 
         """
         self._manager = manager
         self._may_exit = may_exit
         self._complete = complete
+        self._saving = saving
         self._block_size = hash_block_size(manager)
         # A hash is useful only while its block may still exist, so one per block is enough.
         self._capacity = manager.block_pool.num_gpu_blocks
         self._withheld: OrderedDict[bytes, None] = OrderedDict()
+        self._reuse = PrefixReuse(self._capacity)
         # Of the step being scheduled: owner of each withheld block, and its tokens to cache.
         self._fresh: dict[bytes, tuple[Request, int]] = {}
         # By id: requests with withheld tokens, and how many tokens were cached before those.
@@ -60,6 +69,7 @@ class PrefixCacheGuard:
     def new_step(self) -> None:
         """Begin another step: the worker now knows the requests of the last one."""
         self._fresh.clear()
+        self._reuse.new_step()
 
     def step_ended(self, complete: Mapping[str, int]) -> None:
         """Cache withheld blocks: by request id, that many first tokens are `complete`."""
@@ -113,7 +123,8 @@ class PrefixCacheGuard:
         # Until the worker has been told about the request.
         is_new = request.status == RequestStatus.WAITING
         may_exit = self._may_exit(request, computed)
-        if is_new and may_exit and not self._withheld.keys().isdisjoint(touched):
+        saving = self._saving(request) if is_new and may_exit else None
+        if is_new and may_exit and self._is_worth_completing(saving, touched):
             self._complete(request)
             may_exit = self._may_exit(request, computed)
         ends = computed + num_new_tokens >= request.num_tokens
@@ -123,6 +134,8 @@ class PrefixCacheGuard:
         blocks = self._manager.allocate_slots(
             request, num_new_tokens, num_new_computed_tokens, *args, **kwargs
         )
+        if is_new and blocks is not None:
+            self._reuse.add(None if saving is None else saving[0], request.block_hashes)
         if withhold and blocks is not None:
             self._unfinished.setdefault(request.request_id, (request, computed))
             for block_hash in touched:
@@ -133,6 +146,17 @@ class PrefixCacheGuard:
             while len(self._withheld) > self._capacity:
                 self._withheld.popitem(last=False)
         return blocks
+
+    def _is_worth_completing(
+        self, saving: tuple[str, float] | None, touched: Sequence[bytes]
+    ) -> bool:
+        """Whether blocks of a new request have come before, or are expected to come again."""
+        if not self._withheld.keys().isdisjoint(touched):
+            return True
+        if saving is None:
+            return False
+        policy, share = saving
+        return self._reuse.expected(policy, touched) > share
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
         """Cache, unless tokens are withheld; only vLLM's asynchronous scheduler calls this."""
@@ -150,7 +174,8 @@ class PrefixCacheGuard:
         return self._manager.pop_blocks_for_free(request)
 
     def reset_prefix_cache(self) -> bool:
-        """Forget the withheld hashes, too."""
+        """Forget the withheld hashes, too, and what has come again."""
         self._withheld.clear()
         self._fresh.clear()
+        self._reuse = PrefixReuse(self._capacity)
         return bool(self._manager.reset_prefix_cache())

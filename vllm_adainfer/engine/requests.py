@@ -46,16 +46,14 @@ class RunningRequests:
     def add(self, new: Any) -> None:
         """Admit a request of vLLM's `NewRequestData`."""
         self._admitted[new.req_id] = self.admission.admit(
-            new.req_id, new.sampling_params, len(new.prompt_token_ids)
+            new.req_id, new.sampling_params, new.prompt_token_ids
         )
 
     def use_admission(self, admission: Admission) -> None:
         """Let `admission` decide from now on, also about requests that are already running."""
         self.admission = admission
         for request_id, request in self._admitted.items():
-            self._admitted[request_id] = admission.admit(
-                request_id, request.params, request.prompt_len
-            )
+            self._admitted[request_id] = admission.admit(request_id, request.params, request.prompt)
 
     def lost_kv(self, request_id: str) -> None:
         """The request was preempted: it starts again, without its blocks."""
@@ -95,7 +93,7 @@ class RunningRequests:
         """
         admitted = [self._admitted[request_id] for request_id in request_ids]
         last = computed + lens - 1
-        prompt = np.array([request.prompt_len for request in admitted])
+        prompt = np.array([len(request.prompt) for request in admitted])
         tags = np.array([request.tag for request in admitted])
         max_tokens = np.array([request.max_tokens for request in admitted])
         deep_prompt = np.array([request.deep_prompt for request in admitted])

@@ -13,8 +13,9 @@ from vllm.v1.request import Request
 
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine import compat
-from vllm_adainfer.engine.admission import Admission, has_deep_prompt, with_deep_prompt
+from vllm_adainfer.engine.admission import Admission
 from vllm_adainfer.engine.capture import CapturingScheduler
+from vllm_adainfer.engine.deep_prompt import has_deep_prompt, with_deep_prompt
 from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
 from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
 
@@ -43,7 +44,7 @@ class GuardedScheduler(_Scheduler):
         self._reporter = Reporter()
         if self.cache_config.enable_prefix_caching and not self.admission.records:
             self.kv_cache_manager = PrefixCacheGuard(
-                self.kv_cache_manager, self._may_exit, self._complete
+                self.kv_cache_manager, self._may_exit, self._complete, self._saving
             )
 
     @override
@@ -79,6 +80,9 @@ class GuardedScheduler(_Scheduler):
         if has_deep_prompt(params) and computed < request.num_prompt_tokens:
             return False
         return self.admission.may_exit(params)
+
+    def _saving(self, request: Request) -> tuple[str, float] | None:
+        return self.admission.prompt_saving(request.sampling_params)
 
     def _complete(self, request: Request) -> None:
         """Run the prompt at full depth; the worker first gets the request in this very step."""

@@ -116,13 +116,14 @@ class Decisions:
             [requests] = step.on_device(shadow[settled])
             answers = self._answers.get(index)
             name = self._policies.names[index]
+            tags = self._policies.tags_within(step.tags[shadow], self._owners[shadow])
             yield ShadowAnswers(
                 name=name,
                 policy=self._policies.policies[index],
                 monitor=monitors[name],
                 stats=stats.by_policy[name],
                 request_ids=[step.request_ids[place] for place in shadow.tolist()],
-                tags=self._policies.tags_within(step.tags[shadow], self._owners[shadow]),
+                levels=monitors[name].levels_of(tags),
                 settled=settled,
                 requests=requests,
                 answers=None if answers is None else answers[requests],

@@ -94,8 +94,10 @@ class ExitLoop(Loop):
 
     @override
     def tightened(self) -> Bools | None:
-        tightened = [monitor.tightened for monitor in self.monitors.values()]
-        return np.concatenate(tightened) if tightened else None
+        if not self.monitors:
+            return None
+        pairs = zip(self.monitors.values(), self.policies.policies, strict=True)
+        return np.concatenate([monitor.of_tags(policy.num_tags) for monitor, policy in pairs])
 
     @override
     def missing(self, request_id: str, end: int) -> int:

@@ -29,7 +29,7 @@ class ShadowAnswers:
         monitor: that watches this policy.
         stats: the policy's counters.
         request_ids: [shadow], vLLM's.
-        tags: [shadow], the number by which the policy knows each request.
+        levels: [shadow], of each request among the monitor's.
         settled: [shadow], False where no exit point settled the request: then both answers agree.
         requests: int64 [settled], places of the settled requests in the step's batch.
         answers: [settled, answer ids] or [settled, hidden size], as in `Decision`; None where
@@ -43,7 +43,7 @@ class ShadowAnswers:
     monitor: Monitor
     stats: PolicyStats
     request_ids: Sequence[str]
-    tags: Ints
+    levels: Ints
     settled: Bools
     requests: Tensor
     answers: Tensor | None
@@ -59,9 +59,9 @@ class ShadowAnswers:
         """
         disagreed = self._disagreed(logits, head)
         epsilons = self.monitor.epsilons
-        self.stats.shadow_checked.update(epsilons[self.tags].tolist())
-        self.stats.shadow_disagreed.update(epsilons[self.tags[disagreed]].tolist())
-        exceeded = self.monitor.observe(self.request_ids, self.tags, disagreed)
+        self.stats.shadow_checked.update(epsilons[self.levels].tolist())
+        self.stats.shadow_disagreed.update(epsilons[self.levels[disagreed]].tolist())
+        exceeded = self.monitor.observe(self.request_ids, self.levels, disagreed)
         warn(self.name, self.monitor, exceeded)
 
     def _disagreed(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Bools:
@@ -69,7 +69,7 @@ class ShadowAnswers:
 
         All ranks get the same: it may tighten a level, which decides who leaves in later steps.
         """
-        disagreed = np.zeros(len(self.tags), dtype=np.bool_)
+        disagreed = np.zeros(len(self.levels), dtype=np.bool_)
         if self.answers is None or len(self.requests) == 0:
             return disagreed
         full = logits[self.requests]

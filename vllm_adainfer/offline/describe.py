@@ -123,23 +123,36 @@ def _questions(config: ArtifactConfig, details: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     table = text_table(
-        ["question", "held out", "risk", "layers saved"],
+        ["question", "held out", "risk", *["upper bound"] * config.by_question, "layers saved"],
         [
             [
-                row["question"].splitlines()[0][:60],
+                row["question"].splitlines()[0][:60] + " *" * (not row.get("known", True)),
                 str(row["prompts"]),
                 f"{row['risk']:.2%}{' !' if row['risk'] > config.epsilon else ''}",
+                *[_own_bound(row)] * config.by_question,
                 f"{row['layers_saved']:.1%}",
             ]
             for row in rows
         ],
         1,
     )
-    return [
-        f"{table}\n\n"
-        f"The bound is about this mixture of questions. !: a risk above {config.epsilon:g}, more "
-        "than its share."
-    ]
+    if config.by_question:
+        text = (
+            "Each question has the bound on its own. Those without one have too few rows, or risk "
+            "too much, and run all layers, as questions do that are not here."
+        )
+    else:
+        text = (
+            f"The bound is about this mixture of questions. !: a risk above {config.epsilon:g}, "
+            "more than its share."
+        )
+    if not all(row.get("known", True) for row in rows):
+        text += " *: cannot be recognised by the end of its prompts."
+    return [f"{table}\n\n{text}"]
+
+
+def _own_bound(row: Mapping[str, Any]) -> str:
+    return "-" if row["bound"] is None else f"{row['bound']:.2%}"
 
 
 def _never_named(details: Mapping[str, Any]) -> list[str]:

@@ -51,6 +51,19 @@ class Level(_Strict):
     layers_saved: float = Field(description="Share of layers, on the same rows.")
 
 
+class Question(_Strict):
+    """A question that calibration has seen."""
+
+    name: str
+    ends: tuple[tuple[int, ...], ...] = Field(
+        min_length=1, description="Token ids that its prompts end with, one row for each wording."
+    )
+    certified: tuple[float, ...] = Field(
+        default=(),
+        description="The epsilons certified for it alone; none where the mixture is certified.",
+    )
+
+
 class ArtifactConfig(_Strict):
     """``config.json``: the model a policy belongs to, and the bounds it was certified for."""
 
@@ -88,6 +101,13 @@ class ArtifactConfig(_Strict):
         False,
         description="Whether a request may be about any two or more of the labels: its own.",
     )
+    questions: tuple[Question, ...] = Field(
+        default=(), description="Those of the requests it was calibrated on that can be recognised."
+    )
+    by_question: bool = Field(
+        False,
+        description="Whether each question keeps the bounds on its own; others run all layers.",
+    )
     bound: BoundKind = "exact"
     max_tokens: int = Field(
         1, ge=1, description="Tokens generated per prompt; 1: the bound is for one-token requests."
@@ -117,6 +137,16 @@ class ArtifactConfig(_Strict):
             raise ValueError("label_pool needs a label-head and max_tokens = 1")
         if self.label_pool and len(self.labels) > MOST_LABELS:
             raise ValueError(f"a label pool has at most {MOST_LABELS} labels")
+        epsilons = {level.epsilon for level in self.levels}
+        for question in self.questions:
+            if self.by_question != bool(question.certified):
+                raise ValueError("questions must have epsilons if and only if by_question is set")
+            if not epsilons.issuperset(question.certified):
+                raise ValueError(f"levels lack an epsilon of the question {question.name!r:.80}")
+            if not all(question.ends):
+                raise ValueError(f"an end of the question {question.name!r:.80} has no tokens")
+        if self.by_question and not self.questions:
+            raise ValueError("by_question needs questions")
         if not all(token_id < self.vocab_size for token_id in self.label_ids):
             raise ValueError(f"token ids of labels must be below vocab_size, {self.vocab_size}")
         if len(set(self.label_ids)) != len(self.labels):
@@ -127,6 +157,27 @@ class ArtifactConfig(_Strict):
     def label_ids(self) -> tuple[int, ...]:
         """Token ids of the labels, in the order of the probe's scores."""
         return tuple(label.token_id for label in self.labels)
+
+    @property
+    def num_tags(self) -> int:
+        """How many rows of thresholds there are: the levels, of each question or of all."""
+        return len(self.levels) * (len(self.questions) if self.by_question else 1)
+
+    def tag_of(self, level: int, question: int | None) -> int | None:
+        """The row of thresholds of a level for a question; None if it is not certified for it.
+
+        Args:
+            level: index among the levels.
+            question: index among the questions; None if it is not known.
+
+        """
+        if not self.by_question:
+            return level
+        if question is None:
+            return None
+        if self.levels[level].epsilon not in self.questions[question].certified:
+            return None
+        return question * len(self.levels) + level
 
     def level_of(self, epsilon: float | None) -> int:
         """The row of the epsilon table that promises `epsilon` (None: the artifact's own).

@@ -56,9 +56,7 @@ def expected_shapes(
     """The shape of every tensor by name; `found` says whether a lens is full or of which rank."""
     hidden, labels = config.hidden_size, len(config.labels)
     head_rows = labels + (config.risk == "probability")  # the last is for the label mass
-    shapes: dict[str, tuple[int, ...]] = {
-        "thresholds": (len(config.levels), len(config.exit_points))
-    }
+    shapes: dict[str, tuple[int, ...]] = {"thresholds": (config.num_tags, len(config.exit_points))}
     scored = labels
     if config.candidates == "shortlist":
         scored = (found.get("shortlist") or (0,))[0]

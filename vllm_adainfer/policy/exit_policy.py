@@ -93,7 +93,7 @@ class ExitPolicy(Protocol):
 
 
 class CalibratedPolicy(ExitPolicy):
-    """The policy of an artifact; a request's tag is its row of the epsilon table."""
+    """The policy of an artifact; a request's tag is its row of the thresholds."""
 
     def __init__(self, artifact: Artifact, logit_lens: Probe | None, device: torch.device) -> None:
         """Load the fitted tensors of `artifact` onto `device`.
@@ -103,12 +103,12 @@ class CalibratedPolicy(ExitPolicy):
         config, tensors = artifact.config, artifact.tensors
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.exit_points = config.exit_points
-        self.num_tags = len(config.levels)
+        self.num_tags = config.num_tags
         self.restricted = config.candidates == "labels"
         self.answer_ids = tensors.get("shortlist")
         if self.restricted:
             self.answer_ids = torch.tensor(config.label_ids, device=device)
-        self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, levels]
+        self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, tags]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
         if logit_lens is not None and "head_rows" in tensors:
             head = Head(tensors["head_rows"])

@@ -19,6 +19,8 @@ RiskChoice = Literal["disagreement", "accuracy"]
 ProbeChoice = Literal["auto", ProbeKind]
 # Likewise; auto takes exact for one-token answers that are changed or not, and wsr otherwise.
 BoundChoice = Literal["auto", BoundKind]
+# Likewise; what is certified on its own. Without it, all prompts together are.
+By = Literal["question"]
 
 # What a classifier reads of a probe: columns of `adainfer_kernels.ProbeResult.features`, and of
 # `vllm_adainfer.policy.probabilities.features_of`.

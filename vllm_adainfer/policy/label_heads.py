@@ -64,7 +64,7 @@ class LabelHeads:
         self._columns = torch.arange(len(config.labels), device=device)
         self._pool = config.label_pool
         tensors = {name: tensor.float().to(device) for name, tensor in artifact.tensors.items()}
-        self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, levels]
+        self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, tags]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in config.exit_points]
         self._heads = [
             LabelHead(

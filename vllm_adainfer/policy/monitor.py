@@ -167,6 +167,15 @@ class Monitor(ABC):
     def _exceeds(self, level: int) -> bool:
         """Whether the level's interval lies above its epsilon."""
 
+    def levels_of(self, tags: Ints) -> Ints:
+        """[tags], the level of each; a policy may have the levels for each of several questions."""
+        levels: Ints = tags % len(self.epsilons)
+        return levels
+
+    def of_tags(self, num_tags: int) -> Bools:
+        """bool [num_tags], `tightened` by the policy's tags."""
+        return self.tightened[self.levels_of(np.arange(num_tags))]
+
     def readings(self) -> list[Reading]:
         """The reading of each level."""
         return [self._reading(level) for level in range(len(self.epsilons))]

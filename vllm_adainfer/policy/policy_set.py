@@ -15,9 +15,9 @@ from vllm_adainfer.policy.exit_policy import ExitPolicy
 Ints = npt.NDArray[np.int64]
 
 
-def first_tags(levels: Iterable[int]) -> list[int]:
+def first_tags(counts: Iterable[int]) -> list[int]:
     """The first tag of each policy, given how many tags each has; tags are numbered in sequence."""
-    return [0, *accumulate(levels)][:-1]
+    return [0, *accumulate(counts)][:-1]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class ProbabilityPolicy(ExitPolicy):
         config = artifact.config
         assert config.tolerance is not None
         self.exit_points = config.exit_points
-        self.num_tags = len(config.levels)
+        self.num_tags = config.num_tags
         self.restricted = True  # answers are for those who leave, never for full depth
         self.tolerance = config.tolerance
         self._with_mass = config.label_mass

@@ -17,10 +17,10 @@ from typing import Any
 from vllm_adainfer.engine.compat import decision_question
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example, Row
+from vllm_adainfer.offline.calibration.questions import LONGEST_NAME, with_questions
 
 logger = logging.getLogger("vllm.adainfer.batch_files")  # vLLM's logging shows "vllm." alone
 
-LONGEST_QUESTION = 300  # characters of a question's name that are kept
 # With one of these in its body, a completion or chat runs at full depth.
 FULL_DEPTH_KEYS = (
     "prompt_logprobs", "min_tokens", "logit_bias", "bad_words", "structured_outputs",
@@ -66,7 +66,7 @@ def read_requests(
         raise AdaInferError(f"no line of {rows[0].place.partition(',')[0]} can exit: {reasons}")
     for reason, count in left_out.items():
         logger.warning("%d of %d lines were left out: %s", count, len(rows), reason)
-    return examples
+    return with_questions(examples, tokenizer)
 
 
 def _examples_of(row: Row, tokenizer: Any, vocabulary: int, max_tokens: int) -> list[Example]:
@@ -111,8 +111,7 @@ def _chat(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example
     )
     special = bool(body.get("add_special_tokens", False))
     token_ids = tokenizer.encode(text, add_special_tokens=special)
-    question = _last_paragraph(_text_of(body["messages"][-1]["content"]))
-    yield _example(row, text, token_ids, _labels_read(body), question)
+    yield _example(row, text, token_ids, _labels_read(body))
 
 
 def _score(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
@@ -199,11 +198,6 @@ def _text_of(content: Any) -> str:
     return "\n".join(part["text"] for part in content)
 
 
-def _last_paragraph(text: str) -> str:
-    """What stands after the last blank line: of decision prompts, the question."""
-    return text.rstrip().rpartition("\n\n")[2]
-
-
 def _example(
     row: Row,
     text: str,
@@ -211,8 +205,8 @@ def _example(
     labels: tuple[int, ...],
     question: str | None = None,
 ) -> Example:
-    """An example; its question is the row's own name for it, or the prompt's last paragraph."""
-    named = row.fields.get("question") or question or _last_paragraph(text)
+    """An example; the row's own name for its question goes before the request's."""
+    named = row.fields.get("question") or question
     right = row.fields.get("label")
     if right not in labels:
         right = None
@@ -222,5 +216,5 @@ def _example(
         token_ids,
         None if right is None else str(right),
         labels,
-        str(named)[:LONGEST_QUESTION],
+        str(named)[:LONGEST_NAME] if named else None,
     )

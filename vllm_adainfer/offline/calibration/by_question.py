@@ -1,4 +1,4 @@
-"""What each question of a mixture saves and risks, within the bound on the mixture."""
+"""What each question of a mixture saves and risks."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 def by_question(policy: FittedPolicy, point: PathPoint) -> list[dict[str, Any]]:
     """A row for each question of the held-out prompts, the commonest first."""
     calibration = policy.calibration
-    if len(set(calibration.questions)) < 2:
+    questions = calibration.rows_by_question()
+    if len(questions) < 2:
         return []
-    names = np.array(calibration.questions)[calibration.split.certify]
     layers = np.array([*(exit.layer for exit in policy.exits), policy.costs.depth])
     saved = 1 - layers[point.exits] / policy.costs.depth
     rows = []
-    for name in np.unique(names):
-        own = names == name
+    for name, own in questions.items():
+        alone = policy.questions.get(name, {}).get(calibration.options.epsilon)
         rows.append(
             {
-                "question": str(name),
+                "question": name,
                 "prompts": int(own.sum()),
                 "risk": float(point.losses[own].mean()),
                 "layers_saved": float(saved[own].mean()),
+                "known": name in calibration.ends,
+                # Of this question alone, where each is certified on its own.
+                "bound": None if alone is None else calibration.bound.of(alone.losses),
             }
         )
-    return sorted(rows, key=lambda row: -int(row["prompts"]))
+    return rows

@@ -16,6 +16,7 @@ from vllm_adainfer.offline.calibration.label_reads import label_reads
 from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, Prompts, load_prompts
+from vllm_adainfer.offline.calibration.questions import ends_of
 from vllm_adainfer.policy.artifact import ArtifactConfig, Label, are_exit_points
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
@@ -96,6 +97,7 @@ def calibration_of(
         prompts.labels,
         prompts.right,
         questions=[name for name in questions if name is not None],
+        ends=ends_of(prompts.examples) if any(questions) else {},
     )
 
 

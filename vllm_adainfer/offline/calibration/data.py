@@ -31,7 +31,8 @@ class Example:
         token_ids: of the prompt.
         label: the right one: its name, or its token id if the row is a request.
         labels: token ids of the labels that the request names; None if the row is no request.
-        question: what the request asks of its state, for reports.
+        question: a name for what the request asks of its state.
+        wording: the question as the prompt puts it; a question may have several.
 
     """
 
@@ -41,6 +42,7 @@ class Example:
     label: str | None
     labels: tuple[int, ...] | None = None
     question: str | None = None
+    wording: str | None = None
 
 
 def read_rows(path: Path) -> list[Row]:

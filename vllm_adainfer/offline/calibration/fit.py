@@ -68,6 +68,17 @@ class Scored(Judged):
 
     score: Tensor
 
+    def of_rows(self, rows: Bools) -> Scored:
+        """Those of `rows` alone."""
+        kept = torch.from_numpy(rows)
+        return Scored(
+            self.features[kept],
+            self.tokens[rows],
+            self.agrees[rows],
+            self.loss[rows],
+            self.score[kept],
+        )
+
 
 @dataclass(frozen=True)
 class FittedExit:

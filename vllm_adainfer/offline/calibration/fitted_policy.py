@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm import tqdm
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.certify import EPSILONS, Bound, PathPoint, certify
+from vllm_adainfer.offline.calibration.certify import EPSILONS, Bound, certify
+from vllm_adainfer.offline.calibration.certify_questions import (
+    Points,
+    QuestionRows,
+    allowance,
+    certify_questions,
+    joined,
+)
 from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, forecast
 from vllm_adainfer.offline.calibration.collect import Ints, Recording
 from vllm_adainfer.offline.calibration.cost import Costs, head_seconds, probe_seconds
-from vllm_adainfer.offline.calibration.fit import FittedExit, chain, fit_exits
+from vllm_adainfer.offline.calibration.fit import Bools, FittedExit, chain, fit_exits
 from vllm_adainfer.offline.calibration.loss import AccuracyLost, Loss, RightTokens
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.bound import FloatArray
 from vllm_adainfer.policy.kinds import BoundChoice, ClassifierKind, Risk
+from vllm_adainfer.policy.questions import End
 
 STEP_ROWS = 2048  # token rows of a full step, vLLM's default on a CPU
 HEAD_ROWS = 128  # tokens that a full step yields, likewise
@@ -38,6 +46,7 @@ class PolicyOptions:
     bound: BoundChoice = "auto"
     seed: int = 0
     max_tokens: int = 1
+    by_question: bool = False
 
     def bounds(self, prompts: Ints | None = None) -> Bound:
         """The bound that `risk` and `bound` ask for.
@@ -87,6 +96,7 @@ class Calibration:
         with_mass: whether probabilities in the whole vocabulary are promised, if the risk is of
             probabilities.
         questions: what each prompt asks, if prompts are requests; else empty.
+        ends: by question, the tokens that its prompts end with; those that can be recognised.
 
     """
 
@@ -98,6 +108,7 @@ class Calibration:
     right: RightTokens | None = None
     with_mass: bool = False
     questions: Sequence[str] = ()
+    ends: Mapping[str, tuple[End, ...]] = field(default_factory=dict)
 
     @property
     def loss(self) -> Loss | None:
@@ -114,6 +125,24 @@ class Calibration:
         rows = self.split.certify_rows(self.recording)
         return self.options.bounds(self.recording.prompts[rows])
 
+    def rows_by_question(self) -> dict[str, Bools]:
+        """[held-out rows], which are of each question; the commonest question comes first."""
+        if not self.questions:
+            return {}
+        names = np.array(self.questions)[self.split.certify]
+        found, counts = np.unique(names, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return {str(name): names == name for name in found[order]}
+
+    def certifiable_questions(self) -> QuestionRows:
+        """Those that serving can recognise and that have rows enough for a bound of their own."""
+        needed = self.bound.rows_needed(self.options.epsilon)
+        return {
+            name: own
+            for name, own in self.rows_by_question().items()
+            if name in self.ends and np.count_nonzero(own) >= needed
+        }
+
 
 @dataclass(frozen=True)
 class FittedPolicy:
@@ -123,6 +152,7 @@ class FittedPolicy:
         calibration: what it was made from.
         exits: the chosen exit points, by layer; empty if no set of them is worth its cost.
         points: epsilon -> the loosest policy certified for it on the held-out half.
+        questions: by question, the same for it alone, if each is certified on its own.
         candidates: all fitted exit points.
         costs: the costs the choice was based on.
         expected: expected times of a prompt, in seconds: ``full_depth``, ``chosen``, ``uniform``
@@ -132,7 +162,8 @@ class FittedPolicy:
 
     calibration: Calibration
     exits: list[FittedExit]
-    points: dict[float, PathPoint]
+    points: Points
+    questions: dict[str, Points]
     candidates: list[FittedExit]
     costs: Costs
     expected: dict[str, float]
@@ -156,6 +187,8 @@ def make_policy(calibration: Calibration) -> FittedPolicy:
     costs = _measured_costs(recording, candidates, tokens, generated=options.max_tokens > 1)
     bound = calibration.bound
     allowed = bound.allowance(len(split.certify_rows(recording)), options.epsilon)
+    if options.by_question:
+        allowed = allowance(calibration.certifiable_questions(), options.epsilon, bound)
     exits = candidates
     if options.exit_points is None:
         exits = choose_exits(candidates, costs, tokens, allowed)
@@ -166,12 +199,19 @@ def make_policy(calibration: Calibration) -> FittedPolicy:
     }
     if options.classifier == "crf" and exits:
         exits = chain(exits)
-    points: dict[float, PathPoint] = {}
-    for epsilon in sorted({*EPSILONS, options.epsilon}) if exits else ():
-        point = certify(exits, recording.depth, epsilon, bound)
-        if point is not None:
-            points[epsilon] = point
-    return FittedPolicy(calibration, exits, points, candidates, costs, expected)
+    points: Points = {}
+    questions: dict[str, Points] = {}
+    epsilons = sorted({*EPSILONS, options.epsilon}) if exits else []
+    if options.by_question and exits:
+        rows = calibration.certifiable_questions()
+        questions = certify_questions(rows, exits, recording.depth, epsilons, bound)
+        points = joined(rows, questions, exits, recording.depth)
+    else:
+        for epsilon in epsilons:
+            point = certify(exits, recording.depth, epsilon, bound)
+            if point is not None:
+                points[epsilon] = point
+    return FittedPolicy(calibration, exits, points, questions, candidates, costs, expected)
 
 
 def _measured_costs(

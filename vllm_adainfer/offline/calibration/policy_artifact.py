@@ -14,7 +14,7 @@ from vllm_adainfer.offline.calibration.card import model_card, risk_plot
 from vllm_adainfer.offline.calibration.certify import held_out_path
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.policy.artifact import ArtifactConfig, Level
+from vllm_adainfer.policy.artifact import ArtifactConfig, Level, Question
 from vllm_adainfer.policy.artifact_files import save_artifact
 from vllm_adainfer.policy.kinds import Candidates, features_of_risk
 from vllm_adainfer.policy.probe import Probe
@@ -82,12 +82,14 @@ def policy_config(policy: FittedPolicy, model: str, hf_config: Any) -> ArtifactC
         label_pool=calibration.target.subsets is not None,
         bound=bound.kind,
         max_tokens=options.max_tokens,
+        questions=_questions(policy),
+        by_question=options.by_question,
         levels=tuple(
             Level(
                 epsilon=epsilon,
                 disagreement=point.disagreement,
                 risk=point.risk,
-                bound=bound.of(point.losses),
+                bound=_bound(policy, epsilon),
                 layers_saved=point.layers_saved,
             )
             for epsilon, point in policy.points.items()
@@ -95,10 +97,28 @@ def policy_config(policy: FittedPolicy, model: str, hf_config: Any) -> ArtifactC
     )
 
 
+def _bound(policy: FittedPolicy, epsilon: float) -> float:
+    """Upper confidence bound of the risk; the largest, where each question has its own."""
+    points = [own[epsilon] for own in policy.questions.values() if epsilon in own]
+    bound = policy.calibration.bound
+    return max(bound.of(point.losses) for point in points or [policy.points[epsilon]])
+
+
+def _questions(policy: FittedPolicy) -> tuple[Question, ...]:
+    """Those that serving may recognise; where each has its own bound, those that have one."""
+    calibration = policy.calibration
+    if not calibration.options.by_question:
+        return tuple(Question(name=name, ends=ends) for name, ends in calibration.ends.items())
+    return tuple(
+        Question(name=name, ends=calibration.ends[name], certified=tuple(points))
+        for name, points in policy.questions.items()
+    )
+
+
 def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
     """The tensors of ``policy.safetensors``."""
     target, labels = policy.calibration.target, policy.calibration.labels
-    thresholds = torch.tensor([point.threshold for point in policy.points.values()])
+    thresholds = torch.tensor(_thresholds(policy))
     tensors = {"thresholds": thresholds.unsqueeze(1).repeat(1, len(policy.exits))}
     if target.label_ids is not None and not labels:
         tensors["shortlist"] = target.label_ids
@@ -113,6 +133,17 @@ def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
         ):
             tensors["head_rows"] = probe.head.weight
     return tensors
+
+
+def _thresholds(policy: FittedPolicy) -> list[float]:
+    """By the policy's tags, see `ArtifactConfig.tag_of`; nobody asks for those not certified."""
+    if not policy.calibration.options.by_question:
+        return [point.threshold for point in policy.points.values()]
+    return [
+        own[epsilon].threshold if epsilon in own else float("inf")
+        for own in policy.questions.values()
+        for epsilon in policy.points
+    ]
 
 
 def policy_details(policy: FittedPolicy) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from vllm_adainfer.offline.calibration.data import (
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
 from vllm_adainfer.offline.calibration.label_pool import common_labels, pool_of
 from vllm_adainfer.offline.calibration.loss import RightTokens
+from vllm_adainfer.offline.calibration.questions import SEEN, ends_of
 from vllm_adainfer.offline.calibration.split import Split, random_order
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.artifact import Label
@@ -100,6 +102,11 @@ def _rows(
     request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, most: int
 ) -> tuple[list[Example], tuple[Label, ...]]:
     """Prompts from rows for a template, and their labels."""
+    if request.options.by_question:
+        raise AdaInferError(
+            "--by question is for requests, each of which asks one: give --data in the form of "
+            "vLLM's batch files, or drop --by"
+        )
     if request.label_pool:
         raise AdaInferError(
             "--label-pool is for requests that name their own labels: give --data in the form of "
@@ -129,6 +136,8 @@ def _requests(
             "drop --template, --labels and --max-tokens"
         )
     examples = read_requests(rows, tokenizer, vocabulary, most)
+    if request.options.by_question:
+        check_questions(examples, request.options, str(request.data))
     if request.label_pool:
         return examples, pool_of(request.label_pool, examples, tokenizer)
     return examples, common_labels(examples, tokenizer)
@@ -195,6 +204,30 @@ def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
             f"too few rows for the bound: epsilon {options.epsilon:g} at delta "
             f"{options.delta:g} needs at least {2 * needed - 1} rows (half of them held out), but "
             f"{data} has {len(split.fit) + len(split.certify)}: give more rows or raise --epsilon"
+        )
+
+
+def check_questions(examples: Sequence[Example], options: PolicyOptions, data: str) -> None:
+    """Check that a question could be certified on its own if not one answer differed.
+
+    Raises:
+        AdaInferError: none can be recognised, or none has prompts enough.
+
+    """
+    known = ends_of(examples)
+    if not known:
+        raise AdaInferError(
+            f"no question of {data} can be recognised by the end of its prompts: one needs {SEEN} "
+            "prompts that end with it, and that no prompt of another ends with it; or drop --by"
+        )
+    needed = 2 * options.bounds().rows_needed(options.epsilon)
+    counts = Counter(example.question for example in examples if example.question in known)
+    [(_, most)] = counts.most_common(1)
+    if most < needed:
+        raise AdaInferError(
+            f"too few rows for a bound by question: epsilon {options.epsilon:g} at delta "
+            f"{options.delta:g} needs about {needed} prompts of each (half of them held out), but "
+            f"the commonest in {data} has {most}: give more rows, raise --epsilon or drop --by"
         )
 
 
