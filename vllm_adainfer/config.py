@@ -21,7 +21,7 @@ CONFIG_KEY = "adainfer"
 KILL_SWITCH = "VLLM_ADAINFER"
 NO_POLICY = "full_depth"  # policy name under which requests that may not exit are counted
 DEFAULT_POLICY = "default"  # name of the only policy
-ALONE = {"capture", "enabled"}  # keys that need no artifact
+ALONE = {"capture", "finish_choices", "enabled"}  # keys that need no artifact
 # Policy names appear in requests and in the labels of metrics.
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
@@ -109,6 +109,12 @@ class Settings(BaseModel):
         "artifact the engine is otherwise stock vLLM.",
     )
 
+    finish_choices: bool | None = Field(
+        None,
+        description="Whether a request with structured_outputs.choice ends as soon as the tokens "
+        "sampled leave one choice. None: with an artifact or a script. True also works alone.",
+    )
+
     @model_validator(mode="after")
     def _one_source(self) -> Settings:
         if self.artifact == {}:
@@ -117,8 +123,11 @@ class Settings(BaseModel):
             raise ValueError(f'"{NO_POLICY}" is a reserved name: give the artifact another one')
         sources = self.artifact, self.record, self.exit_script
         given = sum(source is not None for source in sources)
-        if self.enabled and given != 1 and (given or self.capture is None):
+        needs_none = self.capture is not None or self.finish_choices
+        if self.enabled and given != 1 and (given or not needs_none):
             raise ValueError('give "artifact": the directory that `calibrate` wrote')
+        if self.finish_choices and self.record is not None:
+            raise ValueError('"finish_choices" and "record" do not go together: drop one')
         if self.capture is not None and (self.record, self.exit_script) != (None, None):
             raise ValueError(
                 '"capture" goes with "artifact" or stands alone: drop it, or "record" and '
@@ -137,8 +146,15 @@ class Settings(BaseModel):
 
     @property
     def runs_stock(self) -> bool:
-        """Whether the engine runs vLLM's own model and worker, and only captures requests."""
+        """Whether the engine runs vLLM's own model and worker; only the scheduler may be ours."""
         return self.artifact is None and self.record is None and self.exit_script is None
+
+    @property
+    def finishes_choices(self) -> bool:
+        """Whether requests end once only one choice is left."""
+        if self.finish_choices is None:
+            return not self.runs_stock and self.record is None
+        return self.finish_choices
 
     @property
     def artifacts(self) -> dict[str, str]:

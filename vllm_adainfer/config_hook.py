@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine.compat import use_stat_loggers
 from vllm_adainfer.engine.configure import configure
-from vllm_adainfer.engine.configure_capture import configure_capture
+from vllm_adainfer.engine.configure_scheduler import configure_scheduler
 from vllm_adainfer.frontend.request_check import use_check
 from vllm_adainfer.frontend.stat_logger import WithExitStats
 
@@ -33,8 +33,7 @@ class ConfigHook(VerifyAndUpdateConfig):
             admission = configure(vllm_config, settings, cls.model_class)
             vllm_config.model_config.logits_processors = [use_check(admission)]
             use_stat_loggers(WithExitStats)
-        if settings.capture is not None:
-            configure_capture(vllm_config, settings.capture)
+        configure_scheduler(vllm_config, settings)
 
 
 def config_hook(stock: type | None, model_class: str) -> type[ConfigHook]:

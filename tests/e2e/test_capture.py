@@ -25,6 +25,7 @@ from vllm_adainfer.engine.sample import is_sampled
 from vllm_adainfer.engine.scheduler import (
     AdaInferAsyncScheduler,
     AdaInferScheduler,
+    FinishingScheduler,
     build_scheduler,
 )
 from vllm_adainfer.errors import AdaInferError
@@ -167,7 +168,8 @@ def test_each_scheduler_captures(
         monkeypatch.setattr(vllms, "__init__", _with_config)
     scheduler = build_scheduler(vllm_config)
     assert type(scheduler).__mro__[1] is CapturingScheduler
-    assert type(scheduler).__mro__[2] is wanted
+    assert isinstance(scheduler, wanted)
+    assert isinstance(scheduler, FinishingScheduler) == artifact, "alone it changes nothing"
     assert isinstance(scheduler, AsyncScheduler) == asynchronous
 
 
@@ -175,3 +177,4 @@ def _with_config(scheduler: Any, vllm_config: Any) -> None:
     """As much of vLLM's constructor as ours needs."""
     scheduler.vllm_config = vllm_config
     scheduler.cache_config = vllm_config.cache_config
+    scheduler.structured_output_manager, scheduler.max_model_len = None, 512

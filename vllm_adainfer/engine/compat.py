@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.logger import _VllmLogger as VllmLogger
+    from vllm.v1.request import Request
 
 
 def get_logger(module: str) -> VllmLogger:
@@ -104,6 +105,38 @@ def choices_of(structured_outputs: Any) -> list[str] | None:
     except ValueError:
         return None
     return choices if choices and choice_as_grammar(choices) == grammar else None
+
+
+def sampled_tokens(
+    scheduler_output: Any, runner_output: Any, requests: Mapping[str, Request]
+) -> Iterator[tuple[Request, list[int]]]:
+    """The running requests with a grammar that have got tokens in a step, and those tokens.
+
+    What is added to the tokens counts as sampled, too: 0.32's `Scheduler.update_from_output` reads
+    them from there. Left out are requests whose output it drops, and drafts of speculation, whose
+    number it compares with that of the tokens.
+    """
+    for request_id, tokens in zip(
+        runner_output.req_ids, runner_output.sampled_token_ids, strict=False
+    ):
+        request = requests.get(request_id)
+        if (
+            tokens
+            and request is not None
+            and request.use_structured_output
+            and not request.is_finished()
+            and not request.num_stale_output_tokens
+            and request_id not in scheduler_output.scheduled_spec_decode_tokens
+        ):
+            yield request, tokens
+
+
+def expect_more_tokens(scheduler: Any, request: Request, count: int) -> None:
+    """Tell 0.32's `AsyncScheduler`, which counts the tokens it expects, of `count` more."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    if isinstance(scheduler, AsyncScheduler):
+        request.num_output_placeholders += count
 
 
 def decision_question(name: str, asked: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""vLLM's schedulers with a guarded prefix cache, or with requests captured, or both."""
+"""vLLM's schedulers with a guarded prefix cache, choices that end early, requests captured."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vllm_adainfer.engine.admission import Admission
 from vllm_adainfer.engine.capture import CapturingScheduler
 from vllm_adainfer.engine.deep_prompt import has_deep_prompt, with_deep_prompt
 from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
+from vllm_adainfer.engine.rest_of_choice import RestOfChoice
 from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
 
 if TYPE_CHECKING:
@@ -89,6 +90,32 @@ class GuardedScheduler(_Scheduler):
         request.sampling_params = with_deep_prompt(request.sampling_params)
 
 
+class FinishingScheduler(_Scheduler):
+    """Ends a request with a choice in the step that leaves one choice alone.
+
+    Mixed in before a scheduler. vLLM takes several tokens of a step as it does in speculative
+    decoding, and stops at the end token.
+    """
+
+    structured_output_manager: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rest_of_choice = RestOfChoice(self.structured_output_manager, self.max_model_len)
+
+    @override
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """First append the rest of each choice to the tokens sampled."""
+        # Masks are cut by the number of tokens, and there is none for what is appended.
+        if scheduler_output.has_structured_output_requests and not self.return_sampling_mask:
+            sampled = compat.sampled_tokens(scheduler_output, model_runner_output, self.requests)
+            for request, tokens in sampled:
+                rest = self._rest_of_choice.after(request, tokens)
+                tokens += rest
+                compat.expect_more_tokens(self, request, len(rest))
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+
 class AdaInferScheduler(GuardedScheduler, Scheduler):
     """Schedules a step when the last one has ended, as on a CPU."""
 
@@ -110,6 +137,9 @@ def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
         scheduler_class = AsyncScheduler if asynchronous else Scheduler
     else:
         scheduler_class = AdaInferAsyncScheduler if asynchronous else AdaInferScheduler
+    if settings.finishes_choices:
+        name = f"Finishing{scheduler_class.__name__}"
+        scheduler_class = type(name, (FinishingScheduler, scheduler_class), {})
     if settings.capture is not None:
         name = f"Capturing{scheduler_class.__name__}"
         scheduler_class = type(name, (CapturingScheduler, scheduler_class), {})

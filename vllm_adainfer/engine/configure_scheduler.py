@@ -1,10 +1,10 @@
-"""Config time: have the requests of an engine captured, or refuse it."""
+"""Config time: select our scheduler for what needs no policy (capture, choices), or refuse it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.config import Capture
+from vllm_adainfer.config import Capture, Settings
 from vllm_adainfer.engine.capture_files import check_directory
 from vllm_adainfer.engine.compat import get_logger
 from vllm_adainfer.engine.configure import SCHEDULER
@@ -16,26 +16,35 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def configure_capture(vllm_config: VllmConfig, capture: Capture) -> None:
-    """Check the directory, select our scheduler, and say that users' data goes to disk.
+def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
+    """Check the directory of captured requests, and say that users' data goes to disk.
 
     Raises:
         AdaInferError: files cannot be made there, or the engine has another scheduler.
 
     """
+    if settings.capture is not None:
+        _select(vllm_config, "capture")
+        check_directory(settings.capture.directory)
+        logger.warning("%s", notice(settings.capture))
+    if settings.finish_choices:
+        _select(vllm_config, "finish_choices")
+    if settings.finishes_choices:
+        logger.info("AdaInfer ends requests with a choice once only one choice is left")
+
+
+def _select(vllm_config: VllmConfig, key: str) -> None:
     if vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER):
         raise AdaInferError(
-            "vllm-adainfer: requests are captured by our scheduler, which a custom --scheduler-cls "
-            'replaces: drop it, or drop "capture" from additional_config'
+            f'vllm-adainfer: "{key}" is done by our scheduler, which a custom --scheduler-cls '
+            f'replaces: drop it, or drop "{key}" from additional_config'
         )
     if vllm_config.model_config.is_diffusion:
         raise AdaInferError(
-            "vllm-adainfer: a diffusion model has a scheduler of its own, which captures nothing: "
-            'drop "capture" from additional_config'
+            f'vllm-adainfer: a diffusion model has a scheduler of its own, without "{key}": drop '
+            f'"{key}" from additional_config'
         )
-    check_directory(capture.directory)
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-    logger.warning("%s", notice(capture))
 
 
 def notice(capture: Capture) -> str:

@@ -1,0 +1,209 @@
+"""What is appended to a choice, and when it is left to vLLM's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.structured_output.utils import choice_as_grammar
+
+from vllm_adainfer.config import Settings, read_settings
+from vllm_adainfer.engine.compat import expect_more_tokens, sampled_tokens
+from vllm_adainfer.engine.rest_of_choice import RestOfChoice
+from vllm_adainfer.errors import AdaInferError
+
+END = 0
+WORDS = {"pos": 1000, "positive": 1001}  # tokens beside the letters
+
+
+class Tokenizer:
+    """Letters by their numbers; two words of more letters are canonical."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        for word in sorted(WORDS, key=len, reverse=True):
+            if text.startswith(word):
+                return [WORDS[word], *map(ord, text.removeprefix(word))]
+        return list(map(ord, text))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        words = {token: word for word, token in WORDS.items()}
+        return "".join(words.get(token) or chr(token) for token in tokens)
+
+
+def request_of(
+    choices: Sequence[str], so_far: str = "", accepts: bool = True, **settings: Any
+) -> SimpleNamespace:
+    """A request that has written `so_far`, letter by letter."""
+    params = SamplingParams(**{"max_tokens": 20, **settings})
+    params._eos_token_id = END
+    written = list(map(ord, so_far))
+    grammar = SimpleNamespace(validate_tokens=lambda tokens: tokens if accepts else tokens[:-2])
+    structured = SimpleNamespace(
+        params=StructuredOutputsParams(choice=list(choices)), reasoning_ended=None, grammar=grammar
+    )
+    return SimpleNamespace(
+        sampling_params=params,
+        structured_output_request=structured,
+        output_token_ids=written,
+        num_tokens=100 + len(written),
+        max_tokens=params.max_tokens,
+        resumable=False,
+    )
+
+
+def rest_of(reasoner: type | None = None, max_model_len: int = 1000) -> RestOfChoice:
+    manager: Any = SimpleNamespace(tokenizer=Tokenizer(), reasoner_cls=reasoner)
+    return RestOfChoice(manager, max_model_len)
+
+
+def after(request: Any, sampled: str | list[int], **rest: Any) -> list[int]:
+    tokens = list(map(ord, sampled)) if isinstance(sampled, str) else sampled
+    return rest_of(**rest).after(request, tokens)
+
+
+@pytest.mark.parametrize(
+    ("choices", "so_far", "sampled", "rest"),
+    [
+        (["yes", "no"], "", "y", "es"),
+        (["yes", "no"], "y", "e", "s"),
+        (["yes", "no"], "ye", "s", ""),
+        (["yes", "yes, but"], "ye", "s", None),
+        (["yes", "yes, but"], "yes", ",", " but"),
+        (["yes", "yes"], "", "y", "es"),
+        (["ab", "ac"], "", "a", None),
+        (["yes", "no"], "some thoughts", "y", None),
+        (["positive", "x"], "", [WORDS["pos"]], "itive"),
+        (["positive", "x"], "", [WORDS["positive"]], ""),
+        (["a positive", "x"], "", "a", " positive"),
+        (["positives", "x"], "", [WORDS["positive"]], "s"),
+    ],
+)
+def test_the_rest_of_the_only_choice_left_is_appended(choices, so_far, sampled, rest):
+    wanted = [] if rest is None else [*map(ord, rest), END]
+    assert after(request_of(choices, so_far), sampled) == wanted
+
+
+def test_a_choice_read_back_from_vllms_grammar_is_the_same():
+    request = request_of(["yes", "no"])
+    grammar = StructuredOutputsParams(grammar=choice_as_grammar(["yes", "no"]))
+    request.structured_output_request.params = grammar
+    assert after(request, "y") == [*map(ord, "es"), END]
+    request.structured_output_request.params = StructuredOutputsParams(regex="yes|no")
+    assert after(request, "y") == []
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "max_model_len", "fits"),
+    [(4, 1000, True), (3, 1000, False), (20, 104, True), (20, 103, False)],
+)
+def test_a_rest_that_does_not_fit_is_left_to_vllm(max_tokens, max_model_len, fits):
+    request = request_of(["yes", "no"], max_tokens=max_tokens)
+    assert bool(after(request, "y", max_model_len=max_model_len)) == fits
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logprobs": 1},
+        {"logprob_token_ids": [1]},
+        {"allowed_token_ids": [1]},
+        {"stop": ["x"]},
+        {"min_tokens": 1},
+        {"logit_bias": {1: 1.0}},
+    ],
+)
+def test_settings_that_ask_for_more_than_the_choice_take_every_step(settings):
+    assert after(request_of(["yes", "no"], **settings), "y") == []
+
+
+def test_a_request_whose_prompt_goes_on_takes_every_step():
+    request = request_of(["yes", "no"])
+    request.resumable = True
+    assert after(request, "y") == []
+
+
+def test_without_an_end_token_nothing_is_appended():
+    request = request_of(["yes", "no"])
+    request.sampling_params._eos_token_id = None
+    assert after(request, "y") == []
+
+
+def test_what_the_grammar_does_not_accept_is_left_to_vllm():
+    """A tokenizer that puts a blank before each text, say."""
+    assert after(request_of(["yes", "no"], accepts=False), "y") == []
+
+
+def test_thoughts_before_a_choice_are_not_taken_for_it():
+    request = request_of(["yes", "no"])
+    assert after(request, "y", reasoner=object) == []
+    request.structured_output_request.reasoning_ended = True
+    assert after(request, "y", reasoner=object) == [*map(ord, "es"), END]
+
+
+def test_only_running_requests_whose_output_counts_are_looked_at():
+    def request(**changes: Any) -> SimpleNamespace:
+        values = {"use_structured_output": True, "num_stale_output_tokens": 0, **changes}
+        return SimpleNamespace(is_finished=lambda: values.get("finished", False), **values)
+
+    requests: Any = {
+        "fine": request(),
+        "free": request(use_structured_output=False),
+        "stale": request(num_stale_output_tokens=1),
+        "ended": request(finished=True),
+        "drafted": request(),
+        "chunk": request(),
+    }
+    names = [*requests, "gone"]
+    output = SimpleNamespace(
+        req_ids=names, sampled_token_ids=[[] if name == "chunk" else [1] for name in names]
+    )
+    scheduled = SimpleNamespace(scheduled_spec_decode_tokens={"drafted": [2]})
+    found = list(sampled_tokens(scheduled, output, requests))
+    assert found == [(requests["fine"], [1])]
+    found[0][1].append(5)
+    assert output.sampled_token_ids[0] == [1, 5]
+
+
+@pytest.mark.parametrize(("scheduler", "more"), [(Scheduler, 0), (AsyncScheduler, 3)])
+def test_the_asynchronous_scheduler_expects_what_is_appended(scheduler, more):
+    request: Any = SimpleNamespace(num_output_placeholders=1)
+    expect_more_tokens(scheduler.__new__(scheduler), request, 3)
+    assert request.num_output_placeholders == 1 + more
+
+
+@pytest.mark.parametrize(
+    ("switch", "finishes"),
+    [
+        ({"artifact": "a"}, True),
+        ({"artifact": "a", "finish_choices": False}, False),
+        ({"exit_script": [2]}, True),
+        ({"record": [2]}, False),
+        ({"finish_choices": True}, True),
+        ({"capture": {"directory": "d"}}, False),
+        ({"capture": {"directory": "d"}, "finish_choices": True}, True),
+    ],
+)
+def test_choices_end_early_with_a_policy_or_where_it_is_asked_for(switch, finishes):
+    settings = read_settings({"adainfer": switch})
+    assert isinstance(settings, Settings)
+    assert settings.finishes_choices == finishes
+
+
+@pytest.mark.parametrize(
+    ("switch", "sentence"),
+    [
+        ({"finish_choices": False}, 'give "artifact"'),
+        ({"finish_choices": True, "record": [2]}, '"finish_choices" and "record" do not go'),
+        ({"finish_choices": True, "epsilon": 0.1}, '"epsilon" goes with "artifact"'),
+    ],
+)
+def test_a_switch_that_makes_no_sense_is_refused(switch, sentence):
+    with pytest.raises(AdaInferError, match=sentence):
+        read_settings({"adainfer": switch})

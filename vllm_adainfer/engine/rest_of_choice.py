@@ -1,0 +1,89 @@
+"""The rest of a choice: the tokens that follow once those sampled leave one choice alone.
+
+``structured_outputs: {"choice": [...]}`` is vLLM's documented way to classify. Its grammar then
+leaves nothing to decide, but stock vLLM takes a step for each further token of the choice, and one
+for the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer.engine.compat import choices_of
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+    from vllm.v1.structured_output import StructuredOutputManager
+
+KNOWN_CHOICES = 1024  # sets of choices whose tokens are kept
+
+
+class RestOfChoice:
+    """Finds the rest in canonical tokenisation; what it is not sure of is left to vLLM's steps."""
+
+    def __init__(self, manager: StructuredOutputManager, max_model_len: int) -> None:
+        """`manager` is the scheduler's."""
+        self._manager = manager
+        self._max_model_len = max_model_len
+        self._encoded = lru_cache(KNOWN_CHOICES)(self._encode)
+
+    def after(self, request: Request, sampled: Sequence[int]) -> list[int]:
+        """The tokens that follow `sampled`, the newest of `request`, and end it.
+
+        It is empty if several choices are left, or if the request would not get the same text.
+        """
+        params, structured = request.sampling_params, request.structured_output_request
+        if params is None or structured is None or request.resumable or not is_plain(params):
+            return []
+        if self._manager.reasoner_cls is not None and not structured.reasoning_ended:
+            return []  # the grammar is not in force yet
+        choices = choices_of(structured.params)
+        if choices is None:
+            return []
+        tokens = [*request.output_token_ids, *sampled]
+        text = self._decode(tokens)
+        left = {choice for choice in choices if choice.startswith(text)}
+        if len(left) != 1:
+            return []
+        [choice] = left
+        rest = [*self._rest(choice, text, tokens), params.eos_token_id]
+        room = min(
+            request.max_tokens - len(tokens),
+            self._max_model_len - request.num_tokens - len(sampled),
+        )
+        fits = len(rest) <= room and self._decode([*tokens, *rest[:-1]]) == choice
+        forced = [*sampled, *rest]
+        if not fits or structured.grammar.validate_tokens(forced) != forced:
+            return []
+        return rest
+
+    def _rest(self, choice: str, text: str, tokens: list[int]) -> list[int]:
+        canonical = self._encoded(choice)
+        if canonical[: len(tokens)] == tuple(tokens):
+            return list(canonical[len(tokens) :])
+        return list(self._encoded(choice[len(text) :]))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._manager.tokenizer.encode(text, add_special_tokens=False))
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: Any = self._manager.tokenizer.decode(tokens)
+        return str(text)
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether the choice alone decides what a request gets, and it reads no log-probabilities."""
+    return (
+        params.eos_token_id is not None
+        and params.logprobs is None
+        and params.logprob_token_ids is None
+        and params.allowed_token_ids is None
+        and params.repetition_detection is None
+        and not params.stop
+        and not params.min_tokens
+        and not params.logit_bias
+        and not params.bad_words
+    )
