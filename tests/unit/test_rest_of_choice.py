@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -145,6 +148,31 @@ def test_thoughts_before_a_choice_are_not_taken_for_it():
     assert after(request, "y", reasoner=object) == []
     request.structured_output_request.reasoning_ended = True
     assert after(request, "y", reasoner=object) == [*map(ord, "es"), END]
+
+
+@given(
+    choices=st.lists(st.text("abc\u00e9", min_size=1, max_size=6), min_size=1, max_size=6),
+    seed=st.integers(0, 1000),
+)
+def test_whatever_the_choices_an_answer_is_one_of_them_and_ends_where_it_is_decided(choices, seed):
+    """A model that picks letters at random among those that the choices allow, or ends."""
+    generator, written = random.Random(seed), ""
+    while True:
+        going_on = sorted(
+            {c[len(written)] for c in choices if c.startswith(written) and c != written}
+        )
+        if written in choices and (not going_on or generator.random() < 0.5):
+            break  # stock's end token
+        letter = generator.choice(going_on)
+        rest = after(request_of(choices, written), letter)
+        written += letter
+        left = {choice for choice in choices if choice.startswith(written)}
+        if rest:
+            assert written + Tokenizer().decode(rest[:-1]) in choices
+            assert rest[-1] == END
+        assert bool(rest) == (len(left) == 1)
+        if rest:
+            break
 
 
 def test_only_running_requests_whose_output_counts_are_looked_at():
