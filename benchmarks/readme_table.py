@@ -98,9 +98,10 @@ def families_table() -> list[str]:
 
 
 def probabilities_table() -> list[str]:
-    """Policies for label probabilities, by tolerance, then a mixture of questions."""
+    """Policies for label probabilities, by tolerance, a mixture of questions, questions about states."""
     report, *_ = load("probabilities")
     questions, *_ = load("questions")
+    states = load("states")
     return [
         "Label probabilities, fine-tuned SmolLM2-135M, epsilon "
         f"{report['epsilon']:g} at delta {report['delta']:g}. The bound is about answers that "
@@ -117,6 +118,12 @@ def probabilities_table() -> list[str]:
         "of a policy that has not seen it:",
         "",
         *(HERE / "results" / "questions.md").read_text().splitlines(),
+        "",
+        "Questions about one state, sent together, when it is new and again; milliseconds until "
+        f"all are answered, stock / ours, {states['states']} states each (the policy for the label "
+        "alone):",
+        "",
+        *(HERE / "results" / "states.md").read_text().splitlines(),
     ]
 
 
