@@ -98,7 +98,7 @@ def families_table() -> list[str]:
 
 
 def probabilities_table() -> list[str]:
-    """Policies for label probabilities, by tolerance, a mixture of questions, questions about states."""
+    """Policies for label probabilities, for a mixture of questions, and questions about states."""
     report, *_ = load("probabilities")
     questions, *_ = load("questions")
     states = load("states")
