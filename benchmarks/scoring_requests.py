@@ -6,23 +6,19 @@ endpoint, so the load is sent here: at a rate, its gaps exponential as there, or
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import aiohttp
 import numpy as np
 from label_requests import TOGETHER, Load, post
+from sending import send
 from serve_report import OURS, STOCK
-from server import Server, let_others_rest
+from server import Server
 
 from vllm_adainfer.offline.calibration.data import Example
-
-SECONDS = 600
 
 
 def scores(server: Server, load: Load, examples: Sequence[Example]) -> list[float]:
@@ -89,52 +85,23 @@ def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
     generator.shuffle(examples)
     finite = math.isfinite(rate)
     gaps = [generator.expovariate(rate) if finite else 0.0 for _ in examples]
-    let_others_rest()
-    latencies, seconds = asyncio.run(_send(server, load, examples, gaps))
-    milliseconds = [1000 * latency for latency in latencies]
-    mean, p50 = statistics.mean(milliseconds), statistics.median(milliseconds)
-    p99 = float(np.quantile(milliseconds, 0.99))
+    bodies = [body_of(load, [example.text]) for example in examples]
+    sent = send(server, "/generative_scoring", bodies, gaps)
+    check_scores([item["score"] for answer in sent.answers for item in answer["data"]])
+    mean = 1000 * statistics.mean(sent.latencies)
+    p50, p99 = sent.latency(0.5), sent.latency(0.99)
     return {
-        "request_throughput": len(examples) / seconds,
+        "request_throughput": len(examples) / sent.seconds,
         "mean_ttft_ms": mean,
         "median_ttft_ms": p50,
         "p99_ttft_ms": p99,
         "mean_e2el_ms": mean,
         "p50_e2el_ms": p50,
         "p99_e2el_ms": p99,
-        "duration": seconds,
+        "duration": sent.seconds,
         "completed": len(examples),
         "failed": 0,
     }
-
-
-async def _send(
-    server: Server, load: Load, examples: Sequence[Example], gaps: Sequence[float]
-) -> tuple[list[float], float]:
-    """The latency of each request, and the time of all of them, in seconds."""
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=SECONDS)
-    async with aiohttp.ClientSession(
-        server.url, connector=connector, timeout=timeout, raise_for_status=True
-    ) as session:
-
-        async def one(example: Example) -> float:
-            start = time.perf_counter()
-            body = body_of(load, [example.text])
-            async with session.post("/generative_scoring", json=body) as response:
-                answer = await response.json()
-            check_scores([item["score"] for item in answer["data"]])
-            return time.perf_counter() - start
-
-        try:
-            start, sent = time.perf_counter(), []
-            for example, gap in zip(examples, gaps, strict=True):
-                await asyncio.sleep(gap)
-                sent.append(asyncio.create_task(one(example)))
-            latencies = await asyncio.gather(*sent)
-        except aiohttp.ClientError as error:
-            raise RuntimeError(f"a request failed: {error}") from error
-        return list(latencies), time.perf_counter() - start
 
 
 def check_scores(found: Sequence[float]) -> None:

@@ -1,0 +1,209 @@
+r"""Requests with `structured_outputs.choice`: a stock server against one that ends them early.
+
+    .venv/bin/python benchmarks/bench_choices.py --model MODEL --data-dir DIR
+
+MODEL is the demo model fine-tuned on the tasks of `bench_probabilities`; DIR holds
+TASK/test.jsonl. Our server has no policy: its model is stock vLLM's, and all that it saves are the
+steps after a choice is decided. Both servers run side by side and take turns.
+
+It fails if a request fails, if an answer is none of its choices, or does not end by `stop`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from bench_probabilities import TASKS
+from label_requests import post
+from sending import Sent, send
+from serve_report import OURS, STOCK
+from server import Server, serving
+from tqdm import tqdm
+
+from vllm_adainfer.offline.calibration.data import read_rows
+from vllm_adainfer.offline.evaluation.report import write_whole
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.tables import markdown_table
+
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",  # an idle server leaves the core to the other one
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # has /reset_prefix_cache
+}
+MOST_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of the rows of a task."""
+
+    title: str
+    task: str
+    choices: tuple[str, ...]
+
+
+CASES = (
+    Case("SST-2, a token each", "sst2", (" negative", " positive")),
+    Case("TREC, a token each", "trec", tuple(f" {label}" for label in TASKS["trec"].labels)),
+    Case("SST-2, sentences", "sst2", (" negative, as a whole.", " positive, as a whole.")),
+)
+
+
+def main(
+    model: Annotated[str, typer.Option()],
+    data_dir: Annotated[Path, typer.Option()],
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/choices.json"),
+    requests: Annotated[int, typer.Option(min=1, help="All at once, in each round.")] = 300,
+    alone: Annotated[int, typer.Option(min=1, help="One after the other, likewise.")] = 60,
+    compared: Annotated[int, typer.Option(min=1, help="Texts compared, of each case.")] = 800,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Measure, and write JSON and a Markdown table."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        switch, without = {"finish_choices": True}, {**ENVIRONMENT, "VLLM_PLUGINS": ""}
+        flags = ["--max-model-len", "512"]
+        ours = serving(model, switch, Path(folder, "ours.log"), flags, ENVIRONMENT)
+        stock = serving(model, None, Path(folder, "stock.log"), flags, without)
+        servers = {OURS: stack.enter_context(ours), STOCK: stack.enter_context(stock)}
+        cases = [
+            measured(servers, case, bodies_of(case, data_dir), requests, alone, compared, rounds)
+            for case in tqdm(CASES, desc="cases")
+        ]
+    report = {
+        "model": Path(model).name,
+        "requests": requests,
+        "alone": alone,
+        "rounds": rounds,
+        "cases": cases,
+        "provenance": provenance(),
+    }
+    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(output.with_suffix(".md"), table(report).encode())
+    typer.echo(table(report))
+
+
+def bodies_of(case: Case, data_dir: Path) -> list[dict[str, Any]]:
+    """A request for each row of the test part, in random order."""
+    rows = read_rows(data_dir / case.task / "test.jsonl")
+    random.Random(0).shuffle(rows)
+    template = TASKS[case.task].template
+    return [
+        {
+            "model": "model",
+            "prompt": template.format_map(row.fields),
+            "temperature": 0,
+            "max_tokens": MOST_TOKENS,
+            "structured_outputs": {"choice": list(case.choices)},
+        }
+        for row in rows
+    ]
+
+
+def measured(
+    servers: Mapping[str, Server],
+    case: Case,
+    bodies: Sequence[Mapping[str, Any]],
+    requests: int,
+    alone: int,
+    compared: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Throughput all at once, latency one after the other, and how many texts differ."""
+    found: dict[str, Any] = {"title": case.title, "choices": case.choices, STOCK: [], OURS: []}
+    several, few = bodies[:compared], bodies[:alone]
+    texts = {
+        name: answers(case, turn(server, several, [0.0] * len(several)))
+        for name, server in servers.items()
+    }
+    pairs = list(zip(texts[STOCK], texts[OURS], strict=True))
+    found["compared"], found["differ"] = len(pairs), sum(a != b for a, b in pairs)
+    for number in range(rounds):
+        for name in list(servers)[:: 1 if number % 2 else -1]:
+            together = turn(servers[name], bodies[:requests], [0.0] * len(bodies[:requests]))
+            single = turn(servers[name], few, None)
+            answers(case, together)
+            answers(case, single)
+            found[name].append(
+                {
+                    "requests_per_second": len(together.answers) / together.seconds,
+                    "p50_ms": single.latency(0.5),
+                    "p99_ms": single.latency(0.99),
+                    "completion_tokens": tokens_of(together),
+                }
+            )
+    return found
+
+
+def turn(server: Server, bodies: Sequence[Mapping[str, Any]], gaps: Sequence[float] | None) -> Sent:
+    """One run with an empty prefix cache."""
+    if not post(server, "/reset_prefix_cache")["success"]:
+        raise RuntimeError("the prefix cache is in use by a server that should be idle")
+    return send(server, "/v1/completions", bodies, gaps)
+
+
+def answers(case: Case, sent: Sent) -> list[str]:
+    """The texts.
+
+    Raises:
+        RuntimeError: one is none of the choices, or did not end by itself.
+
+    """
+    found = [answer["choices"][0] for answer in sent.answers]
+    strange = [one for one in found if one["text"] not in case.choices]
+    strange += [one for one in found if one["finish_reason"] != "stop"]
+    if strange:
+        raise RuntimeError(f"not a whole choice: {strange[0]}")
+    return [one["text"] for one in found]
+
+
+def tokens_of(sent: Sent) -> float:
+    """Mean number of tokens that an answer counts."""
+    return statistics.mean(answer["usage"]["completion_tokens"] for answer in sent.answers)
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """A row for each case: medians over the rounds, stock / ours."""
+
+    def cell(case: Mapping[str, Any], key: str) -> str:
+        stock, ours = (statistics.median(run[key] for run in case[name]) for name in (STOCK, OURS))
+        return f"{stock:.1f} / {ours:.1f} (**{ours / stock:.2f}x**)"
+
+    return (
+        markdown_table(
+            [
+                "choices",
+                "requests/s, all at once",
+                "p50 latency alone, ms",
+                "p99, ms",
+                "tokens of an answer",
+                "texts that differ",
+            ],
+            [
+                [
+                    case["title"],
+                    *(cell(case, key) for key in ("requests_per_second", "p50_ms", "p99_ms")),
+                    " / ".join(
+                        f"{statistics.median(run['completion_tokens'] for run in case[name]):.1f}"
+                        for name in (STOCK, OURS)
+                    ),
+                    f"{case['differ']} of {case['compared']}",
+                ]
+                for case in report["cases"]
+            ],
+            text_columns=1,
+        )
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
