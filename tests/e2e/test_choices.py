@@ -78,15 +78,19 @@ def model(tokenizer, tmp_path_factory) -> Path:
 ENGINE: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 64 << 20}
 
 
+def engine_of(model: Path, adainfer: dict[str, Any] | None, backend: str = "xgrammar") -> Any:
+    return tiny_engine(model, adainfer, structured_outputs_config={"backend": backend}, **ENGINE)
+
+
 @pytest.fixture(scope="module")
 def stock(model) -> Any:
-    return tiny_engine(model, None, **ENGINE)
+    return engine_of(model, None)
 
 
 @pytest.fixture(scope="module")
 def engine(model) -> Any:
     """Stock vLLM, but for the scheduler."""
-    found = tiny_engine(model, {"finish_choices": True}, **ENGINE)
+    found = engine_of(model, {"finish_choices": True})
     assert isinstance(parts(found)[2], FinishingScheduler)
     return found
 
@@ -206,3 +210,15 @@ def test_other_grammars_and_free_texts_beside_choices_are_stocks(engine, stock):
     theirs, ours = told(stock, params), told(engine, params)
     assert ours.ends == theirs.ends
     assert [ours.tokens[place] == theirs.tokens[place] for place in (1, 2)] == [True, True]
+
+
+@pytest.mark.parametrize(("backend", "looks_ahead"), [("guidance", True), ("outlines", False)])
+def test_other_backends_end_a_choice_at_once_if_they_can_look_ahead(
+    model, stock, backend, looks_ahead
+):
+    """lm-format-enforcer cannot be imported beside vLLM 0.32."""
+    other = engine_of(model, {"finish_choices": True}, backend)
+    sets = SETS[0], SETS[1], SETS[4]
+    theirs, ours = (told(llm, [choosing(choices) for choices in sets]) for llm in (stock, other))
+    assert ours.ends == theirs.ends
+    assert (ours.sampled < theirs.sampled) == looks_ahead

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
@@ -17,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.structured_output.utils import choice_as_grammar
 
 from vllm_adainfer.config import Settings, read_settings
+from vllm_adainfer.engine import rest_of_choice
 from vllm_adainfer.engine.compat import expect_more_tokens, sampled_tokens
 from vllm_adainfer.engine.rest_of_choice import RestOfChoice
 from vllm_adainfer.errors import AdaInferError
@@ -47,9 +48,8 @@ def request_of(
     params = SamplingParams(**{"max_tokens": 20, **settings})
     params._eos_token_id = END
     written = list(map(ord, so_far))
-    grammar = SimpleNamespace(validate_tokens=lambda tokens: tokens if accepts else tokens[:-2])
     structured = SimpleNamespace(
-        params=StructuredOutputsParams(choice=list(choices)), reasoning_ended=None, grammar=grammar
+        params=StructuredOutputsParams(choice=list(choices)), reasoning_ended=None, grammar=accepts
     )
     return SimpleNamespace(
         sampling_params=params,
@@ -59,6 +59,11 @@ def request_of(
         max_tokens=params.max_tokens,
         resumable=False,
     )
+
+
+@pytest.fixture(autouse=True)
+def _grammars_that_say_at_once_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest_of_choice, "takes_all", lambda accepts, tokens: accepts)
 
 
 def rest_of(reasoner: type | None = None, max_model_len: int = 1000) -> RestOfChoice:
@@ -150,6 +155,7 @@ def test_thoughts_before_a_choice_are_not_taken_for_it():
     assert after(request, "y", reasoner=object) == [*map(ord, "es"), END]
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     choices=st.lists(st.text("abc\u00e9", min_size=1, max_size=6), min_size=1, max_size=6),
     seed=st.integers(0, 1000),

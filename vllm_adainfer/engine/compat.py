@@ -139,6 +139,20 @@ def expect_more_tokens(scheduler: Any, request: Request, count: int) -> None:
         request.num_output_placeholders += count
 
 
+def takes_all(grammar: Any, tokens: list[int]) -> bool:
+    """Whether a request's grammar would take `tokens` one after the other; its state stays.
+
+    Only where 0.32's backend can look as far ahead: those of outlines and lm-format-enforcer roll
+    back no further than speculation needs, and raise.
+    """
+    from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
+
+    if not isinstance(grammar, XgrammarGrammar | GuidanceGrammar):
+        return False
+    return grammar.validate_tokens(tokens) == tokens
+
+
 def decision_question(name: str, asked: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """A question of ``/v1/systemone`` as 0.32 puts it to the model, and its labels.
 

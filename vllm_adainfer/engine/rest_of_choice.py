@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.engine.compat import choices_of
+from vllm_adainfer.engine.compat import choices_of, takes_all
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -55,10 +55,7 @@ class RestOfChoice:
             self._max_model_len - request.num_tokens - len(sampled),
         )
         fits = len(rest) <= room and self._decode([*tokens, *rest[:-1]]) == choice
-        forced = [*sampled, *rest]
-        if not fits or structured.grammar.validate_tokens(forced) != forced:
-            return []
-        return rest
+        return rest if fits and takes_all(structured.grammar, [*sampled, *rest]) else []
 
     def _rest(self, choice: str, text: str, tokens: list[int]) -> list[int]:
         canonical = self._encoded(choice)
