@@ -82,7 +82,8 @@ def body_of(request: Request, model: str) -> dict[str, Any] | None:
         "logprobs": params.num_logprobs,  # vLLM wants it beside `logprob_token_ids`
     }
     if params.structured_outputs is not None:
-        choices = choices_of(params.structured_outputs)
+        outputs = params.structured_outputs
+        choices = choices_of(outputs.choice, outputs.grammar)
         if choices is None:
             return None
         body["structured_outputs"] = {"choice": choices}

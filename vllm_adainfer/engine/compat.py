@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -89,17 +89,18 @@ def client_request_id(request_id: str) -> str:
     return re.sub(r"-[0-9a-f]{8}$", "", request_id)
 
 
-def choices_of(structured_outputs: Any) -> list[str] | None:
-    """The texts that a request chooses from; None if it is restricted in another way.
+def choices_of(choice: Sequence[str] | None, grammar: str | None) -> list[str] | None:
+    """The texts that a request chooses from, of the two fields of its ``structured_outputs``.
 
+    None if it is restricted in another way.
     0.32's frontend has by then turned ``choice`` into a grammar, in place, if the backend is
     xgrammar (`validate_xgrammar_grammar`), so a grammar is read back if it is one of a choice.
     """
     from vllm.v1.structured_output.utils import choice_as_grammar
 
-    if structured_outputs.choice is not None:
-        return list(structured_outputs.choice)
-    grammar = structured_outputs.grammar or ""
+    if choice is not None:
+        return list(choice)
+    grammar = grammar or ""
     try:  # its escapes are JSON's
         choices = [json.loads(text) for text in re.findall(r'"(?:[^"\\]|\\.)*"', grammar)]
     except ValueError:

@@ -7,6 +7,7 @@ for the end.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
 
-KNOWN_CHOICES = 1024  # sets of choices whose tokens are kept
+KNOWN_SETS, KNOWN_TEXTS = 128, 4096  # kept, so that a step need not work them out again
 
 
 class RestOfChoice:
@@ -28,7 +29,7 @@ class RestOfChoice:
         """`manager` is the scheduler's."""
         self._manager = manager
         self._max_model_len = max_model_len
-        self._encoded = lru_cache(KNOWN_CHOICES)(self._encode)
+        self._encoded = lru_cache(KNOWN_TEXTS)(self._encode)
 
     def after(self, request: Request, sampled: Sequence[int]) -> list[int]:
         """The tokens that follow `sampled`, the newest of `request`, and end it.
@@ -40,21 +41,21 @@ class RestOfChoice:
             return []
         if self._manager.reasoner_cls is not None and not structured.reasoning_ended:
             return []  # the grammar is not in force yet
-        choices = choices_of(structured.params)
-        if choices is None:
-            return []
+        choice = structured.params.choice
+        choices = _sorted(None if choice is None else tuple(choice), structured.params.grammar)
         tokens = [*request.output_token_ids, *sampled]
         text = self._decode(tokens)
-        left = {choice for choice in choices if choice.startswith(text)}
+        place = bisect_left(choices, text)  # those that begin with the text follow each other
+        left = [choice for choice in choices[place : place + 2] if choice.startswith(text)]
         if len(left) != 1:
             return []
-        [choice] = left
-        rest = [*self._rest(choice, text, tokens), params.eos_token_id]
+        [only] = left
+        rest = [*self._rest(only, text, tokens), params.eos_token_id]
         room = min(
             request.max_tokens - len(tokens),
             self._max_model_len - request.num_tokens - len(sampled),
         )
-        fits = len(rest) <= room and self._decode([*tokens, *rest[:-1]]) == choice
+        fits = len(rest) <= room and self._decode([*tokens, *rest[:-1]]) == only
         return rest if fits and takes_all(structured.grammar, [*sampled, *rest]) else []
 
     def _rest(self, choice: str, text: str, tokens: list[int]) -> list[int]:
@@ -69,6 +70,12 @@ class RestOfChoice:
     def _decode(self, tokens: Sequence[int]) -> str:
         text: Any = self._manager.tokenizer.decode(tokens)
         return str(text)
+
+
+@lru_cache(KNOWN_SETS)
+def _sorted(choice: tuple[str, ...] | None, grammar: str | None) -> list[str]:
+    """The different texts of a choice; none if a request is restricted in another way."""
+    return sorted(set(choices_of(choice, grammar) or ()))
 
 
 def is_plain(params: SamplingParams) -> bool:
