@@ -11,12 +11,9 @@ It fails if a request fails, if an answer is none of its choices, or does not en
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,21 +21,17 @@ from typing import Annotated, Any
 import typer
 from bench_probabilities import TASKS
 from label_requests import post
+from report_files import write_report
 from sending import Sent, send
 from serve_report import OURS, STOCK
-from server import Server, serving
+from server import Server
+from side_by_side import side_by_side
 from tqdm import tqdm
 
 from vllm_adainfer.offline.calibration.data import read_rows
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
 
-ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",  # an idle server leaves the core to the other one
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_SERVER_DEV_MODE": "1",  # has /reset_prefix_cache
-}
 MOST_TOKENS = 32
 
 
@@ -68,12 +61,8 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
     """Measure, and write JSON and a Markdown table."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        switch, without = {"finish_choices": True}, {**ENVIRONMENT, "VLLM_PLUGINS": ""}
-        flags = ["--max-model-len", "512"]
-        ours = serving(model, switch, Path(folder, "ours.log"), flags, ENVIRONMENT)
-        stock = serving(model, None, Path(folder, "stock.log"), flags, without)
-        servers = {OURS: stack.enter_context(ours), STOCK: stack.enter_context(stock)}
+    switch, flags = {"finish_choices": True}, ["--max-model-len", "512"]
+    with side_by_side(model, switch, flags) as servers:
         cases = [
             measured(servers, case, bodies_of(case, data_dir), requests, alone, compared, rounds)
             for case in tqdm(CASES, desc="cases")
@@ -86,9 +75,7 @@ def main(
         "cases": cases,
         "provenance": provenance(),
     }
-    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(report).encode())
-    typer.echo(table(report))
+    write_report(output, report, table(report))
 
 
 def bodies_of(case: Case, data_dir: Path) -> list[dict[str, Any]]:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from report_files import write_report
 from small_models import FAMILIES, SOURCES, TEMPLATE, Row, snippets, train
 
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.tables import markdown_table
 
 TRAIN, CALIBRATE = 1400, 700  # rows; the rest is for the test
@@ -37,9 +37,7 @@ def main(
         reports = {
             family: measured(family, rows, Path(directory) / family, repeat) for family in FAMILIES
         }
-    write_whole(output, (json.dumps(reports, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(reports).encode())
-    typer.echo(table(reports))
+    write_report(output, reports, table(reports))
 
 
 def measured(family: str, rows: Sequence[Row], directory: Path, repeat: int) -> dict[str, Any]:

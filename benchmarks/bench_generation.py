@@ -21,12 +21,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from report_files import write_report
 from tqdm import tqdm
 
 from vllm_adainfer.config import EXIT_ARG
 from vllm_adainfer.offline.calibration.data import Example, Row, make_examples
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.evaluation.sequences import compare, has_number, read_back
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
@@ -85,9 +85,7 @@ def main(
         "quality": quality,
         "provenance": provenance(),
     }
-    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(report).encode())
-    typer.echo(table(report))
+    write_report(output, report, table(report))
 
 
 def read_sets(model: str, data_dir: Path, count: int) -> dict[str, list[Example]]:

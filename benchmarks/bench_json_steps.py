@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 import xgrammar
+from report_files import write_report
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_adainfer.offline.calibration.data import read_rows
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
 
@@ -77,9 +77,7 @@ def main(
             rows.append({"schema": name, "any_whitespace": spaces, "texts": len(counts), **row})
         del llm
     report = {"model": Path(model).name, "rows": rows, "provenance": provenance()}
-    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(report).encode())
-    typer.echo(table(report))
+    write_report(output, report, table(report))
 
 
 def generated(llm: LLM, texts: Sequence[str], schema: Mapping[str, Any]) -> list[list[int]]:

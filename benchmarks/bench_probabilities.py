@@ -9,7 +9,6 @@ Each task is recorded once; then, for each tolerance, this runs the rest of `cal
 
 from __future__ import annotations
 
-import json
 import random
 import tempfile
 from collections.abc import Sequence
@@ -18,13 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from report_files import write_report
 
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_prompts
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.probability_rows import asked_row
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.tables import markdown_table
 
 
@@ -93,9 +92,7 @@ def main(
                 repeat=repeat,
             )
             reports.append({"task": name, **evaluate(request)})
-            write_whole(output, (json.dumps(reports, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(reports).encode())
-    typer.echo(table(reports))
+            write_report(output, reports, table(reports))
 
 
 def calibrated(

@@ -11,7 +11,6 @@ that calibration has not seen.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from report_files import write_report
 from tqdm import tqdm
 
 from vllm_adainfer.offline.calibration.calibrate import (
@@ -34,7 +34,6 @@ from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions, make_
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, Prompts, load_prompts
 from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.artifact_files import load_details
 
@@ -83,9 +82,7 @@ def main(
                     "left_out": left_out(request, prompts, recording),
                 }
             )
-    write_whole(output, (json.dumps(reports, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), tables(reports).encode())
-    typer.echo(tables(reports))
+    write_report(output, reports, tables(reports))
 
 
 def left_out(

@@ -24,32 +24,27 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from label_requests import Load, ask, bench, post, tokens_of
+from report_files import write_report
 from scoring_requests import bench as bench_scores
 from scoring_requests import compare_scores
 from serve_report import FIGURES, OURS, STOCK, plot, rate_row, table
-from server import Server, serving
+from server import Server
+from side_by_side import side_by_side
 from tqdm import tqdm
 
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example, make_examples, read_rows, read_template
 from vllm_adainfer.offline.calibration.engine import BLOCK
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
-ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",  # an idle server leaves the core to the other one
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_SERVER_DEV_MODE": "1",  # has /reset_prefix_cache
-}
 COUNTERS = "layer_rows_executed_total", "layer_rows_skipped_total", "exit_layer_count"
 COUNT_SECONDS = 30  # for counters to arrive after the last answer
 
@@ -86,7 +81,12 @@ def main(
             f"--data {data} has {len(examples)} rows: ask for at most that many --requests"
         )
     asked_rates = [float(rate) for rate in rates.split(",")]
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    tokens = 1 + max(len(example.token_ids) for example in examples)
+    flags = ["--max-model-len", str(-(-tokens // BLOCK) * BLOCK)]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        side_by_side(model, {"artifact": artifact}, flags) as servers,
+    ):
         load = Load(
             model,
             examples[:requests],
@@ -96,10 +96,6 @@ def main(
         )
         lines = (json.dumps({"prompt": example.text}) + "\n" for example in load.examples)
         load.file.write_text("".join(lines))
-        servers = {
-            name: stack.enter_context(server)
-            for name, server in planned(model, artifact, examples, Path(folder))
-        }
         if config.tolerance is None:
             answers = compare_answers(servers, load, examples)
             measured = measure(servers, load, asked_rates, rounds, bench)
@@ -121,24 +117,7 @@ def main(
         "rates": [rate_row(rate, runs) for rate, runs in measured],
         "provenance": provenance(),
     }
-    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(report).encode())
-    write_whole(output.with_suffix(".png"), plot(report))
-    typer.echo(table(report))
-
-
-def planned(
-    model: str, artifact: str, examples: Sequence[Example], folder: Path
-) -> list[tuple[str, Any]]:
-    """Both servers by name, not started yet; ours first, because it may refuse its settings."""
-    longest = max(len(example.token_ids) for example in examples)
-    flags = ["--max-model-len", str(-(-(longest + 1) // BLOCK) * BLOCK)]
-    without = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
-    ours = {"artifact": artifact}
-    return [
-        (OURS, serving(model, ours, folder / "ours.log", flags, ENVIRONMENT)),
-        (STOCK, serving(model, None, folder / "stock.log", flags, without)),
-    ]
+    write_report(output, report, table(report), plot(report))
 
 
 def compare_answers(

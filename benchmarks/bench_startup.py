@@ -8,7 +8,6 @@ a time: first with an empty compile cache, then with the one that those starts f
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -17,10 +16,10 @@ from typing import Annotated, Any
 
 import psutil
 import typer
+from report_files import write_report
 
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
@@ -52,9 +51,7 @@ def main(
         "ratios": {key: found[FOUR][key] / found[STOCK][key] for key in found[STOCK]},
         "provenance": provenance(),
     }
-    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(report).encode())
-    typer.echo(table(report))
+    write_report(output, report, table(report))
 
 
 def start(model: str, adainfer: dict[str, Any] | None) -> tuple[float, int]:

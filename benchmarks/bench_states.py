@@ -12,35 +12,28 @@ It fails if a request fails or an answer is not one of its labels.
 
 from __future__ import annotations
 
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from label_requests import post
+from report_files import write_report
 from serve_report import OURS, STOCK
-from server import Server, let_others_rest, serving
+from server import Server, let_others_rest
+from side_by_side import side_by_side
 from tqdm import tqdm
 
 from vllm_adainfer.offline.calibration.data import read_rows
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
-ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",  # an idle server leaves the core to the other one
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_SERVER_DEV_MODE": "1",  # has /reset_prefix_cache
-}
 ASKED = (
     ("What is the sentiment of this text?", ("negative", "positive")),
     ("Is this text positive?", None),
@@ -69,12 +62,7 @@ def main(
     texts = cycle([str(row.fields["text"]) for row in read_rows(data)])
     key = "allowed_token_ids" if config.tolerance is None else "logprob_token_ids"
     flags = ["--max-model-len", "2048"]
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        switch = {"artifact": artifact}
-        ours = serving(model, switch, Path(folder, "ours.log"), flags, ENVIRONMENT)
-        without = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
-        stock = serving(model, None, Path(folder, "stock.log"), flags, without)
-        servers = {OURS: stack.enter_context(ours), STOCK: stack.enter_context(stock)}
+    with side_by_side(model, {"artifact": artifact}, flags) as servers:
         cells = [
             cell(servers, state_of(texts, tokenizer, length), tokenizer, key, length, count, states)
             for length in tqdm(LENGTHS, desc="lengths")
@@ -88,9 +76,7 @@ def main(
         "cells": cells,
         "provenance": provenance(),
     }
-    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(report).encode())
-    typer.echo(table(report))
+    write_report(output, report, table(report))
 
 
 def state_of(texts: Iterator[str], tokenizer: Any, tokens: int) -> Iterator[str]:

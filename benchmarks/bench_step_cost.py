@@ -19,7 +19,6 @@ os.environ |= {
 }
 
 import itertools
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 import typer
 from adainfer_kernels import Head, Norm
+from report_files import write_report
 from scipy.optimize import nnls
 from scripted_requests import random_prompts, scripted_request
 
@@ -41,7 +41,6 @@ from vllm_adainfer.exits.exit_loop import ExitLoop
 from vllm_adainfer.exits.step import StepContext
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
@@ -94,9 +93,7 @@ def main(
         + [fit("probe", probes, PROBE_TERMS)],
         "provenance": provenance(),
     }
-    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(report).encode())
-    typer.echo(table(report))
+    write_report(output, report, table(report))
 
 
 def work(layers: int, requests: int, leaving: list[int]) -> dict[str, int]:

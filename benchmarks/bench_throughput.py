@@ -14,7 +14,6 @@ step of fewer layers is timed. On a GPU stock runs with its CUDA graphs.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 import typer
 from llama_shapes import SHAPES, write_shape
+from report_files import write_report
 from scripted_requests import random_prompts, scripted_request
 from throughput_report import (
     HALF,
@@ -41,7 +41,6 @@ from tqdm import tqdm
 
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.plugin import register
@@ -152,10 +151,7 @@ def main(
         "cases": [row for case, runs in measured for row in case_rows(vars(case), runs)],
         "provenance": provenance(),
     }
-    write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(report).encode())
-    write_whole(output.with_suffix(".png"), plot(report))
-    typer.echo(table(report))
+    write_report(output, report, table(report), plot(report))
 
 
 def start_engines(model: str, depth: int, cases: Sequence[Case], quick: bool) -> dict[str, LLM]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import time
@@ -19,10 +18,10 @@ from fault_measures import at_rest, counter_problems, counters, memory
 from fault_scenarios import Stage, kill
 from faults_report import table
 from load_client import Question, Tokens, client_of, questions_of, quiet_pass
+from report_files import write_report
 from server import Server
 
 from vllm_adainfer.offline.calibration.data import read_template
-from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
@@ -115,9 +114,7 @@ class Bench:
             "problems": problems,
             "provenance": provenance(),
         }
-        write_whole(output, (json.dumps(report, indent=2) + "\n").encode())
-        write_whole(output.with_suffix(".md"), table(report).encode())
-        typer.echo(table(report))
+        write_report(output, report, table(report))
         if problems:
             raise typer.Exit(1)
 
