@@ -108,7 +108,6 @@ class Settings(BaseModel):
         description="Keep a sample of the requests as a batch file, to calibrate on. Without an "
         "artifact the engine is otherwise stock vLLM.",
     )
-
     finish_choices: bool | None = Field(
         None,
         description="Whether a request with structured_outputs.choice ends as soon as the tokens "
@@ -123,8 +122,8 @@ class Settings(BaseModel):
             raise ValueError(f'"{NO_POLICY}" is a reserved name: give the artifact another one')
         sources = self.artifact, self.record, self.exit_script
         given = sum(source is not None for source in sources)
-        needs_none = self.capture is not None or self.finish_choices
-        if self.enabled and given != 1 and (given or not needs_none):
+        stands_alone = self.capture is not None or self.finish_choices
+        if self.enabled and given != 1 and (given or not stands_alone):
             raise ValueError('give "artifact": the directory that `calibrate` wrote')
         if self.finish_choices and self.record is not None:
             raise ValueError('"finish_choices" and "record" do not go together: drop one')

@@ -7,7 +7,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.e2e.oracle import continuation, same, token_after
-from tests.e2e.scripted import EXIT_AT, scripted
+from tests.e2e.scripted import EXIT_AT, ScriptedAdmission, scripted
 from tests.tiny import EXIT_POINTS, LAYERS
 
 PREFIX = 64  # two blocks of the shared engine
@@ -46,6 +46,22 @@ def test_the_second_touch_completes_a_shared_prefix_and_the_third_hits_it(engine
     whole, own = len(prompts[0]), len(prompts[0]) - PREFIX
     rows = [whole, whole, own, own]
     assert stats.layers_run == sum(r * d for r, d in zip(rows, depths, strict=True))
+
+
+def test_once_prefixes_have_come_again_new_ones_are_completed_at_once(
+    engine, reference, monkeypatch
+):
+    """Asked twice: from the fourth on, the first time runs to the end and the second hits it."""
+    monkeypatch.setattr(ScriptedAdmission, "prompt_saving", lambda *_: ("policy", 0.4))
+    pairs = [prompts_with_shared_prefix(2, seed=20 + number) for number in range(6)]
+    with scripted(engine):
+        answers = [[ask(engine, prompt, exit_at=0) for prompt in pair] for pair in pairs]
+    hits = [second for _, (_, second) in answers]
+    assert hits == [0, 0, 0, PREFIX, PREFIX, PREFIX]
+    for pair, found, hit in zip(pairs, answers, hits, strict=True):
+        depths = (LAYERS, EXIT_POINTS[0]) if hit else (EXIT_POINTS[0], LAYERS)
+        for prompt, (tokens, _), depth in zip(pair, found, depths, strict=True):
+            assert same(tokens, [token_after(reference, prompt, depth)])
 
 
 def test_a_prefix_shared_within_a_step_is_completed_by_the_first_and_hit_by_the_others(

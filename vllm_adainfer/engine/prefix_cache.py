@@ -123,10 +123,12 @@ class PrefixCacheGuard:
         # Until the worker has been told about the request.
         is_new = request.status == RequestStatus.WAITING
         may_exit = self._may_exit(request, computed)
-        saving = self._saving(request) if is_new and may_exit else None
-        if is_new and may_exit and self._is_worth_completing(saving, touched):
-            self._complete(request)
-            may_exit = self._may_exit(request, computed)
+        saving = None
+        if is_new and may_exit and touched:
+            saving = self._saving(request)
+            if self._is_worth_completing(saving, touched):
+                self._complete(request)
+                may_exit = self._may_exit(request, computed)
         ends = computed + num_new_tokens >= request.num_tokens
         withhold = (ends and may_exit) or request.request_id in self._unfinished
         if withhold:

@@ -110,9 +110,9 @@ class FinishingScheduler(_Scheduler):
         if scheduler_output.has_structured_output_requests and not self.return_sampling_mask:
             sampled = compat.sampled_tokens(scheduler_output, model_runner_output, self.requests)
             for request, tokens in sampled:
-                rest = self._rest_of_choice.after(request, tokens)
-                tokens += rest
-                compat.expect_more_tokens(self, request, len(rest))
+                if rest := self._rest_of_choice.after(request, tokens):
+                    tokens += rest
+                    compat.expect_more_tokens(self, request, len(rest))
         return super().update_from_output(scheduler_output, model_runner_output)
 
 
