@@ -108,6 +108,13 @@ def calibrate(
             "may name two or more of, such as letters,yes-no,digits, or token ids."
         ),
     ] = "",
+    choices: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated texts of structured_outputs.choice, as requests write them. Of "
+            "requests as --data: those with these choices alone."
+        ),
+    ] = "",
     probe: Annotated[
         ProbeChoice,
         typer.Option(
@@ -169,6 +176,7 @@ def calibrate(
 ) -> None:
     """Fit a policy on your prompts, certify its bound, and write an artifact."""
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
+    from vllm_adainfer.offline.calibration.choices import names_of as choice_names
     from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
     from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
     from vllm_adainfer.offline.describe import describe
@@ -186,6 +194,7 @@ def calibrate(
             label_field=label_field,
             labels=_names(labels),
             label_pool=_names(label_pool),
+            choices=choice_names(choices),
             probe=probe,
             options=PolicyOptions(
                 classifier=classifier,

@@ -246,7 +246,7 @@ def test_a_pool_that_cannot_be_served_is_refused(tiny_model, changes, sentence):
 
 
 def example(labels: tuple[int, ...], text: str = "a good one :") -> Example:
-    return Example("here, line 1", text, [1], None, labels, "q")
+    return Example("here, line 1", text, [1], None, labels, question="q")
 
 
 def test_pools_are_named_or_token_ids_and_hold_every_label_that_is_asked_for():

@@ -45,7 +45,7 @@ def asked(
     """Prompts of each text with states of their own, written `*`."""
     filled = [text.replace("*", chr(200 + place)) for place in range(prompts) for text in texts]
     return [
-        Example("", text + end, list(map(ord, text + end)), None, (1, 2), question)
+        Example("", text + end, list(map(ord, text + end)), None, (1, 2), question=question)
         for text in filled
     ]
 

@@ -45,12 +45,11 @@ def request_of(
     choices: Sequence[str], so_far: str = "", accepts: bool = True, **settings: Any
 ) -> SimpleNamespace:
     """A request that has written `so_far`, letter by letter."""
-    params = SamplingParams(**{"max_tokens": 20, **settings})
+    choosing = StructuredOutputsParams(choice=list(choices))
+    params = SamplingParams(**{"max_tokens": 20, "structured_outputs": choosing, **settings})
     params._eos_token_id = END
     written = list(map(ord, so_far))
-    structured = SimpleNamespace(
-        params=StructuredOutputsParams(choice=list(choices)), reasoning_ended=None, grammar=accepts
-    )
+    structured = SimpleNamespace(reasoning_ended=None, grammar=accepts)
     return SimpleNamespace(
         sampling_params=params,
         structured_output_request=structured,
@@ -101,9 +100,9 @@ def test_the_rest_of_the_only_choice_left_is_appended(choices, so_far, sampled, 
 def test_a_choice_read_back_from_vllms_grammar_is_the_same():
     request = request_of(["yes", "no"])
     grammar = StructuredOutputsParams(grammar=choice_as_grammar(["yes", "no"]))
-    request.structured_output_request.params = grammar
+    request.sampling_params.structured_outputs = grammar
     assert after(request, "y") == [*map(ord, "es"), END]
-    request.structured_output_request.params = StructuredOutputsParams(regex="yes|no")
+    request.sampling_params.structured_outputs = StructuredOutputsParams(regex="yes|no")
     assert after(request, "y") == []
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from vllm_adainfer.config import EXIT_ARG, RequestSettings, Settings, read_request
 from vllm_adainfer.engine.compat import get_logger
 from vllm_adainfer.engine.deep_prompt import has_deep_prompt
-from vllm_adainfer.engine.reads import Read, What, read_of
+from vllm_adainfer.engine.ends_choices import why_choices_go_on
+from vllm_adainfer.engine.reads import Read, What, choices_served, has_room, read_of
 from vllm_adainfer.engine.sample import is_sampled
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import ArtifactConfig
@@ -25,6 +26,7 @@ from vllm_adainfer.policy.script import SCRIPT_LABELS
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+    from vllm.config import VllmConfig
 
 logger = get_logger(__name__)
 
@@ -44,6 +46,7 @@ class Admitted:
         is_shadow: see `Admission.is_shadow`.
         prompt: token ids of its prompt.
         max_tokens: most tokens that it may generate.
+        first_only: whether only its first token may leave early.
         deep_prompt: whether its prompt runs at full depth, whatever the tag.
         wants_prompt_logprobs: whether it wants log-probabilities of its prompt's tokens.
         params: its sampling parameters, from which all this follows.
@@ -56,6 +59,7 @@ class Admitted:
     is_shadow: bool
     prompt: Sequence[int]
     max_tokens: int
+    first_only: bool
     deep_prompt: bool
     wants_prompt_logprobs: bool
     params: SamplingParams | None
@@ -69,6 +73,7 @@ class Admission:
         settings: Settings,
         configs: Mapping[str, ArtifactConfig] | None = None,
         logprobs_mode: str = "raw_logprobs",
+        ends_choices: bool = True,
     ) -> None:
         """Prepare to admit requests.
 
@@ -76,6 +81,8 @@ class Admission:
             settings: of the engine switch.
             configs: those of the artifacts, by policy; None reads them.
             logprobs_mode: of the engine: what it returns as log-probabilities.
+            ends_choices: whether the scheduler ends a request once one choice is left. Where it
+                does not, the next token would run all that an exit had skipped.
 
         Raises:
             AdaInferError: an artifact is missing, or does not certify the switch's epsilon.
@@ -84,6 +91,7 @@ class Admission:
         self.records = settings.record is not None
         self._settings = settings
         self._logprobs_mode = logprobs_mode
+        self._ends_choices = ends_choices
         if configs is None:
             configs = load_artifact_configs(settings.artifacts)
         self._configs = configs
@@ -99,14 +107,33 @@ class Admission:
             if config.by_question or settings.requests == "known"
         }
 
+    @classmethod
+    def of(
+        cls,
+        vllm_config: VllmConfig,
+        settings: Settings,
+        configs: Mapping[str, ArtifactConfig] | None = None,
+    ) -> Admission:
+        """That of an engine."""
+        return cls(
+            settings,
+            configs,
+            vllm_config.model_config.logprobs_mode,
+            why_choices_go_on(vllm_config, settings) is None,
+        )
+
     @property
     def ambiguous(self) -> list[list[str]]:
         """Policies of which a request has to name one."""
-        sets = {frozenset(config.label_ids) or None for config in self._configs.values()}
+        plain = [config for config in self._configs.values() if not config.choices]
+        sets = {frozenset(config.label_ids) or None for config in plain}
         # Pools may share labels that none of them has exactly.
         shared = {one & other for one in sets for other in sets if one and other}
         sets |= shared | {both - {label} for both in shared for label in both}
-        groups = {tuple(self._preferred(Read(what, labels))) for labels in sets for what in What}
+        reads = [Read(what, labels) for labels in sets for what in What]
+        texts = {choices_served(config) for config in self._configs.values()} - {None}
+        reads += [Read(What.CHOICE, None, choices) for choices in texts]
+        groups = {tuple(self._preferred(read)) for read in reads}
         return [list(names) for names in sorted(groups) if len(names) > 1]
 
     def check(self, params: SamplingParams) -> None:
@@ -145,6 +172,7 @@ class Admission:
             is_shadow=self.is_shadow(request_id),
             prompt=prompt,
             max_tokens=(params and params.max_tokens) or UNLIMITED,
+            first_only=self._first_only(params),
             deep_prompt=has_deep_prompt(params),
             wants_prompt_logprobs=params is not None and params.prompt_logprobs is not None,
             params=params,
@@ -230,6 +258,8 @@ class Admission:
         config = None if name is None else self._configs.get(name)
         if config is None or not read.served_by(config):
             return None
+        if read.what is What.CHOICE and not (self._ends_choices and has_room(params, config)):
+            return None
         return name if self._plain(params, read.what, config.max_tokens) else None
 
     def _preferred(self, read: Read) -> list[str]:
@@ -254,6 +284,13 @@ class Admission:
         if config is None or not config.label_pool or read is None or read.labels is None:
             return ALL
         return bits_of(read.labels, config.label_ids)
+
+    def _first_only(self, params: SamplingParams | None) -> bool:
+        """Whether a request's bound is about its first token alone."""
+        if params is None or not self._configs:
+            return False
+        name = self._policy(_request_settings(params), params)
+        return name is not None and self._configs[name].max_tokens == 1
 
     def _scripted(self, params: SamplingParams) -> int:
         """Index of the exit point that a request names, if a label head can answer it."""
@@ -282,14 +319,15 @@ class Admission:
         1.
         """
         greedy = params.temperature == 0 or what is What.IN_VOCABULARY
+        is_choice = what is What.CHOICE  # which its first token decides
         return (
-            (params.max_tokens == 1 or max_tokens > 1)
+            (params.max_tokens == 1 or max_tokens > 1 or is_choice)
             and (greedy or self._settings.requests == "all")
             and params.prompt_logprobs is None
             and not params.min_tokens
             and not params.logit_bias
             and not params.bad_words
-            and params.structured_outputs is None
+            and (params.structured_outputs is None or is_choice)
             and params.thinking_token_budget is None
             and params.repetition_penalty == 1
             and (params.max_tokens == 1 or not params.presence_penalty)

@@ -19,6 +19,7 @@ from vllm_adainfer.exits.loop import Loop
 from vllm_adainfer.exits.recorder import LensSums, Recorder
 from vllm_adainfer.exits.recording_loop import RecordingLoop
 from vllm_adainfer.policy.artifact import Artifact, ArtifactConfig
+from vllm_adainfer.policy.choice_policy import ChoicePolicy
 from vllm_adainfer.policy.digest import digest_of
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy, ExitPolicy
 from vllm_adainfer.policy.monitor import AnswerMonitor, Monitor
@@ -100,6 +101,8 @@ def _policy(model: LoadedModel, artifact: Artifact) -> ExitPolicy:
         return ProbabilityPolicy(artifact, model.device)
     if artifact.config.label_pool:
         return PoolPolicy(artifact, model.device)
+    if artifact.config.choices:
+        return ChoicePolicy(artifact, model.device)
     lens = None
     if artifact.config.probe != "label-head":
         lens = model.logit_lens(artifact.tensors.get("head_rows"))

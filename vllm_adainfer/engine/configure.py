@@ -9,6 +9,7 @@ from vllm_adainfer.config import Settings
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.admission import Admission
 from vllm_adainfer.engine.architectures import MODELS
+from vllm_adainfer.engine.ends_choices import why_choices_go_on
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import ArtifactConfig, are_exit_points
 from vllm_adainfer.policy.artifact_files import load_artifact_configs
@@ -42,9 +43,12 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
         config.check_served_by(vllm_config.model_config.hf_config)
     refuse_unknown_questions(settings, configs)
     logprobs_mode = vllm_config.model_config.logprobs_mode
-    admission = Admission(settings, configs, logprobs_mode)
+    admission = Admission.of(vllm_config, settings, configs)
     for name, config in configs.items():
         logger.info("%s", banner(name, config, settings, logprobs_mode))
+        reason = why_choices_go_on(vllm_config, settings)
+        if config.choices and reason is not None:
+            logger.warning("policy %s: requests run at full depth, because %s", name, reason)
     for names in admission.ambiguous:
         logger.warning(
             "policies %s serve the same kind of request: only requests that name one with "
@@ -80,7 +84,9 @@ def banner(
     }[settings.requests]
     tokens = "one token" if config.max_tokens == 1 else "any number of tokens"
     among = ""
-    if config.candidates == "labels":
+    if config.choices:
+        tokens, among = "a choice", f" among {', '.join(repr(one.text) for one in config.choices)}"
+    elif config.candidates == "labels":
         names = ", ".join(label.name.strip() for label in config.labels)
         among = f" among {'two or more of ' if config.label_pool else ''}{names}"
     text = (

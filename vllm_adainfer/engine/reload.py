@@ -50,7 +50,7 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
             artifact.config.check_weights(model.fingerprint)
             check_replaces(name, artifact.config, model.artifacts[name].config, cuts)
         configs = {name: artifact.config for name, artifact in artifacts.items()}
-        admission = Admission(settings, configs, vllm_config.model_config.logprobs_mode)
+        admission = Admission.of(vllm_config, settings, configs)
         digest = digest_of(artifacts)
     except AdaInferError as error:
         failure = error
@@ -93,6 +93,8 @@ def check_replaces(
             f"policy {name} has exit points {list(new.exit_points)}, this engine only "
             f"{list(cuts)}: restart it, or calibrate with --exit-points {','.join(map(str, cuts))}"
         )
+    if {c.text for c in new.choices} != {c.text for c in old.choices}:
+        raise AdaInferError(f"policy {name} has other choices than before: restart the engine")
     if set(new.label_ids) != set(old.label_ids):
         raise AdaInferError(f"policy {name} has other labels than before: restart the engine")
     if new.label_pool != old.label_pool:

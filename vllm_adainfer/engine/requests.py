@@ -26,7 +26,7 @@ class RunningRequests:
         """`loop` runs them."""
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None
-        self.admission = Admission(settings, logprobs_mode=vllm_config.model_config.logprobs_mode)
+        self.admission = Admission.of(vllm_config, settings)
         self._loop = loop
         self._window = UNLIMITED
         self._admitted: dict[str, Admitted] = {}
@@ -98,6 +98,8 @@ class RunningRequests:
         max_tokens = np.array([request.max_tokens for request in admitted])
         deep_prompt = np.array([request.deep_prompt for request in admitted])
         tags[deep_prompt & (computed < prompt)] = FULL_DEPTH
+        first_only = np.array([request.first_only for request in admitted])
+        tags[first_only & (last >= prompt)] = FULL_DEPTH
         overdue = self._loop.overdue()
         if overdue:
             tags[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
@@ -117,6 +119,7 @@ class RunningRequests:
             continues=continues,
             shadow=shadow,
             subsets=self._subsets(admitted),
+            ends_early=first_only,
             all_rows_count=any(request.wants_prompt_logprobs for request in admitted),
             device=device,
         )

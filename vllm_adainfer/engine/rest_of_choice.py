@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.engine.compat import choices_of, takes_all
+from vllm_adainfer.engine.compat import takes_all
+from vllm_adainfer.engine.reads import KNOWN_SETS, choices_asked, is_plain
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
     from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
 
-KNOWN_SETS, KNOWN_TEXTS = 128, 4096  # kept, so that a step need not work them out again
+KNOWN_TEXTS = 4096  # kept, so that a step need not work them out again
 
 
 class RestOfChoice:
@@ -41,8 +41,7 @@ class RestOfChoice:
             return []
         if self._manager.reasoner_cls is not None and not structured.reasoning_ended:
             return []  # the grammar is not in force yet
-        choice = structured.params.choice
-        choices = _sorted(None if choice is None else tuple(choice), structured.params.grammar)
+        choices = _sorted(choices_asked(params) or frozenset())
         tokens = [*request.output_token_ids, *sampled]
         text = self._decode(tokens)
         place = bisect_left(choices, text)  # those that begin with the text follow each other
@@ -73,21 +72,5 @@ class RestOfChoice:
 
 
 @lru_cache(KNOWN_SETS)
-def _sorted(choice: tuple[str, ...] | None, grammar: str | None) -> list[str]:
-    """The different texts of a choice; none if a request is restricted in another way."""
-    return sorted(set(choices_of(choice, grammar) or ()))
-
-
-def is_plain(params: SamplingParams) -> bool:
-    """Whether the choice alone decides what a request gets, and it reads no log-probabilities."""
-    return (
-        params.eos_token_id is not None
-        and params.logprobs is None
-        and params.logprob_token_ids is None
-        and params.allowed_token_ids is None
-        and params.repetition_detection is None
-        and not params.stop
-        and not params.min_tokens
-        and not params.logit_bias
-        and not params.bad_words
-    )
+def _sorted(choices: frozenset[str]) -> list[str]:
+    return sorted(choices)

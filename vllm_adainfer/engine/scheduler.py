@@ -38,9 +38,7 @@ class GuardedScheduler(_Scheduler):
         super().__init__(*args, **kwargs)
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
-        self.admission = Admission(
-            settings, logprobs_mode=self.vllm_config.model_config.logprobs_mode
-        )
+        self.admission = Admission.of(self.vllm_config, settings)
         self._counted: Snapshot | None = None
         self._reporter = Reporter()
         if self.cache_config.enable_prefix_caching and not self.admission.records:

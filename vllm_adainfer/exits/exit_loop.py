@@ -222,10 +222,9 @@ class ExitLoop(Loop):
             return ready >= self._min_rows_saved
         if ready == step.layout.num_rows:  # no rows are left to regroup
             return True
-        if self.defers:  # rows that will run these layers later spare nothing by leaving now
-            ready = int(step.layout.lens[leaving[~step.continues[leaving]]].sum())
         layers = self._shape.depth - self.policies.exit_points[exit_index]
-        return ready * layers >= REGROUP_COST[step.device.type]
+        spared = step.rows_spared(leaving, self.defers) * layers
+        return spared >= REGROUP_COST[step.device.type]
 
     def _last(
         self, batch: Batch, states: HiddenStates, step: StepContext, rows: int, work: StepWork

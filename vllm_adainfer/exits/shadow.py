@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.exits.layout import Bools, Ints
+from vllm_adainfer.policy.choice_policy import ChoicePolicy
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.policy.monitor import Monitor, Reading
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
@@ -78,6 +79,10 @@ class ShadowAnswers:
             wrong, moved = self.policy.compare(self.answers, full)
             self.stats.moved(moved.tolist())
             disagreed[self.settled] = self.agreed(wrong).cpu().numpy()
+            return disagreed
+        if isinstance(self.policy, ChoicePolicy):
+            differs = self.policy.differs(self.answers, full)
+            disagreed[self.settled] = self.agreed(differs).cpu().numpy()
             return disagreed
         if ids is None:
             early_ids, full_ids = head(self.answers).argmax(dim=1), full.argmax(dim=1)

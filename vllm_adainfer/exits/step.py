@@ -43,6 +43,7 @@ class StepContext:
         all_rows_count: bool = False,
         device: torch.device = CPU,
         subsets: Ints | None = None,
+        ends_early: Bools | None = None,
     ) -> None:
         """Describe the original batch.
 
@@ -56,6 +57,8 @@ class StepContext:
             all_rows_count: whether final states are wanted of rows that are not sampled, too.
             device: of the rows.
             subsets: [requests], from `Admission.subset`; None if no policy has a label pool.
+            ends_early: [requests], True for those that are expected to end if they leave, though
+                they may be asked for another token; None if all that may be will be.
 
         """
         self.request_ids = request_ids
@@ -65,6 +68,7 @@ class StepContext:
         self.tags = tags
         self.subsets = subsets
         self.continues = continues
+        self._ends_early = ends_early
         self.device = device
         self._original = layout
         self._sampled = sampled
@@ -134,6 +138,18 @@ class StepContext:
     def answered(self) -> Ints:
         """Settled requests, exited or not, without the shadow requests."""
         return np.flatnonzero(self._settled & self._may_leave)
+
+    def rows_spared(self, leaving: Ints, defers: bool) -> int:
+        """Rows of requests `leaving` that run no further layer.
+
+        Where layers are deferred, rows of a request that goes on will run them later.
+        """
+        if defers:
+            goes_on = self.continues[leaving]
+            if self._ends_early is not None:
+                goes_on = goes_on & ~self._ends_early[leaving]
+            leaving = leaving[~goes_on]
+        return int(self.layout.lens[leaving].sum())
 
     def regroup(self, leaving: Ints, waiting: Ints | None = None) -> Tensor:
         """Let requests leave, and let rows that waited join the rows of their requests.

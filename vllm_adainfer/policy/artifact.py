@@ -38,6 +38,19 @@ class Label(_Strict):
     token_id: int = Field(ge=0)
 
 
+class Choice(_Strict):
+    """A text that requests with ``structured_outputs.choice`` choose from."""
+
+    text: str = Field(min_length=1)
+    token_ids: tuple[int, ...] = Field(
+        min_length=1, description="Of the text, as the tokenizer writes it."
+    )
+    first_tokens: tuple[int, ...] = Field(
+        description="The tokens that leave this choice alone if they come first; none where it "
+        "begins another choice."
+    )
+
+
 class Level(_Strict):
     """One certified row of the epsilon table: a bound, what it costs and what it saves."""
 
@@ -101,6 +114,14 @@ class ArtifactConfig(_Strict):
         False,
         description="Whether a request may be about any two or more of the labels: its own.",
     )
+    choices: tuple[Choice, ...] = Field(
+        default=(),
+        description="The texts that its requests choose from. The labels are then those that a "
+        "first token can decide, and one more for tokens that leave several open, if any do.",
+    )
+    undecided: tuple[int, ...] = Field(
+        default=(), description="First tokens that leave several choices open."
+    )
     questions: tuple[Question, ...] = Field(
         default=(), description="Those of the requests it was calibrated on that can be recognised."
     )
@@ -137,6 +158,7 @@ class ArtifactConfig(_Strict):
             raise ValueError("label_pool needs a label-head and max_tokens = 1")
         if self.label_pool and len(self.labels) > MOST_LABELS:
             raise ValueError(f"a label pool has at most {MOST_LABELS} labels")
+        self._check_choices()
         epsilons = {level.epsilon for level in self.levels}
         for question in self.questions:
             if self.by_question != bool(question.certified):
@@ -152,6 +174,30 @@ class ArtifactConfig(_Strict):
         if len(set(self.label_ids)) != len(self.labels):
             raise ValueError("each label needs a token id of its own")
         return self
+
+    def _check_choices(self) -> None:
+        if not self.choices:
+            if self.undecided:
+                raise ValueError("undecided needs choices")
+            return
+        if self.probe != "label-head" or self.max_tokens > 1 or self.label_pool:
+            raise ValueError("choices need a label-head, max_tokens = 1 and no label_pool")
+        if self.risk == "probability":
+            raise ValueError('choices do not go with risk = "probability"')
+        columns = self.first_tokens
+        if len(columns) != len(self.labels) or not all(
+            label.token_id in column for label, column in zip(self.labels, columns, strict=False)
+        ):
+            raise ValueError("labels must be first tokens of the choices, in their order")
+        tokens = [token for column in columns for token in column]
+        if len(set(tokens)) != len(tokens) or not all(t < self.vocab_size for t in tokens):
+            raise ValueError("first tokens must differ, and be below vocab_size")
+
+    @property
+    def first_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """By label, the first tokens of a choice that it stands for; those undecided come last."""
+        decided = (choice.first_tokens for choice in self.choices)
+        return tuple(tokens for tokens in (*decided, self.undecided) if tokens)
 
     @property
     def label_ids(self) -> tuple[int, ...]:

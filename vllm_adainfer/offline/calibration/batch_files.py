@@ -1,9 +1,9 @@
-"""Prompts and labels from requests as users send them: lines of vLLM's batch files.
+"""Prompts, labels and choices from requests as users send them: lines of vLLM's batch files.
 
-A line is ``{"custom_id", "method", "url", "body"}``; other keys are ignored, except ``label`` (the
-right label, if it is the token id of one that the request names) and ``question`` (a name for what
-is asked). Prompts are rendered as vLLM 0.32 renders those of each endpoint; the labels are in the
-body.
+A line is ``{"custom_id", "method", "url", "body"}``; other keys are ignored, except ``label`` (what
+is right, if it is the token id of a label that the request names, or one of its choices) and
+``question`` (a name for what is asked). Prompts are rendered as vLLM 0.32 renders those of each
+endpoint; the labels or choices are in the body.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_adainfer.engine.compat import decision_question
@@ -23,9 +24,11 @@ logger = logging.getLogger("vllm.adainfer.batch_files")  # vLLM's logging shows 
 
 # With one of these in its body, a completion or chat runs at full depth.
 FULL_DEPTH_KEYS = (
-    "prompt_logprobs", "min_tokens", "logit_bias", "bad_words", "structured_outputs",
-    "response_format", "thinking_token_budget",
+    "prompt_logprobs", "min_tokens", "logit_bias", "bad_words", "response_format",
+    "thinking_token_budget",
 )  # fmt: skip
+# Likewise, if it chooses from texts.
+STOCK_KEYS = ("logprobs", "logprob_token_ids", "allowed_token_ids", "stop", "ignore_eos")
 
 
 class LeftOutError(Exception):
@@ -90,14 +93,14 @@ def _examples_of(row: Row, tokenizer: Any, vocabulary: int, max_tokens: int) -> 
 
 
 def _completion(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
-    labels, prompt = _labels_read(body), body["prompt"]
+    asked, prompt = _asked(body, tokenizer), body["prompt"]
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-        yield _example(row, tokenizer.decode(prompt), prompt, labels)
+        yield _example(row, tokenizer.decode(prompt), prompt, asked)
         return
     special = bool(body.get("add_special_tokens", True))
     for text in [prompt] if isinstance(prompt, str) else prompt:
         token_ids = tokenizer.encode(text, add_special_tokens=special)
-        yield _example(row, text, token_ids, labels)
+        yield _example(row, text, token_ids, asked)
 
 
 def _chat(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
@@ -111,7 +114,7 @@ def _chat(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example
     )
     special = bool(body.get("add_special_tokens", False))
     token_ids = tokenizer.encode(text, add_special_tokens=special)
-    yield _example(row, text, token_ids, _labels_read(body))
+    yield _example(row, text, token_ids, _asked(body, tokenizer))
 
 
 def _score(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
@@ -128,7 +131,7 @@ def _score(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Exampl
     for item in body["items"]:
         own = tokens(item, False)
         token_ids = own + query if body.get("item_first") else query + own
-        yield _example(row, tokenizer.decode(token_ids), token_ids, labels)
+        yield _example(row, tokenizer.decode(token_ids), token_ids, Asked(labels))
 
 
 def _decision(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
@@ -147,7 +150,7 @@ def _decision(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Exa
         text = _rendered(tokenizer, messages, add_generation_prompt=True, **more)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
         labels = [tokenizer.encode(text + one, add_special_tokens=False)[-1] for one in named]
-        yield _example(row, text, token_ids, _at_least_two(labels), name)
+        yield _example(row, text, token_ids, Asked(_at_least_two(labels)), name)
 
 
 READERS: Mapping[str, Callable[[Row, Mapping[str, Any], Any], Iterator[Example]]] = {
@@ -158,20 +161,44 @@ READERS: Mapping[str, Callable[[Row, Mapping[str, Any], Any], Iterator[Example]]
 }
 
 
-def _labels_read(body: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens that a completion is restricted to, or reads probabilities of."""
-    tokens = body.get("max_completion_tokens", body.get("max_tokens"))
-    if tokens != 1:
-        raise LeftOutError("a request for more than one token")
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for: one of these labels, or one of these texts."""
+
+    labels: tuple[int, ...] | None = None
+    choices: tuple[str, ...] | None = None
+
+
+def _asked(body: Mapping[str, Any], tokenizer: Any) -> Asked:
+    """What a completion or chat is restricted to, or reads probabilities of."""
     for key in FULL_DEPTH_KEYS:
         if body.get(key):
             raise LeftOutError(f"a request with {key}, which runs at full depth")
     if body.get("repetition_penalty", 1) != 1:
         raise LeftOutError("a request with repetition_penalty, which runs at full depth")
+    tokens = body.get("max_completion_tokens", body.get("max_tokens"))
+    if body.get("structured_outputs"):
+        return Asked(choices=_choices(body, tokens, tokenizer))
+    if tokens != 1:
+        raise LeftOutError("a request for more than one token")
     labels = body.get("allowed_token_ids") or body.get("logprob_token_ids")
     if labels is None:
         raise LeftOutError("a request that names no labels")
-    return _at_least_two(labels)
+    return Asked(_at_least_two(labels))
+
+
+def _choices(body: Mapping[str, Any], tokens: int | None, tokenizer: Any) -> tuple[str, ...]:
+    """The texts that a request chooses from, which must fit into so many `tokens`."""
+    choices = tuple(dict.fromkeys(body["structured_outputs"].get("choice") or ()))
+    if not choices:
+        raise LeftOutError("a request with structured_outputs other than choice")
+    for key in STOCK_KEYS:
+        if body.get(key):
+            raise LeftOutError(f"a request with a choice and {key}, which runs at full depth")
+    longest = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in choices)
+    if tokens is not None and tokens <= longest:
+        raise LeftOutError("a request with a choice that max_tokens may cut off")
+    return choices
 
 
 def _at_least_two(labels: Sequence[int]) -> tuple[int, ...]:
@@ -202,19 +229,20 @@ def _example(
     row: Row,
     text: str,
     token_ids: list[int],
-    labels: tuple[int, ...],
+    asked: Asked,
     question: str | None = None,
 ) -> Example:
     """An example; the row's own name for its question goes before the request's."""
     named = row.fields.get("question") or question
     right = row.fields.get("label")
-    if right not in labels:
+    if right not in (asked.choices or asked.labels or ()):
         right = None
     return Example(
         row.place,
         text,
         token_ids,
         None if right is None else str(right),
-        labels,
+        asked.labels,
+        asked.choices,
         str(named)[:LONGEST_NAME] if named else None,
     )

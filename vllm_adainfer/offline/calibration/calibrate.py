@@ -49,7 +49,12 @@ def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
         request.model, hf_config, examples, layers, lens_prompts, options.max_tokens
     ) as engine:
         labels = [label.token_id for label in prompts.labels]
-        return record(engine, examples, labels, layers, options.max_tokens)
+        if prompts.choices is not None:
+            labels = prompts.choices.first_tokens.token_ids.tolist()
+        recording = record(engine, examples, labels, layers, options.max_tokens)
+    if prompts.choices is not None:
+        return replace(recording, tokens=prompts.choices.decided_by(recording.tokens))
+    return recording
 
 
 def fit_and_certify(
@@ -89,13 +94,18 @@ def calibration_of(
     if request.options.risk == "probability" and answers is not None:
         reads = label_reads(recording, answers, subsets)
     questions = [example.question for example in prompts.examples]
+    first_tokens = undecided = None
+    if prompts.choices is not None:
+        first_tokens = prompts.choices.first_tokens
+        undecided = prompts.labels[-1].token_id if prompts.choices.undecided else None
     return Calibration(
         recording,
-        Target(prompts.probe, answers, reads, subsets),
+        Target(prompts.probe, answers, reads, subsets, first_tokens, undecided),
         split,
         request.options,
         prompts.labels,
         prompts.right,
+        choices=prompts.choices,
         questions=[name for name in questions if name is not None],
         ends=ends_of(prompts.examples) if any(questions) else {},
     )

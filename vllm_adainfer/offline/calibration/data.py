@@ -29,8 +29,9 @@ class Example:
         place: of the row.
         text: of the prompt.
         token_ids: of the prompt.
-        label: the right one: its name, or its token id if the row is a request.
+        label: the right one: its name, or its token id if the row is a request for a token.
         labels: token ids of the labels that the request names; None if the row is no request.
+        choices: texts that the request chooses from; None if it does not.
         question: a name for what the request asks of its state.
         wording: the question as the prompt puts it; a question may have several.
 
@@ -41,6 +42,7 @@ class Example:
     token_ids: list[int]
     label: str | None
     labels: tuple[int, ...] | None = None
+    choices: tuple[str, ...] | None = None
     question: str | None = None
     wording: str | None = None
 

@@ -68,6 +68,13 @@ class Scored(Judged):
 
     score: Tensor
 
+    def unless(self, undecided: int | None) -> Scored:
+        """The same, but rows whose answer is the token `undecided` are never settled."""
+        if undecided is None:
+            return self
+        leaves_open = torch.from_numpy(self.tokens == undecided)
+        return replace(self, score=self.score.masked_fill(leaves_open, -torch.inf))
+
     def of_rows(self, rows: Bools) -> Scored:
         """Those of `rows` alone."""
         kept = torch.from_numpy(rows)
@@ -136,8 +143,10 @@ def fit_exits(
         )
         if classifier is not None:
             held = judge(probe, layer, recording, held_out, loss, target)
-            fitted = unseen.scored(classifier)
-            exits.append(FittedExit(layer, probe, classifier, fitted, held.scored(classifier)))
+            fitted, held_scored = (
+                one.scored(classifier).unless(target.undecided) for one in (unseen, held)
+            )
+            exits.append(FittedExit(layer, probe, classifier, fitted, held_scored))
     return exits
 
 
@@ -184,11 +193,16 @@ def chain(exits: Sequence[FittedExit]) -> list[FittedExit]:
             replace(
                 fitted,
                 classifier=step,
-                fitted=replace(fitted.fitted, score=fitted_score),
-                held_out=replace(fitted.held_out, score=held_out_score),
+                fitted=replace(fitted.fitted, score=_chained(fitted.fitted, fitted_score)),
+                held_out=replace(fitted.held_out, score=_chained(fitted.held_out, held_out_score)),
             )
         )
     return chained
+
+
+def _chained(before: Scored, score: Tensor) -> Tensor:
+    """The score of a chain; rows that are never settled stay so."""
+    return score.masked_fill(before.score.isneginf(), -torch.inf)
 
 
 def candidate_layers(depth: int, asked: Sequence[int] | None) -> list[int]:

@@ -17,6 +17,7 @@ from vllm_adainfer.offline.calibration.certify_questions import (
     certify_questions,
     joined,
 )
+from vllm_adainfer.offline.calibration.choices import Choices
 from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, forecast
 from vllm_adainfer.offline.calibration.collect import Ints, Recording
 from vllm_adainfer.offline.calibration.cost import Costs, head_seconds, probe_seconds
@@ -93,6 +94,7 @@ class Calibration:
         options: what is wanted.
         labels: the answers, if there is a fixed set of them.
         right: the right tokens by prompt, if the risk is of accuracy.
+        choices: the texts and their first tokens, if requests choose from texts.
         with_mass: whether probabilities in the whole vocabulary are promised, if the risk is of
             probabilities.
         questions: what each prompt asks, if prompts are requests; else empty.
@@ -106,6 +108,7 @@ class Calibration:
     options: PolicyOptions
     labels: tuple[Label, ...] = ()
     right: RightTokens | None = None
+    choices: Choices | None = None
     with_mass: bool = False
     questions: Sequence[str] = ()
     ends: Mapping[str, tuple[End, ...]] = field(default_factory=dict)

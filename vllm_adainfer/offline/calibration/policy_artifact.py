@@ -80,6 +80,8 @@ def policy_config(policy: FittedPolicy, model: str, hf_config: Any) -> ArtifactC
         tolerance=options.tolerance,
         label_mass=calibration.with_mass,
         label_pool=calibration.target.subsets is not None,
+        choices=() if calibration.choices is None else calibration.choices.texts,
+        undecided=() if calibration.choices is None else calibration.choices.undecided,
         bound=bound.kind,
         max_tokens=options.max_tokens,
         questions=_questions(policy),

@@ -16,6 +16,7 @@ from vllm_adainfer.offline.calibration import ridge
 from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
 from vllm_adainfer.offline.calibration.label_reads import LabelReads
 from vllm_adainfer.offline.calibration.loss import Said
+from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.kinds import FEATURES, PROBABILITY_FEATURES, ProbeKind
 from vllm_adainfer.policy.label_heads import LabelHead
 from vllm_adainfer.policy.label_subsets import restrict
@@ -53,6 +54,8 @@ class Target:
             answer alone is.
         subsets: bool [rows, labels], the labels that each row of the recording is about, if they
             are a pool; None if each row is about all of them.
+        first_tokens: of choices, if `label_ids` stand for such.
+        undecided: the last of `label_ids`, if it stands for tokens that leave several choices open.
 
     """
 
@@ -60,6 +63,8 @@ class Target:
     label_ids: Tensor | None
     reads: LabelReads | None = None
     subsets: Tensor | None = None
+    first_tokens: FirstTokens | None = None
+    undecided: int | None = None
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -88,6 +93,8 @@ def fit_probes(
         return _fit_lenses(plain, recording.moments[layer])
     scores = plain.score(plain.readout(recording.final[rows]), return_scores=True).scores
     assert scores is not None
+    if target.first_tokens is not None:
+        scores = target.first_tokens.best(scores)
     named = target.named(rows)
     fitted = _fit_ridge(recording, _centred(scores, named), rows, layer, named)
 
@@ -192,8 +199,10 @@ def read(probe: AnyProbe, states: Tensor, subsets: Tensor | None = None) -> Said
 
 def logit_lens(recording: Recording, target: Target) -> Probe:
     """The model's own final norm and head, restricted to the target's tokens if it names any."""
-    plain = recording.logit_lens
-    return plain if target.label_ids is None else plain.of_tokens(target.label_ids)
+    plain, tokens = recording.logit_lens, target.label_ids
+    if target.first_tokens is not None:
+        tokens = target.first_tokens.token_ids
+    return plain if tokens is None else plain.of_tokens(tokens)
 
 
 def _fit_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Probe]]:

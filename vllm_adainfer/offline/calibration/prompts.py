@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
+from vllm_adainfer.offline.calibration.choices import (
+    Choices,
+    common_choices,
+    find_choices,
+    requests_for_labels,
+    with_labels,
+)
 from vllm_adainfer.offline.calibration.data import (
     Example,
     Row,
@@ -42,6 +49,7 @@ class CalibrationRequest:
     label_field: str = "label"
     labels: tuple[str, ...] = ()
     label_pool: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     probe: ProbeChoice = "auto"
     options: PolicyOptions = field(default_factory=PolicyOptions)
 
@@ -57,6 +65,7 @@ class Prompts:
         hf_config: of the model.
         probe: the kind that reads them.
         right: the right tokens by prompt, if the risk is of accuracy.
+        choices: if the answers are texts to choose from; `labels` are what first tokens decide.
 
     """
 
@@ -66,6 +75,7 @@ class Prompts:
     hf_config: Any
     probe: ProbeKind
     right: RightTokens | None
+    choices: Choices | None = None
 
 
 def load_prompts(request: CalibrationRequest) -> Prompts:
@@ -79,6 +89,8 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     options = request.options
     if options.tolerance is not None:
         check_tolerance(request)
+    if request.choices:
+        check_choices(request)
     if request.labels and options.max_tokens > 1:
         raise AdaInferError("--labels are one-token answers: drop --max-tokens or --labels")
     rows = read_rows(request.data)
@@ -87,21 +99,23 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     hf_config, tokenizer = load_config_and_tokenizer(request.model)
     most = hf_config.max_position_embeddings - options.max_tokens
     if are_requests(rows):
-        examples, labels = _requests(request, rows, tokenizer, hf_config.vocab_size, most)
+        examples, answers = _requests(request, rows, tokenizer, hf_config.vocab_size, most)
     else:
-        examples, labels = _rows(request, rows, tokenizer, most)
+        examples, answers = _rows(request, rows, tokenizer, hf_config.vocab_size, most)
+    choices = answers if isinstance(answers, Choices) else None
+    labels = answers.labels if isinstance(answers, Choices) else answers
     split = Split.halves(len(examples))
     check_rows(split, options, str(request.data))
     probe = choose_probe(request.probe, labels)
     examples = [examples[index] for index in random_order(len(examples), options.seed)]
     right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
-    return Prompts(examples, labels, split, hf_config, probe, right)
+    return Prompts(examples, labels, split, hf_config, probe, right, choices)
 
 
 def _rows(
-    request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, most: int
-) -> tuple[list[Example], tuple[Label, ...]]:
-    """Prompts from rows for a template, and their labels."""
+    request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
+) -> tuple[list[Example], tuple[Label, ...] | Choices]:
+    """Prompts from rows for a template, and their labels or choices."""
     if request.options.by_question:
         raise AdaInferError(
             "--by question is for requests, each of which asks one: give --data in the form of "
@@ -117,9 +131,12 @@ def _rows(
             "--tolerance is for the probabilities of labels: give --labels, such as "
             "negative,positive, or drop --tolerance"
         )
-    choose_probe(request.probe, request.labels)
+    choose_probe(request.probe, request.labels or request.choices)
     template = read_template(request.template)
     examples = make_examples(rows, tokenizer, template, request.label_field, most)
+    if request.choices:
+        choices = find_choices(request.choices, tokenizer, vocabulary)
+        return with_labels(examples, request.choices), choices
     labels = find_labels(request.labels, examples[0], tokenizer) if request.labels else ()
     if labels:
         check_labels_known(examples, labels)
@@ -128,19 +145,58 @@ def _rows(
 
 def _requests(
     request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
-) -> tuple[list[Example], tuple[Label, ...]]:
-    """Prompts from requests, and the labels of all of them."""
+) -> tuple[list[Example], tuple[Label, ...] | Choices]:
+    """Prompts from requests, and the labels or choices of all of them."""
     if request.template is not None or request.labels or request.options.max_tokens > 1:
         raise AdaInferError(
             f"{request.data} holds requests, which bring their prompts, labels and one token each: "
             "drop --template, --labels and --max-tokens"
         )
     examples = read_requests(rows, tokenizer, vocabulary, most)
+    texts: tuple[str, ...] = ()
+    if request.label_pool:
+        examples = requests_for_labels(examples)
+    else:
+        examples, texts = common_choices(examples, request.choices)
+    if texts and request.options.tolerance is not None:
+        check_choices(replace(request, choices=texts))
     if request.options.by_question:
         check_questions(examples, request.options, str(request.data))
     if request.label_pool:
         return examples, pool_of(request.label_pool, examples, tokenizer)
+    if texts:
+        return with_labels(examples, texts), find_choices(texts, tokenizer, vocabulary)
     return examples, common_labels(examples, tokenizer)
+
+
+def check_choices(request: CalibrationRequest) -> None:
+    """Check that nothing else is asked for than a policy for choices can promise.
+
+    Raises:
+        AdaInferError: something is.
+
+    """
+    options = request.options
+    refusals = [
+        (bool(request.labels), "--choices and --labels are two kinds of answers: drop one"),
+        (bool(request.label_pool), "--choices and --label-pool are two kinds of answers: drop one"),
+        (
+            options.max_tokens > 1,
+            "--choices are decided by their first token: drop --max-tokens",
+        ),
+        (
+            options.tolerance is not None,
+            "requests with a choice that read probabilities run at full depth: drop --tolerance",
+        ),
+        (
+            request.probe not in ("auto", "label-head"),
+            f"--choices need a label-head, which scores whole choices: drop --probe "
+            f"{request.probe}",
+        ),
+    ]
+    for refused, sentence in refusals:
+        if refused:
+            raise AdaInferError(sentence)
 
 
 def check_tolerance(request: CalibrationRequest) -> None:
@@ -239,6 +295,7 @@ def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: 
 
     """
     ids = {label.name: label.token_id for label in labels}
+    # Of choices: the label of one that no first token decides is never the answer.
     right: list[set[int]] = []
     for example in examples:
         if example.label is None:
@@ -249,7 +306,7 @@ def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: 
         if example.labels is not None:
             right.append({int(example.label)})
         elif labels:
-            right.append({ids[example.label]})
+            right.append({ids[example.label]} if example.label in ids else set())
         else:
             right.append({first_token(example.text, example.label, tokenizer)})
     return right

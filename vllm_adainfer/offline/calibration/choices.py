@@ -1,0 +1,190 @@
+"""Choices: the texts of ``structured_outputs.choice``, and the tokens that each may begin with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.policy.artifact import Choice, Label
+from vllm_adainfer.policy.first_tokens import FirstTokens
+
+Ints = npt.NDArray[np.int64]
+
+UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The texts, and first tokens that leave several open; see `ArtifactConfig`."""
+
+    texts: tuple[Choice, ...]
+    undecided: tuple[int, ...]
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """What a first token can decide: each is answered with the token that begins the text."""
+        found = []
+        for choice in self.texts:
+            if choice.first_tokens:
+                canonical = choice.token_ids[0]
+                first = canonical if canonical in choice.first_tokens else choice.first_tokens[0]
+                found.append(Label(name=choice.text, token_id=first))
+        if self.undecided:
+            found.append(Label(name=UNDECIDED, token_id=self.undecided[0]))
+        return tuple(found)
+
+    @cached_property
+    def first_tokens(self) -> FirstTokens:
+        """The tokens of each label."""
+        decided = (choice.first_tokens for choice in self.texts)
+        return FirstTokens.of([tokens for tokens in (*decided, self.undecided) if tokens])
+
+    def decided_by(self, tokens: Ints) -> Ints:
+        """int64 [rows], the token of the label that each of the first `tokens` stands for."""
+        first, ids = self.first_tokens, np.array([label.token_id for label in self.labels])
+        found: Ints = ids[first.columns[np.searchsorted(first.token_ids, tokens)]]
+        return found
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """The choices of ``--choices``, as they are written between the commas.
+
+    Raises:
+        AdaInferError: some begin with a blank and others do not, which is hardly meant.
+
+    """
+    names = tuple(text.split(",")) if text else ()
+    if len({name.startswith(" ") for name in names}) > 1:
+        raise AdaInferError(
+            f"--choices {text!r}: some begin with a blank, which belongs to the choice, and others "
+            "do not: write them as requests do, without a blank after the comma unless all have one"
+        )
+    return names
+
+
+def find_choices(texts: Sequence[str], tokenizer: Any, vocabulary: int) -> Choices:
+    """The tokens of each of `texts`.
+
+    Args:
+        texts: as requests write them.
+        tokenizer: a Hugging Face tokenizer.
+        vocabulary: of the model.
+
+    Raises:
+        AdaInferError: there are fewer than two, one is empty, or no first token decides one.
+
+    """
+    if len(set(texts)) != len(texts) or len(texts) < 2 or not all(texts):
+        raise AdaInferError(f"--choices needs at least two different texts, got {list(texts)}")
+    leaves: dict[str, list[int]] = {text: [] for text in texts}
+    undecided: list[int] = []
+    left = _left_after(texts)
+    for token, start in enumerate(token_bytes(tokenizer, vocabulary)):
+        if start in left:
+            leaves.get(left[start], undecided).append(token)
+    found = []
+    for text in texts:
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        if tokenizer.decode(token_ids) != text:
+            raise AdaInferError(
+                f"the tokenizer does not give the choice {text!r} back as it is: write it without "
+                "blanks at its ends, or with one before it"
+            )
+        found.append(
+            Choice(text=text, token_ids=tuple(token_ids), first_tokens=tuple(leaves[text]))
+        )
+    if not any(choice.token_ids[0] in choice.first_tokens for choice in found):
+        raise AdaInferError(
+            f"the choices {', '.join(map(repr, texts))} all begin with the same token as another, "
+            "and an exit can only decide the first: let them begin with different words"
+        )
+    return Choices(tuple(found), tuple(undecided))
+
+
+def _left_after(texts: Sequence[str]) -> dict[bytes, str]:
+    """By the bytes that a text may begin with, the choice that they leave; "" if several."""
+    left: dict[bytes, str] = {}
+    for text in texts:
+        written = text.encode()
+        for length in range(1, len(written) + 1):
+            start = written[:length]
+            left[start] = "" if start in left else text
+    return left
+
+
+def token_bytes(tokenizer: Any, vocabulary: int) -> list[bytes]:
+    """The bytes that each token writes, as the grammar that vLLM masks with reads them."""
+    from xgrammar import TokenizerInfo
+
+    info = TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary)
+    special = set(info.special_token_ids) | set(tokenizer.all_special_ids)
+    return [
+        b"" if token in special else written for token, written in enumerate(info.decoded_vocab)
+    ]
+
+
+def with_labels(examples: Sequence[Example], texts: Sequence[str]) -> list[Example]:
+    """Name the right label of each example as its choice is written, with its blanks.
+
+    Raises:
+        AdaInferError: one is none of the choices.
+
+    """
+    exact = {text.strip(): text for text in texts} | {text: text for text in texts}
+    for example in examples:
+        if example.label is not None and example.label not in exact:
+            raise AdaInferError(
+                f"{example.place}: the label {example.label!r} is not among {', '.join(exact)}"
+            )
+    return [
+        example if example.label is None else replace(example, label=exact[example.label])
+        for example in examples
+    ]
+
+
+def common_choices(
+    examples: Sequence[Example], asked: Sequence[str]
+) -> tuple[list[Example], tuple[str, ...]]:
+    """The requests with the choices `asked` for, or those that all have; none if they name labels.
+
+    Raises:
+        AdaInferError: no request has these choices, or requests differ and none are asked for.
+
+    """
+    sets = Counter(frozenset(example.choices or ()) for example in examples)
+    wanted = frozenset(asked)
+    if wanted:
+        if wanted not in sets:
+            raise AdaInferError(f"no request has the choices {', '.join(map(repr, asked))}")
+        return [one for one in examples if frozenset(one.choices or ()) == wanted], tuple(asked)
+    if len(sets) > 1:
+        [(commonest, count)] = Counter({one: n for one, n in sets.items() if one}).most_common(1)
+        raise AdaInferError(
+            f"the requests name {len(sets)} different sets of choices or labels, and a policy is "
+            f"for one of them: give --choices, such as {','.join(sorted(commonest))!r} ({count} "
+            "requests), or take out those with structured_outputs.choice"
+        )
+    return list(examples), examples[0].choices or ()
+
+
+def requests_for_labels(examples: Sequence[Example]) -> list[Example]:
+    """Those that name labels.
+
+    Raises:
+        AdaInferError: none does.
+
+    """
+    found = [example for example in examples if example.choices is None]
+    if not found:
+        raise AdaInferError(
+            "all requests have structured_outputs.choice and none names labels: drop --label-pool"
+        )
+    return found
