@@ -38,6 +38,9 @@ class ScriptedAdmission(Admission):
     def prompt_saving(self, params: Any) -> None:
         return None
 
+    def first_only(self, params: Any) -> bool:
+        return False
+
     def is_shadow(self, request_id: str) -> bool:
         return False
 

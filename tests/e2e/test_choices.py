@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from tests.byte_model import SETS, byte_tokenizer, save_byte_model
 from tests.conftest import tiny_engine
 from tests.e2e.scripted import parts
-from tests.families import SHAPE
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.engine.scheduler import FinishingScheduler
 
@@ -28,34 +26,9 @@ pytestmark = pytest.mark.skipif(
     reason="vLLM's kernel for grammars cannot be interpreted",
 )
 
-END = "<end>"
-SETS = [
-    ["positive", "negative"],
-    ["positive", "negative", "neutral"],
-    ["yes", "yes, but", "no"],
-    ["posi", "position", "positive", "pose"],
-    ["a film", "a plot", "the film", "the plot"],
-    ["caf\u00e9", "caffeine", "\u00e9t\u00e9"],
-    ["x"],
-    ['"quoted"', "back\\slash", "new\nline"],
-]
 _GENERATOR = np.random.default_rng(0)
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz .,"]
 PROMPTS = ["".join(_GENERATOR.choice(LETTERS, length)) for length in (3, 40, 150, 1, 90, 17, 64)]
-
-
-def byte_tokenizer() -> Fast:
-    """Bytes, and some merged: several ways to write a word, one of them canonical."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("p", "o"), ("po", "s"), ("i", "t"), ("it", "i"), ("v", "e"), ("n", "e"), ("y", "e")]
-    merges += [("ye", "s"), ("n", "o"), ("a", "\u0120"), ("pos", "iti"), ("positi", "ve")]
-    tokens = [*alphabet, *(first + second for first, second in merges)]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = Fast(tokenizer_object=tokenizer, eos_token=AddedToken(END, special=True))
-    return fast
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +37,8 @@ def tokenizer() -> Fast:
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer, tmp_path_factory) -> Path:
-    directory: Path = tmp_path_factory.mktemp("bytes")
-    torch.manual_seed(0)
-    shape = {**SHAPE, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    config = LlamaConfig(**shape)
-    config.architectures = ["LlamaForCausalLM"]
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+def model(tmp_path_factory) -> Path:
+    return save_byte_model(tmp_path_factory.mktemp("bytes"))
 
 
 ENGINE: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 64 << 20}

@@ -14,8 +14,8 @@ from vllm_adainfer.offline.doctor.smoke import (
 )
 
 
-def sent(left: dict[int, int], answers: list[int] | None = None, rows_skipped: int = 0) -> Sent:
-    return Sent(answers or [1] * sum(left.values()), Counter(left), rows_skipped)
+def sent(left: dict[int, int], answers: list[str] | None = None, rows_skipped: int = 0) -> Sent:
+    return Sent(answers or ["a"] * sum(left.values()), Counter(left), rows_skipped)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +44,11 @@ def test_prompts_are_made_by_the_calibrations_template_where_they_can_be(templat
     [
         (
             {2: 4, 5: 1, 6: 1},
-            [1, 1, 1, 2, 1, 1],
+            [*"aaabaa"],
             "exits: 5 of 6 short requests left early, after layers 2 (4), 5 (1) of 6; 5 of 6 "
             "answers are the same as at full depth",
         ),
-        ({3: 2}, [1, 1], "2 of 2 short requests left early, after layers 3 (2) of 6; 2 of 2"),
+        ({3: 2}, [*"aa"], "2 of 2 short requests left early, after layers 3 (2) of 6; 2 of 2"),
         ({6: 3}, None, "none of 3 short requests left early; they are unlike the prompts of the"),
     ],
 )

@@ -46,7 +46,7 @@ class Admitted:
         is_shadow: see `Admission.is_shadow`.
         prompt: token ids of its prompt.
         max_tokens: most tokens that it may generate.
-        first_only: whether only its first token may leave early.
+        first_only: see `Admission.first_only`.
         deep_prompt: whether its prompt runs at full depth, whatever the tag.
         wants_prompt_logprobs: whether it wants log-probabilities of its prompt's tokens.
         params: its sampling parameters, from which all this follows.
@@ -172,7 +172,7 @@ class Admission:
             is_shadow=self.is_shadow(request_id),
             prompt=prompt,
             max_tokens=(params and params.max_tokens) or UNLIMITED,
-            first_only=self._first_only(params),
+            first_only=self.first_only(params),
             deep_prompt=has_deep_prompt(params),
             wants_prompt_logprobs=params is not None and params.prompt_logprobs is not None,
             params=params,
@@ -241,6 +241,13 @@ class Admission:
         tag = self._configs[name].tag_of(level, question)
         return FULL_DEPTH if tag is None else self._first_tag[name] + tag
 
+    def first_only(self, params: SamplingParams | None) -> bool:
+        """Whether a request's bound is about its first token alone."""
+        if params is None or not self._configs:
+            return False
+        name = self._policy(_request_settings(params), params)
+        return name is not None and self._configs[name].max_tokens == 1
+
     def _policy(self, request: RequestSettings, params: SamplingParams) -> str | None:
         """The policy that may decide a request, None if it runs at full depth."""
         wanted = request.adainfer
@@ -284,13 +291,6 @@ class Admission:
         if config is None or not config.label_pool or read is None or read.labels is None:
             return ALL
         return bits_of(read.labels, config.label_ids)
-
-    def _first_only(self, params: SamplingParams | None) -> bool:
-        """Whether a request's bound is about its first token alone."""
-        if params is None or not self._configs:
-            return False
-        name = self._policy(_request_settings(params), params)
-        return name is not None and self._configs[name].max_tokens == 1
 
     def _scripted(self, params: SamplingParams) -> int:
         """Index of the exit point that a request names, if a label head can answer it."""

@@ -192,12 +192,13 @@ def use_stat_loggers(mixin: type) -> None:
 
 
 def attach_report(scheduler_stats: Any, report: dict[str, Any]) -> None:
-    """Send `report` from the scheduler to the frontends, in `SchedulerStats`.
+    """Send `report` from the scheduler to the frontends, in `SchedulerStats`, beside others.
 
     0.32 has no field for plugins there. The one for KV connectors may hold any plain values, and is
-    unused because KV connectors are refused.
+    unused where there are none: with a policy they are refused, without one nothing is sent.
     """
-    scheduler_stats.kv_connector_stats = {REPORT_KEY: report}
+    others = (scheduler_stats.kv_connector_stats or {}).get(REPORT_KEY, {})
+    scheduler_stats.kv_connector_stats = {REPORT_KEY: {**others, **report}}
 
 
 def take_report(scheduler_stats: Any) -> dict[str, Any] | None:

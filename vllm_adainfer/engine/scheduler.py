@@ -100,6 +100,7 @@ class FinishingScheduler(_Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._rest_of_choice = RestOfChoice(self.structured_output_manager, self.max_model_len)
+        self._finished = [0, 0]  # choices since the last report, and the tokens appended
 
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -111,7 +112,18 @@ class FinishingScheduler(_Scheduler):
                 if rest := self._rest_of_choice.after(request, tokens):
                     tokens += rest
                     compat.expect_more_tokens(self, request, len(rest))
+                    self._finished[0] += 1
+                    self._finished[1] += len(rest)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    @override
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Add how many choices were finished."""
+        stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
+        if stats is not None and self._finished[0] and self.vllm_config.kv_transfer_config is None:
+            compat.attach_report(stats, {"choices": self._finished})
+            self._finished = [0, 0]
+        return stats
 
 
 class AdaInferScheduler(GuardedScheduler, Scheduler):

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine import compat
+from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.frontend.log_line import LogLine
 from vllm_adainfer.frontend.metrics import EngineMetrics, Series
 from vllm_adainfer.policy.artifact_files import load_artifact_configs
@@ -30,11 +31,16 @@ class WithExitStats(_Manager):
         """An engine without our switch gets no statistics of ours."""
         super().__init__(vllm_config, engine_idxs, *args, **kw)
         self._metrics: dict[int, EngineMetrics] = {}
+        self._choices: ChoiceMetrics | None = None
         self._lines: dict[int, LogLine] = {}
         settings = read_settings(vllm_config.additional_config)
-        if settings is None or settings.runs_stock:
+        if settings is None:
             return
         model = vllm_config.model_config
+        if settings.finishes_choices and vllm_config.kv_transfer_config is None:
+            self._choices = ChoiceMetrics(model.served_model_name, self.engine_indexes)
+        if settings.runs_stock:
+            return
         depth = model.hf_config.num_hidden_layers
         configs = load_artifact_configs(settings.artifacts)
         points = {point for config in configs.values() for point in config.exit_points}
@@ -52,11 +58,14 @@ class WithExitStats(_Manager):
         mm_cache_stats: Any = None,
         engine_idx: int | None = None,
     ) -> None:
-        report = compat.take_report(scheduler_stats)
-        if report is not None:
-            self._metrics[engine_idx or 0].add(report)
+        report = compat.take_report(scheduler_stats) or {}
+        engine = engine_idx or 0
+        if self._choices is not None and "choices" in report:
+            self._choices.add(engine, *report["choices"])
+        if "added" in report:
+            self._metrics[engine].add(report)
             if self._lines:
-                self._lines[engine_idx or 0].add(report)
+                self._lines[engine].add(report)
         super().record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
 
     @override

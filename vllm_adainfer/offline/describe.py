@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_adainfer.offline.tables import aligned, text_table
-from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.policy.artifact import ArtifactConfig, Choice
 from vllm_adainfer.policy.promise import wrong_in_words
 
 
@@ -21,6 +21,7 @@ def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         _levels(config),
         *_questions(config, details),
         *_never_named(details),
+        *_choices(config),
         in_words(config),
     ]
     return "\n\n".join(parts)
@@ -31,6 +32,8 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     if config.label_pool:
         names = ", ".join(label.name for label in config.labels)
         scored = f"the labels that a request names, two or more of {names}"
+    elif config.choices:
+        scored = f"choices: {', '.join(repr(choice.text) for choice in config.choices)}"
     elif config.candidates == "labels":
         scored = ", ".join(f"{label.name} ({label.token_id})" for label in config.labels)
     else:
@@ -165,6 +168,21 @@ def _never_named(details: Mapping[str, Any]) -> list[str]:
         "the bound is not about them: leave these labels out of --label-pool, or serve with a "
         "shadow_rate."
     ]
+
+
+def _choices(config: ArtifactConfig) -> list[str]:
+    """Which choices the first token decides, if not all."""
+    undecided = [choice for choice in config.choices if _shares_its_start(choice)]
+    if not undecided:
+        return []
+    return [
+        f"{', '.join(repr(choice.text) for choice in undecided)}: begins with the same token as "
+        "another choice, so requests that answer it run all layers."
+    ]
+
+
+def _shares_its_start(choice: Choice) -> bool:
+    return choice.token_ids[0] not in choice.first_tokens
 
 
 def in_words(config: ArtifactConfig) -> str:

@@ -14,6 +14,7 @@ from vllm_adainfer.offline.calibration.collect import greedy
 from vllm_adainfer.offline.calibration.data import Example, Row, make_examples, read_template
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.doctor.finding import Finding
+from vllm_adainfer.offline.evaluation.readings import choice_params, room_for
 from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.artifact_files import load_details
 from vllm_adainfer.stats import stats
@@ -44,10 +45,11 @@ def examine_engine(
         tokenizer: of the model.
 
     """
-    longest = hf_config.max_position_embeddings - 1
+    room = room_for(config.choices) if config.choices else 1
+    longest = hf_config.max_position_embeddings - room
     examples = smoke_examples(_template_of(artifact), tokenizer, longest)
     try:
-        engine = start_engine(model, examples, {"artifact": artifact})
+        engine = start_engine(model, examples, {"artifact": artifact}, room)
     except AdaInferError as error:
         yield Finding("FAIL", f"engine: {error}")
         return
@@ -87,13 +89,13 @@ class Sent:
     """The results of some one-token requests.
 
     Attributes:
-        answers: [requests], the token ids.
-        left: layers run -> number of requests.
+        answers: [requests], the texts.
+        left: layers run -> number of tokens.
         rows_skipped: rows x layers that were not executed.
 
     """
 
-    answers: list[int]
+    answers: list[str]
     left: Counter[int]
     rows_skipped: int
 
@@ -101,17 +103,18 @@ class Sent:
 def exits_found(early: Sent, full: Sent, depth: int) -> Finding:
     """How many requests left early, and how many answers are the same as at full depth."""
     count = len(early.answers)
-    layers = [f"{layer} ({some})" for layer, some in sorted(early.left.items()) if layer < depth]
+    left = {layer: some for layer, some in sorted(early.left.items()) if layer < depth}
+    layers = [f"{layer} ({some})" for layer, some in left.items()]
     if not layers:
         return Finding(
             "ok",
             f"exits: none of {count} short requests left early; they are unlike the prompts of the "
             "calibration: `vllm-adainfer evaluate` tells how many of yours leave",
         )
-    same = sum(map(int.__eq__, early.answers, full.answers))
+    same = sum(map(str.__eq__, early.answers, full.answers))
     return Finding(
         "ok",
-        f"exits: {count - early.left[depth]} of {count} short requests left early, after layers "
+        f"exits: {sum(left.values())} of {count} short requests left early, after layers "
         f"{', '.join(layers)} of {depth}; {same} of {count} answers are the same as at full depth "
         "(the bound is for prompts like those of the calibration, and these are not)",
     )
@@ -121,7 +124,8 @@ def full_depth_found(full: Sent, depth: int) -> Finding:
     """Whether requests that must not exit ran all layers."""
     count = len(full.answers)
     asked = f'requests with "{EXIT_ARG}": 0'
-    if full.left != {depth: count} or full.rows_skipped:
+    # A choice may have more tokens than one that its first leaves undecided.
+    if set(full.left) != {depth} or full.left[depth] < count or full.rows_skipped:
         return Finding(
             "FAIL",
             f"full depth: only {full.left[depth]} of {count} {asked} ran all {depth} layers: "
@@ -167,18 +171,20 @@ def _send(
     examples: Sequence[Example],
     extra_args: dict[str, Any] | None,
 ) -> Sent:
-    """Generate one greedy token for each of `examples`, from an empty prefix cache."""
+    """Generate a greedy token or choice for each of `examples`, from an empty prefix cache."""
     engine.reset_prefix_cache()
     before = stats(engine)
     outputs = engine.generate(
         [{"prompt_token_ids": example.token_ids} for example in examples],
-        greedy(config.label_ids, extra_args),
+        choice_params(config.choices, extra_args)
+        if config.choices
+        else greedy(config.label_ids, extra_args),
         use_tqdm=False,
     )
     after = stats(engine)
     possible, run = (after[key] - before[key] for key in ("layers_possible", "layers_run"))
     return Sent(
-        answers=[output.outputs[0].token_ids[0] for output in outputs],
+        answers=[output.outputs[0].text for output in outputs],
         left=Counter(after["exit_histogram"]) - Counter(before["exit_histogram"]),
         rows_skipped=possible - run,
     )

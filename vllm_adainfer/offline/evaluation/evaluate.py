@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_adainfer.engine.reads import Read, What
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
+from vllm_adainfer.offline.calibration.choices import common_choices, find_choices, with_labels
 from vllm_adainfer.offline.calibration.data import (
     Example,
     Row,
@@ -25,7 +26,7 @@ from vllm_adainfer.offline.calibration.data import (
 )
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.measure import measure
-from vllm_adainfer.offline.evaluation.readings import engine_settings, what_is_read
+from vllm_adainfer.offline.evaluation.readings import engine_settings, room_for, what_is_read
 from vllm_adainfer.offline.evaluation.report import build_report, write_whole
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import (
@@ -36,7 +37,7 @@ from vllm_adainfer.offline.evaluation.sequences import (
     read_back,
 )
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
-from vllm_adainfer.policy.artifact import ArtifactConfig, Label
+from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 if TYPE_CHECKING:
@@ -81,25 +82,36 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     if request.epsilon is not None:
         config = _only(config, request.epsilon)
     max_tokens = _max_tokens(request.max_tokens, config)
-    longest = hf_config.max_position_embeddings - max_tokens
+    room = room_for(config.choices) if config.choices else max_tokens
+    longest = hf_config.max_position_embeddings - room
     if are_requests(rows):
         examples = _requests(request, config, rows, tokenizer, longest)
     else:
         template = read_template(request.template)
         examples = make_examples(rows, tokenizer, template, request.label_field, longest)
-        if config.labels:
+        if config.choices:
+            examples = _with_choices(config, request, examples, tokenizer)
+        elif config.labels:
             _check_labels(config, request, examples, tokenizer)
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
     what = what_is_read(config)
     settings = engine_settings(what, config.labels)
     # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
     switch = {"artifact": request.artifact}
-    ours = start_engine(request.model, examples, switch, max_tokens, **settings)
+    ours = start_engine(request.model, examples, switch, room, **settings)
     try:
-        stock = start_engine(request.model, examples, None, max_tokens, **settings)
+        stock = start_engine(request.model, examples, None, room, **settings)
         try:
             rounds = measure(
-                stock, ours, examples, config.labels, epsilons, request.repeat, max_tokens, what
+                stock,
+                ours,
+                examples,
+                config.labels,
+                epsilons,
+                request.repeat,
+                max_tokens,
+                what,
+                config.choices,
             )
             texts = None
             if max_tokens > 1:
@@ -108,7 +120,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
             stop_engine(stock)
     finally:
         stop_engine(ours)
-    accuracy_of = partial(_accuracy, examples, config.labels, tokenizer, max_tokens)
+    accuracy_of = partial(_accuracy, examples, config, tokenizer, max_tokens)
     report = build_report(request.artifact, request.data, config, examples, accuracy_of, rounds)
     if texts is not None:
         report |= {"max_tokens": max_tokens, "texts": texts}
@@ -165,6 +177,10 @@ def _requests(
             "drop --template and --labels, and take an artifact for labels"
         )
     examples = read_requests(rows, tokenizer, config.vocab_size, longest)
+    if config.choices:
+        texts = [choice.text for choice in config.choices]
+        examples, _ = common_choices(examples, texts)
+        return _with_choices(config, request, examples, tokenizer)
     for example in examples:
         read = Read(What.TOKEN, frozenset(example.labels or ()))
         if not read.served_by(config):
@@ -174,6 +190,21 @@ def _requests(
                 "policy does not serve: calibrate with --label-pool"
             )
     return examples
+
+
+def _with_choices(
+    config: ArtifactConfig, request: EvaluationRequest, examples: Sequence[Example], tokenizer: Any
+) -> list[Example]:
+    """The examples with labels as choices are written; check that these are the artifact's."""
+    texts = [choice.text for choice in config.choices]
+    if request.labels:
+        raise AdaInferError("the artifact is for choices, which it names itself: drop --labels")
+    if find_choices(texts, tokenizer, config.vocab_size).texts != config.choices:
+        raise AdaInferError(
+            "this model's tokenizer writes the choices with other tokens than at calibration: use "
+            "the model of the calibration"
+        )
+    return with_labels(examples, texts)
 
 
 def _check_labels(
@@ -233,7 +264,7 @@ def _read_texts(
 
 def _accuracy(
     examples: Sequence[Example],
-    labels: Sequence[Label],
+    config: ArtifactConfig,
     tokenizer: Any,
     max_tokens: int,
     texts: Sequence[Tokens],
@@ -245,6 +276,10 @@ def _accuracy(
     if any(example.label is None for example in examples):
         return None
     answers = [str(example.label) for example in examples]
+    if config.choices:
+        written = {choice.text: list(choice.token_ids) for choice in config.choices}
+        pairs = zip(texts, answers, strict=True)
+        return sum(list(text) == written[answer] for text, answer in pairs) / len(texts)
     if max_tokens > 1:
         if not all(map(is_number, answers)):
             return None
@@ -252,8 +287,8 @@ def _accuracy(
         return sum(map(has_number, decoded, answers)) / len(texts)
     if examples[0].labels is not None:  # of a request, the right token
         truth = [int(answer) for answer in answers]
-    elif labels:
-        ids = {label.name: label.token_id for label in labels}
+    elif config.labels:
+        ids = {label.name: label.token_id for label in config.labels}
         truth = [ids[answer] for answer in answers]
     else:
         truth = [

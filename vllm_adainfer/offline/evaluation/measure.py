@@ -11,9 +11,14 @@ from tqdm import tqdm
 from vllm_adainfer.config import EPSILON_ARG
 from vllm_adainfer.engine.reads import What
 from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.evaluation.readings import label_logprobs, request_params
+from vllm_adainfer.offline.evaluation.readings import (
+    choice_params,
+    chosen,
+    label_logprobs,
+    request_params,
+)
 from vllm_adainfer.offline.evaluation.run import Run
-from vllm_adainfer.policy.artifact import Label
+from vllm_adainfer.policy.artifact import Choice, Label
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
@@ -31,6 +36,7 @@ def measure(
     repeat: int,
     max_tokens: int = 1,
     what: What = What.TOKEN,
+    choices: Sequence[Choice] = (),
 ) -> list[tuple[Run, dict[float, Run]]]:
     """Warm up, then run `repeat` rounds: stock once, then vllm-adainfer at each epsilon.
 
@@ -44,22 +50,24 @@ def measure(
         repeat: how many rounds.
         max_tokens: tokens to generate after a prompt.
         what: the requests read; both engines were started with its `engine_settings`.
+        choices: that they choose from, if they read a choice.
 
     Returns:
         for each round, stock's run and ours by epsilon.
 
     """
-    _run(stock, examples[:WARM_UP], labels, None, max_tokens, what)
-    _run(ours, examples[:WARM_UP], labels, epsilons[-1], max_tokens, what)
+    asked = labels, choices, max_tokens, what
+    _run(stock, examples[:WARM_UP], None, *asked)
+    _run(ours, examples[:WARM_UP], epsilons[-1], *asked)
     rounds = []
     steps = repeat * (1 + len(epsilons))
     with tqdm(total=steps, desc="evaluate", unit="run", disable=None) as progress:
         for _ in range(repeat):
-            baseline = _run(stock, examples, labels, None, max_tokens, what)
+            baseline = _run(stock, examples, None, *asked)
             progress.update()
             by_epsilon = {}
             for epsilon in epsilons:
-                by_epsilon[epsilon] = _run(ours, examples, labels, epsilon, max_tokens, what)
+                by_epsilon[epsilon] = _run(ours, examples, epsilon, *asked)
                 progress.update()
             rounds.append((baseline, by_epsilon))
     return rounds
@@ -68,8 +76,9 @@ def measure(
 def _run(
     engine: LLM,
     examples: Sequence[Example],
-    labels: Sequence[Label],
     epsilon: float | None,
+    labels: Sequence[Label],
+    choices: Sequence[Choice],
     max_tokens: int,
     what: What,
 ) -> Run:
@@ -79,14 +88,20 @@ def _run(
     arguments = None if epsilon is None else {EPSILON_ARG: epsilon}
     ids = tuple(label.token_id for label in labels)
     params = [
-        request_params(what, example.labels or ids, arguments, max_tokens) for example in examples
+        choice_params(choices, arguments)
+        if choices
+        else request_params(what, example.labels or ids, arguments, max_tokens)
+        for example in examples
     ]
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
     start = time.perf_counter()
     outputs = engine.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     texts = [list(output.outputs[0].token_ids) for output in outputs]
-    logprobs = None if what is What.TOKEN else label_logprobs(outputs, labels)
+    if choices:
+        texts = chosen(outputs, choices)
+    reads_probabilities = what in (What.AMONG_LABELS, What.IN_VOCABULARY)
+    logprobs = label_logprobs(outputs, labels) if reads_probabilities else None
     if before is None:
         return Run(seconds, texts, logprobs=logprobs)
     return Run.counted(seconds, texts, before, stats(engine), logprobs)

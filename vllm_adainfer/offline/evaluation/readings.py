@@ -1,4 +1,4 @@
-"""What the requests of an evaluation read: the token, or the probabilities of a policy's labels."""
+"""What the requests of an evaluation read: a token, a choice, or the probabilities of labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from vllm_adainfer.engine.reads import What
 from vllm_adainfer.offline.calibration.collect import greedy
 from vllm_adainfer.offline.evaluation.probabilities import Logprobs
-from vllm_adainfer.policy.artifact import ArtifactConfig, Label
+from vllm_adainfer.policy.artifact import ArtifactConfig, Choice, Label
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 def what_is_read(config: ArtifactConfig) -> What:
     """The most that the bound of a policy is about."""
+    if config.choices:
+        return What.CHOICE
     if config.risk != "probability":
         return What.TOKEN
     return What.IN_VOCABULARY if config.label_mass else What.AMONG_LABELS
@@ -58,6 +60,36 @@ def request_params(
         logprobs=len(ids),
         extra_args=extra_args,
     )
+
+
+def choice_params(
+    choices: Sequence[Choice], extra_args: dict[str, Any] | None = None
+) -> SamplingParams:
+    """Parameters of a greedy request for one of `choices`, with room for any of them."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    texts = [choice.text for choice in choices]
+    return SamplingParams(
+        temperature=0,
+        max_tokens=room_for(choices),
+        structured_outputs=StructuredOutputsParams(choice=texts),
+        extra_args=extra_args,
+    )
+
+
+def room_for(choices: Sequence[Choice]) -> int:
+    """The most tokens that a request for one of `choices` may take.
+
+    A model may write a text in more tokens than its tokenizer does, and then the end.
+    """
+    return max(len(choice.text.encode()) for choice in choices) + 1
+
+
+def chosen(outputs: Sequence[RequestOutput], choices: Sequence[Choice]) -> list[list[int]]:
+    """For each prompt, the tokens of the choice as its tokenizer writes it."""
+    tokens = {choice.text: list(choice.token_ids) for choice in choices}
+    return [tokens[output.outputs[0].text] for output in outputs]
 
 
 def label_logprobs(outputs: Sequence[RequestOutput], labels: Sequence[Label]) -> Logprobs:
