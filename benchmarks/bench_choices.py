@@ -6,6 +6,9 @@ MODEL is the demo model fine-tuned on the tasks of `bench_probabilities`; DIR ho
 TASK/test.jsonl. Our server has no policy: its model is stock vLLM's, and all that it saves are the
 steps after a choice is decided. Both servers run side by side and take turns.
 
+With `--artifact DIR`, of `calibrate --choices`, requests leave early, too; only cases with the
+policy's choices are asked.
+
 It fails if a request fails, if an answer is none of its choices, or does not end by `stop`.
 """
 
@@ -31,6 +34,7 @@ from tqdm import tqdm
 from vllm_adainfer.offline.calibration.data import read_rows
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
 
 MOST_TOKENS = 32
 
@@ -59,13 +63,19 @@ def main(
     alone: Annotated[int, typer.Option(min=1, help="One after the other, likewise.")] = 60,
     compared: Annotated[int, typer.Option(min=1, help="Texts compared, of each case.")] = 800,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
+    artifact: Annotated[str | None, typer.Option()] = None,
 ) -> None:
     """Measure, and write JSON and a Markdown table."""
-    switch, flags = {"finish_choices": True}, ["--max-model-len", "512"]
+    switch: dict[str, Any] = {"finish_choices": True}
+    flags, asked = ["--max-model-len", "512"], CASES
+    if artifact is not None:
+        switch = {"artifact": artifact}
+        served = {choice.text for choice in load_artifact_config(artifact).choices}
+        asked = tuple(case for case in CASES if set(case.choices) == served)
     with side_by_side(model, switch, flags) as servers:
         cases = [
             measured(servers, case, bodies_of(case, data_dir), requests, alone, compared, rounds)
-            for case in tqdm(CASES, desc="cases")
+            for case in tqdm(asked, desc="cases")
         ]
     report = {
         "model": Path(model).name,
@@ -73,6 +83,7 @@ def main(
         "alone": alone,
         "rounds": rounds,
         "cases": cases,
+        "policy": artifact and load_details(artifact),
         "provenance": provenance(),
     }
     write_report(output, report, table(report))
@@ -112,6 +123,7 @@ def measured(
         for name, server in servers.items()
     }
     pairs = list(zip(texts[STOCK], texts[OURS], strict=True))
+    found["skipped"] = share_skipped(servers[OURS])
     found["compared"], found["differ"] = len(pairs), sum(a != b for a, b in pairs)
     for number in range(rounds):
         for name in list(servers)[:: 1 if number % 2 else -1]:
@@ -128,6 +140,16 @@ def measured(
                 }
             )
     return found
+
+
+def share_skipped(server: Server) -> float | None:
+    """Of the rows x layers so far; None without a policy."""
+    counted = {
+        kind: sum(server.metrics(f"adainfer:layer_rows_{kind}_total").values())
+        for kind in ("executed", "skipped")
+    }
+    whole = sum(counted.values())
+    return counted["skipped"] / whole if whole else None
 
 
 def turn(server: Server, bodies: Sequence[Mapping[str, Any]], gaps: Sequence[float] | None) -> Sent:

@@ -118,7 +118,8 @@ def calibrate(
     probe: Annotated[
         ProbeChoice,
         typer.Option(
-            help="How an exit point reads the answer; auto: label-head with --labels, else lens."
+            help="How an exit point reads the answer; auto: label-head with --labels or "
+            "--choices, else lens."
         ),
     ] = "auto",
     classifier: Annotated[
