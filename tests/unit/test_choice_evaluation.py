@@ -1,0 +1,99 @@
+"""Evaluation, metrics and refusals of policies for choices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from tests.unit.test_choice_policy import YES_NO
+from vllm_adainfer.config import Settings
+from vllm_adainfer.engine.compat import take_report
+from vllm_adainfer.engine.ends_choices import why_choices_go_on
+from vllm_adainfer.engine.scheduler import FinishingScheduler
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
+from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, check_choices
+from vllm_adainfer.offline.evaluation.readings import choice_params, chosen
+
+CHOICES = YES_NO["choices"]
+
+
+def test_an_evaluation_asks_for_the_choices_with_room_for_each_in_single_letters():
+    params = choice_params(CHOICES, {"adainfer_epsilon": 0.02})
+    assert params.structured_outputs.choice == ["yes", "no"]
+    assert (params.temperature, params.max_tokens) == (0, len("yes") + 1)
+    assert params.extra_args == {"adainfer_epsilon": 0.02}
+
+
+def test_answers_are_compared_as_texts_whatever_tokens_wrote_them():
+    outputs: Any = [
+        SimpleNamespace(outputs=[SimpleNamespace(text=text)]) for text in ("no", "yes", "no")
+    ]
+    assert chosen(outputs, CHOICES) == [[20], [10, 11], [20]]
+
+
+@pytest.mark.parametrize(
+    ("request_of", "sentence"),
+    [
+        ({"labels": ("a", "b")}, "--choices and --labels are two kinds"),
+        ({"label_pool": ("letters",)}, "--choices and --label-pool are two kinds"),
+        ({"options": PolicyOptions(max_tokens=4)}, "drop --max-tokens"),
+        ({"options": PolicyOptions(risk="probability", tolerance=0.1)}, "drop --tolerance"),
+        ({"probe": "lens"}, "drop --probe lens"),
+    ],
+)
+def test_what_does_not_go_with_choices_is_refused(request_of, sentence):
+    asked = CalibrationRequest("m", Path("d"), Path("o"), choices=("yes", "no"), **request_of)
+    with pytest.raises(AdaInferError, match=sentence):
+        check_choices(asked)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "reason"),
+    [
+        ({}, {}, None),
+        ({}, {"backend": "xgrammar"}, None),
+        ({"finish_choices": False}, {}, '"finish_choices" is off'),
+        ({}, {"reasoning_parser": "qwen3"}, "after the thoughts"),
+        ({}, {"backend": "outlines"}, "outlines cannot look ahead"),
+        ({}, {"return_sampling_mask": True}, "masks of sampled tokens"),
+    ],
+)
+def test_why_choices_take_vllms_steps_is_said(settings, changes, reason):
+    facts = {"backend": "auto", "reasoning_parser": "", "return_sampling_mask": False, **changes}
+    config: Any = SimpleNamespace(
+        structured_outputs_config=SimpleNamespace(**facts), model_config=SimpleNamespace(**facts)
+    )
+    found = why_choices_go_on(config, Settings(artifact="somewhere", **settings))
+    assert (found is None) if reason is None else (reason in str(found))
+
+
+class Stats:
+    """The method that `FinishingScheduler` is mixed in before."""
+
+    def make_stats(self) -> Any:
+        return SimpleNamespace(kv_connector_stats=None)
+
+
+@pytest.mark.parametrize("connector", [None, "some"])
+def test_finished_choices_are_reported_once_and_counted_by_engine(connector):
+    scheduler = type("Scheduler", (FinishingScheduler, Stats), {"__init__": lambda _self: None})()
+    scheduler.vllm_config = SimpleNamespace(kv_transfer_config=connector)
+    scheduler._finished = [3, 5]
+    metrics = ChoiceMetrics("model", [0, 1])
+    for _ in range(2):
+        report = take_report(scheduler.make_stats()) or {}
+        metrics.add(1, *report.get("choices", (0, 0)))
+    labels = {"model_name": "model", "engine": "1"}
+    found = [
+        REGISTRY.get_sample_value(f"adainfer:{name}_total", labels)
+        for name in ("choices_finished", "choice_tokens_appended")
+    ]
+    assert found == ([3, 5] if connector is None else [0, 0])
+    idle = REGISTRY.get_sample_value("adainfer:choices_finished_total", {**labels, "engine": "0"})
+    assert idle == 0
