@@ -21,6 +21,7 @@ from vllm_adainfer.engine import rest_of_choice
 from vllm_adainfer.engine.compat import expect_more_tokens, sampled_tokens
 from vllm_adainfer.engine.rest_of_choice import RestOfChoice
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.artifact import Choice
 
 END = 0
 WORDS = {"pos": 1000, "positive": 1001}  # tokens beside the letters
@@ -240,3 +241,12 @@ def test_choices_end_early_with_a_policy_or_where_it_is_asked_for(switch, finish
 def test_a_switch_that_makes_no_sense_is_refused(switch, sentence):
     with pytest.raises(AdaInferError, match=sentence):
         read_settings({"adainfer": switch})
+
+
+def test_a_tokenizer_that_writes_a_policys_choices_otherwise_is_refused():
+    rest = rest_of()
+    same = Choice(text="yes", token_ids=tuple(map(ord, "yes")), first_tokens=(ord("y"),))
+    other = Choice(text="positive", token_ids=(1, 2), first_tokens=(1,))
+    rest.check_tokenizer("mood", [same])
+    with pytest.raises(AdaInferError, match=r"policy mood: .* the choice 'positive' with other"):
+        rest.check_tokenizer("mood", [same, other])

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.engine.compat import takes_all
 from vllm_adainfer.engine.reads import KNOWN_SETS, choices_asked, is_plain
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.artifact import Choice
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -30,6 +32,23 @@ class RestOfChoice:
         self._manager = manager
         self._max_model_len = max_model_len
         self._encoded = lru_cache(KNOWN_TEXTS)(self._encode)
+
+    def check_tokenizer(self, name: str, choices: Sequence[Choice]) -> None:
+        """Check that the engine's tokenizer writes the choices of a policy as at calibration.
+
+        Else its early answers could be tokens that the grammar does not take.
+
+        Raises:
+            AdaInferError: it does not.
+
+        """
+        for choice in choices:
+            if self._encoded(choice.text) != choice.token_ids:
+                raise AdaInferError(
+                    f"policy {name}: this engine's tokenizer writes the choice {choice.text!r} "
+                    "with other tokens than that of the calibration: serve with the same "
+                    "tokenizer, or calibrate again"
+                )
 
     def after(self, request: Request, sampled: Sequence[int]) -> list[int]:
         """The tokens that follow `sampled`, the newest of `request`, and end it.

@@ -19,6 +19,7 @@ from vllm_adainfer.engine.deep_prompt import has_deep_prompt, with_deep_prompt
 from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
 from vllm_adainfer.engine.rest_of_choice import RestOfChoice
 from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
+from vllm_adainfer.policy.artifact_files import load_artifact_configs
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
@@ -101,6 +102,10 @@ class FinishingScheduler(_Scheduler):
         super().__init__(*args, **kwargs)
         self._rest_of_choice = RestOfChoice(self.structured_output_manager, self.max_model_len)
         self._finished = [0, 0]  # choices since the last report, and the tokens appended
+        settings = read_settings(self.vllm_config.additional_config)
+        assert settings is not None
+        for name, config in load_artifact_configs(settings.artifacts).items():
+            self._rest_of_choice.check_tokenizer(name, config.choices)
 
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:

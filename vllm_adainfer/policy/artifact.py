@@ -46,8 +46,8 @@ class Choice(_Strict):
         min_length=1, description="Of the text, as the tokenizer writes it."
     )
     first_tokens: tuple[int, ...] = Field(
-        description="The tokens that leave this choice alone if they come first; none where it "
-        "begins another choice."
+        description="The tokens that leave this choice alone if they come first, the one that "
+        "answers it before others; none where it begins another choice."
     )
 
 

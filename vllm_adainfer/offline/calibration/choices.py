@@ -30,13 +30,12 @@ class Choices:
 
     @property
     def labels(self) -> tuple[Label, ...]:
-        """What a first token can decide: each is answered with the token that begins the text."""
-        found = []
-        for choice in self.texts:
-            if choice.first_tokens:
-                canonical = choice.token_ids[0]
-                first = canonical if canonical in choice.first_tokens else choice.first_tokens[0]
-                found.append(Label(name=choice.text, token_id=first))
+        """What a first token can decide: each is answered with the first of its tokens."""
+        found = [
+            Label(name=choice.text, token_id=choice.first_tokens[0])
+            for choice in self.texts
+            if choice.first_tokens
+        ]
         if self.undecided:
             found.append(Label(name=UNDECIDED, token_id=self.undecided[0]))
         return tuple(found)
@@ -86,25 +85,29 @@ def find_choices(texts: Sequence[str], tokenizer: Any, vocabulary: int) -> Choic
         raise AdaInferError(f"--choices needs at least two different texts, got {list(texts)}")
     leaves: dict[str, list[int]] = {text: [] for text in texts}
     undecided: list[int] = []
-    left = _left_after(texts)
-    for token, start in enumerate(token_bytes(tokenizer, vocabulary)):
+    left, pieces = _left_after(texts), token_bytes(tokenizer, vocabulary)
+    for token, start in enumerate(pieces):
         if start in left:
             leaves.get(left[start], undecided).append(token)
-    found = []
+    found, decided = [], False
     for text in texts:
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         if tokenizer.decode(token_ids) != text:
             raise AdaInferError(
                 f"the tokenizer does not give the choice {text!r} back as it is: write it without "
                 "blanks at its ends, or with one before it"
             )
-        found.append(
-            Choice(text=text, token_ids=tuple(token_ids), first_tokens=tuple(leaves[text]))
+        # The answer comes first: what the tokenizer begins the text with, or else most of it.
+        first = tuple(
+            sorted(leaves[text], key=lambda token: (token != token_ids[0], -len(pieces[token])))
         )
-    if not any(choice.token_ids[0] in choice.first_tokens for choice in found):
+        ends = bool(first) and (first[0] == token_ids[0] or pieces[first[0]] == text.encode())
+        decided = decided or ends
+        found.append(Choice(text=text, token_ids=token_ids, first_tokens=first))
+    if not decided:
         raise AdaInferError(
-            f"the choices {', '.join(map(repr, texts))} all begin with the same token as another, "
-            "and an exit can only decide the first: let them begin with different words"
+            f"no first token of the choices {', '.join(map(repr, texts))} decides one as the "
+            "tokenizer writes it: let them begin with different words, or with a blank"
         )
     return Choices(tuple(found), tuple(undecided))
 
