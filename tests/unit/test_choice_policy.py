@@ -18,7 +18,7 @@ from vllm.v1.structured_output.utils import choice_as_grammar
 
 from tests.byte_model import SETS, byte_tokenizer
 from tests.tiny import tiny_artifact
-from tests.unit.test_make_policy import HF_CONFIG, SPLIT, recording_of
+from tests.unit.test_make_policy import HF_CONFIG, LAYERS, SPLIT, recording_of
 from vllm_adainfer.config import Settings
 from vllm_adainfer.engine.admission import FULL_DEPTH, Admission
 from vllm_adainfer.errors import AdaInferError
@@ -131,7 +131,7 @@ def calibrated(choices: Choices = TOKENS, **options: Any) -> FittedPolicy:
     ids = torch.tensor([label.token_id for label in choices.labels])
     undecided = choices.labels[-1].token_id if choices.undecided else None
     target = Target("label-head", ids, first_tokens=first, undecided=undecided)
-    asked = PolicyOptions(epsilon=0.05, **options)
+    asked = PolicyOptions(epsilon=0.05, exit_points=LAYERS, **options)
     return make_policy(
         Calibration(recording, target, SPLIT, asked, choices.labels, choices=choices)
     )
