@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
+from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.frontend.metrics import Series
 
 FILE = Path(__file__).parents[2] / "docs" / "grafana.json"
@@ -26,9 +27,9 @@ def dashboard() -> Any:
 @pytest.fixture(scope="module")
 def series() -> dict[str, set[str]]:
     """Labels of each of our series, by its name on /metrics."""
-    shared = Series((2, 6))
+    shared, choices = Series((2, 6)), ChoiceMetrics("model", [0])
     labels = {}
-    for collector in vars(shared).values():
+    for collector in (*vars(shared).values(), choices.finished, choices.appended):
         for metric in collector.values() if isinstance(collector, dict) else [collector]:
             labels[metric._name] = set(metric._labelnames)
     return {
