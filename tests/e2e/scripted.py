@@ -26,7 +26,7 @@ class ScriptedAdmission(Admission):
     """A request's tag is the exit point (an index) its extra_args ask for."""
 
     def __init__(self) -> None:
-        self.records = self.has_pools = False
+        self.records = self.has_pools = self.has_choices = False
 
     def tag(self, params: Any, prompt: Sequence[int] = ()) -> int:
         arguments = params.extra_args or {}
@@ -38,7 +38,7 @@ class ScriptedAdmission(Admission):
     def prompt_saving(self, params: Any) -> None:
         return None
 
-    def first_only(self, params: Any) -> bool:
+    def chooses(self, params: Any) -> bool:
         return False
 
     def is_shadow(self, request_id: str) -> bool:

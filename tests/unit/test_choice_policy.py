@@ -46,7 +46,8 @@ from vllm_adainfer.policy.exit_policy import Asked
 from vllm_adainfer.policy.first_tokens import FirstTokens
 
 TOKENIZER = byte_tokenizer()
-DECIDABLE = [texts for texts in SETS if len(texts) > 1 and "a film" not in texts]
+# In two of the sets no first token decides; in the last one here, none decides "\u00e9t\u00e9".
+DECIDABLE = [*(SETS[place] for place in (0, 1, 2, 3, 7)), ["caf\u00e9", "non", "\u00e9t\u00e9"]]
 ONES = [Example("here, line 1", "text", [1], None, choices=("yes", "no"))]
 
 
@@ -63,9 +64,9 @@ def test_first_tokens_are_those_that_vllms_grammar_takes_by_the_choice_that_they
     for token in taken:
         written = info.decoded_vocab[token]
         left = [text for text in texts if text.encode().startswith(written)]
-        assert [text for text in texts if token in by_choice[text]] == (
-            left if len(left) == 1 else []
-        )
+        decides = len(left) == 1 and by_choice[left[0]]
+        assert [text for text in texts if token in by_choice[text]] == (left if decides else [])
+        assert (token in found.undecided) == (not decides)
     for choice in found.texts:
         assert TOKENIZER.decode(choice.token_ids) == choice.text
 
@@ -90,11 +91,18 @@ def test_a_choice_is_answered_by_the_token_that_begins_it_and_the_rest_by_one_un
         (["yes", ""], "at least two different texts"),
         (["a film", "a plot"], "no first token of the choices"),
         (["yes", "yes, but"], "no first token of the choices"),
+        (["\u00e9t\u00e9", "\u00fcber"], "no first token of the choices"),
     ],
 )
 def test_choices_that_no_first_token_can_decide_are_refused(texts, sentence):
     with pytest.raises(AdaInferError, match=sentence):
         find_choices(texts, TOKENIZER, len(TOKENIZER))
+
+
+def test_a_choice_is_not_decided_by_a_part_of_its_first_letter_which_the_scheduler_cannot_end():
+    found = find_choices(["caf\u00e9", "\u00e9t\u00e9"], TOKENIZER, len(TOKENIZER))
+    assert [label.name for label in found.labels] == ["caf\u00e9", "undecided"]
+    assert set(found.undecided) == {TOKENIZER.encode("\u00e9")[0]}
 
 
 @pytest.mark.parametrize(
@@ -129,8 +137,7 @@ def calibrated(choices: Choices = TOKENS, **options: Any) -> FittedPolicy:
     best = lens.score(lens.readout(recording.final)).top1_id.numpy()
     recording = replace(recording, tokens=choices.decided_by(best))
     ids = torch.tensor([label.token_id for label in choices.labels])
-    undecided = choices.labels[-1].token_id if choices.undecided else None
-    target = Target("label-head", ids, first_tokens=first, undecided=undecided)
+    target = Target("label-head", ids, first_tokens=first)
     asked = PolicyOptions(epsilon=0.05, exit_points=LAYERS, **options)
     return make_policy(
         Calibration(recording, target, SPLIT, asked, choices.labels, choices=choices)
@@ -174,7 +181,8 @@ def test_what_is_served_of_choices_is_what_was_certified(tmp_path, classifier, w
 
 
 def test_of_equal_scores_the_lowest_token_decides_as_in_vllms_sampler():
-    tokens = FirstTokens.of([(9, 3), (5,)])
+    one = Choice(text="one", token_ids=(9,), first_tokens=(9, 3))
+    tokens = FirstTokens.of([one], undecided=(5,))
     assert tokens.token_ids.tolist() == [3, 5, 9]
     scores = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.5, 1.0]])
     assert tokens.decided_by(scores).tolist() == [0, 1, 0]
@@ -240,7 +248,7 @@ def test_requests_with_exactly_the_policys_choices_may_exit_if_nothing_else_is_a
     admission = Admission(Settings(artifact=source))
     assert admission.may_exit(params) == exits
     assert (admission.tag(params) != FULL_DEPTH) == exits
-    assert admission.first_only(params) == exits
+    assert admission.chooses(params) == exits
 
 
 def test_where_the_scheduler_does_not_end_choices_their_requests_run_at_full_depth(source):
@@ -274,7 +282,7 @@ def test_of_two_policies_for_the_same_choices_a_request_names_one(source):
 def test_a_config_whose_choices_and_labels_do_not_fit_together_is_not_an_artifact(source, changes):
     config = load_artifact(source).config.model_dump()
     if changes == {"choices": ()}:  # a policy for labels
-        assert ArtifactConfig(**{**config, **changes}).first_tokens == ()
+        assert ArtifactConfig(**{**config, **changes}).choices == ()
         return
     with pytest.raises(ValidationError):
         ArtifactConfig(**{**config, **changes})

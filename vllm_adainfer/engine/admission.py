@@ -46,7 +46,7 @@ class Admitted:
         is_shadow: see `Admission.is_shadow`.
         prompt: token ids of its prompt.
         max_tokens: most tokens that it may generate.
-        first_only: see `Admission.first_only`.
+        chooses: see `Admission.chooses`.
         deep_prompt: whether its prompt runs at full depth, whatever the tag.
         wants_prompt_logprobs: whether it wants log-probabilities of its prompt's tokens.
         params: its sampling parameters, from which all this follows.
@@ -59,7 +59,7 @@ class Admitted:
     is_shadow: bool
     prompt: Sequence[int]
     max_tokens: int
-    first_only: bool
+    chooses: bool
     deep_prompt: bool
     wants_prompt_logprobs: bool
     params: SamplingParams | None
@@ -96,6 +96,7 @@ class Admission:
             configs = load_artifact_configs(settings.artifacts)
         self._configs = configs
         self.has_pools = any(config.label_pool for config in configs.values())
+        self.has_choices = any(config.choices for config in configs.values())
         firsts = first_tags(config.num_tags for config in configs.values())
         self._first_tag = dict(zip(configs, firsts, strict=True))
         self._default_level = {
@@ -172,7 +173,7 @@ class Admission:
             is_shadow=self.is_shadow(request_id),
             prompt=prompt,
             max_tokens=(params and params.max_tokens) or UNLIMITED,
-            first_only=self.first_only(params),
+            chooses=self.chooses(params),
             deep_prompt=has_deep_prompt(params),
             wants_prompt_logprobs=params is not None and params.prompt_logprobs is not None,
             params=params,
@@ -241,12 +242,12 @@ class Admission:
         tag = self._configs[name].tag_of(level, question)
         return FULL_DEPTH if tag is None else self._first_tag[name] + tag
 
-    def first_only(self, params: SamplingParams | None) -> bool:
-        """Whether a request's bound is about its first token alone."""
-        if params is None or not self._configs:
+    def chooses(self, params: SamplingParams | None) -> bool:
+        """Whether a request comes under a policy for choices: its first token alone may exit."""
+        if params is None or not self.has_choices:
             return False
         name = self._policy(_request_settings(params), params)
-        return name is not None and self._configs[name].max_tokens == 1
+        return name is not None and bool(self._configs[name].choices)
 
     def _policy(self, request: RequestSettings, params: SamplingParams) -> str | None:
         """The policy that may decide a request, None if it runs at full depth."""

@@ -44,9 +44,9 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     refuse_unknown_questions(settings, configs)
     logprobs_mode = vllm_config.model_config.logprobs_mode
     admission = Admission.of(vllm_config, settings, configs)
+    reason = why_choices_go_on(vllm_config, settings)
     for name, config in configs.items():
         logger.info("%s", banner(name, config, settings, logprobs_mode))
-        reason = why_choices_go_on(vllm_config, settings)
         if config.choices and reason is not None:
             logger.warning("policy %s: requests run at full depth, because %s", name, reason)
     for names in admission.ambiguous:

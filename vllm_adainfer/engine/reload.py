@@ -93,8 +93,12 @@ def check_replaces(
             f"policy {name} has exit points {list(new.exit_points)}, this engine only "
             f"{list(cuts)}: restart it, or calibrate with --exit-points {','.join(map(str, cuts))}"
         )
-    if {c.text for c in new.choices} != {c.text for c in old.choices}:
-        raise AdaInferError(f"policy {name} has other choices than before: restart the engine")
+    new_texts, old_texts = ({c.text: c.token_ids for c in one.choices} for one in (new, old))
+    if new_texts != old_texts:
+        raise AdaInferError(
+            f"policy {name} has other choices than before, or other tokens for them: restart the "
+            "engine"
+        )
     if set(new.label_ids) != set(old.label_ids):
         raise AdaInferError(f"policy {name} has other labels than before: restart the engine")
     if new.label_pool != old.label_pool:

@@ -98,8 +98,10 @@ class RunningRequests:
         max_tokens = np.array([request.max_tokens for request in admitted])
         deep_prompt = np.array([request.deep_prompt for request in admitted])
         tags[deep_prompt & (computed < prompt)] = FULL_DEPTH
-        first_only = np.array([request.first_only for request in admitted])
-        tags[first_only & (last >= prompt)] = FULL_DEPTH
+        chooses = None
+        if self.admission.has_choices:
+            chooses = np.array([request.chooses for request in admitted])
+            tags[chooses & (last >= prompt)] = FULL_DEPTH  # beyond the first token
         overdue = self._loop.overdue()
         if overdue:
             tags[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
@@ -119,7 +121,7 @@ class RunningRequests:
             continues=continues,
             shadow=shadow,
             subsets=self._subsets(admitted),
-            ends_early=first_only,
+            ends_early=chooses,
             all_rows_count=any(request.wants_prompt_logprobs for request in admitted),
             device=device,
         )

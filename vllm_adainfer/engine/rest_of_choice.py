@@ -43,7 +43,8 @@ class RestOfChoice:
 
         """
         for choice in choices:
-            if self._encoded(choice.text) != choice.token_ids:
+            answer = self._decode(choice.first_tokens[:1])
+            if self._encoded(choice.text) != choice.token_ids or not choice.text.startswith(answer):
                 raise AdaInferError(
                     f"policy {name}: this engine's tokenizer writes the choice {choice.text!r} "
                     "with other tokens than that of the calibration: serve with the same "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_adainfer.offline.tables import aligned, text_table
-from vllm_adainfer.policy.artifact import ArtifactConfig, Choice
+from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.promise import wrong_in_words
 
 
@@ -172,17 +172,17 @@ def _never_named(details: Mapping[str, Any]) -> list[str]:
 
 def _choices(config: ArtifactConfig) -> list[str]:
     """Which choices the first token decides, if not all."""
-    undecided = [choice for choice in config.choices if _shares_its_start(choice)]
+    undecided = [
+        repr(choice.text)
+        for choice in config.choices
+        if choice.token_ids[0] not in choice.first_tokens
+    ]
     if not undecided:
         return []
     return [
-        f"{', '.join(repr(choice.text) for choice in undecided)}: begins with the same token as "
-        "another choice, so requests that answer it run all layers."
+        f"The first token mostly does not decide {', '.join(undecided)}: it begins another choice, "
+        "too, or with a part of a letter. Requests that answer so run all layers."
     ]
-
-
-def _shares_its_start(choice: Choice) -> bool:
-    return choice.token_ids[0] not in choice.first_tokens
 
 
 def in_words(config: ArtifactConfig) -> str:

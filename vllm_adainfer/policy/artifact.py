@@ -47,8 +47,16 @@ class Choice(_Strict):
     )
     first_tokens: tuple[int, ...] = Field(
         description="The tokens that leave this choice alone if they come first, the one that "
-        "answers it before others; none where it begins another choice."
+        "answers it before the others; none if no first token decides it."
     )
+
+
+def token_columns(choices: Sequence[Choice], undecided: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """By label, the first tokens that it stands for; those undecided come last, if there are any.
+
+    A choice that no first token decides has no label.
+    """
+    return [tokens for tokens in (*(one.first_tokens for one in choices), undecided) if tokens]
 
 
 class Level(_Strict):
@@ -117,10 +125,10 @@ class ArtifactConfig(_Strict):
     choices: tuple[Choice, ...] = Field(
         default=(),
         description="The texts that its requests choose from. The labels are then those that a "
-        "first token can decide, and one more for tokens that leave several open, if any do.",
+        "first token can decide, and one more for first tokens that decide none, if there are any.",
     )
     undecided: tuple[int, ...] = Field(
-        default=(), description="First tokens that leave several choices open."
+        default=(), description="First tokens that decide no choice."
     )
     questions: tuple[Question, ...] = Field(
         default=(), description="Those of the requests it was calibrated on that can be recognised."
@@ -184,20 +192,14 @@ class ArtifactConfig(_Strict):
             raise ValueError("choices need a label-head, max_tokens = 1 and no label_pool")
         if self.risk == "probability":
             raise ValueError('choices do not go with risk = "probability"')
-        columns = self.first_tokens
-        if len(columns) != len(self.labels) or not all(
-            label.token_id in column for label, column in zip(self.labels, columns, strict=False)
-        ):
-            raise ValueError("labels must be first tokens of the choices, in their order")
+        columns = token_columns(self.choices, self.undecided)
+        if self.label_ids != tuple(column[0] for column in columns):
+            raise ValueError(
+                "labels must be the first of the choices' first tokens, in their order"
+            )
         tokens = [token for column in columns for token in column]
         if len(set(tokens)) != len(tokens) or not all(t < self.vocab_size for t in tokens):
             raise ValueError("first tokens must differ, and be below vocab_size")
-
-    @property
-    def first_tokens(self) -> tuple[tuple[int, ...], ...]:
-        """By label, the first tokens of a choice that it stands for; those undecided come last."""
-        decided = (choice.first_tokens for choice in self.choices)
-        return tuple(tokens for tokens in (*decided, self.undecided) if tokens)
 
     @property
     def label_ids(self) -> tuple[int, ...]:

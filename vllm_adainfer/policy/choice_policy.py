@@ -22,17 +22,17 @@ class ChoicePolicy(CalibratedPolicy):
     def __init__(self, artifact: Artifact, device: torch.device) -> None:
         """Load the fitted tensors of `artifact`, which has choices, onto `device`."""
         super().__init__(artifact, None, device)
-        self._first_tokens = FirstTokens.of(artifact.config.first_tokens, device)
-        # The last label is for tokens that leave several choices open.
-        self._undecided = len(artifact.config.labels) - 1 if artifact.config.undecided else None
+        config = artifact.config
+        self._first_tokens = FirstTokens.of(config.choices, config.undecided, device)
 
     @override
     def decide(self, exit_index: int, asked: Asked) -> Decision:
         decision = super().decide(exit_index, asked)
-        if self._undecided is None:
+        undecided = self._first_tokens.undecided
+        if undecided is None:
             return decision
         assert decision.answers is not None
-        decides = decision.answers.argmax(dim=1) != self._undecided
+        decides = decision.answers.argmax(dim=1) != undecided
         return replace(decision, settled=decision.settled & decides)
 
     def differs(self, answers: Tensor, logits: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_adainfer.policy.artifact import Choice, token_columns
+
 
 @dataclass(frozen=True)
 class FirstTokens:
@@ -19,31 +21,38 @@ class FirstTokens:
 
     Attributes:
         token_ids: int64 [tokens], of all groups, ascending.
-        columns: int64 [tokens], the label (an index) that each stands for.
+        labels: int64 [tokens], the label (an index) that each stands for.
         num_labels: how many labels there are.
+        undecided: the label of tokens that decide no choice, the last; None if there are none.
 
     """
 
     token_ids: Tensor
-    columns: Tensor
+    labels: Tensor
     num_labels: int
+    undecided: int | None
 
     @classmethod
-    def of(cls, groups: Sequence[Sequence[int]], device: torch.device | None = None) -> FirstTokens:
-        """The tokens of each label."""
-        pairs = sorted((token, column) for column, group in enumerate(groups) for token in group)
-        tokens, columns = torch.tensor(pairs, device=device).unbind(dim=1)
-        return cls(tokens, columns, len(groups))
+    def of(
+        cls,
+        choices: Sequence[Choice],
+        undecided: tuple[int, ...],
+        device: torch.device | None = None,
+    ) -> FirstTokens:
+        """Those of `choices`, and those that decide none."""
+        columns = token_columns(choices, undecided)
+        pairs = sorted((token, label) for label, tokens in enumerate(columns) for token in tokens)
+        token_ids, labels = torch.tensor(pairs, device=device).unbind(dim=1)
+        return cls(token_ids, labels, len(columns), len(columns) - 1 if undecided else None)
 
     def decided_by(self, scores: Tensor) -> Tensor:
         """int64 [rows], the label of the best token, by scores [rows, tokens].
 
         A tie goes to the lowest token, as in vLLM's sampler.
         """
-        return self.columns[scores.argmax(dim=1)]
+        return self.labels[scores.argmax(dim=1)]
 
     def best(self, scores: Tensor) -> Tensor:
         """[rows, labels], the best of the scores [rows, tokens] of each label's tokens."""
         found = scores.new_full((scores.shape[0], self.num_labels), -torch.inf)
-        columns = self.columns.expand(scores.shape)
-        return found.scatter_reduce(1, columns, scores, "amax")
+        return found.scatter_reduce(1, self.labels.expand(scores.shape), scores, "amax")

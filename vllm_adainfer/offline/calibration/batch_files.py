@@ -28,7 +28,13 @@ FULL_DEPTH_KEYS = (
     "thinking_token_budget",
 )  # fmt: skip
 # Likewise, if it chooses from texts.
-STOCK_KEYS = ("logprobs", "logprob_token_ids", "allowed_token_ids", "stop", "ignore_eos")
+FULL_DEPTH_CHOICE_KEYS = (
+    "logprobs",
+    "logprob_token_ids",
+    "allowed_token_ids",
+    "stop",
+    "ignore_eos",
+)
 
 
 class LeftOutError(Exception):
@@ -93,14 +99,14 @@ def _examples_of(row: Row, tokenizer: Any, vocabulary: int, max_tokens: int) -> 
 
 
 def _completion(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
-    asked, prompt = _asked(body, tokenizer), body["prompt"]
+    answers, prompt = _answers(body, tokenizer), body["prompt"]
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-        yield _example(row, tokenizer.decode(prompt), prompt, asked)
+        yield _example(row, tokenizer.decode(prompt), prompt, answers)
         return
     special = bool(body.get("add_special_tokens", True))
     for text in [prompt] if isinstance(prompt, str) else prompt:
         token_ids = tokenizer.encode(text, add_special_tokens=special)
-        yield _example(row, text, token_ids, asked)
+        yield _example(row, text, token_ids, answers)
 
 
 def _chat(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
@@ -114,7 +120,7 @@ def _chat(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example
     )
     special = bool(body.get("add_special_tokens", False))
     token_ids = tokenizer.encode(text, add_special_tokens=special)
-    yield _example(row, text, token_ids, _asked(body, tokenizer))
+    yield _example(row, text, token_ids, _answers(body, tokenizer))
 
 
 def _score(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
@@ -131,7 +137,7 @@ def _score(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Exampl
     for item in body["items"]:
         own = tokens(item, False)
         token_ids = own + query if body.get("item_first") else query + own
-        yield _example(row, tokenizer.decode(token_ids), token_ids, Asked(labels))
+        yield _example(row, tokenizer.decode(token_ids), token_ids, Answers(labels))
 
 
 def _decision(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
@@ -150,7 +156,7 @@ def _decision(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Exa
         text = _rendered(tokenizer, messages, add_generation_prompt=True, **more)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
         labels = [tokenizer.encode(text + one, add_special_tokens=False)[-1] for one in named]
-        yield _example(row, text, token_ids, Asked(_at_least_two(labels)), name)
+        yield _example(row, text, token_ids, Answers(_at_least_two(labels)), name)
 
 
 READERS: Mapping[str, Callable[[Row, Mapping[str, Any], Any], Iterator[Example]]] = {
@@ -162,14 +168,14 @@ READERS: Mapping[str, Callable[[Row, Mapping[str, Any], Any], Iterator[Example]]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a request asks for: one of these labels, or one of these texts."""
+class Answers:
+    """What a request may be answered with: one of these labels, or one of these texts."""
 
     labels: tuple[int, ...] | None = None
     choices: tuple[str, ...] | None = None
 
 
-def _asked(body: Mapping[str, Any], tokenizer: Any) -> Asked:
+def _answers(body: Mapping[str, Any], tokenizer: Any) -> Answers:
     """What a completion or chat is restricted to, or reads probabilities of."""
     for key in FULL_DEPTH_KEYS:
         if body.get(key):
@@ -178,13 +184,13 @@ def _asked(body: Mapping[str, Any], tokenizer: Any) -> Asked:
         raise LeftOutError("a request with repetition_penalty, which runs at full depth")
     tokens = body.get("max_completion_tokens", body.get("max_tokens"))
     if body.get("structured_outputs"):
-        return Asked(choices=_choices(body, tokens, tokenizer))
+        return Answers(choices=_choices(body, tokens, tokenizer))
     if tokens != 1:
         raise LeftOutError("a request for more than one token")
     labels = body.get("allowed_token_ids") or body.get("logprob_token_ids")
     if labels is None:
         raise LeftOutError("a request that names no labels")
-    return Asked(_at_least_two(labels))
+    return Answers(_at_least_two(labels))
 
 
 def _choices(body: Mapping[str, Any], tokens: int | None, tokenizer: Any) -> tuple[str, ...]:
@@ -192,7 +198,7 @@ def _choices(body: Mapping[str, Any], tokens: int | None, tokenizer: Any) -> tup
     choices = tuple(dict.fromkeys(body["structured_outputs"].get("choice") or ()))
     if not choices:
         raise LeftOutError("a request with structured_outputs other than choice")
-    for key in STOCK_KEYS:
+    for key in FULL_DEPTH_CHOICE_KEYS:
         if body.get(key):
             raise LeftOutError(f"a request with a choice and {key}, which runs at full depth")
     longest = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in choices)
@@ -229,20 +235,20 @@ def _example(
     row: Row,
     text: str,
     token_ids: list[int],
-    asked: Asked,
+    answers: Answers,
     question: str | None = None,
 ) -> Example:
     """An example; the row's own name for its question goes before the request's."""
     named = row.fields.get("question") or question
     right = row.fields.get("label")
-    if right not in (asked.choices or asked.labels or ()):
+    if right not in (answers.choices or answers.labels or ()):
         right = None
     return Example(
         row.place,
         text,
         token_ids,
         None if right is None else str(right),
-        asked.labels,
-        asked.choices,
+        answers.labels,
+        answers.choices,
         str(named)[:LONGEST_NAME] if named else None,
     )

@@ -94,13 +94,10 @@ def calibration_of(
     if request.options.risk == "probability" and answers is not None:
         reads = label_reads(recording, answers, subsets)
     questions = [example.question for example in prompts.examples]
-    first_tokens = undecided = None
-    if prompts.choices is not None:
-        first_tokens = prompts.choices.first_tokens
-        undecided = prompts.labels[-1].token_id if prompts.choices.undecided else None
+    first_tokens = None if prompts.choices is None else prompts.choices.first_tokens
     return Calibration(
         recording,
-        Target(prompts.probe, answers, reads, subsets, first_tokens, undecided),
+        Target(prompts.probe, answers, reads, subsets, first_tokens),
         split,
         request.options,
         prompts.labels,

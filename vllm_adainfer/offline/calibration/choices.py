@@ -9,21 +9,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.collect import Ints
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.policy.artifact import Choice, Label
 from vllm_adainfer.policy.first_tokens import FirstTokens
-
-Ints = npt.NDArray[np.int64]
 
 UNDECIDED = "undecided"
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The texts, and first tokens that leave several open; see `ArtifactConfig`."""
+    """The texts, and first tokens that decide none; see `ArtifactConfig`."""
 
     texts: tuple[Choice, ...]
     undecided: tuple[int, ...]
@@ -43,13 +41,12 @@ class Choices:
     @cached_property
     def first_tokens(self) -> FirstTokens:
         """The tokens of each label."""
-        decided = (choice.first_tokens for choice in self.texts)
-        return FirstTokens.of([tokens for tokens in (*decided, self.undecided) if tokens])
+        return FirstTokens.of(self.texts, self.undecided)
 
     def decided_by(self, tokens: Ints) -> Ints:
         """int64 [rows], the token of the label that each of the first `tokens` stands for."""
         first, ids = self.first_tokens, np.array([label.token_id for label in self.labels])
-        found: Ints = ids[first.columns[np.searchsorted(first.token_ids, tokens)]]
+        found: Ints = ids[first.labels[np.searchsorted(first.token_ids, tokens)]]
         return found
 
 
@@ -89,7 +86,7 @@ def find_choices(texts: Sequence[str], tokenizer: Any, vocabulary: int) -> Choic
     for token, start in enumerate(pieces):
         if start in left:
             leaves.get(left[start], undecided).append(token)
-    found, decided = [], False
+    found = []
     for text in texts:
         token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         if tokenizer.decode(token_ids) != text:
@@ -97,19 +94,38 @@ def find_choices(texts: Sequence[str], tokenizer: Any, vocabulary: int) -> Choic
                 f"the tokenizer does not give the choice {text!r} back as it is: write it without "
                 "blanks at its ends, or with one before it"
             )
-        # The answer comes first: what the tokenizer begins the text with, or else most of it.
-        first = tuple(
-            sorted(leaves[text], key=lambda token: (token != token_ids[0], -len(pieces[token])))
-        )
-        ends = bool(first) and (first[0] == token_ids[0] or pieces[first[0]] == text.encode())
-        decided = decided or ends
-        found.append(Choice(text=text, token_ids=token_ids, first_tokens=first))
-    if not decided:
+        # What the tokenizer begins the text with is the answer, or else as much of it as can be.
+        first = sorted(leaves[text], key=lambda token: (token != token_ids[0], -len(pieces[token])))
+        answer = next((token for token in first if _is_finished(text, token, tokenizer)), None)
+        if answer is None:
+            undecided += first
+            first = []
+        else:
+            first.remove(answer)
+            first.insert(0, answer)
+        found.append(Choice(text=text, token_ids=token_ids, first_tokens=tuple(first)))
+    if not any(choice.first_tokens for choice in found):
         raise AdaInferError(
-            f"no first token of the choices {', '.join(map(repr, texts))} decides one as the "
-            "tokenizer writes it: let them begin with different words, or with a blank"
+            f"no first token of the choices {', '.join(map(repr, texts))} decides one: let them "
+            "begin with different words, or with a blank"
         )
-    return Choices(tuple(found), tuple(undecided))
+    return Choices(tuple(found), tuple(sorted(undecided)))
+
+
+def _is_finished(text: str, first: int, tokenizer: Any) -> bool:
+    """Whether the scheduler, which reads texts, can append the rest of `text` to a first token.
+
+    Not to a part of a letter, nor where a tokenizer drops a blank before the token or puts one
+    before the rest. See `vllm_adainfer.engine.rest_of_choice`.
+    """
+    begun = tokenizer.decode([first])
+    if not begun or not text.startswith(begun):
+        return False
+    canonical = tokenizer.encode(text, add_special_tokens=False)
+    if canonical[0] == first:
+        return True
+    rest = tokenizer.encode(text[len(begun) :], add_special_tokens=False)
+    return bool(tokenizer.decode([first, *rest]) == text)
 
 
 def _left_after(texts: Sequence[str]) -> dict[bytes, str]:

@@ -68,12 +68,12 @@ class Scored(Judged):
 
     score: Tensor
 
-    def unless(self, undecided: int | None) -> Scored:
-        """The same, but rows whose answer is the token `undecided` are never settled."""
-        if undecided is None:
+    def never_at(self, token: int | None) -> Scored:
+        """The same, but rows whose answer is `token` are never settled; None settles all alike."""
+        if token is None:
             return self
-        leaves_open = torch.from_numpy(self.tokens == undecided)
-        return replace(self, score=self.score.masked_fill(leaves_open, -torch.inf))
+        there = torch.from_numpy(self.tokens == token)
+        return replace(self, score=self.score.masked_fill(there, -torch.inf))
 
     def of_rows(self, rows: Bools) -> Scored:
         """Those of `rows` alone."""
@@ -144,7 +144,7 @@ def fit_exits(
         if classifier is not None:
             held = judge(probe, layer, recording, held_out, loss, target)
             fitted, held_scored = (
-                one.scored(classifier).unless(target.undecided) for one in (unseen, held)
+                one.scored(classifier).never_at(target.undecided) for one in (unseen, held)
             )
             exits.append(FittedExit(layer, probe, classifier, fitted, held_scored))
     return exits

@@ -55,7 +55,6 @@ class Target:
         subsets: bool [rows, labels], the labels that each row of the recording is about, if they
             are a pool; None if each row is about all of them.
         first_tokens: of choices, if `label_ids` stand for such.
-        undecided: the last of `label_ids`, if it stands for tokens that leave several choices open.
 
     """
 
@@ -64,7 +63,14 @@ class Target:
     reads: LabelReads | None = None
     subsets: Tensor | None = None
     first_tokens: FirstTokens | None = None
-    undecided: int | None = None
+
+    @property
+    def undecided(self) -> int | None:
+        """The one of `label_ids` that decides no choice; None if each is an answer."""
+        if self.first_tokens is None or self.first_tokens.undecided is None:
+            return None
+        assert self.label_ids is not None
+        return int(self.label_ids[self.first_tokens.undecided])
 
     @property
     def features(self) -> tuple[str, ...]:
