@@ -6,8 +6,8 @@ MODEL is the demo model fine-tuned on the tasks of `bench_probabilities`; DIR ho
 TASK/test.jsonl. Our server has no policy: its model is stock vLLM's, and all that it saves are the
 steps after a choice is decided. Both servers run side by side and take turns.
 
-With `--artifact DIR`, of `calibrate --choices`, requests leave early, too; only cases with the
-policy's choices are asked.
+With `--exits`, requests leave early, too: a policy for each case is first calibrated on
+DIR/TASK/train.jsonl.
 
 It fails if a request fails, if an answer is none of its choices, or does not end by `stop`.
 """
@@ -16,11 +16,15 @@ from __future__ import annotations
 
 import random
 import statistics
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 import typer
 from bench_probabilities import TASKS
 from label_requests import post
@@ -31,12 +35,14 @@ from server import Server
 from side_by_side import side_by_side
 from tqdm import tqdm
 
+from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.data import read_rows
+from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
-from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
 
 MOST_TOKENS = 32
+REPORTED = 1.0  # seconds after the last answer by which counters are up to date
 
 
 @dataclass(frozen=True)
@@ -63,30 +69,47 @@ def main(
     alone: Annotated[int, typer.Option(min=1, help="One after the other, likewise.")] = 60,
     compared: Annotated[int, typer.Option(min=1, help="Texts compared, of each case.")] = 800,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    artifact: Annotated[str | None, typer.Option()] = None,
+    exits: Annotated[bool, typer.Option(help="Calibrate policies, and serve with them.")] = False,
 ) -> None:
     """Measure, and write JSON and a Markdown table."""
-    switch: dict[str, Any] = {"finish_choices": True}
-    flags, asked = ["--max-model-len", "512"], CASES
-    if artifact is not None:
-        switch = {"artifact": artifact}
-        served = {choice.text for choice in load_artifact_config(artifact).choices}
-        asked = tuple(case for case in CASES if set(case.choices) == served)
-    with side_by_side(model, switch, flags) as servers:
-        cases = [
-            measured(servers, case, bodies_of(case, data_dir), requests, alone, compared, rounds)
-            for case in tqdm(asked, desc="cases")
-        ]
+    with tempfile.TemporaryDirectory() as folder:
+        switch: dict[str, Any] = {"finish_choices": True}
+        if exits:
+            switch = {"artifact": calibrated(model, data_dir, Path(folder))}
+        with side_by_side(model, switch, ["--max-model-len", "512"]) as servers:
+            cases = [
+                measured(
+                    servers, case, bodies_of(case, data_dir), requests, alone, compared, rounds
+                )
+                for case in tqdm(CASES, desc="cases")
+            ]
     report = {
         "model": Path(model).name,
         "requests": requests,
         "alone": alone,
         "rounds": rounds,
         "cases": cases,
-        "policy": artifact and load_details(artifact),
         "provenance": provenance(),
     }
     write_report(output, report, table(report))
+
+
+def calibrated(model: str, data_dir: Path, folder: Path) -> dict[str, str]:
+    """A policy for the choices of each case, by the name of the case."""
+    artifacts = {}
+    for number, case in enumerate(CASES):
+        output = folder / f"policy-{number}"
+        request = CalibrationRequest(
+            model=model,
+            data=data_dir / case.task / "train.jsonl",
+            template=TASKS[case.task].template,
+            label_field="",  # the right answers are not needed, and named otherwise
+            choices=case.choices,
+            output=output,
+        )
+        calibrate(request)
+        artifacts[output.name] = str(output)
+    return artifacts
 
 
 def bodies_of(case: Case, data_dir: Path) -> list[dict[str, Any]]:
@@ -118,12 +141,12 @@ def measured(
     """Throughput all at once, latency one after the other, and how many texts differ."""
     found: dict[str, Any] = {"title": case.title, "choices": case.choices, STOCK: [], OURS: []}
     several, few = bodies[:compared], bodies[:alone]
+    before = layer_rows(servers[OURS])
     texts = {
         name: answers(case, turn(server, several, [0.0] * len(several)))
         for name, server in servers.items()
     }
     pairs = list(zip(texts[STOCK], texts[OURS], strict=True))
-    found["skipped"] = share_skipped(servers[OURS])
     found["compared"], found["differ"] = len(pairs), sum(a != b for a, b in pairs)
     for number in range(rounds):
         for name in list(servers)[:: 1 if number % 2 else -1]:
@@ -139,17 +162,16 @@ def measured(
                     "completion_tokens": tokens_of(together),
                 }
             )
+    executed, skipped = layer_rows(servers[OURS]) - before
+    found["layers_saved"] = skipped / max(executed + skipped, 1)
     return found
 
 
-def share_skipped(server: Server) -> float | None:
-    """Of the rows x layers so far; None without a policy."""
-    counted = {
-        kind: sum(server.metrics(f"adainfer:layer_rows_{kind}_total").values())
-        for kind in ("executed", "skipped")
-    }
-    whole = sum(counted.values())
-    return counted["skipped"] / whole if whole else None
+def layer_rows(server: Server) -> npt.NDArray[np.float64]:
+    """Rows x layers executed and skipped so far; zeros without a policy."""
+    time.sleep(REPORTED)
+    names = (f"adainfer:layer_rows_{kind}_total" for kind in ("executed", "skipped"))
+    return np.array([sum(server.metrics(name).values()) for name in names])
 
 
 def turn(server: Server, bodies: Sequence[Mapping[str, Any]], gaps: Sequence[float] | None) -> Sent:
@@ -194,6 +216,7 @@ def table(report: Mapping[str, Any]) -> str:
                 "p50 latency alone, ms",
                 "p99, ms",
                 "tokens of an answer",
+                "layers saved",
                 "texts that differ",
             ],
             [
@@ -204,6 +227,7 @@ def table(report: Mapping[str, Any]) -> str:
                         f"{statistics.median(run['completion_tokens'] for run in case[name]):.1f}"
                         for name in (STOCK, OURS)
                     ),
+                    f"{case['layers_saved']:.0%}",
                     f"{case['differ']} of {case['compared']}",
                 ]
                 for case in report["cases"]
