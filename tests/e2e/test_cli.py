@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from tests.byte_model import save_byte_model
 from tests.every_process.sitecustomize import AS_A_USER
 from tests.full import needed
 from tests.tiny import LAYERS
@@ -185,6 +186,29 @@ def test_a_label_pool_is_evaluated_on_requests(pool, tiny_model, tmp_path):
     assert report["layers_saved"] > 0
     assert 0 <= report["disagreement"] < 0.3
     assert [level["epsilon"] for level in report["levels"]] == [0.3]
+
+
+@pytest.mark.full
+def test_choices_are_calibrated_inspected_evaluated_and_examined(rows, tmp_path):
+    model, output = save_byte_model(tmp_path / "model"), tmp_path / "policy"
+    report_file = tmp_path / "report.json"
+    asked = "--model", str(model), "--data", str(rows), "--template", "{text} "
+    done = command(
+        "calibrate", *asked, "--label-field", "", "--choices", "yes,no", "--epsilon", "0.3",
+        "--output", str(output),
+    )  # fmt: skip
+    assert "label-head on choices: 'yes', 'no'" in done.stdout
+    assert command("inspect", str(output)).stdout.strip() in done.stdout
+    command(
+        "evaluate", *asked, "--label-field", "", "--artifact", str(output), "--repeat", "1",
+        "--report", str(report_file),
+    )  # fmt: skip
+    report = json.loads(report_file.read_text())
+    assert report["n"] == 240
+    assert report["never_exit"]["disagreement_with_stock"] == 0
+    assert 0 < report["layers_saved"] < 1
+    said = command("doctor", "--model", str(model), "--artifact", str(output)).stdout
+    assert 'full depth: 6 of 6 requests with "adainfer": 0 ran all' in said
 
 
 def test_an_artifact_for_other_weights_is_refused_in_one_sentence(

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.tiny import tiny_config, tiny_tensors
+from tests.tiny import tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer.cli import app
+from vllm_adainfer.policy.artifact import Choice, Label
 from vllm_adainfer.policy.artifact_files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
@@ -252,6 +253,23 @@ def evaluate_other_labels(place: Place) -> list[str]:
     return place.evaluate(labels="bad,Review")
 
 
+def choices(text: str, **options: str) -> Callable[[Place], list[str]]:
+    return lambda place: place.calibrate(choices=text, **options)
+
+
+def evaluate_choices(**options: str) -> Callable[[Place], list[str]]:
+    def spoil(place: Place) -> list[str]:
+        texts = tuple(
+            Choice(text=text, token_ids=(token,), first_tokens=(token,))
+            for text, token in (("bad", 10), ("good", 20))
+        )
+        labels = tuple(Label(name=one.text, token_id=one.token_ids[0]) for one in texts)
+        tiny_artifact(place.model, place.artifact, choices=texts, labels=labels)
+        return place.evaluate(**options)
+
+    return spoil
+
+
 def evaluate_unknown_label(place: Place) -> list[str]:
     place.write_rows(3, label="fine")
     return place.evaluate()
@@ -381,6 +399,16 @@ def read_of(*label_ids: int) -> dict[str, Any]:
         (corrupt_policy, "policy.safetensors cannot be read"),
         (artifact_of_another_model, "hidden_size = 128, but the served model has hidden_size = 64"),
         (evaluate_other_labels, "--labels bad,Review are not those of the artifact: bad,good"),
+        (choices("good"), "--choices needs at least two different texts"),
+        (choices("good,good"), "--choices needs at least two different texts"),
+        (choices("good,"), "--choices needs at least two different texts"),
+        (choices("good, bad"), "--choices 'good, bad': some begin with a blank"),
+        (choices("good,Review"), "line 1: the label 'bad' is not among good, Review"),
+        (choices("good,excellent"), "the tokenizer does not give the choice 'excellent' back"),
+        (choices("bad,good", labels="bad,good"), "--choices and --labels are two kinds"),
+        (choices("bad,good", tolerance="0.1"), "that read probabilities run at full depth"),
+        (evaluate_choices(labels="bad,good"), "the artifact is for choices, which it names itself"),
+        (evaluate_choices(), "this model's tokenizer writes the choices with other tokens"),
         (evaluate_unknown_label, "line 3: the label 'fine' is not among bad, good"),
         (evaluate_missing_data, "cannot read --data"),
         (report_is_a_directory, "choose a file in a directory that is writable"),
