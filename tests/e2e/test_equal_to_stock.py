@@ -20,16 +20,26 @@ _GENERATOR = np.random.default_rng(0)
 PROMPTS = [_GENERATOR.integers(5, 1000, length).tolist() for length in LENGTHS]
 
 
-def answer(model: Path, params: list[dict[str, Any]], env: dict[str, str], **engine: Any) -> Any:
+def answer(
+    model: Path,
+    params: list[dict[str, Any]],
+    env: dict[str, str],
+    prompts: list[list[int]] = PROMPTS,
+    **engine: Any,
+) -> Any:
     """What an engine in a fresh process answers, and its counters."""
-    found = answer_each(model, [params], env, **engine)
+    found = answer_each(model, [params], env, prompts, **engine)
     return {**found, "answers": found["answers"][0]}
 
 
 def answer_each(
-    model: Path, batches: list[list[dict[str, Any]]], env: dict[str, str], **engine: Any
+    model: Path,
+    batches: list[list[dict[str, Any]]],
+    env: dict[str, str],
+    prompts: list[list[int]] = PROMPTS,
+    **engine: Any,
 ) -> Any:
-    """The same of several batches of `PROMPTS`, one after the other."""
+    """The same of several batches of `prompts`, one after the other."""
     job = {
         "engine": {
             "model": str(model),
@@ -40,7 +50,7 @@ def answer_each(
             "kv_cache_memory_bytes": 64 << 20,
             **engine,
         },
-        "prompts": PROMPTS,
+        "prompts": prompts,
         "batches": batches,
     }
     done = subprocess.run(
@@ -144,10 +154,14 @@ def test_log_probabilities_of_prompts_are_those_of_stock_bit_for_bit(stock, kept
     assert len(found[4]["prompt_logprobs"]) == LENGTHS[4]
 
 
+@pytest.mark.parametrize("env", [{}, {"VLLM_CPU_CI_ENV": "1"}], ids=["compiled", "traced"])
 def test_compiled_segments_give_stock_tokens_and_exits_count_what_ran(
-    tiny_model, tiny_policy, reference
+    env, tiny_model, tiny_policy, reference
 ):
-    """Half of the requests exit at the first point, half run at full depth, compiled, fp32."""
+    """Half of the requests exit at the first point, half run at full depth, compiled, fp32.
+
+    The first step is a chunk, of which the last segment gets one row.
+    """
     from tests.e2e.oracle import continuation, hidden_states, same
     from vllm_adainfer.policy.artifact_files import load_artifact
 
@@ -155,16 +169,17 @@ def test_compiled_segments_give_stock_tokens_and_exits_count_what_ran(
     labels = list(policy.config.label_ids)
     leaves = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": labels}
     stays = {"temperature": 0, "max_tokens": 4}
-    params = [leaves, stays, leaves, stays, leaves]
+    prompts, params = sorted(PROMPTS, key=len, reverse=True), [stays, leaves, stays, leaves, leaves]
     found = answer(
         tiny_model,
         params,
-        {},
+        env,
+        prompts,
         dtype="float32",
         additional_config={"adainfer": {"artifact": str(tiny_policy), "min_rows_saved": 1}},
     )
     first = EXIT_POINTS[0]
-    for prompt, asked, given in zip(PROMPTS, params, found["answers"], strict=True):
+    for prompt, asked, given in zip(prompts, params, found["answers"], strict=True):
         if asked is stays:
             assert same(given["tokens"], continuation(reference, prompt, 4, LAYERS))
             continue

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from typing_extensions import override
+from vllm import envs
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adainfer.engine import compat
@@ -18,3 +21,14 @@ class AdaInferCPUWorker(ExitWorker, CPUWorker):
         """Build our runner in place of V1's."""
         with compat.cpu_runner_class(AdaInferCPUModelRunner):
             super().init_device()
+
+    @override
+    def compile_or_warm_up_model(self) -> Any:
+        """Trace segments in a pass of many rows, also in vLLM's CI mode, which has no such pass.
+
+        Torch takes a single row for a constant. The last segment may get one in the first step, and
+        every later batch would then be written to memory for one row.
+        """
+        if envs.VLLM_CPU_CI_ENV:
+            self.model_runner.warming_up_model()
+        return super().compile_or_warm_up_model()
