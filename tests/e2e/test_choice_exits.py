@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from vllm import SamplingParams
+from vllm.v1.outputs import ModelRunnerOutput
 
 from tests.byte_model import byte_tokenizer, save_byte_model
 from tests.conftest import tiny_engine
@@ -21,6 +24,7 @@ from tests.e2e.test_choices import choosing
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
+from vllm_adainfer.engine.scheduler import AdaInferAsyncScheduler, build_scheduler
 from vllm_adainfer.offline.calibration.choices import UNDECIDED, Choices, find_choices
 
 pytestmark = pytest.mark.skipif(
@@ -191,6 +195,62 @@ def test_a_choice_whose_rest_is_not_appended_goes_on_to_the_same_text(
         assert one.text in SETS["mood"]
         assert found is None or one.text == found[1] or not found[1]
     assert left[LAYERS] > len(PROMPTS), "later tokens run all layers"
+
+
+@pytest.fixture
+def asynchronous(engine) -> Any:
+    """A scheduler as on a GPU, beside that of the engine."""
+    core = engine.llm_engine.engine_core.engine_core
+    config = copy.deepcopy(core.vllm_config)
+    config.scheduler_config.async_scheduling = True
+    scheduler = build_scheduler(
+        config,
+        kv_cache_config=core.scheduler.kv_cache_config,
+        structured_output_manager=core.structured_output_manager,
+        block_size=core.scheduler.block_size,
+    )
+    assert isinstance(scheduler, AdaInferAsyncScheduler)
+    return scheduler
+
+
+def add(engine: Any, scheduler: Any, name: str, params: SamplingParams) -> None:
+    asked = engine.llm_engine.input_processor.process_inputs(
+        name, {"prompt_token_ids": PROMPTS[0]}, params, supported_tasks=("generate",)
+    )
+    request, _ = engine.llm_engine.engine_core.engine_core.preprocess_add_request(asked)
+    while request.structured_output_request and not request.structured_output_request.grammar:
+        time.sleep(0.01)
+    scheduler.add_request(request)
+
+
+def sampled(scheduled: Any, tokens: dict[str, int]) -> ModelRunnerOutput:
+    names = list(scheduled.num_scheduled_tokens)
+    places = {name: place for place, name in enumerate(names)}
+    return ModelRunnerOutput(names, places, [[tokens[name]] for name in names])
+
+
+def test_of_a_request_that_its_first_token_may_end_no_step_is_scheduled_ahead(engine, asynchronous):
+    free = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    asks = {
+        "ends": choosing(SETS["mood"]),
+        "goes on": choosing(SETS["mood"]),
+        "no policy": choosing(["film", "review"]),
+        "free": free,
+    }
+    for name, params in asks.items():
+        add(engine, asynchronous, name, params)
+    tokens = dict.fromkeys(asks, TOKENIZER.convert_tokens_to_ids("f"))
+    tokens["ends"] = TOKENIZER.convert_tokens_to_ids("p")
+    tokens["goes on"] = TOKENIZER.convert_tokens_to_ids("ne")
+    first = asynchronous.schedule()
+    assert set(first.num_scheduled_tokens) == set(asks)
+    ahead = asynchronous.schedule()
+    assert set(ahead.num_scheduled_tokens) == {"no policy", "free"}
+    asynchronous.update_from_output(first, sampled(first, tokens))
+    assert "ends" not in asynchronous.requests
+    later = asynchronous.schedule()
+    assert set(later.num_scheduled_tokens) == {"goes on", "free"}, "the other choice has ended"
+    assert asynchronous.requests["goes on"].max_tokens == asks["goes on"].max_tokens
 
 
 def test_shadow_requests_are_compared_by_the_choice(model, artifacts, stock, decisions):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -138,6 +138,23 @@ def expect_more_tokens(scheduler: Any, request: Request, count: int) -> None:
 
     if isinstance(scheduler, AsyncScheduler):
         request.num_output_placeholders += count
+
+
+@contextmanager
+def not_ahead(requests: Iterable[Request]) -> Iterator[None]:
+    """Keep `Scheduler.schedule` from scheduling `requests` before their token in flight is known.
+
+    0.32 leaves out those whose token in flight is their last by ``max_tokens``, and reads that for
+    nothing else while it schedules.
+    """
+    asked = [(request, request.max_tokens) for request in requests]
+    for request, _ in asked:
+        request.max_tokens = request.num_output_tokens + 1
+    try:
+        yield
+    finally:
+        for request, max_tokens in asked:
+            request.max_tokens = max_tokens
 
 
 def takes_all(grammar: Any, tokens: list[int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -137,6 +138,22 @@ class AdaInferScheduler(GuardedScheduler, Scheduler):
 
 class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
     """Schedules a step while the last one runs, as on a GPU."""
+
+    @override
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave out requests that the token in flight may end.
+
+        Their next row would be under way when they end, and run all layers that they skip.
+        """
+        with compat.not_ahead(self._may_be_ending()):
+            return super().schedule(*args, **kwargs)
+
+    def _may_be_ending(self) -> Iterator[Request]:
+        if self.admission.has_choices:
+            for request in self.running:
+                first = request.num_output_placeholders == 1 and not request.num_output_tokens
+                if first and self.admission.chooses(request.sampling_params):
+                    yield request
 
 
 def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
