@@ -9,24 +9,25 @@ steps after a choice is decided. Both servers run side by side and take turns.
 With `--exits`, requests leave early, too: a policy for each case is first calibrated on
 DIR/TASK/train.jsonl.
 
+With `--chats`, DIR holds train.jsonl and test.jsonl with chats, see `choice_cases.chat_cases`.
+
 It fails if a request fails, if an answer is none of its choices, or does not end by `stop`.
 """
 
 from __future__ import annotations
 
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import typer
-from bench_probabilities import TASKS
+from choice_cases import Case, chat_cases, task_cases
 from label_requests import post
 from report_files import write_report
 from sending import Sent, send
@@ -36,29 +37,10 @@ from side_by_side import side_by_side
 from tqdm import tqdm
 
 from vllm_adainfer.offline.calibration.calibrate import calibrate
-from vllm_adainfer.offline.calibration.data import read_rows
-from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
 
-MOST_TOKENS = 32
 REPORTED = 1.0  # seconds after the last answer by which counters are up to date
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is asked of the rows of a task."""
-
-    title: str
-    task: str
-    choices: tuple[str, ...]
-
-
-CASES = (
-    Case("SST-2, a token each", "sst2", (" negative", " positive")),
-    Case("TREC, a token each", "trec", tuple(f" {label}" for label in TASKS["trec"].labels)),
-    Case("SST-2, sentences", "sst2", (" negative, as a whole.", " positive, as a whole.")),
-)
 
 
 def main(
@@ -70,69 +52,41 @@ def main(
     compared: Annotated[int, typer.Option(min=1, help="Texts compared, of each case.")] = 800,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     exits: Annotated[bool, typer.Option(help="Calibrate policies, and serve with them.")] = False,
+    chats: Annotated[bool, typer.Option(help="Ask the chats of DIR, not its tasks.")] = False,
 ) -> None:
     """Measure, and write JSON and a Markdown table."""
     with tempfile.TemporaryDirectory() as folder:
+        cases = (chat_cases if chats else task_cases)(model, data_dir, Path(folder))
         switch: dict[str, Any] = {"finish_choices": True}
         if exits:
-            switch = {"artifact": calibrated(model, data_dir, Path(folder))}
+            switch = {"artifact": calibrated(cases)}
         with side_by_side(model, switch, ["--max-model-len", "512"]) as servers:
-            cases = [
-                measured(
-                    servers, case, bodies_of(case, data_dir), requests, alone, compared, rounds
-                )
-                for case in tqdm(CASES, desc="cases")
+            found = [
+                measured(servers, case, requests, alone, compared, rounds)
+                for case in tqdm(cases, desc="cases")
             ]
     report = {
         "model": Path(model).name,
         "requests": requests,
         "alone": alone,
         "rounds": rounds,
-        "cases": cases,
+        "cases": found,
         "provenance": provenance(),
     }
     write_report(output, report, table(report))
 
 
-def calibrated(model: str, data_dir: Path, folder: Path) -> dict[str, str]:
-    """A policy for the choices of each case, by the name of the case."""
-    artifacts = {}
-    for number, case in enumerate(CASES):
-        output = folder / f"policy-{number}"
-        request = CalibrationRequest(
-            model=model,
-            data=data_dir / case.task / "train.jsonl",
-            template=TASKS[case.task].template,
-            label_field="",  # the right answers are not needed, and named otherwise
-            choices=case.choices,
-            output=output,
-        )
-        calibrate(request)
-        artifacts[output.name] = str(output)
-    return artifacts
-
-
-def bodies_of(case: Case, data_dir: Path) -> list[dict[str, Any]]:
-    """A request for each row of the test part, in random order."""
-    rows = read_rows(data_dir / case.task / "test.jsonl")
-    random.Random(0).shuffle(rows)
-    template = TASKS[case.task].template
-    return [
-        {
-            "model": "model",
-            "prompt": template.format_map(row.fields),
-            "temperature": 0,
-            "max_tokens": MOST_TOKENS,
-            "structured_outputs": {"choice": list(case.choices)},
-        }
-        for row in rows
-    ]
+def calibrated(cases: Sequence[Case]) -> dict[str, str]:
+    """A policy for the choices of each case, by the name of its folder."""
+    for case in cases:
+        calibrate(replace(case.calibration, choices=case.choices))
+    outputs = [case.calibration.output for case in cases]
+    return {output.name: str(output) for output in outputs}
 
 
 def measured(
     servers: Mapping[str, Server],
     case: Case,
-    bodies: Sequence[Mapping[str, Any]],
     requests: int,
     alone: int,
     compared: int,
@@ -140,18 +94,18 @@ def measured(
 ) -> dict[str, Any]:
     """Throughput all at once, latency one after the other, and how many texts differ."""
     found: dict[str, Any] = {"title": case.title, "choices": case.choices, STOCK: [], OURS: []}
-    several, few = bodies[:compared], bodies[:alone]
+    several, few = case.bodies[:compared], case.bodies[:alone]
     before = layer_rows(servers[OURS])
     texts = {
-        name: answers(case, turn(server, several, [0.0] * len(several)))
+        name: answers(case, turn(server, case, several, at_once=True))
         for name, server in servers.items()
     }
     pairs = list(zip(texts[STOCK], texts[OURS], strict=True))
     found["compared"], found["differ"] = len(pairs), sum(a != b for a, b in pairs)
     for number in range(rounds):
         for name in list(servers)[:: 1 if number % 2 else -1]:
-            together = turn(servers[name], bodies[:requests], [0.0] * len(bodies[:requests]))
-            single = turn(servers[name], few, None)
+            together = turn(servers[name], case, case.bodies[:requests], at_once=True)
+            single = turn(servers[name], case, few, at_once=False)
             answers(case, together)
             answers(case, single)
             found[name].append(
@@ -174,11 +128,11 @@ def layer_rows(server: Server) -> npt.NDArray[np.float64]:
     return np.array([sum(server.metrics(name).values()) for name in names])
 
 
-def turn(server: Server, bodies: Sequence[Mapping[str, Any]], gaps: Sequence[float] | None) -> Sent:
+def turn(server: Server, case: Case, bodies: Sequence[Mapping[str, Any]], at_once: bool) -> Sent:
     """One run with an empty prefix cache."""
     if not post(server, "/reset_prefix_cache")["success"]:
         raise RuntimeError("the prefix cache is in use by a server that should be idle")
-    return send(server, "/v1/completions", bodies, gaps)
+    return send(server, case.path, bodies, [0.0] * len(bodies) if at_once else None)
 
 
 def answers(case: Case, sent: Sent) -> list[str]:
@@ -189,11 +143,11 @@ def answers(case: Case, sent: Sent) -> list[str]:
 
     """
     found = [answer["choices"][0] for answer in sent.answers]
-    strange = [one for one in found if one["text"] not in case.choices]
-    strange += [one for one in found if one["finish_reason"] != "stop"]
-    if strange:
-        raise RuntimeError(f"not a whole choice: {strange[0]}")
-    return [one["text"] for one in found]
+    texts = [one["text"] if "text" in one else one["message"]["content"] for one in found]
+    for one, text in zip(found, texts, strict=True):
+        if text not in case.choices or one["finish_reason"] != "stop":
+            raise RuntimeError(f"not a whole choice: {one}")
+    return texts
 
 
 def tokens_of(sent: Sent) -> float:
