@@ -68,6 +68,9 @@ Template = Annotated[
     ),
 ]
 LabelField = Annotated[str, typer.Option(help="The field of a row that holds its label.")]
+Lora = Annotated[
+    str, typer.Option(help="NAME=DIR: the LoRA adapter of the requests, by the name they use.")
+]
 Labels = Annotated[str, typer.Option(help="Comma-separated labels: the possible answers.")]
 
 
@@ -115,6 +118,7 @@ def calibrate(
             "requests as --data: those with these choices alone."
         ),
     ] = "",
+    lora: Lora = "",
     probe: Annotated[
         ProbeChoice,
         typer.Option(
@@ -176,6 +180,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="For the split and the folds.")] = 0,
 ) -> None:
     """Fit a policy on your prompts, certify its bound, and write an artifact."""
+    from vllm_adainfer.offline.calibration.adapter import read_adapter
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
     from vllm_adainfer.offline.calibration.choices import names_of as choice_names
     from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
@@ -196,6 +201,7 @@ def calibrate(
             labels=_names(labels),
             label_pool=_names(label_pool),
             choices=choice_names(choices),
+            adapter=read_adapter(lora),
             probe=probe,
             options=PolicyOptions(
                 classifier=classifier,
@@ -237,6 +243,7 @@ def evaluate(
         float | None,
         typer.Option(help="Measure this bound alone; by default all that the artifact has."),
     ] = None,
+    lora: Lora = "",
     report: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the plot here (PNG).")] = None,
     suite: Annotated[
@@ -264,9 +271,10 @@ def evaluate(
 ) -> None:
     """Run stock vLLM and vllm-adainfer on the same prompts, interleaved, and compare them."""
     if suite is not None:
-        if artifact is not None or data is not None or epsilon is not None:
+        if artifact is not None or data is not None or epsilon is not None or lora:
             raise AdaInferError(
-                "--suite has its own data and policies: drop --artifact, --data and --epsilon"
+                "--suite has its own data and policies: drop --artifact, --data, --epsilon and "
+                "--lora"
             )
         from vllm_adainfer.offline.suite.report import markdown
         from vllm_adainfer.offline.suite.run import SuiteRequest, run_suite
@@ -285,6 +293,7 @@ def evaluate(
         return
     if artifact is None or data is None:
         raise AdaInferError("evaluate needs --artifact and --data, or --suite")
+    from vllm_adainfer.offline.calibration.adapter import read_adapter
     from vllm_adainfer.offline.describe import describe_report
     from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest
     from vllm_adainfer.offline.evaluation.evaluate import evaluate as run
@@ -301,6 +310,7 @@ def evaluate(
             max_tokens=max_tokens,
             repeat=repeat,
             epsilon=epsilon,
+            adapter=read_adapter(lora),
             report=report,
             plot=plot,
         )
@@ -333,12 +343,14 @@ def doctor(
             help="Directory or hub id of its artifact. Given both, doctor starts an engine."
         ),
     ] = None,
+    lora: Lora = "",
 ) -> None:
     """Check installation, artifact and model, one line each; exit with 1 if a check failed."""
+    from vllm_adainfer.offline.calibration.adapter import read_adapter
     from vllm_adainfer.offline.doctor.checks import examine
 
     failed = False
-    for finding in examine(model, artifact):
+    for finding in examine(model, artifact, read_adapter(lora)):
         typer.echo(finding)
         failed = failed or finding.failed
     if failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 
 from tests.e2e.oracle import Sequence, head_inputs
 from tests.e2e.scripted import EXIT_AT, FULL, Ran, drawn, parts
@@ -19,7 +21,7 @@ SHARED = np.random.default_rng(0).integers(5, 1000, 80).tolist()
 
 @dataclass
 class Request:
-    """A prompt, its parameters, when it comes and (if it does) when it is aborted.
+    """A prompt, its parameters, when it comes and (if it does) when it is aborted; its adapter.
 
     The prompt of a next turn follows this one's prompt and answer.
     """
@@ -30,6 +32,7 @@ class Request:
     arrives: int = 0
     aborted: int | None = None
     next_turn: Request | None = None
+    adapter: LoRARequest | None = None
 
     def params(self) -> SamplingParams:
         return SamplingParams(
@@ -61,7 +64,9 @@ def drive(llm: Any, requests: list[Request]) -> Pattern:
         for name, request in enumerate(pattern.requests):
             if request.arrives == step:
                 prompt = {"prompt_token_ids": request.prompt}
-                engine.add_request(str(name), prompt, request.params())
+                engine.add_request(
+                    str(name), prompt, request.params(), lora_request=request.adapter
+                )
             if request.aborted == step:
                 engine.abort_request([str(name)])
         known = list(scheduler.requests.values())
@@ -160,11 +165,19 @@ def wrong(
 
 
 def drawn_pattern(
-    llm: Any, kv: str, seed: int, min_rows_saved: int | None = 1
+    llm: Any,
+    kv: str,
+    seed: int,
+    min_rows_saved: int | None = 1,
+    adapters: collections.abc.Sequence[LoRARequest | None] = (None,),
 ) -> tuple[Pattern, dict[str, list[Ran]]]:
     """A random pattern with steps of a random size; few rows may wait in some of them."""
     generator = np.random.default_rng(seed)
     requests = random_requests(generator, int(generator.integers(3, 15)), within=8)
+    for request in requests:
+        request.adapter = adapters[int(generator.integers(len(adapters)))]
+        if request.next_turn is not None:
+            request.next_turn.adapter = request.adapter
     _, _, scheduler = parts(llm)
     before = scheduler.max_num_scheduled_tokens
     scheduler.max_num_scheduled_tokens = int(generator.choice([16, 40, 128]))

@@ -28,17 +28,17 @@ class ScriptedAdmission(Admission):
     def __init__(self) -> None:
         self.records = self.has_pools = self.has_choices = False
 
-    def tag(self, params: Any, prompt: Sequence[int] = ()) -> int:
+    def tag(self, params: Any, prompt: Sequence[int] = (), adapter: Any = None) -> int:
         arguments = params.extra_args or {}
         return int(arguments.get(EXIT_AT, FULL)) if arguments.get("adainfer", 1) else FULL
 
-    def may_exit(self, params: Any) -> bool:
+    def may_exit(self, params: Any, adapter: Any = None) -> bool:
         return self.tag(params) != FULL
 
-    def prompt_saving(self, params: Any) -> None:
+    def prompt_saving(self, params: Any, adapter: Any = None) -> None:
         return None
 
-    def chooses(self, params: Any) -> bool:
+    def chooses(self, params: Any, adapter: Any = None) -> bool:
         return False
 
     def is_shadow(self, request_id: str) -> bool:

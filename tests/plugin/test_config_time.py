@@ -186,7 +186,6 @@ def test_an_epsilon_that_was_not_certified_is_refused(tiny_model, tiny_policy):
         ({"pipeline_parallel_size": 2}, "pipeline parallelism cannot drop rows"),
         ({"prefill_context_parallel_size": 2}, "context parallelism splits a request's rows"),
         ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling bypasses the logits"),
-        ({"enable_lora": True}, "LoRA maps adapters to token rows"),
         ({"runner": "pooling"}, "pooling models have no next token|has no exit points"),
         ({"enable_prompt_embeds": True}, "prompt embeddings enter below"),
         ({"logits_processors": ["some.module:Class"]}, "custom logits processors"),
@@ -213,13 +212,17 @@ def test_unsupported_engine_settings_are_refused_with_what_to_set(
 
 
 @pytest.mark.parametrize(
-    ("quantization", "load_format", "sentence"),
-    [("awq", "auto", "these are quantised"), (None, "dummy", "drop --load-format dummy")],
+    ("quantization", "load_format", "lora", "sentence"),
+    [
+        ("awq", "auto", False, "these are quantised"),
+        (None, "dummy", False, "drop --load-format dummy"),
+        (None, "auto", True, "drop --enable-lora"),
+    ],
 )
 def test_propagate_needs_plain_weights_that_are_loaded(
-    tiny_model, tiny_policy, quantization, load_format, sentence
+    tiny_model, tiny_policy, quantization, load_format, lora, sentence
 ):
-    vllm_config = engine_config(tiny_model, None)
+    vllm_config = engine_config(tiny_model, None, enable_lora=lora)
     vllm_config.model_config.quantization = quantization
     vllm_config.load_config.load_format = load_format
     vllm_config.parallel_config.worker_cls = "auto"

@@ -419,7 +419,7 @@ def test_beside_a_policy_for_probabilities_one_for_the_label_decides_labels(
         "label": policy_that_promises(tiny_model, tmp_path / "label", "disagreement"),
     }
     admission = Admission(Settings(artifact=sources))
-    assert admission.ambiguous == []
+    assert admission.policies.ambiguous == []
     sure, label = DEFAULT, 2 + DEFAULT
     assert admission.tag(reading(label_ids, "the label")) == label
     assert admission.tag(reading(label_ids, "in the vocabulary")) == sure
@@ -435,5 +435,5 @@ def test_two_policies_for_the_same_probabilities_have_to_be_named(tiny_model, tm
         for name in ("one", "two")
     }
     admission = Admission(Settings(artifact=sources))
-    assert admission.ambiguous == [["one", "two"]]
+    assert admission.policies.ambiguous == [["one", "two"]]
     assert admission.tag(reading(label_ids, "in the vocabulary")) == FULL_DEPTH

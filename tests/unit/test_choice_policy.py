@@ -129,7 +129,7 @@ TOKENS = Choices(
 
 
 def calibrated(choices: Choices = TOKENS, **options: Any) -> FittedPolicy:
-    recording = recording_of(labels=False, noise=0.5)
+    recording = recording_of(labels=False, noise=0.2)
     lens, first = (
         recording.logit_lens.of_tokens(choices.first_tokens.token_ids),
         choices.first_tokens,
@@ -258,7 +258,7 @@ def test_where_the_scheduler_does_not_end_choices_their_requests_run_at_full_dep
 
 def test_of_two_policies_for_the_same_choices_a_request_names_one(source):
     admission = Admission(Settings(artifact={"one": source, "other": source}))
-    assert admission.ambiguous == [["one", "other"]]
+    assert admission.policies.ambiguous == [["one", "other"]]
     assert not admission.may_exit(choosing("yes", "no"))
     named = choosing("yes", "no", extra_args={"adainfer_policy": "other"})
     assert admission.may_exit(named)

@@ -214,12 +214,12 @@ def test_a_request_goes_to_the_policy_with_exactly_its_labels_before_a_pool(
     tag = deciding.tag(params)
     assert (None if tag == FULL_DEPTH else tag // 2) == owner
     assert deciding.subset(params) == (ALL if policy == "two" else bits)
-    assert deciding.ambiguous == []
+    assert deciding.policies.ambiguous == []
 
 
 def test_two_pools_that_share_labels_are_told_apart_by_name_alone(admission):
     deciding = admission("tokens", "other")
-    assert deciding.ambiguous == [["tokens", "other"]]
+    assert deciding.policies.ambiguous == [["tokens", "other"]]
     params = request(allowed_token_ids=[11, 12])
     assert deciding.tag(params) == FULL_DEPTH
     named = request(allowed_token_ids=[11, 12], extra_args={"adainfer_policy": "other"})

@@ -121,7 +121,9 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         pass
 
-    def generate(self, prompts: Sequence[Any], params: Any, use_tqdm: bool) -> list[Any]:
+    def generate(
+        self, prompts: Sequence[Any], params: Any, lora_request: None, use_tqdm: bool
+    ) -> list[Any]:
         self.asked += params
         return [self._answer] * len(prompts)
 

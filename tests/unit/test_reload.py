@@ -10,7 +10,7 @@ from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
 from vllm_adainfer.engine import ranks as agreement
 from vllm_adainfer.engine.reload import check_replaces
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact import Artifact, Label, Level
+from vllm_adainfer.policy.artifact import Adapter, Artifact, Label, Level
 from vllm_adainfer.policy.digest import digest_of
 
 STRICT = Level(epsilon=0.01, disagreement=0.0, risk=0.0, bound=0.01, layers_saved=0.1)
@@ -40,6 +40,10 @@ def labels(*ids: int) -> tuple[Label, ...]:
         (
             {"labels": labels(1, 2)},
             "policy reviews has other labels than before: restart the engine",
+        ),
+        (
+            {"adapter": Adapter(name="mood", fingerprint="1")},
+            "policy reviews is for another LoRA adapter than before",
         ),
         (
             {"probe": "logit-lens", "candidates": "full", "labels": ()},

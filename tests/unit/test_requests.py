@@ -30,7 +30,9 @@ def test_recording_keeps_the_tokens_beyond_a_sliding_window():
     )
     running.use_kv_cache(SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)]))
     params = SamplingParams(temperature=0, max_tokens=20, extra_args={ROW_ARG: ROW})
-    prompt = SimpleNamespace(req_id="a", sampling_params=params, prompt_token_ids=[5] * 4)
+    prompt = SimpleNamespace(
+        req_id="a", sampling_params=params, prompt_token_ids=[5] * 4, lora_request=None
+    )
     running.add(prompt)
     for computed in (4, 2 * WINDOW):
         step = running.describe(

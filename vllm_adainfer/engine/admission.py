@@ -1,4 +1,4 @@
-"""Admission: which requests may exit, decided from their sampling parameters alone.
+"""Admission: which requests may exit, decided from their sampling parameters and their adapter.
 
 The scheduler (for the prefix cache) and the worker (for the exit loop) ask the same question and
 must get the same answer; the frontend refuses requests whose settings the engine cannot serve.
@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.config import EXIT_ARG, RequestSettings, Settings, read_request
+from vllm_adainfer.config import RequestSettings, Settings, read_request
 from vllm_adainfer.engine.compat import get_logger
 from vllm_adainfer.engine.deep_prompt import has_deep_prompt
 from vllm_adainfer.engine.ends_choices import why_choices_go_on
-from vllm_adainfer.engine.reads import Read, What, choices_served, has_room, read_of
+from vllm_adainfer.engine.policies import Policies, request_settings
+from vllm_adainfer.engine.reads import Read, What, read_of
 from vllm_adainfer.engine.sample import is_sampled
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import ArtifactConfig
@@ -27,12 +28,12 @@ from vllm_adainfer.policy.script import SCRIPT_LABELS
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
 
 logger = get_logger(__name__)
 
 FULL_DEPTH = -1
 UNLIMITED = 1 << 62
-NOT_UNDERSTOOD = RequestSettings.model_validate({EXIT_ARG: 0})
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Admitted:
         chooses: see `Admission.chooses`.
         deep_prompt: whether its prompt runs at full depth, whatever the tag.
         wants_prompt_logprobs: whether it wants log-probabilities of its prompt's tokens.
-        params: its sampling parameters, from which all this follows.
+        params: its sampling parameters.
+        adapter: its LoRA adapter; None for the base model. From all three this follows.
 
     """
 
@@ -63,6 +65,7 @@ class Admitted:
     deep_prompt: bool
     wants_prompt_logprobs: bool
     params: SamplingParams | None
+    adapter: LoRARequest | None
 
 
 class Admission:
@@ -91,10 +94,10 @@ class Admission:
         self.records = settings.record is not None
         self._settings = settings
         self._logprobs_mode = logprobs_mode
-        self._ends_choices = ends_choices
         if configs is None:
             configs = load_artifact_configs(settings.artifacts)
         self._configs = configs
+        self.policies = Policies(settings, configs, logprobs_mode, ends_choices)
         self.has_pools = any(config.label_pool for config in configs.values())
         self.has_choices = any(config.choices for config in configs.values())
         firsts = first_tags(config.num_tags for config in configs.values())
@@ -123,20 +126,6 @@ class Admission:
             why_choices_go_on(vllm_config, settings) is None,
         )
 
-    @property
-    def ambiguous(self) -> list[list[str]]:
-        """Policies of which a request has to name one."""
-        plain = [config for config in self._configs.values() if not config.choices]
-        sets = {frozenset(config.label_ids) or None for config in plain}
-        # Pools may share labels that none of them has exactly.
-        shared = {one & other for one in sets for other in sets if one and other}
-        sets |= shared | {both - {label} for both in shared for label in both}
-        reads = [Read(what, labels) for labels in sets for what in What]
-        texts = {choices_served(config) for config in self._configs.values()} - {None}
-        reads += [Read(What.CHOICE, None, choices) for choices in texts]
-        groups = {tuple(self._preferred(read)) for read in reads}
-        return [list(names) for names in sorted(groups) if len(names) > 1]
-
     def check(self, params: SamplingParams) -> None:
         """Refuse a request whose settings this engine cannot serve.
 
@@ -157,29 +146,47 @@ class Admission:
                 f"{known}"
             )
         if request.adainfer_epsilon is not None:
-            name = self._policy(request, params) or name
-            configs = self._configs.values() if name is None else [self._configs[name]]
-            for config in configs:
-                config.level_of(request.adainfer_epsilon)
+            self._check_epsilon(request.adainfer_epsilon, name, request, params)
+
+    def _check_epsilon(
+        self, epsilon: float, name: str | None, request: RequestSettings, params: SamplingParams
+    ) -> None:
+        """Refuse what no policy promises that may decide the request; its adapter is not known."""
+        adapters = self.policies.have_adapters
+        name = (None if adapters else self.policies.deciding(request, params, None)) or name
+        refused = []
+        configs = list(self._configs.values()) if name is None else [self._configs[name]]
+        for config in configs:
+            try:
+                config.level_of(epsilon)
+            except AdaInferError as error:
+                refused.append(error)
+        if refused and (len(refused) == len(configs) or not adapters):
+            raise refused[0]
 
     def admit(
-        self, request_id: str, params: SamplingParams | None, prompt: Sequence[int]
+        self,
+        request_id: str,
+        params: SamplingParams | None,
+        prompt: Sequence[int],
+        adapter: LoRARequest | None = None,
     ) -> Admitted:
         """What the worker is to remember of a request."""
         return Admitted(
-            tag=self.tag(params, prompt),
-            subset=self.subset(params),
-            may_exit=self.may_exit(params),
+            tag=self.tag(params, prompt, adapter),
+            subset=self.subset(params, adapter),
+            may_exit=self.may_exit(params, adapter),
             is_shadow=self.is_shadow(request_id),
             prompt=prompt,
             max_tokens=(params and params.max_tokens) or UNLIMITED,
-            chooses=self.chooses(params),
+            chooses=self.chooses(params, adapter),
             deep_prompt=has_deep_prompt(params),
             wants_prompt_logprobs=params is not None and params.prompt_logprobs is not None,
             params=params,
+            adapter=adapter,
         )
 
-    def may_exit(self, params: SamplingParams | None) -> bool:
+    def may_exit(self, params: SamplingParams | None, adapter: LoRARequest | None = None) -> bool:
         """Whether a request with `params` may leave early, at whatever epsilon.
 
         Whatever its prompt asks. The answer does not change when other artifacts replace these, see
@@ -189,26 +196,33 @@ class Admission:
             return False
         if self._settings.exit_script is not None:
             return self._scripted(params) != FULL_DEPTH
-        request = _request_settings(params)
-        if self._policy(request, params) is None:
+        request = request_settings(params)
+        if self.policies.deciding(request, params, adapter) is None:
             return False
         epsilon = request.adainfer_epsilon
         return (self._settings.epsilon if epsilon is None else epsilon) != 0
 
-    def prompt_saving(self, params: SamplingParams | None) -> tuple[str, float] | None:
+    def prompt_saving(
+        self, params: SamplingParams | None, adapter: LoRARequest | None = None
+    ) -> tuple[str, float] | None:
         """The policy of a request, and the share of its prompt's layers that exits save for good.
 
         None if it may not exit, or generates text, where the next token runs what was skipped.
         """
         if params is None or self.records or not self._configs:
             return None
-        name = self._policy(_request_settings(params), params)
+        name = self.policies.deciding(request_settings(params), params, adapter)
         if name is None or self._configs[name].max_tokens > 1:
             return None
         config = self._configs[name]
         return name, config.levels[config.level_of(None)].layers_saved
 
-    def tag(self, params: SamplingParams | None, prompt: Sequence[int] = ()) -> int:
+    def tag(
+        self,
+        params: SamplingParams | None,
+        prompt: Sequence[int] = (),
+        adapter: LoRARequest | None = None,
+    ) -> int:
         """The policy's number for a request with `params`, or `FULL_DEPTH`.
 
         With artifacts the number is a row of the thresholds, numbered across policies; while
@@ -217,12 +231,12 @@ class Admission:
         if params is None:
             return FULL_DEPTH
         if self.records:
-            row = _request_settings(params).adainfer_row
+            row = request_settings(params).adainfer_row
             return FULL_DEPTH if row is None else row
         if self._settings.exit_script is not None:
             return self._scripted(params)
-        request = _request_settings(params)
-        name = self._policy(request, params)
+        request = request_settings(params)
+        name = self.policies.deciding(request, params, adapter)
         if name is None:
             return FULL_DEPTH
         level = self._default_level[name]
@@ -242,51 +256,18 @@ class Admission:
         tag = self._configs[name].tag_of(level, question)
         return FULL_DEPTH if tag is None else self._first_tag[name] + tag
 
-    def chooses(self, params: SamplingParams | None) -> bool:
+    def chooses(self, params: SamplingParams | None, adapter: LoRARequest | None = None) -> bool:
         """Whether a request comes under a policy for choices: its first token alone may exit."""
         if params is None or not self.has_choices:
             return False
-        name = self._policy(_request_settings(params), params)
+        name = self.policies.deciding(request_settings(params), params, adapter)
         return name is not None and bool(self._configs[name].choices)
 
-    def _policy(self, request: RequestSettings, params: SamplingParams) -> str | None:
-        """The policy that may decide a request, None if it runs at full depth."""
-        wanted = request.adainfer
-        if wanted is None:
-            wanted = self._settings.requests != "opt-in"
-        if not wanted:
-            return None
-        read = read_of(params, self._logprobs_mode)
-        if read is None:
-            return None
-        name = request.adainfer_policy
-        preferred = self._preferred(read)
-        if name is None and len(preferred) == 1:
-            [name] = preferred
-        config = None if name is None else self._configs.get(name)
-        if config is None or not read.served_by(config):
-            return None
-        if read.what is What.CHOICE and not (self._ends_choices and has_room(params, config)):
-            return None
-        return name if self._plain(params, read.what, config.max_tokens) else None
-
-    def _preferred(self, read: Read) -> list[str]:
-        """The policies that may serve what a request reads, if it names none.
-
-        Those whose labels are exactly the request's go before those with a pool of more, and then
-        those that promise the token alone, where that is enough: they save more.
-        """
-        configs = {name: config for name, config in self._configs.items() if read.served_by(config)}
-        exact = [name for name, config in configs.items() if read.is_exactly(config)]
-        names = exact or list(configs)
-        tokens = [name for name in names if configs[name].risk != "probability"]
-        return tokens or names
-
-    def subset(self, params: SamplingParams | None) -> int:
+    def subset(self, params: SamplingParams | None, adapter: LoRARequest | None = None) -> int:
         """The labels that a request is about, as bits of its policy's; all if it has no pool."""
         if params is None or not self.has_pools:
             return ALL
-        name = self._policy(_request_settings(params), params)
+        name = self.policies.deciding(request_settings(params), params, adapter)
         read = read_of(params, self._logprobs_mode)
         config = None if name is None else self._configs[name]
         if config is None or not config.label_pool or read is None or read.labels is None:
@@ -295,7 +276,7 @@ class Admission:
 
     def _scripted(self, params: SamplingParams) -> int:
         """Index of the exit point that a request names, if a label head can answer it."""
-        layer = _request_settings(params).adainfer_exit
+        layer = request_settings(params).adainfer_exit
         script = self._settings.exit_script or ()
         if layer is not None and layer not in script:
             logger.warning_once(
@@ -306,43 +287,9 @@ class Admission:
         read = read_of(params, self._logprobs_mode)
         if layer not in script or read != Read(What.TOKEN, frozenset(SCRIPT_LABELS)):
             return FULL_DEPTH
-        return script.index(layer) if self._plain(params, What.TOKEN, UNLIMITED) else FULL_DEPTH
+        covered = self.policies.covers(params, What.TOKEN, UNLIMITED)
+        return script.index(layer) if covered else FULL_DEPTH
 
     def is_shadow(self, request_id: str) -> bool:
         """Whether a request that may exit runs to full depth instead, to be compared."""
         return is_sampled(request_id, self._settings.shadow_rate, "shadow")
-
-    def _plain(self, params: SamplingParams, what: What, max_tokens: int) -> bool:
-        """Whether what is read comes of the unchanged scores, as the calibrated bound assumes.
-
-        A bound calibrated on one token covers one token only; on more, any number. Probabilities in
-        the whole vocabulary are the same at any temperature; ``/generative_scoring`` leaves it at
-        1.
-        """
-        greedy = params.temperature == 0 or what is What.IN_VOCABULARY
-        is_choice = what is What.CHOICE  # which its first token decides
-        return (
-            (params.max_tokens == 1 or max_tokens > 1 or is_choice)
-            and (greedy or self._settings.requests == "all")
-            and params.prompt_logprobs is None
-            and not params.min_tokens
-            and not params.logit_bias
-            and not params.bad_words
-            and (params.structured_outputs is None or is_choice)
-            and params.thinking_token_budget is None
-            and params.repetition_penalty == 1
-            and (params.max_tokens == 1 or not params.presence_penalty)
-            and (params.max_tokens == 1 or not params.frequency_penalty)
-        )
-
-
-def _request_settings(params: SamplingParams) -> RequestSettings:
-    """A request's settings; full depth if they are not valid.
-
-    vLLM's frontend refuses such a request by `Admission.check`; others can reach the engine.
-    """
-    try:
-        return read_request(params.extra_args)
-    except AdaInferError as error:
-        logger.warning_once("a request runs at full depth: %s", str(error))
-        return NOT_UNDERSTOOD

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 from vllm.forward_context import ForwardContext, override_forward_context
 
+from vllm_adainfer.engine.adapters import RowAdapters
 from vllm_adainfer.engine.attention import StepAttention
 from vllm_adainfer.engine.kv_fill import KVFill
 from vllm_adainfer.engine.segment_graphs import Replay, SegmentGraphs
@@ -28,6 +29,7 @@ class CompiledBatch(Batch):
         attention: builds both for other rows of the step.
         graphs: for those rows, where the runner has captured some.
         kv_fill: writes the keys and values of skipped layers, where the KV policy wants them.
+        adapters: of those rows, where LoRA is on.
 
     """
 
@@ -37,14 +39,19 @@ class CompiledBatch(Batch):
     attention: StepAttention
     graphs: SegmentGraphs | None
     kv_fill: KVFill | None
+    adapters: RowAdapters | None
 
     @override
     def run(self, segment: int, states: HiddenStates) -> HiddenStates:
+        if self.adapters is not None:
+            self.adapters.use()
         with override_forward_context(self.context):
             return self.stack.run(segment, self.positions, states)
 
     @override
     def write_last_kv(self, states: HiddenStates) -> None:
+        if self.adapters is not None:
+            self.adapters.use()
         with override_forward_context(without_graphs(self.context)):
             self.stack.write_last_kv(self.positions, states, self.context.slot_mapping)
 
@@ -69,7 +76,8 @@ class CompiledBatch(Batch):
         context = replace(
             without_graphs(self.context), attn_metadata=attn_metadata, slot_mapping=rows.slots
         )
-        return replace(self, positions=rows.positions, context=context)
+        adapters = None if self.adapters is None else self.adapters.step.of_rows(layout)
+        return replace(self, positions=rows.positions, context=context, adapters=adapters)
 
     def replayed(self, layout: RowLayout) -> Batch | None:
         """The rows of `layout` as a batch that replays CUDA graphs, None if none fit them."""

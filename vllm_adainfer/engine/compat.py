@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -261,6 +262,32 @@ def attach_note(output: Any, content: Any) -> None:
 def attached_note(output: Any) -> Any:
     """What `attach_note` sent; None if the worker has run no step."""
     return getattr(output, "adainfer", None)
+
+
+def lora_manager_of(runner: Any) -> Any:
+    """The manager of adapters of a model runner (0.32: of both), None where LoRA is off."""
+    return getattr(runner, "lora_manager", None)
+
+
+def adapter_directory(path: str) -> Path:
+    """Where 0.32 loads an adapter from, by its ``lora_path``, which may be a hub id."""
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    return Path(get_adapter_absolute_path(path))
+
+
+def use_adapters(
+    manager: Any, active: set[Any], rows: tuple[int, ...], requests: tuple[int, ...]
+) -> None:
+    """Map the adapters `active` to rows and to requests, by their numbers.
+
+    0.32's runners make this call for the rows of a step (`LoRAModelRunnerMixin`). The manager
+    remembers the last mapping, and takes no other way to change it: the next step with the same
+    rows would keep what it does not know of.
+    """
+    from vllm.lora.layers import LoRAMapping
+
+    manager.set_active_adapters(active, LoRAMapping(rows, requests, is_prefill=True))
 
 
 def write_kv(attention: Any, keys: Tensor, values: Tensor, slots: Tensor) -> None:

@@ -49,7 +49,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
         logger.info("%s", banner(name, config, settings, logprobs_mode))
         if config.choices and reason is not None:
             logger.warning("policy %s: requests run at full depth, because %s", name, reason)
-    for names in admission.ambiguous:
+    for names in admission.policies.ambiguous:
         logger.warning(
             "policies %s serve the same kind of request: only requests that name one with "
             "adainfer_policy exit early",
@@ -239,8 +239,9 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"speculative decoding reads the hidden states of all rows: drop it, {off}",
         ),
         (
-            vllm_config.lora_config is not None,
-            f"LoRA maps adapters to token rows, which exits move: drop --enable-lora, {off}",
+            settings.kv == "propagate" and vllm_config.lora_config is not None,
+            "kv = propagate makes keys and values without LoRA adapters: set kv to exact, or drop "
+            f"--enable-lora, {off}",
         ),
         (
             vllm_config.kv_transfer_config is not None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from vllm_adainfer.config import read_settings
+from vllm_adainfer.engine.adapters import StepAdapters
 from vllm_adainfer.engine.attention import StepAttention
 from vllm_adainfer.engine.batch import CompiledBatch
 from vllm_adainfer.engine.compat import get_logger
@@ -25,6 +27,7 @@ from vllm_adainfer.engine.ranks import agreed
 from vllm_adainfer.engine.segment_graphs import SegmentGraphs
 from vllm_adainfer.engine.segments import Stack, build_stack
 from vllm_adainfer.exits.batch import StackShape
+from vllm_adainfer.exits.layout import Ints
 from vllm_adainfer.exits.loop import Loop, ScoredAnswers, StepOutput
 from vllm_adainfer.exits.step import StepContext
 from vllm_adainfer.exits.transfer import upload
@@ -53,8 +56,9 @@ class EarlyExit(_Model):
         stack: the model's layers in segments.
         loop: runs the stack; the model runner builds it once the weights are loaded.
         graphs: of the segments, where the runner has captured some.
-        prepared: the step that the next `forward` runs, and what builds its attention metadata; the
-            runner sets it. None for a pass that belongs to no request.
+        prepared: the step that the next `forward` runs, what builds its attention metadata, and its
+            adapters, where LoRA is on; the runner sets it. None for a pass that belongs to no
+            request.
         fingerprint: of the loaded weights.
 
     """
@@ -65,8 +69,9 @@ class EarlyExit(_Model):
     loop: Loop
     graphs: SegmentGraphs | None = None
     fingerprint: str | None = None
-    prepared: tuple[StepContext, StepAttention] | None = None
+    prepared: tuple[StepContext, StepAttention, StepAdapters | None] | None = None
     _output: StepOutput | None = None
+    _adapters: StepAdapters | None = None
     _kv_fill: KVFill | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -176,9 +181,15 @@ class EarlyExit(_Model):
         prepared, self.prepared = self.prepared, None
         if prepared is None:
             return self.stack.profile(positions, input_ids)
-        step, attention = prepared
+        step, attention, self._adapters = prepared
         compiled = CompiledBatch(
-            self.stack, positions, get_forward_context(), attention, self.graphs, self._kv_fill
+            self.stack,
+            positions,
+            get_forward_context(),
+            attention,
+            self.graphs,
+            self._kv_fill,
+            None if self._adapters is None else self._adapters.of_rows(step.layout),
         )
         batch = compiled.replayed(step.layout) or compiled
         self._output = self.loop.run(batch, input_ids, step)
@@ -191,13 +202,20 @@ class EarlyExit(_Model):
             return super().compute_logits(hidden_states)
         logits = self._logits(hidden_states, output.scored)
         for shadow in output.shadows:
-            shadow.compare(logits, super().compute_logits)
+            requests = shadow.requests.cpu().numpy()
+            shadow.compare(logits, partial(self._head, requests=requests))
         return logits
 
+    def _head(self, states: Tensor, requests: Ints) -> Tensor:
+        """Logits [requests, vocabulary] of vLLM's LM head, from its input for `requests`."""
+        if self._adapters is not None:
+            self._adapters.use_for_logits(requests)
+        return super().compute_logits(states)
+
     def _logits(self, hidden_states: Tensor, scored: tuple[ScoredAnswers, ...]) -> Tensor:
-        if not scored:
-            return super().compute_logits(hidden_states)
         count, device = hidden_states.shape[0], hidden_states.device
+        if not scored:
+            return self._head(hidden_states, np.arange(count))
         early = [answers.requests for answers in scored]
         at_full_depth = np.setdiff1d(np.arange(count), np.concatenate(early))
         deep, *places = upload([at_full_depth, *early], device)
@@ -206,7 +224,7 @@ class EarlyExit(_Model):
         size, dtype = self.config.vocab_size, torch.float32 if exact else hidden_states.dtype
         deep_logits = None
         if at_full_depth.size:
-            deep_logits = super().compute_logits(hidden_states[deep])
+            deep_logits = self._head(hidden_states[deep], at_full_depth)
             size, dtype = deep_logits.shape[1], torch.float32 if exact else deep_logits.dtype
         logits = hidden_states.new_full((count, size), -torch.inf, dtype=dtype)
         if deep_logits is not None:

@@ -88,6 +88,11 @@ def check_replaces(
                 f"policy {name} is for a model with {field} = {getattr(new, field)}, this one has "
                 f"{getattr(old, field)}: calibrate for this model"
             )
+    if new.adapter != old.adapter:
+        raise AdaInferError(
+            f"policy {name} is for another LoRA adapter than before, or for other weights of it: "
+            "restart the engine"
+        )
     if not set(new.exit_points) <= set(cuts):
         raise AdaInferError(
             f"policy {name} has exit points {list(new.exit_points)}, this engine only "

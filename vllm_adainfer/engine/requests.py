@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 
 from vllm_adainfer.config import read_settings
+from vllm_adainfer.engine.adapters import StepAdapters
 from vllm_adainfer.engine.admission import FULL_DEPTH, UNLIMITED, Admission, Admitted
 from vllm_adainfer.exits.layout import Bools, Ints, RowLayout
 from vllm_adainfer.exits.loop import Loop
@@ -20,7 +21,15 @@ from vllm_adainfer.exits.step import StepContext
 
 
 class RunningRequests:
-    """Admits requests when they arrive and says what each may do in a step."""
+    """Admits requests when they arrive and says what each may do in a step.
+
+    Attributes:
+        admission: decides.
+        lora_manager: vLLM's, of the worker; None where LoRA is off.
+
+    """
+
+    lora_manager: Any = None
 
     def __init__(self, vllm_config: VllmConfig, loop: Loop) -> None:
         """`loop` runs them."""
@@ -46,14 +55,16 @@ class RunningRequests:
     def add(self, new: Any) -> None:
         """Admit a request of vLLM's `NewRequestData`."""
         self._admitted[new.req_id] = self.admission.admit(
-            new.req_id, new.sampling_params, new.prompt_token_ids
+            new.req_id, new.sampling_params, new.prompt_token_ids, new.lora_request
         )
 
     def use_admission(self, admission: Admission) -> None:
         """Let `admission` decide from now on, also about requests that are already running."""
         self.admission = admission
         for request_id, request in self._admitted.items():
-            self._admitted[request_id] = admission.admit(request_id, request.params, request.prompt)
+            self._admitted[request_id] = admission.admit(
+                request_id, request.params, request.prompt, request.adapter
+            )
 
     def lost_kv(self, request_id: str) -> None:
         """The request was preempted: it starts again, without its blocks."""
@@ -126,6 +137,13 @@ class RunningRequests:
             device=device,
         )
         return self._ran
+
+    def adapters_of(self, step: StepContext) -> StepAdapters | None:
+        """The adapters of a step's requests, None where LoRA is off."""
+        if self.lora_manager is None:
+            return None
+        adapters = [self._admitted[request_id].adapter for request_id in step.request_ids]
+        return StepAdapters(self.lora_manager, adapters)
 
     def _subsets(self, admitted: Sequence[Admitted]) -> Ints | None:
         """[requests], the labels each is about, as bits; None if no policy has a label pool."""

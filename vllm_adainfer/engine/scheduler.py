@@ -80,10 +80,10 @@ class GuardedScheduler(_Scheduler):
         params = request.sampling_params
         if has_deep_prompt(params) and computed < request.num_prompt_tokens:
             return False
-        return self.admission.may_exit(params)
+        return self.admission.may_exit(params, request.lora_request)
 
     def _saving(self, request: Request) -> tuple[str, float] | None:
-        return self.admission.prompt_saving(request.sampling_params)
+        return self.admission.prompt_saving(request.sampling_params, request.lora_request)
 
     def _complete(self, request: Request) -> None:
         """Run the prompt at full depth; the worker first gets the request in this very step."""
@@ -152,7 +152,7 @@ class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
         if self.admission.has_choices:
             for request in self.running:
                 first = request.num_output_placeholders == 1 and not request.num_output_tokens
-                if first and self.admission.chooses(request.sampling_params):
+                if first and self.admission.chooses(request.sampling_params, request.lora_request):
                     yield request
 
 

@@ -160,6 +160,8 @@ class Replay:
 
 def why_not_captured(vllm_config: VllmConfig, groups: Groups) -> str | None:
     """Why graphs of decode steps cannot be captured, None if they can."""
+    if vllm_config.lora_config is not None:
+        return "their buffers hold no adapters (LoRA)"
     for kv_group in groups:
         for group in kv_group:
             builder = group.get_metadata_builder(0)

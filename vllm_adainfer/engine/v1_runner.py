@@ -75,4 +75,4 @@ class AdaInferCPUModelRunner(CPUModelRunner):
             [table.block_size for table in tables],
             self.device,
         )
-        self.model.prepared = step, attention
+        self.model.prepared = step, attention, self.running.adapters_of(step)

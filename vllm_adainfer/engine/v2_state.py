@@ -117,7 +117,7 @@ class AdaInferModelState(DefaultModelState):
             attention = StepAttention(
                 self._own_groups, block_tables, self._block_sizes, self.device
             )
-            self.model.prepared = step, attention
+            self.model.prepared = step, attention, self.running.adapters_of(step)
             if graphs is not None and graphs.serves(step.layout):
                 return {}  # the graphs have their own
         return super().prepare_attn(

@@ -38,6 +38,12 @@ class ExitWorker(_Worker):
         super().init_device()
 
     @override
+    def load_model(self, **kwargs: Any) -> None:
+        """Then tell the running requests who manages their adapters."""
+        super().load_model(**kwargs)
+        self._running.lora_manager = compat.lora_manager_of(self.model_runner)
+
+    @override
     def execute_model(self, scheduler_output: Any) -> Any:
         """vLLM also sends an empty step once the last requests have ended."""
         self._running.ended(scheduler_output.finished_req_ids)

@@ -56,6 +56,7 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
                 f"{config.base_model} ({config.architecture}, {config.layers} layers, weights "
                 f"{config.weights_fingerprint})",
             ),
+            *_adapter(config),
             ("probe", f"{config.probe} on {scored}"),
             ("classifier", f"{config.classifier} on {', '.join(config.features)}"),
             (
@@ -76,6 +77,12 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
             *wrong,
         ]
     )
+
+
+def _adapter(config: ArtifactConfig) -> list[tuple[str, str]]:
+    if config.adapter is None:
+        return []
+    return [("adapter", f"{config.adapter.name} (LoRA, fingerprint {config.adapter.fingerprint})")]
 
 
 def _label_mass(config: ArtifactConfig) -> str:

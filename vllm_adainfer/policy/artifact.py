@@ -85,6 +85,21 @@ class Question(_Strict):
     )
 
 
+class Adapter(BaseModel):
+    """A LoRA adapter that a policy belongs to.
+
+    Attributes:
+        name: by which requests name it.
+        fingerprint: see `vllm_adainfer.policy.adapter_fingerprint`.
+
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    fingerprint: str
+
+
 class ArtifactConfig(_Strict):
     """``config.json``: the model a policy belongs to, and the bounds it was certified for."""
 
@@ -98,6 +113,9 @@ class ArtifactConfig(_Strict):
         None, gt=0, description="Size of the LM head's input, if it is not the hidden size."
     )
     weights_fingerprint: str
+    adapter: Adapter | None = Field(
+        None, description="The LoRA adapter of the requests that it decides; none: the base model."
+    )
     exit_points: tuple[int, ...] = Field(min_length=1)
     probe: ProbeKind
     candidates: Candidates

@@ -45,13 +45,17 @@ def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
     options, hf_config, examples = request.options, prompts.hf_config, prompts.examples
     layers = _layers(options.exit_points, hf_config.num_hidden_layers)
     lens_prompts = len(prompts.split.fit) if prompts.probe == "lens" else 0
+    adapter = request.adapter
+    settings = {} if adapter is None else adapter.engine_settings
     with recording_engine(
-        request.model, hf_config, examples, layers, lens_prompts, options.max_tokens
+        request.model, hf_config, examples, layers, lens_prompts, options.max_tokens, **settings
     ) as engine:
         labels = [label.token_id for label in prompts.labels]
         if prompts.choices is not None:
             labels = prompts.choices.first_tokens.token_ids.tolist()
-        recording = record(engine, examples, labels, layers, options.max_tokens)
+        recording = record(
+            engine, examples, labels, layers, options.max_tokens, adapter and adapter.request
+        )
     if prompts.choices is not None:
         return replace(recording, tokens=prompts.choices.decided_by(recording.tokens))
     return recording
@@ -76,7 +80,12 @@ def fit_and_certify(
             f"{epsilon:g}: raise --epsilon, give more rows, or try another --probe"
         )
     return write_artifact(
-        policy, request.model, prompts.hf_config, request.template, request.output
+        policy,
+        request.model,
+        prompts.hf_config,
+        request.template,
+        request.output,
+        None if request.adapter is None else request.adapter.described,
     )
 
 

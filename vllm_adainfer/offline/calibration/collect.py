@@ -26,6 +26,7 @@ from vllm_adainfer.policy.probe import Probe, logit_lens_of
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
 Ints = npt.NDArray[np.int64]
 
@@ -90,6 +91,7 @@ def recording_engine(
     layers: Sequence[int],
     lens_prompts: int = 0,
     max_tokens: int = 1,
+    **settings: Any,
 ) -> Iterator[LLM]:
     """An engine for `record` that keeps the states after `layers`.
 
@@ -101,12 +103,13 @@ def recording_engine(
         lens_prompts: how many prompts, from the first on, a lens may learn from: their rows are
             summed. Rows in the prefix cache are not run again, so a shared prefix counts once.
         max_tokens: tokens to generate after a prompt.
+        settings: further arguments of `vllm.LLM`.
 
     """
     switch: dict[str, Any] = {"record": [*layers, hf_config.num_hidden_layers]}
     if lens_prompts:
         switch["record_lens"] = {"folds": FOLDS, "prompts": lens_prompts}
-    engine = start_engine(model, examples, switch, max_tokens)
+    engine = start_engine(model, examples, switch, max_tokens, **settings)
     try:
         yield engine
     finally:
@@ -119,6 +122,7 @@ def record(
     labels: Sequence[int],
     layers: Sequence[int],
     max_tokens: int = 1,
+    adapter: LoRARequest | None = None,
 ) -> Recording:
     """Run `examples` through an engine of `recording_engine`; each token is a decision row.
 
@@ -129,6 +133,7 @@ def record(
             restricted to its own.
         layers: those of the engine.
         max_tokens: tokens to generate after a prompt, unless the text ends earlier.
+        adapter: of all prompts; None for the base model.
 
     Raises:
         AdaInferError: a token was not recorded.
@@ -141,6 +146,7 @@ def record(
             greedy(example.labels or labels, {ROW_ARG: row}, max_tokens)
             for row, example in enumerate(examples)
         ],
+        lora_request=adapter,
         use_tqdm=sys.stderr.isatty(),  # vLLM 0.32 divides by zero where TQDM_DISABLE is set
     )
     with tempfile.TemporaryDirectory() as directory:

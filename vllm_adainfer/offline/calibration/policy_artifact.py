@@ -14,14 +14,19 @@ from vllm_adainfer.offline.calibration.card import model_card, risk_plot
 from vllm_adainfer.offline.calibration.certify import held_out_path
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.policy.artifact import ArtifactConfig, Level, Question
+from vllm_adainfer.policy.artifact import Adapter, ArtifactConfig, Level, Question
 from vllm_adainfer.policy.artifact_files import save_artifact
 from vllm_adainfer.policy.kinds import Candidates, features_of_risk
 from vllm_adainfer.policy.probe import Probe
 
 
 def write_artifact(
-    policy: FittedPolicy, model: str, hf_config: Any, template: str | None, directory: Path
+    policy: FittedPolicy,
+    model: str,
+    hf_config: Any,
+    template: str | None,
+    directory: Path,
+    adapter: Adapter | None = None,
 ) -> ArtifactConfig:
     """Write a policy that certified its own epsilon.
 
@@ -31,13 +36,14 @@ def write_artifact(
         hf_config: the model's config.
         template: of the prompts, as it was given.
         directory: of the artifact.
+        adapter: of its requests; None for the base model.
 
     Raises:
         AdaInferError: `directory` cannot be written.
 
     """
     name = Path(model).name if Path(model).is_dir() else model
-    config = policy_config(policy, name, hf_config)
+    config = policy_config(policy, name, hf_config, adapter)
     details = {
         "template": template,
         "labels": [label.name for label in policy.calibration.labels],
@@ -54,7 +60,9 @@ def write_artifact(
     return config
 
 
-def policy_config(policy: FittedPolicy, model: str, hf_config: Any) -> ArtifactConfig:
+def policy_config(
+    policy: FittedPolicy, model: str, hf_config: Any, adapter: Adapter | None = None
+) -> ArtifactConfig:
     """``config.json``; `model` is the name of the model, `hf_config` its config."""
     calibration = policy.calibration
     recording, options, bound = calibration.recording, calibration.options, calibration.bound
@@ -68,6 +76,7 @@ def policy_config(policy: FittedPolicy, model: str, hf_config: Any) -> ArtifactC
         vocab_size=hf_config.vocab_size,
         head_size=None if head_size == hf_config.hidden_size else head_size,
         weights_fingerprint=recording.fingerprint,
+        adapter=adapter,
         exit_points=tuple(exit.layer for exit in policy.exits),
         probe=calibration.target.kind,
         candidates="labels" if calibration.labels else candidates,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
 from vllm_adainfer.offline.calibration.choices import (
     Choices,
@@ -50,6 +51,7 @@ class CalibrationRequest:
     labels: tuple[str, ...] = ()
     label_pool: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    adapter: NamedAdapter | None = None
     probe: ProbeChoice = "auto"
     options: PolicyOptions = field(default_factory=PolicyOptions)
 

@@ -16,6 +16,7 @@ from vllm_adainfer import __version__
 from vllm_adainfer.config import KILL_SWITCH
 from vllm_adainfer.engine.architectures import MODELS
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.adapter import NamedAdapter, adapter_for
 from vllm_adainfer.offline.doctor.finding import Finding
 
 if TYPE_CHECKING:
@@ -31,12 +32,15 @@ PLUGIN_FILTER = "VLLM_PLUGINS"
 AUDIO = ("torchaudio", "torchcodec")
 
 
-def examine(model: str | None, artifact: str | None) -> Iterator[Finding]:
+def examine(
+    model: str | None, artifact: str | None, adapter: NamedAdapter | None = None
+) -> Iterator[Finding]:
     """Make every check that the arguments allow, the cheap ones first.
 
     Args:
         model: directory or hub id; None skips the checks that need a model.
         artifact: directory or hub id; None skips the checks that need an artifact.
+        adapter: the LoRA adapter that the artifact is for, if it is for one.
 
     """
     healthy = True
@@ -51,6 +55,12 @@ def examine(model: str | None, artifact: str | None) -> Iterator[Finding]:
         return
     config, findings = examine_artifact(artifact)
     yield from findings
+    if config is not None:
+        try:
+            adapter_for(config, adapter)
+        except AdaInferError as error:
+            yield Finding("FAIL", f"adapter: {error}")
+            config = None
     served, findings = examine_model(model, config)
     yield from findings
     if model is None or artifact is None:
@@ -60,7 +70,7 @@ def examine(model: str | None, artifact: str | None) -> Iterator[Finding]:
     else:
         from vllm_adainfer.offline.doctor.smoke import examine_engine
 
-        yield from examine_engine(model, artifact, config, *served)
+        yield from examine_engine(model, artifact, config, *served, adapter)
 
 
 def versions() -> Finding:

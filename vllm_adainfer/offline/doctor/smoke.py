@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.config import EXIT_ARG
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.collect import greedy
 from vllm_adainfer.offline.calibration.data import Example, Row, make_examples, read_template
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
@@ -21,6 +22,7 @@ from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.lora.request import LoRARequest
 
 SENTENCES = (
     "A warm and clever film that I would gladly see again.",
@@ -33,7 +35,12 @@ SENTENCES = (
 
 
 def examine_engine(
-    model: str, artifact: str, config: ArtifactConfig, hf_config: Any, tokenizer: Any
+    model: str,
+    artifact: str,
+    config: ArtifactConfig,
+    hf_config: Any,
+    tokenizer: Any,
+    adapter: NamedAdapter | None = None,
 ) -> Iterator[Finding]:
     """Start an engine with the artifact; run short requests with exits and at full depth.
 
@@ -43,20 +50,23 @@ def examine_engine(
         config: of the artifact.
         hf_config: of the model.
         tokenizer: of the model.
+        adapter: of the artifact; None for the base model.
 
     """
     room = room_for(config.choices) if config.choices else 1
     longest = hf_config.max_position_embeddings - room
     examples = smoke_examples(_template_of(artifact), tokenizer, longest)
     try:
-        engine = start_engine(model, examples, {"artifact": artifact}, room)
+        settings = {} if adapter is None else adapter.engine_settings
+        engine = start_engine(model, examples, {"artifact": artifact}, room, **settings)
     except AdaInferError as error:
         yield Finding("FAIL", f"engine: {error}")
         return
     try:
         yield _served_by_us(engine)
-        early = _send(engine, config, examples, None)
-        full = _send(engine, config, examples, {EXIT_ARG: 0})
+        lora = adapter and adapter.request
+        early = _send(engine, config, examples, None, lora)
+        full = _send(engine, config, examples, {EXIT_ARG: 0}, lora)
         yield exits_found(early, full, config.layers)
         yield full_depth_found(full, config.layers)
     except AdaInferError as error:  # from `stats`
@@ -170,6 +180,7 @@ def _send(
     config: ArtifactConfig,
     examples: Sequence[Example],
     extra_args: dict[str, Any] | None,
+    adapter: LoRARequest | None,
 ) -> Sent:
     """Generate a greedy token or choice for each of `examples`, from an empty prefix cache."""
     engine.reset_prefix_cache()
@@ -179,6 +190,7 @@ def _send(
         choice_params(config.choices, extra_args)
         if config.choices
         else greedy(config.label_ids, extra_args),
+        lora_request=adapter,
         use_tqdm=False,
     )
     after = stats(engine)

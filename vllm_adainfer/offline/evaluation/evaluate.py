@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.engine.reads import Read, What
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.adapter import NamedAdapter, adapter_for
 from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
 from vllm_adainfer.offline.calibration.choices import common_choices, find_choices, with_labels
 from vllm_adainfer.offline.calibration.data import (
@@ -42,6 +43,7 @@ from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.lora.request import LoRARequest
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class EvaluationRequest:
     repeat: int = 3
     max_tokens: int | None = None
     epsilon: float | None = None
+    adapter: NamedAdapter | None = None
     report: Path | None = None
     plot: Path | None = None
 
@@ -76,6 +79,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
         if path is not None:
             check_file(path)
     config = load_artifact_config(request.artifact)
+    adapter = adapter_for(config, request.adapter)
     rows = read_rows(request.data)
     hf_config, tokenizer = load_config_and_tokenizer(request.model)
     config.check_served_by(hf_config)
@@ -96,6 +100,8 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     epsilons = [NEVER_EXIT, *(level.epsilon for level in config.levels)]
     what = what_is_read(config)
     settings = engine_settings(what, config.labels)
+    if adapter is not None:
+        settings |= adapter.engine_settings
     # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
     switch = {"artifact": request.artifact}
     ours = start_engine(request.model, examples, switch, room, **settings)
@@ -112,10 +118,13 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
                 max_tokens,
                 what,
                 config.choices,
+                adapter and adapter.request,
             )
             texts = None
             if max_tokens > 1:
-                texts = _read_texts(stock, examples, rounds[0], config.epsilon)
+                texts = _read_texts(
+                    stock, examples, rounds[0], config.epsilon, adapter and adapter.request
+                )
         finally:
             stop_engine(stock)
     finally:
@@ -245,6 +254,7 @@ def _read_texts(
     examples: Sequence[Example],
     first_round: tuple[Run, dict[float, Run]],
     epsilon: float,
+    adapter: LoRARequest | None,
 ) -> dict[str, Any]:
     """Compare whole texts with those of never exiting: stock's, and ours at `epsilon`."""
     baseline, by_epsilon = first_round
@@ -252,7 +262,7 @@ def _read_texts(
     return {
         name: {
             **asdict(compare(texts, never)),
-            "read_back": asdict(read_back(stock, prompts, texts)),
+            "read_back": asdict(read_back(stock, prompts, texts, adapter)),
         }
         for name, texts in (
             ("stock", baseline.texts),

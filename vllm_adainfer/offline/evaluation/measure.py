@@ -23,6 +23,7 @@ from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.lora.request import LoRARequest
 
 WARM_UP = 64
 
@@ -37,6 +38,7 @@ def measure(
     max_tokens: int = 1,
     what: What = What.TOKEN,
     choices: Sequence[Choice] = (),
+    adapter: LoRARequest | None = None,
 ) -> list[tuple[Run, dict[float, Run]]]:
     """Warm up, then run `repeat` rounds: stock once, then vllm-adainfer at each epsilon.
 
@@ -51,12 +53,13 @@ def measure(
         max_tokens: tokens to generate after a prompt.
         what: the requests read; both engines were started with its `engine_settings`.
         choices: that they choose from, if they read a choice.
+        adapter: of all requests; None for the base model.
 
     Returns:
         for each round, stock's run and ours by epsilon.
 
     """
-    asked = labels, choices, max_tokens, what
+    asked = labels, choices, max_tokens, what, adapter
     _run(stock, examples[:WARM_UP], None, *asked)
     _run(ours, examples[:WARM_UP], epsilons[-1], *asked)
     rounds = []
@@ -81,6 +84,7 @@ def _run(
     choices: Sequence[Choice],
     max_tokens: int,
     what: What,
+    adapter: LoRARequest | None,
 ) -> Run:
     """One pass from an empty prefix cache; `epsilon` is None for stock vLLM."""
     engine.reset_prefix_cache()
@@ -95,7 +99,7 @@ def _run(
     ]
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
     start = time.perf_counter()
-    outputs = engine.generate(prompts, params, use_tqdm=False)
+    outputs = engine.generate(prompts, params, lora_request=adapter, use_tqdm=False)
     seconds = time.perf_counter() - start
     texts = [list(output.outputs[0].token_ids) for output in outputs]
     if choices:

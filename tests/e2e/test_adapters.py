@@ -1,0 +1,117 @@
+"""With LoRA adapters, rows keep their adapter through every cut, and policies decide for theirs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+
+from tests.adapters import PROJECTIONS, merged, save_adapter
+from tests.conftest import tiny_engine
+from tests.e2e.oracle import TIE, hidden_states
+from tests.e2e.patterns import drawn_pattern, wrong
+from tests.full import needed
+from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
+from vllm_adainfer import stats
+from vllm_adainfer.offline.calibration.adapter import read_adapter
+
+MODULES = {
+    "all": PROJECTIONS,
+    "few": ("q_proj", "down_proj"),
+    "values": ("v_proj",),
+    "head": (*PROJECTIONS, "lm_head"),
+}
+# One slot more than there are adapters: on a CPU, vLLM 0.32 gives rows without an adapter the one
+# in the last slot (its pull requests 48421 and 49656).
+SETTINGS = {"enable_lora": True, "max_loras": len(MODULES) + 1, "max_lora_rank": 8}
+CACHE = {"max_model_len": 320, "kv_cache_memory_bytes": 8 << 20}
+_GENERATOR = np.random.default_rng(3)
+PROMPTS = [_GENERATOR.integers(5, 1000, 1 + 7 * i % 60).tolist() for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def adapters(reference, tmp_path_factory) -> list[LoRARequest]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [
+        LoRARequest(name, number, str(save_adapter(reference, folder / name, number, modules)))
+        for number, (name, modules) in enumerate(MODULES.items(), start=1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def references(reference, adapters) -> dict[str | None, Any]:
+    """The oracle's model for each adapter, by its name; None for the base."""
+    oracles = {one.lora_name: merged(reference, Path(one.lora_path)) for one in adapters}
+    return {None: reference, **oracles}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model, adapters, tmp_path_factory) -> Any:
+    """Policies for the base and the first two adapters; requests preempt each other."""
+    folder = tmp_path_factory.mktemp("policies")
+    artifacts = {"base": str(tiny_artifact(tiny_model, folder / "base"))}
+    for adapter in adapters[:2]:
+        described = read_adapter(f"{adapter.lora_name}={adapter.lora_path}").described
+        directory = folder / adapter.lora_name
+        artifacts[f"for-{adapter.lora_name}"] = str(
+            tiny_artifact(tiny_model, directory, adapter=described)
+        )
+    switch = {"artifact": artifacts, "min_rows_saved": 1}
+    return tiny_engine(tiny_model, switch, num_gpu_blocks_override=12, **CACHE, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_model) -> Any:
+    return tiny_engine(tiny_model, None, num_gpu_blocks_override=12, **CACHE, **SETTINGS)
+
+
+@pytest.mark.parametrize("seed", needed(2, of=range(12)))
+def test_drawn_exits_of_requests_with_and_without_adapters_reproduce_the_oracle(
+    engine, adapters, references, seed
+):
+    pattern, ran = drawn_pattern(engine, "exact", 500 + seed, adapters=[None, *adapters])
+    for name, request in enumerate(pattern.requests):
+        own = references[request.adapter and request.adapter.lora_name]
+        assert wrong(own, "exact", pattern, name, ran) == [], request.adapter
+
+
+def test_requests_that_never_exit_are_those_of_stock_bit_for_bit(engine, stock, adapters):
+    params = SamplingParams(temperature=0, max_tokens=5, logprobs=3)
+    asked = [[None, *adapters][i % (1 + len(adapters))] for i in range(len(PROMPTS))]
+    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+
+    def answers(llm: Any) -> list[Any]:
+        llm.reset_prefix_cache()
+        outputs = llm.generate(inputs, params, lora_request=asked, use_tqdm=False)
+        return [(out.outputs[0].token_ids, out.outputs[0].logprobs) for out in outputs]
+
+    assert answers(engine) == answers(stock)
+
+
+def test_a_request_leaves_by_the_policy_of_its_adapter_alone(
+    engine, tiny_model, adapters, references
+):
+    config = tiny_config(tiny_model)
+    head = tiny_tensors(config)[f"exit.{EXIT_POINTS[0]}.head_weight"]
+    params = SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=list(config.label_ids))
+    asked = [[None, *adapters][i % (1 + len(adapters))] for i in range(len(PROMPTS))]
+    inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    engine.reset_prefix_cache()
+    before = Counter(stats(engine)["exit_histogram"])
+    outputs = engine.generate(inputs, params, lora_request=asked, use_tqdm=False)
+    left = Counter(stats(engine)["exit_histogram"]) - before
+    leaving = [None, *adapters[:2]]
+    assert left[EXIT_POINTS[0]] == sum(one in leaving for one in asked)
+    assert left[LAYERS] == len(asked) - left[EXIT_POINTS[0]]
+    for prompt, adapter, output in zip(PROMPTS, asked, outputs, strict=True):
+        if adapter in leaving:
+            own = references[adapter and adapter.lora_name]
+            scores = (head @ hidden_states(own, prompt)[EXIT_POINTS[0]][-1]).tolist()
+            if abs(scores[0] - scores[1]) > TIE:
+                best = config.label_ids[scores.index(max(scores))]
+                assert output.outputs[0].token_ids == [best]

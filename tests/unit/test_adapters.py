@@ -1,0 +1,210 @@
+"""A policy belongs to a base model and an adapter: requests find it by both."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+
+from tests.adapters import PROJECTIONS, save_adapter
+from tests.tiny import tiny_artifact, tiny_config
+from vllm_adainfer.config import Settings
+from vllm_adainfer.engine.adapters import StepAdapters
+from vllm_adainfer.engine.admission import FULL_DEPTH, Admission
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.offline.calibration.adapter import adapter_for, read_adapter
+from vllm_adainfer.policy.adapter_fingerprint import adapter_fingerprint
+
+BASE, ADAPTED = 1, 3  # tags: the second level of the first policy, and of the second
+
+
+@pytest.fixture(scope="module")
+def saved(reference, tmp_path_factory) -> Path:
+    return save_adapter(reference, tmp_path_factory.mktemp("adapters") / "mood", seed=1)
+
+
+@pytest.fixture(scope="module")
+def admission(tiny_model, saved, tmp_path_factory) -> Admission:
+    folder = tmp_path_factory.mktemp("policies")
+    adapter = read_adapter(f"mood={saved}").described
+    sources = {
+        "base": str(tiny_artifact(tiny_model, folder / "base")),
+        "adapted": str(tiny_artifact(tiny_model, folder / "adapted", adapter=adapter)),
+    }
+    return Admission(Settings(artifact=sources))
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_model) -> Any:
+    labels = list(tiny_config(tiny_model).label_ids)
+
+    def request(**extra_args: Any) -> SamplingParams:
+        plain = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": labels}
+        return SamplingParams(**plain, extra_args=extra_args)
+
+    return request
+
+
+def changed(saved: Path, directory: Path) -> Path:
+    """Another adapter: the same with other weights."""
+    shutil.copytree(saved, directory)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    save_file(
+        {name: 2 * one for name, one in tensors.items()}, directory / "adapter_model.safetensors"
+    )
+    return directory
+
+
+def test_a_request_finds_its_policy_by_its_adapter(admission, asked, saved, tmp_path):
+    mood = LoRARequest("mood", 1, str(saved))
+    assert admission.tag(asked()) == BASE
+    assert admission.tag(asked(), adapter=mood) == ADAPTED
+    elsewhere = shutil.copytree(saved, tmp_path / "copy")
+    assert admission.tag(asked(), adapter=LoRARequest("mood", 7, str(elsewhere))) == ADAPTED
+    assert admission.policies.ambiguous == []
+
+
+@pytest.mark.parametrize("other", ["of another name", "of other weights", "that is none"])
+def test_a_request_with_an_adapter_without_a_policy_runs_all_layers(
+    admission, asked, saved, tmp_path, other
+):
+    adapter = {
+        "of another name": lambda: LoRARequest("taste", 1, str(saved)),
+        "of other weights": lambda: LoRARequest("mood", 1, str(changed(saved, tmp_path / "other"))),
+        "that is none": lambda: LoRARequest("mood", 1, str(tmp_path)),
+    }[other]()
+    assert admission.tag(asked(), adapter=adapter) == FULL_DEPTH
+    assert not admission.may_exit(asked(), adapter)
+    assert admission.prompt_saving(asked(), adapter) is None
+    assert not admission.chooses(asked(), adapter)
+
+
+def test_naming_the_policy_of_another_adapter_is_no_way_to_it(admission, asked, saved):
+    mood = LoRARequest("mood", 1, str(saved))
+    assert admission.tag(asked(adainfer_policy="adapted")) == FULL_DEPTH
+    assert admission.tag(asked(adainfer_policy="base"), adapter=mood) == FULL_DEPTH
+    assert admission.tag(asked(adainfer_policy="adapted"), adapter=mood) == ADAPTED
+
+
+def test_an_epsilon_is_refused_where_no_policy_certifies_it(admission, asked):
+    """The frontend does not know the adapter of a request."""
+    admission.check(asked(adainfer_epsilon=0.02))
+    with pytest.raises(AdaInferError, match="stricter than the artifact's strictest"):
+        admission.check(asked(adainfer_epsilon=0.001))
+
+
+def test_without_policies_for_adapters_requests_with_one_run_all_layers(tiny_policy, asked, saved):
+    admission = Admission(Settings(artifact=str(tiny_policy)))
+    assert admission.tag(asked()) == BASE
+    assert admission.tag(asked(), adapter=LoRARequest("mood", 1, str(saved))) == FULL_DEPTH
+
+
+def test_a_fingerprint_is_of_weights_and_scale_wherever_they_lie(saved, tmp_path):
+    found = adapter_fingerprint(saved)
+    copied = shutil.copytree(saved, tmp_path / "copy")
+    config = copied / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "base_model_name_or_path": "elsewhere"}))
+    assert adapter_fingerprint(copied) == found
+    assert adapter_fingerprint(changed(saved, tmp_path / "other")) != found
+    config.write_text(json.dumps({**settings, "lora_alpha": 16}))
+    assert adapter_fingerprint(copied) != found
+
+
+def test_adapters_are_mapped_to_the_rows_that_are_left(monkeypatch):
+    told: list[Any] = []
+    monkeypatch.setattr(
+        "vllm_adainfer.engine.compat.use_adapters", lambda *arguments: told.append(arguments[2:])
+    )
+    first, second = LoRARequest("first", 4, "a"), LoRARequest("second", 9, "b")
+    step = StepAdapters(None, [first, None, second, first])
+    layout = RowLayout(np.array([2, 3, 1, 2]), np.array([1, 2, 0, 1]))
+    step.of_rows(layout).use()
+    step.of_rows(layout.only(np.array([1, 2]))).use()
+    step.of_rows(layout.last_only()).use()
+    step.use_for_logits(np.array([3, 1]))
+    step.use_for_logits(np.array([], dtype=np.int64))
+    assert told == [
+        ((4, 4, 0, 0, 0, 9, 4, 4), (4, 0, 9, 4)),
+        ((0, 0, 0, 9), (0, 9)),
+        ((4, 0, 9, 4), (4, 0, 9, 4)),
+        ((4, 0), (4, 0)),
+    ]
+
+
+def nothing(_saved: Path, folder: Path) -> str:
+    return f"mood={folder}"
+
+
+def no_name(saved: Path, _folder: Path) -> str:
+    return str(saved)
+
+
+def not_json(saved: Path, folder: Path) -> str:
+    copied = shutil.copytree(saved, folder / "copy")
+    (copied / "adapter_config.json").write_text("r = 4")
+    return f"mood={copied}"
+
+
+def with_rank(rank: Any) -> Any:
+    def spoilt(saved: Path, folder: Path) -> str:
+        copied = shutil.copytree(saved, folder / "copy")
+        config = copied / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "r": rank}))
+        return f"mood={copied}"
+
+    return spoilt
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "sentence"),
+    [
+        (no_name, "give the name of requests and a directory, NAME=DIR"),
+        (nothing, "is not a LoRA adapter: it needs adapter_config.json and adapter_model.safe"),
+        (not_json, "adapter_config.json is not the config of a LoRA adapter: Expecting value"),
+        (with_rank("4"), "r = '4' is not a rank that vLLM serves"),
+        (with_rank(4096), "r = 4096 is not a rank that vLLM serves"),
+    ],
+)
+def test_what_is_no_adapter_is_refused_in_one_sentence(saved, tmp_path, spoilt, sentence):
+    with pytest.raises(AdaInferError, match=sentence):
+        read_adapter(spoilt(saved, tmp_path))
+
+
+def test_an_adapter_of_the_head_is_refused_because_probes_read_that_of_the_base(
+    reference, tmp_path
+):
+    directory = save_adapter(reference, tmp_path / "head", 1, [*PROJECTIONS, "lm_head"])
+    with pytest.raises(AdaInferError, match="the adapter mood changes lm_head"):
+        read_adapter(f"mood={directory}")
+
+
+def test_an_artifact_goes_with_its_adapter_alone(tiny_model, saved, tmp_path):
+    mood = read_adapter(f"mood={saved}")
+    base, adapted = tiny_config(tiny_model), tiny_config(tiny_model, adapter=mood.described)
+    assert adapter_for(base, None) is None
+    assert adapter_for(adapted, mood) is mood
+    renamed = read_adapter(f"taste={saved}")
+    other = read_adapter(f"mood={changed(saved, tmp_path / 'other')}")
+    for config, adapter, sentence in [
+        (base, mood, "calibrated for the base model: drop --lora"),
+        (adapted, None, "with a LoRA adapter: give --lora mood=DIR"),
+        (adapted, renamed, "with a LoRA adapter: give --lora mood=DIR"),
+        (adapted, other, "calibrated with another adapter mood: its fingerprint is"),
+    ]:
+        with pytest.raises(AdaInferError, match=sentence):
+            adapter_for(config, adapter)
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 1), (2, 8), (8, 8), (17, 32), (512, 512)])
+def test_the_engine_has_room_for_the_rank(saved, tmp_path, rank, room):
+    adapter = read_adapter(with_rank(rank)(saved, tmp_path))
+    assert adapter.engine_settings["max_lora_rank"] == room

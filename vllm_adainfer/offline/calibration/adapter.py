@@ -1,0 +1,99 @@
+"""The LoRA adapter that a policy is calibrated or measured with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.adapter_fingerprint import CONFIG, adapter_fingerprint
+from vllm_adainfer.policy.artifact import Adapter, ArtifactConfig
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 makes room for
+
+
+@dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter as ``--lora NAME=DIR`` gives it.
+
+    Attributes:
+        name: by which requests name it.
+        directory: with its files.
+        rank: of its matrices.
+
+    """
+
+    name: str
+    directory: Path
+    rank: int
+
+    @property
+    def described(self) -> Adapter:
+        """As an artifact knows it."""
+        return Adapter(name=self.name, fingerprint=adapter_fingerprint(self.directory))
+
+    @property
+    def engine_settings(self) -> dict[str, Any]:
+        """Arguments of `vllm.LLM`."""
+        fitting = [rank for rank in RANKS if rank >= self.rank]
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(fitting)}
+
+    @property
+    def request(self) -> LoRARequest:
+        """Of `LLM.generate`."""
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(self.name, 1, str(self.directory.absolute()))
+
+
+def read_adapter(text: str) -> NamedAdapter | None:
+    """The adapter of ``--lora``; None if there is none.
+
+    Raises:
+        AdaInferError: it is not NAME=DIR with an adapter that policies can be for.
+
+    """
+    if not text:
+        return None
+    name, _, place = text.partition("=")
+    directory = Path(place)
+    if not name or not place:
+        raise AdaInferError(f"--lora {text}: give the name of requests and a directory, NAME=DIR")
+    adapter_fingerprint(directory)
+    settings = json.loads((directory / CONFIG).read_text())
+    rank, modules = settings.get("r"), settings.get("target_modules") or ()
+    if not isinstance(rank, int) or not 0 < rank <= RANKS[-1]:
+        raise AdaInferError(f"{directory / CONFIG}: r = {rank!r} is not a rank that vLLM serves")
+    if "lm_head" in modules or "lm_head" in (settings.get("modules_to_save") or ()):
+        raise AdaInferError(
+            f"the adapter {name} changes lm_head, and probes read the base model's: merge the "
+            "adapter into the weights, and calibrate for those"
+        )
+    return NamedAdapter(name, directory, rank)
+
+
+def adapter_for(config: ArtifactConfig, adapter: NamedAdapter | None) -> NamedAdapter | None:
+    """`adapter`, which is to be the one that an artifact was calibrated with.
+
+    Raises:
+        AdaInferError: it is not.
+
+    """
+    found = None if adapter is None else adapter.described
+    if config.adapter == found:
+        return adapter
+    if config.adapter is None:
+        raise AdaInferError("the artifact was calibrated for the base model: drop --lora")
+    wanted = f"--lora {config.adapter.name}=DIR"
+    if found is None or found.name != config.adapter.name:
+        raise AdaInferError(f"the artifact was calibrated with a LoRA adapter: give {wanted}")
+    raise AdaInferError(
+        f"the artifact was calibrated with another adapter {found.name}: its fingerprint is "
+        f"{config.adapter.fingerprint}, that of DIR is {found.fingerprint}: give the right one, or "
+        "calibrate with this one"
+    )
