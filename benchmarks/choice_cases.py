@@ -29,7 +29,6 @@ class Case:
         path: the endpoint.
         bodies: of the requests, in random order.
         calibration: of a policy for them; the choices are left out.
-        test: like the calibration's data, other rows.
 
     """
 
@@ -38,7 +37,6 @@ class Case:
     path: str
     bodies: list[dict[str, Any]]
     calibration: CalibrationRequest
-    test: Path
 
 
 def task_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
@@ -52,8 +50,7 @@ def task_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
     cases = []
     for number, (title, task, choices) in enumerate(asked):
         template = TASKS[task].template
-        test = data_dir / task / "test.jsonl"
-        rows = read_rows(test)
+        rows = read_rows(data_dir / task / "test.jsonl")
         bodies = [asking(choices, prompt=template.format_map(row.fields)) for row in rows]
         calibration = CalibrationRequest(
             model=model,
@@ -62,7 +59,7 @@ def task_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
             label_field="",  # the right answers are not needed, and named otherwise
             output=folder / f"policy-{number}",
         )
-        cases.append(Case(title, choices, "/v1/completions", shuffled(bodies), calibration, test))
+        cases.append(Case(title, choices, "/v1/completions", shuffled(bodies), calibration))
     return cases
 
 
@@ -80,22 +77,16 @@ def chat_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
             choices = tuple(tokenizer.decode(token) for token in body["logprob_token_ids"])
             yield asking(choices, messages=body["messages"])
 
-    files = {part: folder / f"{part}.jsonl" for part in ("train", "test")}
-    for part, file in files.items():
-        lines = [{"url": "/v1/chat/completions", "body": body} for body in chats(part)]
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train = folder / "train.jsonl"
+    lines = [{"url": "/v1/chat/completions", "body": body} for body in chats("train")]
+    train.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tests = list(chats("test"))
     cases = []
     for number, choices in enumerate(Counter(choices_of(body) for body in tests)):
         bodies = [body for body in tests if choices_of(body) == choices]
         title = f"chats, {', '.join(choices)}"
-        calibration = CalibrationRequest(
-            model=model, data=files["train"], output=folder / f"chats-{number}"
-        )
-        bodies = shuffled(bodies)
-        cases.append(
-            Case(title, choices, "/v1/chat/completions", bodies, calibration, files["test"])
-        )
+        calibration = CalibrationRequest(model=model, data=train, output=folder / f"chats-{number}")
+        cases.append(Case(title, choices, "/v1/chat/completions", shuffled(bodies), calibration))
     return cases
 
 

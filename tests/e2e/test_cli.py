@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from tests.adapters import save_adapter
 from tests.byte_model import save_byte_model
 from tests.every_process.sitecustomize import AS_A_USER
 from tests.full import needed
@@ -209,6 +210,28 @@ def test_choices_are_calibrated_inspected_evaluated_and_examined(rows, tmp_path)
     assert 0 < report["layers_saved"] < 1
     said = command("doctor", "--model", str(model), "--artifact", str(output)).stdout
     assert 'full depth: 6 of 6 requests with "adainfer": 0 ran all' in said
+
+
+@pytest.mark.full
+def test_a_policy_for_an_adapter_is_calibrated_inspected_evaluated_and_examined(
+    tiny_model, reference, rows, tmp_path
+):
+    adapter = save_adapter(reference, tmp_path / "adapter", seed=1)
+    output, report_file = tmp_path / "policy", tmp_path / "report.json"
+    lora = "--lora", f"mood={adapter}"
+    asked = "--model", str(tiny_model), "--data", str(rows), "--template", TEMPLATE
+    done = command("calibrate", *asked, *lora, "--epsilon", "0.3", "--output", str(output))
+    assert "adapter     mood (LoRA, fingerprint " in done.stdout
+    measured = "--artifact", str(output), "--repeat", "1", "--report", str(report_file)
+    command("evaluate", *asked, *lora, *measured)
+    report = json.loads(report_file.read_text())
+    assert report["never_exit"]["disagreement_with_stock"] == 0
+    assert 0 < report["layers_saved"] < 1
+    done = command("evaluate", *asked, *measured, expect=1)
+    assert "was calibrated with a LoRA adapter: give --lora mood=DIR" in done.stderr
+    examined = "doctor", "--model", str(tiny_model), "--artifact", str(output)
+    assert 'full depth: 6 of 6 requests with "adainfer": 0' in command(*examined, *lora).stdout
+    assert "give --lora mood=DIR" in command(*examined, expect=1).stdout
 
 
 def test_an_artifact_for_other_weights_is_refused_in_one_sentence(
