@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -269,11 +270,20 @@ def lora_manager_of(runner: Any) -> Any:
     return getattr(runner, "lora_manager", None)
 
 
+@lru_cache(256)
 def adapter_directory(path: str) -> Path:
-    """Where 0.32 loads an adapter from, by its ``lora_path``, which may be a hub id."""
+    """Where 0.32 loads an adapter from, by its ``lora_path``, which may be a hub id.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+
+    """
     from vllm.lora.utils import get_adapter_absolute_path
 
-    return Path(get_adapter_absolute_path(path))
+    directory = Path(get_adapter_absolute_path(path))
+    if not directory.is_dir():
+        raise FileNotFoundError(path)
+    return directory
 
 
 def use_adapters(

@@ -202,14 +202,14 @@ class EarlyExit(_Model):
             return super().compute_logits(hidden_states)
         logits = self._logits(hidden_states, output.scored)
         for shadow in output.shadows:
-            requests = shadow.requests.cpu().numpy()
-            shadow.compare(logits, partial(self._head, requests=requests))
+            shadow.compare(logits, partial(self._head, requests=shadow.requests))
         return logits
 
-    def _head(self, states: Tensor, requests: Ints) -> Tensor:
+    def _head(self, states: Tensor, requests: Ints | Tensor) -> Tensor:
         """Logits [requests, vocabulary] of vLLM's LM head, from its input for `requests`."""
         if self._adapters is not None:
-            self._adapters.use_for_logits(requests)
+            places = requests.cpu().numpy() if isinstance(requests, Tensor) else requests
+            self._adapters.use_for_logits(places)
         return super().compute_logits(states)
 
     def _logits(self, hidden_states: Tensor, scored: tuple[ScoredAnswers, ...]) -> Tensor:
