@@ -47,7 +47,8 @@ def server(tiny_model, saved, tmp_path_factory) -> Iterator[Server]:
     for name in ("mood", "later"):
         adapter = read_adapter(f"{name}={saved[name]}").described
         artifacts[name] = str(tiny_artifact(tiny_model, folder / name, adapter=adapter))
-    lora = ("--enable-lora", "--max-loras", "4", "--max-lora-rank", "8", "--lora-modules")
+    # So many slots that the last stays empty, see `test_adapters`: each load takes another.
+    lora = ("--enable-lora", "--max-loras", "8", "--max-lora-rank", "8", "--lora-modules")
     flags = (*FLAGS, *lora, *(f"{name}={saved[name]}" for name in ("mood", "taste")))
     log = tmp_path_factory.mktemp("log") / "server.log"
     switch = {"artifact": artifacts, "min_rows_saved": 1}
