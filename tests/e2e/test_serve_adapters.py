@@ -111,6 +111,16 @@ def test_requests_of_all_adapters_get_their_own_answers_and_are_counted_by_polic
     assert by_policy["mood"] == sum(name == "mood" for name, _ in asked)
 
 
+@pytest.mark.parametrize("asks", [{"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}])
+def test_what_would_end_vllms_engine_with_adapters_is_refused_and_the_server_lives(
+    server, tiny_model, asks
+):
+    body = {"model": "mood", "prompt": PROMPTS[9], "max_tokens": 1, **asks}
+    status, answer = post(server, "/v1/completions", body)
+    assert (status, "prompt_logprobs" in str(answer)) == (400, True)
+    token_of(ask(server, "mood", PROMPTS[9], tiny_config(tiny_model).label_ids))
+
+
 def test_adapters_come_and_go_under_traffic_with_the_policies_that_were_served_from_the_start(
     server, tiny_model, saved, right
 ):

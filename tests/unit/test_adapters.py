@@ -101,6 +101,18 @@ def test_an_epsilon_is_refused_where_no_policy_certifies_it(admission, asked):
         admission.check(asked(adainfer_epsilon=0.001))
 
 
+def test_log_probabilities_of_prompts_are_refused_where_they_would_end_the_engine(
+    tiny_policy, asked
+):
+    reads = asked()
+    reads.prompt_logprobs = 1
+    settings = Settings(artifact=str(tiny_policy))
+    Admission(settings).check(reads)
+    with pytest.raises(AdaInferError, match="prompt_logprobs .* ends the engine"):
+        Admission(settings, reads_prompts=False).check(reads)
+    Admission(settings, reads_prompts=False).check(asked())
+
+
 def test_without_policies_for_adapters_requests_with_one_run_all_layers(tiny_policy, asked, saved):
     admission = Admission(Settings(artifact=str(tiny_policy)))
     assert admission.tag(asked()) == BASE

@@ -270,6 +270,17 @@ def lora_manager_of(runner: Any) -> Any:
     return getattr(runner, "lora_manager", None)
 
 
+def reads_prompts(vllm_config: VllmConfig) -> bool:
+    """Whether an engine survives requests for log-probabilities of their prompts.
+
+    On a CPU 0.32's LM head with adapters takes a row for each request, and raises where it gets
+    those of a prompt (`punica_cpu.py`, `add_lora_logits`).
+    """
+    from vllm.platforms import current_platform
+
+    return vllm_config.lora_config is None or not current_platform.is_cpu()
+
+
 @lru_cache(256)
 def adapter_directory(path: str) -> Path:
     """Where 0.32 loads an adapter from, by its ``lora_path``, which may be a hub id.
