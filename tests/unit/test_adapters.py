@@ -108,7 +108,7 @@ def test_log_probabilities_of_prompts_are_refused_where_they_would_end_the_engin
     reads.prompt_logprobs = 1
     settings = Settings(artifact=str(tiny_policy))
     Admission(settings).check(reads)
-    with pytest.raises(AdaInferError, match="prompt_logprobs .* ends the engine"):
+    with pytest.raises(AdaInferError, match=r"prompt_logprobs .* ends the engine"):
         Admission(settings, reads_prompts=False).check(reads)
     Admission(settings, reads_prompts=False).check(asked())
 
