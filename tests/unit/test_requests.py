@@ -22,6 +22,7 @@ def test_recording_keeps_the_tokens_beyond_a_sliding_window():
         additional_config={"adainfer": {"record": [2, 6]}},
         cache_config=SimpleNamespace(enable_prefix_caching=False),
         model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
+        lora_config=None,
     )
     shape = StackShape(segment_layers=(2, 4, 0), head_size=1)
     running = RunningRequests(config, RecordingLoop(shape, Recorder((2, 6), lens=None)))
