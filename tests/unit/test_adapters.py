@@ -109,8 +109,8 @@ def test_log_probabilities_of_prompts_are_refused_where_they_would_end_the_engin
     settings = Settings(artifact=str(tiny_policy))
     Admission(settings).check(reads)
     with pytest.raises(AdaInferError, match=r"prompt_logprobs .* ends the engine"):
-        Admission(settings, reads_prompts=False).check(reads)
-    Admission(settings, reads_prompts=False).check(asked())
+        Admission(settings, serves_prompt_logprobs=False).check(reads)
+    Admission(settings, serves_prompt_logprobs=False).check(asked())
 
 
 def test_without_policies_for_adapters_requests_with_one_run_all_layers(tiny_policy, asked, saved):

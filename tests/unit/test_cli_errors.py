@@ -187,6 +187,10 @@ def suite_with_artifact(place: Place) -> list[str]:
     return suite(place, artifact=str(place.artifact))
 
 
+def suite_with_adapter(place: Place) -> list[str]:
+    return suite(place, lora="mood=adapter")
+
+
 def unknown_suite(place: Place) -> list[str]:
     return suite(place, suite="glue")
 
@@ -387,6 +391,7 @@ def read_of(*label_ids: int) -> dict[str, Any]:
         (details_of_something_else, "calibration.json does not hold rows, rows_held_out"),
         (evaluate_without_artifact, "evaluate needs --artifact and --data, or --suite"),
         (suite_with_artifact, "--suite has its own data and policies: drop --artifact"),
+        (suite_with_adapter, "--epsilon and --lora"),
         (unknown_suite, "there is no suite 'glue'; there is adainfer"),
         (unknown_task, "there is no task 'sst5' in this suite; it has sst2, "),
         (suite_without_data, "has no file sst2/train.jsonl, which the task sst2 needs"),

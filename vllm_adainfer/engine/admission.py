@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.config import RequestSettings, Settings, read_request
-from vllm_adainfer.engine.compat import get_logger, reads_prompts
+from vllm_adainfer.engine.compat import get_logger, serves_prompt_logprobs
 from vllm_adainfer.engine.deep_prompt import has_deep_prompt
 from vllm_adainfer.engine.ends_choices import why_choices_go_on
 from vllm_adainfer.engine.policies import Policies, request_settings
@@ -77,7 +77,7 @@ class Admission:
         configs: Mapping[str, ArtifactConfig] | None = None,
         logprobs_mode: str = "raw_logprobs",
         ends_choices: bool = True,
-        reads_prompts: bool = True,
+        serves_prompt_logprobs: bool = True,
     ) -> None:
         """Prepare to admit requests.
 
@@ -87,8 +87,8 @@ class Admission:
             logprobs_mode: of the engine: what it returns as log-probabilities.
             ends_choices: whether the scheduler ends a request once one choice is left. Where it
                 does not, the next token would run all that an exit had skipped.
-            reads_prompts: whether the engine survives requests for log-probabilities of prompts,
-                see `compat.reads_prompts`.
+            serves_prompt_logprobs: whether the engine survives requests for log-probabilities of prompts,
+                see `compat.serves_prompt_logprobs`.
 
         Raises:
             AdaInferError: an artifact is missing, or does not certify the switch's epsilon.
@@ -97,7 +97,7 @@ class Admission:
         self.records = settings.record is not None
         self._settings = settings
         self._logprobs_mode = logprobs_mode
-        self._reads_prompts = reads_prompts
+        self._serves_prompt_logprobs = serves_prompt_logprobs
         if configs is None:
             configs = load_artifact_configs(settings.artifacts)
         self._configs = configs
@@ -128,7 +128,7 @@ class Admission:
             configs,
             vllm_config.model_config.logprobs_mode,
             why_choices_go_on(vllm_config, settings) is None,
-            reads_prompts(vllm_config),
+            serves_prompt_logprobs(vllm_config),
         )
 
     def check(self, params: SamplingParams) -> None:
@@ -138,7 +138,7 @@ class Admission:
             AdaInferError: one is unknown, not valid, or not offered by this engine.
 
         """
-        if params.prompt_logprobs is not None and not self._reads_prompts:
+        if params.prompt_logprobs is not None and not self._serves_prompt_logprobs:
             raise AdaInferError(
                 "prompt_logprobs (echo with logprobs) ends the engine of vLLM 0.32 on a CPU with "
                 "--enable-lora: leave it out, or serve merged weights"

@@ -270,7 +270,7 @@ def lora_manager_of(runner: Any) -> Any:
     return getattr(runner, "lora_manager", None)
 
 
-def reads_prompts(vllm_config: VllmConfig) -> bool:
+def serves_prompt_logprobs(vllm_config: VllmConfig) -> bool:
     """Whether an engine survives requests for log-probabilities of their prompts.
 
     On a CPU 0.32's LM head with adapters takes a row for each request, and raises where it gets

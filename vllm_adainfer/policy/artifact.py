@@ -85,7 +85,7 @@ class Question(_Strict):
     )
 
 
-class Adapter(BaseModel):
+class Adapter(_Strict):
     """A LoRA adapter that a policy belongs to.
 
     Attributes:
@@ -93,8 +93,6 @@ class Adapter(BaseModel):
         fingerprint: see `vllm_adainfer.policy.adapter_fingerprint`.
 
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1)
     fingerprint: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.adapter_fingerprint import CONFIG, adapter_fingerprint
@@ -13,8 +13,6 @@ from vllm_adainfer.policy.artifact import Adapter, ArtifactConfig
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
-
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 makes room for
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class NamedAdapter:
     @property
     def engine_settings(self) -> dict[str, Any]:
         """Arguments of `vllm.LLM`."""
-        fitting = [rank for rank in RANKS if rank >= self.rank]
-        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(fitting)}
+        room = min(rank for rank in _ranks() if rank >= self.rank)
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
     @property
     def request(self) -> LoRARequest:
@@ -67,7 +65,7 @@ def read_adapter(text: str) -> NamedAdapter | None:
     adapter_fingerprint(directory)
     settings = json.loads((directory / CONFIG).read_text())
     rank, modules = settings.get("r"), settings.get("target_modules") or ()
-    if not isinstance(rank, int) or not 0 < rank <= RANKS[-1]:
+    if not isinstance(rank, int) or not 0 < rank <= max(_ranks()):
         raise AdaInferError(f"{directory / CONFIG}: r = {rank!r} is not a rank that vLLM serves")
     if "lm_head" in modules or "lm_head" in (settings.get("modules_to_save") or ()):
         raise AdaInferError(
@@ -75,6 +73,13 @@ def read_adapter(text: str) -> NamedAdapter | None:
             "adapter into the weights, and calibrate for those"
         )
     return NamedAdapter(name, directory, rank)
+
+
+def _ranks() -> tuple[int, ...]:
+    """Those that vLLM makes room for."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return get_args(MaxLoRARanks)
 
 
 def adapter_for(config: ArtifactConfig, adapter: NamedAdapter | None) -> NamedAdapter | None:

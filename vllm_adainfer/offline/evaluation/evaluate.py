@@ -43,7 +43,6 @@ from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 if TYPE_CHECKING:
     from vllm import LLM
-    from vllm.lora.request import LoRARequest
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,8 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
             )
             texts = None
             if max_tokens > 1:
-                texts = _read_texts(
-                    stock, examples, rounds[0], config.epsilon, adapter and adapter.request
-                )
+                reader = None if adapter is not None else stock  # see `compat`
+                texts = _read_texts(reader, examples, rounds[0], config.epsilon)
         finally:
             stop_engine(stock)
     finally:
@@ -250,19 +248,21 @@ def _max_tokens(asked: int | None, config: ArtifactConfig) -> int:
 
 
 def _read_texts(
-    stock: LLM,
+    reader: LLM | None,
     examples: Sequence[Example],
     first_round: tuple[Run, dict[float, Run]],
     epsilon: float,
-    adapter: LoRARequest | None,
 ) -> dict[str, Any]:
-    """Compare whole texts with those of never exiting: stock's, and ours at `epsilon`."""
+    """Compare whole texts with those of never exiting: stock's, and ours at `epsilon`.
+
+    `reader` reads them back, a stock engine; without one that is left out.
+    """
     baseline, by_epsilon = first_round
     never, prompts = by_epsilon[NEVER_EXIT].texts, [example.token_ids for example in examples]
     return {
         name: {
             **asdict(compare(texts, never)),
-            "read_back": asdict(read_back(stock, prompts, texts, adapter)),
+            **({} if reader is None else {"read_back": asdict(read_back(reader, prompts, texts))}),
         }
         for name, texts in (
             ("stock", baseline.texts),

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm import LLM
-    from vllm.lora.request import LoRARequest
 
 Tokens = Sequence[int]
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -30,13 +29,8 @@ class ReadBack:
     perplexity: float
 
 
-def read_back(
-    engine: LLM,
-    prompts: Sequence[Tokens],
-    texts: Sequence[Tokens],
-    adapter: LoRARequest | None = None,
-) -> ReadBack:
-    """Let `engine` read each of `texts` after its prompt, at full depth, with `adapter`.
+def read_back(engine: LLM, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -> ReadBack:
+    """Let `engine` read each of `texts` after its prompt, at full depth.
 
     With the plugin too, a request for log-probabilities of its prompt runs at full depth.
     """
@@ -48,7 +42,6 @@ def read_back(
             for prompt, text in zip(prompts, texts, strict=True)
         ],
         SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1),
-        lora_request=adapter,
         use_tqdm=False,
     )
     wrong, total, tokens = 0, 0.0, 0
