@@ -87,8 +87,8 @@ class Admission:
             logprobs_mode: of the engine: what it returns as log-probabilities.
             ends_choices: whether the scheduler ends a request once one choice is left. Where it
                 does not, the next token would run all that an exit had skipped.
-            serves_prompt_logprobs: whether the engine survives requests for log-probabilities of prompts,
-                see `compat.serves_prompt_logprobs`.
+            serves_prompt_logprobs: whether the engine survives requests for them, see the function
+                of that name in `compat`.
 
         Raises:
             AdaInferError: an artifact is missing, or does not certify the switch's epsilon.
