@@ -29,6 +29,7 @@ class Case:
         path: the endpoint.
         bodies: of the requests, in random order.
         calibration: of a policy for them; the choices are left out.
+        test: what the bodies are made from, as `evaluate` reads it.
 
     """
 
@@ -37,6 +38,7 @@ class Case:
     path: str
     bodies: list[dict[str, Any]]
     calibration: CalibrationRequest
+    test: Path
 
 
 def task_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
@@ -50,8 +52,10 @@ def task_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
     cases = []
     for number, (title, task, choices) in enumerate(asked):
         template = TASKS[task].template
-        rows = read_rows(data_dir / task / "test.jsonl")
-        bodies = [asking(choices, prompt=template.format_map(row.fields)) for row in rows]
+        test = data_dir / task / "test.jsonl"
+        bodies = [
+            asking(choices, prompt=template.format_map(row.fields)) for row in read_rows(test)
+        ]
         calibration = CalibrationRequest(
             model=model,
             data=data_dir / task / "train.jsonl",
@@ -59,7 +63,7 @@ def task_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
             label_field="",  # the right answers are not needed, and named otherwise
             output=folder / f"policy-{number}",
         )
-        cases.append(Case(title, choices, "/v1/completions", shuffled(bodies), calibration))
+        cases.append(Case(title, choices, "/v1/completions", shuffled(bodies), calibration, test))
     return cases
 
 
@@ -77,16 +81,18 @@ def chat_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
             choices = tuple(tokenizer.decode(token) for token in body["logprob_token_ids"])
             yield asking(choices, messages=body["messages"])
 
-    train = folder / "train.jsonl"
-    lines = [{"url": "/v1/chat/completions", "body": body} for body in chats("train")]
-    train.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = "/v1/chat/completions"
+    train, test = folder / "train.jsonl", folder / "test.jsonl"
     tests = list(chats("test"))
+    for file, bodies in ((train, chats("train")), (test, tests)):
+        lines = (json.dumps({"url": path, "body": body}) + "\n" for body in bodies)
+        file.write_text("".join(lines))
     cases = []
     for number, choices in enumerate(Counter(choices_of(body) for body in tests)):
         bodies = [body for body in tests if choices_of(body) == choices]
         title = f"chats, {', '.join(choices)}"
         calibration = CalibrationRequest(model=model, data=train, output=folder / f"chats-{number}")
-        cases.append(Case(title, choices, "/v1/chat/completions", shuffled(bodies), calibration))
+        cases.append(Case(title, choices, path, shuffled(bodies), calibration, test))
     return cases
 
 
