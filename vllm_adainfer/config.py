@@ -70,6 +70,12 @@ class Settings(BaseModel):
         description="Instead of an artifact, for benchmarks: exit points; a request leaves at the "
         'one it names with extra_args={"adainfer_exit": LAYER}. The answers mean nothing.',
     )
+    exit_points: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        description="With LoRA adapters, in place of an artifact or beside it: layers after which "
+        "requests may leave by a policy that vLLM loads with their adapter, from DIR/adainfer.",
+    )
     enabled: bool = Field(True, description="False runs stock vLLM.")
     epsilon: float | None = Field(
         None,
@@ -122,9 +128,16 @@ class Settings(BaseModel):
             raise ValueError(f'"{NO_POLICY}" is a reserved name: give the artifact another one')
         sources = self.artifact, self.record, self.exit_script
         given = sum(source is not None for source in sources)
-        stands_alone = self.capture is not None or self.finish_choices
+        stands_alone = (
+            self.capture is not None or self.finish_choices or self.exit_points is not None
+        )
         if self.enabled and given != 1 and (given or not stands_alone):
             raise ValueError('give "artifact": the directory that `calibrate` wrote')
+        if self.exit_points is not None and (self.record, self.exit_script) != (None, None):
+            raise ValueError(
+                '"exit_points" goes with "artifact" or stands alone: drop it, or "record" and '
+                '"exit_script"'
+            )
         if self.finish_choices and self.record is not None:
             raise ValueError('"finish_choices" and "record" do not go together: drop one')
         if self.capture is not None and (self.record, self.exit_script) != (None, None):
@@ -146,7 +159,8 @@ class Settings(BaseModel):
     @property
     def runs_stock(self) -> bool:
         """Whether the engine runs vLLM's own model and worker; only the scheduler may be ours."""
-        return self.artifact is None and self.record is None and self.exit_script is None
+        sources = self.artifact, self.record, self.exit_script, self.exit_points
+        return all(source is None for source in sources)
 
     @property
     def finishes_choices(self) -> bool:

@@ -15,10 +15,14 @@ from tests.adapters import PROJECTIONS, merged, save_adapter
 from tests.conftest import tiny_engine
 from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.patterns import drawn_pattern, wrong
+from tests.e2e.scripted import parts
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
+from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import read_adapter
+from vllm_adainfer.policy.artifact import Choice, Label
 
 MODULES = {
     "all": PROJECTIONS,
@@ -30,6 +34,13 @@ MODULES = {
 # in the last slot (its pull requests 48421 and 49656).
 SETTINGS = {"enable_lora": True, "max_loras": len(MODULES) + 1, "max_lora_rank": 8}
 CACHE = {"max_model_len": 320, "kv_cache_memory_bytes": 8 << 20}
+WRITTEN_OTHERWISE = {
+    "labels": (Label(name="bad", token_id=1), Label(name="good", token_id=2)),
+    "choices": (
+        Choice(text="bad", token_ids=(1, 3), first_tokens=(1,)),
+        Choice(text="good", token_ids=(2, 3), first_tokens=(2,)),
+    ),
+}
 _GENERATOR = np.random.default_rng(3)
 PROMPTS = [_GENERATOR.integers(5, 1000, 1 + 7 * i % 60).tolist() for i in range(30)]
 
@@ -52,7 +63,10 @@ def references(reference, adapters) -> dict[str | None, Any]:
 
 @pytest.fixture(scope="module")
 def engine(tiny_model, adapters, tmp_path_factory) -> Any:
-    """Policies for the base and the first two adapters; requests preempt each other."""
+    """Policies for the base and the first two adapters; requests preempt each other.
+
+    Others may come with their adapter.
+    """
     folder = tmp_path_factory.mktemp("policies")
     artifacts = {"base": str(tiny_artifact(tiny_model, folder / "base"))}
     for adapter in adapters[:2]:
@@ -61,7 +75,7 @@ def engine(tiny_model, adapters, tmp_path_factory) -> Any:
         artifacts[f"for-{adapter.lora_name}"] = str(
             tiny_artifact(tiny_model, directory, adapter=described)
         )
-    switch = {"artifact": artifacts, "min_rows_saved": 1}
+    switch = {"artifact": artifacts, "exit_points": EXIT_POINTS, "min_rows_saved": 1}
     return tiny_engine(tiny_model, switch, num_gpu_blocks_override=12, **CACHE, **SETTINGS)
 
 
@@ -93,25 +107,84 @@ def test_requests_that_never_exit_are_those_of_stock_bit_for_bit(engine, stock, 
     assert answers(engine) == answers(stock)
 
 
-def test_a_request_leaves_by_the_policy_of_its_adapter_alone(
-    engine, tiny_model, adapters, references
-):
+@pytest.fixture(scope="module")
+def leave_by_their_policy(engine, tiny_model, adapters, references) -> Any:
+    """Ask about the labels; check that requests with adapters of `leaving`, and no others, left."""
     config = tiny_config(tiny_model)
     head = tiny_tensors(config)[f"exit.{EXIT_POINTS[0]}.head_weight"]
     params = SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=list(config.label_ids))
     asked = [[None, *adapters][i % (1 + len(adapters))] for i in range(len(PROMPTS))]
     inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    engine.reset_prefix_cache()
-    before = Counter(stats(engine)["exit_histogram"])
-    outputs = engine.generate(inputs, params, lora_request=asked, use_tqdm=False)
-    left = Counter(stats(engine)["exit_histogram"]) - before
-    leaving = [None, *adapters[:2]]
-    assert left[EXIT_POINTS[0]] == sum(one in leaving for one in asked)
-    assert left[LAYERS] == len(asked) - left[EXIT_POINTS[0]]
-    for prompt, adapter, output in zip(PROMPTS, asked, outputs, strict=True):
-        if adapter in leaving:
-            own = references[adapter and adapter.lora_name]
-            scores = (head @ hidden_states(own, prompt)[EXIT_POINTS[0]][-1]).tolist()
-            if abs(scores[0] - scores[1]) > TIE:
-                best = config.label_ids[scores.index(max(scores))]
-                assert output.outputs[0].token_ids == [best]
+
+    def check(leaving: list[LoRARequest | None]) -> None:
+        engine.reset_prefix_cache()
+        before = Counter(stats(engine)["exit_histogram"])
+        outputs = engine.generate(inputs, params, lora_request=asked, use_tqdm=False)
+        left = Counter(stats(engine)["exit_histogram"]) - before
+        assert left[EXIT_POINTS[0]] == sum(one in leaving for one in asked)
+        assert left[LAYERS] == len(asked) - left[EXIT_POINTS[0]]
+        for prompt, adapter, output in zip(PROMPTS, asked, outputs, strict=True):
+            if adapter in leaving:
+                own = references[adapter and adapter.lora_name]
+                scores = (head @ hidden_states(own, prompt)[EXIT_POINTS[0]][-1]).tolist()
+                if abs(scores[0] - scores[1]) > TIE:
+                    best = config.label_ids[scores.index(max(scores))]
+                    assert output.outputs[0].token_ids == [best]
+
+    return check
+
+
+def test_a_request_leaves_by_the_policy_of_its_adapter_alone(leave_by_their_policy, adapters):
+    leave_by_their_policy([None, *adapters[:2]])
+
+
+@pytest.mark.parametrize(
+    ("own", "changes", "name", "sentence"),
+    [
+        (
+            True,
+            {"exit_points": (1,)},
+            "new",
+            r"has exit points \[1\], this engine only \[2, 3, 5\]",
+        ),
+        (True, {"weights_fingerprint": "0"}, "new", "other weights"),
+        (True, WRITTEN_OTHERWISE, "new", "tokenizer writes the choice 'bad' with other tokens"),
+        (True, {}, "base", "base is the name of another one: load the adapter under another name"),
+        (True, {}, "full_depth", "full_depth is the name of another one"),
+        (
+            False,
+            {},
+            "new",
+            r"not calibrated with the adapter beside it: calibrate with --lora new=",
+        ),
+    ],
+)
+def test_a_policy_beside_an_adapter_that_cannot_be_served_is_refused_with_the_adapter(
+    engine, tiny_model, reference, tmp_path, own, changes, name, sentence
+):
+    directory = save_adapter(reference, tmp_path / "saved", seed=9)
+    described = read_adapter(f"any={directory}").described if own else None
+    tiny_artifact(tiny_model, directory / "adainfer", adapter=described, **changes)
+    before = list(parts(engine)[0].artifacts)
+    with pytest.raises(AdaInferError, match=sentence):
+        engine.llm_engine.add_lora(LoRARequest(name, 90, str(directory)))
+    assert list(parts(engine)[0].artifacts) == before
+    assert 90 not in engine.llm_engine.list_loras()
+
+
+def test_a_policy_beside_an_adapter_decides_once_vllm_loads_it(
+    engine, tiny_model, adapters, leave_by_their_policy
+):
+    """It was calibrated with the adapter under another name."""
+    third = adapters[2]
+    described = read_adapter(f"elsewhere={third.lora_path}").described
+    folder = Path(third.lora_path, "adainfer")
+    tiny_artifact(tiny_model, folder, adapter=described)
+    leave_by_their_policy([None, *adapters[:2]])
+    engine.llm_engine.add_lora(third)
+    leave_by_their_policy([None, *adapters[:3]])
+    engine.llm_engine.add_lora(adapters[0])  # has a policy of the start, and none beside it
+    engine.llm_engine.add_lora(third)  # again
+    leave_by_their_policy([None, *adapters[:3]])
+    assert list(parts(engine)[0].loop.policies.names)[3:] == [third.lora_name, NO_POLICY]
+    assert stats(engine)["policies"][third.lora_name]["layers_run"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from vllm_adainfer.offline.calibration.adapter import read_adapter
 
 pytestmark = pytest.mark.full
 
-NAMES = ("mood", "taste", "later")  # the last has a policy, but is loaded at run time
+NAMES = ("mood", "taste", "later")  # the last is loaded at run time, with the policy beside it
 _GENERATOR = np.random.default_rng(5)
 PROMPTS = [_GENERATOR.integers(5, 1000, 1 + 11 * i % 70).tolist() for i in range(40)]
 
@@ -42,16 +43,15 @@ def references(reference, saved) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def server(tiny_model, saved, tmp_path_factory) -> Iterator[Server]:
     """Its policies are for two of three adapters, and not for the base model."""
-    folder = tmp_path_factory.mktemp("policies")
-    artifacts = {}
-    for name in ("mood", "later"):
+    folder = tmp_path_factory.mktemp("policies") / "mood"
+    for name, place in (("mood", folder), ("later", saved["later"] / "adainfer")):
         adapter = read_adapter(f"{name}={saved[name]}").described
-        artifacts[name] = str(tiny_artifact(tiny_model, folder / name, adapter=adapter))
+        tiny_artifact(tiny_model, place, adapter=adapter)
     # So many slots that the last stays empty, see `test_adapters`: each load takes another.
     lora = ("--enable-lora", "--max-loras", "8", "--max-lora-rank", "8", "--lora-modules")
     flags = (*FLAGS, *lora, *(f"{name}={saved[name]}" for name in ("mood", "taste")))
     log = tmp_path_factory.mktemp("log") / "server.log"
-    switch = {"artifact": artifacts, "min_rows_saved": 1}
+    switch = {"artifact": {"mood": str(folder)}, "exit_points": EXIT_POINTS, "min_rows_saved": 1}
     variables = environment(VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
     with serving(str(tiny_model), switch, log, flags, variables) as running:
         yield running
@@ -121,7 +121,19 @@ def test_what_would_end_vllms_engine_with_adapters_is_refused_and_the_server_liv
     token_of(ask(server, "mood", PROMPTS[9], tiny_config(tiny_model).label_ids))
 
 
-def test_adapters_come_and_go_under_traffic_with_the_policies_that_were_served_from_the_start(
+def test_an_adapter_whose_policy_cannot_be_served_is_not_loaded_and_the_answer_says_why(
+    server, tiny_model, reference, tmp_path
+):
+    directory = save_adapter(reference, tmp_path / "saved", seed=9)
+    tiny_artifact(tiny_model, directory / "adainfer")
+    body = {"lora_name": "odd", "lora_path": str(directory)}
+    status, answer = post(server, "/v1/load_lora_adapter", body)
+    assert status == 500
+    assert "was not calibrated with the adapter beside it" in str(answer)
+    assert ask(server, "odd", PROMPTS[0], tiny_config(tiny_model).label_ids)[0] == 404
+
+
+def test_adapters_come_and_go_under_traffic_with_the_policies_beside_them(
     server, tiny_model, saved, right
 ):
     labels = tiny_config(tiny_model).label_ids
@@ -147,7 +159,9 @@ def test_adapters_come_and_go_under_traffic_with_the_policies_that_were_served_f
             served_right(["mood", "model"][i % 2], PROMPTS[i % len(PROMPTS)], each.result())
     skipped = server.metrics("adainfer:layer_rows_skipped_total{")
     assert sum(value for series, value in skipped.items() if 'policy="later"' in series) > 0
-    assert "Traceback" not in server.log.read_text()
+    info = server.metrics("adainfer:policy_info{")
+    described = {tuple(re.findall(r'(?:policy|adapter)="(\w*)"', series)) for series in info}
+    assert described == {("mood", "mood"), ("later", "later")}
 
 
 def post_text(server: Server, path: str, body: dict[str, Any]) -> int:

@@ -17,13 +17,8 @@ from vllm.plugins import load_general_plugins
 
 from vllm_adainfer import plugin
 from vllm_adainfer.config import Settings
-from vllm_adainfer.engine.configure import (
-    CPU_WORKER,
-    GPU_WORKER,
-    SCHEDULER,
-    configure,
-    refuse_unsupported,
-)
+from vllm_adainfer.engine.configure import configure
+from vllm_adainfer.engine.refusals import CPU_WORKER, GPU_WORKER, SCHEDULER, refuse_unsupported
 from vllm_adainfer.errors import AdaInferError
 
 
@@ -168,6 +163,7 @@ def test_an_engine_that_cannot_capture_does_not_start(
         ({"exit_script": [3, 2]}, "exit_script must ascend between 1 and 5"),
         ({"exit_script": [2, 2]}, "exit_script must ascend between 1 and 5"),
         ({"exit_script": [2, 6]}, "exit_script must ascend between 1 and 5"),
+        ({"exit_points": [2]}, "start with --enable-lora"),
     ],
 )
 def test_bad_values_of_the_switch_are_named(tiny_model, adainfer, sentence):
@@ -269,7 +265,6 @@ SMALL = {
     ("config", "reason"),
     [
         (FalconConfig(architectures=["FalconForCausalLM"]), "has no exit points yet: serve one of"),
-        (MixtralConfig(architectures=["MixtralForCausalLM"], **SMALL), "is a mixture of experts"),
         (MambaConfig(architectures=["MambaForCausalLM"]), "keeps a recurrent state"),
         (JambaConfig(architectures=["JambaForCausalLM"], **SMALL), "keeps a recurrent state"),
     ],
@@ -290,7 +285,6 @@ def test_an_architecture_without_exit_points_is_refused_not_ignored(
     [
         ("is_encoder_decoder", "is an encoder-decoder model"),
         ("is_multimodal_model", "is multimodal"),
-        ("is_moe", "is a mixture of experts"),
     ],
 )
 def test_each_kind_of_model_without_exit_points_has_its_own_reason(

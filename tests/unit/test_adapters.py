@@ -12,10 +12,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
 
 from tests.adapters import PROJECTIONS, save_adapter
 from tests.tiny import tiny_artifact, tiny_config
-from vllm_adainfer.config import Settings
+from vllm_adainfer.config import Settings, read_settings
 from vllm_adainfer.engine.adapters import StepAdapters
 from vllm_adainfer.engine.admission import FULL_DEPTH, Admission
 from vllm_adainfer.errors import AdaInferError
@@ -117,6 +118,49 @@ def test_without_policies_for_adapters_requests_with_one_run_all_layers(tiny_pol
     admission = Admission(Settings(artifact=str(tiny_policy)))
     assert admission.tag(asked()) == BASE
     assert admission.tag(asked(), adapter=LoRARequest("mood", 1, str(saved))) == FULL_DEPTH
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "with_adapter", "may_exit"),
+    [
+        ({}, True, True),
+        ({"adainfer": 0}, True, False),
+        ({"adainfer_epsilon": 0}, True, False),
+        ({}, False, False),
+    ],
+)
+def test_where_policies_come_with_adapters_a_request_with_one_may_exit_for_the_scheduler(
+    asked, saved, extra_args, with_adapter, may_exit
+):
+    admission = Admission(Settings(exit_points=(2, 3)))
+    adapter = LoRARequest("mood", 1, str(saved)) if with_adapter else None
+    assert admission.may_exit(asked(**extra_args), adapter) == may_exit
+    assert admission.tag(asked(**extra_args), adapter=adapter) == FULL_DEPTH
+
+
+def test_where_policies_come_with_adapters_any_request_for_a_choice_may_end_with_its_first_token(
+    asked, saved
+):
+    admission, adapter = Admission(Settings(exit_points=(2,))), LoRARequest("mood", 1, str(saved))
+    structured = StructuredOutputsParams(choice=["yes", "no"])
+    choice = SamplingParams(temperature=0, max_tokens=9, structured_outputs=structured)
+    choice.update_from_generation_config({}, eos_token_id=2)
+    assert admission.may_choose(choice, adapter)
+    assert not admission.may_choose(choice)
+    assert not admission.may_choose(asked(), adapter)
+
+
+@pytest.mark.parametrize(
+    ("switch", "sentence"),
+    [
+        ({"exit_points": []}, "exit_points: Tuple should have at least 1 item"),
+        ({"exit_points": [2], "record": [2]}, '"exit_points" goes with "artifact" or stands alone'),
+        ({"exit_points": [2], "exit_script": [2]}, '"exit_points" goes with "artifact"'),
+    ],
+)
+def test_exit_points_that_go_with_nothing_are_refused(switch, sentence):
+    with pytest.raises(AdaInferError, match=sentence):
+        read_settings({"adainfer": switch})
 
 
 def test_a_fingerprint_is_of_weights_and_scale_wherever_they_lie(saved, tmp_path):

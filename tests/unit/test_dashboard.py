@@ -62,9 +62,11 @@ def test_every_expression_selects_the_chosen_models_and_engines(dashboard):
 
 def test_series_are_grouped_by_labels_that_they_have(dashboard, series):
     for text in expressions(dashboard):
-        groups = re.findall(r"by \(([\w, ]+)\) \((?:\w+\()?(adainfer:\w+)", text)
+        groups = re.findall(r"by \(([\w, ]+)\) \((?:\w+ ?\()?(adainfer:\w+)", text)
+        joins = re.findall(r"group_left \((\w+)\) (adainfer:\w+)", text)
+        joined = {label for label, name in joins if label in series[name]}
         for labels, name in groups:
-            assert set(labels.split(", ")) <= series[name], text
+            assert set(labels.split(", ")) <= series[name] | joined, text
     texts = "".join(expressions(dashboard))
     assert "by (policy)" in texts
     assert "by (le)" in texts

@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY
 from tests.tiny import tiny_config
 from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.frontend.metrics import EngineMetrics, Series
+from vllm_adainfer.policy.artifact import Adapter
 from vllm_adainfer.policy.kinds import PROBABILITY_FEATURES
 from vllm_adainfer.policy.probabilities import MOVES
 
@@ -155,3 +156,14 @@ def test_series_of_others_stay(configs):
     Series(BUCKETS)
     Series(BUCKETS)
     assert [metric.name for metric in REGISTRY.collect() if "adainfer" not in metric.name] == others
+
+
+def test_each_policy_is_described_by_its_adapter_also_one_that_came_with_it(tiny_model):
+    mood = Adapter(name="mood", fingerprint="1")
+    configs = {"a": tiny_config(tiny_model), "b": tiny_config(tiny_model, adapter=mood)}
+    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    engine.add(report(("layers_run", "later", "", 5), ("layers_run", NO_POLICY, "", 5)))
+    described = {"a": "", "b": "mood", "later": "later"}
+    for policy, adapter in described.items():
+        assert value("adainfer:policy_info", 0, policy=policy, adapter=adapter) == 1
+    assert value("adainfer:policy_info", 0, policy=NO_POLICY, adapter=NO_POLICY) is None

@@ -19,7 +19,7 @@ from vllm.v1.structured_output.utils import choice_as_grammar
 from vllm_adainfer.config import Settings, read_settings
 from vllm_adainfer.engine import rest_of_choice
 from vllm_adainfer.engine.compat import expect_more_tokens, sampled_tokens
-from vllm_adainfer.engine.rest_of_choice import RestOfChoice
+from vllm_adainfer.engine.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import Choice
 
@@ -244,9 +244,8 @@ def test_a_switch_that_makes_no_sense_is_refused(switch, sentence):
 
 
 def test_a_tokenizer_that_writes_a_policys_choices_otherwise_is_refused():
-    rest = rest_of()
     same = Choice(text="yes", token_ids=tuple(map(ord, "yes")), first_tokens=(ord("y"),))
-    rest.check_tokenizer("mood", [same, same.model_copy(update={"first_tokens": ()})])
+    check_tokenizer(Tokenizer(), "mood", [same, same.model_copy(update={"first_tokens": ()})])
     for other in ({"token_ids": (1, 2)}, {"first_tokens": (ord("x"), ord("y"))}):
         with pytest.raises(AdaInferError, match=r"policy mood: .* the choice 'yes' with other"):
-            rest.check_tokenizer("mood", [same, same.model_copy(update=other)])
+            check_tokenizer(Tokenizer(), "mood", [same, same.model_copy(update=other)])

@@ -136,3 +136,15 @@ def test_no_counter_falls_and_run_skipped_and_waiting_are_all_that_came(data):
             assert own.layers_possible == came[name]
             assert own.layers_run + own.layers_skipped + waiting_of(engine)[name] == came[name]
     assert {name for name, _ in waiting} == set(engine._waiting)
+
+
+def test_rows_that_wait_keep_their_policies_when_others_are_added():
+    engine = work()
+    requests = [("r1", "b", 3), ("r2", NO_POLICY, 2)]
+    step(engine, *requests).defer(0, np.array([0, 1]))
+    engine.use_names(("a", "b", "c", NO_POLICY))
+    engine.forget("r1")
+    engine.forget("r2")
+    below = DEPTH - EXIT_LAYERS[0]
+    skipped = {name: own.layers_skipped for name, own in engine.stats.by_policy.items()}
+    assert skipped == {"b": 3 * below, NO_POLICY: 2 * below}

@@ -162,7 +162,7 @@ class Admission:
         self, epsilon: float, name: str | None, request: RequestSettings, params: SamplingParams
     ) -> None:
         """Refuse what no policy promises that may decide the request; its adapter is not known."""
-        adapters = self.policies.have_adapters
+        adapters = self.policies.have_adapters or self._settings.exit_points is not None
         name = (None if adapters else self.policies.deciding(request, params, None)) or name
         refused = []
         configs = list(self._configs.values()) if name is None else [self._configs[name]]
@@ -200,14 +200,15 @@ class Admission:
         """Whether a request with `params` may leave early, at whatever epsilon.
 
         Whatever its prompt asks. The answer does not change when other artifacts replace these, see
-        `vllm_adainfer.engine.reload.check_replaces`.
+        `vllm_adainfer.engine.reload.check_replaces`, or come with adapters.
         """
         if params is None or self.records:
             return False
         if self._settings.exit_script is not None:
             return self._scripted(params) != FULL_DEPTH
         request = request_settings(params)
-        if self.policies.deciding(request, params, adapter) is None:
+        decided = self.policies.deciding(request, params, adapter) is not None
+        if not decided and not self.policies.may_come(request, adapter):
             return False
         epsilon = request.adainfer_epsilon
         return (self._settings.epsilon if epsilon is None else epsilon) != 0
@@ -272,6 +273,15 @@ class Admission:
             return False
         name = self.policies.deciding(request_settings(params), params, adapter)
         return name is not None and bool(self._configs[name].choices)
+
+    def may_choose(self, params: SamplingParams | None, adapter: LoRARequest | None = None) -> bool:
+        """The same for the scheduler, which does not know the policies that came with adapters."""
+        if params is None:
+            return False
+        if not self.policies.may_come(request_settings(params), adapter):
+            return self.chooses(params, adapter)
+        read = read_of(params, self._logprobs_mode)
+        return read is not None and read.what is What.CHOICE
 
     def subset(self, params: SamplingParams | None, adapter: LoRARequest | None = None) -> int:
         """The labels that a request is about, as bits of its policy's; all if it has no pool."""

@@ -45,7 +45,7 @@ class LoadedModel(Protocol):
 
     @property
     def exit_points(self) -> tuple[int, ...]:
-        """Of all policies, or of the script."""
+        """Where its stack is cut."""
 
     @property
     def hidden_size(self) -> int:
@@ -77,7 +77,7 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
         raise AdaInferError(RANKS_DIFFER)
     return ExitLoop(
         model.cut_stack(model.exit_points, vllm_config),
-        policies_of(model),
+        policies_of(model, model.exit_points),
         PropagateKV() if settings.kv == "propagate" else ExactKV(),
         monitors_of(model),
         max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
@@ -86,17 +86,18 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
     )
 
 
-def policies_of(model: LoadedModel, cuts: tuple[int, ...] | None = None) -> PolicySet:
-    """The policies of a model; `cuts` are where its stack is cut, None for their exit points."""
+def policies_of(model: LoadedModel, cuts: tuple[int, ...]) -> PolicySet:
+    """The policies of a model whose stack is cut after `cuts`."""
     if model.settings.exit_script is not None:
         script = ScriptedPolicy(model.exit_points, model.hidden_size, model.device)
         return PolicySet({DEFAULT_POLICY: script})
     return PolicySet(
-        {name: _policy(model, artifact) for name, artifact in model.artifacts.items()}, cuts
+        {name: policy_of(model, artifact) for name, artifact in model.artifacts.items()}, cuts
     )
 
 
-def _policy(model: LoadedModel, artifact: Artifact) -> ExitPolicy:
+def policy_of(model: LoadedModel, artifact: Artifact) -> ExitPolicy:
+    """The policy of an artifact, on the device of a model."""
     if artifact.config.risk == "probability":
         return ProbabilityPolicy(artifact, model.device)
     if artifact.config.label_pool:

@@ -265,6 +265,16 @@ def attached_note(output: Any) -> Any:
     return getattr(output, "adainfer", None)
 
 
+def names_experts() -> bool:
+    """Whether compiled code finds the experts of a layer by its name.
+
+    Otherwise 0.32 takes the next ones in each forward pass (`moe_runner.py`).
+    """
+    from vllm.utils import torch_utils
+
+    return bool(torch_utils._USE_LAYERNAME)
+
+
 def lora_manager_of(runner: Any) -> Any:
     """The manager of adapters of a model runner (0.32: of both), None where LoRA is off."""
     return getattr(runner, "lora_manager", None)

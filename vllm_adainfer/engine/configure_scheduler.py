@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_adainfer.config import Capture, Settings
 from vllm_adainfer.engine.capture_files import check_directory
 from vllm_adainfer.engine.compat import get_logger
-from vllm_adainfer.engine.configure import SCHEDULER
+from vllm_adainfer.engine.refusals import SCHEDULER
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:

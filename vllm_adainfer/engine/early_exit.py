@@ -113,9 +113,10 @@ class EarlyExit(_Model):
 
     @property
     def exit_points(self) -> tuple[int, ...]:
-        """Of all policies, or of the script."""
+        """Of all policies and of those that adapters may bring, or of the script."""
         points = (artifact.config.exit_points for artifact in self.artifacts.values())
-        return tuple(sorted(set().union(*points))) or self.settings.exit_script or ()
+        named = self.settings.exit_script or self.settings.exit_points or ()
+        return tuple(sorted(set(named).union(*points)))
 
     @property
     def hidden_size(self) -> int:

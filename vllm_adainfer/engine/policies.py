@@ -68,10 +68,7 @@ class Policies:
         self, request: RequestSettings, params: SamplingParams, adapter: LoRARequest | None
     ) -> str | None:
         """The policy that may decide a request, None if it runs at full depth."""
-        wanted = request.adainfer
-        if wanted is None:
-            wanted = self._settings.requests != "opt-in"
-        if not wanted:
+        if not self._is_wanted(request):
             return None
         read = read_of(params, self._logprobs_mode)
         if read is None:
@@ -87,6 +84,21 @@ class Policies:
         if read.what is What.CHOICE and not (self._ends_choices and has_room(params, config)):
             return None
         return name if self.covers(params, read.what, config.max_tokens) else None
+
+    def may_come(self, request: RequestSettings, adapter: LoRARequest | None) -> bool:
+        """Whether a policy that was loaded with an adapter may decide a request.
+
+        The scheduler, which knows only the policies of the start, takes such a request for one that
+        may exit.
+        """
+        if adapter is None or self._settings.exit_points is None:
+            return False
+        return self._is_wanted(request)
+
+    def _is_wanted(self, request: RequestSettings) -> bool:
+        """Whether a request is to exit where it can."""
+        wanted = request.adainfer
+        return self._settings.requests != "opt-in" if wanted is None else wanted
 
     def _of_adapter(self, adapter: LoRARequest | None) -> Mapping[str, ArtifactConfig]:
         """The policies for requests with an adapter; None is the base model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -13,7 +14,7 @@ from vllm_adainfer.engine.compat import get_logger
 from vllm_adainfer.engine.ranks import RANKS_DIFFER, same_on_all_ranks
 from vllm_adainfer.engine.requests import RunningRequests
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.policy.artifact import Artifact, ArtifactConfig
 from vllm_adainfer.policy.artifact_files import load_artifacts
 from vllm_adainfer.policy.digest import digest_of
 
@@ -39,27 +40,21 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
     """
     settings = read_settings(vllm_config.additional_config)
     assert settings is not None
-    failure: AdaInferError | None = None
-    digest = 0
-    try:
+    cuts = model.loop.policies.exit_points
+
+    def read() -> tuple[dict[str, Artifact], Admission]:
         if settings.artifact is None:
             raise AdaInferError("this engine has no artifact to read again")
-        cuts = model.loop.policies.exit_points
         artifacts = load_artifacts(settings.artifacts)
         for name, artifact in artifacts.items():
             artifact.config.check_weights(model.fingerprint)
             check_replaces(name, artifact.config, model.artifacts[name].config, cuts)
+        # Those that came with adapters stay.
+        artifacts = {**model.artifacts, **artifacts}
         configs = {name: artifact.config for name, artifact in artifacts.items()}
-        admission = Admission.of(vllm_config, settings, configs)
-        digest = digest_of(artifacts)
-    except AdaInferError as error:
-        failure = error
-    same = same_on_all_ranks(digest)  # every rank has to get here
-    if failure is not None:
-        raise failure
-    if not same:
-        raise AdaInferError(RANKS_DIFFER)
-    model.artifacts = artifacts
+        return artifacts, Admission.of(vllm_config, settings, configs)
+
+    model.artifacts, admission = read_on_all_ranks(read)
     model.loop.use_policies(policies_of(model, cuts), monitors_of(model))
     running.use_admission(admission)
     lines = [
@@ -68,6 +63,30 @@ def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConf
     for line in lines:
         logger.info("%s", line)
     return lines
+
+
+def read_on_all_ranks(
+    read: Callable[[], tuple[dict[str, Artifact], Admission]],
+) -> tuple[dict[str, Artifact], Admission]:
+    """What `read` returns, if every rank has read the same artifacts; all ranks must call this.
+
+    Raises:
+        AdaInferError: they have not, or `read` has raised it here.
+
+    """
+    failure: AdaInferError | None = None
+    found = None
+    try:
+        found = read()
+    except AdaInferError as error:
+        failure = error
+    same = same_on_all_ranks(0 if found is None else digest_of(found[0]))
+    if found is None:
+        assert failure is not None
+        raise failure
+    if not same:
+        raise AdaInferError(RANKS_DIFFER)
+    return found
 
 
 def check_replaces(

@@ -33,24 +33,6 @@ class RestOfChoice:
         self._max_model_len = max_model_len
         self._encoded = lru_cache(KNOWN_TEXTS)(self._encode)
 
-    def check_tokenizer(self, name: str, choices: Sequence[Choice]) -> None:
-        """Check that the engine's tokenizer writes the choices of a policy as at calibration.
-
-        Else its early answers could be tokens that the grammar does not take.
-
-        Raises:
-            AdaInferError: it does not.
-
-        """
-        for choice in choices:
-            answer = self._decode(choice.first_tokens[:1])
-            if self._encoded(choice.text) != choice.token_ids or not choice.text.startswith(answer):
-                raise AdaInferError(
-                    f"policy {name}: this engine's tokenizer writes the choice {choice.text!r} "
-                    "with other tokens than that of the calibration: serve with the same "
-                    "tokenizer, or calibrate again"
-                )
-
     def after(self, request: Request, sampled: Sequence[int]) -> list[int]:
         """The tokens that follow `sampled`, the newest of `request`, and end it.
 
@@ -84,11 +66,35 @@ class RestOfChoice:
         return list(self._encoded(choice[len(text) :]))
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._manager.tokenizer.encode(text, add_special_tokens=False))
+        return _written(self._manager.tokenizer, text)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text: Any = self._manager.tokenizer.decode(tokens)
         return str(text)
+
+
+def check_tokenizer(tokenizer: Any, name: str, choices: Sequence[Choice]) -> None:
+    """Check that an engine's tokenizer writes the choices of a policy as at calibration.
+
+    Else its early answers could be tokens that the grammar does not take.
+
+    Raises:
+        AdaInferError: it does not.
+
+    """
+    for choice in choices:
+        answer = tokenizer.decode(choice.first_tokens[:1])
+        is_same = _written(tokenizer, choice.text) == choice.token_ids
+        if not is_same or not choice.text.startswith(answer):
+            raise AdaInferError(
+                f"policy {name}: this engine's tokenizer writes the choice {choice.text!r} "
+                "with other tokens than that of the calibration: serve with the same "
+                "tokenizer, or calibrate again"
+            )
+
+
+def _written(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 @lru_cache(KNOWN_SETS)

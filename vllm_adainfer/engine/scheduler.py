@@ -18,7 +18,7 @@ from vllm_adainfer.engine.admission import Admission
 from vllm_adainfer.engine.capture import CapturingScheduler
 from vllm_adainfer.engine.deep_prompt import has_deep_prompt, with_deep_prompt
 from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
-from vllm_adainfer.engine.rest_of_choice import RestOfChoice
+from vllm_adainfer.engine.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
 from vllm_adainfer.policy.artifact_files import load_artifact_configs
 
@@ -106,7 +106,8 @@ class FinishingScheduler(_Scheduler):
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
         for name, config in load_artifact_configs(settings.artifacts).items():
-            self._rest_of_choice.check_tokenizer(name, config.choices)
+            if config.choices:
+                check_tokenizer(self.structured_output_manager.tokenizer, name, config.choices)
 
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -149,11 +150,10 @@ class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
             return super().schedule(*args, **kwargs)
 
     def _may_be_ending(self) -> Iterator[Request]:
-        if self.admission.has_choices:
-            for request in self.running:
-                first = request.num_output_placeholders == 1 and not request.num_output_tokens
-                if first and self.admission.chooses(request.sampling_params, request.lora_request):
-                    yield request
+        for request in self.running:
+            first = request.num_output_placeholders == 1 and not request.num_output_tokens
+            if first and self.admission.may_choose(request.sampling_params, request.lora_request):
+                yield request
 
 
 def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:

@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from typing_extensions import override
 
 from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.adapter_policy import bring_policy
 from vllm_adainfer.engine.reload import reload_artifacts
 from vllm_adainfer.engine.requests import RunningRequests
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 else:
     _Worker = object
@@ -42,6 +44,13 @@ class ExitWorker(_Worker):
         """Then tell the running requests who manages their adapters."""
         super().load_model(**kwargs)
         self._running.lora_manager = compat.lora_manager_of(self.model_runner)
+
+    @override
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """First serve with the policy beside the adapter; vLLM refuses to load what raises here."""
+        bring_policy(self.model_runner.model, self._running, self.vllm_config, lora_request)
+        added: bool = super().add_lora(lora_request)
+        return added
 
     @override
     def execute_model(self, scheduler_output: Any) -> Any:

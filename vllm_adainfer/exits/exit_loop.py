@@ -71,6 +71,7 @@ class ExitLoop(Loop):
         """Decide by other policies from the next step on; they leave at the same exit points."""
         self.policies, self.monitors = policies, monitors
         self.stats.shadow = monitors
+        self.work.use_names(policies.names)
 
     @property
     @override

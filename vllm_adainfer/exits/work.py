@@ -38,6 +38,15 @@ class Work:
         # By request, then exit point (an index): [policies], the rows that wait there.
         self._waiting: dict[str, dict[int, Ints]] = {}
 
+    def use_names(self, names: Sequence[str]) -> None:
+        """Policies have been added; all that are known stay."""
+        columns = [list(names).index(name) for name in self.names]
+        for below in self._waiting.values():
+            for exit_index, rows in below.items():
+                below[exit_index] = np.zeros(len(names), dtype=np.int64)
+                below[exit_index][columns] = rows
+        self.names = names
+
     def step(self, owners: Ints, request_ids: Sequence[str], lens: Ints) -> StepWork:
         """A step begins.
 

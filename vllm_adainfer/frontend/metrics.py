@@ -18,6 +18,7 @@ from vllm_adainfer.policy.probabilities import MOVES
 ENGINE = ["model_name", "engine"]
 POLICY = [*ENGINE, "policy"]
 LEVEL = [*POLICY, "epsilon"]
+ADAPTER = [*POLICY, "adapter"]
 # Of several frontends, the one that heard last has the current value.
 LATEST: Literal["mostrecent"] = "mostrecent"
 # By the report's kind: name of the counter, its help, its labels.
@@ -69,6 +70,7 @@ class Series:
         shadow_move: a histogram, of the report's kind ``shadow_moves``.
         disagreement: gauges, by the reading's key.
         exits_allowed: a gauge.
+        info: a gauge.
 
     """
 
@@ -108,6 +110,12 @@ class Series:
             LEVEL,
             multiprocess_mode=LATEST,
         )
+        self.info = Gauge(
+            "adainfer:policy_info",
+            "Always 1: the LoRA adapter that a policy is for, empty for the base model.",
+            ADAPTER,
+            multiprocess_mode=LATEST,
+        )
         _registered.extend(
             [
                 *self.counters.values(),
@@ -115,6 +123,7 @@ class Series:
                 self.shadow_move,
                 *self.disagreement.values(),
                 self.exits_allowed,
+                self.info,
             ]
         )
 
@@ -140,7 +149,9 @@ class EngineMetrics:
             for counter in series.counters_of(POLICY):
                 counter.labels(*self._labels, name)
             series.exit_layer.labels(*self._labels, name)
+        self._described = {NO_POLICY}
         for name, config in configs.items():
+            self._describe(name, "" if config.adapter is None else config.adapter.name)
             if config.risk == "probability":
                 series.shadow_move.labels(*self._labels, name)
             for level in config.levels:
@@ -152,6 +163,8 @@ class EngineMetrics:
     def add(self, report: Mapping[str, Any]) -> None:
         """Add a report of `vllm_adainfer.exits.report.Reporter`."""
         for kind, policy, detail, added in report["added"]:
+            if policy and policy not in self._described:
+                self._describe(policy, adapter=policy)  # the name of one that came with an adapter
             self._add(kind, policy, detail, added)
         for policy, readings in report["shadow"].items():
             for reading in readings:
@@ -161,6 +174,10 @@ class EngineMetrics:
                     continue
                 for key, gauge in self._series.disagreement.items():
                     gauge.labels(*labels).set(reading[key])
+
+    def _describe(self, policy: str, adapter: str) -> None:
+        self._described.add(policy)
+        self._series.info.labels(*self._labels, policy, adapter).set(1)
 
     def _add(self, kind: str, policy: str, detail: str, added: float) -> None:
         histograms = {"tokens": self._series.exit_layer, "shadow_moves": self._series.shadow_move}

@@ -44,7 +44,8 @@ class WithExitStats(_Manager):
         depth = model.hf_config.num_hidden_layers
         configs = load_artifact_configs(settings.artifacts)
         points = {point for config in configs.values() for point in config.exit_points}
-        series = Series((*sorted(points.union(settings.exit_script or ())), depth))
+        named = settings.exit_script or settings.exit_points or ()
+        series = Series((*sorted(points.union(named)), depth))
         for index in self.engine_indexes:
             self._metrics[index] = EngineMetrics(series, model.served_model_name, index, configs)
             if kw.get("client_count", 1) == 1:  # else a frontend sees a part of the counts

@@ -1,0 +1,134 @@
+"""A policy that lies beside a LoRA adapter serves as soon as vLLM has loaded the adapter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import VllmConfig
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.adapters import fingerprint_of
+from vllm_adainfer.engine.admission import Admission
+from vllm_adainfer.engine.build_loop import monitor_of, policy_of
+from vllm_adainfer.engine.configure import banner, refuse_unknown_questions
+from vllm_adainfer.engine.reload import read_on_all_ranks
+from vllm_adainfer.engine.requests import RunningRequests
+from vllm_adainfer.engine.rest_of_choice import check_tokenizer
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.artifact import Adapter, Artifact
+from vllm_adainfer.policy.artifact_files import load_artifact
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+logger = compat.get_logger(__name__)
+
+FOLDER = "adainfer"  # in the adapter's directory
+
+
+def bring_policy(
+    model: Any, running: RunningRequests, vllm_config: VllmConfig, adapter: LoRARequest
+) -> None:
+    """Decide by the policy beside an adapter, if there is one, from the next step on.
+
+    Either every rank does, or none. The policy gets the adapter's name, and replaces one that came
+    under this name before. Policies of the engine switch go before it.
+
+    Args:
+        model: an `EarlyExit`.
+        running: the worker's requests.
+        vllm_config: of the engine.
+        adapter: which vLLM is about to load.
+
+    Raises:
+        AdaInferError: this engine cannot serve the policy; all stay as they were.
+
+    """
+    settings = model.settings
+    name = adapter.lora_name
+    if settings.exit_points is None:
+        if settings.record is None and _folder_beside(adapter) is not None:
+            logger.warning(
+                "the policy beside the adapter %s is not used: name the layers of its exit points "
+                'when the engine starts, "exit_points": [...]',
+                name,
+            )
+        return
+
+    def read() -> tuple[dict[str, Artifact], Admission]:
+        artifact = _beside(adapter, model)
+        if artifact is None:
+            return model.artifacts, running.admission
+        artifacts = {**model.artifacts, name: artifact}
+        configs = {name: artifact.config for name, artifact in artifacts.items()}
+        refuse_unknown_questions(settings, {name: artifact.config})
+        if artifact.config.choices:
+            tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+            check_tokenizer(tokenizer, name, artifact.config.choices)
+        return artifacts, Admission.of(vllm_config, settings, configs)
+
+    artifacts, admission = read_on_all_ranks(read)
+    if artifacts is model.artifacts:
+        return
+    model.artifacts = artifacts
+    loop, artifact = model.loop, artifacts[name]
+    policies = loop.policies.having(name, policy_of(model, artifact))
+    monitors = loop.monitors
+    if settings.shadow_rate:
+        monitors = {**monitors, name: monitor_of(artifact.config)}
+    loop.use_policies(policies, monitors)
+    running.use_admission(admission)
+    mode = vllm_config.model_config.logprobs_mode
+    logger.info("With the adapter %s: %s", name, banner(name, artifact.config, settings, mode))
+
+
+def _beside(adapter: LoRARequest, model: Any) -> Artifact | None:
+    """The artifact beside an adapter as its policy; None if there is none, or not needed.
+
+    Raises:
+        AdaInferError: it is damaged, or for another model, other exit points or another adapter.
+
+    """
+    name, folder = adapter.lora_name, _folder_beside(adapter)
+    if folder is None:
+        return None
+    own = Adapter(name=name, fingerprint=fingerprint_of(adapter.lora_path) or "")
+    at_start = {policy: model.artifacts[policy].config for policy in model.settings.artifacts}
+    if own in [config.adapter for config in at_start.values()]:
+        return None
+    if name in at_start or name == NO_POLICY:
+        raise AdaInferError(
+            f"{folder} holds a policy, and {name} is the name of another one: load the adapter "
+            "under another name"
+        )
+    artifact = load_artifact(str(folder))
+    config, cuts = artifact.config, model.loop.policies.exit_points
+    config.check_weights(model.fingerprint)
+    if config.adapter is None or config.adapter.fingerprint != own.fingerprint:
+        raise AdaInferError(
+            f"{folder} was not calibrated with the adapter beside it: calibrate with --lora "
+            f"{name}={folder.parent}, or move it away"
+        )
+    if not set(config.exit_points) <= set(cuts):
+        raise AdaInferError(
+            f"{folder} has exit points {list(config.exit_points)}, this engine only {list(cuts)}: "
+            'name them when it starts, "exit_points": [...], or calibrate with --exit-points '
+            f"{','.join(map(str, cuts))}"
+        )
+    return replace(artifact, config=config.model_copy(update={"adapter": own}))
+
+
+def _folder_beside(adapter: LoRARequest) -> Path | None:
+    """Where an adapter's artifact lies; None without one, or without the adapter.
+
+    vLLM then fails to load the adapter, and says why.
+    """
+    try:
+        folder = compat.adapter_directory(adapter.lora_path) / FOLDER
+    except OSError:
+        return None
+    return folder if folder.is_dir() else None

