@@ -14,13 +14,18 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from tests.tiny import LAYERS, word_tokenizer
@@ -83,6 +88,37 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     ),
     "gemma3": lambda **shape: Gemma3TextConfig(
         **shape, **HEADS_OF_32, sliding_window=WINDOW, layer_types=LOCAL_AND_GLOBAL
+    ),
+    "mixtral": lambda **shape: MixtralConfig(**shape, num_local_experts=4),
+    "qwen3-moe": lambda **shape: Qwen3MoeConfig(
+        **shape,
+        head_dim=32,
+        moe_intermediate_size=32,
+        num_experts=6,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
+    ),
+    "olmoe": lambda **shape: OlmoeConfig(
+        **{**shape, "num_key_value_heads": 2}, num_experts=6, num_experts_per_tok=2
+    ),
+    "gpt-oss": lambda **shape: GptOssConfig(
+        **shape,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=WINDOW,
+        layer_types=LOCAL_AND_GLOBAL,
+    ),
+    "glm4-moe": lambda **shape: Glm4MoeConfig(
+        **shape,
+        head_dim=32,
+        moe_intermediate_size=32,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        use_qk_norm=True,
+        num_nextn_predict_layers=0,
     ),
     "opt": lambda **_: opt(),
     "opt-350m": lambda **_: opt(word_embed_proj_dim=32, do_layer_norm_before=False),

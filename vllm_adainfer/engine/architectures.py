@@ -9,13 +9,18 @@ MODELS = {
     "Gemma2ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma2ForCausalLM",
     "Gemma3ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma3ForCausalLM",
     "Glm4ForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferGlm4ForCausalLM",
+    "Glm4MoeForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferGlm4MoeForCausalLM",
+    "GptOssForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferGptOssForCausalLM",
     "GraniteForCausalLM": "vllm_adainfer.engine.families.granite:AdaInferGraniteForCausalLM",
     "LlamaForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferLlamaForCausalLM",
     "MistralForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferMistralForCausalLM",
+    "MixtralForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferMixtralForCausalLM",
+    "OlmoeForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferOlmoeForCausalLM",
     "OPTForCausalLM": "vllm_adainfer.engine.families.opt:AdaInferOPTForCausalLM",
     "Phi3ForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferPhi3ForCausalLM",
     "Qwen2ForCausalLM": "vllm_adainfer.engine.families.qwen:AdaInferQwen2ForCausalLM",
     "Qwen3ForCausalLM": "vllm_adainfer.engine.families.qwen:AdaInferQwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferQwen3MoeForCausalLM",
 }
 # Other names under which vLLM 0.32 builds the same classes.
 SAME_AS = {

@@ -20,7 +20,8 @@ class KVProjection:
         qkv_proj: from the normed input to queries, keys and values, in this order.
         norm: of the input; None if the input is projected without one.
         rotary: rotates keys by their positions; None if the embedding adds positions.
-        key_norm: of each key, over the head size, before the rotation; None for none.
+        key_norm: before the rotation, of each key or of all keys of a row as one, as its size
+            tells; None for none.
 
     """
 
@@ -41,6 +42,13 @@ class KVProjection:
         size: int = self.attention.num_heads * self.attention.head_size
         return size
 
+    @property
+    def keys_per_norm(self) -> int:
+        """How many of a row's keys `key_norm` takes as one."""
+        norm: Any = self.key_norm
+        size: int = norm.weight.shape[0]
+        return size // int(self.attention.head_size)
+
     def __call__(
         self, hidden: Tensor, residual: Tensor | None, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -56,7 +64,9 @@ class KVProjection:
         both = self.qkv_proj(state)[0][:, self.q_size :]
         keys, values = both.unflatten(1, (2, *self.heads)).unbind(1)
         if self.key_norm is not None:
-            keys = self.key_norm(keys.contiguous())
+            size = self.keys_per_norm * self.attention.head_size
+            parts = keys.flatten(1).unflatten(1, (-1, size))
+            keys = self.key_norm(parts).view_as(keys)
         if self.rotary is not None:
             # A copy: vLLM's op writes to its argument, which is a part of the projection's output.
             # Compiling that, torch 2.13 may take the number of rows for a constant.

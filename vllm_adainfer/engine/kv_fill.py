@@ -33,7 +33,7 @@ class KVFill:
         self._weight = torch.stack(weights)  # [layers, 2 (K, V) x heads x head size, hidden size]
         self._bias = torch.stack(biases)
         self._key_norm = None if first.key_norm is None else norm_of(first.key_norm)
-        if self._key_norm is not None:  # [layers, 1, head size]
+        if self._key_norm is not None:  # [layers, 1, size]
             norms = [norm_of(layer.key_norm) for layer in self._layers if layer.key_norm]
             scales = [norm.weight for norm in norms if norm.weight is not None]
             self._key_weight = torch.stack(scales).unsqueeze(1)
@@ -56,7 +56,9 @@ class KVFill:
         both = linear(normed, self._weight[skip:].flatten(0, 1), self._bias[skip:].flatten())
         keys, values = both.view(rows, len(layers), 2, *layers[0].heads).unbind(dim=2)
         if self._key_norm is not None:
-            keys = (_normed(keys, self._key_norm) * self._key_weight[skip:]).to(states.dtype)
+            parts = keys.unflatten(2, (-1, layers[0].keys_per_norm)).flatten(3)
+            parts = _normed(parts, self._key_norm) * self._key_weight[skip:]
+            keys = parts.to(states.dtype).view_as(keys)
         keys = _rotated(keys, layers, positions)
         for index, layer in enumerate(layers):
             attention = layer.attention
