@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import combinations
 
 import numpy as np
@@ -12,7 +12,7 @@ from adainfer_kernels import Head
 
 from vllm_adainfer.offline.calibration import choose
 from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, forecast
-from vllm_adainfer.offline.calibration.cost import Costs
+from vllm_adainfer.offline.calibration.cost import Costs, shares_of_time
 from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
 from vllm_adainfer.policy.probe import Probe
 
@@ -49,6 +49,35 @@ def candidates_of(seed: int, lowest: int = 0, ties: bool = False) -> list[Fitted
 def costs_of(probe: float = 1e-4, cut: float = 1e-5, head: float = 0.0, **dear: float) -> Costs:
     by_layer = {layer: dear.get(f"after_{layer}", probe) for layer in LAYERS}
     return Costs(depth=DEPTH, layer=1e-4, cut=cut, probe=by_layer, head=head)
+
+
+def test_fewer_rows_take_the_measured_share_of_a_layers_time():
+    """Half of the token rows leave after layer 4, and nine tenths in all after layer 8."""
+    tokens = np.full(10, 7.0)
+    first = np.where(np.arange(10) < 5, 1.0, -1.0)
+    second = np.where(np.arange(10) < 9, 1.0, -1.0)
+    exits = [exit_after(4, first, np.zeros(10)), exit_after(8, second, np.zeros(10))]
+    late = np.where(np.arange(10) < 9, 0, 1)  # the last row may not leave
+    exits = [replace(exit, fitted=replace(exit.fitted, loss=late.astype(float))) for exit in exits]
+    costs = replace(costs_of(probe=0.0, cut=0.0), fewer=((0.25, 0.5), (0.5, 0.8)))
+    found = forecast(exits, costs, tokens, 0.0)
+    shares = 4 * 1.0 + 4 * 0.8 + 4 * (0.5 * 0.1 / 0.25)
+    assert found.seconds == pytest.approx(costs.layer * 7 * shares)
+    assert found.layers_saved == pytest.approx((4 * 0.5 + 4 * 0.9) / DEPTH)
+
+
+@pytest.mark.parametrize(
+    ("fewer", "expected"),
+    [
+        ([[], [], []], ()),
+        ([[(0.5, 0.8), (0.5, 0.7), (0.5, 0.9)], [], []], ((0.5, 0.8),)),
+        ([[(0.5, 1.2)], [(0.25, 0.7)], []], ((0.25, 0.7), (0.5, 1.0))),
+        ([[(0.5, 0.6)], [(0.25, 0.7)], []], ((0.25, 0.7), (0.5, 0.7))),
+    ],
+)
+def test_measured_shares_are_medians_that_never_fall_with_more_rows(fewer, expected):
+    found = shares_of_time(fewer)
+    assert [pytest.approx(pair) for pair in expected] == list(found)
 
 
 def tokens_of(seed: int) -> np.ndarray:
@@ -110,7 +139,8 @@ def test_an_exit_point_whose_score_is_no_number_lets_nobody_leave():
     nowhere = exit_after(2, np.full(ROWS, np.nan), np.zeros(ROWS))
     costs, tokens = costs_of(probe=0.0, cut=0.0), tokens_of(0)
     without = forecast(exits[1:], costs, tokens, 0.05)
-    assert forecast([nowhere, *exits[1:]], costs, tokens, 0.05) == without
+    found = forecast([nowhere, *exits[1:]], costs, tokens, 0.05)
+    assert astuple(found) == pytest.approx(astuple(without))
 
 
 @pytest.mark.parametrize("seed", range(12))

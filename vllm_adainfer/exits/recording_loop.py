@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from vllm_adainfer.exits.loop import Loop, StepOutput
 from vllm_adainfer.exits.recorder import Recorder
 from vllm_adainfer.exits.step import StepContext
 
+REHEARSALS = 20  # steps with cuts that are rehearsed
+
 
 @dataclass
 class Timings:
@@ -27,6 +29,8 @@ class Timings:
         layers_run: rows x layers in that time.
         cut_seconds: in rehearsed cuts.
         rows: token rows of the steps with a cut.
+        fewer: of batches cut once, twice and three times: what share of a step's rows they had, and
+            what share of its time the same layers took with them.
 
     """
 
@@ -34,6 +38,7 @@ class Timings:
     layers_run: int = 0
     cut_seconds: float = 0.0
     rows: int = 0
+    fewer: list[list[tuple[float, float]]] = field(default_factory=lambda: [[], [], []])
 
 
 class RecordingLoop(Loop):
@@ -88,7 +93,9 @@ class RecordingLoop(Loop):
             step.original_tags(), step.layout.positions, step.original_sampled()
         )
         self.recorder.record(recorded, tags, positions, last)
-        self._rehearse_cut(batch, states, step)
+        if len(self.timings.fewer[0]) < REHEARSALS:
+            final = final.clone()  # which the layers may overwrite
+            self._rehearse_cuts(batch, HiddenStates(input_ids), states, step)
         self._count(rows, step.num_sampled)
         return StepOutput(final)
 
@@ -103,17 +110,39 @@ class RecordingLoop(Loop):
         full_depth.layers_possible += work
         full_depth.exit_histogram[self._depth] += tokens
 
-    def _rehearse_cut(self, batch: Batch, states: HiddenStates, step: StepContext) -> None:
-        """Time what an exit point does when half of the requests leave; the step is over."""
-        undecided = step.undecided()
-        if undecided.size < 2:
+    def _rehearse_cuts(
+        self, batch: Batch, ids: HiddenStates, states: HiddenStates, step: StepContext
+    ) -> None:
+        """Time what an exit point does when half of the requests leave, and layers without them.
+
+        The step is over, and the first segment writes what it has written.
+        """
+        if step.undecided().size < 2:
             return
-        start = _now(step)
-        step.settle(undecided[::2])
-        stay = step.regroup(step.ready())
-        _ = states.rows(stay), batch.narrowed(step.layout)
-        self.timings.cut_seconds += _now(step) - start
-        self.timings.rows += states.num_rows
+        rows, full = step.layout.num_rows, self._first_segment(batch, ids, step)
+        for fewer in self.timings.fewer:
+            undecided = step.undecided()
+            if undecided.size < 2:
+                return
+            start = _now(step)
+            step.settle(undecided[::2])
+            stay = step.regroup(step.ready())
+            states, batch = states.rows(stay), batch.narrowed(step.layout)
+            if fewer is self.timings.fewer[0]:
+                self.timings.cut_seconds += _now(step) - start
+                self.timings.rows += rows
+            ids = ids.rows(stay)
+            seconds = self._first_segment(batch, ids, step)
+            fewer.append((step.layout.num_rows / rows, seconds / full))
+
+    def _first_segment(self, batch: Batch, ids: HiddenStates, step: StepContext) -> float:
+        """Seconds that it takes with a batch's rows."""
+        times = []
+        for _ in range(2):  # the first with so many rows may have something to prepare
+            start = _now(step)
+            batch.run(0, ids)
+            times.append(_now(step) - start)
+        return min(times)
 
 
 def _now(step: StepContext) -> float:

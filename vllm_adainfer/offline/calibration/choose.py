@@ -92,17 +92,22 @@ def forecast(
     to, row, start, score = to[order], row[order], start[order], score[order]
 
     risk = np.cumsum(losses[to, row] - losses[start, row]) / rows
-    layer_rows = np.cumsum((layers[start] - layers[to]) * tokens[row])
     probing = np.cumsum(probes[start] - probes[to] + costs.head * (start == len(exits)))
     ends = np.flatnonzero(np.append(score[1:] < score[:-1], True))  # equal scores move together
     failing = risk[ends] > allowed + 1e-12
     passing = int(failing.argmax()) if failing.any() else len(ends)
-    saved = spared = 0.0
-    if passing:
-        saved, spared = layer_rows[ends[passing - 1]], probing[ends[passing - 1]]
+    moved = ends[passing - 1] + 1 if passing else 0
+    spared = probing[moved - 1] if passing else 0.0
+    # The token rows that leave at each exit point; nobody waits for the last, full depth.
+    leaving = np.zeros(len(layers))
+    np.add.at(leaving, to[:moved], tokens[row[:moved]])
+    np.subtract.at(leaving, start[:moved], tokens[row[:moved]])
+    left = 1 + np.cumsum(leaving[:-1]) / -tokens.sum()
+    spans = np.diff(layers)
+    layer_seconds = costs.layer * tokens.mean() * (layers[0] + spans @ costs.share_of_time(left))
     cuts = len(exits) * costs.cut * tokens.mean()
-    seconds = full + probes[-1] + cuts - (costs.layer * saved + spared) / rows
-    return Forecast(float(seconds), float(saved / (tokens.sum() * depth)))
+    seconds = layer_seconds + costs.head + probes[-1] + cuts - spared / rows
+    return Forecast(float(seconds), float(spans @ (1 - left) / depth))
 
 
 def _next_record(record: Bools) -> Ints:

@@ -53,6 +53,7 @@ class Recording:
         layer_seconds: time of one layer for one token row.
         cut_seconds: time of cutting the batch, for one token row of it.
         threads: the number of threads in the process that ran the model.
+        fewer: what layers took with fewer rows, see `vllm_adainfer.exits.recording_loop.Timings`.
         soft_cap: of the logits, after the head; None for none.
         scale: of the logits, after the cap.
 
@@ -72,6 +73,7 @@ class Recording:
     threads: int
     soft_cap: float | None = None
     scale: float = 1.0
+    fewer: Sequence[Sequence[tuple[float, float]]] = ()
 
     def rows_of(self, prompts: Ints) -> Ints:
         """The decision rows of `prompts`, in the order of `prompts`."""
@@ -181,6 +183,7 @@ def record(
         fingerprint=facts["fingerprint"],
         layer_seconds=facts["layer_seconds"] / facts["layers_run"],
         cut_seconds=facts["cut_seconds"] / max(1, facts["rows"]),
+        fewer=facts["fewer"],
         threads=facts["threads"],
         soft_cap=facts["soft_cap"],
         scale=facts["scale"],

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_adainfer.offline.calibration.probes import AnyProbe, read
+from vllm_adainfer.policy.bound import FloatArray
 from vllm_adainfer.policy.probe import Probe
 
 ROUNDS = 20
@@ -23,7 +25,9 @@ class Costs:
 
     Attributes:
         depth: layers of the model.
-        layer: one layer for one token row.
+        layer: one layer for one token row of a whole step.
+        fewer: share of a step's rows -> share of its time that layers take with them, ascending.
+            Where weights are read for whichever rows are left, fewer rows spare less than theirs.
         cut: one exit point for one token row of a step: the boundary between two segments, and
             gathering the rows that go on.
         probe: layer -> the probe after it, for one prompt.
@@ -36,6 +40,26 @@ class Costs:
     cut: float
     probe: Mapping[int, float]
     head: float = 0.0
+    fewer: tuple[tuple[float, float], ...] = ()
+
+    def share_of_time(self, rows: FloatArray) -> FloatArray:
+        """What layers take with shares of a step's `rows`, 0 to 1; none take nothing."""
+        measured = np.array([(0.0, 0.0), *self.fewer, (1.0, 1.0)])
+        shares: FloatArray = np.interp(rows, *measured.T)
+        return shares
+
+
+def shares_of_time(
+    fewer: Sequence[Sequence[tuple[float, float]]],
+) -> tuple[tuple[float, float], ...]:
+    """`Costs.fewer` from the pairs of several steps, for each number of cuts.
+
+    See `vllm_adainfer.exits.recording_loop.Timings`. Medians, and never falling with more rows.
+    """
+    medians = [np.median(np.array(pairs), axis=0) for pairs in reversed(fewer) if len(pairs)]
+    times = np.maximum.accumulate([min(float(time), 1.0) for _, time in medians] or [1.0])
+    rows = [float(share) for share, _ in medians]
+    return tuple(zip(rows, times.tolist(), strict=False))
 
 
 def probe_seconds(probe: AnyProbe, states: Tensor, threads: int) -> float:

@@ -20,7 +20,12 @@ from vllm_adainfer.offline.calibration.certify_questions import (
 from vllm_adainfer.offline.calibration.choices import Choices
 from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, forecast
 from vllm_adainfer.offline.calibration.collect import Ints, Recording
-from vllm_adainfer.offline.calibration.cost import Costs, head_seconds, probe_seconds
+from vllm_adainfer.offline.calibration.cost import (
+    Costs,
+    head_seconds,
+    probe_seconds,
+    shares_of_time,
+)
 from vllm_adainfer.offline.calibration.fit import Bools, FittedExit, chain, fit_exits
 from vllm_adainfer.offline.calibration.loss import AccuracyLost, Loss, RightTokens
 from vllm_adainfer.offline.calibration.probes import Target
@@ -242,4 +247,5 @@ def _measured_costs(
             exit.layer: probe_seconds(exit.probe, asked, recording.threads) for exit in candidates
         },
         head=head,
+        fewer=shares_of_time(recording.fewer),
     )
