@@ -1,8 +1,8 @@
-"""OPT and Llama side by side: train small models, calibrate them, measure them on unseen rows.
+"""Small models of several families, side by side: trained, calibrated, measured on unseen rows.
 
     .venv/bin/python benchmarks/bench_families.py
 
-Both have 12 layers and learn from the same text; see `small_models`. After training, this runs the
+All have 12 layers and learn from the same text; see `small_models`. After training, this runs the
 same code as the commands `calibrate` and `evaluate`.
 """
 

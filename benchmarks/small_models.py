@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from transformers import PreTrainedTokenizerFast as Fast
 
 Row = dict[str, str]
@@ -28,6 +35,9 @@ FAMILIES = {
     "Llama": lambda **shape: LlamaForCausalLM(LlamaConfig(intermediate_size=3 * HIDDEN, **shape)),
     "OPT": lambda **shape: OPTForCausalLM(
         OPTConfig(ffn_dim=4 * HIDDEN, word_embed_proj_dim=HIDDEN, **shape)
+    ),
+    "Mixtral": lambda **shape: MixtralForCausalLM(
+        MixtralConfig(intermediate_size=2 * HIDDEN, num_local_experts=8, **shape)
     ),
 }
 

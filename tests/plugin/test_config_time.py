@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import vllm.model_executor.models.config as model_hooks
-from transformers import AutoTokenizer, FalconConfig, JambaConfig, MambaConfig, MixtralConfig
+from transformers import AutoTokenizer, FalconConfig, JambaConfig, MambaConfig
 from vllm import ModelRegistry
 from vllm.config import CUDAGraphMode, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
