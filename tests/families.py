@@ -12,6 +12,7 @@ from transformers import (
     Ernie4_5Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -88,6 +89,33 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     ),
     "gemma3": lambda **shape: Gemma3TextConfig(
         **shape, **HEADS_OF_32, sliding_window=WINDOW, layer_types=LOCAL_AND_GLOBAL
+    ),
+    # Its last two layers read the keys and values of the two before.
+    "gemma4": lambda **shape: Gemma4TextConfig(
+        **shape,
+        head_dim=32,
+        global_head_dim=64,
+        sliding_window=WINDOW,
+        layer_types=LOCAL_AND_GLOBAL,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        final_logit_softcapping=30.0,
+    ),
+    "gemma4-large": lambda **shape: Gemma4TextConfig(
+        **shape,
+        head_dim=32,
+        global_head_dim=64,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=WINDOW,
+        layer_types=LOCAL_AND_GLOBAL,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=32,
     ),
     "mixtral": lambda **shape: MixtralConfig(**shape, num_local_experts=4),
     "qwen3-moe": lambda **shape: Qwen3MoeConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,15 @@ import pytest
 import torch
 from vllm import SamplingParams, envs
 from vllm.distributed import get_tp_group
+from vllm.lora.request import LoRARequest
 
+from tests.adapters import save_adapter
 from tests.conftest import tiny_engine
-from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
+from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
+from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.exits.decisions import Decisions
 from vllm_adainfer.exits.shadow import ShadowAnswers
+from vllm_adainfer.offline.calibration.adapter import read_adapter
 from vllm_adainfer.policy.artifact_files import save_artifact
 
 Artifacts = Callable[[str, float], Path]
@@ -117,3 +122,53 @@ def test_two_ranks_decide_watch_and_answer_as_one(
     assert both == [stats, stats]
     assert sum(count > 0 for count in stats["exit_histogram"].values()) > 1
     assert sum(level["checked"] for level in stats["shadow"].values()) > 0
+
+
+@pytest.mark.full
+def test_two_ranks_serve_adapters_and_the_policy_beside_one_of_them_as_one_does(
+    tiny_model, reference, artifacts, ranks_on_cores, tmp_path
+):
+    generator = np.random.default_rng(6)
+    prompts = [generator.integers(5, 1000, n).tolist() for n in (7, 1, 23, 150, 40, 3, 64, 12, 90)]
+    saved = [save_adapter(reference, tmp_path / str(seed), seed) for seed in range(2)]
+    adapters = [LoRARequest(f"a{i}", i + 1, str(path)) for i, path in enumerate(saved)]
+    described = read_adapter(f"a0={saved[0]}").described
+    thresholds = torch.full((2, len(EXIT_POINTS)), 0.2)
+    tiny_artifact(tiny_model, saved[0] / "adainfer", thresholds, adapter=described)
+    switch = {
+        "artifact": str(artifacts("label-head", 0.2)),
+        "exit_points": EXIT_POINTS,
+        "min_rows_saved": 1,
+    }
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        allowed_token_ids=list(tiny_config(tiny_model).label_ids),
+    )
+
+    def run(ranks: int) -> tuple[list[list[int]], list[dict[str, Any]]]:
+        engine = tiny_engine(
+            tiny_model,
+            switch,
+            max_model_len=256,
+            kv_cache_memory_bytes=16 << 20,
+            tensor_parallel_size=ranks,
+            enable_lora=True,
+            max_loras=3,
+            max_lora_rank=8,
+        )
+        engine.llm_engine.add_lora(adapters[0])
+        outputs = engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            params,
+            lora_request=[[None, *adapters][i % 3] for i in range(len(prompts))],
+            use_tqdm=False,
+        )
+        answers = [list(output.outputs[0].token_ids) for output in outputs]
+        return answers, engine.collective_rpc("adainfer_stats")
+
+    (answers, [stats]), (answers_of_two, both) = run(1), run(2)
+    assert answers_of_two == answers
+    assert both == [stats, stats]
+    assert set(stats["policies"]) == {"default", "a0", NO_POLICY}
+    assert len(+Counter(stats["policies"]["a0"]["exit_histogram"])) > 0

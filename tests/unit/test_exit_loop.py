@@ -24,13 +24,15 @@ from vllm_adainfer.exits.kv import ExactKV, PropagateKV
 from vllm_adainfer.exits.layout import RowLayout
 from vllm_adainfer.exits.recorder import Recorder
 from vllm_adainfer.exits.recording_loop import RecordingLoop
-from vllm_adainfer.exits.step import StepContext
+from vllm_adainfer.exits.step import REGROUP_COST, StepContext
 from vllm_adainfer.policy.exit_policy import Asked, Decision
 from vllm_adainfer.policy.monitor import AnswerMonitor
 from vllm_adainfer.policy.policy_set import PolicySet
 
 EXIT_POINTS, DEPTH = (2, 4), 6
 SHAPE = StackShape(segment_layers=(2, 2, 1, 1), head_size=1)
+# The last two layers attend to what the fourth does.
+SHARING = StackShape(segment_layers=(2, 2, 2), head_size=1, own_kv_layers=4)
 FULL_DEPTH, FIRST_EXIT, SECOND_EXIT = -1, 0, 1  # tags
 LONGEST = 100
 
@@ -62,8 +64,10 @@ class ToyBatch:
         self.sizes.append(len(state))
         first = sum(self.shape.segment_layers[:segment])
         for layer in range(first, first + self.shape.segment_layers[segment]):
-            self.write(layer, state)
-            attended = [self.cache[layer, r, : p + 1].mean() for r, p in self.rows()]
+            if layer < self.shape.kv_layers:
+                self.write(layer, state)
+            source = min(layer, self.shape.kv_layers - 1)
+            attended = [self.cache[source, r, : p + 1].mean() for r, p in self.rows()]
             state = next_state(state, torch.stack(attended).unsqueeze(1), layer)
             self.executed.update(self.rows())
         return HiddenStates(state)
@@ -97,15 +101,17 @@ class ExitByTag:
 class Toy:
     """An exit loop over the toy stack, fed step by step."""
 
-    def __init__(self, kv: Any = None, requests: int = 4, **changes: Any) -> None:
-        self.shape = SHAPE
+    def __init__(
+        self, kv: Any = None, requests: int = 4, shape: StackShape = SHAPE, **changes: Any
+    ) -> None:
+        self.shape = shape
         self.cache = torch.full((DEPTH, requests, LONGEST), torch.nan, dtype=torch.float64)
         self.lengths = np.zeros(requests, dtype=np.int64)
         self.executed: Counter = Counter()
         self.sizes: list[int] = []
         settings = {"max_rows": LONGEST, "min_rows_saved": 1, "monitors": {}, **changes}
         policies = PolicySet({"toy": ExitByTag()})
-        self.loop = ExitLoop(SHAPE, policies, ExactKV() if kv is None else kv, **settings)
+        self.loop = ExitLoop(shape, policies, ExactKV() if kv is None else kv, **settings)
 
     def step(self, tokens: list[list[int]], tags: list[int], **context: Any) -> Any:
         """Run `tokens` of each request; returns the last state of each, and the output."""
@@ -125,13 +131,14 @@ class Toy:
         return output.hidden[layout.ends[lens > 0] - 1, 0].tolist(), output
 
 
-def oracle(tokens: list[int], depth: int) -> tuple[float, Tensor]:
+def oracle(tokens: list[int], depth: int, kv_layers: int = DEPTH) -> tuple[float, Tensor]:
     """The last token's state after `depth` layers, and the cache: all others ran at full depth."""
     state = torch.tensor(tokens, dtype=torch.float64)
     cache = []
     for layer in range(DEPTH):
         cache.append(state)
-        means = state.cumsum(0) / torch.arange(1, len(tokens) + 1)
+        attended = cache[min(layer, kv_layers - 1)]
+        means = attended.cumsum(0) / torch.arange(1, len(tokens) + 1)
         state = next_state(state, means, layer)
         if layer + 1 == depth:
             last = float(state[-1])
@@ -194,6 +201,28 @@ def test_rows_that_decide_no_request_only_get_keys_and_values_in_the_last_layer(
     assert toy.sizes == [81, 81, 81, 2]
 
 
+def test_where_later_layers_write_no_keys_and_values_rows_that_decide_nothing_stop():
+    toy, prompt = Toy(requests=2, shape=SHARING), [3, 1, 4, 1] * 20
+    found, _ = toy.step([prompt, [7]], [FULL_DEPTH, FULL_DEPTH])
+    full_depth, cache = oracle(prompt, DEPTH, SHARING.kv_layers)
+    assert found[0] == pytest.approx(full_depth)
+    assert torch.allclose(toy.cache[:4, 0, :80], cache[:4])
+    assert toy.sizes == [81, 81, 2]
+    deep = toy.loop.stats.by_policy[NO_POLICY]
+    assert deep.layers_run == sum(toy.executed.values()) == 81 * 4 + 2 * 2
+    assert deep.layers_skipped == 79 * 2
+    assert deep.layers_run + deep.layers_skipped == deep.layers_possible
+
+
+def test_a_token_that_leaves_where_later_layers_write_nothing_leaves_nothing_missing():
+    toy = Toy(requests=2, shape=SHARING)
+    toy.step([[3, 1], [7]], [SECOND_EXIT, FIRST_EXIT])
+    assert [toy.loop.missing(f"request {place}", 2) for place in range(2)] == [0, 1]
+    found, _ = toy.step([[4], [1]], [FULL_DEPTH, FULL_DEPTH])
+    wanted = [oracle(text, DEPTH, SHARING.kv_layers)[0] for text in ([3, 1, 4], [7, 1])]
+    assert found == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize("max_rows", [LONGEST, 4], ids=["rejoins", "catches up in parts"])
 def test_exact_kv_runs_skipped_layers_with_the_next_token_that_goes_there(max_rows):
     toy, text = Toy(requests=1, max_rows=max_rows), [3, 1, 4, 1, 5, 9, 2, 6]
@@ -217,10 +246,13 @@ def test_propagate_fills_skipped_layers_with_the_state_at_the_exit():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_drawn_exits_give_the_oracles_states_whatever_left_before(seed):
+@pytest.mark.parametrize("shape", [SHAPE, SHARING], ids=["own", "shared"])
+def test_drawn_exits_give_the_oracles_states_whatever_left_before(monkeypatch, shape, seed):
     """Several requests, prompts and tokens, with `exact`: others' exits change nobody's state."""
     generator = np.random.default_rng(seed)
-    toy = Toy(ExactKV(capacity=6), max_rows=int(generator.integers(8, LONGEST)))
+    monkeypatch.setitem(REGROUP_COST, "cpu", int(generator.choice([1, 64])))
+    max_rows = int(generator.integers(8, LONGEST))
+    toy = Toy(ExactKV(capacity=6), shape=shape, max_rows=max_rows)
     texts: list[list[int]] = [[], [], [], []]
     for _ in range(12):
         lens = generator.integers(0, 3, 4)
@@ -233,13 +265,17 @@ def test_drawn_exits_give_the_oracles_states_whatever_left_before(seed):
         found, _ = toy.step(tokens, tags.tolist())
         texts = [text + more for text, more in zip(texts, tokens, strict=True)]
         wanted = [
-            oracle(text, DEPTH if tag == FULL_DEPTH else EXIT_POINTS[tag])[0]
+            oracle(text, DEPTH if tag == FULL_DEPTH else EXIT_POINTS[tag], shape.kv_layers)[0]
             for text, tag, count in zip(texts, tags, lens, strict=True)
             if count
         ]
         assert found == pytest.approx(wanted)
     waiting = sum(toy.loop.missing(f"request {place}", 0) for place in range(4))
     assert waiting or not toy.loop.kv._waiting
+    for place in range(4):
+        toy.loop.forget(f"request {place}")
+    for own in toy.loop.stats.by_policy.values():
+        assert own.layers_run + own.layers_skipped == own.layers_possible
 
 
 @pytest.mark.parametrize(("threshold", "differs"), [(6.0, True), (100.0, False)])

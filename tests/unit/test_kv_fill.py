@@ -13,7 +13,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNor
 
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.decoder import KVProjection, norm_of
-from vllm_adainfer.engine.kv_fill import KVFill
+from vllm_adainfer.engine.kv_fill import LayerByLayer, OneProduct, kv_fill_of
 
 HIDDEN, HEADS, HEAD_DIM, LAYERS, EPS = 12, 2, 4, 5, 1e-5
 Q_SIZE, KV_SIZE = 3 * HEAD_DIM, HEADS * HEAD_DIM
@@ -54,8 +54,23 @@ def formula(state: Tensor, norm: nn.Module | None) -> Tensor:
     return scaled * (norm.weight.data + isinstance(norm, GemmaRMSNorm))
 
 
-def layer_of(number: int, bias: bool, norm: str | None, key_norm: str | None, turns: int) -> Any:
-    projection = nn.Linear(HIDDEN, Q_SIZE + 2 * KV_SIZE, bias=bias).requires_grad_(False)
+class Projection(nn.Linear):
+    """As vLLM's, which returns a bias, too."""
+
+    def forward(self, state: Tensor) -> tuple[Tensor, None]:
+        return super().forward(state), None
+
+
+def layer_of(
+    number: int,
+    bias: bool,
+    norm: str | None,
+    key_norm: str | None,
+    turns: int,
+    keys_per_norm: int = 1,
+    value_norm: str | None = None,
+) -> Any:
+    projection = Projection(HIDDEN, Q_SIZE + 2 * KV_SIZE, bias=bias).requires_grad_(False)
     return KVProjection(
         attention=SimpleNamespace(
             layer_name=f"layer {number}", num_heads=3, num_kv_heads=HEADS, head_size=HEAD_DIM
@@ -63,44 +78,49 @@ def layer_of(number: int, bias: bool, norm: str | None, key_norm: str | None, tu
         qkv_proj=projection,
         norm=norm and random_norm(norm, HIDDEN),
         rotary=ROTATIONS[number % turns] if turns else None,
-        key_norm=key_norm and random_norm(key_norm, HEAD_DIM),
+        key_norm=key_norm and random_norm(key_norm, keys_per_norm * HEAD_DIM),
+        value_norm=value_norm and random_norm(value_norm, HEAD_DIM),
     )
 
 
 @pytest.mark.parametrize(
-    ("bias", "norm", "key_norm", "turns"),
+    ("kind", "layer"),
     [
-        pytest.param(False, "rms", None, 1, id="Llama"),
-        pytest.param(True, "rms", None, 1, id="Qwen 2"),
-        pytest.param(False, "rms", "rms", 1, id="Qwen 3"),
-        pytest.param(False, "gemma", "gemma", 2, id="Gemma 3"),
-        pytest.param(True, "layer", None, 0, id="OPT"),
-        pytest.param(True, None, None, 0, id="OPT-350m"),
+        pytest.param(OneProduct, (False, "rms", None, 1), id="Llama"),
+        pytest.param(OneProduct, (True, "rms", None, 1), id="Qwen 2"),
+        pytest.param(OneProduct, (False, "rms", "rms", 1), id="Qwen 3"),
+        pytest.param(OneProduct, (False, "rms", "rms", 1, HEADS), id="OLMoE"),
+        pytest.param(OneProduct, (False, "gemma", "gemma", 2), id="Gemma 3"),
+        pytest.param(LayerByLayer, (False, "rms", "rms", 2, 1, "rms"), id="Gemma 4"),
+        pytest.param(OneProduct, (True, "layer", None, 0), id="OPT"),
+        pytest.param(OneProduct, (True, None, None, 0), id="OPT-350m"),
     ],
 )
 @pytest.mark.parametrize("exit_index", [0, 1])
-def test_every_layer_after_the_exit_point_is_filled(
-    monkeypatch, bias, norm, key_norm, turns, exit_index
-):
+def test_every_layer_after_the_exit_point_is_filled(monkeypatch, kind, layer, exit_index):
     written: dict[str, tuple[Tensor, ...]] = {}
     monkeypatch.setattr(
         compat, "write_kv", lambda attn, *what: written.update({attn.layer_name: what})
     )
     torch.manual_seed(0)
-    layers = [layer_of(number, bias, norm, key_norm, turns) for number in range(LAYERS)]
+    layers = [layer_of(number, *layer) for number in range(LAYERS)]
     exit_points = (2, 4)
     states, positions = torch.randn(3, HIDDEN), torch.tensor([5, 0, 7])
     slots = {f"layer {number}": torch.tensor([number, 1, 2]) for number in range(LAYERS)}
-    KVFill(layers, exit_points)(exit_index, states, positions, slots)
+    fill = kv_fill_of(layers, exit_points)
+    assert isinstance(fill, kind)
+    fill(exit_index, states, positions, slots)
 
     filled = range(exit_points[exit_index], LAYERS)
     assert list(written) == [f"layer {number}" for number in filled]
     for number in filled:
         layer = layers[number]
-        both = layer.qkv_proj(formula(states, layer.norm))[:, Q_SIZE:]
+        both = layer.qkv_proj(formula(states, layer.norm))[0][:, Q_SIZE:]
         keys, values = both.view(3, 2, HEADS, HEAD_DIM).unbind(1)
-        keys = formula(keys, layer.key_norm)
-        if turns:
+        values = formula(values, layer.value_norm)
+        size = HEAD_DIM if layer.key_norm is None else len(layer.key_norm.weight)
+        keys = formula(keys.reshape(3, -1, size), layer.key_norm).view(3, HEADS, HEAD_DIM)
+        if layer.rotary is not None:
             keys = layer.rotary(positions, keys.flatten(1), None)[0].view_as(keys)
         found_keys, found_values, found_slots = written[f"layer {number}"]
         torch.testing.assert_close(found_keys, keys)

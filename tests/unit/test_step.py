@@ -44,11 +44,10 @@ def compact(step: StepContext) -> tuple[int, list[int]]:
     return len(leaving), step.regroup(leaving).tolist()
 
 
-def original_rows(step: StepContext, requests: Any = None) -> list[int]:
-    """Where the last rows of `requests` (None: all rows) were in the original batch."""
+def original_rows(step: StepContext) -> list[int]:
+    """Where the rows were in the original batch."""
     output = torch.full((1000, 1), -1.0)
-    count = step.layout.num_rows if requests is None else len(requests)
-    step.scatter(torch.arange(float(count)).unsqueeze(1), requests, output)
+    step.scatter(torch.arange(float(step.layout.num_rows)).unsqueeze(1), output)
     found = (output[:, 0] >= 0).nonzero().squeeze(1)
     return found[output[found, 0].argsort()].tolist()
 
@@ -165,15 +164,30 @@ def test_the_layout_is_of_the_requests_and_rows_that_remain():
 
 def test_the_last_layer_asks_for_the_last_row_of_each_request_that_remains():
     step = make([40, 3, 150], sampled=[True, True, False])  # rows 0-39, 40-42, 43-192
-    sampled = step.sampled_only()
-    assert sampled.present.tolist() == [0, 1, 2]
-    assert sampled.positions.tolist() == [39, 42, 192]
     step.settle(ints(0))
     compact(step)
-    sampled = step.sampled_only()
-    assert sampled.present.tolist() == [1, 2]
-    assert sampled.positions.tolist() == [42, 192]
-    assert original_rows(step, sampled.present) == [42, 192]
+    assert step.keep_last_rows(1).tolist() == [2, 152]
+    assert step.layout.present.tolist() == [1, 2]
+    assert step.layout.positions.tolist() == [42, 192]
+    assert original_rows(step) == [42, 192]
+    step.settle(ints(1))
+    assert compact(step) == (1, [1])
+    assert original_rows(step) == [192]
+
+
+def test_the_more_layers_rows_are_spared_the_fewer_rows_are_worth_it():
+    lens = [REGROUP_COST["cpu"] // 4 + 1, 1]
+    assert make(lens).keep_last_rows(3) is None
+    assert make(lens).keep_last_rows(4).tolist() == [lens[0] - 1, lens[0]]
+
+
+def test_only_rows_that_leave_out_layers_with_keys_and_values_lack_some():
+    step = make([1, 2, 3])
+    step.settle(ints(0, 2))
+    step.note_all_kv(ints(2))
+    compact(step)
+    assert step.exited.tolist() == [0, 2]
+    assert step.lacking_kv.tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +196,7 @@ def test_the_last_layer_asks_for_the_last_row_of_each_request_that_remains():
     ids=["one row each", "not worth new metadata", "all are wanted"],
 )
 def test_otherwise_the_last_layer_is_as_vllm_runs_it(lens, all_rows_count):
-    assert make(lens, all_rows_count=all_rows_count).sampled_only() is None
+    assert make(lens, all_rows_count=all_rows_count).keep_last_rows(1) is None
 
 
 class ObviousStep:

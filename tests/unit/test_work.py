@@ -124,9 +124,12 @@ def test_no_counter_falls_and_run_skipped_and_waiting_are_all_that_came(data):
                     if data.draw(st.booleans()):
                         now.join(index, np.array([place]))
                     else:
-                        now.ran_apart(now.take(index, np.array([place])), DEPTH - exit_layer, 2)
+                        taken, spared = now.take(index, np.array([place])), index % 2
+                        now.ran_apart(taken, DEPTH - exit_layer - spared, 2, spared)
                 if fate in ("leaves", "waits"):
                     here.remove(place)
+        if here and data.draw(st.booleans()):
+            now.keep_last_rows(np.array(sorted(here)), DEPTH - layer)
         now.ran(DEPTH - layer)
         found = counted(engine.stats)
         assert all(found[key] >= amount for key, amount in last.items())

@@ -8,6 +8,7 @@ MODELS = {
     "GemmaForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemmaForCausalLM",
     "Gemma2ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma2ForCausalLM",
     "Gemma3ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma3ForCausalLM",
+    "Gemma4ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma4ForCausalLM",
     "Glm4ForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferGlm4ForCausalLM",
     "Glm4MoeForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferGlm4MoeForCausalLM",
     "GptOssForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferGptOssForCausalLM",

@@ -88,9 +88,10 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
 
 def policies_of(model: LoadedModel, cuts: tuple[int, ...]) -> PolicySet:
     """The policies of a model whose stack is cut after `cuts`."""
-    if model.settings.exit_script is not None:
-        script = ScriptedPolicy(model.exit_points, model.hidden_size, model.device)
-        return PolicySet({DEFAULT_POLICY: script})
+    exit_script = model.settings.exit_script
+    if exit_script is not None:
+        script = ScriptedPolicy(exit_script, model.hidden_size, model.device)
+        return PolicySet({DEFAULT_POLICY: script}, cuts)
     return PolicySet(
         {name: policy_of(model, artifact) for name, artifact in model.artifacts.items()}, cuts
     )

@@ -20,6 +20,7 @@ class KVProjection:
         qkv_proj: from the normed input to queries, keys and values, in this order.
         norm: of the input; None if the input is projected without one.
         rotary: rotates keys by their positions; None if the embedding adds positions.
+        value_norm: of each value; None for none.
         key_norm: before the rotation, of each key or of all keys of a row as one, as its size
             tells; None for none.
 
@@ -30,6 +31,7 @@ class KVProjection:
     norm: nn.Module | None = None
     rotary: nn.Module | None = None
     key_norm: nn.Module | None = None
+    value_norm: nn.Module | None = None
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -67,6 +69,8 @@ class KVProjection:
             size = self.keys_per_norm * self.attention.head_size
             parts = keys.flatten(1).unflatten(1, (-1, size))
             keys = self.key_norm(parts).view_as(keys)
+        if self.value_norm is not None:
+            values = self.value_norm(values.contiguous())
         if self.rotary is not None:
             # A copy: vLLM's op writes to its argument, which is a part of the projection's output.
             # Compiling that, torch 2.13 may take the number of rows for a constant.
@@ -99,6 +103,16 @@ class Decoder:
         return embedded
 
     @staticmethod
+    def per_layer_inputs(body: Any, ids: Tensor, embedded: Tensor) -> Tensor | None:
+        """[rows, layers, size], an input of its own for each layer; None for none."""
+        return None
+
+    @staticmethod
+    def own_kv_layers(body: Any) -> int | None:
+        """How many layers write keys and values, if later ones read those of others."""
+        return None
+
+    @staticmethod
     def layers(body: Any) -> Sequence[nn.Module]:
         """The decoder layers."""
         layers: Sequence[nn.Module] = body.layers
@@ -106,9 +120,13 @@ class Decoder:
 
     @staticmethod
     def run_layer(
-        layer: nn.Module, positions: Tensor, hidden: Tensor, residual: Tensor | None
+        layer: nn.Module,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor | None,
+        own: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The parts of the stream after one layer."""
+        """The parts of the stream after one layer, which may have an input of its `own`."""
         after: tuple[Tensor, Tensor | None] = layer(positions, hidden, residual)
         return after
 

@@ -22,7 +22,7 @@ from vllm_adainfer.engine.attention import StepAttention
 from vllm_adainfer.engine.batch import CompiledBatch
 from vllm_adainfer.engine.compat import get_logger
 from vllm_adainfer.engine.decoder import Decoder, norm_of
-from vllm_adainfer.engine.kv_fill import KVFill
+from vllm_adainfer.engine.kv_fill import KVFill, kv_fill_of
 from vllm_adainfer.engine.ranks import agreed
 from vllm_adainfer.engine.segment_graphs import SegmentGraphs
 from vllm_adainfer.engine.segments import Stack, build_stack
@@ -97,8 +97,9 @@ class EarlyExit(_Model):
         for artifact in self.artifacts.values():
             artifact.config.check_weights(self.fingerprint)
         if self.settings.kv == "propagate":
-            layers = map(self.decoder.kv_projection, self.decoder.layers(self._body))
-            self._kv_fill = KVFill(list(layers), self.exit_points)
+            writing = self.decoder.layers(self._body)[: self.decoder.own_kv_layers(self._body)]
+            layers = list(map(self.decoder.kv_projection, writing))
+            self._kv_fill = kv_fill_of(layers, self.exit_points)
         return loaded
 
     def cut_stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> StackShape:
@@ -113,10 +114,15 @@ class EarlyExit(_Model):
 
     @property
     def exit_points(self) -> tuple[int, ...]:
-        """Of all policies and of those that adapters may bring, or of the script."""
-        points = (artifact.config.exit_points for artifact in self.artifacts.values())
+        """Of all policies and of those that adapters may bring, or of the script.
+
+        And where layers begin to share keys and values, where rows that decide nothing stop.
+        """
+        points = [artifact.config.exit_points for artifact in self.artifacts.values()]
         named = self.settings.exit_script or self.settings.exit_points or ()
-        return tuple(sorted(set(named).union(*points)))
+        own_kv_layers = self.decoder.own_kv_layers(self._body)
+        shared = () if own_kv_layers is None else (own_kv_layers,)
+        return tuple(sorted({*named, *shared}.union(*points)))
 
     @property
     def hidden_size(self) -> int:

@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from adainfer_kernels import Norm
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm
+from typing_extensions import override
 
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.decoder import KVProjection, norm_of
 
 
-class KVFill:
-    """Writes the keys and values that layers make from one and the same state, for `PropagateKV`.
-
-    The projections of all layers are one product. It has its own copy of the weights, into which
-    weight and bias of each layer's norm are folded.
-    """
-
-    def __init__(self, layers: Sequence[KVProjection], exit_points: Sequence[int]) -> None:
-        """`layers` are all of the model's, with weights loaded but not repacked yet.
-
-        On CPUs vLLM repacks linear weights after loading, and drops the originals.
-        """
-        self._layers = layers[exit_points[0] :]
-        self._skip = [layer - exit_points[0] for layer in exit_points]
-        first = self._layers[0]
-        self._norm = None if first.norm is None else norm_of(first.norm)
-        weights, biases = zip(*map(_folded, self._layers), strict=True)
-        self._weight = torch.stack(weights)  # [layers, 2 (K, V) x heads x head size, hidden size]
-        self._bias = torch.stack(biases)
-        self._key_norm = None if first.key_norm is None else norm_of(first.key_norm)
-        if self._key_norm is not None:  # [layers, 1, size]
-            norms = [norm_of(layer.key_norm) for layer in self._layers if layer.key_norm]
-            scales = [norm.weight for norm in norms if norm.weight is not None]
-            self._key_weight = torch.stack(scales).unsqueeze(1)
+class KVFill(Protocol):
+    """Writes keys and values that layers make from one and the same state, for `PropagateKV`."""
 
     def __call__(
         self, exit_index: int, states: Tensor, positions: Tensor, slots: dict[str, Tensor]
@@ -50,6 +30,60 @@ class KVFill:
             slots: int64 [rows] by layer name, where keys and values go.
 
         """
+
+
+def kv_fill_of(layers: Sequence[KVProjection], exit_points: Sequence[int]) -> KVFill:
+    """For all `layers` of a model that write keys and values, with weights loaded but not repacked.
+
+    On CPUs vLLM repacks linear weights after loading, and drops the originals.
+    """
+    alike = len({layer.heads for layer in layers}) == 1
+    if alike and all(layer.value_norm is None for layer in layers):
+        return OneProduct(layers, exit_points)
+    return LayerByLayer(layers, exit_points)
+
+
+class LayerByLayer(KVFill):
+    """Each layer projects the state by itself: they differ in more than their weights."""
+
+    def __init__(self, layers: Sequence[KVProjection], exit_points: Sequence[int]) -> None:
+        """See `kv_fill_of`."""
+        self._below = [layers[point:] for point in exit_points]
+
+    @override
+    def __call__(
+        self, exit_index: int, states: Tensor, positions: Tensor, slots: dict[str, Tensor]
+    ) -> None:
+        for layer in self._below[exit_index]:
+            keys, values = layer(states, None, positions)
+            compat.write_kv(layer.attention, keys, values, slots[layer.attention.layer_name])
+
+
+class OneProduct(KVFill):
+    """The projections of all layers are one product.
+
+    It has its own copy of the weights, into which weight and bias of each layer's norm are folded.
+    """
+
+    def __init__(self, layers: Sequence[KVProjection], exit_points: Sequence[int]) -> None:
+        """See `kv_fill_of`."""
+        self._layers = layers[exit_points[0] :]
+        self._skip = [layer - exit_points[0] for layer in exit_points]
+        first = self._layers[0]
+        self._norm = None if first.norm is None else norm_of(first.norm)
+        weights, biases = zip(*map(_folded, self._layers), strict=True)
+        self._weight = torch.stack(weights)  # [layers, 2 (K, V) x heads x head size, hidden size]
+        self._bias = torch.stack(biases)
+        self._key_norm = None if first.key_norm is None else norm_of(first.key_norm)
+        if self._key_norm is not None:  # [layers, 1, size]
+            norms = [norm_of(layer.key_norm) for layer in self._layers if layer.key_norm]
+            scales = [norm.weight for norm in norms if norm.weight is not None]
+            self._key_weight = torch.stack(scales).unsqueeze(1)
+
+    @override
+    def __call__(
+        self, exit_index: int, states: Tensor, positions: Tensor, slots: dict[str, Tensor]
+    ) -> None:
         skip, rows = self._skip[exit_index], states.shape[0]
         layers = self._layers[skip:]
         normed = _normed(states, self._norm)

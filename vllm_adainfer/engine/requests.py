@@ -167,7 +167,7 @@ class RunningRequests:
         return StepNote(None, snapshot_of(self._loop.stats))
 
     def _complete(self, step: StepContext) -> dict[str, int]:
-        ended = set(step.exited[~step.continues[step.exited]].tolist())
+        ended = set(step.lacking_kv[~step.continues[step.lacking_kv]].tolist())
         ends = (step.layout.last_positions + 1).tolist()
         return {
             request_id: 0

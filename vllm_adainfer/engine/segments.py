@@ -60,24 +60,29 @@ class Stack:
     """A model's layers in segments.
 
     Attributes:
-        segments: in order; the last one has at most the last layer, and the final norm.
-        last_kv: of that layer; None if the last segment has no layer.
+        segments: in order; the last one has the final norm, and at most the last layer unless that
+            shares another's keys and values.
+        last_kv: of that layer; None if the last segment has no layer, or one that shares.
         head_size: width of the last segment's output, the LM head's input.
+        own_kv_layers: see `StackShape`.
 
     """
 
     segments: tuple[Segment, ...]
     last_kv: LastKV | None
     head_size: int
+    own_kv_layers: int | None
 
     @property
     def shape(self) -> StackShape:
         """As the exit loop sees the stack."""
-        return StackShape([segment.num_layers for segment in self.segments], self.head_size)
+        layers = [segment.num_layers for segment in self.segments]
+        return StackShape(layers, self.head_size, self.own_kv_layers)
 
     def run(self, index: int, positions: Tensor, states: HiddenStates) -> HiddenStates:
         """The states after a segment; after the last one [rows, head size]."""
-        return HiddenStates(*self.segments[index](positions, *states.parts))
+        hidden, residual, per_layer = self.segments[index](positions, *states.parts)
+        return HiddenStates(hidden, residual, states.per_layer if per_layer is None else per_layer)
 
     def write_last_kv(
         self, positions: Tensor, states: HiddenStates, slots: dict[str, Tensor]
@@ -87,7 +92,7 @@ class Stack:
         `states` is that layer's input, and may be overwritten.
         """
         assert self.last_kv is not None, "the last segment has no layer"
-        keys, values = self.last_kv(positions, *states.parts)
+        keys, values = self.last_kv(positions, *states.stream)
         attention = self.last_kv.projection.attention
         compat.write_kv(attention, keys, values, slots[attention.layer_name])
 
@@ -103,7 +108,7 @@ class Stack:
             states = self.run(index, positions, states)
         if self.last_kv is not None:  # on a copy, which may be overwritten
             with override_forward_context(without_graphs(get_forward_context())):
-                self.last_kv(positions, *states.clone().parts)
+                self.last_kv(positions, *states.clone().stream)
         return self.run(len(self.segments) - 1, positions, states).hidden
 
 
@@ -120,23 +125,29 @@ def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Seg
     """
 
     def forward(
-        self: Segment, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        if first == 0:  # they are token ids
-            hidden_states = self.decoder.embed(self.body, hidden_states, positions)
-        for layer in self.layers:
+        self: Segment,
+        positions: Tensor,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        per_layer: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if first == 0:
+            ids = hidden_states
+            hidden_states = self.decoder.embed(self.body, ids, positions)
+            per_layer = self.decoder.per_layer_inputs(self.body, ids, hidden_states)
+        for number, layer in enumerate(self.layers, start=first):
+            own = None if per_layer is None else per_layer[:, number]
             hidden_states, residual = self.decoder.run_layer(
-                layer, positions, hidden_states, residual
+                layer, positions, hidden_states, residual, own
             )
         if finishes:
-            return self.decoder.finish(self.body, hidden_states, residual), None
-        return hidden_states, residual
+            return self.decoder.finish(self.body, hidden_states, residual), None, None
+        return hidden_states, residual, per_layer if first == 0 else None
 
     name = f"Segment_{first}_{last}_of_{depth}" + ("_finishes" if finishes else "")
     forward.__qualname__ = f"{name}.forward"
-    compiled = support_torch_compile(
-        dynamic_arg_dims={"positions": ROWS, "hidden_states": ROWS, "residual": ROWS}
-    )
+    rows = dict.fromkeys(("positions", "hidden_states", "residual", "per_layer"), ROWS)
+    compiled = support_torch_compile(dynamic_arg_dims=rows)
     segment_class: type[Segment] = compiled(type(name, (Segment,), {"forward": forward}))
     return segment_class
 
@@ -167,13 +178,13 @@ def build_stack(
 ) -> Stack:
     """Cut the stack of `body` after each of `cuts` (counts of layers run).
 
-    The last layer is always cut off; after a cut behind it the last segment is only the final norm.
-    `head_size` is that of the LM head's input.
+    The last layer is always cut off, unless it shares another's keys and values; after a cut behind
+    it the last segment is only the final norm. `head_size` is that of the LM head's input.
     """
-    layers = decoder.layers(body)
+    layers, own_kv_layers = decoder.layers(body), decoder.own_kv_layers(body)
     depth = len(layers)
     config = compat.segment_config(vllm_config)
-    cuts = sorted({*cuts, max(depth - 1, *cuts)})
+    cuts = sorted({*cuts, max(depth - 1, *cuts)} if own_kv_layers is None else set(cuts))
     spans = [*itertools.pairwise([0, *cuts]), (cuts[-1], depth)]
     segments = []
     for first, last in spans:
@@ -182,8 +193,8 @@ def build_stack(
             segment = cls(vllm_config=config, decoder=decoder, body=body, layers=layers[first:last])
         segments.append(segment)
     last_kv = None
-    if cuts[-1] < depth:
+    if cuts[-1] < depth and own_kv_layers is None:
         projection, kv_class = decoder.kv_projection(layers[-1]), last_kv_class(depth)
         with compat.compile_cache_folder(kv_class.__name__):
             last_kv = kv_class(vllm_config=config, projection=projection)
-    return Stack(tuple(segments), last_kv, head_size)
+    return Stack(tuple(segments), last_kv, head_size, own_kv_layers)

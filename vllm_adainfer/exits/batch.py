@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 from torch import Tensor
@@ -18,13 +19,17 @@ class StackShape:
 
     Attributes:
         segment_layers: the number of layers in each segment. The last segment has the last layer
-            alone, or none, and ends with the final norm.
+            alone, or none, and ends with the final norm. If later layers share keys and values, it
+            has any number of layers.
         head_size: width of what the LM head reads.
+        own_kv_layers: so many layers, the first ones, write keys and values, and a segment ends
+            after them; those that follow read an earlier layer's. None: all write their own.
 
     """
 
     segment_layers: Sequence[int]
     head_size: int
+    own_kv_layers: int | None = None
 
     @property
     def depth(self) -> int:
@@ -35,6 +40,26 @@ class StackShape:
     def last_segment(self) -> int:
         """Index of the last segment."""
         return len(self.segment_layers) - 1
+
+    @property
+    def kv_layers(self) -> int:
+        """How many layers write keys and values."""
+        return self.depth if self.own_kv_layers is None else self.own_kv_layers
+
+    @property
+    def tail(self) -> int:
+        """Index of the first segment that rows which decide nothing have no need of.
+
+        At most they still want keys and values in the last layer.
+        """
+        if self.own_kv_layers is None:
+            return self.last_segment
+        return list(accumulate(self.segment_layers)).index(self.own_kv_layers) + 1
+
+    @property
+    def tail_layers(self) -> int:
+        """Layers from there on."""
+        return sum(self.segment_layers[self.tail :])
 
 
 class Batch(Protocol):

@@ -63,8 +63,11 @@ class CatchUp:
             for start in starts:
                 rows = slice(start, min(start + self.max_rows, layout.num_rows))
                 chunk, chunk_states = batch.beside(layout.part(rows)), states.rows(rows)
-                for segment in range(index + 1, self.shape.last_segment):
+                for segment in range(index + 1, self.shape.tail):
                     chunk_states = chunk.run(segment, chunk_states)
-                chunk.write_last_kv(chunk_states)
-            layers = sum(self.shape.segment_layers[index + 1 :])
-            work.ran_apart(work.take(index, layout.present), layers, len(starts))
+                if self.shape.own_kv_layers is None:
+                    chunk.write_last_kv(chunk_states)
+            below = sum(self.shape.segment_layers[index + 1 :])
+            spared = self.shape.depth - self.shape.kv_layers
+            taken = work.take(index, layout.present)
+            work.ran_apart(taken, below - spared, len(starts), spared)

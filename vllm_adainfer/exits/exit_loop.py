@@ -131,6 +131,8 @@ class ExitLoop(Loop):
         decisions = Decisions(self.policies, owners, step, self._agreed)
         states = HiddenStates(input_ids)
         for segment in range(self._shape.last_segment):
+            if segment == self._shape.tail:
+                batch, states = self._spare_rows(batch, states, step, work)
             states = self._segment(segment, batch, states, work)
             if segment == len(self.policies.exit_points):  # the last layer is next
                 break
@@ -208,6 +210,10 @@ class ExitLoop(Loop):
     ) -> None:
         """Requests leave at this exit point."""
         work.decided(leaving, self.policies.exit_points[exit_index])
+        if self.policies.exit_points[exit_index] >= self._shape.kv_layers:
+            step.note_all_kv(leaving)
+            work.leave(exit_index, leaving)
+            return
         continues = step.continues[leaving]
         if (continuing := leaving[continues]).size:
             self.kv.leave(exit_index, continuing, batch, states, step)
@@ -223,29 +229,41 @@ class ExitLoop(Loop):
             return ready >= self._min_rows_saved
         if ready == step.layout.num_rows:  # no rows are left to regroup
             return True
-        layers = self._shape.depth - self.policies.exit_points[exit_index]
-        spared = step.rows_spared(leaving, self.defers) * layers
+        point, shape = self.policies.exit_points[exit_index], self._shape
+        lacking = max(shape.kv_layers - point, 0)
+        spared = step.rows_spared(leaving, self.defers) * lacking
+        spared += len(leaving) * (shape.depth - point - lacking)  # which rows for KV leave out, too
         return spared >= REGROUP_COST[step.device.type]
 
     def _last(
         self, batch: Batch, states: HiddenStates, step: StepContext, rows: int, work: StepWork
     ) -> Tensor:
-        """[rows, head size] of the original batch: what the LM head reads of the remaining rows.
-
-        Where that pays, rows that decide no request only get keys and values in the last layer.
-        """
+        """[rows, head size] of the original batch: what the LM head reads of the remaining rows."""
         if states.num_rows == 0:
             return states.hidden.new_empty(rows, self._shape.head_size)
-        sampled = step.sampled_only()
-        if sampled is not None:
-            [wanted] = step.on_device(step.sampled_rows(sampled.present))
-            all_states, states = states, states.rows(wanted)
-            batch.write_last_kv(all_states)
-            batch = batch.beside(sampled)
-        # All rows are counted, as if each had run the layer.
+        if self._shape.tail == self._shape.last_segment:
+            batch, states = self._spare_rows(batch, states, step, work)
         final = self._segment(self._shape.last_segment, batch, states, work).hidden
-        if step.is_original and sampled is None:
+        if step.is_original:
             return final
         output = final.new_empty(rows, self._shape.head_size)
-        step.scatter(final, None if sampled is None else sampled.present, output)
+        step.scatter(final, output)
         return output
+
+    def _spare_rows(
+        self, batch: Batch, states: HiddenStates, step: StepContext, work: StepWork
+    ) -> tuple[Batch, HiddenStates]:
+        """Where that pays, the batch without rows that decide nothing and are at the tail.
+
+        If that is the last layer, they get their keys and values there, and are counted as if they
+        had run it.
+        """
+        wanted = step.keep_last_rows(self._shape.tail_layers)
+        if wanted is None:
+            return batch, states
+        all_states, states = states, states.rows(wanted)
+        if self._shape.own_kv_layers is None:
+            batch.write_last_kv(all_states)
+        else:
+            work.keep_last_rows(step.layout.present, self._shape.tail_layers)
+        return batch.beside(step.layout), states

@@ -80,6 +80,7 @@ class StepContext:
             self._may_leave = self._may_exit & ~shadow
         self._settled = np.zeros(self.num_requests, dtype=np.bool_)
         self._exited = np.zeros(self.num_requests, dtype=np.bool_)
+        self._has_all_kv = np.zeros(self.num_requests, dtype=np.bool_)
         # The original row of each row, negative for one that joined; None if nothing has changed.
         self._origin: Ints | None = None
 
@@ -92,6 +93,15 @@ class StepContext:
     def exited(self) -> Ints:
         """Requests that have left the stack early."""
         return np.flatnonzero(self._exited)
+
+    @property
+    def lacking_kv(self) -> Ints:
+        """Those of them whose rows lack keys and values in some layers."""
+        return np.flatnonzero(self._exited & ~self._has_all_kv)
+
+    def note_all_kv(self, requests: Ints) -> None:
+        """Note that the layers which rows of `requests` have left out write none."""
+        self._has_all_kv[requests] = True
 
     def at_full_depth(self) -> Ints:
         """Requests that are sampled in this step and have not exited."""
@@ -173,25 +183,32 @@ class StepContext:
         [rows_on_device] = self.on_device(rows)
         return rows_on_device
 
-    def sampled_only(self) -> RowLayout | None:
-        """The last row of each remaining request, whose final states alone are wanted.
+    def keep_last_rows(self, layers: int) -> Tensor | None:
+        """Leave only the last row of each remaining request, whose final state alone is wanted.
 
-        None if all rows are wanted, or if leaving the others out is not worth a regrouping.
+        Args:
+            layers: that the other rows are spared.
+
+        Returns:
+            the rows of the batch before that make up the batch now; None, and nothing is done, if
+            all rows are wanted, or if leaving the others out is not worth a regrouping.
+
         """
-        spared = self.layout.num_rows - len(self.layout.present)
+        spared = (self.layout.num_rows - len(self.layout.present)) * layers
         if self._all_rows_count or spared < REGROUP_COST[self.device.type]:
             return None
-        return self.layout.last_only()
+        rows = self.layout.last_rows(self.layout.present)
+        self.layout = self.layout.last_only()
+        self._origin = rows if self._origin is None else self._origin[rows]
+        [rows_on_device] = self.on_device(rows)
+        return rows_on_device
 
-    def scatter(self, states: Tensor, requests: Ints | None, output: Tensor) -> None:
+    def scatter(self, states: Tensor, output: Tensor) -> None:
         """Copy `states` of the batch as it is now to their original rows of `output`.
 
-        The states are of the last row of each of `requests`, or of all rows if that is None. Rows
-        that joined have no original row and are dropped.
+        Rows that joined have no original row and are dropped.
         """
         origin = np.arange(self.layout.num_rows) if self._origin is None else self._origin
-        if requests is not None:
-            origin = origin[self.layout.last_rows(requests)]
         kept = np.flatnonzero(origin >= 0)
         source, target = self.on_device(kept, origin[kept])
         output[target] = states[source]

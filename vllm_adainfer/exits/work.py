@@ -85,8 +85,12 @@ class Work:
 
     def skip(self, exit_index: int, rows: Ints) -> None:
         """`rows` [policies] never run the layers below an exit point."""
+        self.spare(rows, self._layers_below[exit_index])
+
+    def spare(self, rows: Ints, layers: int) -> None:
+        """`rows` [policies] never run so many layers."""
         for policy, count in self.by_policy(rows):
-            policy.layers_skipped += count * self._layers_below[exit_index]
+            policy.layers_skipped += count * layers
 
     def run(self, rows: Ints, layers: int) -> None:
         """`rows` [policies] have run `layers`."""
@@ -119,10 +123,22 @@ class StepWork:
         for policy, count in self._in_batch:
             policy.layers_run += count * layers
 
-    def ran_apart(self, rows: Ints, layers: int, batches: int) -> None:
-        """`rows` [policies] have run `layers` in so many batches of their own."""
+    def ran_apart(self, rows: Ints, layers: int, batches: int, spared: int = 0) -> None:
+        """`rows` [policies] have run `layers` in so many batches of their own.
+
+        `spared` is the number of layers that they never run.
+        """
         self._work.stats.passes_run += layers * batches
         self._work.run(rows, layers)
+        self._work.spare(rows, spared)
+
+    def keep_last_rows(self, requests: Ints, layers: int) -> None:
+        """All rows of `requests` but the last are spared the `layers` that are left."""
+        spared = self._rows[requests]
+        spared[np.arange(len(requests)), self._owners[requests]] -= 1
+        self._work.spare(spared.sum(axis=0), layers)
+        self._rows[requests] -= spared
+        self._in_batch = self._work.by_policy(self._rows.sum(axis=0))
 
     def leave(self, exit_index: int, requests: Ints) -> None:
         """`requests` leave the batch at an exit point and never run the layers below."""

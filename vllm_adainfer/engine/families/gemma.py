@@ -1,15 +1,18 @@
-"""Gemma 1, 2 and 3 (text) with exit points."""
+"""Gemma 1 to 4 (text) with exit points."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from torch import Tensor, nn
 from typing_extensions import override
 from vllm.model_executor.models.gemma import GemmaForCausalLM
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
 
-from vllm_adainfer.engine.decoder import Decoder
+from vllm_adainfer.engine.decoder import Decoder, KVProjection
 from vllm_adainfer.engine.early_exit import EarlyExit
 
 
@@ -20,6 +23,48 @@ class Gemma2Decoder(Decoder):
     @override
     def head(model: Any) -> Any:
         return model.model.embed_tokens
+
+
+class Gemma4Decoder(Decoder):
+    """A residual stream in one part, and for each layer an input of its own.
+
+    In some sizes the later layers attend to the keys and values of earlier ones.
+    """
+
+    @staticmethod
+    @override
+    def per_layer_inputs(body: Any, ids: Tensor, embedded: Tensor) -> Tensor | None:
+        inputs: Tensor | None = body.get_per_layer_inputs(ids)
+        projected: Tensor | None = body.project_per_layer_inputs(embedded, inputs)
+        return projected
+
+    @staticmethod
+    @override
+    def own_kv_layers(body: Any) -> int | None:
+        sharing = getattr(body.config, "num_kv_shared_layers", 0)
+        return len(body.layers) - sharing if sharing else None
+
+    @staticmethod
+    @override
+    def run_layer(
+        layer: nn.Module,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor | None,
+        own: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        return layer(positions, hidden, None, per_layer_input=own)[0], None
+
+    @staticmethod
+    @override
+    def finish(body: Any, hidden: Tensor, residual: Tensor | None) -> Tensor:
+        normed: Tensor = body.norm(hidden)
+        return normed
+
+    @staticmethod
+    @override
+    def kv_projection(layer: Any) -> KVProjection:
+        return replace(Decoder.kv_projection(layer), value_norm=layer.self_attn.v_norm)
 
 
 class AdaInferGemmaForCausalLM(EarlyExit, GemmaForCausalLM):
@@ -38,3 +83,9 @@ class AdaInferGemma3ForCausalLM(EarlyExit, Gemma3ForCausalLM):
     """Gemma 3, text only."""
 
     decoder = Decoder
+
+
+class AdaInferGemma4ForCausalLM(EarlyExit, Gemma4ForCausalLM):
+    """Gemma 4, text only."""
+
+    decoder = Gemma4Decoder

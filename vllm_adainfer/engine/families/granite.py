@@ -23,7 +23,11 @@ class GraniteDecoder(Decoder):
     @staticmethod
     @override
     def run_layer(
-        layer: nn.Module, positions: Tensor, hidden: Tensor, residual: Tensor | None
+        layer: nn.Module,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor | None,
+        own: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         return layer(positions, hidden), None
 

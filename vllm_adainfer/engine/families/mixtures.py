@@ -26,7 +26,11 @@ class GptOssDecoder(Decoder):
     @staticmethod
     @override
     def run_layer(
-        layer: nn.Module, positions: Tensor, hidden: Tensor, residual: Tensor | None
+        layer: nn.Module,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor | None,
+        own: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         after: tuple[Tensor, Tensor | None] = layer(hidden, positions, residual)
         return after
