@@ -47,7 +47,8 @@ def measured(family: str, rows: Sequence[Row], directory: Path, repeat: int) -> 
     for name, part in parts.items():
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     start = time.perf_counter()
-    model = str(train(family, rows[:TRAIN], directory / f"small-{family}"))
+    name = family.lower().replace(" ", "-")
+    model = str(train(family, rows[:TRAIN], directory / f"small-{name}"))
     seconds = time.perf_counter() - start
     artifact = directory / "artifact"
     calibrate(

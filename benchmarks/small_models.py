@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -38,6 +40,20 @@ FAMILIES = {
     ),
     "Mixtral": lambda **shape: MixtralForCausalLM(
         MixtralConfig(intermediate_size=2 * HIDDEN, num_local_experts=8, **shape)
+    ),
+    # The last third of its layers reads the keys and values of earlier ones.
+    "Gemma 4": lambda **shape: Gemma4ForCausalLM(
+        Gemma4TextConfig(
+            intermediate_size=3 * HIDDEN,
+            num_key_value_heads=HEADS,
+            head_dim=HIDDEN // HEADS,
+            global_head_dim=HIDDEN // HEADS,
+            layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+            num_kv_shared_layers=LAYERS // 3,
+            hidden_size_per_layer_input=32,
+            vocab_size_per_layer_input=shape["vocab_size"],
+            **shape,
+        )
     ),
 }
 
