@@ -48,7 +48,7 @@ def candidates_of(seed: int, lowest: int = 0, ties: bool = False) -> list[Fitted
 
 def costs_of(probe: float = 1e-4, cut: float = 1e-5, head: float = 0.0, **dear: float) -> Costs:
     by_layer = {layer: dear.get(f"after_{layer}", probe) for layer in LAYERS}
-    return Costs(depth=DEPTH, layer=1e-4, cut=cut, probe=by_layer, head=head)
+    return Costs(DEPTH, layer=1e-4, cut=cut, probe=by_layer, own_kv_layers=DEPTH, head=head)
 
 
 def test_fewer_rows_take_the_measured_share_of_a_layers_time():
@@ -64,6 +64,22 @@ def test_fewer_rows_take_the_measured_share_of_a_layers_time():
     shares = 4 * 1.0 + 4 * 0.8 + 4 * (0.5 * 0.1 / 0.25)
     assert found.seconds == pytest.approx(costs.layer * 7 * shares)
     assert found.layers_saved == pytest.approx((4 * 0.5 + 4 * 0.9) / DEPTH)
+
+
+@pytest.mark.parametrize(
+    ("layer", "rows_below", "rows_beyond"),
+    [(4, 4 * 70 + 2 * 14, 6 * 2), (8, 6 * 70 + 2 * 10, 4 * 2), (None, 6 * 70, 6 * 10)],
+)
+def test_layers_that_share_keys_are_run_by_rows_that_decide_alone(layer, rows_below, rows_beyond):
+    """Of twelve layers six share. Eight of ten prompts, of seven rows each, leave after one."""
+    tokens, losses = np.full(10, 7.0), np.where(np.arange(10) < 8, 0.0, 1.0)
+    exits = []
+    if layer is not None:
+        exit = exit_after(layer, np.where(losses == 0, 1.0, -1.0), losses)
+        exits = [replace(exit, fitted=replace(exit.fitted, loss=losses))]
+    costs = replace(costs_of(probe=0.0, cut=0.0), own_kv_layers=6)
+    found = forecast(exits, costs, tokens, 0.0)
+    assert found.seconds == pytest.approx(costs.layer * (rows_below + rows_beyond) / 10)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def recording_of(rank: int, noise: float = 0.0) -> Recording:
         layer_seconds=1e-4,
         cut_seconds=1e-5,
         threads=1,
+        own_kv_layers=2 * LAYER,
     )
 
 

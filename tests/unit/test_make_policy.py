@@ -76,6 +76,7 @@ def recording_of(labels: bool, noise: float = 1.0) -> Recording:
         layer_seconds=1e-3,  # so slow that every probe is worth its time
         cut_seconds=1e-6,
         threads=1,
+        own_kv_layers=DEPTH,
     )
 
 

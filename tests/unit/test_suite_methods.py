@@ -86,7 +86,7 @@ def test_our_outcome_is_that_of_the_certified_threshold_a_prompt_at_a_time(recor
 
 @pytest.mark.parametrize(("layers_run", "layer"), [(1.0, 2), (3.2, 4), (DEPTH, 6)])
 def test_static_truncation_stops_everyone_at_the_nearest_layer(recording, test, layers_run, layer):
-    costs = Costs(DEPTH, 1e-3, 1e-5, {})
+    costs = Costs(DEPTH, 1e-3, 1e-5, {}, DEPTH)
     found = methods.static_truncation(layers_run, TARGET, test, costs)
     lens = logit_lens(recording, TARGET)
     tokens = lens.score(lens.readout(recording.states[layer][TESTS])).top1_id.numpy()
@@ -97,7 +97,7 @@ def test_static_truncation_stops_everyone_at_the_nearest_layer(recording, test, 
 def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeypatch):
     recording, options = recording_of(labels=False, noise=0.5), PolicyOptions(epsilon=EPSILON)
     test = methods.TestPart(recording, TESTS, RIGHT)
-    costs = Costs(DEPTH, 1e-3, 1e-6, {})
+    costs = Costs(DEPTH, 1e-3, 1e-6, {}, DEPTH)
     monkeypatch.setattr(methods, "probe_seconds", lambda *_: 5e-3)
     found = methods.adainfer(SPLIT, options, costs, test)
     assert found.keys() == {"adainfer", "adainfer_certified", "calm"}

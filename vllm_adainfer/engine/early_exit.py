@@ -120,9 +120,14 @@ class EarlyExit(_Model):
         """
         points = [artifact.config.exit_points for artifact in self.artifacts.values()]
         named = self.settings.exit_script or self.settings.exit_points or ()
-        own_kv_layers = self.decoder.own_kv_layers(self._body)
-        shared = () if own_kv_layers is None else (own_kv_layers,)
-        return tuple(sorted({*named, *shared}.union(*points)))
+        own, depth = self.num_own_kv_layers, len(self.decoder.layers(self._body))
+        return tuple(sorted({*named, *((own,) if own < depth else ())}.union(*points)))
+
+    @property
+    def num_own_kv_layers(self) -> int:
+        """How many layers write keys and values; later ones read those of others."""
+        own = self.decoder.own_kv_layers(self._body)
+        return len(self.decoder.layers(self._body)) if own is None else own
 
     @property
     def hidden_size(self) -> int:

@@ -84,7 +84,8 @@ class ExitWorker(_Worker):
         """Write the recorded states and sums, and the tensors of the model's logit lens, to `path`.
 
         Returns:
-            ``fingerprint`` of the served weights, ``norm`` (kind and epsilon of the final one,
+            ``fingerprint`` of the served weights, ``own_kv_layers`` (how many layers write keys and
+            values), ``norm`` (kind and epsilon of the final one,
             None if there is none), ``soft_cap`` and ``scale`` of the logits, ``threads`` that
             computed, and the times of
             `vllm_adainfer.exits.recording_loop.Timings`.
@@ -99,6 +100,7 @@ class ExitWorker(_Worker):
         timings = asdict(loop.timings)
         return {
             "fingerprint": model.fingerprint,
+            "own_kv_layers": model.num_own_kv_layers,
             "norm": lens.norm and (lens.norm.kind, lens.norm.eps),
             "soft_cap": model.logits_processor.soft_cap,
             "scale": model.logits_processor.scale,

@@ -73,9 +73,10 @@ def forecast(
     first rows only.
     """
     rows, depth = len(tokens), costs.depth
-    full = costs.layer * depth * tokens.mean() + costs.head
     if not exits:
-        return Forecast(full, 0.0)
+        none, deciding = np.ones(1), np.array([1 / tokens.mean()])
+        seconds = _layer_seconds(np.array([0, depth]), none, deciding, costs, tokens)
+        return Forecast(seconds + costs.head, 0.0)
     scores = np.stack([exit.fitted.score[:rows].double().numpy() for exit in exits])
     scores = np.nan_to_num(scores, nan=-np.inf)  # never passes
     # One more row for full depth, which needs no score and loses nothing.
@@ -98,16 +99,38 @@ def forecast(
     passing = int(failing.argmax()) if failing.any() else len(ends)
     moved = ends[passing - 1] + 1 if passing else 0
     spared = probing[moved - 1] if passing else 0.0
-    # The token rows that leave at each exit point; nobody waits for the last, full depth.
-    leaving = np.zeros(len(layers))
-    np.add.at(leaving, to[:moved], tokens[row[:moved]])
-    np.subtract.at(leaving, start[:moved], tokens[row[:moved]])
-    left = 1 + np.cumsum(leaving[:-1]) / -tokens.sum()
+    where = np.full(rows, len(exits))  # the exit point of each row
+    where[row[:moved]] = to[:moved]  # the last move counts
+    left = np.array([tokens[where > index].sum() for index in range(len(exits))]) / tokens.sum()
+    deciding = np.array([np.sum(where > index) for index in range(len(exits))]) / tokens.sum()
     spans = np.diff(layers)
-    layer_seconds = costs.layer * tokens.mean() * (layers[0] + spans @ costs.share_of_time(left))
+    layer_seconds = _layer_seconds(layers, left, deciding, costs, tokens)
     cuts = len(exits) * costs.cut * tokens.mean()
     seconds = layer_seconds + costs.head + probes[-1] + cuts - spared / rows
     return Forecast(float(seconds), float(spans @ (1 - left) / depth))
+
+
+def _layer_seconds(
+    layers: Ints, left: FloatArray, deciding: FloatArray, costs: Costs, tokens: FloatArray
+) -> float:
+    """Expected time of a prompt in layers.
+
+    Args:
+        layers: [exit points + 1], their layers, and full depth.
+        left: [exit points], share of a step's token rows that run the layers after each.
+        deciding: [exit points], the same of rows that decide a token: alone they run the layers
+            that share keys and values.
+        costs: of the model.
+        tokens: [rows], token rows of each.
+
+    """
+    own = np.diff(np.minimum(layers, costs.own_kv_layers))
+    sharing = np.diff(layers) - own
+    own_time = min(layers[0], costs.own_kv_layers) + own @ costs.share_of_time(left)
+    first_sharing = max(layers[0] - costs.own_kv_layers, 0)
+    everyone = costs.share_of_time(np.array([1 / tokens.mean()]))[0]
+    sharing_time = first_sharing * everyone + sharing @ costs.share_of_time(deciding)
+    return float(costs.layer * tokens.mean() * (own_time + sharing_time))
 
 
 def _next_record(record: Bools) -> Ints:

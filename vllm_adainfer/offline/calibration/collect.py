@@ -53,6 +53,7 @@ class Recording:
         layer_seconds: time of one layer for one token row.
         cut_seconds: time of cutting the batch, for one token row of it.
         threads: the number of threads in the process that ran the model.
+        own_kv_layers: how many layers write keys and values.
         fewer: what layers took with fewer rows, see `vllm_adainfer.exits.recording_loop.Timings`.
         soft_cap: of the logits, after the head; None for none.
         scale: of the logits, after the cap.
@@ -71,6 +72,7 @@ class Recording:
     layer_seconds: float
     cut_seconds: float
     threads: int
+    own_kv_layers: int
     soft_cap: float | None = None
     scale: float = 1.0
     fewer: Sequence[Sequence[tuple[float, float]]] = ()
@@ -184,6 +186,7 @@ def record(
         layer_seconds=facts["layer_seconds"] / facts["layers_run"],
         cut_seconds=facts["cut_seconds"] / max(1, facts["rows"]),
         fewer=facts["fewer"],
+        own_kv_layers=facts["own_kv_layers"],
         threads=facts["threads"],
         soft_cap=facts["soft_cap"],
         scale=facts["scale"],

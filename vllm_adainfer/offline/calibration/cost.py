@@ -32,6 +32,7 @@ class Costs:
             gathering the rows that go on.
         probe: layer -> the probe after it, for one prompt.
         head: the LM head for one row; 0 if an early answer needs it as well.
+        own_kv_layers: layers that write keys and values. Only rows that decide a token run others.
 
     """
 
@@ -39,6 +40,7 @@ class Costs:
     layer: float
     cut: float
     probe: Mapping[int, float]
+    own_kv_layers: int
     head: float = 0.0
     fewer: tuple[tuple[float, float], ...] = ()
 

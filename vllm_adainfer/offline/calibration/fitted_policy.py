@@ -246,6 +246,7 @@ def _measured_costs(
         probe={
             exit.layer: probe_seconds(exit.probe, asked, recording.threads) for exit in candidates
         },
+        own_kv_layers=recording.own_kv_layers,
         head=head,
         fewer=shares_of_time(recording.fewer),
     )
