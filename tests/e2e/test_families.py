@@ -160,6 +160,18 @@ def test_what_calibration_learns_from_reads_as_the_model_does(served, tmp_path):
         torch.testing.assert_close(read, torch.stack(expected), atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("served", ["gemma4"], indirect=True)
+def test_rows_that_decide_nothing_stop_where_layers_share_keys(served):
+    """Four of six layers write keys; a chunk has up to 128 rows, and one of them goes on."""
+    prompts = [prompt for prompt in prompts_of(seed=5, count=40) if len(prompt) >= 100]
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    with scripted(served.llm) as stats:
+        found = run(served.llm, prompts, [params] * len(prompts))
+    for prompt, output in zip(prompts, found, strict=True):
+        assert same(list(output.token_ids), continuation(served.reference, prompt, 1, LAYERS))
+    assert 4 / LAYERS <= stats.layers_run / stats.layers_possible < 4.1 / LAYERS
+
+
 @pytest.mark.parametrize("served", ["mistral", "gemma2", "gemma3"], indirect=True)
 @pytest.mark.parametrize("seed", needed(1, of=range(2)))
 def test_rows_that_wait_beyond_a_sliding_window_find_what_they_attend_to(served, seed):
@@ -185,9 +197,12 @@ def test_rows_that_wait_beyond_a_sliding_window_find_what_they_attend_to(served,
     assert any(part.layers < LAYERS for parts in ran.values() for part in parts)
 
 
-@pytest.mark.parametrize("family", needed(1, of=["opt", "gemma3", "ernie4.5"]))
+@pytest.mark.parametrize("family", needed(1, of=["opt", "gemma3", "ernie4.5", "gemma4"]))
 def test_compiled_segments_give_the_same_tokens(family, tmp_path):
-    """One family for each way to call a layer, and one that vLLM compiles by another class."""
+    """One family for each way to call a layer, and one that vLLM compiles by another class.
+
+    Gemma 4 has inputs of each layer's own, and a tail; mixtures run in `bench_families`.
+    """
     model = tiny_checkpoint(family, tmp_path / family)
     leaves = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": [0, 1]}
     leaves["extra_args"] = {"adainfer_exit": EXIT_POINTS[0]}
