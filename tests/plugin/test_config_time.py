@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import vllm.model_executor.models.config as model_hooks
-from transformers import AutoTokenizer, FalconConfig, JambaConfig, MambaConfig
+from transformers import (
+    AutoTokenizer,
+    FalconConfig,
+    JambaConfig,
+    MambaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+)
 from vllm import ModelRegistry
 from vllm.config import CUDAGraphMode, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -295,3 +302,35 @@ def test_each_kind_of_model_without_exit_points_has_its_own_reason(
     monkeypatch.setattr(ModelConfig, kind, property(lambda _config: True))
     with pytest.raises(AdaInferError, match=f"LlamaForCausalLM {reason}"):
         refuse_unsupported(vllm_config, "", Settings(exit_script=(1,)))
+
+
+@pytest.mark.parametrize(
+    ("mixture", "setting", "value", "sentence"),
+    [
+        (MixtralConfig, "enable_expert_parallel", True, "drop --enable-expert-parallel"),
+        (MixtralConfig, "data_parallel_size", 2, "start one server for each replica"),
+        (MixtralConfig, "tensor_parallel_size", 2, None),
+        (OlmoeConfig, "tensor_parallel_size", 2, "norms the keys of all heads as one"),
+        (OlmoeConfig, "tensor_parallel_size", 1, None),
+    ],
+)
+def test_ranks_of_a_mixture_that_would_wait_for_each_other_are_refused(
+    tiny_model, tmp_path, mixture, setting, value, sentence
+):
+    name = mixture.__name__.replace("Config", "ForCausalLM")
+    mixture(architectures=[name], **SMALL).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    vllm_config = engine_config(tmp_path)
+    setattr(vllm_config.parallel_config, setting, value)
+    settings = Settings(exit_script=(1,))
+    with nullcontext() if sentence is None else pytest.raises(AdaInferError, match=sentence):
+        refuse_unsupported(vllm_config, f"AdaInfer{name}", settings)
+
+
+def test_experts_that_vllm_would_find_by_counting_are_refused(tiny_model, tmp_path, monkeypatch):
+    MixtralConfig(architectures=["MixtralForCausalLM"], **SMALL).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    vllm_config = engine_config(tmp_path)
+    monkeypatch.setattr("vllm.utils.torch_utils._USE_LAYERNAME", False)
+    with pytest.raises(AdaInferError, match="without VLLM_USE_LAYERNAME"):
+        refuse_unsupported(vllm_config, "AdaInferMixtralForCausalLM", Settings(exit_script=(1,)))
