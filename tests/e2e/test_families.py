@@ -28,6 +28,8 @@ from vllm_adainfer.policy.probe import logit_lens_of
 
 SMALL = {"max_model_len": 320, "num_gpu_blocks_override": 24, "kv_cache_memory_bytes": 8 << 20}
 SWITCH = {"exit_script": list(EXIT_POINTS), "kv": "propagate"}
+# Of each way to read a state: norms, a soft cap, a narrower head, inputs of each layer's own.
+READ_OTHERWISE = ("llama", "gemma2", "gemma4", "gpt-oss", "opt", "opt-350m")
 AMX_ROUNDING = 2**-6  # of logits between 2 and 4 in bfloat16
 
 
@@ -140,6 +142,7 @@ def test_drawn_exits_at_every_token_reproduce_the_oracle(served, kv, seed):
     assert [e for name in names for e in wrong(served.reference, kv, pattern, name, ran)] == []
 
 
+@pytest.mark.parametrize("served", needed(READ_OTHERWISE, of=FAMILIES), indirect=True)
 def test_what_calibration_learns_from_reads_as_the_model_does(served, tmp_path):
     """States and the logit lens as they are recorded, after a layer inside and after the last."""
     llm = tiny_engine(served.directory, {"record": [3, LAYERS]}, **SMALL)
