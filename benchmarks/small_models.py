@@ -39,7 +39,9 @@ FAMILIES = {
         OPTConfig(ffn_dim=4 * HIDDEN, word_embed_proj_dim=HIDDEN, **shape)
     ),
     "Mixtral": lambda **shape: MixtralForCausalLM(
-        MixtralConfig(intermediate_size=2 * HIDDEN, num_local_experts=8, **shape)
+        MixtralConfig(
+            intermediate_size=2 * HIDDEN, num_local_experts=8, num_key_value_heads=HEADS, **shape
+        )
     ),
     # The last third of its layers reads the keys and values of earlier ones.
     "Gemma 4": lambda **shape: Gemma4ForCausalLM(
