@@ -26,7 +26,7 @@ class ScriptedAdmission(Admission):
     """A request's tag is the exit point (an index) its extra_args ask for."""
 
     def __init__(self) -> None:
-        self.records = self.has_pools = self.has_choices = False
+        self.records = self.has_pools = self.has_choices = self.may_get_choices = False
 
     def tag(self, params: Any, prompt: Sequence[int] = (), adapter: Any = None) -> int:
         arguments = params.extra_args or {}

@@ -104,6 +104,7 @@ class Admission:
         self.policies = Policies(settings, configs, logprobs_mode, ends_choices)
         self.has_pools = any(config.label_pool for config in configs.values())
         self.has_choices = any(config.choices for config in configs.values())
+        self.may_get_choices = self.has_choices or settings.exit_points is not None
         firsts = first_tags(config.num_tags for config in configs.values())
         self._first_tag = dict(zip(configs, firsts, strict=True))
         self._default_level = {

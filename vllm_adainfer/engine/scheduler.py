@@ -150,7 +150,7 @@ class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
             return super().schedule(*args, **kwargs)
 
     def _may_be_ending(self) -> Iterator[Request]:
-        for request in self.running:
+        for request in self.running if self.admission.may_get_choices else ():
             first = request.num_output_placeholders == 1 and not request.num_output_tokens
             if first and self.admission.may_choose(request.sampling_params, request.lora_request):
                 yield request
