@@ -197,7 +197,7 @@ def test_what_shadow_requests_have_closed_is_open_again_with_the_artifact_read_a
     unwatched = model.settings
     model.settings = unwatched.model_copy(update={"shadow_rate": 0.5})
     try:
-        model.loop.use_policies(policies_of(model), monitors_of(model))
+        model.loop.use_policies(policies_of(model, model.exit_points), monitors_of(model))
         every = cases(tasks, reference, prompts_of(50, 60), 50)
         early = [case for case in every if case.task == "mood" and case.depth < LAYERS]
         assert early
@@ -207,4 +207,4 @@ def test_what_shadow_requests_have_closed_is_open_again_with_the_artifact_read_a
         assert tokens_of(llm, early) == [case.token for case in early]
     finally:
         model.settings = unwatched
-        model.loop.use_policies(policies_of(model), monitors_of(model))
+        model.loop.use_policies(policies_of(model, model.exit_points), monitors_of(model))
