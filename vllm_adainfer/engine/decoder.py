@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adainfer_kernels import Norm
 from torch import Tensor, nn
+from typing_extensions import override
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
+
+Layer = Callable[..., Any]  # one of vLLM's decoder layers, or that with some arguments
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,11 @@ class Decoder:
         return None
 
     @staticmethod
+    def given(layer: nn.Module, own: Tensor) -> Layer:
+        """`layer` with its part of `per_layer_inputs`, [rows, size]."""
+        raise AssertionError("layers of this family have no inputs of their own")
+
+    @staticmethod
     def own_kv_layers(body: Any) -> int | None:
         """How many layers write keys and values, if later ones read those of others."""
         return None
@@ -120,13 +128,9 @@ class Decoder:
 
     @staticmethod
     def run_layer(
-        layer: nn.Module,
-        positions: Tensor,
-        hidden: Tensor,
-        residual: Tensor | None,
-        own: Tensor | None = None,
+        layer: Layer, positions: Tensor, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The parts of the stream after one layer, which may have an input of its `own`."""
+        """The parts of the stream after one layer."""
         after: tuple[Tensor, Tensor | None] = layer(positions, hidden, residual)
         return after
 
@@ -158,6 +162,23 @@ class Decoder:
             rotary=getattr(attention, "rotary_emb", None),
             key_norm=getattr(attention, "k_norm", None),
         )
+
+
+class OnePartDecoder(Decoder):
+    """The residual stream is in one part: layers add to it themselves."""
+
+    @staticmethod
+    @override
+    def run_layer(
+        layer: Layer, positions: Tensor, hidden: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return layer(positions, hidden), None
+
+    @staticmethod
+    @override
+    def finish(body: Any, hidden: Tensor, residual: Tensor | None) -> Tensor:
+        normed: Tensor = body.norm(hidden)
+        return normed
 
 
 def norm_of(module: nn.Module) -> Norm:

@@ -16,7 +16,7 @@ from vllm.forward_context import (
 )
 
 from vllm_adainfer.engine import compat
-from vllm_adainfer.engine.decoder import Decoder, KVProjection
+from vllm_adainfer.engine.decoder import Decoder, KVProjection, Layer
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.hidden_states import HiddenStates
 
@@ -136,9 +136,11 @@ def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Seg
             hidden_states = self.decoder.embed(self.body, ids, positions)
             per_layer = self.decoder.per_layer_inputs(self.body, ids, hidden_states)
         for number, layer in enumerate(self.layers, start=first):
-            own = None if per_layer is None else per_layer[:, number]
+            given: Layer = layer
+            if per_layer is not None:
+                given = self.decoder.given(layer, per_layer[:, number])
             hidden_states, residual = self.decoder.run_layer(
-                layer, positions, hidden_states, residual, own
+                given, positions, hidden_states, residual
             )
         if finishes:
             return self.decoder.finish(self.body, hidden_states, residual), None, None

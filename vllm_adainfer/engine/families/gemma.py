@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
 
-from vllm_adainfer.engine.decoder import Decoder, KVProjection
+from vllm_adainfer.engine.decoder import Decoder, KVProjection, Layer, OnePartDecoder
 from vllm_adainfer.engine.early_exit import EarlyExit
 
 
@@ -25,8 +26,8 @@ class Gemma2Decoder(Decoder):
         return model.model.embed_tokens
 
 
-class Gemma4Decoder(Decoder):
-    """A residual stream in one part, and for each layer an input of its own.
+class Gemma4Decoder(OnePartDecoder):
+    """With an input of its own for each layer.
 
     In some sizes the later layers attend to the keys and values of earlier ones.
     """
@@ -40,6 +41,11 @@ class Gemma4Decoder(Decoder):
 
     @staticmethod
     @override
+    def given(layer: nn.Module, own: Tensor) -> Layer:
+        return partial(layer, per_layer_input=own)
+
+    @staticmethod
+    @override
     def own_kv_layers(body: Any) -> int | None:
         sharing = getattr(body.config, "num_kv_shared_layers", 0)
         return len(body.layers) - sharing if sharing else None
@@ -47,19 +53,9 @@ class Gemma4Decoder(Decoder):
     @staticmethod
     @override
     def run_layer(
-        layer: nn.Module,
-        positions: Tensor,
-        hidden: Tensor,
-        residual: Tensor | None,
-        own: Tensor | None = None,
+        layer: Layer, positions: Tensor, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, None]:
-        return layer(positions, hidden, None, per_layer_input=own)[0], None
-
-    @staticmethod
-    @override
-    def finish(body: Any, hidden: Tensor, residual: Tensor | None) -> Tensor:
-        normed: Tensor = body.norm(hidden)
-        return normed
+        return layer(positions, hidden, None)[0], None
 
     @staticmethod
     @override

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 from vllm.model_executor.models.glm4_moe import Glm4MoeForCausalLM
 from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
@@ -16,7 +16,7 @@ from vllm.model_executor.models.mixtral import MixtralForCausalLM
 from vllm.model_executor.models.olmoe import OlmoeForCausalLM
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 
-from vllm_adainfer.engine.decoder import Decoder, KVProjection
+from vllm_adainfer.engine.decoder import Decoder, KVProjection, Layer
 from vllm_adainfer.engine.early_exit import EarlyExit
 
 
@@ -26,11 +26,7 @@ class GptOssDecoder(Decoder):
     @staticmethod
     @override
     def run_layer(
-        layer: nn.Module,
-        positions: Tensor,
-        hidden: Tensor,
-        residual: Tensor | None,
-        own: Tensor | None = None,
+        layer: Layer, positions: Tensor, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         after: tuple[Tensor, Tensor | None] = layer(hidden, positions, residual)
         return after

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 from vllm.model_executor.models.opt import OPTForCausalLM
 
-from vllm_adainfer.engine.decoder import Decoder, KVProjection
+from vllm_adainfer.engine.decoder import Decoder, KVProjection, Layer
 from vllm_adainfer.engine.early_exit import EarlyExit
 
 
@@ -36,11 +36,7 @@ class OPTDecoder(Decoder):
     @staticmethod
     @override
     def run_layer(
-        layer: nn.Module,
-        positions: Tensor,
-        hidden: Tensor,
-        residual: Tensor | None,
-        own: Tensor | None = None,
+        layer: Layer, positions: Tensor, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, None]:
         return layer(hidden), None
 
