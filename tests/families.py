@@ -45,8 +45,11 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+WINDOWS = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+}
 HEADS_OF_32 = {"head_dim": 32, "query_pre_attn_scalar": 32}
-LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 
 
 def opt(**more: Any) -> OPTConfig:
@@ -84,19 +87,14 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         logits_scaling=2.0,
     ),
     "gemma": lambda **shape: GemmaConfig(**shape, head_dim=32),
-    "gemma2": lambda **shape: Gemma2Config(
-        **shape, **HEADS_OF_32, sliding_window=WINDOW, layer_types=LOCAL_AND_GLOBAL
-    ),
-    "gemma3": lambda **shape: Gemma3TextConfig(
-        **shape, **HEADS_OF_32, sliding_window=WINDOW, layer_types=LOCAL_AND_GLOBAL
-    ),
+    "gemma2": lambda **shape: Gemma2Config(**shape, **HEADS_OF_32, **WINDOWS),
+    "gemma3": lambda **shape: Gemma3TextConfig(**shape, **HEADS_OF_32, **WINDOWS),
     # Its last two layers read the keys and values of the two before.
     "gemma4": lambda **shape: Gemma4TextConfig(
         **shape,
         head_dim=32,
         global_head_dim=64,
-        sliding_window=WINDOW,
-        layer_types=LOCAL_AND_GLOBAL,
+        **WINDOWS,
         num_kv_shared_layers=2,
         use_double_wide_mlp=True,
         hidden_size_per_layer_input=16,
@@ -109,8 +107,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         global_head_dim=64,
         num_global_key_value_heads=1,
         attention_k_eq_v=True,
-        sliding_window=WINDOW,
-        layer_types=LOCAL_AND_GLOBAL,
+        **WINDOWS,
         hidden_size_per_layer_input=0,
         enable_moe_block=True,
         num_experts=6,
@@ -134,8 +131,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         head_dim=32,
         num_local_experts=4,
         num_experts_per_tok=2,
-        sliding_window=WINDOW,
-        layer_types=LOCAL_AND_GLOBAL,
+        **WINDOWS,
     ),
     "glm4-moe": lambda **shape: Glm4MoeConfig(
         **shape,

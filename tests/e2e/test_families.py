@@ -30,6 +30,11 @@ SMALL = {"max_model_len": 320, "num_gpu_blocks_override": 24, "kv_cache_memory_b
 SWITCH = {"exit_script": list(EXIT_POINTS), "kv": "propagate"}
 # Of each way to read a state: norms, a soft cap, a narrower head, inputs of each layer's own.
 READ_OTHERWISE = ("llama", "gemma2", "gemma4", "gpt-oss", "opt", "opt-350m")
+# Of each way to run layers; the others have the decoder and the layers of one of these.
+RUN_OTHERWISE = (
+    *READ_OTHERWISE,
+    *("ernie4.5", "gemma4-large", "glm4-moe", "granite", "mixtral", "olmoe", "qwen3"),
+)
 AMX_ROUNDING = 2**-6  # of logits between 2 and 4 in bfloat16
 
 
@@ -93,6 +98,7 @@ def flat(scores: list[list[dict[int, float]]]) -> dict[tuple[int, int, int], flo
     }
 
 
+@pytest.mark.parametrize("served", needed(RUN_OTHERWISE, of=FAMILIES), indirect=True)
 def test_never_exiting_is_stock_bit_for_bit(served, monkeypatch):
     """In bfloat16: an fp32 product of few rows may sum in another order than one of many.
 

@@ -55,6 +55,13 @@ def ranks_on_cores(all_cores: list[int], monkeypatch: pytest.MonkeyPatch) -> Ite
     envs.disable_envs_cache()
 
 
+def answers_of(engine: Any, prompts: list[list[int]], *asked: Any, **more: Any) -> list[list[int]]:
+    """The tokens of each."""
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = engine.generate(inputs, *asked, use_tqdm=False, **more)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
 def perturb_second_rank(worker: Any) -> None:
     """Let it see other early answers of shadow requests, as rounding may at a near tie."""
     of_shadows = Decisions.of_shadows
@@ -109,10 +116,7 @@ def test_two_ranks_decide_watch_and_answer_as_one(
             tensor_parallel_size=ranks,
         )
         engine.collective_rpc(perturb_second_rank)
-        outputs = engine.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
-        )
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
+        answers = answers_of(engine, prompts, params)
         counted = engine.collective_rpc("adainfer_stats")
         assert len(engine.collective_rpc("adainfer_reload")) == ranks
         return answers, counted
@@ -158,13 +162,8 @@ def test_two_ranks_serve_adapters_and_the_policy_beside_one_of_them_as_one_does(
             max_lora_rank=8,
         )
         engine.llm_engine.add_lora(adapters[0])
-        outputs = engine.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            params,
-            lora_request=[[None, *adapters][i % 3] for i in range(len(prompts))],
-            use_tqdm=False,
-        )
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
+        asked = [[None, *adapters][i % 3] for i in range(len(prompts))]
+        answers = answers_of(engine, prompts, params, lora_request=asked)
         return answers, engine.collective_rpc("adainfer_stats")
 
     (answers, [stats]), (answers_of_two, both) = run(1), run(2)

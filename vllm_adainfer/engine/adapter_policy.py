@@ -129,6 +129,6 @@ def _folder_beside(adapter: LoRARequest) -> Path | None:
     """
     try:
         folder = compat.adapter_directory(adapter.lora_path) / FOLDER
+        return folder if folder.is_dir() else None
     except OSError:
         return None
-    return folder if folder.is_dir() else None

@@ -100,9 +100,8 @@ class Work:
     def by_policy(self, rows: Ints) -> list[tuple[PolicyStats, int]]:
         """The policies that have some of `rows` [policies], and how many."""
         return [
-            (self.stats.by_policy[name], count)
-            for name, count in zip(self.names, rows.tolist(), strict=True)
-            if count
+            (self.stats.by_policy[self.names[index]], int(rows[index]))
+            for index in rows.nonzero()[0].tolist()
         ]
 
 

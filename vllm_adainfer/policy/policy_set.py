@@ -58,11 +58,11 @@ class PolicySet:
         # Indexed by tag; the last entry serves -1, the tag of requests that may not exit.
         self._owner = np.repeat(np.arange(len(counts) + 1), [*counts, 1])
         self._at = [
-            [
-                (index, policy.exit_points.index(point))
+            {
+                index: policy.exit_points.index(point)
                 for index, policy in enumerate(self.policies)
                 if point in policy.exit_points
-            ]
+            }
             for point in self.exit_points
         ]
 
@@ -83,7 +83,7 @@ class PolicySet:
 
     def rows_by_policy(self, exit_index: int, owners: Ints) -> Iterator[PolicyRows]:
         """For each policy with rows to decide at an exit point, those rows; `owners` is [rows]."""
-        for policy, index in self._at[exit_index]:
-            rows = np.flatnonzero(owners == policy)
-            if rows.size:
-                yield PolicyRows(policy, index, rows)
+        at = self._at[exit_index]
+        for policy in np.unique(owners).tolist():  # of all policies, a step has few
+            if policy in at:
+                yield PolicyRows(policy, at[policy], np.flatnonzero(owners == policy))
