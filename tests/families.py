@@ -12,7 +12,9 @@ from transformers import (
     Ernie4_5Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4Config,
     Gemma4TextConfig,
+    Gemma4VisionConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -52,10 +54,35 @@ WINDOWS = {
 HEADS_OF_32 = {"head_dim": 32, "query_pre_attn_scalar": 32}
 
 
+VISION = Gemma4VisionConfig(
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
+
 def opt(**more: Any) -> OPTConfig:
     given = {name: SHAPE[name] for name in SHAPE if "key_value" not in name}
     given |= {"ffn_dim": given.pop("intermediate_size"), "init_std": given.pop("initializer_range")}
     return OPTConfig(**{"word_embed_proj_dim": 64, **given, **more})
+
+
+def gemma4(**shape: Any) -> Gemma4TextConfig:
+    """Its last two layers read the keys and values of the two before."""
+    return Gemma4TextConfig(
+        **shape,
+        head_dim=32,
+        global_head_dim=64,
+        **WINDOWS,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        final_logit_softcapping=30.0,
+    )
 
 
 # Of each the architecture that vLLM serves it as, and what the family is in the table for.
@@ -89,17 +116,9 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "gemma": lambda **shape: GemmaConfig(**shape, head_dim=32),
     "gemma2": lambda **shape: Gemma2Config(**shape, **HEADS_OF_32, **WINDOWS),
     "gemma3": lambda **shape: Gemma3TextConfig(**shape, **HEADS_OF_32, **WINDOWS),
-    # Its last two layers read the keys and values of the two before.
-    "gemma4": lambda **shape: Gemma4TextConfig(
-        **shape,
-        head_dim=32,
-        global_head_dim=64,
-        **WINDOWS,
-        num_kv_shared_layers=2,
-        use_double_wide_mlp=True,
-        hidden_size_per_layer_input=16,
-        vocab_size_per_layer_input=VOCABULARY,
-        final_logit_softcapping=30.0,
+    "gemma4": gemma4,
+    "gemma4-multimodal": lambda **shape: Gemma4Config(
+        text_config=gemma4(**shape).to_dict(), vision_config=VISION.to_dict()
     ),
     "gemma4-large": lambda **shape: Gemma4TextConfig(
         **shape,
@@ -154,7 +173,7 @@ def tiny_checkpoint(family: str, directory: Path) -> Path:
     """Weights, biases and norms are all random, so that none of them can be forgotten unseen."""
     tokenizer = word_tokenizer()
     config = FAMILIES[family](**SHAPE)
-    config.vocab_size = VOCABULARY
+    config.get_text_config().vocab_size = VOCABULARY
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

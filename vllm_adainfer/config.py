@@ -131,7 +131,7 @@ class Settings(BaseModel):
         stands_alone = (
             self.capture is not None or self.finish_choices or self.exit_points is not None
         )
-        if self.enabled and given != 1 and (given or not stands_alone):
+        if self.enabled and given != 1 and (given or not (stands_alone or self.is_bare)):
             raise ValueError('give "artifact": the directory that `calibrate` wrote')
         if self.exit_points is not None and (self.record, self.exit_script) != (None, None):
             raise ValueError(
@@ -157,10 +157,15 @@ class Settings(BaseModel):
         return self
 
     @property
+    def is_bare(self) -> bool:
+        """Whether nothing is set: for models that need no policy, as their layers share keys."""
+        return not self.model_dump(exclude_defaults=True)
+
+    @property
     def runs_stock(self) -> bool:
         """Whether the engine runs vLLM's own model and worker; only the scheduler may be ours."""
         sources = self.artifact, self.record, self.exit_script, self.exit_points
-        return all(source is None for source in sources)
+        return not self.is_bare and all(source is None for source in sources)
 
     @property
     def finishes_choices(self) -> bool:

@@ -22,18 +22,33 @@ from tests.e2e.test_equal_to_stock import PROMPTS, answer
 from tests.families import FAMILIES, tiny_checkpoint
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
+from vllm_adainfer import stats
 from vllm_adainfer.config import ROW_ARG
 from vllm_adainfer.exits.step import REGROUP_COST
 from vllm_adainfer.policy.probe import logit_lens_of
 
-SMALL = {"max_model_len": 320, "num_gpu_blocks_override": 24, "kv_cache_memory_bytes": 8 << 20}
+SMALL = {
+    "max_model_len": 320,
+    "num_gpu_blocks_override": 24,
+    "kv_cache_memory_bytes": 8 << 20,
+    "language_model_only": True,
+}
 SWITCH = {"exit_script": list(EXIT_POINTS), "kv": "propagate"}
 # Of each way to read a state: norms, a soft cap, a narrower head, inputs of each layer's own.
 READ_OTHERWISE = ("llama", "gemma2", "gemma4", "gpt-oss", "opt", "opt-350m")
 # Of each way to run layers; the others have the decoder and the layers of one of these.
 RUN_OTHERWISE = (
     *READ_OTHERWISE,
-    *("ernie4.5", "gemma4-large", "glm4-moe", "granite", "mixtral", "olmoe", "qwen3"),
+    *(
+        "ernie4.5",
+        "gemma4-large",
+        "gemma4-multimodal",
+        "glm4-moe",
+        "granite",
+        "mixtral",
+        "olmoe",
+        "qwen3",
+    ),
 )
 AMX_ROUNDING = 2**-6  # of logits between 2 and 4 in bfloat16
 
@@ -61,10 +76,20 @@ def served(request, tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 
 def transformers_model(directory: Path) -> Any:
-    """With eager attention, because others leave out Gemma 2's cap."""
-    return AutoModelForCausalLM.from_pretrained(
+    """With eager attention, because others leave out Gemma 2's cap.
+
+    Of a multimodal model, its language model.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    )
+    if model.config.get_text_config() is not model.config:
+        text = AutoModelForCausalLM.from_config(
+            model.config.get_text_config(), attn_implementation="eager"
+        )
+        text.model, text.lm_head = model.model.language_model, model.lm_head
+        model = text
+    return model.eval()
 
 
 def prompts_of(seed: int, count: int = 14) -> list[list[int]]:
@@ -169,16 +194,19 @@ def test_what_calibration_learns_from_reads_as_the_model_does(served, tmp_path):
         torch.testing.assert_close(read, torch.stack(expected), atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("served", ["gemma4"], indirect=True)
-def test_rows_that_decide_nothing_stop_where_layers_share_keys(served):
+@pytest.mark.parametrize("switch", [SWITCH, {}], ids=["with exits", "without a policy"])
+@pytest.mark.parametrize("served", ["gemma4-multimodal"], indirect=True)
+def test_rows_that_decide_nothing_stop_where_layers_share_keys(served, switch):
     """Four of six layers write keys; a chunk has up to 128 rows, and one of them goes on."""
     prompts = [prompt for prompt in prompts_of(seed=5, count=40) if len(prompt) >= 100]
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    with scripted(served.llm) as stats:
-        found = run(served.llm, prompts, [params] * len(prompts))
+    llm = served.llm if switch else tiny_engine(served.directory, switch, **SMALL)
+    before = stats(llm)
+    found = run(llm, prompts, [params] * len(prompts))
+    ran, possible = (stats(llm)[key] - before[key] for key in ("layers_run", "layers_possible"))
     for prompt, output in zip(prompts, found, strict=True):
         assert same(list(output.token_ids), continuation(served.reference, prompt, 1, LAYERS))
-    assert 4 / LAYERS <= stats.layers_run / stats.layers_possible < 4.1 / LAYERS
+    assert 4 / LAYERS <= ran / possible < 4.1 / LAYERS
 
 
 @pytest.mark.parametrize("served", ["mistral", "gemma2", "gemma3"], indirect=True)

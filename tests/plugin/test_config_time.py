@@ -22,6 +22,7 @@ from vllm.config import CUDAGraphMode, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
+from tests.families import FAMILIES, SHAPE
 from vllm_adainfer import plugin
 from vllm_adainfer.config import Settings
 from vllm_adainfer.engine.configure import configure
@@ -152,7 +153,8 @@ def test_an_engine_that_cannot_capture_does_not_start(
     ("adainfer", "sentence"),
     [
         ({"artefact": "x"}, "adainfer.artefact is not a known key; known keys: artifact"),
-        ({}, 'give "artifact"'),
+        ({}, 'give "artifact", the directory that .* this model does not have'),
+        ({"kv": "propagate"}, 'give "artifact"'),
         ("x", "must be an object"),
         ({"artifact": "x", "epsilon": -1}, "adainfer.epsilon"),
         ({"artifact": "x", "requests": "some"}, "adainfer.requests"),
@@ -287,21 +289,47 @@ def test_an_architecture_without_exit_points_is_refused_not_ignored(
         engine_config(tmp_path, {"artifact": str(tiny_policy)})
 
 
+def test_an_encoder_decoder_model_is_refused(tiny_model, monkeypatch):
+    """Such models need files that these tests do not make, so a Llama claims to be one."""
+    vllm_config = engine_config(tiny_model)
+    monkeypatch.setattr(ModelConfig, "is_encoder_decoder", property(lambda _config: True))
+    with pytest.raises(AdaInferError, match="LlamaForCausalLM is an encoder-decoder model"):
+        refuse_unsupported(vllm_config, "", Settings(exit_script=(1,)))
+
+
+@pytest.fixture(scope="module")
+def multimodal(tiny_model, tmp_path_factory) -> Path:
+    """Config and tokenizer of a multimodal model; config time reads no weights."""
+    directory: Path = tmp_path_factory.mktemp("model") / "gemma4-multimodal"
+    config = FAMILIES["gemma4-multimodal"](**SHAPE)
+    config.architectures = ["Gemma4ForConditionalGeneration"]
+    config.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
+    return directory
+
+
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    "settings",
     [
-        ("is_encoder_decoder", "is an encoder-decoder model"),
-        ("is_multimodal_model", "is multimodal"),
+        {"language_model_only": True},
+        {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}},
     ],
 )
-def test_each_kind_of_model_without_exit_points_has_its_own_reason(
-    tiny_model, monkeypatch, kind, reason
-):
-    """Such models need files that these tests do not make, so a Llama claims to be of the kind."""
-    vllm_config = engine_config(tiny_model)
-    monkeypatch.setattr(ModelConfig, kind, property(lambda _config: True))
-    with pytest.raises(AdaInferError, match=f"LlamaForCausalLM {reason}"):
-        refuse_unsupported(vllm_config, "", Settings(exit_script=(1,)))
+def test_a_multimodal_model_is_served_with_text_alone(multimodal, settings):
+    config = engine_config(multimodal, {"exit_script": [2]}, **settings)
+    ours = "AdaInferGemma4ForConditionalGeneration"
+    assert config.model_config.hf_config.architectures == [ours]
+
+
+@pytest.mark.parametrize("settings", [{}, {"limit_mm_per_prompt": {"image": 0}}])
+def test_a_multimodal_model_that_takes_images_or_video_is_refused(multimodal, settings):
+    with pytest.raises(ValueError, match="serve text alone with --language-model-only"):
+        engine_config(multimodal, {"exit_script": [2]}, **settings)
+
+
+def test_a_multimodal_model_without_exit_points_is_refused(multimodal):
+    with pytest.raises(AdaInferError, match="is multimodal and has no exit points yet"):
+        refuse_unsupported(engine_config(multimodal), "", Settings(exit_script=(1,)))
 
 
 @pytest.mark.parametrize(

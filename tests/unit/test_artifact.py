@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig
 
 from tests.tiny import tiny_config, tiny_tensors
 from vllm_adainfer.errors import AdaInferError
@@ -415,14 +415,14 @@ def test_no_level_promises_more_than_was_certified(config, epsilon):
         config.level_of(epsilon)
 
 
-def served(**changes: Any) -> SimpleNamespace:
+def served(**changes: Any) -> LlamaConfig:
     values = {
         "architectures": ["LlamaForCausalLM"],
         "num_hidden_layers": 6,
         "hidden_size": 64,
         "vocab_size": 100,
     }
-    return SimpleNamespace(**{**values, **changes})
+    return LlamaConfig(**{**values, **changes})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
-"""The architectures with exit points, and our model class for each. Imports nothing."""
+"""The architectures with exit points, and our model class for each. Imports no other part."""
 
 from __future__ import annotations
+
+from typing import Any
 
 # Stock architecture -> our model class, which vLLM loads only for an engine that asks for it.
 MODELS = {
@@ -9,6 +11,9 @@ MODELS = {
     "Gemma2ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma2ForCausalLM",
     "Gemma3ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma3ForCausalLM",
     "Gemma4ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration": (
+        "vllm_adainfer.engine.families.gemma:AdaInferGemma4ForConditionalGeneration"
+    ),
     "Glm4ForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferGlm4ForCausalLM",
     "Glm4MoeForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferGlm4MoeForCausalLM",
     "GptOssForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferGptOssForCausalLM",
@@ -32,3 +37,12 @@ SAME_AS = {
     "Ministral3ForCausalLM": "MistralForCausalLM",
 }
 MODELS |= {name: MODELS[same] for name, same in SAME_AS.items()}
+
+
+def own_kv_layers(text_config: Any) -> int | None:
+    """How many layers write keys and values, if later ones read those of others.
+
+    By the Hugging Face config of the language model.
+    """
+    sharing = getattr(text_config, "num_kv_shared_layers", 0)
+    return text_config.num_hidden_layers - sharing if sharing else None

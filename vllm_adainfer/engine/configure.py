@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_adainfer.config import Settings
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.admission import Admission
+from vllm_adainfer.engine.architectures import own_kv_layers
 from vllm_adainfer.engine.ends_choices import why_choices_go_on
 from vllm_adainfer.engine.refusals import GPU_WORKER, SCHEDULER, refuse_unsupported, worker_class
 from vllm_adainfer.errors import AdaInferError
@@ -50,7 +51,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
             "adainfer_policy exit early",
             ", ".join(names),
         )
-    depth = vllm_config.model_config.hf_config.num_hidden_layers
+    depth = vllm_config.model_config.hf_text_config.num_hidden_layers
     for key in "exit_script", "exit_points":
         layers = getattr(settings, key)
         if layers is not None and not are_exit_points(layers, depth):
@@ -58,6 +59,14 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
                 f"additional_config: adainfer.{key} must ascend between 1 and {depth - 1}, got "
                 f"{list(layers)}"
             )
+    if settings.is_bare:
+        logger.info(
+            "AdaInfer is on without a policy: rows of prompts that decide nothing stop after "
+            "layer %s of %s, where layers begin to share keys and values; the answers are those of "
+            "full depth",
+            own_kv_layers(vllm_config.model_config.hf_text_config),
+            depth,
+        )
     if settings.exit_points is not None:
         logger.info(
             "AdaInfer serves policies that come with LoRA adapters, with exits after layers %s",

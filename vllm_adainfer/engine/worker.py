@@ -92,7 +92,7 @@ class ExitWorker(_Worker):
 
         """
         model: Any = self.model_runner.model
-        loop = model.loop
+        loop, processor = model.loop, model.text_model.logits_processor
         tensors = loop.recorder.take()
         lens = model.logit_lens()
         tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.model_tensors.items()}
@@ -102,8 +102,8 @@ class ExitWorker(_Worker):
             "fingerprint": model.fingerprint,
             "own_kv_layers": model.num_own_kv_layers,
             "norm": lens.norm and (lens.norm.kind, lens.norm.eps),
-            "soft_cap": model.logits_processor.soft_cap,
-            "scale": model.logits_processor.scale,
+            "soft_cap": processor.soft_cap,
+            "scale": processor.scale,
             "threads": torch.get_num_threads(),
             **timings,
         }

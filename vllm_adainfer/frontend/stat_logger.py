@@ -41,7 +41,7 @@ class WithExitStats(_Manager):
             self._choices = ChoiceMetrics(model.served_model_name, self.engine_indexes)
         if settings.runs_stock:
             return
-        depth = model.hf_config.num_hidden_layers
+        depth = model.hf_text_config.num_hidden_layers
         configs = load_artifact_configs(settings.artifacts)
         points = {point for config in configs.values() for point in config.exit_points}
         named = settings.exit_script or settings.exit_points or ()

@@ -11,6 +11,8 @@ from vllm_adainfer.errors import AdaInferError
 def load_config_and_tokenizer(model: str) -> tuple[Any, Any]:
     """The Hugging Face config and the tokenizer of `model`, a directory or hub id.
 
+    Of a multimodal model the config is that of its language model, with the model's architecture.
+
     Raises:
         AdaInferError: there is no such model, or the plugin does not support its architecture.
 
@@ -31,4 +33,6 @@ def load_config_and_tokenizer(model: str) -> tuple[Any, Any]:
             f"--model {model} is of the architecture {architecture}, which is not supported yet; "
             f"supported: {', '.join(MODELS)}"
         )
-    return hf_config, tokenizer
+    text_config = hf_config.get_text_config()
+    text_config.architectures = hf_config.architectures
+    return text_config, tokenizer

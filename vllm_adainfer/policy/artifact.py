@@ -268,15 +268,18 @@ class ArtifactConfig(_Strict):
     def check_served_by(self, hf_config: Any) -> None:
         """Compare with the Hugging Face config of the model about to be served.
 
+        Of a multimodal model depth, width and vocabulary are those of its language model.
+
         Raises:
             AdaInferError: its architecture, depth, width or vocabulary differs.
 
         """
+        text_config = hf_config.get_text_config()
         served = {
             "architecture": (hf_config.architectures or ["none"])[0],
-            "layers": hf_config.num_hidden_layers,
-            "hidden_size": hf_config.hidden_size,
-            "vocab_size": hf_config.vocab_size,
+            "layers": text_config.num_hidden_layers,
+            "hidden_size": text_config.hidden_size,
+            "vocab_size": text_config.vocab_size,
         }
         for name, value in served.items():
             if value != getattr(self, name):

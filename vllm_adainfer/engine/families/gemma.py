@@ -1,4 +1,4 @@
-"""Gemma 1 to 4 (text) with exit points."""
+"""Gemma 1 to 4 with exit points, for text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from vllm.model_executor.models.gemma import GemmaForCausalLM
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
+from vllm.model_executor.models.gemma4_mm import Gemma4ForConditionalGeneration
 
+from vllm_adainfer.engine.architectures import own_kv_layers
 from vllm_adainfer.engine.decoder import Decoder, KVProjection, Layer, OnePartDecoder
 from vllm_adainfer.engine.early_exit import EarlyExit
 
@@ -47,8 +49,7 @@ class Gemma4Decoder(OnePartDecoder):
     @staticmethod
     @override
     def own_kv_layers(body: Any) -> int | None:
-        sharing = getattr(body.config, "num_kv_shared_layers", 0)
-        return len(body.layers) - sharing if sharing else None
+        return own_kv_layers(body.config)
 
     @staticmethod
     @override
@@ -83,5 +84,11 @@ class AdaInferGemma3ForCausalLM(EarlyExit, Gemma3ForCausalLM):
 
 class AdaInferGemma4ForCausalLM(EarlyExit, Gemma4ForCausalLM):
     """Gemma 4, text only."""
+
+    decoder = Gemma4Decoder
+
+
+class AdaInferGemma4ForConditionalGeneration(EarlyExit, Gemma4ForConditionalGeneration):
+    """The multimodal Gemma 4, served with text only."""
 
     decoder = Gemma4Decoder

@@ -58,6 +58,7 @@ def start_engine(
                 model=model,
                 max_model_len=-(-(longest + max_tokens) // BLOCK) * BLOCK,
                 disable_log_stats=True,
+                language_model_only=True,  # of a multimodal model; others ignore it
                 additional_config={} if adainfer is None else {CONFIG_KEY: adainfer},
                 **{**SMALL, **settings},
             )
