@@ -17,41 +17,46 @@ from typing import Annotated, Any
 
 import typer
 from report_files import write_report
-from small_models import FAMILIES, SOURCES, TEMPLATE, Row, snippets, train
+from small_models import FAMILIES, SOURCES, TEMPLATE, Row, snippets, train, with_shots
 
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.tables import markdown_table
 
-TRAIN, CALIBRATE, TEST = 1400, 700, 1500  # rows
+TRAIN, CALIBRATE = 1400, 700  # rows
 
 
 def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/families.json"),
     repeat: Annotated[int, typer.Option(help="Rounds of stock and ours.")] = 5,
     family: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
+    shots: Annotated[int, typer.Option(help="Labelled rows before each prompt's own.")] = 0,
+    test_rows: Annotated[int, typer.Option()] = 1500,
 ) -> None:
     """Train, calibrate and measure each family; write JSON and a Markdown table."""
     rows = snippets()
     with tempfile.TemporaryDirectory() as directory:
         reports = {
-            name: measured(name, rows, Path(directory) / name, repeat)
+            name: measured(name, rows, Path(directory) / name, repeat, shots, test_rows)
             for name in family or FAMILIES
         }
     write_report(output, reports, table(reports))
 
 
-def measured(family: str, rows: Sequence[Row], directory: Path, repeat: int) -> dict[str, Any]:
+def measured(
+    family: str, rows: Sequence[Row], directory: Path, repeat: int, shots: int, test_rows: int
+) -> dict[str, Any]:
     """The report of `evaluate`, with the training time."""
     directory.mkdir()
-    rest = rows[TRAIN:]
-    parts = {"calibration": rest[:CALIBRATE], "test": rest[CALIBRATE : CALIBRATE + TEST]}
+    known = rows[:TRAIN]
+    rest = with_shots(rows[TRAIN : TRAIN + CALIBRATE + test_rows], known, shots)
+    parts = {"calibration": rest[:CALIBRATE], "test": rest[CALIBRATE:]}
     for name, part in parts.items():
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     start = time.perf_counter()
     name = family.lower().replace(" ", "-")
-    model = str(train(family, rows[:TRAIN], directory / f"small-{name}"))
+    model = str(train(family, known, directory / f"small-{name}", shots))
     seconds = time.perf_counter() - start
     artifact = directory / "artifact"
     calibrate(
@@ -72,7 +77,7 @@ def measured(family: str, rows: Sequence[Row], directory: Path, repeat: int) -> 
             repeat=repeat,
         )
     )
-    return {"training_seconds": seconds, **report}
+    return {"training_seconds": seconds, "shots": shots, **report}
 
 
 def table(reports: dict[str, Any]) -> str:

@@ -28,7 +28,8 @@ from transformers import PreTrainedTokenizerFast as Fast
 Row = dict[str, str]
 ROOT = Path(__file__).parents[1]
 SOURCES = {"package": ["vllm_adainfer"], "tests": ["tests"], "tools": ["benchmarks", "kernels"]}
-TEMPLATE = "{text}\nFrom:"
+ASKS = "From:"  # what precedes a label
+TEMPLATE = f"{{text}}\n{ASKS}"
 LINES = 3
 LAYERS, HIDDEN, HEADS, VOCABULARY = 12, 256, 4, 2000
 BATCH, EPOCHS, RATE = 32, 3, 1e-3
@@ -92,11 +93,30 @@ def bpe_tokenizer(texts: Sequence[str]) -> Fast:
     return Fast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
-def train(family: str, rows: Sequence[Row], directory: Path) -> Path:
-    """Train a model of `family` from scratch on prompts and labels of `rows`, and save it."""
+def with_shots(rows: Sequence[Row], known: Sequence[Row], shots: int) -> list[Row]:
+    """`rows`, each behind as many others of `known`, with their labels."""
+    generator = random.Random(0)
+    drawn = [generator.sample(known, shots) for _ in rows]
+    return [
+        {**row, "text": "".join(f"{answered(shot)}\n\n" for shot in before) + row["text"]}
+        for row, before in zip(rows, drawn, strict=True)
+    ]
+
+
+def answered(row: Row) -> str:
+    """A prompt and its label."""
+    return f"{TEMPLATE.format(**row)} {row['label']}"
+
+
+def train(family: str, rows: Sequence[Row], directory: Path, shots: int = 0) -> Path:
+    """Train a model of `family` from scratch on prompts and labels of `rows`, and save it.
+
+    A text has one of them; if there will be `shots`, then also as many before it.
+    """
     torch.manual_seed(0)
-    texts = [f"{TEMPLATE.format(**row)} {row['label']}" for row in rows]
-    tokenizer = bpe_tokenizer(texts)
+    tokenizer = bpe_tokenizer(list(map(answered, rows)))
+    marker = torch.tensor(tokenizer(ASKS)["input_ids"])
+    sizes = sorted({1, 1 + shots})
     model: Any = FAMILIES[family](
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
@@ -107,29 +127,38 @@ def train(family: str, rows: Sequence[Row], directory: Path) -> Path:
         eos_token_id=None,
         pad_token_id=0,
     )
-    steps = EPOCHS * -(-len(rows) // BATCH)
+    batches = [batch for size in sizes for _ in range(EPOCHS) for batch in drawn(rows, size)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    for _ in range(EPOCHS):
-        for part in torch.randperm(len(texts)).split(BATCH):
-            batch = tokenizer([texts[i] for i in part], padding=True, return_tensors="pt")
-            loss = weighted_loss(model, batch["input_ids"], batch["attention_mask"])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=len(batches))
+    for texts in batches:
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        loss = weighted_loss(model, batch["input_ids"], batch["attention_mask"], marker)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
-def weighted_loss(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Cross entropy of each next token; the last one, the label, has more weight."""
+def drawn(rows: Sequence[Row], size: int) -> list[list[str]]:
+    """Batches of texts with `size` of `rows` each, over all rows in random order."""
+    order = torch.randperm(len(rows))[: len(rows) // size * size].view(-1, size)
+    texts = ["\n\n".join(answered(rows[i]) for i in text) for text in order.tolist()]
+    in_batch = max(1, BATCH // size)
+    return [texts[first : first + in_batch] for first in range(0, len(texts), in_batch)]
+
+
+def weighted_loss(model: Any, ids: Tensor, mask: Tensor, marker: Tensor) -> Tensor:
+    """Cross entropy of each next token; those behind `marker`, the labels, have more weight."""
     logits = model(ids, attention_mask=mask).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     ).view(len(ids), -1)
     weights = mask[:, 1:].float()
-    weights[torch.arange(len(ids)), mask.sum(1) - 2] = LABEL_WEIGHT
+    windows = ids.unfold(1, len(marker), 1)[:, :-1]
+    labels = (windows == marker).all(-1)
+    weights[:, len(marker) - 1 :][labels] = LABEL_WEIGHT
     return (losses * weights).sum() / weights.sum()
