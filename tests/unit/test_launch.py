@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.launch import FLAG, with_switch
+
+
+def additional(arguments: list[str]) -> Any:
+    """The additional config that a command of vLLM gets, at its end."""
+    *_, flag, value = arguments
+    assert flag == FLAG
+    return json.loads(value)
+
+
+@pytest.mark.parametrize(
+    ("policies", "epsilon", "switch"),
+    [
+        (["{dir}"], None, {"artifact": "{dir}"}),
+        (["{dir}"], 0.02, {"artifact": "{dir}", "epsilon": 0.02}),
+        (["mood={dir}"], None, {"artifact": {"mood": "{dir}"}}),
+        (["{dir}", "a={dir}"], None, {"artifact": {"default": "{dir}", "a": "{dir}"}}),
+        (["{dir}"], 0.0, {"artifact": "{dir}", "epsilon": 0.0}),
+        ([], None, {}),
+    ],
+)
+def test_policies_become_the_switch(tiny_policy, policies, epsilon, switch):
+    def filled(value: Any) -> Any:
+        return json.loads(json.dumps(value).replace("{dir}", str(tiny_policy)))
+
+    given = ["MODEL", "--port", "8001"]
+    arguments = with_switch(given, filled(policies), epsilon)
+    assert arguments[:3] == given
+    assert additional(arguments) == {"adainfer": filled(switch)}
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("name", ["--additional-config", "--additional_config"])
+def test_other_keys_of_the_additional_config_stay(tiny_policy, name, joined):
+    value = json.dumps({"adainfer": {"kv": "propagate"}, "other": 1})
+    given = [f"{name}={value}"] if joined else [name, value]
+    arguments = with_switch(["MODEL", *given, "--port=1"], [str(tiny_policy)], None)
+    assert arguments[:2] == ["MODEL", "--port=1"]
+    switch = {"kv": "propagate", "artifact": str(tiny_policy)}
+    assert additional(arguments) == {"adainfer": switch, "other": 1}
+
+
+def test_a_directory_may_have_an_equals_sign_in_its_name(tiny_policy, tmp_path):
+    link = tmp_path / "run=3"
+    link.symlink_to(tiny_policy)
+    assert additional(with_switch([], [str(link)], None))["adainfer"] == {"artifact": str(link)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "policies", "epsilon", "sentence"),
+    [
+        ([], ["no/such"], None, "no/such. is neither a directory nor a hub id"),
+        ([], ["{dir}", "{dir}"], None, "two policies are called default: give each its own name"),
+        ([], ["a={dir}", "a={dir}"], None, "two policies are called a"),
+        ([], ["full_depth={dir}"], None, "is a reserved name"),
+        ([], ["{dir}"], 0.001, "stricter than the artifact's strictest certified bound"),
+        ([], ["{dir}"], 2.0, "adainfer.epsilon: .* less than 1"),
+        ([], [], 0.02, ".epsilon. goes with .artifact.|give .artifact."),
+        ([FLAG, "{{"], ["{dir}"], None, "must be a JSON object"),
+        ([FLAG], ["{dir}"], None, "must be a JSON object"),
+        ([FLAG, '{{"adainfer": 1}}'], ["{dir}"], None, "and so must its key 'adainfer'"),
+        ([FLAG, '{{"adainfer": {{"kw": 1}}}}'], ["{dir}"], None, "adainfer.kw is not a known key"),
+        ([FLAG, '{{"adainfer": {{"artifact": "x"}}}}'], ["{dir}"], None, "both --policy and"),
+        ([f"{FLAG}.adainfer.kv", "exact"], ["{dir}"], None, "give such keys as one object"),
+    ],
+)
+def test_what_contradicts_itself_is_said_before_vllm_starts(
+    tiny_policy, arguments, policies, epsilon, sentence
+):
+    arguments, policies = (
+        [text.format(dir=tiny_policy) for text in texts] for texts in (arguments, policies)
+    )
+    with pytest.raises(AdaInferError, match=sentence):
+        with_switch(arguments, policies, epsilon)

@@ -1,0 +1,17 @@
+"""The command line ``vllm-adainfer``.
+
+calibrate         fit a policy on your prompts and certify its bound
+evaluate          measure stock vLLM and vllm-adainfer side by side
+inspect           summarise an artifact
+doctor            check the installation, an artifact and a model
+serve             vLLM's own server, with policies
+bench             vLLM's own benchmarks, with policies
+run-batch         vLLM's own batch runner, with policies
+demo              calibrate and evaluate on a small real model
+fetch-demo-model  write that model as a safetensors checkpoint
+"""
+
+from vllm_adainfer.cli import calibrate, check, demo, evaluate, launch
+from vllm_adainfer.cli.app import app
+
+__all__ = ["app", "calibrate", "check", "demo", "evaluate", "launch"]

@@ -1,0 +1,55 @@
+"""The application: what all commands share."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from vllm_adainfer import __version__
+from vllm_adainfer.errors import AdaInferError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Early exit for stock vLLM: calibrate a policy, measure it, serve with it.",
+)
+
+
+def errors_as_sentences(command: Callable[..., None]) -> Callable[..., None]:
+    """Print an `AdaInferError` as one sentence and exit with 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except AdaInferError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Early exit for stock vLLM: calibrate a policy, measure it, serve with it."""
+    # Progress bars, ours and those of vLLM and transformers, are for terminals only.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
