@@ -78,7 +78,7 @@ tags: [vllm, early-exit, adainfer]
 Serve it with the plugin [vllm-adainfer](https://arxiv.org/abs/2403.02181):
 
 ```
-vllm serve MODEL --additional-config '{{"adainfer": {{"artifact": "DIR"}}}}'
+vllm-adainfer serve MODEL --policy DIR
 ```
 
 {facts}
