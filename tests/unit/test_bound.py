@@ -449,3 +449,20 @@ def test_the_allowance_over_prompts_is_what_just_holds(rows):
     assert bound.holds((order < errors).astype(float), 0.1)
     assert not bound.holds((order < errors + 1).astype(float), 0.1)
     assert Bound("wsr", 0.1, 0.0, prompts[:20], longest=5).allowance(20, 0.1) == 0
+
+
+def test_thresholds_fall_among_the_scores_that_rows_can_have():
+    """Rows that are never settled have none; no threshold lies between those and others."""
+    score = torch.linspace(0, 1, 100)
+    score[::2], score[1] = -torch.inf, torch.nan
+    exits = [disagreement(score, np.ones(100, dtype=np.bool_))] * 2
+    first, *grid = threshold_grid(fitted_exits(exits, exits))
+    assert first == math.inf
+    assert len(grid) > 40
+    assert grid == sorted(grid, reverse=True)
+    assert min(grid) == score[3]
+
+
+def test_where_no_row_is_ever_settled_nothing_leaves():
+    exits = [disagreement(torch.full((10,), -torch.inf), np.ones(10, dtype=np.bool_))] * 2
+    assert threshold_grid(fitted_exits(exits, exits)) == [math.inf]

@@ -1,13 +1,14 @@
-"""``vllm-adainfer inspect`` and ``doctor``."""
+"""``vllm-adainfer inspect``, ``doctor`` and ``explain``: what an artifact is, and does."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
 from vllm_adainfer.cli.app import app, errors_as_sentences
-from vllm_adainfer.cli.arguments import Lora
+from vllm_adainfer.cli.arguments import Lora, Model, Template
 
 
 @app.command()
@@ -46,3 +47,25 @@ def doctor(
         failed = failed or finding.failed
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+@errors_as_sentences
+def explain(
+    text: Annotated[str, typer.Argument(help="The prompt; with --template its field 'text'.")],
+    model: Model,
+    artifact: Annotated[str, typer.Option(help="Directory or hub id of the artifact.")],
+    template: Template = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Bound to explain; by default the artifact's own.")
+    ] = None,
+    lora: Lora = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what the policy sees of one prompt at each exit point, and where it leaves."""
+    from vllm_adainfer.offline.calibration.adapter import read_adapter
+    from vllm_adainfer.offline.explain import ExplainRequest
+    from vllm_adainfer.offline.explain import explain as run
+
+    found = run(ExplainRequest(text, model, artifact, template, epsilon, read_adapter(lora)))
+    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found)

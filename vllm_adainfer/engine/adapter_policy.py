@@ -13,7 +13,7 @@ from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.adapters import fingerprint_of
 from vllm_adainfer.engine.admission import Admission
-from vllm_adainfer.engine.build_loop import monitor_of, policy_of
+from vllm_adainfer.engine.build_loop import monitor_of
 from vllm_adainfer.engine.configure import banner, refuse_unknown_questions
 from vllm_adainfer.engine.reload import read_on_all_ranks
 from vllm_adainfer.engine.requests import RunningRequests
@@ -21,6 +21,7 @@ from vllm_adainfer.engine.rest_of_choice import check_tokenizer
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import Adapter, Artifact
 from vllm_adainfer.policy.artifact_files import load_artifact
+from vllm_adainfer.policy.load_policy import policy_of
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -76,7 +77,7 @@ def bring_policy(
         return
     model.artifacts = artifacts
     loop, artifact = model.loop, artifacts[name]
-    policies = loop.policies.having(name, policy_of(model, artifact))
+    policies = loop.policies.having(name, policy_of(artifact, model.device, model.logit_lens))
     monitors = loop.monitors
     if settings.shadow_rate:
         monitors = {**monitors, name: monitor_of(artifact.config)}

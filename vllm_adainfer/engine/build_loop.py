@@ -19,13 +19,10 @@ from vllm_adainfer.exits.loop import Loop
 from vllm_adainfer.exits.recorder import LensSums, Recorder
 from vllm_adainfer.exits.recording_loop import RecordingLoop
 from vllm_adainfer.policy.artifact import Artifact, ArtifactConfig
-from vllm_adainfer.policy.choice_policy import ChoicePolicy
 from vllm_adainfer.policy.digest import digest_of
-from vllm_adainfer.policy.exit_policy import CalibratedPolicy, ExitPolicy
+from vllm_adainfer.policy.load_policy import policy_of
 from vllm_adainfer.policy.monitor import AnswerMonitor, Monitor
 from vllm_adainfer.policy.policy_set import PolicySet
-from vllm_adainfer.policy.pool_policy import PoolPolicy
-from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 from vllm_adainfer.policy.text_monitor import TextMonitor
@@ -93,22 +90,12 @@ def policies_of(model: LoadedModel, cuts: tuple[int, ...]) -> PolicySet:
         script = ScriptedPolicy(exit_script, model.hidden_size, model.device)
         return PolicySet({DEFAULT_POLICY: script}, cuts)
     return PolicySet(
-        {name: policy_of(model, artifact) for name, artifact in model.artifacts.items()}, cuts
+        {
+            name: policy_of(artifact, model.device, model.logit_lens)
+            for name, artifact in model.artifacts.items()
+        },
+        cuts,
     )
-
-
-def policy_of(model: LoadedModel, artifact: Artifact) -> ExitPolicy:
-    """The policy of an artifact, on the device of a model."""
-    if artifact.config.risk == "probability":
-        return ProbabilityPolicy(artifact, model.device)
-    if artifact.config.label_pool:
-        return PoolPolicy(artifact, model.device)
-    if artifact.config.choices:
-        return ChoicePolicy(artifact, model.device)
-    lens = None
-    if artifact.config.probe != "label-head":
-        lens = model.logit_lens(artifact.tensors.get("head_rows"))
-    return CalibratedPolicy(artifact, lens, model.device)
 
 
 def monitors_of(model: LoadedModel) -> dict[str, Monitor]:

@@ -13,6 +13,7 @@ from typing_extensions import override
 from vllm_adainfer.policy.artifact import Artifact
 from vllm_adainfer.policy.kinds import FEATURES
 from vllm_adainfer.policy.probe import Probe, lens_of
+from vllm_adainfer.policy.reading import Reading
 from vllm_adainfer.policy.score import is_chain, score, served_shape
 
 LINEAR_SHAPE = served_shape("svm", len(FEATURES))
@@ -145,3 +146,15 @@ class CalibratedPolicy(ExitPolicy):
         if result.settled is not None:  # the kernel has applied a linear classifier
             return Decision(result.settled, answers)
         return Decision.by_score(result.features, classifier, threshold, asked.memory, answers)
+
+    def read(self, exit_index: int, asked: Asked) -> Reading:
+        """What `decide` decides by."""
+        probe = self._probes[exit_index]
+        result = probe.score(probe.readout(asked.hidden))
+        return Reading(
+            tokens=result.top1_id,
+            top_prob=result.top_prob,
+            gap=result.gap,
+            odds=score(result.features, self._classifiers[exit_index], asked.memory),
+            threshold=self._thresholds[exit_index][asked.tags],
+        )

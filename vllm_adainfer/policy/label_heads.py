@@ -10,6 +10,8 @@ from torch import Tensor
 from vllm_adainfer.policy.artifact import Artifact
 from vllm_adainfer.policy.exit_policy import Asked, Decision
 from vllm_adainfer.policy.label_subsets import mask_of, restrict
+from vllm_adainfer.policy.reading import Reading, features_among
+from vllm_adainfer.policy.score import score
 
 
 @dataclass(frozen=True)
@@ -88,4 +90,16 @@ class LabelHeads:
         threshold = self._thresholds[exit_index][asked.tags]
         return Decision.by_score(
             features, self._classifiers[exit_index], threshold, asked.memory, answers
+        )
+
+    def read(self, exit_index: int, asked: Asked, features: Tensor, scores: Tensor) -> Reading:
+        """What `decide` decides by; `features` are those of the `scores`."""
+        labels = scores[:, : len(self.token_ids)]
+        top_prob, gap = features_among(labels).unbind(dim=1)
+        return Reading(
+            tokens=self.token_ids[labels.argmax(dim=1)],
+            top_prob=top_prob,
+            gap=gap,
+            odds=score(features, self._classifiers[exit_index], asked.memory),
+            threshold=self._thresholds[exit_index][asked.tags],
         )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.policy.artifact import Artifact
 from vllm_adainfer.policy.exit_policy import Asked, Decision, ExitPolicy
 from vllm_adainfer.policy.label_heads import LabelHeads
+from vllm_adainfer.policy.reading import Reading, features_among
 
 
 class PoolPolicy(ExitPolicy):
@@ -30,8 +30,7 @@ class PoolPolicy(ExitPolicy):
         scores = self._heads.score(exit_index, asked)
         return self._heads.decide(exit_index, asked, features_among(scores), scores)
 
-
-def features_among(scores: Tensor) -> Tensor:
-    """``top_prob`` and ``gap`` among the labels with finite `scores` [rows, labels]: [rows, 2]."""
-    first, second = scores.softmax(dim=1).topk(2).values.unbind(dim=1)
-    return torch.stack([first, first - second], dim=1)
+    def read(self, exit_index: int, asked: Asked) -> Reading:
+        """What `decide` decides by."""
+        scores = self._heads.score(exit_index, asked)
+        return self._heads.read(exit_index, asked, features_among(scores), scores)

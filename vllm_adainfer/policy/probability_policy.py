@@ -16,6 +16,7 @@ from vllm_adainfer.policy.probabilities import (
     probabilities_of_answers,
     probabilities_of_logits,
 )
+from vllm_adainfer.policy.reading import Reading
 
 
 class ProbabilityPolicy(ExitPolicy):
@@ -43,6 +44,11 @@ class ProbabilityPolicy(ExitPolicy):
         scores = self._heads.score(exit_index, asked)
         answers = answers_of(scores, self._vocabulary)
         return self._heads.decide(exit_index, asked, features_of(scores), answers)
+
+    def read(self, exit_index: int, asked: Asked) -> Reading:
+        """What `decide` decides by."""
+        scores = self._heads.score(exit_index, asked)
+        return self._heads.read(exit_index, asked, features_of(scores), scores)
 
     def compare(self, answers: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Compare early answers with full depth.

@@ -141,8 +141,15 @@ def held_out_path(exits: Sequence[FittedExit], depth: int) -> Iterator[PathPoint
 
 
 def threshold_grid(exits: Sequence[FittedExit]) -> list[float]:
-    """The thresholds to try, strictest first; taken from the fitted half only."""
+    """The thresholds to try, strictest first; taken from the fitted half only.
+
+    Rows that are never settled have a score of -inf, and some a NaN; between those and others there
+    is no quantile.
+    """
     scores = torch.cat([exit.fitted.score for exit in exits]).double()
+    scores = scores[scores.isfinite()]
+    if not len(scores):
+        return [float("inf")]
     grid = torch.quantile(scores, torch.linspace(1, 0, STEPS, dtype=torch.float64))
     return [float("inf"), *sorted(set(grid.tolist()), reverse=True)]
 

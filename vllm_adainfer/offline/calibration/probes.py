@@ -21,12 +21,12 @@ from vllm_adainfer.policy.kinds import FEATURES, PROBABILITY_FEATURES, ProbeKind
 from vllm_adainfer.policy.label_heads import LabelHead
 from vllm_adainfer.policy.label_subsets import restrict
 from vllm_adainfer.policy.moments import Moments
-from vllm_adainfer.policy.pool_policy import features_among
 from vllm_adainfer.policy.probabilities import (
     features_of,
     probabilities_of_scores,
 )
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.reading import features_among
 
 PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
 # From this hidden size on, a lens may have low rank: a full one takes 8 MiB there in bfloat16,

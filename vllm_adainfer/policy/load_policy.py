@@ -1,0 +1,42 @@
+"""From an artifact to the policy that it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from vllm_adainfer.policy.artifact import Artifact
+from vllm_adainfer.policy.choice_policy import ChoicePolicy
+from vllm_adainfer.policy.exit_policy import CalibratedPolicy
+from vllm_adainfer.policy.pool_policy import PoolPolicy
+from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
+from vllm_adainfer.policy.probe import Probe
+
+Policy: TypeAlias = CalibratedPolicy | PoolPolicy | ProbabilityPolicy
+
+
+def policy_of(
+    artifact: Artifact, device: torch.device, logit_lens: Callable[[Tensor | None], Probe]
+) -> Policy:
+    """The policy of an artifact.
+
+    Args:
+        artifact: with its tensors.
+        device: of the rows that it decides.
+        logit_lens: that of the served model, with its LM head (None) or with the rows given,
+            [n, head size].
+
+    """
+    if artifact.config.risk == "probability":
+        return ProbabilityPolicy(artifact, device)
+    if artifact.config.label_pool:
+        return PoolPolicy(artifact, device)
+    if artifact.config.choices:
+        return ChoicePolicy(artifact, device)
+    lens = None
+    if artifact.config.probe != "label-head":
+        lens = logit_lens(artifact.tensors.get("head_rows"))
+    return CalibratedPolicy(artifact, lens, device)

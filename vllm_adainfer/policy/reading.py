@@ -1,0 +1,34 @@
+"""What a policy sees at an exit point, for people; `ExitPolicy.decide` needs less."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What some rows look like to a policy; all tensors are [rows].
+
+    Attributes:
+        tokens: int64, the token that the probe would answer.
+        top_prob: fp32, its probability among the tokens that the probe scores.
+        gap: fp32, its lead over the second.
+        odds: fp32, the classifier's score, log odds that the answer is final.
+        threshold: fp32, from which on a row is settled.
+
+    """
+
+    tokens: Tensor
+    top_prob: Tensor
+    gap: Tensor
+    odds: Tensor
+    threshold: Tensor
+
+
+def features_among(scores: Tensor) -> Tensor:
+    """``top_prob`` and ``gap`` among the tokens with finite `scores` [rows, tokens]: [rows, 2]."""
+    first, second = scores.softmax(dim=1).topk(2).values.unbind(dim=1)
+    return torch.stack([first, first - second], dim=1)
