@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.adapters import save_adapter
 from tests.byte_model import save_byte_model
+from tests.e2e.oracle import hidden_states
 from tests.every_process.sitecustomize import AS_A_USER
 from tests.full import needed
 from tests.tiny import LAYERS
 
 TEMPLATE = "Review: {text} Sentiment:"
+BFLOAT16 = 0.02  # what the engine's rounding may move a probability by
 TRACED_OR_COMPILED = pytest.mark.parametrize(
     "compiled", needed(1, of=[False, True]), ids=["traced", "compiled"]
 )
@@ -86,6 +90,33 @@ def test_calibrate_writes_the_artifact_and_says_what_it_promises(calibrated):
     assert "epsilon 0.2 at delta 0.1" in done.stdout
     assert list(output.parent.iterdir()) == [output]
     assert command("inspect", str(output)).stdout.strip() in done.stdout
+
+
+def test_explain_shows_what_the_probe_sees_after_each_exit_point(calibrated, tiny_model):
+    output, _ = calibrated
+    text = "A warm and clever film"
+    done = command(
+        "explain", text, "--model", str(tiny_model), "--artifact", str(output),
+        "--template", TEMPLATE, "--json",
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    prompt = AutoTokenizer.from_pretrained(tiny_model).encode(TEMPLATE.format(text=text))
+    states = hidden_states(model, prompt)
+    heads = load_file(output / "policy.safetensors")
+    *views, full = found["views"]
+    for view in views:
+        weight, bias = (heads[f"exit.{view['layer']}.head_{name}"] for name in ("weight", "bias"))
+        [best, second] = (
+            (weight @ states[view["layer"]][-1] + bias).softmax(0).sort().values.flip(0)
+        )
+        assert view["top_prob"] == pytest.approx(float(best), abs=BFLOAT16)
+        assert view["gap"] == pytest.approx(float(best - second), abs=BFLOAT16)
+        assert view["settled"] == (view["score"] >= view["threshold"])
+    settled = [view["layer"] for view in views if view["settled"]]
+    assert found["leaves_after"] == min([*settled, LAYERS])
+    assert full["layer"] == LAYERS
+    assert found["prompt_tokens"] == len(prompt)
 
 
 @TRACED_OR_COMPILED

@@ -134,7 +134,7 @@ def explain(request: ExplainRequest) -> Explanation:
     longest = hf_config.max_position_embeddings - 1
     [example] = make_examples([row], tokenizer, template, "label", longest)
     tag, epsilon = _tag(config, request.epsilon, example.token_ids)
-    settings = {} if adapter is None else adapter.engine_settings
+    settings = {"enforce_eager": True, **({} if adapter is None else adapter.engine_settings)}
     with recording_engine(
         request.model, hf_config, [example], config.exit_points, **settings
     ) as engine:
