@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+from vllm.model_executor.models.registry import _MULTIMODAL_MODELS, _TEXT_GENERATION_MODELS
 
 from vllm_adainfer.engine.architectures import MODELS
 from vllm_adainfer.engine.early_exit import EarlyExit
@@ -21,7 +21,7 @@ LEFT_OUT = {
 
 
 def stock_class(architecture: str) -> Any:
-    module, name = _TEXT_GENERATION_MODELS[architecture]
+    module, name = (_TEXT_GENERATION_MODELS | _MULTIMODAL_MODELS)[architecture]
     path = module if "." in module else f"vllm.model_executor.models.{module}"
     return getattr(importlib.import_module(path), name)
 
