@@ -10,6 +10,7 @@ import pytest
 import torch
 from adainfer_kernels import Head
 
+from tests.unit.readings import reads_as_it_decides
 from tests.unit.test_make_policy import (
     DEPTH,
     HF_CONFIG,
@@ -82,7 +83,9 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass):
     exits, wrong = np.full(len(rows), len(policy.exits)), np.zeros(len(rows))
     memory, logits = None, logits_of(recording)[rows]
     for index, layer in enumerate(serving.exit_points):
-        decision = serving.decide(index, Asked(recording.states[layer][rows], tags, memory))
+        asked = Asked(recording.states[layer][rows], tags, memory)
+        decision = serving.decide(index, asked)
+        assert reads_as_it_decides(serving, index, asked, decision)
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
         wrong[leaves] = serving.compare(decision.answers, logits)[0].numpy()[leaves]

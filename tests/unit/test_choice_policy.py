@@ -18,6 +18,7 @@ from vllm.v1.structured_output.utils import choice_as_grammar
 
 from tests.byte_model import SETS, byte_tokenizer
 from tests.tiny import tiny_artifact
+from tests.unit.readings import reads_as_it_decides
 from tests.unit.test_make_policy import HF_CONFIG, LAYERS, SPLIT, recording_of
 from vllm_adainfer.config import Settings
 from vllm_adainfer.engine.admission import FULL_DEPTH, Admission
@@ -164,7 +165,9 @@ def test_what_is_served_of_choices_is_what_was_certified(tmp_path, classifier, w
     exits, wrong = np.full(len(rows), len(policy.exits)), np.zeros(len(rows))
     memory = None
     for index, layer in enumerate(serving.exit_points):
-        decision = serving.decide(index, Asked(recording.states[layer][rows], tags, memory))
+        asked = Asked(recording.states[layer][rows], tags, memory)
+        decision = serving.decide(index, asked)
+        assert reads_as_it_decides(serving, index, asked, decision)
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
         early = ids[decision.answers.argmax(1).numpy()]

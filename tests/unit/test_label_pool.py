@@ -11,6 +11,7 @@ from adainfer_kernels import Head
 from vllm import SamplingParams
 
 from tests.tiny import tiny_artifact, tiny_config, word_tokenizer
+from tests.unit.readings import reads_as_it_decides
 from tests.unit.test_calibrate_probabilities import ALL_MASS, logits_of, recorded
 from tests.unit.test_make_policy import HF_CONFIG, NORM, SPLIT, VOCAB
 from vllm_adainfer.config import Settings
@@ -99,7 +100,9 @@ def test_what_is_served_of_a_pool_is_what_was_certified(tmp_path, risk, with_mas
     exits, wrong = np.full(len(rows), len(policy.exits)), np.zeros(len(rows))
     memory = None
     for index, layer in enumerate(serving.exit_points):
-        decision = serving.decide(index, Asked(recording.states[layer][rows], tags, memory, bits))
+        asked = Asked(recording.states[layer][rows], tags, memory, bits)
+        decision = serving.decide(index, asked)
+        assert reads_as_it_decides(serving, index, asked, decision)
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
         assert not decision.answers[:, : len(POOL)].isfinite()[~subsets].any()
