@@ -35,20 +35,11 @@ SMALL = {
 }
 SWITCH = {"exit_script": list(EXIT_POINTS), "kv": "propagate"}
 # Of each way to read a state: norms, a soft cap, a narrower head, inputs of each layer's own.
-READ_OTHERWISE = ("llama", "gemma2", "gemma4", "gpt-oss", "opt", "opt-350m")
+READ_OTHERWISE = ("llama", "gemma2", "gemma4-multimodal", "gpt-oss", "opt", "opt-350m")
 # Of each way to run layers; the others have the decoder and the layers of one of these.
 RUN_OTHERWISE = (
     *READ_OTHERWISE,
-    *(
-        "ernie4.5",
-        "gemma4-large",
-        "gemma4-multimodal",
-        "glm4-moe",
-        "granite",
-        "mixtral",
-        "olmoe",
-        "qwen3",
-    ),
+    *("ernie4.5", "gemma4-large", "glm4-moe", "granite", "mixtral", "olmoe", "qwen3"),
 )
 AMX_ROUNDING = 2**-6  # of logits between 2 and 4 in bfloat16
 
