@@ -153,7 +153,7 @@ def test_an_engine_that_cannot_capture_does_not_start(
     ("adainfer", "sentence"),
     [
         ({"artefact": "x"}, "adainfer.artefact is not a known key; known keys: artifact"),
-        ({}, 'give "artifact", the directory that .* this model does not have'),
+        ({}, 'give "artifact", the directory that .* this model has none'),
         ({"kv": "propagate"}, 'give "artifact"'),
         ("x", "must be an object"),
         ({"artifact": "x", "epsilon": -1}, "adainfer.epsilon"),

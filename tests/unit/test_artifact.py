@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from tests.families import FAMILIES, SHAPE
 from tests.tiny import tiny_config, tiny_tensors
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy import artifact_files as module
@@ -441,6 +442,18 @@ def test_another_model_is_refused_by_the_field_that_differs(config, change, fiel
     config.check_served_by(served())
     with pytest.raises(AdaInferError, match=f"the served model has {field} ="):
         config.check_served_by(served(**change))
+
+
+def test_of_a_multimodal_model_the_language_model_is_compared(config):
+    """Its architecture is that of the whole; depth, width and vocabulary are not."""
+    multimodal = FAMILIES["gemma4-multimodal"](**SHAPE)
+    multimodal.architectures = ["Gemma4ForConditionalGeneration"]
+    size = multimodal.get_text_config().vocab_size
+    config = changed(config, architecture="Gemma4ForConditionalGeneration", vocab_size=size)
+    config.check_served_by(multimodal)
+    multimodal.get_text_config().vocab_size = size - 1
+    with pytest.raises(AdaInferError, match=f"the served model has vocab_size = {size - 1}"):
+        config.check_served_by(multimodal)
 
 
 def test_other_weights_are_refused_by_their_fingerprints(config):

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from vllm_adainfer.cli import app
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline import launch
 from vllm_adainfer.offline.launch import FLAG, with_switch
 
 
@@ -35,6 +39,33 @@ def test_policies_become_the_switch(tiny_policy, policies, epsilon, switch):
     arguments = with_switch(given, filled(policies), epsilon)
     assert arguments[:3] == given
     assert additional(arguments) == {"adainfer": filled(switch)}
+
+
+def test_a_benchmark_of_a_running_server_takes_no_policy(tiny_policy):
+    asked = ["bench", "--policy", str(tiny_policy), "serve", "--model", "M"]
+    ended = CliRunner().invoke(app, asked)
+    assert ended.exit_code == 1
+    assert "give --policy and --epsilon to vllm-adainfer serve" in ended.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "switched"),
+    [
+        (["bench", "serve", "--model", "M"], False),
+        (["bench", "throughput", "--model", "M"], True),
+        (["serve", "M", "--port", "1"], True),
+        (["run-batch", "-i", "in", "-o", "out", "--model", "M"], True),
+    ],
+)
+def test_vllm_gets_its_own_arguments_and_progress_bars(monkeypatch, arguments, switched):
+    got: list[list[str]] = []
+    monkeypatch.setattr(launch, "run_vllm", got.append)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 0, ended.output
+    more = [FLAG, '{"adainfer": {}}'] if switched else []
+    assert got == [[*arguments, *more]]
+    assert "TQDM_DISABLE" not in os.environ
 
 
 @pytest.mark.parametrize("joined", [True, False])

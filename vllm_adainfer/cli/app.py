@@ -13,6 +13,7 @@ import typer
 from vllm_adainfer import __version__
 from vllm_adainfer.errors import AdaInferError
 
+VLLMS_OWN = ("serve", "bench", "run-batch")
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -42,6 +43,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -50,6 +52,7 @@ def main(
     ] = False,
 ) -> None:
     """Early exit for stock vLLM: calibrate a policy, measure it, serve with it."""
-    # Progress bars, ours and those of vLLM and transformers, are for terminals only.
-    if not sys.stderr.isatty():
+    # Progress bars, ours and those of vLLM and transformers, are for terminals only. vLLM's own
+    # commands keep theirs: 0.32 divides by zero where this is set.
+    if not sys.stderr.isatty() and context.invoked_subcommand not in VLLMS_OWN:
         os.environ.setdefault("TQDM_DISABLE", "1")

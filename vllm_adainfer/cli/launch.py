@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from vllm_adainfer.cli.app import app, errors_as_sentences
+from vllm_adainfer.errors import AdaInferError
 
 THEIR_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Policies = Annotated[
@@ -49,4 +50,13 @@ def _hand_over(
 ) -> None:
     from vllm_adainfer.offline.launch import run_vllm, with_switch
 
-    run_vllm([command, *with_switch(context.args, policies or [], epsilon)])
+    arguments = context.args
+    if command == "bench" and arguments[:1] == ["serve"]:  # a client, without an engine
+        if policies or epsilon is not None:
+            raise AdaInferError(
+                "bench serve asks a server that runs: give --policy and --epsilon to "
+                "vllm-adainfer serve"
+            )
+    else:
+        arguments = with_switch(arguments, policies or [], epsilon)
+    run_vllm([command, *arguments])

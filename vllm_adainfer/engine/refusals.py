@@ -49,8 +49,8 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
         (not model_class, f"{_why_no_exit_points(model)}, {off}"),
         (
             settings.is_bare and own_kv_layers(model.hf_text_config) is None,
-            'give "artifact", the directory that `calibrate` wrote: without one requests leave '
-            f"only layers that share keys and values, which this model does not have, {off}",
+            'give "artifact", the directory that `calibrate` wrote: without a policy only layers '
+            f"that share keys and values can be left out, and this model has none, {off}",
         ),
         (
             model.supports_multimodal_inputs,

