@@ -18,6 +18,8 @@ from typing import Any
 
 from vllm_command import COMMAND
 
+from vllm_adainfer.engine.freed_memory import ENVIRONMENT
+
 START_SECONDS = 600
 POLLING_SECONDS = 1.5
 
@@ -83,7 +85,7 @@ def serving(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **ENVIRONMENT, **(environment or {})},
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)

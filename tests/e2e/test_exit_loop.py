@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from torch.nn.functional import pad
 from vllm import SamplingParams
 
@@ -170,3 +173,12 @@ def test_a_request_with_a_seed_and_a_prompt_of_several_chunks_draws_what_it_draw
     beside = run(engine, [*prompts_of([100, 90], seed=7), prompt[::-1], prompt], [drawn] * 4)
     assert chunked == at_once == beside[-1]
     assert len(set(map(tuple, beside))) == len(beside)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_the_worker_on_a_cpu_keeps_the_memory_that_it_has_freed(engine):
+    del engine  # it runs in this process
+    torch.zeros(1 << 24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(1 << 24)  # 64 MiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100

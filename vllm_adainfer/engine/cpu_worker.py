@@ -9,6 +9,7 @@ from vllm import envs
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.freed_memory import keep_freed_memory
 from vllm_adainfer.engine.v1_runner import AdaInferCPUModelRunner
 from vllm_adainfer.engine.worker import ExitWorker
 
@@ -21,6 +22,12 @@ class AdaInferCPUWorker(ExitWorker, CPUWorker):
         """Build our runner in place of V1's."""
         with compat.cpu_runner_class(AdaInferCPUModelRunner):
             super().init_device()
+
+    @override
+    def load_model(self, **kwargs: Any) -> None:
+        """Then keep memory: what is allocated from now on is needed again in every step."""
+        super().load_model(**kwargs)
+        keep_freed_memory()
 
     @override
     def compile_or_warm_up_model(self) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.config import CONFIG_KEY
+from vllm_adainfer.engine.freed_memory import ENVIRONMENT
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example
 
@@ -34,7 +35,8 @@ def start_engine(
     """Start an engine that fits `examples`, with the plugin configured or not.
 
     Two engines may run side by side, so idle OpenMP threads sleep, and each engine has a KV cache
-    of fixed size.
+    of fixed size. Stock vLLM, too, keeps the memory that it has freed, so that a comparison with
+    ours shows what exits save.
 
     Args:
         model: directory or hub id.
@@ -49,6 +51,7 @@ def start_engine(
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ |= ENVIRONMENT
     with _output_to_file() as log:
         try:
             from vllm import LLM
