@@ -7,6 +7,7 @@ from adainfer_kernels.parameters import Head, Lens, Norm, NormKind
 from adainfer_kernels.probe import probe, readout, settle
 from adainfer_kernels.result import ProbeResult, linear_score, merge
 from adainfer_kernels.torch_probe import summarise
+from adainfer_kernels.tuning import rows_to_compile_for
 
 __all__ = [
     "Head",
@@ -18,6 +19,7 @@ __all__ = [
     "merge",
     "probe",
     "readout",
+    "rows_to_compile_for",
     "settle",
     "summarise",
 ]

@@ -84,6 +84,15 @@ def fixed_shape(
     return HOPPER[row_bucket(rows)] if capability[0] == 9 else None
 
 
+def rows_to_compile_for(most: int) -> list[int]:
+    """Row counts up to `most`, after which no other makes Triton compile (or tune) anew.
+
+    Beside the bucket it tells apart 1, multiples of 16, and the rest.
+    """
+    edges = {1, 2, *(rows for bucket in HOPPER for rows in (bucket - 1, bucket))}
+    return sorted({min(rows, most) for rows in edges})
+
+
 def row_bucket(rows: int) -> int:
     """The key of `HOPPER` that covers `rows`."""
     return next((most for most in HOPPER if rows <= most), MOST_ROWS)

@@ -55,6 +55,17 @@ def test_every_shape_gives_the_same_result(shape, dtype, form):
     assert_accurate(found, truth, naive, dtype)
 
 
+@pytest.mark.parametrize("most", [1, 2, 20, 64, 256])
+def test_no_row_count_makes_triton_compile_anew_after_the_warm_up(most):
+    """Triton compiles by bucket, and anew for an argument that is 1 or a multiple of 16."""
+
+    def variant(rows: int) -> tuple[int, bool, bool]:
+        return tuning.row_bucket(rows), rows == 1, rows % 16 == 0
+
+    warm = {variant(rows) for rows in tuning.rows_to_compile_for(most)}
+    assert warm == {variant(rows) for rows in range(1, most + 1)}
+
+
 HOPPER, AMPERE, INTERPRETER = (9, 0), (8, 0), None
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

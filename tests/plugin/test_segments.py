@@ -1,11 +1,55 @@
-"""vLLM finds compiled code by name, so segments that differ have different names."""
+"""Segments as vLLM's compiler and its piecewise CUDA graphs want them."""
 
 from __future__ import annotations
 
-from vllm_adainfer.engine.segments import segment_class
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import override_forward_context
+
+from vllm_adainfer.engine.fixed_states import FixedStates
+from vllm_adainfer.engine.segments import Stack, segment_class
+from vllm_adainfer.exits.hidden_states import HiddenStates
 
 
 def test_segments_that_compile_differently_are_named_differently():
     spans = [(0, 3, 6), (3, 5, 6), (0, 5, 6), (3, 5, 7), (5, 6, 6), (6, 6, 6)]
     classes = [segment_class(*span, finishes) for span in spans for finishes in (False, True)]
     assert len({kind.forward.__qualname__ for kind in classes}) == len(classes)
+
+
+def stack_of(seen: list[Tensor]) -> Stack:
+    """Three segments, which note what they read: the first yields new memory each time."""
+
+    def segment(positions, hidden, residual, per_layer):
+        seen.append(hidden)
+        return hidden + 1, None if residual is None else residual + 1, None
+
+    def first(positions, ids, residual, per_layer):
+        states = ids.unsqueeze(1).repeat(1, 4).float()
+        return states, states.clone(), states.unsqueeze(1).clone()
+
+    return Stack((first, segment, segment), None, 4, None, FixedStates(rows=8))
+
+
+def pass_of(stack: Stack, rows: int) -> HiddenStates:
+    states = HiddenStates(torch.arange(rows))
+    for index in range(3):
+        states = stack.run(index, torch.arange(rows), states)
+    return states
+
+
+@pytest.mark.parametrize("mode", [CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE])
+def test_graphs_find_the_states_between_segments_where_they_were_captured(mode):
+    seen: list[Tensor] = []
+    stack = stack_of(seen)
+    with override_forward_context(SimpleNamespace(cudagraph_runtime_mode=mode)):
+        results = [pass_of(stack, rows) for rows in (8, 3, 8)]
+    for rows, result in zip((8, 3, 8), results, strict=True):
+        expected = torch.arange(rows).unsqueeze(1) + 2.0
+        assert torch.equal(result.hidden, expected.repeat(1, 4))
+    addresses = {states.data_ptr() for states in seen}
+    assert len(addresses) == 1 if mode == CUDAGraphMode.PIECEWISE else len(addresses) > 1

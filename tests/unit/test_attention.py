@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm_adainfer.engine.attention import with_own_builders
+from vllm_adainfer.engine.compat import share_workspace
 from vllm_adainfer.errors import AdaInferError
 
 
@@ -13,3 +14,30 @@ def test_a_backend_that_writes_keys_only_where_it_attends_is_refused():
     backend = SimpleNamespace(forward_includes_kv_cache_update=True, get_name=lambda: "HPC_ATTN")
     with pytest.raises(AdaInferError, match="HPC_ATTN cannot write keys and values of rows"):
         with_own_builders([[SimpleNamespace(backend=backend)]], None, torch.device("cpu"))
+
+
+class Builder:
+    """Of FlashInfer's kind."""
+
+    workspace = None
+
+    def _get_workspace_buffer(self):
+        self.workspace = self.workspace or object()
+        return self.workspace
+
+    def set_workspace_buffer(self, workspace):
+        self.workspace = workspace
+
+
+def groups_of(*builders: object) -> list[list[SimpleNamespace]]:
+    return [[SimpleNamespace(metadata_builders=[builder])] for builder in builders]
+
+
+def test_our_builders_use_the_workspace_of_the_runners():
+    theirs, ours, plain = Builder(), [Builder(), Builder()], object()
+    share_workspace(groups_of(plain, theirs), groups_of(ours[0], plain, ours[1]))
+    assert {builder.workspace for builder in (theirs, *ours)} == {theirs.workspace}
+
+
+def test_backends_without_a_workspace_share_none():
+    share_workspace(groups_of(object()), groups_of(object()))

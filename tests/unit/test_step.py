@@ -243,6 +243,7 @@ def test_the_bookkeeping_is_that_of_a_plain_list_of_rows(seed):
     for _ in range(4):
         undecided = step.undecided().tolist()
         assert undecided == oracle.undecided()
+        assert step.is_open == bool(undecided)
         rows = [oracle.last_row(oracle.batch, request) for request in undecided]
         assert step.sampled_rows(ints(*undecided)).tolist() == rows
         settled = [request for request in undecided if generator.random() < 0.4]

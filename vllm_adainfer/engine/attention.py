@@ -43,6 +43,7 @@ def with_own_builders(groups: Groups, vllm_config: VllmConfig, device: torch.dev
     for kv_group in copies:
         for group in kv_group:
             group.create_metadata_builders(vllm_config, device, group.kernel_block_size)
+    compat.share_workspace(groups, copies)
     return copies
 
 

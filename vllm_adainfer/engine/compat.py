@@ -297,6 +297,23 @@ def names_experts() -> bool:
     return bool(torch_utils._USE_LAYERNAME)
 
 
+def share_workspace(theirs: Iterable[Sequence[Any]], ours: Iterable[Sequence[Any]]) -> None:
+    """Let the builders of `ours` use the workspace that those of `theirs` have.
+
+    Both are attention groups by KV cache group. FlashInfer's builders allocate one each (394 MiB);
+    0.32's runner shares it among its own in the same way (`v1/worker/gpu/attn_utils.py`). Steps use
+    it one after the other.
+    """
+
+    def having(attribute: str, groups: Iterable[Sequence[Any]]) -> list[Any]:
+        builders = [b for kv_group in groups for group in kv_group for b in group.metadata_builders]
+        return [builder for builder in builders if hasattr(builder, attribute)]
+
+    for owner in having("_get_workspace_buffer", theirs)[:1]:
+        for builder in having("set_workspace_buffer", ours):
+            builder.set_workspace_buffer(owner._get_workspace_buffer())
+
+
 def lora_manager_of(runner: Any) -> Any:
     """The manager of adapters of a model runner (0.32: of both), None where LoRA is off."""
     return getattr(runner, "lora_manager", None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from typing_extensions import override
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from vllm_adainfer.engine.warm_up import warm_up
 from vllm_adainfer.engine.worker import ExitWorker
+from vllm_adainfer.exits.exit_loop import ExitLoop
 
 
 class AdaInferGPUWorker(ExitWorker, Worker):
@@ -21,7 +24,13 @@ class AdaInferGPUWorker(ExitWorker, Worker):
 
     @override
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """vLLM warms up with requests that must not be counted."""
+        """Also the probes; vLLM warms up with requests that must not be counted."""
         times = super().compile_or_warm_up_model()
-        self.model_runner.model.loop.reset_counters()
+        model = self.model_runner.model
+        if isinstance(model.loop, ExitLoop):
+            most = self.scheduler_config.max_num_seqs
+            dtype = self.model_config.dtype
+            states = torch.zeros(most, model.hidden_size, dtype=dtype, device=model.device)
+            warm_up(model.loop.policies, states)
+        model.loop.reset_counters()
         return times

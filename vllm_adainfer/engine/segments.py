@@ -17,6 +17,7 @@ from vllm.forward_context import (
 
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.decoder import Decoder, KVProjection, Layer
+from vllm_adainfer.engine.fixed_states import FixedStates
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.hidden_states import HiddenStates
 
@@ -65,6 +66,7 @@ class Stack:
         last_kv: of that layer; None if the last segment has no layer, or one that shares.
         head_size: width of the last segment's output, the LM head's input.
         own_kv_layers: see `StackShape`.
+        fixed_states: for the states between segments.
 
     """
 
@@ -72,6 +74,7 @@ class Stack:
     last_kv: LastKV | None
     head_size: int
     own_kv_layers: int | None
+    fixed_states: FixedStates
 
     @property
     def shape(self) -> StackShape:
@@ -82,7 +85,9 @@ class Stack:
     def run(self, index: int, positions: Tensor, states: HiddenStates) -> HiddenStates:
         """The states after a segment; after the last one [rows, head size]."""
         hidden, residual, per_layer = self.segments[index](positions, *states.parts)
-        return HiddenStates(hidden, residual, states.per_layer if per_layer is None else per_layer)
+        after = HiddenStates(hidden, residual, states.per_layer if per_layer is None else per_layer)
+        is_last = index == len(self.segments) - 1
+        return after if is_last else self.fixed_states.handed_on(after)
 
     def write_last_kv(
         self, positions: Tensor, states: HiddenStates, slots: dict[str, Tensor]
@@ -199,4 +204,5 @@ def build_stack(
         projection, kv_class = decoder.kv_projection(layers[-1]), last_kv_class(depth)
         with compat.compile_cache_folder(kv_class.__name__):
             last_kv = kv_class(vllm_config=config, projection=projection)
-    return Stack(tuple(segments), last_kv, head_size, own_kv_layers)
+    captured_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return Stack(tuple(segments), last_kv, head_size, own_kv_layers, FixedStates(captured_rows))

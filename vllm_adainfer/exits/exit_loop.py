@@ -136,7 +136,8 @@ class ExitLoop(Loop):
             states = self._segment(segment, batch, states, work)
             if segment == len(self.policies.exit_points):  # the last layer is next
                 break
-            self._ask(decisions, segment, states, step)
+            if step.is_open:
+                self._ask(decisions, segment, states, step)
             regrouped = self._regroup(segment, batch, states, step, work)
             if regrouped is None:
                 continue

@@ -49,7 +49,10 @@ class HiddenStates:
 
     def rows(self, rows: Tensor | slice) -> HiddenStates:
         """Some of the rows: a copy, or a view for a slice."""
-        return self._each(lambda part: part[rows])
+        if isinstance(rows, slice):
+            return self._each(lambda part: part[rows])
+        # Copies whole rows: half the time of advanced indexing, on CPUs.
+        return self._each(lambda part: part.index_select(0, rows))
 
     def clone(self) -> HiddenStates:
         """A copy, which keeps no larger tensor alive."""

@@ -87,7 +87,9 @@ class RecordingLoop(Loop):
             start = _now(step)
             states = batch.run(segment, states)
             self.timings.layer_seconds += _now(step) - start
-            recorded.append(states.combined()[:rows])  # without padding
+            stream = states.combined()[:rows]  # without padding
+            # In one part it is the segment's own memory, which CUDA graphs overwrite.
+            recorded.append(stream.clone() if states.residual is None else stream)
         final = batch.run(len(self.recorder.layers), states).hidden
         tags, positions, last = step.on_device(
             step.original_tags(), step.layout.positions, step.original_sampled()

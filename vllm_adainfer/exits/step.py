@@ -79,6 +79,7 @@ class StepContext:
             self.shadow = np.flatnonzero(self._may_exit & shadow)
             self._may_leave = self._may_exit & ~shadow
         self._settled = np.zeros(self.num_requests, dtype=np.bool_)
+        self._open = int(np.count_nonzero(self._may_exit))
         self._exited = np.zeros(self.num_requests, dtype=np.bool_)
         self._has_all_kv = np.zeros(self.num_requests, dtype=np.bool_)
         # The original row of each row, negative for one that joined; None if nothing has changed.
@@ -111,6 +112,11 @@ class StepContext:
         """[requests], whether the answer of each is known."""
         return self._settled[requests]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a request may exit that is not settled yet."""
+        return self._open > 0
+
     def undecided(self) -> Ints:
         """Requests in the stack that may exit and are not settled yet."""
         return np.flatnonzero(self._may_exit & ~self._settled)
@@ -138,8 +144,9 @@ class StepContext:
         return rows
 
     def settle(self, requests: Ints) -> None:
-        """Note that the answers of `requests` are known."""
+        """Note that the answers of `requests`, which were undecided, are known."""
         self._settled[requests] = True
+        self._open -= len(requests)
 
     def ready(self) -> Ints:
         """Settled requests that are still in the batch and need not stay."""
