@@ -26,11 +26,10 @@ class AdaInferGPUWorker(ExitWorker, Worker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Also the probes; vLLM warms up with requests that must not be counted."""
         times = super().compile_or_warm_up_model()
-        model = self.model_runner.model
+        runner, model = self.model_runner, self.model_runner.model
         if isinstance(model.loop, ExitLoop):
-            most = self.scheduler_config.max_num_seqs
-            dtype = self.model_config.dtype
-            states = torch.zeros(most, model.hidden_size, dtype=dtype, device=model.device)
+            size = runner.max_num_reqs, model.hidden_size
+            states = torch.zeros(size, dtype=runner.dtype, device=model.device)
             warm_up(model.loop.policies, states)
         model.loop.reset_counters()
         return times
