@@ -15,7 +15,7 @@ V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_schedulin
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '$(CASES)'
 CASES := not full
 
-.PHONY: demo test test-full test-v1 test-v2 check gpu gpu-kernels setup clean
+.PHONY: demo test test-full test-v1 test-v2 check docs docs-check dist gpu gpu-kernels setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -39,6 +39,25 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in .site; a dead link or a page that no other leads to is an error.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+# The commands of the tutorial, one after the other, as they stand there (15 minutes).
+docs-check: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_tutorial.sh
+
+# A wheel, in dist, that an empty environment runs the demo from (15 minutes). Nothing is published.
+dist: setup
+	rm -rf dist .cache/dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	python3 -m venv .cache/dist
+	.cache/dist/bin/pip install --quiet "$$(ls dist/*.whl)[cpu,demo]"
+	.cache/dist/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	cd .cache/dist && bin/vllm-adainfer demo --output demo
 
 # On a GPU machine: the kernels, then what needs vLLM and this package, installed for $(GPU_PYTHON).
 # What cannot run is skipped, with the reason. Results go to benchmarks/results/.
@@ -72,4 +91,4 @@ setup: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .demo .cache
+	rm -rf .venv .demo .cache .site .tutorial dist

@@ -1,4 +1,4 @@
-"""Write README's result tables from the committed results.
+"""Write the result tables of README and `docs/results.md` from the committed results.
 
     .venv/bin/python benchmarks/readme_table.py
 
@@ -19,6 +19,7 @@ from vllm_adainfer.offline.tables import markdown_table
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+RESULTS = HERE.parent / "docs" / "results.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 REPORTS = {
     "sst2_zero_shot": "SST-2, zero-shot, fine-tuned SmolLM2-135M",
@@ -204,8 +205,8 @@ def generation_table() -> list[str]:
     return lines
 
 
-def tables() -> str:
-    """The generated part of README."""
+def workloads() -> str:
+    """The reports of `evaluate`."""
     rows = []
     for name, title in REPORTS.items():
         report = load(name)
@@ -236,7 +237,36 @@ def tables() -> str:
         "accuracy, stock / ours",
         "efficiency",
     ]
-    lines = [markdown_table(columns, rows)]
+    return markdown_table(columns, rows)
+
+
+def headlines() -> str:
+    """The generated part of README: a row for each kind of workload."""
+    rows = []
+    for name, title in REPORTS.items():
+        report = load(name)
+        rows.append(
+            [
+                title,
+                f"**{report['speedup']:.2f}x**",
+                f"{report['layers_saved']:.0%}",
+                f"{report['disagreement']:.1%} ({report['epsilon']:.0%})",
+                f"{report['stock']['accuracy']:.1%} / {report['adainfer']['accuracy']:.1%}",
+            ]
+        )
+    columns = [
+        "workload",
+        "speed-up",
+        "layers saved",
+        "answers that differ (bound)",
+        "accuracy, stock / ours",
+    ]
+    return markdown_table(columns, rows)
+
+
+def tables() -> str:
+    """The generated part of the results."""
+    lines = [workloads()]
     for name, title in SUITES.items():
         lines += ["", *suite_table(name, title)]
     lines += ["", f"A server. {serve_table(load('serve')).rstrip()}"]
@@ -260,12 +290,13 @@ def tables() -> str:
     return "\n".join(lines)
 
 
-def updated(readme: str) -> str:
-    """README with its generated part regenerated."""
-    before, _, rest = readme.partition(BEGIN)
+def updated(page: str, generated: str) -> str:
+    """A page with its generated part regenerated."""
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{generated}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    README.write_text(updated(README.read_text(), headlines()))
+    RESULTS.write_text(updated(RESULTS.read_text(), tables()))

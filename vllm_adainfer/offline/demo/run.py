@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -19,7 +20,7 @@ LABELS = ("bad", "good")
 
 
 def run(output: Path) -> str:
-    """Run the demo, write to `output`, and return the last line to print."""
+    """Run the demo, write to `output`, and return the last lines to print."""
     typer.echo(f"demo: fetching the model ({MODEL_NAME}, Apache-2.0)")
     model = str(fetch_demo_model(output / MODEL_NAME))
     with as_file(files("vllm_adainfer.offline.demo")) as shipped:
@@ -48,4 +49,9 @@ def run(output: Path) -> str:
             )
         )
     typer.echo(describe_report(report))
-    return f"demo: {summary_line(report)}"
+    serve = shlex.join(["vllm-adainfer", "serve", model, "--policy", str(artifact)])
+    return (
+        f"demo: report in {output / 'report.json'}, its plot in {output / 'report.png'}\n"
+        f"demo: serve this policy with  {serve}\n"
+        f"demo: {summary_line(report)}"
+    )
