@@ -98,6 +98,20 @@ def families_table() -> list[str]:
     ]
 
 
+def long_prompts_table() -> list[str]:
+    """Layers that share keys and values, where most of a prompt's rows stop."""
+    report = next(iter(load("long_prompts").values()))
+    return [
+        f"A small Gemma 4, a third of whose {report['layers_total']} layers share keys and values, "
+        f"with {report['shots']} labelled lines before each prompt's own: {report['n']} unseen "
+        f"prompts of {report['prompt_tokens_mean']:.0f} tokens, {report['provenance']['cpu']}. Never "
+        f"exiting differs from stock in {report['never_exit']['disagreement_with_stock']:.1%} of "
+        "the answers: rows that decide nothing stop where layers begin to share.",
+        "",
+        *(HERE / "results" / "long_prompts.md").read_text().splitlines(),
+    ]
+
+
 def probabilities_table() -> list[str]:
     """Policies for label probabilities, for a mixture of questions, and questions about states."""
     report, *_ = load("probabilities")
@@ -271,7 +285,16 @@ def tables() -> str:
         lines += ["", *suite_table(name, title)]
     lines += ["", f"A server. {serve_table(load('serve')).rstrip()}"]
     lines += ["", *probabilities_table()]
-    lines += ["", *families_table(), "", *generation_table(), "", *throughput_table()]
+    lines += [
+        "",
+        *families_table(),
+        "",
+        *long_prompts_table(),
+        "",
+        *generation_table(),
+        "",
+        *throughput_table(),
+    ]
     ratios = load("startup")["ratios"]
     lines += [
         "",
