@@ -101,12 +101,13 @@ def families_table() -> list[str]:
 def long_prompts_table() -> list[str]:
     """Layers that share keys and values, where most of a prompt's rows stop."""
     report = next(iter(load("long_prompts").values()))
+    length, changed = report["prompt_tokens_mean"], report["never_exit"]["disagreement_with_stock"]
     return [
-        f"A small Gemma 4, a third of whose {report['layers_total']} layers share keys and values, "
-        f"with {report['shots']} labelled lines before each prompt's own: {report['n']} unseen "
-        f"prompts of {report['prompt_tokens_mean']:.0f} tokens, {report['provenance']['cpu']}. Never "
-        f"exiting differs from stock in {report['never_exit']['disagreement_with_stock']:.1%} of "
-        "the answers: rows that decide nothing stop where layers begin to share.",
+        f"A small Gemma 4, a third of whose {report['layers_total']} layers share keys and "
+        f"values, with {report['shots']} labelled lines before each prompt's own: {report['n']} "
+        f"unseen prompts of {length:.0f} tokens, {report['provenance']['cpu']}. Never exiting "
+        f"differs from stock in {changed:.1%} of the answers: rows that decide nothing stop where "
+        "layers begin to share.",
         "",
         *(HERE / "results" / "long_prompts.md").read_text().splitlines(),
     ]
