@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,12 +16,21 @@ from vllm_adainfer.cli.arguments import Lora, Model, Template
 @errors_as_sentences
 def inspect(
     artifact: Annotated[str, typer.Argument(help="Directory or hub id of the artifact.")],
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page about it here, in one file (HTML).")
+    ] = None,
 ) -> None:
     """Print what an artifact is for and what it promises."""
     from vllm_adainfer.offline.describe import describe
     from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
 
-    typer.echo(describe(load_artifact_config(artifact), load_details(artifact)))
+    config, details = load_artifact_config(artifact), load_details(artifact)
+    typer.echo(describe(config, details))
+    if html is not None:
+        from vllm_adainfer.offline.evaluation.report import write_whole
+        from vllm_adainfer.offline.pages.contents import artifact_page
+
+        write_whole(html, artifact_page(config, details).html())
 
 
 @app.command()

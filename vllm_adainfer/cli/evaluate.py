@@ -37,6 +37,13 @@ def evaluate(
     lora: Lora = "",
     report: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the plot here (PNG).")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page about it here, in one file (HTML).")
+    ] = None,
+    prompts: Annotated[
+        bool,
+        typer.Option(help="Show on the page the prompts whose answer changed, with their text."),
+    ] = True,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -62,10 +69,10 @@ def evaluate(
 ) -> None:
     """Run stock vLLM and vllm-adainfer on the same prompts, interleaved, and compare them."""
     if suite is not None:
-        if artifact is not None or data is not None or epsilon is not None or lora:
+        if artifact is not None or data is not None or epsilon is not None or lora or html:
             raise AdaInferError(
-                "--suite has its own data and policies: drop --artifact, --data, --epsilon and "
-                "--lora"
+                "--suite has its own data, policies and report: drop --artifact, --data, "
+                "--epsilon, --lora and --html"
             )
         from vllm_adainfer.offline.suite.report import markdown
         from vllm_adainfer.offline.suite.run import SuiteRequest, run_suite
@@ -104,6 +111,8 @@ def evaluate(
             adapter=read_adapter(lora),
             report=report,
             plot=plot,
+            html=html,
+            prompts=prompts,
         )
     )
     typer.echo(describe_report(result))

@@ -39,7 +39,7 @@ from vllm_adainfer.offline.evaluation.sequences import (
 )
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.artifact import ArtifactConfig
-from vllm_adainfer.policy.artifact_files import load_artifact_config
+from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -61,10 +61,12 @@ class EvaluationRequest:
     adapter: NamedAdapter | None = None
     report: Path | None = None
     plot: Path | None = None
+    html: Path | None = None
+    prompts: bool = True
 
 
 def evaluate(request: EvaluationRequest) -> dict[str, Any]:
-    """Measure both engines; write the report and the plot if asked to.
+    """Measure both engines; write the report, the plot and the page if asked to.
 
     Returns:
         the report.
@@ -74,7 +76,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
             written.
 
     """
-    for path in (request.report, request.plot):
+    for path in (request.report, request.plot, request.html):
         if path is not None:
             check_file(path)
     config = load_artifact_config(request.artifact)
@@ -137,6 +139,18 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
         from vllm_adainfer.offline.evaluation.plot import report_plot
 
         write_whole(request.plot, report_plot(report))
+    if request.html is not None:
+        from vllm_adainfer.offline.evaluation.changed import Model, changed_prompts
+        from vllm_adainfer.offline.pages.contents import evaluation_page
+
+        changed, notes = None, list[str]()
+        if request.prompts:
+            model = Model(request.model, hf_config, tokenizer, adapter)
+            changed, notes = changed_prompts(
+                model, request.artifact, config, examples, rounds[0][1], max_tokens
+            )
+        details = load_details(request.artifact)
+        write_whole(request.html, evaluation_page(report, config, details, changed, notes).html())
     return report
 
 

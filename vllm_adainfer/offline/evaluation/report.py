@@ -113,7 +113,7 @@ def build_report(
         },
         "levels": [
             {key: row[key] for key in row if key != "adainfer"}
-            | {"accuracy": row["adainfer"]["accuracy"]}
+            | {key: row["adainfer"][key] for key in ("accuracy", "exit_histogram")}
             for row in levels
         ],
         **promise,

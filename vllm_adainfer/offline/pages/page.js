@@ -1,0 +1,47 @@
+"use strict";
+const { levels, panels } = JSON.parse(document.getElementById("data").textContent);
+const slider = document.getElementById("level");
+const search = document.getElementById("search");
+
+function show() {
+  const index = Number(slider.value);
+  const level = levels[index];
+  document.getElementById("level-name").textContent = level.name;
+  const numbers = Object.entries(level.numbers).map(([name, value]) => {
+    const group = document.createElement("div");
+    const term = document.createElement("dt");
+    const text = document.createElement("dd");
+    term.textContent = name;
+    text.textContent = value;
+    group.append(term, text);
+    return group;
+  });
+  document.getElementById("numbers").replaceChildren(...numbers);
+  for (const { name, chosen, points } of panels) {
+    if (chosen !== null) {
+      const { x, y } = points[index];
+      Plotly.restyle(name, { x: [x], y: [y] }, [chosen]);
+    }
+  }
+  list();
+}
+
+function list() {
+  if (search === null) return;
+  const wanted = search.value.toLowerCase();
+  let shown = 0;
+  for (const row of document.querySelectorAll("#changed > tbody > tr")) {
+    const fits = row.textContent.toLowerCase().includes(wanted);
+    row.hidden = row.dataset.level !== slider.value || !fits;
+    shown += !row.hidden;
+  }
+  document.getElementById("shown").textContent =
+    shown === 1 ? "1 prompt" : `${shown} prompts`;
+}
+
+for (const { name, figure } of panels) {
+  Plotly.newPlot(name, figure.data, figure.layout, { responsive: true, displaylogo: false });
+}
+slider.addEventListener("input", show);
+if (search !== null) search.addEventListener("input", list);
+show();
