@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,20 @@ def calibrated(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFa
     return output, done
 
 
+def changed_by_level(html: Path) -> dict[int, int]:
+    """How many prompts a page shows as changed; each with what the policy saw of it."""
+    page = html.read_text()
+    rows = re.findall(r'<tr data-level="(\d+)"', page)
+    assert page.count('<table class="views">') == len(rows)
+    return dict(Counter(map(int, rows)))
+
+
+def disagreeing_by_level(report: dict[str, Any]) -> dict[int, int]:
+    """How many prompts of one round a report counts as changed; a page shows at most 100."""
+    counts = (round(level["disagreement"] * report["n"]) for level in report["levels"])
+    return {level: min(count, 100) for level, count in enumerate(counts) if count}
+
+
 def test_calibrate_writes_the_artifact_and_says_what_it_promises(calibrated):
     output, done = calibrated
     names = {path.name for path in output.iterdir()}
@@ -88,8 +104,11 @@ def test_calibrate_writes_the_artifact_and_says_what_it_promises(calibrated):
         "config.json", "policy.safetensors", "calibration.json", "README.md", "risk.png"
     }  # fmt: skip
     assert "epsilon 0.2 at delta 0.1" in done.stdout
-    assert list(output.parent.iterdir()) == [output]
-    assert command("inspect", str(output)).stdout.strip() in done.stdout
+    assert list(output.parent.iterdir()) == [output]  # no draft is left
+    page = output.parent / "page.html"
+    assert command("inspect", str(output), "--html", str(page)).stdout.strip() in done.stdout
+    assert 'id="level"' in page.read_text()
+    page.unlink()
 
 
 def test_explain_shows_what_the_probe_sees_after_each_exit_point(calibrated, tiny_model):
@@ -124,13 +143,14 @@ def test_evaluate_reports_what_the_contract_names_and_counts_the_work_skipped(
     calibrated, tiny_model, rows, tmp_path, compiled
 ):
     output, _ = calibrated
-    report_file, plot = tmp_path / "report.json", tmp_path / "report.png"
+    report_file, plot, html = (tmp_path / f"report.{kind}" for kind in ("json", "png", "html"))
     done = command(
         "evaluate", "--model", str(tiny_model), "--artifact", str(output), "--data", str(rows),
         "--template", TEMPLATE, "--repeat", "1", "--report", str(report_file), "--plot", str(plot),
-        compiled=compiled,
+        "--html", str(html), compiled=compiled,
     )  # fmt: skip
     report = json.loads(report_file.read_text())
+    assert changed_by_level(html) == disagreeing_by_level(report)
     assert report.keys() >= REPORT_KEYS
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert done.stdout.strip().splitlines()[-1].startswith("speedup ")
@@ -208,12 +228,14 @@ def test_a_label_pool_is_calibrated_on_requests(pool):
 @pytest.mark.full
 def test_a_label_pool_is_evaluated_on_requests(pool, tiny_model, tmp_path):
     data, output, _ = pool
-    report_file = tmp_path / "report.json"
+    report_file, html = tmp_path / "report.json", tmp_path / "report.html"
     command(
         "evaluate", "--model", str(tiny_model), "--artifact", str(output), "--data", str(data),
         "--repeat", "1", "--epsilon", "0.3", "--report", str(report_file),
+        "--html", str(html),
     )  # fmt: skip
     report = json.loads(report_file.read_text())
+    assert changed_by_level(html) == disagreeing_by_level(report)
     assert report["n"] == 320
     assert report["layers_saved"] > 0
     assert 0 <= report["disagreement"] < 0.3
@@ -223,7 +245,7 @@ def test_a_label_pool_is_evaluated_on_requests(pool, tiny_model, tmp_path):
 @pytest.mark.full
 def test_choices_are_calibrated_inspected_evaluated_and_examined(rows, tmp_path):
     model, output = save_byte_model(tmp_path / "model"), tmp_path / "policy"
-    report_file = tmp_path / "report.json"
+    report_file, html = tmp_path / "report.json", tmp_path / "report.html"
     asked = "--model", str(model), "--data", str(rows), "--template", "{text} "
     done = command(
         "calibrate", *asked, "--label-field", "", "--choices", "yes,no", "--epsilon", "0.3",
@@ -233,9 +255,10 @@ def test_choices_are_calibrated_inspected_evaluated_and_examined(rows, tmp_path)
     assert command("inspect", str(output)).stdout.strip() in done.stdout
     command(
         "evaluate", *asked, "--label-field", "", "--artifact", str(output), "--repeat", "1",
-        "--report", str(report_file),
+        "--report", str(report_file), "--html", str(html),
     )  # fmt: skip
     report = json.loads(report_file.read_text())
+    assert changed_by_level(html) == disagreeing_by_level(report)
     assert report["n"] == 240
     assert report["never_exit"]["disagreement_with_stock"] == 0
     assert 0 < report["layers_saved"] < 1

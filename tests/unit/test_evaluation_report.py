@@ -91,6 +91,7 @@ def test_every_level_has_a_row_of_its_own_run(report):
         "disagreement_with_stock": 0.5,
         "efficiency": pytest.approx(1.25 * 7 / 8),
         "accuracy": 1,
+        "exit_histogram": {"3": 0.25, str(LAYERS): 0.75},
     }
     assert (ours["epsilon"], ours["speedup"], ours["accuracy"]) == (OURS, 2, 0.75)
 

@@ -71,6 +71,12 @@ def changed_prompts(
             )
     named = _namer(config, model.tokenizer)
     views = {} if max_tokens > 1 else _views(model, artifact, config, examples, pairs, named)
+    if views:
+        notes.append(
+            "What the policy saw is from one more run. Where it leaves nowhere, or with the answer "
+            "of full depth, the request was within rounding of the other answer: a processor may "
+            "round a row otherwise in another batch."
+        )
     answered = _answer(config, model.tokenizer, named)
     changed = [
         Changed(

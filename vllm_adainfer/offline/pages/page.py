@@ -88,6 +88,7 @@ class Page:
         """The file, which loads nothing from elsewhere."""
         folder = files(__package__)
         environment = Environment(autoescape=True, undefined=StrictUndefined)
+        environment.policies["json.dumps_kwargs"] = {}  # in the order of the page
         template = environment.from_string(folder.joinpath("page.html.j2").read_text())
         shown = {
             "levels": [
