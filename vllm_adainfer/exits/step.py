@@ -17,6 +17,7 @@ from vllm_adainfer.exits.transfer import upload
 # model's layers and a dozen launches should take.
 REGROUP_COST = {"cpu": 64, "cuda": 2048}
 CPU = torch.device("cpu")
+NOBODY = np.arange(0)
 
 
 class StepContext:
@@ -79,7 +80,8 @@ class StepContext:
             self.shadow = np.flatnonzero(self._may_exit & shadow)
             self._may_leave = self._may_exit & ~shadow
         self._settled = np.zeros(self.num_requests, dtype=np.bool_)
-        self._open = int(np.count_nonzero(self._may_exit))
+        self._num_settled = 0
+        self._num_may_exit = int(np.count_nonzero(self._may_exit))
         self._exited = np.zeros(self.num_requests, dtype=np.bool_)
         self._has_all_kv = np.zeros(self.num_requests, dtype=np.bool_)
         # The original row of each row, negative for one that joined; None if nothing has changed.
@@ -115,7 +117,7 @@ class StepContext:
     @property
     def is_open(self) -> bool:
         """Whether a request may exit that is not settled yet."""
-        return self._open > 0
+        return self._num_settled < self._num_may_exit
 
     def undecided(self) -> Ints:
         """Requests in the stack that may exit and are not settled yet."""
@@ -146,10 +148,12 @@ class StepContext:
     def settle(self, requests: Ints) -> None:
         """Note that the answers of `requests`, which were undecided, are known."""
         self._settled[requests] = True
-        self._open -= len(requests)
+        self._num_settled += len(requests)
 
     def ready(self) -> Ints:
         """Settled requests that are still in the batch and need not stay."""
+        if not self._num_settled:
+            return NOBODY
         return np.flatnonzero(self._settled & self._may_leave & ~self._exited)
 
     def answered(self) -> Ints:
