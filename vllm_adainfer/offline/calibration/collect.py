@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from vllm_adainfer.config import ROW_ARG
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.bound import FloatArray
 from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probe import Probe, logit_lens_of
@@ -120,6 +120,11 @@ def recording_engine(
         stop_engine(engine)
 
 
+def _recorded(prompts: Iterable[Any] | None = None, **options: Any) -> Any:
+    """The bar that vLLM asks for: over the prompts that it renders, then for those it has run."""
+    return progress(**{**options, "desc": "record"}) if prompts is None else prompts
+
+
 def record(
     engine: LLM,
     examples: Sequence[Example],
@@ -151,7 +156,7 @@ def record(
             for row, example in enumerate(examples)
         ],
         lora_request=adapter,
-        use_tqdm=sys.stderr.isatty(),  # vLLM 0.32 divides by zero where TQDM_DISABLE is set
+        use_tqdm=_recorded,
     )
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "record.safetensors"

@@ -16,6 +16,7 @@ from vllm_adainfer.config import CONFIG_KEY
 from vllm_adainfer.engine.freed_memory import ENVIRONMENT
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.progress import say
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -52,6 +53,7 @@ def start_engine(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ |= ENVIRONMENT
+    say(f"starting {'stock vLLM' if adainfer is None else 'vLLM with the plugin'}")
     with _output_to_file() as log:
         try:
             from vllm import LLM

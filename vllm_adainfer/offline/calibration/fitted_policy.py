@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify import EPSILONS, Bound, certify
@@ -30,6 +29,7 @@ from vllm_adainfer.offline.calibration.fit import Bools, FittedExit, chain, fit_
 from vllm_adainfer.offline.calibration.loss import AccuracyLost, Loss, RightTokens
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split
+from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.bound import FloatArray
 from vllm_adainfer.policy.kinds import BoundChoice, ClassifierKind, Risk
@@ -186,7 +186,7 @@ def make_policy(calibration: Calibration) -> FittedPolicy:
         split,
         options.classifier,
         options.seed,
-        tqdm(recording.states, desc="fit", unit="layer", disable=None),
+        progress(recording.states, desc="fit", unit="layer"),
         calibration.loss,
     )
     tokens = recording.computed[split.fit_rows(recording)]

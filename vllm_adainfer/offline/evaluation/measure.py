@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from vllm_adainfer.config import EPSILON_ARG
 from vllm_adainfer.engine.reads import What
 from vllm_adainfer.offline.calibration.data import Example
@@ -18,6 +16,7 @@ from vllm_adainfer.offline.evaluation.readings import (
     request_params,
 )
 from vllm_adainfer.offline.evaluation.run import Run
+from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.artifact import Choice, Label
 from vllm_adainfer.stats import stats
 
@@ -64,14 +63,14 @@ def measure(
     _run(ours, examples[:WARM_UP], epsilons[-1], *asked)
     rounds = []
     steps = repeat * (1 + len(epsilons))
-    with tqdm(total=steps, desc="evaluate", unit="run", disable=None) as progress:
+    with progress(total=steps, desc="evaluate", unit="run") as done:
         for _ in range(repeat):
             baseline = _run(stock, examples, None, *asked)
-            progress.update()
+            done.update()
             by_epsilon = {}
             for epsilon in epsilons:
                 by_epsilon[epsilon] = _run(ours, examples, epsilon, *asked)
-                progress.update()
+                done.update()
             rounds.append((baseline, by_epsilon))
     return rounds
 

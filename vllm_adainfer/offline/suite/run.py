@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vllm_adainfer.offline.calibration.calibrate import label_ids
 from vllm_adainfer.offline.calibration.certify import threshold_grid
@@ -32,6 +31,7 @@ from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import compare
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.offline.suite import methods
 from vllm_adainfer.offline.suite.report import suite_report, write_suite_report
 from vllm_adainfer.offline.suite.tasks import TaskData, load_suite, load_task
@@ -77,7 +77,7 @@ def run_suite(request: SuiteRequest) -> dict[str, Any]:
     most = hf_config.max_position_embeddings - 1
     options = PolicyOptions(epsilon=request.epsilon, delta=request.delta, seed=request.seed)
     loaded = []
-    for task in tqdm(tasks, desc="tasks", unit="task", disable=None):
+    for task in progress(tasks, desc="tasks", unit="task"):
         data = load_task(
             task,
             request.data_dir,
@@ -122,7 +122,7 @@ class _Judging:
             with recording_engine(
                 self.request.model, self.hf_config, examples, layers, lens_prompts
             ) as engine:
-                for data in tqdm(group, desc="record and fit", unit="task", disable=None):
+                for data in progress(group, desc="record and fit", unit="task"):
                     rows[data.task.name] = self.one(engine, data, layers)
         return [rows[data.task.name] for data in loaded]
 
@@ -203,7 +203,7 @@ def _measure(
         return
     stock = start_engine(request.model, [example for data, _ in worth for example in data.test])
     try:
-        for data, row in tqdm(worth, desc="measure", unit="task", disable=None):
+        for data, row in progress(worth, desc="measure", unit="task"):
             artifact = str(directory / data.task.name)
             ours = start_engine(request.model, data.test, {"artifact": artifact})
             try:
