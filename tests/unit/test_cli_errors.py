@@ -191,6 +191,10 @@ def suite_with_adapter(place: Place) -> list[str]:
     return suite(place, lora="mood=adapter")
 
 
+def suite_with_page(place: Place) -> list[str]:
+    return suite(place, html=str(place.directory / "page.html"))
+
+
 def unknown_suite(place: Place) -> list[str]:
     return suite(place, suite="glue")
 
@@ -286,6 +290,10 @@ def evaluate_missing_data(place: Place) -> list[str]:
 
 def report_is_a_directory(place: Place) -> list[str]:
     return place.evaluate(report=str(place.directory))
+
+
+def page_is_a_directory(place: Place) -> list[str]:
+    return place.evaluate(html=str(place.directory))
 
 
 def plot_below_a_file(place: Place) -> list[str]:
@@ -390,8 +398,9 @@ def read_of(*label_ids: int) -> dict[str, Any]:
         (damaged_details, "calibration.json cannot be read"),
         (details_of_something_else, "calibration.json does not hold rows, rows_held_out"),
         (evaluate_without_artifact, "evaluate needs --artifact and --data, or --suite"),
-        (suite_with_artifact, "--suite has its own data and policies: drop --artifact"),
-        (suite_with_adapter, "--epsilon and --lora"),
+        (suite_with_artifact, "--suite has its own data, policies and report: drop --artifact"),
+        (suite_with_adapter, "--lora and --html"),
+        (suite_with_page, "--lora and --html"),
         (unknown_suite, "there is no suite 'glue'; there is adainfer"),
         (unknown_task, "there is no task 'sst5' in this suite; it has sst2, "),
         (suite_without_data, "has no file sst2/train.jsonl, which the task sst2 needs"),
@@ -417,6 +426,7 @@ def read_of(*label_ids: int) -> dict[str, Any]:
         (evaluate_unknown_label, "line 3: the label 'fine' is not among bad, good"),
         (evaluate_missing_data, "cannot read --data"),
         (report_is_a_directory, "choose a file in a directory that is writable"),
+        (page_is_a_directory, "choose a file in a directory that is writable"),
         (plot_below_a_file, "choose a file in a directory that is writable"),
     ],
 )

@@ -25,12 +25,12 @@ def inspect(
     from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
 
     config, details = load_artifact_config(artifact), load_details(artifact)
-    typer.echo(describe(config, details))
     if html is not None:
         from vllm_adainfer.offline.evaluation.report import write_whole
         from vllm_adainfer.offline.pages.contents import artifact_page
 
         write_whole(html, artifact_page(config, details).html())
+    typer.echo(describe(config, details))
 
 
 @app.command()

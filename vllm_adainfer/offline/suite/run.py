@@ -77,7 +77,7 @@ def run_suite(request: SuiteRequest) -> dict[str, Any]:
     most = hf_config.max_position_embeddings - 1
     options = PolicyOptions(epsilon=request.epsilon, delta=request.delta, seed=request.seed)
     loaded = []
-    for task in progress(tasks, desc="tasks", unit="task"):
+    for task in tasks:
         data = load_task(
             task,
             request.data_dir,
