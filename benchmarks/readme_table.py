@@ -25,6 +25,7 @@ REPORTS = {
     "sst2_zero_shot": "SST-2, zero-shot, fine-tuned SmolLM2-135M",
     "sst2_six_shot": "SST-2, 6-shot, SmolLM2-135M-Instruct",
     "demo": "`make demo`: 8-shot reviews, SmolLM2-135M-Instruct",
+    "demo_amx": "`make demo` on a processor with AMX",
 }
 
 SUITES = {
