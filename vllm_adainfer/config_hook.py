@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_adainfer.config import read_settings
-from vllm_adainfer.engine.compat import use_stat_loggers
+from vllm_adainfer.engine.compat_requests import use_stat_loggers
 from vllm_adainfer.engine.configure import configure
 from vllm_adainfer.engine.configure_scheduler import configure_scheduler
 from vllm_adainfer.frontend.request_check import use_check

@@ -39,5 +39,8 @@ def test_our_builders_use_the_workspace_of_the_runners():
     assert {builder.workspace for builder in (theirs, *ours)} == {theirs.workspace}
 
 
-def test_backends_without_a_workspace_share_none():
-    share_workspace(groups_of(object()), groups_of(object()))
+@pytest.mark.parametrize("theirs", [(), (SimpleNamespace(),)], ids=["no builder", "no workspace"])
+def test_ours_keep_to_themselves_where_the_runner_has_no_workspace(theirs):
+    ours = Builder()
+    share_workspace(groups_of(*theirs), groups_of(ours))
+    assert ours.workspace is None

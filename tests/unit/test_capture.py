@@ -13,7 +13,7 @@ from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
 from vllm_adainfer.config import Capture, Settings, read_settings
 from vllm_adainfer.engine.capture import body_of
-from vllm_adainfer.engine.compat import choices_of
+from vllm_adainfer.engine.compat_requests import choices_of
 from vllm_adainfer.engine.configure_scheduler import notice
 from vllm_adainfer.engine.sample import is_sampled
 from vllm_adainfer.errors import AdaInferError

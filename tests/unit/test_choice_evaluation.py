@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 
 from tests.unit.test_choice_policy import YES_NO
 from vllm_adainfer.config import Settings
-from vllm_adainfer.engine.compat import take_report
+from vllm_adainfer.engine.compat_requests import take_report
 from vllm_adainfer.engine.ends_choices import why_choices_go_on
 from vllm_adainfer.engine.scheduler import FinishingScheduler
 from vllm_adainfer.errors import AdaInferError

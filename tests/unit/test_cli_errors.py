@@ -292,6 +292,10 @@ def report_is_a_directory(place: Place) -> list[str]:
     return place.evaluate(report=str(place.directory))
 
 
+def no_prompts_without_a_page(place: Place) -> list[str]:
+    return [*place.evaluate(), "--no-prompts"]
+
+
 def page_is_a_directory(place: Place) -> list[str]:
     return place.evaluate(html=str(place.directory))
 
@@ -426,6 +430,7 @@ def read_of(*label_ids: int) -> dict[str, Any]:
         (evaluate_unknown_label, "line 3: the label 'fine' is not among bad, good"),
         (evaluate_missing_data, "cannot read --data"),
         (report_is_a_directory, "choose a file in a directory that is writable"),
+        (no_prompts_without_a_page, "--no-prompts is about the page: give --html, too"),
         (page_is_a_directory, "choose a file in a directory that is writable"),
         (plot_below_a_file, "choose a file in a directory that is writable"),
     ],

@@ -18,7 +18,7 @@ from vllm.v1.structured_output.utils import choice_as_grammar
 
 from vllm_adainfer.config import Settings, read_settings
 from vllm_adainfer.engine import rest_of_choice
-from vllm_adainfer.engine.compat import expect_more_tokens, sampled_tokens
+from vllm_adainfer.engine.compat_requests import expect_more_tokens, sampled_tokens
 from vllm_adainfer.engine.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import Choice

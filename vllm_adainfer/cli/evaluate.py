@@ -68,6 +68,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Run stock vLLM and vllm-adainfer on the same prompts, interleaved, and compare them."""
+    if not prompts and html is None:
+        raise AdaInferError("--no-prompts is about the page: give --html, too, or drop it")
     if suite is not None:
         if artifact is not None or data is not None or epsilon is not None or lora or html:
             raise AdaInferError(

@@ -12,7 +12,7 @@ from vllm.v1.request import Request
 
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine.capture_files import CaptureFiles
-from vllm_adainfer.engine.compat import choices_of, client_request_id
+from vllm_adainfer.engine.compat_requests import choices_of, client_request_id
 from vllm_adainfer.engine.sample import is_sampled
 
 if TYPE_CHECKING:

@@ -1,15 +1,13 @@
-"""Every use of a vLLM name that is not documented for plugins: what, why, and since when.
+"""Undocumented names of vLLM that the model, its worker and the command line use: what and why.
 
-Each was checked against vLLM 0.32.0 (CPU build).
+Each was checked against vLLM 0.32.0 (CPU build). Those that requests meet are in `compat_requests`.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.metadata
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.logger import _VllmLogger as VllmLogger
-    from vllm.v1.request import Request
 
 
 def get_logger(module: str) -> VllmLogger:
@@ -105,154 +102,6 @@ def compile_cache_folder(name: str) -> AbstractContextManager[None]:
     return set_model_tag(name)
 
 
-def client_request_id(request_id: str) -> str:
-    """The id that the client sent: 0.32 appends a dash and eight random hex digits to it.
-
-    (`InputProcessor.assign_request_id`, unless ``VLLM_DISABLE_REQUEST_ID_RANDOMIZATION`` is set.)
-    """
-    return re.sub(r"-[0-9a-f]{8}$", "", request_id)
-
-
-def choices_of(choice: Sequence[str] | None, grammar: str | None) -> list[str] | None:
-    """The texts that a request chooses from, of the two fields of its ``structured_outputs``.
-
-    None if it is restricted in another way.
-    0.32's frontend has by then turned ``choice`` into a grammar, in place, if the backend is
-    xgrammar (`validate_xgrammar_grammar`), so a grammar is read back if it is one of a choice.
-    """
-    from vllm.v1.structured_output.utils import choice_as_grammar
-
-    if choice is not None:
-        return list(choice)
-    grammar = grammar or ""
-    try:  # its escapes are JSON's
-        choices = [json.loads(text) for text in re.findall(r'"(?:[^"\\]|\\.)*"', grammar)]
-    except ValueError:
-        return None
-    return choices if choices and choice_as_grammar(choices) == grammar else None
-
-
-def sampled_tokens(
-    scheduler_output: Any, runner_output: Any, requests: Mapping[str, Request]
-) -> Iterator[tuple[Request, list[int]]]:
-    """The running requests with a grammar that have got tokens in a step, and those tokens.
-
-    What is added to the tokens counts as sampled, too: 0.32's `Scheduler.update_from_output` reads
-    them from there. Left out are requests whose output it drops, and drafts of speculation, whose
-    number it compares with that of the tokens.
-    """
-    for request_id, tokens in zip(
-        runner_output.req_ids, runner_output.sampled_token_ids, strict=False
-    ):
-        request = requests.get(request_id)
-        if (
-            tokens
-            and request is not None
-            and request.use_structured_output
-            and not request.is_finished()
-            and not request.num_stale_output_tokens
-            and request_id not in scheduler_output.scheduled_spec_decode_tokens
-        ):
-            yield request, tokens
-
-
-def expect_more_tokens(scheduler: Any, request: Request, count: int) -> None:
-    """Tell 0.32's `AsyncScheduler`, which counts the tokens it expects, of `count` more."""
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-
-    if isinstance(scheduler, AsyncScheduler):
-        request.num_output_placeholders += count
-
-
-@contextmanager
-def not_ahead(requests: Iterable[Request]) -> Iterator[None]:
-    """Keep `Scheduler.schedule` from scheduling `requests` before their token in flight is known.
-
-    0.32 leaves out those whose token in flight is their last by ``max_tokens``, and reads that for
-    nothing else while it schedules.
-    """
-    asked = [(request, request.max_tokens) for request in requests]
-    for request, _ in asked:
-        request.max_tokens = request.num_output_tokens + 1
-    try:
-        yield
-    finally:
-        for request, max_tokens in asked:
-            request.max_tokens = max_tokens
-
-
-def takes_all(grammar: Any, tokens: list[int]) -> bool:
-    """Whether a request's grammar would take `tokens` one after the other; its state stays.
-
-    Only where 0.32's backend can look as far ahead: those of outlines and lm-format-enforcer roll
-    back no further than speculation needs, and raise.
-    """
-    from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
-    from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
-
-    if not isinstance(grammar, XgrammarGrammar | GuidanceGrammar):
-        return False
-    return grammar.validate_tokens(tokens) == tokens
-
-
-def decision_question(name: str, asked: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """A question of ``/v1/systemone`` as 0.32 puts it to the model, and its labels.
-
-    Raises:
-        ValueError: 0.32 refuses the question.
-
-    """
-    from vllm.entrypoints.generate.structured_decisions.question_types import LABELS, build_question
-
-    question = build_question(
-        name, asked["type"], asked.get("instructions", ""), asked.get("criteria"), len(LABELS)
-    )
-    return question.type.prompt(question), question.labels
-
-
-def hash_block_size(kv_cache_manager: Any) -> int:
-    """Tokens per entry of ``Request.block_hashes`` (0.32: an attribute of the block pool)."""
-    return int(kv_cache_manager.block_pool.hash_block_size)
-
-
-def use_stat_loggers(mixin: type) -> None:
-    """Have engines with our switch in their config write our metrics and log lines, too.
-
-    0.32 takes stat loggers from entry points, but then turns statistics on for every engine of
-    every process, even where they are off and our switch is not set. So the class that builds
-    loggers, which these two modules look up, gets `mixin` as its first base, once, when an engine
-    is configured.
-    """
-    from vllm.v1.engine import async_llm, llm_engine
-    from vllm.v1.metrics.loggers import StatLoggerManager
-
-    ours = type("AdaInferStatLoggerManager", (mixin, StatLoggerManager), {})
-    for module in (async_llm, llm_engine):
-        if module.StatLoggerManager is StatLoggerManager:
-            module.StatLoggerManager = ours
-
-
-def attach_report(scheduler_stats: Any, report: dict[str, Any]) -> None:
-    """Send `report` from the scheduler to the frontends, in `SchedulerStats`, beside others.
-
-    0.32 has no field for plugins there. The one for KV connectors may hold any plain values, and is
-    unused where there are none: with a policy they are refused, without one nothing is sent.
-    """
-    others = (scheduler_stats.kv_connector_stats or {}).get(REPORT_KEY, {})
-    scheduler_stats.kv_connector_stats = {REPORT_KEY: {**others, **report}}
-
-
-def take_report(scheduler_stats: Any) -> dict[str, Any] | None:
-    """What `attach_report` sent; empties the field for vLLM's own loggers."""
-    sent = None if scheduler_stats is None else scheduler_stats.kv_connector_stats
-    if not sent or REPORT_KEY not in sent:
-        return None
-    scheduler_stats.kv_connector_stats = None
-    report: dict[str, Any] = sent[REPORT_KEY]
-    return report
-
-
-REPORT_KEY = "adainfer"
 NO_SLOT = -1  # 0.32's PAD_SLOT_ID: keys and values of such a row are not written
 
 
@@ -271,20 +120,6 @@ def slots_of(blocks: Tensor, size: int, requests: Tensor, positions: Tensor) -> 
 
     """
     return blocks[requests, positions // size].long() * size + positions % size
-
-
-def attach_note(output: Any, content: Any) -> None:
-    """Send `content` from the worker to the scheduler, in a `ModelRunnerOutput`.
-
-    0.32 has no field for plugins there, but it is pickled, so an extra attribute travels with it.
-    V2 wraps it in an `AsyncOutput`, which passes it on once the tokens are known.
-    """
-    getattr(output, "model_runner_output", output).adainfer = content
-
-
-def attached_note(output: Any) -> Any:
-    """What `attach_note` sent; None if the worker has run no step."""
-    return getattr(output, "adainfer", None)
 
 
 def names_experts() -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_adainfer.engine.compat import hash_block_size
+from vllm_adainfer.engine.compat_requests import hash_block_size
 from vllm_adainfer.engine.prefix_reuse import PrefixReuse
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.engine.compat import choices_of
+from vllm_adainfer.engine.compat_requests import choices_of
 from vllm_adainfer.policy.artifact import ArtifactConfig
 
 if TYPE_CHECKING:

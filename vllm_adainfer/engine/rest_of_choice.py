@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.engine.compat import takes_all
+from vllm_adainfer.engine.compat_requests import takes_all
 from vllm_adainfer.engine.reads import KNOWN_SETS, choices_asked, is_plain
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import Choice

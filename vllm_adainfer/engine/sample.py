@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from vllm_adainfer.engine.compat import client_request_id
+from vllm_adainfer.engine.compat_requests import client_request_id
 
 
 def is_sampled(request_id: str, rate: float, purpose: str) -> bool:

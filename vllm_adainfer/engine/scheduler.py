@@ -13,7 +13,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from vllm_adainfer.config import read_settings
-from vllm_adainfer.engine import compat
+from vllm_adainfer.engine import compat_requests
 from vllm_adainfer.engine.admission import Admission
 from vllm_adainfer.engine.capture import CapturingScheduler
 from vllm_adainfer.engine.deep_prompt import has_deep_prompt, with_deep_prompt
@@ -58,7 +58,7 @@ class GuardedScheduler(_Scheduler):
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """First put blocks that the step completed into the prefix cache."""
-        note: StepNote | None = compat.attached_note(model_runner_output)
+        note: StepNote | None = compat_requests.attached_note(model_runner_output)
         if note is not None:
             if note.counted is not None:
                 self._counted = note.counted
@@ -72,7 +72,7 @@ class GuardedScheduler(_Scheduler):
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
         counted, self._counted = self._counted, None
         if stats is not None and counted is not None:
-            compat.attach_report(stats, self._reporter.report(counted))
+            compat_requests.attach_report(stats, self._reporter.report(counted))
         return stats
 
     def _may_exit(self, request: Request, computed: int) -> bool:
@@ -114,11 +114,13 @@ class FinishingScheduler(_Scheduler):
         """First append the rest of each choice to the tokens sampled."""
         # Masks are cut by the number of tokens, and there is none for what is appended.
         if scheduler_output.has_structured_output_requests and not self.return_sampling_mask:
-            sampled = compat.sampled_tokens(scheduler_output, model_runner_output, self.requests)
+            sampled = compat_requests.sampled_tokens(
+                scheduler_output, model_runner_output, self.requests
+            )
             for request, tokens in sampled:
                 if rest := self._rest_of_choice.after(request, tokens):
                     tokens += rest
-                    compat.expect_more_tokens(self, request, len(rest))
+                    compat_requests.expect_more_tokens(self, request, len(rest))
                     self._finished[0] += 1
                     self._finished[1] += len(rest)
         return super().update_from_output(scheduler_output, model_runner_output)
@@ -128,7 +130,7 @@ class FinishingScheduler(_Scheduler):
         """Add how many choices were finished."""
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
         if stats is not None and self._finished[0] and self.vllm_config.kv_transfer_config is None:
-            compat.attach_report(stats, {"choices": self._finished})
+            compat_requests.attach_report(stats, {"choices": self._finished})
             self._finished = [0, 0]
         return stats
 
@@ -146,7 +148,7 @@ class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
 
         Their next row would be under way when they end, and run all layers that they skip.
         """
-        with compat.not_ahead(self._may_be_ending()):
+        with compat_requests.not_ahead(self._may_be_ending()):
             return super().schedule(*args, **kwargs)
 
     def _may_be_ending(self) -> Iterator[Request]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from typing_extensions import override
 
-from vllm_adainfer.engine import compat
+from vllm_adainfer.engine import compat, compat_requests
 from vllm_adainfer.engine.adapter_policy import bring_policy
 from vllm_adainfer.engine.reload import reload_artifacts
 from vllm_adainfer.engine.requests import RunningRequests
@@ -59,7 +59,7 @@ class ExitWorker(_Worker):
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
             output = copy.copy(output)  # all empty steps share one
-            compat.attach_note(output, self._running.note_at_rest())
+            compat_requests.attach_note(output, self._running.note_at_rest())
         return output
 
     @override
@@ -68,7 +68,7 @@ class ExitWorker(_Worker):
         output = super().sample_tokens(grammar_output)
         note = self._running.take_note()
         if note is not None:
-            compat.attach_note(output, note)
+            compat_requests.attach_note(output, note)
         return output
 
     def adainfer_stats(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from vllm_adainfer.config import read_settings
-from vllm_adainfer.engine import compat
+from vllm_adainfer.engine import compat, compat_requests
 from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.frontend.log_line import LogLine
 from vllm_adainfer.frontend.metrics import EngineMetrics, Series
@@ -59,7 +59,7 @@ class WithExitStats(_Manager):
         mm_cache_stats: Any = None,
         engine_idx: int | None = None,
     ) -> None:
-        report = compat.take_report(scheduler_stats) or {}
+        report = compat_requests.take_report(scheduler_stats) or {}
         engine = engine_idx or 0
         if self._choices is not None and "choices" in report:
             self._choices.add(engine, *report["choices"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -82,7 +82,7 @@ class Page:
     panels: Sequence[Panel]
     changed: Sequence[Changed] | None
     provenance: Mapping[str, Any]
-    notes: Sequence[str] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
 
     def html(self) -> bytes:
         """The file, which loads nothing from elsewhere."""
