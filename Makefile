@@ -45,7 +45,7 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup
 	$(BIN)/mkdocs build --strict
 
-# The commands of the tutorial, one after the other, as they stand there (15 minutes).
+# The commands of tutorial and README, one after the other, as they stand there (20 minutes).
 docs-check: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_tutorial.sh
 

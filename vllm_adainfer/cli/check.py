@@ -78,4 +78,9 @@ def explain(
     from vllm_adainfer.offline.explain import explain as run
 
     found = run(ExplainRequest(text, model, artifact, template, epsilon, read_adapter(lora)))
-    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else found)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    for line in str(found).splitlines():
+        leaves = line.endswith("leaves")
+        typer.secho(line, bold=leaves, fg=typer.colors.GREEN if leaves else None)
