@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Ernie4_5Config,
     Gemma2Config,
     Gemma3TextConfig,
@@ -27,8 +28,13 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3_5VisionConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from tests.tiny import LAYERS, word_tokenizer
@@ -52,7 +58,28 @@ WINDOWS = {
     "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
 }
 HEADS_OF_32 = {"head_dim": 32, "query_pre_attn_scalar": 32}
-
+# Heads of 64, the smallest that vLLM's kernels for CPUs take.
+DELTA_NET: dict[str, Any] = {
+    "head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"] * (LAYERS // 3),
+}
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+M_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_interleaved": True,
+    "mrope_section": [3, 3, 2],
+}
 
 VISION = Gemma4VisionConfig(
     hidden_size=32,
@@ -61,6 +88,9 @@ VISION = Gemma4VisionConfig(
     num_attention_heads=2,
     num_key_value_heads=2,
     head_dim=16,
+)
+SIGHT = Qwen3_5VisionConfig(
+    depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64
 )
 
 
@@ -163,10 +193,29 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         use_qk_norm=True,
         num_nextn_predict_layers=0,
     ),
+    "qwen3.5": lambda **shape: Qwen3_5TextConfig(**shape, **DELTA_NET),
+    "qwen3.5-moe": lambda **shape: Qwen3_5MoeTextConfig(
+        **{name: shape[name] for name in shape if name != "intermediate_size"},
+        **DELTA_NET,
+        **EXPERTS,
+    ),
+    "qwen3.5-multimodal": lambda **shape: Qwen3_5Config(
+        text_config={**shape, **DELTA_NET, "rope_parameters": M_ROPE},
+        vision_config=SIGHT.to_dict(),
+    ),
+    "qwen3-next": lambda **shape: Qwen3NextConfig(**shape, **DELTA_NET, **EXPERTS),
     "opt": lambda **_: opt(),
     "opt-350m": lambda **_: opt(word_embed_proj_dim=32, do_layer_norm_before=False),
     "opt-without-final-norm": lambda **_: opt(_remove_final_layer_norm=True),
 }
+
+RECURRENT = [name for name in FAMILIES if name.startswith(("qwen3.5", "qwen3-next"))]
+
+
+def transformers_class(config: Any) -> Any:
+    """What builds a model with `config`, with its images if it has any."""
+    has_images = config.get_text_config() is not config
+    return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
 
 
 def tiny_checkpoint(family: str, directory: Path) -> Path:
@@ -175,7 +224,7 @@ def tiny_checkpoint(family: str, directory: Path) -> Path:
     config = FAMILIES[family](**SHAPE)
     config.get_text_config().vocab_size = VOCABULARY
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = transformers_class(config).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_adainfer.config import DEFAULT_POLICY
 from vllm_adainfer.engine.admission import Admission
-from vllm_adainfer.exits.kv import ExactKV, PropagateKV
+from vllm_adainfer.exits.kv import ExactKV, PropagateKV, RecurrentKV
 from vllm_adainfer.policy.exit_policy import Asked, Decision
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
@@ -77,6 +77,11 @@ def running_of(runner: Any) -> Any:
     return getattr(runner, "model_state", runner).running
 
 
+def exact_kv(loop: Any, capacity: int = 1 << 30) -> ExactKV:
+    """A policy of the kind that the model needs for `exact`, with no rows."""
+    return RecurrentKV(capacity) if isinstance(loop.kv, RecurrentKV) else ExactKV(capacity)
+
+
 @contextmanager
 def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     """Let the requests' scripts decide; yields the engine's `ExitStats`, starting at zero."""
@@ -89,7 +94,7 @@ def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     lens = model.logit_lens()
     loop.policies = only(ScriptedPolicy(loop.policies.exit_points, lens))
     loop.reset_counters()
-    loop.kv = ExactKV()
+    loop.kv = exact_kv(loop)
     loop._min_rows_saved = min_rows_saved
     running.admission = scheduler.admission = ScriptedAdmission()
     llm.reset_prefix_cache()
@@ -146,7 +151,7 @@ def drawn(
     with scripted(llm, min_rows_saved):
         exit_points, run = loop.policies.exit_points, loop.run
         depth = model.stack.shape.depth
-        loop.kv = ExactKV(capacity)
+        loop.kv = exact_kv(loop, capacity)
         if kv == "propagate":
             loop.kv = PropagateKV()
 

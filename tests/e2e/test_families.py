@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.distributed import parallel_state
 
@@ -19,7 +19,8 @@ from tests.e2e.oracle import continuation, head_inputs, same
 from tests.e2e.patterns import Request, drawn_pattern, drive, wrong
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
 from tests.e2e.test_equal_to_stock import PROMPTS, answer
-from tests.families import FAMILIES, tiny_checkpoint
+from tests.delta_net import allow_fp32
+from tests.families import FAMILIES, RECURRENT, tiny_checkpoint, transformers_class
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer import stats
@@ -33,7 +34,8 @@ SMALL = {
     "kv_cache_memory_bytes": 8 << 20,
     "language_model_only": True,
 }
-SWITCH = {"exit_script": list(EXIT_POINTS), "kv": "propagate"}
+SCRIPT = {"exit_script": list(EXIT_POINTS)}
+SWITCH = {**SCRIPT, "kv": "propagate"}
 # Of each way to read a state: norms, a soft cap, a narrower head, inputs of each layer's own.
 READ_OTHERWISE = ("llama", "gemma2", "gemma4-multimodal", "gpt-oss", "opt", "opt-350m")
 # Of each way to run layers; the others have the decoder and the layers of one of these.
@@ -55,13 +57,14 @@ class Served:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def served(request, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    allow_fp32()
     directory = tiny_checkpoint(request.param, tmp_path_factory.mktemp("family") / request.param)
     if parallel_state._EP is None:
         # vLLM makes this group for mixtures alone, and with the first engine of a process.
         parallel_state._EP = parallel_state._TP
     return Served(
         directory,
-        llm=tiny_engine(directory, SWITCH, **SMALL),
+        llm=tiny_engine(directory, SCRIPT if request.param in RECURRENT else SWITCH, **SMALL),
         reference=transformers_model(directory),
     )
 
@@ -71,7 +74,8 @@ def transformers_model(directory: Path) -> Any:
 
     Of a multimodal model, its language model.
     """
-    model = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(directory)
+    model = transformers_class(config).from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
     if model.config.get_text_config() is not model.config:

@@ -27,6 +27,16 @@ MODELS = {
     "Qwen2ForCausalLM": "vllm_adainfer.engine.families.qwen:AdaInferQwen2ForCausalLM",
     "Qwen3ForCausalLM": "vllm_adainfer.engine.families.qwen:AdaInferQwen3ForCausalLM",
     "Qwen3MoeForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferQwen3MoeForCausalLM",
+    **{
+        name: f"vllm_adainfer.engine.families.delta_net:AdaInfer{name}"
+        for name in (
+            "Qwen3NextForCausalLM",
+            "Qwen3_5ForCausalLM",
+            "Qwen3_5ForConditionalGeneration",
+            "Qwen3_5MoeForCausalLM",
+            "Qwen3_5MoeForConditionalGeneration",
+        )
+    },
 }
 # Other names under which vLLM 0.32 builds the same classes.
 SAME_AS = {

@@ -16,7 +16,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_adainfer.engine import compat
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.layout import Ints, RowLayout
 from vllm_adainfer.exits.transfer import upload
 
 Groups = list[list[AttentionGroup]]  # by KV cache group
@@ -33,7 +33,8 @@ def with_own_builders(groups: Groups, vllm_config: VllmConfig, device: torch.dev
 
     """
     for group in itertools.chain.from_iterable(groups):
-        if group.backend.forward_includes_kv_cache_update:
+        # A layer with a recurrent state writes no keys and values.
+        if group.backend.forward_includes_kv_cache_update and not group.backend.is_ssm():
             raise AdaInferError(
                 f"vllm-adainfer: attention backend {group.backend.get_name()} cannot write keys "
                 "and values of rows that do not attend: choose another with --attention-backend, "
@@ -84,6 +85,15 @@ class Queries:
     max_query_len: int
     max_seq_len: int
 
+    @property
+    def begins(self) -> Tensor:
+        """bool [requests] on the host, whose first token is among these rows.
+
+        A recurrent state starts from zero there; in 0.32 its metadata ask for nothing else of
+        ``is_prefilling`` (`gdn_attn.py`).
+        """
+        return self.seq_lens_cpu <= self.starts_cpu.diff()
+
 
 def metadata_of(
     groups: Groups,
@@ -116,6 +126,7 @@ def metadata_of(
             block_table_tensor=table,
             slot_mapping=group_slots,
             positions=queries.positions,
+            is_prefilling=queries.begins,
         )
         for group in kv_group:
             built = (
@@ -157,6 +168,30 @@ class StepAttention:
     block_sizes: Sequence[int]
     device: torch.device
 
+    @classmethod
+    def of_step(
+        cls,
+        groups: Groups,
+        block_tables: Sequence[Tensor],
+        block_sizes: Sequence[int],
+        layout: RowLayout,
+        device: torch.device,
+    ) -> StepAttention:
+        """That of a step with the rows of `layout`.
+
+        With prefix caching a recurrent layer has a block for each so many tokens, and vLLM copies a
+        request's state to the one of the step's last row before the step. 0.32 finds it by the rows
+        of a batch (`mamba_get_block_table_tensor`), and rows that waited may belong to an earlier
+        block. So the tables of such layers name this block in each place.
+        """
+        tables = [
+            _naming_last(table, layout.last_positions // size)
+            if any(group.backend.is_ssm() for group in kv_group)
+            else table
+            for kv_group, table, size in zip(groups, block_tables, block_sizes, strict=True)
+        ]
+        return cls(groups, tables, block_sizes, device)
+
     def metadata(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
         """Where the rows of `layout` are, and their attention metadata by layer name."""
         requests = layout.present
@@ -190,3 +225,11 @@ class StepAttention:
             compat.slots_of(table, size, owners, positions)
             for table, size in zip(self.block_tables, self.block_sizes, strict=True)
         ]
+
+
+def _naming_last(table: Tensor, blocks: Ints) -> Tensor:
+    """`table` [requests, blocks] with the block number `blocks` of each request in all places."""
+    if table.shape[1] == 1:
+        return table
+    [places] = upload((blocks,), table.device)
+    return table.gather(1, places.unsqueeze(1)).expand_as(table)

@@ -14,7 +14,7 @@ from vllm_adainfer.engine.ranks import RANKS_DIFFER, agreed, same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.exit_loop import ExitLoop
-from vllm_adainfer.exits.kv import ExactKV, PropagateKV
+from vllm_adainfer.exits.kv import ExactKV, KVPolicy, PropagateKV, RecurrentKV
 from vllm_adainfer.exits.loop import Loop
 from vllm_adainfer.exits.recorder import LensSums, Recorder
 from vllm_adainfer.exits.recording_loop import RecordingLoop
@@ -75,12 +75,19 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
     return ExitLoop(
         model.cut_stack(model.exit_points, vllm_config),
         policies_of(model, model.exit_points),
-        PropagateKV() if settings.kv == "propagate" else ExactKV(),
+        kv_policy_of(settings, vllm_config),
         monitors_of(model),
         max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         min_rows_saved=settings.min_rows_saved,
         agreed=agreed,
     )
+
+
+def kv_policy_of(settings: Settings, vllm_config: VllmConfig) -> KVPolicy:
+    """What takes care of the layers that rows skip."""
+    if settings.kv == "propagate":
+        return PropagateKV()
+    return RecurrentKV() if vllm_config.model_config.is_hybrid else ExactKV()
 
 
 def policies_of(model: LoadedModel, cuts: tuple[int, ...]) -> PolicySet:

@@ -20,7 +20,7 @@ class KVProjection:
 
     Attributes:
         attention: vLLM's attention layer, which has the KV cache.
-        qkv_proj: from the normed input to queries, keys and values, in this order.
+        qkv_proj: from the normed input to queries (and their gate), keys and values, in this order.
         norm: of the input; None if the input is projected without one.
         rotary: rotates keys by their positions; None if the embedding adds positions.
         value_norm: of each value; None for none.
@@ -43,8 +43,9 @@ class KVProjection:
 
     @property
     def q_size(self) -> int:
-        """Number of the projection's outputs that are queries."""
-        size: int = self.attention.num_heads * self.attention.head_size
+        """Number of the projection's outputs before keys and values: queries, or a gate, too."""
+        heads, head_size = self.heads
+        size: int = self.qkv_proj.output_size_per_partition - 2 * heads * head_size
         return size
 
     @property

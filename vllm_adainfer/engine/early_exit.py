@@ -201,6 +201,8 @@ class EarlyExit(_Model):
     ) -> Tensor:
         """What the LM head reads, [rows, head size]."""
         assert input_ids is not None
+        if positions.dim() == 2:  # M-RoPE: time, height and width, which are the same for text
+            positions = positions[0]
         prepared, self.prepared = self.prepared, None
         if prepared is None:
             return self.stack.profile(positions, input_ids)

@@ -69,10 +69,11 @@ class AdaInferCPUModelRunner(CPUModelRunner):
             sampled=~self.discard_request_mask.np[:count],
             device=self.device,
         )
-        attention = StepAttention(
+        attention = StepAttention.of_step(
             self._own_groups,
             [table.get_device_tensor(count) for table in tables],
             [table.block_size for table in tables],
+            step.layout,
             self.device,
         )
         self.model.prepared = step, attention, self.running.adapters_of(step)

@@ -114,8 +114,8 @@ class AdaInferModelState(DefaultModelState):
                 sampled=computed + lens >= input_batch.prefill_len_np,
                 device=self.device,
             )
-            attention = StepAttention(
-                self._own_groups, block_tables, self._block_sizes, self.device
+            attention = StepAttention.of_step(
+                self._own_groups, block_tables, self._block_sizes, step.layout, self.device
             )
             self.model.prepared = step, attention, self.running.adapters_of(step)
             if graphs is not None and graphs.serves(step.layout):

@@ -111,9 +111,12 @@ class ExactKV(KVPolicy):
         self._pool.give_back(places)
         return states
 
+    def _num_waiting(self, request_id: str) -> int:
+        return sum(map(_count, self._waiting.get(request_id, {}).values()))
+
     @override
     def missing(self, request_id: str, end: int) -> int:
-        return sum(map(_count, self._waiting.get(request_id, {}).values()))
+        return self._num_waiting(request_id)
 
     @override
     def overdue(self) -> set[str]:
@@ -121,7 +124,7 @@ class ExactKV(KVPolicy):
         excess = self._pool.taken - self._capacity
         for request_id in self._waiting if excess > 0 else ():
             overdue.add(request_id)
-            excess -= self.missing(request_id, 0)
+            excess -= self._num_waiting(request_id)
             if excess <= 0:
                 break
         return overdue
@@ -131,6 +134,39 @@ class ExactKV(KVPolicy):
         for below in self._waiting.pop(request_id, {}).values():
             for places in below:
                 self._pool.give_back(places)
+
+
+class RecurrentKV(ExactKV):
+    """As `ExactKV`, where some layers keep a state for each request instead of keys and values.
+
+    Rows that wait go through such a layer in order, before the later row that they go with. What
+    the prefix cache keeps of it is the state at the end of a block; rows that waited leave only the
+    state after all of them. So nothing from the first row on that waited is ever complete.
+    """
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        super().__init__(capacity)
+        self._complete: dict[str, int] = {}  # by request, positions before the first that waited
+
+    @override
+    def leave(
+        self, exit_index: int, requests: Ints, batch: Batch, states: HiddenStates, step: StepContext
+    ) -> None:
+        super().leave(exit_index, requests, batch, states, step)
+        firsts = step.layout.last_positions - step.layout.lens + 1
+        for request in requests.tolist():
+            first = int(firsts[request])
+            before = self._complete.get(step.request_ids[request], first)
+            self._complete[step.request_ids[request]] = min(before, first)
+
+    @override
+    def missing(self, request_id: str, end: int) -> int:
+        return max(0, end - self._complete.get(request_id, end))
+
+    @override
+    def forget(self, request_id: str) -> None:
+        super().forget(request_id)
+        self._complete.pop(request_id, None)
 
 
 class PropagateKV(KVPolicy):
