@@ -61,9 +61,7 @@ def sequence(
     query = query * layer.head_k_dim**-0.5
     decay = (-layer.A_log.exp() * softplus(a + layer.dt_bias)).exp()
     outputs = []
-    for q, k, v, forget, beta in zip(
-        query, key, value.squeeze(0), decay, b.sigmoid(), strict=True
-    ):
+    for q, k, v, forget, beta in zip(query, key, value.squeeze(0), decay, b.sigmoid(), strict=True):
         state *= forget[:, None, None]
         change = (v - torch.einsum("hk,hkv->hv", k, state)) * beta[:, None]
         state += torch.einsum("hk,hv->hkv", k, change)

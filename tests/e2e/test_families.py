@@ -15,11 +15,11 @@ from vllm import SamplingParams
 from vllm.distributed import parallel_state
 
 from tests.conftest import tiny_engine
+from tests.delta_net import allow_fp32
 from tests.e2e.oracle import continuation, head_inputs, same
 from tests.e2e.patterns import Request, drawn_pattern, drive, wrong
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
 from tests.e2e.test_equal_to_stock import PROMPTS, answer
-from tests.delta_net import allow_fp32
 from tests.families import FAMILIES, RECURRENT, tiny_checkpoint, transformers_class
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
@@ -37,13 +37,17 @@ SMALL = {
 SCRIPT = {"exit_script": list(EXIT_POINTS)}
 SWITCH = {**SCRIPT, "kv": "propagate"}
 # Of each way to read a state: norms, a soft cap, a narrower head, inputs of each layer's own.
-READ_OTHERWISE = ("llama", "gemma2", "gemma4-multimodal", "gpt-oss", "opt", "opt-350m")
+READ_OTHERWISE = (
+    *("llama", "gemma2", "gemma4-multimodal", "gpt-oss", "opt", "opt-350m"),
+    "qwen3.5-multimodal",
+)
 # Of each way to run layers; the others have the decoder and the layers of one of these.
 RUN_OTHERWISE = (
     *READ_OTHERWISE,
     *("ernie4.5", "gemma4-large", "glm4-moe", "granite", "mixtral", "olmoe", "qwen3"),
+    *("qwen3.5", "qwen3-next"),
 )
-AMX_ROUNDING = 2**-6  # of logits between 2 and 4 in bfloat16
+AMX_ROUNDING = 2**-5  # two steps between logits of 2 to 4 in bfloat16
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Served:
     """A family's tiny model, in an engine with exits and in transformers."""
 
     directory: Path
+    switch: dict[str, Any]
     llm: Any
     reference: Any
 
@@ -62,9 +67,11 @@ def served(request, tmp_path_factory: pytest.TempPathFactory) -> Served:
     if parallel_state._EP is None:
         # vLLM makes this group for mixtures alone, and with the first engine of a process.
         parallel_state._EP = parallel_state._TP
+    switch = SCRIPT if request.param in RECURRENT else SWITCH
     return Served(
         directory,
-        llm=tiny_engine(directory, SCRIPT if request.param in RECURRENT else SWITCH, **SMALL),
+        switch,
+        llm=tiny_engine(directory, switch, **SMALL),
         reference=transformers_model(directory),
     )
 
@@ -128,7 +135,7 @@ def test_never_exiting_is_stock_bit_for_bit(served, monkeypatch):
     monkeypatch.setattr("vllm.model_executor.layers.rotary_embedding._ROPE_DICT", {})
     stock, ours = (
         tiny_engine(served.directory, switch, dtype="bfloat16", **SMALL)
-        for switch in (None, SWITCH)
+        for switch in (None, served.switch)
     )
     expected, found = scores(stock), scores(ours)
     if torch.cpu.get_capabilities().get("amx_tile"):
@@ -163,6 +170,8 @@ def test_one_token_requests_get_the_answer_of_the_depth_they_leave_at(served, se
 @pytest.mark.parametrize("kv", ["exact", "propagate"])
 @pytest.mark.parametrize("seed", needed(1, of=range(3)))
 def test_drawn_exits_at_every_token_reproduce_the_oracle(served, kv, seed):
+    if kv == "propagate" and served.switch == SCRIPT:
+        pytest.skip("refused: a recurrent state cannot be made of the state of an exit")
     pattern, ran = drawn_pattern(served.llm, kv, seed)
     names = range(len(pattern.requests))
     assert [e for name in names for e in wrong(served.reference, kv, pattern, name, ran)] == []

@@ -237,6 +237,37 @@ def test_propagate_needs_plain_weights_that_are_loaded(
             refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
 
 
+@pytest.fixture(scope="module")
+def recurrent(tiny_model, tmp_path_factory) -> Path:
+    """Config and tokenizer of a model with recurrent layers."""
+    directory: Path = tmp_path_factory.mktemp("model") / "qwen3.5"
+    config = FAMILIES["qwen3.5"](**SHAPE)
+    config.architectures = ["Qwen3_5ForCausalLM"]
+    config.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("switch", "settings", "sentence"),
+    [
+        ({}, {}, None),
+        ({"kv": "propagate"}, {}, "some layers of this model keep a recurrent state instead"),
+        ({}, {"enable_lora": True}, "no adapters for layers with a recurrent state on a CPU"),
+        (
+            {},
+            {"hf_overrides": {"layer_types": [*["full_attention"] * 5, "linear_attention"]}},
+            "the last layer keeps a recurrent state",
+        ),
+    ],
+)
+def test_what_recurrent_layers_do_not_allow_is_refused(recurrent, switch, settings, sentence):
+    refused = nullcontext() if sentence is None else pytest.raises(ValueError, match=sentence)
+    with refused:
+        config = engine_config(recurrent, {"exit_script": [2], **switch}, **settings)
+        assert config.model_config.hf_config.architectures == ["AdaInferQwen3_5ForCausalLM"]
+
+
 def test_calibration_needs_the_whole_lm_head_on_one_rank(tiny_model):
     with pytest.raises(ValueError, match="calibrate with --tensor-parallel-size 1"):
         engine_config(tiny_model, {"record": [2]}, tensor_parallel_size=2)

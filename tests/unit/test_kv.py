@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_adainfer.exits.hidden_states import HiddenStates
-from vllm_adainfer.exits.kv import ExactKV, PropagateKV
+from vllm_adainfer.exits.kv import ExactKV, PropagateKV, RecurrentKV
 from vllm_adainfer.exits.layout import RowLayout
 from vllm_adainfer.exits.transfer import upload
 
@@ -75,6 +75,18 @@ def test_exact_misses_what_waits_and_forgets_it_with_the_request():
     kv.forget("request 0")
     kv.forget("never heard of")
     assert (kv.missing("request 0", 3), kv.missing("request 1", 6)) == (0, 1)
+
+
+def test_where_layers_keep_a_state_nothing_from_the_first_row_that_waited_is_ever_complete():
+    """Also when the rows have gone through: the state in between is nowhere."""
+    kv, prompt, later = RecurrentKV(), step_of([3, 1], [7, 5]), step_of([1, 1], [8, 6])
+    kv.leave(0, np.array([0]), Filled(), states(prompt), prompt)
+    kv.leave(1, np.array([0, 1]), Filled(), states(later), later)
+    kv.rejoin(0, later, kv.waiting(0, later, NOBODY))
+    assert (kv.missing("request 0", 9), kv.missing("request 1", 7)) == (4, 1)
+    assert (kv.missing("request 0", 5), kv.missing("request 2", 7)) == (0, 0)
+    kv.forget("request 0")
+    assert kv.missing("request 0", 9) == 0
 
 
 @pytest.mark.parametrize(

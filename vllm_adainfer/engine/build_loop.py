@@ -69,7 +69,8 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
     settings = model.settings
     if settings.record is not None:
         recorder = _recorder(settings.record, settings.record_lens)
-        return RecordingLoop(model.cut_stack(recorder.layers, vllm_config), recorder)
+        shape = model.cut_stack(recorder.layers, vllm_config)
+        return RecordingLoop(shape, recorder, vllm_config.model_config.is_hybrid)
     if not same_on_all_ranks(digest_of(model.artifacts)):
         raise AdaInferError(RANKS_DIFFER)
     return ExitLoop(

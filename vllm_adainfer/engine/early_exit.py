@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-from vllm.model_executor.models.interfaces import supports_multimodal
+from vllm.model_executor.models.interfaces import is_hybrid, supports_multimodal
 
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine.adapters import StepAdapters
@@ -87,9 +87,9 @@ class EarlyExit(_Model):
     @classmethod
     def get_model_state_cls(cls) -> type[ModelState]:
         """The class with which Model Runner V2 prepares steps."""
-        from vllm_adainfer.engine.v2_state import AdaInferModelState
+        from vllm_adainfer.engine.v2_state import AdaInferHybridModelState, AdaInferModelState
 
-        return AdaInferModelState
+        return AdaInferHybridModelState if is_hybrid(cls) else AdaInferModelState
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load, then check that these are the weights the artifacts were calibrated for."""

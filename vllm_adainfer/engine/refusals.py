@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CPU_WORKER = "vllm_adainfer.engine.cpu_worker.AdaInferCPUWorker"
 GPU_WORKER = "vllm_adainfer.engine.gpu_worker.AdaInferGPUWorker"
 SCHEDULER = "vllm_adainfer.engine.scheduler.build_scheduler"
+RECURRENT = ["linear_attention"]  # by Hugging Face's name
 REQUEST_CHECK = "vllm_adainfer.frontend.request_check"
 
 
@@ -150,6 +151,21 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"prompt embeddings enter below the first segment: drop --enable-prompt-embeds, {off}",
         ),
         (
+            model.is_hybrid and settings.kv == "propagate",
+            "kv = propagate makes keys and values, and some layers of this model keep a recurrent "
+            f"state instead: set kv to exact, {off}",
+        ),
+        (
+            model.is_hybrid and getattr(model.hf_text_config, "layer_types", ())[-1:] == RECURRENT,
+            "the last layer keeps a recurrent state, and exits need one with attention there: "
+            f"serve another model, {off}",
+        ),
+        (
+            model.is_hybrid and vllm_config.lora_config is not None and current_platform.is_cpu(),
+            "vLLM 0.32 has no adapters for layers with a recurrent state on a CPU: drop "
+            f"--enable-lora, and serve merged weights, {off}",
+        ),
+        (
             settings.kv == "propagate" and model.quantization is not None,
             "kv = propagate needs plain K and V weights, and these are quantised: set kv to "
             f"exact, {off}",
@@ -187,13 +203,13 @@ def _why_no_exit_points(model: ModelConfig) -> str:
         ),
         (
             model.is_multimodal_model,
-            "is multimodal and has no exit points yet: serve a text-only model, or "
-            "Gemma4ForConditionalGeneration with --language-model-only",
+            "is multimodal and has no exit points yet: serve a text-only model, or Gemma 4 or "
+            "Qwen 3.5 with --language-model-only",
         ),
         (
             model.is_hybrid or model.has_inner_state or model.is_attention_free,
-            "keeps a recurrent state, which a skipped layer would not advance: serve a model "
-            "whose layers all have attention",
+            "keeps a recurrent state, and has no exit points yet: serve Qwen 3.5, Qwen3-Next, or a "
+            "model whose layers all have attention",
         ),
     ]
     for applies, reason in reasons:

@@ -164,6 +164,8 @@ def why_not_captured(vllm_config: VllmConfig, groups: Groups) -> str | None:
         return "their buffers hold no adapters (LoRA)"
     for kv_group in groups:
         for group in kv_group:
+            if group.backend.is_ssm():
+                return f"their buffers hold no recurrent states ({group.backend.get_name()})"
             builder = group.get_metadata_builder(0)
             support = builder.get_cudagraph_support(vllm_config, group.kv_cache_spec)
             if support == AttentionCGSupport.NEVER:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from vllm_adainfer.engine.attention import Groups, StepAttention, with_own_builders
 from vllm_adainfer.engine.build_loop import build_loop
@@ -21,11 +22,16 @@ from vllm_adainfer.engine.compat import get_logger
 from vllm_adainfer.engine.requests import RunningRequests
 from vllm_adainfer.engine.segment_graphs import SegmentGraphs, why_not_captured
 
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState as _ModelState
+else:
+    _ModelState = object
+
 logger = get_logger(__name__)
 
 
-class AdaInferModelState(DefaultModelState):
-    """vLLM's default state; together with attention it prepares the next step."""
+class ExitModelState(_ModelState):
+    """Prepares the next step together with attention. Comes before vLLM's class among the bases."""
 
     model: Any
 
@@ -123,3 +129,11 @@ class AdaInferModelState(DefaultModelState):
         return super().prepare_attn(
             input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
         )
+
+
+class AdaInferModelState(ExitModelState, DefaultModelState):
+    """For models whose layers all have attention."""
+
+
+class AdaInferHybridModelState(ExitModelState, MambaHybridModelState):
+    """For models of which some layers keep a recurrent state."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -15,7 +16,7 @@ from vllm_adainfer.exits.counters import ExitStats
 from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop import Loop, StepOutput
 from vllm_adainfer.exits.recorder import Recorder
-from vllm_adainfer.exits.step import StepContext
+from vllm_adainfer.exits.step import NOBODY, StepContext
 
 REHEARSALS = 20  # steps with cuts that are rehearsed
 
@@ -46,9 +47,14 @@ class RecordingLoop(Loop):
 
     defers = False
 
-    def __init__(self, shape: StackShape, recorder: Recorder) -> None:
-        """The stack is cut at ``recorder.layers``: its last segment is the final norm alone."""
+    def __init__(self, shape: StackShape, recorder: Recorder, keeps_states: bool = False) -> None:
+        """The stack is cut at ``recorder.layers``: its last segment is the final norm alone.
+
+        `keeps_states` says that layers keep a recurrent state, which would take a row twice that
+        ran twice.
+        """
         self.recorder = recorder
+        self._keeps_states = keeps_states
         self.timings = Timings()
         self._depth = shape.depth
         self.reset_counters()
@@ -117,10 +123,17 @@ class RecordingLoop(Loop):
     ) -> None:
         """Time what an exit point does when half of the requests leave, and layers without them.
 
-        The step is over, and the first segment writes what it has written.
+        The step is over, and the first segment writes the keys and values that it has written.
+        Recurrent states change, so only requests that need theirs no more take part.
         """
+        going_on = step.going_on() if self._keeps_states else NOBODY
+        step.settle(np.intersect1d(going_on, step.undecided()))
         if step.undecided().size < 2:
             return
+        if going_on.size:
+            stay = step.regroup(going_on)
+            ids, states = ids.rows(stay), states.rows(stay)
+            batch = batch.narrowed(step.layout)
         rows, full = step.layout.num_rows, self._first_segment(batch, ids, step)
         for fewer in self.timings.fewer:
             undecided = step.undecided()

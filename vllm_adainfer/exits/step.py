@@ -110,6 +110,10 @@ class StepContext:
         """Requests that are sampled in this step and have not exited."""
         return np.flatnonzero(self._sampled & ~self._exited)
 
+    def going_on(self) -> Ints:
+        """Requests of which later steps run rows: of their prompts, or of tokens to come."""
+        return np.flatnonzero(~self._sampled | self.continues)
+
     def settled(self, requests: Ints) -> Bools:
         """[requests], whether the answer of each is known."""
         return self._settled[requests]
@@ -176,7 +180,7 @@ class StepContext:
         """Let requests leave, and let rows that waited join the rows of their requests.
 
         Args:
-            leaving: requests, all of them ready.
+            leaving: requests that leave.
             waiting: [requests], see `RowLayout.regroup`; None if no row joins.
 
         Returns:
