@@ -22,6 +22,8 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
 )
 from transformers import PreTrainedTokenizerFast as Fast
 
@@ -55,6 +57,19 @@ FAMILIES = {
             num_kv_shared_layers=LAYERS // 3,
             hidden_size_per_layer_input=32,
             vocab_size_per_layer_input=shape["vocab_size"],
+            **shape,
+        )
+    ),
+    # Three gated delta-net layers, then one with attention, as in the models of that name.
+    "Qwen 3.5": lambda **shape: Qwen3_5ForCausalLM(
+        Qwen3_5TextConfig(
+            intermediate_size=3 * HIDDEN,
+            num_key_value_heads=HEADS,
+            head_dim=HIDDEN // HEADS,
+            linear_num_key_heads=HEADS,
+            linear_num_value_heads=HEADS,
+            linear_key_head_dim=HIDDEN // HEADS,
+            linear_value_head_dim=HIDDEN // HEADS,
             **shape,
         )
     ),
