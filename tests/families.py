@@ -218,11 +218,11 @@ def transformers_class(config: Any) -> Any:
     return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
 
 
-def tiny_checkpoint(family: str, directory: Path) -> Path:
+def tiny_checkpoint(family: str, directory: Path, vocabulary: int = VOCABULARY) -> Path:
     """Weights, biases and norms are all random, so that none of them can be forgotten unseen."""
     tokenizer = word_tokenizer()
     config = FAMILIES[family](**SHAPE)
-    config.get_text_config().vocab_size = VOCABULARY
+    config.get_text_config().vocab_size = vocabulary
     torch.manual_seed(0)
     model = transformers_class(config).from_config(config)
     with torch.no_grad():

@@ -43,13 +43,17 @@ _GENERATOR = np.random.default_rng(3)
 STATES = [" ".join(_GENERATOR.choice(WORDS, 3 + i % 9)) for i in range(32)]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def label_tokenizer() -> PreTrainedTokenizerFast:
     """The tiny models', and every label that the endpoint may ask for."""
     found = word_tokenizer()
     found.add_tokens([AddedToken(label, single_word=True) for label in [*POOL, *"0123456789"]])
     found.chat_template = TEMPLATE
     return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return label_tokenizer()
 
 
 @pytest.fixture(scope="module")
