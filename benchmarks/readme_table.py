@@ -114,6 +114,19 @@ def long_prompts_table() -> list[str]:
     ]
 
 
+def recurrent_table() -> list[str]:
+    """Layers with a recurrent state beside layers with attention."""
+    report = next(iter(load("recurrent").values()))
+    length, changed = report["prompt_tokens_mean"], report["never_exit"]["disagreement_with_stock"]
+    return [
+        "A small Qwen 3.5, nine of whose twelve layers keep a recurrent state: "
+        f"{report['n']} unseen prompts of {length:.0f} tokens, {report['provenance']['cpu']}. "
+        f"Never exiting differs from stock in {changed:.1%} of the answers.",
+        "",
+        *(HERE / "results" / "recurrent.md").read_text().splitlines(),
+    ]
+
+
 def probabilities_table() -> list[str]:
     """Policies for label probabilities, for a mixture of questions, and questions about states."""
     report, *_ = load("probabilities")
@@ -292,6 +305,8 @@ def tables() -> str:
         *families_table(),
         "",
         *long_prompts_table(),
+        "",
+        *recurrent_table(),
         "",
         *generation_table(),
         "",

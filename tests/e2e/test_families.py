@@ -242,7 +242,8 @@ def test_rows_that_wait_beyond_a_sliding_window_find_what_they_attend_to(served,
 def test_compiled_segments_give_the_same_tokens(family, tmp_path):
     """One family for each way to call a layer, and one that vLLM compiles by another class.
 
-    Gemma 4 has inputs of each layer's own, and a tail; mixtures run in `bench_families`.
+    Gemma 4 has inputs of each layer's own, and a tail; mixtures and recurrent layers run in
+    `bench_families`.
     """
     model = tiny_checkpoint(family, tmp_path / family)
     leaves = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": [0, 1]}

@@ -18,7 +18,11 @@ from tests.e2e.patterns import Request, drive, wrong
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
 from tests.e2e.test_families import SCRIPT, SMALL, run, transformers_model
 from tests.families import tiny_checkpoint
+from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
+from tests.triton_on_cpu import IS_V2
+
+REUSES = 100 if IS_V2 else 1000  # of slots; a step takes 0.2 s in Triton's interpreter
 
 
 @dataclass
@@ -63,7 +67,7 @@ def prompts_of(generator: np.random.Generator, lengths: list[int]) -> list[list[
     return [generator.integers(5, 1000, length).tolist() for length in lengths]
 
 
-def test_slots_reused_a_thousand_times_leave_no_trace(served):
+def test_slots_reused_many_times_leave_no_trace(served):
     """Requests that left early leave states behind that lack rows; the next ones start from zero.
 
     Prompts of one token begin as later tokens look.
@@ -78,7 +82,7 @@ def test_slots_reused_a_thousand_times_leave_no_trace(served):
     }
     drawn_cases = [
         (int(generator.integers(len(prompts))), int(generator.integers(FULL, len(EXIT_POINTS))))
-        for _ in range(1000)
+        for _ in range(REUSES)
     ]
     params = [
         SamplingParams(
@@ -119,7 +123,7 @@ def test_a_shared_prefix_is_hit_and_only_the_rest_leaves_early(served):
     assert same(list(output.token_ids), expected)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", needed(1, of=range(2)))
 def test_texts_with_exits_hit_prefixes_and_have_the_states_of_full_depth(served, seed):
     """Over block ends, with rows that wait, a few or many; the next turn asks for what was said."""
     generator, size = np.random.default_rng(seed), served.block_size
@@ -143,7 +147,7 @@ def test_texts_with_exits_hit_prefixes_and_have_the_states_of_full_depth(served,
     assert any(parts_ran[0].first >= size for parts_ran in ran.values())
 
 
-@pytest.mark.parametrize("deep_from", range(-2, 3))
+@pytest.mark.parametrize("deep_from", needed([0], of=range(-2, 3)))
 def test_a_state_that_lacks_rows_at_the_end_of_a_block_is_not_hit(served, deep_from):
     """Rows wait until some place near that end; the next turn asks for the block."""
     generator, size = np.random.default_rng(3), served.block_size

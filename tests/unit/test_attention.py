@@ -11,7 +11,9 @@ from vllm_adainfer.errors import AdaInferError
 
 
 def test_a_backend_that_writes_keys_only_where_it_attends_is_refused():
-    backend = SimpleNamespace(forward_includes_kv_cache_update=True, get_name=lambda: "HPC_ATTN")
+    backend = SimpleNamespace(
+        forward_includes_kv_cache_update=True, is_ssm=lambda: False, get_name=lambda: "HPC_ATTN"
+    )
     with pytest.raises(AdaInferError, match="HPC_ATTN cannot write keys and values of rows"):
         with_own_builders([[SimpleNamespace(backend=backend)]], None, torch.device("cpu"))
 

@@ -192,6 +192,17 @@ class StepAttention:
         ]
         return cls(groups, tables, block_sizes, device)
 
+    def of_layer(self, name: str) -> StepAttention:
+        """What batches need that run only the layer with this attention."""
+        index, kept = next(
+            (index, group)
+            for index, kv_group in enumerate(self.groups)
+            for group in kv_group
+            if name in group.layer_names
+        )
+        table, size = self.block_tables[index], self.block_sizes[index]
+        return StepAttention([[kept]], [table], [size], self.device)
+
     def metadata(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
         """Where the rows of `layout` are, and their attention metadata by layer name."""
         requests = layout.present

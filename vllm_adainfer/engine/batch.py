@@ -66,13 +66,16 @@ class CompiledBatch(Batch):
         return self.replayed(layout) or self.beside(layout)
 
     @override
-    def beside(self, layout: RowLayout) -> CompiledBatch:
+    def beside(self, layout: RowLayout, runs_last_layer_alone: bool = False) -> CompiledBatch:
         """Launches its kernels one by one.
 
         Piecewise graphs read the states where they were when the graphs were captured, so only
         the original batch replays them.
         """
-        rows, attn_metadata = self.attention.metadata(layout)
+        attention = self.attention
+        if runs_last_layer_alone:
+            attention = attention.of_layer(self.stack.last_layer)
+        rows, attn_metadata = attention.metadata(layout)
         context = replace(
             without_graphs(self.context), attn_metadata=attn_metadata, slot_mapping=rows.slots
         )
@@ -106,7 +109,7 @@ class ReplayedBatch(Batch):
 
     @override
     def write_last_kv(self, states: HiddenStates) -> None:
-        self.beside(self.layout).write_last_kv(states)
+        self.beside(self.layout, runs_last_layer_alone=True).write_last_kv(states)
 
     @override
     def fill_kv(self, exit_index: int, states: Tensor, layout: RowLayout) -> None:
@@ -117,5 +120,5 @@ class ReplayedBatch(Batch):
         return self.compiled.narrowed(layout)
 
     @override
-    def beside(self, layout: RowLayout) -> CompiledBatch:
-        return self.compiled.beside(layout)
+    def beside(self, layout: RowLayout, runs_last_layer_alone: bool = False) -> CompiledBatch:
+        return self.compiled.beside(layout, runs_last_layer_alone)

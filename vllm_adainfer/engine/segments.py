@@ -89,6 +89,13 @@ class Stack:
         is_last = index == len(self.segments) - 1
         return after if is_last else self.fixed_states.handed_on(after)
 
+    @property
+    def last_layer(self) -> str:
+        """Name of its attention."""
+        assert self.last_kv is not None, "the last segment has no layer"
+        name: str = self.last_kv.projection.attention.layer_name
+        return name
+
     def write_last_kv(
         self, positions: Tensor, states: HiddenStates, slots: dict[str, Tensor]
     ) -> None:

@@ -94,5 +94,5 @@ class Batch(Protocol):
     def narrowed(self, layout: RowLayout) -> Batch:
         """The batch of the rows in `layout`, which takes the place of this one."""
 
-    def beside(self, layout: RowLayout) -> Batch:
+    def beside(self, layout: RowLayout, runs_last_layer_alone: bool = False) -> Batch:
         """A batch of the rows in `layout`, which runs while the states of this one are kept."""

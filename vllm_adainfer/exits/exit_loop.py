@@ -263,8 +263,9 @@ class ExitLoop(Loop):
         if wanted is None:
             return batch, states
         all_states, states = states, states.rows(wanted)
-        if self._shape.own_kv_layers is None:
+        is_last_layer = self._shape.own_kv_layers is None
+        if is_last_layer:
             batch.write_last_kv(all_states)
         else:
             work.keep_last_rows(step.layout.present, self._shape.tail_layers)
-        return batch.beside(step.layout), states
+        return batch.beside(step.layout, is_last_layer), states
