@@ -28,6 +28,7 @@ def served(request, tmp_path_factory: pytest.TempPathFactory) -> Served:
     quantised, plain = quantise(model, *request.param, directory)
     return Served(
         quantised,
+        SWITCH,
         llm=tiny_engine(quantised, SWITCH, dtype="bfloat16", **SMALL),
         reference=AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval(),
     )

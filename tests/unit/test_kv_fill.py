@@ -57,6 +57,10 @@ def formula(state: Tensor, norm: nn.Module | None) -> Tensor:
 class Projection(nn.Linear):
     """As vLLM's, which returns a bias, too."""
 
+    @property
+    def output_size_per_partition(self) -> int:
+        return self.out_features
+
     def forward(self, state: Tensor) -> tuple[Tensor, None]:
         return super().forward(state), None
 

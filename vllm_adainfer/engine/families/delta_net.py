@@ -2,7 +2,7 @@
 
 Such a layer takes a request's rows in order. Rows that leave early are either the last ones of
 their request, and nobody reads the state that the layer lacks; or they wait, and go through it in
-order with a later row of their request (`ExactKV`).
+order with a later row of their request (`RecurrentKV`).
 """
 
 from __future__ import annotations
