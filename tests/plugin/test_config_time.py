@@ -237,15 +237,19 @@ def test_propagate_needs_plain_weights_that_are_loaded(
             refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
 
 
+def config_alone(family: str, architecture: str, model: Path, directory: Path) -> Path:
+    """Config and tokenizer, without weights, which config time does not read."""
+    config = FAMILIES[family](**SHAPE)
+    config.architectures = [architecture]
+    config.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(model).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="module")
 def recurrent(tiny_model, tmp_path_factory) -> Path:
-    """Config and tokenizer of a model with recurrent layers."""
-    directory: Path = tmp_path_factory.mktemp("model") / "qwen3.5"
-    config = FAMILIES["qwen3.5"](**SHAPE)
-    config.architectures = ["Qwen3_5ForCausalLM"]
-    config.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
-    return directory
+    directory = tmp_path_factory.mktemp("model") / "qwen3.5"
+    return config_alone("qwen3.5", "Qwen3_5ForCausalLM", tiny_model, directory)
 
 
 @pytest.mark.parametrize(
@@ -330,13 +334,9 @@ def test_an_encoder_decoder_model_is_refused(tiny_model, monkeypatch):
 
 @pytest.fixture(scope="module")
 def multimodal(tiny_model, tmp_path_factory) -> Path:
-    """Config and tokenizer of a multimodal model; config time reads no weights."""
-    directory: Path = tmp_path_factory.mktemp("model") / "gemma4-multimodal"
-    config = FAMILIES["gemma4-multimodal"](**SHAPE)
-    config.architectures = ["Gemma4ForConditionalGeneration"]
-    config.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
-    return directory
+    name = "gemma4-multimodal"
+    directory = tmp_path_factory.mktemp("model") / name
+    return config_alone(name, "Gemma4ForConditionalGeneration", tiny_model, directory)
 
 
 @pytest.mark.parametrize(
