@@ -95,4 +95,10 @@ class Batch(Protocol):
         """The batch of the rows in `layout`, which takes the place of this one."""
 
     def beside(self, layout: RowLayout, runs_last_layer_alone: bool = False) -> Batch:
-        """A batch of the rows in `layout`, which runs while the states of this one are kept."""
+        """A batch of the rows in `layout`, which runs while the states of this one are kept.
+
+        Args:
+            layout: whose rows these are, and at which positions.
+            runs_last_layer_alone: whether no other layer will be run on it.
+
+        """

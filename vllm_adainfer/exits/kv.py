@@ -146,27 +146,23 @@ class RecurrentKV(ExactKV):
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         super().__init__(capacity)
-        self._complete: dict[str, int] = {}  # by request, positions before the first that waited
+        self._left = FirstToLeave()
 
     @override
     def leave(
         self, exit_index: int, requests: Ints, batch: Batch, states: HiddenStates, step: StepContext
     ) -> None:
         super().leave(exit_index, requests, batch, states, step)
-        firsts = step.layout.last_positions - step.layout.lens + 1
-        for request in requests.tolist():
-            first = int(firsts[request])
-            before = self._complete.get(step.request_ids[request], first)
-            self._complete[step.request_ids[request]] = min(before, first)
+        self._left.note(requests, step)
 
     @override
     def missing(self, request_id: str, end: int) -> int:
-        return max(0, end - self._complete.get(request_id, end))
+        return self._left.since(request_id, end)
 
     @override
     def forget(self, request_id: str) -> None:
         super().forget(request_id)
-        self._complete.pop(request_id, None)
+        self._left.forget(request_id)
 
 
 class PropagateKV(KVPolicy):
@@ -179,7 +175,7 @@ class PropagateKV(KVPolicy):
     defers = False
 
     def __init__(self) -> None:
-        self._exact: dict[str, int] = {}  # by request, positions before the first that left
+        self._left = FirstToLeave()
 
     @override
     def leave(
@@ -188,9 +184,7 @@ class PropagateKV(KVPolicy):
         [rows] = step.on_device(step.layout.rows_of(requests))
         leaving = step.layout.only(requests)
         batch.fill_kv(exit_index, states.rows(rows).combined(), leaving)
-        for request in requests.tolist():
-            first = int(leaving.last_positions[request] - leaving.lens[request] + 1)
-            self._exact.setdefault(step.request_ids[request], first)
+        self._left.note(requests, step)
 
     @override
     def waiting(self, exit_index: int, step: StepContext, leaving: Ints) -> None:
@@ -202,7 +196,7 @@ class PropagateKV(KVPolicy):
 
     @override
     def missing(self, request_id: str, end: int) -> int:
-        return max(0, end - self._exact.get(request_id, end))
+        return self._left.since(request_id, end)
 
     @override
     def overdue(self) -> set[str]:
@@ -210,7 +204,28 @@ class PropagateKV(KVPolicy):
 
     @override
     def forget(self, request_id: str) -> None:
-        self._exact.pop(request_id, None)
+        self._left.forget(request_id)
+
+
+class FirstToLeave:
+    """Of each request, the first position whose row has left early."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, int] = {}
+
+    def note(self, requests: Ints, step: StepContext) -> None:
+        """All rows that `requests` have in the batch are about to leave."""
+        firsts = step.layout.last_positions - step.layout.lens + 1
+        for request in requests.tolist():
+            self._first.setdefault(step.request_ids[request], int(firsts[request]))
+
+    def since(self, request_id: str, end: int) -> int:
+        """How many positions before `end` come at or after the request's."""
+        return max(0, end - self._first.get(request_id, end))
+
+    def forget(self, request_id: str) -> None:
+        """The request starts again, or never comes back."""
+        self._first.pop(request_id, None)
 
 
 def _count(places: Iterable[Ints]) -> int:
