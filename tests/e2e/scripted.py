@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_adainfer.config import DEFAULT_POLICY
-from vllm_adainfer.engine.admission import Admission
+from vllm_adainfer.config import DEFAULT_POLICY, RequestSettings
+from vllm_adainfer.engine.admission import Admission, Admitted
+from vllm_adainfer.engine.reads import wants_prompt_logprobs
+from vllm_adainfer.engine.resolved import UNLIMITED, Resolved
 from vllm_adainfer.exits.kv import ExactKV, PropagateKV, RecurrentKV
 from vllm_adainfer.policy.exit_policy import Asked, Decision
+from vllm_adainfer.policy.label_subsets import ALL
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
 
@@ -25,21 +28,37 @@ FULL = -1
 class ScriptedAdmission(Admission):
     """A request's tag is the exit point (an index) its extra_args ask for."""
 
+    saving: tuple[str, float] | None = None
+
     def __init__(self) -> None:
         self.records = self.has_pools = self.has_choices = self.may_get_choices = False
 
-    def tag(self, params: Any, prompt: Sequence[int] = (), adapter: Any = None) -> int:
+    def resolve(
+        self, request_id: str, params: Any, adapter: Any = None, resumable: bool = False
+    ) -> Resolved:
         arguments = params.extra_args or {}
-        return int(arguments.get(EXIT_AT, FULL)) if arguments.get("adainfer", 1) else FULL
+        tag = arguments.get(EXIT_AT, FULL) if arguments.get("adainfer", 1) else FULL
+        return Resolved(
+            settings=RequestSettings(adainfer_exit=tag),
+            read=None,
+            is_wanted=True,
+            scores_unchanged=True,
+            max_tokens=params.max_tokens or UNLIMITED,
+            wants_prompt_logprobs=wants_prompt_logprobs(params),
+            may_exit=tag != FULL,
+            saving=self.saving,
+            is_shadow=self.is_shadow(request_id),
+        )
 
-    def may_exit(self, params: Any, adapter: Any = None) -> bool:
-        return self.tag(params) != FULL
-
-    def prompt_saving(self, params: Any, adapter: Any = None) -> None:
-        return None
-
-    def chooses(self, params: Any, adapter: Any = None) -> bool:
-        return False
+    def admit(
+        self,
+        resolved: Resolved,
+        prompt: Sequence[int],
+        adapter: Any = None,
+        fingerprint: str | None = None,
+    ) -> Admitted:
+        tag = resolved.settings.adainfer_exit
+        return Admitted(resolved, tag, ALL, UNLIMITED, False, prompt, len(prompt), adapter)
 
     def is_shadow(self, request_id: str) -> bool:
         return False

@@ -52,7 +52,7 @@ def test_once_prefixes_have_come_again_new_ones_are_completed_at_once(
     engine, reference, monkeypatch
 ):
     """Asked twice: from the fourth on, the first time runs to the end and the second hits it."""
-    monkeypatch.setattr(ScriptedAdmission, "prompt_saving", lambda *_: ("policy", 0.4))
+    monkeypatch.setattr(ScriptedAdmission, "saving", ("policy", 0.4))
     pairs = [prompts_with_shared_prefix(2, seed=20 + number) for number in range(6)]
     with scripted(engine):
         answers = [[ask(engine, prompt, exit_at=0) for prompt in pair] for pair in pairs]

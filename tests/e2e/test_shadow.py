@@ -16,7 +16,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.e2e.oracle import continuation, same, token_after
-from tests.e2e.scripted import EXIT_AT, only, parts, running_of, scripted
+from tests.e2e.scripted import EXIT_AT, only, parts, scripted
 from tests.e2e.test_equal_to_stock import LENGTHS, answer
 from tests.e2e.test_policies import artifact_of, expected, policy_of
 from tests.full import needed
@@ -24,6 +24,7 @@ from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer import stats as stats_of
 from vllm_adainfer.config import DEFAULT_POLICY, Settings
 from vllm_adainfer.engine.admission import Admission
+from vllm_adainfer.engine.compat_requests import client_request_id
 from vllm_adainfer.policy.artifact import Artifact
 from vllm_adainfer.policy.artifact_files import load_artifact
 from vllm_adainfer.policy.monitor import AnswerMonitor
@@ -48,12 +49,13 @@ def watched(
 
     Yields the engine's stats, starting at zero, and a function that sets another shadow rate.
     """
-    model, runner, _ = parts(llm)
+    model, _, scheduler = parts(llm)
     loop = model.loop
 
     def set_rate(rate: float) -> None:
-        settings = Settings(record=(1,), shadow_rate=rate)
-        running_of(runner).admission.is_shadow = Admission(settings).is_shadow
+        scheduler.admission.is_shadow = cache(
+            lambda request_id: is_shadow_at(rate)(client_request_id(request_id))
+        )
 
     with scripted(llm) as stats:
         epsilons = [0.02, 0.05, 0.1]
@@ -66,6 +68,11 @@ def watched(
             yield stats, set_rate
         finally:
             loop.monitors = {}
+
+
+def is_shadow_at(rate: float) -> Callable[[str], bool]:
+    """The draw of an engine with a shadow rate; here by ids as clients know them."""
+    return Admission(Settings(record=(1,), shadow_rate=rate)).is_shadow
 
 
 def random_prompts(count: int, seed: int) -> list[list[int]]:
@@ -138,7 +145,7 @@ def test_shadows_change_nothing_for_the_others(
 ):
     artifact, cases = decided(tiny_model, reference, (probe, candidates, threshold), seed=6)
     prompts = [prompt for prompt, _, _ in cases]
-    is_shadow = Admission(Settings(record=(1,), shadow_rate=0.3)).is_shadow
+    is_shadow = is_shadow_at(0.3)
     checked = disagreed = 0
     depths: Counter[int] = Counter()
     with watched(engine, artifact, rate=0.3, alpha=NEVER) as (stats, _):
@@ -166,7 +173,7 @@ def test_shadows_in_mixed_batches_with_prompts_longer_than_a_step(engine, refere
         SamplingParams(temperature=0, max_tokens=n, extra_args={} if e < 0 else {EXIT_AT: e})
         for e, n in zip(exits, tokens, strict=True)
     ]
-    is_shadow = Admission(Settings(record=(1,), shadow_rate=0.5)).is_shadow
+    is_shadow = is_shadow_at(0.5)
     checked = [0] * len(EXIT_POINTS)
     with watched(engine, None, rate=0.5, alpha=NEVER) as (stats, _):
         found = run(engine, prompts, params)
@@ -215,10 +222,10 @@ def test_generated_texts_are_watched_text_by_text_up_to_the_tokens_that_the_boun
 def test_rows_of_shadows_do_not_count_as_ready_to_leave(engine):
     prompt = list(range(5, 15))
     with watched(engine, None, rate=0) as (stats, _):
-        model, runner, _ = parts(engine)
+        model, _, scheduler = parts(engine)
         model.loop._min_rows_saved = 2 * len(prompt)
         turns = iter([True, False])
-        running_of(runner).admission.is_shadow = cache(lambda request_id: next(turns))
+        scheduler.admission.is_shadow = cache(lambda request_id: next(turns))
         exit_at_once = SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: 0})
         run(engine, [prompt, prompt[::-1]], exit_at_once)
     assert +stats.exit_histogram == {LAYERS: 2}

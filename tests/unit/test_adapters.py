@@ -15,6 +15,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.adapters import PROJECTIONS, save_adapter
+from tests.admitted import admitted, resolved, tag_of
 from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.config import Settings, read_settings
 from vllm_adainfer.engine.adapters import StepAdapters
@@ -66,10 +67,10 @@ def changed(saved: Path, directory: Path) -> Path:
 
 def test_a_request_finds_its_policy_by_its_adapter(admission, asked, saved, tmp_path):
     mood = LoRARequest("mood", 1, str(saved))
-    assert admission.tag(asked()) == BASE
-    assert admission.tag(asked(), adapter=mood) == ADAPTED
+    assert tag_of(admission, asked()) == BASE
+    assert tag_of(admission, asked(), adapter=mood) == ADAPTED
     elsewhere = shutil.copytree(saved, tmp_path / "copy")
-    assert admission.tag(asked(), adapter=LoRARequest("mood", 7, str(elsewhere))) == ADAPTED
+    assert tag_of(admission, asked(), adapter=LoRARequest("mood", 7, str(elsewhere))) == ADAPTED
     assert admission.policies.ambiguous == []
 
 
@@ -82,17 +83,27 @@ def test_a_request_with_an_adapter_without_a_policy_runs_all_layers(
         "of other weights": lambda: LoRARequest("mood", 1, str(changed(saved, tmp_path / "other"))),
         "that is none": lambda: LoRARequest("mood", 1, str(tmp_path)),
     }[other]()
-    assert admission.tag(asked(), adapter=adapter) == FULL_DEPTH
-    assert not admission.may_exit(asked(), adapter)
-    assert admission.prompt_saving(asked(), adapter) is None
-    assert not admission.chooses(asked(), adapter)
+    assert tag_of(admission, asked(), adapter=adapter) == FULL_DEPTH
+    assert not admitted(admission, asked(), adapter=adapter).chooses
+
+
+def test_the_scheduler_takes_a_request_for_one_that_exits_by_its_adapters_name_alone(
+    admission, asked, tmp_path
+):
+    """It reads no files: those of a running adapter may change, hang or be gone."""
+    gone = LoRARequest("mood", 1, str(tmp_path / "gone"))
+    decided = admission.resolve("id", asked(), gone)
+    assert decided.may_exit
+    assert decided.saving == ("adapted", 0.2)
+    assert admission.admit(decided, [], gone, fingerprint=None).tag == FULL_DEPTH
+    assert not resolved(admission, asked(), LoRARequest("taste", 2, str(tmp_path))).may_exit
 
 
 def test_naming_the_policy_of_another_adapter_is_no_way_to_it(admission, asked, saved):
     mood = LoRARequest("mood", 1, str(saved))
-    assert admission.tag(asked(adainfer_policy="adapted")) == FULL_DEPTH
-    assert admission.tag(asked(adainfer_policy="base"), adapter=mood) == FULL_DEPTH
-    assert admission.tag(asked(adainfer_policy="adapted"), adapter=mood) == ADAPTED
+    assert tag_of(admission, asked(adainfer_policy="adapted")) == FULL_DEPTH
+    assert tag_of(admission, asked(adainfer_policy="base"), adapter=mood) == FULL_DEPTH
+    assert tag_of(admission, asked(adainfer_policy="adapted"), adapter=mood) == ADAPTED
 
 
 def test_an_epsilon_is_refused_where_no_policy_certifies_it(admission, asked):
@@ -116,8 +127,8 @@ def test_log_probabilities_of_prompts_are_refused_where_they_would_end_the_engin
 
 def test_without_policies_for_adapters_requests_with_one_run_all_layers(tiny_policy, asked, saved):
     admission = Admission(Settings(artifact=str(tiny_policy)))
-    assert admission.tag(asked()) == BASE
-    assert admission.tag(asked(), adapter=LoRARequest("mood", 1, str(saved))) == FULL_DEPTH
+    assert tag_of(admission, asked()) == BASE
+    assert tag_of(admission, asked(), adapter=LoRARequest("mood", 1, str(saved))) == FULL_DEPTH
 
 
 @pytest.mark.parametrize(
@@ -134,8 +145,8 @@ def test_where_policies_come_with_adapters_a_request_with_one_may_exit_for_the_s
 ):
     admission = Admission(Settings(exit_points=(2, 3)))
     adapter = LoRARequest("mood", 1, str(saved)) if with_adapter else None
-    assert admission.may_exit(asked(**extra_args), adapter) == may_exit
-    assert admission.tag(asked(**extra_args), adapter=adapter) == FULL_DEPTH
+    assert resolved(admission, asked(**extra_args), adapter).may_exit == may_exit
+    assert tag_of(admission, asked(**extra_args), adapter=adapter) == FULL_DEPTH
 
 
 def test_where_policies_come_with_adapters_any_request_for_a_choice_may_end_with_its_first_token(
@@ -145,9 +156,9 @@ def test_where_policies_come_with_adapters_any_request_for_a_choice_may_end_with
     structured = StructuredOutputsParams(choice=["yes", "no"])
     choice = SamplingParams(temperature=0, max_tokens=9, structured_outputs=structured)
     choice.update_from_generation_config({}, eos_token_id=2)
-    assert admission.may_choose(choice, adapter)
-    assert not admission.may_choose(choice)
-    assert not admission.may_choose(asked(), adapter)
+    assert resolved(admission, choice, adapter).may_choose
+    assert not resolved(admission, choice).may_choose
+    assert not resolved(admission, asked(), adapter).may_choose
 
 
 @pytest.mark.parametrize(

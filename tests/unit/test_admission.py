@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,18 +9,18 @@ import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from tests.admitted import resolved, tag_of
 from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.config import Settings
-from vllm_adainfer.engine.admission import (
-    FULL_DEPTH,
-    UNLIMITED,
-    Admission,
-)
-from vllm_adainfer.engine.deep_prompt import has_deep_prompt, with_deep_prompt
+from vllm_adainfer.engine import sample
+from vllm_adainfer.engine.admission import FULL_DEPTH, Admission
+from vllm_adainfer.engine.resolved import UNLIMITED, resolved_of, with_resolved
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.artifact import MOST_ANSWERS
 from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 
+SCORED = "prompt_logprob_token_ids"
 DEFAULT = 1  # the tiny artifact's default epsilon, 0.05, is the second of its levels
 
 
@@ -64,7 +65,7 @@ def label_request(label_ids: Sequence[int], **changes: Any) -> SamplingParams:
 def test_the_setting_says_which_one_token_requests_exit(
     admission, label_ids, requests, changes, tag
 ):
-    assert admission(requests).tag(label_request(label_ids, **changes)) == tag
+    assert tag_of(admission(requests), label_request(label_ids, **changes)) == tag
 
 
 @pytest.mark.parametrize("requests", ["greedy", "all", "opt-in"])
@@ -77,6 +78,8 @@ def test_the_setting_says_which_one_token_requests_exit(
         {"logprobs": 1},
         {"logprob_token_ids": [1]},
         {"prompt_logprobs": 1},
+        {SCORED: [[3], [4]]},
+        {"trace_decode_token_ids": [3]},
         {"min_tokens": 1},
         {"logit_bias": {1: 0.5}},
         {"bad_words": ["bad"]},
@@ -90,7 +93,7 @@ def test_a_request_that_the_bound_does_not_cover_runs_at_full_depth(
     admission, label_ids, requests, changes
 ):
     params = label_request(label_ids, extra_args={"adainfer": 1}, **changes)
-    assert admission(requests).tag(params) == FULL_DEPTH
+    assert tag_of(admission(requests), params) == FULL_DEPTH
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,7 @@ def test_a_request_that_the_bound_does_not_cover_runs_at_full_depth(
 )
 def test_a_label_policy_serves_requests_among_its_labels(admission, label_ids, pick, tag):
     params = label_request(label_ids, allowed_token_ids=pick(label_ids))
-    assert admission().tag(params) == tag
+    assert tag_of(admission(), params) == tag
 
 
 @pytest.mark.parametrize(("restricted", "tag"), [(False, DEFAULT), (True, FULL_DEPTH)])
@@ -120,7 +123,7 @@ def test_an_open_vocabulary_policy_serves_unrestricted_requests(
     save_artifact(tmp_path / "policy", config, tensors, {}, "card\n", {})
     admission = Admission(Settings(artifact=str(tmp_path / "policy")))
     params = label_request(label_ids, allowed_token_ids=label_ids if restricted else None)
-    assert admission.tag(params) == tag
+    assert tag_of(admission, params) == tag
 
 
 @pytest.mark.parametrize(
@@ -141,14 +144,14 @@ def test_an_open_vocabulary_policy_serves_unrestricted_requests(
 @pytest.mark.parametrize("default", [None, 0, 0.02])
 def test_a_request_may_ask_for_its_own_epsilon(admission, label_ids, default, epsilon, tag):
     params = label_request(label_ids, extra_args={"adainfer_epsilon": epsilon})
-    assert admission(epsilon=default).tag(params) == tag
+    assert tag_of(admission(epsilon=default), params) == tag
 
 
 @pytest.mark.parametrize(("epsilon", "tag"), [(None, 1), (0, FULL_DEPTH), (0.02, 0), (0.03, 0)])
 def test_the_setting_gives_the_epsilon_of_requests_that_ask_for_none(
     admission, label_ids, epsilon, tag
 ):
-    assert admission(epsilon=epsilon).tag(label_request(label_ids)) == tag
+    assert tag_of(admission(epsilon=epsilon), label_request(label_ids)) == tag
 
 
 def test_a_setting_stricter_than_the_artifact_is_an_error(admission):
@@ -157,8 +160,8 @@ def test_a_setting_stricter_than_the_artifact_is_an_error(admission):
 
 
 def test_a_request_without_sampling_parameters_runs_at_full_depth(admission):
-    assert admission().tag(None) == FULL_DEPTH
-    assert not admission().may_exit(None)
+    assert tag_of(admission(), None) == FULL_DEPTH
+    assert not resolved(admission(), None).may_exit
 
 
 @pytest.mark.parametrize(
@@ -178,8 +181,7 @@ def test_a_request_may_exit_where_a_policy_decides_it(
     admission, label_ids, requests, changes, may_exit
 ):
     params = label_request(label_ids, **changes)
-    assert admission(requests).may_exit(params) == may_exit
-    assert admission(requests).admit("id", params, 5).may_exit == may_exit
+    assert resolved(admission(requests), params).may_exit == may_exit
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_a_request_may_exit_at_every_epsilon_but_0(
 ):
     arguments = None if requested is None else {"adainfer_epsilon": requested}
     params = label_request(label_ids, extra_args=arguments)
-    assert admission(epsilon=default).may_exit(params) == may_exit
+    assert resolved(admission(epsilon=default), params).may_exit == may_exit
 
 
 @pytest.mark.parametrize(("arguments", "tag"), [({"adainfer_row": 7}, 7), ({}, FULL_DEPTH)])
@@ -207,7 +209,8 @@ def test_while_recording_the_tag_is_the_row_and_nobody_may_exit(arguments, tag):
     admission = Admission(Settings(record=(1, 2)))
     params = SamplingParams(max_tokens=1, extra_args=arguments)
     assert admission.records
-    assert (admission.tag(params), admission.may_exit(params)) == (tag, False)
+    assert tag_of(admission, params) == tag
+    assert not resolved(admission, params).may_exit
 
 
 @pytest.mark.parametrize(
@@ -230,24 +233,28 @@ def test_with_a_script_the_tag_is_the_exit_point_that_a_label_request_names(
     admission = Admission(Settings(exit_script=(2, 5)))
     params = label_request(SCRIPT_LABELS, **changes, extra_args=arguments)
     assert not admission.records
-    assert admission.tag(params) == tag
-    assert admission.may_exit(params) == (tag != FULL_DEPTH)
+    assert tag_of(admission, params) == tag
+    assert resolved(admission, params).may_exit == (tag != FULL_DEPTH)
 
 
 @pytest.mark.parametrize("arguments", [None, {}, {"adainfer": 1, "mine": 2}])
-def test_a_deep_prompt_is_asked_for_without_touching_the_callers_object(
+def test_what_is_decided_travels_with_the_request_without_touching_the_callers_object(
     admission, label_ids, arguments
 ):
     params = label_request(label_ids, extra_args=arguments)
-    before = repr(params)
-    changed = with_deep_prompt(params)
+    before, decided = repr(params), resolved(admission("all"), params)
+    changed = with_resolved(params, decided)
     assert repr(params) == before
     assert params.extra_args == arguments
     assert changed.allowed_token_ids == params.allowed_token_ids
-    assert (has_deep_prompt(params), has_deep_prompt(changed)) == (False, True)
-    assert not has_deep_prompt(None)
-    assert admission("all").tag(changed) == DEFAULT
-    assert admission("all").admit("id", changed, 5).deep_prompt
+    assert (resolved_of(params), resolved_of(changed), resolved_of(None)) == (None, decided, None)
+    assert resolved(admission("all"), changed) == decided
+    assert pickle.loads(pickle.dumps(decided)) == decided, "workers are other processes"
+
+
+@pytest.mark.parametrize("sent", [1, True, "x", [], {"may_exit": True}])
+def test_a_client_cannot_decide_for_the_scheduler(label_ids, sent):
+    assert resolved_of(label_request(label_ids, extra_args={"_adainfer": sent})) is None
 
 
 @pytest.fixture(scope="module")
@@ -302,25 +309,26 @@ def test_a_policy_for_generated_text_serves_what_its_bound_covers(
     generation, requests, changes, tag
 ):
     params = SamplingParams(**{"temperature": 0, "max_tokens": 30, **changes})
-    assert generation(requests).tag(params) == tag
+    assert tag_of(generation(requests), params) == tag
 
 
 @pytest.mark.parametrize(("requested", "remembered"), [(None, UNLIMITED), (1, 1), (30, 30)])
 def test_the_worker_remembers_how_many_tokens_there_may_be(generation, requested, remembered):
-    admitted = generation().admit("id", SamplingParams(max_tokens=requested), 5)
-    assert admitted.max_tokens == remembered
+    params = SamplingParams(max_tokens=requested)
+    assert resolved(generation(), params).max_tokens == remembered
 
 
 def test_the_worker_remembers_who_wants_log_probabilities_of_the_prompt(generation):
     wants = [
-        generation().admit("id", SamplingParams(prompt_logprobs=count), 5).wants_prompt_logprobs
-        for count in (None, 0, 1)
+        resolved(generation(), SamplingParams(**read)).wants_prompt_logprobs
+        for read in ({}, {"prompt_logprobs": 0}, {"prompt_logprobs": 1}, {SCORED: [[3], [4]]})
     ]
-    assert wants == [False, True, True]
+    assert wants == [False, True, True, True]
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])
-def test_the_shadow_rate_is_the_share_of_requests_that_are_watched(admission, rate):
+def test_the_shadow_rate_is_the_share_of_requests_that_are_watched(admission, rate, monkeypatch):
+    monkeypatch.setattr(sample, "SECRET", b"the same in each run")
     ids = [str(number) for number in range(10_000)]
     watched = sum(map(admission(shadow_rate=rate).is_shadow, ids))
     assert abs(watched - rate * len(ids)) < 3 * (rate * (1 - rate) * len(ids)) ** 0.5
@@ -332,10 +340,52 @@ def test_no_request_or_every_request_is_watched_at_the_ends_of_the_rate(admissio
     assert sum(is_shadow(str(number)) for number in range(1000)) == watched
 
 
-def test_what_vllm_appends_to_a_request_id_does_not_change_who_is_watched(admission):
+def test_a_client_that_chooses_its_id_does_not_choose_who_is_watched(admission, monkeypatch):
+    """vLLM appends random digits to the id that a client sends, and each engine has a secret."""
     is_shadow = admission(shadow_rate=0.5).is_shadow
-    for number in range(100):
-        assert is_shadow(f"{number}-{number:08x}") == is_shadow(str(number))
+    assert {is_shadow(f"mine-{number:08x}") for number in range(100)} == {False, True}
+    draws = []
+    for secret in b"one", b"other":
+        monkeypatch.setattr(sample, "SECRET", secret)
+        draws.append([is_shadow(f"{number}") for number in range(100)])
+    assert 20 < sum(one != other for one, other in zip(*draws, strict=True)) < 80
+
+
+def test_a_request_whose_prompt_is_still_being_sent_runs_at_full_depth(admission, label_ids):
+    params = label_request(label_ids)
+    decided = admission().resolve("id", params, resumable=True)
+    assert not decided.may_exit
+    assert admission().admit(decided, []).tag == FULL_DEPTH
+    scripted = Admission(Settings(exit_script=(2, 5)))
+    params = label_request(SCRIPT_LABELS, extra_args={"adainfer_exit": 5})
+    decided = scripted.resolve("id", params, resumable=True)
+    assert not decided.may_exit
+    assert scripted.admit(decided, []).tag == FULL_DEPTH
+
+
+class Unread(list[int]):
+    """Token ids that nobody may go through."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("read in full")
+
+
+@pytest.mark.parametrize("field", ["allowed_token_ids", "logprob_token_ids"])
+def test_more_tokens_than_a_policy_can_have_are_not_looked_at(admission, field):
+    params = SamplingParams(temperature=0, max_tokens=1)
+    setattr(params, field, Unread([1]) * (MOST_ANSWERS + 1))
+    setattr(params, field, Unread(getattr(params, field)))
+    assert tag_of(admission(), params) == FULL_DEPTH
+
+
+def test_after_its_arrival_nothing_that_a_client_sent_is_looked_at(
+    admission, label_ids, monkeypatch
+):
+    deciding = admission()
+    decided = resolved(deciding, label_request(label_ids))
+    for name in "read_of", "read_request", "has_unchanged_scores":
+        monkeypatch.delattr(f"vllm_adainfer.engine.admission.{name}")
+    assert deciding.admit(decided, [5]).tag == DEFAULT
 
 
 PROBABILITY = {"risk": "probability", "tolerance": 0.05}
@@ -407,8 +457,9 @@ def test_a_request_exits_only_under_a_policy_that_promises_what_it_reads(
     source = policy_that_promises(tiny_model, tmp_path / "policy", risk, label_mass)
     admission = Admission(Settings(artifact=source), logprobs_mode=mode)
     exits = read in EXITING[risk, label_mass, mode]
-    assert admission.tag(reading(label_ids, read)) == (DEFAULT if exits else FULL_DEPTH)
-    assert admission.may_exit(reading(label_ids, read)) == exits
+    params = reading(label_ids, read)
+    assert tag_of(admission, params) == (DEFAULT if exits else FULL_DEPTH)
+    assert resolved(admission, params).may_exit == exits
 
 
 def test_beside_a_policy_for_probabilities_one_for_the_label_decides_labels(
@@ -421,12 +472,12 @@ def test_beside_a_policy_for_probabilities_one_for_the_label_decides_labels(
     admission = Admission(Settings(artifact=sources))
     assert admission.policies.ambiguous == []
     sure, label = DEFAULT, 2 + DEFAULT
-    assert admission.tag(reading(label_ids, "the label")) == label
-    assert admission.tag(reading(label_ids, "in the vocabulary")) == sure
+    assert tag_of(admission, reading(label_ids, "the label")) == label
+    assert tag_of(admission, reading(label_ids, "in the vocabulary")) == sure
     named = {"extra_args": {"adainfer_policy": "sure"}}
-    assert admission.tag(reading(label_ids, "the label", **named)) == sure
+    assert tag_of(admission, reading(label_ids, "the label", **named)) == sure
     named = {"extra_args": {"adainfer_policy": "label"}}
-    assert admission.tag(reading(label_ids, "in the vocabulary", **named)) == FULL_DEPTH
+    assert tag_of(admission, reading(label_ids, "in the vocabulary", **named)) == FULL_DEPTH
 
 
 def test_two_policies_for_the_same_probabilities_have_to_be_named(tiny_model, tmp_path, label_ids):
@@ -436,4 +487,4 @@ def test_two_policies_for_the_same_probabilities_have_to_be_named(tiny_model, tm
     }
     admission = Admission(Settings(artifact=sources))
     assert admission.policies.ambiguous == [["one", "two"]]
-    assert admission.tag(reading(label_ids, "in the vocabulary")) == FULL_DEPTH
+    assert tag_of(admission, reading(label_ids, "in the vocabulary")) == FULL_DEPTH

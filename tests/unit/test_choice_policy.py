@@ -16,6 +16,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output.utils import choice_as_grammar
 
+from tests.admitted import admitted, resolved, tag_of
 from tests.byte_model import SETS, byte_tokenizer
 from tests.tiny import tiny_artifact
 from tests.unit.readings import reads_as_it_decides
@@ -249,22 +250,22 @@ def test_requests_with_exactly_the_policys_choices_may_exit_if_nothing_else_is_a
     source, params, exits
 ):
     admission = Admission(Settings(artifact=source))
-    assert admission.may_exit(params) == exits
-    assert (admission.tag(params) != FULL_DEPTH) == exits
-    assert admission.chooses(params) == exits
+    assert resolved(admission, params).may_exit == exits
+    assert (tag_of(admission, params) != FULL_DEPTH) == exits
+    assert admitted(admission, params).chooses == exits
 
 
 def test_where_the_scheduler_does_not_end_choices_their_requests_run_at_full_depth(source):
     admission = Admission(Settings(artifact=source), ends_choices=False)
-    assert not admission.may_exit(choosing("yes", "no"))
+    assert not resolved(admission, choosing("yes", "no")).may_exit
 
 
 def test_of_two_policies_for_the_same_choices_a_request_names_one(source):
     admission = Admission(Settings(artifact={"one": source, "other": source}))
     assert admission.policies.ambiguous == [["one", "other"]]
-    assert not admission.may_exit(choosing("yes", "no"))
+    assert not resolved(admission, choosing("yes", "no")).may_exit
     named = choosing("yes", "no", extra_args={"adainfer_policy": "other"})
-    assert admission.may_exit(named)
+    assert resolved(admission, named).may_exit
 
 
 @pytest.mark.parametrize(

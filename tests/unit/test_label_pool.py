@@ -10,6 +10,7 @@ import torch
 from adainfer_kernels import Head
 from vllm import SamplingParams
 
+from tests.admitted import admitted, tag_of
 from tests.tiny import tiny_artifact, tiny_config, word_tokenizer
 from tests.unit.readings import reads_as_it_decides
 from tests.unit.test_calibrate_probabilities import ALL_MASS, logits_of, recorded
@@ -214,9 +215,9 @@ def test_a_request_goes_to_the_policy_with_exactly_its_labels_before_a_pool(
     deciding = admission("two", "tokens", "probabilities")
     params = request(**asked)
     owner = {None: None, "two": 0, "tokens": 1, "probabilities": 2}[policy]
-    tag = deciding.tag(params)
+    tag = tag_of(deciding, params)
     assert (None if tag == FULL_DEPTH else tag // 2) == owner
-    assert deciding.subset(params) == (ALL if policy == "two" else bits)
+    assert admitted(deciding, params).subset == (ALL if policy == "two" else bits)
     assert deciding.policies.ambiguous == []
 
 
@@ -224,10 +225,10 @@ def test_two_pools_that_share_labels_are_told_apart_by_name_alone(admission):
     deciding = admission("tokens", "other")
     assert deciding.policies.ambiguous == [["tokens", "other"]]
     params = request(allowed_token_ids=[11, 12])
-    assert deciding.tag(params) == FULL_DEPTH
+    assert tag_of(deciding, params) == FULL_DEPTH
     named = request(allowed_token_ids=[11, 12], extra_args={"adainfer_policy": "other"})
-    assert (deciding.tag(named) // 2, deciding.subset(named)) == (1, 0b11)
-    assert deciding.tag(request(allowed_token_ids=[10, 12])) // 2 == 0
+    assert (tag_of(deciding, named) // 2, admitted(deciding, named).subset) == (1, 0b11)
+    assert tag_of(deciding, request(allowed_token_ids=[10, 12])) // 2 == 0
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ class FakeRequest:
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     more_tokens: int = 1
+    num_stale_output_tokens: int = 0
     request_id: str = field(default_factory=lambda: f"id {next(NUMBERS)}")
 
     @property
@@ -317,6 +318,22 @@ def test_a_request_that_lost_its_blocks_meanwhile_is_not_cached(status):
     setup, request = Setup(), FakeRequest("ab")
     run(setup, request, request.num_tokens, then=status)
     assert setup.manager.cached == []
+
+
+def test_what_a_step_completed_before_a_request_was_preempted_says_nothing_of_its_new_blocks():
+    """A reset of the cache preempts running requests and schedules them again at once."""
+    setup, request = Setup(), FakeRequest("ab")
+    setup.allocate(request)
+    request.status = RequestStatus.RUNNING
+    setup.guard.free(request)
+    setup.guard.new_step()
+    setup.allocate(request)
+    request.num_stale_output_tokens = request.num_tokens  # of the step before
+    setup.guard.step_ended({request.request_id: request.num_tokens})
+    assert setup.manager.cached == []
+    request.num_stale_output_tokens = 0
+    setup.guard.step_ended({request.request_id: request.num_tokens})
+    assert setup.manager.cached == [("ab", request.num_tokens)]
 
 
 @pytest.mark.parametrize("free", ["free", "pop_blocks_for_free"])

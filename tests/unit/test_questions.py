@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from tests.admitted import resolved, tag_of
 from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
 from tests.unit.test_label_pool import EPSILON, POOL, calibrated
 from tests.unit.test_make_policy import HF_CONFIG, SPLIT
@@ -234,15 +235,19 @@ def test_a_question_that_is_not_known_or_not_certified_runs_at_full_depth(
     )
     first = 2  # the tags of the policy before
     alone = admission(tiny_model, tmp_path / "a", True)
-    assert alone.tag(params, prompt) == (by_question + first if by_question >= 0 else FULL_DEPTH)
+    assert tag_of(alone, params, prompt) == (
+        by_question + first if by_question >= 0 else FULL_DEPTH
+    )
     mixture = admission(tiny_model, tmp_path / "b", False, "known")
-    assert mixture.tag(params, prompt) == (known + first if known >= 0 else FULL_DEPTH)
+    assert tag_of(mixture, params, prompt) == (known + first if known >= 0 else FULL_DEPTH)
     for one in alone, mixture:
-        assert one.may_exit(params) == (epsilon != 0), "the prefix cache asks before the prompt"
+        assert resolved(one, params).may_exit == (epsilon != 0), (
+            "the prefix cache asks before the prompt"
+        )
     opted_out = SamplingParams(
         temperature=0, max_tokens=1, allowed_token_ids=[10, 11], extra_args={"adainfer": 0}
     )
-    assert mixture.tag(opted_out, prompt) == FULL_DEPTH
+    assert tag_of(mixture, opted_out, prompt) == FULL_DEPTH
 
 
 def test_a_monitor_watches_each_bound_over_all_questions():

@@ -96,7 +96,7 @@ def test_an_unknown_key_with_our_prefix_is_answered_with_the_known_keys(key):
 
 @pytest.mark.parametrize(
     "arguments",
-    [None, {}, {"top": 1}, {"_adainfer_deep_prompt": 1}, {"AdaInfer": 7}, {"my_adainfer": []}],
+    [None, {}, {"top": 1}, {"_adainfer": 1}, {"AdaInfer": 7}, {"my_adainfer": []}],
 )
 def test_keys_without_our_prefix_are_ignored(arguments):
     assert read_request(arguments) is NO_REQUEST_SETTINGS

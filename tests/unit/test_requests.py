@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from vllm import SamplingParams
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
+from tests.tiny import tiny_config
 from vllm_adainfer.config import ROW_ARG
+from vllm_adainfer.engine.admission import FULL_DEPTH
 from vllm_adainfer.engine.requests import RunningRequests
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.recorder import Recorder
 from vllm_adainfer.exits.recording_loop import RecordingLoop
+from vllm_adainfer.policy.artifact_files import save_artifact
 
 WINDOW, ROW = 8, 3
+CERTIFIED = 3  # tokens
 
 
 def test_recording_keeps_the_tokens_beyond_a_sliding_window():
@@ -44,3 +50,46 @@ def test_recording_keeps_the_tokens_beyond_a_sliding_window():
             device=torch.device("cpu"),
         )
         assert step.tags.tolist() == [ROW]
+
+
+@pytest.fixture(scope="module")
+def text_policy(tiny_model, tmp_path_factory) -> str:
+    """A policy for generated text, calibrated on `CERTIFIED` tokens of each."""
+    config = tiny_config(
+        tiny_model, probe="logit-lens", candidates="full", labels=(), max_tokens=CERTIFIED
+    )
+    tensors = {"thresholds": torch.zeros(len(config.levels), len(config.exit_points))}
+    tensors |= {f"exit.{layer}.classifier": torch.zeros(3) for layer in config.exit_points}
+    directory = tmp_path_factory.mktemp("text") / "policy"
+    save_artifact(directory, config, tensors, {}, "card\n", {})
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("number", "exits"), [(1, True), (CERTIFIED, True), (CERTIFIED + 1, False)]
+)
+def test_only_as_many_tokens_exit_as_calibration_generated(text_policy, number, exits):
+    """`number` counts the tokens of a text from 1."""
+    config = SimpleNamespace(
+        additional_config={"adainfer": {"artifact": text_policy, "finish_choices": False}},
+        cache_config=SimpleNamespace(enable_prefix_caching=False),
+        model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
+        lora_config=None,
+    )
+    loop: Any = SimpleNamespace(overdue=set, tightened=lambda: None, defers=True)
+    running = RunningRequests(config, loop)
+    prompt = SimpleNamespace(
+        req_id="a",
+        sampling_params=SamplingParams(temperature=0, max_tokens=20),
+        prompt_token_ids=[5] * 4,
+        lora_request=None,
+    )
+    running.add(prompt)
+    step = running.describe(
+        request_ids=["a"],
+        lens=np.array([4 if number == 1 else 1]),
+        computed=np.array([0 if number == 1 else 4 + number - 2]),
+        sampled=np.array([True]),
+        device=torch.device("cpu"),
+    )
+    assert (step.tags[0] != FULL_DEPTH) == exits

@@ -21,41 +21,60 @@ from vllm_adainfer.engine import rest_of_choice
 from vllm_adainfer.engine.compat_requests import expect_more_tokens, sampled_tokens
 from vllm_adainfer.engine.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact import Choice
+from vllm_adainfer.policy.artifact import MOST_CHOICE_CHARACTERS, MOST_CHOICES, Choice
 
 END = 0
 WORDS = {"pos": 1000, "positive": 1001}  # tokens beside the letters
 
 
 class Tokenizer:
-    """Letters by their numbers; two words of more letters are canonical."""
+    """Letters by their numbers; two words of more letters are canonical.
+
+    Attributes:
+        encoded: the texts it was given, one after the other.
+        decoded: how many tokens it has put together.
+
+    """
+
+    def __init__(self) -> None:
+        self.encoded: list[str] = []
+        self.decoded = 0
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
+        self.encoded.append(text)
         for word in sorted(WORDS, key=len, reverse=True):
             if text.startswith(word):
                 return [WORDS[word], *map(ord, text.removeprefix(word))]
         return list(map(ord, text))
 
     def decode(self, tokens: Sequence[int]) -> str:
+        self.decoded += len(tokens)
         words = {token: word for word, token in WORDS.items()}
         return "".join(words.get(token) or chr(token) for token in tokens)
 
 
+class FakeRequest(SimpleNamespace):
+    """As vLLM's, no two are the same."""
+
+    __hash__ = object.__hash__
+
+
 def request_of(
     choices: Sequence[str], so_far: str = "", accepts: bool = True, **settings: Any
-) -> SimpleNamespace:
+) -> Any:
     """A request that has written `so_far`, letter by letter."""
     choosing = StructuredOutputsParams(choice=list(choices))
     params = SamplingParams(**{"max_tokens": 20, "structured_outputs": choosing, **settings})
     params._eos_token_id = END
     written = list(map(ord, so_far))
     structured = SimpleNamespace(reasoning_ended=None, grammar=accepts)
-    return SimpleNamespace(
+    return FakeRequest(
         sampling_params=params,
         structured_output_request=structured,
         output_token_ids=written,
-        num_tokens=100 + len(written),
+        num_output_tokens=len(written),
+        num_prompt_tokens=100,
         max_tokens=params.max_tokens,
         resumable=False,
     )
@@ -73,7 +92,9 @@ def rest_of(reasoner: type | None = None, max_model_len: int = 1000) -> RestOfCh
 
 def after(request: Any, sampled: str | list[int], **rest: Any) -> list[int]:
     tokens = list(map(ord, sampled)) if isinstance(sampled, str) else sampled
-    return rest_of(**rest).after(request, tokens)
+    finder = rest_of(**rest)
+    finder.arrived(request)
+    return finder.after(request, tokens)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +200,81 @@ def test_whatever_the_choices_an_answer_is_one_of_them_and_ends_where_it_is_deci
         assert bool(rest) == (len(left) == 1)
         if rest:
             break
+
+
+def grown(request: Any, text: str) -> None:
+    """The request has written `text` more."""
+    request.output_token_ids += map(ord, text)
+    request.num_output_tokens += len(text)
+
+
+def test_a_choice_is_tokenised_when_its_request_arrives_and_not_in_a_step():
+    finder, request = rest_of(), request_of(["a long answer", "a lasting one"])
+    finder.arrived(request)
+    tokenizer: Any = finder._manager.tokenizer
+    assert sorted(tokenizer.encoded) == ["a lasting one", "a long answer"]
+    for letter in "a l":
+        assert finder.after(request, [ord(letter)]) == []
+        grown(request, letter)
+    assert finder.after(request, [ord("o")]) == [*map(ord, "ng answer"), END]
+    again = request_of(["a lasting one", "a long answer"])
+    finder.arrived(again)
+    assert len(tokenizer.encoded) == 2, "known sets are not tokenised again"
+
+
+@pytest.mark.parametrize(
+    "structured",
+    [{"json": {"type": "object"}}, {"regex": "(a|b)+"}, {"grammar": 'root ::= "a" # "b"'}],
+    ids=lambda structured: next(iter(structured)),
+)
+def test_the_output_of_a_request_without_choices_is_not_put_together(structured):
+    request = request_of(["yes"])
+    request.sampling_params.structured_outputs = StructuredOutputsParams(**structured)
+    finder = rest_of()
+    finder.arrived(request)
+    for _ in range(100):
+        assert finder.after(request, [ord("a")]) == []
+        grown(request, "a")
+    tokenizer: Any = finder._manager.tokenizer
+    assert (tokenizer.encoded, tokenizer.decoded) == ([], 0)
+
+
+def test_an_answer_that_stays_open_for_long_takes_vllms_steps():
+    """So the work of all steps together stays in proportion to the length of the answer."""
+    start = "a" * 2 * rest_of_choice.MOST_TOKENS
+    finder, request = rest_of(), request_of([start + "b", start + "c"], max_tokens=1000)
+    finder.arrived(request)
+    for letter in start:
+        assert finder.after(request, [ord(letter)]) == []
+        grown(request, letter)
+    tokenizer: Any = finder._manager.tokenizer
+    assert tokenizer.decoded == sum(range(rest_of_choice.MOST_TOKENS + 1))
+    assert finder.after(request, [ord("b")]) == []
+
+
+@pytest.mark.parametrize(("length", "is_long"), [(1024, False), (1025, True)])
+def test_a_long_rest_that_is_not_canonical_is_not_tokenised_in_a_step(length, is_long):
+    finder, request = rest_of(), request_of(["positive" + "s" * length, "x"], max_tokens=2000)
+    finder.arrived(request)
+    finder._max_model_len = 10_000
+    begun = list(map(ord, "positive"))
+    assert bool(finder.after(request, begun)) != is_long
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["a" * MOST_CHOICE_CHARACTERS, "b"],
+        [f"{number:05}" for number in range(MOST_CHOICES + 1)],
+    ],
+    ids=["characters", "choices"],
+)
+def test_more_than_a_policy_can_have_takes_vllms_steps(choices):
+    finder, request = rest_of(), request_of(choices)
+    finder.arrived(request)
+    tokenizer: Any = finder._manager.tokenizer
+    assert tokenizer.encoded == []
+    assert finder.after(request, [ord(choices[0][0])]) == []
 
 
 def test_only_running_requests_whose_output_counts_are_looked_at():

@@ -1,21 +1,29 @@
-"""Admission: which requests may exit, decided from their sampling parameters and their adapter.
+"""Admission: which requests may exit, decided when they arrive.
 
-The scheduler (for the prefix cache) and the worker (for the exit loop) ask the same question and
-must get the same answer; the frontend refuses requests whose settings the engine cannot serve.
+The frontend refuses requests whose settings the engine cannot serve (`check`). The scheduler
+decides all that follows from what a client sent (`resolve`), and what it decided goes to the
+workers, which add what they alone know: the adapters as loaded, and the policies of the moment
+(`admit`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.config import RequestSettings, Settings, read_request
+from vllm_adainfer.config import EXIT_ARG, RequestSettings, Settings, read_request
 from vllm_adainfer.engine.compat import get_logger, serves_prompt_logprobs
-from vllm_adainfer.engine.deep_prompt import has_deep_prompt
 from vllm_adainfer.engine.ends_choices import why_choices_go_on
-from vllm_adainfer.engine.policies import Policies, request_settings
-from vllm_adainfer.engine.reads import Read, What, read_of
+from vllm_adainfer.engine.policies import Policies
+from vllm_adainfer.engine.reads import (
+    Read,
+    What,
+    has_unchanged_scores,
+    read_of,
+    wants_prompt_logprobs,
+)
+from vllm_adainfer.engine.resolved import UNLIMITED, Resolved
 from vllm_adainfer.engine.sample import is_sampled
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import ArtifactConfig
@@ -33,7 +41,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 FULL_DEPTH = -1
-UNLIMITED = 1 << 62
+NOT_UNDERSTOOD = RequestSettings.model_validate({EXIT_ARG: 0})
+SCRIPTED = Read(What.TOKEN, frozenset(SCRIPT_LABELS))
 
 
 @dataclass(frozen=True)
@@ -41,35 +50,41 @@ class Admitted:
     """What the worker remembers of a request.
 
     Attributes:
-        tag: see `Admission.tag`.
-        subset: see `Admission.subset`.
-        may_exit: see `Admission.may_exit`.
-        is_shadow: see `Admission.is_shadow`.
+        resolved: what was decided when it arrived.
+        tag: `FULL_DEPTH`, or a number the policies know: with artifacts a row of the thresholds,
+            numbered across policies; while recording the row of the calibration data; with a
+            script, the index of the exit point.
+        subset: the labels that it is about, as bits of its policy's; all if it has no pool.
+        certified_tokens: so many tokens, the first ones, may exit: as many as its policy's bound is
+            about.
+        chooses: whether it comes under a policy for choices.
         prompt: token ids of its prompt.
-        max_tokens: most tokens that it may generate.
-        chooses: see `Admission.chooses`.
-        deep_prompt: whether its prompt runs at full depth, whatever the tag.
-        wants_prompt_logprobs: whether it wants log-probabilities of its prompt's tokens.
-        params: its sampling parameters.
-        adapter: its LoRA adapter; None for the base model. From all three this follows.
+        prompt_len: how many these are.
+        adapter: its LoRA adapter; None for the base model.
 
     """
 
+    resolved: Resolved
     tag: int
     subset: int
-    may_exit: bool
-    is_shadow: bool
-    prompt: Sequence[int]
-    max_tokens: int
+    certified_tokens: int
     chooses: bool
-    deep_prompt: bool
-    wants_prompt_logprobs: bool
-    params: SamplingParams | None
+    prompt: Sequence[int]
+    prompt_len: int
     adapter: LoRARequest | None
 
 
 class Admission:
-    """Gives each request a tag: `FULL_DEPTH`, or a number the policy knows."""
+    """Decides which requests may exit, and by which policy.
+
+    Attributes:
+        policies: of the engine.
+        records: whether it runs for calibration.
+        has_pools: whether a policy has a label pool.
+        has_choices: whether a policy is for choices.
+        may_get_choices: the same, and whether such a policy may come with an adapter.
+
+    """
 
     def __init__(
         self,
@@ -101,7 +116,7 @@ class Admission:
         if configs is None:
             configs = load_artifact_configs(settings.artifacts)
         self._configs = configs
-        self.policies = Policies(settings, configs, logprobs_mode, ends_choices)
+        self.policies = Policies(settings, configs, ends_choices)
         self.has_pools = any(config.label_pool for config in configs.values())
         self.has_choices = any(config.choices for config in configs.values())
         self.may_get_choices = self.has_choices or settings.exit_points is not None
@@ -139,7 +154,7 @@ class Admission:
             AdaInferError: one is unknown, not valid, or not offered by this engine.
 
         """
-        if params.prompt_logprobs is not None and not self._serves_prompt_logprobs:
+        if wants_prompt_logprobs(params) and not self._serves_prompt_logprobs:
             raise AdaInferError(
                 "prompt_logprobs (echo with logprobs) ends the engine of vLLM 0.32 on a CPU with "
                 "--enable-lora: leave it out, or serve merged weights"
@@ -164,7 +179,9 @@ class Admission:
     ) -> None:
         """Refuse what no policy promises that may decide the request; its adapter is not known."""
         adapters = self.policies.have_adapters or self._settings.exit_points is not None
-        name = (None if adapters else self.policies.deciding(request, params, None)) or name
+        if not adapters:
+            resolved = self._understood(request, params)
+            name = self.policies.deciding(resolved, self.policies.named(None)) or name
         refused = []
         configs = list(self._configs.values()) if name is None else [self._configs[name]]
         for config in configs:
@@ -175,86 +192,136 @@ class Admission:
         if refused and (len(refused) == len(configs) or not adapters):
             raise refused[0]
 
-    def admit(
+    def resolve(
         self,
         request_id: str,
         params: SamplingParams | None,
-        prompt: Sequence[int],
         adapter: LoRARequest | None = None,
-    ) -> Admitted:
-        """What the worker is to remember of a request."""
-        return Admitted(
-            tag=self.tag(params, prompt, adapter),
-            subset=self.subset(params, adapter),
-            may_exit=self.may_exit(params, adapter),
+        resumable: bool = False,
+    ) -> Resolved:
+        """Decide about a request that has arrived.
+
+        Args:
+            request_id: vLLM's own, which clients cannot choose.
+            params: its sampling parameters.
+            adapter: its LoRA adapter.
+            resumable: whether its prompt is still being sent. Later parts attend to earlier ones at
+                every layer, so such a request runs at full depth.
+
+        """
+        if params is None:
+            return NOTHING
+        resolved = self._understood(request_settings(params), params)
+        if resumable:
+            return replace(resolved, read=None, is_wanted=False)
+        return replace(
+            resolved,
+            may_exit=self._may_exit(resolved, adapter),
+            may_choose=self._may_choose(resolved, adapter),
+            saving=self._saving(resolved, adapter),
             is_shadow=self.is_shadow(request_id),
-            prompt=prompt,
-            max_tokens=(params and params.max_tokens) or UNLIMITED,
-            chooses=self.chooses(params, adapter),
-            deep_prompt=has_deep_prompt(params),
-            wants_prompt_logprobs=params is not None and params.prompt_logprobs is not None,
-            params=params,
-            adapter=adapter,
         )
 
-    def may_exit(self, params: SamplingParams | None, adapter: LoRARequest | None = None) -> bool:
-        """Whether a request with `params` may leave early, at whatever epsilon.
+    def _understood(self, request: RequestSettings, params: SamplingParams) -> Resolved:
+        """What the settings of a request and its sampling parameters say."""
+        settings = self._settings
+        read = read_of(params, self._logprobs_mode)
+        wanted = request.adainfer
+        return Resolved(
+            settings=request,
+            read=read,
+            is_wanted=settings.requests != "opt-in" if wanted is None else wanted,
+            scores_unchanged=has_unchanged_scores(params, read, settings.requests == "all"),
+            max_tokens=params.max_tokens or UNLIMITED,
+            wants_prompt_logprobs=wants_prompt_logprobs(params),
+        )
 
-        Whatever its prompt asks. The answer does not change when other artifacts replace these, see
-        `vllm_adainfer.engine.reload.check_replaces`, or come with adapters.
+    def is_shadow(self, request_id: str) -> bool:
+        """Whether a request that may exit runs to full depth instead, to be compared."""
+        return is_sampled(request_id, self._settings.shadow_rate, "shadow")
+
+    def _may_exit(self, resolved: Resolved, adapter: LoRARequest | None) -> bool:
+        """See `Resolved.may_exit`.
+
+        The answer does not change when other artifacts replace these, see
+        `vllm_adainfer.engine.reload.check_replaces`, or come with adapters. The files of an adapter
+        are not read here, so a policy that goes by its name counts, whatever its weights.
         """
-        if params is None or self.records:
+        if self.records:
             return False
         if self._settings.exit_script is not None:
-            return self._scripted(params) != FULL_DEPTH
-        request = request_settings(params)
-        decided = self.policies.deciding(request, params, adapter) is not None
-        if not decided and not self.policies.may_come(request, adapter):
+            return self._scripted(resolved) != FULL_DEPTH
+        own = self.policies.named(adapter)
+        if adapter is None:
+            decided = self.policies.deciding(resolved, own) is not None
+        else:  # one alone may have the adapter's weights
+            alone = ({name: config} for name, config in own.items())
+            decided = any(self.policies.deciding(resolved, one) is not None for one in alone)
+        if not decided and not self.policies.may_come(resolved, adapter):
             return False
-        epsilon = request.adainfer_epsilon
+        epsilon = resolved.settings.adainfer_epsilon
         return (self._settings.epsilon if epsilon is None else epsilon) != 0
 
-    def prompt_saving(
-        self, params: SamplingParams | None, adapter: LoRARequest | None = None
-    ) -> tuple[str, float] | None:
-        """The policy of a request, and the share of its prompt's layers that exits save for good.
-
-        None if it may not exit, or generates text, where the next token runs what was skipped.
-        """
-        if params is None or self.records or not self._configs:
-            return None
-        name = self.policies.deciding(request_settings(params), params, adapter)
+    def _saving(self, resolved: Resolved, adapter: LoRARequest | None) -> tuple[str, float] | None:
+        """See `Resolved.saving`."""
+        name = self.policies.deciding(resolved, self.policies.named(adapter))
         if name is None or self._configs[name].max_tokens > 1:
             return None
         config = self._configs[name]
         return name, config.levels[config.level_of(None)].layers_saved
 
-    def tag(
-        self,
-        params: SamplingParams | None,
-        prompt: Sequence[int] = (),
-        adapter: LoRARequest | None = None,
-    ) -> int:
-        """The policy's number for a request with `params`, or `FULL_DEPTH`.
+    def _may_choose(self, resolved: Resolved, adapter: LoRARequest | None) -> bool:
+        """See `Resolved.may_choose`."""
+        read = resolved.read
+        if read is None or read.what is not What.CHOICE:
+            return False
+        if self.policies.may_come(resolved, adapter):
+            return True
+        return self.policies.deciding(resolved, self.policies.named(adapter)) is not None
 
-        With artifacts the number is a row of the thresholds, numbered across policies; while
-        recording it is the row of the calibration data; with a script, the index of the exit point.
+    def admit(
+        self,
+        resolved: Resolved,
+        prompt: Sequence[int],
+        adapter: LoRARequest | None = None,
+        fingerprint: str | None = None,
+    ) -> Admitted:
+        """What the worker is to remember of a request.
+
+        Args:
+            resolved: what the scheduler decided.
+            prompt: token ids.
+            adapter: its LoRA adapter.
+            fingerprint: that of the adapter, as vLLM has loaded it.
+
         """
-        if params is None:
-            return FULL_DEPTH
+        name = self.policies.deciding(resolved, self.policies.of(adapter, fingerprint))
+        config = None if name is None else self._configs[name]
+        chooses = config is not None and bool(config.choices)
+        return Admitted(
+            resolved=resolved,
+            tag=self._tag(resolved, name, prompt),
+            subset=ALL if config is None else _subset(resolved.read, config),
+            certified_tokens=UNLIMITED if config is None else config.max_tokens,
+            chooses=chooses,
+            prompt=prompt,
+            prompt_len=len(prompt),
+            adapter=adapter,
+        )
+
+    def _tag(self, resolved: Resolved, name: str | None, prompt: Sequence[int]) -> int:
+        """See `Admitted.tag`; `name` is the request's policy."""
         if self.records:
-            row = request_settings(params).adainfer_row
+            row = resolved.settings.adainfer_row
             return FULL_DEPTH if row is None else row
         if self._settings.exit_script is not None:
-            return self._scripted(params)
-        request = request_settings(params)
-        name = self.policies.deciding(request, params, adapter)
+            return self._scripted(resolved)
         if name is None:
             return FULL_DEPTH
         level = self._default_level[name]
-        if request.adainfer_epsilon is not None:
+        if resolved.settings.adainfer_epsilon is not None:
             try:
-                level = self._configs[name].level_of(request.adainfer_epsilon)
+                level = self._configs[name].level_of(resolved.settings.adainfer_epsilon)
             except AdaInferError as error:
                 logger.warning_once("a request runs at full depth: %s", str(error))
                 return FULL_DEPTH
@@ -268,36 +335,9 @@ class Admission:
         tag = self._configs[name].tag_of(level, question)
         return FULL_DEPTH if tag is None else self._first_tag[name] + tag
 
-    def chooses(self, params: SamplingParams | None, adapter: LoRARequest | None = None) -> bool:
-        """Whether a request comes under a policy for choices: its first token alone may exit."""
-        if params is None or not self.has_choices:
-            return False
-        name = self.policies.deciding(request_settings(params), params, adapter)
-        return name is not None and bool(self._configs[name].choices)
-
-    def may_choose(self, params: SamplingParams | None, adapter: LoRARequest | None = None) -> bool:
-        """The same for the scheduler, which does not know the policies that came with adapters."""
-        if params is None:
-            return False
-        if not self.policies.may_come(request_settings(params), adapter):
-            return self.chooses(params, adapter)
-        read = read_of(params, self._logprobs_mode)
-        return read is not None and read.what is What.CHOICE
-
-    def subset(self, params: SamplingParams | None, adapter: LoRARequest | None = None) -> int:
-        """The labels that a request is about, as bits of its policy's; all if it has no pool."""
-        if params is None or not self.has_pools:
-            return ALL
-        name = self.policies.deciding(request_settings(params), params, adapter)
-        read = read_of(params, self._logprobs_mode)
-        config = None if name is None else self._configs[name]
-        if config is None or not config.label_pool or read is None or read.labels is None:
-            return ALL
-        return bits_of(read.labels, config.label_ids)
-
-    def _scripted(self, params: SamplingParams) -> int:
+    def _scripted(self, resolved: Resolved) -> int:
         """Index of the exit point that a request names, if a label head can answer it."""
-        layer = request_settings(params).adainfer_exit
+        layer = resolved.settings.adainfer_exit
         script = self._settings.exit_script or ()
         if layer is not None and layer not in script:
             logger.warning_once(
@@ -305,12 +345,35 @@ class Admission:
                 "it runs at full depth",
                 layer,
             )
-        read = read_of(params, self._logprobs_mode)
-        if layer not in script or read != Read(What.TOKEN, frozenset(SCRIPT_LABELS)):
+        if layer not in script or resolved.read != SCRIPTED:
             return FULL_DEPTH
-        covered = self.policies.covers(params, What.TOKEN, UNLIMITED)
-        return script.index(layer) if covered else FULL_DEPTH
+        return script.index(layer) if resolved.scores_unchanged else FULL_DEPTH
 
-    def is_shadow(self, request_id: str) -> bool:
-        """Whether a request that may exit runs to full depth instead, to be compared."""
-        return is_sampled(request_id, self._settings.shadow_rate, "shadow")
+
+def _subset(read: Read | None, config: ArtifactConfig) -> int:
+    """The labels that a request is about, as bits of its policy's."""
+    if not config.label_pool or read is None or read.labels is None:
+        return ALL
+    return bits_of(read.labels, config.label_ids)
+
+
+def request_settings(params: SamplingParams) -> RequestSettings:
+    """A request's settings; full depth if they are not valid.
+
+    vLLM's frontend refuses such a request by `Admission.check`; others can reach the engine.
+    """
+    try:
+        return read_request(params.extra_args)
+    except AdaInferError as error:
+        logger.warning_once("a request runs at full depth: %s", str(error))
+        return NOT_UNDERSTOOD
+
+
+NOTHING = Resolved(
+    settings=NOT_UNDERSTOOD,
+    read=None,
+    is_wanted=False,
+    scores_unchanged=False,
+    max_tokens=UNLIMITED,
+    wants_prompt_logprobs=False,
+)  # of a request without sampling parameters

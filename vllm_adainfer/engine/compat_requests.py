@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vllm_adainfer.policy.artifact import MOST_CHOICE_CHARACTERS, MOST_CHOICES
+
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
@@ -23,23 +25,48 @@ def client_request_id(request_id: str) -> str:
     return re.sub(r"-[0-9a-f]{8}$", "", request_id)
 
 
+ROOT = "root ::= "
+BETWEEN = " | "
+LITERAL = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
+# Each character may be escaped, as in \u001f, and each choice has quotes and a bar around it.
+LONGEST_GRAMMAR = 6 * MOST_CHOICE_CHARACTERS + 5 * MOST_CHOICES + len(ROOT)
+
+
 def choices_of(choice: Sequence[str] | None, grammar: str | None) -> list[str] | None:
     """The texts that a request chooses from, of the two fields of its ``structured_outputs``.
 
-    None if it is restricted in another way.
+    None if it is restricted in another way, or if there are more than `MOST_CHOICES`, or more than
+    `MOST_CHOICE_CHARACTERS` in all: such a request runs as in stock vLLM. The time is linear in
+    what is looked at, which is never more than that.
     0.32's frontend has by then turned ``choice`` into a grammar, in place, if the backend is
     xgrammar (`validate_xgrammar_grammar`), so a grammar is read back if it is one of a choice.
     """
+    choices = _choices_in(grammar or "") if choice is None else choice
+    if choices is None or len(choices) > MOST_CHOICES:
+        return None
+    return list(choices) if sum(map(len, choices)) <= MOST_CHOICE_CHARACTERS else None
+
+
+def _choices_in(grammar: str) -> list[str] | None:
+    """The choices of a grammar that 0.32's `choice_as_grammar` has written; None of any other."""
     from vllm.v1.structured_output.utils import choice_as_grammar
 
-    if choice is not None:
-        return list(choice)
-    grammar = grammar or ""
-    try:  # its escapes are JSON's
-        choices = [json.loads(text) for text in re.findall(r'"(?:[^"\\]|\\.)*"', grammar)]
-    except ValueError:
+    if len(grammar) > LONGEST_GRAMMAR or not grammar.startswith(ROOT):
         return None
-    return choices if choices and choice_as_grammar(choices) == grammar else None
+    choices: list[str] = []
+    place = len(ROOT)
+    while literal := LITERAL.match(grammar, place):
+        try:  # its escapes are JSON's
+            choices.append(json.loads(literal[0]))
+        except ValueError:
+            return None
+        place = literal.end()
+        if place == len(grammar):
+            return choices if choice_as_grammar(choices) == grammar else None
+        if not grammar.startswith(BETWEEN, place):
+            return None
+        place += len(BETWEEN)
+    return None
 
 
 def sampled_tokens(
@@ -60,7 +87,7 @@ def sampled_tokens(
             and request is not None
             and request.use_structured_output
             and not request.is_finished()
-            and not request.num_stale_output_tokens
+            and not has_stale_output(request)
             and request_id not in scheduler_output.scheduled_spec_decode_tokens
         ):
             yield request, tokens
@@ -118,6 +145,15 @@ def decision_question(name: str, asked: Mapping[str, Any]) -> tuple[str, tuple[s
         name, asked["type"], asked.get("instructions", ""), asked.get("criteria"), len(LABELS)
     )
     return question.type.prompt(question), question.labels
+
+
+def has_stale_output(request: Request) -> bool:
+    """Whether the step that has just ended began before a request was preempted.
+
+    0.32 preempts and schedules anew in one step where ``reset_prefix_cache`` is called for running
+    requests, and counts the tokens of older steps still to come before it updates a request.
+    """
+    return request.num_stale_output_tokens > 0
 
 
 def hash_block_size(kv_cache_manager: Any) -> int:

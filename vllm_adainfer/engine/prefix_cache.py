@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_adainfer.engine.compat_requests import hash_block_size
+from vllm_adainfer.engine.compat_requests import has_stale_output, hash_block_size
 from vllm_adainfer.engine.prefix_reuse import PrefixReuse
 
 if TYPE_CHECKING:
@@ -75,8 +75,13 @@ class PrefixCacheGuard:
         """Cache withheld blocks: by request id, that many first tokens are `complete`."""
         for request_id, tokens in complete.items():
             request, cached = self._unfinished.get(request_id, (None, 0))
-            # A request that was preempted or aborted meanwhile has lost its blocks.
-            if request is None or request.status != RequestStatus.RUNNING:
+            # A request that was preempted or aborted meanwhile has lost its blocks, even if it has
+            # others by now.
+            if (
+                request is None
+                or request.status != RequestStatus.RUNNING
+                or has_stale_output(request)
+            ):
                 continue
             if tokens // self._block_size > cached // self._block_size:
                 self._cache(request, cached, tokens)

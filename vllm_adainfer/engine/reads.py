@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.engine.compat_requests import choices_of
-from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.policy.artifact import MOST_ANSWERS, ArtifactConfig
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -67,14 +66,16 @@ def choices_served(config: ArtifactConfig) -> frozenset[str] | None:
     return frozenset(choice.text for choice in config.choices) or None
 
 
-def has_room(params: SamplingParams, config: ArtifactConfig) -> bool:
-    """Whether a request may be as long as the longest choice and its end."""
-    longest = max(len(choice.token_ids) for choice in config.choices)
-    return params.max_tokens is None or params.max_tokens > longest
+def has_room(max_tokens: int, config: ArtifactConfig) -> bool:
+    """Whether a request for so many tokens may be as long as the longest choice and its end."""
+    return max_tokens > max(len(choice.token_ids) for choice in config.choices)
 
 
 def read_of(params: SamplingParams, logprobs_mode: str) -> Read | None:
     """What a request with `params` reads; None if no policy promises that.
+
+    Called once a request, when it arrives. More than `MOST_ANSWERS` tokens are no policy's labels,
+    and are not looked at.
 
     Log-probabilities of vLLM are over the whole vocabulary, unless the engine was started with
     ``--logprobs-mode processed_logprobs`` and the request allows certain tokens alone
@@ -83,9 +84,10 @@ def read_of(params: SamplingParams, logprobs_mode: str) -> Read | None:
     """
     if params.structured_outputs is not None:
         return _choice_read(params)
-    allowed = params.allowed_token_ids
+    allowed, ids = params.allowed_token_ids, params.logprob_token_ids
+    if max(len(allowed or ()), len(ids or ())) > MOST_ANSWERS:
+        return None
     labels = None if allowed is None else frozenset(allowed)
-    ids = params.logprob_token_ids
     if params.logprobs is None and ids is None:
         return Read(What.TOKEN, labels)
     processed = logprobs_mode == "processed_logprobs"
@@ -99,21 +101,15 @@ def read_of(params: SamplingParams, logprobs_mode: str) -> Read | None:
     return None
 
 
-KNOWN_SETS = 128  # sets of choices kept, so that a step need not work them out again
-
-
 def choices_asked(params: SamplingParams) -> frozenset[str] | None:
-    """The different texts that a request chooses from; None if it is not restricted to such."""
+    """The different texts that a request chooses from.
+
+    None if it is not restricted to such, or to more text than `choices_of` looks at.
+    """
     structured = params.structured_outputs
     if structured is None:
         return None
-    choice = None if structured.choice is None else tuple(structured.choice)
-    return _choices(choice, structured.grammar)
-
-
-@lru_cache(KNOWN_SETS)
-def _choices(choice: tuple[str, ...] | None, grammar: str | None) -> frozenset[str] | None:
-    found = choices_of(choice, grammar)
+    found = choices_of(structured.choice, structured.grammar)
     return None if found is None else frozenset(found)
 
 
@@ -136,3 +132,30 @@ def is_plain(params: SamplingParams) -> bool:
         and not params.logit_bias
         and not params.bad_words
     )
+
+
+def has_unchanged_scores(params: SamplingParams, read: Read | None, any_temperature: bool) -> bool:
+    """Whether what is read comes of the unchanged scores, as the calibrated bound assumes.
+
+    Probabilities in the whole vocabulary are the same at any temperature; ``/generative_scoring``
+    leaves it at 1. Penalties of tokens that have come change nothing for a first token.
+    """
+    what = None if read is None else read.what
+    return (
+        (params.temperature == 0 or what is What.IN_VOCABULARY or any_temperature)
+        and not wants_prompt_logprobs(params)
+        and not params.min_tokens
+        and not params.logit_bias
+        and not params.bad_words
+        and (params.structured_outputs is None or what is What.CHOICE)
+        and params.thinking_token_budget is None
+        and params.trace_decode_token_ids is None
+        and params.repetition_penalty == 1
+        and (params.max_tokens == 1 or not params.presence_penalty)
+        and (params.max_tokens == 1 or not params.frequency_penalty)
+    )
+
+
+def wants_prompt_logprobs(params: SamplingParams) -> bool:
+    """Whether a request reads log-probabilities of its prompt's tokens, in either of two ways."""
+    return params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,12 +12,16 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 
 from vllm_adainfer.config import read_settings
-from vllm_adainfer.engine.adapters import StepAdapters
-from vllm_adainfer.engine.admission import FULL_DEPTH, UNLIMITED, Admission, Admitted
+from vllm_adainfer.engine.adapters import StepAdapters, fingerprint_of
+from vllm_adainfer.engine.admission import FULL_DEPTH, Admission, Admitted
+from vllm_adainfer.engine.resolved import UNLIMITED, Resolved, resolved_of
 from vllm_adainfer.exits.layout import Bools, Ints, RowLayout
 from vllm_adainfer.exits.loop import Loop
 from vllm_adainfer.exits.report import INTERVAL, StepNote, snapshot_of
 from vllm_adainfer.exits.step import StepContext
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 
 class RunningRequests:
@@ -53,18 +57,32 @@ class RunningRequests:
         self._window = min(windows, default=UNLIMITED)
 
     def add(self, new: Any) -> None:
-        """Admit a request of vLLM's `NewRequestData`."""
-        self._admitted[new.req_id] = self.admission.admit(
-            new.req_id, new.sampling_params, new.prompt_token_ids, new.lora_request
-        )
+        """Admit a request of vLLM's `NewRequestData`, as the scheduler has decided about it.
+
+        No scheduler has seen those that vLLM warms up with.
+        """
+        params, adapter = new.sampling_params, new.lora_request
+        resolved = resolved_of(params)
+        if resolved is None:
+            resolved = self.admission.resolve(new.req_id, params, adapter)
+        prompt = new.prompt_token_ids or ()
+        self._admitted[new.req_id] = self._admit(resolved, prompt, adapter)
 
     def use_admission(self, admission: Admission) -> None:
         """Let `admission` decide from now on, also about requests that are already running."""
         self.admission = admission
         for request_id, request in self._admitted.items():
-            self._admitted[request_id] = admission.admit(
-                request_id, request.params, request.prompt, request.adapter
+            self._admitted[request_id] = self._admit(
+                request.resolved, request.prompt, request.adapter
             )
+
+    def _admit(
+        self, resolved: Resolved, prompt: Sequence[int], adapter: LoRARequest | None
+    ) -> Admitted:
+        fingerprint = None
+        if adapter is not None and self.admission.policies.have_adapters:
+            fingerprint = fingerprint_of(adapter.lora_path)
+        return self.admission.admit(resolved, prompt, adapter, fingerprint)
 
     def lost_kv(self, request_id: str) -> None:
         """The request was preempted: it starts again, without its blocks."""
@@ -104,15 +122,16 @@ class RunningRequests:
         """
         admitted = [self._admitted[request_id] for request_id in request_ids]
         last = computed + lens - 1
-        prompt = np.array([len(request.prompt) for request in admitted])
+        prompt = np.array([request.prompt_len for request in admitted])
         tags = np.array([request.tag for request in admitted])
-        max_tokens = np.array([request.max_tokens for request in admitted])
-        deep_prompt = np.array([request.deep_prompt for request in admitted])
+        max_tokens = np.array([request.resolved.max_tokens for request in admitted])
+        deep_prompt = np.array([request.resolved.deep_prompt for request in admitted])
         tags[deep_prompt & (computed < prompt)] = FULL_DEPTH
+        certified = np.array([request.certified_tokens for request in admitted])
+        tags[last + 2 - prompt > certified] = FULL_DEPTH  # the number of this step's token
         chooses = None
         if self.admission.has_choices:
             chooses = np.array([request.chooses for request in admitted])
-            tags[chooses & (last >= prompt)] = FULL_DEPTH  # beyond the first token
         overdue = self._loop.overdue()
         if overdue:
             tags[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
@@ -122,7 +141,7 @@ class RunningRequests:
             tags[continues & (last + 1 >= self._window)] = FULL_DEPTH
         shadow, tightened = None, self._loop.tightened()
         if tightened is not None:
-            shadow = np.array([request.is_shadow for request in admitted])
+            shadow = np.array([request.resolved.is_shadow for request in admitted])
             tags[tightened[tags] & ~shadow] = FULL_DEPTH
         self._ran = StepContext(
             request_ids=request_ids,
@@ -133,7 +152,7 @@ class RunningRequests:
             shadow=shadow,
             subsets=self._subsets(admitted),
             ends_early=chooses,
-            all_rows_count=any(request.wants_prompt_logprobs for request in admitted),
+            all_rows_count=any(request.resolved.wants_prompt_logprobs for request in admitted),
             device=device,
         )
         return self._ran
@@ -174,5 +193,5 @@ class RunningRequests:
             if place in ended
             else ends[place] - self._loop.missing(request_id, ends[place])
             for place, request_id in enumerate(step.request_ids)
-            if self._admitted[request_id].may_exit
+            if self._admitted[request_id].resolved.may_exit
         }

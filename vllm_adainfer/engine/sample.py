@@ -1,10 +1,13 @@
-"""A sample of the requests that their ids decide, so that a repeated run draws the same ones."""
+"""A random sample of the requests, which no client can steer."""
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 
-from vllm_adainfer.engine.compat_requests import client_request_id
+# Clients choose a part of a request's id (X-Request-Id), so the draw depends on a secret, too. It
+# is that of the scheduler's process, which alone draws.
+SECRET = secrets.token_bytes(32)
 
 
 def is_sampled(request_id: str, rate: float, purpose: str) -> bool:
@@ -14,5 +17,6 @@ def is_sampled(request_id: str, rate: float, purpose: str) -> bool:
     """
     if not rate:
         return False
-    digest = hashlib.sha256(f"{purpose} {client_request_id(request_id)}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32 < rate
+    text = f"{purpose} {request_id}".encode(errors="surrogatepass")
+    digest = hashlib.blake2b(text, digest_size=8, key=SECRET).digest()
+    return int.from_bytes(digest, "big") / 2**64 < rate

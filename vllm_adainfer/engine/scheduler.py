@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -16,8 +17,8 @@ from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine import compat_requests
 from vllm_adainfer.engine.admission import Admission
 from vllm_adainfer.engine.capture import CapturingScheduler
-from vllm_adainfer.engine.deep_prompt import has_deep_prompt, with_deep_prompt
 from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
+from vllm_adainfer.engine.resolved import resolved_of, with_resolved
 from vllm_adainfer.engine.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
 from vllm_adainfer.policy.artifact_files import load_artifact_configs
@@ -49,6 +50,17 @@ class GuardedScheduler(_Scheduler):
             )
 
     @override
+    def add_request(self, request: Request) -> None:
+        """First decide all that follows from what its client sent."""
+        params = request.sampling_params
+        if params is not None:
+            resolved = self.admission.resolve(
+                request.request_id, params, request.lora_request, request.resumable
+            )
+            request.sampling_params = with_resolved(params, resolved)
+        super().add_request(request)
+
+    @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the guard that a step begins."""
         if isinstance(self.kv_cache_manager, PrefixCacheGuard):
@@ -77,17 +89,22 @@ class GuardedScheduler(_Scheduler):
 
     def _may_exit(self, request: Request, computed: int) -> bool:
         """Whether `request` may exit in a step that starts after `computed` of its tokens."""
-        params = request.sampling_params
-        if has_deep_prompt(params) and computed < request.num_prompt_tokens:
+        resolved = resolved_of(request.sampling_params)
+        if resolved is None or (resolved.deep_prompt and computed < request.num_prompt_tokens):
             return False
-        return self.admission.may_exit(params, request.lora_request)
+        return resolved.may_exit
 
     def _saving(self, request: Request) -> tuple[str, float] | None:
-        return self.admission.prompt_saving(request.sampling_params, request.lora_request)
+        resolved = resolved_of(request.sampling_params)
+        return None if resolved is None else resolved.saving
 
     def _complete(self, request: Request) -> None:
         """Run the prompt at full depth; the worker first gets the request in this very step."""
-        request.sampling_params = with_deep_prompt(request.sampling_params)
+        params = request.sampling_params
+        resolved = resolved_of(params)
+        assert params is not None
+        assert resolved is not None, "only what may exit is completed"
+        request.sampling_params = with_resolved(params, replace(resolved, deep_prompt=True))
 
 
 class FinishingScheduler(_Scheduler):
@@ -108,6 +125,12 @@ class FinishingScheduler(_Scheduler):
         for name, config in load_artifact_configs(settings.artifacts).items():
             if config.choices:
                 check_tokenizer(self.structured_output_manager.tokenizer, name, config.choices)
+
+    @override
+    def add_request(self, request: Request) -> None:
+        """Also note what it chooses from."""
+        super().add_request(request)
+        self._rest_of_choice.arrived(request)
 
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -153,9 +176,10 @@ class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
 
     def _may_be_ending(self) -> Iterator[Request]:
         for request in self.running if self.admission.may_get_choices else ():
-            first = request.num_output_placeholders == 1 and not request.num_output_tokens
-            if first and self.admission.may_choose(request.sampling_params, request.lora_request):
-                yield request
+            if request.num_output_placeholders == 1 and not request.num_output_tokens:
+                resolved = resolved_of(request.sampling_params)
+                if resolved is not None and resolved.may_choose:
+                    yield request
 
 
 def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:

@@ -20,6 +20,11 @@ from vllm_adainfer.policy.kinds import (
 )
 from vllm_adainfer.policy.label_subsets import MOST_LABELS
 
+# What a policy can be for, and so the most of what a request names that is looked at.
+MOST_ANSWERS = 1024  # tokens that are labels
+MOST_CHOICES = 256
+MOST_CHOICE_CHARACTERS = 16_384  # of all choices
+
 
 def are_exit_points(points: Sequence[int], layers: int) -> bool:
     """Whether `points` is not empty, ascends, and lies inside a model of so many layers."""
@@ -166,6 +171,8 @@ class ArtifactConfig(_Strict):
             raise ValueError(f"exit_points {points} must ascend between 1 and {self.layers - 1}")
         if (self.candidates == "labels") != bool(self.labels):
             raise ValueError('there must be labels if and only if candidates = "labels"')
+        if len(self.labels) > MOST_ANSWERS:
+            raise ValueError(f"there are at most {MOST_ANSWERS} labels")
         if self.probe == "label-head" and self.candidates != "labels":
             raise ValueError('a label-head needs candidates = "labels"')
         if (self.risk == "probability") != (self.tolerance is not None):
@@ -208,6 +215,12 @@ class ArtifactConfig(_Strict):
             raise ValueError("choices need a label-head, max_tokens = 1 and no label_pool")
         if self.risk == "probability":
             raise ValueError('choices do not go with risk = "probability"')
+        characters = sum(len(choice.text) for choice in self.choices)
+        if len(self.choices) > MOST_CHOICES or characters > MOST_CHOICE_CHARACTERS:
+            raise ValueError(
+                f"there are at most {MOST_CHOICES} choices, of {MOST_CHOICE_CHARACTERS} characters "
+                "in all"
+            )
         columns = token_columns(self.choices, self.undecided)
         if self.label_ids != tuple(column[0] for column in columns):
             raise ValueError(

@@ -1,0 +1,30 @@
+"""What an admission decides about a request, as scheduler and worker ask it in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_adainfer.engine.adapters import fingerprint_of
+from vllm_adainfer.engine.admission import Admission, Admitted
+from vllm_adainfer.engine.resolved import Resolved
+
+
+def resolved(admission: Admission, params: Any, adapter: Any = None) -> Resolved:
+    """What the scheduler decides."""
+    return admission.resolve("id", params, adapter)
+
+
+def admitted(
+    admission: Admission, params: Any, prompt: Sequence[int] = (), adapter: Any = None
+) -> Admitted:
+    """What the worker remembers; it reads the adapter's files as vLLM loads it."""
+    fingerprint = None if adapter is None else fingerprint_of(adapter.lora_path)
+    return admission.admit(resolved(admission, params, adapter), prompt, adapter, fingerprint)
+
+
+def tag_of(
+    admission: Admission, params: Any, prompt: Sequence[int] = (), adapter: Any = None
+) -> int:
+    """The tag under which the worker runs the request."""
+    return admitted(admission, params, prompt, adapter).tag
