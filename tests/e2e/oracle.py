@@ -12,6 +12,8 @@ from transformers import DynamicCache
 
 # Scores closer than this are a tie: fp32 sums in another order may swap them.
 TIE = 1e-3
+# As a share of a state's size; moves what the head reads by 2e-4, as vLLM's own rounding may.
+NUDGE = 1e-5
 
 
 def decoder_layers(model: Any) -> Any:
@@ -48,6 +50,26 @@ def stuck(layers: Any) -> Iterator[None]:
     with ExitStack() as hooks:
         for layer in layers:
             hooks.callback(layer.register_forward_hook(hand_on, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def nudged(model: Any, seed: int) -> Iterator[None]:
+    """What each layer yields is off by about as much as fp32 sums in another order are.
+
+    Where a router's experts tie but for rounding, some seeds take the one, and some the other.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudge(_module: Any, _args: Any, output: Any) -> Any:
+        state = first(output)
+        noise = torch.randn(state.shape, generator=generator)
+        state = state + NUDGE * state.abs().mean(-1, keepdim=True) * noise
+        return state if isinstance(output, Tensor) else (state, *output[1:])
+
+    with ExitStack() as hooks:
+        for layer in decoder_layers(model):
+            hooks.callback(layer.register_forward_hook(nudge).remove)
         yield
 
 
