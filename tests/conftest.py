@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,10 @@ def pytest_sessionfinish() -> None:
     logging.raiseExceptions = False
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """How many engines were started, in all processes."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any) -> Generator[None]:
+    """How many engines were started, in all processes; last of all, programs that are missing."""
+    yield
     if WORKER:
         return
     counted = Path(os.environ["ADAINFER_TESTS_ENGINES"])
@@ -64,6 +66,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     counted.unlink()
     by_kind = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
     terminalreporter.write_line(f"engines started: {kinds.total()} ({by_kind or 'none'})")
+    for line in skipped_for_programs(terminalreporter.stats.get("skipped", ())):
+        terminalreporter.write_line(line, yellow=True)
+
+
+def skipped_for_programs(reports: Iterable[Any]) -> list[str]:
+    """A line for each program that skipped tests say to install, and how many would run with it."""
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+    programs = {why: number for why, number in reasons.items() if why.startswith("install ")}
+    return [f"skipped {number} of the tests: {why}" for why, number in programs.items()]
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ CHANGED = [
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
-        pytest.skip("no Chromium: install Debian's package, apt-get install chromium")
+        pytest.skip("install Chromium (apt-get install chromium)")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
