@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client import REGISTRY
+from prometheus_client.values import MutexValue
 
 from tests.tiny import tiny_config
 from vllm_adainfer.config import NO_POLICY
@@ -82,6 +83,18 @@ def test_tokens_are_in_the_bucket_of_the_layers_they_ran(configs, seed):
     assert value("adainfer:exit_layer_count", 0, policy="a") == sum(tokens.values())
     weighted = sum(layer * count for layer, count in tokens.items())
     assert value("adainfer:exit_layer_sum", 0, policy="a") == weighted
+
+
+@pytest.mark.parametrize(("kind", "detail"), [("tokens", "3"), ("shadow_moves", "0.01")])
+def test_a_report_costs_as_many_updates_however_much_it_counts(configs, monkeypatch, kind, detail):
+    """The API server's event loop waits for them."""
+    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    updates, inc = [], MutexValue.inc
+    monkeypatch.setattr(MutexValue, "inc", lambda *args: (updates.append(args), inc(*args)))
+    engine.add(report((kind, "a", detail, 1)))
+    for_one = len(updates)
+    engine.add(report((kind, "a", detail, 1000)))
+    assert len(updates) == 2 * for_one
 
 
 def test_moves_of_probabilities_are_a_histogram_of_the_policies_that_promise_them(configs):

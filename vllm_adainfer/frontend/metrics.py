@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.frontend.compat_metrics import observe_many
 from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.probabilities import MOVES
 
@@ -183,8 +184,7 @@ class EngineMetrics:
         histograms = {"tokens": self._series.exit_layer, "shadow_moves": self._series.shadow_move}
         if kind in histograms:
             histogram = histograms[kind].labels(*self._labels, policy)
-            for _ in range(int(added)):
-                histogram.observe(float(detail))
+            observe_many(histogram, float(detail), int(added))
             return
         labels = [*self._labels, *([policy] if policy else []), *([detail] if detail else [])]
         self._series.counters[kind].labels(*labels).inc(added)
