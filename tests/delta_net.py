@@ -27,9 +27,9 @@ def core(
         return
     context = get_forward_context()
     layer: Any = context.no_compile_layers[gdn_attention._resolve_layer_name(layer_name)]
-    if context.attn_metadata is None:
+    metadata = (context.attn_metadata or {}).get(layer.prefix)
+    if metadata is None:  # on GPUs, too, that is a profiling pass
         return
-    metadata = context.attn_metadata[layer.prefix]
     starts = metadata.non_spec_query_start_loc.tolist()
     for place in range(metadata.num_decodes + metadata.num_prefills):
         rows = slice(starts[place], starts[place + 1])

@@ -166,6 +166,23 @@ def test_rows_that_waited_over_the_end_of_a_block_catch_up_with_the_state_of_the
     assert wrong_after(served, requests) == []
 
 
+@pytest.mark.skipif(not IS_V2, reason="Model Runner V1 profiles without metadata")
+def test_a_profiling_pass_without_recurrent_layers_spoils_no_batch_that_exits_made(served):
+    """On GPUs vLLM warms up so (`kernel_warmup.py`), before the first request comes."""
+    _, runner, _ = parts(served.llm)
+    with torch.inference_mode():
+        runner.model_state.initialize_kv_cache(runner.kv_cache_config, runner.block_tables)
+        runner._dummy_run(num_tokens=8, is_profile=True)
+    generator = np.random.default_rng(5)
+    requests = [
+        Request(prompt, 8, seed) for seed, prompt in enumerate(prompts_of(generator, [9, 20, 40]))
+    ]
+    with drawn(served.llm, "exact") as ran:
+        pattern = drive(served.llm, requests)
+    names = range(len(pattern.requests))
+    assert [e for name in names for e in wrong(served.reference, "exact", pattern, name, ran)] == []
+
+
 def wrong_after(served: Served, requests: list[Request]) -> list[object]:
     """What is not as at full depth if a request leaves early up to the position `seed`."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_adainfer.engine import compat
@@ -22,8 +23,13 @@ from vllm_adainfer.exits.transfer import upload
 Groups = list[list[AttentionGroup]]  # by KV cache group
 
 
-def with_own_builders(groups: Groups, vllm_config: VllmConfig, device: torch.device) -> Groups:
+def with_own_builders(
+    groups: Groups, kv_cache: KVCacheConfig, vllm_config: VllmConfig, device: torch.device
+) -> Groups:
     """`groups` with their own metadata builders, because a builder may keep what it built last.
+
+    They must hold every layer of `kv_cache`: vLLM takes a layer without metadata for one that is
+    being profiled, and its output means nothing.
 
     vLLM's model that runs some layers on only some rows does the same
     (`models/deepseek_v41/nvidia/model_state.py`).
@@ -32,6 +38,9 @@ def with_own_builders(groups: Groups, vllm_config: VllmConfig, device: torch.dev
         AdaInferError: a backend writes keys and values only of rows that attend.
 
     """
+    held = {name for group in itertools.chain.from_iterable(groups) for name in group.layer_names}
+    cached = {name for group in kv_cache.kv_cache_groups for name in group.layer_names}
+    assert held >= cached, f"no metadata would be built for {sorted(cached - held)}"
     for group in itertools.chain.from_iterable(groups):
         # A layer with a recurrent state writes no keys and values.
         if group.backend.forward_includes_kv_cache_update and not group.backend.is_ssm():

@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
 from vllm_adainfer.engine.attention import (
@@ -48,17 +49,18 @@ class SegmentGraphs:
         vllm_config: VllmConfig,
         stack: Stack,
         groups: Groups,
+        kv_cache: KVCacheConfig,
         block_tables: Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        """Allocate for the attention `groups`, with `block_tables` [requests, blocks]."""
+        """Allocate for the attention `groups` of `kv_cache`; `block_tables` [requests, blocks]."""
         # Builders keep what graphs read at fixed addresses only under this mode.
         config = copy.copy(vllm_config)
         config.compilation_config = copy.copy(vllm_config.compilation_config)
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
         self._config = config
         self._stack = stack
-        self._groups = with_own_builders(groups, config, device)
+        self._groups = with_own_builders(groups, kv_cache, config, device)
         self._managers = [
             CudaGraphManager(config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1)
             for _ in stack.segments

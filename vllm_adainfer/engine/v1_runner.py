@@ -35,7 +35,9 @@ class AdaInferCPUModelRunner(CPUModelRunner):
 
     @cached_property
     def _own_groups(self) -> Groups:
-        return with_own_builders(self.attn_groups, self.vllm_config, self.device)
+        return with_own_builders(
+            self.attn_groups, self.kv_cache_config, self.vllm_config, self.device
+        )
 
     @override
     def _update_states(self, scheduler_output: Any) -> Any:

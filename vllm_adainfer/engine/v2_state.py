@@ -85,6 +85,7 @@ class ExitModelState(_ModelState):
             self.vllm_config,
             self.model.stack,
             attn_groups,
+            kv_cache_config,
             block_tables.input_block_tables,
             self.device,
         )
@@ -103,14 +104,17 @@ class ExitModelState(_ModelState):
         block_tables: tuple[Tensor, ...],
         slot_mappings: Tensor,
         attn_groups: Groups,
+        kv_cache_config: KVCacheConfig,
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Also describe the step, unless this is a dummy batch."""
-        if self._own_groups is None:
-            self._own_groups = with_own_builders(attn_groups, self.vllm_config, self.device)
+        """Also describe the step, unless this is a dummy batch, whose groups may lack layers."""
         self.model.prepared, graphs = None, self.model.graphs
         if self.running.knows(input_batch.req_ids[0]):
+            if self._own_groups is None:
+                self._own_groups = with_own_builders(
+                    attn_groups, kv_cache_config, self.vllm_config, self.device
+                )
             computed = input_batch.num_computed_tokens_np.astype(np.int64)
             lens = input_batch.num_scheduled_tokens.astype(np.int64)
             step = self.running.describe(
@@ -127,7 +131,14 @@ class ExitModelState(_ModelState):
             if graphs is not None and graphs.serves(step.layout):
                 return {}  # the graphs have their own
         return super().prepare_attn(
-            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs
+            input_batch,
+            cudagraph_mode,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
+            *args,
+            **kwargs,
         )
 
 
