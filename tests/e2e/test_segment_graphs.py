@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
@@ -142,6 +143,24 @@ def test_three_requests_are_padded_to_a_graph_of_four(graphed, reference):
     requests = [Request([7, 8, 9 + place], max_tokens=4, seed=FULL) for place in range(3)]
     segments = len(EXIT_POINTS) + 1
     assert replayed(graphed, reference, "exact", requests) == {4: 3 * segments}
+
+
+def test_experts_are_told_which_rows_of_a_graph_are_padding(graphed, reference):
+    """By the mask that routers of mixtures read; the rows come after those of another batch."""
+    model, _, _ = parts(graphed)
+    masks = []
+
+    def look(*_: Any) -> None:
+        masks.append(get_forward_context().is_padding.tolist())
+
+    layer = model.model.layers[0].register_forward_pre_hook(look)
+    try:
+        for count in (4, 3):
+            requests = [Request([7, 8, 9 + place], 2, seed=FULL) for place in range(count)]
+            assert replayed(graphed, reference, "exact", requests)
+            assert masks.pop() == [place >= count for place in range(4)]
+    finally:
+        layer.remove()
 
 
 def test_no_graph_is_replayed_for_a_request_with_several_rows(graphed, reference):

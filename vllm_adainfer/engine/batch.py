@@ -77,7 +77,10 @@ class CompiledBatch(Batch):
             attention = attention.of_layer(self.stack.last_layer)
         rows, attn_metadata = attention.metadata(layout)
         context = replace(
-            without_graphs(self.context), attn_metadata=attn_metadata, slot_mapping=rows.slots
+            without_graphs(self.context),
+            attn_metadata=attn_metadata,
+            slot_mapping=rows.slots,
+            is_padding=None,  # none of these rows is, and the step's mask is of other rows
         )
         adapters = None if self.adapters is None else self.adapters.step.of_rows(layout)
         return replace(self, positions=rows.positions, context=context, adapters=adapters)

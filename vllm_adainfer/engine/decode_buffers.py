@@ -38,6 +38,7 @@ class DecodeBuffers:
         self._slots = torch.full(
             (len(block_tables), size), compat.NO_SLOT, dtype=torch.int64, device=device
         )
+        self._is_padding = torch.zeros(size, dtype=torch.bool, device=device)
         # Allocated by the first batch, the largest, which has their dtype and widths.
         self._states: HiddenStates | None = None
         self._final: Tensor | None = None
@@ -60,6 +61,8 @@ class DecodeBuffers:
         self._starts[: padded + 1] = device_starts
         self._starts_cpu[: padded + 1] = torch.from_numpy(starts)
         self._slots[:, rows:padded] = compat.NO_SLOT
+        self._is_padding[:rows] = False
+        self._is_padding[rows:padded] = True
         for group, (buffer, table) in enumerate(
             zip(self._tables, attention.block_tables, strict=True)
         ):
@@ -88,6 +91,10 @@ class DecodeBuffers:
     def slots_of(self, rows: int) -> list[Tensor]:
         """Slots by KV cache group, [rows]."""
         return list(self._slots[:, :rows].unbind())
+
+    def padding_of(self, rows: int) -> Tensor:
+        """bool [rows], which of them are padding, for which a router need choose no experts."""
+        return self._is_padding[:rows]
 
     def ids_of(self, rows: int) -> HiddenStates:
         """The token ids, input of the first segment."""

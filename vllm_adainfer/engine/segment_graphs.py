@@ -124,6 +124,7 @@ class SegmentGraphs:
                     num_tokens=rows,
                     cudagraph_runtime_mode=mode,
                     slot_mapping=slots,
+                    is_padding=buffers.padding_of(rows),
                 ):
                     states = buffers.ids_of(rows) if index == 0 else buffers.states_of(rows)
                     states = self._stack.run(index, buffers.positions[:rows], states)
