@@ -19,8 +19,9 @@ def register() -> None:
     for ours in set(MODELS.values()):
         ModelRegistry.register_model(ours.rpartition(":")[2], ours)
     # The documented hook is asked by architecture. Every architecture gets one, so that the
-    # switch is refused, not ignored, on a model without exit points.
-    for architecture in ModelRegistry.get_supported_archs():
+    # switch is refused, not ignored, on a model without exit points. Some that vLLM 0.32 makes of
+    # others (`--convert classify`) are not in its registry, and have a hook.
+    for architecture in {*ModelRegistry.get_supported_archs(), *MODELS_CONFIG_MAP}:
         hook = MODELS_CONFIG_MAP.get(architecture)
         if not is_config_hook(hook):
             model_class = MODELS.get(architecture, "").rpartition(":")[2]

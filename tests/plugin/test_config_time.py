@@ -18,7 +18,7 @@ from transformers import (
     OlmoeConfig,
 )
 from vllm import ModelRegistry
-from vllm.config import CUDAGraphMode, ModelConfig
+from vllm.config import CUDAGraphMode, KVTransferConfig, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
@@ -27,6 +27,7 @@ from vllm_adainfer import plugin
 from vllm_adainfer.config import Settings
 from vllm_adainfer.engine.configure import configure
 from vllm_adainfer.engine.refusals import CPU_WORKER, GPU_WORKER, SCHEDULER, refuse_unsupported
+from vllm_adainfer.engine.scheduler import build_scheduler
 from vllm_adainfer.errors import AdaInferError
 
 
@@ -191,8 +192,15 @@ def test_an_epsilon_that_was_not_certified_is_refused(tiny_model, tiny_policy):
         ({"pipeline_parallel_size": 2}, "pipeline parallelism cannot drop rows"),
         ({"prefill_context_parallel_size": 2}, "context parallelism splits a request's rows"),
         ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling bypasses the logits"),
-        ({"runner": "pooling"}, "pooling models have no next token|has no exit points"),
+        ({"runner": "pooling"}, "pooling models have no next token"),
+        ({"convert": "classify"}, "pooling models have no next token"),
         ({"enable_prompt_embeds": True}, "prompt embeddings enter below"),
+        ({"kv_offloading_size": 1.0}, "a KV connector would send incomplete blocks"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "a KV connector would send incomplete blocks",
+        ),
+        ({"enable_return_routed_experts": True}, "the experts of rows that have moved"),
         ({"logits_processors": ["some.module:Class"]}, "custom logits processors"),
         ({"model_impl": "transformers"}, "--model-impl transformers builds another model class"),
         (
@@ -322,6 +330,70 @@ def test_an_architecture_without_exit_points_is_refused_not_ignored(
     [architecture] = config.architectures
     with pytest.raises(ValueError, match=f"{architecture} {reason}"):
         engine_config(tmp_path, {"artifact": str(tiny_policy)})
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *("LlamaForSequenceClassification", "Qwen3ForSequenceClassification", "Qwen3Model"),
+        "Qwen3VLForSequenceClassification",
+    ],
+)
+def test_a_model_that_vllm_turns_into_a_pooling_model_is_refused_not_ignored(
+    tiny_model, tmp_path, architecture
+):
+    """Some of these have no entry in vLLM's registry, and a config hook of their own."""
+    family = "qwen3" if architecture.startswith("Qwen3") else "llama"
+    directory = config_alone(family, architecture, tiny_model, tmp_path)
+    with pytest.raises(ValueError, match="pooling models have no next token to decide"):
+        engine_config(directory, {"exit_script": [2]})
+
+
+def test_a_kv_connector_that_vllm_sets_after_its_config_hooks_is_refused(tiny_model, tiny_policy):
+    config = engine_config(tiny_model, {"artifact": str(tiny_policy)})
+    config.kv_transfer_config = KVTransferConfig(kv_connector="Some", kv_role="kv_both")
+    with pytest.raises(AdaInferError, match="a KV connector would send incomplete blocks"):
+        build_scheduler(config)
+
+
+def test_a_logits_processor_that_a_package_brings_is_refused(
+    tiny_model, tiny_policy, tmp_path, monkeypatch
+):
+    """VLLM loads it without being asked."""
+    package = tmp_path / "some_package-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: some-package\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[vllm.logits_processors]\nown = some.module:Class\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    engine_config(tiny_model)
+    with pytest.raises(ValueError, match=r"that packages bring .*uninstall .*some\.module"):
+        engine_config(tiny_model, {"artifact": str(tiny_policy)})
+
+
+@pytest.mark.parametrize("set_by", ["the user", "batch invariance"])
+def test_graphs_that_vllm_replays_without_our_model_are_refused(
+    tiny_model, tiny_policy, monkeypatch, set_by
+):
+    vllm_config = engine_config(tiny_model)
+    vllm_config.parallel_config.worker_cls = "auto"
+    monkeypatch.setattr(
+        "vllm.platforms.current_platform",
+        SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True),
+    )
+    monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", True)
+    settings = Settings(artifact=str(tiny_policy))
+    refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
+    by_batch_invariance = "_uses_breakable_cudagraph_for_batch_invariance"
+    monkeypatch.setattr(type(vllm_config), by_batch_invariance, lambda _: True)
+    if set_by == "the user":
+        refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
+        monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    else:
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(AdaInferError, match="set VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
+        refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
 
 
 def test_an_encoder_decoder_model_is_refused(tiny_model, monkeypatch):

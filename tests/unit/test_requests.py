@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 
 from tests.tiny import tiny_config
 from vllm_adainfer.config import ROW_ARG
@@ -20,18 +24,32 @@ from vllm_adainfer.policy.artifact_files import save_artifact
 
 WINDOW, ROW = 8, 3
 CERTIFIED = 3  # tokens
+CONFIG = SimpleNamespace(
+    additional_config={"adainfer": {"record": [2, 6]}},
+    cache_config=SimpleNamespace(enable_prefix_caching=False),
+    model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
+    lora_config=None,
+)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_row_waits_at_most_as_long_as_the_smallest_window_keeps_its_blocks(wrapped):
+    """Wrapped as by vLLM where layers of one type differ in their heads, as Gemma 4's do."""
+    shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    windows = [SlidingWindowSpec(**shape, sliding_window=n) for n in (2 * WINDOW, WINDOW)]
+    specs = [*windows, FullAttentionSpec(**shape)]
+    if wrapped:
+        specs = [UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"0": s}) for s in specs]
+    groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+    running = RunningRequests(CONFIG, SimpleNamespace(defers=True))
+    running.use_kv_cache(SimpleNamespace(kv_cache_groups=groups))
+    assert running._window == WINDOW
 
 
 def test_recording_keeps_the_tokens_beyond_a_sliding_window():
     """No rows wait there, so none needs the blocks that vLLM frees beyond the window."""
-    config = SimpleNamespace(
-        additional_config={"adainfer": {"record": [2, 6]}},
-        cache_config=SimpleNamespace(enable_prefix_caching=False),
-        model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
-        lora_config=None,
-    )
     shape = StackShape(segment_layers=(2, 4, 0), head_size=1)
-    running = RunningRequests(config, RecordingLoop(shape, Recorder((2, 6), lens=None)))
+    running = RunningRequests(CONFIG, RecordingLoop(shape, Recorder((2, 6), lens=None)))
     spec = SlidingWindowSpec(
         block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=WINDOW
     )

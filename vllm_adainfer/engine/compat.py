@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
@@ -77,6 +78,28 @@ def leave_full_graphs_to_segments(vllm_config: VllmConfig) -> None:
     compilation = vllm_config.compilation_config
     if compilation.cudagraph_mode != CUDAGraphMode.NONE:  # or not set yet
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+
+
+def replays_whole_model(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM will capture breakable CUDA graphs, and replay them without calling the model.
+
+    0.32 decides so only after its config hooks (`VllmConfig._maybe_enable_breakable_cudagraph`).
+    """
+    from vllm import envs
+
+    if "VLLM_USE_BREAKABLE_CUDAGRAPH" in os.environ:
+        return envs.VLLM_USE_BREAKABLE_CUDAGRAPH and not vllm_config.model_config.enforce_eager
+    by_batch_invariance = vllm_config._uses_breakable_cudagraph_for_batch_invariance
+    return bool(envs.VLLM_BATCH_INVARIANT and by_batch_invariance())
+
+
+def packaged_logits_processors() -> list[str]:
+    """What 0.32 loads from installed packages without being asked, by name of its class.
+
+    The group's name is `LOGITSPROCS_GROUP` of both model runners' loaders.
+    """
+    entries = importlib.metadata.entry_points(group="vllm.logits_processors")
+    return [entry.value for entry in entries]
 
 
 def segment_config(vllm_config: VllmConfig) -> VllmConfig:

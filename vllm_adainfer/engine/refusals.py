@@ -16,6 +16,7 @@ CPU_WORKER = "vllm_adainfer.engine.cpu_worker.AdaInferCPUWorker"
 GPU_WORKER = "vllm_adainfer.engine.gpu_worker.AdaInferGPUWorker"
 SCHEDULER = "vllm_adainfer.engine.scheduler.build_scheduler"
 RECURRENT = ["linear_attention"]  # by Hugging Face's name
+OFF = 'or drop "adainfer" from additional_config'
 REQUEST_CHECK = "vllm_adainfer.frontend.request_check"
 
 
@@ -31,6 +32,20 @@ def is_request_check(processor: object) -> bool:
     return str(processor).startswith(f"{REQUEST_CHECK}:")
 
 
+def refuse_kv_connector(vllm_config: VllmConfig) -> None:
+    """Refuse a KV connector; once more when the scheduler is built, which is after vLLM sets some.
+
+    Raises:
+        AdaInferError: there is one.
+
+    """
+    if vllm_config.kv_transfer_config or vllm_config.cache_config.kv_offloading_size is not None:
+        raise AdaInferError(
+            "vllm-adainfer: a KV connector would send incomplete blocks: drop "
+            f"--kv-transfer-config and --kv-offloading-size, {OFF}"
+        )
+
+
 def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Settings) -> None:
     """Refuse the first setting that early exits do not support, and say what to set instead.
 
@@ -41,11 +56,16 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
     from vllm.platforms import current_platform
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    off = 'or drop "adainfer" from additional_config'
+    off, packaged = OFF, compat.packaged_logits_processors()
     refusals: list[tuple[bool, str]] = [
         (
             model.model_impl not in ("auto", "vllm"),
             f"--model-impl {model.model_impl} builds another model class: set it to vllm, {off}",
+        ),
+        (
+            model.runner_type != "generate",
+            "pooling models have no next token to decide: serve a model that generates with "
+            f"--runner generate, {off}",
         ),
         (not model_class, f"{_why_no_exit_points(model)}, {off}"),
         (
@@ -68,8 +88,9 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"settings that, by vLLM's log, V2 does not support, {off}",
         ),
         (
-            model.runner_type != "generate",
-            f"pooling models have no next token to decide: serve with --runner generate, {off}",
+            current_platform.is_cuda() and compat.replays_whole_model(vllm_config),
+            "breakable CUDA graphs run all layers of a batch, so no request could leave: set "
+            f"VLLM_USE_BREAKABLE_CUDAGRAPH=0, {off}",
         ),
         (
             not getattr(model.hf_text_config, "is_causal", True),
@@ -139,8 +160,9 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"{off}",
         ),
         (
-            vllm_config.kv_transfer_config is not None,
-            f"a KV connector would send incomplete blocks: drop it, {off}",
+            vllm_config.aux_output_config.enabled,
+            "--enable-return-routed-experts would return the experts of rows that have moved: "
+            f"drop it, {off}",
         ),
         (
             vllm_config.cache_config.kv_sharing_fast_prefill,
@@ -180,6 +202,11 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"custom logits processors change answers that are already decided: drop them, {off}",
         ),
         (
+            bool(packaged),
+            "logits processors that packages bring change answers that are already decided: "
+            f"uninstall the packages of {', '.join(packaged)}, {off}",
+        ),
+        (
             parallel.worker_cls not in ("auto", worker_class()),
             f"a custom --worker-cls cannot be combined with ours: drop it, {off}",
         ),
@@ -191,6 +218,7 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
     for refused, sentence in refusals:
         if refused:
             raise AdaInferError(f"vllm-adainfer: {sentence}")
+    refuse_kv_connector(vllm_config)
 
 
 def _why_no_exit_points(model: ModelConfig) -> str:

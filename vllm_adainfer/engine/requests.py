@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec, iter_layer_specs
 
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine.adapters import StepAdapters, fingerprint_of
@@ -52,7 +52,8 @@ class RunningRequests:
 
     def use_kv_cache(self, config: KVCacheConfig) -> None:
         """Note how many tokens the layer with the smallest sliding window sees."""
-        specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+        groups = config.kv_cache_groups
+        specs = [spec for group in groups for spec in iter_layer_specs(group.kv_cache_spec)]
         windows = [spec.sliding_window for spec in specs if isinstance(spec, SlidingWindowSpec)]
         self._window = min(windows, default=UNLIMITED)
 

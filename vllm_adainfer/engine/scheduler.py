@@ -18,6 +18,7 @@ from vllm_adainfer.engine import compat_requests
 from vllm_adainfer.engine.admission import Admission
 from vllm_adainfer.engine.capture import CapturingScheduler
 from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
+from vllm_adainfer.engine.refusals import refuse_kv_connector
 from vllm_adainfer.engine.resolved import resolved_of, with_resolved
 from vllm_adainfer.engine.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
@@ -189,6 +190,8 @@ def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     """
     settings = read_settings(vllm_config.additional_config)
     assert settings is not None
+    if not settings.runs_stock:
+        refuse_kv_connector(vllm_config)
     asynchronous = vllm_config.scheduler_config.async_scheduling
     scheduler_class: type[Scheduler]
     if settings.runs_stock:
