@@ -63,6 +63,7 @@ def metrics() -> str:
         series.shadow_move,
         *series.disagreement.values(),
         series.exits_allowed,
+        series.weights_differ,
         series.info,
         choices.finished,
         choices.appended,

@@ -73,3 +73,20 @@ def test_weights_pass_through_as_they_are():
     passed = dict(WeightsFingerprint(torch.float16).passing(WEIGHTS.items()))
     assert list(passed) == list(WEIGHTS)
     assert all(passed[name] is WEIGHTS[name] for name in WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "unlike"),
+    [
+        ({}, set()),
+        ({"b.weight": torch.tensor([[1.0, -2.0], [0.5, 3.0001]])}, {"b.weight"}),
+        ({"b.weight": WEIGHTS["b.weight"].half()}, {"b.weight"}),
+        ({"c.weight": torch.zeros(1)}, {"c.weight"}),
+    ],
+)
+def test_it_names_the_tensors_that_are_not_as_in_another(changes, unlike):
+    one, other = WeightsFingerprint(torch.float16), WeightsFingerprint(torch.float16)
+    list(one.passing({**WEIGHTS, **changes}.items()))
+    list(other.passing(WEIGHTS.items()))
+    assert one.unlike(other) == unlike
+    assert one.names == {*WEIGHTS, *changes}

@@ -21,8 +21,8 @@ def line() -> LogLine:
     return LogLine(LAYERS)
 
 
-def report(added: list[Any], **shadow: list[Any]) -> dict[str, Any]:
-    return {"added": added, "shadow": shadow}
+def report(added: list[Any], weights_differ: bool = False, **shadow: list[Any]) -> dict[str, Any]:
+    return {"added": added, "shadow": shadow, "weights_differ": weights_differ}
 
 
 def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[str, Any]:
@@ -51,6 +51,14 @@ def test_the_line_sums_up_what_was_reported(line, reports, text):
     for one in reports:
         line.add(one)
     assert line.take() == text
+
+
+def test_the_line_says_so_while_the_weights_are_others_than_the_policies_are_for(line):
+    because = ", no exits, because the weights are not those of the calibration"
+    for differ in (True, False):
+        line.add(report(WORK, weights_differ=differ))
+        saved = "mean exit layer 3.0/6, layers saved 25%"
+        assert line.take() == saved + because * differ
 
 
 @pytest.mark.parametrize("added", [[], TIME, WORK[:2]], ids=["nothing", "time", "prompts only"])

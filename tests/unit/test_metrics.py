@@ -42,8 +42,8 @@ def value(name: str, engine: int, **labels: str) -> float | None:
     return REGISTRY.get_sample_value(name, {"model_name": "tiny", "engine": str(engine), **labels})
 
 
-def report(*added: Any, **shadow: Any) -> dict[str, Any]:
-    return {"added": list(added), "shadow": shadow}
+def report(*added: Any, weights_differ: bool = False, **shadow: Any) -> dict[str, Any]:
+    return {"added": list(added), "shadow": shadow, "weights_differ": weights_differ}
 
 
 def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[str, Any]:
@@ -140,6 +140,16 @@ def test_gauges_show_what_shadow_requests_show(
     unchecked = {"policy": policy, "epsilon": "0.05"}
     assert value("adainfer:shadow_disagreement", 0, **unchecked) is None
     assert value("adainfer:policy_exits_allowed", 0, **unchecked) == 1
+
+
+def test_weights_that_policies_are_not_for_show_in_their_own_gauge_of_each_engine(configs):
+    series = Series(BUCKETS)
+    engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
+    name = "adainfer:weights_differ"
+    assert [value(name, number) for number in range(2)] == [0, 0]
+    for differ in (True, False):
+        engines[1].add(report(weights_differ=differ))
+        assert [value(name, number) for number in range(2)] == [0, differ]
 
 
 @pytest.mark.parametrize(("kind", "name"), SHADOW.items())

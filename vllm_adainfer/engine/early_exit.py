@@ -60,7 +60,7 @@ class EarlyExit(_Model):
         prepared: the step that the next `forward` runs, what builds its attention metadata, and its
             adapters, where LoRA is on; the runner sets it. None for a pass that belongs to no
             request.
-        fingerprint: of the loaded weights.
+        fingerprint: of the weights that the engine started with, which the policies are for.
 
     """
 
@@ -71,6 +71,8 @@ class EarlyExit(_Model):
     graphs: SegmentGraphs | None = None
     fingerprint: str | None = None
     prepared: tuple[StepContext, StepAttention, StepAdapters | None] | None = None
+    _started_with: WeightsFingerprint | None = None
+    _replaced: frozenset[str] = frozenset()  # tensors that are not as they were at the start
     _output: StepOutput | None = None
     _adapters: StepAdapters | None = None
     _kv_fill: KVFill | None = None
@@ -92,10 +94,21 @@ class EarlyExit(_Model):
         return AdaInferHybridModelState if is_hybrid(cls) else AdaInferModelState
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load, then check that these are the weights the artifacts were calibrated for."""
+        """Load, then check that these are the weights the artifacts were calibrated for.
+
+        An engine that serves may be given others, all at once or in parts. Its policies then rest
+        until those that it started with are back; so what policies and `_kv_fill` have copied of
+        them is right whenever it is used.
+        """
         fingerprint = WeightsFingerprint(self._dtype)
+        if self._started_with is not None:
+            try:
+                return super().load_weights(fingerprint.passing(weights))
+            finally:
+                unlike = fingerprint.unlike(self._started_with)
+                self._note_replaced(self._replaced - fingerprint.names | unlike)
         loaded: set[str] = super().load_weights(fingerprint.passing(weights))
-        self.fingerprint = fingerprint.hexdigest
+        self._started_with, self.fingerprint = fingerprint, fingerprint.hexdigest
         for artifact in self.artifacts.values():
             artifact.config.check_weights(self.fingerprint)
         if self.settings.kv == "propagate":
@@ -103,6 +116,25 @@ class EarlyExit(_Model):
             layers = list(map(self.decoder.kv_projection, writing))
             self._kv_fill = kv_fill_of(layers, self.exit_points)
         return loaded
+
+    def doubt_weights(self) -> None:
+        """Take all weights for replaced until they pass `load_weights` again."""
+        if self._started_with is not None:
+            self._note_replaced(frozenset(self._started_with.names))
+
+    def _note_replaced(self, names: frozenset[str]) -> None:
+        rested, self._replaced = bool(self._replaced), names
+        if self.settings.record is not None or rested == bool(names):
+            return
+        self.loop.stats.weights_differ = bool(names)
+        if names:
+            logger.warning(
+                "the weights are not those that the policies were calibrated for: policies rest, "
+                "and requests run at full depth, until weights with the fingerprint %s are back",
+                self.fingerprint,
+            )
+        else:
+            logger.info("the weights are those of the calibration again: policies serve again")
 
     def cut_stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> StackShape:
         """Build `stack`, cut after each of `cuts` (counts of layers run)."""

@@ -133,6 +133,8 @@ class RunningRequests:
         chooses = None
         if self.admission.has_choices:
             chooses = np.array([request.chooses for request in admitted])
+        if self._loop.stats.weights_differ:
+            tags[:] = FULL_DEPTH
         overdue = self._loop.overdue()
         if overdue:
             tags[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH

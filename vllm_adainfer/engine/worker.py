@@ -46,6 +46,12 @@ class ExitWorker(_Worker):
         self._running.lora_manager = compat.lora_manager_of(self.model_runner)
 
     @override
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Policies rest until the model has seen all weights: it does not see kernels' formats."""
+        self.model_runner.model.doubt_weights()
+        super().reload_weights(*args, **kwargs)
+
+    @override
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """First serve with the policy beside the adapter; vLLM refuses to load what raises here."""
         bring_policy(self.model_runner.model, self._running, self.vllm_config, lora_request)

@@ -78,6 +78,8 @@ class ExitStats:
         probe_seconds: the part of it in which policies decided.
         by_policy: the rest, by the name of the policy that decides; `NO_POLICY` stands for requests
             that may not exit.
+        weights_differ: whether no request may exit, because the weights served now are not those
+            that the policies are for.
         shadow: the monitors, by policy; empty (and no key in `as_dict`) where nobody watches.
 
     """
@@ -87,6 +89,7 @@ class ExitStats:
     passes_possible: int = 0
     seconds: float = 0.0
     probe_seconds: float = 0.0
+    weights_differ: bool = False
     by_policy: defaultdict[str, PolicyStats] = field(
         default_factory=lambda: defaultdict(PolicyStats)
     )
@@ -115,6 +118,7 @@ class ExitStats:
             "layers_possible": self.layers_possible,
             "passes_run": self.passes_run,
             "passes_possible": self.passes_possible,
+            "weights_differ": self.weights_differ,
             "exit_histogram": dict(sorted(self.exit_histogram.items())),
             "policies": {name: own.as_dict() for name, own in self.by_policy.items()},
         }

@@ -65,6 +65,7 @@ class ExitLoop(Loop):
         self._min_rows_saved = min_rows_saved
         self._max_rows = max_rows
         self._agreed = agreed
+        self.stats = ExitStats()
         self.reset_counters()
 
     def use_policies(self, policies: PolicySet, monitors: Mapping[str, Monitor]) -> None:
@@ -84,7 +85,7 @@ class ExitLoop(Loop):
 
     @override
     def reset_counters(self) -> None:
-        self.stats = ExitStats(shadow=self.monitors)
+        self.stats = ExitStats(weights_differ=self.stats.weights_differ, shadow=self.monitors)
         self.work = Work(
             self.stats, self.policies.names, self.policies.exit_points, self._shape.depth
         )

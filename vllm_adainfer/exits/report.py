@@ -19,11 +19,13 @@ class Snapshot:
     Attributes:
         counts: every counter; each only ever grows.
         shadow: by policy, the readings of its levels.
+        weights_differ: see `ExitStats`.
 
     """
 
     counts: tuple[tuple[Key, float], ...]
     shadow: tuple[tuple[str, tuple[Reading, ...]], ...]
+    weights_differ: bool
 
 
 def snapshot_of(stats: ExitStats) -> Snapshot:
@@ -43,7 +45,7 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
         for move, answers in policy.shadow_moves.items():
             counts.append((("shadow_moves", name, f"{move:g}"), answers))
     shadow = tuple((name, tuple(monitor.readings())) for name, monitor in stats.shadow.items())
-    return Snapshot(tuple(counts), shadow)
+    return Snapshot(tuple(counts), shadow, stats.weights_differ)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Reporter:
         self._sent: dict[Key, float] = {}
 
     def report(self, counted: Snapshot) -> dict[str, Any]:
-        """What `counted` adds to the last snapshot, and the readings of all levels."""
+        """What `counted` adds to the last snapshot, and what else it says."""
         before, self._sent = self._sent, dict(counted.counts)
         added = [(*key, count - before.get(key, 0)) for key, count in counted.counts]
         return {
@@ -80,4 +82,5 @@ class Reporter:
                 name: [{"epsilon": one.epsilon, **one.as_dict()} for one in readings]
                 for name, readings in counted.shadow
             },
+            "weights_differ": counted.weights_differ,
         }

@@ -15,6 +15,7 @@ class LogLine:
         self._depth = depth
         self._sums: Counter[str] = Counter()
         self._shadow: Mapping[str, Sequence[Mapping[str, Any]]] = {}
+        self._weights_differ = False
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Add a report of `vllm_adainfer.exits.report.Reporter`."""
@@ -23,6 +24,7 @@ class LogLine:
             if kind == "tokens":
                 self._sums["layers of tokens"] += int(detail) * added
         self._shadow = report["shadow"]
+        self._weights_differ = report["weights_differ"]
 
     def take(self) -> str | None:
         """The line; None if no token was decided since the last one."""
@@ -36,6 +38,8 @@ class LogLine:
         ]
         if sums["seconds"]:
             parts.append(f"probes {sums['probe_seconds'] / sums['seconds']:.1%} of the time")
+        if self._weights_differ:
+            parts.append("no exits, because the weights are not those of the calibration")
         for policy, readings in self._shadow.items():
             parts += [_disagreement(policy, reading) for reading in readings if reading["checked"]]
         return ", ".join(parts)

@@ -71,6 +71,7 @@ class Series:
         shadow_move: a histogram, of the report's kind ``shadow_moves``.
         disagreement: gauges, by the reading's key.
         exits_allowed: a gauge.
+        weights_differ: a gauge.
         info: a gauge.
 
     """
@@ -107,8 +108,15 @@ class Series:
         }
         self.exits_allowed = Gauge(
             "adainfer:policy_exits_allowed",
-            "1 where requests may exit, 0 where shadow requests have shown the bound to be broken.",
+            "0 where shadow requests have shown the bound to be broken, else 1.",
             LEVEL,
+            multiprocess_mode=LATEST,
+        )
+        self.weights_differ = Gauge(
+            "adainfer:weights_differ",
+            "1 while no request may exit, because the weights were replaced after the start by "
+            "others than the policies are for, else 0.",
+            ENGINE,
             multiprocess_mode=LATEST,
         )
         self.info = Gauge(
@@ -124,6 +132,7 @@ class Series:
                 self.shadow_move,
                 *self.disagreement.values(),
                 self.exits_allowed,
+                self.weights_differ,
                 self.info,
             ]
         )
@@ -158,8 +167,8 @@ class EngineMetrics:
             for level in config.levels:
                 labels = *self._labels, name, f"{level.epsilon:g}"
                 series.exits_allowed.labels(*labels).set(1)
-        for counter in series.counters_of(ENGINE):
-            counter.labels(*self._labels)
+        for series_of_engine in (*series.counters_of(ENGINE), series.weights_differ):
+            series_of_engine.labels(*self._labels)
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Add a report of `vllm_adainfer.exits.report.Reporter`."""
@@ -167,6 +176,7 @@ class EngineMetrics:
             if policy and policy not in self._described:
                 self._describe(policy, adapter=policy)  # the name of one that came with an adapter
             self._add(kind, policy, detail, added)
+        self._series.weights_differ.labels(*self._labels).set(report["weights_differ"])
         for policy, readings in report["shadow"].items():
             for reading in readings:
                 labels = *self._labels, policy, f"{reading['epsilon']:g}"

@@ -29,6 +29,15 @@ class WeightsFingerprint:
             yield name, tensor
 
     @property
+    def names(self) -> set[str]:
+        """Of the tensors that have passed."""
+        return set(self._samples)
+
+    def unlike(self, other: WeightsFingerprint) -> set[str]:
+        """Names of the tensors that have passed and are not as in `other`."""
+        return {n for n, sample in self._samples.items() if other._samples.get(n) != sample}
+
+    @property
     def hexdigest(self) -> str:
         """16 hex digits, over the tensors that have passed in any order."""
         digest = hashlib.sha256(str(self._dtype).encode())
