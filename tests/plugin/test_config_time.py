@@ -200,6 +200,11 @@ def test_an_epsilon_that_was_not_certified_is_refused(tiny_model, tiny_policy):
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "a KV connector would send incomplete blocks",
         ),
+        ({"offload_group_size": 2}, "set --offload-group-size 0"),
+        (
+            {"weight_transfer_config": {"backend": "sparse_nccl"}},
+            "set the backend of --weight-transfer-config to nccl or ipc",
+        ),
         ({"enable_return_routed_experts": True}, "the experts of rows that have moved"),
         ({"logits_processors": ["some.module:Class"]}, "custom logits processors"),
         ({"model_impl": "transformers"}, "--model-impl transformers builds another model class"),
@@ -354,6 +359,16 @@ def test_a_kv_connector_that_vllm_sets_after_its_config_hooks_is_refused(tiny_mo
     config.kv_transfer_config = KVTransferConfig(kv_connector="Some", kv_role="kv_both")
     with pytest.raises(AdaInferError, match="a KV connector would send incomplete blocks"):
         build_scheduler(config)
+
+
+@pytest.mark.parametrize("overridden", ["LlamaForCausalLM", "OPTForCausalLM"])
+def test_a_model_class_of_the_users_own_is_not_replaced_in_silence(tiny_model, overridden):
+    vllm_config = engine_config(tiny_model)
+    vllm_config.parallel_config.worker_cls = "auto"
+    vllm_config.model_config.model_class_overrides = {overridden: "some.module:Class"}
+    refused = pytest.raises(AdaInferError, match="the class that model_class_overrides names")
+    with refused if overridden == "LlamaForCausalLM" else nullcontext():
+        refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", Settings(exit_script=(1,)))
 
 
 def test_a_logits_processor_that_a_package_brings_is_refused(

@@ -34,11 +34,13 @@ class LoadedModel(Protocol):
     Attributes:
         settings: of the engine switch.
         artifacts: by the name of their policy.
+        fingerprint: of the weights, None if they did not pass the model.
 
     """
 
     settings: Settings
     artifacts: Mapping[str, Artifact]
+    fingerprint: str | None
 
     @property
     def exit_points(self) -> tuple[int, ...]:
@@ -63,10 +65,18 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
     """The loop for a model whose weights are loaded.
 
     Raises:
-        AdaInferError: another rank has read other artifacts.
+        AdaInferError: another rank has read other artifacts, or nobody knows whether the weights
+            are those of the calibration.
 
     """
-    settings = model.settings
+    settings, load_format = model.settings, vllm_config.load_config.load_format
+    reads_weights = model.artifacts or settings.kv == "propagate"
+    if reads_weights and model.fingerprint is None and load_format != "dummy":
+        raise AdaInferError(
+            f"vllm-adainfer: --load-format {load_format} does not pass the weights through the "
+            "model, so they cannot be compared with those of the calibration: set it to auto, or "
+            'drop "adainfer" from additional_config'
+        )
     if settings.record is not None:
         recorder = _recorder(settings.record, settings.record_lens)
         shape = model.cut_stack(recorder.layers, vllm_config)

@@ -60,7 +60,8 @@ class EarlyExit(_Model):
         prepared: the step that the next `forward` runs, what builds its attention metadata, and its
             adapters, where LoRA is on; the runner sets it. None for a pass that belongs to no
             request.
-        fingerprint: of the weights that the engine started with, which the policies are for.
+        fingerprint: of the weights that the engine started with, which the policies are for; None
+            if they did not pass `load_weights`.
 
     """
 
@@ -71,7 +72,6 @@ class EarlyExit(_Model):
     graphs: SegmentGraphs | None = None
     fingerprint: str | None = None
     prepared: tuple[StepContext, StepAttention, StepAdapters | None] | None = None
-    _started_with: WeightsFingerprint | None = None
     _replaced: frozenset[str] = frozenset()  # tensors that are not as they were at the start
     _output: StepOutput | None = None
     _adapters: StepAdapters | None = None
@@ -84,6 +84,7 @@ class EarlyExit(_Model):
         self.settings = settings
         self.artifacts = load_artifacts(settings.artifacts)
         self._dtype = vllm_config.model_config.dtype
+        self._started_with = WeightsFingerprint(self._dtype)
         self._text_config = vllm_config.model_config.hf_text_config
 
     @classmethod
@@ -101,7 +102,7 @@ class EarlyExit(_Model):
         them is right whenever it is used.
         """
         fingerprint = WeightsFingerprint(self._dtype)
-        if self._started_with is not None:
+        if hasattr(self, "loop"):
             try:
                 return super().load_weights(fingerprint.passing(weights))
             finally:
@@ -119,8 +120,7 @@ class EarlyExit(_Model):
 
     def doubt_weights(self) -> None:
         """Take all weights for replaced until they pass `load_weights` again."""
-        if self._started_with is not None:
-            self._note_replaced(frozenset(self._started_with.names))
+        self._note_replaced(frozenset(self._started_with.names or {"all"}))
 
     def _note_replaced(self, names: frozenset[str]) -> None:
         rested, self._replaced = bool(self._replaced), names
@@ -130,11 +130,10 @@ class EarlyExit(_Model):
         if names:
             logger.warning(
                 "the weights are not those that the policies were calibrated for: policies rest, "
-                "and requests run at full depth, until weights with the fingerprint %s are back",
-                self.fingerprint,
+                "and requests run at full depth, until those that the engine started with are back"
             )
         else:
-            logger.info("the weights are those of the calibration again: policies serve again")
+            logger.info("the weights are those of the start again: policies serve again")
 
     def cut_stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> StackShape:
         """Build `stack`, cut after each of `cuts` (counts of layers run)."""

@@ -9,6 +9,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_adainfer.engine.warm_up import warm_up
 from vllm_adainfer.engine.worker import ExitWorker
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.exit_loop import ExitLoop
 
 
@@ -21,6 +22,23 @@ class AdaInferGPUWorker(ExitWorker, Worker):
         available: int = super().determine_available_memory()
         self.model_runner.model_state.drop_graphs()
         return available
+
+    @override
+    def sleep(self, level: int = 1) -> None:
+        """Not at a level that discards what was allocated when the model was loaded.
+
+        Reloading brings weights back, but no policies.
+
+        Raises:
+            AdaInferError: at such a level.
+
+        """
+        if level > 1:
+            raise AdaInferError(
+                f"vllm-adainfer: sleep at level {level} would discard policies along with the "
+                'weights: sleep at level 1, or drop "adainfer" from additional_config'
+            )
+        super().sleep(level)
 
     @override
     def compile_or_warm_up_model(self) -> CompilationTimes:

@@ -17,6 +17,7 @@ GPU_WORKER = "vllm_adainfer.engine.gpu_worker.AdaInferGPUWorker"
 SCHEDULER = "vllm_adainfer.engine.scheduler.build_scheduler"
 RECURRENT = ["linear_attention"]  # by Hugging Face's name
 OFF = 'or drop "adainfer" from additional_config'
+SEEN_TRANSFERS = ("nccl", "ipc")  # in vLLM 0.32 the others write into parameters themselves
 REQUEST_CHECK = "vllm_adainfer.frontend.request_check"
 
 
@@ -158,6 +159,22 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             settings.exit_points is not None and vllm_config.lora_config is None,
             "exit_points are for policies that come with LoRA adapters: start with --enable-lora, "
             f"{off}",
+        ),
+        (
+            model.architecture in model.model_class_overrides,
+            f"ours would replace the class that model_class_overrides names: drop it, {off}",
+        ),
+        (
+            vllm_config.offload_config.prefetch.offload_group_size > 0,
+            "weights that are prefetched layer by layer come in the wrong order where layers are "
+            f"left out: set --offload-group-size 0, or use --cpu-offload-gb, {off}",
+        ),
+        (
+            vllm_config.weight_transfer_config is not None
+            and vllm_config.weight_transfer_config.backend not in SEEN_TRANSFERS,
+            "policies are for one set of weights, and those of this transfer do not pass the "
+            f"model: set the backend of --weight-transfer-config to "
+            f"{' or '.join(SEEN_TRANSFERS)}, {off}",
         ),
         (
             vllm_config.aux_output_config.enabled,
