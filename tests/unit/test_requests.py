@@ -94,7 +94,8 @@ def test_only_as_many_tokens_exit_as_calibration_generated(text_policy, number, 
         model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
         lora_config=None,
     )
-    loop: Any = SimpleNamespace(overdue=set, tightened=lambda: None, defers=True)
+    stats = SimpleNamespace(weights_differ=False)
+    loop: Any = SimpleNamespace(overdue=set, tightened=lambda: None, defers=True, stats=stats)
     running = RunningRequests(config, loop)
     prompt = SimpleNamespace(
         req_id="a",
