@@ -377,6 +377,13 @@ def remove(name: str) -> Callable[[Path], None]:
             edit_config(exit_points=[3, 2, 5]), CONFIG_FILE, "exit_points", id="descending"
         ),
         pytest.param(edit_config(labels=[]), CONFIG_FILE, "labels", id="no labels"),
+        pytest.param(
+            edit_config(labels=[{"name": "good", "token_id": 7}]),
+            CONFIG_FILE,
+            "there is nothing to decide among fewer than two labels",
+            id="one label",
+        ),
+        pytest.param(edit_config(vocab_size=1), CONFIG_FILE, "vocab_size", id="one token"),
     ],
 )
 def test_damage_is_an_error_that_names_the_file(tmp_path, config, damage, file, problem):

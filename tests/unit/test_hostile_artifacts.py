@@ -201,3 +201,33 @@ def test_overwriting_the_file_of_a_served_artifact_changes_nothing_that_is_loade
     with (artifact / POLICY_FILE).open("r+b") as file:
         file.write(b"\xff" * len(content))
     assert all(torch.equal(loaded[name], before[name]) for name in before)
+
+
+def test_a_shortlist_of_one_token_leaves_nothing_to_decide(tiny_model, tmp_path):
+    config = tiny_config(tiny_model, probe="logit-lens", candidates="shortlist", labels=())
+    tensors = {name: t for name, t in tiny_tensors(config).items() if ".head_" not in name}
+    tensors |= {"shortlist": torch.tensor([1]), "head_rows": torch.zeros(1, 64)}
+    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n", {})
+    with pytest.raises(AdaInferError, match="shortlist of fewer than two tokens: calibrate again"):
+        load_artifact_config(str(tmp_path / "policy"))
+
+
+@pytest.mark.parametrize("read", [load_artifact, load_artifact_config])
+@pytest.mark.parametrize("how", ["renamed", "in place", "damaged"])
+def test_an_artifact_that_is_overwritten_while_it_is_read_is_not_served(
+    tiny_model, artifact, monkeypatch, how, read
+):
+    """Its config and its tensors would be of two writes."""
+
+    def overwrite(*_: Any) -> None:
+        config = tiny_config(tiny_model, epsilon=0.02)
+        if how == "renamed":
+            save_artifact(artifact, config, tiny_tensors(config), {}, "card\n", {})
+            return
+        (artifact / CONFIG_FILE).write_text(config.model_dump_json())
+        if how == "damaged":
+            raise AdaInferError("thresholds must have another shape")
+
+    monkeypatch.setattr("vllm_adainfer.policy.artifact_files.check_tensors", overwrite)
+    with pytest.raises(AdaInferError, match=r"' was overwritten while it was read: try again"):
+        read(str(artifact))

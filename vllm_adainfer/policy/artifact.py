@@ -111,7 +111,7 @@ class ArtifactConfig(_Strict):
     architecture: str
     layers: int = Field(gt=1)
     hidden_size: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=1)
     head_size: int | None = Field(
         None, gt=0, description="Size of the LM head's input, if it is not the hidden size."
     )
@@ -173,6 +173,8 @@ class ArtifactConfig(_Strict):
             raise ValueError('there must be labels if and only if candidates = "labels"')
         if len(self.labels) > MOST_ANSWERS:
             raise ValueError(f"there are at most {MOST_ANSWERS} labels")
+        if len(self.labels) == 1:
+            raise ValueError("there is nothing to decide among fewer than two labels")
         if self.probe == "label-head" and self.candidates != "labels":
             raise ValueError('a label-head needs candidates = "labels"')
         if (self.risk == "probability") != (self.tolerance is not None):
@@ -319,7 +321,16 @@ class ArtifactConfig(_Strict):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact: its config and the tensors of ``policy.safetensors``."""
+    """A loaded artifact.
+
+    Attributes:
+        config: of ``config.json``.
+        tensors: of ``policy.safetensors``.
+        digest: of both files, see `vllm_adainfer.policy.digest.files_digest`; empty for one that
+            does not come from files.
+
+    """
 
     config: ArtifactConfig
     tensors: dict[str, Tensor]
+    digest: str = ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from vllm_adainfer.policy.artifact_source import (
     POLICY_FILE,
     check_inside,
     locate,
+    of_one_write,
 )
 from vllm_adainfer.policy.artifact_tensors import UNREADABLE, check_tensors
+from vllm_adainfer.policy.digest import files_digest
 
 MAX_JSON = 64 << 20  # bytes; the files we write take some tens of KiB
 # The keys of calibration.json that readers rely on.
@@ -46,12 +48,28 @@ def load_artifact_config(source: str) -> ArtifactConfig:
         AdaInferError: it is missing or damaged, or it is not an artifact.
 
     """
-    return _config_of(locate(source))
+    with of_one_write(source) as directory:
+        return _config_of(directory)
 
 
 def load_artifact_configs(sources: Mapping[str, str]) -> dict[str, ArtifactConfig]:
     """The configs of several artifacts by policy, see `load_artifact_config`."""
     return {name: load_artifact_config(source) for name, source in sources.items()}
+
+
+def load_config_and_digest(
+    source: str, check: Callable[[ArtifactConfig], None]
+) -> tuple[ArtifactConfig, str]:
+    """An artifact's config, and the digest of its files, which are read only if `check` passes.
+
+    Raises:
+        AdaInferError: as `load_artifact_config` and `check` do.
+
+    """
+    with of_one_write(source) as directory:
+        config = _config_of(directory)
+        check(config)
+        return config, files_digest(directory)
 
 
 def load_artifacts(sources: Mapping[str, str]) -> dict[str, Artifact]:
@@ -66,8 +84,12 @@ def load_artifact(source: str) -> Artifact:
         AdaInferError: it is missing or damaged, or it is not an artifact.
 
     """
-    directory = locate(source)
-    config = _config_of(directory)
+    with of_one_write(source) as directory:
+        config = _config_of(directory)
+        return Artifact(config, _tensors_of(directory, config), files_digest(directory))
+
+
+def _tensors_of(directory: Path, config: ArtifactConfig) -> dict[str, Tensor]:
     try:
         # Copies, because the loaded tensors map the file, which may be overwritten while we serve.
         tensors = {k: v.clone() for k, v in load_file(directory / POLICY_FILE).items()}
@@ -81,7 +103,7 @@ def load_artifact(source: str) -> Artifact:
             f"{directory / POLICY_FILE}: shortlist has token ids outside the vocabulary of "
             f"{config.vocab_size}: calibrate again"
         )
-    return Artifact(config, tensors)
+    return tensors
 
 
 def _config_of(directory: Path) -> ArtifactConfig:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 from vllm_adainfer.errors import AdaInferError
 
@@ -11,6 +14,9 @@ POLICY_FILE = "policy.safetensors"
 CALIBRATION_FILE = "calibration.json"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, POLICY_FILE, CALIBRATION_FILE, CARD_FILE)
+SERVED_FILES = (CONFIG_FILE, POLICY_FILE)
+
+Stamps: TypeAlias = tuple[tuple[int, int, int], ...]
 
 
 def locate(source: str) -> Path:
@@ -32,7 +38,7 @@ def locate(source: str) -> Path:
                 f"artifact {source!r} is neither a directory nor a hub id that can be "
                 f"fetched ({type(error).__name__})"
             ) from None
-    for name in (CONFIG_FILE, POLICY_FILE):
+    for name in SERVED_FILES:
         if not (directory / name).is_file():
             raise AdaInferError(
                 f"artifact {source!r} has no {name}: give the directory that "
@@ -55,3 +61,29 @@ def check_inside(directory: Path, path: Path) -> None:
         raise AdaInferError(
             f"{path} is a link that leads out of the artifact: copy the file there instead"
         )
+
+
+@contextmanager
+def of_one_write(source: str) -> Iterator[Path]:
+    """The directory of an artifact, whose files stay the same ones while they are read.
+
+    Raises:
+        AdaInferError: there is no artifact, or it was overwritten.
+
+    """
+    directory = locate(source)
+    before = stamps_of(directory)
+    try:
+        yield directory
+    finally:  # what was read is then of two writes, and what it looks like is no news
+        if stamps_of(directory) != before:
+            raise AdaInferError(f"artifact {source!r} was overwritten while it was read: try again")
+
+
+def stamps_of(directory: Path) -> Stamps:
+    """What tells the files that are served from others in their place; () if one is missing."""
+    try:
+        found = [(directory / name).stat() for name in SERVED_FILES]
+    except OSError:
+        return ()
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found)

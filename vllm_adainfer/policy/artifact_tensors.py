@@ -30,6 +30,11 @@ def check_tensors(path: Path, config: ArtifactConfig) -> None:
     except UNREADABLE as error:
         raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
     expected = expected_shapes(config, shapes)
+    if expected.get("shortlist", (2,))[0] < 2:
+        raise AdaInferError(
+            f"{path}: there is nothing to decide in a shortlist of fewer than two tokens: "
+            "calibrate again"
+        )
     for name, shape in expected.items():
         found = shapes.get(name)
         if found != shape:

@@ -1,13 +1,16 @@
-"""A number for all that artifacts say, to compare what several processes have read."""
+"""Digests of artifacts, to compare what several processes have read."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
 from vllm_adainfer.policy.artifact import Artifact
+from vllm_adainfer.policy.artifact_source import SERVED_FILES, Stamps, stamps_of
 
 
 def digest_of(artifacts: Mapping[str, Artifact]) -> int:
@@ -19,3 +22,18 @@ def digest_of(artifacts: Mapping[str, Artifact]) -> int:
             raw = artifact.tensors[part].contiguous().view(torch.uint8)
             digest.update(part.encode() + raw.numpy().tobytes())
     return int.from_bytes(digest.digest()[:8], "big") >> 2
+
+
+def files_digest(directory: Path) -> str:
+    """A SHA-256 of the files of an artifact that are served, in hexadecimal digits."""
+    return _files_digest(directory, stamps_of(directory))
+
+
+@lru_cache(256)
+def _files_digest(directory: Path, _stamps: Stamps) -> str:
+    """The stamps tell when to read the files again."""
+    digest = hashlib.sha256()
+    for name in SERVED_FILES:
+        with (directory / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
