@@ -25,6 +25,7 @@ from vllm_adainfer.engine.reads import (
 )
 from vllm_adainfer.engine.resolved import UNLIMITED, Resolved
 from vllm_adainfer.engine.sample import is_sampled
+from vllm_adainfer.engine.served import served_configs
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.artifact_files import load_artifact_configs
@@ -141,7 +142,7 @@ class Admission:
         """That of an engine."""
         return cls(
             settings,
-            configs,
+            served_configs(vllm_config, settings) if configs is None else configs,
             vllm_config.model_config.logprobs_mode,
             why_choices_go_on(vllm_config, settings) is None,
             serves_prompt_logprobs(vllm_config),

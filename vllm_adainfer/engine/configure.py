@@ -11,9 +11,9 @@ from vllm_adainfer.engine.admission import Admission
 from vllm_adainfer.engine.architectures import own_kv_layers
 from vllm_adainfer.engine.ends_choices import why_choices_go_on
 from vllm_adainfer.engine.refusals import GPU_WORKER, SCHEDULER, refuse_unsupported, worker_class
+from vllm_adainfer.engine.served import pin_artifacts
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import ArtifactConfig, are_exit_points
-from vllm_adainfer.policy.artifact_files import load_artifact_configs
 from vllm_adainfer.policy.promise import wrong_in_words
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
 
     """
     refuse_unsupported(vllm_config, model_class, settings)
-    configs = load_artifact_configs(settings.artifacts)
-    for config in configs.values():
-        config.check_served_by(vllm_config.model_config.hf_config)
+    hf_config = vllm_config.model_config.hf_config
+    configs = pin_artifacts(
+        vllm_config, settings, lambda config: config.check_served_by(hf_config)
+    )
     refuse_unknown_questions(settings, configs)
     logprobs_mode = vllm_config.model_config.logprobs_mode
     admission = Admission.of(vllm_config, settings, configs)

@@ -27,13 +27,13 @@ from vllm_adainfer.engine.kv_fill import KVFill, kv_fill_of
 from vllm_adainfer.engine.ranks import agreed
 from vllm_adainfer.engine.segment_graphs import SegmentGraphs
 from vllm_adainfer.engine.segments import Stack, build_stack
+from vllm_adainfer.engine.served import served_artifacts
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.layout import Ints
 from vllm_adainfer.exits.loop import Loop, ScoredAnswers, StepOutput
 from vllm_adainfer.exits.step import StepContext
 from vllm_adainfer.exits.transfer import upload
 from vllm_adainfer.policy.artifact import Artifact
-from vllm_adainfer.policy.artifact_files import load_artifacts
 from vllm_adainfer.policy.fingerprint import WeightsFingerprint
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.shards import VocabularyShards
@@ -82,7 +82,7 @@ class EarlyExit(_Model):
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None, "the config hook selects this class only where it is set"
         self.settings = settings
-        self.artifacts = load_artifacts(settings.artifacts)
+        self.artifacts = served_artifacts(vllm_config, settings)
         self._dtype = vllm_config.model_config.dtype
         self._started_with = WeightsFingerprint(self._dtype)
         self._text_config = vllm_config.model_config.hf_text_config

@@ -21,8 +21,8 @@ from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
 from vllm_adainfer.engine.refusals import refuse_kv_connector
 from vllm_adainfer.engine.resolved import resolved_of, with_resolved
 from vllm_adainfer.engine.rest_of_choice import RestOfChoice, check_tokenizer
+from vllm_adainfer.engine.served import served_configs
 from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
-from vllm_adainfer.policy.artifact_files import load_artifact_configs
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
@@ -123,7 +123,7 @@ class FinishingScheduler(_Scheduler):
         self._finished = [0, 0]  # choices since the last report, and the tokens appended
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
-        for name, config in load_artifact_configs(settings.artifacts).items():
+        for name, config in served_configs(self.vllm_config, settings).items():
             if config.choices:
                 check_tokenizer(self.structured_output_manager.tokenizer, name, config.choices)
 

@@ -8,10 +8,10 @@ from typing_extensions import override
 
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine import compat, compat_requests
+from vllm_adainfer.engine.served import served_configs
 from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.frontend.log_line import LogLine
 from vllm_adainfer.frontend.metrics import EngineMetrics, Series
-from vllm_adainfer.policy.artifact_files import load_artifact_configs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,7 +42,7 @@ class WithExitStats(_Manager):
         if settings.runs_stock:
             return
         depth = model.hf_text_config.num_hidden_layers
-        configs = load_artifact_configs(settings.artifacts)
+        configs = served_configs(vllm_config, settings)
         points = {point for config in configs.values() for point in config.exit_points}
         named = settings.exit_script or settings.exit_points or ()
         series = Series((*sorted(points.union(named)), depth))
