@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -188,7 +188,6 @@ def serves_prompt_logprobs(vllm_config: VllmConfig) -> bool:
     return vllm_config.lora_config is None or not current_platform.is_cpu()
 
 
-@lru_cache(256)
 def adapter_directory(path: str) -> Path:
     """Where 0.32 loads an adapter from, by its ``lora_path``, which may be a hub id.
 
@@ -202,6 +201,24 @@ def adapter_directory(path: str) -> Path:
     if not directory.is_dir():
         raise FileNotFoundError(path)
     return directory
+
+
+def on_adapter_load(manager: Any, loading: Callable[[Any, Callable[[], Any]], Any]) -> None:
+    """Let ``loading(request, load)`` take the place of each time an adapter's files are read.
+
+    In 0.32 all ways there lead through ``WorkerLoRAManager._load_adapter``: ``add_lora``, a step
+    whose adapters are not in memory, and ``load_inplace``. `load` returns vLLM's `LoRAModel`.
+    """
+    load = manager._load_adapter
+    manager._load_adapter = lambda request: loading(request, partial(load, request))
+
+
+def loaded_adapter(manager: Any, number: int) -> Any:
+    """The `LoRAModel` that 0.32 keeps in memory for a ``lora_int_id``; None without one.
+
+    ``get_adapter`` would make it the one used last.
+    """
+    return manager._adapter_manager.list_adapters().get(number)
 
 
 def use_adapters(

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec, iter_layer_specs
 
 from vllm_adainfer.config import read_settings
-from vllm_adainfer.engine.adapters import StepAdapters, fingerprint_of
+from vllm_adainfer.engine.adapters import LoadedAdapters, StepAdapters
 from vllm_adainfer.engine.admission import FULL_DEPTH, Admission, Admitted
 from vllm_adainfer.engine.resolved import UNLIMITED, Resolved, resolved_of
 from vllm_adainfer.exits.layout import Bools, Ints, RowLayout
@@ -29,6 +29,7 @@ class RunningRequests:
 
     Attributes:
         admission: decides.
+        adapters: that the worker has loaded.
         lora_manager: vLLM's, of the worker; None where LoRA is off.
 
     """
@@ -40,6 +41,7 @@ class RunningRequests:
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None
         self.admission = Admission.of(vllm_config, settings)
+        self.adapters = LoadedAdapters()
         self._loop = loop
         self._window = UNLIMITED
         self._admitted: dict[str, Admitted] = {}
@@ -80,9 +82,7 @@ class RunningRequests:
     def _admit(
         self, resolved: Resolved, prompt: Sequence[int], adapter: LoRARequest | None
     ) -> Admitted:
-        fingerprint = None
-        if adapter is not None and self.admission.policies.have_adapters:
-            fingerprint = fingerprint_of(adapter.lora_path)
+        fingerprint = None if adapter is None else self.adapters.fingerprint_of(adapter)
         return self.admission.admit(resolved, prompt, adapter, fingerprint)
 
     def lost_kv(self, request_id: str) -> None:
@@ -121,6 +121,8 @@ class RunningRequests:
             device: of the rows.
 
         """
+        if self.adapters.take_changed():
+            self.use_admission(self.admission)
         admitted = [self._admitted[request_id] for request_id in request_ids]
         last = computed + lens - 1
         prompt = np.array([request.prompt_len for request in admitted])
