@@ -15,11 +15,13 @@ from tests.adapters import PROJECTIONS, merged, save_adapter
 from tests.conftest import tiny_engine
 from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.patterns import drawn_pattern, wrong
-from tests.e2e.scripted import parts
+from tests.e2e.scripted import parts, running_of
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
 from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.engine import adapters as adapter_files
+from vllm_adainfer.engine.build_loop import monitors_of, policies_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import read_adapter
 from vllm_adainfer.policy.artifact import Choice, Label
@@ -181,6 +183,50 @@ def test_a_policy_beside_an_adapter_that_cannot_be_served_is_refused_with_the_ad
     assert 90 not in engine.llm_engine.list_loras()
 
 
+def test_a_policy_that_cannot_be_built_leaves_the_others_as_they_were(
+    engine, tiny_model, reference, tmp_path, adapters, asked_about_labels, monkeypatch
+):
+    """The tags of those that come later would be numbered over it."""
+    directory = save_adapter(reference, tmp_path / "saved", seed=9)
+    described = read_adapter(f"any={directory}").described
+    tiny_artifact(tiny_model, directory / "adainfer", adapter=described)
+
+    def out_of_memory(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    before = list(parts(engine)[0].artifacts)
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm_adainfer.policy.load_policy.CalibratedPolicy", out_of_memory)
+        with pytest.raises(Exception, match="out of memory"):
+            engine.llm_engine.add_lora(LoRARequest("new", 90, str(directory)))
+    assert list(parts(engine)[0].artifacts) == before
+    assert 90 not in engine.llm_engine.list_loras()
+    assert asked_about_labels([None, *adapters[:2]]) == leaving_alone(3)
+
+
+def test_a_policy_whose_adapter_cannot_be_loaded_does_not_serve(
+    engine, tiny_model, reference, tmp_path, monkeypatch
+):
+    directory = save_adapter(reference, tmp_path / "saved", seed=9)
+    described = read_adapter(f"any={directory}").described
+    tiny_artifact(tiny_model, directory / "adainfer", adapter=described)
+    model, runner, _ = parts(engine)
+    before = list(model.artifacts)
+    monkeypatch.setattr(runner.lora_manager, "max_position_embeddings", None)
+    monkeypatch.setattr(runner.lora_manager.lora_config, "max_lora_rank", 1)
+    with pytest.raises(Exception, match="rank"):
+        engine.llm_engine.add_lora(LoRARequest("new", 90, str(directory)))
+    assert list(model.artifacts) == before
+
+
+def test_a_running_engine_reads_no_files_of_adapters_that_are_loaded(engine, adapters, monkeypatch):
+    adapter = adapters[0]
+    engine.llm_engine.add_lora(adapter)
+    monkeypatch.setattr(adapter_files, "fingerprint_of", None)
+    fingerprint = read_adapter(f"any={adapter.lora_path}").described.fingerprint
+    assert running_of(parts(engine)[1]).adapters.fingerprint_of(adapter) == fingerprint
+
+
 def test_a_policy_beside_an_adapter_decides_once_vllm_loads_it(
     engine, tiny_model, adapters, asked_about_labels
 ):
@@ -197,3 +243,47 @@ def test_a_policy_beside_an_adapter_decides_once_vllm_loads_it(
     assert asked_about_labels([None, *adapters[:3]]) == leaving_alone(4)
     assert list(parts(engine)[0].loop.policies.names)[3:] == [third.lora_name, NO_POLICY]
     assert stats(engine)["policies"][third.lora_name]["layers_run"] > 0
+
+
+def test_a_reload_keeps_what_was_seen_of_policies_that_came_with_adapters(engine, adapters):
+    """They are not read again, so that their closed bounds stay closed."""
+    model, _, _ = parts(engine)
+    unwatched, came = model.settings, adapters[2].lora_name
+    # Watched, but no request is drawn.
+    model.settings = unwatched.model_copy(update={"shadow_rate": 1e-9})
+    try:
+        model.loop.use_policies(policies_of(model, model.exit_points), monitors_of(model))
+        for name in "base", came:
+            model.loop.monitors[name].tightened[:] = True
+        engine.collective_rpc("adainfer_reload")
+        assert model.loop.monitors[came].tightened.all()
+        assert not model.loop.monitors["base"].tightened.any()
+    finally:
+        model.settings = unwatched
+        model.loop.use_policies(policies_of(model, model.exit_points), {})
+
+
+def test_a_policy_goes_with_its_adapter_and_the_others_and_all_counters_stay(
+    engine, adapters, asked_about_labels
+):
+    third, model = adapters[2], parts(engine)[0]
+    first_names = list(model.artifacts)[:3]
+    before = stats(engine)["policies"]
+    under_way = {"prompt_token_ids": PROMPTS[8] * 10}  # chunks of 128
+    params = SamplingParams(temperature=0, max_tokens=4)
+    engine.llm_engine.add_request("under way", under_way, params, lora_request=third)
+    engine.llm_engine.step()
+    assert engine.llm_engine.remove_lora(third.lora_int_id)
+    while engine.llm_engine.has_unfinished_requests():
+        engine.llm_engine.step()
+    assert list(model.artifacts) == first_names
+    assert list(model.loop.policies.names) == [*first_names, NO_POLICY]
+    assert asked_about_labels([None, *adapters[:2]]) == leaving_alone(3)
+    after = stats(engine)["policies"]
+    assert after[third.lora_name] == before[third.lora_name]
+    engine.llm_engine.add_lora(third)
+    assert asked_about_labels([None, *adapters[:3]]) == leaving_alone(4)
+    assert (
+        stats(engine)["policies"][third.lora_name]["layers_run"]
+        > (after[third.lora_name]["layers_run"])
+    )

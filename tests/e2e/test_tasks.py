@@ -195,7 +195,8 @@ def test_what_shadow_requests_have_closed_is_open_again_with_the_artifact_read_a
     """It has not been watched yet; what was counted before stays in the counters."""
     model, _, _ = parts(llm)
     unwatched = model.settings
-    model.settings = unwatched.model_copy(update={"shadow_rate": 0.5})
+    # Watched, but no request is drawn.
+    model.settings = unwatched.model_copy(update={"shadow_rate": 1e-9})
     try:
         model.loop.use_policies(policies_of(model, model.exit_points), monitors_of(model))
         every = cases(tasks, reference, prompts_of(50, 60), 50)

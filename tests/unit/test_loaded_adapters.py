@@ -116,9 +116,7 @@ def test_a_fingerprint_is_of_the_files_that_were_loaded_whatever_lies_there_now(
         assert loaded.fingerprint_of(first) == expected
 
 
-def test_loading_in_place_brings_the_fingerprint_of_the_new_files(
-    manager, loaded, adapters, saved
-):
+def test_loading_in_place_brings_the_fingerprint_of_the_new_files(manager, loaded, adapters, saved):
     first, *_ = adapters
     manager.add_adapter(first)
     assert loaded.take_changed()

@@ -119,24 +119,7 @@ def test_random_sets_do_what_writing_it_all_down_does(seed, wider):
         assert asked(policies, index, owners) == slow_asked(some, layer, owners.tolist())
 
 
-@pytest.mark.parametrize(
-    ("name", "policies"),
-    [
-        ("c", {**A_AND_B, "c": policy((2, 7), 4)}),  # its tags come last
-        ("a", {"a": policy((2, 7), 4), "b": A_AND_B["b"]}),
-    ],
-)
-def test_a_policy_is_added_or_takes_the_place_of_its_name(name, policies):
-    found = PolicySet(A_AND_B, (2, 4, 7, 9)).having(name, policies[name])
-    assert found.exit_points == (2, 4, 7, 9)
-    assert found.names == (*policies, NO_POLICY)
-    tags = np.arange(-1, sum(one.num_tags for one in policies.values()))
-    expected = PolicySet(policies, (2, 4, 7, 9))
-    assert found.owners(tags).tolist() == expected.owners(tags).tolist()
-
-
 def test_a_set_may_be_empty_until_policies_come():
     empty = PolicySet({}, (2, 4))
     assert empty.owners(np.array([-1, -1])).tolist() == [0, 0]
     assert list(empty.rows_by_policy(0, np.array([0, 0]))) == []
-    assert empty.having("a", A_AND_B["a"]).owners(np.array([0, -1])).tolist() == [0, 1]

@@ -141,13 +141,35 @@ def test_no_counter_falls_and_run_skipped_and_waiting_are_all_that_came(data):
     assert {name for name, _ in waiting} == set(engine._waiting)
 
 
-def test_rows_that_wait_keep_their_policies_when_others_are_added():
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a", "b", "c", NO_POLICY),
+        ("b", NO_POLICY),
+        ("a", NO_POLICY),
+        ("c", NO_POLICY),
+    ],
+    ids=["one comes", "another goes", "its own goes", "another takes its place"],
+)
+def test_rows_that_wait_keep_their_policy_whichever_come_and_go(names):
     engine = work()
     requests = [("r1", "b", 3), ("r2", NO_POLICY, 2)]
     step(engine, *requests).defer(0, np.array([0, 1]))
-    engine.use_names(("a", "b", "c", NO_POLICY))
-    engine.forget("r1")
+    engine.use_names(names)
+    owners = np.array([names.index(NO_POLICY)] * 2)
+    later = engine.step(owners, ["r1", "r2"], np.array([1, 1]))
+    later.ran(EXIT_LAYERS[0])
+    later.join(0, FIRST)
+    later.ran(DEPTH - EXIT_LAYERS[0])
     engine.forget("r2")
     below = DEPTH - EXIT_LAYERS[0]
-    skipped = {name: own.layers_skipped for name, own in engine.stats.by_policy.items()}
-    assert skipped == {"b": 3 * below, NO_POLICY: 2 * below}
+    found = counted(engine.stats)
+    assert found["b", "layers_run"] == 3 * below
+    assert found[NO_POLICY, "layers_run"] == 2 * DEPTH
+    assert found[NO_POLICY, "layers_skipped"] == 2 * below
+    assert {name for name, own in engine.stats.by_policy.items() if own.layers_possible} == {
+        "b",
+        NO_POLICY,
+    }
+    engine.use_names(("a", NO_POLICY))  # no row of another waits any more
+    assert engine.names == ("a", NO_POLICY)

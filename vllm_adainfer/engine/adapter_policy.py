@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,12 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.adapters import fingerprint_of
-from vllm_adainfer.engine.admission import Admission
-from vllm_adainfer.engine.build_loop import monitor_of
 from vllm_adainfer.engine.configure import banner, refuse_unknown_questions
-from vllm_adainfer.engine.reload import read_on_all_ranks
-from vllm_adainfer.engine.requests import RunningRequests
 from vllm_adainfer.engine.rest_of_choice import check_tokenizer
+from vllm_adainfer.engine.service import Service, built_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import Adapter, Artifact
 from vllm_adainfer.policy.artifact_files import load_artifact
-from vllm_adainfer.policy.load_policy import policy_of
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -31,22 +28,19 @@ logger = compat.get_logger(__name__)
 FOLDER = "adainfer"  # in the adapter's directory
 
 
-def bring_policy(
-    model: Any, running: RunningRequests, vllm_config: VllmConfig, adapter: LoRARequest
-) -> None:
-    """Decide by the policy beside an adapter, if there is one, from the next step on.
+def policy_beside(model: Any, vllm_config: VllmConfig, adapter: LoRARequest) -> Service | None:
+    """What serves now with the policy beside an adapter, None if there is none.
 
-    Either every rank does, or none. The policy gets the adapter's name, and replaces one that came
-    under this name before. Policies of the engine switch go before it.
+    All ranks must call this. The policy gets the adapter's name, and replaces one that came under
+    this name before. Policies of the engine switch go before it.
 
     Args:
         model: an `EarlyExit`.
-        running: the worker's requests.
         vllm_config: of the engine.
         adapter: which vLLM is about to load.
 
     Raises:
-        AdaInferError: this engine cannot serve the policy; all stay as they were.
+        AdaInferError: this engine cannot serve the policy.
 
     """
     settings = model.settings
@@ -58,33 +52,33 @@ def bring_policy(
                 'when the engine starts, "exit_points": [...]',
                 name,
             )
-        return
+        return None
 
-    def read() -> tuple[dict[str, Artifact], Admission]:
+    def read() -> dict[str, Artifact]:
         artifact = _beside(adapter, model)
         if artifact is None:
-            return model.artifacts, running.admission
-        artifacts = {**model.artifacts, name: artifact}
-        configs = {name: artifact.config for name, artifact in artifacts.items()}
+            return {}
         refuse_unknown_questions(settings, {name: artifact.config})
         if artifact.config.choices:
             tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
             check_tokenizer(tokenizer, name, artifact.config.choices)
-        return artifacts, Admission.of(vllm_config, settings, configs)
+        return {name: artifact}
 
-    artifacts, admission = read_on_all_ranks(read)
-    if artifacts is model.artifacts:
-        return
-    model.artifacts = artifacts
-    loop, artifact = model.loop, artifacts[name]
-    policies = loop.policies.having(name, policy_of(artifact, model.device, model.logit_lens))
-    monitors = loop.monitors
-    if settings.shadow_rate:
-        monitors = {**monitors, name: monitor_of(artifact.config)}
-    loop.use_policies(policies, monitors)
-    running.use_admission(admission)
+    built = built_on_all_ranks(model, vllm_config, read)
+    if not built:
+        return None
+    artifact, _ = built[name]
     mode = vllm_config.model_config.logprobs_mode
     logger.info("With the adapter %s: %s", name, banner(name, artifact.config, settings, mode))
+    return Service.having(model, vllm_config, built)
+
+
+def without_policies(model: Any, vllm_config: VllmConfig, adapters: Iterable[str]) -> Service:
+    """What serves now without the policies that came with `adapters`."""
+    service = Service.having(model, vllm_config, {}, adapters)
+    for name in adapters:
+        logger.info("AdaInfer drops policy %s together with its adapter", name)
+    return service
 
 
 def _beside(adapter: LoRARequest, model: Any) -> Artifact | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = compat.get_logger(__name__)
 
 NO_ADAPTER = 0  # vLLM numbers adapters from 1 on
-FINGERPRINT = "adainfer_fingerprint"  # of vLLM's `LoRAModel`, an attribute that comes and goes with it
+FINGERPRINT = "adainfer_fingerprint"  # an attribute of vLLM's `LoRAModel`, which goes with it
 UNKNOWN = ""  # the fingerprint of no adapter
 
 

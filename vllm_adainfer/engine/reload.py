@@ -2,91 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
 
-from vllm_adainfer.config import read_settings
-from vllm_adainfer.engine.admission import Admission
-from vllm_adainfer.engine.build_loop import monitors_of, policies_of
 from vllm_adainfer.engine.compat import get_logger
-from vllm_adainfer.engine.ranks import RANKS_DIFFER, same_on_all_ranks
 from vllm_adainfer.engine.requests import RunningRequests
+from vllm_adainfer.engine.service import Built, Service, built_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.artifact import Artifact, ArtifactConfig
 from vllm_adainfer.policy.artifact_files import load_artifacts
-from vllm_adainfer.policy.digest import digest_of
 
 logger = get_logger(__name__)
 
 
-def reload_artifacts(model: Any, running: RunningRequests, vllm_config: VllmConfig) -> list[str]:
-    """Read the artifacts of the engine switch again, and decide by them from the next step on.
+@dataclass(frozen=True)
+class Reload:
+    """Artifacts of the engine switch that were read again, and can take their places.
 
-    Either every rank does, or none: all must have read the same.
-
-    Args:
-        model: an `EarlyExit`.
-        running: the worker's requests.
-        vllm_config: of the engine.
-
-    Returns:
-        a line for each policy.
-
-    Raises:
-        AdaInferError: an artifact cannot be served without a restart; all stay as they were.
+    Attributes:
+        built: their policies, by name.
+        lines: one for each policy.
 
     """
-    settings = read_settings(vllm_config.additional_config)
-    assert settings is not None
-    cuts = model.loop.policies.exit_points
 
-    def read() -> tuple[dict[str, Artifact], Admission]:
-        if settings.artifact is None:
-            raise AdaInferError("this engine has no artifact to read again")
-        artifacts = load_artifacts(settings.artifacts)
-        for name, artifact in artifacts.items():
-            artifact.config.check_weights(model.fingerprint)
-            check_replaces(name, artifact.config, model.artifacts[name].config, cuts)
-        # Those that came with adapters stay.
-        artifacts = {**model.artifacts, **artifacts}
-        configs = {name: artifact.config for name, artifact in artifacts.items()}
-        return artifacts, Admission.of(vllm_config, settings, configs)
+    built: Built
+    lines: list[str]
 
-    model.artifacts, admission = read_on_all_ranks(read)
-    model.loop.use_policies(policies_of(model, cuts), monitors_of(model))
-    running.use_admission(admission)
-    lines = [
-        f"policy {name} was read again from {source}" for name, source in settings.artifacts.items()
-    ]
-    for line in lines:
-        logger.info("%s", line)
-    return lines
+    @classmethod
+    def read(
+        cls, model: Any, vllm_config: VllmConfig, digests: Mapping[str, str] | None = None
+    ) -> Reload:
+        """Read them; all ranks must call this.
 
+        Args:
+            model: an `EarlyExit`.
+            vllm_config: of the engine.
+            digests: those that the artifacts' files must have, by policy.
 
-def read_on_all_ranks(
-    read: Callable[[], tuple[dict[str, Artifact], Admission]],
-) -> tuple[dict[str, Artifact], Admission]:
-    """What `read` returns, if every rank has read the same artifacts; all ranks must call this.
+        Raises:
+            AdaInferError: an artifact cannot be served without a restart, or ranks differ.
 
-    Raises:
-        AdaInferError: they have not, or `read` has raised it here.
+        """
+        settings = model.settings
 
-    """
-    failure: AdaInferError | None = None
-    found = None
-    try:
-        found = read()
-    except AdaInferError as error:
-        failure = error
-    same = same_on_all_ranks(0 if found is None else digest_of(found[0]))
-    if found is None:
-        assert failure is not None
-        raise failure
-    if not same:
-        raise AdaInferError(RANKS_DIFFER)
-    return found
+        def read() -> dict[str, Artifact]:
+            if settings.artifact is None:
+                raise AdaInferError("this engine has no artifact to read again")
+            artifacts = load_artifacts(settings.artifacts)
+            for name, artifact in artifacts.items():
+                if digests is not None and artifact.digest != digests[name]:
+                    raise AdaInferError(
+                        f"artifact {settings.artifacts[name]!r} was overwritten while it was read "
+                        "again, or differs from replica to replica: reload again"
+                    )
+                artifact.config.check_weights(model.fingerprint)
+                cuts = model.loop.policies.exit_points
+                check_replaces(name, artifact.config, model.artifacts[name].config, cuts)
+            return artifacts
+
+        built = built_on_all_ranks(model, vllm_config, read)
+        return cls(
+            built,
+            [
+                f"policy {name} was read again from {source}"
+                for name, source in settings.artifacts.items()
+            ],
+        )
+
+    def use(self, model: Any, running: RunningRequests, vllm_config: VllmConfig) -> list[str]:
+        """Decide by them from the next step on; policies that came with adapters stay.
+
+        Returns:
+            a line for each policy.
+
+        """
+        Service.having(model, vllm_config, self.built).use(model, running)
+        for line in self.lines:
+            logger.info("%s", line)
+        return self.lines
 
 
 def check_replaces(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,10 @@ from safetensors.torch import save_file
 from typing_extensions import override
 
 from vllm_adainfer.engine import compat, compat_requests
-from vllm_adainfer.engine.adapter_policy import bring_policy
-from vllm_adainfer.engine.reload import reload_artifacts
+from vllm_adainfer.engine.adapter_policy import policy_beside, without_policies
+from vllm_adainfer.engine.reload import Reload
 from vllm_adainfer.engine.requests import RunningRequests
+from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -43,7 +45,11 @@ class ExitWorker(_Worker):
     def load_model(self, **kwargs: Any) -> None:
         """Then tell the running requests who manages their adapters."""
         super().load_model(**kwargs)
-        self._running.lora_manager = compat.lora_manager_of(self.model_runner)
+        self._reloads: dict[str, Reload] = {}
+        manager = compat.lora_manager_of(self.model_runner)
+        self._running.lora_manager = manager
+        if manager is not None:
+            self._running.adapters.watch(manager)
 
     @override
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -53,10 +59,35 @@ class ExitWorker(_Worker):
 
     @override
     def add_lora(self, lora_request: LoRARequest) -> bool:
-        """First serve with the policy beside the adapter; vLLM refuses to load what raises here."""
-        bring_policy(self.model_runner.model, self._running, self.vllm_config, lora_request)
-        added: bool = super().add_lora(lora_request)
+        """Serve with the policy beside the adapter; where that cannot be, do not load it."""
+        model, running = self.model_runner.model, self._running
+        service = policy_beside(model, self.vllm_config, lora_request)
+        try:
+            added: bool = super().add_lora(lora_request)
+        finally:  # other ranks wait for this one
+            same = running.adapters.agree(lora_request)
+        name = lora_request.lora_name
+        if not same:
+            raise AdaInferError(
+                f"ranks have loaded different files as the adapter {name}: load it again"
+            )
+        if service is not None:
+            service.use(model, running)
+        if name in model.artifacts and name not in model.settings.artifacts:
+            running.adapters.numbers[name] = lora_request.lora_int_id
         return added
+
+    @override
+    def remove_lora(self, lora_id: int) -> bool:
+        """Then drop the policy that came with the adapter: its requests run at full depth."""
+        removed: bool = super().remove_lora(lora_id)
+        numbers = self._running.adapters.numbers
+        if gone := [name for name, number in numbers.items() if number == lora_id]:
+            model = self.model_runner.model
+            without_policies(model, self.vllm_config, gone).use(model, self._running)
+            for name in gone:
+                del numbers[name]
+        return removed
 
     @override
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -83,8 +114,26 @@ class ExitWorker(_Worker):
         return stats
 
     def adainfer_reload(self) -> list[str]:
-        """Read the artifacts again and serve with them, see `reload_artifacts`."""
-        return reload_artifacts(self.model_runner.model, self._running, self.vllm_config)
+        """Read the artifacts again and serve with them, see `Reload`."""
+        model = self.model_runner.model
+        return Reload.read(model, self.vllm_config).use(model, self._running, self.vllm_config)
+
+    def adainfer_read_again(self, reload: str, digests: Mapping[str, str]) -> None:
+        """The first step of a reload of several engines: read and build, but go on as before.
+
+        Args:
+            reload: its name, for the second step.
+            digests: of the artifacts' files, by policy: every engine must have read the same.
+
+        """
+        self._reloads[reload] = Reload.read(self.model_runner.model, self.vllm_config, digests)
+
+    def adainfer_end_reload(self, reload: str, use: bool) -> list[str]:
+        """The second step: serve with what was read, or drop it."""
+        found = self._reloads.pop(reload, None)
+        if found is None or not use:
+            return []
+        return found.use(self.model_runner.model, self._running, self.vllm_config)
 
     def adainfer_take_record(self, path: str) -> dict[str, Any]:
         """Write the recorded states and sums, and the tensors of the model's logit lens, to `path`.

@@ -69,7 +69,10 @@ class ExitLoop(Loop):
         self.reset_counters()
 
     def use_policies(self, policies: PolicySet, monitors: Mapping[str, Monitor]) -> None:
-        """Decide by other policies from the next step on; they leave at the same exit points."""
+        """Decide by other policies from the next step on; they leave at the same exit points.
+
+        The counters of a policy that has gone stay.
+        """
         self.policies, self.monitors = policies, monitors
         self.stats.shadow = monitors
         self.work.use_names(policies.names)

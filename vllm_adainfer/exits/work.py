@@ -23,7 +23,7 @@ class Work:
 
     Attributes:
         stats: the counters.
-        names: of policies.
+        names: of policies, in the order of their owners' indices.
 
     """
 
@@ -39,13 +39,15 @@ class Work:
         self._waiting: dict[str, dict[int, Ints]] = {}
 
     def use_names(self, names: Sequence[str]) -> None:
-        """Policies have been added; all that are known stay."""
-        columns = [list(names).index(name) for name in self.names]
+        """Policies have come or gone; one that has gone is last while rows of it wait."""
+        waiting = [rows for below in self._waiting.values() for rows in below.values()]
+        still = np.sum(waiting, axis=0).nonzero()[0].tolist() if waiting else []
+        kept = [self.names[index] for index in still if self.names[index] not in names]
+        former, self.names = list(self.names), (*names, *kept)
+        columns = [former.index(name) if name in former else -1 for name in self.names]
         for below in self._waiting.values():
             for exit_index, rows in below.items():
-                below[exit_index] = np.zeros(len(names), dtype=np.int64)
-                below[exit_index][columns] = rows
-        self.names = names
+                below[exit_index] = np.append(rows, 0)[columns]
 
     def step(self, owners: Ints, request_ids: Sequence[str], lens: Ints) -> StepWork:
         """A step begins.

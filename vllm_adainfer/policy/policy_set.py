@@ -66,11 +66,6 @@ class PolicySet:
             for point in self.exit_points
         ]
 
-    def having(self, name: str, policy: ExitPolicy) -> PolicySet:
-        """The set with one policy more, whose tags come last; or in the place of its name."""
-        policies = dict(zip(self.names[:-1], self.policies, strict=True))
-        return PolicySet({**policies, name: policy}, self.exit_points)
-
     def owners(self, tags: Ints) -> Ints:
         """[requests], the policy of each of `tags`, as an index into `names`."""
         owners: Ints = self._owner[tags]
