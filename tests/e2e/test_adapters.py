@@ -269,7 +269,7 @@ def test_a_policy_goes_with_its_adapter_and_the_others_and_all_counters_stay(
     third, model = adapters[2], parts(engine)[0]
     first_names = list(model.artifacts)[:3]
     before = stats(engine)["policies"]
-    under_way = {"prompt_token_ids": PROMPTS[8] * 10}  # chunks of 128
+    under_way = {"prompt_token_ids": (PROMPTS[8] * 5)[:280]}  # chunks of 128
     params = SamplingParams(temperature=0, max_tokens=4)
     engine.llm_engine.add_request("under way", under_way, params, lora_request=third)
     engine.llm_engine.step()

@@ -42,8 +42,23 @@ def value(name: str, engine: int, **labels: str) -> float | None:
     return REGISTRY.get_sample_value(name, {"model_name": "tiny", "engine": str(engine), **labels})
 
 
-def report(*added: Any, weights_differ: bool = False, **shadow: Any) -> dict[str, Any]:
-    return {"added": list(added), "shadow": shadow, "weights_differ": weights_differ}
+def report(
+    *added: Any, serving: Any = (*POLICIES, "later"), weights_differ: bool = False, **shadow: Any
+) -> dict[str, Any]:
+    return {
+        "added": list(added),
+        "serving": [*serving, NO_POLICY],
+        "shadow": shadow,
+        "weights_differ": weights_differ,
+    }
+
+
+def series_of(policy: str) -> set[tuple[str, str]]:
+    """The series of a policy: their names and engines."""
+    samples = [one for metric in REGISTRY.collect() for one in metric.samples]
+    return {
+        (one.name, one.labels["engine"]) for one in samples if one.labels.get("policy") == policy
+    }
 
 
 def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[str, Any]:
@@ -190,3 +205,23 @@ def test_each_policy_is_described_by_its_adapter_also_one_that_came_with_it(tiny
     for policy, adapter in described.items():
         assert value("adainfer:policy_info", 0, policy=policy, adapter=adapter) == 1
     assert value("adainfer:policy_info", 0, policy=NO_POLICY, adapter=NO_POLICY) is None
+
+
+def test_the_series_of_a_policy_that_has_gone_with_its_adapter_go_and_all_others_stay(configs):
+    """Rows of its requests that had waited are still counted by the worker."""
+    series = Series(BUCKETS)
+    engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
+    work = [(kind, "later", "", 5) for kind in WORK]
+    seen = {"later": [reading(0.02, 4, 1)]}
+    shown = [("tokens", "later", "3", 2), ("shadow_checked", "later", "0.02", 4)]
+    for engine in engines:
+        engine.add(report(*work, *shown, ("layers_run", "a", "", 3), **seen))
+    before = {policy: series_of(policy) for policy in (*POLICIES, "later", NO_POLICY)}
+    assert len({name for name, _ in before["later"]}) > len(WORK) + len(SHADOW)
+    engines[0].add(report(("layers_skipped", "later", "", 5), serving=POLICIES))
+    assert series_of("later") == {key for key in before.pop("later") if key[1] == "1"}
+    assert {policy: series_of(policy) for policy in before} == before
+    assert value(WORK["layers_run"], 0, policy="a") == 3
+    engines[0].add(report(("layers_run", "later", "", 7)))  # it has come again
+    assert value(WORK["layers_run"], 0, policy="later") == 7
+    assert value("adainfer:policy_info", 0, policy="later", adapter="later") == 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.exits.counters import ExitStats
 from vllm_adainfer.exits.report import Reporter, snapshot_of
 from vllm_adainfer.exits.shadow import ShadowAnswers
@@ -134,6 +135,7 @@ def test_a_snapshot_stays_as_it_was_taken_while_the_worker_goes_on_counting():
 def test_before_anything_ran_a_report_is_empty():
     assert Reporter().report(snapshot_of(ExitStats())) == {
         "added": [],
+        "serving": [NO_POLICY],
         "shadow": {},
         "weights_differ": False,
     }

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -219,6 +220,38 @@ def loaded_adapter(manager: Any, number: int) -> Any:
     ``get_adapter`` would make it the one used last.
     """
     return manager._adapter_manager.list_adapters().get(number)
+
+
+def on_adapter_unload(state: Any, unloaded: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+    """Let a server call `unloaded` with the `LoRARequest` of each adapter that it has unloaded.
+
+    0.32's ``/v1/unload_lora_adapter`` forgets the name and tells no engine; requests under way go
+    on with the adapter.
+    """
+    models = state.openai_serving_models
+    unload = models.unload_lora_adapter
+
+    async def unload_and_tell(request: Any) -> Any:
+        adapter = models.lora_requests.get(request.lora_name)
+        answer = await unload(request)
+        if adapter is not None and isinstance(answer, str):  # else it is why not
+            await unloaded(adapter)
+        return answer
+
+    models.unload_lora_adapter = unload_and_tell
+
+
+def key_check(arguments: Namespace) -> Callable[[Any], bool] | None:
+    """Whether a request's headers have one of a server's keys; None for a server without.
+
+    0.32 asks for keys below ``/v1`` and a few more prefixes alone
+    (`entrypoints/serve/middleware/authenticate.py`; `register.py` knows the keys).
+    """
+    from vllm import envs
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    keys = [key for key in (arguments.api_key or [envs.VLLM_API_KEY]) if key]
+    return AuthenticationMiddleware(None, keys).verify_token if keys else None
 
 
 def use_adapters(

@@ -79,14 +79,9 @@ class ExitWorker(_Worker):
 
     @override
     def remove_lora(self, lora_id: int) -> bool:
-        """Then drop the policy that came with the adapter: its requests run at full depth."""
+        """Then drop the policy that came with the adapter."""
         removed: bool = super().remove_lora(lora_id)
-        numbers = self._running.adapters.numbers
-        if gone := [name for name, number in numbers.items() if number == lora_id]:
-            model = self.model_runner.model
-            without_policies(model, self.vllm_config, gone).use(model, self._running)
-            for name in gone:
-                del numbers[name]
+        self.adainfer_drop_policy(lora_id)
         return removed
 
     @override
@@ -107,6 +102,15 @@ class ExitWorker(_Worker):
         if note is not None:
             compat_requests.attach_note(output, note)
         return output
+
+    def adainfer_drop_policy(self, lora_id: int) -> None:
+        """Drop the policy that came with an adapter: its requests go on at full depth."""
+        numbers = self._running.adapters.numbers
+        if gone := [name for name, number in numbers.items() if number == lora_id]:
+            model = self.model_runner.model
+            without_policies(model, self.vllm_config, gone).use(model, self._running)
+            for name in gone:
+                del numbers[name]
 
     def adainfer_stats(self) -> dict[str, Any]:
         """This worker's counters, see `vllm_adainfer.stats`."""

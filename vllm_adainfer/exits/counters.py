@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_adainfer.config import DEFAULT_POLICY
+from vllm_adainfer.config import DEFAULT_POLICY, NO_POLICY
 from vllm_adainfer.policy.monitor import Monitor
 from vllm_adainfer.policy.probabilities import MOVES
 
@@ -78,6 +78,7 @@ class ExitStats:
         probe_seconds: the part of it in which policies decided.
         by_policy: the rest, by the name of the policy that decides; `NO_POLICY` stands for requests
             that may not exit.
+        serving: names of the policies that serve now, and `NO_POLICY`.
         weights_differ: whether no request may exit, because the weights served now are not those
             that the policies are for.
         shadow: the monitors, by policy; empty (and no key in `as_dict`) where nobody watches.
@@ -93,6 +94,7 @@ class ExitStats:
     by_policy: defaultdict[str, PolicyStats] = field(
         default_factory=lambda: defaultdict(PolicyStats)
     )
+    serving: Sequence[str] = (NO_POLICY,)
     shadow: Mapping[str, Monitor] = field(default_factory=dict)
 
     @property

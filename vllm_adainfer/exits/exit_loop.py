@@ -74,7 +74,7 @@ class ExitLoop(Loop):
         The counters of a policy that has gone stay.
         """
         self.policies, self.monitors = policies, monitors
-        self.stats.shadow = monitors
+        self.stats.serving, self.stats.shadow = policies.names, monitors
         self.work.use_names(policies.names)
 
     @property
@@ -88,7 +88,11 @@ class ExitLoop(Loop):
 
     @override
     def reset_counters(self) -> None:
-        self.stats = ExitStats(weights_differ=self.stats.weights_differ, shadow=self.monitors)
+        self.stats = ExitStats(
+            serving=self.policies.names,
+            weights_differ=self.stats.weights_differ,
+            shadow=self.monitors,
+        )
         self.work = Work(
             self.stats, self.policies.names, self.policies.exit_points, self._shape.depth
         )

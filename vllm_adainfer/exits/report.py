@@ -18,12 +18,14 @@ class Snapshot:
 
     Attributes:
         counts: every counter; each only ever grows.
+        serving: names of the policies that serve now, see `ExitStats`.
         shadow: by policy, the readings of its levels.
         weights_differ: see `ExitStats`.
 
     """
 
     counts: tuple[tuple[Key, float], ...]
+    serving: tuple[str, ...]
     shadow: tuple[tuple[str, tuple[Reading, ...]], ...]
     weights_differ: bool
 
@@ -45,7 +47,7 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
         for move, answers in policy.shadow_moves.items():
             counts.append((("shadow_moves", name, f"{move:g}"), answers))
     shadow = tuple((name, tuple(monitor.readings())) for name, monitor in stats.shadow.items())
-    return Snapshot(tuple(counts), shadow, stats.weights_differ)
+    return Snapshot(tuple(counts), tuple(stats.serving), shadow, stats.weights_differ)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Reporter:
         added = [(*key, count - before.get(key, 0)) for key, count in counted.counts]
         return {
             "added": [entry for entry in added if entry[-1]],
+            "serving": list(counted.serving),
             "shadow": {
                 name: [{"epsilon": one.epsilon, **one.as_dict()} for one in readings]
                 for name, readings in counted.shadow

@@ -5,15 +5,23 @@ vLLM loads an endpoint plugin only if ``VLLM_PLUGINS`` names it.
 
 from __future__ import annotations
 
+import asyncio
 import re
+import uuid
 from argparse import Namespace
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
-from vllm_adainfer.config import read_settings
+from vllm_adainfer.config import Settings, read_settings
+from vllm_adainfer.engine import compat
+from vllm_adainfer.policy.artifact_files import load_config_and_digest
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 
 class AdaInferEndpoints:
@@ -29,20 +37,59 @@ class AdaInferEndpoints:
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        """Keep nothing: the route finds the engine where vLLM's own routes do."""
+        """Learn the server's keys, and drop policies of adapters that it unloads.
+
+        The route finds the engine where vLLM's own routes do.
+        """
+        assert engine_client is not None, "vLLM adds no route of ours to a server without engine"
+        state.adainfer_key_check = compat.key_check(args)
+        settings = _settings_of(engine_client)
+        if settings is None or settings.exit_points is None:
+            return
+
+        async def unloaded(adapter: LoRARequest) -> None:
+            number = adapter.lora_int_id
+            await engine_client.collective_rpc("adainfer_drop_policy", args=(number,))
+
+        compat.on_adapter_unload(state, unloaded)
+
+
+def _settings_of(engine: EngineClient) -> Settings | None:
+    """The engine switch, None if the engine runs stock vLLM."""
+    settings = read_settings(engine.vllm_config.additional_config)
+    return None if settings is None or settings.runs_stock else settings
 
 
 async def reload(request: Request) -> dict[str, Any]:
-    """Serve with the artifacts now on disk; a 409 says why that is not possible."""
+    """Serve with the artifacts now on disk; a 409 says why that is not possible.
+
+    All engines behind this server read them before any of them switches.
+    """
+    has_key = request.app.state.adainfer_key_check
+    if has_key is not None and not has_key(request.headers):
+        raise HTTPException(401, detail="give a key of this server: -H 'Authorization: Bearer KEY'")
     engine: EngineClient = request.app.state.engine_client
-    settings = read_settings(engine.vllm_config.additional_config)
-    if settings is None or settings.runs_stock:
+    settings = _settings_of(engine)
+    if settings is None:
         raise HTTPException(404, detail="this server runs stock vLLM: adainfer has no artifact")
+    name = uuid.uuid4().hex
     try:
-        lines, *_ = await engine.collective_rpc("adainfer_reload")
+        digests = await asyncio.to_thread(_digests, settings)
+        await engine.collective_rpc("adainfer_read_again", args=(name, digests))
     except Exception as error:
+        with suppress(Exception):  # an engine that has died
+            await engine.collective_rpc("adainfer_end_reload", args=(name, False))
         raise HTTPException(409, detail=_sentence(error)) from error
+    lines, *_ = await engine.collective_rpc("adainfer_end_reload", args=(name, True))
     return {"reloaded": lines}
+
+
+def _digests(settings: Settings) -> dict[str, str]:
+    """Of the artifacts' files, by policy, as they are now."""
+    return {
+        name: load_config_and_digest(source, lambda _: None)[1]
+        for name, source in settings.artifacts.items()
+    }
 
 
 def _sentence(error: Exception) -> str:

@@ -5,6 +5,7 @@ Not ``vllm:``: vLLM unregisters all series with that prefix when an engine start
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -125,17 +126,29 @@ class Series:
             ADAPTER,
             multiprocess_mode=LATEST,
         )
-        _registered.extend(
-            [
-                *self.counters.values(),
-                self.exit_layer,
-                self.shadow_move,
-                *self.disagreement.values(),
-                self.exits_allowed,
-                self.weights_differ,
-                self.info,
-            ]
-        )
+        self._labelled: list[tuple[MetricWrapperBase, list[str]]] = [
+            *((self.counters[kind], labels) for kind, (*_, labels) in COUNTERS.items()),
+            (self.exit_layer, POLICY),
+            (self.shadow_move, POLICY),
+            *((gauge, LEVEL) for gauge in self.disagreement.values()),
+            (self.exits_allowed, LEVEL),
+            (self.weights_differ, ENGINE),
+            (self.info, ADAPTER),
+        ]
+        _registered.extend(metric for metric, _ in self._labelled)
+
+    def remove(self, policy: tuple[str, ...]) -> None:
+        """Remove all series with these values of `POLICY`.
+
+        Several frontends keep theirs in files, out of which prometheus_client can remove none.
+        """
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            return
+        for metric, labels in self._labelled:
+            samples = [sample.labels for family in metric.collect() for sample in family.samples]
+            for values in {tuple(map(found.__getitem__, labels)) for found in samples}:
+                if values[: len(POLICY)] == policy:
+                    metric.remove(*values)
 
     def counters_of(self, labels: Sequence[str]) -> list[Counter]:
         """The counters with these labels."""
@@ -159,7 +172,7 @@ class EngineMetrics:
             for counter in series.counters_of(POLICY):
                 counter.labels(*self._labels, name)
             series.exit_layer.labels(*self._labels, name)
-        self._described = {NO_POLICY}
+        self._described = {NO_POLICY}  # and all that have series
         for name, config in configs.items():
             self._describe(name, "" if config.adapter is None else config.adapter.name)
             if config.risk == "probability":
@@ -171,8 +184,16 @@ class EngineMetrics:
             series_of_engine.labels(*self._labels)
 
     def add(self, report: Mapping[str, Any]) -> None:
-        """Add a report of `vllm_adainfer.exits.report.Reporter`."""
+        """Add a report of `vllm_adainfer.exits.report.Reporter`.
+
+        The series of a policy that no longer serves are removed, and what is counted of it then.
+        """
+        for policy in self._described.difference(report["serving"]):
+            self._series.remove((*self._labels, policy))
+            self._described.remove(policy)
         for kind, policy, detail, added in report["added"]:
+            if policy and policy not in report["serving"]:
+                continue
             if policy and policy not in self._described:
                 self._describe(policy, adapter=policy)  # the name of one that came with an adapter
             self._add(kind, policy, detail, added)
