@@ -24,6 +24,7 @@ from tests.tiny import LAYERS
 from vllm_adainfer import stats
 from vllm_adainfer.engine.build_loop import monitors_of, policies_of
 from vllm_adainfer.policy.artifact import Artifact
+from vllm_adainfer.policy.artifact_files import load_artifact
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,31 @@ def test_nothing_is_replaced_where_another_rank_has_read_other_artifacts(
                 llm.collective_rpc("adainfer_reload")
         wanted = cases(tasks, reference, prompts_of(31, 40), 31)
         assert tokens_of(llm, wanted) == [case.token for case in wanted]
+
+
+@pytest.mark.parametrize("end", ["all have read it", "another could not", "other files"])
+def test_of_several_engines_none_switches_before_all_have_read_the_same(
+    llm, tasks, sources, reference, end
+):
+    mood, prompts = tasks["mood"], prompts_of(33, 40)
+    looser = with_thresholds(mood, mood.tensors["thresholds"] - 1)
+    before = cases(tasks, reference, prompts, 33)
+    with replaced(llm, tasks, sources, looser):
+        digests = {name: load_artifact(source).digest for name, source in sources.items()}
+        if end == "other files":
+            with pytest.raises(Exception, match="overwritten while it was read again"):
+                llm.collective_rpc("adainfer_read_again", args=("one", {**digests, "mood": ""}))
+        else:
+            llm.collective_rpc("adainfer_read_again", args=("one", digests))
+        assert tokens_of(llm, before) == [case.token for case in before]
+        switches = end == "all have read it"
+        lines, *_ = llm.collective_rpc(
+            "adainfer_end_reload", args=("one", end != "another could not")
+        )
+        assert bool(lines) == switches
+        expected = cases({**tasks, "mood": looser if switches else mood}, reference, prompts, 33)
+        assert tokens_of(llm, expected) == [case.token for case in expected]
+        assert llm.collective_rpc("adainfer_end_reload", args=("one", True)) == [[]]
 
 
 def test_requests_that_are_here_go_on_under_the_artifacts_read_while_they_run(llm, tasks, sources):
