@@ -212,10 +212,9 @@ def test_a_policy_whose_adapter_cannot_be_loaded_does_not_serve(
     tiny_artifact(tiny_model, directory / "adainfer", adapter=described)
     model, runner, _ = parts(engine)
     before = list(model.artifacts)
-    monkeypatch.setattr(runner.lora_manager, "max_position_embeddings", None)
     monkeypatch.setattr(runner.lora_manager.lora_config, "max_lora_rank", 1)
     with pytest.raises(Exception, match="rank"):
-        engine.llm_engine.add_lora(LoRARequest("new", 90, str(directory)))
+        engine.llm_engine.add_lora(LoRARequest("of rank 4", 91, str(directory)))
     assert list(model.artifacts) == before
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -154,14 +155,32 @@ def test_adapters_come_and_go_under_traffic_with_the_policies_beside_them(
             assert post_text(server, "/v1/load_lora_adapter", later) == 200
             for prompt in PROMPTS[:12]:
                 served_right("later", prompt, ask(server, "later", prompt, labels))
+            wait_until(lambda: described(server) == {("mood", "mood"), ("later", "later")})
+            skipped = server.metrics("adainfer:layer_rows_skipped_total{")
+            assert sum(value for series, value in skipped.items() if 'policy="later"' in series)
             assert post_text(server, "/v1/unload_lora_adapter", {"lora_name": "later"}) == 200
         for i, each in enumerate(steady):
             served_right(["mood", "model"][i % 2], PROMPTS[i % len(PROMPTS)], each.result())
-    skipped = server.metrics("adainfer:layer_rows_skipped_total{")
-    assert sum(value for series, value in skipped.items() if 'policy="later"' in series) > 0
+    # The next report to come takes the series of the policy along with it.
+    wait_until(
+        lambda: (
+            ask(server, "mood", PROMPTS[0], labels)[0] == 200
+            and described(server) == {("mood", "mood")}
+        )
+    )
+
+
+def described(server: Server) -> set[tuple[str, ...]]:
+    """The policies that have series, and their adapters."""
     info = server.metrics("adainfer:policy_info{")
-    described = {tuple(re.findall(r'(?:policy|adapter)="(\w*)"', series)) for series in info}
-    assert described == {("mood", "mood"), ("later", "later")}
+    return {tuple(re.findall(r'(?:policy|adapter)="(\w*)"', series)) for series in info}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def post_text(server: Server, path: str, body: dict[str, Any]) -> int:
