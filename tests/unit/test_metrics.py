@@ -222,6 +222,9 @@ def test_the_series_of_a_policy_that_has_gone_with_its_adapter_go_and_all_others
     assert series_of("later") == {key for key in before.pop("later") if key[1] == "1"}
     assert {policy: series_of(policy) for policy in before} == before
     assert value(WORK["layers_run"], 0, policy="a") == 3
-    engines[0].add(report(("layers_run", "later", "", 7)))  # it has come again
+    engines[0].add(report(later=[reading(0.02, 0, 0)]))  # it has come again, without a request
+    engines[0].add(report(serving=POLICIES))
+    assert series_of("later") == {key for key in series_of("later") if key[1] == "1"}
+    engines[0].add(report(("layers_run", "later", "", 7)))  # and once more
     assert value(WORK["layers_run"], 0, policy="later") == 7
     assert value("adainfer:policy_info", 0, policy="later", adapter="later") == 1

@@ -199,6 +199,8 @@ class EngineMetrics:
             self._add(kind, policy, detail, added)
         self._series.weights_differ.labels(*self._labels).set(report["weights_differ"])
         for policy, readings in report["shadow"].items():
+            if policy not in self._described:
+                self._describe(policy, adapter=policy)
             for reading in readings:
                 labels = *self._labels, policy, f"{reading['epsilon']:g}"
                 self._series.exits_allowed.labels(*labels).set(not reading["tightened"])
