@@ -52,7 +52,8 @@ def counters(
     A row is a token that goes through the layers: each uncached token of a prompt, and each
     generated token but a request's last. vLLM counts what it has sent to the frontend. So if a
     client leaves, vLLM does not count tokens decided in the step under way or until the engine
-    learns of it, nor a prompt whose first token was not sent.
+    learns of it, nor a prompt whose first token was not sent. The rest of a choice, which the
+    scheduler appends, is not decided and has no rows.
     """
 
     def added(name: str) -> float:
@@ -61,6 +62,7 @@ def counters(
     run, skipped = (added(f"adainfer:layer_rows_{what}_total") for what in ("executed", "skipped"))
     prompts = added("vllm:prompt_tokens_total") - added("vllm:prompt_tokens_cached_total")
     generated = added("vllm:generation_tokens_total")
+    generated -= added("adainfer:choice_tokens_appended_total")
     return {
         "tokens_decided": added("adainfer:exit_layer_count"),
         "tokens_generated": generated,

@@ -25,6 +25,7 @@ RELOADS = 5
 AT_ONCE = 16  # clients of a closed loop
 STREAM = {"max_tokens": 64, "stream": True}
 KILL_SECONDS = 120
+RELOAD = "/adainfer/reload"
 ORPHAN_SECONDS = 30
 SAMPLE_SECONDS = 30
 
@@ -163,7 +164,7 @@ async def reload(stage: Stage) -> dict[str, Any]:
         for what, damage, wanted in [*plans, ("mended", None, 200)]:
             if damage is not None:
                 damage()
-            async with session.post("/adainfer/reload") as response:
+            async with session.post(RELOAD) as response:
                 told = (await response.text()).replace(str(stage.artifact.parent), "DIR")
                 status = response.status
             replies.append({"artifact": what, "status": status, "answer": told[:300]})

@@ -114,12 +114,12 @@ class Client:
         self.doubtful: list[int] = []
         self.killed = False
         self._session = session
-        self._expected = expected
+        self.expected = expected
 
-    async def send(self, body: Any) -> Reply:
-        """Send one request, uncounted; `body` is JSON data, or bytes."""
+    async def send(self, body: Any, more: Mapping[str, str] | None = None) -> Reply:
+        """Send one request, uncounted; `body` is JSON data, or bytes, `more` are headers."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", **(more or {})}
         try:
             async with self._session.post("/v1/completions", data=raw, headers=headers) as response:
                 text = await response.text()
@@ -146,7 +146,7 @@ class Client:
         """Ask a question, and compare the answer."""
         self.tally.sent += 1
         reply = await self.send(self.questions[index].body)
-        if reply.status == 200 and reply.tokens != self._expected[index]:
+        if reply.status == 200 and reply.tokens != self.expected[index]:
             self.doubtful.append(index)
         else:
             self.count(reply)
@@ -188,7 +188,7 @@ class Client:
     async def settle(self) -> None:
         """Ask doubtful questions again, alone."""
         for index in self.doubtful:
-            same = (await self.send(self.questions[index].body)).tokens == self._expected[index]
+            same = (await self.send(self.questions[index].body)).tokens == self.expected[index]
             self.tally.ties += same
             self.tally.wrong += not same
         self.doubtful.clear()
@@ -208,11 +208,14 @@ def streamed(text: str) -> Reply:
 
 @asynccontextmanager
 async def client_of(
-    url: str, questions: Sequence[Question], expected: Mapping[int, Tokens]
+    url: str,
+    questions: Sequence[Question],
+    expected: Mapping[int, Tokens],
+    seconds: float = SECONDS,
 ) -> AsyncIterator[Client]:
-    """A client; every request has its own connection."""
+    """A client that waits so long for an answer; every request has its own connection."""
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    timeout = aiohttp.ClientTimeout(total=SECONDS)
+    timeout = aiohttp.ClientTimeout(total=seconds)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
         yield Client(session, questions, expected)
 

@@ -1,0 +1,240 @@
+r"""How long good clients wait while a hostile one sends ever larger requests.
+
+    .venv/bin/python benchmarks/bench_hostile_growth.py --model MODEL --label after \
+        --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\nSentiment:' \
+        --artifact choices=policies/choices
+
+`hostile_growth.py` has the things that grow. Each is sent in four sizes by one client for some
+seconds, beside eight that ask for one label each, in a closed loop: first to a stock server, then
+to one with the policies and with requests captured. vLLM takes its time for some of it, so ours is
+judged by stock's worst latency at the same size. An artifact without data of its own (there are
+fewer `--data` than `--artifact`) is served and not asked.
+
+Results are kept in the output file by label (`stock` and `--label`), so that runs of two commits
+stand beside each other. Exits with code 1 and a sentence per problem.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from fault_bench import ENVIRONMENT, tasks
+from hostile_growth import CLIENTS, DEADLINE, FACTORS, THINGS, Thing, growth, quiet, recovers
+from load_client import TEXT, Question, Tally, client_of, quiet_pass
+from report_files import write_report
+from serve_report import STOCK
+from server import Server, serving
+
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.tables import markdown_table
+
+ARGUMENTS = ("--max-model-len", "8192")
+CAPTURED = {"rate": 0.1, "limit": 10_000}
+WORSE_FACTOR, WORSE_MS = 2.0, 250.0  # ours may be worse than stock by the larger of both
+PATIENCE = 2 * DEADLINE  # of a good client
+Servers = Callable[[], AbstractContextManager[Server]]
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Directory or hub id.")],
+    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, one per policy.")],
+    data: Annotated[list[Path], typer.Option(help="JSON lines, for the first policies.")],
+    template: Annotated[list[str], typer.Option(help="For the prompts, as many.")],
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/hostile_growth.json"),
+    label: Annotated[str, typer.Option(help="Column of the server with policies.")] = "ours",
+    stock: Annotated[bool, typer.Option(help="Measure the stock server, too.")] = True,
+    seconds: Annotated[float, typer.Option(help="Of each thing and size.")] = 4,
+    rows: Annotated[int, typer.Option(help="Rows of each data.")] = 50,
+    eager: Annotated[
+        bool, typer.Option(help="Without vLLM's compiler, which takes minutes.")
+    ] = False,
+    only: Annotated[str, typer.Option(help="Things whose title has this.")] = "",
+    note: Annotated[str, typer.Option(help="How it was run, for the table.")] = "",
+) -> None:
+    """Measure, and write JSON and a Markdown table beside each other."""
+    _, asked = tasks(artifact[: len(data)], data, template, rows)
+    questions = [one for one in asked if one.kind != TEXT]
+    things = [thing for thing in THINGS if only in thing.title]
+    report = {"model": Path(model).name, "clients": CLIENTS, "seconds": seconds, "servers": {}}
+    if output.exists():
+        report["servers"] = json.loads(output.read_text())["servers"]
+    with tempfile.TemporaryDirectory() as folder:
+        switch = {
+            "artifact": dict(named.split("=", 1) for named in artifact),
+            "capture": {"directory": str(Path(folder, "captured")), **CAPTURED},
+        }
+        switches: dict[str, Any] = {**({STOCK: None} if stock else {}), label: switch}
+        for name, one in switches.items():
+            environment = {**ENVIRONMENT, **({} if one else {"VLLM_PLUGINS": ""})}
+            log = Path(folder, f"{name}.log")
+            flags = (*ARGUMENTS, *(["--enforce-eager"] if eager else []))
+            servers = partial(serving, model, one, log, flags, environment)
+            report["servers"][name] = {
+                **measured(name, servers, questions, things, seconds),
+                "note": note,
+                "provenance": provenance(),
+            }
+    problems = {name: problems_of(name, report["servers"]) for name in report["servers"]}
+    report["problems"] = problems
+    write_report(output, report, table(report))
+    if problems[label]:
+        raise typer.Exit(1)
+
+
+def measured(
+    name: str,
+    servers: Servers,
+    questions: Sequence[Question],
+    things: Sequence[Thing],
+    seconds: float,
+) -> dict[str, Any]:
+    """All things in all sizes on one kind of server, which is started again if it stays busy."""
+    found: dict[str, Any] = {"things": {}, "servers": 0}
+    tally, doubtful = Tally(), []
+    while any(not is_done(found["things"].get(thing.title)) for thing in things):
+        found["servers"] += 1
+        with servers() as server:
+            run = _measured(name, server, questions, things, seconds, found, tally, doubtful)
+            asyncio.run(run)
+    return {**found, "requests": asdict(tally)}
+
+
+def is_done(row: Mapping[str, Any] | None) -> bool:
+    """Whether a thing has been measured as far as it goes."""
+    return row is not None and ("stopped" in row or len(row["cells"]) == len(FACTORS))
+
+
+async def _measured(
+    name: str,
+    server: Server,
+    questions: Sequence[Question],
+    things: Sequence[Thing],
+    seconds: float,
+    found: dict[str, Any],
+    tally: Tally,
+    doubtful: list[int],
+) -> None:
+    """Go on until all is measured or the server is lost."""
+    expected, _ = await quiet_pass(server.url, questions)
+    async with client_of(server.url, questions, expected, PATIENCE) as client:
+        client.tally, client.doubtful = tally, doubtful
+        await quiet(client, seconds)  # the first batches compile
+        found.setdefault("quiet", await quiet(client, seconds))
+        for thing in things:
+            row = found["things"].setdefault(thing.title, {"base": thing.base, "cells": []})
+            while not is_done(row):
+                factor = FACTORS[len(row["cells"])]
+                typer.echo(f"{name}: {thing.title} x {factor}", err=True)
+                cell = await growth(server, client, thing, factor, seconds)
+                row["cells"].append(cell)
+                if not await recovers(server):
+                    row["stopped"] = f"the server stays busy after x {factor}"
+                    return
+                if max(cell["worst_ms"] / 1000, cell["hostile_longest_seconds"]) >= DEADLINE:
+                    row["stopped"] = f"{DEADLINE:.0f} s gone at x {factor}"
+        await client.settle()
+
+
+def problems_of(name: str, servers: Mapping[str, Any]) -> list[str]:
+    """Sentences on what one server did wrong, or worse than stock."""
+    found = servers[name]
+    problems = [
+        f"{count} requests of good clients were {what} ({found['requests']['errors']})"
+        for what in ("wrong", "lost")
+        if (count := found["requests"][what])
+    ]
+    if name == STOCK or STOCK not in servers:
+        return problems
+    for title, row in found["things"].items():
+        stock = servers[STOCK]["things"].get(title)
+        if stock is None:
+            continue
+        if "stopped" in row and "stopped" not in stock:
+            problems.append(f"{title}: {row['stopped']}")
+        for ours, theirs in zip(row["cells"], stock["cells"], strict=False):
+            where = f"{title}, {ours['size']:,}"
+            most = max(WORSE_FACTOR * theirs["worst_ms"], theirs["worst_ms"] + WORSE_MS)
+            if ours["worst_ms"] > most:
+                worst = f"{ours['worst_ms']:,.0f} ms, stock {theirs['worst_ms']:,.0f} ms"
+                problems.append(f"{where}: {worst}")
+            if ours["hostile"].keys() - theirs["hostile"].keys():
+                problems.append(f"{where}: {ours['hostile']}, stock {theirs['hostile']}")
+    return problems
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Worst and median latencies by thing and size, all servers beside each other."""
+    servers = report["servers"]
+    beside = " / ".join(servers)
+    lines = [
+        f"Worst latency of {report['clients']} good clients in milliseconds ({beside}), while one "
+        f"hostile client sends a thing for {report['seconds']:g} s in one size; - was not tried, "
+        "because the size before took a minute.",
+        "",
+        sizes_table(servers, "worst_ms"),
+        "",
+        f"Median latency ({beside}):",
+        "",
+        sizes_table(servers, "median_ms"),
+        "",
+        f"What the hostile client got ({beside}), and its longest wait in seconds:",
+        "",
+        sizes_table(servers, "hostile"),
+        "",
+    ]
+    for name, found in servers.items():
+        source = found["provenance"]
+        note = f"; {found['note']}" if found["note"] else ""
+        lines += [f"{name}: {source['git']}, {source['cpu']}, {source['time']}{note}.", ""]
+    for name, problems in report["problems"].items():
+        lines += [line for problem in problems for line in (f"**{name}: {problem}**", "")]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def sizes_table(servers: Mapping[str, Any], key: str) -> str:
+    """A row for each thing, and a column for each size."""
+    titles = [thing.title for thing in THINGS]
+    rows = [["nothing", "", shown([found["quiet"] for found in servers.values()], key)]]
+    rows[0] += [""] * (len(FACTORS) - 1)
+    for title in titles:
+        measured = [
+            found["things"].get(title, {"cells": []})["cells"] for found in servers.values()
+        ]
+        if not any(measured):
+            continue
+        base = next(cells[0]["size"] for cells in measured if cells)
+        cells = [
+            shown([one[place] if place < len(one) else None for one in measured], key)
+            for place in range(len(FACTORS))
+        ]
+        rows.append([title, f"{base:,}", *cells])
+    if key == "hostile":
+        del rows[0]
+    return markdown_table(["thing", "size", *(f"x {factor:,}" for factor in FACTORS)], rows)
+
+
+def shown(cells: Sequence[Mapping[str, Any] | None], key: str) -> str:
+    """One cell for all servers."""
+    texts = []
+    for cell in cells:
+        if cell is None:
+            texts.append("-")
+        elif key == "hostile":
+            ends = ", ".join(end.removeprefix("HTTP ") for end in cell["hostile"])
+            texts.append(f"{ends} ({cell['hostile_longest_seconds']:.1f})")
+        else:
+            texts.append(f"{cell[key]:,.0f}")
+    return " / ".join(texts)
+
+
+if __name__ == "__main__":
+    typer.run(main)
