@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -202,23 +203,16 @@ def table(report: Mapping[str, Any]) -> str:
 
 def sizes_table(servers: Mapping[str, Any], key: str) -> str:
     """A row for each thing, and a column for each size."""
-    titles = [thing.title for thing in THINGS]
-    rows = [["nothing", "", shown([found["quiet"] for found in servers.values()], key)]]
-    rows[0] += [""] * (len(FACTORS) - 1)
-    for title in titles:
-        measured = [
-            found["things"].get(title, {"cells": []})["cells"] for found in servers.values()
-        ]
-        if not any(measured):
-            continue
-        base = next(cells[0]["size"] for cells in measured if cells)
-        cells = [
-            shown([one[place] if place < len(one) else None for one in measured], key)
-            for place in range(len(FACTORS))
-        ]
-        rows.append([title, f"{base:,}", *cells])
-    if key == "hostile":
-        del rows[0]
+    rows = []
+    if key != "hostile":
+        alone = shown([found["quiet"] for found in servers.values()], key)
+        rows.append(["nothing", "", alone, *[""] * (len(FACTORS) - 1)])
+    for title in (thing.title for thing in THINGS):
+        found = [one["things"].get(title, {"cells": []})["cells"] for one in servers.values()]
+        if any(found):
+            base = next(cells[0]["size"] for cells in found if cells)
+            by_size = zip_longest(*found, [None] * len(FACTORS))
+            rows.append([title, f"{base:,}", *(shown(cells[:-1], key) for cells in by_size)])
     return markdown_table(["thing", "size", *(f"x {factor:,}" for factor in FACTORS)], rows)
 
 
