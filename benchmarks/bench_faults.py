@@ -7,7 +7,8 @@
 One server serves all policies; `fault_scenarios.py` has the scenarios. The right answer is the one
 that an idle server gives to a single request. Batches round differently, so a request whose answer
 differs is sent again, alone: it is a tie if the right answer comes then, wrong if not. Exits with
-code 1 and a sentence per problem.
+code 1 and a sentence per problem. Requests that grow are sent by `bench_hostile_growth.py`, and
+everything at once, with adapters, by `bench_everything.py`.
 """
 
 from __future__ import annotations
