@@ -149,7 +149,8 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
     for row in report["scenarios"]:
         if "done" in row:
             done = "; ".join(f"{what}: {count:,}" for what, count in sorted(row["done"].items()))
-            lines += [f"Beside questions: {done}. Requests captured: {row.get('captured', 0):,}.", ""]
+            captured = f"Requests captured: {row.get('captured', 0):,}."
+            lines += [f"Beside questions: {done}. {captured}", ""]
         if "killed" in row:
             errors = ", ".join(f"{n} x {what}" for what, n in row["requests"]["errors"].items())
             again = row.get("started_again_after_seconds")
