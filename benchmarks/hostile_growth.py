@@ -99,7 +99,12 @@ def scored(size: int, number: int) -> dict[str, Any]:
 
 
 def stop(size: int, number: int) -> dict[str, Any]:
-    """Texts that end the answer."""
+    """As many texts that end the answer as vLLM takes (``VLLM_MAX_STOP_STRINGS``), so long each."""
+    return {"max_tokens": 8, "stop": [f"n{number} {place}".ljust(size, "x") for place in range(4)]}
+
+
+def many_stops(size: int, number: int) -> dict[str, Any]:
+    """Short ones."""
     return {"max_tokens": 8, "stop": [f"n{number} {place}" for place in range(size)]}
 
 
@@ -125,8 +130,9 @@ THINGS = (
     Thing("a choice, characters", 100, length_of_choices),
     Thing("`allowed_token_ids`", 40, allowed),
     Thing("`logprob_token_ids`", 12, scored),
-    Thing("JSON output, tokens", 4, json_output),
-    Thing("`stop` strings", 10, stop),
+    Thing("JSON output, tokens", 1, json_output),
+    Thing("`stop` strings, number", 1, many_stops),
+    Thing("`stop` strings, characters", 16, stop),
     Thing("header `X-Request-Id`, characters", 64, plain, long_id),
     Thing("headers", 4, plain, many_headers),
 )
