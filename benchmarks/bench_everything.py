@@ -7,11 +7,12 @@ r"""A server with everything on lives through everything that clients do.
         --adapter decisions=DIR
 
 Policies for labels, for choices, for a label pool, and one that lies beside an adapter
-(DIR/adainfer); requests are captured, some of those that may exit are shadows. In the mix:
-questions to each policy, at full depth, generated texts, clients that leave, requests to be
-refused, and those of `hostile_growth.py` up to a size. Meanwhile artifacts are reloaded, and the
-adapter comes and goes under another name. Answers are judged as in `bench_faults.py`. Choices and
-the adapter are asked with the first data and template, the pool with its own lines of a batch file.
+(DIR/adainfer); requests are captured. There are no shadows, because their answers, of full depth,
+may differ from those of the quiet pass. In the mix: questions to each policy, at full depth,
+generated texts, clients that leave, requests to be refused, and those of `hostile_growth.py` up to
+a size. Meanwhile artifacts are reloaded, and the adapter comes and goes under another name. Answers
+are judged as in `bench_faults.py`. Choices and the adapter are asked with the first data and
+template, the pool with its own lines of a batch file.
 Exits with code 1 and a sentence per problem.
 """
 
@@ -107,7 +108,6 @@ def main(
             "artifact": {**sources, **others},
             "exit_points": list(points),
             "capture": {"directory": f"{folder}/captured", "rate": 0.1},
-            "shadow_rate": 0.05,
         }
         flags = (*ARGUMENTS, "--max-lora-rank", f"{rank}", "--lora-modules", adapter)
         with serving(model, switch, Path(folder, "server.log"), flags, RUNTIME) as server:
@@ -234,9 +234,7 @@ async def ask_again(stage: Stage, session: aiohttp.ClientSession, mix: Mix) -> N
     """The guest's doubtful questions, alone."""
     await load(session, mix)
     for index in mix.doubtful:
-        same = (await as_guest(stage, index)).tokens == stage.client.expected[index]
-        stage.client.tally.ties += same
-        stage.client.tally.wrong += not same
+        stage.client.judge(index, await as_guest(stage, index))
     await unload(session, mix)
 
 

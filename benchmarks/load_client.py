@@ -61,7 +61,7 @@ class Tally:
         lost: any other outcome while the engine was alive.
         failed: any other outcome, in flight when the engine was killed.
         left: the client closed the connection before the end.
-        errors: statuses or exceptions of lost and failed ones.
+        errors: statuses or exceptions of lost and failed ones, questions' kinds of wrong ones.
 
     """
 
@@ -74,6 +74,10 @@ class Tally:
     failed: int = 0
     left: int = 0
     errors: dict[str, int] = field(default_factory=dict)
+
+    def add_error(self, what: str) -> None:
+        """Count one more."""
+        self.errors[what] = self.errors.get(what, 0) + 1
 
 
 def questions_of(name: str, artifact: Path, data: Path, template: str, rows: int) -> list[Question]:
@@ -165,7 +169,7 @@ class Client:
             self.tally.failed += self.killed
             self.tally.lost += not self.killed
             what = f"HTTP {reply.status}" if reply.status else reply.message
-            self.tally.errors[what] = self.tally.errors.get(what, 0) + 1
+            self.tally.add_error(what)
 
     async def leave(self, body: Mapping[str, Any], seconds: float) -> None:
         """Send a request, and close the connection after that many seconds if it is still open."""
@@ -188,10 +192,16 @@ class Client:
     async def settle(self) -> None:
         """Ask doubtful questions again, alone."""
         for index in self.doubtful:
-            same = (await self.send(self.questions[index].body)).tokens == self.expected[index]
-            self.tally.ties += same
-            self.tally.wrong += not same
+            self.judge(index, await self.send(self.questions[index].body))
         self.doubtful.clear()
+
+    def judge(self, index: int, again: Reply) -> None:
+        """Count a doubtful question by the answer it got `again`, alone."""
+        if again.tokens == self.expected[index]:
+            self.tally.ties += 1
+        else:
+            self.tally.wrong += 1
+            self.tally.add_error(f"wrong answer to {self.questions[index].kind}")
 
 
 def streamed(text: str) -> Reply:
