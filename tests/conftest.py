@@ -34,10 +34,16 @@ else:
     handle, os.environ["ADAINFER_TESTS_ENGINES"] = tempfile.mkstemp(prefix="engines-")
     os.close(handle)
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests.every_process import sitecustomize  # noqa: E402
+
+# How long a case takes is the machine's, and its load's.
+SLOW = hypothesis.HealthCheck.too_slow
+hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=[SLOW])
+hypothesis.settings.load_profile("any machine")
 
 if not WORKER:  # Python has run this at the start of a worker, and of all other processes
     if not torch.cuda.is_available():

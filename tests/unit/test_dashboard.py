@@ -28,10 +28,9 @@ def dashboard() -> Any:
 def series() -> dict[str, set[str]]:
     """Labels of each of our series, by its name on /metrics."""
     shared, choices = Series((2, 6)), ChoiceMetrics("model", [0])
-    labels = {}
-    for collector in (*vars(shared).values(), choices.finished, choices.appended):
-        for metric in collector.values() if isinstance(collector, dict) else [collector]:
-            labels[metric._name] = set(metric._labelnames)
+    labels = {metric._name: set(names) for metric, names in shared.labelled}
+    for metric in choices.finished, choices.appended:
+        labels[metric._name] = set(metric._labelnames)
     return {
         metric.name + suffix: labels[metric.name] | ({"le"} if suffix == "_bucket" else set())
         for metric in REGISTRY.collect()

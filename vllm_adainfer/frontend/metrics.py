@@ -74,6 +74,7 @@ class Series:
         exits_allowed: a gauge.
         weights_differ: a gauge.
         info: a gauge.
+        labelled: all of these, each with the names of its labels.
 
     """
 
@@ -126,7 +127,7 @@ class Series:
             ADAPTER,
             multiprocess_mode=LATEST,
         )
-        self._labelled: list[tuple[MetricWrapperBase, list[str]]] = [
+        self.labelled: list[tuple[MetricWrapperBase, list[str]]] = [
             *((self.counters[kind], labels) for kind, (*_, labels) in COUNTERS.items()),
             (self.exit_layer, POLICY),
             (self.shadow_move, POLICY),
@@ -135,7 +136,7 @@ class Series:
             (self.weights_differ, ENGINE),
             (self.info, ADAPTER),
         ]
-        _registered.extend(metric for metric, _ in self._labelled)
+        _registered.extend(metric for metric, _ in self.labelled)
 
     def remove(self, policy: tuple[str, ...]) -> None:
         """Remove all series with these values of `POLICY`.
@@ -144,7 +145,7 @@ class Series:
         """
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             return
-        for metric, labels in self._labelled:
+        for metric, labels in self.labelled:
             samples = [sample.labels for family in metric.collect() for sample in family.samples]
             for values in {tuple(map(found.__getitem__, labels)) for found in samples}:
                 if values[: len(POLICY)] == policy:
