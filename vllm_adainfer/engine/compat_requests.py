@@ -55,7 +55,7 @@ def _choices_in(grammar: str) -> list[str] | None:
         return None
     choices: list[str] = []
     place = len(ROOT)
-    while literal := LITERAL.match(grammar, place):
+    while len(choices) <= MOST_CHOICES and (literal := LITERAL.match(grammar, place)):
         try:  # its escapes are JSON's
             choices.append(json.loads(literal[0]))
         except ValueError:
