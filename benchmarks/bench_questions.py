@@ -32,7 +32,6 @@ from vllm_adainfer.offline.calibration.collect import Recording
 from vllm_adainfer.offline.calibration.fit import judge
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions, make_policy
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, Prompts, load_prompts
-from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.artifact_files import load_details
@@ -93,12 +92,9 @@ def left_out(
     names = np.array(calibration.questions)
     rows = []
     for name in tqdm(np.unique(names), desc="leave one out", disable=None):
-        split = Split(
-            *(
-                part[names[part] != name]
-                for part in (calibration.split.fit, calibration.split.certify)
-            )
-        )
+        split = calibration.split
+        fit, certify = (part[names[part] != name] for part in (split.fit, split.certify))
+        split = replace(split, fit=fit, certify=certify)
         policy = make_policy(replace(calibration, split=split))
         point = policy.points.get(request.options.epsilon)
         row: dict[str, Any] = {"question": str(name), "risk": None, "layers_saved": None}

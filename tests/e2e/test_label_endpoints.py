@@ -25,7 +25,7 @@ from tests.families import SHAPE
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
 from vllm_adainfer.exits.report import INTERVAL
 from vllm_adainfer.offline.calibration.batch_files import read_requests
-from vllm_adainfer.offline.calibration.data import Row
+from vllm_adainfer.offline.calibration.data import Row, read_rows
 from vllm_adainfer.policy.artifact import Label
 
 END = "Sentiment :"  # of each prompt, so that a label is a token of its own
@@ -113,12 +113,19 @@ def threshold(reference, tokenizer, heads) -> float:
 
 
 @pytest.fixture(scope="module")
-def server(model, promises, threshold, tmp_path_factory) -> Iterator[Server]:
+def captured(tmp_path_factory) -> Path:
+    directory: Path = tmp_path_factory.mktemp("captured")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(model, promises, threshold, captured, tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
     thresholds = torch.full((2, len(EXIT_POINTS)), threshold)
     artifact = tiny_artifact(model, folder / "policy", thresholds, **promises)
     flags = [TEMPLATE if "message" in flag else flag for flag in FLAGS]
-    switch = {"artifact": str(artifact), "min_rows_saved": 1}
+    capture = {"directory": str(captured), "rate": 1}
+    switch = {"artifact": str(artifact), "min_rows_saved": 1, "capture": capture}
     with serving(str(model), switch, folder / "log", flags, environment()) as running:
         yield running
 
@@ -181,6 +188,45 @@ def test_a_decision_is_read_at_the_exit_among_the_labels_of_its_question(
     assert wanted[EXIT_POINTS[0]] > len(STATES) // 4
     assert left[EXIT_POINTS[0]] >= wanted[EXIT_POINTS[0]]
     assert 0 < left[LAYERS - 1] <= 2 * len(STATES), "no question of three digits leaves early"
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "parts"),
+    [
+        ("/v1/systemone", {"questions": QUESTIONS}, len(QUESTIONS)),
+        ("/generative_scoring", {"items": [" warm", " long"]}, 2),
+        ("/v1/completions", {"max_tokens": 1}, 2),
+    ],
+)
+def test_captured_parts_of_a_request_stay_a_group_when_calibration_reads_them(
+    server, captured, tokenizer, path, asked, parts
+):
+    labels = tokenizer.convert_tokens_to_ids(["yes", "no"])
+    states = [f"{state} {path.strip('/')} {number}" for number, state in enumerate(STATES[:2])]
+    body = {
+        "/v1/systemone": lambda state: {"state": state},
+        "/generative_scoring": lambda state: {"query": state, "label_token_ids": labels},
+        "/v1/completions": lambda state: {
+            "model": "model", "prompt": [state, f"{state} dull"], "allowed_token_ids": labels
+        },
+    }[path]  # fmt: skip
+    bodies = [{**body(state), **asked} for state in states]
+    post_all(server, path, bodies)
+    wanted = [prompts_of(tokenizer, path, one) for one in bodies]
+
+    def groups() -> list[set[str | None]]:
+        """Of the prompts of each request."""
+        examples = read_requests(read_rows(captured), tokenizer, len(tokenizer), 512)
+        of = {tuple(example.token_ids): example.group for example in examples}
+        return [{of.get(tuple(prompt)) for prompt in prompts} for prompts in wanted]
+
+    end = time.monotonic() + 10
+    while any(None in found for found in groups()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert [len(prompts) for prompts in wanted] == [parts, parts]
+    [first], [second] = groups()
+    assert None not in (first, second)
+    assert first != second
 
 
 @pytest.mark.parametrize("among_labels", [True, False])

@@ -12,6 +12,7 @@ from tests.tiny import word_tokenizer
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
 from vllm_adainfer.offline.calibration.data import Example, Row, read_rows
+from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, load_prompts
 from vllm_adainfer.offline.calibration.questions import SEEN
 
 READ = {"max_tokens": 1, "logprob_token_ids": [7, 9]}
@@ -78,6 +79,49 @@ def test_a_request_becomes_the_prompts_that_vllm_makes_of_it(tokenizer, url, bod
     decoded = [tokenizer.decode(tokenizer.encode(text)) for text in wanted]
     assert [tokenizer.decode(one.token_ids) for one in found] == decoded
     assert {frozenset(one.labels or ()) for one in found} == {frozenset((7, 9))}
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a film :", "the plot :"]}),
+        ("/generative_scoring", {"query": "a", "items": ["b", "c"], "label_token_ids": [7, 9]}),
+        (
+            "/v1/systemone",
+            {
+                "state": "warm",
+                "questions": {name: {"type": "noul", "instructions": name} for name in "ab"},
+            },
+        ),
+    ],
+)
+def test_the_prompts_of_a_line_are_a_group_and_so_are_lines_that_say_so(tokenizer, url, body):
+    lines = [
+        Row(f"requests.jsonl, line {number}", {"url": url, "body": {**READ, **body}, **more})
+        for number, more in enumerate([{}, {}, {"group": "x"}, {"group": "x"}])
+    ]
+    groups = [example.group for example in read(lines, tokenizer)]
+    assert groups[::2] == groups[1::2]
+    alone, other, *together = groups[::2]
+    assert len({alone, other, *together}) == 3
+    assert together == ["x", "x"]
+
+
+def test_questions_about_one_state_are_on_one_side_of_the_split(tiny_model, tmp_path):
+    states = [[5 + number // 20, 7 + number % 20, 9] for number in range(300)]
+    bodies = [
+        {"query": state, "items": [[40], [41], [42]], "label_token_ids": [5, 6]} for state in states
+    ]
+    data = tmp_path / "requests.jsonl"
+    rows = [{"url": "/generative_scoring", "body": body} for body in bodies]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = load_prompts(CalibrationRequest(str(tiny_model), data, tmp_path / "policy"))
+    fitted, held_out = (
+        {tuple(prompts.examples[place].token_ids[:3]) for place in half}
+        for half in (prompts.split.fit, prompts.split.certify)
+    )
+    assert len(fitted) == len(held_out) == 150
+    assert not fitted & held_out
 
 
 def test_token_prompts_stay_as_they_are(tokenizer):

@@ -439,6 +439,40 @@ def test_with_one_row_a_prompt_a_bound_over_prompts_is_the_plain_one():
     assert abs(plain.of(losses) - over_prompts.of(losses)) < 0.001
 
 
+@pytest.mark.parametrize(("kind", "lowest"), KINDS)
+def test_where_each_row_is_a_group_of_its_own_the_bound_is_that_of_rows_bit_for_bit(kind, lowest):
+    rows = Bound(kind, 0.1, lowest)
+    groups = Bound(kind, 0.1, lowest, np.arange(400) + 50, longest=1)
+    for losses in draw(400, 0.02, lowest, seed=1), draw(400, 0.0, lowest, seed=2):
+        assert groups.of(losses) == rows.of(losses)
+        for epsilon in (0.005, 0.02, 0.03, 0.05, 0.1):
+            assert groups.holds(losses, epsilon) == rows.holds(losses, epsilon)
+    assert groups.groups_needed(400, 0.02) == rows_needed(0.02, 0.1, kind, lowest)
+
+
+def test_a_group_that_is_larger_than_can_be_does_not_count():
+    groups = np.array([*range(400), *[400] * 30])
+    losses = (groups == 400).astype(np.float64)
+    assert Bound("exact", 0.1, 0.0, groups, longest=1).of(losses) == upper_bound(
+        np.zeros(400), 0.1, "exact"
+    )
+    assert Bound("wsr", 0.1, 0.0, groups, longest=29).holds(losses, 0.5)
+    assert not Bound("exact", 0.1, 0.0, np.zeros(30), longest=1).holds(np.zeros(30), 0.5)
+    assert Bound("exact", 0.1, 0.0, np.zeros(30), longest=1).of(np.zeros(30)) == 1
+
+
+@pytest.mark.parametrize("sizes", [[5], [1, 5], [1, 1, 1, 20]])
+def test_the_groups_needed_are_the_fewest_that_certify(sizes):
+    def holds(count: int) -> bool:
+        groups = np.repeat(np.arange(count), np.resize(sizes, count))
+        return Bound("wsr", 0.1, 0.0, groups, max(sizes)).holds(np.zeros(len(groups)), 0.05)
+
+    some = np.repeat(np.arange(len(sizes)), sizes)
+    needed = Bound("wsr", 0.1, 0.0, some, max(sizes)).groups_needed(len(some), 0.05)
+    assert holds(needed)
+    assert not holds(needed - 1)
+
+
 @pytest.mark.parametrize("rows", [500, 2000])
 def test_the_allowance_over_prompts_is_what_just_holds(rows):
     prompts = np.repeat(np.arange(rows // 5), 5)

@@ -14,7 +14,7 @@ from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 from vllm_adainfer.config import Capture, Settings, read_settings
 from vllm_adainfer.engine import sample
 from vllm_adainfer.engine.capture import body_of
-from vllm_adainfer.engine.compat_requests import choices_of
+from vllm_adainfer.engine.compat_requests import choices_of, request_group
 from vllm_adainfer.engine.configure_scheduler import notice
 from vllm_adainfer.engine.sample import is_sampled
 from vllm_adainfer.errors import AdaInferError
@@ -146,6 +146,25 @@ def test_choices_are_read_back_from_the_grammar_that_vllm_makes_of_them(choices)
 )
 def test_another_grammar_is_no_choice(grammar):
     assert choices_of(None, grammar) is None
+
+
+@pytest.mark.parametrize(
+    ("request_id", "group"),
+    [
+        ("decision-abc-0", "decision-abc"),
+        ("decision-abc-12-0123abcd", "decision-abc"),
+        ("generative-scoring-a-b-3-0123abcd", "generative-scoring-a-b"),
+        ("cmpl-abc-0-0123abcd", "cmpl-abc"),
+        ("chatcmpl-abc-0123abcd", None),
+        ("chatcmpl-abc-7", None),
+        ("17", None),
+        ("17-0123abcd", None),
+        ("decision-abc", None),
+        ("", None),
+    ],
+)
+def test_the_parts_of_one_http_request_are_a_group(request_id, group):
+    assert request_group(request_id) == group
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 1])

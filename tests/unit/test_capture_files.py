@@ -49,6 +49,14 @@ def test_a_line_is_one_of_vllms_batch_files(tmp_path):
     }  # fmt: skip
 
 
+def test_a_line_keeps_what_came_together(tmp_path):
+    files = CaptureFiles(settings(tmp_path), 0)
+    files.put("decision-7-0", {"prompt": [7]}, "decision-7")
+    files.close()
+    [path] = tmp_path.iterdir()
+    assert json.loads(path.read_text())["group"] == "decision-7"
+
+
 def test_only_this_user_may_read_the_files_and_a_directory_that_is_made(tmp_path):
     directory = tmp_path / "new" / "requests"
     write(directory, range(1))

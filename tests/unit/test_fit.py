@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,12 +11,12 @@ import torch
 from adainfer_kernels import Head, Norm
 from torch import Tensor
 
-from vllm_adainfer.offline.calibration import probes
+from vllm_adainfer.offline.calibration import fit, probes
 from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
-from vllm_adainfer.offline.calibration.fit import FittedExit, fit_exits
+from vllm_adainfer.offline.calibration.fit import FittedExit, fit_exits, judge
 from vllm_adainfer.offline.calibration.loss import AccuracyLost, is_right
 from vllm_adainfer.offline.calibration.probes import Target
-from vllm_adainfer.offline.calibration.split import Split, random_order
+from vllm_adainfer.offline.calibration.split import Split, numbered, random_order
 from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probe import Probe
 
@@ -70,18 +71,56 @@ def fitted_on(recording: Recording, kind: str, labels: Tensor | None = None) -> 
 
 
 def test_the_halves_share_no_prompt_miss_none_and_are_in_random_order():
-    split, order = Split.halves(101), random_order(101, seed=3)
+    split = Split.halves(101)
+    order = random_order(split.groups, seed=3)
     first, second = order[split.fit], order[split.certify]
     assert (len(first), len(second)) == (50, 51)
     assert sorted([*first, *second]) == list(range(101))
     assert all((half != np.sort(half)).any() for half in (first, second))
-    assert np.array_equal(order, random_order(101, seed=3))
-    assert not np.array_equal(order, random_order(101, seed=4))
+    assert np.array_equal(order, random_order(split.groups, seed=3))
+    assert not np.array_equal(order, random_order(split.groups, seed=4))
+
+
+def test_prompts_that_came_together_stay_in_one_half_and_in_one_fold():
+    given = np.random.default_rng(1).integers(0, 40, 200).tolist()  # in no order
+    order = random_order(numbered(given), seed=3)
+    kept = [given[place] for place in order]
+    split = Split.of_groups(numbered(kept))
+    halves = [{kept[place] for place in half} for half in (split.fit, split.certify)]
+    assert not halves[0] & halves[1]
+    assert [len(half) for half in halves] == [20, 20]
+    assert sorted(order) == list(range(200))
+    assert sum(a != b for a, b in pairwise(kept)) == 39, "each group in one piece"
+
+
+def test_prompts_that_come_alone_are_split_as_if_there_were_no_groups():
+    alone = numbered([f"line {number}" for number in range(101)])
+    assert np.array_equal(random_order(alone, 3), np.random.default_rng(3).permutation(101))
+    split, halves = Split.of_groups(alone), Split.halves(101)
+    assert np.array_equal(split.fit, np.arange(50))
+    assert np.array_equal(split.certify, halves.certify)
+
+
+def test_a_probe_has_seen_no_prompt_of_the_group_that_it_judges_for_the_classifier(monkeypatch):
+    """Prompts with the same state in one fold: what a probe learns from one helps no other."""
+    groups = np.repeat(np.arange(PROMPTS // 5), 5)
+    recording = replace(recording_of(rank=1), folds=groups % FOLDS)
+    seen: list[tuple[set[int], set[int]]] = []
+
+    def spy(probe, layer, recording, rows, *rest):
+        seen.append((probe, set(groups[recording.prompts[rows]].tolist())))
+        return judge(probe, layer, recording, rows, *rest)
+
+    monkeypatch.setattr(fit, "judge", spy)
+    fitted_on(recording, "label-head", torch.tensor([3, 7]))
+    *by_fold, _ = [own for _, own in seen]
+    assert len(by_fold) == FOLDS
+    assert sum(map(len, by_fold)) == len(set().union(*by_fold)), "no group is in two folds"
 
 
 def test_the_rows_of_a_half_are_all_those_of_its_prompts_in_the_prompts_order():
     recording = replace(recording_of(rank=1), prompts=np.array([0, 0, 1, 2, 2, 3]))
-    split = Split(fit=np.array([2, 0]), certify=np.array([1, 3]))
+    split = Split(fit=np.array([2, 0]), certify=np.array([1, 3]), groups=np.arange(4))
     assert split.fit_rows(recording).tolist() == [3, 4, 0, 1]
     assert split.certify_rows(recording).tolist() == [2, 5]
 

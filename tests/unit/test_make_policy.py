@@ -9,7 +9,9 @@ import pytest
 import torch
 from adainfer_kernels import Head, Norm
 
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration import fitted_policy as making
+from vllm_adainfer.offline.calibration.certify import Bound
 from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
@@ -23,6 +25,7 @@ from vllm_adainfer.offline.calibration.policy_artifact import (
     policy_tensors,
 )
 from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.calibration.prompts import check_rows
 from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
@@ -135,6 +138,58 @@ def test_every_level_is_within_its_epsilon_and_a_looser_one_saves_no_less(risk):
     saved = [level.layers_saved for level in config.levels]
     assert saved == sorted(saved)
     assert saved[-1] > 0
+
+
+GROUPS = np.arange(PROMPTS) // 3  # three questions about each state
+
+
+@pytest.mark.parametrize(("risk", "lowest"), [("disagreement", 0.0), ("accuracy", -1.0)])
+def test_prompts_that_came_together_are_certified_by_group(risk, lowest):
+    recording = recording_of(labels=True)
+    right = [{int(token)} for token in recording.tokens] if risk == "accuracy" else None
+    split = Split.of_groups(GROUPS)
+    options = PolicyOptions(epsilon=0.05, risk=risk)
+    target = Target("label-head", LABEL_IDS)
+    policy = make_policy(Calibration(recording, target, split, options, LABELS, right))
+    config, point = policy_config(policy, "tiny", HF_CONFIG), policy.points[0.05]
+    by_group = Bound("wsr", 0.1, lowest, GROUPS[split.certify], longest=3)
+    assert config.bound == "wsr"
+    assert config.levels[config.level_of(None)].bound == min(0.05, by_group.of(point.losses))
+    assert point.layers_saved > 0
+
+
+@pytest.mark.parametrize(("together", "bound"), [(1, "exact"), (2, "wsr")])
+def test_a_question_has_the_bound_of_its_own_groups(together, bound):
+    """Of three questions about a state, each comes once, or one of them twice."""
+    questions = [f"question {row % 3 // together}" for row in range(PROMPTS)]
+    options = PolicyOptions(epsilon=0.1, by_question=True)
+    target = Target("label-head", LABEL_IDS)
+    calibration = Calibration(
+        recording_of(labels=True), target, Split.of_groups(GROUPS), options, LABELS,
+        questions=questions, ends={name: ((0,),) for name in questions},
+    )  # fmt: skip
+    policy = make_policy(calibration)
+    assert "question 0" in policy.questions
+    assert policy_config(policy, "tiny", HF_CONFIG).bound == bound
+    names, groups = (np.array(one)[calibration.split.certify] for one in (questions, GROUPS))
+    for name, points in policy.questions.items():
+        own = Bound(bound, 0.1, 0.0, groups[names == name], together)
+        assert own.holds(points[0.1].losses, 0.1)
+
+
+def test_the_exact_bound_is_refused_for_prompts_that_came_together():
+    options = PolicyOptions(bound="exact")
+    with pytest.raises(AdaInferError, match="those to requests that came together are not: use"):
+        check_rows(Split.of_groups(GROUPS), options, "rows")
+
+
+def test_too_few_groups_are_refused_however_many_rows_they_have():
+    options = PolicyOptions(epsilon=0.05)
+    groups = np.repeat(np.arange(40), 20)
+    with pytest.raises(AdaInferError, match=r"at least 95 groups of requests .* but rows has 40"):
+        check_rows(Split.of_groups(groups), options, "rows")
+    check_rows(Split.of_groups(np.arange(len(groups))), options, "rows")
+    check_rows(Split.of_groups(np.repeat(np.arange(95), 20)), options, "rows")
 
 
 def test_accuracy_that_is_not_lost_lets_more_leave_than_answers_that_do_not_change():

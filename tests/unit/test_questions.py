@@ -140,7 +140,7 @@ def test_each_question_keeps_the_bound_on_its_own_and_others_run_to_the_end(poli
     for name, points in policy.questions.items():
         own = names == name
         assert np.array_equal(point.exits[own], points[EPSILON].exits)
-        assert bound.holds(point.losses[own], EPSILON)
+        assert bound.of_rows(own).holds(point.losses[own], EPSILON)
         assert points[EPSILON].layers_saved > 0
     others = names == "question 2"
     assert (point.exits[others] == len(policy.exits)).all()

@@ -12,7 +12,11 @@ from vllm.v1.request import Request
 
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine.capture_files import CaptureFiles
-from vllm_adainfer.engine.compat_requests import choices_of, client_request_id
+from vllm_adainfer.engine.compat_requests import (
+    choices_of,
+    client_request_id,
+    request_group,
+)
 from vllm_adainfer.engine.sample import is_sampled
 
 if TYPE_CHECKING:
@@ -48,7 +52,11 @@ class CapturingScheduler(_Scheduler):
         if is_sampled(request.request_id, self._capture_rate, "capture"):
             body = body_of(request, self._served_name)
             if body is not None:
-                self._captured.put(client_request_id(request.request_id), body)
+                name, group = (
+                    client_request_id(request.request_id),
+                    request_group(request.request_id),
+                )
+                self._captured.put(name, body, group)
 
     @override
     def shutdown(self) -> None:

@@ -62,9 +62,14 @@ class CaptureFiles:
         self._thread = Thread(target=self._write_all, name="adainfer-capture", daemon=True)
         self._thread.start()
 
-    def put(self, custom_id: str, body: dict[str, Any]) -> None:
-        """Have a request written, or leave it out if too many wait; never waits itself."""
+    def put(self, custom_id: str, body: dict[str, Any], group: str | None = None) -> None:
+        """Have a request written, or leave it out if too many wait; never waits itself.
+
+        `group` is the same for requests that came together; None for one that came alone.
+        """
         line = {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+        if group is not None:
+            line["group"] = group
         try:
             self._queue.put_nowait(line)
         except Full:

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -81,8 +81,16 @@ def upper_bound(losses: FloatArray, delta: float, kind: BoundKind, lowest: float
     return float(lowest + (1 - lowest) * bound)
 
 
-def rows_needed(epsilon: float, delta: float, kind: BoundKind, lowest: float = 0.0) -> int:
+def rows_needed(
+    epsilon: float,
+    delta: float,
+    kind: BoundKind,
+    lowest: float = 0.0,
+    pattern: Sequence[float] | FloatArray = (0.0,),
+) -> int:
     """The fewest rows that certify `epsilon` > 0 when all losses are 0; `lowest` is 0 or -1.
+
+    Or when the losses are those of `pattern`, again and again; their mean is below `epsilon`.
 
     Raises:
         ValueError: `epsilon` is not positive, or `kind` is ``exact`` and `lowest` is not 0.
@@ -92,14 +100,14 @@ def rows_needed(epsilon: float, delta: float, kind: BoundKind, lowest: float = 0
         raise ValueError(f"no number of rows certifies epsilon {epsilon:g}: it must be positive")
     if kind == "naive":
         return 1
-    [zero] = _unit(np.zeros(1), kind, lowest)
+    losses = _unit(np.asarray(pattern), kind, lowest)
 
     def certifies(rows: int) -> bool:
         # Only wsr needs the rows themselves; hoeffding-bentkus may need more than fit in memory.
         p_value = (
-            _p_value(np.full(rows, zero), delta, kind)
+            _p_value(np.resize(losses, rows), delta, kind)
             if kind == "wsr"
-            else partial(TAILS[kind], zero * rows, rows)
+            else partial(TAILS[kind], losses.mean() * rows, rows)
         )
         return p_value((epsilon - lowest) / (1 - lowest)) <= delta
 

@@ -1,9 +1,10 @@
 """Prompts, labels and choices from requests as users send them: lines of vLLM's batch files.
 
 A line is ``{"custom_id", "method", "url", "body"}``; other keys are ignored, except ``label`` (what
-is right, if it is the token id of a label that the request names, or one of its choices) and
-``question`` (a name for what is asked). Prompts are rendered as vLLM 0.32 renders those of each
-endpoint; the labels or choices are in the body.
+is right, if it is the token id of a label that the request names, or one of its choices),
+``question`` (a name for what is asked) and ``group`` (the same in requests that came together, such
+as those about one state; prompts of one line always did). Prompts are rendered as vLLM 0.32 renders
+those of each endpoint; the labels or choices are in the body.
 """
 
 from __future__ import annotations
@@ -251,4 +252,5 @@ def _example(
         answers.labels,
         answers.choices,
         str(named)[:LONGEST_NAME] if named else None,
+        group=str(row.fields.get("group") or row.place),
     )

@@ -12,7 +12,8 @@ from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 
 def by_question(policy: FittedPolicy, point: PathPoint) -> list[dict[str, Any]]:
     """A row for each question of the held-out prompts, the commonest first."""
-    calibration = policy.calibration
+    calibration, bound = policy.calibration, policy.calibration.bound
+    epsilon = calibration.options.epsilon
     questions = calibration.rows_by_question()
     if len(questions) < 2:
         return []
@@ -20,7 +21,7 @@ def by_question(policy: FittedPolicy, point: PathPoint) -> list[dict[str, Any]]:
     saved = 1 - layers[point.exits] / policy.costs.depth
     rows = []
     for name, own in questions.items():
-        alone = policy.questions.get(name, {}).get(calibration.options.epsilon)
+        alone = policy.questions.get(name, {}).get(epsilon)
         rows.append(
             {
                 "question": name,
@@ -29,7 +30,9 @@ def by_question(policy: FittedPolicy, point: PathPoint) -> list[dict[str, Any]]:
                 "layers_saved": float(saved[own].mean()),
                 "known": name in calibration.ends,
                 # Of this question alone, where each is certified on its own.
-                "bound": None if alone is None else calibration.bound.of(alone.losses),
+                "bound": None
+                if alone is None
+                else bound.of_rows(own).within(epsilon, alone.losses),
             }
         )
     return rows

@@ -8,7 +8,13 @@ import numpy as np
 import torch
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.collect import Ints, Recording, record, recording_engine
+from vllm_adainfer.offline.calibration.collect import (
+    FOLDS,
+    Ints,
+    Recording,
+    record,
+    recording_engine,
+)
 from vllm_adainfer.offline.calibration.fit import candidate_layers
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.label_pool import subsets_of
@@ -57,8 +63,11 @@ def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
             engine, examples, labels, layers, options.max_tokens, adapter and adapter.request
         )
     if prompts.choices is not None:
-        return replace(recording, tokens=prompts.choices.decided_by(recording.tokens))
-    return recording
+        decided = prompts.choices.decided_by(recording.tokens)
+        recording = replace(recording, tokens=decided)
+    if prompts.probe == "lens":  # its sums are by prompt
+        return recording
+    return replace(recording, folds=prompts.split.groups % FOLDS)
 
 
 def fit_and_certify(

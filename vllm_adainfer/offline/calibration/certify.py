@@ -8,13 +8,13 @@ at the first exit point whose score passes), not for each exit point alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from vllm_adainfer.offline.calibration.collect import Ints
-from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
+from vllm_adainfer.offline.calibration.fit import Bools, FittedExit, Scored
 from vllm_adainfer.policy.bound import FloatArray, certified, rows_needed, upper_bound
 from vllm_adainfer.policy.kinds import BoundKind
 
@@ -31,28 +31,33 @@ class Bound:
         kind: how the bound is computed, see `vllm_adainfer.policy.bound`.
         delta: the chance that it does not hold.
         lowest: smallest possible loss: 0 for disagreement, -1 for lost accuracy.
-        prompts: [rows], the prompt of each held-out row, if a prompt has several: their losses
-            are not independent. None if each row is a prompt of its own.
-        longest: the most rows a prompt can have.
+        groups: [rows], the group of each held-out row: the tokens of a text, or the prompts that
+            came together. Losses of one group are not independent. None if each row stands alone.
+        longest: the most rows a group can have. Groups with more do not count, so it must not
+            depend on the held-out rows.
 
     """
 
     kind: BoundKind
     delta: float
     lowest: float
-    prompts: Ints | None = None
+    groups: Ints | None = None
     longest: int = 1
+
+    def of_rows(self, rows: Bools) -> Bound:
+        """The same for some of the rows alone."""
+        return self if self.groups is None else replace(self, groups=self.groups[rows])
 
     def holds(self, losses: FloatArray, epsilon: float) -> bool:
         """Whether `losses` certify a mean of at most `epsilon`."""
-        if self.prompts is not None:
-            losses = self._by_prompt(losses, epsilon)
-        return certified(losses, epsilon, self.delta, self.kind, self.lowest)
+        losses = self._by_group(losses, epsilon)
+        return len(losses) > 0 and certified(losses, epsilon, self.delta, self.kind, self.lowest)
 
     def of(self, losses: FloatArray) -> float:
         """Upper confidence bound of the mean loss."""
-        if self.prompts is None:
-            return upper_bound(losses, self.delta, self.kind, self.lowest)
+        if self.longest == 1:
+            losses = self._by_group(losses, 0.0)
+            return upper_bound(losses, self.delta, self.kind, self.lowest) if len(losses) else 1.0
         if not self.holds(losses, HIGHEST):
             return 1.0
         low, high = 0.0, HIGHEST
@@ -61,21 +66,30 @@ class Bound:
             low, high = (low, middle) if self.holds(losses, middle) else (middle, high)
         return high
 
-    def _by_prompt(self, losses: FloatArray, epsilon: float) -> FloatArray:
-        """[prompts], in [0, 1], with a mean of at most `epsilon` exactly if the loss per row is.
+    def within(self, epsilon: float, losses: FloatArray) -> float:
+        """The same for losses that certify `epsilon`, which bisection may miss by a little."""
+        return min(epsilon, self.of(losses))
 
-        A prompt's losses are divided by the most rows a prompt can have, and each missing row
+    def _by_group(self, losses: FloatArray, epsilon: float) -> FloatArray:
+        """[groups], `lowest` to 1, with a mean of at most `epsilon` exactly if the loss per row is.
+
+        A group's losses are divided by the most rows a group can have, and each missing row
         counts as a loss of `epsilon`: E[losses] + epsilon (longest - E[rows]) <= epsilon longest.
+        A group of one row, where no group can have more, keeps its loss to the last bit.
         """
-        assert self.prompts is not None, "checked by the caller"
-        _, place = np.unique(self.prompts, return_inverse=True)
+        if self.groups is None:
+            return losses
+        _, place = np.unique(self.groups, return_inverse=True)
         rows, sums = np.bincount(place), np.bincount(place, weights=losses)
-        by_prompt: FloatArray = (sums + epsilon * (self.longest - rows)) / self.longest
-        return by_prompt
+        by_group: FloatArray = (sums + epsilon * (self.longest - rows)) / self.longest
+        return by_group[rows <= self.longest]
 
-    def rows_needed(self, epsilon: float) -> int:
-        """The fewest rows that certify `epsilon` if none of them has a loss."""
-        return rows_needed(epsilon, self.delta, self.kind, self.lowest)
+    def groups_needed(self, rows: int, epsilon: float) -> int:
+        """The fewest groups like those of `rows` rows that certify `epsilon` if nothing is lost."""
+        lossless = self._by_group(np.zeros(rows), epsilon)
+        if not len(lossless):
+            lossless = np.zeros(1)
+        return rows_needed(epsilon, self.delta, self.kind, self.lowest, lossless)
 
     def allowance(self, rows: int, epsilon: float) -> float:
         """The largest mean of `rows` losses, each 0 or 1, that certifies `epsilon`."""

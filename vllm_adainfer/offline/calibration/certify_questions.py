@@ -31,8 +31,9 @@ def certify_questions(
     grid, layers = threshold_grid(exits), [exit.layer for exit in exits]
     for name, own in rows.items():
         scored = [exit.held_out.of_rows(own) for exit in exits]
+        alone = bound.of_rows(own)
         points = {
-            epsilon: loosest(walk(layers, scored, depth, grid), epsilon, bound)
+            epsilon: loosest(walk(layers, scored, depth, grid), epsilon, alone)
             for epsilon in epsilons
         }
         certified = {epsilon: point for epsilon, point in points.items() if point is not None}
@@ -66,4 +67,8 @@ def allowance(rows: QuestionRows, epsilon: float, bound: Bound) -> float:
     counts = [int(np.count_nonzero(own)) for own in rows.values()]
     if not counts:
         return 0.0
-    return sum(count * bound.allowance(count, epsilon) for count in counts) / sum(counts)
+    allowed = [
+        count * bound.of_rows(own).allowance(count, epsilon)
+        for count, own in zip(counts, rows.values(), strict=True)
+    ]
+    return sum(allowed) / sum(counts)

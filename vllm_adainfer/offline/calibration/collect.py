@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Ints = npt.NDArray[np.int64]
 
-FOLDS = 5  # prompt i of the recording is in fold i % FOLDS
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Recording:
         fewer: what layers took with fewer rows, see `vllm_adainfer.exits.recording_loop.Timings`.
         soft_cap: of the logits, after the head; None for none.
         scale: of the logits, after the cap.
+        folds: int64 [prompts], in 0 to `FOLDS`; None: prompt i is in fold i % FOLDS, as its rows
+            in `moments` are.
 
     """
 
@@ -76,6 +78,12 @@ class Recording:
     soft_cap: float | None = None
     scale: float = 1.0
     fewer: Sequence[Sequence[tuple[float, float]]] = ()
+    folds: Ints | None = None
+
+    def folds_of(self, rows: Ints) -> Ints:
+        """The fold of each of decision `rows`."""
+        prompts = self.prompts[rows]
+        return prompts % FOLDS if self.folds is None else self.folds[prompts]
 
     def rows_of(self, prompts: Ints) -> Ints:
         """The decision rows of `prompts`, in the order of `prompts`."""

@@ -34,6 +34,8 @@ class Example:
         choices: texts that the request chooses from; None if it does not.
         question: a name for what the request asks of its state.
         wording: the question as the prompt puts it; a question may have several.
+        group: of prompts that came together, such as the questions about one state; None: it came
+            alone.
 
     """
 
@@ -45,6 +47,7 @@ class Example:
     choices: tuple[str, ...] | None = None
     question: str | None = None
     wording: str | None = None
+    group: str | None = None
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -121,7 +121,7 @@ def fit_exits(
     """
     loss = loss or Disagreement()
     fit_rows, held_out = split.fit_rows(recording), split.certify_rows(recording)
-    folds = recording.prompts[fit_rows] % FOLDS
+    folds = recording.folds_of(fit_rows)
     exits = []
     for layer in layers:
         probe, without_fold = fit_probes(recording, target, fit_rows, layer)

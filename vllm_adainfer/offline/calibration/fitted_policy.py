@@ -28,7 +28,7 @@ from vllm_adainfer.offline.calibration.cost import (
 from vllm_adainfer.offline.calibration.fit import Bools, FittedExit, chain, fit_exits
 from vllm_adainfer.offline.calibration.loss import AccuracyLost, Loss, RightTokens
 from vllm_adainfer.offline.calibration.probes import Target
-from vllm_adainfer.offline.calibration.split import Split
+from vllm_adainfer.offline.calibration.split import Split, numbered
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.bound import FloatArray
@@ -54,15 +54,16 @@ class PolicyOptions:
     max_tokens: int = 1
     by_question: bool = False
 
-    def bounds(self, prompts: Ints | None = None) -> Bound:
+    def bounds(self, groups: Ints | None = None, together: int = 1) -> Bound:
         """The bound that `risk` and `bound` ask for.
 
         Args:
-            prompts: [held-out rows], the prompt of each, if more than one token is generated.
+            groups: [held-out rows], the group of each; None if each row stands alone.
+            together: the most prompts that a group can have, by the half that fits.
 
         Raises:
             AdaInferError: the exact bound is asked for accuracy, whose losses may be negative, or
-                for several tokens of a prompt, which are not independent.
+                for several tokens of a prompt or prompts of a group, which are not independent.
 
         """
         disagreement, generated = self.risk != "accuracy", self.max_tokens > 1
@@ -81,11 +82,15 @@ class PolicyOptions:
                 "--bound exact counts changed answers and cannot bound the accuracy lost: use wsr, "
                 "hoeffding-bentkus or auto"
             )
-        kind = self.bound
+        if self.bound == "exact" and together > 1:
+            raise AdaInferError(
+                "--bound exact counts independent answers, and those to requests that came "
+                "together are not: use wsr, hoeffding-bentkus or auto"
+            )
+        kind, longest = self.bound, self.max_tokens * together
         if kind == "auto":
-            kind = "exact" if disagreement and not generated else "wsr"
-        lowest = 0.0 if disagreement else -1.0
-        return Bound(kind, self.delta, lowest, prompts if generated else None, self.max_tokens)
+            kind = "exact" if disagreement and longest == 1 else "wsr"
+        return Bound(kind, self.delta, 0.0 if disagreement else -1.0, groups, longest)
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,11 @@ class Calibration:
     def bound(self) -> Bound:
         """The bound, on the decision rows of the held-out prompts."""
         rows = self.split.certify_rows(self.recording)
-        return self.options.bounds(self.recording.prompts[rows])
+        groups = self.split.groups
+        if self.options.by_question:  # each is a mixture of its own
+            groups = numbered([*zip(groups.tolist(), self.questions, strict=True)])
+        together = self.split.most_together(groups)
+        return self.options.bounds(groups[self.recording.prompts[rows]], together)
 
     def rows_by_question(self) -> dict[str, Bools]:
         """[held-out rows], which are of each question; the commonest question comes first."""
@@ -144,11 +153,12 @@ class Calibration:
 
     def certifiable_questions(self) -> QuestionRows:
         """Those that serving can recognise and that have rows enough for a bound of their own."""
-        needed = self.bound.rows_needed(self.options.epsilon)
+        bound, epsilon = self.bound, self.options.epsilon
         return {
             name: own
             for name, own in self.rows_by_question().items()
-            if name in self.ends and np.count_nonzero(own) >= needed
+            if name in self.ends
+            and bound.of_rows(own).holds(np.zeros(np.count_nonzero(own)), epsilon)
         }
 
 

@@ -110,9 +110,14 @@ def policy_config(
 
 def _bound(policy: FittedPolicy, epsilon: float) -> float:
     """Upper confidence bound of the risk; the largest, where each question has its own."""
-    points = [own[epsilon] for own in policy.questions.values() if epsilon in own]
-    bound = policy.calibration.bound
-    return max(bound.of(point.losses) for point in points or [policy.points[epsilon]])
+    bound, rows = policy.calibration.bound, policy.calibration.rows_by_question()
+    if not policy.questions:
+        return bound.within(epsilon, policy.points[epsilon].losses)
+    return max(
+        bound.of_rows(rows[name]).within(epsilon, own[epsilon].losses)
+        for name, own in policy.questions.items()
+        if epsilon in own
+    )
 
 
 def _questions(policy: FittedPolicy) -> tuple[Question, ...]:

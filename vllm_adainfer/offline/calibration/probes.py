@@ -128,7 +128,7 @@ def _fit_ridge(
     """
     folds = []
     for fold in range(FOLDS):
-        here = torch.from_numpy(recording.prompts[rows] % FOLDS == fold)
+        here = torch.from_numpy(recording.folds_of(rows) == fold)
         folds.append(Moments.zeros(recording.final.shape[1], scores.shape[1]))
         folds[-1].add(
             recording.states[layer][rows][here].double(),
@@ -158,7 +158,7 @@ def _fit_probability_heads(
     named = target.named(rows)
     targets = torch.cat([_centred(labels, named), mass.unsqueeze(1)], dim=1)
     fitted = _fit_ridge(recording, targets, rows, layer, named)
-    states, folds = recording.states[layer][rows].double(), recording.prompts[rows] % FOLDS
+    states, folds = recording.states[layer][rows].double(), recording.folds_of(rows)
     unseen = torch.empty(len(rows), len(label_ids), dtype=torch.float64)
     for fold, linear in enumerate(fitted.without):
         here = torch.from_numpy(np.flatnonzero(folds == fold))

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
@@ -18,6 +20,7 @@ from vllm_adainfer.offline.calibration.choices import (
     requests_for_labels,
     with_labels,
 )
+from vllm_adainfer.offline.calibration.collect import Ints
 from vllm_adainfer.offline.calibration.data import (
     Example,
     Row,
@@ -32,7 +35,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
 from vllm_adainfer.offline.calibration.label_pool import common_labels, pool_of
 from vllm_adainfer.offline.calibration.loss import RightTokens
 from vllm_adainfer.offline.calibration.questions import SEEN, ends_of
-from vllm_adainfer.offline.calibration.split import Split, random_order
+from vllm_adainfer.offline.calibration.split import Split, numbered, random_order
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.artifact_files import check_writable
@@ -106,10 +109,14 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
         examples, answers = _rows(request, rows, tokenizer, hf_config.vocab_size, most)
     choices = answers if isinstance(answers, Choices) else None
     labels = answers.labels if isinstance(answers, Choices) else answers
-    split = Split.halves(len(examples))
+    groups = groups_of(examples)
+    order = random_order(groups, options.seed)
+    examples, split = (
+        [examples[index] for index in order],
+        Split.of_groups(numbered(groups[order].tolist())),
+    )
     check_rows(split, options, str(request.data))
     probe = choose_probe(request.probe, labels)
-    examples = [examples[index] for index in random_order(len(examples), options.seed)]
     right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
     return Prompts(examples, labels, split, hf_config, probe, right, choices)
 
@@ -235,6 +242,13 @@ def check_tolerance(request: CalibrationRequest) -> None:
             raise AdaInferError(sentence)
 
 
+def groups_of(examples: Sequence[Example]) -> Ints:
+    """[prompts], numbers of the groups that came together; most prompts come alone."""
+    return numbered(
+        [index if one.group is None else one.group for index, one in enumerate(examples)]
+    )
+
+
 def choose_probe(asked: ProbeChoice, labels: Sequence[object]) -> ProbeKind:
     """The probe asked for, or the default for these labels.
 
@@ -256,13 +270,19 @@ def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
         AdaInferError: it has too few rows; the message says how many are needed.
 
     """
-    needed = options.bounds().rows_needed(options.epsilon)
-    if len(split.certify) < needed:
-        raise AdaInferError(
-            f"too few rows for the bound: epsilon {options.epsilon:g} at delta "
-            f"{options.delta:g} needs at least {2 * needed - 1} rows (half of them held out), but "
-            f"{data} has {len(split.fit) + len(split.certify)}: give more rows or raise --epsilon"
-        )
+    together, rows = split.most_together(split.groups), len(split.certify)
+    groups = split.groups[split.certify] if together > 1 else None
+    bound = options.bounds(groups, together)
+    if bound.holds(np.zeros(rows), options.epsilon):
+        return
+    needed, what = bound.groups_needed(rows, options.epsilon), "rows"
+    if together > 1:
+        what = f"groups of requests that came together (of up to {together})"
+    raise AdaInferError(
+        f"too few rows for the bound: epsilon {options.epsilon:g} at delta {options.delta:g} needs "
+        f"at least {2 * needed - 1} {what} (half of them held out), but {data} has "
+        f"{split.groups.max(initial=-1) + 1}: give more rows or raise --epsilon"
+    )
 
 
 def check_questions(examples: Sequence[Example], options: PolicyOptions, data: str) -> None:
@@ -278,13 +298,19 @@ def check_questions(examples: Sequence[Example], options: PolicyOptions, data: s
             f"no question of {data} can be recognised by the end of its prompts: one needs {SEEN} "
             "prompts that end with it, and that no prompt of another ends with it; or drop --by"
         )
-    needed = 2 * options.bounds().rows_needed(options.epsilon)
-    counts = Counter(example.question for example in examples if example.question in known)
-    [(_, most)] = counts.most_common(1)
+    together = Counter(
+        (example.question, group)
+        for example, group in zip(examples, groups_of(examples).tolist(), strict=True)
+        if example.question in known
+    )
+    bound = options.bounds(together=max(together.values()))
+    needed = 2 * bound.groups_needed(1, options.epsilon)
+    [(_, most)] = Counter(question for question, _ in together).most_common(1)
     if most < needed:
+        what = "prompts" if bound.longest == 1 else "groups of requests that came together"
         raise AdaInferError(
             f"too few rows for a bound by question: epsilon {options.epsilon:g} at delta "
-            f"{options.delta:g} needs about {needed} prompts of each (half of them held out), but "
+            f"{options.delta:g} needs about {needed} {what} of each (half of them held out), but "
             f"the commonest in {data} has {most}: give more rows, raise --epsilon or drop --by"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +17,29 @@ class Split:
     Attributes:
         fit: [prompts], for probes, classifiers and the choice of exit points.
         certify: [prompts], held out: nothing but the bound reads them.
+        groups: [all prompts], a number for each group of prompts that came together; groups are
+            independent of each other, the prompts of one are not.
 
     """
 
     fit: Ints
     certify: Ints
+    groups: Ints
 
     @classmethod
     def halves(cls, prompts: int) -> Split:
-        """The first half of so many prompts fits, the rest certifies."""
-        return cls(np.arange(prompts // 2), np.arange(prompts // 2, prompts))
+        """The first half of so many independent prompts fits, the rest certifies."""
+        return cls.of_groups(np.arange(prompts))
+
+    @classmethod
+    def of_groups(cls, groups: Ints) -> Split:
+        """The first half of the groups fits, the rest certifies; `groups` [prompts] ascend."""
+        half = (groups[-1] + 1) // 2
+        return cls(np.flatnonzero(groups < half), np.flatnonzero(groups >= half), groups)
+
+    def most_together(self, groups: Ints) -> int:
+        """The most prompts of one of `groups` [all prompts], in the half that fits."""
+        return int(np.bincount(groups[self.fit]).max(initial=1))
 
     def fit_rows(self, recording: Recording) -> Ints:
         """Decision rows of the prompts that fit."""
@@ -36,10 +50,17 @@ class Split:
         return recording.rows_of(self.certify)
 
 
-def random_order(prompts: int, seed: int) -> Ints:
-    """A permutation of so many prompts: the order in which to record them.
+def numbered(groups: Sequence[Hashable]) -> Ints:
+    """int64 [prompts], the number of each one's group, from 0 on in the order they come."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
+
+
+def random_order(groups: Ints, seed: int) -> Ints:
+    """A permutation of the prompts, the order in which to record them: groups stay together.
 
     Recorded this way, the halves are drawn at random, and each stays in random order, which the
-    bound of Waudby-Smith and Ramdas needs.
+    bound of Waudby-Smith and Ramdas needs. `groups` [prompts] are as from `numbered`.
     """
-    return np.random.default_rng(seed).permutation(prompts)
+    order = np.random.default_rng(seed).permutation(groups.max() + 1)
+    return np.argsort(np.argsort(order)[groups], kind="stable")

@@ -129,7 +129,8 @@ class _Judging:
     def one(self, engine: LLM, data: TaskData, layers: Sequence[int]) -> dict[str, Any]:
         """The row of one task; writes its artifact if a policy was certified."""
         options = self.options
-        order, split = random_order(len(data.train), options.seed), Split.halves(len(data.train))
+        split = Split.halves(len(data.train))
+        order = random_order(split.groups, options.seed)
         examples = [*(data.train[index] for index in order), *data.test]
         right = [*(data.train_answers[index] for index in order), *data.answers]
         recording = record(engine, examples, [label.token_id for label in data.labels], layers)
