@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 KNOWN_SETS = 128  # sets of choices kept, so that a further request with them need not wait
 MOST_TOKENS = 64  # an answer that is longer and still open takes vLLM's steps
-LONGEST_REST = 1024  # characters, of an answer that is not in canonical tokens
+# Characters of the rest of an answer that did not begin with canonical tokens. All else is tokenised
+# when the request arrives; this at most once a request, when one choice is left.
+LONGEST_REST = 1024
 
 
 @dataclass(frozen=True)
