@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 KNOWN_SETS = 128  # sets of choices kept, so that a further request with them need not wait
 MOST_TOKENS = 64  # an answer that is longer and still open takes vLLM's steps
-# Characters of the rest of an answer that did not begin with canonical tokens. All else is tokenised
-# when the request arrives; this at most once a request, when one choice is left.
+# Characters of the rest of an answer that did not begin with canonical tokens: tokenised at most
+# once a request, when one choice is left. All else is tokenised when the request arrives.
 LONGEST_REST = 1024
 
 
