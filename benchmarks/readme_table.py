@@ -15,6 +15,7 @@ from typing import Any
 
 from serve_report import table as serve_table
 
+from vllm_adainfer.offline.evaluation.shares import clopper_pearson, spelled, verdict
 from vllm_adainfer.offline.tables import markdown_table
 
 HERE = Path(__file__).parent
@@ -41,6 +42,23 @@ def load(name: str) -> dict[str, Any]:
     return result
 
 
+def share(value: float, rows: int) -> str:
+    """A share of so many independent rows, and its 95 % interval."""
+    return spelled(value, clopper_pearson(round(value * rows), rows))
+
+
+def of_bound(report: dict[str, Any]) -> str:
+    """The disagreement, and what it says of the bound."""
+    value, rows = report["disagreement"], report["n"]
+    interval = clopper_pearson(round(value * rows), rows)
+    return f"{spelled(value, interval)}, {verdict(value, interval, report['epsilon'])}"
+
+
+def accuracies(stock: float, ours: float, rows: int) -> str:
+    """Of stock vLLM and of ours, on the same prompts."""
+    return f"{share(stock, rows)} / {share(ours, rows)}"
+
+
 def suite_table(name: str, title: str) -> list[str]:
     """A suite's measurements, beside AdaInfer as published."""
     report = load(name)
@@ -51,7 +69,7 @@ def suite_table(name: str, title: str) -> list[str]:
         full = task["full_depth"]["accuracy"]
         if run is None:
             why = "at chance" if task["at_chance"] else "no exit pays"
-            rows.append([*start, f"{full:.1%}, {why}", *5 * [""]])
+            rows.append([*start, f"{share(full, task['test'])}, {why}", *5 * [""]])
             continue
         theirs = "no policy"
         if published is not None:
@@ -60,8 +78,8 @@ def suite_table(name: str, title: str) -> list[str]:
         rows.append(
             [
                 *start,
-                f"{run['stock_accuracy']:.1%} / {run['accuracy']:.1%}",
-                f"{run['disagreement']:.1%}",
+                accuracies(run["stock_accuracy"], run["accuracy"], task["test"]),
+                share(run["disagreement"], task["test"]),
                 f"{run['layers_saved']:.0%}",
                 f"**{run['speedup']:.2f}x**",
                 ", ".join(map(str, task["exit_points"])),
@@ -71,8 +89,8 @@ def suite_table(name: str, title: str) -> list[str]:
     columns = [
         "task, shots",
         "chance",
-        "accuracy, stock / ours",
-        "disagreement",
+        "accuracy, stock / ours (95 %)",
+        "disagreement (95 %)",
         "layers saved",
         "speed-up",
         "exit points",
@@ -248,9 +266,9 @@ def workloads() -> str:
                 f"{ours['requests_per_second']:.1f}",
                 f"**{report['speedup']:.2f}x**",
                 f"{report['layers_saved']:.0%}",
-                f"{report['disagreement']:.1%} ({report['epsilon']:.0%})",
-                f"{report['disagreement_with_stock']:.1%}",
-                f"{stock['accuracy']:.1%} / {ours['accuracy']:.1%}",
+                of_bound(report),
+                share(report["disagreement_with_stock"], report["n"]),
+                accuracies(stock["accuracy"], ours["accuracy"], report["n"]),
                 f"{report['efficiency']:.2f}",
             ]
         )
@@ -261,9 +279,9 @@ def workloads() -> str:
         "ours, requests/s",
         "speed-up",
         "layers saved",
-        "disagreement (bound)",
-        "differs from stock",
-        "accuracy, stock / ours",
+        "disagreement (95 %)",
+        "differs from stock (95 %)",
+        "accuracy, stock / ours (95 %)",
         "efficiency",
     ]
     return markdown_table(columns, rows)
@@ -279,16 +297,18 @@ def headlines() -> str:
                 title,
                 f"**{report['speedup']:.2f}x**",
                 f"{report['layers_saved']:.0%}",
-                f"{report['disagreement']:.1%} ({report['epsilon']:.0%})",
-                f"{report['stock']['accuracy']:.1%} / {report['adainfer']['accuracy']:.1%}",
+                of_bound(report),
+                accuracies(
+                    report["stock"]["accuracy"], report["adainfer"]["accuracy"], report["n"]
+                ),
             ]
         )
     columns = [
         "workload",
         "speed-up",
         "layers saved",
-        "answers that differ (bound)",
-        "accuracy, stock / ours",
+        "answers that differ (95 %)",
+        "accuracy, stock / ours (95 %)",
     ]
     return markdown_table(columns, rows)
 

@@ -68,6 +68,23 @@ def test_the_last_line_says_what_is_saved_at_what_bound_and_at_the_next_looser_o
     assert lines(tiny_model, levels, risk=risk)[-1] == words
 
 
+def test_each_epsilon_of_a_table_is_said_to_hold_by_itself(tiny_model):
+    several = "\n".join(lines(tiny_model, [level(0.02, 0.1), level(0.05, 0.2)]))
+    assert "Each epsilon holds by itself at confidence 90%, not all at once" in several
+    alone = "\n".join(lines(tiny_model, [level(0.05, 0.2)]))
+    assert "The bound holds at confidence 90%." in alone
+
+
+@pytest.mark.parametrize(("max_tokens", "said"), [(1, False), (16, True)])
+def test_a_policy_for_text_says_after_which_text_and_for_how_many_tokens_it_is(
+    tiny_model, max_tokens, said
+):
+    own = {"probe": "lens", "candidates": "shortlist", "labels": ()} if max_tokens > 1 else {}
+    text = "\n".join(lines(tiny_model, [level(0.05, 0.2)], max_tokens=max_tokens, **own))
+    assert ("Served tokens follow text with early tokens in it" in text) == said
+    assert ("Exits stop after 16 tokens" in text) == said
+
+
 def test_rows_seed_majority_and_bound_are_named(tiny_model):
     text = "\n".join(lines(tiny_model, [level(0.05, 0.2)]))
     assert "on 401 prompts, 201 of them held out for the bound; seed 4" in text

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest
 
 from tests.tiny import LAYERS, tiny_config
 from vllm_adainfer.offline.calibration.data import Example
@@ -38,9 +39,15 @@ def report(tiny_model) -> Any:
     return make
 
 
-def share_of_1(texts: Sequence[Sequence[int]]) -> float:
-    """An accuracy: the answer 1 is right."""
-    return sum(text == [1] for text in texts) / len(texts)
+def share_of_1(texts: Sequence[Sequence[int]]) -> list[bool]:
+    """The answer 1 is right."""
+    return [text == [1] for text in texts]
+
+
+def exact(hits: int, of: int = 4) -> Any:
+    """Clopper and Pearson's interval, by SciPy."""
+    found = binomtest(hits, of).proportion_ci(0.95, method="exact")
+    return pytest.approx((found.low, found.high))
 
 
 def one_round(seconds: float, exits: dict[int, int], answers: str = "2111") -> Any:
@@ -65,19 +72,27 @@ def test_a_round_is_reported_at_the_artifacts_own_epsilon(report):
         "requests_per_second": 0.4,
         "tokens_per_second": 4.4,
         "accuracy": 0.5,
+        "accuracy_95": exact(2),
         "runs": [{"seconds": 10}],
     }
     assert found["adainfer"] == {
         "requests_per_second": 0.8,
         "tokens_per_second": 8.8,
         "accuracy": 0.75,
+        "accuracy_95": exact(3),
         "runs": [{"seconds": 5}],
         "layers_run_mean": pytest.approx(4),
         "exit_histogram": {"2": 0.5, "6": 0.5},
+        "exit_histogram_95": {"2": exact(2), "6": exact(2)},
     }
-    assert found["never_exit"] == {"speedup": 0.8, "disagreement_with_stock": 0.5}
+    assert found["never_exit"] == {
+        "speedup": 0.8, "disagreement_with_stock": 0.5, "disagreement_with_stock_95": exact(2)
+    }  # fmt: skip
+    assert found["disagreement_95"] == exact(1)
+    assert found["disagreement_with_stock_95"] == exact(3)
     assert summary_line(found) == (
-        "speedup 2.00x, layers saved 33 %, disagreement 25.0 % (bound 5.0 %)"
+        "speedup 2.00x, layers saved 33 %, disagreement 25.0 % (95 %: 0.6 to 80.6 %), compatible "
+        "with the bound of 5.0 %"
     )
 
 
@@ -88,10 +103,15 @@ def test_every_level_has_a_row_of_its_own_run(report):
         "speedup": 1.25,
         "layers_saved": pytest.approx(1 / 8),
         "disagreement": 0,
+        "disagreement_95": exact(0),
         "disagreement_with_stock": 0.5,
+        "disagreement_with_stock_95": exact(2),
         "efficiency": pytest.approx(1.25 * 7 / 8),
         "accuracy": 1,
+        "accuracy_95": exact(4),
         "exit_histogram": {"3": 0.25, str(LAYERS): 0.75},
+        "exit_histogram_95": {"3": exact(1), str(LAYERS): exact(3)},
+        "verdict": "within the bound of 2.0%",
     }
     assert (ours["epsilon"], ours["speedup"], ours["accuracy"]) == (OURS, 2, 0.75)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from adainfer_kernels import Head, Norm
 
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration import calibrate as calibrating
 from vllm_adainfer.offline.calibration import fitted_policy as making
 from vllm_adainfer.offline.calibration.certify import Bound
 from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
@@ -25,7 +28,7 @@ from vllm_adainfer.offline.calibration.policy_artifact import (
     policy_tensors,
 )
 from vllm_adainfer.offline.calibration.probes import Target
-from vllm_adainfer.offline.calibration.prompts import check_rows
+from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, check_rows
 from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.policy.artifact import Label
 from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
@@ -229,6 +232,17 @@ def test_exit_points_that_are_not_worth_their_probes_leave_no_policy(monkeypatch
     policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS))
     assert policy.exits == []
     assert policy.points == {}
+
+
+def test_where_nothing_is_certified_nobody_is_sent_to_the_same_held_out_half_again(monkeypatch):
+    """Several tries on it would exceed delta."""
+    policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS))
+    monkeypatch.setattr(calibrating, "calibration_of", lambda *_: None)
+    monkeypatch.setattr(calibrating, "make_policy", lambda _: replace(policy, points={}))
+    request = CalibrationRequest("m", Path("rows"), Path("out"))
+    with pytest.raises(AdaInferError, match="raise --epsilon, or give new rows") as raised:
+        calibrating.fit_and_certify(request, None, None)
+    assert "--probe" not in str(raised.value)
 
 
 def test_states_that_say_nothing_leave_no_policy():

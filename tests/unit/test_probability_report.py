@@ -225,8 +225,8 @@ def test_a_row_without_label_leaves_what_needs_none(unlabelled):
 
 def test_the_summary_names_the_tolerance_and_the_share_beyond_it(report):
     assert summary_line(report) == (
-        "speedup 1.00x, layers saved 50 %, disagreement 50.0 %, 50.0 % beyond the tolerance of "
-        "0.05 (bound 5.0 %)"
+        "speedup 1.00x, layers saved 50 %, disagreement 50.0 % (95 %: 6.8 to 93.2 %), 50.0 % "
+        "(95 %: 6.8 to 93.2 %) beyond the tolerance of 0.05, above the bound of 5.0 %"
     )
 
 
@@ -236,10 +236,14 @@ def cells(report: dict[str, Any], name: str) -> list[str]:
     return line.removeprefix(name).split()
 
 
+NOBODY = "0.0% (0.0 to 60.2%)"  # of four prompts
+
+
 def test_the_table_has_a_line_for_stock_never_exiting_and_each_bound(report):
-    assert " ".join(cells(report, "stock vLLM")[2:]) == "0.850 0.006 0.019 0.022 0.0% 0.0%"
-    assert " ".join(cells(report, "never exit")[2:]) == "0.850 0.000 0.000 0.000 0.0% 0.0%"
-    assert cells(report, "bound 5.0%")[-2:] == ["25.0%", "50.0%"]
+    assert " ".join(cells(report, "stock vLLM")[2:]) == f"0.850 0.006 0.019 0.022 {NOBODY} {NOBODY}"
+    assert " ".join(cells(report, "never exit")[2:]) == f"0.850 0.000 0.000 0.000 {NOBODY} {NOBODY}"
+    own = " ".join(cells(report, "bound 5.0%"))
+    assert own.endswith("25.0% (0.6 to 80.6%) 50.0% (6.8 to 93.2%)")
     assert "beyond 0.05" in describe_report(report)
 
 

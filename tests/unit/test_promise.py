@@ -117,6 +117,14 @@ def test_the_plots_axis_names_the_risk(tiny_model, monkeypatch, changes, axis):
     assert names == [axis]
 
 
+@pytest.mark.parametrize("max_tokens", [1, 16])
+def test_the_card_says_that_bounds_hold_one_by_one_and_after_which_text(tiny_model, max_tokens):
+    own = {"probe": "lens", "candidates": "shortlist", "labels": ()} if max_tokens > 1 else {}
+    card = model_card(tiny_config(tiny_model, max_tokens=max_tokens, **own), DETAILS)
+    assert "Each epsilon holds by itself" in card
+    assert ("Served tokens follow text with early tokens in it" in card) == (max_tokens > 1)
+
+
 @pytest.mark.parametrize("bound", ["auto", "exact", "wsr", "hoeffding-bentkus", "naive"])
 def test_a_wrong_answer_is_bounded_as_a_changed_one_is(bound):
     changed = PolicyOptions(bound=bound).bounds()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_adainfer.offline.evaluation.shares import spelled
 from vllm_adainfer.offline.tables import aligned, text_table
 from vllm_adainfer.policy.artifact import ArtifactConfig
-from vllm_adainfer.policy.promise import wrong_in_words
+from vllm_adainfer.policy.promise import after_which_text, each_for_itself, wrong_in_words
 
 
 def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
@@ -18,10 +19,11 @@ def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     parts = [
         _facts(config, details),
         _exit_points(details),
-        _levels(config),
+        f"{_levels(config)}\n\n{each_for_itself(config)}",
         *_questions(config, details),
         *_never_named(details),
         *_choices(config),
+        *after_which_text(config),
         in_words(config),
     ]
     return "\n\n".join(parts)
@@ -232,7 +234,7 @@ def describe_report(report: Mapping[str, Any]) -> str:
             name,
             f"{engine['requests_per_second']:.1f}",
             f"{engine['tokens_per_second']:.0f}",
-            "-" if engine["accuracy"] is None else f"{engine['accuracy']:.1%}",
+            "-" if engine["accuracy"] is None else _share(engine, "accuracy"),
             f"{layers_run:.1f}",
         ]
         for name, engine, layers_run in (
@@ -245,15 +247,19 @@ def describe_report(report: Mapping[str, Any]) -> str:
             f"{level['epsilon']:.1%}",
             f"{level['speedup']:.2f}x",
             f"{level['layers_saved']:.1%}",
-            f"{level['disagreement']:.1%}",
-            f"{level['disagreement_with_stock']:.1%}",
+            _share(level, "disagreement"),
+            _share(level, "disagreement_with_stock"),
             f"{level['efficiency']:.2f}",
+            level.get("verdict", "-").split()[0],
         ]
         for level in report["levels"]
     ]
-    differs = f"{never['disagreement_with_stock']:.1%}"
-    levels.append(["never exit", f"{never['speedup']:.2f}x", "0.0%", "0.0%", differs, "-"])
-    left = ", ".join(f"{layer}: {share:.0%}" for layer, share in ours["exit_histogram"].items())
+    differs = _share(never, "disagreement_with_stock")
+    levels.append(["never exit", f"{never['speedup']:.2f}x", "0.0%", "0.0%", differs, "-", "-"])
+    left = ", ".join(
+        f"{layer}: {spelled(share, ours['exit_histogram_95'][layer], 0)}"
+        for layer, share in ours["exit_histogram"].items()
+    )
     parts = [
         f"{report['n']} prompts of {report['prompt_tokens_mean']:.0f} tokens on average, "
         f"{report['model']} ({report['layers_total']} layers)",
@@ -266,15 +272,22 @@ def describe_report(report: Mapping[str, Any]) -> str:
                 "disagreement",
                 "differs from stock",
                 "efficiency",
+                "measured",
             ],
             levels,
         ),
         "Never exit: what the segments cost, and how often their rounding changes an answer.",
         f"Requests by layers run: {left}",
+        "In brackets: 95 % intervals of the shares, for prompts like these. What was measured is "
+        "within the bound, compatible with it (the interval reaches below) or above it.",
     ]
     if "probabilities" in report:
         parts.append(_probabilities(report))
     return "\n\n".join(parts) + "\n"
+
+
+def _share(row: Mapping[str, Any], name: str) -> str:
+    return spelled(row[name], row[f"{name}_95"])
 
 
 def _probabilities(report: Mapping[str, Any]) -> str:
@@ -302,8 +315,8 @@ def _probabilities(report: Mapping[str, Any]) -> str:
             [
                 name,
                 *("-" if row[measure] is None else f"{row[measure]:.3f}" for measure in measures),
-                f"{row['label_differs']:.1%}",
-                f"{row['wrong']:.1%}",
+                _share(row, "label_differs"),
+                _share(row, "wrong"),
             ]
             for name, row in named
         ],

@@ -86,7 +86,8 @@ def fit_and_certify(
     if epsilon not in policy.points:
         raise AdaInferError(
             f"no exit point of {request.model} is worth its cost on these prompts within epsilon "
-            f"{epsilon:g}: raise --epsilon, give more rows, or try another --probe"
+            f"{epsilon:g}: raise --epsilon, or give new rows (another try on the same held-out "
+            "half would have a larger delta)"
         )
     return write_artifact(
         policy,

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.artifact import ArtifactConfig
-from vllm_adainfer.policy.promise import wrong_in_words
+from vllm_adainfer.policy.promise import after_which_text, each_for_itself, wrong_in_words
 
 
 def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
@@ -85,9 +85,9 @@ vllm-adainfer serve MODEL --policy DIR
 
 Each bound holds with probability {1 - config.delta:.0%} over the draw of the held-out prompts, for
 prompts from the same distribution{_mixture(config)}: {risk} is at most epsilon
-({config.bound} bound on the mean loss).
+({config.bound} bound on the mean loss). {each_for_itself(config)}
 
-{levels}
+{"".join(f"{text}{chr(10)}{chr(10)}" for text in after_which_text(config))}{levels}
 
 How often the probe alone agrees with the full model, if every row left there:
 

@@ -129,8 +129,8 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
             stop_engine(stock)
     finally:
         stop_engine(ours)
-    accuracy_of = partial(_accuracy, examples, config, tokenizer, max_tokens)
-    report = build_report(request.artifact, request.data, config, examples, accuracy_of, rounds)
+    right_in = partial(_right, examples, config, tokenizer, max_tokens)
+    report = build_report(request.artifact, request.data, config, examples, right_in, rounds)
     if texts is not None:
         report |= {"max_tokens": max_tokens, "texts": texts}
     if request.report is not None:
@@ -286,14 +286,14 @@ def _read_texts(
     }
 
 
-def _accuracy(
+def _right(
     examples: Sequence[Example],
     config: ArtifactConfig,
     tokenizer: Any,
     max_tokens: int,
     texts: Sequence[Tokens],
-) -> float | None:
-    """The share of right answers, by the label's first token or by a text's last number.
+) -> list[bool] | None:
+    """Which answers are right, by the label's first token or by a text's last number.
 
     None if a row has no label, or if texts are generated and a label is not a number.
     """
@@ -303,12 +303,12 @@ def _accuracy(
     if config.choices:
         written = {choice.text: list(choice.token_ids) for choice in config.choices}
         pairs = zip(texts, answers, strict=True)
-        return sum(list(text) == written[answer] for text, answer in pairs) / len(texts)
+        return [list(text) == written[answer] for text, answer in pairs]
     if max_tokens > 1:
         if not all(map(is_number, answers)):
             return None
         decoded = map(tokenizer.decode, texts)
-        return sum(map(has_number, decoded, answers)) / len(texts)
+        return [*map(has_number, decoded, answers)]
     if examples[0].labels is not None:  # of a request, the right token
         truth = [int(answer) for answer in answers]
     elif config.labels:
@@ -319,4 +319,4 @@ def _accuracy(
             first_token(example.text, answer, tokenizer)
             for example, answer in zip(examples, answers, strict=True)
         ]
-    return sum(text[0] == token for text, token in zip(texts, truth, strict=True)) / len(texts)
+    return [text[0] == token for text, token in zip(texts, truth, strict=True)]

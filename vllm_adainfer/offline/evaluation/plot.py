@@ -9,6 +9,8 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vllm_adainfer.offline.evaluation.probability_rows import asked_row
 
 if TYPE_CHECKING:
@@ -28,8 +30,19 @@ def report_plot(report: Mapping[str, Any]) -> bytes:
     levels = report["levels"]
     speedups = [1.0, *(level["speedup"] for level in levels)]
     disagreement = [0.0, *(level["disagreement"] for level in levels)]
-    quality.plot(
-        speedups, [100 * share for share in disagreement], "o-", label="disagreement, by bound"
+    intervals = [(0.0, 0.0), *(level["disagreement_95"] for level in levels)]
+    quality.errorbar(
+        speedups,
+        [100 * share for share in disagreement],
+        yerr=np.transpose(
+            [
+                (100 * (share - low), 100 * (high - share))
+                for share, (low, high) in zip(disagreement, intervals, strict=True)
+            ]
+        ),
+        fmt="o-",
+        capsize=3,
+        label="disagreement, by bound (bars: 95 %)",
     )
     for level in levels:
         quality.annotate(

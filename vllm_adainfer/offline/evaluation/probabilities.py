@@ -65,8 +65,8 @@ class Moves:
         move_mean: of the largest move of each row.
         move_p95: 95th percentile of the same.
         move_max: the largest of all.
-        label_differs: share of rows whose best label is another one.
-        wrong: share of rows that break the policy's promise: the best label is another one, a move
+        label_differs: [rows], whether the best label is another one.
+        wrong: [rows], whether the policy's promise is broken: the best label is another one, a move
             is beyond the tolerance, or a label is answered for a token that is none.
 
     """
@@ -74,8 +74,8 @@ class Moves:
     move_mean: float
     move_p95: float
     move_max: float
-    label_differs: float
-    wrong: float
+    label_differs: Bools
+    wrong: Bools
 
 
 def compare_probabilities(
@@ -105,8 +105,8 @@ def compare_probabilities(
         move_mean=float(moves.mean()),
         move_p95=float(np.quantile(moves, 0.95)),
         move_max=float(moves.max()),
-        label_differs=float(differs.mean()),
-        wrong=float(wrong.mean()),
+        label_differs=differs,
+        wrong=wrong,
     )
 
 

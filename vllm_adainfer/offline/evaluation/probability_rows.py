@@ -13,6 +13,7 @@ from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.evaluation.probabilities import (
     Ints,
     Logprobs,
+    Moves,
     among_labels,
     brier_score,
     compare_probabilities,
@@ -21,6 +22,7 @@ from vllm_adainfer.offline.evaluation.probabilities import (
     reliability,
 )
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
+from vllm_adainfer.offline.evaluation.shares import Share, of_rounds
 from vllm_adainfer.policy.artifact import ArtifactConfig
 
 
@@ -28,6 +30,7 @@ def probability_rows(
     config: ArtifactConfig,
     tolerance: float,
     examples: Sequence[Example],
+    groups: Ints,
     rounds: Sequence[tuple[Run, dict[float, Run]]],
 ) -> dict[str, Any]:
     """How good the probabilities are, and how far they are from never exiting in the same round.
@@ -39,6 +42,7 @@ def probability_rows(
         config: of the artifact.
         tolerance: its own.
         examples: the prompts; without a label in each, ECE, Brier score and bins are None.
+        groups: [prompts], those that came together.
         rounds: for each round, stock's run and ours by epsilon, which include `NEVER_EXIT`. All of
             them read probabilities.
 
@@ -54,8 +58,16 @@ def probability_rows(
             _moves(config, tolerance, run, by_epsilon[NEVER_EXIT])
             for run, (_, by_epsilon) in zip(runs, rounds, strict=True)
         ]
-        medians = {name: statistics.median(move[name] for move in moves) for name in moves[0]}
-        return {**_quality(config, runs[0], truth), **medians}
+        found = _quality(config, runs[0], truth)
+        for name in ("move_mean", "move_p95", "move_max"):
+            found[name] = statistics.median(getattr(move, name) for move in moves)
+        for name in ("label_differs", "wrong"):
+            shares = [
+                Share(getattr(move, name).astype(np.float64), np.ones(len(groups)), groups)
+                for move in moves
+            ]
+            found[name], found[f"{name}_95"] = of_rounds(shares)
+        return found
 
     def ours(epsilon: float) -> list[Run]:
         return [by_epsilon[epsilon] for _, by_epsilon in rounds]
@@ -93,14 +105,13 @@ def _quality(config: ArtifactConfig, run: Run, truth: Ints | None) -> dict[str, 
     return found
 
 
-def _moves(config: ArtifactConfig, tolerance: float, run: Run, full: Run) -> dict[str, float]:
+def _moves(config: ArtifactConfig, tolerance: float, run: Run, full: Run) -> Moves:
     ids = list(config.label_ids)
     answered, best = (np.isin([text[0] for text in either.texts], ids) for either in (run, full))
     # Apart from rounding, only an exit answers with a label where the best token is none.
-    moves = compare_probabilities(
+    return compare_probabilities(
         _read(run), _read(full), tolerance, config.label_mass, answered & ~best
     )
-    return asdict(moves)
 
 
 def _read(run: Run) -> Logprobs:

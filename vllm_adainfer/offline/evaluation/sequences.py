@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from vllm_adainfer.offline.calibration.collect import Ints
+from vllm_adainfer.offline.evaluation.shares import Interval, Share
+
 if TYPE_CHECKING:
     from vllm import LLM
 
@@ -21,11 +26,13 @@ class ReadBack:
 
     Attributes:
         disagreement: share of tokens that are not its own choice after the text before them.
+        disagreement_95: its 95 % interval.
         perplexity: of the texts, given their prompts.
 
     """
 
     disagreement: float
+    disagreement_95: Interval
     perplexity: float
 
 
@@ -44,13 +51,14 @@ def read_back(engine: LLM, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -
         SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1),
         use_tqdm=False,
     )
-    wrong, total, tokens = 0, 0.0, 0
-    for output, prompt, text in zip(outputs, prompts, texts, strict=True):
+    wrong, total = np.zeros(len(texts)), 0.0
+    for place, (output, prompt, text) in enumerate(zip(outputs, prompts, texts, strict=True)):
         for by_token, token in zip(output.prompt_logprobs[len(prompt) :], text, strict=True):
-            wrong += by_token[token].rank != 1
+            wrong[place] += by_token[token].rank != 1
             total += by_token[token].logprob
-            tokens += 1
-    return ReadBack(wrong / tokens, math.exp(-total / tokens))
+    tokens = np.array([len(text) for text in texts], dtype=np.float64)
+    found = Share(wrong, tokens, np.arange(len(texts)))
+    return ReadBack(found.value, found.interval, math.exp(-total / tokens.sum()))
 
 
 @dataclass(frozen=True)
@@ -60,27 +68,48 @@ class Comparison:
     Attributes:
         disagreement: share of tokens that differ, up to each text's first difference (after that,
             the two continue different texts). The bound per token is on this.
+        disagreement_95: its 95 % interval.
         same: share of texts that are the same to the end.
+        same_95: its 95 % interval.
         first_divergence: mean position of the first token that differs, over the texts that
             differ; None if none does.
 
     """
 
     disagreement: float
+    disagreement_95: Interval
     same: float
+    same_95: Interval
     first_divergence: float | None
 
 
 def compare(texts: Sequence[Tokens], full: Sequence[Tokens]) -> Comparison:
-    """Compare each of `texts` with that of full depth at the same index."""
-    pairs = list(zip(texts, full, strict=True))
-    places = [_first_difference(*pair) for pair in pairs if list(pair[0]) != list(pair[1])]
-    equal = sum(len(text) for text, other in pairs if list(text) == list(other))
+    """Compare each of `texts`, which are independent, with full depth's at the same index."""
+    alone = np.arange(len(texts))
+    tokens = differing(texts, full, alone)
+    same = Share(1 - tokens.hits, np.ones(len(texts)), alone)
+    places = tokens.rows[tokens.hits == 1] - 1
     return Comparison(
-        disagreement=len(places) / (equal + sum(places) + len(places)),
-        same=1 - len(places) / len(texts),
-        first_divergence=sum(places) / len(places) if places else None,
+        disagreement=tokens.value,
+        disagreement_95=tokens.interval,
+        same=same.value,
+        same_95=same.interval,
+        first_divergence=float(places.mean()) if len(places) else None,
     )
+
+
+def differing(texts: Sequence[Tokens], full: Sequence[Tokens], groups: Ints) -> Share:
+    """The share of tokens that differ, up to each text's first difference.
+
+    `groups` [texts] are those that came together.
+    """
+    pairs = [(list(text), list(other)) for text, other in zip(texts, full, strict=True)]
+    hits = [text != other for text, other in pairs]
+    rows = [
+        _first_difference(text, other) + 1 if hit else len(text)
+        for hit, (text, other) in zip(hits, pairs, strict=True)
+    ]
+    return Share(np.array(hits, np.float64), np.array(rows, np.float64), groups)
 
 
 def _first_difference(text: Tokens, other: Tokens) -> int:

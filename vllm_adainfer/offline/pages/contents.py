@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_adainfer.offline.evaluation.shares import spelled
 from vllm_adainfer.offline.pages import figures
 from vllm_adainfer.offline.pages.page import Changed, Page
 from vllm_adainfer.policy.artifact import ArtifactConfig
@@ -49,12 +50,16 @@ def evaluation_page(
             {
                 "speed-up": f"{level['speedup']:.2f}x",
                 "layers saved": f"{level['layers_saved']:.0%}",
-                "answers that differ": f"{level['disagreement']:.1%}",
+                "answers that differ (95 %)": _share(level, "disagreement"),
                 **(
                     {}
                     if full is None
-                    else {"accuracy, stock / ours": f"{full:.1%} / {level['accuracy']:.1%}"}
+                    else {
+                        "accuracy, stock / ours (95 %)": f"{_share(report['stock'], 'accuracy')} / "
+                        f"{_share(level, 'accuracy')}"
+                    }
                 ),
+                **({"what was measured is": level["verdict"]} if "verdict" in level else {}),
             }
             for level in levels
         ],
@@ -96,6 +101,10 @@ def artifact_page(config: ArtifactConfig, details: Mapping[str, Any]) -> Page:
         changed=None,
         provenance=details["provenance"],
     )
+
+
+def _share(row: Mapping[str, Any], name: str) -> str:
+    return spelled(row[name], row[f"{name}_95"])
 
 
 def _index(config: ArtifactConfig) -> int:

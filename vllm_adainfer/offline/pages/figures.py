@@ -27,8 +27,19 @@ def trade_off(report: Mapping[str, Any], index: int) -> Panel:
     figure = _figure("speed-up over stock vLLM", "%")
     for name, y in lines.items():
         figure.add_trace(Scatter(x=speedups, y=y, name=name, text=names, mode="lines+markers"))
+    below, above = reach(levels)
+    figure.data[0].error_y = {"array": [0.0, *above], "arrayminus": [0.0, *below], "thickness": 1}
     points = [([x], [y]) for x, y in zip(speedups, lines["answers that differ"], strict=True)][1:]
     return _moving("trade-off", "What a bound costs, and what it brings", figure, points, index)
+
+
+def reach(levels: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """How far the interval of each level's disagreement reaches below and above it, in %."""
+    ends = [(level["disagreement"], *level["disagreement_95"]) for level in levels]
+    return (
+        [100 * (share - low) for share, low, _ in ends],
+        [100 * (high - share) for share, _, high in ends],
+    )
 
 
 def exits(histograms: Sequence[Mapping[str, float]], layers: int, index: int) -> Panel:
