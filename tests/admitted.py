@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
+from vllm_adainfer.engine import sample
 from vllm_adainfer.engine.adapters import fingerprint_of
 from vllm_adainfer.engine.admission import Admission, Admitted
+from vllm_adainfer.engine.compat_requests import client_request_id
 from vllm_adainfer.engine.resolved import Resolved
+from vllm_adainfer.engine.sample import is_sampled
 
 
 def resolved(admission: Admission, params: Any, adapter: Any = None) -> Resolved:
@@ -28,3 +33,13 @@ def tag_of(
 ) -> int:
     """The tag under which the worker runs the request."""
     return admitted(admission, params, prompt, adapter).tag
+
+
+def draw_by_the_clients_ids(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the draws of `module` be the same for each engine and run, as a test expects them."""
+    monkeypatch.setattr(sample, "SECRET", b"the same in each run")
+
+    def drawn(request_id: str, rate: float, purpose: str) -> bool:
+        return is_sampled(client_request_id(request_id), rate, purpose)
+
+    monkeypatch.setattr(f"vllm_adainfer.engine.{module}.is_sampled", drawn)

@@ -15,14 +15,13 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
 from tests.plugin.test_config_time import engine_config
 from tests.tiny import LABELS
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
-from vllm_adainfer.engine import capture as capture_module
 from vllm_adainfer.engine.capture import CapturingScheduler
-from vllm_adainfer.engine.compat_requests import client_request_id
 from vllm_adainfer.engine.sample import is_sampled
 from vllm_adainfer.engine.scheduler import (
     AdaInferAsyncScheduler,
@@ -120,11 +119,6 @@ def test_stock_vllm_answers_the_same_bit_for_bit_and_each_request_is_a_line(
     assert len({line["custom_id"] for line in lines}) == len(PROMPTS)
 
 
-def drawn_by_the_clients_id(request_id: str, rate: float, purpose: str) -> bool:
-    """Unlike the engine's own draw one that a test knows."""
-    return is_sampled(client_request_id(request_id), rate, purpose)
-
-
 def test_capture_alone_has_vllms_own_model_and_no_counters(capturing):
     [architecture] = capturing.llm_engine.vllm_config.model_config.hf_config.architectures
     assert architecture == "LlamaForCausalLM"
@@ -135,7 +129,7 @@ def test_capture_alone_has_vllms_own_model_and_no_counters(capturing):
 def test_beside_an_artifact_requests_leave_early_and_the_share_is_captured(
     tiny_model, tiny_policy, engine, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(capture_module, "is_sampled", drawn_by_the_clients_id)
+    draw_by_the_clients_ids("capture", monkeypatch)
     switch = {"artifact": str(tiny_policy), "min_rows_saved": 1}
     capture = {"directory": str(tmp_path), "rate": 0.4}
     both = tiny_engine(tiny_model, {**switch, "capture": capture}, **ENGINE)

@@ -16,6 +16,7 @@ from vllm.distributed import get_tp_group
 from vllm.lora.request import LoRARequest
 
 from tests.adapters import save_adapter
+from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
 from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer.config import NO_POLICY
@@ -84,13 +85,14 @@ def perturb_second_rank(worker: Any) -> None:
     ],
 )
 def test_two_ranks_decide_watch_and_answer_as_one(
-    tiny_model, artifacts, ranks_on_cores, probe, threshold, kv
+    tiny_model, artifacts, ranks_on_cores, monkeypatch, probe, threshold, kv
 ):
     """The head of a logit lens is spread over both ranks, a label head is on each.
 
     Who leaves depends on bounds that shadow requests may close, so ranks have to agree on what
     those show, too.
     """
+    draw_by_the_clients_ids("admission", monkeypatch)
     switch = {
         "artifact": str(artifacts(probe, threshold)),
         "kv": kv,
