@@ -32,6 +32,7 @@ from typing import Annotated, Any
 import aiohttp
 import typer
 from fault_bench import ENVIRONMENT, Bench, tasks
+from fault_measures import of_policy
 from fault_scenarios import AT_ONCE, RELOAD, Stage, meanwhile, sampled_memory
 from faults_report import growth
 from hostile_growth import FACTORS, THINGS
@@ -49,6 +50,7 @@ VISITS = SLOTS - 4
 ASKED_IN_A_VISIT = 8
 ADAPTER_ROWS = 20  # few, because adapters are slow on a CPU
 RELOAD_SECONDS = 10.0
+REPORT_SECONDS = 1.0  # until what was decided is in the metrics
 LEAVING, REFUSED, HOSTILE = 0.04, 0.02, 0.02  # shares of the requests
 ARGUMENTS = ("--max-model-len", "2048", "--enable-lora", "--max-loras", f"{SLOTS}")
 RUNTIME = {**ENVIRONMENT, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
@@ -64,6 +66,7 @@ class Mix:
         problems: sentences.
         done: how often what else was done.
         doubtful: indices of questions that the guest answered differently than the adapter.
+        gone: what was counted of the guest's policy before it went.
 
     """
 
@@ -72,6 +75,7 @@ class Mix:
     problems: list[str] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
     doubtful: list[int] = field(default_factory=list)
+    gone: Counter[str] = field(default_factory=Counter)
 
 
 def main(
@@ -167,6 +171,7 @@ async def everything_for(stage: Stage, mix: Mix, seconds: float) -> dict[str, An
         "requests_per_second": client.tally.sent / took,
         "hours_at_5_a_second": client.tally.sent / 5 / 3600,
         "done": dict(mix.done),
+        "gone": dict(mix.gone),
         "problems": mix.problems,
     }
 
@@ -226,7 +231,7 @@ async def visits(stage: Stage, session: aiohttp.ClientSession, mix: Mix, seconds
                 mix.doubtful.append(index)
             else:
                 stage.client.count(reply)
-        await unload(session, mix)
+        await unload(stage, session, mix)
         await pause
 
 
@@ -235,7 +240,7 @@ async def ask_again(stage: Stage, session: aiohttp.ClientSession, mix: Mix) -> N
     await load(session, mix)
     for index in mix.doubtful:
         stage.client.judge(index, await as_guest(stage, index))
-    await unload(session, mix)
+    await unload(stage, session, mix)
 
 
 def of_adapter(stage: Stage, mix: Mix) -> list[int]:
@@ -255,8 +260,10 @@ async def load(session: aiohttp.ClientSession, mix: Mix) -> None:
     await post(session, mix, "/v1/load_lora_adapter", asked)
 
 
-async def unload(session: aiohttp.ClientSession, mix: Mix) -> None:
-    """The guest goes."""
+async def unload(stage: Stage, session: aiohttp.ClientSession, mix: Mix) -> None:
+    """The guest goes, and with it the metrics of its policy."""
+    await asyncio.sleep(REPORT_SECONDS)
+    mix.gone.update(await asyncio.to_thread(of_policy, stage.server, GUEST))
     await post(session, mix, "/v1/unload_lora_adapter", {"lora_name": GUEST})
 
 

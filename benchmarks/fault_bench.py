@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -55,7 +56,8 @@ class Bench:
         """Run a scenario that keeps its server alive; returns its row of the report."""
         before, held = at_rest(server), memory(server)
         row = asyncio.run(self._play(name, server, scenario))
-        row["counters"] = counters(before, row.pop("metrics"), self._layers)
+        after = Counter(row.pop("metrics")) + Counter(row.pop("gone", {}))
+        row["counters"] = counters(before, after, self._layers)
         row["memory"] = {"before": held, "after": memory(server)}
         row["problems"] += counter_problems(row["counters"], row["requests"]["left"], self.longest)
         self.rows.append(row)

@@ -24,6 +24,15 @@ def totals(server: Server) -> dict[str, float]:
     return dict(sums)
 
 
+def of_policy(server: Server, name: str) -> dict[str, float]:
+    """The plugin's metrics of one policy; they are gone once its adapter is unloaded."""
+    return {
+        series.partition("{")[0]: value
+        for series, value in server.metrics("adainfer:").items()
+        if f'policy="{name}"' in series and "_bucket{" not in series
+    }
+
+
 def at_rest(server: Server) -> dict[str, float]:
     """Metrics once no request runs or waits and no counter moves.
 
