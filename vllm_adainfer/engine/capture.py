@@ -12,11 +12,7 @@ from vllm.v1.request import Request
 
 from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine.capture_files import CaptureFiles
-from vllm_adainfer.engine.compat_requests import (
-    choices_of,
-    client_request_id,
-    request_group,
-)
+from vllm_adainfer.engine.compat_requests import choices_of, client_request_id, request_group
 from vllm_adainfer.engine.sample import is_sampled
 
 if TYPE_CHECKING:
@@ -52,11 +48,8 @@ class CapturingScheduler(_Scheduler):
         if is_sampled(request.request_id, self._capture_rate, "capture"):
             body = body_of(request, self._served_name)
             if body is not None:
-                name, group = (
-                    client_request_id(request.request_id),
-                    request_group(request.request_id),
-                )
-                self._captured.put(name, body, group)
+                name = client_request_id(request.request_id)
+                self._captured.put(name, body, request_group(request.request_id))
 
     @override
     def shutdown(self) -> None:
