@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
-from vllm_adainfer.artifact.config import Adapter, Artifact, Label, Level
-from vllm_adainfer.artifact.digest import digest_of
+from vllm_adainfer.artifact.config import Adapter, Artifact, Label, Level, digest_of
 from vllm_adainfer.engine.runner import ranks as agreement
 from vllm_adainfer.engine.worker.reload import check_replaces
 from vllm_adainfer.errors import AdaInferError
