@@ -276,9 +276,12 @@ def test_known_is_refused_for_a_policy_that_knows_no_question(tiny_model):
         ),
         (
             {"questions": [Question(name="a", ends=[[1]], certified=[0.3])], "by_question": True},
-            "levels lack an epsilon of the question 'a'",
+            "epsilons of questions must be among those of the levels",
         ),
-        ({"questions": [Question(name="a", ends=[[]])]}, "an end of the question 'a' has no"),
+        (
+            {"questions": [{"name": "a", "ends": [[]]}]},
+            r"questions\.0\.ends\.0\s.* at least 1 item",
+        ),
     ],
 )
 def test_an_artifact_whose_questions_make_no_sense_is_refused(tiny_model, changes, sentence):
