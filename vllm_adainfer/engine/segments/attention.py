@@ -194,7 +194,7 @@ class StepAttention:
         block. So the tables of such layers name this block in each place.
         """
         tables = [
-            _naming_last(table, layout.last_positions // size)
+            _last_block_everywhere(table, layout.last_positions // size)
             if any(group.backend.is_ssm() for group in kv_group)
             else table
             for kv_group, table, size in zip(groups, block_tables, block_sizes, strict=True)
@@ -247,7 +247,7 @@ class StepAttention:
         ]
 
 
-def _naming_last(table: Tensor, blocks: Ints) -> Tensor:
+def _last_block_everywhere(table: Tensor, blocks: Ints) -> Tensor:
     """`table` [requests, blocks] with the block number `blocks` of each request in all places."""
     if table.shape[1] == 1:
         return table

@@ -23,7 +23,7 @@ class FixedStates:
         self._rows = rows
         self._states: HiddenStates | None = None  # the first ones have the dtype and widths
 
-    def handed_on(self, states: HiddenStates) -> HiddenStates:
+    def for_next_segment(self, states: HiddenStates) -> HiddenStates:
         """`states` of a segment as the next one is to read them: moved, if that replays graphs."""
         if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
             return states

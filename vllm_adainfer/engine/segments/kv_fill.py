@@ -39,7 +39,7 @@ def kv_fill_of(layers: Sequence[KVProjection], exit_points: Sequence[int]) -> KV
     """
     alike = len({layer.heads for layer in layers}) == 1
     if alike and all(layer.value_norm is None for layer in layers):
-        return OneProduct(layers, exit_points)
+        return StackedProjection(layers, exit_points)
     return LayerByLayer(layers, exit_points)
 
 
@@ -59,7 +59,7 @@ class LayerByLayer(KVFill):
             write_kv(layer.attention, keys, values, slots[layer.attention.layer_name])
 
 
-class OneProduct(KVFill):
+class StackedProjection(KVFill):
     """The projections of all layers are one product.
 
     It has its own copy of the weights, into which weight and bias of each layer's norm are folded.

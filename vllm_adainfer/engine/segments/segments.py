@@ -88,7 +88,7 @@ class Stack:
         hidden, residual, per_layer = self.segments[index](positions, *states.parts)
         after = HiddenStates(hidden, residual, states.per_layer if per_layer is None else per_layer)
         is_last = index == len(self.segments) - 1
-        return after if is_last else self.fixed_states.handed_on(after)
+        return after if is_last else self.fixed_states.for_next_segment(after)
 
     @property
     def last_layer(self) -> str:
