@@ -80,7 +80,7 @@ PROBABILITY: dict[str, Any] = {"risk": "probability", "tolerance": 0.05}
         (
             {**PROBABILITY, "label_mass": True},
             {"risk": "accuracy", "bound": "wsr"},
-            "policy reviews bounds accuracy, the one before probability, and other requests ",
+            "policy reviews bounds accuracy, the one before probability: the two policies ",
         ),
         (
             {**PROBABILITY, "label_mass": True},
