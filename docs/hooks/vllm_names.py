@@ -43,6 +43,7 @@ comes, [check it](../CONTRIBUTING.md#check-a-new-vllm-minor) against this list.
 
 - **undocumented**: only our compat files use the name; their docstrings say what it is for.
 - **yes**: the name is in the source of that version. Whether it behaves as before, tests say.
+- **yes, other arguments**: the function takes other arguments than in vLLM {version}.
 - **imported if there**: another name takes its place in versions without it.
 
 Attributes of objects that have no type (`Any`, in our code or in vLLM's) are missing here: nothing
@@ -236,7 +237,7 @@ def page(sources: Sequence[Source], package: Path = PACKAGE) -> str:
     for name in sorted(touches.how):
         files = sorted(touches.files[name])
         cells = [
-            ("yes" if checked[version].find(name) else "**no**")
+            status(name, checked[version], sources[0])
             if version in checked
             else before.get(name, {}).get(version, NOT_CHECKED)
             for version in versions
@@ -254,6 +255,22 @@ def page(sources: Sequence[Source], package: Path = PACKAGE) -> str:
     return HEADING.format(version=sources[0].version) + "".join(
         f"| {' | '.join(row)} |\n" for row in rows
     )
+
+
+def status(name: Name, source: Source, reference: Source) -> str:
+    """Whether `source` has a name, and the same arguments as in `reference`."""
+    found, known = source.find(name), reference.find(name)
+    if found is None:
+        return "**no**"
+    if known is not None and signature(found.node) != signature(known.node):
+        return "yes, other arguments"
+    return "yes"
+
+
+def signature(node: ast.AST) -> str:
+    """The arguments of a function, nothing for anything else."""
+    is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    return ast.unparse(node.args) if is_function else ""
 
 
 def installed() -> Source:

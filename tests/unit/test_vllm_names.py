@@ -131,6 +131,16 @@ def test_a_version_has_a_name_wherever_it_is_defined(touches, module, name, ther
     assert (touches.source.find(Name(module, name)) is not None) == there
 
 
+def test_other_arguments_than_in_the_version_of_the_types_are_said(touches, tmp_path):
+    changed = {**VLLM, "engine": "class LLM:\n    def generate(self, prompts): ..."}
+    later = Source(
+        write(tmp_path / "vllm", {f"{n}.py": text for n, text in changed.items()}).parent
+    )
+    names = Name("vllm", "LLM.generate"), Name("vllm.engine", "LLM"), Name("vllm.engine", "old")
+    found = [vllm_names.status(name, later, touches.source) for name in names]
+    assert found == ["yes, other arguments", "yes", "**no**"]
+
+
 @pytest.fixture(scope="module")
 def source() -> Source:
     found = vllm_names.installed()
