@@ -40,7 +40,7 @@ from hostile_requests import cheap_refused
 from load_client import Question
 from server import serving
 
-from vllm_adainfer.policy.artifact_files import load_artifact_config
+from vllm_adainfer.artifact.files import load_artifact_config
 
 GUEST = "guest"  # the adapter's other name
 # A CPU gives rows without an adapter the update of the one in the last slot, and each load takes

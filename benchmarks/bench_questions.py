@@ -22,6 +22,7 @@ import typer
 from report_files import write_report
 from tqdm import tqdm
 
+from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.offline.calibration.calibrate import (
     calibration_of,
     fit_and_certify,
@@ -33,8 +34,7 @@ from vllm_adainfer.offline.calibration.fit import judge
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions, make_policy
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, Prompts, load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
-from vllm_adainfer.offline.tables import markdown_table
-from vllm_adainfer.policy.artifact_files import load_details
+from vllm_adainfer.offline.reports.tables import markdown_table
 
 
 def main(

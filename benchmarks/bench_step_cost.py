@@ -36,14 +36,14 @@ from report_files import write_report
 from scipy.optimize import nnls
 from scripted_requests import random_prompts, scripted_request
 
-from vllm_adainfer.engine.batch import CompiledBatch
+from vllm_adainfer.engine.model.batch import CompiledBatch
 from vllm_adainfer.exits.exit_loop import ExitLoop
 from vllm_adainfer.exits.step import StepContext
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.offline.reports.tables import markdown_table
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 

@@ -22,9 +22,9 @@ from load_client import Question, Tokens, client_of, questions_of, quiet_pass
 from report_files import write_report
 from server import Server
 
+from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.offline.calibration.data import read_template
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 ENVIRONMENT = {
     "VLLM_PLUGINS": "adainfer",  # has /adainfer/reload

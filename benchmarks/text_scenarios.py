@@ -20,8 +20,8 @@ import numpy as np
 from fault_scenarios import Stage, meanwhile, sampled_memory
 from load_client import Tokens
 
-from vllm_adainfer.policy.artifact import ArtifactConfig
-from vllm_adainfer.policy.text_monitor import TextMonitor
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.monitoring.text_monitor import TextMonitor
 
 CLIENTS = (1, 6, 16)  # in turn: a single client reaches code that many do not, and vice versa
 TURN_SECONDS = 30

@@ -19,12 +19,12 @@ from tests.e2e.scripted import parts, running_of
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
-from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.engine import adapters as adapter_files
-from vllm_adainfer.engine.build_loop import monitors_of, policies_of
+from vllm_adainfer.artifact.config import Choice, Label
+from vllm_adainfer.engine.runner import adapters as adapter_files
+from vllm_adainfer.engine.runner.build_loop import monitors_of, policies_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import read_adapter
-from vllm_adainfer.policy.artifact import Choice, Label
+from vllm_adainfer.settings.engine import NO_POLICY
 
 MODULES = {
     "all": PROJECTIONS,

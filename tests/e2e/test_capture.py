@@ -21,16 +21,16 @@ from tests.plugin.test_config_time import engine_config
 from tests.tiny import LABELS
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
-from vllm_adainfer.engine.capture import CapturingScheduler
-from vllm_adainfer.engine.sample import is_sampled
-from vllm_adainfer.engine.scheduler import (
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.engine.admission.traffic_sample import is_sampled
+from vllm_adainfer.engine.scheduler.capture import CapturingScheduler
+from vllm_adainfer.engine.scheduler.scheduler import (
     AdaInferAsyncScheduler,
     AdaInferScheduler,
     FinishingScheduler,
     build_scheduler,
 )
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact_files import load_artifact
 
 _GENERATOR = np.random.default_rng(0)
 PROMPTS = [_GENERATOR.integers(5, 1000, length).tolist() for length in (3, 40, 170, 1, 90)]

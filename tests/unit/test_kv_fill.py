@@ -12,8 +12,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 
 from vllm_adainfer.engine import compat
-from vllm_adainfer.engine.decoder import KVProjection, norm_of
-from vllm_adainfer.engine.kv_fill import LayerByLayer, OneProduct, kv_fill_of
+from vllm_adainfer.engine.segments.decoder import KVProjection, norm_of
+from vllm_adainfer.engine.segments.kv_fill import LayerByLayer, OneProduct, kv_fill_of
 
 HIDDEN, HEADS, HEAD_DIM, LAYERS, EPS = 12, 2, 4, 5, 1e-5
 Q_SIZE, KV_SIZE = 3 * HEAD_DIM, HEADS * HEAD_DIM

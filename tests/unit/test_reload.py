@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
-from vllm_adainfer.engine import ranks as agreement
-from vllm_adainfer.engine.reload import check_replaces
+from vllm_adainfer.artifact.config import Adapter, Artifact, Label, Level
+from vllm_adainfer.artifact.digest import digest_of
+from vllm_adainfer.engine.runner import ranks as agreement
+from vllm_adainfer.engine.worker.reload import check_replaces
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact import Adapter, Artifact, Label, Level
-from vllm_adainfer.policy.digest import digest_of
 
 STRICT = Level(epsilon=0.01, disagreement=0.0, risk=0.0, bound=0.01, layers_saved=0.1)
 

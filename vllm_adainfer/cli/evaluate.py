@@ -94,10 +94,10 @@ def evaluate(
     if artifact is None or data is None:
         raise AdaInferError("evaluate needs --artifact and --data, or --suite")
     from vllm_adainfer.offline.calibration.adapter import read_adapter
-    from vllm_adainfer.offline.describe import describe_report
     from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest
     from vllm_adainfer.offline.evaluation.evaluate import evaluate as run
     from vllm_adainfer.offline.evaluation.report import summary_line
+    from vllm_adainfer.offline.reports.describe import describe_report
 
     result = run(
         EvaluationRequest(

@@ -6,29 +6,29 @@ from typing import Any
 
 # Stock architecture -> our model class, which vLLM loads only for an engine that asks for it.
 MODELS = {
-    "Ernie4_5ForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferErnie4_5ForCausalLM",
-    "GemmaForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemmaForCausalLM",
-    "Gemma2ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma2ForCausalLM",
-    "Gemma3ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma3ForCausalLM",
-    "Gemma4ForCausalLM": "vllm_adainfer.engine.families.gemma:AdaInferGemma4ForCausalLM",
+    "Ernie4_5ForCausalLM": "vllm_adainfer.engine.model.families.llama:AdaInferErnie4_5ForCausalLM",
+    "GemmaForCausalLM": "vllm_adainfer.engine.model.families.gemma:AdaInferGemmaForCausalLM",
+    "Gemma2ForCausalLM": "vllm_adainfer.engine.model.families.gemma:AdaInferGemma2ForCausalLM",
+    "Gemma3ForCausalLM": "vllm_adainfer.engine.model.families.gemma:AdaInferGemma3ForCausalLM",
+    "Gemma4ForCausalLM": "vllm_adainfer.engine.model.families.gemma:AdaInferGemma4ForCausalLM",
     "Gemma4ForConditionalGeneration": (
-        "vllm_adainfer.engine.families.gemma:AdaInferGemma4ForConditionalGeneration"
+        "vllm_adainfer.engine.model.families.gemma:AdaInferGemma4ForConditionalGeneration"
     ),
-    "Glm4ForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferGlm4ForCausalLM",
-    "Glm4MoeForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferGlm4MoeForCausalLM",
-    "GptOssForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferGptOssForCausalLM",
-    "GraniteForCausalLM": "vllm_adainfer.engine.families.granite:AdaInferGraniteForCausalLM",
-    "LlamaForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferLlamaForCausalLM",
-    "MistralForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferMistralForCausalLM",
-    "MixtralForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferMixtralForCausalLM",
-    "OlmoeForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferOlmoeForCausalLM",
-    "OPTForCausalLM": "vllm_adainfer.engine.families.opt:AdaInferOPTForCausalLM",
-    "Phi3ForCausalLM": "vllm_adainfer.engine.families.llama:AdaInferPhi3ForCausalLM",
-    "Qwen2ForCausalLM": "vllm_adainfer.engine.families.qwen:AdaInferQwen2ForCausalLM",
-    "Qwen3ForCausalLM": "vllm_adainfer.engine.families.qwen:AdaInferQwen3ForCausalLM",
-    "Qwen3MoeForCausalLM": "vllm_adainfer.engine.families.mixtures:AdaInferQwen3MoeForCausalLM",
+    "Glm4ForCausalLM": "vllm_adainfer.engine.model.families.llama:AdaInferGlm4ForCausalLM",
+    "Glm4MoeForCausalLM": "vllm_adainfer.engine.model.families.mixtures:AdaInferGlm4MoeForCausalLM",
+    "GptOssForCausalLM": "vllm_adainfer.engine.model.families.mixtures:AdaInferGptOssForCausalLM",
+    "GraniteForCausalLM": "vllm_adainfer.engine.model.families.granite:AdaInferGraniteForCausalLM",
+    "LlamaForCausalLM": "vllm_adainfer.engine.model.families.llama:AdaInferLlamaForCausalLM",
+    "MistralForCausalLM": "vllm_adainfer.engine.model.families.llama:AdaInferMistralForCausalLM",
+    "MixtralForCausalLM": "vllm_adainfer.engine.model.families.mixtures:AdaInferMixtralForCausalLM",
+    "OlmoeForCausalLM": "vllm_adainfer.engine.model.families.mixtures:AdaInferOlmoeForCausalLM",
+    "OPTForCausalLM": "vllm_adainfer.engine.model.families.opt:AdaInferOPTForCausalLM",
+    "Phi3ForCausalLM": "vllm_adainfer.engine.model.families.llama:AdaInferPhi3ForCausalLM",
+    "Qwen2ForCausalLM": "vllm_adainfer.engine.model.families.qwen:AdaInferQwen2ForCausalLM",
+    "Qwen3ForCausalLM": "vllm_adainfer.engine.model.families.qwen:AdaInferQwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "vllm_adainfer.engine.model.families.mixtures:AdaInferQwen3MoeForCausalLM",
     **{
-        name: f"vllm_adainfer.engine.families.delta_net:AdaInfer{name}"
+        name: f"vllm_adainfer.engine.model.families.delta_net:AdaInfer{name}"
         for name in (
             "Qwen3NextForCausalLM",
             "Qwen3_5ForCausalLM",

@@ -72,7 +72,7 @@ def leave_full_graphs_to_segments(vllm_config: VllmConfig) -> None:
     """Make vLLM's own CUDA graphs piecewise: a full one holds the whole model.
 
     0.32 replays a full graph without calling the model, so no request could leave. Decode steps get
-    graphs per segment, see `vllm_adainfer.engine.segment_graphs`.
+    graphs per segment, see `vllm_adainfer.engine.cuda_graphs.segment_graphs`.
     """
     from vllm.config import CUDAGraphMode
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.policy.artifact import MOST_CHOICE_CHARACTERS, MOST_CHOICES
+from vllm_adainfer.artifact.config import MOST_CHOICE_CHARACTERS, MOST_CHOICES
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -16,9 +16,9 @@ from fastapi import FastAPI, HTTPException, Request
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
-from vllm_adainfer.config import Settings, read_settings
+from vllm_adainfer.artifact.files import load_config_and_digest
 from vllm_adainfer.engine import compat
-from vllm_adainfer.policy.artifact_files import load_config_and_digest
+from vllm_adainfer.settings.engine import Settings, read_settings
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from vllm_adainfer.config import read_settings
 from vllm_adainfer.engine import compat, compat_requests
-from vllm_adainfer.engine.served import served_configs
+from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.frontend.log_line import LogLine
 from vllm_adainfer.frontend.metrics import EngineMetrics, Series
+from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

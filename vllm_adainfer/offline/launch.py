@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_adainfer.config import CONFIG_KEY, DEFAULT_POLICY, read_settings
+from vllm_adainfer.artifact.files import load_artifact_configs
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact_files import load_artifact_configs
+from vllm_adainfer.settings.engine import CONFIG_KEY, DEFAULT_POLICY, read_settings
 
 FLAG = "--additional-config"
 

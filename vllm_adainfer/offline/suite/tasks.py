@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import (
     Example,
@@ -23,7 +24,6 @@ from vllm_adainfer.offline.calibration.data import (
     read_rows,
 )
 from vllm_adainfer.offline.suite.hub import Hub, Part, hub_rows
-from vllm_adainfer.policy.artifact import Label
 
 
 class Task(BaseModel):

@@ -1,0 +1,27 @@
+"""Compile the probes' kernels when the engine starts, not in the first steps that need them."""
+
+from __future__ import annotations
+
+import torch
+from adainfer_kernels import rows_to_compile_for
+
+from vllm_adainfer.artifact.label_subsets import ALL
+from vllm_adainfer.policy.exit_policy import Asked
+from vllm_adainfer.policy.policy_set import PolicySet
+
+
+@torch.inference_mode()
+def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
+    """Ask all `policies` about rows of `states` [most requests of a step, hidden size].
+
+    Their answers are dropped.
+    """
+    for rows in rows_to_compile_for(len(states)):
+        hidden = states[:rows]
+        tags = torch.zeros(rows, dtype=torch.int64, device=states.device)
+        subsets = torch.full_like(tags, ALL)
+        for policy in policies.policies:
+            memory = None
+            for exit_index in range(len(policy.exit_points)):
+                asked = Asked(hidden, tags, memory, subsets)
+                memory = policy.decide(exit_index, asked).memory
