@@ -39,7 +39,7 @@ from vllm_adainfer.offline.calibration.adapter import NamedAdapter, read_adapter
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.scheduler.scheduler import build_scheduler
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 OURS = "ours"
 BATCHES = (1, 32, 256)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 REPORTED = 1.0  # seconds after the last answer by which counters are up to date
 

@@ -22,7 +22,7 @@ from small_models import FAMILIES, SOURCES, TEMPLATE, Row, snippets, train, with
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 TRAIN, CALIBRATE = 1400, 700  # rows
 

@@ -31,7 +31,7 @@ from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.evaluation.sequences import compare, has_number, read_back
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.plugin import register
 from vllm_adainfer.settings.request import EXIT_ARG
 from vllm_adainfer.stats import stats

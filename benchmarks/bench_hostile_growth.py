@@ -37,7 +37,7 @@ from serve_report import STOCK
 from server import Server, serving
 
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 ARGUMENTS = ("--max-model-len", "8192")
 CAPTURED = {"rate": 0.1, "limit": 10_000}

@@ -23,7 +23,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_adainfer.offline.calibration.data import read_rows
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 TEXT = {"type": "string", "maxLength": 60}
 SECTIONS = ["business", "sports", "technology", "world"]

@@ -34,7 +34,7 @@ from vllm_adainfer.offline.calibration.fit import judge
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions, make_policy
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, Prompts, load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 
 def main(

@@ -22,7 +22,7 @@ from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 MAX_LENGTH = 1024
 STOCK, FOUR = "stock", "four exit points"

@@ -32,7 +32,7 @@ from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.offline.calibration.data import read_rows
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 ASKED = (
     ("What is the sentiment of this text?", ("negative", "positive")),

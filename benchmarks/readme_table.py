@@ -16,7 +16,7 @@ from typing import Any
 from serve_report import table as serve_table
 
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled, verdict
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_adainfer.offline.evaluation.plot import as_png
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 STOCK, OURS = "stock", "adainfer"
 # Figures kept from ``vllm bench serve``, under its names; E2EL is a request's whole latency.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.offline.evaluation.plot import as_png
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -15,7 +15,7 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.cli import app
 from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.frontend.metrics import Series
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.settings.engine import Settings
 
 

@@ -25,7 +25,7 @@ from vllm_adainfer import stats as stats_of
 from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.compat_requests import client_request_id
+from vllm_adainfer.engine.compat.requests import client_request_id
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.monitoring.text_monitor import TextMonitor
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings

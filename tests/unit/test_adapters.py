@@ -189,7 +189,8 @@ def test_a_fingerprint_is_of_weights_and_scale_wherever_they_lie(saved, tmp_path
 def test_adapters_are_mapped_to_the_rows_that_are_left(monkeypatch):
     told: list[Any] = []
     monkeypatch.setattr(
-        "vllm_adainfer.engine.compat.use_adapters", lambda *arguments: told.append(arguments[2:])
+        "vllm_adainfer.engine.runner.adapters.use_adapters",
+        lambda *arguments: told.append(arguments[2:]),
     )
     first, second = LoRARequest("first", 4, "a"), LoRARequest("second", 9, "b")
     step = StepAdapters(None, [first, None, second, first])

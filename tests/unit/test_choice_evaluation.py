@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 
 from tests.unit.test_choice_policy import YES_NO
 from vllm_adainfer.engine.admission.choice_endings import why_choices_go_on
-from vllm_adainfer.engine.compat_requests import take_report
+from vllm_adainfer.engine.compat.stats import take_report
 from vllm_adainfer.engine.scheduler.scheduler import FinishingScheduler
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 
-from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.segments import kv_fill
 from vllm_adainfer.engine.segments.decoder import KVProjection, norm_of
 from vllm_adainfer.engine.segments.kv_fill import LayerByLayer, OneProduct, kv_fill_of
 
@@ -104,7 +104,7 @@ def layer_of(
 def test_every_layer_after_the_exit_point_is_filled(monkeypatch, kind, layer, exit_index):
     written: dict[str, tuple[Tensor, ...]] = {}
     monkeypatch.setattr(
-        compat, "write_kv", lambda attn, *what: written.update({attn.layer_name: what})
+        kv_fill, "write_kv", lambda attn, *what: written.update({attn.layer_name: what})
     )
     torch.manual_seed(0)
     layers = [layer_of(number, *layer) for number in range(LAYERS)]

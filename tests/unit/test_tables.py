@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_adainfer.offline.reports.tables import aligned, markdown_table, text_table
+from vllm_adainfer.offline.tables import aligned, markdown_table, text_table
 
 LONG = "word " * 60
 

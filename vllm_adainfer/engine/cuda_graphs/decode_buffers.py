@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.compat.attention import NO_SLOT, slots_of
 from vllm_adainfer.engine.segments.attention import Queries, StepAttention
 from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.layout import RowLayout
@@ -36,7 +36,7 @@ class DecodeBuffers:
         self._seq_lens = self._seq_lens_cpu.to(device, copy=True)
         self._tables = [table.new_zeros(size, table.shape[1]) for table in block_tables]
         self._slots = torch.full(
-            (len(block_tables), size), compat.NO_SLOT, dtype=torch.int64, device=device
+            (len(block_tables), size), NO_SLOT, dtype=torch.int64, device=device
         )
         self._is_padding = torch.zeros(size, dtype=torch.bool, device=device)
         # Allocated by the first batch, the largest, which has their dtype and widths.
@@ -60,7 +60,7 @@ class DecodeBuffers:
         self._seq_lens_cpu[:padded] = torch.from_numpy(seq_lens)
         self._starts[: padded + 1] = device_starts
         self._starts_cpu[: padded + 1] = torch.from_numpy(starts)
-        self._slots[:, rows:padded] = compat.NO_SLOT
+        self._slots[:, rows:padded] = NO_SLOT
         self._is_padding[:rows] = False
         self._is_padding[rows:padded] = True
         for group, (buffer, table) in enumerate(
@@ -68,7 +68,7 @@ class DecodeBuffers:
         ):
             buffer[:rows] = table[owners]
             buffer[rows:padded] = 0
-            self._slots[group, :rows] = compat.slots_of(
+            self._slots[group, :rows] = slots_of(
                 table, attention.block_sizes[group], owners, device_positions[:rows]
             )
 

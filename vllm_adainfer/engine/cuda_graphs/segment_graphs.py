@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_adainfer.engine.compat import get_logger
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.cuda_graphs.decode_buffers import DecodeBuffers
 from vllm_adainfer.engine.segments.attention import (
     Groups,

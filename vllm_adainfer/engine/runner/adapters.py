@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_adainfer.artifact.adapter_fingerprint import adapter_fingerprint
-from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.engine.compat.lora import (
+    adapter_directory,
+    loaded_adapter,
+    on_adapter_load,
+    use_adapters,
+)
 from vllm_adainfer.engine.runner.ranks import same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.layout import Ints, RowLayout
@@ -18,7 +24,7 @@ from vllm_adainfer.exits.layout import Ints, RowLayout
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-logger = compat.get_logger(__name__)
+logger = get_logger(__name__)
 
 NO_ADAPTER = 0  # vLLM numbers adapters from 1 on
 FINGERPRINT = "adainfer_fingerprint"  # an attribute of vLLM's `LoRAModel`, which goes with it
@@ -28,7 +34,7 @@ UNKNOWN = ""  # the fingerprint of no adapter
 def fingerprint_of(path: str) -> str | None:
     """The fingerprint of the adapter that vLLM loads from `path` or hub id; None if it is none."""
     try:
-        return adapter_fingerprint(compat.adapter_directory(path))
+        return adapter_fingerprint(adapter_directory(path))
     except (AdaInferError, OSError):
         return None  # vLLM fails to load it, too, and says why
 
@@ -54,7 +60,7 @@ class LoadedAdapters:
     def watch(self, manager: Any) -> None:
         """Fingerprint what vLLM's `LRUCacheWorkerLoRAManager` loads from now on."""
         self._manager = manager
-        compat.on_adapter_load(manager, self._load)
+        on_adapter_load(manager, self._load)
 
     def fingerprint_of(self, adapter: LoRARequest) -> str | None:
         """That of an adapter which is loaded, or which this step loads; None if it has none."""
@@ -86,7 +92,7 @@ class LoadedAdapters:
         return same
 
     def _loaded(self, number: int) -> Any:
-        return None if self._manager is None else compat.loaded_adapter(self._manager, number)
+        return None if self._manager is None else loaded_adapter(self._manager, number)
 
     def _load(self, adapter: LoRARequest, load: Callable[[], Any]) -> Any:
         """Let vLLM read an adapter's files, and note which these were."""
@@ -148,7 +154,7 @@ class StepAdapters:
     def use(self, rows: tuple[int, ...], requests: tuple[int, ...]) -> None:
         """Tell vLLM's layers the number of the adapter of each row, and of each request."""
         if rows:
-            compat.use_adapters(self._manager, self._active, rows, requests)
+            use_adapters(self._manager, self._active, rows, requests)
 
 
 @dataclass(frozen=True)

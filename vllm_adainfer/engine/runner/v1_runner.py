@@ -9,7 +9,7 @@ import numpy as np
 from typing_extensions import override
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_adainfer.engine.compat import keep_best_tokens, seeds_of_chunks_kept
+from vllm_adainfer.engine.compat.runner import keep_best_tokens, seeds_of_chunks_kept
 from vllm_adainfer.engine.runner.build_loop import build_loop
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.segments.attention import Groups, StepAttention, with_own_builders

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
-from vllm_adainfer.engine.compat import get_logger
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs, why_not_captured
 from vllm_adainfer.engine.runner.build_loop import build_loop
 from vllm_adainfer.engine.runner.requests import RunningRequests

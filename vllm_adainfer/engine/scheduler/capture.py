@@ -11,7 +11,8 @@ from typing_extensions import override
 from vllm.v1.request import Request
 
 from vllm_adainfer.engine.admission.traffic_sample import is_sampled
-from vllm_adainfer.engine.compat_requests import choices_of, client_request_id, request_group
+from vllm_adainfer.engine.compat.requests import client_request_id, request_group
+from vllm_adainfer.engine.compat.structured_outputs import choices_of
 from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles
 from vllm_adainfer.settings.engine import read_settings
 

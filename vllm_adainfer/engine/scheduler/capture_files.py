@@ -14,7 +14,7 @@ from queue import Full, Queue
 from threading import Thread
 from typing import Any
 
-from vllm_adainfer.engine.compat import get_logger
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Capture
 

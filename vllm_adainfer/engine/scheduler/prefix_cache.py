@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_adainfer.engine.compat_requests import has_stale_output, hash_block_size
+from vllm_adainfer.engine.compat.scheduler import has_stale_output, hash_block_size
 from vllm_adainfer.engine.scheduler.prefix_reuse import PrefixReuse
+from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 
 
@@ -186,3 +188,18 @@ class PrefixCacheGuard:
         self._fresh.clear()
         self._reuse = PrefixReuse(self._capacity)
         return bool(self._manager.reset_prefix_cache())
+
+
+def refuse_kv_connector(vllm_config: VllmConfig) -> None:
+    """Refuse a KV connector; once more when the scheduler is built, which is after vLLM sets some.
+
+    Raises:
+        AdaInferError: there is one.
+
+    """
+    if vllm_config.kv_transfer_config or vllm_config.cache_config.kv_offloading_size is not None:
+        raise AdaInferError(
+            "vllm-adainfer: a KV connector would send incomplete blocks: drop "
+            '--kv-transfer-config and --kv-offloading-size, or drop "adainfer" from '
+            "additional_config"
+        )

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 from vllm_adainfer.artifact.config import Choice
 from vllm_adainfer.engine.admission.requested_output import choices_asked, is_plain
-from vllm_adainfer.engine.compat_requests import takes_all
+from vllm_adainfer.engine.compat.structured_outputs import takes_all
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:

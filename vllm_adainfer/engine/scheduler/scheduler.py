@@ -13,14 +13,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
-from vllm_adainfer.engine import compat_requests
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.resolved import resolved_of, with_resolved
+from vllm_adainfer.engine.compat.runner import attached_note
+from vllm_adainfer.engine.compat.scheduler import expect_more_tokens, not_ahead, sampled_tokens
+from vllm_adainfer.engine.compat.stats import attach_report
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.engine.scheduler.capture import CapturingScheduler
-from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard
+from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
-from vllm_adainfer.engine.startup.refusals import refuse_kv_connector
 from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
 from vllm_adainfer.settings.engine import read_settings
 
@@ -71,7 +72,7 @@ class GuardedScheduler(_Scheduler):
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """First put blocks that the step completed into the prefix cache."""
-        note: StepNote | None = compat_requests.attached_note(model_runner_output)
+        note: StepNote | None = attached_note(model_runner_output)
         if note is not None:
             if note.counted is not None:
                 self._counted = note.counted
@@ -85,7 +86,7 @@ class GuardedScheduler(_Scheduler):
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
         counted, self._counted = self._counted, None
         if stats is not None and counted is not None:
-            compat_requests.attach_report(stats, self._reporter.report(counted))
+            attach_report(stats, self._reporter.report(counted))
         return stats
 
     def _may_exit(self, request: Request, computed: int) -> bool:
@@ -138,13 +139,11 @@ class FinishingScheduler(_Scheduler):
         """First append the rest of each choice to the tokens sampled."""
         # Masks are cut by the number of tokens, and there is none for what is appended.
         if scheduler_output.has_structured_output_requests and not self.return_sampling_mask:
-            sampled = compat_requests.sampled_tokens(
-                scheduler_output, model_runner_output, self.requests
-            )
+            sampled = sampled_tokens(scheduler_output, model_runner_output, self.requests)
             for request, tokens in sampled:
                 if rest := self._rest_of_choice.after(request, tokens):
                     tokens += rest
-                    compat_requests.expect_more_tokens(self, request, len(rest))
+                    expect_more_tokens(self, request, len(rest))
                     self._finished[0] += 1
                     self._finished[1] += len(rest)
         return super().update_from_output(scheduler_output, model_runner_output)
@@ -154,7 +153,7 @@ class FinishingScheduler(_Scheduler):
         """Add how many choices were finished."""
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
         if stats is not None and self._finished[0] and self.vllm_config.kv_transfer_config is None:
-            compat_requests.attach_report(stats, {"choices": self._finished})
+            attach_report(stats, {"choices": self._finished})
             self._finished = [0, 0]
         return stats
 
@@ -172,7 +171,7 @@ class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
 
         Their next row would be under way when they end, and run all layers that they skip.
         """
-        with compat_requests.not_ahead(self._may_be_ending()):
+        with not_ahead(self._may_be_ending()):
             return super().schedule(*args, **kwargs)
 
     def _may_be_ending(self) -> Iterator[Request]:

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.compat.attention import share_workspace, slots_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.layout import Ints, RowLayout
 from vllm_adainfer.exits.transfer import upload
@@ -53,7 +53,7 @@ def with_own_builders(
     for kv_group in copies:
         for group in kv_group:
             group.create_metadata_builders(vllm_config, device, group.kernel_block_size)
-    compat.share_workspace(groups, copies)
+    share_workspace(groups, copies)
     return copies
 
 
@@ -242,7 +242,7 @@ class StepAttention:
     def _slots(self, owners: Tensor, positions: Tensor) -> list[Tensor]:
         """Slots by KV cache group, int64 [rows]."""
         return [
-            compat.slots_of(table, size, owners, positions)
+            slots_of(table, size, owners, positions)
             for table, size in zip(self.block_tables, self.block_sizes, strict=True)
         ]
 

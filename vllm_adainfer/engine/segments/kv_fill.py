@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm
 from typing_extensions import override
 
-from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.compat.attention import write_kv
 from vllm_adainfer.engine.segments.decoder import KVProjection, norm_of
 
 
@@ -56,7 +56,7 @@ class LayerByLayer(KVFill):
     ) -> None:
         for layer in self._below[exit_index]:
             keys, values = layer(states, None, positions)
-            compat.write_kv(layer.attention, keys, values, slots[layer.attention.layer_name])
+            write_kv(layer.attention, keys, values, slots[layer.attention.layer_name])
 
 
 class OneProduct(KVFill):
@@ -96,9 +96,7 @@ class OneProduct(KVFill):
         keys = _rotated(keys, layers, positions)
         for index, layer in enumerate(layers):
             attention = layer.attention
-            compat.write_kv(
-                attention, keys[:, index], values[:, index], slots[attention.layer_name]
-            )
+            write_kv(attention, keys[:, index], values[:, index], slots[attention.layer_name])
 
 
 def _folded(layer: KVProjection) -> tuple[Tensor, Tensor]:

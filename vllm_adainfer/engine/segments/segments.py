@@ -15,9 +15,10 @@ from vllm.forward_context import (
     override_forward_context,
 )
 
-from vllm_adainfer.engine import compat
-from vllm_adainfer.engine.cuda_graphs.fixed_states import FixedStates
+from vllm_adainfer.engine.compat.attention import write_kv
+from vllm_adainfer.engine.compat.compilation import compile_cache_folder, segment_config
 from vllm_adainfer.engine.segments.decoder import Decoder, KVProjection, Layer
+from vllm_adainfer.engine.segments.fixed_states import FixedStates
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.hidden_states import HiddenStates
 
@@ -106,7 +107,7 @@ class Stack:
         assert self.last_kv is not None, "the last segment has no layer"
         keys, values = self.last_kv(positions, *states.stream)
         attention = self.last_kv.projection.attention
-        compat.write_kv(attention, keys, values, slots[attention.layer_name])
+        write_kv(attention, keys, values, slots[attention.layer_name])
 
     def profile(self, positions: Tensor, ids: Tensor) -> Tensor:
         """A pass for no request, in which vLLM profiles and captures piecewise graphs.
@@ -197,19 +198,19 @@ def build_stack(
     """
     layers, own_kv_layers = decoder.layers(body), decoder.own_kv_layers(body)
     depth = len(layers)
-    config = compat.segment_config(vllm_config)
+    config = segment_config(vllm_config)
     cuts = sorted({*cuts, max(depth - 1, *cuts)} if own_kv_layers is None else set(cuts))
     spans = [*itertools.pairwise([0, *cuts]), (cuts[-1], depth)]
     segments = []
     for first, last in spans:
         cls = segment_class(first, last, depth, finishes=(first, last) == spans[-1])
-        with compat.compile_cache_folder(cls.__name__):
+        with compile_cache_folder(cls.__name__):
             segment = cls(vllm_config=config, decoder=decoder, body=body, layers=layers[first:last])
         segments.append(segment)
     last_kv = None
     if cuts[-1] < depth and own_kv_layers is None:
         projection, kv_class = decoder.kv_projection(layers[-1]), last_kv_class(depth)
-        with compat.compile_cache_folder(kv_class.__name__):
+        with compile_cache_folder(kv_class.__name__):
             last_kv = kv_class(vllm_config=config, projection=projection)
     captured_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return Stack(tuple(segments), last_kv, head_size, own_kv_layers, FixedStates(captured_rows))

@@ -7,24 +7,20 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig, are_exit_points
 from vllm_adainfer.artifact.promise import wrong_in_words
-from vllm_adainfer.engine import compat
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.choice_endings import why_choices_go_on
-from vllm_adainfer.engine.architectures import own_kv_layers
+from vllm_adainfer.engine.classes import GPU_WORKER, SCHEDULER, own_kv_layers, worker_class
+from vllm_adainfer.engine.compat.config import leave_full_graphs_to_segments, use_model_class
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import pin_artifacts
-from vllm_adainfer.engine.startup.refusals import (
-    GPU_WORKER,
-    SCHEDULER,
-    refuse_unsupported,
-    worker_class,
-)
+from vllm_adainfer.engine.startup.refusals import refuse_unsupported
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = compat.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> Admission:
@@ -78,9 +74,9 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
         )
     if settings.exit_script is not None:
         logger.warning("AdaInfer follows an exit script, for benchmarks: its answers mean nothing")
-    compat.use_model_class(vllm_config, model_class)
+    use_model_class(vllm_config, model_class)
     if worker_class() == GPU_WORKER:
-        compat.leave_full_graphs_to_segments(vllm_config)
+        leave_full_graphs_to_segments(vllm_config)
     vllm_config.parallel_config.worker_cls = worker_class()
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
     return admission

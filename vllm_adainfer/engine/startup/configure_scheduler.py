@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.engine.compat import get_logger
+from vllm_adainfer.engine.classes import SCHEDULER
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.scheduler.capture_files import check_directory
-from vllm_adainfer.engine.startup.refusals import SCHEDULER
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Capture, Settings
 

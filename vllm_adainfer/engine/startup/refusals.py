@@ -4,47 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.engine import compat
-from vllm_adainfer.engine.architectures import MODELS, own_kv_layers
+from vllm_adainfer.engine.classes import MODELS, SCHEDULER, own_kv_layers, worker_class
+from vllm_adainfer.engine.compat.compilation import names_experts
+from vllm_adainfer.engine.compat.config import packaged_logits_processors, replays_whole_model
+from vllm_adainfer.engine.scheduler.prefix_cache import refuse_kv_connector
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Settings
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-CPU_WORKER = "vllm_adainfer.engine.worker.cpu_worker.AdaInferCPUWorker"
-GPU_WORKER = "vllm_adainfer.engine.worker.gpu_worker.AdaInferGPUWorker"
-SCHEDULER = "vllm_adainfer.engine.scheduler.scheduler.build_scheduler"
 RECURRENT = ["linear_attention"]  # by Hugging Face's name
 OFF = 'or drop "adainfer" from additional_config'
 SEEN_TRANSFERS = ("nccl", "ipc")  # in vLLM 0.32 the others write into parameters themselves
 REQUEST_CHECK = "vllm_adainfer.frontend.request_check"
 
 
-def worker_class() -> str:
-    """Our worker class for vLLM's platform."""
-    from vllm.platforms import current_platform
-
-    return CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
-
-
 def is_request_check(processor: object) -> bool:
     """Whether a model's logits processor is ours, which changes no logits."""
     return str(processor).startswith(f"{REQUEST_CHECK}:")
-
-
-def refuse_kv_connector(vllm_config: VllmConfig) -> None:
-    """Refuse a KV connector; once more when the scheduler is built, which is after vLLM sets some.
-
-    Raises:
-        AdaInferError: there is one.
-
-    """
-    if vllm_config.kv_transfer_config or vllm_config.cache_config.kv_offloading_size is not None:
-        raise AdaInferError(
-            "vllm-adainfer: a KV connector would send incomplete blocks: drop "
-            f"--kv-transfer-config and --kv-offloading-size, {OFF}"
-        )
 
 
 def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Settings) -> None:
@@ -57,7 +35,7 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
     from vllm.platforms import current_platform
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    off, packaged = OFF, compat.packaged_logits_processors()
+    off, packaged = OFF, packaged_logits_processors()
     refusals: list[tuple[bool, str]] = [
         (
             model.model_impl not in ("auto", "vllm"),
@@ -89,7 +67,7 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             f"settings that, by vLLM's log, V2 does not support, {off}",
         ),
         (
-            current_platform.is_cuda() and compat.replays_whole_model(vllm_config),
+            current_platform.is_cuda() and replays_whole_model(vllm_config),
             "breakable CUDA graphs run all layers of a batch, so no request could leave: set "
             f"VLLM_USE_BREAKABLE_CUDAGRAPH=0, {off}",
         ),
@@ -127,7 +105,7 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
             "start one server for each replica instead of --data-parallel-size, " + off,
         ),
         (
-            model.is_moe and not compat.names_experts(),
+            model.is_moe and not names_experts(),
             "without VLLM_USE_LAYERNAME vLLM finds experts by counting layers, and exits leave "
             f"some out: unset it, {off}",
         ),

@@ -12,7 +12,8 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_adainfer.artifact.config import Adapter, Artifact
 from vllm_adainfer.artifact.files import load_artifact
-from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.engine.compat.lora import adapter_directory
 from vllm_adainfer.engine.runner.adapters import fingerprint_of
 from vllm_adainfer.engine.scheduler.rest_of_choice import check_tokenizer
 from vllm_adainfer.engine.startup.configure import banner, refuse_unknown_questions
@@ -23,7 +24,7 @@ from vllm_adainfer.settings.engine import NO_POLICY
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-logger = compat.get_logger(__name__)
+logger = get_logger(__name__)
 
 FOLDER = "adainfer"  # in the adapter's directory
 
@@ -123,7 +124,7 @@ def _folder_beside(adapter: LoRARequest) -> Path | None:
     vLLM then fails to load the adapter, and says why.
     """
     try:
-        folder = compat.adapter_directory(adapter.lora_path) / FOLDER
+        folder = adapter_directory(adapter.lora_path) / FOLDER
         return folder if folder.is_dir() else None
     except OSError:
         return None

@@ -8,7 +8,7 @@ from typing_extensions import override
 from vllm import envs
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_adainfer.engine import compat
+from vllm_adainfer.engine.compat.runner import cpu_runner_class
 from vllm_adainfer.engine.runner.v1_runner import AdaInferCPUModelRunner
 from vllm_adainfer.engine.worker.freed_memory import keep_freed_memory
 from vllm_adainfer.engine.worker.worker import ExitWorker
@@ -20,7 +20,7 @@ class AdaInferCPUWorker(ExitWorker, CPUWorker):
     @override
     def init_device(self) -> None:
         """Build our runner in place of V1's."""
-        with compat.cpu_runner_class(AdaInferCPUModelRunner):
+        with cpu_runner_class(AdaInferCPUModelRunner):
             super().init_device()
 
     @override

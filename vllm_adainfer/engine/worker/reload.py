@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 
 from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifacts
-from vllm_adainfer.engine.compat import get_logger
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.service import Built, Service, built_on_all_ranks
 from vllm_adainfer.errors import AdaInferError

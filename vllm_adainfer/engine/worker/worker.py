@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from typing_extensions import override
 
-from vllm_adainfer.engine import compat, compat_requests
+from vllm_adainfer.engine.compat.lora import lora_manager_of
+from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.adapter_policy import policy_beside, without_policies
 from vllm_adainfer.engine.worker.reload import Reload
@@ -46,7 +47,7 @@ class ExitWorker(_Worker):
         """Then tell the running requests who manages their adapters."""
         super().load_model(**kwargs)
         self._reloads: dict[str, Reload] = {}
-        manager = compat.lora_manager_of(self.model_runner)
+        manager = lora_manager_of(self.model_runner)
         self._running.lora_manager = manager
         if manager is not None:
             self._running.adapters.watch(manager)
@@ -91,7 +92,7 @@ class ExitWorker(_Worker):
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
             output = copy.copy(output)  # all empty steps share one
-            compat_requests.attach_note(output, self._running.note_at_rest())
+            attach_note(output, self._running.note_at_rest())
         return output
 
     @override
@@ -100,7 +101,7 @@ class ExitWorker(_Worker):
         output = super().sample_tokens(grammar_output)
         note = self._running.take_note()
         if note is not None:
-            compat_requests.attach_note(output, note)
+            attach_note(output, note)
         return output
 
     def adainfer_drop_policy(self, lora_id: int) -> None:

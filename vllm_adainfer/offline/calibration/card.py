@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.promise import after_which_text, each_for_itself, wrong_in_words
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 
 def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:

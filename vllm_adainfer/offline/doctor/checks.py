@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer import __version__
-from vllm_adainfer.engine.architectures import MODELS
+from vllm_adainfer.engine.classes import MODELS
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import NamedAdapter, adapter_for
 from vllm_adainfer.offline.doctor.finding import Finding

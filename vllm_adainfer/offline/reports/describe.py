@@ -8,7 +8,7 @@ from typing import Any
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.promise import after_which_text, each_for_itself, wrong_in_words
 from vllm_adainfer.offline.reports.shares import spelled
-from vllm_adainfer.offline.reports.tables import aligned, text_table
+from vllm_adainfer.offline.tables import aligned, text_table
 
 
 def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:

@@ -11,8 +11,8 @@ from vllm_adainfer.offline.calibration.adapter import NamedAdapter, adapter_for
 from vllm_adainfer.offline.calibration.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.data import Row, make_examples, read_template
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
-from vllm_adainfer.offline.reports.tables import text_table
 from vllm_adainfer.offline.reports.views import View, tag_at, views_of
+from vllm_adainfer.offline.tables import text_table
 
 
 @dataclass(frozen=True)

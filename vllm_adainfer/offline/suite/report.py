@@ -12,7 +12,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
 from vllm_adainfer.offline.evaluation.plot import as_png
 from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.reports.tables import markdown_table
+from vllm_adainfer.offline.tables import markdown_table
 
 METHODS = {
     "static_truncation": "static truncation at equal depth",

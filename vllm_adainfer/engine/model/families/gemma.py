@@ -14,7 +14,7 @@ from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
 from vllm.model_executor.models.gemma4_mm import Gemma4ForConditionalGeneration
 
-from vllm_adainfer.engine.architectures import own_kv_layers
+from vllm_adainfer.engine.classes import own_kv_layers
 from vllm_adainfer.engine.model.early_exit import EarlyExit
 from vllm_adainfer.engine.segments.decoder import Decoder, KVProjection, Layer, OnePartDecoder
 
