@@ -280,7 +280,7 @@ def test_known_is_refused_for_a_policy_that_knows_no_question(tiny_model):
         ),
         (
             {"questions": [{"name": "a", "ends": [[]]}]},
-            r"questions\.0\.ends\.0\s.* at least 1 item",
+            r"questions\.0\.ends\.0\s.* at least 1",
         ),
     ],
 )

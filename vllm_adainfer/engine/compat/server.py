@@ -43,15 +43,22 @@ def key_check(arguments: Namespace) -> Callable[[Any], bool] | None:
 
 
 def decision_question(name: str, asked: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """A question of ``/v1/systemone`` as 0.32 puts it to the model, and its labels.
+    """A question of ``/v1/systemone`` as vLLM puts it to the model, and its labels.
 
     Raises:
-        ValueError: 0.32 refuses the question.
+        ValueError: vLLM refuses the question.
 
     """
-    from vllm.entrypoints.generate.structured_decisions.question_types import LABELS, build_question
+    try:
+        from vllm.entrypoints.generate.structured_decisions import question_types
+    except ImportError:  # 0.33 has moved it
+        from vllm.entrypoints.openai.decisions import question_types
 
-    question = build_question(
-        name, asked["type"], asked.get("instructions", ""), asked.get("criteria"), len(LABELS)
+    question = question_types.build_question(
+        name,
+        asked["type"],
+        asked.get("instructions", ""),
+        asked.get("criteria"),
+        len(question_types.LABELS),
     )
     return question.type.prompt(question), question.labels
