@@ -145,6 +145,7 @@ def save_artifact(
 
     """
     check_writable(directory)
+    directory = directory.resolve()  # a link stays one
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
