@@ -33,7 +33,12 @@ RANK = 5
 
 
 def fits_the_interpreter(rows: int, vocab: int) -> bool:
-    """Its time goes by tiles, 16 x 16 of them up to 1024 candidates, else 64 x 1024."""
+    """Its time goes by tiles, 16 x 16 of them up to 1024 candidates, else 64 x 1024.
+
+    Of the largest vocabularies one count of rows is enough: 1 and 7 rows take the same tiles.
+    """
+    if rows == 1 and vocab > 32000:
+        return False
     block_r, block_v = (16, 16) if vocab <= 1024 else (64, 1024)
     return -(-rows // block_r) * -(-vocab // block_v) <= 160
 
@@ -116,14 +121,16 @@ def test_a_readout_is_lens_then_norm_rounded_once(lens, norm, affine, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("norm", "affine"), NORMS)
-@pytest.mark.parametrize("lens", LENSES)
+@pytest.mark.parametrize(
+    ("lens", "norm", "affine"),
+    [
+        *((lens, "layer", "weight and bias") for lens in LENSES),
+        *(("lens with bias", *norm) for norm in NORMS if norm != ("layer", "weight and bias")),
+    ],
+)
 def test_a_probe_reads_lens_then_norm_then_head(lens, norm, affine, backend):
     hidden, head = states_and_head(7, 50, HIDDEN)
-    options = lens_and_norm(lens, norm, affine)
-    found = checked(hidden, head, options, backend)
-    read = readout(hidden, **options, dtype=torch.float32, backend=backend)
-    assert torch.allclose(found.top1, (read @ head.T).amax(dim=-1), rtol=1e-4, atol=1e-4)
+    checked(hidden, head, lens_and_norm(lens, norm, affine), backend)
 
 
 AFTER = {
@@ -220,12 +227,11 @@ STRIDED = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "view"), STRIDED)
-@pytest.mark.parametrize("form", ["full", "gathered"])
-def test_strides_do_not_matter(form, name, view, backend):
+def test_strides_do_not_matter(name, view, backend):
     hidden, head = states_and_head(6, 50, HIDDEN)
     arguments = {"hidden": hidden, "head_weight": head}
     arguments |= lens_and_norm("lens with bias", "layer", "weight and bias")
-    arguments |= in_form(form, head, width=20, head_bias=normal(50, seed=9))[1]
+    arguments["head_bias"] = normal(50, seed=9)
     truth, naive = oracle.oracle(**arguments), oracle.same_dtype(**arguments)
     arguments |= {"classifier": normal(3, seed=10), "threshold": normal(6, seed=11)}
     settled = probe(**arguments, backend=backend).settled
