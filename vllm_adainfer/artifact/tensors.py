@@ -14,14 +14,11 @@ UNREADABLE = (OSError, RuntimeError, SafetensorError)  # RuntimeError: more than
 FLOATS = ("F32", "F16", "BF16")
 # Fine enough to match an RBF SVM's log odds within 0.01. Boosting is a step function, so in a cell
 # that contains a step the table can be off by the whole step; 99 % of decisions agree.
-TABLE_SHAPE = (256, 256)
 TRANSITIONS = 4  # between the two states of a CRF
 
 
-def served_shape(kind: str, features: int) -> tuple[int, ...]:
+def served_shape(kind: str, features: int) -> tuple[int]:
     """Shape of the tensor of a classifier of this `kind` on this many features."""
-    if kind in ("rbf", "boosting"):
-        return TABLE_SHAPE
     return (features + 1 + (TRANSITIONS if kind == "crf" else 0),)
 
 
