@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor
 from vllm import SamplingParams
 
@@ -17,7 +16,6 @@ from tests.e2e.scripted import only, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.exits.loop import ScoredAnswers, StepOutput
-from vllm_adainfer.offline.calibration.classifier import fit_classifier
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy
 
 PROMPTS = 24
@@ -57,13 +55,6 @@ def artifact_of(
                 tensors[f"exit.{layer}.lens_down"] = lens[:, :rank]
                 tensors[f"exit.{layer}.lens_up"] = 15 * lens[:rank]
             tensors[f"exit.{layer}.lens_bias"] = torch.zeros(64)
-        if classifier == "rbf":
-            gap = torch.rand(300, generator=generator)
-            features = torch.stack([(1 + gap) / 2, gap], dim=1)
-            settled = torch.rand(300, generator=generator) < gap
-            tensors[f"exit.{layer}.classifier"] = fit_classifier(
-                "rbf", features, settled.numpy(), seed=0
-            )
         if classifier == "crf":
             tensors[f"exit.{layer}.classifier"] = torch.tensor([2.0, -1, -1, 2, 1, 4, -1.5])
     return Artifact(config, tensors)
@@ -86,10 +77,6 @@ def oracle_score(artifact: Artifact, features: list[tuple[float, float]]) -> flo
     classifiers = [artifact.tensors[f"exit.{layer}.classifier"].numpy() for layer in layers]
     if artifact.config.classifier == "crf":
         return log_odds(np.array(features), np.stack(classifiers))
-    if artifact.config.classifier == "rbf":
-        axis = np.linspace(0, 20 * np.log(2), len(classifiers[-1]))
-        table = RegularGridInterpolator((axis, axis), classifiers[-1])
-        return float(table(-np.log(1 - np.array(features[-1])))[0])
     return features[-1][1]
 
 
@@ -139,8 +126,6 @@ def expected(
         ("lens", "full", 0.1, 8, "threshold"),
         ("logit-lens", "full", 0.1, None, "threshold"),
         ("lens", "shortlist", 0.3, None, "threshold"),
-        ("lens", "labels", 0.5, None, "rbf"),
-        ("lens", "full", -0.4, None, "rbf"),
         ("lens", "labels", 3.0, None, "crf"),
         ("lens", "full", -1.4, None, "crf"),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm_adainfer.offline.calibration import fit, probes
 from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
 from vllm_adainfer.offline.calibration.fit import FittedExit, fit_exits, judge
-from vllm_adainfer.offline.calibration.loss import AccuracyLost, is_right
+from vllm_adainfer.offline.calibration.loss import accuracy_lost, is_right
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split, numbered, random_order
 from vllm_adainfer.policy.moments import Moments
@@ -199,7 +199,7 @@ def test_the_loss_of_accuracy_is_signed_by_who_is_right():
     plain = fitted_on(recording, "logit-lens", LABELS).probe
     recording.tokens[:] = plain.score(plain.readout(recording.final)).top1_id.numpy()
     target = Target("label-head", LABELS)
-    [exit] = fit_exits(recording, target, SPLIT, "svm", 0, [LAYER], AccuracyLost(right))
+    [exit] = fit_exits(recording, target, SPLIT, "svm", 0, [LAYER], accuracy_lost(right))
     for half, prompts in zip((exit.fitted, exit.held_out), (SPLIT.fit, SPLIT.certify), strict=True):
         full = recording.tokens[prompts]
         found = set()

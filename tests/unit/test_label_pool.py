@@ -20,20 +20,20 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of, mask_of
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.by_question import by_question
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
-    PolicyOptions,
     make_policy,
 )
 from vllm_adainfer.offline.calibration.label_pool import common_labels, pool_of, subsets_of
-from vllm_adainfer.offline.calibration.label_reads import label_reads
+from vllm_adainfer.offline.calibration.loss import full_depth_labels
+from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.policy_artifact import (
     never_named,
     policy_config,
     policy_tensors,
+    question_rows,
 )
 from vllm_adainfer.offline.calibration.probes import Target, fit_probes
 from vllm_adainfer.policy.exit_policy import Asked
@@ -63,7 +63,7 @@ def calibrated(risk: str, with_mass: bool, **options: object) -> tuple[FittedPol
     logits = logits_of(recording)
     own = logits[:, POOL].masked_fill(~subsets, -torch.inf)
     recording = replace(recording, tokens=POOL[own.argmax(1)].numpy())
-    reads = label_reads(recording, POOL, subsets) if risk == "probability" else None
+    reads = full_depth_labels(recording, POOL, subsets) if risk == "probability" else None
     asked = {"epsilon": EPSILON, "risk": risk, **options}
     if risk == "probability":
         asked["tolerance"] = TOLERANCE
@@ -145,7 +145,7 @@ def test_labels_that_no_request_names_do_not_change_how_others_are_read():
 def test_a_mixture_says_what_each_question_saves_and_risks():
     policy, _ = calibrated("disagreement", False)
     point = policy.points[EPSILON]
-    rows = by_question(policy, point)
+    rows = question_rows(policy, point)
     total = sum(row["prompts"] for row in rows)
     assert [row["question"] for row in rows] == ["question 0", "question 1", "question 2"]
     assert total == len(SPLIT.certify)

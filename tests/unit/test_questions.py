@@ -21,10 +21,14 @@ from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.engine.startup.configure import banner, refuse_unknown_questions
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
-from vllm_adainfer.offline.calibration.by_question import by_question
 from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions, make_policy
-from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
+from vllm_adainfer.offline.calibration.fitted_policy import make_policy
+from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.policy_artifact import (
+    policy_config,
+    policy_tensors,
+    question_rows,
+)
 from vllm_adainfer.offline.calibration.prompts import check_questions
 from vllm_adainfer.offline.calibration.questions import SEEN, common_end, ends_of, with_questions
 from vllm_adainfer.offline.reports.describe import describe
@@ -171,7 +175,7 @@ def test_what_is_served_by_question_is_what_was_certified(policy, tmp_path):
 def test_the_report_says_what_each_question_promises(policy):
     config, rows = (
         policy_config(policy, "tiny", HF_CONFIG),
-        by_question(policy, policy.points[0.05]),
+        question_rows(policy, policy.points[0.05]),
     )
     assert [(row["question"], row["known"], row["bound"] is None) for row in rows] == [
         ("question 0", True, False),

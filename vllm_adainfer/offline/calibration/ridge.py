@@ -69,12 +69,7 @@ def intercept(moments: Moments, matrix: Tensor) -> Tensor:
     return moments.y_mean - matrix @ moments.x_mean
 
 
-def error(moments: Moments, linear: Linear) -> float:
-    """The mean squared error of `linear` on the rows behind `moments`, per row and target."""
-    return _squared_error(moments, linear) / (float(moments.weight) * len(linear.bias))
-
-
-def _squared_error(moments: Moments, linear: Linear) -> float:
+def squared_error(moments: Moments, linear: Linear) -> float:
     """The weighted squared error summed over rows and targets; 0 without rows."""
     matrix = linear.matrix
     off = moments.y_mean - matrix @ moments.x_mean - linear.bias
@@ -89,7 +84,7 @@ def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> Ridge:
     for fold in folds:
         others = whole - fold
         for penalty in penalties:
-            errors[penalty] += _squared_error(fold, solve(others, penalty))
+            errors[penalty] += squared_error(fold, solve(others, penalty))
     penalty = min(errors, key=errors.__getitem__)
     return Ridge(
         penalty,
@@ -143,10 +138,10 @@ def choose_rank(
     for fold in folds:
         others = whole - fold
         linear = solve(others, penalty)
-        full += _squared_error(fold, linear)
+        full += squared_error(fold, linear)
         directions = _directions(others, linear.matrix)
         for rank in errors:
             down, up = _truncated(linear.matrix, directions, rank)
             matrix = (down @ up).T
-            errors[rank] += _squared_error(fold, Linear(matrix, intercept(others, matrix)))
+            errors[rank] += squared_error(fold, Linear(matrix, intercept(others, matrix)))
     return next((rank for rank, e in errors.items() if e <= full * (1 + tolerance)), None)
