@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NamedAdapter:
-    """An adapter as ``--lora NAME=DIR`` gives it.
-
-    Attributes:
-        name: by which requests name it.
-        directory: with its files.
-        rank: of its matrices.
-
-    """
+    """An adapter as ``--lora NAME=DIR`` gives it, and the rank of its matrices."""
 
     name: str
     directory: Path
@@ -32,18 +25,18 @@ class NamedAdapter:
 
     @property
     def described(self) -> Adapter:
-        """As an artifact knows it."""
+        """The adapter as an artifact names it."""
         return Adapter(name=self.name, fingerprint=adapter_fingerprint(self.directory))
 
     @property
     def engine_settings(self) -> dict[str, Any]:
         """Arguments of `vllm.LLM`."""
-        room = min(rank for rank in _ranks() if rank >= self.rank)
-        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+        served = min(rank for rank in _ranks() if rank >= self.rank)
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": served}
 
     @property
     def request(self) -> LoRARequest:
-        """Of `LLM.generate`."""
+        """The argument of `LLM.generate`."""
         from vllm.lora.request import LoRARequest
 
         return LoRARequest(self.name, 1, str(self.directory.absolute()))
@@ -78,14 +71,14 @@ def read_adapter(text: str) -> NamedAdapter | None:
 
 
 def _ranks() -> tuple[int, ...]:
-    """Those that vLLM makes room for."""
+    """The maximum ranks that vLLM can be configured for."""
     from vllm.config.lora import MaxLoRARanks
 
     return get_args(MaxLoRARanks)
 
 
 def adapter_for(config: ArtifactConfig, adapter: NamedAdapter | None) -> NamedAdapter | None:
-    """`adapter`, which is to be the one that an artifact was calibrated with.
+    """Check that `adapter` is the one that an artifact was calibrated with, and return it.
 
     Raises:
         AdaInferError: it is not.

@@ -18,7 +18,7 @@ from vllm_adainfer.offline.calibration.certify import (
     combine_questions,
 )
 from vllm_adainfer.offline.calibration.choices import Choices
-from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, forecast
+from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, expected_seconds
 from vllm_adainfer.offline.calibration.collect import Recording
 from vllm_adainfer.offline.calibration.cost import Costs, measured_costs
 from vllm_adainfer.offline.calibration.fit import Bools, FittedExit, fit_crf_chain, fit_exits
@@ -153,7 +153,7 @@ def make_policy(calibration: Calibration) -> FittedPolicy:
         exits = choose_exits(candidates, costs, tokens, allowed)
     spread = evenly_spread(candidates, len(exits))
     expected = {
-        name: forecast(some, costs, tokens, allowed).seconds
+        name: expected_seconds(some, costs, tokens, allowed)
         for name, some in (("full_depth", []), ("chosen", exits), ("uniform", spread))
     }
     if options.classifier == "crf" and exits:

@@ -27,15 +27,9 @@ def write_artifact(
     directory: Path,
     adapter: Adapter | None = None,
 ) -> ArtifactConfig:
-    """Write a policy that certified its own epsilon.
+    """Write a policy that certified its own epsilon to `directory`.
 
-    Args:
-        policy: the policy.
-        model: directory or hub id of its model.
-        hf_config: the model's config.
-        template: of the prompts, as it was given.
-        directory: of the artifact.
-        adapter: of its requests; None for the base model.
+    `model` is a directory or hub id, `hf_config` its config; `template` is as it was given.
 
     Raises:
         AdaInferError: `directory` cannot be written.
@@ -124,6 +118,7 @@ def _questions(policy: FittedPolicy) -> tuple[Question, ...]:
 def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
     """The tensors of ``policy.safetensors``."""
     target, labels = policy.calibration.target, policy.calibration.labels
+    rows_of_model_head = target.kind != "label-head" and target.label_ids is not None
     thresholds = torch.tensor(_thresholds(policy))
     tensors = {"thresholds": thresholds.unsqueeze(1).repeat(1, len(policy.exits))}
     if target.label_ids is not None and not labels:
@@ -132,8 +127,7 @@ def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
         name, probe = f"exit.{exit.layer}", exit.probe
         tensors[f"{name}.classifier"] = exit.classifier
         tensors |= {f"{name}.{part}": tensor for part, tensor in probe.fitted_tensors.items()}
-        reads_model_head = isinstance(probe, Probe) and target.kind != "label-head"
-        if reads_model_head and target.label_ids is not None:
+        if rows_of_model_head and isinstance(probe, Probe):
             tensors["head_rows"] = probe.head.weight
     return tensors
 
