@@ -23,6 +23,7 @@ from tests.unit.readings import reads_as_it_decides
 from tests.unit.test_make_policy import HF_CONFIG, LAYERS, SPLIT, recording_of
 from vllm_adainfer.artifact.config import ArtifactConfig, Choice, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.cli.calibrate import choice_texts
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.batch_files import read_requests
@@ -30,7 +31,6 @@ from vllm_adainfer.offline.calibration.choices import (
     Choices,
     common_choices,
     find_choices,
-    names_of,
     with_labels,
 )
 from vllm_adainfer.offline.calibration.data import Example, Row
@@ -112,12 +112,12 @@ def test_a_choice_is_not_decided_by_a_part_of_its_first_letter_which_the_schedul
     [("", ()), ("a,b", ("a", "b")), (" a, b", (" a", " b")), ("a b,c", ("a b", "c"))],
 )
 def test_choices_are_taken_as_written(text, names):
-    assert names_of(text) == names
+    assert choice_texts(text) == names
 
 
 def test_a_blank_that_only_some_choices_begin_with_is_hardly_meant():
     with pytest.raises(AdaInferError, match="some begin with a blank"):
-        names_of("positive, negative")
+        choice_texts("positive, negative")
 
 
 TOKENS = Choices(

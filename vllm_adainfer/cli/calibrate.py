@@ -111,7 +111,6 @@ def calibrate(
     from vllm_adainfer.artifact.files import load_details
     from vllm_adainfer.offline.calibration.adapter import read_adapter
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
-    from vllm_adainfer.offline.calibration.choices import names_of as choice_names
     from vllm_adainfer.offline.reports.describe import describe
 
     request = CalibrationRequest(
@@ -122,7 +121,7 @@ def calibrate(
         label_field=label_field,
         labels=names_of(labels),
         label_pool=names_of(label_pool),
-        choices=choice_names(choices),
+        choices=choice_texts(choices),
         adapter=read_adapter(lora),
         probe=probe,
         options=PolicyOptions(
@@ -140,6 +139,22 @@ def calibrate(
     )
     typer.echo(describe(run(request), load_details(str(output))))
     typer.echo(f"wrote {output}")
+
+
+def choice_texts(text: str) -> tuple[str, ...]:
+    """The texts of ``--choices``, as they are written between the commas.
+
+    Raises:
+        AdaInferError: some begin with a blank and others do not, which is hardly meant.
+
+    """
+    texts = tuple(text.split(",")) if text else ()
+    if len({one.startswith(" ") for one in texts}) > 1:
+        raise AdaInferError(
+            f"--choices {text!r}: some begin with a blank, which belongs to the choice, and others "
+            "do not: write them as requests do, without a blank after the comma unless all have one"
+        )
+    return texts
 
 
 def _layers(text: str) -> tuple[int, ...] | None:

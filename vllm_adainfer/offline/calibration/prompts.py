@@ -86,9 +86,7 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     hf_config, tokenizer = load_config_and_tokenizer(request.model)
     most = hf_config.max_position_embeddings - options.max_tokens
     read = _from_requests if holds_requests else _from_rows
-    examples, answers = read(request, rows, tokenizer, hf_config.vocab_size, most)
-    choices = answers if isinstance(answers, Choices) else None
-    labels = answers.labels if isinstance(answers, Choices) else answers
+    examples, labels, choices = read(request, rows, tokenizer, hf_config.vocab_size, most)
     groups = groups_of(examples)
     order = random_order(groups, options.seed)
     examples = [examples[index] for index in order]
@@ -103,23 +101,23 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
 
 def _from_rows(
     request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
-) -> tuple[list[Example], tuple[Label, ...] | Choices]:
-    """Prompts from rows for a template, and their labels or choices."""
+) -> tuple[list[Example], tuple[Label, ...], Choices | None]:
+    """Prompts from rows for a template, the labels if there are any, and the choices."""
     template = read_template(request.template)
     examples = make_examples(rows, tokenizer, template, request.label_field, most)
     if request.choices:
         choices = find_choices(request.choices, tokenizer, vocabulary)
-        return with_labels(examples, request.choices), choices
+        return with_labels(examples, request.choices), choices.labels, choices
     labels = find_labels(request.labels, examples[0], tokenizer) if request.labels else ()
     if labels:
         check_labels_known(examples, labels)
-    return examples, labels
+    return examples, labels, None
 
 
 def _from_requests(
     request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
-) -> tuple[list[Example], tuple[Label, ...] | Choices]:
-    """Prompts from requests, and the labels or choices of all of them."""
+) -> tuple[list[Example], tuple[Label, ...], Choices | None]:
+    """Prompts from requests, the labels of all of them, and the choices if they have any."""
     examples = read_requests(rows, tokenizer, vocabulary, most)
     texts: tuple[str, ...] = ()
     if request.label_pool:
@@ -130,10 +128,11 @@ def _from_requests(
     if request.options.by_question:
         check_questions(examples, request.options, str(request.data))
     if request.label_pool:
-        return examples, pool_of(request.label_pool, examples, tokenizer)
+        return examples, pool_of(request.label_pool, examples, tokenizer), None
     if texts:
-        return with_labels(examples, texts), find_choices(texts, tokenizer, vocabulary)
-    return examples, common_labels(examples, tokenizer)
+        choices = find_choices(texts, tokenizer, vocabulary)
+        return with_labels(examples, texts), choices.labels, choices
+    return examples, common_labels(examples, tokenizer), None
 
 
 def groups_of(examples: Sequence[Example]) -> Ints:

@@ -1,4 +1,4 @@
-"""Split: which prompts of a recording fit a policy, and which certify its bound."""
+"""Split: the prompts of a recording that fit a policy, and those that certify its bound."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Split:
 
 
 def numbered(groups: Sequence[Hashable]) -> Ints:
-    """int64 [prompts], the number of each one's group, from 0 on in the order they come."""
+    """int64 [prompts], the number of each prompt's group; groups count from 0 as they appear."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
 
