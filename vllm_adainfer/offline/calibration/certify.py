@@ -1,8 +1,8 @@
 """Certify: the loosest joint threshold whose bound holds on the held-out half.
 
 One threshold on the settled score serves all exit points, so as it falls, no row leaves later than
-before: a path with one parameter. The bound is tested along it for the whole policy (a row leaves
-at the first exit point whose score passes), not for each exit point alone.
+before: a path with one parameter. The bound is tested along it for the whole policy (a row exits at
+the first exit point whose score passes), not for each exit point alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Bound:
     """The promise of a policy.
 
     Attributes:
-        kind: how the bound is computed, see `vllm_adainfer.offline.calibration.bound`.
+        kind: the kind of bound, see `vllm_adainfer.offline.calibration.bound`.
         delta: the probability that the bound fails.
         lowest: the smallest possible loss: 0 for disagreement, -1 for lost accuracy.
         groups: [rows], the group of each held-out row: the tokens of a text, or the prompts that
@@ -137,10 +137,10 @@ class PathPoint:
     """The policy at one joint threshold, on some prompts.
 
     Attributes:
-        threshold: on the settled score.
-        exits: [rows], index of the exit point where each row leaves; the number of exit points
+        threshold: the threshold on the settled score.
+        exits: [rows], index of the exit point where each row exits; the number of exit points
             for a row that runs to the end.
-        losses: [rows], the loss of each row where it leaves; 0 if it runs to the end.
+        losses: [rows], the loss of each row where it exits; 0 if it runs to the end.
         disagreement: share of rows whose answer differs from the full model's.
         layers_saved: share of layers, 0 to 1.
 
@@ -237,7 +237,7 @@ def certify(
 def combine_questions(
     rows: QuestionRows, questions: Mapping[str, Points], exits: Sequence[FittedExit], depth: int
 ) -> Points:
-    """All held-out rows, those of each question within its own bound; others run to the end."""
+    """The points of all held-out rows: questions within their own bounds, others at full depth."""
     layers, held_out = [exit.layer for exit in exits], [exit.held_out for exit in exits]
     points: Points = {}
     for epsilon in sorted({epsilon for own in questions.values() for epsilon in own}):
@@ -255,7 +255,7 @@ def combine_questions(
 
 
 def allowance_of_questions(rows: QuestionRows, epsilon: float, bound: Bound) -> float:
-    """The mean loss of all these rows if each question's is the largest that certifies it."""
+    """The mean loss of all `rows` if each question has the largest that certifies it."""
     counts = [int(np.count_nonzero(own)) for own in rows.values()]
     if not counts:
         return 0.0

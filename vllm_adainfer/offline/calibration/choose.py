@@ -30,7 +30,7 @@ def choose_exits(
 
     Args:
         candidates: fitted exit points, by layer.
-        costs: of this model on this machine.
+        costs: the costs of this model on this machine.
         tokens: [rows of the fitted half], tokens that the layers run for each.
         allowed: the largest mean loss that the bound allows.
 
@@ -103,7 +103,7 @@ def _layer_seconds(
         left: [exit points], share of a step's tokens that run the layers after each.
         deciding: [exit points], share of a step's tokens that are sampled and still run: only
             these run the layers that share keys and values.
-        costs: of the model.
+        costs: the costs of the model.
         tokens: [rows], tokens that the layers run for each.
 
     """
@@ -117,7 +117,7 @@ def _layer_seconds(
 
 
 def _next_record(record: Bools) -> Ints:
-    """[exit points, rows], the next exit point whose score is a record of the row."""
+    """[exit points, rows], the next exit point whose score exceeds all of the row before it."""
     following = np.full(record.shape, len(record))
     for index in range(len(record) - 2, -1, -1):
         following[index] = np.where(record[index + 1], index + 1, following[index + 1])

@@ -35,7 +35,7 @@ def fit_classifier(
             ``crf`` use `fit_crf`.
         features: fp32 [rows, n].
         settled: [rows], True where the probe's answer is as good as the full model's.
-        seed: for the solver.
+        seed: the solver's seed.
         names: the names of the features, [n].
 
     Returns:

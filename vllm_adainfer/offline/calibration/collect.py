@@ -136,7 +136,7 @@ def record(
     """Run `examples` through an engine of `recording_engine`; each token is a decision row.
 
     Args:
-        engine: from `recording_engine`.
+        engine: an engine from `recording_engine`.
         examples: the prompts.
         labels: the token ids that answers are restricted to, if any; an example's own come first.
         layers: the candidate exit points of the engine.

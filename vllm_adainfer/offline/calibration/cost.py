@@ -59,7 +59,7 @@ def measured_costs(
     """Time the probes; the recording has timed the layers.
 
     Args:
-        recording: of all prompts.
+        recording: the recording of all prompts.
         probes: layer -> its probe.
         tokens: token rows that the layers run for each decision row, on average.
         generated: whether texts are generated, so that an early answer spares the LM head.

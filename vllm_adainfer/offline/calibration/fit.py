@@ -36,7 +36,7 @@ class Judged:
         features: fp32 [rows, n], the classifier's input.
         tokens: int64 [rows], the probe's answers.
         agrees: [rows], whether the full model gives the same answer.
-        loss: [rows], the loss of leaving here, see `vllm_adainfer.offline.calibration.loss`.
+        loss: [rows], the loss of exiting here, see `vllm_adainfer.offline.calibration.loss`.
 
     """
 
@@ -110,13 +110,13 @@ def fit_exits(
     """Fit an exit point after each of `layers`; leave out those that cannot be learned.
 
     Args:
-        recording: of all prompts.
+        recording: the recording of all prompts.
         target: the probes' target.
         split: the prompts to fit on, and those to certify on.
-        kind: of the classifier; `fit_crf_chain` fits a CRF later, on the chosen exit points.
-        seed: for solvers and folds.
+        kind: the kind of classifier; `fit_crf_chain` fits a CRF later, on the chosen exit points.
+        seed: the seed of solvers and folds.
         layers: the candidates; possibly wrapped in a progress bar.
-        loss: of an answer.
+        loss: the loss of an answer.
 
     """
     fit_rows, held_out = split.fit_rows(recording), split.certify_rows(recording)

@@ -35,9 +35,9 @@ class Calibration:
     """The data and options that a policy is made from.
 
     Attributes:
-        recording: of all prompts.
+        recording: the recording of all prompts.
         target: the probes' target.
-        split: which prompts fit, and which certify.
+        split: the prompts that fit, and those that certify.
         options: the options asked for.
         labels: the answers, if there is a fixed set of them.
         right: the right tokens by prompt, if the risk is of accuracy.
@@ -45,7 +45,7 @@ class Calibration:
         with_mass: whether probabilities in the whole vocabulary are promised, if the risk is of
             probabilities.
         questions: the question of each prompt, if prompts are requests; else empty.
-        ends: by question, the tokens that its prompts end with; those that can be recognised.
+        ends: question -> the tokens that its prompts end with, if it can be recognised by them.
 
     """
 
@@ -107,7 +107,7 @@ class FittedPolicy:
         calibration: the data and options behind it.
         exits: the chosen exit points, by layer; empty if no set of them is worth its cost.
         points: epsilon -> the loosest policy certified for it on the held-out half.
-        questions: by question, the same for it alone, if each is certified on its own.
+        questions: question -> the same for it alone, if each is certified on its own.
         candidates: all fitted exit points.
         costs: the costs that the choice was based on.
         expected: expected times of a prompt, in seconds: ``full_depth``, ``chosen``, ``uniform``

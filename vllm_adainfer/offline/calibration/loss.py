@@ -25,7 +25,7 @@ class ProbeAnswers:
     Attributes:
         features: fp32 [rows, n], the classifier's input.
         tokens: int64 [rows], the answers.
-        probabilities: of the labels; None if the probe gives the answer alone.
+        probabilities: the labels' probabilities; None if the probe gives the answer alone.
 
     """
 
@@ -66,7 +66,7 @@ class FullDepthLabels:
 
     Attributes:
         scores: fp32 [rows, labels], their logits, computed in fp32: the targets of the heads.
-        probabilities: of the labels as vLLM returns them, from logits in the model's dtype.
+        probabilities: their probabilities as vLLM returns them, from logits in the model's dtype.
         label_is_best: bool [rows], whether the best token of the whole vocabulary is a label.
 
     """

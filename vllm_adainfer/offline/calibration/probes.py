@@ -49,14 +49,14 @@ class Target:
     """The target that the probes of a policy predict.
 
     Attributes:
-        kind: of the probes.
+        kind: the kind of probe.
         label_ids: token ids of the possible answers, labels or a shortlist; None for the whole
             vocabulary.
         full_depth: the labels' scores and probabilities at full depth, if probabilities are
             predicted; None if the answer alone is.
         subsets: bool [rows, labels], the labels that each row of the recording is about, if they
             are a pool; None if each row is about all of them.
-        first_tokens: of choices, if `label_ids` stand for such.
+        first_tokens: the first tokens of choices, if `label_ids` stand for such.
 
     """
 

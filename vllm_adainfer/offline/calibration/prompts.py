@@ -52,8 +52,8 @@ class Prompts:
     Attributes:
         examples: the prompts.
         labels: the answers, if there is a fixed set of them.
-        split: which of them fit, and which certify.
-        hf_config: of the model.
+        split: the prompts that fit, and those that certify.
+        hf_config: the model's config.
         probe: the kind of probe.
         right: the right tokens by prompt, if the risk is of accuracy.
         choices: the texts, if the answers are texts to choose from; `labels` are then the choices

@@ -30,7 +30,7 @@ class Ridge:
     """A ridge regression with a penalty chosen by cross-validation.
 
     Attributes:
-        penalty: the chosen one.
+        penalty: the chosen penalty.
         whole: the fit on all folds.
         without: for each fold, the fit on the others.
 
@@ -96,8 +96,8 @@ def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> Ridge:
 def low_rank(moments: Moments, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The map of rank `rank` whose predictions are nearest to those of `matrix` [n, d].
 
-    Nearest on the rows behind `moments`. This is reduced-rank regression (Izenman 1975) of what
-    `matrix` predicts: the projection on the leading principal directions of its predictions.
+    Nearest on the rows behind `moments`. This is reduced-rank regression (Izenman 1975) on the
+    predictions of `matrix`: the projection on their leading principal directions.
 
     Returns:
         down [d, rank] and up [rank, n]: x @ down @ up stands for x @ matrix.T.
@@ -124,9 +124,9 @@ def choose_rank(
 
     Args:
         folds: the moments of each fold.
-        penalty: of the full map.
-        ranks: to choose from.
-        tolerance: by how much the mean squared error may exceed the full map's, as a share of it.
+        penalty: the penalty of the full map.
+        ranks: the ranks to choose from.
+        tolerance: the largest increase of the mean squared error, as a share of the full map's.
 
     Returns:
         None if none of `ranks` is within `tolerance`.

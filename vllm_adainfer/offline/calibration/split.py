@@ -15,8 +15,8 @@ class Split:
     """The prompts of a recording in two parts, each in random order.
 
     Attributes:
-        fit: [prompts], for probes, classifiers and the choice of exit points.
-        certify: [prompts], held out: nothing but the bound reads them.
+        fit: [prompts], the prompts for probes, classifiers and the choice of exit points.
+        certify: [prompts], the held-out prompts: nothing but the bound uses them.
         groups: [all prompts], a number for each group of prompts that came together; groups are
             independent of each other, the prompts of one are not.
 
