@@ -121,8 +121,8 @@ def test_a_probe_has_seen_no_prompt_of_the_group_that_it_judges_for_the_classifi
 def test_the_rows_of_a_half_are_all_those_of_its_prompts_in_the_prompts_order():
     recording = replace(recording_of(rank=1), prompts=np.array([0, 0, 1, 2, 2, 3]))
     split = Split(fit=np.array([2, 0]), certify=np.array([1, 3]), groups=np.arange(4))
-    assert split.fit_rows(recording).tolist() == [3, 4, 0, 1]
-    assert split.certify_rows(recording).tolist() == [2, 5]
+    assert recording.rows_of(split.fit).tolist() == [3, 4, 0, 1]
+    assert recording.rows_of(split.certify).tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("low_rank_from", [HIDDEN, HIDDEN + 1])

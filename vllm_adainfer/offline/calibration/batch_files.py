@@ -19,7 +19,7 @@ from typing import Any
 
 from vllm_adainfer.engine.compat.server import decision_question
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Example, Row
+from vllm_adainfer.offline.calibration.data import Example, Row, render_chat
 from vllm_adainfer.offline.calibration.questions import LONGEST_NAME, with_questions
 
 logger = logging.getLogger("vllm.adainfer.batch_files")  # vLLM's logging shows "vllm." alone
@@ -107,9 +107,9 @@ def _completion(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[E
 
 
 def _chat(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
-    text = _rendered(
+    text = render_chat(
         tokenizer,
-        body["messages"],
+        _plain(body["messages"]),
         add_generation_prompt=body.get("add_generation_prompt", True),
         continue_final_message=body.get("continue_final_message", False),
         tools=body.get("tools"),
@@ -150,7 +150,7 @@ def _decision(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Exa
         if body.get("instructions"):
             messages.insert(0, {"role": "system", "content": body["instructions"]})
         more = {"enable_thinking": False, **(body.get("chat_template_kwargs") or {})}
-        text = _rendered(tokenizer, messages, add_generation_prompt=True, **more)
+        text = render_chat(tokenizer, messages, add_generation_prompt=True, **more)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
         labels = [tokenizer.encode(text + one, add_special_tokens=False)[-1] for one in named]
         yield _example(row, text, token_ids, _at_least_two(labels), question=name)
@@ -203,13 +203,9 @@ def _at_least_two(labels: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **more: Any) -> str:
-    """The prompt of a chat; text parts of a message are joined as vLLM joins them."""
-    plain = [{**message, "content": _text_of(message["content"])} for message in messages]
-    try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, **more))
-    except Exception as error:  # a chat template can raise anything
-        raise ValueError(str(error)) from None
+def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with their text parts joined as vLLM joins them."""
+    return [{**message, "content": _text_of(message["content"])} for message in messages]
 
 
 def _text_of(content: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from vllm_adainfer.artifact.config import ArtifactConfig, Label, are_exit_points
+from vllm_adainfer.artifact.config import ArtifactConfig, Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.collect import (
     FOLDS,
@@ -50,7 +50,7 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
 def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
     """Run the model at full depth."""
     options, hf_config, examples = request.options, prompts.hf_config, prompts.examples
-    layers = _layers(options.exit_points, hf_config.num_hidden_layers)
+    layers = candidate_layers(hf_config.num_hidden_layers, options.exit_points)
     lens_prompts = len(prompts.split.fit) if prompts.probe == "lens" else 0
     adapter, choices = request.adapter, prompts.choices
     answers = [label.token_id for label in prompts.labels]
@@ -106,7 +106,7 @@ def calibration_of(
     split, choices = prompts.split, prompts.choices
     answers = label_ids(prompts.labels)
     if request.options.max_tokens > 1:
-        answers = shortlist(recording.tokens[split.fit_rows(recording)])
+        answers = shortlist(recording.tokens[recording.rows_of(split.fit)])
     full_depth = subsets = None
     if request.label_pool:
         subsets = subsets_of(prompts.examples, [label.token_id for label in prompts.labels])
@@ -149,12 +149,3 @@ def shortlist(tokens: Ints) -> torch.Tensor:
     found, counts = np.unique(tokens, return_counts=True)
     commonest = found[np.argsort(-counts, kind="stable")[:SHORTLIST]]
     return torch.from_numpy(np.sort(commonest))
-
-
-def _layers(asked: tuple[int, ...] | None, depth: int) -> list[int]:
-    if asked is not None and not are_exit_points(asked, depth):
-        raise AdaInferError(
-            f"--exit-points must ascend between 1 and {depth - 1} for this model of {depth} "
-            f"layers, got {','.join(map(str, asked))}"
-        )
-    return candidate_layers(depth, asked)

@@ -170,18 +170,3 @@ def common_choices(
             "requests), or take out those with structured_outputs.choice"
         )
     return list(examples), examples[0].choices or ()
-
-
-def requests_for_labels(examples: Sequence[Example]) -> list[Example]:
-    """Those that name labels.
-
-    Raises:
-        AdaInferError: none does.
-
-    """
-    found = [example for example in examples if example.choices is None]
-    if not found:
-        raise AdaInferError(
-            "all requests have structured_outputs.choice and none names labels: drop --label-pool"
-        )
-    return found

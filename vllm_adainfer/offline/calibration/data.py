@@ -139,18 +139,27 @@ def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
         return prompt, True
     if isinstance(messages, list):
         try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a chat template can raise anything
-            reason = " ".join(str(error).split())
+            return render_chat(tokenizer, messages, add_generation_prompt=True), False
+        except ValueError as error:
             raise AdaInferError(
-                f"{row.place}: the model's chat template rejects the messages: {reason}"
+                f"{row.place}: the model's chat template rejects the messages: {error}"
             ) from None
-        return str(text), False
     raise AdaInferError(
         f"{row.place} has neither a 'prompt' (text) nor 'messages' (list): give a --template"
     )
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The prompt that the tokenizer's chat template makes of `messages`.
+
+    Raises:
+        ValueError: the template rejects them.
+
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a chat template can raise anything
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def fill(template: str, row: Row) -> str:

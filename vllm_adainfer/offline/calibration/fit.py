@@ -15,7 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vllm_adainfer.artifact.config import are_exit_points
 from vllm_adainfer.artifact.kinds import ClassifierKind
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.bound import FloatArray
 from vllm_adainfer.offline.calibration.classifier import fit_classifier
 from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
@@ -119,7 +121,7 @@ def fit_exits(
         loss: the loss of an answer.
 
     """
-    fit_rows, held_out = split.fit_rows(recording), split.certify_rows(recording)
+    fit_rows, held_out = recording.rows_of(split.fit), recording.rows_of(split.certify)
     folds = recording.folds_of(fit_rows)
     # Out of fold: a probe that has not seen a prompt judges its decision rows.
     places = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
@@ -195,9 +197,19 @@ def _scores_of_chain(exits: Sequence[Scored], steps: Sequence[Tensor]) -> list[S
     return found
 
 
-def candidate_layers(depth: int, asked: Sequence[int] | None) -> list[int]:
-    """The layers to record: those asked for, or about fifteen spread over the model."""
-    if asked is not None:
-        return list(asked)
-    step = max(1, round(depth / 16))
-    return list(range(step, depth, step))
+def candidate_layers(depth: int, asked: Sequence[int] | None = None) -> list[int]:
+    """The layers to record: those asked for, or about fifteen spread over the model.
+
+    Raises:
+        AdaInferError: a model of this depth has no such exit points.
+
+    """
+    if asked is None:
+        step = max(1, round(depth / 16))
+        return list(range(step, depth, step))
+    if not are_exit_points(asked, depth):
+        raise AdaInferError(
+            f"--exit-points must ascend between 1 and {depth - 1} for this model of {depth} "
+            f"layers, got {','.join(map(str, asked))}"
+        )
+    return list(asked)

@@ -72,7 +72,7 @@ class Calibration:
     @property
     def bound(self) -> Bound:
         """The bound, on the decision rows of the held-out prompts."""
-        rows = self.split.certify_rows(self.recording)
+        rows = self.recording.rows_of(self.split.certify)
         groups = self.split.groups
         if self.options.by_question:  # each is a mixture of its own
             groups = numbered([*zip(groups.tolist(), self.questions, strict=True)])
@@ -138,7 +138,7 @@ def make_policy(calibration: Calibration) -> FittedPolicy:
         calibration.loss,
     )
     generated, bound = options.max_tokens > 1, calibration.bound
-    tokens = recording.computed[split.fit_rows(recording)]
+    tokens = recording.computed[recording.rows_of(split.fit)]
     if generated:  # at later tokens, reading a layer's weights is what takes time
         tokens = np.ones_like(tokens)
     probes = {exit.layer: exit.probe for exit in candidates}
@@ -147,7 +147,7 @@ def make_policy(calibration: Calibration) -> FittedPolicy:
     if options.by_question:
         allowed = allowance_of_questions(by_question, options.epsilon, bound)
     else:
-        allowed = bound.allowance(len(split.certify_rows(recording)), options.epsilon)
+        allowed = bound.allowance(len(recording.rows_of(split.certify)), options.epsilon)
     exits = candidates
     if options.exit_points is None:
         exits = choose_exits(candidates, costs, tokens, allowed)

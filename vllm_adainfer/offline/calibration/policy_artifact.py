@@ -147,14 +147,14 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
     """``calibration.json``: the provenance of the policy, and the share and cost of each exit."""
     calibration = policy.calibration
     recording, split = calibration.recording, calibration.split
-    held_out, bound = split.certify_rows(recording), calibration.bound
+    held_out, bound = recording.rows_of(split.certify), calibration.bound
     _, counts = np.unique(recording.tokens[held_out], return_counts=True)
     point = policy.points[calibration.options.epsilon]
     leaving = np.bincount(point.exits, minlength=len(policy.exits) + 1) / len(held_out)
     return {
         "prompts": len(split.fit) + len(split.certify),
         "rows": len(recording.tokens),
-        "rows_fitted": len(split.fit_rows(recording)),
+        "rows_fitted": len(recording.rows_of(split.fit)),
         "rows_held_out": len(held_out),
         "seed": calibration.options.seed,
         "majority_share": float(counts.max() / counts.sum()),

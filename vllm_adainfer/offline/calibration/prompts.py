@@ -19,7 +19,6 @@ from vllm_adainfer.offline.calibration.choices import (
     Choices,
     common_choices,
     find_choices,
-    requests_for_labels,
     with_labels,
 )
 from vllm_adainfer.offline.calibration.collect import Ints
@@ -121,7 +120,12 @@ def _from_requests(
     examples = read_requests(rows, tokenizer, vocabulary, most)
     texts: tuple[str, ...] = ()
     if request.label_pool:
-        examples = requests_for_labels(examples)
+        examples = [example for example in examples if example.choices is None]
+        if not examples:
+            raise AdaInferError(
+                "all requests have structured_outputs.choice and none names labels: drop "
+                "--label-pool"
+            )
     else:
         examples, texts = common_choices(examples, request.choices)
         check_options(replace(request, choices=texts), holds_requests=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_adainfer.offline.calibration.collect import Ints, Recording
+from vllm_adainfer.offline.calibration.collect import Ints
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,6 @@ class Split:
     def most_together(self, groups: Ints) -> int:
         """The most prompts of one of `groups` [all prompts], in the half that fits."""
         return int(np.bincount(groups[self.fit]).max(initial=1))
-
-    def fit_rows(self, recording: Recording) -> Ints:
-        """Decision rows of the prompts that fit."""
-        return recording.rows_of(self.fit)
-
-    def certify_rows(self, recording: Recording) -> Ints:
-        """Decision rows of the held-out prompts."""
-        return recording.rows_of(self.certify)
 
 
 def numbered(groups: Sequence[Hashable]) -> Ints:

@@ -136,7 +136,7 @@ class _Judging:
         recording = record(engine, examples, [label.token_id for label in data.labels], layers)
         tests = np.arange(len(order), len(examples))
         target = Target("label-head" if data.labels else "lens", label_ids(data.labels))
-        candidates = candidate_layers(recording.depth, None)
+        candidates = candidate_layers(recording.depth)
         thinned = replace(
             recording, states={layer: recording.states[layer] for layer in candidates}
         )
