@@ -133,7 +133,7 @@ def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
 
 
 def _thresholds(policy: FittedPolicy) -> list[float]:
-    """The rows of thresholds, see `ArtifactConfig.threshold_row`; those not certified are never used."""
+    """The rows of thresholds, see `ArtifactConfig.threshold_row`; uncertified ones are unused."""
     if not policy.calibration.options.by_question:
         return [point.threshold for point in policy.points.values()]
     return [
