@@ -15,7 +15,8 @@ from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.scripted import only, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.config import Artifact
-from vllm_adainfer.exits.loop import ScoredAnswers, StepOutput
+from vllm_adainfer.exits.loop.loop import ScoredRequests, StepOutput
+from vllm_adainfer.policy.answers import LabelScores
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy
 
 PROMPTS = 24
@@ -143,7 +144,7 @@ def test_depths_and_tokens_are_those_of_the_oracle(
         temperature=0,
         max_tokens=1,
         allowed_token_ids=list(artifact.config.label_ids) or None,
-        extra_args={"exit_at": 0},  # admitted with tag 0: the first row of the epsilon table
+        extra_args={"exit_at": 0},  # threshold row 0: the first level of the epsilon table
     )
     with scripted(engine) as stats:
         model.loop.policies = only(policy_of(artifact, model))
@@ -166,7 +167,7 @@ def test_a_certified_label_wins_also_where_its_lead_is_below_the_rounding_of_the
     [policy] = model.loop.policies.policies
     label_ids = policy.answer_ids
     scores = torch.tensor([[100.0, 100.05], [100.05, 100.0]])  # bfloat16 steps by 0.5 there
-    scored = ScoredAnswers(np.array([0, 1]), scores, label_ids)
+    scored = ScoredRequests(np.array([0, 1]), LabelScores(scores, label_ids))
     hidden = torch.zeros(2, 64, dtype=torch.bfloat16)
     model._output = StepOutput(hidden, (scored,))
     logits = model.compute_logits(hidden)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adainfer_kernels import Head
 
-from tests.unit.readings import reads_as_it_decides
+from tests.unit.readings import views_as_it_decides
 from tests.unit.test_make_policy import (
     DEPTH,
     HF_CONFIG,
@@ -40,7 +40,7 @@ from vllm_adainfer.offline.calibration.loss import FullDepthLabels, full_depth_l
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.offline.calibration.probes import Target
-from vllm_adainfer.policy.exit_policy import Asked
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
 
@@ -88,12 +88,12 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass):
     exits, wrong = np.full(len(rows), len(policy.exits)), np.zeros(len(rows))
     memory, logits = None, logits_of(recording)[rows]
     for index, layer in enumerate(serving.exit_points):
-        asked = Asked(recording.states[layer][rows], tags, memory)
-        decision = serving.decide(index, asked)
-        assert reads_as_it_decides(serving, index, asked, decision)
+        undecided = UndecidedRows(recording.states[layer][rows], tags, memory)
+        decision = serving.decide(index, undecided)
+        assert views_as_it_decides(serving, index, undecided, decision)
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
-        wrong[leaves] = serving.compare(decision.answers, logits)[0].numpy()[leaves]
+        wrong[leaves] = serving.disagrees(decision.answers, logits, None).wrong.numpy()[leaves]
         memory = decision.memory
     assert np.array_equal(exits, point.exits)
     assert np.array_equal(wrong, point.losses)

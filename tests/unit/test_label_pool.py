@@ -10,9 +10,9 @@ import torch
 from adainfer_kernels import Head
 from vllm import SamplingParams
 
-from tests.admitted import admitted, tag_of
+from tests.admitted import admitted, row_of
 from tests.tiny import tiny_artifact, tiny_config, word_tokenizer
-from tests.unit.readings import reads_as_it_decides
+from tests.unit.readings import views_as_it_decides
 from tests.unit.test_calibrate_probabilities import ALL_MASS, logits_of, recorded
 from tests.unit.test_make_policy import HF_CONFIG, NORM, SPLIT, VOCAB
 from vllm_adainfer.artifact.config import Label
@@ -36,7 +36,7 @@ from vllm_adainfer.offline.calibration.policy_artifact import (
     question_rows,
 )
 from vllm_adainfer.offline.calibration.probes import Target, fit_probes
-from vllm_adainfer.policy.exit_policy import Asked
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.pool_policy import PoolPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
@@ -101,16 +101,16 @@ def test_what_is_served_of_a_pool_is_what_was_certified(tmp_path, risk, with_mas
     exits, wrong = np.full(len(rows), len(policy.exits)), np.zeros(len(rows))
     memory = None
     for index, layer in enumerate(serving.exit_points):
-        asked = Asked(recording.states[layer][rows], tags, memory, bits)
-        decision = serving.decide(index, asked)
-        assert reads_as_it_decides(serving, index, asked, decision)
+        undecided = UndecidedRows(recording.states[layer][rows], tags, memory, bits)
+        decision = serving.decide(index, undecided)
+        assert views_as_it_decides(serving, index, undecided, decision)
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
-        assert not decision.answers[:, : len(POOL)].isfinite()[~subsets].any()
+        assert not decision.answers.scores.isfinite()[~subsets].any()
         if risk == "probability":
-            early = serving.compare(decision.answers, logits[rows])[0].numpy()
+            early = serving.disagrees(decision.answers, logits[rows], None).wrong.numpy()
         else:
-            early = POOL[decision.answers.argmax(1)].numpy() != recording.tokens[rows]
+            early = POOL[decision.answers.scores.argmax(1)].numpy() != recording.tokens[rows]
         wrong[leaves] = early[leaves]
         memory = decision.memory
     point = policy.points[EPSILON]
@@ -215,7 +215,7 @@ def test_a_request_goes_to_the_policy_with_exactly_its_labels_before_a_pool(
     deciding = admission("two", "tokens", "probabilities")
     params = request(**asked)
     owner = {None: None, "two": 0, "tokens": 1, "probabilities": 2}[policy]
-    tag = tag_of(deciding, params)
+    tag = row_of(deciding, params)
     assert (None if tag == FULL_DEPTH else tag // 2) == owner
     assert admitted(deciding, params).subset == (ALL if policy == "two" else bits)
     assert deciding.policies.ambiguous == []
@@ -225,10 +225,10 @@ def test_two_pools_that_share_labels_are_told_apart_by_name_alone(admission):
     deciding = admission("tokens", "other")
     assert deciding.policies.ambiguous == [["tokens", "other"]]
     params = request(allowed_token_ids=[11, 12])
-    assert tag_of(deciding, params) == FULL_DEPTH
+    assert row_of(deciding, params) == FULL_DEPTH
     named = request(allowed_token_ids=[11, 12], extra_args={"adainfer_policy": "other"})
-    assert (tag_of(deciding, named) // 2, admitted(deciding, named).subset) == (1, 0b11)
-    assert tag_of(deciding, request(allowed_token_ids=[10, 12])) // 2 == 0
+    assert (row_of(deciding, named) // 2, admitted(deciding, named).subset) == (1, 0b11)
+    assert row_of(deciding, request(allowed_token_ids=[10, 12])) // 2 == 0
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ROOT / "vllm_adainfer", ROOT / "kernels" / "adainfer_kernels"
 BELOW = {
     "kernels": set(),
+    "arrays": set(),
     "errors": set(),
     "settings": {"errors"},
     "artifact": {"errors"},

@@ -14,6 +14,7 @@ from adainfer_kernels import Head, Norm
 from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration import calibrate as calibrating
 from vllm_adainfer.offline.calibration import cost
 from vllm_adainfer.offline.calibration.certify import Bound
@@ -32,8 +33,7 @@ from vllm_adainfer.offline.calibration.policy_artifact import (
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.prompts import check_rows
 from vllm_adainfer.offline.calibration.split import Split
-from vllm_adainfer.policy.exit_policy import Asked, CalibratedPolicy
-from vllm_adainfer.policy.moments import Moments
+from vllm_adainfer.policy.exit_policy import CalibratedPolicy, UndecidedRows
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, DEPTH, PROMPTS = 16, 40, 8, 900
@@ -114,7 +114,7 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_
     memory = None
     for index, layer in enumerate(serving.exit_points):
         decision = serving.decide(
-            index, Asked(recording.states[layer][SPLIT.certify], tags, memory)
+            index, UndecidedRows(recording.states[layer][SPLIT.certify], tags, memory)
         )
         exits[(exits == len(policy.exits)) & decision.settled.numpy()] = index
         memory = decision.memory

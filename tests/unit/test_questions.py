@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from tests.admitted import resolved, tag_of
+from tests.admitted import resolved, row_of
 from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
 from tests.unit.test_label_pool import EPSILON, POOL, calibrated
 from tests.unit.test_make_policy import HF_CONFIG, SPLIT
@@ -32,7 +32,7 @@ from vllm_adainfer.offline.calibration.policy_artifact import (
 from vllm_adainfer.offline.calibration.prompts import check_questions
 from vllm_adainfer.offline.calibration.questions import SEEN, common_end, ends_of, with_questions
 from vllm_adainfer.offline.reports.describe import describe
-from vllm_adainfer.policy.exit_policy import Asked
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.pool_policy import PoolPolicy
 from vllm_adainfer.policy.questions import KnownQuestions
 from vllm_adainfer.settings.engine import Settings
@@ -167,7 +167,7 @@ def test_what_is_served_by_question_is_what_was_certified(policy, tmp_path):
         exits = np.full(len(rows), len(policy.exits))
         for index, layer in enumerate(serving.exit_points):
             states = policy.calibration.recording.states[layer][rows]
-            settled = serving.decide(index, Asked(states, tags, None, bits)).settled.numpy()
+            settled = serving.decide(index, UndecidedRows(states, tags, None, bits)).settled.numpy()
             exits[settled & (exits == len(policy.exits))] = index
         assert np.array_equal(exits, policy.questions[question.name][EPSILON].exits)
 
@@ -239,11 +239,11 @@ def test_a_question_that_is_not_known_or_not_certified_runs_at_full_depth(
     )
     first = 2  # the tags of the policy before
     alone = admission(tiny_model, tmp_path / "a", True)
-    assert tag_of(alone, params, prompt) == (
+    assert row_of(alone, params, prompt) == (
         by_question + first if by_question >= 0 else FULL_DEPTH
     )
     mixture = admission(tiny_model, tmp_path / "b", False, "known")
-    assert tag_of(mixture, params, prompt) == (known + first if known >= 0 else FULL_DEPTH)
+    assert row_of(mixture, params, prompt) == (known + first if known >= 0 else FULL_DEPTH)
     for one in alone, mixture:
         assert resolved(one, params).may_exit == (epsilon != 0), (
             "the prefix cache asks before the prompt"
@@ -251,7 +251,7 @@ def test_a_question_that_is_not_known_or_not_certified_runs_at_full_depth(
     opted_out = SamplingParams(
         temperature=0, max_tokens=1, allowed_token_ids=[10, 11], extra_args={"adainfer": 0}
     )
-    assert tag_of(mixture, opted_out, prompt) == FULL_DEPTH
+    assert row_of(mixture, opted_out, prompt) == FULL_DEPTH
 
 
 def test_a_monitor_watches_each_bound_over_all_questions():

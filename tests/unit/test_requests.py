@@ -17,9 +17,9 @@ from tests.tiny import tiny_config
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH
 from vllm_adainfer.engine.runner.requests import RunningRequests
-from vllm_adainfer.exits.batch import StackShape
-from vllm_adainfer.exits.recorder import Recorder
-from vllm_adainfer.exits.recording_loop import RecordingLoop
+from vllm_adainfer.exits.batch.batch import StackShape
+from vllm_adainfer.exits.recording.recorder import Recorder
+from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.settings.request import ROW_ARG
 
 WINDOW, ROW = 8, 3
@@ -62,12 +62,12 @@ def test_recording_keeps_the_tokens_beyond_a_sliding_window():
     for computed in (4, 2 * WINDOW):
         step = running.describe(
             request_ids=["a"],
-            lens=np.array([1]),
+            query_lens=np.array([1]),
             computed=np.array([computed]),
-            sampled=np.array([True]),
+            yields_token=np.array([True]),
             device=torch.device("cpu"),
         )
-        assert step.tags.tolist() == [ROW]
+        assert step.threshold_rows.tolist() == [ROW]
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,9 @@ def test_only_as_many_tokens_exit_as_calibration_generated(text_policy, number, 
     running.add(prompt)
     step = running.describe(
         request_ids=["a"],
-        lens=np.array([4 if number == 1 else 1]),
+        query_lens=np.array([4 if number == 1 else 1]),
         computed=np.array([0 if number == 1 else 4 + number - 2]),
-        sampled=np.array([True]),
+        yields_token=np.array([True]),
         device=torch.device("cpu"),
     )
-    assert (step.tags[0] != FULL_DEPTH) == exits
+    assert (step.threshold_rows[0] != FULL_DEPTH) == exits

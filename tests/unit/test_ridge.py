@@ -9,9 +9,9 @@ from sklearn.metrics import mean_squared_error
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration import ridge
 from vllm_adainfer.offline.calibration.ridge import Linear, choose, choose_rank, low_rank, solve
-from vllm_adainfer.policy.moments import Moments
 
 ROWS, D, N = 300, 12, 7
 FOLDS = 4

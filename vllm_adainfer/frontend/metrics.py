@@ -185,7 +185,7 @@ class EngineMetrics:
             series_of_engine.labels(*self._labels)
 
     def add(self, report: Mapping[str, Any]) -> None:
-        """Add a report of `vllm_adainfer.exits.report.Reporter`.
+        """Add a report of `vllm_adainfer.exits.accounting.report.Reporter`.
 
         The series of a policy that no longer serves are removed, and what is counted of it then.
         """

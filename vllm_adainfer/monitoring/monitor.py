@@ -23,15 +23,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import betaln, xlog1py
 from typing_extensions import override
 
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.kinds import Risk
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 # (a, b) of the mixture. Any is valid; this one gives narrow intervals at rates of a few percent.
 PRIOR = (1.0, 10.0)

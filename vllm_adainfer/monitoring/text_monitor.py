@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import logsumexp
 from typing_extensions import override
 
-from vllm_adainfer.monitoring.monitor import Bools, Ints, Monitor, MonitorStatus
+from vllm_adainfer.arrays import Bools, Floats, Ints
+from vllm_adainfer.monitoring.monitor import Monitor, MonitorStatus
 
 STAKES = np.array([0.5, 0.25, 0.12, 0.06, 0.03, 0.015])
 RATES = np.geomspace(1e-4, 0.98, 120)  # the grid, to which `TextMonitor` adds its epsilons
@@ -52,7 +52,7 @@ class Text:
 class Capital:
     """The gambler's capital against each rate at one level; see the module docstring."""
 
-    def __init__(self, rates: npt.NDArray[np.float64]) -> None:
+    def __init__(self, rates: Floats) -> None:
         """`rates` [rates] ascend, between 0 and 1."""
         self._rates = rates
         # [2, rates, stakes], first against "at most", then against "at least" each rate.

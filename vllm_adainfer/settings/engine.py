@@ -27,7 +27,7 @@ PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.
 
 
 class LensRecord(BaseModel):
-    """The sums for a lens while recording; see `vllm_adainfer.exits.recorder.LensSums`."""
+    """The sums for a tuned lens while recording, see `TunedLensSums`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

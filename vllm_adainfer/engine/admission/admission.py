@@ -30,7 +30,7 @@ from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.policy_set import first_tags
+from vllm_adainfer.policy.policy_set import first_threshold_rows
 from vllm_adainfer.policy.questions import KnownQuestions
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 from vllm_adainfer.settings.engine import Settings
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-FULL_DEPTH = -1
+FULL_DEPTH = NOT_RECORDED = -1
 NOT_UNDERSTOOD = RequestSettings.model_validate({EXIT_ARG: 0})
 SCRIPTED = Read(What.TOKEN, frozenset(SCRIPT_LABELS))
 
@@ -54,9 +54,8 @@ class Admitted:
 
     Attributes:
         resolved: what was decided when it arrived.
-        tag: `FULL_DEPTH`, or a number the policies know: with artifacts a row of the thresholds,
-            numbered across policies; while recording the row of the calibration data; with a
-            script, the index of the exit point.
+        threshold_row: the row of the thresholds that applies, numbered across policies (with a
+            script, the index of the exit point); `FULL_DEPTH` if it may not exit.
         subset: the labels that it is about, as bits of its policy's; all if it has no pool.
         certified_tokens: so many tokens, the first ones, may exit: as many as its policy's bound is
             about.
@@ -64,17 +63,19 @@ class Admitted:
         prompt: token ids of its prompt.
         prompt_len: how many these are.
         adapter: its LoRA adapter; None for the base model.
+        record_row: its line of the calibration data; `NOT_RECORDED` if it has none.
 
     """
 
     resolved: Resolved
-    tag: int
+    threshold_row: int
     subset: int
     certified_tokens: int
     chooses: bool
     prompt: Sequence[int]
     prompt_len: int
     adapter: LoRARequest | None
+    record_row: int
 
 
 class Admission:
@@ -123,8 +124,8 @@ class Admission:
         self.has_pools = any(config.label_pool for config in configs.values())
         self.has_choices = any(config.choices for config in configs.values())
         self.may_get_choices = self.has_choices or settings.exit_points is not None
-        firsts = first_tags(config.num_threshold_rows for config in configs.values())
-        self._first_tag = dict(zip(configs, firsts, strict=True))
+        firsts = first_threshold_rows(config.num_threshold_rows for config in configs.values())
+        self._first_row = dict(zip(configs, firsts, strict=True))
         self._default_level = {
             name: config.level_of(settings.epsilon) for name, config in configs.items()
         }
@@ -301,22 +302,21 @@ class Admission:
         name = self.policies.deciding(resolved, self.policies.of(adapter, fingerprint))
         config = None if name is None else self._configs[name]
         chooses = config is not None and bool(config.choices)
+        record_row = resolved.settings.adainfer_row if self.records else None
         return Admitted(
             resolved=resolved,
-            tag=self._tag(resolved, name, prompt),
+            threshold_row=self._threshold_row(resolved, name, prompt),
             subset=ALL if config is None else _subset(resolved.read, config),
             certified_tokens=UNLIMITED if config is None else config.max_tokens,
             chooses=chooses,
             prompt=prompt,
             prompt_len=len(prompt),
             adapter=adapter,
+            record_row=NOT_RECORDED if record_row is None else record_row,
         )
 
-    def _tag(self, resolved: Resolved, name: str | None, prompt: Sequence[int]) -> int:
-        """See `Admitted.tag`; `name` is the request's policy."""
-        if self.records:
-            row = resolved.settings.adainfer_row
-            return FULL_DEPTH if row is None else row
+    def _threshold_row(self, resolved: Resolved, name: str | None, prompt: Sequence[int]) -> int:
+        """See `Admitted.threshold_row`; `name` is the request's policy."""
         if self._settings.exit_script is not None:
             return self._scripted(resolved)
         if name is None:
@@ -335,8 +335,8 @@ class Admission:
             question = self._known[name].asked_by(prompt)
             if question is None:
                 return FULL_DEPTH
-        tag = self._configs[name].threshold_row(level, question)
-        return FULL_DEPTH if tag is None else self._first_tag[name] + tag
+        row = self._configs[name].threshold_row(level, question)
+        return FULL_DEPTH if row is None else self._first_row[name] + row
 
     def _scripted(self, resolved: Resolved) -> int:
         """Index of the exit point that a request names, if a label head can answer it."""

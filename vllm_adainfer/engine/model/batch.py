@@ -13,9 +13,9 @@ from vllm_adainfer.engine.runner.adapters import RowAdapters
 from vllm_adainfer.engine.segments.attention import StepAttention
 from vllm_adainfer.engine.segments.kv_fill import KVFill
 from vllm_adainfer.engine.segments.segments import Stack, without_graphs
-from vllm_adainfer.exits.batch import Batch
-from vllm_adainfer.exits.hidden_states import HiddenStates
-from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.batch.batch import Batch
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.layout import RowLayout
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,18 @@ class CompiledBatch(Batch):
         self.kv_fill(exit_index, states, rows.positions, rows.slots)
 
     @override
-    def narrowed(self, layout: RowLayout) -> Batch:
-        return self.replayed(layout) or self.beside(layout)
+    def compact(self, layout: RowLayout) -> Batch:
+        return self.replayed(layout) or self.side_batch(layout)
 
     @override
-    def beside(self, layout: RowLayout, runs_last_layer_alone: bool = False) -> CompiledBatch:
+    def side_batch(self, layout: RowLayout, last_layer_only: bool = False) -> CompiledBatch:
         """Launches its kernels one by one.
 
         Piecewise graphs read the states where they were when the graphs were captured, so only
         the original batch replays them.
         """
         attention = self.attention
-        if runs_last_layer_alone:
+        if last_layer_only:
             attention = attention.of_layer(self.stack.last_layer)
         rows, attn_metadata = attention.metadata(layout)
         context = replace(
@@ -112,16 +112,16 @@ class ReplayedBatch(Batch):
 
     @override
     def write_last_kv(self, states: HiddenStates) -> None:
-        self.beside(self.layout, runs_last_layer_alone=True).write_last_kv(states)
+        self.side_batch(self.layout, last_layer_only=True).write_last_kv(states)
 
     @override
     def fill_kv(self, exit_index: int, states: Tensor, layout: RowLayout) -> None:
         self.compiled.fill_kv(exit_index, states, layout)
 
     @override
-    def narrowed(self, layout: RowLayout) -> Batch:
-        return self.compiled.narrowed(layout)
+    def compact(self, layout: RowLayout) -> Batch:
+        return self.compiled.compact(layout)
 
     @override
-    def beside(self, layout: RowLayout, runs_last_layer_alone: bool = False) -> CompiledBatch:
-        return self.compiled.beside(layout, runs_last_layer_alone)
+    def side_batch(self, layout: RowLayout, last_layer_only: bool = False) -> CompiledBatch:
+        return self.compiled.side_batch(layout, last_layer_only)

@@ -7,15 +7,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig, Label
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.collect import (
-    FOLDS,
-    Ints,
-    Recording,
-    record,
-    recording_engine,
-)
+from vllm_adainfer.offline.calibration.collect import FOLDS, Recording, record, recording_engine
 from vllm_adainfer.offline.calibration.fit import candidate_layers
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.label_pool import subsets_of

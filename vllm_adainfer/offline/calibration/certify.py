@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.kinds import BoundKind
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.bound import FloatArray, certified, rows_needed, upper_bound
-from vllm_adainfer.offline.calibration.collect import Ints
-from vllm_adainfer.offline.calibration.fit import Bools, FittedExit, Scored
+from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 
 STEPS = 200

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.bound import FloatArray
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.progress import progress
-from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probe import Probe, logit_lens_of
 from vllm_adainfer.settings.request import ROW_ARG
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-Ints = npt.NDArray[np.int64]
 
 FOLDS = 5
 
@@ -54,7 +53,7 @@ class Recording:
         cut_seconds: time of cutting the batch, for one token of it.
         threads: the number of threads in the process that ran the model.
         own_kv_layers: the number of layers that write keys and values.
-        fewer: times of layers with fewer rows, see `vllm_adainfer.exits.recording_loop.Timings`.
+        fewer: times of layers with fewer rows, see `Timings` of the recording loop.
         soft_cap: the soft cap of the logits, after the head; None for none.
         scale: the scale of the logits, after the cap.
         folds: int64 [prompts], in 0 to `FOLDS`; None: prompt i is in fold i % FOLDS, as its rows
@@ -241,7 +240,7 @@ def _named(record: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _folds(record: dict[str, Tensor], layer: int) -> list[Moments]:
-    """The moments of one layer by fold; `LensSums.take` names their parts."""
+    """The moments of one layer by fold; `TunedLensSums.take` names their parts."""
     names = [field.name for field in fields(Moments)]
     return [
         Moments(**{name: record[f"lens.{layer}.{fold}.{name}"] for name in names})

@@ -84,7 +84,7 @@ def shares_of_time(
 ) -> tuple[tuple[float, float], ...]:
     """`Costs.fewer` from the pairs of several steps, for each number of cuts.
 
-    See `vllm_adainfer.exits.recording_loop.Timings`. Medians, and never falling with more rows.
+    See `Timings` of the recording loop. Medians, and never falling with more rows.
     """
     medians = [np.median(np.array(pairs), axis=0) for pairs in reversed(fewer) if len(pairs)]
     times = np.maximum.accumulate([min(float(time), 1.0) for _, time in medians] or [1.0])

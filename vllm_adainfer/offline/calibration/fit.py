@@ -11,23 +11,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.config import are_exit_points
 from vllm_adainfer.artifact.kinds import ClassifierKind
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.bound import FloatArray
 from vllm_adainfer.offline.calibration.classifier import fit_classifier
-from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
+from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
 from vllm_adainfer.offline.calibration.crf import fit_crf
 from vllm_adainfer.offline.calibration.loss import Loss, disagreement
 from vllm_adainfer.offline.calibration.probes import AnyProbe, Target, answers_of_probe, fit_probes
 from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.policy.score import score
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

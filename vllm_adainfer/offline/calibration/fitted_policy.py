@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_adainfer.arrays import Bools
 from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.offline.calibration.certify import (
     EPSILONS,
@@ -21,7 +22,7 @@ from vllm_adainfer.offline.calibration.choices import Choices
 from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, expected_seconds
 from vllm_adainfer.offline.calibration.collect import Recording
 from vllm_adainfer.offline.calibration.cost import Costs, measured_costs
-from vllm_adainfer.offline.calibration.fit import Bools, FittedExit, fit_crf_chain, fit_exits
+from vllm_adainfer.offline.calibration.fit import FittedExit, fit_crf_chain, fit_exits
 from vllm_adainfer.offline.calibration.loss import Loss, RightTokens, accuracy_lost, disagreement
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.probes import Target

@@ -10,9 +10,10 @@ import numpy as np
 from adainfer_kernels import Head
 from torch import Tensor
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.bound import FloatArray
-from vllm_adainfer.offline.calibration.collect import Ints, Recording
+from vllm_adainfer.offline.calibration.collect import Recording
 from vllm_adainfer.policy.probabilities import LabelProbabilities
 
 RightTokens = Sequence[set[int]]  # by prompt

@@ -17,14 +17,15 @@ from adainfer_kernels import Head, Lens
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.kinds import FEATURES, PROBABILITY_FEATURES, ProbeKind
 from vllm_adainfer.artifact.label_subsets import restrict
+from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration import ridge
-from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
+from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
 from vllm_adainfer.offline.calibration.loss import FullDepthLabels, ProbeAnswers
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.label_heads import LabelHead
-from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probabilities import features_of, probabilities_of_scores
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.reading import features_among

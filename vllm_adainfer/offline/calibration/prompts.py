@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.artifact.files import check_writable
 from vllm_adainfer.artifact.kinds import ProbeKind
@@ -21,7 +22,6 @@ from vllm_adainfer.offline.calibration.choices import (
     find_choices,
     with_labels,
 )
-from vllm_adainfer.offline.calibration.collect import Ints
 from vllm_adainfer.offline.calibration.data import (
     Example,
     Row,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_adainfer.policy.moments import Moments
+from vllm_adainfer.exits.recording.moments import Moments
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_adainfer.offline.calibration.collect import Ints
+from vllm_adainfer.arrays import Ints
 
 
 @dataclass(frozen=True)

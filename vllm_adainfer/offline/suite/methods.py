@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.certify import (
     Bound,
     PathPoint,
     certify,
     threshold_path,
 )
-from vllm_adainfer.offline.calibration.collect import Ints, Recording
+from vllm_adainfer.offline.calibration.collect import Recording
 from vllm_adainfer.offline.calibration.cost import STEP_ROWS, Costs, probe_seconds
 from vllm_adainfer.offline.calibration.fit import FittedExit, Scored, fit_exits, judge
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy

@@ -1,4 +1,4 @@
-"""The recording loop: every layer for every row, and the states in between to the recorder."""
+"""The recording loop: all rows run all layers, and the recorder gets the states in between."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.exits.batch import Batch, StackShape
-from vllm_adainfer.exits.counters import ExitStats
-from vllm_adainfer.exits.hidden_states import HiddenStates
-from vllm_adainfer.exits.loop import Loop, StepOutput
-from vllm_adainfer.exits.recorder import Recorder
-from vllm_adainfer.exits.step import NOBODY, StepContext
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.exits.batch.batch import Batch, StackShape
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.loop.loop import Loop, StepOutput
+from vllm_adainfer.exits.loop.step import NOBODY, StepContext
+from vllm_adainfer.exits.recording.recorder import Recorder
 from vllm_adainfer.settings.engine import NO_POLICY
 
-REHEARSALS = 20  # steps with cuts that are rehearsed
+REHEARSALS = 20  # steps in which exits are rehearsed
 
 
 @dataclass
 class Timings:
-    """The time that full depth has taken so far.
+    """The time of steps at full depth, and of rehearsed exits.
 
     Attributes:
-        layer_seconds: in decoder layers.
-        layers_run: rows x layers in that time.
-        cut_seconds: in rehearsed cuts.
-        rows: token rows of the steps with a cut.
-        fewer: of batches cut once, twice and three times: what share of a step's rows they had, and
-            what share of its time the same layers took with them.
+        layer_seconds: time in decoder layers.
+        layers_run: token-layers executed in that time.
+        cut_seconds: time to compact batches, in rehearsals.
+        rows: token rows of the steps with a rehearsal.
+        fewer: for batches compacted once, twice and three times: their share of the step's rows,
+            and the share of its time that the same layers took.
 
     """
 
@@ -48,10 +50,9 @@ class RecordingLoop(Loop):
     defers = False
 
     def __init__(self, shape: StackShape, recorder: Recorder, keeps_states: bool = False) -> None:
-        """The stack is cut at ``recorder.layers``: its last segment is the final norm alone.
+        """Run a stack that is cut at ``recorder.layers``: its last segment is the final norm.
 
-        `keeps_states` says that layers keep a recurrent state, which would take a row twice that
-        ran twice.
+        `keeps_states` says that layers keep a recurrent state: a row must not run twice.
         """
         self.recorder = recorder
         self._keeps_states = keeps_states
@@ -77,11 +78,11 @@ class RecordingLoop(Loop):
 
     @override
     def forget(self, request_id: str) -> None:
-        pass  # no rows of it wait
+        pass  # no rows wait
 
     @override
     def ended(self, request_id: str) -> None:
-        pass  # nobody watches
+        pass  # there is no monitor
 
     @override
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
@@ -94,16 +95,17 @@ class RecordingLoop(Loop):
             states = batch.run(segment, states)
             self.timings.layer_seconds += _now(step) - start
             stream = states.combined()[:rows]  # without padding
-            # In one part it is the segment's own memory, which CUDA graphs overwrite.
+            # A single part is the segment's own memory, which CUDA graphs overwrite.
             recorded.append(stream.clone() if states.residual is None else stream)
         final = batch.run(len(self.recorder.layers), states).hidden
-        tags, positions, last = step.on_device(
-            step.original_tags(), step.layout.positions, step.original_sampled()
+        assert step.record_rows is not None, "the engine records"
+        record_rows, positions, last = step.on_device(
+            step.record_rows[step.layout.row_requests], step.layout.positions, step.sampled_rows()
         )
-        self.recorder.record(recorded, tags, positions, last)
+        self.recorder.record(recorded, record_rows, positions, last)
         if len(self.timings.fewer[0]) < REHEARSALS:
             final = final.clone()  # which the layers may overwrite
-            self._rehearse_cuts(batch, HiddenStates(input_ids), states, step)
+            self._rehearse_exits(batch, HiddenStates(input_ids), states, step)
         self._count(rows, step.num_sampled)
         return StepOutput(final)
 
@@ -118,50 +120,56 @@ class RecordingLoop(Loop):
         full_depth.layers_possible += work
         full_depth.exit_histogram[self._depth] += tokens
 
-    def _rehearse_cuts(
+    def _rehearse_exits(
         self, batch: Batch, ids: HiddenStates, states: HiddenStates, step: StepContext
     ) -> None:
         """Time what an exit point does when half of the requests leave, and layers without them.
 
-        The step is over, and the first segment writes the keys and values that it has written.
-        Recurrent states change, so only requests that need theirs no more take part.
+        The step is over, and the first segment writes the same keys and values once more. Recurrent
+        states would change, so only requests that need theirs no more take part.
         """
+        assert step.record_rows is not None
+        requests = np.flatnonzero(step.yields_token & (step.record_rows >= 0))
         going_on = step.going_on() if self._keeps_states else NOBODY
-        step.settle(np.intersect1d(going_on, step.undecided()))
-        if step.undecided().size < 2:
+        requests, layout = np.setdiff1d(requests, going_on), step.layout
+        if requests.size < 2:
             return
         if going_on.size:
-            stay = step.regroup(going_on)
-            ids, states = ids.rows(stay), states.rows(stay)
-            batch = batch.narrowed(step.layout)
-        rows, full = step.layout.num_rows, self._first_segment(batch, ids, step)
+            layout, stay = _without(going_on, layout, step)
+            ids, states, batch = ids.rows(stay), states.rows(stay), batch.compact(layout)
+        rows, full = layout.num_rows, self._first_segment(batch, ids, step)
         for fewer in self.timings.fewer:
-            undecided = step.undecided()
-            if undecided.size < 2:
+            if requests.size < 2:
                 return
             start = _now(step)
-            step.settle(undecided[::2])
-            stay = step.regroup(step.ready())
-            states, batch = states.rows(stay), batch.narrowed(step.layout)
+            layout, stay = _without(requests[::2], layout, step)
+            requests = requests[1::2]
+            states, batch = states.rows(stay), batch.compact(layout)
             if fewer is self.timings.fewer[0]:
                 self.timings.cut_seconds += _now(step) - start
                 self.timings.rows += rows
             ids = ids.rows(stay)
             seconds = self._first_segment(batch, ids, step)
-            fewer.append((step.layout.num_rows / rows, seconds / full))
+            fewer.append((layout.num_rows / rows, seconds / full))
 
     def _first_segment(self, batch: Batch, ids: HiddenStates, step: StepContext) -> float:
-        """Seconds that it takes with a batch's rows."""
+        """Time that the first segment takes with a batch's rows, in seconds."""
         times = []
-        for _ in range(2):  # the first with so many rows may have something to prepare
+        for _ in range(2):  # the first run with so many rows may have to prepare something
             start = _now(step)
             batch.run(0, ids)
             times.append(_now(step) - start)
         return min(times)
 
 
+def _without(leaving: Ints, layout: RowLayout, step: StepContext) -> tuple[RowLayout, Tensor]:
+    """The layout without the requests `leaving`, and the rows that stay, on the device."""
+    layout, rows = layout.regroup(leaving)
+    return layout, step.on_device(rows)[0]
+
+
 def _now(step: StepContext) -> float:
-    """Seconds, once the device has done what it was told so far."""
+    """The time in seconds, once the device has finished its work."""
     if step.device.type != "cpu":
         torch.accelerator.synchronize(step.device)
     return time.perf_counter()
