@@ -220,7 +220,7 @@ def test_where_later_layers_write_no_keys_and_values_rows_that_decide_nothing_st
 def test_a_token_that_leaves_where_later_layers_write_nothing_leaves_nothing_missing():
     toy = Toy(requests=2, shape=SHARING)
     toy.step([[3, 1], [7]], [SECOND_EXIT, FIRST_EXIT])
-    assert [toy.loop.missing(f"request {place}", 2) for place in range(2)] == [0, 1]
+    assert [toy.loop.kv.missing(f"request {place}", 2) for place in range(2)] == [0, 1]
     found, _ = toy.step([[4], [1]], [FULL_DEPTH, FULL_DEPTH])
     wanted = [oracle(text, DEPTH, SHARING.kv_layers)[0] for text in ([3, 1, 4], [7, 1])]
     assert found == pytest.approx(wanted)
@@ -263,7 +263,7 @@ def test_drawn_exits_give_the_oracles_states_whatever_left_before(monkeypatch, s
             continue
         tokens = [generator.integers(1, 9, count).tolist() for count in lens]
         exits = generator.integers(FULL_DEPTH, 2, 4)
-        overdue = toy.loop.overdue()
+        overdue = toy.loop.kv.overdue()
         exits[[f"request {place}" in overdue for place in range(4)]] = FULL_DEPTH
         found, _ = toy.step(tokens, exits.tolist())
         texts = [text + more for text, more in zip(texts, tokens, strict=True)]
@@ -273,7 +273,7 @@ def test_drawn_exits_give_the_oracles_states_whatever_left_before(monkeypatch, s
             if count
         ]
         assert found == pytest.approx(wanted)
-    waiting = sum(toy.loop.missing(f"request {place}", 0) for place in range(4))
+    waiting = sum(toy.loop.kv.missing(f"request {place}", 0) for place in range(4))
     assert waiting or not toy.loop.kv._waiting
     for place in range(4):
         toy.loop.forget(f"request {place}")

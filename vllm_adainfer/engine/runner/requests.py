@@ -138,11 +138,11 @@ class RunningRequests:
             chooses = np.array([request.chooses for request in admitted])
         if self._loop.stats.weights_differ:
             rows[:] = FULL_DEPTH
-        overdue = self._loop.overdue()
+        overdue = self._loop.kv.overdue()
         if overdue:
             rows[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
         continues = last + 2 - prompt < max_tokens  # once this step's token is appended
-        if self._loop.defers:
+        if self._loop.kv.defers:
             # vLLM frees blocks beyond the window that waiting rows still need.
             rows[continues & (last + 1 >= self._window)] = FULL_DEPTH
         shadow, tightened = None, self._loop.tightened()
@@ -204,7 +204,7 @@ class RunningRequests:
         return {
             request_id: 0
             if place in ended
-            else ends[place] - self._loop.missing(request_id, ends[place])
+            else ends[place] - self._loop.kv.missing(request_id, ends[place])
             for place, request_id in enumerate(step.request_ids)
             if self._admitted[request_id].resolved.may_exit
         }

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from typing_extensions import override
@@ -48,41 +47,47 @@ class LeavingRows:
     batch: Batch
 
 
-class KVPolicy(Protocol):
-    """Takes care of the keys and values of exited rows.
+class KVPolicy:
+    """Takes care of the keys and values of exited rows; this one is for loops that no row exits.
 
     Attributes:
         defers: whether rows that leave wait, and run the layers they skipped later.
 
     """
 
-    defers: bool
+    defers = False
 
     def leave(self, leaving: LeavingRows) -> None:
         """Take care of rows that are about to leave."""
+        raise AssertionError("no rows leave")
 
     def waiting(self, exit_index: int, request_ids: Sequence[str], wanted: Bools) -> Ints | None:
         """The number of rows that wait below an exit point, [requests]; None if none do.
 
         `wanted` [requests] chooses the requests; for others it is 0.
         """
+        return None
 
     def rejoin(
         self, exit_index: int, request_ids: Sequence[str], waiting: Ints
     ) -> tuple[HiddenStates, Ints]:
         """Those rows, which wait no more, in order: their states, and the policies of each."""
+        raise AssertionError("no rows wait")
 
     def missing(self, request_id: str, end: int) -> int:
         """How many of the request's last positions before `end` are not as at full depth."""
+        return 0
 
     def overdue(self) -> set[str]:
         """Requests that must run the next step at full depth."""
+        return set()
 
     def forget(self, request_id: str) -> Iterable[tuple[int, Ints]]:
         """The request has ended, or its keys and values were thrown away.
 
         Returns the rows that no longer wait: exit point, and the policy of each row.
         """
+        return ()
 
 
 class ExactKV(KVPolicy):
@@ -202,8 +207,6 @@ class PropagateKV(KVPolicy):
     lives.
     """
 
-    defers = False
-
     def __init__(self) -> None:
         self._left = FirstToLeave()
 
@@ -215,22 +218,8 @@ class PropagateKV(KVPolicy):
         self._left.note(leaving)
 
     @override
-    def waiting(self, exit_index: int, request_ids: Sequence[str], wanted: Bools) -> None:
-        return None
-
-    @override
-    def rejoin(
-        self, exit_index: int, request_ids: Sequence[str], waiting: Ints
-    ) -> tuple[HiddenStates, Ints]:
-        raise AssertionError("no rows wait")
-
-    @override
     def missing(self, request_id: str, end: int) -> int:
         return self._left.since(request_id, end)
-
-    @override
-    def overdue(self) -> set[str]:
-        return set()
 
     @override
     def forget(self, request_id: str) -> Iterable[tuple[int, Ints]]:

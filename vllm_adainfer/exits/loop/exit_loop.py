@@ -17,7 +17,6 @@ from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
-from vllm_adainfer.exits.loop.shadow import warn
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.policy_set import PolicySet
@@ -34,8 +33,6 @@ class ExitLoop(Loop):
 
     Attributes:
         policies: decide who may leave.
-        kv: takes care of the layers that rows skip.
-        monitors: watch shadow requests, by policy; empty where there are none.
         accounting: counts what runs.
 
     """
@@ -82,20 +79,11 @@ class ExitLoop(Loop):
         self.stats.serving, self.stats.shadow = policies.names, monitors
         self.accounting.use_names(policies.names)
 
-    @property
-    @override
-    def defers(self) -> bool:
-        return self.kv.defers
-
     @override
     def reset_counters(self) -> None:
         names, differ = self.policies.names, self.stats.weights_differ
         self.stats = ExitStats(serving=names, weights_differ=differ, shadow=self.monitors)
         self.accounting = LayerAccounting(self.stats, names)
-
-    @override
-    def overdue(self) -> set[str]:
-        return self.kv.overdue()
 
     @override
     def tightened(self) -> Bools | None:
@@ -107,19 +95,10 @@ class ExitLoop(Loop):
         )
 
     @override
-    def missing(self, request_id: str, end: int) -> int:
-        return self.kv.missing(request_id, end)
-
-    @override
     def forget(self, request_id: str) -> None:
         for exit_index, policies in self.kv.forget(request_id):
             below = self._shape.depth - self._shape.depth_after(exit_index)
             self.accounting.skipped(self.accounting.tokens(policies), below)
-
-    @override
-    def ended(self, request_id: str) -> None:
-        for name, monitor in self.monitors.items():
-            warn(name, monitor, monitor.ended(request_id))
 
     @override
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
@@ -172,7 +151,7 @@ class ExitLoop(Loop):
         depth, shape = self._shape.depth_after(exit_index), self._shape
         # Where layers are deferred, rows of a request that goes on only run them later; but no
         # row runs the layers without keys and values later.
-        for_good = int(lens[step.ending(leaving)].sum()) if self.defers else ready
+        for_good = int(lens[step.ending(leaving)].sum()) if self.kv.defers else ready
         with_kv = max(shape.kv_layers - depth, 0)
         saved = for_good * with_kv + len(leaving) * (shape.depth - depth - with_kv)
         return saved >= COMPACTION_COST[step.device.type]

@@ -1,17 +1,21 @@
-"""What runs a model's stack: the protocol of the exit loop and of the recording loop."""
+"""What runs a model's stack: the base of the exit loop and of the recording loop."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from types import MappingProxyType
 
 from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.batch.batch import Batch
-from vllm_adainfer.exits.loop.shadow import ShadowAnswers
+from vllm_adainfer.exits.kv.policies import KVPolicy
+from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
 from vllm_adainfer.exits.loop.step import StepContext
+from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.answers import EarlyScores
 
 
@@ -46,20 +50,21 @@ class StepOutput:
     shadows: tuple[ShadowAnswers, ...] = ()
 
 
-class Loop(Protocol):
+class Loop(ABC):
     """Runs a model's stack, step by step.
 
     Attributes:
         stats: the counters so far.
+        kv: takes care of the layers that exited rows have skipped.
+        monitors: watch shadow requests, by policy; empty where there are none.
 
     """
 
     stats: ExitStats
+    kv: KVPolicy
+    monitors: Mapping[str, Monitor] = MappingProxyType({})
 
-    @property
-    def defers(self) -> bool:
-        """Whether rows that exit run the layers they skipped in a later step."""
-
+    @abstractmethod
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
         """Run one step.
 
@@ -70,23 +75,22 @@ class Loop(Protocol):
 
         """
 
-    def overdue(self) -> set[str]:
-        """Requests that must run the next step at full depth."""
+    @abstractmethod
+    def reset_counters(self) -> None:
+        """Start all counters from 0."""
 
     def tightened(self) -> Bools | None:
         """True for threshold rows whose requests run at full depth unless they are shadow requests.
 
         None where there is no monitor, so that no request is a shadow request.
         """
-
-    def missing(self, request_id: str, end: int) -> int:
-        """How many of a request's last positions before `end` are not cached as at full depth."""
+        return None
 
     def forget(self, request_id: str) -> None:
         """A request has ended, or its keys and values were thrown away."""
+        self.kv.forget(request_id)
 
     def ended(self, request_id: str) -> None:
         """A request gets no more tokens, whether or not it ever ran."""
-
-    def reset_counters(self) -> None:
-        """Start all counters from 0."""
+        for name, monitor in self.monitors.items():
+            warn(name, monitor, monitor.ended(request_id))

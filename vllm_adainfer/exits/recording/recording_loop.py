@@ -12,9 +12,11 @@ from typing_extensions import override
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.exits.recording.recorder import Recorder
@@ -47,8 +49,6 @@ class Timings:
 class RecordingLoop(Loop):
     """Runs all requests at full depth while calibration data are collected."""
 
-    defers = False
-
     def __init__(self, shape: StackShape, recorder: Recorder, keeps_states: bool = False) -> None:
         """Run a stack that is cut at ``recorder.layers``: its last segment is the final norm.
 
@@ -57,32 +57,14 @@ class RecordingLoop(Loop):
         self.recorder = recorder
         self._keeps_states = keeps_states
         self.timings = Timings()
+        self.kv = KVPolicy()
         self._depth = shape.depth
         self.reset_counters()
 
     @override
     def reset_counters(self) -> None:
         self.stats = ExitStats()
-
-    @override
-    def overdue(self) -> set[str]:
-        return set()
-
-    @override
-    def tightened(self) -> None:
-        return None
-
-    @override
-    def missing(self, request_id: str, end: int) -> int:
-        return 0
-
-    @override
-    def forget(self, request_id: str) -> None:
-        pass  # no rows wait
-
-    @override
-    def ended(self, request_id: str) -> None:
-        pass  # there is no monitor
+        self._accounting = LayerAccounting(self.stats, (NO_POLICY,))
 
     @override
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
@@ -106,19 +88,14 @@ class RecordingLoop(Loop):
         if len(self.timings.fewer[0]) < REHEARSALS:
             final = final.clone()  # which the layers may overwrite
             self._rehearse_exits(batch, HiddenStates(input_ids), states, step)
-        self._count(rows, step.num_sampled)
+        policies, accounting, depth = np.zeros(rows, dtype=np.int64), self._accounting, self._depth
+        tokens = accounting.tokens(policies)
+        accounting.submitted(tokens, depth)
+        accounting.ran(tokens, depth)
+        accounting.decided(policies[: step.num_sampled], depth)
+        self.stats.tokens_decided += step.num_sampled
+        self.timings.layers_run += rows * depth
         return StepOutput(final)
-
-    def _count(self, rows: int, tokens: int) -> None:
-        stats, work = self.stats, rows * self._depth
-        self.timings.layers_run += work
-        stats.passes_run += self._depth
-        stats.passes_possible += self._depth
-        stats.tokens_decided += tokens
-        full_depth = stats.by_policy[NO_POLICY]
-        full_depth.layers_run += work
-        full_depth.layers_possible += work
-        full_depth.exit_histogram[self._depth] += tokens
 
     def _rehearse_exits(
         self, batch: Batch, ids: HiddenStates, states: HiddenStates, step: StepContext
