@@ -31,9 +31,9 @@ def forward_of(query_lens: list[int], *args: Any, shape: StackShape = SHAPE, **m
     return ForwardPass(
         shape,
         step,
+        np.zeros(len(query_lens), dtype=np.int64),
         EmptyBatch(step.layout),
         torch.arange(step.layout.num_rows),
-        np.zeros(len(query_lens), dtype=np.int64),
         PropagateKV(),
         LayerAccounting(ExitStats(), (NO_POLICY,)),
     )

@@ -1,4 +1,4 @@
-"""The requests that a worker runs, and the step contexts made of them, on V1 and V2."""
+"""The requests that a worker runs, and the step contexts made of them, for runners V1 and V2."""
 
 from __future__ import annotations
 

@@ -47,9 +47,15 @@ class LayerAccounting:
         numbers: Ints = self._numbers[owners]
         return numbers
 
-    def tokens(self, policies: Ints) -> Tokens:
-        """How many tokens each policy has, given the policy of each token."""
-        counts = np.bincount(policies)
+    def tokens(self, policies: Ints, num_tokens: Ints | None = None) -> Tokens:
+        """How many tokens each policy has.
+
+        Args:
+            policies: the policy of each token, or of each request.
+            num_tokens: the number of tokens of each request; None if each is one token.
+
+        """
+        counts = np.bincount(policies, num_tokens)
         return [
             (self.stats.by_policy[self._names[policy]], int(counts[policy]))
             for policy in np.flatnonzero(counts).tolist()

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_adainfer.arrays import Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.loop.forward_pass import ForwardPass
 from vllm_adainfer.exits.loop.loop import ScoredRequests
@@ -26,15 +25,13 @@ class Decisions:
     def __init__(
         self,
         policies: PolicySet,
-        owners: Ints,
         forward: ForwardPass,
         broadcast: Callable[[Tensor], Tensor],
     ) -> None:
-        """`owners` [requests] are the policies that decide them; see `ExitLoop` for `broadcast`."""
+        """Decide requests of `forward`; see `ExitLoop` for `broadcast`."""
         self._policies = policies
-        self._owners = owners
         self._forward = forward
-        self._step = forward.step
+        self._step, self._owners = forward.step, forward.owners
         self._broadcast = broadcast
         # By policy, for all requests of the step; answers are valid where settled.
         self._answers: dict[int, Answers] = {}

@@ -104,8 +104,8 @@ class ExitLoop(Loop):
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
         start = time.perf_counter()
         owners = self.policies.owners(step.threshold_rows)
-        forward = ForwardPass(self._shape, step, batch, input_ids, owners, self.kv, self.accounting)
-        decisions = Decisions(self.policies, owners, forward, self._broadcast)
+        forward = ForwardPass(self._shape, step, owners, batch, input_ids, self.kv, self.accounting)
+        decisions = Decisions(self.policies, forward, self._broadcast)
         self.stats.tokens_decided += step.num_sampled
         for segment in range(self._shape.last_segment):
             if segment == self._shape.tail:

@@ -11,7 +11,7 @@ from vllm_adainfer.exits.batch.batch import Batch, StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.kv.policies import KVPolicy, LeavingRows
-from vllm_adainfer.exits.loop.step import StepContext
+from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 
 # Compacting a batch (new rows, new attention metadata) takes as long as running so many
 # token-layers, by the type of device. On CPUs 6 to 60 were measured with a 135M model; layers of a
@@ -28,6 +28,7 @@ class ForwardPass:
 
     Attributes:
         step: the requests.
+        owners: [requests], the policy that each comes under, as an index into the policy set.
         batch: runs the rows that are left.
         layout: those rows.
         states: theirs, after the segments run so far; possibly with padding at the end.
@@ -38,33 +39,23 @@ class ForwardPass:
         self,
         shape: StackShape,
         step: StepContext,
+        owners: Ints,
         batch: Batch,
         input_ids: Tensor,
-        owners: Ints,
         kv: KVPolicy,
         accounting: LayerAccounting,
     ) -> None:
-        """Begin with the rows that the step came with.
-
-        Args:
-            shape: the stack's.
-            step: the requests.
-            batch: their rows.
-            input_ids: int32 or int64 [rows], possibly padded.
-            owners: [requests], the policy that each comes under, see `LayerAccounting`.
-            kv: takes care of the layers that rows skip.
-            accounting: counts token-layers.
-
-        """
-        self.step, self.batch, self.layout = step, batch, step.layout
-        self.states = HiddenStates(input_ids)
+        """Begin with the rows that the step came with, as given to `Loop.run`."""
+        self.step, self.owners = step, owners
+        self.batch, self.layout, self.states = batch, step.layout, HiddenStates(input_ids)
         self._shape, self._kv, self._accounting = shape, kv, accounting
         self._padded_rows = len(input_ids)
         self._policies = accounting.numbers(owners)  # [requests]
-        self._row_policies = self._policies[self.layout.row_requests]
-        # The original row of each row, negative for one that rejoined; None if nothing has changed.
-        self._origin: Ints | None = None
-        self._tokens = accounting.tokens(self._row_policies)
+        # Of each row the original row, negative for one that rejoined, and the policy; known once
+        # the rows have changed.
+        self._origin = self._row_policies = NOBODY
+        self._has_changed = False
+        self._tokens = accounting.tokens(self._policies, self.layout.query_lens)
         accounting.submitted(self._tokens, shape.depth)
 
     def run(self, segment: int) -> None:
@@ -89,6 +80,7 @@ class ForwardPass:
                 catch up by themselves.
 
         """
+        self._keep_track()
         if leaving.size:
             self._leave(exit_index, leaving)
         if waiting is not None:
@@ -128,7 +120,7 @@ class ForwardPass:
         states, policies = self._kv.rejoin(exit_index, self.step.request_ids, waiting)
         own = self.states.rows(slice(0, self.layout.num_rows))  # without padding
         self.states = HiddenStates.cat([own, states])
-        self._origin = np.append(self._origins(), np.full(len(policies), -1))
+        self._origin = np.append(self._origin, np.full(len(policies), -1))
         self._row_policies = np.append(self._row_policies, policies)
 
     def _catch_up(self, exit_index: int, waiting: Ints, max_rows: int) -> None:
@@ -175,15 +167,16 @@ class ForwardPass:
         skipped = (layout.num_rows - len(requests)) * shape.tail_layers
         if self.step.all_rows_count or skipped < COMPACTION_COST[self.step.device.type]:
             return
+        self._keep_track()
         last_rows = layout.last_rows(requests)
-        all_states, all_tokens = self.states, self._tokens
-        dropped = np.delete(self._row_policies, last_rows)
+        states, policies, tokens = self.states, self._row_policies, self._tokens
         self._select(layout.last_only(), last_rows)
         is_last_layer = shape.own_kv_layers is None
         if is_last_layer:
-            self.batch.write_last_kv(all_states)
-            self._tokens = all_tokens
+            self.batch.write_last_kv(states)
+            self._tokens = tokens
         else:
+            dropped = np.delete(policies, last_rows)
             self._accounting.skipped(self._accounting.tokens(dropped), shape.tail_layers)
         self.batch = self.batch.side_batch(self.layout, is_last_layer)
 
@@ -200,7 +193,7 @@ class ForwardPass:
         self.run(shape.last_segment)
         self._accounting.decided(self._policies[self.step.at_full_depth()], shape.depth)
         final = self.states.hidden
-        if self._origin is None:
+        if not self._has_changed:
             return final
         kept = np.flatnonzero(self._origin >= 0)
         source, target = self.step.on_device(kept, self._origin[kept])
@@ -212,9 +205,13 @@ class ForwardPass:
         """Go on with the rows `layout`, each of which is the row of now that `rows` says."""
         [rows_on_device] = self.step.on_device(rows)
         self.states = self.states.rows(rows_on_device)
-        self._origin, self._row_policies = self._origins()[rows], self._row_policies[rows]
+        self._origin, self._row_policies = self._origin[rows], self._row_policies[rows]
         self._tokens = self._accounting.tokens(self._row_policies)
         self.layout = layout
 
-    def _origins(self) -> Ints:
-        return np.arange(self.layout.num_rows) if self._origin is None else self._origin
+    def _keep_track(self) -> None:
+        """The rows are about to change: keep the origin and the policy of each from now on."""
+        if not self._has_changed:
+            self._has_changed = True
+            self._origin = np.arange(self.layout.num_rows)
+            self._row_policies = self._policies[self.layout.row_requests]
