@@ -9,12 +9,14 @@ suite's report.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from serve_report import table as serve_table
+sys.path.insert(0, str(Path(__file__).parents[1]))  # imports start at the checkout
 
+from benchmarks.serving.serve_report import table as serve_table
 from vllm_adainfer.offline.evaluation.shares import clopper_pearson, spelled, verdict
 from vllm_adainfer.offline.tables import markdown_table
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.offline.calibration.by_question import by_question
-from vllm_adainfer.offline.calibration.card import model_card, risk_plot
+from vllm_adainfer.offline.calibration.card import model_card
 from vllm_adainfer.offline.calibration.certify import held_out_path
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy
 from vllm_adainfer.offline.provenance import provenance
@@ -55,7 +55,6 @@ def write_artifact(
         policy_tensors(policy),
         details,
         model_card(config, details),
-        {"risk.png": risk_plot(config, details)},
     )
     return config
 
