@@ -1,4 +1,4 @@
-"""``vllm serve`` in its own processes, on a free port of this machine, as a context manager."""
+"""Run ``vllm serve`` on a free local port for as long as a context lasts."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Server:
     """A running server.
 
     Attributes:
-        url: without a trailing slash.
-        process: the frontend, which leads its own process group.
-        log: output of all its processes.
+        url: base URL, without a trailing slash.
+        process: the API server, which leads its own process group.
+        log: file with the output of all its processes.
 
     """
 
@@ -44,7 +44,7 @@ class Server:
             return str(response.read().decode())
 
     def metrics(self, prefix: str = "adainfer:") -> dict[str, float]:
-        """Values of ``/metrics`` by series, named with their labels as printed there."""
+        """Values of ``/metrics``, by series name and labels as printed there."""
         lines = (line for line in self.get("/metrics").splitlines() if line.startswith(prefix))
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
@@ -57,17 +57,17 @@ def serving(
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Start a server, and stop it at the end.
+    """Start a server, and stop it when the context ends.
 
     Args:
-        model: directory or hub id; requests call it ``model``.
-        adainfer: value of ``additional_config["adainfer"]``; None is stock vLLM.
+        model: directory or hub id; requests name it ``model``.
+        adainfer: value of ``additional_config["adainfer"]``; None starts stock vLLM.
         log: file for its output.
-        arguments: further ones for the command line.
-        environment: further variables beside those of this process.
+        arguments: more arguments for the command line.
+        environment: variables to add to those of this process.
 
     Raises:
-        RuntimeError: it exited, or did not answer in time; with the end of its log.
+        RuntimeError: the server exited or did not answer in time; includes the end of its log.
 
     """
     with socket.socket() as free:
@@ -111,9 +111,9 @@ def _wait_for(server: Server) -> None:
 
 
 def let_others_rest() -> None:
-    """Wait until no other server takes a core from the one that is about to be timed.
+    """Wait until no idle server competes for a core with the one about to be timed.
 
-    vLLM's workers poll for a second after each step (``SpinCondition`` of
+    vLLM's workers poll for a second after each step (``SpinCondition`` in
     ``vllm/distributed/device_communicators/shm_broadcast.py``).
     """
     time.sleep(POLLING_SECONDS)

@@ -1,4 +1,4 @@
-"""The tasks that the fine-tuned demo model was trained on: prompts and answers."""
+"""The tasks that the demo model was fine-tuned on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """A task that the model was fine-tuned on: its prompts and its answers."""
+    """A classification task.
+
+    Attributes:
+        title: name for tables.
+        template: format string over a row's fields.
+        labels: the possible answers.
+
+    """
 
     title: str
     template: str

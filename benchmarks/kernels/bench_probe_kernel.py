@@ -2,16 +2,16 @@
 
     .venv/bin/python benchmarks/kernels/bench_probe_kernel.py
 
-Each cell is one model shape, one form of candidates and one number of rows. Weights are random,
-since time does not depend on them. Providers, interleaved on a CPU:
+Each cell is a model shape, a form of candidates and a number of rows. Weights are random: time does
+not depend on them. Providers, interleaved on a CPU:
 
     naive    norm, matmul, softmax, topk(2), as in the paper's code
     compile  the same function through torch.compile, specialised for the cell
     ours     adainfer_kernels.probe, checked against naive first
-    matmul   only the product with the head: a lower bound for probes of the whole head on a CPU
+    matmul   only the product with the head: a lower bound for full-vocabulary probes on a CPU
 
-On a GPU each call replays a CUDA graph with a cold L2 cache, so Python's launch overhead is not
-timed.
+On a GPU each call replays a CUDA graph with a cold L2 cache, which excludes Python's launch
+overhead.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def naive(
 
 
 def cells(shape: str, rows_list: list[int]) -> Iterator[tuple[str, int, dict[str, Call], int]]:
-    """Form, rows, providers and the bytes that must be read, for each cell of a shape."""
+    """Form, rows, providers and the bytes to read, for each cell of a shape."""
     vocabulary, size, kind = SHAPES[shape]
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -127,7 +127,7 @@ def ours(
 
 
 def check(providers: dict[str, Call]) -> None:
-    """Fail unless ours agrees with naive, up to the rounding of bfloat16 logits."""
+    """Exit unless ours agrees with naive, up to the rounding of bfloat16 logits."""
     expected, found = providers["naive"](), providers["ours"]()
     clear = expected[2] > 0.02
     if not torch.equal(expected[0][clear], found[0][clear]):
@@ -139,7 +139,7 @@ def check(providers: dict[str, Call]) -> None:
 
 
 def measure(providers: dict[str, Call]) -> dict[str, list[float]]:
-    """Seconds of each call: median, 20th and 80th percentile."""
+    """Seconds of each provider's call: median, 20th and 80th percentile."""
     if DEVICE == "cuda":
         return {name: _replayed(call) for name, call in providers.items()}
     for call in providers.values():
@@ -177,7 +177,7 @@ def _replayed(call: Call) -> list[float]:
 
 
 def peak_bytes(call: Call) -> int:
-    """Peak bytes that torch's allocator held during a call, beyond those before it."""
+    """Peak bytes that torch's allocator held during a call, above what it held before."""
     call()
     gc.collect()
     if DEVICE == "cuda":
@@ -202,7 +202,7 @@ def peak_bytes(call: Call) -> int:
 
 
 def bandwidth() -> float:
-    """Bytes per second that this device reaches: the better of a large copy and a large sum."""
+    """Bytes per second this device reaches: the better of a large copy and a large sum."""
     source = torch.ones(1 << 29, dtype=torch.bfloat16, device=DEVICE)
     target = torch.empty_like(source)
     rates = []

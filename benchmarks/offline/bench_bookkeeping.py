@@ -1,16 +1,16 @@
-"""What a step's bookkeeping costs beside the model: scheduler and worker, stock against ours.
+"""The cost of a step's bookkeeping, without the model: scheduler and worker, stock against ours.
 
     .venv/bin/python benchmarks/offline/bench_bookkeeping.py --model MODEL --label after \
         --artifact sst2=policies/sst2 --artifact choices=policies/choices
 
-No model runs. One engine in this process gives the config, the worker's loop and the grammars; a
-stock scheduler and ours of the same config then schedule the same requests, in turn, and get made
-tokens. Timed are `schedule` and `update_from_output`, what a request costs when it arrives
-(`add_request`), and of the worker `RunningRequests.add` and `describe`. The worker's note to the
-scheduler is not made.
+No model runs. One engine in this process provides the config, the worker's loop and the grammars. A
+stock scheduler and ours, with the same config, then take turns to schedule the same requests and
+get made-up tokens. Timed are `schedule` and `update_from_output`, the arrival of a request
+(`add_request`), and the worker's `RunningRequests.add` and `describe`. The worker's note to the
+scheduler is left out.
 
-Results are kept in the output file by `--label`, so that runs of two commits stand beside each
-other. The artifacts need one for labels and one for choices.
+The output file keeps results by `--label`, so runs of two commits can be compared. At least one
+artifact must be for labels and one for choices.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 STOCK, OURS = "stock", "ours"
 BATCHES = (1, 32, 256)
-LENGTHS = (16, 512)  # tokens of a text when its steps are timed
-BLOCK, BLOCKS = 32, 1 << 14  # tokens of a block; more blocks than all requests need
+LENGTHS = (16, 512)  # tokens a text has when its steps are timed
+BLOCK, BLOCKS = 32, 1 << 14  # tokens per block; more blocks than all requests need
 PROMPT = 100  # tokens
-MANY = 5000  # ids allowed
-STEPS = 8  # timed of each text
+MANY = 5000  # allowed token ids
+STEPS = 8  # timed steps per text
 TEXT = "the cat sat on the mat and looked at the dog while it ran " * 60
 SCHEMA = json.dumps({"type": "string"})
 
@@ -66,10 +66,10 @@ class Kind:
     """Requests of one kind.
 
     Attributes:
-        title: for the table.
-        params: makes those of a request.
-        written: tokens that each has when its steps are timed; 0: the step of the prompt is timed.
-        tokens: of the answer, as many as are sampled.
+        title: name for the table.
+        params: makes the sampling parameters of a request.
+        written: tokens a request has generated when timing starts; 0 times the prompt's step.
+        tokens: token ids of the answer, in the order they are sampled.
 
     """
 
@@ -81,7 +81,15 @@ class Kind:
 
 @dataclass
 class Times:
-    """Microseconds, one number for each step or, of those about requests, each batch."""
+    """Microseconds of processor time, one number per step (`arrive`, `add`: per batch).
+
+    Attributes:
+        step: the scheduler's `schedule` and `update_from_output`.
+        arrive: the scheduler's `add_request`, for all requests of a batch.
+        add: the worker's `RunningRequests.add`, for all requests of a batch.
+        describe: the worker's `RunningRequests.describe`.
+
+    """
 
     step: list[float] = field(default_factory=list)
     arrive: list[float] = field(default_factory=list)
@@ -89,12 +97,12 @@ class Times:
     describe: list[float] = field(default_factory=list)
 
     def medians(self) -> dict[str, float]:
-        """Of those that were measured."""
+        """The median of each part that was measured."""
         return {name: statistics.median(found) for name, found in vars(self).items() if found}
 
 
 class Bookkeeping:
-    """A stock scheduler and ours, and the worker's requests, of one engine."""
+    """A stock scheduler, ours, and the worker's view of requests, all from one engine."""
 
     def __init__(self, model: str, artifacts: Mapping[str, str]) -> None:
         """Start the engine."""
@@ -113,7 +121,7 @@ class Bookkeeping:
         self._tasks = engine.get_supported_tasks()
         self._core = engine.engine_core.engine_core
         self._config = engine.vllm_config
-        limits = self._config.scheduler_config  # of the schedulers made below: whole batches
+        limits = self._config.scheduler_config  # lets the schedulers below take whole batches
         limits.max_num_batched_tokens = limits.max_num_scheduled_tokens = 1 << 17
         self._loop = self._core.model_executor.driver_worker.worker.model_runner.model.loop
         made = {
@@ -131,11 +139,11 @@ class Bookkeeping:
         self._number = 0
 
     def measure(self, kind: Kind, batch: int, repeat: int) -> dict[str, dict[str, float]]:
-        """Medians by scheduler."""
+        """Medians of each part, by scheduler."""
         times = {name: Times() for name in self._schedulers}
         for number in range(repeat + 1):
             for name in list(times)[:: 1 if number % 2 else -1]:
-                # The first one warms up.
+                # The first batch warms up.
                 self._once(name, kind, batch, times[name] if number else Times())
         return {name: one.medians() for name, one in times.items()}
 
@@ -147,7 +155,7 @@ class Bookkeeping:
                 scheduler.add_request(request)
         running = RunningRequests(self._config, self._loop) if name == OURS else None
         tokens = list(kind.tokens)
-        if kind.written:  # the prompt, and all tokens until then at once
+        if kind.written:  # the prompt, and then all earlier tokens in one step
             self._step(scheduler, running, tokens[: kind.written], Times(add=times.add))
             tokens = tokens[kind.written :]
             self._step(scheduler, running, [tokens.pop(0)], Times())
@@ -198,7 +206,7 @@ class Bookkeeping:
         times.step.append(sum(parts))
 
     def _request(self, kind: Kind) -> Request:
-        """A new one, with a prompt of its own, as the engine core makes it."""
+        """A new request with its own prompt, as the engine core makes it."""
         self._number += 1
         prompt = [self._dice.randrange(1000, 20_000) for _ in range(PROMPT)]
         asked = self._process(
@@ -213,7 +221,7 @@ class Bookkeeping:
 
 @contextmanager
 def timing(found: list[float]) -> Iterator[None]:
-    """Add the microseconds that a block keeps this thread busy; others may use the processor."""
+    """Append the microseconds of processor time that a block takes in this thread."""
     gc.disable()
     begin = time.thread_time()
     yield
@@ -223,13 +231,13 @@ def timing(found: list[float]) -> Iterator[None]:
 
 def main(
     model: Annotated[str, typer.Option(help="Directory or hub id.")],
-    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, one per policy.")],
-    label: Annotated[str, typer.Option(help="Under which the results are kept.")] = "now",
+    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, once per policy.")],
+    label: Annotated[str, typer.Option(help="Name for these results in the file.")] = "now",
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/bookkeeping.json"),
-    repeat: Annotated[int, typer.Option(min=1, help="Batches of each kind and size.")] = 7,
-    note: Annotated[str, typer.Option(help="How it was run, for the table.")] = "",
+    repeat: Annotated[int, typer.Option(min=1, help="Batches per kind and size.")] = 7,
+    note: Annotated[str, typer.Option(help="Remark on the run, for the table.")] = "",
 ) -> None:
-    """Measure, and write JSON and a Markdown table beside each other."""
+    """Measure, and write JSON and a Markdown table next to each other."""
     artifacts = dict(named.split("=", 1) for named in artifact)
     configs = [load_artifact_config(one) for one in artifacts.values()]
     labels = next(list(one.label_ids) for one in configs if not one.choices)
@@ -248,10 +256,10 @@ def main(
 
 
 def kinds(tokenizer: Any, labels: list[int], choices: list[str]) -> list[Kind]:
-    """Those that are measured."""
+    """The kinds of requests to measure."""
 
     def params(**more: Any) -> Callable[[], SamplingParams]:
-        """The lists of each request are its own, as they are when it comes over a socket."""
+        """Give each request lists of its own, as if it had come over a socket."""
         return lambda: SamplingParams(temperature=0, **json.loads(json.dumps(more)))
 
     def structured(tokens: int, **outputs: Any) -> Callable[[], SamplingParams]:
@@ -284,7 +292,7 @@ def kinds(tokenizer: Any, labels: list[int], choices: list[str]) -> list[Kind]:
 
 
 def table(runs: Mapping[str, Any]) -> str:
-    """A row for each kind and number of requests, microseconds of each run beside each other."""
+    """Markdown: a row per kind and number of requests, with the microseconds of each run."""
     heads = ("step, scheduler", "arrival, scheduler", "`add`", "`describe`")
     beside = " / ".join(runs)
     by_case: dict[tuple[str, int], dict[str, Any]] = {}

@@ -1,9 +1,9 @@
-"""Small models of several families, side by side: trained, calibrated, measured on unseen rows.
+"""Train, calibrate and measure small models of several families side by side.
 
     .venv/bin/python benchmarks/offline/bench_families.py
 
-All have 12 layers and learn from the same text; see `small_models`. After training, this runs the
-same code as the commands `calibrate` and `evaluate`.
+All have 12 layers and learn from the same text, see `small_models.py`. Calibration and evaluation
+run the code of the commands of that name, on rows the models have not seen.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ TRAIN, CALIBRATE = 1400, 700  # rows
 
 def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/families.json"),
-    repeat: Annotated[int, typer.Option(help="Rounds of stock and ours.")] = 5,
-    family: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
-    shots: Annotated[int, typer.Option(help="Labelled rows before each prompt's own.")] = 0,
+    repeat: Annotated[int, typer.Option(help="Rounds, each of stock and ours.")] = 5,
+    family: Annotated[
+        list[str] | None, typer.Option(help="Family to run, repeatable; by default all.")
+    ] = None,
+    shots: Annotated[int, typer.Option(help="Answered rows before each prompt.")] = 0,
     test_rows: Annotated[int, typer.Option()] = 1500,
 ) -> None:
     """Train, calibrate and measure each family; write JSON and a Markdown table."""
@@ -58,7 +60,7 @@ def main(
 def measured(
     family: str, rows: Sequence[Row], directory: Path, repeat: int, shots: int, test_rows: int
 ) -> dict[str, Any]:
-    """The report of `evaluate`, with the training time."""
+    """The report of `evaluate` for one family, with the training time."""
     directory.mkdir()
     known = rows[:TRAIN]
     rest = with_shots(rows[TRAIN : TRAIN + CALIBRATE + test_rows], known, shots)
@@ -92,7 +94,7 @@ def measured(
 
 
 def table(reports: dict[str, Any]) -> str:
-    """A row for each family."""
+    """Markdown: a row per family."""
     columns = [
         "family",
         "accuracy, stock / ours",

@@ -1,11 +1,12 @@
-"""Generation: stock vLLM against exits at every token, with exact and with propagated K and V.
+"""Generated text: stock vLLM against exits at every token, with exact and with propagated KV.
 
     .venv/bin/vllm-adainfer calibrate --model MODEL --data FILE --max-tokens 64 --output POLICY
-    .venv/bin/python benchmarks/offline/bench_generation.py --model MODEL --artifact POLICY --data-dir DIR
+    .venv/bin/python benchmarks/offline/bench_generation.py --model MODEL --artifact POLICY \
+        --data-dir DIR
 
-Engines run interleaved on chat prompts of `DIR`: test rows of GSM8K, and those of alpaca_eval and
-specbench that calibration has not seen. Speed is measured at each batch size, quality once. What
-exits could save at most (the oracle's depth) is in the artifact.
+Engines run interleaved on chat prompts from DIR: test rows of GSM8K, and the rows of alpaca_eval
+and specbench that calibration has not seen. Speed is measured at each batch size, quality once. The
+headroom (the depth of an oracle) comes from the artifact.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ if TYPE_CHECKING:
 
 STOCK, NEVER, EXACT, PROPAGATE = "stock", "never exit", "exact", "propagate"
 VARIANTS = (STOCK, NEVER, EXACT, PROPAGATE)
-# Directory -> field, and number of test rows that calibration has used.
+# Directory -> field, and how many of its first rows calibration used.
 SOURCES = {"gsm8k": ("question", 0), "alpaca_eval": ("text", 250), "specbench": ("text", 90)}
-# Batch size -> prompts in a timed pass: a few full batches.
+# Batch size -> prompts in a timed pass (a few full batches).
 BATCHES = {1: 12, 8: 24, 32: 64, 128: 128}
 MOST = 48  # prompts per data set
 MAX_PROMPT = 512  # tokens; longer prompts are left out
@@ -61,7 +62,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="Prompts per data set, for quality.")] = 24,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
-    """Measure, and write JSON and a Markdown table beside each other."""
+    """Measure, and write JSON and a Markdown table next to each other."""
     config = load_artifact_config(artifact)
     sets = read_sets(model, data_dir, MOST)
     mixed = [e for group in zip_longest(*sets.values()) for e in group if e is not None]
@@ -92,7 +93,7 @@ def main(
 
 
 def read_sets(model: str, data_dir: Path, count: int) -> dict[str, list[Example]]:
-    """Up to `count` chat prompts of each source, with the answer as label if it is scored."""
+    """Up to `count` chat prompts of each source; those of GSM8K are labelled with the answer."""
     _, tokenizer = load_config_and_tokenizer(model)
     sets = {}
     for name, (field, used) in SOURCES.items():
@@ -116,7 +117,7 @@ def read_sets(model: str, data_dir: Path, count: int) -> dict[str, list[Example]
 def start_engines(
     model: str, artifact: str, examples: Sequence[Example], max_tokens: int
 ) -> dict[str, LLM]:
-    """Stock, and ours with each KV policy, side by side."""
+    """Start stock and ours, with each KV policy, side by side."""
     os.environ["VLLM_PLUGINS"] = ""
     engines = {STOCK: start_engine(model, examples, None, max_tokens)}
     del os.environ["VLLM_PLUGINS"]
@@ -134,7 +135,7 @@ def run(
     batch: int,
     max_tokens: int,
 ) -> Run:
-    """Run `examples` in batches of `batch`, one after the other, from an empty prefix cache."""
+    """Run `examples` in consecutive batches of `batch`, from an empty prefix cache."""
     from vllm import SamplingParams
 
     engine = engines[EXACT if variant == NEVER else variant]
@@ -161,7 +162,7 @@ def measure_speed(
     max_tokens: int,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """Interleaved rounds at one batch size; returns a row per variant."""
+    """Measure interleaved rounds at one batch size; returns a row per variant."""
     for variant in VARIANTS:
         run(engines, variant, examples[:batch], batch, 4)
     passes: dict[str, list[Run]] = {variant: [] for variant in VARIANTS}
@@ -198,9 +199,9 @@ def measure_quality(
     examples: Sequence[Example],
     max_tokens: int,
 ) -> list[dict[str, Any]]:
-    """Texts of each variant, read back by stock vLLM; returns a row per variant.
+    """Have stock vLLM rescore the texts of each variant; returns a row per variant.
 
-    One request at a time, so that every token that settles leaves.
+    Texts are generated one request at a time, so every settled token exits.
     """
     _, tokenizer = load_config_and_tokenizer(model)
     prompts = [example.token_ids for example in examples]
@@ -246,7 +247,7 @@ QUALITY = [
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown: speed by batch size, quality by data set."""
+    """Markdown: speed by batch size, then quality by data set."""
     room, depth = report["oracle_layers_run"], report["layers_total"]
     head = (
         f"{report['model']}, greedy, up to {report['max_tokens']} tokens, epsilon "

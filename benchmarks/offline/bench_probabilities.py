@@ -1,10 +1,10 @@
-r"""Policies for probabilities: what they save, and how far probabilities move, by tolerance.
+r"""Policies for label probabilities: layers saved and how far probabilities move, by tolerance.
 
     .venv/bin/python benchmarks/offline/bench_probabilities.py --model MODEL --data-dir DIR
 
-MODEL is the demo model fine-tuned on these tasks; DIR holds TASK/train.jsonl and TASK/test.jsonl.
-Each task is recorded once; then, for each tolerance, this runs the rest of `calibrate`, and
-`evaluate` at the one epsilon.
+MODEL is the demo model fine-tuned on the tasks of `common/tasks.py`; DIR holds TASK/train.jsonl and
+TASK/test.jsonl. Each task is recorded once; for each tolerance, the rest of `calibrate` and then
+`evaluate` run at one epsilon.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/probabilities.json"),
     policies: Annotated[
         Path | None,
-        typer.Option(help="Keep the policies here; tasks that have theirs are not calibrated."),
+        typer.Option(help="Keep policies here, and reuse those that are already there."),
     ] = None,
     tolerances: Annotated[str, typer.Option()] = "0.02,0.05,0.1",
     epsilon: Annotated[float, typer.Option()] = 0.02,
-    rows: Annotated[int, typer.Option(help="Rows of each test, at most.")] = 800,
-    repeat: Annotated[int, typer.Option(help="Rounds of stock and ours.")] = 3,
+    rows: Annotated[int, typer.Option(help="Most test rows per task.")] = 800,
+    repeat: Annotated[int, typer.Option(help="Rounds, each of stock and ours.")] = 3,
 ) -> None:
     """Calibrate, measure, and write JSON and a Markdown table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def main(
 def calibrated(
     name: str, request: CalibrationRequest, tolerances: Sequence[float]
 ) -> list[tuple[str, Path]]:
-    """Write an artifact for each tolerance into the request's output; their paths."""
+    """Calibrate a policy for each tolerance below the request's output; returns their paths."""
     requests = [
         replace(
             request,
@@ -102,7 +102,7 @@ def calibrated(
 
 
 def table(reports: Sequence[dict[str, Any]]) -> str:
-    """A row for each task and tolerance."""
+    """Markdown: a row per task and tolerance."""
     columns = [
         "task, prompts",
         "tolerance",

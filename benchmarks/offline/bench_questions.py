@@ -1,12 +1,12 @@
-r"""One policy for a mixture of questions: what it saves and risks, by question, also unseen ones.
+r"""One policy for a mixture of questions: layers saved and risk by question, seen and unseen.
 
     .venv/bin/python benchmarks/offline/bench_questions.py --model MODEL --train train.jsonl \
         --test test.jsonl --label-pool letters,yes-no
 
-The files hold requests, as `calibrate --data` takes them. They are recorded once; then, for the
-label alone and for its probabilities, this runs the rest of `calibrate`, and `evaluate`. Then, for
-each question, a policy from all others is judged on that one: how its bound fares on a question
-that calibration has not seen.
+The files hold requests, as `calibrate --data` takes them. They are recorded once; the rest of
+`calibrate` and then `evaluate` run for a policy for the label alone and for one for its
+probabilities. Finally, for each question, a policy calibrated on all others is judged on that one,
+to show what the bound is worth on a question calibration has not seen.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from vllm_adainfer.policy.artifact_files import load_details
 def main(
     model: Annotated[str, typer.Option()],
     train: Annotated[Path, typer.Option(help="Requests to calibrate on.")],
-    test: Annotated[Path, typer.Option(help="Requests to measure, with a right label each.")],
+    test: Annotated[Path, typer.Option(help="Requests to measure, each with its right label.")],
     label_pool: Annotated[str, typer.Option()] = "letters,yes-no",
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/questions.json"),
     tolerance: Annotated[float, typer.Option()] = 0.05,
     epsilon: Annotated[float, typer.Option()] = 0.02,
-    repeat: Annotated[int, typer.Option(help="Rounds of stock and ours.")] = 3,
+    repeat: Annotated[int, typer.Option(help="Rounds, each of stock and ours.")] = 3,
 ) -> None:
     """Calibrate, measure, and write JSON and a Markdown table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def main(
 def left_out(
     request: CalibrationRequest, prompts: Prompts, recording: Recording
 ) -> list[dict[str, Any]]:
-    """For each question, how a policy of all others does on all of its prompts."""
+    """For each question, the outcome of a policy calibrated on all others."""
     calibration = calibration_of(request, prompts, recording)
     names = np.array(calibration.questions)
     rows = []
@@ -117,7 +117,7 @@ def left_out(
 
 
 def tables(reports: Sequence[dict[str, Any]]) -> str:
-    """A row for each promise, then one for each question."""
+    """Markdown: a row per guarantee, then a row per question."""
     head = markdown_table(
         [
             "promise",
@@ -163,7 +163,7 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def wrong(report: dict[str, Any]) -> float:
-    """The share of answers that the bound is about."""
+    """The share of answers that the bound limits."""
     if "probabilities" not in report:
         return float(report["disagreement"])
     return float(report["probabilities"]["levels"][0]["wrong"])

@@ -1,9 +1,9 @@
-"""How long engines take to start, and how much memory they hold.
+"""How long engines take to start, and how much memory they use.
 
     .venv/bin/python benchmarks/offline/bench_startup.py --model .demo/SmolLM2-135M-Instruct
 
-Stock vLLM and a scripted engine with four exit points (six compiled segments) start in turn, one at
-a time: first with an empty compile cache, then with the one that those starts filled.
+Stock vLLM and a scripted engine with four exit points (six compiled segments) start one after the
+other: first with an empty compile cache, then with the cache those starts filled.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ STOCK, FOUR = "stock", "four exit points"
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Its config is used, its weights are not.")],
+    model: Annotated[str, typer.Option(help="Only its config is used, not its weights.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/startup.json"),
 ) -> None:
-    """Measure, and write JSON and a Markdown table beside each other."""
+    """Measure, and write JSON and a Markdown table next to each other."""
     depth = load_config_and_tokenizer(model)[0].num_hidden_layers
     plans: dict[str, Any] = {
         STOCK: None,
         FOUR: {"exit_script": [depth * part // 5 for part in range(1, 5)]},
     }
-    start(model, None)  # fills the page cache with imports and files
+    start(model, None)  # warms the page cache
     found: dict[str, dict[str, float]] = {name: {} for name in plans}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["VLLM_CACHE_ROOT"] = cache
@@ -58,7 +58,7 @@ def main(
 
 
 def start(model: str, adainfer: dict[str, Any] | None) -> tuple[float, int]:
-    """Start an engine and stop it: seconds, and bytes that only its processes hold (USS)."""
+    """Start and stop an engine; returns seconds, and the bytes unique to its processes (USS)."""
     begin = time.perf_counter()
     engine = start_engine(
         model, [Example("", "", [0] * MAX_LENGTH, None)], adainfer, load_format="dummy"
@@ -71,7 +71,7 @@ def start(model: str, adainfer: dict[str, Any] | None) -> tuple[float, int]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: a row per engine, then their ratio."""
+    """Markdown: a row per engine, then the ratios."""
     rows = [
         [
             name,

@@ -1,17 +1,17 @@
-"""How the parts of a step grow: with rows, layers, requests asked, exit points and vocabulary.
+"""How the cost of a step grows with rows, layers, requests, exit points and vocabulary.
 
     .venv/bin/python benchmarks/offline/bench_step_cost.py --model .demo/SmolLM2-135M-Instruct
 
-Engines run in this process, with random weights and scripted exits, and every part of the exit loop
-is timed where it is called. A straight line in the expected terms is then fitted to each part's
-time; the table says how far the line is off.
+Engines run in this process, with random weights and scripted exits, and each part of the exit loop
+is timed where it is called. A straight line in the expected terms is fitted to the time of each
+part; the table gives its error.
 """
 
 from __future__ import annotations
 
 import os
 
-# Set before libraries read them: one process, and one thread, as a server on two cores computes.
+# Set before libraries read them: one process and one thread, as in a server on two cores.
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
@@ -50,7 +50,7 @@ from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 
-# Part of a step -> terms in which its time should be linear; `work` computes them.
+# Part of a step -> the terms its time should be linear in; `work` computes them.
 LINES = {
     "segments": ("layers run", "layers x rows"),
     "last layer": ("steps", "rows left", "requests left"),
@@ -65,10 +65,10 @@ Times = dict[str, list[float]]
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Its config is used, its weights are not.")],
+    model: Annotated[str, typer.Option(help="Only its config is used, not its weights.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/step_cost.json"),
 ) -> None:
-    """Measure, fit, and write JSON and a Markdown table beside each other."""
+    """Measure, fit, and write JSON and a Markdown table next to each other."""
     hf_config, _ = load_config_and_tokenizer(model)
     depth, vocabulary = hf_config.num_hidden_layers, hf_config.vocab_size
     measured = []
@@ -100,10 +100,10 @@ def main(
 
 
 def work(layers: int, requests: int, leaving: list[int]) -> dict[str, int]:
-    """The work of a step in which a quarter of the requests leaves after each of `leaving`."""
+    """The work in a step where a quarter of the requests exits after each layer of `leaving`."""
     quarter = max(1, requests // 4)
     cuts = len(leaving)
-    left = [requests - quarter * cut for cut in range(cuts + 1)]  # in each stretch of layers
+    left = [requests - quarter * cut for cut in range(cuts + 1)]  # between two exit points
     stretches = [b - a for a, b in itertools.pairwise([0, *leaving, layers - 1])]
     return {
         "layers": layers,
@@ -121,7 +121,7 @@ def work(layers: int, requests: int, leaving: list[int]) -> dict[str, int]:
 
 
 def step_times(engine: Any, vocabulary: int, requests: int, leaving: list[int]) -> dict[str, float]:
-    """Median milliseconds of each part in `LINES` over a step of `work`, and of the ``step``."""
+    """Median milliseconds of the whole ``step`` of `work`, and of each part in `LINES`."""
     prompts = random_prompts(requests, PROMPT, vocabulary)
     quarter = max(1, requests // 4)
     exits: list[int | None] = [layer for layer in leaving for _ in range(quarter)]
@@ -132,9 +132,8 @@ def step_times(engine: Any, vocabulary: int, requests: int, leaving: list[int]) 
         engine.reset_prefix_cache()
         with timed() as times:
             engine.generate(prompts, params, use_tqdm=False)
-        if (
-            number > 1 and len(times["step"]) == 1
-        ):  # after two warm-up runs, if all prompts ran in one step
+        # After two warm-up runs, and only if all prompts ran in one step.
+        if number > 1 and len(times["step"]) == 1:
             parts = {
                 part: 1000 * sum(times[part]) for part in ("step", "last layer", "decide", "cut")
             }
@@ -145,7 +144,7 @@ def step_times(engine: Any, vocabulary: int, requests: int, leaving: list[int]) 
 
 @contextmanager
 def timed() -> Iterator[Times]:
-    """Time the parts of the exit loop while the context lasts."""
+    """Record the seconds of each part of the exit loop while the context lasts."""
     times: Times = defaultdict(list)
 
     def wrap(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,7 +177,7 @@ def timed() -> Iterator[Times]:
 
 
 def probe_times(hidden_size: int, vocabulary: int) -> list[dict[str, Any]]:
-    """Milliseconds of probes by vocabulary size and number of rows."""
+    """Milliseconds of a probe, by vocabulary size and number of rows."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for size in (2, vocabulary // 4, vocabulary):
@@ -205,7 +204,7 @@ def probe_times(hidden_size: int, vocabulary: int) -> list[dict[str, Any]]:
 
 
 def fit(part: str, measured: Sequence[dict[str, Any]], terms: Sequence[str]) -> dict[str, Any]:
-    """The line through a part's times with least relative error and no negative slope."""
+    """Fit the line of least relative error through a part's times, without negative slopes."""
     used = [row for row in measured if row[part] > 0]
     times = np.array([row[part] for row in used])
     design = np.array([[row[term] for term in terms] for row in used], dtype=np.float64)
@@ -220,7 +219,7 @@ def fit(part: str, measured: Sequence[dict[str, Any]], terms: Sequence[str]) -> 
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: the line of each part, then the measured steps and probes."""
+    """Markdown: the fitted lines, the measured steps, the measured probes."""
     lines = []
     for line in report["lines"]:
         sums = [f"{slope:.3g} x {term}" for term, slope in line["microseconds"].items() if slope]

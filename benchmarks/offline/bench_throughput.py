@@ -1,15 +1,15 @@
-"""How much time the engine saves by skipping layers, with exits that follow a script.
+"""How much time skipping layers saves, with exits that follow a script.
 
     .venv/bin/python benchmarks/offline/bench_throughput.py --model .demo/SmolLM2-135M-Instruct
     python benchmarks/offline/bench_throughput.py --model llama-1b    # on a GPU, see `make gpu`
 
 Engines run interleaved on the same random prompts: stock vLLM, stock with half of the layers (for
 the bound, see `throughput_report.py`), the idle plugin, and scripted engines with one and with four
-exit points. Weights are random and answers mean nothing: every number is synthetic, and says how
-much skipped work is saved as time. For the quality of decisions see `vllm-adainfer evaluate`.
+exit points. Weights are random, so the numbers are synthetic: they show how much of the skipped
+work turns into time saved. For the quality of decisions see `vllm-adainfer evaluate`.
 
-In generation, tokens that leave wait (``kv`` = ``exact``) until their request ends, so a decode
-step of fewer layers is timed. On a GPU stock runs with its CUDA graphs.
+In generation, tokens that exit early wait until their request ends (``kv`` = ``exact``), so the
+benchmark times decode steps with fewer layers. On a GPU, stock runs with its CUDA graphs.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ if TYPE_CHECKING:
 
 ONE, FOUR = "one exit point", "four exit points"
 MIN_TOKENS = 1024  # per timed pass; smaller cases are repeated within it
-STEP_TOKENS = 64  # prompt tokens that take about as long as a decode step
+STEP_TOKENS = 64  # prompt tokens that take about as long as one decode step
 
 
 @dataclass(frozen=True)
 class Case:
-    """Requests sent together: `batch` prompts of `length` tokens, each for `output` tokens."""
+    """A batch of requests: `batch` prompts of `length` tokens, for `output` tokens each."""
 
     length: int
     batch: int
@@ -67,26 +67,33 @@ class Case:
 
     @property
     def repeats(self) -> int:
-        """How often a timed pass runs it."""
+        """How often a timed pass runs the batch."""
         tokens = self.batch * self.length + STEP_TOKENS * (self.output - 1)
         return -(-MIN_TOKENS // tokens)
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """The engine that runs a case, and the share of its requests that leaves after each layer."""
+    """An engine, and the share of requests that exit after each layer.
+
+    Attributes:
+        name: name for the report.
+        engine: name of the engine that runs it.
+        leaving: share of the requests that exit, by layer; the others run at full depth.
+
+    """
 
     name: str
     engine: str
     leaving: Mapping[int, float]
 
     def fits(self, case: Case) -> bool:
-        """Whether the shares are whole numbers of requests."""
+        """Whether every share is at least one request."""
         counts = [share * case.batch for share in self.leaving.values()]
         return all(count >= 1 for count in counts)
 
     def exits(self, batch: int, generator: np.random.Generator) -> list[int | None]:
-        """The layer after which each request leaves; None for full depth."""
+        """The layer after which each request exits, shuffled; None for full depth."""
         layers = [
             layer for layer, share in self.leaving.items() for _ in range(round(share * batch))
         ]
@@ -105,7 +112,7 @@ QUICK_CASES = [Case(32, 8), Case(128, 32)]
 GPU_CASES = [
     *(Case(128, batch) for batch in (1, 8, 64, 256)),
     *(Case(1024, batch) for batch in (1, 8, 32)),
-    # No more tokens than may wait.
+    # No more tokens than the KV policy lets wait.
     *(Case(32, batch, output=64) for batch in (1, 8, 32)),
 ]
 ON_GPU = torch.cuda.is_available()
@@ -113,7 +120,7 @@ MORE = {"kv_cache_memory_bytes": 5 << 30} if ON_GPU else {}  # for the largest c
 
 
 def scenarios(depth: int) -> list[Scenario]:
-    """From no exits to exits at four points; the bound judges the last four."""
+    """Scenarios from no exits to exits at four points."""
     middle, fifths = depth // 2, [depth * part // 5 for part in range(1, 5)]
     return [
         Scenario("never exit", FOUR, {}),
@@ -127,13 +134,13 @@ def scenarios(depth: int) -> list[Scenario]:
 def main(
     model: Annotated[
         str,
-        typer.Option(help=f"Its config is used, its weights are not; or {', '.join(SHAPES)}."),
+        typer.Option(help=f"Only its config is used, not its weights; or {', '.join(SHAPES)}."),
     ],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/throughput.json"),
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="Two cases, one exit point.")] = False,
 ) -> None:
-    """Measure, and write JSON, a Markdown table and a plot beside each other."""
+    """Measure, and write JSON, a Markdown table and a plot next to each other."""
     if model in SHAPES:
         model = str(write_shape(model, Path(tempfile.mkdtemp())))
     hf_config, _ = load_config_and_tokenizer(model)
@@ -158,14 +165,14 @@ def main(
 
 
 def start_engines(model: str, depth: int, cases: Sequence[Case], quick: bool) -> dict[str, LLM]:
-    """All engines side by side; for a `quick` run only those that it needs."""
+    """Start all engines side by side; a `quick` run starts only those it needs."""
     longest = max(case.length + case.output for case in cases)
     examples = [Example("", "", [0] * longest, None)]
     points = [depth * part // 5 for part in range(1, 5)]
     plans: dict[str, dict[str, Any]] = {
         STOCK: {},
         HALF: {"hf_overrides": {"num_hidden_layers": depth // 2}},
-        **({} if ON_GPU else {IDLE: {}}),  # does not fit on a GPU
+        **({} if ON_GPU else {IDLE: {}}),  # GPU memory has no room for it
         ONE: {"adainfer": {"exit_script": [depth // 2]}},
         FOUR: {"adainfer": {"exit_script": points}},
     }
@@ -188,11 +195,11 @@ def measure(
     prompts: Sequence[Any],
     rounds: int,
 ) -> dict[str, dict[str, Any]]:
-    """Interleaved rounds of one case, after a few warm-up requests.
+    """Measure one case in interleaved rounds, after a few warm-up requests.
 
     Returns:
-        by scenario, or by engine for stock vLLM: ``seconds`` per batch in each round, and
-        ``layers_saved``.
+        for each scenario (for stock, each engine): ``seconds`` per batch in each round, and the
+        share ``layers_saved``.
 
     """
     plain = [Scenario(name, name, {}) for name in (STOCK, HALF, IDLE)]
@@ -223,7 +230,7 @@ def measure(
 
 
 def one_pass(engine: LLM, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> float:
-    """Seconds for one batch, from an empty prefix cache."""
+    """Seconds for one batch, starting from an empty prefix cache."""
     engine.reset_prefix_cache()
     start = time.perf_counter()
     engine.generate(prompts, params, use_tqdm=False)

@@ -1,4 +1,4 @@
-"""Checkpoints without weights: a Llama config and a tokenizer, for ``load_format=dummy``."""
+"""Llama checkpoints without weights (config and tokenizer), for ``load_format=dummy``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VOCABULARY = 128_256
 
 
 def write_shape(name: str, parent: Path) -> Path:
-    """Write a checkpoint of the shape `name`; returns its directory."""
+    """Write a checkpoint with the shape `name` below `parent`; returns its directory."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 

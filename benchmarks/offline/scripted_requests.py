@@ -1,4 +1,4 @@
-"""Requests of benchmarks: random prompts, and parameters that name the exit point."""
+"""Random prompts, and sampling parameters that name the exit point."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def random_prompts(batch: int, length: int, vocabulary: int) -> list[dict[str, list[int]]]:
-    """`batch` prompts of `length` tokens without common prefixes, the same in every call."""
+    """`batch` random prompts of `length` tokens, identical in every call."""
     ids = np.random.default_rng(length * batch).integers(2, vocabulary, (batch, length))
     return [{"prompt_token_ids": row.tolist()} for row in ids]
 
 
 def scripted_request(layer: int | None, tokens: int = 1) -> SamplingParams:
-    """A request for `tokens` of the script's labels; a scripted engine exits after `layer`."""
+    """Parameters for `tokens` label tokens; a scripted engine exits after `layer` (None: never)."""
     from vllm import SamplingParams
 
     return SamplingParams(

@@ -1,6 +1,6 @@
-"""Train small models on this repository's own text, so that their exits mean something.
+"""Train small models on this repository's text, so that exits have real decisions to make.
 
-The task is to tell where three lines of code are from: the package, its tests or its tools.
+The task: given three lines of code, say whether they are from the package, its tests or its tools.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from transformers import PreTrainedTokenizerFast as Fast
 Row = dict[str, str]
 ROOT = Path(__file__).parents[2]
 SOURCES = {"package": ["vllm_adainfer"], "tests": ["tests"], "tools": ["benchmarks", "kernels"]}
-ASKS = "From:"  # what precedes a label
+ASKS = "From:"  # precedes the label
 TEMPLATE = f"{{text}}\n{ASKS}"
 LINES = 3
 LAYERS, HIDDEN, HEADS, VOCABULARY = 12, 256, 4, 2000
 BATCH, EPOCHS, RATE = 32, 3, 1e-3
-LABEL_WEIGHT = 10.0  # of the label token in the loss; other tokens have 1
+LABEL_WEIGHT = 10.0  # weight of a label token in the loss; other tokens weigh 1
 FAMILIES = {
     "Llama": lambda **shape: LlamaForCausalLM(LlamaConfig(intermediate_size=3 * HIDDEN, **shape)),
     "OPT": lambda **shape: OPTForCausalLM(
@@ -46,7 +46,7 @@ FAMILIES = {
             intermediate_size=2 * HIDDEN, num_local_experts=8, num_key_value_heads=HEADS, **shape
         )
     ),
-    # The last third of its layers reads the keys and values of earlier ones.
+    # The last third of its layers shares the keys and values of earlier layers.
     "Gemma 4": lambda **shape: Gemma4ForCausalLM(
         Gemma4TextConfig(
             intermediate_size=3 * HIDDEN,
@@ -60,7 +60,7 @@ FAMILIES = {
             **shape,
         )
     ),
-    # Three gated delta-net layers, then one with attention, as in the models of that name.
+    # Three gated delta-net layers, then one attention layer, as in the released models.
     "Qwen 3.5": lambda **shape: Qwen3_5ForCausalLM(
         Qwen3_5TextConfig(
             intermediate_size=3 * HIDDEN,
@@ -77,7 +77,7 @@ FAMILIES = {
 
 
 def snippets() -> list[Row]:
-    """Equally many of each source, without overlaps, in random order."""
+    """The same number of snippets from each source, without overlap, in random order."""
     by_source: dict[str, list[Row]] = {}
     for source, directories in SOURCES.items():
         rows = by_source[source] = []
@@ -109,7 +109,7 @@ def bpe_tokenizer(texts: Sequence[str]) -> Fast:
 
 
 def with_shots(rows: Sequence[Row], known: Sequence[Row], shots: int) -> list[Row]:
-    """`rows`, each behind as many others of `known`, with their labels."""
+    """`rows`, each preceded by `shots` answered rows of `known`."""
     generator = random.Random(0)
     drawn = [generator.sample(known, shots) for _ in rows]
     return [
@@ -119,14 +119,14 @@ def with_shots(rows: Sequence[Row], known: Sequence[Row], shots: int) -> list[Ro
 
 
 def answered(row: Row) -> str:
-    """A prompt and its label."""
+    """The prompt of a row, followed by its label."""
     return f"{TEMPLATE.format(**row)} {row['label']}"
 
 
 def train(family: str, rows: Sequence[Row], directory: Path, shots: int = 0) -> Path:
-    """Train a model of `family` from scratch on prompts and labels of `rows`, and save it.
+    """Train a model of `family` from scratch on `rows`, and save it in bfloat16.
 
-    A text has one of them; if there will be `shots`, then also as many before it.
+    Training texts hold one answered row each; with `shots`, a second set holds ``1 + shots``.
     """
     torch.manual_seed(0)
     tokenizer = bpe_tokenizer(list(map(answered, rows)))
@@ -159,7 +159,7 @@ def train(family: str, rows: Sequence[Row], directory: Path, shots: int = 0) -> 
 
 
 def drawn(rows: Sequence[Row], size: int) -> list[list[str]]:
-    """Batches of texts with `size` of `rows` each, over all rows in random order."""
+    """Batches of texts of `size` rows each, over all rows in random order."""
     order = torch.randperm(len(rows))[: len(rows) // size * size].view(-1, size)
     texts = ["\n\n".join(answered(rows[i]) for i in text) for text in order.tolist()]
     in_batch = max(1, BATCH // size)
@@ -167,7 +167,7 @@ def drawn(rows: Sequence[Row], size: int) -> list[list[str]]:
 
 
 def weighted_loss(model: Any, ids: Tensor, mask: Tensor, marker: Tensor) -> Tensor:
-    """Cross entropy of each next token; those behind `marker`, the labels, have more weight."""
+    """Weighted cross entropy of next tokens; labels, the tokens after `marker`, weigh more."""
     logits = model(ids, attention_mask=mask).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"

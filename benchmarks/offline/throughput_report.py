@@ -1,8 +1,8 @@
-"""The report of `bench_throughput.py`: measured speed-ups against the possible ones.
+"""The report of `bench_throughput.py`: measured speed-ups and how much was possible.
 
     .venv/bin/python benchmarks/offline/throughput_report.py
 
-rewrites table and plot of the committed result; the plot includes the current suite results.
+rewrites the table and the plot of the committed result, with the current results of the suite.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ STOCK, HALF, IDLE = "stock", "half the layers", "installed, idle"
 def case_rows(
     case: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row of the report per scenario of one case.
+    """The rows of the report for one case, one per scenario.
 
-    The bound: stock with half of the layers shows how much of stock's time is in layers, and only
-    that time can be saved.
+    ``bound`` is the speed-up if all skipped layers saved their time. Stock with half of its layers
+    shows how much of stock's time is spent in layers; only that time can be saved.
     """
     stock = runs[STOCK]["seconds"]
     full = statistics.median(stock)
@@ -60,7 +60,7 @@ def case_rows(
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown: a row per case, with the scenarios in columns."""
+    """Markdown: a row per case, a column per scenario."""
     rows = report["cases"]
     names = list(dict.fromkeys(row["scenario"] for row in rows))
     cases: dict[tuple[int, int, int], dict[str, Any]] = {}
@@ -90,16 +90,21 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def plot(report: Mapping[str, Any]) -> bytes:
-    """PNG: speed-up against layers saved, with the line where all skipped work saves time.
+    """PNG: speed-up against layers saved, with the ideal line where skipped work costs no time.
 
-    It also shows calibrated policies, from the suites' committed results.
+    Stars are calibrated policies, from the suite's committed results.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     saved = [index / 100 for index in range(66)]
-    axes.plot(saved, [1 / (1 - share) for share in saved], "k--", label="all skipped work is time")
+    axes.plot(
+        saved,
+        [1 / (1 - share) for share in saved],
+        "k--",
+        label="ideal: all skipped work saves time",
+    )
     for name in dict.fromkeys(row["scenario"] for row in report["cases"]):
         rows = [row for row in report["cases"] if row["scenario"] == name and row["output"] == 1]
         axes.plot(
@@ -118,7 +123,7 @@ def plot(report: Mapping[str, Any]) -> bytes:
         label="calibrated policies, real tasks",
     )
     axes.axhline(1, color="grey", linewidth=0.5)
-    axes.set_xlabel("share of rows x layers that was not run")
+    axes.set_xlabel("share of token-layers skipped")
     axes.set_ylabel("speed-up over stock vLLM")
     axes.set_title(f"{report['model']}: exits by script (synthetic), and by policies")
     axes.legend(fontsize=8)
