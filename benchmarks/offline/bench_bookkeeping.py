@@ -1,4 +1,4 @@
-"""The cost of a step's bookkeeping, without the model: scheduler and worker, stock against ours.
+r"""The cost of a step's bookkeeping, without the model: scheduler and worker, stock against ours.
 
     .venv/bin/python benchmarks/offline/bench_bookkeeping.py --model MODEL --label after \
         --artifact sst2=policies/sst2 --artifact choices=policies/choices

@@ -1,4 +1,4 @@
-"""Generated text: stock vLLM against exits at every token, with exact and with propagated KV.
+r"""Generated text: stock vLLM against exits at every token, with exact and with propagated KV.
 
     .venv/bin/vllm-adainfer calibrate --model MODEL --data FILE --max-tokens 64 --output POLICY
     .venv/bin/python benchmarks/offline/bench_generation.py --model MODEL --artifact POLICY \

@@ -1,15 +1,16 @@
-r"""One base model, an adapter and a policy for each task, in one server, beside merged weights.
+r"""Several adapters of one base model, each with policies, in one server; against merged weights.
 
     .venv/bin/python benchmarks/serving/bench_adapters.py --base BASE --tasks DIR --decisions DIR \
         --merged-tasks DIR --merged-decisions DIR --data-dir DIR --chats-dir DIR
 
-`--tasks` and `--decisions` are LoRA adapters of BASE, the others checkpoints with these merged in.
-DATA-DIR and CHATS-DIR are those of `bench_choices`. Requests for choices go to the first adapter
-(SST-2, TREC) and to the second (chats about A or B), first task by task and then all at once, to a
-stock server with the same adapters and to ours, in turn. What a policy for merged weights saves and
-changes, on the same rows, is measured by `evaluate`.
+`--tasks` and `--decisions` are LoRA adapters of BASE, the `--merged` ones checkpoints with these
+merged in. DATA-DIR and CHATS-DIR are those of `bench_choices.py`. Requests for choices go to the
+first adapter (SST-2, TREC) and to the second (chats about A or B), first task by task, then all at
+once, to a stock server with the same adapters and to ours in turn. `evaluate` measures what a
+policy for the merged weights saves and changes on the same rows.
 
-It fails if a request fails, if an answer is none of its choices, or does not end by `stop`.
+The benchmark fails if a request fails, or if an answer is not one of its choices or does not finish
+with `stop`.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ from vllm_adainfer.offline.tables import markdown_table
 
 @dataclass(frozen=True)
 class Task:
-    """The requests of a case with an adapter.
+    """A case served with an adapter.
 
     Attributes:
-        case: the requests, and how a policy for them is calibrated.
-        merged: directory of the weights that the adapter is merged in.
+        case: the requests, and how to calibrate a policy for them.
+        merged: directory of the weights with the adapter merged in.
 
     """
 
@@ -60,7 +61,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Of the policy."""
+        """Name of the policy."""
         return self.case.calibration.output.name
 
 
@@ -73,8 +74,8 @@ def main(
     data_dir: Annotated[Path, typer.Option()],
     chats_dir: Annotated[Path, typer.Option()],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/adapters.json"),
-    calibrated: Annotated[int, typer.Option(min=1, help="Rows of each task.")] = 400,
-    requests: Annotated[int, typer.Option(min=1, help="Of each task, in each round.")] = 100,
+    calibrated: Annotated[int, typer.Option(min=1, help="Rows to calibrate on, per task.")] = 400,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per task and round.")] = 100,
     rounds: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Measure, and write JSON and a Markdown table."""
@@ -96,7 +97,7 @@ def main(
         for task in tqdm(served, desc="policies"):
             calibrate(task.case.calibration)
         artifacts = {task.name: str(task.case.calibration.output) for task in served}
-        # One slot more than adapters: see docs/adapters.md.
+        # One slot more than there are adapters, see docs/adapters.md.
         flags = ["--max-model-len", "512", "--enable-lora", "--max-loras", "3"]
         flags += ["--max-lora-rank", "16", "--lora-modules"]
         flags += [f"tasks={tasks.absolute()}", f"decisions={decisions.absolute()}"]
@@ -120,7 +121,7 @@ def main(
 
 
 def fewer(case: Case, rows: int) -> Case:
-    """A case calibrated on `rows` of its rows: adapters are slow on a CPU."""
+    """`case`, calibrated on only `rows` of its rows, because adapters are slow on a CPU."""
     lines = case.calibration.data.read_text().splitlines()
     if case.path.startswith("/v1/chat"):
         asked = [json.loads(line)["body"]["structured_outputs"]["choice"] for line in lines]
@@ -132,14 +133,14 @@ def fewer(case: Case, rows: int) -> Case:
 
 
 def with_adapter(case: Case, adapter: NamedAdapter | None) -> Case:
-    """The same case of an adapter."""
+    """`case`, with its requests and its policy for an adapter."""
     assert adapter is not None
     bodies = [{**body, "model": adapter.name} for body in case.bodies]
     return replace(case, bodies=bodies, calibration=replace(case.calibration, adapter=adapter))
 
 
 def measured(servers: Mapping[str, Server], task: Task, requests: int) -> dict[str, Any]:
-    """One task by itself: what its policy saves and changes, and the throughput."""
+    """One task on its own: what its policy saves and changes, and the throughput."""
     before = layer_rows(servers[OURS])
     bodies = task.case.bodies[:requests]
     sent = {name: turn(server, task.case, bodies, True) for name, server in servers.items()}
@@ -156,7 +157,7 @@ def measured(servers: Mapping[str, Server], task: Task, requests: int) -> dict[s
 
 
 def all_at_once(server: Server, tasks: Sequence[Task], requests: int) -> float:
-    """Seconds until the requests of all tasks were answered."""
+    """Seconds until the requests of all tasks, sent together, are answered."""
     if not post(server, "/reset_prefix_cache")["success"]:
         raise RuntimeError("the prefix cache is in use by a server that should be idle")
     asked = [(task.case, task.case.bodies[:requests]) for task in tasks]
@@ -172,7 +173,7 @@ def all_at_once(server: Server, tasks: Sequence[Task], requests: int) -> float:
 
 
 def on_merged(task: Task, folder: Path) -> dict[str, Any]:
-    """What a policy saves, and at which speed, with the adapter merged into the weights."""
+    """What a policy saves and changes with the adapter merged into the weights."""
     output = folder / f"{task.name}-merged"
     request = replace(task.case.calibration, model=task.merged, adapter=None, output=output)
     calibrate(request)
@@ -190,7 +191,7 @@ def on_merged(task: Task, folder: Path) -> dict[str, Any]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A row for each task, and the time of all."""
+    """Markdown: a row per task, then the throughput of all together."""
     stock, ours = (statistics.median(report["seconds"][name]) for name in (STOCK, OURS))
     count = sum(task["compared"] for task in report["tasks"])
     return (
@@ -224,7 +225,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def speed(rates: Mapping[str, float]) -> str:
-    """Of one task by itself."""
+    """The throughput of one task on its own."""
     stock, ours = rates[STOCK], rates[OURS]
     return f"{stock:.1f} / {ours:.1f} (**{ours / stock:.2f}x**)"
 

@@ -1,17 +1,18 @@
-r"""Requests with `structured_outputs.choice`: a stock server against one that ends them early.
+r"""Requests with `structured_outputs.choice`: a stock server against one that finishes them early.
 
     .venv/bin/python benchmarks/serving/bench_choices.py --model MODEL --data-dir DIR
 
-MODEL is the demo model fine-tuned on the tasks of `bench_probabilities`; DIR holds
-TASK/test.jsonl. Our server has no policy: its model is stock vLLM's, and all that it saves are the
-steps after a choice is decided. Both servers run side by side and take turns.
+MODEL is the demo model fine-tuned on the tasks of `common/tasks.py`; DIR holds TASK/test.jsonl. Our
+server has no policy and runs stock vLLM's model, so all it saves are the steps after a choice is
+decided. Both servers run side by side and take turns.
 
-With `--exits`, requests leave early, too: a policy for each case is first calibrated on
+With `--exits`, requests also exit early: a policy for each case is first calibrated on
 DIR/TASK/train.jsonl.
 
 With `--chats`, DIR holds train.jsonl and test.jsonl with chats, see `choice_cases.chat_cases`.
 
-It fails if a request fails, if an answer is none of its choices, or does not end by `stop`.
+The benchmark fails if a request fails, or if an answer is not one of its choices or does not finish
+with `stop`.
 """
 
 from __future__ import annotations
@@ -43,19 +44,21 @@ from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
 
-REPORTED = 1.0  # seconds after the last answer by which counters are up to date
+REPORTED = 1.0  # seconds until counters catch up with the last answer
 
 
 def main(
     model: Annotated[str, typer.Option()],
     data_dir: Annotated[Path, typer.Option()],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/choices.json"),
-    requests: Annotated[int, typer.Option(min=1, help="All at once, in each round.")] = 300,
-    alone: Annotated[int, typer.Option(min=1, help="One after the other, likewise.")] = 60,
-    compared: Annotated[int, typer.Option(min=1, help="Texts compared, of each case.")] = 800,
+    requests: Annotated[int, typer.Option(min=1, help="Sent all at once, per round.")] = 300,
+    alone: Annotated[int, typer.Option(min=1, help="Sent one after the other, per round.")] = 60,
+    compared: Annotated[int, typer.Option(min=1, help="Texts compared per case.")] = 800,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    exits: Annotated[bool, typer.Option(help="Calibrate policies, and serve with them.")] = False,
-    chats: Annotated[bool, typer.Option(help="Ask the chats of DIR, not its tasks.")] = False,
+    exits: Annotated[bool, typer.Option(help="Calibrate policies and serve with them.")] = False,
+    chats: Annotated[
+        bool, typer.Option(help="Send the chats of DIR instead of its tasks.")
+    ] = False,
 ) -> None:
     """Measure, and write JSON and a Markdown table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +83,7 @@ def main(
 
 
 def calibrated(cases: Sequence[Case]) -> dict[str, str]:
-    """A policy for the choices of each case, by the name of its folder."""
+    """Calibrate a policy for the choices of each case; returns their folders by name."""
     for case in cases:
         calibrate(replace(case.calibration, choices=case.choices))
     outputs = [case.calibration.output for case in cases]
@@ -95,7 +98,7 @@ def measured(
     compared: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Throughput all at once, latency one after the other, and how many texts differ."""
+    """Throughput with all requests at once, latency of single requests, and texts that differ."""
     found: dict[str, Any] = {"title": case.title, "choices": case.choices, STOCK: [], OURS: []}
     several, few = case.bodies[:compared], case.bodies[:alone]
     before = layer_rows(servers[OURS])
@@ -125,24 +128,24 @@ def measured(
 
 
 def layer_rows(server: Server) -> npt.NDArray[np.float64]:
-    """Rows x layers executed and skipped so far; zeros without a policy."""
+    """Token-layers executed and skipped so far; zeros without a policy."""
     time.sleep(REPORTED)
     names = (f"adainfer:layer_rows_{kind}_total" for kind in ("executed", "skipped"))
     return np.array([sum(server.metrics(name).values()) for name in names])
 
 
 def turn(server: Server, case: Case, bodies: Sequence[Mapping[str, Any]], at_once: bool) -> Sent:
-    """One run with an empty prefix cache."""
+    """Send `bodies`, starting from an empty prefix cache."""
     if not post(server, "/reset_prefix_cache")["success"]:
         raise RuntimeError("the prefix cache is in use by a server that should be idle")
     return send(server, case.path, bodies, [0.0] * len(bodies) if at_once else None)
 
 
 def answers(case: Case, sent: Sent) -> list[str]:
-    """The texts.
+    """The texts of the answers.
 
     Raises:
-        RuntimeError: one is none of the choices, or did not end by itself.
+        RuntimeError: a text is not one of the choices, or did not finish with `stop`.
 
     """
     found = [answer["choices"][0] for answer in sent.answers]
@@ -154,12 +157,12 @@ def answers(case: Case, sent: Sent) -> list[str]:
 
 
 def tokens_of(sent: Sent) -> float:
-    """Mean number of tokens that an answer counts."""
+    """Mean number of completion tokens per answer."""
     return statistics.mean(answer["usage"]["completion_tokens"] for answer in sent.answers)
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A row for each case: medians over the rounds, stock / ours."""
+    """Markdown: a row per case, with medians over the rounds, stock / ours."""
 
     def cell(case: Mapping[str, Any], key: str) -> str:
         stock, ours = (statistics.median(run[key] for run in case[name]) for name in (STOCK, OURS))

@@ -1,20 +1,20 @@
-r"""Classification by a server, with and without the plugin: throughput and latency by request rate.
+r"""Throughput and latency of a classification server by request rate, with and without the plugin.
 
-    .venv/bin/python benchmarks/serving/bench_serve.py --model MODEL --artifact POLICY --data test.jsonl \
-        --template $'Review: {text}\nSentiment:'
+    .venv/bin/python benchmarks/serving/bench_serve.py --model MODEL --artifact POLICY \
+        --data test.jsonl --template $'Review: {text}\nSentiment:'
 
 A stock server and one with the plugin run side by side with the same flags, but only one at a time
-gets requests: on a CPU both compute on the same core, and frontends and client use the other. In
-each round both get the same prompts in the same order at the same times; each round has a different
-order and different times. Each run starts from an empty prefix cache and sends each row of the data
-once, so only what different prompts share is ever hit.
+gets requests: on a CPU both compute on the same core, and the API servers and the client use the
+other. In a round, both get the same prompts in the same order at the same times; order and times
+differ between rounds. Each run starts from an empty prefix cache and sends each row of the data
+once, so only prefixes that different prompts share are ever hit.
 
-A policy that promises probabilities (`calibrate --tolerance`) is asked for scores by
-``/generative_scoring``, any other for one label by ``/v1/completions``.
+A policy for probabilities (`calibrate --tolerance`) is asked for scores at ``/generative_scoring``,
+any other policy for one label at ``/v1/completions``.
 
-It fails if a request fails, if an answer is not exactly one label or a score no probability, or if
-no layers are skipped. Answers are compared separately from the load, see `compare_answers` and
-`compare_scores`.
+The benchmark fails if a request fails, if an answer is not exactly one label or a score not a
+probability, or if no layers are skipped. Answers are compared outside the load, see
+`compare_answers` and `compare_scores`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 COUNTERS = "layer_rows_executed_total", "layer_rows_skipped_total", "exit_layer_count"
-COUNT_SECONDS = 30  # for counters to arrive after the last answer
+COUNT_SECONDS = 30  # how long counters may lag behind the last answer
 
 
 Send = Callable[[Server, Load, float, int], dict[str, Any]]
@@ -61,13 +61,13 @@ def main(
     data: Annotated[Path, typer.Option(help="JSON lines.")],
     template: Annotated[str, typer.Option(help="As for `vllm-adainfer evaluate`.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/serve.json"),
-    rates: Annotated[str, typer.Option(help="Requests/s; inf sends all at once.")] = (
+    rates: Annotated[str, typer.Option(help="Requests per second; inf sends all at once.")] = (
         "5,10,20,40,inf"
     ),
     requests: Annotated[int, typer.Option(min=1, help="Requests per rate and round.")] = 300,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
-    """Measure, and write JSON, a Markdown table and a plot beside each other."""
+    """Measure, and write JSON, a Markdown table and a plot next to each other."""
     config = load_artifact_config(artifact)
     hf_config, tokenizer = load_config_and_tokenizer(model)
     config.check_served_by(hf_config)
@@ -126,10 +126,10 @@ def main(
 def compare_answers(
     servers: Mapping[str, Server], load: Load, examples: Sequence[Example]
 ) -> dict[str, Any]:
-    """Shares of all prompts that full depth and stock vLLM answer differently.
+    """Shares of prompts that early exits, full depth and stock vLLM answer differently.
 
-    Each pass sends the same prompts together, so batches do not change the rounding. Afterwards
-    both servers have compiled all they need.
+    Each pass sends the same prompts together, so that batching does not change the rounding. This
+    also warms up both servers.
     """
     stock = ask(servers[STOCK], load, examples)
     full = ask(servers[OURS], load, examples, {"vllm_xargs": {"adainfer": 0}})
@@ -153,7 +153,7 @@ def measure(
     rounds: int,
     send: Send,
 ) -> list[tuple[float, dict[str, list[dict[str, Any]]]]]:
-    """Interleaved rounds at each rate: what `send` measures, by server."""
+    """Measure interleaved rounds at each rate with `send`; returns the runs by server."""
     measured = []
     with tqdm(total=len(rates) * rounds * len(servers), desc="runs", unit="run") as progress:
         for rate in rates:
@@ -174,10 +174,10 @@ def one_run(
     ours: bool,
     send: Send,
 ) -> dict[str, Any]:
-    """One run at one rate; for our server, with the share of layers saved.
+    """Measure one run at one rate; for our server, with the share of layers saved.
 
     Raises:
-        RuntimeError: the server was busy, or exits were missing with the plugin or found in stock.
+        RuntimeError: the server was busy, our server skipped no layers, or stock has our metrics.
 
     """
     if not post(server, "/reset_prefix_cache")["success"]:
@@ -208,10 +208,10 @@ def counters(server: Server) -> dict[str, float]:
 
 
 def counted(server: Server, before: Mapping[str, float], requests: int) -> tuple[float, float]:
-    """Rows x layers executed and skipped since `before`, once all `requests` are counted.
+    """Token-layers executed and skipped since `before`, once all `requests` are counted.
 
     Raises:
-        RuntimeError: the count did not become right in time.
+        RuntimeError: the counters did not reach `requests` in time.
 
     """
     end = time.monotonic() + COUNT_SECONDS

@@ -1,13 +1,14 @@
-r"""Several questions about one state, as decision endpoints ask them: ours against stock.
+r"""Several questions about one state, as decision endpoints send them: ours against stock.
 
-    .venv/bin/python benchmarks/serving/bench_states.py --model MODEL --artifact POLICY --data texts.jsonl
+    .venv/bin/python benchmarks/serving/bench_states.py --model MODEL --artifact POLICY \
+        --data texts.jsonl
 
-POLICY has a label pool of letters, yes and no; the `text` of the rows is joined to states. vLLM
-sends questions about a state as requests of their own, at the same time, which share a prefix; so
-does this. A state is asked about twice: when it is new, and again, with the same questions, when
-its prefix may be cached. A stock server and ours run side by side, and take turns at each state.
+POLICY has a label pool of letters, yes and no. States are made by joining the `text` of rows. vLLM
+sends several questions about a state as simultaneous requests that share a prefix, and so does this
+benchmark. Each state is asked about twice with the same questions: when it is new, and again when
+its prefix may be cached. A stock server and ours run side by side and take turns at each state.
 
-It fails if a request fails or an answer is not one of its labels.
+The benchmark fails if a request fails or does not get exactly one answer.
 """
 
 from __future__ import annotations
@@ -48,15 +49,17 @@ ASKED = (
     ("Is this about a film?", None),
 )
 COUNTS, LENGTHS = (1, 4, 16), (100, 400, 1500)
-WARM_UP = 4  # states before those that are timed
+WARM_UP = 4  # untimed states before the timed ones
 
 
 def main(
     model: Annotated[str, typer.Option()],
     artifact: Annotated[str, typer.Option()],
-    data: Annotated[Path, typer.Option(help="JSON lines with a text.")],
+    data: Annotated[Path, typer.Option(help="JSON lines with a `text`.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/states.json"),
-    states: Annotated[int, typer.Option(min=1, help="States of each length and count.")] = 8,
+    states: Annotated[
+        int, typer.Option(min=1, help="States per length and number of questions.")
+    ] = 8,
 ) -> None:
     """Measure, and write JSON and a Markdown table."""
     config = load_artifact_config(artifact)
@@ -83,7 +86,7 @@ def main(
 
 
 def state_of(texts: Iterator[str], tokenizer: Any, tokens: int) -> Iterator[str]:
-    """States of about so many tokens, each of texts that no other has until they run out."""
+    """States of about `tokens` tokens; no text is used twice before all are used up."""
     while True:
         state = ""
         while len(tokenizer.encode(state)) < tokens:
@@ -92,7 +95,7 @@ def state_of(texts: Iterator[str], tokenizer: Any, tokens: int) -> Iterator[str]
 
 
 def questions(state: str, count: int, tokenizer: Any, key: str) -> list[dict[str, Any]]:
-    """Requests as ``/v1/systemone`` makes them of so many questions; the second eight differ."""
+    """Requests as ``/v1/systemone`` makes them for `count` questions, all of them different."""
     bodies = []
     for number in range(count):
         asked, options = ASKED[number % len(ASKED)]
@@ -125,7 +128,7 @@ def cell(
     count: int,
     states: int,
 ) -> dict[str, Any]:
-    """Seconds of each state, new and again, by server; `WARM_UP` states more come first."""
+    """Seconds per state, new and again, by server, after `WARM_UP` untimed states."""
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"new": [], "again": []} for name in servers
     }
@@ -144,7 +147,7 @@ def cell(
 
 
 def ask(server: Server, bodies: Sequence[dict[str, Any]]) -> float:
-    """Seconds until all questions, sent at once, are answered."""
+    """Seconds until all questions, sent together, are answered."""
     start = time.perf_counter()
     with ThreadPoolExecutor(len(bodies)) as pool:
         answers = list(pool.map(lambda body: post(server, "/v1/chat/completions", body), bodies))
@@ -156,7 +159,7 @@ def ask(server: Server, bodies: Sequence[dict[str, Any]]) -> float:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A row for each length and count: the median time of a state, and ours against it."""
+    """Markdown: a row per length and count, with median times and the median ratio."""
     rows = []
     for one in report["cells"]:
         cells = [str(one["state_tokens"]), str(one["questions"])]

@@ -1,4 +1,4 @@
-"""What `bench_choices` asks: rows of tasks as prompts, or decision requests as chats."""
+"""The requests of `bench_choices.py`: task rows as prompts, or decision requests as chats."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ MOST_TOKENS = 32
 
 @dataclass(frozen=True)
 class Case:
-    """Requests that all have the same choices.
+    """Requests that share their choices.
 
     Attributes:
-        title: what is asked, for the table.
-        choices: their texts.
-        path: the endpoint.
-        bodies: of the requests, in random order.
-        calibration: of a policy for them; the choices are left out.
-        test: what the bodies are made from, as `evaluate` reads it.
+        title: name for the table.
+        choices: texts of the choices.
+        path: endpoint of the requests.
+        bodies: bodies of the requests, in random order.
+        calibration: how to calibrate a policy for them, without the choices.
+        test: file the bodies are made from, as `evaluate` reads it.
 
     """
 
@@ -42,7 +42,7 @@ class Case:
 
 
 def task_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
-    """The raw templates of tasks, with choices of a token and of a sentence each."""
+    """Raw prompts of SST-2 and TREC, with single-token choices and with sentences."""
     trec = tuple(f" {label}" for label in TASKS["trec"].labels)
     asked = [
         ("SST-2, a token each", "sst2", (" negative", " positive")),
@@ -60,7 +60,7 @@ def task_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
             model=model,
             data=data_dir / task / "train.jsonl",
             template=template,
-            label_field="",  # the right answers are not needed, and named otherwise
+            label_field="",  # right answers are not needed, and have other names
             output=folder / f"policy-{number}",
         )
         cases.append(Case(title, choices, "/v1/completions", shuffled(bodies), calibration, test))
@@ -68,10 +68,10 @@ def task_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
 
 
 def chat_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
-    """The chats of train.jsonl and test.jsonl, a case for each set of labels.
+    """The chats of train.jsonl and test.jsonl, one case per set of labels.
 
-    Both are lines of a batch file that name their labels in `logprob_token_ids`; the texts of these
-    tokens are the choices.
+    Both are batch files whose requests name their labels in `logprob_token_ids`; the texts of these
+    tokens become the choices.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
 
@@ -97,7 +97,7 @@ def chat_cases(model: str, data_dir: Path, folder: Path) -> list[Case]:
 
 
 def asking(choices: tuple[str, ...], **more: Any) -> dict[str, Any]:
-    """The body of a request."""
+    """The body of a request with these choices."""
     return {
         "model": "model",
         "temperature": 0,
@@ -108,12 +108,12 @@ def asking(choices: tuple[str, ...], **more: Any) -> dict[str, Any]:
 
 
 def choices_of(body: dict[str, Any]) -> tuple[str, ...]:
-    """Those of a request."""
+    """The choices of a request."""
     return tuple(body["structured_outputs"]["choice"])
 
 
 def shuffled(bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same in an order that is the same each time."""
+    """`bodies` in a fixed random order."""
     bodies = list(bodies)
     random.Random(0).shuffle(bodies)
     return bodies

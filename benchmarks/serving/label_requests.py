@@ -1,7 +1,7 @@
-"""Classification requests to a server: all prompts for their answers, or a timed load.
+"""Classification requests: untimed, to compare answers, or as a timed load.
 
-Each asks for one greedy token among the labels. The load is ``vllm bench serve`` with its custom
-data set. Both fail if a request fails or its answer is not exactly one label.
+Each request asks for one greedy token among the labels. The load is ``vllm bench serve`` with a
+custom data set. Both fail if a request fails or its answer is not exactly one label.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.common.server import Server
 from benchmarks.common.vllm_command import COMMAND
 from vllm_adainfer.offline.calibration.data import Example
 
-TOGETHER = 64  # prompts sent at once when answers are compared
+TOGETHER = 64  # prompts per request when answers are compared
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Load:
     """The requests to a server.
 
     Attributes:
-        model: for its tokenizer.
+        model: model whose tokenizer ``vllm bench serve`` uses.
         examples: the prompts of one run.
-        file: the same as a custom data set of ``vllm bench serve``.
-        label_ids: the tokens that may be answered.
-        labels: their texts, stripped.
+        file: the same prompts as a custom data set of ``vllm bench serve``.
+        label_ids: token ids of the labels.
+        labels: texts of the labels, stripped.
 
     """
 
@@ -65,7 +65,7 @@ def post(server: Server, path: str, body: Mapping[str, Any] | None = None) -> di
     """The JSON reply to a POST request.
 
     Raises:
-        RuntimeError: the server refuses or fails; with the end of its log.
+        RuntimeError: the server refuses or fails; includes the end of its log.
 
     """
     headers = {"Content-Type": "application/json"}
@@ -81,15 +81,15 @@ def post(server: Server, path: str, body: Mapping[str, Any] | None = None) -> di
 
 
 def sampling(load: Load) -> dict[str, Any]:
-    """What both kinds of requests have beside their prompt."""
+    """Sampling parameters of both kinds of requests."""
     return {"temperature": 0, "allowed_token_ids": load.label_ids}
 
 
 def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
-    """The result of ``vllm bench serve`` at a rate; `seed` fixes order and times of the prompts.
+    """The result of ``vllm bench serve`` at a rate; `seed` fixes the order and times of prompts.
 
     Raises:
-        RuntimeError: it failed, with the end of its output; or see `check`.
+        RuntimeError: it failed (includes the end of its output), or a check of `check` failed.
 
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -124,10 +124,10 @@ def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
 
 
 def check(load: Load, result: Mapping[str, Any]) -> None:
-    """Check that every request was answered, with as many tokens in and out as expected.
+    """Check that every request was answered, with the expected numbers of tokens.
 
     Raises:
-        RuntimeError: one was not.
+        RuntimeError: a request failed, or token counts or answers are wrong.
 
     """
     expected = {
@@ -147,7 +147,7 @@ def check_answers(load: Load, answers: Sequence[str]) -> None:
     """Check that all answers are labels.
 
     Raises:
-        RuntimeError: some are not.
+        RuntimeError: an answer is not a label.
 
     """
     strange = {answer.strip() for answer in answers} - load.labels
@@ -156,5 +156,5 @@ def check_answers(load: Load, answers: Sequence[str]) -> None:
 
 
 def tokens_of(examples: Sequence[Example]) -> int:
-    """Number of tokens of all prompts."""
+    """Total number of prompt tokens."""
     return sum(len(example.token_ids) for example in examples)

@@ -1,7 +1,8 @@
-"""Requests to ``/generative_scoring``: all prompts for their scores, or a timed load.
+"""Requests to ``/generative_scoring``: untimed, to compare scores, or as a timed load.
 
-The score is the first label's probability among the labels. ``vllm bench serve`` has no such
-endpoint, so the load is sent here: at a rate, its gaps exponential as there, or all at once.
+A score is the first label's probability among the labels. ``vllm bench serve`` does not support
+that endpoint, so the load is sent from here: at a rate with exponential gaps, as there, or all at
+once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vllm_adainfer.offline.calibration.data import Example
 
 
 def scores(server: Server, load: Load, examples: Sequence[Example]) -> list[float]:
-    """The score of each prompt; each request has many as its items."""
+    """The score of each prompt; a request holds many prompts as items."""
     post(server, "/reset_prefix_cache")
     found: list[float] = []
     for start in range(0, len(examples), TOGETHER):
@@ -34,7 +35,7 @@ def scores(server: Server, load: Load, examples: Sequence[Example]) -> list[floa
 
 
 def body_of(load: Load, texts: Sequence[str]) -> dict[str, Any]:
-    """A request for the scores of `texts`."""
+    """The body of a request for the scores of `texts`."""
     labels = list(load.label_ids)
     return {"model": "model", "query": "", "items": list(texts), "label_token_ids": labels}
 
@@ -42,9 +43,9 @@ def body_of(load: Load, texts: Sequence[str]) -> dict[str, Any]:
 def compare_scores(
     servers: Mapping[str, Server], load: Load, examples: Sequence[Example], tolerance: float
 ) -> dict[str, Any]:
-    """How far our scores are from stock's, and stock's from its own in batches of another size.
+    """How far our scores are from stock's, and stock's from its own in batches of one.
 
-    Afterwards both servers have compiled all they need.
+    This also warms up both servers.
     """
     stock, ours = (np.array(scores(servers[name], load, examples)) for name in (STOCK, OURS))
     alone = np.array([scores(servers[STOCK], load, [example])[0] for example in examples])
@@ -57,7 +58,7 @@ def compare_scores(
 
 
 def moves(some: np.ndarray, others: np.ndarray, tolerance: float) -> dict[str, float]:
-    """How far scores are apart."""
+    """Statistics of the absolute differences between two sets of scores."""
     moved = np.abs(some - others)
     return {
         "mean": float(moved.mean()),
@@ -68,16 +69,16 @@ def moves(some: np.ndarray, others: np.ndarray, tolerance: float) -> dict[str, f
 
 
 def bench(server: Server, load: Load, rate: float, seed: int) -> dict[str, Any]:
-    """Send the load, a prompt a request; figures as ``vllm bench serve`` names them.
+    """Send the load, one prompt per request; returns figures named as in ``vllm bench serve``.
 
     Args:
-        server: gets the requests.
+        server: where requests go.
         load: the prompts.
-        rate: requests/s; infinite sends all at once.
-        seed: fixes order and times.
+        rate: requests per second; infinity sends all at once.
+        seed: fixes the order and times of prompts.
 
     Raises:
-        RuntimeError: a request failed, or its score is no probability.
+        RuntimeError: a request failed, or its score is not a probability.
 
     """
     generator = random.Random(seed)
@@ -108,9 +109,9 @@ def check_scores(found: Sequence[float]) -> None:
     """Check that all scores are probabilities.
 
     Raises:
-        RuntimeError: some are not.
+        RuntimeError: a score is not a probability.
 
     """
     strange = [score for score in found if not 0 <= score <= 1]
     if strange:
-        raise RuntimeError(f"scores that are no probabilities: {strange[:10]}")
+        raise RuntimeError(f"scores that are not probabilities: {strange[:10]}")

@@ -1,4 +1,4 @@
-"""Requests to a server, each at its time: what it answers, and how long each takes."""
+"""Send requests at given times; collect the answers and their latencies."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SECONDS = 600
 
 @dataclass(frozen=True)
 class Sent:
-    """What became of requests.
+    """The outcome of a run.
 
     Attributes:
-        answers: of each, in the order they were sent.
-        latencies: of each, in seconds.
-        seconds: until all were answered.
+        answers: JSON replies, in the order the requests were sent.
+        latencies: seconds per request, in the same order.
+        seconds: time until all requests were answered.
 
     """
 
@@ -32,7 +32,7 @@ class Sent:
     seconds: float
 
     def latency(self, quantile: float) -> float:
-        """In milliseconds."""
+        """A quantile of the latencies, in milliseconds."""
         return 1000 * float(np.quantile(self.latencies, quantile))
 
 
@@ -42,7 +42,7 @@ def send(
     bodies: Sequence[Mapping[str, Any]],
     gaps: Sequence[float] | None = None,
 ) -> Sent:
-    """Send `bodies`, each so many seconds after the one before; None: after its answer.
+    """Send `bodies`, the n-th after ``gaps[n]`` seconds; None sends each after the last answer.
 
     Raises:
         RuntimeError: a request failed.

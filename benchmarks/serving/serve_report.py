@@ -11,7 +11,7 @@ from benchmarks.common.report_files import as_png
 from vllm_adainfer.offline.tables import markdown_table
 
 STOCK, OURS = "stock", "adainfer"
-# Figures kept from ``vllm bench serve``, under its names; E2EL is a request's whole latency.
+# Figures of ``vllm bench serve``, under its names; E2EL is end-to-end latency.
 FIGURES = (
     "request_throughput",
     "mean_ttft_ms",
@@ -25,11 +25,11 @@ IN_TABLE = FIGURES[0], "mean_ttft_ms", "p50_e2el_ms", "p99_e2el_ms"
 
 
 def rate_row(rate: float, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """One rate: medians over rounds and all rounds, of both servers, and ratios ours / stock.
+    """The row for one rate: medians over rounds, all rounds, and the ratios ours / stock.
 
     Args:
-        rate: requests/s sent.
-        runs: by server, in order of the rounds.
+        rate: requests sent per second.
+        runs: the figures of each round, by server.
 
     """
     row: dict[str, Any] = {"rate": rate if math.isfinite(rate) else "inf"}
@@ -43,12 +43,12 @@ def rate_row(rate: float, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> di
 
 
 def name_of(rate: float | str) -> str:
-    """How table and plot show a rate."""
+    """A rate as shown in the table and the plot."""
     return "all at once" if rate == "inf" else f"{rate:g}"
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown: the set-up, a row per rate, and how many answers differ."""
+    """Markdown: the setup, a row per rate, and how many answers differ."""
     rows = [
         [
             name_of(row["rate"]),
@@ -89,7 +89,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def differences(report: Mapping[str, Any]) -> str:
-    """How many answers differ from full depth's and stock's, or how far scores moved."""
+    """How many answers differ from full depth and from stock, or how far scores moved."""
     answers, bound = report["answers"], f"{report['epsilon']:.0%} at delta {report['delta']:g}"
     if "moves" not in answers:
         return (
@@ -111,7 +111,7 @@ def differences(report: Mapping[str, Any]) -> str:
 
 
 def plot(report: Mapping[str, Any]) -> bytes:
-    """PNG: p50 and p99 latency by rate, medians as lines and each round as a dot."""
+    """PNG: p50 and p99 latency by rate, with medians as lines and rounds as dots."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 

@@ -1,4 +1,4 @@
-"""A stock server and one with the plugin, which run side by side and take turns."""
+"""A stock server and one with the plugin, run side by side to be measured in turn."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from benchmarks.common.server import Server, serving
 from benchmarks.serving.serve_report import OURS, STOCK
 
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",  # an idle server leaves the core to the other one
+    "OMP_WAIT_POLICY": "passive",  # an idle server leaves its core to the other one
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_SERVER_DEV_MODE": "1",  # has /reset_prefix_cache
+    "VLLM_SERVER_DEV_MODE": "1",  # provides /reset_prefix_cache
 }
 
 
@@ -22,7 +22,7 @@ ENVIRONMENT = {
 def side_by_side(
     model: str, switch: Mapping[str, Any], flags: Sequence[str]
 ) -> Iterator[dict[str, Server]]:
-    """Both servers by name; ours, with `switch`, starts first, because it may refuse it."""
+    """Both servers, by name. Ours starts first, because it may refuse `switch`."""
     without = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
     with (
         tempfile.TemporaryDirectory() as folder,
