@@ -42,7 +42,7 @@ def send(
     bodies: Sequence[Mapping[str, Any]],
     gaps: Sequence[float] | None = None,
 ) -> Sent:
-    """Send `bodies`, the n-th after ``gaps[n]`` seconds; None sends each after the last answer.
+    """Send `bodies`, waiting ``gaps[n]`` seconds before the n-th; None waits for each answer.
 
     Raises:
         RuntimeError: a request failed.

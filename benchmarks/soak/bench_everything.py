@@ -1,4 +1,4 @@
-r"""A server with everything on lives through everything that clients do.
+r"""Soak a server that has every feature on with everything clients do.
 
     .venv/bin/python benchmarks/soak/bench_everything.py --model MODEL --minutes 15 \
         --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\nSentiment:' \
@@ -6,13 +6,14 @@ r"""A server with everything on lives through everything that clients do.
         --choices choices=policies/choices --pool pool=policies/pool --pool-data lines.jsonl \
         --adapter decisions=DIR
 
-Policies for labels, for choices, for a label pool, and one that lies beside an adapter
-(DIR/adainfer); requests are captured. There are no shadows, because their answers, of full depth,
-may differ from those of the quiet pass. In the mix: questions to each policy, at full depth,
-generated texts, clients that leave, requests to be refused, and those of `hostile_growth.py` up to
-a size. Meanwhile artifacts are reloaded, and the adapter comes and goes under another name. Answers
-are judged as in `bench_faults.py`. Choices and the adapter are asked with the first data and
-template, the pool with its own lines of a batch file.
+The server has policies for labels, for choices, for a label pool, and one that ships with an
+adapter (DIR/adainfer), and captures requests. Shadow requests are off: their full-depth answers may
+differ from those of the quiet pass. The mix has questions to each policy and at full depth,
+generated texts, disconnects, requests to be refused, and those of `hostile_growth.py` up to a size.
+Meanwhile artifacts are reloaded, and the adapter is loaded and unloaded under a second name.
+Answers are judged as in `bench_faults.py`. The policies for choices and the adapter get the first
+data and template, the label pool its own lines of a batch file.
+
 Exits with code 1 and a sentence per problem.
 """
 
@@ -38,38 +39,38 @@ import typer
 from benchmarks.common.server import serving
 from benchmarks.soak.fault_bench import ENVIRONMENT, Bench, tasks
 from benchmarks.soak.fault_measures import of_policy
-from benchmarks.soak.fault_scenarios import AT_ONCE, RELOAD, Stage, meanwhile, sampled_memory
+from benchmarks.soak.fault_scenarios import AT_ONCE, RELOAD, Stage, in_background, sampled_memory
 from benchmarks.soak.faults_report import growth
 from benchmarks.soak.hostile_growth import FACTORS, THINGS
 from benchmarks.soak.hostile_requests import cheap_refused
 from benchmarks.soak.load_client import Question
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
-GUEST = "guest"  # the adapter's other name
-# A CPU gives rows without an adapter the update of the one in the last slot, and each load takes
-# another slot, see docs/adapters.md.
+GUEST = "guest"  # the adapter's second name
+# On a CPU, rows without an adapter get the update of the adapter in the last slot, and each load
+# takes a new slot, see docs/adapters.md.
 SLOTS = 32
 VISITS = SLOTS - 4
 ASKED_IN_A_VISIT = 8
-ADAPTER_ROWS = 20  # few, because adapters are slow on a CPU
+ADAPTER_ROWS = 20  # few: adapters are slow on a CPU
 RELOAD_SECONDS = 10.0
-REPORT_SECONDS = 1.0  # until what was decided is in the metrics
-LEAVING, REFUSED, HOSTILE = 0.04, 0.02, 0.02  # shares of the requests
+REPORT_SECONDS = 1.0  # until decisions show in the metrics
+LEAVING, REFUSED, HOSTILE = 0.04, 0.02, 0.02  # shares of requests
 ARGUMENTS = ("--max-model-len", "2048", "--enable-lora", "--max-loras", f"{SLOTS}")
 RUNTIME = {**ENVIRONMENT, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
 
 @dataclass
 class Mix:
-    """What is sent, beside questions.
+    """What happens besides questions, and what came of it.
 
     Attributes:
-        largest: factor of the hostile requests' size.
-        adapter: name and directory.
-        problems: sentences.
-        done: how often what else was done.
+        largest: largest size factor of hostile requests.
+        adapter: name and directory of the adapter.
+        problems: sentences on what went wrong.
+        done: how often each other thing was done.
         doubtful: indices of questions that the guest answered differently than the adapter.
-        gone: what was counted of the guest's policy before it went.
+        gone: counters of the guest's policy, read before each unload.
 
     """
 
@@ -83,20 +84,20 @@ class Mix:
 
 def main(
     model: Annotated[str, typer.Option(help="Directory or hub id.")],
-    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, one per policy for labels.")],
+    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, once per policy for labels.")],
     data: Annotated[list[Path], typer.Option(help="JSON lines, one file per such policy.")],
-    template: Annotated[list[str], typer.Option(help="For the prompts, one per such policy.")],
+    template: Annotated[list[str], typer.Option(help="Prompt template, one per such policy.")],
     choices: Annotated[str, typer.Option(help="NAME=DIR of a policy for choices.")],
     adapter: Annotated[str, typer.Option(help="NAME=DIR of an adapter with DIR/adainfer.")],
     pool: Annotated[str, typer.Option(help="NAME=DIR of a policy with a label pool.")] = "",
-    pool_data: Annotated[Path | None, typer.Option(help="Lines of a batch file for it.")] = None,
+    pool_data: Annotated[Path | None, typer.Option(help="Its requests, as a batch file.")] = None,
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/everything.json"),
     minutes: Annotated[float, typer.Option()] = 15,
     rows: Annotated[int, typer.Option(help="Rows of the data per policy.")] = 50,
-    largest: Annotated[int, typer.Option(help="Largest factor of hostile requests.")] = 100,
+    largest: Annotated[int, typer.Option(help="Largest size factor of hostile requests.")] = 100,
     rank: Annotated[int, typer.Option(help="Largest rank of an adapter.")] = 16,
 ) -> None:
-    """Serve, ask, and write JSON and a Markdown table beside each other."""
+    """Run the soak, and write JSON and a Markdown table next to each other."""
     sources, questions = tasks(artifact, data, template, rows)
     first = [one for one in questions if one.kind == next(iter(sources)) and not one.deep]
     name, _, directory = adapter.partition("=")
@@ -129,7 +130,7 @@ def main(
 
 
 def choice_questions(asked: Sequence[Question], name: str, directory: str) -> list[Question]:
-    """The same prompts for a choice, early and at full depth."""
+    """The same prompts as requests for a choice, with early exits and at full depth."""
     texts = [choice.text for choice in load_artifact_config(directory).choices]
     found = []
     for question in asked:
@@ -142,26 +143,26 @@ def choice_questions(asked: Sequence[Question], name: str, directory: str) -> li
 
 
 def adapter_questions(asked: Sequence[Question], name: str, directory: str) -> list[Question]:
-    """The same prompts for an adapter, about the labels of its policy."""
+    """The same prompts as requests to an adapter, about its policy's labels."""
     labels = list(load_artifact_config(f"{directory}/adainfer").label_ids)
     more = {"model": name, "allowed_token_ids": labels}
     return [replace(question, kind=name, body={**question.body, **more}) for question in asked]
 
 
 def pool_questions(name: str, data: Path, rows: int) -> list[Question]:
-    """Lines of a batch file, as they are."""
+    """The first `rows` requests of a batch file."""
     more = {"model": "model", "temperature": 0, "return_token_ids": True}
     lines = data.read_text().splitlines()[:rows]
     return [Question(name, False, {**json.loads(line)["body"], **more}) for line in lines]
 
 
 async def everything_for(stage: Stage, mix: Mix, seconds: float) -> dict[str, Any]:
-    """The mix, in a closed loop, while artifacts and an adapter come and go."""
+    """Send the mix in a closed loop while artifacts reload and an adapter comes and goes."""
     client, begin = stage.client, time.monotonic()
     async with (
         aiohttp.ClientSession(stage.server.url) as session,
         sampled_memory(stage) as samples,
-        meanwhile(reloads(session, mix)),
+        in_background(reloads(session, mix)),
     ):
         visiting = asyncio.create_task(visits(stage, session, mix, seconds))
         await asyncio.gather(*(work(stage, mix, begin + seconds) for _ in range(AT_ONCE)))
@@ -180,7 +181,7 @@ async def everything_for(stage: Stage, mix: Mix, seconds: float) -> dict[str, An
 
 
 async def work(stage: Stage, mix: Mix, end: float) -> None:
-    """One client, which sends whatever comes to its mind."""
+    """One client, which draws each request at random."""
     client, dice = stage.client, stage.dice
     short = next(one.body for one in client.questions if not one.deep)
     refused = cheap_refused(short)
@@ -206,7 +207,7 @@ async def work(stage: Stage, mix: Mix, end: float) -> None:
 
 
 async def send(stage: Stage, body: Any, headers: Mapping[str, str] | None = None) -> int:
-    """The status of a request that may be refused."""
+    """Send a request that may be refused; returns its status."""
     stage.client.tally.sent += 1
     reply = await stage.client.send(body, headers)
     stage.client.count(reply, refusable=True)
@@ -214,14 +215,14 @@ async def send(stage: Stage, body: Any, headers: Mapping[str, str] | None = None
 
 
 async def reloads(session: aiohttp.ClientSession, mix: Mix) -> None:
-    """Reload the artifacts now and then."""
+    """Reload the artifacts every `RELOAD_SECONDS`."""
     while True:
         await post(session, mix, RELOAD)
         await asyncio.sleep(RELOAD_SECONDS)
 
 
 async def visits(stage: Stage, session: aiohttp.ClientSession, mix: Mix, seconds: float) -> None:
-    """Load the adapter under another name, ask it, and unload it, again and again."""
+    """Repeatedly load the adapter under its second name, ask it, and unload it."""
     end = time.monotonic() + seconds
     own = of_adapter(stage, mix)
     while time.monotonic() < end:
@@ -239,7 +240,7 @@ async def visits(stage: Stage, session: aiohttp.ClientSession, mix: Mix, seconds
 
 
 async def ask_again(stage: Stage, session: aiohttp.ClientSession, mix: Mix) -> None:
-    """The guest's doubtful questions, alone."""
+    """Ask the guest its doubtful questions again, one at a time."""
     await load(session, mix)
     for index in mix.doubtful:
         stage.client.judge(index, await as_guest(stage, index))
@@ -247,24 +248,24 @@ async def ask_again(stage: Stage, session: aiohttp.ClientSession, mix: Mix) -> N
 
 
 def of_adapter(stage: Stage, mix: Mix) -> list[int]:
-    """Indices of its questions."""
+    """Indices of the adapter's questions."""
     questions = enumerate(stage.client.questions)
     return [index for index, question in questions if question.kind == mix.adapter[0]]
 
 
 async def as_guest(stage: Stage, index: int) -> Any:
-    """The reply to a question of the adapter under its other name."""
+    """Send a question of the adapter to its second name."""
     return await stage.client.send({**stage.client.questions[index].body, "model": GUEST})
 
 
 async def load(session: aiohttp.ClientSession, mix: Mix) -> None:
-    """The guest comes."""
+    """Load the guest."""
     asked = {"lora_name": GUEST, "lora_path": str(Path(mix.adapter[1]).absolute())}
     await post(session, mix, "/v1/load_lora_adapter", asked)
 
 
 async def unload(stage: Stage, session: aiohttp.ClientSession, mix: Mix) -> None:
-    """The guest goes, and with it the metrics of its policy."""
+    """Unload the guest, after reading the metrics that vanish with its policy."""
     await asyncio.sleep(REPORT_SECONDS)
     mix.gone.update(await asyncio.to_thread(of_policy, stage.server, GUEST))
     await post(session, mix, "/v1/unload_lora_adapter", {"lora_name": GUEST})
@@ -273,7 +274,7 @@ async def unload(stage: Stage, session: aiohttp.ClientSession, mix: Mix) -> None
 async def post(
     session: aiohttp.ClientSession, mix: Mix, path: str, body: Mapping[str, Any] | None = None
 ) -> None:
-    """Anything but 200 is a problem."""
+    """POST, and record any status but 200 as a problem."""
     async with session.post(path, json=body) as response:
         told = await response.text()
     mix.done[path] += 1

@@ -1,14 +1,14 @@
-"""Faults and load: what a server with the plugin does when clients, files and processes fail.
+r"""A server with the plugin under load and faults: failing clients, files and processes.
 
     .venv/bin/python benchmarks/soak/bench_faults.py --model MODEL \
-        --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\\nSentiment:' \
-        --artifact trec=policies/trec --data trec.jsonl --template $'Question: {text}\\nType:'
+        --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\nSentiment:' \
+        --artifact trec=policies/trec --data trec.jsonl --template $'Question: {text}\nType:'
 
-One server serves all policies; `fault_scenarios.py` has the scenarios. The right answer is the one
-that an idle server gives to a single request. Batches round differently, so a request whose answer
-differs is sent again, alone: it is a tie if the right answer comes then, wrong if not. Exits with
-code 1 and a sentence per problem. Requests that grow are sent by `bench_hostile_growth.py`, and
-everything at once, with adapters, by `bench_everything.py`.
+One server serves all policies; `fault_scenarios.py` defines the scenarios. The right answer is the
+one an idle server gives to a single request. Rounding depends on the batch, so a request whose
+answer differs is sent again on its own: it is a tie if the right answer comes then, and wrong
+otherwise. Exits with code 1 and a sentence per problem. For requests that grow see
+`bench_hostile_growth.py`, for everything at once, adapters included, `bench_everything.py`.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ SCENARIOS: dict[str, Scenario] = {
 
 def main(
     model: Annotated[str, typer.Option(help="Directory or hub id.")],
-    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, one per policy.")],
+    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, once per policy.")],
     data: Annotated[list[Path], typer.Option(help="JSON lines, one file per policy.")],
-    template: Annotated[list[str], typer.Option(help="For the prompts, one per policy.")],
+    template: Annotated[list[str], typer.Option(help="Template of the prompts, one per policy.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/faults.json"),
-    minutes: Annotated[float, typer.Option(help="Length of the soak.")] = 5,
+    minutes: Annotated[float, typer.Option(help="Length of the soak, in minutes.")] = 5,
     rows: Annotated[int, typer.Option(help="Rows of the data per policy.")] = 100,
 ) -> None:
-    """Run all scenarios, and write JSON and a Markdown table beside each other."""
+    """Run all scenarios, and write JSON and a Markdown table next to each other."""
     sources, questions = tasks(artifact, data, template, rows)
     with tempfile.TemporaryDirectory() as folder:
         copies = {name: Path(folder, name) for name in sources}
@@ -71,7 +71,7 @@ def main(
 
 
 def all_in_turn(bench: Bench, server_of: Callable[..., Any], folder: Path, seconds: float) -> None:
-    """Run every scenario, restarting a killed server as a supervisor would."""
+    """Run every scenario; restart a killed server as a supervisor would."""
     with server_of(log=folder / "server.log") as server:
         bench.quiet(server)
         for name, scenario in SCENARIOS.items():

@@ -1,18 +1,18 @@
-r"""How long good clients wait while a hostile one sends ever larger requests.
+r"""Latency of good clients while a hostile one sends ever larger requests.
 
     .venv/bin/python benchmarks/soak/bench_hostile_growth.py --model MODEL --label after \
         --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\nSentiment:' \
         --artifact choices=policies/choices
 
-`hostile_growth.py` has the things that grow. Each is sent in four sizes by one client for some
-seconds, beside eight that ask for one label each, in a closed loop: first to a stock server, then
-to one with the policies and with requests captured. vLLM takes its time for some of it, so ours is
-judged by stock's worst latency at the same size. A worse one is measured again, twice at most, and
-the best counts, because other work on the machine causes some that do not come again. An artifact
-without data of its own (there are fewer `--data` than `--artifact`) is served and not asked.
+`hostile_growth.py` defines what grows. One client sends each thing in four sizes for some seconds,
+while eight others ask for one label at a time in a closed loop: first on a stock server, then on
+one with the policies and with request capture. Stock vLLM is slow for some of these requests, so
+ours is judged by stock's worst latency at the same size. A worse latency is measured up to twice
+more, and the best result counts, because other work on the machine causes outliers. Artifacts
+beyond the number of `--data` files are served but not asked.
 
-Results are kept in the output file by label (`stock` and `--label`), so that runs of two commits
-stand beside each other. Exits with code 1 and a sentence per problem.
+The output file keeps results by label (`stock` and `--label`), so runs of two commits can be
+compared. Exits with code 1 and a sentence per problem.
 """
 
 from __future__ import annotations
@@ -53,29 +53,27 @@ from vllm_adainfer.offline.tables import markdown_table
 STOCK = "stock"
 ARGUMENTS = ("--max-model-len", "8192")
 CAPTURED = {"rate": 0.1, "limit": 10_000}
-WORSE_FACTOR, WORSE_MS = 2.0, 250.0  # ours may be worse than stock by the larger of both
-PATIENCE = 2 * DEADLINE  # of a good client
+WORSE_FACTOR, WORSE_MS = 2.0, 250.0  # ours may exceed stock by the larger of the two
+PATIENCE = 2 * DEADLINE  # how long a good client waits
 TRIES = 3
 Servers = Callable[[], AbstractContextManager[Server]]
 
 
 def main(
     model: Annotated[str, typer.Option(help="Directory or hub id.")],
-    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, one per policy.")],
-    data: Annotated[list[Path], typer.Option(help="JSON lines, for the first policies.")],
-    template: Annotated[list[str], typer.Option(help="For the prompts, as many.")],
+    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, once per policy.")],
+    data: Annotated[list[Path], typer.Option(help="JSON lines, one file per asked policy.")],
+    template: Annotated[list[str], typer.Option(help="Prompt template, one per data file.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/hostile_growth.json"),
-    label: Annotated[str, typer.Option(help="Column of the server with policies.")] = "ours",
-    stock: Annotated[bool, typer.Option(help="Measure the stock server, too.")] = True,
-    seconds: Annotated[float, typer.Option(help="Of each thing and size.")] = 4,
-    rows: Annotated[int, typer.Option(help="Rows of each data.")] = 50,
-    eager: Annotated[
-        bool, typer.Option(help="Without vLLM's compiler, which takes minutes.")
-    ] = False,
-    only: Annotated[str, typer.Option(help="Things whose title has this.")] = "",
-    note: Annotated[str, typer.Option(help="How it was run, for the table.")] = "",
+    label: Annotated[str, typer.Option(help="Name for the results with policies.")] = "ours",
+    stock: Annotated[bool, typer.Option(help="Measure the stock server too.")] = True,
+    seconds: Annotated[float, typer.Option(help="Seconds per thing and size.")] = 4,
+    rows: Annotated[int, typer.Option(help="Rows per data file.")] = 50,
+    eager: Annotated[bool, typer.Option(help="Skip vLLM's compiler, which takes minutes.")] = False,
+    only: Annotated[str, typer.Option(help="Only things whose title contains this.")] = "",
+    note: Annotated[str, typer.Option(help="Remark on the run, for the table.")] = "",
 ) -> None:
-    """Measure, and write JSON and a Markdown table beside each other."""
+    """Measure, and write JSON and a Markdown table next to each other."""
     _, asked = tasks(artifact[: len(data)], data, template, rows)
     questions = [one for one in asked if one.kind != TEXT]
     things = [thing for thing in THINGS if only in thing.title]
@@ -108,16 +106,16 @@ def main(
 
 @dataclass
 class Growth:
-    """All things in all sizes on one kind of server.
+    """Measures all things in all sizes on one kind of server.
 
     Attributes:
-        name: of the kind.
-        questions: of good clients.
-        seconds: of each thing and size.
-        stock: results of a stock server by thing, to compare; empty measures each size once.
+        name: name of the kind.
+        questions: questions of good clients.
+        seconds: seconds per thing and size.
+        stock: results of a stock server by thing, to compare with; empty measures each size once.
         rows: results by thing.
-        quiet: latencies with nothing hostile.
-        tally: of good clients.
+        quiet: latencies without a hostile client.
+        tally: outcomes of good clients' requests.
         doubtful: indices of questions that were answered differently in a batch.
 
     """
@@ -132,7 +130,7 @@ class Growth:
     doubtful: list[int] = field(default_factory=list)
 
     def measure(self, servers: Servers, things: Sequence[Thing]) -> dict[str, Any]:
-        """Measure, on another server when one stays busy."""
+        """Measure everything; start another server when one stays busy."""
         self.rows = {thing.title: {"base": thing.base, "cells": []} for thing in things}
         started = 0
         while left := [thing for thing in things if not self._is_done(thing)]:
@@ -147,21 +145,21 @@ class Growth:
         return "stopped" in row or len(row["cells"]) == len(FACTORS)
 
     async def _on(self, server: Server, things: Sequence[Thing]) -> None:
-        """Go on until all is measured or the server is lost."""
+        """Measure on one server until everything is done or the server stays busy."""
         expected, _ = await quiet_pass(server.url, self.questions)
         async with client_of(server.url, self.questions, expected, PATIENCE) as client:
             client.tally, client.doubtful = self.tally, self.doubtful
-            await quiet(client, self.seconds)  # the first batches compile
+            await quiet(client, self.seconds)  # warm up: the first batches compile
             self.quiet = self.quiet or await quiet(client, self.seconds)
             for thing in things:
-                await growth(server, client, thing, FACTORS[0], 0)  # so may the first request
+                await growth(server, client, thing, FACTORS[0], 0)  # warm up
                 while not self._is_done(thing):
                     if not await self._one_size(server, client, thing):
                         return
             await client.settle()
 
     async def _one_size(self, server: Server, client: Client, thing: Thing) -> bool:
-        """Measure the next size; whether the server recovers from it."""
+        """Measure the next size; returns whether the server recovers from it."""
         row = self.rows[thing.title]
         place = len(row["cells"])
         stock = self.stock.get(thing.title, {"cells": []})["cells"][place : place + 1]
@@ -181,7 +179,7 @@ class Growth:
 
 
 def is_worse(ours: Mapping[str, Any], stock: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether good clients wait longer than beside stock, by more than noise explains."""
+    """Whether good clients wait longer than on stock, by more than noise explains."""
     return any(
         ours["worst_ms"] > max(WORSE_FACTOR * one["worst_ms"], one["worst_ms"] + WORSE_MS)
         for one in stock
@@ -189,7 +187,7 @@ def is_worse(ours: Mapping[str, Any], stock: Sequence[Mapping[str, Any]]) -> boo
 
 
 def problems_of(name: str, servers: Mapping[str, Any]) -> list[str]:
-    """Sentences on what one server did wrong, or worse than stock."""
+    """Sentences on what a server did wrong, or worse than stock."""
     found = servers[name]
     problems = [
         f"{count} requests of good clients were {what} ({found['requests']['errors']})"
@@ -215,7 +213,7 @@ def problems_of(name: str, servers: Mapping[str, Any]) -> list[str]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Worst and median latencies by thing and size, all servers beside each other."""
+    """Markdown: worst and median latencies by thing and size, for all servers."""
     servers = report["servers"]
     beside = " / ".join(servers)
     lines = [
@@ -244,7 +242,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def sizes_table(servers: Mapping[str, Any], key: str) -> str:
-    """A row for each thing, and a column for each size."""
+    """A row per thing, a column per size."""
     rows = []
     if key != "hostile":
         alone = shown([found["quiet"] for found in servers.values()], key)
@@ -259,7 +257,7 @@ def sizes_table(servers: Mapping[str, Any], key: str) -> str:
 
 
 def shown(cells: Sequence[Mapping[str, Any] | None], key: str) -> str:
-    """One cell for all servers."""
+    """A cell of the table, with the values of all servers."""
     texts = []
     for cell in cells:
         if cell is None:

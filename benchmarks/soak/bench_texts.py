@@ -1,11 +1,11 @@
-"""Generated text under load: half an hour of all that clients do, under both KV policies.
+r"""Generated text under load: half an hour of everything clients do, under both KV policies.
 
     .venv/bin/vllm-adainfer calibrate ... --max-tokens 32 --epsilon 0.1 --output policies/chat
     .venv/bin/python benchmarks/soak/bench_texts.py --model MODEL \
         --text-artifact chat=policies/chat --text-data chat.jsonl \
-        --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\\nSentiment:'
+        --artifact sst2=policies/sst2 --data sst2.jsonl --template $'Review: {text}\nSentiment:'
 
-`text_scenarios.py` has the scenarios, and says how a text is judged; label requests are sent and
+`text_scenarios.py` defines the scenarios and how a text is judged; label requests are sent and
 compared as in `bench_faults.py`. Exits with code 1 and a sentence per problem.
 """
 
@@ -29,28 +29,28 @@ from vllm_adainfer.offline.calibration.data import make_examples, read_rows
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
-LENGTH = 1024  # most tokens of a prompt and its text
+LENGTH = 1024  # most tokens of a prompt and its text together
 LONGEST_PROMPT = 400
-# So few blocks (of 128 tokens) that some of 16 texts are preempted; steps that rejoining rows fill.
+# So few blocks (of 128 tokens) that some of 16 texts are preempted; rejoining rows can fill a step.
 ARGUMENTS = ("--max-model-len", str(LENGTH), "--num-gpu-blocks-override", "24")
 ARGUMENTS += ("--max-num-batched-tokens", "512")
-REQUESTS = {"exact": "greedy", "propagate": "all"}  # which may exit, by KV policy
+REQUESTS = {"exact": "greedy", "propagate": "all"}  # KV policy -> requests that may exit
 SHADOW_RATE = 0.1
-LEAVING = 0.2  # share of the time in which clients leave mid-text
+LEAVING = 0.2  # share of the time in which clients disconnect mid-text
 
 
 def main(
     model: Annotated[str, typer.Option(help="Directory or hub id.")],
-    text_artifact: Annotated[str, typer.Option(help="NAME=DIR, for generated text.")],
-    text_data: Annotated[Path, typer.Option(help="Prompts for it, JSON lines.")],
-    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, one per other policy.")],
+    text_artifact: Annotated[str, typer.Option(help="NAME=DIR of the policy for text.")],
+    text_data: Annotated[Path, typer.Option(help="Its prompts, JSON lines.")],
+    artifact: Annotated[list[str], typer.Option(help="NAME=DIR, once per other policy.")],
     data: Annotated[list[Path], typer.Option(help="JSON lines, one file per other policy.")],
-    template: Annotated[list[str], typer.Option(help="For the prompts, one per other policy.")],
+    template: Annotated[list[str], typer.Option(help="Prompt template, one per other policy.")],
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/texts.json"),
-    minutes: Annotated[float, typer.Option(help="How long to generate texts.")] = 30,
+    minutes: Annotated[float, typer.Option(help="How long to generate texts, in all.")] = 30,
     rows: Annotated[int, typer.Option(help="Rows of the data per other policy.")] = 20,
 ) -> None:
-    """Serve with each KV policy, and write JSON and a Markdown table beside each other.
+    """Serve with each KV policy, and write JSON and a Markdown table next to each other.
 
     With propagated keys and values all requests may exit, and some sample their tokens.
     """
@@ -88,7 +88,7 @@ def main(
 
 
 def prompts_of(model: str, data: Path) -> list[list[int]]:
-    """Prompts as token ids, short enough that a text and a next turn fit after them."""
+    """Prompts as token ids, short enough for a text and a next turn to follow."""
     _, tokenizer = load_config_and_tokenizer(model)
     examples = make_examples(read_rows(data), tokenizer, None, "label", 1 << 20)
     return [one.token_ids for one in examples if len(one.token_ids) <= LONGEST_PROMPT]

@@ -1,4 +1,4 @@
-"""Shared by `bench_faults.py` and `bench_texts.py`: runs scenarios on servers and reports them."""
+"""Run scenarios on servers and report them; shared by the soaks."""
 
 from __future__ import annotations
 
@@ -27,25 +27,31 @@ from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 ENVIRONMENT = {
-    "VLLM_PLUGINS": "adainfer",  # has /adainfer/reload
+    "VLLM_PLUGINS": "adainfer",  # provides /adainfer/reload
     "OMP_WAIT_POLICY": "passive",
     "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
 }
-MOST_TIES = 0.03  # share of the answers compared; more cannot be rounding
+MOST_TIES = 0.03  # share of compared answers; more ties than this are not just rounding
 Scenario = Callable[[Stage], Awaitable[dict[str, Any]]]
 
 
 class Bench:
-    """Runs scenarios on one server after the other, and keeps their reports."""
+    """Runs scenarios on one server after another, and collects their reports.
+
+    Attributes:
+        rows: a report per scenario.
+        longest: tokens of the longest prompt.
+
+    """
 
     def __init__(self, questions: list[Question], artifact: Path) -> None:
-        """`artifact` is one that the servers read and scenarios may damage."""
+        """Take the questions, and an artifact that servers read and scenarios may damage."""
         self.rows: list[dict[str, Any]] = []
         self._questions = questions
         self._artifact = artifact
         self._layers = load_artifact_config(str(artifact)).layers
         self._expected: dict[int, Tokens] = {}
-        self.longest = 0  # tokens of the longest prompt
+        self.longest = 0
         self._doubtful: list[int] = []
 
     def quiet(self, server: Server) -> None:
@@ -64,7 +70,7 @@ class Bench:
         return row
 
     def kill(self, server: Server, title: str) -> dict[str, Any]:
-        """Kill a process under load; returns the row of the report."""
+        """Kill a process of the server under load; returns the row of the report."""
         held = memory(server)
         row = asyncio.run(self._play(f"kill {title}", server, partial(kill, title=title)))
         row["memory"] = {"before": held}
@@ -94,7 +100,7 @@ class Bench:
 
     @contextmanager
     def written_to(self, output: Path, model: str, policies: Sequence[str]) -> Iterator[None]:
-        """Write JSON and a Markdown table beside each other, even after an error.
+        """Write JSON and a Markdown table next to each other, even after an error.
 
         Raises:
             typer.Exit: there are problems.
@@ -103,7 +109,7 @@ class Bench:
         stopped = []
         try:
             yield
-        except Exception as error:  # keep what was measured before it
+        except Exception as error:  # keep what was measured before
             stopped = [f"stopped before the end: {type(error).__name__}: {str(error)[:200]}"]
         problems = stopped + [
             f"{row['name']}: {problem}" for row in self.rows for problem in row["problems"]
@@ -124,10 +130,10 @@ class Bench:
 def tasks(
     artifact: Sequence[str], data: Sequence[Path], template: Sequence[str], rows: int
 ) -> tuple[dict[str, str], list[Question]]:
-    """The policies, by name, and the questions of each.
+    """The directories of policies by name, and the questions for all of them.
 
     Raises:
-        typer.BadParameter: the numbers of artifacts, data and templates differ.
+        typer.BadParameter: there are not as many artifacts as data files and templates.
 
     """
     if not len(artifact) == len(data) == len(template):

@@ -1,4 +1,4 @@
-"""A server's metrics and the memory of its processes, before and after a scenario."""
+"""A server's metrics and memory, to compare before and after a scenario."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import psutil
 from benchmarks.common.server import Server
 
 REST_SECONDS = 120
-UNHEARD = 8  # steps that a request may still run after its client left
+UNHEARD = 8  # steps a request may still run after its client disconnected
 MIB = 2**20
 
 
 def totals(server: Server) -> dict[str, float]:
-    """Metrics, each summed over its labels."""
+    """Each metric, summed over its labels."""
     sums: Counter[str] = Counter()
     for prefix in ("vllm:", "adainfer:"):
         for series, value in server.metrics(prefix).items():
@@ -26,7 +26,7 @@ def totals(server: Server) -> dict[str, float]:
 
 
 def of_policy(server: Server, name: str) -> dict[str, float]:
-    """The plugin's metrics of one policy; they are gone once its adapter is unloaded."""
+    """The plugin's metrics of one policy; they vanish when its adapter is unloaded."""
     return {
         series.partition("{")[0]: value
         for series, value in server.metrics("adainfer:").items()
@@ -35,10 +35,10 @@ def of_policy(server: Server, name: str) -> dict[str, float]:
 
 
 def at_rest(server: Server) -> dict[str, float]:
-    """Metrics once no request runs or waits and no counter moves.
+    """Metrics, read once no request runs or waits and no counter moves.
 
     Raises:
-        RuntimeError: the server is still busy after two minutes.
+        RuntimeError: the server is still busy after `REST_SECONDS`.
 
     """
     end = time.monotonic() + REST_SECONDS
@@ -57,13 +57,13 @@ def at_rest(server: Server) -> dict[str, float]:
 def counters(
     before: Mapping[str, float], after: Mapping[str, float], layers: int
 ) -> dict[str, Any]:
-    """What a scenario added to the plugin's counters, and what it should be by vLLM's.
+    """What a scenario added to the plugin's counters, and to vLLM's for comparison.
 
-    A row is a token that goes through the layers: each uncached token of a prompt, and each
-    generated token but a request's last. vLLM counts what it has sent to the frontend. So if a
-    client leaves, vLLM does not count tokens decided in the step under way or until the engine
-    learns of it, nor a prompt whose first token was not sent. The rest of a choice, which the
-    scheduler appends, is not decided and has no rows.
+    A row is a token that goes through the layers: each uncached prompt token, and each generated
+    token but a request's last. vLLM counts what it has sent to the API server. So after a client
+    disconnects, vLLM misses tokens decided in the current step or before the engine learns of it,
+    and a prompt whose first token was never sent. The rest of a choice, which the scheduler
+    appends, is not decided and has no rows.
     """
 
     def added(name: str) -> float:
@@ -84,9 +84,13 @@ def counters(
 
 
 def counter_problems(found: Mapping[str, Any], left: int, longest: int) -> list[str]:
-    """Sentences on counters that do not add up, allowing for clients that left, see `counters`.
+    """Sentences on counters that do not add up, with allowance for disconnects, see `counters`.
 
-    `left` is the number of requests whose clients left, `longest` the tokens of the longest prompt.
+    Args:
+        found: the result of `counters`.
+        left: number of requests whose client disconnected.
+        longest: tokens of the longest prompt.
+
     """
     problems = []
     tokens = found["tokens_decided"] - found["tokens_generated"]
@@ -101,7 +105,7 @@ def counter_problems(found: Mapping[str, Any], left: int, longest: int) -> list[
 
 
 def memory(server: Server) -> dict[str, float]:
-    """MiB that all processes of a server hold."""
+    """Memory of all processes of a server, in MiB."""
     parent = psutil.Process(server.process.pid)
     infos = [one.memory_full_info() for one in (parent, *parent.children(recursive=True))]
     return {

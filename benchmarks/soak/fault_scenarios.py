@@ -1,4 +1,4 @@
-"""The scenarios of `bench_faults.py`."""
+"""The scenarios of `bench_faults.py`: each returns its part of the report's row."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from benchmarks.soak.hostile_requests import cheap_refused, hostile
 from benchmarks.soak.load_client import Client
 
 BURST = 1000
-STREAMS, ONE_TOKEN = 300, 200  # requests whose clients leave
+STREAMS, ONE_TOKEN = 300, 200  # requests whose clients disconnect
 RELOADS = 5
-AT_ONCE = 16  # clients of a closed loop
+AT_ONCE = 16  # clients in a closed loop
 STREAM = {"max_tokens": 64, "stream": True}
 KILL_SECONDS = 120
 RELOAD = "/adainfer/reload"
@@ -36,10 +36,10 @@ class Stage:
     """What a scenario works with.
 
     Attributes:
-        server: a healthy one.
-        client: sends requests and counts the replies.
-        artifact: directory of one policy that the server reads, a copy.
-        dice: seeded, so the same in each run.
+        server: a healthy server.
+        client: client that sends requests and counts the replies.
+        artifact: directory of a policy the server reads, a copy that may be damaged.
+        dice: seeded random generator.
 
     """
 
@@ -49,13 +49,13 @@ class Stage:
     dice: random.Random
 
     def order(self, many: int) -> list[int]:
-        """Indices of questions, shuffled, all equally often."""
+        """`many` indices of questions in random order, each about equally often."""
         indices = [number % len(self.client.questions) for number in range(many)]
         self.dice.shuffle(indices)
         return indices
 
     def to_leave(self, index: int, stream: bool) -> dict[str, Any]:
-        """A question's body, for a client that leaves before the end."""
+        """The body of a question, for a client that disconnects before the end."""
         body = dict(self.client.questions[index].body)
         if stream:
             body.pop("allowed_token_ids", None)
@@ -65,7 +65,7 @@ class Stage:
 
 @asynccontextmanager
 async def traffic(stage: Stage, many: int = AT_ONCE) -> AsyncIterator[None]:
-    """Send questions without a pause, `many` at a time, while the caller does something else."""
+    """Send questions without a pause, `many` at a time, while the context lasts."""
     over = asyncio.Event()
 
     async def work() -> None:
@@ -89,14 +89,14 @@ async def everything(stage: Stage) -> dict[str, Any]:
 
 
 async def burst(stage: Stage) -> dict[str, Any]:
-    """All requests at once, each on its own connection."""
+    """Send `BURST` requests at once, each on its own connection."""
     begin = time.monotonic()
     await stage.client.ask_all(stage.order(BURST), BURST)
     return {"requests_per_second": BURST / (time.monotonic() - begin)}
 
 
 async def disconnects(stage: Stage) -> dict[str, Any]:
-    """Clients leave before and after the first token, while others stay."""
+    """Clients disconnect before and after the first token, while others stay."""
     tasks = []
     for number, index in enumerate(stage.order(STREAMS + ONE_TOKEN)):
         stream = number < STREAMS
@@ -121,7 +121,7 @@ async def disconnects(stage: Stage) -> dict[str, Any]:
 
 
 async def hostile_requests(stage: Stage) -> dict[str, Any]:
-    """One hostile request after another, while good ones are answered."""
+    """Send one hostile request after another, while good ones are answered."""
     replies, problems = {}, []
     body = next(one.body for one in stage.client.questions if not one.deep)
     async with traffic(stage, 4):
@@ -129,7 +129,7 @@ async def hostile_requests(stage: Stage) -> dict[str, Any]:
             stage.client.tally.sent += 1
             reply = await stage.client.send(bad)
             if reply.status in statuses and reply.status >= 500:
-                stage.client.tally.refused += 1  # by vLLM, which has no better status for it
+                stage.client.tally.refused += 1  # vLLM has no better status for it
             else:
                 stage.client.count(reply, refusable=True)
             replies[name] = {"status": reply.status, "message": reply.message[:300]}
@@ -179,7 +179,7 @@ async def reload(stage: Stage) -> dict[str, Any]:
 
 
 async def soak(stage: Stage, seconds: float) -> dict[str, Any]:
-    """A mix of everything, in a closed loop, with memory sampled every half minute."""
+    """Send a mix of everything in a closed loop, and sample memory every half minute."""
     refused = cheap_refused(next(one.body for one in stage.client.questions if not one.deep))
     problems: list[str] = []
     end = time.monotonic() + seconds
@@ -214,7 +214,7 @@ async def soak(stage: Stage, seconds: float) -> dict[str, Any]:
 
 @asynccontextmanager
 async def sampled_memory(stage: Stage) -> AsyncIterator[list[dict[str, float]]]:
-    """Memory of the server's processes, every half minute and at the end."""
+    """Sample the server's memory every half minute, and once when the context ends."""
     begin = time.monotonic()
     samples: list[dict[str, float]] = []
 
@@ -228,14 +228,14 @@ async def sampled_memory(stage: Stage) -> AsyncIterator[list[dict[str, float]]]:
             await sample()
             await asyncio.sleep(SAMPLE_SECONDS)
 
-    async with meanwhile(sample_now_and_then()):
+    async with in_background(sample_now_and_then()):
         yield samples
     await sample()
 
 
 @asynccontextmanager
-async def meanwhile(endless: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `endless` while the caller does something else; raises its error at the end."""
+async def in_background(endless: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `endless` while the context lasts; raises its error at the end."""
     task = asyncio.create_task(endless)
     try:
         yield
@@ -246,7 +246,7 @@ async def meanwhile(endless: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 async def kill(stage: Stage, title: str) -> dict[str, Any]:
-    """``kill -9`` one of the server's processes under load, and see what becomes of the others."""
+    """``kill -9`` one of the server's processes under load, and watch the others end."""
     server = stage.server
     family = psutil.Process(server.process.pid).children(recursive=True)
     [victim] = [one for one in family if one.cmdline()[:1] == [title]]
@@ -285,7 +285,7 @@ async def kill(stage: Stage, title: str) -> dict[str, Any]:
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether it is running, and not a zombie."""
+    """Whether a process is running and not a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""The report of `bench_faults.py` and `bench_texts.py`."""
+"""The Markdown report of `bench_faults.py`, `bench_texts.py` and `bench_everything.py`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ EXPLAINED = (
 
 
 def growth(samples: list[Mapping[str, float]]) -> dict[str, float]:
-    """MiB per 10,000 requests of a soak, since its first and since its second memory sample.
+    """MiB gained per 10,000 requests of a soak, since its first and its second memory sample.
 
-    The first half minute fills pools and caches once. A soak under a minute has no third sample.
+    The first half minute fills pools and caches. A soak under a minute has no third sample.
     """
     found = {}
     for name, first in (("all", samples[0]), ("after_half_a_minute", samples[1])):

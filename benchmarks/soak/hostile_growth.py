@@ -1,6 +1,6 @@
-"""What a client controls, each thing in four sizes, sent by one hostile client beside good ones.
+"""Everything a client controls, in four sizes, sent by a hostile client next to good ones.
 
-`bench_hostile_growth.py` runs this, and `everything.py` sends the same requests in its mix.
+`bench_hostile_growth.py` measures it; `bench_everything.py` sends the same requests in its mix.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from benchmarks.soak.fault_measures import totals
 from benchmarks.soak.load_client import Client
 
 PATH = "/v1/completions"
-CLIENTS = 8  # good ones, each in a closed loop
+CLIENTS = 8  # good clients, each in a closed loop
 FACTORS = (1, 10, 100, 1000)
-DIFFERENT = 64  # requests of a thing and size, so that nothing remembered serves them
+DIFFERENT = 64  # distinct requests per thing and size, so that caches do not serve them
 DEADLINE = 60.0  # seconds after which the hostile client gives up a request
-RECOVERY = 120.0  # seconds in which the server has to be idle again
+RECOVERY = 120.0  # seconds within which the server must be idle again
 PROMPT = "Review: a fine film\nSentiment:"
-COMMENT = '\\"'  # of escaped quotes: what a search for texts in a grammar tries from each of them
+COMMENT = '\\"'  # escaped quotes: a search for texts in a grammar starts at each of them
 
 
 @dataclass(frozen=True)
 class Thing:
-    """What grows.
+    """A part of a request that grows.
 
     Attributes:
-        title: what it is, and in what it is counted.
+        title: what it is, and its unit.
         base: its smallest size.
-        body: what a request of a size has beside a prompt; the second number tells requests apart.
-        headers: likewise.
+        body: makes the part of the body, from a size and a number that tells requests apart.
+        headers: makes the headers, from the same arguments.
 
     """
 
@@ -50,7 +50,7 @@ class Thing:
     headers: Callable[[int, int], dict[str, str]] = lambda size, number: {}
 
     def request(self, size: int, number: int) -> tuple[bytes, dict[str, str]]:
-        """Body and headers of the request of a size with that number."""
+        """Body and headers of the request with this size and number."""
         body = {"model": "model", "prompt": PROMPT, "temperature": 0, "max_tokens": 4}
         body |= {"return_token_ids": True, **self.body(size, number)}
         headers = {"Content-Type": "application/json", **self.headers(size, number)}
@@ -58,69 +58,69 @@ class Thing:
 
 
 def structured(**outputs: Any) -> dict[str, Any]:
-    """Those of a request."""
+    """The structured outputs of a request."""
     return {"structured_outputs": outputs}
 
 
 def grammar(size: int, number: int) -> dict[str, Any]:
-    """A grammar of so many characters."""
+    """A grammar of `size` characters."""
     words = [f'"n{number} {place:06}" "."' for place in range(max(size // 20, 1))]
     return structured(grammar="root ::= " + " | ".join(words))
 
 
 def comment(size: int, number: int) -> dict[str, Any]:
-    """A short grammar with a comment of so many characters."""
+    """A short grammar with a comment of `size` characters."""
     return structured(grammar=f'root ::= "a" # {number} "' + COMMENT * (size // len(COMMENT)))
 
 
 def number_of_choices(size: int, number: int) -> dict[str, Any]:
-    """Short ones."""
+    """`size` short choices."""
     return structured(choice=[f"n{number} {place}" for place in range(size)])
 
 
 def length_of_choices(size: int, number: int) -> dict[str, Any]:
-    """Two, one of them of so many characters."""
+    """Two choices, one of them of `size` characters."""
     return structured(choice=[f"n{number} " + "word " * (size // 5), f"n{number}"])
 
 
 def json_output(size: int, number: int) -> dict[str, Any]:
-    """A list that cannot end before so many tokens are written."""
+    """A JSON list that cannot end before `size` tokens are generated."""
     schema = {"type": "array", "items": {"type": "integer"}, "minItems": size, "title": f"{number}"}
     return {"max_tokens": size, **structured(json=schema)}
 
 
 def allowed(size: int, number: int) -> dict[str, Any]:
-    """Tokens that may be answered."""
+    """`size` allowed token ids."""
     return {"allowed_token_ids": list(range(number, number + size))}
 
 
 def scored(size: int, number: int) -> dict[str, Any]:
-    """Tokens whose log-probabilities are wanted."""
+    """`size` token ids to return log-probabilities for."""
     return {"logprob_token_ids": list(range(number, number + size)), "logprobs": size}
 
 
 def stop(size: int, number: int) -> dict[str, Any]:
-    """As many texts that end the answer as vLLM takes (``VLLM_MAX_STOP_STRINGS``), so long each."""
+    """As many stop strings as vLLM takes (``VLLM_MAX_STOP_STRINGS``), of `size` characters each."""
     return {"max_tokens": 8, "stop": [f"n{number} {place}".ljust(size, "x") for place in range(4)]}
 
 
 def many_stops(size: int, number: int) -> dict[str, Any]:
-    """Short ones."""
+    """`size` short stop strings."""
     return {"max_tokens": 8, "stop": [f"n{number} {place}" for place in range(size)]}
 
 
 def plain(size: int, number: int) -> dict[str, Any]:
-    """Nothing more."""
+    """A plain request."""
     return {}
 
 
 def long_id(size: int, number: int) -> dict[str, str]:
-    """A header that becomes the request's id."""
+    """The header that becomes the request's id, of `size` characters."""
     return {"X-Request-Id": f"{number}-".ljust(size, "x")}
 
 
 def many_headers(size: int, number: int) -> dict[str, str]:
-    """So many short ones."""
+    """`size` short headers."""
     return {f"X-{place}": f"{number}" for place in range(size)}
 
 
@@ -142,21 +142,21 @@ THINGS = (
 async def growth(
     server: Server, client: Client, thing: Thing, factor: int, seconds: float
 ) -> dict[str, Any]:
-    """The latency of good clients while one client sends a thing in one size."""
+    """The latency of good clients while a hostile one sends a thing in one size."""
     size = thing.base * factor
     requests = [thing.request(size, number) for number in range(DIFFERENT)]
-    latencies, sent = await beside(client, hostile(server.url, requests, seconds))
-    return {"size": size, **of(latencies), **sent}
+    latencies, sent = await latencies_during(client, hostile(server.url, requests, seconds))
+    return {"size": size, **summary(latencies), **sent}
 
 
 async def quiet(client: Client, seconds: float) -> dict[str, Any]:
-    """The latency of good clients alone."""
-    latencies, _ = await beside(client, asyncio.sleep(seconds))
-    return of(latencies)
+    """The latency of good clients on their own."""
+    latencies, _ = await latencies_during(client, asyncio.sleep(seconds))
+    return summary(latencies)
 
 
-def of(latencies: Sequence[float]) -> dict[str, float]:
-    """In milliseconds."""
+def summary(latencies: Sequence[float]) -> dict[str, float]:
+    """Worst and median of `latencies` (seconds), in milliseconds, and their number."""
     return {
         "worst_ms": 1000 * max(latencies),
         "median_ms": 1000 * statistics.median(latencies),
@@ -164,8 +164,8 @@ def of(latencies: Sequence[float]) -> dict[str, float]:
     }
 
 
-async def beside(client: Client, other: Any) -> tuple[list[float], Any]:
-    """The seconds each good request took while `other` ran, and its result."""
+async def latencies_during(client: Client, other: Any) -> tuple[list[float], Any]:
+    """The seconds each good request took while `other` ran, and the result of `other`."""
     latencies: list[float] = []
     over = asyncio.Event()
     dice = random.Random(0)
@@ -188,7 +188,7 @@ async def beside(client: Client, other: Any) -> tuple[list[float], Any]:
 async def hostile(
     url: str, requests: Sequence[tuple[bytes, dict[str, str]]], seconds: float
 ) -> dict[str, Any]:
-    """Send one request after the other for so long, at least one; what became of them."""
+    """Send one request after another for `seconds`, at least one; returns their outcomes."""
     ends: Counter[str] = Counter()
     longest = 0.0
     message = ""
@@ -214,7 +214,7 @@ async def hostile(
 
 
 async def recovers(server: Server) -> bool:
-    """Whether no request runs or waits any more within `RECOVERY` seconds."""
+    """Whether the server is idle within `RECOVERY` seconds."""
     end = time.monotonic() + RECOVERY
     while time.monotonic() < end:
         with suppress(OSError):  # too busy to answer

@@ -1,4 +1,4 @@
-"""Odd requests, each of which a server must refuse with a sentence or answer anyway."""
+"""Odd requests that a server must either refuse with a sentence or answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEEP: Any = 1
 for _ in range(50):
     DEEP = [DEEP]
 
-# By name; values of ``vllm_xargs``.
+# Name -> value of ``vllm_xargs``.
 REFUSED: dict[str, Any] = {
     "unknown policy": {"adainfer_policy": "nope"},
     "empty policy": {"adainfer_policy": ""},
@@ -93,7 +93,7 @@ BROKEN: dict[str, bytes] = {
 
 
 def hostile(body: Mapping[str, Any]) -> list[tuple[str, Any, tuple[int, ...]]]:
-    """Name, body and permitted statuses of each; `body` is the rest of the requests."""
+    """Name, body and permitted statuses of each request; `body` is their common part."""
     found: list[tuple[str, Any, tuple[int, ...]]] = []
     for cases, statuses in ((REFUSED, (400,)), (ANSWERED, (200,)), (STOCK_500, (400, 500))):
         found += [(name, {**body, "vllm_xargs": value}, statuses) for name, value in cases.items()]
@@ -102,6 +102,6 @@ def hostile(body: Mapping[str, Any]) -> list[tuple[str, Any, tuple[int, ...]]]:
 
 
 def cheap_refused(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The short ones of those to be refused."""
+    """The requests to be refused that are short."""
     bodies = [{**body, "vllm_xargs": value} for value in REFUSED.values()]
     return [body for body in bodies if len(json.dumps(body)) < 10_000]

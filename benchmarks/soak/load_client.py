@@ -1,4 +1,4 @@
-"""A client that sends requests and knows the right answers."""
+"""A client that sends requests, knows the right answers and counts outcomes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import aiohttp
 from vllm_adainfer.offline.calibration.data import fill, read_rows
 from vllm_adainfer.policy.artifact_files import load_artifact_config
 
-SECONDS = 600.0  # a later answer counts as lost
+SECONDS = 600.0  # an answer that takes longer counts as lost
 TEXT = "text"
 TEXT_TOKENS = 4
 Tokens = tuple[int, ...]
@@ -23,12 +23,12 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Question:
-    """A request that has one right answer.
+    """A request with one right answer.
 
     Attributes:
-        kind: the policy that decides it, or `TEXT`.
+        kind: name of the policy that decides it, or `TEXT`.
         deep: whether it asks for full depth.
-        body: of ``/v1/completions``.
+        body: body for ``/v1/completions``.
 
     """
 
@@ -39,7 +39,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """A server's reply; `status` is 0 if there was none."""
+    """A server's reply.
+
+    Attributes:
+        status: HTTP status; 0 if there was no reply.
+        tokens: generated token ids.
+        prompt_tokens: number of prompt tokens.
+        prompt_logprobs: as in the response.
+        message: error message.
+
+    """
 
     status: int
     tokens: Tokens = ()
@@ -50,18 +59,18 @@ class Reply:
 
 @dataclass
 class Tally:
-    """Outcomes of requests, counted.
+    """Counts of requests by outcome.
 
     Attributes:
-        sent: all of them.
-        answered: as in the quiet pass, or at all if the quiet pass has no answer.
-        ties: answered differently, but as in the quiet pass when sent again, alone.
-        wrong: answered differently, and again when sent alone.
-        refused: by a 4xx, as expected.
+        sent: all requests.
+        answered: answered as in the quiet pass, or at all if that has no answer.
+        ties: answered differently, but as in the quiet pass when sent again on its own.
+        wrong: answered differently, also when sent again on its own.
+        refused: refused with a 4xx, as expected.
         lost: any other outcome while the engine was alive.
-        failed: any other outcome, in flight when the engine was killed.
+        failed: any other outcome for requests in flight when the engine was killed.
         left: the client closed the connection before the end.
-        errors: statuses or exceptions of lost and failed ones, questions' kinds of wrong ones.
+        errors: counts by status or exception (lost, failed) or by kind of question (wrong).
 
     """
 
@@ -76,12 +85,12 @@ class Tally:
     errors: dict[str, int] = field(default_factory=dict)
 
     def add_error(self, what: str) -> None:
-        """Count one more."""
+        """Count an error."""
         self.errors[what] = self.errors.get(what, 0) + 1
 
 
 def questions_of(name: str, artifact: Path, data: Path, template: str, rows: int) -> list[Question]:
-    """The first rows of a task, each with exits, at full depth, and (some) as generated text."""
+    """Questions from a task's first rows: with exits, at full depth, and some as generated text."""
     labels = list(load_artifact_config(str(artifact)).label_ids)
     found = []
     for number, row in enumerate(read_rows(data)[:rows]):
@@ -96,11 +105,12 @@ def questions_of(name: str, artifact: Path, data: Path, template: str, rows: int
 
 
 class Client:
-    """Sends requests and keeps count.
+    """Sends requests and counts their outcomes.
 
     Attributes:
-        questions: those it may ask.
-        tally: of what it has sent.
+        questions: questions it may ask.
+        expected: right answers, by index of the question.
+        tally: outcomes so far.
         doubtful: indices of questions answered differently than in the quiet pass.
         killed: whether the engine is known to be dead.
 
@@ -112,7 +122,7 @@ class Client:
         questions: Sequence[Question],
         expected: Mapping[int, Tokens],
     ) -> None:
-        """`expected` are the answers, by index of the question."""
+        """Take the session to send with, the questions, and their right answers."""
         self.questions = questions
         self.tally = Tally()
         self.doubtful: list[int] = []
@@ -121,7 +131,7 @@ class Client:
         self.expected = expected
 
     async def send(self, body: Any, more: Mapping[str, str] | None = None) -> Reply:
-        """Send one request, uncounted; `body` is JSON data, or bytes, `more` are headers."""
+        """Send a request without counting it; `body` is JSON data or bytes, `more` are headers."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", **(more or {})}
         try:
@@ -172,7 +182,7 @@ class Client:
             self.tally.add_error(what)
 
     async def leave(self, body: Mapping[str, Any], seconds: float) -> None:
-        """Send a request, and close the connection after that many seconds if it is still open."""
+        """Send a request, and disconnect after `seconds` if it is not answered by then."""
         self.tally.sent += 1
         try:
             self.count(await asyncio.wait_for(self.send(body), seconds))
@@ -190,13 +200,13 @@ class Client:
         await asyncio.gather(*(work() for _ in range(many)))
 
     async def settle(self) -> None:
-        """Ask doubtful questions again, alone."""
+        """Ask doubtful questions again, one at a time."""
         for index in self.doubtful:
             self.judge(index, await self.send(self.questions[index].body))
         self.doubtful.clear()
 
     def judge(self, index: int, again: Reply) -> None:
-        """Count a doubtful question by the answer it got `again`, alone."""
+        """Count a doubtful question by the answer it got `again`, on its own."""
         if again.tokens == self.expected[index]:
             self.tally.ties += 1
         else:
@@ -205,7 +215,7 @@ class Client:
 
 
 def streamed(text: str) -> Reply:
-    """The reply in a stream that was read to its end marker."""
+    """The reply in the text of a stream, which must end with its end marker."""
     *events, end = [line[len("data:") :].strip() for line in text.split("\n\n") if line.strip()]
     if end != "[DONE]":
         return Reply(0, message="a stream without an end")
@@ -223,7 +233,7 @@ async def client_of(
     expected: Mapping[int, Tokens],
     seconds: float = SECONDS,
 ) -> AsyncIterator[Client]:
-    """A client that waits so long for an answer; every request has its own connection."""
+    """A client that waits `seconds` for an answer; each request has its own connection."""
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=seconds)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
@@ -231,7 +241,7 @@ async def client_of(
 
 
 async def quiet_pass(url: str, questions: Sequence[Question]) -> tuple[dict[int, Tokens], int]:
-    """The answers to one request at a time, and the tokens of the longest prompt."""
+    """The answers when one question is asked at a time, and the tokens of the longest prompt."""
     expected = {}
     longest = 0
     async with client_of(url, questions, {}) as client:

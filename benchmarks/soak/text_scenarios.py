@@ -1,9 +1,9 @@
-"""Scenarios of `bench_texts.py`: a mix of everything, by one client and by many.
+"""The scenario of `bench_texts.py`: a mix of everything, from one client and from many.
 
-The right text depends on the other requests in its batches: a settled token leaves early only where
-that is faster. So the server itself judges each text afterwards, at full depth, as a prompt with
-log-probabilities: every token of a text at full depth must be the server's choice, and in texts
-that exit no more tokens may differ than the policy's bound allows.
+There is no single right text: a settled token exits only where that is faster, which depends on the
+other requests in the batch. So the server itself judges each text afterwards, at full depth, as a
+prompt with log-probabilities: every token of a full-depth text must be the server's choice, and in
+texts with exits no more tokens may differ than the policy's bound allows.
 """
 
 from __future__ import annotations
@@ -18,25 +18,32 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from benchmarks.soak.fault_scenarios import Stage, meanwhile, sampled_memory
+from benchmarks.soak.fault_scenarios import Stage, in_background, sampled_memory
 from benchmarks.soak.load_client import Tokens
 from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.text_monitor import TextMonitor
 
-CLIENTS = (1, 6, 16)  # in turn: a single client reaches code that many do not, and vice versa
+CLIENTS = (1, 6, 16)  # in turn: one client reaches code that many do not, and vice versa
 TURN_SECONDS = 30
 RELOAD_SECONDS = 20
 SCRAPE_SECONDS = 0.1
 LENGTHS = (32, 200)  # range of a text's tokens
-TURN = 40  # tokens of the question in a next turn
-TIE = 0.5  # difference of log-probabilities within which rounding may change a choice
+TURN = 40  # tokens of the follow-up question
+TIE = 0.5  # difference in log-probability that rounding may turn around
 JUDGED = 400  # texts per scenario
 GROWING = ("_total", "_count", "_bucket", "_sum")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A generated text; `kind` is early, deep or drawn (sampled)."""
+    """A generated text.
+
+    Attributes:
+        kind: early, deep (full depth) or drawn (sampled).
+        prompt: token ids of the prompt.
+        tokens: token ids of the text.
+
+    """
 
     kind: str
     prompt: list[int]
@@ -45,11 +52,11 @@ class Text:
 
 @dataclass
 class Scraper:
-    """Reads `/metrics` repeatedly and checks that no counter falls.
+    """Checks that no counter falls between two reads of `/metrics`.
 
     Attributes:
-        scrapes: how often it was read.
-        fallen: counters that fell between two readings, and by how much.
+        scrapes: number of reads.
+        fallen: how far counters fell, by series.
 
     """
 
@@ -58,7 +65,7 @@ class Scraper:
     _last: dict[str, float] = field(default_factory=dict)
 
     def read(self, text: str) -> None:
-        """Compare a reply of ``/metrics`` with the last one."""
+        """Compare a reply of ``/metrics`` with the previous one."""
         self.scrapes += 1
         for line in text.splitlines():
             if not line.startswith("adainfer:"):
@@ -72,7 +79,7 @@ class Scraper:
 
 @asynccontextmanager
 async def scraping(stage: Stage) -> AsyncIterator[Scraper]:
-    """Read `/metrics` every 100 ms while the caller does something else."""
+    """Read `/metrics` every `SCRAPE_SECONDS` while the context lasts."""
     scraper = Scraper()
 
     async def scrape() -> None:
@@ -82,12 +89,12 @@ async def scraping(stage: Stage) -> AsyncIterator[Scraper]:
                     scraper.read(await response.text())
                 await asyncio.sleep(SCRAPE_SECONDS)
 
-    async with meanwhile(scrape()):
+    async with in_background(scrape()):
         yield scraper
 
 
 def one_connection_each(stage: Stage) -> aiohttp.ClientSession:
-    """A session with a connection per request: a server may close one between two requests."""
+    """A session with a new connection per request: a server may close an idle one."""
     connector = aiohttp.TCPConnector(force_close=True)
     return aiohttp.ClientSession(stage.server.url, connector=connector)
 
@@ -98,7 +105,7 @@ class Writers:
     def __init__(
         self, stage: Stage, prompts: list[list[int]], policy: str, draws: bool, leaves: bool
     ) -> None:
-        """`draws` and `leaves` say whether some sample their tokens, or leave mid-text."""
+        """With `draws` some requests sample their tokens, with `leaves` some clients disconnect."""
         self.texts: list[Text] = []
         self.problems: list[str] = []
         self._stage = stage
@@ -108,7 +115,7 @@ class Writers:
         self._leaves = leaves
 
     async def act(self) -> None:
-        """One request or, with a next turn, two."""
+        """Send one request or, with a follow-up, two."""
         dice, client = self._stage.dice, self._stage.client
         chance = dice.random()
         if chance < 0.25:
@@ -165,7 +172,7 @@ async def texts(
     draws: bool,
     leaves: bool,
 ) -> dict[str, Any]:
-    """Texts, plain and streamed, next turns and labels, with reloads, for that many seconds."""
+    """Request texts (plain, streamed, follow-ups) and labels for `seconds`, with reloads."""
     writers = Writers(stage, prompts, policy, draws, leaves)
     begin = time.monotonic()
     reloads: dict[int, int] = {}
@@ -220,9 +227,9 @@ async def texts(
 
 
 async def judge(stage: Stage, written: list[Text], config: ArtifactConfig) -> dict[str, Any]:
-    """Have the server read texts at full depth; counts the tokens it would not choose, by kind.
+    """Have the server rescore texts at full depth; counts tokens it would not choose, by kind.
 
-    The interval for early texts is by prompt, over the tokens that the bound covers.
+    The interval for early texts is clustered by prompt, over the tokens the bound covers.
     """
     found: dict[str, dict[str, float]] = {
         kind: {"texts": 0, "tokens": 0, "changed": 0} for kind in ("early", "deep")
@@ -252,7 +259,7 @@ async def judge(stage: Stage, written: list[Text], config: ArtifactConfig) -> di
 
 
 async def read_back(stage: Stage, text: Text) -> list[float]:
-    """By how much log-probability the full model prefers another token, for each token."""
+    """For each token, how much log-probability the full model's best token has over it."""
     body = {
         "model": "model",
         "prompt": [*text.prompt, *text.tokens],

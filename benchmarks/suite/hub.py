@@ -1,4 +1,4 @@
-"""A task's rows from the Hugging Face hub, with the fields that the task's data files have."""
+"""Fetch a task's rows from the Hugging Face hub, with the field names of the data files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Part = Literal["train", "test"]
 
 
 class Hub(BaseModel):
-    """Where a task's data is on the hub, and the names of its fields there."""
+    """Where a task's data is on the hub, and how its fields are named there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,12 +28,12 @@ class Hub(BaseModel):
 
 
 def hub_rows(hub: Hub, part: Part, answer: str) -> list[Row]:
-    """Fetch one part, shuffled with a fixed seed, because some data sets are sorted by class.
+    """Fetch one part, shuffled with a fixed seed because some data sets are sorted by class.
 
     Args:
         hub: where the data is.
-        part: which split to fetch.
-        answer: our name of the field whose values `hub.classes` maps.
+        part: the split to fetch.
+        answer: our name for the field whose values `hub.classes` maps.
 
     Raises:
         AdaInferError: `datasets` is not installed, or the data cannot be fetched or lacks a field.

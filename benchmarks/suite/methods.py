@@ -1,6 +1,6 @@
-"""Other ways to run fewer layers, judged on the same prompts from recorded states.
+"""Other methods of running fewer layers, judged on the same prompts from recorded states.
 
-They are judged by their decisions; the time they would take is computed from measured costs.
+Their decisions are judged; the time they would take is computed from measured costs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ EVEN_ODDS = 0.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """A method on the test prompts.
+    """The outcome of a method on the test prompts.
 
     Attributes:
         accuracy: share of right answers.
         disagreement: share of answers that differ from the full model's.
-        layers_run: mean number of layers.
-        layers_saved: share of layers.
-        expected_speedup: of layers, probes and cuts, by measured costs.
+        layers_run: mean number of layers run.
+        layers_saved: share of layers skipped.
+        expected_speedup: speed-up of layers, probes and compaction, by measured costs.
 
     """
 
@@ -46,7 +46,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TestPart:
-    """The prompts of a recording that methods are judged on; `right` is by prompt."""
+    """The prompts that methods are judged on.
+
+    Attributes:
+        recording: the recording they are part of.
+        prompts: their row numbers in it.
+        right: for each prompt of the recording, the tokens that count as right.
+
+    """
 
     recording: Recording
     prompts: Ints
@@ -59,7 +66,7 @@ class TestPart:
         threshold: float,
         costs: Costs,
     ) -> Outcome:
-        """The outcome of leaving at the first of `layers` whose score passes `threshold`."""
+        """The outcome of exiting at the first of `layers` whose score passes `threshold`."""
         [point] = walk(layers, scored, costs.depth, [threshold])
         answers = np.stack([*(exit.tokens for exit in scored), self.recording.tokens[self.prompts]])
         chosen = answers[point.exits, np.arange(len(self.prompts))]
@@ -81,12 +88,12 @@ class TestPart:
         return float(costs.layer * costs.depth * tokens.sum() / seconds.sum())
 
     def scored(self, exit: FittedExit) -> Scored:
-        """What an exit point says about the test prompts."""
+        """The scores of an exit point on the test prompts."""
         return judge(exit.probe, exit.layer, self.recording, self.prompts).scored(exit.classifier)
 
 
 def ours(policy: FittedPolicy, epsilon: float, test: TestPart) -> Outcome | None:
-    """Our policy at its certified threshold; None if none was certified."""
+    """Our policy at its certified threshold; None if no threshold was certified."""
     if epsilon not in policy.points:
         return None
     layers = [exit.layer for exit in policy.exits]
@@ -95,7 +102,7 @@ def ours(policy: FittedPolicy, epsilon: float, test: TestPart) -> Outcome | None
 
 
 def static_truncation(layers_run: float, target: Target, test: TestPart, costs: Costs) -> Outcome:
-    """Every prompt stops at the layer nearest to `layers_run`, read by the model's own head."""
+    """Stop every prompt at the layer nearest to `layers_run`, and use the model's own head."""
     layer = min(test.recording.states, key=lambda layer: abs(layer - layers_run))
     probe = logit_lens(test.recording, target)
     scored = judge(probe, layer, test.recording, test.prompts).scored(GAP_ALONE)
@@ -105,11 +112,11 @@ def static_truncation(layers_run: float, target: Target, test: TestPart, costs: 
 def adainfer(
     split: Split, options: PolicyOptions, costs: Costs, test: TestPart
 ) -> dict[str, Outcome | None]:
-    """AdaInfer's features, the whole LM head after every layer, with three rules for leaving.
+    """AdaInfer's features (the full LM head after every layer) with three exit rules.
 
-    ``adainfer`` is the paper's rule: leave where the SVM says settled. ``adainfer_certified``
-    certifies one threshold on the SVM's log odds, as our policy does, and ``calm`` (arXiv
-    2207.07061) one on the gap itself.
+    ``adainfer`` is the paper's rule: exit where the SVM says settled. ``adainfer_certified``
+    certifies a threshold on the SVM's log-odds, as our policy does, and ``calm`` (arXiv 2207.07061)
+    one on the gap itself.
     """
     recording, bound = test.recording, options.bounds()
     whole_head = Target("logit-lens", None)
@@ -144,10 +151,10 @@ def adainfer(
 
 
 def agreement_curve(policy: FittedPolicy, target: Target, test: TestPart) -> dict[str, list[float]]:
-    """The share of test answers equal to the full model's if every prompt left after a layer.
+    """The share of test answers equal to the full model's if every prompt exited at one layer.
 
     Returns:
-        ``layers``, and the shares for each: of our ``probe`` and of the ``logit_lens``.
+        ``layers``, and the share at each for our ``probe`` and for the ``logit_lens``.
 
     """
     plain = logit_lens(test.recording, target)

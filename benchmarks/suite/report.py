@@ -30,10 +30,10 @@ def suite_report(
     """The JSON report.
 
     Args:
-        model: directory or hub id; the report names its last part.
-        options: of the policies.
-        depth: layers of the model.
-        rows: one for each task, see `benchmarks.suite.run_suite`.
+        model: directory or hub id; the report keeps its last part.
+        options: options of the policies.
+        depth: number of layers of the model.
+        rows: one per task, see `run_suite.py`.
 
     Returns:
         the rows, and averages over the tasks where the full model is better than chance.
@@ -79,7 +79,7 @@ def suite_report(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Two tables: what was measured in vLLM, and every method by its decisions."""
+    """Two tables: measurements in vLLM, and every method judged by its decisions."""
     parts = [
         f"{report['model']} ({report['layers_total']} layers), suite {report['suite']}, epsilon "
         f"{report['epsilon']:g} at delta {report['delta']:g}, on {report['provenance']['cpu']}.",

@@ -151,7 +151,7 @@ def run_suite(request: SuiteRequest) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Judging:
-    """Records tasks and judges methods on them; writes the artifacts to `directory`."""
+    """Records tasks, judges methods on them, and writes the artifacts to `directory`."""
 
     request: SuiteRequest
     hf_config: Any
@@ -159,11 +159,11 @@ class _Judging:
     directory: Path
 
     def all(self, loaded: Sequence[TaskData]) -> list[dict[str, Any]]:
-        """A row of the report for each task."""
+        """The rows of the report, one per task."""
         layers = list(range(1, self.hf_config.num_hidden_layers))
         rows: dict[str, dict[str, Any]] = {}
         with_labels = [data for data in loaded if data.labels]
-        # A lens learns from the first prompts of an engine, so a task without labels has its own.
+        # A tuned lens is fitted on an engine's first prompts, so each task without labels gets its own.
         groups = [with_labels] if with_labels else []
         groups += [[data] for data in loaded if not data.labels]
         for group in groups:
@@ -205,7 +205,7 @@ class _Judging:
             "prompt_tokens_mean": float(np.mean([len(e.token_ids) for e in data.test])),
             "chance": chance,
             "full_depth": {"accuracy": float(full.mean())},
-            # Not better than always giving the commonest answer, by a one-sided test at 95 %.
+            # Not better than the majority answer, by a one-sided test at 95 %.
             "at_chance": bool(
                 full.mean() < chance + 1.645 * np.sqrt(chance * (1 - chance) / len(full))
             ),
@@ -244,7 +244,7 @@ def _measure(
     rows: Sequence[dict[str, Any]],
     directory: Path,
 ) -> None:
-    """Fill in ``measured``, except for tasks at chance and tasks without a policy."""
+    """Fill in ``measured``, except for tasks at chance or without a policy."""
     worth = [
         (data, row)
         for data, row in zip(loaded, rows, strict=True)
@@ -270,7 +270,7 @@ def _measure(
 def _measured(
     rounds: Sequence[tuple[Run, dict[float, Run]]], data: TaskData, epsilon: float
 ) -> dict[str, Any]:
-    """Medians over the rounds of stock vLLM and ours."""
+    """Medians over the rounds, of stock vLLM and ours."""
     stock = [baseline for baseline, _ in rounds]
     never = [by_epsilon[NEVER_EXIT] for _, by_epsilon in rounds]
     runs = [by_epsilon[epsilon] for _, by_epsilon in rounds]

@@ -1,4 +1,4 @@
-"""The tasks of a suite: their definitions, and their prompts from data files."""
+"""The suite's tasks: their definitions, and their prompts from data files."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from vllm_adainfer.policy.artifact import Label
 
 
 class Task(BaseModel):
-    """One task of a suite file.
+    """A task of the suite.
 
-    A prompt consists of the shots, each followed by its answer, and the row's own filled template.
-    An answer is one token: that of a label, or any token if there are no labels.
+    A prompt consists of the shots, each followed by its answer, and the row's filled template. An
+    answer is one token: that of a label, or any token if there are no labels.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,17 +38,17 @@ class Task(BaseModel):
     title: str
     template: str = Field(pattern=r"\S$", description="Format string over a row's fields.")
     separator: str = Field(description="Between a shot's answer and the next prompt.")
-    answer: str = Field(description="Field with the right answer, or with a list of accepted ones.")
+    answer: str = Field(description="Field with the right answer, or a list of accepted ones.")
     labels: dict[str, str] = Field(
-        {}, description="The answer in the data to its word in the prompt; empty: open vocabulary."
+        {}, description="Answer in the data to its word in the prompt; empty: open vocabulary."
     )
-    shots: int = Field(ge=0, description="How many answered rows of train precede a prompt.")
+    shots: int = Field(ge=0, description="How many answered training rows precede a prompt.")
     cut: dict[str, PositiveInt] = Field(
-        {}, description="Field to how many characters of it are kept."
+        {}, description="Field to how many of its characters are kept."
     )
     longest: dict[str, PositiveInt] = Field(
         {},
-        description="Field to its maximum of characters: longer rows are skipped, because a cut "
+        description="Field to its most characters: longer rows are skipped, because truncation "
         "could remove the answer.",
     )
     lettered: str | None = Field(
@@ -86,14 +86,14 @@ class TaskData:
 
     Attributes:
         task: the task.
-        shots: answered rows before each prompt, always the same ones.
+        shots: number of answered rows before each prompt, the same rows for all.
         labels: the possible answers; empty if the vocabulary is open.
         train: prompts to calibrate on, without the shots.
         test: prompts to measure on.
         train_answers: for each prompt of `train`, the tokens that count as right.
         answers: the same for `test`.
-        chance: the share of `test` that the best constant answer gets right.
-        skipped: rows that were left out because they were too long.
+        chance: share of `test` that the best constant answer gets right.
+        skipped: number of rows left out because they are too long.
 
     """
 
@@ -130,9 +130,9 @@ def load_task(
         data_dir: holds ``<task name>/train.jsonl`` and ``test.jsonl``; None fetches from the hub.
         tokenizer: a Hugging Face tokenizer.
         shots: answered rows before each prompt; None takes the task's own number.
-        max_train: the most prompts to calibrate on, drawn at random; None takes all.
+        max_train: most prompts to calibrate on, drawn at random; None takes all.
         max_test: the same for the prompts to measure on.
-        max_tokens: the longest prompt the model takes; longer ones are skipped, never cut.
+        max_tokens: longest prompt the model takes; longer ones are skipped, never truncated.
 
     Raises:
         AdaInferError: files, fields or labels are missing or wrong, or no prompt fits.
@@ -177,7 +177,7 @@ def _read(task: Task, data_dir: Path | None, part: Part) -> list[Row]:
 
 
 def _choose_shots(task: Task, rows: Sequence[Row], count: int) -> list[Row]:
-    """Rows of each class in turn; the first rows if there are no classes."""
+    """Rows of each class in turn, or just the first rows if there are no classes."""
     by_word: dict[str, list[Row]] = {word: [] for word in task.labels.values() or [""]}
     for row in rows:
         if _short_enough(task, row):
@@ -192,7 +192,7 @@ def _choose_shots(task: Task, rows: Sequence[Row], count: int) -> list[Row]:
 
 
 def _shuffled(rows: Sequence[Row]) -> list[Row]:
-    """`rows` in a fixed random order, as files may be sorted by class and not all rows are used."""
+    """`rows` in a fixed random order: files may be sorted by class, and not all rows are used."""
     return [rows[index] for index in np.random.default_rng(0).permutation(len(rows))]
 
 
@@ -201,7 +201,7 @@ def _short_enough(task: Task, row: Row) -> bool:
 
 
 def _prompt(task: Task, row: Row) -> str:
-    """The template filled in with the row, after fields are cut and choices lettered."""
+    """The template filled with the row, after truncating fields and lettering choices."""
     fields = dict(row.fields)
     for name in fields.keys() & task.cut.keys():
         fields[name] = str(fields[name])[: task.cut[name]]
@@ -251,7 +251,7 @@ def _make(
     most: int | None,
     max_tokens: int,
 ) -> _Prompts:
-    """The first `most` of `rows` that are not too long, as prompts."""
+    """Prompts from the first `most` rows that are not too long."""
     examples: list[Example] = []
     accepted: list[list[str]] = []
     skipped = 0
