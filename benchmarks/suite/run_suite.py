@@ -163,7 +163,7 @@ class _Judging:
         layers = list(range(1, self.hf_config.num_hidden_layers))
         rows: dict[str, dict[str, Any]] = {}
         with_labels = [data for data in loaded if data.labels]
-        # A tuned lens is fitted on an engine's first prompts, so each task without labels gets its own.
+        # A tuned lens is fitted on an engine's first prompts: tasks without labels get their own.
         groups = [with_labels] if with_labels else []
         groups += [[data] for data in loaded if not data.labels]
         for group in groups:
