@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # imports start at the checkout
 
 from benchmarks.serving.serve_report import table as serve_table
-from vllm_adainfer.offline.evaluation.shares import clopper_pearson, spelled, verdict
+from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled, verdict
 from vllm_adainfer.offline.tables import markdown_table
 
 HERE = Path(__file__).parent

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from vllm_adainfer.engine import sample
-from vllm_adainfer.engine.adapters import fingerprint_of
-from vllm_adainfer.engine.admission import Admission, Admitted
-from vllm_adainfer.engine.compat_requests import client_request_id
-from vllm_adainfer.engine.resolved import Resolved
-from vllm_adainfer.engine.sample import is_sampled
+from vllm_adainfer.engine.admission import traffic_sample as sample
+from vllm_adainfer.engine.admission.admission import Admission, Admitted
+from vllm_adainfer.engine.admission.resolved import Resolved
+from vllm_adainfer.engine.admission.traffic_sample import is_sampled
+from vllm_adainfer.engine.compat.requests import client_request_id
+from vllm_adainfer.engine.runner.adapters import fingerprint_of
 
 
 def resolved(admission: Admission, params: Any, adapter: Any = None) -> Resolved:

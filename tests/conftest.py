@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -81,6 +82,13 @@ def skipped_for_programs(reports: Iterable[Any]) -> list[str]:
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
     programs = {why: number for why, number in reasons.items() if why.startswith("install ")}
     return [f"skipped {number} of the tests: {why}" for why, number in programs.items()]
+
+
+@pytest.fixture(autouse=True)
+def vllm_reads_the_environment_anew() -> None:
+    """VLLM caches it when an engine starts, for all later tests of the process."""
+    if envs := sys.modules.get("vllm.envs"):
+        envs.disable_envs_cache()
 
 
 @pytest.fixture

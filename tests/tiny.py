@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from vllm_adainfer.policy.artifact import ArtifactConfig, Label, Level
-from vllm_adainfer.policy.artifact_files import save_artifact
-from vllm_adainfer.policy.fingerprint import WeightsFingerprint
-from vllm_adainfer.policy.kinds import features_of_risk
+from vllm_adainfer.artifact.config import ArtifactConfig, Label, Level
+from vllm_adainfer.artifact.files import save_artifact
+from vllm_adainfer.artifact.kinds import features_of_risk
+from vllm_adainfer.artifact.weights_fingerprint import WeightsFingerprint
 
 LAYERS = 6
 EXIT_POINTS = (2, 3, 5)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_adainfer.config import read_settings
-from vllm_adainfer.engine.compat_requests import use_stat_loggers
-from vllm_adainfer.engine.configure import configure
-from vllm_adainfer.engine.configure_scheduler import configure_scheduler
+from vllm_adainfer.engine.compat.stats import use_stat_loggers
+from vllm_adainfer.engine.startup.configure import configure
+from vllm_adainfer.engine.startup.configure_scheduler import configure_scheduler
 from vllm_adainfer.frontend.request_check import use_check
 from vllm_adainfer.frontend.stat_logger import WithExitStats
+from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

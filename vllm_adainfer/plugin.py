@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_adainfer.engine.architectures import MODELS
+from vllm_adainfer.engine.classes import MODELS
 
 
 def register() -> None:

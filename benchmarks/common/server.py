@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.vllm_command import COMMAND
-from vllm_adainfer.engine.freed_memory import ENVIRONMENT
+from vllm_adainfer.engine.worker.freed_memory import ENVIRONMENT
 
 START_SECONDS = 600
 POLLING_SECONDS = 1.5

@@ -44,11 +44,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from benchmarks.common.report_files import write_report
-from vllm_adainfer.engine.requests import RunningRequests
-from vllm_adainfer.engine.scheduler import build_scheduler
+from vllm_adainfer.artifact.files import load_artifact_config
+from vllm_adainfer.engine.runner.requests import RunningRequests
+from vllm_adainfer.engine.scheduler.scheduler import build_scheduler
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
-from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 STOCK, OURS = "stock", "ours"
 BATCHES = (1, 32, 256)

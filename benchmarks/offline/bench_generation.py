@@ -28,7 +28,7 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
-from vllm_adainfer.config import EXIT_ARG
+from vllm_adainfer.artifact.files import load_artifact_config, load_details
 from vllm_adainfer.offline.calibration.data import Example, Row, make_examples
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.run import Run
@@ -37,7 +37,7 @@ from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.plugin import register
-from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
+from vllm_adainfer.settings.request import EXIT_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:

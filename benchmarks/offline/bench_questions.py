@@ -25,6 +25,7 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
+from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.offline.calibration.calibrate import (
     calibration_of,
     fit_and_certify,
@@ -37,7 +38,6 @@ from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions, make_
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, Prompts, load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.tables import markdown_table
-from vllm_adainfer.policy.artifact_files import load_details
 
 
 def main(

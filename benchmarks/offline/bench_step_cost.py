@@ -39,7 +39,7 @@ from scipy.optimize import nnls
 
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.scripted_requests import random_prompts, scripted_request
-from vllm_adainfer.engine.batch import CompiledBatch
+from vllm_adainfer.engine.model.batch import CompiledBatch
 from vllm_adainfer.exits.exit_loop import ExitLoop
 from vllm_adainfer.exits.step import StepContext
 from vllm_adainfer.offline.calibration.data import Example

@@ -41,12 +41,12 @@ from benchmarks.serving.scoring_requests import bench as bench_scores
 from benchmarks.serving.scoring_requests import compare_scores
 from benchmarks.serving.serve_report import FIGURES, OURS, STOCK, plot, rate_row, table
 from benchmarks.serving.side_by_side import side_by_side
+from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example, make_examples, read_rows, read_template
 from vllm_adainfer.offline.calibration.engine import BLOCK
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.policy.artifact_files import load_artifact_config
 
 COUNTERS = "layer_rows_executed_total", "layer_rows_skipped_total", "exit_layer_count"
 COUNT_SECONDS = 30  # how long counters may lag behind the last answer

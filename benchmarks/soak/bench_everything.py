@@ -44,7 +44,7 @@ from benchmarks.soak.faults_report import growth
 from benchmarks.soak.hostile_growth import FACTORS, THINGS
 from benchmarks.soak.hostile_requests import cheap_refused
 from benchmarks.soak.load_client import Question
-from vllm_adainfer.policy.artifact_files import load_artifact_config
+from vllm_adainfer.artifact.files import load_artifact_config
 
 GUEST = "guest"  # the adapter's second name
 # On a CPU, rows without an adapter get the update of the adapter in the last slot, and each load

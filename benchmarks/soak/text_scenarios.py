@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks.soak.fault_scenarios import Stage, in_background, sampled_memory
 from benchmarks.soak.load_client import Tokens
-from vllm_adainfer.policy.artifact import ArtifactConfig
-from vllm_adainfer.policy.text_monitor import TextMonitor
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.monitoring.text_monitor import TextMonitor
 
 CLIENTS = (1, 6, 16)  # in turn: one client reaches code that many do not, and vice versa
 TURN_SECONDS = 30

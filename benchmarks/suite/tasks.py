@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from benchmarks.suite.hub import Hub, Part, hub_rows
+from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import (
     Example,
@@ -22,7 +23,6 @@ from vllm_adainfer.offline.calibration.data import (
     first_token,
     read_rows,
 )
-from vllm_adainfer.policy.artifact import Label
 
 
 class Task(BaseModel):

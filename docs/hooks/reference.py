@@ -11,12 +11,12 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from typer.cli import get_docs_for_click
 
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.cli import app
-from vllm_adainfer.config import Settings
 from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.frontend.metrics import Series
 from vllm_adainfer.offline.tables import markdown_table
-from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.settings.engine import Settings
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:

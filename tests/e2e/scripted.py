@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_adainfer.config import DEFAULT_POLICY, RequestSettings
-from vllm_adainfer.engine.admission import Admission, Admitted
-from vllm_adainfer.engine.reads import wants_prompt_logprobs
-from vllm_adainfer.engine.resolved import UNLIMITED, Resolved
+from vllm_adainfer.artifact.label_subsets import ALL
+from vllm_adainfer.engine.admission.admission import Admission, Admitted
+from vllm_adainfer.engine.admission.requested_output import wants_prompt_logprobs
+from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved
 from vllm_adainfer.exits.kv import ExactKV, PropagateKV, RecurrentKV
 from vllm_adainfer.policy.exit_policy import Asked, Decision
-from vllm_adainfer.policy.label_subsets import ALL
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.settings.engine import DEFAULT_POLICY
+from vllm_adainfer.settings.request import RequestSettings
 
 EXIT_AT = "exit_at"
 FULL = -1

@@ -13,9 +13,9 @@ from vllm import SamplingParams
 
 from tests.e2e.test_policies import artifact_of, expected
 from tests.tiny import EXIT_POINTS
-from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.policy.artifact import Artifact, Label
-from vllm_adainfer.policy.artifact_files import save_artifact
+from vllm_adainfer.artifact.config import Artifact, Label
+from vllm_adainfer.artifact.files import save_artifact
+from vllm_adainfer.settings.engine import NO_POLICY
 
 # Each has exit points of its own, so that the stack is cut where one of them wants it.
 POINTS = {"mood": (2, 3), "topic": (3, 5), "next": (2, 5)}

@@ -19,12 +19,12 @@ from tests.e2e.scripted import parts, running_of
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
-from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.engine import adapters as adapter_files
-from vllm_adainfer.engine.build_loop import monitors_of, policies_of
+from vllm_adainfer.artifact.config import Choice, Label
+from vllm_adainfer.engine.runner import adapters as adapter_files
+from vllm_adainfer.engine.runner.build_loop import monitors_of, policies_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import read_adapter
-from vllm_adainfer.policy.artifact import Choice, Label
+from vllm_adainfer.settings.engine import NO_POLICY
 
 MODULES = {
     "all": PROJECTIONS,
@@ -166,7 +166,7 @@ def test_a_request_leaves_by_the_policy_of_its_adapter_alone(asked_about_labels,
             False,
             {},
             "new",
-            r"not calibrated with the adapter beside it: calibrate with --lora new=",
+            r"not calibrated with the adapter that it is bundled with: calibrate with --lora new=",
         ),
     ],
 )
@@ -237,7 +237,7 @@ def test_a_policy_beside_an_adapter_decides_once_vllm_loads_it(
     assert asked_about_labels([None, *adapters[:2]]) == leaving_alone(3)
     engine.llm_engine.add_lora(third)
     assert asked_about_labels([None, *adapters[:3]]) == leaving_alone(4)
-    engine.llm_engine.add_lora(adapters[0])  # has a policy of the start, and none beside it
+    engine.llm_engine.add_lora(adapters[0])  # has a policy of the switch, and none bundled
     engine.llm_engine.add_lora(third)  # again
     assert asked_about_labels([None, *adapters[:3]]) == leaving_alone(4)
     assert list(parts(engine)[0].loop.policies.names)[3:] == [third.lora_name, NO_POLICY]

@@ -20,7 +20,7 @@ from tests.e2e.patterns import drawn_pattern, wrong
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
-from vllm_adainfer.engine.scheduler import AdaInferAsyncScheduler
+from vllm_adainfer.engine.scheduler.scheduler import AdaInferAsyncScheduler
 from vllm_adainfer.offline.calibration.collect import record
 from vllm_adainfer.offline.calibration.data import Example
 

@@ -21,16 +21,16 @@ from tests.plugin.test_config_time import engine_config
 from tests.tiny import LABELS
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
-from vllm_adainfer.engine.capture import CapturingScheduler
-from vllm_adainfer.engine.sample import is_sampled
-from vllm_adainfer.engine.scheduler import (
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.engine.admission.traffic_sample import is_sampled
+from vllm_adainfer.engine.scheduler.capture import CapturingScheduler
+from vllm_adainfer.engine.scheduler.scheduler import (
     AdaInferAsyncScheduler,
     AdaInferScheduler,
     FinishingScheduler,
     build_scheduler,
 )
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact_files import load_artifact
 
 _GENERATOR = np.random.default_rng(0)
 PROMPTS = [_GENERATOR.integers(5, 1000, length).tolist() for length in (3, 40, 170, 1, 90)]
@@ -129,7 +129,7 @@ def test_capture_alone_has_vllms_own_model_and_no_counters(capturing):
 def test_beside_an_artifact_requests_leave_early_and_the_share_is_captured(
     tiny_model, tiny_policy, engine, tmp_path, monkeypatch
 ):
-    draw_by_the_clients_ids("capture", monkeypatch)
+    draw_by_the_clients_ids("scheduler.capture", monkeypatch)
     switch = {"artifact": str(tiny_policy), "min_rows_saved": 1}
     capture = {"directory": str(tmp_path), "rate": 0.4}
     both = tiny_engine(tiny_model, {**switch, "capture": capture}, **ENGINE)

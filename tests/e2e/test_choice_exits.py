@@ -24,7 +24,7 @@ from tests.e2e.test_choices import choosing
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
-from vllm_adainfer.engine.scheduler import AdaInferAsyncScheduler, build_scheduler
+from vllm_adainfer.engine.scheduler.scheduler import AdaInferAsyncScheduler, build_scheduler
 from vllm_adainfer.offline.calibration.choices import UNDECIDED, Choices, find_choices
 
 pytestmark = pytest.mark.skipif(

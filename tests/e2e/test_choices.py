@@ -19,7 +19,7 @@ from tests.byte_model import SETS, byte_tokenizer, save_byte_model
 from tests.conftest import tiny_engine
 from tests.e2e.scripted import parts
 from tests.triton_on_cpu import IS_V2
-from vllm_adainfer.engine.scheduler import FinishingScheduler
+from vllm_adainfer.engine.scheduler.scheduler import FinishingScheduler
 
 pytestmark = pytest.mark.skipif(
     IS_V2 and not torch.cuda.is_available(),

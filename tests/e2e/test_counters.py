@@ -22,16 +22,16 @@ from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
 from tests.unit.test_work import waiting_of
 from vllm_adainfer import stats
-from vllm_adainfer.config import NO_POLICY
-from vllm_adainfer.engine.build_loop import monitors_of
-from vllm_adainfer.engine.gpu_worker import AdaInferGPUWorker
-from vllm_adainfer.engine.segments import Stack
+from vllm_adainfer.engine.runner.build_loop import monitors_of
+from vllm_adainfer.engine.segments.segments import Stack
+from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker
 from vllm_adainfer.exits import step as step_of
 from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.kv import ExactKV, PropagateKV
 from vllm_adainfer.exits.report import Reporter, snapshot_of
 from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.settings.engine import NO_POLICY
 
 NAMES = ("a", "b", NO_POLICY)
 BUDGET = 128  # rows of a step, see `tiny_engine`

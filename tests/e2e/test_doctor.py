@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.test_cli import TRACED_OR_COMPILED, command
 from tests.tiny import served_fingerprint, tiny_config, tiny_tensors
-from vllm_adainfer.policy.artifact_files import save_artifact
+from vllm_adainfer.artifact.files import save_artifact
 
 CALIBRATION = {
     "template": "Review : {text} Sentiment :",

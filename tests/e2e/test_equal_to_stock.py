@@ -108,7 +108,7 @@ def test_killed_by_the_environment_is_stock_bit_for_bit(tiny_model, tiny_policy,
 def bf16_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny policy for weights served in bfloat16."""
     from tests.tiny import served_fingerprint, tiny_tensors
-    from vllm_adainfer.policy.artifact_files import save_artifact
+    from vllm_adainfer.artifact.files import save_artifact
 
     config = tiny_config(tiny_model, weights_fingerprint=served_fingerprint(tiny_model, "bfloat16"))
     directory = tmp_path_factory.mktemp("bf16") / "policy"
@@ -163,7 +163,7 @@ def test_compiled_segments_give_stock_tokens_and_exits_count_what_ran(
     The first step is a chunk, of which the last segment gets one row.
     """
     from tests.e2e.oracle import continuation, hidden_states, same
-    from vllm_adainfer.policy.artifact_files import load_artifact
+    from vllm_adainfer.artifact.files import load_artifact
 
     policy = load_artifact(str(tiny_policy))
     labels = list(policy.config.label_ids)

@@ -26,9 +26,9 @@ from tests.families import FAMILIES, RECURRENT, tiny_checkpoint, transformers_cl
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer import stats
-from vllm_adainfer.config import ROW_ARG
 from vllm_adainfer.exits.step import REGROUP_COST
 from vllm_adainfer.policy.probe import logit_lens_of
+from vllm_adainfer.settings.request import ROW_ARG
 
 SMALL = {
     "max_model_len": 320,

@@ -23,10 +23,10 @@ from tests.e2e.test_label_pool import CLOSE, TIE, expected
 from tests.e2e.test_serve import FLAGS, by_policy, environment, post, wait_for_counters
 from tests.families import SHAPE
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
+from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.exits.report import INTERVAL
 from vllm_adainfer.offline.calibration.batch_files import read_requests
 from vllm_adainfer.offline.calibration.data import Row, read_rows
-from vllm_adainfer.policy.artifact import Label
 
 END = "Sentiment :"  # of each prompt, so that a label is a token of its own
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}" + END

@@ -14,7 +14,7 @@ from tests.e2e.oracle import head_inputs
 from tests.e2e.scripted import parts
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer import stats
-from vllm_adainfer.policy.artifact_files import load_artifact
+from vllm_adainfer.artifact.files import load_artifact
 
 # Together in one step of the shared engine: at most 16 requests and 128 rows.
 _GENERATOR = np.random.default_rng(0)

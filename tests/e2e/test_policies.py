@@ -15,9 +15,9 @@ from tests.chain import log_odds
 from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.scripted import only, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
+from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.exits.loop import ScoredAnswers, StepOutput
-from vllm_adainfer.policy.artifact import Artifact
-from vllm_adainfer.policy.classifier import fit_classifier
+from vllm_adainfer.offline.calibration.classifier import fit_classifier
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy
 
 PROMPTS = 24

@@ -14,7 +14,7 @@ from tests.e2e.test_families import SMALL, Served, prompts_of, run, scores
 from tests.families import tiny_checkpoint
 from tests.quantised import SCHEMES, quantise
 from tests.tiny import EXIT_POINTS, LAYERS
-from vllm_adainfer.engine import early_exit
+from vllm_adainfer.engine.model import early_exit
 
 CASES = [*((scheme, False) for scheme in SCHEMES), ("gptq", True)]
 SWITCH = {"exit_script": list(EXIT_POINTS)}

@@ -27,7 +27,7 @@ from tests.e2e.scripted import FULL, drawn, parts
 from tests.full import needed
 from tests.tiny import EXIT_POINTS
 from tests.triton_on_cpu import IS_V2
-from vllm_adainfer.engine.gpu_worker import AdaInferGPUWorker
+from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="Model Runner V1 captures no segments")
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.test_cli import command, of_a_user
+from vllm_adainfer.monitoring.monitor import confidence_interval
 from vllm_adainfer.offline.demo.run import LABELS
-from vllm_adainfer.policy.monitor import confidence_interval
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "serving" / "bench_serve.py"
 PROMPTS, REQUESTS = 100, 60

@@ -22,13 +22,13 @@ from tests.e2e.test_policies import artifact_of, expected, policy_of
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer import stats as stats_of
-from vllm_adainfer.config import DEFAULT_POLICY, Settings
-from vllm_adainfer.engine.admission import Admission
-from vllm_adainfer.engine.compat_requests import client_request_id
-from vllm_adainfer.policy.artifact import Artifact
-from vllm_adainfer.policy.artifact_files import load_artifact
-from vllm_adainfer.policy.monitor import AnswerMonitor
-from vllm_adainfer.policy.text_monitor import TextMonitor
+from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.compat.requests import client_request_id
+from vllm_adainfer.monitoring.monitor import AnswerMonitor
+from vllm_adainfer.monitoring.text_monitor import TextMonitor
+from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
 
 LABELS_AND_OPEN = [
     pytest.param("label-head", "labels", 0.2, id="label-head"),

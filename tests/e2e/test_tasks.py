@@ -22,9 +22,9 @@ from tests.e2e.tasks import cases, saved, tokens_of
 from tests.full import needed
 from tests.tiny import LAYERS
 from vllm_adainfer import stats
-from vllm_adainfer.engine.build_loop import monitors_of, policies_of
-from vllm_adainfer.policy.artifact import Artifact
-from vllm_adainfer.policy.artifact_files import load_artifact
+from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.engine.runner.build_loop import monitors_of, policies_of
 
 
 @pytest.fixture(scope="module")

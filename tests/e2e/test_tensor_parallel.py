@@ -19,11 +19,11 @@ from tests.adapters import save_adapter
 from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
 from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
-from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.exits.decisions import Decisions
 from vllm_adainfer.exits.shadow import ShadowAnswers
 from vllm_adainfer.offline.calibration.adapter import read_adapter
-from vllm_adainfer.policy.artifact_files import save_artifact
+from vllm_adainfer.settings.engine import NO_POLICY
 
 Artifacts = Callable[[str, float], Path]
 
@@ -92,7 +92,7 @@ def test_two_ranks_decide_watch_and_answer_as_one(
     Who leaves depends on bounds that shadow requests may close, so ranks have to agree on what
     those show, too.
     """
-    draw_by_the_clients_ids("admission", monkeypatch)
+    draw_by_the_clients_ids("admission.admission", monkeypatch)
     switch = {
         "artifact": str(artifacts(probe, threshold)),
         "kv": kv,

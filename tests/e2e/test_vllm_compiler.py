@@ -23,7 +23,7 @@ from tests.e2e.patterns import Pattern, Request, drawn_pattern, drive, wrong
 from tests.e2e.scripted import FULL, Ran, drawn
 from tests.full import needed
 from tests.tiny import LAYERS, tiny_config, tiny_tensors
-from vllm_adainfer.policy.artifact_files import save_artifact
+from vllm_adainfer.artifact.files import save_artifact
 
 EXIT_POINTS = (2, 3, 4)
 EQUAL = ["Segment_2_3_of_6", "Segment_3_4_of_6", "Segment_4_5_of_6"]  # in their graphs

@@ -24,11 +24,12 @@ from vllm.plugins import load_general_plugins
 
 from tests.families import FAMILIES, SHAPE
 from vllm_adainfer import plugin
-from vllm_adainfer.config import Settings
-from vllm_adainfer.engine.configure import configure
-from vllm_adainfer.engine.refusals import CPU_WORKER, GPU_WORKER, SCHEDULER, refuse_unsupported
-from vllm_adainfer.engine.scheduler import build_scheduler
+from vllm_adainfer.engine.classes import CPU_WORKER, GPU_WORKER, SCHEDULER
+from vllm_adainfer.engine.scheduler.scheduler import build_scheduler
+from vllm_adainfer.engine.startup.configure import configure
+from vllm_adainfer.engine.startup.refusals import refuse_unsupported
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.settings.engine import Settings
 
 
 def engine_config(model: Path, adainfer: Any = None, **settings: Any) -> Any:

@@ -9,8 +9,8 @@ import pytest
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.registry import _MULTIMODAL_MODELS, _TEXT_GENERATION_MODELS
 
-from vllm_adainfer.engine.architectures import MODELS
-from vllm_adainfer.engine.early_exit import EarlyExit
+from vllm_adainfer.engine.classes import MODELS
+from vllm_adainfer.engine.model.early_exit import EarlyExit
 
 # Subclasses of Llama's class that are not in the table, and why.
 LEFT_OUT = {

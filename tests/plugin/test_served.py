@@ -14,13 +14,13 @@ from vllm.config.utils import replace
 
 from tests.plugin.test_config_time import engine_config
 from tests.tiny import tiny_artifact, tiny_config
-from vllm_adainfer.config import Settings, read_settings
-from vllm_adainfer.engine.admission import Admission
-from vllm_adainfer.engine.early_exit import EarlyExit
-from vllm_adainfer.engine.scheduler import FinishingScheduler
-from vllm_adainfer.engine.served import pin_artifacts, served_artifacts, served_configs
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.model.early_exit import EarlyExit
+from vllm_adainfer.engine.pinned_artifacts import pin_artifacts, served_artifacts, served_configs
+from vllm_adainfer.engine.scheduler.scheduler import FinishingScheduler
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.frontend.stat_logger import WithExitStats
+from vllm_adainfer.settings.engine import Settings, read_settings
 
 OVERWRITTEN = r"policy' was overwritten while the engine started: start it again"
 

@@ -17,13 +17,13 @@ from vllm.sampling_params import StructuredOutputsParams
 from tests.adapters import PROJECTIONS, save_adapter
 from tests.admitted import admitted, resolved, tag_of
 from tests.tiny import tiny_artifact, tiny_config
-from vllm_adainfer.config import Settings, read_settings
-from vllm_adainfer.engine.adapters import StepAdapters
-from vllm_adainfer.engine.admission import FULL_DEPTH, Admission
+from vllm_adainfer.artifact.adapter_fingerprint import adapter_fingerprint
+from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
+from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.layout import RowLayout
 from vllm_adainfer.offline.calibration.adapter import adapter_for, read_adapter
-from vllm_adainfer.policy.adapter_fingerprint import adapter_fingerprint
+from vllm_adainfer.settings.engine import Settings, read_settings
 
 BASE, ADAPTED = 1, 3  # tags: the second level of the first policy, and of the second
 
@@ -189,7 +189,8 @@ def test_a_fingerprint_is_of_weights_and_scale_wherever_they_lie(saved, tmp_path
 def test_adapters_are_mapped_to_the_rows_that_are_left(monkeypatch):
     told: list[Any] = []
     monkeypatch.setattr(
-        "vllm_adainfer.engine.compat.use_adapters", lambda *arguments: told.append(arguments[2:])
+        "vllm_adainfer.engine.runner.adapters.use_adapters",
+        lambda *arguments: told.append(arguments[2:]),
     )
     first, second = LoRARequest("first", 4, "a"), LoRARequest("second", 9, "b")
     step = StepAdapters(None, [first, None, second, first])

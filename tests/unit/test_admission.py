@@ -11,14 +11,14 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.admitted import resolved, tag_of
 from tests.tiny import tiny_artifact, tiny_config
-from vllm_adainfer.config import Settings
-from vllm_adainfer.engine import sample
-from vllm_adainfer.engine.admission import FULL_DEPTH, Admission
-from vllm_adainfer.engine.resolved import UNLIMITED, resolved_of, with_resolved
+from vllm_adainfer.artifact.config import MOST_ANSWERS
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.engine.admission import traffic_sample as sample
+from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
+from vllm_adainfer.engine.admission.resolved import UNLIMITED, resolved_of, with_resolved
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact import MOST_ANSWERS
-from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.policy.script import SCRIPT_LABELS
+from vllm_adainfer.settings.engine import Settings
 
 SCORED = "prompt_logprob_token_ids"
 DEFAULT = 1  # the tiny artifact's default epsilon, 0.05, is the second of its levels
@@ -384,7 +384,7 @@ def test_after_its_arrival_nothing_that_a_client_sent_is_looked_at(
     deciding = admission()
     decided = resolved(deciding, label_request(label_ids))
     for name in "read_of", "read_request", "has_unchanged_scores":
-        monkeypatch.delattr(f"vllm_adainfer.engine.admission.{name}")
+        monkeypatch.delattr(f"vllm_adainfer.engine.admission.admission.{name}")
     assert deciding.admit(decided, [5]).tag == DEFAULT
 
 

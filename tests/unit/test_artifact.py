@@ -14,10 +14,9 @@ from transformers import LlamaConfig
 
 from tests.families import FAMILIES, SHAPE
 from tests.tiny import tiny_config, tiny_tensors
-from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy import artifact_files as module
-from vllm_adainfer.policy.artifact import ArtifactConfig, Label
-from vllm_adainfer.policy.artifact_files import (
+from vllm_adainfer.artifact import files as module
+from vllm_adainfer.artifact.config import ArtifactConfig, Label
+from vllm_adainfer.artifact.files import (
     CALIBRATION_FILE,
     CARD_FILE,
     CONFIG_FILE,
@@ -25,6 +24,7 @@ from vllm_adainfer.policy.artifact_files import (
     load_artifact,
     save_artifact,
 )
+from vllm_adainfer.errors import AdaInferError
 
 
 @pytest.fixture(scope="module")

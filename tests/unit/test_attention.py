@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_adainfer.engine.attention import with_own_builders
-from vllm_adainfer.engine.compat import share_workspace
+from vllm_adainfer.engine.compat.attention import share_workspace
+from vllm_adainfer.engine.segments.attention import with_own_builders
 from vllm_adainfer.errors import AdaInferError
 
 

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
+from vllm_adainfer.offline.calibration.bound import certified, rows_needed, upper_bound
 from vllm_adainfer.offline.calibration.certify import (
     Bound,
     certify,
@@ -22,7 +23,6 @@ from vllm_adainfer.offline.calibration.certify import (
     walk,
 )
 from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
-from vllm_adainfer.policy.bound import certified, rows_needed, upper_bound
 
 OUTCOMES = [(0, 1), (0, 50), (1, 50), (3, 300), (150, 300), (299, 300), (300, 300)]
 EPSILONS = [0.01, 0.02, 0.05, 0.1, 0.5]

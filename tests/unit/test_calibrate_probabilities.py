@@ -21,6 +21,7 @@ from tests.unit.test_make_policy import (
     VOCAB,
     recording_of,
 )
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.offline.calibration.calibrate import with_mass_if_it_pays
 from vllm_adainfer.offline.calibration.certify import Bound, loosest, threshold_grid, walk
 from vllm_adainfer.offline.calibration.collect import Recording
@@ -34,7 +35,6 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
 from vllm_adainfer.offline.calibration.label_reads import LabelReads, label_reads
 from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.offline.calibration.probes import Target
-from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.policy.exit_policy import Asked
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe

@@ -11,13 +11,14 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
-from vllm_adainfer.config import Capture, Settings, read_settings
-from vllm_adainfer.engine import sample
-from vllm_adainfer.engine.capture import body_of
-from vllm_adainfer.engine.compat_requests import choices_of, request_group
-from vllm_adainfer.engine.configure_scheduler import notice
-from vllm_adainfer.engine.sample import is_sampled
+from vllm_adainfer.engine.admission import traffic_sample as sample
+from vllm_adainfer.engine.admission.traffic_sample import is_sampled
+from vllm_adainfer.engine.compat.requests import request_group
+from vllm_adainfer.engine.compat.structured_outputs import choices_of
+from vllm_adainfer.engine.scheduler.capture import body_of
+from vllm_adainfer.engine.startup.configure_scheduler import notice
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.settings.engine import Capture, Settings, read_settings
 
 PROMPT = [3, 1, 4, 1, 5]
 

@@ -1,4 +1,4 @@
-"""Captured requests on disk: who may read them, how many there are, and what goes wrong."""
+"""Captured requests on disk: who may read them, how many are kept, and what can go wrong."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from vllm_adainfer.config import Capture
-from vllm_adainfer.engine import capture_files
-from vllm_adainfer.engine.capture_files import CaptureFiles, check_directory, whole_lines
+from vllm_adainfer.engine.scheduler import capture_files
+from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles, check_directory, whole_lines
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.settings.engine import Capture
 
 
 def settings(directory: Path, limit: int = 100) -> Capture:
@@ -111,8 +111,8 @@ def test_two_servers_in_one_directory_never_write_to_the_same_file(tmp_path):
 
 WRITER = """
 import sys
-from vllm_adainfer.config import Capture
-from vllm_adainfer.engine.capture_files import CaptureFiles
+from vllm_adainfer.settings.engine import Capture
+from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles
 
 files = CaptureFiles(Capture(directory=sys.argv[1], limit=10**6), 0)
 print("started", flush=True)

@@ -10,15 +10,15 @@ import pytest
 from prometheus_client import REGISTRY
 
 from tests.unit.test_choice_policy import YES_NO
-from vllm_adainfer.config import Settings
-from vllm_adainfer.engine.compat_requests import take_report
-from vllm_adainfer.engine.ends_choices import why_choices_go_on
-from vllm_adainfer.engine.scheduler import FinishingScheduler
+from vllm_adainfer.engine.admission.choice_endings import why_choices_go_on
+from vllm_adainfer.engine.compat.stats import take_report
+from vllm_adainfer.engine.scheduler.scheduler import FinishingScheduler
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, check_choices
 from vllm_adainfer.offline.evaluation.readings import choice_params, chosen
+from vllm_adainfer.settings.engine import Settings
 
 CHOICES = YES_NO["choices"]
 

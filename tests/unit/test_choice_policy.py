@@ -21,8 +21,9 @@ from tests.byte_model import SETS, byte_tokenizer
 from tests.tiny import tiny_artifact
 from tests.unit.readings import reads_as_it_decides
 from tests.unit.test_make_policy import HF_CONFIG, LAYERS, SPLIT, recording_of
-from vllm_adainfer.config import Settings
-from vllm_adainfer.engine.admission import FULL_DEPTH, Admission
+from vllm_adainfer.artifact.config import ArtifactConfig, Choice, Label
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.batch_files import read_requests
 from vllm_adainfer.offline.calibration.choices import (
@@ -41,11 +42,10 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
 )
 from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.offline.calibration.probes import Target
-from vllm_adainfer.policy.artifact import ArtifactConfig, Choice, Label
-from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.policy.choice_policy import ChoicePolicy
 from vllm_adainfer.policy.exit_policy import Asked
 from vllm_adainfer.policy.first_tokens import FirstTokens
+from vllm_adainfer.settings.engine import Settings
 
 TOKENIZER = byte_tokenizer()
 # In two of the sets no first token decides; in the last one here, none decides "\u00e9t\u00e9".

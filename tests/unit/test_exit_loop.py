@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.exit_loop import ExitLoop
 from vllm_adainfer.exits.hidden_states import HiddenStates
@@ -25,9 +24,10 @@ from vllm_adainfer.exits.layout import RowLayout
 from vllm_adainfer.exits.recorder import Recorder
 from vllm_adainfer.exits.recording_loop import RecordingLoop
 from vllm_adainfer.exits.step import REGROUP_COST, StepContext
+from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.policy.exit_policy import Asked, Decision
-from vllm_adainfer.policy.monitor import AnswerMonitor
 from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.settings.engine import NO_POLICY
 
 EXIT_POINTS, DEPTH = (2, 4), 6
 SHAPE = StackShape(segment_layers=(2, 2, 1, 1), head_size=1)

@@ -4,8 +4,8 @@ import json
 import math
 from dataclasses import replace
 
-from vllm_adainfer.offline.explain import Explanation
-from vllm_adainfer.offline.views import View
+from vllm_adainfer.offline.reports.explain import Explanation
+from vllm_adainfer.offline.reports.views import View
 
 EARLY = View(4, "'good'", 0.9, 0.8, 2.0, 1.5, True)
 CLOSED = View(2, "'bad'", 0.6, 0.2, 0.1, math.inf, False)  # nothing leaves there at this bound

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.policy.fingerprint import WeightsFingerprint
+from vllm_adainfer.artifact.weights_fingerprint import WeightsFingerprint
 
 WEIGHTS = {
     "b.weight": torch.tensor([[1.0, -2.0], [0.5, 3.0]]),

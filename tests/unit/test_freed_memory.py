@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from vllm_adainfer.engine.freed_memory import ENVIRONMENT
+from vllm_adainfer.engine.worker.freed_memory import ENVIRONMENT
 
 FAULTS = """
 import resource, torch
@@ -20,7 +20,7 @@ for _ in range(10):
     torch.zeros(1 << 24)  # 64 MiB
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-KEEP = "from vllm_adainfer.engine.freed_memory import keep_freed_memory; keep_freed_memory()"
+KEEP = "from vllm_adainfer.engine.worker.freed_memory import keep_freed_memory; keep_freed_memory()"
 
 
 def faults(before: str, **environment: str) -> int:

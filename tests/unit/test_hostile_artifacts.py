@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_config, tiny_tensors
-from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact_files import (
+from vllm_adainfer.artifact.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
     MAX_JSON,
@@ -26,7 +25,8 @@ from vllm_adainfer.policy.artifact_files import (
     load_details,
     save_artifact,
 )
-from vllm_adainfer.policy.artifact_source import FILES
+from vllm_adainfer.artifact.source import FILES
+from vllm_adainfer.errors import AdaInferError
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_what_does_not_belong_there_is_refused_before_a_tensor_is_read(
     artifact, damage, sentence, monkeypatch
 ):
     damage(artifact)
-    monkeypatch.setattr("vllm_adainfer.policy.artifact_files.load_file", None)
+    monkeypatch.setattr("vllm_adainfer.artifact.files.load_file", None)
     with pytest.raises(AdaInferError, match=sentence):
         load_artifact(str(artifact))
 
@@ -228,6 +228,6 @@ def test_an_artifact_that_is_overwritten_while_it_is_read_is_not_served(
         if how == "damaged":
             raise AdaInferError("thresholds must have another shape")
 
-    monkeypatch.setattr("vllm_adainfer.policy.artifact_files.check_tensors", overwrite)
+    monkeypatch.setattr("vllm_adainfer.artifact.files.check_tensors", overwrite)
     with pytest.raises(AdaInferError, match=r"' was overwritten while it was read: try again"):
         read(str(artifact))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 
-from vllm_adainfer.engine import compat
-from vllm_adainfer.engine.decoder import KVProjection, norm_of
-from vllm_adainfer.engine.kv_fill import LayerByLayer, OneProduct, kv_fill_of
+from vllm_adainfer.engine.segments import kv_fill
+from vllm_adainfer.engine.segments.decoder import KVProjection, norm_of
+from vllm_adainfer.engine.segments.kv_fill import LayerByLayer, StackedProjection, kv_fill_of
 
 HIDDEN, HEADS, HEAD_DIM, LAYERS, EPS = 12, 2, 4, 5, 1e-5
 Q_SIZE, KV_SIZE = 3 * HEAD_DIM, HEADS * HEAD_DIM
@@ -90,21 +90,21 @@ def layer_of(
 @pytest.mark.parametrize(
     ("kind", "layer"),
     [
-        pytest.param(OneProduct, (False, "rms", None, 1), id="Llama"),
-        pytest.param(OneProduct, (True, "rms", None, 1), id="Qwen 2"),
-        pytest.param(OneProduct, (False, "rms", "rms", 1), id="Qwen 3"),
-        pytest.param(OneProduct, (False, "rms", "rms", 1, HEADS), id="OLMoE"),
-        pytest.param(OneProduct, (False, "gemma", "gemma", 2), id="Gemma 3"),
+        pytest.param(StackedProjection, (False, "rms", None, 1), id="Llama"),
+        pytest.param(StackedProjection, (True, "rms", None, 1), id="Qwen 2"),
+        pytest.param(StackedProjection, (False, "rms", "rms", 1), id="Qwen 3"),
+        pytest.param(StackedProjection, (False, "rms", "rms", 1, HEADS), id="OLMoE"),
+        pytest.param(StackedProjection, (False, "gemma", "gemma", 2), id="Gemma 3"),
         pytest.param(LayerByLayer, (False, "rms", "rms", 2, 1, "rms"), id="Gemma 4"),
-        pytest.param(OneProduct, (True, "layer", None, 0), id="OPT"),
-        pytest.param(OneProduct, (True, None, None, 0), id="OPT-350m"),
+        pytest.param(StackedProjection, (True, "layer", None, 0), id="OPT"),
+        pytest.param(StackedProjection, (True, None, None, 0), id="OPT-350m"),
     ],
 )
 @pytest.mark.parametrize("exit_index", [0, 1])
 def test_every_layer_after_the_exit_point_is_filled(monkeypatch, kind, layer, exit_index):
     written: dict[str, tuple[Tensor, ...]] = {}
     monkeypatch.setattr(
-        compat, "write_kv", lambda attn, *what: written.update({attn.layer_name: what})
+        kv_fill, "write_kv", lambda attn, *what: written.update({attn.layer_name: what})
     )
     torch.manual_seed(0)
     layers = [layer_of(number, *layer) for number in range(LAYERS)]

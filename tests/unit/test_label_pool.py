@@ -15,8 +15,10 @@ from tests.tiny import tiny_artifact, tiny_config, word_tokenizer
 from tests.unit.readings import reads_as_it_decides
 from tests.unit.test_calibrate_probabilities import ALL_MASS, logits_of, recorded
 from tests.unit.test_make_policy import HF_CONFIG, NORM, SPLIT, VOCAB
-from vllm_adainfer.config import Settings
-from vllm_adainfer.engine.admission import FULL_DEPTH, Admission
+from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.artifact.label_subsets import ALL, bits_of, mask_of
+from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.by_question import by_question
 from vllm_adainfer.offline.calibration.data import Example
@@ -34,13 +36,11 @@ from vllm_adainfer.offline.calibration.policy_artifact import (
     policy_tensors,
 )
 from vllm_adainfer.offline.calibration.probes import Target, fit_probes
-from vllm_adainfer.policy.artifact import Label
-from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.policy.exit_policy import Asked
-from vllm_adainfer.policy.label_subsets import ALL, bits_of, mask_of
 from vllm_adainfer.policy.pool_policy import PoolPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.settings.engine import Settings
 
 EPSILON, TOLERANCE = 0.05, 0.1
 POOL = torch.tensor([5, 17, 9, 2, 30, 11])

@@ -17,10 +17,10 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from tests.adapters import PROJECTIONS, save_adapter
-from vllm_adainfer.engine import adapters as ours
-from vllm_adainfer.engine import ranks
-from vllm_adainfer.engine.adapters import LoadedAdapters, StepAdapters
-from vllm_adainfer.policy.adapter_fingerprint import adapter_fingerprint
+from vllm_adainfer.artifact.adapter_fingerprint import adapter_fingerprint
+from vllm_adainfer.engine.runner import adapters as ours
+from vllm_adainfer.engine.runner import ranks
+from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters
 
 CAPACITY = 2  # adapters in memory: a third takes the place of the one used least lately
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from adainfer_kernels import Head, Norm
 
+from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration import calibrate as calibrating
 from vllm_adainfer.offline.calibration import fitted_policy as making
@@ -30,8 +32,6 @@ from vllm_adainfer.offline.calibration.policy_artifact import (
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, check_rows
 from vllm_adainfer.offline.calibration.split import Split
-from vllm_adainfer.policy.artifact import Label
-from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
 from vllm_adainfer.policy.exit_policy import Asked, CalibratedPolicy
 from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probe import Probe

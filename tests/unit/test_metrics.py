@@ -9,11 +9,11 @@ from prometheus_client import REGISTRY
 from prometheus_client.values import MutexValue
 
 from tests.tiny import tiny_config
-from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.artifact.config import Adapter
+from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES
 from vllm_adainfer.frontend.metrics import EngineMetrics, Series
-from vllm_adainfer.policy.artifact import Adapter
-from vllm_adainfer.policy.kinds import PROBABILITY_FEATURES
 from vllm_adainfer.policy.probabilities import MOVES
+from vllm_adainfer.settings.engine import NO_POLICY
 
 BUCKETS = (2, 3, 5, 6)
 POLICIES = ("a", "b")

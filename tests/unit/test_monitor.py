@@ -8,8 +8,8 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import beta
 
-from vllm_adainfer.policy.kinds import Risk
-from vllm_adainfer.policy.monitor import PRIOR, AnswerMonitor, Reading, confidence_interval
+from vllm_adainfer.artifact.kinds import Risk
+from vllm_adainfer.monitoring.monitor import PRIOR, AnswerMonitor, Reading, confidence_interval
 
 EPSILONS = (0.02, 0.05)
 interval = cache(confidence_interval)

@@ -13,9 +13,9 @@ import pytest
 from tests.tiny import LAYERS, tiny_config
 from tests.unit.test_evaluation_report import EXAMPLES, OURS, STRICT, one_round, share_of_1
 from vllm_adainfer.offline.evaluation.report import build_report
-from vllm_adainfer.offline.pages.contents import artifact_page, evaluation_page
-from vllm_adainfer.offline.pages.page import Changed, Page
-from vllm_adainfer.offline.views import View
+from vllm_adainfer.offline.reports.contents import artifact_page, evaluation_page
+from vllm_adainfer.offline.reports.page import Changed, Page
+from vllm_adainfer.offline.reports.views import View
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DETAILS = {

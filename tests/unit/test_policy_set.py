@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.policy.policy_set import PolicySet, first_tags
+from vllm_adainfer.settings.engine import NO_POLICY
 
 
 def policy(exit_points: tuple[int, ...], num_tags: int) -> Any:

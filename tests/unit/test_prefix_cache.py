@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from vllm_adainfer.engine.prefix_cache import PrefixCacheGuard
+from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard
 
 BLOCK = 4
 SAVED = 0.4  # of the layers, by a prompt that exits

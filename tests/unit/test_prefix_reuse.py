@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 
 from tests.unit.test_prefix_cache import SAVED, FakeRequest, Setup
-from vllm_adainfer.engine.prefix_reuse import HORIZON, PRIOR, PrefixReuse
+from vllm_adainfer.engine.scheduler.prefix_reuse import HORIZON, PRIOR, PrefixReuse
 
 BLOCKS: Iterator[str] = map(chr, count(1000))
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adainfer.policy.kinds import PROBABILITY_FEATURES
-from vllm_adainfer.policy.label_subsets import restrict
+from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES
+from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.policy.probabilities import (
     MOVES,
     LabelProbabilities,

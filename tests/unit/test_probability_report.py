@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from tests.tiny import LAYERS, tiny_config
-from vllm_adainfer.engine.reads import What, read_of
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.engine.admission.requested_output import What, read_of
 from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.describe import describe_report
 from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.readings import (
     engine_settings,
@@ -24,7 +24,7 @@ from vllm_adainfer.offline.evaluation.readings import (
 )
 from vllm_adainfer.offline.evaluation.report import build_report, summary_line
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
-from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.offline.reports.describe import describe_report
 
 EXAMPLES = [
     Example(f"line {number}", "a review", [0] * 10, label)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from tests.tiny import tiny_config
-from vllm_adainfer.config import Settings
-from vllm_adainfer.engine.configure import banner
+from vllm_adainfer.artifact.promise import wrong_in_words
+from vllm_adainfer.engine.startup.configure import banner
 from vllm_adainfer.offline.calibration.card import model_card
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
-from vllm_adainfer.policy.promise import wrong_in_words
+from vllm_adainfer.settings.engine import Settings
 
 DETAILS: dict[str, Any] = {
     "rows": 401,

@@ -14,24 +14,24 @@ from tests.admitted import resolved, tag_of
 from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
 from tests.unit.test_label_pool import EPSILON, POOL, calibrated
 from tests.unit.test_make_policy import HF_CONFIG, SPLIT
-from vllm_adainfer.config import Settings
-from vllm_adainfer.engine.admission import FULL_DEPTH, Admission
-from vllm_adainfer.engine.configure import banner, refuse_unknown_questions
+from vllm_adainfer.artifact.config import ArtifactConfig, Label, Question
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.artifact.label_subsets import bits_of
+from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
+from vllm_adainfer.engine.startup.configure import banner, refuse_unknown_questions
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.offline.calibration.by_question import by_question
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions, make_policy
 from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.offline.calibration.prompts import check_questions
 from vllm_adainfer.offline.calibration.questions import SEEN, common_end, ends_of, with_questions
-from vllm_adainfer.offline.describe import describe
-from vllm_adainfer.policy.artifact import ArtifactConfig, Label, Question
-from vllm_adainfer.policy.artifact_files import load_artifact, save_artifact
+from vllm_adainfer.offline.reports.describe import describe
 from vllm_adainfer.policy.exit_policy import Asked
-from vllm_adainfer.policy.label_subsets import bits_of
-from vllm_adainfer.policy.monitor import AnswerMonitor
 from vllm_adainfer.policy.pool_policy import PoolPolicy
 from vllm_adainfer.policy.questions import KnownQuestions
+from vllm_adainfer.settings.engine import Settings
 
 
 class Characters:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import readme_table
 from tests.families import FAMILIES
-from vllm_adainfer.engine.architectures import MODELS
+from vllm_adainfer.engine.classes import MODELS
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
-from vllm_adainfer.engine import ranks as agreement
-from vllm_adainfer.engine.reload import check_replaces
+from vllm_adainfer.artifact.config import Adapter, Artifact, Label, Level
+from vllm_adainfer.artifact.digest import digest_of
+from vllm_adainfer.engine.runner import ranks as agreement
+from vllm_adainfer.engine.worker.reload import check_replaces
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact import Adapter, Artifact, Label, Level
-from vllm_adainfer.policy.digest import digest_of
 
 STRICT = Level(epsilon=0.01, disagreement=0.0, risk=0.0, bound=0.01, layers_saved=0.1)
 
@@ -74,13 +74,13 @@ PROBABILITY: dict[str, Any] = {"risk": "probability", "tolerance": 0.05}
         (
             {},
             PROBABILITY,
-            "policy reviews bounds probability, the one before disagreement, and other requests "
-            "exit under the one than under the other: restart the engine",
+            "policy reviews bounds probability, the one before disagreement: the two policies "
+            "admit different requests: restart the engine",
         ),
         (
             {**PROBABILITY, "label_mass": True},
             {"risk": "accuracy", "bound": "wsr"},
-            "policy reviews bounds accuracy, the one before probability, and other requests ",
+            "policy reviews bounds accuracy, the one before probability: the two policies ",
         ),
         (
             {**PROBABILITY, "label_mass": True},

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.exits.counters import ExitStats
 from vllm_adainfer.exits.report import Reporter, snapshot_of
 from vllm_adainfer.exits.shadow import ShadowAnswers
 from vllm_adainfer.exits.work import Work
-from vllm_adainfer.policy.monitor import AnswerMonitor
+from vllm_adainfer.monitoring.monitor import AnswerMonitor
+from vllm_adainfer.settings.engine import NO_POLICY
 
 EPSILONS = (0.02, 0.05)
 POLICIES = ("a", "b", "full_depth")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from tests.unit.test_layers import MODULES, imports
 from vllm_adainfer.cli import app
 
-PAGES = "vllm_adainfer.offline.pages"
+PAGES = "vllm_adainfer.offline.reports"
 
 
 @pytest.mark.parametrize("library", ["jinja2", "plotly"])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adainfer.config import NO_REQUEST_SETTINGS, RequestSettings, read_request
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.settings.request import NO_REQUEST_SETTINGS, RequestSettings, read_request
 
 KEYS = tuple(RequestSettings.model_fields)
 

@@ -14,13 +14,13 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from tests.tiny import tiny_config
-from vllm_adainfer.config import ROW_ARG
-from vllm_adainfer.engine.admission import FULL_DEPTH
-from vllm_adainfer.engine.requests import RunningRequests
+from vllm_adainfer.artifact.files import save_artifact
+from vllm_adainfer.engine.admission.admission import FULL_DEPTH
+from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.recorder import Recorder
 from vllm_adainfer.exits.recording_loop import RecordingLoop
-from vllm_adainfer.policy.artifact_files import save_artifact
+from vllm_adainfer.settings.request import ROW_ARG
 
 WINDOW, ROW = 8, 3
 CERTIFIED = 3  # tokens

@@ -16,12 +16,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.structured_output.utils import choice_as_grammar
 
-from vllm_adainfer.config import Settings, read_settings
-from vllm_adainfer.engine import rest_of_choice
-from vllm_adainfer.engine.compat_requests import expect_more_tokens, sampled_tokens
-from vllm_adainfer.engine.rest_of_choice import RestOfChoice, check_tokenizer
+from vllm_adainfer.artifact.config import MOST_CHOICE_CHARACTERS, MOST_CHOICES, Choice
+from vllm_adainfer.engine.compat.scheduler import expect_more_tokens, sampled_tokens
+from vllm_adainfer.engine.scheduler import rest_of_choice
+from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact import MOST_CHOICE_CHARACTERS, MOST_CHOICES, Choice
+from vllm_adainfer.settings.engine import Settings, read_settings
 
 END = 0
 WORDS = {"pos": 1000, "positive": 1001}  # tokens beside the letters

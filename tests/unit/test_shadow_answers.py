@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from tests.tiny import tiny_artifact, tiny_config
-from vllm_adainfer.config import Settings
-from vllm_adainfer.engine.build_loop import monitor_of
-from vllm_adainfer.engine.configure import banner
+from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.engine.runner.build_loop import monitor_of
+from vllm_adainfer.engine.startup.configure import banner
 from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.exits.shadow import ShadowAnswers, warn
-from vllm_adainfer.policy.artifact import Label
-from vllm_adainfer.policy.artifact_files import load_artifact
-from vllm_adainfer.policy.monitor import AnswerMonitor
+from vllm_adainfer.monitoring.monitor import AnswerMonitor
+from vllm_adainfer.monitoring.text_monitor import TextMonitor
 from vllm_adainfer.policy.pool_policy import PoolPolicy
 from vllm_adainfer.policy.probabilities import answers_of
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
-from vllm_adainfer.policy.text_monitor import TextMonitor
+from vllm_adainfer.settings.engine import Settings
 
 LABELS = SimpleNamespace(answer_ids=torch.tensor([7, 3]), restricted=True)
 SHORTLIST = SimpleNamespace(answer_ids=torch.tensor([3, 7]), restricted=False)

@@ -9,7 +9,7 @@ import torch
 from adainfer_kernels import Head
 from torch import Tensor
 
-from vllm_adainfer.engine import ranks
+from vllm_adainfer.engine.runner import ranks
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.shards import VocabularyShards
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from vllm_adainfer.offline.evaluation.sequences import differing
-from vllm_adainfer.offline.evaluation.shares import (
+from vllm_adainfer.offline.reports.shares import (
     Share,
     clopper_pearson,
     of_rounds,

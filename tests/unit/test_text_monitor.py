@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.random import Generator
 
-from vllm_adainfer.policy.monitor import AnswerMonitor
-from vllm_adainfer.policy.text_monitor import RATES, STAKES, Capital, TextMonitor
+from vllm_adainfer.monitoring.monitor import AnswerMonitor
+from vllm_adainfer.monitoring.text_monitor import RATES, STAKES, Capital, TextMonitor
 
 EPSILON, LONGEST, ALPHA = 0.05, 20, 0.1
 names = map(str, count())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from adainfer_kernels import rows_to_compile_for
 
-from vllm_adainfer.engine.warm_up import warm_up
+from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.policy.exit_policy import Asked, Decision
 from vllm_adainfer.policy.policy_set import PolicySet
 

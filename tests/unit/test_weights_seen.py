@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_adainfer.config import Settings
-from vllm_adainfer.engine.build_loop import build_loop
-from vllm_adainfer.engine.gpu_worker import AdaInferGPUWorker
-from vllm_adainfer.engine.ranks import RANKS_DIFFER
+from vllm_adainfer.engine.runner.build_loop import build_loop
+from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER
+from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.settings.engine import Settings
 
 
 @pytest.mark.parametrize("kv", ["exact", "propagate"])
@@ -23,7 +23,7 @@ def test_weights_that_nobody_compared_with_the_calibration_are_refused(
     monkeypatch, kv, policies, load_format
 ):
     """A script under `exact` rests on no weights, and building goes on, here up to the ranks."""
-    monkeypatch.setattr("vllm_adainfer.engine.build_loop.same_on_all_ranks", lambda _: False)
+    monkeypatch.setattr("vllm_adainfer.engine.runner.build_loop.same_on_all_ranks", lambda _: False)
     settings = Settings(exit_script=(2,), kv=kv)
     model = SimpleNamespace(settings=settings, artifacts=policies, fingerprint=None)
     config = SimpleNamespace(load_config=SimpleNamespace(load_format=load_format))

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import EXIT_POINTS, LAYERS
-from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.exits.counters import ExitStats
 from vllm_adainfer.exits.work import Work
+from vllm_adainfer.settings.engine import NO_POLICY
 
 DEPTH, EXIT_LAYERS, NAMES = LAYERS, EXIT_POINTS, ("a", "b", NO_POLICY)
 COUNTERS = ("layers_run", "layers_skipped", "layers_deferred", "layers_possible")

@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_adainfer.cli.app import app, errors_as_sentences
-from vllm_adainfer.cli.arguments import Data, LabelField, Labels, Lora, Model, Template, names_of
-from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.kinds import (
+from vllm_adainfer.artifact.kinds import (
     BoundChoice,
     By,
     ClassifierKind,
@@ -18,6 +15,9 @@ from vllm_adainfer.policy.kinds import (
     Risk,
     RiskChoice,
 )
+from vllm_adainfer.cli.app import app, errors_as_sentences
+from vllm_adainfer.cli.arguments import Data, LabelField, Labels, Lora, Model, Template, names_of
+from vllm_adainfer.errors import AdaInferError
 
 
 @app.command()
@@ -105,13 +105,13 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="For the split and the folds.")] = 0,
 ) -> None:
     """Fit a policy on your prompts, certify its bound, and write an artifact."""
+    from vllm_adainfer.artifact.files import load_details
     from vllm_adainfer.offline.calibration.adapter import read_adapter
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
     from vllm_adainfer.offline.calibration.choices import names_of as choice_names
     from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
     from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
-    from vllm_adainfer.offline.describe import describe
-    from vllm_adainfer.policy.artifact_files import load_details
+    from vllm_adainfer.offline.reports.describe import describe
 
     bounded: Risk = risk
     if tolerance is not None and risk == "disagreement":

@@ -21,16 +21,16 @@ def inspect(
     ] = None,
 ) -> None:
     """Print what an artifact is for and what it promises."""
-    from vllm_adainfer.offline.describe import describe
-    from vllm_adainfer.offline.pages.installed import check_installed
-    from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
+    from vllm_adainfer.artifact.files import load_artifact_config, load_details
+    from vllm_adainfer.offline.reports.describe import describe
+    from vllm_adainfer.offline.reports.installed import check_installed
 
     if html is not None:
         check_installed()
     config, details = load_artifact_config(artifact), load_details(artifact)
     if html is not None:
         from vllm_adainfer.offline.evaluation.report import write_whole
-        from vllm_adainfer.offline.pages.contents import artifact_page
+        from vllm_adainfer.offline.reports.contents import artifact_page
 
         write_whole(html, artifact_page(config, details).html())
     typer.echo(describe(config, details))
@@ -77,8 +77,8 @@ def explain(
 ) -> None:
     """Print what the policy sees of one prompt at each exit point, and where it leaves."""
     from vllm_adainfer.offline.calibration.adapter import read_adapter
-    from vllm_adainfer.offline.explain import ExplainRequest
-    from vllm_adainfer.offline.explain import explain as run
+    from vllm_adainfer.offline.reports.explain import ExplainRequest
+    from vllm_adainfer.offline.reports.explain import explain as run
 
     found = run(ExplainRequest(text, model, artifact, template, epsilon, read_adapter(lora)))
     if as_json:

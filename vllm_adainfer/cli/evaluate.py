@@ -46,10 +46,10 @@ def evaluate(
     if not prompts and html is None:
         raise AdaInferError("--no-prompts is about the page: give --html, too, or drop it")
     from vllm_adainfer.offline.calibration.adapter import read_adapter
-    from vllm_adainfer.offline.describe import describe_report
     from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest
     from vllm_adainfer.offline.evaluation.evaluate import evaluate as run
     from vllm_adainfer.offline.evaluation.report import summary_line
+    from vllm_adainfer.offline.reports.describe import describe_report
 
     result = run(
         EvaluationRequest(

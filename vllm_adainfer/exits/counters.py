@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_adainfer.config import DEFAULT_POLICY, NO_POLICY
-from vllm_adainfer.policy.monitor import Monitor
+from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.probabilities import MOVES
+from vllm_adainfer.settings.engine import DEFAULT_POLICY, NO_POLICY
 
 
 @dataclass

@@ -13,8 +13,8 @@ from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.layout import Ints
 from vllm_adainfer.exits.shadow import ShadowAnswers
 from vllm_adainfer.exits.step import StepContext
+from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.exit_policy import Asked, ExitPolicy
-from vllm_adainfer.policy.monitor import Monitor
 from vllm_adainfer.policy.policy_set import PolicySet
 
 

@@ -20,7 +20,7 @@ from vllm_adainfer.exits.loop import Loop, ScoredAnswers, StepOutput
 from vllm_adainfer.exits.shadow import warn
 from vllm_adainfer.exits.step import REGROUP_COST, StepContext
 from vllm_adainfer.exits.work import StepWork, Work
-from vllm_adainfer.policy.monitor import Monitor
+from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.policy_set import PolicySet
 
 

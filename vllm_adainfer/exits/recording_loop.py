@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.exits.batch import Batch, StackShape
 from vllm_adainfer.exits.counters import ExitStats
 from vllm_adainfer.exits.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop import Loop, StepOutput
 from vllm_adainfer.exits.recorder import Recorder
 from vllm_adainfer.exits.step import NOBODY, StepContext
+from vllm_adainfer.settings.engine import NO_POLICY
 
 REHEARSALS = 20  # steps with cuts that are rehearsed
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_adainfer.exits.counters import ExitStats
-from vllm_adainfer.policy.monitor import Reading
+from vllm_adainfer.monitoring.monitor import Reading
 
 Key = tuple[str, str, str]  # kind of counter, its policy, and its layer or epsilon, if any
 INTERVAL = 0.25  # seconds between reports, while there is work: sending counters takes time

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.exits.layout import Bools, Ints
+from vllm_adainfer.monitoring.monitor import Monitor, Reading
 from vllm_adainfer.policy.choice_policy import ChoicePolicy
 from vllm_adainfer.policy.exit_policy import ExitPolicy
-from vllm_adainfer.policy.monitor import Monitor, Reading
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 
 logger = logging.getLogger("vllm.adainfer.exits.shadow")  # vLLM's logging shows "vllm." alone

@@ -16,9 +16,9 @@ from fastapi import FastAPI, HTTPException, Request
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
-from vllm_adainfer.config import Settings, read_settings
-from vllm_adainfer.engine import compat
-from vllm_adainfer.policy.artifact_files import load_config_and_digest
+from vllm_adainfer.artifact.files import load_config_and_digest
+from vllm_adainfer.engine.compat.server import key_check, on_adapter_unload
+from vllm_adainfer.settings.engine import Settings, read_settings
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -42,7 +42,7 @@ class AdaInferEndpoints:
         The route finds the engine where vLLM's own routes do.
         """
         assert engine_client is not None, "vLLM adds no route of ours to a server without engine"
-        state.adainfer_key_check = compat.key_check(args)
+        state.adainfer_key_check = key_check(args)
         settings = _settings_of(engine_client)
         if settings is None or settings.exit_points is None:
             return
@@ -51,7 +51,7 @@ class AdaInferEndpoints:
             number = adapter.lora_int_id
             await engine_client.collective_rpc("adainfer_drop_policy", args=(number,))
 
-        compat.on_adapter_unload(state, unloaded)
+        on_adapter_unload(state, unloaded)
 
 
 def _settings_of(engine: EngineClient) -> Settings | None:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from vllm_adainfer.config import NO_POLICY
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.frontend.compat_metrics import observe_many
-from vllm_adainfer.policy.artifact import ArtifactConfig
 from vllm_adainfer.policy.probabilities import MOVES
+from vllm_adainfer.settings.engine import NO_POLICY
 
 ENGINE = ["model_name", "engine"]
 POLICY = [*ENGINE, "policy"]

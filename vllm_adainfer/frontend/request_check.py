@@ -2,7 +2,7 @@
 
 vLLM lets custom logits processors check the parameters of each request on arrival
 (``LogitsProcessor.validate_params``). Ours does only that: workers drop it before they build their
-samplers, see `vllm_adainfer.engine.worker`.
+samplers, see `vllm_adainfer.engine.worker.worker`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as V2LogitsProcessor,
 )
 
-from vllm_adainfer.engine.admission import Admission
+from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:

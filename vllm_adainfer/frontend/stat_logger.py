@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from vllm_adainfer.config import read_settings
-from vllm_adainfer.engine import compat, compat_requests
-from vllm_adainfer.engine.served import served_configs
+from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.engine.compat.stats import take_report
+from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.frontend.log_line import LogLine
 from vllm_adainfer.frontend.metrics import EngineMetrics, Series
+from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 else:
     _Manager = object
 
-logger = compat.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class WithExitStats(_Manager):
@@ -59,7 +60,7 @@ class WithExitStats(_Manager):
         mm_cache_stats: Any = None,
         engine_idx: int | None = None,
     ) -> None:
-        report = compat_requests.take_report(scheduler_stats) or {}
+        report = take_report(scheduler_stats) or {}
         engine = engine_idx or 0
         if self._choices is not None and "choices" in report:
             self._choices.add(engine, *report["choices"])

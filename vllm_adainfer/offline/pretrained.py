@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_adainfer.engine.architectures import MODELS
+from vllm_adainfer.engine.classes import MODELS
 from vllm_adainfer.errors import AdaInferError
 
 

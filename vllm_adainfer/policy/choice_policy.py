@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.policy.artifact import Artifact
+from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.policy.exit_policy import Asked, CalibratedPolicy, Decision
 from vllm_adainfer.policy.first_tokens import FirstTokens
 

@@ -10,8 +10,8 @@ from adainfer_kernels import Head
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.policy.artifact import Artifact
-from vllm_adainfer.policy.kinds import FEATURES
+from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.kinds import FEATURES
 from vllm_adainfer.policy.probe import Probe, lens_of
 from vllm_adainfer.policy.reading import Reading
 from vllm_adainfer.policy.score import is_chain, score, served_shape

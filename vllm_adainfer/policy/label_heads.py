@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_adainfer.policy.artifact import Artifact
+from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.label_subsets import mask_of, restrict
 from vllm_adainfer.policy.exit_policy import Asked, Decision
-from vllm_adainfer.policy.label_subsets import mask_of, restrict
 from vllm_adainfer.policy.reading import Reading, features_among
 from vllm_adainfer.policy.score import score
 

@@ -9,8 +9,8 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from vllm_adainfer.config import NO_POLICY
 from vllm_adainfer.policy.exit_policy import ExitPolicy
+from vllm_adainfer.settings.engine import NO_POLICY
 
 Ints = npt.NDArray[np.int64]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from typing_extensions import override
 
-from vllm_adainfer.policy.artifact import Artifact
+from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.policy.exit_policy import Asked, Decision, ExitPolicy
 from vllm_adainfer.policy.label_heads import LabelHeads
 from vllm_adainfer.policy.reading import Reading, features_among

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.policy.artifact import Artifact
+from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.policy.exit_policy import Asked, Decision, ExitPolicy
 from vllm_adainfer.policy.label_heads import LabelHeads
-from vllm_adainfer.policy.label_subsets import restrict
 from vllm_adainfer.policy.probabilities import (
     answers_of,
     features_of,

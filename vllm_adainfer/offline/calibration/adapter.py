@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from vllm_adainfer.artifact.adapter_fingerprint import CONFIG, adapter_fingerprint
+from vllm_adainfer.artifact.config import Adapter, ArtifactConfig
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.adapter_fingerprint import CONFIG, adapter_fingerprint
-from vllm_adainfer.policy.artifact import Adapter, ArtifactConfig
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

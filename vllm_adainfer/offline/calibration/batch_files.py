@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_adainfer.engine.compat_requests import decision_question
+from vllm_adainfer.engine.compat.server import decision_question
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example, Row
 from vllm_adainfer.offline.calibration.questions import LONGEST_NAME, with_questions

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from vllm_adainfer.artifact.config import ArtifactConfig, Label, are_exit_points
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.collect import (
     FOLDS,
@@ -23,7 +24,6 @@ from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, Prompts, load_prompts
 from vllm_adainfer.offline.calibration.questions import ends_of
-from vllm_adainfer.policy.artifact import ArtifactConfig, Label, are_exit_points
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
 # what SmolLM2 writes, and the tokens it is sure of early are common ones: simulated at epsilon

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.promise import after_which_text, each_for_itself, wrong_in_words
 from vllm_adainfer.offline.tables import markdown_table
-from vllm_adainfer.policy.artifact import ArtifactConfig
-from vllm_adainfer.policy.promise import after_which_text, each_for_itself, wrong_in_words
 
 
 def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:

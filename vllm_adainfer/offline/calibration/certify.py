@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from vllm_adainfer.artifact.kinds import BoundKind
+from vllm_adainfer.offline.calibration.bound import FloatArray, certified, rows_needed, upper_bound
 from vllm_adainfer.offline.calibration.collect import Ints
 from vllm_adainfer.offline.calibration.fit import Bools, FittedExit, Scored
-from vllm_adainfer.policy.bound import FloatArray, certified, rows_needed, upper_bound
-from vllm_adainfer.policy.kinds import BoundKind
 
 STEPS = 200
 HIGHEST, PRECISION = 0.999, 0.0005  # of an upper bound found by bisection
@@ -28,7 +28,7 @@ class Bound:
     """The promise of a policy.
 
     Attributes:
-        kind: how the bound is computed, see `vllm_adainfer.policy.bound`.
+        kind: how the bound is computed, see `vllm_adainfer.offline.calibration.bound`.
         delta: the chance that it does not hold.
         lowest: smallest possible loss: 0 for disagreement, -1 for lost accuracy.
         groups: [rows], the group of each held-out row: the tokens of a text, or the prompts that

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from vllm_adainfer.artifact.config import Choice, Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.collect import Ints
 from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.policy.artifact import Choice, Label
 from vllm_adainfer.policy.first_tokens import FirstTokens
 
 UNDECIDED = "undecided"
@@ -116,7 +116,7 @@ def _is_finished(text: str, first: int, tokenizer: Any) -> bool:
     """Whether the scheduler, which reads texts, can append the rest of `text` to a first token.
 
     Not to a part of a letter, nor where a tokenizer drops a blank before the token or puts one
-    before the rest. See `vllm_adainfer.engine.rest_of_choice`.
+    before the rest. See `vllm_adainfer.engine.scheduler.rest_of_choice`.
     """
     begun = tokenizer.decode([first])
     if not begun or not text.startswith(begun):

@@ -11,10 +11,10 @@ from itertools import combinations
 
 import numpy as np
 
+from vllm_adainfer.offline.calibration.bound import FloatArray
 from vllm_adainfer.offline.calibration.collect import Ints
 from vllm_adainfer.offline.calibration.cost import Costs
 from vllm_adainfer.offline.calibration.fit import Bools, FittedExit
-from vllm_adainfer.policy.bound import FloatArray
 
 MAX_EXIT_POINTS = 4
 # An exit point must save at least this share of full depth's time to be worth its segment.

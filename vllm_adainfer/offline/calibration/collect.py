@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vllm_adainfer.config import ROW_ARG
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.bound import FloatArray
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.progress import progress
-from vllm_adainfer.policy.bound import FloatArray
 from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probe import Probe, logit_lens_of
+from vllm_adainfer.settings.request import ROW_ARG
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams

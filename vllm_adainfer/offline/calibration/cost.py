@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_adainfer.offline.calibration.bound import FloatArray
 from vllm_adainfer.offline.calibration.probes import AnyProbe, read
-from vllm_adainfer.policy.bound import FloatArray
 from vllm_adainfer.policy.probe import Probe
 
 ROUNDS = 20

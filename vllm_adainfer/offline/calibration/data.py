@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact import Label
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.config import CONFIG_KEY
-from vllm_adainfer.engine.freed_memory import ENVIRONMENT
+from vllm_adainfer.engine.worker.freed_memory import ENVIRONMENT
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.progress import say
+from vllm_adainfer.settings.engine import CONFIG_KEY
 
 if TYPE_CHECKING:
     from vllm import LLM

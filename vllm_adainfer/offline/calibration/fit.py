@@ -15,14 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vllm_adainfer.artifact.kinds import ClassifierKind
+from vllm_adainfer.offline.calibration.bound import FloatArray
+from vllm_adainfer.offline.calibration.classifier import fit_classifier
 from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
+from vllm_adainfer.offline.calibration.crf import fit_crf
 from vllm_adainfer.offline.calibration.loss import Disagreement, Loss
 from vllm_adainfer.offline.calibration.probes import AnyProbe, Target, fit_probes, read
 from vllm_adainfer.offline.calibration.split import Split
-from vllm_adainfer.policy.bound import FloatArray
-from vllm_adainfer.policy.classifier import fit_classifier
-from vllm_adainfer.policy.crf import fit_crf
-from vllm_adainfer.policy.kinds import ClassifierKind
 from vllm_adainfer.policy.score import score
 
 Bools = npt.NDArray[np.bool_]

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.kinds import BoundChoice, ClassifierKind, Risk
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.bound import FloatArray
 from vllm_adainfer.offline.calibration.certify import EPSILONS, Bound, certify
 from vllm_adainfer.offline.calibration.certify_questions import (
     Points,
@@ -30,9 +33,6 @@ from vllm_adainfer.offline.calibration.loss import AccuracyLost, Loss, RightToke
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split, numbered
 from vllm_adainfer.offline.progress import progress
-from vllm_adainfer.policy.artifact import Label
-from vllm_adainfer.policy.bound import FloatArray
-from vllm_adainfer.policy.kinds import BoundChoice, ClassifierKind, Risk
 from vllm_adainfer.policy.questions import End
 
 STEP_ROWS = 2048  # token rows of a full step, vLLM's default on a CPU

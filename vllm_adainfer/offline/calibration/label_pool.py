@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.label_subsets import MOST_LABELS
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data import Example, find_labels
-from vllm_adainfer.policy.artifact import Label
-from vllm_adainfer.policy.label_subsets import MOST_LABELS
 
 # What vLLM's decision endpoints take as labels.
 POOLS = {

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from adainfer_kernels import Head
 from torch import Tensor
 
+from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.collect import Recording
 from vllm_adainfer.offline.calibration.loss import ProbabilityMoved
-from vllm_adainfer.policy.label_subsets import restrict
 from vllm_adainfer.policy.probabilities import LabelProbabilities
 
 

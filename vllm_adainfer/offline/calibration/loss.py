@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
+from vllm_adainfer.offline.calibration.bound import FloatArray
 from vllm_adainfer.offline.calibration.collect import Ints
-from vllm_adainfer.policy.bound import FloatArray
 from vllm_adainfer.policy.probabilities import LabelProbabilities
 
 RightTokens = Sequence[set[int]]

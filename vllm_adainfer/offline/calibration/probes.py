@@ -12,14 +12,14 @@ from adainfer_kernels import Head, Lens
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from vllm_adainfer.artifact.kinds import FEATURES, PROBABILITY_FEATURES, ProbeKind
+from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration import ridge
 from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
 from vllm_adainfer.offline.calibration.label_reads import LabelReads
 from vllm_adainfer.offline.calibration.loss import Said
 from vllm_adainfer.policy.first_tokens import FirstTokens
-from vllm_adainfer.policy.kinds import FEATURES, PROBABILITY_FEATURES, ProbeKind
 from vllm_adainfer.policy.label_heads import LabelHead
-from vllm_adainfer.policy.label_subsets import restrict
 from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probabilities import (
     features_of,

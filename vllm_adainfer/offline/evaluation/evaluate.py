@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.engine.reads import Read, What
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.files import load_artifact_config, load_details
+from vllm_adainfer.engine.admission.requested_output import Read, What
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import NamedAdapter, adapter_for
 from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
@@ -37,10 +39,8 @@ from vllm_adainfer.offline.evaluation.sequences import (
     is_number,
     read_back,
 )
-from vllm_adainfer.offline.pages.installed import check_installed
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
-from vllm_adainfer.policy.artifact import ArtifactConfig
-from vllm_adainfer.policy.artifact_files import load_artifact_config, load_details
+from vllm_adainfer.offline.reports.installed import check_installed
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -139,7 +139,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
         write_whole(request.report, (json.dumps(report, indent=2) + "\n").encode())
     if request.html is not None:
         from vllm_adainfer.offline.evaluation.changed import Model, changed_prompts
-        from vllm_adainfer.offline.pages.contents import evaluation_page
+        from vllm_adainfer.offline.reports.contents import evaluation_page
 
         changed, notes = None, list[str]()
         if request.prompts:

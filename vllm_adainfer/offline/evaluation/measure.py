@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.config import EPSILON_ARG
-from vllm_adainfer.engine.reads import What
+from vllm_adainfer.artifact.config import Choice, Label
+from vllm_adainfer.engine.admission.requested_output import What
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.evaluation.readings import (
     choice_params,
@@ -17,7 +17,7 @@ from vllm_adainfer.offline.evaluation.readings import (
 )
 from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.progress import progress
-from vllm_adainfer.policy.artifact import Choice, Label
+from vllm_adainfer.settings.request import EPSILON_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:

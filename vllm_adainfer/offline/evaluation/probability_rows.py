@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.evaluation.probabilities import (
     Ints,
@@ -22,8 +23,7 @@ from vllm_adainfer.offline.evaluation.probabilities import (
     reliability,
 )
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
-from vllm_adainfer.offline.evaluation.shares import Share, of_rounds
-from vllm_adainfer.policy.artifact import ArtifactConfig
+from vllm_adainfer.offline.reports.shares import Share, of_rounds
 
 
 def probability_rows(

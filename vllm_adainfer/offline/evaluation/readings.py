@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_adainfer.engine.reads import What
+from vllm_adainfer.artifact.config import ArtifactConfig, Choice, Label
+from vllm_adainfer.engine.admission.requested_output import What
 from vllm_adainfer.offline.calibration.collect import greedy
 from vllm_adainfer.offline.evaluation.probabilities import Logprobs
-from vllm_adainfer.policy.artifact import ArtifactConfig, Choice, Label
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams

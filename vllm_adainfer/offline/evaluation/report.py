@@ -12,22 +12,22 @@ from typing import Any
 
 import numpy as np
 
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.bound import FloatArray
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.prompts import groups_of
 from vllm_adainfer.offline.evaluation.probability_rows import asked_row, probability_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens, differing
-from vllm_adainfer.offline.evaluation.shares import (
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.reports.shares import (
     Share,
     clopper_pearson,
     of_rounds,
     spelled,
     verdict,
 )
-from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.policy.artifact import ArtifactConfig
-from vllm_adainfer.policy.bound import FloatArray
 
 # By what the bound is about, the share of the report that it bounds.
 BOUNDED = {"disagreement": "disagreement", "probability": "wrong", "accuracy": "accuracy_lost"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_adainfer.offline.calibration.collect import Ints
-from vllm_adainfer.offline.evaluation.shares import Interval, Share
+from vllm_adainfer.offline.reports.shares import Interval, Share
 
 if TYPE_CHECKING:
     from vllm import LLM

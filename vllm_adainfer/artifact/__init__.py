@@ -1,0 +1,1 @@
+"""Artifacts: what `calibrate` writes and engines serve. Data only, never code."""

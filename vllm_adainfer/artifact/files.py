@@ -1,0 +1,246 @@
+"""Read and write artifacts: directories of JSON, safetensors and a model card.
+
+config.json           what the policy is for and what it promises (`ArtifactConfig`)
+policy.safetensors    probes, classifiers, thresholds
+calibration.json      provenance, split sizes, risk curve
+README.md             model card
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
+from vllm_adainfer.artifact.digest import files_digest
+from vllm_adainfer.artifact.source import (
+    CALIBRATION_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    POLICY_FILE,
+    check_inside,
+    locate,
+    of_one_write,
+)
+from vllm_adainfer.artifact.tensors import UNREADABLE, check_tensors
+from vllm_adainfer.errors import AdaInferError
+
+MAX_JSON = 64 << 20  # bytes; the files we write take some tens of KiB
+# The keys of calibration.json that readers rely on.
+DETAILS = ("rows", "rows_held_out", "seed", "majority_share", "exit_points")
+
+
+def load_artifact_config(source: str) -> ArtifactConfig:
+    """Read an artifact's config from a directory or a hub id.
+
+    The names, shapes and types of the tensors are checked against it, without reading the tensors.
+
+    Raises:
+        AdaInferError: it is missing or damaged, or it is not an artifact.
+
+    """
+    with of_one_write(source) as directory:
+        return _config_of(directory)
+
+
+def load_artifact_configs(sources: Mapping[str, str]) -> dict[str, ArtifactConfig]:
+    """The configs of several artifacts by policy, see `load_artifact_config`."""
+    return {name: load_artifact_config(source) for name, source in sources.items()}
+
+
+def load_config_and_digest(
+    source: str, check: Callable[[ArtifactConfig], None]
+) -> tuple[ArtifactConfig, str]:
+    """An artifact's config, and the digest of its files, which are read only if `check` passes.
+
+    Raises:
+        AdaInferError: as `load_artifact_config` and `check` do.
+
+    """
+    with of_one_write(source) as directory:
+        config = _config_of(directory)
+        check(config)
+        return config, files_digest(directory)
+
+
+def load_artifacts(sources: Mapping[str, str]) -> dict[str, Artifact]:
+    """Several artifacts by policy, see `load_artifact`."""
+    return {name: load_artifact(source) for name, source in sources.items()}
+
+
+def load_artifact(source: str) -> Artifact:
+    """Read a whole artifact from a directory or a hub id.
+
+    Raises:
+        AdaInferError: it is missing or damaged, or it is not an artifact.
+
+    """
+    with of_one_write(source) as directory:
+        config = _config_of(directory)
+        return Artifact(config, _tensors_of(directory, config), files_digest(directory))
+
+
+def _tensors_of(directory: Path, config: ArtifactConfig) -> dict[str, Tensor]:
+    try:
+        # Copies, because the loaded tensors map the file, which may be overwritten while we serve.
+        tensors = {k: v.clone() for k, v in load_file(directory / POLICY_FILE).items()}
+    except UNREADABLE as error:
+        raise AdaInferError(
+            f"{directory / POLICY_FILE} cannot be read ({error}): calibrate again"
+        ) from None
+    ids = tensors.get("shortlist")
+    if ids is not None and not (ids.min() >= 0 and ids.max() < config.vocab_size):
+        raise AdaInferError(
+            f"{directory / POLICY_FILE}: shortlist has token ids outside the vocabulary of "
+            f"{config.vocab_size}: calibrate again"
+        )
+    return tensors
+
+
+def _config_of(directory: Path) -> ArtifactConfig:
+    try:
+        config = ArtifactConfig.model_validate_json(_read_json(directory / CONFIG_FILE))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "its content"
+        raise AdaInferError(
+            f"{directory / CONFIG_FILE} is not a valid artifact config ({where}: "
+            f"{problem['msg']}): calibrate again"
+        ) from None
+    check_tensors(directory / POLICY_FILE, config)
+    return config
+
+
+def _read_json(path: Path) -> str:
+    """The text of a file of at most `MAX_JSON` bytes.
+
+    Raises:
+        AdaInferError: it is larger, or it cannot be read.
+
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON + 1)
+        if len(text) > MAX_JSON:
+            raise AdaInferError(f"{path} is larger than {MAX_JSON >> 20} MiB: calibrate again")
+        return text.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
+
+
+def load_details(source: str) -> dict[str, Any]:
+    """``calibration.json`` of an artifact: how it was made, and what each exit point does.
+
+    Raises:
+        AdaInferError: it is missing or damaged.
+
+    """
+    path = locate(source) / CALIBRATION_FILE
+    check_inside(path.parent, path)
+    try:
+        details = json.loads(_read_json(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
+    if not isinstance(details, dict) or not details.keys() >= set(DETAILS):
+        raise AdaInferError(f"{path} does not hold {', '.join(DETAILS)}: calibrate again")
+    return details
+
+
+def save_artifact(
+    directory: Path,
+    config: ArtifactConfig,
+    tensors: Mapping[str, Tensor],
+    calibration: Mapping[str, Any],
+    card: str,
+) -> None:
+    """Write an artifact under a temporary name, then rename it: all of it or nothing.
+
+    An artifact that is already there is replaced; anything else in its place is an error.
+
+    Raises:
+        AdaInferError: `directory` exists and is not an artifact, or cannot be written.
+
+    """
+    check_writable(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        try:
+            (draft / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+            save_file({k: v.contiguous() for k, v in tensors.items()}, draft / POLICY_FILE)
+            (draft / CALIBRATION_FILE).write_text(json.dumps(calibration, indent=2) + "\n")
+            (draft / CARD_FILE).write_text(card)
+            draft.chmod(0o755)
+            if directory.exists():
+                _replace(directory, draft)
+            else:
+                draft.rename(directory)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise AdaInferError(f"cannot write the artifact to {directory}: {error}") from None
+
+
+def _replace(directory: Path, draft: Path) -> None:
+    """Put `draft` in the place of `directory`, which is restored if that fails.
+
+    Raises:
+        AdaInferError: it failed, and `directory` could not be restored either.
+
+    """
+    former = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        directory.replace(former)  # onto an empty directory
+    except OSError:
+        former.rmdir()
+        raise
+    try:
+        draft.rename(directory)
+    except OSError as error:
+        try:
+            former.replace(directory)
+        except OSError:
+            raise AdaInferError(
+                f"cannot write the artifact to {directory} ({error}); the previous one is now "
+                f"{former}: move it back"
+            ) from None
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def check_writable(directory: Path) -> None:
+    """Check that an artifact can be written, before the work starts.
+
+    Raises:
+        AdaInferError: something else is there, or the nearest parent is not writable.
+
+    """
+    # A model checkpoint has a config.json too, so only both files together mark an artifact.
+    ours = all((directory / name).is_file() for name in (CONFIG_FILE, POLICY_FILE))
+    if directory.exists() and not ours and not _is_empty_directory(directory):
+        raise AdaInferError(
+            f"{directory} exists and was not written by vllm-adainfer: choose another --output"
+        )
+    parent = directory.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise AdaInferError(
+            f"cannot write to {parent} ({error}): choose another --output"
+        ) from None
+
+
+def _is_empty_directory(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

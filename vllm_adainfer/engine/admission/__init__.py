@@ -1,0 +1,1 @@
+"""Decides once, when a request arrives, whether and how it may exit."""

@@ -1,0 +1,70 @@
+"""Model runners, their sampler, and their way back to the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def cpu_runner_class(runner: type) -> Iterator[None]:
+    """Let `CPUWorker.init_device` build `runner`: 0.32 names `CPUModelRunner` in its body."""
+    from vllm.v1.worker import cpu_worker
+
+    with mock.patch.object(cpu_worker, "CPUModelRunner", runner):
+        yield
+
+
+def keep_best_tokens(runner: Any) -> None:
+    """Let ``logprobs`` requests keep their best tokens beside ``logprob_token_ids`` requests.
+
+    0.32's V1 `Sampler.forward` drops what it gathered for the former as soon as a step has one of
+    the latter (vLLM pull request 51789; V2 keeps both). So every row without its own ids asks for
+    its best tokens by id. This changes only this runner's sampler, and only such steps.
+    """
+    gather = runner.sampler.gather_specific_token_logprobs
+
+    def gather_both(logprobs: Tensor, ids_by_row: dict[int, list[int]], sampled: Tensor) -> Any:
+        most = runner.input_batch.sampling_metadata.max_num_logprobs
+        if most is not None:
+            best = logprobs.topk(most).indices.tolist()
+            ids_by_row = {**dict(enumerate(best)), **ids_by_row}
+        return gather(logprobs, ids_by_row, sampled)
+
+    runner.sampler.gather_specific_token_logprobs = gather_both
+
+
+@contextmanager
+def seeds_of_chunks_kept(runner: Any) -> Iterator[None]:
+    """While the V1 `runner` samples, leave out the generators of incomplete prompts.
+
+    A token drawn for such a row is thrown away. 0.32 then rewinds the row's generator by an offset,
+    which CPU generators do not have: one request with a ``seed`` and a prompt of several chunks
+    crashes a stock server. A generator that is left out draws nothing, as if it were rewound.
+    """
+    generators, batch = runner.input_batch.generators, runner.input_batch
+    incomplete = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+    kept = {place: generators.pop(place) for place in incomplete if place in generators}
+    try:
+        yield
+    finally:
+        generators.update(kept)
+
+
+def attach_note(output: Any, content: Any) -> None:
+    """Send `content` from the worker to the scheduler, in a `ModelRunnerOutput`.
+
+    0.32 has no field for plugins there, but it is pickled, so an extra attribute travels with it.
+    V2 wraps it in an `AsyncOutput`, which passes it on once the tokens are known.
+    """
+    getattr(output, "model_runner_output", output).adainfer = content
+
+
+def attached_note(output: Any) -> Any:
+    """What `attach_note` sent; None if the worker has run no step."""
+    return getattr(output, "adainfer", None)

@@ -1,0 +1,70 @@
+"""Structured outputs: grammars of choices."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer.artifact.config import MOST_CHOICE_CHARACTERS, MOST_CHOICES
+
+if TYPE_CHECKING:
+    pass
+
+ROOT = "root ::= "
+BETWEEN = " | "
+LITERAL = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
+# Each character may be escaped, as in \u001f, and each choice has quotes and a bar around it.
+LONGEST_GRAMMAR = 6 * MOST_CHOICE_CHARACTERS + 5 * MOST_CHOICES + len(ROOT)
+
+
+def choices_of(choice: Sequence[str] | None, grammar: str | None) -> list[str] | None:
+    """The texts that a request chooses from, of the two fields of its ``structured_outputs``.
+
+    None if it is restricted in another way, or if there are more than `MOST_CHOICES`, or more than
+    `MOST_CHOICE_CHARACTERS` in all: such a request runs as in stock vLLM. The time is linear in
+    what is looked at, which is never more than that.
+    0.32's frontend has by then turned ``choice`` into a grammar, in place, if the backend is
+    xgrammar (`validate_xgrammar_grammar`), so a grammar is read back if it is one of a choice.
+    """
+    choices = _choices_in(grammar or "") if choice is None else choice
+    if choices is None or len(choices) > MOST_CHOICES:
+        return None
+    return list(choices) if sum(map(len, choices)) <= MOST_CHOICE_CHARACTERS else None
+
+
+def _choices_in(grammar: str) -> list[str] | None:
+    """The choices of a grammar that 0.32's `choice_as_grammar` has written; None of any other."""
+    from vllm.v1.structured_output.utils import choice_as_grammar
+
+    if len(grammar) > LONGEST_GRAMMAR or not grammar.startswith(ROOT):
+        return None
+    choices: list[str] = []
+    place = len(ROOT)
+    while len(choices) <= MOST_CHOICES and (literal := LITERAL.match(grammar, place)):
+        try:  # its escapes are JSON's
+            choices.append(json.loads(literal[0]))
+        except ValueError:
+            return None
+        place = literal.end()
+        if place == len(grammar):
+            return choices if choice_as_grammar(choices) == grammar else None
+        if not grammar.startswith(BETWEEN, place):
+            return None
+        place += len(BETWEEN)
+    return None
+
+
+def takes_all(grammar: Any, tokens: list[int]) -> bool:
+    """Whether a request's grammar would take `tokens` one after the other; its state stays.
+
+    Only where 0.32's backend can look as far ahead: those of outlines and lm-format-enforcer roll
+    back no further than speculation needs, and raise.
+    """
+    from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
+
+    if not isinstance(grammar, XgrammarGrammar | GuidanceGrammar):
+        return False
+    return grammar.validate_tokens(tokens) == tokens

@@ -1,0 +1,133 @@
+"""Fixed memory that CUDA graphs of decode steps read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_adainfer.engine.compat.attention import NO_SLOT, slots_of
+from vllm_adainfer.engine.segments.attention import Queries, StepAttention
+from vllm_adainfer.exits.hidden_states import HiddenStates
+from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.transfer import upload
+
+
+class DecodeBuffers:
+    """A batch of requests with one row each, and their hidden states.
+
+    During capture no batch is staged: each request has one token and no blocks. Rows beyond the
+    staged batch are padding: requests without tokens, keys and values without a slot.
+
+    Attributes:
+        positions: int64 [size], each request's position in its sequence.
+
+    """
+
+    def __init__(self, size: int, block_tables: Sequence[Tensor], device: torch.device) -> None:
+        """Allocate for `size` requests, with tables like `block_tables` [requests, blocks]."""
+        self.positions = torch.zeros(size, dtype=torch.int64, device=device)
+        self._ids = torch.zeros(size, dtype=torch.int32, device=device)
+        self._starts_cpu = torch.arange(size + 1, dtype=torch.int32)
+        self._starts = self._starts_cpu.to(device, copy=True)
+        self._seq_lens_cpu = torch.ones(size, dtype=torch.int32)
+        self._seq_lens = self._seq_lens_cpu.to(device, copy=True)
+        self._tables = [table.new_zeros(size, table.shape[1]) for table in block_tables]
+        self._slots = torch.full(
+            (len(block_tables), size), NO_SLOT, dtype=torch.int64, device=device
+        )
+        self._is_padding = torch.zeros(size, dtype=torch.bool, device=device)
+        # Allocated by the first batch, which is the largest, with its dtype and widths.
+        self._states: HiddenStates | None = None
+        self._final: Tensor | None = None
+
+    def stage(self, layout: RowLayout, attention: StepAttention, padded: int) -> None:
+        """Copy in the rows of `layout`, padded to `padded` requests."""
+        requests, rows = layout.present, layout.num_rows
+        positions = np.zeros(padded, dtype=np.int64)
+        positions[:rows] = layout.last_positions[requests]
+        seq_lens = np.zeros(padded, dtype=np.int32)
+        seq_lens[:rows] = positions[:rows] + 1
+        starts = np.minimum(np.arange(padded + 1, dtype=np.int32), np.int32(rows))
+        arrays = positions, seq_lens, starts, requests
+        device_positions, device_seq_lens, device_starts, owners = upload(
+            arrays, self.positions.device
+        )
+        self.positions[:padded] = device_positions
+        self._seq_lens[:padded] = device_seq_lens
+        self._seq_lens_cpu[:padded] = torch.from_numpy(seq_lens)
+        self._starts[: padded + 1] = device_starts
+        self._starts_cpu[: padded + 1] = torch.from_numpy(starts)
+        self._slots[:, rows:padded] = NO_SLOT
+        self._is_padding[:rows] = False
+        self._is_padding[rows:padded] = True
+        for group, (buffer, table) in enumerate(
+            zip(self._tables, attention.block_tables, strict=True)
+        ):
+            buffer[:rows] = table[owners]
+            buffer[rows:padded] = 0
+            self._slots[group, :rows] = slots_of(
+                table, attention.block_sizes[group], owners, device_positions[:rows]
+            )
+
+    def queries(self, rows: int, max_seq_len: int) -> Queries:
+        """The staged batch, padded to `rows`."""
+        return Queries(
+            starts=self._starts[: rows + 1],
+            starts_cpu=self._starts_cpu[: rows + 1],
+            seq_lens=self._seq_lens[:rows],
+            seq_lens_cpu=self._seq_lens_cpu[:rows],
+            positions=self.positions[:rows],
+            max_query_len=1,
+            max_seq_len=max_seq_len,
+        )
+
+    def tables_of(self, rows: int) -> list[Tensor]:
+        """int32 [rows, blocks] by KV cache group: the block tables."""
+        return [table[:rows] for table in self._tables]
+
+    def slots_of(self, rows: int) -> list[Tensor]:
+        """int64 [rows] by KV cache group: the cache slots."""
+        return list(self._slots[:, :rows].unbind())
+
+    def padding_of(self, rows: int) -> Tensor:
+        """bool [rows]: which rows are padding, for which a router need not choose experts."""
+        return self._is_padding[:rows]
+
+    def ids_of(self, rows: int) -> HiddenStates:
+        """The token ids, the input of the first segment."""
+        return HiddenStates(self._ids[:rows])
+
+    def states_of(self, rows: int) -> HiddenStates:
+        """The hidden states between two segments."""
+        assert self._states is not None, "stored by the first segment"
+        return self._states.rows(slice(0, rows))
+
+    def final_of(self, rows: int) -> Tensor:
+        """[rows, head size], the LM head's input."""
+        assert self._final is not None, "stored by the last segment"
+        return self._final[:rows]
+
+    def load(self, states: HiddenStates, is_ids: bool) -> None:
+        """Copy in the states of the staged rows, unless they are in the buffers already."""
+        rows = slice(0, states.num_rows)
+        if is_ids:
+            self._ids[rows] = states.hidden
+            return
+        assert self._states is not None, "stored by the first segment"
+        if states.hidden.data_ptr() != self._states.hidden.data_ptr():
+            self._states.put(states, rows)
+
+    def store(self, states: HiddenStates, is_final: bool) -> None:
+        """Store a segment's output."""
+        size = len(self.positions)
+        if is_final:
+            if self._final is None:
+                self._final = states.hidden.new_zeros(size, *states.hidden.shape[1:])
+            self._final[: states.num_rows] = states.hidden
+            return
+        if self._states is None:
+            self._states = states.zeros(size)
+        self._states.put(states, slice(0, states.num_rows))

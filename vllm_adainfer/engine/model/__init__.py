@@ -1,0 +1,1 @@
+"""Model classes of vLLM with exit points."""

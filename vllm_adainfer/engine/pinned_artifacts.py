@@ -1,0 +1,87 @@
+"""The artifacts of the engine switch: every process of an engine reads the same, or none starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
+from vllm_adainfer.artifact.files import load_artifact, load_config_and_digest
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.settings.engine import CONFIG_KEY, Settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class PinnedSwitch(dict[str, Any]):
+    """The engine switch, which carries the digests of its artifacts to all processes.
+
+    vLLM copies ``additional_config``, sends it to its processes, and puts it as JSON into the key
+    of its compile cache: the attribute goes along with the first two, and is not in the third.
+
+    Attributes:
+        pins: the digest of each artifact's files when the engine was configured, by policy.
+
+    """
+
+    pins: Mapping[str, str]
+
+
+def pin_artifacts(
+    vllm_config: VllmConfig, settings: Settings, check: Callable[[ArtifactConfig], None]
+) -> dict[str, ArtifactConfig]:
+    """Read the configs of the artifacts, and note in `vllm_config` which files these were.
+
+    Raises:
+        AdaInferError: an artifact cannot be read, or `check` refuses its config.
+
+    """
+    if not settings.artifacts:
+        return {}
+    found = {
+        name: load_config_and_digest(source, check) for name, source in settings.artifacts.items()
+    }
+    assert isinstance(vllm_config.additional_config, dict)
+    switch = PinnedSwitch(vllm_config.additional_config[CONFIG_KEY])
+    switch.pins = {name: digest for name, (_, digest) in found.items()}
+    # A new one: the user may start other engines with the same.
+    vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: switch}
+    return {name: config for name, (config, _) in found.items()}
+
+
+def served_configs(vllm_config: VllmConfig, settings: Settings) -> dict[str, ArtifactConfig]:
+    """The configs of the artifacts of the switch, by policy, for a process that starts.
+
+    Raises:
+        AdaInferError: an artifact cannot be read, or is no longer the one that was pinned.
+
+    """
+    configs = {}
+    for name, source in settings.artifacts.items():
+        configs[name], digest = load_config_and_digest(source, lambda _: None)
+        _check(vllm_config, name, source, digest)
+    return configs
+
+
+def served_artifacts(vllm_config: VllmConfig, settings: Settings) -> dict[str, Artifact]:
+    """The artifacts of the switch, by policy, for a process that starts.
+
+    Raises:
+        AdaInferError: an artifact cannot be read, or is no longer the one that was pinned.
+
+    """
+    artifacts = {}
+    for name, source in settings.artifacts.items():
+        artifacts[name] = load_artifact(source)
+        _check(vllm_config, name, source, artifacts[name].digest)
+    return artifacts
+
+
+def _check(vllm_config: VllmConfig, name: str, source: str, digest: str) -> None:
+    config = vllm_config.additional_config
+    switch = config.get(CONFIG_KEY) if isinstance(config, dict) else None
+    if isinstance(switch, PinnedSwitch) and switch.pins[name] != digest:
+        raise AdaInferError(
+            f"artifact {source!r} was overwritten while the engine started: start it again"
+        )

@@ -1,0 +1,137 @@
+"""Builds the loop that a loaded model runs its stack with, of the settings and the artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+
+from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
+from vllm_adainfer.artifact.digest import digest_of
+from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, agreed, same_on_all_ranks
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.batch import StackShape
+from vllm_adainfer.exits.exit_loop import ExitLoop
+from vllm_adainfer.exits.kv import ExactKV, KVPolicy, PropagateKV, RecurrentKV
+from vllm_adainfer.exits.loop import Loop
+from vllm_adainfer.exits.recorder import LensSums, Recorder
+from vllm_adainfer.exits.recording_loop import RecordingLoop
+from vllm_adainfer.monitoring.monitor import AnswerMonitor, Monitor
+from vllm_adainfer.monitoring.text_monitor import TextMonitor
+from vllm_adainfer.policy.load_policy import policy_of
+from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.script import ScriptedPolicy
+from vllm_adainfer.settings.engine import DEFAULT_POLICY, LensRecord, Settings
+
+
+class LoadedModel(Protocol):
+    """What a loop is built from; `EarlyExit` is one.
+
+    Attributes:
+        settings: of the engine switch.
+        artifacts: by the name of their policy.
+        fingerprint: of the weights, None if they did not pass the model.
+
+    """
+
+    settings: Settings
+    artifacts: Mapping[str, Artifact]
+    fingerprint: str | None
+
+    @property
+    def exit_points(self) -> tuple[int, ...]:
+        """Where its stack is cut."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the states that probes read."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of policies."""
+
+    def logit_lens(self, head_rows: Tensor | None = None) -> Probe:
+        """The model's own reading of a state."""
+
+    def cut_stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> StackShape:
+        """Cut the stack after each of `cuts`."""
+
+
+def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
+    """The loop for a model whose weights are loaded.
+
+    Raises:
+        AdaInferError: another rank has read other artifacts, or nobody knows whether the weights
+            are those of the calibration.
+
+    """
+    settings, load_format = model.settings, vllm_config.load_config.load_format
+    reads_weights = model.artifacts or settings.kv == "propagate"
+    if reads_weights and model.fingerprint is None and load_format != "dummy":
+        raise AdaInferError(
+            f"vllm-adainfer: --load-format {load_format} does not pass the weights through the "
+            "model, so they cannot be compared with those of the calibration: set it to auto, or "
+            'drop "adainfer" from additional_config'
+        )
+    if settings.record is not None:
+        recorder = _recorder(settings.record, settings.record_lens)
+        shape = model.cut_stack(recorder.layers, vllm_config)
+        return RecordingLoop(shape, recorder, vllm_config.model_config.is_hybrid)
+    if not same_on_all_ranks(digest_of(model.artifacts)):
+        raise AdaInferError(RANKS_DIFFER)
+    return ExitLoop(
+        model.cut_stack(model.exit_points, vllm_config),
+        policies_of(model, model.exit_points),
+        kv_policy_of(settings, vllm_config),
+        monitors_of(model),
+        max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
+        min_rows_saved=settings.min_rows_saved,
+        agreed=agreed,
+    )
+
+
+def kv_policy_of(settings: Settings, vllm_config: VllmConfig) -> KVPolicy:
+    """What takes care of the layers that rows skip."""
+    if settings.kv == "propagate":
+        return PropagateKV()
+    return RecurrentKV() if vllm_config.model_config.is_hybrid else ExactKV()
+
+
+def policies_of(model: LoadedModel, cuts: tuple[int, ...]) -> PolicySet:
+    """The policies of a model whose stack is cut after `cuts`."""
+    exit_script = model.settings.exit_script
+    if exit_script is not None:
+        script = ScriptedPolicy(exit_script, model.hidden_size, model.device)
+        return PolicySet({DEFAULT_POLICY: script}, cuts)
+    return PolicySet(
+        {
+            name: policy_of(artifact, model.device, model.logit_lens)
+            for name, artifact in model.artifacts.items()
+        },
+        cuts,
+    )
+
+
+def monitors_of(model: LoadedModel) -> dict[str, Monitor]:
+    """A monitor for each policy of a model, none without a shadow rate."""
+    if not model.settings.shadow_rate:
+        return {}
+    return {name: monitor_of(artifact.config) for name, artifact in model.artifacts.items()}
+
+
+def monitor_of(config: ArtifactConfig) -> Monitor:
+    """The monitor of the risk that an artifact bounds, in the unit that its bound is over."""
+    epsilons = [level.epsilon for level in config.levels]
+    if config.max_tokens > 1:
+        return TextMonitor(epsilons, config.delta, config.max_tokens)
+    return AnswerMonitor(epsilons, config.delta, config.risk)
+
+
+def _recorder(layers: tuple[int, ...], lens: LensRecord | None) -> Recorder:
+    """The recorder that ``record`` and ``record_lens`` ask for."""
+    sums = None if lens is None else LensSums(layers[:-1], lens.folds, lens.prompts)
+    return Recorder(layers, sums)

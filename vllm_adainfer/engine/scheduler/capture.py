@@ -1,0 +1,112 @@
+"""Captures a sample of the requests that reach the scheduler, as calibration data.
+
+The engine core sees every request in the form the model gets, whichever endpoint received it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+from vllm.v1.request import Request
+
+from vllm_adainfer.engine.admission.traffic_sample import is_sampled
+from vllm_adainfer.engine.compat.requests import client_request_id, request_group
+from vllm_adainfer.engine.compat.structured_outputs import choices_of
+from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles
+from vllm_adainfer.settings.engine import read_settings
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
+else:
+    _Scheduler = object
+
+
+class CapturingScheduler(_Scheduler):
+    """Mixin that captures requests; must precede the scheduler class in the MRO.
+
+    A captured request runs exactly as it would without capture.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Open the capture directory.
+
+        Raises:
+            AdaInferError: this process cannot write to the directory.
+
+        """
+        super().__init__(*args, **kwargs)
+        settings = read_settings(self.vllm_config.additional_config)
+        assert settings is not None
+        assert settings.capture is not None
+        self._capture_rate = settings.capture.rate
+        self._served_name: str = self.vllm_config.model_config.served_model_name
+        self._captured = CaptureFiles(
+            settings.capture, self.vllm_config.parallel_config.data_parallel_index
+        )
+
+    @override
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        if is_sampled(request.request_id, self._capture_rate, "capture"):
+            body = body_of(request, self._served_name)
+            if body is not None:
+                name = client_request_id(request.request_id)
+                self._captured.put(name, body, request_group(request.request_id))
+
+    @override
+    def shutdown(self) -> None:
+        self._captured.close()
+        super().shutdown()
+
+
+def body_of(request: Request, model: str) -> dict[str, Any] | None:
+    """The equivalent body of ``/v1/completions``, or None if there is no equivalent.
+
+    Settings that only affect how a token is drawn (``top_p``, ``top_k``, ``min_p``, ``seed``) are
+    omitted.
+    """
+    params = request.sampling_params
+    if (
+        params is None
+        or request.prompt_token_ids is None
+        or request.prompt_embeds is not None
+        or request.mm_features
+        or request.lora_request is not None
+        or request.resumable  # its prompt is still being sent
+        or _needs_more_keys(params)
+    ):
+        return None
+    body = {
+        "model": model,
+        "prompt": request.prompt_token_ids,
+        "max_tokens": request.max_tokens,
+        "temperature": params.temperature,
+        "allowed_token_ids": params.allowed_token_ids,
+        "logprob_token_ids": params.logprob_token_ids,
+        "logprobs": params.num_logprobs,  # vLLM requires it with `logprob_token_ids`
+    }
+    if params.structured_outputs is not None:
+        outputs = params.structured_outputs
+        choices = choices_of(outputs.choice, outputs.grammar)
+        if choices is None:
+            return None
+        body["structured_outputs"] = {"choice": choices}
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def _needs_more_keys(params: SamplingParams) -> bool:
+    """Whether a request has settings that change scores, or wants scores of its prompt.
+
+    No policy serves such a request, and a line without these settings would be a different request.
+    """
+    return bool(
+        params.prompt_logprobs is not None
+        or params.min_tokens
+        or params.logit_bias
+        or params.bad_words
+        or params.thinking_token_budget is not None
+        or params.repetition_penalty != 1
+        or (params.max_tokens != 1 and (params.presence_penalty or params.frequency_penalty))
+    )

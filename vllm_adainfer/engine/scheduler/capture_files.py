@@ -1,0 +1,187 @@
+"""Writes captured requests to files in vLLM's batch format, on a thread of its own."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import tempfile
+from collections import deque
+from io import FileIO
+from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
+from typing import Any
+
+from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.settings.engine import Capture
+
+logger = get_logger(__name__)
+
+QUEUED = 256  # requests that may wait for the disk; further ones are not captured
+FILES = 10  # files per engine: the oldest tenth of the lines is deleted at a time
+CLOSE_SECONDS = 5.0  # how long a stopping engine waits for the disk
+
+
+class CaptureFiles:
+    """Keeps the latest requests of one engine in files ``capture-ENGINE-NUMBER.jsonl``.
+
+    Files left by earlier runs of the engine count towards its limit. Each line is a single write.
+    A line cut short by a full disk is removed at once, one cut short by a kill at the next start.
+    """
+
+    def __init__(self, settings: Capture, engine: int) -> None:
+        """Enforce the limit on what earlier runs left, and start the thread.
+
+        Args:
+            settings: the directory, and the most lines to keep there.
+            engine: the number of this engine among those that write to the directory.
+
+        Raises:
+            AdaInferError: this process cannot write to the directory.
+
+        """
+        self._directory = Path(settings.directory)
+        self._prefix = f"capture-{engine}-"
+        self._limit = settings.limit
+        self._lines_per_file = max(1, settings.limit // FILES)
+        self._file: FileIO | None = None
+        self._lines = 0  # in that file
+        check_directory(settings.directory)
+        found = _numbered(self._directory, self._prefix)
+        self._next_number = max(found, default=0) + 1
+        try:
+            self._full = deque((found[n], whole_lines(found[n])) for n in sorted(found))
+            self._make_room(0)
+        except OSError as error:
+            raise _not_writable(settings.directory, error) from None
+        self._failed = False
+        self._queue: Queue[dict[str, Any] | None] = Queue(QUEUED)
+        self._thread = Thread(target=self._write_all, name="adainfer-capture", daemon=True)
+        self._thread.start()
+
+    def put(self, custom_id: str, body: dict[str, Any], group: str | None = None) -> None:
+        """Queue a request to be written, or drop it if the queue is full; never blocks.
+
+        Args:
+            custom_id: the client's id of the request.
+            body: the body of ``/v1/completions``.
+            group: shared by requests that arrived together; None for one that arrived alone.
+
+        """
+        line = {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+        if group is not None:
+            line["group"] = group
+        try:
+            self._queue.put_nowait(line)
+        except Full:
+            logger.warning_once(
+                "requests arrive faster than they can be written to %s: some are not captured",
+                self._directory,
+            )
+
+    def close(self) -> None:
+        """Write what is queued; give up on a disk that hangs."""
+        try:
+            self._queue.put(None, timeout=CLOSE_SECONDS)
+        except Full:
+            return
+        self._thread.join(CLOSE_SECONDS)
+
+    def _write_all(self) -> None:
+        while (line := self._queue.get()) is not None:
+            try:
+                self._write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+            except Exception as error:  # whatever it was, the next line may succeed
+                if not self._failed:
+                    logger.warning(
+                        "a request could not be captured in %s (%s); later requests are still "
+                        "tried, and this warning is not repeated",
+                        self._directory,
+                        error,
+                    )
+                self._failed = True
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, line: bytes) -> None:
+        if self._file is None or self._lines == self._lines_per_file:
+            self._file = self._new_file()
+        written = self._file.write(line)
+        if written != len(line):
+            self._file.truncate(os.fstat(self._file.fileno()).st_size - (written or 0))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._lines += 1
+
+    def _new_file(self) -> FileIO:
+        """Open the next file, which only this user may read and write."""
+        if self._file is not None:
+            self._file.close()
+            self._full.append((Path(str(self._file.name)), self._lines))
+            self._file, self._lines = None, 0
+        self._make_room(self._lines_per_file)
+        while True:
+            path = self._directory / f"{self._prefix}{self._next_number:06}.jsonl"
+            self._next_number += 1
+            try:
+                return FileIO(path, "xb", opener=_private)
+            except FileExistsError:  # from another server that writes to the same directory
+                continue
+
+    def _make_room(self, lines: int) -> None:
+        """Delete the oldest files until `lines` more fit within the limit."""
+        while self._full and sum(count for _, count in self._full) + lines > self._limit:
+            self._full[0][0].unlink(missing_ok=True)
+            self._full.popleft()
+
+
+def check_directory(directory: str) -> None:
+    """Create the directory if it is missing, and check that files can be created in it.
+
+    Raises:
+        AdaInferError: the directory or a file in it cannot be created.
+
+    """
+    try:
+        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise _not_writable(directory, error) from None
+
+
+def whole_lines(path: Path) -> int:
+    """Remove an incomplete last line from a file, and count the lines that remain.
+
+    Raises:
+        OSError: the file cannot be read and written.
+
+    """
+    with path.open("rb+") as file:
+        lines = end = 0
+        for line in file:
+            if line.endswith(b"\n"):
+                lines += 1
+                end += len(line)
+        file.truncate(end)
+    return lines
+
+
+def _numbered(directory: Path, prefix: str) -> dict[int, Path]:
+    """The files left by earlier runs, by number."""
+    names = {
+        path: re.fullmatch(rf"{prefix}(\d+)\.jsonl", path.name) for path in directory.iterdir()
+    }
+    return {int(name[1]): path for path, name in names.items() if name}
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_APPEND, 0o600)
+
+
+def _not_writable(directory: str, error: OSError) -> AdaInferError:
+    return AdaInferError(
+        f"additional_config: adainfer.capture.directory: cannot write to {directory} "
+        f"({error.strerror}): name a directory that the user of this server may write to"
+    )

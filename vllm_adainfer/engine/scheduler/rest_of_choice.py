@@ -1,0 +1,149 @@
+"""The rest of a choice: the tokens that follow once those sampled leave one choice alone.
+
+``structured_outputs: {"choice": [...]}`` is vLLM's documented way to classify. Its grammar then
+leaves nothing to decide, but stock vLLM takes a step for each further token of the choice, and one
+for the end.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from vllm_adainfer.artifact.config import Choice
+from vllm_adainfer.engine.admission.requested_output import choices_asked, is_plain
+from vllm_adainfer.engine.compat.structured_outputs import takes_all
+from vllm_adainfer.errors import AdaInferError
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+    from vllm.v1.structured_output import StructuredOutputManager
+
+KNOWN_SETS = 128  # sets of choices kept, so that a further request with them need not wait
+MOST_TOKENS = 64  # an answer that is longer and still open takes vLLM's steps
+# Characters of the rest of an answer that did not begin with canonical tokens: tokenised at most
+# once a request, when one choice is left. All else is tokenised when the request arrives.
+LONGEST_REST = 1024
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a request chooses from, as it was worked out when the request arrived.
+
+    Attributes:
+        texts: in order of the alphabet.
+        tokens: canonical, of each text.
+        end: the token that ends the answer.
+
+    """
+
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    end: int
+
+
+class RestOfChoice:
+    """Finds the rest in canonical tokenisation; what it is not sure of is left to vLLM's steps."""
+
+    def __init__(self, manager: StructuredOutputManager, max_model_len: int) -> None:
+        """`manager` is the scheduler's."""
+        self._manager = manager
+        self._max_model_len = max_model_len
+        self._written = lru_cache(KNOWN_SETS)(self._write)
+        self._choosing: WeakKeyDictionary[Request, Choices] = WeakKeyDictionary()
+
+    def arrived(self, request: Request) -> None:
+        """Work out what a request chooses from, if its answer may be finished."""
+        self._choosing.pop(request, None)
+        params = request.sampling_params
+        if params is None or request.resumable or not is_plain(params):
+            return
+        choices, end = choices_asked(params), params.eos_token_id
+        if choices and end is not None:
+            self._choosing[request] = Choices(*self._written(choices), end)
+
+    def after(self, request: Request, sampled: Sequence[int]) -> list[int]:
+        """The tokens that follow `sampled`, the newest of `request`, and end it.
+
+        It is empty if several choices are left, or if the request would not get the same text.
+        """
+        choices, structured = self._choosing.get(request), request.structured_output_request
+        if choices is None or structured is None:
+            return []
+        if self._manager.reasoner_cls is not None and not structured.reasoning_ended:
+            return []  # the grammar is not in force yet
+        tokens = [*request.output_token_ids[:MOST_TOKENS], *sampled]
+        if len(tokens) > MOST_TOKENS:
+            del self._choosing[request]
+            return []
+        text = self._decode(tokens)
+        place = bisect_left(choices.texts, text)  # those that begin with the text follow each other
+        left = [one for one in choices.texts[place : place + 2] if one.startswith(text)]
+        if len(left) != 1:
+            return []
+        del self._choosing[request]  # once only
+        return self._rest(request, choices, place, text, tokens)
+
+    def _rest(
+        self, request: Request, choices: Choices, place: int, text: str, tokens: list[int]
+    ) -> list[int]:
+        """What follows `tokens`, the `text` so far, if the choice at `place` alone is left."""
+        only, canonical = choices.texts[place], choices.tokens[place]
+        if canonical[: len(tokens)] == tuple(tokens):
+            rest = [*canonical[len(tokens) :], choices.end]
+        elif len(only) - len(text) <= LONGEST_REST:
+            rest = [*self._encode(only[len(text) :]), choices.end]
+        else:
+            return []
+        room = min(
+            request.max_tokens - len(tokens),
+            self._max_model_len - request.num_prompt_tokens - len(tokens),
+        )
+        fits = len(rest) <= room and self._decode([*tokens, *rest[:-1]]) == only
+        structured = request.structured_output_request
+        if not fits or structured is None:
+            return []
+        sampled = tokens[request.num_output_tokens :]
+        return rest if takes_all(structured.grammar, [*sampled, *rest]) else []
+
+    def _write(
+        self, choices: frozenset[str]
+    ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+        """Texts and tokens of `Choices`."""
+        texts = tuple(sorted(choices))
+        return texts, tuple(map(self._encode, texts))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return _written(self._manager.tokenizer, text)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: Any = self._manager.tokenizer.decode(tokens)
+        return str(text)
+
+
+def check_tokenizer(tokenizer: Any, name: str, choices: Sequence[Choice]) -> None:
+    """Check that an engine's tokenizer writes the choices of a policy as at calibration.
+
+    Else its early answers could be tokens that the grammar does not take.
+
+    Raises:
+        AdaInferError: it does not.
+
+    """
+    for choice in choices:
+        answer = tokenizer.decode(choice.first_tokens[:1])
+        is_same = _written(tokenizer, choice.text) == choice.token_ids
+        if not is_same or not choice.text.startswith(answer):
+            raise AdaInferError(
+                f"policy {name}: this engine's tokenizer writes the choice {choice.text!r} "
+                "with other tokens than that of the calibration: serve with the same "
+                "tokenizer, or calibrate again"
+            )
+
+
+def _written(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False))

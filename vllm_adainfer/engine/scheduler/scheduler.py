@@ -1,0 +1,206 @@
+"""vLLM's schedulers with a guarded prefix cache, choices that end early, requests captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
+
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.admission.resolved import resolved_of, with_resolved
+from vllm_adainfer.engine.compat.runner import attached_note
+from vllm_adainfer.engine.compat.scheduler import expect_more_tokens, not_ahead, sampled_tokens
+from vllm_adainfer.engine.compat.stats import attach_report
+from vllm_adainfer.engine.pinned_artifacts import served_configs
+from vllm_adainfer.engine.scheduler.capture import CapturingScheduler
+from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
+from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
+from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
+from vllm_adainfer.settings.engine import read_settings
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
+else:
+    _Scheduler = object
+
+
+class GuardedScheduler(_Scheduler):
+    """Keeps incomplete blocks of requests that may exit out of the prefix cache.
+
+    Mixed in before vLLM's class.
+    """
+
+    kv_cache_manager: Any  # vLLM's KVCacheManager, or the guard around it
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = read_settings(self.vllm_config.additional_config)
+        assert settings is not None
+        self.admission = Admission.of(self.vllm_config, settings)
+        self._counted: Snapshot | None = None
+        self._reporter = Reporter()
+        if self.cache_config.enable_prefix_caching and not self.admission.records:
+            self.kv_cache_manager = PrefixCacheGuard(
+                self.kv_cache_manager, self._may_exit, self._complete, self._saving
+            )
+
+    @override
+    def add_request(self, request: Request) -> None:
+        """First decide all that follows from what its client sent."""
+        params = request.sampling_params
+        if params is not None:
+            resolved = self.admission.resolve(
+                request.request_id, params, request.lora_request, request.resumable
+            )
+            request.sampling_params = with_resolved(params, resolved)
+        super().add_request(request)
+
+    @override
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Tell the guard that a step begins."""
+        if isinstance(self.kv_cache_manager, PrefixCacheGuard):
+            self.kv_cache_manager.new_step()
+        return super().schedule(*args, **kwargs)
+
+    @override
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """First put blocks that the step completed into the prefix cache."""
+        note: StepNote | None = attached_note(model_runner_output)
+        if note is not None:
+            if note.counted is not None:
+                self._counted = note.counted
+            if note.complete is not None and isinstance(self.kv_cache_manager, PrefixCacheGuard):
+                self.kv_cache_manager.step_ended(note.complete)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    @override
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Add our report if the worker sent counters; vLLM calls this after each step."""
+        stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
+        counted, self._counted = self._counted, None
+        if stats is not None and counted is not None:
+            attach_report(stats, self._reporter.report(counted))
+        return stats
+
+    def _may_exit(self, request: Request, computed: int) -> bool:
+        """Whether `request` may exit in a step that starts after `computed` of its tokens."""
+        resolved = resolved_of(request.sampling_params)
+        if resolved is None or (resolved.deep_prompt and computed < request.num_prompt_tokens):
+            return False
+        return resolved.may_exit
+
+    def _saving(self, request: Request) -> tuple[str, float] | None:
+        resolved = resolved_of(request.sampling_params)
+        return None if resolved is None else resolved.saving
+
+    def _complete(self, request: Request) -> None:
+        """Run the prompt at full depth; the worker first gets the request in this very step."""
+        params = request.sampling_params
+        resolved = resolved_of(params)
+        assert params is not None
+        assert resolved is not None, "only what may exit is completed"
+        request.sampling_params = with_resolved(params, replace(resolved, deep_prompt=True))
+
+
+class FinishingScheduler(_Scheduler):
+    """Ends a request with a choice in the step that leaves one choice alone.
+
+    Mixed in before a scheduler. vLLM takes several tokens of a step as it does in speculative
+    decoding, and stops at the end token.
+    """
+
+    structured_output_manager: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rest_of_choice = RestOfChoice(self.structured_output_manager, self.max_model_len)
+        self._finished = [0, 0]  # choices since the last report, and the tokens appended
+        settings = read_settings(self.vllm_config.additional_config)
+        assert settings is not None
+        for name, config in served_configs(self.vllm_config, settings).items():
+            if config.choices:
+                check_tokenizer(self.structured_output_manager.tokenizer, name, config.choices)
+
+    @override
+    def add_request(self, request: Request) -> None:
+        """Also note what it chooses from."""
+        super().add_request(request)
+        self._rest_of_choice.arrived(request)
+
+    @override
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """First append the rest of each choice to the tokens sampled."""
+        # Masks are cut by the number of tokens, and there is none for what is appended.
+        if scheduler_output.has_structured_output_requests and not self.return_sampling_mask:
+            sampled = sampled_tokens(scheduler_output, model_runner_output, self.requests)
+            for request, tokens in sampled:
+                if rest := self._rest_of_choice.after(request, tokens):
+                    tokens += rest
+                    expect_more_tokens(self, request, len(rest))
+                    self._finished[0] += 1
+                    self._finished[1] += len(rest)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    @override
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Add how many choices were finished."""
+        stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
+        if stats is not None and self._finished[0] and self.vllm_config.kv_transfer_config is None:
+            attach_report(stats, {"choices": self._finished})
+            self._finished = [0, 0]
+        return stats
+
+
+class AdaInferScheduler(GuardedScheduler, Scheduler):
+    """Schedules a step when the last one has ended, as on a CPU."""
+
+
+class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
+    """Schedules a step while the last one runs, as on a GPU."""
+
+    @override
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Leave out requests that the token in flight may end.
+
+        Their next row would be under way when they end, and run all layers that they skip.
+        """
+        with not_ahead(self._may_be_ending()):
+            return super().schedule(*args, **kwargs)
+
+    def _may_be_ending(self) -> Iterator[Request]:
+        for request in self.running if self.admission.may_get_choices else ():
+            if request.num_output_placeholders == 1 and not request.num_output_tokens:
+                resolved = resolved_of(request.sampling_params)
+                if resolved is not None and resolved.may_choose:
+                    yield request
+
+
+def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """The scheduler of a configured engine.
+
+    vLLM 0.32 decides on ``async_scheduling`` after its config hooks, so the class is chosen here.
+    """
+    settings = read_settings(vllm_config.additional_config)
+    assert settings is not None
+    if not settings.runs_stock:
+        refuse_kv_connector(vllm_config)
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    scheduler_class: type[Scheduler]
+    if settings.runs_stock:
+        scheduler_class = AsyncScheduler if asynchronous else Scheduler
+    else:
+        scheduler_class = AdaInferAsyncScheduler if asynchronous else AdaInferScheduler
+    if settings.finishes_choices:
+        name = f"Finishing{scheduler_class.__name__}"
+        scheduler_class = type(name, (FinishingScheduler, scheduler_class), {})
+    if settings.capture is not None:
+        name = f"Capturing{scheduler_class.__name__}"
+        scheduler_class = type(name, (CapturingScheduler, scheduler_class), {})
+    return scheduler_class(vllm_config=vllm_config, **kwargs)

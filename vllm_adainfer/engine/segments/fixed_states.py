@@ -1,0 +1,34 @@
+"""Fixed memory for the hidden states between segments, for piecewise CUDA graphs."""
+
+from __future__ import annotations
+
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
+
+from vllm_adainfer.exits.hidden_states import HiddenStates
+
+
+class FixedStates:
+    """Copies a segment's output to where the next segment's graphs read it.
+
+    vLLM captures each compiled module as if no other graph read its output: the output's memory
+    returns to the shared pool, so the next segment's graphs could be captured on top of their own
+    input (vLLM 0.32: ``weak_ref_output`` in `compilation/backends.py`; its own model of several
+    compiled parts copies between them, `models/gemma3n.py`). Segments run one after the other, so
+    all share this memory.
+    """
+
+    def __init__(self, rows: int) -> None:
+        """Allocate lazily for up to `rows` rows, the largest batch that vLLM captures."""
+        self._rows = rows
+        self._states: HiddenStates | None = None  # allocated like the first states
+
+    def for_next_segment(self, states: HiddenStates) -> HiddenStates:
+        """`states` as the next segment reads them: copied if it replays graphs."""
+        if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
+            return states
+        if self._states is None:
+            self._states = states.zeros(self._rows)
+        rows = slice(0, states.num_rows)
+        self._states.put(states, rows)
+        return self._states.rows(rows)

@@ -1,0 +1,218 @@
+"""Segments: runs of stock decoder layers, compiled separately, with decisions between them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import (
+    ForwardContext,
+    get_forward_context,
+    override_forward_context,
+)
+
+from vllm_adainfer.engine.compat.attention import write_kv
+from vllm_adainfer.engine.compat.compilation import compile_cache_folder, segment_config
+from vllm_adainfer.engine.segments.decoder import Decoder, KVProjection, Layer
+from vllm_adainfer.engine.segments.fixed_states import FixedStates
+from vllm_adainfer.exits.batch import StackShape
+from vllm_adainfer.exits.hidden_states import HiddenStates
+
+ROWS = {0: "b"}  # the dynamic dimension: token rows
+
+
+class Segment(nn.Module):
+    """Consecutive decoder layers. The first segment embeds, the last applies the final norm.
+
+    The model owns the layers; a segment only refers to them.
+    """
+
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        prefix: str = "",
+        decoder: type[Decoder],
+        body: nn.Module,
+        layers: Iterable[nn.Module],
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.body = body
+        self.layers = nn.ModuleList(layers)
+        self.num_layers = len(self.layers)
+
+
+class LastKV(nn.Module):
+    """Keys and values of the last layer, for rows that need nothing else of it."""
+
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str = "", projection: KVProjection
+    ) -> None:
+        super().__init__()
+        self.projection = projection
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A model's layers in segments.
+
+    Attributes:
+        segments: the segments in order. The last one has the final norm, and at most one layer
+            unless later layers share keys and values.
+        last_kv: computes keys and values of the last layer; None if the last segment has no layer,
+            or a layer that shares another's.
+        head_size: the width of the LM head's input, the output of the last segment.
+        own_kv_layers: see `StackShape`.
+        fixed_states: memory for the states between segments.
+
+    """
+
+    segments: tuple[Segment, ...]
+    last_kv: LastKV | None
+    head_size: int
+    own_kv_layers: int | None
+    fixed_states: FixedStates
+
+    @property
+    def shape(self) -> StackShape:
+        """The stack's shape, as the exit loop needs it."""
+        layers = [segment.num_layers for segment in self.segments]
+        return StackShape(layers, self.head_size, self.own_kv_layers)
+
+    def run(self, index: int, positions: Tensor, states: HiddenStates) -> HiddenStates:
+        """The hidden states after a segment; [rows, head size] after the last one."""
+        hidden, residual, per_layer = self.segments[index](positions, *states.parts)
+        after = HiddenStates(hidden, residual, states.per_layer if per_layer is None else per_layer)
+        is_last = index == len(self.segments) - 1
+        return after if is_last else self.fixed_states.for_next_segment(after)
+
+    @property
+    def last_layer(self) -> str:
+        """The name of the last layer's attention."""
+        assert self.last_kv is not None, "the last segment has no layer"
+        name: str = self.last_kv.projection.attention.layer_name
+        return name
+
+    def write_last_kv(
+        self, positions: Tensor, states: HiddenStates, slots: dict[str, Tensor]
+    ) -> None:
+        """Write keys and values of the last layer to `slots`, int64 [rows] by layer name.
+
+        `states` is that layer's input. It may be overwritten.
+        """
+        assert self.last_kv is not None, "the last segment has no layer"
+        keys, values = self.last_kv(positions, *states.stream)
+        attention = self.last_kv.projection.attention
+        write_kv(attention, keys, values, slots[attention.layer_name])
+
+    def profile(self, positions: Tensor, ids: Tensor) -> Tensor:
+        """A pass without requests, in which vLLM profiles and captures piecewise graphs.
+
+        Returns:
+            [rows, head size].
+
+        """
+        states = HiddenStates(ids)
+        for index in range(len(self.segments) - 1):
+            states = self.run(index, positions, states)
+        if self.last_kv is not None:  # on a copy, which may be overwritten
+            with override_forward_context(without_graphs(get_forward_context())):
+                self.last_kv(positions, *states.clone().stream)
+        return self.run(len(self.segments) - 1, positions, states).hidden
+
+
+def without_graphs(context: ForwardContext) -> ForwardContext:
+    """`context` with CUDA graphs off."""
+    return replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None)
+
+
+def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Segment]:
+    """A compiled class for layers `first` + 1 to `last` of `depth`.
+
+    vLLM caches compiled code by the qualified name of ``forward``, so the name states everything
+    that changes the code.
+    """
+
+    def forward(
+        self: Segment,
+        positions: Tensor,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        per_layer: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if first == 0:
+            ids = hidden_states
+            hidden_states = self.decoder.embed(self.body, ids, positions)
+            per_layer = self.decoder.per_layer_inputs(self.body, ids, hidden_states)
+        for number, layer in enumerate(self.layers, start=first):
+            given: Layer = layer
+            if per_layer is not None:
+                given = self.decoder.given(layer, per_layer[:, number])
+            hidden_states, residual = self.decoder.run_layer(
+                given, positions, hidden_states, residual
+            )
+        if finishes:
+            return self.decoder.finish(self.body, hidden_states, residual), None, None
+        return hidden_states, residual, per_layer if first == 0 else None
+
+    name = f"Segment_{first}_{last}_of_{depth}" + ("_finishes" if finishes else "")
+    forward.__qualname__ = f"{name}.forward"
+    rows = dict.fromkeys(("positions", "hidden_states", "residual", "per_layer"), ROWS)
+    compiled = support_torch_compile(dynamic_arg_dims=rows)
+    segment_class: type[Segment] = compiled(type(name, (Segment,), {"forward": forward}))
+    return segment_class
+
+
+def last_kv_class(depth: int) -> type[LastKV]:
+    """A compiled `LastKV` for a model of `depth` layers; see `segment_class`."""
+
+    def forward(
+        self: LastKV, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.projection(hidden_states, residual, positions)
+
+    name = f"LastKV_of_{depth}"
+    forward.__qualname__ = f"{name}.forward"
+    compiled = support_torch_compile(
+        dynamic_arg_dims={"positions": ROWS, "hidden_states": ROWS, "residual": ROWS}
+    )
+    last_kv_class: type[LastKV] = compiled(type(name, (LastKV,), {"forward": forward}))
+    return last_kv_class
+
+
+def build_stack(
+    decoder: type[Decoder],
+    body: nn.Module,
+    head_size: int,
+    cuts: Sequence[int],
+    vllm_config: VllmConfig,
+) -> Stack:
+    """Cut the stack of `body` after each of `cuts` (counts of layers run).
+
+    The last layer becomes a segment of its own, unless it shares another's keys and values. If a
+    cut follows it, the last segment is the final norm alone. `head_size` is the width of the LM
+    head's input.
+    """
+    layers, own_kv_layers = decoder.layers(body), decoder.own_kv_layers(body)
+    depth = len(layers)
+    config = segment_config(vllm_config)
+    cuts = sorted({*cuts, max(depth - 1, *cuts)} if own_kv_layers is None else set(cuts))
+    spans = [*itertools.pairwise([0, *cuts]), (cuts[-1], depth)]
+    segments = []
+    for first, last in spans:
+        cls = segment_class(first, last, depth, finishes=(first, last) == spans[-1])
+        with compile_cache_folder(cls.__name__):
+            segment = cls(vllm_config=config, decoder=decoder, body=body, layers=layers[first:last])
+        segments.append(segment)
+    last_kv = None
+    if cuts[-1] < depth and own_kv_layers is None:
+        projection, kv_class = decoder.kv_projection(layers[-1]), last_kv_class(depth)
+        with compile_cache_folder(kv_class.__name__):
+            last_kv = kv_class(vllm_config=config, projection=projection)
+    captured_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return Stack(tuple(segments), last_kv, head_size, own_kv_layers, FixedStates(captured_rows))

@@ -1,0 +1,1 @@
+"""Config time: what the engine switch selects, and what it refuses."""

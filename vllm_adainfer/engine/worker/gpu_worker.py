@@ -1,0 +1,51 @@
+"""vLLM's GPU worker with early exits."""
+
+from __future__ import annotations
+
+import torch
+from typing_extensions import override
+from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from vllm_adainfer.engine.worker.warm_up import warm_up
+from vllm_adainfer.engine.worker.worker import ExitWorker
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.exit_loop import ExitLoop
+
+
+class AdaInferGPUWorker(ExitWorker, Worker):
+    """Runs Model Runner V2, which asks the model for its `ModelState`."""
+
+    @override
+    def determine_available_memory(self) -> int:
+        """Drop our graphs too: vLLM captures graphs here only to measure their memory."""
+        available: int = super().determine_available_memory()
+        self.model_runner.model_state.drop_graphs()
+        return available
+
+    @override
+    def sleep(self, level: int = 1) -> None:
+        """Allow only level 1: a deeper sleep discards policies, and no reload restores them.
+
+        Raises:
+            AdaInferError: the level is above 1.
+
+        """
+        if level > 1:
+            raise AdaInferError(
+                f"vllm-adainfer: sleep at level {level} would discard policies along with the "
+                'weights: sleep at level 1, or drop "adainfer" from additional_config'
+            )
+        super().sleep(level)
+
+    @override
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Warm up the probes too, then reset the counters: warm-up requests must not count."""
+        times = super().compile_or_warm_up_model()
+        runner, model = self.model_runner, self.model_runner.model
+        if isinstance(model.loop, ExitLoop):
+            size = runner.max_num_reqs, model.hidden_size
+            states = torch.zeros(size, dtype=runner.dtype, device=model.device)
+            warm_up(model.loop.policies, states)
+        model.loop.reset_counters()
+        return times

@@ -1,0 +1,172 @@
+"""The mixin of our workers, and the methods that ``collective_rpc`` calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from typing_extensions import override
+
+from vllm_adainfer.engine.compat.lora import lora_manager_of
+from vllm_adainfer.engine.compat.runner import attach_note
+from vllm_adainfer.engine.runner.requests import RunningRequests
+from vllm_adainfer.engine.worker.adapter_policy import bundled_policy, without_policies
+from vllm_adainfer.engine.worker.reload import Reload
+from vllm_adainfer.errors import AdaInferError
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+else:
+    _Worker = object
+
+
+class ExitWorker(_Worker):
+    """Mixin for vLLM's workers. Must precede the vLLM class in the MRO."""
+
+    @property
+    def _running(self) -> RunningRequests:
+        runner: Any = self.model_runner
+        running: RunningRequests = (
+            runner.model_state.running if self.use_v2_model_runner else runner.running
+        )
+        return running
+
+    @override
+    def init_device(self) -> None:
+        """Drop the request check first: only the frontend runs it."""
+        self.model_config.logits_processors = None
+        super().init_device()
+
+    @override
+    def load_model(self, **kwargs: Any) -> None:
+        """Give the running requests the LoRA manager once the model is loaded."""
+        super().load_model(**kwargs)
+        self._reloads: dict[str, Reload] = {}
+        manager = lora_manager_of(self.model_runner)
+        self._running.lora_manager = manager
+        if manager is not None:
+            self._running.adapters.watch(manager)
+
+    @override
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Deactivate policies until `load_weights` has seen all weights again.
+
+        It does not see weights that vLLM writes in a kernel's own format.
+        """
+        self.model_runner.model.mark_all_weights_replaced()
+        super().reload_weights(*args, **kwargs)
+
+    @override
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load the adapter with its bundled policy, or neither if the policy cannot be served."""
+        model, running = self.model_runner.model, self._running
+        service = bundled_policy(model, self.vllm_config, lora_request)
+        try:
+            added: bool = super().add_lora(lora_request)
+        finally:  # a collective: the other ranks wait in it
+            same = running.adapters.agree(lora_request)
+        name = lora_request.lora_name
+        if not same:
+            raise AdaInferError(
+                f"ranks have loaded different files as the adapter {name}: load it again"
+            )
+        if service is not None:
+            service.use(model, running)
+        if name in model.artifacts and name not in model.settings.artifacts:
+            running.adapters.numbers[name] = lora_request.lora_int_id
+        return added
+
+    @override
+    def remove_lora(self, lora_id: int) -> bool:
+        """Drop the policy that was bundled with the adapter."""
+        removed: bool = super().remove_lora(lora_id)
+        self.adainfer_drop_policy(lora_id)
+        return removed
+
+    @override
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Report also after an empty step, which vLLM sends when the last requests have ended."""
+        self._running.ended(scheduler_output.finished_req_ids)
+        output = super().execute_model(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
+            output = copy.copy(output)  # vLLM returns one shared object for all empty steps
+            attach_note(output, self._running.note_at_rest())
+        return output
+
+    @override
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Attach a note: which KV is complete, and the counters."""
+        output = super().sample_tokens(grammar_output)
+        note = self._running.take_note()
+        if note is not None:
+            attach_note(output, note)
+        return output
+
+    def adainfer_drop_policy(self, lora_id: int) -> None:
+        """Drop the policy bundled with an adapter: its requests continue at full depth."""
+        numbers = self._running.adapters.numbers
+        if gone := [name for name, number in numbers.items() if number == lora_id]:
+            model = self.model_runner.model
+            without_policies(model, self.vllm_config, gone).use(model, self._running)
+            for name in gone:
+                del numbers[name]
+
+    def adainfer_stats(self) -> dict[str, Any]:
+        """This worker's counters; see `vllm_adainfer.stats`."""
+        stats: dict[str, Any] = self.model_runner.model.loop.stats.as_dict()
+        return stats
+
+    def adainfer_reload(self) -> list[str]:
+        """Reload the artifacts and serve with them; see `Reload`."""
+        model = self.model_runner.model
+        return Reload.read(model, self.vllm_config).use(model, self._running, self.vllm_config)
+
+    def adainfer_read_again(self, reload: str, digests: Mapping[str, str]) -> None:
+        """Phase 1 of a reload across engines: read and build, without using the result.
+
+        Args:
+            reload: the name of this reload, for phase 2.
+            digests: the digest of each artifact's files, by policy; all engines must read the same.
+
+        """
+        self._reloads[reload] = Reload.read(self.model_runner.model, self.vllm_config, digests)
+
+    def adainfer_end_reload(self, reload: str, use: bool) -> list[str]:
+        """Phase 2: serve with the result of phase 1, or drop it."""
+        found = self._reloads.pop(reload, None)
+        if found is None or not use:
+            return []
+        return found.use(self.model_runner.model, self._running, self.vllm_config)
+
+    def adainfer_take_record(self, path: str) -> dict[str, Any]:
+        """Write the recorded states and sums, and the tensors of the model's logit lens, to `path`.
+
+        Returns:
+            ``fingerprint`` of the served weights, ``own_kv_layers`` (how many layers write keys and
+            values), ``norm`` (kind and epsilon of the final one,
+            None if there is none), ``soft_cap`` and ``scale`` of the logits, ``threads`` that
+            computed, and the times of
+            `vllm_adainfer.exits.recording_loop.Timings`.
+
+        """
+        model: Any = self.model_runner.model
+        loop, processor = model.loop, model.text_model.logits_processor
+        tensors = loop.recorder.take()
+        lens = model.logit_lens()
+        tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.model_tensors.items()}
+        save_file(tensors, path)
+        timings = asdict(loop.timings)
+        return {
+            "fingerprint": model.fingerprint,
+            "own_kv_layers": model.num_own_kv_layers,
+            "norm": lens.norm and (lens.norm.kind, lens.norm.eps),
+            "soft_cap": processor.soft_cap,
+            "scale": processor.scale,
+            "threads": torch.get_num_threads(),
+            **timings,
+        }

@@ -1,0 +1,1 @@
+"""Disagreement in service, measured on shadow requests."""

@@ -1,0 +1,1 @@
+"""Artifacts and evaluations for people: text, tables and pages."""

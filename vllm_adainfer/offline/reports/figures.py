@@ -1,0 +1,145 @@
+"""The figures of the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plotly.graph_objects import Bar, Figure, Scatter
+
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.offline.reports.page import Panel
+
+CHOSEN = {"color": "#d1242f", "size": 13, "symbol": "diamond"}
+MARGIN = {"l": 60, "r": 20, "t": 20, "b": 50}
+
+
+def trade_off(report: Mapping[str, Any], index: int) -> Panel:
+    """Quality against speed-up, a point for each bound."""
+    levels = report["levels"]
+    speedups = [1.0, *(level["speedup"] for level in levels)]
+    names = ["stock", *(f"bound {100 * level['epsilon']:g} %" for level in levels)]
+    lines = {"answers that differ": [0.0, *(100 * level["disagreement"] for level in levels)]}
+    full = report["stock"]["accuracy"]
+    if full is not None:
+        lost = [100 * (full - level["accuracy"]) for level in levels]
+        lines["accuracy lost, points"] = [0.0, *lost]
+    figure = _figure("speed-up over stock vLLM", "%")
+    for name, y in lines.items():
+        figure.add_trace(Scatter(x=speedups, y=y, name=name, text=names, mode="lines+markers"))
+    below, above = reach(levels)
+    figure.data[0].error_y = {"array": [0.0, *above], "arrayminus": [0.0, *below], "thickness": 1}
+    points = [([x], [y]) for x, y in zip(speedups, lines["answers that differ"], strict=True)][1:]
+    return _moving("trade-off", "What a bound costs, and what it brings", figure, points, index)
+
+
+def reach(levels: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """How far the interval of each level's disagreement reaches below and above it, in %."""
+    ends = [(level["disagreement"], *level["disagreement_95"]) for level in levels]
+    return (
+        [100 * (share - low) for share, low, _ in ends],
+        [100 * (high - share) for share, _, high in ends],
+    )
+
+
+def exits(histograms: Sequence[Mapping[str, float]], layers: int, index: int) -> Panel:
+    """Where requests leave, by bound: shares by the layers that they run."""
+    points = [
+        ([int(layer) for layer in one], [100 * share for share in one.values()])
+        for one in histograms
+    ]
+    figure = _figure("layers run", "% of requests")
+    x, y = points[index]
+    figure.add_trace(Bar(x=x, y=y, width=layers / 60, showlegend=False))
+    figure.update_xaxes(range=[0, layers + 1])
+    figure.update_yaxes(range=[0, 100])
+    return Panel("exits", "Where requests leave", figure, chosen=0, points=points)
+
+
+def risk_curve(config: ArtifactConfig, details: Mapping[str, Any], index: int) -> Panel:
+    """The risk on held-out rows and its bound, along the threshold path."""
+    curve = details["risk_curve"]
+    saved = [100 * point["layers_saved"] for point in curve]
+    figure = _figure("layers saved, %", f"{_risk(config)}, %")
+    for key, name in (("risk", "held-out rows"), ("bound", f"bound at {1 - config.delta:.0%}")):
+        y = [100 * point[key] for point in curve]
+        figure.add_trace(Scatter(x=saved, y=y, name=name, mode="lines"))
+    points = [([100 * level.layers_saved], [100 * level.bound]) for level in config.levels]
+    return _moving("risk", "Risk and its bound, when calibrated", figure, points, index)
+
+
+def agreement(config: ArtifactConfig, details: Mapping[str, Any]) -> Panel:
+    """How often the probe alone agrees with full depth, by layer."""
+    shares = {int(layer): 100 * share for layer, share in details["agreement"].items()}
+    figure = _figure("layer", "% of held-out rows")
+    figure.add_trace(
+        Scatter(x=list(shares), y=list(shares.values()), name="probe", mode="lines+markers")
+    )
+    points = [point for point in config.exit_points if point in shares]
+    figure.add_trace(
+        Scatter(
+            x=points,
+            y=[shares[point] for point in points],
+            name="exit points",
+            mode="markers",
+            marker=CHOSEN,
+        )
+    )
+    return Panel("agreement", "How often the probe agrees with full depth", figure)
+
+
+def reliability(report: Mapping[str, Any], index: int) -> Panel | None:
+    """How often the best label is right, by its probability; None without labels in the data."""
+    rows = report.get("probabilities")
+    if rows is None or rows["stock"]["bins"] is None:
+        return None
+    figure = _figure("probability of the best label", "share of prompts where it is right")
+
+    def bins_of(row: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+        return [one["confidence"] for one in row["bins"]], [one["accuracy"] for one in row["bins"]]
+
+    for name, row in (("stock vLLM", rows["stock"]), ("never exiting", rows["never_exit"])):
+        x, y = bins_of(row)
+        figure.add_trace(Scatter(x=x, y=y, name=name, mode="lines+markers"))
+    figure.add_trace(
+        Scatter(x=[0, 1], y=[0, 1], name="perfectly calibrated", line={"dash": "dot"}, mode="lines")
+    )
+    points = [bins_of(row) for row in rows["levels"]]
+    x, y = points[index]
+    figure.add_trace(Scatter(x=x, y=y, name="early, at this bound", mode="lines+markers"))
+    return Panel("reliability", "Reliability", figure, len(figure.data) - 1, points)
+
+
+def _figure(x: str, y: str) -> Figure:
+    figure = Figure()
+    figure.update_layout(
+        template="plotly_white",
+        height=360,
+        margin=MARGIN,
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "left", "x": 0},
+    )
+    figure.update_xaxes(title_text=x, automargin=True)
+    figure.update_yaxes(title_text=y, automargin=True, rangemode="tozero")
+    return figure
+
+
+def _moving(
+    name: str,
+    title: str,
+    figure: Figure,
+    points: Sequence[tuple[Sequence[float], Sequence[float]]],
+    index: int,
+) -> Panel:
+    """With a mark that stands at the chosen bound."""
+    x, y = points[index]
+    mark = Scatter(x=list(x), y=list(y), name="this bound", mode="markers", marker=CHOSEN)
+    figure.add_trace(mark)
+    return Panel(name, title, figure, len(figure.data) - 1, points)
+
+
+def _risk(config: ArtifactConfig) -> str:
+    return {
+        "disagreement": "answers that differ",
+        "accuracy": "accuracy lost",
+        "probability": "wrong answers",
+    }[config.risk]

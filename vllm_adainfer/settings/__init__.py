@@ -1,0 +1,1 @@
+"""Settings of the engine switch and of a request."""
