@@ -17,7 +17,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from tests.adapters import PROJECTIONS, save_adapter
 from tests.admitted import admitted, resolved, tag_of
 from tests.tiny import tiny_artifact, tiny_config
-from vllm_adainfer.artifact.adapter_fingerprint import adapter_fingerprint
+from vllm_adainfer.artifact.fingerprints import adapter_fingerprint
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.errors import AdaInferError

@@ -183,6 +183,15 @@ def test_an_artifact_or_an_empty_directory_is_replaced(tmp_path, config, there):
     assert not (directory / "stale").exists()
 
 
+def test_a_link_to_an_artifact_stays_one(tmp_path, config):
+    directory, link = save(tmp_path / "policy", changed(config, epsilon=0.02)), tmp_path / "link"
+    link.symlink_to(directory)
+    save(link, config)
+    assert load_artifact(str(directory)).config == config
+    assert link.readlink() == directory
+    assert {*tmp_path.iterdir()} == {directory, link}
+
+
 def make_file(path: Path) -> None:
     path.write_text("notes")
 

@@ -234,7 +234,7 @@ def test_two_pools_that_share_labels_are_told_apart_by_name_alone(admission):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"label_pool": True, "probe": "lens"}, "label_pool needs a label-head"),
+        ({"label_pool": True, "probe": "lens"}, "label_pool and choices need a label-head"),
         (
             {
                 "label_pool": True,

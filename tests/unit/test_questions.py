@@ -159,7 +159,7 @@ def test_what_is_served_by_question_is_what_was_certified(policy, tmp_path):
         rows = SPLIT.certify[names[SPLIT.certify] == question.name]
         subsets = policy.calibration.target.subsets[rows]
         bits = torch.tensor([bits_of(set(POOL[own].tolist()), POOL.tolist()) for own in subsets])
-        tags = torch.full((len(rows),), artifact.config.tag_of(level, place))
+        tags = torch.full((len(rows),), artifact.config.threshold_row(level, place))
         exits = np.full(len(rows), len(policy.exits))
         for index, layer in enumerate(serving.exit_points):
             states = policy.calibration.recording.states[layer][rows]
@@ -253,7 +253,7 @@ def test_a_question_that_is_not_known_or_not_certified_runs_at_full_depth(
 def test_a_monitor_watches_each_bound_over_all_questions():
     monitor = AnswerMonitor([0.02, 0.05], 0.1)
     monitor.tightened[1] = True
-    assert monitor.of_tags(4).tolist() == [False, True, False, True]
+    assert monitor.tightened_rows(4).tolist() == [False, True, False, True]
     assert monitor.levels_of(np.array([3, 0, 2])).tolist() == [1, 0, 0]
 
 
@@ -276,9 +276,12 @@ def test_known_is_refused_for_a_policy_that_knows_no_question(tiny_model):
         ),
         (
             {"questions": [Question(name="a", ends=[[1]], certified=[0.3])], "by_question": True},
-            "levels lack an epsilon of the question 'a'",
+            "epsilons of questions must be among those of the levels",
         ),
-        ({"questions": [Question(name="a", ends=[[]])]}, "an end of the question 'a' has no"),
+        (
+            {"questions": [{"name": "a", "ends": [[]]}]},
+            r"questions\.0\.ends\.0\s.* at least 1",
+        ),
     ],
 )
 def test_an_artifact_whose_questions_make_no_sense_is_refused(tiny_model, changes, sentence):

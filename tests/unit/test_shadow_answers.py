@@ -34,7 +34,7 @@ def disagreed_of(logits: torch.Tensor, **answers: Any) -> int:
     )
     shadow.compare(logits, head)
     assert stats.shadow_checked.total() == count
-    assert sum(one.disagreed for one in monitor.readings()) == stats.shadow_disagreed.total()
+    assert sum(one.disagreed for one in monitor.status()) == stats.shadow_disagreed.total()
     return stats.shadow_disagreed.total()
 
 

@@ -106,7 +106,9 @@ class ExitLoop(Loop):
         if not self.monitors:
             return None
         pairs = zip(self.monitors.values(), self.policies.policies, strict=True)
-        return np.concatenate([monitor.of_tags(policy.num_tags) for monitor, policy in pairs])
+        return np.concatenate(
+            [monitor.tightened_rows(policy.num_tags) for monitor, policy in pairs]
+        )
 
     @override
     def missing(self, request_id: str, end: int) -> int:

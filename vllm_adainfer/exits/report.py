@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_adainfer.exits.counters import ExitStats
-from vllm_adainfer.monitoring.monitor import Reading
+from vllm_adainfer.monitoring.monitor import MonitorStatus
 
 Key = tuple[str, str, str]  # kind of counter, its policy, and its layer or epsilon, if any
 INTERVAL = 0.25  # seconds between reports, while there is work: sending counters takes time
@@ -19,14 +19,14 @@ class Snapshot:
     Attributes:
         counts: every counter; each only ever grows.
         serving: names of the policies that serve now, see `ExitStats`.
-        shadow: by policy, the readings of its levels.
+        shadow: by policy, the status of its levels.
         weights_differ: see `ExitStats`.
 
     """
 
     counts: tuple[tuple[Key, float], ...]
     serving: tuple[str, ...]
-    shadow: tuple[tuple[str, tuple[Reading, ...]], ...]
+    shadow: tuple[tuple[str, tuple[MonitorStatus, ...]], ...]
     weights_differ: bool
 
 
@@ -46,7 +46,7 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
             counts.append((("shadow_disagreed", name, level), policy.shadow_disagreed[epsilon]))
         for move, answers in policy.shadow_moves.items():
             counts.append((("shadow_moves", name, f"{move:g}"), answers))
-    shadow = tuple((name, tuple(monitor.readings())) for name, monitor in stats.shadow.items())
+    shadow = tuple((name, tuple(monitor.status())) for name, monitor in stats.shadow.items())
     return Snapshot(tuple(counts), tuple(stats.serving), shadow, stats.weights_differ)
 
 
@@ -82,8 +82,8 @@ class Reporter:
             "added": [entry for entry in added if entry[-1]],
             "serving": list(counted.serving),
             "shadow": {
-                name: [{"epsilon": one.epsilon, **one.as_dict()} for one in readings]
-                for name, readings in counted.shadow
+                name: [{"epsilon": one.epsilon, **one.as_dict()} for one in status]
+                for name, status in counted.shadow
             },
             "weights_differ": counted.weights_differ,
         }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_adainfer.exits.counters import PolicyStats
 from vllm_adainfer.exits.layout import Bools, Ints
-from vllm_adainfer.monitoring.monitor import Monitor, Reading
+from vllm_adainfer.monitoring.monitor import Monitor, MonitorStatus
 from vllm_adainfer.policy.choice_policy import ChoicePolicy
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
@@ -98,7 +98,7 @@ class ShadowAnswers:
         return disagreed
 
 
-def warn(policy: str, monitor: Monitor, exceeded: Sequence[Reading]) -> None:
+def warn(policy: str, monitor: Monitor, exceeded: Sequence[MonitorStatus]) -> None:
     """Log which levels of a policy now disagree more often than their epsilon."""
     probabilities = monitor.risk == "probability"
     for reading in exceeded:

@@ -86,10 +86,7 @@ async def reload(request: Request) -> dict[str, Any]:
 
 def _digests(settings: Settings) -> dict[str, str]:
     """Of the artifacts' files, by policy, as they are now."""
-    return {
-        name: load_config_and_digest(source, lambda _: None)[1]
-        for name, source in settings.artifacts.items()
-    }
+    return {name: load_config_and_digest(source)[1] for name, source in settings.artifacts.items()}
 
 
 def _sentence(error: Exception) -> str:

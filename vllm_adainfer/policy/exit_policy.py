@@ -12,9 +12,10 @@ from typing_extensions import override
 
 from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.artifact.kinds import FEATURES
+from vllm_adainfer.artifact.tensors import served_shape
 from vllm_adainfer.policy.probe import Probe, lens_of
 from vllm_adainfer.policy.reading import Reading
-from vllm_adainfer.policy.score import is_chain, score, served_shape
+from vllm_adainfer.policy.score import is_chain, score
 
 LINEAR_SHAPE = served_shape("svm", len(FEATURES))
 
@@ -104,7 +105,7 @@ class CalibratedPolicy(ExitPolicy):
         config, tensors = artifact.config, artifact.tensors
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.exit_points = config.exit_points
-        self.num_tags = config.num_tags
+        self.num_tags = config.num_threshold_rows
         self.restricted = config.candidates == "labels"
         self.answer_ids = tensors.get("shortlist")
         if self.restricted:

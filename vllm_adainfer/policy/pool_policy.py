@@ -20,7 +20,7 @@ class PoolPolicy(ExitPolicy):
     def __init__(self, artifact: Artifact, device: torch.device) -> None:
         """Load the fitted tensors of `artifact`, which has a label pool, onto `device`."""
         self.exit_points = artifact.config.exit_points
-        self.num_tags = artifact.config.num_tags
+        self.num_tags = artifact.config.num_threshold_rows
         self.restricted = True
         self._heads = LabelHeads(artifact, device)
         self.answer_ids = self._heads.token_ids

@@ -30,7 +30,7 @@ class ProbabilityPolicy(ExitPolicy):
         config = artifact.config
         assert config.tolerance is not None
         self.exit_points = config.exit_points
-        self.num_tags = config.num_tags
+        self.num_tags = config.num_threshold_rows
         self.restricted = True  # answers are for those who leave, never for full depth
         self.tolerance = config.tolerance
         self._with_mass = config.label_mass

@@ -21,20 +21,11 @@ import torch
 from adainfer_kernels import linear_score
 from torch import Tensor
 
-# Fine enough to match an RBF SVM's log odds within 0.01. Boosting is a step function, so in a cell
-# that contains a step the table can be off by the whole step; 99 % of decisions agree.
-TABLE_SHAPE = (256, 256)
-TRANSITIONS = 4
+from vllm_adainfer.artifact.tensors import TRANSITIONS
+
 # About the finest difference between probabilities near 1 that fp32 log-sum-exps resolve.
 FINEST = 2.0**-20
 LONGEST = -math.log(FINEST)
-
-
-def served_shape(kind: str, features: int) -> tuple[int, ...]:
-    """Shape of the tensor that represents a classifier of `kind` on so many features."""
-    if kind in ("rbf", "boosting"):
-        return TABLE_SHAPE
-    return (features + 1 + (TRANSITIONS if kind == "crf" else 0),)
 
 
 def is_chain(classifier: Tensor, features: Tensor) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.files import load_artifact_configs
+from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.engine.admission.choice_endings import why_choices_go_on
 from vllm_adainfer.engine.admission.policies import Policies
@@ -117,13 +117,13 @@ class Admission:
         self._logprobs_mode = logprobs_mode
         self._serves_prompt_logprobs = serves_prompt_logprobs
         if configs is None:
-            configs = load_artifact_configs(settings.artifacts)
+            configs = {n: load_artifact_config(path) for n, path in settings.artifacts.items()}
         self._configs = configs
         self.policies = Policies(settings, configs, ends_choices)
         self.has_pools = any(config.label_pool for config in configs.values())
         self.has_choices = any(config.choices for config in configs.values())
         self.may_get_choices = self.has_choices or settings.exit_points is not None
-        firsts = first_tags(config.num_tags for config in configs.values())
+        firsts = first_tags(config.num_threshold_rows for config in configs.values())
         self._first_tag = dict(zip(configs, firsts, strict=True))
         self._default_level = {
             name: config.level_of(settings.epsilon) for name, config in configs.items()
@@ -335,7 +335,7 @@ class Admission:
             question = self._known[name].asked_by(prompt)
             if question is None:
                 return FULL_DEPTH
-        tag = self._configs[name].tag_of(level, question)
+        tag = self._configs[name].threshold_row(level, question)
         return FULL_DEPTH if tag is None else self._first_tag[name] + tag
 
     def _scripted(self, resolved: Resolved) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_adainfer.artifact.adapter_fingerprint import adapter_fingerprint
+from vllm_adainfer.artifact.fingerprints import adapter_fingerprint
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.lora import (
     adapter_directory,

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 
-from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
-from vllm_adainfer.artifact.digest import digest_of
+from vllm_adainfer.artifact.config import Artifact, ArtifactConfig, digest_of
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, agreed, same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch import StackShape

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from vllm_adainfer.artifact.adapter_fingerprint import CONFIG, adapter_fingerprint
 from vllm_adainfer.artifact.config import Adapter, ArtifactConfig
+from vllm_adainfer.artifact.fingerprints import ADAPTER_CONFIG, adapter_fingerprint
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
@@ -63,10 +63,12 @@ def read_adapter(text: str) -> NamedAdapter | None:
     if not name or not place:
         raise AdaInferError(f"--lora {text}: give the name of requests and a directory, NAME=DIR")
     adapter_fingerprint(directory)
-    settings = json.loads((directory / CONFIG).read_text())
+    settings = json.loads((directory / ADAPTER_CONFIG).read_text())
     rank, modules = settings.get("r"), settings.get("target_modules") or ()
     if not isinstance(rank, int) or not 0 < rank <= max(_ranks()):
-        raise AdaInferError(f"{directory / CONFIG}: r = {rank!r} is not a rank that vLLM serves")
+        raise AdaInferError(
+            f"{directory / ADAPTER_CONFIG}: r = {rank!r} is not a rank that vLLM serves"
+        )
     if "lm_head" in modules or "lm_head" in (settings.get("modules_to_save") or ()):
         raise AdaInferError(
             f"the adapter {name} changes lm_head, and probes read the base model's: merge the "

@@ -21,7 +21,8 @@ from sklearn.svm import SVC, LinearSVC
 from torch import Tensor
 
 from vllm_adainfer.artifact.kinds import FEATURES, ClassifierKind
-from vllm_adainfer.policy.score import LONGEST, TABLE_SHAPE, served_shape, stretch
+from vllm_adainfer.artifact.tensors import TABLE_SHAPE, served_shape
+from vllm_adainfer.policy.score import LONGEST, stretch
 
 INVERSE_PENALTY = 100.0  # scikit-learn's C
 

@@ -21,8 +21,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from vllm_adainfer.artifact.tensors import served_shape
 from vllm_adainfer.offline.calibration.classifier import INVERSE_PENALTY
-from vllm_adainfer.policy.score import score, served_shape
+from vllm_adainfer.policy.score import score
 
 
 def fit_crf(features: Tensor, settled: npt.NDArray[np.bool_]) -> list[Tensor]:

@@ -151,7 +151,7 @@ def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
 
 
 def _thresholds(policy: FittedPolicy) -> list[float]:
-    """By the policy's tags, see `ArtifactConfig.tag_of`; nobody asks for those not certified."""
+    """By `ArtifactConfig.threshold_row`; nobody asks for those not certified."""
     if not policy.calibration.options.by_question:
         return [point.threshold for point in policy.points.values()]
     return [

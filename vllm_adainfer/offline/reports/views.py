@@ -57,7 +57,7 @@ def tag_at(
     if level < 0:
         raise AdaInferError("at epsilon 0 nothing leaves: ask for a bound of the artifact's table")
     question = KnownQuestions(one.ends for one in config.questions).asked_by(prompt)
-    tag = config.tag_of(level, question)
+    tag = config.threshold_row(level, question)
     if tag is None:
         raise AdaInferError(
             "the policy is certified for each question on its own, and not for the one that this "
