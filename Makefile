@@ -79,7 +79,7 @@ gpu:
 	  echo 'skipped: a policy on real weights needs .demo/SmolLM2-135M-Instruct (fetch-demo-model)'; \
 	fi && \
 	for shape in llama-1b llama-8b; do \
-	  $(GPU_PYTHON) benchmarks/bench_throughput.py --model $$shape \
+	  $(GPU_PYTHON) benchmarks/offline/bench_throughput.py --model $$shape \
 	    --output benchmarks/results/throughput_gpu_$$shape.json || exit 1; \
 	done
 
@@ -88,7 +88,7 @@ gpu-kernels: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
 gpu-kernels:
 	@$(HAS_GPU) || { echo 'make gpu-kernels needs a GPU that $(GPU_PYTHON) sees through torch: set GPU_PYTHON'; exit 1; }
 	$(GPU_PYTHON) -m pytest tests/kernels
-	$(GPU_PYTHON) benchmarks/bench_probe_kernel.py
+	$(GPU_PYTHON) benchmarks/kernels/bench_probe_kernel.py
 
 setup: .venv/ready
 

@@ -2,19 +2,20 @@
 
     .venv/bin/python benchmarks/readme_table.py
 
-A row is a report of `vllm-adainfer evaluate` (or of the demo) under `results/`, or a task of a
-suite's report.
+Most rows are a report of `vllm-adainfer evaluate` under `results/`, or a task of a suite's report.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from serve_report import table as serve_table
+sys.path.insert(0, str(Path(__file__).parents[1]))  # imports start at the checkout
 
+from benchmarks.serving.serve_report import table as serve_table
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled, verdict
 from vllm_adainfer.offline.tables import markdown_table
 
@@ -32,7 +33,7 @@ REPORTS = {
 SUITES = {
     "suite_smollm2_tasks": "The suite's tasks that SmolLM2-135M was fine-tuned on",
     "suite_smollm2_instruct": "The whole suite on SmolLM2-135M-Instruct, few-shot",
-    "suite_smollm2_squad": "SQuAD again, after a change to what the prefix cache keeps",
+    "suite_smollm2_squad": "SQuAD again, after the prefix cache began to keep more",
 }
 
 
@@ -43,24 +44,24 @@ def load(name: str) -> dict[str, Any]:
 
 
 def share(value: float, rows: int) -> str:
-    """A share of so many independent rows, and its 95 % interval."""
+    """A share of `rows` independent rows, with its 95 % interval."""
     return spelled(value, clopper_pearson(round(value * rows), rows))
 
 
 def of_bound(report: dict[str, Any]) -> str:
-    """The disagreement, and what it says of the bound."""
+    """The disagreement, and whether it is within the bound."""
     value, rows = report["disagreement"], report["n"]
     interval = clopper_pearson(round(value * rows), rows)
     return f"{spelled(value, interval)}, {verdict(value, interval, report['epsilon'])}"
 
 
 def accuracies(stock: float, ours: float, rows: int) -> str:
-    """Of stock vLLM and of ours, on the same prompts."""
+    """The accuracies of stock vLLM and of ours on the same prompts."""
     return f"{share(stock, rows)} / {share(ours, rows)}"
 
 
 def suite_table(name: str, title: str) -> list[str]:
-    """A suite's measurements, beside AdaInfer as published."""
+    """A suite's measurements, next to AdaInfer as published."""
     report = load(name)
     rows = []
     for task in report["tasks"]:
@@ -104,12 +105,12 @@ def suite_table(name: str, title: str) -> list[str]:
 
 
 def families_table() -> list[str]:
-    """OPT beside Llama, on small models trained in the benchmark."""
+    """OPT and Llama, as small models that the benchmark trains."""
     report = next(iter(load("families").values()))
     table = (HERE / "results" / "families.md").read_text().splitlines()
     return [
-        "Small OPT and Llama models, which the benchmark trains to say which file of this "
-        f"repository a line is from, {report['n']} unseen prompts of "
+        "Small OPT and Llama models, which the benchmark trains to say which part of this "
+        f"repository a line is from; {report['n']} unseen prompts of "
         f"{report['prompt_tokens_mean']:.0f} tokens, "
         f"delta {report['delta']:g}:",
         "",
@@ -118,22 +119,22 @@ def families_table() -> list[str]:
 
 
 def long_prompts_table() -> list[str]:
-    """Layers that share keys and values, where most of a prompt's rows stop."""
+    """Layers that share keys and values, where most prompt tokens stop."""
     report = next(iter(load("long_prompts").values()))
     length, changed = report["prompt_tokens_mean"], report["never_exit"]["disagreement_with_stock"]
     return [
         f"A small Gemma 4, a third of whose {report['layers_total']} layers share keys and "
         f"values, with {report['shots']} labelled lines before each prompt's own: {report['n']} "
-        f"unseen prompts of {length:.0f} tokens, {report['provenance']['cpu']}. Never exiting "
-        f"differs from stock in {changed:.1%} of the answers: rows that decide nothing stop where "
-        "layers begin to share.",
+        f"unseen prompts of {length:.0f} tokens, {report['provenance']['cpu']}. Prompt tokens that "
+        "are not sampled stop where layers begin to share; never exiting differs from stock in "
+        f"{changed:.1%} of the answers.",
         "",
         *(HERE / "results" / "long_prompts.md").read_text().splitlines(),
     ]
 
 
 def recurrent_table() -> list[str]:
-    """Layers with a recurrent state beside layers with attention."""
+    """Layers with a recurrent state mixed with attention layers."""
     report = next(iter(load("recurrent").values()))
     length, changed = report["prompt_tokens_mean"], report["never_exit"]["disagreement_with_stock"]
     return [
@@ -152,9 +153,9 @@ def probabilities_table() -> list[str]:
     states = load("states")
     return [
         "Label probabilities, fine-tuned SmolLM2-135M, epsilon "
-        f"{report['epsilon']:g} at delta {report['delta']:g}. The bound is about answers that "
-        "change or have a probability that moves by more than the tolerance. Stock's own move, "
-        "too, by rounding alone:",
+        f"{report['epsilon']:g} at delta {report['delta']:g}. The bound covers answers that change "
+        "and probabilities that move by more than the tolerance. Stock's own probabilities also "
+        "move, by rounding:",
         "",
         *(HERE / "results" / "probabilities.md").read_text().splitlines(),
         "",
@@ -162,14 +163,14 @@ def probabilities_table() -> list[str]:
         "",
         f"One policy for eight questions of a decision endpoint, {questions['n']} unseen requests "
         f"of {questions['prompt_tokens_mean']:.0f} tokens, SmolLM2-135M fine-tuned for them, "
-        f"epsilon {questions['epsilon']:g}. Below, layers saved and wrong answers by question, and "
-        "of a policy that has not seen it:",
+        f"epsilon {questions['epsilon']:g}. Then layers saved and wrong answers by question, also "
+        "for a policy that has not seen the question:",
         "",
         *(HERE / "results" / "questions.md").read_text().splitlines(),
         "",
-        "Questions about one state, sent together, when it is new and again; milliseconds until "
-        f"all are answered, stock / ours, {states['states']} states each (the policy for the label "
-        "alone):",
+        "Questions about one state, sent together, when the state is new and again; milliseconds "
+        f"until all are answered, stock / ours, {states['states']} states each (with the policy "
+        "for the label alone):",
         "",
         *(HERE / "results" / "states.md").read_text().splitlines(),
     ]
@@ -204,7 +205,7 @@ def throughput_table() -> list[str]:
         "share of the possible speed-up, median (lowest)",
     ]
     return [
-        f"Exits by script (synthetic), {min(lengths)} to {max(lengths)} prompt tokens x "
+        f"Scripted exits (synthetic), {min(lengths)} to {max(lengths)} prompt tokens x "
         f"{min(batches)} to {max(batches)} requests, one token out:",
         "",
         markdown_table(columns, cells),
@@ -212,7 +213,7 @@ def throughput_table() -> list[str]:
 
 
 def generation_table() -> list[str]:
-    """Speed by batch size and KV policy, then the oracle's savings and the changed tokens."""
+    """Speed by batch size and KV policy, then the headroom and the changed tokens."""
     report = load("generation")
     variants = list(dict.fromkeys(row["variant"] for row in report["speed"]))
     speed = {(row["batch"], row["variant"]): row for row in report["speed"]}
@@ -240,11 +241,11 @@ def generation_table() -> list[str]:
     left = {int(layers): count for layers, count in one["exit_histogram"].items()}
     lines += [
         "",
-        f"The room: an oracle that knew where each token is first right would run {room:.1f} of "
-        f"{depth} layers. Reached with one request at a time under `exact`: "
-        f"{1 - left.get(depth, 0) / sum(left.values()):.0%} of tokens left, after "
-        f"{', '.join(map(str, report['exit_points']))} layers, and needed no LM head; "
-        f"{one['passes_saved']:.1%} fewer layers were entered. Tokens that differ from never "
+        f"Headroom: an oracle exiting at the first correct layer would run {room:.1f} of {depth} "
+        "layers. One request at a time under `exact`, "
+        f"{1 - left.get(depth, 0) / sum(left.values()):.0%} of tokens exited after "
+        f"{', '.join(map(str, report['exit_points']))} layers without an LM head, which "
+        f"skipped {one['passes_saved']:.1%} of layer invocations. Tokens that differ from never "
         f"exiting, up to a text's first difference: {changed['exact']:.1%} under `exact`, "
         f"{changed['propagate']:.1%} under `propagate`, {changed['stock']:.1%} in stock vLLM (by "
         "rounding).",
@@ -253,7 +254,7 @@ def generation_table() -> list[str]:
 
 
 def workloads() -> str:
-    """The reports of `evaluate`."""
+    """A row per report of `evaluate`."""
     rows = []
     for name, title in REPORTS.items():
         report = load(name)
@@ -288,7 +289,7 @@ def workloads() -> str:
 
 
 def headlines() -> str:
-    """The generated part of README: a row for each kind of workload."""
+    """The generated part of README: a row per workload."""
     rows = []
     for name, title in REPORTS.items():
         report = load(name)
@@ -314,7 +315,7 @@ def headlines() -> str:
 
 
 def tables() -> str:
-    """The generated part of the results."""
+    """The generated part of `docs/results.md`."""
     lines = [workloads()]
     for name, title in SUITES.items():
         lines += ["", *suite_table(name, title)]
@@ -335,8 +336,8 @@ def tables() -> str:
     ratios = load("startup")["ratios"]
     lines += [
         "",
-        "An engine with four exit points (six segments) against stock: start with nothing compiled "
-        f"{ratios['cold_seconds']:.2f}x, with compiled code in the cache "
+        "An engine with four exit points (six segments) relative to stock: cold start "
+        f"{ratios['cold_seconds']:.2f}x, start with compiled code in the cache "
         f"{ratios['warm_seconds']:.2f}x, memory {ratios['bytes']:.3f}x.",
     ]
     provenance = load("throughput")["provenance"]
@@ -351,7 +352,7 @@ def tables() -> str:
 
 
 def updated(page: str, generated: str) -> str:
-    """A page with its generated part regenerated."""
+    """`page` with its generated part replaced."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{generated}\n{END}{after}"

@@ -119,5 +119,5 @@ def tiny_artifact(
 ) -> Path:
     """Write an artifact for the tiny model; `changes` are of its config."""
     config = tiny_config(model, **changes)
-    save_artifact(directory, config, tiny_tensors(config, thresholds), {}, "card\n", {})
+    save_artifact(directory, config, tiny_tensors(config, thresholds), {}, "card\n")
     return directory

@@ -65,7 +65,7 @@ def stricter_first(artifact: Artifact) -> Artifact:
 def saved(tasks: dict[str, Artifact], directory: Path) -> dict[str, str]:
     """Write them; the value of the switch's ``artifact``."""
     for name, task in tasks.items():
-        save_artifact(directory / name, task.config, task.tensors, {}, "card\n", {})
+        save_artifact(directory / name, task.config, task.tensors, {}, "card\n")
     return {name: str(directory / name) for name in tasks}
 
 

@@ -26,7 +26,7 @@ def artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """All settle at the first exit point, in the dtype that vLLM serves the model in."""
     directory = tmp_path_factory.mktemp("artifact") / "policy"
     config = tiny_config(tiny_model, weights_fingerprint=served_fingerprint(tiny_model, "bfloat16"))
-    save_artifact(directory, config, tiny_tensors(config), CALIBRATION, "card\n", {})
+    save_artifact(directory, config, tiny_tensors(config), CALIBRATION, "card\n")
     return directory
 
 

@@ -112,7 +112,7 @@ def bf16_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
     config = tiny_config(tiny_model, weights_fingerprint=served_fingerprint(tiny_model, "bfloat16"))
     directory = tmp_path_factory.mktemp("bf16") / "policy"
-    save_artifact(directory, config, tiny_tensors(config), {}, "card\n", {})
+    save_artifact(directory, config, tiny_tensors(config), {}, "card\n")
     return directory
 
 

@@ -18,7 +18,7 @@ from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.scripted import EXIT_AT, FULL, parts, scripted
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
-from vllm_adainfer.engine.compat import NO_SLOT
+from vllm_adainfer.engine.compat.attention import NO_SLOT
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 
 

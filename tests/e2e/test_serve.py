@@ -20,9 +20,9 @@ from typing import Any
 
 import label_requests
 import pytest
-from server import Server, serving
 from transformers import AutoTokenizer
 
+from benchmarks.common.server import Server, serving
 from tests.e2e.tasks import Case, cases
 from tests.e2e.test_tasks import prompts_of
 from tests.tiny import LABELS, LAYERS

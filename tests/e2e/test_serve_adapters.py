@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from server import Server, serving
 
+from benchmarks.common.server import Server, serving
 from tests.adapters import merged, save_adapter
 from tests.e2e.oracle import TIE, head_inputs, hidden_states
 from tests.e2e.test_serve import FLAGS, environment, post, wait_for_counters

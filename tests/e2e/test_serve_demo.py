@@ -15,7 +15,7 @@ from tests.e2e.test_cli import command, of_a_user
 from vllm_adainfer.monitoring.monitor import confidence_interval
 from vllm_adainfer.offline.demo.run import LABELS
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_serve.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "serving" / "bench_serve.py"
 PROMPTS, REQUESTS = 100, 60
 pytestmark = pytest.mark.full  # ten minutes of a real model
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server import Server, serving
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from benchmarks.common.server import Server, serving
 from tests.e2e.oracle import hidden_states
 from tests.e2e.test_families import transformers_model
 from tests.e2e.test_label_endpoints import (

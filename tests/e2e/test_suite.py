@@ -24,10 +24,10 @@ METHODS = {"static_truncation", "adainfer", "adainfer_certified", "calm", "ours"
 
 RUN = """
 from pathlib import Path
-from vllm_adainfer.offline.suite.run import SuiteRequest, run_suite
+from benchmarks.suite.run_suite import SuiteRequest, run_suite
 run_suite(SuiteRequest(
-    model={model!r}, suite="adainfer", data_dir=Path({data!r}), tasks=("sst2", "squad"), shots=0,
-    epsilon={epsilon}, repeat=1, report=Path({report!r}), plot=Path({plot!r})))
+    model={model!r}, output=Path({output!r}), data_dir=Path({data!r}), tasks=("sst2", "squad"),
+    shots=0, epsilon={epsilon}, repeat=1))
 """
 
 
@@ -67,13 +67,8 @@ def written(
     request: pytest.FixtureRequest,
 ) -> Path:
     report = tmp_path_factory.mktemp("report") / "suite.json"
-    plot = report.with_suffix(".png")
     code = RUN.format(
-        model=str(tiny_model),
-        data=str(data_dir),
-        epsilon=EPSILON,
-        report=str(report),
-        plot=str(plot),
+        model=str(tiny_model), output=str(report), data=str(data_dir), epsilon=EPSILON
     )
     env = of_a_user(compiled=request.param)
     done = subprocess.run(

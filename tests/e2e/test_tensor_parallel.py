@@ -40,7 +40,7 @@ def artifacts(tiny_model: Path, tmp_path: Path) -> Artifacts:
         tensors = tiny_tensors(config, thresholds)
         if candidates == "full":
             tensors = {name: t for name, t in tensors.items() if ".head_" not in name}
-        save_artifact(tmp_path / probe, config, tensors, {}, "card\n", {})
+        save_artifact(tmp_path / probe, config, tensors, {}, "card\n")
         return tmp_path / probe
 
     return artifact

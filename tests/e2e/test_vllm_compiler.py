@@ -45,7 +45,7 @@ def start(tiny_model: Path, cache: Path, tmp_path_factory: Any) -> Iterator[Call
     """
     config = tiny_config(tiny_model, exit_points=EXIT_POINTS)
     policy = tmp_path_factory.mktemp("artifact")
-    save_artifact(policy, config, tiny_tensors(config), {}, "card\n", {})
+    save_artifact(policy, config, tiny_tensors(config), {}, "card\n")
     cls = type(current_platform)
     check = cls.check_and_update_config
 

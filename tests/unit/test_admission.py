@@ -120,7 +120,7 @@ def test_an_open_vocabulary_policy_serves_unrestricted_requests(
     config = tiny_config(tiny_model, probe="logit-lens", candidates="full", labels=())
     tensors = {"thresholds": torch.zeros(len(config.levels), len(config.exit_points))}
     tensors |= {f"exit.{layer}.classifier": torch.zeros(3) for layer in config.exit_points}
-    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n", {})
+    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n")
     admission = Admission(Settings(artifact=str(tmp_path / "policy")))
     params = label_request(label_ids, allowed_token_ids=label_ids if restricted else None)
     assert row_of(admission, params) == tag
@@ -271,7 +271,7 @@ def generation(tiny_model, tmp_path_factory) -> Any:
         **{f"exit.{layer}.classifier": torch.zeros(3) for layer in config.exit_points},
     }
     directory = tmp_path_factory.mktemp("generation") / "policy"
-    save_artifact(directory, config, tensors, {}, "card\n", {})
+    save_artifact(directory, config, tensors, {}, "card\n")
 
     def make(requests: str = "greedy") -> Admission:
         return Admission(Settings(artifact=str(directory), requests=requests))

@@ -38,7 +38,7 @@ def changed(config: ArtifactConfig, **changes: Any) -> ArtifactConfig:
 
 def save(directory: Path, config: ArtifactConfig, tensors: dict[str, Tensor] | None = None) -> Path:
     tensors = tensors_of(config) if tensors is None else tensors
-    save_artifact(directory, config, tensors, {"rows": 3}, "card\n", {"risk.png": b"png"})
+    save_artifact(directory, config, tensors, {"rows": 3}, "card\n")
     return directory
 
 
@@ -183,7 +183,6 @@ def test_an_artifact_is_these_files_and_nothing_beside_it(tmp_path, config):
         POLICY_FILE,
         CALIBRATION_FILE,
         CARD_FILE,
-        "risk.png",
     }
     assert json.loads((directory / CALIBRATION_FILE).read_text()) == {"rows": 3}
     assert list(directory.parent.iterdir()) == [directory]

@@ -1,29 +1,40 @@
-"""Benchmarks are run by hand, so what they take hold of in the package is looked for here."""
+"""Benchmarks are run by hand; these tests notice when the package moves what they use."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
+SCRIPTS = [path for path in FILES if "__main__" in path.read_text()]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
-def test_a_benchmark_finds_what_it_imports(monkeypatch, name):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    with mock.patch.dict(os.environ):  # some set variables for engines
-        assert importlib.import_module(name).__doc__
+def imported(path: Path) -> Any:
+    """The module in a file of benchmarks; some set variables for engines, which are undone."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    with mock.patch.dict(os.environ), mock.patch.object(sys, "path", [*sys.path]):
+        return importlib.import_module(name)
 
 
-def test_the_parts_of_a_step_that_are_timed_exist(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    with mock.patch.dict(os.environ):
-        timed = importlib.import_module("bench_step_cost").timed
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_benchmark_finds_what_it_imports(path):
+    assert imported(path).__doc__
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_names_its_own_path_in_its_docstring(path):
+    assert f"benchmarks/{path.relative_to(ROOT / 'benchmarks')}" in imported(path).__doc__
+
+
+def test_the_parts_of_a_step_that_are_timed_exist():
+    timed = imported(ROOT / "benchmarks" / "offline" / "bench_step_cost.py").timed
     with timed() as times:
         assert not times
 
@@ -61,10 +72,8 @@ STOCK = [50.0, 60.0, 300.0, 5000.0]
         (server_with(STOCK, lost=2), ["2 requests of good clients were lost ({})"]),
     ],
 )
-def test_hostile_growth_is_judged_by_stock_at_the_same_size(monkeypatch, ours, problems):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    with mock.patch.dict(os.environ):
-        growth = importlib.import_module("bench_hostile_growth")
+def test_hostile_growth_is_judged_by_stock_at_the_same_size(ours, problems):
+    growth = imported(ROOT / "benchmarks" / "soak" / "bench_hostile_growth.py")
     servers = {"stock": server_with(STOCK), "ours": ours}
     assert growth.problems_of("ours", servers) == problems
     report = {"clients": 8, "seconds": 4, "servers": servers, "problems": {"ours": problems}}

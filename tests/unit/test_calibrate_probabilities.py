@@ -78,7 +78,7 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass):
     config = policy_config(policy, "tiny", HF_CONFIG)
     assert (config.risk, config.tolerance, config.label_mass) == ("probability", 0.1, with_mass)
     assert config.bound == "exact"
-    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card", {})
+    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
 
     artifact = load_artifact(str(tmp_path / "policy"))
     serving = ProbabilityPolicy(artifact, torch.device("cpu"))

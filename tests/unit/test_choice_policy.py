@@ -148,7 +148,7 @@ def calibrated(choices: Choices = TOKENS, **options: Any) -> FittedPolicy:
 
 def served(policy: FittedPolicy, directory: Path) -> ChoicePolicy:
     config = policy_config(policy, "tiny", HF_CONFIG)
-    save_artifact(directory, config, policy_tensors(policy), {}, "card", {})
+    save_artifact(directory, config, policy_tensors(policy), {}, "card")
     return ChoicePolicy(load_artifact(str(directory)), torch.device("cpu"))
 
 

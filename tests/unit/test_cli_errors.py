@@ -174,52 +174,6 @@ def details_of_something_else(place: Place) -> list[str]:
     return ["inspect", str(place.artifact)]
 
 
-def evaluate_without_artifact(place: Place) -> list[str]:
-    return ["evaluate", "--model", str(place.model), "--data", str(place.data)]
-
-
-def suite(place: Place, **options: str) -> list[str]:
-    good = {"model": str(place.model), "suite": "adainfer", "data-dir": str(place.directory)}
-    return ["evaluate", *(part for k, v in {**good, **options}.items() for part in (f"--{k}", v))]
-
-
-def suite_with_artifact(place: Place) -> list[str]:
-    return suite(place, artifact=str(place.artifact))
-
-
-def suite_with_adapter(place: Place) -> list[str]:
-    return suite(place, lora="mood=adapter")
-
-
-def suite_with_page(place: Place) -> list[str]:
-    return suite(place, html=str(place.directory / "page.html"))
-
-
-def unknown_suite(place: Place) -> list[str]:
-    return suite(place, suite="glue")
-
-
-def unknown_task(place: Place) -> list[str]:
-    return suite(place, tasks="sst2,sst5")
-
-
-def suite_without_data(place: Place) -> list[str]:
-    return suite(place, tasks="sst2")
-
-
-def suite_report_is_a_directory(place: Place) -> list[str]:
-    return suite(place, report=str(place.directory))
-
-
-def suite_with_too_few_rows(place: Place) -> list[str]:
-    (place.directory / "sst2").mkdir()
-    rows = [{"text": "good", "label": ("negative", "positive")[i % 2]} for i in range(100)]
-    for part in ("train", "test"):
-        path = place.directory / "sst2" / f"{part}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return suite(place, tasks="sst2", shots="0")
-
-
 def inspect_other_directory(place: Place) -> list[str]:
     return ["inspect", str(place.directory)]
 
@@ -245,7 +199,7 @@ def corrupt_policy(place: Place) -> list[str]:
 
 def artifact_of_another_model(place: Place) -> list[str]:
     config = tiny_config(place.model, hidden_size=128)
-    save_artifact(place.artifact, config, tiny_tensors(config), {}, "card\n", {})
+    save_artifact(place.artifact, config, tiny_tensors(config), {}, "card\n")
     return place.evaluate()
 
 
@@ -300,8 +254,8 @@ def page_is_a_directory(place: Place) -> list[str]:
     return place.evaluate(html=str(place.directory))
 
 
-def plot_below_a_file(place: Place) -> list[str]:
-    return place.evaluate(plot=str(place.data / "plot.png"))
+def page_below_a_file(place: Place) -> list[str]:
+    return place.evaluate(html=str(place.data / "page.html"))
 
 
 def requests(command: str, *lines: dict[str, Any], **options: str) -> Any:
@@ -399,15 +353,6 @@ def read_of(*label_ids: int) -> dict[str, Any]:
         ),
         (damaged_details, "calibration.json cannot be read"),
         (details_of_something_else, "calibration.json does not hold rows, rows_held_out"),
-        (evaluate_without_artifact, "evaluate needs --artifact and --data, or --suite"),
-        (suite_with_artifact, "--suite has its own data, policies and report: drop --artifact"),
-        (suite_with_adapter, "--lora and --html"),
-        (suite_with_page, "--lora and --html"),
-        (unknown_suite, "there is no suite 'glue'; there is adainfer"),
-        (unknown_task, "there is no task 'sst5' in this suite; it has sst2, "),
-        (suite_without_data, "has no file sst2/train.jsonl, which the task sst2 needs"),
-        (suite_report_is_a_directory, "choose a file in a directory that is writable"),
-        (suite_with_too_few_rows, "the training part of sst2 has 100: give more"),
         (inspect_other_directory, "has no config.json"),
         (inspect_missing, "has no config.json"),
         (inspect_unknown_hub_id, "neither a directory nor a hub id"),
@@ -430,7 +375,7 @@ def read_of(*label_ids: int) -> dict[str, Any]:
         (report_is_a_directory, "choose a file in a directory that is writable"),
         (no_prompts_without_a_page, "--no-prompts is about the page: give --html, too"),
         (page_is_a_directory, "choose a file in a directory that is writable"),
-        (plot_below_a_file, "choose a file in a directory that is writable"),
+        (page_below_a_file, "choose a file in a directory that is writable"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing_behind(place, spoil, message):

@@ -207,9 +207,7 @@ def artifact(tiny_model, tmp_path) -> Any:
 
     def write(details: Any = None, **changes: Any) -> str:
         config = tiny_config(tiny_model, **changes)
-        save_artifact(
-            tmp_path / "policy", config, tiny_tensors(config), details or {}, "card\n", {}
-        )
+        save_artifact(tmp_path / "policy", config, tiny_tensors(config), details or {}, "card\n")
         return str(tmp_path / "policy")
 
     return write

@@ -107,7 +107,7 @@ def test_a_shortlist_names_tokens_that_there_are(tiny_model, tmp_path):
     for layer in config.exit_points:
         tensors[f"exit.{layer}.lens_weight"] = torch.zeros(64, 64)
         tensors[f"exit.{layer}.lens_bias"] = torch.zeros(64)
-    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n", {})
+    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n")
     with pytest.raises(AdaInferError, match="token ids outside the vocabulary"):
         load_artifact(str(tmp_path / "policy"))
 
@@ -207,7 +207,7 @@ def test_a_shortlist_of_one_token_leaves_nothing_to_decide(tiny_model, tmp_path)
     config = tiny_config(tiny_model, probe="logit-lens", candidates="shortlist", labels=())
     tensors = {name: t for name, t in tiny_tensors(config).items() if ".head_" not in name}
     tensors |= {"shortlist": torch.tensor([1]), "head_rows": torch.zeros(1, 64)}
-    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n", {})
+    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n")
     with pytest.raises(AdaInferError, match="shortlist of fewer than two tokens: calibrate again"):
         load_artifact_config(str(tmp_path / "policy"))
 
@@ -222,7 +222,7 @@ def test_an_artifact_that_is_overwritten_while_it_is_read_is_not_served(
     def overwrite(*_: Any) -> None:
         config = tiny_config(tiny_model, epsilon=0.02)
         if how == "renamed":
-            save_artifact(artifact, config, tiny_tensors(config), {}, "card\n", {})
+            save_artifact(artifact, config, tiny_tensors(config), {}, "card\n")
             return
         (artifact / CONFIG_FILE).write_text(config.model_dump_json())
         if how == "damaged":

@@ -89,7 +89,7 @@ def test_what_is_served_of_a_pool_is_what_was_certified(tmp_path, risk, with_mas
     policy, logits = calibrated(risk, with_mass, classifier=classifier)
     config = policy_config(policy, "tiny", HF_CONFIG)
     assert config.label_pool
-    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card", {})
+    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
     artifact = load_artifact(str(tmp_path / "policy"))
     serving = (ProbabilityPolicy if risk == "probability" else PoolPolicy)(
         artifact, torch.device("cpu")

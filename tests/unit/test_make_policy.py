@@ -104,7 +104,7 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_
     options = PolicyOptions(classifier=classifier, epsilon=0.05)
     policy = make_policy(Calibration(recording, target, SPLIT, options, labels))
     config = policy_config(policy, "tiny", HF_CONFIG)
-    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card", {})
+    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
 
     artifact = load_artifact(str(tmp_path / "policy"))
     serving = CalibratedPolicy(artifact, recording.logit_lens, torch.device("cpu"))

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from tests.tiny import LAYERS, tiny_config
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.admission.requested_output import What, read_of
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.evaluation.measure import measure
-from vllm_adainfer.offline.evaluation.plot import report_plot
 from vllm_adainfer.offline.evaluation.readings import (
     engine_settings,
     label_logprobs,
@@ -249,40 +247,3 @@ def test_the_table_has_a_line_for_stock_never_exiting_and_each_bound(report):
 
 def test_what_could_not_be_measured_is_a_dash_in_the_table(unlabelled):
     assert cells(unlabelled, "stock vLLM")[:3] == ["-", "-", "0.850"]
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[Figure]:
-    """The figures of which a PNG was made."""
-    figures: list[Figure] = []
-    save = Figure.savefig
-
-    def keep(figure: Figure, *args: Any, **settings: Any) -> None:
-        figures.append(figure)
-        save(figure, *args, **settings)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
-
-
-def test_the_plot_has_a_reliability_diagram_of_stock_never_exiting_and_early(report, drawn):
-    assert report_plot(report).startswith(b"\x89PNG")
-    *_, panel = drawn[0].axes
-    names = [line.get_label() for line in panel.get_lines()]
-    assert [str(name).split(":")[0] for name in names] == [
-        "stock vLLM",
-        "never exit",
-        "early, bound 5 %",
-        "perfectly calibrated",
-    ]
-    never = panel.get_lines()[1]
-    bins = report["probabilities"]["never_exit"]["bins"]
-    assert list(never.get_xdata()) == [one["confidence"] for one in bins]
-    assert list(never.get_ydata()) == [one["accuracy"] for one in bins]
-
-
-def test_without_probabilities_or_true_labels_the_plot_has_no_such_panel(report, unlabelled, drawn):
-    del report["probabilities"]
-    report_plot(report)
-    report_plot(unlabelled)
-    assert [len(figure.axes) for figure in drawn] == [2, 2]

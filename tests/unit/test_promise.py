@@ -1,16 +1,15 @@
-"""What a policy for probabilities says of itself: at start-up, in its card and in its plot."""
+"""What a policy for probabilities says of itself: at start-up and in its card."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from matplotlib.axes import Axes
 
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.promise import wrong_in_words
 from vllm_adainfer.engine.startup.configure import banner
-from vllm_adainfer.offline.calibration.card import model_card, risk_plot
+from vllm_adainfer.offline.calibration.card import model_card
 from vllm_adainfer.offline.calibration.certify import Bound
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.settings.engine import Settings
@@ -22,7 +21,6 @@ DETAILS: dict[str, Any] = {
     "seed": 4,
     "majority_share": 0.61,
     "agreement": {"2": 0.9, "4": 0.95},
-    "risk_curve": [{"risk": 0.01, "bound": 0.02, "layers_saved": 0.2}],
     "provenance": {"versions": {"torch": "2"}, "cpu": "a CPU"},
 }
 
@@ -101,21 +99,6 @@ def test_the_card_of_another_policy_knows_no_tolerance(tiny_model):
     card = model_card(tiny_config(tiny_model), DETAILS)
     assert "tolerance" not in card
     assert "label mass" not in card
-
-
-@pytest.mark.parametrize(
-    ("changes", "axis"),
-    [
-        ({}, "disagreement with full depth, %"),
-        ({"risk": "accuracy", "bound": "wsr"}, "accuracy lost, points"),
-        ({"risk": "probability", "tolerance": 0.05}, "wrong answers (tolerance 0.05), %"),
-    ],
-)
-def test_the_plots_axis_names_the_risk(tiny_model, monkeypatch, changes, axis):
-    names: list[str] = []
-    monkeypatch.setattr(Axes, "set_ylabel", lambda self, name: names.append(name))
-    assert risk_plot(tiny_config(tiny_model, **changes), DETAILS).startswith(b"\x89PNG")
-    assert names == [axis]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 16])

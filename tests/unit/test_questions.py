@@ -155,7 +155,7 @@ def test_each_question_keeps_the_bound_on_its_own_and_others_run_to_the_end(poli
 
 def test_what_is_served_by_question_is_what_was_certified(policy, tmp_path):
     config = policy_config(policy, "tiny", HF_CONFIG)
-    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card", {})
+    save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
     artifact = load_artifact(str(tmp_path / "policy"))
     serving, level = PoolPolicy(artifact, torch.device("cpu")), artifact.config.level_of(EPSILON)
     names = np.array(policy.calibration.questions)
@@ -297,7 +297,7 @@ def test_thresholds_are_checked_against_the_questions(tiny_model, tmp_path):
     config = tiny_config(tiny_model, questions=QUESTIONS, by_question=True)
     assert isinstance(config, ArtifactConfig)
     tensors = tiny_tensors(config, torch.zeros(2, len(EXIT_POINTS)))
-    save_artifact(tmp_path / "policy", config, tensors, {}, "card", {})
+    save_artifact(tmp_path / "policy", config, tensors, {}, "card")
     with pytest.raises(AdaInferError, match="thresholds"):
         load_artifact(str(tmp_path / "policy"))
 

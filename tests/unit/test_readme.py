@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
+from benchmarks import readme_table
 from tests.families import FAMILIES
 from vllm_adainfer.engine.classes import MODELS
 
@@ -13,13 +13,6 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_result_tables_are_generated_from_the_committed_results():
-    spec = importlib.util.spec_from_file_location(
-        "readme_table", ROOT / "benchmarks" / "readme_table.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    readme_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme_table)
     generated = {
         readme_table.README: readme_table.headlines(),
         readme_table.RESULTS: readme_table.tables(),

@@ -80,7 +80,7 @@ def text_policy(tiny_model, tmp_path_factory) -> str:
     tensors = {"thresholds": torch.zeros(len(config.levels), len(config.exit_points))}
     tensors |= {f"exit.{layer}.classifier": torch.zeros(3) for layer in config.exit_points}
     directory = tmp_path_factory.mktemp("text") / "policy"
-    save_artifact(directory, config, tensors, {}, "card\n", {})
+    save_artifact(directory, config, tensors, {}, "card\n")
     return str(directory)
 
 

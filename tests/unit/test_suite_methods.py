@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.suite import methods
+from benchmarks.suite.report import METHODS, markdown, suite_report
 from tests.unit.test_make_policy import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
 from vllm_adainfer.offline.calibration.certify import Bound, certify
 from vllm_adainfer.offline.calibration.cost import Costs
@@ -19,8 +21,6 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
 )
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.probes import Target, logit_lens
-from vllm_adainfer.offline.suite import methods
-from vllm_adainfer.offline.suite.report import METHODS, markdown, suite_report
 
 TESTS = SPLIT.certify[:200]
 RIGHT = [{int(LABEL_IDS[prompt % 2])} for prompt in range(PROMPTS)]
@@ -167,7 +167,7 @@ def test_means_are_over_tasks_above_chance_that_have_an_outcome():
         row(0.7, False, None),
         row(0.5, True, outcome(0.9, 0.4)),
     ]
-    report = suite_report("models/tiny", "adainfer", PolicyOptions(), DEPTH, rows)
+    report = suite_report("models/tiny", PolicyOptions(), DEPTH, rows)
     assert report["model"] == "tiny"
     assert report["averages"].keys() == {"ours"}
     mean = report["averages"]["ours"]

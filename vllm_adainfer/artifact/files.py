@@ -134,7 +134,6 @@ def save_artifact(
     tensors: Mapping[str, Tensor],
     calibration: Mapping[str, Any],
     card: str,
-    plots: Mapping[str, bytes],
 ) -> None:
     """Write an artifact under a temporary name, then rename it: all of it or nothing.
 
@@ -154,8 +153,6 @@ def save_artifact(
             save_file({k: v.contiguous() for k, v in tensors.items()}, draft / POLICY_FILE)
             (draft / CALIBRATION_FILE).write_text(json.dumps(calibration, indent=2) + "\n")
             (draft / CARD_FILE).write_text(card)
-            for name, content in plots.items():
-                (draft / name).write_bytes(content)
             draft.chmod(0o755)
             if directory.exists():
                 _replace(directory, draft)

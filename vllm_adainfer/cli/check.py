@@ -17,13 +17,16 @@ from vllm_adainfer.cli.arguments import Lora, Model, Template
 def inspect(
     artifact: Annotated[str, typer.Argument(help="Directory or hub id of the artifact.")],
     html: Annotated[
-        Path | None, typer.Option(help="Also write a page about it here, in one file (HTML).")
+        Path | None, typer.Option(help="Also write it here as a single HTML page.")
     ] = None,
 ) -> None:
     """Print what an artifact is for and what it promises."""
     from vllm_adainfer.artifact.files import load_artifact_config, load_details
     from vllm_adainfer.offline.reports.describe import describe
+    from vllm_adainfer.offline.reports.installed import check_installed
 
+    if html is not None:
+        check_installed()
     config, details = load_artifact_config(artifact), load_details(artifact)
     if html is not None:
         from vllm_adainfer.offline.evaluation.report import write_whole

@@ -1,8 +1,7 @@
-"""The artifact's model card and its plot of risk against layers saved."""
+"""The artifact's model card."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,7 +92,7 @@ How often the probe alone agrees with the full model, if every row left there:
 
 {agreement}
 
-![risk curve](risk.png)
+`vllm-adainfer inspect DIR --html page.html` draws the risk and its bound against layers saved.
 
 Made with {versions} on {details["provenance"]["cpu"]}.
 """
@@ -114,33 +113,3 @@ def _tolerated(config: ArtifactConfig) -> list[list[str]]:
     if not config.label_mass:
         mass = "not certified: only probabilities among the labels are served"
     return [["tolerance", f"{config.tolerance:g}"], ["label mass", mass]]
-
-
-def risk_plot(config: ArtifactConfig, details: Mapping[str, Any]) -> bytes:
-    """PNG: the risk and its bound against layers saved, along the threshold path."""
-    from matplotlib.figure import Figure
-
-    curve = details["risk_curve"]
-    saved = [100 * point["layers_saved"] for point in curve]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(saved, [100 * point["risk"] for point in curve], label="held-out rows")
-    axes.plot(
-        saved, [100 * point["bound"] for point in curve], label=f"bound at {1 - config.delta:.0%}"
-    )
-    axes.axhline(100 * config.epsilon, color="grey", linestyle=":", label="epsilon")
-    axes.set_xlabel("layers saved, %")
-    axes.set_ylabel(_risk_axis(config))
-    axes.set_title(f"{config.base_model}: {config.probe} at {list(config.exit_points)}")
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
-
-
-def _risk_axis(config: ArtifactConfig) -> str:
-    if config.risk == "accuracy":
-        return "accuracy lost, points"
-    if config.risk == "probability":
-        return f"wrong answers (tolerance {config.tolerance:g}), %"
-    return "disagreement with full depth, %"

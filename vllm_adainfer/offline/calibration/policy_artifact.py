@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_adainfer.artifact.config import Adapter, ArtifactConfig, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import Candidates, features_of_risk
-from vllm_adainfer.offline.calibration.card import model_card, risk_plot
+from vllm_adainfer.offline.calibration.card import model_card
 from vllm_adainfer.offline.calibration.certify import PathPoint, held_out_path
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy
 from vllm_adainfer.offline.provenance import provenance
@@ -39,8 +39,7 @@ def write_artifact(
     config = policy_config(policy, name, hf_config, adapter)
     labels = [label.name for label in policy.calibration.labels]
     details = {"template": template, "labels": labels, **policy_details(policy)}
-    card, plots = model_card(config, details), {"risk.png": risk_plot(config, details)}
-    save_artifact(directory, config, policy_tensors(policy), details, card, plots)
+    save_artifact(directory, config, policy_tensors(policy), details, model_card(config, details))
     return config
 
 

@@ -15,12 +15,19 @@ from vllm_adainfer.offline.demo.model import MODEL_NAME, fetch_demo_model
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.report import summary_line
 from vllm_adainfer.offline.reports.describe import describe, describe_report
+from vllm_adainfer.offline.reports.installed import check_installed
 
 LABELS = ("bad", "good")
 
 
 def run(output: Path) -> str:
-    """Run the demo, write to `output`, and return the last lines to print."""
+    """Run the demo, write to `output`, and return the last lines to print.
+
+    Raises:
+        AdaInferError: a library that the demo needs is missing, or a step fails.
+
+    """
+    check_installed()
     typer.echo(f"demo: fetching the model ({MODEL_NAME}, Apache-2.0)")
     model = str(fetch_demo_model(output / MODEL_NAME))
     with as_file(files("vllm_adainfer.offline.demo")) as shipped:
@@ -45,15 +52,13 @@ def run(output: Path) -> str:
                 data=shipped / "test.jsonl",
                 template=template,
                 report=output / "report.json",
-                plot=output / "report.png",
                 html=output / "report.html",
             )
         )
     typer.echo(describe_report(report))
     serve = shlex.join(["vllm-adainfer", "serve", model, "--policy", str(artifact)])
     return (
-        f"demo: look at {output / 'report.html'}; the same as data: {output / 'report.json'}, as a "
-        f"plot: {output / 'report.png'}\n"
+        f"demo: open {output / 'report.html'}; the same as data: {output / 'report.json'}\n"
         f"demo: serve this policy with  {serve}\n"
         f"demo: {summary_line(report)}"
     )

@@ -40,6 +40,7 @@ from vllm_adainfer.offline.evaluation.sequences import (
     read_back,
 )
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.offline.reports.installed import check_installed
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -60,25 +61,26 @@ class EvaluationRequest:
     epsilon: float | None = None
     adapter: NamedAdapter | None = None
     report: Path | None = None
-    plot: Path | None = None
     html: Path | None = None
     prompts: bool = True
 
 
 def evaluate(request: EvaluationRequest) -> dict[str, Any]:
-    """Measure both engines; write the report, the plot and the page if asked to.
+    """Measure both engines; write the report and the page if asked to.
 
     Returns:
         the report.
 
     Raises:
         AdaInferError: input, model and artifact do not fit together, or a file cannot be
-            written.
+            written, or a page is asked for and its libraries are missing.
 
     """
-    for path in (request.report, request.plot, request.html):
+    for path in (request.report, request.html):
         if path is not None:
             check_file(path)
+    if request.html is not None:
+        check_installed()
     config = load_artifact_config(request.artifact)
     adapter = adapter_for(config, request.adapter)
     rows = read_rows(request.data)
@@ -135,10 +137,6 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
         report |= {"max_tokens": max_tokens, "texts": texts}
     if request.report is not None:
         write_whole(request.report, (json.dumps(report, indent=2) + "\n").encode())
-    if request.plot is not None:
-        from vllm_adainfer.offline.evaluation.plot import report_plot
-
-        write_whole(request.plot, report_plot(report))
     if request.html is not None:
         from vllm_adainfer.offline.evaluation.changed import Model, changed_prompts
         from vllm_adainfer.offline.reports.contents import evaluation_page

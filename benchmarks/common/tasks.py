@@ -1,0 +1,31 @@
+"""The tasks that the demo model was fine-tuned on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task.
+
+    Attributes:
+        title: name for tables.
+        template: format string over a row's fields.
+        labels: the possible answers.
+
+    """
+
+    title: str
+    template: str
+    labels: tuple[str, ...]
+
+
+REVIEW, OPINION = "Review: {text}\nSentiment:", ("negative", "positive")
+KINDS = ("abbreviation", "description", "entity", "human", "location", "number")
+TASKS = {
+    "sst2": Task("SST-2", REVIEW, OPINION),
+    "cr": Task("CR", REVIEW, OPINION),
+    "subj": Task("Subj", "Text: {text}\nType:", ("objective", "subjective")),
+    "trec": Task("TREC", "Question: {text}\nAnswer type:", KINDS),
+}

@@ -1,0 +1,174 @@
+r"""One policy for a mixture of questions: layers saved and risk by question, seen and unseen.
+
+    .venv/bin/python benchmarks/offline/bench_questions.py --model MODEL --train train.jsonl \
+        --test test.jsonl --label-pool letters,yes-no
+
+The files hold requests, as `calibrate --data` takes them. They are recorded once; the rest of
+`calibrate` and then `evaluate` run for a policy for the label alone and for one for its
+probabilities. Finally, for each question, a policy calibrated on all others is judged on that one,
+to show what the bound is worth on a question calibration has not seen.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
+
+import numpy as np
+import typer
+from tqdm import tqdm
+
+from benchmarks.common.report_files import write_report
+from vllm_adainfer.artifact.files import load_details
+from vllm_adainfer.offline.calibration.calibrate import (
+    calibration_of,
+    fit_and_certify,
+    record_prompts,
+)
+from vllm_adainfer.offline.calibration.certify import threshold_path
+from vllm_adainfer.offline.calibration.collect import Recording
+from vllm_adainfer.offline.calibration.fit import judge
+from vllm_adainfer.offline.calibration.fitted_policy import make_policy
+from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
+from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
+from vllm_adainfer.offline.tables import markdown_table
+
+
+def main(
+    model: Annotated[str, typer.Option()],
+    train: Annotated[Path, typer.Option(help="Requests to calibrate on.")],
+    test: Annotated[Path, typer.Option(help="Requests to measure, each with its right label.")],
+    label_pool: Annotated[str, typer.Option()] = "letters,yes-no",
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/questions.json"),
+    tolerance: Annotated[float, typer.Option()] = 0.05,
+    epsilon: Annotated[float, typer.Option()] = 0.02,
+    repeat: Annotated[int, typer.Option(help="Rounds, each of stock and ours.")] = 3,
+) -> None:
+    """Calibrate, measure, and write JSON and a Markdown table."""
+    with tempfile.TemporaryDirectory() as folder:
+        label = CalibrationRequest(
+            model=model,
+            data=train,
+            output=Path(folder, "label"),
+            label_pool=tuple(label_pool.split(",")),
+            options=PolicyOptions(epsilon=epsilon),
+        )
+        promise = replace(label.options, risk="probability", tolerance=tolerance)
+        probabilities = replace(label, output=Path(folder, "probabilities"), options=promise)
+        prompts = load_prompts(label)
+        recording = record_prompts(label, prompts)
+        reports = []
+        for request in (label, probabilities):
+            config = fit_and_certify(request, prompts, recording)
+            measured = evaluate(
+                EvaluationRequest(
+                    model=model,
+                    artifact=str(request.output),
+                    data=test,
+                    epsilon=epsilon,
+                    repeat=repeat,
+                )
+            )
+            reports.append(
+                {
+                    "promise": "the label" if config.tolerance is None else "probabilities",
+                    **measured,
+                    "exit_points": list(config.exit_points),
+                    "questions": load_details(str(request.output))["questions"],
+                    "left_out": left_out(request, prompts, recording),
+                }
+            )
+    write_report(output, reports, tables(reports))
+
+
+def left_out(
+    request: CalibrationRequest, prompts: Prompts, recording: Recording
+) -> list[dict[str, Any]]:
+    """For each question, the outcome of a policy calibrated on all others."""
+    calibration = calibration_of(request, prompts, recording)
+    names = np.array(calibration.questions)
+    rows = []
+    for name in tqdm(np.unique(names), desc="leave one out", disable=None):
+        split = calibration.split
+        fit, certify = (part[names[part] != name] for part in (split.fit, split.certify))
+        split = replace(split, fit=fit, certify=certify)
+        policy = make_policy(replace(calibration, split=split))
+        point = policy.points.get(request.options.epsilon)
+        row: dict[str, Any] = {"question": str(name), "risk": None, "layers_saved": None}
+        if point is not None:
+            own = recording.rows_of(np.flatnonzero(names == name))
+            scored = [
+                judge(
+                    one.probe, one.layer, recording, own, calibration.loss, calibration.target
+                ).scored(one.classifier)
+                for one in policy.exits
+            ]
+            layers = [one.layer for one in policy.exits]
+            [found] = threshold_path(layers, scored, recording.depth, [point.threshold])
+            row |= {"risk": found.risk, "layers_saved": found.layers_saved}
+        rows.append(row)
+    return rows
+
+
+def tables(reports: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row per guarantee, then a row per question."""
+    head = markdown_table(
+        [
+            "promise",
+            "layers saved",
+            "speed-up",
+            "never exiting",
+            "accuracy, stock / ours",
+            "wrong (bound)",
+            "exit points",
+        ],
+        [
+            [
+                report["promise"],
+                f"{report['layers_saved']:.0%}",
+                f"**{report['speedup']:.2f}x**",
+                f"{report['never_exit']['speedup']:.2f}x",
+                f"{report['stock']['accuracy']:.1%} / {report['adainfer']['accuracy']:.1%}",
+                f"{wrong(report):.1%} ({report['epsilon']:.0%})",
+                ", ".join(map(str, report["exit_points"])),
+            ]
+            for report in reports
+        ],
+        text_columns=1,
+    )
+    names = [row["question"] for row in reports[0]["questions"]]
+    rows = []
+    for name in sorted(names):
+        cells = [name.splitlines()[0]]
+        for report in reports:
+            [seen] = [row for row in report["questions"] if row["question"] == name]
+            [unseen] = [row for row in report["left_out"] if row["question"] == name]
+            cells.append(f"{seen['layers_saved']:.0%}, {seen['risk']:.1%}")
+            cells.append(
+                "no policy"
+                if unseen["risk"] is None
+                else f"{unseen['layers_saved']:.0%}, {unseen['risk']:.1%}"
+            )
+        rows.append(cells)
+    columns = ["question"]
+    for report in reports:
+        columns += [f"{report['promise']}: saved, wrong", "left out of calibration"]
+    return f"{head}\n\n{markdown_table(columns, rows, text_columns=1)}\n"
+
+
+def wrong(report: dict[str, Any]) -> float:
+    """The share of answers that the bound limits."""
+    if "probabilities" not in report:
+        return float(report["disagreement"])
+    return float(report["probabilities"]["levels"][0]["wrong"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,234 @@
+r"""Several adapters of one base model, each with policies, in one server; against merged weights.
+
+    .venv/bin/python benchmarks/serving/bench_adapters.py --base BASE --tasks DIR --decisions DIR \
+        --merged-tasks DIR --merged-decisions DIR --data-dir DIR --chats-dir DIR
+
+`--tasks` and `--decisions` are LoRA adapters of BASE, the `--merged` ones checkpoints with these
+merged in. DATA-DIR and CHATS-DIR are those of `bench_choices.py`. Requests for choices go to the
+first adapter (SST-2, TREC) and to the second (chats about A or B), first task by task, then all at
+once, to a stock server with the same adapters and to ours in turn. `evaluate` measures what a
+policy for the merged weights saves and changes on the same rows.
+
+The benchmark fails if a request fails, or if an answer is not one of its choices or does not finish
+with `stop`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
+
+import typer
+from tqdm import tqdm
+
+from benchmarks.common.report_files import write_report
+from benchmarks.common.server import Server
+from benchmarks.serving.bench_choices import answers, layer_rows, turn
+from benchmarks.serving.choice_cases import Case, chat_cases, task_cases
+from benchmarks.serving.label_requests import post
+from benchmarks.serving.sending import send
+from benchmarks.serving.serve_report import OURS, STOCK
+from benchmarks.serving.side_by_side import side_by_side
+from vllm_adainfer.offline.calibration.adapter import NamedAdapter, read_adapter
+from vllm_adainfer.offline.calibration.calibrate import calibrate
+from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.tables import markdown_table
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case served with an adapter.
+
+    Attributes:
+        case: the requests, and how to calibrate a policy for them.
+        merged: directory of the weights with the adapter merged in.
+
+    """
+
+    case: Case
+    merged: str
+
+    @property
+    def name(self) -> str:
+        """Name of the policy."""
+        return self.case.calibration.output.name
+
+
+def main(
+    base: Annotated[str, typer.Option()],
+    tasks: Annotated[Path, typer.Option()],
+    decisions: Annotated[Path, typer.Option()],
+    merged_tasks: Annotated[str, typer.Option()],
+    merged_decisions: Annotated[str, typer.Option()],
+    data_dir: Annotated[Path, typer.Option()],
+    chats_dir: Annotated[Path, typer.Option()],
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/adapters.json"),
+    calibrated: Annotated[int, typer.Option(min=1, help="Rows to calibrate on, per task.")] = 400,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per task and round.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Measure, and write JSON and a Markdown table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        first, second, _ = task_cases(base, data_dir, folder)
+        letters = next(
+            case for case in chat_cases(base, chats_dir, folder) if case.choices == ("A", "B")
+        )
+        served = [
+            Task(with_adapter(fewer(case, calibrated), adapter), merged)
+            for case, adapter, merged in (
+                (first, read_adapter(f"tasks={tasks}"), merged_tasks),
+                (second, read_adapter(f"tasks={tasks}"), merged_tasks),
+                (letters, read_adapter(f"decisions={decisions}"), merged_decisions),
+            )
+        ]
+        merged = {task.name: on_merged(task, folder) for task in served}
+        for task in tqdm(served, desc="policies"):
+            calibrate(task.case.calibration)
+        artifacts = {task.name: str(task.case.calibration.output) for task in served}
+        # One slot more than there are adapters, see docs/adapters.md.
+        flags = ["--max-model-len", "512", "--enable-lora", "--max-loras", "3"]
+        flags += ["--max-lora-rank", "16", "--lora-modules"]
+        flags += [f"tasks={tasks.absolute()}", f"decisions={decisions.absolute()}"]
+        with side_by_side(base, {"artifact": artifacts}, flags) as servers:
+            found = [measured(servers, task, requests) for task in tqdm(served, desc="tasks")]
+            seconds: dict[str, list[float]] = {STOCK: [], OURS: []}
+            for number in range(rounds):
+                for server in list(servers)[:: 1 if number % 2 else -1]:
+                    seconds[server].append(all_at_once(servers[server], served, requests))
+    for one in found:
+        one["merged"] = merged[one["name"]]
+    report = {
+        "model": Path(base).name,
+        "calibrated": calibrated,
+        "requests": requests,
+        "tasks": found,
+        "seconds": seconds,
+        "provenance": provenance(),
+    }
+    write_report(output, report, table(report))
+
+
+def fewer(case: Case, rows: int) -> Case:
+    """`case`, calibrated on only `rows` of its rows, because adapters are slow on a CPU."""
+    lines = case.calibration.data.read_text().splitlines()
+    if case.path.startswith("/v1/chat"):
+        asked = [json.loads(line)["body"]["structured_outputs"]["choice"] for line in lines]
+        lines = [line for line, one in zip(lines, asked, strict=True) if tuple(one) == case.choices]
+    random.Random(0).shuffle(lines)
+    data = case.calibration.output.with_suffix(".jsonl")
+    data.write_text("".join(f"{line}\n" for line in lines[:rows]))
+    return replace(case, calibration=replace(case.calibration, data=data, choices=case.choices))
+
+
+def with_adapter(case: Case, adapter: NamedAdapter | None) -> Case:
+    """`case`, with its requests and its policy for an adapter."""
+    assert adapter is not None
+    bodies = [{**body, "model": adapter.name} for body in case.bodies]
+    return replace(case, bodies=bodies, calibration=replace(case.calibration, adapter=adapter))
+
+
+def measured(servers: Mapping[str, Server], task: Task, requests: int) -> dict[str, Any]:
+    """One task on its own: what its policy saves and changes, and the throughput."""
+    before = layer_rows(servers[OURS])
+    bodies = task.case.bodies[:requests]
+    sent = {name: turn(server, task.case, bodies, True) for name, server in servers.items()}
+    texts = [answers(task.case, sent[name]) for name in (STOCK, OURS)]
+    executed, skipped = layer_rows(servers[OURS]) - before
+    return {
+        "name": task.name,
+        "title": task.case.title,
+        "compared": len(bodies),
+        "differ": sum(stock != ours for stock, ours in zip(*texts, strict=True)),
+        "layers_saved": skipped / (executed + skipped),
+        "requests_per_second": {name: len(bodies) / one.seconds for name, one in sent.items()},
+    }
+
+
+def all_at_once(server: Server, tasks: Sequence[Task], requests: int) -> float:
+    """Seconds until the requests of all tasks, sent together, are answered."""
+    if not post(server, "/reset_prefix_cache")["success"]:
+        raise RuntimeError("the prefix cache is in use by a server that should be idle")
+    asked = [(task.case, task.case.bodies[:requests]) for task in tasks]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        running = [
+            threads.submit(send, server, case.path, bodies, [0.0] * len(bodies))
+            for case, bodies in asked
+        ]
+        done = [each.result() for each in running]
+    for (case, _), one in zip(asked, done, strict=True):
+        answers(case, one)
+    return max(one.seconds for one in done)
+
+
+def on_merged(task: Task, folder: Path) -> dict[str, Any]:
+    """What a policy saves and changes with the adapter merged into the weights."""
+    output = folder / f"{task.name}-merged"
+    request = replace(task.case.calibration, model=task.merged, adapter=None, output=output)
+    calibrate(request)
+    report = evaluate(
+        EvaluationRequest(
+            model=task.merged,
+            artifact=str(output),
+            data=task.case.test,
+            template=request.template,
+            label_field="",
+            epsilon=request.options.epsilon,
+        )
+    )
+    return {key: report[key] for key in ("n", "layers_saved", "disagreement", "speedup")}
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: a row per task, then the throughput of all together."""
+    stock, ours = (statistics.median(report["seconds"][name]) for name in (STOCK, OURS))
+    count = sum(task["compared"] for task in report["tasks"])
+    return (
+        markdown_table(
+            [
+                "task",
+                "layers saved",
+                "texts that differ",
+                "requests/s, stock / ours",
+                "saved, merged",
+                "differ, merged",
+                "offline, merged",
+            ],
+            [
+                [
+                    task["title"],
+                    f"{task['layers_saved']:.0%}",
+                    f"{task['differ']} of {task['compared']}",
+                    speed(task["requests_per_second"]),
+                    f"{task['merged']['layers_saved']:.0%}",
+                    f"{task['merged']['disagreement']:.1%}",
+                    f"**{task['merged']['speedup']:.2f}x**",
+                ]
+                for task in report["tasks"]
+            ],
+            text_columns=1,
+        )
+        + f"\nAll at once: stock {count / stock:.1f}, ours {count / ours:.1f} requests/s "
+        + f"(**{stock / ours:.2f}x**).\n"
+    )
+
+
+def speed(rates: Mapping[str, float]) -> str:
+    """The throughput of one task on its own."""
+    stock, ours = rates[STOCK], rates[OURS]
+    return f"{stock:.1f} / {ours:.1f} (**{ours / stock:.2f}x**)"
+
+
+if __name__ == "__main__":
+    typer.run(main)

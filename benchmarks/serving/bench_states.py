@@ -1,0 +1,179 @@
+r"""Several questions about one state, as decision endpoints send them: ours against stock.
+
+    .venv/bin/python benchmarks/serving/bench_states.py --model MODEL --artifact POLICY \
+        --data texts.jsonl
+
+POLICY has a label pool of letters, yes and no. States are made by joining the `text` of rows. vLLM
+sends several questions about a state as simultaneous requests that share a prefix, and so does this
+benchmark. Each state is asked about twice with the same questions: when it is new, and again when
+its prefix may be cached. A stock server and ours run side by side and take turns at each state.
+
+The benchmark fails if a request fails or does not get exactly one answer.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
+
+import typer
+from tqdm import tqdm
+
+from benchmarks.common.report_files import write_report
+from benchmarks.common.server import Server, let_others_rest
+from benchmarks.serving.label_requests import post
+from benchmarks.serving.serve_report import OURS, STOCK
+from benchmarks.serving.side_by_side import side_by_side
+from vllm_adainfer.artifact.files import load_artifact_config
+from vllm_adainfer.offline.calibration.data import read_rows
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.tables import markdown_table
+
+ASKED = (
+    ("What is the sentiment of this text?", ("negative", "positive")),
+    ("Is this text positive?", None),
+    ("Is the text an opinion or a statement of fact?", ("objective", "subjective")),
+    ("Does the text express an opinion?", None),
+    ("Which section does this text belong to?", ("business", "sports", "technology", "world")),
+    ("Is the writer satisfied?", None),
+    ("What does the writer think of the product?", ("negative", "positive")),
+    ("Is this about a film?", None),
+)
+COUNTS, LENGTHS = (1, 4, 16), (100, 400, 1500)
+WARM_UP = 4  # untimed states before the timed ones
+
+
+def main(
+    model: Annotated[str, typer.Option()],
+    artifact: Annotated[str, typer.Option()],
+    data: Annotated[Path, typer.Option(help="JSON lines with a `text`.")],
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/states.json"),
+    states: Annotated[
+        int, typer.Option(min=1, help="States per length and number of questions.")
+    ] = 8,
+) -> None:
+    """Measure, and write JSON and a Markdown table."""
+    config = load_artifact_config(artifact)
+    hf_config, tokenizer = load_config_and_tokenizer(model)
+    config.check_served_by(hf_config)
+    texts = cycle([str(row.fields["text"]) for row in read_rows(data)])
+    key = "allowed_token_ids" if config.tolerance is None else "logprob_token_ids"
+    flags = ["--max-model-len", "2048"]
+    with side_by_side(model, {"artifact": artifact}, flags) as servers:
+        cells = [
+            cell(servers, state_of(texts, tokenizer, length), tokenizer, key, length, count, states)
+            for length in tqdm(LENGTHS, desc="lengths")
+            for count in COUNTS
+        ]
+    report = {
+        "model": config.base_model,
+        "artifact": Path(artifact).name,
+        "epsilon": config.epsilon,
+        "states": states,
+        "cells": cells,
+        "provenance": provenance(),
+    }
+    write_report(output, report, table(report))
+
+
+def state_of(texts: Iterator[str], tokenizer: Any, tokens: int) -> Iterator[str]:
+    """States of about `tokens` tokens; no text is used twice before all are used up."""
+    while True:
+        state = ""
+        while len(tokenizer.encode(state)) < tokens:
+            state += f"{next(texts)} "
+        yield tokenizer.decode(tokenizer.encode(state)[:tokens])
+
+
+def questions(state: str, count: int, tokenizer: Any, key: str) -> list[dict[str, Any]]:
+    """Requests as ``/v1/systemone`` makes them for `count` questions, all of them different."""
+    bodies = []
+    for number in range(count):
+        asked, options = ASKED[number % len(ASKED)]
+        lines = ["yes", "no", "Answer with yes or no only."]
+        labels: Sequence[str] = ("yes", "no")
+        if options is not None:
+            labels = [chr(ord("A") + place) for place in range(len(options))]
+            lines = [f"{label}: {option}" for label, option in zip(labels, options, strict=True)]
+            lines.append("Answer with the letter of one option only.")
+        again = "Once more: " if number >= len(ASKED) else ""
+        content = "\n".join([f"{state}\n", f"Question: {again}{asked}", *lines])
+        ids = [tokenizer.encode(label, add_special_tokens=False)[0] for label in labels]
+        body = {
+            "model": "model",
+            "messages": [{"role": "user", "content": content}],
+            "max_completion_tokens": 1,
+            "temperature": 0,
+            key: ids,
+        }
+        bodies.append({**body, "logprobs": True} if key == "logprob_token_ids" else body)
+    return bodies
+
+
+def cell(
+    servers: dict[str, Server],
+    texts: Iterator[str],
+    tokenizer: Any,
+    key: str,
+    length: int,
+    count: int,
+    states: int,
+) -> dict[str, Any]:
+    """Seconds per state, new and again, by server, after `WARM_UP` untimed states."""
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"new": [], "again": []} for name in servers
+    }
+    for server in servers.values():
+        post(server, "/reset_prefix_cache")
+    for number in range(-WARM_UP, states):
+        bodies = questions(next(texts), count, tokenizer, key)
+        order = list(servers) if number % 2 else list(servers)[::-1]
+        for name in order:
+            let_others_rest()
+            for touch in "new", "again":
+                spent = ask(servers[name], bodies)
+                if number >= 0:
+                    seconds[name][touch].append(spent)
+    return {"state_tokens": length, "questions": count, "seconds": seconds}
+
+
+def ask(server: Server, bodies: Sequence[dict[str, Any]]) -> float:
+    """Seconds until all questions, sent together, are answered."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(lambda body: post(server, "/v1/chat/completions", body), bodies))
+    spent = time.perf_counter() - start
+    strange = [answer for answer in answers if len(answer["choices"]) != 1]
+    if strange:
+        raise RuntimeError(f"not one answer: {strange[0]}")
+    return spent
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: a row per length and count, with median times and the median ratio."""
+    rows = []
+    for one in report["cells"]:
+        cells = [str(one["state_tokens"]), str(one["questions"])]
+        for touch in "new", "again":
+            stock, ours = (one["seconds"][name][touch] for name in (STOCK, OURS))
+            ratio = statistics.median(a / b for a, b in zip(stock, ours, strict=True))
+            cells += [
+                f"{1000 * statistics.median(stock):.0f} / {1000 * statistics.median(ours):.0f}",
+                f"**{ratio:.2f}x**",
+            ]
+        rows.append(cells)
+    columns = ["tokens of the state", "questions", "new, ms", "", "again, ms", ""]
+    return markdown_table(columns, rows, text_columns=0) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)

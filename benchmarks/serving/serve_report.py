@@ -1,0 +1,140 @@
+"""The report of `bench_serve.py`: medians over rounds, a table and a plot."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.common.report_files import as_png
+from vllm_adainfer.offline.tables import markdown_table
+
+STOCK, OURS = "stock", "adainfer"
+# Figures of ``vllm bench serve``, under its names; E2EL is end-to-end latency.
+FIGURES = (
+    "request_throughput",
+    "mean_ttft_ms",
+    "median_ttft_ms",
+    "p99_ttft_ms",
+    "mean_e2el_ms",
+    "p50_e2el_ms",
+    "p99_e2el_ms",
+)
+IN_TABLE = FIGURES[0], "mean_ttft_ms", "p50_e2el_ms", "p99_e2el_ms"
+
+
+def rate_row(rate: float, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The row for one rate: medians over rounds, all rounds, and the ratios ours / stock.
+
+    Args:
+        rate: requests sent per second.
+        runs: the figures of each round, by server.
+
+    """
+    row: dict[str, Any] = {"rate": rate if math.isfinite(rate) else "inf"}
+    for name, done in runs.items():
+        medians = {key: statistics.median(run[key] for run in done) for key in FIGURES}
+        row[name] = {**medians, "failed": sum(run["failed"] for run in done), "runs": list(done)}
+    saved = statistics.median(run["layers_saved"] for run in runs[OURS])
+    row[OURS]["layers_saved"] = saved
+    row["ratios"] = {key: row[OURS][key] / row[STOCK][key] for key in FIGURES}
+    return row
+
+
+def name_of(rate: float | str) -> str:
+    """A rate as shown in the table and the plot."""
+    return "all at once" if rate == "inf" else f"{rate:g}"
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: the setup, a row per rate, and how many answers differ."""
+    rows = [
+        [
+            name_of(row["rate"]),
+            *(
+                f"{row[STOCK][key]:.1f} / {row[OURS][key]:.1f} (**{row['ratios'][key]:.2f}x**)"
+                for key in IN_TABLE
+            ),
+            f"{row[OURS]['layers_saved']:.0%}",
+        ]
+        for row in report["rates"]
+    ]
+    sent = "one label out, by `vllm bench serve`"
+    if "moves" in report["answers"]:
+        sent = "a request of `/generative_scoring` each"
+    lines = [
+        f"{report['model']}, {report['data']}: at each rate {report['requests']} prompts of "
+        f"{report['prompt_tokens_mean']:.0f} tokens, {sent}. Medians of {report['rounds']} "
+        "interleaved rounds, stock / ours, in brackets ours over stock's. Prefix cache "
+        f"{report['prefix_cache']}; no row of the data comes twice in a run. Of one token, the "
+        "time to the first (TTFT) is the whole latency.",
+        "",
+        markdown_table(
+            [
+                "requests/s sent",
+                "requests/s answered",
+                "mean TTFT, ms",
+                "p50 latency, ms",
+                "p99 latency, ms",
+                "layers saved",
+            ],
+            rows,
+            text_columns=0,
+        ),
+        "",
+        differences(report),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def differences(report: Mapping[str, Any]) -> str:
+    """How many answers differ from full depth and from stock, or how far scores moved."""
+    answers, bound = report["answers"], f"{report['epsilon']:.0%} at delta {report['delta']:g}"
+    if "moves" not in answers:
+        return (
+            f"Of {answers['n']} prompts {answers['disagreement']:.1%} got another answer than at "
+            f"full depth (bound {bound}), {answers['disagreement_with_stock']:.1%} another than "
+            "stock vLLM's, from which full depth itself differs in "
+            f"{answers['full_depth_disagreement_with_stock']:.1%} (by rounding)."
+        )
+    ours, alone = (
+        f"by {moves['mean']:.3f} on average, {moves['p95']:.3f} at the 95th percentile, "
+        f"{moves['largest']:.3f} at most, {moves['beyond_tolerance']:.1%} by more than "
+        f"{answers['tolerance']:g}"
+        for moves in (answers["moves"], answers["moves_of_stock_alone"])
+    )
+    return (
+        f"The scores of {answers['n']} prompts differ from stock's {ours} (bound {bound}, against "
+        f"full depth). Stock's own differ {alone} if each prompt is sent alone (by rounding)."
+    )
+
+
+def plot(report: Mapping[str, Any]) -> bytes:
+    """PNG: p50 and p99 latency by rate, with medians as lines and rounds as dots."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    rows = report["rates"]
+    places = range(len(rows))
+    for name, label, colour in ((STOCK, "stock", "C1"), (OURS, "with the plugin", "C0")):
+        for percentile, style in (("p50", "o-"), ("p99", "s--")):
+            key = f"{percentile}_e2el_ms"
+            medians = [row[name][key] for row in rows]
+            axes.plot(places, medians, style, color=colour, label=f"{percentile}, {label}")
+            rounds = [(place, run[key]) for place in places for run in rows[place][name]["runs"]]
+            axes.plot(*zip(*rounds, strict=True), ".", color=colour, alpha=0.4)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter("")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(places, [name_of(row["rate"]) for row in rows])
+    axes.set_xlabel("requests/s sent")
+    axes.set_ylabel("latency of a request, ms")
+    asked = "/generative_scoring" if "moves" in report["answers"] else "one label out"
+    axes.set_title(f"{report['model']}, {report['data']}, {asked}")
+    axes.grid(axis="y", which="both", linewidth=0.3)
+    axes.legend()
+    return as_png(figure, report["provenance"])

@@ -1,0 +1,147 @@
+"""Run scenarios on servers and report them; shared by the soaks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from benchmarks.common.report_files import write_report
+from benchmarks.common.server import Server
+from benchmarks.soak.fault_measures import at_rest, counter_problems, counters, memory
+from benchmarks.soak.fault_scenarios import Stage, kill
+from benchmarks.soak.faults_report import table
+from benchmarks.soak.load_client import Question, Tokens, client_of, questions_of, quiet_pass
+from vllm_adainfer.artifact.files import load_artifact_config
+from vllm_adainfer.offline.calibration.data import read_template
+from vllm_adainfer.offline.provenance import provenance
+
+ENVIRONMENT = {
+    "VLLM_PLUGINS": "adainfer",  # provides /adainfer/reload
+    "OMP_WAIT_POLICY": "passive",
+    "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+}
+MOST_TIES = 0.03  # share of compared answers; more ties than this are not just rounding
+Scenario = Callable[[Stage], Awaitable[dict[str, Any]]]
+
+
+class Bench:
+    """Runs scenarios on one server after another, and collects their reports.
+
+    Attributes:
+        rows: a report per scenario.
+        longest: tokens of the longest prompt.
+
+    """
+
+    def __init__(self, questions: list[Question], artifact: Path) -> None:
+        """Take the questions, and an artifact that servers read and scenarios may damage."""
+        self.rows: list[dict[str, Any]] = []
+        self._questions = questions
+        self._artifact = artifact
+        self._layers = load_artifact_config(str(artifact)).layers
+        self._expected: dict[int, Tokens] = {}
+        self.longest = 0
+        self._doubtful: list[int] = []
+
+    def quiet(self, server: Server) -> None:
+        """Learn the right answers from an idle server."""
+        self._expected, self.longest = asyncio.run(quiet_pass(server.url, self._questions))
+
+    def run(self, name: str, server: Server, scenario: Scenario) -> dict[str, Any]:
+        """Run a scenario that keeps its server alive; returns its row of the report."""
+        before, held = at_rest(server), memory(server)
+        row = asyncio.run(self._play(name, server, scenario))
+        after = Counter(row.pop("metrics")) + Counter(row.pop("gone", {}))
+        row["counters"] = counters(before, after, self._layers)
+        row["memory"] = {"before": held, "after": memory(server)}
+        row["problems"] += counter_problems(row["counters"], row["requests"]["left"], self.longest)
+        self.rows.append(row)
+        return row
+
+    def kill(self, server: Server, title: str) -> dict[str, Any]:
+        """Kill a process of the server under load; returns the row of the report."""
+        held = memory(server)
+        row = asyncio.run(self._play(f"kill {title}", server, partial(kill, title=title)))
+        row["memory"] = {"before": held}
+        self.rows.append(row)
+        return row
+
+    async def _play(self, name: str, server: Server, scenario: Scenario) -> dict[str, Any]:
+        typer.echo(f"{name} ...")
+        begin = time.monotonic()
+        async with client_of(server.url, self._questions, self._expected) as client:
+            client.doubtful += self._doubtful  # from a server that was killed
+            stage = Stage(server, client, self._artifact, random.Random(0))
+            row: dict[str, Any] = {"name": name, "problems": [], **await scenario(stage)}
+            if not client.killed:
+                row["metrics"] = await asyncio.to_thread(at_rest, server)
+                await client.settle()
+            self._doubtful = client.doubtful
+        tally = client.tally
+        row |= {"requests": asdict(tally), "seconds": time.monotonic() - begin}
+        compared = tally.answered + tally.ties + tally.wrong
+        for what in ("wrong", "lost"):
+            if count := getattr(tally, what):
+                row["problems"].append(f"{count} requests were {what} ({tally.errors})")
+        if tally.ties > MOST_TIES * compared:
+            row["problems"].append(f"{tally.ties} of {compared} answers differ: too many for ties")
+        return row
+
+    @contextmanager
+    def written_to(self, output: Path, model: str, policies: Sequence[str]) -> Iterator[None]:
+        """Write JSON and a Markdown table next to each other, even after an error.
+
+        Raises:
+            typer.Exit: there are problems.
+
+        """
+        stopped = []
+        try:
+            yield
+        except Exception as error:  # keep what was measured before
+            stopped = [f"stopped before the end: {type(error).__name__}: {str(error)[:200]}"]
+        problems = stopped + [
+            f"{row['name']}: {problem}" for row in self.rows for problem in row["problems"]
+        ]
+        report = {
+            "model": Path(model).name,
+            "policies": list(policies),
+            "questions": len(self._questions),
+            "scenarios": self.rows,
+            "problems": problems,
+            "provenance": provenance(),
+        }
+        write_report(output, report, table(report))
+        if problems:
+            raise typer.Exit(1)
+
+
+def tasks(
+    artifact: Sequence[str], data: Sequence[Path], template: Sequence[str], rows: int
+) -> tuple[dict[str, str], list[Question]]:
+    """The directories of policies by name, and the questions for all of them.
+
+    Raises:
+        typer.BadParameter: there are not as many artifacts as data files and templates.
+
+    """
+    if not len(artifact) == len(data) == len(template):
+        raise typer.BadParameter("give --artifact, --data and --template equally often")
+    sources: dict[str, str] = {}
+    questions: list[Question] = []
+    for named, path, form in zip(artifact, data, template, strict=True):
+        name, _, source = named.partition("=")
+        sources[name] = source
+        questions += questions_of(name, Path(source), path, read_template(form) or "", rows)
+    return sources, questions

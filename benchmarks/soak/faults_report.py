@@ -1,0 +1,165 @@
+"""The Markdown report of `bench_faults.py`, `bench_texts.py` and `bench_everything.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_adainfer.offline.tables import markdown_table
+
+COUNTS = ("sent", "answered", "ties", "wrong", "lost", "refused", "left", "failed")
+
+
+EXPLAINED = (
+    "A tie is an answer that differed in a batch but was that of the quiet pass when asked for "
+    "again, alone. Tokens are equal where no client left, and rows where also no request was "
+    "preempted (its rows come twice). For each request that its client left, the plugin may count "
+    "some more tokens (decided before the engine heard of it), and rows of a prompt whose first "
+    "token was never sent."
+)
+
+
+def growth(samples: list[Mapping[str, float]]) -> dict[str, float]:
+    """MiB gained per 10,000 requests of a soak, since its first and its second memory sample.
+
+    The first half minute fills pools and caches. A soak under a minute has no third sample.
+    """
+    found = {}
+    for name, first in (("all", samples[0]), ("after_half_a_minute", samples[1])):
+        requests = max(samples[-1]["sent"] - first["sent"], 1)
+        for kind in ("rss", "uss"):
+            found[f"{kind}_{name}"] = 10_000 * (samples[-1][kind] - first[kind]) / requests
+    return found
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: a row per scenario, then counters and remarks."""
+    scenarios = report["scenarios"]
+    requests = markdown_table(
+        [
+            "scenario",
+            "sent",
+            "answered",
+            "tie",
+            "wrong",
+            "lost",
+            "refused",
+            "left by the client",
+            "failed when killed",
+            "USS before / after, MiB",
+            "RSS before / after, MiB",
+        ],
+        [
+            [
+                row["name"],
+                *(f"{row['requests'][key]:,}" for key in COUNTS),
+                *(
+                    " / ".join(f"{at[kind]:,.0f}" for at in row["memory"].values())
+                    for kind in ("uss", "rss")
+                ),
+            ]
+            for row in scenarios
+        ],
+    )
+    counted = markdown_table(
+        ["scenario", "tokens decided / by vLLM", "rows / by vLLM", "layers saved"],
+        [
+            [
+                row["name"],
+                f"{one['tokens_decided']:,.0f} / {one['tokens_generated']:,.0f}",
+                f"{one['rows']:,.0f} / {one['rows_by_vllm']:,.0f}",
+                f"{one['layers_saved']:.0%}",
+            ]
+            for row in scenarios
+            if (one := row.get("counters")) is not None
+        ],
+    )
+    lines = [requests, "", counted, "", EXPLAINED, "", *_texts(report), *_remarks(report)]
+    problems = report["problems"]
+    lines += ["", *(f"**{problem}**" for problem in problems)] if problems else []
+    return "\n".join(lines) + "\n"
+
+
+TEXTS = (
+    "Texts: after each scenario the server reads texts once more at full depth. Of those that "
+    "asked for it every token has to be its own choice (by half a unit of log-probability), of "
+    "those that may exit at most as many may differ as the policy's bound allows, per token and by "
+    "prompt. `kv: propagate` promises no bound. One request in ten that may exit is a shadow, "
+    "which runs at full depth and is compared (counted since the server's start). Memory: MiB of "
+    "all processes, of their own, at the begin, in the middle and at the end."
+)
+
+
+def _texts(report: Mapping[str, Any]) -> list[str]:
+    rows = [row for row in report["scenarios"] if "texts" in row]
+    if not rows:
+        return []
+    columns = [
+        "scenario",
+        "minutes",
+        "texts early / deep / drawn",
+        "tokens",
+        "preemptions",
+        "reloads",
+        "readings of /metrics",
+        "counters that fell",
+        "early tokens that differ",
+        "deep ones",
+        "shadow answers that differ",
+        "memory",
+    ]
+    cells = []
+    for row in rows:
+        early, deep = (row["judged"][kind] for kind in ("early", "deep"))
+        fell = sum("fell by" in problem for problem in row["problems"])
+        cells.append(
+            [
+                row["name"],
+                f"{row['took_seconds'] / 60:.0f}",
+                " / ".join(f"{count:,}" for count in row["texts"].values()),
+                f"{row['text_tokens']:,}",
+                f"{row['counters']['preemptions']:.0f}",
+                str(row["reloads"]),
+                f"{row['scrapes']:,}",
+                str(fell),
+                f"{early['changed'] / max(early['tokens'], 1):.1%} of {early['tokens']:,}",
+                f"{deep['changed']} of {deep['tokens']:,}",
+                f"{row['shadow']['disagreed']:,.0f} of {row['shadow']['checked']:,.0f}",
+                " / ".join(f"{held:,.0f}" for held in _begin_middle_end(row["samples"])),
+            ]
+        )
+    return [markdown_table(columns, cells), "", TEXTS, ""]
+
+
+def _begin_middle_end(samples: list[Mapping[str, float]]) -> list[float]:
+    return [samples[place]["uss"] for place in (0, len(samples) // 2, -1)]
+
+
+def _remarks(report: Mapping[str, Any]) -> list[str]:
+    found = {row["name"]: row for row in report["scenarios"]}
+    lines = []
+    if "growth" in (soak := found.get("soak", {})):
+        lines += [
+            f"Soak: {soak['requests_per_second']:.0f} requests/s, as many as come in "
+            f"{soak['hours_at_5_a_second']:.2f} hours at 5 a second; MiB per 10,000 requests: USS "
+            f"{soak['growth']['uss_all']:+.1f}, after the first half minute "
+            f"{soak['growth']['uss_after_half_a_minute']:+.1f}.",
+            "",
+        ]
+    for row in report["scenarios"]:
+        if "done" in row:
+            done = "; ".join(f"{what}: {count:,}" for what, count in sorted(row["done"].items()))
+            captured = f"Requests captured: {row.get('captured', 0):,}."
+            lines += [f"Beside questions: {done}. {captured}", ""]
+        if "killed" in row:
+            errors = ", ".join(f"{n} x {what}" for what, n in row["requests"]["errors"].items())
+            again = row.get("started_again_after_seconds")
+            lines += [
+                f"{row['killed']} killed: requests in flight got {errors or 'nothing'}, "
+                f"/health {row['health_meanwhile']}; the server ended after "
+                f"{row['server_ended_after_seconds']:.1f} s with code {row['exit_code']}, leaving "
+                f"{len(row['left_behind'])} processes; started again, it "
+                + (f"answered {again:.0f} s after the kill." if again else "did not answer."),
+                "",
+            ]
+    return lines[:-1] if lines else []

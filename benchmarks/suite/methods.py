@@ -1,0 +1,194 @@
+"""Other methods of running fewer layers, judged on the same prompts from recorded states.
+
+Their decisions are judged; the time they would take is computed from measured costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.offline.calibration.certify import (
+    Bound,
+    PathPoint,
+    certify,
+    threshold_path,
+)
+from vllm_adainfer.offline.calibration.collect import Recording
+from vllm_adainfer.offline.calibration.cost import STEP_ROWS, Costs, probe_seconds
+from vllm_adainfer.offline.calibration.fit import FittedExit, Scored, fit_exits, judge
+from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.calibration.loss import RightTokens, is_right
+from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.probes import Target, logit_lens
+from vllm_adainfer.offline.calibration.split import Split
+
+GAP_ALONE = torch.tensor([0.0, 1.0, 0.0])  # a classifier whose score is the gap
+EVEN_ODDS = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of a method on the test prompts.
+
+    Attributes:
+        accuracy: share of right answers.
+        disagreement: share of answers that differ from the full model's.
+        layers_run: mean number of layers run.
+        layers_saved: share of layers skipped.
+        expected_speedup: speed-up of layers, probes and compaction, by measured costs.
+
+    """
+
+    accuracy: float
+    disagreement: float
+    layers_run: float
+    layers_saved: float
+    expected_speedup: float
+
+
+@dataclass(frozen=True)
+class TestPart:
+    """The prompts that methods are judged on.
+
+    Attributes:
+        recording: the recording they are part of.
+        prompts: their row numbers in it.
+        right: for each prompt of the recording, the tokens that count as right.
+
+    """
+
+    recording: Recording
+    prompts: Ints
+    right: RightTokens
+
+    def outcome(
+        self,
+        layers: Sequence[int],
+        scored: Sequence[Scored],
+        threshold: float,
+        costs: Costs,
+    ) -> Outcome:
+        """The outcome of exiting at the first of `layers` whose score passes `threshold`."""
+        [point] = threshold_path(layers, scored, costs.depth, [threshold])
+        answers = np.stack([*(exit.tokens for exit in scored), self.recording.tokens[self.prompts]])
+        chosen = answers[point.exits, np.arange(len(self.prompts))]
+        return Outcome(
+            accuracy=float(is_right(chosen, self.right, self.prompts).mean()),
+            disagreement=point.disagreement,
+            layers_run=costs.depth * (1 - point.layers_saved),
+            layers_saved=point.layers_saved,
+            expected_speedup=self._expected_speedup(layers, point, costs),
+        )
+
+    def _expected_speedup(self, layers: Sequence[int], point: PathPoint, costs: Costs) -> float:
+        tokens = self.recording.computed[self.prompts]
+        run = np.array([*layers, costs.depth])[point.exits]
+        probes = np.cumsum([costs.probe[layer] for layer in layers])
+        asked = np.append(probes, probes[-1])[point.exits]
+        cuts = len(layers) * costs.cut * tokens
+        seconds = costs.layer * run * tokens + asked + cuts
+        return float(costs.layer * costs.depth * tokens.sum() / seconds.sum())
+
+    def scored(self, exit: FittedExit) -> Scored:
+        """The scores of an exit point on the test prompts."""
+        return judge(exit.probe, exit.layer, self.recording, self.prompts).scored(exit.classifier)
+
+
+def ours(policy: FittedPolicy, epsilon: float, test: TestPart) -> Outcome | None:
+    """Our policy at its certified threshold; None if no threshold was certified."""
+    if epsilon not in policy.points:
+        return None
+    layers = [exit.layer for exit in policy.exits]
+    scored = [test.scored(exit) for exit in policy.exits]
+    return test.outcome(layers, scored, policy.points[epsilon].threshold, policy.costs)
+
+
+def static_truncation(layers_run: float, target: Target, test: TestPart, costs: Costs) -> Outcome:
+    """Stop every prompt at the layer nearest to `layers_run`, and use the model's own head."""
+    layer = min(test.recording.states, key=lambda layer: abs(layer - layers_run))
+    probe = logit_lens(test.recording, target)
+    scored = judge(probe, layer, test.recording, test.prompts).scored(GAP_ALONE)
+    return test.outcome([layer], [scored], -np.inf, replace(costs, cut=0.0, probe={layer: 0.0}))
+
+
+def adainfer(
+    split: Split, options: PolicyOptions, costs: Costs, test: TestPart
+) -> dict[str, Outcome | None]:
+    """AdaInfer's features (the full LM head after every layer) with three exit rules.
+
+    ``adainfer`` is the paper's rule: exit where the SVM says settled. ``adainfer_certified``
+    certifies a threshold on the SVM's log-odds, as our policy does, and ``calm`` (arXiv 2207.07061)
+    one on the gap itself.
+    """
+    recording, bound = test.recording, Bound.promised(options)
+    whole_head = Target("logit-lens", None)
+    exits = fit_exits(recording, whole_head, split, "svm", options.seed, recording.states)
+    if not exits:
+        return dict.fromkeys(("adainfer", "adainfer_certified", "calm"))
+    states = next(iter(recording.states.values()))
+    asked = states[: max(1, round(STEP_ROWS / recording.computed.mean()))]
+    probe = probe_seconds(exits[0].probe, asked, recording.threads)
+    costs = replace(costs, probe={exit.layer: probe for exit in exits})
+    layers = [exit.layer for exit in exits]
+    scored = [test.scored(exit) for exit in exits]
+
+    def certified(exits: list[FittedExit], scored: Sequence[Scored]) -> Outcome | None:
+        points = certify(exits, costs.depth, [options.epsilon], bound)
+        return (
+            test.outcome(layers, scored, points[options.epsilon].threshold, costs)
+            if points
+            else None
+        )
+
+    on_gap = [
+        replace(
+            exit,
+            classifier=GAP_ALONE,
+            fitted=exit.fitted.scored(GAP_ALONE),
+            held_out=exit.held_out.scored(GAP_ALONE),
+        )
+        for exit in exits
+    ]
+    return {
+        "adainfer": test.outcome(layers, scored, EVEN_ODDS, costs),
+        "adainfer_certified": certified(exits, scored),
+        "calm": certified(on_gap, [row.scored(GAP_ALONE) for row in scored]),
+    }
+
+
+def agreement_curve(policy: FittedPolicy, target: Target, test: TestPart) -> dict[str, list[float]]:
+    """The share of test answers equal to the full model's if every prompt exited at one layer.
+
+    Returns:
+        ``layers``, and the share at each for our ``probe`` and for the ``logit_lens``.
+
+    """
+    plain = logit_lens(test.recording, target)
+
+    def agrees(exit: FittedExit, lens: bool) -> float:
+        probe = plain if lens else exit.probe
+        return float(judge(probe, exit.layer, test.recording, test.prompts).agrees.mean())
+
+    return {
+        "layers": [exit.layer for exit in policy.candidates],
+        "probe": [agrees(exit, lens=False) for exit in policy.candidates],
+        "logit_lens": [agrees(exit, lens=True) for exit in policy.candidates],
+    }
+
+
+def risk_coverage(
+    policy: FittedPolicy, test: TestPart, thresholds: Sequence[float]
+) -> dict[str, list[float]]:
+    """Layers saved and disagreement of our policy on the test prompts at each threshold."""
+    layers = [exit.layer for exit in policy.exits]
+    scored = [test.scored(exit) for exit in policy.exits]
+    path = list(threshold_path(layers, scored, policy.costs.depth, thresholds))
+    return {
+        "layers_saved": [point.layers_saved for point in path],
+        "disagreement": [point.disagreement for point in path],
+    }

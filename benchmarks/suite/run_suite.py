@@ -1,0 +1,302 @@
+"""The paper's tasks: calibrate each, compare other methods on it, and measure against stock vLLM.
+
+    .venv/bin/python benchmarks/suite/run_suite.py --model MODEL --data-dir DIR
+
+The prompts of each task are recorded once. From that recording a policy is calibrated and every
+method is judged by its decisions; the policy then runs in vLLM, interleaved with stock.
+`adainfer.json` defines the tasks.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
+
+import numpy as np
+import typer
+
+from benchmarks.common.report_files import write_report
+from benchmarks.suite import methods
+from benchmarks.suite.report import markdown, plots, suite_report
+from benchmarks.suite.tasks import TaskData, load_suite, load_task
+from vllm_adainfer.cli.app import errors_as_sentences
+from vllm_adainfer.cli.arguments import names_of
+from vllm_adainfer.offline.calibration.calibrate import label_ids
+from vllm_adainfer.offline.calibration.certify import threshold_grid
+from vllm_adainfer.offline.calibration.collect import record, recording_engine
+from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.fit import candidate_layers
+from vllm_adainfer.offline.calibration.fitted_policy import (
+    Calibration,
+    FittedPolicy,
+    make_policy,
+)
+from vllm_adainfer.offline.calibration.loss import is_right
+from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
+from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.calibration.prompts import check_rows
+from vllm_adainfer.offline.calibration.split import Split, random_order
+from vllm_adainfer.offline.evaluation.evaluate import check_file
+from vllm_adainfer.offline.evaluation.measure import measure
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
+from vllm_adainfer.offline.evaluation.sequences import compare
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.offline.progress import progress
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
+@errors_as_sentences
+def main(
+    model: Annotated[str, typer.Option(help="Directory or hub id of the model.")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of TASK/train.jsonl and TASK/test.jsonl; by default from the hub."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/suite.json"),
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks; by default all.")] = "",
+    shots: Annotated[
+        int | None,
+        typer.Option(min=0, help="Answered rows before each prompt; by default the task's own."),
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds of stock and ours.")] = 3,
+) -> None:
+    """Calibrate and measure each task; write JSON, a Markdown table and plots side by side."""
+    run_suite(SuiteRequest(model, output, data_dir, names_of(tasks), shots, repeat=repeat))
+
+
+@dataclass(frozen=True)
+class SuiteRequest:
+    """What to run.
+
+    Attributes:
+        model: directory or hub id of the model.
+        output: file of the JSON report.
+        data_dir: holds ``TASK/train.jsonl`` and ``TASK/test.jsonl``; None fetches from the hub.
+        tasks: names of the tasks to run; empty runs all.
+        shots: answered rows before each prompt; None uses each task's own number.
+        max_train: most prompts to calibrate each task on.
+        max_test: most prompts to measure each task on.
+        epsilon: bound on the disagreement.
+        delta: probability that the bound fails.
+        repeat: rounds, each of both engines.
+        seed: of the random split.
+
+    """
+
+    model: str
+    output: Path
+    data_dir: Path | None = None
+    tasks: tuple[str, ...] = ()
+    shots: int | None = None
+    max_train: int = 3000
+    max_test: int = 300
+    epsilon: float = 0.02
+    delta: float = 0.1
+    repeat: int = 3
+    seed: int = 0
+
+
+def run_suite(request: SuiteRequest) -> dict[str, Any]:
+    """Evaluate a model on the suite's tasks; write the report, its tables and the plots.
+
+    Returns:
+        the report, see `suite_report`.
+
+    Raises:
+        AdaInferError: model, data and request do not fit together, or a file cannot be written.
+
+    """
+    check_file(request.output)
+    tasks = load_suite().select(request.tasks)
+    hf_config, tokenizer = load_config_and_tokenizer(request.model)
+    most = hf_config.max_position_embeddings - 1
+    options = PolicyOptions(epsilon=request.epsilon, delta=request.delta, seed=request.seed)
+    loaded = []
+    for task in tasks:
+        data = load_task(
+            task,
+            request.data_dir,
+            tokenizer,
+            request.shots,
+            request.max_train,
+            request.max_test,
+            most,
+        )
+        split = Split.halves(len(data.train))
+        check_rows(split, options, f"the training part of {task.name}")
+        loaded.append(data)
+    with tempfile.TemporaryDirectory() as directory:
+        judging = _Judging(request, hf_config, options, Path(directory))
+        rows = judging.all(loaded)
+        _measure(request, loaded, rows, Path(directory))
+    report = suite_report(request.model, options, hf_config.num_hidden_layers, rows)
+    write_report(request.output, report, markdown(report), plots(report))
+    return report
+
+
+@dataclass(frozen=True)
+class _Judging:
+    """Records tasks, judges methods on them, and writes the artifacts to `directory`."""
+
+    request: SuiteRequest
+    hf_config: Any
+    options: PolicyOptions
+    directory: Path
+
+    def all(self, loaded: Sequence[TaskData]) -> list[dict[str, Any]]:
+        """The rows of the report, one per task."""
+        layers = list(range(1, self.hf_config.num_hidden_layers))
+        rows: dict[str, dict[str, Any]] = {}
+        with_labels = [data for data in loaded if data.labels]
+        # A tuned lens is fitted on an engine's first prompts: tasks without labels get their own.
+        groups = [with_labels] if with_labels else []
+        groups += [[data] for data in loaded if not data.labels]
+        for group in groups:
+            examples = [example for data in group for example in (*data.train, *data.test)]
+            lens_prompts = 0 if group[0].labels else len(group[0].train) // 2
+            with recording_engine(
+                self.request.model, self.hf_config, examples, layers, lens_prompts
+            ) as engine:
+                for data in progress(group, desc="record and fit", unit="task"):
+                    rows[data.task.name] = self.one(engine, data, layers)
+        return [rows[data.task.name] for data in loaded]
+
+    def one(self, engine: LLM, data: TaskData, layers: Sequence[int]) -> dict[str, Any]:
+        """The row of one task; writes its artifact if a policy was certified."""
+        options = self.options
+        split = Split.halves(len(data.train))
+        order = random_order(split.groups, options.seed)
+        examples = [*(data.train[index] for index in order), *data.test]
+        right = [*(data.train_answers[index] for index in order), *data.answers]
+        recording = record(engine, examples, [label.token_id for label in data.labels], layers)
+        tests = np.arange(len(order), len(examples))
+        target = Target("label-head" if data.labels else "lens", label_ids(data.labels))
+        candidates = candidate_layers(recording.depth)
+        thinned = replace(
+            recording, states={layer: recording.states[layer] for layer in candidates}
+        )
+        policy = make_policy(Calibration(thinned, target, split, options, data.labels))
+        test = methods.TestPart(recording, tests, right)
+        full = is_right(recording.tokens[tests], right, tests)
+        chance = data.chance
+        row: dict[str, Any] = {
+            "task": data.task.name,
+            "title": data.task.title,
+            "shots": data.shots,
+            "labels": len(data.labels),
+            "train": len(data.train),
+            "test": len(data.test),
+            "skipped": data.skipped,
+            "prompt_tokens_mean": float(np.mean([len(e.token_ids) for e in data.test])),
+            "chance": chance,
+            "full_depth": {"accuracy": float(full.mean())},
+            # Not better than the majority answer, by a one-sided test at 95 %.
+            "at_chance": bool(
+                full.mean() < chance + 1.645 * np.sqrt(chance * (1 - chance) / len(full))
+            ),
+            "exit_points": [exit.layer for exit in policy.exits],
+            "methods": _outcomes(policy, test),
+            "agreement": methods.agreement_curve(policy, target, test),
+            "measured": None,
+        }
+        if options.epsilon in policy.points:
+            row["risk_coverage"] = methods.risk_coverage(policy, test, threshold_grid(policy.exits))
+            write_artifact(
+                policy,
+                self.request.model,
+                self.hf_config,
+                data.task.template,
+                self.directory / data.task.name,
+            )
+        return row
+
+
+def _outcomes(policy: FittedPolicy, test: methods.TestPart) -> dict[str, Any]:
+    calibration, costs = policy.calibration, policy.costs
+    ours = methods.ours(policy, calibration.options.epsilon, test)
+    layers_run = costs.depth if ours is None else ours.layers_run
+    outcomes = {
+        "static_truncation": methods.static_truncation(layers_run, calibration.target, test, costs),
+        **methods.adainfer(calibration.split, calibration.options, costs, test),
+        "ours": ours,
+    }
+    return {name: outcome and asdict(outcome) for name, outcome in outcomes.items()}
+
+
+def _measure(
+    request: SuiteRequest,
+    loaded: Sequence[TaskData],
+    rows: Sequence[dict[str, Any]],
+    directory: Path,
+) -> None:
+    """Fill in ``measured``, except for tasks at chance or without a policy."""
+    worth = [
+        (data, row)
+        for data, row in zip(loaded, rows, strict=True)
+        if not row["at_chance"] and (directory / data.task.name).is_dir()
+    ]
+    if not worth:
+        return
+    stock = start_engine(request.model, [example for data, _ in worth for example in data.test])
+    try:
+        for data, row in progress(worth, desc="measure", unit="task"):
+            artifact = str(directory / data.task.name)
+            ours = start_engine(request.model, data.test, {"artifact": artifact})
+            try:
+                epsilons = [NEVER_EXIT, request.epsilon]
+                rounds = measure(stock, ours, data.test, data.labels, epsilons, request.repeat)
+            finally:
+                stop_engine(ours)
+            row["measured"] = _measured(rounds, data, request.epsilon)
+    finally:
+        stop_engine(stock)
+
+
+def _measured(
+    rounds: Sequence[tuple[Run, dict[float, Run]]], data: TaskData, epsilon: float
+) -> dict[str, Any]:
+    """Medians over the rounds, of stock vLLM and ours."""
+    stock = [baseline for baseline, _ in rounds]
+    never = [by_epsilon[NEVER_EXIT] for _, by_epsilon in rounds]
+    runs = [by_epsilon[epsilon] for _, by_epsilon in rounds]
+    n = len(data.test)
+
+    def differing(run: Run, other: Run) -> float:
+        return compare(run.texts, other.texts).disagreement
+
+    def accuracy(run: Run) -> float:
+        hits = (text[0] in right for text, right in zip(run.texts, data.answers, strict=True))
+        return sum(hits) / n
+
+    pairs = list(zip(stock, runs, strict=True))
+    return {
+        "speedup": float(np.median([base.seconds / run.seconds for base, run in pairs])),
+        "layers_saved": float(np.median([run.layers_saved for run in runs])),
+        "disagreement": float(
+            np.median([differing(a, b) for a, b in zip(runs, never, strict=True)])
+        ),
+        "disagreement_with_stock": float(np.median([differing(run, base) for base, run in pairs])),
+        "accuracy": float(np.median([accuracy(run) for run in runs])),
+        "stock_accuracy": float(np.median([accuracy(run) for run in stock])),
+        "stock_requests_per_second": float(np.median([n / run.seconds for run in stock])),
+        "requests_per_second": float(np.median([n / run.seconds for run in runs])),
+    }
+
+
+if __name__ == "__main__":
+    app()

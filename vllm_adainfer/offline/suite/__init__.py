@@ -1,1 +1,0 @@
-"""Task suites: templates and labels as data files, and the prompts made with them."""
