@@ -65,7 +65,7 @@ def test_a_long_soak_leaks_nothing_and_stays_right(small, reference, kv, wave):
         assert scheduler.kv_cache_manager.usage == 0
         assert not scheduler.requests
         assert not scheduler.kv_cache_manager._unfinished
-        assert not (loop_kv._waiting if kv == "exact" else loop_kv._left._first)
+        assert not (loop_kv._waiting if kv == "exact" else loop_kv._first)
         assert kv == "propagate" or loop_kv._pool.taken == 0
         gc.collect()
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

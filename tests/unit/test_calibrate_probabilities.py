@@ -93,7 +93,7 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass):
         assert views_as_it_decides(serving, index, undecided, decision)
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
-        wrong[leaves] = serving.disagrees(decision.answers, logits, None).wrong.numpy()[leaves]
+        wrong[leaves] = serving.disagrees(decision.answers, logits, None)[0].numpy()[leaves]
         memory = decision.memory
     assert np.array_equal(exits, point.exits)
     assert np.array_equal(wrong, point.losses)

@@ -175,9 +175,7 @@ def test_what_is_served_of_choices_is_what_was_certified(tmp_path, classifier, w
         if with_undecided:
             assert not (early[leaves] == TOKENS.undecided[0]).any()
         differs = early != recording.tokens[rows]
-        assert np.array_equal(
-            serving.disagrees(decision.answers, logits, None).wrong.numpy(), differs
-        )
+        assert np.array_equal(serving.disagrees(decision.answers, logits, None)[0].numpy(), differs)
         wrong[leaves] = differs[leaves]
         memory = decision.memory
     point = policy.points[0.05]

@@ -286,7 +286,7 @@ def test_a_shadow_request_runs_to_full_depth_and_its_early_answer_is_compared(th
     monitor = AnswerMonitor([0.1, 0.2], alpha=0.1)
     toy = Toy(requests=2, monitors={"toy": monitor})
     found, output = toy.step(
-        [[3, 1], [7]], [FIRST_EXIT, FIRST_EXIT], shadow=np.array([True, False])
+        [[3, 1], [7]], [FIRST_EXIT, FIRST_EXIT], is_shadow=np.array([True, False])
     )
     assert found == pytest.approx([oracle([3, 1], DEPTH)[0], oracle([7], 2)[0]])
     [shadow] = output.shadows

@@ -95,6 +95,7 @@ def test_where_layers_keep_a_state_nothing_from_the_first_row_that_waited_is_eve
     assert kv.missing("request 0", 9) == 0
 
 
+@pytest.mark.parametrize("kind", [ExactKV, RecurrentKV])
 @pytest.mark.parametrize(
     ("capacity", "overdue"),
     [
@@ -105,8 +106,8 @@ def test_where_layers_keep_a_state_nothing_from_the_first_row_that_waited_is_eve
         (0, {"request 0", "request 1", "request 2"}),
     ],
 )
-def test_beyond_the_capacity_the_oldest_are_overdue(capacity, overdue):
-    kv = ExactKV(capacity)
+def test_beyond_the_capacity_the_oldest_are_overdue(kind, capacity, overdue):
+    kv = kind(capacity)
     for place, rows in enumerate([2, 1, 3]):
         lens = [0, 0, 0]
         lens[place] = rows

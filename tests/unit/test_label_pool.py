@@ -37,7 +37,7 @@ from vllm_adainfer.offline.calibration.policy_artifact import (
 )
 from vllm_adainfer.offline.calibration.probes import Target, fit_probes
 from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.pool_policy import PoolPolicy
+from vllm_adainfer.policy.label_heads import PoolPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.settings.engine import Settings
@@ -108,7 +108,7 @@ def test_what_is_served_of_a_pool_is_what_was_certified(tmp_path, risk, with_mas
         exits[leaves] = index
         assert not decision.answers.scores.isfinite()[~subsets].any()
         if risk == "probability":
-            early = serving.disagrees(decision.answers, logits[rows], None).wrong.numpy()
+            early = serving.disagrees(decision.answers, logits[rows], None)[0].numpy()
         else:
             early = POOL[decision.answers.scores.argmax(1)].numpy() != recording.tokens[rows]
         wrong[leaves] = early[leaves]

@@ -33,7 +33,7 @@ from vllm_adainfer.offline.calibration.prompts import check_questions
 from vllm_adainfer.offline.calibration.questions import SEEN, common_end, ends_of, with_questions
 from vllm_adainfer.offline.reports.describe import describe
 from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.pool_policy import PoolPolicy
+from vllm_adainfer.policy.label_heads import PoolPolicy
 from vllm_adainfer.policy.questions import KnownQuestions
 from vllm_adainfer.settings.engine import Settings
 

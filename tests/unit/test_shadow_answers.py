@@ -19,7 +19,7 @@ from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.monitoring.text_monitor import TextMonitor
 from vllm_adainfer.policy.answers import LabelLogits, LabelScores, ShortlistScores
 from vllm_adainfer.policy.exit_policy import ExitPolicy
-from vllm_adainfer.policy.pool_policy import PoolPolicy
+from vllm_adainfer.policy.label_heads import PoolPolicy
 from vllm_adainfer.policy.probabilities import answers_of
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.settings.engine import Settings

@@ -68,7 +68,7 @@ def test_settled_requests_stay_until_they_are_told_to_leave():
 
 
 def test_a_shadow_request_is_decided_and_stays():
-    step = step_of([2, 3, 1, 4], shadow=np.array([True, False, True, False]))
+    step = step_of([2, 3, 1, 4], is_shadow=np.array([True, False, True, False]))
     assert step.shadow.tolist() == [0, 2]
     assert step.undecided().tolist() == [0, 1, 2, 3]
     step.settle(ints(0, 1))
@@ -87,7 +87,7 @@ def test_a_shadow_request_is_decided_and_stays():
     ids=["more chunks follow", "at full depth"],
 )
 def test_only_a_request_that_may_exit_is_a_shadow(yields_token, row):
-    step = step_of([2, 3], [yields_token, True], [row, 0], shadow=np.array([True, True]))
+    step = step_of([2, 3], [yields_token, True], [row, 0], is_shadow=np.array([True, True]))
     assert step.shadow.tolist() == [1]
 
 

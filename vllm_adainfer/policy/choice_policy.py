@@ -14,14 +14,13 @@ from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import (
     CalibratedPolicy,
     Decision,
-    Disagreement,
     UndecidedRows,
 )
 from vllm_adainfer.policy.first_tokens import FirstTokens
 
 
 class ChoicePolicy(CalibratedPolicy):
-    """Settles a row once its token decides the choice; several choices may share a first token.
+    """Settles a row once its token decides the choice: one that several choices share does not.
 
     Answers are scores of one token per label, which the request's grammar allows.
     """
@@ -44,7 +43,7 @@ class ChoicePolicy(CalibratedPolicy):
     @override
     def disagrees(
         self, answers: Answers, logits: Tensor, head: Callable[[Tensor], Tensor]
-    ) -> Disagreement:
+    ) -> tuple[Tensor, None]:
         """Compare choices; `logits` are those before the request's grammar masks them."""
         full = self._first_tokens.decided_by(logits[:, self._first_tokens.token_ids])
-        return Disagreement(answers.values.argmax(dim=1) != full)
+        return answers.values.argmax(dim=1) != full, None

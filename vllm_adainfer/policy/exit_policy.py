@@ -60,21 +60,6 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Disagreement:
-    """How early answers compare with full depth's.
-
-    Attributes:
-        wrong: bool [rows], whether the answer differs, or a probability moves too far.
-        moves: fp32 [rows], the largest move of a label's probability; None where the policy makes
-            no promise about probabilities.
-
-    """
-
-    wrong: Tensor
-    moves: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class UndecidedRows:
     """Rows at an exit point for a policy to decide.
 
@@ -111,9 +96,15 @@ class ExitPolicy(ABC):
 
     def disagrees(
         self, answers: Answers, logits: Tensor, head: Callable[[Tensor], Tensor]
-    ) -> Disagreement:
-        """Compare early answers with full depth; arguments as for `Answers.disagree`."""
-        return Disagreement(answers.disagree(logits, head))
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compare early answers with full depth; arguments as for `Answers.disagree`.
+
+        Returns:
+            whether each answer is wrong, bool [rows], and the largest move of a probability, fp32
+            [rows]; None where the policy promises no probabilities.
+
+        """
+        return answers.disagree(logits, head), None
 
 
 class CalibratedPolicy(ExitPolicy):

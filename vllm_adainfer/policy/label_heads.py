@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.artifact.label_subsets import mask_of, restrict
-from vllm_adainfer.policy.answers import Answers
-from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
+from vllm_adainfer.policy.answers import Answers, LabelScores
+from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.reading import ProbeView, features_among
 from vllm_adainfer.policy.score import score
 
@@ -57,28 +59,67 @@ class LabelHead:
         return restrict(torch.addmm(self.bias, hidden.float(), self.weight.T), subsets)
 
 
-class LabelHeads:
-    """The head, classifier and thresholds of each exit point of an artifact."""
+class LabelHeadPolicy(ExitPolicy):
+    """Decides by a label head, a classifier and a threshold at each exit point of an artifact.
+
+    Attributes:
+        answer_ids: int64 [labels], the tokens of the labels.
+
+    """
 
     def __init__(self, artifact: Artifact, device: torch.device) -> None:
         """Load the fitted tensors of `artifact` onto `device`."""
         config = artifact.config
-        self.token_ids = torch.tensor(config.label_ids, device=device)
+        self.exit_points = config.exit_points
+        self.num_threshold_rows = config.num_threshold_rows
+        self.answer_ids = torch.tensor(config.label_ids, device=device)
         self._columns = torch.arange(len(config.labels), device=device)
         self._pool = config.label_pool
         tensors = {name: tensor.float().to(device) for name, tensor in artifact.tensors.items()}
         self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, threshold rows]
-        self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in config.exit_points]
+        self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
         self._heads = [
             LabelHead(
                 tensors[f"exit.{layer}.head_weight"],
                 tensors[f"exit.{layer}.head_bias"],
-                self.token_ids,
+                self.answer_ids,
             )
-            for layer in config.exit_points
+            for layer in self.exit_points
         ]
 
-    def score(self, exit_index: int, rows: UndecidedRows) -> Tensor:
+    @abstractmethod
+    def _features(self, scores: Tensor) -> Tensor:
+        """What the classifier reads of a head's `scores`, fp32 [rows, features]."""
+
+    @abstractmethod
+    def _answers(self, scores: Tensor) -> Answers:
+        """What rows with a head's `scores` are answered with."""
+
+    @override
+    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
+        scores = self._score(exit_index, rows)
+        return Decision.by_score(
+            self._features(scores),
+            self._classifiers[exit_index],
+            self._thresholds[exit_index][rows.threshold_rows],
+            rows.memory,
+            self._answers(scores),
+        )
+
+    def view(self, exit_index: int, rows: UndecidedRows) -> ProbeView:
+        """What `decide` bases its decision on."""
+        scores = self._score(exit_index, rows)
+        labels = scores[:, : len(self.answer_ids)]
+        top_prob, gap = features_among(labels).unbind(dim=1)
+        return ProbeView(
+            tokens=self.answer_ids[labels.argmax(dim=1)],
+            top_prob=top_prob,
+            gap=gap,
+            odds=score(self._features(scores), self._classifiers[exit_index], rows.memory),
+            threshold=self._thresholds[exit_index][rows.threshold_rows],
+        )
+
+    def _score(self, exit_index: int, rows: UndecidedRows) -> Tensor:
         """The scores of an exit point's head, see `LabelHead.score`."""
         subsets = None
         if self._pool:
@@ -86,25 +127,17 @@ class LabelHeads:
             subsets = mask_of(rows.subsets, self._columns)
         return self._heads[exit_index].score(rows.hidden, subsets)
 
-    def decide(
-        self, exit_index: int, rows: UndecidedRows, features: Tensor, answers: Answers
-    ) -> Decision:
-        """Decide by the `features` of the scores."""
-        threshold = self._thresholds[exit_index][rows.threshold_rows]
-        return Decision.by_score(
-            features, self._classifiers[exit_index], threshold, rows.memory, answers
-        )
 
-    def view(
-        self, exit_index: int, rows: UndecidedRows, features: Tensor, scores: Tensor
-    ) -> ProbeView:
-        """What `decide` bases its decision on; `features` are those of the `scores`."""
-        labels = scores[:, : len(self.token_ids)]
-        top_prob, gap = features_among(labels).unbind(dim=1)
-        return ProbeView(
-            tokens=self.token_ids[labels.argmax(dim=1)],
-            top_prob=top_prob,
-            gap=gap,
-            odds=score(features, self._classifiers[exit_index], rows.memory),
-            threshold=self._thresholds[exit_index][rows.threshold_rows],
-        )
+class PoolPolicy(LabelHeadPolicy):
+    """Settles a row once the best of the labels that its request names is decided.
+
+    It serves a label pool: a request names some of its labels, and only those compete.
+    """
+
+    @override
+    def _features(self, scores: Tensor) -> Tensor:
+        return features_among(scores)
+
+    @override
+    def _answers(self, scores: Tensor) -> Answers:
+        return LabelScores(scores, self.answer_ids)

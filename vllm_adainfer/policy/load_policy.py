@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.policy.choice_policy import ChoicePolicy
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy
-from vllm_adainfer.policy.pool_policy import PoolPolicy
+from vllm_adainfer.policy.label_heads import PoolPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
 

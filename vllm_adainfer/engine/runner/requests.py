@@ -133,9 +133,13 @@ class RunningRequests:
         rows[deep_prompt & (computed < prompt)] = FULL_DEPTH
         certified = np.array([request.certified_tokens for request in admitted])
         rows[last + 2 - prompt > certified] = FULL_DEPTH  # the number of this step's token
-        chooses = None
+        chooses = subsets = record_rows = None
         if self.admission.has_choices:
             chooses = np.array([request.chooses for request in admitted])
+        if self.admission.has_pools:
+            subsets = np.array([request.subset for request in admitted])
+        if self.admission.records:
+            record_rows = np.array([request.record_row for request in admitted])
         if self._loop.stats.weights_differ:
             rows[:] = FULL_DEPTH
         overdue = self._loop.kv.overdue()
@@ -155,9 +159,9 @@ class RunningRequests:
             yields_token=yields_token,
             threshold_rows=rows,
             continues=continues,
-            shadow=shadow,
-            subsets=self._subsets(admitted),
-            record_rows=self._record_rows(admitted),
+            is_shadow=shadow,
+            subsets=subsets,
+            record_rows=record_rows,
             ends_early=chooses,
             all_rows_count=any(request.resolved.wants_prompt_logprobs for request in admitted),
             device=device,
@@ -170,18 +174,6 @@ class RunningRequests:
             return None
         adapters = [self._admitted[request_id].adapter for request_id in step.request_ids]
         return StepAdapters(self.lora_manager, adapters)
-
-    def _subsets(self, admitted: Sequence[Admitted]) -> Ints | None:
-        """[requests], the labels each is about, as bits; None if no policy has a label pool."""
-        if not self.admission.has_pools:
-            return None
-        return np.array([request.subset for request in admitted])
-
-    def _record_rows(self, admitted: Sequence[Admitted]) -> Ints | None:
-        """The line of the calibration data of each request, [requests]; None unless recording."""
-        if not self.admission.records:
-            return None
-        return np.array([request.record_row for request in admitted])
 
     def take_note(self) -> StepNote | None:
         """The note to the scheduler after a step, None if there was no step."""

@@ -48,7 +48,10 @@ class LeavingRows:
 
 
 class KVPolicy:
-    """Takes care of the keys and values of exited rows; this one is for loops that no row exits.
+    """Takes care of the keys and values of exited rows.
+
+    This base leaves out the layers that a row skips: nothing from the first row on that has left
+    is ever complete. A loop that no row leaves needs no more.
 
     Attributes:
         defers: whether rows that leave wait, and run the layers they skipped later.
@@ -57,9 +60,15 @@ class KVPolicy:
 
     defers = False
 
+    def __init__(self) -> None:
+        self._first: dict[str, int] = {}  # by request, the first position that has left
+
     def leave(self, leaving: LeavingRows) -> None:
-        """Take care of rows that are about to leave."""
-        raise AssertionError("no rows leave")
+        """Rows are about to leave: all that their requests have in the batch."""
+        layout = leaving.layout
+        firsts = layout.last_positions - layout.query_lens + 1
+        for request in layout.present.tolist():
+            self._first.setdefault(leaving.request_ids[request], int(firsts[request]))
 
     def waiting(self, exit_index: int, request_ids: Sequence[str], wanted: Bools) -> Ints | None:
         """The number of rows that wait below an exit point, [requests]; None if none do.
@@ -76,7 +85,7 @@ class KVPolicy:
 
     def missing(self, request_id: str, end: int) -> int:
         """How many of the request's last positions before `end` are not as at full depth."""
-        return 0
+        return max(0, end - self._first.get(request_id, end))
 
     def overdue(self) -> set[str]:
         """Requests that must run the next step at full depth."""
@@ -87,6 +96,7 @@ class KVPolicy:
 
         Returns the rows that no longer wait: exit point, and the policy of each row.
         """
+        self._first.pop(request_id, None)
         return ()
 
 
@@ -103,6 +113,7 @@ class ExactKV(KVPolicy):
     defers = True
 
     def __init__(self, capacity: int = CAPACITY) -> None:
+        super().__init__()
         self._capacity = capacity
         self._pool = RowPool()
         # By request, then exit point, in order of positions: int64 [2, rows], the places in the
@@ -147,9 +158,12 @@ class ExactKV(KVPolicy):
         places, policies = np.concatenate(joining, axis=1)
         return self._pool.take(places), policies
 
+    def _num_waiting(self, request_id: str) -> int:
+        return sum(map(_count, self._waiting.get(request_id, {}).values()))
+
     @override
     def missing(self, request_id: str, end: int) -> int:
-        return sum(map(_count, self._waiting.get(request_id, {}).values()))
+        return self._num_waiting(request_id)
 
     @override
     def overdue(self) -> set[str]:
@@ -157,7 +171,7 @@ class ExactKV(KVPolicy):
         excess = self._pool.taken - self._capacity
         for request_id in self._waiting if excess > 0 else ():
             overdue.add(request_id)
-            excess -= self.missing(request_id, 0)
+            excess -= self._num_waiting(request_id)
             if excess <= 0:
                 break
         return overdue
@@ -177,25 +191,19 @@ class RecurrentKV(ExactKV):
 
     Waiting rows go through such a layer in order, before the later row that they go with. The
     prefix cache keeps the state at the end of a block, but rows that waited leave only the state
-    after all of them. So nothing from the first row that waited is ever complete.
+    after all of them. So nothing from the first row on that waited is ever complete.
     """
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
-        super().__init__(capacity)
-        self._left = FirstToLeave()
+    missing = KVPolicy.missing
 
     @override
     def leave(self, leaving: LeavingRows) -> None:
         super().leave(leaving)
-        self._left.note(leaving)
-
-    @override
-    def missing(self, request_id: str, end: int) -> int:
-        return self._left.since(request_id, end)
+        KVPolicy.leave(self, leaving)
 
     @override
     def forget(self, request_id: str) -> Iterable[tuple[int, Ints]]:
-        self._left.forget(request_id)
+        KVPolicy.forget(self, request_id)
         return super().forget(request_id)
 
 
@@ -207,46 +215,12 @@ class PropagateKV(KVPolicy):
     lives.
     """
 
-    def __init__(self) -> None:
-        self._left = FirstToLeave()
-
     @override
     def leave(self, leaving: LeavingRows) -> None:
+        super().leave(leaving)
         [rows] = upload((leaving.rows,), leaving.states.device)
         states = leaving.states.rows(rows).combined()
         leaving.batch.fill_kv(leaving.exit_index, states, leaving.layout)
-        self._left.note(leaving)
-
-    @override
-    def missing(self, request_id: str, end: int) -> int:
-        return self._left.since(request_id, end)
-
-    @override
-    def forget(self, request_id: str) -> Iterable[tuple[int, Ints]]:
-        self._left.forget(request_id)
-        return ()
-
-
-class FirstToLeave:
-    """The first position of each request whose row has left early."""
-
-    def __init__(self) -> None:
-        self._first: dict[str, int] = {}
-
-    def note(self, leaving: LeavingRows) -> None:
-        """Rows are about to leave: all that their requests have in the batch."""
-        layout = leaving.layout
-        firsts = layout.last_positions - layout.query_lens + 1
-        for request in layout.present.tolist():
-            self._first.setdefault(leaving.request_ids[request], int(firsts[request]))
-
-    def since(self, request_id: str, end: int) -> int:
-        """The number of positions before `end` that come at or after the request's."""
-        return max(0, end - self._first.get(request_id, end))
-
-    def forget(self, request_id: str) -> None:
-        """The request starts again, or never comes back."""
-        self._first.pop(request_id, None)
 
 
 def _count(chunks: Iterable[Ints]) -> int:

@@ -57,11 +57,11 @@ class ShadowAnswers:
         """
         disagreed = np.zeros(len(self.levels), dtype=np.bool_)
         if self.answers is not None and len(self.requests):
-            found = self.policy.disagrees(self.answers, logits[self.requests], head)
-            if found.moves is not None:
-                self.stats.moved(found.moves.tolist())
+            wrong, moves = self.policy.disagrees(self.answers, logits[self.requests], head)
+            if moves is not None:
+                self.stats.moved(moves.tolist())
             # On all ranks the same: it may tighten a level, which decides who leaves later.
-            disagreed[self.settled] = self.broadcast(found.wrong).cpu().numpy()
+            disagreed[self.settled] = self.broadcast(wrong).cpu().numpy()
         epsilons = self.monitor.epsilons
         self.stats.shadow_checked.update(epsilons[self.levels].tolist())
         self.stats.shadow_disagreed.update(epsilons[self.levels[disagreed]].tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,69 +17,53 @@ CPU = torch.device("cpu")
 NOBODY = np.arange(0)
 
 
+@dataclass(eq=False)
 class StepContext:
     """The requests of one step, each named by its place in the batch that the step came with.
 
     Attributes:
         request_ids: vLLM's ids, by place.
-        layout: the rows that the step came with.
-        yields_token: [requests], True where this step yields a token: from the last row of the
-            request (False: more chunks of its prompt follow).
+        layout: the rows that the step came with; every request has some.
+        yields_token: [requests], True where the last row yields a token (False: more chunks of the
+            prompt follow).
         threshold_rows: [requests], see `Admitted.threshold_row`; a negative one runs at full depth.
         continues: [requests], True for those that may be asked for another token.
-        shadow: requests that are decided at exit points but stay to full depth; None where there
-            is no monitor.
+        is_shadow: [requests], True for those that are decided at exit points if they may exit, but
+            stay to full depth; None where there is no monitor.
         all_rows_count: whether the final states of all rows are read, not only of sampled ones.
         device: the device of the rows.
         subsets: [requests], see `Admitted.subset`; None if no policy has a label pool.
+        ends_early: [requests], True for those that are expected to end if they exit, though they
+            may be asked for another token; None if there are none.
         record_rows: [requests], see `Admitted.record_row`; None unless the engine records.
+        shadow: the shadow requests that may exit; None where there is no monitor.
 
     """
 
-    def __init__(
-        self,
-        request_ids: Sequence[str],
-        layout: RowLayout,
-        yields_token: Bools,
-        threshold_rows: Ints,
-        continues: Bools,
-        shadow: Bools | None = None,
-        all_rows_count: bool = False,
-        device: torch.device = CPU,
-        subsets: Ints | None = None,
-        ends_early: Bools | None = None,
-        record_rows: Ints | None = None,
-    ) -> None:
-        """Describe the step; every request has some rows. Arguments as the attributes, and:
+    request_ids: Sequence[str]
+    layout: RowLayout
+    yields_token: Bools
+    threshold_rows: Ints
+    continues: Bools
+    is_shadow: Bools | None = None
+    all_rows_count: bool = False
+    device: torch.device = CPU
+    subsets: Ints | None = None
+    ends_early: Bools | None = None
+    record_rows: Ints | None = None
+    shadow: Ints | None = field(default=None, init=False)
 
-        Args:
-            shadow: [requests], True for shadow requests.
-            ends_early: [requests], True for those that are expected to end if they exit, though
-                they may be asked for another token; None if there are none.
-
-        """
-        self.request_ids = request_ids
-        self.num_requests = len(request_ids)
-        self.num_sampled = int(np.count_nonzero(yields_token))
-        self.layout = layout
-        self.yields_token = yields_token
-        self.threshold_rows = threshold_rows
-        self.record_rows = record_rows
-        self.subsets = subsets
-        self.continues = continues
-        self.all_rows_count = all_rows_count
-        self.device = device
-        self._goes_on = continues if ends_early is None else continues & ~ends_early
-        self._may_exit = self._may_leave = yields_token & (threshold_rows >= 0)
-        self.shadow: Ints | None = None
-        if shadow is not None:
-            self.shadow = np.flatnonzero(self._may_exit & shadow)
-            self._may_leave = self._may_exit & ~shadow
+    def __post_init__(self) -> None:
+        """Derive who may exit, and who of them may leave the stack."""
+        self.num_requests = len(self.request_ids)
+        self.num_sampled = int(np.count_nonzero(self.yields_token))
+        self._may_exit = self._may_leave = self.yields_token & (self.threshold_rows >= 0)
+        if self.is_shadow is not None:
+            self.shadow = np.flatnonzero(self._may_exit & self.is_shadow)
+            self._may_leave = self._may_exit & ~self.is_shadow
         self._num_may_exit = int(np.count_nonzero(self._may_exit))
         self._num_settled = 0
-        self._settled, self._exited, self._lacks_kv = np.zeros(
-            (3, len(request_ids)), dtype=np.bool_
-        )
+        self._settled, self._exited, self._lacks_kv = np.zeros((3, self.num_requests), np.bool_)
 
     @property
     def exited(self) -> Ints:
@@ -123,7 +108,10 @@ class StepContext:
 
     def ending(self, requests: Ints) -> Ints:
         """Those of `requests` that are expected to end if they exit."""
-        return requests[~self._goes_on[requests]]
+        ends = ~self.continues[requests]
+        if self.ends_early is not None:
+            ends |= self.ends_early[requests]
+        return requests[ends]
 
     def settle(self, requests: Ints) -> None:
         """The answers of `requests`, which were undecided, are known."""
