@@ -16,7 +16,7 @@ from vllm_adainfer.cli import app
 from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.frontend.metrics import Series
 from vllm_adainfer.offline.tables import markdown_table
-from vllm_adainfer.settings.engine import Settings
+from vllm_adainfer.settings.engine import Switch
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -40,7 +40,7 @@ def settings() -> str:
     """Keys of the engine switch."""
     return (
         '# Engine switch\n\nThe value of `additional_config["adainfer"]`. '
-        "[Serving](../serving.md#the-engine-switch) says how to set it.\n\n" + _fields(Settings)
+        "[Serving](../serving.md#the-engine-switch) says how to set it.\n\n" + _fields(Switch)
     )
 
 

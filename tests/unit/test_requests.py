@@ -20,7 +20,7 @@ from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.recorder import Recorder
 from vllm_adainfer.exits.recording_loop import RecordingLoop
-from vllm_adainfer.settings.request import ROW_ARG
+from vllm_adainfer.settings.instruments import ROW_ARG
 
 WINDOW, ROW = 8, 3
 CERTIFIED = 3  # tokens

@@ -164,7 +164,7 @@ class EarlyExit(_Model):
         And where layers begin to share keys and values, where rows that decide nothing stop.
         """
         points = [artifact.config.exit_points for artifact in self.artifacts.values()]
-        named = self.settings.exit_script or self.settings.exit_points or ()
+        named = self.settings.fixed_exit_points
         own, depth = self.num_own_kv_layers, len(self.decoder.layers(self._body))
         return tuple(sorted({*named, *((own,) if own < depth else ())}.union(*points)))
 

@@ -25,7 +25,8 @@ from vllm_adainfer.policy.load_policy import policy_of
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
-from vllm_adainfer.settings.engine import DEFAULT_POLICY, LensRecord, Settings
+from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
+from vllm_adainfer.settings.instruments import LensRecord
 
 
 class LoadedModel(Protocol):
