@@ -32,7 +32,8 @@ class ScriptedAdmission(Admission):
     saving: tuple[str, float] | None = None
 
     def __init__(self) -> None:
-        self.records = self.has_pools = self.has_choices = self.may_get_choices = False
+        self.is_recording = self.has_pools = False
+        self.has_choices = self.may_serve_choices = False
 
     def resolve(
         self, request_id: str, params: Any, adapter: Any = None, resumable: bool = False
@@ -41,9 +42,7 @@ class ScriptedAdmission(Admission):
         tag = arguments.get(EXIT_AT, FULL) if arguments.get("adainfer", 1) else FULL
         return Resolved(
             settings=RequestSettings(adainfer_exit=tag),
-            read=None,
-            is_wanted=True,
-            scores_unchanged=True,
+            output=None,
             max_tokens=params.max_tokens or UNLIMITED,
             wants_prompt_logprobs=wants_prompt_logprobs(params),
             may_exit=tag != FULL,
@@ -59,7 +58,7 @@ class ScriptedAdmission(Admission):
         fingerprint: str | None = None,
     ) -> Admitted:
         tag = resolved.settings.adainfer_exit
-        return Admitted(resolved, tag, ALL, UNLIMITED, False, prompt, len(prompt), adapter)
+        return Admitted(resolved, tag, ALL, UNLIMITED, False, prompt, adapter)
 
     def is_shadow(self, request_id: str) -> bool:
         return False

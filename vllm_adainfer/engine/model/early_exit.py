@@ -24,7 +24,7 @@ from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs
 from vllm_adainfer.engine.model.batch import CompiledBatch
 from vllm_adainfer.engine.pinned_artifacts import served_artifacts
 from vllm_adainfer.engine.runner.adapters import StepAdapters
-from vllm_adainfer.engine.runner.ranks import agreed
+from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
 from vllm_adainfer.engine.segments.attention import StepAttention
 from vllm_adainfer.engine.segments.decoder import Decoder, norm_of
 from vllm_adainfer.engine.segments.kv_fill import KVFill, kv_fill_of
@@ -289,7 +289,7 @@ class EarlyExit(_Model):
         if deep_logits is not None:
             logits[deep] = deep_logits.to(dtype)
         for answers, place in zip(scored, places, strict=True):
-            scores = agreed(answers.scores)
+            scores = broadcast_from_rank0(answers.scores)
             if answers.are_logits:
                 rest = scores[:, -1:]
                 logits[place] = rest.expand(-1, size)

@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 
 from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
 from vllm_adainfer.artifact.digest import digest_of
-from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, agreed, same_on_all_ranks
+from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, broadcast_from_rank0, same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.exit_loop import ExitLoop
@@ -91,7 +91,7 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
         monitors_of(model),
         max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         min_rows_saved=settings.min_rows_saved,
-        agreed=agreed,
+        agreed=broadcast_from_rank0,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 from vllm.v1.request import Request
 
-from vllm_adainfer.engine.admission.traffic_sample import is_sampled
+from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.requests import client_request_id, request_group
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles
@@ -46,7 +46,7 @@ class CapturingScheduler(_Scheduler):
     @override
     def add_request(self, request: Request) -> None:
         super().add_request(request)
-        if is_sampled(request.request_id, self._capture_rate, "capture"):
+        if in_traffic_sample(request.request_id, self._capture_rate, "capture"):
             body = body_of(request, self._served_name)
             if body is not None:
                 name = client_request_id(request.request_id)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from vllm_adainfer.artifact.config import Choice
-from vllm_adainfer.engine.admission.requested_output import choices_asked, is_plain
+from vllm_adainfer.engine.admission.requested_output import can_end_with_choice, requested_choices
 from vllm_adainfer.engine.compat.structured_outputs import takes_all
 from vllm_adainfer.errors import AdaInferError
 
@@ -60,9 +60,9 @@ class RestOfChoice:
         """Work out what a request chooses from, if its answer may be finished."""
         self._choosing.pop(request, None)
         params = request.sampling_params
-        if params is None or request.resumable or not is_plain(params):
+        if params is None or request.resumable or not can_end_with_choice(params):
             return
-        choices, end = choices_asked(params), params.eos_token_id
+        choices, end = requested_choices(params), params.eos_token_id
         if choices and end is not None:
             self._choosing[request] = Choices(*self._written(choices), end)
 

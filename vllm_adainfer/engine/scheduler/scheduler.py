@@ -43,10 +43,10 @@ class GuardedScheduler(_Scheduler):
         super().__init__(*args, **kwargs)
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
-        self.admission = Admission.of(self.vllm_config, settings)
+        self.admission = Admission.from_config(self.vllm_config, settings)
         self._counted: Snapshot | None = None
         self._reporter = Reporter()
-        if self.cache_config.enable_prefix_caching and not self.admission.records:
+        if self.cache_config.enable_prefix_caching and not self.admission.is_recording:
             self.kv_cache_manager = PrefixCacheGuard(
                 self.kv_cache_manager, self._may_exit, self._complete, self._saving
             )
@@ -92,7 +92,9 @@ class GuardedScheduler(_Scheduler):
     def _may_exit(self, request: Request, computed: int) -> bool:
         """Whether `request` may exit in a step that starts after `computed` of its tokens."""
         resolved = resolved_of(request.sampling_params)
-        if resolved is None or (resolved.deep_prompt and computed < request.num_prompt_tokens):
+        if resolved is None or (
+            resolved.force_full_depth_prefill and computed < request.num_prompt_tokens
+        ):
             return False
         return resolved.may_exit
 
@@ -106,7 +108,9 @@ class GuardedScheduler(_Scheduler):
         resolved = resolved_of(params)
         assert params is not None
         assert resolved is not None, "only what may exit is completed"
-        request.sampling_params = with_resolved(params, replace(resolved, deep_prompt=True))
+        request.sampling_params = with_resolved(
+            params, replace(resolved, force_full_depth_prefill=True)
+        )
 
 
 class FinishingScheduler(_Scheduler):
@@ -175,10 +179,10 @@ class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
             return super().schedule(*args, **kwargs)
 
     def _may_be_ending(self) -> Iterator[Request]:
-        for request in self.running if self.admission.may_get_choices else ():
+        for request in self.running if self.admission.may_serve_choices else ():
             if request.num_output_placeholders == 1 and not request.num_output_tokens:
                 resolved = resolved_of(request.sampling_params)
-                if resolved is not None and resolved.may_choose:
+                if resolved is not None and resolved.may_end_after_first_token:
                     yield request
 
 

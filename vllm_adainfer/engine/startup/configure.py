@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig, are_exit_points
 from vllm_adainfer.artifact.promise import wrong_in_words
-from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.choice_endings import why_choices_go_on
+from vllm_adainfer.engine.admission.admission import Admission, why_choices_run_on
 from vllm_adainfer.engine.classes import GPU_WORKER, SCHEDULER, own_kv_layers, worker_class
 from vllm_adainfer.engine.compat.config import leave_full_graphs_to_segments, use_model_class
 from vllm_adainfer.engine.compat.logs import get_logger
@@ -39,8 +38,8 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     configs = pin_artifacts(vllm_config, settings, lambda config: config.check_served_by(hf_config))
     refuse_unknown_questions(settings, configs)
     logprobs_mode = vllm_config.model_config.logprobs_mode
-    admission = Admission.of(vllm_config, settings, configs)
-    reason = why_choices_go_on(vllm_config, settings)
+    admission = Admission.from_config(vllm_config, settings, configs)
+    reason = why_choices_run_on(vllm_config, settings)
     for name, config in configs.items():
         logger.info("%s", banner(name, config, settings, logprobs_mode))
         if config.choices and reason is not None:
