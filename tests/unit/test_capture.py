@@ -16,7 +16,7 @@ from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 from vllm_adainfer.engine.scheduler.capture import body_of
-from vllm_adainfer.engine.startup.configure_scheduler import notice
+from vllm_adainfer.engine.startup.banner import capture_notice
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Capture, Settings, read_settings
 
@@ -185,7 +185,7 @@ def test_shadow_requests_and_captured_ones_are_drawn_independently(monkeypatch):
 
 
 def test_at_start_the_log_says_what_is_kept_where_and_that_it_is_users_data():
-    text = notice(Capture(directory="/data/requests", rate=0.25, limit=500))
+    text = capture_notice(Capture(directory="/data/requests", rate=0.25, limit=500))
     assert "captures 0.25 of the requests, the latest 500 of each engine, in /data" in text
     assert "users' data on disk" in text
 
