@@ -57,17 +57,7 @@ def metrics() -> str:
     """Series on ``/metrics``."""
     series, choices = Series((1,)), ChoiceMetrics("", ())
     rows = []
-    for metric in (
-        *series.counters.values(),
-        series.exit_layer,
-        series.shadow_move,
-        *series.disagreement.values(),
-        series.exits_allowed,
-        series.weights_differ,
-        series.info,
-        choices.finished,
-        choices.appended,
-    ):
+    for metric in (*series.all, choices.finished, choices.appended):
         [family] = metric.describe()
         suffix = "_total" if family.type == "counter" else ""
         labels = ", ".join(f"`{name}`" for name in metric._labelnames)

@@ -28,9 +28,8 @@ def dashboard() -> Any:
 def series() -> dict[str, set[str]]:
     """Labels of each of our series, by its name on /metrics."""
     shared, choices = Series((2, 6)), ChoiceMetrics("model", [0])
-    labels = {metric._name: set(names) for metric, names in shared.labelled}
-    for metric in choices.finished, choices.appended:
-        labels[metric._name] = set(metric._labelnames)
+    ours = [*shared.all, choices.finished, choices.appended]
+    labels = {metric._name: set(metric._labelnames) for metric in ours}
     return {
         metric.name + suffix: labels[metric.name] | ({"le"} if suffix == "_bucket" else set())
         for metric in REGISTRY.collect()
