@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 from vllm_adainfer.artifact.config import Choice
 from vllm_adainfer.engine.admission.requested_output import can_end_with_choice, requested_choices
-from vllm_adainfer.engine.compat.structured_outputs import takes_all
+from vllm_adainfer.engine.compat.structured_outputs import accepts_all
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class RestOfChoice:
         if not fits or structured is None:
             return []
         sampled = tokens[request.num_output_tokens :]
-        return rest if takes_all(structured.grammar, [*sampled, *rest]) else []
+        return rest if accepts_all(structured.grammar, [*sampled, *rest]) else []
 
     def _write(
         self, choices: frozenset[str]
