@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.settings.request import NO_REQUEST_SETTINGS, RequestSettings, read_request
+from vllm_adainfer.settings.engine import Settings, Switch
+from vllm_adainfer.settings.instruments import RequestInstruments, SwitchInstruments
+from vllm_adainfer.settings.request import (
+    NO_REQUEST_SETTINGS,
+    RequestKeys,
+    RequestSettings,
+    read_request,
+)
 
 KEYS = tuple(RequestSettings.model_fields)
 
@@ -82,6 +89,13 @@ def test_an_invalid_value_is_named_with_what_would_be_valid(key, value, sentence
     with pytest.raises(AdaInferError) as caught:
         read_request({key: value})
     assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("documented", [Switch, RequestKeys])
+def test_instruments_of_benchmarks_and_tests_are_accepted_but_not_documented(documented):
+    instruments = {*SwitchInstruments.model_fields, *RequestInstruments.model_fields}
+    assert instruments.isdisjoint(documented.model_fields)
+    assert instruments <= {*Settings.model_fields, *RequestSettings.model_fields}
 
 
 @pytest.mark.parametrize("key", ["adainfer_epsilons", "adainfer-epsilon", "adainferEpsilon"])

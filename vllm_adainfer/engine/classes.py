@@ -1,4 +1,4 @@
-"""The classes of ours that vLLM loads by name. Imports no other part."""
+"""Our classes, by the names under which vLLM loads them. Imports no other part of ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ CPU_WORKER = "vllm_adainfer.engine.worker.cpu_worker.AdaInferCPUWorker"
 GPU_WORKER = "vllm_adainfer.engine.worker.gpu_worker.AdaInferGPUWorker"
 SCHEDULER = "vllm_adainfer.engine.scheduler.scheduler.build_scheduler"
 FAMILIES = "vllm_adainfer.engine.model.families"
-# Stock architecture -> our model class, which vLLM loads only for an engine that asks for it.
+# Stock architecture -> our model class, which vLLM imports only for an engine with our switch.
 MODELS = {
     "Ernie4_5ForCausalLM": f"{FAMILIES}.llama:AdaInferErnie4_5ForCausalLM",
     "GemmaForCausalLM": f"{FAMILIES}.gemma:AdaInferGemmaForCausalLM",
@@ -52,9 +52,10 @@ MODELS |= {name: MODELS[same] for name, same in SAME_AS.items()}
 
 
 def own_kv_layers(text_config: Any) -> int | None:
-    """How many layers write keys and values, if later ones read those of others.
+    """How many layers write keys and values; None if every layer does.
 
-    By the Hugging Face config of the language model.
+    `text_config` is the Hugging Face config of the language model. Later layers reuse the keys and
+    values of earlier ones.
     """
     sharing = getattr(text_config, "num_kv_shared_layers", 0)
     return text_config.num_hidden_layers - sharing if sharing else None
