@@ -13,8 +13,7 @@ from typer.cli import get_docs_for_click
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.cli import app
-from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
-from vllm_adainfer.frontend.metrics import Series
+from vllm_adainfer.frontend.metrics import ChoiceMetrics, Series
 from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.settings.engine import Switch
 

@@ -14,7 +14,7 @@ from vllm_adainfer.engine.admission.admission import why_choices_run_on
 from vllm_adainfer.engine.compat.stats import take_report
 from vllm_adainfer.engine.scheduler.scheduler import FinishingScheduler
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
+from vllm_adainfer.frontend.metrics import ChoiceMetrics
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, check_choices
 from vllm_adainfer.offline.evaluation.readings import choice_params, chosen

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
-from vllm_adainfer.frontend.metrics import Series
+from vllm_adainfer.frontend.metrics import ChoiceMetrics, Series
 
 FILE = Path(__file__).parents[2] / "docs" / "grafana.json"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}

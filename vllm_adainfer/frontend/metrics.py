@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
@@ -17,6 +17,7 @@ from vllm_adainfer.frontend.compat_metrics import observe_many
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
 
+_Metric = TypeVar("_Metric", bound=MetricWrapperBase)
 ENGINE = ["model_name", "engine"]
 POLICY = [*ENGINE, "policy"]
 LEVEL = [*POLICY, "epsilon"]
@@ -73,7 +74,16 @@ GAUGES = {
     ),
 }
 
-_registered: list[MetricWrapperBase] = []  # by the latest server in this process
+_registered: dict[str, MetricWrapperBase] = {}  # by the latest server in this process
+
+
+def _register(kind: type[_Metric], name: str, text: str, labels: list[str], **how: Any) -> _Metric:
+    """Register a series in place of that of an earlier engine in this process, as vLLM does."""
+    if name in _registered:
+        REGISTRY.unregister(_registered.pop(name))
+    metric = kind(f"adainfer:{name}", text, labels, **how)
+    _registered[name] = metric
+    return metric
 
 
 class Series:
@@ -88,25 +98,19 @@ class Series:
     """
 
     def __init__(self, layers: tuple[int, ...]) -> None:
-        """Register the series, and unregister those of an earlier engine, as vLLM does.
-
-        `layers` are the buckets of ``adainfer:exit_layer``: exit points and full depth.
-        """
-        while _registered:
-            REGISTRY.unregister(_registered.pop())
-        self.counters = {
-            kind: Counter(f"adainfer:{name}", text, labels)
-            for kind, (name, text, labels) in COUNTERS.items()
-        }
+        """`layers` are the buckets of ``adainfer:exit_layer``: exit points and full depth."""
+        self.counters = {kind: _register(Counter, *spec) for kind, spec in COUNTERS.items()}
         self.histograms = {
-            "tokens": Histogram(
-                "adainfer:exit_layer",
+            "tokens": _register(
+                Histogram,
+                "exit_layer",
                 "Number of layers run, by decided token.",
                 POLICY,
                 buckets=layers,
             ),
-            "shadow_moves": Histogram(
-                "adainfer:shadow_largest_move",
+            "shadow_moves": _register(
+                Histogram,
+                "shadow_largest_move",
                 "Largest difference between a label's early probability and that of full depth, "
                 "rounded up to a bucket.",
                 POLICY,
@@ -114,7 +118,7 @@ class Series:
             ),
         }
         self.gauges = {  # of several frontends, the one that was updated last has the current value
-            name: Gauge(f"adainfer:{name}", text, labels, multiprocess_mode="mostrecent")
+            name: _register(Gauge, name, text, labels, multiprocess_mode="mostrecent")
             for name, (text, labels) in GAUGES.items()
         }
         self.all: list[MetricWrapperBase] = [
@@ -122,7 +126,6 @@ class Series:
             *self.histograms.values(),
             *self.gauges.values(),
         ]
-        _registered.extend(self.all)
 
     def remove(self, *labels: str) -> None:
         """Remove all series with these values of `POLICY`.
@@ -215,3 +218,36 @@ class EngineMetrics:
         else:
             policy, value = labels
             observe_many(histogram.labels(*self._labels, policy), float(value), int(added))
+
+
+class ChoiceMetrics:
+    """A server's counters of requests with a choice; engines without a policy have them, too.
+
+    Attributes:
+        finished: counts requests that ended once one choice was left.
+        appended: counts the tokens that were appended to them instead of sampled.
+
+    """
+
+    def __init__(self, model_name: str, engines: Sequence[int]) -> None:
+        """Create the series of `engines`, so that their rates begin at 0."""
+        self._model_name = model_name
+        self.finished = _register(
+            Counter,
+            "choices_finished",
+            "Requests with a choice that ended as soon as one choice was left.",
+            ENGINE,
+        )
+        self.appended = _register(
+            Counter,
+            "choice_tokens_appended",
+            "Tokens of those requests that were appended instead of sampled, the end included.",
+            ENGINE,
+        )
+        for engine in engines:
+            self.add(engine, 0, 0)
+
+    def add(self, engine: int, choices: int, tokens: int) -> None:
+        """Add the choices that an engine's scheduler finished, and the tokens it appended."""
+        self.finished.labels(self._model_name, str(engine)).inc(choices)
+        self.appended.labels(self._model_name, str(engine)).inc(tokens)

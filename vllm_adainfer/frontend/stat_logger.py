@@ -9,9 +9,8 @@ from typing_extensions import override
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.stats import take_report
 from vllm_adainfer.engine.pinned_artifacts import served_configs
-from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.frontend.log_line import LogLine
-from vllm_adainfer.frontend.metrics import EngineMetrics, Series
+from vllm_adainfer.frontend.metrics import ChoiceMetrics, EngineMetrics, Series
 from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
