@@ -39,7 +39,7 @@ def key_check(arguments: Namespace) -> Callable[[Any], bool] | None:
     return AuthenticationMiddleware(None, keys).verify_token if keys else None
 
 
-def decision_question(name: str, asked: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+def decision_question(name: str, fields: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """The prompt that vLLM 0.32 makes of a question of ``/v1/systemone``, and its labels.
 
     Raises:
@@ -49,6 +49,6 @@ def decision_question(name: str, asked: Mapping[str, Any]) -> tuple[str, tuple[s
     from vllm.entrypoints.generate.structured_decisions.question_types import LABELS, build_question
 
     question = build_question(
-        name, asked["type"], asked.get("instructions", ""), asked.get("criteria"), len(LABELS)
+        name, fields["type"], fields.get("instructions", ""), fields.get("criteria"), len(LABELS)
     )
     return question.type.prompt(question), question.labels
