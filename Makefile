@@ -15,7 +15,7 @@ V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_schedulin
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '$(CASES)'
 CASES := not full
 
-.PHONY: demo test test-full test-v1 test-v2 check docs docs-check dist gpu gpu-kernels setup clean
+.PHONY: demo test test-full test-v1 test-v2 check docs docs-check vllm-names dist gpu gpu-kernels setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -45,6 +45,11 @@ check: setup
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup
 	$(BIN)/mkdocs build --strict
+
+# docs/vllm_names.md, from the code and the installed vLLM; SOURCES are folders that hold the `vllm`
+# folder of other versions.
+vllm-names: setup
+	$(BIN)/python docs/hooks/vllm_names.py $(SOURCES)
 
 # The commands of tutorial and README, one after the other, as they stand there (20 minutes).
 docs-check: setup

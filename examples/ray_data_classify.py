@@ -1,15 +1,14 @@
-"""Label a data set with Ray Data's vLLM stage on several replicas with early exits.
+"""Label a data set with Ray Data's vLLM stage, on several replicas with early exit.
 
     pip install 'ray[data]'
     python examples/ray_data_classify.py --model MODEL --artifact policy --data rows.jsonl \
         --template $'Review: {text}\nSentiment:' --replicas 2 --cpus 0.5 --output labelled
 
-`policy` is the output of `vllm-adainfer calibrate --labels ...`; every node must find it, and the
-model, under the same path. Each row is one request that may exit: one greedy token among the
-policy's labels. `--output` becomes a folder of JSON lines (Parquet if `--data` is): the rows as
-they were, in any order, with an `answer`. Ray reserves `--cpus` for each replica and needs one more
-CPU to read and write, without which it waits silently: two cores give two replicas of half a core
-each.
+`policy` is the output of `vllm-adainfer calibrate --labels ...`; the policy and the model need the
+same path on every node. Each row is one request that may exit: one greedy token among the policy's
+labels. The rows are written to the folder `--output` as JSON lines (Parquet if `--data` is), in any
+order, with an added `answer`. Ray reserves `--cpus` for each replica and needs one more CPU to read
+and write, without which it waits silently. On two cores, use two replicas of half a core each.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def main(
     replicas: Annotated[int, typer.Option()] = 2,
     cpus: Annotated[float, typer.Option(help="CPUs per replica.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Rows sent to a replica at once.")] = 32,
-    stock: Annotated[bool, typer.Option("--stock", help="Without exits, to compare.")] = False,
+    stock: Annotated[bool, typer.Option("--stock", help="Without exits, for comparison.")] = False,
 ) -> None:
     """Write the rows with answers; print rows/s and, if they have a `label`, the accuracy."""
     if output.exists():
@@ -62,7 +61,7 @@ def main(
         placement_group_config={"bundles": [{"CPU": cpus}]},  # without it, a GPU per replica
         batch_size=batch_size,
         log_engine_metrics=False,  # needs ray[serve]
-        # vLLM tokenises itself, and each of these stages would take more CPUs.
+        # vLLM tokenises the prompts itself, and each of these stages would take more CPUs.
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
@@ -81,7 +80,7 @@ def main(
         notes = {"begun": now - row["time_taken_llm"], "done": now, "ok": row.get("label") == name}
         return {**given, "answer": name, **notes}
 
-    # The first replica to start takes 16 blocks at once: small blocks leave some for the others.
+    # The first replica to start takes 16 blocks at once: small blocks leave work for the others.
     blocks = rows.repartition(target_num_rows_per_block=batch_size)
     start = time.time()
     answered = build_processor(config, preprocess=request, postprocess=answer)(blocks).materialize()

@@ -1,8 +1,9 @@
-"""Send questions about the demo's reviews to a server, as a client of decisions would.
+"""Send questions about the demo's reviews, as a client of a decision server would.
 
     python examples/send_questions.py --part calibration
 
-Each review is asked about twice: with two lettered options, and yes or no. See docs/decisions.md.
+There are two questions about each review, one with lettered options and one with yes or no. See
+docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ QUESTIONS = {
 def main(
     part: Annotated[Literal["calibration", "test"], typer.Option()] = "test",
     server: Annotated[str, typer.Option()] = "http://127.0.0.1:8000",
-    clients: Annotated[int, typer.Option(help="Requests at a time.")] = 32,
+    clients: Annotated[int, typer.Option(help="Concurrent requests.")] = 32,
 ) -> None:
-    """Send them all, and print how often each label was the answer."""
+    """Send all questions, and print how often each label was the answer."""
 
     def post(path: str, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -53,9 +54,9 @@ def main(
 
     tokens = {label: token(label) for labels in QUESTIONS for label in labels}
     lines = files("vllm_adainfer.offline.demo").joinpath(f"{part}.jsonl").read_text().splitlines()
-    asked = [(json.loads(line)["text"], labels) for line in lines for labels in QUESTIONS]
+    questions = [(json.loads(line)["text"], labels) for line in lines for labels in QUESTIONS]
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(lambda one: ask(*one), asked))
+        answers = list(pool.map(lambda question: ask(*question), questions))
     for label, count in sorted(Counter(answers).items()):
         typer.echo(f"{label}: {count}")
 

@@ -1,8 +1,10 @@
-"""Counters of a running engine, for those who hold an ``LLM``."""
+"""What an engine has done since it started, for code that holds an ``LLM``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from typing_extensions import NotRequired, TypedDict
 
 from vllm_adainfer.errors import AdaInferError
 
@@ -10,13 +12,89 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
-def stats(llm: LLM) -> dict[str, Any]:
-    """Counters of a running engine, see `vllm_adainfer.exits.counters.ExitStats`.
+class PolicyWork(TypedDict):
+    """The work done for the requests of one policy.
+
+    A token-layer is one token (of a prompt or of an output) in one layer.
+
+    Attributes:
+        layers_run: token-layers executed.
+        layers_skipped: token-layers that will never be executed.
+        layers_deferred: token-layers postponed until their request needs them, counted each time;
+            in the end each of them is run or skipped.
+        layers_possible: token-layers that full depth would have executed.
+        exit_histogram: number of sampled tokens by the number of layers they ran.
+
+    """
+
+    layers_run: int
+    layers_skipped: int
+    layers_deferred: int
+    layers_possible: int
+    exit_histogram: dict[int, int]
+
+
+class ShadowChecks(TypedDict):
+    """What shadow requests have shown at one epsilon.
+
+    Attributes:
+        checked: number of early answers compared with full depth.
+        disagreed: number of those that differed, or whose probabilities moved too far.
+        rate: `disagreed` / `checked`; 0 before the first check.
+        low: lower end of the confidence interval of the rate.
+        high: upper end of that interval; it is [0, 1] before the first check.
+        tightened: whether the interval lies above epsilon, so that requests at this epsilon now run
+            at full depth.
+
+    """
+
+    checked: int
+    disagreed: int
+    rate: float
+    low: float
+    high: float
+    tightened: bool
+
+
+class Stats(TypedDict):
+    """The counters of one engine since it started; none of them ever falls.
+
+    Attributes:
+        tokens_decided: number of tokens sampled, at any depth.
+        layers_run: token-layers executed, see `PolicyWork`.
+        layers_possible: token-layers that full depth would have executed.
+        passes_run: layers entered, each with any number of tokens: a layer's weights are read once
+            per pass.
+        passes_possible: layers that full depth would have entered.
+        weights_differ: whether all requests run at full depth because the engine now serves other
+            weights than the policies were calibrated for.
+        exit_histogram: number of sampled tokens by the number of layers they ran.
+        policies: the same work by policy name; ``full_depth`` stands for requests that may not
+            exit.
+        shadow: shadow checks by epsilon; with several policies, by policy name and then by epsilon.
+            Only where shadow requests are on.
+
+    """
+
+    tokens_decided: int
+    layers_run: int
+    layers_possible: int
+    passes_run: int
+    passes_possible: int
+    weights_differ: bool
+    exit_histogram: dict[int, int]
+    policies: dict[str, PolicyWork]
+    shadow: NotRequired[dict[float, ShadowChecks] | dict[str, dict[float, ShadowChecks]]]
+
+
+def stats(llm: LLM) -> Stats:
+    """The counters of a running engine.
 
     Raises:
         AdaInferError: the engine was started without vllm-adainfer configured.
 
     """
+    counters: Stats
     try:
         counters, *_ = llm.collective_rpc("adainfer_stats")  # every rank counts the same
     except Exception as error:
@@ -26,4 +104,4 @@ def stats(llm: LLM) -> dict[str, Any]:
             "this engine runs without vllm-adainfer: pass "
             'additional_config={"adainfer": {"artifact": "DIR"}} to it'
         ) from error
-    return dict(counters)
+    return counters

@@ -26,7 +26,7 @@ ln -s $demo/calibration.jsonl train.jsonl
 ln -s $demo/test.jsonl test.jsonl
 curl() { command curl --silent --show-error --fail "$@"; }
 export VLLM_CPU_KVCACHE_SPACE=1
-eval "$(sed '1,/^## From nothing/d' ../../README.md | commands |
+eval "$(sed '1,/^## Quick start/d' ../../README.md | commands |
   sed 's/^\(vllm-adainfer serve [^#]*\).*/\1 > server.log 2>\&1 \&\
 until curl 127.0.0.1:8000\/health 2> \/dev\/null; do sleep 2; kill -0 $!; done/')"
 printf '\n'

@@ -1,4 +1,4 @@
-"""The parameters of a probe: lens, final norm and LM head. Each checks itself when it is made."""
+"""The parameters of a probe: tuned lens, final norm and LM head. Each checks its own shapes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Norm:
 
     Attributes:
         kind: "rms" (RMSNorm), or "layer" (LayerNorm, which subtracts the mean first).
-        weight: [hidden size], multiplies the result; None means ones.
+        weight: [hidden size], multiplies the normalised state; None means ones.
         bias: [hidden size], added last; None means zeros.
-        eps: added to the mean square before its root is taken.
+        eps: added to the mean square (to the variance for "layer") before the square root.
 
     Raises:
         ValueError: the kind is unknown, or the shapes do not fit together.
@@ -41,20 +41,22 @@ class Norm:
 
     @property
     def hidden_size(self) -> int | None:
-        """Size of the states it fits; None means any."""
+        """Hidden size of the states that it accepts; None means any."""
         tensor = self.bias if self.weight is None else self.weight
         return None if tensor is None else tensor.numel()
 
 
 @dataclass(frozen=True)
 class Lens:
-    """An affine lens: what it adds to a hidden state, ``hidden @ weight @ up + bias``.
+    """A tuned lens (Belrose et al. 2023, arXiv 2303.08112).
+
+    It adds ``hidden @ weight @ up + bias`` to a hidden state, to predict the last layer's state.
 
     Attributes:
         weight: [hidden size, hidden size], or [hidden size, rank] with `up`. The product is
             computed in the dtype of this matrix.
-        up: [rank, hidden size] of a low-rank lens; None means the identity.
-        bias: [hidden size]; None means zeros.
+        up: [rank, hidden size], the second factor of a low-rank lens; None means the identity.
+        bias: [hidden size], added to the product; None means zeros.
 
     Raises:
         ValueError: the shapes do not fit together.
@@ -79,7 +81,7 @@ class Lens:
 
     @property
     def hidden_size(self) -> int:
-        """Size of the states it fits."""
+        """Hidden size of the states that it accepts."""
         return self.weight.shape[0]
 
 
@@ -88,8 +90,8 @@ class Head:
     """An LM head, or some of its rows: ``soft_cap(readout @ weight.T + bias) * scale``.
 
     Attributes:
-        weight: [n, hidden size], fp32, fp16 or bf16; one row for each token. Slice off the padding
-            rows of a padded head (a slice copies nothing).
+        weight: [n, hidden size], fp32, fp16 or bf16; one row per token. Slice off the padding rows
+            of a padded head (a slice copies nothing).
         bias: [n], added to the products; None means zeros.
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``; None means no cap.
         scale: multiplies the scores, after the soft cap.
@@ -119,16 +121,16 @@ class Head:
 
     @property
     def size(self) -> int:
-        """Number of tokens."""
+        """Number of tokens that it scores."""
         return self.weight.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        """Size of the states it reads."""
+        """Hidden size of the states that it scores."""
         return self.weight.shape[1]
 
     def of_rows(self, rows: Tensor) -> Head:
-        """A head of these rows alone, copied; int64 [n]."""
+        """A head with a copy of these rows alone, int64 [n]."""
         bias = None if self.bias is None else self.bias[rows]
         return Head(self.weight[rows], bias, self.soft_cap, self.scale)
 

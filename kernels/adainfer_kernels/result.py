@@ -1,4 +1,4 @@
-"""What a probe returns, and how to merge the results of vocabulary shards."""
+"""The result of a probe, and how to merge the results of vocabulary shards."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NO_ID = torch.iinfo(torch.int32).max  # loses every tie
+NO_ID = torch.iinfo(torch.int32).max  # greater than any vocabulary id, so it loses every tie
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe finds in each row; the tensors have the shape [rows].
+    """The best two scores of each row and their log-sum-exp; tensors are [rows] unless noted.
 
     A row with a score of NaN or +inf, or with only -inf, has NaN features, which no threshold
     accepts.
 
     Attributes:
-        top1_id: vocabulary id of the best score (int64); the lowest id wins a tie. -1 where a row
-            has no candidates.
-        top1: best score (fp32).
-        top2: second best score (fp32); equals ``top1`` on a tie, -inf where there is no second.
-        lse: log of the sum of the exponentials of all scores (fp32).
+        top1_id: int64, vocabulary id of the best score; the lowest id wins a tie. It means nothing
+            in a row with a NaN score, where it may be -1.
+        top1: fp32, the best score.
+        top2: fp32, the second best score; equals ``top1`` on a tie, -inf where all others are.
+        lse: fp32, log of the sum of the exponentials of all scores.
         settled: bool, whether the linear classifier accepts the row; None without a classifier.
-        scores: fp32 [rows, candidates]; None unless requested.
+        scores: fp32 [rows, candidates], all scores; None unless requested.
 
     """
 
@@ -54,11 +54,11 @@ class ProbeResult:
 
 
 def linear_score(features: Tensor, classifier: Tensor) -> Tensor:
-    """A linear classifier (SVM, logistic regression) on features [rows, n].
+    """Score of a linear classifier (SVM, logistic regression).
 
     Args:
         features: fp32 [rows, n].
-        classifier: fp32 [n + 1], the weights, then the bias.
+        classifier: fp32 [n + 1], the weights of the features, then the bias.
 
     Returns:
         fp32 [rows]; a row is settled if its score reaches its threshold.
@@ -68,10 +68,14 @@ def linear_score(features: Tensor, classifier: Tensor) -> Tensor:
 
 
 def merge(parts: Sequence[ProbeResult]) -> ProbeResult:
-    """Merge results of the same rows over disjoint parts of the vocabulary, in any order.
+    """Merge results for the same rows over disjoint parts of the vocabulary, in any order.
 
     `settled` and `scores` describe a single part, so the merged result has neither: decide after
     the merge, with `linear_score`.
+
+    Raises:
+        ValueError: there are no parts.
+
     """
     if not parts:
         raise ValueError("merge needs at least one part")
@@ -81,7 +85,7 @@ def merge(parts: Sequence[ProbeResult]) -> ProbeResult:
     firsts = torch.stack([part.top1 for part in parts])
     best = firsts.amax(dim=0)
     ids = torch.stack([part.top1_id for part in parts])
-    ids = ids.masked_fill((firsts != best) | (ids < 0), NO_ID).amin(dim=0)
+    ids = ids.masked_fill(firsts != best, NO_ID).amin(dim=0)
     seconds = torch.stack([part.top2 for part in parts])
     lses = torch.stack([part.lse for part in parts])
     return ProbeResult(

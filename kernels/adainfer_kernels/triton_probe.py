@@ -1,4 +1,4 @@
-"""Triton twin of `torch_probe`: launches the kernels of `triton_kernels`."""
+"""Triton backend: launches the kernels of `triton_kernels`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _config(shape: tuning.LaunchShape) -> triton.Config:
 
 
 _autotuned_score_kernel = triton.autotune(
-    [_config(shape) for shape in tuning.CANDIDATES],
+    [_config(shape) for shape in tuning.AUTOTUNED],
     key=["ROWS_UP_TO", "size", "hidden_size"],
     cache_results=True,
 )(triton_kernels.score_kernel)
@@ -32,16 +32,16 @@ def readout(hidden: Tensor, norm: Norm | None, lens: Lens | None, dtype: torch.d
     out = torch.empty(rows, hidden_size, dtype=dtype, device=hidden.device)
     if rows == 0:
         return out
-    change = lens_bias = weight = bias = None
+    lens_product = lens_bias = weight = bias = None
     if lens is not None:
-        change = hidden.to(lens.weight.dtype) @ lens.weight
-        change = change if lens.up is None else change @ lens.up
+        lens_product = hidden.to(lens.weight.dtype) @ lens.weight
+        lens_product = lens_product if lens.up is None else lens_product @ lens.up
         lens_bias = lens.bias
     if norm is not None:
         weight, bias = norm.weight, norm.bias
     triton_kernels.readout_kernel[(rows,)](
         hidden,
-        change,
+        lens_product,
         _contiguous(lens_bias),
         _contiguous(weight),
         _contiguous(bias),
@@ -64,20 +64,14 @@ def score(
     classifier: Tensor | None,
     threshold: Tensor | None,
     return_scores: bool,
-    shape: tuning.LaunchShape | None = None,
 ) -> ProbeResult:
-    """Score readouts [rows, hidden size] with a head (packed if `candidates` is 1-D) and reduce.
+    """Score readouts [rows, hidden size] with a head, and reduce the scores.
 
-    `shape` overrides the tuning table.
+    `candidates` are the vocabulary ids of the head's rows; None means that row j is token j.
     """
     readout = _rows_contiguous(readout)
     rows, hidden_size = readout.shape
-    shortlist = candidates is not None and candidates.dim() == 2
-    size = head.size if candidates is None else candidates.shape[-1]
-    if shortlist:
-        parts = triton.cdiv(size, tuning.SHORTLIST_BLOCK_V)
-    else:
-        parts = tuning.parts_of(size, _multiprocessors(readout.device))
+    parts = tuning.parts_of(head.size, _multiprocessors(readout.device))
 
     def new(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*sizes, dtype=dtype, device=readout.device)
@@ -88,14 +82,14 @@ def score(
         top2=new(rows),
         lse=new(rows),
         settled=None if classifier is None else new(rows, dtype=torch.bool),
-        scores=new(rows, size) if return_scores else None,
+        scores=new(rows, head.size) if return_scores else None,
     )
     if rows == 0:
         return result
     scratch: tuple[Tensor | None, Tensor | None] = (None, None)
     if parts > 1:
         scratch = (new(3, rows, parts), new(rows, parts, dtype=torch.int32))
-    ends = (
+    outputs_and_classifier = (
         result.top1_id,
         result.top1,
         result.top2,
@@ -113,57 +107,51 @@ def score(
         head.scale,
         result.scores,
         *scratch,
-        *ends,
+        *outputs_and_classifier,
         rows,
-        size,
+        head.size,
         hidden_size,
         readout.stride(0),
         head.weight.stride(0),
         head.weight.stride(1),
         parts,
     )
-    if shortlist:
-        triton_kernels.shortlist_kernel[(rows, parts)](
-            *arguments,
-            head.size,
-            WHOLE=parts == 1,
-            BLOCK_V=tuning.SHORTLIST_BLOCK_V,
-            BLOCK_K=tuning.SHORTLIST_BLOCK_K,
-        )
-    else:
-        _launch_score(arguments, rows, size, parts, head.weight, shape)
+    _launch_score(arguments, rows, parts, head.weight)
     if parts > 1:
-        triton_kernels.finish_kernel[(rows,)](
-            *scratch, *ends, rows, parts, BLOCK_P=triton.next_power_of_2(parts)
+        triton_kernels.merge_parts_kernel[(rows,)](
+            *scratch, *outputs_and_classifier, rows, parts, BLOCK_P=triton.next_power_of_2(parts)
         )
     return result
 
 
-def _launch_score(
-    arguments: tuple[Any, ...],
-    rows: int,
-    size: int,
-    parts: int,
-    head_weight: Tensor,
-    shape: tuning.LaunchShape | None,
-) -> None:
-    """Launch with `shape`; None means the tuning table's, or else the autotuner's."""
+def settle(
+    readout: Tensor, head: Head, classifier: Tensor, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `adainfer_kernels.settle`; `score` has no step to skip here."""
+    result = score(readout, head, None, classifier, threshold, return_scores=True)
+    assert result.settled is not None
+    assert result.scores is not None
+    return result.settled, result.scores
+
+
+def _launch_score(arguments: tuple[Any, ...], rows: int, parts: int, head_weight: Tensor) -> None:
+    """Launch the score kernel with its fixed shape, or else with the autotuner's."""
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
         return triton.cdiv(rows, meta["BLOCK_R"]), parts
 
     interpreted = head_weight.device.type == "cpu"
     capability = None if interpreted else torch.cuda.get_device_capability(head_weight.device)
-    shape = shape or tuning.fixed_shape(rows, size, head_weight.dtype, capability)
-    fixed = {
+    shape = tuning.fixed_shape(rows, len(head_weight), head_weight.dtype, capability)
+    constants = {
         "ROWS_UP_TO": tuning.row_bucket(rows),
-        "WHOLE": parts == 1,
-        "WIDEN": interpreted and head_weight.dtype == torch.bfloat16,
+        "SINGLE_PART": parts == 1,
+        "UPCAST": interpreted and head_weight.dtype == torch.bfloat16,
     }
     if shape is None:
-        _autotuned_score_kernel[grid](*arguments, **fixed)
+        _autotuned_score_kernel[grid](*arguments, **constants)
     else:
-        triton_kernels.score_kernel[grid](*arguments, **fixed, **_config(shape).all_kwargs())
+        triton_kernels.score_kernel[grid](*arguments, **constants, **_config(shape).all_kwargs())
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

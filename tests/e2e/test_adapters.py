@@ -166,7 +166,7 @@ def test_a_request_leaves_by_the_policy_of_its_adapter_alone(asked_about_labels,
             False,
             {},
             "new",
-            r"not calibrated with the adapter beside it: calibrate with --lora new=",
+            r"not calibrated with the adapter that it is bundled with: calibrate with --lora new=",
         ),
     ],
 )
@@ -237,7 +237,7 @@ def test_a_policy_beside_an_adapter_decides_once_vllm_loads_it(
     assert asked_about_labels([None, *adapters[:2]]) == leaving_alone(3)
     engine.llm_engine.add_lora(third)
     assert asked_about_labels([None, *adapters[:3]]) == leaving_alone(4)
-    engine.llm_engine.add_lora(adapters[0])  # has a policy of the start, and none beside it
+    engine.llm_engine.add_lora(adapters[0])  # has a policy of the switch, and none bundled
     engine.llm_engine.add_lora(third)  # again
     assert asked_about_labels([None, *adapters[:3]]) == leaving_alone(4)
     assert list(parts(engine)[0].loop.policies.names)[3:] == [third.lora_name, NO_POLICY]

@@ -129,7 +129,7 @@ def test_capture_alone_has_vllms_own_model_and_no_counters(capturing):
 def test_beside_an_artifact_requests_leave_early_and_the_share_is_captured(
     tiny_model, tiny_policy, engine, tmp_path, monkeypatch
 ):
-    draw_by_the_clients_ids("capture", monkeypatch)
+    draw_by_the_clients_ids("scheduler.capture", monkeypatch)
     switch = {"artifact": str(tiny_policy), "min_rows_saved": 1}
     capture = {"directory": str(tmp_path), "rate": 0.4}
     both = tiny_engine(tiny_model, {**switch, "capture": capture}, **ENGINE)

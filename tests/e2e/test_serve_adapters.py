@@ -25,7 +25,7 @@ from vllm_adainfer.offline.calibration.adapter import read_adapter
 
 pytestmark = pytest.mark.full
 
-NAMES = ("mood", "taste", "later")  # the last is loaded at run time, with the policy beside it
+NAMES = ("mood", "taste", "later")  # the last is loaded at run time, with its bundled policy
 _GENERATOR = np.random.default_rng(5)
 PROMPTS = [_GENERATOR.integers(5, 1000, 1 + 11 * i % 70).tolist() for i in range(40)]
 
@@ -130,7 +130,7 @@ def test_an_adapter_whose_policy_cannot_be_served_is_not_loaded_and_the_answer_s
     body = {"lora_name": "odd", "lora_path": str(directory)}
     status, answer = post(server, "/v1/load_lora_adapter", body)
     assert status == 500
-    assert "was not calibrated with the adapter beside it" in str(answer)
+    assert "was not calibrated with the adapter that it is bundled with" in str(answer)
     assert ask(server, "odd", PROMPTS[0], tiny_config(tiny_model).label_ids)[0] == 404
 
 

@@ -92,7 +92,7 @@ def test_two_ranks_decide_watch_and_answer_as_one(
     Who leaves depends on bounds that shadow requests may close, so ranks have to agree on what
     those show, too.
     """
-    draw_by_the_clients_ids("admission", monkeypatch)
+    draw_by_the_clients_ids("admission.admission", monkeypatch)
     switch = {
         "artifact": str(artifacts(probe, threshold)),
         "kv": kv,

@@ -64,10 +64,10 @@ def launch(
     size: int,
     hidden: int,
     dtype: str = "bfloat16",
-    candidates: list[int] | None = None,
+    packed: bool = False,
     everything: bool = False,
 ) -> None:
-    """Call the Triton twin on tensors without data."""
+    """Call the Triton backend on tensors without data."""
     kind = getattr(torch, dtype)
     states = empty(rows, hidden, dtype=kind)
     if kernel == "readout":
@@ -84,7 +84,7 @@ def launch(
             empty(size, dtype=kind) if everything else None,
             30.0 if everything else None,
         ),
-        None if candidates is None else empty(*candidates, dtype=torch.int64),
+        empty(size, dtype=torch.int64) if packed else None,
         empty(3),
         empty(rows),
         return_scores=False,

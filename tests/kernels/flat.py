@@ -20,7 +20,7 @@ def probe(
     classifier: Tensor | None = None,
     threshold: Tensor | None = None,
     return_scores: bool = False,
-    implementation: Any = "auto",
+    backend: Any = "auto",
     **before: Any,
 ) -> ProbeResult:
     """`adainfer_kernels.probe`; by default with an RMSNorm."""
@@ -32,17 +32,13 @@ def probe(
         classifier=classifier,
         threshold=threshold,
         return_scores=return_scores,
-        implementation=implementation,
+        backend=backend,
     )
 
 
-def readout(
-    hidden: Tensor, *, dtype: Any = None, implementation: Any = "auto", **before: Any
-) -> Tensor:
+def readout(hidden: Tensor, *, dtype: Any = None, backend: Any = "auto", **before: Any) -> Tensor:
     """`adainfer_kernels.readout`; by default with an RMSNorm."""
-    return adainfer_kernels.readout(
-        hidden, *norm_and_lens(**before), dtype=dtype, implementation=implementation
-    )
+    return adainfer_kernels.readout(hidden, *norm_and_lens(**before), dtype=dtype, backend=backend)
 
 
 def norm_and_lens(

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.kernels.flat import probe
 
-IMPLEMENTATIONS = ["torch", "triton"]
+BACKENDS = ["torch", "triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FORMS = ["full", "packed", "gathered", "shortlists", "padded shortlists"]
+FORMS = ["full", "packed", "gathered"]
 NUMBERS = ("top1", "top2", "lse", "top_prob", "gap")
 # How much more error than naive torch's in the same dtype is accepted, as in ml-cross-entropy's
 # tests: some roundings of the dtype at scores of about 10, since errors may cancel by chance.
@@ -70,13 +70,9 @@ def _probe(
         ids = torch.arange(size, device=scores.device)
     else:
         ids = candidates
-        if ids.dim() == 2:
-            padding, beyond = ids < 0, ids >= size
-            scores = scores.gather(1, ids.masked_fill(padding | beyond, 0))
-            scores = scores.masked_fill(padding, -INF).masked_fill(beyond, NAN)
-        elif len(ids) != size:
+        if len(ids) != size:
             scores = scores[:, ids]
-    return reduce(scores, ids.expand_as(scores))
+    return reduce(scores, ids)
 
 
 def readout(
@@ -115,10 +111,10 @@ def readout(
 
 
 def reduce(scores: Tensor, ids: Tensor) -> Truth:
-    """Softmax and top-2 of scores [rows, n]; a negative id names no token."""
+    """Softmax and top-2 of scores [rows, n] of the tokens `ids` [n]."""
     best, probabilities = scores.topk(2, dim=-1).values, scores.softmax(dim=-1)
-    winners = (scores == best[:, :1]) & (ids >= 0)
-    lowest = ids.masked_fill(~winners, torch.iinfo(torch.int64).max).amin(dim=-1)
+    winners = scores == best[:, :1]
+    lowest = torch.where(winners, ids, torch.iinfo(torch.int64).max).amin(dim=-1)
     top_prob, second_prob = probabilities.topk(2, dim=-1).values.unbind(dim=-1)
     return Truth(
         top1_id=lowest.where(winners.any(dim=-1), -1),
@@ -152,10 +148,10 @@ def assert_accurate(
 
 
 def checked(
-    hidden: Tensor, head_weight: Tensor, options: dict, implementation: str, **asked: Any
+    hidden: Tensor, head_weight: Tensor, options: dict, backend: str, **asked: Any
 ) -> ProbeResult:
     """The probe of these arguments, once it is found to be what the formula says."""
-    found = probe(hidden, head_weight, **options, **asked, implementation=implementation)
+    found = probe(hidden, head_weight, **options, **asked, backend=backend)
     truth = oracle(hidden, head_weight, **options)
     assert_accurate(found, truth, same_dtype(hidden, head_weight, **options), head_weight.dtype)
     return found
@@ -194,26 +190,19 @@ def with_scores(
     return hidden.to(DEVICE, dtype), head.to(DEVICE, dtype)
 
 
-def shortlists(rows: int, width: int, vocab: int, padded: bool = False) -> Tensor:
-    """[rows, width] distinct ids, not sorted; `padded`: with -1 among them, but never only."""
+def distinct_ids(width: int, vocab: int) -> Tensor:
+    """[width] distinct vocabulary ids, not sorted."""
     generator = torch.Generator().manual_seed(5)
-    ids = torch.rand(rows, vocab, generator=generator).argsort(dim=-1)[:, :width].contiguous()
-    if padded:
-        ids[:, 1:][torch.rand(rows, width - 1, generator=generator) < 0.4] = -1
-    return ids.to(DEVICE)
+    return torch.rand(vocab, generator=generator).argsort()[:width].to(DEVICE)
 
 
 def in_form(
-    form: str, head_weight: Tensor, rows: int, width: int, head_bias: Tensor | None = None
+    form: str, head_weight: Tensor, width: int, head_bias: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """The head and the options that make a probe take this form."""
-    vocab = len(head_weight)
     if form == "full":
         return head_weight, {"head_bias": head_bias}
-    if "shortlists" in form:
-        candidates = shortlists(rows, width, vocab, padded=form == "padded shortlists")
-        return head_weight, {"head_bias": head_bias, "candidates": candidates}
-    ids = shortlists(1, width, vocab)[0]
+    ids = distinct_ids(width, len(head_weight))
     if form == "packed":
         head_weight = head_weight[ids]
         head_bias = None if head_bias is None else head_bias[ids]

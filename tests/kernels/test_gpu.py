@@ -8,9 +8,9 @@ from adainfer_kernels import ProbeResult, tuning
 
 from tests.kernels.flat import probe
 from tests.kernels.oracle import (
+    BACKENDS,
     DEVICE,
     FORMS,
-    IMPLEMENTATIONS,
     checked,
     in_form,
     normal,
@@ -29,7 +29,7 @@ MIB = 1 << 20
 @pytest.mark.parametrize("rows", [1, 64])
 def test_a_captured_probe_replays_on_new_inputs(rows, form):
     hidden, head = states_and_head(rows, 32000, 1024, torch.bfloat16)
-    head, options = in_form(form, head, rows=rows, width=30)
+    head, options = in_form(form, head, width=30)
     threshold, weight = normal(rows), normal(1024, dtype=torch.bfloat16)
     options |= {"norm_weight": weight, "classifier": normal(3), "threshold": threshold}
 
@@ -53,29 +53,29 @@ def test_a_captured_probe_replays_on_new_inputs(rows, form):
         assert torch.equal(captured.settled, eager.settled)
 
 
-def extra_memory(rows: int, vocab: int, implementation: str) -> int:
+def extra_memory(rows: int, vocab: int, backend: str) -> int:
     """Bytes that a probe holds at its peak, beyond its arguments."""
     hidden = torch.zeros(rows, 1024, device=DEVICE, dtype=torch.bfloat16)
     head = torch.zeros(vocab, 1024, device=DEVICE, dtype=torch.bfloat16)
-    probe(hidden, head, implementation=implementation)
+    probe(hidden, head, backend=backend)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    probe(hidden, head, implementation=implementation)
+    probe(hidden, head, backend=backend)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_memory_does_not_grow_with_the_vocabulary(implementation):
-    small, large = (extra_memory(64, vocab, implementation) for vocab in (32000, 128256))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_does_not_grow_with_the_vocabulary(backend):
+    small, large = (extra_memory(64, vocab, backend) for vocab in (32000, 128256))
     assert large - small < MIB, "the scores of the difference alone would be 23 MiB in fp32"
 
 
 @pytest.mark.parametrize("rows", [1, 20, 64, 300])
 def test_an_autotuned_launch_gives_the_same_result(rows, monkeypatch):
     hidden, head = states_and_head(rows, 32000, 576, torch.bfloat16)
-    fixed = probe(hidden, head, implementation="triton")
+    fixed = probe(hidden, head, backend="triton")
     monkeypatch.setattr(tuning, "fixed_shape", lambda *arguments: None)
     autotuned = checked(hidden, head, {}, "triton")
     assert torch.allclose(autotuned.top1, fixed.top1)

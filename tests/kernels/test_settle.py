@@ -10,12 +10,12 @@ CLASSIFIER = torch.tensor([3.0, 1.5, -2.0])
 SURE = 1e-5  # rows this near to the threshold may fall on either side
 
 
-@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("factors", [{}, {"soft_cap": 2.0, "scale": 0.5}], ids=["plain", "capped"])
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 2), (3, 5), (2, 1000), (40, 300), (600, 1000)])
-def test_settle_is_what_the_probe_says(rows, tokens, factors, bias, implementation):
-    if implementation == "triton" and rows * tokens > 20_000:
+def test_settle_is_what_the_probe_says(rows, tokens, factors, bias, backend):
+    if backend == "triton" and rows * tokens > 20_000:
         pytest.skip("Triton's interpreter takes too long")
     generator = torch.Generator().manual_seed(rows)
     state = torch.randn(rows, 32, generator=generator)
@@ -24,7 +24,7 @@ def test_settle_is_what_the_probe_says(rows, tokens, factors, bias, implementati
     found = probe(state, head, return_scores=True)
     score = linear_score(found.features, CLASSIFIER)
     threshold = score.median().expand(rows)
-    settled, scores = settle(state, head, CLASSIFIER, threshold, implementation=implementation)
+    settled, scores = settle(state, head, CLASSIFIER, threshold, backend=backend)
     sure = (score - threshold).abs() > SURE
     assert settled[sure].equal((score >= threshold)[sure])
     torch.testing.assert_close(scores, found.scores)

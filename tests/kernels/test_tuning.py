@@ -13,46 +13,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from adainfer_kernels import Head, tuning
+from adainfer_kernels import tuning
 from adainfer_kernels.tuning import LaunchShape
 
-from tests.kernels.oracle import (
-    DEVICE,
-    assert_accurate,
-    in_form,
-    normal,
-    oracle,
-    same_dtype,
-    states_and_head,
-)
+from tests.kernels.oracle import DEVICE, checked, in_form, normal, states_and_head
 
-ON_A_GPU = {*tuning.CANDIDATES, tuning.FEW, tuning.FP32}
+ON_A_GPU = {*tuning.AUTOTUNED, tuning.SMALL_HEAD, tuning.FP32_HEAD}
 SHAPES = sorted(ON_A_GPU if DEVICE == "cuda" else {*ON_A_GPU, tuning.INTERPRETED})
 
 
 @pytest.mark.parametrize("form", ["full", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
-def test_every_shape_gives_the_same_result(shape, dtype, form):
-    from adainfer_kernels import triton_probe
-
-    if dtype == torch.float32 and DEVICE == "cuda" and shape != tuning.FP32:
+def test_every_shape_gives_the_same_result(shape, dtype, form, monkeypatch):
+    if dtype == torch.float32 and DEVICE == "cuda" and shape != tuning.FP32_HEAD:
         pytest.skip("fp32 tiles of this shape are too large for a GPU")
     hidden, head = states_and_head(20, 700, 100, dtype)
-    head, options = in_form(form, head, rows=20, width=299, head_bias=normal(700, dtype=dtype))
+    head, options = in_form(form, head, width=299, head_bias=normal(700, dtype=dtype))
     after = {"soft_cap": 8.0, "scale": 1.5}
-    found = triton_probe.score(
-        hidden,
-        Head(head, options["head_bias"], **after),
-        options.get("candidates"),
-        classifier=None,
-        threshold=None,
-        return_scores=False,
-        shape=shape,
-    )
-    options |= {**after, "norm": None}
-    truth, naive = oracle(hidden, head, **options), same_dtype(hidden, head, **options)
-    assert_accurate(found, truth, naive, dtype)
+    monkeypatch.setattr(tuning, "fixed_shape", lambda *arguments: shape)
+    checked(hidden, head, {**options, **after, "norm": None}, "triton")
 
 
 @pytest.mark.parametrize("most", [1, 2, 20, 64, 256])
@@ -78,17 +58,17 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
         *((rows, 128256, BF16, HOPPER, tuning.HOPPER[64]) for rows in (33, 64)),
         *((rows, 128256, BF16, HOPPER, tuning.HOPPER[128]) for rows in (65, 128, 129, 4096)),
         (1, 1025, FP16, HOPPER, tuning.HOPPER[16]),
-        *((rows, 128256, FP32, HOPPER, tuning.FP32) for rows in (1, 4096)),
-        *((1, 2, dtype, HOPPER, tuning.FEW) for dtype in (BF16, FP16)),
-        (4096, 1024, BF16, HOPPER, tuning.FEW),
-        *((1, size, FP32, HOPPER, tuning.FP32) for size in (2, 1024)),
+        *((rows, 128256, FP32, HOPPER, tuning.FP32_HEAD) for rows in (1, 4096)),
+        *((1, 2, dtype, HOPPER, tuning.SMALL_HEAD) for dtype in (BF16, FP16)),
+        (4096, 1024, BF16, HOPPER, tuning.SMALL_HEAD),
+        *((1, size, FP32, HOPPER, tuning.FP32_HEAD) for size in (2, 1024)),
         (64, 128256, BF16, AMPERE, None),
         (64, 128256, BF16, (10, 0), None),
-        (64, 128256, FP32, AMPERE, tuning.FP32),
-        (64, 30, BF16, AMPERE, tuning.FEW),
+        (64, 128256, FP32, AMPERE, tuning.FP32_HEAD),
+        (64, 30, BF16, AMPERE, tuning.SMALL_HEAD),
         *((64, 128256, dtype, INTERPRETER, tuning.INTERPRETED) for dtype in (BF16, FP32)),
-        (64, 30, BF16, INTERPRETER, tuning.FEW),
-        (64, 30, FP32, INTERPRETER, tuning.FP32),
+        (64, 30, BF16, INTERPRETER, tuning.SMALL_HEAD),
+        (64, 30, FP32, INTERPRETER, tuning.FP32_HEAD),
     ],
 )
 def test_the_shape_follows_from_rows_size_dtype_and_device(rows, size, dtype, capability, shape):
@@ -100,7 +80,7 @@ def test_the_shape_follows_from_rows_size_dtype_and_device(rows, size, dtype, ca
     "size", [1, 2, 15, 16, 17, 100, 1000, 1024, 1025, 4096, 32000, 50272, 128256, 151936]
 )
 def test_parts_fill_the_device_but_are_not_smaller_than_a_tile(size, multiprocessors):
-    tile = 16 if size <= tuning.FEW_CANDIDATES else 64
+    tile = 16 if size <= tuning.SMALL_HEAD_SIZE else 64
     tiles = -(-size // tile)
     assert tuning.parts_of(size, multiprocessors) == min(tiles, 2 * multiprocessors)
 
@@ -111,27 +91,23 @@ def score(rows: int, size: int = 128256, hidden: int = 4096, **case: object) -> 
 
 READOUT = {"kernel": "readout", "size": 0, "hidden": 4096}
 # The Llama-3 head for each number of rows that has a shape, and as many for which integers are
-# specialised (1, multiples of 16); label heads; shortlists; readouts.
+# specialised (1, multiples of 16); label heads; readouts.
 HEADS = {f"{rows} rows": score(rows) for rows in (1, 3, 16, 17, 32, 33, 64, 65, 128, 300)}
-FEW = {
-    "16 packed": score(64, 16, candidates=[16]),
-    "2 packed of one row": score(1, 2, candidates=[2]),
+SMALL_HEADS = {
+    "16 packed": score(64, 16, packed=True),
+    "2 packed of one row": score(1, 2, packed=True),
     "1000 of a small head": score(64, 1000),
 }
 OTHERS = {
     **{f"{rows} rows with bias and cap": score(rows, everything=True) for rows in (1, 64, 128)},
-    "2 packed in fp32": score(64, 2, dtype="float32", candidates=[2]),
+    "2 packed in fp32": score(64, 2, dtype="float32", packed=True),
     "an fp32 head of one row": score(1, 32000, 576, dtype="float32"),
-    "shortlists of 5": score(64, candidates=[64, 5]),
-    "a shortlist of 5": score(1, candidates=[1, 5]),
-    "shortlists of 100": score(64, candidates=[64, 100]),
-    "a shortlist of 100": score(1, candidates=[1, 100]),
     "readouts": {**READOUT, "rows": 64},
     "a readout": {**READOUT, "rows": 1},
     "readouts after a lens": {**READOUT, "rows": 64, "everything": True},
     "wide readouts": {**READOUT, "rows": 64, "hidden": 8192},
 }
-CASES = {**HEADS, **FEW, **OTHERS}
+CASES = {**HEADS, **SMALL_HEADS, **OTHERS}
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +149,7 @@ def test_every_launch_compiles_for_hopper_without_spills(case, compiled):
         assert kernel["spilt"] == 0, kernel
 
 
-@pytest.mark.parametrize("case", [*HEADS, *FEW])
+@pytest.mark.parametrize("case", [*HEADS, *SMALL_HEADS])
 def test_bf16_heads_use_tensor_cores_and_copies_of_16_bytes(case, compiled):
     kernel = kernels_of(compiled, case)[0]
     assert kernel["name"] == "score_kernel"
@@ -194,15 +170,13 @@ def test_as_many_programs_fit_a_multiprocessor_as_the_parts_ask_for(case, compil
 @pytest.mark.parametrize(
     ("case", "names"),
     [
-        ("64 rows", ["score_kernel", "finish_kernel"]),
+        ("64 rows", ["score_kernel", "merge_parts_kernel"]),
         ("16 packed", ["score_kernel"]),
-        ("1000 of a small head", ["score_kernel", "finish_kernel"]),
-        ("shortlists of 5", ["shortlist_kernel"]),
-        ("shortlists of 100", ["shortlist_kernel", "finish_kernel"]),
+        ("1000 of a small head", ["score_kernel", "merge_parts_kernel"]),
         ("readouts", ["readout_kernel"]),
     ],
 )
-def test_one_kernel_scores_and_one_joins_the_parts_if_there_are_several(case, names, compiled):
+def test_one_kernel_scores_and_one_merges_the_parts_if_there_are_several(case, names, compiled):
     assert [kernel["name"] for kernel in kernels_of(compiled, case)] == names
 
 

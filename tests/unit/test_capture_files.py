@@ -1,4 +1,4 @@
-"""Captured requests on disk: who may read them, how many there are, and what goes wrong."""
+"""Captured requests on disk: who may read them, how many are kept, and what can go wrong."""
 
 from __future__ import annotations
 

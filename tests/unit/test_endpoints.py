@@ -32,7 +32,7 @@ class Workers:
             raise self.failure
         if method == "adainfer_end_reload":
             _, use = args
-            return [["policy default was read again from policy"]] * 2 if use else [[], []]
+            return [["policy default was reloaded from policy"]] * 2 if use else [[], []]
         return [None, None]
 
     def methods(self) -> list[list[Any]]:
@@ -93,7 +93,7 @@ def test_a_reload_is_reported_once_whatever_the_number_of_ranks_and_engines(swit
     workers = Workers(engines=2)
     with client_of(switch, workers) as client:
         response = client.post(PATH)
-    lines = ["policy default was read again from policy"]
+    lines = ["policy default was reloaded from policy"]
     assert (response.status_code, response.json()) == (200, {"reloaded": lines})
     assert workers.methods() == [SWITCHED] * 2
 

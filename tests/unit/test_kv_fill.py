@@ -13,7 +13,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNor
 
 from vllm_adainfer.engine.segments import kv_fill
 from vllm_adainfer.engine.segments.decoder import KVProjection, norm_of
-from vllm_adainfer.engine.segments.kv_fill import LayerByLayer, OneProduct, kv_fill_of
+from vllm_adainfer.engine.segments.kv_fill import LayerByLayer, StackedProjection, kv_fill_of
 
 HIDDEN, HEADS, HEAD_DIM, LAYERS, EPS = 12, 2, 4, 5, 1e-5
 Q_SIZE, KV_SIZE = 3 * HEAD_DIM, HEADS * HEAD_DIM
@@ -90,14 +90,14 @@ def layer_of(
 @pytest.mark.parametrize(
     ("kind", "layer"),
     [
-        pytest.param(OneProduct, (False, "rms", None, 1), id="Llama"),
-        pytest.param(OneProduct, (True, "rms", None, 1), id="Qwen 2"),
-        pytest.param(OneProduct, (False, "rms", "rms", 1), id="Qwen 3"),
-        pytest.param(OneProduct, (False, "rms", "rms", 1, HEADS), id="OLMoE"),
-        pytest.param(OneProduct, (False, "gemma", "gemma", 2), id="Gemma 3"),
+        pytest.param(StackedProjection, (False, "rms", None, 1), id="Llama"),
+        pytest.param(StackedProjection, (True, "rms", None, 1), id="Qwen 2"),
+        pytest.param(StackedProjection, (False, "rms", "rms", 1), id="Qwen 3"),
+        pytest.param(StackedProjection, (False, "rms", "rms", 1, HEADS), id="OLMoE"),
+        pytest.param(StackedProjection, (False, "gemma", "gemma", 2), id="Gemma 3"),
         pytest.param(LayerByLayer, (False, "rms", "rms", 2, 1, "rms"), id="Gemma 4"),
-        pytest.param(OneProduct, (True, "layer", None, 0), id="OPT"),
-        pytest.param(OneProduct, (True, None, None, 0), id="OPT-350m"),
+        pytest.param(StackedProjection, (True, "layer", None, 0), id="OPT"),
+        pytest.param(StackedProjection, (True, None, None, 0), id="OPT-350m"),
     ],
 )
 @pytest.mark.parametrize("exit_index", [0, 1])

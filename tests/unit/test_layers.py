@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+from collections.abc import Collection
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
@@ -15,19 +16,50 @@ PACKAGES = ROOT / "vllm_adainfer", ROOT / "kernels" / "adainfer_kernels"
 BELOW = {
     "kernels": set(),
     "errors": set(),
-    "config": {"errors"},
-    "policy": {"kernels", "errors", "config"},
-    "exits": {"policy", "config"},
-    "engine": {"exits", "policy", "kernels", "errors", "config"},
-    "frontend": {"engine", "policy", "errors", "config"},
-    "config_hook": {"frontend", "engine", "config"},
+    "settings": {"errors"},
+    "artifact": {"errors"},
+    "policy": {"artifact", "settings", "kernels"},
+    "monitoring": {"artifact"},
+    "exits": {"monitoring", "policy", "settings"},
+    "engine": {"exits", "monitoring", "policy", "artifact", "settings", "kernels", "errors"},
+    "frontend": {"engine", "policy", "artifact", "settings", "errors"},
+    "config_hook": {"frontend", "engine", "settings"},
     "plugin": {"config_hook", "engine"},
     "stats": {"errors"},
-    "offline": {"stats", "engine", "policy", "kernels", "errors", "config"},
-    "cli": {"offline", "policy", "errors"},
+    "offline": {"stats", "engine", "exits", "policy", "artifact", "settings", "kernels", "errors"},
+    "cli": {"offline", "artifact", "errors"},
 }
 """What each room imports: the top-level packages and files of the project."""
-WITHOUT_VLLM = "kernels", "errors", "config", "policy", "exits"
+ENGINE = {
+    "classes": set(),
+    "pinned_artifacts": set(),
+    "compat": set(),
+    "admission": {"pinned_artifacts", "compat"},
+    "scheduler": {"admission", "pinned_artifacts", "compat"},
+    "segments": {"compat"},
+    "cuda_graphs": {"segments", "compat"},
+    "runner": {"cuda_graphs", "segments", "admission", "compat"},
+    "model": {"runner", "cuda_graphs", "segments", "pinned_artifacts", "compat", "classes"},
+    "startup": {"scheduler", "admission", "pinned_artifacts", "compat", "classes"},
+    "worker": {"runner", "startup", "scheduler", "admission", "compat"},
+}
+"""What each room of the engine imports of the other ones."""
+OFFLINE = {
+    "calibration": {"pretrained", "progress", "provenance", "tables"},
+    "reports": {"calibration", "pretrained", "tables"},
+    "evaluation": {"reports", "calibration", "pretrained", "progress", "provenance"},
+    "demo": {"evaluation", "reports", "calibration"},
+    "doctor": {"evaluation", "reports", "calibration", "pretrained"},
+    "launch": set(),
+    "pretrained": set(),
+    "progress": set(),
+    "provenance": set(),
+    "tables": set(),
+}
+"""What each room of what a person runs imports of the other ones."""
+WITHOUT_VLLM = "kernels", "errors", "settings", "artifact", "policy", "monitoring", "exits"
+SERVING = (*WITHOUT_VLLM, "engine", "frontend", "config_hook", "plugin", "stats")
+NOT_IN_SERVING = "sklearn", "plotly", "jinja2", "matplotlib"
 
 
 def modules() -> dict[str, Path]:
@@ -61,29 +93,44 @@ def imports(module: str) -> set[str]:
 IMPORTS = {module: imports(module) for module in MODULES}
 
 
-def room_of(module: str) -> str | None:
-    """None for what lies outside the project, and for the package's own `__init__`."""
+def room_of(module: str, inside: str = "") -> str | None:
+    """The room of a file: in the package, or `inside` one of its rooms.
+
+    None for what lies outside, and for the ``__init__`` of what is divided into rooms.
+    """
     if module.startswith("adainfer_kernels"):
-        return "kernels"
-    parts = module.split(".")
-    return parts[1] if parts[0] == "vllm_adainfer" and len(parts) > 1 else None
+        return None if inside else "kernels"
+    place = f"vllm_adainfer.{inside}." if inside else "vllm_adainfer."
+    return module.removeprefix(place).split(".")[0] if module.startswith(place) else None
 
 
-def test_every_file_is_in_a_room_of_the_table():
-    rooms = {room_of(module) for module in MODULES} - {None}
-    assert rooms == set(BELOW)
+HOUSES = [("", BELOW), ("engine", ENGINE), ("offline", OFFLINE)]
 
 
-@pytest.mark.parametrize(("above", "below"), itertools.permutations(BELOW, 2))
-def test_a_room_imports_the_rooms_that_the_table_has_below_it_and_no_others(above, below):
+@pytest.mark.parametrize(("inside", "table"), HOUSES)
+def test_every_file_is_in_a_room_of_the_table(inside, table):
+    rooms = {room_of(module, inside) for module in MODULES} - {None}
+    assert rooms == set(table)
+
+
+@pytest.mark.parametrize(
+    ("inside", "above", "below"),
+    [(inside, *pair) for inside, table in HOUSES for pair in itertools.permutations(table, 2)],
+)
+def test_a_room_imports_the_rooms_that_the_table_has_below_it_and_no_others(inside, above, below):
     found = [
         (module, name)
         for module, names in IMPORTS.items()
-        if room_of(module) == above
+        if room_of(module, inside) == above
         for name in names
-        if room_of(name) == below
+        if room_of(name, inside) == below
     ]
-    assert bool(found) == (below in BELOW[above]), found
+    assert bool(found) == (below in dict(HOUSES)[inside][above]), found
+
+
+@pytest.mark.parametrize(("inside", "table"), HOUSES)
+def test_rooms_form_no_circle(inside, table):
+    assert circle(table) == []
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -105,13 +152,21 @@ def test_a_circle_is_found_wherever_it_is():
     assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == {"b", "c"}
 
 
-@pytest.mark.parametrize("room", WITHOUT_VLLM)
-def test_what_decides_and_what_a_step_does_with_it_never_import_vllm(room):
-    found = [
+def imported_from(rooms: Collection[str], packages: Collection[str]) -> list[tuple[str, str]]:
+    """The imports of `packages` by files of `rooms`."""
+    return [
         (module, name)
         for module, names in IMPORTS.items()
-        if room_of(module) == room
+        if room_of(module) in rooms
         for name in names
-        if name.partition(".")[0] == "vllm"
+        if name.partition(".")[0] in packages
     ]
-    assert not found
+
+
+def test_what_decides_and_what_a_step_does_with_it_never_import_vllm():
+    assert imported_from(WITHOUT_VLLM, {"vllm"}) == []
+
+
+def test_what_serves_never_imports_what_only_calibration_and_reports_need():
+    assert imported_from(SERVING, NOT_IN_SERVING) == []
+    assert imported_from({"offline"}, NOT_IN_SERVING)

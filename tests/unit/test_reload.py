@@ -74,13 +74,13 @@ PROBABILITY: dict[str, Any] = {"risk": "probability", "tolerance": 0.05}
         (
             {},
             PROBABILITY,
-            "policy reviews bounds probability, the one before disagreement, and other requests "
-            "exit under the one than under the other: restart the engine",
+            "policy reviews bounds probability, the one before disagreement: the two policies "
+            "admit different requests: restart the engine",
         ),
         (
             {**PROBABILITY, "label_mass": True},
             {"risk": "accuracy", "bound": "wsr"},
-            "policy reviews bounds accuracy, the one before probability, and other requests ",
+            "policy reviews bounds accuracy, the one before probability: the two policies ",
         ),
         (
             {**PROBABILITY, "label_mass": True},

@@ -28,7 +28,7 @@ def asked(monkeypatch) -> list[int]:
     both = SimpleNamespace(world_size=2, cpu_group="both")
     monkeypatch.setattr(ranks, "get_tp_group", lambda: both)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    monkeypatch.setattr(service.Service, "having", lambda *_: None)
+    monkeypatch.setattr(service.Service, "with_policies", lambda *_: None)
     return told
 
 
@@ -46,7 +46,7 @@ def test_a_rank_that_fails_does_not_let_the_others_wait(asked, monkeypatch, tiny
     if where == "builds":
         monkeypatch.setattr(service, "policy_of", out_of_memory)
     if where == "composes":
-        monkeypatch.setattr(service.Service, "having", out_of_memory)
+        monkeypatch.setattr(service.Service, "with_policies", out_of_memory)
     read = out_of_memory if where == "reads" else lambda: artifacts
     with pytest.raises(torch.OutOfMemoryError):
         service.built_on_all_ranks(MODEL, None, read)

@@ -46,9 +46,16 @@ def decision_question(name: str, fields: Mapping[str, Any]) -> tuple[str, tuple[
         ValueError: vLLM refuses the question.
 
     """
-    from vllm.entrypoints.generate.structured_decisions.question_types import LABELS, build_question
+    try:
+        from vllm.entrypoints.generate.structured_decisions import question_types
+    except ImportError:  # 0.33 has moved it
+        from vllm.entrypoints.openai.decisions import question_types
 
-    question = build_question(
-        name, fields["type"], fields.get("instructions", ""), fields.get("criteria"), len(LABELS)
+    question = question_types.build_question(
+        name,
+        fields["type"],
+        fields.get("instructions", ""),
+        fields.get("criteria"),
+        len(question_types.LABELS),
     )
     return question.type.prompt(question), question.labels

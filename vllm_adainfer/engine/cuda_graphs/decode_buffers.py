@@ -1,4 +1,4 @@
-"""The fixed memory that CUDA graphs of decode steps read and write."""
+"""Fixed memory that CUDA graphs of decode steps read and write."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from vllm_adainfer.exits.transfer import upload
 class DecodeBuffers:
     """A batch of requests with one row each, and their hidden states.
 
-    Until a batch is staged, for capture, each request has one token and no blocks. Rows beyond the
-    staged ones are padding: their requests have no tokens, their keys and values no slot.
+    During capture no batch is staged: each request has one token and no blocks. Rows beyond the
+    staged batch are padding: requests without tokens, keys and values without a slot.
 
     Attributes:
-        positions: int64 [size].
+        positions: int64 [size], each request's position in its sequence.
 
     """
 
     def __init__(self, size: int, block_tables: Sequence[Tensor], device: torch.device) -> None:
-        """For up to `size` requests, with `block_tables` [requests, blocks] like those of steps."""
+        """Allocate for `size` requests, with tables like `block_tables` [requests, blocks]."""
         self.positions = torch.zeros(size, dtype=torch.int64, device=device)
         self._ids = torch.zeros(size, dtype=torch.int32, device=device)
         self._starts_cpu = torch.arange(size + 1, dtype=torch.int32)
@@ -39,12 +39,12 @@ class DecodeBuffers:
             (len(block_tables), size), NO_SLOT, dtype=torch.int64, device=device
         )
         self._is_padding = torch.zeros(size, dtype=torch.bool, device=device)
-        # Allocated by the first batch, the largest, which has their dtype and widths.
+        # Allocated by the first batch, which is the largest, with its dtype and widths.
         self._states: HiddenStates | None = None
         self._final: Tensor | None = None
 
     def stage(self, layout: RowLayout, attention: StepAttention, padded: int) -> None:
-        """Copy in the batch of `layout`, padded to that many requests."""
+        """Copy in the rows of `layout`, padded to `padded` requests."""
         requests, rows = layout.present, layout.num_rows
         positions = np.zeros(padded, dtype=np.int64)
         positions[:rows] = layout.last_positions[requests]
@@ -73,7 +73,7 @@ class DecodeBuffers:
             )
 
     def queries(self, rows: int, max_seq_len: int) -> Queries:
-        """The staged batch with its padding."""
+        """The staged batch, padded to `rows`."""
         return Queries(
             starts=self._starts[: rows + 1],
             starts_cpu=self._starts_cpu[: rows + 1],
@@ -85,23 +85,23 @@ class DecodeBuffers:
         )
 
     def tables_of(self, rows: int) -> list[Tensor]:
-        """Block tables by KV cache group, [rows, blocks]."""
+        """int32 [rows, blocks] by KV cache group: the block tables."""
         return [table[:rows] for table in self._tables]
 
     def slots_of(self, rows: int) -> list[Tensor]:
-        """Slots by KV cache group, [rows]."""
+        """int64 [rows] by KV cache group: the cache slots."""
         return list(self._slots[:, :rows].unbind())
 
     def padding_of(self, rows: int) -> Tensor:
-        """bool [rows], which of them are padding, for which a router need choose no experts."""
+        """bool [rows]: which rows are padding, for which a router need not choose experts."""
         return self._is_padding[:rows]
 
     def ids_of(self, rows: int) -> HiddenStates:
-        """The token ids, input of the first segment."""
+        """The token ids, the input of the first segment."""
         return HiddenStates(self._ids[:rows])
 
     def states_of(self, rows: int) -> HiddenStates:
-        """The states between two segments."""
+        """The hidden states between two segments."""
         assert self._states is not None, "stored by the first segment"
         return self._states.rows(slice(0, rows))
 
@@ -111,7 +111,7 @@ class DecodeBuffers:
         return self._final[:rows]
 
     def load(self, states: HiddenStates, is_ids: bool) -> None:
-        """Copy in the states of the staged rows, unless it is in the buffers already."""
+        """Copy in the states of the staged rows, unless they are in the buffers already."""
         rows = slice(0, states.num_rows)
         if is_ids:
             self._ids[rows] = states.hidden
@@ -121,7 +121,7 @@ class DecodeBuffers:
             self._states.put(states, rows)
 
     def store(self, states: HiddenStates, is_final: bool) -> None:
-        """Keep a segment's output."""
+        """Store a segment's output."""
         size = len(self.positions)
         if is_final:
             if self._final is None:

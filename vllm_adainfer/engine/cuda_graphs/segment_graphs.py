@@ -1,8 +1,8 @@
-"""CUDA graphs of segments, for decode batches: one launch per segment instead of hundreds.
+"""CUDA graphs of segments for decode batches: one launch per segment instead of hundreds.
 
-vLLM's full graphs hold the whole model, so no request could leave. Here each segment has a graph
-per capture size, and a batch is padded to the next one. vLLM's `CudaGraphManager` captures and
-keeps the graphs, as for vLLM's model that runs some layers on only some rows
+A full graph of vLLM holds the whole model, so no request could leave. Here each segment has one
+graph per capture size, and a batch is padded to the next size. vLLM's `CudaGraphManager` captures
+and keeps the graphs, as it does for vLLM's own model that runs some layers on a subset of rows
 (`models/deepseek_v41/nvidia/decoder_replay_cudagraph.py`).
 """
 
@@ -38,10 +38,10 @@ logger = get_logger(__name__)
 
 
 class SegmentGraphs:
-    """Captures the graphs, and makes batches that replay them.
+    """Captures the graphs and stages batches for them.
 
-    All graphs share one memory pool (only one runs at a time) and one set of buffers, so beyond the
-    largest graph each takes memory only for its launches.
+    All graphs share one memory pool (only one runs at a time) and one set of buffers, so each graph
+    beyond the largest takes memory only for its launches.
     """
 
     def __init__(
@@ -53,8 +53,11 @@ class SegmentGraphs:
         block_tables: Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        """Allocate for the attention `groups` of `kv_cache`; `block_tables` [requests, blocks]."""
-        # Builders keep what graphs read at fixed addresses only under this mode.
+        """Allocate buffers for the attention `groups` of `kv_cache`.
+
+        `block_tables` are int32 [requests, blocks] by KV cache group, as in steps.
+        """
+        # Only in this mode do builders keep what graphs read at fixed addresses.
         config = copy.copy(vllm_config)
         config.compilation_config = copy.copy(vllm_config.compilation_config)
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
@@ -72,7 +75,7 @@ class SegmentGraphs:
         self._buffers = DecodeBuffers(size, block_tables, device)
 
     def capture(self) -> None:
-        """Capture all graphs, and log how much memory they take."""
+        """Capture all graphs, and log the memory they take."""
         before = torch.accelerator.get_memory_info()[0]
         for index, manager in enumerate(self._managers):
             manager.capture(self._forward_of(index), f"Capturing segment {index + 1} for decoding")
@@ -85,7 +88,7 @@ class SegmentGraphs:
         )
 
     def serves(self, layout: RowLayout) -> bool:
-        """Whether graphs fit a batch with the rows of `layout`."""
+        """Whether there are graphs for a batch with the rows of `layout`."""
         return self._graph_for(layout).cg_mode == CUDAGraphMode.FULL
 
     def stage(self, layout: RowLayout, attention: StepAttention) -> Replay | None:
@@ -98,19 +101,19 @@ class SegmentGraphs:
         return Replay(self._managers, self._buffers, graph, layout.num_rows)
 
     def _graph_for(self, layout: RowLayout) -> BatchExecutionDescriptor:
-        """The smallest that holds them all; any one segment's, for all have the same."""
+        """The smallest graph that holds the batch. All segments have the same sizes."""
         rows, requests = layout.num_rows, len(layout.present)
         uniform = 1 if rows == requests else None
         return self._managers[0].dispatch(requests, rows, uniform, num_active_loras=0)
 
     def _metadata(self, rows: int, max_seq_len: int, for_capture: bool = False) -> dict[str, Any]:
-        """Attention metadata of the buffers; building them updates what the builders keep."""
+        """Attention metadata of the buffers. Building it updates what graphs read from builders."""
         queries = self._buffers.queries(rows, max_seq_len)
         tables, slots = self._buffers.tables_of(rows), self._buffers.slots_of(rows)
         return metadata_of(self._groups, queries, tables, slots, for_capture)
 
     def _forward_of(self, index: int) -> Callable[..., Callable[[CUDAGraphMode], None]]:
-        """The function with which vLLM prepares a segment's inputs; it returns one that runs it."""
+        """The function that prepares a segment's inputs for capture and returns its forward."""
 
         def prepare(graph: BatchExecutionDescriptor, warmup: bool) -> Callable[..., None]:
             rows, buffers = graph.num_tokens, self._buffers
@@ -137,13 +140,13 @@ class SegmentGraphs:
 
 @dataclass(frozen=True)
 class Replay:
-    """The segments' graphs of one size, with rows in their buffers, one for each request.
+    """The segments' graphs of one size, with a batch in their buffers.
 
     Attributes:
-        managers: of the graphs, by segment.
-        buffers: staged for these rows.
-        graph: which of each manager's graphs.
-        rows: how many there are, without padding.
+        managers: the graphs of each segment.
+        buffers: the buffers, staged with the batch.
+        graph: the size to replay, of each manager.
+        rows: the number of rows without padding, one for each request.
 
     """
 
@@ -153,7 +156,7 @@ class Replay:
     rows: int
 
     def run(self, segment: int, states: HiddenStates) -> HiddenStates:
-        """The states after a segment: in the buffers, where the next segment overwrites them."""
+        """The hidden states after a segment, in buffers that the next segment overwrites."""
         self.buffers.load(states.rows(slice(0, self.rows)), is_ids=segment == 0)
         self.managers[segment].run_fullgraph(self.graph)
         if segment == len(self.managers) - 1:
@@ -162,7 +165,7 @@ class Replay:
 
 
 def why_not_captured(vllm_config: VllmConfig, groups: Groups) -> str | None:
-    """Why graphs of decode steps cannot be captured, None if they can."""
+    """Why decode steps cannot be captured; None if they can."""
     if vllm_config.lora_config is not None:
         return "their buffers hold no adapters (LoRA)"
     for kv_group in groups:

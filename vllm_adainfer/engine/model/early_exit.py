@@ -121,7 +121,7 @@ class EarlyExit(_Model):
             self._kv_fill = kv_fill_of(layers, self.exit_points)
         return loaded
 
-    def doubt_weights(self) -> None:
+    def mark_all_weights_replaced(self) -> None:
         """Take all weights for replaced until they pass `load_weights` again."""
         self._note_replaced(frozenset(self._started_with.names or {"all"}))
 

@@ -1,6 +1,6 @@
-"""Captures a sample of the requests that the scheduler gets, to calibrate a policy on them.
+"""Captures a sample of the requests that reach the scheduler, as calibration data.
 
-The engine core sees each request as the model does, whatever endpoint it came by.
+The engine core sees every request in the form the model gets, whichever endpoint received it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ else:
 
 
 class CapturingScheduler(_Scheduler):
-    """Mixed in before a scheduler; a request that is captured runs as it does without."""
+    """Mixin that captures requests; must precede the scheduler class in the MRO.
+
+    A captured request runs exactly as it would without capture.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Open the directory.
+        """Open the capture directory.
 
         Raises:
-            AdaInferError: this process cannot write to it.
+            AdaInferError: this process cannot write to the directory.
 
         """
         super().__init__(*args, **kwargs)
@@ -59,9 +62,10 @@ class CapturingScheduler(_Scheduler):
 
 
 def body_of(request: Request, model: str) -> dict[str, Any] | None:
-    """The body of ``/v1/completions`` that asks for the same; None if no such body does.
+    """The equivalent body of ``/v1/completions``, or None if there is no equivalent.
 
-    How a token is drawn (``top_p``, ``top_k``, ``min_p``, ``seed``) is left out.
+    Settings that only affect how a token is drawn (``top_p``, ``top_k``, ``min_p``, ``seed``) are
+    omitted.
     """
     params = request.sampling_params
     if (
@@ -81,7 +85,7 @@ def body_of(request: Request, model: str) -> dict[str, Any] | None:
         "temperature": params.temperature,
         "allowed_token_ids": params.allowed_token_ids,
         "logprob_token_ids": params.logprob_token_ids,
-        "logprobs": params.num_logprobs,  # vLLM wants it beside `logprob_token_ids`
+        "logprobs": params.num_logprobs,  # vLLM requires it with `logprob_token_ids`
     }
     if params.structured_outputs is not None:
         outputs = params.structured_outputs
@@ -93,9 +97,9 @@ def body_of(request: Request, model: str) -> dict[str, Any] | None:
 
 
 def _needs_more_keys(params: SamplingParams) -> bool:
-    """Whether a request has settings that change scores or read those of the prompt.
+    """Whether a request has settings that change scores, or wants scores of its prompt.
 
-    No policy serves it, and without them a line would ask for something else.
+    No policy serves such a request, and a line without these settings would be a different request.
     """
     return bool(
         params.prompt_logprobs is not None

@@ -1,4 +1,4 @@
-"""Files of captured requests: lines of vLLM's batch format, written by a thread of their own."""
+"""Writes captured requests to files in vLLM's batch format, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from vllm_adainfer.settings.engine import Capture
 
 logger = get_logger(__name__)
 
-QUEUED = 256  # requests that may wait for the disk; more are left out
-FILES = 10  # in which the lines of an engine are kept, so that a tenth is deleted at a time
-CLOSE_SECONDS = 5.0  # for which an engine that stops waits for the disk
+QUEUED = 256  # requests that may wait for the disk; further ones are not captured
+FILES = 10  # files per engine: the oldest tenth of the lines is deleted at a time
+CLOSE_SECONDS = 5.0  # how long a stopping engine waits for the disk
 
 
 class CaptureFiles:
-    """Keeps the latest requests of one engine in ``capture-ENGINE-NUMBER.jsonl``.
+    """Keeps the latest requests of one engine in files ``capture-ENGINE-NUMBER.jsonl``.
 
-    Files of an earlier run count as this engine's. Each line is one write; what a full disk cuts
-    off is taken back at once, and what a kill cuts off at the next start.
+    Files left by earlier runs of the engine count towards its limit. Each line is a single write.
+    A line cut short by a full disk is removed at once, one cut short by a kill at the next start.
     """
 
     def __init__(self, settings: Capture, engine: int) -> None:
-        """Make room for new lines, and start the thread.
+        """Enforce the limit on what earlier runs left, and start the thread.
 
         Args:
-            settings: where, and how many lines.
-            engine: number of this engine among those that write to the directory.
+            settings: the directory, and the most lines to keep there.
+            engine: the number of this engine among those that write to the directory.
 
         Raises:
             AdaInferError: this process cannot write to the directory.
@@ -48,7 +48,7 @@ class CaptureFiles:
         self._limit = settings.limit
         self._lines_per_file = max(1, settings.limit // FILES)
         self._file: FileIO | None = None
-        self._lines = 0  # of that file
+        self._lines = 0  # in that file
         check_directory(settings.directory)
         found = _numbered(self._directory, self._prefix)
         self._next_number = max(found, default=0) + 1
@@ -63,9 +63,13 @@ class CaptureFiles:
         self._thread.start()
 
     def put(self, custom_id: str, body: dict[str, Any], group: str | None = None) -> None:
-        """Have a request written, or leave it out if too many wait; never waits itself.
+        """Queue a request to be written, or drop it if the queue is full; never blocks.
 
-        `group` is the same for requests that came together; None for one that came alone.
+        Args:
+            custom_id: the client's id of the request.
+            body: the body of ``/v1/completions``.
+            group: shared by requests that arrived together; None for one that arrived alone.
+
         """
         line = {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
         if group is not None:
@@ -74,12 +78,12 @@ class CaptureFiles:
             self._queue.put_nowait(line)
         except Full:
             logger.warning_once(
-                "requests come faster than they can be written to %s: some are not captured",
+                "requests arrive faster than they can be written to %s: some are not captured",
                 self._directory,
             )
 
     def close(self) -> None:
-        """Write what waits, for `CLOSE_SECONDS` at most."""
+        """Write what is queued; give up on a disk that hangs."""
         try:
             self._queue.put(None, timeout=CLOSE_SECONDS)
         except Full:
@@ -90,11 +94,11 @@ class CaptureFiles:
         while (line := self._queue.get()) is not None:
             try:
                 self._write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-            except Exception as error:  # whatever it is, the next line may succeed
+            except Exception as error:  # whatever it was, the next line may succeed
                 if not self._failed:
                     logger.warning(
-                        "a request could not be captured in %s (%s); later ones are tried, and "
-                        "this is not said again",
+                        "a request could not be captured in %s (%s); later requests are still "
+                        "tried, and this warning is not repeated",
                         self._directory,
                         error,
                     )
@@ -112,7 +116,7 @@ class CaptureFiles:
         self._lines += 1
 
     def _new_file(self) -> FileIO:
-        """The next file, readable and writable by this user only."""
+        """Open the next file, which only this user may read and write."""
         if self._file is not None:
             self._file.close()
             self._full.append((Path(str(self._file.name)), self._lines))
@@ -123,21 +127,21 @@ class CaptureFiles:
             self._next_number += 1
             try:
                 return FileIO(path, "xb", opener=_private)
-            except FileExistsError:  # another server writes to the same directory
+            except FileExistsError:  # from another server that writes to the same directory
                 continue
 
     def _make_room(self, lines: int) -> None:
-        """Delete the oldest files until there is room for `lines` more."""
+        """Delete the oldest files until `lines` more fit within the limit."""
         while self._full and sum(count for _, count in self._full) + lines > self._limit:
             self._full[0][0].unlink(missing_ok=True)
             self._full.popleft()
 
 
 def check_directory(directory: str) -> None:
-    """Make the directory if it is not there, and check that files can be made in it.
+    """Create the directory if it is missing, and check that files can be created in it.
 
     Raises:
-        AdaInferError: they cannot.
+        AdaInferError: the directory or a file in it cannot be created.
 
     """
     try:
@@ -148,10 +152,10 @@ def check_directory(directory: str) -> None:
 
 
 def whole_lines(path: Path) -> int:
-    """How many lines a file has, once what is cut off at its end is removed.
+    """Remove an incomplete last line from a file, and count the lines that remain.
 
     Raises:
-        OSError: it cannot be read and written.
+        OSError: the file cannot be read and written.
 
     """
     with path.open("rb+") as file:
@@ -165,7 +169,7 @@ def whole_lines(path: Path) -> int:
 
 
 def _numbered(directory: Path, prefix: str) -> dict[int, Path]:
-    """The files that earlier runs have left, by their number."""
+    """The files left by earlier runs, by number."""
     names = {
         path: re.fullmatch(rf"{prefix}(\d+)\.jsonl", path.name) for path in directory.iterdir()
     }

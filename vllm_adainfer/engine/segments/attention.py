@@ -1,4 +1,4 @@
-"""Attention metadata of a batch that exits have changed, built by the backend's own builder."""
+"""Attention metadata for a subset of a step's rows, built by the backend's own builder."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ Groups = list[list[AttentionGroup]]  # by KV cache group
 def with_own_builders(
     groups: Groups, kv_cache: KVCacheConfig, vllm_config: VllmConfig, device: torch.device
 ) -> Groups:
-    """`groups` with their own metadata builders, because a builder may keep what it built last.
+    """Copies of `groups` with metadata builders of their own: a builder may keep its last result.
 
-    They must hold every layer of `kv_cache`: vLLM takes a layer without metadata for one that is
-    being profiled, and its output means nothing.
-
-    vLLM's model that runs some layers on only some rows does the same
-    (`models/deepseek_v41/nvidia/model_state.py`).
+    The groups must hold every layer of `kv_cache`: vLLM treats a layer without metadata as being
+    profiled, and returns garbage. vLLM's own model that runs some layers on a subset of rows does
+    the same (`models/deepseek_v41/nvidia/model_state.py`).
 
     Raises:
-        AdaInferError: a backend writes keys and values only of rows that attend.
+        AdaInferError: a backend writes keys and values only for rows that attend.
 
     """
     held = {name for group in itertools.chain.from_iterable(groups) for name in group.layer_names}
@@ -59,11 +57,11 @@ def with_own_builders(
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of a batch are.
+    """The rows of a batch in their sequences and in the KV cache.
 
     Attributes:
-        positions: int64 [rows], in their sequences.
-        slots: int64 [rows] by layer name, where in the cache their keys and values go.
+        positions: int64 [rows], each row's position in its sequence.
+        slots: int64 [rows] by layer name, the cache slot of each row's keys and values.
 
     """
 
@@ -73,16 +71,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Queries:
-    """Rows of some requests, in the form that attention metadata are built from.
+    """Rows grouped by request, as input to metadata builders.
 
     Attributes:
-        starts: int32 [requests + 1], the first row of each, then the number of rows.
+        starts: int32 [requests + 1], the first row of each request, then the number of rows.
         starts_cpu: the same on the host.
-        seq_lens: int32 [requests], tokens of each up to its last row.
+        seq_lens: int32 [requests], the tokens of each request up to its last row.
         seq_lens_cpu: the same on the host.
-        positions: int64 [rows], in their sequences.
-        max_query_len: most rows of a request.
-        max_seq_len: most tokens of a request, or an upper bound on that.
+        positions: int64 [rows], each row's position in its sequence.
+        max_query_len: the largest number of rows of a request.
+        max_seq_len: the largest number of tokens of a request, or an upper bound on it.
 
     """
 
@@ -95,11 +93,11 @@ class Queries:
     max_seq_len: int
 
     @property
-    def begins(self) -> Tensor:
-        """bool [requests] on the host, whose first token is among these rows.
+    def starts_sequence(self) -> Tensor:
+        """bool [requests] on the host: whether the request's first token is among these rows.
 
-        A recurrent state starts from zero there; in 0.32 its metadata ask for nothing else of
-        ``is_prefilling`` (`gdn_attn.py`).
+        A recurrent state starts from zero there. This is all that vLLM 0.32 reads of
+        ``is_prefilling`` for recurrent layers (`gdn_attn.py`).
         """
         return self.seq_lens_cpu <= self.starts_cpu.diff()
 
@@ -111,13 +109,13 @@ def metadata_of(
     slots: Sequence[Tensor],
     for_capture: bool = False,
 ) -> dict[str, Any]:
-    """Attention metadata by layer.
+    """Attention metadata by layer name.
 
     Args:
-        groups: `with_own_builders`.
-        queries: rows of the requests.
+        groups: attention groups from `with_own_builders`.
+        queries: the rows, by request.
         block_tables: int32 [requests, blocks] of these requests, by KV cache group.
-        slots: int64 [rows] by KV cache group, where keys and values go.
+        slots: int64 [rows] by KV cache group, the cache slots of keys and values.
         for_capture: whether a CUDA graph is about to be captured.
 
     """
@@ -135,7 +133,7 @@ def metadata_of(
             block_table_tensor=table,
             slot_mapping=group_slots,
             positions=queries.positions,
-            is_prefilling=queries.begins,
+            is_prefilling=queries.starts_sequence,
         )
         for group in kv_group:
             built = (
@@ -148,7 +146,7 @@ def metadata_of(
 
 
 def by_layer(groups: Groups, slots: Sequence[Tensor]) -> dict[str, Tensor]:
-    """`slots` of the KV cache groups, by layer name."""
+    """Index `slots` of the KV cache groups by layer name."""
     return {
         name: group_slots
         for kv_group, group_slots in zip(groups, slots, strict=True)
@@ -159,16 +157,16 @@ def by_layer(groups: Groups, slots: Sequence[Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class StepAttention:
-    """Builds rows and attention metadata for other rows of a step's requests.
+    """Builds attention metadata for any rows of a step's requests.
 
-    The slot mapping is given twice, in the metadata and by layer: vLLM 0.32 reads the second where
-    it writes K and V.
+    The slot mapping is built twice, in the metadata and by layer: vLLM 0.32 writes keys and values
+    with the second.
 
     Attributes:
-        groups: `with_own_builders`.
+        groups: attention groups from `with_own_builders`.
         block_tables: int32 [requests, blocks] of each KV cache group, on the device.
         block_sizes: tokens per block, by KV cache group.
-        device: of the rows.
+        device: the device of the rows.
 
     """
 
@@ -186,15 +184,15 @@ class StepAttention:
         layout: RowLayout,
         device: torch.device,
     ) -> StepAttention:
-        """That of a step with the rows of `layout`.
+        """For a step with the rows of `layout`.
 
-        With prefix caching a recurrent layer has a block for each so many tokens, and vLLM copies a
-        request's state to the one of the step's last row before the step. 0.32 finds it by the rows
-        of a batch (`mamba_get_block_table_tensor`), and rows that waited may belong to an earlier
-        block. So the tables of such layers name this block in each place.
+        With prefix caching a recurrent layer keeps a state block every so many tokens, and vLLM
+        copies a request's state into the block of the step's last row before the step. vLLM 0.32
+        looks the block up by a batch's rows (`mamba_get_block_table_tensor`), but deferred rows may
+        belong to an earlier block. So the tables of recurrent layers hold this block everywhere.
         """
         tables = [
-            _naming_last(table, layout.last_positions // size)
+            _last_block_everywhere(table, layout.last_positions // size)
             if any(group.backend.is_ssm() for group in kv_group)
             else table
             for kv_group, table, size in zip(groups, block_tables, block_sizes, strict=True)
@@ -202,7 +200,7 @@ class StepAttention:
         return cls(groups, tables, block_sizes, device)
 
     def of_layer(self, name: str) -> StepAttention:
-        """What batches need that run only the layer with this attention."""
+        """The same for batches that run only the layer with this attention."""
         index, kept = next(
             (index, group)
             for index, kv_group in enumerate(self.groups)
@@ -213,7 +211,7 @@ class StepAttention:
         return StepAttention([[kept]], [table], [size], self.device)
 
     def metadata(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
-        """Where the rows of `layout` are, and their attention metadata by layer name."""
+        """The rows of `layout`, and their attention metadata by layer name."""
         requests = layout.present
         lens = layout.lens[requests]
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
@@ -235,20 +233,20 @@ class StepAttention:
         return Rows(positions, by_layer(self.groups, slots)), metadata
 
     def rows(self, layout: RowLayout) -> Rows:
-        """Where the rows of `layout` are."""
+        """The rows of `layout`, without metadata."""
         owners, positions = upload((layout.row_requests, layout.positions), self.device)
         return Rows(positions, by_layer(self.groups, self._slots(owners, positions)))
 
     def _slots(self, owners: Tensor, positions: Tensor) -> list[Tensor]:
-        """Slots by KV cache group, int64 [rows]."""
+        """int64 [rows] by KV cache group: the cache slots."""
         return [
             slots_of(table, size, owners, positions)
             for table, size in zip(self.block_tables, self.block_sizes, strict=True)
         ]
 
 
-def _naming_last(table: Tensor, blocks: Ints) -> Tensor:
-    """`table` [requests, blocks] with the block number `blocks` of each request in all places."""
+def _last_block_everywhere(table: Tensor, blocks: Ints) -> Tensor:
+    """`table` [requests, blocks], with entry `blocks` of each request copied to all entries."""
     if table.shape[1] == 1:
         return table
     [places] = upload((blocks,), table.device)

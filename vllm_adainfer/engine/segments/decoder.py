@@ -1,4 +1,4 @@
-"""What the engine knows of a family of models: where vLLM's modules are, how to call them."""
+"""Decoder: where a model family keeps vLLM's modules, and how to call them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from typing_extensions import override
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 
-Layer = Callable[..., Any]  # one of vLLM's decoder layers, or that with some arguments
+Layer = Callable[..., Any]  # one of vLLM's decoder layers, perhaps with arguments bound
 
 
 @dataclass(frozen=True)
 class KVProjection:
-    """How a layer makes keys and values from its input.
+    """How a layer computes keys and values from its input.
 
     Attributes:
-        attention: vLLM's attention layer, which has the KV cache.
-        qkv_proj: from the normed input to queries (and their gate), keys and values, in this order.
-        norm: of the input; None if the input is projected without one.
-        rotary: rotates keys by their positions; None if the embedding adds positions.
-        value_norm: of each value; None for none.
-        key_norm: before the rotation, of each key or of all keys of a row as one, as its size
-            tells; None for none.
+        attention: vLLM's attention layer, which owns the KV cache.
+        qkv_proj: projects the normed input to queries (and their gate), keys and values, in order.
+        norm: the norm of the input; None if there is none.
+        rotary: rotates keys by position; None if the embedding adds positions.
+        key_norm: the norm of keys before rotation, of each key or of all keys of a row together,
+            depending on its size; None if there is none.
+        value_norm: the norm of each value; None if there is none.
 
     """
 
@@ -38,19 +38,19 @@ class KVProjection:
 
     @property
     def heads(self) -> tuple[int, int]:
-        """Number of KV heads, and their size."""
+        """The number of KV heads, and the head size."""
         return self.attention.num_kv_heads, self.attention.head_size
 
     @property
     def q_size(self) -> int:
-        """Number of the projection's outputs before keys and values: queries, or a gate, too."""
+        """The number of projection outputs before keys and values: queries, perhaps with a gate."""
         heads, head_size = self.heads
         size: int = self.qkv_proj.output_size_per_partition - 2 * heads * head_size
         return size
 
     @property
     def keys_per_norm(self) -> int:
-        """How many of a row's keys `key_norm` takes as one."""
+        """How many of a row's keys `key_norm` normalises together."""
         norm: Any = self.key_norm
         size: int = norm.weight.shape[0]
         return size // int(self.attention.head_size)
@@ -58,9 +58,9 @@ class KVProjection:
     def __call__(
         self, hidden: Tensor, residual: Tensor | None, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [rows, heads, head size], of rows at int64 [rows] `positions`.
+        """Keys and values, each [rows, heads, head size], at `positions`, int64 [rows].
 
-        `hidden` and `residual` are the parts of the stream, which the norm may overwrite.
+        `hidden` and `residual` are the parts of the residual stream. The norm may overwrite them.
         """
         state = hidden
         if self.norm is not None and residual is not None:
@@ -76,49 +76,49 @@ class KVProjection:
         if self.value_norm is not None:
             values = self.value_norm(values.contiguous())
         if self.rotary is not None:
-            # A copy: vLLM's op writes to its argument, which is a part of the projection's output.
-            # Compiling that, torch 2.13 may take the number of rows for a constant.
+            # A copy: vLLM's op writes to its argument, here a view of the projection's output.
+            # When that is compiled, torch 2.13 may specialise on the number of rows.
             rotated = self.rotary(positions, keys.flatten(1).clone(), None)[0]
             keys = rotated.unflatten(1, self.heads)
         return keys, values
 
 
 class Decoder:
-    """The conventions of vLLM's Llama; another family overrides what it does differently.
+    """The conventions of vLLM's Llama. Another family overrides what it does differently.
 
-    `body` is the module that holds embedding, layers and final norm. The functions keep no state:
-    they are called with vLLM's modules, also inside compiled code.
+    `body` is the module that holds the embedding, the layers and the final norm. The functions are
+    stateless, and also run inside compiled code.
     """
 
     @staticmethod
     def body(model: Any) -> Any:
-        """The body of a vLLM model for causal LM."""
+        """The body of a vLLM causal LM."""
         return model.model
 
     @staticmethod
     def head(model: Any) -> Any:
-        """Its LM head."""
+        """The LM head of a vLLM causal LM."""
         return model.lm_head
 
     @staticmethod
     def embed(body: Any, ids: Tensor, positions: Tensor) -> Tensor:
-        """Input of the first layer, [rows, hidden size], for int [rows] token `ids`."""
+        """The input of the first layer, [rows, hidden size], for token `ids`, int [rows]."""
         embedded: Tensor = body.embed_input_ids(ids)
         return embedded
 
     @staticmethod
     def per_layer_inputs(body: Any, ids: Tensor, embedded: Tensor) -> Tensor | None:
-        """[rows, layers, size], an input of its own for each layer; None for none."""
+        """[rows, layers, size], a separate input for each layer; None if layers have none."""
         return None
 
     @staticmethod
     def given(layer: nn.Module, own: Tensor) -> Layer:
-        """`layer` with its part of `per_layer_inputs`, [rows, size]."""
-        raise AssertionError("layers of this family have no inputs of their own")
+        """`layer` with its part of `per_layer_inputs`, [rows, size], bound."""
+        raise AssertionError("layers of this family have no per-layer inputs")
 
     @staticmethod
     def own_kv_layers(body: Any) -> int | None:
-        """How many layers write keys and values, if later ones read those of others."""
+        """How many layers write keys and values, if later layers share them; else None."""
         return None
 
     @staticmethod
@@ -131,7 +131,7 @@ class Decoder:
     def run_layer(
         layer: Layer, positions: Tensor, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The parts of the stream after one layer."""
+        """The parts of the residual stream after one layer."""
         after: tuple[Tensor, Tensor | None] = layer(positions, hidden, residual)
         return after
 
@@ -143,18 +143,18 @@ class Decoder:
 
     @staticmethod
     def final_norm(body: Any) -> nn.Module | None:
-        """The norm in `finish`."""
+        """The norm that `finish` applies; None if there is none."""
         norm: nn.Module = body.norm
         return norm
 
     @staticmethod
     def projection(body: Any) -> Tensor | None:
-        """[hidden size, head size], the projection after that norm; None for none."""
+        """[hidden size, head size], the projection after that norm; None if there is none."""
         return None
 
     @staticmethod
     def kv_projection(layer: Any) -> KVProjection:
-        """How `layer` makes keys and values, with rotation and key norm if it has them."""
+        """How `layer` computes keys and values."""
         attention = layer.self_attn
         return KVProjection(
             attention=attention.attn,
@@ -166,7 +166,7 @@ class Decoder:
 
 
 class OnePartDecoder(Decoder):
-    """The residual stream is in one part: layers add to it themselves."""
+    """A residual stream in one part: layers add to it themselves."""
 
     @staticmethod
     @override
@@ -183,7 +183,7 @@ class OnePartDecoder(Decoder):
 
 
 def norm_of(module: nn.Module) -> Norm:
-    """The parameters of one of vLLM's norms, as loaded so far."""
+    """The parameters of one of vLLM's norms."""
     if isinstance(module, GemmaRMSNorm):  # its weight is stored less one
         return Norm("rms", module.weight.data.float() + 1, eps=module.variance_epsilon)
     if isinstance(module, RMSNorm):

@@ -1,4 +1,4 @@
-"""The memory in which piecewise CUDA graphs find the states that the segment before has left."""
+"""Fixed memory for the hidden states between segments, for piecewise CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from vllm_adainfer.exits.hidden_states import HiddenStates
 
 
 class FixedStates:
-    """Keeps a segment's output where the next segment's graphs read it.
+    """Copies a segment's output to where the next segment's graphs read it.
 
-    vLLM captures each compiled module as if nothing read its output in another graph: the memory of
-    that output returns to the pool of all graphs, and the next segment's graphs could be captured
-    on top of their own input (0.32: ``weak_ref_output`` in `compilation/backends.py`; a module of
-    several compiled parts copies between them, `models/gemma3n.py`). One segment runs after the
-    other, so they share this memory.
+    vLLM captures each compiled module as if no other graph read its output: the output's memory
+    returns to the shared pool, so the next segment's graphs could be captured on top of their own
+    input (vLLM 0.32: ``weak_ref_output`` in `compilation/backends.py`; its own model of several
+    compiled parts copies between them, `models/gemma3n.py`). Segments run one after the other, so
+    all share this memory.
     """
 
     def __init__(self, rows: int) -> None:
-        """For up to `rows` rows, the most that vLLM captures."""
+        """Allocate lazily for up to `rows` rows, the largest batch that vLLM captures."""
         self._rows = rows
-        self._states: HiddenStates | None = None  # the first ones have the dtype and widths
+        self._states: HiddenStates | None = None  # allocated like the first states
 
-    def handed_on(self, states: HiddenStates) -> HiddenStates:
-        """`states` of a segment as the next one is to read them: moved, if that replays graphs."""
+    def for_next_segment(self, states: HiddenStates) -> HiddenStates:
+        """`states` as the next segment reads them: copied if it replays graphs."""
         if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
             return states
         if self._states is None:

@@ -1,4 +1,4 @@
-"""Keys and values for the layers that an exited row skips, made from the state it left with."""
+"""KV fill: keys and values of skipped layers, made from the state at the exit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_adainfer.engine.segments.decoder import KVProjection, norm_of
 
 
 class KVFill(Protocol):
-    """Writes keys and values that layers make from one and the same state, for `PropagateKV`."""
+    """Writes the keys and values of several layers from one hidden state, for `PropagateKV`."""
 
     def __call__(
         self, exit_index: int, states: Tensor, positions: Tensor, slots: dict[str, Tensor]
@@ -24,27 +24,27 @@ class KVFill(Protocol):
         """Write keys and values of all layers after an exit point.
 
         Args:
-            exit_index: which exit point.
-            states: [rows, hidden size], the residual stream at it.
-            positions: int64 [rows], in their sequences.
-            slots: int64 [rows] by layer name, where keys and values go.
+            exit_index: the index of the exit point.
+            states: [rows, hidden size], the residual stream there.
+            positions: int64 [rows], each row's position in its sequence.
+            slots: int64 [rows] by layer name, the cache slots.
 
         """
 
 
 def kv_fill_of(layers: Sequence[KVProjection], exit_points: Sequence[int]) -> KVFill:
-    """For all `layers` of a model that write keys and values, with weights loaded but not repacked.
+    """The KV fill for `layers`, all layers of a model that write keys and values.
 
-    On CPUs vLLM repacks linear weights after loading, and drops the originals.
+    Call it after the weights are loaded and before vLLM repacks them, which drops the originals.
     """
     alike = len({layer.heads for layer in layers}) == 1
     if alike and all(layer.value_norm is None for layer in layers):
-        return OneProduct(layers, exit_points)
+        return StackedProjection(layers, exit_points)
     return LayerByLayer(layers, exit_points)
 
 
 class LayerByLayer(KVFill):
-    """Each layer projects the state by itself: they differ in more than their weights."""
+    """Each layer projects the state itself, for layers that differ in more than their weights."""
 
     def __init__(self, layers: Sequence[KVProjection], exit_points: Sequence[int]) -> None:
         """See `kv_fill_of`."""
@@ -59,10 +59,10 @@ class LayerByLayer(KVFill):
             write_kv(layer.attention, keys, values, slots[layer.attention.layer_name])
 
 
-class OneProduct(KVFill):
-    """The projections of all layers are one product.
+class StackedProjection(KVFill):
+    """One matrix product for the projections of all layers.
 
-    It has its own copy of the weights, into which weight and bias of each layer's norm are folded.
+    It keeps a copy of the weights, with the weight and bias of each layer's norm folded in.
     """
 
     def __init__(self, layers: Sequence[KVProjection], exit_points: Sequence[int]) -> None:
@@ -100,10 +100,7 @@ class OneProduct(KVFill):
 
 
 def _folded(layer: KVProjection) -> tuple[Tensor, Tensor]:
-    """K/V weight [2 x heads x head size, hidden size] and bias [2 x heads x head size].
-
-    The norm's weight and bias are folded in.
-    """
+    """K/V weight [2 x heads x head size, hidden size] and bias, with the norm folded in."""
     weight = layer.qkv_proj.weight.data[layer.q_size :]
     qkv_bias = layer.qkv_proj.bias
     bias = weight.new_zeros(len(weight)) if qkv_bias is None else qkv_bias.data[layer.q_size :]
@@ -118,7 +115,7 @@ def _folded(layer: KVProjection) -> tuple[Tensor, Tensor]:
 
 
 def _normed(states: Tensor, norm: Norm | None) -> Tensor:
-    """`states` after a norm over the last dimension, without its weight and bias."""
+    """Normalise `states` over the last dimension, without the norm's weight and bias."""
     if norm is None:
         return states
     size = states.shape[-1:]
@@ -128,7 +125,7 @@ def _normed(states: Tensor, norm: Norm | None) -> Tensor:
 
 
 def _rotated(keys: Tensor, layers: Sequence[KVProjection], positions: Tensor) -> Tensor:
-    """`keys` [rows, layers, heads, head size], rotated as each layer does."""
+    """Rotate `keys` [rows, layers, heads, head size] as each layer does."""
     rotaries = [layer.rotary for layer in layers]
     if len(set(rotaries)) == 1:  # all at once
         [rotary] = set(rotaries)

@@ -22,11 +22,11 @@ from vllm_adainfer.engine.segments.fixed_states import FixedStates
 from vllm_adainfer.exits.batch import StackShape
 from vllm_adainfer.exits.hidden_states import HiddenStates
 
-ROWS = {0: "b"}  # dynamic dimension: the batch's token rows
+ROWS = {0: "b"}  # the dynamic dimension: token rows
 
 
 class Segment(nn.Module):
-    """Consecutive decoder layers; the first segment also embeds, the last applies the final norm.
+    """Consecutive decoder layers. The first segment embeds, the last applies the final norm.
 
     The model owns the layers; a segment only refers to them.
     """
@@ -48,7 +48,7 @@ class Segment(nn.Module):
 
 
 class LastKV(nn.Module):
-    """Computes the last layer's keys and values, for rows that need nothing else of it."""
+    """Keys and values of the last layer, for rows that need nothing else of it."""
 
     def __init__(
         self, *, vllm_config: VllmConfig, prefix: str = "", projection: KVProjection
@@ -62,12 +62,13 @@ class Stack:
     """A model's layers in segments.
 
     Attributes:
-        segments: in order; the last one has the final norm, and at most the last layer unless that
-            shares another's keys and values.
-        last_kv: of that layer; None if the last segment has no layer, or one that shares.
-        head_size: width of the last segment's output, the LM head's input.
+        segments: the segments in order. The last one has the final norm, and at most one layer
+            unless later layers share keys and values.
+        last_kv: computes keys and values of the last layer; None if the last segment has no layer,
+            or a layer that shares another's.
+        head_size: the width of the LM head's input, the output of the last segment.
         own_kv_layers: see `StackShape`.
-        fixed_states: for the states between segments.
+        fixed_states: memory for the states between segments.
 
     """
 
@@ -79,20 +80,20 @@ class Stack:
 
     @property
     def shape(self) -> StackShape:
-        """As the exit loop sees the stack."""
+        """The stack's shape, as the exit loop needs it."""
         layers = [segment.num_layers for segment in self.segments]
         return StackShape(layers, self.head_size, self.own_kv_layers)
 
     def run(self, index: int, positions: Tensor, states: HiddenStates) -> HiddenStates:
-        """The states after a segment; after the last one [rows, head size]."""
+        """The hidden states after a segment; [rows, head size] after the last one."""
         hidden, residual, per_layer = self.segments[index](positions, *states.parts)
         after = HiddenStates(hidden, residual, states.per_layer if per_layer is None else per_layer)
         is_last = index == len(self.segments) - 1
-        return after if is_last else self.fixed_states.handed_on(after)
+        return after if is_last else self.fixed_states.for_next_segment(after)
 
     @property
     def last_layer(self) -> str:
-        """Name of its attention."""
+        """The name of the last layer's attention."""
         assert self.last_kv is not None, "the last segment has no layer"
         name: str = self.last_kv.projection.attention.layer_name
         return name
@@ -100,9 +101,9 @@ class Stack:
     def write_last_kv(
         self, positions: Tensor, states: HiddenStates, slots: dict[str, Tensor]
     ) -> None:
-        """Write keys and values of the last layer to `slots` [rows], by layer name.
+        """Write keys and values of the last layer to `slots`, int64 [rows] by layer name.
 
-        `states` is that layer's input, and may be overwritten.
+        `states` is that layer's input. It may be overwritten.
         """
         assert self.last_kv is not None, "the last segment has no layer"
         keys, values = self.last_kv(positions, *states.stream)
@@ -110,7 +111,7 @@ class Stack:
         write_kv(attention, keys, values, slots[attention.layer_name])
 
     def profile(self, positions: Tensor, ids: Tensor) -> Tensor:
-        """A pass for no request, in which vLLM profiles and captures piecewise graphs.
+        """A pass without requests, in which vLLM profiles and captures piecewise graphs.
 
         Returns:
             [rows, head size].
@@ -133,8 +134,8 @@ def without_graphs(context: ForwardContext) -> ForwardContext:
 def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Segment]:
     """A compiled class for layers `first` + 1 to `last` of `depth`.
 
-    vLLM caches compiled code by the qualified name of ``forward``, so the name must state whatever
-    changes the code.
+    vLLM caches compiled code by the qualified name of ``forward``, so the name states everything
+    that changes the code.
     """
 
     def forward(
@@ -168,7 +169,7 @@ def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Seg
 
 
 def last_kv_class(depth: int) -> type[LastKV]:
-    """A compiled class for the last layer of `depth`; see `segment_class`."""
+    """A compiled `LastKV` for a model of `depth` layers; see `segment_class`."""
 
     def forward(
         self: LastKV, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
@@ -193,8 +194,9 @@ def build_stack(
 ) -> Stack:
     """Cut the stack of `body` after each of `cuts` (counts of layers run).
 
-    The last layer is always cut off, unless it shares another's keys and values; after a cut behind
-    it the last segment is only the final norm. `head_size` is that of the LM head's input.
+    The last layer becomes a segment of its own, unless it shares another's keys and values. If a
+    cut follows it, the last segment is the final norm alone. `head_size` is the width of the LM
+    head's input.
     """
     layers, own_kv_layers = decoder.layers(body), decoder.own_kv_layers(body)
     depth = len(layers)

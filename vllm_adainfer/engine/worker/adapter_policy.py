@@ -1,4 +1,4 @@
-"""A policy that lies beside a LoRA adapter serves as soon as vLLM has loaded the adapter."""
+"""Policies bundled with LoRA adapters: in use as soon as vLLM has loaded the adapter."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ logger = get_logger(__name__)
 FOLDER = "adainfer"  # in the adapter's directory
 
 
-def policy_beside(model: Any, vllm_config: VllmConfig, adapter: LoRARequest) -> Service | None:
-    """What serves now with the policy beside an adapter, None if there is none.
+def bundled_policy(model: Any, vllm_config: VllmConfig, adapter: LoRARequest) -> Service | None:
+    """The current policies with the one bundled with `adapter`; None if it has none.
 
-    All ranks must call this. The policy gets the adapter's name, and replaces one that came under
-    this name before. Policies of the engine switch go before it.
+    A collective: every rank must call it. The policy takes the adapter's name, and replaces an
+    earlier one of this name. Policies of the engine switch take precedence.
 
     Args:
         model: an `EarlyExit`.
-        vllm_config: of the engine.
-        adapter: which vLLM is about to load.
+        vllm_config: the engine's config.
+        adapter: the adapter that vLLM is about to load.
 
     Raises:
         AdaInferError: this engine cannot serve the policy.
@@ -48,16 +48,16 @@ def policy_beside(model: Any, vllm_config: VllmConfig, adapter: LoRARequest) -> 
     settings = model.settings
     name = adapter.lora_name
     if settings.exit_points is None:
-        if settings.record is None and _folder_beside(adapter) is not None:
+        if settings.record is None and _bundled_folder(adapter) is not None:
             logger.warning(
-                "the policy beside the adapter %s is not used: name the layers of its exit points "
-                'when the engine starts, "exit_points": [...]',
+                "the policy bundled with the adapter %s is not used: start the engine with the "
+                'layers of its exit points, "exit_points": [...]',
                 name,
             )
         return None
 
     def read() -> dict[str, Artifact]:
-        artifact = _beside(adapter, model)
+        artifact = _read_bundled(adapter, model)
         if artifact is None:
             return {}
         refuse_unknown_questions(settings, {name: artifact.config})
@@ -71,28 +71,27 @@ def policy_beside(model: Any, vllm_config: VllmConfig, adapter: LoRARequest) -> 
         return None
     artifact, _ = built[name]
     mode = vllm_config.model_config.logprobs_mode
-    logger.info(
-        "With the adapter %s: %s", name, policy_banner(name, artifact.config, settings, mode)
-    )
-    return Service.having(model, vllm_config, built)
+    line = policy_banner(name, artifact.config, settings, mode)
+    logger.info("With the adapter %s: %s", name, line)
+    return Service.with_policies(model, vllm_config, built)
 
 
 def without_policies(model: Any, vllm_config: VllmConfig, adapters: Iterable[str]) -> Service:
-    """What serves now without the policies that came with `adapters`."""
-    service = Service.having(model, vllm_config, {}, adapters)
+    """The current policies without those bundled with `adapters`."""
+    service = Service.with_policies(model, vllm_config, {}, adapters)
     for name in adapters:
-        logger.info("AdaInfer drops policy %s together with its adapter", name)
+        logger.info("AdaInfer dropped policy %s together with its adapter", name)
     return service
 
 
-def _beside(adapter: LoRARequest, model: Any) -> Artifact | None:
-    """The artifact beside an adapter as its policy; None if there is none, or not needed.
+def _read_bundled(adapter: LoRARequest, model: Any) -> Artifact | None:
+    """The artifact bundled with an adapter; None without one, or if the switch names it already.
 
     Raises:
-        AdaInferError: it is damaged, or for another model, other exit points or another adapter.
+        AdaInferError: it is damaged, or is for another model, adapter or other exit points.
 
     """
-    name, folder = adapter.lora_name, _folder_beside(adapter)
+    name, folder = adapter.lora_name, _bundled_folder(adapter)
     if folder is None:
         return None
     own = Adapter(name=name, fingerprint=fingerprint_of(adapter.lora_path) or "")
@@ -109,22 +108,22 @@ def _beside(adapter: LoRARequest, model: Any) -> Artifact | None:
     config.check_weights(model.fingerprint)
     if config.adapter is None or config.adapter.fingerprint != own.fingerprint:
         raise AdaInferError(
-            f"{folder} was not calibrated with the adapter beside it: calibrate with --lora "
-            f"{name}={folder.parent}, or move it away"
+            f"{folder} was not calibrated with the adapter that it is bundled with: calibrate with "
+            f"--lora {name}={folder.parent}, or remove it"
         )
     if not set(config.exit_points) <= set(cuts):
         raise AdaInferError(
             f"{folder} has exit points {list(config.exit_points)}, this engine only {list(cuts)}: "
-            'name them when it starts, "exit_points": [...], or calibrate with --exit-points '
+            'start it with "exit_points": [...], or calibrate with --exit-points '
             f"{','.join(map(str, cuts))}"
         )
     return replace(artifact, config=config.model_copy(update={"adapter": own}))
 
 
-def _folder_beside(adapter: LoRARequest) -> Path | None:
-    """Where an adapter's artifact lies; None without one, or without the adapter.
+def _bundled_folder(adapter: LoRARequest) -> Path | None:
+    """The directory of the artifact bundled with an adapter; None without one.
 
-    vLLM then fails to load the adapter, and says why.
+    Also None if the adapter cannot be found: vLLM then fails to load it, and says why.
     """
     try:
         folder = adapter_directory(adapter.lora_path) / FOLDER

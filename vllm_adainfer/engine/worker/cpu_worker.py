@@ -1,4 +1,4 @@
-"""vLLM's CPU worker with exits."""
+"""vLLM's CPU worker with early exits."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from vllm_adainfer.engine.worker.worker import ExitWorker
 
 
 class AdaInferCPUWorker(ExitWorker, CPUWorker):
-    """Its runner is V1, or V2 where Triton runs on the CPU."""
+    """Runs Model Runner V1, or V2 where Triton runs on the CPU."""
 
     @override
     def init_device(self) -> None:
-        """Build our runner in place of V1's."""
+        """Build our V1 runner instead of vLLM's."""
         with cpu_runner_class(AdaInferCPUModelRunner):
             super().init_device()
 
     @override
     def load_model(self, **kwargs: Any) -> None:
-        """Then keep memory: what is allocated from now on is needed again in every step."""
+        """Keep freed memory from now on: every step needs it again."""
         super().load_model(**kwargs)
         keep_freed_memory()
 
     @override
     def compile_or_warm_up_model(self) -> Any:
-        """Trace segments in a pass of many rows, also in vLLM's CI mode, which has no such pass.
+        """Trace segments with many rows, even in vLLM's CI mode, which skips that pass.
 
-        Torch takes a single row for a constant. The last segment may get one in the first step, and
-        every later batch would then be written to memory for one row.
+        Torch specialises on a batch of one row. If the first step gave the last segment one row,
+        later batches would be written to memory allocated for one row.
         """
         if envs.VLLM_CPU_CI_ENV:
             self.model_runner.warming_up_model()

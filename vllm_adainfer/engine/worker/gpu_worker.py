@@ -1,4 +1,4 @@
-"""vLLM's GPU worker with exits."""
+"""vLLM's GPU worker with early exits."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from vllm_adainfer.exits.exit_loop import ExitLoop
 
 
 class AdaInferGPUWorker(ExitWorker, Worker):
-    """Its runner is V2, which asks the model for its state."""
+    """Runs Model Runner V2, which asks the model for its `ModelState`."""
 
     @override
     def determine_available_memory(self) -> int:
-        """vLLM captures graphs to measure them, and does not know of ours."""
+        """Drop our graphs too: vLLM captures graphs here only to measure their memory."""
         available: int = super().determine_available_memory()
         self.model_runner.model_state.drop_graphs()
         return available
 
     @override
     def sleep(self, level: int = 1) -> None:
-        """Not at a level that discards what was allocated when the model was loaded.
-
-        Reloading brings weights back, but no policies.
+        """Allow only level 1: a deeper sleep discards policies, and no reload restores them.
 
         Raises:
-            AdaInferError: at such a level.
+            AdaInferError: the level is above 1.
 
         """
         if level > 1:
@@ -42,7 +40,7 @@ class AdaInferGPUWorker(ExitWorker, Worker):
 
     @override
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Also the probes; vLLM warms up with requests that must not be counted."""
+        """Warm up the probes too, then reset the counters: warm-up requests must not count."""
         times = super().compile_or_warm_up_model()
         runner, model = self.model_runner, self.model_runner.model
         if isinstance(model.loop, ExitLoop):

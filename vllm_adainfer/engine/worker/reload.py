@@ -1,4 +1,4 @@
-"""Serve with recalibrated artifacts without a restart."""
+"""Reload recalibrated artifacts without a restart."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Reload:
-    """Artifacts of the engine switch that were read again, and can take their places.
+    """The artifacts of the engine switch, read again and checked, ready to be put in use.
 
     Attributes:
-        built: their policies, by name.
-        lines: one for each policy.
+        built: the new policies, by name.
+        lines: one log line for each policy.
 
     """
 
@@ -35,12 +35,12 @@ class Reload:
     def read(
         cls, model: Any, vllm_config: VllmConfig, digests: Mapping[str, str] | None = None
     ) -> Reload:
-        """Read them; all ranks must call this.
+        """Read the artifacts again. A collective: every rank must call it.
 
         Args:
             model: an `EarlyExit`.
-            vllm_config: of the engine.
-            digests: those that the artifacts' files must have, by policy.
+            vllm_config: the engine's config.
+            digests: the digest that each artifact's files must have, by policy; None for any.
 
         Raises:
             AdaInferError: an artifact cannot be served without a restart, or ranks differ.
@@ -50,13 +50,13 @@ class Reload:
 
         def read() -> dict[str, Artifact]:
             if settings.artifact is None:
-                raise AdaInferError("this engine has no artifact to read again")
+                raise AdaInferError("this engine has no artifact to reload")
             artifacts = load_artifacts(settings.artifacts)
             for name, artifact in artifacts.items():
                 if digests is not None and artifact.digest != digests[name]:
                     raise AdaInferError(
-                        f"artifact {settings.artifacts[name]!r} was overwritten while it was read "
-                        "again, or differs from replica to replica: reload again"
+                        f"artifact {settings.artifacts[name]!r} was overwritten during the "
+                        "reload, or replicas see different files: reload again"
                     )
                 artifact.config.check_weights(model.fingerprint)
                 cuts = model.loop.policies.exit_points
@@ -67,19 +67,19 @@ class Reload:
         return cls(
             built,
             [
-                f"policy {name} was read again from {source}"
+                f"policy {name} was reloaded from {source}"
                 for name, source in settings.artifacts.items()
             ],
         )
 
     def use(self, model: Any, running: RunningRequests, vllm_config: VllmConfig) -> list[str]:
-        """Decide by them from the next step on; policies that came with adapters stay.
+        """Decide with the new policies from the next step on; policies of adapters stay.
 
         Returns:
-            a line for each policy.
+            one line for each policy.
 
         """
-        Service.having(model, vllm_config, self.built).use(model, running)
+        Service.with_policies(model, vllm_config, self.built).use(model, running)
         for line in self.lines:
             logger.info("%s", line)
         return self.lines
@@ -88,13 +88,12 @@ class Reload:
 def check_replaces(
     name: str, new: ArtifactConfig, old: ArtifactConfig, cuts: tuple[int, ...]
 ) -> None:
-    """Check that a running engine can serve `new` in the place of `old`.
+    """Check that a running engine can serve `new` in place of `old`.
 
-    The stack stays cut after `cuts`, and the scheduler has known since the start which requests
-    may exit.
+    The stack stays cut after `cuts`, and the scheduler keeps the rule by which requests may exit.
 
     Raises:
-        AdaInferError: it cannot.
+        AdaInferError: it cannot: the sentence says what differs.
 
     """
     for field in "architecture", "layers", "hidden_size", "vocab_size", "head_size":
@@ -133,8 +132,8 @@ def check_replaces(
         )
     if (new.risk == "probability") != (old.risk == "probability"):
         raise AdaInferError(
-            f"policy {name} bounds {new.risk}, the one before {old.risk}, and other requests exit "
-            "under the one than under the other: restart the engine"
+            f"policy {name} bounds {new.risk}, the one before {old.risk}: the two policies "
+            "admit different requests: restart the engine"
         )
     if new.label_mass != old.label_mass:
         certified = ("does not certify", "certifies")[new.label_mass]

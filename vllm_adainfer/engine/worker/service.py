@@ -1,4 +1,4 @@
-"""What a running engine decides by changes as a whole, on every rank, or not at all."""
+"""Replace the policies of a running engine: all of them, on every rank, or none."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Built: TypeAlias = Mapping[str, tuple[Artifact, Policy]]
 
 @dataclass(frozen=True)
 class Service:
-    """All that a worker decides by, built and not yet in use.
+    """All that a worker decides with, built but not yet in use.
 
     Attributes:
-        artifacts: by the name of their policy.
-        policies: in the same order.
-        monitors: in the same order, or none.
-        admission: of requests to these policies.
+        artifacts: the artifact of each policy, by the policy's name.
+        policies: the policies, in the same order.
+        monitors: the monitor of each policy, by name; empty without shadow requests.
+        admission: admits requests to these policies.
 
     """
 
@@ -40,18 +40,18 @@ class Service:
     admission: Admission
 
     @classmethod
-    def having(
+    def with_policies(
         cls, model: Any, vllm_config: VllmConfig, built: Built, without: Iterable[str] = ()
     ) -> Service:
-        """What serves now, with policies more, or in the place of their names, or fewer.
+        """The current policies with some added, replaced or removed.
 
-        Those that stay keep what their monitors have seen.
+        Policies that stay keep their monitors.
 
         Args:
             model: an `EarlyExit`.
-            vllm_config: of the engine.
-            built: of the policies that come, by name.
-            without: names of policies that go.
+            vllm_config: the engine's config.
+            built: the policies to add, or to replace by name.
+            without: the names of the policies to remove.
 
         Raises:
             AdaInferError: a policy does not certify the switch's epsilon.
@@ -75,7 +75,7 @@ class Service:
         return cls(artifacts, PolicySet(policies, cuts), monitors, admission)
 
     def use(self, model: Any, running: RunningRequests) -> None:
-        """Decide by it from the next step on."""
+        """Decide with these policies from the next step on."""
         model.artifacts = self.artifacts
         model.loop.use_policies(self.policies, self.monitors)
         running.use_admission(self.admission)
@@ -84,12 +84,13 @@ class Service:
 def built_on_all_ranks(
     model: Any, vllm_config: VllmConfig, read: Callable[[], dict[str, Artifact]]
 ) -> Built:
-    """The policies of the artifacts that `read` returns, which can be served beside the others.
+    """Policies built from the artifacts that `read` returns.
 
-    All ranks must call this: they go on if every one of them has read the same, and built it.
+    A collective: every rank must call it. It succeeds only if all ranks read the same artifacts and
+    could build their policies.
 
     Raises:
-        AdaInferError: they have not.
+        AdaInferError: the ranks read different artifacts, or another rank failed.
         Exception: whatever stopped this rank.
 
     """
@@ -102,7 +103,7 @@ def built_on_all_ranks(
             name: (artifact, policy_of(artifact, model.device, model.logit_lens))
             for name, artifact in artifacts.items()
         }
-        Service.having(model, vllm_config, built)
+        Service.with_policies(model, vllm_config, built)
         digest = digest_of(artifacts)
     except Exception as error:  # other ranks wait for this one below
         failure = error

@@ -1,4 +1,4 @@
-"""Compile the probes' kernels when the engine starts, not in the first steps that need them."""
+"""Compile the probe kernels at start-up instead of in the first steps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from vllm_adainfer.policy.policy_set import PolicySet
 
 @torch.inference_mode()
 def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
-    """Ask all `policies` about rows of `states` [most requests of a step, hidden size].
-
-    Their answers are dropped.
-    """
+    """Run all `policies` on rows of `states` [max requests, hidden size] and drop the decisions."""
     for rows in rows_to_compile_for(len(states)):
         hidden = states[:rows]
         tags = torch.zeros(rows, dtype=torch.int64, device=states.device)

@@ -1,4 +1,4 @@
-"""What all our workers share, and the calls that reach them by ``collective_rpc``."""
+"""The mixin of our workers, and the methods that ``collective_rpc`` calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing_extensions import override
 from vllm_adainfer.engine.compat.lora import lora_manager_of
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.runner.requests import RunningRequests
-from vllm_adainfer.engine.worker.adapter_policy import policy_beside, without_policies
+from vllm_adainfer.engine.worker.adapter_policy import bundled_policy, without_policies
 from vllm_adainfer.engine.worker.reload import Reload
 from vllm_adainfer.errors import AdaInferError
 
@@ -26,7 +26,7 @@ else:
 
 
 class ExitWorker(_Worker):
-    """Comes before vLLM's class among the bases of ours."""
+    """Mixin for vLLM's workers. Must precede the vLLM class in the MRO."""
 
     @property
     def _running(self) -> RunningRequests:
@@ -38,13 +38,13 @@ class ExitWorker(_Worker):
 
     @override
     def init_device(self) -> None:
-        """Drop the request check first: it belongs to the frontend."""
+        """Drop the request check first: only the frontend runs it."""
         self.model_config.logits_processors = None
         super().init_device()
 
     @override
     def load_model(self, **kwargs: Any) -> None:
-        """Then tell the running requests who manages their adapters."""
+        """Give the running requests the LoRA manager once the model is loaded."""
         super().load_model(**kwargs)
         self._reloads: dict[str, Reload] = {}
         manager = lora_manager_of(self.model_runner)
@@ -54,18 +54,21 @@ class ExitWorker(_Worker):
 
     @override
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Policies rest until the model has seen all weights: it does not see kernels' formats."""
-        self.model_runner.model.doubt_weights()
+        """Deactivate policies until `load_weights` has seen all weights again.
+
+        It does not see weights that vLLM writes in a kernel's own format.
+        """
+        self.model_runner.model.mark_all_weights_replaced()
         super().reload_weights(*args, **kwargs)
 
     @override
     def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Serve with the policy beside the adapter; where that cannot be, do not load it."""
+        """Load the adapter with its bundled policy, or neither if the policy cannot be served."""
         model, running = self.model_runner.model, self._running
-        service = policy_beside(model, self.vllm_config, lora_request)
+        service = bundled_policy(model, self.vllm_config, lora_request)
         try:
             added: bool = super().add_lora(lora_request)
-        finally:  # other ranks wait for this one
+        finally:  # a collective: the other ranks wait in it
             same = running.adapters.agree(lora_request)
         name = lora_request.lora_name
         if not same:
@@ -80,24 +83,24 @@ class ExitWorker(_Worker):
 
     @override
     def remove_lora(self, lora_id: int) -> bool:
-        """Then drop the policy that came with the adapter."""
+        """Drop the policy that was bundled with the adapter."""
         removed: bool = super().remove_lora(lora_id)
         self.adainfer_drop_policy(lora_id)
         return removed
 
     @override
     def execute_model(self, scheduler_output: Any) -> Any:
-        """vLLM also sends an empty step once the last requests have ended."""
+        """Report also after an empty step, which vLLM sends when the last requests have ended."""
         self._running.ended(scheduler_output.finished_req_ids)
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
-            output = copy.copy(output)  # all empty steps share one
+            output = copy.copy(output)  # vLLM returns one shared object for all empty steps
             attach_note(output, self._running.note_at_rest())
         return output
 
     @override
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Attach what is complete in the KV cache, and what was executed."""
+        """Attach a note: which KV is complete, and the counters."""
         output = super().sample_tokens(grammar_output)
         note = self._running.take_note()
         if note is not None:
@@ -105,7 +108,7 @@ class ExitWorker(_Worker):
         return output
 
     def adainfer_drop_policy(self, lora_id: int) -> None:
-        """Drop the policy that came with an adapter: its requests go on at full depth."""
+        """Drop the policy bundled with an adapter: its requests continue at full depth."""
         numbers = self._running.adapters.numbers
         if gone := [name for name, number in numbers.items() if number == lora_id]:
             model = self.model_runner.model
@@ -114,27 +117,27 @@ class ExitWorker(_Worker):
                 del numbers[name]
 
     def adainfer_stats(self) -> dict[str, Any]:
-        """This worker's counters, see `vllm_adainfer.stats`."""
+        """This worker's counters; see `vllm_adainfer.stats`."""
         stats: dict[str, Any] = self.model_runner.model.loop.stats.as_dict()
         return stats
 
     def adainfer_reload(self) -> list[str]:
-        """Read the artifacts again and serve with them, see `Reload`."""
+        """Reload the artifacts and serve with them; see `Reload`."""
         model = self.model_runner.model
         return Reload.read(model, self.vllm_config).use(model, self._running, self.vllm_config)
 
     def adainfer_read_again(self, reload: str, digests: Mapping[str, str]) -> None:
-        """The first step of a reload of several engines: read and build, but go on as before.
+        """Phase 1 of a reload across engines: read and build, without using the result.
 
         Args:
-            reload: its name, for the second step.
-            digests: of the artifacts' files, by policy: every engine must have read the same.
+            reload: the name of this reload, for phase 2.
+            digests: the digest of each artifact's files, by policy; all engines must read the same.
 
         """
         self._reloads[reload] = Reload.read(self.model_runner.model, self.vllm_config, digests)
 
     def adainfer_end_reload(self, reload: str, use: bool) -> list[str]:
-        """The second step: serve with what was read, or drop it."""
+        """Phase 2: serve with the result of phase 1, or drop it."""
         found = self._reloads.pop(reload, None)
         if found is None or not use:
             return []

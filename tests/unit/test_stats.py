@@ -1,0 +1,50 @@
+"""`vllm_adainfer.stats` returns what its type says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ConfigDict, TypeAdapter, with_config
+
+import vllm_adainfer
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.counters import ExitStats
+from vllm_adainfer.monitoring.monitor import AnswerMonitor
+from vllm_adainfer.stats import PolicyWork, ShadowChecks, Stats
+
+STRICT = ConfigDict(strict=True, extra="forbid")
+for typed in PolicyWork, ShadowChecks, Stats:
+    with_config(STRICT)(typed)
+
+
+def engine(counters: dict[str, Any]) -> Any:
+    """Two ranks that count the same."""
+    return SimpleNamespace(collective_rpc=lambda method: [counters, counters])
+
+
+def monitor() -> AnswerMonitor:
+    watched = AnswerMonitor((0.02, 0.05), alpha=0.1)
+    watched.observe(["a", "b"], np.array([0, 1]), np.array([False, True]))
+    return watched
+
+
+@pytest.mark.parametrize("names", [(), ("default",), ("mood", "topic")], ids=len)
+def test_the_counters_of_an_engine_have_the_keys_and_types_that_are_promised(names):
+    counters = ExitStats(tokens_decided=3, shadow={name: monitor() for name in names})
+    counters.by_policy["default"].exit_histogram[4] += 3
+    found = vllm_adainfer.stats(engine(counters.as_dict()))
+    TypeAdapter(Stats).validate_python(found)
+    assert found["tokens_decided"] == 3
+    assert found["policies"]["default"]["exit_histogram"] == {4: 3}
+    assert ("shadow" in found) == bool(names)
+
+
+def test_an_engine_without_the_plugin_is_refused_with_what_to_pass():
+    def collective_rpc(method: str) -> Any:
+        raise AttributeError(f"'Worker' object has no attribute '{method}'")
+
+    with pytest.raises(AdaInferError, match="pass additional_config="):
+        vllm_adainfer.stats(SimpleNamespace(collective_rpc=collective_rpc))
