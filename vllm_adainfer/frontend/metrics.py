@@ -25,32 +25,19 @@ ADAPTER = [*POLICY, "adapter"]
 # Name, help and labels of each counter, by its kind in reports. A token-layer is one token in one
 # layer.
 COUNTERS = {
-    "layers_run": (
-        "layer_rows_executed",
-        "Token-layers executed, counted where layers execute.",
-        POLICY,
-    ),
-    "layers_skipped": (
-        "layer_rows_skipped",
-        "Token-layers that will never be executed.",
-        POLICY,
-    ),
+    "layers_run": ("layer_rows_executed", "Token-layers executed.", POLICY),
+    "layers_skipped": ("layer_rows_skipped", "Token-layers that will never be executed.", POLICY),
     "layers_deferred": (
         "layer_rows_deferred",
         "Token-layers that wait until their request needs them; later executed or skipped.",
         POLICY,
     ),
     "seconds": ("forward_seconds", "Time in the stack of layers (on CPUs).", ENGINE),
-    "probe_seconds": (
-        "probe_seconds",
-        "Part of forward_seconds spent on exit decisions.",
-        ENGINE,
-    ),
+    "probe_seconds": ("probe_seconds", "Part of forward_seconds spent on exit decisions.", ENGINE),
     "shadow_checked": ("shadow_checked", "Early answers compared with full depth.", LEVEL),
     "shadow_disagreed": (
         "shadow_disagreed",
-        "Early answers that differ from full depth, or whose probabilities move by more than the "
-        "tolerance.",
+        "Early answers that differ from full depth, or whose probabilities differ too much.",
         LEVEL,
     ),
 }

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import MOST_ANSWERS, ArtifactConfig
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-
-# The values of sampling parameters under which the model's scores stay as calibrated, and those of
-# the prompt are not returned. With any other value a request runs at full depth.
-NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "bad_words": (None, []),
-    "logit_bias": (None, {}),
-    "min_tokens": (0,),
-    "prompt_logprobs": (None,),
-    "prompt_logprob_token_ids": (None,),
-    "repetition_penalty": (1,),
-    "thinking_token_budget": (None,),
-    "trace_decode_token_ids": (None,),
-}
 
 
 class OutputKind(Enum):
@@ -156,7 +142,7 @@ def can_end_with_choice(params: SamplingParams) -> bool:
         and params.allowed_token_ids is None
         and params.repetition_detection is None
         and not params.stop
-        and _are_neutral(params, ("min_tokens", "logit_bias", "bad_words"))
+        and not _edits_logits(params)
     )
 
 
@@ -166,15 +152,21 @@ def changes_scores(params: SamplingParams) -> bool:
     No policy promises anything about such a request. Presence and frequency penalties change
     nothing for the first token.
     """
-    if not _are_neutral(params, NEUTRAL_VALUES):
-        return True
-    return params.max_tokens != 1 and bool(params.presence_penalty or params.frequency_penalty)
+    penalties = params.presence_penalty or params.frequency_penalty
+    return (
+        _edits_logits(params)
+        or wants_prompt_logprobs(params)
+        or params.thinking_token_budget is not None
+        or params.trace_decode_token_ids is not None
+        or params.repetition_penalty != 1
+        or (params.max_tokens != 1 and bool(penalties))
+    )
 
 
 def wants_prompt_logprobs(params: SamplingParams) -> bool:
     """Whether a request reads log-probabilities of its prompt's tokens, in either of two ways."""
-    return not _are_neutral(params, ("prompt_logprobs", "prompt_logprob_token_ids"))
+    return params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
 
 
-def _are_neutral(params: SamplingParams, names: Iterable[str]) -> bool:
-    return all(getattr(params, name) in NEUTRAL_VALUES[name] for name in names)
+def _edits_logits(params: SamplingParams) -> bool:
+    return bool(params.min_tokens or params.logit_bias or params.bad_words)

@@ -83,10 +83,7 @@ def _of_model(vllm_config: VllmConfig, model_class: str, settings: Settings) -> 
             "that share keys and values can be skipped, and this model has none"
         )
     if model.supports_multimodal_inputs:
-        yield (
-            "images, audio and video enter below the first segment: serve text alone with "
-            "--language-model-only"
-        )
+        yield "only text can exit early: serve text alone with --language-model-only"
     if not getattr(text_config, "is_causal", True):
         yield "bidirectional attention needs every token at every layer: serve a causal model"
     if getattr(text_config, "dual_chunk_attention_config", None) is not None:
