@@ -20,7 +20,7 @@ from report_files import write_report
 from small_models import FAMILIES, SOURCES, TEMPLATE, Row, snippets, train, with_shots
 
 from vllm_adainfer.offline.calibration.calibrate import calibrate
-from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
+from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.tables import markdown_table
 

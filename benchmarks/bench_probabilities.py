@@ -20,8 +20,8 @@ import typer
 from report_files import write_report
 
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_prompts
-from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, load_prompts
+from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.probability_rows import asked_row
 from vllm_adainfer.offline.tables import markdown_table

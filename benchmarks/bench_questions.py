@@ -28,11 +28,12 @@ from vllm_adainfer.offline.calibration.calibrate import (
     fit_and_certify,
     record_prompts,
 )
-from vllm_adainfer.offline.calibration.certify import walk
+from vllm_adainfer.offline.calibration.certify import threshold_path
 from vllm_adainfer.offline.calibration.collect import Recording
 from vllm_adainfer.offline.calibration.fit import judge
-from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions, make_policy
-from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, Prompts, load_prompts
+from vllm_adainfer.offline.calibration.fitted_policy import make_policy
+from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.tables import markdown_table
 
@@ -107,7 +108,7 @@ def left_out(
                 for one in policy.exits
             ]
             layers = [one.layer for one in policy.exits]
-            [found] = walk(layers, scored, recording.depth, [point.threshold])
+            [found] = threshold_path(layers, scored, recording.depth, [point.threshold])
             row |= {"risk": found.risk, "layers_saved": found.layers_saved}
         rows.append(row)
     return rows

@@ -36,9 +36,8 @@ from report_files import write_report
 from scipy.optimize import nnls
 from scripted_requests import random_prompts, scripted_request
 
-from vllm_adainfer.engine.model.batch import CompiledBatch
-from vllm_adainfer.exits.exit_loop import ExitLoop
-from vllm_adainfer.exits.step import StepContext
+from vllm_adainfer.exits.loop.exit_loop import ExitLoop
+from vllm_adainfer.exits.loop.forward_pass import ForwardPass
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
@@ -156,10 +155,9 @@ def timed() -> Iterator[Times]:
 
     parts: list[tuple[type, str, str]] = [
         (ExitLoop, "run", "step"),
-        (ExitLoop, "_last", "last layer"),
+        (ForwardPass, "finish", "last layer"),
         (ScriptedPolicy, "decide", "decide"),
-        (StepContext, "regroup", "cut"),
-        (CompiledBatch, "narrowed", "cut"),
+        (ForwardPass, "regroup", "cut"),
     ]
     patches = [
         mock.patch.object(owner, name, wrap(part, getattr(owner, name)))

@@ -14,7 +14,7 @@ from bench_probabilities import TASKS
 from transformers import AutoTokenizer
 
 from vllm_adainfer.offline.calibration.data import read_rows
-from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
+from vllm_adainfer.offline.calibration.options import CalibrationRequest
 
 MOST_TOKENS = 32
 

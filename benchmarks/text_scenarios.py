@@ -246,7 +246,7 @@ async def judge(stage: Stage, written: list[Text], config: ArtifactConfig) -> di
                 monitor.ended(str(number))
 
     await asyncio.gather(*(work() for _ in range(4)))
-    [reading] = monitor.readings()
+    [reading] = monitor.status()
     found["early"] |= {"low": reading.low, "high": reading.high}
     return found
 

@@ -28,11 +28,11 @@ def admitted(
     return admission.admit(resolved(admission, params, adapter), prompt, adapter, fingerprint)
 
 
-def tag_of(
+def row_of(
     admission: Admission, params: Any, prompt: Sequence[int] = (), adapter: Any = None
 ) -> int:
-    """The tag under which the worker runs the request."""
-    return admitted(admission, params, prompt, adapter).tag
+    """The threshold row under which the worker runs the request."""
+    return admitted(admission, params, prompt, adapter).threshold_row
 
 
 def draw_by_the_clients_ids(module: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast as Fast
 
 from vllm_adainfer.artifact.config import ArtifactConfig, Label, Level
 from vllm_adainfer.artifact.files import save_artifact
+from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
 from vllm_adainfer.artifact.kinds import features_of_risk
-from vllm_adainfer.artifact.weights_fingerprint import WeightsFingerprint
 
 LAYERS = 6
 EXIT_POINTS = (2, 3, 5)
@@ -101,7 +101,7 @@ def tiny_tensors(config: ArtifactConfig, thresholds: Tensor | None = None) -> di
     """Random label heads whose score is the gap; by default all settle at the first exit."""
     generator = torch.Generator().manual_seed(1)
     if thresholds is None:
-        thresholds = torch.full((config.num_tags, len(config.exit_points)), -1.0)
+        thresholds = torch.full((config.num_threshold_rows, len(config.exit_points)), -1.0)
     tensors = {"thresholds": thresholds}
     for layer in config.exit_points:
         gap = [float(name == "gap") for name in config.features]

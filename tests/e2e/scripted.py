@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.artifact.label_subsets import ALL
-from vllm_adainfer.engine.admission.admission import Admission, Admitted
+from vllm_adainfer.engine.admission.admission import NOT_RECORDED, Admission, Admitted
 from vllm_adainfer.engine.admission.requested_output import wants_prompt_logprobs
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved
-from vllm_adainfer.exits.kv import ExactKV, PropagateKV, RecurrentKV
-from vllm_adainfer.policy.exit_policy import Asked, Decision
+from vllm_adainfer.exits.kv.policies import ExactKV, PropagateKV, RecurrentKV
+from vllm_adainfer.policy.answers import EarlyStates
+from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.settings.engine import DEFAULT_POLICY
@@ -27,7 +28,7 @@ FULL = -1
 
 
 class ScriptedAdmission(Admission):
-    """A request's tag is the exit point (an index) its extra_args ask for."""
+    """A request's threshold row is the exit point (an index) its extra_args ask for."""
 
     saving: tuple[str, float] | None = None
 
@@ -57,26 +58,25 @@ class ScriptedAdmission(Admission):
         adapter: Any = None,
         fingerprint: str | None = None,
     ) -> Admitted:
-        tag = resolved.settings.adainfer_exit
-        return Admitted(resolved, tag, ALL, UNLIMITED, False, prompt, adapter)
+        row = resolved.settings.adainfer_exit
+        return Admitted(resolved, row, ALL, UNLIMITED, False, prompt, adapter, NOT_RECORDED)
 
     def is_shadow(self, request_id: str) -> bool:
         return False
 
 
-class ScriptedPolicy:
+class ScriptedPolicy(ExitPolicy):
     """Settles a request at its exit point; the answer is the logit lens there."""
-
-    answer_ids = None
-    restricted = False
 
     def __init__(self, exit_points: tuple[int, ...], lens: Probe) -> None:
         self.exit_points = exit_points
-        self.num_tags = len(exit_points)
+        self.num_threshold_rows = len(exit_points)
         self.lens = lens
 
-    def decide(self, exit_index: int, asked: Asked) -> Decision:
-        return Decision(asked.tags == exit_index, self.lens.readout(asked.hidden))
+    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
+        return Decision(
+            rows.threshold_rows == exit_index, EarlyStates(self.lens.readout(rows.hidden))
+        )
 
 
 def only(policy: Any) -> PolicySet:
@@ -106,7 +106,7 @@ def scripted(llm: Any, min_rows_saved: int | None = 1) -> Iterator[Any]:
     """Let the requests' scripts decide; yields the engine's `ExitStats`, starting at zero."""
     model, runner, scheduler = parts(llm)
     loop = model.loop
-    names = "policies", "work", "stats", "kv", "_min_rows_saved"
+    names = "policies", "accounting", "stats", "kv", "_min_rows_saved"
     saved = {name: getattr(loop, name) for name in names}
     running = running_of(runner)
     admission = running.admission, scheduler.admission
@@ -175,21 +175,21 @@ def drawn(
             loop.kv = PropagateKV()
 
         def noting(batch: Any, input_ids: Tensor, step: Any) -> Any:
-            came, seeds = step.layout, step.tags.copy()
-            step.tags[:] = FULL
+            came, seeds = step.layout, step.threshold_rows.copy()
+            step.threshold_rows[:] = FULL
             for place in step.undecided():
                 position = int(came.last_positions[place])
-                step.tags[place] = draw(seeds[place], position, len(exit_points))
+                step.threshold_rows[place] = draw(seeds[place], position, len(exit_points))
             output = run(batch, input_ids, step)
             left = set(step.exited.tolist())
             for place, request_id in enumerate(step.request_ids):
-                rows, last = int(came.lens[place]), int(came.ends[place]) - 1
+                rows, last = int(came.query_lens[place]), int(came.ends[place]) - 1
                 ran.setdefault(request_id.split("-")[0], []).append(
                     Ran(
                         first=int(came.last_positions[place]) - rows + 1,
                         rows=rows,
-                        layers=exit_points[step.tags[place]] if place in left else depth,
-                        sampled=bool(step.original_sampled()[last]),
+                        layers=exit_points[step.threshold_rows[place]] if place in left else depth,
+                        sampled=bool(step.sampled_rows()[last]),
                         state=output.hidden[last].cpu().clone(),
                     )
                 )

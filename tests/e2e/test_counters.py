@@ -20,16 +20,16 @@ from tests.e2e.scripted import FULL, ScriptedPolicy, drawn, parts, scripted
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
-from tests.unit.test_work import waiting_of
+from tests.unit.test_accounting import waiting_of
 from vllm_adainfer import stats
 from vllm_adainfer.engine.runner.build_loop import monitors_of
 from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker
-from vllm_adainfer.exits import step as step_of
-from vllm_adainfer.exits.counters import PolicyStats
-from vllm_adainfer.exits.hidden_states import HiddenStates
-from vllm_adainfer.exits.kv import ExactKV, PropagateKV
-from vllm_adainfer.exits.report import Reporter, snapshot_of
+from vllm_adainfer.exits.accounting.counters import PolicyStats
+from vllm_adainfer.exits.accounting.report import Reporter, snapshot_of
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.kv.policies import ExactKV, PropagateKV
+from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -38,7 +38,7 @@ BUDGET = 128  # rows of a step, see `tiny_engine`
 
 
 class CountingStack(Stack):
-    """Counts rows x layers as they are run; `largest` is the most rows of a segment."""
+    """Counts token-layers as they are run; `largest` is the most rows of a segment."""
 
     executed = 0
     largest = 0
@@ -62,7 +62,7 @@ class CountingStack(Stack):
 @contextmanager
 def counting(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[CountingStack]]:
     """The model's stack, counted; each row runs the last layer in one piece."""
-    monkeypatch.setitem(step_of.REGROUP_COST, "cpu", 1 << 30)
+    monkeypatch.setitem(COMPACTION_COST, "cpu", 1 << 30)
     stack, cls = model.stack, type("FreshStack", (CountingStack,), {})
     model.stack = cls(**{field.name: getattr(stack, field.name) for field in fields(stack)})
     try:
@@ -72,12 +72,12 @@ def counting(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Count
 
 
 def waiting_rows(kv: Any) -> int:
-    """Rows x layers that the KV policy itself holds back."""
+    """Token-layers that the KV policy holds back."""
     return sum(
-        len(places) * (LAYERS - EXIT_POINTS[exit_index])
+        chunk.shape[1] * (LAYERS - EXIT_POINTS[exit_index])
         for below in getattr(kv, "_waiting", {}).values()
-        for exit_index, parts in below.items()
-        for places in parts
+        for exit_index, chunks in below.items()
+        for chunk in chunks
     )
 
 
@@ -87,7 +87,7 @@ def two_policies(
 ) -> Iterator[None]:
     """Each token draws one of two policies and an exit point, or full depth.
 
-    After each step `check` gets rows x layers that came by policy. Artifacts are read again now and
+    After each step `check` gets token-layers that came by policy. Artifacts are read again now and
     then.
     """
     model, _, _ = parts(llm)
@@ -105,13 +105,15 @@ def two_policies(
         def drawing(batch: Any, input_ids: Tensor, step: Any) -> Any:
             if dice.random() < reload_share:
                 loop.use_policies(policies, monitors_of(model))
-            seeds = step.tags.copy()
-            step.tags[:] = FULL
+            seeds = step.threshold_rows.copy()
+            step.threshold_rows[:] = FULL
             for place in step.undecided():
                 position = int(step.layout.last_positions[place])
                 drawn_tag = zlib.crc32(f"{seeds[place]} {position}".encode())
-                step.tags[place] = drawn_tag % (2 * len(points) + 1) - 1
-            for owner, rows in zip(policies.owners(step.tags), step.layout.lens, strict=True):
+                step.threshold_rows[place] = drawn_tag % (2 * len(points) + 1) - 1
+            for owner, rows in zip(
+                policies.owners(step.threshold_rows), step.layout.query_lens, strict=True
+            ):
                 came[NAMES[owner]] += int(rows) * LAYERS
             output = run(batch, input_ids, step)
             check(came)
@@ -143,11 +145,10 @@ def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped
         for *key, added in reporter.report(snapshot_of(loop.stats))["added"]:
             assert added > 0, key
             received[tuple(key)] += added
-        waiting = waiting_of(loop.work)
+        waiting = waiting_of(loop)
         for name in NAMES:
             run, skipped, _ = (received[kind, name, ""] for kind in PolicyStats().work)
             assert run + skipped + waiting[name] == came[name]
-        assert sum(waiting.values()) == waiting_rows(loop.kv)
         assert loop.stats.layers_run == stack.executed
         assert stack.largest <= BUDGET
 
@@ -157,7 +158,7 @@ def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped
     ):
         pattern = drive(small, requests)
         small.llm_engine.step()  # the worker hears of the last ones that ended
-        assert waiting_of(loop.work) == dict.fromkeys(NAMES, 0)
+        assert waiting_of(loop) == dict.fromkeys(NAMES, 0)
     assert steps > 10
     assert pattern.produced
     assert received["layers_deferred", "a", ""] > 0 or kv == "propagate"

@@ -18,8 +18,8 @@ from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.scripted import EXIT_AT, FULL, parts, scripted
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
-from vllm_adainfer.engine.compat.attention import NO_SLOT
-from vllm_adainfer.exits.step import REGROUP_COST
+from vllm_adainfer.engine.compat import NO_SLOT
+from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 
 
 def depth_of(exit_at: int) -> int:
@@ -145,7 +145,7 @@ def test_a_settled_request_that_waits_for_company_leaves_with_the_answer_it_sett
 
 
 # Rows that gain at the first point what a cut takes.
-ENOUGH = REGROUP_COST["cpu"] // (LAYERS - EXIT_POINTS[0])
+ENOUGH = COMPACTION_COST["cpu"] // (LAYERS - EXIT_POINTS[0])
 
 
 @pytest.mark.parametrize(

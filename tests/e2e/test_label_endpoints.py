@@ -24,7 +24,7 @@ from tests.e2e.test_serve import FLAGS, by_policy, environment, post, wait_for_c
 from tests.families import SHAPE
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
 from vllm_adainfer.artifact.config import Label
-from vllm_adainfer.exits.report import INTERVAL
+from vllm_adainfer.exits.accounting.report import INTERVAL
 from vllm_adainfer.offline.calibration.batch_files import read_requests
 from vllm_adainfer.offline.calibration.data import Row, read_rows
 

@@ -14,7 +14,7 @@ from vllm import SamplingParams
 from tests.e2e.scripted import parts, running_of
 from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer import stats
-from vllm_adainfer.exits.report import Reporter
+from vllm_adainfer.exits.accounting.report import Reporter
 
 PROMPTS = [[7, 8, 9], [10, 11, 12, 13], [14, 15]]
 NAME = "model.layers.4.mlp.down_proj.weight"

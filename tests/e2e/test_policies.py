@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor
 from vllm import SamplingParams
 
@@ -16,8 +15,8 @@ from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.scripted import only, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.config import Artifact
-from vllm_adainfer.exits.loop import ScoredAnswers, StepOutput
-from vllm_adainfer.offline.calibration.classifier import fit_classifier
+from vllm_adainfer.exits.loop.loop import ScoredRequests, StepOutput
+from vllm_adainfer.policy.answers import LabelScores
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy
 
 PROMPTS = 24
@@ -57,13 +56,6 @@ def artifact_of(
                 tensors[f"exit.{layer}.lens_down"] = lens[:, :rank]
                 tensors[f"exit.{layer}.lens_up"] = 15 * lens[:rank]
             tensors[f"exit.{layer}.lens_bias"] = torch.zeros(64)
-        if classifier == "rbf":
-            gap = torch.rand(300, generator=generator)
-            features = torch.stack([(1 + gap) / 2, gap], dim=1)
-            settled = torch.rand(300, generator=generator) < gap
-            tensors[f"exit.{layer}.classifier"] = fit_classifier(
-                "rbf", features, settled.numpy(), seed=0
-            )
         if classifier == "crf":
             tensors[f"exit.{layer}.classifier"] = torch.tensor([2.0, -1, -1, 2, 1, 4, -1.5])
     return Artifact(config, tensors)
@@ -86,10 +78,6 @@ def oracle_score(artifact: Artifact, features: list[tuple[float, float]]) -> flo
     classifiers = [artifact.tensors[f"exit.{layer}.classifier"].numpy() for layer in layers]
     if artifact.config.classifier == "crf":
         return log_odds(np.array(features), np.stack(classifiers))
-    if artifact.config.classifier == "rbf":
-        axis = np.linspace(0, 20 * np.log(2), len(classifiers[-1]))
-        table = RegularGridInterpolator((axis, axis), classifiers[-1])
-        return float(table(-np.log(1 - np.array(features[-1])))[0])
     return features[-1][1]
 
 
@@ -139,8 +127,6 @@ def expected(
         ("lens", "full", 0.1, 8, "threshold"),
         ("logit-lens", "full", 0.1, None, "threshold"),
         ("lens", "shortlist", 0.3, None, "threshold"),
-        ("lens", "labels", 0.5, None, "rbf"),
-        ("lens", "full", -0.4, None, "rbf"),
         ("lens", "labels", 3.0, None, "crf"),
         ("lens", "full", -1.4, None, "crf"),
     ],
@@ -158,7 +144,7 @@ def test_depths_and_tokens_are_those_of_the_oracle(
         temperature=0,
         max_tokens=1,
         allowed_token_ids=list(artifact.config.label_ids) or None,
-        extra_args={"exit_at": 0},  # admitted with tag 0: the first row of the epsilon table
+        extra_args={"exit_at": 0},  # threshold row 0: the first level of the epsilon table
     )
     with scripted(engine) as stats:
         model.loop.policies = only(policy_of(artifact, model))
@@ -181,7 +167,7 @@ def test_a_certified_label_wins_also_where_its_lead_is_below_the_rounding_of_the
     [policy] = model.loop.policies.policies
     label_ids = policy.answer_ids
     scores = torch.tensor([[100.0, 100.05], [100.05, 100.0]])  # bfloat16 steps by 0.5 there
-    scored = ScoredAnswers(np.array([0, 1]), scores, label_ids)
+    scored = ScoredRequests(np.array([0, 1]), LabelScores(scores, label_ids))
     hidden = torch.zeros(2, 64, dtype=torch.bfloat16)
     model._output = StepOutput(hidden, (scored,))
     logits = model.compute_logits(hidden)

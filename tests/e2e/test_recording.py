@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tests.e2e.oracle import hidden_states
 from tests.tiny import LAYERS
-from vllm_adainfer.exits.recorder import DECISION_ROW_WEIGHT, STRIDE
-from vllm_adainfer.policy.moments import Moments
+from vllm_adainfer.exits.recording.moments import Moments
+from vllm_adainfer.exits.recording.recorder import DECISION_ROW_WEIGHT, STRIDE
 
 ROOT = Path(__file__).parents[2]
 RECORDED = (2, 5)

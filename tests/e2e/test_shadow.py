@@ -213,8 +213,8 @@ def test_generated_texts_are_watched_text_by_text_up_to_the_tokens_that_the_boun
             early = token_after(reference, prompt + text[:number], EXIT_POINTS[exit_at])
             checked[exit_at] += 1
             disagreed[exit_at] += early != token
-    assert [one.checked for one in monitor.readings()] == checked
-    assert [one.disagreed for one in monitor.readings()] == disagreed
+    assert [one.checked for one in monitor.status()] == checked
+    assert [one.disagreed for one in monitor.status()] == disagreed
     assert sum(checked) < sum(lengths)
     assert 0 < sum(disagreed) < sum(checked)
 

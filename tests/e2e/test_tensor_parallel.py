@@ -20,8 +20,8 @@ from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
 from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.files import save_artifact
-from vllm_adainfer.exits.decisions import Decisions
-from vllm_adainfer.exits.shadow import ShadowAnswers
+from vllm_adainfer.exits.loop.decisions import Decisions
+from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.offline.calibration.adapter import read_adapter
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -70,7 +70,11 @@ def perturb_second_rank(worker: Any) -> None:
     def perturbed(decisions: Decisions, *watch: Any) -> Iterator[ShadowAnswers]:
         for shadow in of_shadows(decisions, *watch):
             answers = shadow.answers
-            yield shadow if answers is None else replace(shadow, answers=-answers)
+            yield (
+                shadow
+                if answers is None
+                else replace(shadow, answers=replace(answers, values=-answers.values))
+            )
 
     if get_tp_group().rank_in_group == 1:
         Decisions.of_shadows = perturbed

@@ -12,7 +12,7 @@ from vllm.forward_context import override_forward_context
 
 from vllm_adainfer.engine.segments.fixed_states import FixedStates
 from vllm_adainfer.engine.segments.segments import Stack, segment_class
-from vllm_adainfer.exits.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 
 
 def test_segments_that_compile_differently_are_named_differently():

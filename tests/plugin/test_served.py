@@ -110,7 +110,7 @@ def test_artifacts_are_not_in_the_key_of_vllms_compile_cache(tiny_model, policy,
     before = configured.compute_hash()
     assert before == unpinned.compute_hash()
     tiny_artifact(tiny_model, policy, delta=0.2)
-    pin_artifacts(configured, settings_of(configured), lambda _: None)
+    pin_artifacts(configured, settings_of(configured))
     assert configured.compute_hash() == before
 
 

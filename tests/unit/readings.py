@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from vllm_adainfer.policy.exit_policy import Asked, Decision
+from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
 
 
-def reads_as_it_decides(policy: Any, index: int, asked: Asked, decision: Decision) -> bool:
-    """Whether `read` has the answers and the scores that `decide` has."""
-    read = policy.read(index, asked)
-    best = policy.answer_ids[decision.answers[:, : len(policy.answer_ids)].argmax(dim=1)]
-    reaches = read.odds >= read.threshold
+def views_as_it_decides(policy: Any, index: int, rows: UndecidedRows, decision: Decision) -> bool:
+    """Whether `view` has the answers and the scores that `decide` has."""
+    view = policy.view(index, rows)
+    best = policy.answer_ids[decision.answers.scores.argmax(dim=1)]
+    reaches = view.odds >= view.threshold
     return (
-        torch.equal(read.tokens, best)
+        torch.equal(view.tokens, best)
         and not (decision.settled & ~reaches).any()
-        and bool((read.gap <= read.top_prob).all())
+        and bool((view.gap <= view.top_prob).all())
     )

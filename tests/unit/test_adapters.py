@@ -15,13 +15,13 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.adapters import PROJECTIONS, save_adapter
-from tests.admitted import admitted, resolved, tag_of
+from tests.admitted import admitted, resolved, row_of
 from tests.tiny import tiny_artifact, tiny_config
-from vllm_adainfer.artifact.adapter_fingerprint import adapter_fingerprint
+from vllm_adainfer.artifact.fingerprints import adapter_fingerprint
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.offline.calibration.adapter import adapter_for, read_adapter
 from vllm_adainfer.settings.engine import Settings, read_settings
 
@@ -67,10 +67,10 @@ def changed(saved: Path, directory: Path) -> Path:
 
 def test_a_request_finds_its_policy_by_its_adapter(admission, asked, saved, tmp_path):
     mood = LoRARequest("mood", 1, str(saved))
-    assert tag_of(admission, asked()) == BASE
-    assert tag_of(admission, asked(), adapter=mood) == ADAPTED
+    assert row_of(admission, asked()) == BASE
+    assert row_of(admission, asked(), adapter=mood) == ADAPTED
     elsewhere = shutil.copytree(saved, tmp_path / "copy")
-    assert tag_of(admission, asked(), adapter=LoRARequest("mood", 7, str(elsewhere))) == ADAPTED
+    assert row_of(admission, asked(), adapter=LoRARequest("mood", 7, str(elsewhere))) == ADAPTED
     assert admission.policies.ambiguous == []
 
 
@@ -83,7 +83,7 @@ def test_a_request_with_an_adapter_without_a_policy_runs_all_layers(
         "of other weights": lambda: LoRARequest("mood", 1, str(changed(saved, tmp_path / "other"))),
         "that is none": lambda: LoRARequest("mood", 1, str(tmp_path)),
     }[other]()
-    assert tag_of(admission, asked(), adapter=adapter) == FULL_DEPTH
+    assert row_of(admission, asked(), adapter=adapter) == FULL_DEPTH
     assert not admitted(admission, asked(), adapter=adapter).has_choice_policy
 
 
@@ -95,15 +95,15 @@ def test_the_scheduler_takes_a_request_for_one_that_exits_by_its_adapters_name_a
     decided = admission.resolve("id", asked(), gone)
     assert decided.may_exit
     assert decided.saving == ("adapted", 0.2)
-    assert admission.admit(decided, [], gone, fingerprint=None).tag == FULL_DEPTH
+    assert admission.admit(decided, [], gone, fingerprint=None).threshold_row == FULL_DEPTH
     assert not resolved(admission, asked(), LoRARequest("taste", 2, str(tmp_path))).may_exit
 
 
 def test_naming_the_policy_of_another_adapter_is_no_way_to_it(admission, asked, saved):
     mood = LoRARequest("mood", 1, str(saved))
-    assert tag_of(admission, asked(adainfer_policy="adapted")) == FULL_DEPTH
-    assert tag_of(admission, asked(adainfer_policy="base"), adapter=mood) == FULL_DEPTH
-    assert tag_of(admission, asked(adainfer_policy="adapted"), adapter=mood) == ADAPTED
+    assert row_of(admission, asked(adainfer_policy="adapted")) == FULL_DEPTH
+    assert row_of(admission, asked(adainfer_policy="base"), adapter=mood) == FULL_DEPTH
+    assert row_of(admission, asked(adainfer_policy="adapted"), adapter=mood) == ADAPTED
 
 
 def test_an_epsilon_is_refused_where_no_policy_certifies_it(admission, asked):
@@ -127,8 +127,8 @@ def test_log_probabilities_of_prompts_are_refused_where_they_would_end_the_engin
 
 def test_without_policies_for_adapters_requests_with_one_run_all_layers(tiny_policy, asked, saved):
     admission = Admission(Settings(artifact=str(tiny_policy)))
-    assert tag_of(admission, asked()) == BASE
-    assert tag_of(admission, asked(), adapter=LoRARequest("mood", 1, str(saved))) == FULL_DEPTH
+    assert row_of(admission, asked()) == BASE
+    assert row_of(admission, asked(), adapter=LoRARequest("mood", 1, str(saved))) == FULL_DEPTH
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_where_policies_come_with_adapters_a_request_with_one_may_exit_for_the_s
     admission = Admission(Settings(exit_points=(2, 3)))
     adapter = LoRARequest("mood", 1, str(saved)) if with_adapter else None
     assert resolved(admission, asked(**extra_args), adapter).may_exit == may_exit
-    assert tag_of(admission, asked(**extra_args), adapter=adapter) == FULL_DEPTH
+    assert row_of(admission, asked(**extra_args), adapter=adapter) == FULL_DEPTH
 
 
 def test_where_policies_come_with_adapters_any_request_for_a_choice_may_end_with_its_first_token(

@@ -9,12 +9,12 @@ import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.admitted import resolved, tag_of
+from tests.admitted import admitted, resolved, row_of
 from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.config import MOST_ANSWERS
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.admission import traffic_sample as sample
-from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
+from vllm_adainfer.engine.admission.admission import FULL_DEPTH, NOT_RECORDED, Admission
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, resolved_of, with_resolved
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.script import SCRIPT_LABELS
@@ -65,7 +65,7 @@ def label_request(label_ids: Sequence[int], **changes: Any) -> SamplingParams:
 def test_the_setting_says_which_one_token_requests_exit(
     admission, label_ids, requests, changes, tag
 ):
-    assert tag_of(admission(requests), label_request(label_ids, **changes)) == tag
+    assert row_of(admission(requests), label_request(label_ids, **changes)) == tag
 
 
 @pytest.mark.parametrize("requests", ["greedy", "all", "opt-in"])
@@ -93,7 +93,7 @@ def test_a_request_that_the_bound_does_not_cover_runs_at_full_depth(
     admission, label_ids, requests, changes
 ):
     params = label_request(label_ids, extra_args={"adainfer": 1}, **changes)
-    assert tag_of(admission(requests), params) == FULL_DEPTH
+    assert row_of(admission(requests), params) == FULL_DEPTH
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_request_that_the_bound_does_not_cover_runs_at_full_depth(
 )
 def test_a_label_policy_serves_requests_among_its_labels(admission, label_ids, pick, tag):
     params = label_request(label_ids, allowed_token_ids=pick(label_ids))
-    assert tag_of(admission(), params) == tag
+    assert row_of(admission(), params) == tag
 
 
 @pytest.mark.parametrize(("restricted", "tag"), [(False, DEFAULT), (True, FULL_DEPTH)])
@@ -123,7 +123,7 @@ def test_an_open_vocabulary_policy_serves_unrestricted_requests(
     save_artifact(tmp_path / "policy", config, tensors, {}, "card\n", {})
     admission = Admission(Settings(artifact=str(tmp_path / "policy")))
     params = label_request(label_ids, allowed_token_ids=label_ids if restricted else None)
-    assert tag_of(admission, params) == tag
+    assert row_of(admission, params) == tag
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,14 @@ def test_an_open_vocabulary_policy_serves_unrestricted_requests(
 @pytest.mark.parametrize("default", [None, 0, 0.02])
 def test_a_request_may_ask_for_its_own_epsilon(admission, label_ids, default, epsilon, tag):
     params = label_request(label_ids, extra_args={"adainfer_epsilon": epsilon})
-    assert tag_of(admission(epsilon=default), params) == tag
+    assert row_of(admission(epsilon=default), params) == tag
 
 
 @pytest.mark.parametrize(("epsilon", "tag"), [(None, 1), (0, FULL_DEPTH), (0.02, 0), (0.03, 0)])
 def test_the_setting_gives_the_epsilon_of_requests_that_ask_for_none(
     admission, label_ids, epsilon, tag
 ):
-    assert tag_of(admission(epsilon=epsilon), label_request(label_ids)) == tag
+    assert row_of(admission(epsilon=epsilon), label_request(label_ids)) == tag
 
 
 def test_a_setting_stricter_than_the_artifact_is_an_error(admission):
@@ -160,7 +160,7 @@ def test_a_setting_stricter_than_the_artifact_is_an_error(admission):
 
 
 def test_a_request_without_sampling_parameters_runs_at_full_depth(admission):
-    assert tag_of(admission(), None) == FULL_DEPTH
+    assert row_of(admission(), None) == FULL_DEPTH
     assert not resolved(admission(), None).may_exit
 
 
@@ -204,12 +204,13 @@ def test_a_request_may_exit_at_every_epsilon_but_0(
     assert resolved(admission(epsilon=default), params).may_exit == may_exit
 
 
-@pytest.mark.parametrize(("arguments", "tag"), [({"adainfer_row": 7}, 7), ({}, FULL_DEPTH)])
-def test_while_recording_the_tag_is_the_row_and_nobody_may_exit(arguments, tag):
+@pytest.mark.parametrize(("arguments", "row"), [({"adainfer_row": 7}, 7), ({}, NOT_RECORDED)])
+def test_while_recording_each_request_names_its_row_and_none_may_exit(arguments, row):
     admission = Admission(Settings(record=(1, 2)))
     params = SamplingParams(max_tokens=1, extra_args=arguments)
     assert admission.is_recording
-    assert tag_of(admission, params) == tag
+    assert admitted(admission, params).record_row == row
+    assert row_of(admission, params) == FULL_DEPTH
     assert not resolved(admission, params).may_exit
 
 
@@ -233,7 +234,7 @@ def test_with_a_script_the_tag_is_the_exit_point_that_a_label_request_names(
     admission = Admission(Settings(exit_script=(2, 5)))
     params = label_request(SCRIPT_LABELS, **changes, extra_args=arguments)
     assert not admission.is_recording
-    assert tag_of(admission, params) == tag
+    assert row_of(admission, params) == tag
     assert resolved(admission, params).may_exit == (tag != FULL_DEPTH)
 
 
@@ -309,7 +310,7 @@ def test_a_policy_for_generated_text_serves_what_its_bound_covers(
     generation, requests, changes, tag
 ):
     params = SamplingParams(**{"temperature": 0, "max_tokens": 30, **changes})
-    assert tag_of(generation(requests), params) == tag
+    assert row_of(generation(requests), params) == tag
 
 
 @pytest.mark.parametrize(("requested", "remembered"), [(None, UNLIMITED), (1, 1), (30, 30)])
@@ -355,12 +356,12 @@ def test_a_request_whose_prompt_is_still_being_sent_runs_at_full_depth(admission
     params = label_request(label_ids)
     decided = admission().resolve("id", params, resumable=True)
     assert not decided.may_exit
-    assert admission().admit(decided, []).tag == FULL_DEPTH
+    assert admission().admit(decided, []).threshold_row == FULL_DEPTH
     scripted = Admission(Settings(exit_script=(2, 5)))
     params = label_request(SCRIPT_LABELS, extra_args={"adainfer_exit": 5})
     decided = scripted.resolve("id", params, resumable=True)
     assert not decided.may_exit
-    assert scripted.admit(decided, []).tag == FULL_DEPTH
+    assert scripted.admit(decided, []).threshold_row == FULL_DEPTH
 
 
 class Unread(list[int]):
@@ -375,7 +376,7 @@ def test_more_tokens_than_a_policy_can_have_are_not_looked_at(admission, field):
     params = SamplingParams(temperature=0, max_tokens=1)
     setattr(params, field, Unread([1]) * (MOST_ANSWERS + 1))
     setattr(params, field, Unread(getattr(params, field)))
-    assert tag_of(admission(), params) == FULL_DEPTH
+    assert row_of(admission(), params) == FULL_DEPTH
 
 
 def test_after_its_arrival_nothing_that_a_client_sent_is_looked_at(
@@ -385,7 +386,7 @@ def test_after_its_arrival_nothing_that_a_client_sent_is_looked_at(
     decided = resolved(deciding, label_request(label_ids))
     for name in "requested_output", "read_request", "wants_prompt_logprobs":
         monkeypatch.delattr(f"vllm_adainfer.engine.admission.admission.{name}")
-    assert deciding.admit(decided, [5]).tag == DEFAULT
+    assert deciding.admit(decided, [5]).threshold_row == DEFAULT
 
 
 PROBABILITY = {"risk": "probability", "tolerance": 0.05}
@@ -458,7 +459,7 @@ def test_a_request_exits_only_under_a_policy_that_promises_what_it_reads(
     admission = Admission(Settings(artifact=source), logprobs_mode=mode)
     exits = read in EXITING[risk, label_mass, mode]
     params = reading(label_ids, read)
-    assert tag_of(admission, params) == (DEFAULT if exits else FULL_DEPTH)
+    assert row_of(admission, params) == (DEFAULT if exits else FULL_DEPTH)
     assert resolved(admission, params).may_exit == exits
 
 
@@ -472,12 +473,12 @@ def test_beside_a_policy_for_probabilities_one_for_the_label_decides_labels(
     admission = Admission(Settings(artifact=sources))
     assert admission.policies.ambiguous == []
     sure, label = DEFAULT, 2 + DEFAULT
-    assert tag_of(admission, reading(label_ids, "the label")) == label
-    assert tag_of(admission, reading(label_ids, "in the vocabulary")) == sure
+    assert row_of(admission, reading(label_ids, "the label")) == label
+    assert row_of(admission, reading(label_ids, "in the vocabulary")) == sure
     named = {"extra_args": {"adainfer_policy": "sure"}}
-    assert tag_of(admission, reading(label_ids, "the label", **named)) == sure
+    assert row_of(admission, reading(label_ids, "the label", **named)) == sure
     named = {"extra_args": {"adainfer_policy": "label"}}
-    assert tag_of(admission, reading(label_ids, "in the vocabulary", **named)) == FULL_DEPTH
+    assert row_of(admission, reading(label_ids, "in the vocabulary", **named)) == FULL_DEPTH
 
 
 def test_two_policies_for_the_same_probabilities_have_to_be_named(tiny_model, tmp_path, label_ids):
@@ -487,4 +488,4 @@ def test_two_policies_for_the_same_probabilities_have_to_be_named(tiny_model, tm
     }
     admission = Admission(Settings(artifact=sources))
     assert admission.policies.ambiguous == [["one", "two"]]
-    assert tag_of(admission, reading(label_ids, "in the vocabulary")) == FULL_DEPTH
+    assert row_of(admission, reading(label_ids, "in the vocabulary")) == FULL_DEPTH

@@ -60,8 +60,6 @@ SERVED_SHAPES = {
     "svm": (3,),
     "logreg": (3,),
     "threshold": (3,),
-    "rbf": (256, 256),
-    "boosting": (256, 256),
     "crf": (7,),
 }
 
@@ -79,6 +77,26 @@ def test_a_classifier_is_saved_in_its_own_form_and_no_other(tmp_path, config, ki
         else:
             with pytest.raises(AdaInferError, match=r"exit\.2\.classifier must have shape"):
                 load_artifact(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("key", "removed", "kept"),
+    [
+        ("classifier", "rbf", "'svm', 'logreg', 'threshold' or 'crf'"),
+        ("classifier", "boosting", "'svm', 'logreg', 'threshold' or 'crf'"),
+        ("bound", "naive", "'exact' or 'wsr'"),
+        ("bound", "hoeffding-bentkus", "'exact' or 'wsr'"),
+    ],
+)
+def test_an_artifact_of_a_removed_kind_is_refused_with_what_to_calibrate_with(
+    tmp_path, config, key, removed, kept
+):
+    directory = save(tmp_path / "policy", config, tensors_of(config))
+    written = json.loads((directory / CONFIG_FILE).read_text())
+    (directory / CONFIG_FILE).write_text(json.dumps({**written, key: removed}))
+    sentence = rf"\({key}: Input should be {kept}\): calibrate again"
+    with pytest.raises(AdaInferError, match=sentence):
+        load_artifact(str(directory))
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -182,6 +200,15 @@ def test_an_artifact_or_an_empty_directory_is_replaced(tmp_path, config, there):
     save(directory, config)
     assert load_artifact(str(directory)).config == config
     assert not (directory / "stale").exists()
+
+
+def test_a_link_to_an_artifact_stays_one(tmp_path, config):
+    directory, link = save(tmp_path / "policy", changed(config, epsilon=0.02)), tmp_path / "link"
+    link.symlink_to(directory)
+    save(link, config)
+    assert load_artifact(str(directory)).config == config
+    assert link.readlink() == directory
+    assert {*tmp_path.iterdir()} == {directory, link}
 
 
 def make_file(path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adainfer_kernels import Head
 
-from tests.unit.readings import reads_as_it_decides
+from tests.unit.readings import views_as_it_decides
 from tests.unit.test_make_policy import (
     DEPTH,
     HF_CONFIG,
@@ -23,19 +23,24 @@ from tests.unit.test_make_policy import (
 )
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.offline.calibration.calibrate import with_mass_if_it_pays
-from vllm_adainfer.offline.calibration.certify import Bound, loosest, threshold_grid, walk
+from vllm_adainfer.offline.calibration.certify import (
+    Bound,
+    loosest_certified,
+    threshold_grid,
+    threshold_path,
+)
 from vllm_adainfer.offline.calibration.collect import Recording
 from vllm_adainfer.offline.calibration.fit import Scored
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
-    PolicyOptions,
     make_policy,
 )
-from vllm_adainfer.offline.calibration.label_reads import LabelReads, label_reads
+from vllm_adainfer.offline.calibration.loss import FullDepthLabels, full_depth_labels
+from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.offline.calibration.probes import Target
-from vllm_adainfer.policy.exit_policy import Asked
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
 
@@ -52,7 +57,7 @@ def recorded(labels_lead: float = ALL_MASS) -> Recording:
 
 
 def made(recording: Recording, with_mass: bool = True, **options: object) -> FittedPolicy:
-    reads = label_reads(recording, LABEL_IDS)
+    reads = full_depth_labels(recording, LABEL_IDS)
     asked = PolicyOptions(
         **{"epsilon": EPSILON, "risk": "probability", "tolerance": TOLERANCE, **options}
     )
@@ -83,12 +88,12 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass):
     exits, wrong = np.full(len(rows), len(policy.exits)), np.zeros(len(rows))
     memory, logits = None, logits_of(recording)[rows]
     for index, layer in enumerate(serving.exit_points):
-        asked = Asked(recording.states[layer][rows], tags, memory)
-        decision = serving.decide(index, asked)
-        assert reads_as_it_decides(serving, index, asked, decision)
+        undecided = UndecidedRows(recording.states[layer][rows], tags, memory)
+        decision = serving.decide(index, undecided)
+        assert views_as_it_decides(serving, index, undecided, decision)
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
-        wrong[leaves] = serving.compare(decision.answers, logits)[0].numpy()[leaves]
+        wrong[leaves] = serving.disagrees(decision.answers, logits, None).wrong.numpy()[leaves]
         memory = decision.memory
     assert np.array_equal(exits, point.exits)
     assert np.array_equal(wrong, point.losses)
@@ -98,7 +103,7 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass):
 
 def test_full_depth_is_read_as_vllm_returns_it():
     recording = recorded(SOME_MASS)
-    reads, logits = label_reads(recording, LABEL_IDS), logits_of(recording).double()
+    reads, logits = full_depth_labels(recording, LABEL_IDS), logits_of(recording).double()
     probabilities = logits.softmax(dim=1)[:, LABEL_IDS]
     close = {"atol": 1e-5, "rtol": 1e-4}
     torch.testing.assert_close(reads.probabilities.mass.double(), probabilities.sum(1), **close)
@@ -115,7 +120,9 @@ def test_a_cap_and_a_scale_of_the_logits_change_their_probabilities(soft_cap, sc
     logits = logits_of(recording)
     capped = logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
     expected = (capped * scale)[:, LABEL_IDS].softmax(dim=1)
-    torch.testing.assert_close(label_reads(recording, LABEL_IDS).probabilities.among, expected)
+    torch.testing.assert_close(
+        full_depth_labels(recording, LABEL_IDS).probabilities.among, expected
+    )
 
 
 @pytest.mark.parametrize("with_mass", [True, False])
@@ -154,7 +161,7 @@ def test_the_mass_is_promised_where_it_does_not_cost_most_of_the_layers(lead, wi
 def test_a_scale_is_fitted_that_makes_unseen_probabilities_likelier():
     """A ridge regression shrinks: without a scale, early probabilities are too even."""
     recording = recorded()
-    reads = label_reads(recording, LABEL_IDS)
+    reads = full_depth_labels(recording, LABEL_IDS)
     policy = made(recording, exit_points=(2,))
     exit = policy.candidates[0]
     assert exit.layer == 2
@@ -177,7 +184,7 @@ def test_the_bound_on_the_tolerance_holds_on_all_but_delta_of_the_calibrations()
     layers = [exit.layer for exit in policy.candidates]
     grid = threshold_grid(policy.candidates)
     everyone = [exit.held_out for exit in policy.candidates]
-    true = {point.threshold: point.risk for point in walk(layers, everyone, DEPTH, grid)}
+    true = {point.threshold: point.risk for point in threshold_path(layers, everyone, DEPTH, grid)}
     generator = np.random.default_rng(0)
     exceeded, saved = 0, 0.0
     for _ in range(RESAMPLES):
@@ -186,7 +193,9 @@ def test_the_bound_on_the_tolerance_holds_on_all_but_delta_of_the_calibrations()
             Scored(*(getattr(exit, field.name)[drawn] for field in fields(Scored)))
             for exit in everyone
         ]
-        point = loosest(walk(layers, sample, DEPTH, grid), EPSILON, Bound("exact", DELTA, 0.0))
+        point = loosest_certified(
+            threshold_path(layers, sample, DEPTH, grid), EPSILON, Bound("exact", DELTA, 0.0)
+        )
         assert point is not None
         exceeded += true[point.threshold] > EPSILON
         saved += point.layers_saved
@@ -197,7 +206,7 @@ def test_the_bound_on_the_tolerance_holds_on_all_but_delta_of_the_calibrations()
 
 def test_reads_of_other_labels_are_other_reads():
     recording = recorded(SOME_MASS)
-    one, other = (label_reads(recording, torch.tensor(ids)) for ids in ([7, 3], [3, 7]))
-    assert isinstance(one, LabelReads)
+    one, other = (full_depth_labels(recording, torch.tensor(ids)) for ids in ([7, 3], [3, 7]))
+    assert isinstance(one, FullDepthLabels)
     assert torch.equal(one.probabilities.among, other.probabilities.among.flip(1))
     assert torch.equal(one.probabilities.mass, other.probabilities.mass)

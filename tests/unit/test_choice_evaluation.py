@@ -15,8 +15,11 @@ from vllm_adainfer.engine.compat.stats import take_report
 from vllm_adainfer.engine.scheduler.scheduler import FinishingScheduler
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.frontend.metrics import ChoiceMetrics
-from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, check_choices
+from vllm_adainfer.offline.calibration.options import (
+    CalibrationRequest,
+    PolicyOptions,
+    check_options,
+)
 from vllm_adainfer.offline.evaluation.readings import choice_params, chosen
 from vllm_adainfer.settings.engine import Settings
 
@@ -50,7 +53,7 @@ def test_answers_are_compared_as_texts_whatever_tokens_wrote_them():
 def test_what_does_not_go_with_choices_is_refused(request_of, sentence):
     asked = CalibrationRequest("m", Path("d"), Path("o"), choices=("yes", "no"), **request_of)
     with pytest.raises(AdaInferError, match=sentence):
-        check_choices(asked)
+        check_options(asked, holds_requests=True)
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,14 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output.utils import choice_as_grammar
 
-from tests.admitted import admitted, resolved, tag_of
+from tests.admitted import admitted, resolved, row_of
 from tests.byte_model import SETS, byte_tokenizer
 from tests.tiny import tiny_artifact
-from tests.unit.readings import reads_as_it_decides
+from tests.unit.readings import views_as_it_decides
 from tests.unit.test_make_policy import HF_CONFIG, LAYERS, SPLIT, recording_of
 from vllm_adainfer.artifact.config import ArtifactConfig, Choice, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.cli.calibrate import choice_texts
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.batch_files import read_requests
@@ -30,20 +31,19 @@ from vllm_adainfer.offline.calibration.choices import (
     Choices,
     common_choices,
     find_choices,
-    names_of,
     with_labels,
 )
 from vllm_adainfer.offline.calibration.data import Example, Row
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
-    PolicyOptions,
     make_policy,
 )
+from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.policy.choice_policy import ChoicePolicy
-from vllm_adainfer.policy.exit_policy import Asked
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.settings.engine import Settings
 
@@ -112,12 +112,12 @@ def test_a_choice_is_not_decided_by_a_part_of_its_first_letter_which_the_schedul
     [("", ()), ("a,b", ("a", "b")), (" a, b", (" a", " b")), ("a b,c", ("a b", "c"))],
 )
 def test_choices_are_taken_as_written(text, names):
-    assert names_of(text) == names
+    assert choice_texts(text) == names
 
 
 def test_a_blank_that_only_some_choices_begin_with_is_hardly_meant():
     with pytest.raises(AdaInferError, match="some begin with a blank"):
-        names_of("positive, negative")
+        choice_texts("positive, negative")
 
 
 TOKENS = Choices(
@@ -152,7 +152,7 @@ def served(policy: FittedPolicy, directory: Path) -> ChoicePolicy:
     return ChoicePolicy(load_artifact(str(directory)), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("classifier", ["svm", "rbf", "crf"])
+@pytest.mark.parametrize("classifier", ["svm", "crf"])
 @pytest.mark.parametrize("with_undecided", [False, True])
 def test_what_is_served_of_choices_is_what_was_certified(tmp_path, classifier, with_undecided):
     choices = TOKENS if with_undecided else replace(TOKENS, undecided=())
@@ -166,16 +166,18 @@ def test_what_is_served_of_choices_is_what_was_certified(tmp_path, classifier, w
     exits, wrong = np.full(len(rows), len(policy.exits)), np.zeros(len(rows))
     memory = None
     for index, layer in enumerate(serving.exit_points):
-        asked = Asked(recording.states[layer][rows], tags, memory)
-        decision = serving.decide(index, asked)
-        assert reads_as_it_decides(serving, index, asked, decision)
+        undecided = UndecidedRows(recording.states[layer][rows], tags, memory)
+        decision = serving.decide(index, undecided)
+        assert views_as_it_decides(serving, index, undecided, decision)
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
-        early = ids[decision.answers.argmax(1).numpy()]
+        early = ids[decision.answers.scores.argmax(1).numpy()]
         if with_undecided:
             assert not (early[leaves] == TOKENS.undecided[0]).any()
         differs = early != recording.tokens[rows]
-        assert np.array_equal(serving.differs(decision.answers, logits).numpy(), differs)
+        assert np.array_equal(
+            serving.disagrees(decision.answers, logits, None).wrong.numpy(), differs
+        )
         wrong[leaves] = differs[leaves]
         memory = decision.memory
     point = policy.points[0.05]
@@ -251,7 +253,7 @@ def test_requests_with_exactly_the_policys_choices_may_exit_if_nothing_else_is_a
 ):
     admission = Admission(Settings(artifact=source))
     assert resolved(admission, params).may_exit == exits
-    assert (tag_of(admission, params) != FULL_DEPTH) == exits
+    assert (row_of(admission, params) != FULL_DEPTH) == exits
     assert admitted(admission, params).has_choice_policy == exits
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from adainfer_kernels import Head
 
 from vllm_adainfer.offline.calibration import choose
-from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, forecast
+from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, expected_seconds
 from vllm_adainfer.offline.calibration.cost import Costs, shares_of_time
 from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
 from vllm_adainfer.policy.probe import Probe
@@ -60,10 +60,9 @@ def test_fewer_rows_take_the_measured_share_of_a_layers_time():
     late = np.where(np.arange(10) < 9, 0, 1)  # the last row may not leave
     exits = [replace(exit, fitted=replace(exit.fitted, loss=late.astype(float))) for exit in exits]
     costs = replace(costs_of(probe=0.0, cut=0.0), fewer=((0.25, 0.5), (0.5, 0.8)))
-    found = forecast(exits, costs, tokens, 0.0)
+    found = expected_seconds(exits, costs, tokens, 0.0)
     shares = 4 * 1.0 + 4 * 0.8 + 4 * (0.5 * 0.1 / 0.25)
-    assert found.seconds == pytest.approx(costs.layer * 7 * shares)
-    assert found.layers_saved == pytest.approx((4 * 0.5 + 4 * 0.9) / DEPTH)
+    assert found == pytest.approx(costs.layer * 7 * shares)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +77,8 @@ def test_layers_that_share_keys_are_run_by_rows_that_decide_alone(layer, rows_be
         exit = exit_after(layer, np.where(losses == 0, 1.0, -1.0), losses)
         exits = [replace(exit, fitted=replace(exit.fitted, loss=losses))]
     costs = replace(costs_of(probe=0.0, cut=0.0), own_kv_layers=6)
-    found = forecast(exits, costs, tokens, 0.0)
-    assert found.seconds == pytest.approx(costs.layer * (rows_below + rows_beyond) / 10)
+    found = expected_seconds(exits, costs, tokens, 0.0)
+    assert found == pytest.approx(costs.layer * (rows_below + rows_beyond) / 10)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +99,9 @@ def tokens_of(seed: int) -> np.ndarray:
     return np.random.default_rng(seed + 100).integers(1, 60, ROWS).astype(np.float64)
 
 
-def by_prompt(exits, costs, tokens, threshold) -> tuple[float, float, float]:
-    """Mean time, share of layers x token rows saved, and mean loss at one threshold."""
-    saved = lost = 0.0
+def by_prompt(exits, costs, tokens, threshold) -> tuple[float, float]:
+    """Mean time and mean loss at one threshold."""
+    lost = 0.0
     seconds = ROWS * len(exits) * costs.cut * tokens.mean()
     scores = [exit.fitted.score.tolist() for exit in exits]
     for row in range(ROWS):
@@ -116,8 +115,7 @@ def by_prompt(exits, costs, tokens, threshold) -> tuple[float, float, float]:
         else:
             seconds += costs.head
         seconds += costs.layer * layers_run * tokens[row]
-        saved += (DEPTH - layers_run) * tokens[row]
-    return seconds / ROWS, saved / (DEPTH * tokens.sum()), lost / ROWS
+    return seconds / ROWS, lost / ROWS
 
 
 @pytest.mark.parametrize("allowed", [0.0, 0.02, 0.1])
@@ -134,29 +132,26 @@ def test_a_forecast_is_the_loosest_threshold_before_the_first_beyond_the_bound(
     best = by_prompt(exits, costs, tokens, np.inf)
     for threshold in thresholds:
         found = by_prompt(exits, costs, tokens, threshold)
-        if found[2] > allowed + 1e-9:
+        if found[1] > allowed + 1e-9:
             break
         best = found
-    expected = forecast(exits, costs, tokens, allowed)
-    assert expected.seconds == pytest.approx(best[0])
-    assert expected.layers_saved == pytest.approx(best[1])
+    assert expected_seconds(exits, costs, tokens, allowed) == pytest.approx(best[0])
 
 
 @pytest.mark.parametrize("head", [0.0, 5e-3])
 def test_full_depth_is_forecast_without_probes_and_cuts(head):
     costs, tokens = costs_of(head=head), tokens_of(0)
-    full = forecast([], costs, tokens, 0.02)
-    assert full.seconds == pytest.approx(costs.layer * DEPTH * tokens.mean() + head)
-    assert full.layers_saved == 0
+    full = expected_seconds([], costs, tokens, 0.02)
+    assert full == pytest.approx(costs.layer * DEPTH * tokens.mean() + head)
 
 
 def test_an_exit_point_whose_score_is_no_number_lets_nobody_leave():
     exits = candidates_of(0)
     nowhere = exit_after(2, np.full(ROWS, np.nan), np.zeros(ROWS))
     costs, tokens = costs_of(probe=0.0, cut=0.0), tokens_of(0)
-    without = forecast(exits[1:], costs, tokens, 0.05)
-    found = forecast([nowhere, *exits[1:]], costs, tokens, 0.05)
-    assert astuple(found) == pytest.approx(astuple(without))
+    without = expected_seconds(exits[1:], costs, tokens, 0.05)
+    found = expected_seconds([nowhere, *exits[1:]], costs, tokens, 0.05)
+    assert found == pytest.approx(without)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -164,7 +159,7 @@ def test_the_choice_is_the_best_of_all_sets(seed):
     candidates, costs, tokens = candidates_of(seed), costs_of(), tokens_of(seed)
 
     def seconds(exits) -> float:
-        return forecast(exits, costs, tokens, 0.03).seconds
+        return expected_seconds(exits, costs, tokens, 0.03)
 
     every = [
         exits
@@ -184,7 +179,7 @@ def test_the_choice_beats_as_many_exit_points_evenly_spread():
         candidates, costs, tokens = candidates_of(seed), costs_of(), tokens_of(seed)
         chosen = choose_exits(candidates, costs, tokens, 0.03)
         uniform = evenly_spread(candidates, len(chosen))
-        both = [forecast(exits, costs, tokens, 0.03).seconds for exits in (chosen, uniform)]
+        both = [expected_seconds(exits, costs, tokens, 0.03) for exits in (chosen, uniform)]
         ratios.append(both[0] / both[1])
     assert max(ratios) <= 1
     assert np.mean(ratios) < 0.9

@@ -8,20 +8,15 @@ import pytest
 import torch
 from adainfer_kernels import linear_score
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC, LinearSVC
+from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from vllm_adainfer.artifact.kinds import FEATURES
 from vllm_adainfer.offline.calibration.classifier import fit_classifier
 from vllm_adainfer.policy.score import score
 
-LINEAR, TABLES = ["svm", "logreg"], ["rbf", "boosting"]
-LEARNED = LINEAR + TABLES
-RBF_BAND = 0.01  # in log odds
+LEARNED = ["svm", "logreg"]
 
 
 def rows(count: int, seed: int) -> tuple[Tensor, np.ndarray]:
@@ -30,16 +25,6 @@ def rows(count: int, seed: int) -> tuple[Tensor, np.ndarray]:
     gap = generator.random(count)
     top_prob = gap + (1 - gap) * generator.random(count) / 2
     settled = generator.random(count) < 1 / (1 + np.exp(-8 * (gap - 0.3)))
-    return torch.tensor(np.stack([top_prob, gap], axis=1)).float(), settled
-
-
-def crowded_rows(count: int, seed: int) -> tuple[Tensor, np.ndarray]:
-    """As a real probe gives them: most features near 1, errors far from it and rare."""
-    generator = np.random.default_rng(seed)
-    doubt = generator.exponential(2, count) + 12 * generator.random(count)
-    gap = 1 - np.exp(-doubt)
-    top_prob = gap + (1 - gap) * generator.random(count) / 2
-    settled = generator.random(count) < 1 / (1 + np.exp(-doubt))
     return torch.tensor(np.stack([top_prob, gap], axis=1)).float(), settled
 
 
@@ -53,25 +38,11 @@ def with_minority(count: int, minority: int, of: bool) -> tuple[Tensor, np.ndarr
 def sklearn_estimator(kind: str, folds: int, seed: int) -> Any:
     if kind == "logreg":
         return LogisticRegression(C=100.0, random_state=seed)
-    bare = {
-        "svm": LinearSVC(class_weight="balanced", random_state=seed),
-        "rbf": make_pipeline(StandardScaler(), SVC(class_weight="balanced", random_state=seed)),
-        "boosting": HistGradientBoostingClassifier(
-            max_iter=50, max_leaf_nodes=4, monotonic_cst=[1, 1], random_state=seed
-        ),
-    }[kind]
-    return CalibratedClassifierCV(bare, method="sigmoid", ensemble=False, cv=folds)
+    svm = LinearSVC(class_weight="balanced", random_state=seed)
+    return CalibratedClassifierCV(svm, method="sigmoid", ensemble=False, cv=folds)
 
 
-def sklearn_odds_where_stretched(
-    kind: str, features: Tensor, settled: np.ndarray, unseen: Tensor
-) -> np.ndarray:
-    fit_on, ask = (-np.log(np.clip(1 - x.double().numpy(), 2**-20, 1)) for x in (features, unseen))
-    probability = sklearn_estimator(kind, 5, seed=7).fit(fit_on, settled).predict_proba(ask)[:, 1]
-    return np.log(probability / (1 - probability))
-
-
-@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize("kind", LEARNED)
 @pytest.mark.parametrize(
     ("features_and_settled", "folds"),
     [
@@ -98,51 +69,8 @@ def test_the_linear_score_is_the_log_odds_of_scikit_learns_own_estimator(
     np.testing.assert_array_equal(np.diff(found[np.argsort(probability)])[apart] > 0, True)
 
 
-def served_and_sklearns(kind: str, sample: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of rows unseen by the fit: as served, and scikit-learn's log odds."""
-    features, settled = sample(400, seed=0)
-    unseen, _ = sample(2000, seed=2)
-    found = score(unseen, fit_classifier(kind, features, settled, seed=7), None).numpy()
-    return found, sklearn_odds_where_stretched(kind, features, settled, unseen)
-
-
-def thresholds_over(odds: np.ndarray) -> np.ndarray:
-    return np.random.default_rng(4).uniform(odds.min(), odds.max(), 50)
-
-
-@pytest.mark.parametrize("sample", [rows, crowded_rows])
-def test_an_rbf_table_decides_as_scikit_learn_does_but_for_a_small_band(sample):
-    found, odds = served_and_sklearns("rbf", sample)
-    for threshold in thresholds_over(odds):
-        sure = abs(odds - threshold) > RBF_BAND
-        assert sure.mean() > 0.95
-        np.testing.assert_array_equal((found >= threshold)[sure], (odds >= threshold)[sure])
-
-
-@pytest.mark.parametrize("sample", [rows, crowded_rows])
-def test_a_boosting_table_makes_99_of_100_decisions_of_scikit_learns(sample):
-    found, odds = served_and_sklearns("boosting", sample)
-    thresholds = thresholds_over(odds)[:, None]
-    assert ((found >= thresholds) == (odds >= thresholds)).mean() >= 0.99
-
-
-def test_rows_on_a_plateau_of_the_trees_have_one_score():
-    classifier = fit_classifier("boosting", *crowded_rows(400, seed=0), seed=0)
-    near_one = 1 - torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) * 1e-6
-    assert score(near_one, classifier, None).unique().numel() == 1
-
-
-@pytest.mark.parametrize("kind", TABLES)
-@pytest.mark.parametrize("features", [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1 + 1e-6, 1 + 1e-6]])
-def test_a_table_answers_at_the_ends_of_the_features_range(kind, features):
-    sample = crowded_rows(400, seed=0)
-    [odds] = sklearn_odds_where_stretched(kind, *sample, torch.tensor([features]))
-    found = score(torch.tensor([features]), fit_classifier(kind, *sample, seed=7), None)
-    assert found.item() == pytest.approx(odds, abs=RBF_BAND)
-
-
 @pytest.mark.parametrize("features", [[math.nan, 0.5], [0.5, math.nan], [math.nan, math.nan]])
-@pytest.mark.parametrize("shape", [(3,), (256, 256), (7,)])
+@pytest.mark.parametrize("shape", [(3,), (7,)])
 def test_a_row_without_features_has_no_score(shape, features):
     found = score(torch.tensor([features]), torch.rand(shape), torch.zeros(1))
     assert found.isnan().all()

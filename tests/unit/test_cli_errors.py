@@ -393,8 +393,6 @@ def read_of(*label_ids: int) -> dict[str, Any]:
         (tolerance(probe="lens"), "needs the scores of a label-head, and --probe lens has none"),
         (tolerance(probe="logit-lens"), "and --probe logit-lens has none: drop --probe or"),
         (tolerance(risk="accuracy"), "--tolerance bounds how far probabilities move, --risk accur"),
-        (tolerance(classifier="rbf"), "--classifier rbf is a table over probabilities, and --tol"),
-        (tolerance(classifier="boosting"), "reads log-odds: use svm, logreg, threshold or crf"),
         (
             tolerance(epsilon="0.01"),
             "too few rows for the bound: epsilon 0.01 at delta 0.1 needs at least 459 rows",
@@ -458,9 +456,18 @@ def test_an_epsilon_out_of_range_is_a_usage_error(place, epsilon):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("tolerance", "0"), ("tolerance", "0.6"), ("tolerance", "nan"), ("risk", "probability")],
+    [
+        ("tolerance", "0"),
+        ("tolerance", "0.6"),
+        ("tolerance", "nan"),
+        ("risk", "probability"),
+        ("classifier", "rbf"),
+        ("classifier", "boosting"),
+        ("bound", "naive"),
+        ("bound", "hoeffding-bentkus"),
+    ],
 )
-def test_a_tolerance_out_of_range_or_a_risk_without_one_is_a_usage_error(place, option, value):
+def test_a_value_that_an_option_does_not_take_is_a_usage_error(place, option, value):
     before = place.content()
     result = CliRunner().invoke(app, place.calibrate(labels="bad,good", **{option: value}))
     assert result.exit_code == 2

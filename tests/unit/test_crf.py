@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.chain import log_odds, log_sum, potentials
 from vllm_adainfer.offline.calibration.crf import fit_crf
-from vllm_adainfer.offline.calibration.fit import FittedExit, Scored, chain
+from vllm_adainfer.offline.calibration.fit import FittedExit, Scored, fit_crf_chain
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
 
@@ -116,7 +116,7 @@ def test_chosen_exit_points_are_chained_on_both_halves():
         )
         for index, layer in enumerate((3, 6, 9))
     ]
-    chained = chain(exits)
+    chained = fit_crf_chain(exits)
     steps = fit_crf(*halves[0])
     for half, (features, settled) in zip(("fitted", "held_out"), halves, strict=True):
         found = [getattr(fitted, half) for fitted in chained]

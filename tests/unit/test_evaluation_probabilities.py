@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from sklearn.metrics import brier_score_loss
 
+from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.offline.evaluation.probabilities import (
     BINS,
-    Floats,
-    Ints,
     Logprobs,
     among_labels,
     brier_score,

@@ -16,16 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.exits.batch import StackShape
-from vllm_adainfer.exits.exit_loop import ExitLoop
-from vllm_adainfer.exits.hidden_states import HiddenStates
-from vllm_adainfer.exits.kv import ExactKV, PropagateKV
-from vllm_adainfer.exits.layout import RowLayout
-from vllm_adainfer.exits.recorder import Recorder
-from vllm_adainfer.exits.recording_loop import RecordingLoop
-from vllm_adainfer.exits.step import REGROUP_COST, StepContext
+from vllm_adainfer.exits.batch.batch import StackShape
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.kv.policies import ExactKV, PropagateKV
+from vllm_adainfer.exits.loop.exit_loop import ExitLoop
+from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
+from vllm_adainfer.exits.loop.step import StepContext
+from vllm_adainfer.exits.recording.recorder import Recorder
+from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
-from vllm_adainfer.policy.exit_policy import Asked, Decision
+from vllm_adainfer.policy.answers import EarlyStates
+from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -33,7 +35,7 @@ EXIT_POINTS, DEPTH = (2, 4), 6
 SHAPE = StackShape(segment_layers=(2, 2, 1, 1), head_size=1)
 # The last two layers attend to what the fourth does.
 SHARING = StackShape(segment_layers=(2, 2, 2), head_size=1, own_kv_layers=4)
-FULL_DEPTH, FIRST_EXIT, SECOND_EXIT = -1, 0, 1  # tags
+FULL_DEPTH, FIRST_EXIT, SECOND_EXIT = -1, 0, 1  # threshold rows
 LONGEST = 100
 
 
@@ -81,22 +83,22 @@ class ToyBatch:
 
     def fill_kv(self, exit_index: int, states: Tensor, layout: RowLayout) -> None:
         for layer in range(EXIT_POINTS[exit_index], DEPTH):
-            self.narrowed(layout).write(layer, states)
+            self.compact(layout).write(layer, states)
 
-    def narrowed(self, layout: RowLayout) -> ToyBatch:
+    def compact(self, layout: RowLayout) -> ToyBatch:
         return ToyBatch(self.shape, self.cache, layout, self.executed, self.sizes)
 
-    def beside(self, layout: RowLayout, runs_last_layer_alone: bool = False) -> ToyBatch:
-        return self.narrowed(layout)
+    def side_batch(self, layout: RowLayout, last_layer_only: bool = False) -> ToyBatch:
+        return self.compact(layout)
 
 
-class ExitByTag:
-    """A policy that settles a request at the exit point that is its tag."""
+class ExitByRow(ExitPolicy):
+    """Settles a request at the exit point that is its threshold row."""
 
-    exit_points, num_tags, answer_ids, restricted = EXIT_POINTS, len(EXIT_POINTS), None, False
+    exit_points, num_threshold_rows = EXIT_POINTS, len(EXIT_POINTS)
 
-    def decide(self, exit_index: int, asked: Asked) -> Decision:
-        return Decision(settled=asked.tags == exit_index, answers=asked.hidden)
+    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
+        return Decision(rows.threshold_rows == exit_index, EarlyStates(rows.hidden))
 
 
 class Toy:
@@ -111,19 +113,19 @@ class Toy:
         self.executed: Counter = Counter()
         self.sizes: list[int] = []
         settings = {"max_rows": LONGEST, "min_rows_saved": 1, "monitors": {}, **changes}
-        policies = PolicySet({"toy": ExitByTag()})
+        policies = PolicySet({"toy": ExitByRow()})
         self.loop = ExitLoop(shape, policies, ExactKV() if kv is None else kv, **settings)
 
-    def step(self, tokens: list[list[int]], tags: list[int], **context: Any) -> Any:
+    def step(self, tokens: list[list[int]], exits: list[int], **context: Any) -> Any:
         """Run `tokens` of each request; returns the last state of each, and the output."""
         lens = np.array([len(each) for each in tokens])
         self.lengths += lens
         layout = RowLayout(lens, self.lengths - 1)
-        defaults = {"continues": np.ones(len(lens), dtype=bool), "sampled": lens > 0}
+        defaults = {"continues": np.ones(len(lens), dtype=bool), "yields_token": lens > 0}
         step = StepContext(
             request_ids=[f"request {place}" for place in range(len(lens))],
             layout=layout,
-            tags=np.array(tags),
+            threshold_rows=np.array(exits),
             **{**defaults, **context},
         )
         ids = torch.tensor([token for each in tokens for token in each])
@@ -147,13 +149,13 @@ def oracle(tokens: list[int], depth: int, kv_layers: int = DEPTH) -> tuple[float
 
 
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3]]
-TAGS = [FIRST_EXIT, FULL_DEPTH, SECOND_EXIT, FIRST_EXIT]
+EXITS = [FIRST_EXIT, FULL_DEPTH, SECOND_EXIT, FIRST_EXIT]
 DEPTHS = [2, 6, 4, 2]
 
 
 def test_each_request_runs_the_layers_up_to_the_exit_point_where_it_is_settled():
     toy = Toy()
-    toy.step(PROMPTS, TAGS, continues=np.zeros(4, dtype=bool))
+    toy.step(PROMPTS, EXITS, continues=np.zeros(4, dtype=bool))
     assert toy.executed == {
         (request, position): DEPTHS[request]
         for request, prompt in enumerate(PROMPTS)
@@ -163,13 +165,13 @@ def test_each_request_runs_the_layers_up_to_the_exit_point_where_it_is_settled()
 
 
 def test_each_answer_is_the_state_at_the_depth_where_the_request_left():
-    found, _ = Toy().step(PROMPTS, TAGS)
+    found, _ = Toy().step(PROMPTS, EXITS)
     assert found == pytest.approx([oracle(p, d)[0] for p, d in zip(PROMPTS, DEPTHS, strict=True)])
 
 
 def test_work_is_counted_where_layers_run_and_by_the_policy_that_decides():
     toy = Toy()
-    toy.step(PROMPTS, TAGS, continues=np.zeros(4, dtype=bool))
+    toy.step(PROMPTS, EXITS, continues=np.zeros(4, dtype=bool))
     toys, deep = toy.loop.stats.by_policy["toy"], toy.loop.stats.by_policy[NO_POLICY]
     assert (toys.layers_run, toys.layers_skipped) == (3 * 2 + 4 * 4 + 1 * 2, 3 * 4 + 4 * 2 + 1 * 4)
     assert (deep.layers_run, deep.layers_skipped) == (2 * 6, 0)
@@ -179,7 +181,7 @@ def test_work_is_counted_where_layers_run_and_by_the_policy_that_decides():
 
 def test_a_settled_request_stays_where_too_few_rows_would_leave_with_it():
     toy = Toy(min_rows_saved=5)
-    found, _ = toy.step(PROMPTS, TAGS)
+    found, _ = toy.step(PROMPTS, EXITS)
     # Four rows are ready at the first exit point, eight at the second: there all three leave.
     assert found == pytest.approx(
         [oracle(p, d)[0] for p, d in zip(PROMPTS, [2, 6, 4, 2], strict=True)]
@@ -189,7 +191,7 @@ def test_a_settled_request_stays_where_too_few_rows_would_leave_with_it():
 
 def test_a_chunk_before_the_last_of_a_prompt_never_leaves():
     toy = Toy(requests=2)
-    toy.step([[3, 1], [7]], [FIRST_EXIT, FIRST_EXIT], sampled=np.array([False, True]))
+    toy.step([[3, 1], [7]], [FIRST_EXIT, FIRST_EXIT], yields_token=np.array([False, True]))
     assert toy.executed == {(0, 0): DEPTH, (0, 1): DEPTH, (1, 0): 2}
 
 
@@ -218,7 +220,7 @@ def test_where_later_layers_write_no_keys_and_values_rows_that_decide_nothing_st
 def test_a_token_that_leaves_where_later_layers_write_nothing_leaves_nothing_missing():
     toy = Toy(requests=2, shape=SHARING)
     toy.step([[3, 1], [7]], [SECOND_EXIT, FIRST_EXIT])
-    assert [toy.loop.missing(f"request {place}", 2) for place in range(2)] == [0, 1]
+    assert [toy.loop.kv.missing(f"request {place}", 2) for place in range(2)] == [0, 1]
     found, _ = toy.step([[4], [1]], [FULL_DEPTH, FULL_DEPTH])
     wanted = [oracle(text, DEPTH, SHARING.kv_layers)[0] for text in ([3, 1, 4], [7, 1])]
     assert found == pytest.approx(wanted)
@@ -227,8 +229,8 @@ def test_a_token_that_leaves_where_later_layers_write_nothing_leaves_nothing_mis
 @pytest.mark.parametrize("max_rows", [LONGEST, 4], ids=["rejoins", "catches up in parts"])
 def test_exact_kv_runs_skipped_layers_with_the_next_token_that_goes_there(max_rows):
     toy, text = Toy(requests=1, max_rows=max_rows), [3, 1, 4, 1, 5, 9, 2, 6]
-    for position, tag in enumerate([FIRST_EXIT, SECOND_EXIT, FIRST_EXIT, FIRST_EXIT, FIRST_EXIT]):
-        toy.step([[text[position]]], [tag])
+    for position, exit in enumerate([FIRST_EXIT, SECOND_EXIT, FIRST_EXIT, FIRST_EXIT, FIRST_EXIT]):
+        toy.step([[text[position]]], [exit])
     assert toy.cache[4, 0, 0].isnan(), "the layers that the first token skipped are not run yet"
     [found], _ = toy.step([[text[5]]], [FULL_DEPTH])
     full_depth, cache = oracle(text[:6], DEPTH)
@@ -251,7 +253,7 @@ def test_propagate_fills_skipped_layers_with_the_state_at_the_exit():
 def test_drawn_exits_give_the_oracles_states_whatever_left_before(monkeypatch, shape, seed):
     """Several requests, prompts and tokens, with `exact`: others' exits change nobody's state."""
     generator = np.random.default_rng(seed)
-    monkeypatch.setitem(REGROUP_COST, "cpu", int(generator.choice([1, 64])))
+    monkeypatch.setitem(COMPACTION_COST, "cpu", int(generator.choice([1, 64])))
     max_rows = int(generator.integers(8, LONGEST))
     toy = Toy(ExactKV(capacity=6), shape=shape, max_rows=max_rows)
     texts: list[list[int]] = [[], [], [], []]
@@ -260,18 +262,18 @@ def test_drawn_exits_give_the_oracles_states_whatever_left_before(monkeypatch, s
         if not lens.any():
             continue
         tokens = [generator.integers(1, 9, count).tolist() for count in lens]
-        tags = generator.integers(FULL_DEPTH, 2, 4)
-        overdue = toy.loop.overdue()
-        tags[[f"request {place}" in overdue for place in range(4)]] = FULL_DEPTH
-        found, _ = toy.step(tokens, tags.tolist())
+        exits = generator.integers(FULL_DEPTH, 2, 4)
+        overdue = toy.loop.kv.overdue()
+        exits[[f"request {place}" in overdue for place in range(4)]] = FULL_DEPTH
+        found, _ = toy.step(tokens, exits.tolist())
         texts = [text + more for text, more in zip(texts, tokens, strict=True)]
         wanted = [
-            oracle(text, DEPTH if tag == FULL_DEPTH else EXIT_POINTS[tag], shape.kv_layers)[0]
-            for text, tag, count in zip(texts, tags, lens, strict=True)
+            oracle(text, DEPTH if exit == FULL_DEPTH else EXIT_POINTS[exit], shape.kv_layers)[0]
+            for text, exit, count in zip(texts, exits, lens, strict=True)
             if count
         ]
         assert found == pytest.approx(wanted)
-    waiting = sum(toy.loop.missing(f"request {place}", 0) for place in range(4))
+    waiting = sum(toy.loop.kv.missing(f"request {place}", 0) for place in range(4))
     assert waiting or not toy.loop.kv._waiting
     for place in range(4):
         toy.loop.forget(f"request {place}")
@@ -288,14 +290,14 @@ def test_a_shadow_request_runs_to_full_depth_and_its_early_answer_is_compared(th
     )
     assert found == pytest.approx([oracle([3, 1], DEPTH)[0], oracle([7], 2)[0]])
     [shadow] = output.shadows
-    assert shadow.answers.flatten().tolist() == pytest.approx([oracle([3, 1], 2)[0]])
+    assert shadow.answers.values.flatten().tolist() == pytest.approx([oracle([3, 1], 2)[0]])
 
     def head(states: Tensor) -> Tensor:
         """Token 1 for a state above the threshold, else token 0."""
         return torch.cat([torch.full_like(states, threshold), states], dim=1)
 
     shadow.compare(head(output.hidden[[1, 2]]), head)
-    reading = monitor.readings()[FIRST_EXIT]
+    reading = monitor.status()[FIRST_EXIT]
     assert (reading.checked, reading.disagreed) == (1, differs)
 
 
@@ -305,7 +307,7 @@ def test_a_recording_loop_runs_everything_and_keeps_the_states():
     toy = Toy(requests=2)
     toy.shape = StackShape(segment_layers=(2, 2, 2, 0), head_size=1)  # the last: the final norm
     toy.loop = RecordingLoop(toy.shape, recorder)
-    toy.step([[3, 1], [7]], [0, 1])
+    toy.step([[3, 1], [7]], [FULL_DEPTH] * 2, record_rows=np.array([0, 1]))
     taken = recorder.take()
     for layer in layers:
         wanted = [oracle([3, 1], layer)[0], oracle([7], layer)[0]]

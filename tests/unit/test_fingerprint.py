@@ -1,15 +1,16 @@
-"""A fingerprint tells weights apart, reckoned here by hashlib alone."""
+"""Fingerprints of weights and adapters, reckoned here by hashlib alone: artifacts carry them."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 
 import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.artifact.weights_fingerprint import WeightsFingerprint
+from vllm_adainfer.artifact.fingerprints import WeightsFingerprint, adapter_fingerprint
 
 WEIGHTS = {
     "b.weight": torch.tensor([[1.0, -2.0], [0.5, 3.0]]),
@@ -90,3 +91,11 @@ def test_it_names_the_tensors_that_are_not_as_in_another(changes, unlike):
     list(other.passing(WEIGHTS.items()))
     assert one.unlike(other) == unlike
     assert one.names == {*WEIGHTS, *changes}
+
+
+def test_an_adapters_is_of_what_scales_it_and_of_its_weights(tmp_path):
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights" * 1_000_000)
+    whole = b"[4, 8, true, null, null, null]" + b"weights" * 1_000_000
+    assert adapter_fingerprint(tmp_path) == hashlib.sha256(whole).hexdigest()

@@ -11,13 +11,13 @@ import torch
 from adainfer_kernels import Head, Norm
 from torch import Tensor
 
+from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration import fit, probes
 from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
 from vllm_adainfer.offline.calibration.fit import FittedExit, fit_exits, judge
-from vllm_adainfer.offline.calibration.loss import AccuracyLost, is_right
+from vllm_adainfer.offline.calibration.loss import accuracy_lost, is_right
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.split import Split, numbered, random_order
-from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, LAYER = 32, 50, 4
@@ -121,8 +121,8 @@ def test_a_probe_has_seen_no_prompt_of_the_group_that_it_judges_for_the_classifi
 def test_the_rows_of_a_half_are_all_those_of_its_prompts_in_the_prompts_order():
     recording = replace(recording_of(rank=1), prompts=np.array([0, 0, 1, 2, 2, 3]))
     split = Split(fit=np.array([2, 0]), certify=np.array([1, 3]), groups=np.arange(4))
-    assert split.fit_rows(recording).tolist() == [3, 4, 0, 1]
-    assert split.certify_rows(recording).tolist() == [2, 5]
+    assert recording.rows_of(split.fit).tolist() == [3, 4, 0, 1]
+    assert recording.rows_of(split.certify).tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("low_rank_from", [HIDDEN, HIDDEN + 1])
@@ -199,7 +199,7 @@ def test_the_loss_of_accuracy_is_signed_by_who_is_right():
     plain = fitted_on(recording, "logit-lens", LABELS).probe
     recording.tokens[:] = plain.score(plain.readout(recording.final)).top1_id.numpy()
     target = Target("label-head", LABELS)
-    [exit] = fit_exits(recording, target, SPLIT, "svm", 0, [LAYER], AccuracyLost(right))
+    [exit] = fit_exits(recording, target, SPLIT, "svm", 0, [LAYER], accuracy_lost(right))
     for half, prompts in zip((exit.fitted, exit.held_out), (SPLIT.fit, SPLIT.certify), strict=True):
         full = recording.tokens[prompts]
         found = set()

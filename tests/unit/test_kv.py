@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,20 +8,11 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from vllm_adainfer.exits.hidden_states import HiddenStates
-from vllm_adainfer.exits.kv import ExactKV, PropagateKV, RecurrentKV
-from vllm_adainfer.exits.layout import RowLayout
-from vllm_adainfer.exits.transfer import upload
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.kv.policies import ExactKV, LeavingRows, PropagateKV, RecurrentKV
 
-
-def step_of(lens: list[int], last_positions: list[int]) -> Any:
-    layout = RowLayout(np.array(lens), np.array(last_positions))
-    names = [f"request {place}" for place in range(len(lens))]
-    return SimpleNamespace(
-        request_ids=names,
-        layout=layout,
-        on_device=lambda *arrays: upload(arrays, torch.device("cpu")),
-    )
+NAMES = [f"request {place}" for place in range(3)]
 
 
 class Filled:
@@ -35,54 +25,70 @@ class Filled:
         self.calls.append((exit_index, states.flatten().tolist(), layout.positions.tolist()))
 
 
-def states(step: Any) -> HiddenStates:
-    """Parts [rows, 1] that name request and position of each row."""
-    layout = step.layout
-    return HiddenStates(
+def leave(
+    kv: Any,
+    exit_index: int,
+    query_lens: list[int],
+    last_positions: list[int],
+    requests: tuple[int, ...] = (0,),
+    policy: int = 0,
+    batch: Any = None,
+) -> HiddenStates:
+    """Let requests leave a batch, whose states name request and position of each row."""
+    layout = RowLayout(np.array(query_lens), np.array(last_positions))
+    states = HiddenStates(
         torch.from_numpy(layout.row_requests).unsqueeze(1).float(),
         torch.from_numpy(layout.positions).unsqueeze(1).float(),
     )
+    rows = layout.rows_of(np.array(requests))
+    leaving = layout.only(np.array(requests))
+    policies = np.full(len(rows), policy)
+    kv.leave(LeavingRows(exit_index, NAMES, leaving, rows, policies, states, batch))
+    return states
 
 
-NOBODY = np.array([], dtype=np.int64)
+def waiting(kv: Any, exit_index: int, *requests: int) -> list[int] | None:
+    wanted = np.isin(np.arange(3), requests or (0, 1, 2))
+    found = kv.waiting(exit_index, NAMES, wanted)
+    return None if found is None else found.tolist()
 
 
-def test_exact_gives_rows_back_in_order_of_requests_and_positions():
+def test_exact_gives_rows_back_in_order_of_requests_and_positions_with_their_policies():
     kv = ExactKV()
-    first, second = step_of([2, 1], [1, 7]), step_of([1, 1], [2, 8])
-    kv.leave(0, np.array([0, 1]), Filled(), states(first), first)
-    kv.leave(0, np.array([0]), Filled(), states(second), second)
-    later = step_of([1, 1], [3, 9])
-    assert kv.waiting(1, later, NOBODY) is None
-    waiting = kv.waiting(0, later, NOBODY)
-    assert waiting.tolist() == [3, 1]
-    joining = kv.rejoin(0, later, waiting)
-    assert joining.hidden.flatten().tolist() == [0, 0, 0, 1]
-    assert joining.residual.flatten().tolist() == [0, 1, 2, 7]
-    assert kv.waiting(0, later, NOBODY) is None
+    leave(kv, 0, [2, 1], [1, 7], requests=(0, 1), policy=5)
+    leave(kv, 0, [1, 1], [2, 8], requests=(0,), policy=6)
+    assert waiting(kv, 1) is None
+    assert waiting(kv, 0) == [3, 1, 0]
+    states, policies = kv.rejoin(0, NAMES, np.array([3, 1, 0]))
+    assert states.hidden.flatten().tolist() == [0, 0, 0, 1]
+    assert states.residual.flatten().tolist() == [0, 1, 2, 7]
+    assert policies.tolist() == [5, 5, 6, 5]
+    assert waiting(kv, 0) is None
 
 
 def test_rows_of_a_request_that_leaves_again_keep_waiting():
-    kv, step = ExactKV(), step_of([1, 1], [4, 4])
-    kv.leave(0, np.array([0, 1]), Filled(), states(step), step)
-    assert kv.waiting(0, step, leaving=np.array([0])).tolist() == [0, 1]
+    kv = ExactKV()
+    leave(kv, 0, [1, 1], [4, 4], requests=(0, 1))
+    assert waiting(kv, 0, 1, 2) == [0, 1, 0]
 
 
 def test_exact_misses_what_waits_and_forgets_it_with_the_request():
-    kv, step = ExactKV(), step_of([3, 1], [2, 5])
-    kv.leave(1, np.array([0, 1]), Filled(), states(step), step)
-    assert (kv.missing("request 0", 3), kv.missing("request 1", 6)) == (3, 1)
-    kv.forget("request 0")
-    kv.forget("never heard of")
+    kv = ExactKV()
+    leave(kv, 1, [3, 1], [2, 5], requests=(0, 1), policy=2)
+    leave(kv, 0, [1, 1], [3, 6], requests=(0,), policy=1)
+    assert (kv.missing("request 0", 3), kv.missing("request 1", 6)) == (4, 1)
+    forgotten = [(exit_index, rows.tolist()) for exit_index, rows in kv.forget("request 0")]
+    assert forgotten == [(1, [2, 2, 2]), (0, [1])]
+    assert list(kv.forget("never heard of")) == []
     assert (kv.missing("request 0", 3), kv.missing("request 1", 6)) == (0, 1)
 
 
 def test_where_layers_keep_a_state_nothing_from_the_first_row_that_waited_is_ever_complete():
     """Also when the rows have gone through: the state in between is nowhere."""
-    kv, prompt, later = RecurrentKV(), step_of([3, 1], [7, 5]), step_of([1, 1], [8, 6])
-    kv.leave(0, np.array([0]), Filled(), states(prompt), prompt)
-    kv.leave(1, np.array([0, 1]), Filled(), states(later), later)
-    kv.rejoin(0, later, kv.waiting(0, later, NOBODY))
+    kv = RecurrentKV()
+    leave(kv, 0, [3, 1], [7, 5], requests=(0,))
+    leave(kv, 1, [1, 1], [8, 6], requests=(0, 1))
+    kv.rejoin(0, NAMES, np.array([3, 0, 0]))
     assert (kv.missing("request 0", 9), kv.missing("request 1", 7)) == (4, 1)
     assert (kv.missing("request 0", 5), kv.missing("request 2", 7)) == (0, 0)
     kv.forget("request 0")
@@ -104,29 +110,27 @@ def test_beyond_the_capacity_the_oldest_are_overdue(capacity, overdue):
     for place, rows in enumerate([2, 1, 3]):
         lens = [0, 0, 0]
         lens[place] = rows
-        step = step_of(lens, [9, 9, 9])
-        kv.leave(0, np.array([place]), Filled(), states(step), step)
+        leave(kv, 0, lens, [9, 9, 9], requests=(place,))
     assert kv.overdue() == overdue
 
 
 @pytest.mark.parametrize("how", ["rejoin", "forget"])
 def test_rows_that_wait_no_more_leave_their_places_to_others(how):
-    kv, step = ExactKV(), step_of([3, 1], [2, 5])
-    kv.leave(0, np.array([0, 1]), Filled(), states(step), step)
+    kv = ExactKV()
+    leave(kv, 0, [3, 1], [2, 5], requests=(0, 1))
     assert kv._pool.taken == 4
     if how == "rejoin":
-        kv.rejoin(0, step, kv.waiting(0, step, NOBODY))
+        kv.rejoin(0, NAMES, np.array([3, 1, 0]))
     else:
-        for request_id in step.request_ids:
+        for request_id in NAMES:
             kv.forget(request_id)
     assert kv._pool.taken == 0
 
 
 def test_what_waits_does_not_keep_the_states_of_the_whole_batch_alive():
-    kv, step = ExactKV(), step_of([1, 500], [4, 499])
-    batch = states(step)
+    kv = ExactKV()
+    batch = leave(kv, 0, [1, 500], [4, 499])
     parts = [StorageWeakRef(part.untyped_storage()) for part in (batch.hidden, batch.residual)]
-    kv.leave(0, np.array([0]), Filled(), batch, step)
     assert not any(part.expired() for part in parts)
     del batch
     gc.collect()
@@ -134,20 +138,19 @@ def test_what_waits_does_not_keep_the_states_of_the_whole_batch_alive():
 
 
 def test_propagate_fills_the_rows_that_leave_with_their_states():
-    kv, batch, step = PropagateKV(), Filled(), step_of([2, 1, 1], [1, 7, 3])
-    kv.leave(2, np.array([0, 2]), batch, states(step), step)
+    kv, batch = PropagateKV(), Filled()
+    leave(kv, 2, [2, 1, 1], [1, 7, 3], requests=(0, 2), batch=batch)
     assert batch.calls == [(2, [0 + 0, 0 + 1, 2 + 3], [0, 1, 3])]
-    assert kv.waiting(2, step, NOBODY) is None
+    assert waiting(kv, 2) is None
     assert kv.overdue() == set()
 
 
 def test_propagate_misses_all_from_the_first_row_that_left():
-    kv, step = PropagateKV(), step_of([3], [12])
+    kv = PropagateKV()
     assert kv.missing("request 0", 13) == 0
-    kv.leave(0, np.array([0]), Filled(), states(step), step)
+    leave(kv, 0, [3], [12], batch=Filled())
     assert kv.missing("request 0", 13) == 3
-    later = step_of([1], [15])
-    kv.leave(0, np.array([0]), Filled(), states(later), later)
+    leave(kv, 0, [1], [15], batch=Filled())
     assert kv.missing("request 0", 16) == 6
     kv.forget("request 0")
     assert kv.missing("request 0", 16) == 0

@@ -10,9 +10,9 @@ import torch
 from adainfer_kernels import Head
 from vllm import SamplingParams
 
-from tests.admitted import admitted, tag_of
+from tests.admitted import admitted, row_of
 from tests.tiny import tiny_artifact, tiny_config, word_tokenizer
-from tests.unit.readings import reads_as_it_decides
+from tests.unit.readings import views_as_it_decides
 from tests.unit.test_calibrate_probabilities import ALL_MASS, logits_of, recorded
 from tests.unit.test_make_policy import HF_CONFIG, NORM, SPLIT, VOCAB
 from vllm_adainfer.artifact.config import Label
@@ -20,23 +20,23 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of, mask_of
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.by_question import by_question
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
-    PolicyOptions,
     make_policy,
 )
 from vllm_adainfer.offline.calibration.label_pool import common_labels, pool_of, subsets_of
-from vllm_adainfer.offline.calibration.label_reads import label_reads
+from vllm_adainfer.offline.calibration.loss import full_depth_labels
+from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.policy_artifact import (
     never_named,
     policy_config,
     policy_tensors,
+    question_rows,
 )
 from vllm_adainfer.offline.calibration.probes import Target, fit_probes
-from vllm_adainfer.policy.exit_policy import Asked
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.pool_policy import PoolPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
@@ -63,7 +63,7 @@ def calibrated(risk: str, with_mass: bool, **options: object) -> tuple[FittedPol
     logits = logits_of(recording)
     own = logits[:, POOL].masked_fill(~subsets, -torch.inf)
     recording = replace(recording, tokens=POOL[own.argmax(1)].numpy())
-    reads = label_reads(recording, POOL, subsets) if risk == "probability" else None
+    reads = full_depth_labels(recording, POOL, subsets) if risk == "probability" else None
     asked = {"epsilon": EPSILON, "risk": risk, **options}
     if risk == "probability":
         asked["tolerance"] = TOLERANCE
@@ -101,16 +101,16 @@ def test_what_is_served_of_a_pool_is_what_was_certified(tmp_path, risk, with_mas
     exits, wrong = np.full(len(rows), len(policy.exits)), np.zeros(len(rows))
     memory = None
     for index, layer in enumerate(serving.exit_points):
-        asked = Asked(recording.states[layer][rows], tags, memory, bits)
-        decision = serving.decide(index, asked)
-        assert reads_as_it_decides(serving, index, asked, decision)
+        undecided = UndecidedRows(recording.states[layer][rows], tags, memory, bits)
+        decision = serving.decide(index, undecided)
+        assert views_as_it_decides(serving, index, undecided, decision)
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
-        assert not decision.answers[:, : len(POOL)].isfinite()[~subsets].any()
+        assert not decision.answers.scores.isfinite()[~subsets].any()
         if risk == "probability":
-            early = serving.compare(decision.answers, logits[rows])[0].numpy()
+            early = serving.disagrees(decision.answers, logits[rows], None).wrong.numpy()
         else:
-            early = POOL[decision.answers.argmax(1)].numpy() != recording.tokens[rows]
+            early = POOL[decision.answers.scores.argmax(1)].numpy() != recording.tokens[rows]
         wrong[leaves] = early[leaves]
         memory = decision.memory
     point = policy.points[EPSILON]
@@ -145,7 +145,7 @@ def test_labels_that_no_request_names_do_not_change_how_others_are_read():
 def test_a_mixture_says_what_each_question_saves_and_risks():
     policy, _ = calibrated("disagreement", False)
     point = policy.points[EPSILON]
-    rows = by_question(policy, point)
+    rows = question_rows(policy, point)
     total = sum(row["prompts"] for row in rows)
     assert [row["question"] for row in rows] == ["question 0", "question 1", "question 2"]
     assert total == len(SPLIT.certify)
@@ -215,7 +215,7 @@ def test_a_request_goes_to_the_policy_with_exactly_its_labels_before_a_pool(
     deciding = admission("two", "tokens", "probabilities")
     params = request(**asked)
     owner = {None: None, "two": 0, "tokens": 1, "probabilities": 2}[policy]
-    tag = tag_of(deciding, params)
+    tag = row_of(deciding, params)
     assert (None if tag == FULL_DEPTH else tag // 2) == owner
     assert admitted(deciding, params).subset == (ALL if policy == "two" else bits)
     assert deciding.policies.ambiguous == []
@@ -225,16 +225,16 @@ def test_two_pools_that_share_labels_are_told_apart_by_name_alone(admission):
     deciding = admission("tokens", "other")
     assert deciding.policies.ambiguous == [["tokens", "other"]]
     params = request(allowed_token_ids=[11, 12])
-    assert tag_of(deciding, params) == FULL_DEPTH
+    assert row_of(deciding, params) == FULL_DEPTH
     named = request(allowed_token_ids=[11, 12], extra_args={"adainfer_policy": "other"})
-    assert (tag_of(deciding, named) // 2, admitted(deciding, named).subset) == (1, 0b11)
-    assert tag_of(deciding, request(allowed_token_ids=[10, 12])) // 2 == 0
+    assert (row_of(deciding, named) // 2, admitted(deciding, named).subset) == (1, 0b11)
+    assert row_of(deciding, request(allowed_token_ids=[10, 12])) // 2 == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"label_pool": True, "probe": "lens"}, "label_pool needs a label-head"),
+        ({"label_pool": True, "probe": "lens"}, "label_pool and choices need a label-head"),
         (
             {
                 "label_pool": True,

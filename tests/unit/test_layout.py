@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.batch.layout import RowLayout
 
 
 def ints(*values: int) -> np.ndarray:

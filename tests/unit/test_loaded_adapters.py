@@ -17,7 +17,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from tests.adapters import PROJECTIONS, save_adapter
-from vllm_adainfer.artifact.adapter_fingerprint import adapter_fingerprint
+from vllm_adainfer.artifact.fingerprints import adapter_fingerprint
 from vllm_adainfer.engine.runner import adapters as ours
 from vllm_adainfer.engine.runner import ranks
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters

@@ -9,7 +9,12 @@ from scipy.integrate import quad
 from scipy.stats import beta
 
 from vllm_adainfer.artifact.kinds import Risk
-from vllm_adainfer.monitoring.monitor import PRIOR, AnswerMonitor, Reading, confidence_interval
+from vllm_adainfer.monitoring.monitor import (
+    PRIOR,
+    AnswerMonitor,
+    MonitorStatus,
+    confidence_interval,
+)
 
 EPSILONS = (0.02, 0.05)
 interval = cache(confidence_interval)
@@ -145,7 +150,7 @@ def test_accuracy_lost_is_at_most_the_disagreement_so_that_no_disagreement_break
     monitor = AnswerMonitor(EPSILONS, alpha=0.1, risk="accuracy")
     [found] = observe(monitor, 0, outcomes(0.06, 3000))
     assert not monitor.tightened.any()
-    reading = monitor.readings()[0]
+    reading = monitor.status()[0]
     assert reading.low > reading.epsilon, "what there is to see is shown"
     assert found < 3000
     assert observe(monitor, 0, outcomes(0.06, 3000, seed=1)) == [], "said once"
@@ -156,4 +161,4 @@ def test_the_level_that_is_found_above_its_epsilon_is_told_with_its_reading():
     disagreed = np.ones(20, dtype=np.bool_)
     told = monitor.observe([*map(str, range(20))], np.full(20, 1), disagreed)
     low, high = confidence_interval(20, 20, 0.1)
-    assert told == [Reading(0.05, 20, 20, low, high, tightened=True)]
+    assert told == [MonitorStatus(0.05, 20, 20, low, high, tightened=True)]

@@ -6,27 +6,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_adainfer.policy.policy_set import PolicySet, first_tags
+from vllm_adainfer.policy.policy_set import PolicySet, first_threshold_rows
 from vllm_adainfer.settings.engine import NO_POLICY
 
 
-def policy(exit_points: tuple[int, ...], num_tags: int) -> Any:
-    return SimpleNamespace(exit_points=exit_points, num_tags=num_tags)
+def policy(exit_points: tuple[int, ...], num_threshold_rows: int) -> Any:
+    return SimpleNamespace(exit_points=exit_points, num_threshold_rows=num_threshold_rows)
 
 
 A_AND_B = {"a": policy((2, 4), 3), "b": policy((4, 7), 2)}
 
 
-def slow_tags(policies: dict[str, Any]) -> list[tuple[int, int | None]]:
-    """Policy and own number by tag, written down one by one; the last is that of -1."""
-    tags: list[tuple[int, int | None]] = []
+def slow_owners(policies: dict[str, Any]) -> list[tuple[int, int | None]]:
+    """Policy and own number of each threshold row, one by one; the last is that of -1."""
+    rows: list[tuple[int, int | None]] = []
     for place, one in enumerate(policies.values()):
-        for own in range(one.num_tags):
-            tags.append((place, own))
-    return [*tags, (len(policies), None)]
+        for own in range(one.num_threshold_rows):
+            rows.append((place, own))
+    return [*rows, (len(policies), None)]
 
 
-def slow_asked(policies: dict[str, Any], layer: int, owners: list[int]) -> list[Any]:
+def slow_parts(policies: dict[str, Any], layer: int, owners: list[int]) -> list[Any]:
     """Each policy that has an exit point after `layer`, and the rows that are its own."""
     found = []
     for place, one in enumerate(policies.values()):
@@ -36,7 +36,7 @@ def slow_asked(policies: dict[str, Any], layer: int, owners: list[int]) -> list[
     return found
 
 
-def asked(policies: PolicySet, exit_index: int, owners: Any) -> list[Any]:
+def parts_of(policies: PolicySet, exit_index: int, owners: Any) -> list[Any]:
     return [
         (part.policy, part.exit_index, part.rows.tolist())
         for part in policies.rows_by_policy(exit_index, np.array(owners, dtype=np.int64))
@@ -46,19 +46,19 @@ def asked(policies: PolicySet, exit_index: int, owners: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("levels", "firsts"), [([], []), ([3], [0]), ([3, 2], [0, 3]), ([1, 4, 1, 2], [0, 1, 5, 6])]
 )
-def test_tags_are_numbered_through_policy_by_policy(levels, firsts):
-    assert first_tags(levels) == firsts
-    assert first_tags(iter(levels)) == firsts
+def test_threshold_rows_are_numbered_on_from_policy_to_policy(levels, firsts):
+    assert first_threshold_rows(levels) == firsts
+    assert first_threshold_rows(iter(levels)) == firsts
 
 
-def test_a_tag_says_whose_request_it_is_and_what_its_policy_calls_it():
+def test_a_threshold_row_names_the_policy_and_the_row_within_it():
     policies = PolicySet(A_AND_B)
-    tags = np.array([4, -1, 0, 2, 3, 1])
-    owners = policies.owners(tags)
+    rows = np.array([4, -1, 0, 2, 3, 1])
+    owners = policies.owners(rows)
     assert owners.tolist() == [1, 2, 0, 0, 1, 0]
     assert [policies.names[owner] for owner in owners] == ["b", NO_POLICY, "a", "a", "b", "a"]
-    may_exit = tags >= 0
-    assert policies.tags_within(tags[may_exit], owners[may_exit]).tolist() == [1, 0, 2, 0, 1]
+    may_exit = rows >= 0
+    assert policies.own_rows(rows[may_exit], owners[may_exit]).tolist() == [1, 0, 2, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_at_the_exit_points_of_them_all_each_is_asked_at_its_own_about_its_own(o
     policies = PolicySet(A_AND_B)
     assert policies.exit_points == (2, 4, 7)
     assert {
-        layer: asked(policies, index, owners) for index, layer in enumerate(policies.exit_points)
+        layer: parts_of(policies, index, owners) for index, layer in enumerate(policies.exit_points)
     } == expected
 
 
 def test_where_the_stack_is_cut_at_more_points_no_one_is_asked_at_those():
     policies = PolicySet(A_AND_B, (1, 2, 4, 5, 7))
     assert policies.exit_points == (1, 2, 4, 5, 7)
-    assert [asked(policies, index, [0, 1]) for index in range(5)] == [
+    assert [parts_of(policies, index, [0, 1]) for index in range(5)] == [
         [], [(0, 0, [0])], [(0, 1, [0]), (1, 0, [1])], [], [(1, 1, [1])],
     ]  # fmt: skip
 
@@ -91,7 +91,7 @@ def test_without_policies_every_request_runs_to_full_depth():
     policies = PolicySet({}, (3,))
     assert policies.owners(np.array([-1, -1])).tolist() == [0, 0]
     assert policies.names == (NO_POLICY,)
-    assert asked(policies, 0, [0, 0]) == []
+    assert parts_of(policies, 0, [0, 0]) == []
 
 
 @pytest.mark.parametrize("wider", [False, True])
@@ -106,17 +106,17 @@ def test_random_sets_do_what_writing_it_all_down_does(seed, wider):
         for number in range(generator.integers(1, 5))
     }
     points = tuple(range(1, 12)) if wider else None
-    policies, slow = PolicySet(some, points), slow_tags(some)
+    policies, slow = PolicySet(some, points), slow_owners(some)
     union = sorted(set().union(*(one.exit_points for one in some.values())))
     assert list(policies.exit_points) == (list(points) if points else union)
-    tags = generator.integers(-1, len(slow) - 1, 40)
-    owners = policies.owners(tags)
-    assert owners.tolist() == [slow[tag][0] for tag in tags]
-    may_exit = tags >= 0
-    own = policies.tags_within(tags[may_exit], owners[may_exit])
-    assert own.tolist() == [slow[tag][1] for tag in tags[may_exit]]
+    rows = generator.integers(-1, len(slow) - 1, 40)
+    owners = policies.owners(rows)
+    assert owners.tolist() == [slow[tag][0] for tag in rows]
+    may_exit = rows >= 0
+    own = policies.own_rows(rows[may_exit], owners[may_exit])
+    assert own.tolist() == [slow[tag][1] for tag in rows[may_exit]]
     for index, layer in enumerate(policies.exit_points):
-        assert asked(policies, index, owners) == slow_asked(some, layer, owners.tolist())
+        assert parts_of(policies, index, owners) == slow_parts(some, layer, owners.tolist())
 
 
 def test_a_set_may_be_empty_until_policies_come():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from tests.admitted import resolved, tag_of
+from tests.admitted import resolved, row_of
 from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
 from tests.unit.test_label_pool import EPSILON, POOL, calibrated
 from tests.unit.test_make_policy import HF_CONFIG, SPLIT
@@ -22,14 +22,18 @@ from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.engine.startup.refusals import refuse_unknown_questions
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
-from vllm_adainfer.offline.calibration.by_question import by_question
 from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions, make_policy
-from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
+from vllm_adainfer.offline.calibration.fitted_policy import make_policy
+from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.policy_artifact import (
+    policy_config,
+    policy_tensors,
+    question_rows,
+)
 from vllm_adainfer.offline.calibration.prompts import check_questions
 from vllm_adainfer.offline.calibration.questions import SEEN, common_end, ends_of, with_questions
 from vllm_adainfer.offline.reports.describe import describe
-from vllm_adainfer.policy.exit_policy import Asked
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.pool_policy import PoolPolicy
 from vllm_adainfer.policy.questions import KnownQuestions
 from vllm_adainfer.settings.engine import Settings
@@ -160,11 +164,11 @@ def test_what_is_served_by_question_is_what_was_certified(policy, tmp_path):
         rows = SPLIT.certify[names[SPLIT.certify] == question.name]
         subsets = policy.calibration.target.subsets[rows]
         bits = torch.tensor([bits_of(set(POOL[own].tolist()), POOL.tolist()) for own in subsets])
-        tags = torch.full((len(rows),), artifact.config.tag_of(level, place))
+        tags = torch.full((len(rows),), artifact.config.threshold_row(level, place))
         exits = np.full(len(rows), len(policy.exits))
         for index, layer in enumerate(serving.exit_points):
             states = policy.calibration.recording.states[layer][rows]
-            settled = serving.decide(index, Asked(states, tags, None, bits)).settled.numpy()
+            settled = serving.decide(index, UndecidedRows(states, tags, None, bits)).settled.numpy()
             exits[settled & (exits == len(policy.exits))] = index
         assert np.array_equal(exits, policy.questions[question.name][EPSILON].exits)
 
@@ -172,7 +176,7 @@ def test_what_is_served_by_question_is_what_was_certified(policy, tmp_path):
 def test_the_report_says_what_each_question_promises(policy):
     config, rows = (
         policy_config(policy, "tiny", HF_CONFIG),
-        by_question(policy, policy.points[0.05]),
+        question_rows(policy, policy.points[0.05]),
     )
     assert [(row["question"], row["known"], row["bound"] is None) for row in rows] == [
         ("question 0", True, False),
@@ -236,11 +240,11 @@ def test_a_question_that_is_not_known_or_not_certified_runs_at_full_depth(
     )
     first = 2  # the tags of the policy before
     alone = admission(tiny_model, tmp_path / "a", True)
-    assert tag_of(alone, params, prompt) == (
+    assert row_of(alone, params, prompt) == (
         by_question + first if by_question >= 0 else FULL_DEPTH
     )
     mixture = admission(tiny_model, tmp_path / "b", False, "known")
-    assert tag_of(mixture, params, prompt) == (known + first if known >= 0 else FULL_DEPTH)
+    assert row_of(mixture, params, prompt) == (known + first if known >= 0 else FULL_DEPTH)
     for one in alone, mixture:
         assert resolved(one, params).may_exit == (epsilon != 0), (
             "the prefix cache asks before the prompt"
@@ -248,13 +252,13 @@ def test_a_question_that_is_not_known_or_not_certified_runs_at_full_depth(
     opted_out = SamplingParams(
         temperature=0, max_tokens=1, allowed_token_ids=[10, 11], extra_args={"adainfer": 0}
     )
-    assert tag_of(mixture, opted_out, prompt) == FULL_DEPTH
+    assert row_of(mixture, opted_out, prompt) == FULL_DEPTH
 
 
 def test_a_monitor_watches_each_bound_over_all_questions():
     monitor = AnswerMonitor([0.02, 0.05], 0.1)
     monitor.tightened[1] = True
-    assert monitor.of_tags(4).tolist() == [False, True, False, True]
+    assert monitor.tightened_rows(4).tolist() == [False, True, False, True]
     assert monitor.levels_of(np.array([3, 0, 2])).tolist() == [1, 0, 0]
 
 
@@ -277,9 +281,12 @@ def test_known_is_refused_for_a_policy_that_knows_no_question(tiny_model):
         ),
         (
             {"questions": [Question(name="a", ends=[[1]], certified=[0.3])], "by_question": True},
-            "levels lack an epsilon of the question 'a'",
+            "epsilons of questions must be among those of the levels",
         ),
-        ({"questions": [Question(name="a", ends=[[]])]}, "an end of the question 'a' has no"),
+        (
+            {"questions": [{"name": "a", "ends": [[]]}]},
+            r"questions\.0\.ends\.0\s.* at least 1",
+        ),
     ],
 )
 def test_an_artifact_whose_questions_make_no_sense_is_refused(tiny_model, changes, sentence):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
-from vllm_adainfer.artifact.config import Adapter, Artifact, Label, Level
-from vllm_adainfer.artifact.digest import digest_of
+from vllm_adainfer.artifact.config import Adapter, Artifact, Label, Level, digest_of
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.runner import ranks as agreement
 from vllm_adainfer.engine.worker.reload import check_replaces
 from vllm_adainfer.errors import AdaInferError
@@ -134,8 +135,8 @@ def test_whatever_else_was_calibrated_anew_is_served(tiny_model, before, after):
     check_replaces("reviews", new, old, EXIT_POINTS)
 
 
-def made(model: Any, name: str = "reviews", **changes: Any) -> dict[str, Artifact]:
-    """An artifact by policy; a change to a tensor is a function of it, under its name."""
+def saved(model: Any, directory: Path, **changes: Any) -> Artifact:
+    """An artifact read from files; a change to a tensor is a function of it, under its name."""
     tensors = {key: change for key, change in changes.items() if callable(change)}
     config = tiny_config(
         model, **{key: change for key, change in changes.items() if key not in tensors}
@@ -143,13 +144,13 @@ def made(model: Any, name: str = "reviews", **changes: Any) -> dict[str, Artifac
     parts = tiny_tensors(config)
     for key, change in tensors.items():
         parts[key] = change(parts[key])
-    return {name: Artifact(config, parts)}
+    save_artifact(directory, config, parts, {}, "card\n", {})
+    return load_artifact(str(directory))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"name": "topics"},
         {"delta": 0.2},
         {"base_model": "another"},
         {"thresholds": lambda part: part + 1e-6},
@@ -157,27 +158,25 @@ def made(model: Any, name: str = "reviews", **changes: Any) -> dict[str, Artifac
         {"exit.5.head_weight": lambda part: part.flip(0)},
         {"exit.5.head_weight": lambda part: part.half()},
     ],
-    ids=["name", "bound", "model", "one number", "a sign", "order of rows", "dtype"],
+    ids=["bound", "model", "one number", "a sign", "order of rows", "dtype"],
 )
-def test_a_digest_tells_any_difference(tiny_model, changes):
-    assert digest_of(made(tiny_model)) != digest_of(made(tiny_model, **changes))
+def test_a_digest_tells_any_difference_and_no_other(tiny_model, tmp_path, changes):
+    one, again, other = (
+        digest_of({"reviews": saved(tiny_model, tmp_path / name, **own)})
+        for name, own in (("one", {}), ("again", {}), ("other", changes))
+    )
+    assert one == again != other
 
 
-def test_a_digest_tells_how_many_policies_there_are(tiny_model):
-    one, other = made(tiny_model), made(tiny_model, "topics")
-    assert len({digest_of(some) for some in ({}, one, other, {**one, **other})}) == 4
-
-
-def test_the_same_artifact_has_the_same_digest_however_its_tensors_came(tiny_model):
-    [artifact] = made(tiny_model).values()
-    shuffled = dict(reversed(list(artifact.tensors.items())))
-    strided = {name: torch.stack([part, part], -1)[..., 0] for name, part in shuffled.items()}
-    assert not all(part.is_contiguous() for part in strided.values())
-    assert digest_of({"a": artifact}) == digest_of({"a": Artifact(artifact.config, strided)})
+def test_a_digest_tells_which_policies_there_are(tiny_model, tmp_path):
+    artifact = saved(tiny_model, tmp_path / "policy")
+    names = ((), ("reviews",), ("topics",), ("reviews", "topics"))
+    assert len({digest_of(dict.fromkeys(some, artifact)) for some in names}) == 4
 
 
 def test_a_digest_fits_a_signed_64_bit_tensor_with_room(tiny_model):
-    digests = [digest_of(made(tiny_model, name=str(number))) for number in range(20)]
+    config = tiny_config(tiny_model)
+    digests = [digest_of({str(number): Artifact(config, {})}) for number in range(20)]
     assert all(0 <= digest < 1 << 62 for digest in digests)
     assert torch.tensor(digests).tolist() == digests
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.exits.counters import ExitStats
-from vllm_adainfer.exits.report import Reporter, snapshot_of
-from vllm_adainfer.exits.shadow import ShadowAnswers
-from vllm_adainfer.exits.work import Work
+from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.exits.accounting.layers import LayerAccounting
+from vllm_adainfer.exits.accounting.report import Reporter, snapshot_of
+from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
+from vllm_adainfer.policy.answers import LabelScores
+from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.settings.engine import NO_POLICY
 
 EPSILONS = (0.02, 0.05)
@@ -29,35 +32,36 @@ class Traffic:
         self.generator = np.random.default_rng(seed)
         self.monitors = {name: AnswerMonitor(EPSILONS, alpha=0.1) for name in ("a", "b")}
         self.stats = ExitStats(shadow=self.monitors)
-        self.work = Work(self.stats, POLICIES, [EXIT_LAYER], DEPTH)
+        self.accounting = LayerAccounting(self.stats, POLICIES)
         self.totals: Counter[Any] = Counter()
-        self.waiting: Counter[str] = Counter()  # rows of the one request, by policy
+        self.waiting: Counter[str] = Counter()  # tokens of the one request, by policy
 
     def update(self) -> None:
         rows, tokens = self.generator.integers(1, 9, 2).tolist()
         name = str(self.generator.choice(POLICIES))
-        step = self.work.step(np.array([POLICIES.index(name)]), ["x"], np.array([rows]))
-        step.ran(EXIT_LAYER)
+        accounting, below = self.accounting, DEPTH - EXIT_LAYER
+        tokens_here = self.tokens({name: rows})
+        accounting.submitted(tokens_here, DEPTH)
+        accounting.ran(tokens_here, EXIT_LAYER)
         self.count("layers_run", {name: rows * EXIT_LAYER})
-        left = {name: rows * (DEPTH - EXIT_LAYER)}
+        left = {name: rows * below}
         match self.generator.integers(4):
             case 0:
-                step.leave(0, np.array([0]))
+                accounting.skipped(tokens_here, below)
                 self.count("layers_skipped", left)
             case 1:
-                step.defer(0, np.array([0]))
+                accounting.deferred(tokens_here, below)
                 self.count("layers_deferred", left)
                 self.waiting[name] += rows
             case 2:
-                if self.waiting:
-                    step.join(0, np.array([0]))
-                step.ran(DEPTH - EXIT_LAYER)
+                accounting.ran(self.tokens({name: rows}), below)
+                accounting.ran(self.tokens(self.waiting), below, batches=0)
                 self.count("layers_run", left)
                 self.drop_waiting("layers_run")
             case 3:
-                step.ran(DEPTH - EXIT_LAYER)
+                accounting.ran(tokens_here, below)
                 self.count("layers_run", left)
-                self.work.forget("x")
+                accounting.skipped(self.tokens(self.waiting), below)
                 self.drop_waiting("layers_skipped")
         self.stats.seconds += rows
         self.totals["seconds", "", ""] += rows
@@ -65,6 +69,10 @@ class Traffic:
         self.totals["tokens", name, str(DEPTH)] += tokens
         if name in self.monitors:
             self.compare(name, self.generator.integers(0, 2, tokens))
+
+    def tokens(self, by_name: dict[str, int]) -> Any:
+        places = [POLICIES.index(name) for name in by_name]
+        return self.accounting.tokens(np.repeat(places, list(by_name.values())).astype(np.int64))
 
     def count(self, kind: str, amounts: dict[str, int]) -> None:
         for name, amount in amounts.items():
@@ -78,15 +86,15 @@ class Traffic:
         disagreed = self.generator.random(len(levels)) < 0.3
         answers = ShadowAnswers(
             name=name,
-            policy=SimpleNamespace(answer_ids=torch.tensor([0, 1]), restricted=True),
+            policy=SimpleNamespace(disagrees=partial(ExitPolicy.disagrees, None)),
             monitor=self.monitors[name],
             stats=self.stats.by_policy[name],
             request_ids=["x"] * len(levels),
             levels=levels,
             settled=np.ones(len(levels), dtype=np.bool_),
             requests=torch.arange(len(levels)),
-            answers=torch.tensor([[0.0, 1.0]] * len(levels)),
-            agreed=lambda values: values,
+            answers=LabelScores(torch.tensor([[0.0, 1.0]] * len(levels)), torch.tensor([0, 1])),
+            broadcast=lambda values: values,
         )
         answers.compare(torch.tensor([[float(d), 0.5] for d in disagreed]), head=None)
         for level, differs in zip(levels, disagreed, strict=True):

@@ -17,9 +17,10 @@ from tests.tiny import tiny_config
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH
 from vllm_adainfer.engine.runner.requests import RunningRequests
-from vllm_adainfer.exits.batch import StackShape
-from vllm_adainfer.exits.recorder import Recorder
-from vllm_adainfer.exits.recording_loop import RecordingLoop
+from vllm_adainfer.exits.batch.batch import StackShape
+from vllm_adainfer.exits.kv.policies import ExactKV
+from vllm_adainfer.exits.recording.recorder import Recorder
+from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.settings.instruments import ROW_ARG
 
 WINDOW, ROW = 8, 3
@@ -41,7 +42,7 @@ def test_a_row_waits_at_most_as_long_as_the_smallest_window_keeps_its_blocks(wra
     if wrapped:
         specs = [UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"0": s}) for s in specs]
     groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
-    running = RunningRequests(CONFIG, SimpleNamespace(defers=True))
+    running = RunningRequests(CONFIG, SimpleNamespace(kv=ExactKV()))
     running.use_kv_cache(SimpleNamespace(kv_cache_groups=groups))
     assert running._window == WINDOW
 
@@ -62,12 +63,12 @@ def test_recording_keeps_the_tokens_beyond_a_sliding_window():
     for computed in (4, 2 * WINDOW):
         step = running.describe(
             request_ids=["a"],
-            lens=np.array([1]),
+            query_lens=np.array([1]),
             computed=np.array([computed]),
-            sampled=np.array([True]),
+            yields_token=np.array([True]),
             device=torch.device("cpu"),
         )
-        assert step.tags.tolist() == [ROW]
+        assert step.record_rows.tolist() == [ROW]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_only_as_many_tokens_exit_as_calibration_generated(text_policy, number, 
         lora_config=None,
     )
     stats = SimpleNamespace(weights_differ=False)
-    loop: Any = SimpleNamespace(overdue=set, tightened=lambda: None, defers=True, stats=stats)
+    loop: Any = SimpleNamespace(kv=ExactKV(), tightened=lambda: None, stats=stats)
     running = RunningRequests(config, loop)
     prompt = SimpleNamespace(
         req_id="a",
@@ -106,9 +107,9 @@ def test_only_as_many_tokens_exit_as_calibration_generated(text_policy, number, 
     running.add(prompt)
     step = running.describe(
         request_ids=["a"],
-        lens=np.array([4 if number == 1 else 1]),
+        query_lens=np.array([4 if number == 1 else 1]),
         computed=np.array([0 if number == 1 else 4 + number - 2]),
-        sampled=np.array([True]),
+        yields_token=np.array([True]),
         device=torch.device("cpu"),
     )
-    assert (step.tags[0] != FULL_DEPTH) == exits
+    assert (step.threshold_rows[0] != FULL_DEPTH) == exits

@@ -9,15 +9,9 @@ from sklearn.metrics import mean_squared_error
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from vllm_adainfer.offline.calibration.ridge import (
-    Linear,
-    choose,
-    choose_rank,
-    error,
-    low_rank,
-    solve,
-)
-from vllm_adainfer.policy.moments import Moments
+from vllm_adainfer.exits.recording.moments import Moments
+from vllm_adainfer.offline.calibration import ridge
+from vllm_adainfer.offline.calibration.ridge import Linear, choose, choose_rank, low_rank, solve
 
 ROWS, D, N = 300, 12, 7
 FOLDS = 4
@@ -94,7 +88,8 @@ def test_the_error_is_that_of_the_rows():
     seen, unseen = rows_of(2), rows_of(3)
     linear = solve(moments_of(seen), 1.0)
     for rows in (seen, unseen):
-        assert error(moments_of(rows), linear) == pytest.approx(squared_error(rows, linear))
+        total = ridge.squared_error(moments_of(rows), linear)
+        assert total / (rows[2].sum() * N) == pytest.approx(squared_error(rows, linear))
 
 
 @pytest.mark.parametrize("batch", [1, 17, ROWS])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adainfer.exits.hidden_states import HiddenStates
-from vllm_adainfer.exits.row_pool import FIRST_SIZE, RowPool
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.kv.row_pool import FIRST_SIZE, RowPool
 
 
 def stream_of(values: list[int], parts: int) -> HiddenStates:
@@ -22,10 +22,9 @@ def test_rows_come_out_as_they_went_in_however_many_there_are(parts, seed):
     for number in range(60):
         if kept and generator.random() < 0.45:
             places, values = kept.pop(int(generator.integers(len(kept))))
-            found = pool.rows(torch.from_numpy(places))
+            found = pool.take(places)
             assert found.hidden.flatten().tolist() == values
             assert parts == 1 or found.residual.flatten().tolist() == [-v for v in values]
-            pool.give_back(places)
             continue
         values = [1000 * number + v for v in range(int(generator.integers(1, FIRST_SIZE)))]
         places = pool.free_places(len(values))
@@ -39,6 +38,5 @@ def test_places_are_used_again():
     for _ in range(100):
         places = pool.free_places(FIRST_SIZE)
         pool.put(stream_of([1] * FIRST_SIZE, 2), torch.from_numpy(places))
-        assert pool.rows(torch.from_numpy(places)).num_rows == FIRST_SIZE
         assert places.max() < FIRST_SIZE
-        pool.give_back(places)
+        assert pool.take(places).num_rows == FIRST_SIZE

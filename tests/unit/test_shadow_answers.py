@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,17 +13,23 @@ from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.runner.build_loop import monitor_of
 from vllm_adainfer.engine.startup.banner import policy_banner
-from vllm_adainfer.exits.counters import PolicyStats
-from vllm_adainfer.exits.shadow import ShadowAnswers, warn
+from vllm_adainfer.exits.accounting.counters import PolicyStats
+from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.monitoring.text_monitor import TextMonitor
+from vllm_adainfer.policy.answers import LabelLogits, LabelScores, ShortlistScores
+from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.policy.pool_policy import PoolPolicy
 from vllm_adainfer.policy.probabilities import answers_of
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.settings.engine import Settings
 
-LABELS = SimpleNamespace(answer_ids=torch.tensor([7, 3]), restricted=True)
-SHORTLIST = SimpleNamespace(answer_ids=torch.tensor([3, 7]), restricted=False)
+POLICY = SimpleNamespace(disagrees=partial(ExitPolicy.disagrees, None))
+
+
+def labels(*scores: float) -> LabelScores:
+    """The answer of one row."""
+    return LabelScores(torch.tensor([scores]), token_ids=torch.tensor([7, 3]))
 
 
 def disagreed_of(logits: torch.Tensor, **answers: Any) -> int:
@@ -30,11 +37,16 @@ def disagreed_of(logits: torch.Tensor, **answers: Any) -> int:
     count = len(answers["request_ids"])
     stats, monitor = PolicyStats(), AnswerMonitor([0.02, 0.05], alpha=0.1)
     shadow = ShadowAnswers(
-        name="default", monitor=monitor, stats=stats, agreed=lambda values: values, **answers
+        name="default",
+        policy=POLICY,
+        monitor=monitor,
+        stats=stats,
+        broadcast=lambda values: values,
+        **answers,
     )
     shadow.compare(logits, head)
     assert stats.shadow_checked.total() == count
-    assert sum(one.disagreed for one in monitor.readings()) == stats.shadow_disagreed.total()
+    assert sum(one.disagreed for one in monitor.status()) == stats.shadow_disagreed.total()
     return stats.shadow_disagreed.total()
 
 
@@ -59,12 +71,11 @@ def test_labels_are_compared_as_the_sampler_chooses_among_them(early, full, disa
         logits[2, token] = score
     found = disagreed_of(
         logits,
-        policy=LABELS,
         request_ids=["a", "b"],
         levels=np.array([0, 1]),
         settled=np.array([False, True]),
         requests=torch.tensor([2]),
-        answers=torch.tensor([early]),
+        answers=labels(*early),
     )
     assert found == disagreed
 
@@ -78,21 +89,23 @@ def test_a_shortlists_answer_is_compared_with_any_token(full, disagreed):
         logits[0, token] = score
     found = disagreed_of(
         logits,
-        policy=SHORTLIST,
         request_ids=["a"],
         levels=np.array([0]),
         settled=np.array([True]),
         requests=torch.tensor([0]),
-        answers=torch.tensor([[1.0, 2.0]]),
+        answers=ShortlistScores(torch.tensor([[1.0, 2.0]]), token_ids=torch.tensor([3, 7])),
     )
     assert found == disagreed
 
 
-@pytest.mark.parametrize("answers", [None, torch.empty(0, 2)], ids=["of nobody", "of others only"])
+@pytest.mark.parametrize(
+    "answers",
+    [None, LabelScores(torch.empty(0, 2), torch.tensor([7, 3]))],
+    ids=["of nobody", "of others only"],
+)
 def test_what_no_exit_point_settles_agrees(answers):
     found = disagreed_of(
         torch.zeros(2, 10),
-        policy=LABELS,
         request_ids=["a", "b"],
         levels=np.array([0, 1]),
         settled=np.array([False, False]),
@@ -138,8 +151,8 @@ def test_probabilities_are_compared_within_the_tolerance(
         levels=np.array([1, 0]),
         settled=np.array([True, False]),
         requests=torch.tensor([0]),
-        answers=answers_of(scores, vocabulary),
-        agreed=lambda values: values,
+        answers=LabelLogits(answers_of(scores, vocabulary), ids),
+        broadcast=lambda values: values,
     )
     shadow.compare(logits, head)
     assert stats.shadow_checked == {0.05: 1, 0.02: 1}
@@ -155,21 +168,22 @@ def test_of_a_pool_the_labels_of_the_request_alone_are_compared(
     labels = tuple(Label(name=str(token), token_id=token) for token in (12, 11, 10))
     pool = {"labels": labels, "label_pool": True}
     artifact = load_artifact(str(tiny_artifact(tiny_model, tmp_path / "policy", **pool)))
+    policy = PoolPolicy(artifact, torch.device("cpu"))
     logits = torch.zeros(1, artifact.config.vocab_size)
     logits[0, [10, 12]] = torch.tensor([1.0, 0.5])
     logits[0, best] = 5
     stats = PolicyStats()
     shadow = ShadowAnswers(
         name="default",
-        policy=PoolPolicy(artifact, torch.device("cpu")),
+        policy=policy,
         monitor=AnswerMonitor([0.02, 0.05], alpha=0.1),
         stats=stats,
         request_ids=["a"],
         levels=np.array([1]),
         settled=np.array([True]),
         requests=torch.tensor([0]),
-        answers=torch.tensor([[-1.0, -torch.inf, 3.0]]),
-        agreed=lambda values: values,
+        answers=LabelScores(torch.tensor([[-1.0, -torch.inf, 3.0]]), policy.answer_ids),
+        broadcast=lambda values: values,
     )
     shadow.compare(logits, head)
     assert stats.shadow_disagreed.total() == disagreed
@@ -196,15 +210,15 @@ def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
     for number in range(100):
         shadow = ShadowAnswers(
             name="mood",
-            policy=LABELS,
+            policy=POLICY,
             monitor=monitor,
             stats=PolicyStats(),
             request_ids=[str(number)],
             levels=np.array([0]),
             settled=np.array([True]),
             requests=torch.tensor([0]),
-            answers=torch.tensor([[2.0, 1.0]]),
-            agreed=lambda values: values,
+            answers=labels(2.0, 1.0),
+            broadcast=lambda values: values,
         )
         shadow.compare(differs, head)
         warn("mood", monitor, monitor.ended(str(number)))

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 
 import vllm_adainfer
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.counters import ExitStats
+from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.stats import PolicyWork, ShadowChecks, Stats
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from tests.unit.test_make_policy import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
-from vllm_adainfer.offline.calibration.certify import certify
+from vllm_adainfer.offline.calibration.certify import Bound, certify
 from vllm_adainfer.offline.calibration.cost import Costs
 from vllm_adainfer.offline.calibration.fit import fit_exits
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
-    PolicyOptions,
     make_policy,
 )
+from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.probes import Target, logit_lens
 from vllm_adainfer.offline.suite import methods
 from vllm_adainfer.offline.suite.report import METHODS, markdown, suite_report
@@ -110,7 +110,7 @@ def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeyp
     # The gap alone, which a policy of this kind scores by.
     by_gap = fit_exits(recording, head, SPLIT, "threshold", 0, LAYERS)
     for name, exits in (("adainfer_certified", by_svm), ("calm", by_gap)):
-        point = certify(exits, DEPTH, EPSILON, options.bounds())
+        point = certify(exits, DEPTH, [EPSILON], Bound.promised(options))[EPSILON]
         classifiers = [exit.classifier for exit in exits]
         expected = by_prompt(recording, exits, classifiers, point.threshold, paid)
         assert asdict(found[name]) == expected

@@ -62,8 +62,8 @@ def test_texts_that_differ_more_than_twice_as_often_are_found_in_some_hundred(se
     for _ in range(400):
         watch(monitor, clustered(generator, 0.2))
     assert monitor.tightened[0]
-    [reading] = monitor.readings()
-    assert EPSILON < reading.low < reading.rate < reading.high
+    [status] = monitor.status()
+    assert EPSILON < status.low < status.rate < status.high
 
 
 @pytest.mark.parametrize("share", [0.02, 0.2])
@@ -74,8 +74,8 @@ def test_looked_at_after_every_text_the_interval_misses_the_truth_in_at_most_alp
         monitor = monitor_of()
         for _ in range(100):
             watch(monitor, clustered(generator, share))
-            [reading] = monitor.readings()
-            if not reading.low <= truth <= reading.high:
+            [status] = monitor.status()
+            if not status.low <= truth <= status.high:
                 missed += 1
                 break
     assert missed <= paths * ALPHA + 2.33 * np.sqrt(paths * ALPHA * (1 - ALPHA))
@@ -86,18 +86,18 @@ def test_texts_count_in_the_order_in_which_they_began():
     monitor = monitor_of()
     monitor.observe(["long", "short"], np.array([0, 0]), np.array([False, True]))
     monitor.ended("short")
-    assert monitor.readings()[0].checked == 0
+    assert monitor.status()[0].checked == 0
     monitor.observe(["long"], np.array([0]), np.array([False]))
     monitor.ended("long")
-    [reading] = monitor.readings()
-    assert (reading.checked, reading.disagreed) == (3, 1)
+    [status] = monitor.status()
+    assert (status.checked, status.disagreed) == (3, 1)
 
 
 def test_of_a_longer_text_only_as_many_tokens_count_as_the_bound_speaks_of():
     monitor = monitor_of()
     watch(monitor, [False] * LONGEST + [True] * 100)
-    [reading] = monitor.readings()
-    assert (reading.checked, reading.disagreed) == (LONGEST, 0)
+    [status] = monitor.status()
+    assert (status.checked, status.disagreed) == (LONGEST, 0)
 
 
 def test_a_text_is_of_the_level_it_was_decided_with_and_only_that_is_tightened():
@@ -106,13 +106,13 @@ def test_a_text_is_of_the_level_it_was_decided_with_and_only_that_is_tightened()
         watch(monitor, [True] * 5, level=1)
         watch(monitor, [False] * 5, level=0)
     assert monitor.tightened.tolist() == [False, True]
-    assert [one.checked for one in monitor.readings()] == [500, 500]
+    assert [one.checked for one in monitor.status()] == [500, 500]
 
 
 def test_requests_that_are_no_shadows_end_unnoticed():
     monitor = monitor_of()
     assert monitor.ended("never seen") == []
-    assert monitor.readings()[0].checked == 0
+    assert monitor.status()[0].checked == 0
 
 
 def slow_capital(texts: list[tuple[float, float]], p: float) -> tuple[float, float]:

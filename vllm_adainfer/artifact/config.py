@@ -1,10 +1,11 @@
-"""An artifact: what a policy is for, and what it promises. It is data only, never code."""
+"""The config of an artifact: what its policy is for, and what it promises. Data, never code."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
@@ -20,14 +21,16 @@ from vllm_adainfer.artifact.kinds import (
 from vllm_adainfer.artifact.label_subsets import MOST_LABELS
 from vllm_adainfer.errors import AdaInferError
 
-# What a policy can be for, and so the most of what a request names that is looked at.
-MOST_ANSWERS = 1024  # tokens that are labels
+# Limits of a policy. A request that names more than this cannot match one, so it is not examined.
+MOST_ANSWERS = 1024  # label tokens
 MOST_CHOICES = 256
-MOST_CHOICE_CHARACTERS = 16_384  # of all choices
+MOST_CHOICE_CHARACTERS = 16_384  # of all choices together
+
+TokenId = Annotated[int, Field(ge=0)]
 
 
 def are_exit_points(points: Sequence[int], layers: int) -> bool:
-    """Whether `points` is not empty, ascends, and lies inside a model of so many layers."""
+    """Whether `points` is not empty, ascends, and lies inside a model with this many layers."""
     inside = all(0 < point < layers for point in points)
     return bool(points) and inside and sorted(set(points)) == list(points)
 
@@ -37,65 +40,61 @@ class _Strict(BaseModel):
 
 
 class Label(_Strict):
-    """A label and the token that stands for it: its first one after the prompt."""
+    """A label and the token that stands for it: the first one after the prompt."""
 
     name: str
-    token_id: int = Field(ge=0)
+    token_id: TokenId
 
 
 class Choice(_Strict):
     """A text that requests with ``structured_outputs.choice`` choose from."""
 
     text: str = Field(min_length=1)
-    token_ids: tuple[int, ...] = Field(
-        min_length=1, description="Of the text, as the tokenizer writes it."
+    token_ids: tuple[TokenId, ...] = Field(
+        min_length=1, description="The text as the tokenizer encodes it."
     )
-    first_tokens: tuple[int, ...] = Field(
-        description="The tokens that leave this choice alone if they come first, the one that "
-        "answers it before the others; none if no first token decides it."
+    first_tokens: tuple[TokenId, ...] = Field(
+        description="The first tokens that rule out every other choice. The label's token comes "
+        "first. Empty if no first token decides on this choice."
     )
 
 
 def token_columns(choices: Sequence[Choice], undecided: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """By label, the first tokens that it stands for; those undecided come last, if there are any.
+    """The first tokens of each label; the `undecided` tokens come last, if there are any.
 
-    A choice that no first token decides has no label.
+    A choice without first tokens has no label.
     """
     return [tokens for tokens in (*(one.first_tokens for one in choices), undecided) if tokens]
 
 
 class Level(_Strict):
-    """One certified row of the epsilon table: a bound, what it costs and what it saves."""
+    """One certified row of the epsilon table: a bound, its risk and its savings."""
 
     epsilon: float = Field(gt=0, lt=1)
     disagreement: float = Field(description="On the held-out rows.")
-    risk: float = Field(
-        description="Mean loss on them: the disagreement, the accuracy lost, or the share of "
-        "answers whose probabilities move too far."
-    )
-    bound: float = Field(description="Upper confidence bound of the risk, <= epsilon.")
-    layers_saved: float = Field(description="Share of layers, on the same rows.")
+    risk: float = Field(description="Mean loss on the held-out rows; see `ArtifactConfig.risk`.")
+    bound: float = Field(description="Upper confidence bound on the risk, <= epsilon.")
+    layers_saved: float = Field(description="Share of layers skipped on the held-out rows.")
 
 
 class Question(_Strict):
-    """A question that calibration has seen."""
+    """A question in the calibration data."""
 
     name: str
-    ends: tuple[tuple[int, ...], ...] = Field(
-        min_length=1, description="Token ids that its prompts end with, one row for each wording."
+    ends: tuple[Annotated[tuple[TokenId, ...], Field(min_length=1)], ...] = Field(
+        min_length=1, description="Token ids that its prompts end with, one row per wording."
     )
     certified: tuple[float, ...] = Field(
-        default=(),
-        description="The epsilons certified for it alone; none where the mixture is certified.",
+        default=(), description="Epsilons certified for this question alone, with `by_question`."
     )
 
 
 class Adapter(_Strict):
-    """A LoRA adapter that a policy belongs to.
+    """The LoRA adapter that a policy was calibrated with.
 
     Attributes:
-        name: by which requests name it.
-        fingerprint: see `vllm_adainfer.artifact.adapter_fingerprint`.
+        name: the name that requests use for the adapter.
+        fingerprint: see `vllm_adainfer.artifact.fingerprints.adapter_fingerprint`.
 
     """
 
@@ -104,7 +103,13 @@ class Adapter(_Strict):
 
 
 class ArtifactConfig(_Strict):
-    """``config.json``: the model a policy belongs to, and the bounds it was certified for."""
+    """The model and requests that a policy is for, and the bounds it was certified for.
+
+    Probes: "lens" is the tuned lens (Belrose et al. 2023, arXiv 2303.08112), an affine map fitted
+    at each exit point in front of the model's own final norm and LM head; "logit-lens" applies
+    those two without a map; "label-head" is a linear head on the hidden state with one row for each
+    label.
+    """
 
     schema_version: Literal[1] = 1
     base_model: str
@@ -113,124 +118,115 @@ class ArtifactConfig(_Strict):
     hidden_size: int = Field(gt=0)
     vocab_size: int = Field(gt=1)
     head_size: int | None = Field(
-        None, gt=0, description="Size of the LM head's input, if it is not the hidden size."
+        None, gt=0, description="Input size of the LM head, if it is not the hidden size."
     )
     weights_fingerprint: str
     adapter: Adapter | None = Field(
-        None, description="The LoRA adapter of the requests that it decides; none: the base model."
+        None, description="The LoRA adapter of the policy's requests; None for the base model."
     )
-    exit_points: tuple[int, ...] = Field(min_length=1)
+    exit_points: tuple[int, ...] = Field(
+        min_length=1, description="The numbers of layers after which a request may exit."
+    )
     probe: ProbeKind
-    candidates: Candidates
-    labels: tuple[Label, ...] = ()
+    candidates: Candidates = Field(description="The tokens that the probe scores.")
+    labels: tuple[Label, ...] = Field(default=(), max_length=MOST_ANSWERS)
     features: tuple[str, ...]
     classifier: ClassifierKind
     epsilon: float = Field(gt=0, lt=1)
     delta: float = Field(gt=0, lt=1)
     risk: Risk = Field(
         "disagreement",
-        description="What epsilon bounds: the share of changed answers, the accuracy lost, or the "
-        "share of answers that change or of which a probability moves by more than the tolerance.",
+        description="What epsilon bounds: the share of answers that change, the accuracy lost, or "
+        "the share of answers that change or whose label probabilities move by more than the "
+        "tolerance.",
     )
     tolerance: float | None = Field(
         None, gt=0, lt=1, description="How far a label's probability may move."
     )
     label_mass: bool = Field(
         False,
-        description="Whether the tolerance is also for probabilities over the whole vocabulary.",
+        description="Whether the tolerance also covers probabilities over the whole vocabulary.",
     )
     label_pool: bool = Field(
-        False,
-        description="Whether a request may be about any two or more of the labels: its own.",
+        False, description="Whether each request names its own labels, two or more of these."
     )
     choices: tuple[Choice, ...] = Field(
         default=(),
-        description="The texts that its requests choose from. The labels are then those that a "
-        "first token can decide, and one more for first tokens that decide none, if there are any.",
+        max_length=MOST_CHOICES,
+        description="The texts that requests choose from. Labels then stand for the choices that "
+        "a first token can decide on; one more stands for the undecided first tokens, if any.",
     )
-    undecided: tuple[int, ...] = Field(
-        default=(), description="First tokens that decide no choice."
+    undecided: tuple[TokenId, ...] = Field(
+        default=(), description="First tokens that leave several choices open."
     )
     questions: tuple[Question, ...] = Field(
-        default=(), description="Those of the requests it was calibrated on that can be recognised."
+        default=(), description="The questions that prompts can be recognised by."
     )
     by_question: bool = Field(
         False,
-        description="Whether each question keeps the bounds on its own; others run all layers.",
+        description="Whether the bounds hold for each question alone. Requests with an unknown "
+        "question then run all layers.",
     )
     bound: BoundKind = "exact"
     max_tokens: int = Field(
-        1, ge=1, description="Tokens generated per prompt; 1: the bound is for one-token requests."
+        1, ge=1, description="Tokens generated per prompt in calibration; 1: one-token answers."
     )
     levels: tuple[Level, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> ArtifactConfig:
-        points = self.exit_points
-        if not are_exit_points(points, self.layers):
-            raise ValueError(f"exit_points {points} must ascend between 1 and {self.layers - 1}")
-        if (self.candidates == "labels") != bool(self.labels):
-            raise ValueError('there must be labels if and only if candidates = "labels"')
-        if len(self.labels) > MOST_ANSWERS:
-            raise ValueError(f"there are at most {MOST_ANSWERS} labels")
-        if len(self.labels) == 1:
-            raise ValueError("there is nothing to decide among fewer than two labels")
-        if self.probe == "label-head" and self.candidates != "labels":
-            raise ValueError('a label-head needs candidates = "labels"')
-        if (self.risk == "probability") != (self.tolerance is not None):
-            raise ValueError('there must be a tolerance if and only if risk = "probability"')
-        if self.risk == "probability" and (self.probe != "label-head" or self.max_tokens > 1):
-            raise ValueError('risk = "probability" needs a label-head and max_tokens = 1')
-        if self.features != features_of_risk(self.risk):
-            raise ValueError(
-                f"features must be {features_of_risk(self.risk)} where risk = {self.risk!r}"
-            )
-        if self.label_mass and self.risk != "probability":
-            raise ValueError('label_mass needs risk = "probability"')
-        if self.label_pool and (self.probe != "label-head" or self.max_tokens > 1):
-            raise ValueError("label_pool needs a label-head and max_tokens = 1")
-        if self.label_pool and len(self.labels) > MOST_LABELS:
-            raise ValueError(f"a label pool has at most {MOST_LABELS} labels")
-        self._check_choices()
-        epsilons = {level.epsilon for level in self.levels}
-        for question in self.questions:
-            if self.by_question != bool(question.certified):
-                raise ValueError("questions must have epsilons if and only if by_question is set")
-            if not epsilons.issuperset(question.certified):
-                raise ValueError(f"levels lack an epsilon of the question {question.name!r:.80}")
-            if not all(question.ends):
-                raise ValueError(f"an end of the question {question.name!r:.80} has no tokens")
-        if self.by_question and not self.questions:
-            raise ValueError("by_question needs questions")
-        if not all(token_id < self.vocab_size for token_id in self.label_ids):
-            raise ValueError(f"token ids of labels must be below vocab_size, {self.vocab_size}")
-        if len(set(self.label_ids)) != len(self.labels):
-            raise ValueError("each label needs a token id of its own")
+        broken = [rule for rule, holds in self._rules().items() if not holds]
+        if broken:
+            raise ValueError(broken[0])
         return self
 
-    def _check_choices(self) -> None:
-        if not self.choices:
-            if self.undecided:
-                raise ValueError("undecided needs choices")
-            return
-        if self.probe != "label-head" or self.max_tokens > 1 or self.label_pool:
-            raise ValueError("choices need a label-head, max_tokens = 1 and no label_pool")
-        if self.risk == "probability":
-            raise ValueError('choices do not go with risk = "probability"')
-        characters = sum(len(choice.text) for choice in self.choices)
-        if len(self.choices) > MOST_CHOICES or characters > MOST_CHOICE_CHARACTERS:
-            raise ValueError(
-                f"there are at most {MOST_CHOICES} choices, of {MOST_CHOICE_CHARACTERS} characters "
-                "in all"
-            )
+    def _rules(self) -> dict[str, bool]:
+        """What the fields must satisfy together, in words, and whether they do."""
+        labels, pool, choices = self.labels, self.label_pool, bool(self.choices)
+        probabilities, features = self.risk == "probability", features_of_risk(self.risk)
+        head = self.probe == "label-head"
+        special = probabilities or pool or choices
         columns = token_columns(self.choices, self.undecided)
-        if self.label_ids != tuple(column[0] for column in columns):
-            raise ValueError(
-                "labels must be the first of the choices' first tokens, in their order"
-            )
-        tokens = [token for column in columns for token in column]
-        if len(set(tokens)) != len(tokens) or not all(t < self.vocab_size for t in tokens):
-            raise ValueError("first tokens must differ, and be below vocab_size")
+        tokens = [t for column in columns for t in column] if choices else self.label_ids
+        epsilons = {level.epsilon for level in self.levels}
+        certified = [question.certified for question in self.questions]
+        return {
+            f"exit_points must ascend between 1 and {self.layers - 1}": are_exit_points(
+                self.exit_points, self.layers
+            ),
+            'candidates = "labels" needs labels': bool(labels) or self.candidates != "labels",
+            'labels need candidates = "labels"': not labels or self.candidates == "labels",
+            "there is nothing to decide among fewer than two labels": len(labels) != 1,
+            "a label-head needs labels": bool(labels) or not head,
+            "token ids must be below vocab_size": max(tokens, default=0) < self.vocab_size,
+            "each label needs a token id of its own": len(set(tokens)) == len(tokens),
+            f"features must be {features} with this risk": self.features == features,
+            'risk = "probability" needs a tolerance': bool(self.tolerance) or not probabilities,
+            'tolerance needs risk = "probability"': self.tolerance is None or probabilities,
+            'label_mass needs risk = "probability"': not self.label_mass or probabilities,
+            'risk = "probability", label_pool and choices need a label-head': head or not special,
+            'risk = "probability", label_pool and choices need max_tokens = 1': (
+                self.max_tokens == 1 or not special
+            ),
+            f"a label pool has at most {MOST_LABELS} labels": len(labels) <= MOST_LABELS
+            or not pool,
+            "choices rule out label_pool": not choices or not pool,
+            'choices rule out risk = "probability"': not choices or not probabilities,
+            f"choices have at most {MOST_CHOICE_CHARACTERS} characters in all": (
+                sum(len(choice.text) for choice in self.choices) <= MOST_CHOICE_CHARACTERS
+            ),
+            "labels must be the first of the choices' first tokens, in their order": (
+                self.label_ids == tuple(column[0] for column in columns) or not choices
+            ),
+            "undecided needs choices": choices or not self.undecided,
+            "by_question needs questions": bool(certified) or not self.by_question,
+            "questions must have epsilons if and only if by_question is set": all(
+                bool(own) == self.by_question for own in certified
+            ),
+            "epsilons of questions must be among those of the levels": all(
+                epsilons.issuperset(own) for own in certified
+            ),
+        }
 
     @property
     def label_ids(self) -> tuple[int, ...]:
@@ -238,16 +234,16 @@ class ArtifactConfig(_Strict):
         return tuple(label.token_id for label in self.labels)
 
     @property
-    def num_tags(self) -> int:
-        """How many rows of thresholds there are: the levels, of each question or of all."""
+    def num_threshold_rows(self) -> int:
+        """Rows of the tensor of thresholds: one per level, or per question and level."""
         return len(self.levels) * (len(self.questions) if self.by_question else 1)
 
-    def tag_of(self, level: int, question: int | None) -> int | None:
-        """The row of thresholds of a level for a question; None if it is not certified for it.
+    def threshold_row(self, level: int, question: int | None) -> int | None:
+        """The row of the thresholds for a level and a question; None if it is not certified.
 
         Args:
             level: index among the levels.
-            question: index among the questions; None if it is not known.
+            question: index among the questions; None if the question is unknown.
 
         """
         if not self.by_question:
@@ -259,10 +255,10 @@ class ArtifactConfig(_Strict):
         return question * len(self.levels) + level
 
     def level_of(self, epsilon: float | None) -> int:
-        """The row of the epsilon table that promises `epsilon` (None: the artifact's own).
+        """The index of the loosest level within `epsilon`; None is the artifact's own epsilon.
 
         Returns:
-            the index of the loosest level within `epsilon`; -1, never exit, if `epsilon` is 0.
+            -1, never exit, if `epsilon` is 0.
 
         Raises:
             AdaInferError: no level is certified for an epsilon this small.
@@ -283,7 +279,7 @@ class ArtifactConfig(_Strict):
     def check_served_by(self, hf_config: Any) -> None:
         """Compare with the Hugging Face config of the model about to be served.
 
-        Of a multimodal model depth, width and vocabulary are those of its language model.
+        For a multimodal model, depth, width and vocabulary are those of its language model.
 
         Raises:
             AdaInferError: its architecture, depth, width or vocabulary differs.
@@ -324,13 +320,18 @@ class Artifact:
     """A loaded artifact.
 
     Attributes:
-        config: of ``config.json``.
-        tensors: of ``policy.safetensors``.
-        digest: of both files, see `vllm_adainfer.artifact.digest.files_digest`; empty for one that
-            does not come from files.
+        config: the content of ``config.json``.
+        tensors: the content of ``policy.safetensors``, by name.
+        digest: SHA-256 of both files in hexadecimal; empty if the artifact was made in memory.
 
     """
 
     config: ArtifactConfig
     tensors: dict[str, Tensor]
     digest: str = ""
+
+
+def digest_of(artifacts: Mapping[str, Artifact]) -> int:
+    """A 62-bit digest of artifacts by policy, to compare what several ranks have read."""
+    text = "".join(f"{name} {artifact.digest}\n" for name, artifact in artifacts.items())
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
-from vllm_adainfer.artifact.digest import files_digest
 from vllm_adainfer.artifact.source import (
     CALIBRATION_FILE,
     CARD_FILE,
     CONFIG_FILE,
     POLICY_FILE,
-    check_inside,
+    SERVED_FILES,
+    files_digest,
     locate,
-    of_one_write,
+    unchanged,
 )
 from vllm_adainfer.artifact.tensors import UNREADABLE, check_tensors
 from vllm_adainfer.errors import AdaInferError
 
-MAX_JSON = 64 << 20  # bytes; the files we write take some tens of KiB
+MAX_JSON = 64 << 20  # bytes; the files we write take tens of KiB
 # The keys of calibration.json that readers rely on.
 DETAILS = ("rows", "rows_held_out", "seed", "majority_share", "exit_points")
 
@@ -48,79 +48,55 @@ def load_artifact_config(source: str) -> ArtifactConfig:
         AdaInferError: it is missing or damaged, or it is not an artifact.
 
     """
-    with of_one_write(source) as directory:
-        return _config_of(directory)
+    with unchanged(source) as directory:
+        return _read_config(directory)
 
 
-def load_artifact_configs(sources: Mapping[str, str]) -> dict[str, ArtifactConfig]:
-    """The configs of several artifacts by policy, see `load_artifact_config`."""
-    return {name: load_artifact_config(source) for name, source in sources.items()}
-
-
-def load_config_and_digest(
-    source: str, check: Callable[[ArtifactConfig], None]
-) -> tuple[ArtifactConfig, str]:
-    """An artifact's config, and the digest of its files, which are read only if `check` passes.
-
-    Raises:
-        AdaInferError: as `load_artifact_config` and `check` do.
-
-    """
-    with of_one_write(source) as directory:
-        config = _config_of(directory)
-        check(config)
-        return config, files_digest(directory)
-
-
-def load_artifacts(sources: Mapping[str, str]) -> dict[str, Artifact]:
-    """Several artifacts by policy, see `load_artifact`."""
-    return {name: load_artifact(source) for name, source in sources.items()}
+def load_config_and_digest(source: str) -> tuple[ArtifactConfig, str]:
+    """An artifact's config, and its `Artifact.digest`; raises what `load_artifact_config` does."""
+    with unchanged(source) as directory:
+        return _read_config(directory), files_digest(directory)
 
 
 def load_artifact(source: str) -> Artifact:
-    """Read a whole artifact from a directory or a hub id.
-
-    Raises:
-        AdaInferError: it is missing or damaged, or it is not an artifact.
-
-    """
-    with of_one_write(source) as directory:
-        config = _config_of(directory)
-        return Artifact(config, _tensors_of(directory, config), files_digest(directory))
+    """Read a whole artifact; raises what `load_artifact_config` does."""
+    with unchanged(source) as directory:
+        config = _read_config(directory)
+        return Artifact(config, _read_tensors(directory, config), files_digest(directory))
 
 
-def _tensors_of(directory: Path, config: ArtifactConfig) -> dict[str, Tensor]:
+def _read_tensors(directory: Path, config: ArtifactConfig) -> dict[str, Tensor]:
+    path = directory / POLICY_FILE
     try:
         # Copies, because the loaded tensors map the file, which may be overwritten while we serve.
-        tensors = {k: v.clone() for k, v in load_file(directory / POLICY_FILE).items()}
+        tensors = {k: v.clone() for k, v in load_file(path).items()}
     except UNREADABLE as error:
-        raise AdaInferError(
-            f"{directory / POLICY_FILE} cannot be read ({error}): calibrate again"
-        ) from None
+        raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
     ids = tensors.get("shortlist")
     if ids is not None and not (ids.min() >= 0 and ids.max() < config.vocab_size):
         raise AdaInferError(
-            f"{directory / POLICY_FILE}: shortlist has token ids outside the vocabulary of "
-            f"{config.vocab_size}: calibrate again"
+            f"{path}: shortlist has token ids outside the vocabulary of {config.vocab_size}: "
+            "calibrate again"
         )
     return tensors
 
 
-def _config_of(directory: Path) -> ArtifactConfig:
+def _read_config(directory: Path) -> ArtifactConfig:
+    path = directory / CONFIG_FILE
     try:
-        config = ArtifactConfig.model_validate_json(_read_json(directory / CONFIG_FILE))
+        config = ArtifactConfig.model_validate_json(_read_text(path))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "its content"
+        what = problem["msg"].removeprefix("Value error, ")
         raise AdaInferError(
-            f"{directory / CONFIG_FILE} is not a valid artifact config ({where}: "
-            f"{problem['msg']}): calibrate again"
+            f"{path} is not a valid artifact config ({where}: {what}): calibrate again"
         ) from None
     check_tensors(directory / POLICY_FILE, config)
     return config
 
 
-def _read_json(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """The text of a file of at most `MAX_JSON` bytes.
 
     Raises:
@@ -128,11 +104,9 @@ def _read_json(path: Path) -> str:
 
     """
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON + 1)
-        if len(text) > MAX_JSON:
+        if path.stat().st_size > MAX_JSON:
             raise AdaInferError(f"{path} is larger than {MAX_JSON >> 20} MiB: calibrate again")
-        return text.decode()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
 
@@ -144,10 +118,9 @@ def load_details(source: str) -> dict[str, Any]:
         AdaInferError: it is missing or damaged.
 
     """
-    path = locate(source) / CALIBRATION_FILE
-    check_inside(path.parent, path)
+    path = locate(source, (CALIBRATION_FILE,)) / CALIBRATION_FILE
     try:
-        details = json.loads(_read_json(path))
+        details = json.loads(_read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
     if not isinstance(details, dict) or not details.keys() >= set(DETAILS):
@@ -172,6 +145,7 @@ def save_artifact(
 
     """
     check_writable(directory)
+    directory = directory.resolve()  # a link stays one
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -194,18 +168,14 @@ def save_artifact(
 
 
 def _replace(directory: Path, draft: Path) -> None:
-    """Put `draft` in the place of `directory`, which is restored if that fails.
+    """Move `draft` to `directory`, and restore the artifact that is there if that fails.
 
     Raises:
-        AdaInferError: it failed, and `directory` could not be restored either.
+        AdaInferError: it failed, and the artifact could not be restored either.
 
     """
-    former = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        directory.replace(former)  # onto an empty directory
-    except OSError:
-        former.rmdir()
-        raise
+    former = draft.with_name(f"{draft.name}-former")
+    directory.replace(former)
     try:
         draft.rename(directory)
     except OSError as error:
@@ -221,15 +191,15 @@ def _replace(directory: Path, draft: Path) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Check that an artifact can be written, before the work starts.
+    """Check, before the work starts, that an artifact can be written to `directory`.
 
     Raises:
         AdaInferError: something else is there, or the nearest parent is not writable.
 
     """
     # A model checkpoint has a config.json too, so only both files together mark an artifact.
-    ours = all((directory / name).is_file() for name in (CONFIG_FILE, POLICY_FILE))
-    if directory.exists() and not ours and not _is_empty_directory(directory):
+    there = {path.name for path in directory.iterdir()} if directory.is_dir() else {"a file"}
+    if directory.exists() and there and not there.issuperset(SERVED_FILES):
         raise AdaInferError(
             f"{directory} exists and was not written by vllm-adainfer: choose another --output"
         )
@@ -243,7 +213,3 @@ def check_writable(directory: Path) -> None:
         raise AdaInferError(
             f"cannot write to {parent} ({error}): choose another --output"
         ) from None
-
-
-def _is_empty_directory(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

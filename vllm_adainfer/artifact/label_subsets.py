@@ -1,7 +1,6 @@
-"""Subsets of a policy's labels, as bits: bit j stands for the label in column j.
+"""Subsets of a policy's labels as bit masks: bit j stands for the label in column j.
 
-A request of a policy with a label pool names its own labels at run time; rows of one step have
-different ones.
+With a label pool each request names its own labels, so the rows of one step differ in theirs.
 """
 
 from __future__ import annotations
@@ -11,28 +10,31 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-MOST_LABELS = 62  # the bits of an int64 that are surely positive
-ALL = -1
+MOST_LABELS = 62  # bits that leave an int64 positive
+ALL = -1  # has every bit set
 
 
 def bits_of(asked: Collection[int], label_ids: Sequence[int]) -> int:
-    """The bits of the labels that are among the tokens `asked` for."""
+    """The subset of the labels whose tokens are `asked` for."""
     return sum(1 << column for column, token in enumerate(label_ids) if token in asked)
 
 
 def mask_of(bits: Tensor, columns: Tensor) -> Tensor:
-    """bool [rows, labels], True for the labels in the `bits`, int64 [rows], of each row.
+    """bool [rows, labels], True for the labels in the subset of each row.
 
-    `columns` are 0, 1, ... as int64 [labels], on the same device.
+    Args:
+        bits: int64 [rows], the subsets.
+        columns: int64 [labels], 0, 1, ..., on the same device.
+
     """
     return (bits.unsqueeze(1) >> columns) & 1 == 1
 
 
 def restrict(scores: Tensor, subsets: Tensor | None) -> Tensor:
-    """Scores [rows, labels or more] with -inf for labels outside each row's subset.
+    """`scores` with -inf for the labels outside each row's subset.
 
     Args:
-        scores: their further columns, if any, stay as they are.
+        scores: [rows, labels or more]; columns after the labels stay as they are.
         subsets: bool [rows, labels]; None for all labels.
 
     """

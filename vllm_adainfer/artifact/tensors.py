@@ -9,10 +9,17 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.score import served_shape
 
 UNREADABLE = (OSError, RuntimeError, SafetensorError)  # RuntimeError: more than can be mapped
 FLOATS = ("F32", "F16", "BF16")
+# Fine enough to match an RBF SVM's log odds within 0.01. Boosting is a step function, so in a cell
+# that contains a step the table can be off by the whole step; 99 % of decisions agree.
+TRANSITIONS = 4  # between the two states of a CRF
+
+
+def served_shape(kind: str, features: int) -> tuple[int]:
+    """Shape of the tensor of a classifier of this `kind` on this many features."""
+    return (features + 1 + (TRANSITIONS if kind == "crf" else 0),)
 
 
 def check_tensors(path: Path, config: ArtifactConfig) -> None:
@@ -29,39 +36,44 @@ def check_tensors(path: Path, config: ArtifactConfig) -> None:
             dtypes = {name: part.get_dtype() for name, part in parts.items()}
     except UNREADABLE as error:
         raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
-    expected = expected_shapes(config, shapes)
-    if expected.get("shortlist", (2,))[0] < 2:
-        raise AdaInferError(
-            f"{path}: there is nothing to decide in a shortlist of fewer than two tokens: "
-            "calibrate again"
-        )
+    problem = _problem(shapes, dtypes, expected_shapes(config, shapes))
+    if problem is not None:
+        raise AdaInferError(f"{path}: {problem}: calibrate again")
+
+
+def _problem(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    expected: Mapping[str, tuple[int, ...]],
+) -> str | None:
+    """The first difference between the tensors found and those `expected`; None if all fit."""
     for name, shape in expected.items():
-        found = shapes.get(name)
-        if found != shape:
-            raise AdaInferError(
-                f"{path}: tensor {name} must have shape {list(shape)} but "
-                f"{'is missing' if found is None else f'has {list(found)}'}: calibrate again"
-            )
+        if name not in shapes:
+            return f"tensor {name} must have shape {list(shape)} but is missing"
+        if shapes[name] != shape:
+            return f"tensor {name} must have shape {list(shape)} but has {list(shapes[name])}"
         allowed = ("I64",) if name == "shortlist" else FLOATS
         if dtypes[name] not in allowed:
-            raise AdaInferError(
-                f"{path}: tensor {name} must be {' or '.join(allowed)} but is {dtypes[name]}: "
-                "calibrate again"
-            )
-    unknown = sorted(shapes.keys() - expected.keys())
-    if unknown:
-        raise AdaInferError(
-            f"{path}: tensor {unknown[0]!r:.80} does not belong to this policy: calibrate again"
-        )
+            return f"tensor {name} must be {' or '.join(allowed)} but is {dtypes[name]}"
+    if expected.get("shortlist", (2,))[0] < 2:
+        return "there is nothing to decide in a shortlist of fewer than two tokens"
+    for name in sorted(shapes.keys() - expected.keys()):
+        return f"tensor {name!r:.80} does not belong to this policy"
+    return None
 
 
 def expected_shapes(
     config: ArtifactConfig, found: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor by name; `found` says whether a lens is full or of which rank."""
+    """The shape of every tensor by name.
+
+    The shapes `found` tell how long the shortlist is, and which lenses are of low rank.
+    """
     hidden, labels = config.hidden_size, len(config.labels)
     head_rows = labels + (config.risk == "probability")  # the last is for the label mass
-    shapes: dict[str, tuple[int, ...]] = {"thresholds": (config.num_tags, len(config.exit_points))}
+    shapes: dict[str, tuple[int, ...]] = {
+        "thresholds": (config.num_threshold_rows, len(config.exit_points))
+    }
     scored = labels
     if config.candidates == "shortlist":
         scored = (found.get("shortlist") or (0,))[0]

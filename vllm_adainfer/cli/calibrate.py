@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from vllm_adainfer.artifact.kinds import (
-    BoundChoice,
-    By,
-    ClassifierKind,
-    ProbeChoice,
-    Risk,
-    RiskChoice,
-)
+from vllm_adainfer.artifact.kinds import ClassifierKind
 from vllm_adainfer.cli.app import app, errors_as_sentences
 from vllm_adainfer.cli.arguments import Data, LabelField, Labels, Lora, Model, Template, names_of
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.options import (
+    BoundChoice,
+    CalibrationRequest,
+    PolicyOptions,
+    ProbeChoice,
+)
 
 
 @app.command()
@@ -32,31 +31,31 @@ def calibrate(
     label_pool: Annotated[
         str,
         typer.Option(
-            help="Of requests (lines of vLLM's batch files as --data): the labels that a request "
-            "may name two or more of, such as letters,yes-no,digits, or token ids."
+            help="For data that holds requests (lines of vLLM's batch files): the labels that a "
+            "request may name two or more of, such as letters,yes-no,digits, or token ids."
         ),
     ] = "",
     choices: Annotated[
         str,
         typer.Option(
-            help="Comma-separated texts of structured_outputs.choice, as requests write them. Of "
-            "requests as --data: those with these choices alone."
+            help="Comma-separated texts of structured_outputs.choice, as requests write them. If "
+            "--data holds requests, only those with these choices are used."
         ),
     ] = "",
     lora: Lora = "",
     probe: Annotated[
         ProbeChoice,
         typer.Option(
-            help="How an exit point reads the answer; auto: label-head with --labels or "
-            "--choices, else lens."
+            help="How an exit point reads the answer: label-head (a ridge regression on the "
+            "labels), lens (a tuned lens) or logit-lens (the model's own head); auto takes "
+            "label-head with --labels or --choices, else lens."
         ),
     ] = "auto",
     classifier: Annotated[
         ClassifierKind,
         typer.Option(
-            help="What decides whether an answer is settled: a linear svm or logreg, a threshold "
-            "on the gap alone, an rbf SVM, boosting (shallow trees), or a crf over the exit "
-            "points."
+            help="The classifier that decides whether an answer is settled: a linear svm or "
+            "logreg, a threshold on the gap alone, or a crf over the exit points."
         ),
     ] = "svm",
     exit_points: Annotated[
@@ -66,13 +65,13 @@ def calibrate(
         float, typer.Option(min=0.0001, max=0.5, help="The bound on the risk.")
     ] = 0.02,
     delta: Annotated[
-        float, typer.Option(min=0.0001, max=0.5, help="The chance that the bound does not hold.")
+        float, typer.Option(min=0.0001, max=0.5, help="The probability that the bound fails.")
     ] = 0.1,
     risk: Annotated[
-        RiskChoice,
+        Literal["disagreement", "accuracy"],
         typer.Option(
-            help="What epsilon bounds: the share of changed answers, or the accuracy lost (every "
-            "row needs a label)."
+            help="The risk that epsilon bounds: the share of changed answers, or the accuracy lost "
+            "(every row needs a label)."
         ),
     ] = "disagreement",
     tolerance: Annotated[
@@ -80,26 +79,30 @@ def calibrate(
         typer.Option(
             min=0.001,
             max=0.5,
-            help="Promise the labels' probabilities, too: epsilon then bounds the share of answers "
-            "that change or of which a probability moves by more than this.",
+            help="Also promise the labels' probabilities: epsilon then bounds the share of answers "
+            "that change or have a probability that moves by more than this.",
         ),
     ] = None,
     bound: Annotated[
-        BoundChoice, typer.Option(help="How the bound is certified; naive has no confidence.")
+        BoundChoice,
+        typer.Option(
+            help="The kind of bound: exact for independent answers that change or do not, wsr for "
+            "all others; auto takes the right one."
+        ),
     ] = "auto",
     max_tokens: Annotated[
         int,
         typer.Option(
             min=1,
             help="Tokens to generate per prompt. Above 1, the policy is for generated text: each "
-            "token may leave early, and the bound is on changed tokens.",
+            "token may exit early, and the bound is on changed tokens.",
         ),
     ] = 1,
     by: Annotated[
-        By | None,
+        Literal["question"] | None,
         typer.Option(
-            help="Of requests: certify each question on its own instead of all together; those "
-            "with too few rows run all layers."
+            help="If --data holds requests: certify each question on its own instead of all "
+            "together; those with too few rows run all layers."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="For the split and the folds.")] = 0,
@@ -108,42 +111,50 @@ def calibrate(
     from vllm_adainfer.artifact.files import load_details
     from vllm_adainfer.offline.calibration.adapter import read_adapter
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
-    from vllm_adainfer.offline.calibration.choices import names_of as choice_names
-    from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
-    from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
     from vllm_adainfer.offline.reports.describe import describe
 
-    bounded: Risk = risk
-    if tolerance is not None and risk == "disagreement":
-        bounded = "probability"
-    config = run(
-        CalibrationRequest(
-            model=model,
-            data=data,
-            output=output,
-            template=template,
-            label_field=label_field,
-            labels=names_of(labels),
-            label_pool=names_of(label_pool),
-            choices=choice_names(choices),
-            adapter=read_adapter(lora),
-            probe=probe,
-            options=PolicyOptions(
-                classifier=classifier,
-                exit_points=_layers(exit_points),
-                epsilon=epsilon,
-                delta=delta,
-                risk=bounded,
-                tolerance=tolerance,
-                bound=bound,
-                seed=seed,
-                max_tokens=max_tokens,
-                by_question=by == "question",
-            ),
-        )
+    request = CalibrationRequest(
+        model=model,
+        data=data,
+        output=output,
+        template=template,
+        label_field=label_field,
+        labels=names_of(labels),
+        label_pool=names_of(label_pool),
+        choices=choice_texts(choices),
+        adapter=read_adapter(lora),
+        probe=probe,
+        options=PolicyOptions(
+            classifier=classifier,
+            exit_points=_layers(exit_points),
+            epsilon=epsilon,
+            delta=delta,
+            risk="probability" if tolerance is not None and risk == "disagreement" else risk,
+            tolerance=tolerance,
+            bound=bound,
+            seed=seed,
+            max_tokens=max_tokens,
+            by_question=by == "question",
+        ),
     )
-    typer.echo(describe(config, load_details(str(output))))
+    typer.echo(describe(run(request), load_details(str(output))))
     typer.echo(f"wrote {output}")
+
+
+def choice_texts(text: str) -> tuple[str, ...]:
+    """The texts of ``--choices``, as they are written between the commas.
+
+    Raises:
+        AdaInferError: some begin with a blank and others do not, which is hardly meant.
+
+    """
+    texts = tuple(text.split(",")) if text else ()
+    if len({one.startswith(" ") for one in texts}) > 1:
+        raise AdaInferError(
+            f"--choices {text!r}: some begin with a blank, which belongs to the choice, and others "
+            "do not: write them as requests do, without a blank after the comma unless all have one"
+        )
+    return texts
 
 
 def _layers(text: str) -> tuple[int, ...] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
@@ -28,20 +28,16 @@ class PinnedSwitch(dict[str, Any]):
     pins: Mapping[str, str]
 
 
-def pin_artifacts(
-    vllm_config: VllmConfig, settings: Settings, check: Callable[[ArtifactConfig], None]
-) -> dict[str, ArtifactConfig]:
+def pin_artifacts(vllm_config: VllmConfig, settings: Settings) -> dict[str, ArtifactConfig]:
     """Load the configs of the artifacts, by policy name, and pin their files in `vllm_config`.
 
     Raises:
-        AdaInferError: an artifact cannot be read, or `check` refuses its config.
+        AdaInferError: an artifact cannot be read.
 
     """
     if not settings.artifacts:
         return {}
-    found = {
-        name: load_config_and_digest(source, check) for name, source in settings.artifacts.items()
-    }
+    found = {name: load_config_and_digest(source) for name, source in settings.artifacts.items()}
     assert isinstance(vllm_config.additional_config, dict)
     switch = PinnedSwitch(vllm_config.additional_config[CONFIG_KEY])
     switch.pins = {name: digest for name, (_, digest) in found.items()}
@@ -59,7 +55,7 @@ def served_configs(vllm_config: VllmConfig, settings: Settings) -> dict[str, Art
     """
     configs = {}
     for name, source in settings.artifacts.items():
-        configs[name], digest = load_config_and_digest(source, lambda _: None)
+        configs[name], digest = load_config_and_digest(source)
         _check(vllm_config, name, source, digest)
     return configs
 

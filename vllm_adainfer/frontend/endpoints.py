@@ -83,10 +83,7 @@ async def reload(request: Request) -> dict[str, Any]:
 
 def _digests(settings: Settings) -> dict[str, str]:
     """Digests of the artifacts' files as they are now, by policy name."""
-    return {
-        name: load_config_and_digest(source, lambda _: None)[1]
-        for name, source in settings.artifacts.items()
-    }
+    return {name: load_config_and_digest(source)[1] for name, source in settings.artifacts.items()}
 
 
 def _sentence(error: Exception) -> str:

@@ -18,7 +18,7 @@ class LogLine:
         self._weights_differ = False
 
     def add(self, report: Mapping[str, Any]) -> None:
-        """Add a report of `vllm_adainfer.exits.report.Reporter`."""
+        """Add a report of `vllm_adainfer.exits.accounting.report.Reporter`."""
         for kind, _, detail, added in report["added"]:
             self._sums[kind] += added
             if kind == "tokens":

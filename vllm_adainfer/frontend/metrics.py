@@ -168,7 +168,7 @@ class EngineMetrics:
         self._set("weights_differ", 0)
 
     def add(self, report: Mapping[str, Any]) -> None:
-        """Add a report of `vllm_adainfer.exits.report.Reporter`.
+        """Add a report of `vllm_adainfer.exits.accounting.report.Reporter`.
 
         The series of policies that are no longer in service are removed, and their counts ignored.
         """

@@ -1,15 +1,16 @@
-"""Disagreement in service: a confidence interval that may be read after every answer.
+"""Monitors of shadow requests: how often early answers differ from full depth, level by level.
 
-Answers of one token each are independent. Their interval is the beta-binomial mixture confidence
-sequence for a Bernoulli rate (Robbins 1970; Howard, Ramdas, McAuliffe and Sekhon 2021,
-"Time-uniform, nonparametric, nonasymptotic confidence sequences"). With k disagreements among n
-answers it contains the rates p for which
+Each level has a confidence interval that may be read after every answer. One-token answers are
+independent. Their interval is the beta-binomial mixture confidence sequence for a Bernoulli rate
+(Robbins 1970; Howard, Ramdas, McAuliffe and Sekhon 2021, "Time-uniform, nonparametric,
+nonasymptotic confidence sequences"). With k disagreements among n answers it contains the rates p
+for which
 
     Beta(a + k, b + n - k) / Beta(a, b)  <  p^k (1 - p)^(n - k) / alpha.
 
 At the true rate, the left side over p^k (1 - p)^(n - k) is a martingale. So by Ville's inequality
-the chance that the interval ever misses the true rate is at most alpha, however often it is read.
-Tokens of one text are not independent: `vllm_adainfer.monitoring.text_monitor` watches those.
+the interval ever misses the true rate with probability at most alpha, however often it is read.
+Tokens of one text are not independent; `vllm_adainfer.monitoring.text_monitor` is for those.
 """
 
 from __future__ import annotations
@@ -17,36 +18,33 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import brentq
-from scipy.special import betaln, xlog1py, xlogy
+from scipy.special import betaln, xlog1py
 from typing_extensions import override
 
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.kinds import Risk
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 # (a, b) of the mixture. Any is valid; this one gives narrow intervals at rates of a few percent.
 PRIOR = (1.0, 10.0)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What shadow requests at one epsilon have shown.
+class MonitorStatus:
+    """What the shadow requests at one level have shown so far.
 
     Attributes:
-        epsilon: the bound.
+        epsilon: the level's bound.
         checked: number of answers compared with full depth.
         disagreed: number of those that differed.
         low: lower end of the confidence interval of the rate.
-        high: its upper end; without answers the interval is [0, 1].
-        tightened: whether requests at this epsilon must run to full depth.
+        high: upper end of the interval, which is [0, 1] before the first answer.
+        tightened: whether requests at this level must run to full depth.
 
     """
 
@@ -59,19 +57,14 @@ class Reading:
 
     @property
     def rate(self) -> float:
-        """Share of answers that differed; 0 without answers."""
+        """Share of answers that differed; 0 before the first answer."""
         return self.disagreed / max(self.checked, 1)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields except `epsilon`, plus ``rate``."""
-        return {
-            "checked": self.checked,
-            "disagreed": self.disagreed,
-            "rate": self.rate,
-            "low": self.low,
-            "high": self.high,
-            "tightened": self.tightened,
-        }
+        fields = {**asdict(self), "rate": self.rate}
+        del fields["epsilon"]
+        return fields
 
 
 @lru_cache
@@ -81,7 +74,7 @@ def confidence_interval(disagreed: int, checked: int, alpha: float) -> tuple[flo
     Args:
         disagreed: k, the number of answers that differed.
         checked: n, the number of answers compared so far.
-        alpha: upper bound on the chance that the interval ever misses the true rate.
+        alpha: the probability with which the interval may ever miss the true rate.
 
     Returns:
         the lower and the upper end, in [0, 1].
@@ -109,21 +102,18 @@ def _lower_end(hits: int, misses: int, evidence: float) -> float:
 
 
 class Monitor(ABC):
-    """Counts disagreement for each level of a policy's epsilon table, and reports broken bounds.
+    """Counts disagreement at each level of a policy's epsilon table, and detects broken bounds.
 
-    If epsilon bounds disagreement (or the share of answers whose probabilities move too far, which
-    then count as disagreeing), a level is tightened once its interval lies above its epsilon.
-    If epsilon bounds the accuracy lost, no level is tightened: accuracy lost is at most the
-    disagreement but may be less, and service does not know the right answers. Such a bound is
-    confirmed while the interval lies below it.
+    A bound is broken once the whole interval lies above its epsilon. The level is then tightened:
+    its requests run to full depth. It keeps counting but is never loosened again, because the
+    operator must investigate and recalibrate. Levels are independent of each other.
 
-    A tightened level goes on counting but is never loosened again: the operator must investigate
-    and recalibrate. Other levels, stricter or looser, are unaffected: each has its own bound and
-    its own reading.
+    If epsilon bounds label probabilities, an answer with a probability that moved too far counts as
+    a disagreement. If epsilon bounds the accuracy lost, no level is ever tightened: the accuracy
+    lost is at most the disagreement but may be less, and the right answers are unknown in service.
 
     Attributes:
-        alpha: for each level, upper bound on the chance that its interval ever misses the true
-            rate.
+        alpha: the probability with which a level's interval may ever miss the true rate.
         epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
         tightened: bool [levels], True where requests must run to full depth.
         risk: what the bounds are on.
@@ -139,10 +129,12 @@ class Monitor(ABC):
         self.tightened: Bools = np.zeros(len(epsilons), dtype=np.bool_)
         self.risk = risk
         self._checked, self._disagreed = [0] * len(epsilons), [0] * len(epsilons)
-        self._exceeded = [False] * len(epsilons)
+        self._broken = [False] * len(epsilons)
 
     @abstractmethod
-    def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
+    def observe(
+        self, request_ids: Sequence[str], levels: Ints, disagreed: Bools
+    ) -> list[MonitorStatus]:
         """Count answers that have been compared with full depth.
 
         Args:
@@ -151,41 +143,37 @@ class Monitor(ABC):
             disagreed: [answers], True where the answer differs from full depth.
 
         Returns:
-            readings of the levels whose interval has just moved above their epsilon.
+            the status of each level whose bound has just been found broken.
 
         """
 
-    @abstractmethod
-    def ended(self, request_id: str) -> list[Reading]:
+    def ended(self, request_id: str) -> list[MonitorStatus]:
         """Note that a request, of this policy or not, has ended; returns what `observe` does."""
+        return []
 
     @abstractmethod
     def _interval(self, level: int) -> tuple[float, float]:
         """The time-uniform confidence interval of a level's rate."""
 
-    @abstractmethod
-    def _exceeds(self, level: int) -> bool:
-        """Whether the level's interval lies above its epsilon."""
-
-    def levels_of(self, tags: Ints) -> Ints:
-        """[tags], the level of each; a policy may have the levels for each of several questions."""
-        levels: Ints = tags % len(self.epsilons)
+    def levels_of(self, threshold_rows: Ints) -> Ints:
+        """[rows], the level of each of a policy's threshold rows, which repeat by question."""
+        levels: Ints = threshold_rows % len(self.epsilons)
         return levels
 
-    def of_tags(self, num_tags: int) -> Bools:
-        """bool [num_tags], `tightened` by the policy's tags."""
-        return self.tightened[self.levels_of(np.arange(num_tags))]
+    def tightened_rows(self, num_threshold_rows: int) -> Bools:
+        """bool [num_threshold_rows], `tightened` for each of the policy's threshold rows."""
+        return self.tightened[self.levels_of(np.arange(num_threshold_rows))]
 
-    def readings(self) -> list[Reading]:
-        """The reading of each level."""
-        return [self._reading(level) for level in range(len(self.epsilons))]
+    def status(self) -> list[MonitorStatus]:
+        """The status of each level."""
+        return [self._status(level) for level in range(len(self.epsilons))]
 
     def as_dict(self) -> dict[float, dict[str, Any]]:
-        """`Reading.as_dict` of each level, by epsilon."""
-        return {reading.epsilon: reading.as_dict() for reading in self.readings()}
+        """`MonitorStatus.as_dict` of each level, by epsilon."""
+        return {status.epsilon: status.as_dict() for status in self.status()}
 
-    def _reading(self, level: int) -> Reading:
-        return Reading(
+    def _status(self, level: int) -> MonitorStatus:
+        return MonitorStatus(
             float(self.epsilons[level]),
             self._checked[level],
             self._disagreed[level],
@@ -193,22 +181,26 @@ class Monitor(ABC):
             bool(self.tightened[level]),
         )
 
-    def _count(self, level: int, checked: int, disagreed: int) -> list[Reading]:
-        """Add answers to a level; returns its reading if it has just exceeded its epsilon."""
+    def _count(self, level: int, checked: int, disagreed: int) -> list[MonitorStatus]:
+        """Add answers to a level; returns its status if its bound is now found broken."""
         self._checked[level] += checked
         self._disagreed[level] += disagreed
-        if self._exceeded[level] or not self._exceeds(level):
+        # The lower end takes time to compute. It lies below the rate observed.
+        above = self._disagreed[level] > self._checked[level] * self.epsilons[level]
+        if self._broken[level] or not above or self._interval(level)[0] < self.epsilons[level]:
             return []
-        self._exceeded[level] = True
+        self._broken[level] = True
         self.tightened[level] = self.risk != "accuracy"
-        return [self._reading(level)]
+        return [self._status(level)]
 
 
 class AnswerMonitor(Monitor):
-    """Watches answers of one token, each its own request."""
+    """Watches one-token answers, each from its own request."""
 
     @override
-    def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
+    def observe(
+        self, request_ids: Sequence[str], levels: Ints, disagreed: Bools
+    ) -> list[MonitorStatus]:
         found = []
         for level in np.unique(levels).tolist():
             here = disagreed[levels == level]
@@ -216,18 +208,5 @@ class AnswerMonitor(Monitor):
         return found
 
     @override
-    def ended(self, request_id: str) -> list[Reading]:
-        return []
-
-    @override
     def _interval(self, level: int) -> tuple[float, float]:
         return confidence_interval(self._disagreed[level], self._checked[level], self.alpha)
-
-    @override
-    def _exceeds(self, level: int) -> bool:
-        """Compare the lower end with epsilon without solving for it."""
-        (a, b), p = PRIOR, float(self.epsilons[level])
-        k, n = self._disagreed[level], self._checked[level]
-        mixture = betaln(a + k, b + n - k) - betaln(a, b)
-        at_epsilon = xlogy(k, p) + xlog1py(n - k, -p)
-        return k > n * p and bool(mixture + math.log(self.alpha) >= at_epsilon)

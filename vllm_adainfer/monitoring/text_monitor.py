@@ -1,16 +1,15 @@
-"""Disagreement of generated text in service, watched text by text.
+"""Monitor of generated text: how often its tokens differ from full depth, counted by text.
 
-A bound on generated text promises, per token, that E[tokens that differ] <= epsilon E[tokens],
-over prompts (see `vllm_adainfer.offline.calibration.certify`). Tokens of one text are not
-independent, but texts are. So a gambler bets on whole texts, as in Waudby-Smith and Ramdas 2020
-(arXiv 2010.09686). Let n be the tokens of a text that were compared and d those that differ, both
-as shares of the most tokens that count. Then a text multiplies the capital held against "the rate
-is at most p" by
+A bound on generated text promises E[tokens that differ] <= epsilon E[tokens], over prompts (see
+`vllm_adainfer.offline.calibration.certify`). Tokens of one text are not independent, but texts are.
+So a gambler bets on whole texts, as in Waudby-Smith and Ramdas 2020 (arXiv 2010.09686). Let n be
+the tokens of a text that were compared and d those that differ, both as shares of the most tokens
+that count per text. A text multiplies the capital held against "the rate is at most p" by
 
     1 + stake (d - p n) / p,   and that against "at least p" by   1 + stake (p n - d) / (1 - p).
 
-Neither factor is negative, and at the rate p each has mean 1. So by Ville's inequality the chance
-that the capital ever reaches 2 / alpha is at most alpha / 2. Capital is held against each rate of a
+Neither factor is negative, and at the rate p each has mean 1. So by Ville's inequality the capital
+ever reaches 2 / alpha with probability at most alpha / 2. Capital is held against each rate of a
 grid, as the mean over several stakes; the interval lies between the rejected rates.
 """
 
@@ -22,11 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import logsumexp
 from typing_extensions import override
 
-from vllm_adainfer.monitoring.monitor import Bools, Ints, Monitor, Reading
+from vllm_adainfer.arrays import Bools, Floats, Ints
+from vllm_adainfer.monitoring.monitor import Monitor, MonitorStatus
 
 STAKES = np.array([0.5, 0.25, 0.12, 0.06, 0.03, 0.015])
 RATES = np.geomspace(1e-4, 0.98, 120)  # the grid, to which `TextMonitor` adds its epsilons
@@ -37,10 +36,10 @@ class Text:
     """The text of a shadow request, as far as it has been compared.
 
     Attributes:
-        level: the row of the epsilon table that decides it.
+        level: the level of the epsilon table that its tokens are decided at.
         checked: number of tokens compared.
         disagreed: number of those that differed.
-        complete: whether it has ended, or no more of its tokens count.
+        complete: whether the text has ended or has as many tokens as count.
 
     """
 
@@ -51,16 +50,16 @@ class Text:
 
 
 class Capital:
-    """The gambler's capital against each rate, for one level; see the module docstring."""
+    """The gambler's capital against each rate at one level; see the module docstring."""
 
-    def __init__(self, rates: npt.NDArray[np.float64]) -> None:
+    def __init__(self, rates: Floats) -> None:
         """`rates` [rates] ascend, between 0 and 1."""
         self._rates = rates
         # [2, rates, stakes], first against "at most", then against "at least" each rate.
         self._log_capital = np.zeros((2, len(rates), len(STAKES)))
 
     def bet(self, disagreed: float, checked: float) -> None:
-        """Bet on a text; both are shares of the most tokens that count."""
+        """Bet on a text; both numbers are shares of the most tokens that count."""
         lead = disagreed - self._rates * checked
         odds = np.stack([lead / self._rates, -lead / (1 - self._rates)])
         self._log_capital += np.log1p(odds[:, :, None] * STAKES)
@@ -74,14 +73,14 @@ class Capital:
 
 
 class TextMonitor(Monitor):
-    """Watches generated texts, up to as many tokens of each as calibration generated.
+    """Watches generated texts, each up to as many tokens as calibration generated.
 
-    A text counts once it is complete and all texts that began before it have counted. In the order
-    in which they end, short texts would come first, which is not a fair sample.
+    Texts are counted in the order in which they began. The order in which they end would be a
+    biased sample: short texts come first.
     """
 
     def __init__(self, epsilons: Sequence[float], alpha: float, longest: int) -> None:
-        """`longest` is the most tokens of a text that count; the rest is as in `Monitor`."""
+        """`longest` is the most tokens per text that count; see `Monitor` for the rest."""
         super().__init__(epsilons, alpha)
         rates = np.union1d(RATES, self.epsilons)
         self._capital = [Capital(rates) for _ in epsilons]
@@ -90,7 +89,9 @@ class TextMonitor(Monitor):
         self._to_count: deque[Text] = deque()
 
     @override
-    def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
+    def observe(
+        self, request_ids: Sequence[str], levels: Ints, disagreed: Bools
+    ) -> list[MonitorStatus]:
         """Count each answer as the next token of its request's text; see `Monitor.observe`."""
         answers = zip(request_ids, levels.tolist(), disagreed.tolist(), strict=True)
         for request_id, level, differs in answers:
@@ -105,14 +106,14 @@ class TextMonitor(Monitor):
         return self._count_complete()
 
     @override
-    def ended(self, request_id: str) -> list[Reading]:
+    def ended(self, request_id: str) -> list[MonitorStatus]:
         text = self._running.pop(request_id, None)
         if text is None:
             return []
         text.complete = True
         return self._count_complete()
 
-    def _count_complete(self) -> list[Reading]:
+    def _count_complete(self) -> list[MonitorStatus]:
         """Count complete texts, up to the first incomplete one."""
         found = []
         while self._to_count and self._to_count[0].complete:
@@ -126,8 +127,3 @@ class TextMonitor(Monitor):
     @override
     def _interval(self, level: int) -> tuple[float, float]:
         return self._capital[level].interval(self.alpha)
-
-    @override
-    def _exceeds(self, level: int) -> bool:
-        """Whether epsilon, which is one of the rates, is rejected as too low."""
-        return self._interval(level)[0] >= self.epsilons[level]

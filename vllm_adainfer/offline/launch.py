@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_adainfer.artifact.files import load_artifact_configs
+from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import CONFIG_KEY, DEFAULT_POLICY, read_settings
 
@@ -59,8 +59,8 @@ def with_switch(
         switch["epsilon"] = epsilon
     additional[CONFIG_KEY] = switch
     settings = read_settings(additional)
-    for config in load_artifact_configs({} if settings is None else settings.artifacts).values():
-        config.level_of(epsilon)
+    for source in [] if settings is None else settings.artifacts.values():
+        load_artifact_config(source).level_of(epsilon)
     return [*rest, FLAG, json.dumps(additional)]
 
 

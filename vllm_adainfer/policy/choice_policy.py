@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,14 +10,20 @@ from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.artifact.config import Artifact
-from vllm_adainfer.policy.exit_policy import Asked, CalibratedPolicy, Decision
+from vllm_adainfer.policy.answers import Answers
+from vllm_adainfer.policy.exit_policy import (
+    CalibratedPolicy,
+    Decision,
+    Disagreement,
+    UndecidedRows,
+)
 from vllm_adainfer.policy.first_tokens import FirstTokens
 
 
 class ChoicePolicy(CalibratedPolicy):
-    """Settles a row once the choice is decided; where its token would decide none, it never does.
+    """Settles a row once its token decides the choice; several choices may share a first token.
 
-    Answers are the scores of one token for each label, which the request's grammar takes.
+    Answers are scores of one token per label, which the request's grammar allows.
     """
 
     def __init__(self, artifact: Artifact, device: torch.device) -> None:
@@ -26,22 +33,18 @@ class ChoicePolicy(CalibratedPolicy):
         self._first_tokens = FirstTokens.of(config.choices, config.undecided, device)
 
     @override
-    def decide(self, exit_index: int, asked: Asked) -> Decision:
-        decision = super().decide(exit_index, asked)
+    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
+        decision = super().decide(exit_index, rows)
         undecided = self._first_tokens.undecided
         if undecided is None:
             return decision
-        assert decision.answers is not None
-        decides = decision.answers.argmax(dim=1) != undecided
+        decides = decision.answers.values.argmax(dim=1) != undecided
         return replace(decision, settled=decision.settled & decides)
 
-    def differs(self, answers: Tensor, logits: Tensor) -> Tensor:
-        """bool [rows], whether the choice of early `answers` is not that of full depth.
-
-        Args:
-            answers: [rows, labels], from `decide`.
-            logits: [rows, vocabulary] at full depth, before the request's grammar masks them.
-
-        """
+    @override
+    def disagrees(
+        self, answers: Answers, logits: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> Disagreement:
+        """Compare choices; `logits` are those before the request's grammar masks them."""
         full = self._first_tokens.decided_by(logits[:, self._first_tokens.token_ids])
-        return answers.argmax(dim=1) != full
+        return Disagreement(answers.values.argmax(dim=1) != full)

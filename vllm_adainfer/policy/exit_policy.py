@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from adainfer_kernels import Head
@@ -12,9 +13,17 @@ from typing_extensions import override
 
 from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.artifact.kinds import FEATURES
+from vllm_adainfer.artifact.tensors import served_shape
+from vllm_adainfer.policy.answers import (
+    Answers,
+    EarlyScores,
+    EarlyStates,
+    LabelScores,
+    ShortlistScores,
+)
 from vllm_adainfer.policy.probe import Probe, lens_of
-from vllm_adainfer.policy.reading import Reading
-from vllm_adainfer.policy.score import is_chain, score, served_shape
+from vllm_adainfer.policy.reading import ProbeView
+from vllm_adainfer.policy.score import is_chain, score
 
 LINEAR_SHAPE = served_shape("svm", len(FEATURES))
 
@@ -24,18 +33,15 @@ class Decision:
     """What a policy decides about some rows at an exit point.
 
     Attributes:
-        settled: bool [rows]; True where the answer is decided.
-        answers: what to decode in settled rows: fp32 [rows, answer ids] scores of those tokens;
-            with one more column, their logits and that of every other token; or [rows, hidden
-            size] states for the LM head if any token may be the answer. None if the policy never
-            settles a row.
+        settled: bool [rows], True where the answer is decided.
+        answers: the answers of these rows, valid where they are settled.
         memory: [rows, ...], passed back to the policy with these rows at the next exit point;
             None if it needs none.
 
     """
 
     settled: Tensor
-    answers: Tensor | None
+    answers: Answers
     memory: Tensor | None = None
 
     @classmethod
@@ -45,7 +51,7 @@ class Decision:
         classifier: Tensor,
         threshold: Tensor,
         memory: Tensor | None,
-        answers: Tensor | None,
+        answers: Answers,
     ) -> Decision:
         """Settle the rows whose classifier score reaches their `threshold`, [rows]."""
         odds = score(features, classifier, memory)
@@ -54,62 +60,80 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The rows that a policy is asked about at an exit point.
+class Disagreement:
+    """How early answers compare with full depth's.
 
     Attributes:
-        hidden: [rows, hidden size], the residual stream of the rows to sample.
-        tags: int64 [rows], the tag each row's request was admitted with.
+        wrong: bool [rows], whether the answer differs, or a probability moves too far.
+        moves: fp32 [rows], the largest move of a label's probability; None where the policy makes
+            no promise about probabilities.
+
+    """
+
+    wrong: Tensor
+    moves: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UndecidedRows:
+    """Rows at an exit point for a policy to decide.
+
+    Attributes:
+        hidden: [rows, hidden size], the residual stream.
+        threshold_rows: int64 [rows], the row of the policy's thresholds that applies to each.
         memory: `Decision.memory` of these rows from the previous exit point; None at the first.
-        subsets: int64 [rows], the labels each row is about, as bits; None if no policy of the
-            engine has a label pool. Policies without one ignore it.
+        subsets: int64 [rows], the labels that each row's request names, as bits; None if no policy
+            of the engine has a label pool. Policies without one ignore it.
 
     """
 
     hidden: Tensor
-    tags: Tensor
+    threshold_rows: Tensor
     memory: Tensor | None = None
     subsets: Tensor | None = None
 
 
-class ExitPolicy(Protocol):
+class ExitPolicy(ABC):
     """What the exit loop needs from a policy.
 
     Attributes:
         exit_points: layers after which the exit loop calls `decide`, ascending.
-        num_tags: how many tags the policy has; tags count from 0.
-        answer_ids: int64 [answer ids], the tokens that answers hold scores of, ascending unless
-            they are labels; None where answers are states.
-        restricted: whether requests may produce only these tokens, even at full depth.
+        num_threshold_rows: the number of threshold rows: one per level, or per level and question.
 
     """
 
     exit_points: tuple[int, ...]
-    num_tags: int
-    answer_ids: Tensor | None
-    restricted: bool
+    num_threshold_rows: int
 
-    def decide(self, exit_index: int, asked: Asked) -> Decision:
+    @abstractmethod
+    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
         """Decide which rows are settled at exit point ``exit_points[exit_index]``."""
+
+    def disagrees(
+        self, answers: Answers, logits: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> Disagreement:
+        """Compare early answers with full depth; arguments as for `Answers.disagree`."""
+        return Disagreement(answers.disagree(logits, head))
 
 
 class CalibratedPolicy(ExitPolicy):
-    """The policy of an artifact; a request's tag is its row of the thresholds."""
+    """The policy of an artifact: probe, classifier and threshold at each exit point."""
 
     def __init__(self, artifact: Artifact, logit_lens: Probe | None, device: torch.device) -> None:
         """Load the fitted tensors of `artifact` onto `device`.
 
-        `logit_lens` is that of the served model; label heads do not need it.
+        `logit_lens` is the served model's; None for label heads, which need none.
         """
         config, tensors = artifact.config, artifact.tensors
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.exit_points = config.exit_points
-        self.num_tags = config.num_tags
-        self.restricted = config.candidates == "labels"
+        self.num_threshold_rows = config.num_threshold_rows
         self.answer_ids = tensors.get("shortlist")
-        if self.restricted:
+        self._scores: type[EarlyScores] = ShortlistScores
+        if config.candidates == "labels":
             self.answer_ids = torch.tensor(config.label_ids, device=device)
-        self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, tags]
+            self._scores = LabelScores
+        self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, threshold rows]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
         if logit_lens is not None and "head_rows" in tensors:
             head = Head(tensors["head_rows"])
@@ -129,32 +153,36 @@ class CalibratedPolicy(ExitPolicy):
                 self._probes.append(replace(logit_lens, lens=lens_of(own)))
 
     @override
-    def decide(self, exit_index: int, asked: Asked) -> Decision:
+    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
         probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
-        threshold = self._thresholds[exit_index][asked.tags]
-        linear = classifier.shape == LINEAR_SHAPE
-        readout = probe.readout(asked.hidden)
-        if linear and self.answer_ids is not None:
-            return Decision(*probe.settle(readout, classifier, threshold))
+        threshold = self._thresholds[exit_index][rows.threshold_rows]
+        is_linear, ids = classifier.shape == LINEAR_SHAPE, self.answer_ids
+        readout = probe.readout(rows.hidden)
+        if is_linear and ids is not None:
+            settled, scores = probe.settle(readout, classifier, threshold)
+            return Decision(settled, self._scores(scores, ids))
         result = probe.score(
             readout,
-            classifier=classifier if linear else None,
-            threshold=threshold if linear else None,
-            return_scores=self.answer_ids is not None,
+            classifier=classifier if is_linear else None,
+            threshold=threshold if is_linear else None,
+            return_scores=ids is not None,
         )
-        answers = readout if self.answer_ids is None else result.scores
+        answers: Answers = EarlyStates(readout)
+        if ids is not None:
+            assert result.scores is not None
+            answers = self._scores(result.scores, ids)
         if result.settled is not None:  # the kernel has applied a linear classifier
             return Decision(result.settled, answers)
-        return Decision.by_score(result.features, classifier, threshold, asked.memory, answers)
+        return Decision.by_score(result.features, classifier, threshold, rows.memory, answers)
 
-    def read(self, exit_index: int, asked: Asked) -> Reading:
-        """What `decide` decides by."""
+    def view(self, exit_index: int, rows: UndecidedRows) -> ProbeView:
+        """What `decide` bases its decision on."""
         probe = self._probes[exit_index]
-        result = probe.score(probe.readout(asked.hidden))
-        return Reading(
+        result = probe.score(probe.readout(rows.hidden))
+        return ProbeView(
             tokens=result.top1_id,
             top_prob=result.top_prob,
             gap=result.gap,
-            odds=score(result.features, self._classifiers[exit_index], asked.memory),
-            threshold=self._thresholds[exit_index][asked.tags],
+            odds=score(result.features, self._classifiers[exit_index], rows.memory),
+            threshold=self._thresholds[exit_index][rows.threshold_rows],
         )

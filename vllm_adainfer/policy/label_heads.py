@@ -1,4 +1,4 @@
-"""Label heads that score all labels of a policy, of which each row may be about some alone."""
+"""Label heads: they score all labels of a policy; a request may name only some of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.artifact.label_subsets import mask_of, restrict
-from vllm_adainfer.policy.exit_policy import Asked, Decision
-from vllm_adainfer.policy.reading import Reading, features_among
+from vllm_adainfer.policy.answers import Answers
+from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
+from vllm_adainfer.policy.reading import ProbeView, features_among
 from vllm_adainfer.policy.score import score
 
 
@@ -18,8 +19,8 @@ from vllm_adainfer.policy.score import score
 class LabelHead:
     """Scores the labels from a state; calibration and serving both use it.
 
-    If it reads probabilities it has one row more, for the log-odds of the label mass (the labels'
-    share of the whole vocabulary).
+    For probabilities it has one more row, for the log-odds of the label mass (the labels' share of
+    the whole vocabulary's probability).
 
     Attributes:
         weight: fp32 [labels or labels + 1, hidden size].
@@ -34,30 +35,30 @@ class LabelHead:
 
     @property
     def reads_mass(self) -> bool:
-        """Whether the last score is for the label mass."""
+        """Whether the last score is that of the label mass."""
         return len(self.bias) > len(self.token_ids)
 
     @property
     def fitted_tensors(self) -> dict[str, Tensor]:
-        """What calibration has fitted, by the names that an artifact stores it under."""
+        """The tensors that calibration has fitted, by their names in an artifact."""
         return {"head_weight": self.weight, "head_bias": self.bias}
 
     @property
     def bytes(self) -> int:
-        """What the head stores."""
+        """Bytes that the head stores."""
         return self.weight.nbytes + self.bias.nbytes
 
     def score(self, hidden: Tensor, subsets: Tensor | None = None) -> Tensor:
         """Scores fp32 [rows, labels or labels + 1] of states [rows, hidden size].
 
-        `subsets`, bool [rows, labels], are the labels that each row is about, others get -inf; None
-        for all.
+        `subsets`, bool [rows, labels], are the labels that each row's request names; others get
+        -inf. None: all.
         """
         return restrict(torch.addmm(self.bias, hidden.float(), self.weight.T), subsets)
 
 
 class LabelHeads:
-    """The heads, classifiers and thresholds of an artifact, one of each for an exit point."""
+    """The head, classifier and thresholds of each exit point of an artifact."""
 
     def __init__(self, artifact: Artifact, device: torch.device) -> None:
         """Load the fitted tensors of `artifact` onto `device`."""
@@ -66,7 +67,7 @@ class LabelHeads:
         self._columns = torch.arange(len(config.labels), device=device)
         self._pool = config.label_pool
         tensors = {name: tensor.float().to(device) for name, tensor in artifact.tensors.items()}
-        self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, tags]
+        self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, threshold rows]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in config.exit_points]
         self._heads = [
             LabelHead(
@@ -77,29 +78,33 @@ class LabelHeads:
             for layer in config.exit_points
         ]
 
-    def score(self, exit_index: int, asked: Asked) -> Tensor:
+    def score(self, exit_index: int, rows: UndecidedRows) -> Tensor:
         """The scores of an exit point's head, see `LabelHead.score`."""
         subsets = None
         if self._pool:
-            assert asked.subsets is not None
-            subsets = mask_of(asked.subsets, self._columns)
-        return self._heads[exit_index].score(asked.hidden, subsets)
+            assert rows.subsets is not None
+            subsets = mask_of(rows.subsets, self._columns)
+        return self._heads[exit_index].score(rows.hidden, subsets)
 
-    def decide(self, exit_index: int, asked: Asked, features: Tensor, answers: Tensor) -> Decision:
+    def decide(
+        self, exit_index: int, rows: UndecidedRows, features: Tensor, answers: Answers
+    ) -> Decision:
         """Decide by the `features` of the scores."""
-        threshold = self._thresholds[exit_index][asked.tags]
+        threshold = self._thresholds[exit_index][rows.threshold_rows]
         return Decision.by_score(
-            features, self._classifiers[exit_index], threshold, asked.memory, answers
+            features, self._classifiers[exit_index], threshold, rows.memory, answers
         )
 
-    def read(self, exit_index: int, asked: Asked, features: Tensor, scores: Tensor) -> Reading:
-        """What `decide` decides by; `features` are those of the `scores`."""
+    def view(
+        self, exit_index: int, rows: UndecidedRows, features: Tensor, scores: Tensor
+    ) -> ProbeView:
+        """What `decide` bases its decision on; `features` are those of the `scores`."""
         labels = scores[:, : len(self.token_ids)]
         top_prob, gap = features_among(labels).unbind(dim=1)
-        return Reading(
+        return ProbeView(
             tokens=self.token_ids[labels.argmax(dim=1)],
             top_prob=top_prob,
             gap=gap,
-            odds=score(features, self._classifiers[exit_index], asked.memory),
-            threshold=self._thresholds[exit_index][asked.tags],
+            odds=score(features, self._classifiers[exit_index], rows.memory),
+            threshold=self._thresholds[exit_index][rows.threshold_rows],
         )

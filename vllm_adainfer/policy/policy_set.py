@@ -1,4 +1,4 @@
-"""The policies of one engine, one for each calibrated task, and their exit points combined."""
+"""The policies of one engine, one per calibrated task, and their exit points combined."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.settings.engine import NO_POLICY
 
-Ints = npt.NDArray[np.int64]
 
-
-def first_tags(counts: Iterable[int]) -> list[int]:
-    """The first tag of each policy, given how many tags each has; tags are numbered in sequence."""
+def first_threshold_rows(counts: Iterable[int]) -> list[int]:
+    """The first threshold row of each policy, given how many each has; they are numbered on."""
     return [0, *accumulate(counts)][:-1]
 
 
@@ -39,23 +37,26 @@ class PolicyRows:
 class PolicySet:
     """Several policies, as the exit loop sees them.
 
-    A request's tag identifies both the policy that decides it and its tag within that policy.
+    Threshold rows are numbered across the policies, so a request's row also names its policy.
+
+    Attributes:
+        policies: the policies, in order of their threshold rows.
+        names: their names, then `NO_POLICY` for requests that may not exit.
+        exit_points: layers after which the model is cut, ascending.
+
     """
 
     def __init__(
         self, policies: Mapping[str, ExitPolicy], exit_points: Sequence[int] | None = None
     ) -> None:
-        """`policies` by name, in the order of their tags.
-
-        `exit_points` are the layers where the model is cut, ascending; None means the policies'.
-        """
+        """Combine `policies`, by name; `exit_points` None means those of the policies."""
         self.policies = tuple(policies.values())
         self.names = (*policies, NO_POLICY)
         points = {point for policy in self.policies for point in policy.exit_points}
         self.exit_points = tuple(sorted(points) if exit_points is None else exit_points)
-        counts = [policy.num_tags for policy in self.policies]
-        self._first = np.array(first_tags(counts))
-        # Indexed by tag; the last entry serves -1, the tag of requests that may not exit.
+        counts = [policy.num_threshold_rows for policy in self.policies]
+        self._first = np.array(first_threshold_rows(counts))
+        # Indexed by threshold row; the last entry serves -1, of requests that may not exit.
         self._owner = np.repeat(np.arange(len(counts) + 1), [*counts, 1])
         self._at = [
             {
@@ -66,19 +67,19 @@ class PolicySet:
             for point in self.exit_points
         ]
 
-    def owners(self, tags: Ints) -> Ints:
-        """[requests], the policy of each of `tags`, as an index into `names`."""
-        owners: Ints = self._owner[tags]
+    def owners(self, threshold_rows: Ints) -> Ints:
+        """The policy of each threshold row, as an index into `names`."""
+        owners: Ints = self._owner[threshold_rows]
         return owners
 
-    def tags_within(self, tags: Ints, owners: Ints) -> Ints:
-        """[requests], each tag within its policy; all of these requests must be able to exit."""
-        within: Ints = tags - self._first[owners]
-        return within
+    def own_rows(self, threshold_rows: Ints, owners: Ints) -> Ints:
+        """Each row's number within its policy; none may be that of `NO_POLICY`."""
+        own: Ints = threshold_rows - self._first[owners]
+        return own
 
     def rows_by_policy(self, exit_index: int, owners: Ints) -> Iterator[PolicyRows]:
         """For each policy with rows to decide at an exit point, those rows; `owners` is [rows]."""
         at = self._at[exit_index]
-        for policy in np.unique(owners).tolist():  # of all policies, a step has few
+        for policy in np.unique(owners).tolist():  # a step has few of all policies
             if policy in at:
                 yield PolicyRows(policy, at[policy], np.flatnonzero(owners == policy))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.artifact.label_subsets import restrict
-from vllm_adainfer.policy.exit_policy import Asked, Decision, ExitPolicy
+from vllm_adainfer.policy.answers import Answers, LabelLogits
+from vllm_adainfer.policy.exit_policy import Decision, Disagreement, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.label_heads import LabelHeads
 from vllm_adainfer.policy.probabilities import (
     answers_of,
@@ -16,22 +19,18 @@ from vllm_adainfer.policy.probabilities import (
     probabilities_of_answers,
     probabilities_of_logits,
 )
-from vllm_adainfer.policy.reading import Reading
+from vllm_adainfer.policy.reading import ProbeView
 
 
 class ProbabilityPolicy(ExitPolicy):
-    """Settles a row once its labels' probabilities will hardly move any more.
-
-    Answers are logits, and have one column more than there are labels: that of every other token.
-    """
+    """Settles a row once the probabilities of its labels will hardly move any more."""
 
     def __init__(self, artifact: Artifact, device: torch.device) -> None:
-        """Load the fitted tensors of `artifact`, whose risk is of probabilities, onto `device`."""
+        """Load the fitted tensors of `artifact`, whose risk is `probability`, onto `device`."""
         config = artifact.config
         assert config.tolerance is not None
         self.exit_points = config.exit_points
-        self.num_tags = config.num_tags
-        self.restricted = True  # answers are for those who leave, never for full depth
+        self.num_threshold_rows = config.num_threshold_rows
         self.tolerance = config.tolerance
         self._with_mass = config.label_mass
         self._vocabulary = config.vocab_size if config.label_mass else None
@@ -40,35 +39,28 @@ class ProbabilityPolicy(ExitPolicy):
         self.answer_ids = self._heads.token_ids
 
     @override
-    def decide(self, exit_index: int, asked: Asked) -> Decision:
-        scores = self._heads.score(exit_index, asked)
-        answers = answers_of(scores, self._vocabulary)
-        return self._heads.decide(exit_index, asked, features_of(scores), answers)
+    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
+        scores = self._heads.score(exit_index, rows)
+        answers = LabelLogits(answers_of(scores, self._vocabulary), self.answer_ids)
+        return self._heads.decide(exit_index, rows, features_of(scores), answers)
 
-    def read(self, exit_index: int, asked: Asked) -> Reading:
-        """What `decide` decides by."""
-        scores = self._heads.score(exit_index, asked)
-        return self._heads.read(exit_index, asked, features_of(scores), scores)
+    def view(self, exit_index: int, rows: UndecidedRows) -> ProbeView:
+        """What `decide` bases its decision on."""
+        scores = self._heads.score(exit_index, rows)
+        return self._heads.view(exit_index, rows, features_of(scores), scores)
 
-    def compare(self, answers: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Compare early answers with full depth.
-
-        Args:
-            answers: [rows, labels + 1], from `decide`.
-            logits: [rows, vocabulary] at full depth.
-
-        Returns:
-            whether each answer is wrong, bool [rows], and its largest move, fp32 [rows].
-
-        """
-        subsets = answers[:, :-1].isfinite() if self._pool else None
-        early = probabilities_of_answers(answers, self._vocabulary)
+    @override
+    def disagrees(
+        self, answers: Answers, logits: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> Disagreement:
+        """An answer is wrong, too, if a probability moves further than the tolerance."""
+        assert isinstance(answers, LabelLogits)
+        subsets = answers.scores.isfinite() if self._pool else None
+        early = probabilities_of_answers(answers.values, self._vocabulary)
         full = probabilities_of_logits(logits, self.answer_ids, subsets)
         moved = early.largest_move(full, self._with_mass)
-        # In ascending order, so that a tie goes to the token that the sampler takes, too.
-        order = self.answer_ids.argsort()
-        labels = restrict(logits[:, self.answer_ids], subsets)[:, order]
-        differs = answers[:, order].argmax(dim=1) != labels.argmax(dim=1)
+        differs = answers.disagree(logits, head)
         if self._with_mass:  # any token may be the answer
+            labels = restrict(logits[:, self.answer_ids], subsets)
             differs |= labels.amax(dim=1) < logits.amax(dim=1)
-        return differs | ~(moved <= self.tolerance), moved
+        return Disagreement(differs | ~(moved <= self.tolerance), moved)

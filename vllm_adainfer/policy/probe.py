@@ -20,9 +20,9 @@ class Probe:
     """How an exit point reads a hidden state.
 
     A `label-head` is just a head with a bias, fitted to map the state straight to the labels' final
-    scores. A `logit-lens` is the model's own final norm and head. A `lens` puts a fitted affine map
-    before those; a map that would be too large to store is kept as the product of two thin
-    matrices.
+    scores. A `logit-lens` is the model's own final norm and head. A `lens` is a tuned lens (Belrose
+    et al. 2023, arXiv 2303.08112), which puts a fitted affine map before those; a map that would be
+    too large to store is kept as the product of two thin matrices.
 
     Attributes:
         head: one row for each token it scores.

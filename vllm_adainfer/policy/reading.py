@@ -1,4 +1,4 @@
-"""What a policy sees at an exit point, for people; `ExitPolicy.decide` needs less."""
+"""What a policy sees at an exit point, as `explain` shows it to people."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What some rows look like to a policy; all tensors are [rows].
+class ProbeView:
+    """What a policy sees of some rows; all tensors are [rows].
 
     Attributes:
         tokens: int64, the token that the probe would answer.
         top_prob: fp32, its probability among the tokens that the probe scores.
         gap: fp32, its lead over the second.
         odds: fp32, the classifier's score, log odds that the answer is final.
-        threshold: fp32, from which on a row is settled.
+        threshold: fp32, the least score at which a row is settled.
 
     """
 

@@ -1,12 +1,10 @@
-"""Scores: how calibration and serving both evaluate a fitted classifier.
+"""The score of a fitted classifier, computed in the same way in calibration and in serving.
 
-A served classifier is one fp32 tensor, whose shape gives its form:
+An artifact stores a classifier as one fp32 tensor, whose length gives its form:
 
     [F + 1] linear: weights of the F features, bias (svm, logreg, threshold)
-    [G, G]  a table of log odds over stretched top_prob (rows) and gap (columns), see `stretch`,
-            read by bilinear interpolation (rbf, boosting)
-    [F + 5] one step of a chain: log potentials of the transitions 0->0, 0->1, 1->0, 1->1 (1 is
-            settled) from the previous exit point, then a linear form (crf)
+    [F + 5] one step of a linear-chain CRF: log potentials of the transitions 0->0, 0->1, 1->0,
+            1->1 (1 is settled) from the previous exit point, then a linear form (crf)
 
 The features are top_prob and gap, or those of `vllm_adainfer.policy.probabilities`.
 
@@ -15,53 +13,31 @@ Scores are log odds of "the answer is final", so one threshold is fair to all ex
 
 from __future__ import annotations
 
-import math
-
 import torch
 from adainfer_kernels import linear_score
 from torch import Tensor
 
-# Fine enough to match an RBF SVM's log odds within 0.01. Boosting is a step function, so in a cell
-# that contains a step the table can be off by the whole step; 99 % of decisions agree.
-TABLE_SHAPE = (256, 256)
-TRANSITIONS = 4
-# About the finest difference between probabilities near 1 that fp32 log-sum-exps resolve.
-FINEST = 2.0**-20
-LONGEST = -math.log(FINEST)
-
-
-def served_shape(kind: str, features: int) -> tuple[int, ...]:
-    """Shape of the tensor that represents a classifier of `kind` on so many features."""
-    if kind in ("rbf", "boosting"):
-        return TABLE_SHAPE
-    return (features + 1 + (TRANSITIONS if kind == "crf" else 0),)
+from vllm_adainfer.artifact.tensors import TRANSITIONS
 
 
 def is_chain(classifier: Tensor, features: Tensor) -> bool:
-    """Whether `classifier` is a step of a chain over `features` [rows, n]."""
-    return classifier.dim() == 1 and len(classifier) > features.shape[1] + 1
-
-
-def stretch(features: Tensor) -> Tensor:
-    """-log(1 - feature), elementwise, from 0 to `LONGEST`: spreads features that crowd near 1."""
-    return -(1 - features).clamp(FINEST, 1).log()
+    """Whether `classifier` is a step of a CRF over `features` [rows, n]."""
+    return len(classifier) > features.shape[1] + 1
 
 
 def score(features: Tensor, classifier: Tensor, memory: Tensor | None) -> Tensor:
     """Log odds that the answer is final.
 
     Args:
-        features: fp32 [rows, n]; a table is for ``top_prob`` and ``gap`` alone.
-        classifier: in any of the forms above.
-        memory: fp32 [rows], for a chain: the scores of these rows at the previous exit point, None
-            at the first. The other forms ignore it.
+        features: fp32 [rows, n].
+        classifier: fp32, in one of the forms above.
+        memory: fp32 [rows], for a CRF: the scores of these rows at the previous exit point, None
+            at the first. The linear form ignores it.
 
     Returns:
         fp32 [rows]; NaN where a feature is NaN, which no threshold accepts.
 
     """
-    if classifier.dim() == 2:
-        return _table_score(features, classifier)
     if not is_chain(classifier, features):
         return linear_score(features, classifier)
     emission = linear_score(features, classifier[TRANSITIONS:])
@@ -74,15 +50,3 @@ def score(features: Tensor, classifier: Tensor, memory: Tensor | None) -> Tensor
         + torch.logaddexp(settle, memory + stay_settled)
         - torch.logaddexp(stay_open, memory + reopen)
     )
-
-
-def _table_score(features: Tensor, table: Tensor) -> Tensor:
-    cells = len(table) - 1
-    place = stretch(features) * (cells / LONGEST)
-    corner = place.nan_to_num().clamp(max=cells - 1).long()
-    along_top_prob, along_gap = (place - corner).unbind(dim=-1)
-    row, column = corner.unbind(dim=-1)
-    # A lerp between equal values is exact, so the plateaus of trees stay flat.
-    before = torch.lerp(table[row, column], table[row, column + 1], along_gap)
-    after = torch.lerp(table[row + 1, column], table[row + 1, column + 1], along_gap)
-    return torch.lerp(before, after, along_top_prob)

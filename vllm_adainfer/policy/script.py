@@ -1,7 +1,7 @@
-"""A policy that follows a script: each request names its exit point. For benchmarks and tests.
+"""A scripted policy, for benchmarks and tests: each request names its own exit point.
 
-It runs a label head's probe, so a step costs as much as with a calibrated policy. Its answers are
-meaningless.
+It runs the probe of a label head, so that a step costs as much as with a calibrated policy. Its
+answers mean nothing.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import torch
 from adainfer_kernels import Head
 from typing_extensions import override
 
-from vllm_adainfer.policy.exit_policy import Asked, Decision, ExitPolicy
+from vllm_adainfer.policy.answers import LabelScores
+from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.probe import Probe
 
 SCRIPT_LABELS = (0, 1)  # the only token ids that a scripted request may produce
 
 
 class ScriptedPolicy(ExitPolicy):
-    """Settles a request at the exit point whose index is the request's tag."""
+    """Settles a request at the exit point whose index is the request's threshold row."""
 
     def __init__(self, exit_points: tuple[int, ...], hidden_size: int, device: torch.device):
         """Fill a label head of this size with random numbers."""
         self.exit_points = exit_points
-        self.num_tags = len(exit_points)
+        self.num_threshold_rows = len(exit_points)
         self.answer_ids = torch.tensor(SCRIPT_LABELS, device=device)
-        self.restricted = True
         self._classifier = torch.zeros(3, dtype=torch.float32, device=device)
         generator = torch.Generator().manual_seed(0)
         head = torch.randn(
@@ -39,8 +39,8 @@ class ScriptedPolicy(ExitPolicy):
         )
 
     @override
-    def decide(self, exit_index: int, asked: Asked) -> Decision:
-        readout = self._probe.readout(asked.hidden)
-        threshold = torch.zeros(len(asked.hidden), dtype=torch.float32, device=asked.hidden.device)
+    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
+        readout = self._probe.readout(rows.hidden)
+        threshold = torch.zeros(len(rows.hidden), dtype=torch.float32, device=rows.hidden.device)
         _, scores = self._probe.settle(readout, self._classifier, threshold)
-        return Decision(asked.tags <= exit_index, scores)
+        return Decision(rows.threshold_rows <= exit_index, LabelScores(scores, self.answer_ids))

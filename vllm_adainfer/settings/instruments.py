@@ -13,7 +13,7 @@ SCRIPT_ARG = "adainfer_exit"
 
 
 class LensRecord(BaseModel):
-    """The sums to keep for a tuned lens; see `vllm_adainfer.exits.recorder.LensSums`."""
+    """The sums to keep for a tuned lens; see `exits.recording.recorder.TunedLensSums`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

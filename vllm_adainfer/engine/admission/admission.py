@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.files import load_artifact_configs
+from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.engine.admission.policies import Policies
 from vllm_adainfer.engine.admission.requested_output import (
@@ -28,7 +28,7 @@ from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.policy_set import first_tags
+from vllm_adainfer.policy.policy_set import first_threshold_rows
 from vllm_adainfer.policy.questions import KnownQuestions
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 from vllm_adainfer.settings.engine import Settings
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-FULL_DEPTH = -1
+FULL_DEPTH = NOT_RECORDED = -1
 OPTED_OUT = RequestSettings.model_validate({EXIT_ARG: 0})
 SCRIPTED_OUTPUT = RequestedOutput(OutputKind.TOKEN, frozenset(SCRIPT_LABELS))
 # Structured outputs backends whose grammars can tell whether they would accept further tokens.
@@ -54,25 +54,26 @@ class Admitted:
 
     Attributes:
         resolved: what the scheduler resolved on arrival.
-        tag: `FULL_DEPTH`, or a number that the policies understand: with artifacts the row of the
-            thresholds, numbered across policies; while recording the row of the calibration data;
-            with a script the index of the exit point.
+        threshold_row: the row of the thresholds that applies, numbered across policies (with a
+            script, the index of the exit point); `FULL_DEPTH` if it may not exit.
         subset: the labels to choose among, as bits over the policy's labels; `ALL` for a policy
             without a label pool.
         certified_tokens: how many of its first tokens its policy's bound covers.
         has_choice_policy: whether a policy for choices decides it.
         prompt: token ids of its prompt.
         adapter: its LoRA adapter; None for the base model.
+        record_row: its line of the calibration data; `NOT_RECORDED` if it has none.
 
     """
 
     resolved: Resolved
-    tag: int
+    threshold_row: int
     subset: int
     certified_tokens: int
     has_choice_policy: bool
     prompt: Sequence[int]
     adapter: LoRARequest | None
+    record_row: int
 
 
 class Admission:
@@ -111,7 +112,7 @@ class Admission:
 
         """
         if configs is None:
-            configs = load_artifact_configs(settings.artifacts)
+            configs = {n: load_artifact_config(path) for n, path in settings.artifacts.items()}
         self._settings = settings
         self._configs = configs
         self._logprobs_mode = logprobs_mode
@@ -121,8 +122,8 @@ class Admission:
         self.has_pools = any(config.label_pool for config in configs.values())
         self.has_choices = any(config.choices for config in configs.values())
         self.may_serve_choices = self.has_choices or settings.exit_points is not None
-        firsts = first_tags(config.num_tags for config in configs.values())
-        self._first_tag = dict(zip(configs, firsts, strict=True))
+        firsts = first_threshold_rows(config.num_threshold_rows for config in configs.values())
+        self._first_row = dict(zip(configs, firsts, strict=True))
         self._default_level = {
             name: config.level_of(settings.epsilon) for name, config in configs.items()
         }
@@ -287,21 +288,21 @@ class Admission:
         """
         name = self.policies.select(resolved, self.policies.for_adapter(adapter, fingerprint))
         config = None if name is None else self._configs[name]
+        record_row = resolved.settings.adainfer_row if self.is_recording else None
         return Admitted(
             resolved=resolved,
-            tag=self._tag(resolved, name, prompt),
+            threshold_row=self._threshold_row(resolved, name, prompt),
             subset=ALL if config is None else _subset(resolved.output, config),
             certified_tokens=UNLIMITED if config is None else config.max_tokens,
             has_choice_policy=config is not None and bool(config.choices),
             prompt=prompt,
             adapter=adapter,
+            record_row=NOT_RECORDED if record_row is None else record_row,
         )
 
-    def _tag(self, resolved: Resolved, name: str | None, prompt: Sequence[int]) -> int:
-        """See `Admitted.tag`; `name` is the request's policy."""
+    def _threshold_row(self, resolved: Resolved, name: str | None, prompt: Sequence[int]) -> int:
+        """See `Admitted.threshold_row`; `name` is the request's policy."""
         settings = resolved.settings
-        if self.is_recording:
-            return FULL_DEPTH if settings.adainfer_row is None else settings.adainfer_row
         if self._settings.exit_script is not None:
             return self._scripted_tag(resolved)
         if name is None:
@@ -320,8 +321,8 @@ class Admission:
             question = self._known[name].asked_by(prompt)
             if question is None:
                 return FULL_DEPTH
-        tag = self._configs[name].tag_of(level, question)
-        return FULL_DEPTH if tag is None else self._first_tag[name] + tag
+        row = self._configs[name].threshold_row(level, question)
+        return FULL_DEPTH if row is None else self._first_row[name] + row
 
     def _scripted_tag(self, resolved: Resolved) -> int:
         """Index of the exit point that a request names, if the script's labels can answer it."""

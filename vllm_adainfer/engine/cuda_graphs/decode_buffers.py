@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vllm_adainfer.engine.compat.attention import NO_SLOT, slots_of
 from vllm_adainfer.engine.segments.attention import Queries, StepAttention
-from vllm_adainfer.exits.hidden_states import HiddenStates
-from vllm_adainfer.exits.layout import RowLayout
-from vllm_adainfer.exits.transfer import upload
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.batch.upload import upload
 
 
 class DecodeBuffers:

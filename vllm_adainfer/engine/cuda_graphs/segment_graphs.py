@@ -31,8 +31,8 @@ from vllm_adainfer.engine.segments.attention import (
     with_own_builders,
 )
 from vllm_adainfer.engine.segments.segments import Stack
-from vllm_adainfer.exits.hidden_states import HiddenStates
-from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.layout import RowLayout
 
 logger = get_logger(__name__)
 

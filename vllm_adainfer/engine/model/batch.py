@@ -1,4 +1,4 @@
-"""The batches of a step, as the exit loop runs them: compiled, or replayed as CUDA graphs."""
+"""The batches of a step that the exit loop runs: compiled, or replayed as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from vllm_adainfer.engine.runner.adapters import RowAdapters
 from vllm_adainfer.engine.segments.attention import StepAttention
 from vllm_adainfer.engine.segments.kv_fill import KVFill
 from vllm_adainfer.engine.segments.segments import Stack, without_graphs
-from vllm_adainfer.exits.batch import Batch
-from vllm_adainfer.exits.hidden_states import HiddenStates
-from vllm_adainfer.exits.layout import RowLayout
+from vllm_adainfer.exits.batch.batch import Batch
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.layout import RowLayout
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class CompiledBatch(Batch):
     """Runs segments as vLLM has compiled them, one kernel (or piecewise graph) at a time.
 
     Attributes:
-        stack: whose segments they are.
-        positions: int64 [rows].
-        context: vLLM's, with these rows' attention metadata and slots.
+        stack: the model's segments.
+        positions: int64 [rows], each row's position in its sequence.
+        context: vLLM's forward context, with these rows' attention metadata and slots.
         attention: builds both for other rows of the step.
-        graphs: for those rows, where the runner has captured some.
-        kv_fill: writes the keys and values of skipped layers, where the KV policy wants them.
-        adapters: of those rows, where LoRA is on.
+        graphs: CUDA graphs for those other rows; None if the runner has captured none.
+        kv_fill: writes the keys and values of skipped layers; None unless `kv` is `propagate`.
+        adapters: the LoRA adapters of the rows; None where LoRA is off.
 
     """
 
@@ -62,31 +62,31 @@ class CompiledBatch(Batch):
         self.kv_fill(exit_index, states, rows.positions, rows.slots)
 
     @override
-    def narrowed(self, layout: RowLayout) -> Batch:
-        return self.replayed(layout) or self.beside(layout)
+    def compact(self, layout: RowLayout) -> Batch:
+        return self.replayed(layout) or self.side_batch(layout)
 
     @override
-    def beside(self, layout: RowLayout, runs_last_layer_alone: bool = False) -> CompiledBatch:
-        """Launches its kernels one by one.
+    def side_batch(self, layout: RowLayout, last_layer_only: bool = False) -> CompiledBatch:
+        """Its kernels are launched one by one.
 
-        Piecewise graphs read the states where they were when the graphs were captured, so only
-        the original batch replays them.
+        Piecewise graphs read the states where these were at capture, so only the original batch
+        replays them.
         """
         attention = self.attention
-        if runs_last_layer_alone:
+        if last_layer_only:
             attention = attention.of_layer(self.stack.last_layer)
         rows, attn_metadata = attention.metadata(layout)
         context = replace(
             without_graphs(self.context),
             attn_metadata=attn_metadata,
             slot_mapping=rows.slots,
-            is_padding=None,  # none of these rows is, and the step's mask is of other rows
+            is_padding=None,  # no row is padding here, and the step's mask describes other rows
         )
         adapters = None if self.adapters is None else self.adapters.step.of_rows(layout)
         return replace(self, positions=rows.positions, context=context, adapters=adapters)
 
     def replayed(self, layout: RowLayout) -> Batch | None:
-        """The rows of `layout` as a batch that replays CUDA graphs, None if none fit them."""
+        """A batch of the rows in `layout` that replays CUDA graphs; None if no graphs fit them."""
         replay = None if self.graphs is None else self.graphs.stage(layout, self.attention)
         return None if replay is None else ReplayedBatch(self, layout, replay)
 
@@ -96,8 +96,8 @@ class ReplayedBatch(Batch):
     """Replays the CUDA graphs of segments, for requests with one row each.
 
     Attributes:
-        compiled: the batch that this one has taken the place of.
-        layout: of the rows.
+        compiled: the batch that this one replaces.
+        layout: the rows.
         replay: the graphs, with these rows in their buffers.
 
     """
@@ -112,16 +112,16 @@ class ReplayedBatch(Batch):
 
     @override
     def write_last_kv(self, states: HiddenStates) -> None:
-        self.beside(self.layout, runs_last_layer_alone=True).write_last_kv(states)
+        self.side_batch(self.layout, last_layer_only=True).write_last_kv(states)
 
     @override
     def fill_kv(self, exit_index: int, states: Tensor, layout: RowLayout) -> None:
         self.compiled.fill_kv(exit_index, states, layout)
 
     @override
-    def narrowed(self, layout: RowLayout) -> Batch:
-        return self.compiled.narrowed(layout)
+    def compact(self, layout: RowLayout) -> Batch:
+        return self.compiled.compact(layout)
 
     @override
-    def beside(self, layout: RowLayout, runs_last_layer_alone: bool = False) -> CompiledBatch:
-        return self.compiled.beside(layout, runs_last_layer_alone)
+    def side_batch(self, layout: RowLayout, last_layer_only: bool = False) -> CompiledBatch:
+        return self.compiled.side_batch(layout, last_layer_only)

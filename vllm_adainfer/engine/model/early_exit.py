@@ -17,8 +17,9 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.interfaces import is_hybrid, supports_multimodal
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import Artifact
-from vllm_adainfer.artifact.weights_fingerprint import WeightsFingerprint
+from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs
 from vllm_adainfer.engine.model.batch import CompiledBatch
@@ -29,11 +30,11 @@ from vllm_adainfer.engine.segments.attention import StepAttention
 from vllm_adainfer.engine.segments.decoder import Decoder, norm_of
 from vllm_adainfer.engine.segments.kv_fill import KVFill, kv_fill_of
 from vllm_adainfer.engine.segments.segments import Stack, build_stack
-from vllm_adainfer.exits.batch import StackShape
-from vllm_adainfer.exits.layout import Ints
-from vllm_adainfer.exits.loop import Loop, ScoredAnswers, StepOutput
-from vllm_adainfer.exits.step import StepContext
-from vllm_adainfer.exits.transfer import upload
+from vllm_adainfer.exits.batch.batch import StackShape
+from vllm_adainfer.exits.batch.upload import upload
+from vllm_adainfer.exits.loop.loop import Loop, ScoredRequests, StepOutput
+from vllm_adainfer.exits.loop.step import StepContext
+from vllm_adainfer.policy.answers import LabelLogits
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.shards import VocabularyShards
 from vllm_adainfer.settings.engine import read_settings
@@ -271,15 +272,15 @@ class EarlyExit(_Model):
             self._adapters.use_for_logits(places)
         return super().compute_logits(states)
 
-    def _logits(self, hidden_states: Tensor, scored: tuple[ScoredAnswers, ...]) -> Tensor:
+    def _logits(self, hidden_states: Tensor, scored: tuple[ScoredRequests, ...]) -> Tensor:
         count, device = hidden_states.shape[0], hidden_states.device
         if not scored:
             return self._head(hidden_states, np.arange(count))
-        early = [answers.requests for answers in scored]
+        early = [one.requests for one in scored]
         at_full_depth = np.setdiff1d(np.arange(count), np.concatenate(early))
         deep, *places = upload([at_full_depth, *early], device)
         # bfloat16 is too coarse for probabilities; vLLM's sampler reads logits in fp32 anyway.
-        exact = any(answers.are_logits for answers in scored)
+        exact = any(isinstance(one.answers, LabelLogits) for one in scored)
         size, dtype = self._text_config.vocab_size, torch.float32 if exact else hidden_states.dtype
         deep_logits = None
         if at_full_depth.size:
@@ -288,18 +289,17 @@ class EarlyExit(_Model):
         logits = hidden_states.new_full((count, size), -torch.inf, dtype=dtype)
         if deep_logits is not None:
             logits[deep] = deep_logits.to(dtype)
-        for answers, place in zip(scored, places, strict=True):
-            scores = broadcast_from_rank0(answers.scores)
-            if answers.are_logits:
-                rest = scores[:, -1:]
-                logits[place] = rest.expand(-1, size)
-                # A label that a request is not about is one of its other tokens.
-                scores = torch.where(scores[:, :-1].isneginf(), rest, scores[:, :-1])
+        for one, place in zip(scored, places, strict=True):
+            answers = replace(one.answers, values=broadcast_from_rank0(one.answers.values))
+            if isinstance(answers, LabelLogits):
+                logits[place] = answers.rest.expand(-1, size)
+                # A label that the request does not name is one of its other tokens.
+                scores = torch.where(answers.scores.isneginf(), answers.rest, answers.scores)
             else:
-                scores = self._scaled(scores)
+                scores = self._scaled(answers.scores)
                 # Relative to the best: in bfloat16, large scores would tie with the certified.
                 scores = scores - scores.max(dim=1, keepdim=True).values
-            logits[place.unsqueeze(1), answers.answer_ids] = scores.to(dtype)
+            logits[place.unsqueeze(1), answers.token_ids] = scores.to(dtype)
         return logits
 
     def _scaled(self, scores: Tensor) -> Tensor:

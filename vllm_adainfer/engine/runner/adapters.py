@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_adainfer.artifact.adapter_fingerprint import adapter_fingerprint
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.artifact.fingerprints import adapter_fingerprint
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.lora import (
     adapter_directory,
@@ -19,7 +20,7 @@ from vllm_adainfer.engine.compat.lora import (
 )
 from vllm_adainfer.engine.runner.ranks import same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.layout import Ints, RowLayout
+from vllm_adainfer.exits.batch.layout import RowLayout
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 
-from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
-from vllm_adainfer.artifact.digest import digest_of
+from vllm_adainfer.artifact.config import Artifact, ArtifactConfig, digest_of
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, broadcast_from_rank0, same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.batch import StackShape
-from vllm_adainfer.exits.exit_loop import ExitLoop
-from vllm_adainfer.exits.kv import ExactKV, KVPolicy, PropagateKV, RecurrentKV
-from vllm_adainfer.exits.loop import Loop
-from vllm_adainfer.exits.recorder import LensSums, Recorder
-from vllm_adainfer.exits.recording_loop import RecordingLoop
+from vllm_adainfer.exits.batch.batch import StackShape
+from vllm_adainfer.exits.kv.policies import ExactKV, KVPolicy, PropagateKV, RecurrentKV
+from vllm_adainfer.exits.loop.exit_loop import ExitLoop
+from vllm_adainfer.exits.loop.loop import Loop
+from vllm_adainfer.exits.recording.recorder import Recorder, TunedLensSums
+from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.monitoring.monitor import AnswerMonitor, Monitor
 from vllm_adainfer.monitoring.text_monitor import TextMonitor
 from vllm_adainfer.policy.load_policy import policy_of
@@ -91,7 +90,7 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
         monitors_of(model),
         max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         min_rows_saved=settings.min_rows_saved,
-        agreed=broadcast_from_rank0,
+        broadcast=broadcast_from_rank0,
     )
 
 
@@ -134,5 +133,5 @@ def monitor_of(config: ArtifactConfig) -> Monitor:
 
 def _recorder(layers: tuple[int, ...], lens: LensRecord | None) -> Recorder:
     """The recorder that ``record`` and ``record_lens`` ask for."""
-    sums = None if lens is None else LensSums(layers[:-1], lens.folds, lens.prompts)
+    sums = None if lens is None else TunedLensSums(layers[:-1], lens.folds, lens.prompts)
     return Recorder(layers, sums)

@@ -1,4 +1,4 @@
-"""The requests that a worker runs, and the step contexts made of them, on V1 and V2."""
+"""The requests that a worker runs, and the step contexts made of them, for runners V1 and V2."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec, iter_layer_specs
 
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission, Admitted
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved, resolved_of
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters
-from vllm_adainfer.exits.layout import Bools, Ints, RowLayout
-from vllm_adainfer.exits.loop import Loop
-from vllm_adainfer.exits.report import INTERVAL, StepNote, snapshot_of
-from vllm_adainfer.exits.step import StepContext
+from vllm_adainfer.exits.accounting.report import INTERVAL, StepNote, snapshot_of
+from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.loop.loop import Loop
+from vllm_adainfer.exits.loop.step import StepContext
 from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
@@ -106,56 +107,57 @@ class RunningRequests:
     def describe(
         self,
         request_ids: Sequence[str],
-        lens: Ints,
+        query_lens: Ints,
         computed: Ints,
-        sampled: Bools,
+        yields_token: Bools,
         device: torch.device,
     ) -> StepContext:
         """The step that is about to run.
 
         Args:
             request_ids: vLLM's, in order of the batch.
-            lens: [requests], rows of each.
+            query_lens: [requests], rows of each.
             computed: [requests], tokens of each that have been through the stack before.
-            sampled: [requests], whether this step yields a token.
+            yields_token: [requests], whether this step yields a token.
             device: of the rows.
 
         """
         if self.adapters.take_changed():
             self.use_admission(self.admission)
         admitted = [self._admitted[request_id] for request_id in request_ids]
-        last = computed + lens - 1
+        last = computed + query_lens - 1
         prompt = np.array([len(request.prompt) for request in admitted])
-        tags = np.array([request.tag for request in admitted])
+        rows = np.array([request.threshold_row for request in admitted])
         max_tokens = np.array([request.resolved.max_tokens for request in admitted])
         full_prefill = np.array([request.resolved.force_full_depth_prefill for request in admitted])
-        tags[full_prefill & (computed < prompt)] = FULL_DEPTH
+        rows[full_prefill & (computed < prompt)] = FULL_DEPTH
         certified = np.array([request.certified_tokens for request in admitted])
-        tags[last + 2 - prompt > certified] = FULL_DEPTH  # the number of this step's token
+        rows[last + 2 - prompt > certified] = FULL_DEPTH  # the number of this step's token
         chooses = None
         if self.admission.has_choices:
             chooses = np.array([request.has_choice_policy for request in admitted])
         if self._loop.stats.weights_differ:
-            tags[:] = FULL_DEPTH
-        overdue = self._loop.overdue()
+            rows[:] = FULL_DEPTH
+        overdue = self._loop.kv.overdue()
         if overdue:
-            tags[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
+            rows[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
         continues = last + 2 - prompt < max_tokens  # once this step's token is appended
-        if self._loop.defers:
+        if self._loop.kv.defers:
             # vLLM frees blocks beyond the window that waiting rows still need.
-            tags[continues & (last + 1 >= self._window)] = FULL_DEPTH
+            rows[continues & (last + 1 >= self._window)] = FULL_DEPTH
         shadow, tightened = None, self._loop.tightened()
         if tightened is not None:
             shadow = np.array([request.resolved.is_shadow for request in admitted])
-            tags[tightened[tags] & ~shadow] = FULL_DEPTH
+            rows[tightened[rows] & ~shadow] = FULL_DEPTH
         self._ran = StepContext(
             request_ids=request_ids,
-            layout=RowLayout(lens, last),
-            sampled=sampled,
-            tags=tags,
+            layout=RowLayout(query_lens, last),
+            yields_token=yields_token,
+            threshold_rows=rows,
             continues=continues,
             shadow=shadow,
             subsets=self._subsets(admitted),
+            record_rows=self._record_rows(admitted),
             ends_early=chooses,
             all_rows_count=any(request.resolved.wants_prompt_logprobs for request in admitted),
             device=device,
@@ -174,6 +176,12 @@ class RunningRequests:
         if not self.admission.has_pools:
             return None
         return np.array([request.subset for request in admitted])
+
+    def _record_rows(self, admitted: Sequence[Admitted]) -> Ints | None:
+        """The line of the calibration data of each request, [requests]; None unless recording."""
+        if not self.admission.is_recording:
+            return None
+        return np.array([request.record_row for request in admitted])
 
     def take_note(self) -> StepNote | None:
         """The note to the scheduler after a step, None if there was no step."""
@@ -196,7 +204,7 @@ class RunningRequests:
         return {
             request_id: 0
             if place in ended
-            else ends[place] - self._loop.missing(request_id, ends[place])
+            else ends[place] - self._loop.kv.missing(request_id, ends[place])
             for place, request_id in enumerate(step.request_ids)
             if self._admitted[request_id].resolved.may_exit
         }

@@ -66,9 +66,9 @@ class AdaInferCPUModelRunner(CPUModelRunner):
         tables = [batch.block_table[group] for group in range(len(self._own_groups))]
         step = self.running.describe(
             request_ids=batch.req_ids,
-            lens=np.diff(self.query_start_loc.np[: count + 1].astype(np.int64)),
+            query_lens=np.diff(self.query_start_loc.np[: count + 1].astype(np.int64)),
             computed=batch.num_computed_tokens_cpu[:count].astype(np.int64),
-            sampled=~self.discard_request_mask.np[:count],
+            yields_token=~self.discard_request_mask.np[:count],
             device=self.device,
         )
         attention = StepAttention.of_step(

@@ -116,12 +116,12 @@ class ExitModelState(_ModelState):
                     attn_groups, kv_cache_config, self.vllm_config, self.device
                 )
             computed = input_batch.num_computed_tokens_np.astype(np.int64)
-            lens = input_batch.num_scheduled_tokens.astype(np.int64)
+            query_lens = input_batch.num_scheduled_tokens.astype(np.int64)
             step = self.running.describe(
                 request_ids=input_batch.req_ids,
-                lens=lens,
+                query_lens=query_lens,
                 computed=computed,
-                sampled=computed + lens >= input_batch.prefill_len_np,
+                yields_token=computed + query_lens >= input_batch.prefill_len_np,
                 device=self.device,
             )
             attention = StepAttention.of_step(

@@ -22,7 +22,7 @@ from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.engine.scheduler.capture import CapturingScheduler
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
-from vllm_adainfer.exits.report import Reporter, Snapshot, StepNote
+from vllm_adainfer.exits.accounting.report import Reporter, Snapshot, StepNote
 from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:

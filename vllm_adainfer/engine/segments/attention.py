@@ -15,10 +15,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.engine.compat.attention import share_workspace, slots_of
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.layout import Ints, RowLayout
-from vllm_adainfer.exits.transfer import upload
+from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.batch.upload import upload
 
 Groups = list[list[AttentionGroup]]  # by KV cache group
 
@@ -213,7 +214,7 @@ class StepAttention:
     def metadata(self, layout: RowLayout) -> tuple[Rows, dict[str, Any]]:
         """The rows of `layout`, and their attention metadata by layer name."""
         requests = layout.present
-        lens = layout.lens[requests]
+        lens = layout.query_lens[requests]
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
         seq_lens = (layout.last_positions[requests] + 1).astype(np.int32)
         arrays = layout.row_requests, layout.positions, requests, starts, seq_lens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
-from vllm_adainfer.exits.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 
 
 class FixedStates:

@@ -19,8 +19,8 @@ from vllm_adainfer.engine.compat.attention import write_kv
 from vllm_adainfer.engine.compat.compilation import compile_cache_folder, segment_config
 from vllm_adainfer.engine.segments.decoder import Decoder, KVProjection, Layer
 from vllm_adainfer.engine.segments.fixed_states import FixedStates
-from vllm_adainfer.exits.batch import StackShape
-from vllm_adainfer.exits.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.batch import StackShape
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 
 ROWS = {0: "b"}  # the dynamic dimension: token rows
 

@@ -34,8 +34,9 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
 
     """
     refuse_unsupported(vllm_config, model_class, settings)
-    hf_config = vllm_config.model_config.hf_config
-    configs = pin_artifacts(vllm_config, settings, lambda config: config.check_served_by(hf_config))
+    configs = pin_artifacts(vllm_config, settings)
+    for config in configs.values():
+        config.check_served_by(vllm_config.model_config.hf_config)
     refuse_unknown_questions(settings, configs)
     _check_fixed_exit_points(vllm_config, settings)
     admission = Admission.from_config(vllm_config, settings, configs)

@@ -10,7 +10,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.engine.worker.worker import ExitWorker
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.exit_loop import ExitLoop
+from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 
 
 class AdaInferGPUWorker(ExitWorker, Worker):

@@ -9,7 +9,7 @@ from typing import Any
 from vllm.config import VllmConfig
 
 from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
-from vllm_adainfer.artifact.files import load_artifacts
+from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.service import Built, Service, built_on_all_ranks
@@ -51,7 +51,7 @@ class Reload:
         def read() -> dict[str, Artifact]:
             if settings.artifact is None:
                 raise AdaInferError("this engine has no artifact to reload")
-            artifacts = load_artifacts(settings.artifacts)
+            artifacts = {n: load_artifact(source) for n, source in settings.artifacts.items()}
             for name, artifact in artifacts.items():
                 if digests is not None and artifact.digest != digests[name]:
                     raise AdaInferError(

@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 
 from vllm.config import VllmConfig
 
-from vllm_adainfer.artifact.config import Artifact
-from vllm_adainfer.artifact.digest import digest_of
+from vllm_adainfer.artifact.config import Artifact, digest_of
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.runner.build_loop import monitor_of
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, same_on_all_ranks

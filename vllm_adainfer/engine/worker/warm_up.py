@@ -6,7 +6,7 @@ import torch
 from adainfer_kernels import rows_to_compile_for
 
 from vllm_adainfer.artifact.label_subsets import ALL
-from vllm_adainfer.policy.exit_policy import Asked
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
 
 
@@ -15,10 +15,10 @@ def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
     """Run all `policies` on rows of `states` [max requests, hidden size] and drop the decisions."""
     for rows in rows_to_compile_for(len(states)):
         hidden = states[:rows]
-        tags = torch.zeros(rows, dtype=torch.int64, device=states.device)
-        subsets = torch.full_like(tags, ALL)
+        threshold_rows = torch.zeros(rows, dtype=torch.int64, device=states.device)
+        subsets = torch.full_like(threshold_rows, ALL)
         for policy in policies.policies:
             memory = None
             for exit_index in range(len(policy.exit_points)):
-                asked = Asked(hidden, tags, memory, subsets)
-                memory = policy.decide(exit_index, asked).memory
+                undecided = UndecidedRows(hidden, threshold_rows, memory, subsets)
+                memory = policy.decide(exit_index, undecided).memory

@@ -151,7 +151,7 @@ class ExitWorker(_Worker):
             values), ``norm`` (kind and epsilon of the final one,
             None if there is none), ``soft_cap`` and ``scale`` of the logits, ``threads`` that
             computed, and the times of
-            `vllm_adainfer.exits.recording_loop.Timings`.
+            `vllm_adainfer.exits.recording.recording_loop.Timings`.
 
         """
         model: Any = self.model_runner.model

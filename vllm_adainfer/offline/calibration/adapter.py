@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from vllm_adainfer.artifact.adapter_fingerprint import CONFIG, adapter_fingerprint
 from vllm_adainfer.artifact.config import Adapter, ArtifactConfig
+from vllm_adainfer.artifact.fingerprints import ADAPTER_CONFIG, adapter_fingerprint
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NamedAdapter:
-    """An adapter as ``--lora NAME=DIR`` gives it.
-
-    Attributes:
-        name: by which requests name it.
-        directory: with its files.
-        rank: of its matrices.
-
-    """
+    """An adapter as ``--lora NAME=DIR`` gives it, and the rank of its matrices."""
 
     name: str
     directory: Path
@@ -32,18 +25,18 @@ class NamedAdapter:
 
     @property
     def described(self) -> Adapter:
-        """As an artifact knows it."""
+        """The adapter as an artifact names it."""
         return Adapter(name=self.name, fingerprint=adapter_fingerprint(self.directory))
 
     @property
     def engine_settings(self) -> dict[str, Any]:
         """Arguments of `vllm.LLM`."""
-        room = min(rank for rank in _ranks() if rank >= self.rank)
-        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+        served = min(rank for rank in _ranks() if rank >= self.rank)
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": served}
 
     @property
     def request(self) -> LoRARequest:
-        """Of `LLM.generate`."""
+        """The argument of `LLM.generate`."""
         from vllm.lora.request import LoRARequest
 
         return LoRARequest(self.name, 1, str(self.directory.absolute()))
@@ -63,10 +56,12 @@ def read_adapter(text: str) -> NamedAdapter | None:
     if not name or not place:
         raise AdaInferError(f"--lora {text}: give the name of requests and a directory, NAME=DIR")
     adapter_fingerprint(directory)
-    settings = json.loads((directory / CONFIG).read_text())
+    settings = json.loads((directory / ADAPTER_CONFIG).read_text())
     rank, modules = settings.get("r"), settings.get("target_modules") or ()
     if not isinstance(rank, int) or not 0 < rank <= max(_ranks()):
-        raise AdaInferError(f"{directory / CONFIG}: r = {rank!r} is not a rank that vLLM serves")
+        raise AdaInferError(
+            f"{directory / ADAPTER_CONFIG}: r = {rank!r} is not a rank that vLLM serves"
+        )
     if "lm_head" in modules or "lm_head" in (settings.get("modules_to_save") or ()):
         raise AdaInferError(
             f"the adapter {name} changes lm_head, and probes read the base model's: merge the "
@@ -76,14 +71,14 @@ def read_adapter(text: str) -> NamedAdapter | None:
 
 
 def _ranks() -> tuple[int, ...]:
-    """Those that vLLM makes room for."""
+    """The maximum ranks that vLLM can be configured for."""
     from vllm.config.lora import MaxLoRARanks
 
     return get_args(MaxLoRARanks)
 
 
 def adapter_for(config: ArtifactConfig, adapter: NamedAdapter | None) -> NamedAdapter | None:
-    """`adapter`, which is to be the one that an artifact was calibrated with.
+    """Check that `adapter` is the one that an artifact was calibrated with, and return it.
 
     Raises:
         AdaInferError: it is not.

@@ -1,10 +1,12 @@
 """Prompts, labels and choices from requests as users send them: lines of vLLM's batch files.
 
-A line is ``{"custom_id", "method", "url", "body"}``; other keys are ignored, except ``label`` (what
-is right, if it is the token id of a label that the request names, or one of its choices),
-``question`` (a name for what is asked) and ``group`` (the same in requests that came together, such
-as those about one state; prompts of one line always did). Prompts are rendered as vLLM 0.32 renders
-those of each endpoint; the labels or choices are in the body.
+A line is ``{"custom_id", "method", "url", "body"}``; other keys are ignored, except ``label`` (the
+right answer, if it is the token id of a label that the request names, or one of its choices),
+``question`` (a name for the question) and ``group`` (the same in requests that came together, such
+as those about one state; prompts of one line always did). The labels or choices are in the body.
+
+Prompts are rendered as vLLM 0.32 renders those of each endpoint, with the tokenizer's own chat
+template. vLLM's renderer itself needs an engine's config, and covers two of the four endpoints.
 """
 
 from __future__ import annotations
@@ -13,12 +15,11 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from vllm_adainfer.engine.compat.server import decision_question
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Example, Row
+from vllm_adainfer.offline.calibration.data import Example, Row, render_chat
 from vllm_adainfer.offline.calibration.questions import LONGEST_NAME, with_questions
 
 logger = logging.getLogger("vllm.adainfer.batch_files")  # vLLM's logging shows "vllm." alone
@@ -50,15 +51,10 @@ def are_requests(rows: Sequence[Row]) -> bool:
 def read_requests(
     rows: Sequence[Row], tokenizer: Any, vocabulary: int, max_tokens: int
 ) -> list[Example]:
-    """The prompts that requests read labels after; a warning counts the lines that cannot exit.
+    """The prompts of requests that can exit; a warning counts the lines that cannot.
 
-    A request with several items or questions becomes as many prompts, as in vLLM.
-
-    Args:
-        rows: of one file.
-        tokenizer: a Hugging Face tokenizer.
-        vocabulary: its size.
-        max_tokens: the longest prompt the model takes; longer ones are left out.
+    A request with several items or questions becomes as many prompts, as in vLLM. Token ids must be
+    below `vocabulary`. Prompts of more than `max_tokens` tokens are left out.
 
     Raises:
         AdaInferError: a line is not a request, or none can exit.
@@ -102,18 +98,18 @@ def _examples_of(row: Row, tokenizer: Any, vocabulary: int, max_tokens: int) -> 
 def _completion(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
     answers, prompt = _answers(body, tokenizer), body["prompt"]
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-        yield _example(row, tokenizer.decode(prompt), prompt, answers)
+        yield _example(row, tokenizer.decode(prompt), prompt, **answers)
         return
     special = bool(body.get("add_special_tokens", True))
     for text in [prompt] if isinstance(prompt, str) else prompt:
         token_ids = tokenizer.encode(text, add_special_tokens=special)
-        yield _example(row, text, token_ids, answers)
+        yield _example(row, text, token_ids, **answers)
 
 
 def _chat(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
-    text = _rendered(
+    text = render_chat(
         tokenizer,
-        body["messages"],
+        _plain(body["messages"]),
         add_generation_prompt=body.get("add_generation_prompt", True),
         continue_final_message=body.get("continue_final_message", False),
         tools=body.get("tools"),
@@ -121,7 +117,7 @@ def _chat(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example
     )
     special = bool(body.get("add_special_tokens", False))
     token_ids = tokenizer.encode(text, add_special_tokens=special)
-    yield _example(row, text, token_ids, _answers(body, tokenizer))
+    yield _example(row, text, token_ids, **_answers(body, tokenizer))
 
 
 def _score(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
@@ -138,7 +134,7 @@ def _score(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Exampl
     for item in body["items"]:
         own = tokens(item, False)
         token_ids = own + query if body.get("item_first") else query + own
-        yield _example(row, tokenizer.decode(token_ids), token_ids, Answers(labels))
+        yield _example(row, tokenizer.decode(token_ids), token_ids, labels)
 
 
 def _decision(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
@@ -154,10 +150,10 @@ def _decision(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Exa
         if body.get("instructions"):
             messages.insert(0, {"role": "system", "content": body["instructions"]})
         more = {"enable_thinking": False, **(body.get("chat_template_kwargs") or {})}
-        text = _rendered(tokenizer, messages, add_generation_prompt=True, **more)
+        text = render_chat(tokenizer, messages, add_generation_prompt=True, **more)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
         labels = [tokenizer.encode(text + one, add_special_tokens=False)[-1] for one in named]
-        yield _example(row, text, token_ids, Answers(_at_least_two(labels)), name)
+        yield _example(row, text, token_ids, _at_least_two(labels), question=name)
 
 
 READERS: Mapping[str, Callable[[Row, Mapping[str, Any], Any], Iterator[Example]]] = {
@@ -168,16 +164,8 @@ READERS: Mapping[str, Callable[[Row, Mapping[str, Any], Any], Iterator[Example]]
 }
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a request may be answered with: one of these labels, or one of these texts."""
-
-    labels: tuple[int, ...] | None = None
-    choices: tuple[str, ...] | None = None
-
-
-def _answers(body: Mapping[str, Any], tokenizer: Any) -> Answers:
-    """What a completion or chat is restricted to, or reads probabilities of."""
+def _answers(body: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The ``labels`` or ``choices`` of a completion or chat."""
     for key in FULL_DEPTH_KEYS:
         if body.get(key):
             raise LeftOutError(f"a request with {key}, which runs at full depth")
@@ -185,17 +173,17 @@ def _answers(body: Mapping[str, Any], tokenizer: Any) -> Answers:
         raise LeftOutError("a request with repetition_penalty, which runs at full depth")
     tokens = body.get("max_completion_tokens", body.get("max_tokens"))
     if body.get("structured_outputs"):
-        return Answers(choices=_choices(body, tokens, tokenizer))
+        return {"choices": _choices(body, tokens, tokenizer)}
     if tokens != 1:
         raise LeftOutError("a request for more than one token")
     labels = body.get("allowed_token_ids") or body.get("logprob_token_ids")
     if labels is None:
         raise LeftOutError("a request that names no labels")
-    return Answers(_at_least_two(labels))
+    return {"labels": _at_least_two(labels)}
 
 
 def _choices(body: Mapping[str, Any], tokens: int | None, tokenizer: Any) -> tuple[str, ...]:
-    """The texts that a request chooses from, which must fit into so many `tokens`."""
+    """The texts that a request chooses from; the longest must fit into `tokens`."""
     choices = tuple(dict.fromkeys(body["structured_outputs"].get("choice") or ()))
     if not choices:
         raise LeftOutError("a request with structured_outputs other than choice")
@@ -215,13 +203,9 @@ def _at_least_two(labels: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **more: Any) -> str:
-    """The prompt of a chat; text parts of a message are joined as vLLM joins them."""
-    plain = [{**message, "content": _text_of(message["content"])} for message in messages]
-    try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, **more))
-    except Exception as error:  # a chat template can raise anything
-        raise ValueError(str(error)) from None
+def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with their text parts joined as vLLM joins them."""
+    return [{**message, "content": _text_of(message["content"])} for message in messages]
 
 
 def _text_of(content: Any) -> str:
@@ -236,21 +220,19 @@ def _example(
     row: Row,
     text: str,
     token_ids: list[int],
-    answers: Answers,
+    labels: tuple[int, ...] | None = None,
+    choices: tuple[str, ...] | None = None,
     question: str | None = None,
 ) -> Example:
     """An example; the row's own name for its question goes before the request's."""
-    named = row.fields.get("question") or question
-    right = row.fields.get("label")
-    if right not in (answers.choices or answers.labels or ()):
-        right = None
+    named, right = row.fields.get("question") or question, row.fields.get("label")
     return Example(
         row.place,
         text,
         token_ids,
-        None if right is None else str(right),
-        answers.labels,
-        answers.choices,
+        str(right) if right in (choices or labels or ()) else None,
+        labels,
+        choices,
         str(named)[:LONGEST_NAME] if named else None,
         group=str(row.fields.get("group") or row.place),
     )

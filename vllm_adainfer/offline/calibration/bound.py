@@ -1,22 +1,17 @@
 """Upper confidence bounds on a mean loss. They assume only that the rows are independent.
 
-Each kind of bound but ``naive`` rejects "the mean loss exceeds epsilon" if its p-value is at most
-delta. Testing thresholds from the strictest on and stopping at the first failure (fixed-sequence
-testing, Angelopoulos et al. 2021, "Learn then Test", arXiv 2110.01052) keeps the chance of
-certifying any bad threshold at delta, however many thresholds are tried.
+A bound rejects "the mean loss exceeds epsilon" if its p-value is at most delta. Testing thresholds
+from the strictest on and stopping at the first failure (fixed-sequence testing, Angelopoulos et al.
+2021, "Learn then Test", arXiv 2110.01052) keeps the chance of certifying any bad threshold at
+delta, however many thresholds are tried.
 
-=====================  =========================================================================
-``exact``              Clopper-Pearson, the binomial test: the best choice for losses of 0 or 1,
-                       and valid only for those.
-``wsr``                Waudby-Smith and Ramdas 2020 (arXiv 2010.09686): the capital of a gambler
-                       who bets against the mean, with the bets of Bates et al. 2021 (arXiv
-                       2101.02703). The best choice for signed losses of small variance: the
-                       rows it needs grow with 1 / epsilon.
-``hoeffding-bentkus``  Bates et al. 2021 and "Learn then Test": Hoeffding's bound, in its
-                       Kullback-Leibler form, or Bentkus's, whichever is smaller. It ignores the
-                       variance: for signed losses the rows it needs grow with 1 / epsilon**2.
-``naive``              The mean itself, without confidence: for comparison only.
-=====================  =========================================================================
+=========  =====================================================================================
+``exact``  Clopper-Pearson, the binomial test: the best choice for losses of 0 or 1, and valid only
+           for those.
+``wsr``    Waudby-Smith and Ramdas 2020 (arXiv 2010.09686): the capital of a gambler who bets
+           against the mean, with the bets of Bates et al. 2021 (arXiv 2101.02703). The best choice
+           for signed losses of small variance: the rows it needs grow with 1 / epsilon.
+=========  =====================================================================================
 
 Rows must be independent draws from the distribution whose mean is bounded. ``wsr`` depends on their
 order, which must not depend on the losses: shuffle rows that come sorted, say by label.
@@ -24,10 +19,8 @@ order, which must not depend on the losses: shuffle rows that come sorted, say b
 `losses` are [rows], each between `lowest` and 1. `lowest` is 0 for disagreement and -1 for accuracy
 lost (1 where only the full model is right, -1 where only the early answer is).
 
-No library covers this. `scipy.stats.binomtest` does ``exact`` alone; Bentkus's bound needs the same
-binomial tail, so both take it from `scipy.special`. MAPIE 1.6 has the p-value of
-``hoeffding-bentkus``, for losses in [0, 1], but no upper bound from it; its WSR bound adds up the
-most capital held in each half of the rows, which can be more than was ever held. confseq 0.0.11
+No library covers this. `scipy.stats.binomtest` does ``exact`` alone. MAPIE 1.6's WSR bound adds up
+the most capital held in each half of the rows, which can be more than was ever held. confseq 0.0.11
 calls itself "in early-stage development"; its `betting_ci` is two-sided and searches a grid.
 """
 
@@ -41,7 +34,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
-from scipy.special import betaincc, rel_entr
+from scipy.special import betaincc
 
 from vllm_adainfer.artifact.kinds import BoundKind
 
@@ -59,10 +52,7 @@ def certified(
         ValueError: a loss is out of range, or `kind` is ``exact`` and a loss is neither 0 nor 1.
 
     """
-    if kind == "naive":
-        return bool(np.mean(losses) <= epsilon)
-    p_value = _p_value(_unit(losses, kind, lowest), delta, kind)
-    return p_value((epsilon - lowest) / (1 - lowest)) <= delta
+    return _p_value(losses, delta, kind, lowest)((epsilon - lowest) / (1 - lowest)) <= delta
 
 
 def upper_bound(losses: FloatArray, delta: float, kind: BoundKind, lowest: float = 0.0) -> float:
@@ -72,9 +62,7 @@ def upper_bound(losses: FloatArray, delta: float, kind: BoundKind, lowest: float
         ValueError: as in `certified`.
 
     """
-    if kind == "naive":
-        return float(np.mean(losses))
-    p_value = _p_value(_unit(losses, kind, lowest), delta, kind)
+    p_value = _p_value(losses, delta, kind, lowest)
     if p_value(1.0) > delta:
         return 1.0
     bound = brentq(lambda mean: p_value(mean) - delta, 0.0, 1.0, xtol=1e-14)
@@ -88,9 +76,9 @@ def rows_needed(
     lowest: float = 0.0,
     pattern: Sequence[float] | FloatArray = (0.0,),
 ) -> int:
-    """The fewest rows that certify `epsilon` > 0 when all losses are 0; `lowest` is 0 or -1.
+    """The fewest rows that certify `epsilon` > 0 when all losses are 0.
 
-    Or when the losses are those of `pattern`, again and again; their mean is below `epsilon`.
+    With a `pattern`, whose mean is below `epsilon`, the losses repeat it.
 
     Raises:
         ValueError: `epsilon` is not positive, or `kind` is ``exact`` and `lowest` is not 0.
@@ -98,31 +86,23 @@ def rows_needed(
     """
     if epsilon <= 0:
         raise ValueError(f"no number of rows certifies epsilon {epsilon:g}: it must be positive")
-    if kind == "naive":
-        return 1
-    losses = _unit(np.asarray(pattern), kind, lowest)
 
-    def certifies(rows: int) -> bool:
-        # Only wsr needs the rows themselves; hoeffding-bentkus may need more than fit in memory.
-        p_value = (
-            _p_value(np.resize(losses, rows), delta, kind)
-            if kind == "wsr"
-            else partial(TAILS[kind], losses.mean() * rows, rows)
-        )
-        return p_value((epsilon - lowest) / (1 - lowest)) <= delta
+    def suffice(rows: int) -> bool:
+        return certified(np.resize(pattern, rows), epsilon, delta, kind, lowest)
 
-    # Search over pairs of rows: with signed losses each zero counts as a half, and Bentkus's bound
-    # rounds an odd number of halves up, so an odd number of rows may fail where fewer suffice. All
-    # kinds are monotone in the number of pairs.
     enough = 1
-    while not certifies(2 * enough):
+    while not suffice(enough):
         enough *= 2
-    pairs = bisect_left(range(enough), True, lo=1, key=lambda pairs: certifies(2 * pairs))
-    return 2 * pairs - 1 if certifies(2 * pairs - 1) else 2 * pairs
+    return bisect_left(range(enough), True, lo=1, key=suffice)
 
 
-def _unit(losses: FloatArray, kind: BoundKind, lowest: float) -> FloatArray:
-    """`losses` scaled to [0, 1]."""
+def _p_value(
+    losses: FloatArray, delta: float, kind: BoundKind, lowest: float
+) -> Callable[[float], float]:
+    """The p-value of "the mean exceeds m", a function of m that never rises.
+
+    m is in [0, 1], the range to which the losses are scaled.
+    """
     values = np.asarray(losses, dtype=np.float64)
     if kind == "exact" and (lowest != 0 or not ((values == 0) | (values == 1)).all()):
         raise ValueError("the exact bound is for losses of 0 or 1 only: use wsr for others")
@@ -130,17 +110,10 @@ def _unit(losses: FloatArray, kind: BoundKind, lowest: float) -> FloatArray:
         raise ValueError(
             f"losses must lie between {lowest:g} and 1, got {values.min():g} to {values.max():g}"
         )
-    return (values - lowest) / (1 - lowest)
-
-
-def _p_value(losses: FloatArray, delta: float, kind: BoundKind) -> Callable[[float], float]:
-    """The p-value of "the mean exceeds m", a function of m in [0, 1] that never rises.
-
-    `losses` are in [0, 1].
-    """
-    if kind == "wsr":
-        return partial(_betting, losses, _bets(losses, delta))
-    return partial(TAILS[kind], float(losses.sum()), len(losses))
+    if kind == "exact":
+        return partial(_binomial, float(values.sum()), len(values))
+    scaled = (values - lowest) / (1 - lowest)
+    return partial(_betting, scaled, _bets(scaled, delta))
 
 
 def _binomial(successes: float, rows: int, rate: float) -> float:
@@ -148,21 +121,6 @@ def _binomial(successes: float, rows: int, rate: float) -> float:
     if successes >= rows:
         return 1.0
     return float(betaincc(successes + 1, rows - successes, rate))
-
-
-def _hoeffding_bentkus(total: float, rows: int, mean: float) -> float:
-    """An upper bound on P(the sum of `rows` losses with this mean <= `total`)."""
-    seen = min(total / rows, mean)
-    divergence = rel_entr(seen, mean) + rel_entr(1 - seen, 1 - mean)
-    hoeffding = math.exp(-rows * divergence)
-    bentkus = math.e * _binomial(math.ceil(total), rows, mean)
-    return min(hoeffding, bentkus)
-
-
-TAILS: dict[str, Callable[[float, int, float], float]] = {
-    "exact": _binomial,
-    "hoeffding-bentkus": _hoeffding_bentkus,
-}
 
 
 def _bets(losses: FloatArray, delta: float) -> FloatArray:

@@ -1,4 +1,4 @@
-"""Calibrate: prompts in, artifact out (collect -> fit -> choose -> certify -> save)."""
+"""Calibrate: prompts in, artifact out (data -> collect -> fit -> choose -> certify -> write)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from vllm_adainfer.artifact.config import ArtifactConfig, Label, are_exit_points
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.artifact.config import ArtifactConfig, Label
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.collect import (
-    FOLDS,
-    Ints,
-    Recording,
-    record,
-    recording_engine,
-)
+from vllm_adainfer.offline.calibration.collect import FOLDS, Recording, record, recording_engine
 from vllm_adainfer.offline.calibration.fit import candidate_layers
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.label_pool import subsets_of
-from vllm_adainfer.offline.calibration.label_reads import label_reads
+from vllm_adainfer.offline.calibration.loss import full_depth_labels
+from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
 from vllm_adainfer.offline.calibration.probes import Target
-from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, Prompts, load_prompts
+from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.questions import ends_of
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
@@ -30,8 +26,8 @@ from vllm_adainfer.offline.calibration.questions import ends_of
 # 0.02, a probe of all 49,152 tokens saves 8.0 % of the layers and this one 6.8 %, but the former
 # costs an LM head at every exit point.
 SHORTLIST = 1024
-# A policy promises probabilities in the whole vocabulary, too, if it then still saves this share of
-# the time that it would save without: where the labels have nearly all of the mass, it does.
+# A policy also promises probabilities in the whole vocabulary if it keeps at least this share of
+# the savings it would have without. It does where the labels have nearly all of the mass.
 MASS_WORTH = 0.5
 
 
@@ -49,22 +45,21 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
 def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
     """Run the model at full depth."""
     options, hf_config, examples = request.options, prompts.hf_config, prompts.examples
-    layers = _layers(options.exit_points, hf_config.num_hidden_layers)
+    layers = candidate_layers(hf_config.num_hidden_layers, options.exit_points)
     lens_prompts = len(prompts.split.fit) if prompts.probe == "lens" else 0
-    adapter = request.adapter
+    adapter, choices = request.adapter, prompts.choices
+    answers = [label.token_id for label in prompts.labels]
+    if choices is not None:
+        answers = choices.first_tokens.token_ids.tolist()
     settings = {} if adapter is None else adapter.engine_settings
     with recording_engine(
         request.model, hf_config, examples, layers, lens_prompts, options.max_tokens, **settings
     ) as engine:
-        labels = [label.token_id for label in prompts.labels]
-        if prompts.choices is not None:
-            labels = prompts.choices.first_tokens.token_ids.tolist()
         recording = record(
-            engine, examples, labels, layers, options.max_tokens, adapter and adapter.request
+            engine, examples, answers, layers, options.max_tokens, adapter and adapter.request
         )
-    if prompts.choices is not None:
-        decided = prompts.choices.decided_by(recording.tokens)
-        recording = replace(recording, tokens=decided)
+    if choices is not None:
+        recording = replace(recording, tokens=choices.decided_by(recording.tokens))
     if prompts.probe == "lens":  # its sums are by prompt
         return recording
     return replace(recording, folds=prompts.split.groups % FOLDS)
@@ -102,36 +97,35 @@ def fit_and_certify(
 def calibration_of(
     request: CalibrationRequest, prompts: Prompts, recording: Recording
 ) -> Calibration:
-    """What the policy is made from."""
-    split = prompts.split
+    """The data and options that the policy is made from."""
+    split, choices = prompts.split, prompts.choices
     answers = label_ids(prompts.labels)
     if request.options.max_tokens > 1:
-        answers = shortlist(recording.tokens[split.fit_rows(recording)])
-    reads = subsets = None
+        answers = shortlist(recording.tokens[recording.rows_of(split.fit)])
+    full_depth = subsets = None
     if request.label_pool:
         subsets = subsets_of(prompts.examples, [label.token_id for label in prompts.labels])
     if request.options.risk == "probability" and answers is not None:
-        reads = label_reads(recording, answers, subsets)
-    questions = [example.question for example in prompts.examples]
-    first_tokens = None if prompts.choices is None else prompts.choices.first_tokens
+        full_depth = full_depth_labels(recording, answers, subsets)
+    first_tokens = None if choices is None else choices.first_tokens
+    questions = [one.question for one in prompts.examples if one.question is not None]
     return Calibration(
         recording,
-        Target(prompts.probe, answers, reads, subsets, first_tokens),
+        Target(prompts.probe, answers, full_depth, subsets, first_tokens),
         split,
         request.options,
         prompts.labels,
         prompts.right,
-        choices=prompts.choices,
-        questions=[name for name in questions if name is not None],
-        ends=ends_of(prompts.examples) if any(questions) else {},
+        choices,
+        questions=questions,
+        ends=ends_of(prompts.examples) if questions else {},
     )
 
 
 def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
-    """The policy that promises the label mass, too, unless it is expected to save too little.
+    """The policy that also promises the label mass, unless it is expected to save too little.
 
-    Expected on the half that fits: whichever of the two were chosen by the other half, its bound
-    would hold less often.
+    The expectation is on the half that fits: a choice by the other half would weaken the bound.
     """
     with_mass = make_policy(replace(policy.calibration, with_mass=True))
     saved, saved_without = (
@@ -150,12 +144,3 @@ def shortlist(tokens: Ints) -> torch.Tensor:
     found, counts = np.unique(tokens, return_counts=True)
     commonest = found[np.argsort(-counts, kind="stable")[:SHORTLIST]]
     return torch.from_numpy(np.sort(commonest))
-
-
-def _layers(asked: tuple[int, ...] | None, depth: int) -> list[int]:
-    if asked is not None and not are_exit_points(asked, depth):
-        raise AdaInferError(
-            f"--exit-points must ascend between 1 and {depth - 1} for this model of {depth} "
-            f"layers, got {','.join(map(str, asked))}"
-        )
-    return candidate_layers(depth, asked)

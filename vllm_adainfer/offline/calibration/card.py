@@ -100,7 +100,7 @@ Made with {versions} on {details["provenance"]["cpu"]}.
 
 
 def _mixture(config: ArtifactConfig) -> str:
-    """What the distribution of a label pool's prompts is."""
+    """The distribution of a label pool's prompts, in words."""
     if config.by_question:
         return f", for each of {len(config.questions)} questions on its own; others run all layers"
     return " (the same mixture of questions, each with labels of its own)" * config.label_pool

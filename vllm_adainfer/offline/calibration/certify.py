@@ -1,22 +1,24 @@
 """Certify: the loosest joint threshold whose bound holds on the held-out half.
 
 One threshold on the settled score serves all exit points, so as it falls, no row leaves later than
-before: a path with one parameter. Along it the bound is tested for the whole policy (a row leaves
-at the first exit point whose score passes), not for each exit point alone.
+before: a path with one parameter. The bound is tested along it for the whole policy (a row exits at
+the first exit point whose score passes), not for each exit point alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.kinds import BoundKind
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.bound import FloatArray, certified, rows_needed, upper_bound
-from vllm_adainfer.offline.calibration.collect import Ints
-from vllm_adainfer.offline.calibration.fit import Bools, FittedExit, Scored
+from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
+from vllm_adainfer.offline.calibration.options import PolicyOptions
 
 STEPS = 200
 HIGHEST, PRECISION = 0.999, 0.0005  # of an upper bound found by bisection
@@ -28,9 +30,9 @@ class Bound:
     """The promise of a policy.
 
     Attributes:
-        kind: how the bound is computed, see `vllm_adainfer.offline.calibration.bound`.
-        delta: the chance that it does not hold.
-        lowest: smallest possible loss: 0 for disagreement, -1 for lost accuracy.
+        kind: the kind of bound, see `vllm_adainfer.offline.calibration.bound`.
+        delta: the probability that the bound fails.
+        lowest: the smallest possible loss: 0 for disagreement, -1 for lost accuracy.
         groups: [rows], the group of each held-out row: the tokens of a text, or the prompts that
             came together. Losses of one group are not independent. None if each row stands alone.
         longest: the most rows a group can have. Groups with more do not count, so it must not
@@ -44,8 +46,34 @@ class Bound:
     groups: Ints | None = None
     longest: int = 1
 
+    @classmethod
+    def promised(
+        cls, options: PolicyOptions, groups: Ints | None = None, together: int = 1
+    ) -> Bound:
+        """The bound that the options ask for.
+
+        Args:
+            options: checked by `check_options`.
+            groups: [held-out rows], the group of each; None if each row stands alone.
+            together: the most prompts in a group of the half that fits.
+
+        Raises:
+            AdaInferError: the exact bound is asked for prompts that are not independent.
+
+        """
+        if options.bound == "exact" and together > 1:
+            raise AdaInferError(
+                "--bound exact counts independent answers, and those to requests that came "
+                "together are not: use wsr or auto"
+            )
+        kind, longest = options.bound, options.max_tokens * together
+        accuracy = options.risk == "accuracy"
+        if kind == "auto":
+            kind = "wsr" if accuracy or longest > 1 else "exact"
+        return cls(kind, options.delta, -1.0 if accuracy else 0.0, groups, longest)
+
     def of_rows(self, rows: Bools) -> Bound:
-        """The same for some of the rows alone."""
+        """The bound for some of the rows alone."""
         return self if self.groups is None else replace(self, groups=self.groups[rows])
 
     def holds(self, losses: FloatArray, epsilon: float) -> bool:
@@ -67,7 +95,7 @@ class Bound:
         return high
 
     def within(self, epsilon: float, losses: FloatArray) -> float:
-        """The same for losses that certify `epsilon`, which bisection may miss by a little."""
+        """The bound for losses that certify `epsilon`, which bisection may miss by a little."""
         return min(epsilon, self.of(losses))
 
     def _by_group(self, losses: FloatArray, epsilon: float) -> FloatArray:
@@ -109,10 +137,10 @@ class PathPoint:
     """The policy at one joint threshold, on some prompts.
 
     Attributes:
-        threshold: on the settled score.
-        exits: [rows], index of the exit point where each row leaves; the number of exit points
+        threshold: the threshold on the settled score.
+        exits: [rows], index of the exit point where each row exits; the number of exit points
             for a row that runs to the end.
-        losses: [rows], the loss of each row where it leaves; 0 if it runs to the end.
+        losses: [rows], the loss of each row where it exits; 0 if it runs to the end.
         disagreement: share of rows whose answer differs from the full model's.
         layers_saved: share of layers, 0 to 1.
 
@@ -130,7 +158,11 @@ class PathPoint:
         return float(self.losses.mean())
 
 
-def walk(
+Points = dict[float, PathPoint]  # by epsilon
+QuestionRows = Mapping[str, Bools]  # question -> [held-out rows], True for those that ask it
+
+
+def threshold_path(
     layers: Sequence[int], scored: Sequence[Scored], depth: int, thresholds: Sequence[float]
 ) -> Iterator[PathPoint]:
     """The policy with exit points after `layers` (ascending) at each threshold, strictest first."""
@@ -148,10 +180,14 @@ def walk(
         yield PathPoint(threshold, exits, losses, disagreeing / rows, saved)
 
 
-def held_out_path(exits: Sequence[FittedExit], depth: int) -> Iterator[PathPoint]:
-    """`walk` on the held-out half."""
-    layers = [exit.layer for exit in exits]
-    return walk(layers, [exit.held_out for exit in exits], depth, threshold_grid(exits))
+def held_out_path(
+    exits: Sequence[FittedExit], depth: int, rows: Bools | None = None
+) -> Iterator[PathPoint]:
+    """`threshold_path` on the held-out half, or on some of its rows."""
+    layers, scored = [exit.layer for exit in exits], [exit.held_out for exit in exits]
+    if rows is not None:
+        scored = [one.of_rows(rows) for one in scored]
+    return threshold_path(layers, scored, depth, threshold_grid(exits))
 
 
 def threshold_grid(exits: Sequence[FittedExit]) -> list[float]:
@@ -168,8 +204,8 @@ def threshold_grid(exits: Sequence[FittedExit]) -> list[float]:
     return [float("inf"), *sorted(set(grid.tolist()), reverse=True)]
 
 
-def loosest(path: Iterator[PathPoint], epsilon: float, bound: Bound) -> PathPoint | None:
-    """The last point before the first that fails (fixed-sequence testing)."""
+def loosest_certified(path: Iterable[PathPoint], epsilon: float, bound: Bound) -> PathPoint | None:
+    """The last point before the first that fails (fixed-sequence testing); None if all fail."""
     best = None
     for point in path:
         if not bound.holds(point.losses, epsilon):
@@ -179,7 +215,52 @@ def loosest(path: Iterator[PathPoint], epsilon: float, bound: Bound) -> PathPoin
 
 
 def certify(
-    exits: Sequence[FittedExit], depth: int, epsilon: float, bound: Bound
-) -> PathPoint | None:
-    """The loosest policy certified on the held-out half; None if there is none."""
-    return loosest(held_out_path(exits, depth), epsilon, bound)
+    exits: Sequence[FittedExit],
+    depth: int,
+    epsilons: Iterable[float],
+    bound: Bound,
+    rows: Bools | None = None,
+) -> Points:
+    """The loosest policy certified for each of `epsilons` that can be, on the held-out half.
+
+    With `rows`, bool [held-out rows], on those alone.
+    """
+    if rows is not None:
+        bound = bound.of_rows(rows)
+    points = {
+        epsilon: loosest_certified(held_out_path(exits, depth, rows), epsilon, bound)
+        for epsilon in epsilons
+    }
+    return {epsilon: point for epsilon, point in points.items() if point is not None}
+
+
+def combine_questions(
+    rows: QuestionRows, questions: Mapping[str, Points], exits: Sequence[FittedExit], depth: int
+) -> Points:
+    """The points of all held-out rows: questions within their own bounds, others at full depth."""
+    layers, held_out = [exit.layer for exit in exits], [exit.held_out for exit in exits]
+    points: Points = {}
+    for epsilon in sorted({epsilon for own in questions.values() for epsilon in own}):
+        [full_depth] = threshold_path(layers, held_out, depth, [np.inf])
+        leaving, losses = full_depth.exits, full_depth.losses
+        disagreeing = saved = 0.0
+        for name, own in questions.items():
+            if epsilon in own:
+                point, share = own[epsilon], float(rows[name].mean())
+                leaving[rows[name]], losses[rows[name]] = point.exits, point.losses
+                disagreeing += share * point.disagreement
+                saved += share * point.layers_saved
+        points[epsilon] = PathPoint(np.nan, leaving, losses, disagreeing, saved)
+    return points
+
+
+def allowance_of_questions(rows: QuestionRows, epsilon: float, bound: Bound) -> float:
+    """The mean loss of all `rows` if each question has the largest that certifies it."""
+    counts = [int(np.count_nonzero(own)) for own in rows.values()]
+    if not counts:
+        return 0.0
+    allowed = [
+        count * bound.of_rows(own).allowance(count, epsilon)
+        for count, own in zip(counts, rows.values(), strict=True)
+    ]
+    return sum(allowed) / sum(counts)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import Choice, Label
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.collect import Ints
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.policy.first_tokens import FirstTokens
 
@@ -28,7 +28,7 @@ class Choices:
 
     @property
     def labels(self) -> tuple[Label, ...]:
-        """What a first token can decide: each is answered with the first of its tokens."""
+        """The choices that a first token decides, each answered with the first of its tokens."""
         found = [
             Label(name=choice.text, token_id=choice.first_tokens[0])
             for choice in self.texts
@@ -50,29 +50,8 @@ class Choices:
         return found
 
 
-def names_of(text: str) -> tuple[str, ...]:
-    """The choices of ``--choices``, as they are written between the commas.
-
-    Raises:
-        AdaInferError: some begin with a blank and others do not, which is hardly meant.
-
-    """
-    names = tuple(text.split(",")) if text else ()
-    if len({name.startswith(" ") for name in names}) > 1:
-        raise AdaInferError(
-            f"--choices {text!r}: some begin with a blank, which belongs to the choice, and others "
-            "do not: write them as requests do, without a blank after the comma unless all have one"
-        )
-    return names
-
-
 def find_choices(texts: Sequence[str], tokenizer: Any, vocabulary: int) -> Choices:
-    """The tokens of each of `texts`.
-
-    Args:
-        texts: as requests write them.
-        tokenizer: a Hugging Face tokenizer.
-        vocabulary: of the model.
+    """The tokens of each of `texts`, written as in requests, of a model's `vocabulary`.
 
     Raises:
         AdaInferError: there are fewer than two, one is empty, or no first token decides one.
@@ -94,7 +73,7 @@ def find_choices(texts: Sequence[str], tokenizer: Any, vocabulary: int) -> Choic
                 f"the tokenizer does not give the choice {text!r} back as it is: write it without "
                 "blanks at its ends, or with one before it"
             )
-        # What the tokenizer begins the text with is the answer, or else as much of it as can be.
+        # The answer is the text's first token as the tokenizer writes it, or else the longest one.
         first = sorted(leaves[text], key=lambda token: (token != token_ids[0], -len(pieces[token])))
         answer = next((token for token in first if _is_finished(text, token, tokenizer)), None)
         if answer is None:
@@ -113,23 +92,22 @@ def find_choices(texts: Sequence[str], tokenizer: Any, vocabulary: int) -> Choic
 
 
 def _is_finished(text: str, first: int, tokenizer: Any) -> bool:
-    """Whether the scheduler, which reads texts, can append the rest of `text` to a first token.
+    """Whether the scheduler, which works on texts, can append the rest of `text` to a first token.
 
-    Not to a part of a letter, nor where a tokenizer drops a blank before the token or puts one
-    before the rest. See `vllm_adainfer.engine.scheduler.rest_of_choice`.
+    It cannot after part of a letter, nor where a tokenizer drops a blank before the token or puts
+    one before the rest. See `vllm_adainfer.engine.scheduler.rest_of_choice`.
     """
     begun = tokenizer.decode([first])
     if not begun or not text.startswith(begun):
         return False
-    canonical = tokenizer.encode(text, add_special_tokens=False)
-    if canonical[0] == first:
+    if tokenizer.encode(text, add_special_tokens=False)[0] == first:
         return True
     rest = tokenizer.encode(text[len(begun) :], add_special_tokens=False)
     return bool(tokenizer.decode([first, *rest]) == text)
 
 
 def _left_after(texts: Sequence[str]) -> dict[bytes, str]:
-    """By the bytes that a text may begin with, the choice that they leave; "" if several."""
+    """The choice that each possible start of a text, in bytes, leaves; "" if it leaves several."""
     left: dict[bytes, str] = {}
     for text in texts:
         written = text.encode()
@@ -140,7 +118,7 @@ def _left_after(texts: Sequence[str]) -> dict[bytes, str]:
 
 
 def token_bytes(tokenizer: Any, vocabulary: int) -> list[bytes]:
-    """The bytes that each token writes, as the grammar that vLLM masks with reads them."""
+    """The bytes of each token, as xgrammar reads them for vLLM's structured outputs."""
     from xgrammar import TokenizerInfo
 
     info = TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary)
@@ -192,18 +170,3 @@ def common_choices(
             "requests), or take out those with structured_outputs.choice"
         )
     return list(examples), examples[0].choices or ()
-
-
-def requests_for_labels(examples: Sequence[Example]) -> list[Example]:
-    """Those that name labels.
-
-    Raises:
-        AdaInferError: none does.
-
-    """
-    found = [example for example in examples if example.choices is None]
-    if not found:
-        raise AdaInferError(
-            "all requests have structured_outputs.choice and none names labels: drop --label-pool"
-        )
-    return found

@@ -6,35 +6,19 @@ The choice reads the fitted half alone: the held-out half is for the bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.offline.calibration.bound import FloatArray
-from vllm_adainfer.offline.calibration.collect import Ints
 from vllm_adainfer.offline.calibration.cost import Costs
-from vllm_adainfer.offline.calibration.fit import Bools, FittedExit
+from vllm_adainfer.offline.calibration.fit import FittedExit
 
 MAX_EXIT_POINTS = 4
 # An exit point must save at least this share of full depth's time to be worth its segment.
 MIN_GAIN = 0.002
 CHOICE_ROWS = 3000
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a set of exit points would save at its loosest threshold within the bound.
-
-    Attributes:
-        seconds: expected time of a prompt in layers, probes, cuts and head; full depth has no
-            probes and cuts.
-        layers_saved: share of layers x token rows, 0 to 1.
-
-    """
-
-    seconds: float
-    layers_saved: float
 
 
 def choose_exits(
@@ -46,44 +30,45 @@ def choose_exits(
 
     Args:
         candidates: fitted exit points, by layer.
-        costs: of this model on this machine.
-        tokens: [rows] of the fitted half, token rows that the layers run for each.
+        costs: the costs of this model on this machine.
+        tokens: [rows of the fitted half], tokens that the layers run for each.
         allowed: the largest mean loss that the bound allows.
 
     """
     tokens = tokens[:CHOICE_ROWS]
-    worth = MIN_GAIN * forecast([], costs, tokens, allowed).seconds
+    worth = MIN_GAIN * expected_seconds([], costs, tokens, allowed)
     best: list[FittedExit] = []
     least = np.inf
     for count in range(MAX_EXIT_POINTS + 1):
         for exits in combinations(candidates, count):
-            seconds = forecast(exits, costs, tokens, allowed).seconds + worth * count
+            seconds = expected_seconds(exits, costs, tokens, allowed) + worth * count
             if seconds < least:
                 best, least = list(exits), seconds
     return best
 
 
-def forecast(
+def expected_seconds(
     exits: Sequence[FittedExit], costs: Costs, tokens: FloatArray, allowed: float
-) -> Forecast:
+) -> float:
     """Expected time of a prompt with `exits` at the loosest joint threshold within `allowed`.
 
-    As the threshold falls, a row moves to an earlier exit point each time the threshold passes the
-    best score before it. Sorted by score, these moves are the whole path. `tokens` may cover the
+    In layers, probes, cuts and head; full depth has no probes and cuts. `tokens` may cover the
     first rows only.
+
+    As the threshold falls, a row moves to an earlier exit point each time the threshold passes the
+    best score before it. Sorted by score, these moves are the whole path.
     """
     rows, depth = len(tokens), costs.depth
     if not exits:
         none, deciding = np.ones(1), np.array([1 / tokens.mean()])
-        seconds = _layer_seconds(np.array([0, depth]), none, deciding, costs, tokens)
-        return Forecast(seconds + costs.head, 0.0)
+        return _layer_seconds(np.array([0, depth]), none, deciding, costs, tokens) + costs.head
     scores = np.stack([exit.fitted.score[:rows].double().numpy() for exit in exits])
     scores = np.nan_to_num(scores, nan=-np.inf)  # never passes
     # One more row for full depth, which needs no score and loses nothing.
     losses = np.vstack([*(exit.fitted.loss[:rows] for exit in exits), np.zeros(rows)])
     layers = np.array([*(exit.layer for exit in exits), depth])
     probes = np.cumsum([costs.probe[exit.layer] for exit in exits])
-    probes = np.append(probes, probes[-1])  # what a row has paid when it leaves at each
+    probes = np.append(probes, probes[-1])  # the time that a row has paid when it leaves at each
 
     record = np.vstack([scores[:1] > -np.inf, scores[1:] > np.maximum.accumulate(scores)[:-1]])
     to, row = np.nonzero(record)
@@ -103,11 +88,9 @@ def forecast(
     where[row[:moved]] = to[:moved]  # the last move counts
     left = np.array([tokens[where > index].sum() for index in range(len(exits))]) / tokens.sum()
     deciding = np.array([np.sum(where > index) for index in range(len(exits))]) / tokens.sum()
-    spans = np.diff(layers)
     layer_seconds = _layer_seconds(layers, left, deciding, costs, tokens)
     cuts = len(exits) * costs.cut * tokens.mean()
-    seconds = layer_seconds + costs.head + probes[-1] + cuts - spared / rows
-    return Forecast(float(seconds), float(spans @ (1 - left) / depth))
+    return float(layer_seconds + costs.head + probes[-1] + cuts - spared / rows)
 
 
 def _layer_seconds(
@@ -117,11 +100,11 @@ def _layer_seconds(
 
     Args:
         layers: [exit points + 1], their layers, and full depth.
-        left: [exit points], share of a step's token rows that run the layers after each.
-        deciding: [exit points], the same of rows that decide a token: alone they run the layers
-            that share keys and values.
-        costs: of the model.
-        tokens: [rows], token rows of each.
+        left: [exit points], share of a step's tokens that run the layers after each.
+        deciding: [exit points], share of a step's tokens that are sampled and still run: only
+            these run the layers that share keys and values.
+        costs: the costs of the model.
+        tokens: [rows], tokens that the layers run for each.
 
     """
     own = np.diff(np.minimum(layers, costs.own_kv_layers))
@@ -134,7 +117,7 @@ def _layer_seconds(
 
 
 def _next_record(record: Bools) -> Ints:
-    """[exit points, rows], the next exit point whose score is a record of the row."""
+    """[exit points, rows], the next exit point whose score exceeds all of the row before it."""
     following = np.full(record.shape, len(record))
     for index in range(len(record) - 2, -1, -1):
         following[index] = np.where(record[index + 1], index + 1, following[index + 1])

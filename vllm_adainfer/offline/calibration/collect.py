@@ -1,4 +1,4 @@
-"""Collect: the plugin runs prompts at full depth and records what probes are fitted on."""
+"""Collect: run prompts at full depth in vLLM and record the states that probes are fitted on."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.bound import FloatArray
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.progress import progress
-from vllm_adainfer.policy.moments import Moments
 from vllm_adainfer.policy.probe import Probe, logit_lens_of
 from vllm_adainfer.settings.instruments import ROW_ARG
 
@@ -28,35 +28,34 @@ if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-Ints = npt.NDArray[np.int64]
 
 FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What the full model did on some prompts.
+    """The full model's states and answers on some prompts, and its times.
 
     Attributes:
         states: layer -> [rows, hidden size], the residual stream of the decision rows: the rows
             that yield a token, sorted by prompt and by position.
-        depth: layers of the model.
-        final: [rows, hidden size], the same after the last layer, before the final norm.
+        depth: the number of layers of the model.
+        final: [rows, hidden size], the residual stream after the last layer, before the final norm.
         tokens: int64 [rows], the full model's answers.
         prompts: int64 [rows], the prompt of each row.
-        computed: [rows], token rows that the layers ran for each: for a text's first token, those
+        computed: [rows], the tokens that the layers ran for each: for a text's first token, those
             of its prompt that were not in the prefix cache; one for each later token.
-        moments: layer -> for each fold, sums over the rows of the prompts that a lens may learn
-            from (rows of all kinds, see `LensSums`); the target is the change until the last layer.
+        moments: layer -> for each fold, sums over all rows of the prompts that a tuned lens may
+            learn from (see `LensSums`); the target is the change until the last layer.
         logit_lens: the model's final norm and its whole LM head.
-        fingerprint: of the weights.
-        layer_seconds: time of one layer for one token row.
-        cut_seconds: time of cutting the batch, for one token row of it.
+        fingerprint: the fingerprint of the weights.
+        layer_seconds: time of one layer for one token.
+        cut_seconds: time of cutting the batch, for one token of it.
         threads: the number of threads in the process that ran the model.
-        own_kv_layers: how many layers write keys and values.
-        fewer: what layers took with fewer rows, see `vllm_adainfer.exits.recording_loop.Timings`.
-        soft_cap: of the logits, after the head; None for none.
-        scale: of the logits, after the cap.
+        own_kv_layers: the number of layers that write keys and values.
+        fewer: times of layers with fewer rows, see `Timings` of the recording loop.
+        soft_cap: the soft cap of the logits, after the head; None for none.
+        scale: the scale of the logits, after the cap.
         folds: int64 [prompts], in 0 to `FOLDS`; None: prompt i is in fold i % FOLDS, as its rows
             in `moments` are.
 
@@ -105,18 +104,10 @@ def recording_engine(
     max_tokens: int = 1,
     **settings: Any,
 ) -> Iterator[LLM]:
-    """An engine for `record` that keeps the states after `layers`.
+    """An engine for `record` that keeps the states after `layers`; see `start_engine`.
 
-    Args:
-        model: directory or hub id.
-        hf_config: its config.
-        examples: the longest sets the engine's maximum length.
-        layers: candidate exit points.
-        lens_prompts: how many prompts, from the first on, a lens may learn from: their rows are
-            summed. Rows in the prefix cache are not run again, so a shared prefix counts once.
-        max_tokens: tokens to generate after a prompt.
-        settings: further arguments of `vllm.LLM`.
-
+    The rows of the first `lens_prompts` prompts are summed for tuned lenses. Rows in the prefix
+    cache are not run again, so a shared prefix counts once.
     """
     switch: dict[str, Any] = {"record": [*layers, hf_config.num_hidden_layers]}
     if lens_prompts:
@@ -129,7 +120,7 @@ def recording_engine(
 
 
 def _recorded(prompts: Iterable[Any] | None = None, **options: Any) -> Any:
-    """The bar that vLLM asks for: over the prompts that it renders, then for those it has run."""
+    """The progress bar of vLLM, which calls this to render prompts and again to run them."""
     return progress(**{**options, "desc": "record"}) if prompts is None else prompts
 
 
@@ -144,13 +135,12 @@ def record(
     """Run `examples` through an engine of `recording_engine`; each token is a decision row.
 
     Args:
-        engine: from `recording_engine`.
+        engine: an engine from `recording_engine`.
         examples: the prompts.
-        labels: token ids that answers are restricted to, if there are any; a request's answers are
-            restricted to its own.
-        layers: those of the engine.
+        labels: the token ids that answers are restricted to, if any; an example's own come first.
+        layers: the candidate exit points of the engine.
         max_tokens: tokens to generate after a prompt, unless the text ends earlier.
-        adapter: of all prompts; None for the base model.
+        adapter: the LoRA adapter of all prompts; None for the base model.
 
     Raises:
         AdaInferError: a token was not recorded.
@@ -170,8 +160,8 @@ def record(
         path = Path(directory) / "record.safetensors"
         [facts] = engine.collective_rpc("adainfer_take_record", args=(str(path),))
         tensors = load_file(path)
-    depth = max(int(name.removeprefix("layer.")) for name in tensors if name.startswith("layer."))
-    has_lens = any(name.startswith("lens.") for name in tensors)
+    depth = max(map(int, _named(tensors, "layer.")))
+    has_lens = bool(_named(tensors, "lens."))
     texts = [list(output.outputs[0].token_ids) for output in outputs]
     rows = torch.from_numpy(
         rows_of_tokens(
@@ -212,8 +202,8 @@ def rows_of_tokens(
     """The recorded row that decided each token, sorted by text and by position.
 
     The last row of the prompt decides a text's first token. A text may have rows beyond its end: if
-    steps are scheduled ahead, one more has begun when the last token is known. If a row was run
-    twice, because of a preemption, the second time counts.
+    steps are scheduled ahead, one more has begun when the last token is known. Of a row that ran
+    twice, because of a preemption, the second run counts.
 
     Args:
         tags: [rows], the text (an index) of each recorded row, in the order they were run.
@@ -245,11 +235,12 @@ def rows_of_tokens(
 
 
 def _named(record: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): t for name, t in record.items() if name.startswith(prefix)}
 
 
 def _folds(record: dict[str, Tensor], layer: int) -> list[Moments]:
-    """The moments of one layer by fold; `LensSums.take` names their parts."""
+    """The moments of one layer by fold; `TunedLensSums.take` names their parts."""
     names = [field.name for field in fields(Moments)]
     return [
         Moments(**{name: record[f"lens.{layer}.{fold}.{name}"] for name in names})

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +12,13 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.offline.calibration.bound import FloatArray
-from vllm_adainfer.offline.calibration.probes import AnyProbe, read
+from vllm_adainfer.offline.calibration.collect import Recording
+from vllm_adainfer.offline.calibration.probes import AnyProbe, answers_of_probe
 from vllm_adainfer.policy.probe import Probe
 
 ROUNDS = 20
+STEP_ROWS = 2048  # token rows of a full step, vLLM's default on a CPU
+HEAD_ROWS = 128  # tokens that a full step yields, likewise
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Costs:
     Attributes:
         depth: layers of the model.
         layer: one layer for one token row of a whole step.
-        fewer: share of a step's rows -> share of its time that layers take with them, ascending.
-            Where weights are read for whichever rows are left, fewer rows spare less than theirs.
+        fewer: share of a step's rows -> the share of its time that layers take for them, ascending.
+            Where the weights are read for however few rows, time falls less than the rows do.
         cut: one exit point for one token row of a step: the boundary between two segments, and
             gathering the rows that go on.
         probe: layer -> the probe after it, for one prompt.
@@ -45,10 +47,36 @@ class Costs:
     fewer: tuple[tuple[float, float], ...] = ()
 
     def share_of_time(self, rows: FloatArray) -> FloatArray:
-        """What layers take with shares of a step's `rows`, 0 to 1; none take nothing."""
+        """The share of a step's time, given shares of its `rows`, 0 to 1; no rows take no time."""
         measured = np.array([(0.0, 0.0), *self.fewer, (1.0, 1.0)])
         shares: FloatArray = np.interp(rows, *measured.T)
         return shares
+
+
+def measured_costs(
+    recording: Recording, probes: Mapping[int, AnyProbe], tokens: float, generated: bool
+) -> Costs:
+    """Time the probes; the recording has timed the layers.
+
+    Args:
+        recording: the recording of all prompts.
+        probes: layer -> its probe.
+        tokens: token rows that the layers run for each decision row, on average.
+        generated: whether texts are generated, so that an early answer spares the LM head.
+
+    """
+    states, threads = next(iter(recording.states.values())), recording.threads
+    states = states[: max(1, round(STEP_ROWS / tokens))]
+    lens = recording.logit_lens
+    return Costs(
+        depth=recording.depth,
+        layer=recording.layer_seconds,
+        cut=recording.cut_seconds,
+        probe={layer: probe_seconds(probe, states, threads) for layer, probe in probes.items()},
+        own_kv_layers=recording.own_kv_layers,
+        head=head_seconds(lens, states[:HEAD_ROWS], threads) if generated else 0.0,
+        fewer=shares_of_time(recording.fewer),
+    )
 
 
 def shares_of_time(
@@ -56,7 +84,7 @@ def shares_of_time(
 ) -> tuple[tuple[float, float], ...]:
     """`Costs.fewer` from the pairs of several steps, for each number of cuts.
 
-    See `vllm_adainfer.exits.recording_loop.Timings`. Medians, and never falling with more rows.
+    See `Timings` of the recording loop. Medians, and never falling with more rows.
     """
     medians = [np.median(np.array(pairs), axis=0) for pairs in reversed(fewer) if len(pairs)]
     times = np.maximum.accumulate([min(float(time), 1.0) for _, time in medians] or [1.0])
@@ -69,7 +97,7 @@ def probe_seconds(probe: AnyProbe, states: Tensor, threads: int) -> float:
 
     `threads` is the number of threads in the serving process.
     """
-    return _seconds(lambda: read(probe, states), threads) / len(states)
+    return _seconds(lambda: answers_of_probe(probe, states), threads) / len(states)
 
 
 def head_seconds(logit_lens: Probe, states: Tensor, threads: int) -> float:
@@ -79,20 +107,14 @@ def head_seconds(logit_lens: Probe, states: Tensor, threads: int) -> float:
 
 
 def _seconds(call: Callable[[], object], threads: int) -> float:
-    times = []
-    with _threads(threads):
+    """The median time of a call on so many threads."""
+    before, times = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
         for _ in range(ROUNDS):
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
     finally:
         torch.set_num_threads(before)
+    return statistics.median(times)

@@ -6,10 +6,10 @@ but it reads features as dictionaries of strings, stores its model in a file, sh
 between all steps, and has no forward algorithm that we could serve. scipy's L-BFGS and the twenty
 lines below do the same without that dependency.
 
-Serving knows only the exit points so far, so we maximise the likelihood of every prefix of the
-chain (each prefix is a CRF, so the loss stays convex). The likelihood of the whole chain alone does
-not determine how likely a state is before the rest is seen: moving a potential from a state's
-emission to the transitions out of it leaves that likelihood unchanged.
+Serving knows only the exit points so far, so the fit maximises the likelihood of every prefix of
+the chain (each prefix is a CRF, so the loss stays convex). The likelihood of the whole chain alone
+does not determine the probability of a state given the exit points so far: a potential can move
+from a state's emission to the transitions out of it without changing that likelihood.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from vllm_adainfer.artifact.tensors import served_shape
 from vllm_adainfer.offline.calibration.classifier import INVERSE_PENALTY
-from vllm_adainfer.policy.score import score, served_shape
+from vllm_adainfer.policy.score import score
 
 
 def fit_crf(features: Tensor, settled: npt.NDArray[np.bool_]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Prompts and labels from JSON lines: read, fill in the template, tokenise, find label tokens."""
+"""Data: read JSON lines, fill in the template, tokenise, and find the tokens of labels."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Example:
     """A tokenised prompt and its label, if the row has one.
 
     Attributes:
-        place: of the row.
-        text: of the prompt.
-        token_ids: of the prompt.
-        label: the right one: its name, or its token id if the row is a request for a token.
+        place: the file and line of the row.
+        text: the text of the prompt.
+        token_ids: the tokens of the prompt.
+        label: the right label: its name, or its token id if the row is a request for a token.
         labels: token ids of the labels that the request names; None if the row is no request.
-        choices: texts that the request chooses from; None if it does not.
-        question: a name for what the request asks of its state.
+        choices: the texts that the request chooses from; None if it does not.
+        question: the name of the request's question about its state.
         wording: the question as the prompt puts it; a question may have several.
-        group: of prompts that came together, such as the questions about one state; None: it came
-            alone.
+        group: the group of prompts that came together, such as the questions about one state; None
+            if the prompt came alone.
 
     """
 
@@ -107,16 +107,10 @@ def make_examples(
     label_field: str,
     max_tokens: int,
 ) -> list[Example]:
-    """Render and tokenise `rows`.
+    """Render and tokenise `rows`, whose `label_field` may hold a label.
 
-    Without a template, a row needs the field ``prompt`` or ``messages`` (chat).
-
-    Args:
-        rows: of one file.
-        tokenizer: a Hugging Face tokenizer.
-        template: a format string over a row's fields, or None.
-        label_field: the field that holds the label; a row without it has no label.
-        max_tokens: the longest prompt the model takes.
+    Without a template (a format string over a row's fields), a row needs the field ``prompt`` or
+    ``messages`` (chat). `max_tokens` is the longest prompt the model takes.
 
     Raises:
         AdaInferError: a field is missing or of the wrong kind, or a prompt is too long.
@@ -145,18 +139,27 @@ def _render(row: Row, tokenizer: Any, template: str | None) -> tuple[str, bool]:
         return prompt, True
     if isinstance(messages, list):
         try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a chat template can raise anything
-            reason = " ".join(str(error).split())
+            return render_chat(tokenizer, messages, add_generation_prompt=True), False
+        except ValueError as error:
             raise AdaInferError(
-                f"{row.place}: the model's chat template rejects the messages: {reason}"
+                f"{row.place}: the model's chat template rejects the messages: {error}"
             ) from None
-        return str(text), False
     raise AdaInferError(
         f"{row.place} has neither a 'prompt' (text) nor 'messages' (list): give a --template"
     )
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The prompt that the tokenizer's chat template makes of `messages`.
+
+    Raises:
+        ValueError: the template rejects them.
+
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a chat template can raise anything
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def fill(template: str, row: Row) -> str:

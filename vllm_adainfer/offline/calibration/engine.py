@@ -33,18 +33,14 @@ def start_engine(
     max_tokens: int = 1,
     **settings: Any,
 ) -> LLM:
-    """Start an engine that fits `examples`, with the plugin configured or not.
+    """Start an engine with the switch `adainfer`, or stock vLLM if that is None.
+
+    The longest of `examples` and `max_tokens` set its maximum length; `settings` are further
+    arguments of `vllm.LLM`.
 
     Two engines may run side by side, so idle OpenMP threads sleep, and each engine has a KV cache
     of fixed size. Stock vLLM, too, keeps the memory that it has freed, so that a comparison with
-    ours shows what exits save.
-
-    Args:
-        model: directory or hub id.
-        examples: the longest sets the engine's maximum length.
-        adainfer: value of ``additional_config["adainfer"]``; None is stock vLLM.
-        max_tokens: tokens to generate after a prompt.
-        settings: further arguments of `vllm.LLM`, such as ``load_format``.
+    ours shows the savings of exits alone.
 
     Raises:
         AdaInferError: vLLM cannot start; the message ends with the reason it gave.

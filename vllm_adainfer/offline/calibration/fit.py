@@ -11,32 +11,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.artifact.config import are_exit_points
 from vllm_adainfer.artifact.kinds import ClassifierKind
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.bound import FloatArray
 from vllm_adainfer.offline.calibration.classifier import fit_classifier
-from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
+from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
 from vllm_adainfer.offline.calibration.crf import fit_crf
-from vllm_adainfer.offline.calibration.loss import Disagreement, Loss
-from vllm_adainfer.offline.calibration.probes import AnyProbe, Target, fit_probes, read
+from vllm_adainfer.offline.calibration.loss import Loss, disagreement
+from vllm_adainfer.offline.calibration.probes import AnyProbe, Target, answers_of_probe, fit_probes
 from vllm_adainfer.offline.calibration.split import Split
 from vllm_adainfer.policy.score import score
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What a probe says about decision rows.
+    """A probe's answers for decision rows, compared with the full model's.
 
     Attributes:
         features: fp32 [rows, n], the classifier's input.
         tokens: int64 [rows], the probe's answers.
         agrees: [rows], whether the full model gives the same answer.
-        loss: [rows], what leaving here costs, see `vllm_adainfer.offline.calibration.loss`.
+        loss: [rows], the loss of exiting here, see `vllm_adainfer.offline.calibration.loss`.
 
     """
 
@@ -51,15 +51,15 @@ class Judged:
         settled: Bools = self.agrees & (self.loss == 0)
         return settled
 
-    def scored(self, classifier: Tensor, memory: Tensor | None = None) -> Scored:
-        """Add the classifier's settled score."""
-        settled = score(self.features, classifier, memory)
-        return Scored(self.features, self.tokens, self.agrees, self.loss, settled)
+    def scored(self, classifier: Tensor) -> Scored:
+        """Add the score of a linear classifier."""
+        odds = score(self.features, classifier, None)
+        return Scored(self.features, self.tokens, self.agrees, self.loss, odds)
 
 
 @dataclass(frozen=True)
 class Scored(Judged):
-    """What a probe and its classifier say about decision rows.
+    """The same, with the classifier's score.
 
     Attributes:
         score: fp32 [rows], the settled score: log odds that the answer is final.
@@ -76,7 +76,7 @@ class Scored(Judged):
         return replace(self, score=self.score.masked_fill(there, -torch.inf))
 
     def of_rows(self, rows: Bools) -> Scored:
-        """Those of `rows` alone."""
+        """The same for those of `rows` alone."""
         kept = torch.from_numpy(rows)
         return Scored(
             self.features[kept],
@@ -89,7 +89,7 @@ class Scored(Judged):
 
 @dataclass(frozen=True)
 class FittedExit:
-    """A candidate exit point: the parts that serve, and how it did on both halves."""
+    """A candidate exit point: the parts that serve, and their results on both halves."""
 
     layer: int
     probe: AnyProbe
@@ -105,42 +105,36 @@ def fit_exits(
     kind: ClassifierKind,
     seed: int,
     layers: Iterable[int],
-    loss: Loss | None = None,
+    loss: Loss = disagreement,
 ) -> list[FittedExit]:
     """Fit an exit point after each of `layers`; leave out those that cannot be learned.
 
     Args:
-        recording: of all prompts.
-        target: what the probes predict.
+        recording: the recording of all prompts.
+        target: the probes' target.
         split: the prompts to fit on, and those to certify on.
-        kind: of the classifier; `chain` fits a CRF later, on the chosen exit points.
-        seed: for solvers and folds.
-        layers: candidates; possibly wrapped in a progress bar.
-        loss: of an answer; None: it differs from the full model's.
+        kind: the kind of classifier; `fit_crf_chain` fits a CRF later, on the chosen exit points.
+        seed: the seed of solvers and folds.
+        layers: the candidates; possibly wrapped in a progress bar.
+        loss: the loss of an answer.
 
     """
-    loss = loss or Disagreement()
-    fit_rows, held_out = split.fit_rows(recording), split.certify_rows(recording)
+    fit_rows, held_out = recording.rows_of(split.fit), recording.rows_of(split.certify)
     folds = recording.folds_of(fit_rows)
+    # Out of fold: a probe that has not seen a prompt judges its decision rows.
+    places = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
     exits = []
     for layer in layers:
         probe, without_fold = fit_probes(recording, target, fit_rows, layer)
-        # Out of fold: a probe that has not seen a prompt judges its decision rows.
-        places = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
-        unseen = _joined(
+        unseen = _in_order(
             places,
             [
                 judge(unseeing, layer, recording, fit_rows[where], loss, target)
                 for unseeing, where in zip(without_fold, places, strict=True)
             ],
         )
-        classifier = fit_classifier(
-            "svm" if kind == "crf" else kind,
-            unseen.features,
-            unseen.settled,
-            seed,
-            target.features,
-        )
+        linear: ClassifierKind = "svm" if kind == "crf" else kind
+        classifier = fit_classifier(linear, unseen.features, unseen.settled, seed, target.features)
         if classifier is not None:
             held = judge(probe, layer, recording, held_out, loss, target)
             fitted, held_scored = (
@@ -155,18 +149,17 @@ def judge(
     layer: int,
     recording: Recording,
     rows: Ints,
-    loss: Loss | None = None,
+    loss: Loss = disagreement,
     target: Target | None = None,
 ) -> Judged:
-    """What `probe` says about decision `rows` of a recording after `layer`; see `fit_exits`."""
+    """The answers of `probe` for decision `rows` of a recording after `layer`; see `fit_exits`."""
     subsets = None if target is None else target.subsets_of(rows)
-    said = read(probe, recording.states[layer][rows], subsets)
-    agrees = said.tokens == recording.tokens[rows]
-    losses = (loss or Disagreement()).of(said, recording.tokens[rows], rows)
-    return Judged(said.features, said.tokens, agrees, losses)
+    early = answers_of_probe(probe, recording.states[layer][rows], subsets)
+    full = recording.tokens[rows]
+    return Judged(early.features, early.tokens, early.tokens == full, loss(early, full, rows))
 
 
-def _joined(places: Sequence[Ints], parts: Sequence[Judged]) -> Judged:
+def _in_order(places: Sequence[Ints], parts: Sequence[Judged]) -> Judged:
     """The parts as one, in the order of their places."""
     order = np.argsort(np.concatenate(places))
     return Judged(
@@ -177,37 +170,44 @@ def _joined(places: Sequence[Ints], parts: Sequence[Judged]) -> Judged:
     )
 
 
-def chain(exits: Sequence[FittedExit]) -> list[FittedExit]:
+def fit_crf_chain(exits: Sequence[FittedExit]) -> list[FittedExit]:
     """Give the chosen exit points (ascending, at least one) a CRF over all of them."""
     steps = fit_crf(
         torch.stack([fitted.fitted.features for fitted in exits], dim=1),
         np.stack([fitted.fitted.settled for fitted in exits], axis=1),
     )
-    chained: list[FittedExit] = []
-    fitted_score: Tensor | None = None
-    held_out_score: Tensor | None = None
-    for fitted, step in zip(exits, steps, strict=True):
-        fitted_score = score(fitted.fitted.features, step, fitted_score)
-        held_out_score = score(fitted.held_out.features, step, held_out_score)
-        chained.append(
-            replace(
-                fitted,
-                classifier=step,
-                fitted=replace(fitted.fitted, score=_chained(fitted.fitted, fitted_score)),
-                held_out=replace(fitted.held_out, score=_chained(fitted.held_out, held_out_score)),
-            )
+    fitted = _scores_of_chain([exit.fitted for exit in exits], steps)
+    held_out = _scores_of_chain([exit.held_out for exit in exits], steps)
+    parts = zip(exits, steps, fitted, held_out, strict=True)
+    return [
+        replace(exit, classifier=step, fitted=ours, held_out=theirs)
+        for exit, step, ours, theirs in parts
+    ]
+
+
+def _scores_of_chain(exits: Sequence[Scored], steps: Sequence[Tensor]) -> list[Scored]:
+    """The same rows at each exit point, scored by the steps of a CRF."""
+    found, memory = [], None
+    for exit, step in zip(exits, steps, strict=True):
+        memory = score(exit.features, step, memory)
+        # Rows that are never settled stay so.
+        found.append(replace(exit, score=memory.masked_fill(exit.score.isneginf(), -torch.inf)))
+    return found
+
+
+def candidate_layers(depth: int, asked: Sequence[int] | None = None) -> list[int]:
+    """The layers to record: those asked for, or about fifteen spread over the model.
+
+    Raises:
+        AdaInferError: a model of this depth has no such exit points.
+
+    """
+    if asked is None:
+        step = max(1, round(depth / 16))
+        return list(range(step, depth, step))
+    if not are_exit_points(asked, depth):
+        raise AdaInferError(
+            f"--exit-points must ascend between 1 and {depth - 1} for this model of {depth} "
+            f"layers, got {','.join(map(str, asked))}"
         )
-    return chained
-
-
-def _chained(before: Scored, score: Tensor) -> Tensor:
-    """The score of a chain; rows that are never settled stay so."""
-    return score.masked_fill(before.score.isneginf(), -torch.inf)
-
-
-def candidate_layers(depth: int, asked: Sequence[int] | None) -> list[int]:
-    """The layers to record: those asked for, or about fifteen spread over the model."""
-    if asked is not None:
-        return list(asked)
-    step = max(1, round(depth / 16))
-    return list(range(step, depth, step))
+    return list(asked)

@@ -25,10 +25,7 @@ POOLS = {
 def pool_of(names: Sequence[str], examples: Sequence[Example], tokenizer: Any) -> tuple[Label, ...]:
     """The labels of ``--label-pool``, which must hold those of every request.
 
-    Args:
-        names: of `POOLS`, or token ids.
-        examples: requests; a label is the token that follows the first one's prompt.
-        tokenizer: of the model.
+    `names` are those of `POOLS`, or token ids; a label is the token that follows the first prompt.
 
     Raises:
         AdaInferError: a name is unknown, there are too many labels, or a request names another.

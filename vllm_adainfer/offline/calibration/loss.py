@@ -1,30 +1,32 @@
-"""Losses: what an early answer costs, by what the policy's bound is about."""
+"""The loss of an early answer, whose mean the policy's bound controls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+from adainfer_kernels import Head
 from torch import Tensor
-from typing_extensions import override
 
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.bound import FloatArray
-from vllm_adainfer.offline.calibration.collect import Ints
+from vllm_adainfer.offline.calibration.collect import Recording
 from vllm_adainfer.policy.probabilities import LabelProbabilities
 
-RightTokens = Sequence[set[int]]
+RightTokens = Sequence[set[int]]  # by prompt
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a probe says about some rows.
+class ProbeAnswers:
+    """A probe's output for some rows.
 
     Attributes:
-        features: fp32 [rows, n], what a classifier reads.
+        features: fp32 [rows, n], the classifier's input.
         tokens: int64 [rows], the answers.
-        probabilities: of the labels; None if the probe reads the answer alone.
+        probabilities: the labels' probabilities; None if the probe gives the answer alone.
 
     """
 
@@ -33,75 +35,90 @@ class Said:
     probabilities: LabelProbabilities | None = None
 
 
-class Loss(Protocol):
-    """What the mean of the bound is over."""
-
-    def of(self, said: Said, full: Ints, rows: Ints) -> FloatArray:
-        """[rows], the loss of each answer.
-
-        Args:
-            said: by a probe.
-            full: int64 [rows], the full model's answers.
-            rows: int64 [rows], places in the recording.
-
-        """
+# (a probe's answers, the full model's answers int64 [rows], the rows of the recording int64 [rows])
+# -> the loss of each answer [rows].
+Loss = Callable[[ProbeAnswers, Ints, Ints], FloatArray]
 
 
-@dataclass(frozen=True)
-class Disagreement(Loss):
+def disagreement(early: ProbeAnswers, full: Ints, rows: Ints) -> FloatArray:
     """1 where the answer differs from the full model's, else 0."""
-
-    @override
-    def of(self, said: Said, full: Ints, rows: Ints) -> FloatArray:
-        return (said.tokens != full).astype(np.float64)
+    return (early.tokens != full).astype(np.float64)
 
 
-@dataclass(frozen=True)
-class AccuracyLost(Loss):
+def accuracy_lost(right: RightTokens) -> Loss:
     """1 where the full model is right and the answer is not, -1 in the opposite case, else 0.
 
-    Attributes:
-        right: the right tokens of each row of the recording.
-
+    `right` holds the right tokens of each row of the recording.
     """
-
-    right: RightTokens
-
-    @override
-    def of(self, said: Said, full: Ints, rows: Ints) -> FloatArray:
-        return is_right(full, self.right, rows) - is_right(said.tokens, self.right, rows)
-
-
-@dataclass(frozen=True)
-class ProbabilityMoved(Loss):
-    """1 where the answer differs or a probability moves by more than the tolerance, else 0.
-
-    Attributes:
-        full: the labels' probabilities at full depth, of each row of the recording.
-        label_is_best: bool [rows], whether the best token of the whole vocabulary is a label.
-        tolerance: how far a probability may move.
-        with_mass: whether probabilities in the whole vocabulary count, too: then an answer is also
-            wrong if the best token is no label.
-
-    """
-
-    full: LabelProbabilities
-    label_is_best: Tensor
-    tolerance: float
-    with_mass: bool
-
-    @override
-    def of(self, said: Said, full: Ints, rows: Ints) -> FloatArray:
-        assert said.probabilities is not None
-        reference = LabelProbabilities(self.full.among[rows], self.full.mass[rows])
-        moved = said.probabilities.largest_move(reference, self.with_mass)
-        wrong = (said.tokens != full) | ~(moved <= self.tolerance).numpy()
-        if self.with_mass:
-            wrong |= ~self.label_is_best[rows].numpy()
-        return wrong.astype(np.float64)
+    return lambda early, full, rows: (
+        is_right(full, right, rows) - is_right(early.tokens, right, rows)
+    )
 
 
 def is_right(tokens: Ints, right: RightTokens, rows: Ints) -> FloatArray:
     """[rows], 1 where the token is one of the right ones for its row, else 0."""
     pairs = zip(tokens.tolist(), rows.tolist(), strict=True)
     return np.array([float(token in right[row]) for token, row in pairs])
+
+
+@dataclass(frozen=True)
+class FullDepthLabels:
+    """The labels at full depth, for each row of a recording.
+
+    Attributes:
+        scores: fp32 [rows, labels], their logits, computed in fp32: the targets of the heads.
+        probabilities: their probabilities as vLLM returns them, from logits in the model's dtype.
+        label_is_best: bool [rows], whether the best token of the whole vocabulary is a label.
+
+    """
+
+    scores: Tensor
+    probabilities: LabelProbabilities
+    label_is_best: Tensor
+
+    def loss(self, tolerance: float, with_mass: bool) -> Loss:
+        """1 where the answer differs or a probability moves by more than `tolerance`, else 0.
+
+        `with_mass`: probabilities in the whole vocabulary count, too, and an answer is also wrong
+        if the best token of the vocabulary is no label.
+        """
+        return partial(self._wrong, tolerance, with_mass)
+
+    def _wrong(
+        self, tolerance: float, with_mass: bool, early: ProbeAnswers, full: Ints, rows: Ints
+    ) -> FloatArray:
+        assert early.probabilities is not None
+        full_depth = self.probabilities
+        reference = LabelProbabilities(full_depth.among[rows], full_depth.mass[rows])
+        moved = early.probabilities.largest_move(reference, with_mass)
+        wrong = (early.tokens != full) | ~(moved <= tolerance).numpy()
+        if with_mass:
+            wrong |= ~self.label_is_best[rows].numpy()
+        return wrong.astype(np.float64)
+
+
+def full_depth_labels(
+    recording: Recording, label_ids: Tensor, subsets: Tensor | None = None
+) -> FullDepthLabels:
+    """Compute the labels' scores, int64 [labels], from the recorded final states.
+
+    `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
+    """
+    head = recording.logit_lens.head
+    served = Head(head.weight, head.bias, recording.soft_cap, recording.scale)
+    lens = replace(recording.logit_lens, head=served)
+    whole = lens.score(lens.readout(recording.final))
+    labels = lens.of_tokens(label_ids)
+    scores = labels.score(labels.readout(recording.final), return_scores=True).scores
+    exact = replace(labels, head=replace(labels.head, weight=labels.head.weight.float()))
+    exact_scores = exact.score(exact.readout(recording.final), return_scores=True).scores
+    assert scores is not None
+    assert exact_scores is not None
+    own = restrict(scores, subsets)
+    mass = (own.logsumexp(dim=1) - whole.lse).exp().clamp(max=1)
+    is_best = whole.top1_id.unsqueeze(1) == label_ids
+    if subsets is not None:
+        is_best &= subsets
+    return FullDepthLabels(
+        exact_scores, LabelProbabilities(own.softmax(dim=1), mass), is_best.any(dim=1)
+    )

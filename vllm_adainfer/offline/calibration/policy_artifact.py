@@ -1,4 +1,4 @@
-"""The artifact of a fitted policy: its config, its tensors, and how it was made."""
+"""Write: the artifact of a fitted policy, with its config, its tensors and its provenance."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import Tensor
 from vllm_adainfer.artifact.config import Adapter, ArtifactConfig, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import Candidates, features_of_risk
-from vllm_adainfer.offline.calibration.by_question import by_question
 from vllm_adainfer.offline.calibration.card import model_card, risk_plot
-from vllm_adainfer.offline.calibration.certify import held_out_path
+from vllm_adainfer.offline.calibration.certify import PathPoint, held_out_path
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.probe import Probe
@@ -28,15 +27,9 @@ def write_artifact(
     directory: Path,
     adapter: Adapter | None = None,
 ) -> ArtifactConfig:
-    """Write a policy that certified its own epsilon.
+    """Write a policy that certified its own epsilon to `directory`.
 
-    Args:
-        policy: the policy.
-        model: directory or hub id of its model.
-        hf_config: the model's config.
-        template: of the prompts, as it was given.
-        directory: of the artifact.
-        adapter: of its requests; None for the base model.
+    `model` is a directory or hub id, `hf_config` its config; `template` is as it was given.
 
     Raises:
         AdaInferError: `directory` cannot be written.
@@ -44,19 +37,10 @@ def write_artifact(
     """
     name = Path(model).name if Path(model).is_dir() else model
     config = policy_config(policy, name, hf_config, adapter)
-    details = {
-        "template": template,
-        "labels": [label.name for label in policy.calibration.labels],
-        **policy_details(policy),
-    }
-    save_artifact(
-        directory,
-        config,
-        policy_tensors(policy),
-        details,
-        model_card(config, details),
-        {"risk.png": risk_plot(config, details)},
-    )
+    labels = [label.name for label in policy.calibration.labels]
+    details = {"template": template, "labels": labels, **policy_details(policy)}
+    card, plots = model_card(config, details), {"risk.png": risk_plot(config, details)}
+    save_artifact(directory, config, policy_tensors(policy), details, card, plots)
     return config
 
 
@@ -121,7 +105,7 @@ def _bound(policy: FittedPolicy, epsilon: float) -> float:
 
 
 def _questions(policy: FittedPolicy) -> tuple[Question, ...]:
-    """Those that serving may recognise; where each has its own bound, those that have one."""
+    """Those that serving can recognise; where each has its own bound, those that have one."""
     calibration = policy.calibration
     if not calibration.options.by_question:
         return tuple(Question(name=name, ends=ends) for name, ends in calibration.ends.items())
@@ -134,6 +118,7 @@ def _questions(policy: FittedPolicy) -> tuple[Question, ...]:
 def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
     """The tensors of ``policy.safetensors``."""
     target, labels = policy.calibration.target, policy.calibration.labels
+    rows_of_model_head = target.kind != "label-head" and target.label_ids is not None
     thresholds = torch.tensor(_thresholds(policy))
     tensors = {"thresholds": thresholds.unsqueeze(1).repeat(1, len(policy.exits))}
     if target.label_ids is not None and not labels:
@@ -142,17 +127,13 @@ def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
         name, probe = f"exit.{exit.layer}", exit.probe
         tensors[f"{name}.classifier"] = exit.classifier
         tensors |= {f"{name}.{part}": tensor for part, tensor in probe.fitted_tensors.items()}
-        if (
-            isinstance(probe, Probe)
-            and target.kind != "label-head"
-            and target.label_ids is not None
-        ):
+        if rows_of_model_head and isinstance(probe, Probe):
             tensors["head_rows"] = probe.head.weight
     return tensors
 
 
 def _thresholds(policy: FittedPolicy) -> list[float]:
-    """By the policy's tags, see `ArtifactConfig.tag_of`; nobody asks for those not certified."""
+    """The rows of thresholds, see `ArtifactConfig.threshold_row`; uncertified ones are unused."""
     if not policy.calibration.options.by_question:
         return [point.threshold for point in policy.points.values()]
     return [
@@ -163,17 +144,17 @@ def _thresholds(policy: FittedPolicy) -> list[float]:
 
 
 def policy_details(policy: FittedPolicy) -> dict[str, Any]:
-    """``calibration.json``: how the policy was made, and what each exit point does."""
+    """``calibration.json``: the provenance of the policy, and the share and cost of each exit."""
     calibration = policy.calibration
     recording, split = calibration.recording, calibration.split
-    held_out, bound = split.certify_rows(recording), calibration.bound
+    held_out, bound = recording.rows_of(split.certify), calibration.bound
     _, counts = np.unique(recording.tokens[held_out], return_counts=True)
     point = policy.points[calibration.options.epsilon]
     leaving = np.bincount(point.exits, minlength=len(policy.exits) + 1) / len(held_out)
     return {
         "prompts": len(split.fit) + len(split.certify),
         "rows": len(recording.tokens),
-        "rows_fitted": len(split.fit_rows(recording)),
+        "rows_fitted": len(recording.rows_of(split.fit)),
         "rows_held_out": len(held_out),
         "seed": calibration.options.seed,
         "majority_share": float(counts.max() / counts.sum()),
@@ -183,7 +164,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
                 "leaving": float(share),
                 "agreement": float(exit.held_out.agrees.mean()),
                 "probe_bytes": exit.probe.bytes,
-                # In units of the time of one layer for one token row.
+                # In units of the time of one layer for one token.
                 "probe_cost": policy.costs.probe[exit.layer] / policy.costs.layer,
             }
             for exit, share in zip(policy.exits, leaving[:-1], strict=True)
@@ -192,7 +173,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
             str(exit.layer): float(exit.held_out.agrees.mean()) for exit in policy.candidates
         },
         "oracle_layers_run": oracle_layers_run(policy),
-        "questions": by_question(policy, point),
+        "questions": question_rows(policy, point),
         "never_named": never_named(calibration),
         "seconds": {
             "layer": policy.costs.layer,
@@ -213,8 +194,32 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
     }
 
 
+def question_rows(policy: FittedPolicy, point: PathPoint) -> list[dict[str, Any]]:
+    """The risk and savings of each question of a mixture, held out; the commonest comes first."""
+    calibration, bound = policy.calibration, policy.calibration.bound
+    epsilon, questions = calibration.options.epsilon, calibration.rows_by_question()
+    if len(questions) < 2:
+        return []
+    layers = np.array([*(exit.layer for exit in policy.exits), policy.costs.depth])
+    saved = 1 - layers[point.exits] / policy.costs.depth
+    rows = []
+    for name, own in questions.items():
+        alone = policy.questions.get(name, {}).get(epsilon)
+        row = {
+            "question": name,
+            "prompts": int(own.sum()),
+            "risk": float(point.losses[own].mean()),
+            "layers_saved": float(saved[own].mean()),
+            "known": name in calibration.ends,
+            # Of this question alone, where each is certified on its own.
+            "bound": None if alone is None else bound.of_rows(own).within(epsilon, alone.losses),
+        }
+        rows.append(row)
+    return rows
+
+
 def never_named(calibration: Calibration) -> list[str]:
-    """The labels of a pool that no prompt is about: nothing is known of the risk with them."""
+    """The labels of a pool that no prompt is about; the risk with them is unknown."""
     subsets = calibration.target.subsets
     if subsets is None:
         return []

@@ -1,10 +1,15 @@
-"""Fit probes: an exit point reads the answer by ridge regression or with the model's own head."""
+"""Fit probes: an exit point reads the answer by ridge regression or with the model's own head.
+
+A `lens` is the tuned lens of Belrose et al. 2023 (arXiv 2303.08112): an affine map from the state
+after a layer to the state after the last layer, read by the model's own final norm and head.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,25 +17,22 @@ from adainfer_kernels import Head, Lens
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.kinds import FEATURES, PROBABILITY_FEATURES, ProbeKind
 from vllm_adainfer.artifact.label_subsets import restrict
+from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration import ridge
-from vllm_adainfer.offline.calibration.collect import FOLDS, Ints, Recording
-from vllm_adainfer.offline.calibration.label_reads import LabelReads
-from vllm_adainfer.offline.calibration.loss import Said
+from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
+from vllm_adainfer.offline.calibration.loss import FullDepthLabels, ProbeAnswers
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.label_heads import LabelHead
-from vllm_adainfer.policy.moments import Moments
-from vllm_adainfer.policy.probabilities import (
-    features_of,
-    probabilities_of_scores,
-)
+from vllm_adainfer.policy.probabilities import features_of, probabilities_of_scores
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.reading import features_among
 
 PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
-# From this hidden size on, a lens may have low rank: a full one takes 8 MiB there in bfloat16,
-# stored and read for each exit point.
+# From this hidden size on, a tuned lens may have low rank: a full one takes 8 MiB there in
+# bfloat16, stored and read for each exit point.
 LOW_RANK_HIDDEN_SIZE = 2048
 # The ranks to try are the hidden size divided by these; above a quarter, little is saved.
 RANK_DIVISORS = (64, 32, 16, 8, 4)
@@ -40,27 +42,28 @@ RANK_TOLERANCE = 0.1
 SMALLEST_SHARE = 1e-6  # of the label mass, or of what it leaves: log-odds go no further
 
 AnyProbe = Probe | LabelHead
+P = TypeVar("P", bound=AnyProbe)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the probes predict.
+    """The target that the probes of a policy predict.
 
     Attributes:
-        kind: of the probes.
+        kind: the kind of probe.
         label_ids: token ids of the possible answers, labels or a shortlist; None for the whole
             vocabulary.
-        reads: what full depth says of the labels, if probabilities are predicted; None if the
-            answer alone is.
+        full_depth: the labels' scores and probabilities at full depth, if probabilities are
+            predicted; None if the answer alone is.
         subsets: bool [rows, labels], the labels that each row of the recording is about, if they
             are a pool; None if each row is about all of them.
-        first_tokens: of choices, if `label_ids` stand for such.
+        first_tokens: the first tokens of choices, if `label_ids` stand for such.
 
     """
 
     kind: ProbeKind
     label_ids: Tensor | None
-    reads: LabelReads | None = None
+    full_depth: FullDepthLabels | None = None
     subsets: Tensor | None = None
     first_tokens: FirstTokens | None = None
 
@@ -74,8 +77,8 @@ class Target:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What the classifiers read."""
-        return FEATURES if self.reads is None else PROBABILITY_FEATURES
+        """The names of the classifiers' features."""
+        return FEATURES if self.full_depth is None else PROBABILITY_FEATURES
 
     def subsets_of(self, rows: Ints) -> Tensor | None:
         """The subsets of decision `rows`."""
@@ -90,13 +93,13 @@ def fit_probes(
     recording: Recording, target: Target, rows: Ints, layer: int
 ) -> tuple[AnyProbe, Sequence[AnyProbe]]:
     """The layer's probe fitted on decision `rows`, and for each fold one fitted without it."""
-    if target.reads is not None:
-        return _fit_probability_heads(recording, target, target.reads, rows, layer)
+    if target.full_depth is not None:
+        return _fit_probability_heads(recording, target, target.full_depth, rows, layer)
     plain = logit_lens(recording, target)
     if target.kind == "logit-lens":
         return plain, [plain] * FOLDS
     if target.kind == "lens":
-        return _fit_lenses(plain, recording.moments[layer])
+        return _fit_tuned_lenses(plain, recording.moments[layer])
     scores = plain.score(plain.readout(recording.final[rows]), return_scores=True).scores
     assert scores is not None
     if target.first_tokens is not None:
@@ -111,7 +114,12 @@ def fit_probes(
             return LabelHead(weight, bias, target.label_ids)
         return Probe(Head(weight, bias), token_ids=target.label_ids)
 
-    return label_head(fitted.whole), [label_head(linear) for linear in fitted.without]
+    return _all_of(fitted, label_head)
+
+
+def _all_of(fitted: ridge.Ridge, probe: Callable[[ridge.Linear], P]) -> tuple[P, list[P]]:
+    """The probe of the whole fit, and that of each fit without a fold."""
+    return probe(fitted.whole), [probe(linear) for linear in fitted.without]
 
 
 def _centred(scores: Tensor, named: Tensor | None) -> Tensor:
@@ -124,7 +132,7 @@ def _fit_ridge(
 ) -> ridge.Ridge:
     """The map from states after `layer` to `scores` [rows, n], for decision `rows`.
 
-    The penalty is what suits the `named` labels, bool [labels], and further scores; None for all.
+    The penalty suits the `named` labels, bool [labels], and further scores; None for all.
     """
     folds = []
     for fold in range(FOLDS):
@@ -144,19 +152,19 @@ def _fit_ridge(
 
 
 def _fit_probability_heads(
-    recording: Recording, target: Target, reads: LabelReads, rows: Ints, layer: int
+    recording: Recording, target: Target, full_depth: FullDepthLabels, rows: Ints, layer: int
 ) -> tuple[LabelHead, list[LabelHead]]:
     """A ridge regression on the labels' logits and on the log-odds of the label mass.
 
     A regression on logits shrinks them, which makes probabilities too even. So the labels' logits
-    are scaled by what makes the probabilities of unseen folds likeliest.
+    are scaled to make the probabilities of unseen folds likeliest.
     """
     label_ids = target.label_ids
     assert label_ids is not None
-    labels = reads.scores[rows]
-    mass = reads.probabilities.mass[rows].double().logit(SMALLEST_SHARE).float()
+    mass = full_depth.probabilities.mass[rows].double().logit(SMALLEST_SHARE).float()
     named = target.named(rows)
-    targets = torch.cat([_centred(labels, named), mass.unsqueeze(1)], dim=1)
+    logits = _centred(full_depth.scores[rows], named)
+    targets = torch.cat([logits, mass.unsqueeze(1)], dim=1)
     fitted = _fit_ridge(recording, targets, rows, layer, named)
     states, folds = recording.states[layer][rows].double(), recording.folds_of(rows)
     unseen = torch.empty(len(rows), len(label_ids), dtype=torch.float64)
@@ -165,13 +173,13 @@ def _fit_probability_heads(
         unseen[here] = (states[here] @ linear.matrix.T + linear.bias)[:, :-1]
     scale = torch.ones(len(label_ids) + 1, dtype=torch.float64)
     own = restrict(unseen, target.subsets_of(rows))
-    scale[:-1] = _likeliest_scale(own, reads.probabilities.among[rows].double())
+    scale[:-1] = _likeliest_scale(own, full_depth.probabilities.among[rows].double())
 
     def head(linear: ridge.Linear) -> LabelHead:
         weight = (linear.matrix * scale.unsqueeze(1)).float().contiguous()
         return LabelHead(weight, (linear.bias * scale).float(), label_ids)
 
-    return head(fitted.whole), [head(linear) for linear in fitted.without]
+    return _all_of(fitted, head)
 
 
 def _likeliest_scale(logits: Tensor, probabilities: Tensor) -> float:
@@ -187,20 +195,21 @@ def _likeliest_scale(logits: Tensor, probabilities: Tensor) -> float:
     return math.exp(minimize_scalar(cross_entropy, bounds=(-2, 2)).x)
 
 
-def read(probe: AnyProbe, states: Tensor, subsets: Tensor | None = None) -> Said:
-    """What `probe` says about states [rows, hidden size].
+def answers_of_probe(
+    probe: AnyProbe, states: Tensor, subsets: Tensor | None = None
+) -> ProbeAnswers:
+    """The answers of `probe` for states [rows, hidden size].
 
     `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
     """
-    if isinstance(probe, LabelHead):
-        scores = probe.score(states, subsets)
-        best = scores[:, : len(probe.token_ids)].argmax(dim=1)
-        tokens = probe.token_ids[best].numpy()
-        if not probe.reads_mass:
-            return Said(features_among(scores), tokens)
-        return Said(features_of(scores), tokens, probabilities_of_scores(scores))
-    result = probe.score(probe.readout(states))
-    return Said(result.features, result.top1_id.numpy())
+    if isinstance(probe, Probe):
+        result = probe.score(probe.readout(states))
+        return ProbeAnswers(result.features, result.top1_id.numpy())
+    scores = probe.score(states, subsets)
+    tokens = probe.token_ids[scores[:, : len(probe.token_ids)].argmax(dim=1)].numpy()
+    if not probe.reads_mass:
+        return ProbeAnswers(features_among(scores), tokens)
+    return ProbeAnswers(features_of(scores), tokens, probabilities_of_scores(scores))
 
 
 def logit_lens(recording: Recording, target: Target) -> Probe:
@@ -211,8 +220,8 @@ def logit_lens(recording: Recording, target: Target) -> Probe:
     return plain if tokens is None else plain.of_tokens(tokens)
 
 
-def _fit_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Probe]]:
-    """`plain` with a lens from all `folds`, and for each fold one from the others.
+def _fit_tuned_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Probe]]:
+    """`plain` with a tuned lens from all `folds`, and for each fold one from the others.
 
     A wide model's lens has the lowest rank that predicts unseen prompts as well.
     """

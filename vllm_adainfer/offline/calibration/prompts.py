@@ -1,29 +1,27 @@
-"""What `calibrate` is asked for, and the prompts it runs: rows for a template, or requests."""
+"""The prompts to record: read from rows for a template or from requests, and split in halves."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.artifact.files import check_writable
-from vllm_adainfer.artifact.kinds import ProbeChoice, ProbeKind
+from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
+from vllm_adainfer.offline.calibration.certify import Bound
 from vllm_adainfer.offline.calibration.choices import (
     Choices,
     common_choices,
     find_choices,
-    requests_for_labels,
     with_labels,
 )
-from vllm_adainfer.offline.calibration.collect import Ints
 from vllm_adainfer.offline.calibration.data import (
     Example,
     Row,
@@ -34,43 +32,31 @@ from vllm_adainfer.offline.calibration.data import (
     read_rows,
     read_template,
 )
-from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
 from vllm_adainfer.offline.calibration.label_pool import common_labels, pool_of
 from vllm_adainfer.offline.calibration.loss import RightTokens
+from vllm_adainfer.offline.calibration.options import (
+    CalibrationRequest,
+    PolicyOptions,
+    check_options,
+)
 from vllm_adainfer.offline.calibration.questions import SEEN, ends_of
 from vllm_adainfer.offline.calibration.split import Split, numbered, random_order
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 
 
 @dataclass(frozen=True)
-class CalibrationRequest:
-    """The command line's arguments; see `vllm-adainfer calibrate --help`."""
-
-    model: str
-    data: Path
-    output: Path
-    template: str | None = None
-    label_field: str = "label"
-    labels: tuple[str, ...] = ()
-    label_pool: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    adapter: NamedAdapter | None = None
-    probe: ProbeChoice = "auto"
-    options: PolicyOptions = field(default_factory=PolicyOptions)
-
-
-@dataclass(frozen=True)
 class Prompts:
-    """What is recorded, in random order.
+    """The prompts to record, in random order.
 
     Attributes:
         examples: the prompts.
         labels: the answers, if there is a fixed set of them.
-        split: which of them fit, and which certify.
-        hf_config: of the model.
-        probe: the kind that reads them.
+        split: the prompts that fit, and those that certify.
+        hf_config: the model's config.
+        probe: the kind of probe.
         right: the right tokens by prompt, if the risk is of accuracy.
-        choices: if the answers are texts to choose from; `labels` are what first tokens decide.
+        choices: the texts, if the answers are texts to choose from; `labels` are then the choices
+            that a first token decides.
 
     """
 
@@ -91,155 +77,66 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
 
     """
     check_writable(request.output)
-    options = request.options
-    if options.tolerance is not None:
-        check_tolerance(request)
-    if request.choices:
-        check_choices(request)
-    if request.labels and options.max_tokens > 1:
-        raise AdaInferError("--labels are one-token answers: drop --max-tokens or --labels")
-    rows = read_rows(request.data)
-    if not are_requests(rows):
-        check_rows(Split.halves(len(rows)), options, str(request.data))
+    options, rows, data = request.options, read_rows(request.data), str(request.data)
+    holds_requests = are_requests(rows)
+    check_options(request, holds_requests)
+    if not holds_requests:
+        check_rows(Split.halves(len(rows)), options, data)
     hf_config, tokenizer = load_config_and_tokenizer(request.model)
     most = hf_config.max_position_embeddings - options.max_tokens
-    if are_requests(rows):
-        examples, answers = _requests(request, rows, tokenizer, hf_config.vocab_size, most)
-    else:
-        examples, answers = _rows(request, rows, tokenizer, hf_config.vocab_size, most)
-    choices = answers if isinstance(answers, Choices) else None
-    labels = answers.labels if isinstance(answers, Choices) else answers
+    read = _from_requests if holds_requests else _from_rows
+    examples, labels, choices = read(request, rows, tokenizer, hf_config.vocab_size, most)
     groups = groups_of(examples)
     order = random_order(groups, options.seed)
-    examples, split = (
-        [examples[index] for index in order],
-        Split.of_groups(numbered(groups[order].tolist())),
-    )
-    check_rows(split, options, str(request.data))
-    probe = choose_probe(request.probe, labels)
+    examples = [examples[index] for index in order]
+    split = Split.of_groups(numbered(groups[order].tolist()))
+    check_rows(split, options, data)
+    probe = request.probe
+    if probe == "auto":
+        probe = "label-head" if labels else "lens"
     right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
     return Prompts(examples, labels, split, hf_config, probe, right, choices)
 
 
-def _rows(
+def _from_rows(
     request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
-) -> tuple[list[Example], tuple[Label, ...] | Choices]:
-    """Prompts from rows for a template, and their labels or choices."""
-    if request.options.by_question:
-        raise AdaInferError(
-            "--by question is for requests, each of which asks one: give --data in the form of "
-            "vLLM's batch files, or drop --by"
-        )
-    if request.label_pool:
-        raise AdaInferError(
-            "--label-pool is for requests that name their own labels: give --data in the form of "
-            "vLLM's batch files, or --labels"
-        )
-    if request.options.tolerance is not None and not request.labels:
-        raise AdaInferError(
-            "--tolerance is for the probabilities of labels: give --labels, such as "
-            "negative,positive, or drop --tolerance"
-        )
-    choose_probe(request.probe, request.labels or request.choices)
+) -> tuple[list[Example], tuple[Label, ...], Choices | None]:
+    """Prompts from rows for a template, the labels if there are any, and the choices."""
     template = read_template(request.template)
     examples = make_examples(rows, tokenizer, template, request.label_field, most)
     if request.choices:
         choices = find_choices(request.choices, tokenizer, vocabulary)
-        return with_labels(examples, request.choices), choices
+        return with_labels(examples, request.choices), choices.labels, choices
     labels = find_labels(request.labels, examples[0], tokenizer) if request.labels else ()
     if labels:
         check_labels_known(examples, labels)
-    return examples, labels
+    return examples, labels, None
 
 
-def _requests(
+def _from_requests(
     request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
-) -> tuple[list[Example], tuple[Label, ...] | Choices]:
-    """Prompts from requests, and the labels or choices of all of them."""
-    if request.template is not None or request.labels or request.options.max_tokens > 1:
-        raise AdaInferError(
-            f"{request.data} holds requests, which bring their prompts, labels and one token each: "
-            "drop --template, --labels and --max-tokens"
-        )
+) -> tuple[list[Example], tuple[Label, ...], Choices | None]:
+    """Prompts from requests, the labels of all of them, and the choices if they have any."""
     examples = read_requests(rows, tokenizer, vocabulary, most)
     texts: tuple[str, ...] = ()
     if request.label_pool:
-        examples = requests_for_labels(examples)
+        examples = [example for example in examples if example.choices is None]
+        if not examples:
+            raise AdaInferError(
+                "all requests have structured_outputs.choice and none names labels: drop "
+                "--label-pool"
+            )
     else:
         examples, texts = common_choices(examples, request.choices)
-    if texts and request.options.tolerance is not None:
-        check_choices(replace(request, choices=texts))
+        check_options(replace(request, choices=texts), holds_requests=True)
     if request.options.by_question:
         check_questions(examples, request.options, str(request.data))
     if request.label_pool:
-        return examples, pool_of(request.label_pool, examples, tokenizer)
+        return examples, pool_of(request.label_pool, examples, tokenizer), None
     if texts:
-        return with_labels(examples, texts), find_choices(texts, tokenizer, vocabulary)
-    return examples, common_labels(examples, tokenizer)
-
-
-def check_choices(request: CalibrationRequest) -> None:
-    """Check that nothing else is asked for than a policy for choices can promise.
-
-    Raises:
-        AdaInferError: something is.
-
-    """
-    options = request.options
-    refusals = [
-        (bool(request.labels), "--choices and --labels are two kinds of answers: drop one"),
-        (bool(request.label_pool), "--choices and --label-pool are two kinds of answers: drop one"),
-        (
-            options.max_tokens > 1,
-            "--choices are decided by their first token: drop --max-tokens",
-        ),
-        (
-            options.tolerance is not None,
-            "requests with a choice that read probabilities run at full depth: drop --tolerance",
-        ),
-        (
-            request.probe not in ("auto", "label-head"),
-            f"--choices need a label-head, which scores whole choices: drop --probe "
-            f"{request.probe}",
-        ),
-    ]
-    for refused, sentence in refusals:
-        if refused:
-            raise AdaInferError(sentence)
-
-
-def check_tolerance(request: CalibrationRequest) -> None:
-    """Check that a policy can promise the probabilities that `request` asks for.
-
-    Raises:
-        AdaInferError: it cannot.
-
-    """
-    options = request.options
-    refusals = [
-        (
-            options.max_tokens > 1,
-            "--tolerance is for the probabilities of one token: drop --max-tokens or --tolerance",
-        ),
-        (
-            request.probe not in ("auto", "label-head"),
-            f"--tolerance needs the scores of a label-head, and --probe {request.probe} has none: "
-            "drop --probe or --tolerance",
-        ),
-        (
-            options.risk == "accuracy",
-            "--tolerance bounds how far probabilities move, --risk accuracy the accuracy lost, and "
-            "a policy has one bound: drop one of them",
-        ),
-        (
-            options.classifier in ("rbf", "boosting"),
-            f"--classifier {options.classifier} is a table over probabilities, and --tolerance "
-            "reads log-odds: use svm, logreg, threshold or crf",
-        ),
-    ]
-    for refused, sentence in refusals:
-        if refused:
-            raise AdaInferError(sentence)
+        choices = find_choices(texts, tokenizer, vocabulary)
+        return with_labels(examples, texts), choices.labels, choices
+    return examples, common_labels(examples, tokenizer), None
 
 
 def groups_of(examples: Sequence[Example]) -> Ints:
@@ -247,20 +144,6 @@ def groups_of(examples: Sequence[Example]) -> Ints:
     return numbered(
         [index if one.group is None else one.group for index, one in enumerate(examples)]
     )
-
-
-def choose_probe(asked: ProbeChoice, labels: Sequence[object]) -> ProbeKind:
-    """The probe asked for, or the default for these labels.
-
-    Raises:
-        AdaInferError: a label head without labels.
-
-    """
-    if asked == "auto":
-        return "label-head" if labels else "lens"
-    if asked == "label-head" and not labels:
-        raise AdaInferError("--probe label-head needs --labels, such as --labels negative,positive")
-    return asked
 
 
 def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
@@ -272,7 +155,7 @@ def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
     """
     together, rows = split.most_together(split.groups), len(split.certify)
     groups = split.groups[split.certify] if together > 1 else None
-    bound = options.bounds(groups, together)
+    bound = Bound.promised(options, groups, together)
     if bound.holds(np.zeros(rows), options.epsilon):
         return
     needed, what = bound.groups_needed(rows, options.epsilon), "rows"
@@ -303,7 +186,7 @@ def check_questions(examples: Sequence[Example], options: PolicyOptions, data: s
         for example, group in zip(examples, groups_of(examples).tolist(), strict=True)
         if example.question in known
     )
-    bound = options.bounds(together=max(together.values()))
+    bound = Bound.promised(options, together=max(together.values()))
     needed = 2 * bound.groups_needed(1, options.epsilon)
     [(_, most)] = Counter(question for question, _ in together).most_common(1)
     if most < needed:
@@ -323,7 +206,6 @@ def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: 
 
     """
     ids = {label.name: label.token_id for label in labels}
-    # Of choices: the label of one that no first token decides is never the answer.
     right: list[set[int]] = []
     for example in examples:
         if example.label is None:
@@ -333,7 +215,7 @@ def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: 
             )
         if example.labels is not None:
             right.append({int(example.label)})
-        elif labels:
+        elif labels:  # a choice that no first token decides is never the answer
             right.append({ids[example.label]} if example.label in ids else set())
         else:
             right.append({first_token(example.text, example.label, tokenizer)})

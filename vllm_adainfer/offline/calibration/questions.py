@@ -1,8 +1,8 @@
-"""What requests ask: a name for each question, and the tokens by which serving recognises it.
+"""The questions of requests: a name for each, and the tokens by which serving recognises it.
 
-A request's prompt brings a state and a question about it. The end that the prompts of all requests
-have is the chat template's. What stands before it after the last blank line is the question if
-enough prompts have it, else the last line if enough have that.
+A request's prompt holds a state and a question about it. The end that all prompts share belongs to
+the chat template. The question is the last paragraph before it if enough prompts have that
+paragraph, else the last line if enough have that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 LONGEST_NAME = 300  # characters of a question's name that are kept
 OTHERS = "other questions"
-SEEN = 20  # prompts at least that have a question's wording
+SEEN = 20  # a question's wording must occur in at least this many prompts
 
 
 def with_questions(examples: Sequence[Example], tokenizer: Any) -> list[Example]:
@@ -40,7 +40,7 @@ def _wordings(texts: Sequence[str], special_tokens: Sequence[str]) -> list[str]:
     paragraphs = _frequent(before, lambda text: text.rpartition("\n\n")[2])
     lines = _frequent(before, lambda text: text.rpartition("\n")[2])
     own = [paragraph or line for paragraph, line in zip(paragraphs, lines, strict=True)]
-    # Where nobody has a question of its own, what all have is the question.
+    # Where no prompt has a question of its own, the part that all share is the question.
     rest = OTHERS if any(own) else _last_paragraph(shared) or OTHERS
     return [rest if part is None else _last_paragraph(part + shared) for part in own]
 
@@ -57,7 +57,7 @@ def _last_paragraph(text: str) -> str:
 
 
 def common_end(prompts: Sequence[Sequence[T]]) -> tuple[T, ...]:
-    """The longest end that all `prompts` have."""
+    """The longest end that all `prompts` share."""
     length = 0
     for tokens in zip(*(reversed(prompt) for prompt in prompts), strict=False):
         if len(set(tokens)) > 1:
@@ -91,7 +91,7 @@ def ends_of(examples: Sequence[Example]) -> dict[str, tuple[End, ...]]:
 def _askers(
     examples: Sequence[Example], ends: Mapping[str, Sequence[End]]
 ) -> Mapping[End, set[str | None]]:
-    """By end, the questions whose prompts have it; an empty end is everybody's."""
+    """The questions whose prompts have each end; all prompts have the empty one."""
     askers: dict[End, set[str | None]] = {end: set() for own in ends.values() for end in own}
     lengths = {len(end) for end in askers}
     for example in examples:

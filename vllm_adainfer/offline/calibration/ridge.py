@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_adainfer.policy.moments import Moments
+from vllm_adainfer.exits.recording.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Ridge:
     """A ridge regression with a penalty chosen by cross-validation.
 
     Attributes:
-        penalty: the chosen one.
+        penalty: the chosen penalty.
         whole: the fit on all folds.
         without: for each fold, the fit on the others.
 
@@ -69,12 +69,7 @@ def intercept(moments: Moments, matrix: Tensor) -> Tensor:
     return moments.y_mean - matrix @ moments.x_mean
 
 
-def error(moments: Moments, linear: Linear) -> float:
-    """The mean squared error of `linear` on the rows behind `moments`, per row and target."""
-    return _squared_error(moments, linear) / (float(moments.weight) * len(linear.bias))
-
-
-def _squared_error(moments: Moments, linear: Linear) -> float:
+def squared_error(moments: Moments, linear: Linear) -> float:
     """The weighted squared error summed over rows and targets; 0 without rows."""
     matrix = linear.matrix
     off = moments.y_mean - matrix @ moments.x_mean - linear.bias
@@ -89,7 +84,7 @@ def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> Ridge:
     for fold in folds:
         others = whole - fold
         for penalty in penalties:
-            errors[penalty] += _squared_error(fold, solve(others, penalty))
+            errors[penalty] += squared_error(fold, solve(others, penalty))
     penalty = min(errors, key=errors.__getitem__)
     return Ridge(
         penalty,
@@ -101,8 +96,8 @@ def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> Ridge:
 def low_rank(moments: Moments, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The map of rank `rank` whose predictions are nearest to those of `matrix` [n, d].
 
-    Nearest on the rows behind `moments`. This is reduced-rank regression (Izenman 1975) of what
-    `matrix` predicts: the projection on the leading principal directions of its predictions.
+    Nearest on the rows behind `moments`. This is reduced-rank regression (Izenman 1975) on the
+    predictions of `matrix`: the projection on their leading principal directions.
 
     Returns:
         down [d, rank] and up [rank, n]: x @ down @ up stands for x @ matrix.T.
@@ -129,9 +124,9 @@ def choose_rank(
 
     Args:
         folds: the moments of each fold.
-        penalty: of the full map.
-        ranks: to choose from.
-        tolerance: by how much the mean squared error may exceed the full map's, as a share of it.
+        penalty: the penalty of the full map.
+        ranks: the ranks to choose from.
+        tolerance: the largest increase of the mean squared error, as a share of the full map's.
 
     Returns:
         None if none of `ranks` is within `tolerance`.
@@ -143,10 +138,10 @@ def choose_rank(
     for fold in folds:
         others = whole - fold
         linear = solve(others, penalty)
-        full += _squared_error(fold, linear)
+        full += squared_error(fold, linear)
         directions = _directions(others, linear.matrix)
         for rank in errors:
             down, up = _truncated(linear.matrix, directions, rank)
             matrix = (down @ up).T
-            errors[rank] += _squared_error(fold, Linear(matrix, intercept(others, matrix)))
+            errors[rank] += squared_error(fold, Linear(matrix, intercept(others, matrix)))
     return next((rank for rank, e in errors.items() if e <= full * (1 + tolerance)), None)

@@ -1,4 +1,4 @@
-"""Split: which prompts of a recording fit a policy, and which certify its bound."""
+"""Split: the prompts of a recording that fit a policy, and those that certify its bound."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_adainfer.offline.calibration.collect import Ints, Recording
+from vllm_adainfer.arrays import Ints
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Split:
     """The prompts of a recording in two parts, each in random order.
 
     Attributes:
-        fit: [prompts], for probes, classifiers and the choice of exit points.
-        certify: [prompts], held out: nothing but the bound reads them.
+        fit: [prompts], the prompts for probes, classifiers and the choice of exit points.
+        certify: [prompts], the held-out prompts: nothing but the bound uses them.
         groups: [all prompts], a number for each group of prompts that came together; groups are
             independent of each other, the prompts of one are not.
 
@@ -41,17 +41,9 @@ class Split:
         """The most prompts of one of `groups` [all prompts], in the half that fits."""
         return int(np.bincount(groups[self.fit]).max(initial=1))
 
-    def fit_rows(self, recording: Recording) -> Ints:
-        """Decision rows of the prompts that fit."""
-        return recording.rows_of(self.fit)
-
-    def certify_rows(self, recording: Recording) -> Ints:
-        """Decision rows of the held-out prompts."""
-        return recording.rows_of(self.certify)
-
 
 def numbered(groups: Sequence[Hashable]) -> Ints:
-    """int64 [prompts], the number of each one's group, from 0 on in the order they come."""
+    """int64 [prompts], the number of each prompt's group; groups count from 0 as they appear."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
 

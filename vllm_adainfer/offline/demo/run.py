@@ -10,7 +10,7 @@ import typer
 
 from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.offline.calibration.calibrate import calibrate
-from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
+from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.demo.model import MODEL_NAME, fetch_demo_model
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.report import summary_line

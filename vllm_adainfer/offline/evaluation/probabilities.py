@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vllm_adainfer.arrays import Bools, Floats, Ints
+
 BINS = 15
 
-Floats = npt.NDArray[np.float64]
 Logprobs = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 
 def among_labels(logprobs: Logprobs) -> Floats:

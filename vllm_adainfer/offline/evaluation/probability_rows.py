@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.evaluation.probabilities import (
-    Ints,
     Logprobs,
     Moves,
     among_labels,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_adainfer.offline.calibration.collect import Ints
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.reports.shares import Interval, Share
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import beta, t
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.bound import FloatArray
-from vllm_adainfer.offline.calibration.collect import Ints
 
 TAIL = 0.025  # beyond each end of an interval
 Interval = tuple[float, float]

@@ -13,7 +13,7 @@ from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
 from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.collect import Recording
-from vllm_adainfer.policy.exit_policy import Asked
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.load_policy import policy_of
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.questions import KnownQuestions
@@ -57,7 +57,7 @@ def tag_at(
     if level < 0:
         raise AdaInferError("at epsilon 0 nothing leaves: ask for a bound of the artifact's table")
     question = KnownQuestions(one.ends for one in config.questions).asked_by(prompt)
-    tag = config.tag_of(level, question)
+    tag = config.threshold_row(level, question)
     if tag is None:
         raise AdaInferError(
             "the policy is certified for each question on its own, and not for the one that this "
@@ -93,17 +93,19 @@ def views_of(
     policy = policy_of(artifact, torch.device("cpu"), logit_lens)
     tags, memory, views = torch.tensor([tag]), None, []
     for index, layer in enumerate(policy.exit_points):
-        asked = Asked(recording.states[layer][[row]], tags, memory, torch.tensor([subset]))
-        read, decision = policy.read(index, asked), policy.decide(index, asked)
+        undecided = UndecidedRows(
+            recording.states[layer][[row]], tags, memory, torch.tensor([subset])
+        )
+        seen, decision = policy.view(index, undecided), policy.decide(index, undecided)
         memory = decision.memory
         views.append(
             View(
                 layer,
-                named(int(read.tokens)),
-                float(read.top_prob),
-                float(read.gap),
-                float(read.odds),
-                float(read.threshold),
+                named(int(seen.tokens)),
+                float(seen.top_prob),
+                float(seen.gap),
+                float(seen.odds),
+                float(seen.threshold),
                 bool(decision.settled),
             )
         )

@@ -11,12 +11,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from vllm_adainfer.offline.calibration.certify import PathPoint, certify, walk
-from vllm_adainfer.offline.calibration.collect import Ints, Recording
-from vllm_adainfer.offline.calibration.cost import Costs, probe_seconds
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.offline.calibration.certify import (
+    Bound,
+    PathPoint,
+    certify,
+    threshold_path,
+)
+from vllm_adainfer.offline.calibration.collect import Recording
+from vllm_adainfer.offline.calibration.cost import STEP_ROWS, Costs, probe_seconds
 from vllm_adainfer.offline.calibration.fit import FittedExit, Scored, fit_exits, judge
-from vllm_adainfer.offline.calibration.fitted_policy import STEP_ROWS, FittedPolicy, PolicyOptions
+from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.loss import RightTokens, is_right
+from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.probes import Target, logit_lens
 from vllm_adainfer.offline.calibration.split import Split
 
@@ -60,7 +67,7 @@ class TestPart:
         costs: Costs,
     ) -> Outcome:
         """The outcome of leaving at the first of `layers` whose score passes `threshold`."""
-        [point] = walk(layers, scored, costs.depth, [threshold])
+        [point] = threshold_path(layers, scored, costs.depth, [threshold])
         answers = np.stack([*(exit.tokens for exit in scored), self.recording.tokens[self.prompts]])
         chosen = answers[point.exits, np.arange(len(self.prompts))]
         return Outcome(
@@ -111,7 +118,7 @@ def adainfer(
     certifies one threshold on the SVM's log odds, as our policy does, and ``calm`` (arXiv
     2207.07061) one on the gap itself.
     """
-    recording, bound = test.recording, options.bounds()
+    recording, bound = test.recording, Bound.promised(options)
     whole_head = Target("logit-lens", None)
     exits = fit_exits(recording, whole_head, split, "svm", options.seed, recording.states)
     if not exits:
@@ -124,8 +131,12 @@ def adainfer(
     scored = [test.scored(exit) for exit in exits]
 
     def certified(exits: list[FittedExit], scored: Sequence[Scored]) -> Outcome | None:
-        point = certify(exits, costs.depth, options.epsilon, bound)
-        return None if point is None else test.outcome(layers, scored, point.threshold, costs)
+        points = certify(exits, costs.depth, [options.epsilon], bound)
+        return (
+            test.outcome(layers, scored, points[options.epsilon].threshold, costs)
+            if points
+            else None
+        )
 
     on_gap = [
         replace(
@@ -169,7 +180,7 @@ def risk_coverage(
     """Layers saved and disagreement of our policy on the test prompts at each threshold."""
     layers = [exit.layer for exit in policy.exits]
     scored = [test.scored(exit) for exit in policy.exits]
-    path = list(walk(layers, scored, policy.costs.depth, thresholds))
+    path = list(threshold_path(layers, scored, policy.costs.depth, thresholds))
     return {
         "layers_saved": [point.layers_saved for point in path],
         "disagreement": [point.disagreement for point in path],

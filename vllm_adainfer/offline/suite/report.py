@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
+from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.evaluation.plot import as_png
 from vllm_adainfer.offline.evaluation.report import write_whole
 from vllm_adainfer.offline.provenance import provenance

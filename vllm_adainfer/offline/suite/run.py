@@ -18,10 +18,10 @@ from vllm_adainfer.offline.calibration.fit import candidate_layers
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
-    PolicyOptions,
     make_policy,
 )
 from vllm_adainfer.offline.calibration.loss import is_right
+from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
 from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.prompts import check_rows
@@ -136,7 +136,7 @@ class _Judging:
         recording = record(engine, examples, [label.token_id for label in data.labels], layers)
         tests = np.arange(len(order), len(examples))
         target = Target("label-head" if data.labels else "lens", label_ids(data.labels))
-        candidates = candidate_layers(recording.depth, None)
+        candidates = candidate_layers(recording.depth)
         thinned = replace(
             recording, states={layer: recording.states[layer] for layer in candidates}
         )

@@ -1,15 +1,15 @@
-"""Reports: a worker's counters on their way through the scheduler to the frontends."""
+"""Reports: a worker's counters, sent through the scheduler to the frontends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_adainfer.exits.counters import ExitStats
-from vllm_adainfer.monitoring.monitor import Reading
+from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.monitoring.monitor import MonitorStatus
 
-Key = tuple[str, str, str]  # kind of counter, its policy, and its layer or epsilon, if any
-INTERVAL = 0.25  # seconds between reports, while there is work: sending counters takes time
+Key = tuple[str, str, str]  # kind of counter, policy, and layer or epsilon, if any
+INTERVAL = 0.25  # seconds between reports while there is work: sending them takes time
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,16 @@ class Snapshot:
     """A worker's counters at one moment; the worker keeps counting while this is sent.
 
     Attributes:
-        counts: every counter; each only ever grows.
+        counts: every counter by its key; none ever falls.
         serving: names of the policies that serve now, see `ExitStats`.
-        shadow: by policy, the readings of its levels.
+        shadow: the readings of each policy's levels, by policy.
         weights_differ: see `ExitStats`.
 
     """
 
     counts: tuple[tuple[Key, float], ...]
     serving: tuple[str, ...]
-    shadow: tuple[tuple[str, tuple[Reading, ...]], ...]
+    shadow: tuple[tuple[str, tuple[MonitorStatus, ...]], ...]
     weights_differ: bool
 
 
@@ -46,7 +46,7 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
             counts.append((("shadow_disagreed", name, level), policy.shadow_disagreed[epsilon]))
         for move, answers in policy.shadow_moves.items():
             counts.append((("shadow_moves", name, f"{move:g}"), answers))
-    shadow = tuple((name, tuple(monitor.readings())) for name, monitor in stats.shadow.items())
+    shadow = tuple((name, tuple(monitor.status())) for name, monitor in stats.shadow.items())
     return Snapshot(tuple(counts), tuple(stats.serving), shadow, stats.weights_differ)
 
 
@@ -56,8 +56,8 @@ class StepNote:
 
     Attributes:
         complete: for each request that may exit, how many of its first tokens are cached as at
-            full depth; None where nobody asks.
-        counted: the worker's counters, None in most steps.
+            full depth; None where no scheduler needs it.
+        counted: the worker's counters; None in most steps.
 
     """
 
@@ -66,24 +66,24 @@ class StepNote:
 
 
 class Reporter:
-    """Turns snapshots into reports of what was added since the last one.
+    """Turns snapshots into reports of what each adds to the one before.
 
-    Reports are increments because each goes to one of several frontends, which add them up.
+    A report is an increment because it goes to one of several frontends, which add them up.
     """
 
     def __init__(self) -> None:
         self._sent: dict[Key, float] = {}
 
     def report(self, counted: Snapshot) -> dict[str, Any]:
-        """What `counted` adds to the last snapshot, and what else it says."""
+        """What `counted` adds to the last snapshot, and its state of the policies."""
         before, self._sent = self._sent, dict(counted.counts)
         added = [(*key, count - before.get(key, 0)) for key, count in counted.counts]
         return {
             "added": [entry for entry in added if entry[-1]],
             "serving": list(counted.serving),
             "shadow": {
-                name: [{"epsilon": one.epsilon, **one.as_dict()} for one in readings]
-                for name, readings in counted.shadow
+                name: [{"epsilon": one.epsilon, **one.as_dict()} for one in status]
+                for name, status in counted.shadow
             },
             "weights_differ": counted.weights_differ,
         }

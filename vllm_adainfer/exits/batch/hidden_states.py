@@ -1,4 +1,4 @@
-"""Hidden states between two layers, as vLLM's layers hand them on."""
+"""Hidden states between two layers, in the form that vLLM's layers pass on."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """What some token rows take from layer to layer.
+    """Token rows on their way from layer to layer.
 
-    The residual stream is in one part or in two: vLLM's Llama layers leave their output for the
-    next layer to add to the residual, which it does together with its norm in one kernel.
+    The residual stream is one tensor or two: vLLM's Llama layers leave their output for the next
+    layer, which adds it to the residual in the same kernel as its norm.
 
     Attributes:
         hidden: [rows, hidden size]; before the first layer the token ids, [rows].
-        residual: [rows, hidden size], what `hidden` is still to be added to; None if nothing.
-        per_layer: [rows, layers, size], for each layer of the model an input of its own, beside
-            the stream (Gemma 4); None if layers have none.
+        residual: [rows, hidden size], to which `hidden` is still to be added; None if there is
+            none.
+        per_layer: [rows, layers, size], a separate input for each layer of the model (Gemma 4);
+            None if layers have none.
 
     """
 
@@ -30,12 +31,17 @@ class HiddenStates:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         return self.hidden.shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """The device of all parts."""
+        return self.hidden.device
+
+    @property
     def stream(self) -> tuple[Tensor, Tensor | None]:
-        """The residual stream, as layers take it."""
+        """The residual stream in the form that layers take."""
         return self.hidden, self.residual
 
     @property
@@ -44,7 +50,7 @@ class HiddenStates:
         return self.hidden, self.residual, self.per_layer
 
     def combined(self) -> Tensor:
-        """[rows, hidden size], the residual stream in one part."""
+        """The residual stream as one tensor, [rows, hidden size]."""
         return self.hidden if self.residual is None else self.hidden + self.residual
 
     def rows(self, rows: Tensor | slice) -> HiddenStates:
@@ -55,11 +61,11 @@ class HiddenStates:
         return self._each(lambda part: part.index_select(0, rows))
 
     def clone(self) -> HiddenStates:
-        """A copy, which keeps no larger tensor alive."""
+        """A copy; unlike a view, it keeps no larger tensor alive."""
         return self._each(torch.clone)
 
     def zeros(self, rows: int) -> HiddenStates:
-        """`rows` rows of zeros, with these dtypes and in as many parts."""
+        """`rows` rows of zeros, with the same parts and dtypes."""
         return self._each(lambda part: part.new_zeros(rows, *part.shape[1:]))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> HiddenStates:
@@ -67,7 +73,7 @@ class HiddenStates:
         return HiddenStates(change(hidden), *(p if p is None else change(p) for p in others))
 
     def put(self, other: HiddenStates, rows: Tensor | slice) -> None:
-        """Overwrite `rows` with those of `other`, which has as many parts."""
+        """Overwrite `rows` with those of `other`, which has the same parts."""
         for own, others in zip(self.parts, other.parts, strict=True):
             if own is not None:
                 assert others is not None
@@ -75,7 +81,7 @@ class HiddenStates:
 
     @classmethod
     def cat(cls, states: Sequence[HiddenStates]) -> HiddenStates:
-        """The rows of all, one after the other; all have as many parts."""
+        """The rows of all `states` in order; all have the same parts."""
         parts = zip(*(each.parts for each in states), strict=True)
         hidden, *others = ([part for part in same if part is not None] for same in parts)
         return cls(torch.cat(hidden), *(torch.cat(part) if part else None for part in others))

@@ -1,4 +1,4 @@
-"""Whose token rows are where in a batch, and at which positions."""
+"""The token rows of a batch: which request each belongs to, and its position there."""
 
 from __future__ import annotations
 
@@ -6,46 +6,44 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
+from vllm_adainfer.arrays import Ints
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Rows of one request are adjacent, requests in order; positions run up to the last row's.
+    """Rows of one request are adjacent, with ascending positions; requests keep their order.
 
-    Requests are named by their place in the step's original batch.
+    A request is named by its place in the batch that the step came with.
 
     Attributes:
-        lens: [requests], rows of each; 0 for one that is not present.
+        query_lens: [requests], the number of rows of each; 0 for one that is not present.
         last_positions: [requests], the position of each request's last row in its sequence.
 
     """
 
-    lens: Ints
+    query_lens: Ints
     last_positions: Ints
 
     @cached_property
     def num_rows(self) -> int:
-        """Rows in the batch."""
-        return int(self.lens.sum())
+        """The number of rows in the batch."""
+        return int(self.query_lens.sum())
 
     @cached_property
     def present(self) -> Ints:
         """Requests that have rows."""
-        return np.flatnonzero(self.lens)
+        return np.flatnonzero(self.query_lens)
 
     @cached_property
     def ends(self) -> Ints:
         """[requests], the row after each request's last."""
-        return np.cumsum(self.lens)
+        return np.cumsum(self.query_lens)
 
     @cached_property
     def row_requests(self) -> Ints:
         """[rows], the request of each row."""
-        return np.repeat(np.arange(len(self.lens)), self.lens)
+        return np.repeat(np.arange(len(self.query_lens)), self.query_lens)
 
     @cached_property
     def positions(self) -> Ints:
@@ -61,48 +59,50 @@ class RowLayout:
 
     def rows_of(self, requests: Ints) -> Ints:
         """All rows of `requests`, in order."""
-        wanted = np.zeros(len(self.lens), dtype=np.bool_)
+        wanted = np.zeros(len(self.query_lens), dtype=np.bool_)
         wanted[requests] = True
         return np.flatnonzero(wanted[self.row_requests])
 
     def last_only(self) -> RowLayout:
         """The last row of each request that is present."""
-        return RowLayout((self.lens > 0).astype(np.int64), self.last_positions)
+        return RowLayout((self.query_lens > 0).astype(np.int64), self.last_positions)
 
     def only(self, requests: Ints) -> RowLayout:
         """`requests` with all of their rows, and no other request."""
-        lens = np.zeros_like(self.lens)
-        lens[requests] = self.lens[requests]
+        lens = np.zeros_like(self.query_lens)
+        lens[requests] = self.query_lens[requests]
         return RowLayout(lens, self.last_positions)
 
     def part(self, rows: slice) -> RowLayout:
         """The rows in a slice, and no others."""
-        first, end = self.ends - self.lens, self.ends
+        first, end = self.ends - self.query_lens, self.ends
         kept_end = np.clip(end, rows.start, rows.stop)
         lens = kept_end - np.clip(first, rows.start, rows.stop)
         return RowLayout(lens, self.last_positions - (end - kept_end))
 
-    def regroup(self, leaving: Ints, waiting: Ints) -> tuple[RowLayout, Ints]:
-        """Take the rows of `leaving` out, and put rows that waited before those of their request.
+    def regroup(self, leaving: Ints, waiting: Ints | None = None) -> tuple[RowLayout, Ints]:
+        """Take out the rows of `leaving`, and insert waiting rows before those of their requests.
 
         Args:
-            leaving: requests that go.
-            waiting: [requests], how many rows join each; their positions come right before those
-                present. 0 for those that leave.
+            leaving: requests that leave.
+            waiting: [requests], the number of rows that join each, at the positions right before
+                those present; 0 for requests that leave. None if no row joins.
 
         Returns:
-            the new layout, and for each of its rows the row it was before; rows that waited are
+            the new layout, and for each of its rows the row that it was before. Rows that join are
             numbered on from the last row before, in order of their requests.
 
         """
-        lens = self.lens + waiting
+        if waiting is None:
+            waiting = np.zeros_like(self.query_lens)
+        lens = self.query_lens + waiting
         lens[leaving] = 0
         layout = RowLayout(lens, self.last_positions)
         requests = layout.row_requests
         place = np.arange(layout.num_rows) - (layout.ends - lens)[requests]  # within the request
         joined = waiting[requests]
         first_waiting = self.num_rows + np.cumsum(waiting) - waiting
-        first = self.ends - self.lens
+        first = self.ends - self.query_lens
         rows = np.where(
             place < joined, first_waiting[requests] + place, first[requests] + place - joined
         )

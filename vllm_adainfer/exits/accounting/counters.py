@@ -1,4 +1,7 @@
-"""Counters of executed work: rows x layers are counted where layers execute."""
+"""Counters of executed work, in token-layers: one token through one layer.
+
+They are counted where layers execute.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,23 @@ from vllm_adainfer.settings.engine import DEFAULT_POLICY, NO_POLICY
 
 @dataclass
 class PolicyStats:
-    """The work of rows that came under one policy. No counter ever falls.
+    """The work of tokens that came under one policy. No counter ever falls.
 
-    At any time, what is run, skipped and still waiting (see `vllm_adainfer.exits.work`) adds up to
-    what is possible.
+    At any time, token-layers run, skipped and still waiting add up to those possible, see
+    `LayerAccounting`.
 
     Attributes:
-        layers_run: rows x layers executed.
-        layers_skipped: rows x layers that will never be executed.
-        layers_deferred: rows x layers that wait until their request needs them, and are then run
-            or skipped. Counted each time that a row begins to wait.
-        layers_possible: rows x layers that full depth would have executed.
+        layers_run: token-layers executed.
+        layers_skipped: token-layers that will never be executed.
+        layers_deferred: token-layers that wait until their request needs them, and are then run or
+            skipped; counted each time that a token begins to wait.
+        layers_possible: token-layers that full depth would have executed.
         exit_histogram: sampled tokens by the number of layers they ran.
-        shadow_checked: early answers compared with full depth, by epsilon. (A monitor only counts
+        shadow_checked: early answers compared with full depth, by epsilon. (A monitor counts only
             those of the artifact that serves now.)
         shadow_disagreed: those that differed, or whose probabilities moved too far.
-        shadow_moves: those of policies that promise probabilities, by the largest move of one,
-            rounded up to one of `MOVES`.
+        shadow_moves: those of policies that promise probabilities, by the largest move of one
+            probability, rounded up to one of `MOVES`.
 
     """
 
@@ -45,12 +48,12 @@ class PolicyStats:
     shadow_moves: Counter[float] = field(default_factory=Counter)
 
     def moved(self, moves: Iterable[float]) -> None:
-        """Count the largest moves of answers, each from 0 to 1."""
+        """Count answers by their largest move, each from 0 to 1."""
         self.shadow_moves.update(MOVES[bisect_left(MOVES, move)] for move in moves if move <= 1)
 
     @property
     def work(self) -> dict[str, int]:
-        """Rows x layers, by what has become of them."""
+        """Token-layers by what became of them."""
         return {
             "layers_run": self.layers_run,
             "layers_skipped": self.layers_skipped,
@@ -58,7 +61,7 @@ class PolicyStats:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The layer counters as plain values."""
         return {
             **self.work,
             "layers_possible": self.layers_possible,
@@ -72,16 +75,16 @@ class ExitStats:
 
     Attributes:
         tokens_decided: tokens sampled, at any depth.
-        passes_run: layers entered, with any number of rows: weights are read once for each.
-        passes_possible: layers that full depth would have entered.
-        seconds: time in the stack, by the host's clock; only on a CPU, elsewhere 0.
-        probe_seconds: the part of it in which policies decided.
-        by_policy: the rest, by the name of the policy that decides; `NO_POLICY` stands for requests
+        passes_run: executed layers, each counted once per batch: it reads its weights once.
+        passes_possible: the same at full depth.
+        seconds: time in the stack by the host's clock, on a CPU; elsewhere 0.
+        probe_seconds: the part of it that policies took to decide.
+        by_policy: all other counters, by the name of the policy; `NO_POLICY` stands for requests
             that may not exit.
         serving: names of the policies that serve now, and `NO_POLICY`.
-        weights_differ: whether no request may exit, because the weights served now are not those
-            that the policies are for.
-        shadow: the monitors, by policy; empty (and no key in `as_dict`) where nobody watches.
+        weights_differ: whether no request may exit because the weights are not those that the
+            policies were calibrated for.
+        shadow: the monitors, by policy; empty (and no key in `as_dict`) where there are none.
 
     """
 
@@ -99,12 +102,12 @@ class ExitStats:
 
     @property
     def layers_run(self) -> int:
-        """Rows x layers executed."""
+        """Token-layers executed."""
         return sum(policy.layers_run for policy in self.by_policy.values())
 
     @property
     def layers_possible(self) -> int:
-        """Rows x layers that full depth would have executed."""
+        """Token-layers that full depth would have executed."""
         return sum(policy.layers_possible for policy in self.by_policy.values())
 
     @property
@@ -113,7 +116,7 @@ class ExitStats:
         return sum((policy.exit_histogram for policy in self.by_policy.values()), Counter())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, which can cross a process border."""
+        """All counters as plain values, which can cross a process border."""
         counters: dict[str, Any] = {
             "tokens_decided": self.tokens_decided,
             "layers_run": self.layers_run,

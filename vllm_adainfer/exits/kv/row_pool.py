@@ -1,21 +1,22 @@
-"""Hidden states of rows, kept from one step to another."""
+"""A pool of hidden states that are kept from one step to another."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch import Tensor
 
-from vllm_adainfer.exits.hidden_states import HiddenStates
-from vllm_adainfer.exits.layout import Ints
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.upload import upload
 
-FIRST_SIZE = 256  # rows; the size doubles where more are kept
+FIRST_SIZE = 256  # rows; the size doubles whenever more are kept
 
 
 class RowPool:
     """Keeps all rows in one tensor, so that any number goes in or out in one operation.
 
     Attributes:
-        taken: places that are not free.
+        taken: the number of places in use.
 
     """
 
@@ -23,7 +24,7 @@ class RowPool:
 
     def __init__(self) -> None:
         self._free = np.arange(0)
-        self._states: HiddenStates | None = None  # a row for each place, made by the first `put`
+        self._states: HiddenStates | None = None  # a row per place; the first `put` allocates them
 
     def free_places(self, count: int) -> Ints:
         """Take `count` places, [count]."""
@@ -40,7 +41,7 @@ class RowPool:
         self.taken -= len(places)
 
     def put(self, states: HiddenStates, places: Tensor) -> None:
-        """Keep the rows of `states` at int64 `places`, on their device."""
+        """Keep the rows of `states` at int64 `places`, both on the same device."""
         size = len(self._free) + self.taken
         if self._states is None:
             self._states = states.zeros(size)
@@ -49,7 +50,10 @@ class RowPool:
             self._states = HiddenStates.cat([self._states, more])
         self._states.put(states, places)
 
-    def rows(self, places: Tensor) -> HiddenStates:
-        """A copy of the rows at `places`."""
+    def take(self, places: Ints) -> HiddenStates:
+        """A copy of the rows at `places`, which are free from then on."""
         assert self._states is not None, "rows are put in before they are taken out"
-        return self._states.rows(places)
+        [places_on_device] = upload((places,), self._states.device)
+        states = self._states.rows(places_on_device)
+        self.give_back(places)
+        return states

@@ -1,4 +1,4 @@
-"""Small arrays on their way to the device."""
+"""Uploads of small arrays to the device, many in one copy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ALIGNMENT = 16  # bytes; torch views of a dtype need a multiple of its size
 
 
 def upload(arrays: Arrays, device: torch.device) -> list[Tensor]:
-    """`arrays` [n] as tensors on `device`: in one copy, which the host does not wait for.
+    """Copy `arrays`, each [n], to `device` in one go, without waiting for the copy.
 
-    On a CPU they share the arrays' memory.
+    On a CPU the tensors share the arrays' memory.
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    # From torch's pinned pool, which reuses memory only when the copy is done.
+    # From torch's pool of pinned memory, which reuses memory only once the copy is done.
     packed = torch.empty(_places(arrays)[-1], dtype=torch.uint8, pin_memory=True)
     pack(arrays, packed)
     return unpack(packed.to(device, non_blocking=True), arrays)
@@ -43,7 +43,7 @@ def unpack(packed: Tensor, arrays: Arrays) -> list[Tensor]:
 
 
 def _places(arrays: Arrays) -> list[int]:
-    """The byte where each array begins, then the bytes of all."""
+    """The offset of each array in bytes, then the total size."""
     sizes = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
     places: list[int] = np.cumsum([0, *sizes]).tolist()
     return places

@@ -1,0 +1,1 @@
+"""Counters of executed work, and their way to the frontends."""

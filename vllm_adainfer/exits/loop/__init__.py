@@ -1,0 +1,1 @@
+"""The exit loop: segments, decisions, and the requests that leave between them."""

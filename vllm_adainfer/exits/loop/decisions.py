@@ -1,0 +1,136 @@
+"""The decisions of the policies in one step, kept until it is known who leaves by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.exits.loop.forward_pass import ForwardPass
+from vllm_adainfer.exits.loop.loop import ScoredRequests
+from vllm_adainfer.exits.loop.shadow import ShadowAnswers
+from vllm_adainfer.monitoring.monitor import Monitor
+from vllm_adainfer.policy.answers import Answers, EarlyScores
+from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.policy_set import PolicySet
+
+
+class Decisions:
+    """Lets policies decide a step's requests, at one exit point after the other."""
+
+    def __init__(
+        self,
+        policies: PolicySet,
+        forward: ForwardPass,
+        broadcast: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Decide requests of `forward`; see `ExitLoop` for `broadcast`."""
+        self._policies = policies
+        self._forward = forward
+        self._step, self._owners = forward.step, forward.owners
+        self._broadcast = broadcast
+        # By policy, for all requests of the step; answers are valid where settled.
+        self._answers: dict[int, Answers] = {}
+        self._memory: dict[int, Tensor] = {}
+
+    def decide(self, exit_index: int) -> None:
+        """Decide the requests that may exit and are not settled; settle those that now are."""
+        step, undecided = self._step, self._step.undecided()
+        parts = list(self._policies.rows_by_policy(exit_index, self._owners[undecided]))
+        if not parts:
+            return
+        by_policy = [undecided[part.rows] for part in parts]
+        requests = by_policy[0] if len(parts) == 1 else np.concatenate(by_policy)
+        own_rows = self._policies.own_rows(step.threshold_rows[requests], self._owners[requests])
+        last_rows = self._forward.layout.last_rows(requests)
+        subsets = () if step.subsets is None else (step.subsets[requests],)
+        places, threshold_rows, rows, *bits = step.on_device(
+            requests, own_rows, last_rows, *subsets
+        )
+        # No copy if all rows are decided in order, as where tokens are generated.
+        states = self._forward.states
+        if len(requests) < states.num_rows or len(parts) > 1:
+            states = states.rows(rows)
+        hidden, start = states.combined(), 0
+        settled = []
+        for part in parts:
+            span = slice(start, start + len(part.rows))
+            start = span.stop
+            memory = self._memory.get(part.policy)
+            decision = self._policies.policies[part.policy].decide(
+                part.exit_index,
+                UndecidedRows(
+                    hidden[span],
+                    threshold_rows[span],
+                    None if memory is None else memory[places[span]],
+                    bits[0][span] if bits else None,
+                ),
+            )
+            if decision.memory is not None:
+                if memory is None:
+                    memory = self._memory[part.policy] = self._for_all(decision.memory)
+                memory[places[span]] = decision.memory
+            if part.policy not in self._answers:
+                values = self._for_all(decision.answers.values)
+                self._answers[part.policy] = replace(decision.answers, values=values)
+            # Also of rows that are not settled: to pick out the others, the device would wait.
+            self._answers[part.policy].values[places[span]] = decision.answers.values
+            settled.append(decision.settled)
+        settled_rows = self._broadcast(settled[0] if len(settled) == 1 else torch.cat(settled))
+        # The only time that an exit point waits for the device.
+        step.settle(requests[settled_rows.cpu().numpy()])
+
+    def _for_all(self, values: Tensor) -> Tensor:
+        """Room for such values [rows, ...] of all requests, not initialised."""
+        return values.new_empty(self._step.num_requests, *values.shape[1:])
+
+    def place(self, hidden: Tensor) -> tuple[ScoredRequests, ...]:
+        """Write answers that are states to `hidden`, the LM head's input; return the scores.
+
+        They include answers of requests that stayed to full depth, where those spare the LM head.
+        """
+        step = self._step
+        exited, answered, scored = step.exited, step.answered(), []
+        for index, answers in self._answers.items():
+            requests = answered if answers.spares_head else exited
+            requests = requests[self._owners[requests] == index]
+            if not requests.size:
+                continue
+            if isinstance(answers, EarlyScores):
+                [places] = step.on_device(requests)
+                scored.append(ScoredRequests(requests, answers.subset(places)))
+            else:
+                places, rows = step.on_device(requests, step.layout.last_rows(requests))
+                hidden[rows] = answers.values[places]
+        return tuple(scored)
+
+    def of_shadows(
+        self, monitors: Mapping[str, Monitor], stats: ExitStats
+    ) -> Iterator[ShadowAnswers]:
+        """The early answers of shadow requests, for each policy that has some."""
+        step = self._step
+        if step.shadow is None:
+            return
+        for index in np.unique(self._owners[step.shadow]).tolist():
+            shadow = step.shadow[self._owners[step.shadow] == index]
+            settled = step.settled(shadow)
+            [requests] = step.on_device(shadow[settled])
+            answers = self._answers.get(index)
+            name = self._policies.names[index]
+            own_rows = self._policies.own_rows(step.threshold_rows[shadow], self._owners[shadow])
+            yield ShadowAnswers(
+                name=name,
+                policy=self._policies.policies[index],
+                monitor=monitors[name],
+                stats=stats.by_policy[name],
+                request_ids=[step.request_ids[place] for place in shadow.tolist()],
+                levels=monitors[name].levels_of(own_rows),
+                settled=settled,
+                requests=requests,
+                answers=None if answers is None else answers.subset(requests),
+                broadcast=self._broadcast,
+            )

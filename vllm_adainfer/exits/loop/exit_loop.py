@@ -1,0 +1,157 @@
+"""The exit loop: run a segment, let policies decide, let settled requests leave, run the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from torch import Tensor
+from typing_extensions import override
+
+from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.exits.accounting.layers import LayerAccounting
+from vllm_adainfer.exits.batch.batch import Batch, StackShape
+from vllm_adainfer.exits.kv.policies import KVPolicy
+from vllm_adainfer.exits.loop.decisions import Decisions
+from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
+from vllm_adainfer.exits.loop.loop import Loop, StepOutput
+from vllm_adainfer.exits.loop.step import NOBODY, StepContext
+from vllm_adainfer.monitoring.monitor import Monitor
+from vllm_adainfer.policy.policy_set import PolicySet
+
+
+class ExitLoop(Loop):
+    """Runs a model's stack and lets requests leave it early.
+
+    A request leaves at the first exit point where a policy has settled it and enough rows leave
+    with it to be worth a smaller batch. Until then it stays in. If it reaches full depth after all,
+    its early answer is dropped, unless that answer spares the LM head. A shadow request always
+    reaches full depth, and both answers are compared. The KV policy takes care of what later tokens
+    find in the layers that a request has skipped.
+
+    Attributes:
+        policies: decide who may leave.
+        accounting: counts what runs.
+
+    """
+
+    def __init__(
+        self,
+        shape: StackShape,
+        policies: PolicySet,
+        kv: KVPolicy,
+        monitors: Mapping[str, Monitor],
+        max_rows: int,
+        min_rows_saved: int | None = None,
+        broadcast: Callable[[Tensor], Tensor] = lambda values: values,
+    ) -> None:
+        """Prepare to run a stack that is cut at the exit points of `policies`.
+
+        Args:
+            shape: the stack's.
+            policies: decide who may leave.
+            kv: takes care of the layers that rows skip.
+            monitors: one for each policy, in the same order, or none.
+            max_rows: the most rows that a segment may get: vLLM has compiled for so many, and
+                attention backends have buffers for them.
+            min_rows_saved: rows that must leave together; None lets them leave where it is faster.
+            broadcast: gives every rank the first rank's values, so that all decide alike.
+
+        """
+        self.policies = policies
+        self.kv = kv
+        self.monitors = monitors
+        self._shape = shape
+        self._min_rows_saved = min_rows_saved
+        self._max_rows = max_rows
+        self._broadcast = broadcast
+        self.stats = ExitStats()
+        self.reset_counters()
+
+    def use_policies(self, policies: PolicySet, monitors: Mapping[str, Monitor]) -> None:
+        """Decide by other policies, with the same exit points, from the next step on.
+
+        The counters of a policy that has gone stay.
+        """
+        self.policies, self.monitors = policies, monitors
+        self.stats.serving, self.stats.shadow = policies.names, monitors
+        self.accounting.use_names(policies.names)
+
+    @override
+    def reset_counters(self) -> None:
+        names, differ = self.policies.names, self.stats.weights_differ
+        self.stats = ExitStats(serving=names, weights_differ=differ, shadow=self.monitors)
+        self.accounting = LayerAccounting(self.stats, names)
+
+    @override
+    def tightened(self) -> Bools | None:
+        if not self.monitors:
+            return None
+        pairs = zip(self.monitors.values(), self.policies.policies, strict=True)
+        return np.concatenate(
+            [monitor.tightened_rows(policy.num_threshold_rows) for monitor, policy in pairs]
+        )
+
+    @override
+    def forget(self, request_id: str) -> None:
+        for exit_index, policies in self.kv.forget(request_id):
+            below = self._shape.depth - self._shape.depth_after(exit_index)
+            self.accounting.skipped(self.accounting.tokens(policies), below)
+
+    @override
+    def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
+        start = time.perf_counter()
+        owners = self.policies.owners(step.threshold_rows)
+        forward = ForwardPass(self._shape, step, owners, batch, input_ids, self.kv, self.accounting)
+        decisions = Decisions(self.policies, forward, self._broadcast)
+        self.stats.tokens_decided += step.num_sampled
+        for segment in range(self._shape.last_segment):
+            if segment == self._shape.tail:
+                forward.drop_unsampled()
+            forward.run(segment)
+            if segment == len(self.policies.exit_points):  # the last layer is next
+                break
+            if step.is_open:
+                self._decide(segment, decisions, step)
+            self._regroup(segment, forward)
+            if forward.layout.num_rows == 0:
+                break
+        hidden = forward.finish()
+        scored = decisions.place(hidden)
+        shadows = tuple(decisions.of_shadows(self.monitors, self.stats))
+        if step.device.type == "cpu":  # elsewhere the host's clock says nothing about the device
+            self.stats.seconds += time.perf_counter() - start
+        return StepOutput(hidden, scored, shadows)
+
+    def _decide(self, exit_index: int, decisions: Decisions, step: StepContext) -> None:
+        start = time.perf_counter()
+        decisions.decide(exit_index)
+        if step.device.type == "cpu":
+            self.stats.probe_seconds += time.perf_counter() - start
+
+    def _regroup(self, exit_index: int, forward: ForwardPass) -> None:
+        """Let settled requests leave if that pays, and rows that wait here rejoin the others."""
+        leaving = forward.step.ready()
+        if leaving.size and not self._pays(exit_index, leaving, forward):
+            leaving = NOBODY
+        waiting = forward.waiting(exit_index, leaving)
+        if leaving.size or waiting is not None:
+            forward.regroup(exit_index, leaving, waiting, self._max_rows)
+
+    def _pays(self, exit_index: int, leaving: Ints, forward: ForwardPass) -> bool:
+        """Whether requests that are ready are to leave at this exit point."""
+        step, lens = forward.step, forward.layout.query_lens
+        ready = int(lens[leaving].sum())
+        if self._min_rows_saved is not None:
+            return ready >= self._min_rows_saved
+        if ready == forward.layout.num_rows:  # no rows are left to compact
+            return True
+        depth, shape = self._shape.depth_after(exit_index), self._shape
+        # Where layers are deferred, rows of a request that goes on only run them later; but no
+        # row runs the layers without keys and values later.
+        for_good = int(lens[step.ending(leaving)].sum()) if self.kv.defers else ready
+        with_kv = max(shape.kv_layers - depth, 0)
+        saved = for_good * with_kv + len(leaving) * (shape.depth - depth - with_kv)
+        return saved >= COMPACTION_COST[step.device.type]

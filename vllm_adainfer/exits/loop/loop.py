@@ -1,0 +1,96 @@
+"""What runs a model's stack: the base of the exit loop and of the recording loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor
+
+from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.exits.batch.batch import Batch
+from vllm_adainfer.exits.kv.policies import KVPolicy
+from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
+from vllm_adainfer.exits.loop.step import StepContext
+from vllm_adainfer.monitoring.monitor import Monitor
+from vllm_adainfer.policy.answers import EarlyScores
+
+
+@dataclass(frozen=True)
+class ScoredRequests:
+    """Requests whose answers are scores, for `compute_logits`.
+
+    Attributes:
+        requests: [answered], their places in the step's batch.
+        answers: the answer of each, in the same order.
+
+    """
+
+    requests: Ints
+    answers: EarlyScores
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The result of a step.
+
+    Attributes:
+        hidden: [rows, head size], the input of vLLM's own `compute_logits`; defined only in the
+            rows that yield a token.
+        scored: answers that are scores, by policy.
+        shadows: early answers of shadow requests, by policy.
+
+    """
+
+    hidden: Tensor
+    scored: tuple[ScoredRequests, ...] = ()
+    shadows: tuple[ShadowAnswers, ...] = ()
+
+
+class Loop(ABC):
+    """Runs a model's stack, step by step.
+
+    Attributes:
+        stats: the counters so far.
+        kv: takes care of the layers that exited rows have skipped.
+        monitors: watch shadow requests, by policy; empty where there are none.
+
+    """
+
+    stats: ExitStats
+    kv: KVPolicy
+    monitors: Mapping[str, Monitor] = MappingProxyType({})
+
+    @abstractmethod
+    def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
+        """Run one step.
+
+        Args:
+            batch: the rows that the step came with.
+            input_ids: int32 or int64 [rows], possibly with padding at the end.
+            step: the requests of these rows, and which of them may exit.
+
+        """
+
+    @abstractmethod
+    def reset_counters(self) -> None:
+        """Start all counters from 0."""
+
+    def tightened(self) -> Bools | None:
+        """True for threshold rows whose requests run at full depth unless they are shadow requests.
+
+        None where there is no monitor, so that no request is a shadow request.
+        """
+        return None
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended, or its keys and values were thrown away."""
+        self.kv.forget(request_id)
+
+    def ended(self, request_id: str) -> None:
+        """A request gets no more tokens, whether or not it ever ran."""
+        for name, monitor in self.monitors.items():
+            warn(name, monitor, monitor.ended(request_id))

@@ -1,0 +1,146 @@
+"""The requests of one step: who may exit, who is settled, who has exited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.batch.upload import upload
+
+CPU = torch.device("cpu")
+NOBODY = np.arange(0)
+
+
+class StepContext:
+    """The requests of one step, each named by its place in the batch that the step came with.
+
+    Attributes:
+        request_ids: vLLM's ids, by place.
+        layout: the rows that the step came with.
+        yields_token: [requests], True where this step yields a token: from the last row of the
+            request (False: more chunks of its prompt follow).
+        threshold_rows: [requests], see `Admitted.threshold_row`; a negative one runs at full depth.
+        continues: [requests], True for those that may be asked for another token.
+        shadow: requests that are decided at exit points but stay to full depth; None where there
+            is no monitor.
+        all_rows_count: whether the final states of all rows are read, not only of sampled ones.
+        device: the device of the rows.
+        subsets: [requests], see `Admitted.subset`; None if no policy has a label pool.
+        record_rows: [requests], see `Admitted.record_row`; None unless the engine records.
+
+    """
+
+    def __init__(
+        self,
+        request_ids: Sequence[str],
+        layout: RowLayout,
+        yields_token: Bools,
+        threshold_rows: Ints,
+        continues: Bools,
+        shadow: Bools | None = None,
+        all_rows_count: bool = False,
+        device: torch.device = CPU,
+        subsets: Ints | None = None,
+        ends_early: Bools | None = None,
+        record_rows: Ints | None = None,
+    ) -> None:
+        """Describe the step; every request has some rows. Arguments as the attributes, and:
+
+        Args:
+            shadow: [requests], True for shadow requests.
+            ends_early: [requests], True for those that are expected to end if they exit, though
+                they may be asked for another token; None if there are none.
+
+        """
+        self.request_ids = request_ids
+        self.num_requests = len(request_ids)
+        self.num_sampled = int(np.count_nonzero(yields_token))
+        self.layout = layout
+        self.yields_token = yields_token
+        self.threshold_rows = threshold_rows
+        self.record_rows = record_rows
+        self.subsets = subsets
+        self.continues = continues
+        self.all_rows_count = all_rows_count
+        self.device = device
+        self._goes_on = continues if ends_early is None else continues & ~ends_early
+        self._may_exit = self._may_leave = yields_token & (threshold_rows >= 0)
+        self.shadow: Ints | None = None
+        if shadow is not None:
+            self.shadow = np.flatnonzero(self._may_exit & shadow)
+            self._may_leave = self._may_exit & ~shadow
+        self._num_may_exit = int(np.count_nonzero(self._may_exit))
+        self._num_settled = 0
+        self._settled, self._exited, self._lacks_kv = np.zeros(
+            (3, len(request_ids)), dtype=np.bool_
+        )
+
+    @property
+    def exited(self) -> Ints:
+        """Requests that have left the stack early."""
+        return np.flatnonzero(self._exited)
+
+    @property
+    def lacking_kv(self) -> Ints:
+        """Those of them whose rows lack keys and values in some layers."""
+        return np.flatnonzero(self._lacks_kv)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether some request may exit and is not settled yet."""
+        return self._num_settled < self._num_may_exit
+
+    def at_full_depth(self) -> Ints:
+        """Requests that yield a token in this step and have not exited."""
+        return np.flatnonzero(self.yields_token & ~self._exited)
+
+    def going_on(self) -> Ints:
+        """Requests that have rows in later steps: of their prompts, or of tokens to come."""
+        return np.flatnonzero(~self.yields_token | self.continues)
+
+    def undecided(self) -> Ints:
+        """Requests in the stack that may exit and are not settled yet."""
+        return np.flatnonzero(self._may_exit & ~self._settled)
+
+    def ready(self) -> Ints:
+        """Settled requests that are still in the stack and may leave."""
+        if not self._num_settled:
+            return NOBODY
+        return np.flatnonzero(self._settled & self._may_leave & ~self._exited)
+
+    def answered(self) -> Ints:
+        """Settled requests, exited or not, without the shadow requests."""
+        return np.flatnonzero(self._settled & self._may_leave)
+
+    def settled(self, requests: Ints) -> Bools:
+        """Whether the answer of each of `requests` is known."""
+        return self._settled[requests]
+
+    def ending(self, requests: Ints) -> Ints:
+        """Those of `requests` that are expected to end if they exit."""
+        return requests[~self._goes_on[requests]]
+
+    def settle(self, requests: Ints) -> None:
+        """The answers of `requests`, which were undecided, are known."""
+        self._settled[requests] = True
+        self._num_settled += len(requests)
+
+    def leave(self, requests: Ints, lacks_kv: bool) -> None:
+        """`requests` leave the stack; `lacks_kv` if they skip layers that write keys and values."""
+        self._exited[requests] = True
+        self._lacks_kv[requests] = lacks_kv
+
+    def sampled_rows(self) -> Bools:
+        """Whether each row that the step came with yields a token, [rows]."""
+        rows = np.zeros(self.layout.num_rows, dtype=np.bool_)
+        rows[self.layout.last_rows(np.flatnonzero(self.yields_token))] = True
+        return rows
+
+    def on_device(self, *arrays: Ints | Bools) -> list[Tensor]:
+        """`arrays` on the device of the rows."""
+        return upload(arrays, self.device)

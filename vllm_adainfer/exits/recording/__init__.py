@@ -1,0 +1,1 @@
+"""Recording of the states and sums that calibration learns from."""

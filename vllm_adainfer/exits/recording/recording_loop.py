@@ -1,0 +1,152 @@
+"""The recording loop: all rows run all layers, and the recorder gets the states in between."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.exits.accounting.layers import LayerAccounting
+from vllm_adainfer.exits.batch.batch import Batch, StackShape
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.kv.policies import KVPolicy
+from vllm_adainfer.exits.loop.loop import Loop, StepOutput
+from vllm_adainfer.exits.loop.step import NOBODY, StepContext
+from vllm_adainfer.exits.recording.recorder import Recorder
+from vllm_adainfer.settings.engine import NO_POLICY
+
+REHEARSALS = 20  # steps in which exits are rehearsed
+
+
+@dataclass
+class Timings:
+    """The time of steps at full depth, and of rehearsed exits.
+
+    Attributes:
+        layer_seconds: time in decoder layers.
+        layers_run: token-layers executed in that time.
+        cut_seconds: time to compact batches, in rehearsals.
+        rows: token rows of the steps with a rehearsal.
+        fewer: for batches compacted once, twice and three times: their share of the step's rows,
+            and the share of its time that the same layers took.
+
+    """
+
+    layer_seconds: float = 0.0
+    layers_run: int = 0
+    cut_seconds: float = 0.0
+    rows: int = 0
+    fewer: list[list[tuple[float, float]]] = field(default_factory=lambda: [[], [], []])
+
+
+class RecordingLoop(Loop):
+    """Runs all requests at full depth while calibration data are collected."""
+
+    def __init__(self, shape: StackShape, recorder: Recorder, keeps_states: bool = False) -> None:
+        """Run a stack that is cut at ``recorder.layers``: its last segment is the final norm.
+
+        `keeps_states` says that layers keep a recurrent state: a row must not run twice.
+        """
+        self.recorder = recorder
+        self._keeps_states = keeps_states
+        self.timings = Timings()
+        self.kv = KVPolicy()
+        self._depth = shape.depth
+        self.reset_counters()
+
+    @override
+    def reset_counters(self) -> None:
+        self.stats = ExitStats()
+        self._accounting = LayerAccounting(self.stats, (NO_POLICY,))
+
+    @override
+    def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
+        """Run and record one step; it gives no early answers."""
+        rows = step.layout.num_rows
+        states = HiddenStates(input_ids)
+        recorded = []
+        for segment in range(len(self.recorder.layers)):
+            start = _now(step)
+            states = batch.run(segment, states)
+            self.timings.layer_seconds += _now(step) - start
+            stream = states.combined()[:rows]  # without padding
+            # A single part is the segment's own memory, which CUDA graphs overwrite.
+            recorded.append(stream.clone() if states.residual is None else stream)
+        final = batch.run(len(self.recorder.layers), states).hidden
+        assert step.record_rows is not None, "the engine records"
+        record_rows, positions, last = step.on_device(
+            step.record_rows[step.layout.row_requests], step.layout.positions, step.sampled_rows()
+        )
+        self.recorder.record(recorded, record_rows, positions, last)
+        if len(self.timings.fewer[0]) < REHEARSALS:
+            final = final.clone()  # which the layers may overwrite
+            self._rehearse_exits(batch, HiddenStates(input_ids), states, step)
+        policies, accounting, depth = np.zeros(rows, dtype=np.int64), self._accounting, self._depth
+        tokens = accounting.tokens(policies)
+        accounting.submitted(tokens, depth)
+        accounting.ran(tokens, depth)
+        accounting.decided(policies[: step.num_sampled], depth)
+        self.stats.tokens_decided += step.num_sampled
+        self.timings.layers_run += rows * depth
+        return StepOutput(final)
+
+    def _rehearse_exits(
+        self, batch: Batch, ids: HiddenStates, states: HiddenStates, step: StepContext
+    ) -> None:
+        """Time what an exit point does when half of the requests leave, and layers without them.
+
+        The step is over, and the first segment writes the same keys and values once more. Recurrent
+        states would change, so only requests that need theirs no more take part.
+        """
+        assert step.record_rows is not None
+        requests = np.flatnonzero(step.yields_token & (step.record_rows >= 0))
+        going_on = step.going_on() if self._keeps_states else NOBODY
+        requests, layout = np.setdiff1d(requests, going_on), step.layout
+        if requests.size < 2:
+            return
+        if going_on.size:
+            layout, stay = _without(going_on, layout, step)
+            ids, states, batch = ids.rows(stay), states.rows(stay), batch.compact(layout)
+        rows, full = layout.num_rows, self._first_segment(batch, ids, step)
+        for fewer in self.timings.fewer:
+            if requests.size < 2:
+                return
+            start = _now(step)
+            layout, stay = _without(requests[::2], layout, step)
+            requests = requests[1::2]
+            states, batch = states.rows(stay), batch.compact(layout)
+            if fewer is self.timings.fewer[0]:
+                self.timings.cut_seconds += _now(step) - start
+                self.timings.rows += rows
+            ids = ids.rows(stay)
+            seconds = self._first_segment(batch, ids, step)
+            fewer.append((layout.num_rows / rows, seconds / full))
+
+    def _first_segment(self, batch: Batch, ids: HiddenStates, step: StepContext) -> float:
+        """Time that the first segment takes with a batch's rows, in seconds."""
+        times = []
+        for _ in range(2):  # the first run with so many rows may have to prepare something
+            start = _now(step)
+            batch.run(0, ids)
+            times.append(_now(step) - start)
+        return min(times)
+
+
+def _without(leaving: Ints, layout: RowLayout, step: StepContext) -> tuple[RowLayout, Tensor]:
+    """The layout without the requests `leaving`, and the rows that stay, on the device."""
+    layout, rows = layout.regroup(leaving)
+    return layout, step.on_device(rows)[0]
+
+
+def _now(step: StepContext) -> float:
+    """The time in seconds, once the device has finished its work."""
+    if step.device.type != "cpu":
+        torch.accelerator.synchronize(step.device)
+    return time.perf_counter()

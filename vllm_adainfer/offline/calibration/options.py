@@ -1,0 +1,136 @@
+"""The options of `vllm-adainfer calibrate`, and which of them go together. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vllm_adainfer.artifact.kinds import BoundKind, ClassifierKind, ProbeKind, Risk
+from vllm_adainfer.errors import AdaInferError
+
+if TYPE_CHECKING:
+    from vllm_adainfer.offline.calibration.adapter import NamedAdapter
+
+BoundChoice = Literal["auto", BoundKind]
+ProbeChoice = Literal["auto", ProbeKind]
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """The make-up of a policy and its promise; see `vllm-adainfer calibrate --help`."""
+
+    classifier: ClassifierKind = "svm"
+    exit_points: tuple[int, ...] | None = None
+    epsilon: float = 0.02
+    delta: float = 0.1
+    risk: Risk = "disagreement"
+    tolerance: float | None = None
+    bound: BoundChoice = "auto"
+    seed: int = 0
+    max_tokens: int = 1
+    by_question: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """The arguments of the command; see `vllm-adainfer calibrate --help`."""
+
+    model: str
+    data: Path
+    output: Path
+    template: str | None = None
+    label_field: str = "label"
+    labels: tuple[str, ...] = ()
+    label_pool: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    adapter: NamedAdapter | None = None
+    probe: ProbeChoice = "auto"
+    options: PolicyOptions = field(default_factory=PolicyOptions)
+
+
+def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
+    """Check that the options go together, and with data that holds requests or rows.
+
+    Raises:
+        AdaInferError: they do not; the message says which to drop.
+
+    """
+    options, choices, labels = request.options, bool(request.choices), bool(request.labels)
+    generated, tolerance = options.max_tokens > 1, options.tolerance is not None
+    accuracy, exact = options.risk == "accuracy", options.bound == "exact"
+    another_probe = request.probe not in ("auto", "label-head")
+    refusals = [
+        (choices and labels, "--choices and --labels are two kinds of answers: drop one"),
+        (
+            choices and bool(request.label_pool),
+            "--choices and --label-pool are two kinds of answers: drop one",
+        ),
+        (choices and generated, "--choices are decided by their first token: drop --max-tokens"),
+        (
+            choices and tolerance,
+            "requests with a choice that read probabilities run at full depth: drop --tolerance",
+        ),
+        (
+            choices and another_probe,
+            f"--choices need a label-head, which scores whole choices: drop --probe "
+            f"{request.probe}",
+        ),
+        (
+            tolerance and generated,
+            "--tolerance is for the probabilities of one token: drop --max-tokens or --tolerance",
+        ),
+        (
+            tolerance and another_probe,
+            f"--tolerance needs the scores of a label-head, and --probe {request.probe} has none: "
+            "drop --probe or --tolerance",
+        ),
+        (
+            tolerance and accuracy,
+            "--tolerance bounds how far probabilities move, --risk accuracy the accuracy lost, and "
+            "a policy has one bound: drop one of them",
+        ),
+        (
+            holds_requests and (request.template is not None or labels or generated),
+            f"{request.data} holds requests, which bring their prompts, labels and one token each: "
+            "drop --template, --labels and --max-tokens",
+        ),
+        (labels and generated, "--labels are one-token answers: drop --max-tokens or --labels"),
+        (
+            exact and generated,
+            "--bound exact counts independent answers, and the tokens of a text are not: use wsr "
+            "or auto with --max-tokens",
+        ),
+        (
+            accuracy and generated,
+            "--risk accuracy works for one-token answers only: drop --max-tokens or bound the "
+            "disagreement",
+        ),
+        (
+            exact and accuracy,
+            "--bound exact counts changed answers and cannot bound the accuracy lost: use wsr or "
+            "auto",
+        ),
+        (
+            not holds_requests and options.by_question,
+            "--by question is for requests, each of which asks one: give --data in the form of "
+            "vLLM's batch files, or drop --by",
+        ),
+        (
+            not holds_requests and bool(request.label_pool),
+            "--label-pool is for requests that name their own labels: give --data in the form of "
+            "vLLM's batch files, or --labels",
+        ),
+        (
+            not holds_requests and tolerance and not labels,
+            "--tolerance is for the probabilities of labels: give --labels, such as "
+            "negative,positive, or drop --tolerance",
+        ),
+        (
+            not holds_requests and request.probe == "label-head" and not labels and not choices,
+            "--probe label-head needs --labels, such as --labels negative,positive",
+        ),
+    ]
+    for refused, sentence in refusals:
+        if refused:
+            raise AdaInferError(sentence)
