@@ -10,7 +10,7 @@ import pytest
 from vllm_adainfer.engine.admission import traffic_sample as sample
 from vllm_adainfer.engine.admission.admission import Admission, Admitted
 from vllm_adainfer.engine.admission.resolved import Resolved
-from vllm_adainfer.engine.admission.traffic_sample import is_sampled
+from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.requests import client_request_id
 from vllm_adainfer.engine.runner.adapters import fingerprint_of
 
@@ -40,6 +40,6 @@ def draw_by_the_clients_ids(module: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sample, "SECRET", b"the same in each run")
 
     def drawn(request_id: str, rate: float, purpose: str) -> bool:
-        return is_sampled(client_request_id(request_id), rate, purpose)
+        return in_traffic_sample(client_request_id(request_id), rate, purpose)
 
-    monkeypatch.setattr(f"vllm_adainfer.engine.{module}.is_sampled", drawn)
+    monkeypatch.setattr(f"vllm_adainfer.engine.{module}.in_traffic_sample", drawn)

@@ -1,4 +1,4 @@
-"""VLLM's config hook: where the one switch turns into our classes, in engine and frontend."""
+"""vLLM's config hook: applies the engine switch to the engine and the frontend."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_adainfer.engine.compat.stats import use_stat_loggers
-from vllm_adainfer.engine.startup.configure import configure
-from vllm_adainfer.engine.startup.configure_scheduler import configure_scheduler
+from vllm_adainfer.engine.startup.configure import configure, configure_scheduler
 from vllm_adainfer.frontend.request_check import use_check
 from vllm_adainfer.frontend.stat_logger import WithExitStats
 from vllm_adainfer.settings.engine import read_settings
@@ -18,13 +17,18 @@ if TYPE_CHECKING:
 
 
 class ConfigHook(VerifyAndUpdateConfig):
-    """The hook of one architecture; `model_class` is empty for one without exit points."""
+    """The hook of one architecture.
+
+    Attributes:
+        model_class: name of our model class; empty for an architecture without exit points.
+
+    """
 
     model_class = ""
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Let the stock hook do its part, then configure ours if the switch is on."""
+        """Run vLLM's own hook, then configure ours if the switch is on."""
         super().verify_and_update_config(vllm_config)
         settings = read_settings(vllm_config.additional_config)
         if settings is None:
@@ -38,11 +42,11 @@ class ConfigHook(VerifyAndUpdateConfig):
 
 
 def config_hook(stock: type | None, model_class: str) -> type[ConfigHook]:
-    """A hook that runs `stock` first, if there is one."""
+    """Our hook for an architecture; it runs vLLM's own, `stock`, first."""
     bases = (ConfigHook,) if stock is None else (ConfigHook, stock)
     return type("AdaInferConfigHook", bases, {"model_class": model_class})
 
 
 def is_config_hook(hook: Any) -> bool:
-    """Whether `register` has already replaced this hook."""
+    """Whether `register` has already installed this hook."""
     return isinstance(hook, type) and issubclass(hook, ConfigHook)

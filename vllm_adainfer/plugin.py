@@ -1,4 +1,4 @@
-"""Entry point of the ``vllm.general_plugins`` group: what vLLM learns from us."""
+"""Entry point of the group ``vllm.general_plugins``: registers our models and config hooks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from vllm_adainfer.engine.classes import MODELS
 
 
 def register() -> None:
-    """Tell vLLM about our classes; runs in every process, any number of times.
+    """Register our classes with vLLM; runs in every process, any number of times.
 
-    Stock registry entries stay: an engine whose ``additional_config`` has no ``adainfer`` key
-    builds vLLM's own model, worker and scheduler.
+    Stock registry entries stay as they are: an engine whose ``additional_config`` has no
+    ``adainfer`` key builds vLLM's own model, worker and scheduler.
     """
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -18,9 +18,9 @@ def register() -> None:
 
     for ours in set(MODELS.values()):
         ModelRegistry.register_model(ours.rpartition(":")[2], ours)
-    # The documented hook is asked by architecture. Every architecture gets one, so that the
-    # switch is refused, not ignored, on a model without exit points. Some that vLLM 0.32 makes of
-    # others (`--convert classify`) are not in its registry, and have a hook.
+    # vLLM looks up the documented hook by architecture. Every architecture gets one, so that the
+    # switch is refused, not ignored, on a model without exit points. Some architectures that vLLM
+    # 0.32 derives from others (`--convert classify`) have a hook but no registry entry.
     for architecture in {*ModelRegistry.get_supported_archs(), *MODELS_CONFIG_MAP}:
         hook = MODELS_CONFIG_MAP.get(architecture)
         if not is_config_hook(hook):

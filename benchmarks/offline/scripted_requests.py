@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_adainfer.policy.script import SCRIPT_LABELS
-from vllm_adainfer.settings.request import SCRIPT_ARG
+from vllm_adainfer.settings.instruments import SCRIPT_ARG
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

@@ -13,10 +13,9 @@ from typer.cli import get_docs_for_click
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.cli import app
-from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
-from vllm_adainfer.frontend.metrics import Series
+from vllm_adainfer.frontend.metrics import ChoiceMetrics, Series
 from vllm_adainfer.offline.tables import markdown_table
-from vllm_adainfer.settings.engine import Settings
+from vllm_adainfer.settings.engine import Switch
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -40,7 +39,7 @@ def settings() -> str:
     """Keys of the engine switch."""
     return (
         '# Engine switch\n\nThe value of `additional_config["adainfer"]`. '
-        "[Serving](../serving.md#the-engine-switch) says how to set it.\n\n" + _fields(Settings)
+        "[Serving](../serving.md#the-engine-switch) says how to set it.\n\n" + _fields(Switch)
     )
 
 
@@ -57,17 +56,7 @@ def metrics() -> str:
     """Series on ``/metrics``."""
     series, choices = Series((1,)), ChoiceMetrics("", ())
     rows = []
-    for metric in (
-        *series.counters.values(),
-        series.exit_layer,
-        series.shadow_move,
-        *series.disagreement.values(),
-        series.exits_allowed,
-        series.weights_differ,
-        series.info,
-        choices.finished,
-        choices.appended,
-    ):
+    for metric in (*series.all, choices.finished, choices.appended):
         [family] = metric.describe()
         suffix = "_total" if family.type == "counter" else ""
         labels = ", ".join(f"`{name}`" for name in metric._labelnames)

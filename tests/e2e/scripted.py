@@ -33,7 +33,8 @@ class ScriptedAdmission(Admission):
     saving: tuple[str, float] | None = None
 
     def __init__(self) -> None:
-        self.records = self.has_pools = self.has_choices = self.may_get_choices = False
+        self.is_recording = self.has_pools = False
+        self.has_choices = self.may_serve_choices = False
 
     def resolve(
         self, request_id: str, params: Any, adapter: Any = None, resumable: bool = False
@@ -42,9 +43,7 @@ class ScriptedAdmission(Admission):
         tag = arguments.get(EXIT_AT, FULL) if arguments.get("adainfer", 1) else FULL
         return Resolved(
             settings=RequestSettings(adainfer_exit=tag),
-            read=None,
-            is_wanted=True,
-            scores_unchanged=True,
+            output=None,
             max_tokens=params.max_tokens or UNLIMITED,
             wants_prompt_logprobs=wants_prompt_logprobs(params),
             may_exit=tag != FULL,
@@ -60,9 +59,7 @@ class ScriptedAdmission(Admission):
         fingerprint: str | None = None,
     ) -> Admitted:
         row = resolved.settings.adainfer_exit
-        return Admitted(
-            resolved, row, ALL, UNLIMITED, False, prompt, len(prompt), adapter, NOT_RECORDED
-        )
+        return Admitted(resolved, row, ALL, UNLIMITED, False, prompt, adapter, NOT_RECORDED)
 
     def is_shadow(self, request_id: str) -> bool:
         return False

@@ -22,7 +22,7 @@ from tests.tiny import LABELS
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.files import load_artifact
-from vllm_adainfer.engine.admission.traffic_sample import is_sampled
+from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.scheduler.capture import CapturingScheduler
 from vllm_adainfer.engine.scheduler.scheduler import (
     AdaInferAsyncScheduler,
@@ -140,7 +140,7 @@ def test_beside_an_artifact_requests_leave_early_and_the_share_is_captured(
         engine.reset_prefix_cache()
         assert told(both, params) == told(engine, params)
     assert min(stats(both)["exit_histogram"]) == 2
-    drawn = [str(i) for i in range(4 * len(PROMPTS)) if is_sampled(str(i), 0.4, "capture")]
+    drawn = [str(i) for i in range(4 * len(PROMPTS)) if in_traffic_sample(str(i), 0.4, "capture")]
     assert 0 < len(drawn) < 4 * len(PROMPTS)
     lines = lines_of(tmp_path, len(drawn))
     assert [line["custom_id"] for line in lines] == drawn

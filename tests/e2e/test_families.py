@@ -28,7 +28,7 @@ from tests.tiny import EXIT_POINTS, LAYERS
 from vllm_adainfer import stats
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.policy.probe import logit_lens_of
-from vllm_adainfer.settings.request import ROW_ARG
+from vllm_adainfer.settings.instruments import ROW_ARG
 
 SMALL = {
     "max_model_len": 320,

@@ -49,7 +49,7 @@ class Finishing(FinishingScheduler, AnyBase):
 
 READERS: dict[str, Callable[[VllmConfig], Any]] = {
     "model": lambda config: Model(vllm_config=config),
-    "admission": lambda config: Admission.of(config, settings_of(config)),
+    "admission": lambda config: Admission.from_config(config, settings_of(config)),
     "metrics": Logger,
     "choices": Finishing,
 }

@@ -84,7 +84,7 @@ def test_a_request_with_an_adapter_without_a_policy_runs_all_layers(
         "that is none": lambda: LoRARequest("mood", 1, str(tmp_path)),
     }[other]()
     assert row_of(admission, asked(), adapter=adapter) == FULL_DEPTH
-    assert not admitted(admission, asked(), adapter=adapter).chooses
+    assert not admitted(admission, asked(), adapter=adapter).has_choice_policy
 
 
 def test_the_scheduler_takes_a_request_for_one_that_exits_by_its_adapters_name_alone(
@@ -156,9 +156,9 @@ def test_where_policies_come_with_adapters_any_request_for_a_choice_may_end_with
     structured = StructuredOutputsParams(choice=["yes", "no"])
     choice = SamplingParams(temperature=0, max_tokens=9, structured_outputs=structured)
     choice.update_from_generation_config({}, eos_token_id=2)
-    assert resolved(admission, choice, adapter).may_choose
-    assert not resolved(admission, choice).may_choose
-    assert not resolved(admission, asked(), adapter).may_choose
+    assert resolved(admission, choice, adapter).may_end_after_first_token
+    assert not resolved(admission, choice).may_end_after_first_token
+    assert not resolved(admission, asked(), adapter).may_end_after_first_token
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_a_request_may_exit_at_every_epsilon_but_0(
 def test_while_recording_each_request_names_its_row_and_none_may_exit(arguments, row):
     admission = Admission(Settings(record=(1, 2)))
     params = SamplingParams(max_tokens=1, extra_args=arguments)
-    assert admission.records
+    assert admission.is_recording
     assert admitted(admission, params).record_row == row
     assert row_of(admission, params) == FULL_DEPTH
     assert not resolved(admission, params).may_exit
@@ -233,7 +233,7 @@ def test_with_a_script_the_tag_is_the_exit_point_that_a_label_request_names(
 ):
     admission = Admission(Settings(exit_script=(2, 5)))
     params = label_request(SCRIPT_LABELS, **changes, extra_args=arguments)
-    assert not admission.records
+    assert not admission.is_recording
     assert row_of(admission, params) == tag
     assert resolved(admission, params).may_exit == (tag != FULL_DEPTH)
 
@@ -384,7 +384,7 @@ def test_after_its_arrival_nothing_that_a_client_sent_is_looked_at(
 ):
     deciding = admission()
     decided = resolved(deciding, label_request(label_ids))
-    for name in "read_of", "read_request", "has_unchanged_scores":
+    for name in "requested_output", "read_request", "wants_prompt_logprobs":
         monkeypatch.delattr(f"vllm_adainfer.engine.admission.admission.{name}")
     assert deciding.admit(decided, [5]).threshold_row == DEFAULT
 

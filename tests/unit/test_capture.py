@@ -12,11 +12,11 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
 from vllm_adainfer.engine.admission import traffic_sample as sample
-from vllm_adainfer.engine.admission.traffic_sample import is_sampled
+from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 from vllm_adainfer.engine.scheduler.capture import body_of
-from vllm_adainfer.engine.startup.configure_scheduler import notice
+from vllm_adainfer.engine.startup.banner import capture_notice
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Capture, Settings, read_settings
 
@@ -171,19 +171,21 @@ def test_the_parts_of_one_http_request_are_a_group(request_id, group):
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 1])
 def test_the_rate_is_the_share_that_is_captured(rate, monkeypatch):
     monkeypatch.setattr(sample, "SECRET", b"the same in each run")
-    drawn = sum(is_sampled(str(number), rate, "capture") for number in range(10_000))
+    drawn = sum(in_traffic_sample(str(number), rate, "capture") for number in range(10_000))
     assert abs(drawn - rate * 10_000) <= 3 * (rate * (1 - rate) * 10_000) ** 0.5
 
 
 def test_shadow_requests_and_captured_ones_are_drawn_independently(monkeypatch):
     monkeypatch.setattr(sample, "SECRET", b"the same in each run")
     ids = [str(number) for number in range(10_000)]
-    both = sum(is_sampled(i, 0.3, "capture") and is_sampled(i, 0.3, "shadow") for i in ids)
+    both = sum(
+        in_traffic_sample(i, 0.3, "capture") and in_traffic_sample(i, 0.3, "shadow") for i in ids
+    )
     assert abs(both - 900) < 3 * 900**0.5
 
 
 def test_at_start_the_log_says_what_is_kept_where_and_that_it_is_users_data():
-    text = notice(Capture(directory="/data/requests", rate=0.25, limit=500))
+    text = capture_notice(Capture(directory="/data/requests", rate=0.25, limit=500))
     assert "captures 0.25 of the requests, the latest 500 of each engine, in /data" in text
     assert "users' data on disk" in text
 

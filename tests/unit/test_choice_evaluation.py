@@ -10,11 +10,11 @@ import pytest
 from prometheus_client import REGISTRY
 
 from tests.unit.test_choice_policy import YES_NO
-from vllm_adainfer.engine.admission.choice_endings import why_choices_go_on
+from vllm_adainfer.engine.admission.admission import why_choices_run_on
 from vllm_adainfer.engine.compat.stats import take_report
 from vllm_adainfer.engine.scheduler.scheduler import FinishingScheduler
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
+from vllm_adainfer.frontend.metrics import ChoiceMetrics
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
     PolicyOptions,
@@ -62,9 +62,9 @@ def test_what_does_not_go_with_choices_is_refused(request_of, sentence):
         ({}, {}, None),
         ({}, {"backend": "xgrammar"}, None),
         ({"finish_choices": False}, {}, '"finish_choices" is off'),
-        ({}, {"reasoning_parser": "qwen3"}, "after the thoughts"),
+        ({}, {"reasoning_parser": "qwen3"}, "after the reasoning"),
         ({}, {"backend": "outlines"}, "outlines cannot look ahead"),
-        ({}, {"return_sampling_mask": True}, "masks of sampled tokens"),
+        ({}, {"return_sampling_mask": True}, "sampling masks are returned"),
     ],
 )
 def test_why_choices_take_vllms_steps_is_said(settings, changes, reason):
@@ -72,7 +72,7 @@ def test_why_choices_take_vllms_steps_is_said(settings, changes, reason):
     config: Any = SimpleNamespace(
         structured_outputs_config=SimpleNamespace(**facts), model_config=SimpleNamespace(**facts)
     )
-    found = why_choices_go_on(config, Settings(artifact="somewhere", **settings))
+    found = why_choices_run_on(config, Settings(artifact="somewhere", **settings))
     assert (found is None) if reason is None else (reason in str(found))
 
 

@@ -252,7 +252,7 @@ def test_requests_with_exactly_the_policys_choices_may_exit_if_nothing_else_is_a
     admission = Admission(Settings(artifact=source))
     assert resolved(admission, params).may_exit == exits
     assert (row_of(admission, params) != FULL_DEPTH) == exits
-    assert admitted(admission, params).chooses == exits
+    assert admitted(admission, params).has_choice_policy == exits
 
 
 def test_where_the_scheduler_does_not_end_choices_their_requests_run_at_full_depth(source):

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
-from vllm_adainfer.frontend.metrics import Series
+from vllm_adainfer.frontend.metrics import ChoiceMetrics, Series
 
 FILE = Path(__file__).parents[2] / "docs" / "grafana.json"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
@@ -28,9 +27,8 @@ def dashboard() -> Any:
 def series() -> dict[str, set[str]]:
     """Labels of each of our series, by its name on /metrics."""
     shared, choices = Series((2, 6)), ChoiceMetrics("model", [0])
-    labels = {metric._name: set(names) for metric, names in shared.labelled}
-    for metric in choices.finished, choices.appended:
-        labels[metric._name] = set(metric._labelnames)
+    ours = [*shared.all, choices.finished, choices.appended]
+    labels = {metric._name: set(metric._labelnames) for metric in ours}
     return {
         metric.name + suffix: labels[metric.name] | ({"le"} if suffix == "_bucket" else set())
         for metric in REGISTRY.collect()

@@ -54,7 +54,7 @@ def test_the_line_sums_up_what_was_reported(line, reports, text):
 
 
 def test_the_line_says_so_while_the_weights_are_others_than_the_policies_are_for(line):
-    because = ", no exits, because the weights are not those of the calibration"
+    because = ", no exits, because the policies are not for these weights"
     for differ in (True, False):
         line.add(report(WORK, weights_differ=differ))
         saved = "mean exit layer 3.0/6, layers saved 25%"

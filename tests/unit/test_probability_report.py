@@ -13,7 +13,7 @@ import pytest
 
 from tests.tiny import LAYERS, tiny_config
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.engine.admission.requested_output import What, read_of
+from vllm_adainfer.engine.admission.requested_output import OutputKind, requested_output
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.readings import (
@@ -77,9 +77,9 @@ def report(tiny_model) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({}, What.TOKEN),
-        ({"risk": "probability", "tolerance": 0.05}, What.AMONG_LABELS),
-        ({"risk": "probability", "tolerance": 0.05, "label_mass": True}, What.IN_VOCABULARY),
+        ({}, OutputKind.TOKEN),
+        ({"risk": "probability", "tolerance": 0.05}, OutputKind.AMONG_LABELS),
+        ({"risk": "probability", "tolerance": 0.05, "label_mass": True}, OutputKind.IN_VOCABULARY),
     ],
 )
 def test_requests_read_the_most_that_the_policy_promises(tiny_model, changes, what):
@@ -87,10 +87,10 @@ def test_requests_read_the_most_that_the_policy_promises(tiny_model, changes, wh
     asked = what_is_read(config)
     settings = engine_settings(asked, config.labels)
     params = request_params(asked, config.label_ids, {"adainfer_epsilon": 0.02}, 1)
-    read = read_of(params, settings.get("logprobs_mode", "raw_logprobs"))
-    assert read is not None
-    assert read.what is what
-    assert read.served_by(config)
+    output = requested_output(params, settings.get("logprobs_mode", "raw_logprobs"))
+    assert output is not None
+    assert output.kind is what
+    assert output.is_promised_by(config)
     assert (params.max_tokens, params.extra_args) == (1, {"adainfer_epsilon": 0.02})
 
 
@@ -135,7 +135,7 @@ def test_both_engines_get_the_same_requests_and_every_run_keeps_what_it_read(
     config = promising(tiny_model)
     stock, ours = Engine(config), Engine(config)
     [(baseline, by_epsilon)] = measure(
-        stock, ours, EXAMPLES, config.labels, [NEVER_EXIT, OURS], 1, what=What.IN_VOCABULARY
+        stock, ours, EXAMPLES, config.labels, [NEVER_EXIT, OURS], 1, what=OutputKind.IN_VOCABULARY
     )
     ids = list(config.label_ids)
     assert {tuple(params.logprob_token_ids) for params in stock.asked + ours.asked} == {tuple(ids)}

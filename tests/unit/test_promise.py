@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.promise import wrong_in_words
-from vllm_adainfer.engine.startup.configure import banner
+from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.offline.calibration.card import model_card
 from vllm_adainfer.offline.calibration.certify import Bound
 from vllm_adainfer.offline.calibration.options import PolicyOptions
@@ -66,7 +66,7 @@ def test_the_start_up_line_says_which_probabilities_are_served_and_within_what_b
     tiny_model, mass, mode, served
 ):
     config = probability(tiny_model, label_mass=mass)
-    line = banner("mood", config, Settings(artifact="policy"), mode)
+    line = policy_banner("mood", config, Settings(artifact="policy"), mode)
     assert f"for greedy requests for one token among bad, good{served}, at most 0.05 of" in line
     wrong = wrong_in_words(config)
     assert f"at most 0.05 of the answers wrong (confidence 90%; wrong: {wrong}), 20% of" in line
@@ -75,7 +75,7 @@ def test_the_start_up_line_says_which_probabilities_are_served_and_within_what_b
 
 def test_with_epsilon_0_the_start_up_line_promises_nothing(tiny_model):
     config = probability(tiny_model, label_mass=True)
-    line = banner("mood", config, Settings(artifact="policy", epsilon=0))
+    line = policy_banner("mood", config, Settings(artifact="policy", epsilon=0))
     assert "probabilities in the whole vocabulary; epsilon is 0, so no request exits" in line
     assert "wrong" not in line
 

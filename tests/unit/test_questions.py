@@ -18,7 +18,8 @@ from vllm_adainfer.artifact.config import ArtifactConfig, Label, Question
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.label_subsets import bits_of
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
-from vllm_adainfer.engine.startup.configure import banner, refuse_unknown_questions
+from vllm_adainfer.engine.startup.banner import policy_banner
+from vllm_adainfer.engine.startup.refusals import refuse_unknown_questions
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.offline.calibration.data import Example
@@ -191,7 +192,7 @@ def test_the_report_says_what_each_question_promises(policy):
     text = describe(config, details)
     assert "Each question has the bound on its own" in text
     assert "question 2 *" in text
-    assert "for each of 2 questions, others run all layers" in banner(
+    assert "for each of 2 questions, others run all layers" in policy_banner(
         "default", config, Settings(artifact="x")
     )
 

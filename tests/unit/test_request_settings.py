@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.settings.request import NO_REQUEST_SETTINGS, RequestSettings, read_request
+from vllm_adainfer.settings.engine import Settings, Switch
+from vllm_adainfer.settings.instruments import RequestInstruments, SwitchInstruments
+from vllm_adainfer.settings.request import (
+    NO_REQUEST_SETTINGS,
+    RequestKeys,
+    RequestSettings,
+    read_request,
+)
 
 KEYS = tuple(RequestSettings.model_fields)
 
@@ -84,13 +91,20 @@ def test_an_invalid_value_is_named_with_what_would_be_valid(key, value, sentence
     assert str(caught.value).startswith(sentence)
 
 
+@pytest.mark.parametrize("documented", [Switch, RequestKeys])
+def test_instruments_of_benchmarks_and_tests_are_accepted_but_not_documented(documented):
+    instruments = {*SwitchInstruments.model_fields, *RequestInstruments.model_fields}
+    assert instruments.isdisjoint(documented.model_fields)
+    assert instruments <= {*Settings.model_fields, *RequestSettings.model_fields}
+
+
 @pytest.mark.parametrize("key", ["adainfer_epsilons", "adainfer-epsilon", "adainferEpsilon"])
 def test_an_unknown_key_with_our_prefix_is_answered_with_the_known_keys(key):
     with pytest.raises(AdaInferError) as caught:
         read_request({"adainfer": 1, key: 0.02})
     assert str(caught.value) == (
         f"{key!r} is not a key that vllm-adainfer knows; its keys are adainfer, adainfer_policy, "
-        "adainfer_epsilon, adainfer_exit, adainfer_row"
+        "adainfer_epsilon"
     )
 
 
@@ -137,8 +151,9 @@ def test_any_json_in_a_request_is_understood_or_refused(arguments: dict[str, Any
         return
     assert read.adainfer in (None, False, True)
     assert read.adainfer_epsilon is None or 0 <= read.adainfer_epsilon < 1
-    said = {key: arguments[key] for key in KEYS[1:] if arguments.get(key) is not None}
-    assert read.model_dump(exclude={"adainfer"}, exclude_none=True) == said
+    given = {key: arguments[key] for key in KEYS if arguments.get(key) is not None}
+    given.pop("adainfer", None)
+    assert read.model_dump(exclude={"adainfer"}, exclude_none=True) == given
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.recording.recorder import Recorder
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
-from vllm_adainfer.settings.request import ROW_ARG
+from vllm_adainfer.settings.instruments import ROW_ARG
 
 WINDOW, ROW = 8, 3
 CERTIFIED = 3  # tokens

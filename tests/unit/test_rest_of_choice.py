@@ -82,7 +82,7 @@ def request_of(
 
 @pytest.fixture(autouse=True)
 def _grammars_that_say_at_once_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rest_of_choice, "takes_all", lambda accepts, tokens: accepts)
+    monkeypatch.setattr(rest_of_choice, "accepts_all", lambda accepts, tokens: accepts)
 
 
 def rest_of(reasoner: type | None = None, max_model_len: int = 1000) -> RestOfChoice:

@@ -55,7 +55,7 @@ def test_a_rank_that_fails_does_not_let_the_others_wait(asked, monkeypatch, tiny
 def test_a_rank_goes_on_only_with_what_the_others_have_built(asked, tiny_model):
     config = tiny_config(tiny_model)
     artifacts = {"a": Artifact(config, tiny_tensors(config))}
-    with pytest.raises(AdaInferError, match="ranks have not read the same"):
+    with pytest.raises(AdaInferError, match="ranks read different artifacts"):
         service.built_on_all_ranks(MODEL, None, lambda: artifacts)
     assert asked == [digest_of(artifacts)]
     assert asked != [0]

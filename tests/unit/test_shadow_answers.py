@@ -12,7 +12,7 @@ from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.runner.build_loop import monitor_of
-from vllm_adainfer.engine.startup.configure import banner
+from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
@@ -245,7 +245,7 @@ def test_the_start_up_line_says_what_is_bounded_and_what_shadows_can_tell_of_it(
     tiny_model, changes, promise, rate
 ):
     config = tiny_config(tiny_model, **changes)
-    line = banner("mood", config, Settings(artifact="policy", shadow_rate=rate))
+    line = policy_banner("mood", config, Settings(artifact="policy", shadow_rate=rate))
     assert promise in line
     assert f"shadow rate {rate:g}" in line
-    assert ("close no bound" in line) == (rate > 0 and config.risk == "accuracy")
+    assert ("never stop exits" in line) == (rate > 0 and config.risk == "accuracy")

@@ -49,4 +49,4 @@ def test_every_rank_takes_the_values_of_the_first(monkeypatch, values):
             return first.to(tensor.dtype)
 
     monkeypatch.setattr(ranks, "get_tp_group", Ranks)
-    assert ranks.agreed(torch.zeros_like(first)).tolist() == values
+    assert ranks.broadcast_from_rank0(torch.zeros_like(first)).tolist() == values

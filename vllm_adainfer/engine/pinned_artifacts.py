@@ -1,4 +1,4 @@
-"""The artifacts of the engine switch: every process of an engine reads the same, or none starts."""
+"""Pins the artifacts of the switch, so that all processes of an engine read the same files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class PinnedSwitch(dict[str, Any]):
-    """The engine switch, which carries the digests of its artifacts to all processes.
+    """The engine switch, with the digests of its artifacts.
 
     vLLM copies ``additional_config``, sends it to its processes, and puts it as JSON into the key
-    of its compile cache: the attribute goes along with the first two, and is not in the third.
+    of its compile cache. An attribute is copied and sent, but is not part of the JSON.
 
     Attributes:
-        pins: the digest of each artifact's files when the engine was configured, by policy.
+        pins: the digest of each artifact's files at config time, by policy name.
 
     """
 
@@ -29,7 +29,7 @@ class PinnedSwitch(dict[str, Any]):
 
 
 def pin_artifacts(vllm_config: VllmConfig, settings: Settings) -> dict[str, ArtifactConfig]:
-    """Read the configs of the artifacts, and note in `vllm_config` which files these were.
+    """Load the configs of the artifacts, by policy name, and pin their files in `vllm_config`.
 
     Raises:
         AdaInferError: an artifact cannot be read.
@@ -41,13 +41,13 @@ def pin_artifacts(vllm_config: VllmConfig, settings: Settings) -> dict[str, Arti
     assert isinstance(vllm_config.additional_config, dict)
     switch = PinnedSwitch(vllm_config.additional_config[CONFIG_KEY])
     switch.pins = {name: digest for name, (_, digest) in found.items()}
-    # A new one: the user may start other engines with the same.
+    # A new mapping, because the user may start other engines with the same one.
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: switch}
     return {name: config for name, (config, _) in found.items()}
 
 
 def served_configs(vllm_config: VllmConfig, settings: Settings) -> dict[str, ArtifactConfig]:
-    """The configs of the artifacts of the switch, by policy, for a process that starts.
+    """The configs of the pinned artifacts, by policy name, for a process that starts.
 
     Raises:
         AdaInferError: an artifact cannot be read, or is no longer the one that was pinned.
@@ -61,7 +61,7 @@ def served_configs(vllm_config: VllmConfig, settings: Settings) -> dict[str, Art
 
 
 def served_artifacts(vllm_config: VllmConfig, settings: Settings) -> dict[str, Artifact]:
-    """The artifacts of the switch, by policy, for a process that starts.
+    """The pinned artifacts, by policy name, for a process that starts.
 
     Raises:
         AdaInferError: an artifact cannot be read, or is no longer the one that was pinned.

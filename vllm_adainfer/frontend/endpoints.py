@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class AdaInferEndpoints:
-    """The plugin's route, as an `EndpointPlugin` of vLLM's."""
+    """The plugin's route, as a vLLM `EndpointPlugin`."""
 
     name = "adainfer"
     required_tasks = ("generate",)
@@ -37,11 +37,8 @@ class AdaInferEndpoints:
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        """Learn the server's keys, and drop policies of adapters that it unloads.
-
-        The route finds the engine where vLLM's own routes do.
-        """
-        assert engine_client is not None, "vLLM adds no route of ours to a server without engine"
+        """Store the check of the server's keys, and drop policies of adapters that it unloads."""
+        assert engine_client is not None, "`required_tasks` rules out servers without an engine"
         state.adainfer_key_check = key_check(args)
         settings = _settings_of(engine_client)
         if settings is None or settings.exit_points is None:
@@ -55,15 +52,15 @@ class AdaInferEndpoints:
 
 
 def _settings_of(engine: EngineClient) -> Settings | None:
-    """The engine switch, None if the engine runs stock vLLM."""
+    """The engine's settings; None if it runs stock vLLM."""
     settings = read_settings(engine.vllm_config.additional_config)
     return None if settings is None or settings.runs_stock else settings
 
 
 async def reload(request: Request) -> dict[str, Any]:
-    """Serve with the artifacts now on disk; a 409 says why that is not possible.
+    """Serve with the artifacts now on disk, or answer 409 with the reason.
 
-    All engines behind this server read them before any of them switches.
+    All engines behind this server read the artifacts before any of them switches.
     """
     has_key = request.app.state.adainfer_key_check
     if has_key is not None and not has_key(request.headers):
@@ -71,7 +68,7 @@ async def reload(request: Request) -> dict[str, Any]:
     engine: EngineClient = request.app.state.engine_client
     settings = _settings_of(engine)
     if settings is None:
-        raise HTTPException(404, detail="this server runs stock vLLM: adainfer has no artifact")
+        raise HTTPException(404, detail="this server runs stock vLLM: start it with an artifact")
     name = uuid.uuid4().hex
     try:
         digests = await asyncio.to_thread(_digests, settings)
@@ -85,7 +82,7 @@ async def reload(request: Request) -> dict[str, Any]:
 
 
 def _digests(settings: Settings) -> dict[str, str]:
-    """Of the artifacts' files, by policy, as they are now."""
+    """Digests of the artifacts' files as they are now, by policy name."""
     return {name: load_config_and_digest(source)[1] for name, source in settings.artifacts.items()}
 
 

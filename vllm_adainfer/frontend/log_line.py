@@ -1,4 +1,4 @@
-"""One log line about exits per stats interval."""
+"""The log line about exits, one per stats interval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class LogLine:
-    """Sums one engine's reports between two log lines."""
+    """Sums up one engine's reports between two log lines."""
 
     def __init__(self, depth: int) -> None:
         """`depth` is the model's number of layers."""
@@ -39,7 +39,7 @@ class LogLine:
         if sums["seconds"]:
             parts.append(f"probes {sums['probe_seconds'] / sums['seconds']:.1%} of the time")
         if self._weights_differ:
-            parts.append("no exits, because the weights are not those of the calibration")
+            parts.append("no exits, because the policies are not for these weights")
         for policy, readings in self._shadow.items():
             parts += [_disagreement(policy, reading) for reading in readings if reading["checked"]]
         return ", ".join(parts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
@@ -17,139 +17,114 @@ from vllm_adainfer.frontend.compat_metrics import observe_many
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
 
+_Metric = TypeVar("_Metric", bound=MetricWrapperBase)
 ENGINE = ["model_name", "engine"]
 POLICY = [*ENGINE, "policy"]
 LEVEL = [*POLICY, "epsilon"]
 ADAPTER = [*POLICY, "adapter"]
-# Of several frontends, the one that heard last has the current value.
-LATEST: Literal["mostrecent"] = "mostrecent"
-# By the report's kind: name of the counter, its help, its labels.
+# Name, help and labels of each counter, by its kind in reports. A token-layer is one token in one
+# layer.
 COUNTERS = {
-    "layers_run": (
-        "layer_rows_executed",
-        "Rows x layers executed, counted where layers execute.",
-        POLICY,
-    ),
-    "layers_skipped": (
-        "layer_rows_skipped",
-        "Rows x layers that will never be executed.",
-        POLICY,
-    ),
+    "layers_run": ("layer_rows_executed", "Token-layers executed.", POLICY),
+    "layers_skipped": ("layer_rows_skipped", "Token-layers that will never be executed.", POLICY),
     "layers_deferred": (
         "layer_rows_deferred",
-        "Rows x layers that wait until their request needs them; later executed or skipped.",
+        "Token-layers that wait until their request needs them; later executed or skipped.",
         POLICY,
     ),
     "seconds": ("forward_seconds", "Time in the stack of layers (on CPUs).", ENGINE),
-    "probe_seconds": (
-        "probe_seconds",
-        "Part of forward_seconds in which policies decided.",
-        ENGINE,
-    ),
+    "probe_seconds": ("probe_seconds", "Part of forward_seconds spent on exit decisions.", ENGINE),
     "shadow_checked": ("shadow_checked", "Early answers compared with full depth.", LEVEL),
     "shadow_disagreed": (
         "shadow_disagreed",
-        "Early answers that differ from full depth, or whose probabilities move too far.",
+        "Early answers that differ from full depth, or whose probabilities differ too much.",
         LEVEL,
     ),
 }
-# By the reading's key: name of the gauge, what its help adds.
-DISAGREEMENT = {
-    "rate": ("shadow_disagreement", ""),
-    "low": ("shadow_disagreement_low", ", lower confidence bound"),
-    "high": ("shadow_disagreement_high", ", upper confidence bound"),
+# Help and labels of each gauge, by its name.
+GAUGES = {
+    "shadow_disagreement": ("Fraction of early answers that differ from full depth.", LEVEL),
+    "shadow_disagreement_low": ("Lower confidence bound of shadow_disagreement.", LEVEL),
+    "shadow_disagreement_high": ("Upper confidence bound of shadow_disagreement.", LEVEL),
+    "policy_exits_allowed": (
+        "0 once shadow requests have shown that the bound does not hold, else 1.",
+        LEVEL,
+    ),
+    "weights_differ": (
+        "1 while no request may exit, because the weights were replaced after the start and the "
+        "policies are not for the new ones, else 0.",
+        ENGINE,
+    ),
+    "policy_info": (
+        "Always 1; its label names the LoRA adapter of a policy, empty for the base model.",
+        ADAPTER,
+    ),
 }
 
-_registered: list[MetricWrapperBase] = []  # by the latest server in this process
+_registered: dict[str, MetricWrapperBase] = {}  # by the latest server in this process
+
+
+def _register(kind: type[_Metric], name: str, text: str, labels: list[str], **how: Any) -> _Metric:
+    """Register a series in place of that of an earlier engine in this process, as vLLM does."""
+    if name in _registered:
+        REGISTRY.unregister(_registered.pop(name))
+    metric = kind(f"adainfer:{name}", text, labels, **how)
+    _registered[name] = metric
+    return metric
 
 
 class Series:
-    """All series of a server, which its engines share and tell apart by labels.
+    """All series of a server; its engines share them and differ in their labels.
 
     Attributes:
-        counters: by the report's kind.
-        exit_layer: a histogram, of the report's kind ``tokens``.
-        shadow_move: a histogram, of the report's kind ``shadow_moves``.
-        disagreement: gauges, by the reading's key.
-        exits_allowed: a gauge.
-        weights_differ: a gauge.
-        info: a gauge.
-        labelled: all of these, each with the names of its labels.
+        counters: the counters, by their kind in reports.
+        histograms: the histograms, by their kind in reports.
+        gauges: the gauges, by name.
+        all: every series.
 
     """
 
     def __init__(self, layers: tuple[int, ...]) -> None:
-        """`layers` are the buckets of the histogram: exit points and full depth.
-
-        Series of an earlier engine in this process are unregistered, as vLLM does with its own.
-        """
-        while _registered:
-            REGISTRY.unregister(_registered.pop())
-        self.counters = {
-            kind: Counter(f"adainfer:{name}", text, labels)
-            for kind, (name, text, labels) in COUNTERS.items()
+        """`layers` are the buckets of ``adainfer:exit_layer``: exit points and full depth."""
+        self.counters = {kind: _register(Counter, *spec) for kind, spec in COUNTERS.items()}
+        self.histograms = {
+            "tokens": _register(
+                Histogram,
+                "exit_layer",
+                "Number of layers run, by decided token.",
+                POLICY,
+                buckets=layers,
+            ),
+            "shadow_moves": _register(
+                Histogram,
+                "shadow_largest_move",
+                "Largest difference between a label's early probability and that of full depth, "
+                "rounded up to a bucket.",
+                POLICY,
+                buckets=MOVES,
+            ),
         }
-        self.exit_layer = Histogram(
-            "adainfer:exit_layer", "Layers that decided tokens have run.", POLICY, buckets=layers
-        )
-        self.shadow_move = Histogram(
-            "adainfer:shadow_largest_move",
-            "Largest move of a label's probability between early answers and full depth, rounded "
-            "up to a bucket.",
-            POLICY,
-            buckets=MOVES,
-        )
-        self.disagreement = {
-            key: Gauge(
-                f"adainfer:{name}",
-                f"Share of early answers that differ from full depth{text}.",
-                LEVEL,
-                multiprocess_mode=LATEST,
-            )
-            for key, (name, text) in DISAGREEMENT.items()
+        self.gauges = {  # of several frontends, the one that was updated last has the current value
+            name: _register(Gauge, name, text, labels, multiprocess_mode="mostrecent")
+            for name, (text, labels) in GAUGES.items()
         }
-        self.exits_allowed = Gauge(
-            "adainfer:policy_exits_allowed",
-            "0 where shadow requests have shown the bound to be broken, else 1.",
-            LEVEL,
-            multiprocess_mode=LATEST,
-        )
-        self.weights_differ = Gauge(
-            "adainfer:weights_differ",
-            "1 while no request may exit, because the weights were replaced after the start by "
-            "others than the policies are for, else 0.",
-            ENGINE,
-            multiprocess_mode=LATEST,
-        )
-        self.info = Gauge(
-            "adainfer:policy_info",
-            "Always 1: the LoRA adapter that a policy is for, empty for the base model.",
-            ADAPTER,
-            multiprocess_mode=LATEST,
-        )
-        self.labelled: list[tuple[MetricWrapperBase, list[str]]] = [
-            *((self.counters[kind], labels) for kind, (*_, labels) in COUNTERS.items()),
-            (self.exit_layer, POLICY),
-            (self.shadow_move, POLICY),
-            *((gauge, LEVEL) for gauge in self.disagreement.values()),
-            (self.exits_allowed, LEVEL),
-            (self.weights_differ, ENGINE),
-            (self.info, ADAPTER),
+        self.all: list[MetricWrapperBase] = [
+            *self.counters.values(),
+            *self.histograms.values(),
+            *self.gauges.values(),
         ]
-        _registered.extend(metric for metric, _ in self.labelled)
 
-    def remove(self, policy: tuple[str, ...]) -> None:
+    def remove(self, *labels: str) -> None:
         """Remove all series with these values of `POLICY`.
 
-        Several frontends keep theirs in files, out of which prometheus_client can remove none.
+        Several frontends keep theirs in files, from which prometheus_client cannot remove any.
         """
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             return
-        for metric, labels in self.labelled:
-            samples = [sample.labels for family in metric.collect() for sample in family.samples]
-            for values in {tuple(map(found.__getitem__, labels)) for found in samples}:
-                if values[: len(POLICY)] == policy:
-                    metric.remove(*values)
+        chosen = dict(zip(POLICY, labels, strict=True))
+        for metric in self.all:
+            if metric not in (*self.counters_of(ENGINE), self.gauges["weights_differ"]):
+                metric.remove_by_labels(chosen)
 
     def counters_of(self, labels: Sequence[str]) -> list[Counter]:
         """The counters with these labels."""
@@ -166,59 +141,100 @@ class EngineMetrics:
         engine: int,
         configs: Mapping[str, ArtifactConfig],
     ) -> None:
-        """`configs` are those of the policies, by name."""
+        """Create the engine's series, so that their rates begin at 0.
+
+        Args:
+            series: those of the server.
+            model_name: the served model's name.
+            engine: number of the engine.
+            configs: the artifacts' configs, by policy name.
+
+        """
         self._series = series
         self._labels = model_name, str(engine)
-        for name in (*configs, NO_POLICY):  # so that rates begin at 0
+        for name in (*configs, NO_POLICY):
             for counter in series.counters_of(POLICY):
                 counter.labels(*self._labels, name)
-            series.exit_layer.labels(*self._labels, name)
-        self._described = {NO_POLICY}  # and all that have series
+            series.histograms["tokens"].labels(*self._labels, name)
+        self._described = {NO_POLICY}
         for name, config in configs.items():
             self._describe(name, "" if config.adapter is None else config.adapter.name)
             if config.risk == "probability":
-                series.shadow_move.labels(*self._labels, name)
+                series.histograms["shadow_moves"].labels(*self._labels, name)
             for level in config.levels:
-                labels = *self._labels, name, f"{level.epsilon:g}"
-                series.exits_allowed.labels(*labels).set(1)
-        for series_of_engine in (*series.counters_of(ENGINE), series.weights_differ):
-            series_of_engine.labels(*self._labels)
+                self._set("policy_exits_allowed", 1, name, f"{level.epsilon:g}")
+        for counter in series.counters_of(ENGINE):
+            counter.labels(*self._labels)
+        self._set("weights_differ", 0)
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Add a report of `vllm_adainfer.exits.accounting.report.Reporter`.
 
-        The series of a policy that no longer serves are removed, and what is counted of it then.
+        The series of policies that are no longer in service are removed, and their counts ignored.
         """
         for policy in self._described.difference(report["serving"]):
-            self._series.remove((*self._labels, policy))
+            self._series.remove(*self._labels, policy)
             self._described.remove(policy)
+        for policy in set(report["serving"]) - self._described:
+            self._describe(policy, policy)  # it came with the adapter of its name
         for kind, policy, detail, added in report["added"]:
-            if policy and policy not in report["serving"]:
-                continue
-            if policy and policy not in self._described:
-                self._describe(policy, adapter=policy)  # the name of one that came with an adapter
-            self._add(kind, policy, detail, added)
-        self._series.weights_differ.labels(*self._labels).set(report["weights_differ"])
+            if not policy or policy in self._described:
+                self._add(kind, [one for one in (policy, detail) if one], added)
+        self._set("weights_differ", report["weights_differ"])
         for policy, readings in report["shadow"].items():
-            if policy not in self._described:
-                self._describe(policy, adapter=policy)
             for reading in readings:
-                labels = *self._labels, policy, f"{reading['epsilon']:g}"
-                self._series.exits_allowed.labels(*labels).set(not reading["tightened"])
-                if not reading["checked"]:
-                    continue
-                for key, gauge in self._series.disagreement.items():
-                    gauge.labels(*labels).set(reading[key])
+                labels = policy, f"{reading['epsilon']:g}"
+                self._set("policy_exits_allowed", not reading["tightened"], *labels)
+                if reading["checked"]:
+                    self._set("shadow_disagreement", reading["rate"], *labels)
+                    self._set("shadow_disagreement_low", reading["low"], *labels)
+                    self._set("shadow_disagreement_high", reading["high"], *labels)
 
     def _describe(self, policy: str, adapter: str) -> None:
         self._described.add(policy)
-        self._series.info.labels(*self._labels, policy, adapter).set(1)
+        self._set("policy_info", 1, policy, adapter)
 
-    def _add(self, kind: str, policy: str, detail: str, added: float) -> None:
-        histograms = {"tokens": self._series.exit_layer, "shadow_moves": self._series.shadow_move}
-        if kind in histograms:
-            histogram = histograms[kind].labels(*self._labels, policy)
-            observe_many(histogram, float(detail), int(added))
-            return
-        labels = [*self._labels, *([policy] if policy else []), *([detail] if detail else [])]
-        self._series.counters[kind].labels(*labels).inc(added)
+    def _set(self, gauge: str, value: float, *labels: str) -> None:
+        self._series.gauges[gauge].labels(*self._labels, *labels).set(value)
+
+    def _add(self, kind: str, labels: Sequence[str], added: float) -> None:
+        """Add to a counter, or to a histogram, whose value comes after the policy in `labels`."""
+        histogram = self._series.histograms.get(kind)
+        if histogram is None:
+            self._series.counters[kind].labels(*self._labels, *labels).inc(added)
+        else:
+            policy, value = labels
+            observe_many(histogram.labels(*self._labels, policy), float(value), int(added))
+
+
+class ChoiceMetrics:
+    """A server's counters of requests with a choice; engines without a policy have them, too.
+
+    Attributes:
+        finished: counts requests that ended once one choice was left.
+        appended: counts the tokens that were appended to them instead of sampled.
+
+    """
+
+    def __init__(self, model_name: str, engines: Sequence[int]) -> None:
+        """Create the series of `engines`, so that their rates begin at 0."""
+        self._model_name = model_name
+        self.finished = _register(
+            Counter,
+            "choices_finished",
+            "Requests with a choice that ended as soon as one choice was left.",
+            ENGINE,
+        )
+        self.appended = _register(
+            Counter,
+            "choice_tokens_appended",
+            "Tokens of those requests that were appended instead of sampled, the end included.",
+            ENGINE,
+        )
+        for engine in engines:
+            self.add(engine, 0, 0)
+
+    def add(self, engine: int, choices: int, tokens: int) -> None:
+        """Add the choices that an engine's scheduler finished, and the tokens it appended."""
+        self.finished.labels(self._model_name, str(engine)).inc(choices)
+        self.appended.labels(self._model_name, str(engine)).inc(tokens)

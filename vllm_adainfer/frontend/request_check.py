@@ -1,8 +1,8 @@
-"""vLLM's frontend answers a request that the engine cannot serve as asked with a 400.
+"""Answers requests that the engine cannot serve with a 400.
 
-vLLM lets custom logits processors check the parameters of each request on arrival
-(``LogitsProcessor.validate_params``). Ours does only that: workers drop it before they build their
-samplers, see `vllm_adainfer.engine.worker.worker`.
+vLLM lets custom logits processors validate the parameters of each request on arrival
+(``LogitsProcessor.validate_params``). Ours does nothing else: workers drop it before they build
+their samplers, see `vllm_adainfer.engine.worker.worker`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ _numbers = itertools.count()
 
 
 class RequestCheck(V1LogitsProcessor, V2LogitsProcessor):
-    """Subclassed for each engine: vLLM does not tell `validate_params` whose request it is."""
+    """Subclassed for each engine, because vLLM does not pass `validate_params` the engine.
+
+    Attributes:
+        admission: that of the engine.
+
+    """
 
     admission: ClassVar[Admission]
 
     @classmethod
     @override
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raise ``ValueError``, which vLLM turns into a 400."""
+        """Raise ``ValueError``, which vLLM turns into a 400, for requests that are refused."""
         try:
             cls.admission.check(sampling_params)
         except AdaInferError as error:
@@ -42,7 +47,7 @@ class RequestCheck(V1LogitsProcessor, V2LogitsProcessor):
 
 
 def use_check(admission: Admission) -> str:
-    """Name of the logits processor through which `admission` checks a model's requests."""
+    """The qualified name of a logits processor that checks requests by `admission`."""
     name = f"RequestCheck{next(_numbers)}"
     check = type(name, (RequestCheck,), {"admission": admission})
     setattr(sys.modules[__name__], name, check)

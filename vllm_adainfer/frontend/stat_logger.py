@@ -1,4 +1,4 @@
-"""A server's statistics about exits: metrics, and a log line per stats interval."""
+"""Feeds a server's metrics and log lines with the reports of its engines."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing_extensions import override
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.stats import take_report
 from vllm_adainfer.engine.pinned_artifacts import served_configs
-from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.frontend.log_line import LogLine
-from vllm_adainfer.frontend.metrics import EngineMetrics, Series
+from vllm_adainfer.frontend.metrics import ChoiceMetrics, EngineMetrics, Series
 from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
@@ -24,12 +23,12 @@ logger = get_logger(__name__)
 
 
 class WithExitStats(_Manager):
-    """Mixed in before vLLM's `StatLoggerManager`: takes our reports out of what engines send."""
+    """Takes our reports out of the engines' statistics; precedes `StatLoggerManager` in the MRO."""
 
     def __init__(
         self, vllm_config: VllmConfig, engine_idxs: list[int] | None = None, *args: Any, **kw: Any
     ) -> None:
-        """An engine without our switch gets no statistics of ours."""
+        """Register our series, unless the engine runs without our switch."""
         super().__init__(vllm_config, engine_idxs, *args, **kw)
         self._metrics: dict[int, EngineMetrics] = {}
         self._choices: ChoiceMetrics | None = None
@@ -45,11 +44,10 @@ class WithExitStats(_Manager):
         depth = model.hf_text_config.num_hidden_layers
         configs = served_configs(vllm_config, settings)
         points = {point for config in configs.values() for point in config.exit_points}
-        named = settings.exit_script or settings.exit_points or ()
-        series = Series((*sorted(points.union(named)), depth))
+        series = Series((*sorted(points.union(settings.fixed_exit_points)), depth))
         for index in self.engine_indexes:
             self._metrics[index] = EngineMetrics(series, model.served_model_name, index, configs)
-            if kw.get("client_count", 1) == 1:  # else a frontend sees a part of the counts
+            if kw.get("client_count", 1) == 1:  # otherwise each frontend sees only some counts
                 self._lines[index] = LogLine(depth)
 
     @override
@@ -72,7 +70,7 @@ class WithExitStats(_Manager):
 
     @override
     def log(self) -> None:
-        """Add a line for each engine that has decided a token."""
+        """Add a line for each engine that has decided a token since the last one."""
         super().log()
         for index, line in self._lines.items():
             text = line.take()

@@ -1,4 +1,4 @@
-"""Settings of the engine switch, ``additional_config={"adainfer": {...}}``."""
+"""The engine switch, ``additional_config={"adainfer": {...}}``."""
 
 from __future__ import annotations
 
@@ -16,23 +16,15 @@ from pydantic import (
 )
 
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.settings.instruments import SwitchInstruments
 
 CONFIG_KEY = "adainfer"
 KILL_SWITCH = "VLLM_ADAINFER"
-NO_POLICY = "full_depth"  # policy name under which requests that may not exit are counted
-DEFAULT_POLICY = "default"  # name of the only policy
-ALONE = {"capture", "finish_choices", "enabled"}  # keys that need no artifact
+NO_POLICY = "full_depth"  # counts requests that may not exit as if it were a policy
+DEFAULT_POLICY = "default"  # name of the policy where only one directory is given
+STOCK_KEYS = {"capture", "finish_choices", "enabled"}  # work on vLLM's own model and worker
 # Policy names appear in requests and in the labels of metrics.
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-
-
-class LensRecord(BaseModel):
-    """The sums for a tuned lens while recording, see `TunedLensSums`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    folds: int = Field(ge=2)
-    prompts: int = Field(ge=1, description="Those with lower tags; the others are held out.")
 
 
 class Capture(BaseModel):
@@ -40,41 +32,30 @@ class Capture(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    directory: str = Field(min_length=1, description="Made if it is not there, for this user only.")
-    rate: float = Field(0.1, gt=0, le=1, description="Share of the requests that is kept.")
+    directory: str = Field(
+        min_length=1, description="Created if missing, accessible to this user only."
+    )
+    rate: float = Field(0.1, gt=0, le=1, description="Fraction of requests to keep.")
     limit: int = Field(
-        2000, ge=1, description="Most requests of one engine that the directory keeps."
+        2000, ge=1, description="Maximum number of requests kept for each engine; the latest stay."
     )
 
 
-class Settings(BaseModel):
-    """The value of ``additional_config["adainfer"]``; an unknown key is an error."""
+class Switch(BaseModel):
+    """The documented keys of the engine switch; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     artifact: str | dict[PolicyName, str] | None = Field(
         None,
         description="Directory or hub id of the artifact that `calibrate` wrote; or several, one "
-        "per task, by the names that requests may choose them by.",
-    )
-    record: tuple[int, ...] | None = Field(
-        None,
-        description="Instead of an artifact: run at full depth and keep the hidden states of "
-        "sampled rows after these layers. Used by `calibrate`.",
-    )
-    record_lens: LensRecord | None = Field(
-        None, description="With `record`: sums for a lens at the layers before the last."
-    )
-    exit_script: tuple[int, ...] | None = Field(
-        None,
-        description="Instead of an artifact, for benchmarks: exit points; a request leaves at the "
-        'one it names with extra_args={"adainfer_exit": LAYER}. The answers mean nothing.',
+        "per task, each under the name by which requests can choose it.",
     )
     exit_points: tuple[int, ...] | None = Field(
         None,
         min_length=1,
-        description="With LoRA adapters, in place of an artifact or beside it: layers after which "
-        "requests may leave by a policy that vLLM loads with their adapter, from DIR/adainfer.",
+        description="With LoRA adapters, alone or together with an artifact: layers after which "
+        "requests may exit under a policy that vLLM loads with their adapter, from DIR/adainfer.",
     )
     enabled: bool = Field(True, description="False runs stock vLLM.")
     epsilon: float | None = Field(
@@ -86,107 +67,132 @@ class Settings(BaseModel):
     )
     requests: Literal["greedy", "all", "opt-in", "known"] = Field(
         "greedy",
-        description="Which requests may exit: greedy ones, sampled ones too, only those that ask "
-        'for it with extra_args={"adainfer": 1}, or greedy ones that ask a question which '
-        "calibration has seen.",
+        description="Which requests may exit: greedy ones; all, sampled ones included; those that "
+        'opt in with extra_args={"adainfer": 1}; or greedy ones with a question known from '
+        "calibration.",
     )
     min_rows_saved: int | None = Field(
         None,
         ge=1,
-        description="Token rows that must be ready to leave before the batch is compacted; "
-        "fewer stay until more join them. None lets rows leave wherever that is faster.",
+        description="Number of tokens that must be ready to exit before the batch is compacted; "
+        "fewer stay until more are ready. None compacts wherever that is faster.",
     )
     kv: Literal["exact", "propagate"] = Field(
         "exact",
-        description="What the KV cache holds in the layers that a request with more tokens to come "
-        "has skipped: what full depth would have written, computed later with the next token "
-        "that runs them; or keys and values made from the state it left with.",
+        description="What fills the KV cache of skipped layers when a request generates more "
+        "tokens: `exact` computes what full depth would have written, together with the next token "
+        "that runs those layers; `propagate` projects the hidden state at the exit.",
     )
     shadow_rate: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Of the requests that may exit, the share that runs to full depth instead, "
-        "to be compared with the early answers; 0 compares none.",
+        description="Fraction of the requests that may exit which run to full depth instead, to "
+        "compare their early answers with those of full depth.",
     )
     capture: Capture | None = Field(
         None,
-        description="Keep a sample of the requests as a batch file, to calibrate on. Without an "
+        description="Keep a sample of the requests as a batch file to calibrate on. Without an "
         "artifact the engine is otherwise stock vLLM.",
     )
     finish_choices: bool | None = Field(
         None,
-        description="Whether a request with structured_outputs.choice ends as soon as the tokens "
-        "sampled leave one choice. None: with an artifact or a script. True also works alone.",
+        description="Whether a request with structured_outputs.choice ends as soon as its tokens "
+        "leave only one choice. None: unless the engine is stock vLLM. True also works alone.",
     )
 
     @model_validator(mode="after")
-    def _one_source(self) -> Settings:
+    def _has_artifact_where_needed(self) -> Switch:
         if self.artifact == {}:
             raise ValueError('"artifact" names no artifact: give {"NAME": "DIR"}, or a directory')
         if isinstance(self.artifact, dict) and NO_POLICY in self.artifact:
             raise ValueError(f'"{NO_POLICY}" is a reserved name: give the artifact another one')
-        sources = self.artifact, self.record, self.exit_script
-        given = sum(source is not None for source in sources)
-        stands_alone = (
-            self.capture is not None or self.finish_choices or self.exit_points is not None
-        )
-        if self.enabled and given != 1 and (given or not (stands_alone or self.is_bare)):
-            raise ValueError('give "artifact": the directory that `calibrate` wrote')
-        if self.exit_points is not None and (self.record, self.exit_script) != (None, None):
-            raise ValueError(
-                '"exit_points" goes with "artifact" or stands alone: drop it, or "record" and '
-                '"exit_script"'
-            )
-        if self.finish_choices and self.record is not None:
-            raise ValueError('"finish_choices" and "record" do not go together: drop one')
-        if self.capture is not None and (self.record, self.exit_script) != (None, None):
-            raise ValueError(
-                '"capture" goes with "artifact" or stands alone: drop it, or "record" and '
-                '"exit_script"'
-            )
-        if self.runs_stock and (others := self.model_dump(exclude_defaults=True).keys() - ALONE):
-            raise ValueError(
-                f'"{min(others)}" goes with "artifact": give the directory that `calibrate` wrote, '
-                'or only "capture"'
-            )
-        if self.exit_script is not None and (self.epsilon is not None or self.shadow_rate):
-            raise ValueError('"epsilon" and "shadow_rate" go with "artifact", not "exit_script"')
-        if self.record is None and self.record_lens is not None:
-            raise ValueError('"record_lens" goes with "record": give both, or neither')
+        if self.runs_stock:
+            if self.enabled and self.capture is None and not self.finish_choices:
+                raise ValueError('give "artifact": the directory that `calibrate` wrote')
+            if others := self.model_dump(exclude_defaults=True).keys() - STOCK_KEYS:
+                raise ValueError(
+                    f'"{min(others)}" goes with "artifact": give the directory that `calibrate` '
+                    'wrote, or only "capture"'
+                )
         return self
 
     @property
-    def is_bare(self) -> bool:
-        """Whether nothing is set: for models that need no policy, as their layers share keys."""
+    def is_empty(self) -> bool:
+        """Whether nothing is set, which suits models whose layers share keys and values."""
         return not self.model_dump(exclude_defaults=True)
+
+    @property
+    def replaces_model(self) -> bool:
+        """Whether a key needs a model with exit points."""
+        return self.artifact is not None or self.exit_points is not None
 
     @property
     def runs_stock(self) -> bool:
         """Whether the engine runs vLLM's own model and worker; only the scheduler may be ours."""
-        sources = self.artifact, self.record, self.exit_script, self.exit_points
-        return not self.is_bare and all(source is None for source in sources)
+        return not self.is_empty and not self.replaces_model
 
     @property
     def finishes_choices(self) -> bool:
         """Whether requests end once only one choice is left."""
-        if self.finish_choices is None:
-            return not self.runs_stock and self.record is None
-        return self.finish_choices
+        return not self.runs_stock if self.finish_choices is None else self.finish_choices
 
     @property
     def artifacts(self) -> dict[str, str]:
-        """Directory or hub id by the name of the policy."""
+        """Directory or hub id by policy name."""
         if isinstance(self.artifact, str):
             return {DEFAULT_POLICY: self.artifact}
         return dict(self.artifact or {})
 
 
+class Settings(Switch, SwitchInstruments):
+    """The switch as the engine reads it: its documented keys, and the instruments."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Settings:
+        instruments = self.record, self.exit_script
+        if instruments == (None, None):
+            if self.record_lens is not None:
+                raise ValueError('"record_lens" goes with "record": give both, or neither')
+            return self
+        if self.artifact is not None or None not in instruments:
+            raise ValueError(
+                'give "artifact": the directory that `calibrate` wrote, without "record" and '
+                '"exit_script"'
+            )
+        for key in "capture", "exit_points":
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f'"{key}" goes with "artifact" or stands alone: drop it, or "record" and '
+                    '"exit_script"'
+                )
+        if self.finish_choices and self.record is not None:
+            raise ValueError('"finish_choices" and "record" do not go together: drop one')
+        if self.exit_script is not None and (self.epsilon is not None or self.shadow_rate):
+            raise ValueError('"epsilon" and "shadow_rate" go with "artifact", not "exit_script"')
+        return self
+
+    @property
+    def replaces_model(self) -> bool:
+        """Whether a key or an instrument needs a model with exit points."""
+        return super().replaces_model or (self.record, self.exit_script) != (None, None)
+
+    @property
+    def finishes_choices(self) -> bool:
+        """Whether requests end once only one choice is left; never while recording."""
+        return self.record is None and super().finishes_choices
+
+    @property
+    def fixed_exit_points(self) -> tuple[int, ...]:
+        """The exit points that the switch itself names; an artifact names its own."""
+        return self.exit_script or self.exit_points or ()
+
+
 def read_settings(additional_config: Any) -> Settings | None:
-    """The plugin's settings, or None if stock vLLM is to run.
+    """The plugin's settings; None where stock vLLM is to run.
 
     Raises:
-        AdaInferError: a key is unknown or a value is not valid.
+        AdaInferError: a key is unknown or a value is invalid.
 
     """
     if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
@@ -210,7 +216,7 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join([CONFIG_KEY, *map(str, problem["loc"])])
     if problem["type"] == "extra_forbidden":
-        owner = Capture if problem["loc"][0] == "capture" else Settings
+        owner = Capture if problem["loc"][0] == "capture" else Switch
         known = ", ".join(sorted(owner.model_fields))
         return f"additional_config: {where} is not a known key; known keys: {known}"
     return f"additional_config: {where}: {problem['msg'].removeprefix('Value error, ')}"

@@ -9,40 +9,36 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import CONFIG_KEY
+from vllm_adainfer.settings.instruments import RequestInstruments
 
 # Keys of a request's extra_args.
 EXIT_ARG = "adainfer"
 EPSILON_ARG = "adainfer_epsilon"
-SCRIPT_ARG = "adainfer_exit"
-ROW_ARG = "adainfer_row"
 
 
-class RequestSettings(BaseModel):
-    """A request's settings in ``extra_args`` (``vllm_xargs``); an unknown key is an error.
-
-    Keys that do not begin with ``adainfer`` are ignored.
-    """
+class RequestKeys(BaseModel):
+    """The documented keys in ``extra_args`` (HTTP: ``vllm_xargs``); an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    adainfer: bool | None = Field(None, description="0 runs at full depth, 1 may exit.")
+    adainfer: bool | None = Field(
+        None, description="0 runs the request at full depth; 1 lets it exit."
+    )
     adainfer_policy: str | None = Field(None, description="Name of the policy that decides.")
     adainfer_epsilon: float | None = Field(
         None, ge=0, lt=1, strict=True, description="Replaces the switch's epsilon."
     )
-    adainfer_exit: int | None = Field(
-        None, strict=True, description="With `exit_script`: the exit point at which to leave."
-    )
-    adainfer_row: int | None = Field(
-        None, strict=True, description="While recording: the row of the calibration data."
-    )
+
+
+class RequestSettings(RequestKeys, RequestInstruments):
+    """A request's settings as the engine reads them: its documented keys, and the instruments."""
 
 
 def read_request(arguments: Mapping[str, Any] | None) -> RequestSettings:
-    """Our settings in `arguments`, a request's ``extra_args``.
+    """The settings among a request's ``extra_args``; keys that do not begin with ours are ignored.
 
     Raises:
-        AdaInferError: a key of ours is unknown or its value is not valid.
+        AdaInferError: a key that begins with ``adainfer`` is unknown, or its value is invalid.
 
     """
     ours = {k: v for k, v in (arguments or {}).items() if k.startswith(CONFIG_KEY)}
@@ -54,7 +50,7 @@ def read_request(arguments: Mapping[str, Any] | None) -> RequestSettings:
         problem = error.errors()[0]
         where = problem["loc"][0] if problem["loc"] else "a key of extra_args"
         if problem["type"] == "extra_forbidden":
-            known = ", ".join(RequestSettings.model_fields)
+            known = ", ".join(RequestKeys.model_fields)
             raise AdaInferError(
                 f"{_shown(where)} is not a key that vllm-adainfer knows; its keys are {known}"
             ) from None
@@ -62,7 +58,7 @@ def read_request(arguments: Mapping[str, Any] | None) -> RequestSettings:
 
 
 def _shown(value: Any) -> str:
-    """`value` as Python writes it, cut if long."""
+    """The repr of `value`, truncated."""
     try:
         return f"{value!r:.80}"
     except (ValueError, RecursionError):  # thousands of digits or levels

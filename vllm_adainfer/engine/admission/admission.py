@@ -1,9 +1,9 @@
-"""Admission: which requests may exit, decided when they arrive.
+"""Admission: which requests may exit, and under which policy, decided on arrival.
 
-The frontend refuses requests whose settings the engine cannot serve (`check`). The scheduler
-decides all that follows from what a client sent (`resolve`), and what it decided goes to the
-workers, which add what they alone know: the adapters as loaded, and the policies of the moment
-(`admit`).
+In vLLM's frontend, `Admission.check` refuses requests whose settings the engine cannot serve. In
+the scheduler, `Admission.resolve` settles everything that follows from what a client sent. Workers
+get that record, and add what only they know: the adapters as loaded and the policies in service
+(`Admission.admit`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ from typing import TYPE_CHECKING
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
-from vllm_adainfer.engine.admission.choice_endings import why_choices_go_on
 from vllm_adainfer.engine.admission.policies import Policies
 from vllm_adainfer.engine.admission.requested_output import (
-    Read,
-    What,
-    has_unchanged_scores,
-    read_of,
+    OutputKind,
+    RequestedOutput,
+    requested_output,
     wants_prompt_logprobs,
 )
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved
-from vllm_adainfer.engine.admission.traffic_sample import is_sampled
+from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import served_configs
@@ -44,8 +42,10 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 FULL_DEPTH = NOT_RECORDED = -1
-NOT_UNDERSTOOD = RequestSettings.model_validate({EXIT_ARG: 0})
-SCRIPTED = Read(What.TOKEN, frozenset(SCRIPT_LABELS))
+OPTED_OUT = RequestSettings.model_validate({EXIT_ARG: 0})
+SCRIPTED_OUTPUT = RequestedOutput(OutputKind.TOKEN, frozenset(SCRIPT_LABELS))
+# Structured outputs backends whose grammars can tell whether they would accept further tokens.
+LOOKAHEAD_BACKENDS = ("auto", "xgrammar", "guidance")
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,14 @@ class Admitted:
     """What the worker remembers of a request.
 
     Attributes:
-        resolved: what was decided when it arrived.
+        resolved: what the scheduler resolved on arrival.
         threshold_row: the row of the thresholds that applies, numbered across policies (with a
             script, the index of the exit point); `FULL_DEPTH` if it may not exit.
-        subset: the labels that it is about, as bits of its policy's; all if it has no pool.
-        certified_tokens: so many tokens, the first ones, may exit: as many as its policy's bound is
-            about.
-        chooses: whether it comes under a policy for choices.
+        subset: the labels to choose among, as bits over the policy's labels; `ALL` for a policy
+            without a label pool.
+        certified_tokens: how many of its first tokens its policy's bound covers.
+        has_choice_policy: whether a policy for choices decides it.
         prompt: token ids of its prompt.
-        prompt_len: how many these are.
         adapter: its LoRA adapter; None for the base model.
         record_row: its line of the calibration data; `NOT_RECORDED` if it has none.
 
@@ -71,22 +70,21 @@ class Admitted:
     threshold_row: int
     subset: int
     certified_tokens: int
-    chooses: bool
+    has_choice_policy: bool
     prompt: Sequence[int]
-    prompt_len: int
     adapter: LoRARequest | None
     record_row: int
 
 
 class Admission:
-    """Decides which requests may exit, and by which policy.
+    """Decides which requests may exit, and under which policy.
 
     Attributes:
-        policies: of the engine.
-        records: whether it runs for calibration.
-        has_pools: whether a policy has a label pool.
-        has_choices: whether a policy is for choices.
-        may_get_choices: the same, and whether such a policy may come with an adapter.
+        policies: the engine's policies.
+        is_recording: whether the engine records hidden states for calibration.
+        has_pools: whether any policy has a label pool.
+        has_choices: whether any policy is for choices.
+        may_serve_choices: whether any policy is for choices, or one may be loaded with an adapter.
 
     """
 
@@ -101,29 +99,29 @@ class Admission:
         """Prepare to admit requests.
 
         Args:
-            settings: of the engine switch.
-            configs: those of the artifacts, by policy; None reads them.
-            logprobs_mode: of the engine: what it returns as log-probabilities.
-            ends_choices: whether the scheduler ends a request once one choice is left. Where it
-                does not, the next token would run all that an exit had skipped.
-            serves_prompt_logprobs: whether the engine survives requests for them, see the function
-                of that name in `engine/compat/config.py`.
+            settings: the engine switch.
+            configs: the artifacts' configs, by policy name; None loads them.
+            logprobs_mode: vLLM's ``--logprobs-mode``.
+            ends_choices: whether the scheduler ends a request once one choice is left. Otherwise
+                the request's next token would run all the layers that an exit had skipped.
+            serves_prompt_logprobs: whether the engine survives requests for log-probabilities of
+                the prompt, see the function of that name in `engine/compat/config.py`.
 
         Raises:
             AdaInferError: an artifact is missing, or does not certify the switch's epsilon.
 
         """
-        self.records = settings.record is not None
-        self._settings = settings
-        self._logprobs_mode = logprobs_mode
-        self._serves_prompt_logprobs = serves_prompt_logprobs
         if configs is None:
             configs = {n: load_artifact_config(path) for n, path in settings.artifacts.items()}
+        self._settings = settings
         self._configs = configs
+        self._logprobs_mode = logprobs_mode
+        self._serves_prompt_logprobs = serves_prompt_logprobs
         self.policies = Policies(settings, configs, ends_choices)
+        self.is_recording = settings.record is not None
         self.has_pools = any(config.label_pool for config in configs.values())
         self.has_choices = any(config.choices for config in configs.values())
-        self.may_get_choices = self.has_choices or settings.exit_points is not None
+        self.may_serve_choices = self.has_choices or settings.exit_points is not None
         firsts = first_threshold_rows(config.num_threshold_rows for config in configs.values())
         self._first_row = dict(zip(configs, firsts, strict=True))
         self._default_level = {
@@ -136,18 +134,23 @@ class Admission:
         }
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         vllm_config: VllmConfig,
         settings: Settings,
         configs: Mapping[str, ArtifactConfig] | None = None,
     ) -> Admission:
-        """That of an engine."""
+        """The admission of an engine; `configs` default to those of its pinned artifacts.
+
+        Raises:
+            AdaInferError: see `__init__` and `served_configs`.
+
+        """
         return cls(
             settings,
             served_configs(vllm_config, settings) if configs is None else configs,
             vllm_config.model_config.logprobs_mode,
-            why_choices_go_on(vllm_config, settings) is None,
+            why_choices_run_on(vllm_config, settings) is None,
             serves_prompt_logprobs(vllm_config),
         )
 
@@ -155,7 +158,7 @@ class Admission:
         """Refuse a request whose settings this engine cannot serve.
 
         Raises:
-            AdaInferError: one is unknown, not valid, or not offered by this engine.
+            AdaInferError: a setting is unknown, invalid, or not offered by this engine.
 
         """
         if wants_prompt_logprobs(params) and not self._serves_prompt_logprobs:
@@ -166,7 +169,7 @@ class Admission:
         request = read_request(params.extra_args)
         if request.adainfer_exit is not None and self._settings.exit_script is None:
             raise AdaInferError("adainfer_exit goes with an exit_script, and this engine has none")
-        if request.adainfer_row is not None and not self.records:
+        if request.adainfer_row is not None and not self.is_recording:
             raise AdaInferError("adainfer_row is for calibration, and this engine records nothing")
         name = request.adainfer_policy
         if name is not None and name not in self._configs:
@@ -176,25 +179,29 @@ class Admission:
                 f"{known}"
             )
         if request.adainfer_epsilon is not None:
-            self._check_epsilon(request.adainfer_epsilon, name, request, params)
+            self._check_epsilon(request.adainfer_epsilon, request, params)
 
     def _check_epsilon(
-        self, epsilon: float, name: str | None, request: RequestSettings, params: SamplingParams
+        self, epsilon: float, request: RequestSettings, params: SamplingParams
     ) -> None:
-        """Refuse what no policy promises that may decide the request; its adapter is not known."""
-        adapters = self.policies.have_adapters or self._settings.exit_points is not None
-        if not adapters:
-            resolved = self._understood(request, params)
-            name = self.policies.deciding(resolved, self.policies.named(None)) or name
-        refused = []
+        """Refuse an epsilon that the request's policy does not certify.
+
+        Its adapter is unknown here. With adapters, some policy has to certify the epsilon.
+        """
+        name = request.adainfer_policy
+        has_adapters = self.policies.have_adapters or self._settings.exit_points is not None
+        if not has_adapters:
+            base = self.policies.for_adapter_name(None)
+            name = self.policies.select(self._parse(request, params), base) or name
         configs = list(self._configs.values()) if name is None else [self._configs[name]]
+        refusals = []
         for config in configs:
             try:
                 config.level_of(epsilon)
             except AdaInferError as error:
-                refused.append(error)
-        if refused and (len(refused) == len(configs) or not adapters):
-            raise refused[0]
+                refusals.append(error)
+        if refusals and (len(refusals) == len(configs) or not has_adapters):
+            raise refusals[0]
 
     def resolve(
         self,
@@ -203,85 +210,65 @@ class Admission:
         adapter: LoRARequest | None = None,
         resumable: bool = False,
     ) -> Resolved:
-        """Decide about a request that has arrived.
+        """Settle what follows from what a client sent; see `Resolved`.
+
+        The result stays valid when artifacts are reloaded (see `worker.reload.check_replaces`) or
+        come with adapters.
 
         Args:
             request_id: vLLM's own, which clients cannot choose.
-            params: its sampling parameters.
+            params: its sampling parameters; None runs at full depth.
             adapter: its LoRA adapter.
             resumable: whether its prompt is still being sent. Later parts attend to earlier ones at
                 every layer, so such a request runs at full depth.
 
         """
         if params is None:
-            return NOTHING
-        resolved = self._understood(request_settings(params), params)
+            return Resolved(OPTED_OUT, None, UNLIMITED, wants_prompt_logprobs=False)
+        resolved = self._parse(_valid_settings(params), params)
         if resumable:
-            return replace(resolved, read=None, is_wanted=False)
+            return replace(resolved, output=None)
+        may_decide = self.policies.may_decide(resolved, adapter)
+        is_choice = resolved.output is not None and resolved.output.kind is OutputKind.CHOICE
         return replace(
             resolved,
-            may_exit=self._may_exit(resolved, adapter),
-            may_choose=self._may_choose(resolved, adapter),
+            may_exit=self._may_exit(resolved, may_decide),
+            may_end_after_first_token=may_decide and is_choice,
             saving=self._saving(resolved, adapter),
             is_shadow=self.is_shadow(request_id),
         )
 
-    def _understood(self, request: RequestSettings, params: SamplingParams) -> Resolved:
-        """What the settings of a request and its sampling parameters say."""
-        settings = self._settings
-        read = read_of(params, self._logprobs_mode)
-        wanted = request.adainfer
-        return Resolved(
-            settings=request,
-            read=read,
-            is_wanted=settings.requests != "opt-in" if wanted is None else wanted,
-            scores_unchanged=has_unchanged_scores(params, read, settings.requests == "all"),
-            max_tokens=params.max_tokens or UNLIMITED,
-            wants_prompt_logprobs=wants_prompt_logprobs(params),
-        )
+    def _parse(self, request: RequestSettings, params: SamplingParams) -> Resolved:
+        """The part of `Resolved` that needs no policy and no adapter."""
+        settings, opted_in = self._settings, request.adainfer
+        if opted_in is None:
+            opted_in = settings.requests != "opt-in"
+        output = None
+        if opted_in:
+            output = requested_output(params, self._logprobs_mode, settings.requests == "all")
+        max_tokens = params.max_tokens or UNLIMITED
+        return Resolved(request, output, max_tokens, wants_prompt_logprobs(params))
 
     def is_shadow(self, request_id: str) -> bool:
-        """Whether a request that may exit runs to full depth instead, to be compared."""
-        return is_sampled(request_id, self._settings.shadow_rate, "shadow")
+        """Whether a request that may exit runs to full depth instead, to compare the answers."""
+        return in_traffic_sample(request_id, self._settings.shadow_rate, "shadow")
 
-    def _may_exit(self, resolved: Resolved, adapter: LoRARequest | None) -> bool:
-        """See `Resolved.may_exit`.
-
-        The answer does not change when artifacts are reloaded (see `worker.reload.check_replaces`)
-        or come with adapters. The files of an adapter are not read here, so a policy that goes by
-        its name counts, whatever its weights.
-        """
-        if self.records:
+    def _may_exit(self, resolved: Resolved, may_decide: bool) -> bool:
+        """See `Resolved.may_exit`; `may_decide`: whether a policy may decide the request."""
+        if self.is_recording:
             return False
         if self._settings.exit_script is not None:
-            return self._scripted(resolved) != FULL_DEPTH
-        own = self.policies.named(adapter)
-        if adapter is None:
-            decided = self.policies.deciding(resolved, own) is not None
-        else:  # one alone may have the adapter's weights
-            alone = ({name: config} for name, config in own.items())
-            decided = any(self.policies.deciding(resolved, one) is not None for one in alone)
-        if not decided and not self.policies.may_come(resolved, adapter):
-            return False
+            return self._scripted_tag(resolved) != FULL_DEPTH
         epsilon = resolved.settings.adainfer_epsilon
-        return (self._settings.epsilon if epsilon is None else epsilon) != 0
+        return may_decide and (self._settings.epsilon if epsilon is None else epsilon) != 0
 
     def _saving(self, resolved: Resolved, adapter: LoRARequest | None) -> tuple[str, float] | None:
         """See `Resolved.saving`."""
-        name = self.policies.deciding(resolved, self.policies.named(adapter))
+        name = self.policies.select(resolved, self.policies.for_adapter_name(adapter))
         if name is None or self._configs[name].max_tokens > 1:
             return None
         config = self._configs[name]
         return name, config.levels[config.level_of(None)].layers_saved
-
-    def _may_choose(self, resolved: Resolved, adapter: LoRARequest | None) -> bool:
-        """See `Resolved.may_choose`."""
-        read = resolved.read
-        if read is None or read.what is not What.CHOICE:
-            return False
-        if self.policies.may_come(resolved, adapter):
-            return True
-        return self.policies.deciding(resolved, self.policies.named(adapter)) is not None
 
     def admit(
         self,
@@ -290,41 +277,40 @@ class Admission:
         adapter: LoRARequest | None = None,
         fingerprint: str | None = None,
     ) -> Admitted:
-        """What the worker is to remember of a request.
+        """Let a request into the worker, under the policies now in service.
 
         Args:
-            resolved: what the scheduler decided.
+            resolved: what the scheduler resolved.
             prompt: token ids.
             adapter: its LoRA adapter.
-            fingerprint: that of the adapter, as vLLM has loaded it.
+            fingerprint: that of the adapter's weights, as vLLM has loaded them.
 
         """
-        name = self.policies.deciding(resolved, self.policies.of(adapter, fingerprint))
+        name = self.policies.select(resolved, self.policies.for_adapter(adapter, fingerprint))
         config = None if name is None else self._configs[name]
-        chooses = config is not None and bool(config.choices)
-        record_row = resolved.settings.adainfer_row if self.records else None
+        record_row = resolved.settings.adainfer_row if self.is_recording else None
         return Admitted(
             resolved=resolved,
             threshold_row=self._threshold_row(resolved, name, prompt),
-            subset=ALL if config is None else _subset(resolved.read, config),
+            subset=ALL if config is None else _subset(resolved.output, config),
             certified_tokens=UNLIMITED if config is None else config.max_tokens,
-            chooses=chooses,
+            has_choice_policy=config is not None and bool(config.choices),
             prompt=prompt,
-            prompt_len=len(prompt),
             adapter=adapter,
             record_row=NOT_RECORDED if record_row is None else record_row,
         )
 
     def _threshold_row(self, resolved: Resolved, name: str | None, prompt: Sequence[int]) -> int:
         """See `Admitted.threshold_row`; `name` is the request's policy."""
+        settings = resolved.settings
         if self._settings.exit_script is not None:
-            return self._scripted(resolved)
+            return self._scripted_tag(resolved)
         if name is None:
             return FULL_DEPTH
         level = self._default_level[name]
-        if resolved.settings.adainfer_epsilon is not None:
+        if settings.adainfer_epsilon is not None:
             try:
-                level = self._configs[name].level_of(resolved.settings.adainfer_epsilon)
+                level = self._configs[name].level_of(settings.adainfer_epsilon)
             except AdaInferError as error:
                 logger.warning_once("a request runs at full depth: %s", str(error))
                 return FULL_DEPTH
@@ -338,45 +324,47 @@ class Admission:
         row = self._configs[name].threshold_row(level, question)
         return FULL_DEPTH if row is None else self._first_row[name] + row
 
-    def _scripted(self, resolved: Resolved) -> int:
-        """Index of the exit point that a request names, if a label head can answer it."""
-        layer = resolved.settings.adainfer_exit
-        script = self._settings.exit_script or ()
+    def _scripted_tag(self, resolved: Resolved) -> int:
+        """Index of the exit point that a request names, if the script's labels can answer it."""
+        layer, script = resolved.settings.adainfer_exit, self._settings.exit_script or ()
         if layer is not None and layer not in script:
             logger.warning_once(
-                "a request asked for adainfer_exit = %s, which is not an exit point of the script: "
-                "it runs at full depth",
+                "a request runs at full depth: its adainfer_exit = %s is not in the exit_script",
                 layer,
             )
-        if layer not in script or resolved.read != SCRIPTED:
+        if layer not in script or resolved.output != SCRIPTED_OUTPUT:
             return FULL_DEPTH
-        return script.index(layer) if resolved.scores_unchanged else FULL_DEPTH
+        return script.index(layer)
 
 
-def _subset(read: Read | None, config: ArtifactConfig) -> int:
-    """The labels that a request is about, as bits of its policy's."""
-    if not config.label_pool or read is None or read.labels is None:
+def _subset(output: RequestedOutput | None, config: ArtifactConfig) -> int:
+    """See `Admitted.subset`."""
+    if not config.label_pool or output is None or output.labels is None:
         return ALL
-    return bits_of(read.labels, config.label_ids)
+    return bits_of(output.labels, config.label_ids)
 
 
-def request_settings(params: SamplingParams) -> RequestSettings:
-    """A request's settings; full depth if they are not valid.
+def _valid_settings(params: SamplingParams) -> RequestSettings:
+    """A request's settings; `OPTED_OUT` if they are invalid.
 
-    vLLM's frontend refuses such a request by `Admission.check`; others can reach the engine.
+    vLLM's frontend refuses such requests by `Admission.check`, but other callers reach the engine.
     """
     try:
         return read_request(params.extra_args)
     except AdaInferError as error:
         logger.warning_once("a request runs at full depth: %s", str(error))
-        return NOT_UNDERSTOOD
+        return OPTED_OUT
 
 
-NOTHING = Resolved(
-    settings=NOT_UNDERSTOOD,
-    read=None,
-    is_wanted=False,
-    scores_unchanged=False,
-    max_tokens=UNLIMITED,
-    wants_prompt_logprobs=False,
-)  # of a request without sampling parameters
+def why_choices_run_on(vllm_config: VllmConfig, settings: Settings) -> str | None:
+    """Why vLLM samples a choice to its last token; None if requests end once one choice is left."""
+    if not settings.finishes_choices:
+        return '"finish_choices" is off'
+    grammars = vllm_config.structured_outputs_config
+    if grammars.reasoning_parser:
+        return "the grammar of a server with a reasoning parser begins after the reasoning"
+    if grammars.backend not in LOOKAHEAD_BACKENDS:
+        return f"the structured outputs backend {grammars.backend} cannot look ahead"
+    if vllm_config.model_config.return_sampling_mask:
+        return "sampling masks are returned, and the tokens appended would have none"
+    return None

@@ -1,4 +1,4 @@
-"""Which policy decides a request: by its adapter, by what it reads, or by name."""
+"""Selects a request's policy: by its adapter, its requested output, or its policy name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import Adapter, ArtifactConfig
-from vllm_adainfer.engine.admission.requested_output import Read, What, choices_served, has_room
+from vllm_adainfer.engine.admission.requested_output import (
+    OutputKind,
+    RequestedOutput,
+    policy_choices,
+)
 from vllm_adainfer.engine.admission.resolved import Resolved
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.settings.engine import Settings
@@ -21,7 +25,8 @@ class Policies:
     """The policies of an engine.
 
     Attributes:
-        configs: those of their artifacts, by name.
+        configs: the configs of their artifacts, by policy name.
+        have_adapters: whether any policy is for a LoRA adapter.
 
     """
 
@@ -30,83 +35,87 @@ class Policies:
     ) -> None:
         """See `Admission`."""
         self.configs = configs
-        self._settings = settings
-        self._ends_choices = ends_choices
         self.have_adapters = any(config.adapter for config in configs.values())
+        self._adapters_bring_policies = settings.exit_points is not None
+        self._ends_choices = ends_choices
         self._of_base = {name: one for name, one in configs.items() if one.adapter is None}
 
     @property
     def ambiguous(self) -> list[list[str]]:
-        """Policies of which a request has to name one."""
+        """Groups of policies for the same requests, which must name one of them."""
         adapters = {config.adapter for config in self.configs.values()}
         groups = {group for adapter in adapters for group in self._ambiguous_for(adapter)}
         return [list(names) for names in sorted(groups) if len(names) > 1]
 
     def _ambiguous_for(self, adapter: Adapter | None) -> set[tuple[str, ...]]:
-        """The policies that may serve a request with `adapter`, for all that it may read."""
+        """The policies that fit requests with `adapter`, for each output they may want."""
         own = {name: config for name, config in self.configs.items() if config.adapter == adapter}
-        plain = [config for config in own.values() if not config.choices]
-        sets = {frozenset(config.label_ids) or None for config in plain}
+        sets = {frozenset(one.label_ids) or None for one in own.values() if not one.choices}
         # Pools may share labels that none of them has exactly.
         shared = {one & other for one in sets for other in sets if one and other}
         sets |= shared | {both - {label} for both in shared for label in both}
-        reads = [Read(what, labels) for labels in sets for what in What]
-        texts = {choices_served(config) for config in own.values()} - {None}
-        reads += [Read(What.CHOICE, None, choices) for choices in texts]
-        return {tuple(self._preferred(read, own)) for read in reads}
+        outputs = [RequestedOutput(kind, labels) for labels in sets for kind in OutputKind]
+        texts = {policy_choices(config) for config in own.values()} - {None}
+        outputs += [RequestedOutput(OutputKind.CHOICE, None, choices) for choices in texts]
+        return {tuple(self._fitting(output, own)) for output in outputs}
 
-    def deciding(self, resolved: Resolved, own: Mapping[str, ArtifactConfig]) -> str | None:
-        """The policy that decides a request, None if it runs at full depth.
+    def select(self, resolved: Resolved, candidates: Mapping[str, ArtifactConfig]) -> str | None:
+        """Name of the policy that decides a request; None if the request runs at full depth.
 
-        `own` are the policies for its adapter, or for the base model.
+        `candidates` are the policies for its adapter, or for the base model.
         """
-        read, name = resolved.read, resolved.settings.adainfer_policy
-        if read is None or not resolved.is_wanted or not resolved.scores_unchanged:
+        output, name = resolved.output, resolved.settings.adainfer_policy
+        if output is None:
             return None
         if name is None:
-            preferred = self._preferred(read, own)
-            name = preferred[0] if len(preferred) == 1 else None
-        if name is None or name not in own or not self._serves(own[name], resolved, read):
+            fitting = self._fitting(output, candidates)
+            name = fitting[0] if len(fitting) == 1 else None
+        if name is None or name not in candidates:
             return None
-        return name
+        return name if self._covers(candidates[name], output, resolved.max_tokens) else None
 
-    def _serves(self, config: ArtifactConfig, resolved: Resolved, read: Read) -> bool:
-        """Whether a policy's bound is about what a request reads, and about as many tokens.
+    def _covers(self, config: ArtifactConfig, output: RequestedOutput, max_tokens: int) -> bool:
+        """Whether a policy's bound covers an output of up to `max_tokens` tokens.
 
-        A bound calibrated on one token covers one token only; on more, the first ones of any
-        number.
+        A bound calibrated on one token covers requests for one token only. One calibrated on more
+        covers the first tokens of a request of any length.
         """
-        if not read.served_by(config):
+        if not output.is_promised_by(config):
             return False
-        if read.what is What.CHOICE:  # which its first token decides
-            return self._ends_choices and has_room(resolved.max_tokens, config)
-        return resolved.max_tokens == 1 or config.max_tokens > 1
+        if output.kind is OutputKind.CHOICE:  # its first token decides it
+            longest = max(len(choice.token_ids) for choice in config.choices)
+            return self._ends_choices and max_tokens > longest  # with the token that ends it
+        return max_tokens == 1 or config.max_tokens > 1
 
-    def may_come(self, resolved: Resolved, adapter: LoRARequest | None) -> bool:
-        """Whether a policy that is loaded with an adapter may decide a request.
+    def may_decide(self, resolved: Resolved, adapter: LoRARequest | None) -> bool:
+        """Whether a policy may decide a request, whatever weights its adapter turns out to have.
 
-        The scheduler, which knows only the policies of the start, takes such a request for one that
-        may exit.
+        The scheduler does not read an adapter's files. Several policies may be for adapters of the
+        same name, and vLLM may load a policy with the adapter.
         """
-        has_points = self._settings.exit_points is not None
-        return adapter is not None and has_points and resolved.is_wanted
+        if adapter is None:
+            return self.select(resolved, self._of_base) is not None
+        if self._adapters_bring_policies and resolved.output is not None:
+            return True
+        candidates = self.for_adapter_name(adapter).items()
+        return any(self.select(resolved, {name: config}) for name, config in candidates)
 
-    def of(
+    def for_adapter(
         self, adapter: LoRARequest | None, fingerprint: str | None
     ) -> Mapping[str, ArtifactConfig]:
         """The policies for requests with an adapter; None is the base model.
 
-        `fingerprint` is that of the adapter as vLLM has loaded it.
+        `fingerprint` is that of the adapter's weights, as vLLM has loaded them.
         """
-        named = self.named(adapter)
+        named = self.for_adapter_name(adapter)
         if adapter is None:
             return named
-        own = {
+        matching = {
             name: config
             for name, config in named.items()
             if config.adapter is not None and config.adapter.fingerprint == fingerprint
         }
-        for name in named.keys() - own:
+        for name in named.keys() - matching:
             logger.warning_once(
                 "requests with the adapter %s run at full depth: policy %s was calibrated for "
                 "another adapter of this name: calibrate with --lora %s=%s",
@@ -115,10 +124,10 @@ class Policies:
                 adapter.lora_name,
                 adapter.lora_path,
             )
-        return own
+        return matching
 
-    def named(self, adapter: LoRARequest | None) -> Mapping[str, ArtifactConfig]:
-        """The policies that go by an adapter's name, whatever its weights."""
+    def for_adapter_name(self, adapter: LoRARequest | None) -> Mapping[str, ArtifactConfig]:
+        """The policies for an adapter of this name, whatever its weights."""
         if adapter is None:
             return self._of_base
         return {
@@ -127,14 +136,15 @@ class Policies:
             if config.adapter is not None and config.adapter.name == adapter.lora_name
         }
 
-    def _preferred(self, read: Read, among: Mapping[str, ArtifactConfig]) -> list[str]:
-        """The policies that may serve what a request reads, if it names none.
+    def _fitting(
+        self, output: RequestedOutput, candidates: Mapping[str, ArtifactConfig]
+    ) -> list[str]:
+        """The policies for a requested output, for a request that names none.
 
-        Those whose labels are exactly the request's go before those with a pool of more, and then
-        those that promise the token alone, where that is enough: they save more.
+        Exactly the requested labels beat a pool with more. Among those left, policies that promise
+        the token alone beat policies for probabilities where the token is enough: they save more.
         """
-        configs = {name: config for name, config in among.items() if read.served_by(config)}
-        exact = [name for name, config in configs.items() if read.is_exactly(config)]
+        configs = {n: config for n, config in candidates.items() if output.is_promised_by(config)}
+        exact = [name for name, config in configs.items() if output.has_labels_of(config)]
         names = exact or list(configs)
-        tokens = [name for name in names if configs[name].risk != "probability"]
-        return tokens or names
+        return [name for name in names if configs[name].risk != "probability"] or names

@@ -1,4 +1,4 @@
-"""What a request reads of its answer: a token, a choice, or probabilities, and of which tokens."""
+"""What a request wants returned: a token, a choice, or probabilities, and over which tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 
-class What(Enum):
-    """What is read."""
+class OutputKind(Enum):
+    """The kinds of output that policies promise."""
 
     TOKEN = "the token alone"
     CHOICE = "one of several texts"
@@ -23,104 +23,118 @@ class What(Enum):
 
 
 @dataclass(frozen=True)
-class Read:
-    """What a request reads.
+class RequestedOutput:
+    """What a request wants returned.
 
     Attributes:
-        what: is read.
-        labels: the tokens that it is about; None if any token may be the answer.
-        choices: the texts that it chooses from; None if it is not restricted to such.
+        kind: the kind of output.
+        labels: ids of the tokens that may be the answer; None if any token may be.
+        choices: the texts to choose from; None if the request has no such restriction.
 
     """
 
-    what: What
+    kind: OutputKind
     labels: frozenset[int] | None
     choices: frozenset[str] | None = None
 
-    def served_by(self, config: ArtifactConfig) -> bool:
-        """Whether a policy's bound is about this."""
-        if config.choices or self.what is What.CHOICE:
-            return self.choices is not None and self.choices == choices_served(config)
-        if not self.is_exactly(config) and not self._is_in_pool(config):
+    def is_promised_by(self, config: ArtifactConfig) -> bool:
+        """Whether a policy's bound covers this output."""
+        if config.choices or self.kind is OutputKind.CHOICE:
+            return self.choices is not None and self.choices == policy_choices(config)
+        if not self.has_labels_of(config) and not self._is_in_pool(config):
             return False
-        if self.what is What.TOKEN:
+        if self.kind is OutputKind.TOKEN:
             return True
         certified = config.risk == "probability"
-        return certified and (config.label_mass or self.what is What.AMONG_LABELS)
+        return certified and (config.label_mass or self.kind is OutputKind.AMONG_LABELS)
 
-    def is_exactly(self, config: ArtifactConfig) -> bool:
-        """Whether a policy has the same labels, or the same choices."""
+    def has_labels_of(self, config: ArtifactConfig) -> bool:
+        """Whether a policy is for exactly these labels, or these choices."""
         if config.choices:
-            return self.choices == choices_served(config)
+            return self.choices == policy_choices(config)
         return self.labels == (frozenset(config.label_ids) or None)
 
     def _is_in_pool(self, config: ArtifactConfig) -> bool:
-        """Whether a policy's label pool has these labels, at least two; one has no runner-up."""
+        """Whether a policy's label pool has these labels; a single one has no runner-up."""
         if not config.label_pool or self.labels is None:
             return False
         return len(self.labels) > 1 and self.labels <= set(config.label_ids)
 
 
-def choices_served(config: ArtifactConfig) -> frozenset[str] | None:
-    """The texts of a policy for choices; None of any other policy."""
+def policy_choices(config: ArtifactConfig) -> frozenset[str] | None:
+    """The texts of a policy for choices; None for any other policy."""
     return frozenset(choice.text for choice in config.choices) or None
 
 
-def has_room(max_tokens: int, config: ArtifactConfig) -> bool:
-    """Whether a request for so many tokens may be as long as the longest choice and its end."""
-    return max_tokens > max(len(choice.token_ids) for choice in config.choices)
+def requested_output(
+    params: SamplingParams, logprobs_mode: str, any_temperature: bool = False
+) -> RequestedOutput | None:
+    """What a request wants returned; None if no policy can promise it.
+
+    Called once per request, on arrival.
+
+    Args:
+        params: its sampling parameters.
+        logprobs_mode: vLLM's ``--logprobs-mode``.
+        any_temperature: whether sampled tokens may come from early scores, too. Probabilities in
+            the whole vocabulary are the same at any temperature; ``/generative_scoring`` leaves it
+            at 1.
+
+    """
+    if changes_scores(params):
+        return None
+    output = _restricted_output(params, logprobs_mode)
+    if output is None or params.temperature == 0 or any_temperature:
+        return output
+    return output if output.kind is OutputKind.IN_VOCABULARY else None
 
 
-def read_of(params: SamplingParams, logprobs_mode: str) -> Read | None:
-    """What a request with `params` reads; None if no policy promises that.
+def _restricted_output(params: SamplingParams, logprobs_mode: str) -> RequestedOutput | None:
+    """What is returned, by a request's restrictions and log-probabilities alone.
 
-    Called once a request, when it arrives. More than `MOST_ANSWERS` tokens are no policy's labels,
-    and are not looked at.
+    No policy has more than `MOST_ANSWERS` labels, so longer lists are not examined.
 
-    Log-probabilities of vLLM are over the whole vocabulary, unless the engine was started with
-    ``--logprobs-mode processed_logprobs`` and the request allows certain tokens alone
-    (``vllm/v1/sample/sampler.py``). In the latter case the best ones are labels; in the former,
-    other tokens may be among them, which an early answer does not tell apart.
+    vLLM's log-probabilities are over the whole vocabulary, except under ``--logprobs-mode
+    processed_logprobs`` with ``allowed_token_ids`` (``vllm/v1/sample/sampler.py``): there the best
+    tokens are labels. Otherwise other tokens may be among the best, and an early answer has no
+    scores for those.
     """
     if params.structured_outputs is not None:
-        return _choice_read(params)
+        choices = requested_choices(params)
+        if not choices or not can_end_with_choice(params):
+            return None
+        return RequestedOutput(OutputKind.CHOICE, None, choices)
     allowed, ids = params.allowed_token_ids, params.logprob_token_ids
     if max(len(allowed or ()), len(ids or ())) > MOST_ANSWERS:
         return None
     labels = None if allowed is None else frozenset(allowed)
     if params.logprobs is None and ids is None:
-        return Read(What.TOKEN, labels)
+        return RequestedOutput(OutputKind.TOKEN, labels)
     processed = logprobs_mode == "processed_logprobs"
     if processed and params.temperature != 0:
-        return None  # which changes them
+        return None  # the temperature changes these probabilities
     if processed and labels is not None and (ids is None or labels == frozenset(ids)):
-        return Read(What.AMONG_LABELS, labels)
-    known = processed or logprobs_mode == "raw_logprobs"
-    if known and ids is not None and labels in (None, frozenset(ids)):
-        return Read(What.IN_VOCABULARY, frozenset(ids))
+        return RequestedOutput(OutputKind.AMONG_LABELS, labels)
+    is_normalised = processed or logprobs_mode == "raw_logprobs"
+    if is_normalised and ids is not None and labels in (None, frozenset(ids)):
+        return RequestedOutput(OutputKind.IN_VOCABULARY, frozenset(ids))
     return None
 
 
-def choices_asked(params: SamplingParams) -> frozenset[str] | None:
-    """The different texts that a request chooses from.
+def requested_choices(params: SamplingParams) -> frozenset[str] | None:
+    """The distinct texts that a request chooses from.
 
-    None if it is not restricted to such, or to more text than `choices_of` looks at.
+    None if it has no such restriction, or one beyond the limits of `choices_of`.
     """
     structured = params.structured_outputs
     if structured is None:
         return None
-    found = choices_of(structured.choice, structured.grammar)
-    return None if found is None else frozenset(found)
+    choices = choices_of(structured.choice, structured.grammar)
+    return None if choices is None else frozenset(choices)
 
 
-def _choice_read(params: SamplingParams) -> Read | None:
-    """A choice, if the choice alone decides what the request gets; else nothing."""
-    choices = choices_asked(params)
-    return Read(What.CHOICE, None, choices) if choices and is_plain(params) else None
-
-
-def is_plain(params: SamplingParams) -> bool:
-    """Whether a grammar alone decides what a request gets, and it reads no log-probabilities."""
+def can_end_with_choice(params: SamplingParams) -> bool:
+    """Whether only the grammar decides what follows, and no log-probabilities are returned."""
     return (
         params.eos_token_id is not None
         and params.logprobs is None
@@ -128,34 +142,31 @@ def is_plain(params: SamplingParams) -> bool:
         and params.allowed_token_ids is None
         and params.repetition_detection is None
         and not params.stop
-        and not params.min_tokens
-        and not params.logit_bias
-        and not params.bad_words
+        and not _edits_logits(params)
     )
 
 
-def has_unchanged_scores(params: SamplingParams, read: Read | None, any_temperature: bool) -> bool:
-    """Whether what is read comes of the unchanged scores, as the calibrated bound assumes.
+def changes_scores(params: SamplingParams) -> bool:
+    """Whether a request changes the model's scores, or reads those of its prompt.
 
-    Probabilities in the whole vocabulary are the same at any temperature; ``/generative_scoring``
-    leaves it at 1. Penalties of tokens that have come change nothing for a first token.
+    No policy promises anything about such a request. Presence and frequency penalties change
+    nothing for the first token.
     """
-    what = None if read is None else read.what
+    penalties = params.presence_penalty or params.frequency_penalty
     return (
-        (params.temperature == 0 or what is What.IN_VOCABULARY or any_temperature)
-        and not wants_prompt_logprobs(params)
-        and not params.min_tokens
-        and not params.logit_bias
-        and not params.bad_words
-        and (params.structured_outputs is None or what is What.CHOICE)
-        and params.thinking_token_budget is None
-        and params.trace_decode_token_ids is None
-        and params.repetition_penalty == 1
-        and (params.max_tokens == 1 or not params.presence_penalty)
-        and (params.max_tokens == 1 or not params.frequency_penalty)
+        _edits_logits(params)
+        or wants_prompt_logprobs(params)
+        or params.thinking_token_budget is not None
+        or params.trace_decode_token_ids is not None
+        or params.repetition_penalty != 1
+        or (params.max_tokens != 1 and bool(penalties))
     )
 
 
 def wants_prompt_logprobs(params: SamplingParams) -> bool:
     """Whether a request reads log-probabilities of its prompt's tokens, in either of two ways."""
     return params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+
+
+def _edits_logits(params: SamplingParams) -> bool:
+    return bool(params.min_tokens or params.logit_bias or params.bad_words)

@@ -1,7 +1,7 @@
-"""What is decided about a request when it arrives: once, by the scheduler, for all that follow.
+"""What the scheduler resolves about a request, once, on arrival.
 
-Whatever a client sent is looked at here and nowhere else. The record travels to the workers among
-the request's ``extra_args``; a step reads its fields and never the client's.
+Nothing that a client sent is parsed anywhere else. The record travels to the workers among the
+request's ``extra_args``, and steps read only its fields.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.engine.admission.requested_output import Read
+from vllm_adainfer.engine.admission.requested_output import RequestedOutput
 from vllm_adainfer.settings.request import RequestSettings
 
 if TYPE_CHECKING:
@@ -22,37 +22,34 @@ UNLIMITED = 1 << 62
 
 @dataclass(frozen=True)
 class Resolved:
-    """What was decided about a request when it arrived.
+    """What is known about a request from its arrival on.
 
     Attributes:
         settings: the request's own settings.
-        read: what it reads; None if no policy promises that.
-        is_wanted: whether it is to exit where it can.
-        scores_unchanged: whether what it reads comes of the model's unchanged scores, as every
-            calibrated bound assumes.
+        output: what it wants returned; None if it must run at full depth, because it opted out or
+            no policy can promise its output.
         max_tokens: the most tokens that it may generate.
         wants_prompt_logprobs: whether it reads log-probabilities of its prompt's tokens.
-        may_exit: whether it may leave early at all, whatever its prompt asks and whatever files
-            its adapter has: no less than what the worker lets exit.
-        may_choose: whether its first token may be its last, as that of a choice.
-        saving: the policy that it probably comes under, and the share of its prompt's layers that
-            exits save for good; None if later steps run what was skipped.
-        is_shadow: whether it runs to full depth, to be compared, where it could exit.
-        deep_prompt: whether its prompt runs at full depth.
+        may_exit: whether it may exit at all. True for every request that the worker, which also
+            knows the prompt's question and the adapter's weights, lets exit.
+        may_end_after_first_token: whether its first token may decide a choice, and so end it.
+        saving: name of the policy that probably decides it, and the fraction of its prompt's
+            layers that an exit skips for good; None if later steps run the skipped layers.
+        is_shadow: whether it runs to full depth where it could exit, to compare the answers.
+        force_full_depth_prefill: whether its prompt must run at full depth, to complete the blocks
+            of a shared prefix.
 
     """
 
     settings: RequestSettings
-    read: Read | None
-    is_wanted: bool
-    scores_unchanged: bool
+    output: RequestedOutput | None
     max_tokens: int
     wants_prompt_logprobs: bool
     may_exit: bool = False
-    may_choose: bool = False
+    may_end_after_first_token: bool = False
     saving: tuple[str, float] | None = None
     is_shadow: bool = False
-    deep_prompt: bool = False
+    force_full_depth_prefill: bool = False
 
 
 def with_resolved(params: SamplingParams, resolved: Resolved) -> SamplingParams:
@@ -63,6 +60,6 @@ def with_resolved(params: SamplingParams, resolved: Resolved) -> SamplingParams:
 
 
 def resolved_of(params: SamplingParams | None) -> Resolved | None:
-    """What `with_resolved` has put there; None if no scheduler of ours has seen the request."""
+    """The record that `with_resolved` attached; None if our scheduler has not seen the request."""
     found = None if params is None or params.extra_args is None else params.extra_args.get(ARGUMENT)
     return found if isinstance(found, Resolved) else None  # a client may send this key, too

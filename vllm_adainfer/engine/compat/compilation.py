@@ -1,4 +1,4 @@
-"""VLLM's compiler and its cache."""
+"""vLLM's compiler and its cache."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def segment_config(vllm_config: VllmConfig) -> VllmConfig:
-    """The config to compile a segment with, which does not depend on our settings.
+    """A config to compile segments with that does not depend on our settings.
 
-    0.32 puts ``additional_config`` into the key of its compile cache. A segment's code depends only
-    on its layers, which its name states, so a recalibrated artifact reuses the cached segments.
+    vLLM 0.32 puts ``additional_config`` into the key of its compile cache. A segment's code depends
+    only on its layers, which its name states, so recalibrated artifacts reuse cached segments.
     """
     config = copy.copy(vllm_config)
     config.additional_config = {}
@@ -24,8 +24,8 @@ def segment_config(vllm_config: VllmConfig) -> VllmConfig:
 def compile_cache_folder(name: str) -> AbstractContextManager[None]:
     """Give modules built in this context their own folder, `name`, in vLLM's compile cache.
 
-    0.32 finds compiled graphs in a folder by their numbers, which start at 0 in each module, and
-    modules built under the same tag share a folder. Unless whole modules are stored
+    vLLM 0.32 identifies compiled graphs by their folder and a number, which starts at 0 in each
+    module; modules built under the same tag share a folder. Unless whole modules are stored
     (``VLLM_USE_MEGA_AOT_ARTIFACT``, the default with torch 2.12), one would run another's code.
     """
     from vllm.compilation.backends import set_model_tag
@@ -34,9 +34,9 @@ def compile_cache_folder(name: str) -> AbstractContextManager[None]:
 
 
 def names_experts() -> bool:
-    """Whether compiled code finds the experts of a layer by its name.
+    """Whether compiled code finds a layer's experts by the layer's name.
 
-    Otherwise 0.32 takes the next ones in each forward pass (`moe_runner.py`).
+    Otherwise vLLM 0.32 counts layers through each forward pass (`moe_runner.py`).
     """
     from vllm.utils import torch_utils
 

@@ -1,4 +1,4 @@
-"""VLLM's config, and what it decides by it."""
+"""vLLM's config, and what vLLM derives from it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ if TYPE_CHECKING:
 
 
 def use_model_class(vllm_config: VllmConfig, architecture: str) -> None:
-    """Make the loader build `architecture` for this engine only.
+    """Make the loader build `architecture`, for this engine only.
 
-    0.32 resolves the class from ``hf_config.architectures`` when it loads the weights
-    (`model_loader/utils.py`); the registry entry of the stock class stays as it is.
+    vLLM 0.32 resolves the class from ``hf_config.architectures`` when it loads the weights
+    (`model_loader/utils.py`), so the stock class can stay in the registry.
     """
     vllm_config.model_config.hf_config.architectures = [architecture]
 
 
 def leave_full_graphs_to_segments(vllm_config: VllmConfig) -> None:
-    """Make vLLM's own CUDA graphs piecewise: a full one holds the whole model.
+    """Make vLLM's own CUDA graphs piecewise.
 
-    0.32 replays a full graph without calling the model, so no request could leave. Decode steps get
-    graphs per segment, see `vllm_adainfer.engine.cuda_graphs.segment_graphs`.
+    vLLM 0.32 replays a full graph, which holds the whole model, without calling the model, so no
+    request could exit. Decode steps get graphs per segment instead, see
+    `vllm_adainfer.engine.cuda_graphs.segment_graphs`.
     """
     from vllm.config import CUDAGraphMode
 
@@ -35,7 +36,7 @@ def leave_full_graphs_to_segments(vllm_config: VllmConfig) -> None:
 def replays_whole_model(vllm_config: VllmConfig) -> bool:
     """Whether vLLM will capture breakable CUDA graphs, and replay them without calling the model.
 
-    0.32 decides so only after its config hooks (`VllmConfig._maybe_enable_breakable_cudagraph`).
+    vLLM 0.32 decides that after its config hooks (`VllmConfig._maybe_enable_breakable_cudagraph`).
     """
     from vllm import envs
 
@@ -46,9 +47,10 @@ def replays_whole_model(vllm_config: VllmConfig) -> bool:
 
 
 def packaged_logits_processors() -> list[str]:
-    """What 0.32 loads from installed packages without being asked, by name of its class.
+    """The classes of the logits processors that installed packages bring.
 
-    The group's name is `LOGITSPROCS_GROUP` of both model runners' loaders.
+    vLLM 0.32 loads them unasked, by the entry point group `LOGITSPROCS_GROUP` of both model
+    runners' loaders.
     """
     entries = importlib.metadata.entry_points(group="vllm.logits_processors")
     return [entry.value for entry in entries]
@@ -57,8 +59,8 @@ def packaged_logits_processors() -> list[str]:
 def serves_prompt_logprobs(vllm_config: VllmConfig) -> bool:
     """Whether an engine survives requests for log-probabilities of their prompts.
 
-    On a CPU 0.32's LM head with adapters takes a row for each request, and raises where it gets
-    those of a prompt (`punica_cpu.py`, `add_lora_logits`).
+    On a CPU, vLLM 0.32's LM head with adapters expects one row per request, and raises when it gets
+    the rows of a prompt (`punica_cpu.py`, `add_lora_logits`).
     """
     from vllm.platforms import current_platform
 

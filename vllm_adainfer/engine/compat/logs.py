@@ -1,4 +1,4 @@
-"""The logger that vLLM configures."""
+"""vLLM's logging."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ if TYPE_CHECKING:
 
 
 def get_logger(module: str) -> VllmLogger:
-    """A logger below ``vllm.``: vLLM 0.32 configures only that name; others lose INFO lines."""
+    """A logger below ``vllm.``, the only name that vLLM 0.32 configures; others drop INFO lines."""
     return init_logger(module.replace("vllm_adainfer", "vllm.adainfer", 1))

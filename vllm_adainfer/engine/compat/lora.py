@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 def lora_manager_of(runner: Any) -> Any:
-    """The manager of adapters of a model runner (0.32: of both), None where LoRA is off."""
+    """The adapter manager of a model runner; None where LoRA is off.
+
+    Both of vLLM 0.32's runners keep it under the same name.
+    """
     return getattr(runner, "lora_manager", None)
 
 
 def adapter_directory(path: str) -> Path:
-    """Where 0.32 loads an adapter from, by its ``lora_path``, which may be a hub id.
+    """The directory that vLLM 0.32 loads an adapter from, by ``lora_path``, maybe a hub id.
 
     Raises:
         FileNotFoundError: there is no such directory.
@@ -32,19 +32,19 @@ def adapter_directory(path: str) -> Path:
 
 
 def on_adapter_load(manager: Any, loading: Callable[[Any, Callable[[], Any]], Any]) -> None:
-    """Let ``loading(request, load)`` take the place of each time an adapter's files are read.
+    """Call ``loading(request, load)`` wherever vLLM reads an adapter's files.
 
-    In 0.32 all ways there lead through ``WorkerLoRAManager._load_adapter``: ``add_lora``, a step
-    whose adapters are not in memory, and ``load_inplace``. `load` returns vLLM's `LoRAModel`.
+    vLLM 0.32 always reads them in ``WorkerLoRAManager._load_adapter``: for ``add_lora``, for a step
+    whose adapters are not in memory, and for ``load_inplace``. `load` returns vLLM's `LoRAModel`.
     """
     load = manager._load_adapter
     manager._load_adapter = lambda request: loading(request, partial(load, request))
 
 
 def loaded_adapter(manager: Any, number: int) -> Any:
-    """The `LoRAModel` that 0.32 keeps in memory for a ``lora_int_id``; None without one.
+    """The `LoRAModel` that vLLM 0.32 keeps in memory for a ``lora_int_id``; None without one.
 
-    ``get_adapter`` would make it the one used last.
+    Unlike ``get_adapter``, this does not count as a use of the adapter.
     """
     return manager._adapter_manager.list_adapters().get(number)
 
@@ -52,11 +52,10 @@ def loaded_adapter(manager: Any, number: int) -> Any:
 def use_adapters(
     manager: Any, active: set[Any], rows: tuple[int, ...], requests: tuple[int, ...]
 ) -> None:
-    """Map the adapters `active` to rows and to requests, by their numbers.
+    """Map the adapters `active` to rows and to requests, by their ``lora_int_id``.
 
-    0.32's runners make this call for the rows of a step (`LoRAModelRunnerMixin`). The manager
-    remembers the last mapping, and takes no other way to change it: the next step with the same
-    rows would keep what it does not know of.
+    vLLM 0.32's runners make this call for the rows of a step (`LoRAModelRunnerMixin`). The manager
+    skips a mapping equal to the last one it was given, so changes must go through it.
     """
     from vllm.lora.layers import LoRAMapping
 

@@ -1,4 +1,4 @@
-"""Model runners, their sampler, and their way back to the scheduler."""
+"""Model runners, their sampler, and what they send back to the scheduler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def cpu_runner_class(runner: type) -> Iterator[None]:
-    """Let `CPUWorker.init_device` build `runner`: 0.32 names `CPUModelRunner` in its body."""
+    """Let `CPUWorker.init_device` build `runner`; vLLM 0.32 hard-codes `CPUModelRunner` there."""
     from vllm.v1.worker import cpu_worker
 
     with mock.patch.object(cpu_worker, "CPUModelRunner", runner):
@@ -21,11 +21,11 @@ def cpu_runner_class(runner: type) -> Iterator[None]:
 
 
 def keep_best_tokens(runner: Any) -> None:
-    """Let ``logprobs`` requests keep their best tokens beside ``logprob_token_ids`` requests.
+    """Let ``logprobs`` requests keep their best tokens in steps with ``logprob_token_ids``.
 
-    0.32's V1 `Sampler.forward` drops what it gathered for the former as soon as a step has one of
-    the latter (vLLM pull request 51789; V2 keeps both). So every row without its own ids asks for
-    its best tokens by id. This changes only this runner's sampler, and only such steps.
+    vLLM 0.32's V1 `Sampler.forward` drops what it gathered for the former if a step has one of the
+    latter (vLLM pull request 51789; V2 keeps both). So the best tokens of every row without ids of
+    its own are gathered by id, too. This affects only this runner's sampler, and only such steps.
     """
     gather = runner.sampler.gather_specific_token_logprobs
 
@@ -41,11 +41,11 @@ def keep_best_tokens(runner: Any) -> None:
 
 @contextmanager
 def seeds_of_chunks_kept(runner: Any) -> Iterator[None]:
-    """While the V1 `runner` samples, leave out the generators of incomplete prompts.
+    """While the V1 `runner` samples, set aside the generators of incomplete prompts.
 
-    A token drawn for such a row is thrown away. 0.32 then rewinds the row's generator by an offset,
-    which CPU generators do not have: one request with a ``seed`` and a prompt of several chunks
-    crashes a stock server. A generator that is left out draws nothing, as if it were rewound.
+    vLLM 0.32 discards the token drawn for such a row, and rewinds the row's generator by an offset
+    that CPU generators lack: one request with a ``seed`` and a prompt of several chunks crashes a
+    stock server. A generator that is set aside draws nothing, as if it had been rewound.
     """
     generators, batch = runner.input_batch.generators, runner.input_batch
     incomplete = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
@@ -59,12 +59,12 @@ def seeds_of_chunks_kept(runner: Any) -> Iterator[None]:
 def attach_note(output: Any, content: Any) -> None:
     """Send `content` from the worker to the scheduler, in a `ModelRunnerOutput`.
 
-    0.32 has no field for plugins there, but it is pickled, so an extra attribute travels with it.
-    V2 wraps it in an `AsyncOutput`, which passes it on once the tokens are known.
+    vLLM 0.32 has no field for plugins there, but pickles the object with any extra attribute. V2
+    wraps it in an `AsyncOutput`, which passes it on once the tokens are known.
     """
     getattr(output, "model_runner_output", output).adainfer = content
 
 
 def attached_note(output: Any) -> Any:
-    """What `attach_note` sent; None if the worker has run no step."""
+    """The content that `attach_note` sent; None if the worker ran no step."""
     return getattr(output, "adainfer", None)

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 def sampled_tokens(
     scheduler_output: Any, runner_output: Any, requests: Mapping[str, Request]
 ) -> Iterator[tuple[Request, list[int]]]:
-    """The running requests with a grammar that have got tokens in a step, and those tokens.
+    """The running requests with a grammar that a step sampled tokens for, and those tokens.
 
-    What is added to the tokens counts as sampled, too: 0.32's `Scheduler.update_from_output` reads
-    them from there. Left out are requests whose output it drops, and drafts of speculation, whose
-    number it compares with that of the tokens.
+    vLLM 0.32's `Scheduler.update_from_output` reads the tokens from these lists, so a token that is
+    appended counts as sampled. Left out are requests whose output it drops, and those with
+    speculative drafts, whose number it compares with the number of tokens.
     """
     for request_id, tokens in zip(
         runner_output.req_ids, runner_output.sampled_token_ids, strict=False
@@ -35,7 +35,7 @@ def sampled_tokens(
 
 
 def expect_more_tokens(scheduler: Any, request: Request, count: int) -> None:
-    """Tell 0.32's `AsyncScheduler`, which counts the tokens it expects, of `count` more."""
+    """Announce `count` more tokens to vLLM 0.32's `AsyncScheduler`, which counts those to come."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     if isinstance(scheduler, AsyncScheduler):
@@ -46,28 +46,28 @@ def expect_more_tokens(scheduler: Any, request: Request, count: int) -> None:
 def not_ahead(requests: Iterable[Request]) -> Iterator[None]:
     """Keep `Scheduler.schedule` from scheduling `requests` before their token in flight is known.
 
-    0.32 leaves out those whose token in flight is their last by ``max_tokens``, and reads that for
-    nothing else while it schedules.
+    vLLM 0.32 leaves out requests whose token in flight is their last by ``max_tokens``, and uses
+    ``max_tokens`` for nothing else while it schedules.
     """
-    asked = [(request, request.max_tokens) for request in requests]
-    for request, _ in asked:
+    originals = [(request, request.max_tokens) for request in requests]
+    for request, _ in originals:
         request.max_tokens = request.num_output_tokens + 1
     try:
         yield
     finally:
-        for request, max_tokens in asked:
+        for request, max_tokens in originals:
             request.max_tokens = max_tokens
 
 
 def has_stale_output(request: Request) -> bool:
     """Whether the step that has just ended began before a request was preempted.
 
-    0.32 preempts and schedules anew in one step where ``reset_prefix_cache`` is called for running
-    requests, and counts the tokens of older steps still to come before it updates a request.
+    vLLM 0.32 preempts and reschedules in one step when ``reset_prefix_cache`` is called with
+    running requests, and counts the tokens of older steps that are still to come.
     """
     return request.num_stale_output_tokens > 0
 
 
 def hash_block_size(kv_cache_manager: Any) -> int:
-    """Tokens per entry of ``Request.block_hashes`` (0.32: an attribute of the block pool)."""
+    """Tokens per entry of ``Request.block_hashes``; vLLM 0.32 keeps it in the block pool."""
     return int(kv_cache_manager.block_pool.hash_block_size)

@@ -1,20 +1,17 @@
-"""VLLM's HTTP server."""
+"""vLLM's HTTP server."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 def on_adapter_unload(state: Any, unloaded: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
-    """Let a server call `unloaded` with the `LoRARequest` of each adapter that it has unloaded.
+    """Call `unloaded` with the `LoRARequest` of each adapter that a server unloads.
 
-    0.32's ``/v1/unload_lora_adapter`` forgets the name and tells no engine; requests under way go
-    on with the adapter.
+    vLLM 0.32's ``/v1/unload_lora_adapter`` forgets the name and tells no engine; running requests
+    keep the adapter.
     """
     models = state.openai_serving_models
     unload = models.unload_lora_adapter
@@ -22,7 +19,7 @@ def on_adapter_unload(state: Any, unloaded: Callable[[Any], Coroutine[Any, Any, 
     async def unload_and_tell(request: Any) -> Any:
         adapter = models.lora_requests.get(request.lora_name)
         answer = await unload(request)
-        if adapter is not None and isinstance(answer, str):  # else it is why not
+        if adapter is not None and isinstance(answer, str):  # otherwise an error
             await unloaded(adapter)
         return answer
 
@@ -30,9 +27,9 @@ def on_adapter_unload(state: Any, unloaded: Callable[[Any], Coroutine[Any, Any, 
 
 
 def key_check(arguments: Namespace) -> Callable[[Any], bool] | None:
-    """Whether a request's headers have one of a server's keys; None for a server without.
+    """A check of request headers for one of a server's keys; None for a server without keys.
 
-    0.32 asks for keys below ``/v1`` and a few more prefixes alone
+    vLLM 0.32 itself checks keys only below ``/v1`` and a few more prefixes
     (`entrypoints/serve/middleware/authenticate.py`; `register.py` knows the keys).
     """
     from vllm import envs
@@ -42,8 +39,8 @@ def key_check(arguments: Namespace) -> Callable[[Any], bool] | None:
     return AuthenticationMiddleware(None, keys).verify_token if keys else None
 
 
-def decision_question(name: str, asked: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """A question of ``/v1/systemone`` as vLLM puts it to the model, and its labels.
+def decision_question(name: str, fields: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The prompt that vLLM 0.32 makes of a question of ``/v1/systemone``, and its labels.
 
     Raises:
         ValueError: vLLM refuses the question.
@@ -56,9 +53,9 @@ def decision_question(name: str, asked: Mapping[str, Any]) -> tuple[str, tuple[s
 
     question = question_types.build_question(
         name,
-        asked["type"],
-        asked.get("instructions", ""),
-        asked.get("criteria"),
+        fields["type"],
+        fields.get("instructions", ""),
+        fields.get("criteria"),
         len(question_types.LABELS),
     )
     return question.type.prompt(question), question.labels

@@ -1,21 +1,18 @@
-"""Statistics on their way from the scheduler to the frontends."""
+"""Statistics that the scheduler sends to the frontends."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 REPORT_KEY = "adainfer"
 
 
 def use_stat_loggers(mixin: type) -> None:
-    """Have engines with our switch in their config write our metrics and log lines, too.
+    """Add our metrics and log lines to engines with our switch.
 
-    0.32 takes stat loggers from entry points, but then turns statistics on for every engine of
-    every process, even where they are off and our switch is not set. So the class that builds
-    loggers, which these two modules look up, gets `mixin` as its first base, once, when an engine
+    vLLM 0.32 takes stat loggers from entry points, but then turns statistics on for every engine of
+    every process, even where they are off and our switch is not set. So `mixin` becomes the first
+    base of the class that builds loggers, in the two modules that look it up, once, when an engine
     is configured.
     """
     from vllm.v1.engine import async_llm, llm_engine
@@ -28,17 +25,18 @@ def use_stat_loggers(mixin: type) -> None:
 
 
 def attach_report(scheduler_stats: Any, report: dict[str, Any]) -> None:
-    """Send `report` from the scheduler to the frontends, in `SchedulerStats`, beside others.
+    """Send `report` from the scheduler to the frontends, in `SchedulerStats`.
 
-    0.32 has no field for plugins there. The one for KV connectors may hold any plain values, and is
-    unused where there are none: with a policy they are refused, without one nothing is sent.
+    vLLM 0.32 has no field for plugins there. The field for KV connectors takes any plain values,
+    and is unused without a connector: with a policy we refuse connectors, and without one we send
+    nothing where there is one. Several reports of a step are merged.
     """
     others = (scheduler_stats.kv_connector_stats or {}).get(REPORT_KEY, {})
     scheduler_stats.kv_connector_stats = {REPORT_KEY: {**others, **report}}
 
 
 def take_report(scheduler_stats: Any) -> dict[str, Any] | None:
-    """What `attach_report` sent; empties the field for vLLM's own loggers."""
+    """The report that `attach_report` sent; clears the field for vLLM's own loggers."""
     sent = None if scheduler_stats is None else scheduler_stats.kv_connector_stats
     if not sent or REPORT_KEY not in sent:
         return None

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_adainfer.artifact.config import MOST_CHOICE_CHARACTERS, MOST_CHOICES
-
-if TYPE_CHECKING:
-    pass
 
 ROOT = "root ::= "
 BETWEEN = " | "
@@ -20,13 +17,16 @@ LONGEST_GRAMMAR = 6 * MOST_CHOICE_CHARACTERS + 5 * MOST_CHOICES + len(ROOT)
 
 
 def choices_of(choice: Sequence[str] | None, grammar: str | None) -> list[str] | None:
-    """The texts that a request chooses from, of the two fields of its ``structured_outputs``.
+    """The texts that a request chooses from, by two fields of its ``structured_outputs``.
 
-    None if it is restricted in another way, or if there are more than `MOST_CHOICES`, or more than
-    `MOST_CHOICE_CHARACTERS` in all: such a request runs as in stock vLLM. The time is linear in
-    what is looked at, which is never more than that.
-    0.32's frontend has by then turned ``choice`` into a grammar, in place, if the backend is
-    xgrammar (`validate_xgrammar_grammar`), so a grammar is read back if it is one of a choice.
+    vLLM 0.32's frontend replaces ``choice`` by a grammar, in place, if the backend is xgrammar
+    (`validate_xgrammar_grammar`), so choices are also recovered from such a grammar.
+
+    Returns:
+        the texts; None if the request is restricted in another way, or by more than `MOST_CHOICES`
+        texts, or more than `MOST_CHOICE_CHARACTERS` in all. Such a request runs as in stock vLLM.
+        The time is linear in these limits, whatever a client sends.
+
     """
     choices = _choices_in(grammar or "") if choice is None else choice
     if choices is None or len(choices) > MOST_CHOICES:
@@ -35,7 +35,7 @@ def choices_of(choice: Sequence[str] | None, grammar: str | None) -> list[str] |
 
 
 def _choices_in(grammar: str) -> list[str] | None:
-    """The choices of a grammar that 0.32's `choice_as_grammar` has written; None of any other."""
+    """The choices of a grammar that vLLM 0.32's `choice_as_grammar` wrote; None for any other."""
     from vllm.v1.structured_output.utils import choice_as_grammar
 
     if len(grammar) > LONGEST_GRAMMAR or not grammar.startswith(ROOT):
@@ -56,11 +56,11 @@ def _choices_in(grammar: str) -> list[str] | None:
     return None
 
 
-def takes_all(grammar: Any, tokens: list[int]) -> bool:
-    """Whether a request's grammar would take `tokens` one after the other; its state stays.
+def accepts_all(grammar: Any, tokens: list[int]) -> bool:
+    """Whether a request's grammar would accept `tokens` in sequence; its state does not change.
 
-    Only where 0.32's backend can look as far ahead: those of outlines and lm-format-enforcer roll
-    back no further than speculation needs, and raise.
+    False for the backends of outlines and lm-format-enforcer: in vLLM 0.32 they roll back no
+    further than speculation needs, and raise beyond that.
     """
     from vllm.v1.structured_output.backend_guidance import GuidanceGrammar
     from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar

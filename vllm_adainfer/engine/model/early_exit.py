@@ -25,7 +25,7 @@ from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs
 from vllm_adainfer.engine.model.batch import CompiledBatch
 from vllm_adainfer.engine.pinned_artifacts import served_artifacts
 from vllm_adainfer.engine.runner.adapters import StepAdapters
-from vllm_adainfer.engine.runner.ranks import agreed
+from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
 from vllm_adainfer.engine.segments.attention import StepAttention
 from vllm_adainfer.engine.segments.decoder import Decoder, norm_of
 from vllm_adainfer.engine.segments.kv_fill import KVFill, kv_fill_of
@@ -165,7 +165,7 @@ class EarlyExit(_Model):
         And where layers begin to share keys and values, where rows that decide nothing stop.
         """
         points = [artifact.config.exit_points for artifact in self.artifacts.values()]
-        named = self.settings.exit_script or self.settings.exit_points or ()
+        named = self.settings.fixed_exit_points
         own, depth = self.num_own_kv_layers, len(self.decoder.layers(self._body))
         return tuple(sorted({*named, *((own,) if own < depth else ())}.union(*points)))
 
@@ -290,7 +290,7 @@ class EarlyExit(_Model):
         if deep_logits is not None:
             logits[deep] = deep_logits.to(dtype)
         for one, place in zip(scored, places, strict=True):
-            answers = replace(one.answers, values=agreed(one.answers.values))
+            answers = replace(one.answers, values=broadcast_from_rank0(one.answers.values))
             if isinstance(answers, LabelLogits):
                 logits[place] = answers.rest.expand(-1, size)
                 # A label that the request does not name is one of its other tokens.

@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 
 from vllm_adainfer.artifact.config import Artifact, ArtifactConfig, digest_of
-from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, agreed, same_on_all_ranks
+from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, broadcast_from_rank0, same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.kv.policies import ExactKV, KVPolicy, PropagateKV, RecurrentKV
@@ -24,7 +24,8 @@ from vllm_adainfer.policy.load_policy import policy_of
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
-from vllm_adainfer.settings.engine import DEFAULT_POLICY, LensRecord, Settings
+from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
+from vllm_adainfer.settings.instruments import LensRecord
 
 
 class LoadedModel(Protocol):
@@ -89,7 +90,7 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
         monitors_of(model),
         max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         min_rows_saved=settings.min_rows_saved,
-        broadcast=agreed,
+        broadcast=broadcast_from_rank0,
     )
 
 

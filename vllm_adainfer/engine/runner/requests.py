@@ -41,14 +41,14 @@ class RunningRequests:
         """`loop` runs them."""
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None
-        self.admission = Admission.of(vllm_config, settings)
+        self.admission = Admission.from_config(vllm_config, settings)
         self.adapters = LoadedAdapters()
         self._loop = loop
         self._window = UNLIMITED
         self._admitted: dict[str, Admitted] = {}
         # Without a guard nobody reads which tokens are complete, see `GuardedScheduler`.
         self._scheduler_asks = (
-            vllm_config.cache_config.enable_prefix_caching and not self.admission.records
+            vllm_config.cache_config.enable_prefix_caching and not self.admission.is_recording
         )
         self._ran: StepContext | None = None
         self._next_report = 0.0
@@ -126,19 +126,19 @@ class RunningRequests:
             self.use_admission(self.admission)
         admitted = [self._admitted[request_id] for request_id in request_ids]
         last = computed + query_lens - 1
-        prompt = np.array([request.prompt_len for request in admitted])
+        prompt = np.array([len(request.prompt) for request in admitted])
         rows = np.array([request.threshold_row for request in admitted])
         max_tokens = np.array([request.resolved.max_tokens for request in admitted])
-        deep_prompt = np.array([request.resolved.deep_prompt for request in admitted])
-        rows[deep_prompt & (computed < prompt)] = FULL_DEPTH
+        full_prefill = np.array([request.resolved.force_full_depth_prefill for request in admitted])
+        rows[full_prefill & (computed < prompt)] = FULL_DEPTH
         certified = np.array([request.certified_tokens for request in admitted])
         rows[last + 2 - prompt > certified] = FULL_DEPTH  # the number of this step's token
         chooses = subsets = record_rows = None
         if self.admission.has_choices:
-            chooses = np.array([request.chooses for request in admitted])
+            chooses = np.array([request.has_choice_policy for request in admitted])
         if self.admission.has_pools:
             subsets = np.array([request.subset for request in admitted])
-        if self.admission.records:
+        if self.admission.is_recording:
             record_rows = np.array([request.record_row for request in admitted])
         if self._loop.stats.weights_differ:
             rows[:] = FULL_DEPTH

@@ -75,7 +75,7 @@ class ExitModelState(_ModelState):
         kv_cache_config: KVCacheConfig,
     ) -> None:
         """Capture the segments' graphs; the runner has captured its own."""
-        if self.running.admission.records:  # states are kept, and graphs would overwrite them
+        if self.running.admission.is_recording:  # states are kept, and graphs would overwrite them
             return
         reason = why_not_captured(self.vllm_config, attn_groups)
         if reason is not None:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 from vllm.v1.request import Request
 
-from vllm_adainfer.engine.admission.traffic_sample import is_sampled
+from vllm_adainfer.engine.admission.requested_output import changes_scores
+from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.requests import client_request_id, request_group
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles
 from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
 else:
     _Scheduler = object
@@ -49,7 +49,7 @@ class CapturingScheduler(_Scheduler):
     @override
     def add_request(self, request: Request) -> None:
         super().add_request(request)
-        if is_sampled(request.request_id, self._capture_rate, "capture"):
+        if in_traffic_sample(request.request_id, self._capture_rate, "capture"):
             body = body_of(request, self._served_name)
             if body is not None:
                 name = client_request_id(request.request_id)
@@ -75,7 +75,7 @@ def body_of(request: Request, model: str) -> dict[str, Any] | None:
         or request.mm_features
         or request.lora_request is not None
         or request.resumable  # its prompt is still being sent
-        or _needs_more_keys(params)
+        or changes_scores(params)  # a line cannot state that, and no policy serves it
     ):
         return None
     body = {
@@ -94,19 +94,3 @@ def body_of(request: Request, model: str) -> dict[str, Any] | None:
             return None
         body["structured_outputs"] = {"choice": choices}
     return {key: value for key, value in body.items() if value is not None}
-
-
-def _needs_more_keys(params: SamplingParams) -> bool:
-    """Whether a request has settings that change scores, or wants scores of its prompt.
-
-    No policy serves such a request, and a line without these settings would be a different request.
-    """
-    return bool(
-        params.prompt_logprobs is not None
-        or params.min_tokens
-        or params.logit_bias
-        or params.bad_words
-        or params.thinking_token_budget is not None
-        or params.repetition_penalty != 1
-        or (params.max_tokens != 1 and (params.presence_penalty or params.frequency_penalty))
-    )

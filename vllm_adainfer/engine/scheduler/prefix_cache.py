@@ -1,4 +1,4 @@
-"""Keep blocks that an exit left incomplete out of vLLM's prefix cache."""
+"""Keeps blocks that an exit left incomplete out of vLLM's prefix cache."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ if TYPE_CHECKING:
 
 
 class PrefixCacheGuard:
-    """vLLM's KV cache manager, which caches blocks of requests that may exit only once complete.
+    """Wraps vLLM's KV cache manager; caches blocks of requests that may exit only once complete.
 
     Chunks of a prompt before the last always run at full depth and are cached as usual. From the
-    last chunk on, blocks are cached once the worker has reported that all of their tokens have keys
-    and values as at full depth. The hashes of withheld blocks are remembered: a request that asks
-    for one of them shows that the prefix is shared, so it runs its prompt at full depth and its
-    blocks are cached ("second touch completes"). If the first request is in the same step, the
-    worker has not seen it yet: then the first one is completed, and the second already hits its
-    blocks. From then on the prefix is hit as in stock vLLM, and only the rest of each request is
-    computed and may exit.
+    last chunk on, blocks are withheld until the worker reports that all of their tokens have the
+    keys and values of full depth. The hashes of withheld blocks are remembered: a request that
+    looks one up shows that the prefix is shared, so its prompt runs at full depth and its blocks
+    are cached ("second touch completes"). If the first request is in the same step, the worker has
+    not seen it yet, so the first is completed and the second hits its blocks. From then on the
+    prefix is hit as in stock vLLM, and only the rest of each request is computed and may exit.
 
-    Where prefixes like that of a new request come again more often than its exit saves, it is
-    completed at once: the second touch would cost more.
+    A new request is completed at once if the expected reuse of its prefix exceeds the fraction of
+    layers that its exit would save: a second touch would cost more.
     """
 
     def __init__(
@@ -43,11 +42,10 @@ class PrefixCacheGuard:
         """Guard `manager`.
 
         Args:
-            manager: the scheduler's; all that is not defined here is passed on to it.
+            manager: the scheduler's; everything not defined here is passed on to it.
             may_exit: whether a request may exit in a step that starts after so many of its tokens.
             complete: called with a request whose prompt must run at full depth.
-            saving: the policy of a request that may exit, and the share of its prompt's layers that
-                it is expected to skip for good; None if later steps run them.
+            saving: `Resolved.saving` of a request.
 
         """
         self._manager = manager
@@ -59,9 +57,9 @@ class PrefixCacheGuard:
         self._capacity = manager.block_pool.num_gpu_blocks
         self._withheld: OrderedDict[bytes, None] = OrderedDict()
         self._reuse = PrefixReuse(self._capacity)
-        # Of the step being scheduled: owner of each withheld block, and its tokens to cache.
+        # For the step being scheduled: the owner of each withheld block, and its tokens to cache.
         self._fresh: dict[bytes, tuple[Request, int]] = {}
-        # By id: requests with withheld tokens, and how many tokens were cached before those.
+        # Requests with withheld tokens, by id, and how many tokens were cached before those.
         self._unfinished: dict[str, tuple[Request, int]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -69,16 +67,22 @@ class PrefixCacheGuard:
         return getattr(self._manager, name)
 
     def new_step(self) -> None:
-        """Begin another step: the worker now knows the requests of the last one."""
+        """Start a new step: the worker now knows the requests of the last one."""
         self._fresh.clear()
         self._reuse.new_step()
 
     def step_ended(self, complete: Mapping[str, int]) -> None:
-        """Cache withheld blocks: by request id, that many first tokens are `complete`."""
+        """Cache withheld blocks.
+
+        Args:
+            complete: by request id, how many of the first tokens have the keys and values of full
+                depth.
+
+        """
         for request_id, tokens in complete.items():
             request, cached = self._unfinished.get(request_id, (None, 0))
-            # A request that was preempted or aborted meanwhile has lost its blocks, even if it has
-            # others by now.
+            # A request that was preempted or aborted in the meantime has lost its blocks, even if
+            # it has new ones by now.
             if (
                 request is None
                 or request.status != RequestStatus.RUNNING
@@ -89,7 +93,7 @@ class PrefixCacheGuard:
                 self._cache(request, cached, tokens)
 
     def _cache(self, request: Request, cached: int, tokens: int) -> None:
-        """Cache blocks of the first `tokens`, of which `cached` are cached already."""
+        """Cache the blocks of the first `tokens` tokens, of which `cached` are cached already."""
         self._manager.cache_blocks(request, tokens)
         first, end = cached // self._block_size, tokens // self._block_size
         for block_hash in request.block_hashes[first:end]:
@@ -101,7 +105,7 @@ class PrefixCacheGuard:
     def get_computed_blocks(
         self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[KVCacheBlocks, int, int]:
-        """First complete prompts of this step that share blocks with `request`."""
+        """Look up blocks, after completing prompts of this step that share some with `request`."""
         for block_hash in request.block_hashes if self._fresh else ():
             if block_hash in self._fresh:
                 owner, tokens = self._fresh[block_hash]
@@ -121,14 +125,13 @@ class PrefixCacheGuard:
         *args: Any,
         **kwargs: Any,
     ) -> KVCacheBlocks | None:
-        """Set ``delay_cache_blocks`` for a step in which `request` may exit.
+        """Allocate blocks, with ``delay_cache_blocks`` for a step in which `request` may exit.
 
-        Once some tokens are withheld, so are all after them: vLLM caches blocks in order.
+        vLLM caches blocks in order, so once some tokens are withheld, all later ones are, too.
         """
         computed = request.num_computed_tokens + num_new_computed_tokens
         touched = request.block_hashes[computed // self._block_size :]
-        # Until the worker has been told about the request.
-        is_new = request.status == RequestStatus.WAITING
+        is_new = request.status == RequestStatus.WAITING  # the worker does not know it yet
         may_exit = self._may_exit(request, computed)
         saving = None
         if is_new and may_exit and touched:
@@ -159,7 +162,7 @@ class PrefixCacheGuard:
     def _is_worth_completing(
         self, saving: tuple[str, float] | None, touched: Sequence[bytes]
     ) -> bool:
-        """Whether blocks of a new request have come before, or are expected to come again."""
+        """Whether a new request shares withheld blocks, or is expected to be reused enough."""
         if not self._withheld.keys().isdisjoint(touched):
             return True
         if saving is None:
@@ -168,12 +171,12 @@ class PrefixCacheGuard:
         return self._reuse.expected(policy, touched) > share
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
-        """Cache, unless tokens are withheld; only vLLM's asynchronous scheduler calls this."""
+        """Cache blocks, unless tokens are withheld; only `AsyncScheduler` calls this."""
         if request.request_id not in self._unfinished:
             self._manager.cache_blocks(request, num_tokens)
 
     def free(self, request: Request) -> None:
-        """Forget what was withheld: the request has ended, or was preempted and starts again."""
+        """Forget withheld tokens: the request has ended, or was preempted and starts again."""
         self._unfinished.pop(request.request_id, None)
         self._manager.free(request)
 
@@ -183,7 +186,7 @@ class PrefixCacheGuard:
         return self._manager.pop_blocks_for_free(request)
 
     def reset_prefix_cache(self) -> bool:
-        """Forget the withheld hashes, too, and what has come again."""
+        """Reset vLLM's cache, the withheld hashes and the reuse counts."""
         self._withheld.clear()
         self._fresh.clear()
         self._reuse = PrefixReuse(self._capacity)
@@ -191,7 +194,7 @@ class PrefixCacheGuard:
 
 
 def refuse_kv_connector(vllm_config: VllmConfig) -> None:
-    """Refuse a KV connector; once more when the scheduler is built, which is after vLLM sets some.
+    """Refuse a KV connector, at config time and in the scheduler: vLLM sets some in between.
 
     Raises:
         AdaInferError: there is one.

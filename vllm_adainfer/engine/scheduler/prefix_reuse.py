@@ -1,9 +1,9 @@
-"""How often prefixes that are new come again, learned from the requests of a running engine.
+"""Estimates how likely new prefixes are to be reused, from the requests of a running engine.
 
 An exit leaves the blocks of its prompt incomplete, so the next request with that prefix computes
-them again. That pays where few come again (texts to classify), and not where most do (a state that
-is asked one question after the other). Which of these a request begins is not known when it comes;
-requests of its policy that brought about as many new blocks tell.
+them again. That pays off where prefixes are rarely reused (texts to classify), but not where most
+are (one state with question after question). Reuse is unknown on arrival, so it is estimated from
+earlier requests with the same policy and a similar number of new blocks.
 """
 
 from __future__ import annotations
@@ -12,42 +12,48 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Kind = tuple[str, int]  # policy, and the number of binary digits of the number of new blocks
-PRIOR = 4.0  # requests whose blocks did not come again, before the first
-HORIZON = 64.0  # requests of a kind after which old ones count half
+Kind = tuple[str, int]  # the policy, and the bit length of the number of new blocks
+PRIOR = 4.0  # requests without reuse to start from
+HORIZON = 64.0  # requests of a kind after which the counts are halved
 
 
 @dataclass
 class Seen:
-    """Requests of a kind with new blocks; those of which a part came again count as that part."""
+    """Counts of one kind of request.
+
+    Attributes:
+        new: number of requests with new blocks.
+        again: sum of the fractions of their new blocks that were reused.
+
+    """
 
     new: float = PRIOR
     again: float = 0.0
 
 
 class PrefixReuse:
-    """Counts new blocks, and those that another request asks for in a later step."""
+    """Counts new blocks, and those that another request reuses in a later step."""
 
     def __init__(self, capacity: int) -> None:
         """Remember at most `capacity` blocks."""
         self._capacity = capacity
-        # Of each block that has come once: its request's kind, and its part of that request.
+        # Of each block seen once: its request's kind, and its fraction of that request's blocks.
         self._once: OrderedDict[bytes, tuple[Kind, float] | None] = OrderedDict()
         self._fresh: set[bytes] = set()
         self._seen: defaultdict[Kind, Seen] = defaultdict(Seen)
 
     def new_step(self) -> None:
-        """Begin another step. Requests of one step share blocks without computing them twice."""
+        """Start a new step; requests of one step share blocks without computing them twice."""
         self._fresh.clear()
 
     def expected(self, policy: str, hashes: Sequence[bytes]) -> float:
-        """The share of a request's new blocks that will come again; 0 if it has none."""
+        """The fraction of a request's new blocks that is likely to be reused; 0 if it has none."""
         new = sum(block_hash not in self._once for block_hash in hashes)
         seen = self._seen.get((policy, new.bit_length()))
         return 0.0 if seen is None or not new else seen.again / seen.new
 
     def add(self, policy: str | None, hashes: Sequence[bytes]) -> None:
-        """Count the blocks of a request; `policy` decides about it, None if it may not exit."""
+        """Count the blocks of a request under `policy`; None if it may not exit."""
         new = []
         for block_hash in hashes:
             if block_hash not in self._once:

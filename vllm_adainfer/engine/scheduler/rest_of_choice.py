@@ -1,8 +1,8 @@
-"""The rest of a choice: the tokens that follow once those sampled leave one choice alone.
+"""Completes a choice: the tokens that must follow once the sampled ones leave a single choice.
 
-``structured_outputs: {"choice": [...]}`` is vLLM's documented way to classify. Its grammar then
-leaves nothing to decide, but stock vLLM takes a step for each further token of the choice, and one
-for the end.
+``structured_outputs: {"choice": [...]}`` is vLLM's documented way to classify. Once one choice is
+left, its grammar forces every further token, but stock vLLM runs a step for each of them and for
+the end token.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from vllm_adainfer.artifact.config import Choice
-from vllm_adainfer.engine.admission.requested_output import choices_asked, is_plain
-from vllm_adainfer.engine.compat.structured_outputs import takes_all
+from vllm_adainfer.engine.admission.requested_output import can_end_with_choice, requested_choices
+from vllm_adainfer.engine.compat.structured_outputs import accepts_all
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
 
-KNOWN_SETS = 128  # sets of choices kept, so that a further request with them need not wait
-MOST_TOKENS = 64  # an answer that is longer and still open takes vLLM's steps
-# Characters of the rest of an answer that did not begin with canonical tokens: tokenised at most
-# once a request, when one choice is left. All else is tokenised when the request arrives.
+KNOWN_SETS = 128  # sets of choices whose tokens are cached for later requests
+MOST_TOKENS = 64  # an answer that is still ambiguous after these is left to vLLM
+# Most characters to tokenise in a step: the rest of an answer that did not begin with canonical
+# tokens, at most once per request. Everything else is tokenised on arrival.
 LONGEST_REST = 1024
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a request chooses from, as it was worked out when the request arrived.
+    """The choices of a request, prepared on arrival.
 
     Attributes:
-        texts: in order of the alphabet.
-        tokens: canonical, of each text.
-        end: the token that ends the answer.
+        texts: the texts, sorted.
+        tokens: the canonical token ids of each text.
+        end: id of the token that ends the answer.
 
     """
 
@@ -47,29 +47,29 @@ class Choices:
 
 
 class RestOfChoice:
-    """Finds the rest in canonical tokenisation; what it is not sure of is left to vLLM's steps."""
+    """Finds the remaining tokens of a choice; ambiguous cases fall back to normal decoding."""
 
     def __init__(self, manager: StructuredOutputManager, max_model_len: int) -> None:
-        """`manager` is the scheduler's."""
+        """`manager` and `max_model_len` are the scheduler's."""
         self._manager = manager
         self._max_model_len = max_model_len
         self._written = lru_cache(KNOWN_SETS)(self._write)
         self._choosing: WeakKeyDictionary[Request, Choices] = WeakKeyDictionary()
 
     def arrived(self, request: Request) -> None:
-        """Work out what a request chooses from, if its answer may be finished."""
+        """Prepare the choices of a request that may end early."""
         self._choosing.pop(request, None)
         params = request.sampling_params
-        if params is None or request.resumable or not is_plain(params):
+        if params is None or request.resumable or not can_end_with_choice(params):
             return
-        choices, end = choices_asked(params), params.eos_token_id
+        choices, end = requested_choices(params), params.eos_token_id
         if choices and end is not None:
             self._choosing[request] = Choices(*self._written(choices), end)
 
     def after(self, request: Request, sampled: Sequence[int]) -> list[int]:
-        """The tokens that follow `sampled`, the newest of `request`, and end it.
+        """The tokens that must follow `sampled`, the newest tokens of `request`, and end it.
 
-        It is empty if several choices are left, or if the request would not get the same text.
+        Empty if several choices are left, or if the text might differ from that of normal decoding.
         """
         choices, structured = self._choosing.get(request), request.structured_output_request
         if choices is None or structured is None:
@@ -81,7 +81,7 @@ class RestOfChoice:
             del self._choosing[request]
             return []
         text = self._decode(tokens)
-        place = bisect_left(choices.texts, text)  # those that begin with the text follow each other
+        place = bisect_left(choices.texts, text)  # texts with this prefix are adjacent
         left = [one for one in choices.texts[place : place + 2] if one.startswith(text)]
         if len(left) != 1:
             return []
@@ -91,7 +91,7 @@ class RestOfChoice:
     def _rest(
         self, request: Request, choices: Choices, place: int, text: str, tokens: list[int]
     ) -> list[int]:
-        """What follows `tokens`, the `text` so far, if the choice at `place` alone is left."""
+        """The tokens after `tokens` (as text: `text`), when only the choice at `place` is left."""
         only, canonical = choices.texts[place], choices.tokens[place]
         if canonical[: len(tokens)] == tuple(tokens):
             rest = [*canonical[len(tokens) :], choices.end]
@@ -108,12 +108,12 @@ class RestOfChoice:
         if not fits or structured is None:
             return []
         sampled = tokens[request.num_output_tokens :]
-        return rest if takes_all(structured.grammar, [*sampled, *rest]) else []
+        return rest if accepts_all(structured.grammar, [*sampled, *rest]) else []
 
     def _write(
         self, choices: frozenset[str]
     ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-        """Texts and tokens of `Choices`."""
+        """The texts and tokens of `Choices`."""
         texts = tuple(sorted(choices))
         return texts, tuple(map(self._encode, texts))
 
@@ -126,9 +126,9 @@ class RestOfChoice:
 
 
 def check_tokenizer(tokenizer: Any, name: str, choices: Sequence[Choice]) -> None:
-    """Check that an engine's tokenizer writes the choices of a policy as at calibration.
+    """Check that an engine's tokenizer encodes a policy's choices as in calibration.
 
-    Else its early answers could be tokens that the grammar does not take.
+    Otherwise early answers could be tokens that the grammar rejects.
 
     Raises:
         AdaInferError: it does not.

@@ -1,4 +1,4 @@
-"""vLLM's schedulers with a guarded prefix cache, choices that end early, requests captured."""
+"""vLLM's schedulers with a guarded prefix cache, early-ending choices and request capture."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ else:
 
 
 class GuardedScheduler(_Scheduler):
-    """Keeps incomplete blocks of requests that may exit out of the prefix cache.
+    """Resolves requests on arrival, and keeps incomplete blocks out of the prefix cache.
 
-    Mixed in before vLLM's class.
+    Must precede vLLM's class in the MRO.
     """
 
     kv_cache_manager: Any  # vLLM's KVCacheManager, or the guard around it
@@ -43,17 +43,17 @@ class GuardedScheduler(_Scheduler):
         super().__init__(*args, **kwargs)
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
-        self.admission = Admission.of(self.vllm_config, settings)
+        self.admission = Admission.from_config(self.vllm_config, settings)
         self._counted: Snapshot | None = None
         self._reporter = Reporter()
-        if self.cache_config.enable_prefix_caching and not self.admission.records:
+        if self.cache_config.enable_prefix_caching and not self.admission.is_recording:
             self.kv_cache_manager = PrefixCacheGuard(
                 self.kv_cache_manager, self._may_exit, self._complete, self._saving
             )
 
     @override
     def add_request(self, request: Request) -> None:
-        """First decide all that follows from what its client sent."""
+        """Resolve what follows from what the client sent, then add the request."""
         params = request.sampling_params
         if params is not None:
             resolved = self.admission.resolve(
@@ -64,14 +64,14 @@ class GuardedScheduler(_Scheduler):
 
     @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Tell the guard that a step begins."""
+        """Tell the guard that a new step starts."""
         if isinstance(self.kv_cache_manager, PrefixCacheGuard):
             self.kv_cache_manager.new_step()
         return super().schedule(*args, **kwargs)
 
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """First put blocks that the step completed into the prefix cache."""
+        """Cache the blocks that the step completed, then process its output."""
         note: StepNote | None = attached_note(model_runner_output)
         if note is not None:
             if note.counted is not None:
@@ -92,7 +92,9 @@ class GuardedScheduler(_Scheduler):
     def _may_exit(self, request: Request, computed: int) -> bool:
         """Whether `request` may exit in a step that starts after `computed` of its tokens."""
         resolved = resolved_of(request.sampling_params)
-        if resolved is None or (resolved.deep_prompt and computed < request.num_prompt_tokens):
+        if resolved is None or (
+            resolved.force_full_depth_prefill and computed < request.num_prompt_tokens
+        ):
             return False
         return resolved.may_exit
 
@@ -101,19 +103,21 @@ class GuardedScheduler(_Scheduler):
         return None if resolved is None else resolved.saving
 
     def _complete(self, request: Request) -> None:
-        """Run the prompt at full depth; the worker first gets the request in this very step."""
+        """Run the prompt at full depth; the worker learns of the request only in this step."""
         params = request.sampling_params
         resolved = resolved_of(params)
         assert params is not None
         assert resolved is not None, "only what may exit is completed"
-        request.sampling_params = with_resolved(params, replace(resolved, deep_prompt=True))
+        request.sampling_params = with_resolved(
+            params, replace(resolved, force_full_depth_prefill=True)
+        )
 
 
 class FinishingScheduler(_Scheduler):
-    """Ends a request with a choice in the step that leaves one choice alone.
+    """Ends a request with a choice in the step that leaves only one choice.
 
-    Mixed in before a scheduler. vLLM takes several tokens of a step as it does in speculative
-    decoding, and stops at the end token.
+    Must precede a scheduler in the MRO. vLLM accepts several tokens from one step, as in
+    speculative decoding, and stops at the end token.
     """
 
     structured_output_manager: Any
@@ -121,7 +125,7 @@ class FinishingScheduler(_Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._rest_of_choice = RestOfChoice(self.structured_output_manager, self.max_model_len)
-        self._finished = [0, 0]  # choices since the last report, and the tokens appended
+        self._finished = [0, 0]  # choices and appended tokens since the last report
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
         for name, config in served_configs(self.vllm_config, settings).items():
@@ -130,14 +134,14 @@ class FinishingScheduler(_Scheduler):
 
     @override
     def add_request(self, request: Request) -> None:
-        """Also note what it chooses from."""
+        """Add the request, and prepare its choices."""
         super().add_request(request)
         self._rest_of_choice.arrived(request)
 
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """First append the rest of each choice to the tokens sampled."""
-        # Masks are cut by the number of tokens, and there is none for what is appended.
+        """Append the rest of each choice to its sampled tokens, then process the output."""
+        # Sampling masks are split by the number of tokens, and appended tokens have none.
         if scheduler_output.has_structured_output_requests and not self.return_sampling_mask:
             sampled = sampled_tokens(scheduler_output, model_runner_output, self.requests)
             for request, tokens in sampled:
@@ -150,7 +154,7 @@ class FinishingScheduler(_Scheduler):
 
     @override
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """Add how many choices were finished."""
+        """Report how many choices were finished."""
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
         if stats is not None and self._finished[0] and self.vllm_config.kv_transfer_config is None:
             attach_report(stats, {"choices": self._finished})
@@ -159,7 +163,7 @@ class FinishingScheduler(_Scheduler):
 
 
 class AdaInferScheduler(GuardedScheduler, Scheduler):
-    """Schedules a step when the last one has ended, as on a CPU."""
+    """Schedules a step once the last one has ended, as on a CPU."""
 
 
 class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
@@ -167,18 +171,19 @@ class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
 
     @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Leave out requests that the token in flight may end.
+        """Schedule a step without requests that their token in flight may end.
 
-        Their next row would be under way when they end, and run all layers that they skip.
+        Otherwise their next token would be running when they end, through all the layers that an
+        exit skipped.
         """
         with not_ahead(self._may_be_ending()):
             return super().schedule(*args, **kwargs)
 
     def _may_be_ending(self) -> Iterator[Request]:
-        for request in self.running if self.admission.may_get_choices else ():
+        for request in self.running if self.admission.may_serve_choices else ():
             if request.num_output_placeholders == 1 and not request.num_output_tokens:
                 resolved = resolved_of(request.sampling_params)
-                if resolved is not None and resolved.may_choose:
+                if resolved is not None and resolved.may_end_after_first_token:
                     yield request
 
 

@@ -16,7 +16,8 @@ from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.lora import adapter_directory
 from vllm_adainfer.engine.runner.adapters import fingerprint_of
 from vllm_adainfer.engine.scheduler.rest_of_choice import check_tokenizer
-from vllm_adainfer.engine.startup.configure import banner, refuse_unknown_questions
+from vllm_adainfer.engine.startup.banner import policy_banner
+from vllm_adainfer.engine.startup.refusals import refuse_unknown_questions
 from vllm_adainfer.engine.worker.service import Service, built_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -70,7 +71,8 @@ def bundled_policy(model: Any, vllm_config: VllmConfig, adapter: LoRARequest) ->
         return None
     artifact, _ = built[name]
     mode = vllm_config.model_config.logprobs_mode
-    logger.info("With the adapter %s: %s", name, banner(name, artifact.config, settings, mode))
+    line = policy_banner(name, artifact.config, settings, mode)
+    logger.info("With the adapter %s: %s", name, line)
     return Service.with_policies(model, vllm_config, built)
 
 

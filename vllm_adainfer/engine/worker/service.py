@@ -69,7 +69,7 @@ class Service:
                 for name, artifact in artifacts.items()
             }
         configs = {name: artifact.config for name, artifact in artifacts.items()}
-        admission = Admission.of(vllm_config, settings, configs)
+        admission = Admission.from_config(vllm_config, settings, configs)
         cuts = loop.policies.exit_points
         return cls(artifacts, PolicySet(policies, cuts), monitors, admission)
 

@@ -22,7 +22,7 @@ from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.probe import Probe, logit_lens_of
-from vllm_adainfer.settings.request import ROW_ARG
+from vllm_adainfer.settings.instruments import ROW_ARG
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams

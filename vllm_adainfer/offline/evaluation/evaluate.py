@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact_config, load_details
-from vllm_adainfer.engine.admission.requested_output import Read, What
+from vllm_adainfer.engine.admission.requested_output import OutputKind, RequestedOutput
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import NamedAdapter, adapter_for
 from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
@@ -201,8 +201,8 @@ def _requests(
         examples, _ = common_choices(examples, texts)
         return _with_choices(config, request, examples, tokenizer)
     for example in examples:
-        read = Read(What.TOKEN, frozenset(example.labels or ()))
-        if not read.served_by(config):
+        wanted = RequestedOutput(OutputKind.TOKEN, frozenset(example.labels or ()))
+        if not wanted.is_promised_by(config):
             raise AdaInferError(
                 f"{example.place} is about the labels "
                 f"{', '.join(map(repr, map(tokenizer.decode, example.labels or ())))}, which this "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import Choice, Label
-from vllm_adainfer.engine.admission.requested_output import What
+from vllm_adainfer.engine.admission.requested_output import OutputKind
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.evaluation.readings import (
     choice_params,
@@ -35,7 +35,7 @@ def measure(
     epsilons: Sequence[float],
     repeat: int,
     max_tokens: int = 1,
-    what: What = What.TOKEN,
+    what: OutputKind = OutputKind.TOKEN,
     choices: Sequence[Choice] = (),
     adapter: LoRARequest | None = None,
 ) -> list[tuple[Run, dict[float, Run]]]:
@@ -82,7 +82,7 @@ def _run(
     labels: Sequence[Label],
     choices: Sequence[Choice],
     max_tokens: int,
-    what: What,
+    what: OutputKind,
     adapter: LoRARequest | None,
 ) -> Run:
     """One pass from an empty prefix cache; `epsilon` is None for stock vLLM."""
@@ -103,7 +103,7 @@ def _run(
     texts = [list(output.outputs[0].token_ids) for output in outputs]
     if choices:
         texts = chosen(outputs, choices)
-    reads_probabilities = what in (What.AMONG_LABELS, What.IN_VOCABULARY)
+    reads_probabilities = what in (OutputKind.AMONG_LABELS, OutputKind.IN_VOCABULARY)
     logprobs = label_logprobs(outputs, labels) if reads_probabilities else None
     if before is None:
         return Run(seconds, texts, logprobs=logprobs)

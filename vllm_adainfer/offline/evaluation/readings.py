@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_adainfer.artifact.config import ArtifactConfig, Choice, Label
-from vllm_adainfer.engine.admission.requested_output import What
+from vllm_adainfer.engine.admission.requested_output import OutputKind
 from vllm_adainfer.offline.calibration.collect import greedy
 from vllm_adainfer.offline.evaluation.probabilities import Logprobs
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 
-def what_is_read(config: ArtifactConfig) -> What:
+def what_is_read(config: ArtifactConfig) -> OutputKind:
     """The most that the bound of a policy is about."""
     if config.choices:
-        return What.CHOICE
+        return OutputKind.CHOICE
     if config.risk != "probability":
-        return What.TOKEN
-    return What.IN_VOCABULARY if config.label_mass else What.AMONG_LABELS
+        return OutputKind.TOKEN
+    return OutputKind.IN_VOCABULARY if config.label_mass else OutputKind.AMONG_LABELS
 
 
-def engine_settings(what: What, labels: Sequence[Label]) -> dict[str, Any]:
+def engine_settings(what: OutputKind, labels: Sequence[Label]) -> dict[str, Any]:
     """Arguments of `vllm.LLM` without which requests cannot read this."""
-    if what is not What.AMONG_LABELS:
+    if what is not OutputKind.AMONG_LABELS:
         return {}
     return {"logprobs_mode": "processed_logprobs", "max_logprobs": len(labels)}
 
 
 def request_params(
-    what: What, ids: Sequence[int], extra_args: dict[str, Any] | None, max_tokens: int
+    what: OutputKind, ids: Sequence[int], extra_args: dict[str, Any] | None, max_tokens: int
 ) -> SamplingParams:
     """Parameters of a greedy request that reads this.
 
@@ -44,12 +44,12 @@ def request_params(
         max_tokens: counts for tokens alone.
 
     """
-    if what is What.TOKEN:
+    if what is OutputKind.TOKEN:
         return greedy(ids, extra_args, max_tokens)
     from vllm import SamplingParams
 
     ids = list(ids)
-    if what is What.IN_VOCABULARY:
+    if what is OutputKind.IN_VOCABULARY:
         return SamplingParams(
             temperature=0, max_tokens=1, logprob_token_ids=ids, extra_args=extra_args
         )

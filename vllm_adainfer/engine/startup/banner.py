@@ -1,0 +1,98 @@
+"""The log lines that say what is active when an engine starts."""
+
+from __future__ import annotations
+
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.promise import wrong_in_words
+from vllm_adainfer.settings.engine import Capture, Settings
+
+WHO = {
+    "greedy": "greedy requests",
+    "all": "all requests",
+    "opt-in": 'requests with "adainfer": 1',
+    "known": "greedy requests with a question known from calibration",
+}
+RISKS = {
+    "disagreement": "disagreement",
+    "accuracy": "accuracy lost",
+    "probability": "of the answers wrong",
+}
+
+
+def policy_banner(
+    name: str, config: ArtifactConfig, settings: Settings, logprobs_mode: str = "raw_logprobs"
+) -> str:
+    """The line about one policy; `logprobs_mode` is the engine's."""
+    points = ", ".join(map(str, config.exit_points))
+    text = (
+        f"AdaInfer is on: policy {name}, {config.probe} probe after layers {points} of "
+        f"{config.layers}, for {WHO[settings.requests]} for {_outputs(config)}"
+    )
+    if config.risk == "probability":
+        text += _probabilities_served(config, logprobs_mode)
+    level = config.level_of(settings.epsilon)
+    if level < 0:
+        return f"{text}; epsilon is 0, so no request exits unless it sets its own epsilon"
+    certified = config.levels[level]
+    shadow = f"shadow rate {settings.shadow_rate:g}"
+    if settings.shadow_rate and config.risk == "accuracy":
+        shadow += (
+            " (the right answers are unknown in service: shadow requests measure disagreement, "
+            "which the accuracy lost cannot exceed, so they never stop exits)"
+        )
+    return (
+        f"{text}, at most {certified.epsilon:.3g} {RISKS[config.risk]} "
+        f"(confidence {1 - config.delta:.0%}{_meaning(config)}), "
+        f"{certified.layers_saved:.0%} of layers saved in calibration; kv {settings.kv}, {shadow}"
+    )
+
+
+def capture_notice(capture: Capture) -> str:
+    """The line about captured requests."""
+    return (
+        f"AdaInfer captures {capture.rate:.3g} of the requests, the latest {capture.limit} of each "
+        f"engine, in {capture.directory}: these are users' data on disk; drop "
+        '"capture" from additional_config to capture none'
+    )
+
+
+def _outputs(config: ArtifactConfig) -> str:
+    """The outputs that a policy serves."""
+    if config.choices:
+        return f"a choice among {', '.join(repr(choice.text) for choice in config.choices)}"
+    tokens = "one token" if config.max_tokens == 1 else "any number of tokens"
+    if config.candidates != "labels":
+        return tokens
+    names = ", ".join(label.name.strip() for label in config.labels)
+    return f"{tokens} among {'two or more of ' if config.label_pool else ''}{names}"
+
+
+def _meaning(config: ArtifactConfig) -> str:
+    """What the bound counts as wrong, and over which requests it holds."""
+    text = f"; wrong: {wrong_in_words(config)}" if config.risk == "probability" else ""
+    if config.by_question:
+        text += f"; for each of {len(config.questions)} questions, others run all layers"
+    elif config.label_pool:
+        text += "; over the mixture of questions it was calibrated on"
+    return text
+
+
+def _probabilities_served(config: ArtifactConfig, logprobs_mode: str) -> str:
+    """Which probabilities requests may exit with, and which run at full depth."""
+    uncertified = (
+        "the label mass is not certified, so requests for probabilities in the whole vocabulary "
+        "run at full depth"
+    )
+    if logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
+        return f", but not for probabilities, which --logprobs-mode {logprobs_mode} does not return"
+    if logprobs_mode == "raw_logprobs" and not config.label_mass:
+        return (
+            f", but not for probabilities: {uncertified}, and those among the labels alone need "
+            "--logprobs-mode processed_logprobs"
+        )
+    text = " and for their probabilities"
+    if logprobs_mode == "raw_logprobs":
+        return f"{text} in the whole vocabulary"
+    if config.label_mass:
+        return f"{text}, in the whole vocabulary or among the labels"
+    return f"{text} among the labels ({uncertified})"

@@ -1,0 +1,51 @@
+"""Instruments: keys for calibration, benchmarks and tests, which users have no need of.
+
+The engine accepts them where it accepts the documented settings, but no documentation and no error
+message offers them.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ROW_ARG = "adainfer_row"
+SCRIPT_ARG = "adainfer_exit"
+
+
+class LensRecord(BaseModel):
+    """The sums to keep for a tuned lens; see `exits.recording.recorder.TunedLensSums`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folds: int = Field(ge=2)
+    prompts: int = Field(ge=1, description="Those with lower rows; the others are held out.")
+
+
+class SwitchInstruments(BaseModel):
+    """Instruments of the engine switch, ``additional_config={"adainfer": {...}}``.
+
+    Attributes:
+        record: instead of an artifact, the layers after which to keep the hidden states of sampled
+            tokens, at full depth. `calibrate` sets it.
+        record_lens: with `record`, the sums for a tuned lens at all of these layers but the last.
+        exit_script: instead of an artifact, exit points; a request leaves at the one that its
+            ``adainfer_exit`` names, with a meaningless answer. Benchmarks and tests set it.
+
+    """
+
+    record: tuple[int, ...] | None = None
+    record_lens: LensRecord | None = None
+    exit_script: tuple[int, ...] | None = None
+
+
+class RequestInstruments(BaseModel):
+    """Instruments of a request, among its ``extra_args``.
+
+    Attributes:
+        adainfer_row: under `record`, the row of the calibration data.
+        adainfer_exit: under `exit_script`, the exit point at which to leave.
+
+    """
+
+    adainfer_row: int | None = Field(None, strict=True)
+    adainfer_exit: int | None = Field(None, strict=True)
