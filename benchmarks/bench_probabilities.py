@@ -23,7 +23,7 @@ from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
-from vllm_adainfer.offline.evaluation.probability_rows import asked_row
+from vllm_adainfer.offline.evaluation.probabilities import default_level
 from vllm_adainfer.offline.tables import markdown_table
 
 
@@ -134,7 +134,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
     rows = []
     for report in reports:
         found = report["probabilities"]
-        ours, never, stock = asked_row(report), found["never_exit"], found["stock"]
+        ours, never, stock = default_level(report), found["never_exit"], found["stock"]
         rows.append(
             [
                 f"{TASKS[report['task']].title}, {report['n']}",

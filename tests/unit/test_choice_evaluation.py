@@ -17,7 +17,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.frontend.choice_metrics import ChoiceMetrics
 from vllm_adainfer.offline.calibration.fitted_policy import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import CalibrationRequest, check_choices
-from vllm_adainfer.offline.evaluation.readings import choice_params, chosen
+from vllm_adainfer.offline.evaluation.requests import choice_params, chosen
 from vllm_adainfer.settings.engine import Settings
 
 CHOICES = YES_NO["choices"]

@@ -13,7 +13,6 @@ from vllm_adainfer.offline.evaluation.probabilities import (
     BINS,
     Floats,
     Ints,
-    Logprobs,
     among_labels,
     brier_score,
     compare_probabilities,
@@ -22,6 +21,7 @@ from vllm_adainfer.offline.evaluation.probabilities import (
     largest_moves,
     reliability,
 )
+from vllm_adainfer.offline.evaluation.run import Logprobs
 
 PER_BIN = 100
 
@@ -44,7 +44,7 @@ def two_labels(overconfident_by: int) -> tuple[Floats, Ints]:
 @pytest.mark.parametrize("overconfident_by", [0, 10])
 def test_the_ece_is_by_how_much_confidence_exceeds_accuracy(overconfident_by):
     bins = reliability(*two_labels(overconfident_by))
-    assert [one.rows for one in bins] == [PER_BIN] * BINS
+    assert [one["rows"] for one in bins] == [PER_BIN] * BINS
     assert expected_calibration_error(bins) == pytest.approx(overconfident_by / 100)
 
 
@@ -66,8 +66,8 @@ def test_errors_of_opposite_sign_do_not_make_up_for_each_other():
 def test_a_bin_says_how_sure_and_how_often_right_its_rows_are():
     probabilities = np.array([[0.6, 0.4], [0.1, 0.9]])
     low, high = reliability(probabilities, np.array([1, 1]))
-    assert (low.rows, low.confidence, low.accuracy) == (1, 0.6, 0)
-    assert (high.rows, high.confidence, high.accuracy) == (1, 0.9, 1)
+    assert low == {"rows": 1, "confidence": 0.6, "accuracy": 0}
+    assert high == {"rows": 1, "confidence": 0.9, "accuracy": 1}
 
 
 def test_the_brier_score_of_two_labels_is_twice_that_of_scikit_learn():

@@ -32,7 +32,7 @@ def evaluate(
     ] = 3,
     epsilon: Annotated[
         float | None,
-        typer.Option(help="Measure this bound alone; by default all that the artifact has."),
+        typer.Option(help="Measure only this bound; by default all bounds of the artifact."),
     ] = None,
     lora: Lora = "",
     report: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
@@ -42,7 +42,7 @@ def evaluate(
     ] = None,
     prompts: Annotated[
         bool,
-        typer.Option(help="Show on the page the prompts whose answer changed, with their text."),
+        typer.Option(help="Show prompts whose answer changed on the page, with their text."),
     ] = True,
     suite: Annotated[
         str | None,
@@ -97,7 +97,7 @@ def evaluate(
     from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest
     from vllm_adainfer.offline.evaluation.evaluate import evaluate as run
     from vllm_adainfer.offline.evaluation.report import summary_line
-    from vllm_adainfer.offline.reports.describe import describe_report
+    from vllm_adainfer.offline.reports.describe_report import describe_report
 
     result = run(
         EvaluationRequest(

@@ -14,8 +14,8 @@ Policies = Annotated[
     list[str] | None,
     typer.Option(
         "--policy",
-        help="Directory or hub id of an artifact that calibrate wrote, or NAME=DIR; once for each "
-        "task.",
+        help="Directory or hub id of an artifact, or NAME=DIR; repeat the option for several "
+        "tasks.",
     ),
 ]
 Epsilon = Annotated[
@@ -54,7 +54,7 @@ def _hand_over(
     if command == "bench" and arguments[:1] == ["serve"]:  # a client, without an engine
         if policies or epsilon is not None:
             raise AdaInferError(
-                "bench serve asks a server that runs: give --policy and --epsilon to "
+                "bench serve measures a running server: give --policy and --epsilon to "
                 "vllm-adainfer serve"
             )
     else:

@@ -1,4 +1,4 @@
-"""VLLM's own commands with the engine switch set, in this process."""
+"""Run vLLM's own commands in this process, with the engine switch set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLAG = "--additional-config"
 
 
 def run_vllm(arguments: Sequence[str]) -> None:
-    """Run the command ``vllm`` with `arguments`; it ends this process if it fails.
+    """Run the command ``vllm`` with `arguments`; ends this process if it fails.
 
     Raises:
         AdaInferError: vLLM is not installed.

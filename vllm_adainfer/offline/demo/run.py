@@ -14,13 +14,14 @@ from vllm_adainfer.offline.calibration.prompts import CalibrationRequest
 from vllm_adainfer.offline.demo.model import MODEL_NAME, fetch_demo_model
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.report import summary_line
-from vllm_adainfer.offline.reports.describe import describe, describe_report
+from vllm_adainfer.offline.reports.describe import describe
+from vllm_adainfer.offline.reports.describe_report import describe_report
 
 LABELS = ("bad", "good")
 
 
 def run(output: Path) -> str:
-    """Run the demo, write to `output`, and return the last lines to print."""
+    """Run the demo in the directory `output`, and return the last lines to print."""
     typer.echo(f"demo: fetching the model ({MODEL_NAME}, Apache-2.0)")
     model = str(fetch_demo_model(output / MODEL_NAME))
     with as_file(files("vllm_adainfer.offline.demo")) as shipped:

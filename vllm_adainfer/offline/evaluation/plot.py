@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_adainfer.offline.evaluation.probability_rows import asked_row
+from vllm_adainfer.offline.evaluation.probabilities import default_level
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def _reliability(panel: Axes, report: Mapping[str, Any]) -> None:
     for name, row, style in (
         ("stock vLLM", rows["stock"], "o-"),
         ("never exit", rows["never_exit"], "s--"),
-        (early, asked_row(report), "^-"),
+        (early, default_level(report), "^-"),
     ):
         confidence = [one["confidence"] for one in row["bins"]]
         accuracy = [one["accuracy"] for one in row["bins"]]

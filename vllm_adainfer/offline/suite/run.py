@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.offline.calibration.calibrate import label_ids
 from vllm_adainfer.offline.calibration.certify import threshold_grid
 from vllm_adainfer.offline.calibration.collect import record, recording_engine
@@ -209,7 +210,8 @@ def _measure(
             ours = start_engine(request.model, data.test, {"artifact": artifact})
             try:
                 epsilons = [NEVER_EXIT, request.epsilon]
-                rounds = measure(stock, ours, data.test, data.labels, epsilons, request.repeat)
+                config = load_artifact_config(artifact)
+                rounds = measure(stock, ours, data.test, config, epsilons, request.repeat)
             finally:
                 stop_engine(ours)
             row["measured"] = _measured(rounds, data, request.epsilon)
