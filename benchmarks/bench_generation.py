@@ -214,7 +214,7 @@ def measure_quality(
                 "data": name,
                 "variant": variant,
                 **asdict(compare(found, texts[NEVER])),
-                "read_back": asdict(rescore(engines[STOCK], prompts, found)),
+                "read_back": rescore(engines[STOCK], prompts, found),
                 "score": sum(scored) / len(scored) if scored else None,
             }
         )

@@ -11,6 +11,7 @@ from sklearn.metrics import brier_score_loss
 
 from vllm_adainfer.offline.evaluation.probabilities import (
     BINS,
+    MOVES,
     Floats,
     Ints,
     among_labels,
@@ -138,8 +139,7 @@ def test_moves_are_summed_up_by_mean_95th_percentile_and_maximum():
     full = np.repeat(logs([0.9, 0.1]), 100, axis=0)
     answers = logs(*([0.9 - step / 1000, 0.1 + step / 1000] for step in range(100)))
     found = compare_probabilities(answers, full, 0.0505, False, np.zeros(100, dtype=bool))
-    assert found.move_mean == pytest.approx(0.0495, abs=1e-6)
-    assert found.move_p95 == pytest.approx(0.09405, abs=1e-6)
-    assert found.move_max == pytest.approx(0.099, abs=1e-6)
+    wanted = {"move_mean": 0.0495, "move_p95": 0.09405, "move_max": 0.099}
+    assert {name: of(found.moves) for name, of in MOVES.items()} == pytest.approx(wanted, abs=1e-6)
     assert not found.label_differs.any()
     assert found.wrong.mean() == pytest.approx(0.49)

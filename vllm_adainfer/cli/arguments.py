@@ -21,9 +21,7 @@ Template = Annotated[
 LabelField = Annotated[str, typer.Option(help="The field of a row that holds its label.")]
 Lora = Annotated[
     str,
-    typer.Option(
-        help="NAME=DIR: the LoRA adapter that requests use, and the name they give it."
-    ),
+    typer.Option(help="NAME=DIR: the LoRA adapter that requests use, and the name they give it."),
 ]
 Labels = Annotated[str, typer.Option(help="Comma-separated labels: the possible answers.")]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +13,15 @@ from vllm_adainfer.offline.calibration.collect import greedy
 from vllm_adainfer.offline.calibration.data import Example, Row, make_examples, read_template
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok
+from vllm_adainfer.offline.evaluation.measure import run
 from vllm_adainfer.offline.evaluation.requests import choice_params, longest_choice
+from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.settings.request import EXIT_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
-    from vllm import LLM
-    from vllm.lora.request import LoRARequest
+    from vllm import LLM, SamplingParams
 
 SENTENCES = (
     "A warm and clever film that I would gladly see again.",
@@ -55,8 +54,8 @@ def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Itera
     try:
         yield _model_class(engine)
         early, full = (
-            _send(engine, config, examples, extra_args, model.lora_request)
-            for extra_args in (None, {EXIT_ARG: 0})
+            run(engine, examples, [params] * len(examples), config, True, model.lora_request)
+            for params in (_params(config, None), _params(config, {EXIT_ARG: 0}))
         )
         yield exits_found(early, full, config.layers)
         yield full_depth_found(full, config.layers)
@@ -85,33 +84,17 @@ def smoke_examples(template: str | None, tokenizer: Any, longest: int) -> list[E
         return make_examples(rows, tokenizer, None, "", longest)
 
 
-@dataclass(frozen=True)
-class Sent:
-    """The results of some one-token requests.
-
-    Attributes:
-        answers: the text of each answer.
-        exits: layers run -> number of tokens.
-        skipped: token-layers that were not executed.
-
-    """
-
-    answers: list[str]
-    exits: Counter[int]
-    skipped: int
-
-
-def exits_found(early: Sent, full: Sent, depth: int) -> Finding:
+def exits_found(early: Run, full: Run, depth: int) -> Finding:
     """How many requests exited, and how many answers are the same as at full depth."""
-    count = len(early.answers)
-    exits = {layer: some for layer, some in sorted(early.exits.items()) if layer < depth}
+    count = len(early.texts)
+    exits = {layer: some for layer, some in sorted(early.exit_histogram.items()) if layer < depth}
     if not exits:
         return ok(
             f"exits: none of {count} short requests exited; they are unlike the prompts of the "
             "calibration: `vllm-adainfer evaluate` measures how many of yours do"
         )
     layers = ", ".join(f"{layer} ({some})" for layer, some in exits.items())
-    same = sum(map(str.__eq__, early.answers, full.answers))
+    same = sum(map(list.__eq__, early.texts, full.texts))
     return ok(
         f"exits: {sum(exits.values())} of {count} short requests exited, after layers {layers} of "
         f"{depth}; {same} of {count} answers are the same as at full depth (the bound is for "
@@ -119,17 +102,23 @@ def exits_found(early: Sent, full: Sent, depth: int) -> Finding:
     )
 
 
-def full_depth_found(full: Sent, depth: int) -> Finding:
+def full_depth_found(full: Run, depth: int) -> Finding:
     """Whether requests that must not exit ran all layers."""
-    count = len(full.answers)
+    count, complete = len(full.texts), full.exit_histogram.get(depth, 0)
     requests = f'requests with "{EXIT_ARG}": 0'
     # A choice may have more tokens than one, if its first token leaves it undecided.
-    if set(full.exits) != {depth} or full.exits[depth] < count or full.skipped:
+    if set(full.exit_histogram) != {depth} or complete < count or full.layers_saved:
         return fail(
-            f"full depth: only {full.exits[depth]} of {count} {requests} ran all {depth} layers: "
-            "please report this with the output above"
+            f"full depth: only {complete} of {count} {requests} ran all {depth} layers: please "
+            "report this with the output above"
         )
     return ok(f"full depth: {count} of {count} {requests} ran all {depth} layers")
+
+
+def _params(config: ArtifactConfig, extra_args: dict[str, Any] | None) -> SamplingParams:
+    if config.choices:
+        return choice_params(config.choices, extra_args)
+    return greedy(config.label_ids, extra_args)
 
 
 def _template_of(artifact: str) -> str | None:
@@ -159,27 +148,3 @@ def _model_class(engine: LLM) -> Finding:
         graphs = f"with CUDA graphs (vLLM's own, {mode.name}, and those of decode segments)"
     where = "a CPU" if current_platform.is_cpu() else "a GPU"
     return ok(f"engine: {model_class} runs on {where}, with Model Runner {runner}, {graphs}")
-
-
-def _send(
-    engine: LLM,
-    config: ArtifactConfig,
-    examples: Sequence[Example],
-    extra_args: dict[str, Any] | None,
-    adapter: LoRARequest | None,
-) -> Sent:
-    """Generate a greedy token or choice for each of `examples`, from an empty prefix cache."""
-    engine.reset_prefix_cache()
-    before = stats(engine)
-    outputs = engine.generate(
-        [{"prompt_token_ids": example.token_ids} for example in examples],
-        choice_params(config.choices, extra_args)
-        if config.choices
-        else greedy(config.label_ids, extra_args),
-        lora_request=adapter,
-        use_tqdm=False,
-    )
-    after = stats(engine)
-    possible, run = (after[key] - before[key] for key in ("layers_possible", "layers_run"))
-    exits = Counter(after["exit_histogram"]) - Counter(before["exit_histogram"])
-    return Sent([output.outputs[0].text for output in outputs], exits, possible - run)

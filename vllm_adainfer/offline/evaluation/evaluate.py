@@ -198,7 +198,7 @@ def _compare_texts(
     return {
         name: {
             **asdict(compare(texts, never)),
-            **({} if scorer is None else {"read_back": asdict(rescore(scorer, prompts, texts))}),
+            **({} if scorer is None else {"read_back": rescore(scorer, prompts, texts)}),
         }
         for name, texts in (
             ("stock", baseline.texts),

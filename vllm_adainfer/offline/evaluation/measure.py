@@ -15,7 +15,7 @@ from vllm_adainfer.settings.request import EPSILON_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
 WARM_UP = 64  # prompts
@@ -45,37 +45,50 @@ def measure(
 
     """
 
-    def run(engine: LLM, epsilon: float | None, prompts: Sequence[Example] = examples) -> Run:
-        return _run(engine, prompts, epsilon, config, max_tokens, adapter)
+    def once(engine: LLM, epsilon: float | None, prompts: Sequence[Example] = examples) -> Run:
+        extra_args = None if epsilon is None else {EPSILON_ARG: epsilon}
+        params = [request_params(config, one.labels, extra_args, max_tokens) for one in prompts]
+        return run(engine, prompts, params, config, engine is ours, adapter)
 
-    run(stock, None, examples[:WARM_UP])
-    run(ours, epsilons[-1], examples[:WARM_UP])
+    once(stock, None, examples[:WARM_UP])
+    once(ours, epsilons[-1], examples[:WARM_UP])
     rounds = []
     with progress(total=repeat * (1 + len(epsilons)), desc="evaluate", unit="run") as done:
         for _ in range(repeat):
-            baseline = run(stock, None)
+            baseline = once(stock, None)
             done.update()
             by_epsilon = {}
             for epsilon in epsilons:
-                by_epsilon[epsilon] = run(ours, epsilon)
+                by_epsilon[epsilon] = once(ours, epsilon)
                 done.update()
             rounds.append((baseline, by_epsilon))
     return rounds
 
 
-def _run(
+def run(
     engine: LLM,
     examples: Sequence[Example],
-    epsilon: float | None,
+    params: Sequence[SamplingParams],
     config: ArtifactConfig,
-    max_tokens: int,
+    counted: bool,
     adapter: LoRARequest | None,
 ) -> Run:
-    """One pass, starting from an empty prefix cache; `epsilon` is None for stock vLLM."""
+    """Run all prompts, starting from an empty prefix cache.
+
+    Args:
+        engine: the engine.
+        examples: the prompts.
+        params: parameters of each request.
+        config: the artifact's config.
+        counted: whether the engine has the plugin, which counts layers.
+        adapter: LoRA adapter of all requests; None for the base model.
+
+    Raises:
+        AdaInferError: `counted`, but the engine runs stock vLLM.
+
+    """
     engine.reset_prefix_cache()
-    before = None if epsilon is None else stats(engine)
-    arguments = None if epsilon is None else {EPSILON_ARG: epsilon}
-    params = [request_params(config, one.labels, arguments, max_tokens) for one in examples]
+    before = stats(engine) if counted else None
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
     start = time.perf_counter()
     outputs = engine.generate(prompts, params, lora_request=adapter, use_tqdm=False)
@@ -83,7 +96,8 @@ def _run(
     texts = [list(output.outputs[0].token_ids) for output in outputs]
     if config.choices:
         texts = chosen(outputs, config.choices)
-    logprobs = label_logprobs(outputs, config.labels) if config.risk == "probability" else None
+    read = outputs[0].outputs[0].logprobs
+    logprobs = label_logprobs(outputs, config.labels) if read else None
     if before is None:
         return Run(seconds, texts, logprobs=logprobs)
     return Run.counted(seconds, texts, before, stats(engine), logprobs)

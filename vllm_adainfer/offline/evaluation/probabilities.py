@@ -6,8 +6,9 @@ Log-probabilities are arrays [rows, labels], over the whole vocabulary or among 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,11 @@ from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Logprobs, Rounds, R
 from vllm_adainfer.offline.reports.shares import Share, of_rounds
 
 BINS = 15
+MOVES: dict[str, Callable[[Any], Any]] = {
+    "move_mean": np.mean,
+    "move_p95": partial(np.quantile, q=0.95),
+    "move_max": np.max,
+}
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -50,8 +56,8 @@ def probability_rows(
     def row(runs: Sequence[Run]) -> dict[str, Any]:
         found = _quality(config, runs[0], truth)
         compared = [_compare(config, run, other) for run, other in zip(runs, full, strict=True)]
-        for name in ("move_mean", "move_p95", "move_max"):
-            found[name] = statistics.median(getattr(one, name) for one in compared)
+        for name, summary in MOVES.items():
+            found[name] = statistics.median(float(summary(one.moves)) for one in compared)
         for name in ("label_differs", "wrong"):
             found[name], found[f"{name}_95"] = of_rounds(
                 [
@@ -168,21 +174,6 @@ class Moves:
     label_differs: Bools
     wrong: Bools
 
-    @property
-    def move_mean(self) -> float:
-        """Mean of the moves."""
-        return float(self.moves.mean())
-
-    @property
-    def move_p95(self) -> float:
-        """95th percentile of the moves."""
-        return float(np.quantile(self.moves, 0.95))
-
-    @property
-    def move_max(self) -> float:
-        """The largest move."""
-        return float(self.moves.max())
-
 
 def compare_probabilities(
     logprobs: Logprobs,
@@ -254,6 +245,5 @@ def brier_score(probabilities: Floats, truth: Ints) -> float:
         truth: [rows], index of each row's true label.
 
     """
-    errors = probabilities.copy()
-    errors[np.arange(len(truth)), truth] -= 1
+    errors = probabilities - np.eye(probabilities.shape[1])[truth]
     return float((errors**2).sum(axis=1).mean())

@@ -6,6 +6,8 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.bound import FloatArray
+from vllm_adainfer.offline.calibration.collect import Ints
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.calibration.prompts import groups_of
 from vllm_adainfer.offline.evaluation.probabilities import default_level, probability_rows
@@ -30,6 +33,7 @@ from vllm_adainfer.offline.reports.shares import (
 
 # For each risk, the measured share that the bound is about.
 BOUNDED = {"disagreement": "disagreement", "probability": "wrong", "accuracy": "accuracy_lost"}
+RightIn = Callable[[Sequence[Tokens]], Sequence[bool] | None]
 
 
 def build_report(
@@ -37,7 +41,7 @@ def build_report(
     data: Path,
     config: ArtifactConfig,
     examples: Sequence[Example],
-    right_in: Callable[[Sequence[Tokens]], Sequence[bool] | None],
+    right_in: RightIn,
     rounds: Rounds,
 ) -> dict[str, Any]:
     """The JSON report. A share has its 95 % interval under the same name with ``_95``.
@@ -97,35 +101,38 @@ def build_report(
     }
 
 
+@dataclass(frozen=True)
 class _Measured:
-    """The parts of the report, from the measured runs; see `build_report` for the arguments."""
+    """The parts of the report; see `build_report` for the attributes."""
 
-    def __init__(
-        self,
-        config: ArtifactConfig,
-        examples: Sequence[Example],
-        right_in: Callable[[Sequence[Tokens]], Sequence[bool] | None],
-        rounds: Rounds,
-    ) -> None:
-        self._config = config
-        self._right_in = right_in
-        self._rounds = rounds
-        self._ones = np.ones(len(examples))
-        self.stock = [baseline for baseline, _ in rounds]
-        self.groups = groups_of(examples)
-        self.prompt_tokens = sum(len(example.token_ids) for example in examples)
+    config: ArtifactConfig
+    examples: Sequence[Example]
+    right_in: RightIn
+    rounds: Rounds
+
+    @property
+    def stock(self) -> list[Run]:
+        return [baseline for baseline, _ in self.rounds]
+
+    @cached_property
+    def groups(self) -> Ints:
+        return groups_of(self.examples)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(example.token_ids) for example in self.examples)
 
     def at(self, epsilon: float) -> list[Run]:
         """Our runs at one epsilon."""
-        return [by_epsilon[epsilon] for _, by_epsilon in self._rounds]
+        return [by_epsilon[epsilon] for _, by_epsilon in self.rounds]
 
     def engine(self, runs: Sequence[Run]) -> dict[str, Any]:
         """Speed and accuracy of one engine."""
         seconds = statistics.median(run.seconds for run in runs)
         right = self._right(runs[0])
-        accuracy = None if right is None else Share(right, self._ones, self.groups)
+        accuracy = None if right is None else self._share(right)
         return {
-            "requests_per_second": len(self._ones) / seconds,
+            "requests_per_second": len(self.examples) / seconds,
             "tokens_per_second": (self.prompt_tokens + runs[0].tokens) / seconds,
             "accuracy": accuracy and accuracy.value,
             "accuracy_95": accuracy and accuracy.interval,
@@ -169,7 +176,7 @@ class _Measured:
             "efficiency": speedup * (1 - saved),
             "adainfer": {
                 **self.engine(runs),
-                "layers_run_mean": self._config.layers * (1 - saved),
+                "layers_run_mean": self.config.layers * (1 - saved),
                 "exit_histogram": {str(layer): share for layer, share in exits.items()},
                 "exit_histogram_95": {
                     str(layer): clopper_pearson(share * rows, rows)
@@ -180,13 +187,16 @@ class _Measured:
 
     def _accuracy_lost(self, run: Run) -> dict[str, Any]:
         early, full = self._right(run), self._right(self.at(NEVER_EXIT)[0])
-        if self._config.risk != "accuracy" or early is None or full is None:
+        if self.config.risk != "accuracy" or early is None or full is None:
             return {}
-        lost = Share(full - early, self._ones, self.groups)
+        lost = self._share(full - early)
         return {"accuracy_lost": lost.value, "accuracy_lost_95": lost.signed_interval}
 
+    def _share(self, hits: FloatArray) -> Share:
+        return Share(hits, np.ones(len(hits)), self.groups)
+
     def _right(self, run: Run) -> FloatArray | None:
-        found = self._right_in(run.texts)
+        found = self.right_in(run.texts)
         return None if found is None else np.array(found, np.float64)
 
 

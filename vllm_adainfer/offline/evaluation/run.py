@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class Run:
         layers_possible: token-layers at full depth.
         passes_run: layers that were entered by at least one token, summed over the steps.
         passes_possible: the same if every step ran all layers.
-        exit_histogram: layers run -> number of tokens; None for stock vLLM.
+        exit_histogram: layers run -> number of tokens; empty for stock vLLM.
         logprobs: [prompts, labels], the labels' log-probabilities, if they were requested.
 
     """
@@ -36,7 +36,7 @@ class Run:
     layers_possible: int = 0
     passes_run: int = 0
     passes_possible: int = 0
-    exit_histogram: Mapping[int, int] | None = None
+    exit_histogram: Mapping[int, int] = field(default_factory=dict)
     logprobs: Logprobs | None = None
 
     @classmethod

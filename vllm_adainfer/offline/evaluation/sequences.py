@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,27 +20,15 @@ Tokens = Sequence[int]
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-@dataclass(frozen=True)
-class Rescored:
-    """How likely the full model finds texts that were written with exits.
-
-    Attributes:
-        disagreement: share of tokens that the full model would not have chosen after the text
-            before them.
-        disagreement_95: the 95 % interval of the disagreement.
-        perplexity: perplexity of the texts, given their prompts.
-
-    """
-
-    disagreement: float
-    disagreement_95: Interval
-    perplexity: float
-
-
-def rescore(engine: LLM, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -> Rescored:
+def rescore(engine: LLM, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -> dict[str, Any]:
     """Score each of `texts` after its prompt, at full depth.
 
     With the plugin, too, a request for the log-probabilities of its prompt runs at full depth.
+
+    Returns:
+        the share of tokens that the full model would not have chosen after the text before them
+        (``disagreement``), its 95 % interval, and the ``perplexity`` of the texts.
+
     """
     from vllm import SamplingParams
 
@@ -59,7 +47,11 @@ def rescore(engine: LLM, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -> 
             total += by_token[token].logprob
     tokens = np.array([len(text) for text in texts], dtype=np.float64)
     found = Share(wrong, tokens, np.arange(len(texts)))
-    return Rescored(found.value, found.interval, math.exp(-total / tokens.sum()))
+    return {
+        "disagreement": found.value,
+        "disagreement_95": found.interval,
+        "perplexity": math.exp(-total / tokens.sum()),
+    }
 
 
 @dataclass(frozen=True)
