@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -119,28 +120,17 @@ def _measure(
     settings = {**engine_settings(config), **model.engine_settings}
     # Ours first, so that an artifact for other weights is refused before stock vLLM compiles.
     switch = {"artifact": request.artifact}
-    ours = start_engine(model.path, examples, switch, generated, **settings)
-    try:
+    with ExitStack() as stack:
+        ours = start_engine(model.path, examples, switch, generated, **settings)
+        stack.callback(stop_engine, ours)
         stock = start_engine(model.path, examples, None, generated, **settings)
-        try:
-            rounds = measure(
-                stock,
-                ours,
-                examples,
-                config,
-                epsilons,
-                request.repeat,
-                max_tokens,
-                model.lora_request,
-            )
-            if max_tokens == 1:
-                return rounds, None
-            scorer = stock if model.adapter is None else None  # see `compat`
-            return rounds, _compare_texts(scorer, examples, rounds[0], config.epsilon)
-        finally:
-            stop_engine(stock)
-    finally:
-        stop_engine(ours)
+        stack.callback(stop_engine, stock)
+        adapter, repeat = model.lora_request, request.repeat
+        rounds = measure(stock, ours, examples, config, epsilons, repeat, max_tokens, adapter)
+        if max_tokens == 1:
+            return rounds, None
+        scorer = stock if model.adapter is None else None  # see `serves_prompt_logprobs`
+        return rounds, _compare_texts(scorer, examples, rounds[0], config.epsilon)
 
 
 def _with_one_level(config: ArtifactConfig, epsilon: float) -> ArtifactConfig:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 
-def requested_output(config: ArtifactConfig) -> What:
+def promised_output(config: ArtifactConfig) -> What:
     """The strongest output that the policy's bound covers."""
     if config.choices:
         return What.CHOICE
@@ -27,7 +27,7 @@ def requested_output(config: ArtifactConfig) -> What:
 
 def engine_settings(config: ArtifactConfig) -> dict[str, Any]:
     """The `vllm.LLM` arguments that the requests need."""
-    if requested_output(config) is not What.AMONG_LABELS:
+    if promised_output(config) is not What.AMONG_LABELS:
         return {}
     return {"logprobs_mode": "processed_logprobs", "max_logprobs": len(config.labels)}
 
@@ -47,7 +47,7 @@ def request_params(
         max_tokens: how many tokens to generate, if the request is for tokens.
 
     """
-    what, ids = requested_output(config), list(labels or config.label_ids)
+    what, ids = promised_output(config), list(labels or config.label_ids)
     if what is What.CHOICE:
         return choice_params(config.choices, extra_args)
     if what is What.TOKEN:
