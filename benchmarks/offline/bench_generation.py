@@ -32,7 +32,7 @@ from vllm_adainfer.artifact.files import load_artifact_config, load_details
 from vllm_adainfer.offline.calibration.data import Example, Row, make_examples
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.run import Run
-from vllm_adainfer.offline.evaluation.sequences import compare, has_number, read_back
+from vllm_adainfer.offline.evaluation.sequences import compare, has_number, rescore
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
@@ -218,7 +218,7 @@ def measure_quality(
                 "data": name,
                 "variant": variant,
                 **asdict(compare(found, texts[NEVER])),
-                "read_back": asdict(read_back(engines[STOCK], prompts, found)),
+                "read_back": rescore(engines[STOCK], prompts, found),
                 "score": sum(scored) / len(scored) if scored else None,
             }
         )

@@ -27,7 +27,7 @@ from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
-from vllm_adainfer.offline.evaluation.probability_rows import asked_row
+from vllm_adainfer.offline.evaluation.probabilities import default_level
 from vllm_adainfer.offline.tables import markdown_table
 
 
@@ -119,7 +119,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
     rows = []
     for report in reports:
         found = report["probabilities"]
-        ours, never, stock = asked_row(report), found["never_exit"], found["stock"]
+        ours, never, stock = default_level(report), found["never_exit"], found["stock"]
         rows.append(
             [
                 f"{TASKS[report['task']].title}, {report['n']}",

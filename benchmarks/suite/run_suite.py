@@ -25,6 +25,7 @@ from benchmarks.common.report_files import write_report
 from benchmarks.suite import methods
 from benchmarks.suite.report import markdown, plots, suite_report
 from benchmarks.suite.tasks import TaskData, load_suite, load_task
+from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import label_ids
@@ -259,7 +260,8 @@ def _measure(
             ours = start_engine(request.model, data.test, {"artifact": artifact})
             try:
                 epsilons = [NEVER_EXIT, request.epsilon]
-                rounds = measure(stock, ours, data.test, data.labels, epsilons, request.repeat)
+                config = load_artifact_config(artifact)
+                rounds = measure(stock, ours, data.test, config, epsilons, request.repeat)
             finally:
                 stop_engine(ours)
             row["measured"] = _measured(rounds, data, request.epsilon)

@@ -275,7 +275,7 @@ def test_a_policy_for_an_adapter_is_calibrated_inspected_evaluated_and_examined(
     asked = "--model", str(tiny_model), "--data", str(rows), "--template", TEMPLATE
     texts = "--max-tokens", "3", "--exit-points", "4", "--epsilon", "0.3"
     done = command("calibrate", *asked, *lora, *texts, "--output", str(output))
-    assert "adapter     mood (LoRA, fingerprint " in done.stdout
+    assert re.search(r"adapter +mood \(LoRA, fingerprint ", done.stdout)
     measured = "--artifact", str(output), "--repeat", "1", "--report", str(report_file)
     command("evaluate", *asked, *lora, *measured)
     report = json.loads(report_file.read_text())

@@ -40,10 +40,10 @@ def test_an_engine_of_ours_lets_requests_leave_or_run_to_full_depth(tiny_model, 
     found = "\n".join(lines)
     assert "engine: AdaInferLlamaForCausalLM runs on a CPU, with Model Runner V" in found
     assert "without CUDA graphs" in found
-    assert "exits: 6 of 6 short requests left early, after layers 2 (6) of 6; " in found
+    assert "exits: 6 of 6 short requests exited, after layers 2 (6) of 6; " in found
     assert 'full depth: 6 of 6 requests with "adainfer": 0 ran all 6 layers' in found
-    assert "expected, by calibration and not measured here: 20% of layers saved" in found
-    assert "the layers 2.00x as fast" in found
+    assert "expected by calibration, not measured here: 20% of layers saved" in found
+    assert "a speed-up of the layers of 2.00x" in found
 
 
 def test_an_engine_that_does_not_start_fails_with_its_last_words(tiny_model, tiny_policy):

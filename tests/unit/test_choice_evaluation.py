@@ -20,7 +20,7 @@ from vllm_adainfer.offline.calibration.options import (
     PolicyOptions,
     check_options,
 )
-from vllm_adainfer.offline.evaluation.readings import choice_params, chosen
+from vllm_adainfer.offline.evaluation.requests import choice_params, chosen
 from vllm_adainfer.settings.engine import Settings
 
 CHOICES = YES_NO["choices"]

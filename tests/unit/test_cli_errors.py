@@ -322,7 +322,7 @@ def read_of(*label_ids: int) -> dict[str, Any]:
         (output_is_another_directory, "exists and was not written by vllm-adainfer"),
         (missing_model_directory, "neither a model directory nor a hub id"),
         (unknown_hub_id, "neither a model directory nor a hub id"),
-        (unsupported_model, "is of the architecture OtherForLM, which is not supported yet"),
+        (unsupported_model, "has the architecture OtherForLM, which is not supported yet"),
         (label_head_without_labels, "--probe label-head needs --labels"),
         (exit_points("two"), "--exit-points must be auto or layers"),
         (exit_points("2,"), "--exit-points must be auto or layers"),

@@ -222,9 +222,9 @@ def test_an_artifact_is_summed_up_with_what_calibration_expects(installed, artif
     assert lines[0].startswith("ok    artifact: label-head probe after layers 2, 3, 5 of tiny")
     assert "Requests will run 4.8 of 6 layers on average, 20% fewer" in lines[0]
     assert lines[1] == (
-        "ok    expected, by calibration and not measured here: 20% of layers saved at epsilon "
-        "0.05, and the layers 1.50x as fast (30 ms per prompt at full depth, 20 ms with exits and "
-        "probes, on the machine of the calibration)"
+        "ok    expected by calibration, not measured here: 20% of layers saved at epsilon 0.05, "
+        "and a speed-up of the layers of 1.50x (30 ms per prompt at full depth, 20 ms with exits "
+        "and probes, on the machine of the calibration)"
     )
 
 
@@ -254,7 +254,7 @@ def test_a_policy_for_probabilities_has_a_line_of_which_requests_it_serves(
     summary, probabilities, expected = list(map(str, examine(None, source)))[5:8]
     assert "give at most 5 % wrong answers" in summary
     assert probabilities == line
-    assert expected.startswith("ok    expected, by calibration")
+    assert expected.startswith("ok    expected by calibration")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_a_model_without_exit_points_fails(installed, tmp_path, tiny_policy):
     *_, model, engine = examine(str(tmp_path), str(tiny_policy))
     assert model.failed
     assert (
-        "is of the architecture OtherForLM, which is not supported yet; supported: Ernie4_5"
+        "has the architecture OtherForLM, which is not supported yet; supported: Ernie4_5"
         in model.sentence
     )
     assert engine.state == "skip"

@@ -15,10 +15,13 @@ FOUND = Explanation(12, 6, 0.02, 4, (CLOSED, EARLY, FULL))
 
 def test_it_says_where_the_request_leaves_and_whether_full_depth_answers_alike():
     table = str(FOUND).splitlines()
-    assert [line for line in table if line.endswith("leaves")] == [table[3]]
-    assert "4 of 6 layers, at epsilon 0.02, and answers 'good', as at full depth" in table[-1]
+    assert [line for line in table if line.endswith("exits")] == [table[3]]
+    assert table[-1] == (
+        "It exits after 4 of 6 layers at epsilon 0.02 and answers 'good', the same as at full "
+        "depth."
+    )
     changed = replace(FOUND, views=(CLOSED, EARLY, replace(FULL, answer="'bad'")))
-    assert str(changed).endswith("and answers 'good', at full depth 'bad'.")
+    assert str(changed).endswith("and answers 'good', not 'bad' as at full depth.")
 
 
 def test_it_says_that_a_request_runs_all_layers():

@@ -16,15 +16,14 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.admission.requested_output import OutputKind, requested_output
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.evaluation.measure import measure
-from vllm_adainfer.offline.evaluation.readings import (
+from vllm_adainfer.offline.evaluation.report import build_report, summary_line
+from vllm_adainfer.offline.evaluation.requests import (
     engine_settings,
     label_logprobs,
     request_params,
-    what_is_read,
 )
-from vllm_adainfer.offline.evaluation.report import build_report, summary_line
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
-from vllm_adainfer.offline.reports.describe import describe_report
+from vllm_adainfer.offline.reports.describe_report import describe_report
 
 EXAMPLES = [
     Example(f"line {number}", "a review", [0] * 10, label)
@@ -84,13 +83,12 @@ def report(tiny_model) -> dict[str, Any]:
 )
 def test_requests_read_the_most_that_the_policy_promises(tiny_model, changes, what):
     config = tiny_config(tiny_model, **changes)
-    asked = what_is_read(config)
-    settings = engine_settings(asked, config.labels)
-    params = request_params(asked, config.label_ids, {"adainfer_epsilon": 0.02}, 1)
-    output = requested_output(params, settings.get("logprobs_mode", "raw_logprobs"))
-    assert output is not None
-    assert output.kind is what
-    assert output.is_promised_by(config)
+    settings = engine_settings(config)
+    params = request_params(config, None, {"adainfer_epsilon": 0.02})
+    read = requested_output(params, settings.get("logprobs_mode", "raw_logprobs"))
+    assert read is not None
+    assert read.kind is what
+    assert read.is_promised_by(config)
     assert (params.max_tokens, params.extra_args) == (1, {"adainfer_epsilon": 0.02})
 
 
@@ -134,9 +132,7 @@ def test_both_engines_get_the_same_requests_and_every_run_keeps_what_it_read(
     monkeypatch.setattr("vllm_adainfer.offline.evaluation.measure.stats", lambda _: counted)
     config = promising(tiny_model)
     stock, ours = Engine(config), Engine(config)
-    [(baseline, by_epsilon)] = measure(
-        stock, ours, EXAMPLES, config.labels, [NEVER_EXIT, OURS], 1, what=OutputKind.IN_VOCABULARY
-    )
+    [(baseline, by_epsilon)] = measure(stock, ours, EXAMPLES, config, [NEVER_EXIT, OURS], 1)
     ids = list(config.label_ids)
     assert {tuple(params.logprob_token_ids) for params in stock.asked + ours.asked} == {tuple(ids)}
     for found in baseline, *by_epsilon.values():

@@ -38,11 +38,11 @@ def test_a_log_gets_a_line_every_half_minute_with_the_time_left(
             done.update()
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "evaluate: 0 of 12, 00:00 gone, ? left",
-        "evaluate: 3 of 12, 00:30 gone, 01:30 left",
-        "evaluate: 6 of 12, 01:00 gone, 01:00 left",
-        "evaluate: 9 of 12, 01:30 gone, 00:30 left",
-        "evaluate: 12 of 12, 02:00 gone, 00:00 left",
+        "evaluate: 0 of 12, 00:00 elapsed, ? left",
+        "evaluate: 3 of 12, 00:30 elapsed, 01:30 left",
+        "evaluate: 6 of 12, 01:00 elapsed, 01:00 left",
+        "evaluate: 9 of 12, 01:30 elapsed, 00:30 left",
+        "evaluate: 12 of 12, 02:00 elapsed, 00:00 left",
     ]
 
 

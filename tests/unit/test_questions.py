@@ -190,7 +190,7 @@ def test_the_report_says_what_each_question_promises(policy):
         "exit_points": [], "questions": rows,
     }  # fmt: skip
     text = describe(config, details)
-    assert "Each question has the bound on its own" in text
+    assert "The bound holds for each question separately" in text
     assert "question 2 *" in text
     assert "for each of 2 questions, others run all layers" in policy_banner(
         "default", config, Settings(artifact="x")

@@ -1,21 +1,20 @@
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 
 from tests.tiny import LAYERS, word_tokenizer
 from vllm_adainfer.offline.doctor.smoke import (
     SENTENCES,
-    Sent,
     exits_found,
     full_depth_found,
     smoke_examples,
 )
+from vllm_adainfer.offline.evaluation.run import Run
 
 
-def sent(left: dict[int, int], answers: list[str] | None = None, rows_skipped: int = 0) -> Sent:
-    return Sent(answers or ["a"] * sum(left.values()), Counter(left), rows_skipped)
+def ran(left: dict[int, int], answers: str | None = None, skipped: int = 0) -> Run:
+    texts = [[ord(answer)] for answer in answers or "a" * sum(left.values())]
+    return Run(1, texts, layers_run=100 - skipped, layers_possible=100, exit_histogram=left)
 
 
 @pytest.mark.parametrize(
@@ -44,30 +43,30 @@ def test_prompts_are_made_by_the_calibrations_template_where_they_can_be(templat
     [
         (
             {2: 4, 5: 1, 6: 1},
-            [*"aaabaa"],
-            "exits: 5 of 6 short requests left early, after layers 2 (4), 5 (1) of 6; 5 of 6 "
+            "aaabaa",
+            "exits: 5 of 6 short requests exited, after layers 2 (4), 5 (1) of 6; 5 of 6 "
             "answers are the same as at full depth",
         ),
-        ({3: 2}, [*"aa"], "2 of 2 short requests left early, after layers 3 (2) of 6; 2 of 2"),
-        ({6: 3}, None, "none of 3 short requests left early; they are unlike the prompts of the"),
+        ({3: 2}, "aa", "2 of 2 short requests exited, after layers 3 (2) of 6; 2 of 2"),
+        ({6: 3}, None, "none of 3 short requests exited; they are unlike the prompts of the"),
     ],
 )
 def test_who_left_where_and_how_many_answers_changed_is_told(left, answers, sentence):
-    full = sent({LAYERS: sum(left.values())})
-    found = exits_found(sent(left, answers), full, LAYERS)
+    full = ran({LAYERS: sum(left.values())})
+    found = exits_found(ran(left, answers), full, LAYERS)
     assert found.state == "ok"
     assert sentence in found.sentence
 
 
 @pytest.mark.parametrize(
-    ("left", "rows_skipped", "state", "sentence"),
+    ("left", "skipped", "state", "sentence"),
     [
         ({6: 4}, 0, "ok", 'full depth: 4 of 4 requests with "adainfer": 0 ran all 6 layers'),
         ({6: 3, 2: 1}, 40, "FAIL", "full depth: only 3 of 4 requests with"),
         ({6: 4}, 1, "FAIL", "please report this with the output above"),
     ],
 )
-def test_requests_that_may_not_exit_have_to_run_every_layer(left, rows_skipped, state, sentence):
-    found = full_depth_found(sent(left, rows_skipped=rows_skipped), LAYERS)
+def test_requests_that_may_not_exit_have_to_run_every_layer(left, skipped, state, sentence):
+    found = full_depth_found(ran(left, skipped=skipped), LAYERS)
     assert found.state == state
     assert sentence in found.sentence

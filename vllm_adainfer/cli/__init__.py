@@ -4,10 +4,10 @@ calibrate         fit a policy on your prompts and certify its bound
 evaluate          measure stock vLLM and vllm-adainfer side by side
 inspect           summarise an artifact
 doctor            check the installation, an artifact and a model
-explain           what a policy sees of one prompt, and where it leaves
-serve             vLLM's own server, with policies
-bench             vLLM's own benchmarks, with policies
-run-batch         vLLM's own batch runner, with policies
+explain           show what a policy sees of one prompt, and where it exits
+serve             run vLLM's server with policies
+bench             run vLLM's benchmarks with policies
+run-batch         run vLLM's batch runner with policies
 demo              calibrate and evaluate on a small real model
 fetch-demo-model  write that model as a safetensors checkpoint
 """

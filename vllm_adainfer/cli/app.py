@@ -1,4 +1,4 @@
-"""The application: what all commands share."""
+"""The command-line application, and what its commands share."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def main(
     ] = False,
 ) -> None:
     """Early exit for stock vLLM: calibrate a policy, measure it, serve with it."""
-    # Progress bars, ours and those of vLLM and transformers, are for terminals only. vLLM's own
-    # commands keep theirs: 0.32 divides by zero where this is set.
+    # Show the progress bars of vLLM and transformers only on a terminal. vLLM's own commands keep
+    # theirs: 0.32 divides by zero if this is set.
     if not sys.stderr.isatty() and context.invoked_subcommand not in VLLMS_OWN:
         os.environ.setdefault("TQDM_DISABLE", "1")

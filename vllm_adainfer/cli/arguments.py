@@ -1,4 +1,4 @@
-"""Arguments that several commands have."""
+"""Arguments of several commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Template = Annotated[
 ]
 LabelField = Annotated[str, typer.Option(help="The field of a row that holds its label.")]
 Lora = Annotated[
-    str, typer.Option(help="NAME=DIR: the LoRA adapter of the requests, by the name they use.")
+    str,
+    typer.Option(help="NAME=DIR: the LoRA adapter that requests use, and the name they give it."),
 ]
 Labels = Annotated[str, typer.Option(help="Comma-separated labels: the possible answers.")]
 

@@ -1,4 +1,4 @@
-"""``vllm-adainfer inspect``, ``doctor`` and ``explain``: what an artifact is, and does."""
+"""``vllm-adainfer inspect``, ``doctor`` and ``explain``: what an artifact is, and what it does."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def doctor(
     ] = None,
     lora: Lora = "",
 ) -> None:
-    """Check installation, artifact and model, one line each; exit with 1 if a check failed."""
+    """Check installation, artifact and model, one line per check; exit with 1 if one failed."""
     from vllm_adainfer.offline.calibration.adapter import read_adapter
     from vllm_adainfer.offline.doctor.checks import examine
 
@@ -75,15 +75,14 @@ def explain(
     lora: Lora = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print what the policy sees of one prompt at each exit point, and where it leaves."""
+    """Print what the policy sees of one prompt at each exit point, and where it exits."""
     from vllm_adainfer.offline.calibration.adapter import read_adapter
-    from vllm_adainfer.offline.reports.explain import ExplainRequest
     from vllm_adainfer.offline.reports.explain import explain as run
 
-    found = run(ExplainRequest(text, model, artifact, template, epsilon, read_adapter(lora)))
+    found = run(text, model, artifact, template, epsilon, read_adapter(lora))
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
     for line in str(found).splitlines():
-        leaves = line.endswith("leaves")
-        typer.secho(line, bold=leaves, fg=typer.colors.GREEN if leaves else None)
+        exits = line.endswith("exits")
+        typer.secho(line, bold=exits, fg=typer.colors.GREEN if exits else None)

@@ -30,7 +30,7 @@ def evaluate(
     ] = 3,
     epsilon: Annotated[
         float | None,
-        typer.Option(help="Measure this bound alone; by default all that the artifact has."),
+        typer.Option(help="Measure only this bound; by default all bounds of the artifact."),
     ] = None,
     lora: Lora = "",
     report: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
@@ -39,7 +39,7 @@ def evaluate(
     ] = None,
     prompts: Annotated[
         bool,
-        typer.Option(help="Show the prompts whose answer changed on the page, with their text."),
+        typer.Option(help="Show prompts whose answer changed on the page, with their text."),
     ] = True,
 ) -> None:
     """Run stock vLLM and vllm-adainfer on the same prompts, interleaved, and compare them."""
@@ -49,7 +49,7 @@ def evaluate(
     from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest
     from vllm_adainfer.offline.evaluation.evaluate import evaluate as run
     from vllm_adainfer.offline.evaluation.report import summary_line
-    from vllm_adainfer.offline.reports.describe import describe_report
+    from vllm_adainfer.offline.reports.describe_report import describe_report
 
     result = run(
         EvaluationRequest(

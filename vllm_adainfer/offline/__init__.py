@@ -1,1 +1,1 @@
-"""What a person runs from the command line."""
+"""The commands' work: calibration, evaluation, reports, doctor and demo."""

@@ -1,11 +1,12 @@
-"""VLLM's own commands with the engine switch set, in this process."""
+"""Run vLLM's own commands in this process, with the engine switch set."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ FLAG = "--additional-config"
 
 
 def run_vllm(arguments: Sequence[str]) -> None:
-    """Run the command ``vllm`` with `arguments`; it ends this process if it fails.
+    """Run the command ``vllm`` with `arguments`; ends this process if it fails.
 
     Raises:
         AdaInferError: vLLM is not installed.
@@ -38,23 +39,25 @@ def run_vllm(arguments: Sequence[str]) -> None:
 def with_switch(
     arguments: Sequence[str], policies: Sequence[str], epsilon: float | None
 ) -> list[str]:
-    """`arguments` of a vLLM command, with the switch for `policies` in its additional config.
+    """`arguments` of a vLLM command, with the switch for `policies` in the additional config.
 
-    Other keys of an additional config among `arguments` stay.
+    Other keys of an additional config in `arguments` are kept.
 
     Args:
-        arguments: of the command line.
-        policies: each a directory or hub id of an artifact, or ``NAME=`` and that.
-        epsilon: bound to serve with; None is each artifact's own.
+        arguments: arguments of the command line.
+        policies: the artifacts, each as a directory or hub id, or ``NAME=`` and one of these.
+        epsilon: bound to serve with; None for each artifact's own.
 
     Raises:
-        AdaInferError: they contradict each other, or an artifact cannot be served.
+        AdaInferError: the arguments contradict each other, or an artifact cannot be served.
 
     """
-    rest, additional = _taken_out(arguments)
+    rest, additional = _without_additional_config(arguments)
     switch = dict(additional.get(CONFIG_KEY) or {})
     if policies:
-        switch["artifact"] = _artifact(policies, switch)
+        if "artifact" in switch:
+            raise AdaInferError(f"both --policy and {FLAG} name artifacts: drop one of them")
+        switch["artifact"] = _artifacts(policies)
     if epsilon is not None:
         switch["epsilon"] = epsilon
     additional[CONFIG_KEY] = switch
@@ -64,52 +67,42 @@ def with_switch(
     return [*rest, FLAG, json.dumps(additional)]
 
 
-def _taken_out(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """`arguments` without the additional config, and that."""
-    rest, given, following = [], None, iter(arguments)
-    for argument in following:
-        name, equals, value = argument.partition("=")
-        name = name.replace("_", "-")
-        if name.startswith(f"{FLAG}."):
+def _without_additional_config(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """`arguments` without the additional config, and its value."""
+    for argument in arguments:
+        if argument.replace("_", "-").startswith(f"{FLAG}."):
             raise AdaInferError(
                 f"{argument}: give such keys as one object, {FLAG} "
                 f'\'{{"{CONFIG_KEY}": {{"kv": "propagate"}}}}\''
             )
-        if name == FLAG:
-            given = value if equals else next(following, "")
-        else:
-            rest.append(argument)
-    if given is None:
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(FLAG, FLAG.replace("-c", "_c"), dest="given", nargs="?", const="")
+    found, rest = parser.parse_known_args(arguments)
+    if found.given is None:
         return rest, {}
     try:
-        additional = json.loads(given)
+        additional = json.loads(found.given)
     except ValueError:
         additional = None
     if not isinstance(additional, dict) or not isinstance(additional.get(CONFIG_KEY, {}), dict):
         raise AdaInferError(
-            f"{FLAG} must be a JSON object, and so must its key {CONFIG_KEY!r}, not {given!r:.80}"
+            f"{FLAG} must be a JSON object, and so must its key {CONFIG_KEY!r}, not "
+            f"{found.given!r:.80}"
         )
     return rest, additional
 
 
-def _artifact(policies: Sequence[str], switch: Mapping[str, Any]) -> str | dict[str, str]:
-    """The switch's key ``artifact``."""
-    if "artifact" in switch:
-        raise AdaInferError(f"both --policy and {FLAG} name artifacts: drop one of them")
+def _artifacts(policies: Sequence[str]) -> str | dict[str, str]:
+    """The value of the switch's key ``artifact``."""
     named: dict[str, str] = {}
     for policy in policies:
-        name, directory = _name_and_directory(policy)
+        found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9_.-]*)=(.+)", policy)
+        name, directory = DEFAULT_POLICY, policy
+        if found is not None and not Path(policy).exists():  # a directory's name may contain "="
+            name, directory = found.groups()
         if name in named:
             raise AdaInferError(
                 f"two policies are called {name}: give each its own name, --policy NAME=DIR"
             )
         named[name] = directory
-    return policies[0] if list(named.items()) == [(DEFAULT_POLICY, policies[0])] else named
-
-
-def _name_and_directory(policy: str) -> tuple[str, str]:
-    """The two parts of ``NAME=DIR``; a directory may have an equals sign in its name."""
-    found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9_.-]*)=(.+)", policy)
-    if found is None or Path(policy).exists():
-        return DEFAULT_POLICY, policy
-    return found[1], found[2]
+    return policies[0] if named == {DEFAULT_POLICY: policies[0]} else named

@@ -1,17 +1,24 @@
-"""A model as it is on disk or on the hub: its Hugging Face config and tokenizer, no weights."""
+"""A model on disk or on the hub: its Hugging Face config and tokenizer, without the weights."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.classes import MODELS
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.adapter import NamedAdapter, adapter_for
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 
 def load_config_and_tokenizer(model: str) -> tuple[Any, Any]:
     """The Hugging Face config and the tokenizer of `model`, a directory or hub id.
 
-    Of a multimodal model the config is that of its language model, with the model's architecture.
+    For a multimodal model, the config is that of its language model, with the architecture of the
+    whole.
 
     Raises:
         AdaInferError: there is no such model, or the plugin does not support its architecture.
@@ -30,9 +37,55 @@ def load_config_and_tokenizer(model: str) -> tuple[Any, Any]:
     architecture = (hf_config.architectures or ["none"])[0]
     if architecture not in MODELS:
         raise AdaInferError(
-            f"--model {model} is of the architecture {architecture}, which is not supported yet; "
+            f"--model {model} has the architecture {architecture}, which is not supported yet; "
             f"supported: {', '.join(MODELS)}"
         )
     text_config = hf_config.get_text_config()
     text_config.architectures = hf_config.architectures
     return text_config, tokenizer
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that an artifact fits, and the LoRA adapter that its requests use.
+
+    Attributes:
+        path: directory or hub id.
+        hf_config: Hugging Face config of the (language) model.
+        tokenizer: Hugging Face tokenizer.
+        adapter: the LoRA adapter; None for the base model.
+
+    """
+
+    path: str
+    hf_config: Any
+    tokenizer: Any
+    adapter: NamedAdapter | None = None
+
+    @property
+    def engine_settings(self) -> dict[str, Any]:
+        """The `vllm.LLM` arguments that the adapter needs."""
+        return {} if self.adapter is None else self.adapter.engine_settings
+
+    @property
+    def lora_request(self) -> LoRARequest | None:
+        """The ``lora_request`` of `LLM.generate`."""
+        return None if self.adapter is None else self.adapter.request
+
+    def longest_prompt(self, max_tokens: int) -> int:
+        """The most tokens a prompt may have if `max_tokens` are generated after it."""
+        return int(self.hf_config.max_position_embeddings) - max_tokens
+
+
+def load_model(path: str, config: ArtifactConfig, adapter: NamedAdapter | None) -> Model:
+    """The model at `path`, with `adapter`.
+
+    Raises:
+        AdaInferError: as `load_config_and_tokenizer`; or the artifact of `config` is for another
+            model or adapter.
+
+    """
+    own = adapter_for(config, adapter)
+    model = Model(path, *load_config_and_tokenizer(path), own)
+    config.check_served_by(model.hf_config)
+    return model

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, elsewhere a line every half minute."""
+"""Progress of long work: a bar on a terminal, otherwise a line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tqdm import tqdm
 from typing_extensions import override
 
 SECONDS = 30
-LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left"
+LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left"
 
 
 class _Lines(io.StringIO):
-    """What tqdm would draw over the last line, as lines of its own on the error stream."""
+    """Writes each state of a tqdm bar to standard error, as a line of its own."""
 
     last = ""
 
@@ -32,7 +32,7 @@ class _Lines(io.StringIO):
 def progress(
     iterable: Iterable[Any] | None = None, *, total: int | None = None, desc: str, **more: Any
 ) -> tqdm[Any]:
-    """A `tqdm` over `iterable` or of `total` steps; `more` are options of a terminal's bar."""
+    """A `tqdm` over `iterable`, or of `total` steps; `more` are options for a terminal."""
     if sys.stderr.isatty():
         return tqdm(iterable, total=total, desc=desc, disable=False, **more)
     return tqdm(
@@ -48,6 +48,6 @@ def progress(
 
 
 def say(stage: str) -> None:
-    """What is being done now, where it has no steps to count."""
+    """Print the current stage of work that has no steps to count."""
     sys.stderr.write(f"{stage} ...\n")
     sys.stderr.flush()

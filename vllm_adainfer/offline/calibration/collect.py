@@ -46,7 +46,7 @@ class Recording:
         computed: [rows], the tokens that the layers ran for each: for a text's first token, those
             of its prompt that were not in the prefix cache; one for each later token.
         moments: layer -> for each fold, sums over all rows of the prompts that a tuned lens may
-            learn from (see `LensSums`); the target is the change until the last layer.
+            learn from (see `TunedLensSums`); the target is the change until the last layer.
         logit_lens: the model's final norm and its whole LM head.
         fingerprint: the fingerprint of the weights.
         layer_seconds: time of one layer for one token.

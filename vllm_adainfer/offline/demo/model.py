@@ -23,7 +23,7 @@ CHECK_PROMPT, CHECK_ANSWER = "The capital of France is", " Paris"
 
 
 def fetch_demo_model(output: Path) -> Path:
-    """Fetch, convert and check the demo model, unless it is there already.
+    """Fetch, convert and check the demo model, unless it exists already.
 
     Raises:
         AdaInferError: it cannot be fetched, converted or written, or it fails the check.
@@ -81,7 +81,7 @@ def _convert(gguf: Path, output: Path) -> None:
             f"converting the demo model needs more packages ({error}): "
             "pip install 'vllm-adainfer[demo]'"
         ) from None
-    # transformers refuses to save with a config that says "quantised", so start from a clean one.
+    # transformers refuses to save a model with a quantisation config, so start from a clean one.
     clean = {
         key: value
         for key, value in loaded.config.to_dict().items()

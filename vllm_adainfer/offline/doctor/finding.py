@@ -11,7 +11,7 @@ class Finding:
     """The result of one check, printed as one line.
 
     Attributes:
-        state: whether the check passed; ``skip``: it was not made.
+        state: whether the check passed; ``skip`` if it was not made.
         sentence: what was found, and how to fix it if the check failed.
 
     """
@@ -27,3 +27,18 @@ class Finding:
     def __str__(self) -> str:
         """The line to print."""
         return f"{self.state:4}  {self.sentence}"
+
+
+def ok(sentence: str) -> Finding:
+    """A check that passed."""
+    return Finding("ok", sentence)
+
+
+def fail(sentence: str) -> Finding:
+    """A check that failed; the sentence says how to fix it."""
+    return Finding("FAIL", sentence)
+
+
+def skip(sentence: str) -> Finding:
+    """A check that was not made; the sentence says why."""
+    return Finding("skip", sentence)

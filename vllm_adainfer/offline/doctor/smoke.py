@@ -1,28 +1,27 @@
-"""A short run for ``vllm-adainfer doctor``: start an engine and send it a few requests."""
+"""A smoke test for ``vllm-adainfer doctor``: start an engine and send it a few requests."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.collect import greedy
 from vllm_adainfer.offline.calibration.data import Example, Row, make_examples, read_template
 from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.offline.doctor.finding import Finding
-from vllm_adainfer.offline.evaluation.readings import choice_params, room_for
+from vllm_adainfer.offline.doctor.finding import Finding, fail, ok
+from vllm_adainfer.offline.evaluation.measure import run
+from vllm_adainfer.offline.evaluation.requests import choice_params, longest_choice
+from vllm_adainfer.offline.evaluation.run import Run
+from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.settings.request import EXIT_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
-    from vllm import LLM
-    from vllm.lora.request import LoRARequest
+    from vllm import LLM, SamplingParams
 
 SENTENCES = (
     "A warm and clever film that I would gladly see again.",
@@ -34,53 +33,44 @@ SENTENCES = (
 )
 
 
-def examine_engine(
-    model: str,
-    artifact: str,
-    config: ArtifactConfig,
-    hf_config: Any,
-    tokenizer: Any,
-    adapter: NamedAdapter | None = None,
-) -> Iterator[Finding]:
+def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Iterator[Finding]:
     """Start an engine with the artifact; run short requests with exits and at full depth.
 
     Args:
-        model: directory or hub id of a model that the artifact fits.
+        model: a model that the artifact fits, with the adapter of the artifact.
         artifact: directory or hub id.
-        config: of the artifact.
-        hf_config: of the model.
-        tokenizer: of the model.
-        adapter: of the artifact; None for the base model.
+        config: the artifact's config.
 
     """
-    room = room_for(config.choices) if config.choices else 1
-    longest = hf_config.max_position_embeddings - room
-    examples = smoke_examples(_template_of(artifact), tokenizer, longest)
+    tokens = longest_choice(config.choices) if config.choices else 1
+    longest = model.longest_prompt(tokens)
+    examples = smoke_examples(_template_of(artifact), model.tokenizer, longest)
+    switch = {"artifact": artifact}
     try:
-        settings = {} if adapter is None else adapter.engine_settings
-        engine = start_engine(model, examples, {"artifact": artifact}, room, **settings)
+        engine = start_engine(model.path, examples, switch, tokens, **model.engine_settings)
     except AdaInferError as error:
-        yield Finding("FAIL", f"engine: {error}")
+        yield fail(f"engine: {error}")
         return
     try:
-        yield _served_by_us(engine)
-        lora = adapter and adapter.request
-        early = _send(engine, config, examples, None, lora)
-        full = _send(engine, config, examples, {EXIT_ARG: 0}, lora)
+        yield _model_class(engine)
+        early, full = (
+            run(engine, examples, [params] * len(examples), config, True, model.lora_request)
+            for params in (_params(config, None), _params(config, {EXIT_ARG: 0}))
+        )
         yield exits_found(early, full, config.layers)
         yield full_depth_found(full, config.layers)
     except AdaInferError as error:  # from `stats`
-        yield Finding("FAIL", f"engine: {error}")
+        yield fail(f"engine: {error}")
     finally:
         stop_engine(engine)
 
 
 def smoke_examples(template: str | None, tokenizer: Any, longest: int) -> list[Example]:
-    """`SENTENCES`, each filled into all fields of `template`, or bare if that fails.
+    """`SENTENCES`, each filled into all fields of `template`, or as they are if that fails.
 
     Args:
-        template: of the calibration, as it was given.
-        tokenizer: of the model.
+        template: the ``--template`` of the calibration.
+        tokenizer: Hugging Face tokenizer of the model.
         longest: the most tokens a prompt may have.
 
     """
@@ -94,54 +84,41 @@ def smoke_examples(template: str | None, tokenizer: Any, longest: int) -> list[E
         return make_examples(rows, tokenizer, None, "", longest)
 
 
-@dataclass(frozen=True)
-class Sent:
-    """The results of some one-token requests.
-
-    Attributes:
-        answers: [requests], the texts.
-        left: layers run -> number of tokens.
-        rows_skipped: rows x layers that were not executed.
-
-    """
-
-    answers: list[str]
-    left: Counter[int]
-    rows_skipped: int
-
-
-def exits_found(early: Sent, full: Sent, depth: int) -> Finding:
-    """How many requests left early, and how many answers are the same as at full depth."""
-    count = len(early.answers)
-    left = {layer: some for layer, some in sorted(early.left.items()) if layer < depth}
-    layers = [f"{layer} ({some})" for layer, some in left.items()]
-    if not layers:
-        return Finding(
-            "ok",
-            f"exits: none of {count} short requests left early; they are unlike the prompts of the "
-            "calibration: `vllm-adainfer evaluate` tells how many of yours leave",
+def exits_found(early: Run, full: Run, depth: int) -> Finding:
+    """How many requests exited, and how many answers are the same as at full depth."""
+    count = len(early.texts)
+    exits = {layer: some for layer, some in sorted(early.exit_histogram.items()) if layer < depth}
+    if not exits:
+        return ok(
+            f"exits: none of {count} short requests exited; they are unlike the prompts of the "
+            "calibration: `vllm-adainfer evaluate` measures how many of yours do"
         )
-    same = sum(map(str.__eq__, early.answers, full.answers))
-    return Finding(
-        "ok",
-        f"exits: {sum(left.values())} of {count} short requests left early, after layers "
-        f"{', '.join(layers)} of {depth}; {same} of {count} answers are the same as at full depth "
-        "(the bound is for prompts like those of the calibration, and these are not)",
+    layers = ", ".join(f"{layer} ({some})" for layer, some in exits.items())
+    same = sum(map(list.__eq__, early.texts, full.texts))
+    return ok(
+        f"exits: {sum(exits.values())} of {count} short requests exited, after layers {layers} of "
+        f"{depth}; {same} of {count} answers are the same as at full depth (the bound is for "
+        "prompts like those of the calibration, and these are not)"
     )
 
 
-def full_depth_found(full: Sent, depth: int) -> Finding:
+def full_depth_found(full: Run, depth: int) -> Finding:
     """Whether requests that must not exit ran all layers."""
-    count = len(full.answers)
-    asked = f'requests with "{EXIT_ARG}": 0'
-    # A choice may have more tokens than one that its first leaves undecided.
-    if set(full.left) != {depth} or full.left[depth] < count or full.rows_skipped:
-        return Finding(
-            "FAIL",
-            f"full depth: only {full.left[depth]} of {count} {asked} ran all {depth} layers: "
-            "please report this with the output above",
+    count, complete = len(full.texts), full.exit_histogram.get(depth, 0)
+    requests = f'requests with "{EXIT_ARG}": 0'
+    # A choice may have more tokens than one, if its first token leaves it undecided.
+    if set(full.exit_histogram) != {depth} or complete < count or full.layers_saved:
+        return fail(
+            f"full depth: only {complete} of {count} {requests} ran all {depth} layers: please "
+            "report this with the output above"
         )
-    return Finding("ok", f"full depth: {count} of {count} {asked} ran all {depth} layers")
+    return ok(f"full depth: {count} of {count} {requests} ran all {depth} layers")
+
+
+def _params(config: ArtifactConfig, extra_args: dict[str, Any] | None) -> SamplingParams:
+    if config.choices:
+        return choice_params(config.choices, extra_args)
+    return greedy(config.label_ids, extra_args)
 
 
 def _template_of(artifact: str) -> str | None:
@@ -152,11 +129,11 @@ def _template_of(artifact: str) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _served_by_us(engine: LLM) -> Finding:
-    """Which model class runs, and where.
+def _model_class(engine: LLM) -> Finding:
+    """The model class that runs, and where it runs.
 
     Raises:
-        AdaInferError: the engine runs stock vLLM, which has no counters of ours.
+        AdaInferError: the engine runs stock vLLM, without our counters.
 
     """
     from vllm.platforms import current_platform
@@ -170,33 +147,4 @@ def _served_by_us(engine: LLM) -> Finding:
     if current_platform.is_cuda() and mode.name != "NONE":
         graphs = f"with CUDA graphs (vLLM's own, {mode.name}, and those of decode segments)"
     where = "a CPU" if current_platform.is_cpu() else "a GPU"
-    return Finding(
-        "ok", f"engine: {model_class} runs on {where}, with Model Runner {runner}, {graphs}"
-    )
-
-
-def _send(
-    engine: LLM,
-    config: ArtifactConfig,
-    examples: Sequence[Example],
-    extra_args: dict[str, Any] | None,
-    adapter: LoRARequest | None,
-) -> Sent:
-    """Generate a greedy token or choice for each of `examples`, from an empty prefix cache."""
-    engine.reset_prefix_cache()
-    before = stats(engine)
-    outputs = engine.generate(
-        [{"prompt_token_ids": example.token_ids} for example in examples],
-        choice_params(config.choices, extra_args)
-        if config.choices
-        else greedy(config.label_ids, extra_args),
-        lora_request=adapter,
-        use_tqdm=False,
-    )
-    after = stats(engine)
-    possible, run = (after[key] - before[key] for key in ("layers_possible", "layers_run"))
-    return Sent(
-        answers=[output.outputs[0].text for output in outputs],
-        left=Counter(after["exit_histogram"]) - Counter(before["exit_histogram"]),
-        rows_skipped=possible - run,
-    )
+    return ok(f"engine: {model_class} runs on {where}, with Model Runner {runner}, {graphs}")

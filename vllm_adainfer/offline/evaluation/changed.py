@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.adapter import NamedAdapter
-from vllm_adainfer.offline.calibration.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.data import Example
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens
+from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.offline.reports.page import Changed
-from vllm_adainfer.offline.reports.views import View, tag_at, views_of
+from vllm_adainfer.offline.reports.views import (
+    View,
+    record_prompts,
+    threshold_row,
+    token_namer,
+    views_of,
+)
 
 MOST = 100  # prompts that are shown for each bound
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is needed to run the prompts once more.
-
-    Attributes:
-        path: directory or hub id.
-        config: Hugging Face's, of the language model.
-        tokenizer: Hugging Face's.
-        adapter: of all prompts; None for the base model.
-
-    """
-
-    path: str
-    config: Any
-    tokenizer: Any
-    adapter: NamedAdapter | None
 
 
 def changed_prompts(
@@ -47,15 +32,15 @@ def changed_prompts(
     runs: Mapping[float, Run],
     max_tokens: int,
 ) -> tuple[list[Changed], list[str]]:
-    """Of the first `MOST` at each bound, and sentences about what is not shown.
+    """The first `MOST` prompts for each bound, and sentences about what is not shown.
 
     Args:
-        model: that answered.
+        model: the model that answered.
         artifact: directory or hub id.
-        config: of the artifact, with the bounds that were measured.
+        config: the artifact's config, with the bounds that were measured.
         examples: the prompts.
-        runs: a round of ours by epsilon, with `NEVER_EXIT`.
-        max_tokens: that were generated; what the policy saw is shown of a first token alone.
+        runs: one round of ours by epsilon, with `NEVER_EXIT`.
+        max_tokens: generated tokens per prompt; what the policy saw is shown only for one token.
 
     """
     full = runs[NEVER_EXIT].texts
@@ -69,22 +54,27 @@ def changed_prompts(
                 f"At the bound of {100 * level.epsilon:g} %, {len(found) - MOST} more prompts "
                 f"changed; the first {MOST} are shown."
             )
-    named = _namer(config, model.tokenizer)
-    views = {} if max_tokens > 1 else _views(model, artifact, config, examples, pairs, named)
-    if views:
+    views = {}
+    if pairs and max_tokens == 1:
+        views = _views(model, artifact, config, examples, pairs)
         notes.append(
-            "What the policy saw is from one more run. Where it leaves nowhere, or with the answer "
-            "of full depth, the request was within rounding of the other answer: a processor may "
-            "round a row otherwise in another batch."
+            "What the policy saw comes from one more run. If no exit or the same answer is shown, "
+            "the request was so close to the other answer that rounding decided: it depends on "
+            "the batch."
         )
-    answered = _answer(config, model.tokenizer, named)
+    name = token_namer(config, model.tokenizer)
+
+    def answer(text: Tokens) -> str:
+        one_token = len(text) == 1 and not config.choices
+        return name(text[0]) if one_token else repr(model.tokenizer.decode(text))
+
     changed = [
         Changed(
             level=index,
             place=examples[place].place,
             prompt=examples[place].text,
-            full=answered(full[place]),
-            early=answered(runs[config.levels[index].epsilon].texts[place]),
+            full=answer(full[place]),
+            early=answer(runs[config.levels[index].epsilon].texts[place]),
             views=views.get((index, place), ()),
         )
         for index, place in pairs
@@ -98,50 +88,21 @@ def _views(
     config: ArtifactConfig,
     examples: Sequence[Example],
     pairs: Sequence[tuple[int, int]],
-    named: Callable[[int], str],
 ) -> dict[tuple[int, int], list[View]]:
-    """By level and prompt; the prompts run at full depth once more, and are recorded."""
+    """The views by level and prompt; runs the prompts once more, at full depth."""
     places = sorted({place for _, place in pairs})
-    if not places:
-        return {}
-    chosen, settings = [examples[place] for place in places], {"enforce_eager": True}
-    if model.adapter is not None:
-        settings |= model.adapter.engine_settings
-    points = config.exit_points
-    with recording_engine(model.path, model.config, chosen, points, **settings) as engine:
-        recording = record(
-            engine,
-            chosen,
-            config.label_ids,
-            points,
-            adapter=model.adapter and model.adapter.request,
-        )
-    loaded, views = load_artifact(artifact), {}
+    recording = record_prompts(model, config, [examples[place] for place in places])
+    loaded, name = load_artifact(artifact), token_namer(config, model.tokenizer)
+    views = {}
     for index, place in pairs:
         example = examples[place]
         try:
-            tag, _ = tag_at(loaded.config, config.levels[index].epsilon, example.token_ids)
+            row, _ = threshold_row(loaded.config, config.levels[index].epsilon, example.token_ids)
         except AdaInferError:
-            continue  # its question leaves nowhere, so rounding has changed the answer
+            continue  # its question never exits, so the change is due to rounding
         subset = ALL
         if config.label_pool and example.labels is not None:
             subset = bits_of(example.labels, config.label_ids)
-        row = places.index(place)
-        views[index, place] = views_of(loaded, recording, row, tag, named, subset)
+        prompt = places.index(place)
+        views[index, place] = views_of(loaded, recording, prompt, row, name, subset)
     return views
-
-
-def _namer(config: ArtifactConfig, tokenizer: Any) -> Callable[[int], str]:
-    names = {label.token_id: label.name for label in config.labels}
-    return lambda token: repr(names.get(token) or tokenizer.decode([token]))
-
-
-def _answer(
-    config: ArtifactConfig, tokenizer: Any, named: Callable[[int], str]
-) -> Callable[[Tokens], str]:
-    def answer(text: Tokens) -> str:
-        if len(text) == 1 and not config.choices:
-            return named(text[0])
-        return repr(tokenizer.decode(text))
-
-    return answer

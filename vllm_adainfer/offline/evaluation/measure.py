@@ -1,4 +1,4 @@
-"""Measure: stock vLLM and vllm-adainfer on the same prompts, in turn."""
+"""Measure stock vLLM and vllm-adainfer on the same prompts, in turn."""
 
 from __future__ import annotations
 
@@ -6,105 +6,98 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.artifact.config import Choice, Label
-from vllm_adainfer.engine.admission.requested_output import OutputKind
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.evaluation.readings import (
-    choice_params,
-    chosen,
-    label_logprobs,
-    request_params,
-)
-from vllm_adainfer.offline.evaluation.run import Run
+from vllm_adainfer.offline.evaluation.requests import chosen, label_logprobs, request_params
+from vllm_adainfer.offline.evaluation.run import Rounds, Run
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.settings.request import EPSILON_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-WARM_UP = 64
+WARM_UP = 64  # prompts
 
 
 def measure(
     stock: LLM,
     ours: LLM,
     examples: Sequence[Example],
-    labels: Sequence[Label],
+    config: ArtifactConfig,
     epsilons: Sequence[float],
     repeat: int,
     max_tokens: int = 1,
-    what: OutputKind = OutputKind.TOKEN,
-    choices: Sequence[Choice] = (),
     adapter: LoRARequest | None = None,
-) -> list[tuple[Run, dict[float, Run]]]:
+) -> Rounds:
     """Warm up, then run `repeat` rounds: stock once, then vllm-adainfer at each epsilon.
 
     Args:
         stock: an engine without the plugin.
-        ours: an engine with it.
+        ours: an engine with it. Both were started with the `engine_settings` of `config`.
         examples: the prompts.
-        labels: the answers are restricted to these, or their probabilities are read; of a request
-            those that it names.
-        epsilons: of our runs.
-        repeat: how many rounds.
-        max_tokens: tokens to generate after a prompt.
-        what: the requests read; both engines were started with its `engine_settings`.
-        choices: that they choose from, if they read a choice.
-        adapter: of all requests; None for the base model.
-
-    Returns:
-        for each round, stock's run and ours by epsilon.
+        config: the artifact's config, which determines what the requests ask for.
+        epsilons: the bounds to measure.
+        repeat: number of rounds.
+        max_tokens: tokens to generate per prompt.
+        adapter: LoRA adapter of all requests; None for the base model.
 
     """
-    asked = labels, choices, max_tokens, what, adapter
-    _run(stock, examples[:WARM_UP], None, *asked)
-    _run(ours, examples[:WARM_UP], epsilons[-1], *asked)
+
+    def once(engine: LLM, epsilon: float | None, prompts: Sequence[Example] = examples) -> Run:
+        extra_args = None if epsilon is None else {EPSILON_ARG: epsilon}
+        params = [request_params(config, one.labels, extra_args, max_tokens) for one in prompts]
+        return run(engine, prompts, params, config, engine is ours, adapter)
+
+    once(stock, None, examples[:WARM_UP])
+    once(ours, epsilons[-1], examples[:WARM_UP])
     rounds = []
-    steps = repeat * (1 + len(epsilons))
-    with progress(total=steps, desc="evaluate", unit="run") as done:
+    with progress(total=repeat * (1 + len(epsilons)), desc="evaluate", unit="run") as done:
         for _ in range(repeat):
-            baseline = _run(stock, examples, None, *asked)
+            baseline = once(stock, None)
             done.update()
             by_epsilon = {}
             for epsilon in epsilons:
-                by_epsilon[epsilon] = _run(ours, examples, epsilon, *asked)
+                by_epsilon[epsilon] = once(ours, epsilon)
                 done.update()
             rounds.append((baseline, by_epsilon))
     return rounds
 
 
-def _run(
+def run(
     engine: LLM,
     examples: Sequence[Example],
-    epsilon: float | None,
-    labels: Sequence[Label],
-    choices: Sequence[Choice],
-    max_tokens: int,
-    what: OutputKind,
+    params: Sequence[SamplingParams],
+    config: ArtifactConfig,
+    counted: bool,
     adapter: LoRARequest | None,
 ) -> Run:
-    """One pass from an empty prefix cache; `epsilon` is None for stock vLLM."""
+    """Run all prompts, starting from an empty prefix cache.
+
+    Args:
+        engine: the engine.
+        examples: the prompts.
+        params: parameters of each request.
+        config: the artifact's config.
+        counted: whether the engine has the plugin, which counts layers.
+        adapter: LoRA adapter of all requests; None for the base model.
+
+    Raises:
+        AdaInferError: `counted`, but the engine runs stock vLLM.
+
+    """
     engine.reset_prefix_cache()
-    before = None if epsilon is None else stats(engine)
-    arguments = None if epsilon is None else {EPSILON_ARG: epsilon}
-    ids = tuple(label.token_id for label in labels)
-    params = [
-        choice_params(choices, arguments)
-        if choices
-        else request_params(what, example.labels or ids, arguments, max_tokens)
-        for example in examples
-    ]
+    before = stats(engine) if counted else None
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
     start = time.perf_counter()
     outputs = engine.generate(prompts, params, lora_request=adapter, use_tqdm=False)
     seconds = time.perf_counter() - start
     texts = [list(output.outputs[0].token_ids) for output in outputs]
-    if choices:
-        texts = chosen(outputs, choices)
-    reads_probabilities = what in (OutputKind.AMONG_LABELS, OutputKind.IN_VOCABULARY)
-    logprobs = label_logprobs(outputs, labels) if reads_probabilities else None
+    if config.choices:
+        texts = chosen(outputs, config.choices)
+    read = outputs[0].outputs[0].logprobs
+    logprobs = label_logprobs(outputs, config.labels) if read else None
     if before is None:
         return Run(seconds, texts, logprobs=logprobs)
     return Run.counted(seconds, texts, before, stats(engine), logprobs)

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_adainfer.offline.evaluation.probabilities import Logprobs
+import numpy as np
+import numpy.typing as npt
 
 NEVER_EXIT = 0.0
+Logprobs = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One pass over all prompts: how long it took, and the tokens of each answer.
+    """One pass over all prompts.
 
-    `logprobs` are the labels' log-probabilities, [prompts, labels], if they were read.
+    Attributes:
+        seconds: wall-clock time of the pass.
+        texts: the generated token ids of each prompt.
+        layers_run: token-layers that were executed.
+        layers_possible: token-layers at full depth.
+        passes_run: layers that were entered by at least one token, summed over the steps.
+        passes_possible: the same if every step ran all layers.
+        exit_histogram: layers run -> number of tokens; empty for stock vLLM.
+        logprobs: [prompts, labels], the labels' log-probabilities, if they were requested.
+
     """
 
     seconds: float
@@ -25,7 +36,7 @@ class Run:
     layers_possible: int = 0
     passes_run: int = 0
     passes_possible: int = 0
-    exit_histogram: Mapping[int, int] | None = None
+    exit_histogram: Mapping[int, int] = field(default_factory=dict)
     logprobs: Logprobs | None = None
 
     @classmethod
@@ -37,7 +48,7 @@ class Run:
         after: Mapping[str, Any],
         logprobs: Logprobs | None = None,
     ) -> Run:
-        """A pass of ours, given the engine's `stats` before and after it."""
+        """A pass of an engine with the plugin, given its `stats` before and after."""
         counters = "layers_run", "layers_possible", "passes_run", "passes_possible"
         left = Counter(after["exit_histogram"]) - Counter(before["exit_histogram"])
         spent: dict[str, int] = {name: after[name] - before[name] for name in counters}
@@ -45,15 +56,19 @@ class Run:
 
     @property
     def layers_saved(self) -> float:
-        """Share of rows x layers that were not executed."""
+        """Share of token-layers that were skipped."""
         return 1 - self.layers_run / self.layers_possible
 
     @property
     def passes_saved(self) -> float:
-        """Share of layers x steps that no row entered."""
+        """Share of layers, over all steps, that no token entered."""
         return 1 - self.passes_run / self.passes_possible
 
     @property
     def tokens(self) -> int:
-        """Tokens generated, over all answers."""
+        """Tokens generated for all prompts."""
         return sum(map(len, self.texts))
+
+
+Rounds = Sequence[tuple[Run, dict[float, Run]]]
+"""For each round, stock vLLM's run and ours by epsilon, with `NEVER_EXIT` among them."""

@@ -1,4 +1,4 @@
-"""How exits change generated texts: measures of whole texts, beside the rate per token."""
+"""How exits change generated texts: measures of whole texts, besides the rate per token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,26 +20,15 @@ Tokens = Sequence[int]
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-@dataclass(frozen=True)
-class ReadBack:
-    """What the full model says, token by token, about texts written with exits.
+def rescore(engine: LLM, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -> dict[str, Any]:
+    """Score each of `texts` after its prompt, at full depth.
 
-    Attributes:
-        disagreement: share of tokens that are not its own choice after the text before them.
-        disagreement_95: its 95 % interval.
-        perplexity: of the texts, given their prompts.
+    With the plugin, too, a request for the log-probabilities of its prompt runs at full depth.
 
-    """
+    Returns:
+        the share of tokens that the full model would not have chosen after the text before them
+        (``disagreement``), its 95 % interval, and the ``perplexity`` of the texts.
 
-    disagreement: float
-    disagreement_95: Interval
-    perplexity: float
-
-
-def read_back(engine: LLM, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -> ReadBack:
-    """Let `engine` read each of `texts` after its prompt, at full depth.
-
-    With the plugin too, a request for log-probabilities of its prompt runs at full depth.
     """
     from vllm import SamplingParams
 
@@ -58,7 +47,11 @@ def read_back(engine: LLM, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -
             total += by_token[token].logprob
     tokens = np.array([len(text) for text in texts], dtype=np.float64)
     found = Share(wrong, tokens, np.arange(len(texts)))
-    return ReadBack(found.value, found.interval, math.exp(-total / tokens.sum()))
+    return {
+        "disagreement": found.value,
+        "disagreement_95": found.interval,
+        "perplexity": math.exp(-total / tokens.sum()),
+    }
 
 
 @dataclass(frozen=True)
@@ -66,13 +59,13 @@ class Comparison:
     """How texts differ from those of full depth.
 
     Attributes:
-        disagreement: share of tokens that differ, up to each text's first difference (after that,
-            the two continue different texts). The bound per token is on this.
-        disagreement_95: its 95 % interval.
+        disagreement: share of tokens that differ, counted up to each text's first difference:
+            after that, the two continue different texts. The bound per token is about this share.
+        disagreement_95: the 95 % interval of the disagreement.
         same: share of texts that are the same to the end.
-        same_95: its 95 % interval.
-        first_divergence: mean position of the first token that differs, over the texts that
-            differ; None if none does.
+        same_95: the 95 % interval of that share.
+        first_divergence: mean index of the first token that differs, over the texts that differ;
+            None if none does.
 
     """
 
@@ -84,7 +77,7 @@ class Comparison:
 
 
 def compare(texts: Sequence[Tokens], full: Sequence[Tokens]) -> Comparison:
-    """Compare each of `texts`, which are independent, with full depth's at the same index."""
+    """Compare independent `texts` with those of full depth, pair by pair."""
     alone = np.arange(len(texts))
     tokens = differing(texts, full, alone)
     same = Share(1 - tokens.hits, np.ones(len(texts)), alone)
@@ -101,7 +94,7 @@ def compare(texts: Sequence[Tokens], full: Sequence[Tokens]) -> Comparison:
 def differing(texts: Sequence[Tokens], full: Sequence[Tokens], groups: Ints) -> Share:
     """The share of tokens that differ, up to each text's first difference.
 
-    `groups` [texts] are those that came together.
+    `groups` [texts] is the group of each text; groups are independent.
     """
     pairs = [(list(text), list(other)) for text, other in zip(texts, full, strict=True)]
     hits = [text != other for text, other in pairs]
@@ -118,11 +111,11 @@ def _first_difference(text: Tokens, other: Tokens) -> int:
 
 
 def is_number(answer: str) -> bool:
-    """Whether `answer` is a number, so that `has_number` can score texts."""
+    """Whether `answer` is a number, which `has_number` can look for."""
     return _NUMBER.fullmatch(answer) is not None
 
 
 def has_number(text: str, answer: str) -> bool:
-    """Whether the last number in `text` is `answer`, a number: the way GSM8K is scored."""
+    """Whether the last number in `text` equals the number `answer`, as GSM8K is scored."""
     found = _NUMBER.findall(text)
     return bool(found) and float(found[-1].replace(",", "")) == float(answer.replace(",", ""))

@@ -1,1 +1,1 @@
-"""Artifacts and evaluations for people: text, tables and pages."""
+"""Artifacts and evaluations as text, tables and pages."""

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.reports import figures
 from vllm_adainfer.offline.reports.page import Changed, Page
-from vllm_adainfer.offline.reports.shares import spelled
+from vllm_adainfer.offline.reports.shares import share_in
 
 
 def evaluation_page(
@@ -18,51 +18,48 @@ def evaluation_page(
     changed: Sequence[Changed] | None,
     notes: Sequence[str] = (),
 ) -> Page:
-    """What `evaluate` has measured.
+    """The page of an evaluation.
 
     Args:
-        report: of `evaluate`.
-        config: of the artifact.
-        details: its ``calibration.json``.
-        changed: prompts whose answers differ; None leaves them out.
-        notes: sentences below them.
+        report: the report of `evaluate`.
+        config: the artifact's config.
+        details: the artifact's ``calibration.json``.
+        changed: prompts whose answers changed; None leaves the table out.
+        notes: sentences below the prompts.
 
     """
-    levels, index = report["levels"], _index(config)
+    index, stock = _default(config), report["stock"]
+    levels = []
+    for level in report["levels"]:
+        numbers = {
+            "speed-up": f"{level['speedup']:.2f}x",
+            "layers saved": f"{level['layers_saved']:.0%}",
+            "answers that differ (95 %)": share_in(level, "disagreement"),
+        }
+        if stock["accuracy"] is not None:
+            both = f"{share_in(stock, 'accuracy')} / {share_in(level, 'accuracy')}"
+            numbers["accuracy, stock / ours (95 %)"] = both
+        if "verdict" in level:
+            numbers["measured share"] = level["verdict"]
+        levels.append((_name(level["epsilon"]), numbers))
     panels = [
         figures.trade_off(report, index),
-        figures.exits([level["exit_histogram"] for level in levels], report["layers_total"], index),
+        figures.exits(
+            [level["exit_histogram"] for level in report["levels"]], report["layers_total"], index
+        ),
         figures.risk_curve(config, details, index),
         figures.agreement(config, details),
         figures.reliability(report, index),
     ]
-    full = report["stock"]["accuracy"]
     return Page(
         title=f"{report['model']} on {report['data']}",
         subtitle=(
             f"{report['n']} prompts of {report['prompt_tokens_mean']:.0f} tokens, artifact "
-            f"{report['artifact']}: stock vLLM and vllm-adainfer, interleaved. Never exiting runs "
-            f"at {report['never_exit']['speedup']:.2f}x of stock."
+            f"{report['artifact']}: stock vLLM and vllm-adainfer, interleaved. Without exits, "
+            f"vllm-adainfer runs at {report['never_exit']['speedup']:.2f}x the speed of stock vLLM."
         ),
-        levels=_names(config),
+        levels=levels,
         opens_with=index,
-        numbers=[
-            {
-                "speed-up": f"{level['speedup']:.2f}x",
-                "layers saved": f"{level['layers_saved']:.0%}",
-                "answers that differ (95 %)": _share(level, "disagreement"),
-                **(
-                    {}
-                    if full is None
-                    else {
-                        "accuracy, stock / ours (95 %)": f"{_share(report['stock'], 'accuracy')} / "
-                        f"{_share(level, 'accuracy')}"
-                    }
-                ),
-                **({"what was measured is": level["verdict"]} if "verdict" in level else {}),
-            }
-            for level in levels
-        ],
         panels=[panel for panel in panels if panel is not None],
         changed=changed,
         provenance=report["provenance"],
@@ -71,30 +68,31 @@ def evaluation_page(
 
 
 def artifact_page(config: ArtifactConfig, details: Mapping[str, Any]) -> Page:
-    """What an artifact promises, by what calibration has seen."""
-    index = _index(config)
-    leaving = {str(point["layer"]): point["leaving"] for point in details["exit_points"]}
-    leaving[str(config.layers)] = max(0.0, 1 - sum(leaving.values()))
-    where = figures.exits([leaving] * len(config.levels), config.layers, index)
+    """The page of an artifact: what it promises, and what calibration measured."""
+    index = _default(config)
+    exits = {str(point["layer"]): point["leaving"] for point in details["exit_points"]}
+    exits[str(config.layers)] = max(0.0, 1 - sum(exits.values()))
     return Page(
         title=f"Policy for {config.base_model}",
         subtitle=(
             f"{config.architecture}, {config.layers} layers, {config.probe} probes after layers "
             f"{', '.join(map(str, config.exit_points))}; calibrated on {details['rows']} rows. "
-            f"Where requests leave is at the bound of {_name(config.epsilon)}."
+            f"The figure of exits is for the bound of {_name(config.epsilon)}."
         ),
-        levels=_names(config),
-        opens_with=index,
-        numbers=[
-            {
-                "layers saved, held out": f"{level.layers_saved:.0%}",
-                "answers that differ, held out": f"{level.disagreement:.1%}",
-                "upper bound": f"{level.bound:.2%}",
-            }
+        levels=[
+            (
+                _name(level.epsilon),
+                {
+                    "layers saved, held out": f"{level.layers_saved:.0%}",
+                    "answers that differ, held out": f"{level.disagreement:.1%}",
+                    "upper bound": f"{level.bound:.2%}",
+                },
+            )
             for level in config.levels
         ],
+        opens_with=index,
         panels=[
-            where,
+            figures.exits([exits] * len(config.levels), config.layers, index),
             figures.risk_curve(config, details, index),
             figures.agreement(config, details),
         ],
@@ -103,17 +101,9 @@ def artifact_page(config: ArtifactConfig, details: Mapping[str, Any]) -> Page:
     )
 
 
-def _share(row: Mapping[str, Any], name: str) -> str:
-    return spelled(row[name], row[f"{name}_95"])
-
-
-def _index(config: ArtifactConfig) -> int:
-    """The level that is served by default."""
+def _default(config: ArtifactConfig) -> int:
+    """Index of the level that is served by default."""
     return [level.epsilon for level in config.levels].index(config.epsilon)
-
-
-def _names(config: ArtifactConfig) -> list[str]:
-    return [_name(level.epsilon) for level in config.levels]
 
 
 def _name(epsilon: float) -> str:

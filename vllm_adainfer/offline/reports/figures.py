@@ -8,10 +8,16 @@ from typing import Any
 from plotly.graph_objects import Bar, Figure, Scatter
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.offline.reports.page import Panel
+from vllm_adainfer.offline.reports.describe import RISKS
+from vllm_adainfer.offline.reports.page import Panel, Points
 
-CHOSEN = {"color": "#d1242f", "size": 13, "symbol": "diamond"}
-MARGIN = {"l": 60, "r": 20, "t": 20, "b": 50}
+MARKER = {"color": "#d1242f", "size": 13, "symbol": "diamond"}
+LAYOUT = {
+    "template": "plotly_white",
+    "height": 360,
+    "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
+    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "left", "x": 0},
+}
 
 
 def trade_off(report: Mapping[str, Any], index: int) -> Panel:
@@ -27,23 +33,18 @@ def trade_off(report: Mapping[str, Any], index: int) -> Panel:
     figure = _figure("speed-up over stock vLLM", "%")
     for name, y in lines.items():
         figure.add_trace(Scatter(x=speedups, y=y, name=name, text=names, mode="lines+markers"))
-    below, above = reach(levels)
-    figure.data[0].error_y = {"array": [0.0, *above], "arrayminus": [0.0, *below], "thickness": 1}
-    points = [([x], [y]) for x, y in zip(speedups, lines["answers that differ"], strict=True)][1:]
-    return _moving("trade-off", "What a bound costs, and what it brings", figure, points, index)
-
-
-def reach(levels: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    """How far the interval of each level's disagreement reaches below and above it, in %."""
     ends = [(level["disagreement"], *level["disagreement_95"]) for level in levels]
-    return (
-        [100 * (share - low) for share, low, _ in ends],
-        [100 * (high - share) for share, _, high in ends],
-    )
+    figure.data[0].error_y = {
+        "array": [0.0, *(100 * (high - share) for share, _, high in ends)],
+        "arrayminus": [0.0, *(100 * (share - low) for share, low, _ in ends)],
+        "thickness": 1,
+    }
+    points = [([x], [y]) for x, y in zip(speedups, lines["answers that differ"], strict=True)][1:]
+    return _with_marker("trade-off", "Cost and benefit of each bound", figure, points, index)
 
 
 def exits(histograms: Sequence[Mapping[str, float]], layers: int, index: int) -> Panel:
-    """Where requests leave, by bound: shares by the layers that they run."""
+    """Where requests exit at each bound: shares by number of layers run."""
     points = [
         ([int(layer) for layer in one], [100 * share for share in one.values()])
         for one in histograms
@@ -53,38 +54,30 @@ def exits(histograms: Sequence[Mapping[str, float]], layers: int, index: int) ->
     figure.add_trace(Bar(x=x, y=y, width=layers / 60, showlegend=False))
     figure.update_xaxes(range=[0, layers + 1])
     figure.update_yaxes(range=[0, 100])
-    return Panel("exits", "Where requests leave", figure, chosen=0, points=points)
+    return Panel("exits", "Where requests exit", figure, 0, points)
 
 
 def risk_curve(config: ArtifactConfig, details: Mapping[str, Any], index: int) -> Panel:
     """The risk on held-out rows and its bound, along the threshold path."""
     curve = details["risk_curve"]
     saved = [100 * point["layers_saved"] for point in curve]
-    figure = _figure("layers saved, %", f"{_risk(config)}, %")
+    figure = _figure("layers saved, %", f"{RISKS[config.risk]}, %")
     for key, name in (("risk", "held-out rows"), ("bound", f"bound at {1 - config.delta:.0%}")):
         y = [100 * point[key] for point in curve]
         figure.add_trace(Scatter(x=saved, y=y, name=name, mode="lines"))
     points = [([100 * level.layers_saved], [100 * level.bound]) for level in config.levels]
-    return _moving("risk", "Risk and its bound, when calibrated", figure, points, index)
+    return _with_marker("risk", "Risk and its bound at calibration", figure, points, index)
 
 
 def agreement(config: ArtifactConfig, details: Mapping[str, Any]) -> Panel:
     """How often the probe alone agrees with full depth, by layer."""
     shares = {int(layer): 100 * share for layer, share in details["agreement"].items()}
     figure = _figure("layer", "% of held-out rows")
-    figure.add_trace(
-        Scatter(x=list(shares), y=list(shares.values()), name="probe", mode="lines+markers")
-    )
-    points = [point for point in config.exit_points if point in shares]
-    figure.add_trace(
-        Scatter(
-            x=points,
-            y=[shares[point] for point in points],
-            name="exit points",
-            mode="markers",
-            marker=CHOSEN,
-        )
-    )
+    x, y = list(shares), list(shares.values())
+    figure.add_trace(Scatter(x=x, y=y, name="probe", mode="lines+markers"))
+    x = [point for point in config.exit_points if point in shares]
+    y = [shares[point] for point in x]
+    figure.add_trace(Scatter(x=x, y=y, name="exit points", mode="markers", marker=MARKER))
     return Panel("agreement", "How often the probe agrees with full depth", figure)
 
 
@@ -94,52 +87,31 @@ def reliability(report: Mapping[str, Any], index: int) -> Panel | None:
     if rows is None or rows["stock"]["bins"] is None:
         return None
     figure = _figure("probability of the best label", "share of prompts where it is right")
-
-    def bins_of(row: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-        return [one["confidence"] for one in row["bins"]], [one["accuracy"] for one in row["bins"]]
-
-    for name, row in (("stock vLLM", rows["stock"]), ("never exiting", rows["never_exit"])):
-        x, y = bins_of(row)
+    stock, never, *points = (
+        ([one["confidence"] for one in row["bins"]], [one["accuracy"] for one in row["bins"]])
+        for row in (rows["stock"], rows["never_exit"], *rows["levels"])
+    )
+    for name, (x, y) in (("stock vLLM", stock), ("never exiting", never)):
         figure.add_trace(Scatter(x=x, y=y, name=name, mode="lines+markers"))
     figure.add_trace(
         Scatter(x=[0, 1], y=[0, 1], name="perfectly calibrated", line={"dash": "dot"}, mode="lines")
     )
-    points = [bins_of(row) for row in rows["levels"]]
     x, y = points[index]
     figure.add_trace(Scatter(x=x, y=y, name="early, at this bound", mode="lines+markers"))
     return Panel("reliability", "Reliability", figure, len(figure.data) - 1, points)
 
 
 def _figure(x: str, y: str) -> Figure:
-    figure = Figure()
-    figure.update_layout(
-        template="plotly_white",
-        height=360,
-        margin=MARGIN,
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "left", "x": 0},
-    )
+    figure = Figure(layout=LAYOUT)
     figure.update_xaxes(title_text=x, automargin=True)
     figure.update_yaxes(title_text=y, automargin=True, rangemode="tozero")
     return figure
 
 
-def _moving(
-    name: str,
-    title: str,
-    figure: Figure,
-    points: Sequence[tuple[Sequence[float], Sequence[float]]],
-    index: int,
+def _with_marker(
+    name: str, title: str, figure: Figure, points: Sequence[Points], index: int
 ) -> Panel:
-    """With a mark that stands at the chosen bound."""
+    """A panel with a marker at the bound of the slider."""
     x, y = points[index]
-    mark = Scatter(x=list(x), y=list(y), name="this bound", mode="markers", marker=CHOSEN)
-    figure.add_trace(mark)
+    figure.add_trace(Scatter(x=x, y=y, name="this bound", mode="markers", marker=MARKER))
     return Panel(name, title, figure, len(figure.data) - 1, points)
-
-
-def _risk(config: ArtifactConfig) -> str:
-    return {
-        "disagreement": "answers that differ",
-        "accuracy": "accuracy lost",
-        "probability": "wrong answers",
-    }[config.risk]

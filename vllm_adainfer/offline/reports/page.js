@@ -5,9 +5,9 @@ const search = document.getElementById("search");
 
 function show() {
   const index = Number(slider.value);
-  const level = levels[index];
-  document.getElementById("level-name").textContent = level.name;
-  const numbers = Object.entries(level.numbers).map(([name, value]) => {
+  const [name, numbers] = levels[index];
+  document.getElementById("level-name").textContent = name;
+  const groups = Object.entries(numbers).map(([name, value]) => {
     const group = document.createElement("div");
     const term = document.createElement("dt");
     const text = document.createElement("dd");
@@ -16,11 +16,11 @@ function show() {
     group.append(term, text);
     return group;
   });
-  document.getElementById("numbers").replaceChildren(...numbers);
-  for (const { name, chosen, points } of panels) {
-    if (chosen !== null) {
-      const { x, y } = points[index];
-      Plotly.restyle(name, { x: [x], y: [y] }, [chosen]);
+  document.getElementById("numbers").replaceChildren(...groups);
+  for (const { name, moving, points } of panels) {
+    if (moving !== null) {
+      const [x, y] = points[index];
+      Plotly.restyle(name, { x: [x], y: [y] }, [moving]);
     }
   }
   list();

@@ -1,4 +1,4 @@
-"""A page: figures and tables that follow one slider over the bounds, in a file of its own."""
+"""A page: figures and tables that follow one slider over the bounds, in a single HTML file."""
 
 from __future__ import annotations
 
@@ -14,37 +14,39 @@ from plotly.offline import get_plotlyjs
 
 from vllm_adainfer.offline.reports.views import View
 
+Points = tuple[Sequence[Any], Sequence[Any]]  # x and y
+
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure, and what it shows at each bound.
+    """A figure that follows the slider.
 
     Attributes:
-        name: of its place in the page, a word.
-        title: in words.
-        figure: as at the bound that the page opens with.
-        chosen: index of the trace that moves with the slider; None if nothing moves.
-        points: by level, the x and y of that trace.
+        name: HTML id of the figure.
+        title: title above the figure.
+        figure: the figure at the bound that the page opens with.
+        moving: index of the trace that follows the slider; None if none does.
+        points: the points of that trace at each bound.
 
     """
 
     name: str
     title: str
     figure: Figure
-    chosen: int | None = None
-    points: Sequence[tuple[Sequence[Any], Sequence[Any]]] = ()
+    moving: int | None = None
+    points: Sequence[Points] = ()
 
 
 @dataclass(frozen=True)
 class Changed:
-    """A prompt whose answer differs from full depth's at some bound.
+    """A prompt whose answer at some bound differs from full depth.
 
     Attributes:
         level: index of the bound.
-        place: of the row in the data.
-        prompt: its text.
+        place: where the row is in the data.
+        prompt: text of the prompt.
         full: the answer at full depth.
-        early: the other one.
+        early: the answer at this bound.
         views: what the policy saw; empty for generated text.
 
     """
@@ -59,55 +61,39 @@ class Changed:
 
 @dataclass(frozen=True)
 class Page:
-    """All that a page shows.
+    """The content of a page.
 
     Attributes:
-        title: its heading.
-        subtitle: a line below it.
-        levels: the bounds in words, strictest first.
-        opens_with: index of the level that the slider stands at first.
-        numbers: by level, names and values of what is measured there.
+        title: the heading.
+        subtitle: the line below the heading.
+        levels: for each bound, strictest first: its name, and the numbers to show by their names.
+        opens_with: index of the bound at which the slider starts.
         panels: the figures.
-        changed: prompts with other answers, for all levels; None where they are left out.
+        changed: prompts whose answers changed, for all bounds; None leaves the table out.
+        provenance: where the results come from, see `offline.provenance`.
         notes: sentences below the prompts.
-        provenance: of the measurement.
 
     """
 
     title: str
     subtitle: str
-    levels: Sequence[str]
+    levels: Sequence[tuple[str, Mapping[str, str]]]
     opens_with: int
-    numbers: Sequence[Mapping[str, str]]
     panels: Sequence[Panel]
     changed: Sequence[Changed] | None
     provenance: Mapping[str, Any]
     notes: Sequence[str] = ()
 
     def html(self) -> bytes:
-        """The file, which loads nothing from elsewhere."""
+        """The HTML file, which loads nothing from elsewhere."""
         folder = files(__package__)
         environment = Environment(autoescape=True, undefined=StrictUndefined)
-        environment.policies["json.dumps_kwargs"] = {}  # in the order of the page
+        environment.policies["json.dumps_kwargs"] = {}  # keep the order of keys
         template = environment.from_string(folder.joinpath("page.html.j2").read_text())
-        shown = {
-            "levels": [
-                {"name": name, "numbers": dict(numbers)}
-                for name, numbers in zip(self.levels, self.numbers, strict=True)
-            ],
-            "panels": [
-                {
-                    "name": panel.name,
-                    "figure": panel.figure.to_plotly_json(),
-                    "chosen": panel.chosen,
-                    "points": [{"x": list(x), "y": list(y)} for x, y in panel.points],
-                }
-                for panel in self.panels
-            ],
-        }
+        panels = [{**vars(panel), "figure": panel.figure.to_plotly_json()} for panel in self.panels]
         return template.render(
             page=self,
-            shown=shown,
+            data={"levels": self.levels, "panels": panels},
             plotly=Markup(get_plotlyjs()),
             style=Markup(folder.joinpath("page.css").read_text()),
             script=Markup(folder.joinpath("page.js").read_text()),

@@ -1,16 +1,17 @@
-"""Measured shares with their 95 % intervals, and whether a bound is compatible with them.
+"""Measured shares with 95 % intervals, and whether they are compatible with a bound.
 
-Independent prompts have the interval of Clopper and Pearson. The tokens of a text and the prompts
-that came together are not independent: there it is taken for the effective number of rows (Korn and
-Graubard 1998), which the variance between groups tells; with few groups that is approximate.
-`scipy.stats.binomtest` has the first alone, for whole numbers.
+For independent prompts this is the interval of Clopper and Pearson. The tokens of one text are not
+independent, nor are prompts of one group: there it is computed for the effective number of rows
+(Korn and Graubard 1998), estimated from the variance between groups, which is approximate if there
+are few. `scipy.stats.binomtest` has only the first, and only for whole numbers.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import beta, t
@@ -24,11 +25,11 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Share:
-    """What share of some rows is hit, counted over units: prompts, or texts of several tokens.
+    """The share of rows that are hits, counted by unit: a prompt, or a text of several tokens.
 
     Attributes:
-        hits: [units], rows that are hit, or their sum if a hit may count as -1.
-        rows: [units], of these rows.
+        hits: [units], the number of hits in each unit; negative where a hit may count as -1.
+        rows: [units], the number of rows in each unit.
         groups: [units], the group of each unit; groups are independent.
 
     """
@@ -44,7 +45,7 @@ class Share:
 
     @property
     def effective_rows(self) -> float:
-        """How many independent rows tell as much; as many as groups where no variance shows."""
+        """The number of independent rows with the same variance; without variance, of groups."""
         _, rows, variance = self._by_group()
         if (rows == 1).all() or not variance:
             return float(len(rows))
@@ -55,12 +56,12 @@ class Share:
 
     @property
     def interval(self) -> Interval:
-        """Of the share, at 95 %."""
+        """The 95 % interval of the share."""
         return clopper_pearson(self.value * self.effective_rows, self.effective_rows)
 
     @property
     def signed_interval(self) -> Interval:
-        """Student's, for hits that may count as -1; between -1 and 1."""
+        """Student's 95 % interval, for hits that may count as -1; within -1 and 1."""
         _, rows, variance = self._by_group()
         if len(rows) < 2:
             return -1.0, 1.0
@@ -68,7 +69,7 @@ class Share:
         return max(-1.0, self.value - reach), min(1.0, self.value + reach)
 
     def _by_group(self) -> tuple[FloatArray, FloatArray, float]:
-        """Hits and rows [groups], and the variance of the share: that of a ratio of their sums."""
+        """Hits [groups], rows [groups], and the variance of the ratio of their sums."""
         _, place = np.unique(self.groups, return_inverse=True)
         hits: FloatArray = np.bincount(place, weights=self.hits).astype(np.float64)
         rows: FloatArray = np.bincount(place, weights=self.rows).astype(np.float64)
@@ -78,14 +79,14 @@ class Share:
 
 
 def clopper_pearson(hits: float, rows: float) -> Interval:
-    """The 95 % interval of a share of which `hits` of `rows` independent rows were seen."""
+    """The 95 % interval of a share, after `hits` of `rows` independent rows; need not be whole."""
     low = beta.ppf(TAIL, hits, rows - hits + 1) if hits > 0 else 0.0
     high = beta.ppf(1 - TAIL, hits + 1, rows - hits) if hits < rows else 1.0
     return float(low), float(high)
 
 
 def of_rounds(rounds: Sequence[Share]) -> tuple[float, Interval]:
-    """The median over the rounds, each of the same prompts, and its interval."""
+    """The median over rounds of the same prompts, and its interval, which is that of one round."""
     value = statistics.median(one.value for one in rounds)
     middle = statistics.median_low(one.value for one in rounds)
     rows = next(one for one in rounds if one.value == middle).effective_rows
@@ -93,7 +94,7 @@ def of_rounds(rounds: Sequence[Share]) -> tuple[float, Interval]:
 
 
 def verdict(value: float, interval: Interval, epsilon: float) -> str:
-    """What a measured share says of the bound, in words."""
+    """Whether a measured share is within the bound, compatible with it, or above it."""
     bound = f"the bound of {epsilon:.1%}"
     if value <= epsilon:
         return f"within {bound}"
@@ -101,6 +102,11 @@ def verdict(value: float, interval: Interval, epsilon: float) -> str:
 
 
 def spelled(value: float, interval: Interval, digits: int = 1) -> str:
-    """Such as ``2.3% (0.9 to 4.9%)``."""
+    """A share and its interval, such as ``2.3% (0.9 to 4.9%)``."""
     low, high = interval
     return f"{value:.{digits}%} ({100 * low:.{digits}f} to {high:.{digits}%})"
+
+
+def share_in(row: Mapping[str, Any], name: str) -> str:
+    """The share `name` in a row of a report, with its interval; see `spelled`."""
+    return spelled(row[name], row[f"{name}_95"])

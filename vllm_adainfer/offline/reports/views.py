@@ -1,9 +1,10 @@
-"""Views: what a policy sees of a prompt, exit point by exit point, from recorded states."""
+"""What a policy sees of a prompt, exit point by exit point, from recorded states."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from adainfer_kernels import Head
@@ -12,7 +13,9 @@ from torch import Tensor
 from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
 from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.collect import Recording
+from vllm_adainfer.offline.calibration.collect import Recording, record, recording_engine
+from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.load_policy import policy_of
 from vllm_adainfer.policy.probe import Probe
@@ -22,16 +25,16 @@ from vllm_adainfer.policy.reading import features_among
 
 @dataclass(frozen=True)
 class View:
-    """The answer as it looks after some layers.
+    """What a policy sees of a prompt after some layers.
 
     Attributes:
-        layer: how many layers have run.
-        answer: what would be answered.
-        top_prob: its probability among the tokens that are scored.
-        gap: its lead over the second.
+        layer: number of layers that have run.
+        answer: the answer if the request exited here.
+        top_prob: the answer's probability among the scored tokens.
+        gap: the answer's lead over the second token, in probability.
         score: log odds that the answer is final; None at full depth.
-        threshold: of the score; None at full depth.
-        settled: whether the policy settles the request here.
+        threshold: the score at which a request exits; None at full depth.
+        settled: whether the request exits here.
 
     """
 
@@ -44,44 +47,65 @@ class View:
     settled: bool = True
 
 
-def tag_at(
-    config: ArtifactConfig, epsilon: float | None, prompt: Sequence[int]
-) -> tuple[int, float]:
-    """The row of thresholds for a prompt, and the bound that it is for.
+def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Example]) -> Recording:
+    """Run `examples` at full depth in an engine of their own, and record their states.
 
     Raises:
-        AdaInferError: the policy lets such a prompt leave nowhere.
+        AdaInferError: the engine does not start, or its weights are not those of `config`.
+
+    """
+    points = config.exit_points
+    settings = {"enforce_eager": True, **model.engine_settings}
+    with recording_engine(model.path, model.hf_config, examples, points, **settings) as engine:
+        recording = record(engine, examples, config.label_ids, points, adapter=model.lora_request)
+    config.check_weights(recording.fingerprint)
+    return recording
+
+
+def token_namer(config: ArtifactConfig, tokenizer: Any) -> Callable[[int], str]:
+    """A function that returns a token's label, or its text, in quotes."""
+    names = {label.token_id: label.name for label in config.labels}
+    return lambda token: repr(names.get(token) or tokenizer.decode([token]))
+
+
+def threshold_row(
+    config: ArtifactConfig, epsilon: float | None, prompt: Sequence[int]
+) -> tuple[int, float]:
+    """The row of the artifact's thresholds for a prompt, and the certified bound it belongs to.
+
+    Raises:
+        AdaInferError: such a prompt never exits.
 
     """
     level = config.level_of(epsilon)
     if level < 0:
-        raise AdaInferError("at epsilon 0 nothing leaves: ask for a bound of the artifact's table")
+        raise AdaInferError("nothing exits at epsilon 0: give a bound of the artifact's table")
     question = KnownQuestions(one.ends for one in config.questions).asked_by(prompt)
-    tag = config.threshold_row(level, question)
-    if tag is None:
+    row = config.threshold_row(level, question)
+    if row is None:
         raise AdaInferError(
-            "the policy is certified for each question on its own, and not for the one that this "
-            "prompt asks: it runs all layers"
+            "the policy is certified for each question separately, but not for the question of "
+            "this prompt, which runs all layers"
         )
-    return tag, config.levels[level].epsilon
+    return row, config.levels[level].epsilon
 
 
 def views_of(
     artifact: Artifact,
     recording: Recording,
-    row: int,
-    tag: int,
-    named: Callable[[int], str],
+    prompt: int,
+    thresholds: int,
+    name: Callable[[int], str],
     subset: int = ALL,
 ) -> list[View]:
-    """The views of one prompt.
+    """The views of one prompt: one for each exit point, and one for full depth.
 
     Args:
-        artifact: with its tensors.
-        recording: of this prompt and perhaps others, after the artifact's exit points.
-        row: of the recording.
-        tag: the row of the artifact's thresholds, see `tag_at`.
-        named: a token in words.
+        artifact: the artifact, with its tensors.
+        recording: states of one-token prompts at the artifact's exit points.
+        prompt: the prompt's row in the recording.
+        thresholds: the row of the artifact's thresholds, see `threshold_row`.
+        name: names a token, see `token_namer`.
         subset: the labels that the prompt is about, as bits.
 
     """
@@ -91,17 +115,17 @@ def views_of(
         return lens if head_rows is None else replace(lens, head=Head(head_rows))
 
     policy = policy_of(artifact, torch.device("cpu"), logit_lens)
-    tags, memory, views = torch.tensor([tag]), None, []
+    rows, memory, views = torch.tensor([thresholds]), None, []
     for index, layer in enumerate(policy.exit_points):
         undecided = UndecidedRows(
-            recording.states[layer][[row]], tags, memory, torch.tensor([subset])
+            recording.states[layer][[prompt]], rows, memory, torch.tensor([subset])
         )
         seen, decision = policy.view(index, undecided), policy.decide(index, undecided)
         memory = decision.memory
         views.append(
             View(
                 layer,
-                named(int(seen.tokens)),
+                name(int(seen.tokens)),
                 float(seen.top_prob),
                 float(seen.gap),
                 float(seen.odds),
@@ -109,16 +133,18 @@ def views_of(
                 bool(decision.settled),
             )
         )
-    top_prob, gap = _at_full_depth(artifact.config, recording, row)
-    return [*views, View(recording.depth, named(int(recording.tokens[row])), top_prob, gap)]
+    top_prob, gap = _at_full_depth(artifact.config, recording, prompt)
+    return [*views, View(recording.depth, name(int(recording.tokens[prompt])), top_prob, gap)]
 
 
-def _at_full_depth(config: ArtifactConfig, recording: Recording, row: int) -> tuple[float, float]:
+def _at_full_depth(
+    config: ArtifactConfig, recording: Recording, prompt: int
+) -> tuple[float, float]:
     """``top_prob`` and ``gap`` of the model's own scores."""
     lens = recording.logit_lens
     if config.label_ids:
         lens = lens.of_tokens(torch.tensor(config.label_ids))
-    scores = lens.score(lens.readout(recording.final[[row]]), return_scores=True).scores
+    scores = lens.score(lens.readout(recording.final[[prompt]]), return_scores=True).scores
     assert scores is not None
     if recording.soft_cap is not None:
         scores = torch.tanh(scores / recording.soft_cap) * recording.soft_cap

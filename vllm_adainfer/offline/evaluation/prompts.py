@@ -1,0 +1,132 @@
+"""The prompts of an evaluation, and which of their answers are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.engine.admission.requested_output import OutputKind, RequestedOutput
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
+from vllm_adainfer.offline.calibration.choices import common_choices, find_choices, with_labels
+from vllm_adainfer.offline.calibration.data import (
+    Example,
+    check_labels_known,
+    find_labels,
+    first_token,
+    make_examples,
+    read_rows,
+    read_template,
+)
+from vllm_adainfer.offline.evaluation.sequences import Tokens, has_number, is_number
+
+
+def load_examples(
+    data: Path,
+    template: str | None,
+    label_field: str,
+    labels: Sequence[str],
+    config: ArtifactConfig,
+    tokenizer: Any,
+    longest: int,
+) -> list[Example]:
+    """The tokenised prompts of a data file.
+
+    Args:
+        data: JSON lines: rows, or requests in vLLM's batch format.
+        template: format string or ``@FILE``, for rows.
+        label_field: the field of a row with its label.
+        labels: the labels that the user named, if any; they must be those of the artifact.
+        config: the artifact's config.
+        tokenizer: Hugging Face tokenizer of the model.
+        longest: the most tokens a prompt may have.
+
+    Raises:
+        AdaInferError: the file is not readable, or its prompts do not fit the artifact.
+
+    """
+    rows = read_rows(data)
+    choices, names = ([one.text for one in config.choices], [one.name for one in config.labels])
+    if choices and labels:
+        raise AdaInferError("the artifact is for choices, which it names itself: drop --labels")
+    if are_requests(rows):
+        if template is not None or labels or config.max_tokens > 1:
+            raise AdaInferError(
+                f"{data} holds requests, which bring their prompts, labels and one token each: "
+                "drop --template and --labels, and use an artifact for labels"
+            )
+        examples = read_requests(rows, tokenizer, config.vocab_size, longest)
+        if choices:
+            examples, _ = common_choices(examples, choices)
+        else:
+            _check_requests_served(config, examples, tokenizer)
+            return examples
+    else:
+        examples = make_examples(rows, tokenizer, read_template(template), label_field, longest)
+    if choices:
+        if find_choices(choices, tokenizer, config.vocab_size).texts != config.choices:
+            raise AdaInferError(
+                "this model's tokenizer writes the choices with other tokens than at calibration: "
+                "use the model of the calibration"
+            )
+        return with_labels(examples, choices)
+    if not names:
+        return examples
+    if labels and set(labels) != set(names):
+        raise AdaInferError(
+            f"--labels {','.join(labels)} are not those of the artifact: {','.join(names)}"
+        )
+    if find_labels(names, examples[0], tokenizer) != config.labels:
+        raise AdaInferError(
+            "after this prompt the labels begin with other tokens than at calibration: use the "
+            "template and the model of the calibration"
+        )
+    check_labels_known(examples, config.labels)
+    return examples
+
+
+def _check_requests_served(
+    config: ArtifactConfig, examples: Sequence[Example], tokenizer: Any
+) -> None:
+    for example in examples:
+        labels = example.labels or ()
+        if not RequestedOutput(OutputKind.TOKEN, frozenset(labels)).is_promised_by(config):
+            raise AdaInferError(
+                f"{example.place} is about the labels "
+                f"{', '.join(map(repr, map(tokenizer.decode, labels)))}, which this policy does "
+                "not serve: calibrate with --label-pool"
+            )
+
+
+def right_answers(
+    examples: Sequence[Example],
+    config: ArtifactConfig,
+    tokenizer: Any,
+    max_tokens: int,
+    texts: Sequence[Tokens],
+) -> list[bool] | None:
+    """Which of `texts` are right, by the label's first token or by a text's last number.
+
+    None if a row has no label, or if texts are generated and a label is not a number.
+    """
+    answers = [str(example.label) for example in examples if example.label is not None]
+    if len(answers) < len(examples):
+        return None
+    if max_tokens > 1 and not config.choices:
+        if not all(map(is_number, answers)):
+            return None
+        return [*map(has_number, map(tokenizer.decode, texts), answers)]
+    if config.choices:
+        written = {choice.text: choice.token_ids for choice in config.choices}
+        right = [written[answer] for answer in answers]
+    elif examples[0].labels is not None:  # a request's label is the right token
+        right = [(int(answer),) for answer in answers]
+    elif config.labels:
+        ids = {label.name: label.token_id for label in config.labels}
+        right = [(ids[answer],) for answer in answers]
+    else:
+        pairs = zip(examples, answers, strict=True)
+        right = [(first_token(example.text, answer, tokenizer),) for example, answer in pairs]
+    return [tuple(text) == tokens for text, tokens in zip(texts, right, strict=True)]

@@ -1,0 +1,103 @@
+"""The requests of an evaluation: for a token, a choice, or the probabilities of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_adainfer.artifact.config import ArtifactConfig, Choice, Label
+from vllm_adainfer.engine.admission.requested_output import OutputKind
+from vllm_adainfer.offline.calibration.collect import greedy
+from vllm_adainfer.offline.evaluation.run import Logprobs
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+
+
+def promised_output(config: ArtifactConfig) -> OutputKind:
+    """The strongest output that the policy's bound covers."""
+    if config.choices:
+        return OutputKind.CHOICE
+    if config.risk != "probability":
+        return OutputKind.TOKEN
+    return OutputKind.IN_VOCABULARY if config.label_mass else OutputKind.AMONG_LABELS
+
+
+def engine_settings(config: ArtifactConfig) -> dict[str, Any]:
+    """The `vllm.LLM` arguments that the requests need."""
+    if promised_output(config) is not OutputKind.AMONG_LABELS:
+        return {}
+    return {"logprobs_mode": "processed_logprobs", "max_logprobs": len(config.labels)}
+
+
+def request_params(
+    config: ArtifactConfig,
+    labels: Sequence[int] | None,
+    extra_args: dict[str, Any] | None,
+    max_tokens: int = 1,
+) -> SamplingParams:
+    """Parameters of a greedy request for the output that the policy's bound covers.
+
+    Args:
+        config: the artifact's config.
+        labels: token ids of the labels that the request names; None for those of the artifact.
+        extra_args: the request's ``extra_args``.
+        max_tokens: how many tokens to generate, if the request is for tokens.
+
+    """
+    what, ids = promised_output(config), list(labels or config.label_ids)
+    if what is OutputKind.CHOICE:
+        return choice_params(config.choices, extra_args)
+    if what is OutputKind.TOKEN:
+        return greedy(ids, extra_args, max_tokens)
+    from vllm import SamplingParams
+
+    if what is OutputKind.IN_VOCABULARY:
+        probabilities: dict[str, Any] = {"logprob_token_ids": ids}
+    else:
+        probabilities = {"allowed_token_ids": ids, "logprobs": len(ids)}
+    return SamplingParams(temperature=0, max_tokens=1, extra_args=extra_args, **probabilities)
+
+
+def choice_params(
+    choices: Sequence[Choice], extra_args: dict[str, Any] | None = None
+) -> SamplingParams:
+    """Parameters of a greedy request for one of `choices`, with enough tokens for any of them."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=longest_choice(choices),
+        structured_outputs=StructuredOutputsParams(choice=[choice.text for choice in choices]),
+        extra_args=extra_args,
+    )
+
+
+def longest_choice(choices: Sequence[Choice]) -> int:
+    """The most tokens that a request for one of `choices` can generate.
+
+    A model may write a text with more tokens than its tokenizer would, and then the end token.
+    """
+    return max(len(choice.text.encode()) for choice in choices) + 1
+
+
+def chosen(outputs: Sequence[RequestOutput], choices: Sequence[Choice]) -> list[list[int]]:
+    """For each prompt, the tokens of the chosen text as the tokenizer writes it."""
+    tokens = {choice.text: list(choice.token_ids) for choice in choices}
+    return [tokens[output.outputs[0].text] for output in outputs]
+
+
+def label_logprobs(outputs: Sequence[RequestOutput], labels: Sequence[Label]) -> Logprobs:
+    """The labels' log-probabilities, fp32 [prompts, labels], in the order of `labels`.
+
+    -inf for labels that a request does not name. The requests must have asked for probabilities.
+    """
+    firsts = [output.outputs[0].logprobs[0] for output in outputs]
+    ids = [label.token_id for label in labels]
+    rows = [
+        [first[token].logprob if token in first else -np.inf for token in ids] for first in firsts
+    ]
+    return np.array(rows, dtype=np.float32)
