@@ -167,17 +167,17 @@ class ForwardPass:
         skipped = (layout.num_rows - len(requests)) * shape.tail_layers
         if self.step.all_rows_count or skipped < COMPACTION_COST[self.step.device.type]:
             return
-        self._keep_track()
         last_rows = layout.last_rows(requests)
-        states, policies, tokens = self.states, self._row_policies, self._tokens
-        self._select(layout.last_only(), last_rows)
         is_last_layer = shape.own_kv_layers is None
+        if not is_last_layer:
+            self._keep_track()
+            dropped = np.delete(self._row_policies, last_rows)
+            self._accounting.skipped(self._accounting.tokens(dropped), shape.tail_layers)
+        states, tokens = self.states, self._tokens
+        self._select(layout.last_only(), last_rows)
         if is_last_layer:
             self.batch.write_last_kv(states)
             self._tokens = tokens
-        else:
-            dropped = np.delete(policies, last_rows)
-            self._accounting.skipped(self._accounting.tokens(dropped), shape.tail_layers)
         self.batch = self.batch.side_batch(self.layout, is_last_layer)
 
     def finish(self) -> Tensor:
@@ -205,7 +205,11 @@ class ForwardPass:
         """Go on with the rows `layout`, each of which is the row of now that `rows` says."""
         [rows_on_device] = self.step.on_device(rows)
         self.states = self.states.rows(rows_on_device)
-        self._origin, self._row_policies = self._origin[rows], self._row_policies[rows]
+        if self._has_changed:
+            self._origin, self._row_policies = self._origin[rows], self._row_policies[rows]
+        else:
+            self._origin, self._row_policies = rows, self._policies[layout.row_requests]
+            self._has_changed = True
         self._tokens = self._accounting.tokens(self._row_policies)
         self.layout = layout
 
