@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
 from vllm_adainfer.artifact.files import load_artifact_config, load_details
-from vllm_adainfer.offline.calibration.data import Example, Row, make_examples
-from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.data.examples import Example, Row, make_examples
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.run import Run
 from vllm_adainfer.offline.evaluation.sequences import compare, has_number, rescore
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer

@@ -24,7 +24,7 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from benchmarks.common.report_files import write_report
-from vllm_adainfer.offline.calibration.data import read_rows
+from vllm_adainfer.offline.calibration.data.examples import read_rows
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
 

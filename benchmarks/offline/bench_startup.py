@@ -21,8 +21,8 @@ import psutil
 import typer
 
 from benchmarks.common.report_files import write_report
-from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table

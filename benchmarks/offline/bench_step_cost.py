@@ -41,8 +41,8 @@ from benchmarks.common.report_files import write_report
 from benchmarks.offline.scripted_requests import random_prompts, scripted_request
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.forward_pass import ForwardPass
-from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table

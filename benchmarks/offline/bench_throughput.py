@@ -42,8 +42,8 @@ from benchmarks.offline.throughput_report import (
     plot,
     table,
 )
-from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.plugin import register

@@ -39,7 +39,7 @@ from benchmarks.serving.label_requests import post
 from benchmarks.serving.sending import send
 from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
-from vllm_adainfer.offline.calibration.adapter import NamedAdapter, read_adapter
+from vllm_adainfer.offline.adapter import NamedAdapter, read_adapter
 from vllm_adainfer.offline.calibration.calibrate import calibrate
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.provenance import provenance

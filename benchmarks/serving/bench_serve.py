@@ -43,8 +43,13 @@ from benchmarks.serving.serve_report import FIGURES, OURS, STOCK, plot, rate_row
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Example, make_examples, read_rows, read_template
-from vllm_adainfer.offline.calibration.engine import BLOCK
+from vllm_adainfer.offline.calibration.data.examples import (
+    Example,
+    make_examples,
+    read_rows,
+    read_template,
+)
+from vllm_adainfer.offline.calibration.record.engine import BLOCK
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 

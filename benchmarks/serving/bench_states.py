@@ -33,7 +33,7 @@ from benchmarks.serving.label_requests import post
 from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.artifact.files import load_artifact_config
-from vllm_adainfer.offline.calibration.data import read_rows
+from vllm_adainfer.offline.calibration.data.examples import read_rows
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks.common.tasks import TASKS
-from vllm_adainfer.offline.calibration.data import read_rows
+from vllm_adainfer.offline.calibration.data.examples import read_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 
 MOST_TOKENS = 32

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.common.server import Server
 from benchmarks.common.vllm_command import COMMAND
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
 
 TOGETHER = 64  # prompts per request when answers are compared
 

@@ -19,7 +19,7 @@ from benchmarks.common.server import Server
 from benchmarks.serving.label_requests import TOGETHER, Load, post
 from benchmarks.serving.sending import send
 from benchmarks.serving.serve_report import OURS, STOCK
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
 
 
 def scores(server: Server, load: Load, examples: Sequence[Example]) -> list[float]:

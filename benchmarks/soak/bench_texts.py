@@ -26,7 +26,7 @@ from benchmarks.soak.fault_bench import ENVIRONMENT, Bench, tasks
 from benchmarks.soak.faults_report import growth
 from benchmarks.soak.text_scenarios import texts
 from vllm_adainfer.artifact.files import load_artifact_config
-from vllm_adainfer.offline.calibration.data import make_examples, read_rows
+from vllm_adainfer.offline.calibration.data.examples import make_examples, read_rows
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 
 LENGTH = 1024  # most tokens of a prompt and its text together

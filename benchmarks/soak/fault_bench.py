@@ -23,7 +23,7 @@ from benchmarks.soak.fault_scenarios import Stage, kill
 from benchmarks.soak.faults_report import table
 from benchmarks.soak.load_client import Question, Tokens, client_of, questions_of, quiet_pass
 from vllm_adainfer.artifact.files import load_artifact_config
-from vllm_adainfer.offline.calibration.data import read_template
+from vllm_adainfer.offline.calibration.data.examples import read_template
 from vllm_adainfer.offline.provenance import provenance
 
 ENVIRONMENT = {

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from vllm_adainfer.artifact.files import load_artifact_config
-from vllm_adainfer.offline.calibration.data import fill, read_rows
+from vllm_adainfer.offline.calibration.data.examples import fill, read_rows
 
 SECONDS = 600.0  # an answer that takes longer counts as lost
 TEXT = "text"

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Row
+from vllm_adainfer.offline.calibration.data.examples import Row
 
 Part = Literal["train", "test"]
 

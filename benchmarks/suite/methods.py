@@ -12,20 +12,20 @@ import numpy as np
 import torch
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.offline.calibration.certify import (
+from vllm_adainfer.offline.calibration.certify.certify import (
     Bound,
     PathPoint,
     certify,
     threshold_path,
 )
-from vllm_adainfer.offline.calibration.collect import Recording
-from vllm_adainfer.offline.calibration.cost import STEP_ROWS, Costs, probe_seconds
-from vllm_adainfer.offline.calibration.fit import FittedExit, Scored, fit_exits, judge
+from vllm_adainfer.offline.calibration.fit.cost import STEP_ROWS, Costs, probe_seconds
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored, fit_exits, judge
+from vllm_adainfer.offline.calibration.fit.loss import RightTokens, is_right
+from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
+from vllm_adainfer.offline.calibration.fit.split import Split
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
-from vllm_adainfer.offline.calibration.loss import RightTokens, is_right
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.probes import Target, logit_lens
-from vllm_adainfer.offline.calibration.split import Split
+from vllm_adainfer.offline.calibration.record.collect import Recording
 
 GAP_ALONE = torch.tensor([0.0, 1.0, 0.0])  # a classifier whose score is the gap
 EVEN_ODDS = 0.0

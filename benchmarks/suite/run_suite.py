@@ -29,21 +29,21 @@ from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import label_ids
-from vllm_adainfer.offline.calibration.certify import threshold_grid
-from vllm_adainfer.offline.calibration.collect import record, recording_engine
-from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
-from vllm_adainfer.offline.calibration.fit import candidate_layers
+from vllm_adainfer.offline.calibration.certify.certify import threshold_grid
+from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
+from vllm_adainfer.offline.calibration.fit.loss import is_right
+from vllm_adainfer.offline.calibration.fit.probes import Target
+from vllm_adainfer.offline.calibration.fit.split import Split, random_order
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
     make_policy,
 )
-from vllm_adainfer.offline.calibration.loss import is_right
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
-from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.prompts import check_rows
-from vllm_adainfer.offline.calibration.split import Split, random_order
+from vllm_adainfer.offline.calibration.record.collect import record, recording_engine
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.evaluation.evaluate import check_file
 from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run

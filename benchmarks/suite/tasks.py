@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from benchmarks.suite.hub import Hub, Part, hub_rows
 from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import (
+from vllm_adainfer.offline.calibration.data.examples import (
     Example,
     Row,
     fill,

@@ -23,7 +23,7 @@ from vllm_adainfer.artifact.config import Choice, Label
 from vllm_adainfer.engine.runner import adapters as adapter_files
 from vllm_adainfer.engine.runner.build_loop import monitors_of, policies_of
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.adapter import read_adapter
+from vllm_adainfer.offline.adapter import read_adapter
 from vllm_adainfer.settings.engine import NO_POLICY
 
 MODULES = {

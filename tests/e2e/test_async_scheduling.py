@@ -21,8 +21,8 @@ from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.engine.scheduler.scheduler import AdaInferAsyncScheduler
-from vllm_adainfer.offline.calibration.collect import record
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.collect import record
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="Model Runner V1 is scheduled synchronously")
 

@@ -25,7 +25,7 @@ from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_ten
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
 from vllm_adainfer.engine.scheduler.scheduler import AdaInferAsyncScheduler, build_scheduler
-from vllm_adainfer.offline.calibration.choices import UNDECIDED, Choices, find_choices
+from vllm_adainfer.offline.calibration.data.choices import UNDECIDED, Choices, find_choices
 
 pytestmark = pytest.mark.skipif(
     IS_V2 and not torch.cuda.is_available(),

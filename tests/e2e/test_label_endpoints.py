@@ -25,8 +25,8 @@ from tests.families import SHAPE
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
 from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.exits.accounting.report import INTERVAL
-from vllm_adainfer.offline.calibration.batch_files import read_requests
-from vllm_adainfer.offline.calibration.data import Row, read_rows
+from vllm_adainfer.offline.calibration.data.batch_files import read_requests
+from vllm_adainfer.offline.calibration.data.examples import Row, read_rows
 
 END = "Sentiment :"  # of each prompt, so that a label is a token of its own
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}" + END

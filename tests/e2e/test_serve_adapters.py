@@ -21,7 +21,7 @@ from tests.adapters import merged, save_adapter
 from tests.e2e.oracle import TIE, head_inputs, hidden_states
 from tests.e2e.test_serve import FLAGS, environment, post, wait_for_counters
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
-from vllm_adainfer.offline.calibration.adapter import read_adapter
+from vllm_adainfer.offline.adapter import read_adapter
 
 pytestmark = pytest.mark.full
 

@@ -22,7 +22,7 @@ from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
-from vllm_adainfer.offline.calibration.adapter import read_adapter
+from vllm_adainfer.offline.adapter import read_adapter
 from vllm_adainfer.settings.engine import NO_POLICY
 
 Artifacts = Callable[[str, float], Path]

@@ -22,7 +22,7 @@ from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.offline.calibration.adapter import adapter_for, read_adapter
+from vllm_adainfer.offline.adapter import adapter_for, read_adapter
 from vllm_adainfer.settings.engine import Settings, read_settings
 
 BASE, ADAPTED = 1, 3  # tags: the second level of the first policy, and of the second

@@ -10,11 +10,11 @@ import pytest
 
 from tests.tiny import word_tokenizer
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
-from vllm_adainfer.offline.calibration.data import Example, Row, read_rows
+from vllm_adainfer.offline.calibration.data.batch_files import are_requests, read_requests
+from vllm_adainfer.offline.calibration.data.examples import Example, Row, read_rows
+from vllm_adainfer.offline.calibration.data.questions import SEEN
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import load_prompts
-from vllm_adainfer.offline.calibration.questions import SEEN
 
 READ = {"max_tokens": 1, "logprob_token_ids": [7, 9]}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}Sentiment :"

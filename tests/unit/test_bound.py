@@ -13,8 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from vllm_adainfer.offline.calibration.bound import certified, rows_needed, upper_bound
-from vllm_adainfer.offline.calibration.certify import (
+from vllm_adainfer.offline.calibration.certify.bound import certified, rows_needed, upper_bound
+from vllm_adainfer.offline.calibration.certify.certify import (
     Bound,
     certify,
     held_out_path,
@@ -22,7 +22,7 @@ from vllm_adainfer.offline.calibration.certify import (
     threshold_grid,
     threshold_path,
 )
-from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
 
 OUTCOMES = [(0, 1), (0, 50), (1, 50), (3, 300), (150, 300), (299, 300), (300, 300)]
 EPSILONS = [0.01, 0.02, 0.05, 0.1, 0.5]

@@ -23,23 +23,23 @@ from tests.unit.test_make_policy import (
 )
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.offline.calibration.calibrate import with_mass_if_it_pays
-from vllm_adainfer.offline.calibration.certify import (
+from vllm_adainfer.offline.calibration.certify.certify import (
     Bound,
     loosest_certified,
     threshold_grid,
     threshold_path,
 )
-from vllm_adainfer.offline.calibration.collect import Recording
-from vllm_adainfer.offline.calibration.fit import Scored
+from vllm_adainfer.offline.calibration.fit.exits import Scored
+from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, full_depth_labels
+from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
     make_policy,
 )
-from vllm_adainfer.offline.calibration.loss import FullDepthLabels, full_depth_labels
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
-from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe

@@ -26,22 +26,22 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.cli.calibrate import choice_texts
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.batch_files import read_requests
-from vllm_adainfer.offline.calibration.choices import (
+from vllm_adainfer.offline.calibration.data.batch_files import read_requests
+from vllm_adainfer.offline.calibration.data.choices import (
     Choices,
     common_choices,
     find_choices,
     with_labels,
 )
-from vllm_adainfer.offline.calibration.data import Example, Row
+from vllm_adainfer.offline.calibration.data.examples import Example, Row
+from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
     make_policy,
 )
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.policy_artifact import policy_config, policy_tensors
-from vllm_adainfer.offline.calibration.probes import Target
+from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.policy.choice_policy import ChoicePolicy
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens

@@ -10,10 +10,14 @@ import pytest
 import torch
 from adainfer_kernels import Head
 
-from vllm_adainfer.offline.calibration import choose
-from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, expected_seconds
-from vllm_adainfer.offline.calibration.cost import Costs, shares_of_time
-from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
+from vllm_adainfer.offline.calibration.fit import choose
+from vllm_adainfer.offline.calibration.fit.choose import (
+    choose_exits,
+    evenly_spread,
+    expected_seconds,
+)
+from vllm_adainfer.offline.calibration.fit.cost import Costs, shares_of_time
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
 from vllm_adainfer.policy.probe import Probe
 
 DEPTH, ROWS = 12, 80

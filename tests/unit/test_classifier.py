@@ -13,7 +13,7 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from vllm_adainfer.artifact.kinds import FEATURES
-from vllm_adainfer.offline.calibration.classifier import fit_classifier
+from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
 from vllm_adainfer.policy.score import score
 
 LEARNED = ["svm", "logreg"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.collect import rows_of_tokens
+from vllm_adainfer.offline.calibration.record.collect import rows_of_tokens
 
 PROMPTS, TEXTS = [3, 1, 5], [2, 4, 1]
 # Text and position of each token's row.

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import (
+from vllm_adainfer.offline.calibration.data.examples import (
     Example,
     Row,
     check_labels_known,

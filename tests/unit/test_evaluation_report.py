@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binomtest
 
 from tests.tiny import LAYERS, tiny_config
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.report import build_report, summary_line
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 

@@ -12,12 +12,13 @@ from adainfer_kernels import Head, Norm
 from torch import Tensor
 
 from vllm_adainfer.exits.recording.moments import Moments
-from vllm_adainfer.offline.calibration import fit, probes
-from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
-from vllm_adainfer.offline.calibration.fit import FittedExit, fit_exits, judge
-from vllm_adainfer.offline.calibration.loss import accuracy_lost, is_right
-from vllm_adainfer.offline.calibration.probes import Target
-from vllm_adainfer.offline.calibration.split import Split, numbered, random_order
+from vllm_adainfer.offline.calibration.fit import exits as fit
+from vllm_adainfer.offline.calibration.fit import probes
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, judge
+from vllm_adainfer.offline.calibration.fit.loss import accuracy_lost, is_right
+from vllm_adainfer.offline.calibration.fit.probes import Target
+from vllm_adainfer.offline.calibration.fit.split import Split, numbered, random_order
+from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, LAYER = 32, 50, 4

@@ -20,22 +20,22 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of, mask_of
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of, subsets_of
+from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
+from vllm_adainfer.offline.calibration.fit.probes import Target, fit_probes
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
     make_policy,
 )
-from vllm_adainfer.offline.calibration.label_pool import common_labels, pool_of, subsets_of
-from vllm_adainfer.offline.calibration.loss import full_depth_labels
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.policy_artifact import (
+from vllm_adainfer.offline.calibration.write.policy_artifact import (
     never_named,
     policy_config,
     policy_tensors,
     question_rows,
 )
-from vllm_adainfer.offline.calibration.probes import Target, fit_probes
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.label_heads import PoolPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy

@@ -72,14 +72,27 @@ ENGINE = {
     "worker": {"runner", "startup", "scheduler", "admission", "compat"},
 }
 """What each room of the engine imports of the other ones."""
+CALIBRATION = {
+    "options": set(),
+    "data": set(),
+    "record": {"data"},
+    "fit": {"record"},
+    "certify": {"fit", "options"},
+    "fitted_policy": {"certify", "fit", "record", "data", "options"},
+    "prompts": {"certify", "fit", "data", "options"},
+    "write": {"fitted_policy", "certify"},
+    "calibrate": {"write", "prompts", "fitted_policy", "fit", "record", "data", "options"},
+}
+"""What each step of calibration imports of the other ones."""
 OFFLINE = {
-    "calibration": {"pretrained", "progress", "provenance", "tables"},
-    "reports": {"calibration", "pretrained", "tables"},
-    "evaluation": {"reports", "calibration", "pretrained", "progress", "provenance"},
+    "adapter": set(),
+    "calibration": {"adapter", "pretrained", "progress", "provenance", "tables"},
+    "reports": {"calibration", "adapter", "pretrained", "tables"},
+    "evaluation": {"reports", "calibration", "adapter", "pretrained", "progress", "provenance"},
     "demo": {"evaluation", "reports", "calibration"},
-    "doctor": {"evaluation", "reports", "calibration", "pretrained"},
+    "doctor": {"evaluation", "reports", "calibration", "adapter", "pretrained"},
     "launch": set(),
-    "pretrained": set(),
+    "pretrained": {"adapter"},
     "progress": set(),
     "provenance": set(),
     "tables": set(),
@@ -141,7 +154,13 @@ def room_of(module: str, inside: str = "") -> str | None:
     return module.removeprefix(place).split(".")[0] if module.startswith(place) else None
 
 
-HOUSES = [("", BELOW), ("exits", EXITS), ("engine", ENGINE), ("offline", OFFLINE)]
+HOUSES = [
+    ("", BELOW),
+    ("exits", EXITS),
+    ("engine", ENGINE),
+    ("offline", OFFLINE),
+    ("offline.calibration", CALIBRATION),
+]
 
 
 @pytest.mark.parametrize(("inside", "table"), HOUSES)

@@ -14,7 +14,7 @@ import pytest
 from tests.tiny import LAYERS, tiny_config
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.admission.requested_output import OutputKind, requested_output
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.report import build_report, summary_line
 from vllm_adainfer.offline.evaluation.requests import (

@@ -22,16 +22,21 @@ from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.engine.startup.refusals import refuse_unknown_questions
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.questions import (
+    SEEN,
+    common_end,
+    ends_of,
+    with_questions,
+)
 from vllm_adainfer.offline.calibration.fitted_policy import make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.policy_artifact import (
+from vllm_adainfer.offline.calibration.prompts import check_questions
+from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
     policy_tensors,
     question_rows,
 )
-from vllm_adainfer.offline.calibration.prompts import check_questions
-from vllm_adainfer.offline.calibration.questions import SEEN, common_end, ends_of, with_questions
 from vllm_adainfer.offline.reports.describe import describe
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.label_heads import PoolPolicy

@@ -144,7 +144,7 @@ def saved(model: Any, directory: Path, **changes: Any) -> Artifact:
     parts = tiny_tensors(config)
     for key, change in tensors.items():
         parts[key] = change(parts[key])
-    save_artifact(directory, config, parts, {}, "card\n", {})
+    save_artifact(directory, config, parts, {}, "card\n")
     return load_artifact(str(directory))
 
 

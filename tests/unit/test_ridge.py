@@ -10,8 +10,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from vllm_adainfer.exits.recording.moments import Moments
-from vllm_adainfer.offline.calibration import ridge
-from vllm_adainfer.offline.calibration.ridge import Linear, choose, choose_rank, low_rank, solve
+from vllm_adainfer.offline.calibration.fit import ridge
+from vllm_adainfer.offline.calibration.fit.ridge import Linear, choose, choose_rank, low_rank, solve
 
 ROWS, D, N = 300, 12, 7
 FOLDS = 4

@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import LABELS, tiny_config, word_tokenizer
 from tests.unit.test_choice_policy import YES_NO
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.prompts import right_answers
 
 ANY_TOKEN: dict[str, Any] = {"probe": "lens", "candidates": "shortlist", "labels": ()}

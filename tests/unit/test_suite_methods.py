@@ -12,15 +12,15 @@ import torch
 from benchmarks.suite import methods
 from benchmarks.suite.report import METHODS, markdown, suite_report
 from tests.unit.test_make_policy import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
-from vllm_adainfer.offline.calibration.certify import Bound, certify
-from vllm_adainfer.offline.calibration.cost import Costs
-from vllm_adainfer.offline.calibration.fit import fit_exits
+from vllm_adainfer.offline.calibration.certify.certify import Bound, certify
+from vllm_adainfer.offline.calibration.fit.cost import Costs
+from vllm_adainfer.offline.calibration.fit.exits import fit_exits
+from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     make_policy,
 )
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.probes import Target, logit_lens
 
 TESTS = SPLIT.certify[:200]
 RIGHT = [{int(LABEL_IDS[prompt % 2])} for prompt in range(PROMPTS)]

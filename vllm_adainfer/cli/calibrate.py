@@ -109,7 +109,7 @@ def calibrate(
 ) -> None:
     """Fit a policy on your prompts, certify its bound, and write an artifact."""
     from vllm_adainfer.artifact.files import load_details
-    from vllm_adainfer.offline.calibration.adapter import read_adapter
+    from vllm_adainfer.offline.adapter import read_adapter
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
     from vllm_adainfer.offline.reports.describe import describe
 

@@ -51,7 +51,7 @@ def doctor(
     lora: Lora = "",
 ) -> None:
     """Check installation, artifact and model, one line per check; exit with 1 if one failed."""
-    from vllm_adainfer.offline.calibration.adapter import read_adapter
+    from vllm_adainfer.offline.adapter import read_adapter
     from vllm_adainfer.offline.doctor.checks import examine
 
     failed = False
@@ -76,7 +76,7 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print what the policy sees of one prompt at each exit point, and where it exits."""
-    from vllm_adainfer.offline.calibration.adapter import read_adapter
+    from vllm_adainfer.offline.adapter import read_adapter
     from vllm_adainfer.offline.reports.explain import explain as run
 
     found = run(text, model, artifact, template, epsilon, read_adapter(lora))

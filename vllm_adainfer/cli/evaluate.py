@@ -45,7 +45,7 @@ def evaluate(
     """Run stock vLLM and vllm-adainfer on the same prompts, interleaved, and compare them."""
     if not prompts and html is None:
         raise AdaInferError("--no-prompts is about the page: give --html, too, or drop it")
-    from vllm_adainfer.offline.calibration.adapter import read_adapter
+    from vllm_adainfer.offline.adapter import read_adapter
     from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest
     from vllm_adainfer.offline.evaluation.evaluate import evaluate as run
     from vllm_adainfer.offline.evaluation.report import summary_line

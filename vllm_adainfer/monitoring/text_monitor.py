@@ -1,8 +1,8 @@
 """Monitor of generated text: how often its tokens differ from full depth, counted by text.
 
 A bound on generated text promises E[tokens that differ] <= epsilon E[tokens], over prompts (see
-`vllm_adainfer.offline.calibration.certify`). Tokens of one text are not independent, but texts are.
-So a gambler bets on whole texts, as in Waudby-Smith and Ramdas 2020 (arXiv 2010.09686). Let n be
+`offline/calibration/certify/certify.py`). Tokens of one text are not independent, but texts are. So
+a gambler bets on whole texts, as in Waudby-Smith and Ramdas 2020 (arXiv 2010.09686). Let n be
 the tokens of a text that were compared and d those that differ, both as shares of the most tokens
 that count per text. A text multiplies the capital held against "the rate is at most p" by
 

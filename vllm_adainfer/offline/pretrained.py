@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.classes import MODELS
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.adapter import NamedAdapter, adapter_for
+from vllm_adainfer.offline.adapter import NamedAdapter, adapter_for
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -38,7 +38,7 @@ def load_config_and_tokenizer(model: str) -> tuple[Any, Any]:
     if architecture not in MODELS:
         raise AdaInferError(
             f"--model {model} has the architecture {architecture}, which is not supported yet; "
-            f"supported: {', '.join(MODELS)}"
+            f"supported: {', '.join(sorted(MODELS))}"
         )
     text_config = hf_config.get_text_config()
     text_config.architectures = hf_config.architectures

@@ -220,4 +220,4 @@ def _why_no_exit_points(model: ModelConfig) -> str:
             f"{name} keeps a recurrent state, and has no exit points yet: serve Qwen 3.5, "
             "Qwen3-Next, or a model whose layers all have attention"
         )
-    return f"{name} has no exit points yet: serve one of {', '.join(MODELS)}"
+    return f"{name} has no exit points yet: serve one of {', '.join(sorted(MODELS))}"

@@ -10,16 +10,21 @@ import torch
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig, Label
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.collect import FOLDS, Recording, record, recording_engine
-from vllm_adainfer.offline.calibration.fit import candidate_layers
+from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
+from vllm_adainfer.offline.calibration.data.questions import ends_of
+from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
+from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
+from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy, make_policy
-from vllm_adainfer.offline.calibration.label_pool import subsets_of
-from vllm_adainfer.offline.calibration.loss import full_depth_labels
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
-from vllm_adainfer.offline.calibration.policy_artifact import write_artifact
-from vllm_adainfer.offline.calibration.probes import Target
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
-from vllm_adainfer.offline.calibration.questions import ends_of
+from vllm_adainfer.offline.calibration.record.collect import (
+    FOLDS,
+    Recording,
+    record,
+    recording_engine,
+)
+from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
 # what SmolLM2 writes, and the tokens it is sure of early are common ones: simulated at epsilon

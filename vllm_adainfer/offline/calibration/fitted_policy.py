@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_adainfer.arrays import Bools
 from vllm_adainfer.artifact.config import Label
-from vllm_adainfer.offline.calibration.certify import (
+from vllm_adainfer.offline.calibration.certify.certify import (
     EPSILONS,
     Bound,
     Points,
@@ -18,15 +18,24 @@ from vllm_adainfer.offline.calibration.certify import (
     certify,
     combine_questions,
 )
-from vllm_adainfer.offline.calibration.choices import Choices
-from vllm_adainfer.offline.calibration.choose import choose_exits, evenly_spread, expected_seconds
-from vllm_adainfer.offline.calibration.collect import Recording
-from vllm_adainfer.offline.calibration.cost import Costs, measured_costs
-from vllm_adainfer.offline.calibration.fit import FittedExit, fit_crf_chain, fit_exits
-from vllm_adainfer.offline.calibration.loss import Loss, RightTokens, accuracy_lost, disagreement
+from vllm_adainfer.offline.calibration.data.choices import Choices
+from vllm_adainfer.offline.calibration.fit.choose import (
+    choose_exits,
+    evenly_spread,
+    expected_seconds,
+)
+from vllm_adainfer.offline.calibration.fit.cost import Costs, measured_costs
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_crf_chain, fit_exits
+from vllm_adainfer.offline.calibration.fit.loss import (
+    Loss,
+    RightTokens,
+    accuracy_lost,
+    disagreement,
+)
+from vllm_adainfer.offline.calibration.fit.probes import Target
+from vllm_adainfer.offline.calibration.fit.split import Split, numbered
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.probes import Target
-from vllm_adainfer.offline.calibration.split import Split, numbered
+from vllm_adainfer.offline.calibration.record.collect import Recording
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.questions import End
 

@@ -10,7 +10,7 @@ from vllm_adainfer.artifact.kinds import BoundKind, ClassifierKind, ProbeKind, R
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
-    from vllm_adainfer.offline.calibration.adapter import NamedAdapter
+    from vllm_adainfer.offline.adapter import NamedAdapter
 
 BoundChoice = Literal["auto", BoundKind]
 ProbeChoice = Literal["auto", ProbeKind]

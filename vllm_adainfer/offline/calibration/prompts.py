@@ -14,15 +14,15 @@ from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.artifact.files import check_writable
 from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
-from vllm_adainfer.offline.calibration.certify import Bound
-from vllm_adainfer.offline.calibration.choices import (
+from vllm_adainfer.offline.calibration.certify.certify import Bound
+from vllm_adainfer.offline.calibration.data.batch_files import are_requests, read_requests
+from vllm_adainfer.offline.calibration.data.choices import (
     Choices,
     common_choices,
     find_choices,
     with_labels,
 )
-from vllm_adainfer.offline.calibration.data import (
+from vllm_adainfer.offline.calibration.data.examples import (
     Example,
     Row,
     check_labels_known,
@@ -32,15 +32,15 @@ from vllm_adainfer.offline.calibration.data import (
     read_rows,
     read_template,
 )
-from vllm_adainfer.offline.calibration.label_pool import common_labels, pool_of
-from vllm_adainfer.offline.calibration.loss import RightTokens
+from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of
+from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
+from vllm_adainfer.offline.calibration.fit.loss import RightTokens
+from vllm_adainfer.offline.calibration.fit.split import Split, numbered, random_order
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
     PolicyOptions,
     check_options,
 )
-from vllm_adainfer.offline.calibration.questions import SEEN, ends_of
-from vllm_adainfer.offline.calibration.split import Split, numbered, random_order
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 
 

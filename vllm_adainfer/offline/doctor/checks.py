@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_adainfer import __version__
 from vllm_adainfer.engine.classes import MODELS
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.adapter import NamedAdapter, adapter_for
+from vllm_adainfer.offline.adapter import NamedAdapter, adapter_for
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok, skip
 from vllm_adainfer.settings.engine import KILL_SWITCH
 

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.collect import greedy
-from vllm_adainfer.offline.calibration.data import Example, Row, make_examples, read_template
-from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.data.examples import (
+    Example,
+    Row,
+    make_examples,
+    read_template,
+)
+from vllm_adainfer.offline.calibration.record.collect import greedy
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok
 from vllm_adainfer.offline.evaluation.measure import run
 from vllm_adainfer.offline.evaluation.requests import choice_params, longest_choice

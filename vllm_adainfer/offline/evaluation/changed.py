@@ -8,7 +8,7 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens
 from vllm_adainfer.offline.pretrained import Model

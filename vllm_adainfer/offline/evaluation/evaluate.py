@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact_config, load_details
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.adapter import NamedAdapter
-from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.adapter import NamedAdapter
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.measure import measure
 from vllm_adainfer.offline.evaluation.prompts import load_examples, right_answers
 from vllm_adainfer.offline.evaluation.report import build_report, write_whole

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.requests import chosen, label_logprobs, request_params
 from vllm_adainfer.offline.evaluation.run import Rounds, Run
 from vllm_adainfer.offline.progress import progress

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Logprobs, Rounds, Run
 from vllm_adainfer.offline.reports.shares import Share, of_rounds
 

@@ -9,9 +9,9 @@ from typing import Any
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.admission.requested_output import OutputKind, RequestedOutput
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.batch_files import are_requests, read_requests
-from vllm_adainfer.offline.calibration.choices import common_choices, find_choices, with_labels
-from vllm_adainfer.offline.calibration.data import (
+from vllm_adainfer.offline.calibration.data.batch_files import are_requests, read_requests
+from vllm_adainfer.offline.calibration.data.choices import common_choices, find_choices, with_labels
+from vllm_adainfer.offline.calibration.data.examples import (
     Example,
     check_labels_known,
     find_labels,

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vllm_adainfer.arrays import Ints
+from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.bound import FloatArray
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.prompts import groups_of
 from vllm_adainfer.offline.evaluation.probabilities import default_level, probability_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
@@ -192,10 +191,10 @@ class _Measured:
         lost = self._share(full - early)
         return {"accuracy_lost": lost.value, "accuracy_lost_95": lost.signed_interval}
 
-    def _share(self, hits: FloatArray) -> Share:
+    def _share(self, hits: Floats) -> Share:
         return Share(hits, np.ones(len(hits)), self.groups)
 
-    def _right(self, run: Run) -> FloatArray | None:
+    def _right(self, run: Run) -> Floats | None:
         found = self.right_in(run.texts)
         return None if found is None else np.array(found, np.float64)
 

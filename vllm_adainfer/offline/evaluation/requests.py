@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_adainfer.artifact.config import ArtifactConfig, Choice, Label
 from vllm_adainfer.engine.admission.requested_output import OutputKind
-from vllm_adainfer.offline.calibration.collect import greedy
+from vllm_adainfer.offline.calibration.record.collect import greedy
 from vllm_adainfer.offline.evaluation.run import Logprobs
 
 if TYPE_CHECKING:

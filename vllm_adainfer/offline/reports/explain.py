@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_adainfer.artifact.files import load_artifact
-from vllm_adainfer.offline.calibration.adapter import NamedAdapter
-from vllm_adainfer.offline.calibration.data import Row, make_examples, read_template
+from vllm_adainfer.offline.adapter import NamedAdapter
+from vllm_adainfer.offline.calibration.data.examples import Row, make_examples, read_template
 from vllm_adainfer.offline.pretrained import load_model
 from vllm_adainfer.offline.reports.views import (
     View,

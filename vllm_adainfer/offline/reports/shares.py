@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import beta, t
 
-from vllm_adainfer.arrays import Ints
-from vllm_adainfer.offline.calibration.bound import FloatArray
+from vllm_adainfer.arrays import Floats, Ints
 
 TAIL = 0.025  # beyond each end of an interval
 Interval = tuple[float, float]
@@ -34,8 +33,8 @@ class Share:
 
     """
 
-    hits: FloatArray
-    rows: FloatArray
+    hits: Floats
+    rows: Floats
     groups: Ints
 
     @property
@@ -68,11 +67,11 @@ class Share:
         reach = float(-t.ppf(TAIL, len(rows) - 1) * variance**0.5)
         return max(-1.0, self.value - reach), min(1.0, self.value + reach)
 
-    def _by_group(self) -> tuple[FloatArray, FloatArray, float]:
+    def _by_group(self) -> tuple[Floats, Floats, float]:
         """Hits [groups], rows [groups], and the variance of the ratio of their sums."""
         _, place = np.unique(self.groups, return_inverse=True)
-        hits: FloatArray = np.bincount(place, weights=self.hits).astype(np.float64)
-        rows: FloatArray = np.bincount(place, weights=self.rows).astype(np.float64)
+        hits: Floats = np.bincount(place, weights=self.hits).astype(np.float64)
+        rows: Floats = np.bincount(place, weights=self.rows).astype(np.float64)
         count = len(rows)
         squares = float(((hits - self.value * rows) ** 2).sum()) / float(rows.sum()) ** 2
         return hits, rows, count / (count - 1) * squares if count > 1 else 0.0

@@ -13,8 +13,8 @@ from torch import Tensor
 from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
 from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.collect import Recording, record, recording_engine
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.collect import Recording, record, recording_engine
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.load_policy import policy_of

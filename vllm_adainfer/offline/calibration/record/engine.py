@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.engine.worker.freed_memory import ENVIRONMENT
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.settings.engine import CONFIG_KEY
 

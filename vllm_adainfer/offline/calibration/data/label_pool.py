@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_adainfer.artifact.config import Label
 from vllm_adainfer.artifact.label_subsets import MOST_LABELS
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Example, find_labels
+from vllm_adainfer.offline.calibration.data.examples import Example, find_labels
 
 # What vLLM's decision endpoints take as labels.
 POOLS = {

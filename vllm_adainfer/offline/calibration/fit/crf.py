@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from vllm_adainfer.artifact.tensors import served_shape
-from vllm_adainfer.offline.calibration.classifier import INVERSE_PENALTY
+from vllm_adainfer.offline.calibration.fit.classifier import INVERSE_PENALTY
 from vllm_adainfer.policy.score import score
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_adainfer.offline.calibration.bound import FloatArray
-from vllm_adainfer.offline.calibration.collect import Recording
-from vllm_adainfer.offline.calibration.probes import AnyProbe, answers_of_probe
+from vllm_adainfer.arrays import Floats
+from vllm_adainfer.offline.calibration.fit.probes import AnyProbe, answers_of_probe
+from vllm_adainfer.offline.calibration.record.collect import Recording
 from vllm_adainfer.policy.probe import Probe
 
 ROUNDS = 20
@@ -46,10 +46,10 @@ class Costs:
     head: float = 0.0
     fewer: tuple[tuple[float, float], ...] = ()
 
-    def share_of_time(self, rows: FloatArray) -> FloatArray:
+    def share_of_time(self, rows: Floats) -> Floats:
         """The share of a step's time, given shares of its `rows`, 0 to 1; no rows take no time."""
         measured = np.array([(0.0, 0.0), *self.fewer, (1.0, 1.0)])
-        shares: FloatArray = np.interp(rows, *measured.T)
+        shares: Floats = np.interp(rows, *measured.T)
         return shares
 
 

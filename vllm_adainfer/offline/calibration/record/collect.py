@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vllm_adainfer.arrays import Ints
+from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import Moments
-from vllm_adainfer.offline.calibration.bound import FloatArray
-from vllm_adainfer.offline.calibration.data import Example
-from vllm_adainfer.offline.calibration.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.probe import Probe, logit_lens_of
 from vllm_adainfer.settings.instruments import ROW_ARG
@@ -66,7 +65,7 @@ class Recording:
     final: Tensor
     tokens: Ints
     prompts: Ints
-    computed: FloatArray
+    computed: Floats
     moments: dict[int, list[Moments]]
     logit_lens: Probe
     fingerprint: str

@@ -19,8 +19,8 @@ from typing import Any
 
 from vllm_adainfer.engine.compat.server import decision_question
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Example, Row, render_chat
-from vllm_adainfer.offline.calibration.questions import LONGEST_NAME, with_questions
+from vllm_adainfer.offline.calibration.data.examples import Example, Row, render_chat
+from vllm_adainfer.offline.calibration.data.questions import LONGEST_NAME, with_questions
 
 logger = logging.getLogger("vllm.adainfer.batch_files")  # vLLM's logging shows "vllm." alone
 

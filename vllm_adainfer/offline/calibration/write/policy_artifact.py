@@ -12,9 +12,9 @@ from torch import Tensor
 from vllm_adainfer.artifact.config import Adapter, ArtifactConfig, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import Candidates, features_of_risk
-from vllm_adainfer.offline.calibration.card import model_card
-from vllm_adainfer.offline.calibration.certify import PathPoint, held_out_path
+from vllm_adainfer.offline.calibration.certify.certify import PathPoint, held_out_path
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy
+from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.probe import Probe
 

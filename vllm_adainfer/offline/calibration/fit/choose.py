@@ -10,10 +10,9 @@ from itertools import combinations
 
 import numpy as np
 
-from vllm_adainfer.arrays import Bools, Ints
-from vllm_adainfer.offline.calibration.bound import FloatArray
-from vllm_adainfer.offline.calibration.cost import Costs
-from vllm_adainfer.offline.calibration.fit import FittedExit
+from vllm_adainfer.arrays import Bools, Floats, Ints
+from vllm_adainfer.offline.calibration.fit.cost import Costs
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 
 MAX_EXIT_POINTS = 4
 # An exit point must save at least this share of full depth's time to be worth its segment.
@@ -22,7 +21,7 @@ CHOICE_ROWS = 3000
 
 
 def choose_exits(
-    candidates: Sequence[FittedExit], costs: Costs, tokens: FloatArray, allowed: float
+    candidates: Sequence[FittedExit], costs: Costs, tokens: Floats, allowed: float
 ) -> list[FittedExit]:
     """The set of up to `MAX_EXIT_POINTS` with the shortest expected time.
 
@@ -48,7 +47,7 @@ def choose_exits(
 
 
 def expected_seconds(
-    exits: Sequence[FittedExit], costs: Costs, tokens: FloatArray, allowed: float
+    exits: Sequence[FittedExit], costs: Costs, tokens: Floats, allowed: float
 ) -> float:
     """Expected time of a prompt with `exits` at the loosest joint threshold within `allowed`.
 
@@ -94,7 +93,7 @@ def expected_seconds(
 
 
 def _layer_seconds(
-    layers: Ints, left: FloatArray, deciding: FloatArray, costs: Costs, tokens: FloatArray
+    layers: Ints, left: Floats, deciding: Floats, costs: Costs, tokens: Floats
 ) -> float:
     """Expected time of a prompt in layers.
 

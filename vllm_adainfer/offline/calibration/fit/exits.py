@@ -14,17 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.artifact.config import are_exit_points
 from vllm_adainfer.artifact.kinds import ClassifierKind
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.bound import FloatArray
-from vllm_adainfer.offline.calibration.classifier import fit_classifier
-from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
-from vllm_adainfer.offline.calibration.crf import fit_crf
-from vllm_adainfer.offline.calibration.loss import Loss, disagreement
-from vllm_adainfer.offline.calibration.probes import AnyProbe, Target, answers_of_probe, fit_probes
-from vllm_adainfer.offline.calibration.split import Split
+from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
+from vllm_adainfer.offline.calibration.fit.crf import fit_crf
+from vllm_adainfer.offline.calibration.fit.loss import Loss, disagreement
+from vllm_adainfer.offline.calibration.fit.probes import (
+    AnyProbe,
+    Target,
+    answers_of_probe,
+    fit_probes,
+)
+from vllm_adainfer.offline.calibration.fit.split import Split
+from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
 from vllm_adainfer.policy.score import score
 
 
@@ -36,14 +40,14 @@ class Judged:
         features: fp32 [rows, n], the classifier's input.
         tokens: int64 [rows], the probe's answers.
         agrees: [rows], whether the full model gives the same answer.
-        loss: [rows], the loss of exiting here, see `vllm_adainfer.offline.calibration.loss`.
+        loss: [rows], the loss of exiting here, see `vllm_adainfer.offline.calibration.fit.loss`.
 
     """
 
     features: Tensor
     tokens: Ints
     agrees: Bools
-    loss: FloatArray
+    loss: Floats
 
     @property
     def settled(self) -> Bools:

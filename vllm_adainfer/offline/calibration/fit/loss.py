@@ -10,10 +10,9 @@ import numpy as np
 from adainfer_kernels import Head
 from torch import Tensor
 
-from vllm_adainfer.arrays import Ints
+from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.label_subsets import restrict
-from vllm_adainfer.offline.calibration.bound import FloatArray
-from vllm_adainfer.offline.calibration.collect import Recording
+from vllm_adainfer.offline.calibration.record.collect import Recording
 from vllm_adainfer.policy.probabilities import LabelProbabilities
 
 RightTokens = Sequence[set[int]]  # by prompt
@@ -37,10 +36,10 @@ class ProbeAnswers:
 
 # (a probe's answers, the full model's answers int64 [rows], the rows of the recording int64 [rows])
 # -> the loss of each answer [rows].
-Loss = Callable[[ProbeAnswers, Ints, Ints], FloatArray]
+Loss = Callable[[ProbeAnswers, Ints, Ints], Floats]
 
 
-def disagreement(early: ProbeAnswers, full: Ints, rows: Ints) -> FloatArray:
+def disagreement(early: ProbeAnswers, full: Ints, rows: Ints) -> Floats:
     """1 where the answer differs from the full model's, else 0."""
     return (early.tokens != full).astype(np.float64)
 
@@ -55,7 +54,7 @@ def accuracy_lost(right: RightTokens) -> Loss:
     )
 
 
-def is_right(tokens: Ints, right: RightTokens, rows: Ints) -> FloatArray:
+def is_right(tokens: Ints, right: RightTokens, rows: Ints) -> Floats:
     """[rows], 1 where the token is one of the right ones for its row, else 0."""
     pairs = zip(tokens.tolist(), rows.tolist(), strict=True)
     return np.array([float(token in right[row]) for token, row in pairs])
@@ -86,7 +85,7 @@ class FullDepthLabels:
 
     def _wrong(
         self, tolerance: float, with_mass: bool, early: ProbeAnswers, full: Ints, rows: Ints
-    ) -> FloatArray:
+    ) -> Floats:
         assert early.probabilities is not None
         full_depth = self.probabilities
         reference = LabelProbabilities(full_depth.among[rows], full_depth.mass[rows])

@@ -21,9 +21,9 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.kinds import FEATURES, PROBABILITY_FEATURES, ProbeKind
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.exits.recording.moments import Moments
-from vllm_adainfer.offline.calibration import ridge
-from vllm_adainfer.offline.calibration.collect import FOLDS, Recording
-from vllm_adainfer.offline.calibration.loss import FullDepthLabels, ProbeAnswers
+from vllm_adainfer.offline.calibration.fit import ridge
+from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, ProbeAnswers
+from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.label_heads import LabelHead
 from vllm_adainfer.policy.probabilities import features_of, probabilities_of_scores

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.artifact.kinds import BoundKind
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.bound import FloatArray, certified, rows_needed, upper_bound
-from vllm_adainfer.offline.calibration.fit import FittedExit, Scored
+from vllm_adainfer.offline.calibration.certify.bound import certified, rows_needed, upper_bound
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 
 STEPS = 200
@@ -30,7 +30,7 @@ class Bound:
     """The promise of a policy.
 
     Attributes:
-        kind: the kind of bound, see `vllm_adainfer.offline.calibration.bound`.
+        kind: the kind of bound, see `vllm_adainfer.offline.calibration.certify.bound`.
         delta: the probability that the bound fails.
         lowest: the smallest possible loss: 0 for disagreement, -1 for lost accuracy.
         groups: [rows], the group of each held-out row: the tokens of a text, or the prompts that
@@ -76,12 +76,12 @@ class Bound:
         """The bound for some of the rows alone."""
         return self if self.groups is None else replace(self, groups=self.groups[rows])
 
-    def holds(self, losses: FloatArray, epsilon: float) -> bool:
+    def holds(self, losses: Floats, epsilon: float) -> bool:
         """Whether `losses` certify a mean of at most `epsilon`."""
         losses = self._by_group(losses, epsilon)
         return len(losses) > 0 and certified(losses, epsilon, self.delta, self.kind, self.lowest)
 
-    def of(self, losses: FloatArray) -> float:
+    def of(self, losses: Floats) -> float:
         """Upper confidence bound of the mean loss."""
         if self.longest == 1:
             losses = self._by_group(losses, 0.0)
@@ -94,11 +94,11 @@ class Bound:
             low, high = (low, middle) if self.holds(losses, middle) else (middle, high)
         return high
 
-    def within(self, epsilon: float, losses: FloatArray) -> float:
+    def within(self, epsilon: float, losses: Floats) -> float:
         """The bound for losses that certify `epsilon`, which bisection may miss by a little."""
         return min(epsilon, self.of(losses))
 
-    def _by_group(self, losses: FloatArray, epsilon: float) -> FloatArray:
+    def _by_group(self, losses: Floats, epsilon: float) -> Floats:
         """[groups], `lowest` to 1, with a mean of at most `epsilon` exactly if the loss per row is.
 
         A group's losses are divided by the most rows a group can have, and each missing row
@@ -109,7 +109,7 @@ class Bound:
             return losses
         _, place = np.unique(self.groups, return_inverse=True)
         rows, sums = np.bincount(place), np.bincount(place, weights=losses)
-        by_group: FloatArray = (sums + epsilon * (self.longest - rows)) / self.longest
+        by_group: Floats = (sums + epsilon * (self.longest - rows)) / self.longest
         return by_group[rows <= self.longest]
 
     def groups_needed(self, rows: int, epsilon: float) -> int:
@@ -148,7 +148,7 @@ class PathPoint:
 
     threshold: float
     exits: Ints
-    losses: FloatArray
+    losses: Floats
     disagreement: float
     layers_saved: float
 

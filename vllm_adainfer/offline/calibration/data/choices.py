@@ -13,7 +13,7 @@ import numpy as np
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import Choice, Label
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data import Example
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.policy.first_tokens import FirstTokens
 
 UNDECIDED = "undecided"

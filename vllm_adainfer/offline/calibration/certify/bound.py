@@ -32,17 +32,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import betaincc
 
+from vllm_adainfer.arrays import Floats
 from vllm_adainfer.artifact.kinds import BoundKind
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def certified(
-    losses: FloatArray, epsilon: float, delta: float, kind: BoundKind, lowest: float = 0.0
+    losses: Floats, epsilon: float, delta: float, kind: BoundKind, lowest: float = 0.0
 ) -> bool:
     """Whether `losses` show that the mean is at most `epsilon`, at confidence 1 - `delta`.
 
@@ -55,7 +53,7 @@ def certified(
     return _p_value(losses, delta, kind, lowest)((epsilon - lowest) / (1 - lowest)) <= delta
 
 
-def upper_bound(losses: FloatArray, delta: float, kind: BoundKind, lowest: float = 0.0) -> float:
+def upper_bound(losses: Floats, delta: float, kind: BoundKind, lowest: float = 0.0) -> float:
     """Upper confidence bound on the mean loss, at confidence 1 - `delta`.
 
     Raises:
@@ -74,7 +72,7 @@ def rows_needed(
     delta: float,
     kind: BoundKind,
     lowest: float = 0.0,
-    pattern: Sequence[float] | FloatArray = (0.0,),
+    pattern: Sequence[float] | Floats = (0.0,),
 ) -> int:
     """The fewest rows that certify `epsilon` > 0 when all losses are 0.
 
@@ -97,7 +95,7 @@ def rows_needed(
 
 
 def _p_value(
-    losses: FloatArray, delta: float, kind: BoundKind, lowest: float
+    losses: Floats, delta: float, kind: BoundKind, lowest: float
 ) -> Callable[[float], float]:
     """The p-value of "the mean exceeds m", a function of m that never rises.
 
@@ -123,7 +121,7 @@ def _binomial(successes: float, rows: int, rate: float) -> float:
     return float(betaincc(successes + 1, rows - successes, rate))
 
 
-def _bets(losses: FloatArray, delta: float) -> FloatArray:
+def _bets(losses: Floats, delta: float) -> Floats:
     """The stake on each row, [rows] in 0 to 1, set by the rows before it (Bates et al. 2021)."""
     rows = len(losses)
     counts = np.arange(2, rows + 2)
@@ -133,7 +131,7 @@ def _bets(losses: FloatArray, delta: float) -> FloatArray:
     return np.minimum(1.0, np.sqrt(2 * math.log(1 / delta) / (rows * before)))
 
 
-def _betting(losses: FloatArray, bets: FloatArray, mean: float) -> float:
+def _betting(losses: Floats, bets: Floats, mean: float) -> float:
     """One over the most capital ever held, starting from 1: a p-value by Ville's inequality."""
     with np.errstate(divide="ignore"):  # ruin: everything staked, a loss of 1, a mean of 0
         capital = np.cumsum(np.log1p(bets * (mean - losses)))

@@ -1,0 +1,1 @@
+"""Certify bounds on held-out prompts."""

@@ -1,0 +1,1 @@
+"""Prompts to calibrate on, from rows or from requests."""

@@ -1,0 +1,1 @@
+"""Fit probes and classifiers, and choose the exit points."""

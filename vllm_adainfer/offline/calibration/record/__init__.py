@@ -1,0 +1,1 @@
+"""Run the prompts at full depth, and record hidden states."""

@@ -1,0 +1,1 @@
+"""Write the artifact and its model card."""
