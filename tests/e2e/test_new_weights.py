@@ -60,7 +60,7 @@ def answers(llm: Any) -> tuple[list[list[int]], float, bool]:
     for at, count in before["exit_histogram"].items():
         depths[int(at)] -= count
     _, runner, _ = parts(llm)
-    report = Reporter().report(running_of(runner).note_at_rest().counted)
+    report = Reporter().report(running_of(runner).idle_note().counted)
     mean = sum(at * count for at, count in depths.items()) / len(PROMPTS)
     return [list(output.outputs[0].token_ids) for output in found], mean, report["weights_differ"]
 
@@ -89,7 +89,7 @@ def test_other_weights_run_at_full_depth_until_those_of_the_calibration_are_back
     caplog.set_level("INFO", "vllm.adainfer.engine.early_exit")
     assert not rests(serving, tiny_model)
     reload(serving, trained)
-    assert "policies rest" in caplog.text
+    assert "they are inactive" in caplog.text
     assert rests(serving, trained)
     reload(serving, tiny_model)
     assert "policies serve again" in caplog.text

@@ -318,7 +318,7 @@ def test_a_model_without_exit_points_fails(installed, tmp_path, tiny_policy):
     *_, model, engine = examine(str(tmp_path), str(tiny_policy))
     assert model.failed
     assert (
-        "has the architecture OtherForLM, which is not supported yet; supported: Ernie4_5ForCausalLM, Gemma2"
+        "OtherForLM, which is not supported yet; supported: Ernie4_5ForCausalLM, Gemma2"
         in model.sentence
     )
     assert engine.state == "skip"

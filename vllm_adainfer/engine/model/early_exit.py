@@ -1,4 +1,4 @@
-"""What gives one of vLLM's causal LMs exit points: a loop in place of its stack."""
+"""Mixin that adds exit points to a vLLM causal LM."""
 
 from __future__ import annotations
 
@@ -49,20 +49,19 @@ logger = get_logger(__name__)
 
 
 class EarlyExit(_Model):
-    """Comes before vLLM's class among the bases of ours.
+    """Replaces the model's stack by a loop. Must precede the vLLM class in the MRO.
 
     Attributes:
-        decoder: of the model's family.
-        settings: of the engine switch.
-        artifacts: by the name of their policy.
+        decoder: the conventions of the model's family.
+        settings: the engine switch.
+        artifacts: the artifact of each policy, by name.
         stack: the model's layers in segments.
-        loop: runs the stack; the model runner builds it once the weights are loaded.
-        graphs: of the segments, where the runner has captured some.
-        prepared: the step that the next `forward` runs, what builds its attention metadata, and its
-            adapters, where LoRA is on; the runner sets it. None for a pass that belongs to no
-            request.
-        fingerprint: of the weights that the engine started with, which the policies are for; None
-            if they did not pass `load_weights`.
+        loop: the loop that runs the stack; the model runner builds it once the weights are loaded.
+        graphs: the CUDA graphs of the segments; None if the runner has captured none.
+        prepared: the step that the next `forward` runs, the builder of its attention metadata, and
+            its adapters with LoRA. The model runner sets it. None for a pass without requests.
+        fingerprint: the fingerprint of the weights at start-up, which the policies were calibrated
+            for; None if they did not pass `load_weights`.
 
     """
 
@@ -73,7 +72,7 @@ class EarlyExit(_Model):
     graphs: SegmentGraphs | None = None
     fingerprint: str | None = None
     prepared: tuple[StepContext, StepAttention, StepAdapters | None] | None = None
-    _replaced: frozenset[str] = frozenset()  # tensors that are not as they were at the start
+    _replaced: frozenset[str] = frozenset()  # tensors that differ from those at start-up
     _output: StepOutput | None = None
     _adapters: StepAdapters | None = None
     _kv_fill: KVFill | None = None
@@ -90,7 +89,7 @@ class EarlyExit(_Model):
 
     @classmethod
     def get_model_state_cls(cls) -> type[ModelState]:
-        """The class with which Model Runner V2 prepares steps."""
+        """The `ModelState` with which Model Runner V2 prepares steps."""
         from vllm_adainfer.engine.runner.v2_state import (
             AdaInferHybridModelState,
             AdaInferModelState,
@@ -99,11 +98,11 @@ class EarlyExit(_Model):
         return AdaInferHybridModelState if is_hybrid(cls) else AdaInferModelState
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load, then check that these are the weights the artifacts were calibrated for.
+        """Load, then check that the artifacts were calibrated for these weights.
 
-        An engine that serves may be given others, all at once or in parts. Its policies then rest
-        until those that it started with are back; so what policies and `_kv_fill` have copied of
-        them is right whenever it is used.
+        A running engine may be given other weights, at once or in parts. Its policies then stay
+        inactive until the weights of start-up are back, so whatever policies and `_kv_fill` copied
+        from the weights is right whenever it is used.
         """
         fingerprint = WeightsFingerprint(self._dtype)
         if hasattr(self, "loop"):
@@ -123,21 +122,21 @@ class EarlyExit(_Model):
         return loaded
 
     def mark_all_weights_replaced(self) -> None:
-        """Take all weights for replaced until they pass `load_weights` again."""
+        """Treat all weights as replaced until they pass `load_weights` again."""
         self._note_replaced(frozenset(self._started_with.names or {"all"}))
 
     def _note_replaced(self, names: frozenset[str]) -> None:
-        rested, self._replaced = bool(self._replaced), names
-        if self.settings.record is not None or rested == bool(names):
+        were_replaced, self._replaced = bool(self._replaced), names
+        if self.settings.record is not None or were_replaced == bool(names):
             return
         self.loop.stats.weights_differ = bool(names)
         if names:
             logger.warning(
-                "the weights are not those that the policies were calibrated for: policies rest, "
-                "and requests run at full depth, until those that the engine started with are back"
+                "the policies were not calibrated for these weights: they are inactive, and "
+                "requests run at full depth, until the weights of start-up are back"
             )
         else:
-            logger.info("the weights are those of the start again: policies serve again")
+            logger.info("the weights of start-up are back: the policies are active again")
 
     def cut_stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> StackShape:
         """Build `stack`, cut after each of `cuts` (counts of layers run)."""
@@ -147,7 +146,7 @@ class EarlyExit(_Model):
 
     @property
     def text_model(self) -> Any:
-        """What has the layers: this model, or the language model of a multimodal one."""
+        """The model that has the layers: this one, or the language model of a multimodal one."""
         return self.get_language_model() if supports_multimodal(self) else self
 
     @property
@@ -160,9 +159,9 @@ class EarlyExit(_Model):
 
     @property
     def exit_points(self) -> tuple[int, ...]:
-        """Of all policies and of those that adapters may bring, or of the script.
+        """The exit points of all policies, of policies that adapters may bring, or of the script.
 
-        And where layers begin to share keys and values, where rows that decide nothing stop.
+        Also the layer after which keys and values are shared, where unsampled tokens stop.
         """
         points = [artifact.config.exit_points for artifact in self.artifacts.values()]
         named = self.settings.fixed_exit_points
@@ -171,19 +170,19 @@ class EarlyExit(_Model):
 
     @property
     def num_own_kv_layers(self) -> int:
-        """How many layers write keys and values; later ones read those of others."""
+        """The number of layers that write keys and values; later layers share them."""
         own = self.decoder.own_kv_layers(self._body)
         return len(self.decoder.layers(self._body)) if own is None else own
 
     @property
     def hidden_size(self) -> int:
-        """Of the states that probes read."""
+        """The width of the states that probes read."""
         size: int = self._text_config.hidden_size
         return size
 
     @property
     def device(self) -> torch.device:
-        """Of the LM head, and of policies."""
+        """The device of the LM head and of the policies."""
         device: torch.device = next(self._lm_head.parameters()).device
         return device
 
@@ -208,7 +207,7 @@ class EarlyExit(_Model):
         return weight[: head.shard_indices.num_org_elements]
 
     def logit_lens(self, head_rows: Tensor | None = None) -> Probe:
-        """The model's own reading of a state, with its LM head or `head_rows` [n, head size]."""
+        """The model's final norm and LM head, or `head_rows` [n, head size], as a probe."""
         norm = self.decoder.final_norm(self._body)
         lens = Probe(
             head=Head(self.head_weight if head_rows is None else head_rows),
@@ -234,9 +233,9 @@ class EarlyExit(_Model):
         intermediate_tensors: None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """What the LM head reads, [rows, head size]."""
+        """The LM head's input, [rows, head size]."""
         assert input_ids is not None
-        if positions.dim() == 2:  # M-RoPE: time, height and width, which are the same for text
+        if positions.dim() == 2:  # M-RoPE: time, height and width are the same for text
             positions = positions[0]
         prepared, self.prepared = self.prepared, None
         if prepared is None:
@@ -256,7 +255,7 @@ class EarlyExit(_Model):
         return self._output.hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Logits [requests, vocabulary]; an answer given as scores masks the other tokens."""
+        """Logits [requests, vocabulary]; early scores of some tokens mask all others."""
         output, self._output = self._output, None
         if output is None:
             return super().compute_logits(hidden_states)
@@ -293,7 +292,7 @@ class EarlyExit(_Model):
             answers = replace(one.answers, values=broadcast_from_rank0(one.answers.values))
             if isinstance(answers, LabelLogits):
                 logits[place] = answers.rest.expand(-1, size)
-                # A label that the request does not name is one of its other tokens.
+                # A label that the request does not name counts among its other tokens.
                 scores = torch.where(answers.scores.isneginf(), answers.rest, answers.scores)
             else:
                 scores = self._scaled(answers.scores)
@@ -303,7 +302,7 @@ class EarlyExit(_Model):
         return logits
 
     def _scaled(self, scores: Tensor) -> Tensor:
-        """What vLLM's `LogitsProcessor` does with the head's scores: a cap (Gemma 2), a scale."""
+        """Soft cap (Gemma 2) and scale, as vLLM's `LogitsProcessor` applies them."""
         processor = self.text_model.logits_processor
         if processor.soft_cap is not None:
             scores = torch.tanh(scores / processor.soft_cap) * processor.soft_cap

@@ -1,4 +1,4 @@
-"""Builds the loop that a loaded model runs its stack with, of the settings and the artifacts."""
+"""Build the loop of a loaded model from the settings and the artifacts."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from vllm_adainfer.settings.instruments import LensRecord
 
 
 class LoadedModel(Protocol):
-    """What a loop is built from; `EarlyExit` is one.
+    """A model with exit points, such as `EarlyExit`.
 
     Attributes:
-        settings: of the engine switch.
-        artifacts: by the name of their policy.
-        fingerprint: of the weights, None if they did not pass the model.
+        settings: the engine switch.
+        artifacts: the artifact of each policy, by name.
+        fingerprint: the fingerprint of the weights; None if they did not pass `load_weights`.
 
     """
 
@@ -44,29 +44,29 @@ class LoadedModel(Protocol):
 
     @property
     def exit_points(self) -> tuple[int, ...]:
-        """Where its stack is cut."""
+        """The layers after which the stack is cut."""
 
     @property
     def hidden_size(self) -> int:
-        """Of the states that probes read."""
+        """The width of the states that probes read."""
 
     @property
     def device(self) -> torch.device:
-        """Of policies."""
+        """The device of the policies."""
 
     def logit_lens(self, head_rows: Tensor | None = None) -> Probe:
-        """The model's own reading of a state."""
+        """The model's final norm and LM head as a probe, with all rows or `head_rows`."""
 
     def cut_stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> StackShape:
         """Cut the stack after each of `cuts`."""
 
 
 def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
-    """The loop for a model whose weights are loaded.
+    """The loop of a model whose weights are loaded.
 
     Raises:
-        AdaInferError: another rank has read other artifacts, or nobody knows whether the weights
-            are those of the calibration.
+        AdaInferError: ranks have read different artifacts, or the weights cannot be compared with
+            those of the calibration.
 
     """
     settings, load_format = model.settings, vllm_config.load_config.load_format
@@ -95,7 +95,7 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
 
 
 def kv_policy_of(settings: Settings, vllm_config: VllmConfig) -> KVPolicy:
-    """What takes care of the layers that rows skip."""
+    """The KV policy that the switch selects."""
     if settings.kv == "propagate":
         return PropagateKV()
     return RecurrentKV() if vllm_config.model_config.is_hybrid else ExactKV()
@@ -117,14 +117,14 @@ def policies_of(model: LoadedModel, cuts: tuple[int, ...]) -> PolicySet:
 
 
 def monitors_of(model: LoadedModel) -> dict[str, Monitor]:
-    """A monitor for each policy of a model, none without a shadow rate."""
+    """The monitor of each policy, by name; empty without a shadow rate."""
     if not model.settings.shadow_rate:
         return {}
     return {name: monitor_of(artifact.config) for name, artifact in model.artifacts.items()}
 
 
 def monitor_of(config: ArtifactConfig) -> Monitor:
-    """The monitor of the risk that an artifact bounds, in the unit that its bound is over."""
+    """The monitor of an artifact's risk: by answer, or by text for generated text."""
     epsilons = [level.epsilon for level in config.levels]
     if config.max_tokens > 1:
         return TextMonitor(epsilons, config.delta, config.max_tokens)
@@ -132,6 +132,6 @@ def monitor_of(config: ArtifactConfig) -> Monitor:
 
 
 def _recorder(layers: tuple[int, ...], lens: LensRecord | None) -> Recorder:
-    """The recorder that ``record`` and ``record_lens`` ask for."""
+    """The recorder for ``record`` and ``record_lens``."""
     sums = None if lens is None else TunedLensSums(layers[:-1], lens.folds, lens.prompts)
     return Recorder(layers, sums)

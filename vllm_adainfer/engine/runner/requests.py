@@ -1,4 +1,4 @@
-"""The requests that a worker runs, and the step contexts made of them, for runners V1 and V2."""
+"""The requests a worker runs, and the step contexts made of them, for Model Runner V1 and V2."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 
 class RunningRequests:
-    """Admits requests when they arrive and says what each may do in a step.
+    """Admits requests on arrival, and describes steps with what each request may do.
 
     Attributes:
-        admission: decides.
-        adapters: that the worker has loaded.
-        lora_manager: vLLM's, of the worker; None where LoRA is off.
+        admission: decides which policy a request gets.
+        adapters: the fingerprints of the adapters that the worker has loaded.
+        lora_manager: the worker's LoRA manager of vLLM; None without LoRA.
 
     """
 
     lora_manager: Any = None
 
     def __init__(self, vllm_config: VllmConfig, loop: Loop) -> None:
-        """`loop` runs them."""
+        """`loop` runs the steps of these requests."""
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None
         self.admission = Admission.from_config(vllm_config, settings)
@@ -46,24 +46,24 @@ class RunningRequests:
         self._loop = loop
         self._window = UNLIMITED
         self._admitted: dict[str, Admitted] = {}
-        # Without a guard nobody reads which tokens are complete, see `GuardedScheduler`.
-        self._scheduler_asks = (
+        # Only `GuardedScheduler` reads which tokens are complete.
+        self._reports_complete = (
             vllm_config.cache_config.enable_prefix_caching and not self.admission.is_recording
         )
         self._ran: StepContext | None = None
         self._next_report = 0.0
 
     def use_kv_cache(self, config: KVCacheConfig) -> None:
-        """Note how many tokens the layer with the smallest sliding window sees."""
+        """Note the smallest sliding window of all layers, in tokens."""
         groups = config.kv_cache_groups
         specs = [spec for group in groups for spec in iter_layer_specs(group.kv_cache_spec)]
         windows = [spec.sliding_window for spec in specs if isinstance(spec, SlidingWindowSpec)]
         self._window = min(windows, default=UNLIMITED)
 
     def add(self, new: Any) -> None:
-        """Admit a request of vLLM's `NewRequestData`, as the scheduler has decided about it.
+        """Admit a request, vLLM's `NewRequestData`, by the scheduler's record of it.
 
-        No scheduler has seen those that vLLM warms up with.
+        Warm-up requests of vLLM have no record: they pass no scheduler.
         """
         params, adapter = new.sampling_params, new.lora_request
         resolved = resolved_of(params)
@@ -73,7 +73,7 @@ class RunningRequests:
         self._admitted[new.req_id] = self._admit(resolved, prompt, adapter)
 
     def use_admission(self, admission: Admission) -> None:
-        """Let `admission` decide from now on, also about requests that are already running."""
+        """Decide by `admission` from now on, for running requests too."""
         self.admission = admission
         for request_id, request in self._admitted.items():
             self._admitted[request_id] = self._admit(
@@ -87,21 +87,21 @@ class RunningRequests:
         return self.admission.admit(resolved, prompt, adapter, fingerprint)
 
     def lost_kv(self, request_id: str) -> None:
-        """The request was preempted: it starts again, without its blocks."""
+        """Forget the KV of a preempted request: it starts again without its blocks."""
         self._loop.forget(request_id)
 
     def remove(self, request_id: str) -> None:
-        """The request has ended, or comes back as a new one."""
+        """Forget a request that has ended, or that vLLM will add again."""
         self._admitted.pop(request_id, None)
         self._loop.forget(request_id)
 
     def ended(self, request_ids: Iterable[str]) -> None:
-        """These requests get no more tokens."""
+        """Note that these requests get no more tokens."""
         for request_id in request_ids:
             self._loop.ended(request_id)
 
     def knows(self, request_id: str) -> bool:
-        """Whether this is a real request, not part of a dummy batch."""
+        """Whether this is a real request, not a row of a dummy batch."""
         return request_id in self._admitted
 
     def describe(
@@ -112,14 +112,14 @@ class RunningRequests:
         yields_token: Bools,
         device: torch.device,
     ) -> StepContext:
-        """The step that is about to run.
+        """The context of the step that is about to run.
 
         Args:
-            request_ids: vLLM's, in order of the batch.
-            query_lens: [requests], rows of each.
-            computed: [requests], tokens of each that have been through the stack before.
-            yields_token: [requests], whether this step yields a token.
-            device: of the rows.
+            request_ids: the request ids, in batch order.
+            query_lens: [requests], the rows of each request.
+            computed: [requests], the tokens of each request that earlier steps have computed.
+            yields_token: [requests], whether this step samples a token for the request.
+            device: the device of the rows.
 
         """
         if self.adapters.take_changed():
@@ -132,7 +132,7 @@ class RunningRequests:
         full_prefill = np.array([request.resolved.force_full_depth_prefill for request in admitted])
         rows[full_prefill & (computed < prompt)] = FULL_DEPTH
         certified = np.array([request.certified_tokens for request in admitted])
-        rows[last + 2 - prompt > certified] = FULL_DEPTH  # the number of this step's token
+        rows[last + 2 - prompt > certified] = FULL_DEPTH  # left: which token of the request this is
         chooses = subsets = record_rows = None
         if self.admission.has_choices:
             chooses = np.array([request.has_choice_policy for request in admitted])
@@ -147,7 +147,7 @@ class RunningRequests:
             rows[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
         continues = last + 2 - prompt < max_tokens  # once this step's token is appended
         if self._loop.kv.defers:
-            # vLLM frees blocks beyond the window that waiting rows still need.
+            # vLLM frees blocks outside the window, which deferred rows still need.
             rows[continues & (last + 1 >= self._window)] = FULL_DEPTH
         shadow, tightened = None, self._loop.tightened()
         if tightened is not None:
@@ -169,28 +169,29 @@ class RunningRequests:
         return self._ran
 
     def adapters_of(self, step: StepContext) -> StepAdapters | None:
-        """The adapters of a step's requests, None where LoRA is off."""
+        """The adapters of a step's requests; None without LoRA."""
         if self.lora_manager is None:
             return None
         adapters = [self._admitted[request_id].adapter for request_id in step.request_ids]
         return StepAdapters(self.lora_manager, adapters)
 
     def take_note(self) -> StepNote | None:
-        """The note to the scheduler after a step, None if there was no step."""
+        """The note to the scheduler about the last step; None if there was none."""
         step, self._ran = self._ran, None
         if step is None:
             return None
         now = time.monotonic()
         if due := now >= self._next_report:
             self._next_report = now + INTERVAL
-        complete = self._complete(step) if self._scheduler_asks else None
+        complete = self._complete(step) if self._reports_complete else None
         return StepNote(complete, snapshot_of(self._loop.stats) if due else None)
 
-    def note_at_rest(self) -> StepNote:
-        """The note to the scheduler when no work is left."""
+    def idle_note(self) -> StepNote:
+        """The note to the scheduler when no work is left: the counters alone."""
         return StepNote(None, snapshot_of(self._loop.stats))
 
     def _complete(self, step: StepContext) -> dict[str, int]:
+        """How many tokens of each request that may exit have complete KV."""
         ended = set(step.lacking_kv[~step.continues[step.lacking_kv]].tolist())
         ends = (step.layout.last_positions + 1).tolist()
         return {

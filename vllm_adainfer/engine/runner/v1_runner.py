@@ -1,4 +1,4 @@
-"""Model Runner V1, which vLLM uses on CPUs, with a step context."""
+"""Model Runner V1, which vLLM uses on CPUs: prepares a step context for the model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vllm_adainfer.engine.segments.attention import Groups, StepAttention, with_
 
 
 class AdaInferCPUModelRunner(CPUModelRunner):
-    """Tells the model whose rows it is about to run and who may exit."""
+    """Tells the model whose rows the next pass has, and who may exit."""
 
     running: RunningRequests
 
     @override
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Then build the model's loop."""
+        """Build the model's loop once the weights are loaded."""
         super().load_model(*args, **kwargs)
         self.model.loop = build_loop(self.model, self.vllm_config)
         keep_best_tokens(self)
@@ -41,7 +41,7 @@ class AdaInferCPUModelRunner(CPUModelRunner):
 
     @override
     def _update_states(self, scheduler_output: Any) -> Any:
-        """Admit requests when they arrive, and forget them when they end."""
+        """Admit new requests, and forget those that have ended."""
         for request_id in scheduler_output.finished_req_ids:
             self.running.remove(request_id)
         for request_id in scheduler_output.preempted_req_ids or ():

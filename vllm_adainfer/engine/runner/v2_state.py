@@ -1,4 +1,4 @@
-"""Model Runner V2, which vLLM uses on GPUs: our `ModelState` prepares the step context."""
+"""Model Runner V2, which vLLM uses on GPUs: a `ModelState` that prepares step contexts."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ logger = get_logger(__name__)
 
 
 class ExitModelState(_ModelState):
-    """Prepares the next step together with attention. Comes before vLLM's class among the bases."""
+    """Mixin that prepares the step context. Must precede the vLLM class in the MRO."""
 
     model: Any
 
     def __init__(
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: None, device: torch.device
     ) -> None:
-        """`model` is loaded, so that its loop can be built."""
+        """Build the loop of `model`, whose weights are loaded."""
         super().__init__(vllm_config, model, encoder_cache, device)
         self.model.loop = build_loop(self.model, vllm_config)
         self.running = RunningRequests(vllm_config, self.model.loop)
@@ -52,7 +52,7 @@ class ExitModelState(_ModelState):
 
     @override
     def remove_request(self, req_id: str) -> None:
-        """The request has ended, was preempted, or never existed."""
+        """Forget a request that has ended or was preempted; unknown ids are ignored."""
         super().remove_request(req_id)
         self.running.remove(req_id)
 
@@ -60,7 +60,7 @@ class ExitModelState(_ModelState):
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
     ) -> None:
-        """vLLM calls this with a small cache to measure graphs, then with the final one."""
+        """Called twice: vLLM first measures graphs with a small cache."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.running.use_kv_cache(kv_cache_config)
         self._own_groups = None

@@ -95,7 +95,7 @@ class ExitWorker(_Worker):
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
             output = copy.copy(output)  # vLLM returns one shared object for all empty steps
-            attach_note(output, self._running.note_at_rest())
+            attach_note(output, self._running.idle_note())
         return output
 
     @override
