@@ -35,7 +35,7 @@ def readout(
         hidden: [rows, hidden size], the residual stream after a decoder layer.
         norm: the final norm; None for states that are already normed.
         lens: applied before the norm; None for none.
-        dtype: of the result; None means that of `hidden`.
+        dtype: the dtype of the result; None means that of `hidden`.
         backend: see `probe`.
 
     Returns:
@@ -129,7 +129,7 @@ def settle(
 
     Args:
         readout: [rows, hidden size], as `readout` returns it, in the dtype of the head.
-        head: of the tokens to score.
+        head: the rows of the LM head of the tokens to score.
         classifier: fp32 [3], as for `probe`.
         threshold: fp32 [rows].
         backend: see `probe`.

@@ -14,8 +14,9 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.e2e.test_cli import of_a_user
-from tests.full import needed
 from tests.tiny import LAYERS
+
+pytestmark = pytest.mark.full  # a benchmark
 
 TEMPLATE = "Review: {text}\nSentiment:"  # the suite's, of SST-2
 WORDS = ("negative", "positive")
@@ -59,7 +60,7 @@ def data_dir(tiny_model: Path, reference: Any, tmp_path_factory: pytest.TempPath
     return directory
 
 
-@pytest.fixture(scope="module", params=needed(1, of=[False, True]), ids=["traced", "compiled"])
+@pytest.fixture(scope="module", params=[False, True], ids=["traced", "compiled"])
 def written(
     tiny_model: Path,
     data_dir: Path,

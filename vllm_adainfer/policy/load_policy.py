@@ -24,8 +24,8 @@ def policy_of(
     """The policy of an artifact.
 
     Args:
-        artifact: with its tensors.
-        device: of the rows that it decides.
+        artifact: the artifact, with its tensors.
+        device: the device of the rows it decides.
         logit_lens: that of the served model, with its LM head (None) or with the rows given,
             [n, head size].
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: which files vLLM has loaded, and which adapter each row of a step has."""
+"""LoRA adapters: the files vLLM has loaded, and the adapter of each row of a step."""
 
 from __future__ import annotations
 
@@ -28,43 +28,43 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 NO_ADAPTER = 0  # vLLM numbers adapters from 1 on
-FINGERPRINT = "adainfer_fingerprint"  # an attribute of vLLM's `LoRAModel`, which goes with it
-UNKNOWN = ""  # the fingerprint of no adapter
+FINGERPRINT = "adainfer_fingerprint"  # an attribute that we set on vLLM's `LoRAModel`
+UNKNOWN = ""  # unlike the fingerprint of any adapter
 
 
 def fingerprint_of(path: str) -> str | None:
-    """The fingerprint of the adapter that vLLM loads from `path` or hub id; None if it is none."""
+    """The fingerprint of the adapter at `path`, or hub id; None if there is no adapter."""
     try:
         return adapter_fingerprint(adapter_directory(path))
     except (AdaInferError, OSError):
-        return None  # vLLM fails to load it, too, and says why
+        return None  # vLLM also fails to load it, and says why
 
 
 class LoadedAdapters:
-    """The fingerprints of a worker's adapters: each is that of the files that vLLM has loaded.
+    """The fingerprints of a worker's adapters, taken of the files when vLLM loads them.
 
-    A step that asks for one reads no file. Only of an adapter that the step is about to load, the
-    files are read beforehand, and the load then confirms what was found.
+    A step reads files only for an adapter that it is about to load; the load then confirms the
+    fingerprint.
 
     Attributes:
-        numbers: of the adapters whose policies came with them, by name.
+        numbers: vLLM's number of each adapter with a bundled policy, by name.
 
     """
 
     def __init__(self) -> None:
-        """Of a worker without adapters, until `watch` is called."""
+        """Start without adapters; see `watch`."""
         self.numbers: dict[str, int] = {}
         self._manager: Any = None
         self._expected: dict[int, str | None] = {}
         self._changed = False
 
     def watch(self, manager: Any) -> None:
-        """Fingerprint what vLLM's `LRUCacheWorkerLoRAManager` loads from now on."""
+        """Fingerprint all that vLLM's `LRUCacheWorkerLoRAManager` loads from now on."""
         self._manager = manager
         on_adapter_load(manager, self._load)
 
     def fingerprint_of(self, adapter: LoRARequest) -> str | None:
-        """That of an adapter which is loaded, or which this step loads; None if it has none."""
+        """The fingerprint of an adapter that is loaded or that this step loads; None if unknown."""
         number = adapter.lora_int_id
         loaded = self._loaded(number)
         if loaded is not None:
@@ -75,14 +75,14 @@ class LoadedAdapters:
         return self._expected[number]
 
     def take_changed(self) -> bool:
-        """Whether an adapter has another fingerprint than was said of it, since the last call."""
+        """Whether a load has contradicted an expected fingerprint since the last call."""
         changed, self._changed = self._changed, False
         return changed
 
     def agree(self, adapter: LoRARequest) -> bool:
-        """Whether all ranks, which must call this, have loaded the same files as an adapter.
+        """Whether all ranks have loaded the same files; if not, the adapter has no fingerprint.
 
-        Otherwise none of them knows its fingerprint.
+        A collective: every rank must call it.
         """
         loaded = self._loaded(adapter.lora_int_id)
         found = getattr(loaded, FINGERPRINT, None)
@@ -96,7 +96,7 @@ class LoadedAdapters:
         return None if self._manager is None else loaded_adapter(self._manager, number)
 
     def _load(self, adapter: LoRARequest, load: Callable[[], Any]) -> Any:
-        """Let vLLM read an adapter's files, and note which these were."""
+        """Let vLLM load an adapter, and fingerprint the files it has read."""
         former = getattr(self._loaded(adapter.lora_int_id), FINGERPRINT, UNKNOWN)
         said = self._expected.pop(adapter.lora_int_id, former)
         found = fingerprint_of(adapter.lora_path)
@@ -115,7 +115,7 @@ class LoadedAdapters:
 
 
 def _loaded_once(adapter: LoRARequest) -> LoRARequest:
-    """The same adapter, which 0.32 does not load again because it is to be loaded in place."""
+    """`adapter` without ``load_inplace``, for which vLLM 0.32 loads it again in every step."""
     if not adapter.load_inplace:
         return adapter
     adapter = copy.copy(adapter)
@@ -124,36 +124,33 @@ def _loaded_once(adapter: LoRARequest) -> LoRARequest:
 
 
 class StepAdapters:
-    """The adapters of a step's requests.
-
-    vLLM maps adapters to the rows that a step comes with; here, to those that are left of them.
-    """
+    """The adapters of a step's requests, mapped to any of the step's rows."""
 
     def __init__(self, manager: Any, adapters: Sequence[LoRARequest | None]) -> None:
         """Prepare to map rows.
 
         Args:
-            manager: the worker's, vLLM's `LRUCacheWorkerLoRAManager`.
-            adapters: that of each request of the step; None for the base model.
+            manager: the worker's `LRUCacheWorkerLoRAManager` of vLLM.
+            adapters: the adapter of each request of the step; None for the base model.
 
         """
         self._manager = manager
         self._numbers = np.array([NO_ADAPTER if a is None else a.lora_int_id for a in adapters])
-        # This step's adapters are loaded: vLLM would load those again that are to be in place.
+        # They are loaded by now; with ``load_inplace`` vLLM would load them again.
         self._active = {_loaded_once(adapter) for adapter in set(adapters) if adapter is not None}
 
     def of_rows(self, layout: RowLayout) -> RowAdapters:
-        """For the layers, over the rows of `layout`."""
+        """The adapters of the rows of `layout`, for the layers."""
         rows, requests = self._numbers[layout.row_requests], self._numbers[layout.present]
         return RowAdapters(self, tuple(rows.tolist()), tuple(requests.tolist()))
 
     def use_for_logits(self, requests: Ints) -> None:
-        """Let the LM head take the next rows for those of `requests`, one each."""
+        """Use the adapters of `requests` for the LM head's next rows, one row each."""
         numbers = tuple(self._numbers[requests].tolist())
         self.use(numbers, numbers)
 
     def use(self, rows: tuple[int, ...], requests: tuple[int, ...]) -> None:
-        """Tell vLLM's layers the number of the adapter of each row, and of each request."""
+        """Give vLLM's layers the adapter number of each row and of each request."""
         if rows:
             use_adapters(self._manager, self._active, rows, requests)
 
@@ -163,9 +160,9 @@ class RowAdapters:
     """The adapters of a batch's rows.
 
     Attributes:
-        step: of all its requests.
-        rows: [rows], the numbers of their adapters.
-        requests: [requests], the same for those that have rows.
+        step: the adapters of all requests of the step.
+        rows: [rows], the adapter number of each row.
+        requests: [requests], the adapter number of each request that has rows.
 
     """
 
@@ -174,5 +171,5 @@ class RowAdapters:
     requests: tuple[int, ...]
 
     def use(self) -> None:
-        """Let the layers apply them to the rows that they run next."""
+        """Let the layers apply these adapters to the rows they run next."""
         self.step.use(self.rows, self.requests)

@@ -117,7 +117,7 @@ def _log_policies(vllm_config: VllmConfig, settings: Settings, admission: Admiss
         )
     if settings.exit_points is not None:
         logger.info(
-            "AdaInfer serves policies that come with LoRA adapters, with exits after layers %s",
+            "AdaInfer serves policies bundled with LoRA adapters, with exits after layers %s",
             ", ".join(map(str, settings.exit_points)),
         )
     if settings.exit_script is not None:

@@ -25,7 +25,7 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
     """Refuse the first setting that rules out early exits.
 
     Args:
-        vllm_config: of the engine.
+        vllm_config: the engine's config.
         model_class: name of our model class; empty for an architecture without exit points.
         settings: the engine switch.
 

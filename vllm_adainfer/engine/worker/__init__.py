@@ -1,1 +1,1 @@
-"""What runs in a worker's process beside the model."""
+"""Workers, and what changes their policies while they run."""

@@ -1,8 +1,8 @@
 """Qwen3-Next and Qwen 3.5, whose gated delta-net layers keep a state for each request.
 
-Such a layer takes a request's rows in order. Rows that leave early are either the last ones of
-their request, and nobody reads the state that the layer lacks; or they wait, and go through it in
-order with a later row of their request (`RecurrentKV`).
+Such a layer takes a request's rows in order. Rows that exit are either the last ones of their
+request, so no later row needs the state that they did not update; or they are deferred, and go
+through the layer in order with a later row of their request (`RecurrentKV`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class KeyRotary(nn.Module):
 
 
 class DeltaNetDecoder(Decoder):
-    """As Llama, but a layer takes its arguments in another order."""
+    """As Llama, but layers take their arguments in another order."""
 
     @staticmethod
     @override

@@ -29,9 +29,9 @@ class Gemma2Decoder(Decoder):
 
 
 class Gemma4Decoder(OnePartDecoder):
-    """With an input of its own for each layer.
+    """With a separate input for each layer.
 
-    In some sizes the later layers attend to the keys and values of earlier ones.
+    In some sizes the later layers share the keys and values of earlier ones.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Mixtures of experts with exit points.
 
-vLLM 0.32 routes each row by its own state, and an expert takes as many rows as come to it. So rows
-that leave change nothing for those that stay.
+vLLM 0.32 routes each row by its own state, and experts have no capacity limit. So rows that leave
+change nothing for the rows that stay.
 """
 
 from __future__ import annotations

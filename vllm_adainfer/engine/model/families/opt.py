@@ -16,7 +16,7 @@ from vllm_adainfer.engine.segments.decoder import Decoder, KVProjection, Layer
 class OPTDecoder(Decoder):
     """Learned positions, a residual stream in one part, LayerNorm before each block.
 
-    OPT-350m norms after its blocks, and projects from a narrower embedding to the stream and back.
+    OPT-350m normalises after its blocks, and projects a narrower embedding to the stream and back.
     """
 
     @staticmethod
