@@ -66,9 +66,8 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['model']}, {report['data']}: at each rate {report['requests']} prompts of "
         f"{report['prompt_tokens_mean']:.0f} tokens, {sent}. Medians of {report['rounds']} "
-        "interleaved rounds, stock / ours, in brackets ours over stock's. Prefix cache "
-        f"{report['prefix_cache']}; no row of the data comes twice in a run. Of one token, the "
-        "time to the first (TTFT) is the whole latency.",
+        f"interleaved rounds, stock / ours (ratio). Prefix cache {report['prefix_cache']}; no row "
+        "repeats within a run. For one token, the time to first token (TTFT) is the total latency.",
         "",
         markdown_table(
             [
@@ -92,11 +91,11 @@ def differences(report: Mapping[str, Any]) -> str:
     """How many answers differ from full depth and from stock, or how far scores moved."""
     answers, bound = report["answers"], f"{report['epsilon']:.0%} at delta {report['delta']:g}"
     if "moves" not in answers:
+        rounding = answers["full_depth_disagreement_with_stock"]
         return (
-            f"Of {answers['n']} prompts {answers['disagreement']:.1%} got another answer than at "
-            f"full depth (bound {bound}), {answers['disagreement_with_stock']:.1%} another than "
-            "stock vLLM's, from which full depth itself differs in "
-            f"{answers['full_depth_disagreement_with_stock']:.1%} (by rounding)."
+            f"{answers['disagreement']:.1%} of {answers['n']} answers differ from full depth "
+            f"(bound {bound}), and {answers['disagreement_with_stock']:.1%} from stock vLLM's; "
+            f"full depth itself differs from stock in {rounding:.1%} (rounding)."
         )
     ours, alone = (
         f"by {moves['mean']:.3f} on average, {moves['p95']:.3f} at the 95th percentile, "
@@ -106,7 +105,8 @@ def differences(report: Mapping[str, Any]) -> str:
     )
     return (
         f"The scores of {answers['n']} prompts differ from stock's {ours} (bound {bound}, against "
-        f"full depth). Stock's own differ {alone} if each prompt is sent alone (by rounding)."
+        f"full depth). Stock's own scores differ {alone} when prompts are sent one at a time "
+        "(rounding)."
     )
 
 

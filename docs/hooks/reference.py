@@ -46,7 +46,7 @@ def settings() -> str:
 def artifact() -> str:
     """Keys of an artifact's ``config.json``."""
     return (
-        "# Artifacts\n\nThe keys of `config.json`; the tensors are beside it in "
+        "# Artifacts\n\nThe keys of `config.json`; the tensors are in "
         "`policy.safetensors`. [Artifacts are data](../serving.md#artifacts-are-data).\n\n"
         + _fields(ArtifactConfig)
     )
