@@ -86,13 +86,13 @@ def rests(llm: Any, directory: Path) -> bool:
 def test_other_weights_run_at_full_depth_until_those_of_the_calibration_are_back(
     serving, tiny_model, trained, caplog
 ):
-    caplog.set_level("INFO", "vllm.adainfer.engine.early_exit")
+    caplog.set_level("INFO", "vllm.adainfer.engine.model.early_exit")
     assert not rests(serving, tiny_model)
     reload(serving, trained)
     assert "they are inactive" in caplog.text
     assert rests(serving, trained)
     reload(serving, tiny_model)
-    assert "policies serve again" in caplog.text
+    assert "the policies are active again" in caplog.text
     assert not rests(serving, tiny_model)
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import label_requests
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks.serving import label_requests
 from benchmarks.common.server import Server, serving
 from tests.e2e.tasks import Case, cases
 from tests.e2e.test_tasks import prompts_of

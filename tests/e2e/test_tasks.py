@@ -184,7 +184,7 @@ def test_of_several_engines_none_switches_before_all_have_read_the_same(
     with replaced(llm, tasks, sources, looser):
         digests = {name: load_artifact(source).digest for name, source in sources.items()}
         if end == "other files":
-            with pytest.raises(Exception, match="overwritten while it was read again"):
+            with pytest.raises(Exception, match="overwritten during the reload"):
                 llm.collective_rpc("adainfer_read_again", args=("one", {**digests, "mood": ""}))
         else:
             llm.collective_rpc("adainfer_read_again", args=("one", digests))
