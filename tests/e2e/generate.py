@@ -10,6 +10,8 @@ from tests import triton_on_cpu
 
 triton_on_cpu.install_for_v2()  # here, for processes that are spawned import this, too
 
+ENGINES: list[Any] = []
+
 
 def told(output: Any) -> dict[str, Any]:
     """What an output says, for JSON."""
@@ -25,11 +27,17 @@ def told(output: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read one JSON object from stdin, write one to stdout."""
+    """Read a JSON list of jobs from stdin, write an object for each to stdout."""
+    for job in json.load(sys.stdin):
+        run(job)
+
+
+def run(job: dict[str, Any]) -> None:
+    """Start an engine of its own, which lives as long as the process, and print what it says."""
     from vllm import LLM, SamplingParams
 
-    job = json.load(sys.stdin)
     llm = LLM(**job["engine"])
+    ENGINES.append(llm)
     answers = []
     for batch in job["batches"]:  # each finds an empty prefix cache
         outputs = llm.generate(

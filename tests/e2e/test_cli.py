@@ -36,19 +36,21 @@ REPORT_KEYS = {
 
 
 def of_a_user(compiled: bool = False) -> dict[str, str]:
-    """The environment of a command whose engines have processes of their own.
+    """The environment of a command.
 
-    Unless `compiled`, torch traces each model but compiles nothing, as in vLLM's CI. If `compiled`,
-    all is as a user has it.
+    If `compiled`, all is as a user has it: engines have processes of their own. Otherwise engines
+    run in the command's process, and torch traces each model but compiles nothing, as in vLLM's CI.
     """
+    if not compiled:
+        return {**os.environ, "VLLM_CPU_CI_ENV": "1"}
     variables = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return {**variables, AS_A_USER: "1"} if compiled else {**variables, "VLLM_CPU_CI_ENV": "1"}
+    return {**variables, AS_A_USER: "1"}
 
 
 def command(
     *arguments: str, expect: int = 0, compiled: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run the CLI as a user does: engines in processes of their own."""
+    """Run the CLI, see `of_a_user`."""
     env = of_a_user(compiled)
     done = subprocess.run(
         [sys.executable, "-m", "vllm_adainfer.cli", *arguments],

@@ -40,22 +40,31 @@ def answer_each(
     **engine: Any,
 ) -> Any:
     """The same of several batches of `prompts`, one after the other."""
-    job = {
-        "engine": {
-            "model": str(model),
-            "dtype": "bfloat16",
-            "max_model_len": 512,
-            "max_num_batched_tokens": 128,
-            "max_num_seqs": 16,
-            "kv_cache_memory_bytes": 64 << 20,
-            **engine,
-        },
-        "prompts": prompts,
-        "batches": batches,
+    [found] = answers_of_engines([job(model, batches, prompts, **engine)], env)
+    return found
+
+
+def job(
+    model: Path, batches: list[list[dict[str, Any]]], prompts: Any = PROMPTS, **engine: Any
+) -> dict[str, Any]:
+    """An engine to start, and the batches of `prompts` to send it."""
+    settings = {
+        "model": str(model),
+        "dtype": "bfloat16",
+        "max_model_len": 512,
+        "max_num_batched_tokens": 128,
+        "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 64 << 20,
+        **engine,
     }
+    return {"engine": settings, "prompts": prompts, "batches": batches}
+
+
+def answers_of_engines(jobs: list[dict[str, Any]], env: dict[str, str]) -> list[Any]:
+    """What each engine answers; all of them in one fresh process, one after the other."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.generate"],
-        input=json.dumps(job),
+        input=json.dumps(jobs),
         env={**os.environ, **env},
         cwd=ROOT,
         capture_output=True,
@@ -64,8 +73,8 @@ def answer_each(
         timeout=900,  # an engine whose core has died may be waited for without end
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert results, done.stderr[-3000:]
-    return json.loads(results[0].removeprefix("RESULT "))
+    assert len(results) == len(jobs), done.stderr[-3000:]
+    return [json.loads(line.removeprefix("RESULT ")) for line in results]
 
 
 def deep(**more: Any) -> list[dict[str, Any]]:
@@ -117,39 +126,28 @@ def bf16_policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def kept_by_requests(tiny_model: Path, bf16_policy: Path) -> Any:
-    """Answers to both batches of an engine with a policy, of which every request says no."""
-    no = {"extra_args": {"adainfer": 0}}
-    switch = {"artifact": str(bf16_policy)}
-    return answer_each(
-        tiny_model,
-        [deep(**no), deep_with_prompts(**no)],
-        {},
-        enforce_eager=True,
-        additional_config={"adainfer": switch},
-    )
+def never_exiting(tiny_model: Path, bf16_policy: Path) -> Any:
+    """Two engines with a policy: every request of the first opts out; the second's epsilon is 0."""
+    opt_out = {"extra_args": {"adainfer": 0}}
+    batches = [deep(**opt_out), deep_with_prompts(**opt_out)], [deep()]
+    switches = {"artifact": str(bf16_policy)}, {"artifact": str(bf16_policy), "epsilon": 0}
+    jobs = [
+        job(tiny_model, asked, enforce_eager=True, additional_config={"adainfer": switch})
+        for asked, switch in zip(batches, switches, strict=True)
+    ]
+    return answers_of_engines(jobs, {})
 
 
-@pytest.fixture(scope="module")
-def kept_by_the_switch(tiny_model: Path, bf16_policy: Path) -> Any:
-    """The answers of one whose epsilon is 0."""
-    switch = {"artifact": str(bf16_policy), "epsilon": 0}
-    return answer_each(
-        tiny_model, [deep()], {}, enforce_eager=True, additional_config={"adainfer": switch}
-    )
-
-
-@pytest.mark.parametrize("how", ["epsilon 0 in the switch", "adainfer 0 on the request"])
-def test_configured_but_never_exiting_is_stock_bit_for_bit(stock, how, request):
-    fixture = "kept_by_the_switch" if how == "epsilon 0 in the switch" else "kept_by_requests"
-    never = request.getfixturevalue(fixture)
+@pytest.mark.parametrize("engine", [0, 1], ids=["adainfer 0 on the request", "epsilon 0"])
+def test_configured_but_never_exiting_is_stock_bit_for_bit(stock, engine, never_exiting):
+    never = never_exiting[engine]
     assert never["answers"][0] == stock[0]
     assert never["stats"]["layers_run"] == never["stats"]["layers_possible"]
     assert set(never["stats"]["exit_histogram"]) == {str(LAYERS)}
 
 
-def test_log_probabilities_of_prompts_are_those_of_stock_bit_for_bit(stock, kept_by_requests):
-    _, found = kept_by_requests["answers"]
+def test_log_probabilities_of_prompts_are_those_of_stock_bit_for_bit(stock, never_exiting):
+    _, found = never_exiting[0]["answers"]
     assert found == stock[1]
     assert len(found[4]["prompt_logprobs"]) == LENGTHS[4]
 

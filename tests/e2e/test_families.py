@@ -270,7 +270,8 @@ def test_rows_that_wait_beyond_a_sliding_window_find_what_they_attend_to(served,
     assert any(part.layers < LAYERS for parts in ran.values() for part in parts)
 
 
-@pytest.mark.parametrize("family", needed(1, of=["opt", "gemma3", "ernie4.5", "gemma4"]))
+@pytest.mark.full  # Llama compiled is in test_equal_to_stock
+@pytest.mark.parametrize("family", ["opt", "gemma3", "ernie4.5", "gemma4"])
 def test_compiled_segments_give_the_same_tokens(family, tmp_path):
     """One family for each way to call a layer, and one that vLLM compiles by another class.
 

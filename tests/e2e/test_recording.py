@@ -67,7 +67,7 @@ def recorded(
     }
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.generate"],
-        input=json.dumps(job),
+        input=json.dumps([job]),
         env=os.environ,
         cwd=ROOT,
         capture_output=True,

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.serving import label_requests
 from benchmarks.common.server import Server, serving
+from benchmarks.serving import label_requests
 from tests.e2e.tasks import Case, cases
 from tests.e2e.test_tasks import prompts_of
 from tests.tiny import LABELS, LAYERS

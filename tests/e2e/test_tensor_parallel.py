@@ -83,7 +83,7 @@ def perturb_second_rank(worker: Any) -> None:
 @pytest.mark.parametrize(
     ("probe", "threshold", "kv"),
     [
-        ("label-head", 0.2, "exact"),
+        pytest.param("label-head", 0.2, "exact", marks=pytest.mark.full),
         pytest.param("logit-lens", 0.1, "exact", marks=pytest.mark.full),
         ("logit-lens", 0.1, "propagate"),
     ],
