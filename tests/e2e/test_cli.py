@@ -80,7 +80,6 @@ def calibrated(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFa
     done = command(
         "calibrate", "--model", str(tiny_model), "--data", str(rows), "--template", TEMPLATE,
         "--labels", "bad,good", "--epsilon", "0.2", "--output", str(output),
-        compiled=True,
     )  # fmt: skip
     return output, done
 

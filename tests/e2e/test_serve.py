@@ -336,7 +336,8 @@ def test_the_log_says_what_is_active_and_at_each_interval_what_was_saved(server)
     assert re.search(r"Engine 000: mean exit layer \d\.\d/6, layers saved \d+%, probes \d", log)
 
 
-def test_replicas_count_and_capture_each_for_itself_behind_one_frontend_or_several(
+@pytest.mark.full
+def test_replicas_count_and_capture_each_for_itself_behind_several_frontends(
     tiny_model, tasks, sources, reference, tmp_path
 ):
     flags = (*FLAGS, "--data-parallel-size", "2", "--api-server-count", "2")
