@@ -60,20 +60,14 @@ def data_dir(tiny_model: Path, reference: Any, tmp_path_factory: pytest.TempPath
     return directory
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["traced", "compiled"])
-def written(
-    tiny_model: Path,
-    data_dir: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    request: pytest.FixtureRequest,
-) -> Path:
+@pytest.fixture(scope="module")
+def written(tiny_model: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = tmp_path_factory.mktemp("report") / "suite.json"
     code = RUN.format(
         model=str(tiny_model), output=str(report), data=str(data_dir), epsilon=EPSILON
     )
-    env = of_a_user(compiled=request.param)
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env=of_a_user(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return report
