@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 
+from tests.triton_on_cpu import IS_V2
+
+# In the pass with Model Runner V2: for cases that the other pass shows, and that cost a minute.
+FULL_ON_V2 = [pytest.mark.full] if IS_V2 else []
+
 
 def needed(cases: int | Collection[Any], *, of: Iterable[Any]) -> list[Any]:
     """For `parametrize`: all `of` them, marked `full` but for those `cases` (or the first so many).

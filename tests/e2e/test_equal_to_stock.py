@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.full import FULL_ON_V2
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +153,13 @@ def test_log_probabilities_of_prompts_are_those_of_stock_bit_for_bit(stock, neve
     assert len(found[4]["prompt_logprobs"]) == LENGTHS[4]
 
 
-@pytest.mark.parametrize("env", [{}, {"VLLM_CPU_CI_ENV": "1"}], ids=["compiled", "traced"])
+@pytest.mark.parametrize(
+    "env",
+    [
+        pytest.param({}, marks=FULL_ON_V2, id="compiled"),
+        pytest.param({"VLLM_CPU_CI_ENV": "1"}, id="traced"),
+    ],
+)
 def test_compiled_segments_give_stock_tokens_and_exits_count_what_ran(
     env, tiny_model, tiny_policy, reference
 ):
