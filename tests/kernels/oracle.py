@@ -147,7 +147,7 @@ def assert_accurate(
     assert torch.equal(found.top1_id[clear], truth.top1_id[clear])
 
 
-def checked(
+def check_probe(
     hidden: Tensor, head_weight: Tensor, options: dict, backend: str, **asked: Any
 ) -> ProbeResult:
     """The probe of these arguments, once it is found to be what the formula says."""

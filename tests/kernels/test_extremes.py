@@ -14,7 +14,7 @@ from tests.kernels.oracle import (
     FORMS,
     INF,
     NAN,
-    checked,
+    check_probe,
     in_form,
     normal,
     states_and_head,
@@ -58,7 +58,7 @@ def test_a_tie_goes_to_the_lowest_id_and_leaves_no_gap(tied, backend):
     rows = 256 if backend == "torch" else 1
     scores = normal(VOCAB)
     scores[list(tied)] = 9.0
-    found = checked(*with_scores(scores, rows), {"norm": None}, backend)
+    found = check_probe(*with_scores(scores, rows), {"norm": None}, backend)
     assert (found.top1_id == min(tied)).all()
     assert (found.top1 == 9).all()
     assert (found.top2 == 9).all()
@@ -69,7 +69,7 @@ def test_a_tie_goes_to_the_lowest_id_and_leaves_no_gap(tied, backend):
 def test_the_best_is_found_everywhere_with_its_runner_up_elsewhere(at, backend):
     scores = normal(VOCAB)
     scores[at], scores[(at + 2500) % VOCAB] = 9.0, 8.5
-    found = checked(*with_scores(scores), {"norm": None}, backend)
+    found = check_probe(*with_scores(scores), {"norm": None}, backend)
     assert (found.top1_id.item(), found.top1.item(), found.top2.item()) == (at, 9.0, 8.5)
 
 
@@ -77,7 +77,7 @@ def test_the_best_is_found_everywhere_with_its_runner_up_elsewhere(at, backend):
 @pytest.mark.parametrize("vocab", [2, 16, 17, 64, 65, 129, 1024, 1025, 4097, VOCAB])
 def test_equal_scores_share_the_probability_and_the_first_wins(vocab, dtype, backend):
     scores = torch.full((vocab,), -3.0)
-    found = checked(*with_scores(scores, 2, dtype), {"norm": None}, backend)
+    found = check_probe(*with_scores(scores, 2, dtype), {"norm": None}, backend)
     assert found.top1_id.tolist() == [0, 0]
     assert found.gap.tolist() == [0, 0]
     torch.testing.assert_close(found.top_prob.cpu(), torch.full((2,), 1 / vocab))
@@ -88,7 +88,7 @@ def test_of_unsorted_candidates_the_lowest_id_wins_a_tie(form, backend):
     hidden, head = with_scores(torch.full((VOCAB,), 2.0), rows=5)
     head, options = in_form(form, head, width=100)
     options["norm"] = None
-    found = checked(hidden, head, options, backend)
+    found = check_probe(hidden, head, options, backend)
     assert found.top1_id.tolist() == [options["candidates"].min().item()] * 5
     assert (found.gap == 0).all()
 
@@ -98,7 +98,7 @@ def test_of_unsorted_candidates_the_lowest_id_wins_a_tie(form, backend):
 def test_a_saturated_row_is_certain(at, dtype, backend):
     scores = torch.full((VOCAB,), -30.0)
     scores[at] = 30.0
-    found = checked(*with_scores(scores, 3, dtype), {"norm": None}, backend)
+    found = check_probe(*with_scores(scores, 3, dtype), {"norm": None}, backend)
     assert found.top1_id.tolist() == [at] * 3
     assert found.top_prob.tolist() == found.gap.tolist() == [1.0] * 3
 
@@ -118,7 +118,7 @@ def test_minus_infinity_takes_a_token_out(form, backend):
     bias[::2] = -INF
     bias[1000:3000] = -INF
     head, options = in_form(form, head, width=100, head_bias=bias)
-    found = checked(hidden, head, options, backend)
+    found = check_probe(hidden, head, options, backend)
     assert (found.top1_id % 2 == 1).all()
 
 
@@ -126,7 +126,7 @@ def test_minus_infinity_takes_a_token_out(form, backend):
 def test_a_token_left_alone_is_certain(at, backend):
     scores = torch.full((VOCAB,), -INF)
     scores[at] = -5.0
-    found = checked(*with_scores(scores), {"norm": None}, backend)
+    found = check_probe(*with_scores(scores), {"norm": None}, backend)
     assert (found.top1_id.item(), found.top1.item(), found.top2.item()) == (at, -5.0, -INF)
     assert (found.top_prob.item(), found.gap.item()) == (1.0, 1.0)
 
@@ -147,7 +147,7 @@ def test_scores_without_a_softmax_have_nan_features_and_settle_nothing(
     bias[: 1 if "one" in poison else None] = value
     if form == "gathered":
         bias[options["candidates"][70]] = value
-    found = checked(hidden, head, options, backend, **accepting(classifier, 5))
+    found = check_probe(hidden, head, options, backend, **accepting(classifier, 5))
     assert found.features.isnan().all()
     assert not found.settled.any()
 

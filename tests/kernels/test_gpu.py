@@ -11,7 +11,7 @@ from tests.kernels.oracle import (
     BACKENDS,
     DEVICE,
     FORMS,
-    checked,
+    check_probe,
     in_form,
     normal,
     same,
@@ -77,6 +77,6 @@ def test_an_autotuned_launch_gives_the_same_result(rows, monkeypatch):
     hidden, head = states_and_head(rows, 32000, 576, torch.bfloat16)
     fixed = probe(hidden, head, backend="triton")
     monkeypatch.setattr(tuning, "fixed_shape", lambda *arguments: None)
-    autotuned = checked(hidden, head, {}, "triton")
+    autotuned = check_probe(hidden, head, {}, "triton")
     assert torch.allclose(autotuned.top1, fixed.top1)
     assert torch.allclose(autotuned.lse, fixed.lse)

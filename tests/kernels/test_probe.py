@@ -20,7 +20,7 @@ from tests.kernels.oracle import (
     FORMS,
     NAN,
     assert_accurate,
-    checked,
+    check_probe,
     in_form,
     normal,
     states_and_head,
@@ -80,7 +80,7 @@ def test_the_size_of_the_vocabulary_need_not_fit_the_blocks(vocab, backend):
     rows = 256 if backend == "torch" else 1  # torch: enough for blocks of 1024
     hidden, head = states_and_head(rows, vocab, 16)
     head[-1] = 6 * hidden[0] / hidden[0].norm()  # so that its best token is the very last one
-    found = checked(hidden, head, {}, backend)
+    found = check_probe(hidden, head, {}, backend)
     assert found.top1_id[0] == vocab - 1
 
 
@@ -137,7 +137,7 @@ def test_a_readout_is_lens_then_norm_rounded_once(lens, norm, affine, backend):
 )
 def test_a_probe_reads_lens_then_norm_then_head(lens, norm, affine, backend):
     hidden, head = states_and_head(7, 50, HIDDEN)
-    checked(hidden, head, lens_and_norm(lens, norm, affine), backend)
+    check_probe(hidden, head, lens_and_norm(lens, norm, affine), backend)
 
 
 AFTER = {
@@ -159,7 +159,7 @@ def test_then_bias_then_soft_cap_then_scale(after, form, backend):
     bias = normal(200, seed=9) if options.pop("head_bias", False) else None
     head, candidates = in_form(form, head, width=30, head_bias=bias)
     options |= candidates
-    found = checked(hidden, head, options, backend)
+    found = check_probe(hidden, head, options, backend)
     most = options.get("soft_cap", torch.inf) * options.get("scale", 1)
     assert (found.top1.abs() <= most).all()
 
@@ -173,7 +173,7 @@ def test_everything_together_in_each_dtype(form, dtype, backend):
     head, options = in_form(form, head, width=30, head_bias=bias)
     options |= lens_and_norm("lens with bias", "layer", "weight and bias", dtype)
     options |= {"soft_cap": 8.0, "scale": 1.5}
-    found = checked(hidden, head, options, backend)
+    found = check_probe(hidden, head, options, backend)
     assert (found.top1.abs() <= 8.0 * 1.5).all()
     assert found.top1.dtype == found.lse.dtype == torch.float32
 
@@ -184,7 +184,7 @@ def test_everything_together_in_each_dtype(form, dtype, backend):
 def test_candidates_name_the_tokens_that_are_scored(form, width, backend):
     hidden, head = states_and_head(5, 1500, 40)
     head, options = in_form(form, head, width=width)
-    found = checked(hidden, head, options, backend)
+    found = check_probe(hidden, head, options, backend)
     assert found.top1_id.dtype == torch.int64
     assert torch.isin(found.top1_id, options["candidates"]).all()
 
@@ -264,7 +264,7 @@ def test_a_row_is_settled_where_the_classifier_reaches_its_threshold(form, backe
     hidden, head = states_and_head(20, 1500, 40)
     head, options = in_form(form, head, width=30)
     asked = {"classifier": torch.tensor([0.5, -2.0, 0.3]).to(DEVICE), "threshold": normal(20)}
-    found = checked(hidden, head, options, backend, **asked)
+    found = check_probe(hidden, head, options, backend, **asked)
     lead = linear_score(found.features, asked["classifier"]) - asked["threshold"]
     assert (lead.abs() > 1e-5).all(), "no row is at the boundary"
     assert torch.equal(found.settled, lead >= 0)
@@ -278,7 +278,7 @@ def test_scores_are_kept_on_demand(form, dtype, backend):
     hidden, head = states_and_head(5, 1500, 40, dtype)
     head, options = in_form(form, head, width=30, head_bias=normal(1500, dtype=dtype))
     options |= {"soft_cap": 8.0, "scale": 0.5}
-    found = checked(hidden, head, options, backend, return_scores=True)
+    found = check_probe(hidden, head, options, backend, return_scores=True)
     assert found.scores.dtype == torch.float32
     right, rounding = oracle.oracle(hidden, head, **options).scores, torch.finfo(dtype).eps
     torch.testing.assert_close(

@@ -16,7 +16,7 @@ import torch
 from adainfer_kernels import tuning
 from adainfer_kernels.tuning import LaunchShape
 
-from tests.kernels.oracle import DEVICE, checked, in_form, normal, states_and_head
+from tests.kernels.oracle import DEVICE, check_probe, in_form, normal, states_and_head
 
 ON_A_GPU = {*tuning.AUTOTUNED, tuning.SMALL_HEAD, tuning.FP32_HEAD}
 SHAPES = sorted(ON_A_GPU if DEVICE == "cuda" else {*ON_A_GPU, tuning.INTERPRETED})
@@ -32,7 +32,7 @@ def test_every_shape_gives_the_same_result(shape, dtype, form, monkeypatch):
     head, options = in_form(form, head, width=299, head_bias=normal(700, dtype=dtype))
     after = {"soft_cap": 8.0, "scale": 1.5}
     monkeypatch.setattr(tuning, "fixed_shape", lambda *arguments: shape)
-    checked(hidden, head, {**options, **after, "norm": None}, "triton")
+    check_probe(hidden, head, {**options, **after, "norm": None}, "triton")
 
 
 @pytest.mark.parametrize("most", [1, 2, 20, 64, 256])

@@ -258,7 +258,7 @@ class Admission:
         if self.is_recording:
             return False
         if self._settings.exit_script is not None:
-            return self._scripted_tag(resolved) != FULL_DEPTH
+            return self._scripted_row(resolved) != FULL_DEPTH
         epsilon = resolved.settings.adainfer_epsilon
         return may_decide and (self._settings.epsilon if epsilon is None else epsilon) != 0
 
@@ -304,7 +304,7 @@ class Admission:
         """See `Admitted.threshold_row`; `name` is the request's policy."""
         settings = resolved.settings
         if self._settings.exit_script is not None:
-            return self._scripted_tag(resolved)
+            return self._scripted_row(resolved)
         if name is None:
             return FULL_DEPTH
         level = self._default_level[name]
@@ -324,7 +324,7 @@ class Admission:
         row = self._configs[name].threshold_row(level, question)
         return FULL_DEPTH if row is None else self._first_row[name] + row
 
-    def _scripted_tag(self, resolved: Resolved) -> int:
+    def _scripted_row(self, resolved: Resolved) -> int:
         """Index of the exit point that a request names, if the script's labels can answer it."""
         layer, script = resolved.settings.adainfer_exit, self._settings.exit_script or ()
         if layer is not None and layer not in script:
