@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from vllm_adainfer.artifact.config import ArtifactConfig, Label, Level
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Label, Level
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
 from vllm_adainfer.artifact.kinds import features_of_risk

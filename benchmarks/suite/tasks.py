@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from benchmarks.suite.hub import Hub, Part, hub_rows
-from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import (
     Example,

@@ -19,7 +19,7 @@ from tests.e2e.scripted import parts, running_of
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
-from vllm_adainfer.artifact.config import Choice, Label
+from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.engine.runner import adapters as adapter_files
 from vllm_adainfer.engine.runner.build_loop import monitors_of, policies_of
 from vllm_adainfer.errors import AdaInferError

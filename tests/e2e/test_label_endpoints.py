@@ -23,7 +23,7 @@ from tests.e2e.test_label_pool import CLOSE, TIE, expected
 from tests.e2e.test_serve import FLAGS, by_policy, environment, post, wait_for_counters
 from tests.families import SHAPE
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
-from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.exits.accounting.report import INTERVAL
 from vllm_adainfer.offline.calibration.data.batch_files import read_requests
 from vllm_adainfer.offline.calibration.data.examples import Row, read_rows

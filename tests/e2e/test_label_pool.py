@@ -15,7 +15,7 @@ from tests.conftest import tiny_engine
 from tests.e2e.oracle import hidden_states
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
-from vllm_adainfer.artifact.config import Label, Question
+from vllm_adainfer.artifact.fields import Label, Question
 
 POOL = tuple(Label(name=f"label {token}", token_id=token) for token in (40, 7, 300, 12, 999, 5))
 IDS = [label.token_id for label in POOL]

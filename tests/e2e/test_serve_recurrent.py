@@ -29,7 +29,7 @@ from tests.e2e.test_label_endpoints import (
 from tests.e2e.test_serve import environment, post, wait_for_counters
 from tests.families import tiny_checkpoint
 from tests.tiny import EXIT_POINTS, served_fingerprint, tiny_artifact, tiny_config, tiny_tensors
-from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.fields import Label
 
 FLAGS = (
     "--dtype", "bfloat16", "--language-model-only", "--enforce-eager", "--max-model-len", "512",

@@ -11,7 +11,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.admitted import admitted, resolved, row_of
 from tests.tiny import tiny_artifact, tiny_config
-from vllm_adainfer.artifact.config import MOST_ANSWERS
+from vllm_adainfer.artifact.fields import MOST_ANSWERS
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.admission import traffic_sample as sample
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, NOT_RECORDED, Admission

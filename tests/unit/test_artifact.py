@@ -15,7 +15,8 @@ from transformers import LlamaConfig
 from tests.families import FAMILIES, SHAPE
 from tests.tiny import tiny_config, tiny_tensors
 from vllm_adainfer.artifact import files as module
-from vllm_adainfer.artifact.config import ArtifactConfig, Label
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import (
     CALIBRATION_FILE,
     CARD_FILE,

@@ -21,7 +21,8 @@ from tests.byte_model import SETS, byte_tokenizer
 from tests.tiny import tiny_artifact
 from tests.unit.readings import views_as_it_decides
 from tests.unit.test_make_policy import HF_CONFIG, LAYERS, SPLIT, recording_of
-from vllm_adainfer.artifact.config import ArtifactConfig, Choice, Label
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.cli.calibrate import choice_texts
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.tiny import tiny_artifact, tiny_config, tiny_tensors
-from vllm_adainfer.artifact.config import Choice, Label
+from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.artifact.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import tiny_config
-from vllm_adainfer.artifact.config import Level
+from vllm_adainfer.artifact.fields import Level
 from vllm_adainfer.offline.reports.describe import describe
 
 DETAILS: dict[str, Any] = {

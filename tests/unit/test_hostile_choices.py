@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from vllm.v1.structured_output.utils import choice_as_grammar
 
-from vllm_adainfer.artifact.config import MOST_CHOICE_CHARACTERS, MOST_CHOICES
+from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS, MOST_CHOICES
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 
 SIZES = [1 << power for power in (10, 13, 16, 19, 20)]  # in characters, or in choices

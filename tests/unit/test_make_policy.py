@@ -11,7 +11,7 @@ import pytest
 import torch
 from adainfer_kernels import Head, Norm
 
-from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import Moments

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.values import MutexValue
 
 from tests.tiny import tiny_config
-from vllm_adainfer.artifact.config import Adapter
+from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES
 from vllm_adainfer.frontend.metrics import EngineMetrics, Series
 from vllm_adainfer.policy.probabilities import MOVES

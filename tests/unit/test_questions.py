@@ -14,7 +14,8 @@ from tests.admitted import resolved, row_of
 from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
 from tests.unit.test_label_pool import EPSILON, POOL, calibrated
 from tests.unit.test_make_policy import HF_CONFIG, SPLIT
-from vllm_adainfer.artifact.config import ArtifactConfig, Label, Question
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Label, Question
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.label_subsets import bits_of
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission

@@ -16,7 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.structured_output.utils import choice_as_grammar
 
-from vllm_adainfer.artifact.config import MOST_CHOICE_CHARACTERS, MOST_CHOICES, Choice
+from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS, MOST_CHOICES, Choice
 from vllm_adainfer.engine.compat.scheduler import expect_more_tokens, sampled_tokens
 from vllm_adainfer.engine.scheduler import rest_of_choice
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer

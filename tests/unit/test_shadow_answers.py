@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_artifact, tiny_config
-from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.runner.build_loop import monitor_of
 from vllm_adainfer.engine.startup.banner import policy_banner

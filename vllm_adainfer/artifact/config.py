@@ -5,12 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from vllm_adainfer.artifact.fields import (
+    MOST_ANSWERS,
+    MOST_CHOICE_CHARACTERS,
+    MOST_CHOICES,
+    Adapter,
+    Choice,
+    Label,
+    LastToken,
+    Level,
+    Question,
+    Strict,
+    TokenId,
+    token_columns,
+)
 from vllm_adainfer.artifact.kinds import (
+    LABEL_HEADS,
     BoundKind,
     Candidates,
     ClassifierKind,
@@ -21,12 +36,8 @@ from vllm_adainfer.artifact.kinds import (
 from vllm_adainfer.artifact.label_subsets import MOST_LABELS
 from vllm_adainfer.errors import AdaInferError
 
-# Limits of a policy. A request that names more than this cannot match one, so it is not examined.
-MOST_ANSWERS = 1024  # label tokens
-MOST_CHOICES = 256
-MOST_CHOICE_CHARACTERS = 16_384  # of all choices together
-
-TokenId = Annotated[int, Field(ge=0)]
+T = TypeVar("T")
+LAST_TOKEN = "last-token"  # the part of a pooled policy for prompts it cannot see as a whole
 
 
 def are_exit_points(points: Sequence[int], layers: int) -> bool:
@@ -35,80 +46,13 @@ def are_exit_points(points: Sequence[int], layers: int) -> bool:
     return bool(points) and inside and sorted(set(points)) == list(points)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Label(_Strict):
-    """A label and the token that stands for it: the first one after the prompt."""
-
-    name: str
-    token_id: TokenId
-
-
-class Choice(_Strict):
-    """A text that requests with ``structured_outputs.choice`` choose from."""
-
-    text: str = Field(min_length=1)
-    token_ids: tuple[TokenId, ...] = Field(
-        min_length=1, description="The text as the tokenizer encodes it."
-    )
-    first_tokens: tuple[TokenId, ...] = Field(
-        description="The first tokens that rule out every other choice. The label's token comes "
-        "first. Empty if no first token decides on this choice."
-    )
-
-
-def token_columns(choices: Sequence[Choice], undecided: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The first tokens of each label; the `undecided` tokens come last, if there are any.
-
-    A choice without first tokens has no label.
-    """
-    return [tokens for tokens in (*(one.first_tokens for one in choices), undecided) if tokens]
-
-
-class Level(_Strict):
-    """One certified row of the epsilon table: a bound, its risk and its savings."""
-
-    epsilon: float = Field(gt=0, lt=1)
-    disagreement: float = Field(description="On the held-out rows.")
-    risk: float = Field(description="Mean loss on the held-out rows; see `ArtifactConfig.risk`.")
-    bound: float = Field(description="Upper confidence bound on the risk, <= epsilon.")
-    layers_saved: float = Field(description="Share of layers skipped on the held-out rows.")
-
-
-class Question(_Strict):
-    """A question in the calibration data."""
-
-    name: str
-    ends: tuple[Annotated[tuple[TokenId, ...], Field(min_length=1)], ...] = Field(
-        min_length=1, description="Token ids that its prompts end with, one row per wording."
-    )
-    certified: tuple[float, ...] = Field(
-        default=(), description="Epsilons certified for this question alone, with `by_question`."
-    )
-
-
-class Adapter(_Strict):
-    """The LoRA adapter that a policy was calibrated with.
-
-    Attributes:
-        name: the name that requests use for the adapter.
-        fingerprint: see `vllm_adainfer.artifact.fingerprints.adapter_fingerprint`.
-
-    """
-
-    name: str = Field(min_length=1)
-    fingerprint: str
-
-
-class ArtifactConfig(_Strict):
+class ArtifactConfig(Strict):
     """The model and requests that a policy is for, and the bounds it was certified for.
 
     Probes: "lens" is the tuned lens (Belrose et al. 2023, arXiv 2303.08112), an affine map fitted
     at each exit point in front of the model's own final norm and LM head; "logit-lens" applies
     those two without a map; "label-head" is a linear head on the hidden state with one row for each
-    label.
+    label; "pooled-label-head" reads the mean of the states of all tokens of the prompt beside it.
     """
 
     schema_version: Literal[1] = 1
@@ -128,6 +72,17 @@ class ArtifactConfig(_Strict):
         min_length=1, description="The numbers of layers after which a request may exit."
     )
     probe: ProbeKind
+    pooled_from: int | None = Field(
+        None,
+        ge=1,
+        description="The position from which on a pooled-label-head takes the mean: earlier tokens "
+        "are the same in all prompts, or attract attention without meaning (the first).",
+    )
+    last_token: LastToken | None = Field(
+        None,
+        description="With a pooled-label-head, the heads for requests of which some tokens came "
+        "from the prefix cache; without them, such a request runs all layers.",
+    )
     candidates: Candidates = Field(description="The tokens that the probe scores.")
     labels: tuple[Label, ...] = Field(default=(), max_length=MOST_ANSWERS)
     features: tuple[str, ...]
@@ -178,13 +133,14 @@ class ArtifactConfig(_Strict):
         broken = [rule for rule, holds in self._rules().items() if not holds]
         if broken:
             raise ValueError(broken[0])
+        self.parts("")  # which validates them
         return self
 
     def _rules(self) -> dict[str, bool]:
         """What the fields must satisfy together, in words, and whether they do."""
         labels, pool, choices = self.labels, self.label_pool, bool(self.choices)
         probabilities, features = self.risk == "probability", features_of_risk(self.risk)
-        head = self.probe == "label-head"
+        head, pooled = self.has_label_heads, self.is_pooled
         special = probabilities or pool or choices
         columns = token_columns(self.choices, self.undecided)
         tokens = [t for column in columns for t in column] if choices else self.label_ids
@@ -197,6 +153,8 @@ class ArtifactConfig(_Strict):
             'candidates = "labels" needs labels': bool(labels) or self.candidates != "labels",
             'labels need candidates = "labels"': not labels or self.candidates == "labels",
             "there is nothing to decide among fewer than two labels": len(labels) != 1,
+            "a pooled-label-head needs pooled_from": pooled == (self.pooled_from is not None),
+            "last_token goes with a pooled-label-head": pooled or self.last_token is None,
             "a label-head needs labels": bool(labels) or not head,
             "token ids must be below vocab_size": max(tokens, default=0) < self.vocab_size,
             "each label needs a token id of its own": len(set(tokens)) == len(tokens),
@@ -227,6 +185,47 @@ class ArtifactConfig(_Strict):
                 epsilons.issuperset(own) for own in certified
             ),
         }
+
+    @property
+    def has_label_heads(self) -> bool:
+        """Whether the probes score the labels alone, without the model's head."""
+        return self.probe in LABEL_HEADS
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the probes read the whole prompt."""
+        return self.probe == "pooled-label-head"
+
+    @property
+    def all_exit_points(self) -> tuple[int, ...]:
+        """The exit points of all parts, ascending."""
+        return tuple(
+            sorted({point for part in self.parts("").values() for point in part.exit_points})
+        )
+
+    def parts(self, name: str) -> dict[str, ArtifactConfig]:
+        """The policies that this config describes, each on its own, by name.
+
+        One of this `name`; of a pooled policy also that of its heads for the last token.
+        """
+        own = self.last_token
+        if own is None:
+            return {name: self}
+        alone: dict[str, Any] = {
+            "probe": "label-head",
+            "pooled_from": None,
+            "last_token": None,
+            "exit_points": own.exit_points,
+            "levels": own.levels,
+        }
+        if self.by_question:
+            alone["questions"] = [
+                question.model_copy(update={"certified": own.certified[question.name]})
+                for question in self.questions
+                if question.name in own.certified
+            ]
+        last = ArtifactConfig.model_validate({**dict(self), **alone})
+        return {name: self, f"{name}:{LAST_TOKEN}": last}
 
     @property
     def label_ids(self) -> tuple[int, ...]:
@@ -329,6 +328,29 @@ class Artifact:
     config: ArtifactConfig
     tensors: dict[str, Tensor]
     digest: str = ""
+
+    def parts(self, name: str) -> dict[str, Artifact]:
+        """The policies of this artifact, each on its own, by name; see `ArtifactConfig.parts`."""
+        return {
+            part: Artifact(config, tensors_of_part(self.tensors, part != name), self.digest)
+            for part, config in self.config.parts(name).items()
+        }
+
+
+def tensors_of_part(tensors: Mapping[str, T], last_token: bool) -> dict[str, T]:
+    """The tensors of one of an artifact's parts, by their names in an artifact of its own."""
+    prefix = f"{LAST_TOKEN}."
+    if last_token:
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+
+
+W = TypeVar("W", Artifact, ArtifactConfig)
+
+
+def all_parts(wholes: Mapping[str, W]) -> dict[str, W]:
+    """The parts of several artifacts, or of their configs, by name."""
+    return {part: one for name, whole in wholes.items() for part, one in whole.parts(name).items()}
 
 
 def digest_of(artifacts: Mapping[str, Artifact]) -> int:

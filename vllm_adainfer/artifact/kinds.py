@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-ProbeKind = Literal["lens", "label-head", "logit-lens"]
+ProbeKind = Literal["lens", "label-head", "pooled-label-head", "logit-lens"]
+LABEL_HEADS: tuple[ProbeKind, ...] = ("label-head", "pooled-label-head")
 ClassifierKind = Literal["svm", "logreg", "threshold", "crf"]
 Risk = Literal["disagreement", "accuracy", "probability"]
 BoundKind = Literal["exact", "wsr"]

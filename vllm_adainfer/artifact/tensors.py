@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.errors import AdaInferError
 
 UNREADABLE = (OSError, RuntimeError, SafetensorError)  # RuntimeError: more than can be mapped
@@ -69,6 +69,16 @@ def expected_shapes(
 
     The shapes `found` tell how long the shortlist is, and which lenses are of low rank.
     """
+    own, *others = config.parts("").values()
+    shapes = _shapes_of_part(own, found)
+    for part in others:
+        shapes |= {f"{LAST_TOKEN}.{n}": s for n, s in _shapes_of_part(part, found).items()}
+    return shapes
+
+
+def _shapes_of_part(
+    config: ArtifactConfig, found: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     hidden, labels = config.hidden_size, len(config.labels)
     head_rows = labels + (config.risk == "probability")  # the last is for the label mass
     shapes: dict[str, tuple[int, ...]] = {
@@ -78,12 +88,12 @@ def expected_shapes(
     if config.candidates == "shortlist":
         scored = (found.get("shortlist") or (0,))[0]
         shapes["shortlist"] = (scored,)
-    if config.probe != "label-head" and config.candidates != "full":
+    if not config.has_label_heads and config.candidates != "full":
         shapes["head_rows"] = (scored, config.head_size or hidden)
     for layer in config.exit_points:
         shapes[f"exit.{layer}.classifier"] = served_shape(config.classifier, len(config.features))
-        if config.probe == "label-head":
-            shapes[f"exit.{layer}.head_weight"] = (head_rows, hidden)
+        if config.has_label_heads:
+            shapes[f"exit.{layer}.head_weight"] = (head_rows, hidden * (1 + config.is_pooled))
             shapes[f"exit.{layer}.head_bias"] = (head_rows,)
         elif config.probe == "lens":
             up = found.get(f"exit.{layer}.lens_up")

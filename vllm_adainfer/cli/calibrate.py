@@ -46,9 +46,10 @@ def calibrate(
     probe: Annotated[
         ProbeChoice,
         typer.Option(
-            help="How an exit point reads the answer: label-head (a ridge regression on the "
-            "labels), lens (a tuned lens) or logit-lens (the model's own head); auto takes "
-            "label-head with --labels or --choices, else lens."
+            help="How an exit point reads the answer: label-head (a ridge regression from the last "
+            "token's state to the labels), pooled-label-head (from the mean over the prompt, too), "
+            "lens (a tuned lens) or logit-lens (the model's own head); auto takes the faster "
+            "label head with --labels or --choices, else lens."
         ),
     ] = "auto",
     classifier: Annotated[
@@ -59,7 +60,7 @@ def calibrate(
         ),
     ] = "svm",
     exit_points: Annotated[
-        str, typer.Option(help="Layers such as 12,18,24; auto chooses up to four.")
+        str, typer.Option(help="Layers such as 12,18,24; auto chooses up to eight.")
     ] = "auto",
     epsilon: Annotated[
         float, typer.Option(min=0.0001, max=0.5, help="The bound on the risk.")

@@ -43,7 +43,7 @@ class WithExitStats(_Manager):
             return
         depth = model.hf_text_config.num_hidden_layers
         configs = served_configs(vllm_config, settings)
-        points = {point for config in configs.values() for point in config.exit_points}
+        points = {point for config in configs.values() for point in config.all_exit_points}
         series = Series((*sorted(points.union(settings.fixed_exit_points)), depth))
         for index in self.engine_indexes:
             self._metrics[index] = EngineMetrics(series, model.served_model_name, index, configs)

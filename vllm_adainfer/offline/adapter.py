@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from vllm_adainfer.artifact.config import Adapter, ArtifactConfig
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.fingerprints import ADAPTER_CONFIG, adapter_fingerprint
 from vllm_adainfer.errors import AdaInferError
 

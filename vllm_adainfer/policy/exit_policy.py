@@ -64,7 +64,8 @@ class UndecidedRows:
     """Rows at an exit point for a policy to decide.
 
     Attributes:
-        hidden: [rows, hidden size], the residual stream.
+        hidden: [rows, hidden size], the residual stream; for a pooled policy fp32 [rows, 2 x hidden
+            size], the normed state of the last token and the mean of those of the prompt.
         threshold_rows: int64 [rows], the row of the policy's thresholds that applies to each.
         memory: `Decision.memory` of these rows from the previous exit point; None at the first.
         subsets: int64 [rows], the labels that each row's request names, as bits; None if no policy
@@ -84,11 +85,13 @@ class ExitPolicy(ABC):
     Attributes:
         exit_points: layers after which the exit loop calls `decide`, ascending.
         num_threshold_rows: the number of threshold rows: one per level, or per level and question.
+        is_pooled: whether it reads the whole prompt, not the state of its last token alone.
 
     """
 
     exit_points: tuple[int, ...]
     num_threshold_rows: int
+    is_pooled: bool = False
 
     @abstractmethod
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
@@ -119,6 +122,7 @@ class CalibratedPolicy(ExitPolicy):
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.exit_points = config.exit_points
         self.num_threshold_rows = config.num_threshold_rows
+        self.is_pooled = config.is_pooled
         self.answer_ids = tensors.get("shortlist")
         self._scores: type[EarlyScores] = ShortlistScores
         if config.candidates == "labels":
@@ -137,7 +141,7 @@ class CalibratedPolicy(ExitPolicy):
                 for name, tensor in tensors.items()
                 if name.startswith(prefix)
             }
-            if logit_lens is None or config.probe == "label-head":
+            if logit_lens is None or config.has_label_heads:
                 head = Head(own["head_weight"], own["head_bias"])
                 self._probes.append(Probe(head, token_ids=self.answer_ids))
             else:

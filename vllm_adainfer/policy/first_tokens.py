@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_adainfer.artifact.config import Choice, token_columns
+from vllm_adainfer.artifact.fields import Choice, token_columns
 
 
 @dataclass(frozen=True)

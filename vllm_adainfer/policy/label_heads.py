@@ -25,7 +25,7 @@ class LabelHead:
     the whole vocabulary's probability).
 
     Attributes:
-        weight: fp32 [labels or labels + 1, hidden size].
+        weight: fp32 [labels or labels + 1, hidden size, or twice that for a pooled head].
         bias: fp32 [labels or labels + 1].
         token_ids: int64 [labels].
 
@@ -51,7 +51,7 @@ class LabelHead:
         return self.weight.nbytes + self.bias.nbytes
 
     def score(self, hidden: Tensor, subsets: Tensor | None = None) -> Tensor:
-        """Scores fp32 [rows, labels or labels + 1] of states [rows, hidden size].
+        """Scores fp32 [rows, labels or labels + 1] of states, see `UndecidedRows.hidden`.
 
         `subsets`, bool [rows, labels], are the labels that each row's request names; others get
         -inf. None: all.
@@ -72,6 +72,7 @@ class LabelHeadPolicy(ExitPolicy):
         config = artifact.config
         self.exit_points = config.exit_points
         self.num_threshold_rows = config.num_threshold_rows
+        self.is_pooled = config.is_pooled
         self.answer_ids = torch.tensor(config.label_ids, device=device)
         self._columns = torch.arange(len(config.labels), device=device)
         self._pool = config.label_pool

@@ -24,7 +24,7 @@ def policy_of(
     """The policy of an artifact.
 
     Args:
-        artifact: the artifact, with its tensors.
+        artifact: the artifact, or one of its parts, with its tensors.
         device: the device of the rows it decides.
         logit_lens: that of the served model, with its LM head (None) or with the rows given,
             [n, head size].
@@ -37,6 +37,6 @@ def policy_of(
     if artifact.config.choices:
         return ChoicePolicy(artifact, device)
     lens = None
-    if artifact.config.probe != "label-head":
+    if not artifact.config.has_label_heads:
         lens = logit_lens(artifact.tensors.get("head_rows"))
     return CalibratedPolicy(artifact, lens, device)

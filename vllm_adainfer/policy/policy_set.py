@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from vllm_adainfer.arrays import Ints
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -55,6 +55,8 @@ class PolicySet:
         points = {point for policy in self.policies for point in policy.exit_points}
         self.exit_points = tuple(sorted(points) if exit_points is None else exit_points)
         counts = [policy.num_threshold_rows for policy in self.policies]
+        # By owner; the last entry is that of `NO_POLICY`.
+        self._is_pooled = np.array([*(policy.is_pooled for policy in self.policies), False])
         self._first = np.array(first_threshold_rows(counts))
         # Indexed by threshold row; the last entry serves -1, of requests that may not exit.
         self._owner = np.repeat(np.arange(len(counts) + 1), [*counts, 1])
@@ -67,6 +69,11 @@ class PolicySet:
             for point in self.exit_points
         ]
 
+    @property
+    def has_pooled(self) -> bool:
+        """Whether any policy is pooled."""
+        return bool(self._is_pooled.any())
+
     def owners(self, threshold_rows: Ints) -> Ints:
         """The policy of each threshold row, as an index into `names`."""
         owners: Ints = self._owner[threshold_rows]
@@ -76,6 +83,12 @@ class PolicySet:
         """Each row's number within its policy; none may be that of `NO_POLICY`."""
         own: Ints = threshold_rows - self._first[owners]
         return own
+
+    def pooled_at(self, exit_index: int, owners: Ints) -> Bools:
+        """Whether each of `owners` is pooled and has this exit point."""
+        here = [index in self._at[exit_index] for index in range(len(self.names))]
+        pooled: Bools = (self._is_pooled & here)[owners]
+        return pooled
 
     def rows_by_policy(self, exit_index: int, owners: Ints) -> Iterator[PolicyRows]:
         """For each policy with rows to decide at an exit point, those rows; `owners` is [rows]."""

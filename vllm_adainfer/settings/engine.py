@@ -152,8 +152,9 @@ class Settings(Switch, SwitchInstruments):
     def _has_one_source(self) -> Settings:
         instruments = self.record, self.exit_script
         if instruments == (None, None):
-            if self.record_lens is not None:
-                raise ValueError('"record_lens" goes with "record": give both, or neither')
+            for key in "record_lens", "record_pooled_from":
+                if getattr(self, key) is not None:
+                    raise ValueError(f'"{key}" goes with "record": give both, or neither')
             return self
         if self.artifact is not None or None not in instruments:
             raise ValueError(

@@ -28,6 +28,8 @@ class SwitchInstruments(BaseModel):
         record: instead of an artifact, the layers after which to keep the hidden states of sampled
             tokens, at full depth. `calibrate` sets it.
         record_lens: with `record`, the sums for a tuned lens at all of these layers but the last.
+        record_pooled_from: with `record`, the position from which on to take the mean of the states
+            of each prompt, at all of these layers but the last.
         exit_script: instead of an artifact, exit points; a request leaves at the one that its
             ``adainfer_exit`` names, with a meaningless answer. Benchmarks and tests set it.
 
@@ -35,6 +37,7 @@ class SwitchInstruments(BaseModel):
 
     record: tuple[int, ...] | None = None
     record_lens: LensRecord | None = None
+    record_pooled_from: int | None = Field(None, ge=1)
     exit_script: tuple[int, ...] | None = None
 
 

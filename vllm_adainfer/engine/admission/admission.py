@@ -9,10 +9,11 @@ get that record, and add what only they know: the adapters as loaded and the pol
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.config import ArtifactConfig, all_parts
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.engine.admission.policies import Policies
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-FULL_DEPTH = NOT_RECORDED = -1
+FULL_DEPTH = NOT_RECORDED = NOT_POOLED = -1
 OPTED_OUT = RequestSettings.model_validate({EXIT_ARG: 0})
 SCRIPTED_OUTPUT = RequestedOutput(OutputKind.TOKEN, frozenset(SCRIPT_LABELS))
 # Structured outputs backends whose grammars can tell whether they would accept further tokens.
@@ -60,6 +61,9 @@ class Admitted:
             without a label pool.
         certified_tokens: how many of its first tokens its policy's bound covers.
         has_choice_policy: whether a policy for choices decides it.
+        pooled_from: the position from which on its policy pools its prompt; `NOT_POOLED` if it
+            reads the last token alone, or if the prompt is not longer.
+        last_token_row: the row of the thresholds if the prompt cannot be pooled as a whole.
         prompt: token ids of its prompt.
         adapter: its LoRA adapter; None for the base model.
         record_row: its line of the calibration data; `NOT_RECORDED` if it has none.
@@ -71,6 +75,8 @@ class Admitted:
     subset: int
     certified_tokens: int
     has_choice_policy: bool
+    pooled_from: int
+    last_token_row: int
     prompt: Sequence[int]
     adapter: LoRARequest | None
     record_row: int
@@ -84,6 +90,7 @@ class Admission:
         is_recording: whether the engine records hidden states for calibration.
         has_pools: whether any policy has a label pool.
         has_choices: whether any policy is for choices.
+        has_pooled: whether any policy reads whole prompts, or the engine records them.
         may_serve_choices: whether any policy is for choices, or one may be loaded with an adapter.
 
     """
@@ -121,16 +128,20 @@ class Admission:
         self.is_recording = settings.record is not None
         self.has_pools = any(config.label_pool for config in configs.values())
         self.has_choices = any(config.choices for config in configs.values())
+        self.has_pooled = settings.record_pooled_from is not None or any(
+            config.is_pooled for config in configs.values()
+        )
         self.may_serve_choices = self.has_choices or settings.exit_points is not None
-        firsts = first_threshold_rows(config.num_threshold_rows for config in configs.values())
-        self._first_row = dict(zip(configs, firsts, strict=True))
-        self._default_level = {
-            name: config.level_of(settings.epsilon) for name, config in configs.items()
-        }
+        self._parts = all_parts(configs)
+        self._parts_of = {name: tuple(config.parts(name)) for name, config in configs.items()}
+        firsts = first_threshold_rows(part.num_threshold_rows for part in self._parts.values())
+        self._first_row = dict(zip(self._parts, firsts, strict=True))
+        for config in configs.values():
+            config.level_of(settings.epsilon)  # which raises what is said above
         self._known = {
-            name: KnownQuestions(question.ends for question in config.questions)
-            for name, config in configs.items()
-            if config.by_question or settings.requests == "known"
+            name: KnownQuestions(question.ends for question in part.questions)
+            for name, part in self._parts.items()
+            if part.by_question or settings.requests == "known"
         }
 
     @classmethod
@@ -289,31 +300,56 @@ class Admission:
         name = self.policies.select(resolved, self.policies.for_adapter(adapter, fingerprint))
         config = None if name is None else self._configs[name]
         record_row = resolved.settings.adainfer_row if self.is_recording else None
+        row, last_token_row = self._threshold_rows(resolved, name, prompt)
+        pooled_from = self._settings.record_pooled_from
+        if config is not None:
+            pooled_from = config.pooled_from
+        if pooled_from is not None and pooled_from >= len(prompt):
+            pooled_from, row = None, last_token_row
         return Admitted(
             resolved=resolved,
-            threshold_row=self._threshold_row(resolved, name, prompt),
+            threshold_row=row,
             subset=ALL if config is None else _subset(resolved.output, config),
             certified_tokens=UNLIMITED if config is None else config.max_tokens,
             has_choice_policy=config is not None and bool(config.choices),
+            pooled_from=NOT_POOLED if pooled_from is None else pooled_from,
+            last_token_row=last_token_row,
             prompt=prompt,
             adapter=adapter,
             record_row=NOT_RECORDED if record_row is None else record_row,
         )
 
-    def _threshold_row(self, resolved: Resolved, name: str | None, prompt: Sequence[int]) -> int:
-        """See `Admitted.threshold_row`; `name` is the request's policy."""
-        settings = resolved.settings
+    def _threshold_rows(
+        self, resolved: Resolved, name: str | None, prompt: Sequence[int]
+    ) -> tuple[int, int]:
+        """`Admitted.threshold_row` and `Admitted.last_token_row`; `name` is the policy."""
         if self._settings.exit_script is not None:
-            return self._scripted_row(resolved)
+            return self._scripted_row(resolved), FULL_DEPTH
         if name is None:
-            return FULL_DEPTH
-        level = self._default_level[name]
-        if settings.adainfer_epsilon is not None:
-            try:
-                level = self._configs[name].level_of(settings.adainfer_epsilon)
-            except AdaInferError as error:
-                logger.warning_once("a request runs at full depth: %s", str(error))
-                return FULL_DEPTH
+            return FULL_DEPTH, FULL_DEPTH
+        epsilon = resolved.settings.adainfer_epsilon
+        if epsilon is None:
+            epsilon = self._settings.epsilon
+        whole, *last_token = self._parts_of[name]
+        row = last_token_row = FULL_DEPTH
+        try:
+            row = self._row_of_part(whole, epsilon, prompt)
+        except AdaInferError as error:
+            logger.warning_once("a request runs at full depth: %s", str(error))
+        for part in last_token:
+            with suppress(AdaInferError):  # it may certify fewer epsilons
+                last_token_row = self._row_of_part(part, epsilon, prompt)
+        return row, last_token_row
+
+    def _row_of_part(self, name: str, epsilon: float | None, prompt: Sequence[int]) -> int:
+        """The row of the thresholds for a prompt, in one part of a policy.
+
+        Raises:
+            AdaInferError: the part does not certify `epsilon`.
+
+        """
+        part = self._parts[name]
+        level = part.level_of(epsilon)
         if level < 0:
             return FULL_DEPTH
         question = None
@@ -321,7 +357,7 @@ class Admission:
             question = self._known[name].asked_by(prompt)
             if question is None:
                 return FULL_DEPTH
-        row = self._configs[name].threshold_row(level, question)
+        row = part.threshold_row(level, question)
         return FULL_DEPTH if row is None else self._first_row[name] + row
 
     def _scripted_row(self, resolved: Resolved) -> int:

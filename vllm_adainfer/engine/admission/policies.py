@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.artifact.config import Adapter, ArtifactConfig
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.engine.admission.requested_output import (
     OutputKind,
     RequestedOutput,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_adainfer.artifact.config import MOST_CHOICE_CHARACTERS, MOST_CHOICES
+from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS, MOST_CHOICES
 
 ROOT = "root ::= "
 BETWEEN = " | "

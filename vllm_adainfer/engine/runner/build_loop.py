@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 
-from vllm_adainfer.artifact.config import Artifact, ArtifactConfig, digest_of
+from vllm_adainfer.artifact.config import Artifact, ArtifactConfig, all_parts, digest_of
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, broadcast_from_rank0, same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.batch import StackShape
@@ -20,7 +20,7 @@ from vllm_adainfer.exits.recording.recorder import Recorder, TunedLensSums
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.monitoring.monitor import AnswerMonitor, Monitor
 from vllm_adainfer.monitoring.text_monitor import TextMonitor
-from vllm_adainfer.policy.load_policy import policy_of
+from vllm_adainfer.policy.load_policy import Policy, policy_of
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
@@ -80,7 +80,12 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
     if settings.record is not None:
         recorder = _recorder(settings.record, settings.record_lens)
         shape = model.cut_stack(recorder.layers, vllm_config)
-        return RecordingLoop(shape, recorder, vllm_config.model_config.is_hybrid)
+        return RecordingLoop(
+            shape,
+            recorder,
+            keeps_states=vllm_config.model_config.is_hybrid,
+            reads_prompts=settings.record_pooled_from is not None,
+        )
     if not same_on_all_ranks(digest_of(model.artifacts)):
         raise AdaInferError(RANKS_DIFFER)
     return ExitLoop(
@@ -107,20 +112,25 @@ def policies_of(model: LoadedModel, cuts: tuple[int, ...]) -> PolicySet:
     if exit_script is not None:
         script = ScriptedPolicy(exit_script, model.hidden_size, model.device)
         return PolicySet({DEFAULT_POLICY: script}, cuts)
-    return PolicySet(
-        {
-            name: policy_of(artifact, model.device, model.logit_lens)
-            for name, artifact in model.artifacts.items()
-        },
-        cuts,
-    )
+    return PolicySet(policies_of_artifacts(model.artifacts, model), cuts)
+
+
+def policies_of_artifacts(
+    artifacts: Mapping[str, Artifact], model: LoadedModel
+) -> dict[str, Policy]:
+    """The policies of all parts of `artifacts`, by name."""
+    return {
+        name: policy_of(artifact, model.device, model.logit_lens)
+        for name, artifact in all_parts(artifacts).items()
+    }
 
 
 def monitors_of(model: LoadedModel) -> dict[str, Monitor]:
     """The monitor of each policy, by name; empty without a shadow rate."""
     if not model.settings.shadow_rate:
         return {}
-    return {name: monitor_of(artifact.config) for name, artifact in model.artifacts.items()}
+    parts = all_parts({name: artifact.config for name, artifact in model.artifacts.items()})
+    return {name: monitor_of(config) for name, config in parts.items()}
 
 
 def monitor_of(config: ArtifactConfig) -> Monitor:

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec, iter_layer_specs
 
 from vllm_adainfer.arrays import Bools, Ints
-from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission, Admitted
+from vllm_adainfer.engine.admission.admission import FULL_DEPTH, NOT_POOLED, Admission, Admitted
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved, resolved_of
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters
 from vllm_adainfer.exits.accounting.report import INTERVAL, StepNote, snapshot_of
@@ -128,6 +128,7 @@ class RunningRequests:
         last = computed + query_lens - 1
         prompt = np.array([len(request.prompt) for request in admitted])
         rows = np.array([request.threshold_row for request in admitted])
+        pooled_from = self._whole_prompts(admitted, request_ids, computed, rows)
         max_tokens = np.array([request.resolved.max_tokens for request in admitted])
         full_prefill = np.array([request.resolved.force_full_depth_prefill for request in admitted])
         rows[full_prefill & (computed < prompt)] = FULL_DEPTH
@@ -153,6 +154,8 @@ class RunningRequests:
         if tightened is not None:
             shadow = np.array([request.resolved.is_shadow for request in admitted])
             rows[tightened[rows] & ~shadow] = FULL_DEPTH
+        if pooled_from is not None and not self.admission.is_recording:
+            pooled_from[rows == FULL_DEPTH] = NOT_POOLED
         self._ran = StepContext(
             request_ids=request_ids,
             layout=RowLayout(query_lens, last),
@@ -161,12 +164,34 @@ class RunningRequests:
             continues=continues,
             is_shadow=shadow,
             subsets=subsets,
+            pooled_from=pooled_from,
             record_rows=record_rows,
             ends_early=chooses,
             all_rows_count=any(request.resolved.wants_prompt_logprobs for request in admitted),
             device=device,
         )
         return self._ran
+
+    def _whole_prompts(
+        self,
+        admitted: Sequence[Admitted],
+        request_ids: Sequence[str],
+        computed: Ints,
+        threshold_rows: Ints,
+    ) -> Ints | None:
+        """`StepContext.pooled_from`; None if nothing is pooled.
+
+        A request of which some rows that belong to the mean never ran gets the threshold row of its
+        policy's heads for the last token.
+        """
+        if not self.admission.has_pooled:
+            return None
+        pooled_from = np.array([request.pooled_from for request in admitted])
+        for place in np.flatnonzero((pooled_from >= 0) & (computed > pooled_from)).tolist():
+            if self._loop.carried.end(request_ids[place]) != computed[place]:
+                pooled_from[place] = NOT_POOLED
+                threshold_rows[place] = admitted[place].last_token_row
+        return pooled_from
 
     def adapters_of(self, step: StepContext) -> StepAdapters | None:
         """The adapters of a step's requests; None without LoRA."""

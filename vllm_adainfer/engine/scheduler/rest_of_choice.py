@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from vllm_adainfer.artifact.config import Choice
+from vllm_adainfer.artifact.fields import Choice
 from vllm_adainfer.engine.admission.requested_output import can_end_with_choice, requested_choices
 from vllm_adainfer.engine.compat.structured_outputs import accepts_all
 from vllm_adainfer.errors import AdaInferError

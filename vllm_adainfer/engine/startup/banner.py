@@ -28,6 +28,8 @@ def policy_banner(
         f"AdaInfer is on: policy {name}, {config.probe} probe after layers {points} of "
         f"{config.layers}, for {WHO[settings.requests]} for {_outputs(config)}"
     )
+    if config.is_pooled:
+        text += _if_partly_cached(config)
     if config.risk == "probability":
         text += _probabilities_served(config, logprobs_mode)
     level = config.level_of(settings.epsilon)
@@ -45,6 +47,15 @@ def policy_banner(
         f"(confidence {1 - config.delta:.0%}{_meaning(config)}), "
         f"{certified.layers_saved:.0%} of layers saved in calibration; kv {settings.kv}, {shadow}"
     )
+
+
+def _if_partly_cached(config: ArtifactConfig) -> str:
+    """What happens to requests that a pooled policy cannot read as a whole."""
+    own = config.last_token
+    if own is None:
+        return " (those with tokens of their own in the prefix cache run all layers)"
+    points = ", ".join(map(str, own.exit_points))
+    return f" (those with tokens of their own in the prefix cache: label-head after {points})"
 
 
 def capture_notice(capture: Capture) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.config import VllmConfig
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_adainfer.artifact.config import Adapter, Artifact
+from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.lora import adapter_directory
@@ -111,10 +112,10 @@ def _read_bundled(adapter: LoRARequest, model: Any) -> Artifact | None:
             f"{folder} was not calibrated with the adapter that it is bundled with: calibrate with "
             f"--lora {name}={folder.parent}, or remove it"
         )
-    if not set(config.exit_points) <= set(cuts):
+    if not set(config.all_exit_points) <= set(cuts):
         raise AdaInferError(
-            f"{folder} has exit points {list(config.exit_points)}, this engine only {list(cuts)}: "
-            'start it with "exit_points": [...], or calibrate with --exit-points '
+            f"{folder} has exit points {list(config.all_exit_points)}, this engine only "
+            f'{list(cuts)}: start it with "exit_points": [...], or calibrate with --exit-points '
             f"{','.join(map(str, cuts))}"
         )
     return replace(artifact, config=config.model_copy(update={"adapter": own}))

@@ -107,9 +107,9 @@ def check_replaces(
             f"policy {name} is for another LoRA adapter than before, or for other weights of it: "
             "restart the engine"
         )
-    if not set(new.exit_points) <= set(cuts):
+    if not set(new.all_exit_points) <= set(cuts):
         raise AdaInferError(
-            f"policy {name} has exit points {list(new.exit_points)}, this engine only "
+            f"policy {name} has exit points {list(new.all_exit_points)}, this engine only "
             f"{list(cuts)}: restart it, or calibrate with --exit-points {','.join(map(str, cuts))}"
         )
     new_texts, old_texts = ({c.text: c.token_ids for c in one.choices} for one in (new, old))

@@ -8,17 +8,18 @@ from typing import Any, TypeAlias
 
 from vllm.config import VllmConfig
 
-from vllm_adainfer.artifact.config import Artifact, digest_of
+from vllm_adainfer.artifact.config import Artifact, all_parts, digest_of
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.runner.build_loop import monitor_of
+from vllm_adainfer.engine.runner.build_loop import monitor_of, policies_of_artifacts
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, same_on_all_ranks
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.monitoring.monitor import Monitor
-from vllm_adainfer.policy.load_policy import Policy, policy_of
+from vllm_adainfer.policy.load_policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 
-Built: TypeAlias = Mapping[str, tuple[Artifact, Policy]]
+# By name, the artifact and the policy of each of its parts.
+Built: TypeAlias = Mapping[str, tuple[Artifact, Mapping[str, Policy]]]
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,20 @@ class Service:
 
         """
         loop, settings = model.loop, model.settings
-        now = zip(loop.policies.names, loop.policies.policies, strict=False)
-        policies = {**dict(now), **{name: policy for name, (_, policy) in built.items()}}
         artifacts = {**model.artifacts, **{name: artifact for name, (artifact, _) in built.items()}}
         for name in without:
-            del policies[name], artifacts[name]
+            del artifacts[name]
+        new = {part: policy for _, parts in built.values() for part, policy in parts.items()}
+        now = dict(zip(loop.policies.names, loop.policies.policies, strict=False))
+        configs = {name: artifact.config for name, artifact in artifacts.items()}
+        parts = all_parts(configs)
+        policies = {part: new[part] if part in new else now[part] for part in parts}
         monitors = {}
         if settings.shadow_rate:
             monitors = {
-                name: monitor_of(artifact.config) if name in built else loop.monitors[name]
-                for name, artifact in artifacts.items()
+                part: monitor_of(config) if part in new else loop.monitors[part]
+                for part, config in parts.items()
             }
-        configs = {name: artifact.config for name, artifact in artifacts.items()}
         admission = Admission.from_config(vllm_config, settings, configs)
         cuts = loop.policies.exit_points
         return cls(artifacts, PolicySet(policies, cuts), monitors, admission)
@@ -99,7 +102,7 @@ def built_on_all_ranks(
     try:
         artifacts = read()
         built = {
-            name: (artifact, policy_of(artifact, model.device, model.logit_lens))
+            name: (artifact, policies_of_artifacts({name: artifact}, model))
             for name, artifact in artifacts.items()
         }
         Service.with_policies(model, vllm_config, built)

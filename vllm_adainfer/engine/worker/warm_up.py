@@ -20,5 +20,6 @@ def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
         for policy in policies.policies:
             memory = None
             for exit_index in range(len(policy.exit_points)):
-                undecided = UndecidedRows(hidden, threshold_rows, memory, subsets)
+                read = torch.cat([hidden, hidden], dim=1) if policy.is_pooled else hidden
+                undecided = UndecidedRows(read, threshold_rows, memory, subsets)
                 memory = policy.decide(exit_index, undecided).memory

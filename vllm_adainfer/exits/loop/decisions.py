@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.loop.forward_pass import ForwardPass
 from vllm_adainfer.exits.loop.loop import ScoredRequests
+from vllm_adainfer.exits.loop.pooling import CarriedSums, PooledPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
+from vllm_adainfer.exits.loop.step import NOBODY
 from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.answers import Answers, EarlyScores
 from vllm_adainfer.policy.exit_policy import UndecidedRows
@@ -26,45 +29,55 @@ class Decisions:
         self,
         policies: PolicySet,
         forward: ForwardPass,
+        carried: CarriedSums,
         broadcast: Callable[[Tensor], Tensor],
     ) -> None:
-        """Decide requests of `forward`; see `ExitLoop` for `broadcast`."""
+        """Decide requests of `forward`; see `ExitLoop` for `carried` and `broadcast`."""
         self._policies = policies
         self._forward = forward
         self._step, self._owners = forward.step, forward.owners
         self._broadcast = broadcast
+        self._prompts = PooledPrompts(forward.step, carried)
         # By policy, for all requests of the step; answers are valid where settled.
         self._answers: dict[int, Answers] = {}
         self._memory: dict[int, Tensor] = {}
 
+    @property
+    def has_chunks(self) -> bool:
+        """Whether prompts in the batch continue in later steps, and a pooled policy reads them."""
+        return self._prompts.chunks.size > 0
+
     def decide(self, exit_index: int) -> None:
         """Decide the requests that may exit and are not settled; settle those that now are."""
         step, undecided = self._step, self._step.undecided()
+        policies = self._policies.policies
         parts = list(self._policies.rows_by_policy(exit_index, self._owners[undecided]))
+        parts.sort(key=lambda part: not policies[part.policy].is_pooled)  # pooled policies first
+        by_policy = [undecided[part.rows] for part in parts]
+        requests = by_policy[0] if len(parts) == 1 else np.concatenate([NOBODY, *by_policy])
+        is_pooled = self._policies.pooled_at(exit_index, self._owners)
+        num_pooled = int(np.count_nonzero(is_pooled[requests]))
+        prompts = self._read_prompts(exit_index, requests[:num_pooled], is_pooled)
         if not parts:
             return
-        by_policy = [undecided[part.rows] for part in parts]
-        requests = by_policy[0] if len(parts) == 1 else np.concatenate(by_policy)
+        last_states = self._last_states(requests[num_pooled:])
         own_rows = self._policies.own_rows(step.threshold_rows[requests], self._owners[requests])
-        last_rows = self._forward.layout.last_rows(requests)
         subsets = () if step.subsets is None else (step.subsets[requests],)
-        places, threshold_rows, rows, *bits = step.on_device(
-            requests, own_rows, last_rows, *subsets
-        )
-        # No copy if all rows are decided in order, as where tokens are generated.
-        states = self._forward.states
-        if len(requests) < states.num_rows or len(parts) > 1:
-            states = states.rows(rows)
-        hidden, start = states.combined(), 0
+        places, threshold_rows, *bits = step.on_device(requests, own_rows, *subsets)
+        start = 0
         settled = []
         for part in parts:
             span = slice(start, start + len(part.rows))
             start = span.stop
             memory = self._memory.get(part.policy)
-            decision = self._policies.policies[part.policy].decide(
+            if span.stop <= num_pooled:
+                read = prompts[span]
+            else:
+                read = last_states[span.start - num_pooled : span.stop - num_pooled]
+            decision = policies[part.policy].decide(
                 part.exit_index,
                 UndecidedRows(
-                    hidden[span],
+                    read,
                     threshold_rows[span],
                     None if memory is None else memory[places[span]],
                     bits[0][span] if bits else None,
@@ -83,6 +96,26 @@ class Decisions:
         settled_rows = self._broadcast(settled[0] if len(settled) == 1 else torch.cat(settled))
         # The only time that an exit point waits for the device.
         step.settle(requests[settled_rows.cpu().numpy()])
+
+    def _read_prompts(self, exit_index: int, requests: Ints, is_pooled: Bools) -> Tensor:
+        """What pooled policies read of `requests`; prompts of which a chunk is here are carried on.
+
+        `is_pooled` [requests of the step] says which of them a pooled policy reads here.
+        """
+        forward, chunks = self._forward, self._prompts.chunks
+        chunks = chunks[is_pooled[chunks]]
+        if not requests.size and not chunks.size:
+            return forward.states.hidden[:0]
+        return self._prompts.read(exit_index, requests, chunks, forward.layout, forward.states)
+
+    def _last_states(self, requests: Ints) -> Tensor:
+        """[requests, hidden size], the state of the last token of each."""
+        states, last_rows = self._forward.states, self._forward.layout.last_rows(requests)
+        # No copy if all rows are read in order, as where tokens are generated.
+        if len(last_rows) < states.num_rows or (np.diff(last_rows) < 0).any():
+            [rows] = self._step.on_device(last_rows)
+            states = states.rows(rows)
+        return states.combined()
 
     def _for_all(self, values: Tensor) -> Tensor:
         """Room for such values [rows, ...] of all requests, not initialised."""

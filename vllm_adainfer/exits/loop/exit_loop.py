@@ -17,6 +17,7 @@ from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
+from vllm_adainfer.exits.loop.pooling import CarriedSums
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.policy_set import PolicySet
@@ -67,6 +68,7 @@ class ExitLoop(Loop):
         self._min_rows_saved = min_rows_saved
         self._max_rows = max_rows
         self._broadcast = broadcast
+        self.carried = CarriedSums()
         self.stats = ExitStats()
         self.reset_counters()
 
@@ -76,6 +78,7 @@ class ExitLoop(Loop):
         The counters of a policy that has gone stay.
         """
         self.policies, self.monitors = policies, monitors
+        self.carried.clear()  # other policies may read prompts at other exit points
         self.stats.serving, self.stats.shadow = policies.names, monitors
         self.accounting.use_names(policies.names)
 
@@ -96,6 +99,7 @@ class ExitLoop(Loop):
 
     @override
     def forget(self, request_id: str) -> None:
+        self.carried.forget(request_id)
         for exit_index, policies in self.kv.forget(request_id):
             below = self._shape.depth - self._shape.depth_after(exit_index)
             self.accounting.skipped(self.accounting.tokens(policies), below)
@@ -105,7 +109,7 @@ class ExitLoop(Loop):
         start = time.perf_counter()
         owners = self.policies.owners(step.threshold_rows)
         forward = ForwardPass(self._shape, step, owners, batch, input_ids, self.kv, self.accounting)
-        decisions = Decisions(self.policies, forward, self._broadcast)
+        decisions = Decisions(self.policies, forward, self.carried, self._broadcast)
         self.stats.tokens_decided += step.num_sampled
         for segment in range(self._shape.last_segment):
             if segment == self._shape.tail:
@@ -113,12 +117,13 @@ class ExitLoop(Loop):
             forward.run(segment)
             if segment == len(self.policies.exit_points):  # the last layer is next
                 break
-            if step.is_open:
+            if step.is_open or decisions.has_chunks:
                 self._decide(segment, decisions, step)
             self._regroup(segment, forward)
             if forward.layout.num_rows == 0:
                 break
         hidden = forward.finish()
+        self.carried.step_ended(step)
         scored = decisions.place(hidden)
         shadows = tuple(decisions.of_shadows(self.monitors, self.stats))
         if step.device.type == "cpu":  # elsewhere the host's clock says nothing about the device

@@ -13,6 +13,7 @@ from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.kv.policies import KVPolicy
+from vllm_adainfer.exits.loop.pooling import CarriedSums
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
 from vllm_adainfer.exits.loop.step import StepContext
 from vllm_adainfer.monitoring.monitor import Monitor
@@ -56,12 +57,14 @@ class Loop(ABC):
     Attributes:
         stats: the counters so far.
         kv: takes care of the layers that exited rows have skipped.
+        carried: what earlier chunks of unfinished prompts add to their means.
         monitors: watch shadow requests, by policy; empty where there are none.
 
     """
 
     stats: ExitStats
     kv: KVPolicy
+    carried: CarriedSums
     monitors: Mapping[str, Monitor] = MappingProxyType({})
 
     @abstractmethod
@@ -88,6 +91,7 @@ class Loop(ABC):
 
     def forget(self, request_id: str) -> None:
         """A request has ended, or its keys and values were thrown away."""
+        self.carried.forget(request_id)
         self.kv.forget(request_id)
 
     def ended(self, request_id: str) -> None:

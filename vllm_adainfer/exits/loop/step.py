@@ -35,6 +35,8 @@ class StepContext:
         subsets: [requests], see `Admitted.subset`; None if no policy has a label pool.
         ends_early: [requests], True for those that are expected to end if they exit, though they
             may be asked for another token; None if there are none.
+        pooled_from: [requests], the position from which on a pooled policy reads the prompt;
+            negative for requests that none reads. None if the engine has no pooled policy.
         record_rows: [requests], see `Admitted.record_row`; None unless the engine records.
         shadow: the shadow requests that may exit; None where there is no monitor.
 
@@ -50,6 +52,7 @@ class StepContext:
     device: torch.device = CPU
     subsets: Ints | None = None
     ends_early: Bools | None = None
+    pooled_from: Ints | None = None
     record_rows: Ints | None = None
     shadow: Ints | None = field(default=None, init=False)
 

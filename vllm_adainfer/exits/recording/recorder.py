@@ -72,11 +72,17 @@ class Recorder:
         self.layers = layers
         self._lens = lens
         self._states: list[list[Tensor]] = [[] for _ in layers]
+        self._means: list[list[Tensor]] = [[] for _ in layers]
         self._record_rows: list[Tensor] = []
         self._positions: list[Tensor] = []
 
     def record(
-        self, states: Sequence[Tensor], record_rows: Tensor, positions: Tensor, last: Tensor
+        self,
+        states: Sequence[Tensor],
+        record_rows: Tensor,
+        positions: Tensor,
+        last: Tensor,
+        means: Sequence[Tensor] = (),
     ) -> None:
         """Record a step at full depth.
 
@@ -86,6 +92,9 @@ class Recorder:
                 belongs to; a negative one is not recorded.
             positions: int64 [rows], the position of the row in its prompt.
             last: bool [rows], whether the row decides its request's answer.
+            means: fp32 [decision rows, hidden size] after each of the layers but the last, the mean
+                of the prompt's normed states; NaN where some of them never ran. Empty if no means
+                are recorded.
 
         """
         decisions = last & (record_rows >= 0)
@@ -93,19 +102,26 @@ class Recorder:
         self._positions.append(positions[decisions])
         for kept, state in zip(self._states, states, strict=True):
             kept.append(state[decisions])
+        for kept, mean in zip(self._means, means, strict=False):
+            kept.append(mean)
         if self._lens is not None:
             self._lens.add(states, record_rows, positions, last)
 
     def take(self) -> dict[str, Tensor]:
         """Return everything kept, in order, and start over.
 
-        ``layer.<n>`` [rows, hidden size], and int64 [rows] ``tags`` (the record rows) and
+        ``layer.<n>`` [rows, hidden size], ``mean.<n>`` likewise if means are recorded, and int64
+        [rows] ``tags`` (the record rows) and
         ``positions``. Also the sums for the lens, see `TunedLensSums.take`.
         """
         taken = {} if self._lens is None else self._lens.take()
         for layer, states in zip(self.layers, self._states, strict=True):
             taken[f"layer.{layer}"] = torch.cat(states)
             states.clear()
+        for layer, means in zip(self.layers, self._means, strict=True):
+            if means:
+                taken[f"mean.{layer}"] = torch.cat(means)
+                means.clear()
         for name, kept in (("tags", self._record_rows), ("positions", self._positions)):
             taken[name] = torch.cat(kept)
             kept.clear()

@@ -18,6 +18,7 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
+from vllm_adainfer.exits.loop.pooling import CarriedSums, PooledPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.exits.recording.recorder import Recorder
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -34,6 +35,8 @@ class Timings:
         layers_run: token-layers executed in that time.
         cut_seconds: time to compact batches, in rehearsals.
         rows: token rows of the steps with a rehearsal.
+        pool_seconds: time to read whole prompts, at all exit points.
+        pooled_rows: token rows of the steps in which that was done, once for each exit point.
         fewer: for batches compacted once, twice and three times: their share of the step's rows,
             and the share of its time that the same layers took.
 
@@ -43,19 +46,30 @@ class Timings:
     layers_run: int = 0
     cut_seconds: float = 0.0
     rows: int = 0
+    pool_seconds: float = 0.0
+    pooled_rows: int = 0
     fewer: list[list[tuple[float, float]]] = field(default_factory=lambda: [[], [], []])
 
 
 class RecordingLoop(Loop):
     """Runs all requests at full depth while calibration data are collected."""
 
-    def __init__(self, shape: StackShape, recorder: Recorder, keeps_states: bool = False) -> None:
+    def __init__(
+        self,
+        shape: StackShape,
+        recorder: Recorder,
+        keeps_states: bool = False,
+        reads_prompts: bool = False,
+    ) -> None:
         """Run a stack that is cut at ``recorder.layers``: its last segment is the final norm.
 
         `keeps_states` says that layers keep a recurrent state: a row must not run twice.
+        `reads_prompts`: the recorder also gets the mean of each prompt, see `PooledPrompts`.
         """
         self.recorder = recorder
         self._keeps_states = keeps_states
+        self._reads_prompts = reads_prompts
+        self.carried = CarriedSums()
         self.timings = Timings()
         self.kv = KVPolicy()
         self._depth = shape.depth
@@ -71,7 +85,8 @@ class RecordingLoop(Loop):
         """Run and record one step; it gives no early answers."""
         rows = step.layout.num_rows
         states = HiddenStates(input_ids)
-        recorded = []
+        recorded, means = [], []
+        prompts = PooledPrompts(step, self.carried)
         for segment in range(len(self.recorder.layers)):
             start = _now(step)
             states = batch.run(segment, states)
@@ -79,12 +94,15 @@ class RecordingLoop(Loop):
             stream = states.combined()[:rows]  # without padding
             # A single part is the segment's own memory, which CUDA graphs overwrite.
             recorded.append(stream.clone() if states.residual is None else stream)
+            if self._reads_prompts and segment < len(self.recorder.layers) - 1:
+                means.append(self._mean(segment, prompts, states, step))
+        self.carried.step_ended(step)
         final = batch.run(len(self.recorder.layers), states).hidden
         assert step.record_rows is not None, "the engine records"
         record_rows, positions, last = step.on_device(
             step.record_rows[step.layout.row_requests], step.layout.positions, step.sampled_rows()
         )
-        self.recorder.record(recorded, record_rows, positions, last)
+        self.recorder.record(recorded, record_rows, positions, last, means)
         if len(self.timings.fewer[0]) < REHEARSALS:
             final = final.clone()  # which the layers may overwrite
             self._rehearse_exits(batch, HiddenStates(input_ids), states, step)
@@ -96,6 +114,25 @@ class RecordingLoop(Loop):
         self.stats.tokens_decided += step.num_sampled
         self.timings.layers_run += rows * depth
         return StepOutput(final)
+
+    def _mean(
+        self, exit_index: int, prompts: PooledPrompts, states: HiddenStates, step: StepContext
+    ) -> Tensor:
+        """fp32 [decision rows, hidden size], see `Recorder.record`."""
+        assert step.record_rows is not None
+        assert step.pooled_from is not None
+        decisions = np.flatnonzero(step.yields_token & (step.record_rows >= 0))
+        whole = np.flatnonzero(step.pooled_from[decisions] >= 0)
+        size = states.hidden.shape[1]
+        means = states.hidden.new_full((len(decisions), size), torch.nan, dtype=torch.float32)
+        requests, start = decisions[whole], _now(step)
+        if requests.size or prompts.chunks.size:
+            read = prompts.read(exit_index, requests, prompts.chunks, step.layout, states)
+            self.timings.pool_seconds += _now(step) - start
+            self.timings.pooled_rows += step.layout.num_rows
+            [places] = step.on_device(whole)
+            means[places] = read[:, size:]
+        return means
 
     def _rehearse_exits(
         self, batch: Batch, ids: HiddenStates, states: HiddenStates, step: StepContext

@@ -8,15 +8,21 @@ import numpy as np
 import torch
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.artifact.config import ArtifactConfig, Label
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
 from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy, make_policy
-from vllm_adainfer.offline.calibration.options import CalibrationRequest
+from vllm_adainfer.offline.calibration.fitted_policy import (
+    Calibration,
+    FittedPolicy,
+    fit_candidates,
+    make_policy,
+)
+from vllm_adainfer.offline.calibration.options import CalibrationRequest, ProbeChoice
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.collect import (
     FOLDS,
@@ -50,7 +56,7 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
 def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
     """Run the model at full depth."""
     options, hf_config, examples = request.options, prompts.hf_config, prompts.examples
-    layers = candidate_layers(hf_config.num_hidden_layers, options.exit_points)
+    layers = candidate_layers(hf_config.num_hidden_layers, options.exit_points, prompts.probe)
     lens_prompts = len(prompts.split.fit) if prompts.probe == "lens" else 0
     adapter, choices = request.adapter, prompts.choices
     answers = [label.token_id for label in prompts.labels]
@@ -58,7 +64,14 @@ def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
         answers = choices.first_tokens.token_ids.tolist()
     settings = {} if adapter is None else adapter.engine_settings
     with recording_engine(
-        request.model, hf_config, examples, layers, lens_prompts, options.max_tokens, **settings
+        request.model,
+        hf_config,
+        examples,
+        layers,
+        lens_prompts,
+        options.max_tokens,
+        prompts.pooled_from,
+        **settings,
     ) as engine:
         recording = record(
             engine, examples, answers, layers, options.max_tokens, adapter and adapter.request
@@ -79,9 +92,7 @@ def fit_and_certify(
         AdaInferError: no policy keeps the bound and is worth its cost; nothing is written.
 
     """
-    policy = make_policy(calibration_of(request, prompts, recording))
-    if request.options.risk == "probability":
-        policy = with_mass_if_it_pays(policy)
+    policy = best_policy(calibration_of(request, prompts, recording), request.probe)
     epsilon = request.options.epsilon
     if epsilon not in policy.points:
         raise AdaInferError(
@@ -97,6 +108,30 @@ def fit_and_certify(
         request.output,
         None if request.adapter is None else request.adapter.described,
     )
+
+
+def best_policy(calibration: Calibration, probe: ProbeChoice) -> FittedPolicy:
+    """The policy with the probe asked for; "auto" takes the faster one of the label heads.
+
+    Which one that is, the half that fits decides.
+    """
+    policy = _with_mass_if_it_pays(make_policy(calibration))
+    if not calibration.target.is_pooled:
+        return policy
+    last = replace(
+        calibration,
+        target=replace(calibration.target, kind="label-head"),
+        with_mass=policy.calibration.with_mass,
+    )
+    candidates = fit_candidates(last)
+    if probe == "auto":
+        of_last_token = make_policy(last, candidates)
+        if policy.expected["chosen"] >= of_last_token.expected["chosen"]:
+            return of_last_token
+    # No cuts of their own: such requests are few.
+    layers = {exit.layer for exit in policy.exits}
+    own = make_policy(last, [exit for exit in candidates if exit.layer in layers])
+    return replace(policy, last_token=own if own.points else None)
 
 
 def calibration_of(
@@ -122,16 +157,19 @@ def calibration_of(
         prompts.labels,
         prompts.right,
         choices,
+        pooled_from=prompts.pooled_from,
         questions=questions,
         ends=ends_of(prompts.examples) if questions else {},
     )
 
 
-def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
-    """The policy that also promises the label mass, unless it is expected to save too little.
+def _with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
+    """A policy for probabilities that also promises the label mass, unless that saves too little.
 
     The expectation is on the half that fits: a choice by the other half would weaken the bound.
     """
+    if policy.calibration.options.risk != "probability":
+        return policy
     with_mass = make_policy(replace(policy.calibration, with_mass=True))
     saved, saved_without = (
         1 - one.expected["chosen"] / one.expected["full_depth"] for one in (with_mass, policy)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_adainfer.arrays import Bools
-from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.fields import Label
+from vllm_adainfer.artifact.kinds import LABEL_HEADS
 from vllm_adainfer.offline.calibration.certify.certify import (
     EPSILONS,
     Bound,
@@ -26,6 +27,7 @@ from vllm_adainfer.offline.calibration.fit.choose import (
 )
 from vllm_adainfer.offline.calibration.fit.cost import Costs, measured_costs
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_crf_chain, fit_exits
+from vllm_adainfer.offline.calibration.fit.learning_curve import CurvePoint, learning_curve
 from vllm_adainfer.offline.calibration.fit.loss import (
     Loss,
     RightTokens,
@@ -52,6 +54,7 @@ class Calibration:
         labels: the answers, if there is a fixed set of them.
         right: the right tokens by prompt, if the risk is of accuracy.
         choices: the texts and their first tokens, if requests choose from texts.
+        pooled_from: see `ArtifactConfig.pooled_from`; None unless the probes are pooled.
         with_mass: whether probabilities in the whole vocabulary are promised, if the risk is of
             probabilities.
         questions: the question of each prompt, if prompts are requests; else empty.
@@ -66,6 +69,7 @@ class Calibration:
     labels: tuple[Label, ...] = ()
     right: RightTokens | None = None
     choices: Choices | None = None
+    pooled_from: int | None = None
     with_mass: bool = False
     questions: Sequence[str] = ()
     ends: Mapping[str, tuple[End, ...]] = field(default_factory=dict)
@@ -89,6 +93,15 @@ class Calibration:
         together = self.split.most_together(groups)
         return Bound.promised(self.options, groups[self.recording.prompts[rows]], together)
 
+    @property
+    def allowed(self) -> float:
+        """The largest mean loss of the held-out rows that certifies the epsilon asked for."""
+        if self.options.by_question:
+            questions = self.certifiable_questions()
+            return allowance_of_questions(questions, self.options.epsilon, self.bound)
+        held_out = self.recording.rows_of(self.split.certify)
+        return self.bound.allowance(len(held_out), self.options.epsilon)
+
     def rows_by_question(self) -> dict[str, Bools]:
         """The held-out rows of each question, bool [held-out rows]; the commonest comes first."""
         if not self.questions:
@@ -109,6 +122,24 @@ class Calibration:
         }
 
 
+def fit_candidates(calibration: Calibration) -> list[FittedExit]:
+    """Fit an exit point after every recorded layer that its probe can read."""
+    recording, target = calibration.recording, calibration.target
+    layers = [layer for layer in recording.states if target.is_pooled or layer > 0]
+    if target.is_pooled:
+        # Below layers that share keys and values, only the last token goes on.
+        layers = [layer for layer in layers if layer <= recording.own_kv_layers]
+    return fit_exits(
+        recording,
+        target,
+        calibration.split,
+        calibration.options.classifier,
+        calibration.options.seed,
+        progress(layers, desc="fit", unit="layer"),
+        calibration.loss,
+    )
+
+
 @dataclass(frozen=True)
 class FittedPolicy:
     """A policy and its results on the prompts it was made from.
@@ -122,6 +153,8 @@ class FittedPolicy:
         costs: the costs that the choice was based on.
         expected: expected times of a prompt, in seconds: ``full_depth``, ``chosen``, ``uniform``
             (as many exit points, evenly spread).
+        last_token: for a pooled policy, the policy for requests whose prompt it cannot see as a
+            whole; None if such requests run all layers.
 
     """
 
@@ -132,32 +165,44 @@ class FittedPolicy:
     candidates: list[FittedExit]
     costs: Costs
     expected: dict[str, float]
+    last_token: FittedPolicy | None = None
+
+    def learning_curve(self) -> list[CurvePoint]:
+        """What the exit points save if fewer prompts are fitted on; empty for other probes."""
+        calibration = self.calibration
+        options, target = calibration.options, calibration.target
+        if target.kind not in LABEL_HEADS:
+            return []
+        return learning_curve(
+            calibration.recording,
+            target,
+            calibration.split,
+            options.classifier,
+            options.seed,
+            [exit.layer for exit in self.exits],
+            calibration.loss,
+            calibration.allowed,
+        )
 
 
-def make_policy(calibration: Calibration) -> FittedPolicy:
-    """Fit every recorded layer, choose among them, certify every epsilon that can be."""
+def make_policy(
+    calibration: Calibration, among: Sequence[FittedExit] | None = None
+) -> FittedPolicy:
+    """Choose exit points among the candidates, and certify every epsilon that can be.
+
+    `among` are the candidates; None fits every recorded layer.
+    """
     recording, split, options = calibration.recording, calibration.split, calibration.options
-    layers = progress(recording.states, desc="fit", unit="layer")
-    candidates = fit_exits(
-        recording,
-        calibration.target,
-        split,
-        options.classifier,
-        options.seed,
-        layers,
-        calibration.loss,
-    )
+    candidates = fit_candidates(calibration) if among is None else list(among)
     generated, bound = options.max_tokens > 1, calibration.bound
     tokens = recording.computed[recording.rows_of(split.fit)]
     if generated:  # at later tokens, reading a layer's weights is what takes time
         tokens = np.ones_like(tokens)
     probes = {exit.layer: exit.probe for exit in candidates}
-    costs = measured_costs(recording, probes, float(tokens.mean()), generated)
+    pooled = calibration.target.is_pooled
+    costs = measured_costs(recording, probes, float(tokens.mean()), generated, pooled)
     by_question = calibration.certifiable_questions() if options.by_question else {}
-    if options.by_question:
-        allowed = allowance_of_questions(by_question, options.epsilon, bound)
-    else:
-        allowed = bound.allowance(len(recording.rows_of(split.certify)), options.epsilon)
+    allowed = calibration.allowed
     exits = candidates
     if options.exit_points is None:
         exits = choose_exits(candidates, costs, tokens, allowed)

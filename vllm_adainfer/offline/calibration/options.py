@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vllm_adainfer.artifact.kinds import BoundKind, ClassifierKind, ProbeKind, Risk
+from vllm_adainfer.artifact.kinds import (
+    LABEL_HEADS,
+    BoundKind,
+    ClassifierKind,
+    ProbeKind,
+    Risk,
+)
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
@@ -59,7 +65,7 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
     options, choices, labels = request.options, bool(request.choices), bool(request.labels)
     generated, tolerance = options.max_tokens > 1, options.tolerance is not None
     accuracy, exact = options.risk == "accuracy", options.bound == "exact"
-    another_probe = request.probe not in ("auto", "label-head")
+    another_probe = request.probe not in ("auto", *LABEL_HEADS)
     refusals = [
         (choices and labels, "--choices and --labels are two kinds of answers: drop one"),
         (
@@ -127,8 +133,8 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
             "negative,positive, or drop --tolerance",
         ),
         (
-            not holds_requests and request.probe == "label-head" and not labels and not choices,
-            "--probe label-head needs --labels, such as --labels negative,positive",
+            not holds_requests and request.probe in LABEL_HEADS and not labels and not choices,
+            f"--probe {request.probe} needs --labels, such as --labels negative,positive",
         ),
     ]
     for refused, sentence in refusals:

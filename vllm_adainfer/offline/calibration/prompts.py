@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import check_writable
 from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.errors import AdaInferError
@@ -43,6 +43,9 @@ from vllm_adainfer.offline.calibration.options import (
 )
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 
+# The held-out rows are enough if the bound holds at this share of epsilon, measured on them.
+ALLOWANCE = 0.6
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -57,6 +60,7 @@ class Prompts:
         right: the right tokens by prompt, if the risk is of accuracy.
         choices: the texts, if the answers are texts to choose from; `labels` are then the choices
             that a first token decides.
+        pooled_from: the position from which on pooled heads read the prompts; None for others.
 
     """
 
@@ -67,6 +71,7 @@ class Prompts:
     probe: ProbeKind
     right: RightTokens | None
     choices: Choices | None = None
+    pooled_from: int | None = None
 
 
 def load_prompts(request: CalibrationRequest) -> Prompts:
@@ -89,13 +94,57 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     groups = groups_of(examples)
     order = random_order(groups, options.seed)
     examples = [examples[index] for index in order]
-    split = Split.of_groups(numbered(groups[order].tolist()))
+    split = split_of(numbered(groups[order].tolist()), options)
     check_rows(split, options, data)
     probe = request.probe
+    shortest = min(examples, key=lambda example: len(example.token_ids))
     if probe == "auto":
-        probe = "label-head" if labels else "lens"
+        label_head: ProbeKind = "pooled-label-head"
+        if len(shortest.token_ids) == 1:  # nothing is left of it without the first token
+            label_head = "label-head"
+        probe = label_head if labels else "lens"
+    if probe == "pooled-label-head" and len(shortest.token_ids) == 1:
+        raise AdaInferError(
+            f"{shortest.place}: a pooled-label-head leaves out the first token of a prompt, and "
+            "this one has no other: use --probe label-head, or give a --template"
+        )
     right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
-    return Prompts(examples, labels, split, hf_config, probe, right, choices)
+    pooled_from = shared_tokens(examples) if probe == "pooled-label-head" else None
+    return Prompts(examples, labels, split, hf_config, probe, right, choices, pooled_from)
+
+
+def split_of(groups: Ints, options: PolicyOptions) -> Split:
+    """The prompts in two parts; `groups` [prompts] ascend.
+
+    The part that certifies has what the bound needs, at most half of the prompts: heads of a
+    pooled policy have much to learn, and rows beyond this loosen thresholds only a little. The rule
+    does not look at a single answer. Bounds that need more rows get half.
+    """
+    half = Split.of_groups(groups)
+    if options.by_question or half.most_together(groups) > 1:
+        return half
+    bound, rows = Bound.promised(options), len(groups)
+    if bound.kind != "exact":
+        return half
+    sizes = np.unique(np.geomspace(1, rows - rows // 2, 200).round().astype(int)).tolist()
+    wanted = ALLOWANCE * options.epsilon
+    enough = (size for size in sizes if bound.allowance(size, options.epsilon) >= wanted)
+    return Split.of_groups(groups, next(enough, sizes[-1]))
+
+
+def shared_tokens(examples: Sequence[Example]) -> int:
+    """How many tokens all prompts begin with: at least 1, and fewer than any prompt has.
+
+    The first token is never pooled: it attracts attention, and its state is an outlier.
+    """
+    prompts = [example.token_ids for example in examples]
+    first, last = min(prompts), max(prompts)  # in lexical order: all begin as these two do
+    shared = 0
+    for one, other in zip(first, last, strict=False):
+        if one != other:
+            break
+        shared += 1
+    return max(1, min(shared, min(map(len, prompts)) - 1))
 
 
 def _from_rows(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_adainfer.artifact.config import ArtifactConfig, Choice, Label
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.engine.admission.requested_output import OutputKind
 from vllm_adainfer.offline.calibration.record.collect import greedy
 from vllm_adainfer.offline.evaluation.run import Logprobs

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.promise import after_which_text, each_for_itself, wrong_in_words
 from vllm_adainfer.offline.tables import aligned, text_table
 
+WORTH_MORE_PROMPTS = 1.0  # percentage points that the second half of the prompts has brought
 RISKS = {
     "disagreement": "disagreement",
     "accuracy": "accuracy lost",
@@ -25,6 +26,7 @@ def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         _facts(config, details),
         _exit_points(details),
         _levels(config),
+        *_last_token(config),
         each_for_itself(config),
         *_questions(config, details),
     ]
@@ -44,6 +46,8 @@ def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
             f"The first token rarely decides {', '.join(undecided)}: it also begins another choice "
             "or ends inside a character. Requests with these answers run all layers."
         )
+    if curve := details.get("learning_curve"):
+        parts.append(_learning_curve(curve))
     return "\n\n".join([*parts, *after_which_text(config), expected_savings(config)])
 
 
@@ -124,6 +128,38 @@ def _levels(config: ArtifactConfig) -> str:
             ]
             for level in config.levels
         ],
+    )
+
+
+def _last_token(config: ArtifactConfig) -> list[str]:
+    """The heads of a pooled policy for requests that it cannot see as a whole."""
+    if not config.is_pooled:
+        return []
+    whose = (
+        f"Requests of which a token from position {config.pooled_from} on is in the prefix cache"
+    )
+    own = config.last_token
+    if own is None:
+        return [f"{whose} run all layers."]
+    points = ", ".join(map(str, own.exit_points))
+    part = config.parts("")[f":{LAST_TOKEN}"]
+    return [
+        f"{whose} are decided by the state of their last token alone, after layers {points}, "
+        f"within bounds of their own:\n\n{_levels(part)}"
+    ]
+
+
+def _learning_curve(curve: Sequence[Mapping[str, Any]]) -> str:
+    """What more prompts would bring."""
+    prompts = ", ".join(str(point["prompts"]) for point in curve)
+    saved = ", ".join(f"{point['layers_saved']:.0%}" for point in curve)
+    gain = 100 * (curve[-1]["layers_saved"] - curve[-2]["layers_saved"])
+    advice = "more prompts may save more, and need no labels"
+    if gain < WORTH_MORE_PROMPTS:
+        advice = "more prompts will hardly save more"
+    return (
+        f"Fitted on {prompts} prompts, the exit points save {saved} of the layers of prompts that "
+        f"they were not fitted on: {advice}."
     )
 
 

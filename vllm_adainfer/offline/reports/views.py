@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from adainfer_kernels import Head
 from torch import Tensor
@@ -56,7 +57,14 @@ def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Exam
     """
     points = config.exit_points
     settings = {"enforce_eager": True, **model.engine_settings}
-    with recording_engine(model.path, model.hf_config, examples, points, **settings) as engine:
+    with recording_engine(
+        model.path,
+        model.hf_config,
+        examples,
+        points,
+        pooled_from=config.pooled_from,
+        **settings,
+    ) as engine:
         recording = record(engine, examples, config.label_ids, points, adapter=model.lora_request)
     config.check_weights(recording.fingerprint)
     return recording
@@ -118,7 +126,10 @@ def views_of(
     rows, memory, views = torch.tensor([thresholds]), None, []
     for index, layer in enumerate(policy.exit_points):
         undecided = UndecidedRows(
-            recording.states[layer][[prompt]], rows, memory, torch.tensor([subset])
+            recording.read_by_probe(layer, np.array([prompt]), policy.is_pooled),
+            rows,
+            memory,
+            torch.tensor([subset]),
         )
         seen, decision = policy.view(index, undecided), policy.decide(index, undecided)
         memory = decision.memory

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.artifact.config import Choice, Label
+from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.policy.first_tokens import FirstTokens

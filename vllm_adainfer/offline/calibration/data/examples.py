@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_adainfer.artifact.config import Label
+from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
 
 

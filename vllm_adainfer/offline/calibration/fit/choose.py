@@ -5,6 +5,7 @@ The choice reads the fitted half alone: the held-out half is for the bound.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -14,7 +15,8 @@ from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.offline.calibration.fit.cost import Costs
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 
-MAX_EXIT_POINTS = 4
+MAX_EXIT_POINTS = 8
+ALL_SETS_UP_TO = 3  # exit points: all sets of so many are tried
 # An exit point must save at least this share of full depth's time to be worth its segment.
 MIN_GAIN = 0.002
 CHOICE_ROWS = 3000
@@ -25,7 +27,9 @@ def choose_exits(
 ) -> list[FittedExit]:
     """The set of up to `MAX_EXIT_POINTS` with the shortest expected time.
 
-    It is empty if full depth is faster. Every set is tried, on the first `CHOICE_ROWS` rows.
+    It is empty if full depth is faster. The first `CHOICE_ROWS` rows decide. The best of all small
+    sets is improved step by step: one exit point is added, removed or replaced for as long as that
+    shortens the time.
 
     Args:
         candidates: fitted exit points, by layer.
@@ -36,14 +40,31 @@ def choose_exits(
     """
     tokens = tokens[:CHOICE_ROWS]
     worth = MIN_GAIN * expected_seconds([], costs, tokens, allowed)
-    best: list[FittedExit] = []
-    least = np.inf
-    for count in range(MAX_EXIT_POINTS + 1):
-        for exits in combinations(candidates, count):
-            seconds = expected_seconds(exits, costs, tokens, allowed) + worth * count
-            if seconds < least:
-                best, least = list(exits), seconds
-    return best
+
+    @functools.cache
+    def seconds(places: frozenset[int]) -> float:
+        exits = [candidates[place] for place in sorted(places)]
+        return expected_seconds(exits, costs, tokens, allowed) + worth * len(exits)
+
+    everywhere = range(len(candidates))
+    small = (
+        frozenset(places)
+        for count in range(ALL_SETS_UP_TO + 1)
+        for places in combinations(everywhere, count)
+    )
+    best = min(small, key=seconds)
+    while True:
+        others = frozenset(everywhere) - best
+        smaller = [best - {place} for place in best]
+        larger = [some | {place} for some in (best, *smaller) for place in others]
+        nearby = min(
+            (some for some in (*smaller, *larger) if len(some) <= MAX_EXIT_POINTS),
+            key=seconds,
+            default=best,
+        )
+        if seconds(nearby) >= seconds(best):
+            return [candidates[place] for place in sorted(best)]
+        best = nearby
 
 
 def expected_seconds(
@@ -53,21 +74,35 @@ def expected_seconds(
 
     In layers, probes, cuts and head; full depth has no probes and cuts. `tokens` may cover the
     first rows only.
-
-    As the threshold falls, a row moves to an earlier exit point each time the threshold passes the
-    best score before it. Sorted by score, these moves are the whole path.
     """
     rows, depth = len(tokens), costs.depth
     if not exits:
         none, deciding = np.ones(1), np.array([1 / tokens.mean()])
         return _layer_seconds(np.array([0, depth]), none, deciding, costs, tokens) + costs.head
+    probes = np.cumsum([costs.probe[exit.layer] for exit in exits])
+    probes = np.append(probes, probes[-1])  # the time that a row has paid when it leaves at each
+    where = exits_taken(exits, rows, allowed)
+    layers = np.array([*(exit.layer for exit in exits), depth])
+    left = np.array([tokens[where > index].sum() for index in range(len(exits))]) / tokens.sum()
+    deciding = np.array([np.sum(where > index) for index in range(len(exits))]) / tokens.sum()
+    layer_seconds = _layer_seconds(layers, left, deciding, costs, tokens)
+    arriving = np.append(1.0, left[:-1])  # shares of a step's tokens
+    cuts = costs.cut * tokens.mean() * arriving.sum()
+    head = costs.head * np.mean(where == len(exits))
+    return float(layer_seconds + head + probes[where].mean() + cuts)
+
+
+def exits_taken(exits: Sequence[FittedExit], rows: int, allowed: float) -> Ints:
+    """[rows], where the first rows leave at the loosest joint threshold within `allowed`.
+
+    The index of an exit point, or their number at full depth. As the threshold falls, a row moves
+    to an earlier exit point each time the threshold passes the best score before it. Sorted by
+    score, these moves are the whole path.
+    """
     scores = np.stack([exit.fitted.score[:rows].double().numpy() for exit in exits])
     scores = np.nan_to_num(scores, nan=-np.inf)  # never passes
     # One more row for full depth, which needs no score and loses nothing.
     losses = np.vstack([*(exit.fitted.loss[:rows] for exit in exits), np.zeros(rows)])
-    layers = np.array([*(exit.layer for exit in exits), depth])
-    probes = np.cumsum([costs.probe[exit.layer] for exit in exits])
-    probes = np.append(probes, probes[-1])  # the time that a row has paid when it leaves at each
 
     record = np.vstack([scores[:1] > -np.inf, scores[1:] > np.maximum.accumulate(scores)[:-1]])
     to, row = np.nonzero(record)
@@ -77,19 +112,21 @@ def expected_seconds(
     to, row, start, score = to[order], row[order], start[order], score[order]
 
     risk = np.cumsum(losses[to, row] - losses[start, row]) / rows
-    probing = np.cumsum(probes[start] - probes[to] + costs.head * (start == len(exits)))
     ends = np.flatnonzero(np.append(score[1:] < score[:-1], True))  # equal scores move together
     failing = risk[ends] > allowed + 1e-12
     passing = int(failing.argmax()) if failing.any() else len(ends)
     moved = ends[passing - 1] + 1 if passing else 0
-    spared = probing[moved - 1] if passing else 0.0
-    where = np.full(rows, len(exits))  # the exit point of each row
+    where = np.full(rows, len(exits))
     where[row[:moved]] = to[:moved]  # the last move counts
-    left = np.array([tokens[where > index].sum() for index in range(len(exits))]) / tokens.sum()
-    deciding = np.array([np.sum(where > index) for index in range(len(exits))]) / tokens.sum()
-    layer_seconds = _layer_seconds(layers, left, deciding, costs, tokens)
-    cuts = len(exits) * costs.cut * tokens.mean()
-    return float(layer_seconds + costs.head + probes[-1] + cuts - spared / rows)
+    return where
+
+
+def layers_saved(exits: Sequence[FittedExit], depth: int, allowed: float) -> float:
+    """The share of layers that `exits` save on the prompts they were fitted on, out of fold."""
+    if not exits:
+        return 0.0
+    where = exits_taken(exits, len(exits[0].fitted.loss), allowed)
+    return 1 - float(np.array([*(exit.layer for exit in exits), depth])[where].mean()) / depth
 
 
 def _layer_seconds(

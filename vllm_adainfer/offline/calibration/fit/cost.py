@@ -54,7 +54,11 @@ class Costs:
 
 
 def measured_costs(
-    recording: Recording, probes: Mapping[int, AnyProbe], tokens: float, generated: bool
+    recording: Recording,
+    probes: Mapping[int, AnyProbe],
+    tokens: float,
+    generated: bool,
+    pooled: bool = False,
 ) -> Costs:
     """Time the probes; the recording has timed the layers.
 
@@ -63,16 +67,20 @@ def measured_costs(
         probes: layer -> its probe.
         tokens: token rows that the layers run for each decision row, on average.
         generated: whether texts are generated, so that an early answer spares the LM head.
+        pooled: whether the probes read whole prompts.
 
     """
-    states, threads = next(iter(recording.states.values())), recording.threads
-    states = states[: max(1, round(STEP_ROWS / tokens))]
+    layer, threads = next(iter(probes), None), recording.threads
+    rows = np.arange(min(max(1, round(STEP_ROWS / tokens)), len(recording.tokens)))
+    states = recording.final[rows]
+    read = states if layer is None else recording.read_by_probe(layer, rows, pooled)
+    pool = recording.pool_seconds * tokens if pooled else 0.0
     lens = recording.logit_lens
     return Costs(
         depth=recording.depth,
         layer=recording.layer_seconds,
         cut=recording.cut_seconds,
-        probe={layer: probe_seconds(probe, states, threads) for layer, probe in probes.items()},
+        probe={n: pool + probe_seconds(probe, read, threads) for n, probe in probes.items()},
         own_kv_layers=recording.own_kv_layers,
         head=head_seconds(lens, states[:HEAD_ROWS], threads) if generated else 0.0,
         fewer=shares_of_time(recording.fewer),
@@ -93,7 +101,7 @@ def shares_of_time(
 
 
 def probe_seconds(probe: AnyProbe, states: Tensor, threads: int) -> float:
-    """Time of `probe` for one prompt, when a step probes all `states` [prompts, hidden size].
+    """Time of `probe` for one prompt, when a step probes all `states` [prompts, width].
 
     `threads` is the number of threads in the serving process.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.artifact.config import are_exit_points
-from vllm_adainfer.artifact.kinds import ClassifierKind
+from vllm_adainfer.artifact.kinds import ClassifierKind, ProbeKind
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
 from vllm_adainfer.offline.calibration.fit.crf import fit_crf
@@ -158,7 +158,8 @@ def judge(
 ) -> Judged:
     """The answers of `probe` for decision `rows` of a recording after `layer`; see `fit_exits`."""
     subsets = None if target is None else target.subsets_of(rows)
-    early = answers_of_probe(probe, recording.states[layer][rows], subsets)
+    read = recording.read_by_probe(layer, rows, target is not None and target.is_pooled)
+    early = answers_of_probe(probe, read, subsets)
     full = recording.tokens[rows]
     return Judged(early.features, early.tokens, early.tokens == full, loss(early, full, rows))
 
@@ -199,19 +200,24 @@ def _scores_of_chain(exits: Sequence[Scored], steps: Sequence[Tensor]) -> list[S
     return found
 
 
-def candidate_layers(depth: int, asked: Sequence[int] | None = None) -> list[int]:
+def candidate_layers(
+    depth: int, asked: Sequence[int] | None = None, kind: ProbeKind = "label-head"
+) -> list[int]:
     """The layers to record: those asked for, or about fifteen spread over the model.
+
+    Only a pooled probe finds something to read before the first layer.
 
     Raises:
         AdaInferError: a model of this depth has no such exit points.
 
     """
+    first = 0 if kind == "pooled-label-head" else 1
     if asked is None:
         step = max(1, round(depth / 16))
-        return list(range(step, depth, step))
-    if not are_exit_points(asked, depth):
+        return list(range(first * step, depth, step))
+    if not are_exit_points(asked, depth) or asked[0] < first:
         raise AdaInferError(
-            f"--exit-points must ascend between 1 and {depth - 1} for this model of {depth} "
-            f"layers, got {','.join(map(str, asked))}"
+            f"--exit-points must ascend between {first} and {depth - 1} for this model of {depth} "
+            f"layers and this probe, got {','.join(map(str, asked))}"
         )
     return list(asked)

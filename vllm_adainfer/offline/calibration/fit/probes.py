@@ -76,6 +76,11 @@ class Target:
         return int(self.label_ids[self.first_tokens.undecided])
 
     @property
+    def is_pooled(self) -> bool:
+        """Whether the probes read whole prompts."""
+        return self.kind == "pooled-label-head"
+
+    @property
     def features(self) -> tuple[str, ...]:
         """The names of the classifiers' features."""
         return FEATURES if self.full_depth is None else PROBABILITY_FEATURES
@@ -105,7 +110,8 @@ def fit_probes(
     if target.first_tokens is not None:
         scores = target.first_tokens.best(scores)
     named = target.named(rows)
-    fitted = _fit_ridge(recording, _centred(scores, named), rows, layer, named)
+    read = recording.read_by_probe(layer, rows, target.is_pooled)
+    fitted = _fit_ridge(read, _centred(scores, named), recording.folds_of(rows), named)
 
     def label_head(linear: ridge.Linear) -> AnyProbe:
         weight, bias = linear.matrix.float().contiguous(), linear.bias.float()
@@ -127,22 +133,17 @@ def _centred(scores: Tensor, named: Tensor | None) -> Tensor:
     return scores - (scores if named is None else scores[:, named]).mean(1, keepdim=True)
 
 
-def _fit_ridge(
-    recording: Recording, scores: Tensor, rows: Ints, layer: int, named: Tensor | None
-) -> ridge.Ridge:
-    """The map from states after `layer` to `scores` [rows, n], for decision `rows`.
+def _fit_ridge(read: Tensor, scores: Tensor, row_folds: Ints, named: Tensor | None) -> ridge.Ridge:
+    """The map from what probes `read` [rows, width] to `scores` [rows, n].
 
-    The penalty suits the `named` labels, bool [labels], and further scores; None for all.
+    `row_folds` [rows] are the rows' folds. The penalty suits the `named` labels, bool [labels], and
+    further scores; None for all.
     """
     folds = []
     for fold in range(FOLDS):
-        here = torch.from_numpy(recording.folds_of(rows) == fold)
-        folds.append(Moments.zeros(recording.final.shape[1], scores.shape[1]))
-        folds[-1].add(
-            recording.states[layer][rows][here].double(),
-            scores[here].double(),
-            torch.ones(int(here.sum())),
-        )
+        here = torch.from_numpy(row_folds == fold)
+        folds.append(Moments.zeros(read.shape[1], scores.shape[1]))
+        folds[-1].add(read[here].double(), scores[here].double(), torch.ones(int(here.sum())))
     if named is None:
         return ridge.choose(folds, PENALTIES)
     wanted = torch.ones(scores.shape[1], dtype=torch.bool)
@@ -165,12 +166,12 @@ def _fit_probability_heads(
     named = target.named(rows)
     logits = _centred(full_depth.scores[rows], named)
     targets = torch.cat([logits, mass.unsqueeze(1)], dim=1)
-    fitted = _fit_ridge(recording, targets, rows, layer, named)
-    states, folds = recording.states[layer][rows].double(), recording.folds_of(rows)
+    read, folds = recording.read_by_probe(layer, rows, target.is_pooled), recording.folds_of(rows)
+    fitted = _fit_ridge(read, targets, folds, named)
     unseen = torch.empty(len(rows), len(label_ids), dtype=torch.float64)
     for fold, linear in enumerate(fitted.without):
         here = torch.from_numpy(np.flatnonzero(folds == fold))
-        unseen[here] = (states[here] @ linear.matrix.T + linear.bias)[:, :-1]
+        unseen[here] = (read[here].double() @ linear.matrix.T + linear.bias)[:, :-1]
     scale = torch.ones(len(label_ids) + 1, dtype=torch.float64)
     own = restrict(unseen, target.subsets_of(rows))
     scale[:-1] = _likeliest_scale(own, full_depth.probabilities.among[rows].double())
@@ -198,7 +199,7 @@ def _likeliest_scale(logits: Tensor, probabilities: Tensor) -> float:
 def answers_of_probe(
     probe: AnyProbe, states: Tensor, subsets: Tensor | None = None
 ) -> ProbeAnswers:
-    """The answers of `probe` for states [rows, hidden size].
+    """The answers of `probe` for `states`, which are what `Recording.read_by_probe` returns.
 
     `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
     """

@@ -32,13 +32,17 @@ class Split:
         return cls.of_groups(np.arange(prompts))
 
     @classmethod
-    def of_groups(cls, groups: Ints) -> Split:
-        """The first half of the groups fits, the rest certifies; `groups` [prompts] ascend."""
-        half = (groups[-1] + 1) // 2
-        return cls(np.flatnonzero(groups < half), np.flatnonzero(groups >= half), groups)
+    def of_groups(cls, groups: Ints, held_out: int | None = None) -> Split:
+        """The last `held_out` groups certify, the others fit; `groups` [prompts] ascend.
+
+        None holds out half of them.
+        """
+        count = groups[-1] + 1
+        fitting = count // 2 if held_out is None else count - held_out
+        return cls(np.flatnonzero(groups < fitting), np.flatnonzero(groups >= fitting), groups)
 
     def most_together(self, groups: Ints) -> int:
-        """The most prompts of one of `groups` [all prompts], in the half that fits."""
+        """The most prompts of one of `groups` [all prompts], in the part that fits."""
         return int(np.bincount(groups[self.fit]).max(initial=1))
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import adainfer_kernels
 import numpy as np
 import torch
+from adainfer_kernels import Norm
+from adainfer_kernels.pooling import EPS
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,11 +27,12 @@ from vllm_adainfer.policy.probe import Probe, logit_lens_of
 from vllm_adainfer.settings.instruments import ROW_ARG
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
 
 
 FOLDS = 5
+RECORDED = ("layer.", "mean.", "tags", "positions")  # tensors with a row for each decision row
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Recording:
         logit_lens: the model's final norm and its whole LM head.
         fingerprint: the fingerprint of the weights.
         layer_seconds: time of one layer for one token.
+        means: layer -> fp32 [rows, hidden size], the mean of the normed states of each row's
+            prompt; empty if none are recorded.
+        pool_seconds: time to take that mean at one layer, for one token.
         cut_seconds: time of cutting the batch, for one token of it.
         threads: the number of threads in the process that ran the model.
         own_kv_layers: the number of layers that write keys and values.
@@ -75,8 +82,17 @@ class Recording:
     own_kv_layers: int
     soft_cap: float | None = None
     scale: float = 1.0
+    means: Mapping[int, Tensor] = field(default_factory=dict)
+    pool_seconds: float = 0.0
     fewer: Sequence[Sequence[tuple[float, float]]] = ()
     folds: Ints | None = None
+
+    def read_by_probe(self, layer: int, rows: Ints, pooled: bool) -> Tensor:
+        """What a probe after `layer` reads of decision `rows`, see `UndecidedRows.hidden`."""
+        states = self.states[layer][rows]
+        if not pooled:
+            return states
+        return torch.cat([normed(states), self.means[layer][rows]], dim=1)
 
     def folds_of(self, rows: Ints) -> Ints:
         """The fold of each of decision `rows`."""
@@ -101,16 +117,20 @@ def recording_engine(
     layers: Sequence[int],
     lens_prompts: int = 0,
     max_tokens: int = 1,
+    pooled_from: int | None = None,
     **settings: Any,
 ) -> Iterator[LLM]:
     """An engine for `record` that keeps the states after `layers`; see `start_engine`.
 
-    The rows of the first `lens_prompts` prompts are summed for tuned lenses. Rows in the prefix
-    cache are not run again, so a shared prefix counts once.
+    With `pooled_from` also the mean of each prompt's states from that position on. The rows of the
+    first `lens_prompts` prompts are summed for tuned lenses. Rows in the prefix cache are not run
+    again, so a shared prefix counts once.
     """
     switch: dict[str, Any] = {"record": [*layers, hf_config.num_hidden_layers]}
     if lens_prompts:
         switch["record_lens"] = {"folds": FOLDS, "prompts": lens_prompts}
+    if pooled_from is not None:
+        switch["record_pooled_from"] = pooled_from
     engine = start_engine(model, examples, switch, max_tokens, **settings)
     try:
         yield engine
@@ -146,19 +166,30 @@ def record(
 
     """
     engine.reset_prefix_cache()
-    outputs = engine.generate(
-        [{"prompt_token_ids": example.token_ids} for example in examples],
-        [
-            greedy(example.labels or labels, {ROW_ARG: row}, max_tokens)
-            for row, example in enumerate(examples)
-        ],
-        lora_request=adapter,
-        use_tqdm=_recorded,
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "record.safetensors"
-        [facts] = engine.collective_rpc("adainfer_take_record", args=(str(path),))
-        tensors = load_file(path)
+
+    def run(rows: Sequence[int], reuse_prefixes: bool) -> list[RequestOutput]:
+        return engine.generate(
+            [{"prompt_token_ids": examples[row].token_ids} for row in rows],
+            [
+                greedy(examples[row].labels or labels, {ROW_ARG: row}, max_tokens, reuse_prefixes)
+                for row in rows
+            ],
+            lora_request=adapter,
+            use_tqdm=_recorded,
+        )
+
+    outputs = run(range(len(examples)), reuse_prefixes=True)
+    tensors, facts = _take(engine)
+    means = [tensors[name] for name in tensors if name.startswith("mean.")]
+    if means and (again := tensors["tags"][means[0].isnan().any(dim=1)].tolist()):
+        # They share more than all prompts do, so some of their states were in the prefix cache.
+        run(again, reuse_prefixes=False)
+        more, _ = _take(engine)
+        tensors |= {
+            name: torch.cat([tensors[name], more[name]])
+            for name in more
+            if name.startswith(RECORDED)
+        }
     depth = max(map(int, _named(tensors, "layer.")))
     has_lens = bool(_named(tensors, "lens."))
     texts = [list(output.outputs[0].token_ids) for output in outputs]
@@ -183,6 +214,8 @@ def record(
             ]
         ).astype(np.float64),
         moments={layer: _folds(tensors, layer) for layer in layers} if has_lens else {},
+        means={int(layer): mean[rows] for layer, mean in _named(tensors, "mean.").items()},
+        pool_seconds=facts["pool_seconds"] / max(1, facts["pooled_rows"]),
         logit_lens=logit_lens_of(_named(tensors, "logit_lens."), facts["norm"]),
         fingerprint=facts["fingerprint"],
         layer_seconds=facts["layer_seconds"] / facts["layers_run"],
@@ -193,6 +226,14 @@ def record(
         soft_cap=facts["soft_cap"],
         scale=facts["scale"],
     )
+
+
+def _take(engine: LLM) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the engine has recorded since it was last asked; see `adainfer_take_record`."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "record.safetensors"
+        [facts] = engine.collective_rpc("adainfer_take_record", args=(str(path),))
+        return load_file(path), facts
 
 
 def rows_of_tokens(
@@ -233,6 +274,11 @@ def rows_of_tokens(
     return np.array([row_at[place] for place in wanted], dtype=np.int64)
 
 
+def normed(states: Tensor) -> Tensor:
+    """fp32 [rows, hidden size], the states as `adainfer_kernels.pool` norms them."""
+    return adainfer_kernels.readout(states, Norm("rms", eps=EPS), dtype=torch.float32)
+
+
 def _named(record: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): t for name, t in record.items() if name.startswith(prefix)}
@@ -248,9 +294,15 @@ def _folds(record: dict[str, Tensor], layer: int) -> list[Moments]:
 
 
 def greedy(
-    labels: Sequence[int], extra_args: dict[str, Any] | None = None, max_tokens: int = 1
+    labels: Sequence[int],
+    extra_args: dict[str, Any] | None = None,
+    max_tokens: int = 1,
+    reuse_prefixes: bool = True,
 ) -> SamplingParams:
-    """Parameters for greedy decoding, restricted to `labels`, token ids, if there are any."""
+    """Parameters for greedy decoding, restricted to `labels`, token ids, if there are any.
+
+    `reuse_prefixes`: whether tokens in vLLM's prefix cache are not run again.
+    """
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -258,4 +310,5 @@ def greedy(
         max_tokens=max_tokens,
         allowed_token_ids=list(labels) or None,
         extra_args=extra_args,
+        skip_reading_prefix_cache=None if reuse_prefixes else True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_adainfer.artifact.config import Adapter, ArtifactConfig, Level, Question
+from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
+from vllm_adainfer.artifact.fields import Adapter, LastToken, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
-from vllm_adainfer.artifact.kinds import Candidates, features_of_risk
+from vllm_adainfer.artifact.kinds import LABEL_HEADS, Candidates, features_of_risk
 from vllm_adainfer.offline.calibration.certify.certify import PathPoint, held_out_path
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy
 from vllm_adainfer.offline.calibration.write.card import model_card
@@ -62,6 +64,8 @@ def policy_config(
         adapter=adapter,
         exit_points=tuple(exit.layer for exit in policy.exits),
         probe=calibration.target.kind,
+        pooled_from=calibration.pooled_from if calibration.target.is_pooled else None,
+        last_token=None if policy.last_token is None else _last_token(policy.last_token),
         candidates="labels" if calibration.labels else candidates,
         labels=calibration.labels,
         features=features_of_risk(options.risk),
@@ -78,16 +82,29 @@ def policy_config(
         max_tokens=options.max_tokens,
         questions=_questions(policy),
         by_question=options.by_question,
-        levels=tuple(
-            Level(
-                epsilon=epsilon,
-                disagreement=point.disagreement,
-                risk=point.risk,
-                bound=_bound(policy, epsilon),
-                layers_saved=point.layers_saved,
-            )
-            for epsilon, point in policy.points.items()
-        ),
+        levels=_levels(policy),
+    )
+
+
+def _last_token(policy: FittedPolicy) -> LastToken:
+    """The part of a pooled policy that reads the last token alone."""
+    return LastToken(
+        exit_points=tuple(exit.layer for exit in policy.exits),
+        levels=_levels(policy),
+        certified={name: tuple(points) for name, points in policy.questions.items()},
+    )
+
+
+def _levels(policy: FittedPolicy) -> tuple[Level, ...]:
+    return tuple(
+        Level(
+            epsilon=epsilon,
+            disagreement=point.disagreement,
+            risk=point.risk,
+            bound=_bound(policy, epsilon),
+            layers_saved=point.layers_saved,
+        )
+        for epsilon, point in policy.points.items()
     )
 
 
@@ -117,7 +134,8 @@ def _questions(policy: FittedPolicy) -> tuple[Question, ...]:
 def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
     """The tensors of ``policy.safetensors``."""
     target, labels = policy.calibration.target, policy.calibration.labels
-    rows_of_model_head = target.kind != "label-head" and target.label_ids is not None
+    label_heads = target.kind in LABEL_HEADS
+    rows_of_model_head = not label_heads and target.label_ids is not None
     thresholds = torch.tensor(_thresholds(policy))
     tensors = {"thresholds": thresholds.unsqueeze(1).repeat(1, len(policy.exits))}
     if target.label_ids is not None and not labels:
@@ -128,6 +146,9 @@ def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
         tensors |= {f"{name}.{part}": tensor for part, tensor in probe.fitted_tensors.items()}
         if rows_of_model_head and isinstance(probe, Probe):
             tensors["head_rows"] = probe.head.weight
+    if policy.last_token is not None:
+        own = policy_tensors(policy.last_token)
+        tensors |= {f"{LAST_TOKEN}.{name}": tensor for name, tensor in own.items()}
     return tensors
 
 
@@ -171,6 +192,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
         "agreement": {
             str(exit.layer): float(exit.held_out.agrees.mean()) for exit in policy.candidates
         },
+        "learning_curve": [asdict(point) for point in policy.learning_curve()],
         "oracle_layers_run": oracle_layers_run(policy),
         "questions": question_rows(policy, point),
         "never_named": never_named(calibration),

@@ -1,0 +1,102 @@
+"""The parts of an artifact's config: labels, choices, questions, certified levels, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# Limits of a policy. A request that names more than this cannot match one, so it is not examined.
+MOST_ANSWERS = 1024  # label tokens
+MOST_CHOICES = 256
+MOST_CHOICE_CHARACTERS = 16_384  # of all choices together
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, and nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Label(Strict):
+    """A label and the token that stands for it: the first one after the prompt."""
+
+    name: str
+    token_id: TokenId
+
+
+class Choice(Strict):
+    """A text that requests with ``structured_outputs.choice`` choose from."""
+
+    text: str = Field(min_length=1)
+    token_ids: tuple[TokenId, ...] = Field(
+        min_length=1, description="The text as the tokenizer encodes it."
+    )
+    first_tokens: tuple[TokenId, ...] = Field(
+        description="The first tokens that rule out every other choice. The label's token comes "
+        "first. Empty if no first token decides on this choice."
+    )
+
+
+def token_columns(choices: Sequence[Choice], undecided: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The first tokens of each label; the `undecided` tokens come last, if there are any.
+
+    A choice without first tokens has no label.
+    """
+    return [tokens for tokens in (*(one.first_tokens for one in choices), undecided) if tokens]
+
+
+class Level(Strict):
+    """One certified row of the epsilon table: a bound, its risk and its savings."""
+
+    epsilon: float = Field(gt=0, lt=1)
+    disagreement: float = Field(description="On the held-out rows.")
+    risk: float = Field(description="Mean loss on the held-out rows; see `ArtifactConfig.risk`.")
+    bound: float = Field(description="Upper confidence bound on the risk, <= epsilon.")
+    layers_saved: float = Field(description="Share of layers skipped on the held-out rows.")
+
+
+class Question(Strict):
+    """A question in the calibration data."""
+
+    name: str
+    ends: tuple[Annotated[tuple[TokenId, ...], Field(min_length=1)], ...] = Field(
+        min_length=1, description="Token ids that its prompts end with, one row per wording."
+    )
+    certified: tuple[float, ...] = Field(
+        default=(), description="Epsilons certified for this question alone, with `by_question`."
+    )
+
+
+class Adapter(Strict):
+    """The LoRA adapter that a policy was calibrated with.
+
+    Attributes:
+        name: the name that requests use for the adapter.
+        fingerprint: see `vllm_adainfer.artifact.fingerprints.adapter_fingerprint`.
+
+    """
+
+    name: str = Field(min_length=1)
+    fingerprint: str
+
+
+class LastToken(Strict):
+    """The heads of a pooled policy for requests whose prompt it cannot see as a whole.
+
+    They read the state of the last token alone, as a policy with the probe "label-head" does.
+    Everything that is not here is as in the config that this is part of.
+
+    Attributes:
+        exit_points: see `ArtifactConfig.exit_points`.
+        levels: see `ArtifactConfig.levels`; the bounds of these heads.
+        certified: question -> see `Question.certified`; for a policy with `by_question`.
+
+    """
+
+    exit_points: tuple[int, ...] = Field(min_length=1)
+    levels: tuple[Level, ...] = Field(min_length=1)
+    certified: Mapping[str, tuple[float, ...]] = Field(default_factory=dict)
