@@ -26,7 +26,7 @@ class SwitchInstruments(BaseModel):
 
     Attributes:
         record: instead of an artifact, the layers after which to keep the hidden states of sampled
-            tokens, at full depth. `calibrate` sets it.
+            tokens, at full depth; 0 is the embedding. `calibrate` sets it.
         record_lens: with `record`, the sums for a tuned lens at all of these layers but the last.
         exit_script: instead of an artifact, exit points; a request leaves at the one that its
             ``adainfer_exit`` names, with a meaningless answer. Benchmarks and tests set it.

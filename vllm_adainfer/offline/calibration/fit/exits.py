@@ -211,7 +211,7 @@ def candidate_layers(depth: int, asked: Sequence[int] | None = None) -> list[int
         return list(range(step, depth, step))
     if not are_exit_points(asked, depth):
         raise AdaInferError(
-            f"--exit-points must ascend between 1 and {depth - 1} for this model of {depth} "
+            f"--exit-points must ascend between 0 and {depth - 1} for this model of {depth} "
             f"layers, got {','.join(map(str, asked))}"
         )
     return list(asked)
