@@ -161,9 +161,18 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def small(tiny_model: Path, tiny_policy: Path) -> Any:
-    """A second one, for tests of generation."""
-    return small_engine(tiny_model, tiny_policy)
+def policy_from_zero(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact like `tiny_policy`, with the exit points `FROM_ZERO`."""
+    from tests.tiny import FROM_ZERO, tiny_artifact
+
+    directory = tmp_path_factory.mktemp("artifact") / "policy"
+    return tiny_artifact(tiny_model, directory, exit_points=FROM_ZERO)
+
+
+@pytest.fixture(scope="session")
+def small(tiny_model: Path, policy_from_zero: Path) -> Any:
+    """A second one, for tests of generation, with exits at `FROM_ZERO`."""
+    return small_engine(tiny_model, policy_from_zero)
 
 
 @pytest.fixture(scope="session")

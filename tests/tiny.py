@@ -21,6 +21,7 @@ from vllm_adainfer.artifact.kinds import features_of_risk
 
 LAYERS = 6
 EXIT_POINTS = (2, 3, 5)
+FROM_ZERO = (0, 3, 5)  # the first one before all layers
 LABELS = ("bad", "good")
 
 

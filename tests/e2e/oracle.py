@@ -25,12 +25,15 @@ def decoder_layers(model: Any) -> Any:
 def hidden_states(model: Any, prompt: list[int]) -> list[Tensor]:
     """Residual stream [prompt, hidden size] after 0, 1, ... all layers (before the norm)."""
     states: list[Tensor] = []
+    layers = decoder_layers(model)
     with ExitStack() as hooks:
-        for layer in decoder_layers(model):
+        before = layers[0].register_forward_pre_hook(lambda _m, args: states.append(args[0]))
+        hooks.callback(before.remove)
+        for layer in layers:
             hook = layer.register_forward_hook(lambda _m, _a, output: states.append(first(output)))
             hooks.callback(hook.remove)
         model(torch.tensor([prompt]), use_cache=False)
-    return [torch.empty(0), *(state[0] for state in states)]
+    return [state[0] for state in states]
 
 
 def first(output: Any) -> Tensor:

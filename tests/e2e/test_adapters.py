@@ -17,7 +17,7 @@ from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.patterns import drawn_pattern, wrong
 from tests.e2e.scripted import parts, running_of
 from tests.full import needed
-from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
+from tests.tiny import EXIT_POINTS, FROM_ZERO, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.engine.runner import adapters as adapter_files
@@ -77,7 +77,7 @@ def engine(tiny_model, adapters, tmp_path_factory) -> Any:
         artifacts[f"for-{adapter.lora_name}"] = str(
             tiny_artifact(tiny_model, directory, adapter=described)
         )
-    switch = {"artifact": artifacts, "exit_points": EXIT_POINTS, "min_rows_saved": 1}
+    switch = {"artifact": artifacts, "exit_points": FROM_ZERO, "min_rows_saved": 1}
     return tiny_engine(tiny_model, switch, num_gpu_blocks_override=12, **CACHE, **SETTINGS)
 
 

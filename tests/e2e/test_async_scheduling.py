@@ -46,10 +46,10 @@ def asynchronous_scheduling() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def asynchronous(tiny_model: Path, tiny_policy: Path) -> Any:
+def asynchronous(tiny_model: Path, policy_from_zero: Path) -> Any:
     """An engine like `small`."""
     with asynchronous_scheduling():
-        return small_engine(tiny_model, tiny_policy)
+        return small_engine(tiny_model, policy_from_zero)
 
 
 @pytest.mark.parametrize("kv", ["exact", "propagate"])

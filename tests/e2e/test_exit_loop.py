@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,15 +16,18 @@ from torch.nn.functional import pad
 from vllm import SamplingParams
 
 from tests.e2e.oracle import continuation, same, token_after
-from tests.e2e.scripted import EXIT_AT, FULL, parts, scripted
+from tests.e2e.patterns import Request, drive
+from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
 from tests.full import needed
-from tests.tiny import EXIT_POINTS, LAYERS
+from tests.tiny import EXIT_POINTS, FROM_ZERO, LAYERS
 from vllm_adainfer.engine.compat.attention import NO_SLOT
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 
+POINTS = {"engine": EXIT_POINTS, "small": FROM_ZERO}  # of the shared engines
 
-def depth_of(exit_at: int) -> int:
-    return LAYERS if exit_at == FULL else EXIT_POINTS[exit_at]
+
+def depth_of(exit_at: int, points: tuple[int, ...] = EXIT_POINTS) -> int:
+    return LAYERS if exit_at == FULL else points[exit_at]
 
 
 def prompts_of(lengths: list[int], seed: int) -> list[list[int]]:
@@ -41,30 +45,79 @@ def one_token(exit_at: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=1, extra_args=extra)
 
 
+@contextmanager
+def rows_through_layers(llm) -> Iterator[list[int]]:
+    """Of each layer the rows that it ran, counted as it ran them."""
+    model, _, _ = parts(llm)
+    rows = [0] * LAYERS
+
+    def count(index: int, _layer, args) -> None:
+        rows[index] += len(args[1])
+
+    with ExitStack() as hooks:
+        for index, layer in enumerate(model.model.layers):
+            hooks.callback(layer.register_forward_pre_hook(partial(count, index)).remove)
+        yield rows
+
+
 @pytest.mark.parametrize(
-    "exits",
+    ("name", "exits"),
     [
-        pytest.param([FULL] * 6, id="none exits"),
-        pytest.param([0] * 6, id="all exit at the first point"),
-        pytest.param([2] * 6, id="all exit at the last point"),
-        pytest.param([0, 1, 2, FULL, 0, 1], id="some exit at every point"),
-        pytest.param([0], id="one-row batch exits"),
-        pytest.param([FULL], id="one-row batch stays"),
-        pytest.param([0, FULL], id="one of two"),
+        pytest.param("engine", [FULL] * 6, id="none exits"),
+        pytest.param("engine", [0] * 6, id="all exit at the first point"),
+        pytest.param("small", [0] * 6, id="all exit before the first layer"),
+        pytest.param("engine", [2] * 6, id="all exit at the last point"),
+        pytest.param("small", [0, 1, 2, FULL, 0, 1], id="some exit at every point"),
+        pytest.param("small", [0], id="one-row batch exits"),
+        pytest.param("engine", [FULL], id="one-row batch stays"),
+        pytest.param("small", [0, FULL], id="one of two"),
     ],
 )
-def test_each_request_gets_the_answer_of_its_depth_and_runs_no_more(engine, reference, exits):
+def test_each_request_gets_the_answer_of_its_depth_and_runs_no_more(
+    request, reference, name, exits
+):
+    engine, points = request.getfixturevalue(name), POINTS[name]
     lengths = [1] if len(exits) == 1 else [7, 1, 23, 12, 40, 3][: len(exits)]
     prompts = prompts_of(lengths, seed=len(exits))
-    with scripted(engine) as stats:
+    with scripted(engine) as stats, rows_through_layers(engine) as rows:
         found = run(engine, prompts, [one_token(e) for e in exits])
     for prompt, exit_at, tokens in zip(prompts, exits, found, strict=True):
-        assert same(tokens, [token_after(reference, prompt, depth_of(exit_at))])
-    depths = [depth_of(e) for e in exits]
+        assert same(tokens, [token_after(reference, prompt, depth_of(exit_at, points))])
+    depths = [depth_of(e, points) for e in exits]
+    deepest = max(depths)
+    assert rows == [0] * LAYERS if not deepest else min(rows[:deepest]) > 0
+    assert sum(rows[deepest:]) == 0
     assert stats.layers_run == sum(n * d for n, d in zip(lengths, depths, strict=True))
     assert stats.layers_possible == sum(lengths) * LAYERS
     assert stats.tokens_decided == len(exits)
     assert +stats.exit_histogram == {d: depths.count(d) for d in depths}
+
+
+def test_requests_that_leave_before_the_first_layer_change_nothing_for_the_others(small):
+    """The layers get the rows of the others alone: bit for bit what they are without company."""
+    prompts, leaves = prompts_of([7, 30, 23, 12], seed=9), [True, False, True, False]
+
+    def states(kept: list[bool]) -> list[list[torch.Tensor]]:
+        requests = [
+            Request(prompt, 4, seed=int(leaving))
+            for prompt, leaving, keep in zip(prompts, leaves, kept, strict=True)
+            if keep
+        ]
+
+        def draw(leaving: int, _position: int, _points: int) -> int:
+            return 0 if leaving else FULL
+
+        with drawn(small, "propagate", draw=draw) as ran:
+            drive(small, requests)
+        return [
+            [part.state for part in ran[str(place)]]
+            for place, one in enumerate(requests)
+            if not one.seed
+        ]
+
+    alone, in_company = states([not leaving for leaving in leaves]), states([True] * 4)
+    for expected, found in zip(alone, in_company, strict=True):
+        assert all(map(torch.equal, found, expected))
 
 
 @contextmanager
@@ -103,8 +156,13 @@ def test_rows_of_padding_change_nothing_and_are_not_counted(engine, reference, t
 
 
 @pytest.mark.parametrize("seed", needed(2, of=range(8)))
-def test_random_decisions_in_mixed_batches_match_the_oracle(engine, reference, seed):
-    """One-token and generating requests, prompts longer than a step, several steps in flight."""
+def test_random_decisions_in_mixed_batches_match_the_oracle(request, reference, seed):
+    """One-token and generating requests, prompts longer than a step, several steps in flight.
+
+    One engine's requests leave after some layers, the other's also before the first.
+    """
+    name = ["engine", "small"][seed % 2]
+    engine, points = request.getfixturevalue(name), POINTS[name]
     generator = np.random.default_rng(seed)
     lengths = [int(n) for n in generator.choice([1, 2, 9, 31, 33, 64, 100, 170, 300], 14)]
     prompts = prompts_of(lengths, seed)
@@ -117,7 +175,7 @@ def test_random_decisions_in_mixed_batches_match_the_oracle(engine, reference, s
     with scripted(engine) as stats:
         found = run(engine, prompts, params)
     for prompt, exit_at, n, produced in zip(prompts, exits, tokens, found, strict=True):
-        assert same(produced, continuation(reference, prompt, n, depth_of(exit_at)))
+        assert same(produced, continuation(reference, prompt, n, depth_of(exit_at, points)))
     assert stats.layers_run < stats.layers_possible
     assert stats.tokens_decided == sum(tokens)
 

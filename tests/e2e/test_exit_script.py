@@ -8,11 +8,11 @@ from tests.e2e.test_equal_to_stock import LENGTHS, answer
 from tests.tiny import LAYERS
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 
-SCRIPT = (2, 3)
+SCRIPT = (0, 3)
 
 
 def test_requests_leave_where_the_script_says(tiny_model):
-    leave = [2, None, 3, 2, 3]
+    leave = [0, None, 3, 0, 3]
     params = [
         {
             "temperature": 0,

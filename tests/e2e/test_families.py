@@ -24,7 +24,7 @@ from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
 from tests.e2e.test_equal_to_stock import PROMPTS, answer
 from tests.families import FAMILIES, RECURRENT, tiny_checkpoint, transformers_class
 from tests.full import needed
-from tests.tiny import EXIT_POINTS, LAYERS
+from tests.tiny import FROM_ZERO, LAYERS
 from vllm_adainfer import stats
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.policy.probe import logit_lens_of
@@ -36,7 +36,7 @@ SMALL = {
     "kv_cache_memory_bytes": 8 << 20,
     "language_model_only": True,
 }
-SCRIPT = {"exit_script": list(EXIT_POINTS)}
+SCRIPT = {"exit_script": list(FROM_ZERO)}
 SWITCH = {**SCRIPT, "kv": "propagate"}
 # Of each way to read a state: norms, a soft cap, a narrower head, inputs of each layer's own.
 READ_OTHERWISE = (
@@ -211,8 +211,8 @@ def test_experts_pass_over_padding_and_over_no_row_of_a_request(served, monkeypa
 
 @pytest.mark.parametrize("served", needed(READ_OTHERWISE, of=FAMILIES), indirect=True)
 def test_what_calibration_learns_from_reads_as_the_model_does(served, tmp_path):
-    """States and the logit lens as they are recorded, after a layer inside and after the last."""
-    llm = tiny_engine(served.directory, {"record": [3, LAYERS]}, **SMALL)
+    """States and the logit lens as they are recorded: before all layers, inside, after the last."""
+    llm = tiny_engine(served.directory, {"record": [0, 3, LAYERS]}, **SMALL)
     prompts, path = prompts_of(seed=3), tmp_path / "record.safetensors"
     params = [
         SamplingParams(temperature=0, max_tokens=1, extra_args={ROW_ARG: row})
@@ -224,7 +224,7 @@ def test_what_calibration_learns_from_reads_as_the_model_does(served, tmp_path):
     own = {name.partition(".")[2]: part for name, part in tensors.items() if "logit_lens" in name}
     lens = logit_lens_of(own, facts["norm"])
     torch.testing.assert_close(lens.head.weight, served.reference.lm_head.weight.data)
-    for depth in (3, LAYERS):
+    for depth in (0, 3, LAYERS):
         read = lens.readout(tensors[f"layer.{depth}"])[tensors["tags"].argsort()]
         expected = [head_inputs(served.reference, prompt, depth)[-1] for prompt in prompts]
         torch.testing.assert_close(read, torch.stack(expected), atol=2e-3, rtol=1e-3)
@@ -280,7 +280,7 @@ def test_compiled_segments_give_the_same_tokens(family, tmp_path):
     """
     model = tiny_checkpoint(family, tmp_path / family)
     leaves = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": [0, 1]}
-    leaves["extra_args"] = {"adainfer_exit": EXIT_POINTS[0]}
+    leaves["extra_args"] = {"adainfer_exit": FROM_ZERO[0]}
     stays = {"temperature": 0, "max_tokens": 4}
     params = [leaves, stays, leaves, stays, leaves]
     found = answer(
@@ -294,5 +294,5 @@ def test_compiled_segments_give_the_same_tokens(family, tmp_path):
     for prompt, asked, given in zip(PROMPTS, params, found["answers"], strict=True):
         if asked is stays:
             assert same(given["tokens"], continuation(reference, prompt, 4, LAYERS))
-    assert found["stats"]["exit_histogram"][str(EXIT_POINTS[0])] == 3
+    assert found["stats"]["exit_histogram"][str(FROM_ZERO[0])] == 3
     assert found["stats"]["layers_run"] < found["stats"]["layers_possible"]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 
 from tests.e2e.scripted import parts, running_of
-from tests.tiny import EXIT_POINTS, LAYERS
+from tests.tiny import FROM_ZERO, LAYERS
 from vllm_adainfer import stats
 from vllm_adainfer.exits.accounting.report import Reporter
 
@@ -76,7 +76,7 @@ def rests(llm: Any, directory: Path) -> bool:
     """Whether requests run at full depth, with the answers of the model in `directory`."""
     found, depth, reported = answers(llm)
     if depth < LAYERS:
-        assert (depth, reported) == (EXIT_POINTS[0], False)
+        assert (depth, reported) == (FROM_ZERO[0], False)
         return False
     assert (depth, reported) == (LAYERS, True)
     assert found == at_full_depth(llm, directory)
@@ -115,7 +115,7 @@ def test_weights_may_come_one_by_one(serving, tiny_model):
         with torch.inference_mode():
             model.load_weights(part)
         serving.reset_prefix_cache()
-        assert answers(serving)[1:] == (LAYERS if resting else EXIT_POINTS[0], resting)
+        assert answers(serving)[1:] == (LAYERS if resting else FROM_ZERO[0], resting)
 
 
 def test_weights_that_do_not_pass_the_model_may_be_any(serving, tiny_model):

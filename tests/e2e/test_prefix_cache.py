@@ -8,9 +8,9 @@ from vllm import SamplingParams
 
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.scripted import EXIT_AT, ScriptedAdmission, scripted
-from tests.tiny import EXIT_POINTS, LAYERS
+from tests.tiny import FROM_ZERO, LAYERS
 
-PREFIX = 64  # two blocks of the shared engine
+PREFIX = 64  # two blocks of the engine, whose requests leave before the first layer
 
 
 def prompts_with_shared_prefix(count: int, seed: int, own: int = 7) -> list[list[int]]:
@@ -26,21 +26,21 @@ def ask(llm, prompt, exit_at: int | None, max_tokens: int = 1):
     return list(output.outputs[0].token_ids), output.num_cached_tokens
 
 
-def test_a_full_depth_request_does_not_hit_the_blocks_of_an_exited_one(engine, reference):
+def test_a_full_depth_request_does_not_hit_the_blocks_of_an_exited_one(small, reference):
     first, second = prompts_with_shared_prefix(2, seed=0)
-    with scripted(engine):
-        ask(engine, first, exit_at=0)
-        tokens, cached = ask(engine, second, exit_at=None, max_tokens=6)
+    with scripted(small):
+        ask(small, first, exit_at=0)
+        tokens, cached = ask(small, second, exit_at=None, max_tokens=6)
     assert cached == 0
     assert same(tokens, continuation(reference, second, 6, LAYERS))
 
 
-def test_the_second_touch_completes_a_shared_prefix_and_the_third_hits_it(engine, reference):
+def test_the_second_touch_completes_a_shared_prefix_and_the_third_hits_it(small, reference):
     prompts = prompts_with_shared_prefix(4, seed=1)
-    with scripted(engine) as stats:
-        answers = [ask(engine, prompt, exit_at=0) for prompt in prompts]
+    with scripted(small) as stats:
+        answers = [ask(small, prompt, exit_at=0) for prompt in prompts]
     assert [cached for _, cached in answers] == [0, 0, PREFIX, PREFIX]
-    depths = [EXIT_POINTS[0], LAYERS, EXIT_POINTS[0], EXIT_POINTS[0]]
+    depths = [FROM_ZERO[0], LAYERS, FROM_ZERO[0], FROM_ZERO[0]]
     for prompt, (tokens, _), depth in zip(prompts, answers, depths, strict=True):
         assert same(tokens, [token_after(reference, prompt, depth)])
     whole, own = len(prompts[0]), len(prompts[0]) - PREFIX
@@ -49,90 +49,90 @@ def test_the_second_touch_completes_a_shared_prefix_and_the_third_hits_it(engine
 
 
 def test_once_prefixes_have_come_again_new_ones_are_completed_at_once(
-    engine, reference, monkeypatch
+    small, reference, monkeypatch
 ):
     """Asked twice: from the fourth on, the first time runs to the end and the second hits it."""
     monkeypatch.setattr(ScriptedAdmission, "saving", ("policy", 0.4))
     pairs = [prompts_with_shared_prefix(2, seed=20 + number) for number in range(6)]
-    with scripted(engine):
-        answers = [[ask(engine, prompt, exit_at=0) for prompt in pair] for pair in pairs]
+    with scripted(small):
+        answers = [[ask(small, prompt, exit_at=0) for prompt in pair] for pair in pairs]
     hits = [second for _, (_, second) in answers]
     assert hits == [0, 0, 0, PREFIX, PREFIX, PREFIX]
     for pair, found, hit in zip(pairs, answers, hits, strict=True):
-        depths = (LAYERS, EXIT_POINTS[0]) if hit else (EXIT_POINTS[0], LAYERS)
+        depths = (LAYERS, FROM_ZERO[0]) if hit else (FROM_ZERO[0], LAYERS)
         for prompt, (tokens, _), depth in zip(pair, found, depths, strict=True):
             assert same(tokens, [token_after(reference, prompt, depth)])
 
 
 def test_a_prefix_shared_within_a_step_is_completed_by_the_first_and_hit_by_the_others(
-    engine, reference
+    small, reference
 ):
     prompts = prompts_with_shared_prefix(3, seed=7)
     params = SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: 0})
-    with scripted(engine) as stats:
-        outputs = engine.generate(
+    with scripted(small) as stats:
+        outputs = small.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
         )
     assert [output.num_cached_tokens for output in outputs] == [0, PREFIX, PREFIX]
-    depths = [LAYERS, EXIT_POINTS[0], EXIT_POINTS[0]]
+    depths = [LAYERS, FROM_ZERO[0], FROM_ZERO[0]]
     for prompt, output, depth in zip(prompts, outputs, depths, strict=True):
         tokens = list(output.outputs[0].token_ids)
         assert same(tokens, [token_after(reference, prompt, depth)])
     whole, own = len(prompts[0]), len(prompts[0]) - PREFIX
-    assert stats.layers_run == whole * LAYERS + 2 * own * EXIT_POINTS[0]
+    assert stats.layers_run == whole * LAYERS + 2 * own * FROM_ZERO[0]
 
 
-def test_one_batch_with_a_shared_prefix_is_exact(engine, reference):
+def test_one_batch_with_a_shared_prefix_is_exact(small, reference):
     prompts = prompts_with_shared_prefix(12, seed=2)
-    exits = [i % (len(EXIT_POINTS) + 1) - 1 for i in range(len(prompts))]
+    exits = [i % (len(FROM_ZERO) + 1) - 1 for i in range(len(prompts))]
     params = [
         SamplingParams(temperature=0, max_tokens=1, extra_args={} if e < 0 else {EXIT_AT: e})
         for e in exits
     ]
-    with scripted(engine):
+    with scripted(small):
         for _ in range(2):  # the second pass finds complete blocks only
-            outputs = engine.generate(
+            outputs = small.generate(
                 [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
             )
             for prompt, exit_at, output in zip(prompts, exits, outputs, strict=True):
                 tokens = list(output.outputs[0].token_ids)
-                depths = {LAYERS, LAYERS if exit_at < 0 else EXIT_POINTS[exit_at]}
+                depths = {LAYERS, LAYERS if exit_at < 0 else FROM_ZERO[exit_at]}
                 assert any(same(tokens, [token_after(reference, prompt, d)]) for d in depths)
 
 
 @pytest.mark.parametrize("length", [150, 300])
-def test_chunks_before_the_last_are_cached_as_in_stock(engine, reference, length):
-    """The shared engine runs 128 rows a step, so these prompts take two or three."""
+def test_chunks_before_the_last_are_cached_as_in_stock(small, reference, length):
+    """The engine runs 128 rows a step, so these prompts take two or three."""
     generator = np.random.default_rng(length)
     prompt = generator.integers(5, 1000, length).tolist()
     longer = prompt + generator.integers(5, 1000, 9).tolist()
-    with scripted(engine):
-        ask(engine, prompt, exit_at=0)
-        tokens, cached = ask(engine, longer, exit_at=None, max_tokens=4)
+    with scripted(small):
+        ask(small, prompt, exit_at=0)
+        tokens, cached = ask(small, longer, exit_at=None, max_tokens=4)
     assert cached == (length - 1) // 128 * 128
     assert same(tokens, continuation(reference, longer, 4, LAYERS))
 
 
-def test_resetting_the_prefix_cache_forgets_what_was_withheld(engine):
+def test_resetting_the_prefix_cache_forgets_what_was_withheld(small):
     first, second = prompts_with_shared_prefix(2, seed=5)
-    with scripted(engine) as stats:
-        ask(engine, first, exit_at=0)
-        engine.reset_prefix_cache()
-        ask(engine, second, exit_at=0)
-    assert stats.layers_run == (len(first) + len(second)) * EXIT_POINTS[0]
+    with scripted(small) as stats:
+        ask(small, first, exit_at=0)
+        small.reset_prefix_cache()
+        ask(small, second, exit_at=0)
+    assert stats.layers_run == (len(first) + len(second)) * FROM_ZERO[0]
 
 
-def test_a_prompt_that_may_exit_but_runs_to_full_depth_is_hit_by_the_next(engine, reference):
+def test_a_prompt_that_may_exit_but_runs_to_full_depth_is_hit_by_the_next(small, reference):
     prompts = prompts_with_shared_prefix(3, seed=8)
-    never = len(EXIT_POINTS)  # an exit point that there is not
-    with scripted(engine) as stats:
+    never = len(FROM_ZERO)  # an exit point that there is not
+    with scripted(small) as stats:
         answers = [
-            ask(engine, prompt, exit_at)
+            ask(small, prompt, exit_at)
             for prompt, exit_at in zip(prompts, [never, 0, never], strict=True)
         ]
     assert [cached for _, cached in answers] == [0, PREFIX, PREFIX]
-    depths = [LAYERS, EXIT_POINTS[0], LAYERS]
+    depths = [LAYERS, FROM_ZERO[0], LAYERS]
     for prompt, (tokens, _), depth in zip(prompts, answers, depths, strict=True):
         assert same(tokens, [token_after(reference, prompt, depth)])
     whole, own = len(prompts[0]), len(prompts[0]) - PREFIX
-    assert stats.layers_run == whole * LAYERS + own * (EXIT_POINTS[0] + LAYERS)
+    assert stats.layers_run == whole * LAYERS + own * (FROM_ZERO[0] + LAYERS)

@@ -22,7 +22,7 @@ from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.exits.recording.recorder import DECISION_ROW_WEIGHT, STRIDE
 
 ROOT = Path(__file__).parents[2]
-RECORDED = (2, 5)
+RECORDED = (0, 5)
 FOLDS, FITTED = 3, 9
 # Longer than a step (64 rows), of one row, and all that lies between.
 LENGTHS = (7, 1, 150, 23, 40, 64, 3, 90, 12, 33, 70, 5)

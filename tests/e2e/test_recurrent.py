@@ -19,7 +19,7 @@ from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
 from tests.e2e.test_families import SCRIPT, SMALL, run, transformers_model
 from tests.families import tiny_checkpoint
 from tests.full import needed
-from tests.tiny import EXIT_POINTS, LAYERS
+from tests.tiny import FROM_ZERO, LAYERS
 from tests.triton_on_cpu import IS_V2
 
 REUSES = 100 if IS_V2 else 1000  # of slots; a step takes 0.2 s in Triton's interpreter
@@ -74,14 +74,14 @@ def test_slots_reused_many_times_leave_no_trace(served):
     """
     generator = np.random.default_rng(0)
     prompts = prompts_of(generator, [1, 1, 2, 3, 9, 17, 33])
-    depths = [*EXIT_POINTS, LAYERS]
+    depths = [*FROM_ZERO, LAYERS]
     expected = {
         (number, at): token_after(served.reference, prompt, depths[at])
         for number, prompt in enumerate(prompts)
-        for at in range(FULL, len(EXIT_POINTS))
+        for at in range(FULL, len(FROM_ZERO))
     }
     drawn_cases = [
-        (int(generator.integers(len(prompts))), int(generator.integers(FULL, len(EXIT_POINTS))))
+        (int(generator.integers(len(prompts))), int(generator.integers(FULL, len(FROM_ZERO))))
         for _ in range(REUSES)
     ]
     params = [
@@ -113,12 +113,12 @@ def test_a_shared_prefix_is_hit_and_only_the_rest_leaves_early(served):
             params = SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: 0})
             [output] = served.llm.generate([prompt], params, use_tqdm=False)
             cached.append(output.num_cached_tokens)
-            expected = token_after(served.reference, [*prefix, *rest], EXIT_POINTS[0])
+            expected = token_after(served.reference, [*prefix, *rest], FROM_ZERO[0])
             assert same(list(output.outputs[0].token_ids), [expected])
         whole = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         [output] = run(served.llm, [[*prefix, *own[0]]], [whole])
     assert cached == [0] + [size] * 5
-    assert stats.layers_run == size * LAYERS + 6 * 30 * EXIT_POINTS[0] + (30 + 3) * LAYERS
+    assert stats.layers_run == size * LAYERS + 6 * 30 * FROM_ZERO[0] + (30 + 3) * LAYERS
     expected = continuation(served.reference, [*prefix, *own[0]], 4, LAYERS)
     assert same(list(output.token_ids), expected)
 
@@ -201,7 +201,7 @@ def test_vllms_kernels_in_bfloat16_give_nothing_that_nobody_wrote(served):
     llm = tiny_engine(served.directory, SCRIPT, dtype="bfloat16", **SMALL)
     generator = np.random.default_rng(2)
     prompts = prompts_of(generator, [1, 2, 9, 33, 64, 100] * 10)
-    exits = [int(at) for at in generator.integers(FULL, len(EXIT_POINTS), len(prompts))]
+    exits = [int(at) for at in generator.integers(FULL, len(FROM_ZERO), len(prompts))]
     params = [
         SamplingParams(temperature=0, max_tokens=2 if at == FULL else 1, extra_args={EXIT_AT: at})
         for at in exits
@@ -211,7 +211,7 @@ def test_vllms_kernels_in_bfloat16_give_nothing_that_nobody_wrote(served):
         found = run(llm, prompts, params)
     right = [
         output.token_ids[0]
-        == token_after(served.reference, prompt, LAYERS if at == FULL else EXIT_POINTS[at])
+        == token_after(served.reference, prompt, LAYERS if at == FULL else FROM_ZERO[at])
         for prompt, at, output in zip(prompts, exits, found, strict=True)
     ]
     assert np.mean(right) > 0.8

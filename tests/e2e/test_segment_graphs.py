@@ -25,7 +25,7 @@ from tests.conftest import tiny_engine
 from tests.e2e.patterns import Request, drive, wrong
 from tests.e2e.scripted import FULL, drawn, parts
 from tests.full import needed
-from tests.tiny import EXIT_POINTS
+from tests.tiny import FROM_ZERO
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker
 
@@ -67,7 +67,9 @@ def write_kv(key: Any, value: Any, *cache_slots_and_scales: Any) -> None:
 
 
 @pytest.fixture(scope="module", params=["TRITON_ATTN", "FLEX_ATTENTION"])
-def graphed(tiny_model: Path, tiny_policy: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+def graphed(
+    tiny_model: Path, policy_from_zero: Path, request: pytest.FixtureRequest
+) -> Iterator[Any]:
     """An engine with exits whose segments are recorded for 1, 2 and 4 requests."""
     from vllm.v1.attention import selector
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
@@ -84,7 +86,7 @@ def graphed(tiny_model: Path, tiny_policy: Path, request: pytest.FixtureRequest)
         patch.setattr(CudaGraphManager, "capture", record)
         engine = tiny_engine(
             tiny_model,
-            {"artifact": str(tiny_policy), "kv": "propagate"},
+            {"artifact": str(policy_from_zero), "kv": "propagate"},
             max_model_len=96,
             kv_cache_memory_bytes=8 << 20,
         )
@@ -141,7 +143,7 @@ def test_drawn_exits_reproduce_the_oracle(graphed, reference, kv, seed):
 
 def test_three_requests_are_padded_to_a_graph_of_four(graphed, reference):
     requests = [Request([7, 8, 9 + place], max_tokens=4, seed=FULL) for place in range(3)]
-    segments = len(EXIT_POINTS) + 1
+    segments = len(FROM_ZERO) + 1
     assert replayed(graphed, reference, "exact", requests) == {4: 3 * segments}
 
 

@@ -20,7 +20,7 @@ from tests.e2e.scripted import EXIT_AT, only, parts, scripted
 from tests.e2e.test_equal_to_stock import LENGTHS, answer
 from tests.e2e.test_policies import artifact_of, expected, policy_of
 from tests.full import needed
-from tests.tiny import EXIT_POINTS, LAYERS
+from tests.tiny import EXIT_POINTS, FROM_ZERO, LAYERS
 from vllm_adainfer import stats as stats_of
 from vllm_adainfer.artifact.config import Artifact
 from vllm_adainfer.artifact.files import load_artifact
@@ -163,25 +163,25 @@ def test_shadows_change_nothing_for_the_others(
 
 
 @pytest.mark.parametrize("seed", needed(1, of=range(3)))
-def test_shadows_in_mixed_batches_with_prompts_longer_than_a_step(engine, reference, seed):
+def test_shadows_in_mixed_batches_with_prompts_longer_than_a_step(small, reference, seed):
     generator = np.random.default_rng(seed)
     lengths = generator.choice([1, 2, 9, 31, 64, 100, 170, 300], 14)
     prompts = [generator.integers(5, 1000, length).tolist() for length in lengths]
-    exits = generator.integers(-1, len(EXIT_POINTS), len(prompts)).tolist()
+    exits = generator.integers(-1, len(FROM_ZERO), len(prompts)).tolist()
     tokens = [1 if e >= 0 else int(generator.integers(1, 4)) for e in exits]
     params = [
         SamplingParams(temperature=0, max_tokens=n, extra_args={} if e < 0 else {EXIT_AT: e})
         for e, n in zip(exits, tokens, strict=True)
     ]
     is_shadow = is_shadow_at(0.5)
-    checked = [0] * len(EXIT_POINTS)
-    with watched(engine, None, rate=0.5, alpha=NEVER) as (stats, _):
-        found = run(engine, prompts, params)
+    checked = [0] * len(FROM_ZERO)
+    with watched(small, None, rate=0.5, alpha=NEVER) as (stats, _):
+        found = run(small, prompts, params)
     for prompt, exit_at, n, (request_id, produced) in zip(
         prompts, exits, tokens, found, strict=True
     ):
         early = exit_at >= 0 and not is_shadow(request_id)
-        depth = EXIT_POINTS[exit_at] if early else LAYERS
+        depth = FROM_ZERO[exit_at] if early else LAYERS
         assert same(produced, continuation(reference, prompt, n, depth))
         if exit_at >= 0 and not early:
             checked[exit_at] += 1

@@ -18,7 +18,7 @@ from vllm.lora.request import LoRARequest
 from tests.adapters import save_adapter
 from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
-from tests.tiny import EXIT_POINTS, tiny_artifact, tiny_config, tiny_tensors
+from tests.tiny import EXIT_POINTS, FROM_ZERO, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
@@ -35,6 +35,7 @@ def artifacts(tiny_model: Path, tmp_path: Path) -> Artifacts:
     def artifact(probe: str, threshold: float) -> Path:
         candidates = "labels" if probe == "label-head" else "full"
         more: dict[str, Any] = {} if candidates == "labels" else {"labels": (), "max_tokens": 8}
+        more["exit_points"] = FROM_ZERO if candidates == "labels" else EXIT_POINTS
         config = tiny_config(tiny_model, probe=probe, candidates=candidates, **more)
         thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
         tensors = tiny_tensors(config, thresholds)

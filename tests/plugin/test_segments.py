@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -16,28 +17,29 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 
 
 def test_segments_that_compile_differently_are_named_differently():
-    spans = [(0, 3, 6), (3, 5, 6), (0, 5, 6), (3, 5, 7), (5, 6, 6), (6, 6, 6)]
-    classes = [segment_class(*span, finishes) for span in spans for finishes in (False, True)]
+    spans = [(0, 0, 6), (0, 3, 6), (3, 5, 6), (0, 5, 6), (3, 5, 7), (5, 6, 6), (6, 6, 6)]
+    ends = itertools.product((False, True), repeat=2)
+    classes = [segment_class(*span, *end) for span, end in itertools.product(spans, ends)]
     assert len({kind.forward.__qualname__ for kind in classes}) == len(classes)
 
 
 def stack_of(seen: list[Tensor]) -> Stack:
-    """Three segments, which note what they read: the first yields new memory each time."""
+    """Four segments, which note what they read. The first embeds: it yields no residual."""
 
     def segment(positions, hidden, residual, per_layer):
         seen.append(hidden)
-        return hidden + 1, None if residual is None else residual + 1, None
+        return hidden + 1, hidden.clone() if residual is None else residual + 1, None
 
     def first(positions, ids, residual, per_layer):
         states = ids.unsqueeze(1).repeat(1, 4).float()
-        return states, states.clone(), states.unsqueeze(1).clone()
+        return states, None, states.unsqueeze(1).clone()
 
-    return Stack((first, segment, segment), None, 4, None, FixedStates(rows=8))
+    return Stack((first, segment, segment, segment), None, 4, None, FixedStates(rows=8))
 
 
 def pass_of(stack: Stack, rows: int) -> HiddenStates:
     states = HiddenStates(torch.arange(rows))
-    for index in range(3):
+    for index in range(4):
         states = stack.run(index, torch.arange(rows), states)
     return states
 
@@ -49,7 +51,9 @@ def test_graphs_find_the_states_between_segments_where_they_were_captured(mode):
     with override_forward_context(SimpleNamespace(cudagraph_runtime_mode=mode)):
         results = [pass_of(stack, rows) for rows in (8, 3, 8)]
     for rows, result in zip((8, 3, 8), results, strict=True):
-        expected = torch.arange(rows).unsqueeze(1) + 2.0
-        assert torch.equal(result.hidden, expected.repeat(1, 4))
+        expected = torch.arange(rows).unsqueeze(1).repeat(1, 4)
+        assert torch.equal(result.hidden, expected + 3.0)
+        assert torch.equal(result.residual, expected + 2.0)
+        assert torch.equal(result.per_layer.squeeze(1), expected.float())
     addresses = {states.data_ptr() for states in seen}
-    assert len(addresses) == 1 if mode == CUDAGraphMode.PIECEWISE else len(addresses) > 1
+    assert len(addresses) == 2 if mode == CUDAGraphMode.PIECEWISE else len(addresses) > 2

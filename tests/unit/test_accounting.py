@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import EXIT_POINTS, LAYERS
+from tests.tiny import FROM_ZERO, LAYERS
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
@@ -27,14 +27,14 @@ from vllm_adainfer.settings.engine import NO_POLICY
 
 NAMES = ("a", "b", NO_POLICY)
 COUNTERS = ("layers_run", "layers_skipped", "layers_deferred", "layers_possible")
-STRETCHES = np.diff([0, *EXIT_POINTS, LAYERS]).tolist()
+STRETCHES = np.diff([0, *FROM_ZERO, LAYERS]).tolist()
 FULL_DEPTH = -1
 
 
 class ExitByRow(ExitPolicy):
     """Settles a request at the exit point that is its threshold row."""
 
-    exit_points, num_threshold_rows = EXIT_POINTS, len(EXIT_POINTS)
+    exit_points, num_threshold_rows = FROM_ZERO, len(FROM_ZERO)
 
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
         return Decision(rows.threshold_rows == exit_index, EarlyStates(rows.hidden))
@@ -82,7 +82,7 @@ class Engine:
         rows = [
             FULL_DEPTH
             if policy == NO_POLICY or exit_index == FULL_DEPTH
-            else known.index(policy) * len(EXIT_POINTS) + exit_index
+            else known.index(policy) * len(FROM_ZERO) + exit_index
             for _, policy, _, exit_index in requests
         ]
         layout = RowLayout(lens, np.array([self.positions[name] for name in names]) - 1)
@@ -119,15 +119,15 @@ def waiting_of(loop: Any) -> dict[str, int]:
 def test_a_row_that_waited_counts_for_the_policy_it_came_under_whatever_its_request_has_now():
     engine = Engine()
     engine.step(("x", "a", 3, 0))
-    assert engine.counted("layers_deferred") == {"a": 3 * (LAYERS - EXIT_POINTS[0])}
+    assert engine.counted("layers_deferred") == {"a": 3 * (LAYERS - FROM_ZERO[0])}
     engine.step(("x", NO_POLICY, 1, FULL_DEPTH))
     assert engine.counted("layers_run") == {"a": 3 * LAYERS, NO_POLICY: LAYERS}
     assert engine.counted("layers_possible") == engine.counted("layers_run")
-    assert engine.loop.stats.passes_run == EXIT_POINTS[0] + LAYERS
+    assert engine.loop.stats.passes_run == FROM_ZERO[0] + LAYERS
 
 
 def test_rows_that_wait_again_further_down_stay_those_of_their_policies():
-    engine, below = Engine(), LAYERS - EXIT_POINTS[1]
+    engine, below = Engine(), LAYERS - FROM_ZERO[1]
     engine.step(("x", "a", 3, 0))
     engine.step(("x", "b", 1, 1))
     assert waiting_of(engine.loop) == {"a": 3 * below, "b": below, NO_POLICY: 0}
@@ -145,7 +145,7 @@ def test_a_request_without_rows_that_wait_is_forgotten_without_a_trace(request_i
     assert {counter: engine.counted(counter) for counter in COUNTERS} == before
 
 
-@pytest.mark.parametrize("own_kv_layers", [None, EXIT_POINTS[1]], ids=["own", "shared"])
+@pytest.mark.parametrize("own_kv_layers", [None, FROM_ZERO[1]], ids=["own", "shared"])
 @pytest.mark.parametrize("seed", range(20))
 def test_no_counter_falls_and_run_skipped_and_waiting_are_all_that_came(
     monkeypatch, seed, own_kv_layers
@@ -163,7 +163,7 @@ def test_no_counter_falls_and_run_skipped_and_waiting_are_all_that_came(
                 str(name),
                 str(generator.choice(NAMES)),
                 int(generator.integers(1, 5)),
-                int(generator.integers(FULL_DEPTH, len(EXIT_POINTS))),
+                int(generator.integers(FULL_DEPTH, len(FROM_ZERO))),
             )
             for name in sorted(generator.choice(list("uvwxyz"), 4, replace=False))
         ]
@@ -192,14 +192,14 @@ def test_no_counter_falls_and_run_skipped_and_waiting_are_all_that_came(
     ids=["one comes", "another goes", "its own goes", "another takes its place"],
 )
 def test_rows_that_wait_keep_their_policy_whichever_come_and_go(names):
-    engine, below = Engine(), LAYERS - EXIT_POINTS[0]
+    engine, below = Engine(), LAYERS - FROM_ZERO[0]
     engine.step(("r1", "b", 3, 0), ("r2", "a", 2, 0))
     engine.loop.use_policies(policies(names), {})
     engine.step(("r1", NO_POLICY, 1, FULL_DEPTH), ("r2", names[0], 1, 0))
     engine.loop.forget("r2")
-    expected_run = Counter({"b": 3 * LAYERS, "a": 2 * EXIT_POINTS[0], NO_POLICY: LAYERS})
-    expected_run[names[0]] += EXIT_POINTS[0]
-    assert engine.counted("layers_run") == expected_run
+    expected_run = Counter({"b": 3 * LAYERS, "a": 2 * FROM_ZERO[0], NO_POLICY: LAYERS})
+    expected_run[names[0]] += FROM_ZERO[0]
+    assert engine.counted("layers_run") == +expected_run
     expected_skipped = Counter({"a": 2 * below})
     expected_skipped[names[0]] += below
     assert engine.counted("layers_skipped") == expected_skipped

@@ -398,7 +398,19 @@ def remove(name: str) -> Callable[[Path], None]:
             edit_config(exit_points=[2, 3, 6]), CONFIG_FILE, "exit_points", id="after the stack"
         ),
         pytest.param(
-            edit_config(exit_points=[0, 3, 5]), CONFIG_FILE, "exit_points", id="before the stack"
+            edit_config(exit_points=[-1, 3, 5]), CONFIG_FILE, "exit_points", id="before the stack"
+        ),
+        pytest.param(
+            edit_config(exit_points=[0, 3, 5], max_tokens=2),
+            CONFIG_FILE,
+            "exit point 0 needs a label-head and max_tokens = 1",
+            id="texts from the embedding",
+        ),
+        pytest.param(
+            edit_config(exit_points=[0, 3, 5], probe="lens"),
+            CONFIG_FILE,
+            "exit point 0 needs a label-head and max_tokens = 1",
+            id="a lens on the embedding",
         ),
         pytest.param(
             edit_config(exit_points=[3, 2, 5]), CONFIG_FILE, "exit_points", id="descending"

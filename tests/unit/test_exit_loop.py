@@ -3,7 +3,8 @@
 The toy's hidden states are single numbers. A layer halves a row's state, adds what the row attends
 to (the mean of the cached states of its sequence in this layer, its own included) and the layer's
 number. So a state shows which layers it has been through, and a key that was never written shows as
-NaN. The stack has six layers, cut after two and after four (the exit points) and before the last.
+NaN. The stack has six layers, cut after two and after four (the exit points) and before the last;
+in some tests also before the first.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ EXIT_POINTS, DEPTH = (2, 4), 6
 SHAPE = StackShape(segment_layers=(2, 2, 1, 1), head_size=1)
 # The last two layers attend to what the fourth does.
 SHARING = StackShape(segment_layers=(2, 2, 2), head_size=1, own_kv_layers=4)
+FROM_ZERO = StackShape(segment_layers=(0, 4, 1, 1), head_size=1)
+SHARING_FROM_ZERO = StackShape(segment_layers=(0, 4, 2), head_size=1, own_kv_layers=4)
 FULL_DEPTH, FIRST_EXIT, SECOND_EXIT = -1, 0, 1  # threshold rows
 LONGEST = 100
 
@@ -82,7 +85,7 @@ class ToyBatch:
         self.write(DEPTH - 1, states.hidden)
 
     def fill_kv(self, exit_index: int, states: Tensor, layout: RowLayout) -> None:
-        for layer in range(EXIT_POINTS[exit_index], DEPTH):
+        for layer in range(self.shape.depth_after(exit_index), DEPTH):
             self.compact(layout).write(layer, states)
 
     def compact(self, layout: RowLayout) -> ToyBatch:
@@ -95,7 +98,8 @@ class ToyBatch:
 class ExitByRow(ExitPolicy):
     """Settles a request at the exit point that is its threshold row."""
 
-    exit_points, num_threshold_rows = EXIT_POINTS, len(EXIT_POINTS)
+    def __init__(self, exit_points: tuple[int, ...]) -> None:
+        self.exit_points, self.num_threshold_rows = exit_points, len(exit_points)
 
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
         return Decision(rows.threshold_rows == exit_index, EarlyStates(rows.hidden))
@@ -113,7 +117,8 @@ class Toy:
         self.executed: Counter = Counter()
         self.sizes: list[int] = []
         settings = {"max_rows": LONGEST, "min_rows_saved": 1, "monitors": {}, **changes}
-        policies = PolicySet({"toy": ExitByRow()})
+        exit_points = shape.depth_after(FIRST_EXIT), shape.depth_after(SECOND_EXIT)
+        policies = PolicySet({"toy": ExitByRow(exit_points)})
         self.loop = ExitLoop(shape, policies, ExactKV() if kv is None else kv, **settings)
 
     def step(self, tokens: list[list[int]], exits: list[int], **context: Any) -> Any:
@@ -137,7 +142,7 @@ class Toy:
 def oracle(tokens: list[int], depth: int, kv_layers: int = DEPTH) -> tuple[float, Tensor]:
     """The last token's state after `depth` layers, and the cache: all others ran at full depth."""
     state = torch.tensor(tokens, dtype=torch.float64)
-    cache = []
+    cache, last = [], float(state[-1])
     for layer in range(DEPTH):
         cache.append(state)
         attended = cache[min(layer, kv_layers - 1)]
@@ -187,6 +192,17 @@ def test_a_settled_request_stays_where_too_few_rows_would_leave_with_it():
         [oracle(p, d)[0] for p, d in zip(PROMPTS, [2, 6, 4, 2], strict=True)]
     ), "an answer stays the one that was settled"
     assert toy.sizes == [10, 10, 2, 2]
+
+
+def test_requests_that_leave_before_the_first_layer_run_none():
+    toy = Toy(shape=FROM_ZERO)
+    found, _ = toy.step(PROMPTS, [FIRST_EXIT] * 4, continues=np.zeros(4, dtype=bool))
+    assert found == [prompt[-1] for prompt in PROMPTS], "the embedding of each last token"
+    assert toy.executed == {}
+    assert toy.cache.isnan().all()
+    toys = toy.loop.stats.by_policy["toy"]
+    assert (toys.layers_run, toys.layers_skipped, toys.layers_possible) == (0, 60, 60)
+    assert toys.exit_histogram == {0: 4}
 
 
 def test_a_chunk_before_the_last_of_a_prompt_never_leaves():
@@ -248,8 +264,12 @@ def test_propagate_fills_skipped_layers_with_the_state_at_the_exit():
     assert found != pytest.approx(oracle([3, 1], DEPTH)[0]), "an approximation"
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("shape", [SHAPE, SHARING], ids=["own", "shared"])
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "shape",
+    [SHAPE, SHARING, FROM_ZERO, SHARING_FROM_ZERO],
+    ids=["own", "shared", "own, from zero", "shared, from zero"],
+)
 def test_drawn_exits_give_the_oracles_states_whatever_left_before(monkeypatch, shape, seed):
     """Several requests, prompts and tokens, with `exact`: others' exits change nobody's state."""
     generator = np.random.default_rng(seed)
@@ -268,7 +288,11 @@ def test_drawn_exits_give_the_oracles_states_whatever_left_before(monkeypatch, s
         found, _ = toy.step(tokens, exits.tolist())
         texts = [text + more for text, more in zip(texts, tokens, strict=True)]
         wanted = [
-            oracle(text, DEPTH if exit == FULL_DEPTH else EXIT_POINTS[exit], shape.kv_layers)[0]
+            oracle(
+                text,
+                DEPTH if exit == FULL_DEPTH else shape.depth_after(exit),
+                shape.kv_layers,
+            )[0]
             for text, exit, count in zip(texts, exits, lens, strict=True)
             if count
         ]
@@ -301,11 +325,12 @@ def test_a_shadow_request_runs_to_full_depth_and_its_early_answer_is_compared(th
     assert (reading.checked, reading.disagreed) == (1, differs)
 
 
-def test_a_recording_loop_runs_everything_and_keeps_the_states():
-    layers = (2, 4, DEPTH)
+@pytest.mark.parametrize("layers", [(2, 4, DEPTH), (0, 2, 4, DEPTH)])
+def test_a_recording_loop_runs_everything_and_keeps_the_states(layers):
     recorder = Recorder(layers, lens=None)
     toy = Toy(requests=2)
-    toy.shape = StackShape(segment_layers=(2, 2, 2, 0), head_size=1)  # the last: the final norm
+    segments = np.diff([0, *layers, DEPTH]).tolist()  # the last one: the final norm
+    toy.shape = StackShape(segments, head_size=1)
     toy.loop = RecordingLoop(toy.shape, recorder)
     toy.step([[3, 1], [7]], [FULL_DEPTH] * 2, record_rows=np.array([0, 1]))
     taken = recorder.take()
@@ -313,4 +338,6 @@ def test_a_recording_loop_runs_everything_and_keeps_the_states():
         wanted = [oracle([3, 1], layer)[0], oracle([7], layer)[0]]
         assert taken[f"layer.{layer}"].flatten().tolist() == pytest.approx(wanted)
     assert taken["tags"].tolist() == [0, 1]
-    assert toy.loop.stats.layers_run == 3 * DEPTH
+    assert toy.loop.stats.layers_run == toy.loop.timings.layers_run == 3 * DEPTH
+    rehearsed = 2 * (3 + 1) * 2  # each twice, of all rows and of those of one request: two layers
+    assert sum(toy.executed.values()) == 3 * DEPTH + rehearsed

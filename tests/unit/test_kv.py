@@ -66,6 +66,18 @@ def test_exact_gives_rows_back_in_order_of_requests_and_positions_with_their_pol
     assert waiting(kv, 0) is None
 
 
+def test_states_before_the_first_layer_wait_without_a_residual():
+    kv, layout = ExactKV(), RowLayout(np.array([2]), np.array([7]))
+    states = HiddenStates(torch.tensor([[3.0], [4.0]]))
+    rows = np.arange(2)
+    kv.leave(LeavingRows(0, NAMES, layout, rows, rows, states, None))
+    leave(kv, 1, [1], [5])
+    found, _ = kv.rejoin(1, NAMES, np.array([1, 0, 0]))
+    assert found.residual.tolist() == [[5.0]]
+    found, _ = kv.rejoin(0, NAMES, np.array([2, 0, 0]))
+    assert (found.hidden.tolist(), found.residual) == ([[3.0], [4.0]], None)
+
+
 def test_rows_of_a_request_that_leaves_again_keep_waiting():
     kv = ExactKV()
     leave(kv, 0, [1, 1], [4, 4], requests=(0, 1))
@@ -119,13 +131,13 @@ def test_beyond_the_capacity_the_oldest_are_overdue(kind, capacity, overdue):
 def test_rows_that_wait_no_more_leave_their_places_to_others(how):
     kv = ExactKV()
     leave(kv, 0, [3, 1], [2, 5], requests=(0, 1))
-    assert kv._pool.taken == 4
+    assert kv.taken == 4
     if how == "rejoin":
         kv.rejoin(0, NAMES, np.array([3, 1, 0]))
     else:
         for request_id in NAMES:
             kv.forget(request_id)
-    assert kv._pool.taken == 0
+    assert kv.taken == 0
 
 
 def test_what_waits_does_not_keep_the_states_of_the_whole_batch_alive():

@@ -15,7 +15,7 @@ from vllm_adainfer.frontend.metrics import EngineMetrics, Series
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
 
-BUCKETS = (2, 3, 5, 6)
+BUCKETS = (0, 3, 5, 6)
 POLICIES = ("a", "b")
 # By the report's kind, the series.
 WORK = {

@@ -41,8 +41,11 @@ LAST_TOKEN = "last-token"  # the part of a pooled policy for prompts it cannot s
 
 
 def are_exit_points(points: Sequence[int], layers: int) -> bool:
-    """Whether `points` is not empty, ascends, and lies inside a model with this many layers."""
-    inside = all(0 < point < layers for point in points)
+    """Whether `points` is not empty, ascends, and lies inside a model with this many layers.
+
+    Exit point 0 comes before the first layer.
+    """
+    inside = all(0 <= point < layers for point in points)
     return bool(points) and inside and sorted(set(points)) == list(points)
 
 
@@ -69,7 +72,9 @@ class ArtifactConfig(Strict):
         None, description="The LoRA adapter of the policy's requests; None for the base model."
     )
     exit_points: tuple[int, ...] = Field(
-        min_length=1, description="The numbers of layers after which a request may exit."
+        min_length=1,
+        description="The numbers of layers after which a request may exit; 0 comes before the "
+        "first layer.",
     )
     probe: ProbeKind
     pooled_from: int | None = Field(
@@ -147,9 +152,11 @@ class ArtifactConfig(Strict):
         epsilons = {level.epsilon for level in self.levels}
         certified = [question.certified for question in self.questions]
         return {
-            f"exit_points must ascend between 1 and {self.layers - 1}": are_exit_points(
+            f"exit_points must ascend between 0 and {self.layers - 1}": are_exit_points(
                 self.exit_points, self.layers
             ),
+            "exit point 0 needs a label-head and max_tokens = 1: no text is generated from the "
+            "embedding": 0 not in self.exit_points or (head and self.max_tokens == 1),
             'candidates = "labels" needs labels': bool(labels) or self.candidates != "labels",
             'labels need candidates = "labels"': not labels or self.candidates == "labels",
             "there is nothing to decide among fewer than two labels": len(labels) != 1,

@@ -26,7 +26,7 @@ class SwitchInstruments(BaseModel):
 
     Attributes:
         record: instead of an artifact, the layers after which to keep the hidden states of sampled
-            tokens, at full depth. `calibrate` sets it.
+            tokens, at full depth; 0 is the embedding. `calibrate` sets it.
         record_lens: with `record`, the sums for a tuned lens at all of these layers but the last.
         record_pooled_from: with `record`, the position from which on to take the mean of the states
             of each prompt, at all of these layers but the last.

@@ -12,6 +12,7 @@ from vllm_adainfer.engine.compat.attention import NO_SLOT, slots_of
 from vllm_adainfer.engine.segments.attention import Queries, StepAttention
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.batch.state_memory import StateMemory
 from vllm_adainfer.exits.batch.upload import upload
 
 
@@ -40,7 +41,8 @@ class DecodeBuffers:
         )
         self._is_padding = torch.zeros(size, dtype=torch.bool, device=device)
         # Allocated by the first batch, which is the largest, with its dtype and widths.
-        self._states: HiddenStates | None = None
+        self._memory = StateMemory(size)
+        self._after: dict[int, HiddenStates] = {}  # by segment, where in the memory its output is
         self._final: Tensor | None = None
 
     def stage(self, layout: RowLayout, attention: StepAttention, padded: int) -> None:
@@ -100,34 +102,32 @@ class DecodeBuffers:
         """The token ids, the input of the first segment."""
         return HiddenStates(self._ids[:rows])
 
-    def states_of(self, rows: int) -> HiddenStates:
-        """The hidden states between two segments."""
-        assert self._states is not None, "stored by the first segment"
-        return self._states.rows(slice(0, rows))
+    def states_after(self, segment: int, rows: int) -> HiddenStates:
+        """The hidden states between a segment and the next."""
+        return self._after[segment].rows(slice(0, rows))
 
     def final_of(self, rows: int) -> Tensor:
         """[rows, head size], the LM head's input."""
         assert self._final is not None, "stored by the last segment"
         return self._final[:rows]
 
-    def load(self, states: HiddenStates, is_ids: bool) -> None:
-        """Copy in the states of the staged rows, unless they are in the buffers already."""
+    def load(self, segment: int, states: HiddenStates) -> None:
+        """Copy in a segment's input for the staged rows, unless it is in the buffers already."""
         rows = slice(0, states.num_rows)
-        if is_ids:
+        if segment == 0:
             self._ids[rows] = states.hidden
             return
-        assert self._states is not None, "stored by the first segment"
-        if states.hidden.data_ptr() != self._states.hidden.data_ptr():
-            self._states.put(states, rows)
+        memory = self._after[segment - 1]
+        if states.hidden.data_ptr() != memory.hidden.data_ptr():
+            memory.put(states, rows)
 
-    def store(self, states: HiddenStates, is_final: bool) -> None:
-        """Store a segment's output."""
-        size = len(self.positions)
-        if is_final:
-            if self._final is None:
-                self._final = states.hidden.new_zeros(size, *states.hidden.shape[1:])
-            self._final[: states.num_rows] = states.hidden
-            return
-        if self._states is None:
-            self._states = states.zeros(size)
-        self._states.put(states, slice(0, states.num_rows))
+    def store(self, segment: int, states: HiddenStates) -> None:
+        """Store the output of a segment that is not the last."""
+        self._after[segment] = memory = self._memory.like(states)
+        memory.put(states, slice(0, states.num_rows))
+
+    def store_final(self, states: Tensor) -> None:
+        """Store the output of the last segment."""
+        if self._final is None:
+            self._final = states.new_zeros(len(self.positions), *states.shape[1:])
+        self._final[: len(states)] = states

@@ -129,9 +129,12 @@ class SegmentGraphs:
                     slot_mapping=slots,
                     is_padding=buffers.padding_of(rows),
                 ):
-                    states = buffers.ids_of(rows) if index == 0 else buffers.states_of(rows)
-                    states = self._stack.run(index, buffers.positions[:rows], states)
-                    buffers.store(states, is_final=index == len(self._managers) - 1)
+                    given = buffers.states_after(index - 1, rows) if index else buffers.ids_of(rows)
+                    states = self._stack.run(index, buffers.positions[:rows], given)
+                    if index == len(self._managers) - 1:
+                        buffers.store_final(states.hidden)
+                    else:
+                        buffers.store(index, states)
 
             return forward
 
@@ -157,11 +160,11 @@ class Replay:
 
     def run(self, segment: int, states: HiddenStates) -> HiddenStates:
         """The hidden states after a segment, in buffers that the next segment overwrites."""
-        self.buffers.load(states.rows(slice(0, self.rows)), is_ids=segment == 0)
+        self.buffers.load(segment, states.rows(slice(0, self.rows)))
         self.managers[segment].run_fullgraph(self.graph)
         if segment == len(self.managers) - 1:
             return HiddenStates(self.buffers.final_of(self.rows))
-        return self.buffers.states_of(self.rows)
+        return self.buffers.states_after(segment, self.rows)
 
 
 def why_not_captured(vllm_config: VllmConfig, groups: Groups) -> str | None:

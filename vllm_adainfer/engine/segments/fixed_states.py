@@ -6,6 +6,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.state_memory import StateMemory
 
 
 class FixedStates:
@@ -20,15 +21,12 @@ class FixedStates:
 
     def __init__(self, rows: int) -> None:
         """Allocate lazily for up to `rows` rows, the largest batch that vLLM captures."""
-        self._rows = rows
-        self._states: HiddenStates | None = None  # allocated like the first states
+        self._memory = StateMemory(rows)
 
     def for_next_segment(self, states: HiddenStates) -> HiddenStates:
         """`states` as the next segment reads them: copied if it replays graphs."""
         if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
             return states
-        if self._states is None:
-            self._states = states.zeros(self._rows)
-        rows = slice(0, states.num_rows)
-        self._states.put(states, rows)
-        return self._states.rows(rows)
+        memory, rows = self._memory.like(states), slice(0, states.num_rows)
+        memory.put(states, rows)
+        return memory.rows(rows)

@@ -26,7 +26,7 @@ ROWS = {0: "b"}  # the dynamic dimension: token rows
 
 
 class Segment(nn.Module):
-    """Consecutive decoder layers. The first segment embeds, the last applies the final norm.
+    """Consecutive decoder layers, perhaps none. The first embeds, the last applies the final norm.
 
     The model owns the layers; a segment only refers to them.
     """
@@ -131,7 +131,7 @@ def without_graphs(context: ForwardContext) -> ForwardContext:
     return replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None)
 
 
-def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Segment]:
+def segment_class(first: int, last: int, depth: int, embeds: bool, finishes: bool) -> type[Segment]:
     """A compiled class for layers `first` + 1 to `last` of `depth`.
 
     vLLM caches compiled code by the qualified name of ``forward``, so the name states everything
@@ -145,7 +145,7 @@ def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Seg
         residual: Tensor | None,
         per_layer: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if first == 0:
+        if embeds:
             ids = hidden_states
             hidden_states = self.decoder.embed(self.body, ids, positions)
             per_layer = self.decoder.per_layer_inputs(self.body, ids, hidden_states)
@@ -158,9 +158,10 @@ def segment_class(first: int, last: int, depth: int, finishes: bool) -> type[Seg
             )
         if finishes:
             return self.decoder.finish(self.body, hidden_states, residual), None, None
-        return hidden_states, residual, per_layer if first == 0 else None
+        return hidden_states, residual, per_layer if embeds else None
 
-    name = f"Segment_{first}_{last}_of_{depth}" + ("_finishes" if finishes else "")
+    does = "_embeds" * embeds + "_finishes" * finishes
+    name = f"Segment_{first}_{last}_of_{depth}{does}"
     forward.__qualname__ = f"{name}.forward"
     rows = dict.fromkeys(("positions", "hidden_states", "residual", "per_layer"), ROWS)
     compiled = support_torch_compile(dynamic_arg_dims=rows)
@@ -192,7 +193,7 @@ def build_stack(
     cuts: Sequence[int],
     vllm_config: VllmConfig,
 ) -> Stack:
-    """Cut the stack of `body` after each of `cuts` (counts of layers run).
+    """Cut the stack of `body` after each of `cuts` (counts of layers run, 0 for the embedding).
 
     The last layer becomes a segment of its own, unless it shares another's keys and values. If a
     cut follows it, the last segment is the final norm alone. `head_size` is the width of the LM
@@ -204,8 +205,9 @@ def build_stack(
     cuts = sorted({*cuts, max(depth - 1, *cuts)} if own_kv_layers is None else set(cuts))
     spans = [*itertools.pairwise([0, *cuts]), (cuts[-1], depth)]
     segments = []
-    for first, last in spans:
-        cls = segment_class(first, last, depth, finishes=(first, last) == spans[-1])
+    for index, (first, last) in enumerate(spans):
+        is_last = index == len(spans) - 1
+        cls = segment_class(first, last, depth, embeds=index == 0, finishes=is_last)
         with compile_cache_folder(cls.__name__):
             segment = cls(vllm_config=config, decoder=decoder, body=body, layers=layers[first:last])
         segments.append(segment)

@@ -87,7 +87,7 @@ def _check_fixed_exit_points(vllm_config: VllmConfig, settings: Settings) -> Non
         layers = getattr(settings, key)
         if layers is not None and not are_exit_points(layers, depth):
             raise AdaInferError(
-                f"additional_config: adainfer.{key} must ascend between 1 and {depth - 1}, got "
+                f"additional_config: adainfer.{key} must ascend between 0 and {depth - 1}, got "
                 f"{list(layers)}"
             )
 

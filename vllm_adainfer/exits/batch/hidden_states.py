@@ -17,9 +17,9 @@ class HiddenStates:
     layer, which adds it to the residual in the same kernel as its norm.
 
     Attributes:
-        hidden: [rows, hidden size]; before the first layer the token ids, [rows].
+        hidden: [rows, hidden size]; before the embedding the token ids, [rows].
         residual: [rows, hidden size], to which `hidden` is still to be added; None if there is
-            none.
+            none, as before the first layer.
         per_layer: [rows, layers, size], a separate input for each layer of the model (Gemma 4);
             None if layers have none.
 

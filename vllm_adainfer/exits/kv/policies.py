@@ -115,17 +115,26 @@ class ExactKV(KVPolicy):
     def __init__(self, capacity: int = CAPACITY) -> None:
         super().__init__()
         self._capacity = capacity
-        self._pool = RowPool()
-        # By request, then exit point, in order of positions: int64 [2, rows], the places in the
+        # States before the first layer have no residual: those of the first exit point are apart.
+        self._pools = RowPool(), RowPool()
+        # By request, then exit point, in order of positions: int64 [2, rows], the places in its
         # pool and the policies.
         self._waiting: OrderedDict[str, dict[int, list[Ints]]] = OrderedDict()
 
+    @property
+    def taken(self) -> int:
+        """The number of rows that wait."""
+        return sum(pool.taken for pool in self._pools)
+
+    def _pool(self, exit_index: int) -> RowPool:
+        return self._pools[min(exit_index, 1)]
+
     @override
     def leave(self, leaving: LeavingRows) -> None:
-        layout, states = leaving.layout, leaving.states
-        places = self._pool.free_places(layout.num_rows)
+        layout, states, pool = leaving.layout, leaving.states, self._pool(leaving.exit_index)
+        places = pool.free_places(layout.num_rows)
         rows_on_device, places_on_device = upload((leaving.rows, places), states.device)
-        self._pool.put(states.rows(rows_on_device), places_on_device)
+        pool.put(states.rows(rows_on_device), places_on_device)
         requests = layout.present
         by_request = np.split(
             np.stack([places, leaving.policies]), layout.ends[requests[:-1]], axis=1
@@ -156,7 +165,7 @@ class ExactKV(KVPolicy):
             if not self._waiting[request_id]:
                 del self._waiting[request_id]
         places, policies = np.concatenate(joining, axis=1)
-        return self._pool.take(places), policies
+        return self._pool(exit_index).take(places), policies
 
     def _num_waiting(self, request_id: str) -> int:
         return sum(map(_count, self._waiting.get(request_id, {}).values()))
@@ -168,7 +177,7 @@ class ExactKV(KVPolicy):
     @override
     def overdue(self) -> set[str]:
         overdue: set[str] = set()
-        excess = self._pool.taken - self._capacity
+        excess = self.taken - self._capacity
         for request_id in self._waiting if excess > 0 else ():
             overdue.add(request_id)
             excess -= self._num_waiting(request_id)
@@ -181,7 +190,7 @@ class ExactKV(KVPolicy):
         forgotten = []
         for exit_index, chunks in self._waiting.pop(request_id, {}).items():
             places, policies = np.concatenate(chunks, axis=1)
-            self._pool.give_back(places)
+            self._pool(exit_index).give_back(places)
             forgotten.append((exit_index, policies))
         return forgotten
 

@@ -73,6 +73,8 @@ class RecordingLoop(Loop):
         self.timings = Timings()
         self.kv = KVPolicy()
         self._depth = shape.depth
+        # The first segment with layers; another comes before it where the embedding is recorded.
+        self._first = 0 if shape.segment_layers[0] else 1
         self.reset_counters()
 
     @override
@@ -85,9 +87,12 @@ class RecordingLoop(Loop):
         """Run and record one step; it gives no early answers."""
         rows = step.layout.num_rows
         states = HiddenStates(input_ids)
+        rehearses = len(self.timings.fewer[0]) < REHEARSALS
         recorded, means = [], []
         prompts = PooledPrompts(step, self.carried)
         for segment in range(len(self.recorder.layers)):
+            if rehearses and segment == self._first:
+                before = states.clone()  # which the layers may overwrite
             start = _now(step)
             states = batch.run(segment, states)
             self.timings.layer_seconds += _now(step) - start
@@ -103,9 +108,9 @@ class RecordingLoop(Loop):
             step.record_rows[step.layout.row_requests], step.layout.positions, step.sampled_rows()
         )
         self.recorder.record(recorded, record_rows, positions, last, means)
-        if len(self.timings.fewer[0]) < REHEARSALS:
-            final = final.clone()  # which the layers may overwrite
-            self._rehearse_exits(batch, HiddenStates(input_ids), states, step)
+        if rehearses:
+            final = final.clone()  # likewise
+            self._rehearse_exits(batch, before, states, step)
         policies, accounting, depth = np.zeros(rows, dtype=np.int64), self._accounting, self._depth
         tokens = accounting.tokens(policies)
         accounting.submitted(tokens, depth)
@@ -135,12 +140,19 @@ class RecordingLoop(Loop):
         return means
 
     def _rehearse_exits(
-        self, batch: Batch, ids: HiddenStates, states: HiddenStates, step: StepContext
+        self, batch: Batch, before: HiddenStates, states: HiddenStates, step: StepContext
     ) -> None:
         """Time what an exit point does when half of the requests leave, and layers without them.
 
-        The step is over, and the first segment writes the same keys and values once more. Recurrent
+        The step is over, and its first layers write the same keys and values once more. Recurrent
         states would change, so only requests that need theirs no more take part.
+
+        Args:
+            batch: the step's.
+            before: the states before the first layers.
+            states: those after the last.
+            step: the requests.
+
         """
         assert step.record_rows is not None
         requests = np.flatnonzero(step.yields_token & (step.record_rows >= 0))
@@ -150,8 +162,9 @@ class RecordingLoop(Loop):
             return
         if going_on.size:
             layout, stay = _without(going_on, layout, step)
-            ids, states, batch = ids.rows(stay), states.rows(stay), batch.compact(layout)
-        rows, full = layout.num_rows, self._first_segment(batch, ids, step)
+            before, states = before.rows(stay), states.rows(stay)
+            batch = batch.compact(layout)
+        rows, full = layout.num_rows, self._time_first_layers(batch, before, step)
         for fewer in self.timings.fewer:
             if requests.size < 2:
                 return
@@ -162,16 +175,17 @@ class RecordingLoop(Loop):
             if fewer is self.timings.fewer[0]:
                 self.timings.cut_seconds += _now(step) - start
                 self.timings.rows += rows
-            ids = ids.rows(stay)
-            seconds = self._first_segment(batch, ids, step)
+            before = before.rows(stay)
+            seconds = self._time_first_layers(batch, before, step)
             fewer.append((layout.num_rows / rows, seconds / full))
 
-    def _first_segment(self, batch: Batch, ids: HiddenStates, step: StepContext) -> float:
-        """Time that the first segment takes with a batch's rows, in seconds."""
+    def _time_first_layers(self, batch: Batch, before: HiddenStates, step: StepContext) -> float:
+        """Time that the first segment with layers takes with a batch's rows, in seconds."""
         times = []
         for _ in range(2):  # the first run with so many rows may have to prepare something
+            given = before.clone()
             start = _now(step)
-            batch.run(0, ids)
+            batch.run(self._first, given)
             times.append(_now(step) - start)
         return min(times)
 
