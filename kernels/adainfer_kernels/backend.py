@@ -13,7 +13,9 @@ import torch
 Backend = Literal["auto", "triton", "torch"]
 
 
-def load_backend(backend: Backend, device: torch.device) -> ModuleType:
+def load_backend(
+    backend: Backend, device: torch.device, of: Literal["probe", "pooling"] = "probe"
+) -> ModuleType:
     """The module that runs on tensors of `device`; imports Triton at its first use.
 
     Raises:
@@ -21,7 +23,7 @@ def load_backend(backend: Backend, device: torch.device) -> ModuleType:
         RuntimeError: "triton" is asked for where it cannot run.
 
     """
-    return importlib.import_module(f"adainfer_kernels.{resolve_backend(backend, device)}_probe")
+    return importlib.import_module(f"adainfer_kernels.{resolve_backend(backend, device)}_{of}")
 
 
 def resolve_backend(backend: Backend, device: torch.device) -> Literal["triton", "torch"]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adainfer_kernels import Head, Lens, Norm, triton_probe
+from adainfer_kernels import Head, Lens, Norm, triton_pooling, triton_probe
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -67,7 +67,7 @@ def launch(
     packed: bool = False,
     everything: bool = False,
 ) -> None:
-    """Call the Triton backend on tensors without data."""
+    """Call the Triton backend on tensors without data; `size` is that of the head, or requests."""
     kind = getattr(torch, dtype)
     states = empty(rows, hidden, dtype=kind)
     if kernel == "readout":
@@ -76,6 +76,13 @@ def launch(
             norm = Norm("rms", empty(hidden, dtype=kind), empty(hidden, dtype=kind))
             lens = Lens(empty(hidden, hidden, dtype=kind), bias=empty(hidden, dtype=kind))
         triton_probe.readout(states, norm, lens, kind)
+        return
+    if kernel == "pool":
+        spans = empty(size, dtype=torch.int64), empty(size, dtype=torch.int64)
+        if everything:
+            triton_pooling.pool(states, empty(rows, hidden, dtype=kind), *spans, empty(size, hidden))
+        else:
+            triton_pooling.pool(states, None, *spans, None)
         return
     triton_probe.score(
         states,

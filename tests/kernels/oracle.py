@@ -110,6 +110,23 @@ def readout(
     return x
 
 
+def pool(
+    hidden: Tensor,
+    residual: Tensor | None,
+    starts: Tensor,
+    ends: Tensor,
+    carried: Tensor | None = None,
+    sum_in: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """The last normed state of each request's rows, and their sum."""
+    x = hidden.to(sum_in)
+    if residual is not None:
+        x = x + residual.to(sum_in)
+    normed = readout(x, sum_in=sum_in)
+    sums = [normed[start:end].sum(dim=0) for start, end in zip(starts, ends, strict=True)]
+    return normed[ends - 1], torch.stack(sums) + (0 if carried is None else carried.to(sum_in))
+
+
 def reduce(scores: Tensor, ids: Tensor) -> Truth:
     """Softmax and top-2 of scores [rows, n] of the tokens `ids` [n]."""
     best, probabilities = scores.topk(2, dim=-1).values, scores.softmax(dim=-1)

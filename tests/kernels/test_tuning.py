@@ -90,8 +90,9 @@ def score(rows: int, size: int = 128256, hidden: int = 4096, **case: object) -> 
 
 
 READOUT = {"kernel": "readout", "size": 0, "hidden": 4096}
+POOL = {"kernel": "pool", "rows": 2048, "size": 64, "hidden": 4096}
 # The Llama-3 head for each number of rows that has a shape, and as many for which integers are
-# specialised (1, multiples of 16); label heads; readouts.
+# specialised (1, multiples of 16); label heads; readouts; pooled states.
 HEADS = {f"{rows} rows": score(rows) for rows in (1, 3, 16, 17, 32, 33, 64, 65, 128, 300)}
 SMALL_HEADS = {
     "16 packed": score(64, 16, packed=True),
@@ -106,6 +107,10 @@ OTHERS = {
     "a readout": {**READOUT, "rows": 1},
     "readouts after a lens": {**READOUT, "rows": 64, "everything": True},
     "wide readouts": {**READOUT, "rows": 64, "hidden": 8192},
+    "pooled states": POOL,
+    "pooled states with all inputs": {**POOL, "everything": True},
+    "pooled narrow fp32 states": {**POOL, "hidden": 577, "dtype": "float32"},
+    "pooled wide states": {**POOL, "hidden": 8192, "everything": True},
 }
 CASES = {**HEADS, **SMALL_HEADS, **OTHERS}
 
@@ -174,6 +179,7 @@ def test_as_many_programs_fit_a_multiprocessor_as_the_parts_ask_for(case, compil
         ("16 packed", ["score_kernel"]),
         ("1000 of a small head", ["score_kernel", "merge_parts_kernel"]),
         ("readouts", ["readout_kernel"]),
+        ("pooled states", ["scale_kernel", "pool_kernel"]),
     ],
 )
 def test_one_kernel_scores_and_one_merges_the_parts_if_there_are_several(case, names, compiled):
