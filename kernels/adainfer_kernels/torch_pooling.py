@@ -14,8 +14,8 @@ from torch.nn.functional import embedding_bag
 
 from adainfer_kernels.pooling import EPS
 
-# Numbers in a block, 8 MiB in fp32, and in each part of it, which is normed while it is in the caches
-# of the cores. Both are the fastest on cores with 2 MiB of L2, but half or twice as many cost little.
+# Numbers in a block, 8 MiB in fp32, and in each part of it, which is normed while it is in the
+# caches. On cores with 2 MiB of L2, half or twice as many are about as fast.
 BLOCK_NUMBERS = 1 << 21
 PART_NUMBERS = 1 << 18
 
