@@ -1,7 +1,7 @@
 """Triton backend of `pool`: two launches, nothing waits for the host.
 
-    scale   1 / rms of each row                             [rows]
-    pool    adds up a block of columns of a request's rows  [requests, hidden size], twice
+scale_kernel  1 / rms of each row                             [rows]
+pool_kernel   adds up a block of columns of a request's rows  [requests, hidden size], twice
 """
 
 from __future__ import annotations
@@ -129,9 +129,7 @@ def pool_kernel(
             )
             sums = tl.fma(x, tl.load(scale_ptr + row, mask=row < end, other=0.0), sums)
     tl.store(sums_ptr + out, sums, mask=inside)
-    x = _state(
-        hidden_ptr, residual_ptr, hidden_row_stride, residual_row_stride, end - 1, k, inside
-    )
+    x = _state(hidden_ptr, residual_ptr, hidden_row_stride, residual_row_stride, end - 1, k, inside)
     tl.store(last_ptr + out, x * tl.load(scale_ptr + end - 1), mask=inside)
 
 

@@ -80,7 +80,9 @@ def launch(
     if kernel == "pool":
         spans = empty(size, dtype=torch.int64), empty(size, dtype=torch.int64)
         if everything:
-            triton_pooling.pool(states, empty(rows, hidden, dtype=kind), *spans, empty(size, hidden))
+            triton_pooling.pool(
+                states, empty(rows, hidden, dtype=kind), *spans, empty(size, hidden)
+            )
         else:
             triton_pooling.pool(states, None, *spans, None)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adainfer_kernels import ProbeResult, tuning
+from adainfer_kernels import Pooled, ProbeResult, pool, tuning
 
 from tests.kernels.flat import probe
 from tests.kernels.oracle import (
@@ -51,6 +51,31 @@ def test_a_captured_probe_replays_on_new_inputs(rows, form):
         eager = run()
         assert same(captured, eager)
         assert torch.equal(captured.settled, eager.settled)
+
+
+def test_a_captured_pool_replays_on_new_inputs():
+    hidden, starts, ends = normal(64, 576), torch.tensor([0, 9, 40]), torch.tensor([9, 40, 41])
+    starts, ends, carried = starts.to(DEVICE), ends.to(DEVICE), normal(3, 576)
+
+    def run() -> Pooled:
+        return pool(hidden, hidden, starts, ends, carried)
+
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # compiles before the capture
+        run()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in range(3):
+        hidden.copy_(normal(64, 576, seed=seed))
+        starts += 1
+        ends += 1
+        graph.replay()
+        eager = run()
+        assert torch.equal(captured.last, eager.last)
+        assert torch.equal(captured.sums, eager.sums)
 
 
 def extra_memory(rows: int, vocab: int, backend: str) -> int:

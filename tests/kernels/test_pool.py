@@ -1,16 +1,17 @@
-"""Pooled states are sums of each request's own rows, added in their order whatever is beside them."""
+"""Pooled states are sums of a request's own rows, added in order, whatever else is in the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
+from itertools import pairwise, product
+from typing import Any
 
 import adainfer_kernels
 import pytest
 import torch
 from adainfer_kernels import Pooled, torch_pooling
 from adainfer_kernels.pooling import EPS
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,8 +30,31 @@ LAYOUTS = {
     "ragged": [2, 7, 1, 1, 0, 19, 3, 8, 0, 2, 6],
     "mostly nobody's": [30, 2, 11, 9, 40, 1, 7],
 }
+
+
+def is_needed(
+    backend: str,
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    residual: bool = True,
+    carried: bool = True,
+) -> bool:
+    """In the interpreter, only one layout, the dtypes that are served, and not all with each."""
+    if backend == "torch" or DEVICE == "cuda":
+        return True
+    varied = dtype == torch.bfloat16 or (dtype == torch.float32 and residual and carried)
+    return name == "ragged" and varied
+
+
+def grid(*values: Iterable[Any]) -> list[Any]:
+    return [
+        pytest.param(*one, marks=() if is_needed(*one) else pytest.mark.full)
+        for one in product(*values)
+    ]
+
+
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+each_layout = pytest.mark.parametrize(("backend", "name"), grid(BACKENDS, LAYOUTS))
 
 
 @pytest.fixture(params=[1, 2])
@@ -58,21 +82,20 @@ def assert_same(found: Pooled, right: Pooled) -> None:
 
 
 def assert_accurate(found: Pooled, *arguments: Tensor | None) -> None:
-    """No more error than torch's own sum in fp32, plus a rounding error per row."""
+    """No more error than torch's own sum in fp32, plus some roundings of sums of about 10."""
     right, naive = (oracle.pool(*arguments, sum_in=kind) for kind in (torch.float64, torch.float32))
-    longest = (arguments[3] - arguments[2]).max().item()
     for value, accepted, truth in zip((found.last, found.sums), naive, right, strict=True):
         assert value.dtype == torch.float32
         excess = (value - truth).abs() - (accepted - truth).abs()
-        assert excess.max().item() <= 1e-6 + 1e-7 * longest
+        assert excess.max().item() <= 1e-5
 
 
-@each_backend
-@each_layout
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("carried", [False, True], ids=["", "carried"])
-def test_sums_are_as_in_fp64(carried, residual, dtype, layout, backend):
+@pytest.mark.parametrize(
+    ("backend", "name", "dtype", "residual", "carried"),
+    grid(BACKENDS, LAYOUTS, DTYPES, [False, True], [False, True]),
+)
+def test_sums_are_as_in_fp64(backend, name, dtype, residual, carried):
+    layout = LAYOUTS[name]
     arguments = (
         states(layout, dtype),
         normal(sum(layout), HIDDEN, seed=2, dtype=dtype) if residual else None,
@@ -83,9 +106,9 @@ def test_sums_are_as_in_fp64(carried, residual, dtype, layout, backend):
 
 
 @each_backend
-@pytest.mark.parametrize("size", [1, 7, 64, 129, 576])
+@pytest.mark.parametrize("size", needed([1, 64, 129], of=[1, 7, 64, 129, 576, 4096]))
 def test_any_hidden_size(size, backend):
-    layout = LAYOUTS["ragged"]
+    layout = [1, 5, 2, 10]
     arguments = states(layout, size=size), normal(sum(layout), size, seed=2), *spans(layout)
     assert_accurate(adainfer_kernels.pool(*arguments, backend=backend), *arguments)
 
@@ -100,9 +123,9 @@ def test_the_norm_is_that_of_a_readout(backend):
     torch.testing.assert_close(found.last, right[-1:], rtol=1e-6, atol=0)
 
 
-@each_backend
 @each_layout
-def test_a_request_is_the_same_alone_and_among_others(layout, backend):
+def test_a_request_is_the_same_alone_and_among_others(backend, name):
+    layout = LAYOUTS[name]
     hidden, residual = states(layout, torch.bfloat16), states(layout, torch.bfloat16).flip(0)
     starts, ends = spans(layout)
     carried = normal(len(starts), HIDDEN, seed=3)
@@ -120,10 +143,10 @@ def test_a_request_is_the_same_alone_and_among_others(layout, backend):
 
 
 @each_backend
-@pytest.mark.parametrize("cuts", [[8], [1, 2, 22], range(1, 23)], ids=["two", "four", "rows"])
+@pytest.mark.parametrize("cuts", [[8], [1, 2, 12], range(1, 13)], ids=["two", "four", "rows"])
 def test_chunks_that_carry_their_sums_on_are_the_whole(cuts, backend):
-    hidden = states([0, 23])
-    whole = adainfer_kernels.pool(hidden, None, *spans([0, 23]), backend=backend)
+    hidden = states([0, 13])
+    whole = adainfer_kernels.pool(hidden, None, *spans([0, 13]), backend=backend)
     assert_same(in_chunks(hidden, list(cuts), backend), whole)
 
 
@@ -158,6 +181,7 @@ def test_thousands_of_rows_are_added_one_after_another(layout, size, threads):
 
 
 @given(data=st.data())
+@settings(max_examples=40)
 def test_any_layout_in_any_chunks_is_what_each_request_is_alone(data):
     """Blocks end, and chunks are cut, anywhere in a request; fp32 states of a few columns."""
     requests = data.draw(st.integers(1, 6))
@@ -166,20 +190,21 @@ def test_any_layout_in_any_chunks_is_what_each_request_is_alone(data):
     layout = [number for pair in zip(gaps, lengths, strict=True) for number in pair]
     layout.append(data.draw(st.integers(0, 9)))
     hidden, (starts, ends) = states(layout, size=5), spans(layout)
-    block = data.draw(st.sampled_from([1, 3, 16, 1000]))
+    block, part = (data.draw(st.sampled_from([1, 3, 16, 1000])) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_pooling, "BLOCK_NUMBERS", 5 * block)
+        patch.setattr(torch_pooling, "PART_NUMBERS", 5 * part)
         found = adainfer_kernels.pool(hidden, None, starts, ends, backend="torch")
     for request, length in enumerate(lengths):
-        cuts = data.draw(st.sets(st.integers(1, length)).map(lambda cuts: sorted(cuts - {length})))
-        alone = in_chunks(hidden[starts[request] : ends[request]], cuts)
+        cuts = data.draw(st.sets(st.integers(1, length), max_size=4)) - {length}
+        alone = in_chunks(hidden[starts[request] : ends[request]], sorted(cuts))
         one = slice(request, request + 1)
         assert_same(Pooled(found.last[one], found.sums[one]), alone)
 
 
-@each_backend
 @each_layout
-def test_rows_of_nobody_may_hold_anything(layout, backend):
+def test_rows_of_nobody_may_hold_anything(backend, name):
+    layout = LAYOUTS[name]
     hidden, (starts, ends) = states(layout), spans(layout)
     clean = adainfer_kernels.pool(hidden, hidden, starts, ends, backend=backend)
     rows = torch.arange(len(hidden), device=DEVICE)[:, None]
@@ -201,9 +226,9 @@ def test_a_row_of_nan_spoils_no_other_request(backend):
     assert torch.equal(found.sums[others], clean.sums[others])
 
 
-@each_backend
 @each_layout
-def test_arguments_may_have_strides_and_gradients_and_are_only_read(layout, backend):
+def test_arguments_may_have_strides_and_gradients_and_are_only_read(backend, name):
+    layout = LAYOUTS[name]
     hidden, residual = states(layout), states(layout).flip(0)
     starts, ends = spans(layout)
     carried = normal(len(starts), HIDDEN, seed=3)
