@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.artifact.label_subsets import ALL
-from vllm_adainfer.engine.admission.admission import NOT_RECORDED, Admission, Admitted
+from vllm_adainfer.engine.admission.admission import (
+    FULL_DEPTH,
+    NOT_POOLED,
+    NOT_RECORDED,
+    Admission,
+    Admitted,
+)
 from vllm_adainfer.engine.admission.requested_output import wants_prompt_logprobs
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved
 from vllm_adainfer.exits.kv.policies import ExactKV, PropagateKV, RecurrentKV
@@ -33,7 +39,7 @@ class ScriptedAdmission(Admission):
     saving: tuple[str, float] | None = None
 
     def __init__(self) -> None:
-        self.is_recording = self.has_pools = False
+        self.is_recording = self.has_pools = self.has_pooled = False
         self.has_choices = self.may_serve_choices = False
 
     def resolve(
@@ -59,7 +65,18 @@ class ScriptedAdmission(Admission):
         fingerprint: str | None = None,
     ) -> Admitted:
         row = resolved.settings.adainfer_exit
-        return Admitted(resolved, row, ALL, UNLIMITED, False, prompt, adapter, NOT_RECORDED)
+        return Admitted(
+            resolved=resolved,
+            threshold_row=row,
+            subset=ALL,
+            certified_tokens=UNLIMITED,
+            has_choice_policy=False,
+            pooled_from=NOT_POOLED,
+            last_token_row=FULL_DEPTH,
+            prompt=prompt,
+            adapter=adapter,
+            record_row=NOT_RECORDED,
+        )
 
     def is_shadow(self, request_id: str) -> bool:
         return False

@@ -106,12 +106,12 @@ def tokens_of(seed: int) -> np.ndarray:
 def by_prompt(exits, costs, tokens, threshold) -> tuple[float, float]:
     """Mean time and mean loss at one threshold."""
     lost = 0.0
-    seconds = ROWS * len(exits) * costs.cut * tokens.mean()
+    seconds = 0.0
     scores = [exit.fitted.score.tolist() for exit in exits]
     for row in range(ROWS):
         layers_run = DEPTH
         for exit, score in zip(exits, scores, strict=True):
-            seconds += costs.probe[exit.layer]
+            seconds += costs.probe[exit.layer] + costs.cut * tokens[row]
             if score[row] >= threshold:
                 layers_run = exit.layer
                 lost += exit.fitted.loss[row]

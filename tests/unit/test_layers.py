@@ -21,7 +21,7 @@ BELOW = {
     "artifact": {"errors"},
     "policy": {"artifact", "settings", "kernels", "arrays"},
     "monitoring": {"artifact", "arrays"},
-    "exits": {"monitoring", "policy", "settings", "arrays"},
+    "exits": {"monitoring", "policy", "settings", "kernels", "arrays"},
     "engine": {
         "exits",
         "monitoring",

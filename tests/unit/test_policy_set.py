@@ -11,7 +11,9 @@ from vllm_adainfer.settings.engine import NO_POLICY
 
 
 def policy(exit_points: tuple[int, ...], num_threshold_rows: int) -> Any:
-    return SimpleNamespace(exit_points=exit_points, num_threshold_rows=num_threshold_rows)
+    return SimpleNamespace(
+        exit_points=exit_points, num_threshold_rows=num_threshold_rows, is_pooled=False
+    )
 
 
 A_AND_B = {"a": policy((2, 4), 3), "b": policy((4, 7), 2)}

@@ -115,7 +115,7 @@ def best_policy(calibration: Calibration, probe: ProbeChoice) -> FittedPolicy:
 
     Which one that is, the half that fits decides.
     """
-    policy = _with_mass_if_it_pays(make_policy(calibration))
+    policy = with_mass_if_it_pays(make_policy(calibration))
     if not calibration.target.is_pooled:
         return policy
     last = replace(
@@ -163,7 +163,7 @@ def calibration_of(
     )
 
 
-def _with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
+def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
     """A policy for probabilities that also promises the label mass, unless that saves too little.
 
     The expectation is on the half that fits: a choice by the other half would weaken the bound.
