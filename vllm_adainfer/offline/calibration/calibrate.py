@@ -113,7 +113,7 @@ def fit_and_certify(
 def best_policy(calibration: Calibration, probe: ProbeChoice) -> FittedPolicy:
     """The policy with the probe asked for; "auto" takes the faster one of the label heads.
 
-    Which one that is, the half that fits decides.
+    Which one that is, the part that fits decides.
     """
     policy = with_mass_if_it_pays(make_policy(calibration))
     if not calibration.target.is_pooled:
@@ -166,7 +166,7 @@ def calibration_of(
 def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
     """A policy for probabilities that also promises the label mass, unless that saves too little.
 
-    The expectation is on the half that fits: a choice by the other half would weaken the bound.
+    The expectation is on the part that fits: a choice by the held-out part would weaken the bound.
     """
     if policy.calibration.options.risk != "probability":
         return policy

@@ -147,7 +147,7 @@ class FittedPolicy:
     Attributes:
         calibration: the data and options behind it.
         exits: the chosen exit points, by layer; empty if no set of them is worth its cost.
-        points: epsilon -> the loosest policy certified for it on the held-out half.
+        points: epsilon -> the loosest policy certified for it on the held-out rows.
         questions: question -> the same for it alone, if each is certified on its own.
         candidates: all fitted exit points.
         costs: the costs that the choice was based on.

@@ -120,16 +120,14 @@ def split_of(groups: Ints, options: PolicyOptions) -> Split:
     pooled policy have much to learn, and rows beyond this loosen thresholds only a little. The rule
     does not look at a single answer. Bounds that need more rows get half.
     """
-    half = Split.of_groups(groups)
-    if options.by_question or half.most_together(groups) > 1:
-        return half
-    bound, rows = Bound.promised(options), len(groups)
-    if bound.kind != "exact":
+    half, bound, rows = Split.of_groups(groups), Bound.promised(options), len(groups)
+    if options.by_question or bound.kind != "exact":
         return half
     sizes = np.unique(np.geomspace(1, rows - rows // 2, 200).round().astype(int)).tolist()
     wanted = ALLOWANCE * options.epsilon
     enough = (size for size in sizes if bound.allowance(size, options.epsilon) >= wanted)
-    return Split.of_groups(groups, next(enough, sizes[-1]))
+    split = Split.of_groups(groups, next(enough, sizes[-1]))
+    return split if split.most_together(groups) == 1 else half
 
 
 def shared_tokens(examples: Sequence[Example]) -> int:
@@ -196,7 +194,7 @@ def groups_of(examples: Sequence[Example]) -> Ints:
 
 
 def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
-    """Check that the held-out half could certify the bound if not one answer differed.
+    """Check that the held-out rows could certify the bound if not one answer differed.
 
     Raises:
         AdaInferError: it has too few rows; the message says how many are needed.

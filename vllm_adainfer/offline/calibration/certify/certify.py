@@ -1,4 +1,4 @@
-"""Certify: the loosest joint threshold whose bound holds on the held-out half.
+"""Certify: the loosest joint threshold whose bound holds on the held-out rows.
 
 One threshold on the settled score serves all exit points, so as it falls, no row leaves later than
 before: a path with one parameter. The bound is tested along it for the whole policy (a row exits at
@@ -55,7 +55,7 @@ class Bound:
         Args:
             options: checked by `check_options`.
             groups: [held-out rows], the group of each; None if each row stands alone.
-            together: the most prompts in a group of the half that fits.
+            together: the most prompts in a group of the part that fits.
 
         Raises:
             AdaInferError: the exact bound is asked for prompts that are not independent.
@@ -183,7 +183,7 @@ def threshold_path(
 def held_out_path(
     exits: Sequence[FittedExit], depth: int, rows: Bools | None = None
 ) -> Iterator[PathPoint]:
-    """`threshold_path` on the held-out half, or on some of its rows."""
+    """`threshold_path` on the held-out rows, or on `rows` of them, bool."""
     layers, scored = [exit.layer for exit in exits], [exit.held_out for exit in exits]
     if rows is not None:
         scored = [one.of_rows(rows) for one in scored]
@@ -191,7 +191,7 @@ def held_out_path(
 
 
 def threshold_grid(exits: Sequence[FittedExit]) -> list[float]:
-    """The thresholds to try, strictest first; taken from the fitted half only.
+    """The thresholds to try, strictest first; taken from the fitted part only.
 
     Rows that are never settled have a score of -inf, and some a NaN; between those and others there
     is no quantile.
@@ -221,7 +221,7 @@ def certify(
     bound: Bound,
     rows: Bools | None = None,
 ) -> Points:
-    """The loosest policy certified for each of `epsilons` that can be, on the held-out half.
+    """The loosest policy certified for each of `epsilons` that can be, on the held-out rows.
 
     With `rows`, bool [held-out rows], on those alone.
     """

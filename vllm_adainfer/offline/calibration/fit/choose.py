@@ -1,6 +1,6 @@
 """Choose: the exit points with the shortest expected time of a prompt within the bound.
 
-The choice reads the fitted half alone: the held-out half is for the bound.
+The choice reads the fitted part alone: the held-out rows is for the bound.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def choose_exits(
     Args:
         candidates: fitted exit points, by layer.
         costs: the costs of this model on this machine.
-        tokens: [rows of the fitted half], tokens that the layers run for each.
+        tokens: [rows of the fitted part], tokens that the layers run for each.
         allowed: the largest mean loss that the bound allows.
 
     """

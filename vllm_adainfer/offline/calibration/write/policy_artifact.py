@@ -249,7 +249,7 @@ def never_named(calibration: Calibration) -> list[str]:
 
 
 def oracle_layers_run(policy: FittedPolicy) -> float:
-    """Mean depth on the held-out half if each row left where it first agrees with the full model.
+    """Mean depth on the held-out rows if each row left where it first agrees with the full model.
 
     Over all candidates: what a perfect classifier would reach.
     """
