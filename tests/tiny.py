@@ -125,7 +125,7 @@ def _tensors_of_part(
         gap = [float(name == "gap") for name in config.features]
         tensors[f"exit.{layer}.classifier"] = torch.tensor([*gap, 0.0])
         rows = len(config.labels) + (config.risk == "probability")
-        scale = 0.3 if config.is_pooled else 0.02  # normed states are shorter
+        scale = 0.1 if config.is_pooled else 0.02  # normed states are shorter
         tensors[f"exit.{layer}.head_weight"] = scale * torch.randn(rows, width, generator=generator)
         tensors[f"exit.{layer}.head_bias"] = torch.zeros(rows)
     return tensors
