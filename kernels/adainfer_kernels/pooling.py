@@ -1,6 +1,6 @@
 """Pooling: what a label head reads of a request's own tokens, not just of its last one.
 
-    x      = hidden + residual                              (residual optional)
+    x      = hidden + residual, rounded to their dtype      (residual optional)
     normed = x / sqrt(mean(x^2) + EPS)
     last   = normed[end - 1]
     sums   = carried + normed[start] + ... + normed[end - 1]     (carried optional)
@@ -49,7 +49,7 @@ def pool(
 
     Args:
         hidden: [rows, hidden size], fp32, fp16 or bf16; rows may be strided.
-        residual: like `hidden`, added to it in fp32; None means zeros.
+        residual: like `hidden`, added to it and rounded to its dtype; None means zeros.
         starts: int64 [requests], each request's first row.
         ends: int64 [requests], one past its last row. Requests are in ascending order, do not
             overlap and have at least one row each; this is not checked, as a GPU would have to

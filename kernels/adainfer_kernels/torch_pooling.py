@@ -74,11 +74,11 @@ def _write_normed(hidden: Tensor, residual: Tensor | None, out: Tensor) -> None:
     """Write the normed states to `out`, fp32 [rows, hidden size]."""
     rows, hidden_size = out.shape
     part = min(max(1, PART_NUMBERS // hidden_size), rows)
-    converted = out.new_empty(part, hidden_size)
+    summed = hidden.new_empty(part, hidden_size)
     for first in range(0, rows, part):
-        x = out[first : first + part].copy_(hidden[first : first + part])
+        state = hidden[first : first + part]
         if residual is not None:
-            # Adding another dtype would allocate its copy.
-            x += converted[: len(x)].copy_(residual[first : first + part])
+            state = torch.add(state, residual[first : first + part], out=summed[: len(state)])
+        x = out[first : first + part].copy_(state)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         x *= length.square_().div_(hidden_size).add_(EPS).rsqrt_()

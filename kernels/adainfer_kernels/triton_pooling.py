@@ -60,11 +60,11 @@ def pool(
 
 @triton.jit
 def _state(hidden_ptr, residual_ptr, hidden_row_stride, residual_row_stride, row, k, inside):
-    """Columns `k` of one row of the residual stream, in fp32."""
+    """Columns `k` of one row of the residual stream, rounded to its dtype, in fp32."""
     x = tl.load(hidden_ptr + row * hidden_row_stride + k, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_row_stride + k, mask=inside, other=0.0)
-        x += residual.to(tl.float32)
+        x = (x + residual.to(tl.float32)).to(hidden_ptr.dtype.element_ty).to(tl.float32)
     return x
 
 

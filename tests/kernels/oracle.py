@@ -119,10 +119,8 @@ def pool(
     sum_in: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """The last normed state of each request's rows, and their sum."""
-    x = hidden.to(sum_in)
-    if residual is not None:
-        x = x + residual.to(sum_in)
-    normed = readout(x, sum_in=sum_in)
+    x = hidden if residual is None else hidden + residual
+    normed = readout(x.to(sum_in), sum_in=sum_in)
     sums = [normed[start:end].sum(dim=0) for start, end in zip(starts, ends, strict=True)]
     return normed[ends - 1], torch.stack(sums) + (0 if carried is None else carried.to(sum_in))
 
