@@ -8,8 +8,8 @@ HAS_GPU = $(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_availa
 HAS_ENGINE = $(GPU_PYTHON) -c 'import vllm, importlib.metadata as m; m.version("vllm-adainfer")'
 
 V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_scheduling counters equal_to_stock \
-  exit_loop generation label_pool logprobs policies prefix_cache probabilities recording recurrent segment_graphs shadow tasks \
-  tensor_parallel))
+  exit_loop generation label_pool logprobs policies pooled prefix_cache probabilities recording recurrent segment_graphs \
+  shadow tasks tensor_parallel))
 
 # Two workers, each on a core of its own; a file's tests stay together, as they share engines.
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '$(CASES)'

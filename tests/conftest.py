@@ -166,7 +166,13 @@ def policy_from_zero(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
     from tests.tiny import FROM_ZERO, tiny_artifact
 
     directory = tmp_path_factory.mktemp("artifact") / "policy"
-    return tiny_artifact(tiny_model, directory, exit_points=FROM_ZERO)
+    return tiny_artifact(
+        tiny_model,
+        directory,
+        exit_points=FROM_ZERO,
+        probe="pooled-label-head",
+        pooled_from=1,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, Level
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
@@ -99,27 +99,47 @@ def tiny_config(model: Path, **changes: Any) -> ArtifactConfig:
     return ArtifactConfig(**{**values, **changes})
 
 
-def tiny_tensors(config: ArtifactConfig, thresholds: Tensor | None = None) -> dict[str, Tensor]:
+def tiny_tensors(
+    config: ArtifactConfig,
+    thresholds: Tensor | None = None,
+    last_token_thresholds: Tensor | None = None,
+) -> dict[str, Tensor]:
     """Random label heads whose score is the gap; by default all settle at the first exit."""
-    generator = torch.Generator().manual_seed(1)
+    whole, *last_token = config.parts("").values()
+    tensors = _tensors_of_part(whole, thresholds, seed=1)
+    for part in last_token:
+        own = _tensors_of_part(part, last_token_thresholds, seed=2)
+        tensors |= {f"{LAST_TOKEN}.{name}": tensor for name, tensor in own.items()}
+    return tensors
+
+
+def _tensors_of_part(
+    config: ArtifactConfig, thresholds: Tensor | None, seed: int
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     if thresholds is None:
         thresholds = torch.full((config.num_threshold_rows, len(config.exit_points)), -1.0)
     tensors = {"thresholds": thresholds}
+    width = config.hidden_size * (1 + config.is_pooled)
     for layer in config.exit_points:
         gap = [float(name == "gap") for name in config.features]
         tensors[f"exit.{layer}.classifier"] = torch.tensor([*gap, 0.0])
         rows = len(config.labels) + (config.risk == "probability")
-        tensors[f"exit.{layer}.head_weight"] = 0.02 * torch.randn(
-            rows, config.hidden_size, generator=generator
-        )
+        scale = 0.1 if config.is_pooled else 0.02  # normed states are shorter
+        tensors[f"exit.{layer}.head_weight"] = scale * torch.randn(rows, width, generator=generator)
         tensors[f"exit.{layer}.head_bias"] = torch.zeros(rows)
     return tensors
 
 
 def tiny_artifact(
-    model: Path, directory: Path, thresholds: Tensor | None = None, **changes: Any
+    model: Path,
+    directory: Path,
+    thresholds: Tensor | None = None,
+    last_token_thresholds: Tensor | None = None,
+    **changes: Any,
 ) -> Path:
     """Write an artifact for the tiny model; `changes` are of its config."""
     config = tiny_config(model, **changes)
-    save_artifact(directory, config, tiny_tensors(config, thresholds), {}, "card\n")
+    tensors = tiny_tensors(config, thresholds, last_token_thresholds)
+    save_artifact(directory, config, tensors, {}, "card\n")
     return directory

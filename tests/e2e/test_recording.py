@@ -16,10 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.conftest import tiny_engine
 from tests.e2e.oracle import hidden_states
 from tests.tiny import LAYERS
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.exits.recording.recorder import DECISION_ROW_WEIGHT, STRIDE
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.collect import normed, record
 
 ROOT = Path(__file__).parents[2]
 RECORDED = (0, 5)
@@ -125,3 +128,39 @@ def test_recording_runs_every_layer_for_every_row_and_counts_it(recorded):
     assert stats["layers_run"] == stats["layers_possible"] == sum(LENGTHS) * LAYERS
     assert stats["tokens_decided"] == len(LENGTHS)
     assert stats["exit_histogram"] == {str(LAYERS): len(LENGTHS)}
+
+
+POOLED_FROM = 40
+
+
+def alike(generator: np.random.Generator) -> list[list[int]]:
+    """Prompts that are longer than a step (128 rows) or shorter, and begin alike.
+
+    The first ones share `POOLED_FROM` tokens; others 100, or all.
+    """
+    head = generator.integers(5, 1000, 100).tolist()
+    few, many = (
+        [[*head[:shared], *generator.integers(5, 1000, own).tolist()] for own in (1, 50, 220)]
+        for shared in (POOLED_FROM, len(head))
+    )
+    own = [generator.integers(5, 1000, length).tolist() for length in (41, 128, 129, 300)]
+    return [*few, *many, *own, *many, *few]
+
+
+def test_the_mean_of_each_prompt_is_that_of_all_of_its_rows_whatever_was_cached(
+    tiny_model, reference
+):
+    prompts = alike(np.random.default_rng(1))
+    switch = {"record": [*RECORDED, LAYERS], "record_pooled_from": POOLED_FROM}
+    engine = tiny_engine(tiny_model, switch, max_model_len=512, kv_cache_memory_bytes=64 << 20)
+    examples = [Example("", "", prompt, None) for prompt in prompts]
+    recording = record(engine, examples, [], RECORDED)
+    assert recording.computed.min() <= 32, "some prompts must have found others cached"
+    for place, prompt in enumerate(prompts):
+        states = hidden_states(reference, prompt)
+        for layer in RECORDED:
+            own = states[layer] / (states[layer].square().mean(1, keepdim=True) + 1e-6).sqrt()
+            right = torch.cat([own[-1], own[POOLED_FROM:].mean(0)])
+            read = recording.read_by_probe(layer, np.array([place]), pooled=True)[0]
+            torch.testing.assert_close(read, right, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(normed(recording.states[layer][[place]])[0], own[-1])

@@ -138,6 +138,14 @@ def exit_points(asked: str) -> Callable[[Place], list[str]]:
     return lambda place: place.calibrate(exit_points=asked)
 
 
+def probe(kind: str, **options: str) -> Callable[[Place], list[str]]:
+    return lambda place: place.calibrate(probe=kind, **options)
+
+
+def prompts_of_one_token(place: Place) -> list[str]:
+    return place.calibrate(probe="pooled-label-head", labels="bad,good", template="{text}")
+
+
 def labels(names: str) -> Callable[[Place], list[str]]:
     return lambda place: place.calibrate(labels=names)
 
@@ -329,6 +337,16 @@ def read_of(*label_ids: int) -> dict[str, Any]:
         (exit_points("3,6"), "--exit-points must ascend between 1 and 5"),
         (exit_points("3,2"), "--exit-points must ascend between 1 and 5"),
         (exit_points("3,3"), "--exit-points must ascend between 1 and 5"),
+        (
+            probe("label-head", labels="bad,good", exit_points="0,3"),
+            "must ascend between 1 and 5 for this model of 6 layers and this probe, got 0,3",
+        ),
+        (
+            probe("pooled-label-head", labels="bad,good", exit_points="0,6"),
+            "--exit-points must ascend between 0 and 5",
+        ),
+        (probe("pooled-label-head"), "--probe pooled-label-head needs --labels, such as"),
+        (prompts_of_one_token, "leaves out the first token of a prompt, and this one has no other"),
         (labels("good"), "--labels needs at least two different names"),
         (labels("good,good"), "--labels needs at least two different names"),
         (labels("good,"), "--labels needs at least two different names"),

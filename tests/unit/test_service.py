@@ -35,7 +35,7 @@ def out_of_memory(*_: Any) -> Any:
     raise torch.OutOfMemoryError("out of memory")
 
 
-MODEL = SimpleNamespace(device=torch.device("cpu"), logit_lens=None)
+MODEL = SimpleNamespace(device=torch.device("cpu"), logit_lens=None, num_own_kv_layers=6)
 
 
 @pytest.mark.parametrize("where", ["reads", "builds", "composes"])
@@ -43,7 +43,7 @@ def test_a_rank_that_fails_does_not_let_the_others_wait(asked, monkeypatch, tiny
     config = tiny_config(tiny_model)
     artifacts = {"a": Artifact(config, tiny_tensors(config))}
     if where == "builds":
-        monkeypatch.setattr(service, "policy_of", out_of_memory)
+        monkeypatch.setattr(service, "policies_of_artifacts", out_of_memory)
     if where == "composes":
         monkeypatch.setattr(service.Service, "with_policies", out_of_memory)
     read = out_of_memory if where == "reads" else lambda: artifacts

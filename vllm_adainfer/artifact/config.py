@@ -155,12 +155,17 @@ class ArtifactConfig(Strict):
             f"exit_points must ascend between 0 and {self.layers - 1}": are_exit_points(
                 self.exit_points, self.layers
             ),
-            "exit point 0 needs a label-head and max_tokens = 1: no text is generated from the "
-            "embedding": 0 not in self.exit_points or (head and self.max_tokens == 1),
+            "exit point 0 needs a pooled-label-head: the last token alone says too little there": (
+                0 not in self.exit_points or pooled
+            ),
             'candidates = "labels" needs labels': bool(labels) or self.candidates != "labels",
             'labels need candidates = "labels"': not labels or self.candidates == "labels",
             "there is nothing to decide among fewer than two labels": len(labels) != 1,
-            "a pooled-label-head needs pooled_from": pooled == (self.pooled_from is not None),
+            "pooled_from goes with a pooled-label-head, and that needs it": pooled
+            == (self.pooled_from is not None),
+            "a pooled-label-head needs max_tokens = 1: it reads prompts": (
+                self.max_tokens == 1 or not pooled
+            ),
             "last_token goes with a pooled-label-head": pooled or self.last_token is None,
             "a label-head needs labels": bool(labels) or not head,
             "token ids must be below vocab_size": max(tokens, default=0) < self.vocab_size,
@@ -305,6 +310,24 @@ class ArtifactConfig(Strict):
                     f"{getattr(self, name)}, but the served model has {name} = {value}: "
                     "calibrate for this model"
                 )
+
+    def check_rows_go_on(self, own_kv_layers: int) -> None:
+        """Check that a pooled policy finds all rows of a prompt at its exit points.
+
+        Only the last row of a prompt goes on below the `own_kv_layers`, the first ones, which write
+        keys and values.
+
+        Raises:
+            AdaInferError: it does not.
+
+        """
+        if self.is_pooled and self.exit_points[-1] > own_kv_layers:
+            raise AdaInferError(
+                f"a pooled-label-head reads all tokens of a prompt, and only the last one goes on "
+                f"after layer {own_kv_layers} of this model, where layers begin to share keys and "
+                f"values: exit points {list(self.exit_points)} must not lie after it: calibrate "
+                "again"
+            )
 
     def check_weights(self, fingerprint: str) -> None:
         """Compare with the fingerprint of the loaded weights.

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig, all_parts
 from vllm_adainfer.frontend.compat_metrics import observe_many
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -152,6 +152,7 @@ class EngineMetrics:
         """
         self._series = series
         self._labels = model_name, str(engine)
+        configs = all_parts(configs)
         for name in (*configs, NO_POLICY):
             for counter in series.counters_of(POLICY):
                 counter.labels(*self._labels, name)
@@ -176,7 +177,8 @@ class EngineMetrics:
             self._series.remove(*self._labels, policy)
             self._described.remove(policy)
         for policy in set(report["serving"]) - self._described:
-            self._describe(policy, policy)  # it came with the adapter of its name
+            # It came with the adapter of its name.
+            self._describe(policy, policy.removesuffix(f":{LAST_TOKEN}"))
         for kind, policy, detail, added in report["added"]:
             if not policy or policy in self._described:
                 self._add(kind, [one for one in (policy, detail) if one], added)

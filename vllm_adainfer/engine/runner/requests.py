@@ -75,10 +75,11 @@ class RunningRequests:
     def use_admission(self, admission: Admission) -> None:
         """Decide by `admission` from now on, for running requests too."""
         self.admission = admission
-        for request_id, request in self._admitted.items():
-            self._admitted[request_id] = self._admit(
-                request.resolved, request.prompt, request.adapter
-            )
+        for request_id, before in self._admitted.items():
+            now = self._admit(before.resolved, before.prompt, before.adapter)
+            if now != before:  # another policy reads its prompt, or another adapter ran some of it
+                self._loop.carried.forget(request_id)
+            self._admitted[request_id] = now
 
     def _admit(
         self, resolved: Resolved, prompt: Sequence[int], adapter: LoRARequest | None

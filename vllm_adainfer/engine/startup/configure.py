@@ -35,8 +35,10 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     """
     refuse_unsupported(vllm_config, model_class, settings)
     configs = pin_artifacts(vllm_config, settings)
+    text_config = vllm_config.model_config.hf_text_config
     for config in configs.values():
         config.check_served_by(vllm_config.model_config.hf_config)
+        config.check_rows_go_on(own_kv_layers(text_config) or text_config.num_hidden_layers)
     refuse_unknown_questions(settings, configs)
     _check_fixed_exit_points(vllm_config, settings)
     admission = Admission.from_config(vllm_config, settings, configs)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.config import VllmConfig
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.config import LAST_TOKEN, Artifact
 from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.compat.logs import get_logger
@@ -99,10 +99,10 @@ def _read_bundled(adapter: LoRARequest, model: Any) -> Artifact | None:
     at_start = {policy: model.artifacts[policy].config for policy in model.settings.artifacts}
     if own in [config.adapter for config in at_start.values()]:
         return None
-    if name in at_start or name == NO_POLICY:
+    if name in at_start or name == NO_POLICY or name.endswith(f":{LAST_TOKEN}"):
         raise AdaInferError(
-            f"{folder} holds a policy, and {name} is the name of another one: load the adapter "
-            "under another name"
+            f"{folder} holds a policy, and {name} is or may be the name of another one: load the "
+            "adapter under another name"
         )
     artifact = load_artifact(str(folder))
     config, cuts = artifact.config, model.loop.policies.exit_points

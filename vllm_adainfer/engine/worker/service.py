@@ -101,6 +101,8 @@ def built_on_all_ranks(
     digest = 0
     try:
         artifacts = read()
+        for artifact in artifacts.values():
+            artifact.config.check_rows_go_on(model.num_own_kv_layers)
         built = {
             name: (artifact, policies_of_artifacts({name: artifact}, model))
             for name, artifact in artifacts.items()

@@ -33,13 +33,18 @@ class CarriedSums:
         return self._sums[request_id][exit_index]
 
     def step_ended(self, step: StepContext) -> None:
-        """The sums now have the rows of this step, and those of complete prompts are dropped."""
+        """The sums of chunks that were pooled now have the rows of this step.
+
+        Those of complete prompts are dropped, and those of prompts that ran without being pooled,
+        as where other weights were being loaded.
+        """
         for request_id in [one for one in step.request_ids if one in self._sums]:
             place = step.request_ids.index(request_id)
-            if step.yields_token[place]:
-                self.forget(request_id)
-            else:
+            was_pooled = step.pooled_from is not None and step.pooled_from[place] >= 0
+            if was_pooled and not step.yields_token[place]:
                 self._ends[request_id] = int(step.layout.last_positions[place]) + 1
+            else:
+                self.forget(request_id)
 
     def forget(self, request_id: str) -> None:
         """The request has ended or starts again, or its prompt is complete."""

@@ -15,6 +15,7 @@ from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.offline.reports.page import Changed
 from vllm_adainfer.offline.reports.views import (
     View,
+    deciding_part,
     record_prompts,
     threshold_row,
     token_namer,
@@ -97,12 +98,13 @@ def _views(
     for index, place in pairs:
         example = examples[place]
         try:
-            row, _ = threshold_row(loaded.config, config.levels[index].epsilon, example.token_ids)
+            part = deciding_part(loaded, example.token_ids)
+            row, _ = threshold_row(part.config, config.levels[index].epsilon, example.token_ids)
         except AdaInferError:
-            continue  # its question never exits, so the change is due to rounding
+            continue  # it never exits, so the change is due to rounding
         subset = ALL
         if config.label_pool and example.labels is not None:
             subset = bits_of(example.labels, config.label_ids)
         prompt = places.index(place)
-        views[index, place] = views_of(loaded, recording, prompt, row, name, subset)
+        views[index, place] = views_of(part, recording, prompt, row, name, subset)
     return views

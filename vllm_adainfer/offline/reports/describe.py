@@ -136,7 +136,8 @@ def _last_token(config: ArtifactConfig) -> list[str]:
     if not config.is_pooled:
         return []
     whose = (
-        f"Requests of which a token from position {config.pooled_from} on is in the prefix cache"
+        f"Prompts of at most {config.pooled_from} tokens, and those of which a token from that "
+        "position on is in the prefix cache,"
     )
     own = config.last_token
     if own is None:

@@ -12,6 +12,7 @@ from vllm_adainfer.offline.calibration.data.examples import Row, make_examples, 
 from vllm_adainfer.offline.pretrained import load_model
 from vllm_adainfer.offline.reports.views import (
     View,
+    deciding_part,
     record_prompts,
     threshold_row,
     token_namer,
@@ -105,9 +106,10 @@ def explain(
     row = Row("the text", {"text" if template is not None else "prompt": text})
     longest = model.longest_prompt(1)
     [example] = make_examples([row], model.tokenizer, template, "label", longest)
-    thresholds, bound = threshold_row(config, epsilon, example.token_ids)
+    part = deciding_part(artifact, example.token_ids)
+    thresholds, bound = threshold_row(part.config, epsilon, example.token_ids)
     recording = record_prompts(model, config, [example])
     name = token_namer(config, model.tokenizer)
-    views = views_of(artifact, recording, 0, thresholds, name)
+    views = views_of(part, recording, 0, thresholds, name)
     leaves_after = next(view.layer for view in views if view.settled)
     return Explanation(len(example.token_ids), config.layers, bound, leaves_after, tuple(views))

@@ -55,7 +55,7 @@ def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Exam
         AdaInferError: the engine does not start, or its weights are not those of `config`.
 
     """
-    points = config.exit_points
+    points = config.all_exit_points
     settings = {"enforce_eager": True, **model.engine_settings}
     with recording_engine(
         model.path,
@@ -76,10 +76,31 @@ def token_namer(config: ArtifactConfig, tokenizer: Any) -> Callable[[int], str]:
     return lambda token: repr(names.get(token) or tokenizer.decode([token]))
 
 
+def deciding_part(artifact: Artifact, prompt: Sequence[int]) -> Artifact:
+    """The part of a policy that decides a prompt of which no token is in the prefix cache.
+
+    Raises:
+        AdaInferError: such a prompt never exits.
+
+    """
+    whole, *last_token = artifact.parts("").values()
+    pooled_from = artifact.config.pooled_from
+    if pooled_from is None or len(prompt) > pooled_from:
+        return whole
+    if not last_token:
+        raise AdaInferError(
+            f"the policy reads the tokens of a prompt after the first {pooled_from}, and this "
+            "prompt, which has no more, runs all layers"
+        )
+    return last_token[0]
+
+
 def threshold_row(
     config: ArtifactConfig, epsilon: float | None, prompt: Sequence[int]
 ) -> tuple[int, float]:
-    """The row of the artifact's thresholds for a prompt, and the certified bound it belongs to.
+    """The row of the thresholds for a prompt, and the certified bound it belongs to.
+
+    `config` is that of the part that decides it.
 
     Raises:
         AdaInferError: such a prompt never exits.
@@ -109,10 +130,10 @@ def views_of(
     """The views of one prompt: one for each exit point, and one for full depth.
 
     Args:
-        artifact: the artifact, with its tensors.
+        artifact: the part of the artifact that decides the prompt, with its tensors.
         recording: states of one-token prompts at the artifact's exit points.
         prompt: the prompt's row in the recording.
-        thresholds: the row of the artifact's thresholds, see `threshold_row`.
+        thresholds: the row of its thresholds, see `threshold_row`.
         name: names a token, see `token_namer`.
         subset: the labels that the prompt is about, as bits.
 

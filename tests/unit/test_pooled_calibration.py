@@ -1,0 +1,267 @@
+"""What calibration makes of prompts that heads read as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.test_make_policy import (
+    DEPTH,
+    HF_CONFIG,
+    HIDDEN,
+    LABEL_IDS,
+    LABELS,
+    LAYERS,
+    PROMPTS,
+    SPLIT,
+    recording_of,
+)
+from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.calibrate import best_policy
+from vllm_adainfer.offline.calibration.certify.certify import Bound
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.fit import cost
+from vllm_adainfer.offline.calibration.fit.choose import layers_saved
+from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
+from vllm_adainfer.offline.calibration.fit.probes import Target
+from vllm_adainfer.offline.calibration.fitted_policy import Calibration, fit_candidates
+from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import ALLOWANCE, shared_tokens, split_of
+from vllm_adainfer.offline.calibration.record.collect import Recording, normed
+from vllm_adainfer.offline.calibration.write.policy_artifact import (
+    policy_config,
+    policy_details,
+    policy_tensors,
+)
+from vllm_adainfer.offline.reports import views
+from vllm_adainfer.policy.exit_policy import CalibratedPolicy, UndecidedRows
+
+EPSILON = 0.05
+
+
+@pytest.fixture(autouse=True)
+def equally_fast_probes(monkeypatch) -> None:
+    monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
+
+
+def recording_of_prompts(mean_noise: float, last_noise: float = 1.0, **changes: Any) -> Recording:
+    """Means that say as much of the answer as `mean_noise` lets them; also before all layers."""
+    plain = recording_of(labels=True, noise=last_noise)
+    generator = torch.Generator().manual_seed(1)
+
+    def noise() -> torch.Tensor:
+        return torch.randn(PROMPTS, HIDDEN, generator=generator)
+
+    states = {0: noise(), **plain.states}
+    means = {layer: normed(plain.final) + mean_noise * noise() for layer in states}
+    return replace(plain, **{"states": states, "means": means, "pool_seconds": 1e-8, **changes})
+
+
+def calibration(recording: Recording, **options: Any) -> Calibration:
+    return Calibration(
+        recording,
+        Target("pooled-label-head", LABEL_IDS),
+        SPLIT,
+        PolicyOptions(**{"epsilon": EPSILON, **options}),
+        LABELS,
+        pooled_from=3,
+    )
+
+
+SAYS_MUCH, SAYS_NOTHING = 0.3, 1e3
+
+
+@pytest.mark.parametrize(
+    ("mean_noise", "changes", "kind"),
+    [
+        (SAYS_MUCH, {}, "pooled-label-head"),
+        (SAYS_NOTHING, {}, "label-head"),
+        (SAYS_MUCH, {"pool_seconds": 1.0}, "label-head"),
+    ],
+    ids=["means say much", "means say nothing", "means take too long"],
+)
+def test_auto_takes_the_faster_heads_by_the_half_that_fits(mean_noise, changes, kind):
+    recording = recording_of_prompts(mean_noise, **changes)
+    found = best_policy(calibration(recording), "auto")
+    assert found.calibration.target.kind == kind
+    assert (found.last_token is not None) == (kind == "pooled-label-head")
+    # With other held-out prompts, the choice and the exit points are the same.
+    recording.tokens[SPLIT.certify] = LABEL_IDS[0]
+    again = best_policy(calibration(recording), "auto")
+    assert again.calibration.target.kind == kind
+    assert [exit.layer for exit in again.exits] == [exit.layer for exit in found.exits]
+
+
+def test_pooled_heads_that_are_asked_for_are_kept_though_others_are_faster():
+    recording = recording_of_prompts(SAYS_NOTHING)
+    found = best_policy(calibration(recording), "pooled-label-head")
+    assert found.calibration.target.is_pooled
+
+
+@pytest.mark.parametrize("asked", [None, (0, 2, 4, 6)])
+def test_the_part_for_the_last_token_has_only_exit_points_of_the_policy(asked):
+    """And none before the first layer, where one token says nothing of the others."""
+    found = best_policy(
+        calibration(recording_of_prompts(0.6), exit_points=asked), "pooled-label-head"
+    )
+    whole, last = ([one.layer for one in part.exits] for part in (found, found.last_token))
+    assert set(last) <= set(whole) - {0}
+    if asked is not None:
+        assert (whole, last) == ([0, 2, 4, 6], [2, 4, 6])
+
+
+def test_it_finds_no_exit_points_where_only_the_last_token_goes_on():
+    recording = recording_of_prompts(SAYS_MUCH, own_kv_layers=4)
+    layers = [exit.layer for exit in fit_candidates(calibration(recording))]
+    assert layers == [0, 2, 4]
+    last = replace(calibration(recording), target=Target("label-head", LABEL_IDS))
+    assert [exit.layer for exit in fit_candidates(last)] == [*LAYERS]
+
+
+def test_a_part_that_certifies_nothing_is_left_out():
+    found = best_policy(calibration(recording_of_prompts(SAYS_MUCH, 1e3)), "pooled-label-head")
+    assert EPSILON in found.points
+    assert found.last_token is None
+    assert policy_config(found, "tiny", HF_CONFIG).last_token is None
+
+
+def test_a_part_may_certify_fewer_epsilons_than_the_policy():
+    """Then requests at the others run all layers, unless they are seen as a whole."""
+    found = best_policy(calibration(recording_of_prompts(SAYS_MUCH)), "pooled-label-head")
+    own = found.last_token
+    kept = {epsilon: point for epsilon, point in own.points.items() if epsilon > EPSILON}
+    found = replace(found, last_token=replace(own, points=kept))
+    last = policy_config(found, "tiny", HF_CONFIG).parts("")[":last-token"]
+    with pytest.raises(AdaInferError, match="stricter than the artifact's strictest"):
+        last.level_of(None)
+    assert last.level_of(0.1) >= 0
+
+
+def test_what_is_served_of_each_part_is_what_was_certified(tmp_path):
+    recording = recording_of_prompts(0.6)
+    found = best_policy(calibration(recording), "pooled-label-head")
+    config = policy_config(found, "tiny", HF_CONFIG)
+    assert policy_details(found)["learning_curve"]
+    save_artifact(tmp_path / "policy", config, policy_tensors(found), {}, "card")
+    parts = load_artifact(str(tmp_path / "policy")).parts("").values()
+    for part, fitted in zip(parts, (found, found.last_token), strict=True):
+        serving = CalibratedPolicy(part, None, torch.device("cpu"))
+        rows = torch.full((len(SPLIT.certify),), part.config.level_of(None))
+        exits = np.full(len(SPLIT.certify), len(fitted.exits))
+        for index, layer in enumerate(serving.exit_points):
+            read = recording.read_by_probe(layer, SPLIT.certify, serving.is_pooled)
+            settled = serving.decide(index, UndecidedRows(read, rows)).settled.numpy()
+            exits[(exits == len(fitted.exits)) & settled] = index
+        assert np.array_equal(exits, fitted.points[EPSILON].exits)
+        assert len(set(exits.tolist())) > 1
+
+
+def test_the_learning_curve_is_of_the_exit_points_on_a_quarter_a_half_and_all_that_fits():
+    found = best_policy(calibration(recording_of_prompts(0.6)), "pooled-label-head")
+    curve = found.learning_curve()
+    assert [point.prompts for point in curve] == [112, 225, 450]
+    saved = layers_saved(found.exits, DEPTH, found.calibration.allowed)
+    assert curve[-1].layers_saved == pytest.approx(saved)
+    assert curve[0].layers_saved < saved
+    other = replace(found.calibration, target=Target("lens", LABEL_IDS))
+    assert replace(found, calibration=other).learning_curve() == []
+
+
+def example(*token_ids: int) -> Example:
+    return Example("", "", list(token_ids), None)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        ([(1, 2, 3, 4), (1, 2, 5)], 2),
+        ([(1, 2, 3), (4, 2, 3)], 1),  # the first token is left out in any case
+        ([(1, 2, 3), (1, 2, 3)], 2),  # a prompt has a token of its own in any case
+        ([(1, 2, 3, 4), (1, 2, 3)], 2),
+        ([(1, 2), (1, 2, 3, 4), (1, 2, 3, 5)], 1),
+        ([(7, 8, 9)], 2),
+    ],
+)
+def test_prompts_are_pooled_from_where_they_begin_to_differ(prompts, shared):
+    assert shared_tokens([example(*tokens) for tokens in prompts]) == shared
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_prompts_are_pooled_from_the_same_token_however_they_are_found(seed):
+    generator = np.random.default_rng(seed)
+    head = generator.integers(0, 3, 6).tolist()
+    prompts = [
+        [*head[: generator.integers(1, 7)], *generator.integers(0, 3, 3).tolist()] for _ in range(4)
+    ]
+    shortest, same = min(map(len, prompts)), 0
+    while same < shortest and len({prompt[same] for prompt in prompts}) == 1:
+        same += 1
+    assert shared_tokens([example(*p) for p in prompts]) == max(1, min(same, shortest - 1))
+
+
+@pytest.mark.parametrize("rows", [300, 1000, 1500, 20_000])
+@pytest.mark.parametrize("epsilon", [0.02, 0.05])
+def test_prompts_that_the_bound_can_do_without_are_fitted_on(rows, epsilon):
+    """No more certify than are needed for a bound on 0.6 epsilon, to within a few percent."""
+    options = PolicyOptions(epsilon=epsilon)
+    split = split_of(np.arange(rows), options)
+    held_out, bound = len(split.certify), Bound.promised(options)
+    assert len(split.fit) + held_out == rows
+    assert held_out <= rows - rows // 2
+    if held_out < rows - rows // 2:
+        assert bound.allowance(held_out, epsilon) >= ALLOWANCE * epsilon
+    sizes = range(1, int(0.9 * held_out))
+    assert all(bound.allowance(size, epsilon) < ALLOWANCE * epsilon for size in sizes[::7])
+
+
+@pytest.mark.parametrize(
+    ("groups", "options"),
+    [
+        (np.arange(2000), {"by_question": True}),
+        (np.arange(2000), {"risk": "accuracy"}),
+        (np.arange(2000), {"bound": "wsr"}),
+        (np.arange(2000) // 2, {}),
+    ],
+    ids=["by question", "accuracy", "wsr", "prompts that came together"],
+)
+def test_bounds_that_need_more_rows_get_half(groups, options):
+    split = split_of(groups, PolicyOptions(epsilon=0.05, **options))
+    assert (len(split.fit), len(split.certify)) == (1000, 1000)
+
+
+def test_only_pooled_heads_have_something_to_read_before_the_first_layer():
+    assert candidate_layers(30, kind="pooled-label-head")[0] == 0
+    assert candidate_layers(30, kind="label-head")[0] > 0
+    assert candidate_layers(30, (0, 8), "pooled-label-head") == [0, 8]
+    for kind in "label-head", "lens", "logit-lens":
+        with pytest.raises(AdaInferError, match="must ascend between 1 and 29 for this model of"):
+            candidate_layers(30, (0, 8), kind)
+
+
+@pytest.mark.parametrize(("length", "pooled"), [(3, False), (4, True)])
+def test_a_prompt_is_explained_with_the_states_that_its_part_reads(monkeypatch, length, pooled):
+    """Of a prompt without tokens of its own, there is no mean."""
+    recording = recording_of_prompts(0.6)
+    found = best_policy(calibration(recording, exit_points=(0, 2, 4, 6)), "pooled-label-head")
+    config = policy_config(found, "tiny", HF_CONFIG)
+    recorded: list[Any] = []
+    monkeypatch.setattr(views, "recording_engine", lambda *args, **_: recorded.append(args[3]))
+    model = SimpleNamespace(path="", hf_config=None, engine_settings={})
+    with pytest.raises(TypeError):  # what the engine is here manages no context
+        views.record_prompts(model, config, [])
+    assert recorded == [(0, 2, 4, 6)]
+    part = views.deciding_part(Artifact(config, policy_tensors(found)), [5] * length)
+    if not pooled:
+        for mean in recording.means.values():
+            mean[:] = torch.nan
+    row, _ = views.threshold_row(part.config, None, [5] * length)
+    seen = views.views_of(part, recording, 1, row, str)
+    assert [view.layer for view in seen] == ([0, 2, 4, 6, DEPTH] if pooled else [2, 4, 6, DEPTH])
+    assert all(np.isfinite(view.top_prob) for view in seen)

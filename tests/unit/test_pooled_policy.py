@@ -1,0 +1,188 @@
+"""A pooled policy has two parts: for prompts that it sees as a whole, and for all others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+from tests.tiny import tiny_config, tiny_tensors
+from tests.unit.test_describe import DETAILS
+from vllm_adainfer.artifact.config import LAST_TOKEN, Artifact, ArtifactConfig, all_parts
+from vllm_adainfer.artifact.fields import LastToken, Level, Question
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.engine.startup.banner import policy_banner
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.frontend.metrics import EngineMetrics, Series
+from vllm_adainfer.offline.reports.describe import describe
+from vllm_adainfer.offline.reports.views import deciding_part, threshold_row
+from vllm_adainfer.settings.engine import Settings
+
+POOLED_FROM = 4
+
+
+def levels(*epsilons: float) -> tuple[Level, ...]:
+    return tuple(
+        Level(epsilon=epsilon, disagreement=0.0, risk=0.0, bound=epsilon / 2, layers_saved=0.1)
+        for epsilon in epsilons
+    )
+
+
+def last_token(**changes: Any) -> LastToken:
+    return LastToken(**{"exit_points": (2, 3), "levels": levels(0.02, 0.05), **changes})
+
+
+POOLED: dict[str, Any] = {
+    "probe": "pooled-label-head",
+    "pooled_from": POOLED_FROM,
+    "exit_points": (0, 2, 5),
+    "last_token": last_token(),
+}
+ALONE = {**POOLED, "last_token": None}
+QUESTIONS = (
+    Question(name="mood", ends=((20, 30),), certified=(0.02, 0.05)),
+    Question(name="side", ends=((30, 31),), certified=(0.05,)),
+)
+
+
+@pytest.fixture
+def pooled(tiny_model) -> ArtifactConfig:
+    return tiny_config(tiny_model, **POOLED)
+
+
+def test_it_is_read_back_as_it_was_written_and_each_part_has_its_own_tensors(pooled, tmp_path):
+    tensors = tiny_tensors(pooled)
+    save_artifact(tmp_path / "policy", pooled, tensors, {}, "card\n")
+    loaded = load_artifact(str(tmp_path / "policy"))
+    assert loaded.config == pooled
+    assert loaded.config.all_exit_points == (0, 2, 3, 5)
+    whole, last = loaded.parts("a").values()
+    assert list(loaded.parts("a")) == ["a", "a:last-token"]
+    assert (last.config.probe, last.config.exit_points) == ("label-head", (2, 3))
+    assert whole.tensors["exit.2.head_weight"].shape == (2, 2 * 64)
+    assert last.tensors["exit.2.head_weight"].shape == (2, 64)
+    kept = {**whole.tensors, **{f"{LAST_TOKEN}.{n}": t for n, t in last.tensors.items()}}
+    assert kept.keys() == tensors.keys()
+    assert all(torch.equal(kept[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({**POOLED, "pooled_from": None}, "pooled_from goes with a pooled-label-head, and that"),
+        ({"pooled_from": 4}, "pooled_from goes with a pooled-label-head, and that needs it"),
+        ({**POOLED, "pooled_from": 0}, "greater than or equal to 1"),
+        ({"last_token": last_token()}, "last_token goes with a pooled-label-head"),
+        ({**POOLED, "max_tokens": 2}, "a pooled-label-head needs max_tokens = 1"),
+        ({**POOLED, "labels": (), "candidates": "full"}, "a label-head needs labels"),
+        ({"exit_points": (0, 2)}, "exit point 0 needs a pooled-label-head"),
+        (
+            {"exit_points": (0, 2), "probe": "logit-lens", "candidates": "full", "labels": ()},
+            "exit point 0 needs a pooled-label-head",
+        ),
+        (
+            {**POOLED, "last_token": last_token(exit_points=(0, 2))},
+            "exit point 0 needs a pooled-label-head",
+        ),
+        ({**POOLED, "last_token": last_token(exit_points=(3, 2))}, "exit_points must ascend"),
+        ({**POOLED, "last_token": last_token(exit_points=(2, 6))}, "exit_points must ascend"),
+        (
+            {
+                **POOLED,
+                "by_question": True,
+                "questions": QUESTIONS,
+                "last_token": last_token(certified={"mood": (0.01,)}),
+            },
+            "epsilons of questions must be among those of the levels",
+        ),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(tiny_model, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_config(tiny_model, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "sentence"),
+    [
+        ("exit.0.head_weight", (2, 64), r"must have shape \[2, 128\] but has \[2, 64\]"),
+        ("last-token.exit.2.head_weight", (2, 128), r"must have shape \[2, 64\] but has"),
+        ("last-token.thresholds", (3, 2), r"must have shape \[2, 2\] but has"),
+        ("last-token.exit.5.head_bias", (2,), "does not belong to this policy"),
+        ("last-token.last-token.thresholds", (2, 2), "does not belong to this policy"),
+        ("exit.2.classifier", None, "exit.2.classifier must have shape .* but is missing"),
+        ("last-token.exit.3.classifier", None, "must have shape .* but is missing"),
+    ],
+)
+def test_tensors_of_another_shape_or_of_no_part_are_refused(
+    pooled, tmp_path, name, shape, sentence
+):
+    tensors = tiny_tensors(pooled)
+    tensors.pop(name, None)
+    if shape is not None:
+        tensors[name] = torch.zeros(shape)
+    save_artifact(tmp_path / "policy", pooled, tensors, {}, "card\n")
+    with pytest.raises(AdaInferError, match=sentence):
+        load_artifact(str(tmp_path / "policy"))
+
+
+def test_each_part_has_its_series_from_the_start(pooled):
+    configs = {"reviews": pooled}
+    EngineMetrics(Series((0, 2, 3, 5, 6)), "pooled", 0, configs)
+    for name, part in all_parts(configs).items():
+        labels = {"model_name": "pooled", "engine": "0", "policy": name}
+        assert REGISTRY.get_sample_value("adainfer:layer_rows_executed_total", labels) == 0
+        assert REGISTRY.get_sample_value("adainfer:policy_info", {**labels, "adapter": ""}) == 1
+        for level in part.levels:
+            bound = {**labels, "epsilon": f"{level.epsilon:g}"}
+            assert REGISTRY.get_sample_value("adainfer:policy_exits_allowed", bound) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "logged"),
+    [
+        (
+            POOLED,
+            "Prompts of at most 4 tokens, and those of which a token from that position on is in "
+            "the prefix cache, are decided by the state of their last token alone, after layers "
+            "2, 3, within bounds of their own:",
+            "(those with tokens of their own in the prefix cache: label-head after 2, 3)",
+        ),
+        (
+            ALONE,
+            "is in the prefix cache, run all layers.",
+            "(those with tokens of their own in the prefix cache run all layers)",
+        ),
+    ],
+    ids=["with a part for the last token", "without"],
+)
+def test_it_says_what_becomes_of_prompts_that_it_does_not_see_as_a_whole(
+    tiny_model, changes, said, logged
+):
+    config = tiny_config(tiny_model, **changes)
+    assert said in describe(config, DETAILS)
+    assert logged in policy_banner("a", config, Settings(artifact="a"))
+    assert said not in describe(tiny_config(tiny_model), DETAILS)
+
+
+@pytest.mark.parametrize(("length", "points"), [(POOLED_FROM, (2, 3)), (9, (0, 2, 5))])
+def test_a_prompt_is_explained_by_the_part_that_decides_it(pooled, length, points):
+    artifact, prompt = Artifact(pooled, tiny_tensors(pooled)), [5] * length
+    part = deciding_part(artifact, prompt)
+    assert part.config.exit_points == points
+    assert threshold_row(part.config, 0.05, prompt) == (1, 0.05)
+    assert part.tensors["thresholds"].shape == (2, len(points))
+
+
+def test_where_no_part_decides_a_prompt_it_is_said_to_run_all_layers(tiny_model):
+    config = tiny_config(tiny_model, **ALONE)
+    with pytest.raises(AdaInferError, match="after the first 4, and this prompt, which has no mo"):
+        deciding_part(Artifact(config, tiny_tensors(config)), [5] * 4)
+
+
+def test_an_artifact_of_one_part_is_its_own(tiny_policy):
+    artifact = load_artifact(str(tiny_policy))
+    assert artifact.parts("a").keys() == {"a"}
+    assert deciding_part(artifact, [5]).config is artifact.config
