@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from adainfer_kernels import Head
 from torch import Tensor
 
 from vllm_adainfer.arrays import Floats, Ints
@@ -103,9 +102,8 @@ def full_depth_labels(
 
     `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
     """
-    head = recording.logit_lens.head
-    served = Head(head.weight, head.bias, recording.soft_cap, recording.scale)
-    lens = replace(recording.logit_lens, head=served)
+    lens = recording.logit_lens
+    lens = replace(lens, head=recording.as_served(lens.head))
     whole = lens.score(lens.readout(recording.final))
     labels = lens.of_tokens(label_ids)
     scores = labels.score(labels.readout(recording.final), return_scores=True).scores

@@ -1,4 +1,4 @@
-"""Fit probes: an exit point reads the answer by ridge regression or with the model's own head.
+"""Fit probes: an exit point reads the answer with a label head or with the model's own head.
 
 A `lens` is the tuned lens of Belrose et al. 2023 (arXiv 2303.08112): an affine map from the state
 after a layer to the state after the last layer, read by the model's own final norm and head.
@@ -6,22 +6,18 @@ after a layer to the state after the last layer, read by the model's own final n
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
-import numpy as np
-import torch
 from adainfer_kernels import Head, Lens
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.artifact.kinds import FEATURES, PROBABILITY_FEATURES, ProbeKind
+from vllm_adainfer.artifact.kinds import FEATURES, LABEL_HEADS, PROBABILITY_FEATURES, ProbeKind
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.fit import ridge
+from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
 from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, ProbeAnswers
 from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
 from vllm_adainfer.policy.first_tokens import FirstTokens
@@ -39,10 +35,8 @@ RANK_DIVISORS = (64, 32, 16, 8, 4)
 # A low rank may raise the lens's squared error on unseen prompts by this share: on the demo model
 # (SST-2, layers 15 to 27) agreement with the full model then stays within 0.5 points.
 RANK_TOLERANCE = 0.1
-SMALLEST_SHARE = 1e-6  # of the label mass, or of what it leaves: log-odds go no further
 
 AnyProbe = Probe | LabelHead
-P = TypeVar("P", bound=AnyProbe)
 
 
 @dataclass(frozen=True)
@@ -89,111 +83,49 @@ class Target:
         """The subsets of decision `rows`."""
         return None if self.subsets is None else self.subsets[rows]
 
-    def named(self, rows: Ints) -> Tensor | None:
-        """bool [labels], the labels of a pool that any of decision `rows` is about."""
-        return None if self.subsets is None else self.subsets[rows].any(dim=0)
-
 
 def fit_probes(
     recording: Recording, target: Target, rows: Ints, layer: int
 ) -> tuple[AnyProbe, Sequence[AnyProbe]]:
     """The layer's probe fitted on decision `rows`, and for each fold one fitted without it."""
-    if target.full_depth is not None:
-        return _fit_probability_heads(recording, target, target.full_depth, rows, layer)
+    if target.kind in LABEL_HEADS:
+        return _fit_label_heads(recording, target, rows, layer)
     plain = logit_lens(recording, target)
     if target.kind == "logit-lens":
         return plain, [plain] * FOLDS
-    if target.kind == "lens":
-        return _fit_tuned_lenses(plain, recording.moments[layer])
-    scores = plain.score(plain.readout(recording.final[rows]), return_scores=True).scores
-    assert scores is not None
-    if target.first_tokens is not None:
-        scores = target.first_tokens.best(scores)
-    named = target.named(rows)
-    read = recording.read_by_probe(layer, rows, target.is_pooled)
-    fitted = _fit_ridge(read, _centred(scores, named), recording.folds_of(rows), named)
-
-    def label_head(linear: ridge.Linear) -> AnyProbe:
-        weight, bias = linear.matrix.float().contiguous(), linear.bias.float()
-        if target.subsets is not None:
-            assert target.label_ids is not None
-            return LabelHead(weight, bias, target.label_ids)
-        return Probe(Head(weight, bias), token_ids=target.label_ids)
-
-    return _all_of(fitted, label_head)
+    return _fit_tuned_lenses(plain, recording.moments[layer])
 
 
-def _all_of(fitted: ridge.Ridge, probe: Callable[[ridge.Linear], P]) -> tuple[P, list[P]]:
-    """The probe of the whole fit, and that of each fit without a fold."""
-    return probe(fitted.whole), [probe(linear) for linear in fitted.without]
-
-
-def _centred(scores: Tensor, named: Tensor | None) -> Tensor:
-    """Scores [rows, labels] without their mean over the `named` labels, bool [labels], or all."""
-    return scores - (scores if named is None else scores[:, named]).mean(1, keepdim=True)
-
-
-def _fit_ridge(read: Tensor, scores: Tensor, row_folds: Ints, named: Tensor | None) -> ridge.Ridge:
-    """The map from what probes `read` [rows, width] to `scores` [rows, n].
-
-    `row_folds` [rows] are the rows' folds. The penalty suits the `named` labels, bool [labels], and
-    further scores; None for all.
-    """
-    folds = []
-    for fold in range(FOLDS):
-        here = torch.from_numpy(row_folds == fold)
-        folds.append(Moments.zeros(read.shape[1], scores.shape[1]))
-        folds[-1].add(read[here].double(), scores[here].double(), torch.ones(int(here.sum())))
-    if named is None:
-        return ridge.choose(folds, PENALTIES)
-    wanted = torch.ones(scores.shape[1], dtype=torch.bool)
-    wanted[: len(named)] = named
-    penalty = ridge.choose([fold.of_targets(wanted) for fold in folds], PENALTIES).penalty
-    return ridge.choose(folds, (penalty,))
-
-
-def _fit_probability_heads(
-    recording: Recording, target: Target, full_depth: FullDepthLabels, rows: Ints, layer: int
-) -> tuple[LabelHead, list[LabelHead]]:
-    """A ridge regression on the labels' logits and on the log-odds of the label mass.
-
-    A regression on logits shrinks them, which makes probabilities too even. So the labels' logits
-    are scaled to make the probabilities of unseen folds likeliest.
-    """
+def _fit_label_heads(
+    recording: Recording, target: Target, rows: Ints, layer: int
+) -> tuple[AnyProbe, Sequence[AnyProbe]]:
+    """A head that gives the labels the probabilities of full depth, and perhaps the label mass."""
     label_ids = target.label_ids
     assert label_ids is not None
-    mass = full_depth.probabilities.mass[rows].double().logit(SMALLEST_SHARE).float()
-    named = target.named(rows)
-    logits = _centred(full_depth.scores[rows], named)
-    targets = torch.cat([logits, mass.unsqueeze(1)], dim=1)
-    read, folds = recording.read_by_probe(layer, rows, target.is_pooled), recording.folds_of(rows)
-    fitted = _fit_ridge(read, targets, folds, named)
-    unseen = torch.empty(len(rows), len(label_ids), dtype=torch.float64)
-    for fold, linear in enumerate(fitted.without):
-        here = torch.from_numpy(np.flatnonzero(folds == fold))
-        unseen[here] = (read[here].double() @ linear.matrix.T + linear.bias)[:, :-1]
-    scale = torch.ones(len(label_ids) + 1, dtype=torch.float64)
-    own = restrict(unseen, target.subsets_of(rows))
-    scale[:-1] = _likeliest_scale(own, full_depth.probabilities.among[rows].double())
+    full_depth, subsets = target.full_depth, target.subsets_of(rows)
+    mass = None
+    if full_depth is not None:
+        labels, mass = full_depth.probabilities.among[rows], full_depth.probabilities.mass[rows]
+    else:
+        plain = logit_lens(recording, target)
+        plain = replace(plain, head=recording.as_served(plain.head))
+        scores = plain.score(plain.readout(recording.final[rows]), return_scores=True).scores
+        assert scores is not None
+        if target.first_tokens is not None:
+            scores = target.first_tokens.best(scores)
+        labels = restrict(scores, subsets).softmax(1)
+    read = recording.read_by_probe(layer, rows, target.is_pooled)
+    taught = Taught(read.float(), labels, mass, subsets)
+    fitted = distil(taught, recording.folds_of(rows))
+    as_label_head = mass is not None or subsets is not None
 
-    def head(linear: ridge.Linear) -> LabelHead:
-        weight = (linear.matrix * scale.unsqueeze(1)).float().contiguous()
-        return LabelHead(weight, (linear.bias * scale).float(), label_ids)
+    def head(linear: ridge.Linear) -> AnyProbe:
+        weight, bias = linear.matrix.float().contiguous(), linear.bias.float()
+        if as_label_head:
+            return LabelHead(weight, bias, label_ids)
+        return Probe(Head(weight, bias), token_ids=label_ids)
 
-    return _all_of(fitted, head)
-
-
-def _likeliest_scale(logits: Tensor, probabilities: Tensor) -> float:
-    """The factor of `logits` with the least cross-entropy to `probabilities`, both [rows, n].
-
-    A logit of -inf has the probability 0.
-    """
-
-    def cross_entropy(log_scale: float) -> float:
-        logprobs = (logits * math.exp(log_scale)).log_softmax(1)
-        return -float((probabilities * logprobs.masked_fill(logits.isneginf(), 0)).sum())
-
-    return math.exp(minimize_scalar(cross_entropy, bounds=(-2, 2)).x)
+    return head(fitted.whole), [head(linear) for linear in fitted.without]
 
 
 def answers_of_probe(

@@ -26,8 +26,8 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Ridge:
-    """A ridge regression with a penalty chosen by cross-validation.
+class CrossValidated:
+    """A fit with a penalty chosen by cross-validation.
 
     Attributes:
         penalty: the chosen penalty.
@@ -77,7 +77,7 @@ def squared_error(moments: Moments, linear: Linear) -> float:
     return float(moments.yy.sum() - explained + moments.weight * off.square().sum())
 
 
-def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> Ridge:
+def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> CrossValidated:
     """The penalty (all are positive) with the least error on folds it was not fitted on."""
     whole = total(folds)
     errors = dict.fromkeys(penalties, 0.0)
@@ -86,7 +86,7 @@ def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> Ridge:
         for penalty in penalties:
             errors[penalty] += squared_error(fold, solve(others, penalty))
     penalty = min(errors, key=errors.__getitem__)
-    return Ridge(
+    return CrossValidated(
         penalty,
         solve(whole, penalty),
         tuple(solve(whole - fold, penalty) for fold in folds),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import adainfer_kernels
 import numpy as np
 import torch
-from adainfer_kernels import Norm
+from adainfer_kernels import Head, Norm
 from adainfer_kernels.pooling import EPS
 from safetensors.torch import load_file
 from torch import Tensor
@@ -93,6 +93,10 @@ class Recording:
         if not pooled:
             return states
         return torch.cat([normed(states), self.means[layer][rows]], dim=1)
+
+    def as_served(self, head: Head) -> Head:
+        """Rows of the model's own head with the soft cap and the scale that vLLM applies."""
+        return replace(head, soft_cap=self.soft_cap, scale=self.scale)
 
     def folds_of(self, rows: Ints) -> Ints:
         """The fold of each of decision `rows`."""

@@ -1,0 +1,131 @@
+"""Distil label heads: softmax regressions on the probabilities that full depth gives the labels.
+
+Softmax regression (multinomial logistic regression) on a teacher's probabilities is Hinton, Vinyals
+and Dean, "Distilling the Knowledge in a Neural Network" (2015, arXiv 1503.02531), with a linear
+student. A ridge regression on the logits, which it replaced, agrees with full depth about as often,
+but its probabilities are comparable from layer to layer less well: on the fine-tuned demo model it
+saved 4 to 8 points less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from vllm_adainfer.arrays import Floats, Ints
+from vllm_adainfer.artifact.label_subsets import restrict
+from vllm_adainfer.offline.calibration.fit.ridge import CrossValidated, Linear
+from vllm_adainfer.offline.calibration.record.collect import FOLDS
+
+PENALTIES = (3.0, 1.0, 0.3, 0.1)
+ITERATIONS = 100
+PRECISION = 1e-4  # of the mean cross-entropy; further steps change next to no decision
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a head learns from, for some rows.
+
+    Attributes:
+        read: fp32 [rows, width], what it reads.
+        labels: fp32 [rows, labels], the labels' probabilities at full depth.
+        mass: fp32 [rows], the label mass; None if the head does not read it.
+        subsets: bool [rows, labels], the labels that each row is about; None for all.
+
+    """
+
+    read: Tensor
+    labels: Tensor
+    mass: Tensor | None = None
+    subsets: Tensor | None = None
+
+    def of_rows(self, rows: Tensor) -> Taught:
+        """The same of bool `rows` alone."""
+        mass = None if self.mass is None else self.mass[rows]
+        subsets = None if self.subsets is None else self.subsets[rows]
+        return Taught(self.read[rows], self.labels[rows], mass, subsets)
+
+    def loss(self, linear: Linear) -> tuple[float, Tensor]:
+        """The mean cross-entropy, and its gradient [rows, scores] by the scores.
+
+        In a softmax the gradient is the difference of the probabilities.
+        """
+        scores = self.read @ linear.matrix.T + linear.bias
+        labels = self.labels.shape[1]
+        logprobs = restrict(scores[:, :labels], self.subsets).log_softmax(1)
+        loss = -(self.labels * logprobs.masked_fill(logprobs.isneginf(), 0)).sum()
+        wrong = logprobs.exp() - self.labels
+        if self.mass is not None:
+            odds = scores[:, labels]
+            loss += torch.nn.functional.softplus(odds).sum() - self.mass @ odds
+            wrong = torch.cat([wrong, (odds.sigmoid() - self.mass).unsqueeze(1)], dim=1)
+        count = max(1, len(scores))
+        return float(loss) / count, wrong / count
+
+
+def distil(taught: Taught, folds: Ints, penalties: Sequence[float] = PENALTIES) -> CrossValidated:
+    """Fit a head, with the penalty that predicts unseen folds best.
+
+    Args:
+        taught: the rows to learn from.
+        folds: [rows], the fold of each.
+        penalties: the penalties to try, from the largest; they weigh half of the squared
+            coefficients of standardised features.
+
+    """
+    places = [torch.from_numpy(folds == fold) for fold in range(FOLDS)]
+    held_out = [taught.of_rows(here) for here in places]
+    others = [taught.of_rows(~here) for here in places]
+    without: list[Linear | None] = [None] * FOLDS
+    best, least = penalties[0], np.inf
+    chosen: list[Linear] = []
+    for penalty in penalties:
+        fits = [solve(*part) for part in zip(others, [penalty] * FOLDS, without, strict=True)]
+        error = sum(rows.loss(fit)[0] for rows, fit in zip(held_out, fits, strict=True))
+        if chosen and error >= least:  # a smaller penalty only fits the same rows more closely
+            break
+        best, least, chosen, without = penalty, error, fits, [*fits]
+    return CrossValidated(best, solve(taught, best), tuple(chosen))
+
+
+def solve(taught: Taught, penalty: float, start: Linear | None = None) -> Linear:
+    """Minimise the mean cross-entropy plus `penalty` / 2 times the squared coefficients.
+
+    The coefficients are those of features divided by their standard deviation; a constant feature
+    gets 0. The bias is not penalised. `start` is where to begin.
+    """
+    mean, deviation = taught.read.mean(0), taught.read.std(0, correction=0)
+    scale = torch.where(deviation > 1e-9 * mean.abs(), 1 / deviation, 0)
+    rows = Taught((taught.read - mean) * scale, taught.labels, taught.mass, taught.subsets)
+    shape = taught.labels.shape[1] + (taught.mass is not None), taught.read.shape[1] + 1
+
+    def objective(flat: Floats) -> tuple[float, Floats]:
+        both = torch.from_numpy(flat).view(shape).to(rows.read)
+        matrix, bias = both[:, :-1], both[:, -1]
+        loss, wrong = rows.loss(Linear(matrix, bias))
+        by_matrix = wrong.T @ rows.read + penalty * matrix
+        gradient = torch.cat([by_matrix, wrong.sum(0).unsqueeze(1)], dim=1)
+        return loss + penalty / 2 * float(
+            matrix.square().sum()
+        ), gradient.double().flatten().numpy()
+
+    first = torch.zeros(shape, dtype=torch.float64)
+    if start is not None:
+        divisor = torch.where(scale > 0, scale, 1)
+        bias = start.bias + start.matrix @ mean
+        first = torch.cat([start.matrix / divisor, bias.unsqueeze(1)], dim=1).double()
+    found = minimize(
+        objective,
+        first.flatten().numpy(),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": ITERATIONS, "ftol": PRECISION},
+    )
+    both = torch.from_numpy(found.x).view(shape).to(rows.read)
+    matrix = both[:, :-1] * scale
+    return Linear(matrix, both[:, -1] - matrix @ mean)
