@@ -12,28 +12,6 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
-class PolicyWork(TypedDict):
-    """The work done for the requests of one policy.
-
-    A token-layer is one token (of a prompt or of an output) in one layer.
-
-    Attributes:
-        layers_run: token-layers executed.
-        layers_skipped: token-layers that will never be executed.
-        layers_deferred: token-layers postponed until their request needs them, counted each time;
-            in the end each of them is run or skipped.
-        layers_possible: token-layers that full depth would have executed.
-        exit_histogram: number of sampled tokens by the number of layers they ran.
-
-    """
-
-    layers_run: int
-    layers_skipped: int
-    layers_deferred: int
-    layers_possible: int
-    exit_histogram: dict[int, int]
-
-
 class ShadowChecks(TypedDict):
     """What shadow requests have shown at one epsilon.
 
@@ -56,6 +34,30 @@ class ShadowChecks(TypedDict):
     tightened: bool
 
 
+class PolicyWork(TypedDict):
+    """The work done for the requests of one policy.
+
+    A token-layer is one token (of a prompt or of an output) in one layer.
+
+    Attributes:
+        layers_run: token-layers executed.
+        layers_skipped: token-layers that will never be executed.
+        layers_deferred: token-layers postponed until their request needs them, counted each time;
+            in the end each of them is run or skipped.
+        layers_possible: token-layers that full depth would have executed.
+        exit_histogram: number of sampled tokens by the number of layers they ran.
+        shadow: shadow checks by epsilon; only where shadow requests are on.
+
+    """
+
+    layers_run: int
+    layers_skipped: int
+    layers_deferred: int
+    layers_possible: int
+    exit_histogram: dict[int, int]
+    shadow: NotRequired[dict[float, ShadowChecks]]
+
+
 class Stats(TypedDict):
     """The counters of one engine since it started; none of them ever falls.
 
@@ -70,9 +72,10 @@ class Stats(TypedDict):
             weights than the policies were calibrated for.
         exit_histogram: number of sampled tokens by the number of layers they ran.
         policies: the same work by policy name; ``full_depth`` stands for requests that may not
-            exit.
-        shadow: shadow checks by epsilon; with several policies, by policy name and then by epsilon.
-            Only where shadow requests are on.
+            exit, and ``NAME:last-token`` for those of policy NAME that were decided by their last
+            token, as part of their prompt was in the prefix cache.
+        shadow: shadow checks by epsilon; with several artifacts, by policy name and then by
+            epsilon. Only where shadow requests are on.
 
     """
 

@@ -228,6 +228,7 @@ def test_shadow_requests_are_watched_by_the_part_that_decides_them(
     loop, unsure = parts(llm)[0].loop, 0
     patient = {n: AnswerMonitor([*GAPS[True]], NEVER_TIGHTENED) for n in loop.monitors}
     monkeypatch.setattr(loop, "monitors", patient)
+    monkeypatch.setattr(loop.stats, "shadow", patient)
     wanted: dict[str, list[bool]] = defaultdict(list)
     with traced(llm) as (ran, _):
         for output, prompt in zip(ask(llm, prompts, params), prompts, strict=True):
@@ -243,6 +244,6 @@ def test_shadow_requests_are_watched_by_the_part_that_decides_them(
                 wanted[own.policy].append(early[1] != full[1])
     assert wanted.keys() == {"whole", f"whole:{LAST_TOKEN}"}
     for name, disagreed in wanted.items():
-        found = loop.monitors[name].as_dict()[SOME]
+        found = stats(llm)["policies"][name]["shadow"][SOME]
         assert 0 <= found["checked"] - len(disagreed) <= unsure
         assert 0 <= found["disagreed"] - sum(disagreed) <= unsure

@@ -19,6 +19,7 @@ from tests.adapters import save_adapter
 from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
 from tests.tiny import EXIT_POINTS, FROM_ZERO, tiny_artifact, tiny_config, tiny_tensors
+from vllm_adainfer.artifact.fields import LastToken
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
@@ -33,12 +34,14 @@ def artifacts(tiny_model: Path, tmp_path: Path) -> Artifacts:
     """Artifacts of a probe with a threshold on its gap, for one token or more."""
 
     def artifact(probe: str, threshold: float) -> Path:
-        candidates = "labels" if probe == "label-head" else "full"
+        candidates = "labels" if "label-head" in probe else "full"
         more: dict[str, Any] = {} if candidates == "labels" else {"labels": (), "max_tokens": 8}
-        more["exit_points"] = FROM_ZERO if candidates == "labels" else EXIT_POINTS
+        if probe == "pooled-label-head":  # of prompts of up to five tokens, the last token alone
+            last_token = LastToken(exit_points=EXIT_POINTS, levels=tiny_config(tiny_model).levels)
+            more |= {"exit_points": FROM_ZERO, "pooled_from": 5, "last_token": last_token}
         config = tiny_config(tiny_model, probe=probe, candidates=candidates, **more)
         thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
-        tensors = tiny_tensors(config, thresholds)
+        tensors = tiny_tensors(config, thresholds, thresholds.clone())
         if candidates == "full":
             tensors = {name: t for name, t in tensors.items() if ".head_" not in name}
         save_artifact(tmp_path / probe, config, tensors, {}, "card\n")
@@ -84,7 +87,7 @@ def perturb_second_rank(worker: Any) -> None:
 @pytest.mark.parametrize(
     ("probe", "threshold", "kv"),
     [
-        pytest.param("label-head", 0.2, "exact", marks=pytest.mark.full),
+        pytest.param("pooled-label-head", 0.2, "exact", marks=pytest.mark.full),
         pytest.param("logit-lens", 0.1, "exact", marks=pytest.mark.full),
         ("logit-lens", 0.1, "propagate"),
     ],
@@ -106,12 +109,12 @@ def test_two_ranks_decide_watch_and_answer_as_one(
     }
     generator = np.random.default_rng(5)
     prompts = [generator.integers(5, 1000, n).tolist() for n in (7, 1, 23, 150, 40, 3, 64, 12)]
-    config = tiny_config(tiny_model)
+    config, reads_labels = tiny_config(tiny_model), probe == "pooled-label-head"
     params = SamplingParams(
         temperature=0,
-        max_tokens=1 if probe == "label-head" else 8,
+        max_tokens=1 if reads_labels else 8,
         ignore_eos=True,
-        allowed_token_ids=list(config.label_ids) if probe == "label-head" else None,
+        allowed_token_ids=list(config.label_ids) if reads_labels else None,
     )
 
     def run(ranks: int) -> tuple[list[list[int]], list[dict[str, Any]]]:

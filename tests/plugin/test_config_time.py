@@ -23,6 +23,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
 from tests.families import FAMILIES, SHAPE
+from tests.tiny import tiny_artifact
 from vllm_adainfer import plugin
 from vllm_adainfer.engine.classes import CPU_WORKER, GPU_WORKER, SCHEDULER
 from vllm_adainfer.engine.scheduler.scheduler import build_scheduler
@@ -479,3 +480,16 @@ def test_experts_that_vllm_would_find_by_counting_are_refused(tiny_model, tmp_pa
     monkeypatch.setattr("vllm.utils.torch_utils._USE_LAYERNAME", False)
     with pytest.raises(AdaInferError, match="without VLLM_USE_LAYERNAME"):
         refuse_unsupported(vllm_config, "AdaInferMixtralForCausalLM", Settings(exit_script=(1,)))
+
+
+def test_a_policy_of_whole_prompts_is_refused_where_only_their_last_tokens_go_on(
+    tiny_model, tmp_path, monkeypatch
+):
+    """As in a model whose layers after the fourth share keys and values."""
+    monkeypatch.setattr("vllm_adainfer.engine.startup.configure.own_kv_layers", lambda _: 4)
+    pooled: dict[str, Any] = {"probe": "pooled-label-head", "pooled_from": 1}
+    for points in (0, 4), (0, 4, 5):
+        artifact = tiny_artifact(tiny_model, tmp_path / "policy", exit_points=points, **pooled)
+        refused = pytest.raises(ValueError, match=r"only the last one goes on after layer 4 .*5")
+        with refused if points[-1] > 4 else nullcontext():
+            engine_config(tiny_model, {"artifact": str(artifact)})

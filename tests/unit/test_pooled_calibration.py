@@ -35,6 +35,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import Calibration, fit_can
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import ALLOWANCE, shared_tokens, split_of
 from vllm_adainfer.offline.calibration.record.collect import Recording, normed
+from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
     policy_details,
@@ -147,8 +148,10 @@ def test_a_part_may_certify_fewer_epsilons_than_the_policy():
 def test_what_is_served_of_each_part_is_what_was_certified(tmp_path):
     recording = recording_of_prompts(0.6)
     found = best_policy(calibration(recording), "pooled-label-head")
-    config = policy_config(found, "tiny", HF_CONFIG)
-    assert policy_details(found)["learning_curve"]
+    config, details = policy_config(found, "tiny", HF_CONFIG), policy_details(found)
+    card = model_card(config, details)
+    assert "within bounds of their own:" in card
+    assert all(f"{one.layers_saved:.1%}" in card for one in config.last_token.levels)
     save_artifact(tmp_path / "policy", config, policy_tensors(found), {}, "card")
     parts = load_artifact(str(tmp_path / "policy")).parts("").values()
     for part, fitted in zip(parts, (found, found.last_token), strict=True):

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 
 import vllm_adainfer
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.exits.accounting.counters import ExitStats, PolicyStats
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.stats import PolicyWork, ShadowChecks, Stats
 
@@ -40,6 +40,16 @@ def test_the_counters_of_an_engine_have_the_keys_and_types_that_are_promised(nam
     assert found["tokens_decided"] == 3
     assert found["policies"]["default"]["exit_histogram"] == {4: 3}
     assert ("shadow" in found) == bool(names)
+    assert ("shadow" in found["policies"]["default"]) == ("default" in names)
+
+
+def test_each_part_of_the_only_policy_has_its_shadow_checks():
+    counters = ExitStats(shadow={"default": monitor(), "default:last-token": monitor()})
+    counters.by_policy.update({name: PolicyStats() for name in counters.shadow})
+    found = counters.as_dict()
+    assert found["shadow"] == monitor().as_dict()
+    for name in counters.shadow:
+        assert found["policies"][name]["shadow"] == monitor().as_dict()
 
 
 def test_an_engine_without_the_plugin_is_refused_with_what_to_pass():

@@ -26,6 +26,24 @@ def each_for_itself(config: ArtifactConfig) -> str:
     )
 
 
+def not_seen_whole(config: ArtifactConfig) -> str:
+    """What becomes of prompts that a pooled policy does not see as a whole; "" for another one."""
+    if not config.is_pooled:
+        return ""
+    whose = (
+        f"Prompts of at most {config.pooled_from} tokens, and those of which a token from that "
+        "position on is in the prefix cache,"
+    )
+    own = config.last_token
+    if own is None:
+        return f"{whose} run all layers."
+    points = ", ".join(map(str, own.exit_points))
+    return (
+        f"{whose} are decided by the state of their last token alone, after layers {points}, "
+        "within bounds of their own:"
+    )
+
+
 def after_which_text(config: ArtifactConfig) -> list[str]:
     """A paragraph on what a bound on generated text covers; nothing for one-token answers."""
     if config.max_tokens == 1:

@@ -149,8 +149,9 @@ class RunningRequests:
             rows[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
         continues = last + 2 - prompt < max_tokens  # once this step's token is appended
         if self._loop.kv.defers:
-            # vLLM frees blocks outside the window, which deferred rows still need.
-            rows[continues & (last + 1 >= self._window)] = FULL_DEPTH
+            # vLLM frees blocks outside the window, which deferred rows still need. Chunks before
+            # the last one are never deferred, and pooled policies read them.
+            rows[yields_token & continues & (last + 1 >= self._window)] = FULL_DEPTH
         shadow, tightened = None, self._loop.tightened()
         if tightened is not None:
             shadow = np.array([request.resolved.is_shadow for request in admitted])

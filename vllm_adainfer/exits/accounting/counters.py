@@ -130,4 +130,6 @@ class ExitStats:
         if self.shadow:
             shadow = {name: monitor.as_dict() for name, monitor in self.shadow.items()}
             counters["shadow"] = shadow.get(DEFAULT_POLICY, shadow)
+            for name in shadow.keys() & self.by_policy.keys():
+                counters["policies"][name]["shadow"] = shadow[name]
         return counters

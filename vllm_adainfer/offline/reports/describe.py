@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
-from vllm_adainfer.artifact.promise import after_which_text, each_for_itself, wrong_in_words
+from vllm_adainfer.artifact.promise import (
+    after_which_text,
+    each_for_itself,
+    not_seen_whole,
+    wrong_in_words,
+)
 from vllm_adainfer.offline.tables import aligned, text_table
 
 WORTH_MORE_PROMPTS = 1.0  # percentage points that the second half of the prompts has brought
@@ -133,21 +138,10 @@ def _levels(config: ArtifactConfig) -> str:
 
 def _last_token(config: ArtifactConfig) -> list[str]:
     """The heads of a pooled policy for requests that it cannot see as a whole."""
-    if not config.is_pooled:
-        return []
-    whose = (
-        f"Prompts of at most {config.pooled_from} tokens, and those of which a token from that "
-        "position on is in the prefix cache,"
-    )
-    own = config.last_token
-    if own is None:
-        return [f"{whose} run all layers."]
-    points = ", ".join(map(str, own.exit_points))
-    part = config.parts("")[f":{LAST_TOKEN}"]
-    return [
-        f"{whose} are decided by the state of their last token alone, after layers {points}, "
-        f"within bounds of their own:\n\n{_levels(part)}"
-    ]
+    said = not_seen_whole(config)
+    if config.last_token is None:
+        return [said] if said else []
+    return [said, _levels(config.parts("")[f":{LAST_TOKEN}"])]
 
 
 def _learning_curve(curve: Sequence[Mapping[str, Any]]) -> str:

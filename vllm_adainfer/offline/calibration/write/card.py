@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.promise import after_which_text, each_for_itself, wrong_in_words
+from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
+from vllm_adainfer.artifact.promise import (
+    after_which_text,
+    each_for_itself,
+    not_seen_whole,
+    wrong_in_words,
+)
 from vllm_adainfer.offline.tables import markdown_table
 
 
@@ -33,20 +38,6 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
             *_tolerated(config),
         ],
         text_columns=2,
-    )
-    levels = markdown_table(
-        ["epsilon", "disagreement, held out", "loss, held out", "upper bound", "layers saved"],
-        [
-            [
-                f"{level.epsilon:.1%}",
-                f"{level.disagreement:.2%}",
-                f"{level.risk:.2%}",
-                f"{level.bound:.2%}",
-                f"{level.layers_saved:.1%}",
-            ]
-            for level in config.levels
-        ],
-        text_columns=0,
     )
     agreement = markdown_table(
         ["layer", "agreement"],
@@ -86,8 +77,8 @@ Each bound holds with probability {1 - config.delta:.0%} over the draw of the he
 prompts from the same distribution{_mixture(config)}: {risk} is at most epsilon
 ({config.bound} bound on the mean loss). {each_for_itself(config)}
 
-{"".join(f"{text}{chr(10)}{chr(10)}" for text in after_which_text(config))}{levels}
-
+{"".join(f"{text}{chr(10)}{chr(10)}" for text in after_which_text(config))}{_levels(config)}
+{_not_seen_whole(config)}
 How often the probe alone agrees with the full model, if every row left there:
 
 {agreement}
@@ -96,6 +87,32 @@ How often the probe alone agrees with the full model, if every row left there:
 
 Made with {versions} on {details["provenance"]["cpu"]}.
 """
+
+
+def _levels(config: ArtifactConfig) -> str:
+    """The epsilon table."""
+    return markdown_table(
+        ["epsilon", "disagreement, held out", "loss, held out", "upper bound", "layers saved"],
+        [
+            [
+                f"{level.epsilon:.1%}",
+                f"{level.disagreement:.2%}",
+                f"{level.risk:.2%}",
+                f"{level.bound:.2%}",
+                f"{level.layers_saved:.1%}",
+            ]
+            for level in config.levels
+        ],
+        text_columns=0,
+    )
+
+
+def _not_seen_whole(config: ArtifactConfig) -> str:
+    """What a pooled policy does with prompts that it does not see as a whole."""
+    said = not_seen_whole(config)
+    if config.last_token is not None:
+        said += f"\n\n{_levels(config.parts('')[f':{LAST_TOKEN}'])}"
+    return f"\n{said}\n" if said else ""
 
 
 def _mixture(config: ArtifactConfig) -> str:
