@@ -158,22 +158,6 @@ def test_the_mass_is_promised_where_it_does_not_cost_most_of_the_layers(lead, wi
     assert EPSILON in kept.points
 
 
-def test_a_scale_is_fitted_that_makes_unseen_probabilities_likelier():
-    """A ridge regression shrinks: without a scale, early probabilities are too even."""
-    recording = recorded()
-    reads = full_depth_labels(recording, LABEL_IDS)
-    policy = made(recording, exit_points=(2,))
-    exit = policy.candidates[0]
-    assert exit.layer == 2
-    scores = exit.probe.score(recording.states[2][SPLIT.certify])[:, :-1]
-    target = reads.probabilities.among[SPLIT.certify]
-
-    def cross_entropy(factor: float) -> float:
-        return -float((target * (scores * factor).log_softmax(1)).sum())
-
-    assert min(cross_entropy(0.7), cross_entropy(1.4)) > cross_entropy(1.0)
-
-
 RESAMPLES, DRAWN = 300, 200
 
 

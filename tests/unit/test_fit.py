@@ -129,7 +129,7 @@ def test_the_rows_of_a_half_are_all_those_of_its_prompts_in_the_prompts_order():
 @pytest.mark.parametrize("low_rank_from", [HIDDEN, HIDDEN + 1])
 def test_a_lens_that_is_exact_is_recovered_at_any_rank(monkeypatch, low_rank_from):
     monkeypatch.setattr(probes, "LOW_RANK_HIDDEN_SIZE", low_rank_from)
-    monkeypatch.setattr(probes, "PENALTIES", (1e-6, 1.0))
+    monkeypatch.setattr(probes, "RIDGE_PENALTIES", (1e-6, 1.0))
     recording = recording_of(rank=4)
     fitted = fitted_on(recording, "lens")
     model = Probe(recording.logit_lens.head, norm=NORM)
@@ -166,7 +166,7 @@ def test_features_to_learn_from_are_of_probes_that_have_not_seen_the_prompt(
     monkeypatch, kind, labels
 ):
     """With targets of pure noise and no penalty to speak of, a probe knows what it has seen."""
-    monkeypatch.setattr(probes, "PENALTIES", (1e-3,))
+    monkeypatch.setattr(probes, "RIDGE_PENALTIES" if labels is None else "PENALTIES", (1e-3,))
     recording = recording_of(rank=4, noise=100.0)
     if labels is not None:
         model = fitted_on(recording, "logit-lens", labels).probe

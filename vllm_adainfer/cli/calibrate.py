@@ -46,8 +46,8 @@ def calibrate(
     probe: Annotated[
         ProbeChoice,
         typer.Option(
-            help="How an exit point reads the answer: label-head (a ridge regression from the last "
-            "token's state to the labels), pooled-label-head (from the mean over the prompt, too), "
+            help="How an exit point reads the answer: label-head (a softmax regression on the "
+            "state of the last token), pooled-label-head (on the mean over the prompt, too), "
             "lens (a tuned lens) or logit-lens (the model's own head); auto takes the faster "
             "label head with --labels or --choices, else lens."
         ),

@@ -73,11 +73,6 @@ class Moments:
         joined._join(other, -1.0)
         return joined
 
-    def of_targets(self, wanted: Tensor) -> Moments:
-        """The same rows with some of their targets, bool [n]."""
-        y_mean, xy, yy = self.y_mean[wanted], self.xy[:, wanted], self.yy[wanted]
-        return Moments(self.weight, self.x_mean, y_mean, self.xx, xy, yy)
-
     def _join(self, other: Moments, sign: float) -> None:
         """Add the rows of `other`, or remove them, in place."""
         weight = self.weight + sign * other.weight

@@ -22,7 +22,10 @@ from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit.ridge import CrossValidated, Linear
 from vllm_adainfer.offline.calibration.record.collect import FOLDS
 
+# Small penalties give closer probabilities, but rank answers worse across layers: on the demo
+# model a joint threshold saved up to 15 points less with 0.03 at every layer than with 0.3 to 1.
 PENALTIES = (3.0, 1.0, 0.3, 0.1)
+PENALTIES_FOR_PROBABILITIES = (*PENALTIES, 0.03, 0.01, 0.003)
 ITERATIONS = 100
 PRECISION = 1e-4  # of the mean cross-entropy; further steps change next to no decision
 
@@ -68,7 +71,7 @@ class Taught:
         return float(loss) / count, wrong / count
 
 
-def distil(taught: Taught, folds: Ints, penalties: Sequence[float] = PENALTIES) -> CrossValidated:
+def distil(taught: Taught, folds: Ints, penalties: Sequence[float]) -> CrossValidated:
     """Fit a head, with the penalty that predicts unseen folds best.
 
     Args:

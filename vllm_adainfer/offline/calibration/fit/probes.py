@@ -17,7 +17,12 @@ from vllm_adainfer.artifact.kinds import FEATURES, LABEL_HEADS, PROBABILITY_FEAT
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.fit import ridge
-from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
+from vllm_adainfer.offline.calibration.fit.distil import (
+    PENALTIES,
+    PENALTIES_FOR_PROBABILITIES,
+    Taught,
+    distil,
+)
 from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, ProbeAnswers
 from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
 from vllm_adainfer.policy.first_tokens import FirstTokens
@@ -26,7 +31,7 @@ from vllm_adainfer.policy.probabilities import features_of, probabilities_of_sco
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.reading import features_among
 
-PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
+RIDGE_PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
 # From this hidden size on, a tuned lens may have low rank: a full one takes 8 MiB there in
 # bfloat16, stored and read for each exit point.
 LOW_RANK_HIDDEN_SIZE = 2048
@@ -116,7 +121,8 @@ def _fit_label_heads(
         labels = restrict(scores, subsets).softmax(1)
     read = recording.read_by_probe(layer, rows, target.is_pooled)
     taught = Taught(read.float(), labels, mass, subsets)
-    fitted = distil(taught, recording.folds_of(rows))
+    penalties = PENALTIES if full_depth is None else PENALTIES_FOR_PROBABILITIES
+    fitted = distil(taught, recording.folds_of(rows), penalties)
     as_label_head = mass is not None or subsets is not None
 
     def head(linear: ridge.Linear) -> AnyProbe:
@@ -158,7 +164,7 @@ def _fit_tuned_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, li
 
     A wide model's lens has the lowest rank that predicts unseen prompts as well.
     """
-    fitted = ridge.choose(folds, PENALTIES)
+    fitted = ridge.choose(folds, RIDGE_PENALTIES)
     size, dtype = len(folds[0].x_mean), plain.head.weight.dtype
     rank = None
     if size >= LOW_RANK_HIDDEN_SIZE:
