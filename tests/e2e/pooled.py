@@ -20,7 +20,8 @@ from vllm import SamplingParams
 from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.scripted import parts, running_of
 from tests.tiny import LAYERS
-from vllm_adainfer.artifact.config import LAST_TOKEN, Artifact, ArtifactConfig
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, LastToken, Level
 from vllm_adainfer.settings.engine import NO_POLICY
 

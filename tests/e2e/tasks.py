@@ -13,7 +13,7 @@ from vllm import SamplingParams
 
 from tests.e2e.test_policies import artifact_of, expected
 from tests.tiny import EXIT_POINTS
-from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.settings.engine import NO_POLICY

@@ -14,7 +14,7 @@ from tests.chain import log_odds
 from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.scripted import only, parts, scripted
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
-from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.exits.loop.loop import ScoredRequests, StepOutput
 from vllm_adainfer.policy.answers import LabelScores
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy

@@ -34,7 +34,8 @@ from tests.e2e.scripted import parts
 from tests.full import needed
 from tests.tiny import LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
-from vllm_adainfer.artifact.config import LAST_TOKEN, Artifact
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.config import LAST_TOKEN
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.settings.engine import NO_POLICY
 

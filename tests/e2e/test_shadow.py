@@ -22,7 +22,7 @@ from tests.e2e.test_policies import artifact_of, expected, policy_of
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, FROM_ZERO, LAYERS
 from vllm_adainfer import stats as stats_of
-from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.compat.requests import client_request_id

@@ -22,7 +22,7 @@ from tests.e2e.tasks import cases, saved, tokens_of
 from tests.full import needed
 from tests.tiny import LAYERS
 from vllm_adainfer import stats
-from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.runner.build_loop import monitors_of, policies_of
 

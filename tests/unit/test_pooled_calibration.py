@@ -21,7 +21,7 @@ from tests.unit.test_make_policy import (
     SPLIT,
     recording_of,
 )
-from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import best_policy

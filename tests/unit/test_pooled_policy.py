@@ -10,7 +10,8 @@ from prometheus_client import REGISTRY
 
 from tests.tiny import tiny_config, tiny_tensors
 from tests.unit.test_describe import DETAILS
-from vllm_adainfer.artifact.config import LAST_TOKEN, Artifact, ArtifactConfig, all_parts
+from vllm_adainfer.artifact.artifact import Artifact, all_parts
+from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import LastToken, Level, Question
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.startup.banner import policy_banner

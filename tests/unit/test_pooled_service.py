@@ -14,7 +14,8 @@ from vllm import SamplingParams
 from tests.admitted import admitted
 from tests.tiny import LAYERS, tiny_config, tiny_tensors
 from tests.unit.test_pooled_policy import ALONE, POOLED, POOLED_FROM, QUESTIONS, last_token, levels
-from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.engine.admission.admission import FULL_DEPTH, NOT_POOLED, Admission
 from vllm_adainfer.engine.runner.requests import RunningRequests

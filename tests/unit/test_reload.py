@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
-from vllm_adainfer.artifact.config import Artifact, digest_of
+from vllm_adainfer.artifact.artifact import Artifact, digest_of
 from vllm_adainfer.artifact.fields import Adapter, Label, Level
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.runner import ranks as agreement

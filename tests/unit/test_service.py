@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_config, tiny_tensors
-from vllm_adainfer.artifact.config import Artifact, digest_of
+from vllm_adainfer.artifact.artifact import Artifact, digest_of
 from vllm_adainfer.engine.runner import ranks
 from vllm_adainfer.engine.worker import service
 from vllm_adainfer.errors import AdaInferError

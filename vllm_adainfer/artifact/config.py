@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from vllm_adainfer.artifact.fields import (
     MOST_ANSWERS,
@@ -36,7 +33,6 @@ from vllm_adainfer.artifact.kinds import (
 from vllm_adainfer.artifact.label_subsets import MOST_LABELS
 from vllm_adainfer.errors import AdaInferError
 
-T = TypeVar("T")
 LAST_TOKEN = "last-token"  # the part of a pooled policy for prompts it cannot see as a whole
 
 
@@ -342,48 +338,3 @@ class ArtifactConfig(Strict):
                 f"({self.base_model}): its weights fingerprint is {self.weights_fingerprint}, "
                 f"the served model's is {fingerprint}: calibrate for this checkpoint and dtype"
             )
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A loaded artifact.
-
-    Attributes:
-        config: the content of ``config.json``.
-        tensors: the content of ``policy.safetensors``, by name.
-        digest: SHA-256 of both files in hexadecimal; empty if the artifact was made in memory.
-
-    """
-
-    config: ArtifactConfig
-    tensors: dict[str, Tensor]
-    digest: str = ""
-
-    def parts(self, name: str) -> dict[str, Artifact]:
-        """The policies of this artifact, each on its own, by name; see `ArtifactConfig.parts`."""
-        return {
-            part: Artifact(config, tensors_of_part(self.tensors, part != name), self.digest)
-            for part, config in self.config.parts(name).items()
-        }
-
-
-def tensors_of_part(tensors: Mapping[str, T], last_token: bool) -> dict[str, T]:
-    """The tensors of one of an artifact's parts, by their names in an artifact of its own."""
-    prefix = f"{LAST_TOKEN}."
-    if last_token:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-
-
-W = TypeVar("W", Artifact, ArtifactConfig)
-
-
-def all_parts(wholes: Mapping[str, W]) -> dict[str, W]:
-    """The parts of several artifacts, or of their configs, by name."""
-    return {part: one for name, whole in wholes.items() for part, one in whole.parts(name).items()}
-
-
-def digest_of(artifacts: Mapping[str, Artifact]) -> int:
-    """A 62-bit digest of artifacts by policy, to compare what several ranks have read."""
-    text = "".join(f"{name} {artifact.digest}\n" for name, artifact in artifacts.items())
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.source import (
     CALIBRATION_FILE,
     CARD_FILE,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact, load_config_and_digest
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import CONFIG_KEY, Settings

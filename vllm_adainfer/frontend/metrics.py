@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig, all_parts
+from vllm_adainfer.artifact.artifact import all_parts
+from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.frontend.compat_metrics import observe_many
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.exit_policy import (
     CalibratedPolicy,

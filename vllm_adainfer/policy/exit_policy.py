@@ -11,7 +11,7 @@ from adainfer_kernels import Head
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.kinds import FEATURES
 from vllm_adainfer.artifact.tensors import served_shape
 from vllm_adainfer.policy.answers import (

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.policy.choice_policy import ChoicePolicy
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy
 from vllm_adainfer.policy.label_heads import PoolPolicy

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.policy.answers import Answers, LabelLogits
 from vllm_adainfer.policy.label_heads import LabelHeadPolicy

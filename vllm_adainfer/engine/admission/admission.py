@@ -13,7 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.artifact.config import ArtifactConfig, all_parts
+from vllm_adainfer.artifact.artifact import all_parts
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.engine.admission.policies import Policies

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.interfaces import is_hybrid, supports_multimodal
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.artifact.config import Artifact
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs

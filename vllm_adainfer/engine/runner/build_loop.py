@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 
-from vllm_adainfer.artifact.config import Artifact, ArtifactConfig, all_parts, digest_of
+from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, broadcast_from_rank0, same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.batch import StackShape

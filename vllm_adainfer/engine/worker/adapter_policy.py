@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.config import VllmConfig
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_adainfer.artifact.config import LAST_TOKEN, Artifact
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.config import LAST_TOKEN
 from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.compat.logs import get_logger

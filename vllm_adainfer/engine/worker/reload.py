@@ -8,7 +8,8 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.requests import RunningRequests

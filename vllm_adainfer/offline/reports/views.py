@@ -11,7 +11,8 @@ import torch
 from adainfer_kernels import Head
 from torch import Tensor
 
-from vllm_adainfer.artifact.config import Artifact, ArtifactConfig
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
