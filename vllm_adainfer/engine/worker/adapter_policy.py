@@ -100,10 +100,15 @@ def _read_bundled(adapter: LoRARequest, model: Any) -> Artifact | None:
     at_start = {policy: model.artifacts[policy].config for policy in model.settings.artifacts}
     if own in [config.adapter for config in at_start.values()]:
         return None
-    if name in at_start or name == NO_POLICY or name.endswith(f":{LAST_TOKEN}"):
+    if name in at_start or name == NO_POLICY:
         raise AdaInferError(
-            f"{folder} holds a policy, and {name} is or may be the name of another one: load the "
-            "adapter under another name"
+            f"{folder} holds a policy, and {name} is the name of another one: load the adapter "
+            "under another name"
+        )
+    if name.endswith(f":{LAST_TOKEN}"):
+        raise AdaInferError(
+            f"{folder} holds a policy, and {name} would be the name of a part of another one: load "
+            "the adapter under another name"
         )
     artifact = load_artifact(str(folder))
     config, cuts = artifact.config, model.loop.policies.exit_points
