@@ -46,7 +46,9 @@ def start(tiny_model: Path, cache: Path, tmp_path_factory: Any) -> Iterator[Call
 
     These are the sizes to compile for, and the names of CUDA ops, after which a pass looks.
     """
-    config = tiny_config(tiny_model, exit_points=EXIT_POINTS)
+    config = tiny_config(
+        tiny_model, exit_points=EXIT_POINTS, probe="pooled-label-head", pooled_from=1
+    )
     policy = tmp_path_factory.mktemp("artifact")
     save_artifact(policy, config, tiny_tensors(config), {}, "card\n")
     cls = type(current_platform)

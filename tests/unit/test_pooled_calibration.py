@@ -127,7 +127,10 @@ def test_it_finds_no_exit_points_where_only_the_last_token_goes_on():
 
 
 def test_a_part_that_certifies_nothing_is_left_out():
-    found = best_policy(calibration(recording_of_prompts(SAYS_MUCH, 1e3)), "pooled-label-head")
+    recording = recording_of_prompts(SAYS_MUCH)
+    nothing = {layer: torch.zeros_like(states) for layer, states in recording.states.items()}
+    whole = calibration(replace(recording, states=nothing))
+    found = best_policy(whole, "pooled-label-head")
     assert EPSILON in found.points
     assert found.last_token is None
     assert policy_config(found, "tiny", HF_CONFIG).last_token is None

@@ -120,9 +120,10 @@ def split_of(groups: Ints, options: PolicyOptions) -> Split:
     pooled policy have much to learn, and rows beyond this loosen thresholds only a little. The rule
     does not look at a single answer. Bounds that need more rows get half.
     """
-    half, bound, rows = Split.of_groups(groups), Bound.promised(options), len(groups)
-    if options.by_question or bound.kind != "exact":
+    half, bound = Split.of_groups(groups), Bound.promised(options)
+    if options.by_question or bound.kind != "exact" or half.most_together(groups) > 1:
         return half
+    rows = int(groups[-1]) + 1  # but for large groups among the others, each row is one
     sizes = np.unique(np.geomspace(1, rows - rows // 2, 200).round().astype(int)).tolist()
     wanted = ALLOWANCE * options.epsilon
     enough = (size for size in sizes if bound.allowance(size, options.epsilon) >= wanted)
