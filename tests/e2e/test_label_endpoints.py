@@ -161,7 +161,7 @@ def test_a_decision_is_read_at_the_exit_among_the_labels_of_its_question(
     server, reference, tokenizer, heads, threshold, promises
 ):
     """Yes or no, and three letters, are in the policy's pool; three digits are not."""
-    decided, before = by_policy(server, "exit_layer_count").total(), left_by(server)
+    decided, before = counted_at_rest(server), left_by(server)
     bodies = [{"state": state, "questions": QUESTIONS} for state in STATES]
     answers = post_all(server, "/v1/systemone", bodies)
     pool = [label.token_id for label in promises["labels"]]
@@ -241,7 +241,7 @@ def test_a_score_is_the_probability_of_the_first_label_at_the_exit(
         "label_token_ids": own,
         "apply_softmax": among_labels,
     }
-    decided = by_policy(server, "exit_layer_count").total()
+    decided = counted_at_rest(server)
     before = by_policy(server, "layer_rows_skipped_total")
     [answer] = post_all(server, "/generative_scoring", [body])
     pool = [label.token_id for label in promises["labels"]]
