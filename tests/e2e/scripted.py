@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.artifact.label_subsets import ALL
-from vllm_adainfer.engine.admission.admission import (
-    FULL_DEPTH,
-    NOT_POOLED,
-    NOT_RECORDED,
-    Admission,
-    Admitted,
-)
+from vllm_adainfer.engine.admission.admission import NOT_POOLED, NOT_RECORDED, Admission, Admitted
 from vllm_adainfer.engine.admission.requested_output import wants_prompt_logprobs
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved
+from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.exits.kv.policies import ExactKV, PropagateKV, RecurrentKV
 from vllm_adainfer.policy.answers import EarlyStates
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows

@@ -14,8 +14,9 @@ from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.fields import MOST_ANSWERS
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.admission import traffic_sample as sample
-from vllm_adainfer.engine.admission.admission import FULL_DEPTH, NOT_RECORDED, Admission
+from vllm_adainfer.engine.admission.admission import NOT_RECORDED, Admission
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, resolved_of, with_resolved
+from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 from vllm_adainfer.settings.engine import Settings

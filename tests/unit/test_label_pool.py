@@ -18,7 +18,8 @@ from tests.unit.test_make_policy import HF_CONFIG, NORM, SPLIT, VOCAB
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of, mask_of
-from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of, subsets_of

@@ -17,7 +17,8 @@ from tests.unit.test_pooled_policy import ALONE, POOLED, POOLED_FROM, QUESTIONS,
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import save_artifact
-from vllm_adainfer.engine.admission.admission import FULL_DEPTH, NOT_POOLED, Admission
+from vllm_adainfer.engine.admission.admission import NOT_POOLED, Admission
+from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker import service
 from vllm_adainfer.engine.worker.reload import check_replaces
@@ -152,7 +153,7 @@ def test_policies_monitors_and_admission_number_threshold_rows_alike(tiny_model,
     found = service.Service.with_policies(model, None, new)
     names = ["z", "a", "b", "b:last-token"]
     assert [*found.policies.names[:-1]] == [*found.monitors] == names
-    assert [*found.admission._first_row.items()] == list(zip(names, (0, 2, 4, 6), strict=True))
+    assert [*found.admission._rows.first.items()] == list(zip(names, (0, 2, 4, 6), strict=True))
     assert found.policies.owners(np.arange(8)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert found.monitors["a"] is None  # it stays
     loop: Any = SimpleNamespace(monitors=found.monitors | {"a": found.monitors["b"]})

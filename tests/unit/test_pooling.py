@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.engine.admission.admission import FULL_DEPTH, NOT_POOLED
+from vllm_adainfer.engine.admission.admission import NOT_POOLED
+from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout

@@ -18,7 +18,8 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, Question
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.label_subsets import bits_of
-from vllm_adainfer.engine.admission.admission import FULL_DEPTH, Admission
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.engine.startup.refusals import refuse_unknown_questions
 from vllm_adainfer.errors import AdaInferError

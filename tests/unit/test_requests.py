@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import (
 
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.files import save_artifact
-from vllm_adainfer.engine.admission.admission import FULL_DEPTH
+from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.kv.policies import ExactKV

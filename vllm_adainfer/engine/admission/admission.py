@@ -9,11 +9,9 @@ get that record, and add what only they know: the adapters as loaded and the pol
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.artifact.artifact import all_parts
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
@@ -25,13 +23,12 @@ from vllm_adainfer.engine.admission.requested_output import (
     wants_prompt_logprobs,
 )
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved
+from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH, ThresholdRows
 from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.policy_set import first_threshold_rows
-from vllm_adainfer.policy.questions import KnownQuestions
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 from vllm_adainfer.settings.engine import Settings
 from vllm_adainfer.settings.request import EXIT_ARG, RequestSettings, read_request
@@ -43,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-FULL_DEPTH = NOT_RECORDED = NOT_POOLED = -1
+NOT_RECORDED = NOT_POOLED = -1
 OPTED_OUT = RequestSettings.model_validate({EXIT_ARG: 0})
 SCRIPTED_OUTPUT = RequestedOutput(OutputKind.TOKEN, frozenset(SCRIPT_LABELS))
 # Structured outputs backends whose grammars can tell whether they would accept further tokens.
@@ -133,17 +130,9 @@ class Admission:
             config.is_pooled for config in configs.values()
         )
         self.may_serve_choices = self.has_choices or settings.exit_points is not None
-        self._parts = all_parts(configs)
-        self._parts_of = {name: tuple(config.parts(name)) for name, config in configs.items()}
-        firsts = first_threshold_rows(part.num_threshold_rows for part in self._parts.values())
-        self._first_row = dict(zip(self._parts, firsts, strict=True))
+        self._rows = ThresholdRows(configs, only_known=settings.requests == "known")
         for config in configs.values():
             config.level_of(settings.epsilon)  # which raises what is said above
-        self._known = {
-            name: KnownQuestions(question.ends for question in part.questions)
-            for name, part in self._parts.items()
-            if part.by_question or settings.requests == "known"
-        }
 
     @classmethod
     def from_config(
@@ -331,35 +320,7 @@ class Admission:
         epsilon = resolved.settings.adainfer_epsilon
         if epsilon is None:
             epsilon = self._settings.epsilon
-        whole, *last_token = self._parts_of[name]
-        row = last_token_row = FULL_DEPTH
-        try:
-            row = self._row_of_part(whole, epsilon, prompt)
-        except AdaInferError as error:
-            logger.warning_once("a request runs at full depth: %s", str(error))
-        for part in last_token:
-            with suppress(AdaInferError):  # it may certify fewer epsilons
-                last_token_row = self._row_of_part(part, epsilon, prompt)
-        return row, last_token_row
-
-    def _row_of_part(self, name: str, epsilon: float | None, prompt: Sequence[int]) -> int:
-        """The row of the thresholds for a prompt, in one part of a policy.
-
-        Raises:
-            AdaInferError: the part does not certify `epsilon`.
-
-        """
-        part = self._parts[name]
-        level = part.level_of(epsilon)
-        if level < 0:
-            return FULL_DEPTH
-        question = None
-        if name in self._known:
-            question = self._known[name].asked_by(prompt)
-            if question is None:
-                return FULL_DEPTH
-        row = part.threshold_row(level, question)
-        return FULL_DEPTH if row is None else self._first_row[name] + row
+        return self._rows.of(name, epsilon, prompt)
 
     def _scripted_row(self, resolved: Resolved) -> int:
         """Index of the exit point that a request names, if the script's labels can answer it."""

@@ -12,8 +12,9 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec, iter_layer_specs
 
 from vllm_adainfer.arrays import Bools, Ints
-from vllm_adainfer.engine.admission.admission import FULL_DEPTH, NOT_POOLED, Admission, Admitted
+from vllm_adainfer.engine.admission.admission import NOT_POOLED, Admission, Admitted
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved, resolved_of
+from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters
 from vllm_adainfer.exits.accounting.report import INTERVAL, StepNote, snapshot_of
 from vllm_adainfer.exits.batch.layout import RowLayout

@@ -1,0 +1,70 @@
+"""Which row of its policy's thresholds applies to a request, numbered across all policies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from vllm_adainfer.artifact.artifact import all_parts
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.policy_set import first_threshold_rows
+from vllm_adainfer.policy.questions import KnownQuestions
+
+logger = get_logger(__name__)
+
+FULL_DEPTH = -1
+
+
+class ThresholdRows:
+    """The threshold rows of an engine's policies.
+
+    Attributes:
+        first: the first row of each part of a policy, by its name; as `PolicySet` numbers them.
+
+    """
+
+    def __init__(self, configs: Mapping[str, ArtifactConfig], only_known: bool) -> None:
+        """Number the rows of `configs`; `only_known`: only requests with a known question exit."""
+        self._parts = all_parts(configs)
+        self._names = {name: tuple(config.parts(name)) for name, config in configs.items()}
+        firsts = first_threshold_rows(part.num_threshold_rows for part in self._parts.values())
+        self.first = dict(zip(self._parts, firsts, strict=True))
+        self._known = {
+            name: KnownQuestions(question.ends for question in part.questions)
+            for name, part in self._parts.items()
+            if part.by_question or only_known
+        }
+
+    def of(self, policy: str, epsilon: float | None, prompt: Sequence[int]) -> tuple[int, int]:
+        """`Admitted.threshold_row` and `Admitted.last_token_row` of a request for a policy."""
+        whole, *last_token = self._names[policy]
+        row = last_token_row = FULL_DEPTH
+        try:
+            row = self._of_part(whole, epsilon, prompt)
+        except AdaInferError as error:
+            logger.warning_once("a request runs at full depth: %s", str(error))
+        for part in last_token:
+            with suppress(AdaInferError):  # it may certify fewer epsilons
+                last_token_row = self._of_part(part, epsilon, prompt)
+        return row, last_token_row
+
+    def _of_part(self, name: str, epsilon: float | None, prompt: Sequence[int]) -> int:
+        """The row for a prompt, in one part of a policy.
+
+        Raises:
+            AdaInferError: the part does not certify `epsilon`.
+
+        """
+        part = self._parts[name]
+        level = part.level_of(epsilon)
+        if level < 0:
+            return FULL_DEPTH
+        question = None
+        if name in self._known:
+            question = self._known[name].asked_by(prompt)
+            if question is None:
+                return FULL_DEPTH
+        row = part.threshold_row(level, question)
+        return FULL_DEPTH if row is None else self.first[name] + row
