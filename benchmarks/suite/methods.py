@@ -19,7 +19,7 @@ from vllm_adainfer.offline.calibration.certify.certify import (
     threshold_path,
 )
 from vllm_adainfer.offline.calibration.fit.cost import STEP_ROWS, Costs, probe_seconds
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored, fit_exits, judge
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Judged, Scored, fit_exits, judge
 from vllm_adainfer.offline.calibration.fit.loss import RightTokens, is_right
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
 from vllm_adainfer.offline.calibration.fit.split import Split
@@ -94,9 +94,17 @@ class TestPart:
         seconds = costs.layer * run * tokens + asked + cuts
         return float(costs.layer * costs.depth * tokens.sum() / seconds.sum())
 
-    def scored(self, exit: FittedExit) -> Scored:
+    def scored(self, exit: FittedExit, target: Target) -> Scored:
         """The scores of an exit point on the test prompts."""
-        return judge(exit.probe, exit.layer, self.recording, self.prompts).scored(exit.classifier)
+        return self.judged(exit, target).scored(exit.classifier)
+
+    def judged(self, exit: FittedExit, target: Target) -> Judged:
+        """The answers of an exit point for the test prompts."""
+        return judge(exit.probe, exit.layer, self.recording, self.prompts, target=target)
+
+    def scored_by(self, policy: FittedPolicy) -> list[Scored]:
+        """The scores of its exit points on the test prompts."""
+        return [self.scored(exit, policy.calibration.target) for exit in policy.exits]
 
 
 def ours(policy: FittedPolicy, epsilon: float, test: TestPart) -> Outcome | None:
@@ -104,7 +112,7 @@ def ours(policy: FittedPolicy, epsilon: float, test: TestPart) -> Outcome | None
     if epsilon not in policy.points:
         return None
     layers = [exit.layer for exit in policy.exits]
-    scored = [test.scored(exit) for exit in policy.exits]
+    scored = test.scored_by(policy)
     return test.outcome(layers, scored, policy.points[epsilon].threshold, policy.costs)
 
 
@@ -127,7 +135,8 @@ def adainfer(
     """
     recording, bound = test.recording, Bound.promised(options)
     whole_head = Target("logit-lens", None)
-    exits = fit_exits(recording, whole_head, split, "svm", options.seed, recording.states)
+    after_each = [layer for layer in recording.states if layer > 0]
+    exits = fit_exits(recording, whole_head, split, "svm", options.seed, after_each)
     if not exits:
         return dict.fromkeys(("adainfer", "adainfer_certified", "calm"))
     states = next(iter(recording.states.values()))
@@ -135,7 +144,7 @@ def adainfer(
     probe = probe_seconds(exits[0].probe, asked, recording.threads)
     costs = replace(costs, probe={exit.layer: probe for exit in exits})
     layers = [exit.layer for exit in exits]
-    scored = [test.scored(exit) for exit in exits]
+    scored = [test.scored(exit, whole_head) for exit in exits]
 
     def certified(exits: list[FittedExit], scored: Sequence[Scored]) -> Outcome | None:
         points = certify(exits, costs.depth, [options.epsilon], bound)
@@ -161,18 +170,20 @@ def adainfer(
     }
 
 
-def agreement_curve(policy: FittedPolicy, target: Target, test: TestPart) -> dict[str, list[float]]:
+def agreement_curve(policy: FittedPolicy, test: TestPart) -> dict[str, list[float]]:
     """The share of test answers equal to the full model's if every prompt exited at one layer.
 
     Returns:
         ``layers``, and the share at each for our ``probe`` and for the ``logit_lens``.
 
     """
+    target = policy.calibration.target
     plain = logit_lens(test.recording, target)
 
     def agrees(exit: FittedExit, lens: bool) -> float:
-        probe = plain if lens else exit.probe
-        return float(judge(probe, exit.layer, test.recording, test.prompts).agrees.mean())
+        by_lens = judge(plain, exit.layer, test.recording, test.prompts)
+        judged = by_lens if lens else test.judged(exit, target)
+        return float(judged.agrees.mean())
 
     return {
         "layers": [exit.layer for exit in policy.candidates],
@@ -186,7 +197,7 @@ def risk_coverage(
 ) -> dict[str, list[float]]:
     """Layers saved and disagreement of our policy on the test prompts at each threshold."""
     layers = [exit.layer for exit in policy.exits]
-    scored = [test.scored(exit) for exit in policy.exits]
+    scored = test.scored_by(policy)
     path = list(threshold_path(layers, scored, policy.costs.depth, thresholds))
     return {
         "layers_saved": [point.layers_saved for point in path],

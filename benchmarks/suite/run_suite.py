@@ -28,19 +28,18 @@ from benchmarks.suite.tasks import TaskData, load_suite, load_task
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
-from vllm_adainfer.offline.calibration.calibrate import label_ids
+from vllm_adainfer.offline.calibration.calibrate import best_policy, label_ids
 from vllm_adainfer.offline.calibration.certify.certify import threshold_grid
 from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
 from vllm_adainfer.offline.calibration.fit.loss import is_right
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fit.split import Split, random_order
+from vllm_adainfer.offline.calibration.fit.split import random_order
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
-    make_policy,
 )
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import check_rows
+from vllm_adainfer.offline.calibration.prompts import check_rows, shared_tokens, split_of
 from vllm_adainfer.offline.calibration.record.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
@@ -74,10 +73,13 @@ def main(
         int | None,
         typer.Option(min=0, help="Answered rows before each prompt; by default the task's own."),
     ] = None,
+    max_train: Annotated[int, typer.Option(min=1, help="Most prompts to calibrate on.")] = 3000,
+    max_test: Annotated[int, typer.Option(min=1, help="Most prompts to measure on.")] = 300,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds of stock and ours.")] = 3,
 ) -> None:
     """Calibrate and measure each task; write JSON, a Markdown table and plots side by side."""
-    run_suite(SuiteRequest(model, output, data_dir, names_of(tasks), shots, repeat=repeat))
+    sizes = {"max_train": max_train, "max_test": max_test, "repeat": repeat}
+    run_suite(SuiteRequest(model, output, data_dir, names_of(tasks), shots, **sizes))
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def run_suite(request: SuiteRequest) -> dict[str, Any]:
             request.max_test,
             most,
         )
-        split = Split.halves(len(data.train))
+        split = split_of(np.arange(len(data.train)), options)
         check_rows(split, options, f"the training part of {task.name}")
         loaded.append(data)
     with tempfile.TemporaryDirectory() as directory:
@@ -159,39 +161,46 @@ class _Judging:
     options: PolicyOptions
     directory: Path
 
+    @property
+    def layers(self) -> list[int]:
+        """Every layer that could be an exit point."""
+        return list(range(self.hf_config.num_hidden_layers))
+
     def all(self, loaded: Sequence[TaskData]) -> list[dict[str, Any]]:
         """The rows of the report, one per task."""
-        layers = list(range(1, self.hf_config.num_hidden_layers))
-        rows: dict[str, dict[str, Any]] = {}
-        with_labels = [data for data in loaded if data.labels]
-        # A tuned lens is fitted on an engine's first prompts: tasks without labels get their own.
-        groups = [with_labels] if with_labels else []
-        groups += [[data] for data in loaded if not data.labels]
-        for group in groups:
-            examples = [example for data in group for example in (*data.train, *data.test)]
-            lens_prompts = 0 if group[0].labels else len(group[0].train) // 2
+        rows = []
+        for data in progress(loaded, desc="record and fit", unit="task"):
+            pooled_from = shared_tokens(data.train) if data.labels else None
             with recording_engine(
-                self.request.model, self.hf_config, examples, layers, lens_prompts
+                self.request.model,
+                self.hf_config,
+                (*data.train, *data.test),
+                self.layers,
+                lens_prompts=0 if data.labels else len(data.train) // 2,
+                pooled_from=pooled_from,
             ) as engine:
-                for data in progress(group, desc="record and fit", unit="task"):
-                    rows[data.task.name] = self.one(engine, data, layers)
-        return [rows[data.task.name] for data in loaded]
+                rows.append(self.one(engine, data, pooled_from))
+        return rows
 
-    def one(self, engine: LLM, data: TaskData, layers: Sequence[int]) -> dict[str, Any]:
+    def one(self, engine: LLM, data: TaskData, pooled_from: int | None) -> dict[str, Any]:
         """The row of one task; writes its artifact if a policy was certified."""
         options = self.options
-        split = Split.halves(len(data.train))
+        split = split_of(np.arange(len(data.train)), options)
         order = random_order(split.groups, options.seed)
         examples = [*(data.train[index] for index in order), *data.test]
         right = [*(data.train_answers[index] for index in order), *data.answers]
-        recording = record(engine, examples, [label.token_id for label in data.labels], layers)
+        recording = record(engine, examples, [label.token_id for label in data.labels], self.layers)
         tests = np.arange(len(order), len(examples))
-        target = Target("label-head" if data.labels else "lens", label_ids(data.labels))
-        candidates = candidate_layers(recording.depth)
+        kind = "pooled-label-head" if data.labels else "lens"
+        candidates = candidate_layers(recording.depth, kind=kind)
         thinned = replace(
             recording, states={layer: recording.states[layer] for layer in candidates}
         )
-        policy = make_policy(Calibration(thinned, target, split, options, data.labels))
+        target = Target(kind, label_ids(data.labels))
+        policy = best_policy(
+            Calibration(thinned, target, split, options, data.labels, pooled_from=pooled_from),
+            "auto",
+        )
         test = methods.TestPart(recording, tests, right)
         full = is_right(recording.tokens[tests], right, tests)
         chance = data.chance
@@ -212,7 +221,7 @@ class _Judging:
             ),
             "exit_points": [exit.layer for exit in policy.exits],
             "methods": _outcomes(policy, test),
-            "agreement": methods.agreement_curve(policy, target, test),
+            "agreement": methods.agreement_curve(policy, test),
             "measured": None,
         }
         if options.epsilon in policy.points:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,19 @@ def compile_cache_folder(name: str) -> AbstractContextManager[None]:
     from vllm.compilation.backends import set_model_tag
 
     return set_model_tag(name)
+
+
+def find_compiled_code_again() -> None:
+    """On a CPU, let a later start find what this one compiles, unless the environment decides.
+
+    On a CPU, vLLM 0.32 cannot load what it compiles ahead of time (`_try_load_aot_compiled_fn` of
+    `decorators.py` expects the `finalize_loading` of `VllmBackend`, which a CPU does not use), and
+    compiles all of it again. Otherwise Inductor finds its code in its own cache.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 
 
 def names_experts() -> bool:

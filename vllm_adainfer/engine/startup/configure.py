@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_adainfer.artifact.config import are_exit_points
 from vllm_adainfer.engine.admission.admission import Admission, why_choices_run_on
 from vllm_adainfer.engine.classes import GPU_WORKER, SCHEDULER, own_kv_layers, worker_class
+from vllm_adainfer.engine.compat.compilation import find_compiled_code_again
 from vllm_adainfer.engine.compat.config import leave_full_graphs_to_segments, use_model_class
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import pin_artifacts
@@ -46,6 +47,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     use_model_class(vllm_config, model_class)
     if worker_class() == GPU_WORKER:
         leave_full_graphs_to_segments(vllm_config)
+    find_compiled_code_again()
     vllm_config.parallel_config.worker_cls = worker_class()
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
     return admission

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_adainfer.engine.compat.compilation import find_compiled_code_again
 from vllm_adainfer.engine.worker.freed_memory import ENVIRONMENT
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
@@ -39,8 +40,8 @@ def start_engine(
     arguments of `vllm.LLM`.
 
     Two engines may run side by side, so idle OpenMP threads sleep, and each engine has a KV cache
-    of fixed size. Stock vLLM, too, keeps the memory that it has freed, so that a comparison with
-    ours shows the savings of exits alone.
+    of fixed size. Stock vLLM, too, keeps the memory that it has freed and compiles as ours does, so
+    that a comparison shows the savings of exits alone.
 
     Raises:
         AdaInferError: vLLM cannot start; the message ends with the reason it gave.
@@ -49,6 +50,7 @@ def start_engine(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ |= ENVIRONMENT
+    find_compiled_code_again()
     say(f"starting {'stock vLLM' if adainfer is None else 'vLLM with the plugin'}")
     with _output_to_file() as log:
         try:
