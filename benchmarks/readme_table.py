@@ -98,7 +98,8 @@ def suite_table(name: str, title: str) -> list[str]:
         "AdaInfer as published: layers saved, points lost",
     ]
     return [
-        f"{title}, epsilon {report['epsilon']:g} at delta {report['delta']:g}:",
+        f"{title}, epsilon {report['epsilon']:g} at delta {report['delta']:g}, "
+        f"{report['provenance']['cpu']}:",
         "",
         markdown_table(columns, rows),
     ]

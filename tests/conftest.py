@@ -49,6 +49,8 @@ hypothesis.settings.load_profile("any machine")
 if not WORKER:  # Python has run this at the start of a worker, and of all other processes
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        # Stock engines compile as ours do, see `find_compiled_code_again`.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     sitecustomize.prepare()
 
 

@@ -27,13 +27,13 @@ from tqdm import tqdm
 from benchmarks.common.report_files import write_report
 from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.offline.calibration.calibrate import (
+    best_policy,
     calibration_of,
     fit_and_certify,
     record_prompts,
 )
 from vllm_adainfer.offline.calibration.certify.certify import threshold_path
 from vllm_adainfer.offline.calibration.fit.exits import judge
-from vllm_adainfer.offline.calibration.fitted_policy import make_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.collect import Recording
@@ -99,7 +99,7 @@ def left_out(
         split = calibration.split
         fit, certify = (part[names[part] != name] for part in (split.fit, split.certify))
         split = replace(split, fit=fit, certify=certify)
-        policy = make_policy(replace(calibration, split=split))
+        policy = best_policy(replace(calibration, split=split), request.probe)
         point = policy.points.get(request.options.epsilon)
         row: dict[str, Any] = {"question": str(name), "risk": None, "layers_saved": None}
         if point is not None:

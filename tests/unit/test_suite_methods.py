@@ -117,7 +117,7 @@ def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeyp
 
 
 def test_the_curves_are_of_the_test_prompts(recording, test, policy):
-    agreement = methods.agreement_curve(policy, TARGET, test)
+    agreement = methods.agreement_curve(policy, test)
     assert agreement["layers"] == list(LAYERS)
     lens = logit_lens(recording, TARGET)
     for index, exit in enumerate(policy.candidates):
