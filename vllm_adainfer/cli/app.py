@@ -52,7 +52,12 @@ def main(
     ] = False,
 ) -> None:
     """Early exit for stock vLLM: calibrate a policy, measure it, serve with it."""
+    if context.invoked_subcommand in VLLMS_OWN:
+        return
+    # Read when torch is imported. On a busy machine, threads that spin while they wait for each
+    # other make a fit take ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Show the progress bars of vLLM and transformers only on a terminal. vLLM's own commands keep
     # theirs: 0.32 divides by zero if this is set.
-    if not sys.stderr.isatty() and context.invoked_subcommand not in VLLMS_OWN:
+    if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

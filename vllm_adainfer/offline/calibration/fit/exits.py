@@ -1,8 +1,8 @@
 """Fit: a probe and a classifier at every candidate exit point.
 
-One half of the prompts fits probes and classifiers. A classifier learns from out-of-fold probe
+One part of the prompts fits probes and classifiers. A classifier learns from out-of-fold probe
 scores, because a regression is surer of the rows it has seen than of new ones. Nothing but
-the bound reads the other half.
+the bound reads the other part.
 """
 
 from __future__ import annotations
