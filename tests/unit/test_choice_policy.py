@@ -28,6 +28,7 @@ from vllm_adainfer.cli.calibrate import choice_texts
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration import calibrate as calibrating
 from vllm_adainfer.offline.calibration.data.batch_files import read_requests
 from vllm_adainfer.offline.calibration.data.choices import (
     Choices,
@@ -42,7 +43,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
     FittedPolicy,
     make_policy,
 )
-from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.policy.choice_policy import ChoicePolicy
 from vllm_adainfer.policy.exit_policy import UndecidedRows
@@ -146,6 +147,16 @@ def calibrated(choices: Choices = TOKENS, **options: Any) -> FittedPolicy:
     return make_policy(
         Calibration(recording, target, SPLIT, asked, choices.labels, choices=choices)
     )
+
+
+def test_answers_that_decide_no_choice_are_the_reason_given_for_no_policy(monkeypatch):
+    policy = replace(calibrated(), points={})
+    policy.calibration.recording.tokens[:] = policy.calibration.target.undecided
+    monkeypatch.setattr(calibrating, "calibration_of", lambda *_: policy.calibration)
+    monkeypatch.setattr(calibrating, "best_policy", lambda *_: policy)
+    request = CalibrationRequest("m", Path("rows"), Path("out"))
+    with pytest.raises(AdaInferError, match="100% of the answers of m begin with a token that dec"):
+        calibrating.fit_and_certify(request, None, None)
 
 
 def served(policy: FittedPolicy, directory: Path) -> ChoicePolicy:

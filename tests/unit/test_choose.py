@@ -149,12 +149,14 @@ def test_full_depth_is_forecast_without_probes_and_cuts(head):
     assert full == pytest.approx(costs.layer * DEPTH * tokens.mean() + head)
 
 
-def test_an_exit_point_whose_score_is_no_number_lets_nobody_leave():
-    exits = candidates_of(0)
-    nowhere = exit_after(2, np.full(ROWS, np.nan), np.zeros(ROWS))
+@pytest.mark.parametrize("score", [np.nan, -np.inf])
+@pytest.mark.parametrize("others", [0, 4])
+def test_an_exit_point_that_never_settles_a_row_lets_nobody_leave(score, others):
+    exits = candidates_of(0)[1 : 1 + others]
+    nowhere = exit_after(2, np.full(ROWS, score), np.zeros(ROWS))
     costs, tokens = costs_of(probe=0.0, cut=0.0), tokens_of(0)
-    without = expected_seconds(exits[1:], costs, tokens, 0.05)
-    found = expected_seconds([nowhere, *exits[1:]], costs, tokens, 0.05)
+    without = expected_seconds(exits, costs, tokens, 0.05)
+    found = expected_seconds([nowhere, *exits], costs, tokens, 0.05)
     assert found == pytest.approx(without)
 
 

@@ -40,6 +40,8 @@ SHORTLIST = 1024
 # A policy also promises probabilities in the whole vocabulary if it keeps at least this share of
 # the savings it would have without. It does where the labels have nearly all of the mass.
 MASS_WORTH = 0.5
+# If more of the answers begin with a token that decides no choice, that is why nothing is saved.
+UNDECIDED_IS_WHY = 0.5
 
 
 def calibrate(request: CalibrationRequest) -> ArtifactConfig:
@@ -92,9 +94,18 @@ def fit_and_certify(
         AdaInferError: no policy keeps the bound and is worth its cost; nothing is written.
 
     """
-    policy = best_policy(calibration_of(request, prompts, recording), request.probe)
+    calibration = calibration_of(request, prompts, recording)
+    policy = best_policy(calibration, request.probe)
     epsilon = request.options.epsilon
     if epsilon not in policy.points:
+        answers = calibration.recording.tokens
+        undecided = float(np.mean(answers == calibration.target.undecided))
+        if undecided > UNDECIDED_IS_WHY:
+            raise AdaInferError(
+                f"{undecided:.0%} of the answers of {request.model} begin with a token that "
+                "decides no choice, such as a lone space, and no such request can exit: end the "
+                "template where a choice begins, show answered examples in it, or use --labels"
+            )
         raise AdaInferError(
             f"no exit point of {request.model} is worth its cost on these prompts within epsilon "
             f"{epsilon:g}: raise --epsilon, or give new rows (another try on the same held-out "

@@ -100,7 +100,7 @@ def exits_taken(exits: Sequence[FittedExit], rows: int, allowed: float) -> Ints:
     score, these moves are the whole path.
     """
     scores = np.stack([exit.fitted.score[:rows].double().numpy() for exit in exits])
-    scores = np.nan_to_num(scores, nan=-np.inf)  # never passes
+    scores[np.isnan(scores)] = -np.inf  # never passes
     # One more row for full depth, which needs no score and loses nothing.
     losses = np.vstack([*(exit.fitted.loss[:rows] for exit in exits), np.zeros(rows)])
 
@@ -112,7 +112,7 @@ def exits_taken(exits: Sequence[FittedExit], rows: int, allowed: float) -> Ints:
     to, row, start, score = to[order], row[order], start[order], score[order]
 
     risk = np.cumsum(losses[to, row] - losses[start, row]) / rows
-    ends = np.flatnonzero(np.append(score[1:] < score[:-1], True))  # equal scores move together
+    ends = np.flatnonzero(np.append(score, -np.inf)[1:] < score)  # equal scores move together
     failing = risk[ends] > allowed + 1e-12
     passing = int(failing.argmax()) if failing.any() else len(ends)
     moved = ends[passing - 1] + 1 if passing else 0
