@@ -181,8 +181,10 @@ def agreement_curve(policy: FittedPolicy, test: TestPart) -> dict[str, list[floa
     plain = logit_lens(test.recording, target)
 
     def agrees(exit: FittedExit, lens: bool) -> float:
-        by_lens = judge(plain, exit.layer, test.recording, test.prompts)
-        judged = by_lens if lens else test.judged(exit, target)
+        if lens:
+            judged = judge(plain, exit.layer, test.recording, test.prompts)
+        else:
+            judged = test.judged(exit, target)
         return float(judged.agrees.mean())
 
     return {
