@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -435,3 +436,11 @@ def test_a_value_that_an_option_does_not_take_is_a_usage_error(place, option, va
     assert result.exit_code == 2
     assert f"--{option}" in result.stderr
     assert place.content() == before
+
+
+def test_waiting_threads_of_an_offline_command_sleep(monkeypatch):
+    """Or two of them would spin for each other on a busy machine."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    monkeypatch.setattr(os, "environ", environment)
+    CliRunner().invoke(app, ["inspect", "nowhere"])
+    assert environment["OMP_WAIT_POLICY"] == "passive"
