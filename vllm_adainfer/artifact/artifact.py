@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -15,24 +15,46 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """The encoder of a student, as transformers saves one.
+
+    Attributes:
+        settings: the content of its ``config.json``.
+        tensors: its weights, by name.
+
+    """
+
+    settings: Mapping[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """The size of its weights."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A loaded artifact.
 
     Attributes:
         config: the content of ``config.json``.
         tensors: the content of ``policy.safetensors``, by name.
-        digest: SHA-256 of both files in hexadecimal; empty if the artifact was made in memory.
+        digest: SHA-256 of the files that are served, in hexadecimal; empty if the artifact was
+            made in memory.
+        encoder: that of the student; None without a student.
 
     """
 
     config: ArtifactConfig
     tensors: dict[str, Tensor]
     digest: str = ""
+    encoder: Encoder | None = None
 
     def parts(self, name: str) -> dict[str, Artifact]:
         """The policies of this artifact, each on its own, by name; see `ArtifactConfig.parts`."""
         return {
-            part: Artifact(config, tensors_of_part(self.tensors, part != name), self.digest)
+            part: replace(self, config=config, tensors=tensors_of_part(self.tensors, part != name))
             for part, config in self.config.parts(name).items()
         }
 

@@ -18,6 +18,7 @@ from vllm_adainfer.artifact.fields import (
     Level,
     Question,
     Strict,
+    Student,
     TokenId,
     token_columns,
 )
@@ -26,6 +27,7 @@ from vllm_adainfer.artifact.kinds import (
     BoundKind,
     Candidates,
     ClassifierKind,
+    ProbeInput,
     ProbeKind,
     Risk,
     features_of_risk,
@@ -83,6 +85,9 @@ class ArtifactConfig(Strict):
         None,
         description="With a pooled-label-head, the heads for requests of which some tokens came "
         "from the prefix cache; without them, such a request runs all layers.",
+    )
+    student: Student | None = Field(
+        None, description="The encoder that decides at exit point 0, in place of a head."
     )
     candidates: Candidates = Field(description="The tokens that the probe scores.")
     labels: tuple[Label, ...] = Field(default=(), max_length=MOST_ANSWERS)
@@ -151,8 +156,13 @@ class ArtifactConfig(Strict):
             f"exit_points must ascend between 0 and {self.layers - 1}": are_exit_points(
                 self.exit_points, self.layers
             ),
-            "exit point 0 needs a pooled-label-head: the last token alone says too little there": (
-                0 not in self.exit_points or pooled
+            "exit point 0 needs a student or a pooled-label-head: the last token alone says too "
+            "little there": 0 not in self.exit_points or pooled or self.student is not None,
+            "a student decides at exit point 0, so there must be one": (
+                self.student is None or 0 in self.exit_points
+            ),
+            "a student needs the label-heads' scores and max_tokens = 1": (
+                self.student is None or (head and self.max_tokens == 1)
             ),
             'candidates = "labels" needs labels': bool(labels) or self.candidates != "labels",
             'labels need candidates = "labels"': not labels or self.candidates == "labels",
@@ -205,6 +215,13 @@ class ArtifactConfig(Strict):
         return self.probe == "pooled-label-head"
 
     @property
+    def probe_inputs(self) -> tuple[ProbeInput, ...]:
+        """What the probe of each exit point reads."""
+        states = ProbeInput.PROMPT if self.is_pooled else ProbeInput.LAST_TOKEN
+        by_text = 0 if self.student is not None else None
+        return tuple(ProbeInput.TEXT if n == by_text else states for n in self.exit_points)
+
+    @property
     def all_exit_points(self) -> tuple[int, ...]:
         """The exit points of all parts, ascending."""
         return tuple(
@@ -223,6 +240,7 @@ class ArtifactConfig(Strict):
             "probe": "label-head",
             "pooled_from": None,
             "last_token": None,
+            "student": self.student if 0 in own.exit_points else None,
             "exit_points": own.exit_points,
             "levels": own.levels,
         }

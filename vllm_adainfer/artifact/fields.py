@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 MOST_ANSWERS = 1024  # label tokens
 MOST_CHOICES = 256
 MOST_CHOICE_CHARACTERS = 16_384  # of all choices together
+MOST_STUDENT_TOKENS = 512  # what a student reads of a prompt, in tokens of its own
 
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -82,6 +83,35 @@ class Adapter(Strict):
 
     name: str = Field(min_length=1)
     fingerprint: str
+
+
+class Student(Strict):
+    """The encoder that a policy asks before the first layer, and what it reads of a prompt.
+
+    Attributes:
+        name: directory name or hub id of the encoder that it was trained from.
+        revision: the commit on the hub; None for a directory.
+        license: the license that the encoder's model card names; None if it names none.
+        hidden_size: the width of the encoder's states.
+        text_from: the position in the prompt from which on it reads; earlier tokens are the same in
+            all prompts.
+        most_tokens: the most tokens of its own tokenizer that it reads; longer texts are cut.
+        tokenizer: SHA-256, in hex digits, of the file of its tokenizer.
+
+    """
+
+    name: str = Field(min_length=1)
+    revision: str | None = None
+    license: str | None = None
+    hidden_size: int = Field(gt=0)
+    text_from: int = Field(ge=0)
+    most_tokens: int = Field(gt=0, le=MOST_STUDENT_TOKENS)
+    tokenizer: str
+
+    @property
+    def reads(self) -> tuple[int, int, str]:
+        """All that decides what it reads of a prompt."""
+        return self.text_from, self.most_tokens, self.tokenizer
 
 
 class LastToken(Strict):

@@ -4,10 +4,12 @@ config.json           what the policy is for and what it promises (`ArtifactConf
 policy.safetensors    probes, classifiers, thresholds
 calibration.json      provenance, split sizes, risk curve
 README.md             model card
+student/              the encoder of a student and its tokenizer, in the files of transformers
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -20,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.artifact import Artifact, Encoder
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.source import (
     CALIBRATION_FILE,
@@ -28,6 +30,12 @@ from vllm_adainfer.artifact.source import (
     CONFIG_FILE,
     POLICY_FILE,
     SERVED_FILES,
+    STUDENT_CONFIG,
+    STUDENT_FILES,
+    STUDENT_TOKENIZER,
+    STUDENT_WEIGHTS,
+    add_file,
+    check_files,
     files_digest,
     locate,
     unchanged,
@@ -63,16 +71,33 @@ def load_artifact(source: str) -> Artifact:
     """Read a whole artifact; raises what `load_artifact_config` does."""
     with unchanged(source) as directory:
         config = _read_config(directory)
-        return Artifact(config, _read_tensors(directory, config), files_digest(directory))
+        encoder = None if config.student is None else _read_encoder(directory)
+        tensors = _read_tensors(directory, config)
+        return Artifact(config, tensors, files_digest(directory), encoder)
+
+
+def load_student_tokenizer(source: str) -> str:
+    """The file of a student's tokenizer, JSON; raises what `load_artifact_config` does."""
+    with unchanged(source) as directory:
+        return _read_text(directory / STUDENT_TOKENIZER)
+
+
+def _read_encoder(directory: Path) -> Encoder:
+    settings = _read_json(directory / STUDENT_CONFIG)
+    return Encoder(settings, _read_file(directory / STUDENT_WEIGHTS))
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        # Copies, because the loaded tensors map the file, which may be overwritten while we serve.
+        return {k: v.clone() for k, v in load_file(path).items()}
+    except UNREADABLE as error:
+        raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
 
 
 def _read_tensors(directory: Path, config: ArtifactConfig) -> dict[str, Tensor]:
     path = directory / POLICY_FILE
-    try:
-        # Copies, because the loaded tensors map the file, which may be overwritten while we serve.
-        tensors = {k: v.clone() for k, v in load_file(path).items()}
-    except UNREADABLE as error:
-        raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
+    tensors = _read_file(path)
     ids = tensors.get("shortlist")
     if ids is not None and not (ids.min() >= 0 and ids.max() < config.vocab_size):
         raise AdaInferError(
@@ -94,7 +119,32 @@ def _read_config(directory: Path) -> ArtifactConfig:
             f"{path} is not a valid artifact config ({where}: {what}): calibrate again"
         ) from None
     check_tensors(directory / POLICY_FILE, config)
+    if config.student is not None:
+        check_files(directory, STUDENT_FILES)
+        tokenizer = hashlib.sha256()
+        add_file(tokenizer, directory / STUDENT_TOKENIZER)
+        if tokenizer.hexdigest() != config.student.tokenizer:
+            raise AdaInferError(
+                f"{directory / STUDENT_TOKENIZER} is not the tokenizer that the student was "
+                "trained with: calibrate again"
+            )
     return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        AdaInferError: it cannot be read, or holds something else.
+
+    """
+    try:
+        found = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
+    if not isinstance(found, dict):
+        raise AdaInferError(f"{path} does not hold an object: calibrate again")
+    return found
 
 
 def _read_text(path: Path) -> str:
@@ -120,11 +170,8 @@ def load_details(source: str) -> dict[str, Any]:
 
     """
     path = locate(source, (CALIBRATION_FILE,)) / CALIBRATION_FILE
-    try:
-        details = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
-    if not isinstance(details, dict) or not details.keys() >= set(DETAILS):
+    details = _read_json(path)
+    if not details.keys() >= set(DETAILS):
         raise AdaInferError(f"{path} does not hold {', '.join(DETAILS)}: calibrate again")
     return details
 
@@ -135,10 +182,13 @@ def save_artifact(
     tensors: Mapping[str, Tensor],
     calibration: Mapping[str, Any],
     card: str,
+    encoder: Encoder | None = None,
+    tokenizer: str = "",
 ) -> None:
     """Write an artifact under a temporary name, then rename it: all of it or nothing.
 
     An artifact that is already there is replaced; anything else in its place is an error.
+    `encoder` and `tokenizer`, the text of its file, are those of a student.
 
     Raises:
         AdaInferError: `directory` exists and is not an artifact, or cannot be written.
@@ -154,6 +204,11 @@ def save_artifact(
             save_file({k: v.contiguous() for k, v in tensors.items()}, draft / POLICY_FILE)
             (draft / CALIBRATION_FILE).write_text(json.dumps(calibration, indent=2) + "\n")
             (draft / CARD_FILE).write_text(card)
+            if encoder is not None:
+                (draft / STUDENT_CONFIG).parent.mkdir()
+                (draft / STUDENT_CONFIG).write_text(json.dumps(encoder.settings, indent=2) + "\n")
+                save_file(encoder.tensors, draft / STUDENT_WEIGHTS)
+                (draft / STUDENT_TOKENIZER).write_text(tokenizer, encoding="utf-8")
             draft.chmod(0o755)
             if directory.exists():
                 _replace(directory, draft)

@@ -5,6 +5,7 @@ Importable without torch.
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Literal
 
 ProbeKind = Literal["lens", "label-head", "pooled-label-head", "logit-lens"]
@@ -23,3 +24,11 @@ PROBABILITY_FEATURES = ("top_logit", "gap", "mass_logit")
 def features_of_risk(risk: Risk) -> tuple[str, ...]:
     """The features that a policy's classifiers read, given the risk that the policy bounds."""
     return PROBABILITY_FEATURES if risk == "probability" else FEATURES
+
+
+class ProbeInput(Enum):
+    """What a probe reads of a request."""
+
+    TEXT = "the text of its prompt"
+    PROMPT = "the states of all tokens of its prompt"
+    LAST_TOKEN = "the state of its last token"

@@ -15,6 +15,11 @@ CALIBRATION_FILE = "calibration.json"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, POLICY_FILE, CALIBRATION_FILE, CARD_FILE)
 SERVED_FILES = (CONFIG_FILE, POLICY_FILE)
+# The encoder of a student, in the files in which transformers keeps one.
+STUDENT_CONFIG = "student/config.json"
+STUDENT_WEIGHTS = "student/model.safetensors"
+STUDENT_TOKENIZER = "student/tokenizer.json"
+STUDENT_FILES = (STUDENT_CONFIG, STUDENT_WEIGHTS, STUDENT_TOKENIZER)
 
 
 def locate(source: str, names: tuple[str, ...] = SERVED_FILES) -> Path:
@@ -30,19 +35,30 @@ def locate(source: str, names: tuple[str, ...] = SERVED_FILES) -> Path:
         from huggingface_hub.errors import HFValidationError
 
         try:
-            directory = Path(snapshot_download(source, allow_patterns=list(FILES)))
+            directory = Path(snapshot_download(source, allow_patterns=[*FILES, *STUDENT_FILES]))
         except (OSError, HFValidationError) as error:
             raise AdaInferError(
                 f"artifact {source!r} is neither a directory nor a hub id that can be "
                 f"fetched ({type(error).__name__})"
             ) from None
+    check_files(directory, names)
+    return directory
+
+
+def check_files(directory: Path, names: tuple[str, ...]) -> None:
+    """Check that the files `names` of an artifact are there.
+
+    Raises:
+        AdaInferError: one of them is missing, or a link that leads elsewhere.
+
+    """
     home = directory.resolve()
     blobs = home.parent.parent / "blobs"  # the target of links in the hub's snapshots
     for name in names:
         path = directory / name
         if not path.is_file():
             raise AdaInferError(
-                f"artifact {source!r} has no {name}: give the directory that "
+                f"artifact '{directory}' has no {name}: give the directory that "
                 "`vllm-adainfer calibrate --output` wrote"
             )
         target = path.resolve()
@@ -50,7 +66,6 @@ def locate(source: str, names: tuple[str, ...] = SERVED_FILES) -> Path:
             raise AdaInferError(
                 f"{path} is a link that leads out of the artifact: copy the file there instead"
             )
-    return directory
 
 
 @contextmanager
@@ -73,16 +88,22 @@ def unchanged(source: str) -> Iterator[Path]:
 def _stamps(directory: Path) -> list[tuple[int, int, int]]:
     """What tells the served files from others in their place; empty if one is missing."""
     try:
-        found = [(directory / name).stat() for name in SERVED_FILES]
+        found = [(directory / name).stat() for name in _served_files(directory)]
     except OSError:
         return []
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
+def _served_files(directory: Path) -> tuple[str, ...]:
+    """What serving reads: with a student, its files, too."""
+    student = (name for name in STUDENT_FILES if (directory / name).is_file())
+    return (*SERVED_FILES, *student)
+
+
 def files_digest(directory: Path) -> str:
     """SHA-256, in hex digits, of the SHA-256 of each served file."""
     digest = hashlib.sha256()
-    for name in SERVED_FILES:
+    for name in _served_files(directory):
         part = hashlib.sha256()
         add_file(part, directory / name)
         digest.update(part.digest())

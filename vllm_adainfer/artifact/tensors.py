@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
 
 UNREADABLE = (OSError, RuntimeError, SafetensorError)  # RuntimeError: more than can be mapped
@@ -90,10 +91,13 @@ def _shapes_of_part(
         shapes["shortlist"] = (scored,)
     if not config.has_label_heads and config.candidates != "full":
         shapes["head_rows"] = (scored, config.head_size or hidden)
-    for layer in config.exit_points:
+    for layer, read in zip(config.exit_points, config.probe_inputs, strict=True):
         shapes[f"exit.{layer}.classifier"] = served_shape(config.classifier, len(config.features))
         if config.has_label_heads:
-            shapes[f"exit.{layer}.head_weight"] = (head_rows, hidden * (1 + config.is_pooled))
+            width = hidden * (1 + config.is_pooled)
+            if config.student is not None and read is ProbeInput.TEXT:
+                width = config.student.hidden_size
+            shapes[f"exit.{layer}.head_weight"] = (head_rows, width)
             shapes[f"exit.{layer}.head_bias"] = (head_rows,)
         elif config.probe == "lens":
             up = found.get(f"exit.{layer}.lens_up")

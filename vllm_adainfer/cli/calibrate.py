@@ -52,6 +52,14 @@ def calibrate(
             "label head with --labels or --choices, else lens."
         ),
     ] = "auto",
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="A small encoder, a directory or hub id, such as MiniLM: trained on the model's "
+            "own answers in some minutes, it answers what it is sure of before the first layer, "
+            "within the same bound. It is left out where it costs more time than it saves."
+        ),
+    ] = None,
     classifier: Annotated[
         ClassifierKind,
         typer.Option(
@@ -125,6 +133,7 @@ def calibrate(
         choices=choice_texts(choices),
         adapter=read_adapter(lora),
         probe=probe,
+        student=student,
         options=PolicyOptions(
             classifier=classifier,
             exit_points=_layers(exit_points),

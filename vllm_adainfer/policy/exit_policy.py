@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.artifact.artifact import Artifact
-from vllm_adainfer.artifact.kinds import FEATURES
+from vllm_adainfer.artifact.kinds import FEATURES, ProbeInput
 from vllm_adainfer.artifact.tensors import served_shape
 from vllm_adainfer.policy.answers import (
     Answers,
@@ -21,9 +21,10 @@ from vllm_adainfer.policy.answers import (
     LabelScores,
     ShortlistScores,
 )
-from vllm_adainfer.policy.probe import Probe, lens_of
-from vllm_adainfer.policy.reading import ProbeView
+from vllm_adainfer.policy.probe import LabelHead, Probe, lens_of
+from vllm_adainfer.policy.reading import ProbeView, features_among
 from vllm_adainfer.policy.score import is_chain, score
+from vllm_adainfer.policy.student import Student
 
 LINEAR_SHAPE = served_shape("svm", len(FEATURES))
 
@@ -64,12 +65,14 @@ class UndecidedRows:
     """Rows at an exit point for a policy to decide.
 
     Attributes:
-        hidden: [rows, hidden size], the residual stream; for a pooled policy fp32 [rows, 2 x hidden
-            size], the normed state of the last token and the mean of those of the prompt.
+        hidden: what the probe reads. The state of the last token: [rows, hidden size], the residual
+            stream. The whole prompt: fp32 [rows, 2 x hidden size], the normed state of the last
+            token and the mean of those of the prompt. Unused where it reads the text.
         threshold_rows: int64 [rows], the row of the policy's thresholds that applies to each.
         memory: `Decision.memory` of these rows from the previous exit point; None at the first.
         subsets: int64 [rows], the labels that each row's request names, as bits; None if no policy
             of the engine has a label pool. Policies without one ignore it.
+        texts: for a student the text of each row, in its tokens; none is empty.
 
     """
 
@@ -77,6 +80,7 @@ class UndecidedRows:
     threshold_rows: Tensor
     memory: Tensor | None = None
     subsets: Tensor | None = None
+    texts: Sequence[Sequence[int]] = ()
 
 
 class ExitPolicy(ABC):
@@ -85,13 +89,13 @@ class ExitPolicy(ABC):
     Attributes:
         exit_points: layers after which the exit loop calls `decide`, ascending.
         num_threshold_rows: the number of threshold rows: one per level, or per level and question.
-        is_pooled: whether it reads the whole prompt, not the state of its last token alone.
+        probe_inputs: what it reads at each exit point.
 
     """
 
     exit_points: tuple[int, ...]
     num_threshold_rows: int
-    is_pooled: bool = False
+    probe_inputs: tuple[ProbeInput, ...]
 
     @abstractmethod
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
@@ -122,7 +126,7 @@ class CalibratedPolicy(ExitPolicy):
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.exit_points = config.exit_points
         self.num_threshold_rows = config.num_threshold_rows
-        self.is_pooled = config.is_pooled
+        self.probe_inputs = config.probe_inputs
         self.answer_ids = tensors.get("shortlist")
         self._scores: type[EarlyScores] = ShortlistScores
         if config.candidates == "labels":
@@ -133,15 +137,19 @@ class CalibratedPolicy(ExitPolicy):
         if logit_lens is not None and "head_rows" in tensors:
             head = Head(tensors["head_rows"])
             logit_lens = replace(logit_lens, head=head, token_ids=self.answer_ids, shards=None)
-        self._probes = []
-        for layer in self.exit_points:
+        self._probes: list[Probe | Student] = []
+        for layer, read in zip(self.exit_points, self.probe_inputs, strict=True):
             prefix = f"exit.{layer}."
             own = {
                 name.removeprefix(prefix): tensor
                 for name, tensor in tensors.items()
                 if name.startswith(prefix)
             }
-            if logit_lens is None or config.has_label_heads:
+            if read is ProbeInput.TEXT:
+                assert self.answer_ids is not None, "a student scores labels"
+                labels = LabelHead(own["head_weight"], own["head_bias"], self.answer_ids)
+                self._probes.append(Student.of(artifact, labels, device))
+            elif logit_lens is None or config.has_label_heads:
                 head = Head(own["head_weight"], own["head_bias"])
                 self._probes.append(Probe(head, token_ids=self.answer_ids))
             else:
@@ -152,6 +160,12 @@ class CalibratedPolicy(ExitPolicy):
         probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
         threshold = self._thresholds[exit_index][rows.threshold_rows]
         is_linear, ids = classifier.shape == LINEAR_SHAPE, self.answer_ids
+        if isinstance(probe, Student):
+            assert ids is not None
+            scores = probe.score(rows.texts)
+            answers: Answers = self._scores(scores, ids)
+            features = features_among(scores)
+            return Decision.by_score(features, classifier, threshold, rows.memory, answers)
         readout = probe.readout(rows.hidden)
         if is_linear and ids is not None:
             settled, scores = probe.settle(readout, classifier, threshold)
@@ -162,7 +176,7 @@ class CalibratedPolicy(ExitPolicy):
             threshold=threshold if is_linear else None,
             return_scores=ids is not None,
         )
-        answers: Answers = EarlyStates(readout)
+        answers = EarlyStates(readout)
         if ids is not None:
             assert result.scores is not None
             answers = self._scores(result.scores, ids)
@@ -173,11 +187,16 @@ class CalibratedPolicy(ExitPolicy):
     def view(self, exit_index: int, rows: UndecidedRows) -> ProbeView:
         """What `decide` bases its decision on."""
         probe = self._probes[exit_index]
-        result = probe.score(probe.readout(rows.hidden))
+        if isinstance(probe, Student):
+            scores = probe.score(rows.texts)
+            tokens, features = probe.head.token_ids[scores.argmax(dim=1)], features_among(scores)
+        else:
+            result = probe.score(probe.readout(rows.hidden))
+            tokens, features = result.top1_id, result.features
         return ProbeView(
-            tokens=result.top1_id,
-            top_prob=result.top_prob,
-            gap=result.gap,
-            odds=score(result.features, self._classifiers[exit_index], rows.memory),
+            tokens=tokens,
+            top_prob=features[:, 0],
+            gap=features[:, 1],
+            odds=score(features, self._classifiers[exit_index], rows.memory),
             threshold=self._thresholds[exit_index][rows.threshold_rows],
         )

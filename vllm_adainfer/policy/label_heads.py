@@ -3,60 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.artifact.artifact import Artifact
-from vllm_adainfer.artifact.label_subsets import mask_of, restrict
+from vllm_adainfer.artifact.kinds import ProbeInput
+from vllm_adainfer.artifact.label_subsets import mask_of
 from vllm_adainfer.policy.answers import Answers, LabelScores
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
+from vllm_adainfer.policy.probe import LabelHead
 from vllm_adainfer.policy.reading import ProbeView, features_among
 from vllm_adainfer.policy.score import score
-
-
-@dataclass(frozen=True)
-class LabelHead:
-    """Scores the labels from a state; calibration and serving both use it.
-
-    For probabilities it has one more row, for the log-odds of the label mass (the labels' share of
-    the whole vocabulary's probability).
-
-    Attributes:
-        weight: fp32 [labels or labels + 1, hidden size, or twice that for a pooled head].
-        bias: fp32 [labels or labels + 1].
-        token_ids: int64 [labels].
-
-    """
-
-    weight: Tensor
-    bias: Tensor
-    token_ids: Tensor
-
-    @property
-    def reads_mass(self) -> bool:
-        """Whether the last score is that of the label mass."""
-        return len(self.bias) > len(self.token_ids)
-
-    @property
-    def fitted_tensors(self) -> dict[str, Tensor]:
-        """The tensors that calibration has fitted, by their names in an artifact."""
-        return {"head_weight": self.weight, "head_bias": self.bias}
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that the head stores."""
-        return self.weight.nbytes + self.bias.nbytes
-
-    def score(self, hidden: Tensor, subsets: Tensor | None = None) -> Tensor:
-        """Scores fp32 [rows, labels or labels + 1] of states, see `UndecidedRows.hidden`.
-
-        `subsets`, bool [rows, labels], are the labels that each row's request names; others get
-        -inf. None: all.
-        """
-        return restrict(torch.addmm(self.bias, hidden.float(), self.weight.T), subsets)
+from vllm_adainfer.policy.student import Student
 
 
 class LabelHeadPolicy(ExitPolicy):
@@ -72,21 +32,19 @@ class LabelHeadPolicy(ExitPolicy):
         config = artifact.config
         self.exit_points = config.exit_points
         self.num_threshold_rows = config.num_threshold_rows
-        self.is_pooled = config.is_pooled
+        self.probe_inputs = config.probe_inputs
         self.answer_ids = torch.tensor(config.label_ids, device=device)
         self._columns = torch.arange(len(config.labels), device=device)
         self._pool = config.label_pool
         tensors = {name: tensor.float().to(device) for name, tensor in artifact.tensors.items()}
         self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, threshold rows]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
-        self._heads = [
-            LabelHead(
-                tensors[f"exit.{layer}.head_weight"],
-                tensors[f"exit.{layer}.head_bias"],
-                self.answer_ids,
-            )
-            for layer in self.exit_points
-        ]
+        self._probes: list[LabelHead | Student] = []
+        for layer, read in zip(self.exit_points, self.probe_inputs, strict=True):
+            weight, bias = tensors[f"exit.{layer}.head_weight"], tensors[f"exit.{layer}.head_bias"]
+            head = LabelHead(weight, bias, self.answer_ids)
+            by_text = read is ProbeInput.TEXT
+            self._probes.append(Student.of(artifact, head, device) if by_text else head)
 
     @abstractmethod
     def _features(self, scores: Tensor) -> Tensor:
@@ -121,12 +79,15 @@ class LabelHeadPolicy(ExitPolicy):
         )
 
     def _score(self, exit_index: int, rows: UndecidedRows) -> Tensor:
-        """The scores of an exit point's head, see `LabelHead.score`."""
+        """The scores of an exit point's probe, see `LabelHead.score`."""
         subsets = None
         if self._pool:
             assert rows.subsets is not None
             subsets = mask_of(rows.subsets, self._columns)
-        return self._heads[exit_index].score(rows.hidden, subsets)
+        probe = self._probes[exit_index]
+        if isinstance(probe, Student):
+            return probe.score(rows.texts, subsets)
+        return probe.score(rows.hidden, subsets)
 
 
 class PoolPolicy(LabelHeadPolicy):

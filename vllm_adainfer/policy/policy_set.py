@@ -9,6 +9,7 @@ from itertools import accumulate
 import numpy as np
 
 from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -25,12 +26,14 @@ class PolicyRows:
     Attributes:
         policy: index of the policy in the set.
         exit_index: index of this exit point among the policy's own.
+        read: what the policy reads there.
         rows: int64 [rows of this policy], indices into all rows.
 
     """
 
     policy: int
     exit_index: int
+    read: ProbeInput
     rows: Ints
 
 
@@ -55,8 +58,6 @@ class PolicySet:
         points = {point for policy in self.policies for point in policy.exit_points}
         self.exit_points = tuple(sorted(points) if exit_points is None else exit_points)
         counts = [policy.num_threshold_rows for policy in self.policies]
-        # By owner; the last entry is that of `NO_POLICY`.
-        self._is_pooled = np.array([*(policy.is_pooled for policy in self.policies), False])
         self._first = np.array(first_threshold_rows(counts))
         # Indexed by threshold row; the last entry serves -1, of requests that may not exit.
         self._owner = np.repeat(np.arange(len(counts) + 1), [*counts, 1])
@@ -69,10 +70,9 @@ class PolicySet:
             for point in self.exit_points
         ]
 
-    @property
-    def has_pooled(self) -> bool:
-        """Whether any policy is pooled."""
-        return bool(self._is_pooled.any())
+    def read(self, read: ProbeInput) -> bool:
+        """Whether any policy reads this of a request."""
+        return any(read in policy.probe_inputs for policy in self.policies)
 
     def owners(self, threshold_rows: Ints) -> Ints:
         """The policy of each threshold row, as an index into `names`."""
@@ -84,15 +84,23 @@ class PolicySet:
         own: Ints = threshold_rows - self._first[owners]
         return own
 
-    def pooled_at(self, exit_index: int, owners: Ints) -> Bools:
-        """Whether each of `owners` is pooled and has this exit point."""
-        here = [index in self._at[exit_index] for index in range(len(self.names))]
-        pooled: Bools = (self._is_pooled & here)[owners]
+    def read_prompts_at(self, exit_index: int, owners: Ints) -> Bools:
+        """Whether each of `owners` reads the states of whole prompts at this exit point."""
+        here = [
+            index in self._at[exit_index] and self._reads(exit_index, index) is ProbeInput.PROMPT
+            for index in range(len(self.names))
+        ]
+        pooled: Bools = np.array(here)[owners]
         return pooled
+
+    def _reads(self, exit_index: int, policy: int) -> ProbeInput:
+        """What a policy that has this exit point reads there."""
+        return self.policies[policy].probe_inputs[self._at[exit_index][policy]]
 
     def rows_by_policy(self, exit_index: int, owners: Ints) -> Iterator[PolicyRows]:
         """For each policy with rows to decide at an exit point, those rows; `owners` is [rows]."""
         at = self._at[exit_index]
         for policy in np.unique(owners).tolist():  # a step has few of all policies
             if policy in at:
-                yield PolicyRows(policy, at[policy], np.flatnonzero(owners == policy))
+                read = self._reads(exit_index, policy)
+                yield PolicyRows(policy, at[policy], read, np.flatnonzero(owners == policy))

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import adainfer_kernels
+import torch
 from adainfer_kernels import Head, Lens, Norm, NormKind, ProbeResult
 from torch import Tensor
 
+from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.policy.shards import VocabularyShards
 
 
@@ -112,6 +114,48 @@ class Probe:
             return_scores=return_scores,
         )
         return result if self.shards is None else self.shards.merged(result)
+
+
+@dataclass(frozen=True)
+class LabelHead:
+    """Scores the labels from a state; calibration and serving both use it.
+
+    For probabilities it has one more row, for the log-odds of the label mass (the labels' share of
+    the whole vocabulary's probability).
+
+    Attributes:
+        weight: fp32 [labels or labels + 1, hidden size, or twice that for a pooled head].
+        bias: fp32 [labels or labels + 1].
+        token_ids: int64 [labels].
+
+    """
+
+    weight: Tensor
+    bias: Tensor
+    token_ids: Tensor
+
+    @property
+    def reads_mass(self) -> bool:
+        """Whether the last score is that of the label mass."""
+        return len(self.bias) > len(self.token_ids)
+
+    @property
+    def fitted_tensors(self) -> dict[str, Tensor]:
+        """The tensors that calibration has fitted, by their names in an artifact."""
+        return {"head_weight": self.weight, "head_bias": self.bias}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the head stores."""
+        return self.weight.nbytes + self.bias.nbytes
+
+    def score(self, hidden: Tensor, subsets: Tensor | None = None) -> Tensor:
+        """Scores fp32 [rows, labels or labels + 1] of states, see `UndecidedRows.hidden`.
+
+        `subsets`, bool [rows, labels], are the labels that each row's request names; others get
+        -inf. None: all.
+        """
+        return restrict(torch.addmm(self.bias, hidden.float(), self.weight.T), subsets)
 
 
 def lens_of(tensors: Mapping[str, Tensor]) -> Lens | None:

@@ -10,6 +10,7 @@ import torch
 from adainfer_kernels import Head
 from typing_extensions import override
 
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.policy.answers import LabelScores
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.probe import Probe
@@ -24,6 +25,7 @@ class ScriptedPolicy(ExitPolicy):
         """Fill a label head of this size with random numbers."""
         self.exit_points = exit_points
         self.num_threshold_rows = len(exit_points)
+        self.probe_inputs = (ProbeInput.LAST_TOKEN,) * len(exit_points)
         self.answer_ids = torch.tensor(SCRIPT_LABELS, device=device)
         self._classifier = torch.zeros(3, dtype=torch.float32, device=device)
         generator = torch.Generator().manual_seed(0)

@@ -62,6 +62,8 @@ class Admitted:
         pooled_from: the position from which on its policy pools its prompt; `NOT_POOLED` if it
             reads the last token alone, or if the prompt is not longer.
         last_token_row: the row of the thresholds if the prompt cannot be pooled as a whole.
+        text: what its policy's student reads of its prompt, in the student's tokens; empty if it is
+            not asked.
         prompt: token ids of its prompt.
         adapter: its LoRA adapter; None for the base model.
         record_row: its line of the calibration data; `NOT_RECORDED` if it has none.
@@ -75,6 +77,7 @@ class Admitted:
     has_choice_policy: bool
     pooled_from: int
     last_token_row: int
+    text: Sequence[int]
     prompt: Sequence[int]
     adapter: LoRARequest | None
     record_row: int
@@ -89,6 +92,7 @@ class Admission:
         has_pools: whether any policy has a label pool.
         has_choices: whether any policy is for choices.
         has_pooled: whether any policy reads whole prompts, or the engine records them.
+        has_students: whether any policy has a student.
         may_serve_choices: whether any policy is for choices, or one may be loaded with an adapter.
 
     """
@@ -129,6 +133,7 @@ class Admission:
         self.has_pooled = settings.record_pooled_from is not None or any(
             config.is_pooled for config in configs.values()
         )
+        self.has_students = any(config.student for config in configs.values())
         self.may_serve_choices = self.has_choices or settings.exit_points is not None
         self._rows = ThresholdRows(configs, only_known=settings.requests == "known")
         for config in configs.values():
@@ -304,6 +309,7 @@ class Admission:
             has_choice_policy=config is not None and bool(config.choices),
             pooled_from=NOT_POOLED if pooled_from is None else pooled_from,
             last_token_row=last_token_row,
+            text=() if name is None else resolved.texts.get(name, ()),
             prompt=prompt,
             adapter=adapter,
             record_row=NOT_RECORDED if record_row is None else record_row,

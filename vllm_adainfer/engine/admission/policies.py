@@ -88,6 +88,13 @@ class Policies:
             return self._ends_choices and max_tokens > longest  # with the token that ends it
         return max_tokens == 1 or config.max_tokens > 1
 
+    def with_student(self, resolved: Resolved, adapter: LoRARequest | None) -> list[str]:
+        """The policies with a student that may decide a request; adapters as for `may_decide`."""
+        candidates = self.for_adapter_name(adapter)
+        groups = [candidates] if adapter is None else [{n: c} for n, c in candidates.items()]
+        selected = (self.select(resolved, group) for group in groups)
+        return [n for n in selected if n is not None and candidates[n].student is not None]
+
     def may_decide(self, resolved: Resolved, adapter: LoRARequest | None) -> bool:
         """Whether a policy may decide a request, whatever weights its adapter turns out to have.
 

@@ -7,7 +7,8 @@ request's ``extra_args``, and steps read only its fields.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.engine.admission.requested_output import RequestedOutput
@@ -36,6 +37,8 @@ class Resolved:
         saving: name of the policy that probably decides it, and the fraction of its prompt's
             layers that an exit skips for good; None if later steps run the skipped layers.
         is_shadow: whether it runs to full depth where it could exit, to compare the answers.
+        texts: policy -> what its student reads of the prompt, in the student's tokens; for the
+            policies with a student that may decide the request.
         force_full_depth_prefill: whether its prompt must run at full depth, to complete the blocks
             of a shared prefix.
 
@@ -49,6 +52,7 @@ class Resolved:
     may_end_after_first_token: bool = False
     saving: tuple[str, float] | None = None
     is_shadow: bool = False
+    texts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     force_full_depth_prefill: bool = False
 
 

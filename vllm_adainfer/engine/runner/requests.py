@@ -136,11 +136,13 @@ class RunningRequests:
         rows[full_prefill & (computed < prompt)] = FULL_DEPTH
         certified = np.array([request.certified_tokens for request in admitted])
         rows[last + 2 - prompt > certified] = FULL_DEPTH  # left: which token of the request this is
-        chooses = subsets = record_rows = None
+        chooses = subsets = record_rows = texts = None
         if self.admission.has_choices:
             chooses = np.array([request.has_choice_policy for request in admitted])
         if self.admission.has_pools:
             subsets = np.array([request.subset for request in admitted])
+        if self.admission.has_students:
+            texts = [request.text for request in admitted]
         if self.admission.is_recording:
             record_rows = np.array([request.record_row for request in admitted])
         if self._loop.stats.weights_differ:
@@ -168,6 +170,7 @@ class RunningRequests:
             is_shadow=shadow,
             subsets=subsets,
             pooled_from=pooled_from,
+            texts=texts,
             record_rows=record_rows,
             ends_early=chooses,
             all_rows_count=any(request.resolved.wants_prompt_logprobs for request in admitted),

@@ -15,11 +15,13 @@ from vllm.v1.request import Request
 
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.resolved import resolved_of, with_resolved
+from vllm_adainfer.engine.compat.arrival import tell_scheduler_of_arrivals
 from vllm_adainfer.engine.compat.runner import attached_note
 from vllm_adainfer.engine.compat.scheduler import expect_more_tokens, not_ahead, sampled_tokens
 from vllm_adainfer.engine.compat.stats import attach_report
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.engine.scheduler.capture import CapturingScheduler
+from vllm_adainfer.engine.scheduler.own_texts import OwnTexts
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.exits.accounting.report import Reporter, Snapshot, StepNote
@@ -44,6 +46,10 @@ class GuardedScheduler(_Scheduler):
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
         self.admission = Admission.from_config(self.vllm_config, settings)
+        self._own_texts = None
+        if self.admission.has_students:
+            self._own_texts = OwnTexts(self.vllm_config, settings, self.admission)
+            tell_scheduler_of_arrivals()
         self._counted: Snapshot | None = None
         self._reporter = Reporter()
         if self.cache_config.enable_prefix_caching and not self.admission.is_recording:
@@ -51,15 +57,26 @@ class GuardedScheduler(_Scheduler):
                 self.kv_cache_manager, self._may_exit, self._complete, self._saving
             )
 
+    def request_arrived(self, request: Request) -> None:
+        """Resolve what follows from what the client sent.
+
+        With a student, this runs in the thread that receives requests, beside the running step.
+        """
+        params = request.sampling_params
+        if params is None:
+            return
+        resolved = self.admission.resolve(
+            request.request_id, params, request.lora_request, request.resumable
+        )
+        if self._own_texts is not None:
+            resolved = replace(resolved, texts=self._own_texts.of(request, resolved))
+        request.sampling_params = with_resolved(params, resolved)
+
     @override
     def add_request(self, request: Request) -> None:
-        """Resolve what follows from what the client sent, then add the request."""
-        params = request.sampling_params
-        if params is not None:
-            resolved = self.admission.resolve(
-                request.request_id, params, request.lora_request, request.resumable
-            )
-            request.sampling_params = with_resolved(params, resolved)
+        """Add the request, which may have been resolved on arrival."""
+        if resolved_of(request.sampling_params) is None:
+            self.request_arrived(request)
         super().add_request(request)
 
     @override

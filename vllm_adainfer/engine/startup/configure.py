@@ -13,7 +13,11 @@ from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import pin_artifacts
 from vllm_adainfer.engine.scheduler.capture_files import check_directory
 from vllm_adainfer.engine.startup.banner import capture_notice, policy_banner
-from vllm_adainfer.engine.startup.refusals import refuse_unknown_questions, refuse_unsupported
+from vllm_adainfer.engine.startup.refusals import (
+    refuse_students_without_text,
+    refuse_unknown_questions,
+    refuse_unsupported,
+)
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Settings
 
@@ -41,6 +45,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
         config.check_served_by(vllm_config.model_config.hf_config)
         config.check_rows_go_on(own_kv_layers(text_config) or text_config.num_hidden_layers)
     refuse_unknown_questions(settings, configs)
+    refuse_students_without_text(vllm_config, configs)
     _check_fixed_exit_points(vllm_config, settings)
     admission = Admission.from_config(vllm_config, settings, configs)
     _log_policies(vllm_config, settings, admission)

@@ -68,6 +68,23 @@ def refuse_unknown_questions(settings: Settings, configs: Mapping[str, ArtifactC
             )
 
 
+def refuse_students_without_text(
+    vllm_config: VllmConfig, configs: Mapping[str, ArtifactConfig]
+) -> None:
+    """Refuse ``--skip-tokenizer-init`` with a policy that has a student.
+
+    Raises:
+        AdaInferError: there is one.
+
+    """
+    for name, config in configs.items():
+        if config.student is not None and vllm_config.model_config.skip_tokenizer_init:
+            raise AdaInferError(
+                f"vllm-adainfer: policy {name} has a student, which reads the text of prompts: "
+                "drop --skip-tokenizer-init, or calibrate without --student"
+            )
+
+
 def _of_model(vllm_config: VllmConfig, model_class: str, settings: Settings) -> Iterator[str]:
     model = vllm_config.model_config
     text_config = model.hf_text_config

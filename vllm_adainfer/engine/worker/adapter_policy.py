@@ -118,6 +118,11 @@ def _read_bundled(adapter: LoRARequest, model: Any) -> Artifact | None:
             f"{folder} was not calibrated with the adapter that it is bundled with: calibrate with "
             f"--lora {name}={folder.parent}, or remove it"
         )
+    if config.student is not None:
+        raise AdaInferError(
+            f"{folder} has a student, and only policies that the engine starts with may have one: "
+            "name it in the engine switch, or calibrate without --student"
+        )
     if not set(config.all_exit_points) <= set(cuts):
         raise AdaInferError(
             f"{folder} has exit points {list(config.all_exit_points)}, this engine only "

@@ -113,6 +113,11 @@ def check_replaces(
             f"policy {name} has exit points {list(new.all_exit_points)}, this engine only "
             f"{list(cuts)}: restart it, or calibrate with --exit-points {','.join(map(str, cuts))}"
         )
+    if new.student is not None and (old.student is None or new.student.reads != old.student.reads):
+        raise AdaInferError(
+            f"policy {name} has a student that reads requests in another way than before: restart "
+            "the engine"
+        )
     new_texts, old_texts = ({c.text: c.token_ids for c in one.choices} for one in (new, old))
     if new_texts != old_texts:
         raise AdaInferError(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from adainfer_kernels import pool, rows_to_compile_for
 
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
+
+TEXT = (1,) * 16  # for a student
 
 
 @torch.inference_mode()
 def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
     """Run all `policies` on rows of `states` [max requests, hidden size] and drop the decisions."""
-    if policies.has_pooled:
+    if policies.read(ProbeInput.PROMPT):
         starts = torch.arange(len(states), device=states.device)
         for residual in None, states:
             for carried in None, torch.zeros_like(states, dtype=torch.float32):
@@ -24,7 +27,9 @@ def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
         subsets = torch.full_like(threshold_rows, ALL)
         for policy in policies.policies:
             memory = None
-            for exit_index in range(len(policy.exit_points)):
-                read = torch.cat([hidden, hidden], 1).float() if policy.is_pooled else hidden
-                undecided = UndecidedRows(read, threshold_rows, memory, subsets)
+            for exit_index, read in enumerate(policy.probe_inputs):
+                pooled = read is ProbeInput.PROMPT
+                state = torch.cat([hidden, hidden], 1).float() if pooled else hidden
+                texts = [TEXT] * rows if read is ProbeInput.TEXT else ()
+                undecided = UndecidedRows(state, threshold_rows, memory, subsets, texts)
                 memory = policy.decide(exit_index, undecided).memory

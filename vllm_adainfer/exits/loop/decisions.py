@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.loop.forward_pass import ForwardPass
 from vllm_adainfer.exits.loop.loop import ScoredRequests
@@ -20,6 +21,8 @@ from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.answers import Answers, EarlyScores
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
+
+READ_IN_ORDER = (ProbeInput.PROMPT, ProbeInput.LAST_TOKEN, ProbeInput.TEXT)
 
 
 class Decisions:
@@ -51,36 +54,48 @@ class Decisions:
         """Decide the requests that may exit and are not settled; settle those that now are."""
         step, undecided = self._step, self._step.undecided()
         policies = self._policies.policies
-        parts = list(self._policies.rows_by_policy(exit_index, self._owners[undecided]))
-        parts.sort(key=lambda part: not policies[part.policy].is_pooled)  # pooled policies first
-        by_policy = [undecided[part.rows] for part in parts]
+        parts = sorted(
+            self._policies.rows_by_policy(exit_index, self._owners[undecided]),
+            key=lambda part: READ_IN_ORDER.index(part.read),
+        )
+        by_policy = [self._asked(undecided[part.rows], part.read) for part in parts]
         requests = by_policy[0] if len(parts) == 1 else np.concatenate([NOBODY, *by_policy])
-        is_pooled = self._policies.pooled_at(exit_index, self._owners)
-        num_pooled = int(np.count_nonzero(is_pooled[requests]))
-        prompts = self._read_prompts(exit_index, requests[:num_pooled], is_pooled)
-        if not parts:
+        counts = dict.fromkeys(READ_IN_ORDER, 0)
+        for part, own in zip(parts, by_policy, strict=True):
+            counts[part.read] += len(own)
+        num_pooled = counts[ProbeInput.PROMPT]
+        num_states = num_pooled + counts[ProbeInput.LAST_TOKEN]
+        prompts = self._read_prompts(exit_index, requests[:num_pooled])
+        if not requests.size:
             return
-        last_states = self._last_states(requests[num_pooled:])
+        states = {
+            ProbeInput.PROMPT: prompts,
+            ProbeInput.LAST_TOKEN: self._last_states(requests[num_pooled:num_states]),
+        }
         own_rows = self._policies.own_rows(step.threshold_rows[requests], self._owners[requests])
         subsets = () if step.subsets is None else (step.subsets[requests],)
         places, threshold_rows, *bits = step.on_device(requests, own_rows, *subsets)
         start = 0
         settled = []
-        for part in parts:
-            span = slice(start, start + len(part.rows))
+        for part, own in zip(parts, by_policy, strict=True):
+            span = slice(start, start + len(own))
             start = span.stop
+            if not own.size:
+                continue
             memory = self._memory.get(part.policy)
-            if span.stop <= num_pooled:
-                read = prompts[span]
-            else:
-                read = last_states[span.start - num_pooled : span.stop - num_pooled]
+            hidden, texts = self._forward.states.hidden[:0], self._texts(own, part.read)
+            if part.read in states:
+                hidden, states[part.read] = states[part.read].split_with_sizes(
+                    [len(own), len(states[part.read]) - len(own)]
+                )
             decision = policies[part.policy].decide(
                 part.exit_index,
                 UndecidedRows(
-                    read,
+                    hidden,
                     threshold_rows[span],
                     None if memory is None else memory[places[span]],
                     bits[0][span] if bits else None,
+                    texts,
                 ),
             )
             if decision.memory is not None:
@@ -97,13 +112,24 @@ class Decisions:
         # The only time that an exit point waits for the device.
         step.settle(requests[settled_rows.cpu().numpy()])
 
-    def _read_prompts(self, exit_index: int, requests: Ints, is_pooled: Bools) -> Tensor:
-        """What pooled policies read of `requests`; prompts of which a chunk is here are carried on.
+    def _asked(self, requests: Ints, read: ProbeInput) -> Ints:
+        """Those of `requests` that a policy that reads this can decide."""
+        if read is not ProbeInput.TEXT:
+            return requests
+        texts = self._step.texts or ()
+        return requests[[bool(texts[request]) for request in requests.tolist()]]
 
-        `is_pooled` [requests of the step] says which of them a pooled policy reads here.
-        """
+    def _texts(self, requests: Ints, read: ProbeInput) -> Sequence[Sequence[int]]:
+        """See `UndecidedRows.texts`."""
+        if read is not ProbeInput.TEXT or self._step.texts is None:
+            return ()
+        return [self._step.texts[request] for request in requests.tolist()]
+
+    def _read_prompts(self, exit_index: int, requests: Ints) -> Tensor:
+        """What policies read of `requests` that pool prompts; chunks of others are carried on."""
         forward, chunks = self._forward, self._prompts.chunks
-        chunks = chunks[is_pooled[chunks]]
+        if chunks.size:
+            chunks = chunks[self._policies.read_prompts_at(exit_index, self._owners[chunks])]
         if not requests.size and not chunks.size:
             return forward.states.hidden[:0]
         return self._prompts.read(exit_index, requests, chunks, forward.layout, forward.states)

@@ -37,6 +37,7 @@ class StepContext:
             may be asked for another token; None if there are none.
         pooled_from: [requests], the position from which on a pooled policy reads the prompt;
             negative for requests that none reads. None if the engine has no pooled policy.
+        texts: [requests], see `Admitted.text`. None if no policy has a student.
         record_rows: [requests], see `Admitted.record_row`; None unless the engine records.
         shadow: the shadow requests that may exit; None where there is no monitor.
 
@@ -53,6 +54,7 @@ class StepContext:
     subsets: Ints | None = None
     ends_early: Bools | None = None
     pooled_from: Ints | None = None
+    texts: Sequence[Sequence[int]] | None = None
     record_rows: Ints | None = None
     shadow: Ints | None = field(default=None, init=False)
 

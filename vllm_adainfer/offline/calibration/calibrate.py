@@ -13,9 +13,11 @@ from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
+from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
 from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
-from vllm_adainfer.offline.calibration.fit.probes import Target
+from vllm_adainfer.offline.calibration.fit.probes import Target, taught_by_full_depth
+from vllm_adainfer.offline.calibration.fit.student import TrainedStudent, train_student
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
@@ -31,6 +33,7 @@ from vllm_adainfer.offline.calibration.record.collect import (
     recording_engine,
 )
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
+from vllm_adainfer.offline.progress import say
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
 # what SmolLM2 writes, and the tokens it is sure of early are common ones: simulated at epsilon
@@ -95,7 +98,7 @@ def fit_and_certify(
 
     """
     calibration = calibration_of(request, prompts, recording)
-    policy = best_policy(calibration, request.probe)
+    policy = best_policy(calibration, request.probe, prompts.student)
     epsilon = request.options.epsilon
     if epsilon not in policy.points:
         answers = calibration.recording.tokens
@@ -121,11 +124,41 @@ def fit_and_certify(
     )
 
 
-def best_policy(calibration: Calibration, probe: ProbeChoice) -> FittedPolicy:
+def best_policy(
+    calibration: Calibration, probe: ProbeChoice, base: StudentBase | None = None
+) -> FittedPolicy:
     """The policy with the probe asked for; "auto" takes the faster one of the label heads.
 
-    Which one that is, the part that fits decides.
+    Which one that is, the part that fits decides; likewise whether a student of `base` is worth the
+    time that it takes.
     """
+    policy = best_heads(calibration, probe)
+    if base is None:
+        return policy
+    with_student = best_heads(replace(calibration, student=student_of(calibration, base)), probe)
+    if with_student.student is not None:
+        return with_student
+    say("the student costs more time than it saves, and is left out")
+    return policy
+
+
+def student_of(calibration: Calibration, base: StudentBase) -> TrainedStudent:
+    """A student trained on most of the prompts that fit."""
+    recording, target = calibration.recording, calibration.target
+    assert target.label_ids is not None, "a student scores labels"
+    rows = recording.rows_of(calibration.split.fit)
+    return train_student(
+        base,
+        taught_by_full_depth(recording, target, rows, torch.empty(len(rows), 0)),
+        recording.prompts[rows],
+        recording.folds_of(rows) == FOLDS - 1,
+        target.label_ids,
+        calibration.options.seed,
+    )
+
+
+def best_heads(calibration: Calibration, probe: ProbeChoice) -> FittedPolicy:
+    """The policy with the probe asked for, and with the student of `calibration` if it pays."""
     policy = with_mass_if_it_pays(make_policy(calibration))
     if not calibration.target.is_pooled:
         return policy

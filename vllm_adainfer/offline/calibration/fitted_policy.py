@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,7 +26,12 @@ from vllm_adainfer.offline.calibration.fit.choose import (
     expected_seconds,
 )
 from vllm_adainfer.offline.calibration.fit.cost import Costs, measured_costs
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_crf_chain, fit_exits
+from vllm_adainfer.offline.calibration.fit.exits import (
+    FittedExit,
+    fit_crf_chain,
+    fit_exits,
+    fit_student_exit,
+)
 from vllm_adainfer.offline.calibration.fit.learning_curve import CurvePoint, learning_curve
 from vllm_adainfer.offline.calibration.fit.loss import (
     Loss,
@@ -36,10 +41,12 @@ from vllm_adainfer.offline.calibration.fit.loss import (
 )
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit.split import Split, numbered
+from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.collect import Recording
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.questions import End
+from vllm_adainfer.policy.student import Student
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Calibration:
             probabilities.
         questions: the question of each prompt, if prompts are requests; else empty.
         ends: question -> the tokens that its prompts end with, if it can be recognised by them.
+        student: decides before the first layer; None without one.
 
     """
 
@@ -73,6 +81,7 @@ class Calibration:
     with_mass: bool = False
     questions: Sequence[str] = ()
     ends: Mapping[str, tuple[End, ...]] = field(default_factory=dict)
+    student: TrainedStudent | None = None
 
     @property
     def loss(self) -> Loss:
@@ -167,11 +176,20 @@ class FittedPolicy:
     expected: dict[str, float]
     last_token: FittedPolicy | None = None
 
+    @property
+    def student(self) -> TrainedStudent | None:
+        """The student, if it is among the chosen exit points."""
+        asked = any(isinstance(exit.probe, Student) for exit in self.exits)
+        return self.calibration.student if asked else None
+
     def learning_curve(self) -> list[CurvePoint]:
-        """What the exit points save if fewer prompts are fitted on; empty for other probes."""
+        """What the exit points save if fewer prompts are fitted on; empty for other probes.
+
+        Also empty with a student, which would be trained three times.
+        """
         calibration = self.calibration
         options, target = calibration.options, calibration.target
-        if target.kind not in LABEL_HEADS:
+        if target.kind not in LABEL_HEADS or self.student is not None:
             return []
         return learning_curve(
             calibration.recording,
@@ -185,6 +203,28 @@ class FittedPolicy:
         )
 
 
+def _with_student(
+    student: TrainedStudent, candidates: Sequence[FittedExit], calibration: Calibration
+) -> list[FittedExit]:
+    """The candidates with the student before the first layer, on the rows that it has not seen."""
+    options = calibration.options
+    first = fit_student_exit(
+        student,
+        calibration.recording,
+        calibration.target,
+        calibration.split,
+        options.classifier,
+        options.seed,
+        calibration.loss,
+    )
+    others = [
+        replace(exit, fitted=exit.fitted.of_rows(student.unseen))
+        for exit in candidates
+        if exit.layer > 0
+    ]
+    return others if first is None else [first, *others]
+
+
 def make_policy(
     calibration: Calibration, among: Sequence[FittedExit] | None = None
 ) -> FittedPolicy:
@@ -196,11 +236,15 @@ def make_policy(
     candidates = fit_candidates(calibration) if among is None else list(among)
     generated, bound = options.max_tokens > 1, calibration.bound
     tokens = recording.computed[recording.rows_of(split.fit)]
+    student = calibration.student
+    if student is not None:
+        candidates = _with_student(student, candidates, calibration)
+        tokens = tokens[student.unseen]
     if generated:  # at later tokens, reading a layer's weights is what takes time
         tokens = np.ones_like(tokens)
-    probes = {exit.layer: exit.probe for exit in candidates}
+    probes = {e.layer: e.probe for e in candidates if not isinstance(e.probe, Student)}
     pooled = calibration.target.is_pooled
-    costs = measured_costs(recording, probes, float(tokens.mean()), generated, pooled)
+    costs = measured_costs(recording, probes, float(tokens.mean()), generated, pooled, student)
     by_question = calibration.certifiable_questions() if options.by_question else {}
     allowed = calibration.allowed
     exits = candidates

@@ -52,6 +52,7 @@ class CalibrationRequest:
     choices: tuple[str, ...] = ()
     adapter: NamedAdapter | None = None
     probe: ProbeChoice = "auto"
+    student: str | None = None
     options: PolicyOptions = field(default_factory=PolicyOptions)
 
 
@@ -95,6 +96,15 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
             tolerance and accuracy,
             "--tolerance bounds how far probabilities move, --risk accuracy the accuracy lost, and "
             "a policy has one bound: drop one of them",
+        ),
+        (
+            request.student is not None and (generated or another_probe),
+            "a --student scores labels, for one-token answers: drop --student, or --max-tokens and "
+            "--probe",
+        ),
+        (
+            request.student is not None and not (holds_requests or labels or choices),
+            "a --student needs --labels, such as --labels negative,positive, or --choices",
         ),
         (
             holds_requests and (request.template is not None or labels or generated),

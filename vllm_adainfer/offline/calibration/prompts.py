@@ -34,6 +34,10 @@ from vllm_adainfer.offline.calibration.data.examples import (
 )
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of
 from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
+from vllm_adainfer.offline.calibration.data.student_base import (
+    StudentBase,
+    load_student_base,
+)
 from vllm_adainfer.offline.calibration.fit.loss import RightTokens
 from vllm_adainfer.offline.calibration.fit.split import Split, numbered, random_order
 from vllm_adainfer.offline.calibration.options import (
@@ -61,6 +65,7 @@ class Prompts:
         choices: the texts, if the answers are texts to choose from; `labels` are then the choices
             that a first token decides.
         pooled_from: the position from which on pooled heads read the prompts; None for others.
+        student: the encoder to train, and the prompts as it reads them; None without a student.
 
     """
 
@@ -72,6 +77,7 @@ class Prompts:
     right: RightTokens | None
     choices: Choices | None = None
     pooled_from: int | None = None
+    student: StudentBase | None = None
 
 
 def load_prompts(request: CalibrationRequest) -> Prompts:
@@ -110,7 +116,10 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
         )
     right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
     pooled_from = shared_tokens(examples) if probe == "pooled-label-head" else None
-    return Prompts(examples, labels, split, hf_config, probe, right, choices, pooled_from)
+    student = None
+    if request.student is not None:
+        student = load_student_base(request.student, examples, tokenizer)
+    return Prompts(examples, labels, split, hf_config, probe, right, choices, pooled_from, student)
 
 
 def split_of(groups: Ints, options: PolicyOptions) -> Split:

@@ -17,6 +17,7 @@ from vllm_adainfer.offline.reports.views import (
     View,
     deciding_part,
     record_prompts,
+    student_reader,
     threshold_row,
     token_namer,
     views_of,
@@ -94,7 +95,7 @@ def _views(
     places = sorted({place for _, place in pairs})
     recording = record_prompts(model, config, [examples[place] for place in places])
     loaded, name = load_artifact(artifact), token_namer(config, model.tokenizer)
-    views = {}
+    read, views = student_reader(artifact, config, model), {}
     for index, place in pairs:
         example = examples[place]
         try:
@@ -106,5 +107,6 @@ def _views(
         if config.label_pool and example.labels is not None:
             subset = bits_of(example.labels, config.label_ids)
         prompt = places.index(place)
-        views[index, place] = views_of(part, recording, prompt, row, name, subset)
+        text = read(example.token_ids)
+        views[index, place] = views_of(part, recording, prompt, row, name, subset, text)
     return views

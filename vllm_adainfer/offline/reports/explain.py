@@ -14,6 +14,7 @@ from vllm_adainfer.offline.reports.views import (
     View,
     deciding_part,
     record_prompts,
+    student_reader,
     threshold_row,
     token_namer,
     views_of,
@@ -110,6 +111,7 @@ def explain(
     thresholds, bound = threshold_row(part.config, epsilon, example.token_ids)
     recording = record_prompts(model, config, [example])
     name = token_namer(config, model.tokenizer)
-    views = views_of(part, recording, 0, thresholds, name)
+    read = student_reader(source, config, model)(example.token_ids)
+    views = views_of(part, recording, 0, thresholds, name, text=read)
     leaves_after = next(view.layer for view in views if view.settled)
     return Explanation(len(example.token_ids), config.layers, bound, leaves_after, tuple(views))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.files import load_student_tokenizer
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
@@ -20,6 +23,7 @@ from vllm_adainfer.offline.calibration.record.collect import Recording, record, 
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.load_policy import policy_of
+from vllm_adainfer.policy.own_text import OwnText
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.questions import KnownQuestions
 from vllm_adainfer.policy.reading import features_among
@@ -96,6 +100,16 @@ def deciding_part(artifact: Artifact, prompt: Sequence[int]) -> Artifact:
     return last_token[0]
 
 
+def student_reader(
+    source: str, config: ArtifactConfig, model: Model
+) -> Callable[[Sequence[int]], Sequence[int]]:
+    """A function that reads a prompt as the student of an artifact does; empty without one."""
+    if config.student is None:
+        return lambda _prompt: ()
+    decode = partial(model.tokenizer.decode, skip_special_tokens=True)
+    return OwnText(decode, config.student, load_student_tokenizer(source)).tokens_of
+
+
 def threshold_row(
     config: ArtifactConfig, epsilon: float | None, prompt: Sequence[int]
 ) -> tuple[int, float]:
@@ -127,6 +141,7 @@ def views_of(
     thresholds: int,
     name: Callable[[int], str],
     subset: int = ALL,
+    text: Sequence[int] = (),
 ) -> list[View]:
     """The views of one prompt: one for each exit point, and one for full depth.
 
@@ -137,6 +152,7 @@ def views_of(
         thresholds: the row of its thresholds, see `threshold_row`.
         name: names a token, see `token_namer`.
         subset: the labels that the prompt is about, as bits.
+        text: what the student reads of the prompt, see `student_reader`; empty if it is not asked.
 
     """
 
@@ -146,12 +162,18 @@ def views_of(
 
     policy = policy_of(artifact, torch.device("cpu"), logit_lens)
     rows, memory, views = torch.tensor([thresholds]), None, []
-    for index, layer in enumerate(policy.exit_points):
+    place = np.array([prompt])
+    for index, (layer, read) in enumerate(
+        zip(policy.exit_points, policy.probe_inputs, strict=True)
+    ):
+        if read is ProbeInput.TEXT and not text:
+            continue
         undecided = UndecidedRows(
-            recording.read_by_probe(layer, np.array([prompt]), policy.is_pooled),
+            recording.read_by_probe(layer, place, read is ProbeInput.PROMPT),
             rows,
             memory,
             torch.tensor([subset]),
+            [text],
         )
         seen, decision = policy.view(index, undecided), policy.decide(index, undecided)
         memory = decision.memory

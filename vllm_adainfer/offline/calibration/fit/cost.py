@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Floats
-from vllm_adainfer.offline.calibration.fit.probes import AnyProbe, answers_of_probe
+from vllm_adainfer.offline.calibration.fit.probes import StateProbe, answers_of_probe
+from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.calibration.record.collect import Recording
 from vllm_adainfer.policy.probe import Probe
 
 ROUNDS = 20
+STUDENT_ROUNDS = 5
 STEP_ROWS = 2048  # token rows of a full step, vLLM's default on a CPU
 HEAD_ROWS = 128  # tokens that a full step yields, likewise
 
@@ -55,19 +57,21 @@ class Costs:
 
 def measured_costs(
     recording: Recording,
-    probes: Mapping[int, AnyProbe],
+    probes: Mapping[int, StateProbe],
     tokens: float,
     generated: bool,
     pooled: bool = False,
+    student: TrainedStudent | None = None,
 ) -> Costs:
     """Time the probes; the recording has timed the layers.
 
     Args:
         recording: the recording of all prompts.
-        probes: layer -> its probe.
+        probes: layer -> its probe; the student's is not among them.
         tokens: token rows that the layers run for each decision row, on average.
         generated: whether texts are generated, so that an early answer spares the LM head.
         pooled: whether the probes read whole prompts.
+        student: the student; None without one.
 
     """
     layer, threads = next(iter(probes), None), recording.threads
@@ -76,11 +80,14 @@ def measured_costs(
     read = states if layer is None else recording.read_by_probe(layer, rows, pooled)
     pool = recording.pool_seconds * tokens if pooled else 0.0
     lens = recording.logit_lens
+    seconds = {n: pool + probe_seconds(probe, read, threads) for n, probe in probes.items()}
+    if student is not None:
+        seconds[0] = student_seconds(student, len(rows), threads)
     return Costs(
         depth=recording.depth,
         layer=recording.layer_seconds,
         cut=recording.cut_seconds,
-        probe={n: pool + probe_seconds(probe, read, threads) for n, probe in probes.items()},
+        probe=seconds,
         own_kv_layers=recording.own_kv_layers,
         head=head_seconds(lens, states[:HEAD_ROWS], threads) if generated else 0.0,
         fewer=shares_of_time(recording.fewer),
@@ -100,7 +107,13 @@ def shares_of_time(
     return tuple(zip(rows, times.tolist(), strict=False))
 
 
-def probe_seconds(probe: AnyProbe, states: Tensor, threads: int) -> float:
+def student_seconds(trained: TrainedStudent, rows: int, threads: int) -> float:
+    """Time of the student for one prompt, when a step asks it about so many."""
+    texts = [text for text in trained.base.texts if text][:rows]
+    return _seconds(lambda: trained.student.score(texts), threads, STUDENT_ROUNDS) / len(texts)
+
+
+def probe_seconds(probe: StateProbe, states: Tensor, threads: int) -> float:
     """Time of `probe` for one prompt, when a step probes all `states` [prompts, width].
 
     `threads` is the number of threads in the serving process.
@@ -114,12 +127,12 @@ def head_seconds(logit_lens: Probe, states: Tensor, threads: int) -> float:
     return _seconds(lambda: torch.nn.functional.linear(read, head), threads) / len(states)
 
 
-def _seconds(call: Callable[[], object], threads: int) -> float:
+def _seconds(call: Callable[[], object], threads: int, rounds: int = ROUNDS) -> float:
     """The median time of a call on so many threads."""
     before, times = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)

@@ -60,15 +60,21 @@ class Taught:
         """
         scores = self.read @ linear.matrix.T + linear.bias
         labels = self.labels.shape[1]
-        logprobs = restrict(scores[:, :labels], self.subsets).log_softmax(1)
-        loss = -(self.labels * logprobs.masked_fill(logprobs.isneginf(), 0)).sum()
-        wrong = logprobs.exp() - self.labels
+        wrong = restrict(scores[:, :labels], self.subsets).softmax(1) - self.labels
         if self.mass is not None:
             odds = scores[:, labels]
-            loss += torch.nn.functional.softplus(odds).sum() - self.mass @ odds
             wrong = torch.cat([wrong, (odds.sigmoid() - self.mass).unsqueeze(1)], dim=1)
-        count = max(1, len(scores))
-        return float(loss) / count, wrong / count
+        return float(self.cross_entropy(scores)), wrong / max(1, len(scores))
+
+    def cross_entropy(self, scores: Tensor) -> Tensor:
+        """The mean cross-entropy of `scores` fp32 [rows, labels or labels + 1]."""
+        labels = self.labels.shape[1]
+        logprobs = restrict(scores[:, :labels], self.subsets).log_softmax(1)
+        loss = -(self.labels * logprobs.masked_fill(logprobs.isneginf(), 0)).sum()
+        if self.mass is not None:
+            odds = scores[:, labels]
+            loss = loss + torch.nn.functional.softplus(odds).sum() - self.mass @ odds
+        return loss / max(1, len(scores))
 
 
 def distil(taught: Taught, folds: Ints, penalties: Sequence[float]) -> CrossValidated:

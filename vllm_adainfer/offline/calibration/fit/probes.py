@@ -26,10 +26,10 @@ from vllm_adainfer.offline.calibration.fit.distil import (
 from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, ProbeAnswers
 from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
 from vllm_adainfer.policy.first_tokens import FirstTokens
-from vllm_adainfer.policy.label_heads import LabelHead
 from vllm_adainfer.policy.probabilities import features_of, probabilities_of_scores
-from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.probe import LabelHead, Probe
 from vllm_adainfer.policy.reading import features_among
+from vllm_adainfer.policy.student import Student
 
 RIDGE_PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
 # From this hidden size on, a tuned lens may have low rank: a full one takes 8 MiB there in
@@ -41,7 +41,8 @@ RANK_DIVISORS = (64, 32, 16, 8, 4)
 # (SST-2, layers 15 to 27) agreement with the full model then stays within 0.5 points.
 RANK_TOLERANCE = 0.1
 
-AnyProbe = Probe | LabelHead
+StateProbe = Probe | LabelHead  # reads states of the model
+AnyProbe = StateProbe | Student
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Target:
 
 def fit_probes(
     recording: Recording, target: Target, rows: Ints, layer: int
-) -> tuple[AnyProbe, Sequence[AnyProbe]]:
+) -> tuple[StateProbe, Sequence[StateProbe]]:
     """The layer's probe fitted on decision `rows`, and for each fold one fitted without it."""
     if target.kind in LABEL_HEADS:
         return _fit_label_heads(recording, target, rows, layer)
@@ -103,10 +104,27 @@ def fit_probes(
 
 def _fit_label_heads(
     recording: Recording, target: Target, rows: Ints, layer: int
-) -> tuple[AnyProbe, Sequence[AnyProbe]]:
+) -> tuple[StateProbe, Sequence[StateProbe]]:
     """A head that gives the labels the probabilities of full depth, and perhaps the label mass."""
     label_ids = target.label_ids
     assert label_ids is not None
+    read = recording.read_by_probe(layer, rows, target.is_pooled)
+    taught = taught_by_full_depth(recording, target, rows, read.float())
+    penalties = PENALTIES if target.full_depth is None else PENALTIES_FOR_PROBABILITIES
+    fitted = distil(taught, recording.folds_of(rows), penalties)
+    as_label_head = taught.mass is not None or taught.subsets is not None
+
+    def head(linear: ridge.Linear) -> StateProbe:
+        weight, bias = linear.matrix.float().contiguous(), linear.bias.float()
+        if as_label_head:
+            return LabelHead(weight, bias, label_ids)
+        return Probe(Head(weight, bias), token_ids=label_ids)
+
+    return head(fitted.whole), [head(linear) for linear in fitted.without]
+
+
+def taught_by_full_depth(recording: Recording, target: Target, rows: Ints, read: Tensor) -> Taught:
+    """What full depth says about the labels of decision `rows`, of which a probe sees `read`."""
     full_depth, subsets = target.full_depth, target.subsets_of(rows)
     mass = None
     if full_depth is not None:
@@ -119,23 +137,11 @@ def _fit_label_heads(
         if target.first_tokens is not None:
             scores = target.first_tokens.best(scores)
         labels = restrict(scores, subsets).softmax(1)
-    read = recording.read_by_probe(layer, rows, target.is_pooled)
-    taught = Taught(read.float(), labels, mass, subsets)
-    penalties = PENALTIES if full_depth is None else PENALTIES_FOR_PROBABILITIES
-    fitted = distil(taught, recording.folds_of(rows), penalties)
-    as_label_head = mass is not None or subsets is not None
-
-    def head(linear: ridge.Linear) -> AnyProbe:
-        weight, bias = linear.matrix.float().contiguous(), linear.bias.float()
-        if as_label_head:
-            return LabelHead(weight, bias, label_ids)
-        return Probe(Head(weight, bias), token_ids=label_ids)
-
-    return head(fitted.whole), [head(linear) for linear in fitted.without]
+    return Taught(read, labels, mass, subsets)
 
 
 def answers_of_probe(
-    probe: AnyProbe, states: Tensor, subsets: Tensor | None = None
+    probe: StateProbe, states: Tensor, subsets: Tensor | None = None
 ) -> ProbeAnswers:
     """The answers of `probe` for `states`, which are what `Recording.read_by_probe` returns.
 
@@ -144,9 +150,13 @@ def answers_of_probe(
     if isinstance(probe, Probe):
         result = probe.score(probe.readout(states))
         return ProbeAnswers(result.features, result.top1_id.numpy())
-    scores = probe.score(states, subsets)
-    tokens = probe.token_ids[scores[:, : len(probe.token_ids)].argmax(dim=1)].numpy()
-    if not probe.reads_mass:
+    return answers_of_scores(probe, probe.score(states, subsets))
+
+
+def answers_of_scores(head: LabelHead, scores: Tensor) -> ProbeAnswers:
+    """The answers of a label head that has given some rows `scores`."""
+    tokens = head.token_ids[scores[:, : len(head.token_ids)].argmax(dim=1)].numpy()
+    if not head.reads_mass:
         return ProbeAnswers(features_among(scores), tokens)
     return ProbeAnswers(features_of(scores), tokens, probabilities_of_scores(scores))
 

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_adainfer.artifact.artifact import Encoder
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Adapter, LastToken, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, Candidates, features_of_risk
 from vllm_adainfer.offline.calibration.certify.certify import PathPoint, held_out_path
+from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.provenance import provenance
@@ -41,8 +43,19 @@ def write_artifact(
     config = policy_config(policy, name, hf_config, adapter)
     labels = [label.name for label in policy.calibration.labels]
     details = {"template": template, "labels": labels, **policy_details(policy)}
-    save_artifact(directory, config, policy_tensors(policy), details, model_card(config, details))
+    encoder, tokenizer = None, ""
+    if policy.student is not None:
+        encoder, tokenizer = _encoder(policy.student), policy.student.base.tokenizer
+    card = model_card(config, details)
+    save_artifact(directory, config, policy_tensors(policy), details, card, encoder, tokenizer)
     return config
+
+
+def _encoder(student: TrainedStudent) -> Encoder:
+    """The encoder of a student, as an artifact keeps it."""
+    model = student.student.encoder.model
+    settings = model.config.to_diff_dict() | {"model_type": model.config.model_type}
+    return Encoder(settings, {n: t.contiguous() for n, t in model.state_dict().items()})
 
 
 def policy_config(
@@ -64,6 +77,7 @@ def policy_config(
         adapter=adapter,
         exit_points=tuple(exit.layer for exit in policy.exits),
         probe=calibration.target.kind,
+        student=None if policy.student is None else policy.student.base.described,
         pooled_from=calibration.pooled_from if calibration.target.is_pooled else None,
         last_token=None if policy.last_token is None else _last_token(policy.last_token),
         candidates="labels" if calibration.labels else candidates,

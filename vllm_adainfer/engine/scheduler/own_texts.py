@@ -1,0 +1,52 @@
+"""What students read of a request, settled once, when it arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+from vllm.config import VllmConfig
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from vllm_adainfer.artifact.files import load_student_tokenizer
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.admission.resolved import Resolved
+from vllm_adainfer.policy.own_text import OwnText
+from vllm_adainfer.settings.engine import Settings
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+class OwnTexts:
+    """Reads the prompts of requests for the students of an engine's policies."""
+
+    def __init__(self, vllm_config: VllmConfig, settings: Settings, admission: Admission) -> None:
+        """Load the students' tokenizers.
+
+        Raises:
+            AdaInferError: one cannot be read.
+
+        """
+        self._admission = admission
+        self._readers = {
+            name: OwnText(
+                partial(
+                    cached_tokenizer_from_config(vllm_config.model_config).decode,
+                    skip_special_tokens=True,
+                ),
+                config.student,
+                load_student_tokenizer(settings.artifacts[name]),
+            )
+            for name, config in admission.policies.configs.items()
+            if config.student is not None
+        }
+
+    def of(self, request: Request, resolved: Resolved) -> Mapping[str, tuple[int, ...]]:
+        """`Resolved.texts` of a request; images and embeddings are no text."""
+        prompt = request.prompt_token_ids
+        if not resolved.may_exit or not prompt or request.mm_features or request.prompt_embeds:
+            return {}
+        names = self._admission.policies.with_student(resolved, request.lora_request)
+        return {name: self._readers[name].tokens_of(prompt) for name in names}

@@ -1,0 +1,50 @@
+"""The text that a student reads of a prompt, tokenised once, when the request arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tokenizers import Tokenizer
+
+from vllm_adainfer.artifact.fields import Student
+
+# Caps on what a client's prompt costs on arrival, as multiples of the tokens that a student reads.
+MOST_PROMPT_TOKENS = 4  # tokens to decode
+MOST_CHARACTERS = 16  # characters to tokenise
+NOT_TEXT = "\N{REPLACEMENT CHARACTER}"  # stands in decoded text for bytes that are no UTF-8
+
+
+class OwnText:
+    """Reads prompts as one student does; calibration and serving both use it."""
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], student: Student, tokenizer: str
+    ) -> None:
+        """Prepare to read prompts.
+
+        Args:
+            decode: the served model's tokenizer, from token ids to text without special tokens.
+            student: says which tokens of a prompt are read, and how many of its own.
+            tokenizer: the student's, the JSON of a ``tokenizer.json``.
+
+        """
+        self._decode = decode
+        self._tokenizer = Tokenizer.from_str(tokenizer)
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(student.most_tokens)
+        self._first = student.text_from
+        self._end = student.text_from + MOST_PROMPT_TOKENS * student.most_tokens
+        self._most_characters = MOST_CHARACTERS * student.most_tokens
+
+    def tokens_of(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """The student's tokens for a prompt; empty for one that the student is not asked about.
+
+        It is not where the prompt has no text of its own, or bytes that are no text. Long texts
+        are cut, the same way in calibration and in serving.
+        """
+        text = self._decode(prompt[self._first : self._end])
+        if len(prompt) > self._end:
+            text = text.rstrip(NOT_TEXT)  # the first bytes of a character that was cut
+        if NOT_TEXT in text or not text.strip():
+            return ()
+        return tuple(self._tokenizer.encode(text[: self._most_characters]).ids)

@@ -1,0 +1,120 @@
+"""A student: a small encoder that answers for the model before the first layer.
+
+It is distilled (Hinton et al. 2015, arXiv 1503.02531) on the scores that the model gives the labels
+at full depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from vllm_adainfer.artifact.artifact import Artifact, Encoder
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.probe import LabelHead
+
+# Texts are sorted by length and read in batches: padding to the longest of all would take longer.
+BATCH = 32
+
+
+class TextEncoder(nn.Module):
+    """Describes a text by the mean of the states of its tokens.
+
+    Attributes:
+        model: the encoder of transformers.
+
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Read texts with `model`, which `transformers.AutoModel` has made."""
+        super().__init__()
+        self.model = model
+        self._padding = model.config.pad_token_id or 0
+
+    @classmethod
+    def of(cls, encoder: Encoder, device: torch.device) -> TextEncoder:
+        """The encoder of an artifact, on `device`, in the dtype of its weights.
+
+        Raises:
+            AdaInferError: transformers cannot build it, or its weights do not fit.
+
+        """
+        from transformers import AutoConfig, AutoModel
+
+        dtype = next(iter(encoder.tensors.values())).dtype
+        try:
+            config = AutoConfig.for_model(**encoder.settings)
+            model = AutoModel.from_config(config, dtype=dtype)
+            model.load_state_dict(encoder.tensors, assign=True)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise AdaInferError(
+                f"the student cannot be built ({' '.join(str(error).split())[:200]}): calibrate "
+                "again with this version of transformers"
+            ) from None
+        return cls(model.eval().to(device))
+
+    @override
+    def forward(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Read `texts`, the token ids of each, as one padded batch: fp32 [texts, hidden size]."""
+        longest = max(map(len, texts))
+        padded = np.full((len(texts), longest), self._padding)
+        for row, text in zip(padded, texts, strict=True):
+            row[: len(text)] = text
+        lens = torch.tensor([len(text) for text in texts])
+        device = self.model.device
+        tokens = torch.from_numpy(padded).to(device, non_blocking=True)
+        present = (torch.arange(longest) < lens.unsqueeze(1)).to(device, non_blocking=True)
+        states = self.model(input_ids=tokens, attention_mask=present.long()).last_hidden_state
+        weights = present.to(states.dtype).unsqueeze(2)
+        return ((states * weights).sum(1) / weights.sum(1)).float()
+
+
+class Student:
+    """An encoder with a label head: the probe at exit point 0 of a policy that has one.
+
+    Attributes:
+        encoder: reads the texts.
+        head: scores the labels from what the encoder makes of a text.
+
+    """
+
+    def __init__(self, encoder: TextEncoder, head: LabelHead) -> None:
+        """Put `head` on `encoder`; calibration and serving both use this."""
+        self.encoder = encoder
+        self.head = head
+
+    @classmethod
+    def of(cls, artifact: Artifact, head: LabelHead, device: torch.device) -> Student:
+        """The student of an artifact, with its head on `device`; raises as `TextEncoder.of`."""
+        assert artifact.encoder is not None, "its config has a student"
+        return cls(TextEncoder.of(artifact.encoder, device), head)
+
+    @property
+    def fitted_tensors(self) -> dict[str, Tensor]:
+        """Those of the head, by their names in an artifact; the encoder has files of its own."""
+        return self.head.fitted_tensors
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the student stores."""
+        encoder = sum(one.nbytes for one in self.encoder.state_dict().values())
+        return self.head.bytes + encoder
+
+    @torch.no_grad()
+    def score(self, texts: Sequence[Sequence[int]], subsets: Tensor | None = None) -> Tensor:
+        """Scores fp32 [texts, labels or labels + 1], see `LabelHead.score`."""
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        read = torch.cat([self.encoder([texts[i] for i in batch]) for batch in _batches(order)])
+        places = torch.from_numpy(np.argsort(order)).to(read.device)
+        return self.head.score(read[places], subsets)
+
+
+def _batches(order: np.ndarray) -> Iterator[list[int]]:
+    """`order` in parts of at most `BATCH`."""
+    for start in range(0, len(order), BATCH):
+        yield order[start : start + BATCH].tolist()
