@@ -17,7 +17,7 @@ from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, Level
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
-from vllm_adainfer.artifact.kinds import features_of_risk
+from vllm_adainfer.artifact.kinds import ProbeInput, features_of_risk
 
 LAYERS = 6
 EXIT_POINTS = (2, 3, 5)
@@ -120,8 +120,10 @@ def _tensors_of_part(
     if thresholds is None:
         thresholds = torch.full((config.num_threshold_rows, len(config.exit_points)), -1.0)
     tensors = {"thresholds": thresholds}
-    width = config.hidden_size * (1 + config.is_pooled)
-    for layer in config.exit_points:
+    for layer, read in zip(config.exit_points, config.probe_inputs, strict=True):
+        width = config.hidden_size * (1 + config.is_pooled)
+        if config.student is not None and read is ProbeInput.TEXT:
+            width = config.student.hidden_size
         gap = [float(name == "gap") for name in config.features]
         tensors[f"exit.{layer}.classifier"] = torch.tensor([*gap, 0.0])
         rows = len(config.labels) + (config.risk == "probability")
@@ -139,7 +141,12 @@ def tiny_artifact(
     **changes: Any,
 ) -> Path:
     """Write an artifact for the tiny model; `changes` are of its config."""
+    from tests import student
+
     config = tiny_config(model, **changes)
     tensors = tiny_tensors(config, thresholds, last_token_thresholds)
-    save_artifact(directory, config, tensors, {}, "card\n")
+    with_student: tuple[Any, ...] = ()
+    if config.student is not None:
+        with_student = student.encoder(), student.tokenizer()
+    save_artifact(directory, config, tensors, {}, "card\n", *with_student)
     return directory

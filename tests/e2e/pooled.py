@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 from vllm import SamplingParams
 
+from tests import student
 from tests.e2e.oracle import TIE, hidden_states
 from tests.e2e.scripted import parts, running_of
 from tests.tiny import LAYERS
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, LastToken, Level
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.settings.engine import NO_POLICY
 
 POOLED_FROM, STEP = 40, 128  # tokens
+TEXT_FROM = 20  # where a student begins to read
 NEVER, SOME, ALWAYS = 0.01, 0.02, 0.05  # epsilons, and who leaves at them
 # The lead in probability at which rows settle: of the last token alone, and of whole prompts.
 GAPS = {
@@ -63,6 +66,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "labels": (Label(name="a", token_id=21), Label(name="b", token_id=22)),
     },
     "last": {"exit_points": (2, 3), "labels": OTHERS},
+    "student": {
+        "probe": "pooled-label-head",
+        "pooled_from": POOLED_FROM,
+        "exit_points": (0, 2, 4),
+        "last_token": LastToken(exit_points=(0, 4), levels=LEVELS),
+        "labels": (Label(name="c", token_id=31), Label(name="d", token_id=32)),
+        "student": student.described(shared_start=TEXT_FROM, most_tokens=48),
+    },
 }
 
 
@@ -170,10 +181,17 @@ def expected(
 ) -> tuple[int, int] | None:
     """Depth and token; None where it is too close to call. `part` None: full depth."""
     states, own = hidden_states(reference, prompt), params.allowed_token_ids
-    for layer in () if part is None else part.config.exit_points:
+    config = None if part is None else part.config
+    for layer, what in zip(config.exit_points, config.probe_inputs, strict=True) if config else ():
         gap = GAPS[part.config.is_pooled][params.extra_args["adainfer_epsilon"]]
         head = f"exit.{layer}.head"
-        read = what_is_read(states[layer], part.config.pooled_from)
+        if what is ProbeInput.TEXT:
+            text = student.reader(part.config.student).tokens_of(prompt)
+            if not text:
+                continue
+            read = student.bert()(torch.tensor([text])).last_hidden_state[0].mean(0)
+        else:
+            read = what_is_read(states[layer], part.config.pooled_from)
         scores = part.tensors[f"{head}_weight"] @ read + part.tensors[f"{head}_bias"]
         among = scores[[part.config.label_ids.index(token) for token in own]].softmax(0)
         best = among.sort().values

@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from tests import student
 from tests.conftest import small_engine, tiny_engine
 from tests.e2e.pooled import (
     ALWAYS,
@@ -48,7 +49,9 @@ def artifacts(tiny_model) -> dict[str, Artifact]:
     found = {}
     for name, kind in KINDS.items():
         config = tiny_config(tiny_model, levels=LEVELS, **kind)
-        found |= Artifact(config, tiny_tensors(config, *thresholds(config))).parts(name)
+        tensors = tiny_tensors(config, *thresholds(config))
+        encoder = None if config.student is None else student.encoder()
+        found |= Artifact(config, tensors, encoder=encoder).parts(name)
     return found
 
 
@@ -77,7 +80,9 @@ def test_each_request_is_answered_by_the_part_that_sees_what_is_left_of_it(
 ):
     """Twice: the second time prefixes are cached, or are completed for the next one."""
     prompts, generator = mixed_load(seed), np.random.default_rng(seed)
-    kinds = [str(one) for one in generator.choice([*KINDS], len(prompts), p=(0.5, 0.2, 0.1, 0.2))]
+    counts = {"whole": 8, "student": 6, "pool": 3, "last": 3, "alone": 1}
+    one_each = [kind for kind, count in counts.items() for _ in range(count)]
+    kinds = [str(kind) for kind in generator.permutation(one_each)]
     asked = [
         request(kind, float(generator.choice([SOME, ALWAYS], p=(0.7, 0.3))), artifacts)
         for kind in kinds
@@ -104,6 +109,7 @@ def test_each_request_is_answered_by_the_part_that_sees_what_is_left_of_it(
                 int(d): n for (policy, d), n in counted.items() if policy == name
             }
     assert found["whole", 0], "the case must have requests of every kind"
+    assert found["student", 0] + found[f"student:{LAST_TOKEN}", 0]
     assert {policy for policy, _ in found} >= {"whole", f"whole:{LAST_TOKEN}", "last", NO_POLICY}
 
 

@@ -403,13 +403,13 @@ def remove(name: str) -> Callable[[Path], None]:
         pytest.param(
             edit_config(exit_points=[0, 3, 5], max_tokens=2),
             CONFIG_FILE,
-            "exit point 0 needs a pooled-label-head",
+            "exit point 0 needs a student or a pooled-label-head",
             id="texts from the embedding",
         ),
         pytest.param(
             edit_config(exit_points=[0, 3, 5], probe="lens"),
             CONFIG_FILE,
-            "exit point 0 needs a pooled-label-head",
+            "exit point 0 needs a student or a pooled-label-head",
             id="a lens on the embedding",
         ),
         pytest.param(

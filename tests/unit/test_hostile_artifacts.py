@@ -25,7 +25,7 @@ from vllm_adainfer.artifact.files import (
     load_details,
     save_artifact,
 )
-from vllm_adainfer.artifact.source import FILES
+from vllm_adainfer.artifact.source import FILES, STUDENT_FILES
 from vllm_adainfer.errors import AdaInferError
 
 
@@ -176,7 +176,7 @@ def test_from_the_hub_only_our_files_are_fetched(artifact, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     load_artifact_config("someone/policy")
-    assert asked == {"repo": "someone/policy", "allow_patterns": list(FILES)}
+    assert asked == {"repo": "someone/policy", "allow_patterns": [*FILES, *STUDENT_FILES]}
 
 
 @pytest.mark.parametrize("source", ["../policy", "./policy", "/policy", "/etc", "no/such/policy"])

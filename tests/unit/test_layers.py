@@ -19,9 +19,9 @@ BELOW = {
     "errors": set(),
     "settings": {"errors"},
     "artifact": {"errors"},
-    "policy": {"artifact", "settings", "kernels", "arrays"},
+    "policy": {"artifact", "settings", "kernels", "arrays", "errors"},
     "monitoring": {"artifact", "arrays"},
-    "exits": {"monitoring", "policy", "settings", "kernels", "arrays"},
+    "exits": {"monitoring", "policy", "artifact", "settings", "kernels", "arrays"},
     "engine": {
         "exits",
         "monitoring",
@@ -76,11 +76,11 @@ CALIBRATION = {
     "options": set(),
     "data": set(),
     "record": {"data"},
-    "fit": {"record"},
+    "fit": {"record", "data"},
     "certify": {"fit", "options"},
     "fitted_policy": {"certify", "fit", "record", "data", "options"},
     "prompts": {"certify", "fit", "data", "options"},
-    "write": {"fitted_policy", "certify"},
+    "write": {"fitted_policy", "certify", "fit"},
     "calibrate": {"write", "prompts", "fitted_policy", "fit", "record", "data", "options"},
 }
 """What each step of calibration imports of the other ones."""

@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.policy.policy_set import PolicySet, first_threshold_rows
 from vllm_adainfer.settings.engine import NO_POLICY
 
 
 def policy(exit_points: tuple[int, ...], num_threshold_rows: int) -> Any:
     return SimpleNamespace(
-        exit_points=exit_points, num_threshold_rows=num_threshold_rows, is_pooled=False
+        exit_points=exit_points,
+        num_threshold_rows=num_threshold_rows,
+        probe_inputs=(ProbeInput.LAST_TOKEN,) * len(exit_points),
     )
 
 

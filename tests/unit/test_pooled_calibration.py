@@ -23,6 +23,7 @@ from tests.unit.test_make_policy import (
 )
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import best_policy
 from vllm_adainfer.offline.calibration.certify.certify import Bound
@@ -162,7 +163,9 @@ def test_what_is_served_of_each_part_is_what_was_certified(tmp_path):
         rows = torch.full((len(SPLIT.certify),), part.config.level_of(None))
         exits = np.full(len(SPLIT.certify), len(fitted.exits))
         for index, layer in enumerate(serving.exit_points):
-            read = recording.read_by_probe(layer, SPLIT.certify, serving.is_pooled)
+            read = recording.read_by_probe(
+                layer, SPLIT.certify, serving.probe_inputs[0] is ProbeInput.PROMPT
+            )
             settled = serving.decide(index, UndecidedRows(read, rows)).settled.numpy()
             exits[(exits == len(fitted.exits)) & settled] = index
         assert np.array_equal(exits, fitted.points[EPSILON].exits)

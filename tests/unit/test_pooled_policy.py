@@ -78,14 +78,14 @@ def test_it_is_read_back_as_it_was_written_and_each_part_has_its_own_tensors(poo
         ({"last_token": last_token()}, "last_token goes with a pooled-label-head"),
         ({**POOLED, "max_tokens": 2}, "a pooled-label-head needs max_tokens = 1"),
         ({**POOLED, "labels": (), "candidates": "full"}, "a label-head needs labels"),
-        ({"exit_points": (0, 2)}, "exit point 0 needs a pooled-label-head"),
+        ({"exit_points": (0, 2)}, "exit point 0 needs a student or a pooled-label-head"),
         (
             {"exit_points": (0, 2), "probe": "logit-lens", "candidates": "full", "labels": ()},
-            "exit point 0 needs a pooled-label-head",
+            "exit point 0 needs a student or a pooled-label-head",
         ),
         (
             {**POOLED, "last_token": last_token(exit_points=(0, 2))},
-            "exit point 0 needs a pooled-label-head",
+            "exit point 0 needs a student or a pooled-label-head",
         ),
         ({**POOLED, "last_token": last_token(exit_points=(3, 2))}, "exit_points must ascend"),
         ({**POOLED, "last_token": last_token(exit_points=(2, 6))}, "exit_points must ascend"),

@@ -93,8 +93,9 @@ class Student(Strict):
         revision: the commit on the hub; None for a directory.
         license: the license that the encoder's model card names; None if it names none.
         hidden_size: the width of the encoder's states.
-        text_from: the position in the prompt from which on it reads; earlier tokens are the same in
-            all prompts.
+        shared_start: tokens at the start of a prompt that it does not read, because they are the
+            same in all prompts.
+        shared_end: the same at the end of a prompt.
         most_tokens: the most tokens of its own tokenizer that it reads; longer texts are cut.
         tokenizer: SHA-256, in hex digits, of the file of its tokenizer.
 
@@ -104,14 +105,15 @@ class Student(Strict):
     revision: str | None = None
     license: str | None = None
     hidden_size: int = Field(gt=0)
-    text_from: int = Field(ge=0)
+    shared_start: int = Field(ge=0)
+    shared_end: int = Field(ge=0)
     most_tokens: int = Field(gt=0, le=MOST_STUDENT_TOKENS)
     tokenizer: str
 
     @property
-    def reads(self) -> tuple[int, int, str]:
+    def reads(self) -> tuple[int, int, int, str]:
         """All that decides what it reads of a prompt."""
-        return self.text_from, self.most_tokens, self.tokenizer
+        return self.shared_start, self.shared_end, self.most_tokens, self.tokenizer
 
 
 class LastToken(Strict):

@@ -120,7 +120,7 @@ def _read_config(directory: Path) -> ArtifactConfig:
         ) from None
     check_tensors(directory / POLICY_FILE, config)
     if config.student is not None:
-        check_files(directory, STUDENT_FILES)
+        check_files(str(directory), directory, STUDENT_FILES)
         tokenizer = hashlib.sha256()
         add_file(tokenizer, directory / STUDENT_TOKENIZER)
         if tokenizer.hexdigest() != config.student.tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Student
 
 
 def wrong_in_words(config: ArtifactConfig) -> str:
@@ -11,6 +12,16 @@ def wrong_in_words(config: ArtifactConfig) -> str:
     return (
         f"another best label than full depth's, or a label's probability{where} that moves by more "
         f"than {config.tolerance:g}"
+    )
+
+
+def student_in_words(student: Student) -> str:
+    """Which encoder a student was trained from, and what it reads."""
+    revision = "" if student.revision is None else f" at {student.revision}"
+    return (
+        f"{student.name}{revision} (license: {student.license or 'not named'}), trained on the "
+        f"model's answers; it decides before the first layer, by up to {student.most_tokens} of "
+        "its tokens of the prompt's own text"
     )
 
 

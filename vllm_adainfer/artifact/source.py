@@ -41,12 +41,12 @@ def locate(source: str, names: tuple[str, ...] = SERVED_FILES) -> Path:
                 f"artifact {source!r} is neither a directory nor a hub id that can be "
                 f"fetched ({type(error).__name__})"
             ) from None
-    check_files(directory, names)
+    check_files(source, directory, names)
     return directory
 
 
-def check_files(directory: Path, names: tuple[str, ...]) -> None:
-    """Check that the files `names` of an artifact are there.
+def check_files(source: str, directory: Path, names: tuple[str, ...]) -> None:
+    """Check that the files `names` of the artifact `source` are in its `directory`.
 
     Raises:
         AdaInferError: one of them is missing, or a link that leads elsewhere.
@@ -58,7 +58,7 @@ def check_files(directory: Path, names: tuple[str, ...]) -> None:
         path = directory / name
         if not path.is_file():
             raise AdaInferError(
-                f"artifact '{directory}' has no {name}: give the directory that "
+                f"artifact {source!r} has no {name}: give the directory that "
                 "`vllm-adainfer calibrate --output` wrote"
             )
         target = path.resolve()

@@ -32,8 +32,9 @@ class OwnText:
         self._tokenizer = Tokenizer.from_str(tokenizer)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(student.most_tokens)
-        self._first = student.text_from
-        self._end = student.text_from + MOST_PROMPT_TOKENS * student.most_tokens
+        self._first = student.shared_start
+        self._shared_end = student.shared_end
+        self._most_prompt_tokens = MOST_PROMPT_TOKENS * student.most_tokens
         self._most_characters = MOST_CHARACTERS * student.most_tokens
 
     def tokens_of(self, prompt: Sequence[int]) -> tuple[int, ...]:
@@ -42,9 +43,11 @@ class OwnText:
         It is not where the prompt has no text of its own, or bytes that are no text. Long texts
         are cut, the same way in calibration and in serving.
         """
-        text = self._decode(prompt[self._first : self._end])
-        if len(prompt) > self._end:
-            text = text.rstrip(NOT_TEXT)  # the first bytes of a character that was cut
+        end = len(prompt) - self._shared_end
+        cut = self._first + self._most_prompt_tokens
+        text = self._decode(prompt[self._first : min(end, cut)]) if self._first < end else ""
+        if cut < end:
+            text = text.rstrip(NOT_TEXT)  # the first bytes of a character
         if NOT_TEXT in text or not text.strip():
             return ()
         return tuple(self._tokenizer.encode(text[: self._most_characters]).ids)

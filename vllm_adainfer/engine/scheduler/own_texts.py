@@ -46,7 +46,8 @@ class OwnTexts:
     def of(self, request: Request, resolved: Resolved) -> Mapping[str, tuple[int, ...]]:
         """`Resolved.texts` of a request; images and embeddings are no text."""
         prompt = request.prompt_token_ids
-        if not resolved.may_exit or not prompt or request.mm_features or request.prompt_embeds:
+        is_text = prompt and not request.mm_features and request.prompt_embeds is None
+        if not is_text or not resolved.may_exit:
             return {}
         names = self._admission.policies.with_student(resolved, request.lora_request)
         return {name: self._readers[name].tokens_of(prompt) for name in names}

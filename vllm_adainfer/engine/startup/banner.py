@@ -28,6 +28,8 @@ def policy_banner(
         f"AdaInfer is on: policy {name}, {config.probe} probe after layers {points} of "
         f"{config.layers}, for {WHO[settings.requests]} for {_outputs(config)}"
     )
+    if config.student is not None:
+        text += f", with a student ({config.student.name}) before the first layer"
     if config.is_pooled:
         text += _if_partly_cached(config)
     if config.risk == "probability":

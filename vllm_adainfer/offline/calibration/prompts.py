@@ -31,6 +31,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
     make_examples,
     read_rows,
     read_template,
+    shared_start,
 )
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of
 from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
@@ -146,13 +147,7 @@ def shared_tokens(examples: Sequence[Example]) -> int:
     The first token is never pooled: it attracts attention, and its state is an outlier.
     """
     prompts = [example.token_ids for example in examples]
-    first, last = min(prompts), max(prompts)  # in lexical order: all begin as these two do
-    shared = 0
-    for one, other in zip(first, last, strict=False):
-        if one != other:
-            break
-        shared += 1
-    return max(1, min(shared, min(map(len, prompts)) - 1))
+    return max(1, min(shared_start(prompts), min(map(len, prompts)) - 1))
 
 
 def _from_rows(

@@ -10,6 +10,7 @@ from vllm_adainfer.artifact.promise import (
     after_which_text,
     each_for_itself,
     not_seen_whole,
+    student_in_words,
     wrong_in_words,
 )
 from vllm_adainfer.offline.tables import aligned, text_table
@@ -78,8 +79,10 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     if config.adapter is not None:
         adapter = config.adapter
         facts["adapter"] = f"{adapter.name} (LoRA, fingerprint {adapter.fingerprint})"
+    facts["probe"] = f"{config.probe} on {scored}"
+    if config.student is not None:
+        facts["student"] = student_in_words(config.student)
     facts |= {
-        "probe": f"{config.probe} on {scored}",
         "classifier": f"{config.classifier} on {', '.join(config.features)}",
         "calibrated": f"on {rows}, {details['rows_held_out']} of them held out for the bound; seed "
         f"{details['seed']}",

@@ -241,3 +241,11 @@ def check_labels_known(examples: Sequence[Example], labels: Sequence[Label]) -> 
             raise AdaInferError(
                 f"{example.place}: the label {example.label!r} is not among {', '.join(names)}"
             )
+
+
+def shared_start(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all of `prompts` begin with."""
+    first, last = min(prompts), max(prompts)  # in lexical order: all begin as these two do
+    pairs = enumerate(zip(first, last, strict=False))
+    differing = (place for place, (one, other) in pairs if one != other)
+    return next(differing, min(len(first), len(last)))

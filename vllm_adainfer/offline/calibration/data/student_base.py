@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_adainfer.artifact.fields import MOST_STUDENT_TOKENS, Student
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.examples import Example, shared_start
 from vllm_adainfer.policy.own_text import OwnText
 
 TOKENIZER = "tokenizer.json"
@@ -75,12 +75,14 @@ def load_student_base(
             "fast one"
         )
     tokenizer = path.read_text(encoding="utf-8")
+    start, end = _shared(examples)
     described = Student(
         name=Path(source).name if Path(source).is_dir() else source,
         revision=revision,
         license=_license(directory),
         hidden_size=model.config.hidden_size,
-        text_from=_shared_tokens(examples),
+        shared_start=start,
+        shared_end=end,
         most_tokens=_most_tokens(source, directory, model.config),
         tokenizer=hashlib.sha256(tokenizer.encode()).hexdigest(),
     )
@@ -89,8 +91,9 @@ def load_student_base(
     texts = [own.tokens_of(example.token_ids) for example in examples]
     if not any(texts):
         raise AdaInferError(
-            f"--student {source} has nothing to read: the prompts have no text of their own after "
-            f"the {described.text_from} tokens that all of them begin with"
+            f"--student {source} has nothing to read: the prompts have no text of their own "
+            f"between the {start} tokens that all of them begin with and the {end} "
+            "that all end with"
         )
     return StudentBase(described, model, tokenizer, texts)
 
@@ -142,9 +145,8 @@ def _most_tokens(source: str, directory: Path, config: Any) -> int:
     return most
 
 
-def _shared_tokens(examples: Sequence[Example]) -> int:
-    """How many tokens all prompts begin with."""
+def _shared(examples: Sequence[Example]) -> tuple[int, int]:
+    """How many tokens all prompts begin with, and how many all end with."""
     prompts = [example.token_ids for example in examples]
-    first, last = min(prompts), max(prompts)  # in lexical order: all begin as these two do
-    pairs = zip(first, last, strict=False)
-    return next((place for place, (one, other) in enumerate(pairs) if one != other), 0)
+    start = shared_start(prompts)
+    return start, shared_start([prompt[start:][::-1] for prompt in prompts])

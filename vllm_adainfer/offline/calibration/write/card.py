@@ -10,6 +10,7 @@ from vllm_adainfer.artifact.promise import (
     after_which_text,
     each_for_itself,
     not_seen_whole,
+    student_in_words,
     wrong_in_words,
 )
 from vllm_adainfer.offline.tables import markdown_table
@@ -25,6 +26,7 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
             ["architecture", f"{config.architecture}, {config.layers} layers"],
             ["exit points", ", ".join(map(str, config.exit_points))],
             ["probe", f"{config.probe}, candidates: {labels}"],
+            *_student(config),
             ["classifier", f"{config.classifier} on {', '.join(config.features)}"],
             [
                 "calibrated on",
@@ -120,6 +122,11 @@ def _mixture(config: ArtifactConfig) -> str:
     if config.by_question:
         return f", for each of {len(config.questions)} questions on its own; others run all layers"
     return " (the same mixture of questions, each with labels of its own)" * config.label_pool
+
+
+def _student(config: ArtifactConfig) -> list[list[str]]:
+    """A row about the student."""
+    return [] if config.student is None else [["student", student_in_words(config.student)]]
 
 
 def _tolerated(config: ArtifactConfig) -> list[list[str]]:

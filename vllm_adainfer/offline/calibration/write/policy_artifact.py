@@ -162,7 +162,8 @@ def policy_tensors(policy: FittedPolicy) -> dict[str, Tensor]:
             tensors["head_rows"] = probe.head.weight
     if policy.last_token is not None:
         own = policy_tensors(policy.last_token)
-        tensors |= {f"{LAST_TOKEN}.{name}": tensor for name, tensor in own.items()}
+        # Copies: both parts have the same student, and a file has no shared tensors.
+        tensors |= {f"{LAST_TOKEN}.{name}": tensor.clone() for name, tensor in own.items()}
     return tensors
 
 

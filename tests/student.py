@@ -1,0 +1,73 @@
+"""A tiny random student: an encoder of one layer that reads the words of the tiny model."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertModel
+
+from tests.tiny import word_tokenizer
+from vllm_adainfer.artifact.artifact import Encoder
+from vllm_adainfer.artifact.fields import Student
+from vllm_adainfer.policy.own_text import OwnText
+
+WIDTH = 16
+LONGEST = 24  # tokens that it reads
+
+
+@cache
+def tokenizer() -> str:
+    """The JSON of its tokenizer."""
+    return str(word_tokenizer().backend_tokenizer.to_str())
+
+
+def bert(seed: int = 3) -> BertModel:
+    """Its encoder."""
+    torch.manual_seed(seed)
+    size = {"hidden_size": WIDTH, "intermediate_size": 32, "num_attention_heads": 2}
+    return BertModel(
+        BertConfig(
+            vocab_size=len(word_tokenizer()),
+            num_hidden_layers=1,
+            max_position_embeddings=64,
+            initializer_range=0.5,
+            **size,
+        )
+    ).eval()
+
+
+def encoder() -> Encoder:
+    """The same as an artifact has it."""
+    model = bert()
+    return Encoder(model.config.to_dict(), dict(model.state_dict()))
+
+
+def described(shared_start: int = 2, most_tokens: int = LONGEST, **changes: Any) -> Student:
+    """What an artifact says of it."""
+    return Student(
+        name="tiny-bert",
+        license="apache-2.0",
+        hidden_size=WIDTH,
+        shared_start=shared_start,
+        shared_end=0,
+        most_tokens=most_tokens,
+        tokenizer=hashlib.sha256(tokenizer().encode()).hexdigest(),
+        **changes,
+    )
+
+
+def reader(student: Student) -> OwnText:
+    """Reads prompts of the tiny model for it."""
+    return OwnText(word_tokenizer().decode, student, tokenizer())
+
+
+def save_bert(directory: Path, **settings: Any) -> Path:
+    """Write the encoder and its tokenizer, as transformers saves them; `settings` of saving."""
+    bert().save_pretrained(directory, **settings)
+    word_tokenizer().save_pretrained(directory)
+    (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    return directory

@@ -1,0 +1,373 @@
+"""A student answers from the text of a prompt, the same in calibration and in serving."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+
+from tests import student
+from tests.tiny import tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
+from vllm_adainfer.artifact.artifact import Artifact, Encoder
+from vllm_adainfer.artifact.fields import Choice, Label, LastToken, Student
+from vllm_adainfer.artifact.files import load_artifact, load_artifact_config, save_artifact
+from vllm_adainfer.artifact.label_subsets import bits_of
+from vllm_adainfer.artifact.source import STUDENT_FILES, STUDENT_TOKENIZER, STUDENT_WEIGHTS
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.scheduler import own_texts
+from vllm_adainfer.engine.scheduler.own_texts import OwnTexts
+from vllm_adainfer.engine.worker.reload import check_replaces
+from vllm_adainfer.engine.worker.warm_up import warm_up
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.load_policy import policy_of
+from vllm_adainfer.policy.own_text import MOST_CHARACTERS, MOST_PROMPT_TOKENS, OwnText
+from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.policy.probe import LabelHead
+from vllm_adainfer.policy.student import BATCH, TextEncoder
+from vllm_adainfer.policy.student import Student as ServedStudent
+from vllm_adainfer.settings.engine import Settings
+
+CPU = torch.device("cpu")
+WITH_STUDENT: dict[str, Any] = {"exit_points": (0, 3), "student": student.described()}
+
+
+def scores_by_hand(encoder: Any, text: tuple[int, ...], head: LabelHead) -> Tensor:
+    """The definition: the mean of the states of one text, and a linear map."""
+    states = encoder(torch.tensor([text])).last_hidden_state[0]
+    return head.weight @ states.mean(0) + head.bias
+
+
+# What it reads of a prompt
+
+
+def words(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(100, 1000, count).tolist()
+
+
+def test_it_reads_the_own_part_of_a_prompt_up_to_its_limit():
+    own = words(10)
+    described = student.described(shared_start=3).model_copy(update={"shared_end": 2})
+    read = student.reader(described).tokens_of
+    assert read([1, 2, 3, *own, 4, 5]) == tuple(own)
+    assert read([7, 8, 9, *own, 6, 7]) == tuple(own)
+    longer = words(200, seed=1)
+    assert read([1, 2, 3, *longer, 4, 5]) == tuple(longer[: student.LONGEST])
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, 5])
+def test_it_is_not_asked_where_nothing_of_the_prompt_is_its_own(length):
+    described = student.described(shared_start=3).model_copy(update={"shared_end": 2})
+    assert student.reader(described).tokens_of(words(length)) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [("good food", True), ("good \N{REPLACEMENT CHARACTER} food", False), (" \n", False)],
+)
+def test_it_is_not_asked_about_bytes_that_are_no_text_or_about_blanks(text, asked):
+    reader = OwnText(lambda tokens: text, student.described(), student.tokenizer())
+    assert bool(reader.tokens_of([1] * 9)) == asked
+
+
+def test_what_a_prompt_costs_on_arrival_has_a_cap():
+    """So many of its tokens are decoded, and so many characters read; half a character is cut."""
+    seen: list[int] = []
+
+    def decode(tokens: Any) -> str:
+        seen.append(len(tokens))
+        return f"{'good ' * 100_000}\N{REPLACEMENT CHARACTER}"
+
+    described = student.described()
+    reader = OwnText(decode, described, student.tokenizer())
+    reader._tokenizer = SimpleNamespace(
+        encode=lambda text: seen.append(len(text)) or SimpleNamespace(ids=[1])
+    )
+    assert reader.tokens_of([1] * 1_000_000) == (1,)
+    most = described.most_tokens
+    assert seen == [MOST_PROMPT_TOKENS * most, MOST_CHARACTERS * most]
+
+
+# What it makes of texts
+
+
+def head(labels: int = 2, rows: int | None = None) -> LabelHead:
+    generator = torch.Generator().manual_seed(5)
+    count = labels if rows is None else rows
+    weight = torch.randn(count, student.WIDTH, generator=generator)
+    return LabelHead(weight, torch.randn(count, generator=generator), torch.arange(labels))
+
+
+@pytest.mark.parametrize("count", [1, BATCH, 2 * BATCH + 3])
+def test_each_text_is_scored_as_if_it_were_alone(count):
+    generator = np.random.default_rng(count)
+    texts = [tuple(words(int(n), seed=n)) for n in generator.integers(1, student.LONGEST, count)]
+    model, own = student.bert(), head()
+    scores = ServedStudent(TextEncoder.of(student.encoder(), CPU), own).score(texts)
+    wanted = torch.stack([scores_by_hand(model, text, own) for text in texts])
+    torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_that_a_request_does_not_name_score_nothing():
+    subsets = torch.tensor([[True, True, False], [False, True, True]])
+    encoder = TextEncoder.of(student.encoder(), CPU)
+    scores = ServedStudent(encoder, head(3)).score([(101, 102), (103,)], subsets)
+    assert torch.equal(scores.isneginf(), ~subsets)
+
+
+def test_an_encoder_that_transformers_cannot_build_is_an_error():
+    plain = student.encoder()
+    for wrong in (
+        Encoder({**plain.settings, "model_type": "unheard-of"}, plain.tensors),
+        Encoder({**plain.settings, "hidden_size": 32}, plain.tensors),
+    ):
+        with pytest.raises(AdaInferError, match=r"the student cannot be built .* calibrate again"):
+            TextEncoder.of(wrong, CPU)
+
+
+# The policies that have one
+
+POOL = tuple(Label(name=str(token), token_id=token) for token in (40, 7, 300))
+CHOICES = tuple(
+    Choice(text=name, token_ids=(token,), first_tokens=(token,))
+    for name, token in (("yes", 21), ("no", 22))
+)
+POLICIES: dict[str, dict[str, Any]] = {
+    "labels": {},
+    "crf": {"classifier": "crf"},
+    "pooled": {"probe": "pooled-label-head", "pooled_from": 2},
+    "pool": {"labels": POOL, "label_pool": True},
+    "choices": {
+        "choices": CHOICES,
+        "labels": tuple(Label(name=c.text, token_id=c.token_ids[0]) for c in CHOICES),
+    },
+    "probabilities": {"risk": "probability", "tolerance": 0.05, "label_mass": True},
+}
+
+
+@pytest.fixture(params=[*POLICIES])
+def artifact(request, tiny_model) -> Artifact:
+    config = tiny_config(tiny_model, **{**WITH_STUDENT, **POLICIES[request.param]})
+    tensors = tiny_tensors(config)
+    if config.classifier == "crf":
+        for layer in config.exit_points:
+            tensors[f"exit.{layer}.classifier"] = torch.randn(7)
+    return Artifact(config, tensors, encoder=student.encoder())
+
+
+def test_a_policy_decides_before_the_first_layer_by_the_text(artifact):
+    config = artifact.config
+    policy = policy_of(artifact, CPU, lambda rows: None)
+    texts = [(101, 102, 103), (700, 150)]
+    bits = bits_of(frozenset(config.label_ids), config.label_ids)
+    rows = UndecidedRows(
+        torch.empty(0, config.hidden_size),
+        torch.tensor([0, 1]),
+        subsets=torch.full((2,), bits),
+        texts=texts,
+    )
+    decision, view = policy.decide(0, rows), policy.view(0, rows)
+    assert decision.settled.shape == (2,)
+    own = LabelHead(
+        artifact.tensors["exit.0.head_weight"],
+        artifact.tensors["exit.0.head_bias"],
+        torch.tensor(config.label_ids),
+    )
+    model = student.bert()
+    wanted = torch.stack([scores_by_hand(model, text, own) for text in texts])
+    labels = wanted[:, : len(config.label_ids)]
+    assert view.tokens.tolist() == own.token_ids[labels.argmax(1)].tolist()
+    best = labels.softmax(1).max(1).values
+    torch.testing.assert_close(view.top_prob, best, rtol=1e-4, atol=1e-4)
+    answered = decision.answers.values[:, : len(config.label_ids)].argmax(1)
+    assert torch.equal(answered, labels.argmax(1))
+    assert torch.equal(decision.settled, view.odds >= view.threshold)
+
+
+def test_it_is_warmed_up(artifact):
+    policies = PolicySet({"a": policy_of(artifact, CPU, lambda rows: None)})
+    warm_up(policies, torch.zeros(3, artifact.config.hidden_size))
+
+
+# The artifact
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path) -> Path:
+    return tiny_artifact(tiny_model, tmp_path / "policy", **WITH_STUDENT)
+
+
+def test_an_artifact_keeps_its_student(saved):
+    loaded = load_artifact(str(saved))
+    assert loaded.config.student == student.described()
+    assert loaded.encoder is not None
+    own = head()
+    texts = [(101, 102)]
+    before, after = (
+        ServedStudent(TextEncoder.of(one, CPU), own).score(texts)
+        for one in (student.encoder(), loaded.encoder)
+    )
+    assert torch.equal(before, after)
+    assert loaded.digest != load_artifact(str(saved)).digest[::-1]
+
+
+def test_both_parts_share_one_encoder(tiny_model):
+    last = LastToken(exit_points=(0, 3), levels=tiny_config(tiny_model).levels)
+    pooled = {"probe": "pooled-label-head", "pooled_from": 2, "last_token": last}
+    config = tiny_config(tiny_model, **WITH_STUDENT, **pooled)
+    parts = Artifact(config, tiny_tensors(config), encoder=student.encoder()).parts("a")
+    own, other = (policy_of(part, CPU, lambda rows: None) for part in parts.values())
+    pair = zip(*(p._probes[0].encoder.state_dict().values() for p in (own, other)), strict=True)
+    assert all(one.data_ptr() == two.data_ptr() for one, two in pair)
+    without = config.model_copy(
+        update={"last_token": last.model_copy(update={"exit_points": (3,)})}
+    )
+    assert without.parts("a")["a:last-token"].student is None
+
+
+@pytest.mark.parametrize("name", STUDENT_FILES)
+def test_a_file_that_is_missing_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(AdaInferError, match=f"has no {name}: give the directory"):
+        load_artifact_config(str(saved))
+
+
+def test_another_tokenizer_is_refused(saved):
+    other = json.loads(student.tokenizer()) | {"normalizer": {"type": "Lowercase"}}
+    (saved / STUDENT_TOKENIZER).write_text(json.dumps(other))
+    with pytest.raises(AdaInferError, match="not the tokenizer that the student was trained with"):
+        load_artifact_config(str(saved))
+
+
+def test_other_weights_are_another_artifact(saved):
+    before = load_artifact(str(saved)).digest
+    content = bytearray((saved / STUDENT_WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (saved / STUDENT_WEIGHTS).write_bytes(bytes(content))
+    assert load_artifact(str(saved)).digest != before
+
+
+def test_damaged_weights_are_an_error(saved):
+    (saved / STUDENT_WEIGHTS).write_bytes(b"nonsense")
+    with pytest.raises(AdaInferError, match=r"student/model.safetensors cannot be read"):
+        load_artifact(str(saved))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"exit_points": (2, 3)}, "a student decides at exit point 0, so there must be one"),
+        ({"probe": "lens"}, "a student needs the label-heads' scores and max_tokens = 1"),
+        ({"max_tokens": 4}, "a student needs the label-heads' scores and max_tokens = 1"),
+        ({"student": None}, "exit point 0 needs a student or a pooled-label-head"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_that_makes_no_sense_is_refused(tiny_model, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_config(tiny_model, **{**WITH_STUDENT, **changes})
+
+
+def test_a_head_of_another_width_is_refused(tiny_model, tmp_path):
+    config = tiny_config(tiny_model, **WITH_STUDENT)
+    tensors = tiny_tensors(config)
+    tensors["exit.0.head_weight"] = torch.zeros(2, config.hidden_size)
+    save_artifact(tmp_path / "a", config, tensors, {}, "", student.encoder(), student.tokenizer())
+    with pytest.raises(AdaInferError, match=r"exit.0.head_weight must have shape \[2, 16\]"):
+        load_artifact_config(str(tmp_path / "a"))
+
+
+# On arrival
+
+
+def arrival(tiny_model: Path, tmp_path: Path, monkeypatch: Any, **settings: Any) -> Any:
+    path = tiny_artifact(tiny_model, tmp_path / "reviews", **WITH_STUDENT)
+    switch = Settings.model_validate({"artifact": {"reviews": str(path)}, **settings})
+    admission = Admission(switch)
+    monkeypatch.setattr(own_texts, "cached_tokenizer_from_config", lambda _: word_tokenizer())
+    texts = OwnTexts(SimpleNamespace(model_config=None), switch, admission)
+    config = admission.policies.configs["reviews"]
+    return admission, texts, config
+
+
+def arrived(prompt: list[int] | None, **changes: Any) -> Any:
+    plain = {
+        "prompt_token_ids": prompt,
+        "mm_features": [],
+        "prompt_embeds": None,
+        "lora_request": None,
+    }
+    return SimpleNamespace(**{**plain, **changes})
+
+
+def params(config: Any, **changes: Any) -> SamplingParams:
+    wanted = {"temperature": 0, "max_tokens": 1, "allowed_token_ids": list(config.label_ids)}
+    return SamplingParams(**{**wanted, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "request_changes", "asked"),
+    [
+        ({}, {}, True),
+        ({"allowed_token_ids": [1, 2]}, {}, False),
+        ({"extra_args": {"adainfer": 0}}, {}, False),
+        ({"extra_args": {"adainfer_epsilon": 0}}, {}, False),
+        ({}, {"prompt_token_ids": None}, False),
+        ({}, {"mm_features": ["an image"]}, False),
+        ({}, {"prompt_embeds": torch.zeros(2, 2)}, False),
+    ],
+    ids=["ours", "other labels", "opted out", "never", "no tokens", "image", "embeddings"],
+)
+def test_the_text_is_read_once_if_a_policy_may_ask_the_student(
+    tiny_model, tmp_path, monkeypatch, changes, request_changes, asked
+):
+    admission, texts, config = arrival(tiny_model, tmp_path, monkeypatch)
+    prompt = [1, 2, *words(5)]
+    resolved = admission.resolve("id", params(config, **changes))
+    found = texts.of(arrived(prompt, **request_changes), resolved)
+    assert found == ({"reviews": tuple(prompt[2:])} if asked else {})
+
+
+def test_a_worker_gets_the_text_of_the_policy_that_decides(tiny_model, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    admission, _, config = arrival(tiny_model, tmp_path, monkeypatch)
+    resolved = replace(
+        admission.resolve("id", params(config)), texts={"reviews": (5, 6), "other": (7,)}
+    )
+    assert admission.admit(resolved, words(9)).text == (5, 6)
+    undecided = replace(resolved, output=None)
+    assert admission.admit(undecided, words(9)).text == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "refused"),
+    [
+        (student.described(), student.described(), False),
+        (student.described(), student.described(revision="abc"), False),
+        (student.described(), student.described(shared_start=1), True),
+        (student.described(), student.described(most_tokens=9), True),
+        (None, student.described(), True),
+        (student.described(), None, False),
+    ],
+    ids=["same", "other weights", "other start", "other limit", "new", "gone"],
+)
+def test_a_reload_brings_only_students_that_read_alike(
+    tiny_model, old: Student | None, new: Student | None, refused: bool
+):
+    configs = [
+        tiny_config(tiny_model, student=one, exit_points=(3,) if one is None else (0, 3))
+        for one in (new, old)
+    ]
+    if not refused:
+        check_replaces("reviews", *configs, (0, 3))
+        return
+    with pytest.raises(AdaInferError, match="policy reviews has a student that reads requests in"):
+        check_replaces("reviews", *configs, (0, 3))

@@ -1,0 +1,279 @@
+"""What calibration makes of an encoder: a student, and a policy whose bound covers it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests import student
+from tests.tiny import word_tokenizer
+from tests.unit.test_make_policy import DEPTH, HF_CONFIG, LABEL_IDS, LABELS, PROMPTS, SPLIT
+from tests.unit.test_pooled_calibration import recording_of_prompts
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration import fitted_policy
+from vllm_adainfer.offline.calibration.calibrate import best_policy, student_of
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.student_base import (
+    StudentBase,
+    load_student_base,
+)
+from vllm_adainfer.offline.calibration.fit import cost
+from vllm_adainfer.offline.calibration.fit import student as training
+from vllm_adainfer.offline.calibration.fit.probes import Target
+from vllm_adainfer.offline.calibration.fitted_policy import Calibration
+from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
+from vllm_adainfer.offline.reports.describe import describe
+from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.load_policy import policy_of
+from vllm_adainfer.policy.student import Student
+
+EPSILON = 0.05
+HINTS = (101, 202)  # a word for each label
+
+
+def learn_fast(patch: pytest.MonkeyPatch) -> None:
+    """An encoder of random weights has more to learn than one that knows the language."""
+    patch.setattr(training, "LEARNING_RATE", 1e-2)
+    patch.setattr(training, "HEAD_LEARNING_RATE", 1e-2)
+    patch.setattr(training, "EPOCHS", 6)
+    patch.setattr(training, "PATIENCE", 6)
+
+
+@pytest.fixture(autouse=True)
+def fast_and_quiet(monkeypatch) -> None:
+    monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
+    monkeypatch.setattr(cost, "student_seconds", lambda *_: 1e-6)
+    learn_fast(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def recording() -> Any:
+    return recording_of_prompts(0.6)
+
+
+def base_of(recording: Any, unreadable: int = 0) -> StudentBase:
+    """Texts of which six in ten have the word that gives the answer away."""
+    generator = np.random.default_rng(0)
+    texts = []
+    for token in recording.tokens.tolist():
+        text = generator.integers(400, 900, 6)
+        if generator.random() < 0.6:
+            text[2] = HINTS[LABEL_IDS.tolist().index(token)]
+        texts.append(tuple(text.tolist()))
+    if unreadable:
+        texts[-unreadable:] = [()] * unreadable
+    return StudentBase(student.described(), student.bert(), student.tokenizer(), texts)
+
+
+def calibration(recording: Any, **options: Any) -> Calibration:
+    return Calibration(
+        recording,
+        Target("pooled-label-head", LABEL_IDS),
+        SPLIT,
+        PolicyOptions(**{"epsilon": EPSILON, **options}),
+        LABELS,
+        pooled_from=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def found(recording) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
+        patch.setattr(cost, "student_seconds", lambda *_: 1e-6)
+        learn_fast(patch)
+        return best_policy(calibration(recording), "auto", base_of(recording, unreadable=4))
+
+
+def test_a_student_learns_what_the_words_say_from_the_rows_it_may_see(recording):
+    trained = student_of(calibration(recording), base_of(recording))
+    fit = recording.rows_of(SPLIT.fit)
+    unseen = fit[trained.unseen]
+    assert 0 < len(unseen) < len(fit) / 3
+    texts = [trained.base.texts[row] for row in unseen]
+    answers = LABEL_IDS[trained.student.score(texts).argmax(1)].numpy()
+    assert np.mean(answers == recording.tokens[unseen]) > 0.75
+    again = student_of(calibration(recording), base_of(recording))
+    assert torch.equal(again.student.score(texts), trained.student.score(texts))
+
+
+def test_rows_it_may_not_see_and_held_out_rows_change_no_weight_of_an_epoch(recording, monkeypatch):
+    """They only choose between epochs, so with one epoch they change nothing at all."""
+    monkeypatch.setattr(training, "EPOCHS", 1)
+    plain = student_of(calibration(recording), base_of(recording))
+    base = base_of(recording)
+    learned = recording.rows_of(SPLIT.fit)[~plain.unseen]
+    texts = [(9,) if row not in learned else text for row, text in enumerate(base.texts)]
+    again = student_of(calibration(recording), replace(base, texts=texts))
+    assert torch.equal(again.student.head.weight, plain.student.head.weight)
+
+
+def test_the_policy_asks_it_first_and_its_bound_covers_all_exits(found, recording):
+    assert found.exits[0].layer == 0
+    assert isinstance(found.exits[0].probe, Student)
+    assert found.last_token is not None
+    assert isinstance(found.last_token.exits[0].probe, Student)
+    point = found.points[EPSILON]
+    held = recording.rows_of(SPLIT.certify)
+    where = np.full(len(held), len(found.exits))
+    for index in reversed(range(len(found.exits))):
+        where[(found.exits[index].held_out.score >= point.threshold).numpy()] = index
+    assert np.array_equal(where, point.exits)
+    losses = np.vstack([*(e.held_out.loss for e in found.exits), np.zeros(len(held))])
+    risk = losses[where, np.arange(len(held))].mean()
+    assert risk == pytest.approx(point.risk)
+    assert found.calibration.bound.of(point.losses) <= EPSILON
+
+
+def test_all_candidates_are_compared_on_rows_that_the_student_has_not_seen(found):
+    unseen = int(found.student.unseen.sum())
+    assert {len(exit.fitted.loss) for exit in found.candidates} == {unseen}
+
+
+def test_prompts_it_cannot_read_are_never_settled_by_it(recording, found):
+    base = base_of(recording)
+    readable = np.array([bool(text) for text in found.student.base.texts])
+    held = recording.rows_of(SPLIT.certify)
+    assert not readable.all()
+    never = found.exits[0].held_out.score.isneginf().numpy()
+    assert np.array_equal(never, ~readable[recording.prompts[held]])
+    assert len(base.texts) == PROMPTS
+
+
+@pytest.mark.parametrize("seconds", [1.0, 1e-6])
+def test_a_student_that_takes_longer_than_it_saves_is_left_out(
+    recording, monkeypatch, capsys, seconds
+):
+    monkeypatch.setattr(cost, "student_seconds", lambda *_: seconds)
+    policy = best_policy(calibration(recording), "auto", base_of(recording))
+    assert (policy.student is None) == (seconds == 1.0)
+    said = "the student costs more time than it saves" in capsys.readouterr().err
+    assert said == (seconds == 1.0)
+    if policy.student is None:
+        plain = best_policy(calibration(recording), "auto")
+        assert policy.points[EPSILON].threshold == plain.points[EPSILON].threshold
+
+
+def test_without_a_student_nothing_is_trained(recording, monkeypatch):
+    monkeypatch.setattr(fitted_policy, "fit_student_exit", None)
+    policy = best_policy(calibration(recording), "auto")
+    assert policy.student is None
+    assert {len(exit.fitted.loss) for exit in policy.candidates} == {len(SPLIT.fit)}
+
+
+@pytest.mark.parametrize("options", [{}, {"classifier": "crf"}, {"exit_points": (0, 2, 4)}])
+def test_what_is_written_serves_as_it_was_judged(recording, tmp_path, options):
+    policy = best_policy(calibration(recording, **options), "auto", base_of(recording))
+    config = write_artifact(policy, "model", HF_CONFIG, None, tmp_path / "a")
+    assert config.student == student.described()
+    loaded = load_artifact(str(tmp_path / "a"))
+    serving = policy_of(loaded.parts("a")["a"], torch.device("cpu"), lambda rows: None)
+    assert serving.exit_points[0] == 0
+    held = recording.rows_of(SPLIT.certify)
+    rows = UndecidedRows(
+        torch.empty(0),
+        torch.full((len(held),), config.level_of(EPSILON)),
+        texts=[policy.student.base.texts[row] for row in recording.prompts[held]],
+    )
+    judged = policy.exits[0].held_out
+    settled = judged.score >= policy.points[EPSILON].threshold
+    decided = serving.decide(0, rows)
+    assert (decided.settled == settled).float().mean() > 0.99  # bfloat16 rounds by the batch
+    assert "student" in (tmp_path / "a" / "README.md").read_text()
+    details = {
+        "rows": PROMPTS,
+        "rows_held_out": len(held),
+        "seed": 0,
+        "majority_share": 0.5,
+        "exit_points": [],
+    }
+    assert "tiny-bert" in describe(config, details)
+    assert config.layers == DEPTH
+
+
+# The encoder that is given
+
+
+def examples(*prompts: list[int]) -> list[Example]:
+    return [Example("a.jsonl line 1", "", prompt, None) for prompt in prompts]
+
+
+PROMPT = examples([1, 2, 300, 400, 5], [1, 2, 500, 5], [1, 2, 600, 5])
+
+
+def test_an_encoder_is_read_with_its_license_and_limit(tmp_path):
+    base = load_student_base(
+        str(student.save_bert(tmp_path / "tiny-bert")), PROMPT, word_tokenizer()
+    )
+    described = base.described
+    assert (described.name, described.license, described.revision) == (
+        "tiny-bert",
+        "apache-2.0",
+        None,
+    )
+    assert (described.shared_start, described.shared_end) == (2, 1)
+    assert described.most_tokens == 64
+    assert base.texts == [(300, 400), (500,), (600,)]
+
+
+def no_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
+
+
+def pickled(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    torch.save(student.bert().state_dict(), directory / "pytorch_model.bin")
+
+
+def own_code(directory: Path) -> None:
+    import json
+
+    path = directory / "config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"model_type": "own", "auto_map": {"AutoModel": "own.Model", "AutoConfig": "own.C"}}
+    path.write_text(json.dumps(settings))
+    (directory / "own.py").write_text("raise SystemExit('code of a model must not run')")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (no_tokenizer, "has no tokenizer.json: save its tokenizer with transformers"),
+        (pickled, "is not an encoder that transformers loads from safetensors"),
+        (own_code, "is not an encoder that transformers loads from safetensors"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_encoder_that_cannot_be_a_student_is_refused(tmp_path, damage, sentence):
+    damage(student.save_bert(tmp_path / "tiny-bert"))
+    with pytest.raises(AdaInferError, match=sentence):
+        load_student_base(str(tmp_path / "tiny-bert"), PROMPT, word_tokenizer())
+
+
+def test_an_encoder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(AdaInferError, match="neither a directory nor a hub id"):
+        load_student_base(str(tmp_path / "missing"), PROMPT, word_tokenizer())
+
+
+def test_an_encoder_decoder_is_refused(tmp_path, monkeypatch):
+    import transformers
+
+    directory = student.save_bert(tmp_path / "t5")
+    made = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True))
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *_, **__: made)
+    with pytest.raises(AdaInferError, match="is an encoder-decoder model: give an encoder"):
+        load_student_base(str(directory), PROMPT, word_tokenizer())
+
+
+def test_prompts_that_are_all_alike_leave_it_nothing_to_read(tmp_path):
+    directory = student.save_bert(tmp_path / "tiny-bert")
+    with pytest.raises(AdaInferError, match="has nothing to read: the prompts have no text of"):
+        load_student_base(str(directory), examples([1, 2], [1, 2]), word_tokenizer())
