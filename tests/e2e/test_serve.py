@@ -23,9 +23,13 @@ from transformers import AutoTokenizer
 
 from benchmarks.common.server import Server, serving
 from benchmarks.serving import label_requests
+from tests import student
+from tests.e2e import pooled
 from tests.e2e.tasks import Case, cases
 from tests.e2e.test_tasks import prompts_of
-from tests.tiny import LABELS, LAYERS
+from tests.tiny import LABELS, LAYERS, tiny_config, tiny_tensors, word_tokenizer
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.files import save_artifact
 
 ENVIRONMENT = {
     "VLLM_PLUGINS": "adainfer",
@@ -54,10 +58,23 @@ def captured(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model, sources, captured, tmp_path_factory) -> Iterator[Server]:
+def with_student(tiny_model) -> Artifact:
+    """A policy that asks a student before the first layer."""
+    asked = {"exit_points": (0, 5), "student": student.described(), "labels": pooled.OTHERS}
+    config = tiny_config(tiny_model, levels=pooled.LEVELS, **asked)
+    tensors = tiny_tensors(config, *pooled.thresholds(config))
+    return Artifact(config, tensors, encoder=student.encoder())
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model, sources, with_student, captured, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "server.log"
     capture = {"directory": str(captured), "rate": 1, "limit": 20_000}
-    switch = {"artifact": sources, "min_rows_saved": 1, "capture": capture}
+    asked = tmp_path_factory.mktemp("student") / "asked"
+    encoder, tokenizer = student.encoder(), student.tokenizer()
+    save_artifact(asked, with_student.config, with_student.tensors, {}, "", encoder, tokenizer)
+    artifacts = {**sources, "asked": str(asked)}
+    switch = {"artifact": artifacts, "min_rows_saved": 1, "capture": capture}
     with serving(str(tiny_model), switch, log, FLAGS, environment()) as running:
         yield running
 
@@ -111,6 +128,32 @@ def wait_for_counters(server: Server, decided: int) -> None:
     while (found := by_policy(server, "exit_layer_count").total()) != decided:
         assert time.monotonic() < end, f"{found} tokens are counted, not {decided}"
         time.sleep(0.1)
+
+
+def test_a_student_answers_before_the_first_layer_and_its_exits_are_counted(
+    server, with_student, reference
+):
+    """Prompts as text and as tokens, all at once, some longer than the student reads."""
+    tokenizer, found = word_tokenizer(), Counter[int]()
+    prompts = [prompt for prompt in prompts_of(24, 81) if len(prompt) > 2]
+    cases = []
+    for place, prompt in enumerate(prompts):
+        epsilon = pooled.ALWAYS if place % 3 == 0 else pooled.SOME
+        params = pooled.request("asked", epsilon, {"asked": with_student})
+        wanted = pooled.expected(reference, with_student, prompt, params)
+        if wanted is not None:
+            as_text = tokenizer.decode(prompt) if place % 2 else prompt
+            cases.append(Case(as_text, params, "asked", *wanted, deep_token=-1))
+            found[wanted[0]] += 1
+    assert found[0]
+    assert found[LAYERS] + found[5], "the case must have requests that the student leaves open"
+    before = server.metrics("adainfer:exit_layer_bucket{")
+    total = by_policy(server, "exit_layer_count").total()
+    assert answers(server, cases) == [case.token for case in cases]
+    wait_for_counters(server, total + len(cases))
+    after = server.metrics("adainfer:exit_layer_bucket{")
+    [first] = [n for n in after if 'policy="asked"' in n and 'le="0.0"' in n]
+    assert after[first] - before.get(first, 0) == found[0]
 
 
 def test_each_request_gets_its_own_policys_answer_and_all_counters_add_up(server, tasks, reference):
