@@ -72,10 +72,10 @@ class Explanation:
         if early is full:
             return f"No exit {at}: it runs all {self.layers} layers and answers {full.answer}."
         same = "the same as" if early.answer == full.answer else f"not {full.answer} as"
-        return (
-            f"It exits after {early.layer} of {self.layers} layers {at} and answers "
-            f"{early.answer}, {same} at full depth."
-        )
+        where = f"after {early.layer} of {self.layers} layers"
+        if early.layer == 0:
+            where = f"before the first of {self.layers} layers"
+        return f"It exits {where} {at} and answers {early.answer}, {same} at full depth."
 
 
 def explain(
