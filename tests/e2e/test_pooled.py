@@ -171,7 +171,7 @@ def test_a_prompt_that_a_reload_interrupts_is_read_by_its_last_token(llm, refere
     token = outputs["interrupted"].outputs[0].token_ids[0]
     assert own.policy == name
     assert expected(reference, artifacts[name], prompt, params) in (None, (own.depth, token))
-    assert not carried._sums
+    assert not carried._read
     assert not carried._ends
 
 
@@ -216,7 +216,7 @@ def test_a_preempted_prompt_begins_its_mean_again(scarce, reference, artifacts, 
         wanted = artifacts[own.policy.replace("default", "whole")]
         token = output.outputs[0].token_ids[0]
         assert expected(reference, wanted, prompt, params) in (None, (own.depth, token))
-    assert not parts(scarce)[0].loop.carried._sums
+    assert not parts(scarce)[0].loop.carried._read
 
 
 def test_shadow_requests_are_watched_by_the_part_that_decides_them(

@@ -18,7 +18,7 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
-from vllm_adainfer.exits.loop.pooling import CarriedSums, PooledPrompts
+from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.exits.recording.recorder import Recorder
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -69,7 +69,7 @@ class RecordingLoop(Loop):
         self.recorder = recorder
         self._keeps_states = keeps_states
         self._reads_prompts = reads_prompts
-        self.carried = CarriedSums()
+        self.carried = CarriedPrompts()
         self.timings = Timings()
         self.kv = KVPolicy()
         self._depth = shape.depth
