@@ -32,7 +32,7 @@ def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
                 pooled = read is ProbeInput.PROMPT
                 state = torch.cat([hidden, hidden], 1).float() if pooled else hidden
                 texts = [TEXT] * rows if read is ProbeInput.TEXT else ()
-                lens = np.full(rows, read is ProbeInput.OWN_STATES, dtype=np.int64)
+                lens = np.ones(rows, dtype=np.int64)
                 if read is ProbeInput.OWN_STATES:
                     state = policy.branches[exit_index].project(hidden)
                 undecided = UndecidedRows(state, threshold_rows, memory, subsets, texts, lens)
