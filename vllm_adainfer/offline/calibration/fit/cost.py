@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ class Costs:
     own_kv_layers: int
     head: float = 0.0
     fewer: tuple[tuple[float, float], ...] = ()
-    branch: Mapping[int, float] = MappingProxyType({})
+    branch: Mapping[int, float] = field(default_factory=dict)
 
     def probe_of(self, exit: FittedExit) -> float:
         """The time of an exit point's probe for one prompt."""
