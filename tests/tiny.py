@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
+from vllm_adainfer.artifact.branch_shapes import BRANCH_WIDTH
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, Level
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
 from vllm_adainfer.artifact.kinds import features_of_risk
+from vllm_adainfer.policy.branch import StateEncoder
 
 LAYERS = 6
 EXIT_POINTS = (2, 3, 5)
@@ -122,11 +124,19 @@ def _tensors_of_part(
     tensors = {"thresholds": thresholds}
     width = config.hidden_size * (1 + config.is_pooled)
     for layer in config.exit_points:
+        read = width
+        if layer in config.branches:
+            read = 2 * BRANCH_WIDTH
+            encoder = StateEncoder(config.hidden_size)
+            for name, one in encoder.state_dict().items():
+                if one.dim() > 1:
+                    one.normal_(std=one.shape[1] ** -0.5, generator=generator)
+                tensors[f"exit.{layer}.branch.{name}"] = one
         gap = [float(name == "gap") for name in config.features]
         tensors[f"exit.{layer}.classifier"] = torch.tensor([*gap, 0.0])
         rows = len(config.labels) + (config.risk == "probability")
         scale = 0.1 if config.is_pooled else 0.02  # normed states are shorter
-        tensors[f"exit.{layer}.head_weight"] = scale * torch.randn(rows, width, generator=generator)
+        tensors[f"exit.{layer}.head_weight"] = scale * torch.randn(rows, read, generator=generator)
         tensors[f"exit.{layer}.head_bias"] = torch.zeros(rows)
     return tensors
 

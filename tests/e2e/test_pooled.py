@@ -138,10 +138,10 @@ def test_what_is_read_of_a_prompt_is_the_same_alone_among_others_and_in_other_ch
         with traced(llm) as (_, read):
             ask(llm, [prompt], params)
         for (policy, exit_index), [alone] in read.items():
-            others = torch.stack(among[policy, exit_index])
-            distances = (others - alone).abs().amax(1)
+            others = [one for one in among[policy, exit_index] if one.shape == alone.shape]
+            distances = [float((one - alone).abs().max()) for one in others]
             assert policy == "whole"
-            assert distances.min() <= (0 if exit_index == 0 else 1e-4)
+            assert min(distances) <= (0 if exit_index == 0 else 1e-4)
 
 
 def test_what_never_leaves_has_the_states_of_what_may_not(llm, artifacts):
