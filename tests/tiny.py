@@ -129,8 +129,8 @@ def _tensors_of_part(
             read = 2 * BRANCH_WIDTH
             encoder = StateEncoder(config.hidden_size)
             for name, one in encoder.state_dict().items():
-                if one.dim() > 1:
-                    one.normal_(std=one.shape[1] ** -0.5, generator=generator)
+                if "norm" not in name:
+                    one.normal_(std=one.shape[-1] ** -0.5, generator=generator)
                 tensors[f"exit.{layer}.branch.{name}"] = one
         gap = [float(name == "gap") for name in config.features]
         tensors[f"exit.{layer}.classifier"] = torch.tensor([*gap, 0.0])
