@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
+from vllm_adainfer.artifact.branch_shapes import BRANCH_WIDTH
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, Level
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
 from vllm_adainfer.artifact.kinds import ProbeInput, features_of_risk
+from vllm_adainfer.policy.branch import StateEncoder
 
 LAYERS = 6
 EXIT_POINTS = (2, 3, 5)
@@ -124,6 +126,13 @@ def _tensors_of_part(
         width = config.hidden_size * (1 + config.is_pooled)
         if config.student is not None and read is ProbeInput.TEXT:
             width = config.student.hidden_size
+        if layer in config.branches:
+            width = 2 * BRANCH_WIDTH
+            encoder = StateEncoder(config.hidden_size)
+            for name, one in encoder.state_dict().items():
+                if "norm" not in name:
+                    one.normal_(std=one.shape[-1] ** -0.5, generator=generator)
+                tensors[f"exit.{layer}.branch.{name}"] = one
         gap = [float(name == "gap") for name in config.features]
         tensors[f"exit.{layer}.classifier"] = torch.tensor([*gap, 0.0])
         rows = len(config.labels) + (config.risk == "probability")

@@ -25,6 +25,8 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, LastToken, Level
 from vllm_adainfer.artifact.kinds import ProbeInput
+from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.exit_policy import tensors_of
 from vllm_adainfer.settings.engine import NO_POLICY
 
 POOLED_FROM, STEP = 40, 128  # tokens
@@ -46,12 +48,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "probe": "pooled-label-head",
         "pooled_from": POOLED_FROM,
         "exit_points": (0, 2, 4),
+        "branches": (2,),
         "last_token": LastToken(exit_points=(2, 4), levels=LEVELS),
     },
     "pool": {
         "probe": "pooled-label-head",
         "pooled_from": POOLED_FROM,
         "exit_points": (0, 4),
+        "branches": (4,),
         "last_token": LastToken(exit_points=(4,), levels=LEVELS),
         "labels": POOL,
         "label_pool": True,
@@ -100,7 +104,10 @@ class Ran:
 
 @contextmanager
 def traced(llm: Any) -> Iterator[tuple[dict[str, Ran], dict[Any, list[Tensor]]]]:
-    """Yields, by a client's id, what ran; by policy and exit point, all that the policy read."""
+    """Yields, by a client's id, what ran; by policy and exit point, what each request was read by.
+
+    That is [1, width], or for a branch [tokens, width].
+    """
     model, runner, _ = parts(llm)
     loop, running = model.loop, running_of(runner)
     ran: dict[str, Ran] = {}
@@ -131,7 +138,8 @@ def traced(llm: Any) -> Iterator[tuple[dict[str, Ran], dict[Any, list[Tensor]]]]
 
     def noting_what_is_read(name: str, decide: Any) -> Any:
         def deciding(exit_index: int, rows: Any) -> Any:
-            read[name, exit_index] += rows.hidden.clone().unbind()
+            lens = [1] * len(rows.hidden) if not rows.lens.size else rows.lens.tolist()
+            read[name, exit_index] += rows.hidden.clone().split(lens)
             return decide(exit_index, rows)
 
         return deciding
@@ -175,6 +183,11 @@ def what_is_read(states: Tensor, pooled_from: int | None) -> Tensor:
     return torch.cat([normed[-1], normed[pooled_from:].mean(0)])
 
 
+def encoder_after(layer: int, part: Artifact) -> StateEncoder:
+    """Its own definition is `tests/unit/test_branch.py`."""
+    return StateEncoder.of(tensors_of(part.tensors, f"exit.{layer}.branch."), torch.device("cpu"))
+
+
 @torch.inference_mode()
 def expected(
     reference: Any, part: Artifact | None, prompt: list[int], params: Any
@@ -190,6 +203,8 @@ def expected(
             if not text:
                 continue
             read = student.bert()(torch.tensor([text])).last_hidden_state[0].mean(0)
+        elif layer in part.config.branches:
+            read = encoder_after(layer, part)([states[layer][part.config.pooled_from :]])[0]
         else:
             read = what_is_read(states[layer], part.config.pooled_from)
         scores = part.tensors[f"{head}_weight"] @ read + part.tensors[f"{head}_bias"]

@@ -144,10 +144,10 @@ def test_what_is_read_of_a_prompt_is_the_same_alone_among_others_and_in_other_ch
         with traced(llm) as (_, read):
             ask(llm, [prompt], params)
         for (policy, exit_index), [alone] in read.items():
-            others = torch.stack(among[policy, exit_index])
-            distances = (others - alone).abs().amax(1)
+            others = [one for one in among[policy, exit_index] if one.shape == alone.shape]
+            distances = [float((one - alone).abs().max()) for one in others]
             assert policy == "whole"
-            assert distances.min() <= (0 if exit_index == 0 else 1e-4)
+            assert min(distances) <= (0 if exit_index == 0 else 1e-4)
 
 
 def test_what_never_leaves_has_the_states_of_what_may_not(llm, artifacts):
@@ -177,7 +177,7 @@ def test_a_prompt_that_a_reload_interrupts_is_read_by_its_last_token(llm, refere
     token = outputs["interrupted"].outputs[0].token_ids[0]
     assert own.policy == name
     assert expected(reference, artifacts[name], prompt, params) in (None, (own.depth, token))
-    assert not carried._sums
+    assert not carried._read
     assert not carried._ends
 
 
@@ -222,7 +222,7 @@ def test_a_preempted_prompt_begins_its_mean_again(scarce, reference, artifacts, 
         wanted = artifacts[own.policy.replace("default", "whole")]
         token = output.outputs[0].token_ids[0]
         assert expected(reference, wanted, prompt, params) in (None, (own.depth, token))
-    assert not parts(scarce)[0].loop.carried._sums
+    assert not parts(scarce)[0].loop.carried._read
 
 
 def test_shadow_requests_are_watched_by_the_part_that_decides_them(

@@ -147,15 +147,25 @@ def alike(generator: np.random.Generator) -> list[list[int]]:
     return [*few, *many, *own, *many, *few]
 
 
-def test_the_mean_of_each_prompt_is_that_of_all_of_its_rows_whatever_was_cached(
-    tiny_model, reference
+OF_EACH_TOKEN = 3  # the layer
+
+
+def test_a_prompt_is_recorded_with_all_of_its_rows_whatever_was_cached(
+    tiny_model, reference, tmp_path
 ):
+    """Their mean, or after one layer each of them."""
     prompts = alike(np.random.default_rng(1))
-    switch = {"record": [*RECORDED, LAYERS], "record_pooled_from": POOLED_FROM}
+    switch = {
+        "record": [*sorted([*RECORDED, OF_EACH_TOKEN]), LAYERS],
+        "record_pooled_from": POOLED_FROM,
+        "record_states": {"layers": [OF_EACH_TOKEN], "directory": str(tmp_path)},
+    }
     engine = tiny_engine(tiny_model, switch, max_model_len=512, kv_cache_memory_bytes=64 << 20)
     examples = [Example("", "", prompt, None) for prompt in prompts]
     recording = record(engine, examples, [], RECORDED)
     assert recording.computed.min() <= 32, "some prompts must have found others cached"
+    for file in tmp_path.iterdir():
+        file.unlink()  # what is mapped stays
     for place, prompt in enumerate(prompts):
         states = hidden_states(reference, prompt)
         for layer in RECORDED:
@@ -164,3 +174,6 @@ def test_the_mean_of_each_prompt_is_that_of_all_of_its_rows_whatever_was_cached(
             read = recording.read_by_probe(layer, np.array([place]), pooled=True)[0]
             torch.testing.assert_close(read, right, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(normed(recording.states[layer][[place]])[0], own[-1])
+        [found] = recording.own_states.of(OF_EACH_TOKEN, np.array([place]))
+        right = states[OF_EACH_TOKEN][POOLED_FROM:]
+        torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3)

@@ -81,7 +81,19 @@ CALIBRATION = {
     "fitted_policy": {"certify", "fit", "record", "data", "options"},
     "prompts": {"certify", "fit", "data", "options"},
     "write": {"fitted_policy", "certify", "fit"},
-    "calibrate": {"write", "prompts", "fitted_policy", "fit", "record", "data", "options"},
+    "recordings": {"prompts", "fit", "record", "options"},
+    "branches": {"fitted_policy", "fit", "record"},
+    "calibrate": {
+        "branches",
+        "recordings",
+        "write",
+        "prompts",
+        "fitted_policy",
+        "fit",
+        "record",
+        "data",
+        "options",
+    },
 }
 """What each step of calibration imports of the other ones."""
 OFFLINE = {

@@ -241,7 +241,7 @@ def test_where_nothing_is_certified_nobody_is_sent_to_the_same_held_out_half_aga
     monkeypatch.setattr(calibrating, "make_policy", lambda _: replace(policy, points={}))
     request = CalibrationRequest("m", Path("rows"), Path("out"))
     with pytest.raises(AdaInferError, match="raise --epsilon, or give new rows") as raised:
-        calibrating.fit_and_certify(request, None, None)
+        calibrating.fit_and_certify(request, SimpleNamespace(student=None), None)
     assert "--probe" not in str(raised.value)
 
 

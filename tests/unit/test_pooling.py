@@ -15,7 +15,7 @@ from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.loop.pooling import CarriedSums, PooledPrompts
+from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.loop.step import StepContext
 
 HIDDEN, POINTS = 8, 2
@@ -50,7 +50,7 @@ def test_prompts_in_any_chunks_and_order_are_read_as_the_definition_says(seed, w
     pooled_from = [int(generator.integers(1, length)) for length in lens]
     pooled_from[int(generator.integers(len(lens)))] = NOT_POOLED
     states = torch.randn(POINTS, len(lens), 30, HIDDEN)
-    carried, done = CarriedSums(), np.zeros(len(lens), dtype=np.int64)
+    carried, done = CarriedPrompts(), np.zeros(len(lens), dtype=np.int64)
     found: dict[tuple[int, int], Tensor] = {}
     while (done < lens).any():
         chunk = np.minimum(generator.integers(1, 12, len(lens)), lens - done)
@@ -83,7 +83,7 @@ def test_prompts_in_any_chunks_and_order_are_read_as_the_definition_says(seed, w
             found |= {(point, int(one)): row for one, row in zip(order, read, strict=True)}
         carried.step_ended(step)
     assert len(found) == POINTS * (len(lens) - 1)
-    assert not carried._sums
+    assert not carried._read
     assert not carried._ends
     for (point, request), read in found.items():
         right = definition(states[point, request, : lens[request]], pooled_from[request])
@@ -91,7 +91,7 @@ def test_prompts_in_any_chunks_and_order_are_read_as_the_definition_says(seed, w
 
 
 def test_a_chunk_before_the_own_tokens_carries_nothing():
-    carried = CarriedSums()
+    carried = CarriedPrompts()
     step = step_of([4, 5], [4, 5], [False, False], [4, 4])
     prompts = PooledPrompts(step, carried)
     assert prompts.chunks.tolist() == [1]
@@ -100,7 +100,7 @@ def test_a_chunk_before_the_own_tokens_carries_nothing():
     assert [carried.end(name) for name in step.request_ids] == [None, 5]
 
 
-def put(carried: CarriedSums, *names: str) -> None:
+def put(carried: CarriedPrompts, *names: str) -> None:
     for name in names:
         carried.put(name, 0, torch.ones(HIDDEN))
 
@@ -112,26 +112,26 @@ def put(carried: CarriedSums, *names: str) -> None:
 )
 def test_sums_are_kept_only_while_they_have_every_row(complete, pooled_from, end):
     """A chunk may run without being pooled, as while other weights are served."""
-    carried = CarriedSums()
+    carried = CarriedPrompts()
     put(carried, "request 0", "elsewhere")
     carried.step_ended(step_of([4], [9], [complete], pooled_from))
     assert carried.end("request 0") == end
-    assert ("request 0" in carried._sums) == (end is not None)
-    assert "elsewhere" in carried._sums  # it did not run in this step
+    assert ("request 0" in carried._read) == (end is not None)
+    assert "elsewhere" in carried._read  # it did not run in this step
 
 
 def test_sums_are_forgotten_with_their_request_or_with_all():
-    carried = CarriedSums()
+    carried = CarriedPrompts()
     put(carried, "a", "b", "c")
     carried.forget("a")
     carried.forget("never seen")
-    assert list(carried._sums) == ["b", "c"]
+    assert list(carried._read) == ["b", "c"]
     carried.clear()
-    assert not carried._sums
+    assert not carried._read
 
 
 def test_what_is_kept_of_a_chunk_keeps_no_larger_tensor_alive():
-    carried = CarriedSums()
+    carried = CarriedPrompts()
     step = step_of([3, 3], [3, 3], [False, True], [1, 1])
     prompts = PooledPrompts(step, carried)
     prompts.read(0, np.array([1]), prompts.chunks, step.layout, HiddenStates(torch.ones(6, HIDDEN)))

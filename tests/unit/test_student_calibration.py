@@ -17,15 +17,14 @@ from tests.unit.test_make_policy import DEPTH, HF_CONFIG, LABEL_IDS, LABELS, PRO
 from tests.unit.test_pooled_calibration import recording_of_prompts
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration import fitted_policy
 from vllm_adainfer.offline.calibration.calibrate import best_policy, student_of
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
     load_student_base,
 )
-from vllm_adainfer.offline.calibration.fit import cost
-from vllm_adainfer.offline.calibration.fit import student as training
+from vllm_adainfer.offline.calibration.fit import cost, trained_exits, training
+from vllm_adainfer.offline.calibration.fit import student as students
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration
 from vllm_adainfer.offline.calibration.options import PolicyOptions
@@ -41,9 +40,9 @@ HINTS = (101, 202)  # a word for each label
 
 def learn_fast(patch: pytest.MonkeyPatch) -> None:
     """An encoder of random weights has more to learn than one that knows the language."""
-    patch.setattr(training, "LEARNING_RATE", 1e-2)
+    patch.setattr(students, "LEARNING_RATE", 1e-2)
     patch.setattr(training, "HEAD_LEARNING_RATE", 1e-2)
-    patch.setattr(training, "EPOCHS", 6)
+    patch.setattr(students, "EPOCHS", 6)
     patch.setattr(training, "PATIENCE", 6)
 
 
@@ -107,7 +106,7 @@ def test_a_student_learns_what_the_words_say_from_the_rows_it_may_see(recording)
 
 def test_rows_it_may_not_see_and_held_out_rows_change_no_weight_of_an_epoch(recording, monkeypatch):
     """They only choose between epochs, so with one epoch they change nothing at all."""
-    monkeypatch.setattr(training, "EPOCHS", 1)
+    monkeypatch.setattr(students, "EPOCHS", 1)
     plain = student_of(calibration(recording), base_of(recording))
     base = base_of(recording)
     learned = recording.rows_of(SPLIT.fit)[~plain.unseen]
@@ -163,7 +162,7 @@ def test_a_student_that_takes_longer_than_it_saves_is_left_out(
 
 
 def test_without_a_student_nothing_is_trained(recording, monkeypatch):
-    monkeypatch.setattr(fitted_policy, "fit_student_exit", None)
+    monkeypatch.setattr(trained_exits, "_fit_exit", None)
     policy = best_policy(calibration(recording), "auto")
     assert policy.student is None
     assert {len(exit.fitted.loss) for exit in policy.candidates} == {len(SPLIT.fit)}

@@ -53,7 +53,8 @@ class ArtifactConfig(Strict):
     Probes: "lens" is the tuned lens (Belrose et al. 2023, arXiv 2303.08112), an affine map fitted
     at each exit point in front of the model's own final norm and LM head; "logit-lens" applies
     those two without a map; "label-head" is a linear head on the hidden state with one row for each
-    label; "pooled-label-head" reads the mean of the states of all tokens of the prompt beside it.
+    label; "pooled-label-head" reads the mean of the states of all tokens of the prompt beside it,
+    or at `branches` each of these states.
     """
 
     schema_version: Literal[1] = 1
@@ -88,6 +89,11 @@ class ArtifactConfig(Strict):
     )
     student: Student | None = Field(
         None, description="The encoder that decides at exit point 0, in place of a head."
+    )
+    branches: tuple[int, ...] = Field(
+        default=(),
+        description="With a pooled-label-head, the exit points where a branch, a small transformer "
+        "layer over the states of all tokens of the prompt, decides in place of a head.",
     )
     candidates: Candidates = Field(description="The tokens that the probe scores.")
     labels: tuple[Label, ...] = Field(default=(), max_length=MOST_ANSWERS)
@@ -172,6 +178,11 @@ class ArtifactConfig(Strict):
             "a pooled-label-head needs max_tokens = 1: it reads prompts": (
                 self.max_tokens == 1 or not pooled
             ),
+            "branches must ascend and be among the exit points after the first layer": (
+                sorted(set(self.branches)) == list(self.branches)
+                and set(self.branches) <= set(self.exit_points) - {0}
+            ),
+            "branches go with a pooled-label-head": pooled or not self.branches,
             "last_token goes with a pooled-label-head": pooled or self.last_token is None,
             "a label-head needs labels": bool(labels) or not head,
             "token ids must be below vocab_size": max(tokens, default=0) < self.vocab_size,
@@ -218,8 +229,10 @@ class ArtifactConfig(Strict):
     def probe_inputs(self) -> tuple[ProbeInput, ...]:
         """What the probe of each exit point reads."""
         states = ProbeInput.PROMPT if self.is_pooled else ProbeInput.LAST_TOKEN
-        by_text = 0 if self.student is not None else None
-        return tuple(ProbeInput.TEXT if n == by_text else states for n in self.exit_points)
+        special = dict.fromkeys(self.branches, ProbeInput.OWN_STATES)
+        if self.student is not None:
+            special[0] = ProbeInput.TEXT
+        return tuple(special.get(layer, states) for layer in self.exit_points)
 
     @property
     def all_exit_points(self) -> tuple[int, ...]:
@@ -240,6 +253,7 @@ class ArtifactConfig(Strict):
             "probe": "label-head",
             "pooled_from": None,
             "last_token": None,
+            "branches": (),
             "student": self.student if 0 in own.exit_points else None,
             "exit_points": own.exit_points,
             "levels": own.levels,

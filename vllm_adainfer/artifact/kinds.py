@@ -30,5 +30,6 @@ class ProbeInput(Enum):
     """What a probe reads of a request."""
 
     TEXT = "the text of its prompt"
-    PROMPT = "the states of all tokens of its prompt"
+    PROMPT = "the mean of the states of its prompt"
+    OWN_STATES = "the state of each token of its prompt"
     LAST_TOKEN = "the state of its last token"

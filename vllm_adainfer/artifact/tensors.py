@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from vllm_adainfer.artifact.branch_shapes import BRANCH_WIDTH, branch_shapes
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
@@ -97,6 +98,10 @@ def _shapes_of_part(
             width = hidden * (1 + config.is_pooled)
             if config.student is not None and read is ProbeInput.TEXT:
                 width = config.student.hidden_size
+            if read is ProbeInput.OWN_STATES:
+                width = 2 * BRANCH_WIDTH  # of the last token and of the mean
+                own = branch_shapes(hidden)
+                shapes |= {f"exit.{layer}.branch.{name}": shape for name, shape in own.items()}
             shapes[f"exit.{layer}.head_weight"] = (head_rows, width)
             shapes[f"exit.{layer}.head_bias"] = (head_rows,)
         elif config.probe == "lens":

@@ -48,8 +48,11 @@ def calibrate(
         typer.Option(
             help="How an exit point reads the answer: label-head (a softmax regression on the "
             "state of the last token), pooled-label-head (on the mean over the prompt, too), "
-            "lens (a tuned lens) or logit-lens (the model's own head); auto takes the faster "
-            "label head with --labels or --choices, else lens."
+            "branch (pooled heads, and where that saves time a small transformer layer over all "
+            "tokens of the prompt: the model runs the prompts once more, and a branch trains for "
+            "about a minute), lens (a tuned lens) or logit-lens (the model's own head); auto takes "
+            "the faster label head with --labels or --choices, with branches where one takes "
+            "little time beside a layer of the model, else lens."
         ),
     ] = "auto",
     student: Annotated[

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
+import numpy as np
 import torch
 from adainfer_kernels import Head
 from torch import Tensor
 from typing_extensions import override
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.kinds import FEATURES, ProbeInput
 from vllm_adainfer.artifact.tensors import served_shape
@@ -21,11 +24,14 @@ from vllm_adainfer.policy.answers import (
     LabelScores,
     ShortlistScores,
 )
+from vllm_adainfer.policy.branch import Branch, StateEncoder
 from vllm_adainfer.policy.probe import LabelHead, Probe, lens_of
 from vllm_adainfer.policy.reading import ProbeView, features_among
 from vllm_adainfer.policy.score import is_chain, score
 from vllm_adainfer.policy.student import Student
 
+Trained = Student | Branch  # a net of its own, not a map of a state
+TRAINED = (ProbeInput.TEXT, ProbeInput.OWN_STATES)  # what these read
 LINEAR_SHAPE = served_shape("svm", len(FEATURES))
 
 
@@ -67,12 +73,14 @@ class UndecidedRows:
     Attributes:
         hidden: what the probe reads. The state of the last token: [rows, hidden size], the residual
             stream. The whole prompt: fp32 [rows, 2 x hidden size], the normed state of the last
-            token and the mean of those of the prompt. Unused where it reads the text.
+            token and the mean of those of the prompt. Each token of the prompt: what the branch
+            has projected its state to, [tokens of all rows, width]. Unused where it reads the text.
         threshold_rows: int64 [rows], the row of the policy's thresholds that applies to each.
         memory: `Decision.memory` of these rows from the previous exit point; None at the first.
         subsets: int64 [rows], the labels that each row's request names, as bits; None if no policy
             of the engine has a label pool. Policies without one ignore it.
         texts: for a student the text of each row, in its tokens; none is empty.
+        lens: for a branch the tokens of each row, [rows].
 
     """
 
@@ -81,6 +89,7 @@ class UndecidedRows:
     memory: Tensor | None = None
     subsets: Tensor | None = None
     texts: Sequence[Sequence[int]] = ()
+    lens: Ints = field(default_factory=lambda: np.arange(0))
 
 
 class ExitPolicy(ABC):
@@ -90,12 +99,14 @@ class ExitPolicy(ABC):
         exit_points: layers after which the exit loop calls `decide`, ascending.
         num_threshold_rows: the number of threshold rows: one per level, or per level and question.
         probe_inputs: what it reads at each exit point.
+        branches: by index of the exit point, the branch of each that has one.
 
     """
 
     exit_points: tuple[int, ...]
     num_threshold_rows: int
     probe_inputs: tuple[ProbeInput, ...]
+    branches: Mapping[int, Branch] = MappingProxyType({})
 
     @abstractmethod
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
@@ -112,6 +123,36 @@ class ExitPolicy(ABC):
 
         """
         return answers.disagree(logits, head), None
+
+
+def tensors_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those of `tensors` whose names begin with `prefix`, by the rest of the name."""
+    return {n.removeprefix(prefix): one for n, one in tensors.items() if n.startswith(prefix)}
+
+
+def trained_probe(artifact: Artifact, layer: int, head: LabelHead, device: torch.device) -> Trained:
+    """The student or the branch of an artifact at an exit point, with its `head` on `device`.
+
+    Raises:
+        AdaInferError: see `TextEncoder.of`.
+
+    """
+    if layer not in artifact.config.branches:
+        return Student.of(artifact, head, device)
+    tensors = tensors_of(artifact.tensors, f"exit.{layer}.branch.")
+    return Branch(StateEncoder.of(tensors, device), head)
+
+
+def branches_among(probes: Sequence[object]) -> dict[int, Branch]:
+    """See `ExitPolicy.branches`."""
+    return {index: probe for index, probe in enumerate(probes) if isinstance(probe, Branch)}
+
+
+def scores_of(probe: Trained, rows: UndecidedRows, subsets: Tensor | None = None) -> Tensor:
+    """The scores of a trained probe for `rows`, see `LabelHead.score`."""
+    if isinstance(probe, Student):
+        return probe.score(rows.texts, subsets)
+    return probe.score(rows.hidden, rows.lens, subsets)
 
 
 class CalibratedPolicy(ExitPolicy):
@@ -137,32 +178,29 @@ class CalibratedPolicy(ExitPolicy):
         if logit_lens is not None and "head_rows" in tensors:
             head = Head(tensors["head_rows"])
             logit_lens = replace(logit_lens, head=head, token_ids=self.answer_ids, shards=None)
-        self._probes: list[Probe | Student] = []
+        self._probes: list[Probe | Trained] = []
         for layer, read in zip(self.exit_points, self.probe_inputs, strict=True):
-            prefix = f"exit.{layer}."
-            own = {
-                name.removeprefix(prefix): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(prefix)
-            }
-            if read is ProbeInput.TEXT:
-                assert self.answer_ids is not None, "a student scores labels"
-                labels = LabelHead(own["head_weight"], own["head_bias"], self.answer_ids)
-                self._probes.append(Student.of(artifact, labels, device))
+            own = tensors_of(tensors, f"exit.{layer}.")
+            if read in TRAINED:
+                assert self.answer_ids is not None, "a trained probe scores labels"
+                weight, bias = own["head_weight"].float(), own["head_bias"].float()
+                labels = LabelHead(weight, bias, self.answer_ids)
+                self._probes.append(trained_probe(artifact, layer, labels, device))
             elif logit_lens is None or config.has_label_heads:
                 head = Head(own["head_weight"], own["head_bias"])
                 self._probes.append(Probe(head, token_ids=self.answer_ids))
             else:
                 self._probes.append(replace(logit_lens, lens=lens_of(own)))
+        self.branches = branches_among(self._probes)
 
     @override
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
         probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
         threshold = self._thresholds[exit_index][rows.threshold_rows]
         is_linear, ids = classifier.shape == LINEAR_SHAPE, self.answer_ids
-        if isinstance(probe, Student):
+        if not isinstance(probe, Probe):
             assert ids is not None
-            scores = probe.score(rows.texts)
+            scores = scores_of(probe, rows)
             answers: Answers = self._scores(scores, ids)
             features = features_among(scores)
             return Decision.by_score(features, classifier, threshold, rows.memory, answers)
@@ -187,8 +225,8 @@ class CalibratedPolicy(ExitPolicy):
     def view(self, exit_index: int, rows: UndecidedRows) -> ProbeView:
         """What `decide` bases its decision on."""
         probe = self._probes[exit_index]
-        if isinstance(probe, Student):
-            scores = probe.score(rows.texts)
+        if not isinstance(probe, Probe):
+            scores = scores_of(probe, rows)
             tokens, features = probe.head.token_ids[scores.argmax(dim=1)], features_among(scores)
         else:
             result = probe.score(probe.readout(rows.hidden))

@@ -9,14 +9,21 @@ from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.artifact.artifact import Artifact
-from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.label_subsets import mask_of
 from vllm_adainfer.policy.answers import Answers, LabelScores
-from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
+from vllm_adainfer.policy.exit_policy import (
+    TRAINED,
+    Decision,
+    ExitPolicy,
+    Trained,
+    UndecidedRows,
+    branches_among,
+    scores_of,
+    trained_probe,
+)
 from vllm_adainfer.policy.probe import LabelHead
 from vllm_adainfer.policy.reading import ProbeView, features_among
 from vllm_adainfer.policy.score import score
-from vllm_adainfer.policy.student import Student
 
 
 class LabelHeadPolicy(ExitPolicy):
@@ -39,12 +46,13 @@ class LabelHeadPolicy(ExitPolicy):
         tensors = {name: tensor.float().to(device) for name, tensor in artifact.tensors.items()}
         self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, threshold rows]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
-        self._probes: list[LabelHead | Student] = []
+        self._probes: list[LabelHead | Trained] = []
         for layer, read in zip(self.exit_points, self.probe_inputs, strict=True):
             weight, bias = tensors[f"exit.{layer}.head_weight"], tensors[f"exit.{layer}.head_bias"]
             head = LabelHead(weight, bias, self.answer_ids)
-            by_text = read is ProbeInput.TEXT
-            self._probes.append(Student.of(artifact, head, device) if by_text else head)
+            trained = read in TRAINED
+            self._probes.append(trained_probe(artifact, layer, head, device) if trained else head)
+        self.branches = branches_among(self._probes)
 
     @abstractmethod
     def _features(self, scores: Tensor) -> Tensor:
@@ -85,9 +93,9 @@ class LabelHeadPolicy(ExitPolicy):
             assert rows.subsets is not None
             subsets = mask_of(rows.subsets, self._columns)
         probe = self._probes[exit_index]
-        if isinstance(probe, Student):
-            return probe.score(rows.texts, subsets)
-        return probe.score(rows.hidden, subsets)
+        if isinstance(probe, LabelHead):
+            return probe.score(rows.hidden, subsets)
+        return scores_of(probe, rows, subsets)
 
 
 class PoolPolicy(LabelHeadPolicy):

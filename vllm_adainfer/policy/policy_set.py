@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -21,7 +21,7 @@ def first_threshold_rows(counts: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class PolicyRows:
-    """The rows that one policy decides at an exit point.
+    """The rows that one policy reads at an exit point.
 
     Attributes:
         policy: index of the policy in the set.
@@ -84,23 +84,10 @@ class PolicySet:
         own: Ints = threshold_rows - self._first[owners]
         return own
 
-    def read_prompts_at(self, exit_index: int, owners: Ints) -> Bools:
-        """Whether each of `owners` reads the states of whole prompts at this exit point."""
-        here = [
-            index in self._at[exit_index] and self._reads(exit_index, index) is ProbeInput.PROMPT
-            for index in range(len(self.names))
-        ]
-        pooled: Bools = np.array(here)[owners]
-        return pooled
-
-    def _reads(self, exit_index: int, policy: int) -> ProbeInput:
-        """What a policy that has this exit point reads there."""
-        return self.policies[policy].probe_inputs[self._at[exit_index][policy]]
-
     def rows_by_policy(self, exit_index: int, owners: Ints) -> Iterator[PolicyRows]:
-        """For each policy with rows to decide at an exit point, those rows; `owners` is [rows]."""
+        """For each policy that reads rows at an exit point, those rows; `owners` is [rows]."""
         at = self._at[exit_index]
         for policy in np.unique(owners).tolist():  # a step has few of all policies
             if policy in at:
-                read = self._reads(exit_index, policy)
+                read = self.policies[policy].probe_inputs[at[policy]]
                 yield PolicyRows(policy, at[policy], read, np.flatnonzero(owners == policy))

@@ -152,7 +152,7 @@ class Settings(Switch, SwitchInstruments):
     def _has_one_source(self) -> Settings:
         instruments = self.record, self.exit_script
         if instruments == (None, None):
-            for key in "record_lens", "record_pooled_from":
+            for key in "record_lens", "record_pooled_from", "record_states":
                 if getattr(self, key) is not None:
                     raise ValueError(f'"{key}" goes with "record": give both, or neither')
             return self

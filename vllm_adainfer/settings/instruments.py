@@ -21,6 +21,15 @@ class LensRecord(BaseModel):
     prompts: int = Field(ge=1, description="Those with lower rows; the others are held out.")
 
 
+class StatesRecord(BaseModel):
+    """The states to keep of whole prompts, in files; see `exits.recording.state_files`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: tuple[int, ...] = Field(min_length=1)
+    directory: str
+
+
 class SwitchInstruments(BaseModel):
     """Instruments of the engine switch, ``additional_config={"adainfer": {...}}``.
 
@@ -30,6 +39,7 @@ class SwitchInstruments(BaseModel):
         record_lens: with `record`, the sums for a tuned lens at all of these layers but the last.
         record_pooled_from: with `record`, the position from which on to take the mean of the states
             of each prompt, at all of these layers but the last.
+        record_states: with `record_pooled_from`, where to keep each of these states instead.
         exit_script: instead of an artifact, exit points; a request leaves at the one that its
             ``adainfer_exit`` names, with a meaningless answer. Benchmarks and tests set it.
 
@@ -38,6 +48,7 @@ class SwitchInstruments(BaseModel):
     record: tuple[int, ...] | None = None
     record_lens: LensRecord | None = None
     record_pooled_from: int | None = Field(None, ge=1)
+    record_states: StatesRecord | None = None
     exit_script: tuple[int, ...] | None = None
 
 

@@ -19,6 +19,7 @@ from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.exits.recording.recorder import Recorder, TunedLensSums
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
+from vllm_adainfer.exits.recording.state_files import StateFiles
 from vllm_adainfer.monitoring.monitor import AnswerMonitor, Monitor
 from vllm_adainfer.monitoring.text_monitor import TextMonitor
 from vllm_adainfer.policy.load_policy import Policy, policy_of
@@ -26,7 +27,6 @@ from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
-from vllm_adainfer.settings.instruments import LensRecord
 
 
 class LoadedModel(Protocol):
@@ -79,7 +79,7 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
             'drop "adainfer" from additional_config'
         )
     if settings.record is not None:
-        recorder = _recorder(settings.record, settings.record_lens)
+        recorder = _recorder(settings.record, settings)
         shape = model.cut_stack(recorder.layers, vllm_config)
         return RecordingLoop(
             shape,
@@ -142,7 +142,9 @@ def monitor_of(config: ArtifactConfig) -> Monitor:
     return AnswerMonitor(epsilons, config.delta, config.risk)
 
 
-def _recorder(layers: tuple[int, ...], lens: LensRecord | None) -> Recorder:
-    """The recorder for ``record`` and ``record_lens``."""
+def _recorder(layers: tuple[int, ...], settings: Settings) -> Recorder:
+    """The recorder for ``record``, which is `layers`, and what goes with it."""
+    lens, states = settings.record_lens, settings.record_states
     sums = None if lens is None else TunedLensSums(layers[:-1], lens.folds, lens.prompts)
-    return Recorder(layers, sums)
+    files = None if states is None else StateFiles(states.directory, states.layers)
+    return Recorder(layers, sums, files)

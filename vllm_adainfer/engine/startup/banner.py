@@ -26,7 +26,7 @@ def policy_banner(
     points = ", ".join(map(str, config.exit_points))
     text = (
         f"AdaInfer is on: policy {name}, {config.probe} probe after layers {points} of "
-        f"{config.layers}, for {WHO[settings.requests]} for {_outputs(config)}"
+        f"{config.layers}{_branches(config)}, for {WHO[settings.requests]} for {_outputs(config)}"
     )
     if config.student is not None:
         text += f", with a student ({config.student.name}) before the first layer"
@@ -49,6 +49,12 @@ def policy_banner(
         f"(confidence {1 - config.delta:.0%}{_meaning(config)}), "
         f"{certified.layers_saved:.0%} of layers saved in calibration; kv {settings.kv}, {shadow}"
     )
+
+
+def _branches(config: ArtifactConfig) -> str:
+    """Where branches decide in place of heads."""
+    points = ", ".join(map(str, config.branches))
+    return f" (a branch after {points})" if points else ""
 
 
 def _if_partly_cached(config: ArtifactConfig) -> str:

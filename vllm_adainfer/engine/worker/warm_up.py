@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from adainfer_kernels import pool, rows_to_compile_for
 
@@ -31,5 +32,8 @@ def warm_up(policies: PolicySet, states: torch.Tensor) -> None:
                 pooled = read is ProbeInput.PROMPT
                 state = torch.cat([hidden, hidden], 1).float() if pooled else hidden
                 texts = [TEXT] * rows if read is ProbeInput.TEXT else ()
-                undecided = UndecidedRows(state, threshold_rows, memory, subsets, texts)
+                lens = np.ones(rows, dtype=np.int64)
+                if read is ProbeInput.OWN_STATES:
+                    state = policy.branches[exit_index].project(hidden)
+                undecided = UndecidedRows(state, threshold_rows, memory, subsets, texts, lens)
                 memory = policy.decide(exit_index, undecided).memory

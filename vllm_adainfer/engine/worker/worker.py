@@ -150,7 +150,8 @@ class ExitWorker(_Worker):
             ``fingerprint`` of the served weights, ``own_kv_layers`` (how many layers write keys and
             values), ``norm`` (kind and epsilon of the final one,
             None if there is none), ``soft_cap`` and ``scale`` of the logits, ``threads`` that
-            computed, and the times of
+            computed, ``states`` (layer -> the file of the states of whole prompts after it), and
+            the times of
             `vllm_adainfer.exits.recording.recording_loop.Timings`.
 
         """
@@ -160,8 +161,9 @@ class ExitWorker(_Worker):
         lens = model.logit_lens()
         tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.model_tensors.items()}
         save_file(tensors, path)
-        timings = asdict(loop.timings)
+        timings, files = asdict(loop.timings), loop.recorder.files
         return {
+            "states": {} if files is None else files.by_layer,
             "fingerprint": model.fingerprint,
             "own_kv_layers": model.num_own_kv_layers,
             "norm": lens.norm and (lens.norm.kind, lens.norm.eps),

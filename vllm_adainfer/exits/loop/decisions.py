@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,15 +15,15 @@ from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.loop.forward_pass import ForwardPass
 from vllm_adainfer.exits.loop.loop import ScoredRequests
-from vllm_adainfer.exits.loop.pooling import CarriedSums, PooledPrompts
+from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.exits.loop.step import NOBODY
 from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.answers import Answers, EarlyScores
 from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.policy.policy_set import PolicyRows, PolicySet
 
-READ_IN_ORDER = (ProbeInput.PROMPT, ProbeInput.LAST_TOKEN, ProbeInput.TEXT)
+Reader: TypeAlias = tuple[PolicyRows, Ints]  # a policy, and the requests that it reads
 
 
 class Decisions:
@@ -32,7 +33,7 @@ class Decisions:
         self,
         policies: PolicySet,
         forward: ForwardPass,
-        carried: CarriedSums,
+        carried: CarriedPrompts,
         broadcast: Callable[[Tensor], Tensor],
     ) -> None:
         """Decide requests of `forward`; see `ExitLoop` for `carried` and `broadcast`."""
@@ -54,40 +55,42 @@ class Decisions:
         """Decide the requests that may exit and are not settled; settle those that now are."""
         step, undecided = self._step, self._step.undecided()
         policies = self._policies.policies
-        parts = sorted(
-            self._policies.rows_by_policy(exit_index, self._owners[undecided]),
-            key=lambda part: READ_IN_ORDER.index(part.read),
-        )
-        by_policy = [self._asked(undecided[part.rows], part.read) for part in parts]
-        requests = by_policy[0] if len(parts) == 1 else np.concatenate([NOBODY, *by_policy])
-        counts = dict.fromkeys(READ_IN_ORDER, 0)
-        for part, own in zip(parts, by_policy, strict=True):
-            counts[part.read] += len(own)
-        num_pooled = counts[ProbeInput.PROMPT]
-        num_states = num_pooled + counts[ProbeInput.LAST_TOKEN]
-        prompts = self._read_prompts(exit_index, requests[:num_pooled])
+        asked = [
+            (part, self._asked(undecided[part.rows], part.read))
+            for part in self._policies.rows_by_policy(exit_index, self._owners[undecided])
+        ]
+        waiting = self._prompts.chunks
+        chunks = [
+            (part, waiting[part.rows])
+            for part in self._policies.rows_by_policy(exit_index, self._owners[waiting])
+        ]
+        prompt, last_token = ProbeInput.PROMPT, ProbeInput.LAST_TOKEN
+        states = {  # once for all policies
+            prompt: self._means(exit_index, _who_read(prompt, asked), _who_read(prompt, chunks)),
+            last_token: self._last_states(_who_read(last_token, asked)),
+        }
+        of_branches = self._own_states(exit_index, asked, chunks)
+        requests = asked[0][1] if len(asked) == 1 else _who_read(None, asked)
         if not requests.size:
             return
-        states = {
-            ProbeInput.PROMPT: prompts,
-            ProbeInput.LAST_TOKEN: self._last_states(requests[num_pooled:num_states]),
-        }
         own_rows = self._policies.own_rows(step.threshold_rows[requests], self._owners[requests])
         subsets = () if step.subsets is None else (step.subsets[requests],)
         places, threshold_rows, *bits = step.on_device(requests, own_rows, *subsets)
         start = 0
         settled = []
-        for part, own in zip(parts, by_policy, strict=True):
+        for part, own in asked:
             span = slice(start, start + len(own))
             start = span.stop
             if not own.size:
                 continue
             memory = self._memory.get(part.policy)
-            hidden, texts = self._forward.states.hidden[:0], self._texts(own, part.read)
+            hidden, lens = self._forward.states.hidden[:0], NOBODY
             if part.read in states:
                 hidden, states[part.read] = states[part.read].split_with_sizes(
                     [len(own), len(states[part.read]) - len(own)]
                 )
+            elif part.read is ProbeInput.OWN_STATES:
+                hidden, lens = of_branches[part.policy]
             decision = policies[part.policy].decide(
                 part.exit_index,
                 UndecidedRows(
@@ -95,7 +98,8 @@ class Decisions:
                     threshold_rows[span],
                     None if memory is None else memory[places[span]],
                     bits[0][span] if bits else None,
-                    texts,
+                    self._texts(own, part.read),
+                    lens,
                 ),
             )
             if decision.memory is not None:
@@ -125,14 +129,34 @@ class Decisions:
             return ()
         return [self._step.texts[request] for request in requests.tolist()]
 
-    def _read_prompts(self, exit_index: int, requests: Ints) -> Tensor:
-        """What policies read of `requests` that pool prompts; chunks of others are carried on."""
-        forward, chunks = self._forward, self._prompts.chunks
-        if chunks.size:
-            chunks = chunks[self._policies.read_prompts_at(exit_index, self._owners[chunks])]
+    def _means(self, exit_index: int, requests: Ints, chunks: Ints) -> Tensor:
+        """What heads read of the prompts of `requests`; `chunks` are carried on."""
+        forward = self._forward
         if not requests.size and not chunks.size:
             return forward.states.hidden[:0]
         return self._prompts.read(exit_index, requests, chunks, forward.layout, forward.states)
+
+    def _own_states(
+        self, exit_index: int, asked: Sequence[Reader], chunks: Sequence[Reader]
+    ) -> dict[int, tuple[Tensor, Ints]]:
+        """By policy, what its branch reads of prompts, and of how many tokens of each."""
+        forward, found = self._forward, {}
+        requests, waiting = (
+            {part.policy: own for part, own in some if part.read is ProbeInput.OWN_STATES}
+            for some in (asked, chunks)
+        )
+        for part, _ in (*asked, *chunks):
+            if part.read is ProbeInput.OWN_STATES and part.policy not in found:
+                branch = self._policies.policies[part.policy].branches[part.exit_index]
+                found[part.policy] = self._prompts.read_states(
+                    exit_index,
+                    branch.project,
+                    requests.get(part.policy, NOBODY),
+                    waiting.get(part.policy, NOBODY),
+                    forward.layout,
+                    forward.states,
+                )
+        return found
 
     def _last_states(self, requests: Ints) -> Tensor:
         """[requests, hidden size], the state of the last token of each."""
@@ -193,3 +217,9 @@ class Decisions:
                 answers=None if answers is None else answers.subset(requests),
                 broadcast=self._broadcast,
             )
+
+
+def _who_read(read: ProbeInput | None, readers: Sequence[Reader]) -> Ints:
+    """The requests of policies that read this; None: of all policies."""
+    some = [own for part, own in readers if read is None or part.read is read]
+    return np.concatenate([NOBODY, *some])

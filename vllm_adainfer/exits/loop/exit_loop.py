@@ -17,7 +17,7 @@ from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
-from vllm_adainfer.exits.loop.pooling import CarriedSums
+from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.policy_set import PolicySet
@@ -68,7 +68,7 @@ class ExitLoop(Loop):
         self._min_rows_saved = min_rows_saved
         self._max_rows = max_rows
         self._broadcast = broadcast
-        self.carried = CarriedSums()
+        self.carried = CarriedPrompts()
         self.stats = ExitStats()
         self.reset_counters()
 

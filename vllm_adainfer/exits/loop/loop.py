@@ -13,7 +13,7 @@ from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.kv.policies import KVPolicy
-from vllm_adainfer.exits.loop.pooling import CarriedSums
+from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
 from vllm_adainfer.exits.loop.step import StepContext
 from vllm_adainfer.monitoring.monitor import Monitor
@@ -64,7 +64,7 @@ class Loop(ABC):
 
     stats: ExitStats
     kv: KVPolicy
-    carried: CarriedSums
+    carried: CarriedPrompts
     monitors: Mapping[str, Monitor] = MappingProxyType({})
 
     @abstractmethod

@@ -1,6 +1,9 @@
-"""Whole prompts, as pooled policies read them: the mean state of a prompt at each exit point."""
+"""Whole prompts, as pooled policies read them: the mean of their states, or each of these."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import adainfer_kernels
 import numpy as np
@@ -8,37 +11,41 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
+from vllm_adainfer.artifact.branch_shapes import MOST_BRANCH_TOKENS
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 
 
-class CarriedSums:
-    """Sums over the rows of prompts of which a chunk is still to come."""
+class CarriedPrompts:
+    """What is read of prompts of which a chunk is still to come: sums over rows, or their states.
+
+    Which of these it is at an exit point, follows from the policy that reads the request.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, dict[int, Tensor]] = {}  # by request, then exit point: [hidden size]
+        self._read: dict[str, dict[int, Tensor]] = {}  # by request, then exit point
         self._ends: dict[str, int] = {}
 
     def end(self, request_id: str) -> int | None:
-        """The position after the last row in the sums; None if no rows of the request are."""
+        """The position after the last row that was read; None if none of the request was."""
         return self._ends.get(request_id)
 
-    def put(self, request_id: str, exit_index: int, sums: Tensor) -> None:
-        """Keep a request's sums at an exit point."""
-        self._sums.setdefault(request_id, {})[exit_index] = sums
+    def put(self, request_id: str, exit_index: int, read: Tensor) -> None:
+        """Keep what was read of a request at an exit point so far."""
+        self._read.setdefault(request_id, {})[exit_index] = read
 
     def get(self, request_id: str, exit_index: int) -> Tensor:
         """What `put` kept."""
-        return self._sums[request_id][exit_index]
+        return self._read[request_id][exit_index]
 
     def step_ended(self, step: StepContext) -> None:
-        """The sums of chunks that were pooled now have the rows of this step.
+        """What is kept of chunks that were read now has the rows of this step.
 
-        Those of complete prompts are dropped, and those of prompts that ran without being pooled,
-        as where other weights were being loaded.
+        That of complete prompts is dropped, and that of prompts that ran without being read, as
+        where other weights were being loaded.
         """
-        for request_id in [one for one in step.request_ids if one in self._sums]:
+        for request_id in [one for one in step.request_ids if one in self._read]:
             place = step.request_ids.index(request_id)
             was_pooled = step.pooled_from is not None and step.pooled_from[place] >= 0
             if was_pooled and not step.yields_token[place]:
@@ -48,12 +55,12 @@ class CarriedSums:
 
     def forget(self, request_id: str) -> None:
         """The request has ended or starts again, or its prompt is complete."""
-        self._sums.pop(request_id, None)
+        self._read.pop(request_id, None)
         self._ends.pop(request_id, None)
 
     def clear(self) -> None:
         """Forget all requests."""
-        self._sums.clear()
+        self._read.clear()
         self._ends.clear()
 
 
@@ -61,18 +68,18 @@ class PooledPrompts:
     """The prompts of one step that pooled policies read.
 
     Attributes:
-        chunks: requests whose prompts have rows to pool here, and go on in a later step.
+        chunks: requests whose prompts have rows to read here, and go on in a later step.
 
     """
 
-    def __init__(self, step: StepContext, carried: CarriedSums) -> None:
-        """`carried` has the sums of earlier chunks, and gets those of this step."""
+    def __init__(self, step: StepContext, carried: CarriedPrompts) -> None:
+        """`carried` has what was read of earlier chunks, and gets that of this step."""
         self._step, self._carried = step, carried
         self.chunks = NOBODY
         if step.pooled_from is None:
             return
         counts = np.maximum(step.layout.last_positions + 1 - step.pooled_from, 0)
-        # Of each request, the rows to pool: all so far, and those of this step.
+        # Of each request, the rows to read: all so far, and those of this step.
         self._counts: Ints = np.where(step.pooled_from >= 0, counts, 0)
         self._lens: Ints = np.minimum(self._counts, step.layout.query_lens)
         self.chunks = np.flatnonzero((self._lens > 0) & ~step.yields_token)
@@ -115,6 +122,42 @@ class PooledPrompts:
             )
         read = torch.cat([result.last, result.sums / counts_on_device.unsqueeze(1)], dim=1)
         return read if np.array_equal(requests, pooled) else read.index_select(0, places_on_device)
+
+    def read_states(
+        self,
+        exit_index: int,
+        project: Callable[[Tensor], Tensor],
+        requests: Ints,
+        chunks: Ints,
+        layout: RowLayout,
+        states: HiddenStates,
+    ) -> tuple[Tensor, Ints]:
+        """What branches read of `requests`: the last `MOST_BRANCH_TOKENS` tokens of each.
+
+        Args:
+            exit_index, requests, chunks, layout, states: as for `read`.
+            project: from the states [rows, hidden size] to what is kept of them, [rows, width].
+
+        Returns:
+            [tokens of all requests, width], and the tokens of each, [requests].
+
+        """
+        wanted = np.union1d(requests, chunks)
+        lens = np.minimum(self._lens[wanted], MOST_BRANCH_TOKENS)
+        before = layout.ends[wanted] - np.cumsum(lens)  # rows that others have there
+        [rows] = self._step.on_device(np.arange(lens.sum()) + np.repeat(before, lens))
+        own = project(replace(states, per_layer=None).rows(rows).combined())
+        parts = dict(zip(wanted.tolist(), own.split(lens.tolist()), strict=True))
+        for request in wanted[self._counts[wanted] > self._lens[wanted]].tolist():
+            earlier = self._carried.get(self._step.request_ids[request], exit_index)
+            parts[request] = torch.cat([earlier, parts[request]])[-MOST_BRANCH_TOKENS:]
+        for request in chunks.tolist():
+            # A copy, which keeps no larger tensor alive.
+            request_id = self._step.request_ids[request]
+            self._carried.put(request_id, exit_index, parts[request].clone())
+        read = [parts[request] for request in requests.tolist()]
+        counts = np.array([len(part) for part in read], dtype=np.int64)
+        return torch.cat([own[:0], *read]), counts
 
     def _sums_of_earlier_chunks(
         self, exit_index: int, requests: Ints, states: HiddenStates

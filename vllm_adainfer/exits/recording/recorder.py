@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from vllm_adainfer.exits.recording.moments import Moments
+from vllm_adainfer.exits.recording.state_files import StateFiles
 
 # A decision row weighs as much as this many other rows of a prompt.
 DECISION_ROW_WEIGHT = 64.0
@@ -65,14 +67,23 @@ class TunedLensSums:
 
 
 class Recorder:
-    """Keeps the states of decision rows, and sums for a tuned lens if there is one to fit."""
+    """Keeps the states of decision rows, and sums for a tuned lens if there is one to fit.
 
-    def __init__(self, layers: tuple[int, ...], lens: TunedLensSums | None) -> None:
+    Attributes:
+        layers: those after which it records; the last one is the model's.
+        files: of the states of whole prompts; None if they are not recorded.
+
+    """
+
+    def __init__(
+        self, layers: tuple[int, ...], lens: TunedLensSums | None, files: StateFiles | None = None
+    ) -> None:
         """Record after each of `layers`, which end with the model's last."""
         self.layers = layers
+        self.files = files
         self._lens = lens
         self._states: list[list[Tensor]] = [[] for _ in layers]
-        self._means: list[list[Tensor]] = [[] for _ in layers]
+        self._means: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         self._record_rows: list[Tensor] = []
         self._positions: list[Tensor] = []
 
@@ -82,7 +93,7 @@ class Recorder:
         record_rows: Tensor,
         positions: Tensor,
         last: Tensor,
-        means: Sequence[Tensor] = (),
+        means: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> None:
         """Record a step at full depth.
 
@@ -92,9 +103,8 @@ class Recorder:
                 belongs to; a negative one is not recorded.
             positions: int64 [rows], the position of the row in its prompt.
             last: bool [rows], whether the row decides its request's answer.
-            means: fp32 [decision rows, hidden size] after each of the layers but the last, the mean
-                of the prompt's normed states; NaN where some of them never ran. Empty if no means
-                are recorded.
+            means: layer -> fp32 [decision rows, hidden size], the mean of the prompt's normed
+                states; NaN where some of them never ran. Empty if no means are recorded.
 
         """
         decisions = last & (record_rows >= 0)
@@ -102,8 +112,8 @@ class Recorder:
         self._positions.append(positions[decisions])
         for kept, state in zip(self._states, states, strict=True):
             kept.append(state[decisions])
-        for kept, mean in zip(self._means, means, strict=False):
-            kept.append(mean)
+        for layer, mean in means.items():
+            self._means[layer].append(mean)
         if self._lens is not None:
             self._lens.add(states, record_rows, positions, last)
 
@@ -112,13 +122,16 @@ class Recorder:
 
         ``layer.<n>`` [rows, hidden size], ``mean.<n>`` likewise if means are recorded, and int64
         [rows] ``tags`` (the record rows) and
-        ``positions``. Also the sums for the lens, see `TunedLensSums.take`.
+        ``positions``. Also the sums for the lens, see `TunedLensSums.take`, and what
+        `StateFiles.take` returns.
         """
         taken = {} if self._lens is None else self._lens.take()
+        if self.files is not None:
+            taken |= self.files.take()
         for layer, states in zip(self.layers, self._states, strict=True):
             taken[f"layer.{layer}"] = torch.cat(states)
             states.clear()
-        for layer, means in zip(self.layers, self._means, strict=True):
+        for layer, means in self._means.items():
             if means:
                 taken[f"mean.{layer}"] = torch.cat(means)
                 means.clear()

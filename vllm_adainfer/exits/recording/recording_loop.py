@@ -18,9 +18,10 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
-from vllm_adainfer.exits.loop.pooling import CarriedSums, PooledPrompts
+from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.exits.recording.recorder import Recorder
+from vllm_adainfer.exits.recording.state_files import StateFiles
 from vllm_adainfer.settings.engine import NO_POLICY
 
 REHEARSALS = 20  # steps in which exits are rehearsed
@@ -69,7 +70,7 @@ class RecordingLoop(Loop):
         self.recorder = recorder
         self._keeps_states = keeps_states
         self._reads_prompts = reads_prompts
-        self.carried = CarriedSums()
+        self.carried = CarriedPrompts()
         self.timings = Timings()
         self.kv = KVPolicy()
         self._depth = shape.depth
@@ -88,9 +89,10 @@ class RecordingLoop(Loop):
         rows = step.layout.num_rows
         states = HiddenStates(input_ids)
         rehearses = len(self.timings.fewer[0]) < REHEARSALS
-        recorded, means = [], []
+        recorded, means = [], {}
         prompts = PooledPrompts(step, self.carried)
-        for segment in range(len(self.recorder.layers)):
+        files = self.recorder.files
+        for segment, layer in enumerate(self.recorder.layers):
             if rehearses and segment == self._first:
                 before = states.clone()  # which the layers may overwrite
             start = _now(step)
@@ -99,8 +101,10 @@ class RecordingLoop(Loop):
             stream = states.combined()[:rows]  # without padding
             # A single part is the segment's own memory, which CUDA graphs overwrite.
             recorded.append(stream.clone() if states.residual is None else stream)
-            if self._reads_prompts and segment < len(self.recorder.layers) - 1:
-                means.append(self._mean(segment, prompts, states, step))
+            if files is not None and layer in files.layers:
+                self._keep_states(segment, prompts, states, step, files)
+            elif self._reads_prompts and segment < len(self.recorder.layers) - 1:
+                means[layer] = self._mean(segment, prompts, states, step)
         self.carried.step_ended(step)
         final = batch.run(len(self.recorder.layers), states).hidden
         assert step.record_rows is not None, "the engine records"
@@ -138,6 +142,26 @@ class RecordingLoop(Loop):
             [places] = step.on_device(whole)
             means[places] = read[:, size:]
         return means
+
+    def _keep_states(
+        self,
+        exit_index: int,
+        prompts: PooledPrompts,
+        states: HiddenStates,
+        step: StepContext,
+        files: StateFiles,
+    ) -> None:
+        """Write the states of prompts that are complete and of which every row ran."""
+        assert step.record_rows is not None
+        assert step.pooled_from is not None
+        whole = step.yields_token & (step.record_rows >= 0) & (step.pooled_from >= 0)
+        requests, layer = np.flatnonzero(whole), self.recorder.layers[exit_index]
+        rows, lens = prompts.read_states(
+            exit_index, lambda read: read, requests, prompts.chunks, step.layout, states
+        )
+        files.add(layer, rows)
+        if layer == files.layers[-1]:
+            files.added(step.record_rows[requests], lens)
 
     def _rehearse_exits(
         self, batch: Batch, before: HiddenStates, states: HiddenStates, step: StepContext

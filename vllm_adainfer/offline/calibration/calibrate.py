@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,16 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.branches import (
+    branches_could_pay,
+    branches_of,
+    of_last_token,
+    with_branches,
+    with_last_token,
+)
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
-from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
 from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target, taught_by_full_depth
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent, train_student
@@ -26,12 +33,9 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
 )
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, ProbeChoice
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
-from vllm_adainfer.offline.calibration.record.collect import (
-    FOLDS,
-    Recording,
-    record,
-    recording_engine,
-)
+from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
+from vllm_adainfer.offline.calibration.record.own_states import OwnStates
+from vllm_adainfer.offline.calibration.recordings import record_own_states, record_prompts
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.progress import say
 
@@ -58,36 +62,6 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     return fit_and_certify(request, prompts, record_prompts(request, prompts))
 
 
-def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
-    """Run the model at full depth."""
-    options, hf_config, examples = request.options, prompts.hf_config, prompts.examples
-    layers = candidate_layers(hf_config.num_hidden_layers, options.exit_points, prompts.probe)
-    lens_prompts = len(prompts.split.fit) if prompts.probe == "lens" else 0
-    adapter, choices = request.adapter, prompts.choices
-    answers = [label.token_id for label in prompts.labels]
-    if choices is not None:
-        answers = choices.first_tokens.token_ids.tolist()
-    settings = {} if adapter is None else adapter.engine_settings
-    with recording_engine(
-        request.model,
-        hf_config,
-        examples,
-        layers,
-        lens_prompts,
-        options.max_tokens,
-        prompts.pooled_from,
-        **settings,
-    ) as engine:
-        recording = record(
-            engine, examples, answers, layers, options.max_tokens, adapter and adapter.request
-        )
-    if choices is not None:
-        recording = replace(recording, tokens=choices.decided_by(recording.tokens))
-    if prompts.probe == "lens":  # its sums are by prompt
-        return recording
-    return replace(recording, folds=prompts.split.groups % FOLDS)
-
-
 def fit_and_certify(
     request: CalibrationRequest, prompts: Prompts, recording: Recording
 ) -> ArtifactConfig:
@@ -98,7 +72,12 @@ def fit_and_certify(
 
     """
     calibration = calibration_of(request, prompts, recording)
-    policy = best_policy(calibration, request.probe, prompts.student)
+    policy = best_policy(
+        calibration,
+        request.probe,
+        prompts.student,
+        lambda layers: record_own_states(request, prompts, layers),
+    )
     epsilon = request.options.epsilon
     if epsilon not in policy.points:
         answers = calibration.recording.tokens
@@ -125,21 +104,29 @@ def fit_and_certify(
 
 
 def best_policy(
-    calibration: Calibration, probe: ProbeChoice, base: StudentBase | None = None
+    calibration: Calibration,
+    probe: ProbeChoice,
+    base: StudentBase | None = None,
+    states_after: Callable[[Sequence[int]], OwnStates] | None = None,
 ) -> FittedPolicy:
     """The policy with the probe asked for; "auto" takes the faster one of the label heads.
 
-    Which one that is, the part that fits decides; likewise whether a student of `base` is worth the
-    time that it takes.
+    Which one that is, the part that fits decides; likewise whether a student of `base` and branches
+    are worth the time that they take. `states_after` gives the states that branches read.
     """
     policy = best_heads(calibration, probe)
-    if base is None:
+    if base is not None:
+        student = student_of(calibration, base)
+        with_student = best_heads(replace(calibration, student=student), probe)
+        if with_student.student is None:
+            say("the student costs more time than it saves, and is left out")
+        else:
+            policy = with_student
+    layers = [exit.layer for exit in policy.exits if exit.layer > 0]
+    asked = probe == "branch" or (probe == "auto" and branches_could_pay(policy))
+    if states_after is None or not layers or not asked:
         return policy
-    with_student = best_heads(replace(calibration, student=student_of(calibration, base)), probe)
-    if with_student.student is not None:
-        return with_student
-    say("the student costs more time than it saves, and is left out")
-    return policy
+    return with_branches(policy, branches_of(policy.calibration, states_after(layers)))
 
 
 def student_of(calibration: Calibration, base: StudentBase) -> TrainedStudent:
@@ -162,20 +149,13 @@ def best_heads(calibration: Calibration, probe: ProbeChoice) -> FittedPolicy:
     policy = with_mass_if_it_pays(make_policy(calibration))
     if not calibration.target.is_pooled:
         return policy
-    last = replace(
-        calibration,
-        target=replace(calibration.target, kind="label-head"),
-        with_mass=policy.calibration.with_mass,
-    )
+    last = of_last_token(policy)
     candidates = fit_candidates(last)
     if probe == "auto":
-        of_last_token = make_policy(last, candidates)
-        if policy.expected["chosen"] >= of_last_token.expected["chosen"]:
-            return of_last_token
-    # No cuts of their own: such requests are few.
-    layers = {exit.layer for exit in policy.exits}
-    own = make_policy(last, [exit for exit in candidates if exit.layer in layers])
-    return replace(policy, last_token=own if own.points else None)
+        alone = make_policy(last, candidates)
+        if policy.expected["chosen"] >= alone.expected["chosen"]:
+            return alone
+    return with_last_token(policy, last, candidates)
 
 
 def calibration_of(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,17 +20,18 @@ from vllm_adainfer.offline.calibration.certify.certify import (
     combine_questions,
 )
 from vllm_adainfer.offline.calibration.data.choices import Choices
+from vllm_adainfer.offline.calibration.fit.branch import TrainedBranch
 from vllm_adainfer.offline.calibration.fit.choose import (
     choose_exits,
     evenly_spread,
     expected_seconds,
+    one_per_layer,
 )
 from vllm_adainfer.offline.calibration.fit.cost import Costs, measured_costs
 from vllm_adainfer.offline.calibration.fit.exits import (
     FittedExit,
     fit_crf_chain,
     fit_exits,
-    fit_student_exit,
 )
 from vllm_adainfer.offline.calibration.fit.learning_curve import CurvePoint, learning_curve
 from vllm_adainfer.offline.calibration.fit.loss import (
@@ -42,9 +43,11 @@ from vllm_adainfer.offline.calibration.fit.loss import (
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit.split import Split, numbered
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
+from vllm_adainfer.offline.calibration.fit.trained_exits import TrainedProbe, with_trained
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.collect import Recording
 from vllm_adainfer.offline.progress import progress
+from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.questions import End
 from vllm_adainfer.policy.student import Student
 
@@ -67,6 +70,7 @@ class Calibration:
         questions: the question of each prompt, if prompts are requests; else empty.
         ends: question -> the tokens that its prompts end with, if it can be recognised by them.
         student: decides before the first layer; None without one.
+        branches: decide in place of heads, each after another layer.
 
     """
 
@@ -82,6 +86,12 @@ class Calibration:
     questions: Sequence[str] = ()
     ends: Mapping[str, tuple[End, ...]] = field(default_factory=dict)
     student: TrainedStudent | None = None
+    branches: tuple[TrainedBranch, ...] = ()
+
+    @property
+    def trained(self) -> list[TrainedProbe]:
+        """The student and the branches, which were trained on the same rows."""
+        return [*([] if self.student is None else [self.student]), *self.branches]
 
     @property
     def loss(self) -> Loss:
@@ -131,10 +141,16 @@ class Calibration:
         }
 
 
-def fit_candidates(calibration: Calibration) -> list[FittedExit]:
-    """Fit an exit point after every recorded layer that its probe can read."""
+def fit_candidates(
+    calibration: Calibration, among: Collection[int] | None = None
+) -> list[FittedExit]:
+    """Fit an exit point after every recorded layer that its probe can read.
+
+    `among` are layers to choose from; None for all.
+    """
     recording, target = calibration.recording, calibration.target
-    layers = [layer for layer in recording.states if target.is_pooled or layer > 0]
+    layers = [layer for layer in recording.states if among is None or layer in among]
+    layers = [layer for layer in layers if target.is_pooled or layer > 0]
     if target.is_pooled:
         # Below layers that share keys and values, only the last token goes on.
         layers = [layer for layer in layers if layer <= recording.own_kv_layers]
@@ -159,6 +175,7 @@ class FittedPolicy:
         points: epsilon -> the loosest policy certified for it on the held-out rows.
         questions: question -> the same for it alone, if each is certified on its own.
         candidates: all fitted exit points.
+        heads: those of them that were not trained, with their results on all rows that fit.
         costs: the costs that the choice was based on.
         expected: expected times of a prompt, in seconds: ``full_depth``, ``chosen``, ``uniform``
             (as many exit points, evenly spread).
@@ -172,6 +189,7 @@ class FittedPolicy:
     points: Points
     questions: dict[str, Points]
     candidates: list[FittedExit]
+    heads: list[FittedExit]
     costs: Costs
     expected: dict[str, float]
     last_token: FittedPolicy | None = None
@@ -182,14 +200,19 @@ class FittedPolicy:
         asked = any(isinstance(exit.probe, Student) for exit in self.exits)
         return self.calibration.student if asked else None
 
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """The layers of the chosen exit points that have a branch."""
+        return tuple(exit.layer for exit in self.exits if exit.is_branch)
+
     def learning_curve(self) -> list[CurvePoint]:
         """What the exit points save if fewer prompts are fitted on; empty for other probes.
 
-        Also empty with a student, which would be trained three times.
+        Also empty with a student or branches, which would be trained three times.
         """
         calibration = self.calibration
         options, target = calibration.options, calibration.target
-        if target.kind not in LABEL_HEADS or self.student is not None:
+        if target.kind not in LABEL_HEADS or self.student is not None or self.branches:
             return []
         return learning_curve(
             calibration.recording,
@@ -203,53 +226,46 @@ class FittedPolicy:
         )
 
 
-def _with_student(
-    student: TrainedStudent, candidates: Sequence[FittedExit], calibration: Calibration
-) -> list[FittedExit]:
-    """The candidates with the student before the first layer, on the rows that it has not seen."""
-    options = calibration.options
-    first = fit_student_exit(
-        student,
-        calibration.recording,
-        calibration.target,
-        calibration.split,
-        options.classifier,
-        options.seed,
-        calibration.loss,
-    )
-    others = [
-        replace(exit, fitted=exit.fitted.of_rows(student.unseen))
-        for exit in candidates
-        if exit.layer > 0
-    ]
-    return others if first is None else [first, *others]
-
-
 def make_policy(
     calibration: Calibration, among: Sequence[FittedExit] | None = None
 ) -> FittedPolicy:
     """Choose exit points among the candidates, and certify every epsilon that can be.
 
-    `among` are the candidates; None fits every recorded layer.
+    `among` are the heads to choose from; None fits every recorded layer.
     """
     recording, split, options = calibration.recording, calibration.split, calibration.options
-    candidates = fit_candidates(calibration) if among is None else list(among)
+    heads = fit_candidates(calibration) if among is None else list(among)
+    candidates = heads
     generated, bound = options.max_tokens > 1, calibration.bound
     tokens = recording.computed[recording.rows_of(split.fit)]
-    student = calibration.student
-    if student is not None:
-        candidates = _with_student(student, candidates, calibration)
-        tokens = tokens[student.unseen]
+    target, trained = calibration.target, calibration.trained
+    if trained:
+        candidates = with_trained(
+            trained,
+            heads,
+            recording,
+            target,
+            split,
+            options.classifier,
+            options.seed,
+            calibration.loss,
+        )
+        tokens = tokens[trained[0].unseen]
     if generated:  # at later tokens, reading a layer's weights is what takes time
         tokens = np.ones_like(tokens)
-    probes = {e.layer: e.probe for e in candidates if not isinstance(e.probe, Student)}
-    pooled = calibration.target.is_pooled
-    costs = measured_costs(recording, probes, float(tokens.mean()), generated, pooled, student)
+    costs = measured_costs(
+        recording,
+        {e.layer: e.probe for e in candidates if not isinstance(e.probe, (Student, Branch))},
+        float(tokens.mean()),
+        generated,
+        target.is_pooled,
+        calibration.student,
+        calibration.branches,
+    )
     by_question = calibration.certifiable_questions() if options.by_question else {}
     allowed = calibration.allowed
-    exits = candidates
-    if options.exit_points is None:
-        exits = choose_exits(candidates, costs, tokens, allowed)
+    choose = choose_exits if options.exit_points is None else one_per_layer
+    exits = choose(candidates, costs, tokens, allowed)
     spread = evenly_spread(candidates, len(exits))
     expected = {
         name: expected_seconds(some, costs, tokens, allowed)
@@ -267,4 +283,4 @@ def make_policy(
         points = combine_questions(by_question, questions, exits, recording.depth)
     elif exits:
         points = certify(exits, recording.depth, epsilons, bound)
-    return FittedPolicy(calibration, exits, points, questions, candidates, costs, expected)
+    return FittedPolicy(calibration, exits, points, questions, candidates, heads, costs, expected)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm_adainfer.offline.adapter import NamedAdapter
 
 BoundChoice = Literal["auto", BoundKind]
-ProbeChoice = Literal["auto", ProbeKind]
+ProbeChoice = Literal["auto", "branch", ProbeKind]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
     options, choices, labels = request.options, bool(request.choices), bool(request.labels)
     generated, tolerance = options.max_tokens > 1, options.tolerance is not None
     accuracy, exact = options.risk == "accuracy", options.bound == "exact"
-    another_probe = request.probe not in ("auto", *LABEL_HEADS)
+    another_probe = request.probe not in ("auto", "branch", *LABEL_HEADS)
     refusals = [
         (choices and labels, "--choices and --labels are two kinds of answers: drop one"),
         (
@@ -143,7 +143,7 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
             "negative,positive, or drop --tolerance",
         ),
         (
-            not holds_requests and request.probe in LABEL_HEADS and not labels and not choices,
+            not (holds_requests or another_probe or request.probe == "auto" or labels or choices),
             f"--probe {request.probe} needs --labels, such as --labels negative,positive",
         ),
     ]

@@ -103,16 +103,17 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     examples = [examples[index] for index in order]
     split = split_of(numbered(groups[order].tolist()), options)
     check_rows(split, options, data)
-    probe = request.probe
+    probe: ProbeKind
     shortest = min(examples, key=lambda example: len(example.token_ids))
-    if probe == "auto":
-        label_head: ProbeKind = "pooled-label-head"
-        if len(shortest.token_ids) == 1:  # nothing is left of it without the first token
-            label_head = "label-head"
+    alone = len(shortest.token_ids) == 1  # nothing is left of it without the first token
+    if request.probe == "auto":
+        label_head: ProbeKind = "label-head" if alone else "pooled-label-head"
         probe = label_head if labels else "lens"
-    if probe == "pooled-label-head" and len(shortest.token_ids) == 1:
+    else:
+        probe = "pooled-label-head" if request.probe == "branch" else request.probe
+    if probe == "pooled-label-head" and alone:
         raise AdaInferError(
-            f"{shortest.place}: a pooled-label-head leaves out the first token of a prompt, and "
+            f"{shortest.place}: a {request.probe} leaves out the first token of a prompt, and "
             "this one has no other: use --probe label-head, or give a --template"
         )
     right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None

@@ -30,7 +30,7 @@ def describe(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     """
     parts = [
         _facts(config, details),
-        _exit_points(details),
+        _exit_points(config, details),
         _levels(config),
         *_last_token(config),
         each_for_itself(config),
@@ -101,12 +101,12 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     return aligned(list(facts.items()))
 
 
-def _exit_points(details: Mapping[str, Any]) -> str:
+def _exit_points(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     return text_table(
         ["exit point", "exits", "probe agrees", "probe size", "probe cost, layers of one token"],
         [
             [
-                str(point["layer"]),
+                f"{point['layer']}{' (branch)' * (point['layer'] in config.branches)}",
                 f"{point['leaving']:.1%}",
                 f"{point['agreement']:.1%}",
                 _size(point["probe_bytes"]),

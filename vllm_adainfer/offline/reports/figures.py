@@ -75,6 +75,7 @@ def agreement(config: ArtifactConfig, details: Mapping[str, Any]) -> Panel:
     figure = _figure("layer", "% of held-out rows")
     x, y = list(shares), list(shares.values())
     figure.add_trace(Scatter(x=x, y=y, name="probe", mode="lines+markers"))
+    shares |= {n: 100 * details["branch_agreement"][str(n)] for n in config.branches}
     x = [point for point in config.exit_points if point in shares]
     y = [shares[point] for point in x]
     figure.add_trace(Scatter(x=x, y=y, name="exit points", mode="markers", marker=MARKER))

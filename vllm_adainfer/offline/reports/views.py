@@ -68,6 +68,7 @@ def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Exam
         examples,
         points,
         pooled_from=config.pooled_from,
+        branches=config.branches,
         **settings,
     ) as engine:
         recording = record(engine, examples, config.label_ids, points, adapter=model.lora_request)
@@ -168,13 +169,14 @@ def views_of(
     ):
         if read is ProbeInput.TEXT and not text:
             continue
-        undecided = UndecidedRows(
-            recording.read_by_probe(layer, place, read is ProbeInput.PROMPT),
-            rows,
-            memory,
-            torch.tensor([subset]),
-            [text],
-        )
+        hidden, lens = recording.states[layer][place], np.arange(0)
+        if read is ProbeInput.PROMPT:
+            hidden = recording.read_by_probe(layer, place, pooled=True)
+        elif read is ProbeInput.OWN_STATES:
+            assert recording.own_states is not None
+            [states] = recording.own_states.of(layer, place)
+            hidden, lens = policy.branches[index].project(states), np.array([len(states)])
+        undecided = UndecidedRows(hidden, rows, memory, torch.tensor([subset]), [text], lens)
         seen, decision = policy.view(index, undecided), policy.decide(index, undecided)
         memory = decision.memory
         views.append(

@@ -25,7 +25,7 @@ CHOICE_ROWS = 3000
 def choose_exits(
     candidates: Sequence[FittedExit], costs: Costs, tokens: Floats, allowed: float
 ) -> list[FittedExit]:
-    """The set of up to `MAX_EXIT_POINTS` with the shortest expected time.
+    """The set of up to `MAX_EXIT_POINTS`, at most one a layer, with the shortest expected time.
 
     It is empty if full depth is faster. The first `CHOICE_ROWS` rows decide. The best of all small
     sets is improved step by step: one exit point is added, removed or replaced for as long as that
@@ -46,25 +46,47 @@ def choose_exits(
         exits = [candidates[place] for place in sorted(places)]
         return expected_seconds(exits, costs, tokens, allowed) + worth * len(exits)
 
+    def fits(places: frozenset[int]) -> bool:
+        layers = {candidates[place].layer for place in places}
+        return len(layers) == len(places) <= MAX_EXIT_POINTS
+
     everywhere = range(len(candidates))
     small = (
         frozenset(places)
         for count in range(ALL_SETS_UP_TO + 1)
         for places in combinations(everywhere, count)
     )
-    best = min(small, key=seconds)
+    best = min(filter(fits, small), key=seconds)
     while True:
         others = frozenset(everywhere) - best
         smaller = [best - {place} for place in best]
         larger = [some | {place} for some in (best, *smaller) for place in others]
         nearby = min(
-            (some for some in (*smaller, *larger) if len(some) <= MAX_EXIT_POINTS),
+            filter(fits, (*smaller, *larger)),
             key=seconds,
             default=best,
         )
         if seconds(nearby) >= seconds(best):
             return [candidates[place] for place in sorted(best)]
         best = nearby
+
+
+def one_per_layer(
+    candidates: Sequence[FittedExit], costs: Costs, tokens: Floats, allowed: float
+) -> list[FittedExit]:
+    """All layers of the candidates; a branch decides where that shortens the expected time.
+
+    Arguments are as for `choose_exits`.
+    """
+    tokens = tokens[:CHOICE_ROWS]
+    best = {exit.layer: exit for exit in candidates if not exit.is_branch}
+    least = expected_seconds([*best.values()], costs, tokens, allowed)
+    for branch in (exit for exit in candidates if exit.is_branch):
+        found = {**best, branch.layer: branch}
+        seconds = expected_seconds([*found.values()], costs, tokens, allowed)
+        if seconds < least:
+            best, least = found, seconds
+    return [*best.values()]
 
 
 def expected_seconds(
@@ -79,7 +101,7 @@ def expected_seconds(
     if not exits:
         none, deciding = np.ones(1), np.array([1 / tokens.mean()])
         return _layer_seconds(np.array([0, depth]), none, deciding, costs, tokens) + costs.head
-    probes = np.cumsum([costs.probe[exit.layer] for exit in exits])
+    probes = np.cumsum([costs.probe_of(exit) for exit in exits])
     probes = np.append(probes, probes[-1])  # the time that a row has paid when it leaves at each
     where = exits_taken(exits, rows, allowed)
     layers = np.array([*(exit.layer for exit in exits), depth])
@@ -161,6 +183,7 @@ def _next_record(record: Bools) -> Ints:
 
 
 def evenly_spread(candidates: Sequence[FittedExit], count: int) -> list[FittedExit]:
-    """`count` evenly spaced candidates: the choice to beat."""
+    """`count` evenly spaced candidates without branches: the choice to beat."""
+    candidates = [exit for exit in candidates if not exit.is_branch]
     places = np.linspace(0, len(candidates) - 1, count + 2)[1:-1].round().astype(int)
     return [candidates[place] for place in sorted(set(places.tolist()))]

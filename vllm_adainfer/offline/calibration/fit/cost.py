@@ -5,20 +5,25 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Floats
+from vllm_adainfer.artifact.branch_shapes import BRANCH_WIDTH, MOST_BRANCH_TOKENS
+from vllm_adainfer.offline.calibration.fit.branch import TrainedBranch
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fit.probes import StateProbe, answers_of_probe
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
+from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE
 from vllm_adainfer.offline.calibration.record.collect import Recording
-from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.branch import Branch, StateEncoder
+from vllm_adainfer.policy.probe import LabelHead, Probe
 
 ROUNDS = 20
-STUDENT_ROUNDS = 5
+TRAINED_ROUNDS = 5
 STEP_ROWS = 2048  # token rows of a full step, vLLM's default on a CPU
 HEAD_ROWS = 128  # tokens that a full step yields, likewise
 
@@ -36,6 +41,7 @@ class Costs:
             gathering the rows that go on.
         probe: layer -> the probe after it, for one prompt.
         head: the LM head for one row; 0 if an early answer needs it as well.
+        branch: layer -> the branch after it, likewise, where there is one.
         own_kv_layers: layers that write keys and values. Only rows that decide a token run others.
 
     """
@@ -47,6 +53,11 @@ class Costs:
     own_kv_layers: int
     head: float = 0.0
     fewer: tuple[tuple[float, float], ...] = ()
+    branch: Mapping[int, float] = field(default_factory=dict)
+
+    def probe_of(self, exit: FittedExit) -> float:
+        """The time of an exit point's probe for one prompt."""
+        return (self.branch if exit.is_branch else self.probe)[exit.layer]
 
     def share_of_time(self, rows: Floats) -> Floats:
         """The share of a step's time, given shares of its `rows`, 0 to 1; no rows take no time."""
@@ -62,6 +73,7 @@ def measured_costs(
     generated: bool,
     pooled: bool = False,
     student: TrainedStudent | None = None,
+    branches: Sequence[TrainedBranch] = (),
 ) -> Costs:
     """Time the probes; the recording has timed the layers.
 
@@ -72,6 +84,7 @@ def measured_costs(
         generated: whether texts are generated, so that an early answer spares the LM head.
         pooled: whether the probes read whole prompts.
         student: the student; None without one.
+        branches: the branches.
 
     """
     layer, threads = next(iter(probes), None), recording.threads
@@ -91,6 +104,12 @@ def measured_costs(
         own_kv_layers=recording.own_kv_layers,
         head=head_seconds(lens, states[:HEAD_ROWS], threads) if generated else 0.0,
         fewer=shares_of_time(recording.fewer),
+        branch={
+            one.layer: branch_seconds(
+                one.branch, one.states.of(one.layer, recording.prompts[rows]), threads
+            )
+            for one in branches
+        },
     )
 
 
@@ -110,7 +129,29 @@ def shares_of_time(
 def student_seconds(trained: TrainedStudent, rows: int, threads: int) -> float:
     """Time of the student for one prompt, when a step asks it about so many."""
     texts = [text for text in trained.base.texts if text][:rows]
-    return _seconds(lambda: trained.student.score(texts), threads, STUDENT_ROUNDS) / len(texts)
+    return _seconds(lambda: trained.student.score(texts), threads, TRAINED_ROUNDS) / len(texts)
+
+
+def branch_seconds(branch: Branch, prompts: Sequence[Tensor], threads: int) -> float:
+    """Time of a branch for one prompt, given the states [tokens, hidden size] of those of a step.
+
+    `threads` is the number of threads in the serving process.
+    """
+    states, lens = torch.cat([*prompts]), np.array([len(one) for one in prompts])
+    seconds = _seconds(lambda: branch.score(branch.project(states), lens), threads, TRAINED_ROUNDS)
+    return seconds / len(prompts)
+
+
+def untrained_branch_layers(recording: Recording, tokens: float) -> float:
+    """Time of a branch for prompts of so many tokens, in times of a layer for the same prompts."""
+    states = recording.final
+    encoder = StateEncoder(states.shape[1]).to(SERVED_DTYPE).eval()
+    head = LabelHead(torch.zeros(2, 2 * BRANCH_WIDTH), torch.zeros(2), torch.arange(2))
+    length = min(max(1, round(tokens)), MOST_BRANCH_TOKENS)
+    prompt = states[torch.arange(length) % len(states)]
+    prompts = [prompt] * max(1, round(STEP_ROWS / tokens))
+    seconds = branch_seconds(Branch(encoder, head), prompts, recording.threads)
+    return seconds / (recording.layer_seconds * tokens)
 
 
 def probe_seconds(probe: StateProbe, states: Tensor, threads: int) -> float:

@@ -26,12 +26,11 @@ from vllm_adainfer.offline.calibration.fit.probes import (
     StateProbe,
     Target,
     answers_of_probe,
-    answers_of_scores,
     fit_probes,
 )
 from vllm_adainfer.offline.calibration.fit.split import Split
-from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
+from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.score import score
 
 
@@ -104,6 +103,11 @@ class FittedExit:
     fitted: Scored
     held_out: Scored
 
+    @property
+    def is_branch(self) -> bool:
+        """Whether a branch decides, not a head."""
+        return isinstance(self.probe, Branch)
+
 
 def fit_exits(
     recording: Recording,
@@ -149,56 +153,6 @@ def fit_exits(
             )
             exits.append(FittedExit(layer, probe, classifier, fitted, held_scored))
     return exits
-
-
-def fit_student_exit(
-    trained: TrainedStudent,
-    recording: Recording,
-    target: Target,
-    split: Split,
-    kind: ClassifierKind,
-    seed: int,
-    loss: Loss = disagreement,
-) -> FittedExit | None:
-    """The exit point before the first layer; None if its classifier cannot be learned.
-
-    Arguments are as for `fit_exits`. Its results on the part that fits are of the rows that the
-    student was not trained on, see `TrainedStudent.unseen`.
-    """
-    unseen, held_out = (
-        _judge_student(trained, recording, rows, loss, target)
-        for rows in (recording.rows_of(split.fit)[trained.unseen], recording.rows_of(split.certify))
-    )
-    judged, asked = unseen
-    linear: ClassifierKind = "svm" if kind == "crf" else kind
-    features, settled = judged.features[torch.from_numpy(asked)], judged.settled[asked]
-    classifier = fit_classifier(linear, features, settled, seed, target.features)
-    if classifier is None:
-        return None
-    fitted = classifier
-
-    def scored(answers: Judged, asked: Bools) -> Scored:
-        found = answers.scored(fitted).never_at(target.undecided)
-        never = torch.from_numpy(~asked)
-        return replace(found, score=found.score.masked_fill(never, -torch.inf))
-
-    return FittedExit(0, trained.student, classifier, scored(*unseen), scored(*held_out))
-
-
-def _judge_student(
-    trained: TrainedStudent, recording: Recording, rows: Ints, loss: Loss, target: Target
-) -> tuple[Judged, Bools]:
-    """The student's answers for decision `rows`, and for which of them it is asked."""
-    texts = [trained.base.texts[prompt] for prompt in recording.prompts[rows].tolist()]
-    asked = np.array([bool(text) for text in texts])
-    student, subsets = trained.student, target.subsets_of(rows)
-    scores = torch.zeros(len(rows), len(student.head.bias))
-    if asked.any():
-        own = None if subsets is None else subsets[torch.from_numpy(asked)]
-        scores[torch.from_numpy(asked)] = student.score([text for text in texts if text], own)
-    early, full = answers_of_scores(student.head, scores), recording.tokens[rows]
-    agrees = early.tokens == full
-    return Judged(early.features, early.tokens, agrees, loss(early, full, rows)), asked
 
 
 def judge(

@@ -25,6 +25,7 @@ from vllm_adainfer.offline.calibration.fit.distil import (
 )
 from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, ProbeAnswers
 from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
+from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probabilities import features_of, probabilities_of_scores
 from vllm_adainfer.policy.probe import LabelHead, Probe
@@ -42,7 +43,7 @@ RANK_DIVISORS = (64, 32, 16, 8, 4)
 RANK_TOLERANCE = 0.1
 
 StateProbe = Probe | LabelHead  # reads states of the model
-AnyProbe = StateProbe | Student
+AnyProbe = StateProbe | Student | Branch
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.record.own_states import OwnStates, own_states_of
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.probe import Probe, logit_lens_of
 from vllm_adainfer.settings.instruments import ROW_ARG
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 
 FOLDS = 5
-RECORDED = ("layer.", "mean.", "tags", "positions")  # tensors with a row for each decision row
+# Tensors with a row for each decision row, or for each prompt of which all states are kept.
+RECORDED = ("layer.", "mean.", "tags", "positions", "states.")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Recording:
         layer_seconds: time of one layer for one token.
         means: layer -> fp32 [rows, hidden size], the mean of the normed states of each row's
             prompt; empty if none are recorded.
+        own_states: the states of all tokens of each prompt; None if they are not recorded.
         pool_seconds: time to take that mean at one layer, for one token.
         cut_seconds: time of cutting the batch, for one token of it.
         threads: the number of threads in the process that ran the model.
@@ -83,6 +86,7 @@ class Recording:
     soft_cap: float | None = None
     scale: float = 1.0
     means: Mapping[int, Tensor] = field(default_factory=dict)
+    own_states: OwnStates | None = None
     pool_seconds: float = 0.0
     fewer: Sequence[Sequence[tuple[float, float]]] = ()
     folds: Ints | None = None
@@ -122,11 +126,13 @@ def recording_engine(
     lens_prompts: int = 0,
     max_tokens: int = 1,
     pooled_from: int | None = None,
+    branches: Sequence[int] = (),
     **settings: Any,
 ) -> Iterator[LLM]:
     """An engine for `record` that keeps the states after `layers`; see `start_engine`.
 
-    With `pooled_from` also the mean of each prompt's states from that position on. The rows of the
+    With `pooled_from` also the mean of each prompt's states from that position on, or after
+    `branches` each of these states. The rows of the
     first `lens_prompts` prompts are summed for tuned lenses. Rows in the prefix cache are not run
     again, so a shared prefix counts once.
     """
@@ -135,11 +141,14 @@ def recording_engine(
         switch["record_lens"] = {"folds": FOLDS, "prompts": lens_prompts}
     if pooled_from is not None:
         switch["record_pooled_from"] = pooled_from
-    engine = start_engine(model, examples, switch, max_tokens, **settings)
-    try:
-        yield engine
-    finally:
-        stop_engine(engine)
+    with tempfile.TemporaryDirectory() as directory:
+        if branches:
+            switch["record_states"] = {"layers": [*branches], "directory": directory}
+        engine = start_engine(model, examples, switch, max_tokens, **settings)
+        try:
+            yield engine
+        finally:
+            stop_engine(engine)
 
 
 def _recorded(prompts: Iterable[Any] | None = None, **options: Any) -> Any:
@@ -184,8 +193,7 @@ def record(
 
     outputs = run(range(len(examples)), reuse_prefixes=True)
     tensors, facts = _take(engine)
-    means = [tensors[name] for name in tensors if name.startswith("mean.")]
-    if means and (again := tensors["tags"][means[0].isnan().any(dim=1)].tolist()):
+    if again := _not_seen_whole(tensors):
         # They share more than all prompts do, so some of their states were in the prefix cache.
         run(again, reuse_prefixes=False)
         more, _ = _take(engine)
@@ -219,6 +227,7 @@ def record(
         ).astype(np.float64),
         moments={layer: _folds(tensors, layer) for layer in layers} if has_lens else {},
         means={int(layer): mean[rows] for layer, mean in _named(tensors, "mean.").items()},
+        own_states=own_states_of(facts["states"], tensors),
         pool_seconds=facts["pool_seconds"] / max(1, facts["pooled_rows"]),
         logit_lens=logit_lens_of(_named(tensors, "logit_lens."), facts["norm"]),
         fingerprint=facts["fingerprint"],
@@ -238,6 +247,15 @@ def _take(engine: LLM) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path = Path(directory) / "record.safetensors"
         [facts] = engine.collective_rpc("adainfer_take_record", args=(str(path),))
         return load_file(path), facts
+
+
+def _not_seen_whole(record: Mapping[str, Tensor]) -> list[int]:
+    """Record rows of prompts of which some states never ran, though all are to be read."""
+    tags, whole = record["tags"], record.get("states.tags")
+    if whole is not None:
+        return tags[~torch.isin(tags, whole)].tolist()
+    means = [record[name] for name in record if name.startswith("mean.")]
+    return tags[means[0].isnan().any(dim=1)].tolist() if means else []
 
 
 def rows_of_tokens(

@@ -25,6 +25,7 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         [
             ["architecture", f"{config.architecture}, {config.layers} layers"],
             ["exit points", ", ".join(map(str, config.exit_points))],
+            *_branches(config),
             ["probe", f"{config.probe}, candidates: {labels}"],
             *_student(config),
             ["classifier", f"{config.classifier} on {', '.join(config.features)}"],
@@ -41,14 +42,19 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         ],
         text_columns=2,
     )
+    points = {*config.exit_points} - {*config.branches}
     agreement = markdown_table(
         ["layer", "agreement"],
         [
             [
-                f"{layer} (exit point)" if int(layer) in config.exit_points else layer,
+                f"{layer} (exit point)" if int(layer) in points else layer,
                 f"{share:.1%}",
             ]
             for layer, share in details["agreement"].items()
+        ]
+        + [
+            [f"{layer}, branch{' (exit point)' * (int(layer) in config.branches)}", f"{share:.1%}"]
+            for layer, share in details.get("branch_agreement", {}).items()
         ],
     )
     risk = {
@@ -127,6 +133,12 @@ def _mixture(config: ArtifactConfig) -> str:
 def _student(config: ArtifactConfig) -> list[list[str]]:
     """A row about the student."""
     return [] if config.student is None else [["student", student_in_words(config.student)]]
+
+
+def _branches(config: ArtifactConfig) -> list[list[str]]:
+    """The row about exit points where a layer over the whole prompt decides."""
+    layers = ", ".join(map(str, config.branches))
+    return [["branches", f"after {layers}"]] if layers else []
 
 
 def _tolerated(config: ArtifactConfig) -> list[list[str]]:

@@ -78,6 +78,7 @@ def policy_config(
         exit_points=tuple(exit.layer for exit in policy.exits),
         probe=calibration.target.kind,
         student=None if policy.student is None else policy.student.base.described,
+        branches=policy.branches,
         pooled_from=calibration.pooled_from if calibration.target.is_pooled else None,
         last_token=None if policy.last_token is None else _last_token(policy.last_token),
         candidates="labels" if calibration.labels else candidates,
@@ -200,12 +201,19 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
                 "agreement": float(exit.held_out.agrees.mean()),
                 "probe_bytes": exit.probe.bytes,
                 # In units of the time of one layer for one token.
-                "probe_cost": policy.costs.probe[exit.layer] / policy.costs.layer,
+                "probe_cost": policy.costs.probe_of(exit) / policy.costs.layer,
             }
             for exit, share in zip(policy.exits, leaving[:-1], strict=True)
         ],
         "agreement": {
-            str(exit.layer): float(exit.held_out.agrees.mean()) for exit in policy.candidates
+            str(exit.layer): float(exit.held_out.agrees.mean())
+            for exit in policy.candidates
+            if not exit.is_branch
+        },
+        "branch_agreement": {
+            str(exit.layer): float(exit.held_out.agrees.mean())
+            for exit in policy.candidates
+            if exit.is_branch
         },
         "learning_curve": [asdict(point) for point in policy.learning_curve()],
         "oracle_layers_run": oracle_layers_run(policy),

@@ -1,0 +1,377 @@
+"""A branch reads each token of a prompt: alone or among others, whole or in chunks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import tiny_config, tiny_tensors
+from tests.unit.test_choose import costs_of, exit_after
+from tests.unit.test_make_policy import DEPTH, HF_CONFIG, HIDDEN, LABEL_IDS, PROMPTS, SPLIT
+from tests.unit.test_pooled_calibration import SAYS_MUCH, calibration, recording_of_prompts
+from tests.unit.test_pooled_policy import POOLED
+from tests.unit.test_pooling import step_of
+from vllm_adainfer.artifact.branch_shapes import (
+    BRANCH_WIDTH,
+    MOST_BRANCH_TOKENS,
+    branch_shapes,
+)
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
+from vllm_adainfer.offline.calibration.branches import branches_of, with_branches
+from vllm_adainfer.offline.calibration.calibrate import best_policy
+from vllm_adainfer.offline.calibration.fit import branch as training
+from vllm_adainfer.offline.calibration.fit import cost
+from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
+from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
+from vllm_adainfer.offline.calibration.record.collect import FOLDS
+from vllm_adainfer.offline.calibration.record.own_states import OwnStates
+from vllm_adainfer.offline.calibration.write.card import model_card
+from vllm_adainfer.offline.calibration.write.policy_artifact import (
+    policy_config,
+    policy_details,
+    policy_tensors,
+)
+from vllm_adainfer.offline.reports.views import views_of
+from vllm_adainfer.policy.branch import Branch, StateEncoder
+from vllm_adainfer.policy.exit_policy import CalibratedPolicy, UndecidedRows
+from vllm_adainfer.policy.probe import LabelHead
+
+EPSILON = 0.05
+
+
+def random_branch(hidden_size: int = HIDDEN, dtype: torch.dtype = torch.float32) -> Branch:
+    torch.manual_seed(0)
+    head = LabelHead(torch.randn(2, 2 * BRANCH_WIDTH), torch.zeros(2), LABEL_IDS)
+    return Branch(StateEncoder(hidden_size).to(dtype).eval(), head)
+
+
+def prompts_of(*lens: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, HIDDEN, generator=generator) for length in lens]
+
+
+def scores(branch: Branch, prompts: list[Tensor]) -> Tensor:
+    lens = np.array([len(one) for one in prompts])
+    return branch.score(branch.project(torch.cat(prompts)), lens)
+
+
+def definition(branch: Branch, states: Tensor) -> Tensor:
+    """One `nn.TransformerEncoderLayer` over the normed states of a prompt."""
+    own = branch.encoder
+    layer = torch.nn.TransformerEncoderLayer(
+        BRANCH_WIDTH, 3, 384, activation="gelu", norm_first=True, batch_first=True
+    )
+    layer.train()  # whose fast path rounds otherwise
+    names = {
+        "self_attn.in_proj_weight": own.attention_in.weight,
+        "self_attn.in_proj_bias": own.attention_in.bias,
+        "self_attn.out_proj.weight": own.attention_out.weight,
+        "self_attn.out_proj.bias": own.attention_out.bias,
+        "linear1.weight": own.mlp_in.weight,
+        "linear1.bias": own.mlp_in.bias,
+        "linear2.weight": own.mlp_out.weight,
+        "linear2.bias": own.mlp_out.bias,
+        "norm1.weight": own.attention_norm.weight,
+        "norm1.bias": own.attention_norm.bias,
+        "norm2.weight": own.mlp_norm.weight,
+        "norm2.bias": own.mlp_norm.bias,
+    }
+    layer.load_state_dict(names)
+    for module in layer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    layer.self_attn.dropout = 0.0
+    normed = states / (states.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    rows = layer(own.project(normed).unsqueeze(0))[0]
+    return branch.head.score(torch.cat([rows[-1], rows.mean(0)]).unsqueeze(0))[0]
+
+
+def test_its_scores_are_those_of_a_transformer_layer_over_the_normed_states():
+    branch, prompts = random_branch(), prompts_of(1, 7, 3, 30, 7)
+    wanted = torch.stack([definition(branch, states) for states in prompts])
+    torch.testing.assert_close(scores(branch, prompts), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.3)])
+def test_a_prompt_has_the_same_scores_alone_and_among_others(dtype, tolerance):
+    branch = random_branch(dtype=dtype)
+    prompts = prompts_of(*range(1, 80))
+    among = scores(branch, prompts)
+    alone = torch.cat([scores(branch, [states]) for states in prompts])
+    assert among.dtype == torch.float32
+    torch.testing.assert_close(among, alone, rtol=0.01, atol=tolerance)
+    backwards = scores(branch, prompts[::-1]).flip(0)
+    torch.testing.assert_close(among, backwards, rtol=0.01, atol=tolerance)
+
+
+def test_an_artifact_names_the_shapes_that_a_branch_has():
+    found = {name: tuple(one.shape) for name, one in StateEncoder(48).state_dict().items()}
+    assert found == branch_shapes(48)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_states_of_prompts_in_any_chunks_are_the_last_ones_of_their_own(seed):
+    generator = np.random.default_rng(seed)
+    lens = np.array([5, MOST_BRANCH_TOKENS + 90, 2 * MOST_BRANCH_TOKENS, 40])
+    pooled_from = [2, 50, 1, 39]
+    states = torch.randn(len(lens), lens.max(), HIDDEN)
+    carried, done, found = CarriedPrompts(), np.zeros(len(lens), dtype=np.int64), {}
+    branch = random_branch()
+    while (done < lens).any():
+        chunk = np.minimum(generator.integers(1, 700, len(lens)), lens - done)
+        done += chunk
+        complete = (done == lens) & (chunk > 0)
+        step = step_of(chunk.tolist(), done.tolist(), complete.tolist(), pooled_from)
+        prompts = PooledPrompts(step, carried)
+        rows = [states[one, end - own : end] for one, (own, end) in enumerate(zip(chunk, done))]  # noqa: B905
+        order = generator.permutation(np.flatnonzero(complete))
+        read, counts = prompts.read_states(
+            0, branch.project, order, prompts.chunks, step.layout, HiddenStates(torch.cat(rows))
+        )
+        found |= dict(zip(order.tolist(), read.split(counts.tolist()), strict=True))
+        carried.step_ended(step)
+        kept = [one[0] for one in carried._read.values()]
+        assert all(one.shape[0] <= MOST_BRANCH_TOKENS for one in kept)
+        assert all(one.untyped_storage().nbytes() == one.nbytes for one in kept)
+    assert len(found) == len(lens)
+    for request, read in found.items():
+        own = states[request, pooled_from[request] : lens[request]][-MOST_BRANCH_TOKENS:]
+        torch.testing.assert_close(read, branch.project(own), rtol=1e-4, atol=1e-5)
+
+
+BRANCHED: dict[str, Any] = {**POOLED, "branches": (2, 5)}
+
+
+def test_an_artifact_is_read_back_as_it_was_written(tiny_model, tmp_path):
+    config = tiny_config(tiny_model, **BRANCHED)
+    tensors = tiny_tensors(config)
+    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n")
+    loaded = load_artifact(str(tmp_path / "policy"))
+    assert loaded.config == config
+    assert tensors["exit.2.head_weight"].shape == (2, 2 * BRANCH_WIDTH)
+    whole, last = loaded.parts("a").values()
+    assert whole.tensors.keys() >= {f"exit.5.branch.{name}" for name in branch_shapes(64)}
+    assert last.config.branches == ()
+    assert not [name for name in last.tensors if "branch" in name]
+    policy = CalibratedPolicy(whole, None, torch.device("cpu"))
+    assert [*policy.branches] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({**POOLED, "branches": (5, 2)}, "branches must ascend and be among the exit points"),
+        ({**POOLED, "branches": (2, 2)}, "branches must ascend and be among the exit points"),
+        ({**POOLED, "branches": (3,)}, "branches must ascend and be among the exit points"),
+        ({**POOLED, "branches": (0,)}, "among the exit points after the first layer"),
+        ({"branches": (2,)}, "branches go with a pooled-label-head"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(tiny_model, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_config(tiny_model, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "sentence"),
+    [
+        ("exit.2.branch.project.weight", torch.zeros(192, 63), r"\[192, 64\] but has \[192, 63\]"),
+        ("exit.2.branch.mlp_in.bias", None, r"exit.2.branch.mlp_in.bias must have shape \[384\]"),
+        ("exit.2.branch.mlp_in.bias", torch.zeros(384, dtype=torch.int8), "must be F32 or F16 or"),
+        ("exit.2.head_weight", torch.zeros(2, 128), r"\[2, 384\] but has \[2, 128\]"),
+        ("exit.0.branch.mlp_in.bias", torch.zeros(384), "does not belong to this policy"),
+        ("last-token.exit.2.branch.mlp_in.bias", torch.zeros(384), "does not belong to this pol"),
+    ],
+)
+def test_tensors_that_are_no_branch_are_refused(tiny_model, tmp_path, name, tensor, sentence):
+    config = tiny_config(tiny_model, **BRANCHED)
+    tensors = tiny_tensors(config)
+    tensors.pop(name, None)
+    if tensor is not None:
+        tensors[name] = tensor
+    save_artifact(tmp_path / "policy", config, tensors, {}, "card\n")
+    with pytest.raises(AdaInferError, match=sentence):
+        load_artifact(str(tmp_path / "policy"))
+
+
+def test_tensors_of_several_dtypes_are_computed_with_in_one(tiny_model):
+    config = tiny_config(tiny_model, **BRANCHED)
+    tensors = {name: one.half() if "mlp" in name else one for name, one in
+               tiny_tensors(config).items()}  # fmt: skip
+    own = {n.removeprefix("exit.2.branch."): t for n, t in tensors.items() if "2.branch" in n}
+    encoder = StateEncoder.of(own, torch.device("cpu"))
+    assert {one.dtype for one in encoder.parameters()} == {torch.float32}
+    assert encoder([torch.randn(3, 64)]).isfinite().all()
+
+
+def as_branch(candidate: Any) -> Any:
+    return replace(candidate, probe=random_branch())
+
+
+@pytest.mark.parametrize("choose", [choose_exits, one_per_layer])
+@pytest.mark.parametrize("seed", range(5))
+def test_never_two_candidates_of_one_layer_are_chosen(choose, seed):
+    generator = np.random.default_rng(seed)
+    heads = [
+        exit_after(layer, generator.standard_normal(80) + layer / 4, np.zeros(80))
+        for layer in (2, 4, 6)
+    ]
+    branches = [
+        as_branch(exit_after(layer, generator.standard_normal(80) + layer / 4, np.zeros(80)))
+        for layer in (2, 4)
+    ]
+    candidates = sorted([*heads, *branches], key=lambda exit: exit.layer)
+    costs = replace(costs_of(probe=1e-7), branch={2: 1e-7, 4: 1e-7})
+    found = choose(candidates, costs, np.full(80, 7.0), 1.0)
+    layers = [exit.layer for exit in found]
+    assert layers == sorted(set(layers))
+    if choose is one_per_layer:
+        assert layers == [2, 4, 6]
+
+
+def test_a_branch_is_chosen_by_its_own_cost_and_results():
+    """It knows all answers after layer 2, whose head knows none."""
+    unsure = exit_after(2, np.full(80, -np.inf), np.ones(80))
+    sure = as_branch(exit_after(2, np.ones(80), np.zeros(80)))
+    for seconds, chosen in ((1e-7, [sure]), (1.0, [])):
+        costs = replace(costs_of(probe=1e-7), branch={2: seconds})
+        assert choose_exits([unsure, sure], costs, np.full(80, 7.0), 0.0) == chosen
+
+
+def exclusive(count: int) -> tuple[list[Tensor], Tensor]:
+    """States of prompts, some with a token of a kind, of another, or of both: label is the xor."""
+    generator = torch.Generator().manual_seed(0)
+    prompts, labels = [], torch.zeros(count, 2)
+    for number in range(count):
+        length = int(torch.randint(4, 9, (1,), generator=generator))
+        states = 0.1 * torch.randn(length, HIDDEN, generator=generator)
+        states[:, 0] = 1.0
+        kinds = torch.rand(2, generator=generator) < 0.5
+        for kind in torch.nonzero(kinds).flatten().tolist():
+            states[kind] = 0
+            states[kind, 1 + kind] = 1.0
+        prompts.append(states)
+        labels[number, int(kinds[0] ^ kinds[1])] = 1.0
+    return prompts, labels
+
+
+def test_it_learns_what_no_head_on_the_mean_can(capsys):
+    prompts, labels = exclusive(300)
+    ends = np.cumsum([len(states) for states in prompts])
+    lens = np.array([len(states) for states in prompts])
+    states = OwnStates({2: torch.cat(prompts)}, ends - lens, ends)
+    everyone = np.arange(len(prompts))
+    read = torch.stack([torch.cat([one[-1], one.mean(0)]) for one in prompts])
+    taught, unseen = Taught(read, labels), everyone % FOLDS == FOLDS - 1
+    found = training.train_branch(2, states, taught, everyone, unseen, LABEL_IDS, seed=0)
+    assert "training a branch after layer 2 on 240 prompts, for up to 1 minute" in (
+        capsys.readouterr().err
+    )
+    own, asked = found.scores(everyone[unseen], None)
+    assert asked.all()
+    right = labels[unseen].argmax(1)
+    head = distil(taught, everyone % FOLDS, (1.0,)).without[FOLDS - 1]
+    by_head = (read @ head.matrix.T + head.bias)[unseen].argmax(1)
+    assert (by_head == right).float().mean() < 0.8
+    assert (own.argmax(1) == right).float().mean() > 0.95
+
+
+@pytest.fixture
+def branched(monkeypatch) -> Any:
+    """A pooled policy whose heads know little, and the same with the branches that pay."""
+    monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
+    monkeypatch.setattr(cost, "branch_seconds", lambda *_: 1e-6)
+    monkeypatch.setattr(training, "EPOCHS", 2)
+    recording = recording_of_prompts(mean_noise=1.0)
+    heads = best_policy(calibration(recording), "pooled-label-head")
+    layers = [exit.layer for exit in heads.exits if exit.layer > 0]
+    return heads, states_that_tell(recording, layers)
+
+
+def states_that_tell(recording: Any, layers: list[int]) -> OwnStates:
+    """Three tokens for each prompt, each of which says what full depth will answer."""
+    ends = 3 * np.arange(1, PROMPTS + 1)
+    rows = recording.final.repeat_interleave(3, dim=0)
+    noise = 0.3 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(3))
+    return OwnStates({layer: rows + noise for layer in layers}, ends - 3, ends)
+
+
+def test_what_is_served_of_branches_is_what_was_certified(branched, tmp_path):
+    heads, states = branched
+    found = with_branches(heads, branches_of(heads.calibration, states))
+    assert found.branches
+    assert found.expected["chosen"] < heads.expected["chosen"]
+    layers = [exit.layer for exit in found.exits]
+    assert {exit.layer for exit in found.last_token.exits} <= {*layers} - {0}
+    config, details = policy_config(found, "tiny", HF_CONFIG), policy_details(found)
+    assert config.branches == found.branches
+    by_layer = {one["layer"]: one for one in details["exit_points"]}
+    for layer in found.branches:
+        assert by_layer[layer]["probe_bytes"] > 2 * sum(np.prod(s) for s in
+                                                        branch_shapes(HIDDEN).values())  # fmt: skip
+        assert by_layer[layer]["agreement"] == details["branch_agreement"][str(layer)]
+        assert f"{layer}, branch (exit point)" in model_card(config, details)
+    save_artifact(tmp_path / "policy", config, policy_tensors(found), {}, "card")
+    part = load_artifact(str(tmp_path / "policy")).parts("")[""]
+    serving = CalibratedPolicy(part, None, torch.device("cpu"))
+    recording, held_out = heads.calibration.recording, SPLIT.certify
+    rows = torch.full((len(held_out),), part.config.level_of(None))
+    exits = np.full(len(held_out), len(found.exits))
+    for index, layer in enumerate(serving.exit_points):
+        if index in serving.branches:
+            own = states.of(layer, held_out)
+            hidden = serving.branches[index].project(torch.cat(own))
+            undecided = UndecidedRows(hidden, rows, lens=np.array([len(one) for one in own]))
+        else:
+            undecided = UndecidedRows(recording.read_by_probe(layer, held_out, pooled=True), rows)
+        settled = serving.decide(index, undecided).settled.numpy()
+        exits[(exits == len(found.exits)) & settled] = index
+    seen = views_of(part, replace(recording, own_states=states), 1, int(rows[0]), str)
+    assert [view.layer for view in seen] == [*layers, DEPTH]
+    differing = (exits != found.points[EPSILON].exits).mean()
+    assert differing < 0.01, "batches of other sizes may round otherwise"
+
+
+def test_without_a_branch_that_pays_the_policy_is_what_it_was(branched, monkeypatch, capsys):
+    heads, states = branched
+    monkeypatch.setattr(cost, "branch_seconds", lambda *_: 1.0)
+    found = with_branches(heads, branches_of(heads.calibration, states))
+    assert found is heads
+    assert "branches cost more time than they save, and are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("layers", "trained"), [(0.2, True), (0.5, False)])
+def test_auto_trains_branches_where_one_takes_a_small_part_of_a_layer(
+    branched, monkeypatch, layers, trained
+):
+    _, states = branched
+    monkeypatch.setattr(
+        "vllm_adainfer.offline.calibration.branches.untrained_branch_layers", lambda *_: layers
+    )
+    asked: list[Any] = []
+
+    def states_after(after: Any) -> OwnStates:
+        asked.append(after)
+        return states
+
+    recording = recording_of_prompts(SAYS_MUCH if not trained else 1.0)
+    found = best_policy(calibration(recording), "auto", None, states_after)
+    assert bool(asked) == trained
+    assert bool(found.branches) == trained
+
+
+def test_an_untrained_branch_is_timed_in_layers():
+    recording = recording_of_prompts(SAYS_MUCH)
+    slow, fast = (
+        cost.untrained_branch_layers(replace(recording, layer_seconds=seconds), 20.0)
+        for seconds in (1e-3, 1e-6)
+    )
+    assert 0 < slow < 1 < fast

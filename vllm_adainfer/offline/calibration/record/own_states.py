@@ -1,0 +1,50 @@
+"""The states of all tokens of each prompt, in files that are read as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_adainfer.arrays import Ints
+
+
+@dataclass(frozen=True)
+class OwnStates:
+    """The states that branches read, see `PooledPrompts.read_states`.
+
+    Attributes:
+        rows: layer -> [tokens of all prompts, hidden size], the residual stream.
+        starts: [prompts], the first row of each.
+        ends: [prompts], the row after its last.
+
+    """
+
+    rows: Mapping[int, Tensor]
+    starts: Ints
+    ends: Ints
+
+    def of(self, layer: int, prompts: Ints) -> list[Tensor]:
+        """The states after `layer` [tokens, hidden size] of each of `prompts`, not yet read."""
+        spans = zip(self.starts[prompts].tolist(), self.ends[prompts].tolist(), strict=True)
+        return [self.rows[layer][start:end] for start, end in spans]
+
+
+def own_states_of(files: Mapping[int, str], record: Mapping[str, Tensor]) -> OwnStates | None:
+    """Those in `files`, by layer, of prompts 0, 1, ...; None if there are no files.
+
+    Files that are deleted then live on until these states are dropped.
+    """
+    if not files:
+        return None
+    tags, lens = record["states.tags"].numpy(), record["states.lens"].numpy()
+    ends, rows = np.cumsum(lens), {}
+    for layer, file in files.items():
+        like = record[f"layer.{layer}"]
+        size = int(ends[-1]) * like.shape[1]
+        rows[layer] = torch.from_file(file, size=size, dtype=like.dtype).view(-1, like.shape[1])
+    order = np.argsort(tags)
+    return OwnStates(rows, (ends - lens)[order], ends[order])

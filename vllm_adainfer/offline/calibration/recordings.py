@@ -1,0 +1,67 @@
+"""Run the model at full depth on the prompts of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
+from vllm_adainfer.offline.calibration.options import CalibrationRequest
+from vllm_adainfer.offline.calibration.prompts import Prompts
+from vllm_adainfer.offline.calibration.record.collect import (
+    FOLDS,
+    Recording,
+    record,
+    recording_engine,
+)
+from vllm_adainfer.offline.calibration.record.own_states import OwnStates
+
+
+def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
+    """Run the model at full depth."""
+    options, hf_config, examples = request.options, prompts.hf_config, prompts.examples
+    layers = candidate_layers(hf_config.num_hidden_layers, options.exit_points, prompts.probe)
+    lens_prompts = len(prompts.split.fit) if prompts.probe == "lens" else 0
+    adapter, choices = request.adapter, prompts.choices
+    answers = [label.token_id for label in prompts.labels]
+    if choices is not None:
+        answers = choices.first_tokens.token_ids.tolist()
+    settings = {} if adapter is None else adapter.engine_settings
+    with recording_engine(
+        request.model,
+        hf_config,
+        examples,
+        layers,
+        lens_prompts,
+        options.max_tokens,
+        prompts.pooled_from,
+        **settings,
+    ) as engine:
+        recording = record(
+            engine, examples, answers, layers, options.max_tokens, adapter and adapter.request
+        )
+    if choices is not None:
+        recording = replace(recording, tokens=choices.decided_by(recording.tokens))
+    if prompts.probe == "lens":  # its sums are by prompt
+        return recording
+    return replace(recording, folds=prompts.split.groups % FOLDS)
+
+
+def record_own_states(
+    request: CalibrationRequest, prompts: Prompts, layers: Sequence[int]
+) -> OwnStates:
+    """Run the model once more, for the states of all tokens after `layers`, which branches read."""
+    adapter, examples = request.adapter, prompts.examples
+    settings = {} if adapter is None else adapter.engine_settings
+    with recording_engine(
+        request.model,
+        prompts.hf_config,
+        examples,
+        layers,
+        pooled_from=prompts.pooled_from,
+        branches=layers,
+        **settings,
+    ) as engine:
+        states = record(engine, examples, (), layers, adapter=adapter and adapter.request)
+    assert states.own_states is not None
+    return states.own_states

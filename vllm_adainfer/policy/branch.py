@@ -1,0 +1,153 @@
+"""A branch: one small transformer layer over all tokens of a prompt, at an exit point.
+
+BranchyNet (Teerapittayanon et al. 2016, arXiv 1709.01686) calls a side network with layers of its
+own a branch. This one is distilled on the scores that full depth gives the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from adainfer_kernels.pooling import EPS
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+from typing_extensions import override
+
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.artifact.branch_shapes import BRANCH_HEADS, BRANCH_MLP, BRANCH_WIDTH
+from vllm_adainfer.policy.probe import LabelHead
+
+DROPOUT = 0.1  # in training
+# Attention is on padded batches of prompts of about the same length.
+BATCH = 32
+
+
+class StateEncoder(nn.Module):
+    """Describes a prompt by the states of its tokens after some layers of the model.
+
+    Everything but attention is computed token by token, so that no padding takes time.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        """Make an untrained one, for states of this width."""
+        super().__init__()
+        self.project = nn.Linear(hidden_size, BRANCH_WIDTH)
+        self.attention_norm = nn.LayerNorm(BRANCH_WIDTH)
+        self.attention_in = nn.Linear(BRANCH_WIDTH, 3 * BRANCH_WIDTH)
+        self.attention_out = nn.Linear(BRANCH_WIDTH, BRANCH_WIDTH)
+        self.mlp_norm = nn.LayerNorm(BRANCH_WIDTH)
+        self.mlp_in = nn.Linear(BRANCH_WIDTH, BRANCH_MLP)
+        self.mlp_out = nn.Linear(BRANCH_MLP, BRANCH_WIDTH)
+        self.dropout = nn.Dropout(DROPOUT)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> StateEncoder:
+        """That of an artifact, on `device`, in the dtype of its first matrix."""
+        weight = tensors["project.weight"]
+        encoder = cls(weight.shape[1])
+        encoder.load_state_dict(tensors)
+        return encoder.eval().requires_grad_(False).to(device, weight.dtype)
+
+    @override
+    def forward(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Read prompts, the states [tokens, hidden size] of each: fp32 [prompts, 2 x width]."""
+        lens = np.array([len(states) for states in prompts])
+        return self.encode(self.projected(torch.cat([*prompts])), lens)
+
+    def projected(self, states: Tensor) -> Tensor:
+        """[rows, width], of each token's state [rows, hidden size] what `encode` reads.
+
+        The states are RMS-normed, as `adainfer_kernels.pool` norms them; here the quotient is taken
+        last, on fewer numbers.
+        """
+        size, weight = torch.linalg.vector_norm(states, dim=1, dtype=torch.float32), self.project
+        scale = (size.square() / states.shape[1] + EPS).rsqrt().unsqueeze(1)
+        read = linear(states.to(weight.weight.dtype), weight.weight)
+        return (read * scale + weight.bias).to(weight.weight.dtype)
+
+    def encode(self, rows: Tensor, lens: Ints) -> Tensor:
+        """fp32 [prompts, 2 x width]: the state of the last token, and the mean of all.
+
+        Args:
+            rows: [tokens of all prompts, width], what `projected` makes of their states.
+            lens: [prompts], the tokens of each; at least one.
+
+        """
+        attended = self._attend(self.attention_in(self.attention_norm(rows)), lens)
+        rows = rows + self.dropout(self.attention_out(attended))
+        wide = self.dropout(gelu(self.mlp_in(self.mlp_norm(rows))))
+        rows = (rows + self.dropout(self.mlp_out(wide))).float()
+        on_device = torch.from_numpy(lens).to(rows.device, non_blocking=True)
+        mean = torch.segment_reduce(rows, "mean", lengths=on_device, unsafe=True)
+        return torch.cat([rows[on_device.cumsum(0) - 1], mean], dim=1)
+
+    def _attend(self, rows: Tensor, lens: Ints) -> Tensor:
+        """Attention among the tokens of each prompt; `rows` [tokens, 3 x width] are q, k and v."""
+        starts, parts, order = np.cumsum(lens) - lens, [], []
+        for prompts in _batches(np.argsort(lens, kind="stable")):
+            places = np.arange(lens[prompts].max())
+            present = places < lens[prompts, None]
+            padded = np.where(present, starts[prompts, None] + places, 0)
+            real = np.flatnonzero(present)
+            order.append(padded.ravel()[real])
+            read, mask, kept = (
+                torch.from_numpy(one).to(rows.device, non_blocking=True)
+                for one in (padded.ravel(), present, real)
+            )
+            query, key, value = (
+                rows.index_select(0, read)
+                .view(*padded.shape, 3, BRANCH_HEADS, -1)
+                .permute(2, 0, 3, 1, 4)
+            )
+            found = scaled_dot_product_attention(query, key, value, mask[:, None, None])
+            found = found.transpose(1, 2).reshape(-1, BRANCH_WIDTH)
+            parts.append(found.index_select(0, kept))
+        places = np.argsort(np.concatenate(order))
+        return torch.cat(parts).index_select(0, torch.from_numpy(places).to(rows.device))
+
+
+class Branch:
+    """An encoder of states with a label head: the probe of an exit point that has a branch.
+
+    Attributes:
+        encoder: reads the states.
+        head: scores the labels from what the encoder makes of a prompt.
+
+    """
+
+    def __init__(self, encoder: StateEncoder, head: LabelHead) -> None:
+        """Put `head` on `encoder`; calibration and serving both use this."""
+        self.encoder = encoder
+        self.head = head
+
+    @property
+    def fitted_tensors(self) -> dict[str, Tensor]:
+        """The tensors that calibration has fitted, by their names in an artifact."""
+        encoder = {f"branch.{name}": one for name, one in self.encoder.state_dict().items()}
+        return self.head.fitted_tensors | encoder
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the branch stores."""
+        return sum(tensor.nbytes for tensor in self.fitted_tensors.values())
+
+    @torch.no_grad()
+    def project(self, states: Tensor) -> Tensor:
+        """[rows, width], what is kept of each token's state [rows, hidden size] to be scored."""
+        return self.encoder.projected(states)
+
+    @torch.no_grad()
+    def score(self, rows: Tensor, lens: Ints, subsets: Tensor | None = None) -> Tensor:
+        """Scores fp32 [prompts, labels or labels + 1], see `LabelHead.score`.
+
+        `rows` and `lens` are as for `StateEncoder.encode`.
+        """
+        return self.head.score(self.encoder.encode(rows, lens), subsets)
+
+
+def _batches(order: Ints) -> Iterator[Ints]:
+    """`order` in parts of at most `BATCH`."""
+    for start in range(0, len(order), BATCH):
+        yield order[start : start + BATCH]
