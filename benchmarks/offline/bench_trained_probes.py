@@ -1,0 +1,367 @@
+r"""A student before the first layer, and branches: what each adds to exits, under one bound.
+
+    .venv/bin/python benchmarks/offline/bench_trained_probes.py --model MODEL --student ENCODER \
+        --data rows.jsonl --template 'Review: {text}\nSentiment:' --labels negative,positive
+
+The prompts are recorded once. The last `--test` of them, in random order, calibrate nothing; on
+them all policies run in one engine, interleaved with stock vLLM. That engine is cut at the exit
+points of all policies, which costs each of them a little. The student and the branches are in
+their policies even if they cost more time than they save; the table says whether `calibrate` would
+have kept them. `--slow 2` puts an idle layer after each layer of the model: the answers stay, a
+layer takes as long as before, and there are twice as many.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
+
+import numpy as np
+import typer
+
+from benchmarks.common.report_files import write_report
+from benchmarks.offline.slow_model import with_idle_layers
+from vllm_adainfer.cli.app import errors_as_sentences
+from vllm_adainfer.cli.arguments import names_of
+from vllm_adainfer.offline.calibration.branches import branches_of
+from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of, student_of
+from vllm_adainfer.offline.calibration.certify.certify import Bound, certify
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit
+from vllm_adainfer.offline.calibration.fitted_policy import (
+    Calibration,
+    FittedPolicy,
+    fit_candidates,
+    make_policy,
+)
+from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import (
+    Prompts,
+    load_prompts,
+    right_tokens,
+    split_of,
+)
+from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
+from vllm_adainfer.offline.calibration.recordings import record_own_states, record_prompts
+from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, write_artifact
+from vllm_adainfer.offline.evaluation.measure import WARM_UP, run
+from vllm_adainfer.offline.evaluation.requests import request_params
+from vllm_adainfer.offline.evaluation.run import Run
+from vllm_adainfer.offline.evaluation.sequences import compare
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.offline.progress import progress, say
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
+from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.policy.branch import Branch
+from vllm_adainfer.policy.student import Student
+from vllm_adainfer.settings.request import EXIT_ARG
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+DRAWS = 500  # resamples of the rows that certify and of those that test
+EXITS, STUDENT, BOTH = "exits", "student alone", "student and exits"
+BRANCHES, ALL = "exits with branches", "student and exits with branches"
+
+
+@errors_as_sentences
+def main(
+    model: Annotated[str, typer.Option()],
+    student: Annotated[str, typer.Option(help="Directory or hub id of an encoder.")],
+    data: Annotated[Path, typer.Option(help="Rows or requests, with right labels.")],
+    title: Annotated[str, typer.Option(help="Name of the task.")],
+    template: Annotated[str | None, typer.Option()] = None,
+    labels: Annotated[str, typer.Option()] = "",
+    label_pool: Annotated[str, typer.Option()] = "",
+    test: Annotated[int, typer.Option(help="Prompts that calibrate nothing.")] = 600,
+    slow: Annotated[int, typer.Option(min=1, help="Layers for each of the model's.")] = 1,
+    epsilon: Annotated[float, typer.Option()] = 0.02,
+    repeat: Annotated[int, typer.Option(help="Rounds of stock and all policies.")] = 3,
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/trained_probes.json"),
+) -> None:
+    """Calibrate, measure, and write JSON and a Markdown table."""
+    with tempfile.TemporaryDirectory() as folder:
+        if slow > 1:
+            model = str(with_idle_layers(Path(model), Path(folder, "slow"), slow))
+        request = CalibrationRequest(
+            model=model,
+            data=data,
+            output=Path(folder, "policy"),
+            template=template,
+            labels=names_of(labels),
+            label_pool=names_of(label_pool),
+            probe="pooled-label-head",
+            student=student,
+            options=PolicyOptions(epsilon=epsilon),
+        )
+        made = made_policies(request, test)
+        measured = measure_all(request, made, Path(folder), repeat)
+    report = {
+        "task": title,
+        "model": Path(model).name,
+        "slow": slow,
+        "epsilon": epsilon,
+        "prompts": len(made.prompts.examples) - len(made.tests),
+        "test": len(made.tests),
+        "policies": measured,
+        "provenance": provenance(),
+    }
+    write_report(output, report, table(report))
+
+
+@dataclass(frozen=True)
+class Made:
+    """The policies of one task.
+
+    Attributes:
+        prompts: all prompts, with the split of those that calibrate.
+        tests: int64 [tests], the others.
+        policies: by name.
+        kept: by name, whether `calibrate` would keep what was trained.
+
+    """
+
+    prompts: Prompts
+    tests: Any
+    policies: Mapping[str, FittedPolicy]
+    kept: Mapping[str, bool]
+
+
+def made_policies(request: CalibrationRequest, test: int) -> Made:
+    """Record all prompts, and make the policies from all but the last ones."""
+    prompts = load_prompts(request)
+    assert prompts.student is not None
+    groups = prompts.split.groups
+    first = int(np.searchsorted(groups, groups[-test]))  # groups stay together
+    split = replace(split_of(groups[:first], request.options), groups=groups)
+    prompts = replace(prompts, split=split)
+    recording = record_prompts(request, prompts)
+    plain = calibration_of(request, prompts, recording)
+    exits = best_heads(plain, "pooled-label-head")
+    layers = [exit.layer for exit in exits.exits if exit.layer > 0]
+    states = record_own_states(request, prompts, layers)
+    asked = replace(plain, student=student_of(plain, prompts.student))
+    branches = branches_of(plain, states)
+    alone = replace(asked.options, exit_points=(0,))
+    policies = {
+        EXITS: exits,
+        STUDENT: make_policy(of_last_token_with(asked, alone), []),
+        BOTH: forced(asked, exits, [0, *layers]),
+        BRANCHES: forced(replace(plain, branches=branches), exits, layers),
+        ALL: forced(replace(asked, branches=branches), exits, [0, *layers]),
+    }
+    kept = {
+        BOTH: make_policy(asked, exits.heads).student is not None,
+        BRANCHES: bool(make_policy(replace(plain, branches=branches), exits.heads).branches),
+    }
+    kept[ALL] = bool(make_policy(replace(asked, branches=branches), exits.heads).branches)
+    return Made(prompts, np.arange(first, len(groups)), policies, kept)
+
+
+def of_last_token_with(calibration: Calibration, options: PolicyOptions) -> Calibration:
+    """`calibration` with other options, for heads of the last token."""
+    target = replace(calibration.target, kind="label-head")
+    return replace(calibration, target=target, options=options, pooled_from=None)
+
+
+def forced(calibration: Calibration, exits: FittedPolicy, layers: Sequence[int]) -> FittedPolicy:
+    """The policy with exit points after `layers`, whatever the trained probes cost."""
+    options = replace(calibration.options, exit_points=tuple(layers))
+    return make_policy(
+        replace(calibration, options=options), [e for e in exits.heads if e.layer in layers]
+    )
+
+
+def measure_all(
+    request: CalibrationRequest, made: Made, folder: Path, repeat: int
+) -> list[dict[str, Any]]:
+    """Run stock and each policy, in turn, on the prompts that calibrated nothing."""
+    hf_config, tokenizer = load_config_and_tokenizer(request.model)
+    epsilon = request.options.epsilon
+    certified = {name: one for name, one in made.policies.items() if epsilon in one.points}
+    for name in made.policies.keys() - certified.keys():
+        say(f"{name}: nothing is certified")
+    for name, policy in certified.items():
+        write_artifact(policy, request.model, hf_config, request.template, folder / name)
+    examples = [made.prompts.examples[place] for place in made.tests.tolist()]
+    rights = right_tokens(examples, made.prompts.labels, tokenizer)
+    stock = start_engine(request.model, examples)
+    switch = {"artifact": {name: str(folder / name) for name in certified}}
+    ours = start_engine(request.model, examples, switch)
+    try:
+        rounds = _rounds(stock, ours, examples, certified, hf_config, repeat)
+    finally:
+        stop_engine(ours)
+        stop_engine(stock)
+    return [
+        {
+            "name": name,
+            "exit_points": [exit.layer for exit in policy.exits],
+            "branches": list(policy.branches),
+            "kept": made.kept.get(name),
+            "trained_ms": {
+                exit.layer: 1e3 * policy.costs.probe_of(exit)
+                for exit in policy.exits
+                if isinstance(exit.probe, (Branch, Student))
+            },
+            "expected_ms": {part: 1e3 * s for part, s in policy.expected.items()},
+            **_measured(rounds, name, rights),
+            **resampled(policy, made),
+        }
+        for name, policy in certified.items()
+    ]
+
+
+def _rounds(
+    stock: LLM,
+    ours: LLM,
+    examples: Sequence[Example],
+    policies: Mapping[str, FittedPolicy],
+    hf_config: Any,
+    repeat: int,
+) -> list[dict[str, Run]]:
+    """For each round, the run of stock, of ours without exits, and of each policy, by name."""
+    configs = {name: policy_config(one, "", hf_config) for name, one in policies.items()}
+    some = next(iter(configs.values()))
+
+    def once(engine: LLM, name: str, prompts: Sequence[Example]) -> Run:
+        arguments = {EXIT_ARG: 0} if name == "never" else {"adainfer_policy": name}
+        config = configs.get(name, some)
+        own = None if engine is stock else arguments
+        params = [request_params(config, one.labels, own) for one in prompts]
+        return run(engine, prompts, params, config, engine is ours, None)
+
+    runs = {"stock": stock, "never": ours, **dict.fromkeys(policies, ours)}
+    for name, engine in runs.items():
+        once(engine, name, examples[:WARM_UP])
+    rounds = []
+    with progress(total=repeat * len(runs), desc="measure", unit="run") as done:
+        for _ in range(repeat):
+            found = {}
+            for name, engine in runs.items():
+                found[name] = once(engine, name, examples)
+                done.update()
+            rounds.append(found)
+    return rounds
+
+
+def _measured(
+    rounds: Sequence[Mapping[str, Run]], name: str, rights: Sequence[set[int]]
+) -> dict[str, Any]:
+    """Medians over the rounds; the answers are those of the first."""
+    first, n = rounds[0][name], len(rights)
+    changed = round(compare(first.texts, rounds[0]["never"].texts).disagreement * n)
+
+    def accuracy(run: Run) -> float:
+        pairs = zip(run.texts, rights, strict=True)
+        return sum(text[0] in right for text, right in pairs) / n
+
+    return {
+        "settled_at_0": first.exit_histogram.get(0, 0) / n,
+        "layers_saved": float(np.median([one[name].layers_saved for one in rounds])),
+        "speedups": [one["stock"].seconds / one[name].seconds for one in rounds],
+        "speedup": float(np.median([one["stock"].seconds / one[name].seconds for one in rounds])),
+        "never_exit": float(
+            np.median([one["stock"].seconds / one["never"].seconds for one in rounds])
+        ),
+        "stock_prompts_per_second": float(np.median([n / one["stock"].seconds for one in rounds])),
+        "changed": changed,
+        "changed_95": clopper_pearson(changed, n),
+        "accuracy": accuracy(first),
+        "stock_accuracy": accuracy(rounds[0]["stock"]),
+    }
+
+
+def resampled(policy: FittedPolicy, made: Made) -> dict[str, Any]:
+    """How often the bound fails if the rows that certify and those that test are drawn anew.
+
+    What was fitted and chosen stays. A failure: more than epsilon of the other rows differ.
+    """
+    calibration = policy.calibration
+    recording, options = calibration.recording, calibration.options
+    split = calibration.split
+    pool = np.concatenate([split.certify, made.tests])
+    with_tests = replace(calibration, split=replace(split, certify=pool))
+    layers = {exit.layer for exit in policy.exits}
+    heads = fit_candidates(with_tests, layers) if layers - {0} else []
+    again = {(e.layer, e.is_branch): e for e in make_policy(with_tests, heads).candidates}
+    exits = [again[exit.layer, exit.is_branch] for exit in policy.exits]
+    draw, fails, over = np.random.default_rng(0), 0, []
+    for _ in range(DRAWS):
+        certifies = np.zeros(len(pool), dtype=np.bool_)
+        certifies[draw.permutation(len(pool))[: len(split.certify)]] = True
+        ours = [replace(e, held_out=e.held_out.of_rows(certifies)) for e in exits]
+        point = certify(ours, recording.depth, [options.epsilon], Bound.promised(options)).get(
+            options.epsilon
+        )
+        risk = 0.0 if point is None else _risk(exits, ~certifies, point.threshold)
+        fails += risk > options.epsilon
+        over.append(risk)
+    return {
+        "resamples": DRAWS,
+        "resamples_over": int(fails),
+        "resamples_risk_mean": float(np.mean(over)),
+    }
+
+
+def _risk(exits: Sequence[FittedExit], rows: Any, threshold: float) -> float:
+    """The share of `rows` that leave with another answer."""
+    wrong, left = np.zeros(int(rows.sum())), np.zeros(int(rows.sum()), dtype=np.bool_)
+    for exit in exits:
+        own = exit.held_out.of_rows(rows)
+        leaving = (own.score >= threshold).numpy() & ~left
+        wrong[leaving] = own.loss[leaving]
+        left |= leaving
+    return float(wrong.mean())
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: a row per policy."""
+    rows = [
+        [
+            one["name"],
+            ", ".join(f"{layer}{'b' * (layer in one['branches'])}" for layer in one["exit_points"]),
+            f"{one['settled_at_0']:.0%}",
+            f"{one['layers_saved']:.1%}",
+            f"**{one['speedup']:.2f}x** ({min(one['speedups']):.2f} to {max(one['speedups']):.2f})",
+            spelled(one["changed"] / report["test"], tuple(one["changed_95"])),
+            f"{one['stock_accuracy']:.1%} / {one['accuracy']:.1%}",
+            ", ".join(f"{ms:.1f}" for ms in one["trained_ms"].values()) or "-",
+            {None: "-", True: "yes", False: "no"}[one["kept"]],
+            f"{one['resamples_over']} of {one['resamples']}",
+        ]
+        for one in report["policies"]
+    ]
+    columns = [
+        "policy",
+        "exit points (b: branch)",
+        "settled at 0",
+        "layers saved",
+        "speed-up (rounds)",
+        "answers that differ (95 %)",
+        "accuracy, stock / ours",
+        "trained probes, ms a prompt",
+        "kept by time",
+        "resamples over the bound",
+    ]
+    never = report["policies"][0]["never_exit"] if report["policies"] else float("nan")
+    rate = report["policies"][0]["stock_prompts_per_second"] if report["policies"] else 0.0
+    full = report["policies"][0]["expected_ms"]["full_depth"] if report["policies"] else 0.0
+    slow = f", {report['slow']} times as many layers" if report["slow"] > 1 else ""
+    return (
+        f"{report['task']}{slow}: {report['prompts']} prompts calibrate, {report['test']} test; "
+        f"epsilon {report['epsilon']:.0%}; stock {rate:.0f} prompts/s, never exiting "
+        f"{never:.2f}x; full depth {full:.1f} ms a prompt; {report['provenance']['cpu']}\n\n"
+        f"{markdown_table(columns, rows, text_columns=2)}\n"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
