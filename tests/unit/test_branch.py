@@ -31,6 +31,7 @@ from vllm_adainfer.offline.calibration.fit import branch as training
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
+from vllm_adainfer.offline.calibration.fit.trained_exits import with_trained
 from vllm_adainfer.offline.calibration.record.collect import FOLDS
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.offline.calibration.write.card import model_card
@@ -338,6 +339,25 @@ def test_what_is_served_of_branches_is_what_was_certified(branched, tmp_path):
     assert [view.layer for view in seen] == [*layers, DEPTH]
     differing = (exits != found.points[EPSILON].exits).mean()
     assert differing < 0.01, "batches of other sizes may round otherwise"
+
+
+def test_beside_a_student_all_are_judged_on_the_rows_that_neither_has_seen(branched):
+    """The student takes the place of the first head, a branch stands beside its layer's head."""
+    heads, states = branched
+    calibrated = heads.calibration
+    recording, target, split = calibrated.recording, calibrated.target, calibrated.split
+    own = branches_of(calibrated, states)
+    student = replace(own[0], layer=0, states=replace(states, rows={0: states.rows[own[0].layer]}))
+    found = with_trained([student, *own], heads.heads, recording, target, split, "svm", 0)
+    layers = sorted([*(one.layer for one in heads.heads), *(one.layer for one in own)])
+    assert [exit.layer for exit in found] == layers
+    assert {len(exit.fitted.loss) for exit in found} == {len(split.fit) // FOLDS}
+    assert {len(exit.held_out.loss) for exit in found} == {len(split.certify)}
+    assert [exit.is_branch for exit in found if exit.layer == 0] == [True]
+    rows = recording.rows_of(split.fit)[own[0].unseen]
+    [branch] = [exit for exit in found if exit.is_branch and exit.layer == own[-1].layer]
+    scores, _ = own[-1].scores(recording.prompts[rows], None)
+    assert branch.fitted.tokens.tolist() == LABEL_IDS[scores.argmax(1)].tolist()
 
 
 def test_without_a_branch_that_pays_the_policy_is_what_it_was(branched, monkeypatch, capsys):
