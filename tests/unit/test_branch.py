@@ -25,14 +25,16 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
+from vllm_adainfer.exits.recording.state_files import StateFiles
 from vllm_adainfer.offline.calibration.branches import branches_of, with_branches
 from vllm_adainfer.offline.calibration.calibrate import best_policy
 from vllm_adainfer.offline.calibration.fit import branch as training
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
+from vllm_adainfer.offline.calibration.fit.trained_exits import with_trained
 from vllm_adainfer.offline.calibration.record.collect import FOLDS
-from vllm_adainfer.offline.calibration.record.own_states import OwnStates
+from vllm_adainfer.offline.calibration.record.own_states import OwnStates, own_states_of
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
@@ -145,6 +147,29 @@ def test_states_of_prompts_in_any_chunks_are_the_last_ones_of_their_own(seed):
     for request, read in found.items():
         own = states[request, pooled_from[request] : lens[request]][-MOST_BRANCH_TOKENS:]
         torch.testing.assert_close(read, branch.project(own), rtol=1e-4, atol=1e-5)
+
+
+def test_states_are_read_back_from_files_that_are_gone(tmp_path):
+    """In the order of the prompts, the second of which had no tokens of its own."""
+    files, like = StateFiles(str(tmp_path), (2, 4)), torch.zeros(1, HIDDEN, dtype=torch.bfloat16)
+    prompts = {tag: states.bfloat16() for tag, states in enumerate(prompts_of(3, 5, 2, 4))}
+    for tags in (3, 0), (2,):
+        for layer in files.layers:
+            files.add(layer, torch.cat([layer * prompts[tag] for tag in tags]))
+        files.added(np.array(tags), np.array([len(prompts[tag]) for tag in tags]))
+    record = {**files.take(), "layer.2": like, "layer.4": like}
+    found = own_states_of(files.by_layer, record, prompts=4)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    first, nothing, *others = found.of(4, np.arange(4))
+    assert nothing.shape == (0, HIDDEN)
+    for states, tag in zip([first, *others], (0, 2, 3), strict=True):
+        assert torch.equal(states, 4 * prompts[tag])
+    assert own_states_of({}, record, prompts=4) is None
+    files.add(2, like[:0])
+    files.added(np.arange(0), np.arange(0))
+    empty = own_states_of({2: files.by_layer[2]}, {**files.take(), "layer.2": like}, prompts=1)
+    assert empty.of(2, np.array([0]))[0].shape == (0, HIDDEN)
 
 
 BRANCHED: dict[str, Any] = {**POOLED, "branches": (2, 5)}
@@ -338,6 +363,25 @@ def test_what_is_served_of_branches_is_what_was_certified(branched, tmp_path):
     assert [view.layer for view in seen] == [*layers, DEPTH]
     differing = (exits != found.points[EPSILON].exits).mean()
     assert differing < 0.01, "batches of other sizes may round otherwise"
+
+
+def test_beside_a_student_all_are_judged_on_the_rows_that_neither_has_seen(branched):
+    """The student takes the place of the first head, a branch stands beside its layer's head."""
+    heads, states = branched
+    calibrated = heads.calibration
+    recording, target, split = calibrated.recording, calibrated.target, calibrated.split
+    own = branches_of(calibrated, states)
+    student = replace(own[0], layer=0, states=replace(states, rows={0: states.rows[own[0].layer]}))
+    found = with_trained([student, *own], heads.heads, recording, target, split, "svm", 0)
+    layers = sorted([*(one.layer for one in heads.heads), *(one.layer for one in own)])
+    assert [exit.layer for exit in found] == layers
+    assert {len(exit.fitted.loss) for exit in found} == {len(split.fit) // FOLDS}
+    assert {len(exit.held_out.loss) for exit in found} == {len(split.certify)}
+    assert [exit.is_branch for exit in found if exit.layer == 0] == [True]
+    rows = recording.rows_of(split.fit)[own[0].unseen]
+    [branch] = [exit for exit in found if exit.is_branch and exit.layer == own[-1].layer]
+    scores, _ = own[-1].scores(recording.prompts[rows], None)
+    assert branch.fitted.tokens.tolist() == LABEL_IDS[scores.argmax(1)].tolist()
 
 
 def test_without_a_branch_that_pays_the_policy_is_what_it_was(branched, monkeypatch, capsys):

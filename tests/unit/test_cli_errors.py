@@ -143,8 +143,8 @@ def probe(kind: str, **options: str) -> Callable[[Place], list[str]]:
     return lambda place: place.calibrate(probe=kind, **options)
 
 
-def prompts_of_one_token(place: Place) -> list[str]:
-    return place.calibrate(probe="pooled-label-head", labels="bad,good", template="{text}")
+def prompts_of_one_token(kind: str) -> Callable[[Place], list[str]]:
+    return lambda place: place.calibrate(probe=kind, labels="bad,good", template="{text}")
 
 
 def labels(names: str) -> Callable[[Place], list[str]]:
@@ -347,7 +347,20 @@ def read_of(*label_ids: int) -> dict[str, Any]:
             "--exit-points must ascend between 0 and 5",
         ),
         (probe("pooled-label-head"), "--probe pooled-label-head needs --labels, such as"),
-        (prompts_of_one_token, "leaves out the first token of a prompt, and this one has no other"),
+        (probe("branch"), "--probe branch needs --labels, such as"),
+        (probe("branch", max_tokens="4"), "--probe branch needs --labels, such as"),
+        (
+            probe("branch", labels="bad,good", max_tokens="4"),
+            "--labels are one-token answers: drop --max-tokens or --labels",
+        ),
+        (
+            prompts_of_one_token("pooled-label-head"),
+            "a pooled-label-head leaves out the first token of a prompt, and this one has no other",
+        ),
+        (
+            prompts_of_one_token("branch"),
+            "a branch leaves out the first token of a prompt, and this one has no other: use",
+        ),
         (labels("good"), "--labels needs at least two different names"),
         (labels("good,good"), "--labels needs at least two different names"),
         (labels("good,"), "--labels needs at least two different names"),

@@ -156,6 +156,8 @@ class Settings(Switch, SwitchInstruments):
                 if getattr(self, key) is not None:
                     raise ValueError(f'"{key}" goes with "record": give both, or neither')
             return self
+        if self.record_states is not None and self.record_pooled_from is None:
+            raise ValueError('"record_states" goes with "record_pooled_from": give both')
         if self.artifact is not None or None not in instruments:
             raise ValueError(
                 'give "artifact": the directory that `calibrate` wrote, without "record" and '

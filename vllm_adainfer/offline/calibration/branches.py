@@ -40,11 +40,12 @@ def branches_of(calibration: Calibration, states: OwnStates) -> tuple[TrainedBra
     recording, target = calibration.recording, calibration.target
     assert target.label_ids is not None, "a branch scores labels"
     rows = recording.rows_of(calibration.split.fit)
+    taught = taught_by_full_depth(recording, target, rows, torch.empty(len(rows), 0))
     return tuple(
         train_branch(
             layer,
             states,
-            taught_by_full_depth(recording, target, rows, torch.empty(len(rows), 0)),
+            taught,
             recording.prompts[rows],
             recording.folds_of(rows) == FOLDS - 1,
             target.label_ids,

@@ -124,7 +124,10 @@ def best_policy(
             policy = with_student
     layers = [exit.layer for exit in policy.exits if exit.layer > 0]
     asked = probe == "branch" or (probe == "auto" and branches_could_pay(policy))
-    if states_after is None or not layers or not asked:
+    if states_after is None or not asked:
+        return policy
+    if not layers:
+        say("no exit point after the first layer is worth its cost, so there is nothing to branch")
         return policy
     return with_branches(policy, branches_of(policy.calibration, states_after(layers)))
 

@@ -227,7 +227,7 @@ def record(
         ).astype(np.float64),
         moments={layer: _folds(tensors, layer) for layer in layers} if has_lens else {},
         means={int(layer): mean[rows] for layer, mean in _named(tensors, "mean.").items()},
-        own_states=own_states_of(facts["states"], tensors),
+        own_states=own_states_of(facts["states"], tensors, len(examples)),
         pool_seconds=facts["pool_seconds"] / max(1, facts["pooled_rows"]),
         logit_lens=logit_lens_of(_named(tensors, "logit_lens."), facts["norm"]),
         fingerprint=facts["fingerprint"],

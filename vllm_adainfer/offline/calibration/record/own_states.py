@@ -33,18 +33,25 @@ class OwnStates:
         return [self.rows[layer][start:end] for start, end in spans]
 
 
-def own_states_of(files: Mapping[int, str], record: Mapping[str, Tensor]) -> OwnStates | None:
-    """Those in `files`, by layer, of prompts 0, 1, ...; None if there are no files.
+def own_states_of(
+    files: Mapping[int, str], record: Mapping[str, Tensor], prompts: int
+) -> OwnStates | None:
+    """Those in `files`, by layer, of so many prompts; None if there are no files.
 
-    Files that are deleted then live on until these states are dropped.
+    A prompt without tokens of its own has none. Files that are deleted then live on until these
+    states are dropped.
     """
     if not files:
         return None
     tags, lens = record["states.tags"].numpy(), record["states.lens"].numpy()
-    ends, rows = np.cumsum(lens), {}
+    starts, ends = np.zeros((2, prompts), dtype=np.int64)
+    ends[tags] = np.cumsum(lens)
+    starts[tags] = ends[tags] - lens
+    rows, tokens = {}, int(lens.sum())
     for layer, file in files.items():
         like = record[f"layer.{layer}"]
-        size = int(ends[-1]) * like.shape[1]
-        rows[layer] = torch.from_file(file, size=size, dtype=like.dtype).view(-1, like.shape[1])
-    order = np.argsort(tags)
-    return OwnStates(rows, (ends - lens)[order], ends[order])
+        width, flat = like.shape[1], like.new_empty(0)
+        if tokens:  # an empty file cannot be mapped
+            flat = torch.from_file(file, size=tokens * width, dtype=like.dtype)
+        rows[layer] = flat.view(tokens, width)
+    return OwnStates(rows, starts, ends)
