@@ -169,6 +169,10 @@ def tolerance(**options: str) -> Callable[[Place], list[str]]:
     return lambda place: place.calibrate(**{"tolerance": "0.05", "labels": "bad,good", **options})
 
 
+def student(**options: str) -> Callable[[Place], list[str]]:
+    return lambda place: place.calibrate(**{"student": "minilm", "labels": "bad,good", **options})
+
+
 def too_few_rows_for_accuracy(place: Place) -> list[str]:
     return place.calibrate(risk="accuracy", epsilon="0.01")
 
@@ -382,6 +386,12 @@ def read_of(*label_ids: int) -> dict[str, Any]:
             tolerance(epsilon="0.01"),
             "too few rows for the bound: epsilon 0.01 at delta 0.1 needs at least 459 rows",
         ),
+        (student(labels=""), "a --student needs --labels, such as --labels negative,positive"),
+        (student(max_tokens="8", labels=""), "a --student scores labels, for one-token answers"),
+        (student(probe="lens"), "a --student scores labels, for one-token answers: drop"),
+        (student(classifier="crf"), "and a student is not asked about prompts without text: drop"),
+        (student(student="no/such/encoder"), "--student no/such/encoder is neither a directory"),
+        (student(student="."), "--student . is not an encoder that transformers loads from"),
         (damaged_details, "calibration.json cannot be read"),
         (details_of_something_else, "calibration.json does not hold rows, rows_held_out"),
         (inspect_other_directory, "has no config.json"),

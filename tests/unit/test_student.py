@@ -141,7 +141,6 @@ CHOICES = tuple(
 )
 POLICIES: dict[str, dict[str, Any]] = {
     "labels": {},
-    "crf": {"classifier": "crf"},
     "pooled": {"probe": "pooled-label-head", "pooled_from": 2},
     "pool": {"labels": POOL, "label_pool": True},
     "choices": {
@@ -156,9 +155,6 @@ POLICIES: dict[str, dict[str, Any]] = {
 def artifact(request, tiny_model) -> Artifact:
     config = tiny_config(tiny_model, **{**WITH_STUDENT, **POLICIES[request.param]})
     tensors = tiny_tensors(config)
-    if config.classifier == "crf":
-        for layer in config.exit_points:
-            tensors[f"exit.{layer}.classifier"] = torch.randn(7)
     return Artifact(config, tensors, encoder=student.encoder())
 
 
@@ -266,6 +262,7 @@ def test_damaged_weights_are_an_error(saved):
         ({"exit_points": (2, 3)}, "a student decides at exit point 0, so there must be one"),
         ({"probe": "lens"}, "a student needs the label-heads' scores and max_tokens = 1"),
         ({"max_tokens": 4}, "a student needs the label-heads' scores and max_tokens = 1"),
+        ({"classifier": "crf"}, "a crf needs every exit point to be asked"),
         ({"student": None}, "exit point 0 needs a student or a pooled-label-head"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

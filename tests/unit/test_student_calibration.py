@@ -173,7 +173,7 @@ def test_without_a_student_nothing_is_trained(recording, monkeypatch):
     assert {len(exit.fitted.loss) for exit in policy.candidates} == {len(SPLIT.fit)}
 
 
-@pytest.mark.parametrize("options", [{}, {"classifier": "crf"}, {"exit_points": (0, 2, 4)}])
+@pytest.mark.parametrize("options", [{}, {"classifier": "logreg"}, {"exit_points": (0, 2, 4)}])
 def test_what_is_written_serves_as_it_was_judged(recording, tmp_path, options):
     policy = best_policy(calibration(recording, **options), "auto", base_of(recording))
     config = write_artifact(policy, "model", HF_CONFIG, None, tmp_path / "a")

@@ -167,6 +167,9 @@ class ArtifactConfig(Strict):
             "a student decides at exit point 0, so there must be one": (
                 self.student is None or 0 in self.exit_points
             ),
+            "a crf needs every exit point to be asked, and a student is not about every prompt": (
+                self.student is None or self.classifier != "crf"
+            ),
             "a student needs the label-heads' scores and max_tokens = 1": (
                 self.student is None or (head and self.max_tokens == 1)
             ),

@@ -103,6 +103,11 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
             "--probe",
         ),
         (
+            request.student is not None and options.classifier == "crf",
+            "a crf needs every exit point to be asked, and a student is not asked about prompts "
+            "without text: drop --student, or take another --classifier",
+        ),
+        (
             request.student is not None and not (holds_requests or labels or choices),
             "a --student needs --labels, such as --labels negative,positive, or --choices",
         ),
