@@ -13,6 +13,7 @@ layer takes as long as before, and there are twice as many.
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,7 @@ def main(
     repeat: Annotated[int, typer.Option(help="Rounds of stock and all policies.")] = 3,
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/trained_probes.json"),
 ) -> None:
-    """Calibrate, measure, and write JSON and a Markdown table."""
+    """Calibrate, measure, and add the task to the JSON and the Markdown of `output`."""
     with tempfile.TemporaryDirectory() as folder:
         if slow > 1:
             model = str(with_idle_layers(Path(model), Path(folder, "slow"), slow))
@@ -117,7 +118,15 @@ def main(
         "policies": measured,
         "provenance": provenance(),
     }
-    write_report(output, report, table(report))
+    reports = [*earlier(output, report), report]
+    write_report(output, reports, "\n".join(map(table, reports)))
+
+
+def earlier(output: Path, report: Mapping[str, Any]) -> list[Any]:
+    """The reports that `output` holds of other tasks."""
+    found = json.loads(output.read_text()) if output.is_file() else []
+    key = report["task"], report["slow"]
+    return [one for one in found if (one["task"], one["slow"]) != key]
 
 
 @dataclass(frozen=True)
