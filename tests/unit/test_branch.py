@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adainfer_kernels import rows_to_compile_for
 from torch import Tensor
 
 from tests.tiny import tiny_config, tiny_tensors
@@ -16,12 +17,14 @@ from tests.unit.test_make_policy import DEPTH, HF_CONFIG, HIDDEN, LABEL_IDS, PRO
 from tests.unit.test_pooled_calibration import SAYS_MUCH, calibration, recording_of_prompts
 from tests.unit.test_pooled_policy import POOLED
 from tests.unit.test_pooling import step_of
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.branch_shapes import (
     BRANCH_WIDTH,
     MOST_BRANCH_TOKENS,
     branch_shapes,
 )
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
@@ -44,6 +47,7 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
 from vllm_adainfer.offline.reports.views import views_of
 from vllm_adainfer.policy.branch import Branch, StateEncoder
 from vllm_adainfer.policy.exit_policy import CalibratedPolicy, UndecidedRows
+from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import LabelHead
 
 EPSILON = 0.05
@@ -188,6 +192,18 @@ def test_an_artifact_is_read_back_as_it_was_written(tiny_model, tmp_path):
     assert not [name for name in last.tensors if "branch" in name]
     policy = CalibratedPolicy(whole, None, torch.device("cpu"))
     assert [*policy.branches] == [1, 2]
+
+
+def test_before_the_first_request_each_branch_has_read_states(tiny_model):
+    config = tiny_config(tiny_model, **BRANCHED)
+    tensors = {name: one.bfloat16() if "branch" in name else one for name, one in
+               tiny_tensors(config).items()}  # fmt: skip
+    policy = CalibratedPolicy(Artifact(config, tensors).parts("a")["a"], None, torch.device("cpu"))
+    read, score = [], policy.branches[1].score
+    policy.branches[1].score = lambda rows, lens, _: read.append(rows) or score(rows, lens)
+    warm_up(PolicySet({"a": policy}), torch.zeros(20, 64, dtype=torch.bfloat16))
+    assert {(rows.dtype, rows.shape[1]) for rows in read} == {(torch.bfloat16, BRANCH_WIDTH)}
+    assert {len(rows) for rows in read} == {*rows_to_compile_for(20)}
 
 
 @pytest.mark.parametrize(
