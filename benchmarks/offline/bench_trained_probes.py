@@ -70,8 +70,14 @@ if TYPE_CHECKING:
 
 CACHE = Path(__file__).parents[2] / ".cache"
 DRAWS = 500  # resamples of the rows that certify and of those that test
-EXITS, STUDENT, BOTH = "exits", "student alone", "student and exits"
-BRANCHES, ALL = "exits with branches", "student and exits with branches"
+EXITS, STUDENT, BOTH, BRANCHES, ALL = "exits", "student", "both", "branches", "all"
+TITLES = {
+    EXITS: "exits",
+    STUDENT: "student alone",
+    BOTH: "student and exits",
+    BRANCHES: "exits, some with branches",
+    ALL: "student and exits, some with branches",
+}
 
 
 @errors_as_sentences
@@ -339,7 +345,7 @@ def table(report: Mapping[str, Any]) -> str:
     """Markdown: a row per policy."""
     rows = [
         [
-            one["name"],
+            TITLES[one["name"]],
             ", ".join(f"{layer}{'b' * (layer in one['branches'])}" for layer in one["exit_points"]),
             f"{one['settled_at_0']:.0%}",
             f"{one['layers_saved']:.1%}",

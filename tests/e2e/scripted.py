@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.engine.admission.admission import NOT_POOLED, NOT_RECORDED, Admission, Admitted
 from vllm_adainfer.engine.admission.requested_output import wants_prompt_logprobs
@@ -83,6 +84,7 @@ class ScriptedPolicy(ExitPolicy):
     def __init__(self, exit_points: tuple[int, ...], lens: Probe) -> None:
         self.exit_points = exit_points
         self.num_threshold_rows = len(exit_points)
+        self.probe_inputs = (ProbeInput.LAST_TOKEN,) * len(exit_points)
         self.lens = lens
 
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.tiny import FROM_ZERO, LAYERS
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
@@ -35,6 +36,7 @@ class ExitByRow(ExitPolicy):
     """Settles a request at the exit point that is its threshold row."""
 
     exit_points, num_threshold_rows = FROM_ZERO, len(FROM_ZERO)
+    probe_inputs = (ProbeInput.LAST_TOKEN,) * len(FROM_ZERO)
 
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
         return Decision(rows.threshold_rows == exit_index, EarlyStates(rows.hidden))

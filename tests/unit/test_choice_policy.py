@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_answers_that_decide_no_choice_are_the_reason_given_for_no_policy(monkey
     monkeypatch.setattr(calibrating, "best_policy", lambda *_: policy)
     request = CalibrationRequest("m", Path("rows"), Path("out"))
     with pytest.raises(AdaInferError, match="100% of the answers of m begin with a token that dec"):
-        calibrating.fit_and_certify(request, None, None)
+        calibrating.fit_and_certify(request, SimpleNamespace(student=None), None)
 
 
 def served(policy: FittedPolicy, directory: Path) -> ChoicePolicy:

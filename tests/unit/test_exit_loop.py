@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
@@ -100,6 +101,7 @@ class ExitByRow(ExitPolicy):
 
     def __init__(self, exit_points: tuple[int, ...]) -> None:
         self.exit_points, self.num_threshold_rows = exit_points, len(exit_points)
+        self.probe_inputs = (ProbeInput.LAST_TOKEN,) * len(exit_points)
 
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
         return Decision(rows.threshold_rows == exit_index, EarlyStates(rows.hidden))

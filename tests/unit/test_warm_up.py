@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from adainfer_kernels import rows_to_compile_for
 
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.policy.answers import EarlyStates
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
@@ -18,6 +19,7 @@ class Chain(ExitPolicy):
 
     def __init__(self, exit_points: tuple[int, ...]) -> None:
         self.exit_points = exit_points
+        self.probe_inputs = (ProbeInput.LAST_TOKEN,) * len(exit_points)
         self.decided: list[tuple[int, int, float | None]] = []
 
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
