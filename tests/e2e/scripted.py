@@ -35,7 +35,7 @@ class ScriptedAdmission(Admission):
     saving: tuple[str, float] | None = None
 
     def __init__(self) -> None:
-        self.is_recording = self.has_pools = self.has_pooled = False
+        self.is_recording = self.has_pools = self.has_pooled = self.has_students = False
         self.has_choices = self.may_serve_choices = False
 
     def resolve(

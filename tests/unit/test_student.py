@@ -127,6 +127,11 @@ def test_an_encoder_that_transformers_cannot_build_is_an_error():
     for wrong in (
         Encoder({**plain.settings, "model_type": "unheard-of"}, plain.tensors),
         Encoder({**plain.settings, "hidden_size": 32}, plain.tensors),
+        Encoder({**plain.settings, "vocab_size": 10**12}, plain.tensors),
+        Encoder({**plain.settings, "num_hidden_layers": 10**9}, plain.tensors),
+        Encoder({**plain.settings, "num_hidden_layers": None}, plain.tensors),
+        Encoder({"hidden_size": 16}, plain.tensors),
+        Encoder(plain.settings, {}),
     ):
         with pytest.raises(AdaInferError, match=r"the student cannot be built .* calibrate again"):
             TextEncoder.of(wrong, CPU)

@@ -40,18 +40,33 @@ class TextEncoder(nn.Module):
     def of(cls, encoder: Encoder, device: torch.device) -> TextEncoder:
         """The encoder of an artifact, on `device`, in the dtype of its weights.
 
+        It takes no more memory than its weights: settings of something larger are refused first.
+
         Raises:
             AdaInferError: transformers cannot build it, or its weights do not fit.
 
         """
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModel
 
-        dtype = next(iter(encoder.tensors.values())).dtype
+        damage = AttributeError, KeyError, TypeError, ValueError, RuntimeError, StrictDataclassError
+        tensors = encoder.tensors
+        options: dict[str, Any] = {"trust_remote_code": False}
+        options["dtype"] = next((one.dtype for one in tensors.values()), torch.float32)
         try:
             config = AutoConfig.for_model(**encoder.settings)
-            model = AutoModel.from_config(config, dtype=dtype)
-            model.load_state_dict(encoder.tensors, assign=True)
-        except (KeyError, ValueError, RuntimeError) as error:
+            if not 0 < config.num_hidden_layers <= len(tensors):
+                raise ValueError(f"it has {config.num_hidden_layers} layers")
+            with torch.device("meta"):
+                shapes = AutoModel.from_config(config, **options).state_dict()
+            wrong = [
+                n for n, one in shapes.items() if n in tensors and one.shape != tensors[n].shape
+            ]
+            if wrong or shapes.keys() != tensors.keys():
+                raise ValueError("its weights are those of another one")
+            model = AutoModel.from_config(config, **options)
+            model.load_state_dict(tensors, assign=True)
+        except damage as error:
             raise AdaInferError(
                 f"the student cannot be built ({' '.join(str(error).split())[:200]}): calibrate "
                 "again with this version of transformers"
