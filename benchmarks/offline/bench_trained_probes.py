@@ -31,8 +31,7 @@ from benchmarks.common.report_files import write_report
 from benchmarks.offline.slow_model import with_idle_layers
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
-from vllm_adainfer.offline.calibration.branches import branches_of
-from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of, student_of
+from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
 from vllm_adainfer.offline.calibration.certify.certify import Bound, certify
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
@@ -51,6 +50,7 @@ from vllm_adainfer.offline.calibration.prompts import (
 )
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.recordings import record_own_states, record_prompts
+from vllm_adainfer.offline.calibration.trained_probes import branches_of, student_of
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, write_artifact
 from vllm_adainfer.offline.evaluation.measure import WARM_UP, run
 from vllm_adainfer.offline.evaluation.requests import request_params

@@ -29,7 +29,6 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.recording.state_files import StateFiles
-from vllm_adainfer.offline.calibration.branches import branches_of, with_branches
 from vllm_adainfer.offline.calibration.calibrate import best_policy
 from vllm_adainfer.offline.calibration.fit import branch as training
 from vllm_adainfer.offline.calibration.fit import cost
@@ -38,6 +37,7 @@ from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
 from vllm_adainfer.offline.calibration.fit.trained_exits import with_trained
 from vllm_adainfer.offline.calibration.record.collect import FOLDS
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates, own_states_of
+from vllm_adainfer.offline.calibration.trained_probes import branches_of, with_branches
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
@@ -414,7 +414,8 @@ def test_auto_trains_branches_where_one_takes_a_small_part_of_a_layer(
 ):
     _, states = branched
     monkeypatch.setattr(
-        "vllm_adainfer.offline.calibration.branches.untrained_branch_layers", lambda *_: layers
+        "vllm_adainfer.offline.calibration.trained_probes.untrained_branch_layers",
+        lambda *_: layers,
     )
     asked: list[Any] = []
 

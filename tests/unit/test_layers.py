@@ -82,9 +82,9 @@ CALIBRATION = {
     "prompts": {"certify", "fit", "data", "options"},
     "write": {"fitted_policy", "certify", "fit"},
     "recordings": {"prompts", "fit", "record", "options"},
-    "branches": {"fitted_policy", "fit", "record"},
+    "trained_probes": {"fitted_policy", "fit", "record", "data"},
     "calibrate": {
-        "branches",
+        "trained_probes",
         "recordings",
         "write",
         "prompts",

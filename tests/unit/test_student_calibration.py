@@ -21,7 +21,7 @@ from tests.unit.test_make_policy import DEPTH, HF_CONFIG, LABEL_IDS, LABELS, PRO
 from tests.unit.test_pooled_calibration import recording_of_prompts
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.calibrate import best_policy, student_of
+from vllm_adainfer.offline.calibration.calibrate import best_policy
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
@@ -33,6 +33,7 @@ from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration
 from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.trained_probes import student_of
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.reports.describe import describe
 from vllm_adainfer.policy.exit_policy import UndecidedRows

@@ -12,19 +12,11 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.branches import (
-    branches_could_pay,
-    branches_of,
-    of_last_token,
-    with_branches,
-    with_last_token,
-)
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
-from vllm_adainfer.offline.calibration.fit.probes import Target, taught_by_full_depth
-from vllm_adainfer.offline.calibration.fit.student import TrainedStudent, train_student
+from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
@@ -33,9 +25,18 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
 )
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, ProbeChoice
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
-from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
+from vllm_adainfer.offline.calibration.record.collect import Recording
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.offline.calibration.recordings import record_own_states, record_prompts
+from vllm_adainfer.offline.calibration.trained_probes import (
+    branches_could_pay,
+    branches_of,
+    of_last_token,
+    student_of,
+    with_branches,
+    with_last_token,
+    with_student,
+)
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.progress import say
 
@@ -116,12 +117,7 @@ def best_policy(
     """
     policy = best_heads(calibration, probe)
     if base is not None:
-        student = student_of(calibration, base)
-        with_student = best_heads(replace(calibration, student=student), probe)
-        if with_student.student is None:
-            say("the student costs more time than it saves, and is left out")
-        else:
-            policy = with_student
+        policy = with_student(policy, student_of(policy.calibration, base))
     layers = [exit.layer for exit in policy.exits if exit.layer > 0]
     asked = probe == "branch" or (probe == "auto" and branches_could_pay(policy))
     if states_after is None or not asked:
@@ -132,23 +128,8 @@ def best_policy(
     return with_branches(policy, branches_of(policy.calibration, states_after(layers)))
 
 
-def student_of(calibration: Calibration, base: StudentBase) -> TrainedStudent:
-    """A student trained on most of the prompts that fit."""
-    recording, target = calibration.recording, calibration.target
-    assert target.label_ids is not None, "a student scores labels"
-    rows = recording.rows_of(calibration.split.fit)
-    return train_student(
-        base,
-        taught_by_full_depth(recording, target, rows, torch.empty(len(rows), 0)),
-        recording.prompts[rows],
-        recording.folds_of(rows) == FOLDS - 1,
-        target.label_ids,
-        calibration.options.seed,
-    )
-
-
 def best_heads(calibration: Calibration, probe: ProbeChoice) -> FittedPolicy:
-    """The policy with the probe asked for, and with the student of `calibration` if it pays."""
+    """The policy with the probe asked for, before anything is trained."""
     policy = with_mass_if_it_pays(make_policy(calibration))
     if not calibration.target.is_pooled:
         return policy

@@ -1,4 +1,4 @@
-"""Branches in a pooled policy, and the part of such a policy for the last token."""
+"""A student and branches in a policy, where they pay; and its part for the last token."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import torch
 
+from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.branch import TrainedBranch, train_branch
 from vllm_adainfer.offline.calibration.fit.cost import untrained_branch_layers
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
+from vllm_adainfer.offline.calibration.fit.student import TrainedStudent, train_student
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
@@ -33,6 +35,21 @@ def branches_could_pay(policy: FittedPolicy) -> bool:
     recording = calibration.recording
     tokens = recording.computed[recording.rows_of(calibration.split.fit)]
     return untrained_branch_layers(recording, float(tokens.mean())) < BRANCH_WORTH
+
+
+def student_of(calibration: Calibration, base: StudentBase) -> TrainedStudent:
+    """A student trained on most of the prompts that fit."""
+    recording, target = calibration.recording, calibration.target
+    assert target.label_ids is not None, "a student scores labels"
+    rows = recording.rows_of(calibration.split.fit)
+    return train_student(
+        base,
+        taught_by_full_depth(recording, target, rows, torch.empty(len(rows), 0)),
+        recording.prompts[rows],
+        recording.folds_of(rows) == FOLDS - 1,
+        target.label_ids,
+        calibration.options.seed,
+    )
 
 
 def branches_of(calibration: Calibration, states: OwnStates) -> tuple[TrainedBranch, ...]:
@@ -60,10 +77,27 @@ def with_branches(policy: FittedPolicy, branches: tuple[TrainedBranch, ...]) -> 
 
     Where one does, exit points are chosen anew.
     """
-    found = make_policy(replace(policy.calibration, branches=branches), policy.heads)
-    if not found.branches:
-        say("branches cost more time than they save, and are left out")
-        return policy
+    found = _made_again(policy, replace(policy.calibration, branches=branches))
+    if found.branches:
+        return found
+    say("branches cost more time than they save, and are left out")
+    return policy
+
+
+def with_student(policy: FittedPolicy, student: TrainedStudent) -> FittedPolicy:
+    """The policy with the student, if that shortens the expected time; likewise."""
+    found = _made_again(policy, replace(policy.calibration, student=student))
+    if found.student is not None:
+        return found
+    say("the student costs more time than it saves, and is left out")
+    return policy
+
+
+def _made_again(policy: FittedPolicy, calibration: Calibration) -> FittedPolicy:
+    """A policy from the heads of another one, and what was trained for `calibration`."""
+    found = make_policy(calibration, policy.heads)
+    if not calibration.target.is_pooled:
+        return found
     last = of_last_token(found)
     return with_last_token(found, last, fit_candidates(last, {exit.layer for exit in found.exits}))
 
