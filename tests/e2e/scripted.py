@@ -69,6 +69,7 @@ class ScriptedAdmission(Admission):
             has_choice_policy=False,
             pooled_from=NOT_POOLED,
             last_token_row=FULL_DEPTH,
+            text=(),
             prompt=prompt,
             adapter=adapter,
             record_row=NOT_RECORDED,
