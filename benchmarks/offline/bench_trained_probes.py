@@ -5,10 +5,10 @@ r"""A student before the first layer, and branches: what each adds to exits, und
 
 The prompts are recorded once. The last `--test` of them, in random order, calibrate nothing; on
 them all policies run in one engine, interleaved with stock vLLM. That engine is cut at the exit
-points of all policies, which costs each of them a little. The student and the branches are in
-their policies even if they cost more time than they save; the table says whether `calibrate` would
-have kept them. `--slow 2` puts an idle layer after each layer of the model: the answers stay, a
-layer takes as long as before, and there are twice as many.
+points of all policies, which costs each of them a little. Exit points are chosen as if the student
+took no time, so that it is in its policies also where it costs more than it saves; the table says
+whether `calibrate` would have kept it. `--slow 2` puts an idle layer after each layer of the model:
+the answers stay, a layer takes as long as before, and there are twice as many.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
 
@@ -34,6 +35,7 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
 from vllm_adainfer.offline.calibration.certify.certify import Bound, certify
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
@@ -50,7 +52,11 @@ from vllm_adainfer.offline.calibration.prompts import (
 )
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.recordings import record_own_states, record_prompts
-from vllm_adainfer.offline.calibration.trained_probes import branches_of, student_of
+from vllm_adainfer.offline.calibration.trained_probes import (
+    branches_of,
+    layers_to_branch,
+    student_of,
+)
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, write_artifact
 from vllm_adainfer.offline.evaluation.measure import WARM_UP, run
 from vllm_adainfer.offline.evaluation.requests import request_params
@@ -69,6 +75,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 CACHE = Path(__file__).parents[2] / ".cache"
+ROWS_IN_A_STEP = 64
 DRAWS = 500  # resamples of the rows that certify and of those that test
 EXITS, STUDENT, BOTH, BRANCHES, ALL = "exits", "student", "both", "branches", "all"
 TITLES = {
@@ -143,14 +150,16 @@ class Made:
         prompts: all prompts, with the split of those that calibrate.
         tests: int64 [tests], the others.
         policies: by name.
-        kept: by name, whether `calibrate` would keep what was trained.
+        keeps_student: whether `calibrate` would keep the student.
+        student_seconds: the student's time for a prompt.
 
     """
 
     prompts: Prompts
     tests: Any
     policies: Mapping[str, FittedPolicy]
-    kept: Mapping[str, bool]
+    keeps_student: bool
+    student_seconds: float
 
 
 def made_policies(request: CalibrationRequest, test: int) -> Made:
@@ -164,38 +173,28 @@ def made_policies(request: CalibrationRequest, test: int) -> Made:
     recording = record_prompts(request, prompts)
     plain = calibration_of(request, prompts, recording)
     exits = best_heads(plain, "pooled-label-head")
-    layers = [exit.layer for exit in exits.exits if exit.layer > 0]
-    states = record_own_states(request, prompts, layers)
-    asked = replace(plain, student=student_of(plain, prompts.student))
-    branches = branches_of(plain, states)
-    alone = replace(asked.options, exit_points=(0,))
-    policies = {
-        EXITS: exits,
-        STUDENT: make_policy(of_last_token_with(asked, alone), []),
-        BOTH: forced(asked, exits, [0, *layers]),
-        BRANCHES: forced(replace(plain, branches=branches), exits, layers),
-        ALL: forced(replace(asked, branches=branches), exits, [0, *layers]),
-    }
-    kept = {
-        BOTH: make_policy(asked, exits.heads).student is not None,
-        BRANCHES: bool(make_policy(replace(plain, branches=branches), exits.heads).branches),
-    }
-    kept[ALL] = bool(make_policy(replace(asked, branches=branches), exits.heads).branches)
-    return Made(prompts, np.arange(first, len(groups)), policies, kept)
+    student, branches = student_of(plain, prompts.student), ()
+    if layers := layers_to_branch(exits):
+        branches = branches_of(plain, record_own_states(request, prompts, layers))
+    both = replace(plain, student=student)
+    kept = make_policy(both, exits.heads).student is not None
+    with patch.object(cost, "student_seconds", return_value=0.0):
+        policies = {
+            EXITS: exits,
+            STUDENT: make_policy(alone(both), []),
+            BOTH: make_policy(both, exits.heads),
+            BRANCHES: make_policy(replace(plain, branches=branches), exits.heads),
+            ALL: make_policy(replace(both, branches=branches), exits.heads),
+        }
+    seconds = cost.student_seconds(student, ROWS_IN_A_STEP, plain.recording.threads)
+    return Made(prompts, np.arange(first, len(groups)), policies, kept, seconds)
 
 
-def of_last_token_with(calibration: Calibration, options: PolicyOptions) -> Calibration:
-    """`calibration` with other options, for heads of the last token."""
+def alone(calibration: Calibration) -> Calibration:
+    """`calibration` for a student without exits behind it."""
     target = replace(calibration.target, kind="label-head")
+    options = replace(calibration.options, exit_points=(0,))
     return replace(calibration, target=target, options=options, pooled_from=None)
-
-
-def forced(calibration: Calibration, exits: FittedPolicy, layers: Sequence[int]) -> FittedPolicy:
-    """The policy with exit points after `layers`, whatever the trained probes cost."""
-    options = replace(calibration.options, exit_points=tuple(layers))
-    return make_policy(
-        replace(calibration, options=options), [e for e in exits.heads if e.layer in layers]
-    )
 
 
 def measure_all(
@@ -224,9 +223,10 @@ def measure_all(
             "name": name,
             "exit_points": [exit.layer for exit in policy.exits],
             "branches": list(policy.branches),
-            "kept": made.kept.get(name),
+            "keeps_student": made.keeps_student if policy.student else None,
             "trained_ms": {
-                exit.layer: 1e3 * policy.costs.probe_of(exit)
+                exit.layer: 1e3
+                * (policy.costs.probe_of(exit) if exit.layer else made.student_seconds)
                 for exit in policy.exits
                 if isinstance(exit.probe, (Branch, Student))
             },
@@ -353,7 +353,7 @@ def table(report: Mapping[str, Any]) -> str:
             spelled(one["changed"] / report["test"], tuple(one["changed_95"])),
             f"{one['stock_accuracy']:.1%} / {one['accuracy']:.1%}",
             ", ".join(f"{ms:.1f}" for ms in one["trained_ms"].values()) or "-",
-            {None: "-", True: "yes", False: "no"}[one["kept"]],
+            {None: "-", True: "yes", False: "no"}[one["keeps_student"]],
             f"{one['resamples_over']} of {one['resamples']}",
         ]
         for one in report["policies"]
@@ -367,7 +367,7 @@ def table(report: Mapping[str, Any]) -> str:
         "answers that differ (95 %)",
         "accuracy, stock / ours",
         "trained probes, ms a prompt",
-        "kept by time",
+        "student kept by time",
         "resamples over the bound",
     ]
     never = report["policies"][0]["never_exit"] if report["policies"] else float("nan")

@@ -31,6 +31,7 @@ from vllm_adainfer.offline.calibration.recordings import record_own_states, reco
 from vllm_adainfer.offline.calibration.trained_probes import (
     branches_could_pay,
     branches_of,
+    layers_to_branch,
     of_last_token,
     student_of,
     with_branches,
@@ -118,12 +119,12 @@ def best_policy(
     policy = best_heads(calibration, probe)
     if base is not None:
         policy = with_student(policy, student_of(policy.calibration, base))
-    layers = [exit.layer for exit in policy.exits if exit.layer > 0]
+    layers = layers_to_branch(policy)
     asked = probe == "branch" or (probe == "auto" and branches_could_pay(policy))
     if states_after is None or not asked:
         return policy
     if not layers:
-        say("no exit point after the first layer is worth its cost, so there is nothing to branch")
+        say("no exit point has a head that a branch could do much better than")
         return policy
     return with_branches(policy, branches_of(policy.calibration, states_after(layers)))
 

@@ -25,6 +25,16 @@ from vllm_adainfer.offline.progress import say
 
 # "auto" trains branches, which takes minutes, if one takes less than this share of a layer's time.
 BRANCH_WORTH = 1 / 3
+AGREES_ENOUGH = 0.98  # a head that agrees with full depth this often leaves a branch few errors
+
+
+def layers_to_branch(policy: FittedPolicy) -> list[int]:
+    """The layers of the exit points where a branch has something to learn that the head misses."""
+    return [
+        exit.layer
+        for exit in policy.exits
+        if exit.layer > 0 and exit.fitted.agrees.mean() < AGREES_ENOUGH
+    ]
 
 
 def branches_could_pay(policy: FittedPolicy) -> bool:
