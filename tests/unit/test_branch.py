@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.recording.state_files import StateFiles
+from vllm_adainfer.offline.calibration import trained_probes
 from vllm_adainfer.offline.calibration.calibrate import best_policy
 from vllm_adainfer.offline.calibration.fit import branch as training
 from vllm_adainfer.offline.calibration.fit import cost
@@ -413,10 +415,7 @@ def test_auto_trains_branches_where_one_takes_a_small_part_of_a_layer(
     branched, monkeypatch, layers, trained
 ):
     _, states = branched
-    monkeypatch.setattr(
-        "vllm_adainfer.offline.calibration.trained_probes.untrained_branch_layers",
-        lambda *_: layers,
-    )
+    monkeypatch.setattr(trained_probes, "untrained_branch_layers", lambda *_: layers)
     asked: list[Any] = []
 
     def states_after(after: Any) -> OwnStates:
@@ -436,3 +435,12 @@ def test_an_untrained_branch_is_timed_in_layers():
         for seconds in (1e-3, 1e-6)
     )
     assert 0 < slow < 1 < fast
+
+
+def test_a_branch_is_trained_only_where_the_head_still_errs():
+    def exit_at(layer: int, agrees: float) -> Any:
+        rows = np.arange(100) < 100 * agrees
+        return SimpleNamespace(layer=layer, fitted=SimpleNamespace(agrees=rows))
+
+    exits = [exit_at(0, 0.7), exit_at(4, 0.8), exit_at(16, 0.97), exit_at(24, 0.99)]
+    assert trained_probes.layers_to_branch(SimpleNamespace(exits=exits)) == [4, 16]
