@@ -83,14 +83,14 @@ def test_each_request_is_answered_by_the_part_that_sees_what_is_left_of_it(
     counts = {"whole": 8, "student": 6, "pool": 3, "last": 3, "alone": 1}
     one_each = [kind for kind, count in counts.items() for _ in range(count)]
     kinds = [str(kind) for kind in generator.permutation(one_each)]
-    asked = [
-        request(kind, float(generator.choice([SOME, ALWAYS], p=(0.7, 0.3))), artifacts)
-        for kind in kinds
+    epsilons = [
+        SOME if kinds[:place].count(kind) % 2 else ALWAYS for place, kind in enumerate(kinds)
     ]
+    asked = [request(*one, artifacts) for one in zip(kinds, epsilons, strict=True)]
     llm.reset_prefix_cache()
     found: Counter[Any] = Counter()
     for _ in range(3):
-        before = stats(llm)["policies"]
+        before, work_before = stats(llm)["policies"], work_of(llm)
         with traced(llm) as (ran, _):
             outputs = ask(llm, prompts, asked)
         for output, kind, prompt, params in zip(outputs, kinds, prompts, asked, strict=True):
@@ -101,6 +101,8 @@ def test_each_request_is_answered_by_the_part_that_sees_what_is_left_of_it(
             wanted = expected(reference, artifacts.get(own.policy), prompt, params)
             if wanted is not None:
                 assert (own.depth, output.outputs[0].token_ids[0]) == wanted
+        computed = sum(len(p) - o.num_cached_tokens for p, o in zip(prompts, outputs, strict=True))
+        assert work_of(llm) - work_before == LAYERS * computed
         counted = Counter((one.policy, one.depth) for one in ran.values())
         for name, own in stats(llm)["policies"].items():
             new = Counter(own["exit_histogram"])
@@ -111,6 +113,12 @@ def test_each_request_is_answered_by_the_part_that_sees_what_is_left_of_it(
     assert found["whole", 0], "the case must have requests of every kind"
     assert found["student", 0] + found[f"student:{LAST_TOKEN}", 0]
     assert {policy for policy, _ in found} >= {"whole", f"whole:{LAST_TOKEN}", "last", NO_POLICY}
+
+
+def work_of(llm: Any) -> int:
+    """Token-layers run or skipped, of all policies."""
+    policies = stats(llm)["policies"].values()
+    return sum(one["layers_run"] + one["layers_skipped"] for one in policies)
 
 
 def test_a_request_that_leaves_before_the_first_layer_runs_none_and_caches_nothing(llm, artifacts):
