@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.progress import progress, say
 
@@ -23,6 +24,10 @@ WARM_UP = 0.1  # of all steps
 WEIGHT_DECAY = 0.01
 LARGEST_GRADIENT = 1.0
 HEAD_LEARNING_RATE = 1e-3
+# Classifiers read probabilities. Beyond this lead in score they are all near 1, so that the surest
+# answers would be told apart no more, and none of them could pass a threshold close to 1.
+LARGEST_LEAD = 3.0
+LEADS_UP_TO = 0.95  # of the answers
 SERVED_DTYPE = torch.bfloat16
 
 E = TypeVar("E", bound=nn.Module)
@@ -93,7 +98,10 @@ def train(
     learned, judged = np.flatnonzero(readable & ~unseen), np.flatnonzero(readable & unseen)
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
-        return _trained(Net(encoder, width, taught), inputs, taught, learned, judged, training)
+        best = _trained(Net(encoder, width, taught), inputs, taught, learned, judged, training)
+    if taught.mass is None:  # else the probabilities themselves are promised
+        _soften(best, inputs, taught, judged)
+    return best
 
 
 def _trained(
@@ -142,6 +150,24 @@ def _trained(
             if since == PATIENCE:
                 break
     return best.eval().requires_grad_(requires_grad=False)
+
+
+@torch.no_grad()
+def _soften(net: Net[E], inputs: Sequence[Any], taught: Taught, rows: Ints) -> None:
+    """Divide the scores so that few of the answers for `rows` lead by more than `LARGEST_LEAD`.
+
+    The best label stays the best.
+    """
+    leads = []
+    for batch in _batches(rows):
+        read = net.encoder([inputs[row] for row in batch.tolist()])
+        subsets = None if taught.subsets is None else taught.subsets[torch.from_numpy(batch)]
+        best, second = restrict(net.head(read), subsets).topk(2).values.unbind(1)
+        leads.append(best - second)
+    if leads:
+        factor = LARGEST_LEAD / float(torch.cat(leads).quantile(LEADS_UP_TO).clamp(LARGEST_LEAD))
+        net.head.weight.mul_(factor)
+        net.head.bias.mul_(factor)
 
 
 @torch.no_grad()
