@@ -110,6 +110,19 @@ def test_a_student_learns_what_the_words_say_from_the_rows_it_may_see(recording)
     assert torch.equal(again.student.score(texts), trained.student.score(texts))
 
 
+def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, monkeypatch):
+    """The classifier reads probabilities; the best label is that of the scores as trained."""
+    plain = student_of(calibration(recording), base_of(recording))
+    monkeypatch.setattr(training, "LARGEST_LEAD", 0.5)
+    softer = student_of(calibration(recording), base_of(recording))
+    texts = [plain.base.texts[row] for row in recording.rows_of(SPLIT.fit)[plain.unseen]]
+    scores = [one.student.score(texts) for one in (plain, softer)]
+    leads = [(one[:, 0] - one[:, 1]).abs() for one in scores]
+    assert leads[0].quantile(training.LEADS_UP_TO) > 0.6
+    assert leads[1].quantile(training.LEADS_UP_TO) == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(scores[0].argmax(1), scores[1].argmax(1))
+
+
 def test_rows_it_may_not_see_and_held_out_rows_change_no_weight_of_an_epoch(recording, monkeypatch):
     """They only choose between epochs, so with one epoch they change nothing at all."""
     monkeypatch.setattr(students, "EPOCHS", 1)
