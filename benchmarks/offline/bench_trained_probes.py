@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 
 CACHE = Path(__file__).parents[2] / ".cache"
 ROWS_IN_A_STEP = 64
-DRAWS = 500  # resamples of the rows that certify and of those that test
+DRAWS = 500  # of the rows that certify
 EXITS, STUDENT, BOTH, BRANCHES, ALL = "exits", "student", "both", "branches", "all"
 TITLES = {
     EXITS: "exits",
@@ -299,44 +299,42 @@ def _measured(
 
 
 def resampled(policy: FittedPolicy, made: Made) -> dict[str, Any]:
-    """How often the bound fails if the rows that certify and those that test are drawn anew.
+    """How often the bound fails if the rows that certify are drawn anew.
 
-    What was fitted and chosen stays. A failure: more than epsilon of the other rows differ.
+    All rows that fitted and chose nothing stand for the population. Each draw takes as many of them
+    as have certified, with replacement. It fails if more than epsilon of the population then leaves
+    with another answer.
     """
     calibration = policy.calibration
     recording, options = calibration.recording, calibration.options
     split = calibration.split
-    pool = np.concatenate([split.certify, made.tests])
-    with_tests = replace(calibration, split=replace(split, certify=pool))
+    population = np.concatenate([split.certify, made.tests])
+    with_tests = replace(calibration, split=replace(split, certify=population))
     layers = {exit.layer for exit in policy.exits}
     heads = fit_candidates(with_tests, layers) if layers - {0} else []
     again = {(e.layer, e.is_branch): e for e in make_policy(with_tests, heads).candidates}
     exits = [again[exit.layer, exit.is_branch] for exit in policy.exits]
-    draw, fails, over = np.random.default_rng(0), 0, []
+    draw, risks = np.random.default_rng(0), []
     for _ in range(DRAWS):
-        certifies = np.zeros(len(pool), dtype=np.bool_)
-        certifies[draw.permutation(len(pool))[: len(split.certify)]] = True
-        ours = [replace(e, held_out=e.held_out.of_rows(certifies)) for e in exits]
-        point = certify(ours, recording.depth, [options.epsilon], Bound.promised(options)).get(
-            options.epsilon
-        )
-        risk = 0.0 if point is None else _risk(exits, ~certifies, point.threshold)
-        fails += risk > options.epsilon
-        over.append(risk)
+        rows = draw.integers(0, len(population), len(split.certify))
+        drawn = [replace(e, held_out=e.held_out.of_rows(rows)) for e in exits]
+        points = certify(drawn, recording.depth, [options.epsilon], Bound.promised(options))
+        point = points.get(options.epsilon)
+        risks.append(0.0 if point is None else _risk(exits, point.threshold))
     return {
         "resamples": DRAWS,
-        "resamples_over": int(fails),
-        "resamples_risk_mean": float(np.mean(over)),
+        "resamples_over": sum(risk > options.epsilon for risk in risks),
+        "resamples_risk_mean": float(np.mean(risks)),
     }
 
 
-def _risk(exits: Sequence[FittedExit], rows: Any, threshold: float) -> float:
-    """The share of `rows` that leave with another answer."""
-    wrong, left = np.zeros(int(rows.sum())), np.zeros(int(rows.sum()), dtype=np.bool_)
+def _risk(exits: Sequence[FittedExit], threshold: float) -> float:
+    """The share of the held-out rows that leave with another answer."""
+    rows = len(exits[0].held_out.loss)
+    wrong, left = np.zeros(rows), np.zeros(rows, dtype=np.bool_)
     for exit in exits:
-        own = exit.held_out.of_rows(rows)
-        leaving = (own.score >= threshold).numpy() & ~left
-        wrong[leaving] = own.loss[leaving]
+        leaving = (exit.held_out.score >= threshold).numpy() & ~left
+        wrong[leaving] = exit.held_out.loss[leaving]
         left |= leaving
     return float(wrong.mean())
 

@@ -81,8 +81,8 @@ class Scored(Judged):
         there = torch.from_numpy(self.tokens == token)
         return replace(self, score=self.score.masked_fill(there, -torch.inf))
 
-    def of_rows(self, rows: Bools) -> Scored:
-        """The same for those of `rows` alone."""
+    def of_rows(self, rows: Bools | Ints) -> Scored:
+        """The same for those of `rows` alone, a mask or indices."""
         kept = torch.from_numpy(rows)
         return Scored(
             self.features[kept],
