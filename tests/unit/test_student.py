@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adainfer_kernels import rows_to_compile_for
 from torch import Tensor
 from vllm import SamplingParams
 
@@ -192,9 +193,18 @@ def test_a_policy_decides_before_the_first_layer_by_the_text(artifact):
     assert torch.equal(decision.settled, view.odds >= view.threshold)
 
 
-def test_it_is_warmed_up(artifact):
+def test_it_is_warmed_up(artifact, monkeypatch):
+    asked: list[int] = []
+    score = ServedStudent.score
+
+    def noting(self: Any, texts: Any, *subsets: Any) -> Tensor:
+        asked.append(len(texts))
+        return score(self, texts, *subsets)
+
+    monkeypatch.setattr(ServedStudent, "score", noting)
     policies = PolicySet({"a": policy_of(artifact, CPU, lambda rows: None)})
     warm_up(policies, torch.zeros(3, artifact.config.hidden_size))
+    assert asked == list(rows_to_compile_for(3))
 
 
 # The artifact

@@ -17,8 +17,8 @@ from torch.nn.functional import one_hot
 
 from tests import student
 from tests.tiny import word_tokenizer
-from tests.unit.test_make_policy import DEPTH, HF_CONFIG, LABEL_IDS, LABELS, PROMPTS, SPLIT
-from tests.unit.test_pooled_calibration import recording_of_prompts
+from tests.unit.test_make_policy import DEPTH, HF_CONFIG, LABEL_IDS, PROMPTS, SPLIT
+from tests.unit.test_pooled_calibration import EPSILON, calibration, recording_of_prompts
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import best_policy
@@ -30,9 +30,6 @@ from vllm_adainfer.offline.calibration.data.student_base import (
 from vllm_adainfer.offline.calibration.fit import cost, trained_exits, training
 from vllm_adainfer.offline.calibration.fit import student as students
 from vllm_adainfer.offline.calibration.fit.distil import Taught
-from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fitted_policy import Calibration
-from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.trained_probes import student_of
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.reports.describe import describe
@@ -40,7 +37,6 @@ from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.load_policy import policy_of
 from vllm_adainfer.policy.student import Student
 
-EPSILON = 0.05
 HINTS = (101, 202)  # a word for each label
 
 
@@ -76,17 +72,6 @@ def base_of(recording: Any, unreadable: int = 0) -> StudentBase:
     if unreadable:
         texts[-unreadable:] = [()] * unreadable
     return StudentBase(student.described(), student.bert(), student.tokenizer(), texts)
-
-
-def calibration(recording: Any, **options: Any) -> Calibration:
-    return Calibration(
-        recording,
-        Target("pooled-label-head", LABEL_IDS),
-        SPLIT,
-        PolicyOptions(**{"epsilon": EPSILON, **options}),
-        LABELS,
-        pooled_from=3,
-    )
 
 
 @pytest.fixture(scope="module")
