@@ -27,11 +27,6 @@ class Encoder:
     settings: Mapping[str, Any]
     tensors: dict[str, Tensor]
 
-    @property
-    def bytes(self) -> int:
-        """The size of its weights."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
 
 @dataclass(frozen=True)
 class Artifact:

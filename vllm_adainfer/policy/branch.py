@@ -6,7 +6,7 @@ own a branch. This one is distilled on the scores that full depth gives the labe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class StateEncoder(nn.Module):
     def _attend(self, rows: Tensor, lens: Ints) -> Tensor:
         """Attention among the tokens of each prompt; `rows` [tokens, 3 x width] are q, k and v."""
         starts, parts, order = np.cumsum(lens) - lens, [], []
-        for prompts in _batches(np.argsort(lens, kind="stable")):
+        for prompts in np.split(np.argsort(lens, kind="stable"), range(BATCH, len(lens), BATCH)):
             places = np.arange(lens[prompts].max())
             present = places < lens[prompts, None]
             padded = np.where(present, starts[prompts, None] + places, 0)
@@ -145,9 +145,3 @@ class Branch:
         `rows` and `lens` are as for `StateEncoder.encode`.
         """
         return self.head.score(self.encoder.encode(rows, lens), subsets)
-
-
-def _batches(order: Ints) -> Iterator[Ints]:
-    """`order` in parts of at most `BATCH`."""
-    for start in range(0, len(order), BATCH):
-        yield order[start : start + BATCH]

@@ -6,7 +6,7 @@ at full depth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -124,12 +124,7 @@ class Student:
     def score(self, texts: Sequence[Sequence[int]], subsets: Tensor | None = None) -> Tensor:
         """Scores fp32 [texts, labels or labels + 1], see `LabelHead.score`."""
         order = np.argsort([len(text) for text in texts], kind="stable")
-        read = torch.cat([self.encoder([texts[i] for i in batch]) for batch in _batches(order)])
+        batches = np.split(order, range(BATCH, len(order), BATCH))
+        read = torch.cat([self.encoder([texts[i] for i in batch]) for batch in batches])
         places = torch.from_numpy(np.argsort(order)).to(read.device)
         return self.head.score(read[places], subsets)
-
-
-def _batches(order: np.ndarray) -> Iterator[list[int]]:
-    """`order` in parts of at most `BATCH`."""
-    for start in range(0, len(order), BATCH):
-        yield order[start : start + BATCH].tolist()
