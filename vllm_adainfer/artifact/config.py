@@ -2,231 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from vllm_adainfer.artifact.fields import (
-    MOST_ANSWERS,
-    MOST_CHOICE_CHARACTERS,
-    MOST_CHOICES,
-    Adapter,
-    Choice,
-    Label,
-    LastToken,
-    Level,
-    Question,
-    Strict,
-    Student,
-    TokenId,
-    token_columns,
-)
-from vllm_adainfer.artifact.kinds import (
-    LABEL_HEADS,
-    BoundKind,
-    Candidates,
-    ClassifierKind,
-    ProbeInput,
-    ProbeKind,
-    Risk,
-    features_of_risk,
-)
-from vllm_adainfer.artifact.label_subsets import MOST_LABELS
+from vllm_adainfer.artifact.config_fields import ConfigFields
+from vllm_adainfer.artifact.config_rules import broken_rules
+from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
 
 LAST_TOKEN = "last-token"  # the part of a pooled policy for prompts it cannot see as a whole
 
 
-def are_exit_points(points: Sequence[int], layers: int) -> bool:
-    """Whether `points` is not empty, ascends, and lies inside a model with this many layers.
-
-    Exit point 0 comes before the first layer.
-    """
-    inside = all(0 <= point < layers for point in points)
-    return bool(points) and inside and sorted(set(points)) == list(points)
-
-
-class ArtifactConfig(Strict):
-    """The model and requests that a policy is for, and the bounds it was certified for.
-
-    Probes: "lens" is the tuned lens (Belrose et al. 2023, arXiv 2303.08112), an affine map fitted
-    at each exit point in front of the model's own final norm and LM head; "logit-lens" applies
-    those two without a map; "label-head" is a linear head on the hidden state with one row for each
-    label; "pooled-label-head" reads the mean of the states of all tokens of the prompt beside it,
-    or at `branches` each of these states.
-    """
-
-    schema_version: Literal[1] = 1
-    base_model: str
-    architecture: str
-    layers: int = Field(gt=1)
-    hidden_size: int = Field(gt=0)
-    vocab_size: int = Field(gt=1)
-    head_size: int | None = Field(
-        None, gt=0, description="Input size of the LM head, if it is not the hidden size."
-    )
-    weights_fingerprint: str
-    adapter: Adapter | None = Field(
-        None, description="The LoRA adapter of the policy's requests; None for the base model."
-    )
-    exit_points: tuple[int, ...] = Field(
-        min_length=1,
-        description="The numbers of layers after which a request may exit; 0 comes before the "
-        "first layer.",
-    )
-    probe: ProbeKind
-    pooled_from: int | None = Field(
-        None,
-        ge=1,
-        description="The position from which on a pooled-label-head takes the mean: earlier tokens "
-        "are the same in all prompts, or attract attention without meaning (the first).",
-    )
-    last_token: LastToken | None = Field(
-        None,
-        description="With a pooled-label-head, the heads for requests of which some tokens came "
-        "from the prefix cache; without them, such a request runs all layers.",
-    )
-    student: Student | None = Field(
-        None, description="The encoder that decides at exit point 0, in place of a head."
-    )
-    branches: tuple[int, ...] = Field(
-        default=(),
-        description="With a pooled-label-head, the exit points where a branch, a small transformer "
-        "layer over the states of all tokens of the prompt, decides in place of a head.",
-    )
-    candidates: Candidates = Field(description="The tokens that the probe scores.")
-    labels: tuple[Label, ...] = Field(default=(), max_length=MOST_ANSWERS)
-    features: tuple[str, ...]
-    classifier: ClassifierKind
-    epsilon: float = Field(gt=0, lt=1)
-    delta: float = Field(gt=0, lt=1)
-    risk: Risk = Field(
-        "disagreement",
-        description="What epsilon bounds: the share of answers that change, the accuracy lost, or "
-        "the share of answers that change or whose label probabilities move by more than the "
-        "tolerance.",
-    )
-    tolerance: float | None = Field(
-        None, gt=0, lt=1, description="How far a label's probability may move."
-    )
-    label_mass: bool = Field(
-        False,
-        description="Whether the tolerance also covers probabilities over the whole vocabulary.",
-    )
-    label_pool: bool = Field(
-        False, description="Whether each request names its own labels, two or more of these."
-    )
-    choices: tuple[Choice, ...] = Field(
-        default=(),
-        max_length=MOST_CHOICES,
-        description="The texts that requests choose from. Labels then stand for the choices that "
-        "a first token can decide on; one more stands for the undecided first tokens, if any.",
-    )
-    undecided: tuple[TokenId, ...] = Field(
-        default=(), description="First tokens that leave several choices open."
-    )
-    questions: tuple[Question, ...] = Field(
-        default=(), description="The questions that prompts can be recognised by."
-    )
-    by_question: bool = Field(
-        False,
-        description="Whether the bounds hold for each question alone. Requests with an unknown "
-        "question then run all layers.",
-    )
-    bound: BoundKind = "exact"
-    max_tokens: int = Field(
-        1, ge=1, description="Tokens generated per prompt in calibration; 1: one-token answers."
-    )
-    levels: tuple[Level, ...] = Field(min_length=1)
+class ArtifactConfig(ConfigFields):
+    """The model and requests that a policy is for, and the bounds it was certified for."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ArtifactConfig:
-        broken = [rule for rule, holds in self._rules().items() if not holds]
-        if broken:
+        if broken := broken_rules(self):
             raise ValueError(broken[0])
         self.parts("")  # which validates them
         return self
-
-    def _rules(self) -> dict[str, bool]:
-        """What the fields must satisfy together, in words, and whether they do."""
-        labels, pool, choices = self.labels, self.label_pool, bool(self.choices)
-        probabilities, features = self.risk == "probability", features_of_risk(self.risk)
-        head, pooled = self.has_label_heads, self.is_pooled
-        special = probabilities or pool or choices
-        columns = token_columns(self.choices, self.undecided)
-        tokens = [t for column in columns for t in column] if choices else self.label_ids
-        epsilons = {level.epsilon for level in self.levels}
-        certified = [question.certified for question in self.questions]
-        return {
-            f"exit_points must ascend between 0 and {self.layers - 1}": are_exit_points(
-                self.exit_points, self.layers
-            ),
-            "exit point 0 needs a student or a pooled-label-head: the last token alone says too "
-            "little there": 0 not in self.exit_points or pooled or self.student is not None,
-            "a student decides at exit point 0, so there must be one": (
-                self.student is None or 0 in self.exit_points
-            ),
-            "a crf needs every exit point to be asked, and a student is not about every prompt": (
-                self.student is None or self.classifier != "crf"
-            ),
-            "a student needs the label-heads' scores and max_tokens = 1": (
-                self.student is None or (head and self.max_tokens == 1)
-            ),
-            'candidates = "labels" needs labels': bool(labels) or self.candidates != "labels",
-            'labels need candidates = "labels"': not labels or self.candidates == "labels",
-            "there is nothing to decide among fewer than two labels": len(labels) != 1,
-            "pooled_from goes with a pooled-label-head, and that needs it": pooled
-            == (self.pooled_from is not None),
-            "a pooled-label-head needs max_tokens = 1: it reads prompts": (
-                self.max_tokens == 1 or not pooled
-            ),
-            "branches must ascend and be among the exit points after the first layer": (
-                sorted(set(self.branches)) == list(self.branches)
-                and set(self.branches) <= set(self.exit_points) - {0}
-            ),
-            "branches go with a pooled-label-head": pooled or not self.branches,
-            "last_token goes with a pooled-label-head": pooled or self.last_token is None,
-            "a label-head needs labels": bool(labels) or not head,
-            "token ids must be below vocab_size": max(tokens, default=0) < self.vocab_size,
-            "each label needs a token id of its own": len(set(tokens)) == len(tokens),
-            f"features must be {features} with this risk": self.features == features,
-            'risk = "probability" needs a tolerance': bool(self.tolerance) or not probabilities,
-            'tolerance needs risk = "probability"': self.tolerance is None or probabilities,
-            'label_mass needs risk = "probability"': not self.label_mass or probabilities,
-            'risk = "probability", label_pool and choices need a label-head': head or not special,
-            'risk = "probability", label_pool and choices need max_tokens = 1': (
-                self.max_tokens == 1 or not special
-            ),
-            f"a label pool has at most {MOST_LABELS} labels": len(labels) <= MOST_LABELS
-            or not pool,
-            "choices rule out label_pool": not choices or not pool,
-            'choices rule out risk = "probability"': not choices or not probabilities,
-            f"choices have at most {MOST_CHOICE_CHARACTERS} characters in all": (
-                sum(len(choice.text) for choice in self.choices) <= MOST_CHOICE_CHARACTERS
-            ),
-            "labels must be the first of the choices' first tokens, in their order": (
-                self.label_ids == tuple(column[0] for column in columns) or not choices
-            ),
-            "undecided needs choices": choices or not self.undecided,
-            "by_question needs questions": bool(certified) or not self.by_question,
-            "questions must have epsilons if and only if by_question is set": all(
-                bool(own) == self.by_question for own in certified
-            ),
-            "epsilons of questions must be among those of the levels": all(
-                epsilons.issuperset(own) for own in certified
-            ),
-        }
-
-    @property
-    def has_label_heads(self) -> bool:
-        """Whether the probes score the labels alone, without the model's head."""
-        return self.probe in LABEL_HEADS
-
-    @property
-    def is_pooled(self) -> bool:
-        """Whether the probes read the whole prompt."""
-        return self.probe == "pooled-label-head"
 
     @property
     def probe_inputs(self) -> tuple[ProbeInput, ...]:
@@ -269,11 +65,6 @@ class ArtifactConfig(Strict):
             ]
         last = ArtifactConfig.model_validate({**dict(self), **alone})
         return {name: self, f"{name}:{LAST_TOKEN}": last}
-
-    @property
-    def label_ids(self) -> tuple[int, ...]:
-        """Token ids of the labels, in the order of the probe's scores."""
-        return tuple(label.token_id for label in self.labels)
 
     @property
     def num_threshold_rows(self) -> int:

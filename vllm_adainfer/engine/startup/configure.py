@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.artifact.config import are_exit_points
+from vllm_adainfer.artifact.config_rules import are_exit_points
 from vllm_adainfer.engine.admission.admission import Admission, why_choices_run_on
 from vllm_adainfer.engine.classes import GPU_WORKER, SCHEDULER, own_kv_layers, worker_class
 from vllm_adainfer.engine.compat.compilation import find_compiled_code_again

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
-from vllm_adainfer.artifact.config import are_exit_points
+from vllm_adainfer.artifact.config_rules import are_exit_points
 from vllm_adainfer.artifact.kinds import ClassifierKind, ProbeKind
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier

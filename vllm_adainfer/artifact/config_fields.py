@@ -1,0 +1,138 @@
+"""The fields of an artifact's config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from vllm_adainfer.artifact.fields import (
+    MOST_ANSWERS,
+    MOST_CHOICES,
+    Adapter,
+    Choice,
+    Label,
+    LastToken,
+    Level,
+    Question,
+    Strict,
+    Student,
+    TokenId,
+)
+from vllm_adainfer.artifact.kinds import (
+    LABEL_HEADS,
+    BoundKind,
+    Candidates,
+    ClassifierKind,
+    ProbeKind,
+    Risk,
+)
+
+
+class ConfigFields(Strict):
+    """The model and requests that a policy is for, and the bounds it was certified for.
+
+    Probes: "lens" is the tuned lens (Belrose et al. 2023, arXiv 2303.08112), an affine map fitted
+    at each exit point in front of the model's own final norm and LM head; "logit-lens" applies
+    those two without a map; "label-head" is a linear head on the hidden state with one row for each
+    label; "pooled-label-head" reads the mean of the states of all tokens of the prompt beside it,
+    or at `branches` each of these states.
+    """
+
+    schema_version: Literal[1] = 1
+    base_model: str
+    architecture: str
+    layers: int = Field(gt=1)
+    hidden_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=1)
+    head_size: int | None = Field(
+        None, gt=0, description="Input size of the LM head, if it is not the hidden size."
+    )
+    weights_fingerprint: str
+    adapter: Adapter | None = Field(
+        None, description="The LoRA adapter of the policy's requests; None for the base model."
+    )
+    exit_points: tuple[int, ...] = Field(
+        min_length=1,
+        description="The numbers of layers after which a request may exit; 0 comes before the "
+        "first layer.",
+    )
+    probe: ProbeKind
+    pooled_from: int | None = Field(
+        None,
+        ge=1,
+        description="The position from which on a pooled-label-head takes the mean: earlier tokens "
+        "are the same in all prompts, or attract attention without meaning (the first).",
+    )
+    last_token: LastToken | None = Field(
+        None,
+        description="With a pooled-label-head, the heads for requests of which some tokens came "
+        "from the prefix cache; without them, such a request runs all layers.",
+    )
+    student: Student | None = Field(
+        None, description="The encoder that decides at exit point 0, in place of a head."
+    )
+    branches: tuple[int, ...] = Field(
+        default=(),
+        description="With a pooled-label-head, the exit points where a branch, a small transformer "
+        "layer over the states of all tokens of the prompt, decides in place of a head.",
+    )
+    candidates: Candidates = Field(description="The tokens that the probe scores.")
+    labels: tuple[Label, ...] = Field(default=(), max_length=MOST_ANSWERS)
+    features: tuple[str, ...]
+    classifier: ClassifierKind
+    epsilon: float = Field(gt=0, lt=1)
+    delta: float = Field(gt=0, lt=1)
+    risk: Risk = Field(
+        "disagreement",
+        description="What epsilon bounds: the share of answers that change, the accuracy lost, or "
+        "the share of answers that change or whose label probabilities move by more than the "
+        "tolerance.",
+    )
+    tolerance: float | None = Field(
+        None, gt=0, lt=1, description="How far a label's probability may move."
+    )
+    label_mass: bool = Field(
+        False,
+        description="Whether the tolerance also covers probabilities over the whole vocabulary.",
+    )
+    label_pool: bool = Field(
+        False, description="Whether each request names its own labels, two or more of these."
+    )
+    choices: tuple[Choice, ...] = Field(
+        default=(),
+        max_length=MOST_CHOICES,
+        description="The texts that requests choose from. Labels then stand for the choices that "
+        "a first token can decide on; one more stands for the undecided first tokens, if any.",
+    )
+    undecided: tuple[TokenId, ...] = Field(
+        default=(), description="First tokens that leave several choices open."
+    )
+    questions: tuple[Question, ...] = Field(
+        default=(), description="The questions that prompts can be recognised by."
+    )
+    by_question: bool = Field(
+        False,
+        description="Whether the bounds hold for each question alone. Requests with an unknown "
+        "question then run all layers.",
+    )
+    bound: BoundKind = "exact"
+    max_tokens: int = Field(
+        1, ge=1, description="Tokens generated per prompt in calibration; 1: one-token answers."
+    )
+    levels: tuple[Level, ...] = Field(min_length=1)
+
+    @property
+    def has_label_heads(self) -> bool:
+        """Whether the probes score the labels alone, without the model's head."""
+        return self.probe in LABEL_HEADS
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the probes read the whole prompt."""
+        return self.probe == "pooled-label-head"
+
+    @property
+    def label_ids(self) -> tuple[int, ...]:
+        """Token ids of the labels, in the order of the probe's scores."""
+        return tuple(label.token_id for label in self.labels)

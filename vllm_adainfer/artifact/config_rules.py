@@ -1,0 +1,90 @@
+"""What the fields of an artifact's config must satisfy together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm_adainfer.artifact.config_fields import ConfigFields
+from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS, token_columns
+from vllm_adainfer.artifact.kinds import features_of_risk
+from vllm_adainfer.artifact.label_subsets import MOST_LABELS
+
+
+def are_exit_points(points: Sequence[int], layers: int) -> bool:
+    """Whether `points` is not empty, ascends, and lies inside a model with this many layers.
+
+    Exit point 0 comes before the first layer.
+    """
+    inside = all(0 <= point < layers for point in points)
+    return bool(points) and inside and sorted(set(points)) == list(points)
+
+
+def broken_rules(config: ConfigFields) -> list[str]:
+    """The rules that the fields of `config` break together, in words."""
+    labels, pool, choices = config.labels, config.label_pool, bool(config.choices)
+    probabilities, features = config.risk == "probability", features_of_risk(config.risk)
+    head, pooled = config.has_label_heads, config.is_pooled
+    special = probabilities or pool or choices
+    columns = token_columns(config.choices, config.undecided)
+    tokens = [t for column in columns for t in column] if choices else config.label_ids
+    epsilons = {level.epsilon for level in config.levels}
+    certified = [question.certified for question in config.questions]
+    rules = {
+        f"exit_points must ascend between 0 and {config.layers - 1}": are_exit_points(
+            config.exit_points, config.layers
+        ),
+        "exit point 0 needs a student or a pooled-label-head: the last token alone says too "
+        "little there": 0 not in config.exit_points or pooled or config.student is not None,
+        "a student decides at exit point 0, so there must be one": (
+            config.student is None or 0 in config.exit_points
+        ),
+        "a crf needs every exit point to be asked, and a student is not about every prompt": (
+            config.student is None or config.classifier != "crf"
+        ),
+        "a student needs the label-heads' scores and max_tokens = 1": (
+            config.student is None or (head and config.max_tokens == 1)
+        ),
+        'candidates = "labels" needs labels': bool(labels) or config.candidates != "labels",
+        'labels need candidates = "labels"': not labels or config.candidates == "labels",
+        "there is nothing to decide among fewer than two labels": len(labels) != 1,
+        "pooled_from goes with a pooled-label-head, and that needs it": pooled
+        == (config.pooled_from is not None),
+        "a pooled-label-head needs max_tokens = 1: it reads prompts": (
+            config.max_tokens == 1 or not pooled
+        ),
+        "branches must ascend and be among the exit points after the first layer": (
+            sorted(set(config.branches)) == list(config.branches)
+            and set(config.branches) <= set(config.exit_points) - {0}
+        ),
+        "branches go with a pooled-label-head": pooled or not config.branches,
+        "last_token goes with a pooled-label-head": pooled or config.last_token is None,
+        "a label-head needs labels": bool(labels) or not head,
+        "token ids must be below vocab_size": max(tokens, default=0) < config.vocab_size,
+        "each label needs a token id of its own": len(set(tokens)) == len(tokens),
+        f"features must be {features} with this risk": config.features == features,
+        'risk = "probability" needs a tolerance': bool(config.tolerance) or not probabilities,
+        'tolerance needs risk = "probability"': config.tolerance is None or probabilities,
+        'label_mass needs risk = "probability"': not config.label_mass or probabilities,
+        'risk = "probability", label_pool and choices need a label-head': head or not special,
+        'risk = "probability", label_pool and choices need max_tokens = 1': (
+            config.max_tokens == 1 or not special
+        ),
+        f"a label pool has at most {MOST_LABELS} labels": len(labels) <= MOST_LABELS or not pool,
+        "choices rule out label_pool": not choices or not pool,
+        'choices rule out risk = "probability"': not choices or not probabilities,
+        f"choices have at most {MOST_CHOICE_CHARACTERS} characters in all": (
+            sum(len(choice.text) for choice in config.choices) <= MOST_CHOICE_CHARACTERS
+        ),
+        "labels must be the first of the choices' first tokens, in their order": (
+            config.label_ids == tuple(column[0] for column in columns) or not choices
+        ),
+        "undecided needs choices": choices or not config.undecided,
+        "by_question needs questions": bool(certified) or not config.by_question,
+        "questions must have epsilons if and only if by_question is set": all(
+            bool(own) == config.by_question for own in certified
+        ),
+        "epsilons of questions must be among those of the levels": all(
+            epsilons.issuperset(own) for own in certified
+        ),
+    }
+    return [rule for rule, holds in rules.items() if not holds]
