@@ -15,6 +15,7 @@ from vllm import SamplingParams, envs
 from vllm.distributed import get_tp_group
 from vllm.lora.request import LoRARequest
 
+from tests import student
 from tests.adapters import save_adapter
 from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
@@ -39,12 +40,14 @@ def artifacts(tiny_model: Path, tmp_path: Path) -> Artifacts:
         if probe == "pooled-label-head":  # of prompts of up to five tokens, the last token alone
             last_token = LastToken(exit_points=EXIT_POINTS, levels=tiny_config(tiny_model).levels)
             more |= {"exit_points": FROM_ZERO, "pooled_from": 5, "last_token": last_token}
+            more |= {"student": student.described(), "branches": FROM_ZERO[1:2]}
         config = tiny_config(tiny_model, probe=probe, candidates=candidates, **more)
         thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
         tensors = tiny_tensors(config, thresholds, thresholds.clone())
         if candidates == "full":
             tensors = {name: t for name, t in tensors.items() if ".head_" not in name}
-        save_artifact(tmp_path / probe, config, tensors, {}, "card\n")
+        trained = (student.encoder(), student.tokenizer()) if config.student else ()
+        save_artifact(tmp_path / probe, config, tensors, {}, "card\n", *trained)
         return tmp_path / probe
 
     return artifact
@@ -95,7 +98,7 @@ def perturb_second_rank(worker: Any) -> None:
 def test_two_ranks_decide_watch_and_answer_as_one(
     tiny_model, artifacts, ranks_on_cores, monkeypatch, probe, threshold, kv
 ):
-    """The head of a logit lens is spread over both ranks, a label head is on each.
+    """The head of a logit lens is spread over both ranks; others, students, branches are on each.
 
     Who leaves depends on bounds that shadow requests may close, so ranks have to agree on what
     those show, too.
