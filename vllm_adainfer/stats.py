@@ -23,6 +23,8 @@ class ShadowChecks(TypedDict):
         high: upper end of that interval; it is [0, 1] before the first check.
         tightened: whether the interval lies above epsilon, so that requests at this epsilon now run
             at full depth.
+        labels: the same for each promise about one label, such as "recall of unsafe"; only where
+            there are some.
 
     """
 
@@ -32,6 +34,7 @@ class ShadowChecks(TypedDict):
     low: float
     high: float
     tightened: bool
+    labels: NotRequired[dict[str, ShadowChecks]]
 
 
 class PolicyWork(TypedDict):

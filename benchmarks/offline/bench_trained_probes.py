@@ -33,7 +33,8 @@ from benchmarks.offline.slow_model import with_idle_layers
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
-from vllm_adainfer.offline.calibration.certify.certify import Bound, certify
+from vllm_adainfer.offline.calibration.certify.bound import Bound
+from vllm_adainfer.offline.calibration.certify.certify import certify
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit

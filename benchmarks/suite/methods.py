@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from vllm_adainfer.arrays import Ints
+from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import (
-    Bound,
     PathPoint,
     certify,
     threshold_path,

@@ -17,7 +17,7 @@ from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.exits.loop.loop import ScoredRequests, StepOutput
 from vllm_adainfer.policy.answers import LabelScores
-from vllm_adainfer.policy.exit_policy import CalibratedPolicy
+from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
 
 PROMPTS = 24
 SHORTLIST = torch.arange(3, 1000, 7)

@@ -13,9 +13,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from vllm_adainfer.offline.calibration.certify.bound import certified, rows_needed, upper_bound
-from vllm_adainfer.offline.calibration.certify.certify import (
+from vllm_adainfer.offline.calibration.certify.bound import (
     Bound,
+    certified,
+    rows_needed,
+    upper_bound,
+)
+from vllm_adainfer.offline.calibration.certify.certify import (
     certify,
     held_out_path,
     loosest_certified,
@@ -204,8 +208,8 @@ def disagreement(score, agrees) -> Scored:
     rows = len(agrees)
     return Scored(
         features=torch.zeros(rows, 2),
-        tokens=np.zeros(rows, dtype=np.int64),
-        agrees=agrees,
+        tokens=(~agrees).astype(np.int64),
+        full=np.zeros(rows, dtype=np.int64),
         loss=(~agrees).astype(float),
         score=torch.as_tensor(score).float(),
     )

@@ -48,7 +48,8 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
 )
 from vllm_adainfer.offline.reports.views import views_of
 from vllm_adainfer.policy.branch import Branch, StateEncoder
-from vllm_adainfer.policy.exit_policy import CalibratedPolicy, UndecidedRows
+from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import LabelHead
 

@@ -143,7 +143,9 @@ def calibrated(choices: Choices = TOKENS, **options: Any) -> FittedPolicy:
     best = lens.score(lens.readout(recording.final)).top1_id.numpy()
     recording = replace(recording, tokens=choices.decided_by(best))
     ids = torch.tensor([label.token_id for label in choices.labels])
-    target = Target("label-head", ids, first_tokens=first)
+    never = options.get("never_early", ())
+    runs_on = frozenset(label.token_id for label in choices.labels if label.name in never)
+    target = Target("label-head", ids, first_tokens=first, never_early=runs_on)
     asked = PolicyOptions(epsilon=0.05, exit_points=LAYERS, **options)
     return make_policy(
         Calibration(recording, target, SPLIT, asked, choices.labels, choices=choices)
@@ -167,10 +169,14 @@ def served(policy: FittedPolicy, directory: Path) -> ChoicePolicy:
 
 
 @pytest.mark.parametrize("classifier", ["svm", "crf"])
-@pytest.mark.parametrize("with_undecided", [False, True])
-def test_what_is_served_of_choices_is_what_was_certified(tmp_path, classifier, with_undecided):
+@pytest.mark.parametrize(
+    ("with_undecided", "never"), [(False, ()), (True, ()), (False, ("b",)), (True, ("a",))]
+)
+def test_what_is_served_of_choices_is_what_was_certified(
+    tmp_path, classifier, with_undecided, never
+):
     choices = TOKENS if with_undecided else replace(TOKENS, undecided=())
-    policy = calibrated(choices, classifier=classifier)
+    policy = calibrated(choices, classifier=classifier, never_early=never)
     serving = served(policy, tmp_path / "policy")
     recording, rows = policy.calibration.recording, SPLIT.certify
     lens = recording.logit_lens
@@ -186,8 +192,8 @@ def test_what_is_served_of_choices_is_what_was_certified(tmp_path, classifier, w
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
         early = ids[decision.answers.scores.argmax(1).numpy()]
-        if with_undecided:
-            assert not (early[leaves] == TOKENS.undecided[0]).any()
+        runs_on = [one.first_tokens[0] for one in TOKENS.texts if one.text in never]
+        assert not np.isin(early[leaves], [*runs_on, TOKENS.undecided[0]]).any()
         differs = early != recording.tokens[rows]
         assert np.array_equal(serving.disagrees(decision.answers, logits, None)[0].numpy(), differs)
         wrong[leaves] = differs[leaves]

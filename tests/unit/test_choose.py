@@ -28,8 +28,8 @@ PROBE = Probe(Head(torch.zeros(2, 4)))
 def exit_after(layer: int, score: np.ndarray, loss: np.ndarray) -> FittedExit:
     scored = Scored(
         features=torch.zeros(len(score), 2),
-        tokens=np.zeros(len(score), dtype=np.int64),
-        agrees=loss == 0,
+        tokens=(loss != 0).astype(np.int64),
+        full=np.zeros(len(score), dtype=np.int64),
         loss=loss.astype(np.float64),
         score=torch.tensor(score).float(),
     )

@@ -106,8 +106,8 @@ def test_chosen_exit_points_are_chained_on_both_halves():
             *(
                 Scored(
                     features=features[:, index],
-                    tokens=np.zeros(80, dtype=np.int64),
-                    agrees=settled[:, index],
+                    tokens=(~settled[:, index]).astype(np.int64),
+                    full=np.zeros(80, dtype=np.int64),
                     loss=(~settled[:, index]).astype(float),
                     score=torch.zeros(80),
                 )

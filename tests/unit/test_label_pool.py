@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def random_subsets(rows: int, seed: int = 0) -> torch.Tensor:
     return order < sizes
 
 
-def calibrated(risk: str, with_mass: bool, **options: object) -> tuple[FittedPolicy, torch.Tensor]:
+def calibrated(risk: str, with_mass: bool, **options: Any) -> tuple[FittedPolicy, torch.Tensor]:
     recording = recorded()
     bias = torch.zeros(VOCAB).index_fill(0, POOL, ALL_MASS)
     head = Head(recording.logit_lens.head.weight, bias)
@@ -68,7 +69,8 @@ def calibrated(risk: str, with_mass: bool, **options: object) -> tuple[FittedPol
     asked = {"epsilon": EPSILON, "risk": risk, **options}
     if risk == "probability":
         asked["tolerance"] = TOLERANCE
-    target = Target("label-head", POOL, reads, subsets)
+    never = frozenset(one.token_id for one in LABELS if one.name in options.get("never_early", ()))
+    target = Target("label-head", POOL, reads, subsets, never_early=never)
     questions = [f"question {row % 3}" for row in range(len(recording.tokens))]
     calibration = Calibration(
         recording,
@@ -83,11 +85,14 @@ def calibrated(risk: str, with_mass: bool, **options: object) -> tuple[FittedPol
 
 
 @pytest.mark.parametrize("classifier", ["svm", "crf"])
+@pytest.mark.parametrize("never", [(), ("label 17", "label 2")], ids=["", "never early"])
 @pytest.mark.parametrize(
     ("risk", "with_mass"), [("disagreement", False), ("probability", False), ("probability", True)]
 )
-def test_what_is_served_of_a_pool_is_what_was_certified(tmp_path, risk, with_mass, classifier):
-    policy, logits = calibrated(risk, with_mass, classifier=classifier)
+def test_what_is_served_of_a_pool_is_what_was_certified(
+    tmp_path, risk, with_mass, never, classifier
+):
+    policy, logits = calibrated(risk, with_mass, classifier=classifier, never_early=never)
     config = policy_config(policy, "tiny", HF_CONFIG)
     assert config.label_pool
     save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
@@ -108,6 +113,8 @@ def test_what_is_served_of_a_pool_is_what_was_certified(tmp_path, risk, with_mas
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
         assert not decision.answers.scores.isfinite()[~subsets].any()
+        best = decision.answers.scores.argmax(dim=1).numpy()
+        assert not {LABELS[place].name for place in best[leaves]} & set(never)
         if risk == "probability":
             early = serving.disagrees(decision.answers, logits[rows], None)[0].numpy()
         else:

@@ -8,12 +8,12 @@ from tests.tiny import LAYERS
 from vllm_adainfer.frontend.log_line import LogLine
 
 WORK = [
-    ("layers_run", "a", "", 300),
-    ("layers_skipped", "a", "", 100),
+    ("layers_run", "a", 300),
+    ("layers_skipped", "a", 100),
     ("tokens", "a", "2", 3),
     ("tokens", "a", "6", 1),
 ]
-TIME = [("seconds", "", "", 2.0), ("probe_seconds", "", "", 0.05)]
+TIME = [("seconds", 2.0), ("probe_seconds", 0.05)]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[s
             "mean exit layer 3.0/6, layers saved 25%, probes 2.5% of the time",
         ),
         (
-            [report(WORK), report([("tokens", "b", "6", 4), ("layers_run", "b", "", 400)])],
+            [report(WORK), report([("tokens", "b", "6", 4), ("layers_run", "b", 400)])],
             "mean exit layer 4.5/6, layers saved 12%",
         ),
         ([report([("tokens", "full_depth", "6", 1)])], "mean exit layer 6.0/6, layers saved 0%"),
@@ -71,7 +71,7 @@ def test_each_line_starts_from_nothing(line):
     line.add(report(WORK + TIME))
     line.take()
     assert line.take() is None
-    line.add(report([("tokens", "a", "4", 1), ("layers_run", "a", "", 4)]))
+    line.add(report([("tokens", "a", "4", 1), ("layers_run", "a", 4)]))
     assert line.take() == "mean exit layer 4.0/6, layers saved 0%"
 
 
@@ -93,5 +93,5 @@ def test_the_latest_counts_of_shadow_answers_are_logged_because_they_are_totals(
 
 
 def test_deferred_work_is_neither_run_nor_saved(line):
-    line.add(report([*WORK, ("layers_deferred", "a", "", 5000)]))
+    line.add(report([*WORK, ("layers_deferred", "a", 5000)]))
     assert line.take() == "mean exit layer 3.0/6, layers saved 25%"

@@ -16,7 +16,7 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration import calibrate as calibrating
-from vllm_adainfer.offline.calibration.certify.certify import Bound
+from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit.split import Split
@@ -33,7 +33,8 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_details,
     policy_tensors,
 )
-from vllm_adainfer.policy.exit_policy import CalibratedPolicy, UndecidedRows
+from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, DEPTH, PROMPTS = 16, 40, 8, 900

@@ -79,7 +79,7 @@ def test_reports_of_two_engines_add_up_by_engine_and_policy(configs, seed):
         kind = str(generator.choice([*WORK, *TIME]))
         if kind in TIME:
             policy = ""
-        engines[engine].add(report((kind, policy, "", amount)))
+        engines[engine].add(report((kind, *filter(None, [policy]), amount)))
         totals[kind, engine, policy] += amount
     for (kind, engine, policy), total in totals.items():
         labels = {"policy": policy} if policy else {}
@@ -178,10 +178,10 @@ def test_shadow_answers_are_counted_for_each_bound(configs, kind, name):
 
 def test_the_series_of_a_second_server_in_the_process_replace_those_of_the_first(configs):
     first = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
-    first.add(report(("layers_run", "a", "", 7), a=[reading(0.02, 1, 1, tightened=True)]))
+    first.add(report(("layers_run", "a", 7), a=[reading(0.02, 1, 1, tightened=True)]))
     second = EngineMetrics(Series((4, 6)), "tiny", 0, configs)
-    second.add(report(("layers_run", "a", "", 2), ("tokens", "a", "4", 1)))
-    first.add(report(("layers_run", "a", "", 7)))
+    second.add(report(("layers_run", "a", 2), ("tokens", "a", "4", 1)))
+    first.add(report(("layers_run", "a", 7)))
     assert value(WORK["layers_run"], 0, policy="a") == 2
     assert value("adainfer:shadow_disagreement", 0, policy="a", epsilon="0.02") is None
     assert value("adainfer:policy_exits_allowed", 0, policy="a", epsilon="0.02") == 1
@@ -200,7 +200,7 @@ def test_each_policy_is_described_by_its_adapter_also_one_that_came_with_it(tiny
     mood = Adapter(name="mood", fingerprint="1")
     configs = {"a": tiny_config(tiny_model), "b": tiny_config(tiny_model, adapter=mood)}
     engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
-    engine.add(report(("layers_run", "later", "", 5), ("layers_run", NO_POLICY, "", 5)))
+    engine.add(report(("layers_run", "later", 5), ("layers_run", NO_POLICY, 5)))
     described = {"a": "", "b": "mood", "later": "later"}
     for policy, adapter in described.items():
         assert value("adainfer:policy_info", 0, policy=policy, adapter=adapter) == 1
@@ -211,20 +211,20 @@ def test_the_series_of_a_policy_that_has_gone_with_its_adapter_go_and_all_others
     """Rows of its requests that had waited are still counted by the worker."""
     series = Series(BUCKETS)
     engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
-    work = [(kind, "later", "", 5) for kind in WORK]
+    work = [(kind, "later", 5) for kind in WORK]
     seen = {"later": [reading(0.02, 4, 1)]}
     shown = [("tokens", "later", "3", 2), ("shadow_checked", "later", "0.02", 4)]
     for engine in engines:
-        engine.add(report(*work, *shown, ("layers_run", "a", "", 3), **seen))
+        engine.add(report(*work, *shown, ("layers_run", "a", 3), **seen))
     before = {policy: series_of(policy) for policy in (*POLICIES, "later", NO_POLICY)}
     assert len({name for name, _ in before["later"]}) > len(WORK) + len(SHADOW)
-    engines[0].add(report(("layers_skipped", "later", "", 5), serving=POLICIES))
+    engines[0].add(report(("layers_skipped", "later", 5), serving=POLICIES))
     assert series_of("later") == {key for key in before.pop("later") if key[1] == "1"}
     assert {policy: series_of(policy) for policy in before} == before
     assert value(WORK["layers_run"], 0, policy="a") == 3
     engines[0].add(report(later=[reading(0.02, 0, 0)]))  # it has come again, without a request
     engines[0].add(report(serving=POLICIES))
     assert series_of("later") == {key for key in series_of("later") if key[1] == "1"}
-    engines[0].add(report(("layers_run", "later", "", 7)))  # and once more
+    engines[0].add(report(("layers_run", "later", 7)))  # and once more
     assert value(WORK["layers_run"], 0, policy="later") == 7
     assert value("adainfer:policy_info", 0, policy="later", adapter="later") == 1

@@ -26,7 +26,7 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import best_policy
-from vllm_adainfer.offline.calibration.certify.certify import Bound
+from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.choose import layers_saved
@@ -43,7 +43,8 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_tensors,
 )
 from vllm_adainfer.offline.reports import views
-from vllm_adainfer.policy.exit_policy import CalibratedPolicy, UndecidedRows
+from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
+from vllm_adainfer.policy.exit_policy import UndecidedRows
 
 EPSILON = 0.05
 

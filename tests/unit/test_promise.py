@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.promise import wrong_in_words
 from vllm_adainfer.engine.startup.banner import policy_banner
-from vllm_adainfer.offline.calibration.certify.certify import Bound
+from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.settings.engine import Settings

@@ -64,7 +64,7 @@ class Traffic:
                 accounting.skipped(self.tokens(self.waiting), below)
                 self.drop_waiting("layers_skipped")
         self.stats.seconds += rows
-        self.totals["seconds", "", ""] += rows
+        self.totals["seconds",] += rows
         self.stats.by_policy[name].exit_histogram[DEPTH] += tokens
         self.totals["tokens", name, str(DEPTH)] += tokens
         if name in self.monitors:
@@ -76,7 +76,7 @@ class Traffic:
 
     def count(self, kind: str, amounts: dict[str, int]) -> None:
         for name, amount in amounts.items():
-            self.totals[kind, name, ""] += amount
+            self.totals[kind, name] += amount
 
     def drop_waiting(self, kind: str) -> None:
         self.count(kind, {n: rows * (DEPTH - EXIT_LAYER) for n, rows in self.waiting.items()})
@@ -92,7 +92,9 @@ class Traffic:
             request_ids=["x"] * len(levels),
             levels=levels,
             settled=np.ones(len(levels), dtype=np.bool_),
+            everyone=np.arange(len(levels)),
             requests=torch.arange(len(levels)),
+            subsets=None,
             answers=LabelScores(torch.tensor([[0.0, 1.0]] * len(levels)), torch.tensor([0, 1])),
             broadcast=lambda values: values,
         )

@@ -41,6 +41,8 @@ def disagreed_of(logits: torch.Tensor, **answers: Any) -> int:
         policy=POLICY,
         monitor=monitor,
         stats=stats,
+        everyone=np.zeros(count, dtype=np.int64),
+        subsets=None,
         broadcast=lambda values: values,
         **answers,
     )
@@ -150,7 +152,9 @@ def test_probabilities_are_compared_within_the_tolerance(
         request_ids=["a", "b"],
         levels=np.array([1, 0]),
         settled=np.array([True, False]),
+        everyone=np.array([0, 0]),
         requests=torch.tensor([0]),
+        subsets=None,
         answers=LabelLogits(answers_of(scores, vocabulary), ids),
         broadcast=lambda values: values,
     )
@@ -181,7 +185,9 @@ def test_of_a_pool_the_labels_of_the_request_alone_are_compared(
         request_ids=["a"],
         levels=np.array([1]),
         settled=np.array([True]),
+        everyone=np.array([0]),
         requests=torch.tensor([0]),
+        subsets=None,
         answers=LabelScores(torch.tensor([[-1.0, -torch.inf, 3.0]]), policy.answer_ids),
         broadcast=lambda values: values,
     )
@@ -216,7 +222,9 @@ def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
             request_ids=[str(number)],
             levels=np.array([0]),
             settled=np.array([True]),
+            everyone=np.array([0]),
             requests=torch.tensor([0]),
+            subsets=None,
             answers=labels(2.0, 1.0),
             broadcast=lambda values: values,
         )

@@ -12,6 +12,7 @@ from vllm_adainfer.artifact.fields import (
     Adapter,
     Choice,
     Label,
+    LabelBound,
     LastToken,
     Level,
     Question,
@@ -96,6 +97,14 @@ class ConfigFields(Strict):
         False,
         description="Whether the tolerance also covers probabilities over the whole vocabulary.",
     )
+    label_bounds: tuple[LabelBound, ...] = Field(
+        default=(),
+        description="Promises about one label each, which hold beside epsilon: all of them "
+        "together with probability 1 - delta.",
+    )
+    never_early: tuple[str, ...] = Field(
+        default=(), description="Labels that no early answer ever is: such requests run on."
+    )
     label_pool: bool = Field(
         False, description="Whether each request names its own labels, two or more of these."
     )
@@ -136,3 +145,11 @@ class ConfigFields(Strict):
     def label_ids(self) -> tuple[int, ...]:
         """Token ids of the labels, in the order of the probe's scores."""
         return tuple(label.token_id for label in self.labels)
+
+    @property
+    def never_settled(self) -> tuple[int, ...]:
+        """Places of the labels that no early answer is; with choices also of the undecided one."""
+        never = [i for i, label in enumerate(self.labels) if label.name in self.never_early]
+        if self.undecided:
+            never.append(len(self.labels) - 1)
+        return tuple(never)

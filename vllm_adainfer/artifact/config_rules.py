@@ -29,6 +29,9 @@ def broken_rules(config: ConfigFields) -> list[str]:
     tokens = [t for column in columns for t in column] if choices else config.label_ids
     epsilons = {level.epsilon for level in config.levels}
     certified = [question.certified for question in config.questions]
+    names = {label.name for label in labels}
+    promised = [(one.kind, one.label) for one in config.label_bounds]
+    levels = [*config.levels, *(config.last_token.levels if config.last_token else ())]
     rules = {
         f"exit_points must ascend between 0 and {config.layers - 1}": are_exit_points(
             config.exit_points, config.layers
@@ -79,6 +82,22 @@ def broken_rules(config: ConfigFields) -> list[str]:
             config.label_ids == tuple(column[0] for column in columns) or not choices
         ),
         "undecided needs choices": choices or not config.undecided,
+        "label_bounds and never_early must name labels of the policy": (
+            names.issuperset(label for _, label in promised)
+            and names.issuperset(config.never_early)
+        ),
+        "label_bounds must each be about another label or of another kind": (
+            len(set(promised)) == len(promised)
+        ),
+        "label_bounds rule out by_question": not (promised and config.by_question),
+        "label_bounds and never_early need max_tokens = 1": (
+            config.max_tokens == 1 or not (promised or config.never_early)
+        ),
+        "some label must be allowed to leave early": not names
+        or bool(names.difference(config.never_early)),
+        "each level must have a risk for each of label_bounds": all(
+            len(level.label_risks) == len(promised) for level in levels
+        ),
         "by_question needs questions": bool(certified) or not config.by_question,
         "questions must have epsilons if and only if by_question is set": all(
             bool(own) == config.by_question for own in certified

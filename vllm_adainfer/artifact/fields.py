@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_adainfer.artifact.kinds import LabelBoundKind
+
 # Limits of a policy. A request that names more than this cannot match one, so it is not examined.
 MOST_ANSWERS = 1024  # label tokens
 MOST_CHOICES = 256
@@ -50,6 +52,37 @@ def token_columns(choices: Sequence[Choice], undecided: tuple[int, ...]) -> list
     return [tokens for tokens in (*(one.first_tokens for one in choices), undecided) if tokens]
 
 
+class LabelBound(Strict):
+    """A promise about one label, beside epsilon's about all answers.
+
+    Attributes:
+        kind: "recall" is about the requests that full depth answers with the label, "precision"
+            about those that are answered with it.
+        label: the name of the label.
+        epsilon: the largest share of these requests whose answer is not full depth's.
+
+    """
+
+    kind: LabelBoundKind
+    label: str = Field(min_length=1)
+    epsilon: float = Field(gt=0, lt=1)
+
+
+class LabelRisk(Strict):
+    """What the held-out rows say of a `LabelBound` at one level.
+
+    Attributes:
+        rows: the number of held-out rows that the promise is about.
+        risk: the share of those with another answer than full depth's.
+        bound: upper confidence bound on that share, at most `LabelBound.epsilon`.
+
+    """
+
+    rows: int = Field(ge=0)
+    risk: float
+    bound: float
+
+
 class Level(Strict):
     """One certified row of the epsilon table: a bound, its risk and its savings."""
 
@@ -58,6 +91,9 @@ class Level(Strict):
     risk: float = Field(description="Mean loss on the held-out rows; see `ArtifactConfig.risk`.")
     bound: float = Field(description="Upper confidence bound on the risk, <= epsilon.")
     layers_saved: float = Field(description="Share of layers skipped on the held-out rows.")
+    label_risks: tuple[LabelRisk, ...] = Field(
+        default=(), description="One for each of `ArtifactConfig.label_bounds`, in their order."
+    )
 
 
 class Question(Strict):

@@ -13,6 +13,7 @@ LABEL_HEADS: tuple[ProbeKind, ...] = ("label-head", "pooled-label-head")
 ClassifierKind = Literal["svm", "logreg", "threshold", "crf"]
 Risk = Literal["disagreement", "accuracy", "probability"]
 BoundKind = Literal["exact", "wsr"]
+LabelBoundKind = Literal["recall", "precision"]
 Candidates = Literal["labels", "shortlist", "full"]
 
 # A classifier's input: the columns of `adainfer_kernels.ProbeResult.features`, and of

@@ -25,11 +25,29 @@ def student_in_words(student: Student) -> str:
     )
 
 
+def about_labels(config: ArtifactConfig) -> list[str]:
+    """What a policy promises about single labels, a phrase for each promise."""
+    phrases = []
+    for promise in config.label_bounds:
+        which = f"that full depth answers with {promise.label}"
+        if promise.kind == "precision":
+            which = f"answered with {promise.label}"
+        phrases.append(
+            f"at most {100 * promise.epsilon:g} % of the requests {which} get another answer"
+        )
+    if config.never_early:
+        labels = " or ".join(config.never_early)
+        phrases.append(f"no early answer is {labels}: such requests run all layers")
+    return phrases
+
+
 def each_for_itself(config: ArtifactConfig) -> str:
     """What the confidence of the epsilon table covers: each bound alone, not all together."""
     confidence = f"at confidence {1 - config.delta:.0%}"
     if len(config.levels) == 1 and not config.by_question:
         return f"The bound holds {confidence}."
+    if config.label_bounds:
+        confidence += ", together with the promises about labels"
     questions = " of each question" if config.by_question else ""
     return (
         f"Each epsilon{questions} holds by itself {confidence}, not all at once: choose the one to "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from vllm_adainfer.artifact.kinds import ClassifierKind
+from vllm_adainfer.artifact.fields import LabelBound
+from vllm_adainfer.artifact.kinds import ClassifierKind, LabelBoundKind
 from vllm_adainfer.cli.app import app, errors_as_sentences
 from vllm_adainfer.cli.arguments import Data, LabelField, Labels, Lora, Model, Template, names_of
 from vllm_adainfer.errors import AdaInferError
@@ -95,6 +97,28 @@ def calibrate(
             "that change or have a probability that moves by more than this.",
         ),
     ] = None,
+    recall: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL:EPSILON",
+            help="Also promise, beside epsilon, that of the requests that full depth answers with "
+            "LABEL at most this share get another answer, such as unsafe:0.005. May be repeated.",
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL:EPSILON",
+            help="The same about the requests that are answered with LABEL. May be repeated.",
+        ),
+    ] = None,
+    never_early: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL",
+            help="A label that is never an early answer: requests run on. May be repeated.",
+        ),
+    ] = None,
     bound: Annotated[
         BoundChoice,
         typer.Option(
@@ -144,6 +168,11 @@ def calibrate(
             delta=delta,
             risk="probability" if tolerance is not None and risk == "disagreement" else risk,
             tolerance=tolerance,
+            label_bounds=(
+                *label_bounds("recall", recall or ()),
+                *label_bounds("precision", precision or ()),
+            ),
+            never_early=tuple(never_early or ()),
             bound=bound,
             seed=seed,
             max_tokens=max_tokens,
@@ -152,6 +181,26 @@ def calibrate(
     )
     typer.echo(describe(run(request), load_details(str(output))))
     typer.echo(f"wrote {output}")
+
+
+def label_bounds(kind: LabelBoundKind, asked: Sequence[str]) -> tuple[LabelBound, ...]:
+    """The promises of ``--recall`` or ``--precision``.
+
+    Raises:
+        AdaInferError: one is not of the form LABEL:EPSILON.
+
+    """
+    found = []
+    for text in asked:
+        label, _, epsilon = text.rpartition(":")
+        try:
+            found.append(LabelBound(kind=kind, label=label, epsilon=float(epsilon)))
+        except ValueError:
+            raise AdaInferError(
+                f"--{kind} {text!r:.80} must be a label and a share between 0 and 1, such as "
+                "unsafe:0.005"
+            ) from None
+    return tuple(found)
 
 
 def choice_texts(text: str) -> tuple[str, ...]:

@@ -19,10 +19,10 @@ class LogLine:
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Add a report of `vllm_adainfer.exits.accounting.report.Reporter`."""
-        for kind, _, detail, added in report["added"]:
+        for kind, *labels, added in report["added"]:
             self._sums[kind] += added
             if kind == "tokens":
-                self._sums["layers of tokens"] += int(detail) * added
+                self._sums["layers of tokens"] += int(labels[-1]) * added
         self._shadow = report["shadow"]
         self._weights_differ = report["weights_differ"]
 

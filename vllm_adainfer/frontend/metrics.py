@@ -22,6 +22,7 @@ _Metric = TypeVar("_Metric", bound=MetricWrapperBase)
 ENGINE = ["model_name", "engine"]
 POLICY = [*ENGINE, "policy"]
 LEVEL = [*POLICY, "epsilon"]
+LABEL = [*LEVEL, "promise", "label"]
 ADAPTER = [*POLICY, "adapter"]
 # Name, help and labels of each counter, by its kind in reports. A token-layer is one token in one
 # layer.
@@ -41,6 +42,12 @@ COUNTERS = {
         "Early answers that differ from full depth, or whose probabilities differ too much.",
         LEVEL,
     ),
+    "labels_checked": (
+        "shadow_label_checked",
+        "Answers compared with full depth that a promise about one label is about.",
+        LABEL,
+    ),
+    "labels_changed": ("shadow_label_changed", "Those of them that differ.", LABEL),
 }
 # Help and labels of each gauge, by its name.
 GAUGES = {
@@ -180,9 +187,9 @@ class EngineMetrics:
         for policy in set(report["serving"]) - self._described:
             # It came with the adapter of its name.
             self._describe(policy, policy.removesuffix(f":{LAST_TOKEN}"))
-        for kind, policy, detail, added in report["added"]:
-            if not policy or policy in self._described:
-                self._add(kind, [one for one in (policy, detail) if one], added)
+        for kind, *labels, added in report["added"]:
+            if not labels or labels[0] in self._described:
+                self._add(kind, labels, added)
         self._set("weights_differ", report["weights_differ"])
         for policy, readings in report["shadow"].items():
             for reading in readings:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,6 +28,7 @@ from scipy.special import betaln, xlog1py
 from typing_extensions import override
 
 from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.artifact.kinds import Risk
 
 # (a, b) of the mixture. Any is valid; this one gives narrow intervals at rates of a few percent.
@@ -101,6 +102,27 @@ def _lower_end(hits: int, misses: int, evidence: float) -> float:
     return math.exp(brentq(excess, evidence / hits - 1, best))
 
 
+@dataclass(frozen=True)
+class LabelWatch:
+    """Watches a promise about one label, see `LabelBound`.
+
+    Attributes:
+        promise: what is promised.
+        column: the label's place among those of the policy.
+        monitor: counts the answers that it is about, at each level of the policy.
+
+    """
+
+    promise: LabelBound
+    column: int
+    monitor: AnswerMonitor
+
+    def about(self, early: Ints, full: Ints) -> Bools:
+        """[answers], those that the promise is about; both arguments are columns, [answers]."""
+        about: Bools = (full if self.promise.kind == "recall" else early) == self.column
+        return about
+
+
 class Monitor(ABC):
     """Counts disagreement at each level of a policy's epsilon table, and detects broken bounds.
 
@@ -117,8 +139,11 @@ class Monitor(ABC):
         epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
         tightened: bool [levels], True where requests must run to full depth.
         risk: what the bounds are on.
+        labels: watch promises about single labels. Each may close a level, too.
 
     """
+
+    labels: Sequence[LabelWatch] = ()
 
     def __init__(
         self, epsilons: Sequence[float], alpha: float, risk: Risk = "disagreement"
@@ -169,8 +194,13 @@ class Monitor(ABC):
         return [self._status(level) for level in range(len(self.epsilons))]
 
     def as_dict(self) -> dict[float, dict[str, Any]]:
-        """`MonitorStatus.as_dict` of each level, by epsilon."""
-        return {status.epsilon: status.as_dict() for status in self.status()}
+        """`MonitorStatus.as_dict` of each level, by epsilon; with what is watched by label."""
+        found = {status.epsilon: status.as_dict() for status in self.status()}
+        for watch in self.labels:
+            name = f"{watch.promise.kind} of {watch.promise.label}"
+            for level, status in zip(found.values(), watch.monitor.status(), strict=True):
+                level.setdefault("labels", {})[name] = status.as_dict()
+        return found
 
     def _status(self, level: int) -> MonitorStatus:
         return MonitorStatus(
@@ -196,6 +226,16 @@ class Monitor(ABC):
 
 class AnswerMonitor(Monitor):
     """Watches one-token answers, each from its own request."""
+
+    def watch_labels(self, promises: Mapping[LabelBound, int]) -> None:
+        """Watch promises about single labels, too; by promise, the label's column."""
+        levels, alpha = len(self.epsilons), self.alpha
+        self.labels = [
+            LabelWatch(one, column, AnswerMonitor([one.epsilon] * levels, alpha))
+            for one, column in promises.items()
+        ]
+        for watch in self.labels:
+            watch.monitor.tightened = self.tightened
 
     @override
     def observe(

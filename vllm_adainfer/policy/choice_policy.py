@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,11 +10,7 @@ from typing_extensions import override
 
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.policy.answers import Answers
-from vllm_adainfer.policy.exit_policy import (
-    CalibratedPolicy,
-    Decision,
-    UndecidedRows,
-)
+from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
 from vllm_adainfer.policy.first_tokens import FirstTokens
 
 
@@ -32,18 +27,12 @@ class ChoicePolicy(CalibratedPolicy):
         self._first_tokens = FirstTokens.of(config.choices, config.undecided, device)
 
     @override
-    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
-        decision = super().decide(exit_index, rows)
-        undecided = self._first_tokens.undecided
-        if undecided is None:
-            return decision
-        decides = decision.answers.values.argmax(dim=1) != undecided
-        return replace(decision, settled=decision.settled & decides)
-
-    @override
     def disagrees(
         self, answers: Answers, logits: Tensor, head: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, None]:
         """Compare choices; `logits` are those before the request's grammar masks them."""
-        full = self._first_tokens.decided_by(logits[:, self._first_tokens.token_ids])
-        return answers.values.argmax(dim=1) != full, None
+        return answers.values.argmax(dim=1) != self.best_labels(logits, None), None
+
+    @override
+    def best_labels(self, logits: Tensor, subsets: Tensor | None) -> Tensor:
+        return self._first_tokens.decided_by(logits[:, self._first_tokens.token_ids])

@@ -9,24 +9,23 @@ from torch import Tensor
 from typing_extensions import override
 
 from vllm_adainfer.artifact.artifact import Artifact
-from vllm_adainfer.artifact.label_subsets import mask_of
+from vllm_adainfer.artifact.label_subsets import mask_of, restrict
 from vllm_adainfer.policy.answers import Answers, LabelScores
-from vllm_adainfer.policy.exit_policy import (
+from vllm_adainfer.policy.artifact_policy import (
     TRAINED,
-    Decision,
-    ExitPolicy,
+    ArtifactPolicy,
     Trained,
-    UndecidedRows,
     branches_among,
     scores_of,
     trained_probe,
 )
+from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
 from vllm_adainfer.policy.probe import LabelHead
 from vllm_adainfer.policy.reading import ProbeView, features_among
 from vllm_adainfer.policy.score import score
 
 
-class LabelHeadPolicy(ExitPolicy):
+class LabelHeadPolicy(ArtifactPolicy):
     """Decides by a label head, a classifier and a threshold at each exit point of an artifact.
 
     Attributes:
@@ -34,18 +33,16 @@ class LabelHeadPolicy(ExitPolicy):
 
     """
 
+    answer_ids: Tensor
+
     def __init__(self, artifact: Artifact, device: torch.device) -> None:
         """Load the fitted tensors of `artifact` onto `device`."""
         config = artifact.config
-        self.exit_points = config.exit_points
-        self.num_threshold_rows = config.num_threshold_rows
-        self.probe_inputs = config.probe_inputs
+        tensors = {name: tensor.float().to(device) for name, tensor in artifact.tensors.items()}
+        super().__init__(config, tensors)
         self.answer_ids = torch.tensor(config.label_ids, device=device)
         self._columns = torch.arange(len(config.labels), device=device)
         self._pool = config.label_pool
-        tensors = {name: tensor.float().to(device) for name, tensor in artifact.tensors.items()}
-        self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, threshold rows]
-        self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
         self._probes: list[LabelHead | Trained] = []
         for layer, read in zip(self.exit_points, self.probe_inputs, strict=True):
             weight, bias = tensors[f"exit.{layer}.head_weight"], tensors[f"exit.{layer}.head_bias"]
@@ -63,7 +60,7 @@ class LabelHeadPolicy(ExitPolicy):
         """What rows with a head's `scores` are answered with."""
 
     @override
-    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
+    def _decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
         scores = self._score(exit_index, rows)
         return Decision.by_score(
             self._features(scores),
@@ -86,12 +83,20 @@ class LabelHeadPolicy(ExitPolicy):
             threshold=self._thresholds[exit_index][rows.threshold_rows],
         )
 
+    @override
+    def best_labels(self, logits: Tensor, subsets: Tensor | None) -> Tensor:
+        return restrict(logits[:, self.answer_ids], self._named(subsets)).argmax(dim=1)
+
+    def _named(self, subsets: Tensor | None) -> Tensor | None:
+        """bool [rows, labels], the labels that each row names; None if all name all."""
+        if not self._pool:
+            return None
+        assert subsets is not None
+        return mask_of(subsets, self._columns)
+
     def _score(self, exit_index: int, rows: UndecidedRows) -> Tensor:
         """The scores of an exit point's probe, see `LabelHead.score`."""
-        subsets = None
-        if self._pool:
-            assert rows.subsets is not None
-            subsets = mask_of(rows.subsets, self._columns)
+        subsets = self._named(rows.subsets)
         probe = self._probes[exit_index]
         if isinstance(probe, LabelHead):
             return probe.score(rows.hidden, subsets)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
 from vllm_adainfer.policy.choice_policy import ChoicePolicy
-from vllm_adainfer.policy.exit_policy import CalibratedPolicy
 from vllm_adainfer.policy.label_heads import PoolPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe

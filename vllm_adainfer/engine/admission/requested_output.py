@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -31,15 +31,20 @@ class RequestedOutput:
         kind: the kind of output.
         labels: ids of the tokens that may be the answer; None if any token may be.
         choices: the texts to choose from; None if the request has no such restriction.
+        is_greedy: whether the answer is the best one. A sampled one may be any label.
 
     """
 
     kind: OutputKind
     labels: frozenset[int] | None
     choices: frozenset[str] | None = None
+    is_greedy: bool = field(default=True, compare=False)
 
     def is_promised_by(self, config: ArtifactConfig) -> bool:
         """Whether a policy's bound covers this output."""
+        reads_answer = self.kind in (OutputKind.TOKEN, OutputKind.CHOICE)
+        if config.never_early and reads_answer and not self.is_greedy:
+            return False
         if config.choices or self.kind is OutputKind.CHOICE:
             return self.choices is not None and self.choices == policy_choices(config)
         if not self.has_labels_of(config) and not self._is_in_pool(config):
@@ -85,9 +90,11 @@ def requested_output(
     if changes_scores(params):
         return None
     output = _restricted_output(params, logprobs_mode)
-    if output is None or params.temperature == 0 or any_temperature:
+    if output is None or params.temperature == 0:
         return output
-    return output if output.kind is OutputKind.IN_VOCABULARY else None
+    if any_temperature or output.kind is OutputKind.IN_VOCABULARY:
+        return replace(output, is_greedy=False)
+    return None
 
 
 def _restricted_output(params: SamplingParams, logprobs_mode: str) -> RequestedOutput | None:

@@ -139,7 +139,10 @@ def monitor_of(config: ArtifactConfig) -> Monitor:
     epsilons = [level.epsilon for level in config.levels]
     if config.max_tokens > 1:
         return TextMonitor(epsilons, config.delta, config.max_tokens)
-    return AnswerMonitor(epsilons, config.delta, config.risk)
+    monitor = AnswerMonitor(epsilons, config.delta, config.risk)
+    columns = {label.name: column for column, label in enumerate(config.labels)}
+    monitor.watch_labels({one: columns[one.label] for one in config.label_bounds})
+    return monitor
 
 
 def _recorder(layers: tuple[int, ...], settings: Settings) -> Recorder:

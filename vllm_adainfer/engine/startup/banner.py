@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.promise import wrong_in_words
+from vllm_adainfer.artifact.promise import about_labels, wrong_in_words
 from vllm_adainfer.settings.engine import Capture, Settings
 
 WHO = {
@@ -89,6 +89,7 @@ def _outputs(config: ArtifactConfig) -> str:
 def _meaning(config: ArtifactConfig) -> str:
     """What the bound counts as wrong, and over which requests it holds."""
     text = f"; wrong: {wrong_in_words(config)}" if config.risk == "probability" else ""
+    text += "".join(f"; {phrase}" for phrase in about_labels(config))
     if config.by_question:
         text += f"; for each of {len(config.questions)} questions, others run all layers"
     elif config.label_pool:

@@ -15,6 +15,8 @@ from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, NO_POLICY
 
+LabelPromise = tuple[float, str, str]  # the level's epsilon, the kind of promise, its label
+
 
 @dataclass
 class PolicyStats:
@@ -33,6 +35,9 @@ class PolicyStats:
         shadow_checked: early answers compared with full depth, by epsilon. (A monitor counts only
             those of the artifact that serves now.)
         shadow_disagreed: those that differed, or whose probabilities moved too far.
+        labels_checked: answers that a promise about one label is about, by epsilon, kind of promise
+            and label.
+        labels_changed: those of them that differed.
         shadow_moves: those of policies that promise probabilities, by the largest move of one
             probability, rounded up to one of `MOVES`.
 
@@ -45,6 +50,8 @@ class PolicyStats:
     exit_histogram: Counter[int] = field(default_factory=Counter)
     shadow_checked: Counter[float] = field(default_factory=Counter)
     shadow_disagreed: Counter[float] = field(default_factory=Counter)
+    labels_checked: Counter[LabelPromise] = field(default_factory=Counter)
+    labels_changed: Counter[LabelPromise] = field(default_factory=Counter)
     shadow_moves: Counter[float] = field(default_factory=Counter)
 
     def moved(self, moves: Iterable[float]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.monitoring.monitor import MonitorStatus
 
-Key = tuple[str, str, str]  # kind of counter, policy, and layer or epsilon, if any
+Key = tuple[str, ...]  # kind of counter; policy, if any; layer, epsilon or the like, if any
 INTERVAL = 0.25  # seconds between reports while there is work: sending them takes time
 
 
@@ -33,17 +33,22 @@ class Snapshot:
 def snapshot_of(stats: ExitStats) -> Snapshot:
     """A snapshot of `stats`."""
     counts: list[tuple[Key, float]] = [
-        (("seconds", "", ""), stats.seconds),
-        (("probe_seconds", "", ""), stats.probe_seconds),
+        (("seconds",), stats.seconds),
+        (("probe_seconds",), stats.probe_seconds),
     ]
     for name, policy in stats.by_policy.items():
-        counts += [((kind, name, ""), count) for kind, count in policy.work.items()]
+        counts += [((kind, name), count) for kind, count in policy.work.items()]
         for layer, tokens in policy.exit_histogram.items():
             counts.append((("tokens", name, str(layer)), tokens))
         for epsilon, checked in policy.shadow_checked.items():
             level = f"{epsilon:g}"
             counts.append((("shadow_checked", name, level), checked))
             counts.append((("shadow_disagreed", name, level), policy.shadow_disagreed[epsilon]))
+        for promise, checked in policy.labels_checked.items():
+            epsilon, kind, label = promise
+            labels = name, f"{epsilon:g}", kind, label
+            counts.append((("labels_checked", *labels), checked))
+            counts.append((("labels_changed", *labels), policy.labels_changed[promise]))
         for move, answers in policy.shadow_moves.items():
             counts.append((("shadow_moves", name, f"{move:g}"), answers))
     shadow = tuple((name, tuple(monitor.status())) for name, monitor in stats.shadow.items())

@@ -213,7 +213,9 @@ class Decisions:
                 request_ids=[step.request_ids[place] for place in shadow.tolist()],
                 levels=monitors[name].levels_of(own_rows),
                 settled=settled,
+                everyone=shadow,
                 requests=requests,
+                subsets=None if step.subsets is None else step.subsets[shadow],
                 answers=None if answers is None else answers.subset(requests),
                 broadcast=self._broadcast,
             )

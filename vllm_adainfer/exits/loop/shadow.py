@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.monitoring.monitor import Monitor, MonitorStatus
-from vllm_adainfer.policy.answers import Answers
+from vllm_adainfer.policy.answers import Answers, EarlyScores
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 
 logger = logging.getLogger("vllm.adainfer.exits.shadow")  # vLLM shows only loggers under "vllm."
@@ -30,7 +33,9 @@ class ShadowAnswers:
         request_ids: [shadow], vLLM's ids.
         levels: [shadow], the level of each request among the monitor's.
         settled: [shadow], False where no exit point settled the request: then both answers agree.
-        requests: int64 [settled], places of the settled requests in the step's batch.
+        everyone: [shadow], places of all of them in the step's batch.
+        requests: int64 [settled], those of the settled ones.
+        subsets: [shadow], see `UndecidedRows.subsets`.
         answers: the early answer of each settled request; None where the policy decided nothing.
         broadcast: see `ExitLoop`.
 
@@ -43,7 +48,9 @@ class ShadowAnswers:
     request_ids: Sequence[str]
     levels: Ints
     settled: Bools
+    everyone: Ints
     requests: Tensor
+    subsets: Ints | None
     answers: Answers | None
     broadcast: Callable[[Tensor], Tensor]
 
@@ -67,6 +74,49 @@ class ShadowAnswers:
         self.stats.shadow_disagreed.update(epsilons[self.levels[disagreed]].tolist())
         exceeded = self.monitor.observe(self.request_ids, self.levels, disagreed)
         warn(self.name, self.monitor, exceeded)
+        if self.monitor.labels:
+            self._compare_labels(logits)
+
+    def _compare_labels(self, logits: Tensor) -> None:
+        """Count answers for each promise about one label; warn of a broken one."""
+        device = logits.device
+        subsets = None if self.subsets is None else torch.from_numpy(self.subsets).to(device)
+        everyone = torch.from_numpy(self.everyone).to(device)
+        full = self.policy.best_labels(logits[everyone], subsets)
+        early = full.clone()
+        if self.answers is not None and len(self.requests):
+            assert isinstance(self.answers, EarlyScores)
+            settled = torch.from_numpy(self.settled).to(device)
+            early[settled] = self.answers.scores.argmax(dim=1)
+        early_labels, labels = self.broadcast(torch.stack([early, full])).cpu().numpy()
+        epsilons = self.monitor.epsilons[self.levels]
+        for watch in self.monitor.labels:
+            promise, about = watch.promise, watch.about(early_labels, labels)
+            changed = (early_labels != labels)[about]
+            keys = [(e, promise.kind, promise.label) for e in epsilons[about].tolist()]
+            self.stats.labels_checked.update(keys)
+            self.stats.labels_changed.update(compress(keys, changed.tolist()))
+            ids = [*compress(self.request_ids, about.tolist())]
+            for broken in watch.monitor.observe(ids, self.levels[about], changed):
+                warn_of_label(self.name, promise, broken)
+
+
+def warn_of_label(policy: str, promise: LabelBound, broken: MonitorStatus) -> None:
+    """Log that a promise about one label does not hold."""
+    which = "that full depth answers with" if promise.kind == "recall" else "answered with"
+    logger.warning(
+        "policy %s: the %s of %s is broken: %d of %d shadow requests %s it got another answer "
+        "(at least %.2f%%, promised %g%%), so requests at this level run at full depth from now "
+        "on: calibrate again, on prompts like those served now",
+        policy,
+        promise.kind,
+        promise.label,
+        broken.disagreed,
+        broken.checked,
+        which,
+        100 * broken.low,
+        100 * promise.epsilon,
+    )
 
 
 def warn(policy: str, monitor: Monitor, exceeded: Sequence[MonitorStatus]) -> None:

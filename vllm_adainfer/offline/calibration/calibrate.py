@@ -23,6 +23,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
     fit_candidates,
     make_policy,
 )
+from vllm_adainfer.offline.calibration.label_promises import check_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, ProbeChoice
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.collect import Recording
@@ -74,6 +75,7 @@ def fit_and_certify(
 
     """
     calibration = calibration_of(request, prompts, recording)
+    check_rows(calibration.label_tests, calibration.held_out_answers)
     policy = best_policy(
         calibration,
         request.probe,
@@ -157,10 +159,12 @@ def calibration_of(
     if request.options.risk == "probability" and answers is not None:
         full_depth = full_depth_labels(recording, answers, subsets)
     first_tokens = None if choices is None else choices.first_tokens
+    named = request.options.never_early
+    never = frozenset(label.token_id for label in prompts.labels if label.name in named)
     questions = [one.question for one in prompts.examples if one.question is not None]
     return Calibration(
         recording,
-        Target(prompts.probe, answers, full_depth, subsets, first_tokens),
+        Target(prompts.probe, answers, full_depth, subsets, first_tokens, never),
         split,
         request.options,
         prompts.labels,

@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_adainfer.arrays import Bools
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.kinds import LABEL_HEADS
+from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import (
     EPSILONS,
-    Bound,
     Points,
     QuestionRows,
     allowance_of_questions,
     certify,
     combine_questions,
 )
+from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
 from vllm_adainfer.offline.calibration.data.choices import Choices
 from vllm_adainfer.offline.calibration.fit.branch import TrainedBranch
 from vllm_adainfer.offline.calibration.fit.choose import (
@@ -111,6 +112,19 @@ class Calibration:
             groups = numbered([*zip(groups.tolist(), self.questions, strict=True)])
         together = self.split.most_together(groups)
         return Bound.promised(self.options, groups[self.recording.prompts[rows]], together)
+
+    @property
+    def held_out_answers(self) -> Ints:
+        """int64 [held-out rows], the full model's answers."""
+        answers: Ints = self.recording.tokens[self.recording.rows_of(self.split.certify)]
+        return answers
+
+    @property
+    def label_tests(self) -> list[LabelTest]:
+        """The promises about one label each, to test on the held-out rows."""
+        tokens = {label.name: label.token_id for label in self.labels}
+        bound = self.bound
+        return [LabelTest(one, tokens[one.label], bound) for one in self.options.label_bounds]
 
     @property
     def allowed(self) -> float:
@@ -282,5 +296,6 @@ def make_policy(
                 questions[name] = own
         points = combine_questions(by_question, questions, exits, recording.depth)
     elif exits:
-        points = certify(exits, recording.depth, epsilons, bound)
+        tests = calibration.label_tests
+        points = certify(exits, recording.depth, epsilons, bound, tests=tests)
     return FittedPolicy(calibration, exits, points, questions, candidates, heads, costs, expected)

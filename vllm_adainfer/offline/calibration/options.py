@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.artifact.kinds import (
     LABEL_HEADS,
     BoundKind,
@@ -32,6 +33,8 @@ class PolicyOptions:
     delta: float = 0.1
     risk: Risk = "disagreement"
     tolerance: float | None = None
+    label_bounds: tuple[LabelBound, ...] = ()
+    never_early: tuple[str, ...] = ()
     bound: BoundChoice = "auto"
     seed: int = 0
     max_tokens: int = 1
@@ -66,6 +69,9 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
     options, choices, labels = request.options, bool(request.choices), bool(request.labels)
     generated, tolerance = options.max_tokens > 1, options.tolerance is not None
     accuracy, exact = options.risk == "accuracy", options.bound == "exact"
+    bounds = bool(options.label_bounds)
+    about_labels = bounds or bool(options.never_early)
+    named = {(one.kind, one.label) for one in options.label_bounds}
     another_probe = request.probe not in ("auto", "branch", *LABEL_HEADS)
     refusals = [
         (choices and labels, "--choices and --labels are two kinds of answers: drop one"),
@@ -146,6 +152,25 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
             not holds_requests and tolerance and not labels,
             "--tolerance is for the probabilities of labels: give --labels, such as "
             "negative,positive, or drop --tolerance",
+        ),
+        (
+            about_labels and (generated or not (holds_requests or labels or choices)),
+            "--recall, --precision and --never-early are about the labels of one-token answers: "
+            "give --labels, such as negative,positive, or --choices, and no --max-tokens",
+        ),
+        (
+            len(named) < len(options.label_bounds),
+            "--recall or --precision names a label twice: keep the smaller epsilon",
+        ),
+        (
+            bounds and accuracy,
+            "--recall and --precision compare with full depth, --risk accuracy with the right "
+            "answers: drop one of them",
+        ),
+        (
+            bounds and options.by_question,
+            "--recall and --precision are about all requests together, --by question about those "
+            "of one question: drop one of them",
         ),
         (
             not (holds_requests or another_probe or request.probe == "auto" or labels or choices),

@@ -14,7 +14,7 @@ from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import check_writable
 from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.certify.certify import Bound
+from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.batch_files import are_requests, read_requests
 from vllm_adainfer.offline.calibration.data.choices import (
     Choices,
@@ -41,6 +41,7 @@ from vllm_adainfer.offline.calibration.data.student_base import (
 )
 from vllm_adainfer.offline.calibration.fit.loss import RightTokens
 from vllm_adainfer.offline.calibration.fit.split import Split, numbered, random_order
+from vllm_adainfer.offline.calibration.label_promises import check_labels
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
     PolicyOptions,
@@ -98,6 +99,7 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     most = hf_config.max_position_embeddings - options.max_tokens
     read = _from_requests if holds_requests else _from_rows
     examples, labels, choices = read(request, rows, tokenizer, hf_config.vocab_size, most)
+    check_labels(options, labels)
     groups = groups_of(examples)
     order = random_order(groups, options.seed)
     examples = [examples[index] for index in order]

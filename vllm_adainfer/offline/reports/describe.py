@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.promise import (
+    about_labels,
     after_which_text,
     each_for_itself,
     not_seen_whole,
@@ -98,6 +99,8 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
             if config.label_mass
             else f"not certified: {requests} run all layers"
         )
+    if phrases := about_labels(config):
+        facts["labels"] = "; ".join(phrases)
     return aligned(list(facts.items()))
 
 
@@ -124,14 +127,16 @@ def _size(count: int) -> str:
 def _levels(config: ArtifactConfig) -> str:
     """The epsilon table, on the held-out rows."""
     risk = [] if config.risk == "disagreement" else [RISKS[config.risk]]
+    labels = [f"{one.kind} of {one.label}: changed (bound)" for one in config.label_bounds]
     return text_table(
-        ["epsilon", "disagreement, held out", *risk, "upper bound", "layers saved"],
+        ["epsilon", "disagreement, held out", *risk, "upper bound", *labels, "layers saved"],
         [
             [
                 f"{level.epsilon:.3f}",
                 f"{level.disagreement:.2%}",
                 *(f"{level.risk:.2%}" for _ in risk),
                 f"{level.bound:.2%}",
+                *(f"{one.risk:.2%} of {one.rows} ({one.bound:.2%})" for one in level.label_risks),
                 f"{level.layers_saved:.1%}",
             ]
             for level in config.levels

@@ -29,14 +29,128 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import betaincc
 
-from vllm_adainfer.arrays import Floats
+from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.artifact.kinds import BoundKind
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.options import PolicyOptions
+
+HIGHEST, PRECISION = 0.999, 0.0005  # of an upper bound found by bisection
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The promise of a policy.
+
+    Attributes:
+        kind: the kind of bound, see above.
+        delta: the probability that the bound fails.
+        lowest: the smallest possible loss: 0 for disagreement, -1 for lost accuracy.
+        groups: [rows], the group of each held-out row: the tokens of a text, or the prompts that
+            came together. Losses of one group are not independent. None if each row stands alone.
+        longest: the most rows a group can have. Groups with more do not count, so it must not
+            depend on the held-out rows.
+
+    """
+
+    kind: BoundKind
+    delta: float
+    lowest: float
+    groups: Ints | None = None
+    longest: int = 1
+
+    @classmethod
+    def promised(
+        cls, options: PolicyOptions, groups: Ints | None = None, together: int = 1
+    ) -> Bound:
+        """The bound that the options ask for.
+
+        Args:
+            options: checked by `check_options`.
+            groups: [held-out rows], the group of each; None if each row stands alone.
+            together: the most prompts in a group of the part that fits.
+
+        Raises:
+            AdaInferError: the exact bound is asked for prompts that are not independent.
+
+        """
+        if options.bound == "exact" and together > 1:
+            raise AdaInferError(
+                "--bound exact counts independent answers, and those to requests that came "
+                "together are not: use wsr or auto"
+            )
+        kind, longest = options.bound, options.max_tokens * together
+        accuracy = options.risk == "accuracy"
+        if kind == "auto":
+            kind = "wsr" if accuracy or longest > 1 else "exact"
+        # All promises hold together, so they share delta.
+        delta = options.delta / (1 + len(options.label_bounds))
+        return cls(kind, delta, -1.0 if accuracy else 0.0, groups, longest)
+
+    def of_rows(self, rows: Bools) -> Bound:
+        """The bound for some of the rows alone."""
+        return self if self.groups is None else replace(self, groups=self.groups[rows])
+
+    def holds(self, losses: Floats, epsilon: float) -> bool:
+        """Whether `losses` certify a mean of at most `epsilon`."""
+        losses = self._by_group(losses, epsilon)
+        return len(losses) > 0 and certified(losses, epsilon, self.delta, self.kind, self.lowest)
+
+    def of(self, losses: Floats) -> float:
+        """Upper confidence bound of the mean loss."""
+        if self.longest == 1:
+            losses = self._by_group(losses, 0.0)
+            return upper_bound(losses, self.delta, self.kind, self.lowest) if len(losses) else 1.0
+        if not self.holds(losses, HIGHEST):
+            return 1.0
+        low, high = 0.0, HIGHEST
+        while high - low > PRECISION:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.holds(losses, middle) else (middle, high)
+        return high
+
+    def within(self, epsilon: float, losses: Floats) -> float:
+        """The bound for losses that certify `epsilon`, which bisection may miss by a little."""
+        return min(epsilon, self.of(losses))
+
+    def _by_group(self, losses: Floats, epsilon: float) -> Floats:
+        """[groups], `lowest` to 1, with a mean of at most `epsilon` exactly if the loss per row is.
+
+        A group's losses are divided by the most rows a group can have, and each missing row
+        counts as a loss of `epsilon`: E[losses] + epsilon (longest - E[rows]) <= epsilon longest.
+        A group of one row, where no group can have more, keeps its loss to the last bit.
+        """
+        if self.groups is None:
+            return losses
+        _, place = np.unique(self.groups, return_inverse=True)
+        rows, sums = np.bincount(place), np.bincount(place, weights=losses)
+        by_group: Floats = (sums + epsilon * (self.longest - rows)) / self.longest
+        return by_group[rows <= self.longest]
+
+    def groups_needed(self, rows: int, epsilon: float) -> int:
+        """The fewest groups like those of `rows` rows that certify `epsilon` if nothing is lost."""
+        lossless = self._by_group(np.zeros(rows), epsilon)
+        if not len(lossless):
+            lossless = np.zeros(1)
+        return rows_needed(epsilon, self.delta, self.kind, self.lowest, lossless)
+
+    def allowance(self, rows: int, epsilon: float) -> float:
+        """The largest mean of `rows` losses, each 0 or 1, that certifies `epsilon`."""
+        order = np.random.default_rng(0).permutation(rows)
+        if not self.holds(np.zeros(rows), epsilon):
+            return 0.0
+        fits, fails = 0, int(rows * epsilon) + 2
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            holds = self.holds((order < middle).astype(np.float64), epsilon)
+            fits, fails = (middle, fails) if holds else (fits, middle)
+        return fits / rows
 
 
 def certified(

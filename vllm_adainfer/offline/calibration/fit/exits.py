@@ -7,7 +7,7 @@ the bound reads the other part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,15 +41,21 @@ class Judged:
     Attributes:
         features: fp32 [rows, n], the classifier's input.
         tokens: int64 [rows], the probe's answers.
-        agrees: [rows], whether the full model gives the same answer.
+        full: int64 [rows], the full model's answers.
         loss: [rows], the loss of exiting here, see `vllm_adainfer.offline.calibration.fit.loss`.
 
     """
 
     features: Tensor
     tokens: Ints
-    agrees: Bools
+    full: Ints
     loss: Floats
+
+    @property
+    def agrees(self) -> Bools:
+        """[rows], whether the full model gives the same answer."""
+        agrees: Bools = self.tokens == self.full
+        return agrees
 
     @property
     def settled(self) -> Bools:
@@ -60,7 +66,7 @@ class Judged:
     def scored(self, classifier: Tensor) -> Scored:
         """Add the score of a linear classifier."""
         odds = score(self.features, classifier, None)
-        return Scored(self.features, self.tokens, self.agrees, self.loss, odds)
+        return Scored(self.features, self.tokens, self.full, self.loss, odds)
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,11 @@ class Scored(Judged):
 
     score: Tensor
 
-    def never_at(self, token: int | None) -> Scored:
-        """The same, but rows whose answer is `token` are never settled; None settles all alike."""
-        if token is None:
+    def never_at(self, tokens: Collection[int]) -> Scored:
+        """The same, but rows whose answer is one of `tokens` are never settled."""
+        if not tokens:
             return self
-        there = torch.from_numpy(self.tokens == token)
+        there = torch.from_numpy(np.isin(self.tokens, [*tokens]))
         return replace(self, score=self.score.masked_fill(there, -torch.inf))
 
     def of_rows(self, rows: Bools | Ints) -> Scored:
@@ -87,7 +93,7 @@ class Scored(Judged):
         return Scored(
             self.features[kept],
             self.tokens[rows],
-            self.agrees[rows],
+            self.full[rows],
             self.loss[rows],
             self.score[kept],
         )
@@ -149,7 +155,7 @@ def fit_exits(
         if classifier is not None:
             held = judge(probe, layer, recording, held_out, loss, target)
             fitted, held_scored = (
-                one.scored(classifier).never_at(target.undecided) for one in (unseen, held)
+                one.scored(classifier).never_at(target.never_settled) for one in (unseen, held)
             )
             exits.append(FittedExit(layer, probe, classifier, fitted, held_scored))
     return exits
@@ -168,7 +174,7 @@ def judge(
     read = recording.read_by_probe(layer, rows, target is not None and target.is_pooled)
     early = answers_of_probe(probe, read, subsets)
     full = recording.tokens[rows]
-    return Judged(early.features, early.tokens, early.tokens == full, loss(early, full, rows))
+    return Judged(early.features, early.tokens, full, loss(early, full, rows))
 
 
 def _in_order(places: Sequence[Ints], parts: Sequence[Judged]) -> Judged:
@@ -177,7 +183,7 @@ def _in_order(places: Sequence[Ints], parts: Sequence[Judged]) -> Judged:
     return Judged(
         torch.cat([part.features for part in parts])[order],
         np.concatenate([part.tokens for part in parts])[order],
-        np.concatenate([part.agrees for part in parts])[order],
+        np.concatenate([part.full for part in parts])[order],
         np.concatenate([part.loss for part in parts])[order],
     )
 

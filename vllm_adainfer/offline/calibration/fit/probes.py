@@ -59,6 +59,7 @@ class Target:
         subsets: bool [rows, labels], the labels that each row of the recording is about, if they
             are a pool; None if each row is about all of them.
         first_tokens: the first tokens of choices, if `label_ids` stand for such.
+        never_early: those of `label_ids` that the policy promises to be no early answer.
 
     """
 
@@ -67,6 +68,7 @@ class Target:
     full_depth: FullDepthLabels | None = None
     subsets: Tensor | None = None
     first_tokens: FirstTokens | None = None
+    never_early: frozenset[int] = frozenset()
 
     @property
     def undecided(self) -> int | None:
@@ -75,6 +77,11 @@ class Target:
             return None
         assert self.label_ids is not None
         return int(self.label_ids[self.first_tokens.undecided])
+
+    @property
+    def never_settled(self) -> frozenset[int]:
+        """Those of `label_ids` that no early answer is."""
+        return self.never_early if self.undecided is None else self.never_early | {self.undecided}
 
     @property
     def is_pooled(self) -> bool:

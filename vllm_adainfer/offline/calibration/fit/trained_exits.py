@@ -91,7 +91,7 @@ def _fit_exit(
     fitted = classifier
 
     def scored(answers: Judged, asked: Bools) -> Scored:
-        found = answers.scored(fitted).never_at(target.undecided)
+        found = answers.scored(fitted).never_at(target.never_settled)
         never = torch.from_numpy(~asked)
         return replace(found, score=found.score.masked_fill(never, -torch.inf))
 
@@ -104,5 +104,4 @@ def _judge(
     """The answers for decision `rows`, and for which of them it is asked."""
     scores, asked = trained.scores(recording.prompts[rows], target.subsets_of(rows))
     early, full = answers_of_scores(trained.probe.head, scores), recording.tokens[rows]
-    agrees = early.tokens == full
-    return Judged(early.features, early.tokens, agrees, loss(early, full, rows)), asked
+    return Judged(early.features, early.tokens, full, loss(early, full, rows)), asked

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.promise import (
+    about_labels,
     after_which_text,
     each_for_itself,
     not_seen_whole,
@@ -39,6 +40,7 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
                 f"{details['majority_share']:.1%} of the held-out {rows}",
             ],
             *_tolerated(config),
+            *(["about labels", phrase] for phrase in about_labels(config)),
         ],
         text_columns=2,
     )
@@ -99,14 +101,17 @@ Made with {versions} on {details["provenance"]["cpu"]}.
 
 def _levels(config: ArtifactConfig) -> str:
     """The epsilon table."""
+    labels = [f"{one.kind} of {one.label}: changed (bound)" for one in config.label_bounds]
+    columns = ["epsilon", "disagreement, held out", "loss, held out", "upper bound"]
     return markdown_table(
-        ["epsilon", "disagreement, held out", "loss, held out", "upper bound", "layers saved"],
+        [*columns, *labels, "layers saved"],
         [
             [
                 f"{level.epsilon:.1%}",
                 f"{level.disagreement:.2%}",
                 f"{level.risk:.2%}",
                 f"{level.bound:.2%}",
+                *(f"{one.risk:.2%} of {one.rows} ({one.bound:.2%})" for one in level.label_risks),
                 f"{level.layers_saved:.1%}",
             ]
             for level in config.levels

@@ -89,6 +89,8 @@ def policy_config(
         delta=options.delta,
         risk=options.risk,
         tolerance=options.tolerance,
+        label_bounds=options.label_bounds,
+        never_early=options.never_early,
         label_mass=calibration.with_mass,
         label_pool=calibration.target.subsets is not None,
         choices=() if calibration.choices is None else calibration.choices.texts,
@@ -111,6 +113,7 @@ def _last_token(policy: FittedPolicy) -> LastToken:
 
 
 def _levels(policy: FittedPolicy) -> tuple[Level, ...]:
+    tests = policy.calibration.label_tests
     return tuple(
         Level(
             epsilon=epsilon,
@@ -118,6 +121,7 @@ def _levels(policy: FittedPolicy) -> tuple[Level, ...]:
             risk=point.risk,
             bound=_bound(policy, epsilon),
             layers_saved=point.layers_saved,
+            label_risks=tuple(test.risk(point.answers, point.full) for test in tests),
         )
         for epsilon, point in policy.points.items()
     )
