@@ -69,6 +69,18 @@ def test_the_setting_says_which_one_token_requests_exit(
     assert row_of(admission(requests), label_request(label_ids, **changes)) == tag
 
 
+@pytest.mark.parametrize(
+    ("never", "temperature", "tag"),
+    [((), 0, DEFAULT), ((), 1, DEFAULT), (("bad",), 0, DEFAULT), (("bad",), 1, FULL_DEPTH)],
+)
+def test_a_sampled_answer_may_be_any_label_so_that_it_runs_on_where_one_must_not_be_early(
+    tiny_model, tmp_path, label_ids, never, temperature, tag
+):
+    artifact = tiny_artifact(tiny_model, tmp_path / "policy", never_early=never)
+    admission = Admission(Settings(artifact=str(artifact), requests="all"))
+    assert row_of(admission, label_request(label_ids, temperature=temperature)) == tag
+
+
 @pytest.mark.parametrize("requests", ["greedy", "all", "opt-in"])
 @pytest.mark.parametrize(
     "changes",

@@ -62,6 +62,10 @@ def place(tmp_path, tiny_model, tiny_policy) -> Place:
     return Place(tmp_path, tiny_model, tiny_policy)
 
 
+def promise(**options: str) -> Callable[[Place], list[str]]:
+    return lambda place: place.calibrate(**{"labels": "bad,good", **options})
+
+
 def missing_data(place: Place) -> list[str]:
     place.data.unlink()
     return place.calibrate()
@@ -386,6 +390,18 @@ def read_of(*label_ids: int) -> dict[str, Any]:
             tolerance(epsilon="0.01"),
             "too few rows for the bound: epsilon 0.01 at delta 0.1 needs at least 459 rows",
         ),
+        (
+            promise(never_early="fine"),
+            "--never-early fine: there is no such label: name one of",
+        ),
+        (promise(recall="fine:0.1"), "--recall fine: there is no such label: name one of bad"),
+        (promise(precision="good"), "--precision 'good' must be a label and a share between"),
+        (promise(recall="good:0.1", labels=""), "are about the labels of one-token answers: give"),
+        (
+            promise(never_early="good", labels="", max_tokens="8"),
+            "are about the labels of one-token answers: give --labels",
+        ),
+        (promise(recall="good:0.1", risk="accuracy"), "compare with full depth, --risk accuracy"),
         (student(labels=""), "a --student needs --labels, such as --labels negative,positive"),
         (student(max_tokens="8", labels=""), "a --student scores labels, for one-token answers"),
         (student(probe="lens"), "a --student scores labels, for one-token answers: drop"),

@@ -86,6 +86,16 @@ def test_reports_of_two_engines_add_up_by_engine_and_policy(configs, seed):
         assert value({**WORK, **TIME}[kind], engine, **labels) == total
 
 
+def test_promises_about_labels_have_series_of_their_own(configs):
+    engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)
+    for count in (3, 4):
+        engine.add(report(("labels_checked", "a", "0.02", "recall", "bad", count)))
+    engine.add(report(("labels_changed", "a", "0.02", "recall", "bad", 2)))
+    labels = {"policy": "a", "epsilon": "0.02", "promise": "recall", "label": "bad"}
+    assert value("adainfer:shadow_label_checked_total", 0, **labels) == 7
+    assert value("adainfer:shadow_label_changed_total", 0, **labels) == 2
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_tokens_are_in_the_bucket_of_the_layers_they_ran(configs, seed):
     engine = EngineMetrics(Series(BUCKETS), "tiny", 0, configs)

@@ -18,6 +18,7 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.prompts import groups_of
+from vllm_adainfer.offline.evaluation.by_label import label_rows
 from vllm_adainfer.offline.evaluation.probabilities import default_level, probability_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens, differing
@@ -172,6 +173,7 @@ class _Measured:
             **self.disagreement("disagreement", runs, self.at(NEVER_EXIT)),
             **self.disagreement("disagreement_with_stock", runs, self.stock),
             **self._accuracy_lost(runs[0]),
+            **self._by_label(runs[0]),
             "efficiency": speedup * (1 - saved),
             "adainfer": {
                 **self.engine(runs),
@@ -190,6 +192,14 @@ class _Measured:
             return {}
         lost = self._share(full - early)
         return {"accuracy_lost": lost.value, "accuracy_lost_95": lost.signed_interval}
+
+    def _by_label(self, run: Run) -> dict[str, Any]:
+        """The rows about single labels, of one round; nothing for a policy without labels."""
+        if not self.config.labels:
+            return {}
+        full = self.at(NEVER_EXIT)[0]
+        rows = label_rows(self.config, self.examples, self.groups, run.texts, full.texts)
+        return {"by_label": rows}
 
     def _share(self, hits: Floats) -> Share:
         return Share(hits, np.ones(len(hits)), self.groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_adainfer.offline.reports.shares import share_in, spelled
@@ -57,9 +57,41 @@ def describe_report(report: Mapping[str, Any]) -> str:
         "In brackets: 95 % intervals, for prompts like these. Measured: the share is within the "
         "bound, compatible with it (the interval includes the bound) or above it.",
     ]
+    if "by_label" in report:
+        parts += _labels(report["by_label"])
     if "probabilities" in report:
         parts += _probabilities(report)
     return "\n\n".join(parts) + "\n"
+
+
+def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Recall and precision of each label."""
+    shares = ["recall", "precision"]
+    if any("true_recall" in row for row in rows):
+        shares += ["true_recall", "true_precision"]
+    cells = [
+        [
+            row["label"],
+            str(row["full_depth"]),
+            str(row["answered"]),
+            *("-" if row[name] is None else share_in(row, name) for name in shares),
+            ", ".join(f"{kind} {said.split()[0]}" for kind, said in row["verdicts"].items()) or "-",
+        ]
+        for row in rows
+    ]
+    columns = [name.replace("true_", "true ") for name in shares]
+    text = (
+        "Recall and precision compare with full depth: how many of its answers with a label we "
+        "give, too, and how many of ours it gives."
+    )
+    if len(shares) > 2:
+        text += " The true ones compare with the labels of the data."
+    return [
+        text_table(
+            ["label", "full depth", "answered", *columns, "promised"], cells, text_columns=1
+        ),
+        text,
+    ]
 
 
 def _probabilities(report: Mapping[str, Any]) -> list[str]:

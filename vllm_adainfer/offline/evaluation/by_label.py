@@ -1,0 +1,102 @@
+"""The report's rows about single labels: recall and precision, by full depth and by the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.evaluation.sequences import Tokens
+from vllm_adainfer.offline.reports.shares import Share, verdict
+
+OTHER = -1  # an answer that is no label
+
+
+def label_rows(
+    config: ArtifactConfig,
+    examples: Sequence[Example],
+    groups: Ints,
+    early: Sequence[Tokens],
+    full: Sequence[Tokens],
+) -> list[dict[str, Any]]:
+    """A row for each label that full depth, an early answer or the data names.
+
+    A share has its 95 % interval under the same name with ``_95``, and is None without rows.
+
+    Args:
+        config: config of an artifact with labels.
+        examples: the prompts.
+        groups: [prompts], the group of each prompt; groups are independent.
+        early: our answers.
+        full: those of never exiting.
+
+    Returns:
+        for each label ``label``; ``full_depth`` and ``answered``, how many prompts full depth and
+        we answer with it; ``recall`` and ``precision`` of our answers against full depth; where
+        all prompts have labels, ``right``, how many are right with it, and ``true_recall`` and
+        ``true_precision`` against those; and ``verdicts``, by promise.
+
+    """
+    names, columns = _columns(config)
+    ours, deep = (
+        np.array([columns.get(tuple(text), OTHER) for text in texts]) for texts in (early, full)
+    )
+    right = None
+    if all(example.label is not None for example in examples):
+        wanted = {name: column for column, name in enumerate(names)}
+        wanted |= {str(ids[0]): column for ids, column in columns.items()}
+        right = np.array([wanted.get(str(example.label), OTHER) for example in examples])
+    rows = []
+    for column, name in enumerate(names):
+        answered, wanted_by = ours == column, deep == column
+        row: dict[str, Any] = {
+            "label": name,
+            "full_depth": int(wanted_by.sum()),
+            "answered": int(answered.sum()),
+            **_share("recall", answered, wanted_by, groups),
+            **_share("precision", wanted_by, answered, groups),
+        }
+        is_right = np.zeros_like(answered)
+        if right is not None:
+            is_right = right == column
+            row |= {
+                "right": int(is_right.sum()),
+                **_share("true_recall", answered, is_right, groups),
+                **_share("true_precision", is_right, answered, groups),
+            }
+        row["verdicts"] = _verdicts(config, name, row)
+        if (answered | wanted_by | is_right).any():
+            rows.append(row)
+    return rows
+
+
+def _columns(config: ArtifactConfig) -> tuple[list[str], dict[tuple[int, ...], int]]:
+    """The names of the answers, and the place of each by its tokens."""
+    if config.choices:
+        texts = {choice.text: choice.token_ids for choice in config.choices}
+    else:
+        texts = {label.name: (label.token_id,) for label in config.labels}
+    return [*texts], {ids: column for column, ids in enumerate(texts.values())}
+
+
+def _share(name: str, hits: Bools, among: Bools, groups: Ints) -> dict[str, Any]:
+    """The share of the rows `among` that are hits."""
+    if not among.any():
+        return {name: None, f"{name}_95": None}
+    share = Share(hits[among].astype(np.float64), np.ones(int(among.sum())), groups[among])
+    return {name: share.value, f"{name}_95": share.interval}
+
+
+def _verdicts(config: ArtifactConfig, label: str, row: Mapping[str, Any]) -> dict[str, str]:
+    """Whether what changes is within what is promised of a label, by the kind of promise."""
+    found: dict[str, str] = {}
+    for promise in config.label_bounds:
+        if promise.label == label and row[promise.kind] is not None:
+            low, high = row[f"{promise.kind}_95"]
+            changed = 1 - row[promise.kind]
+            found[promise.kind] = verdict(changed, (1 - high, 1 - low), promise.epsilon)
+    return found
