@@ -45,7 +45,6 @@ def learn_fast(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(students, "LEARNING_RATE", 1e-2)
     patch.setattr(training, "HEAD_LEARNING_RATE", 1e-2)
     patch.setattr(students, "EPOCHS", 6)
-    patch.setattr(training, "PATIENCE", 6)
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +92,26 @@ def test_a_student_learns_what_the_words_say_from_the_rows_it_may_see(recording)
     assert np.mean(answers == recording.tokens[unseen]) > 0.75
     again = student_of(calibration(recording), base_of(recording))
     assert torch.equal(again.student.score(texts), trained.student.score(texts))
+
+
+@pytest.mark.parametrize(
+    ("errors", "kept"),
+    [([0.9, 0.8, 0.9, 0.85], 3), ([0.9, 0.5, 0.7, 0.1], 1), ([0.9, 0.5, 0.6, 0.8], 1)],
+    ids=["noise", "at once", "little by little"],
+)
+def test_training_goes_to_its_end_unless_the_student_overfits(recording, monkeypatch, errors, kept):
+    biases, left = [], iter(errors)
+
+    def error(net: Any, *_: Any) -> float:
+        biases.append(net.head.bias.detach().clone())
+        return next(left)
+
+    monkeypatch.setattr(students, "EPOCHS", len(errors))
+    monkeypatch.setattr(training, "_error", error)
+    monkeypatch.setattr(training, "_soften", lambda *_: None)
+    found = student_of(calibration(recording), base_of(recording)).student.head.bias
+    assert torch.equal(found, biases[kept])
+    assert len({tuple(bias.tolist()) for bias in biases}) == len(biases)
 
 
 def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, monkeypatch):
