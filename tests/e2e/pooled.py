@@ -77,6 +77,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "last_token": LastToken(exit_points=(0, 4), levels=LEVELS),
         "labels": (Label(name="c", token_id=31), Label(name="d", token_id=32)),
         "student": student.described(shared_start=TEXT_FROM, most_tokens=48),
+        "never_early": ("c",),
     },
 }
 
@@ -213,8 +214,10 @@ def expected(
         lead = float(best[-1] - best[-2])
         if abs(lead - gap) < TIE or lead < TIE:
             return None
-        if lead > gap:
-            return layer, own[int(among.argmax())]
+        answer = own[int(among.argmax())]
+        never = {one.token_id for one in config.labels if one.name in config.never_early}
+        if lead > gap and answer not in never:
+            return layer, answer
     best = reference.lm_head(reference.model.norm(states[LAYERS][-1]))[own].topk(2)
     tie = best.values[0] - best.values[1] < TIE
     return None if tie else (LAYERS, own[int(best.indices[0])])
