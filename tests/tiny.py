@@ -89,7 +89,9 @@ def tiny_config(model: Path, **changes: Any) -> ArtifactConfig:
             Label(name=name, token_id=Fast.from_pretrained(model).encode(name)[0])
             for name in LABELS
         ),
-        "features": features_of_risk(changes.get("risk", "disagreement")),
+        "features": features_of_risk(
+            changes.get("risk", "disagreement"), bool(changes.get("gates"))
+        ),
         "classifier": "svm",
         "epsilon": 0.05,
         "delta": 0.1,
@@ -133,7 +135,7 @@ def _tensors_of_part(
                 if "norm" not in name:
                     one.normal_(std=one.shape[-1] ** -0.5, generator=generator)
                 tensors[f"exit.{layer}.branch.{name}"] = one
-        gap = [float(name == "gap") for name in config.features]
+        gap = [float(name in ("gap", "gate_distance")) for name in config.features]
         tensors[f"exit.{layer}.classifier"] = torch.tensor([*gap, 0.0])
         rows = len(config.labels) + (config.risk == "probability")
         scale = 0.1 if config.is_pooled else 0.02  # normed states are shorter

@@ -21,6 +21,7 @@ from tests.unit.test_make_policy import (
     VOCAB,
     recording_of,
 )
+from vllm_adainfer.artifact.fields import Gate
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.offline.calibration.calibrate import with_mass_if_it_pays
 from vllm_adainfer.offline.calibration.certify.bound import Bound
@@ -41,10 +42,13 @@ from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.collect import Recording
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.gate_policy import GatePolicy
+from vllm_adainfer.policy.gates import Gates
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
 
 TOLERANCE, EPSILON, DELTA = 0.1, 0.05, 0.1
+FIRST, BEST = Gate(label=LABELS[0].name, probability=0.3), Gate(probability=0.6)
 NO_MASS, SOME_MASS, ALL_MASS = -30.0, 0.0, 12.0  # added to the labels' scores
 
 
@@ -58,10 +62,12 @@ def recorded(labels_lead: float = ALL_MASS) -> Recording:
 
 def made(recording: Recording, with_mass: bool = True, **options: object) -> FittedPolicy:
     reads = full_depth_labels(recording, LABEL_IDS)
+    tolerance = None if options.get("gates") else TOLERANCE
     asked = PolicyOptions(
-        **{"epsilon": EPSILON, "risk": "probability", "tolerance": TOLERANCE, **options}
+        **{"epsilon": EPSILON, "risk": "probability", "tolerance": tolerance, **options}
     )
-    target = Target("label-head", LABEL_IDS, reads)
+    gates = Gates(asked.gates, LABELS) if asked.gates else None
+    target = Target("label-head", LABEL_IDS, reads, gates=gates)
     return make_policy(Calibration(recording, target, SPLIT, asked, LABELS, with_mass=with_mass))
 
 
@@ -71,17 +77,22 @@ def logits_of(recording: Recording) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("classifier", ["svm", "logreg", "threshold", "crf"])
-@pytest.mark.parametrize("with_mass", [True, False])
-def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass):
+@pytest.mark.parametrize(
+    ("with_mass", "gates"),
+    [(True, ()), (False, ()), (False, (FIRST,)), (False, (BEST,)), (False, (FIRST, BEST))],
+    ids=["mass", "among labels", "gate", "gate on the best", "two gates"],
+)
+def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass, gates):
     recording = recorded()
-    policy = made(recording, with_mass, classifier=classifier)
+    policy = made(recording, with_mass, classifier=classifier, gates=gates)
     config = policy_config(policy, "tiny", HF_CONFIG)
-    assert (config.risk, config.tolerance, config.label_mass) == ("probability", 0.1, with_mass)
+    assert (config.risk, config.label_mass) == ("probability", with_mass)
+    assert (config.tolerance, config.gates) == (None if gates else 0.1, gates)
     assert config.bound == "exact"
     save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
 
     artifact = load_artifact(str(tmp_path / "policy"))
-    serving = ProbabilityPolicy(artifact, torch.device("cpu"))
+    serving = (GatePolicy if gates else ProbabilityPolicy)(artifact, torch.device("cpu"))
     point = policy.points[EPSILON]
     rows = SPLIT.certify
     tags = torch.full((len(rows),), artifact.config.level_of(None))
@@ -143,7 +154,9 @@ def test_an_answer_is_wrong_if_it_changes_or_anything_promised_moves_too_far(wit
         expected = (wrong | (moved > TOLERANCE)).double().numpy()
         clear = (moved - TOLERANCE).abs().numpy() > 1e-5
         assert np.array_equal(exit.held_out.loss[clear], expected[clear])
-        assert not exit.held_out.settled[exit.held_out.loss > 0].any()
+        target = policy.calibration.target
+        settled = target.settled(exit.held_out.agrees, exit.held_out.loss)
+        assert not settled[exit.held_out.loss > 0].any()
         assert 0 < expected.mean() < 1
 
 
@@ -161,10 +174,11 @@ def test_the_mass_is_promised_where_it_does_not_cost_most_of_the_layers(lead, wi
 RESAMPLES, DRAWN = 300, 200
 
 
-def test_the_bound_on_the_tolerance_holds_on_all_but_delta_of_the_calibrations():
+@pytest.mark.parametrize("gates", [(), (FIRST,), (BEST,)], ids=["tolerance", "gate", "best"])
+def test_the_bound_holds_on_all_but_delta_of_the_calibrations(gates):
     """Certified on rows drawn again and again from a population whose risk is known."""
     recording = recorded()
-    policy = made(recording, exit_points=(2, 4, 6))
+    policy = made(recording, not gates, exit_points=(2, 4, 6), gates=gates)
     layers = [exit.layer for exit in policy.candidates]
     grid = threshold_grid(policy.candidates)
     everyone = [exit.held_out for exit in policy.candidates]

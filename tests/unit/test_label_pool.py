@@ -16,7 +16,7 @@ from tests.tiny import tiny_artifact, tiny_config, word_tokenizer
 from tests.unit.readings import views_as_it_decides
 from tests.unit.test_calibrate_probabilities import ALL_MASS, logits_of, recorded
 from tests.unit.test_make_policy import HF_CONFIG, NORM, SPLIT, VOCAB
-from vllm_adainfer.artifact.fields import Label
+from vllm_adainfer.artifact.fields import Gate, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of, mask_of
 from vllm_adainfer.engine.admission.admission import Admission
@@ -39,12 +39,15 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     question_rows,
 )
 from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.gate_policy import GatePolicy
+from vllm_adainfer.policy.gates import Gates
 from vllm_adainfer.policy.label_heads import PoolPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.settings.engine import Settings
 
 EPSILON, TOLERANCE = 0.05, 0.1
+BEST = Gate(probability=0.6)
 POOL = torch.tensor([5, 17, 9, 2, 30, 11])
 LABELS = tuple(Label(name=f"label {token}", token_id=token) for token in POOL.tolist())
 
@@ -67,10 +70,13 @@ def calibrated(risk: str, with_mass: bool, **options: Any) -> tuple[FittedPolicy
     recording = replace(recording, tokens=POOL[own.argmax(1)].numpy())
     reads = full_depth_labels(recording, POOL, subsets) if risk == "probability" else None
     asked = {"epsilon": EPSILON, "risk": risk, **options}
-    if risk == "probability":
+    gates = None
+    if risk == "probability" and "gates" in options:
+        gates = Gates(asked["gates"], LABELS)
+    elif risk == "probability":
         asked["tolerance"] = TOLERANCE
     never = frozenset(one.token_id for one in LABELS if one.name in options.get("never_early", ()))
-    target = Target("label-head", POOL, reads, subsets, never_early=never)
+    target = Target("label-head", POOL, reads, subsets, gates=gates, never_early=never)
     questions = [f"question {row % 3}" for row in range(len(recording.tokens))]
     calibration = Calibration(
         recording,
@@ -87,19 +93,24 @@ def calibrated(risk: str, with_mass: bool, **options: Any) -> tuple[FittedPolicy
 @pytest.mark.parametrize("classifier", ["svm", "crf"])
 @pytest.mark.parametrize("never", [(), ("label 17", "label 2")], ids=["", "never early"])
 @pytest.mark.parametrize(
-    ("risk", "with_mass"), [("disagreement", False), ("probability", False), ("probability", True)]
+    ("risk", "with_mass", "gates"),
+    [
+        ("disagreement", False, {}),
+        ("probability", False, {}),
+        ("probability", True, {}),
+        ("probability", False, {"gates": (Gate(label="label 9", probability=0.4), BEST)}),
+    ],
 )
 def test_what_is_served_of_a_pool_is_what_was_certified(
-    tmp_path, risk, with_mass, never, classifier
+    tmp_path, risk, with_mass, gates, never, classifier
 ):
-    policy, logits = calibrated(risk, with_mass, classifier=classifier, never_early=never)
+    policy, logits = calibrated(risk, with_mass, classifier=classifier, never_early=never, **gates)
     config = policy_config(policy, "tiny", HF_CONFIG)
     assert config.label_pool
     save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
     artifact = load_artifact(str(tmp_path / "policy"))
-    serving = (ProbabilityPolicy if risk == "probability" else PoolPolicy)(
-        artifact, torch.device("cpu")
-    )
+    kind = GatePolicy if gates else ProbabilityPolicy if risk == "probability" else PoolPolicy
+    serving = kind(artifact, torch.device("cpu"))
     recording, rows = policy.calibration.recording, SPLIT.certify
     subsets = policy.calibration.target.subsets[rows]
     bits = torch.tensor([bits_of(set(POOL[own].tolist()), POOL.tolist()) for own in subsets])

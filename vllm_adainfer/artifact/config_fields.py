@@ -11,6 +11,7 @@ from vllm_adainfer.artifact.fields import (
     MOST_CHOICES,
     Adapter,
     Choice,
+    Gate,
     Label,
     LabelBound,
     LastToken,
@@ -88,10 +89,15 @@ class ConfigFields(Strict):
         "disagreement",
         description="What epsilon bounds: the share of answers that change, the accuracy lost, or "
         "the share of answers that change or whose label probabilities move by more than the "
-        "tolerance.",
+        "tolerance, or with gates that of answers on the other side of one.",
     )
     tolerance: float | None = Field(
         None, gt=0, lt=1, description="How far a label's probability may move."
+    )
+    gates: tuple[Gate, ...] = Field(
+        default=(),
+        description="Numbers that requests compare a label's probability with. An answer is wrong "
+        "if the probability is on the other side than at full depth.",
     )
     label_mass: bool = Field(
         False,
@@ -145,6 +151,14 @@ class ConfigFields(Strict):
     def label_ids(self) -> tuple[int, ...]:
         """Token ids of the labels, in the order of the probe's scores."""
         return tuple(label.token_id for label in self.labels)
+
+    @property
+    def promises_best_label(self) -> bool:
+        """Whether another best label counts as wrong; of two labels, a gate at 0.5 decides."""
+        is_decided = len(self.labels) == 2 and any(
+            gate.label is not None and gate.probability == 0.5 for gate in self.gates
+        )
+        return not self.gates or is_decided
 
     @property
     def never_settled(self) -> tuple[int, ...]:

@@ -22,7 +22,8 @@ def are_exit_points(points: Sequence[int], layers: int) -> bool:
 def broken_rules(config: ConfigFields) -> list[str]:
     """The rules that the fields of `config` break together, in words."""
     labels, pool, choices = config.labels, config.label_pool, bool(config.choices)
-    probabilities, features = config.risk == "probability", features_of_risk(config.risk)
+    probabilities, gates = config.risk == "probability", config.gates
+    features = features_of_risk(config.risk, bool(gates))
     head, pooled = config.has_label_heads, config.is_pooled
     special = probabilities or pool or choices
     columns = token_columns(config.choices, config.undecided)
@@ -65,8 +66,16 @@ def broken_rules(config: ConfigFields) -> list[str]:
         "token ids must be below vocab_size": max(tokens, default=0) < config.vocab_size,
         "each label needs a token id of its own": len(set(tokens)) == len(tokens),
         f"features must be {features} with this risk": config.features == features,
-        'risk = "probability" needs a tolerance': bool(config.tolerance) or not probabilities,
-        'tolerance needs risk = "probability"': config.tolerance is None or probabilities,
+        'risk = "probability" needs a tolerance or gates, and not both': (
+            (config.tolerance is not None) + bool(gates) == probabilities
+        ),
+        "gates rule out label_mass: they are about probabilities among the labels": (
+            not gates or not config.label_mass
+        ),
+        "gates must name labels of the policy, and be different": (
+            names.issuperset([gate.label for gate in gates if gate.label is not None])
+            and len(set(gates)) == len(gates)
+        ),
         'label_mass needs risk = "probability"': not config.label_mass or probabilities,
         'risk = "probability", label_pool and choices need a label-head': head or not special,
         'risk = "probability", label_pool and choices need max_tokens = 1': (

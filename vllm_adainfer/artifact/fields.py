@@ -52,6 +52,20 @@ def token_columns(choices: Sequence[Choice], undecided: tuple[int, ...]) -> list
     return [tokens for tokens in (*(one.first_tokens for one in choices), undecided) if tokens]
 
 
+class Gate(Strict):
+    """A number that requests compare a probability with.
+
+    Attributes:
+        label: the name of the label whose probability it is; None for whichever label is best.
+        probability: the number. The label's probability is among the labels, without the rest of
+            the vocabulary.
+
+    """
+
+    label: str | None = Field(None, min_length=1)
+    probability: float = Field(gt=0, lt=1)
+
+
 class LabelBound(Strict):
     """A promise about one label, beside epsilon's about all answers.
 

@@ -20,10 +20,13 @@ Candidates = Literal["labels", "shortlist", "full"]
 # `vllm_adainfer.policy.probabilities.features_of`.
 FEATURES = ("top_prob", "gap")
 PROBABILITY_FEATURES = ("top_logit", "gap", "mass_logit")
+GATE_FEATURES = ("gate_distance", "gate_margin")  # of `vllm_adainfer.policy.gates.Gates.features`
 
 
-def features_of_risk(risk: Risk) -> tuple[str, ...]:
+def features_of_risk(risk: Risk, has_gates: bool) -> tuple[str, ...]:
     """The features that a policy's classifiers read, given the risk that the policy bounds."""
+    if has_gates:
+        return GATE_FEATURES
     return PROBABILITY_FEATURES if risk == "probability" else FEATURES
 
 

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.fields import Student
+from vllm_adainfer.artifact.fields import Gate, Student
 
 
 def wrong_in_words(config: ArtifactConfig) -> str:
     """Which answers count as wrong under a policy that bounds label probabilities."""
+    if config.gates:
+        return " or ".join(map(_gate_in_words, config.gates))
     where = " (among the labels or in the whole vocabulary)" if config.label_mass else ""
     return (
         f"another best label than full depth's, or a label's probability{where} that moves by more "
         f"than {config.tolerance:g}"
     )
+
+
+RIGHT_SIDE = "probabilities are right about their side of the gates, not in value"
+
+
+def _gate_in_words(gate: Gate) -> str:
+    """Which answers are on the wrong side of a gate."""
+    side = f"on the other side of {gate.probability:g} than at full depth"
+    if gate.label is None:
+        return (
+            f"the best label's probability among the labels {side}, or another best label where "
+            "full depth's is above"
+        )
+    return f"the probability of {gate.label} among the labels {side}"
 
 
 def student_in_words(student: Student) -> str:

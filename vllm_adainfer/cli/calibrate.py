@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_adainfer.artifact.fields import LabelBound
-from vllm_adainfer.artifact.kinds import ClassifierKind, LabelBoundKind
+from vllm_adainfer.artifact.fields import Gate, LabelBound
+from vllm_adainfer.artifact.kinds import ClassifierKind, LabelBoundKind, Risk
 from vllm_adainfer.cli.app import app, errors_as_sentences
 from vllm_adainfer.cli.arguments import Data, LabelField, Labels, Lora, Model, Template, names_of
 from vllm_adainfer.errors import AdaInferError
@@ -97,6 +97,15 @@ def calibrate(
             "that change or have a probability that moves by more than this.",
         ),
     ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL:P",
+            help="For requests that compare LABEL's probability among the labels with P, such as "
+            "unsafe:0.8: epsilon then bounds the share of answers on the other side of it. best:P "
+            "is about whichever label is best. May be repeated.",
+        ),
+    ] = None,
     recall: Annotated[
         list[str] | None,
         typer.Option(
@@ -166,8 +175,9 @@ def calibrate(
             exit_points=_layers(exit_points),
             epsilon=epsilon,
             delta=delta,
-            risk="probability" if tolerance is not None and risk == "disagreement" else risk,
+            risk=_risk(risk, tolerance, gate or ()),
             tolerance=tolerance,
+            gates=gates_of(gate or ()),
             label_bounds=(
                 *label_bounds("recall", recall or ()),
                 *label_bounds("precision", precision or ()),
@@ -181,6 +191,48 @@ def calibrate(
     )
     typer.echo(describe(run(request), load_details(str(output))))
     typer.echo(f"wrote {output}")
+
+
+def _risk(
+    risk: Literal["disagreement", "accuracy"], tolerance: float | None, gates: Sequence[str]
+) -> Risk:
+    """The risk that epsilon bounds.
+
+    Raises:
+        AdaInferError: two are asked for.
+
+    """
+    if tolerance is None and not gates:
+        return risk
+    if risk == "accuracy":
+        option = "--gate bounds how often" if gates else "--tolerance bounds how far"
+        what = "probabilities are on the wrong side" if gates else "probabilities move"
+        raise AdaInferError(
+            f"{option} {what}, --risk accuracy the accuracy lost, and a policy has one bound: drop "
+            "one of them"
+        )
+    return "probability"
+
+
+def gates_of(asked: Sequence[str]) -> tuple[Gate, ...]:
+    """The gates of ``--gate``.
+
+    Raises:
+        AdaInferError: one is not of the form LABEL:P.
+
+    """
+    found = []
+    for text in asked:
+        label, _, probability = text.rpartition(":")
+        try:
+            name = None if label == "best" else label
+            found.append(Gate(label=name, probability=float(probability)))
+        except ValueError:
+            raise AdaInferError(
+                f"--gate {text!r:.80} must be a label, or best, and a probability between 0 and 1, "
+                "such as unsafe:0.8"
+            ) from None
+    return tuple(found)
 
 
 def label_bounds(kind: LabelBoundKind, asked: Sequence[str]) -> tuple[LabelBound, ...]:

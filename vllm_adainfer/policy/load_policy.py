@@ -11,11 +11,12 @@ from torch import Tensor
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
 from vllm_adainfer.policy.choice_policy import ChoicePolicy
+from vllm_adainfer.policy.gate_policy import GatePolicy
 from vllm_adainfer.policy.label_heads import PoolPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
 
-Policy: TypeAlias = CalibratedPolicy | PoolPolicy | ProbabilityPolicy
+Policy: TypeAlias = CalibratedPolicy | PoolPolicy | ProbabilityPolicy | GatePolicy
 
 
 def policy_of(
@@ -30,6 +31,8 @@ def policy_of(
             [n, head size].
 
     """
+    if artifact.config.gates:
+        return GatePolicy(artifact, device)
     if artifact.config.risk == "probability":
         return ProbabilityPolicy(artifact, device)
     if artifact.config.label_pool:

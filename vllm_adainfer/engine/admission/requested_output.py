@@ -50,6 +50,8 @@ class RequestedOutput:
         if not self.has_labels_of(config) and not self._is_in_pool(config):
             return False
         if self.kind is OutputKind.TOKEN:
+            return config.promises_best_label
+        if config.gates:  # from any probabilities, a client can compute those among the labels
             return True
         certified = config.risk == "probability"
         return certified and (config.label_mass or self.kind is OutputKind.AMONG_LABELS)

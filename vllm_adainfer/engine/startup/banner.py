@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.promise import about_labels, wrong_in_words
+from vllm_adainfer.artifact.promise import RIGHT_SIDE, about_labels, wrong_in_words
 from vllm_adainfer.settings.engine import Capture, Settings
 
 WHO = {
@@ -105,6 +105,8 @@ def _probabilities_served(config: ArtifactConfig, logprobs_mode: str) -> str:
     )
     if logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
         return f", but not for probabilities, which --logprobs-mode {logprobs_mode} does not return"
+    if config.gates:
+        return f" and for their probabilities ({RIGHT_SIDE})"
     if logprobs_mode == "raw_logprobs" and not config.label_mass:
         return (
             f", but not for probabilities: {uncertified}, and those among the labels alone need "

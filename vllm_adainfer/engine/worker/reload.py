@@ -141,6 +141,8 @@ def check_replaces(
             f"policy {name} bounds {new.risk}, the one before {old.risk}: the two policies "
             "admit different requests: restart the engine"
         )
+    if set(new.gates) != set(old.gates):
+        raise AdaInferError(f"policy {name} has other gates than before: restart the engine")
     if new.label_mass != old.label_mass:
         certified = ("does not certify", "certifies")[new.label_mass]
         raise AdaInferError(

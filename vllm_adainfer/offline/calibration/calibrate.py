@@ -41,6 +41,7 @@ from vllm_adainfer.offline.calibration.trained_probes import (
 )
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.progress import say
+from vllm_adainfer.policy.gates import Gates
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
 # what SmolLM2 writes, and the tokens it is sure of early are common ones: simulated at epsilon
@@ -159,12 +160,15 @@ def calibration_of(
     if request.options.risk == "probability" and answers is not None:
         full_depth = full_depth_labels(recording, answers, subsets)
     first_tokens = None if choices is None else choices.first_tokens
+    gates = None
+    if request.options.gates:
+        gates = Gates(request.options.gates, prompts.labels)
     named = request.options.never_early
     never = frozenset(label.token_id for label in prompts.labels if label.name in named)
     questions = [one.question for one in prompts.examples if one.question is not None]
     return Calibration(
         recording,
-        Target(prompts.probe, answers, full_depth, subsets, first_tokens, never),
+        Target(prompts.probe, answers, full_depth, subsets, first_tokens, gates, never),
         split,
         request.options,
         prompts.labels,
@@ -181,7 +185,7 @@ def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
 
     The expectation is on the part that fits: a choice by the held-out part would weaken the bound.
     """
-    if policy.calibration.options.risk != "probability":
+    if policy.calibration.options.tolerance is None:
         return policy
     with_mass = make_policy(replace(policy.calibration, with_mass=True))
     saved, saved_without = (

@@ -99,8 +99,11 @@ class Calibration:
         """The loss whose mean is bounded."""
         if self.right is not None:
             return accuracy_lost(self.right)
-        if self.target.full_depth is None or self.options.tolerance is None:
+        if self.target.full_depth is None:
             return disagreement
+        if self.target.gates is not None:
+            return self.target.full_depth.loss_of_gates(self.target.gates)
+        assert self.options.tolerance is not None
         return self.target.full_depth.loss(self.options.tolerance, self.with_mass)
 
     @property
@@ -286,7 +289,7 @@ def make_policy(
         for name, some in (("full_depth", []), ("chosen", exits), ("uniform", spread))
     }
     if options.classifier == "crf" and exits:
-        exits = fit_crf_chain(exits)
+        exits = fit_crf_chain(exits, target)
     points: Points = {}
     questions: dict[str, Points] = {}
     epsilons = sorted({*EPSILONS, options.epsilon})

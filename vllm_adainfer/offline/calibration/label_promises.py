@@ -24,6 +24,7 @@ def check_labels(options: PolicyOptions, labels: Sequence[Label]) -> None:
     names = [label.name for label in labels]
     asked = [(f"--{one.kind}", one.label) for one in options.label_bounds]
     asked += [("--never-early", label) for label in options.never_early]
+    asked += [("--gate", gate.label) for gate in options.gates if gate.label is not None]
     for option, label in asked:
         if label not in names:
             raise AdaInferError(

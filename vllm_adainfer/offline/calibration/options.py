@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vllm_adainfer.artifact.fields import LabelBound
+from vllm_adainfer.artifact.fields import Gate, LabelBound
 from vllm_adainfer.artifact.kinds import (
     LABEL_HEADS,
     BoundKind,
@@ -33,6 +33,7 @@ class PolicyOptions:
     delta: float = 0.1
     risk: Risk = "disagreement"
     tolerance: float | None = None
+    gates: tuple[Gate, ...] = ()
     label_bounds: tuple[LabelBound, ...] = ()
     never_early: tuple[str, ...] = ()
     bound: BoundChoice = "auto"
@@ -67,7 +68,8 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
 
     """
     options, choices, labels = request.options, bool(request.choices), bool(request.labels)
-    generated, tolerance = options.max_tokens > 1, options.tolerance is not None
+    generated, gates = options.max_tokens > 1, bool(options.gates)
+    probabilities, named_by = options.risk == "probability", "--gate" if gates else "--tolerance"
     accuracy, exact = options.risk == "accuracy", options.bound == "exact"
     bounds = bool(options.label_bounds)
     about_labels = bounds or bool(options.never_early)
@@ -81,8 +83,8 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
         ),
         (choices and generated, "--choices are decided by their first token: drop --max-tokens"),
         (
-            choices and tolerance,
-            "requests with a choice that read probabilities run at full depth: drop --tolerance",
+            choices and probabilities,
+            f"requests with a choice that read probabilities run at full depth: drop {named_by}",
         ),
         (
             choices and another_probe,
@@ -90,18 +92,21 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
             f"{request.probe}",
         ),
         (
-            tolerance and generated,
-            "--tolerance is for the probabilities of one token: drop --max-tokens or --tolerance",
+            probabilities and generated,
+            f"{named_by} is for the probabilities of one token: drop --max-tokens or {named_by}",
         ),
         (
-            tolerance and another_probe,
-            f"--tolerance needs the scores of a label-head, and --probe {request.probe} has none: "
-            "drop --probe or --tolerance",
+            probabilities and another_probe,
+            f"{named_by} needs the scores of a label-head, and --probe {request.probe} has none: "
+            f"drop --probe or {named_by}",
         ),
         (
-            tolerance and accuracy,
-            "--tolerance bounds how far probabilities move, --risk accuracy the accuracy lost, and "
-            "a policy has one bound: drop one of them",
+            gates and options.tolerance is not None,
+            "--gate promises on which side of it a probability is, --tolerance its value: drop one",
+        ),
+        (
+            len(set(options.gates)) < len(options.gates),
+            "--gate names the same label and number twice: drop one",
         ),
         (
             request.student is not None and (generated or another_probe),
@@ -149,9 +154,9 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
             "vLLM's batch files, or --labels",
         ),
         (
-            not holds_requests and tolerance and not labels,
-            "--tolerance is for the probabilities of labels: give --labels, such as "
-            "negative,positive, or drop --tolerance",
+            not holds_requests and probabilities and not labels,
+            f"{named_by} is for the probabilities of labels: give --labels, such as "
+            f"negative,positive, or drop {named_by}",
         ),
         (
             about_labels and (generated or not (holds_requests or labels or choices)),

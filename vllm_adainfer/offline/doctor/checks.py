@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer import __version__
+from vllm_adainfer.artifact.promise import RIGHT_SIDE
 from vllm_adainfer.engine.classes import MODELS
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.adapter import NamedAdapter, adapter_for
@@ -179,7 +180,9 @@ def probabilities(config: ArtifactConfig) -> Finding:
     )
     among = "greedy ones with allowed_token_ids = the labels and logprobs"
     server = "only on a server started with --logprobs-mode processed_logprobs"
-    if config.label_mass:
+    if config.gates:
+        text = f"{whole} may exit, and {among}, {server}; {RIGHT_SIDE}"
+    elif config.label_mass:
         text = f"{whole} may exit; {among} {server}, and run at full depth on any other"
     else:
         text = (

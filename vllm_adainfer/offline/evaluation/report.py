@@ -19,6 +19,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.prompts import groups_of
 from vllm_adainfer.offline.evaluation.by_label import label_rows
+from vllm_adainfer.offline.evaluation.gates import gate_rows
 from vllm_adainfer.offline.evaluation.probabilities import default_level, probability_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens, differing
@@ -60,7 +61,10 @@ def build_report(
     levels = [measured.level(level.epsilon) for level in config.levels]
     promise: dict[str, Any] = {}
     bounded = levels
-    if config.risk == "probability":
+    if config.gates:
+        promise = {"risk": config.risk, "gates": gate_rows(config, measured.groups, rounds)}
+        bounded = promise["gates"]["levels"]
+    elif config.risk == "probability":
         promise = {
             "risk": config.risk,
             "tolerance": config.tolerance,
@@ -215,6 +219,10 @@ def summary_line(report: Mapping[str, Any]) -> str:
     if "probabilities" in report:
         wrong = share_in(default_level(report), "wrong")
         shares.append(f"{wrong} beyond the tolerance of {report['tolerance']:g}")
+    if "gates" in report:
+        levels = report["gates"]["levels"]
+        [default] = [row for row in levels if row["epsilon"] == report["epsilon"]]
+        shares.append(f"{share_in(default, 'wrong')} on the other side of a gate")
     if "accuracy_lost" in report:
         shares.append(f"accuracy lost {share_in(report, 'accuracy_lost')}")
     result = report.get("verdict", f"bound {report['epsilon']:.1%} on the accuracy lost")

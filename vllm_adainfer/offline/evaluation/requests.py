@@ -23,7 +23,8 @@ def promised_output(config: ArtifactConfig) -> OutputKind:
         return OutputKind.CHOICE
     if config.risk != "probability":
         return OutputKind.TOKEN
-    return OutputKind.IN_VOCABULARY if config.label_mass else OutputKind.AMONG_LABELS
+    whole = config.label_mass or config.gates
+    return OutputKind.IN_VOCABULARY if whole else OutputKind.AMONG_LABELS
 
 
 def engine_settings(config: ArtifactConfig) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def evaluation_page(
         figures.risk_curve(config, details, index),
         figures.agreement(config, details),
         figures.reliability(report, index),
+        *figures.gates(report, index),
     ]
     return Page(
         title=f"{report['model']} on {report['data']}",

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.promise import (
+    RIGHT_SIDE,
     about_labels,
     after_which_text,
     each_for_itself,
@@ -93,6 +94,9 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     }
     if config.risk == "probability":
         facts["wrong"] = wrong_in_words(config)
+    if config.gates:
+        facts["served"] = RIGHT_SIDE
+    elif config.risk == "probability":
         requests = "requests for probabilities in the whole vocabulary"
         facts["label mass"] = (
             f"certified: {requests} may exit, too"

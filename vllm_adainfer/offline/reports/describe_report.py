@@ -59,6 +59,8 @@ def describe_report(report: Mapping[str, Any]) -> str:
     ]
     if "by_label" in report:
         parts += _labels(report["by_label"])
+    if "gates" in report:
+        parts += _gates(report["gates"])
     if "probabilities" in report:
         parts += _probabilities(report)
     return "\n\n".join(parts) + "\n"
@@ -91,6 +93,24 @@ def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             ["label", "full depth", "answered", *columns, "promised"], cells, text_columns=1
         ),
         text,
+    ]
+
+
+def _gates(found: Mapping[str, Any]) -> list[str]:
+    """How often answers are on the other side of a gate."""
+    rows = {
+        "stock vLLM": found["stock"],
+        **{f"bound {level['epsilon']:.1%}": level for level in found["levels"]},
+    }
+    cells = [
+        [name, share_in(row, "wrong"), *(share_in(one, "differs") for one in row["gates"])]
+        for name, row in rows.items()
+    ]
+    names = [f"{gate['label']} at {gate['probability']:g}" for gate in found["gates"]]
+    return [
+        text_table(["on the other side of", "any gate", *names], cells, text_columns=1),
+        "Compared with never exiting; stock vLLM differs by rounding. The bound is on the share "
+        "for any gate.",
     ]
 
 

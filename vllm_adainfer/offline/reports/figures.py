@@ -102,6 +102,23 @@ def reliability(report: Mapping[str, Any], index: int) -> Panel | None:
     return Panel("reliability", "Reliability", figure, len(figure.data) - 1, points)
 
 
+def gates(report: Mapping[str, Any], index: int) -> list[Panel]:
+    """For each gate, the label's probability early and at full depth; the gate is a line."""
+    panels: list[Panel] = []
+    found = report.get("gates") or {"gates": []}
+    for number, gate in enumerate(found["gates"]):
+        points = [(gate["full"], level["gates"][number]["early"]) for level in found["levels"]]
+        figure = _figure("probability at full depth", "early, at this bound")
+        x, y = points[index]
+        figure.add_trace(Scatter(x=x, y=y, mode="markers", marker={"size": 5}, showlegend=False))
+        line = {"line_dash": "dot", "line_color": MARKER["color"]}
+        figure.add_vline(x=gate["probability"], **line)
+        figure.add_hline(y=gate["probability"], **line)
+        title = f"Probability of {gate['label']}, with a gate at {gate['probability']:g}"
+        panels.append(Panel(f"gate-{number}", title, figure, 0, points))
+    return panels
+
+
 def _figure(x: str, y: str) -> Figure:
     figure = Figure(layout=LAYOUT)
     figure.update_xaxes(title_text=x, automargin=True)

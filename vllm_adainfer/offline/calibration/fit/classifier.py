@@ -31,8 +31,8 @@ def fit_classifier(
 
     Args:
         kind: ``svm`` (linear, Platt-scaled on folds; AdaInfer's choice), ``logreg``, or
-            ``threshold``, whose score is the gap itself (as in CALM, arXiv 2207.07061). For
-            ``crf`` use `fit_crf`.
+            ``threshold``, whose score is the gap itself (as in CALM, arXiv 2207.07061) or the
+            distance from a gate. For ``crf`` use `fit_crf`.
         features: fp32 [rows, n].
         settled: [rows], True where the probe's answer is as good as the full model's.
         seed: the solver's seed.
@@ -44,7 +44,7 @@ def fit_classifier(
 
     """
     if kind == "threshold":
-        return torch.tensor([float(name == "gap") for name in names] + [0.0])
+        return torch.tensor([float(name in ("gap", "gate_distance")) for name in names] + [0.0])
     if settled.all():
         # Every row is settled: take the odds from the rule of succession.
         odds = torch.tensor([len(settled) + 1.0]).log()

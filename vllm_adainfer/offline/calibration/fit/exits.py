@@ -57,12 +57,6 @@ class Judged:
         agrees: Bools = self.tokens == self.full
         return agrees
 
-    @property
-    def settled(self) -> Bools:
-        """[rows], whether the answer is as good as the full model's."""
-        settled: Bools = self.agrees & (self.loss == 0)
-        return settled
-
     def scored(self, classifier: Tensor) -> Scored:
         """Add the score of a linear classifier."""
         odds = score(self.features, classifier, None)
@@ -151,7 +145,8 @@ def fit_exits(
             ],
         )
         linear: ClassifierKind = "svm" if kind == "crf" else kind
-        classifier = fit_classifier(linear, unseen.features, unseen.settled, seed, target.features)
+        settled = target.settled(unseen.agrees, unseen.loss)
+        classifier = fit_classifier(linear, unseen.features, settled, seed, target.features)
         if classifier is not None:
             held = judge(probe, layer, recording, held_out, loss, target)
             fitted, held_scored = (
@@ -172,7 +167,7 @@ def judge(
     """The answers of `probe` for decision `rows` of a recording after `layer`; see `fit_exits`."""
     subsets = None if target is None else target.subsets_of(rows)
     read = recording.read_by_probe(layer, rows, target is not None and target.is_pooled)
-    early = answers_of_probe(probe, read, subsets)
+    early = answers_of_probe(probe, read, subsets, None if target is None else target.gates)
     full = recording.tokens[rows]
     return Judged(early.features, early.tokens, full, loss(early, full, rows))
 
@@ -188,13 +183,14 @@ def _in_order(places: Sequence[Ints], parts: Sequence[Judged]) -> Judged:
     )
 
 
-def fit_crf_chain(exits: Sequence[FittedExit]) -> list[FittedExit]:
+def fit_crf_chain(exits: Sequence[FittedExit], target: Target) -> list[FittedExit]:
     """Give the chosen exit points (ascending, at least one) a CRF over all of them."""
+    unseen = [exit.fitted for exit in exits]
     steps = fit_crf(
-        torch.stack([fitted.fitted.features for fitted in exits], dim=1),
-        np.stack([fitted.fitted.settled for fitted in exits], axis=1),
+        torch.stack([one.features for one in unseen], dim=1),
+        np.stack([target.settled(one.agrees, one.loss) for one in unseen], axis=1),
     )
-    fitted = _scores_of_chain([exit.fitted for exit in exits], steps)
+    fitted = _scores_of_chain(unseen, steps)
     held_out = _scores_of_chain([exit.held_out for exit in exits], steps)
     parts = zip(exits, steps, fitted, held_out, strict=True)
     return [

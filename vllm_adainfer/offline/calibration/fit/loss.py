@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.policy.gates import Gates
 from vllm_adainfer.policy.probabilities import LabelProbabilities
 
 RightTokens = Sequence[set[int]]  # by prompt
@@ -81,6 +82,16 @@ class FullDepthLabels:
         if the best token of the vocabulary is no label.
         """
         return partial(self._wrong, tolerance, with_mass)
+
+    def loss_of_gates(self, gates: Gates) -> Loss:
+        """1 where an answer is on the wrong side of one of `gates`, else 0."""
+
+        def loss(early: ProbeAnswers, full: Ints, rows: Ints) -> Floats:
+            assert early.probabilities is not None
+            among = early.probabilities.among.log(), self.probabilities.among[rows].log()
+            return gates.wrong(*among).numpy().astype(np.float64)
+
+        return loss
 
     def _wrong(
         self, tolerance: float, with_mass: bool, early: ProbeAnswers, full: Ints, rows: Ints

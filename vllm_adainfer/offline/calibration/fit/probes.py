@@ -12,8 +12,14 @@ from dataclasses import dataclass, replace
 from adainfer_kernels import Head, Lens
 from torch import Tensor
 
-from vllm_adainfer.arrays import Ints
-from vllm_adainfer.artifact.kinds import FEATURES, LABEL_HEADS, PROBABILITY_FEATURES, ProbeKind
+from vllm_adainfer.arrays import Bools, Floats, Ints
+from vllm_adainfer.artifact.kinds import (
+    FEATURES,
+    GATE_FEATURES,
+    LABEL_HEADS,
+    PROBABILITY_FEATURES,
+    ProbeKind,
+)
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.fit import ridge
@@ -27,6 +33,7 @@ from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, ProbeAns
 from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.first_tokens import FirstTokens
+from vllm_adainfer.policy.gates import Gates
 from vllm_adainfer.policy.probabilities import features_of, probabilities_of_scores
 from vllm_adainfer.policy.probe import LabelHead, Probe
 from vllm_adainfer.policy.reading import features_among
@@ -59,6 +66,7 @@ class Target:
         subsets: bool [rows, labels], the labels that each row of the recording is about, if they
             are a pool; None if each row is about all of them.
         first_tokens: the first tokens of choices, if `label_ids` stand for such.
+        gates: what probabilities are compared with, if only their side of it is promised.
         never_early: those of `label_ids` that the policy promises to be no early answer.
 
     """
@@ -68,6 +76,7 @@ class Target:
     full_depth: FullDepthLabels | None = None
     subsets: Tensor | None = None
     first_tokens: FirstTokens | None = None
+    gates: Gates | None = None
     never_early: frozenset[int] = frozenset()
 
     @property
@@ -91,7 +100,17 @@ class Target:
     @property
     def features(self) -> tuple[str, ...]:
         """The names of the classifiers' features."""
+        if self.gates is not None:
+            return GATE_FEATURES
         return FEATURES if self.full_depth is None else PROBABILITY_FEATURES
+
+    def settled(self, agrees: Bools, loss: Floats) -> Bools:
+        """[rows], whether an answer with this loss is as good as the full model's.
+
+        If only gates are promised, another label may be as good; see `Judged` for the arguments.
+        """
+        settled: Bools = (loss == 0) & (agrees | (self.gates is not None))
+        return settled
 
     def subsets_of(self, rows: Ints) -> Tensor | None:
         """The subsets of decision `rows`."""
@@ -149,24 +168,26 @@ def taught_by_full_depth(recording: Recording, target: Target, rows: Ints, read:
 
 
 def answers_of_probe(
-    probe: StateProbe, states: Tensor, subsets: Tensor | None = None
+    probe: StateProbe, states: Tensor, subsets: Tensor | None = None, gates: Gates | None = None
 ) -> ProbeAnswers:
     """The answers of `probe` for `states`, which are what `Recording.read_by_probe` returns.
 
-    `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
+    `subsets`, bool [rows, labels], are the labels that each row is about; None for all. `gates` are
+    those of the target.
     """
     if isinstance(probe, Probe):
         result = probe.score(probe.readout(states))
         return ProbeAnswers(result.features, result.top1_id.numpy())
-    return answers_of_scores(probe, probe.score(states, subsets))
+    return answers_of_scores(probe, probe.score(states, subsets), gates)
 
 
-def answers_of_scores(head: LabelHead, scores: Tensor) -> ProbeAnswers:
-    """The answers of a label head that has given some rows `scores`."""
+def answers_of_scores(head: LabelHead, scores: Tensor, gates: Gates | None) -> ProbeAnswers:
+    """The answers of a label head that has given some rows `scores`; see `Target` for `gates`."""
     tokens = head.token_ids[scores[:, : len(head.token_ids)].argmax(dim=1)].numpy()
     if not head.reads_mass:
         return ProbeAnswers(features_among(scores), tokens)
-    return ProbeAnswers(features_of(scores), tokens, probabilities_of_scores(scores))
+    features = features_of(scores) if gates is None else gates.features(scores[:, :-1])
+    return ProbeAnswers(features, tokens, probabilities_of_scores(scores))
 
 
 def logit_lens(recording: Recording, target: Target) -> Probe:

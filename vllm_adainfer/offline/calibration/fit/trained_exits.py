@@ -84,7 +84,8 @@ def _fit_exit(
     )
     judged, asked = unseen
     linear: ClassifierKind = "svm" if kind == "crf" else kind
-    features, settled = judged.features[torch.from_numpy(asked)], judged.settled[asked]
+    features = judged.features[torch.from_numpy(asked)]
+    settled = target.settled(judged.agrees, judged.loss)[asked]
     classifier = fit_classifier(linear, features, settled, seed, target.features)
     if classifier is None:
         return None
@@ -103,5 +104,8 @@ def _judge(
 ) -> tuple[Judged, Bools]:
     """The answers for decision `rows`, and for which of them it is asked."""
     scores, asked = trained.scores(recording.prompts[rows], target.subsets_of(rows))
-    early, full = answers_of_scores(trained.probe.head, scores), recording.tokens[rows]
+    early, full = (
+        answers_of_scores(trained.probe.head, scores, target.gates),
+        recording.tokens[rows],
+    )
     return Judged(early.features, early.tokens, full, loss(early, full, rows)), asked

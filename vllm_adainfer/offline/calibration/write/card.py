@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.promise import (
+    RIGHT_SIDE,
     about_labels,
     after_which_text,
     each_for_itself,
@@ -150,6 +151,8 @@ def _tolerated(config: ArtifactConfig) -> list[list[str]]:
     """Rows about a policy for probabilities."""
     if config.risk != "probability":
         return []
+    if config.gates:
+        return [["gates", wrong_in_words(config)], ["served", RIGHT_SIDE]]
     mass = "certified: probabilities in the whole vocabulary are served, too"
     if not config.label_mass:
         mass = "not certified: only probabilities among the labels are served"
