@@ -29,13 +29,14 @@ import typer
 
 from benchmarks.common.minilm import fetch_minilm
 from benchmarks.common.report_files import write_report
+from benchmarks.offline.in_turn import hold_back, measured, run_in_turn
 from benchmarks.offline.slow_model import with_idle_layers
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
+from vllm_adainfer.engine.admission.requested_output import OutputKind
 from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
-from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fitted_policy import (
@@ -49,31 +50,23 @@ from vllm_adainfer.offline.calibration.prompts import (
     Prompts,
     load_prompts,
     right_tokens,
-    split_of,
 )
-from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.recordings import record_own_states, record_prompts
 from vllm_adainfer.offline.calibration.trained_probes import (
     branches_of,
     layers_to_branch,
     student_of,
 )
-from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, write_artifact
-from vllm_adainfer.offline.evaluation.measure import WARM_UP, run
-from vllm_adainfer.offline.evaluation.requests import request_params
-from vllm_adainfer.offline.evaluation.run import Run
-from vllm_adainfer.offline.evaluation.sequences import compare
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
-from vllm_adainfer.offline.progress import progress, say
+from vllm_adainfer.offline.progress import say
 from vllm_adainfer.offline.provenance import provenance
-from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
+from vllm_adainfer.offline.reports.shares import spelled
 from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.student import Student
-from vllm_adainfer.settings.request import EXIT_ARG
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    pass
 
 CACHE = Path(__file__).parents[2] / ".cache"
 ROWS_IN_A_STEP = 64
@@ -162,15 +155,17 @@ class Made:
     keeps_student: bool
     student_seconds: float
 
+    def rights(self, model: str) -> list[set[int]]:
+        """The right tokens of the prompts that test."""
+        _, tokenizer = load_config_and_tokenizer(model)
+        examples = [self.prompts.examples[place] for place in self.tests.tolist()]
+        return right_tokens(examples, self.prompts.labels, tokenizer)
+
 
 def made_policies(request: CalibrationRequest, test: int) -> Made:
     """Record all prompts, and make the policies from all but the last ones."""
-    prompts = load_prompts(request)
+    prompts, tests = hold_back(load_prompts(request), request, test)
     assert prompts.student is not None
-    groups = prompts.split.groups
-    first = int(np.searchsorted(groups, groups[-test]))  # groups stay together
-    split = replace(split_of(groups[:first], request.options), groups=groups)
-    prompts = replace(prompts, split=split)
     recording = record_prompts(request, prompts)
     plain = calibration_of(request, prompts, recording)
     exits = best_heads(plain, "pooled-label-head")
@@ -188,7 +183,7 @@ def made_policies(request: CalibrationRequest, test: int) -> Made:
             ALL: make_policy(replace(both, branches=branches), exits.heads),
         }
     seconds = cost.student_seconds(student, ROWS_IN_A_STEP, plain.recording.threads)
-    return Made(prompts, np.arange(first, len(groups)), policies, kept, seconds)
+    return Made(prompts, tests, policies, kept, seconds)
 
 
 def alone(calibration: Calibration) -> Calibration:
@@ -202,23 +197,13 @@ def measure_all(
     request: CalibrationRequest, made: Made, folder: Path, repeat: int
 ) -> list[dict[str, Any]]:
     """Run stock and each policy, in turn, on the prompts that calibrated nothing."""
-    hf_config, tokenizer = load_config_and_tokenizer(request.model)
     epsilon = request.options.epsilon
     certified = {name: one for name, one in made.policies.items() if epsilon in one.points}
     for name in made.policies.keys() - certified.keys():
         say(f"{name}: nothing is certified")
-    for name, policy in certified.items():
-        write_artifact(policy, request.model, hf_config, request.template, folder / name)
     examples = [made.prompts.examples[place] for place in made.tests.tolist()]
-    rights = right_tokens(examples, made.prompts.labels, tokenizer)
-    stock = start_engine(request.model, examples)
-    switch = {"artifact": {name: str(folder / name) for name in certified}}
-    ours = start_engine(request.model, examples, switch)
-    try:
-        rounds = _rounds(stock, ours, examples, certified, hf_config, repeat)
-    finally:
-        stop_engine(ours)
-        stop_engine(stock)
+    rights = made.rights(request.model)
+    rounds = run_in_turn(request, certified, examples, folder, repeat)
     return [
         {
             "name": name,
@@ -232,71 +217,11 @@ def measure_all(
                 if isinstance(exit.probe, (Branch, Student))
             },
             "expected_ms": {part: 1e3 * s for part, s in policy.expected.items()},
-            **_measured(rounds, name, rights),
+            **measured(rounds, name, OutputKind.TOKEN, rights),
             **resampled(policy, made),
         }
         for name, policy in certified.items()
     ]
-
-
-def _rounds(
-    stock: LLM,
-    ours: LLM,
-    examples: Sequence[Example],
-    policies: Mapping[str, FittedPolicy],
-    hf_config: Any,
-    repeat: int,
-) -> list[dict[str, Run]]:
-    """For each round, the run of stock, of ours without exits, and of each policy, by name."""
-    configs = {name: policy_config(one, "", hf_config) for name, one in policies.items()}
-    some = next(iter(configs.values()))
-
-    def once(engine: LLM, name: str, prompts: Sequence[Example]) -> Run:
-        arguments = {EXIT_ARG: 0} if name == "never" else {"adainfer_policy": name}
-        config = configs.get(name, some)
-        own = None if engine is stock else arguments
-        params = [request_params(config, one.labels, own) for one in prompts]
-        return run(engine, prompts, params, config, engine is ours, None)
-
-    runs = {"stock": stock, "never": ours, **dict.fromkeys(policies, ours)}
-    for name, engine in runs.items():
-        once(engine, name, examples[:WARM_UP])
-    rounds = []
-    with progress(total=repeat * len(runs), desc="measure", unit="run") as done:
-        for _ in range(repeat):
-            found = {}
-            for name, engine in runs.items():
-                found[name] = once(engine, name, examples)
-                done.update()
-            rounds.append(found)
-    return rounds
-
-
-def _measured(
-    rounds: Sequence[Mapping[str, Run]], name: str, rights: Sequence[set[int]]
-) -> dict[str, Any]:
-    """Medians over the rounds; the answers are those of the first."""
-    first, n = rounds[0][name], len(rights)
-    changed = round(compare(first.texts, rounds[0]["never"].texts).disagreement * n)
-
-    def accuracy(run: Run) -> float:
-        pairs = zip(run.texts, rights, strict=True)
-        return sum(text[0] in right for text, right in pairs) / n
-
-    return {
-        "settled_at_0": first.exit_histogram.get(0, 0) / n,
-        "layers_saved": float(np.median([one[name].layers_saved for one in rounds])),
-        "speedups": [one["stock"].seconds / one[name].seconds for one in rounds],
-        "speedup": float(np.median([one["stock"].seconds / one[name].seconds for one in rounds])),
-        "never_exit": float(
-            np.median([one["stock"].seconds / one["never"].seconds for one in rounds])
-        ),
-        "stock_prompts_per_second": float(np.median([n / one["stock"].seconds for one in rounds])),
-        "changed": changed,
-        "changed_95": clopper_pearson(changed, n),
-        "accuracy": accuracy(first),
-        "stock_accuracy": accuracy(rounds[0]["stock"]),
-    }
 
 
 def resampled(policy: FittedPolicy, made: Made) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,15 @@ from vllm import SamplingParams
 
 from tests.conftest import tiny_engine
 from tests.e2e.oracle import hidden_states
+from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
+from vllm_adainfer.artifact.fields import Gate
+from vllm_adainfer.policy.gate_policy import GatePolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 
 PROMISES = {"risk": "probability", "tolerance": 0.05, "label_mass": True}
+GATE = {"risk": "probability", "gates": (Gate(label="bad", probability=0.5),)}
 CLOSE = 2e-4  # fp32 sums in another order, also over the vocabulary
 TIE = 1e-3
 _GENERATOR = np.random.default_rng(0)
@@ -60,18 +66,36 @@ def threshold(states, heads) -> float:
     return float(np.median(gaps))
 
 
-@pytest.fixture(scope="module")
-def artifact(tiny_model, threshold, tmp_path_factory) -> str:
+def artifact(tiny_model: Path, directory: Path, gap: float, promises: dict[str, Any]) -> str:
+    """Of two labels with a gate at 0.5, this gap is at this distance from the gate."""
+    threshold = 2 * math.atanh(gap) if "gates" in promises else gap
     thresholds = torch.full((2, len(EXIT_POINTS)), threshold)
+    return str(tiny_artifact(tiny_model, directory, thresholds, **promises))
+
+
+@pytest.fixture(
+    scope="module",
+    params=needed(
+        2,
+        of=[
+            ("raw_logprobs", ProbabilityPolicy),
+            ("processed_logprobs", ProbabilityPolicy),
+            ("raw_logprobs", GatePolicy),
+        ],
+    ),
+    ids=lambda param: f"{param[0]}-{param[1].__name__}",
+)
+def engine(request, tiny_model, threshold, tmp_path_factory) -> Any:
+    mode, kind = request.param
     directory = tmp_path_factory.mktemp("probabilities") / "policy"
-    return str(tiny_artifact(tiny_model, directory, thresholds, **PROMISES))
-
-
-@pytest.fixture(scope="module", params=["raw_logprobs", "processed_logprobs"])
-def engine(request, tiny_model, artifact) -> Any:
-    switch = {"artifact": artifact, "min_rows_saved": 1}
+    promises = GATE if kind is GatePolicy else PROMISES
+    switch = {"artifact": artifact(tiny_model, directory, threshold, promises), "min_rows_saved": 1}
     small = {"kv_cache_memory_bytes": 64 << 20, "max_model_len": 512}
-    return tiny_engine(tiny_model, switch, logprobs_mode=request.param, **small)
+    made = tiny_engine(tiny_model, switch, logprobs_mode=mode, **small)
+    runner = made.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    [policy] = runner.model_runner.model.loop.policies.policies
+    assert type(policy) is kind
+    return made
 
 
 def run(llm: Any, params: list[SamplingParams]) -> list[Any]:
@@ -168,9 +192,3 @@ def test_the_best_of_allowed_labels_are_probabilities_among_them_if_vllm_returns
             if token in got:
                 assert np.exp(got[token].logprob) == pytest.approx(probability, abs=CLOSE)
         assert len([token for token in label_ids if token in got]) == min(best, len(label_ids))
-
-
-def test_an_artifact_of_this_kind_is_served_by_its_own_policy(engine):
-    runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    [policy] = runner.model_runner.model.loop.policies.policies
-    assert isinstance(policy, ProbabilityPolicy)

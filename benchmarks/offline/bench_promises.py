@@ -1,0 +1,231 @@
+r"""What each promise costs: the best label, a tolerance, gates, one label's recall, never early.
+
+    .venv/bin/python benchmarks/offline/bench_promises.py --model MODEL --title SST-2 \
+        --data rows.jsonl --template $'Review: {text}\nSentiment:' --labels negative,positive
+
+The prompts are recorded once. The last `--test` of them, in random order, calibrate nothing; on
+them a policy of each promise runs in one engine, in turn with stock vLLM. Requests ask for what a
+policy promises: a label, or its probabilities. That engine is cut at the exit points of all
+policies, which costs each of them a little.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
+
+import numpy as np
+import typer
+
+from benchmarks.common.report_files import write_report
+from benchmarks.offline.in_turn import Round, hold_back, measured, run_in_turn
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Gate, LabelBound
+from vllm_adainfer.cli.app import errors_as_sentences
+from vllm_adainfer.cli.arguments import names_of
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.calibration.label_promises import check_rows
+from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens
+from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.offline.calibration.recordings import record_prompts
+from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config
+from vllm_adainfer.offline.evaluation.by_label import label_rows
+from vllm_adainfer.offline.evaluation.gates import gate_rows
+from vllm_adainfer.offline.evaluation.probabilities import probability_rows
+from vllm_adainfer.offline.evaluation.requests import promised_output
+from vllm_adainfer.offline.evaluation.run import NEVER_EXIT
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.offline.progress import say
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
+from vllm_adainfer.offline.tables import markdown_table
+
+GATES = (0.8, 0.9, 0.95)
+TOLERANCES = (0.1, 0.05)
+RECALL = 0.01
+
+
+@errors_as_sentences
+def main(
+    model: Annotated[str, typer.Option()],
+    data: Annotated[Path, typer.Option(help="Rows, with right labels.")],
+    title: Annotated[str, typer.Option(help="Name of the task.")],
+    labels: Annotated[str, typer.Option()],
+    template: Annotated[str | None, typer.Option()] = None,
+    test: Annotated[int, typer.Option(help="Prompts that calibrate nothing.")] = 600,
+    epsilon: Annotated[float, typer.Option()] = 0.02,
+    repeat: Annotated[int, typer.Option(help="Rounds of stock and all policies.")] = 3,
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/promises.json"),
+) -> None:
+    """Calibrate, measure, and add the task to the JSON and the Markdown of `output`."""
+    with tempfile.TemporaryDirectory() as folder:
+        request = CalibrationRequest(
+            model=model,
+            data=data,
+            output=Path(folder),
+            template=template,
+            labels=names_of(labels),
+            probe="pooled-label-head",
+            options=PolicyOptions(epsilon=epsilon),
+        )
+        prompts, tests = hold_back(load_prompts(request), request, test)
+        policies = made_policies(request, prompts, record_prompts(request, prompts))
+        rows = measure_all(request, prompts, tests, policies, Path(folder), repeat)
+    report = {
+        "task": title,
+        "model": Path(model).name,
+        "epsilon": epsilon,
+        "prompts": len(prompts.examples) - len(tests),
+        "test": len(tests),
+        "policies": rows,
+        "provenance": provenance(),
+    }
+    found = json.loads(output.read_text()) if output.is_file() else []
+    reports = [*(one for one in found if one["task"] != title), report]
+    write_report(output, reports, "\n".join(map(table, reports)))
+
+
+def promises(options: PolicyOptions, labels: Sequence[str]) -> dict[str, PolicyOptions]:
+    """The options of each policy, by what it promises."""
+    last, reads = labels[-1], replace(options, risk="probability")
+    found = {"the best label": options}
+    for tolerance in TOLERANCES:
+        found[f"each probability within {tolerance:g}"] = replace(reads, tolerance=tolerance)
+    for name, label in ((f"P({last})", last), ("the best label's P", None)):
+        for number in GATES:
+            gate = Gate(label=label, probability=number)
+            found[f"{name} on its side of {number:g}"] = replace(reads, gates=(gate,))
+    for label in labels:
+        recall = LabelBound(kind="recall", label=label, epsilon=RECALL)
+        found[f"recall of {label}, {RECALL:.0%}"] = replace(options, label_bounds=(recall,))
+    for label in labels:
+        found[f"{label} never early"] = replace(options, never_early=(label,))
+    return found
+
+
+def made_policies(
+    request: CalibrationRequest, prompts: Prompts, recording: Recording
+) -> dict[str, FittedPolicy]:
+    """The policy of each promise that can be certified and pays."""
+    policies = {}
+    names = [label.name for label in prompts.labels]
+    for promise, options in promises(request.options, names).items():
+        calibration = calibration_of(replace(request, options=options), prompts, recording)
+        try:
+            check_rows(calibration.label_tests, calibration.held_out_answers)
+        except AdaInferError as error:
+            say(f"{promise}: {error}")
+            continue
+        policy = best_heads(calibration, request.probe)
+        if options.epsilon not in policy.points:
+            say(f"{promise}: nothing is certified")
+        elif options.tolerance is not None and not policy.calibration.with_mass:
+            say(f"{promise}: without the label mass, which this engine's requests read")
+        else:
+            policies[promise] = policy
+    return policies
+
+
+def measure_all(
+    request: CalibrationRequest,
+    prompts: Prompts,
+    tests: Ints,
+    policies: Mapping[str, FittedPolicy],
+    folder: Path,
+    repeat: int,
+) -> list[dict[str, Any]]:
+    """Run stock and each policy, in turn, on the prompts that calibrated nothing."""
+    hf_config, tokenizer = load_config_and_tokenizer(request.model)
+    examples = [prompts.examples[place] for place in tests.tolist()]
+    rights = right_tokens(examples, prompts.labels, tokenizer)
+    by_name = {f"policy-{number}": one for number, one in enumerate(policies.values())}
+    rounds = run_in_turn(request, by_name, examples, folder, repeat)
+    rows = []
+    for promise, (name, policy) in zip(policies, by_name.items(), strict=True):
+        config = policy_config(policy, "", hf_config)
+        rows.append(
+            {
+                "promise": promise,
+                "exit_points": [exit.layer for exit in policy.exits],
+                **measured(rounds, name, promised_output(config), rights),
+                **wrong(rounds, name, config, examples),
+            }
+        )
+    return rows
+
+
+def wrong(
+    rounds: Sequence[Round], name: str, config: ArtifactConfig, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """How often a policy's answers break its promise; of the first round."""
+    kind, groups = promised_output(config), np.arange(len(examples))
+    ours, never = rounds[0].ours[name], rounds[0].never[kind]
+    if config.risk != "probability":
+        changed = sum(a != b for a, b in zip(ours.texts, never.texts, strict=True))
+        found: dict[str, Any] = {
+            "wrong": changed / len(examples),
+            "wrong_95": clopper_pearson(changed, len(examples)),
+        }
+        if config.label_bounds:
+            [promise] = config.label_bounds
+            labels = label_rows(config, examples, groups, ours.texts, never.texts)
+            found["label"] = next(row for row in labels if row["label"] == promise.label)
+        return found
+    by_epsilon = {level.epsilon: ours for level in config.levels} | {NEVER_EXIT: never}
+    pairs = [(rounds[0].stock[kind], by_epsilon)]
+    if config.gates:
+        levels = gate_rows(config, groups, pairs)["levels"]
+    else:
+        levels = probability_rows(config, examples, groups, pairs)["levels"]
+    return {key: levels[0][key] for key in ("wrong", "wrong_95")}
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: a row per promise."""
+    rows = []
+    for one in report["policies"]:
+        least, most = min(one["speedups"]), max(one["speedups"])
+        broken = spelled(one["wrong"], tuple(one["wrong_95"]))
+        if "label" in one:
+            recall, (low, high) = one["label"]["recall"], one["label"]["recall_95"]
+            broken += f"; of {one['label']['label']} {spelled(1 - recall, (1 - high, 1 - low))}"
+        rows.append(
+            [
+                one["promise"],
+                ", ".join(map(str, one["exit_points"])),
+                f"{one['layers_saved']:.1%}",
+                f"**{one['speedup']:.2f}x** ({least:.2f} to {most:.2f})",
+                broken,
+                f"{one['stock_accuracy']:.1%} / {one['accuracy']:.1%}",
+            ]
+        )
+    columns = [
+        "promise",
+        "exit points",
+        "layers saved",
+        "speed-up (rounds)",
+        "broken (95 %)",
+        "accuracy, stock / ours",
+    ]
+    never = report["policies"][0]["never_exit"] if report["policies"] else float("nan")
+    return (
+        f"{report['task']}: {report['prompts']} prompts calibrate, {report['test']} test; epsilon "
+        f"{report['epsilon']:.0%}; never exiting {never:.2f}x; {report['provenance']['cpu']}\n\n"
+        f"{markdown_table(columns, rows, text_columns=2)}\n"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
