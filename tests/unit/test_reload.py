@@ -9,7 +9,7 @@ import torch
 
 from tests.tiny import EXIT_POINTS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.artifact import Artifact, digest_of
-from vllm_adainfer.artifact.fields import Adapter, Label, Level
+from vllm_adainfer.artifact.fields import Adapter, Gate, Label, Level
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.runner import ranks as agreement
 from vllm_adainfer.engine.worker.reload import check_replaces
@@ -67,6 +67,7 @@ def test_what_a_running_engine_cannot_change_to_is_refused_with_its_cure(
     assert sentence in str(caught.value)
 
 
+GATE = Gate(label="bad", probability=0.5)
 PROBABILITY: dict[str, Any] = {"risk": "probability", "tolerance": 0.05}
 
 
@@ -94,12 +95,24 @@ PROBABILITY: dict[str, Any] = {"risk": "probability", "tolerance": 0.05}
             {**PROBABILITY, "label_mass": True},
             "policy reviews certifies the label mass, unlike the one before: restart the engine",
         ),
+        (
+            {**PROBABILITY, "tolerance": None, "gates": (GATE,)},
+            {**PROBABILITY, "tolerance": None, "gates": (Gate(probability=0.5),)},
+            "policy reviews has other gates than before: restart the engine",
+        ),
+        (PROBABILITY, {**PROBABILITY, "tolerance": None, "gates": (GATE,)}, "has other gates than"),
+        (
+            {"never_early": ("bad",)},
+            {},
+            "policy reviews keeps other labels from being early answers than the one before: rest",
+        ),
     ],
-    ids=["to probability", "from probability", "mass lost", "mass won"],
+    ids=[
+        *("to probability", "from probability", "mass lost", "mass won"),
+        *("other gate", "to a gate", "never early"),
+    ],
 )
-def test_a_reload_may_not_change_which_probabilities_are_promised(
-    tiny_model, before, after, sentence
-):
+def test_a_reload_may_not_change_what_is_promised(tiny_model, before, after, sentence):
     old, new = tiny_config(tiny_model, **before), tiny_config(tiny_model, **after)
     with pytest.raises(AdaInferError) as caught:
         check_replaces("reviews", new, old, EXIT_POINTS)

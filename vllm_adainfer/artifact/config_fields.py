@@ -9,6 +9,7 @@ from pydantic import Field
 from vllm_adainfer.artifact.fields import (
     MOST_ANSWERS,
     MOST_CHOICES,
+    MOST_PROMISES,
     Adapter,
     Choice,
     Gate,
@@ -96,6 +97,7 @@ class ConfigFields(Strict):
     )
     gates: tuple[Gate, ...] = Field(
         default=(),
+        max_length=MOST_PROMISES,
         description="Numbers that requests compare a label's probability with. An answer is wrong "
         "if the probability is on the other side than at full depth.",
     )
@@ -105,11 +107,14 @@ class ConfigFields(Strict):
     )
     label_bounds: tuple[LabelBound, ...] = Field(
         default=(),
+        max_length=MOST_PROMISES,
         description="Promises about one label each, which hold beside epsilon: all of them "
         "together with probability 1 - delta.",
     )
     never_early: tuple[str, ...] = Field(
-        default=(), description="Labels that no early answer ever is: such requests run on."
+        default=(),
+        max_length=MOST_ANSWERS,
+        description="Labels that no early answer ever is: such requests run on.",
     )
     label_pool: bool = Field(
         False, description="Whether each request names its own labels, two or more of these."

@@ -13,6 +13,7 @@ from vllm_adainfer.artifact.kinds import LabelBoundKind
 MOST_ANSWERS = 1024  # label tokens
 MOST_CHOICES = 256
 MOST_CHOICE_CHARACTERS = 16_384  # of all choices together
+MOST_PROMISES = 64  # gates, or promises about one label
 MOST_STUDENT_TOKENS = 512  # what a student reads of a prompt, in tokens of its own
 
 TokenId = Annotated[int, Field(ge=0)]

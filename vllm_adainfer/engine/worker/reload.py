@@ -141,6 +141,11 @@ def check_replaces(
             f"policy {name} bounds {new.risk}, the one before {old.risk}: the two policies "
             "admit different requests: restart the engine"
         )
+    if set(new.never_early) != set(old.never_early):
+        raise AdaInferError(
+            f"policy {name} keeps other labels from being early answers than the one before: "
+            "restart the engine"
+        )
     if set(new.gates) != set(old.gates):
         raise AdaInferError(f"policy {name} has other gates than before: restart the engine")
     if new.label_mass != old.label_mass:
