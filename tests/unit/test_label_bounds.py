@@ -214,8 +214,8 @@ def test_the_promises_in_words(tiny_model):
     bounds = (promised("recall", "bad", 0.005), promised("precision", "good", 0.02))
     config = config_with(tiny_model, label_bounds=bounds, never_early=("good",))
     assert about_labels(config) == [
-        "at most 0.5 % of the requests that full depth answers with bad get another answer",
-        "at most 2 % of the requests answered with good get another answer",
+        "at most 0.5 % of the requests that full depth answers with bad are answered otherwise",
+        "at most 2 % of the requests answered with good are answered otherwise at full depth",
         "no early answer is good: such requests run all layers",
     ]
     assert about_labels(tiny_config(tiny_model)) == []

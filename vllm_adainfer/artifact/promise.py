@@ -41,16 +41,18 @@ def student_in_words(student: Student) -> str:
     )
 
 
+OTHERWISE = "are answered otherwise"
+
+
 def about_labels(config: ArtifactConfig) -> list[str]:
     """What a policy promises about single labels, a phrase for each promise."""
     phrases = []
     for promise in config.label_bounds:
-        which = f"that full depth answers with {promise.label}"
-        if promise.kind == "precision":
-            which = f"answered with {promise.label}"
-        phrases.append(
-            f"at most {100 * promise.epsilon:g} % of the requests {which} get another answer"
-        )
+        share = f"at most {100 * promise.epsilon:g} % of the requests"
+        if promise.kind == "recall":
+            phrases.append(f"{share} that full depth answers with {promise.label} {OTHERWISE}")
+        else:
+            phrases.append(f"{share} answered with {promise.label} {OTHERWISE} at full depth")
     if config.never_early:
         labels = " or ".join(config.never_early)
         phrases.append(f"no early answer is {labels}: such requests run all layers")

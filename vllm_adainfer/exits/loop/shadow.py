@@ -103,9 +103,11 @@ class ShadowAnswers:
 
 def warn_of_label(policy: str, promise: LabelBound, broken: MonitorStatus) -> None:
     """Log that a promise about one label does not hold."""
-    which = "that full depth answers with" if promise.kind == "recall" else "answered with"
+    which = "that full depth answers with it are answered otherwise"
+    if promise.kind == "precision":
+        which = "answered with it are answered otherwise at full depth"
     logger.warning(
-        "policy %s: the %s of %s is broken: %d of %d shadow requests %s it got another answer "
+        "policy %s: the %s of %s is broken: %d of %d shadow requests %s "
         "(at least %.2f%%, promised %g%%), so requests at this level run at full depth from now "
         "on: calibrate again, on prompts like those served now",
         policy,
