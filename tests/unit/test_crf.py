@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.chain import log_odds, log_sum, potentials
 from vllm_adainfer.offline.calibration.fit.crf import fit_crf
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored, fit_crf_chain
+from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import score
 
@@ -116,7 +117,7 @@ def test_chosen_exit_points_are_chained_on_both_halves():
         )
         for index, layer in enumerate((3, 6, 9))
     ]
-    chained = fit_crf_chain(exits)
+    chained = fit_crf_chain(exits, Target("label-head", torch.tensor([0, 1])))
     steps = fit_crf(*halves[0])
     for half, (features, settled) in zip(("fitted", "held_out"), halves, strict=True):
         found = [getattr(fitted, half) for fitted in chained]

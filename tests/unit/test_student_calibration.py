@@ -35,7 +35,7 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifa
 from vllm_adainfer.offline.reports.describe import describe
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.load_policy import policy_of
-from vllm_adainfer.policy.student import Student
+from vllm_adainfer.policy.student import Student, TextEncoder
 
 HINTS = (101, 202)  # a word for each label
 
@@ -82,35 +82,40 @@ def found(recording) -> Any:
         return best_policy(calibration(recording), "auto", base_of(recording, unreadable=4))
 
 
-def test_a_student_learns_what_the_words_say_from_the_rows_it_may_see(recording):
+def test_a_student_learns_what_the_words_say_and_half_students_of_the_other_half(recording):
     trained = student_of(calibration(recording), base_of(recording))
-    fit = recording.rows_of(SPLIT.fit)
-    unseen = fit[trained.unseen]
-    assert 0 < len(unseen) < len(fit) / 3
-    texts = [trained.base.texts[row] for row in unseen]
-    answers = LABEL_IDS[trained.student.score(texts).argmax(1)].numpy()
-    assert np.mean(answers == recording.tokens[unseen]) > 0.75
+    fit, certify = recording.rows_of(SPLIT.fit), recording.rows_of(SPLIT.certify)
+    texts = [trained.base.texts[row] for row in certify]
+    own = LABEL_IDS[trained.student.score(texts).argmax(1)].numpy()
+    assert np.mean(own == recording.tokens[certify]) > 0.75
+    halves = LABEL_IDS[trained.unseen.argmax(1)].numpy()
+    assert 0.6 < np.mean(halves == recording.tokens[fit]) < 0.95, "they know half as much"
     again = student_of(calibration(recording), base_of(recording))
     assert torch.equal(again.student.score(texts), trained.student.score(texts))
+    assert torch.equal(again.unseen, trained.unseen)
 
 
 @pytest.mark.parametrize(
     ("errors", "kept"),
-    [([0.9, 0.8, 0.9, 0.85], 3), ([0.9, 0.5, 0.7, 0.1], 1), ([0.9, 0.5, 0.6, 0.8], 1)],
+    [([0.9, 0.8, 0.9, 0.85], 4), ([0.9, 0.5, 0.7, 0.1], 2), ([0.9, 0.5, 0.6, 0.8], 2)],
     ids=["noise", "at once", "little by little"],
 )
-def test_training_goes_to_its_end_unless_the_student_overfits(recording, monkeypatch, errors, kept):
+def test_training_goes_to_its_end_unless_the_student_overfits(monkeypatch, errors, kept):
     biases, left = [], iter(errors)
 
     def error(net: Any, *_: Any) -> float:
         biases.append(net.head.bias.detach().clone())
         return next(left)
 
-    monkeypatch.setattr(students, "EPOCHS", len(errors))
     monkeypatch.setattr(training, "_error", error)
-    monkeypatch.setattr(training, "_soften", lambda *_: None)
-    found = student_of(calibration(recording), base_of(recording)).student.head.bias
-    assert torch.equal(found, biases[kept])
+    taught = Taught(torch.empty(40, 0), torch.eye(2).repeat(20, 1))
+    words, rows = [(400 + number % 7,) for number in range(40)], np.arange(40)
+    net = training.Net(TextEncoder(student.bert()), student.WIDTH, taught)
+    how = training.Training("a student", len(errors), 1e-3, seed=0)
+    bar = SimpleNamespace(update=lambda: None)
+    found, epochs = training._Trainer(words, taught, how, bar).until_it_overfits(net, rows, rows)
+    assert epochs == kept
+    assert torch.equal(found.head.bias, biases[kept - 1])
     assert len({tuple(bias.tolist()) for bias in biases}) == len(biases)
 
 
@@ -119,23 +124,42 @@ def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, m
     plain = student_of(calibration(recording), base_of(recording))
     monkeypatch.setattr(training, "LARGEST_LEAD", 0.5)
     softer = student_of(calibration(recording), base_of(recording))
-    texts = [plain.base.texts[row] for row in recording.rows_of(SPLIT.fit)[plain.unseen]]
-    scores = [one.student.score(texts) for one in (plain, softer)]
-    leads = [(one[:, 0] - one[:, 1]).abs() for one in scores]
-    assert leads[0].quantile(training.LEADS_UP_TO) > 0.6
-    assert leads[1].quantile(training.LEADS_UP_TO) == pytest.approx(0.5, abs=0.05)
-    assert torch.equal(scores[0].argmax(1), scores[1].argmax(1))
+    texts = [plain.base.texts[row] for row in recording.rows_of(SPLIT.fit)]
+    for scores in (
+        [one.student.score(texts) for one in (plain, softer)],
+        [one.unseen for one in (plain, softer)],
+    ):
+        leads = [(one[:, 0] - one[:, 1]).abs() for one in scores]
+        assert leads[0].quantile(training.LEADS_UP_TO) > 0.6
+        assert leads[1].quantile(training.LEADS_UP_TO) == pytest.approx(0.5, abs=0.05)
+        assert torch.equal(scores[0].argmax(1), scores[1].argmax(1))
 
 
-def test_rows_it_may_not_see_and_held_out_rows_change_no_weight_of_an_epoch(recording, monkeypatch):
-    """They only choose between epochs, so with one epoch they change nothing at all."""
-    monkeypatch.setattr(students, "EPOCHS", 1)
+def test_held_out_rows_change_no_weight(recording):
     plain = student_of(calibration(recording), base_of(recording))
     base = base_of(recording)
-    learned = recording.rows_of(SPLIT.fit)[~plain.unseen]
+    learned = recording.rows_of(SPLIT.fit)
     texts = [(9,) if row not in learned else text for row, text in enumerate(base.texts)]
     again = student_of(calibration(recording), replace(base, texts=texts))
     assert torch.equal(again.student.head.weight, plain.student.head.weight)
+    assert torch.equal(again.unseen, plain.unseen)
+
+
+def test_what_is_said_of_a_half_is_learned_from_the_other_one(recording, monkeypatch):
+    """Rows that judge a net only tell when it overfits: never after one epoch."""
+    monkeypatch.setattr(students, "EPOCHS", 1)
+    base, rows = base_of(recording), np.arange(200)
+    halves = rows % 2
+    labels = torch.eye(2)[torch.from_numpy(halves)]
+
+    def unseen(labels: torch.Tensor) -> torch.Tensor:
+        taught = Taught(torch.empty(200, 0), labels)
+        return students.train_student(base, taught, rows, halves, LABEL_IDS, seed=0).unseen
+
+    plain, other = unseen(labels), unseen(torch.where(labels[:, :1] > 0, 1 - labels, labels))
+    same = (plain == other).all(dim=1).numpy()
+    assert same[halves == 0].all()
+    assert not same[halves == 1].any()
 
 
 def test_the_policy_asks_it_first_and_its_bound_covers_all_exits(found, recording):
@@ -155,9 +179,8 @@ def test_the_policy_asks_it_first_and_its_bound_covers_all_exits(found, recordin
     assert found.calibration.bound.of(point.losses) <= EPSILON
 
 
-def test_all_candidates_are_compared_on_rows_that_the_student_has_not_seen(found):
-    unseen = int(found.student.unseen.sum())
-    assert {len(exit.fitted.loss) for exit in found.candidates} == {unseen}
+def test_all_candidates_are_compared_on_all_rows_that_fit(found):
+    assert {len(exit.fitted.loss) for exit in found.candidates} == {len(SPLIT.fit)}
 
 
 def test_prompts_it_cannot_read_are_never_settled_by_it(recording, found):
@@ -317,14 +340,12 @@ def test_minilm_learns_the_sentiment_of_reviews_from_a_few_hundred_of_them(monke
     base = replace(base, texts=[tuple(read.encode(row["text"]).ids) for row in rows])
     names = sorted({row["label"] for row in rows})
     right = torch.tensor([names.index(row["label"]) for row in rows])
-    unseen = np.arange(len(rows)) % 5 == 4
+    halves = np.arange(len(rows)) % 2
     taught = Taught(torch.empty(len(rows), 0), one_hot(right, len(names)).float())
     monkeypatch.setattr(students, "EPOCHS", 3)
     trained = students.train_student(
-        base, taught, np.arange(len(rows)), unseen, torch.arange(len(names)), seed=0
+        base, taught, np.arange(len(rows)), halves, torch.arange(len(names)), seed=0
     )
-    scores, asked = trained.scores(np.flatnonzero(unseen), None)
-    assert asked.all()
-    wanted = right[torch.from_numpy(unseen)]
-    commonest = wanted.bincount().max() / len(wanted)
-    assert (scores.argmax(1) == wanted).float().mean() > commonest + 0.1
+    assert trained.asked(np.arange(len(rows))).all()
+    commonest = right.bincount().max() / len(right)
+    assert (trained.unseen.argmax(1) == right).float().mean() > commonest + 0.1

@@ -267,7 +267,6 @@ def make_policy(
             options.seed,
             calibration.loss,
         )
-        tokens = tokens[trained[0].unseen]
     if generated:  # at later tokens, reading a layer's weights is what takes time
         tokens = np.ones_like(tokens)
     costs = measured_costs(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.branch import TrainedBranch, train_branch
 from vllm_adainfer.offline.calibration.fit.cost import untrained_branch_layers
@@ -19,7 +20,6 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
     fit_candidates,
     make_policy,
 )
-from vllm_adainfer.offline.calibration.record.collect import FOLDS
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.offline.progress import say
 
@@ -47,8 +47,15 @@ def branches_could_pay(policy: FittedPolicy) -> bool:
     return untrained_branch_layers(recording, float(tokens.mean())) < BRANCH_WORTH
 
 
+def halves_of(calibration: Calibration) -> Ints:
+    """[rows that fit], 0 or 1: two halves, between which no group of prompts is torn."""
+    rows = calibration.recording.rows_of(calibration.split.fit)
+    halves: Ints = calibration.split.groups[calibration.recording.prompts[rows]] % 2
+    return halves
+
+
 def student_of(calibration: Calibration, base: StudentBase) -> TrainedStudent:
-    """A student trained on most of the prompts that fit."""
+    """A student trained on the prompts that fit."""
     recording, target = calibration.recording, calibration.target
     assert target.label_ids is not None, "a student scores labels"
     rows = recording.rows_of(calibration.split.fit)
@@ -56,14 +63,14 @@ def student_of(calibration: Calibration, base: StudentBase) -> TrainedStudent:
         base,
         taught_by_full_depth(recording, target, rows, torch.empty(len(rows), 0)),
         recording.prompts[rows],
-        recording.folds_of(rows) == FOLDS - 1,
+        halves_of(calibration),
         target.label_ids,
         calibration.options.seed,
     )
 
 
 def branches_of(calibration: Calibration, states: OwnStates) -> tuple[TrainedBranch, ...]:
-    """A branch for each layer of `states`, trained on most of the prompts that fit."""
+    """A branch for each layer of `states`, trained on the prompts that fit."""
     recording, target = calibration.recording, calibration.target
     assert target.label_ids is not None, "a branch scores labels"
     rows = recording.rows_of(calibration.split.fit)
@@ -74,7 +81,7 @@ def branches_of(calibration: Calibration, states: OwnStates) -> tuple[TrainedBra
             states,
             taught,
             recording.prompts[rows],
-            recording.folds_of(rows) == FOLDS - 1,
+            halves_of(calibration),
             target.label_ids,
             calibration.options.seed,
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.branch_shapes import BRANCH_WIDTH
 from vllm_adainfer.offline.calibration.fit.distil import Taught
-from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE, Training, train
+from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE, Net, Training, train
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.policy.branch import Branch, StateEncoder
 from vllm_adainfer.policy.probe import LabelHead
@@ -23,28 +23,32 @@ TOGETHER = 64  # prompts whose states are in memory at once
 
 @dataclass(frozen=True)
 class TrainedBranch:
-    """A branch, and what it does not know of the prompts that it was trained on.
+    """A branch, and what is known of it on prompts that it was not trained on.
 
     Attributes:
         layer: the layer after which it reads the states.
         branch: the branch, as it is served.
         states: those of all prompts.
-        unseen: [rows that fit], those that it was not trained on.
+        unseen: see `Trained.unseen`; of the rows that fit.
 
     """
 
     layer: int
     branch: Branch
     states: OwnStates
-    unseen: Bools
+    unseen: Tensor
 
     @property
     def probe(self) -> Branch:
         """What decides."""
         return self.branch
 
-    def scores(self, prompts: Ints, subsets: Tensor | None) -> tuple[Tensor, Bools]:
-        """Scores of the labels for `prompts`, see `LabelHead.score`, and who is asked: all."""
+    def asked(self, prompts: Ints) -> Bools:
+        """[prompts], whether it is asked: about all."""
+        return np.ones(len(prompts), dtype=np.bool_)
+
+    def scores(self, prompts: Ints, subsets: Tensor | None) -> Tensor:
+        """Scores of the labels for `prompts`, see `LabelHead.score`."""
         found = []
         for start in range(0, len(prompts), TOGETHER):
             some = slice(start, start + TOGETHER)
@@ -52,7 +56,7 @@ class TrainedBranch:
             lens = np.array([len(one) for one in states])
             rows = self.branch.project(torch.cat(states))
             found.append(self.branch.score(rows, lens, None if subsets is None else subsets[some]))
-        return torch.cat(found), np.ones(len(prompts), dtype=np.bool_)
+        return torch.cat(found)
 
 
 def train_branch(
@@ -60,16 +64,18 @@ def train_branch(
     states: OwnStates,
     taught: Taught,
     prompts: Ints,
-    unseen: Bools,
+    halves: Ints,
     label_ids: Tensor,
     seed: int,
 ) -> TrainedBranch:
     """Train a branch after `layer`; arguments as for `train_student`, and all prompts' `states`."""
     inputs = states.of(layer, prompts)
+
+    def net() -> Net[StateEncoder]:
+        return Net(StateEncoder(inputs[0].shape[1]), 2 * BRANCH_WIDTH, taught)
+
     training = Training(f"a branch after layer {layer}", EPOCHS, LEARNING_RATE, seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        encoder = StateEncoder(inputs[0].shape[1])
-    best = train(encoder, 2 * BRANCH_WIDTH, inputs, taught, unseen, training)
+    trained = train(net, inputs, taught, halves, training)
+    best = trained.net
     head = LabelHead(best.head.weight, best.head.bias, label_ids)
-    return TrainedBranch(layer, Branch(best.encoder.to(SERVED_DTYPE), head), states, unseen)
+    return TrainedBranch(layer, Branch(best.encoder.to(SERVED_DTYPE), head), states, trained.unseen)

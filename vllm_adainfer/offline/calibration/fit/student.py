@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.distil import Taught
-from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE, Training, train
+from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE, Net, Training, train
 from vllm_adainfer.policy.probe import LabelHead
 from vllm_adainfer.policy.student import Student, TextEncoder
 
@@ -22,18 +22,18 @@ LEARNING_RATE = 5e-5
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """A student, and what it does not know of the prompts that it was trained on.
+    """A student, and what is known of it on prompts that it was not trained on.
 
     Attributes:
         base: the encoder that it was trained from, and the prompts as it reads them.
         student: the student, as it is served.
-        unseen: [rows that fit], those that it was not trained on.
+        unseen: see `Trained.unseen`; of the rows that fit.
 
     """
 
     base: StudentBase
     student: Student
-    unseen: Bools
+    unseen: Tensor
     layer: int = 0
 
     @property
@@ -41,20 +41,23 @@ class TrainedStudent:
         """What decides."""
         return self.student
 
-    def scores(self, prompts: Ints, subsets: Tensor | None) -> tuple[Tensor, Bools]:
-        """Scores of the labels for `prompts`, see `LabelHead.score`, and who is asked at all."""
+    def asked(self, prompts: Ints) -> Bools:
+        """[prompts], whether it is asked: whether a prompt has text of its own."""
+        return np.array([bool(self.base.texts[prompt]) for prompt in prompts.tolist()])
+
+    def scores(self, prompts: Ints, subsets: Tensor | None) -> Tensor:
+        """Scores of the labels for `prompts`, see `LabelHead.score`; 0 where it is not asked."""
         texts = [self.base.texts[prompt] for prompt in prompts.tolist()]
-        asked = np.array([bool(text) for text in texts])
+        asked = torch.from_numpy(self.asked(prompts))
         scores = torch.zeros(len(prompts), len(self.student.head.bias))
         if asked.any():
-            own = None if subsets is None else subsets[torch.from_numpy(asked)]
-            read = self.student.score([text for text in texts if text], own)
-            scores[torch.from_numpy(asked)] = read
-        return scores, asked
+            own = None if subsets is None else subsets[asked]
+            scores[asked] = self.student.score([text for text in texts if text], own)
+        return scores
 
 
 def train_student(
-    base: StudentBase, taught: Taught, prompts: Ints, unseen: Bools, label_ids: Tensor, seed: int
+    base: StudentBase, taught: Taught, prompts: Ints, halves: Ints, label_ids: Tensor, seed: int
 ) -> TrainedStudent:
     """Train the encoder of `base` and a head.
 
@@ -62,16 +65,21 @@ def train_student(
         base: the encoder, and all prompts as it reads them.
         taught: what full depth says about the rows to learn from; what they read is not used.
         prompts: [rows], the prompt of each.
-        unseen: [rows], those that are left out, to stop early and to judge the student.
+        halves: [rows], the half that each is in, 0 or 1; see `train`.
         label_ids: int64 [labels].
         seed: the seed of the head, the order of the texts and dropout.
 
     """
-    encoder = TextEncoder(copy.deepcopy(base.model))
-    # Half of a small encoder, and a few hundred texts have few of its words.
-    encoder.model.get_input_embeddings().requires_grad_(False)
-    width, texts = base.model.config.hidden_size, [base.texts[one] for one in prompts.tolist()]
+
+    def net() -> Net[TextEncoder]:
+        encoder = TextEncoder(copy.deepcopy(base.model))
+        # Half of a small encoder, and a few hundred texts have few of its words.
+        encoder.model.get_input_embeddings().requires_grad_(False)
+        return Net(encoder, base.model.config.hidden_size, taught)
+
+    texts = [base.texts[one] for one in prompts.tolist()]
     training = Training("a student", EPOCHS, LEARNING_RATE, seed)
-    best = train(encoder, width, texts, taught, unseen, training)
+    trained = train(net, texts, taught, halves, training)
+    best = trained.net
     head = LabelHead(best.head.weight, best.head.bias, label_ids)
-    return TrainedStudent(base, Student(best.encoder.to(SERVED_DTYPE), head), unseen)
+    return TrainedStudent(base, Student(best.encoder.to(SERVED_DTYPE), head), trained.unseen)

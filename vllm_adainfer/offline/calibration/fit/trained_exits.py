@@ -1,4 +1,4 @@
-"""Exit points whose probe was trained, a student or branches: judged on rows new to them."""
+"""Exit points whose probe was trained, a student or branches: judged by what it has not seen."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.kinds import ClassifierKind
+from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Judged, Scored
 from vllm_adainfer.offline.calibration.fit.loss import Loss, disagreement
@@ -22,7 +23,7 @@ from vllm_adainfer.policy.student import Student
 
 
 class TrainedProbe(Protocol):
-    """A probe that was trained on most of the rows that fit."""
+    """A probe that was trained on the rows that fit."""
 
     @property
     def layer(self) -> int:
@@ -33,11 +34,14 @@ class TrainedProbe(Protocol):
         """The probe, as it is served."""
 
     @property
-    def unseen(self) -> Bools:
-        """[rows that fit], those that it was not trained on."""
+    def unseen(self) -> Tensor:
+        """What a probe that has not seen them says of the rows that fit, see `Trained.unseen`."""
 
-    def scores(self, prompts: Ints, subsets: Tensor | None) -> tuple[Tensor, Bools]:
-        """Scores of the labels for `prompts`, see `LabelHead.score`, and who is asked at all."""
+    def asked(self, prompts: Ints) -> Bools:
+        """[prompts], whether it is asked about each."""
+
+    def scores(self, prompts: Ints, subsets: Tensor | None) -> Tensor:
+        """Scores of the labels for `prompts`, see `LabelHead.score`."""
 
 
 def with_trained(
@@ -50,18 +54,14 @@ def with_trained(
     seed: int,
     loss: Loss = disagreement,
 ) -> list[FittedExit]:
-    """The candidates with those that were `trained`, all on the rows that these have not seen.
+    """The candidates with those that were `trained`.
 
     A student takes the place of a head before the first layer; a branch stands beside its layer's
     head. A probe whose classifier cannot be learned is left out. The last arguments are as for
     `fit_exits`.
     """
-    unseen, taken = trained[0].unseen, {0} & {one.layer for one in trained}
-    found = [
-        replace(head, fitted=head.fitted.of_rows(unseen))
-        for head in heads
-        if head.layer not in taken
-    ]
+    taken = {0} & {one.layer for one in trained}
+    found = [head for head in heads if head.layer not in taken]
     for one in trained:
         exit = _fit_exit(one, recording, target, split, kind, seed, loss)
         if exit is not None:
@@ -78,11 +78,10 @@ def _fit_exit(
     seed: int,
     loss: Loss,
 ) -> FittedExit | None:
-    unseen, held_out = (
-        _judge(trained, recording, rows, loss, target)
-        for rows in (recording.rows_of(split.fit)[trained.unseen], recording.rows_of(split.certify))
-    )
-    judged, asked = unseen
+    fit, held_out = recording.rows_of(split.fit), recording.rows_of(split.certify)
+    unseen = restrict(trained.unseen, target.subsets_of(fit))
+    judged = _judged(trained, unseen, recording, fit, loss, target)
+    asked = trained.asked(recording.prompts[fit])
     linear: ClassifierKind = "svm" if kind == "crf" else kind
     features = judged.features[torch.from_numpy(asked)]
     settled = target.settled(judged.agrees, judged.loss)[asked]
@@ -91,21 +90,27 @@ def _fit_exit(
         return None
     fitted = classifier
 
-    def scored(answers: Judged, asked: Bools) -> Scored:
+    def scored(answers: Judged, rows: Ints) -> Scored:
         found = answers.scored(fitted).never_at(target.never_settled)
-        never = torch.from_numpy(~asked)
+        never = torch.from_numpy(~trained.asked(recording.prompts[rows]))
         return replace(found, score=found.score.masked_fill(never, -torch.inf))
 
-    return FittedExit(trained.layer, trained.probe, classifier, scored(*unseen), scored(*held_out))
-
-
-def _judge(
-    trained: TrainedProbe, recording: Recording, rows: Ints, loss: Loss, target: Target
-) -> tuple[Judged, Bools]:
-    """The answers for decision `rows`, and for which of them it is asked."""
-    scores, asked = trained.scores(recording.prompts[rows], target.subsets_of(rows))
-    early, full = (
-        answers_of_scores(trained.probe.head, scores, target.gates),
-        recording.tokens[rows],
+    scores = trained.scores(recording.prompts[held_out], target.subsets_of(held_out))
+    certifying = _judged(trained, scores, recording, held_out, loss, target)
+    return FittedExit(
+        trained.layer, trained.probe, classifier, scored(judged, fit), scored(certifying, held_out)
     )
-    return Judged(early.features, early.tokens, full, loss(early, full, rows)), asked
+
+
+def _judged(
+    trained: TrainedProbe,
+    scores: Tensor,
+    recording: Recording,
+    rows: Ints,
+    loss: Loss,
+    target: Target,
+) -> Judged:
+    """The answers that `scores` give decision `rows`."""
+    early = answers_of_scores(trained.probe.head, scores, target.gates)
+    full = recording.tokens[rows]
+    return Judged(early.features, early.tokens, full, loss(early, full, rows))

@@ -1,11 +1,16 @@
-"""Train a small net to give labels the scores that full depth gives them."""
+"""Train a small net to give labels the scores that full depth gives them.
+
+Thresholds and the choice of exit points need many rows that the net has not seen: of answers that
+would leave early, few are wrong. So each half of the rows is judged by a net that was trained on
+the other one. The net that serves is trained on all of them.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.progress import progress, say
@@ -71,88 +76,130 @@ class Net(nn.Module, Generic[E]):
         self.encoder = encoder
         self.head = nn.Linear(width, taught.labels.shape[1] + (taught.mass is not None))
 
-    def loss(self, inputs: Sequence[Any], taught: Taught, rows: Ints) -> Tensor:
-        """The mean cross-entropy of some rows."""
+    def score(self, inputs: Sequence[Any], rows: Ints) -> Tensor:
+        """Scores of some rows, fp32 [rows, labels, and one for the mass if it is taught]."""
         with torch.autocast("cpu", torch.bfloat16):
             read = self.encoder([inputs[row] for row in rows.tolist()])
-        return taught.of_rows(torch.from_numpy(rows)).cross_entropy(self.head(read))
+            scores: Tensor = self.head(read)
+        return scores.float()
+
+    def loss(self, inputs: Sequence[Any], taught: Taught, rows: Ints) -> Tensor:
+        """The mean cross-entropy of some rows."""
+        scores = self.score(inputs, rows)
+        return taught.of_rows(torch.from_numpy(rows)).cross_entropy(scores)
+
+
+@dataclass(frozen=True)
+class Trained(Generic[E]):
+    """A net that was trained on all inputs, and what is known of inputs that a net has not seen.
+
+    Attributes:
+        net: what serves.
+        unseen: fp32 [rows, scores], those that a net gives which was trained on the other half of
+            the inputs; 0 for empty inputs.
+
+    """
+
+    net: Net[E]
+    unseen: Tensor
 
 
 def train(
-    encoder: E,
-    width: int,
+    net: Callable[[], Net[E]],
     inputs: Sequence[Any],
     taught: Taught,
-    unseen: Bools,
+    halves: Ints,
     training: Training,
-) -> Net[E]:
-    """Train `encoder` and a head; those of the last epoch are returned.
-
-    If they begin to overfit, it stops there, and those of the epoch that is best on `unseen` are.
+) -> Trained[E]:
+    """Train a net on each half of the inputs, which the other half judges, and one on all.
 
     Args:
-        encoder: see `Net`.
-        width: the width of what it gives.
+        net: makes one to train.
         inputs: [rows]; empty ones are left out.
         taught: what full depth says about the rows; what they read is not used.
-        unseen: [rows], those that it does not learn from, to stop early.
+        halves: [rows], 0 or 1.
         training: how.
 
     """
-    readable = np.array([len(one) > 0 for one in inputs])
-    learned, judged = np.flatnonzero(readable & ~unseen), np.flatnonzero(readable & unseen)
-    with torch.random.fork_rng():
+    everyone = np.flatnonzero([len(one) > 0 for one in inputs])
+    halved = [everyone[halves[everyone] == half] for half in (0, 1)]
+    steps = training.epochs * sum(map(_steps, (*halved, everyone)))
+
+    def fresh() -> Net[E]:
         torch.manual_seed(training.seed)
-        best = _trained(Net(encoder, width, taught), inputs, taught, learned, judged, training)
-    if taught.mass is None:  # else the probabilities themselves are promised
-        _soften(best, inputs, taught, judged)
-    return best
+        return net()
+
+    with torch.random.fork_rng():
+        time_needed = _minutes(fresh(), inputs, everyone, steps)
+        say(f"training {training.name} on {len(everyone)} prompts, for up to {time_needed}")
+        with progress(total=steps, desc="train") as bar:
+            trainer: _Trainer[E] = _Trainer(inputs, taught, training, bar)
+            first, epochs = trainer.until_it_overfits(fresh(), *halved)
+            second, more = trainer.until_it_overfits(fresh(), *halved[::-1])
+            whole = trainer.for_epochs(fresh(), everyone, round((epochs + more) / 2))
+    unseen = torch.zeros(len(inputs), len(whole.head.bias))
+    for half, judged in zip((first, second), halved[::-1], strict=True):
+        if taught.mass is None:  # else the probabilities themselves are promised
+            _soften(half, inputs, taught, judged)
+        unseen[torch.from_numpy(judged)] = _scores(half, inputs, judged)
+    if taught.mass is None:
+        _soften(whole, inputs, taught, everyone)
+    return Trained(whole, unseen)
 
 
-def _trained(
-    net: Net[E],
-    inputs: Sequence[Any],
-    taught: Taught,
-    learned: Ints,
-    judged: Ints,
-    training: Training,
-) -> Net[E]:
-    """The net, trained until it overfits by the cross-entropy of the rows `judged`."""
-    order = np.random.default_rng(training.seed)
-    steps = training.epochs * math.ceil(len(learned) / BATCH)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in net.encoder.parameters() if p.requires_grad]},
-        {"params": net.head.parameters(), "lr": HEAD_LEARNING_RATE},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=training.learning_rate,
-        weight_decay=WEIGHT_DECAY,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (WARM_UP * steps), 1 - step / steps, 1.0)
-    )
-    time_needed = _minutes(net, inputs, learned, steps)
-    say(f"training {training.name} on {len(learned)} prompts, for up to {time_needed}")
-    best, least = net, math.inf
-    with progress(total=steps, desc="train") as bar:
-        for _ in range(training.epochs):
+class _Trainer(Generic[E]):
+    """Trains nets, one after the other; see `train` for what it takes."""
+
+    def __init__(self, inputs: Sequence[Any], taught: Taught, training: Training, bar: Any) -> None:
+        self._inputs, self._taught, self._training, self._bar = inputs, taught, training, bar
+
+    def until_it_overfits(self, net: Net[E], learned: Ints, judged: Ints) -> tuple[Net[E], int]:
+        """A net trained on rows `learned`, and its epochs; those `judged` show if it overfits."""
+        best, kept, least = net, 0, math.inf
+        for epoch, trained in enumerate(self._epochs(net, learned, self._training.epochs), 1):
+            error = _error(trained, self._inputs, self._taught, judged)
+            if error > OVERFITS * least:
+                break
+            if error < least:
+                best, kept, least = copy.deepcopy(trained), epoch, error
+        else:
+            best, kept = net, self._training.epochs
+        return _done(best), kept
+
+    def for_epochs(self, net: Net[E], learned: Ints, epochs: int) -> Net[E]:
+        """A net trained on rows `learned` so many times."""
+        for _ in self._epochs(net, learned, epochs):
+            pass
+        return _done(net)
+
+    def _epochs(self, net: Net[E], learned: Ints, epochs: int) -> Iterator[Net[E]]:
+        """Train `net`; yields it after each of the epochs."""
+        training, order = self._training, np.random.default_rng(self._training.seed)
+        steps = epochs * _steps(learned)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in net.encoder.parameters() if p.requires_grad]},
+            {"params": net.head.parameters(), "lr": HEAD_LEARNING_RATE},
+        ]
+        optimizer = torch.optim.AdamW(
+            groups, lr=training.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / (WARM_UP * steps), 1 - step / steps, 1.0)
+        )
+        for _ in range(epochs):
             net.train()
             for rows in _batches(order.permutation(learned)):
-                loss = net.loss(inputs, taught, rows)
+                loss = net.loss(self._inputs, self._taught, rows)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(net.encoder.parameters(), LARGEST_GRADIENT)
                 optimizer.step()
                 schedule.step()
-                bar.update()
-            error = _error(net, inputs, taught, judged)
-            if error > OVERFITS * least:
-                net = best
-                break
-            if error < least:
-                best, least = copy.deepcopy(net), error
+                self._bar.update()
+            yield net
+
+
+def _done(net: Net[E]) -> Net[E]:
     return net.eval().requires_grad_(requires_grad=False)
 
 
@@ -162,30 +209,43 @@ def _soften(net: Net[E], inputs: Sequence[Any], taught: Taught, rows: Ints) -> N
 
     The best label stays the best.
     """
-    leads = []
-    for batch in _batches(rows):
-        read = net.encoder([inputs[row] for row in batch.tolist()])
-        subsets = None if taught.subsets is None else taught.subsets[torch.from_numpy(batch)]
-        best, second = restrict(net.head(read), subsets).topk(2).values.unbind(1)
-        leads.append(best - second)
-    if leads:
-        factor = LARGEST_LEAD / float(torch.cat(leads).quantile(LEADS_UP_TO).clamp(LARGEST_LEAD))
-        net.head.weight.mul_(factor)
-        net.head.bias.mul_(factor)
+    if not len(rows):
+        return
+    subsets = None if taught.subsets is None else taught.subsets[torch.from_numpy(rows)]
+    best, second = restrict(_scores(net, inputs, rows), subsets).topk(2).values.unbind(1)
+    factor = LARGEST_LEAD / float((best - second).quantile(LEADS_UP_TO).clamp(LARGEST_LEAD))
+    net.head.weight.mul_(factor)
+    net.head.bias.mul_(factor)
+
+
+@torch.no_grad()
+def _scores(net: Net[Any], inputs: Sequence[Any], rows: Ints) -> Tensor:
+    """`Net.score` of any number of `rows`."""
+    found = torch.zeros(len(rows), len(net.head.bias))
+    order = np.argsort([len(inputs[row]) for row in rows.tolist()], kind="stable")
+    for places in _batches(order):
+        found[torch.from_numpy(places)] = net.score(inputs, rows[places])
+    return found
 
 
 @torch.no_grad()
 def _error(net: Net[Any], inputs: Sequence[Any], taught: Taught, rows: Ints) -> float:
     """The mean cross-entropy of `rows`, without dropout."""
     net.eval()
-    rows = rows[np.argsort([len(inputs[row]) for row in rows.tolist()], kind="stable")]
-    total = sum(len(batch) * float(net.loss(inputs, taught, batch)) for batch in _batches(rows))
-    return total / max(1, len(rows))
+    if not len(rows):
+        return 0.0
+    scores = _scores(net, inputs, rows)
+    return float(taught.of_rows(torch.from_numpy(rows)).cross_entropy(scores))
 
 
 def _batches(rows: Ints) -> Iterator[Ints]:
     for start in range(0, len(rows), BATCH):
         yield rows[start : start + BATCH]
+
+
+def _steps(rows: Ints) -> int:
+    """The number of batches of one epoch."""
+    return math.ceil(len(rows) / BATCH)
 
 
 def _minutes(net: Net[Any], inputs: Sequence[Any], learned: Ints, steps: int) -> str:
