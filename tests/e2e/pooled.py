@@ -77,7 +77,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "last_token": LastToken(exit_points=(0, 4), levels=LEVELS),
         "labels": (Label(name="c", token_id=31), Label(name="d", token_id=32)),
         "student": student.described(shared_start=TEXT_FROM, most_tokens=48),
-        "never_early": ("c",),
+        "never_early": ("d",),
     },
 }
 
