@@ -134,6 +134,16 @@ def long_prompts_table() -> list[str]:
     ]
 
 
+def trained_probes_table() -> list[str]:
+    """Students and branches, by task."""
+    return [
+        "A student (MiniLM, 22 M parameters) before the first layer, and branches, each in its "
+        "policy even where it costs more time than it saves ([how](../benchmarks/README.md)):",
+        "",
+        *(HERE / "results" / "trained_probes.md").read_text().splitlines(),
+    ]
+
+
 def recurrent_table() -> list[str]:
     """Layers with a recurrent state mixed with attention layers."""
     report = next(iter(load("recurrent").values()))
@@ -329,6 +339,8 @@ def tables() -> str:
         *long_prompts_table(),
         "",
         *recurrent_table(),
+        "",
+        *trained_probes_table(),
         "",
         *generation_table(),
         "",
