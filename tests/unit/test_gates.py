@@ -160,7 +160,10 @@ def test_the_start_up_line_says_that_only_the_side_is_right(tiny_model, mode):
         "depth, or another best label where full depth's is above"
     )
     line = policy_banner("guard", config, Settings(artifact="policy"), mode)
-    assert "(probabilities are right about their side of the gates, not in value)" in line
+    assert (
+        "for one token that read probabilities among bad, good (probabilities are right about "
+        "their side of the gates, not in value)"
+    ) in line
     assert f"wrong: {wrong}" in line
 
 

@@ -32,6 +32,7 @@ from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.offline.calibration.label_promises import check_labels, check_rows
 from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import split_of
 from vllm_adainfer.policy.answers import LabelScores
 from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
 from vllm_adainfer.policy.exit_policy import UndecidedRows
@@ -135,6 +136,13 @@ def test_too_few_rows_are_refused_with_the_number_that_would_do(kind, epsilon):
     assert f"there are {needed - 1}: give about 2 times as many" in str(error.value)
     with pytest.raises(AdaInferError, match="there are 0: give prompts that it does"):
         check_rows([test], enough[:500])
+
+
+def test_half_of_the_prompts_certify_where_only_some_of_them_count():
+    groups = np.arange(1500)
+    assert len(split_of(groups, PolicyOptions(epsilon=0.05)).certify) < 500
+    options = PolicyOptions(epsilon=0.05, label_bounds=(promised("recall"),))
+    assert len(split_of(groups, options).certify) == 750
 
 
 LABELS = (Label(name="safe", token_id=SAFE), Label(name="unsafe", token_id=UNSAFE))

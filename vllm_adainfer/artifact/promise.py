@@ -48,13 +48,14 @@ def about_labels(config: ArtifactConfig) -> list[str]:
     """What a policy promises about single labels, a phrase for each promise."""
     phrases = []
     for promise in config.label_bounds:
+        label = promise.label.strip()
         share = f"at most {100 * promise.epsilon:g} % of the requests"
         if promise.kind == "recall":
-            phrases.append(f"{share} that full depth answers with {promise.label} {OTHERWISE}")
+            phrases.append(f"{share} that full depth answers with {label} {OTHERWISE}")
         else:
-            phrases.append(f"{share} answered with {promise.label} {OTHERWISE} at full depth")
+            phrases.append(f"{share} answered with {label} {OTHERWISE} at full depth")
     if config.never_early:
-        labels = " or ".join(config.never_early)
+        labels = " or ".join(label.strip() for label in config.never_early)
         phrases.append(f"no early answer is {labels}: such requests run all layers")
     return phrases
 

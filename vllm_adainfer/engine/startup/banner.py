@@ -83,7 +83,10 @@ def _outputs(config: ArtifactConfig) -> str:
     if config.candidates != "labels":
         return tokens
     names = ", ".join(label.name.strip() for label in config.labels)
-    return f"{tokens} among {'two or more of ' if config.label_pool else ''}{names}"
+    if config.label_pool:
+        names = f"two or more of {names}"
+    what = "among" if config.promises_best_label else "that read probabilities among"
+    return f"{tokens} {what} {names}"
 
 
 def _meaning(config: ArtifactConfig) -> str:
@@ -106,7 +109,7 @@ def _probabilities_served(config: ArtifactConfig, logprobs_mode: str) -> str:
     if logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
         return f", but not for probabilities, which --logprobs-mode {logprobs_mode} does not return"
     if config.gates:
-        return f" and for their probabilities ({RIGHT_SIDE})"
+        return f" ({RIGHT_SIDE})"
     if logprobs_mode == "raw_logprobs" and not config.label_mass:
         return (
             f", but not for probabilities: {uncertified}, and those among the labels alone need "

@@ -134,7 +134,8 @@ def split_of(groups: Ints, options: PolicyOptions) -> Split:
     does not look at a single answer. Bounds that need more rows get half.
     """
     half, bound = Split.of_groups(groups), Bound.promised(options)
-    if options.by_question or bound.kind != "exact" or half.most_together(groups) > 1:
+    some_rows = options.by_question or bool(options.label_bounds)  # each bound on rows of its own
+    if some_rows or bound.kind != "exact" or half.most_together(groups) > 1:
         return half
     rows = int(groups[-1]) + 1  # but for large groups among the others, each row is one
     sizes = np.unique(np.geomspace(1, rows - rows // 2, 200).round().astype(int)).tolist()
