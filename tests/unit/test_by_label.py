@@ -47,16 +47,13 @@ def check(rows: list[dict[str, Any]]) -> None:
         assert [row["full_depth"], row["answered"], row["right"]] == counts
 
 
-def test_the_rows_of_labels_are_scikit_learns(tiny_model):
+@pytest.mark.parametrize("name", ["name", "token_id"], ids=["of a row", "of a request"])
+def test_the_rows_of_labels_are_scikit_learns(tiny_model, name):
+    """The data has a row's right label by its name, and that of a request by its token."""
     config = tiny_config(tiny_model)
-    rows = rows_of(config, [((one.token_id,), one.name) for one in config.labels])
+    rows = rows_of(config, [((one.token_id,), str(getattr(one, name))) for one in config.labels])
     assert [row["label"] for row in rows] == [label.name for label in config.labels]
     check(rows)
-
-
-def test_a_requests_right_label_is_its_token(tiny_model):
-    config = tiny_config(tiny_model)
-    check(rows_of(config, [((one.token_id,), str(one.token_id)) for one in config.labels]))
 
 
 def test_a_choice_counts_as_a_whole(tiny_model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +16,7 @@ MOST_CHOICE_CHARACTERS = 16_384  # of all choices together
 MOST_PROMISES = 64  # gates, or promises about one label
 MOST_STUDENT_TOKENS = 512  # what a student reads of a prompt, in tokens of its own
 
+T = TypeVar("T")
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -81,6 +82,10 @@ class LabelBound(Strict):
     kind: LabelBoundKind
     label: str = Field(min_length=1)
     epsilon: float = Field(gt=0, lt=1)
+
+    def chosen_by(self, answers: T, full: T) -> T:
+        """Whichever of `answers` and those at `full` depth must be the label for it to apply."""
+        return full if self.kind == "recall" else answers
 
 
 class LabelRisk(Strict):

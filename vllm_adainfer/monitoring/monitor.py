@@ -117,11 +117,6 @@ class LabelWatch:
     column: int
     monitor: AnswerMonitor
 
-    def about(self, early: Ints, full: Ints) -> Bools:
-        """[answers], those that the promise is about; both arguments are columns, [answers]."""
-        about: Bools = (full if self.promise.kind == "recall" else early) == self.column
-        return about
-
 
 class Monitor(ABC):
     """Counts disagreement at each level of a policy's epsilon table, and detects broken bounds.

@@ -91,7 +91,8 @@ class ShadowAnswers:
         early_labels, labels = self.broadcast(torch.stack([early, full])).cpu().numpy()
         epsilons = self.monitor.epsilons[self.levels]
         for watch in self.monitor.labels:
-            promise, about = watch.promise, watch.about(early_labels, labels)
+            promise = watch.promise
+            about = promise.chosen_by(early_labels, labels) == watch.column
             changed = (early_labels != labels)[about]
             keys = [(e, promise.kind, promise.label) for e in epsilons[about].tolist()]
             self.stats.labels_checked.update(keys)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_adainfer.arrays import Bools, Floats, Ints
+from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.fields import LabelBound, LabelRisk
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 
@@ -31,13 +31,8 @@ class LabelTest:
     token: int
     bound: Bound
 
-    def rows(self, answers: Ints, full: Ints) -> Bools:
-        """[rows], those that the promise is about; both arguments are tokens, int64 [rows]."""
-        about: Bools = (full if self.promise.kind == "recall" else answers) == self.token
-        return about
-
     def holds(self, answers: Ints, full: Ints) -> bool:
-        """Whether the rows certify the promise."""
+        """Whether the rows certify the promise; both arguments are tokens, int64 [rows]."""
         bound, losses = self._on(answers, full)
         return bound.holds(losses, self.promise.epsilon)
 
@@ -56,5 +51,5 @@ class LabelTest:
         return self.bound.of_rows(full == self.token).groups_needed(rows, self.promise.epsilon)
 
     def _on(self, answers: Ints, full: Ints) -> tuple[Bound, Floats]:
-        rows = self.rows(answers, full)
+        rows = self.promise.chosen_by(answers, full) == self.token
         return self.bound.of_rows(rows), (answers != full)[rows].astype(np.float64)
