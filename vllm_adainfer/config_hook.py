@@ -35,7 +35,8 @@ class ConfigHook(VerifyAndUpdateConfig):
             return
         if not settings.runs_stock:
             admission = configure(vllm_config, settings, cls.model_class)
-            vllm_config.model_config.logits_processors = [use_check(admission)]
+            if vllm_config.model_config.runner_type == "generate":  # others take no processors
+                vllm_config.model_config.logits_processors = [use_check(admission)]
         if settings.finishes_choices or not settings.runs_stock:
             use_stat_loggers(WithExitStats)
         configure_scheduler(vllm_config, settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_adainfer.engine.classes import MODELS
+from vllm_adainfer.engine.classes import MODELS, model_class_of
 
 
 def register() -> None:
@@ -24,5 +24,4 @@ def register() -> None:
     for architecture in {*ModelRegistry.get_supported_archs(), *MODELS_CONFIG_MAP}:
         hook = MODELS_CONFIG_MAP.get(architecture)
         if not is_config_hook(hook):
-            model_class = MODELS.get(architecture, "").rpartition(":")[2]
-            MODELS_CONFIG_MAP[architecture] = config_hook(hook, model_class)
+            MODELS_CONFIG_MAP[architecture] = config_hook(hook, model_class_of(architecture))

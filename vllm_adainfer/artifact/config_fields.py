@@ -29,6 +29,7 @@ from vllm_adainfer.artifact.kinds import (
     ClassifierKind,
     ProbeKind,
     Risk,
+    ScoreHead,
 )
 
 
@@ -115,6 +116,12 @@ class ConfigFields(Strict):
         default=(),
         max_length=MOST_ANSWERS,
         description="Labels that no early answer ever is: such requests run on.",
+    )
+    score_head: ScoreHead | None = Field(
+        None,
+        description="The policy is for a classifier, which vLLM runs as a pooling model: labels "
+        "stand for the columns of its scores, token_id is a column, and this turns the scores into "
+        "probabilities. None for policies about tokens.",
     )
     label_pool: bool = Field(
         False, description="Whether each request names its own labels, two or more of these."

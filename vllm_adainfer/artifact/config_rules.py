@@ -81,6 +81,17 @@ def broken_rules(config: ConfigFields) -> list[str]:
         'risk = "probability", label_pool and choices need max_tokens = 1': (
             config.max_tokens == 1 or not special
         ),
+        "a score_head needs a label-head, and rules out adapters, choices and a label pool": (
+            config.score_head is None
+            or (head and config.adapter is None and not choices and not pool)
+        ),
+        "labels of a score_head are its columns, in order": (
+            config.score_head is None or config.label_ids == tuple(range(len(labels)))
+        ),
+        "a sigmoid has two labels": len(labels) == 2 or config.score_head != "sigmoid",
+        "a score_head rules out label_mass: there is no rest of a vocabulary": (
+            config.score_head is None or not config.label_mass
+        ),
         f"a label pool has at most {MOST_LABELS} labels": len(labels) <= MOST_LABELS or not pool,
         "choices rule out label_pool": not choices or not pool,
         'choices rule out risk = "probability"': not choices or not probabilities,

@@ -46,6 +46,15 @@ SAME_AS = {
 MODELS |= {name: MODELS[same] for name, same in SAME_AS.items()}
 
 
+def model_class_of(architecture: str) -> str:
+    """Name of our model class for a stock architecture; empty if it has no exit points.
+
+    vLLM 0.32 makes a classifier of the causal model of the same name.
+    """
+    causal = architecture.replace("ForSequenceClassification", "ForCausalLM")
+    return MODELS.get(causal, "").rpartition(":")[2]
+
+
 def own_kv_layers(text_config: Any) -> int | None:
     """How many layers write keys and values; None if every layer does.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.engine.classes import MODELS
+from vllm_adainfer.engine.classes import MODELS, model_class_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.adapter import NamedAdapter, adapter_for
 
@@ -35,10 +35,10 @@ def load_config_and_tokenizer(model: str) -> tuple[Any, Any]:
             f"({' '.join(str(error).split())[:200]})"
         ) from None
     architecture = (hf_config.architectures or ["none"])[0]
-    if architecture not in MODELS:
+    if not model_class_of(architecture):
         raise AdaInferError(
             f"--model {model} has the architecture {architecture}, which is not supported yet; "
-            f"supported: {', '.join(sorted(MODELS))}"
+            f"supported: {', '.join(sorted(MODELS))}, and classifiers made of these"
         )
     text_config = hf_config.get_text_config()
     text_config.architectures = hf_config.architectures

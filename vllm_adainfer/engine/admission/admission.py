@@ -20,9 +20,15 @@ from vllm_adainfer.engine.admission.requested_output import (
     OutputKind,
     RequestedOutput,
     requested_output,
+    requested_scores,
     wants_prompt_logprobs,
 )
-from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved
+from vllm_adainfer.engine.admission.resolved import (
+    UNLIMITED,
+    Resolved,
+    extra_arguments,
+    is_for_pooling,
+)
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH, ThresholdRows
 from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
@@ -37,6 +43,8 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
+
+    from vllm_adainfer.engine.admission.resolved import Params
 
 logger = get_logger(__name__)
 
@@ -212,7 +220,7 @@ class Admission:
     def resolve(
         self,
         request_id: str,
-        params: SamplingParams | None,
+        params: Params | None,
         adapter: LoRARequest | None = None,
         resumable: bool = False,
     ) -> Resolved:
@@ -223,7 +231,7 @@ class Admission:
 
         Args:
             request_id: vLLM's own, which clients cannot choose.
-            params: its sampling parameters; None runs at full depth.
+            params: its parameters; None runs at full depth.
             adapter: its LoRA adapter.
             resumable: whether its prompt is still being sent. Later parts attend to earlier ones at
                 every layer, so such a request runs at full depth.
@@ -244,12 +252,15 @@ class Admission:
             is_shadow=self.is_shadow(request_id),
         )
 
-    def _parse(self, request: RequestSettings, params: SamplingParams) -> Resolved:
+    def _parse(self, request: RequestSettings, params: Params) -> Resolved:
         """The part of `Resolved` that needs no policy and no adapter."""
         settings, opted_in = self._settings, request.adainfer
         if opted_in is None:
             opted_in = settings.requests != "opt-in"
         output = None
+        if is_for_pooling(params):
+            output = requested_scores(params) if opted_in else None
+            return Resolved(request, output, max_tokens=1, wants_prompt_logprobs=False)
         if opted_in:
             output = requested_output(params, self._logprobs_mode, settings.requests == "all")
         max_tokens = params.max_tokens or UNLIMITED
@@ -348,13 +359,13 @@ def _subset(output: RequestedOutput | None, config: ArtifactConfig) -> int:
     return bits_of(output.labels, config.label_ids)
 
 
-def _valid_settings(params: SamplingParams) -> RequestSettings:
+def _valid_settings(params: Params) -> RequestSettings:
     """A request's settings; `OPTED_OUT` if they are invalid.
 
     vLLM's frontend refuses such requests by `Admission.check`, but other callers reach the engine.
     """
     try:
-        return read_request(params.extra_args)
+        return read_request(extra_arguments(params))
     except AdaInferError as error:
         logger.warning_once("a request runs at full depth: %s", str(error))
         return OPTED_OUT

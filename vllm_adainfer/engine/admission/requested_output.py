@@ -11,7 +11,7 @@ from vllm_adainfer.artifact.fields import MOST_ANSWERS
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
+    from vllm import PoolingParams, SamplingParams
 
 
 class OutputKind(Enum):
@@ -21,6 +21,7 @@ class OutputKind(Enum):
     CHOICE = "one of several texts"
     AMONG_LABELS = "probabilities among the labels"
     IN_VOCABULARY = "probabilities of the labels in the whole vocabulary"
+    SCORES = "the scores of a classifier"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class RequestedOutput:
         reads_answer = self.kind in (OutputKind.TOKEN, OutputKind.CHOICE)
         if config.never_early and reads_answer and not self.is_greedy:
             return False
+        if config.score_head is not None or self.kind is OutputKind.SCORES:
+            return config.score_head is not None and self.kind is OutputKind.SCORES
         if config.choices or self.kind is OutputKind.CHOICE:
             return self.choices is not None and self.choices == policy_choices(config)
         if not self.has_labels_of(config) and not self._is_in_pool(config):
@@ -97,6 +100,16 @@ def requested_output(
     if any_temperature or output.kind is OutputKind.IN_VOCABULARY:
         return replace(output, is_greedy=False)
     return None
+
+
+def requested_scores(params: PoolingParams) -> RequestedOutput | None:
+    """What a request to a classifier wants returned; None if no policy can promise it.
+
+    Raw scores are not promised, only the probabilities made of them.
+    """
+    if params.task != "classify" or params.use_activation is False:
+        return None
+    return RequestedOutput(OutputKind.SCORES, None)
 
 
 def _restricted_output(params: SamplingParams, logprobs_mode: str) -> RequestedOutput | None:

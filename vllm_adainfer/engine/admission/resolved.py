@@ -9,15 +9,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.engine.admission.requested_output import RequestedOutput
 from vllm_adainfer.settings.request import RequestSettings
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
+    from typing import TypeAlias
 
-ARGUMENT = "_adainfer"  # among a request's extra_args, which reach the worker
+    from vllm import PoolingParams, SamplingParams
+
+    Params: TypeAlias = SamplingParams | PoolingParams
+
+ARGUMENT = "_adainfer"  # among a request's extra arguments, which reach the worker
 UNLIMITED = 1 << 62
 
 
@@ -56,14 +60,36 @@ class Resolved:
     force_full_depth_prefill: bool = False
 
 
-def with_resolved(params: SamplingParams, resolved: Resolved) -> SamplingParams:
-    """A copy of `params` that carries `resolved`; the caller's object may serve other requests."""
-    params = copy.copy(params)
-    params.extra_args = {**(params.extra_args or {}), ARGUMENT: resolved}
+def params_of(request: Any) -> Params | None:
+    """The parameters of vLLM's `Request` or `NewRequestData`, for sampling or for pooling."""
+    params: Params | None = request.sampling_params or request.pooling_params
     return params
 
 
-def resolved_of(params: SamplingParams | None) -> Resolved | None:
-    """The record that `with_resolved` attached; None if our scheduler has not seen the request."""
-    found = None if params is None or params.extra_args is None else params.extra_args.get(ARGUMENT)
+def is_for_pooling(params: Params) -> bool:
+    """Whether a classifier gets the request, which vLLM runs as a pooling model."""
+    return hasattr(params, "extra_kwargs")
+
+
+def extra_arguments(params: Params) -> Mapping[str, Any]:
+    """What a client sends beside vLLM's own parameters."""
+    return getattr(params, _extra(params)) or {}
+
+
+def attach_resolved(request: Any, resolved: Resolved) -> None:
+    """Let vLLM's `Request` carry `resolved`, in a copy: its parameters may serve other requests."""
+    params = copy.copy(params_of(request))
+    assert params is not None
+    setattr(params, _extra(params), {**extra_arguments(params), ARGUMENT: resolved})
+    setattr(request, "pooling_params" if is_for_pooling(params) else "sampling_params", params)
+
+
+def resolved_of(request: Any) -> Resolved | None:
+    """The record that `attach_resolved` attached; None if no scheduler of ours saw the request."""
+    params = params_of(request)
+    found = None if params is None else extra_arguments(params).get(ARGUMENT)
     return found if isinstance(found, Resolved) else None  # a client may send this key, too
+
+
+def _extra(params: Params) -> str:
+    return "extra_kwargs" if is_for_pooling(params) else "extra_args"

@@ -16,6 +16,7 @@ from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.interfaces import is_hybrid, supports_multimodal
+from vllm.model_executor.models.interfaces_base import is_pooling_model
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.artifact import Artifact
@@ -23,6 +24,7 @@ from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs
 from vllm_adainfer.engine.model.batch import CompiledBatch
+from vllm_adainfer.engine.model.score_head import check_scores, head_of, use_early_scores
 from vllm_adainfer.engine.pinned_artifacts import served_artifacts
 from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
@@ -140,7 +142,11 @@ class EarlyExit(_Model):
 
     def cut_stack(self, cuts: tuple[int, ...], vllm_config: VllmConfig) -> StackShape:
         """Build `stack`, cut after each of `cuts` (counts of layers run)."""
-        head_size = self._lm_head.embedding_dim
+        if self._is_classifier:
+            use_early_scores(self, self._take_output)
+            for name, artifact in self.artifacts.items():
+                check_scores(self, name, artifact.config)
+        head_size = self.score.input_size if self._is_classifier else self._lm_head.embedding_dim
         self.stack = build_stack(self.decoder, self._body, head_size, cuts, vllm_config)
         return self.stack.shape
 
@@ -152,6 +158,10 @@ class EarlyExit(_Model):
     @property
     def _body(self) -> Any:
         return self.decoder.body(self.text_model)
+
+    @property
+    def _is_classifier(self) -> bool:
+        return bool(is_pooling_model(self))
 
     @property
     def _lm_head(self) -> Any:
@@ -182,8 +192,9 @@ class EarlyExit(_Model):
 
     @property
     def device(self) -> torch.device:
-        """The device of the LM head and of the policies."""
-        device: torch.device = next(self._lm_head.parameters()).device
+        """The device of the head and of the policies."""
+        head = self.score if self._is_classifier else self._lm_head
+        device: torch.device = next(head.parameters()).device
         return device
 
     @property
@@ -207,15 +218,19 @@ class EarlyExit(_Model):
         return weight[: head.shard_indices.num_org_elements]
 
     def logit_lens(self, head_rows: Tensor | None = None) -> Probe:
-        """The model's final norm and LM head, or `head_rows` [n, head size], as a probe."""
+        """The model's final norm and head, or `head_rows` [n, head size], as a probe."""
         norm = self.decoder.final_norm(self._body)
+        if head_rows is not None:
+            head = Head(head_rows)
+        else:
+            head = head_of(self.score) if self._is_classifier else Head(self.head_weight)
         lens = Probe(
-            head=Head(self.head_weight if head_rows is None else head_rows),
+            head=head,
             norm=None if norm is None else norm_of(norm),
             projection=self.decoder.projection(self._body),
         )
         ranks = get_tp_group()
-        if head_rows is not None or ranks.world_size == 1:
+        if head_rows is not None or self._is_classifier or ranks.world_size == 1:
             return lens
         first = self._lm_head.shard_indices.org_vocab_start_index
         return replace(
@@ -256,13 +271,18 @@ class EarlyExit(_Model):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [requests, vocabulary]; early scores of some tokens mask all others."""
-        output, self._output = self._output, None
+        output = self._take_output()
         if output is None:
             return super().compute_logits(hidden_states)
         logits = self._logits(hidden_states, output.scored)
         for shadow in output.shadows:
             shadow.compare(logits, partial(self._head, requests=shadow.requests))
         return logits
+
+    def _take_output(self) -> StepOutput | None:
+        """The output of the last step, once."""
+        output, self._output = self._output, None
+        return output
 
     def _head(self, states: Tensor, requests: Ints | Tensor) -> Tensor:
         """Logits [requests, vocabulary] of vLLM's LM head, from its input for `requests`."""
@@ -301,9 +321,16 @@ class EarlyExit(_Model):
             logits[place.unsqueeze(1), answers.token_ids] = scores.to(dtype)
         return logits
 
-    def _scaled(self, scores: Tensor) -> Tensor:
-        """Soft cap (Gemma 2) and scale, as vLLM's `LogitsProcessor` applies them."""
+    @property
+    def soft_cap_and_scale(self) -> tuple[float | None, float]:
+        """What vLLM's `LogitsProcessor` applies to the head's scores; a soft cap in Gemma 2."""
+        if self._is_classifier:
+            return None, 1.0
         processor = self.text_model.logits_processor
-        if processor.soft_cap is not None:
-            scores = torch.tanh(scores / processor.soft_cap) * processor.soft_cap
-        return scores * processor.scale
+        return processor.soft_cap, processor.scale
+
+    def _scaled(self, scores: Tensor) -> Tensor:
+        soft_cap, scale = self.soft_cap_and_scale
+        if soft_cap is not None:
+            scores = torch.tanh(scores / soft_cap) * soft_cap
+        return scores * scale

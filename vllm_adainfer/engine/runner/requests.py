@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec, iter_la
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.engine.admission.admission import NOT_POOLED, Admission, Admitted
-from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved, resolved_of
+from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved, params_of, resolved_of
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters
 from vllm_adainfer.exits.accounting.report import INTERVAL, StepNote, snapshot_of
@@ -66,10 +66,9 @@ class RunningRequests:
 
         Warm-up requests of vLLM have no record: they pass no scheduler.
         """
-        params, adapter = new.sampling_params, new.lora_request
-        resolved = resolved_of(params)
+        adapter, resolved = new.lora_request, resolved_of(new)
         if resolved is None:
-            resolved = self.admission.resolve(new.req_id, params, adapter)
+            resolved = self.admission.resolve(new.req_id, params_of(new), adapter)
         prompt = new.prompt_token_ids or ()
         self._admitted[new.req_id] = self._admit(resolved, prompt, adapter)
 

@@ -77,6 +77,8 @@ class ExitModelState(_ModelState):
         """Capture the segments' graphs; the runner has captured its own."""
         if self.running.admission.is_recording:  # states are kept, and graphs would overwrite them
             return
+        if self.vllm_config.model_config.runner_type == "pooling":  # there are no decode steps
+            return
         reason = why_not_captured(self.vllm_config, attn_groups)
         if reason is not None:
             logger.warning("decode steps run without CUDA graphs of segments: %s", reason)

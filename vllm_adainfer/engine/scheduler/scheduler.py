@@ -14,7 +14,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.resolved import resolved_of, with_resolved
+from vllm_adainfer.engine.admission.resolved import attach_resolved, params_of, resolved_of
 from vllm_adainfer.engine.compat.arrival import tell_scheduler_of_arrivals
 from vllm_adainfer.engine.compat.runner import attached_note
 from vllm_adainfer.engine.compat.scheduler import expect_more_tokens, not_ahead, sampled_tokens
@@ -62,20 +62,17 @@ class GuardedScheduler(_Scheduler):
 
         With a student, this runs in the thread that receives requests, beside the running step.
         """
-        params = request.sampling_params
-        if params is None:
-            return
         resolved = self.admission.resolve(
-            request.request_id, params, request.lora_request, request.resumable
+            request.request_id, params_of(request), request.lora_request, request.resumable
         )
         if self._own_texts is not None:
             resolved = replace(resolved, texts=self._own_texts.of(request, resolved))
-        request.sampling_params = with_resolved(params, resolved)
+        attach_resolved(request, resolved)
 
     @override
     def add_request(self, request: Request) -> None:
         """Add the request, which may have been resolved on arrival."""
-        if resolved_of(request.sampling_params) is None:
+        if resolved_of(request) is None:
             self.request_arrived(request)
         super().add_request(request)
 
@@ -108,7 +105,7 @@ class GuardedScheduler(_Scheduler):
 
     def _may_exit(self, request: Request, computed: int) -> bool:
         """Whether `request` may exit in a step that starts after `computed` of its tokens."""
-        resolved = resolved_of(request.sampling_params)
+        resolved = resolved_of(request)
         if resolved is None or (
             resolved.force_full_depth_prefill and computed < request.num_prompt_tokens
         ):
@@ -116,18 +113,14 @@ class GuardedScheduler(_Scheduler):
         return resolved.may_exit
 
     def _saving(self, request: Request) -> tuple[str, float] | None:
-        resolved = resolved_of(request.sampling_params)
+        resolved = resolved_of(request)
         return None if resolved is None else resolved.saving
 
     def _complete(self, request: Request) -> None:
         """Run the prompt at full depth; the worker learns of the request only in this step."""
-        params = request.sampling_params
-        resolved = resolved_of(params)
-        assert params is not None
+        resolved = resolved_of(request)
         assert resolved is not None, "only what may exit is completed"
-        request.sampling_params = with_resolved(
-            params, replace(resolved, force_full_depth_prefill=True)
-        )
+        attach_resolved(request, replace(resolved, force_full_depth_prefill=True))
 
 
 class FinishingScheduler(_Scheduler):
@@ -199,7 +192,7 @@ class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
     def _may_be_ending(self) -> Iterator[Request]:
         for request in self.running if self.admission.may_serve_choices else ():
             if request.num_output_placeholders == 1 and not request.num_output_tokens:
-                resolved = resolved_of(request.sampling_params)
+                resolved = resolved_of(request)
                 if resolved is not None and resolved.may_end_after_first_token:
                     yield request
 

@@ -91,7 +91,7 @@ def _of_model(vllm_config: VllmConfig, model_class: str, settings: Settings) -> 
     if model.model_impl not in ("auto", "vllm"):
         yield f"--model-impl {model.model_impl} builds another model class: set it to vllm"
     if model.runner_type != "generate":
-        yield "pooling models have no next token to decide: serve one with --runner generate"
+        yield from _of_pooling(vllm_config, settings)
     if not model_class:
         yield _why_no_exit_points(model)
     if settings.is_empty and own_kv_layers(text_config) is None:
@@ -109,6 +109,36 @@ def _of_model(vllm_config: VllmConfig, model_class: str, settings: Settings) -> 
         yield "the last layer keeps a recurrent state, not attention: serve another model"
     if model.architecture in model.model_class_overrides:
         yield "ours would replace the class that model_class_overrides names: drop it"
+
+
+def _of_pooling(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
+    model = vllm_config.model_config
+    pooler = model.pooler_config
+    if model.runner_type != "pooling" or model.convert_type != "classify" or pooler is None:
+        yield (
+            "of the pooling models only classifiers have an answer to settle: serve one with "
+            "--convert classify, or a generating model with --runner generate"
+        )
+        return
+    if pooler.task not in (None, "classify"):
+        yield (
+            f"the pooling task {pooler.task} reads all tokens: set task to classify in "
+            "--pooler-config"
+        )
+    if pooler.seq_pooling_type != "LAST":
+        yield (
+            "only the last token of a prompt is sure to reach its score: set seq_pooling_type to "
+            "LAST in --pooler-config"
+        )
+    if pooler.logit_mean is not None or pooler.logit_sigma is not None:
+        yield (
+            "policies promise scores as they come from the model: drop logit_mean and logit_sigma "
+            "from --pooler-config"
+        )
+    if vllm_config.lora_config is not None:
+        yield "adapters replace a classifier's head: drop --enable-lora, and serve merged weights"
+    if settings.capture is not None:
+        yield 'requests to a classifier are not captured: drop "capture"'
 
 
 def _of_platform(vllm_config: VllmConfig) -> Iterator[str]:

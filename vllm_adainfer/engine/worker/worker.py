@@ -90,22 +90,30 @@ class ExitWorker(_Worker):
 
     @override
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Report also after an empty step, which vLLM sends when the last requests have ended."""
+        """Report also after an empty step, which vLLM sends when the last requests have ended.
+
+        A classifier's step ends here, too: nothing is sampled.
+        """
         self._running.ended(scheduler_output.finished_req_ids)
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
             output = copy.copy(output)  # vLLM returns one shared object for all empty steps
             attach_note(output, self._running.idle_note())
+        elif output is not None:
+            self._attach_note(output)
         return output
 
     @override
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Attach a note: which KV is complete, and the counters."""
         output = super().sample_tokens(grammar_output)
+        self._attach_note(output)
+        return output
+
+    def _attach_note(self, output: Any) -> None:
         note = self._running.take_note()
         if note is not None:
             attach_note(output, note)
-        return output
 
     def adainfer_drop_policy(self, lora_id: int) -> None:
         """Drop the policy bundled with an adapter: its requests continue at full depth."""
@@ -156,7 +164,7 @@ class ExitWorker(_Worker):
 
         """
         model: Any = self.model_runner.model
-        loop, processor = model.loop, model.text_model.logits_processor
+        loop, (soft_cap, scale) = model.loop, model.soft_cap_and_scale
         tensors = loop.recorder.take()
         lens = model.logit_lens()
         tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.model_tensors.items()}
@@ -167,8 +175,8 @@ class ExitWorker(_Worker):
             "fingerprint": model.fingerprint,
             "own_kv_layers": model.num_own_kv_layers,
             "norm": lens.norm and (lens.norm.kind, lens.norm.eps),
-            "soft_cap": processor.soft_cap,
-            "scale": processor.scale,
+            "soft_cap": soft_cap,
+            "scale": scale,
             "threads": torch.get_num_threads(),
             **timings,
         }

@@ -185,7 +185,9 @@ def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
 
     The expectation is on the part that fits: a choice by the held-out part would weaken the bound.
     """
-    if policy.calibration.options.tolerance is None:
+    calibration = policy.calibration
+    has_rest = calibration.recording.logit_lens.head.size > len(calibration.labels)
+    if calibration.options.tolerance is None or not has_rest:  # a classifier has no other tokens
         return policy
     with_mass = make_policy(replace(policy.calibration, with_mass=True))
     saved, saved_without = (

@@ -60,6 +60,46 @@ class CalibrationRequest:
     options: PolicyOptions = field(default_factory=PolicyOptions)
 
 
+def check_classifier(request: CalibrationRequest, holds_requests: bool) -> None:
+    """Check that the options go with a classifier, whose labels are the columns of its scores.
+
+    Raises:
+        AdaInferError: they do not; the message says which to drop.
+
+    """
+    answers = {
+        "--labels": request.labels,
+        "--label-pool": request.label_pool,
+        "--choices": request.choices,
+    }
+    refusals = [
+        *(
+            (bool(given), f"a classifier brings its labels, the columns of its scores: drop {name}")
+            for name, given in answers.items()
+        ),
+        (
+            request.adapter is not None,
+            "an adapter replaces a classifier's head: drop --lora, and give merged weights",
+        ),
+        (
+            request.options.max_tokens > 1,
+            "a classifier answers with scores, not with tokens: drop --max-tokens",
+        ),
+        (
+            holds_requests,
+            f"{request.data} holds requests for tokens, and a classifier gets none: give one JSON "
+            "object per prompt, with a --template",
+        ),
+        (
+            request.probe not in ("auto", "branch", *LABEL_HEADS),
+            f"exit points of a classifier have label-heads: drop --probe {request.probe}",
+        ),
+    ]
+    for refused, sentence in refusals:
+        if refused:
+            raise AdaInferError(sentence)
+
+
 def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
     """Check that the options go together, and with data that holds requests or rows.
 

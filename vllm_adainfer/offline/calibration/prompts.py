@@ -35,6 +35,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
 )
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of
 from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
+from vllm_adainfer.offline.calibration.data.score_labels import is_classifier, score_labels
 from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
     load_student_base,
@@ -45,6 +46,7 @@ from vllm_adainfer.offline.calibration.label_promises import check_labels
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
     PolicyOptions,
+    check_classifier,
     check_options,
 )
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
@@ -92,13 +94,22 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     check_writable(request.output)
     options, rows, data = request.options, read_rows(request.data), str(request.data)
     holds_requests = are_requests(rows)
+    hf_config, tokenizer = load_config_and_tokenizer(request.model)
+    most = hf_config.max_position_embeddings - options.max_tokens
+    labels: tuple[Label, ...] = ()
+    if is_classifier(hf_config):
+        check_classifier(request, holds_requests)
+        labels = score_labels(hf_config)
+        request = replace(request, labels=tuple(label.name for label in labels))
     check_options(request, holds_requests)
     if not holds_requests:
         check_rows(Split.halves(len(rows)), options, data)
-    hf_config, tokenizer = load_config_and_tokenizer(request.model)
-    most = hf_config.max_position_embeddings - options.max_tokens
-    read = _from_requests if holds_requests else _from_rows
-    examples, labels, choices = read(request, rows, tokenizer, hf_config.vocab_size, most)
+    if labels:
+        examples, choices = _rendered(request, rows, tokenizer, most), None
+        check_labels_known(examples, labels)
+    else:
+        read = _from_requests if holds_requests else _from_rows
+        examples, labels, choices = read(request, rows, tokenizer, hf_config.vocab_size, most)
     check_labels(options, labels)
     groups = groups_of(examples)
     order = random_order(groups, options.seed)
@@ -158,8 +169,7 @@ def _from_rows(
     request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
 ) -> tuple[list[Example], tuple[Label, ...], Choices | None]:
     """Prompts from rows for a template, the labels if there are any, and the choices."""
-    template = read_template(request.template)
-    examples = make_examples(rows, tokenizer, template, request.label_field, most)
+    examples = _rendered(request, rows, tokenizer, most)
     if request.choices:
         choices = find_choices(request.choices, tokenizer, vocabulary)
         return with_labels(examples, request.choices), choices.labels, choices
@@ -167,6 +177,13 @@ def _from_rows(
     if labels:
         check_labels_known(examples, labels)
     return examples, labels, None
+
+
+def _rendered(
+    request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, most: int
+) -> list[Example]:
+    template = read_template(request.template)
+    return make_examples(rows, tokenizer, template, request.label_field, most)
 
 
 def _from_requests(

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.evaluation.requests import chosen, label_logprobs, request_params
+from vllm_adainfer.offline.calibration.record.collect import best_column
+from vllm_adainfer.offline.evaluation.requests import (
+    chosen,
+    class_logprobs,
+    label_logprobs,
+    request_params,
+)
 from vllm_adainfer.offline.evaluation.run import Rounds, Run
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.settings.request import EPSILON_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, PoolingParams, SamplingParams
     from vllm.lora.request import LoRARequest
 
 WARM_UP = 64  # prompts
@@ -68,7 +74,7 @@ def measure(
 def run(
     engine: LLM,
     examples: Sequence[Example],
-    params: Sequence[SamplingParams],
+    params: Sequence[SamplingParams | PoolingParams],
     config: ArtifactConfig,
     counted: bool,
     adapter: LoRARequest | None,
@@ -91,13 +97,19 @@ def run(
     before = stats(engine) if counted else None
     prompts = [{"prompt_token_ids": example.token_ids} for example in examples]
     start = time.perf_counter()
-    outputs = engine.generate(prompts, params, lora_request=adapter, use_tqdm=False)
-    seconds = time.perf_counter() - start
-    texts = [list(output.outputs[0].token_ids) for output in outputs]
-    if config.choices:
-        texts = chosen(outputs, config.choices)
-    read = outputs[0].outputs[0].logprobs
-    logprobs = label_logprobs(outputs, config.labels) if read else None
+    if config.score_head is None:
+        outputs = engine.generate(prompts, params, lora_request=adapter, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        texts = [list(output.outputs[0].token_ids) for output in outputs]
+        if config.choices:
+            texts = chosen(outputs, config.choices)
+        read = outputs[0].outputs[0].logprobs
+        logprobs = label_logprobs(outputs, config.labels) if read else None
+    else:
+        scored = engine.encode(prompts, params, pooling_task="classify", use_tqdm=False)
+        seconds = time.perf_counter() - start
+        texts = [[best_column(output.outputs.data)] for output in scored]
+        logprobs = class_logprobs(scored)
     if before is None:
         return Run(seconds, texts, logprobs=logprobs)
     return Run.counted(seconds, texts, before, stats(engine), logprobs)

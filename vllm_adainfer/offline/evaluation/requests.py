@@ -10,15 +10,17 @@ import numpy as np
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.engine.admission.requested_output import OutputKind
-from vllm_adainfer.offline.calibration.record.collect import greedy
+from vllm_adainfer.offline.calibration.record.collect import greedy, scores_of
 from vllm_adainfer.offline.evaluation.run import Logprobs
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
+    from vllm import PoolingParams, PoolingRequestOutput, RequestOutput, SamplingParams
 
 
 def promised_output(config: ArtifactConfig) -> OutputKind:
     """The strongest output that the policy's bound covers."""
+    if config.score_head is not None:
+        return OutputKind.SCORES
     if config.choices:
         return OutputKind.CHOICE
     if config.risk != "probability":
@@ -39,7 +41,7 @@ def request_params(
     labels: Sequence[int] | None,
     extra_args: dict[str, Any] | None,
     max_tokens: int = 1,
-) -> SamplingParams:
+) -> SamplingParams | PoolingParams:
     """Parameters of a greedy request for the output that the policy's bound covers.
 
     Args:
@@ -50,6 +52,8 @@ def request_params(
 
     """
     what, ids = promised_output(config), list(labels or config.label_ids)
+    if what is OutputKind.SCORES:
+        return scores_of(extra_args)
     if what is OutputKind.CHOICE:
         return choice_params(config.choices, extra_args)
     if what is OutputKind.TOKEN:
@@ -90,6 +94,16 @@ def chosen(outputs: Sequence[RequestOutput], choices: Sequence[Choice]) -> list[
     """For each prompt, the tokens of the chosen text as the tokenizer writes it."""
     tokens = {choice.text: list(choice.token_ids) for choice in choices}
     return [tokens[output.outputs[0].text] for output in outputs]
+
+
+def class_logprobs(outputs: Sequence[PoolingRequestOutput]) -> Logprobs:
+    """The labels' log-probabilities, fp32 [prompts, labels], from a classifier's probabilities."""
+    probabilities = np.stack([output.outputs.data.float().numpy() for output in outputs])
+    if probabilities.shape[1] == 1:
+        probabilities = np.concatenate([1 - probabilities, probabilities], axis=1)
+    with np.errstate(divide="ignore"):
+        logprobs: Logprobs = np.log(probabilities)
+    return logprobs
 
 
 def label_logprobs(outputs: Sequence[RequestOutput], labels: Sequence[Label]) -> Logprobs:

@@ -28,7 +28,7 @@ from vllm_adainfer.policy.probe import Probe, logit_lens_of
 from vllm_adainfer.settings.instruments import ROW_ARG
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm import LLM, PoolingParams, SamplingParams
     from vllm.lora.request import LoRARequest
 
 
@@ -180,9 +180,15 @@ def record(
     """
     engine.reset_prefix_cache()
 
-    def run(rows: Sequence[int], reuse_prefixes: bool) -> list[RequestOutput]:
+    classifies = engine.llm_engine.model_config.runner_type == "pooling"
+
+    def run(rows: Sequence[int], reuse_prefixes: bool) -> list[Any]:
+        prompts = [{"prompt_token_ids": examples[row].token_ids} for row in rows]
+        if classifies:
+            scored = [scores_of({ROW_ARG: row}, reuse_prefixes) for row in rows]
+            return engine.encode(prompts, scored, pooling_task="classify", use_tqdm=_recorded)
         return engine.generate(
-            [{"prompt_token_ids": examples[row].token_ids} for row in rows],
+            prompts,
             [
                 greedy(examples[row].labels or labels, {ROW_ARG: row}, max_tokens, reuse_prefixes)
                 for row in rows
@@ -204,7 +210,10 @@ def record(
         }
     depth = max(map(int, _named(tensors, "layer.")))
     has_lens = bool(_named(tensors, "lens."))
-    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    texts = [
+        [best_column(output.outputs.data)] if classifies else list(output.outputs[0].token_ids)
+        for output in outputs
+    ]
     rows = torch.from_numpy(
         rows_of_tokens(
             tensors["tags"].numpy(),
@@ -313,6 +322,26 @@ def _folds(record: dict[str, Tensor], layer: int) -> list[Moments]:
         Moments(**{name: record[f"lens.{layer}.{fold}.{name}"] for name in names})
         for fold in range(FOLDS)
     ]
+
+
+def scores_of(
+    extra_kwargs: dict[str, Any] | None = None, reuse_prefixes: bool = True
+) -> PoolingParams:
+    """Parameters for the probabilities of a classifier; see `greedy`."""
+    from vllm import PoolingParams
+
+    return PoolingParams(
+        task="classify",
+        skip_reading_prefix_cache=not reuse_prefixes,
+        extra_kwargs=extra_kwargs,
+    )
+
+
+def best_column(probabilities: Tensor) -> int:
+    """The best label of a classifier, by its probabilities, fp32 [columns]."""
+    if len(probabilities) == 1:
+        return int(probabilities[0] > 0.5)
+    return int(probabilities.argmax())
 
 
 def greedy(

@@ -1,0 +1,199 @@
+"""Classifiers, which vLLM runs as pooling models: `LLM.classify` and `LLM.encode`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from vllm import PoolingParams
+
+from tests.conftest import tiny_engine
+from tests.e2e.oracle import hidden_states
+from tests.tiny import (
+    EXIT_POINTS,
+    LAYERS,
+    served_fingerprint,
+    tiny_artifact,
+    tiny_config,
+    tiny_tensors,
+)
+from vllm_adainfer import stats
+from vllm_adainfer.artifact.fields import Gate, Label
+
+CLOSE = 2e-4  # fp32 sums in another order
+TIE = 1e-3
+SETTINGS = {"kv_cache_memory_bytes": 64 << 20, "max_model_len": 512}
+_GENERATOR = np.random.default_rng(0)
+# Some have several chunks, some share a block of their beginning with an earlier one.
+_OWN = [_GENERATOR.integers(5, 1000, 1 + 17 * i % 190).tolist() for i in range(16)]
+PROMPTS = [*_OWN, *([*_OWN[i][:64], 7, 8, 9] for i in (5, 8))]
+COLUMNS = {"softmax": 3, "sigmoid": 1}
+PROMISES: dict[str, dict[str, Any]] = {
+    "label": {},
+    "tolerance": {"risk": "probability", "tolerance": 0.05},
+    "gate": {"risk": "probability", "gates": (Gate(label="c1", probability=0.5),)},
+}
+
+
+def classifier(base: Path, directory: Path, columns: int) -> Path:
+    """The tiny Llama with a random score head in place of its LM head."""
+    weights = load_file(base / "model.safetensors")
+    del weights["lm_head.weight"]
+    weights["score.weight"] = torch.randn(columns, 64, generator=torch.Generator().manual_seed(3))
+    directory.mkdir()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    for file in base.glob("*.json"):
+        (directory / file.name).write_text(file.read_text())
+    config = json.loads((base / "config.json").read_text())
+    names = {str(column): f"c{column}" for column in range(columns)}
+    config |= {
+        "architectures": ["LlamaForSequenceClassification"],
+        "id2label": names,
+        "label2id": {name: int(column) for column, name in names.items()},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(scope="module", params=COLUMNS)
+def model(request, tiny_model, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("classifier") / request.param
+    return classifier(tiny_model, directory, COLUMNS[request.param])
+
+
+@pytest.fixture(scope="module")
+def score(model) -> Tensor:
+    return load_file(model / "model.safetensors")["score.weight"]
+
+
+@pytest.fixture(scope="module")
+def states(reference) -> list[list[Tensor]]:
+    """Of each prompt, its last row after each number of layers."""
+    return [[state[-1] for state in hidden_states(reference, prompt)] for prompt in PROMPTS]
+
+
+def config_of(model: Path, promise: str = "label", fingerprint: str = "") -> dict[str, Any]:
+    columns = COLUMNS[model.name]
+    labels = tuple(Label(name=f"c{column}", token_id=column) for column in range(max(2, columns)))
+    return dict(
+        architecture="LlamaForSequenceClassification",
+        weights_fingerprint=fingerprint or served_fingerprint(model),
+        score_head=model.name,
+        labels=labels,
+        **PROMISES[promise],
+    )
+
+
+def probabilities(scores: Tensor) -> Tensor:
+    """As vLLM's pooler makes them of a classifier's scores."""
+    return scores.sigmoid() if len(scores) == 1 else scores.softmax(0)
+
+
+def answers(llm: Any, prompts: list[list[int]] = PROMPTS, **params: Any) -> list[Tensor]:
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    pooling = PoolingParams(task="classify", **params)
+    found = llm.encode(asked, pooling, pooling_task="classify", use_tqdm=False)
+    return [output.outputs.data for output in found]
+
+
+@pytest.fixture(scope="module")
+def stock(model) -> list[Tensor]:
+    return answers(tiny_engine(model, None, **SETTINGS))
+
+
+@pytest.fixture(scope="module", params=PROMISES)
+def served(request, model, states, tmp_path_factory) -> tuple[Any, dict[str, Tensor], float]:
+    """An engine with a policy, its heads and its threshold: half leave at the first exit point."""
+    promise = config_of(model, request.param)
+    heads = tiny_tensors(tiny_config(model, **promise))
+    leads = [lead(scores_at(EXIT_POINTS[0], after, heads), request.param)[1] for after in states]
+    threshold = float(np.median(leads))
+    thresholds = torch.full((2, len(EXIT_POINTS)), threshold)
+    directory = tmp_path_factory.mktemp("artifact") / "policy"
+    policy = tiny_artifact(model, directory, thresholds, **promise)
+    switch = {"artifact": str(policy), "min_rows_saved": 1}
+    return tiny_engine(model, switch, **SETTINGS), heads, threshold
+
+
+def scores_at(layer: int, after: list[Tensor], heads: dict[str, Tensor]) -> Tensor:
+    """What a head says of a prompt."""
+    weight, bias = heads[f"exit.{layer}.head_weight"], heads[f"exit.{layer}.head_bias"]
+    return after[layer] @ weight.T + bias
+
+
+def lead(scores: Tensor, promise: str) -> tuple[Tensor, float]:
+    """The labels' probabilities, and what decides whether they are settled."""
+    among = (scores if promise == "label" else scores[:-1]).softmax(0)
+    if promise == "gate":
+        return among, abs(float(torch.logit(among[1])))
+    best = among.sort().values
+    return among, float(best[-1] - best[-2])
+
+
+def expected(
+    after: list[Tensor], heads: dict[str, Tensor], threshold: float, promise: str
+) -> tuple[int, Tensor] | None:
+    """Where a prompt leaves, and with which probabilities; None if it is too close to call."""
+    for layer in EXIT_POINTS:
+        among, by = lead(scores_at(layer, after, heads), promise)
+        if abs(by - threshold) < TIE:
+            return None
+        if by > threshold:
+            return layer, among
+    return LAYERS, torch.empty(0)
+
+
+def test_each_prompt_gets_the_probabilities_of_its_exit_and_others_those_of_stock(
+    request, model, states, stock, served
+):
+    llm, heads, threshold = served
+    promise = request.node.callspec.params["served"]
+    before = Counter(stats(llm)["exit_histogram"])
+    found = answers(llm, _OWN)  # one whose beginning is shared may run at full depth
+    left = Counter(stats(llm)["exit_histogram"]) - before
+    wanted: Counter[int] = Counter()
+    for after, answer, deep in zip(states, found, stock, strict=False):
+        depth, among = expected(after, heads, threshold, promise) or (None, None)
+        wanted[depth] += 1
+        if depth == LAYERS:
+            torch.testing.assert_close(answer, deep, atol=CLOSE, rtol=0)
+        elif depth is not None:
+            labels = torch.cat([1 - answer, answer]) if len(answer) == 1 else answer
+            torch.testing.assert_close(labels, among, atol=CLOSE, rtol=0)
+    unclear = wanted.pop(None, 0)
+    assert sum((left - wanted).values()) <= unclear
+    assert len(wanted) > 2
+
+
+def test_never_exiting_is_stock_bit_for_bit(model, tmp_path):
+    """With chunks and a prefix cache, in the dtype in which models are served."""
+    fingerprint = served_fingerprint(model, "bfloat16")
+    policy = tiny_artifact(model, tmp_path / "policy", **config_of(model, fingerprint=fingerprint))
+    stock = tiny_engine(model, None, "bfloat16", **SETTINGS)
+    ours = tiny_engine(model, {"artifact": str(policy)}, "bfloat16", **SETTINGS)
+    for _ in range(2):  # the second time from the prefix cache
+        never = answers(ours, extra_kwargs={"adainfer": 0})
+        assert all(map(torch.equal, never, answers(stock)))
+
+
+def test_raw_scores_are_those_of_full_depth(served, stock):
+    """No policy promises anything about them."""
+    raw = answers(served[0], use_activation=False)
+    for scores, answer in zip(raw, stock, strict=True):
+        torch.testing.assert_close(probabilities(scores), answer, atol=CLOSE, rtol=0)
+
+
+def test_a_prompt_that_left_spoils_no_later_one(served, stock):
+    """The prefix cache holds no block that lacks layers."""
+    llm, _, _ = served
+    llm.reset_prefix_cache()
+    answers(llm)
+    for answer, deep in zip(answers(llm, extra_kwargs={"adainfer": 0}), stock, strict=True):
+        torch.testing.assert_close(answer, deep, atol=CLOSE, rtol=0)

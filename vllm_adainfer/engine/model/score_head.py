@@ -1,0 +1,134 @@
+"""The score head of a classifier, which vLLM runs as a pooling model.
+
+vLLM 0.32 makes a classifier of any causal model, ours included: `as_seq_cls_model` in
+`models/adapters.py` puts a linear layer, `score`, in the LM head's place, and the pooler applies it
+to the state of each prompt's last token, then an activation. Scores of requests that left early go
+in between the two, so that whatever vLLM does with scores happens to them, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from adainfer_kernels import Head
+from torch import Tensor, nn
+from vllm.model_executor.layers.pooler import DispatchPooler
+from vllm.model_executor.layers.pooler.activations import PoolerClassify
+from vllm.model_executor.models.interfaces_base import is_pooling_model
+
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.kinds import ScoreHead
+from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.loop.loop import StepOutput
+
+
+class EarlyScoreHead(nn.Module):
+    """Stands in for a classifier's score layer in its pooler."""
+
+    def __init__(self, score: nn.Module, take_output: Callable[[], StepOutput | None]) -> None:
+        """`take_output` returns what the step answered early; None for a warm-up.
+
+        vLLM's `score` stays a part of the model, and must not become one twice.
+        """
+        super().__init__()
+        self._score: Callable[[Tensor], Tensor] = lambda states: score(states)
+        self._take_output = take_output
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Scores [requests, columns] from the states of their last tokens, [requests, hidden size].
+
+        Those of requests that left early are undefined.
+        """
+        scores, output = self._score(states), self._take_output()
+        if output is None:
+            return scores
+        for shadow in output.shadows:
+            shadow.compare(as_labels(scores), self._score)
+        for one in output.scored:
+            answers = replace(one.answers, values=broadcast_from_rank0(one.answers.values))
+            [places] = torch.from_numpy(one.requests).to(scores.device).unsqueeze(0)
+            early = answers.scores.to(scores.dtype)
+            if scores.shape[1] == 1:
+                scores[places, 0] = early[:, 1] - early[:, 0]
+            else:
+                scores[places] = early
+        return scores
+
+
+def as_labels(scores: Tensor) -> Tensor:
+    """Scores [rows, columns] with a column for each label of a policy.
+
+    A single column says how much a second label leads a first: the sigmoid of x is the softmax of
+    (0, x).
+    """
+    if scores.shape[1] > 1:
+        return scores
+    return torch.cat([torch.zeros_like(scores), scores], dim=1)
+
+
+def head_of(score: Any) -> Head:
+    """A classifier's score layer, however it is stored, as a head with a row for each label."""
+    weight = score.weight
+    states = torch.eye(score.input_size, dtype=score.params_dtype, device=weight.device)
+    bias = score(states.new_zeros(1, score.input_size))
+    rows = score(states) - bias
+    return Head(as_labels(rows).T.float().contiguous(), as_labels(bias)[0].float())
+
+
+def use_early_scores(model: Any, take_output: Callable[[], StepOutput | None]) -> None:
+    """Let the pooler of a classifier return early scores, and nothing but the classes of prompts.
+
+    Raises:
+        AdaInferError: its scores pass a function that no policy promises anything about.
+
+    """
+    score_head_of(model)
+    pooler = model.pooler.poolers_by_task["classify"]
+    model.pooler = DispatchPooler({"classify": pooler})
+    model.pooler.replace_classifier(EarlyScoreHead(model.score, take_output))
+
+
+def score_head_of(model: Any) -> ScoreHead | None:
+    """What turns the scores of a classifier into probabilities; None if a model generates.
+
+    Raises:
+        AdaInferError: it is a function that no policy promises anything about.
+
+    """
+    if not is_pooling_model(model):
+        return None
+    activation = model.pooler.poolers_by_task["classify"].head.activation
+    if not isinstance(activation, PoolerClassify):
+        raise AdaInferError(
+            f"vllm-adainfer: the scores of this classifier pass {activation}, and policies promise "
+            "probabilities of one class among several, or of one column: serve another, or drop "
+            '"adainfer" from additional_config'
+        )
+    return "sigmoid" if model.score.output_size == 1 else "softmax"
+
+
+def check_scores(model: Any, name: str, config: ArtifactConfig) -> None:
+    """Check that a policy is for the scores of this model.
+
+    Raises:
+        AdaInferError: it is not.
+
+    """
+    served = score_head_of(model)
+    if config.score_head != served:
+        asked, has = (
+            "tokens" if one is None else f"{one} scores" for one in (config.score_head, served)
+        )
+        raise AdaInferError(
+            f"policy {name} was calibrated for {asked}, and this model answers with {has}: "
+            "calibrate the model as you serve it"
+        )
+    if served is not None and len(config.labels) != max(2, model.score.output_size):
+        raise AdaInferError(
+            f"policy {name} was calibrated for {len(config.labels)} labels, and the score head of "
+            f"this model has {model.score.output_size} columns: calibrate for this model"
+        )
