@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from vllm import PoolingParams
 
+from tests.classifier import COLUMNS, classifier
 from tests.conftest import tiny_engine
 from tests.e2e.oracle import hidden_states
 from tests.tiny import (
@@ -34,32 +34,11 @@ _GENERATOR = np.random.default_rng(0)
 # Some have several chunks, some share a block of their beginning with an earlier one.
 _OWN = [_GENERATOR.integers(5, 1000, 1 + 17 * i % 190).tolist() for i in range(16)]
 PROMPTS = [*_OWN, *([*_OWN[i][:64], 7, 8, 9] for i in (5, 8))]
-COLUMNS = {"softmax": 3, "sigmoid": 1}
 PROMISES: dict[str, dict[str, Any]] = {
     "label": {},
     "tolerance": {"risk": "probability", "tolerance": 0.05},
     "gate": {"risk": "probability", "gates": (Gate(label="c1", probability=0.5),)},
 }
-
-
-def classifier(base: Path, directory: Path, columns: int) -> Path:
-    """The tiny Llama with a random score head in place of its LM head."""
-    weights = load_file(base / "model.safetensors")
-    del weights["lm_head.weight"]
-    weights["score.weight"] = torch.randn(columns, 64, generator=torch.Generator().manual_seed(3))
-    directory.mkdir()
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    for file in base.glob("*.json"):
-        (directory / file.name).write_text(file.read_text())
-    config = json.loads((base / "config.json").read_text())
-    names = {str(column): f"c{column}" for column in range(columns)}
-    config |= {
-        "architectures": ["LlamaForSequenceClassification"],
-        "id2label": names,
-        "label2id": {name: int(column) for column, name in names.items()},
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
 
 
 @pytest.fixture(scope="module", params=COLUMNS)

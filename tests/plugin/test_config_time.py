@@ -32,6 +32,8 @@ from vllm_adainfer.engine.startup.refusals import refuse_unsupported
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Settings
 
+LLAMA = "LlamaForSequenceClassification"
+
 
 def engine_config(model: Path, adainfer: Any = None, **settings: Any) -> Any:
     additional = {} if adainfer is None else {"adainfer": adainfer}
@@ -194,8 +196,8 @@ def test_an_epsilon_that_was_not_certified_is_refused(tiny_model, tiny_policy):
         ({"pipeline_parallel_size": 2}, "pipeline parallelism cannot drop rows"),
         ({"prefill_context_parallel_size": 2}, "context parallelism splits a request's rows"),
         ({"enable_batch_sharded_sampling": True}, "batch-sharded sampling bypasses the logits"),
-        ({"runner": "pooling"}, "pooling models have no next token"),
-        ({"convert": "classify"}, "pooling models have no next token"),
+        ({"runner": "pooling"}, "of the pooling models only classifiers have an answer"),
+        ({"convert": "classify"}, "policy default decides tokens, and this engine answers with"),
         ({"enable_prompt_embeds": True}, "prompt embeddings enter below"),
         ({"kv_offloading_size": 1.0}, "a KV connector would send incomplete blocks"),
         (
@@ -340,20 +342,40 @@ def test_an_architecture_without_exit_points_is_refused_not_ignored(
 
 
 @pytest.mark.parametrize(
-    "architecture",
-    [
-        *("LlamaForSequenceClassification", "Qwen3ForSequenceClassification", "Qwen3Model"),
-        "Qwen3VLForSequenceClassification",
-    ],
+    "architecture", ["LlamaForSequenceClassification", "Qwen3ForSequenceClassification"]
 )
-def test_a_model_that_vllm_turns_into_a_pooling_model_is_refused_not_ignored(
+def test_a_classifier_gets_our_class_of_the_model_that_vllm_makes_it_of(
     tiny_model, tmp_path, architecture
 ):
-    """Some of these have no entry in vLLM's registry, and a config hook of their own."""
+    """The second has no entry in vLLM's registry, and a config hook of its own."""
     family = "qwen3" if architecture.startswith("Qwen3") else "llama"
     directory = config_alone(family, architecture, tiny_model, tmp_path)
-    with pytest.raises(ValueError, match="pooling models have no next token to decide"):
-        engine_config(directory, {"exit_script": [2]})
+    config = engine_config(directory, {"exit_script": [2]}).model_config
+    causal = architecture.replace("SequenceClassification", "CausalLM")
+    assert config.hf_config.architectures == [f"AdaInfer{causal}"]
+    assert (config.runner_type, config.convert_type) == ("pooling", "classify")
+    assert not config.logits_processors
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "sentence"),
+    [
+        ("Qwen3Model", {}, "of the pooling models only classifiers"),
+        ("Qwen3VLForSequenceClassification", {}, "has no exit points yet"),
+        (LLAMA, {"pooler_config": {"task": "token_classify"}}, "reads all tokens: set task to"),
+        (LLAMA, {"pooler_config": {"seq_pooling_type": "MEAN"}}, "set seq_pooling_type to LAST"),
+        (LLAMA, {"pooler_config": {"logit_mean": 0.5}}, "drop logit_mean and logit_sigma"),
+        (LLAMA, {"enable_lora": True}, "adapters replace a classifier's head"),
+        (LLAMA, {"hf_overrides": {"is_causal": False}}, "bidirectional attention needs every"),
+    ],
+)
+def test_a_pooling_model_that_cannot_exit_is_refused_not_ignored(
+    tiny_model, tmp_path, architecture, settings, sentence
+):
+    family = "qwen3" if architecture.startswith("Qwen3") else "llama"
+    directory = config_alone(family, architecture, tiny_model, tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        engine_config(directory, {"exit_script": [2]}, **settings)
 
 
 def test_a_kv_connector_that_vllm_sets_after_its_config_hooks_is_refused(tiny_model, tiny_policy):

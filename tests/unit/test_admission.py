@@ -2,20 +2,22 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from vllm import SamplingParams
+from vllm import PoolingParams, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.admitted import admitted, resolved, row_of
 from tests.tiny import tiny_artifact, tiny_config
-from vllm_adainfer.artifact.fields import MOST_ANSWERS
+from vllm_adainfer.artifact.fields import MOST_ANSWERS, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.admission import traffic_sample as sample
 from vllm_adainfer.engine.admission.admission import NOT_RECORDED, Admission
-from vllm_adainfer.engine.admission.resolved import UNLIMITED, resolved_of, with_resolved
+from vllm_adainfer.engine.admission.resolved import UNLIMITED, attach_resolved, resolved_of
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.script import SCRIPT_LABELS
@@ -257,18 +259,27 @@ def test_what_is_decided_travels_with_the_request_without_touching_the_callers_o
 ):
     params = label_request(label_ids, extra_args=arguments)
     before, decided = repr(params), resolved(admission("all"), params)
-    changed = with_resolved(params, decided)
+    request = request_with(params)
+    assert resolved_of(request) is None
+    attach_resolved(request, decided)
+    changed = request.sampling_params
     assert repr(params) == before
     assert params.extra_args == arguments
     assert changed.allowed_token_ids == params.allowed_token_ids
-    assert (resolved_of(params), resolved_of(changed), resolved_of(None)) == (None, decided, None)
+    assert resolved_of(request) == decided
     assert resolved(admission("all"), changed) == decided
     assert pickle.loads(pickle.dumps(decided)) == decided, "workers are other processes"
 
 
 @pytest.mark.parametrize("sent", [1, True, "x", [], {"may_exit": True}])
 def test_a_client_cannot_decide_for_the_scheduler(label_ids, sent):
-    assert resolved_of(label_request(label_ids, extra_args={"_adainfer": sent})) is None
+    params = label_request(label_ids, extra_args={"_adainfer": sent})
+    assert resolved_of(request_with(params)) is None
+
+
+def request_with(params: Any) -> SimpleNamespace:
+    """VLLM's request with these parameters."""
+    return SimpleNamespace(sampling_params=params, pooling_params=None)
 
 
 @pytest.fixture(scope="module")
@@ -502,3 +513,43 @@ def test_two_policies_for_the_same_probabilities_have_to_be_named(tiny_model, tm
     admission = Admission(Settings(artifact=sources))
     assert admission.policies.ambiguous == [["one", "two"]]
     assert row_of(admission, reading(label_ids, "in the vocabulary")) == FULL_DEPTH
+
+
+def classifying(tiny_model: Path, tmp_path: Path) -> Admission:
+    """Admission by a policy for a classifier's scores."""
+    labels = tuple(Label(name=f"c{column}", token_id=column) for column in range(3))
+    directory = tiny_artifact(tiny_model, tmp_path / "policy", score_head="softmax", labels=labels)
+    return Admission(Settings(artifact=str(directory)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "may_exit"),
+    [
+        ({}, True),
+        ({"use_activation": True}, True),
+        ({"use_activation": False}, False),  # no policy promises raw scores
+        ({"task": "token_classify"}, False),
+        ({"task": "embed"}, False),
+        ({"extra_kwargs": {"adainfer": 0}}, False),
+        ({"extra_kwargs": {"adainfer_epsilon": 0.0}}, False),
+        ({"extra_kwargs": {"adainfer": "never"}}, False),  # invalid: no frontend has refused it
+    ],
+)
+def test_a_classifiers_requests_exit_where_they_read_probabilities_of_classes(
+    tiny_model, tmp_path, changes, may_exit
+):
+    admission = classifying(tiny_model, tmp_path)
+    decided = admission.resolve("one", PoolingParams(**{"task": "classify", **changes}))
+    assert decided.may_exit == may_exit
+    assert decided.max_tokens == 1
+    request = SimpleNamespace(sampling_params=None, pooling_params=PoolingParams(task="classify"))
+    attach_resolved(request, decided)
+    assert resolved_of(request) == decided
+
+
+def test_a_policy_for_scores_decides_no_tokens_and_the_other_way_round(
+    tiny_model, tmp_path, admission, label_ids
+):
+    scores, tokens = PoolingParams(task="classify"), label_request([0, 1, 2])
+    assert not classifying(tiny_model, tmp_path).resolve("one", tokens).may_exit
+    assert not admission("all").resolve("one", scores).may_exit

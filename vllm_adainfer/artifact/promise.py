@@ -18,6 +18,14 @@ def wrong_in_words(config: ArtifactConfig) -> str:
 
 
 RIGHT_SIDE = "probabilities are right about their side of the gates, not in value"
+RIGHT_BEST = "probabilities are right about which is largest, not in value"
+
+
+def right_about(config: ArtifactConfig) -> str:
+    """What is right about probabilities that a policy serves; "" if their values are."""
+    if config.gates:
+        return RIGHT_SIDE
+    return RIGHT_BEST if config.score_head is not None and config.tolerance is None else ""
 
 
 def _gate_in_words(gate: Gate) -> str:

@@ -18,6 +18,13 @@ Template = Annotated[
         "'prompt' or 'messages'."
     ),
 ]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        help="For a reranker, and rows with 'query' and 'documents': the template of the server's "
+        "--chat-template, a file or the template itself."
+    ),
+]
 LabelField = Annotated[str, typer.Option(help="The field of a row that holds its label.")]
 Lora = Annotated[
     str,

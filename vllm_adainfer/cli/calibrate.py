@@ -11,7 +11,16 @@ import typer
 from vllm_adainfer.artifact.fields import Gate, LabelBound
 from vllm_adainfer.artifact.kinds import ClassifierKind, LabelBoundKind, Risk
 from vllm_adainfer.cli.app import app, errors_as_sentences
-from vllm_adainfer.cli.arguments import Data, LabelField, Labels, Lora, Model, Template, names_of
+from vllm_adainfer.cli.arguments import (
+    ChatTemplate,
+    Data,
+    LabelField,
+    Labels,
+    Lora,
+    Model,
+    Template,
+    names_of,
+)
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.options import (
     BoundChoice,
@@ -28,6 +37,7 @@ def calibrate(
     data: Data,
     output: Annotated[Path, typer.Option(help="Directory to write the artifact to.")],
     template: Template = None,
+    chat_template: ChatTemplate = None,
     label_field: LabelField = "label",
     labels: Labels = "",
     label_pool: Annotated[
@@ -163,6 +173,7 @@ def calibrate(
         data=data,
         output=output,
         template=template,
+        chat_template=chat_template,
         label_field=label_field,
         labels=names_of(labels),
         label_pool=names_of(label_pool),

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from vllm_adainfer.cli.app import app, errors_as_sentences
-from vllm_adainfer.cli.arguments import LabelField, Labels, Lora, Model, Template, names_of
+from vllm_adainfer.cli.arguments import (
+    ChatTemplate,
+    LabelField,
+    Labels,
+    Lora,
+    Model,
+    Template,
+    names_of,
+)
 from vllm_adainfer.errors import AdaInferError
 
 
@@ -19,6 +27,7 @@ def evaluate(
     artifact: Annotated[str, typer.Option(help="Directory or hub id of the artifact.")],
     data: Annotated[Path, typer.Option(help="JSON lines, one object per row.")],
     template: Template = None,
+    chat_template: ChatTemplate = None,
     label_field: LabelField = "label",
     labels: Labels = "",
     max_tokens: Annotated[
@@ -57,6 +66,7 @@ def evaluate(
             artifact=artifact,
             data=data,
             template=template,
+            chat_template=chat_template,
             label_field=label_field,
             labels=names_of(labels),
             max_tokens=max_tokens,

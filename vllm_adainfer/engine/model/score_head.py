@@ -112,23 +112,15 @@ def score_head_of(model: Any) -> ScoreHead | None:
 
 
 def check_scores(model: Any, name: str, config: ArtifactConfig) -> None:
-    """Check that a policy is for the scores of this model.
+    """Check that a policy for scores has a label for each column of this model.
 
     Raises:
-        AdaInferError: it is not.
+        AdaInferError: it has not.
 
     """
-    served = score_head_of(model)
-    if config.score_head != served:
-        asked, has = (
-            "tokens" if one is None else f"{one} scores" for one in (config.score_head, served)
-        )
+    labels, columns = len(config.labels), model.score.output_size
+    if (labels, config.score_head) != (max(2, columns), score_head_of(model)):
         raise AdaInferError(
-            f"policy {name} was calibrated for {asked}, and this model answers with {has}: "
-            "calibrate the model as you serve it"
-        )
-    if served is not None and len(config.labels) != max(2, model.score.output_size):
-        raise AdaInferError(
-            f"policy {name} was calibrated for {len(config.labels)} labels, and the score head of "
-            f"this model has {model.score.output_size} columns: calibrate for this model"
+            f"policy {name} was calibrated for {labels} labels ({config.score_head}), and the "
+            f"score head of this model has {columns} columns: calibrate for this model"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.promise import RIGHT_SIDE, about_labels, wrong_in_words
+from vllm_adainfer.artifact.promise import about_labels, right_about, wrong_in_words
 from vllm_adainfer.settings.engine import Capture, Settings
 
 WHO = {
@@ -26,13 +26,15 @@ def policy_banner(
     points = ", ".join(map(str, config.exit_points))
     text = (
         f"AdaInfer is on: policy {name}, {config.probe} probe after layers {points} of "
-        f"{config.layers}{_branches(config)}, for {WHO[settings.requests]} for {_outputs(config)}"
+        f"{config.layers}{_branches(config)}, for {_whose(config, settings)} for {_outputs(config)}"
     )
     if config.student is not None:
         text += f", with a student ({config.student.name}) before the first layer"
     if config.is_pooled:
         text += _if_partly_cached(config)
-    if config.risk == "probability":
+    if config.score_head is not None:
+        text += f" ({right_about(config)})" if right_about(config) else ""
+    elif config.risk == "probability":
         text += _probabilities_served(config, logprobs_mode)
     level = config.level_of(settings.epsilon)
     if level < 0:
@@ -49,6 +51,13 @@ def policy_banner(
         f"(confidence {1 - config.delta:.0%}{_meaning(config)}), "
         f"{certified.layers_saved:.0%} of layers saved in calibration; kv {settings.kv}, {shadow}"
     )
+
+
+def _whose(config: ArtifactConfig, settings: Settings) -> str:
+    """Whose requests a policy serves; a classifier draws nothing, so all of its are greedy."""
+    if config.score_head is not None and settings.requests == "greedy":
+        return WHO["all"]
+    return WHO[settings.requests]
 
 
 def _branches(config: ArtifactConfig) -> str:
@@ -83,6 +92,8 @@ def _outputs(config: ArtifactConfig) -> str:
     if config.candidates != "labels":
         return tokens
     names = ", ".join(label.name.strip() for label in config.labels)
+    if config.score_head is not None:
+        return f"the class of a prompt among {names}"
     if config.label_pool:
         names = f"two or more of {names}"
     what = "among" if config.promises_best_label else "that read probabilities among"
@@ -109,7 +120,7 @@ def _probabilities_served(config: ArtifactConfig, logprobs_mode: str) -> str:
     if logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
         return f", but not for probabilities, which --logprobs-mode {logprobs_mode} does not return"
     if config.gates:
-        return f" ({RIGHT_SIDE})"
+        return f" ({right_about(config)})"
     if logprobs_mode == "raw_logprobs" and not config.label_mass:
         return (
             f", but not for probabilities: {uncertified}, and those among the labels alone need "

@@ -14,6 +14,7 @@ from vllm_adainfer.engine.pinned_artifacts import pin_artifacts
 from vllm_adainfer.engine.scheduler.capture_files import check_directory
 from vllm_adainfer.engine.startup.banner import capture_notice, policy_banner
 from vllm_adainfer.engine.startup.refusals import (
+    refuse_other_answers,
     refuse_students_without_text,
     refuse_unknown_questions,
     refuse_unsupported,
@@ -44,6 +45,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     for config in configs.values():
         config.check_served_by(vllm_config.model_config.hf_config)
         config.check_rows_go_on(own_kv_layers(text_config) or text_config.num_hidden_layers)
+    refuse_other_answers(vllm_config, configs)
     refuse_unknown_questions(settings, configs)
     refuse_students_without_text(vllm_config, configs)
     _check_fixed_exit_points(vllm_config, settings)

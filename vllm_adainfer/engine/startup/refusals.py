@@ -68,6 +68,23 @@ def refuse_unknown_questions(settings: Settings, configs: Mapping[str, ArtifactC
             )
 
 
+def refuse_other_answers(vllm_config: VllmConfig, configs: Mapping[str, ArtifactConfig]) -> None:
+    """Refuse a policy for scores on a model that generates, and one for tokens on a classifier.
+
+    Raises:
+        AdaInferError: there is one.
+
+    """
+    classifies = vllm_config.model_config.runner_type == "pooling"
+    for name, config in configs.items():
+        if (config.score_head is not None) != classifies:
+            asked, served = ("tokens", "scores") if classifies else ("scores", "tokens")
+            raise AdaInferError(
+                f"vllm-adainfer: policy {name} decides {asked}, and this engine answers with "
+                f"{served}: calibrate the model as you serve it, see --runner and --convert"
+            )
+
+
 def refuse_students_without_text(
     vllm_config: VllmConfig, configs: Mapping[str, ArtifactConfig]
 ) -> None:

@@ -97,7 +97,8 @@ def check_replaces(
         AdaInferError: it cannot: the sentence says what differs.
 
     """
-    for field in "architecture", "layers", "hidden_size", "vocab_size", "head_size":
+    model = "architecture", "layers", "hidden_size", "vocab_size", "head_size", "score_head"
+    for field in model:
         if getattr(new, field) != getattr(old, field):
             raise AdaInferError(
                 f"policy {name} is for a model with {field} = {getattr(new, field)}, this one has "

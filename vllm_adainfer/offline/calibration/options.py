@@ -50,6 +50,7 @@ class CalibrationRequest:
     data: Path
     output: Path
     template: str | None = None
+    chat_template: str | None = None
     label_field: str = "label"
     labels: tuple[str, ...] = ()
     label_pool: tuple[str, ...] = ()
@@ -87,8 +88,8 @@ def check_classifier(request: CalibrationRequest, holds_requests: bool) -> None:
         ),
         (
             holds_requests,
-            f"{request.data} holds requests for tokens, and a classifier gets none: give one JSON "
-            "object per prompt, with a --template",
+            f"{request.data} holds requests for tokens, and a classifier gets none: give prompts "
+            "with a --template, or queries with documents",
         ),
         (
             request.probe not in ("auto", "branch", *LABEL_HEADS),
@@ -100,7 +101,9 @@ def check_classifier(request: CalibrationRequest, holds_requests: bool) -> None:
             raise AdaInferError(sentence)
 
 
-def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
+def check_options(
+    request: CalibrationRequest, holds_requests: bool, is_classifier: bool = False
+) -> None:
     """Check that the options go together, and with data that holds requests or rows.
 
     Raises:
@@ -116,6 +119,11 @@ def check_options(request: CalibrationRequest, holds_requests: bool) -> None:
     named = {(one.kind, one.label) for one in options.label_bounds}
     another_probe = request.probe not in ("auto", "branch", *LABEL_HEADS)
     refusals = [
+        (
+            request.chat_template is not None and not is_classifier,
+            "--chat-template joins the queries and documents of a reranker, and this model "
+            "generates: drop it",
+        ),
         (choices and labels, "--choices and --labels are two kinds of answers: drop one"),
         (
             choices and bool(request.label_pool),

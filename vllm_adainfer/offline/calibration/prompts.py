@@ -34,6 +34,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
     shared_start,
 )
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of
+from vllm_adainfer.offline.calibration.data.pairs import read_scored
 from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
 from vllm_adainfer.offline.calibration.data.score_labels import is_classifier, score_labels
 from vllm_adainfer.offline.calibration.data.student_base import (
@@ -101,11 +102,14 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
         check_classifier(request, holds_requests)
         labels = score_labels(hf_config)
         request = replace(request, labels=tuple(label.name for label in labels))
-    check_options(request, holds_requests)
-    if not holds_requests:
+    check_options(request, holds_requests, bool(labels))
+    if not holds_requests and not labels:
         check_rows(Split.halves(len(rows)), options, data)
     if labels:
-        examples, choices = _rendered(request, rows, tokenizer, most), None
+        choices, field = None, request.label_field
+        examples = read_scored(
+            rows, tokenizer, hf_config, request.template, request.chat_template, field, most
+        )
         check_labels_known(examples, labels)
     else:
         read = _from_requests if holds_requests else _from_rows
@@ -169,7 +173,8 @@ def _from_rows(
     request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, vocabulary: int, most: int
 ) -> tuple[list[Example], tuple[Label, ...], Choices | None]:
     """Prompts from rows for a template, the labels if there are any, and the choices."""
-    examples = _rendered(request, rows, tokenizer, most)
+    template = read_template(request.template)
+    examples = make_examples(rows, tokenizer, template, request.label_field, most)
     if request.choices:
         choices = find_choices(request.choices, tokenizer, vocabulary)
         return with_labels(examples, request.choices), choices.labels, choices
@@ -177,13 +182,6 @@ def _from_rows(
     if labels:
         check_labels_known(examples, labels)
     return examples, labels, None
-
-
-def _rendered(
-    request: CalibrationRequest, rows: Sequence[Row], tokenizer: Any, most: int
-) -> list[Example]:
-    template = read_template(request.template)
-    return make_examples(rows, tokenizer, template, request.label_field, most)
 
 
 def _from_requests(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer import __version__
 from vllm_adainfer.artifact.promise import RIGHT_SIDE
-from vllm_adainfer.engine.classes import MODELS
+from vllm_adainfer.engine.classes import model_class_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.adapter import NamedAdapter, adapter_for
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok, skip
@@ -164,7 +164,7 @@ def examine_artifact(source: str | None) -> tuple[ArtifactConfig | None, list[Fi
     points = ", ".join(map(str, config.exit_points))
     probe = f"{config.probe} probe after layers {points} of {config.base_model}"
     findings = [ok(f"artifact: {probe}. {expected_savings(config)}")]
-    if config.risk == "probability":
+    if config.risk == "probability" and config.score_head is None:
         findings.append(probabilities(config))
     try:
         return config, [*findings, expectation(config, load_details(source))]
@@ -223,8 +223,7 @@ def examine_model(
     except AdaInferError as error:
         return None, [fail(f"model: {error}")]
     architecture = model.hf_config.architectures[0]
-    ours = MODELS[architecture].rpartition(":")[2]
-    supported = ok(f"model: {architecture} is supported by {ours}")
+    supported = ok(f"model: {architecture} is supported by {model_class_of(architecture)}")
     if config is None:
         unknown = "artifact and model: not compared, because no artifact was loaded"
         return model, [supported, skip(unknown)]

@@ -15,7 +15,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
     make_examples,
     read_template,
 )
-from vllm_adainfer.offline.calibration.record.collect import greedy
+from vllm_adainfer.offline.calibration.record.collect import greedy, scores_of
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok
 from vllm_adainfer.offline.evaluation.measure import run
@@ -26,7 +26,7 @@ from vllm_adainfer.settings.request import EXIT_ARG
 from vllm_adainfer.stats import stats
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, PoolingParams, SamplingParams
 
 SENTENCES = (
     "A warm and clever film that I would gladly see again.",
@@ -120,7 +120,11 @@ def full_depth_found(full: Run, depth: int) -> Finding:
     return ok(f"full depth: {count} of {count} {requests} ran all {depth} layers")
 
 
-def _params(config: ArtifactConfig, extra_args: dict[str, Any] | None) -> SamplingParams:
+def _params(
+    config: ArtifactConfig, extra_args: dict[str, Any] | None
+) -> SamplingParams | PoolingParams:
+    if config.score_head is not None:
+        return scores_of(extra_args)
     if config.choices:
         return choice_params(config.choices, extra_args)
     return greedy(config.label_ids, extra_args)

@@ -18,7 +18,11 @@ from vllm_adainfer.offline.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.evaluation.measure import measure
-from vllm_adainfer.offline.evaluation.prompts import load_examples, right_answers
+from vllm_adainfer.offline.evaluation.prompts import (
+    load_examples,
+    load_scored,
+    right_answers,
+)
 from vllm_adainfer.offline.evaluation.report import build_report, write_whole
 from vllm_adainfer.offline.evaluation.requests import engine_settings, longest_choice
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
@@ -38,6 +42,7 @@ class EvaluationRequest:
     artifact: str
     data: Path
     template: str | None = None
+    chat_template: str | None = None
     label_field: str = "label"
     labels: tuple[str, ...] = ()
     repeat: int = 3
@@ -71,15 +76,33 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
         config = _with_one_level(config, request.epsilon)
     max_tokens = _max_tokens(request.max_tokens, config)
     generated = longest_choice(config.choices) if config.choices else max_tokens
-    examples = load_examples(
-        request.data,
-        request.template,
-        request.label_field,
-        request.labels,
-        config,
-        model.tokenizer,
-        model.longest_prompt(generated),
-    )
+    longest = model.longest_prompt(generated)
+    if config.score_head is not None:
+        examples = load_scored(
+            request.data,
+            request.template,
+            request.chat_template,
+            request.label_field,
+            request.labels,
+            config,
+            model,
+            longest,
+        )
+    elif request.chat_template is not None:
+        raise AdaInferError(
+            "--chat-template joins the queries and documents of a reranker, and the artifact is "
+            "for a model that generates: drop it"
+        )
+    else:
+        examples = load_examples(
+            request.data,
+            request.template,
+            request.label_field,
+            request.labels,
+            config,
+            model.tokenizer,
+            longest,
+        )
     rounds, texts = _measure(request, model, config, examples, max_tokens, generated)
     right_in = partial(right_answers, examples, config, model.tokenizer, max_tokens)
     report = build_report(request.artifact, request.data, config, examples, right_in, rounds)

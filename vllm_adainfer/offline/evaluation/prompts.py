@@ -20,7 +20,9 @@ from vllm_adainfer.offline.calibration.data.examples import (
     read_rows,
     read_template,
 )
+from vllm_adainfer.offline.calibration.data.pairs import read_scored
 from vllm_adainfer.offline.evaluation.sequences import Tokens, has_number, is_number
+from vllm_adainfer.offline.pretrained import Model
 
 
 def load_examples(
@@ -83,6 +85,36 @@ def load_examples(
             "after this prompt the labels begin with other tokens than at calibration: use the "
             "template and the model of the calibration"
         )
+    check_labels_known(examples, config.labels)
+    return examples
+
+
+def load_scored(
+    data: Path,
+    template: str | None,
+    chat_template: str | None,
+    label_field: str,
+    labels: Sequence[str],
+    config: ArtifactConfig,
+    model: Model,
+    longest: int,
+) -> list[Example]:
+    """The tokenised prompts of a data file for a classifier; arguments as for `load_examples`.
+
+    Raises:
+        AdaInferError: the file is not readable, or its prompts do not fit the artifact.
+
+    """
+    rows = read_rows(data)
+    if labels or are_requests(rows):
+        raise AdaInferError(
+            "the artifact is for a classifier, which brings its labels and gets no requests for "
+            "tokens: drop --labels, and give prompts, or queries with documents"
+        )
+    hf_config, tokenizer = model.hf_config, model.tokenizer
+    examples = read_scored(
+        rows, tokenizer, hf_config, template, chat_template, label_field, longest
+    )
     check_labels_known(examples, config.labels)
     return examples
 

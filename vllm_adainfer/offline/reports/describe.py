@@ -7,11 +7,11 @@ from typing import Any
 
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.promise import (
-    RIGHT_SIDE,
     about_labels,
     after_which_text,
     each_for_itself,
     not_seen_whole,
+    right_about,
     student_in_words,
     wrong_in_words,
 )
@@ -66,6 +66,9 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         scored = f"the labels that a request names, two or more of {names}"
     elif config.choices:
         scored = f"choices: {', '.join(repr(choice.text) for choice in config.choices)}"
+    elif config.score_head is not None:
+        names = ", ".join(label.name for label in config.labels)
+        scored = f"the {config.score_head} scores of a classifier: {names}"
     elif config.candidates == "labels":
         scored = ", ".join(f"{label.name} ({label.token_id})" for label in config.labels)
     else:
@@ -94,9 +97,9 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     }
     if config.risk == "probability":
         facts["wrong"] = wrong_in_words(config)
-    if config.gates:
-        facts["served"] = RIGHT_SIDE
-    elif config.risk == "probability":
+    if text := right_about(config):
+        facts["served"] = text
+    elif config.risk == "probability" and config.score_head is None:
         requests = "requests for probabilities in the whole vocabulary"
         facts["label mass"] = (
             f"certified: {requests} may exit, too"

@@ -7,11 +7,11 @@ from typing import Any
 
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.promise import (
-    RIGHT_SIDE,
     about_labels,
     after_which_text,
     each_for_itself,
     not_seen_whole,
+    right_about,
     student_in_words,
     wrong_in_words,
 )
@@ -29,6 +29,10 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
             ["exit points", ", ".join(map(str, config.exit_points))],
             *_branches(config),
             ["probe", f"{config.probe}, candidates: {labels}"],
+            *(
+                [["scores", f"of a classifier ({config.score_head})"]]
+                * (config.score_head is not None)
+            ),
             *_student(config),
             ["classifier", f"{config.classifier} on {', '.join(config.features)}"],
             [
@@ -149,10 +153,13 @@ def _branches(config: ArtifactConfig) -> list[list[str]]:
 
 def _tolerated(config: ArtifactConfig) -> list[list[str]]:
     """Rows about a policy for probabilities."""
+    if text := right_about(config):
+        gates = [["gates", wrong_in_words(config)]] if config.gates else []
+        return [*gates, ["served", text]]
     if config.risk != "probability":
         return []
-    if config.gates:
-        return [["gates", wrong_in_words(config)], ["served", RIGHT_SIDE]]
+    if config.score_head is not None:
+        return [["tolerance", f"{config.tolerance:g}"]]
     mass = "certified: probabilities in the whole vocabulary are served, too"
     if not config.label_mass:
         mass = "not certified: only probabilities among the labels are served"

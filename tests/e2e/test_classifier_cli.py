@@ -1,0 +1,101 @@
+"""Calibrate, evaluate and explain a classifier through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.classifier import COLUMNS, classifier
+from tests.e2e.test_cli import command
+from tests.full import needed
+from vllm_adainfer.artifact.files import load_artifact_config
+
+TEMPLATE = "Review : {{ messages[0].content }} Sentiment : {{ messages[1].content }}"
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def words(model: Path) -> list[str]:
+    return [word for word in AutoTokenizer.from_pretrained(model).get_vocab() if word.isalpha()]
+
+
+@pytest.fixture(scope="module", params=needed(["sigmoid"], of=COLUMNS))
+def model(request, tiny_model, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("classifier") / request.param
+    return classifier(tiny_model, directory, COLUMNS[request.param])
+
+
+@pytest.fixture(scope="module")
+def data(model, tmp_path_factory) -> list[str]:
+    """Queries with three documents each for a reranker, texts for other classifiers."""
+    vocabulary, directory = words(model), tmp_path_factory.mktemp("data")
+    texts = [" ".join(vocabulary[i % 900 : i % 900 + 2 + i % 5]) for i in range(0, 2700, 3)]
+    if model.name == "sigmoid":
+        rows = [
+            {"query": texts[i], "documents": texts[i + 1 : i + 4], "labels": [0, 1, 0]}
+            for i in range(0, 800, 2)
+        ]
+        more = ["--chat-template", TEMPLATE]
+    else:
+        rows = [{"text": text, "label": f"c{i % 3}"} for i, text in enumerate(texts)]
+        more = ["--template", "Review : {text}"]
+    return ["--data", str(written(directory / "rows.jsonl", rows)), *more]
+
+
+@pytest.fixture(scope="module")
+def calibrated(model, data, tmp_path_factory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("artifact") / "policy"
+    promise = ["--gate", "yes:0.5"] if model.name == "sigmoid" else []
+    done = command(
+        "calibrate", "--model", str(model), *data, *promise, "--epsilon", "0.2",
+        "--output", str(output),
+    )  # fmt: skip
+    return output, done.stdout
+
+
+def test_a_classifiers_policy_is_for_the_columns_of_its_scores(calibrated, model):
+    output, said = calibrated
+    config = load_artifact_config(str(output))
+    names = ["no", "yes"] if model.name == "sigmoid" else ["c0", "c1", "c2"]
+    assert (config.score_head, [label.name for label in config.labels]) == (model.name, names)
+    assert f"the {model.name} scores of a classifier: {', '.join(names)}" in said
+    right = "their side of the gates" if model.name == "sigmoid" else "which is largest"
+    assert f"probabilities are right about {right}, not in value" in said
+    # Pairs of a query are not independent.
+    assert config.bound == ("wsr" if model.name == "sigmoid" else "exact")
+
+
+def test_evaluate_runs_it_beside_stock(calibrated, model, data, tmp_path):
+    report = tmp_path / "report.json"
+    command(
+        "evaluate", "--model", str(model), "--artifact", str(calibrated[0]), *data,
+        "--repeat", "1", "--report", str(report),
+    )  # fmt: skip
+    found = json.loads(report.read_text())
+    assert found["layers_saved"] > 0
+    assert found["never_exit"]["disagreement_with_stock"] < 0.02  # ties in bfloat16
+    promised = found["gates"]["levels"] if "gates" in found else found["levels"]
+    name = "wrong" if "gates" in found else "disagreement"
+    assert all(level[name] <= level["epsilon"] for level in promised)
+    assert 0 < found["stock"]["accuracy"] < 1
+
+
+@pytest.mark.full
+def test_explain_and_doctor_know_it(calibrated, model):
+    output, _ = calibrated
+    done = command(
+        "explain", "good film", "--model", str(model), "--artifact", str(output), "--json"
+    )
+    views = json.loads(done.stdout)["views"]
+    names = {repr(label.name) for label in load_artifact_config(str(output)).labels}
+    assert {view["answer"] for view in views} <= names
+    found = command("doctor", "--model", str(model), "--artifact", str(output))
+    assert "LlamaForSequenceClassification is supported by AdaInferLlamaForCausalLM" in found.stdout
+    assert "ran all 6 layers" in found.stdout

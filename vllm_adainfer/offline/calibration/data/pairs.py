@@ -1,0 +1,162 @@
+"""Pairs of a query and a document, as ``/score`` and ``/rerank`` send them to a reranker.
+
+They are rendered as vLLM 0.32 renders them (`get_score_prompt` in
+`entrypoints/pooling/scoring/io_processor.py`): by the chat template of the server, or as two texts
+one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.data.examples import (
+    Example,
+    Row,
+    make_examples,
+    read_template,
+)
+from vllm_adainfer.offline.calibration.data.score_labels import NO, YES
+
+QUERY, DOCUMENTS, LABELS = "query", "documents", "labels"
+NAMES = {"0": NO, "1": YES, "False": NO, "True": YES}  # of labels, as data sets write them
+
+
+def are_pairs(rows: Sequence[Row]) -> bool:
+    """Whether rows hold a query and its documents.
+
+    Raises:
+        AdaInferError: some do, and others do not.
+
+    """
+    hold = [QUERY in row.fields and DOCUMENTS in row.fields for row in rows]
+    if any(hold) and not all(hold):
+        odd = rows[hold.index(False)]
+        raise AdaInferError(
+            f'{odd.place} has no "{QUERY}" with "{DOCUMENTS}", which other rows have: give all '
+            "rows one form"
+        )
+    return all(hold)
+
+
+def read_scored(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    hf_config: Any,
+    template: str | None,
+    chat_template: str | None,
+    label_field: str,
+    longest: int,
+) -> list[Example]:
+    """The prompts of a classifier: pairs, or rows for a `template`; see `make_examples`.
+
+    Raises:
+        AdaInferError: as `read_pairs` and `make_examples`; or a template is for the other form.
+
+    """
+    if not are_pairs(rows):
+        if chat_template is not None:
+            raise AdaInferError(
+                "--chat-template joins queries with documents, and the data hold none: drop it"
+            )
+        return make_examples(rows, tokenizer, read_template(template), label_field, longest)
+    if template is not None:
+        raise AdaInferError(
+            "the data hold queries with documents, which a --chat-template joins, as it does on "
+            "the server: drop --template"
+        )
+    return read_pairs(rows, tokenizer, hf_config, chat_template, longest)
+
+
+def read_pairs(
+    rows: Sequence[Row], tokenizer: Any, hf_config: Any, chat_template: str | None, longest: int
+) -> list[Example]:
+    """The prompts of all pairs, those of a query in one group.
+
+    Args:
+        rows: each with a query, its documents, and perhaps a label for each of them.
+        tokenizer: that of the model.
+        hf_config: the model's Hugging Face config.
+        chat_template: the server's ``--chat-template``, a file or the template itself.
+        longest: the most tokens that a prompt may have.
+
+    Raises:
+        AdaInferError: a row is malformed, the template rejects it, or a prompt is too long.
+
+    """
+    template = read_chat_template(chat_template)
+    with_separator = bool(getattr(hf_config, "use_sep_token", True))
+    examples = []
+    for number, row in enumerate(rows):
+        for query, document, label in _pairs_of(row):
+            text, token_ids = _rendered(row, tokenizer, query, document, template, with_separator)
+            if len(token_ids) > longest:
+                raise AdaInferError(
+                    f"{row.place}: a pair has {len(token_ids)} tokens, and the model takes "
+                    f"{longest}: shorten its document"
+                )
+            examples.append(Example(row.place, text, token_ids, label, group=str(number)))
+    return examples
+
+
+def read_chat_template(chat_template: str | None) -> str | None:
+    """The content of a file; anything else is the template itself, as for vLLM's option.
+
+    Raises:
+        AdaInferError: the file cannot be read.
+
+    """
+    if chat_template is None or "{" in chat_template:
+        return chat_template
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdaInferError(f"cannot read --chat-template {chat_template}: {error}") from None
+
+
+def _pairs_of(row: Row) -> Iterator[tuple[str, str, str | None]]:
+    query, documents, labels = (row.fields.get(name) for name in (QUERY, DOCUMENTS, LABELS))
+    if not isinstance(query, str) or not query:
+        raise AdaInferError(f'{row.place}: "{QUERY}" must be a text')
+    if not isinstance(documents, list) or not documents or not all(map(_is_text, documents)):
+        raise AdaInferError(f'{row.place}: "{DOCUMENTS}" must be a list of texts')
+    if labels is None:
+        labels = [None] * len(documents)
+    if not isinstance(labels, list) or len(labels) != len(documents):
+        raise AdaInferError(
+            f'{row.place}: "{LABELS}" must be a list with one entry for each of '
+            f"{len(documents)} documents"
+        )
+    for document, label in zip(documents, labels, strict=True):
+        yield query, document, None if label is None else NAMES.get(str(label), str(label))
+
+
+def _is_text(document: Any) -> bool:
+    return isinstance(document, str) and bool(document)
+
+
+def _rendered(
+    row: Row,
+    tokenizer: Any,
+    query: str,
+    document: str,
+    template: str | None,
+    with_separator: bool,
+) -> tuple[str, list[int]]:
+    if template is not None:
+        messages = [
+            {"role": "query", "content": query},
+            {"role": "document", "content": document},
+        ]
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception as error:  # a template can raise anything
+            said = " ".join(str(error).split())
+            raise AdaInferError(f"{row.place}: --chat-template rejects the pair: {said}") from None
+        return text, list(tokenizer(text)["input_ids"])
+    if with_separator:
+        token_ids = list(tokenizer(text=query, text_pair=document)["input_ids"])
+        return tokenizer.decode(token_ids), token_ids
+    return query + document, list(tokenizer(query + document)["input_ids"])
