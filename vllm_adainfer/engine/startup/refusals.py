@@ -81,7 +81,8 @@ def refuse_other_answers(vllm_config: VllmConfig, configs: Mapping[str, Artifact
             asked, served = ("tokens", "scores") if classifies else ("scores", "tokens")
             raise AdaInferError(
                 f"vllm-adainfer: policy {name} decides {asked}, and this engine answers with "
-                f"{served}: calibrate the model as you serve it, see --runner and --convert"
+                f"{served}: calibrate the model as you serve it (see --runner and --convert), or "
+                'drop "adainfer" from additional_config'
             )
 
 

@@ -14,6 +14,7 @@ from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
+from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
@@ -177,6 +178,7 @@ def calibration_of(
         pooled_from=prompts.pooled_from,
         questions=questions,
         ends=ends_of(prompts.examples) if questions else {},
+        score_head=score_head_of(prompts.hf_config),
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.fields import Label
-from vllm_adainfer.artifact.kinds import LABEL_HEADS
+from vllm_adainfer.artifact.kinds import LABEL_HEADS, ScoreHead
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import (
     EPSILONS,
@@ -72,6 +72,7 @@ class Calibration:
         ends: question -> the tokens that its prompts end with, if it can be recognised by them.
         student: decides before the first layer; None without one.
         branches: decide in place of heads, each after another layer.
+        score_head: see `ArtifactConfig.score_head`.
 
     """
 
@@ -88,6 +89,7 @@ class Calibration:
     ends: Mapping[str, tuple[End, ...]] = field(default_factory=dict)
     student: TrainedStudent | None = None
     branches: tuple[TrainedBranch, ...] = ()
+    score_head: ScoreHead | None = None
 
     @property
     def trained(self) -> list[TrainedProbe]:

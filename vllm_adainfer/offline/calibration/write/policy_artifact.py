@@ -16,7 +16,6 @@ from vllm_adainfer.artifact.fields import Adapter, LastToken, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, Candidates, features_of_risk
 from vllm_adainfer.offline.calibration.certify.certify import PathPoint, held_out_path
-from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy
 from vllm_adainfer.offline.calibration.write.card import model_card
@@ -94,7 +93,7 @@ def policy_config(
         label_bounds=options.label_bounds,
         never_early=options.never_early,
         label_mass=calibration.with_mass,
-        score_head=score_head_of(hf_config),
+        score_head=calibration.score_head,
         label_pool=calibration.target.subsets is not None,
         choices=() if calibration.choices is None else calibration.choices.texts,
         undecided=() if calibration.choices is None else calibration.choices.undecided,
