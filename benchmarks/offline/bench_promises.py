@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
 
@@ -26,6 +27,7 @@ import typer
 
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.in_turn import Round, hold_back, measured, run_in_turn
+from benchmarks.offline.resamples import resampled
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Gate, LabelBound
@@ -34,10 +36,12 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.fit import exits
+from vllm_adainfer.offline.calibration.fit.probes import StateProbe, Target, fit_probes
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.label_promises import check_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens
+from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens, split_of
 from vllm_adainfer.offline.calibration.record.collect import Recording
 from vllm_adainfer.offline.calibration.recordings import record_prompts
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config
@@ -81,8 +85,12 @@ def main(
             options=PolicyOptions(epsilon=epsilon),
         )
         prompts, tests = hold_back(load_prompts(request), request, test)
-        policies = made_policies(request, prompts, record_prompts(request, prompts))
+        recording = record_prompts(request, prompts)
+        with patch.object(exits, "fit_probes", fit_probes_once()):
+            policies = made_policies(request, prompts, recording)
+            drawn = {promise: resampled(one, tests) for promise, one in policies.items()}
         rows = measure_all(request, prompts, tests, policies, Path(folder), repeat)
+        rows = [row | drawn[row["promise"]] for row in rows]
     report = {
         "task": title,
         "model": Path(model).name,
@@ -115,14 +123,36 @@ def promises(options: PolicyOptions, labels: Sequence[str]) -> dict[str, PolicyO
     return found
 
 
+def fit_probes_once() -> Callable[..., tuple[StateProbe, Sequence[StateProbe]]]:
+    """`fit_probes` that fits each probe of one recording once, however many promises it serves.
+
+    A probe does not depend on the promise, only on what it predicts: labels or probabilities.
+    """
+    found: dict[Hashable, tuple[StateProbe, Sequence[StateProbe]]] = {}
+
+    def fit(
+        recording: Recording, target: Target, rows: Ints, layer: int
+    ) -> tuple[StateProbe, Sequence[StateProbe]]:
+        key = target.kind, target.full_depth is None, rows.tobytes(), layer
+        if key not in found:
+            found[key] = fit_probes(recording, target, rows, layer)
+        return found[key]
+
+    return fit
+
+
 def made_policies(
     request: CalibrationRequest, prompts: Prompts, recording: Recording
 ) -> dict[str, FittedPolicy]:
     """The policy of each promise that can be certified and pays."""
     policies = {}
     names = [label.name for label in prompts.labels]
+    groups = prompts.split.groups
+    calibrating = groups[: len(prompts.split.fit) + len(prompts.split.certify)]
     for promise, options in promises(request.options, names).items():
-        calibration = calibration_of(replace(request, options=options), prompts, recording)
+        split = replace(split_of(calibrating, options), groups=groups)
+        own = replace(prompts, split=split)
+        calibration = calibration_of(replace(request, options=options), own, recording)
         try:
             check_rows(calibration.label_tests, calibration.held_out_answers)
         except AdaInferError as error:
@@ -209,6 +239,7 @@ def table(report: Mapping[str, Any]) -> str:
                 f"**{one['speedup']:.2f}x** ({least:.2f} to {most:.2f})",
                 broken,
                 f"{one['stock_accuracy']:.1%} / {one['accuracy']:.1%}",
+                f"{one['resamples_over']} of {one['resamples']}",
             ]
         )
     columns = [
@@ -218,6 +249,7 @@ def table(report: Mapping[str, Any]) -> str:
         "speed-up (rounds)",
         "broken (95 %)",
         "accuracy, stock / ours",
+        "resamples that break it",
     ]
     never = report["policies"][0]["never_exit"] if report["policies"] else float("nan")
     return (

@@ -16,33 +16,29 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
 
-import numpy as np
 import typer
 
 from benchmarks.common.minilm import fetch_minilm
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.in_turn import hold_back, measured, run_in_turn
+from benchmarks.offline.resamples import resampled
 from benchmarks.offline.slow_model import with_idle_layers
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.engine.admission.requested_output import OutputKind
 from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
-from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import certify
 from vllm_adainfer.offline.calibration.fit import cost
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fitted_policy import (
     Calibration,
     FittedPolicy,
-    fit_candidates,
     make_policy,
 )
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
@@ -65,12 +61,8 @@ from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.student import Student
 
-if TYPE_CHECKING:
-    pass
-
 CACHE = Path(__file__).parents[2] / ".cache"
 ROWS_IN_A_STEP = 64
-DRAWS = 500  # of the rows that certify
 EXITS, STUDENT, BOTH, BRANCHES, ALL = "exits", "student", "both", "branches", "all"
 TITLES = {
     EXITS: "exits",
@@ -218,51 +210,10 @@ def measure_all(
             },
             "expected_ms": {part: 1e3 * s for part, s in policy.expected.items()},
             **measured(rounds, name, OutputKind.TOKEN, rights),
-            **resampled(policy, made),
+            **resampled(policy, made.tests),
         }
         for name, policy in certified.items()
     ]
-
-
-def resampled(policy: FittedPolicy, made: Made) -> dict[str, Any]:
-    """How often the bound fails if the rows that certify are drawn anew.
-
-    All rows that fitted and chose nothing stand for the population. Each draw takes as many of them
-    as have certified, with replacement. It fails if more than epsilon of the population then leaves
-    with another answer.
-    """
-    calibration = policy.calibration
-    recording, options = calibration.recording, calibration.options
-    split = calibration.split
-    population = np.concatenate([split.certify, made.tests])
-    with_tests = replace(calibration, split=replace(split, certify=population))
-    layers = {exit.layer for exit in policy.exits}
-    heads = fit_candidates(with_tests, layers) if layers - {0} else []
-    again = {(e.layer, e.is_branch): e for e in make_policy(with_tests, heads).candidates}
-    exits = [again[exit.layer, exit.is_branch] for exit in policy.exits]
-    draw, risks = np.random.default_rng(0), []
-    for _ in range(DRAWS):
-        rows = draw.integers(0, len(population), len(split.certify))
-        drawn = [replace(e, held_out=e.held_out.of_rows(rows)) for e in exits]
-        points = certify(drawn, recording.depth, [options.epsilon], Bound.promised(options))
-        point = points.get(options.epsilon)
-        risks.append(0.0 if point is None else _risk(exits, point.threshold))
-    return {
-        "resamples": DRAWS,
-        "resamples_over": sum(risk > options.epsilon for risk in risks),
-        "resamples_risk_mean": float(np.mean(risks)),
-    }
-
-
-def _risk(exits: Sequence[FittedExit], threshold: float) -> float:
-    """The share of the held-out rows that leave with another answer."""
-    rows = len(exits[0].held_out.loss)
-    wrong, left = np.zeros(rows), np.zeros(rows, dtype=np.bool_)
-    for exit in exits:
-        leaving = (exit.held_out.score >= threshold).numpy() & ~left
-        wrong[leaving] = exit.held_out.loss[leaving]
-        left |= leaving
-    return float(wrong.mean())
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -1,0 +1,67 @@
+"""How often a promise is broken if the rows that certify it are drawn anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from vllm_adainfer.arrays import Ints
+from vllm_adainfer.offline.calibration.certify.bound import Bound
+from vllm_adainfer.offline.calibration.certify.certify import PathPoint, certify, threshold_path
+from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
+from vllm_adainfer.offline.calibration.fitted_policy import (
+    FittedPolicy,
+    fit_candidates,
+    make_policy,
+)
+
+DRAWS = 500
+
+
+def resampled(policy: FittedPolicy, tests: Ints) -> dict[str, Any]:
+    """How often the promises of a policy are broken, if its rows are drawn anew.
+
+    The rows that certified it, and `tests`, neither of which fitted or chose anything, stand for
+    the population. Each draw takes as many of them as have certified, with replacement. A promise
+    is broken if more of the population than it allows then leaves with a wrong answer.
+    """
+    calibration = policy.calibration
+    recording, options = calibration.recording, calibration.options
+    split = calibration.split
+    population = np.concatenate([split.certify, tests])
+    with_tests = replace(calibration, split=replace(split, certify=population))
+    layers = {exit.layer for exit in policy.exits}
+    heads = fit_candidates(with_tests, layers) if layers - {0} else []
+    again = {(e.layer, e.is_branch): e for e in make_policy(with_tests, heads).candidates}
+    exits = [again[exit.layer, exit.is_branch] for exit in policy.exits]
+    bound = Bound.promised(options)
+    labels = [replace(test, bound=bound) for test in calibration.label_tests]
+    draw, risks, broken = np.random.default_rng(0), [], 0
+    for _ in range(DRAWS):
+        rows = draw.integers(0, len(population), len(split.certify))
+        drawn = [replace(e, held_out=e.held_out.of_rows(rows)) for e in exits]
+        points = certify(drawn, recording.depth, [options.epsilon], bound, tests=labels)
+        if options.epsilon not in points:  # nothing leaves
+            risks.append(0.0)
+            continue
+        [served] = threshold_path(
+            [exit.layer for exit in exits],
+            [exit.held_out for exit in exits],
+            recording.depth,
+            [points[options.epsilon].threshold],
+        )
+        risks.append(served.risk)
+        broken += served.risk > options.epsilon or any(_is_broken(one, served) for one in labels)
+    return {
+        "resamples": DRAWS,
+        "resamples_over": broken,
+        "resamples_risk_mean": float(np.mean(risks)),
+    }
+
+
+def _is_broken(test: LabelTest, served: PathPoint) -> bool:
+    promise = test.promise
+    about = promise.chosen_by(served.answers, served.full) == test.token
+    return float(np.mean((served.answers != served.full)[about])) > promise.epsilon
