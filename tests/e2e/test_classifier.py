@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from vllm import PoolingParams
+from vllm.distributed import parallel_state
 
 from tests.classifier import COLUMNS, classifier
 from tests.conftest import tiny_engine
+from tests.delta_net import allow_fp32
 from tests.e2e.oracle import hidden_states
+from tests.families import FAMILIES, tiny_checkpoint
+from tests.full import needed
 from tests.tiny import (
     EXIT_POINTS,
     LAYERS,
@@ -26,6 +31,7 @@ from tests.tiny import (
 )
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.fields import Gate, Label
+from vllm_adainfer.policy.probe import logit_lens_of
 
 CLOSE = 2e-4  # fp32 sums in another order
 TIE = 1e-3
@@ -176,3 +182,43 @@ def test_a_prompt_that_left_spoils_no_later_one(served, stock):
     answers(llm)
     for answer, deep in zip(answers(llm, extra_kwargs={"adainfer": 0}), stock, strict=True):
         torch.testing.assert_close(answer, deep, atol=CLOSE, rtol=0)
+
+
+# vLLM 0.32 itself cannot make a classifier of OPT's tied embeddings.
+CAUSAL = [name for name in FAMILIES if "multimodal" not in name and not name.startswith("opt")]
+
+
+@pytest.mark.parametrize("family", needed(["gemma2", "qwen3"], of=CAUSAL))
+def test_a_classifier_of_each_family_scores_as_stock_does(family, tmp_path, monkeypatch):
+    """Made by vLLM of the rows of two tokens; recording runs all layers, and reads the head."""
+    monkeypatch.setattr("vllm.model_executor.layers.rotary_embedding._ROPE_DICT", {})
+    allow_fp32()
+    if parallel_state._EP is None:  # see `test_families`
+        parallel_state._EP = parallel_state._TP
+    directory = tiny_checkpoint(family, tmp_path / family)
+    [architecture] = json.loads((directory / "config.json").read_text())["architectures"]
+    overrides = {
+        "architectures": [architecture.replace("ForCausalLM", "ForSequenceClassification")],
+        "classifier_from_token": ["bad", "good"],
+        "method": "from_2_way_softmax",
+    }
+    stock, ours = (
+        tiny_engine(directory, switch, **SETTINGS, hf_overrides=overrides)
+        for switch in (None, {"record": [0, 3, LAYERS]})
+    )
+    expected, found = (answers(llm, _OWN[:8], use_activation=False) for llm in (stock, ours))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    asked = [PoolingParams(task="classify", extra_kwargs={"adainfer_row": row}) for row in range(8)]
+    prompts = [{"prompt_token_ids": prompt} for prompt in _OWN[:8]]
+    ours.reset_prefix_cache()
+    ours.encode(prompts, asked, pooling_task="classify", use_tqdm=False)
+    path = tmp_path / "record.safetensors"
+    [facts] = ours.collective_rpc("adainfer_take_record", args=(str(path),))
+    tensors = load_file(path)
+    own = {name.partition(".")[2]: part for name, part in tensors.items() if "logit_lens" in name}
+    lens = logit_lens_of(own, facts["norm"])
+    read = lens.readout(tensors[f"layer.{LAYERS}"])[tensors["tags"].argsort()]
+    labels = lens.score(read, return_scores=True).scores
+    torch.testing.assert_close(
+        list((labels[:, 1] - labels[:, 0]).unsqueeze(1)), expected, atol=2e-3, rtol=1e-3
+    )
