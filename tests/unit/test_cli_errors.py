@@ -181,6 +181,23 @@ def too_few_rows_for_accuracy(place: Place) -> list[str]:
     return place.calibrate(risk="accuracy", epsilon="0.01")
 
 
+def classifier(**options: str) -> Callable[[Place], list[str]]:
+    """The tiny model as a classifier of one column, on 100 rows, of which 113 would do."""
+    changes = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+
+    def spoil(place: Place) -> list[str]:
+        place.write_rows(100, label="no")
+        rows = [json.loads(line) | {"label": "no"} for line in place.data.read_text().splitlines()]
+        place.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return place.calibrate(hf_overrides=json.dumps(changes), **options)
+
+    return spoil
+
+
+def overrides(text: str) -> Callable[[Place], list[str]]:
+    return lambda place: place.calibrate(hf_overrides=text)
+
+
 def damaged_details(place: Place) -> list[str]:
     (place.artifact / CALIBRATION_FILE).write_text("{")
     return ["inspect", str(place.artifact)]
@@ -317,6 +334,20 @@ def read_of(*label_ids: int) -> dict[str, Any]:
             requests("calibrate", read_of(5, 6), label_pool="moods"),
             "--label-pool moods is not known",
         ),
+        (classifier(), "too few rows for the bound"),
+        (
+            classifier(labels="bad,good"),
+            "a classifier brings its labels, the columns of its scores",
+        ),
+        (classifier(choices="bad,good"), "the columns of its scores: drop --choices"),
+        (classifier(max_tokens="4"), "a classifier answers with scores, not with tokens"),
+        (classifier(probe="lens"), "exit points of a classifier have label-heads: drop --probe"),
+        (classifier(chat_template="{{ x }}"), "the data hold none: drop it"),
+        (classifier(gate="bad:0.5"), "--gate bad: there is no such label: name one of no, yes"),
+        (overrides("{"), "--hf-overrides is not JSON"),
+        (overrides("[1]"), "--hf-overrides must be a JSON object"),
+        (lambda place: place.calibrate(chat_template="x"), "and this model generates: drop it"),
+        (lambda place: place.evaluate(chat_template="x"), "is for a model that generates: drop"),
         (label_pool_of_rows, "--label-pool is for requests that name their own labels"),
         (
             requests("evaluate", read_of(5, 6)),

@@ -29,6 +29,11 @@ def config(**changes: Any) -> LlamaConfig:
             ["no", "yes"],
         ),
         (
+            {"classifier_from_token": ["no", "yes"], "is_original_qwen3_reranker": True},
+            "sigmoid",
+            ["no", "yes"],
+        ),
+        (
             {"classifier_from_token": ["a", "b", "c"], "method": "no_post_processing"},
             "softmax",
             ["a", "b", "c"],

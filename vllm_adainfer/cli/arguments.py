@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from vllm_adainfer.errors import AdaInferError
 
 Model = Annotated[str, typer.Option(help="Directory or hub id of the model.")]
 Data = Annotated[
@@ -25,12 +28,40 @@ ChatTemplate = Annotated[
         "--chat-template, a file or the template itself."
     ),
 ]
+HfOverrides = Annotated[
+    str,
+    typer.Option(
+        help="JSON, as for vLLM's option: what to change in the model's config.json, for example "
+        "to serve a reranker as a classifier."
+    ),
+]
 LabelField = Annotated[str, typer.Option(help="The field of a row that holds its label.")]
 Lora = Annotated[
     str,
     typer.Option(help="NAME=DIR: the LoRA adapter that requests use, and the name they give it."),
 ]
 Labels = Annotated[str, typer.Option(help="Comma-separated labels: the possible answers.")]
+
+
+def overrides_of(text: str) -> dict[str, Any] | None:
+    """The value of ``--hf-overrides``; None if it is not given.
+
+    Raises:
+        AdaInferError: it is not a JSON object.
+
+    """
+    if not text:
+        return None
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AdaInferError(f"--hf-overrides is not JSON ({error.msg})") from None
+    if not isinstance(found, dict):
+        raise AdaInferError(
+            '--hf-overrides must be a JSON object, such as {"num_labels": 1}, not a '
+            f"{type(found).__name__}"
+        )
+    return found
 
 
 def names_of(text: str) -> tuple[str, ...]:

@@ -14,12 +14,14 @@ from vllm_adainfer.cli.app import app, errors_as_sentences
 from vllm_adainfer.cli.arguments import (
     ChatTemplate,
     Data,
+    HfOverrides,
     LabelField,
     Labels,
     Lora,
     Model,
     Template,
     names_of,
+    overrides_of,
 )
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.options import (
@@ -36,6 +38,7 @@ def calibrate(
     model: Model,
     data: Data,
     output: Annotated[Path, typer.Option(help="Directory to write the artifact to.")],
+    hf_overrides: HfOverrides = "",
     template: Template = None,
     chat_template: ChatTemplate = None,
     label_field: LabelField = "label",
@@ -172,6 +175,7 @@ def calibrate(
         model=model,
         data=data,
         output=output,
+        hf_overrides=overrides_of(hf_overrides),
         template=template,
         chat_template=chat_template,
         label_field=label_field,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vllm_adainfer.cli.app import app, errors_as_sentences
-from vllm_adainfer.cli.arguments import Lora, Model, Template
+from vllm_adainfer.cli.arguments import HfOverrides, Lora, Model, Template, overrides_of
 
 
 @app.command()
@@ -49,13 +49,15 @@ def doctor(
         ),
     ] = None,
     lora: Lora = "",
+    hf_overrides: HfOverrides = "",
 ) -> None:
     """Check installation, artifact and model, one line per check; exit with 1 if one failed."""
     from vllm_adainfer.offline.adapter import read_adapter
     from vllm_adainfer.offline.doctor.checks import examine
 
     failed = False
-    for finding in examine(model, artifact, read_adapter(lora)):
+    overrides = overrides_of(hf_overrides)
+    for finding in examine(model, artifact, read_adapter(lora), overrides):
         typer.echo(finding)
         failed = failed or finding.failed
     if failed:
@@ -68,6 +70,7 @@ def explain(
     text: Annotated[str, typer.Argument(help="The prompt; with --template its field 'text'.")],
     model: Model,
     artifact: Annotated[str, typer.Option(help="Directory or hub id of the artifact.")],
+    hf_overrides: HfOverrides = "",
     template: Template = None,
     epsilon: Annotated[
         float | None, typer.Option(help="Bound to explain; by default the artifact's own.")
@@ -79,7 +82,8 @@ def explain(
     from vllm_adainfer.offline.adapter import read_adapter
     from vllm_adainfer.offline.reports.explain import explain as run
 
-    found = run(text, model, artifact, template, epsilon, read_adapter(lora))
+    overrides = overrides_of(hf_overrides)
+    found = run(text, model, artifact, template, epsilon, read_adapter(lora), overrides)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return

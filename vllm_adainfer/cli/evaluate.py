@@ -10,12 +10,14 @@ import typer
 from vllm_adainfer.cli.app import app, errors_as_sentences
 from vllm_adainfer.cli.arguments import (
     ChatTemplate,
+    HfOverrides,
     LabelField,
     Labels,
     Lora,
     Model,
     Template,
     names_of,
+    overrides_of,
 )
 from vllm_adainfer.errors import AdaInferError
 
@@ -26,6 +28,7 @@ def evaluate(
     model: Model,
     artifact: Annotated[str, typer.Option(help="Directory or hub id of the artifact.")],
     data: Annotated[Path, typer.Option(help="JSON lines, one object per row.")],
+    hf_overrides: HfOverrides = "",
     template: Template = None,
     chat_template: ChatTemplate = None,
     label_field: LabelField = "label",
@@ -65,6 +68,7 @@ def evaluate(
             model=model,
             artifact=artifact,
             data=data,
+            hf_overrides=overrides_of(hf_overrides),
             template=template,
             chat_template=chat_template,
             label_field=label_field,

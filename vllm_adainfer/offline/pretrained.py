@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 
-def load_config_and_tokenizer(model: str) -> tuple[Any, Any]:
+def load_config_and_tokenizer(
+    model: str, hf_overrides: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
     """The Hugging Face config and the tokenizer of `model`, a directory or hub id.
+
+    `hf_overrides` change the config, as vLLM's option of that name does.
 
     For a multimodal model, the config is that of its language model, with the architecture of the
     whole.
@@ -28,6 +33,7 @@ def load_config_and_tokenizer(model: str) -> tuple[Any, Any]:
 
     try:
         hf_config = AutoConfig.from_pretrained(model)
+        hf_config.update(dict(hf_overrides or {}))
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise AdaInferError(
@@ -54,6 +60,7 @@ class Model:
         hf_config: Hugging Face config of the (language) model.
         tokenizer: Hugging Face tokenizer.
         adapter: the LoRA adapter; None for the base model.
+        hf_overrides: see `load_config_and_tokenizer`.
 
     """
 
@@ -61,11 +68,12 @@ class Model:
     hf_config: Any
     tokenizer: Any
     adapter: NamedAdapter | None = None
+    hf_overrides: Mapping[str, Any] | None = None
 
     @property
     def engine_settings(self) -> dict[str, Any]:
-        """The `vllm.LLM` arguments that the adapter needs."""
-        return {} if self.adapter is None else self.adapter.engine_settings
+        """The `vllm.LLM` arguments of its engines."""
+        return engine_settings(self.adapter, self.hf_overrides)
 
     @property
     def lora_request(self) -> LoRARequest | None:
@@ -77,7 +85,20 @@ class Model:
         return int(self.hf_config.max_position_embeddings) - max_tokens
 
 
-def load_model(path: str, config: ArtifactConfig, adapter: NamedAdapter | None) -> Model:
+def engine_settings(
+    adapter: NamedAdapter | None, hf_overrides: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The `vllm.LLM` arguments for an adapter, and for a model whose config is changed."""
+    settings = {} if adapter is None else adapter.engine_settings
+    return settings if hf_overrides is None else {**settings, "hf_overrides": dict(hf_overrides)}
+
+
+def load_model(
+    path: str,
+    config: ArtifactConfig,
+    adapter: NamedAdapter | None,
+    hf_overrides: Mapping[str, Any] | None = None,
+) -> Model:
     """The model at `path`, with `adapter`.
 
     Raises:
@@ -86,6 +107,7 @@ def load_model(path: str, config: ArtifactConfig, adapter: NamedAdapter | None) 
 
     """
     own = adapter_for(config, adapter)
-    model = Model(path, *load_config_and_tokenizer(path), own)
+    found = load_config_and_tokenizer(path, hf_overrides)
+    model = Model(path, *found, own, hf_overrides)
     config.check_served_by(model.hf_config)
     return model

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_adainfer.artifact.fields import Gate, LabelBound
 from vllm_adainfer.artifact.kinds import (
@@ -49,6 +50,7 @@ class CalibrationRequest:
     model: str
     data: Path
     output: Path
+    hf_overrides: Mapping[str, Any] | None = None
     template: str | None = None
     chat_template: str | None = None
     label_field: str = "label"

@@ -95,7 +95,7 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     check_writable(request.output)
     options, rows, data = request.options, read_rows(request.data), str(request.data)
     holds_requests = are_requests(rows)
-    hf_config, tokenizer = load_config_and_tokenizer(request.model)
+    hf_config, tokenizer = load_config_and_tokenizer(request.model, request.hf_overrides)
     most = hf_config.max_position_embeddings - options.max_tokens
     labels: tuple[Label, ...] = ()
     if is_classifier(hf_config):

@@ -15,6 +15,7 @@ from vllm_adainfer.offline.calibration.record.collect import (
     recording_engine,
 )
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
+from vllm_adainfer.offline.pretrained import engine_settings
 
 
 def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
@@ -26,7 +27,7 @@ def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
     answers = [label.token_id for label in prompts.labels]
     if choices is not None:
         answers = choices.first_tokens.token_ids.tolist()
-    settings = {} if adapter is None else adapter.engine_settings
+    settings = engine_settings(adapter, request.hf_overrides)
     with recording_engine(
         request.model,
         hf_config,
@@ -52,7 +53,7 @@ def record_own_states(
 ) -> OwnStates:
     """Run the model once more, for the states of all tokens after `layers`, which branches read."""
     adapter, examples = request.adapter, prompts.examples
-    settings = {} if adapter is None else adapter.engine_settings
+    settings = engine_settings(adapter, request.hf_overrides)
     with recording_engine(
         request.model,
         prompts.hf_config,

@@ -35,7 +35,10 @@ AUDIO = ("torchaudio", "torchcodec")
 
 
 def examine(
-    model: str | None, artifact: str | None, adapter: NamedAdapter | None = None
+    model: str | None,
+    artifact: str | None,
+    adapter: NamedAdapter | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
 ) -> Iterator[Finding]:
     """Make every check that the arguments allow, the cheap ones first.
 
@@ -43,6 +46,7 @@ def examine(
         model: directory or hub id; None skips the checks that need a model.
         artifact: directory or hub id; None skips the checks that need an artifact.
         adapter: the LoRA adapter that the artifact is for, if it is for one.
+        hf_overrides: what to change in the model's config, as vLLM's option of that name.
 
     """
     findings = [
@@ -60,7 +64,7 @@ def examine(
         except AdaInferError as error:
             yield fail(f"adapter: {error}")
             config = None
-    served, findings = examine_model(model, config, adapter)
+    served, findings = examine_model(model, config, adapter, hf_overrides)
     yield from findings
     if model is None or artifact is None:
         yield skip("engine: pass --model and --artifact to start one and send requests")
@@ -211,7 +215,10 @@ def expectation(config: ArtifactConfig, details: Mapping[str, Any]) -> Finding:
 
 
 def examine_model(
-    path: str | None, config: ArtifactConfig | None, adapter: NamedAdapter | None = None
+    path: str | None,
+    config: ArtifactConfig | None,
+    adapter: NamedAdapter | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
 ) -> tuple[Model | None, list[Finding]]:
     """Load a model's config and tokenizer, if it is supported, and check that `config` fits it."""
     if path is None:
@@ -219,7 +226,8 @@ def examine_model(
     from vllm_adainfer.offline.pretrained import Model, load_config_and_tokenizer
 
     try:
-        model = Model(path, *load_config_and_tokenizer(path), adapter)
+        found = load_config_and_tokenizer(path, hf_overrides)
+        model = Model(path, *found, adapter, hf_overrides)
     except AdaInferError as error:
         return None, [fail(f"model: {error}")]
     architecture = model.hf_config.architectures[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,6 +41,7 @@ class EvaluationRequest:
     model: str
     artifact: str
     data: Path
+    hf_overrides: Mapping[str, Any] | None = None
     template: str | None = None
     chat_template: str | None = None
     label_field: str = "label"
@@ -71,7 +72,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     if request.html is not None:
         check_installed()
     config = load_artifact_config(request.artifact)
-    model = load_model(request.model, config, request.adapter)
+    model = load_model(request.model, config, request.adapter, request.hf_overrides)
     if request.epsilon is not None:
         config = _with_one_level(config, request.epsilon)
     max_tokens = _max_tokens(request.max_tokens, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,6 +86,7 @@ def explain(
     template: str | None = None,
     epsilon: float | None = None,
     adapter: NamedAdapter | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
 ) -> Explanation:
     """Run a prompt at full depth, and look at its states as the policy would.
 
@@ -95,6 +97,7 @@ def explain(
         template: format string or ``@FILE``.
         epsilon: the bound; None for the artifact's own.
         adapter: the LoRA adapter of the artifact; None for the base model.
+        hf_overrides: see `load_config_and_tokenizer`.
 
     Raises:
         AdaInferError: model, artifact and prompt do not fit together.
@@ -102,7 +105,7 @@ def explain(
     """
     artifact = load_artifact(source)
     config = artifact.config
-    model = load_model(path, config, adapter)
+    model = load_model(path, config, adapter, hf_overrides)
     template = read_template(template)
     row = Row("the text", {"text" if template is not None else "prompt": text})
     longest = model.longest_prompt(1)

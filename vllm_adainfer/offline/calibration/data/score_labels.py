@@ -45,8 +45,13 @@ def score_labels(hf_config: Any) -> tuple[Label, ...]:
 
 
 def _columns(hf_config: Any) -> int:
-    """Columns of the score head, as vLLM 0.32's `SequenceClassificationConfig` counts them."""
-    if getattr(hf_config, "method", None) == "from_2_way_softmax":
+    """Columns of the score head, as vLLM 0.32 counts them.
+
+    `SequenceClassificationConfig` in `models/adapters.py`, and the hook for Qwen3 in
+    `models/config.py`.
+    """
+    method = getattr(hf_config, "method", None)
+    if method == "from_2_way_softmax" or getattr(hf_config, "is_original_qwen3_reranker", False):
         return 1
     tokens = getattr(hf_config, "classifier_from_token", None)
     return int(hf_config.num_labels) if tokens is None else len(tokens)
