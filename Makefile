@@ -7,7 +7,7 @@ GPU_PYTHON ?= python3
 HAS_GPU = $(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'
 HAS_ENGINE = $(GPU_PYTHON) -c 'import vllm, importlib.metadata as m; m.version("vllm-adainfer")'
 
-V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_scheduling counters equal_to_stock \
+V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_scheduling classifier counters equal_to_stock \
   exit_loop generation label_pool logprobs policies pooled prefix_cache probabilities recording recurrent segment_graphs \
   shadow tasks tensor_parallel))
 

@@ -144,6 +144,18 @@ def trained_probes_table() -> list[str]:
     ]
 
 
+def promises_table() -> list[str]:
+    """The best label, tolerances, gates, and promises about single labels, by task."""
+    return [
+        "What each [promise](promises.md) costs, fine-tuned SmolLM2-135M, also as a "
+        "[classifier](classifiers.md) with a column for each label. *Broken* is the share of "
+        "answers that break it; for recall, of all answers that change, and then of those that "
+        "full depth answers with the label. One engine serves all policies of a task:",
+        "",
+        *(HERE / "results" / "promises.md").read_text().splitlines(),
+    ]
+
+
 def recurrent_table() -> list[str]:
     """Layers with a recurrent state mixed with attention layers."""
     report = next(iter(load("recurrent").values()))
@@ -341,6 +353,8 @@ def tables() -> str:
         *recurrent_table(),
         "",
         *trained_probes_table(),
+        "",
+        *promises_table(),
         "",
         *generation_table(),
         "",
