@@ -269,6 +269,9 @@ async def unload(stage: Stage, session: aiohttp.ClientSession, mix: Mix) -> None
     await asyncio.sleep(REPORT_SECONDS)
     mix.gone.update(await asyncio.to_thread(of_policy, stage.server, GUEST))
     await post(session, mix, "/v1/unload_lora_adapter", {"lora_name": GUEST})
+    await asyncio.sleep(2 * REPORT_SECONDS)
+    # What an engine without work has not taken back yet will be read again.
+    mix.gone.subtract(await asyncio.to_thread(of_policy, stage.server, GUEST))
 
 
 async def post(
