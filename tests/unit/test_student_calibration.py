@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch.nn.functional import one_hot
 
 from tests import student
+from tests.full import needed
 from tests.tiny import word_tokenizer
 from tests.unit.test_make_policy import DEPTH, HF_CONFIG, LABEL_IDS, PROMPTS, SPLIT
 from tests.unit.test_pooled_calibration import EPSILON, calibration, recording_of_prompts
@@ -214,7 +215,9 @@ def test_without_a_student_nothing_is_trained(recording, monkeypatch):
     assert {len(exit.fitted.loss) for exit in policy.candidates} == {len(SPLIT.fit)}
 
 
-@pytest.mark.parametrize("options", [{}, {"classifier": "logreg"}, {"exit_points": (0, 2, 4)}])
+@pytest.mark.parametrize(
+    "options", needed(1, of=[{}, {"classifier": "logreg"}, {"exit_points": (0, 2, 4)}])
+)
 def test_what_is_written_serves_as_it_was_judged(recording, tmp_path, options):
     policy = best_policy(calibration(recording, **options), "auto", base_of(recording))
     config = write_artifact(policy, "model", HF_CONFIG, None, tmp_path / "a")
