@@ -13,10 +13,10 @@ from torch import Tensor
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.interfaces import supports_multimodal
-from vllm.model_executor.models.interfaces_base import is_pooling_model
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.engine.compat.pooler import is_classifier
 from vllm_adainfer.engine.model.score_head import head_of
 from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
@@ -60,7 +60,7 @@ class ModelHead(_Model):
 
     @property
     def _is_classifier(self) -> bool:
-        return bool(is_pooling_model(self))
+        return is_classifier(self)
 
     @property
     def _lm_head(self) -> Any:

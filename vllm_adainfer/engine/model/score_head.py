@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from adainfer_kernels import Head
 from torch import Tensor, nn
-from vllm.model_executor.layers.pooler import DispatchPooler
-from vllm.model_executor.layers.pooler.activations import PoolerClassify
-from vllm.model_executor.models.interfaces_base import is_pooling_model
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.kinds import ScoreHead
+from vllm_adainfer.engine.compat.pooler import (
+    classify_with,
+    is_classifier,
+    passes_class_probabilities,
+)
 from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.batch.upload import upload
 from vllm_adainfer.exits.loop.loop import StepOutput
 
 
@@ -41,7 +44,7 @@ class EarlyScoreHead(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Scores [requests, columns] from the states of their last tokens, [requests, hidden size].
 
-        Those of requests that left early are undefined.
+        The states of requests that left early mean nothing.
         """
         scores, output = self._score(states), self._take_output()
         if output is None:
@@ -50,7 +53,7 @@ class EarlyScoreHead(nn.Module):
             shadow.compare(as_labels(scores), self._score)
         for one in output.scored:
             answers = replace(one.answers, values=broadcast_from_rank0(one.answers.values))
-            [places] = torch.from_numpy(one.requests).to(scores.device).unsqueeze(0)
+            [places] = upload([one.requests], scores.device)
             early = answers.scores.to(scores.dtype)
             if scores.shape[1] == 1:
                 scores[places, 0] = early[:, 1] - early[:, 0]
@@ -87,9 +90,7 @@ def use_early_scores(model: Any, take_output: Callable[[], StepOutput | None]) -
 
     """
     score_head_of(model)
-    pooler = model.pooler.poolers_by_task["classify"]
-    model.pooler = DispatchPooler({"classify": pooler})
-    model.pooler.replace_classifier(EarlyScoreHead(model.score, take_output))
+    classify_with(model, EarlyScoreHead(model.score, take_output))
 
 
 def score_head_of(model: Any) -> ScoreHead | None:
@@ -99,14 +100,13 @@ def score_head_of(model: Any) -> ScoreHead | None:
         AdaInferError: it is a function that no policy promises anything about.
 
     """
-    if not is_pooling_model(model):
+    if not is_classifier(model):
         return None
-    activation = model.pooler.poolers_by_task["classify"].head.activation
-    if not isinstance(activation, PoolerClassify):
+    if not passes_class_probabilities(model):
         raise AdaInferError(
-            f"vllm-adainfer: the scores of this classifier pass {activation}, and policies promise "
-            "probabilities of one class among several, or of one column: serve another, or drop "
-            '"adainfer" from additional_config'
+            "vllm-adainfer: policies promise the probability of one class among several, or that "
+            "of a single column, and the scores of this classifier are made into something else "
+            '(see problem_type in its config.json): drop "adainfer" from additional_config'
         )
     return "sigmoid" if model.score.output_size == 1 else "softmax"
 

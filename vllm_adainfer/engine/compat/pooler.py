@@ -1,0 +1,36 @@
+"""The pooler of a classifier, which vLLM runs as a pooling model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def is_classifier(model: Any) -> bool:
+    """Whether vLLM has made a model a pooling model; ours are asked for classes alone."""
+    from vllm.model_executor.models.interfaces_base import is_pooling_model
+
+    return bool(is_pooling_model(model))
+
+
+def passes_class_probabilities(model: Any) -> bool:
+    """Whether the scores of a classifier pass a softmax, or as a single column a sigmoid.
+
+    vLLM 0.32 keeps the function in the head of the pooler (`pooler/seqwise/heads.py`); others are
+    for several labels at once, for regression, or a module's own.
+    """
+    from vllm.model_executor.layers.pooler.activations import PoolerClassify
+
+    head: Any = model.pooler.poolers_by_task["classify"].head
+    return isinstance(head.activation, PoolerClassify)
+
+
+def classify_with(model: Any, score: Any) -> None:
+    """Let the pooler of a classifier call `score` in place of its score layer, and nothing else.
+
+    vLLM 0.32 also lets clients ask a classifier for the classes of each token; an engine refuses
+    tasks that its pooler does not have.
+    """
+    from vllm.model_executor.layers.pooler import DispatchPooler
+
+    model.pooler = DispatchPooler({"classify": model.pooler.poolers_by_task["classify"]})
+    model.pooler.replace_classifier(score)
