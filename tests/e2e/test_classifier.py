@@ -31,6 +31,7 @@ from tests.tiny import (
 )
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.fields import Gate, Label
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.probe import logit_lens_of
 
 CLOSE = 2e-4  # fp32 sums in another order
@@ -222,3 +223,25 @@ def test_a_classifier_of_each_family_scores_as_stock_does(family, tmp_path, monk
     torch.testing.assert_close(
         list((labels[:, 1] - labels[:, 0]).unsqueeze(1)), expected, atol=2e-3, rtol=1e-3
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"problem_type": "multi_label_classification"}, "made into something else"),
+        ({"problem_type": "regression"}, "made into something else"),
+        ({"num_labels": 4}, "policy default was calibrated for 3 labels"),
+    ],
+)
+def test_scores_that_a_policy_says_nothing_about_are_refused(
+    tiny_model, tmp_path, overrides, sentence
+):
+    directory = classifier(tiny_model, tmp_path / "softmax", overrides.get("num_labels", 3))
+    policy = tiny_artifact(directory, tmp_path / "policy", **config_of(directory))
+    with pytest.raises(AdaInferError, match=sentence):
+        tiny_engine(
+            directory,
+            {"artifact": str(policy)},
+            hf_overrides={key: overrides[key] for key in overrides if key != "num_labels"},
+            **SETTINGS,
+        )
