@@ -32,8 +32,12 @@ from tests.tiny import (
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.fields import Gate, Label
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.data.examples import Row
+from vllm_adainfer.offline.calibration.data.pairs import read_pairs
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.probe import logit_lens_of
 
+PAIR_TEMPLATE = "Review : {{ messages[0].content }} Sentiment : {{ messages[1].content }}"
 CLOSE = 2e-4  # fp32 sums in another order
 TIE = 1e-3
 SETTINGS = {"kv_cache_memory_bytes": 64 << 20, "max_model_len": 512}
@@ -183,6 +187,30 @@ def test_a_prompt_that_left_spoils_no_later_one(served, stock):
     answers(llm)
     for answer, deep in zip(answers(llm, extra_kwargs={"adainfer": 0}), stock, strict=True):
         torch.testing.assert_close(answer, deep, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize("chat_template", [None, PAIR_TEMPLATE], ids=["joined", "template"])
+@pytest.mark.parametrize("of_tokens", [False, True], ids=["checkpoint", "of tokens"])
+def test_pairs_are_the_prompts_that_vllm_makes_of_them(
+    tiny_model, tmp_path, chat_template, of_tokens
+):
+    overrides: dict[str, Any] = {}
+    directory = tiny_model
+    if of_tokens:
+        overrides = {
+            "architectures": ["LlamaForSequenceClassification"],
+            "classifier_from_token": ["bad", "good"],
+            "method": "from_2_way_softmax",
+        }
+    else:
+        directory = classifier(tiny_model, tmp_path / "sigmoid", 1)
+    llm = tiny_engine(directory, None, hf_overrides=overrides, **SETTINGS)
+    query, documents = "a warm film", ["good bad", "the plot is thin"]
+    outputs = llm.score(query, documents, chat_template=chat_template, use_tqdm=False)
+    hf_config, tokenizer = load_config_and_tokenizer(str(directory), overrides)
+    row = Row("line 1", {"query": query, "documents": documents})
+    pairs = read_pairs([row], tokenizer, hf_config, chat_template, 64)
+    assert [output.prompt_token_ids for output in outputs] == [one.token_ids for one in pairs]
 
 
 # vLLM 0.32 itself cannot make a classifier of OPT's tied embeddings.

@@ -18,7 +18,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
     make_examples,
     read_template,
 )
-from vllm_adainfer.offline.calibration.data.score_labels import NO, YES
+from vllm_adainfer.offline.calibration.data.score_labels import NO, YES, separates_texts
 
 QUERY, DOCUMENTS, LABELS = "query", "documents", "labels"
 NAMES = {"0": NO, "1": YES, "False": NO, "True": YES}  # of labels, as data sets write them
@@ -87,7 +87,7 @@ def read_pairs(
 
     """
     template = read_chat_template(chat_template)
-    with_separator = bool(getattr(hf_config, "use_sep_token", True))
+    with_separator = separates_texts(hf_config)
     examples = []
     for number, row in enumerate(rows):
         for query, document, label in _pairs_of(row):

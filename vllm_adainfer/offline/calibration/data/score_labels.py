@@ -44,14 +44,29 @@ def score_labels(hf_config: Any) -> tuple[Label, ...]:
     return tuple(Label(name=name, token_id=column) for column, name in enumerate(names))
 
 
-def _columns(hf_config: Any) -> int:
-    """Columns of the score head, as vLLM 0.32 counts them.
+def separates_texts(hf_config: Any) -> bool:
+    """Whether vLLM puts the tokenizer's separator between query and document, if it has one.
 
-    `SequenceClassificationConfig` in `models/adapters.py`, and the hook for Qwen3 in
-    `models/config.py`.
+    By default it does not for a classifier that it makes of tokens
+    (`SequenceClassificationConfig` in `models/adapters.py`).
     """
-    method = getattr(hf_config, "method", None)
-    if method == "from_2_way_softmax" or getattr(hf_config, "is_original_qwen3_reranker", False):
+    return bool(getattr(hf_config, "use_sep_token", _method(hf_config) is None))
+
+
+def _method(hf_config: Any) -> str | None:
+    """How vLLM 0.32 makes a score head of the LM head; None if the checkpoint has one.
+
+    The original Qwen3-Reranker gets its way from a config hook (`models/config.py`).
+    """
+    if getattr(hf_config, "is_original_qwen3_reranker", False):
+        return "from_2_way_softmax"
+    method: str | None = getattr(hf_config, "method", None)
+    return method
+
+
+def _columns(hf_config: Any) -> int:
+    """Columns of the score head, as vLLM's `SequenceClassificationConfig` counts them."""
+    if _method(hf_config) == "from_2_way_softmax":
         return 1
     tokens = getattr(hf_config, "classifier_from_token", None)
     return int(hf_config.num_labels) if tokens is None else len(tokens)
