@@ -15,7 +15,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
     make_examples,
     read_template,
 )
-from vllm_adainfer.offline.calibration.record.collect import greedy, scores_of
+from vllm_adainfer.offline.calibration.record.asking import greedy, scores_of
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok
 from vllm_adainfer.offline.evaluation.measure import run

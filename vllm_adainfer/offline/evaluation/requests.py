@@ -10,7 +10,7 @@ import numpy as np
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.engine.admission.requested_output import OutputKind
-from vllm_adainfer.offline.calibration.record.collect import greedy, scores_of
+from vllm_adainfer.offline.calibration.record.asking import greedy, scores_of
 from vllm_adainfer.offline.evaluation.run import Logprobs
 
 if TYPE_CHECKING:

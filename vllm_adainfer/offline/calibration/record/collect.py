@@ -21,6 +21,7 @@ from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.record.asking import best_column, greedy, scores_of
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates, own_states_of
 from vllm_adainfer.offline.progress import progress
@@ -28,7 +29,7 @@ from vllm_adainfer.policy.probe import Probe, logit_lens_of
 from vllm_adainfer.settings.instruments import ROW_ARG
 
 if TYPE_CHECKING:
-    from vllm import LLM, PoolingParams, SamplingParams
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
 
@@ -322,44 +323,3 @@ def _folds(record: dict[str, Tensor], layer: int) -> list[Moments]:
         Moments(**{name: record[f"lens.{layer}.{fold}.{name}"] for name in names})
         for fold in range(FOLDS)
     ]
-
-
-def scores_of(
-    extra_kwargs: dict[str, Any] | None = None, reuse_prefixes: bool = True
-) -> PoolingParams:
-    """Parameters for the probabilities of a classifier; see `greedy`."""
-    from vllm import PoolingParams
-
-    return PoolingParams(
-        task="classify",
-        skip_reading_prefix_cache=not reuse_prefixes,
-        extra_kwargs=extra_kwargs,
-    )
-
-
-def best_column(probabilities: Tensor) -> int:
-    """The best label of a classifier, by its probabilities, fp32 [columns]."""
-    if len(probabilities) == 1:
-        return int(probabilities[0] > 0.5)
-    return int(probabilities.argmax())
-
-
-def greedy(
-    labels: Sequence[int],
-    extra_args: dict[str, Any] | None = None,
-    max_tokens: int = 1,
-    reuse_prefixes: bool = True,
-) -> SamplingParams:
-    """Parameters for greedy decoding, restricted to `labels`, token ids, if there are any.
-
-    `reuse_prefixes`: whether tokens in vLLM's prefix cache are not run again.
-    """
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=0,
-        max_tokens=max_tokens,
-        allowed_token_ids=list(labels) or None,
-        extra_args=extra_args,
-        skip_reading_prefix_cache=None if reuse_prefixes else True,
-    )
