@@ -14,7 +14,7 @@ from tests.e2e.test_families import SMALL, Served, prompts_of, run, scores
 from tests.families import tiny_checkpoint
 from tests.quantised import SCHEMES, quantise
 from tests.tiny import EXIT_POINTS, LAYERS
-from vllm_adainfer.engine.model import early_exit
+from vllm_adainfer.engine.model import model_head
 
 CASES = [*((scheme, False) for scheme in SCHEMES), ("gptq", True)]
 SWITCH = {"exit_script": list(EXIT_POINTS)}
@@ -58,7 +58,7 @@ def test_requests_leave_with_the_state_of_the_depth_they_leave_at(served):
 def test_a_probe_reads_the_head_as_it_is_served_and_says_if_that_takes_a_copy(served, monkeypatch):
     model, _, _ = parts(served.llm)
     said: list[str] = []
-    monkeypatch.setattr(early_exit.logger, "warning", lambda text, *what: said.append(text % what))
+    monkeypatch.setattr(model_head.logger, "warning", lambda text, *what: said.append(text % what))
     read = model.logit_lens().head.weight
     expected = served.reference.lm_head.weight.data
     torch.testing.assert_close(read, expected.bfloat16(), rtol=0.01, atol=1e-3)

@@ -147,6 +147,7 @@ def test_probabilities_are_served_and_the_label_alone_only_where_a_gate_decides_
         OutputKind.CHOICE: False,
         OutputKind.AMONG_LABELS: True,
         OutputKind.IN_VOCABULARY: True,
+        OutputKind.SCORES: False,
     }
 
 
