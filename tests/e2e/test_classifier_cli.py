@@ -72,6 +72,7 @@ def test_a_classifiers_policy_is_for_the_columns_of_its_scores(calibrated, model
     assert config.bound == ("wsr" if model.name == "sigmoid" else "exact")
 
 
+@pytest.mark.full
 def test_evaluate_runs_it_beside_stock(calibrated, model, data, tmp_path):
     report = tmp_path / "report.json"
     command(

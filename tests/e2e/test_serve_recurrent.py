@@ -31,6 +31,8 @@ from tests.families import tiny_checkpoint
 from tests.tiny import EXIT_POINTS, served_fingerprint, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.fields import Label
 
+# Its layers are in `test_recurrent`, its requests in `test_label_endpoints`.
+pytestmark = pytest.mark.full
 FLAGS = (
     "--dtype", "bfloat16", "--language-model-only", "--enforce-eager", "--max-model-len", "512",
     "--chat-template", TEMPLATE,
