@@ -42,4 +42,4 @@ def draw_by_the_clients_ids(module: str, monkeypatch: pytest.MonkeyPatch) -> Non
     def drawn(request_id: str, rate: float, purpose: str) -> bool:
         return in_traffic_sample(client_request_id(request_id), rate, purpose)
 
-    monkeypatch.setattr(f"vllm_adainfer.engine.{module}.in_traffic_sample", drawn)
+    monkeypatch.setattr(sample, "in_traffic_sample", drawn)

@@ -35,12 +35,9 @@ from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.engine.admission.requested_output import OutputKind
 from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
+from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit import cost
-from vllm_adainfer.offline.calibration.fitted_policy import (
-    Calibration,
-    FittedPolicy,
-    make_policy,
-)
+from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import (
     Prompts,

@@ -19,6 +19,7 @@ from tests.classifier import COLUMNS, classifier
 from tests.conftest import tiny_engine
 from tests.delta_net import allow_fp32
 from tests.e2e.oracle import hidden_states
+from tests.e2e.scripted import parts
 from tests.families import FAMILIES, tiny_checkpoint
 from tests.full import FULL_ON_V2, needed
 from tests.tiny import (
@@ -30,8 +31,9 @@ from tests.tiny import (
     tiny_tensors,
 )
 from vllm_adainfer import stats
-from vllm_adainfer.artifact.fields import Gate, Label
+from vllm_adainfer.artifact.fields import Gate, Label, TopK
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.monitoring.query_monitor import ENDED_SINCE
 from vllm_adainfer.offline.calibration.data.examples import Row
 from vllm_adainfer.offline.calibration.data.pairs import read_pairs
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
@@ -188,6 +190,44 @@ def test_a_prompt_that_left_spoils_no_later_one(served, stock):
     answers(llm)
     for answer, deep in zip(answers(llm, extra_kwargs={"adainfer": 0}), stock, strict=True):
         torch.testing.assert_close(answer, deep, atol=CLOSE, rtol=0)
+
+
+def test_shadow_queries_compare_the_scores_of_all_their_documents(
+    tiny_model, tmp_path, states, monkeypatch
+):
+    """Here a query is every three requests; on a server, the documents of an HTTP request."""
+    directory = classifier(tiny_model, tmp_path / "sigmoid", 1)
+    promise = {"risk": "probability", "top_k": TopK(k=1, margin=1e-6)}
+    config = config_of(directory) | promise
+    thresholds = torch.full((2, len(EXIT_POINTS)), -10.0)  # all leave at the first
+    policy = tiny_artifact(directory, tmp_path / "policy", thresholds, **config)
+    switch = {"artifact": str(policy), "min_rows_saved": 1, "shadow_rate": 1.0}
+    llm = tiny_engine(directory, switch, **SETTINGS)
+    model, _, _ = parts(llm)
+    [watch] = model.loop.monitors.values()
+    ids: list[str] = []
+
+    def query_of(request_id: str) -> str:
+        ids.append(request_id)
+        return f"query {(len(ids) - 1) // 3}"
+
+    monkeypatch.setattr(watch, "_query_of", query_of)
+    full = answers(llm)
+    heads = tiny_tensors(tiny_config(directory, **config))
+    order = [int(one.partition("-")[0]) for one in ids]
+    first = min(order)
+    early = [scores_at(EXIT_POINTS[0], after, heads)[:-1].softmax(0)[1] for after in states]
+    compared = [
+        (e, f) for one in watch._queries.values() for e, f in zip(one.early, one.full, strict=True)
+    ]
+    assert len(compared) == len(PROMPTS) > len(watch._queries) > 1
+    for request_id, (ours, deep) in zip(order, compared, strict=True):
+        assert deep == pytest.approx(float(full[request_id - first]), abs=CLOSE)
+        assert ours == pytest.approx(float(early[request_id - first]), abs=CLOSE)
+    for number in range(ENDED_SINCE):
+        model.loop.ended(str(number))
+    counters = stats(llm)["shadow"]
+    assert sum(level["checked"] for level in counters.values()) == len(compared) // 3
 
 
 @pytest.mark.parametrize("chat_template", [None, PAIR_TEMPLATE], ids=["joined", "template"])

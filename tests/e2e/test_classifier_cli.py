@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from tests.classifier import COLUMNS, classifier
 from tests.e2e.test_cli import command
 from tests.full import needed
+from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.artifact.files import load_artifact_config
 
 TEMPLATE = "Review : {{ messages[0].content }} Sentiment : {{ messages[1].content }}"
@@ -52,7 +53,7 @@ def data(model, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def calibrated(model, data, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("artifact") / "policy"
-    promise = ["--gate", "yes:0.5"] if model.name == "sigmoid" else []
+    promise = ["--top", "1:0.05"] if model.name == "sigmoid" else []
     done = command(
         "calibrate", "--model", str(model), *data, *promise, "--epsilon", "0.2",
         "--output", str(output),
@@ -66,10 +67,13 @@ def test_a_classifiers_policy_is_for_the_columns_of_its_scores(calibrated, model
     names = ["no", "yes"] if model.name == "sigmoid" else ["c0", "c1", "c2"]
     assert (config.score_head, [label.name for label in config.labels]) == (model.name, names)
     assert f"the {model.name} scores of a classifier: {', '.join(names)}" in said
-    right = "their side of the gates" if model.name == "sigmoid" else "which is largest"
-    assert f"probabilities are right about {right}, not in value" in said
-    # Pairs of a query are not independent.
-    assert config.bound == ("wsr" if model.name == "sigmoid" else "exact")
+    right = "probabilities are right about which is largest"
+    if model.name == "sigmoid":
+        right = "scores are right about which documents of a query come first"
+        assert "make at most 20 % of the queries wrong" in said
+        assert config.top_k == TopK(k=1, margin=0.05)
+    assert f"{right}, not in value" in said
+    assert config.bound == "exact"
 
 
 @pytest.mark.full
@@ -82,8 +86,8 @@ def test_evaluate_runs_it_beside_stock(calibrated, model, data, tmp_path):
     found = json.loads(report.read_text())
     assert found["layers_saved"] > 0
     assert found["never_exit"]["disagreement_with_stock"] < 0.02  # ties in bfloat16
-    promised = found["gates"]["levels"] if "gates" in found else found["levels"]
-    name = "wrong" if "gates" in found else "disagreement"
+    promised = found["queries"]["levels"] if "queries" in found else found["levels"]
+    name = "wrong" if "queries" in found else "disagreement"
     assert all(level[name] <= level["epsilon"] for level in promised)
     assert 0 < found["stock"]["accuracy"] < 1
 

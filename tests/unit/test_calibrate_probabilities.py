@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,20 +24,16 @@ from tests.unit.test_make_policy import (
 from vllm_adainfer.artifact.fields import Gate
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.offline.calibration.calibrate import with_mass_if_it_pays
+from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import (
     loosest_certified,
     threshold_grid,
     threshold_path,
 )
-from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fitted_policy import (
-    Calibration,
-    FittedPolicy,
-    make_policy,
-)
+from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.collect import Recording
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
@@ -187,10 +183,7 @@ def test_the_bound_holds_on_all_but_delta_of_the_calibrations(gates):
     exceeded, saved = 0, 0.0
     for _ in range(RESAMPLES):
         drawn = generator.integers(0, len(SPLIT.certify), DRAWN)
-        sample = [
-            Scored(*(getattr(exit, field.name)[drawn] for field in fields(Scored)))
-            for exit in everyone
-        ]
+        sample = [exit.of_rows(drawn) for exit in everyone]
         point = loosest_certified(
             threshold_path(layers, sample, DEPTH, grid), EPSILON, Bound("exact", DELTA, 0.0)
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
+from vllm import PoolingParams, SamplingParams
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.pooling.classify.protocol import ClassificationCompletionRequest
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
@@ -15,7 +16,7 @@ from vllm_adainfer.engine.admission import traffic_sample as sample
 from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
-from vllm_adainfer.engine.scheduler.capture import body_of
+from vllm_adainfer.engine.scheduler.capture import body_of, line_of
 from vllm_adainfer.engine.startup.banner import capture_notice
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Capture, Settings, read_settings
@@ -108,13 +109,27 @@ def test_a_request_that_a_line_would_tell_wrongly_is_left_out(params):
     ids=lambda changes: next(iter(changes)),
 )
 def test_a_prompt_that_is_not_its_token_ids_alone_is_left_out(changes):
-    assert body_of(request(**changes), "m") is None
+    assert line_of(request(**changes), "m") is None
 
 
-def test_a_pooling_request_is_left_out():
-    pooling = request(pooling_params=object())
+def for_pooling(**params):
+    pooling = request(pooling_params=PoolingParams(**params))
     pooling.sampling_params = None
-    assert body_of(pooling, "m") is None
+    return pooling
+
+
+def test_a_request_to_a_classifier_is_the_same_request_of_classify():
+    url, body = line_of(for_pooling(task="classify"), "m")
+    sent = ClassificationCompletionRequest.model_validate(body)
+    assert (url, sent.input) == ("/classify", PROMPT)
+    assert sent.to_pooling_params() == PoolingParams(task="classify")
+
+
+@pytest.mark.parametrize(
+    "params", [{"task": "embed"}, {"task": "classify", "use_activation": False}]
+)
+def test_embeddings_and_raw_scores_are_left_out(params):
+    assert line_of(for_pooling(**params), "m") is None
 
 
 CHOICES = [

@@ -19,6 +19,8 @@ from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles, check_dir
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Capture
 
+URL = "/v1/completions"
+
 
 def settings(directory: Path, limit: int = 100) -> Capture:
     return Capture(directory=str(directory), limit=limit)
@@ -28,7 +30,7 @@ def write(directory: Path, numbers: range, limit: int = 100, engine: int = 0) ->
     """Requests whose prompts are their numbers, written by an engine that then stops."""
     files = CaptureFiles(settings(directory, limit), engine)
     for number in numbers:
-        files.put(str(number), {"prompt": [number]})
+        files.put(str(number), URL, {"prompt": [number]})
         while not files._queue.empty():
             time.sleep(0.001)
     files.close()
@@ -51,7 +53,7 @@ def test_a_line_is_one_of_vllms_batch_files(tmp_path):
 
 def test_a_line_keeps_what_came_together(tmp_path):
     files = CaptureFiles(settings(tmp_path), 0)
-    files.put("decision-7-0", {"prompt": [7]}, "decision-7")
+    files.put("decision-7-0", URL, {"prompt": [7]}, "decision-7")
     files.close()
     [path] = tmp_path.iterdir()
     assert json.loads(path.read_text())["group"] == "decision-7"
@@ -103,7 +105,7 @@ def test_engines_write_side_by_side_and_delete_nothing_of_each_other(tmp_path):
 def test_two_servers_in_one_directory_never_write_to_the_same_file(tmp_path):
     both = [CaptureFiles(settings(tmp_path, 1000), 0) for _ in range(2)]
     for number in range(200):
-        both[number % 2].put(str(number), {"prompt": [number]})
+        both[number % 2].put(str(number), URL, {"prompt": [number]})
     for files in both:
         files.close()
     assert sorted(kept(tmp_path)) == list(range(200))
@@ -117,7 +119,7 @@ from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles
 files = CaptureFiles(Capture(directory=sys.argv[1], limit=10**6), 0)
 print("started", flush=True)
 while True:
-    files.put("x", {"prompt": list(range(2000))})
+    files.put("x", URL, {"prompt": list(range(2000))})
 """
 
 
@@ -164,7 +166,7 @@ def test_a_full_queue_leaves_requests_out_and_nobody_waits(tmp_path, monkeypatch
     files = CaptureFiles(settings(tmp_path), 0)
     begin = time.monotonic()
     for number in range(capture_files.QUEUED + 3):
-        files.put(str(number), {})
+        files.put(str(number), URL, {})
     assert time.monotonic() - begin < 1
     assert files._queue.qsize() == capture_files.QUEUED
     assert len(warnings) == 3  # vLLM's logger says one of them
@@ -181,7 +183,7 @@ def disk_full_after(size: int) -> Iterator[None]:
 
 
 def put_and_wait(files: CaptureFiles, number: int) -> None:
-    files.put(str(number), {"prompt": [number], "text": "x" * 300_000})
+    files.put(str(number), URL, {"prompt": [number], "text": "x" * 300_000})
     end = time.monotonic() + 10
     while not files._queue.empty() and time.monotonic() < end:
         time.sleep(0.01)
@@ -203,8 +205,8 @@ def test_a_full_disk_costs_lines_but_cuts_none_and_is_said_once(tmp_path, warnin
 
 def test_a_request_that_is_no_json_does_not_stop_the_next_one(tmp_path, warnings):
     files = CaptureFiles(settings(tmp_path), 0)
-    files.put("0", {"prompt": [object()]})
-    files.put("1", {"prompt": [1]})
+    files.put("0", URL, {"prompt": [object()]})
+    files.put("1", URL, {"prompt": [1]})
     files.close()
     assert kept(tmp_path) == [1]
     assert len(warnings) == 1
@@ -215,7 +217,7 @@ def test_a_directory_that_is_taken_away_is_not_made_again(tmp_path, warnings):
     files = CaptureFiles(settings(directory), 0)
     directory.rmdir()
     for number in range(3):
-        files.put(str(number), {"prompt": [number]})
+        files.put(str(number), URL, {"prompt": [number]})
     files.close()
     assert not directory.exists()
     assert len(warnings) == 1

@@ -30,6 +30,7 @@ from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration import calibrate as calibrating
+from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.data.batch_files import read_requests
 from vllm_adainfer.offline.calibration.data.choices import (
     Choices,
@@ -39,11 +40,7 @@ from vllm_adainfer.offline.calibration.data.choices import (
 )
 from vllm_adainfer.offline.calibration.data.examples import Example, Row
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fitted_policy import (
-    Calibration,
-    FittedPolicy,
-    make_policy,
-)
+from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.policy.choice_policy import ChoicePolicy

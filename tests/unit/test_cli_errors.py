@@ -437,7 +437,11 @@ def read_of(*label_ids: int) -> dict[str, Any]:
         (promise(gate="good"), "--gate 'good' must be a label, or best, and a probability between"),
         (promise(gate="good:0.5", labels=""), "--gate is for the probabilities of labels: give"),
         (promise(gate="good:0.5", labels="", max_tokens="8"), "--gate is for the probabilities of"),
-        (promise(gate="good:0.5", tolerance="0.1"), "--tolerance its value: drop one"),
+        (promise(gate="good:0.5", tolerance="0.1"), "drop all but one of --tolerance, --gate"),
+        (promise(top="5:0.1"), "--top ranks the documents of a reranker, and this model generates"),
+        (promise(top="5"), "--top '5' must be a number of documents and a margin"),
+        (promise(top="0:0.1"), "--top '0:0.1' must be a number of documents and a margin"),
+        (promise(top="5:0.1", risk="accuracy"), "--top bounds how often queries lose a document, "),
         (promise(gate="good:0.5", risk="accuracy"), "are on the wrong side, --risk accuracy the"),
         (promise(gate="good:0.5", probe="lens"), "--gate needs the scores of a label-head, and"),
         (

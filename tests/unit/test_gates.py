@@ -98,10 +98,10 @@ BAD = Gate(label="bad", probability=0.8)
     [
         ((Gate(label="ugly", probability=0.5),), {}, "gates must name labels of the policy"),
         ((BAD, BAD), {}, "gates must name labels of the policy, and be different"),
-        ((BAD,), {"tolerance": 0.1}, "needs a tolerance or gates, and not both"),
-        ((), {}, "needs a tolerance or gates, and not both"),
+        ((BAD,), {"tolerance": 0.1}, "needs a tolerance, gates or top_k, and one"),
+        ((), {}, "needs a tolerance, gates or top_k, and one"),
         ((BAD,), {"label_mass": True}, "gates rule out label_mass"),
-        ((BAD,), {"risk": "disagreement"}, "needs a tolerance or gates"),
+        ((BAD,), {"risk": "disagreement"}, "needs a tolerance, gates or top_k"),
     ],
 )
 def test_gates_that_do_not_fit_their_policy_are_refused(tiny_model, gates, changes, sentence):

@@ -22,15 +22,12 @@ from vllm_adainfer.artifact.label_subsets import ALL, bits_of, mask_of
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of, subsets_of
 from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target, fit_probes
-from vllm_adainfer.offline.calibration.fitted_policy import (
-    Calibration,
-    FittedPolicy,
-    make_policy,
-)
+from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     never_named,

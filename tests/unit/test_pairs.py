@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from tests.tiny import word_tokenizer
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Row
-from vllm_adainfer.offline.calibration.data.pairs import are_pairs, read_pairs, read_scored
+from vllm_adainfer.offline.calibration.data.pairs import are_pairs, read_pairs
+from vllm_adainfer.offline.calibration.data.scored import read_scored
 
 TEMPLATE = "Review : {{ messages[0].content }} Sentiment : {{ messages[1].content }}"
 GOOD = {"query": "good", "documents": ["bad", "positive negative"], "labels": ["no", "yes"]}

@@ -26,13 +26,14 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import best_policy
+from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.choose import layers_saved
 from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fitted_policy import Calibration, fit_candidates
+from vllm_adainfer.offline.calibration.fitted_policy import fit_candidates
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import ALLOWANCE, shared_tokens, split_of
 from vllm_adainfer.offline.calibration.record.collect import Recording, normed

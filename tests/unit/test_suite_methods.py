@@ -12,15 +12,13 @@ import torch
 from benchmarks.suite import methods
 from benchmarks.suite.report import METHODS, markdown, suite_report
 from tests.unit.test_make_policy import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
+from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
 from vllm_adainfer.offline.calibration.fit.cost import Costs
 from vllm_adainfer.offline.calibration.fit.exits import fit_exits
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
-from vllm_adainfer.offline.calibration.fitted_policy import (
-    Calibration,
-    make_policy,
-)
+from vllm_adainfer.offline.calibration.fitted_policy import make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 
 TESTS = SPLIT.certify[:200]

@@ -21,6 +21,7 @@ from vllm_adainfer.artifact.fields import (
     Strict,
     Student,
     TokenId,
+    TopK,
 )
 from vllm_adainfer.artifact.kinds import (
     LABEL_HEADS,
@@ -91,7 +92,8 @@ class ConfigFields(Strict):
         "disagreement",
         description="What epsilon bounds: the share of answers that change, the accuracy lost, or "
         "the share of answers that change or whose label probabilities move by more than the "
-        "tolerance, or with gates that of answers on the other side of one.",
+        "tolerance; with gates that of answers on the other side of one; with top_k that of "
+        "queries whose order loses a document.",
     )
     tolerance: float | None = Field(
         None, gt=0, lt=1, description="How far a label's probability may move."
@@ -101,6 +103,11 @@ class ConfigFields(Strict):
         max_length=MOST_PROMISES,
         description="Numbers that requests compare a label's probability with. An answer is wrong "
         "if the probability is on the other side than at full depth.",
+    )
+    top_k: TopK | None = Field(
+        None,
+        description="For a reranker: epsilon bounds the share of queries that lose a document of "
+        "their first k. Their documents come in one request, and are one row of the bound.",
     )
     label_mass: bool = Field(
         False,

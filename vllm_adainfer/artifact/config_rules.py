@@ -66,8 +66,15 @@ def broken_rules(config: ConfigFields) -> list[str]:
         "token ids must be below vocab_size": max(tokens, default=0) < config.vocab_size,
         "each label needs a token id of its own": len(set(tokens)) == len(tokens),
         f"features must be {features} with this risk": config.features == features,
-        'risk = "probability" needs a tolerance or gates, and not both': (
-            (config.tolerance is not None) + bool(gates) == probabilities
+        'risk = "probability" needs a tolerance, gates or top_k, and one of them alone': (
+            (config.tolerance is not None) + bool(gates) + (config.top_k is not None)
+            == probabilities
+        ),
+        "top_k needs the score_head of a reranker, a sigmoid": (
+            config.top_k is None or config.score_head == "sigmoid"
+        ),
+        "top_k rules out label_bounds: it counts queries, and they count documents": (
+            config.top_k is None or not config.label_bounds
         ),
         "gates rule out label_mass: they are about probabilities among the labels": (
             not gates or not config.label_mass

@@ -68,6 +68,20 @@ class Gate(Strict):
     probability: float = Field(gt=0, lt=1)
 
 
+class TopK(Strict):
+    """How many documents of a query users look at, and which of them an early order must keep.
+
+    Attributes:
+        k: the number of documents.
+        margin: a document of the first `k` counts as lost only if its score at full depth lies
+            more than this above that of the document after them.
+
+    """
+
+    k: int = Field(ge=1, le=MOST_ANSWERS)
+    margin: float = Field(gt=0, lt=1)
+
+
 class LabelBound(Strict):
     """A promise about one label, beside epsilon's about all answers.
 

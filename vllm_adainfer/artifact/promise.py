@@ -10,6 +10,11 @@ def wrong_in_words(config: ArtifactConfig) -> str:
     """Which answers count as wrong under a policy that bounds label probabilities."""
     if config.gates:
         return " or ".join(map(_gate_in_words, config.gates))
+    if config.top_k is not None:
+        return (
+            f"a query that loses one of its first {config.top_k.k} documents which at full depth "
+            f"scores more than {config.top_k.margin:g} above the next"
+        )
     where = " (among the labels or in the whole vocabulary)" if config.label_mass else ""
     return (
         f"another best label than full depth's, or a label's probability{where} that moves by more "
@@ -18,6 +23,7 @@ def wrong_in_words(config: ArtifactConfig) -> str:
 
 
 RIGHT_SIDE = "probabilities are right about their side of the gates, not in value"
+RIGHT_FIRST = "scores are right about which documents of a query come first, not in value"
 RIGHT_BEST = "probabilities are right about which is largest, not in value"
 
 
@@ -25,6 +31,8 @@ def right_about(config: ArtifactConfig) -> str:
     """What is right about probabilities that a policy serves; "" if their values are."""
     if config.gates:
         return RIGHT_SIDE
+    if config.top_k is not None:
+        return RIGHT_FIRST
     return RIGHT_BEST if config.score_head is not None and config.tolerance is None else ""
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vllm_adainfer.artifact.fields import Gate, LabelBound
+from vllm_adainfer.artifact.fields import Gate, LabelBound, TopK
 from vllm_adainfer.artifact.kinds import ClassifierKind, LabelBoundKind, Risk
 from vllm_adainfer.cli.app import app, errors_as_sentences
 from vllm_adainfer.cli.arguments import (
@@ -119,6 +119,15 @@ def calibrate(
             "is about whichever label is best. May be repeated.",
         ),
     ] = None,
+    top: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K:MARGIN",
+            help="For a reranker: epsilon then bounds the share of queries that lose one of their "
+            "first K documents, such as 5:0.05. A document counts as lost only if its score at "
+            "full depth lies more than MARGIN above that of the next.",
+        ),
+    ] = None,
     recall: Annotated[
         list[str] | None,
         typer.Option(
@@ -190,9 +199,10 @@ def calibrate(
             exit_points=_layers(exit_points),
             epsilon=epsilon,
             delta=delta,
-            risk=_risk(risk, tolerance, gate or ()),
+            risk=_risk(risk, tolerance, gate or (), top),
             tolerance=tolerance,
             gates=gates_of(gate or ()),
+            top_k=top_k_of(top),
             label_bounds=(
                 *label_bounds("recall", recall or ()),
                 *label_bounds("precision", precision or ()),
@@ -209,7 +219,10 @@ def calibrate(
 
 
 def _risk(
-    risk: Literal["disagreement", "accuracy"], tolerance: float | None, gates: Sequence[str]
+    risk: Literal["disagreement", "accuracy"],
+    tolerance: float | None,
+    gates: Sequence[str],
+    top: str | None,
 ) -> Risk:
     """The risk that epsilon bounds.
 
@@ -217,16 +230,37 @@ def _risk(
         AdaInferError: two are asked for.
 
     """
-    if tolerance is None and not gates:
-        return risk
-    if risk == "accuracy":
-        option = "--gate bounds how often" if gates else "--tolerance bounds how far"
-        what = "probabilities are on the wrong side" if gates else "probabilities move"
+    others = {
+        "--gate bounds how often probabilities are on the wrong side": bool(gates),
+        "--tolerance bounds how far probabilities move": tolerance is not None,
+        "--top bounds how often queries lose a document": top is not None,
+    }
+    asked = [said for said, given in others.items() if given]
+    if asked and risk == "accuracy":
         raise AdaInferError(
-            f"{option} {what}, --risk accuracy the accuracy lost, and a policy has one bound: drop "
-            "one of them"
+            f"{asked[0]}, --risk accuracy the accuracy lost, and a policy has one bound: drop one "
+            "of them"
         )
-    return "probability"
+    return "probability" if asked else risk
+
+
+def top_k_of(text: str | None) -> TopK | None:
+    """The promise of ``--top``.
+
+    Raises:
+        AdaInferError: it is not of the form K:MARGIN.
+
+    """
+    if text is None:
+        return None
+    k, _, margin = text.partition(":")
+    try:
+        return TopK(k=int(k), margin=float(margin))
+    except ValueError:
+        raise AdaInferError(
+            f"--top {text!r:.80} must be a number of documents and a margin between 0 and 1, such "
+            "as 5:0.05"
+        ) from None
 
 
 def gates_of(asked: Sequence[str]) -> tuple[Gate, ...]:

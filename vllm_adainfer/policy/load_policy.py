@@ -15,8 +15,9 @@ from vllm_adainfer.policy.gate_policy import GatePolicy
 from vllm_adainfer.policy.label_heads import PoolPolicy
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.policy.ranking_policy import RankingPolicy
 
-Policy: TypeAlias = CalibratedPolicy | PoolPolicy | ProbabilityPolicy | GatePolicy
+Policy: TypeAlias = CalibratedPolicy | PoolPolicy | ProbabilityPolicy | GatePolicy | RankingPolicy
 
 
 def policy_of(
@@ -33,6 +34,8 @@ def policy_of(
     """
     if artifact.config.gates:
         return GatePolicy(artifact, device)
+    if artifact.config.top_k is not None:
+        return RankingPolicy(artifact, device)
     if artifact.config.risk == "probability":
         return ProbabilityPolicy(artifact, device)
     if artifact.config.label_pool:

@@ -30,9 +30,10 @@ from vllm_adainfer.engine.admission.resolved import (
     is_for_pooling,
 )
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH, ThresholdRows
-from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
+from vllm_adainfer.engine.admission.traffic_sample import GroupSample
 from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
 from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.script import SCRIPT_LABELS
@@ -134,6 +135,8 @@ class Admission:
         self._configs = configs
         self._logprobs_mode = logprobs_mode
         self._serves_prompt_logprobs = serves_prompt_logprobs
+        self._promises_order = any(config.top_k is not None for config in configs.values())
+        self._shadow = GroupSample(settings.shadow_rate, "shadow")
         self.policies = Policies(settings, configs, ends_choices)
         self.is_recording = settings.record is not None
         self.has_pools = any(config.label_pool for config in configs.values())
@@ -268,7 +271,9 @@ class Admission:
 
     def is_shadow(self, request_id: str) -> bool:
         """Whether a request that may exit runs to full depth instead, to compare the answers."""
-        return in_traffic_sample(request_id, self._settings.shadow_rate, "shadow")
+        # Monitors count requests, which must be independent; that of an order counts whole queries.
+        query = request_group(request_id) if self._promises_order else None
+        return self._shadow.has(request_id, query)
 
     def _may_exit(self, resolved: Resolved, may_decide: bool) -> bool:
         """See `Resolved.may_exit`; `may_decide`: whether a policy may decide the request."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+RANDOM = "-00000000"  # how long a suffix vLLM appends
+HEX = frozenset("0123456789abcdef")
 
 
 def client_request_id(request_id: str) -> str:
@@ -11,16 +12,25 @@ def client_request_id(request_id: str) -> str:
     vLLM 0.32 appends a dash and eight random hex digits (`InputProcessor.assign_request_id`, unless
     ``VLLM_DISABLE_REQUEST_ID_RANDOMIZATION`` is set).
     """
-    return re.sub(r"-[0-9a-f]{8}$", "", request_id)
+    client, suffix = request_id[: -len(RANDOM)], request_id[-len(RANDOM) :]
+    is_random = len(suffix) == len(RANDOM) and suffix[0] == "-" and HEX.issuperset(suffix[1:])
+    return client if is_random else request_id
 
 
 def request_group(request_id: str) -> str | None:
     """The id of the HTTP request that an engine request is part of; None if it is not a part.
 
-    vLLM 0.32 makes an engine request of each prompt, item or question of an HTTP request, and names
-    it by that request's id, a dash and a number (`next_token_label_reads`,
-    `OpenAIServingCompletion.create_completion`).
+    vLLM 0.32 makes an engine request of each prompt, item, question or document of an HTTP request,
+    and names it by that request's id, a dash and a number (`next_token_label_reads`,
+    `OpenAIServingCompletion.create_completion`, `PoolingServing._prepare_generators`).
     """
     group, dash, part = client_request_id(request_id).rpartition("-")
-    made_of_parts = group.startswith(("cmpl-", "decision-", "generative-scoring-"))
+    made_of_parts = group.startswith(
+        ("cmpl-", "decision-", "generative-scoring-", "score-", "classify-", "pooling-")
+    )
     return group if dash and part.isdecimal() and made_of_parts else None
+
+
+def query_of(request_id: str) -> str:
+    """The query of a document: all documents of one ``/rerank`` or ``/score`` have the same."""
+    return request_group(request_id) or request_id

@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 
 from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.engine.compat.requests import query_of
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, broadcast_from_rank0, same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.batch import StackShape
@@ -21,6 +22,7 @@ from vllm_adainfer.exits.recording.recorder import Recorder, TunedLensSums
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.exits.recording.state_files import StateFiles
 from vllm_adainfer.monitoring.monitor import AnswerMonitor, Monitor
+from vllm_adainfer.monitoring.query_monitor import QueryMonitor
 from vllm_adainfer.monitoring.text_monitor import TextMonitor
 from vllm_adainfer.policy.load_policy import Policy, policy_of
 from vllm_adainfer.policy.policy_set import PolicySet
@@ -135,10 +137,12 @@ def monitors_of(model: LoadedModel) -> dict[str, Monitor]:
 
 
 def monitor_of(config: ArtifactConfig) -> Monitor:
-    """The monitor of an artifact's risk: by answer, or by text for generated text."""
+    """The monitor of an artifact's risk: by answer, by text, or by query."""
     epsilons = [level.epsilon for level in config.levels]
     if config.max_tokens > 1:
         return TextMonitor(epsilons, config.delta, config.max_tokens)
+    if config.top_k is not None:
+        return QueryMonitor(epsilons, config.delta, config.top_k, query_of)
     monitor = AnswerMonitor(epsilons, config.delta, config.risk)
     columns = {label.name: column for column, label in enumerate(config.labels)}
     monitor.watch_labels({one: columns[one.label] for one in config.label_bounds})

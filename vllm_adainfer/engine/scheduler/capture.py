@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 from vllm.v1.request import Request
 
-from vllm_adainfer.engine.admission.requested_output import changes_scores
-from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
+from vllm_adainfer.engine.admission.requested_output import changes_scores, requested_scores
+from vllm_adainfer.engine.admission.traffic_sample import GroupSample
 from vllm_adainfer.engine.compat.requests import client_request_id, request_group
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles
@@ -40,7 +40,7 @@ class CapturingScheduler(_Scheduler):
         settings = read_settings(self.vllm_config.additional_config)
         assert settings is not None
         assert settings.capture is not None
-        self._capture_rate = settings.capture.rate
+        self._sample = GroupSample(settings.capture.rate, "capture")
         self._served_name: str = self.vllm_config.model_config.served_model_name
         self._captured = CaptureFiles(
             settings.capture, self.vllm_config.parallel_config.data_parallel_index
@@ -49,16 +49,36 @@ class CapturingScheduler(_Scheduler):
     @override
     def add_request(self, request: Request) -> None:
         super().add_request(request)
-        if in_traffic_sample(request.request_id, self._capture_rate, "capture"):
-            body = body_of(request, self._served_name)
-            if body is not None:
-                name = client_request_id(request.request_id)
-                self._captured.put(name, body, request_group(request.request_id))
+        group = request_group(request.request_id)
+        # All documents of a query, or none: a bound on its order needs them all.
+        together = group if request.pooling_params is not None else None
+        if self._sample.has(request.request_id, together):
+            found = line_of(request, self._served_name)
+            if found is not None:
+                self._captured.put(client_request_id(request.request_id), *found, group)
 
     @override
     def shutdown(self) -> None:
         self._captured.close()
         super().shutdown()
+
+
+def line_of(request: Request, model: str) -> tuple[str, dict[str, Any]] | None:
+    """The endpoint and the body of an equivalent request, or None if there is none."""
+    if (
+        request.prompt_token_ids is None
+        or request.prompt_embeds is not None
+        or request.mm_features
+        or request.lora_request is not None
+        or request.resumable  # its prompt is still being sent
+    ):
+        return None
+    if request.pooling_params is not None:
+        if requested_scores(request.pooling_params) is None:
+            return None
+        return "/classify", {"model": model, "input": request.prompt_token_ids}
+    body = body_of(request, model)
+    return None if body is None else ("/v1/completions", body)
 
 
 def body_of(request: Request, model: str) -> dict[str, Any] | None:
@@ -68,15 +88,9 @@ def body_of(request: Request, model: str) -> dict[str, Any] | None:
     omitted.
     """
     params = request.sampling_params
-    if (
-        params is None
-        or request.prompt_token_ids is None
-        or request.prompt_embeds is not None
-        or request.mm_features
-        or request.lora_request is not None
-        or request.resumable  # its prompt is still being sent
-        or changes_scores(params)  # a line cannot state that, and no policy serves it
-    ):
+    if params is None or changes_scores(
+        params
+    ):  # a line cannot state that, and no policy serves it
         return None
     body = {
         "model": model,

@@ -62,16 +62,17 @@ class CaptureFiles:
         self._thread = Thread(target=self._write_all, name="adainfer-capture", daemon=True)
         self._thread.start()
 
-    def put(self, custom_id: str, body: dict[str, Any], group: str | None = None) -> None:
+    def put(self, custom_id: str, url: str, body: dict[str, Any], group: str | None = None) -> None:
         """Queue a request to be written, or drop it if the queue is full; never blocks.
 
         Args:
             custom_id: the client's id of the request.
-            body: the body of ``/v1/completions``.
+            url: an endpoint.
+            body: what was sent to it.
             group: shared by requests that arrived together; None for one that arrived alone.
 
         """
-        line = {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+        line = {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
         if group is not None:
             line["group"] = group
         try:

@@ -46,8 +46,9 @@ def policy_banner(
             " (the right answers are unknown in service: shadow requests measure disagreement, "
             "which the accuracy lost cannot exceed, so they never stop exits)"
         )
+    wrong = RISKS[config.risk] if config.top_k is None else "of the queries wrong"
     return (
-        f"{text}, at most {certified.epsilon:.3g} {RISKS[config.risk]} "
+        f"{text}, at most {certified.epsilon:.3g} {wrong} "
         f"(confidence {1 - config.delta:.0%}{_meaning(config)}), "
         f"{certified.layers_saved:.0%} of layers saved in calibration; kv {settings.kv}, {shadow}"
     )

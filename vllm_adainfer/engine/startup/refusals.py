@@ -155,8 +155,6 @@ def _of_pooling(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
         )
     if vllm_config.lora_config is not None:
         yield "adapters replace a classifier's head: drop --enable-lora, and serve merged weights"
-    if settings.capture is not None:
-        yield 'requests to a classifier are not captured: drop "capture"'
 
 
 def _of_platform(vllm_config: VllmConfig) -> Iterator[str]:

@@ -149,6 +149,10 @@ def check_replaces(
         )
     if set(new.gates) != set(old.gates):
         raise AdaInferError(f"policy {name} has other gates than before: restart the engine")
+    if new.top_k != old.top_k:
+        raise AdaInferError(
+            f"policy {name} promises other first documents than before: restart the engine"
+        )
     if new.label_mass != old.label_mass:
         certified = ("does not certify", "certifies")[new.label_mass]
         raise AdaInferError(

@@ -32,14 +32,16 @@ class PolicyStats:
             skipped; counted each time that a token begins to wait.
         layers_possible: token-layers that full depth would have executed.
         exit_histogram: sampled tokens by the number of layers they ran.
-        shadow_checked: early answers compared with full depth, by epsilon. (A monitor counts only
-            those of the artifact that serves now.)
-        shadow_disagreed: those that differed, or whose probabilities moved too far.
+        shadow_checked: early answers compared with full depth, by epsilon; of policies that promise
+            the first documents of queries, queries. (A monitor counts only those of the artifact
+            that serves now.)
+        shadow_disagreed: those that differed, whose probabilities moved too far, or that lost a
+            document.
         labels_checked: answers that a promise about one label is about, by epsilon, kind of promise
             and label.
         labels_changed: those of them that differed.
-        shadow_moves: those of policies that promise probabilities, by the largest move of one
-            probability, rounded up to one of `MOVES`.
+        shadow_moves: answers of policies that promise probabilities or first documents, by the
+            largest move of one probability, rounded up to one of `MOVES`.
 
     """
 
@@ -57,6 +59,12 @@ class PolicyStats:
     def moved(self, moves: Iterable[float]) -> None:
         """Count answers by their largest move, each from 0 to 1."""
         self.shadow_moves.update(MOVES[bisect_left(MOVES, move)] for move in moves if move <= 1)
+
+    def queries_counted(self, queries: Iterable[tuple[float, bool]]) -> None:
+        """Count queries, by the epsilon of each and whether it lost a document."""
+        for epsilon, lost in queries:
+            self.shadow_checked[epsilon] += 1
+            self.shadow_disagreed[epsilon] += lost
 
     @property
     def work(self) -> dict[str, int]:

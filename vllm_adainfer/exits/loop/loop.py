@@ -17,6 +17,7 @@ from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
 from vllm_adainfer.exits.loop.step import StepContext
 from vllm_adainfer.monitoring.monitor import Monitor
+from vllm_adainfer.monitoring.query_monitor import QueryMonitor
 from vllm_adainfer.policy.answers import EarlyScores
 
 
@@ -98,3 +99,5 @@ class Loop(ABC):
         """A request gets no more tokens, whether or not it ever ran."""
         for name, monitor in self.monitors.items():
             warn(name, monitor, monitor.ended(request_id))
+            if isinstance(monitor, QueryMonitor):
+                self.stats.by_policy[name].queries_counted(monitor.take_counted())

@@ -15,8 +15,10 @@ from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.monitoring.monitor import Monitor, MonitorStatus
+from vllm_adainfer.monitoring.query_monitor import QueryMonitor
 from vllm_adainfer.policy.answers import Answers, EarlyScores
 from vllm_adainfer.policy.exit_policy import ExitPolicy
+from vllm_adainfer.policy.ranking_policy import RankingPolicy
 
 logger = logging.getLogger("vllm.adainfer.exits.shadow")  # vLLM shows only loggers under "vllm."
 
@@ -62,6 +64,9 @@ class ShadowAnswers:
             head: vLLM's own `compute_logits`, which reads early answers that are states.
 
         """
+        if isinstance(self.monitor, QueryMonitor):
+            self._compare_documents(self.monitor, logits)
+            return
         disagreed = np.zeros(len(self.levels), dtype=np.bool_)
         if self.answers is not None and len(self.requests):
             wrong, moves = self.policy.disagrees(self.answers, logits[self.requests], head)
@@ -76,6 +81,18 @@ class ShadowAnswers:
         warn(self.name, self.monitor, exceeded)
         if self.monitor.labels:
             self._compare_labels(logits)
+
+    def _compare_documents(self, monitor: QueryMonitor, logits: Tensor) -> None:
+        """Note the scores of documents; their queries are counted later, see `QueryMonitor`."""
+        assert isinstance(self.policy, RankingPolicy)
+        everyone, settled = (
+            torch.from_numpy(one).to(logits.device) for one in (self.everyone, self.settled)
+        )
+        answers = self.answers if len(self.requests) else None
+        scores = self.policy.relevance(answers, settled, logits[everyone])
+        early, full = self.broadcast(scores).cpu().double().numpy()
+        self.stats.moved(np.abs(early - full)[self.settled].tolist())
+        monitor.compared(self.request_ids, self.levels, early, full)
 
     def _compare_labels(self, logits: Tensor) -> None:
         """Count answers for each promise about one label; warn of a broken one."""
@@ -124,7 +141,11 @@ def warn_of_label(policy: str, promise: LabelBound, broken: MonitorStatus) -> No
 
 def warn(policy: str, monitor: Monitor, exceeded: Sequence[MonitorStatus]) -> None:
     """Log which levels of a policy now disagree more often than their epsilon."""
-    probabilities = monitor.risk == "probability"
+    what = "early answers of shadow requests differ from full depth"
+    if isinstance(monitor, QueryMonitor):
+        what = "shadow queries lose one of their first documents"
+    elif monitor.risk == "probability":
+        what += " or have a probability that moves too far"
     for reading in exceeded:
         consequence = (
             "so requests at this epsilon run at full depth from now on: calibrate again, on "
@@ -133,15 +154,14 @@ def warn(policy: str, monitor: Monitor, exceeded: Sequence[MonitorStatus]) -> No
             else "which the accuracy lost may reach but need not; the right answers are not known "
             "here, so nothing was closed: evaluate on labelled prompts like those served now"
         )
-        further = " or have a probability that moves too far" if probabilities else ""
         logger.warning(
-            "policy %s: disagreement is above epsilon = %g: %d of %d early answers of shadow "
-            "requests differ from full depth%s (%.2f%%; at least %.2f%% at confidence %g%%), %s",
+            "policy %s: disagreement is above epsilon = %g: %d of %d %s (%.2f%%; at least %.2f%% "
+            "at confidence %g%%), %s",
             policy,
             reading.epsilon,
             reading.disagreed,
             reading.checked,
-            further,
+            what,
             100 * reading.rate,
             100 * reading.low,
             100 * (1 - monitor.alpha),

@@ -12,6 +12,7 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
@@ -19,7 +20,6 @@ from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import (
-    Calibration,
     FittedPolicy,
     fit_candidates,
     make_policy,
@@ -169,7 +169,16 @@ def calibration_of(
     questions = [one.question for one in prompts.examples if one.question is not None]
     return Calibration(
         recording,
-        Target(prompts.probe, answers, full_depth, subsets, first_tokens, gates, never),
+        Target(
+            prompts.probe,
+            answers,
+            full_depth,
+            subsets,
+            first_tokens,
+            gates,
+            ranks=request.options.top_k is not None,
+            never_early=never,
+        ),
         split,
         request.options,
         prompts.labels,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_adainfer.artifact.fields import Gate, LabelBound
+from vllm_adainfer.artifact.fields import Gate, LabelBound, TopK
 from vllm_adainfer.artifact.kinds import (
     LABEL_HEADS,
     BoundKind,
@@ -35,6 +35,7 @@ class PolicyOptions:
     risk: Risk = "disagreement"
     tolerance: float | None = None
     gates: tuple[Gate, ...] = ()
+    top_k: TopK | None = None
     label_bounds: tuple[LabelBound, ...] = ()
     never_early: tuple[str, ...] = ()
     bound: BoundChoice = "auto"
@@ -63,8 +64,12 @@ class CalibrationRequest:
     options: PolicyOptions = field(default_factory=PolicyOptions)
 
 
-def check_classifier(request: CalibrationRequest, holds_requests: bool) -> None:
+def check_classifier(request: CalibrationRequest, columns: int) -> None:
     """Check that the options go with a classifier, whose labels are the columns of its scores.
+
+    Args:
+        request: the options.
+        columns: the number of its scores.
 
     Raises:
         AdaInferError: they do not; the message says which to drop.
@@ -89,9 +94,9 @@ def check_classifier(request: CalibrationRequest, holds_requests: bool) -> None:
             "a classifier answers with scores, not with tokens: drop --max-tokens",
         ),
         (
-            holds_requests,
-            f"{request.data} holds requests for tokens, and a classifier gets none: give prompts "
-            "with a --template, or queries with documents",
+            request.options.top_k is not None and columns != 1,
+            f"--top ranks documents by the one score of a reranker, and this classifier gives "
+            f"{columns}: drop it",
         ),
         (
             request.probe not in ("auto", "branch", *LABEL_HEADS),
@@ -114,7 +119,13 @@ def check_options(
     """
     options, choices, labels = request.options, bool(request.choices), bool(request.labels)
     generated, gates = options.max_tokens > 1, bool(options.gates)
-    probabilities, named_by = options.risk == "probability", "--gate" if gates else "--tolerance"
+    promised = {
+        "--tolerance": options.tolerance is not None,
+        "--gate": gates,
+        "--top": options.top_k is not None,
+    }
+    asked = [name for name, given in promised.items() if given]
+    probabilities, named_by = options.risk == "probability", asked[0] if asked else "--tolerance"
     accuracy, exact = options.risk == "accuracy", options.bound == "exact"
     bounds = bool(options.label_bounds)
     about_labels = bounds or bool(options.never_early)
@@ -151,8 +162,17 @@ def check_options(
             f"drop --probe or {named_by}",
         ),
         (
-            gates and options.tolerance is not None,
-            "--gate promises on which side of it a probability is, --tolerance its value: drop one",
+            len(asked) > 1,
+            "--tolerance promises the value of a probability, --gate on which side of it one is, "
+            f"--top which documents come first: drop all but one of {', '.join(asked)}",
+        ),
+        (
+            options.top_k is not None and not is_classifier,
+            "--top ranks the documents of a reranker, and this model generates: drop it",
+        ),
+        (
+            options.top_k is not None and bounds,
+            "--top counts queries, and --recall and --precision documents: drop one of them",
         ),
         (
             len(set(options.gates)) < len(options.gates),

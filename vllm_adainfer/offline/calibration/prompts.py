@@ -34,9 +34,13 @@ from vllm_adainfer.offline.calibration.data.examples import (
     shared_start,
 )
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of
-from vllm_adainfer.offline.calibration.data.pairs import read_scored
 from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
-from vllm_adainfer.offline.calibration.data.score_labels import is_classifier, score_labels
+from vllm_adainfer.offline.calibration.data.score_labels import (
+    is_classifier,
+    score_columns,
+    score_labels,
+)
+from vllm_adainfer.offline.calibration.data.scored import read_scored
 from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
     load_student_base,
@@ -99,10 +103,10 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     most = hf_config.max_position_embeddings - options.max_tokens
     labels: tuple[Label, ...] = ()
     if is_classifier(hf_config):
-        check_classifier(request, holds_requests)
+        check_classifier(request, score_columns(hf_config))
         labels = score_labels(hf_config)
         request = replace(request, labels=tuple(label.name for label in labels))
-    check_options(request, holds_requests, bool(labels))
+    check_options(request, holds_requests and not labels, bool(labels))
     if not holds_requests and not labels:
         check_rows(Split.halves(len(rows)), options, data)
     if labels:
@@ -116,6 +120,8 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
         examples, labels, choices = read(request, rows, tokenizer, hf_config.vocab_size, most)
     check_labels(options, labels)
     groups = groups_of(examples)
+    if options.top_k is not None:
+        check_queries(groups, options.top_k.k, data)
     order = random_order(groups, options.seed)
     examples = [examples[index] for index in order]
     split = split_of(numbered(groups[order].tolist()), options)
@@ -150,14 +156,16 @@ def split_of(groups: Ints, options: PolicyOptions) -> Split:
     """
     half, bound = Split.of_groups(groups), Bound.promised(options)
     some_rows = options.by_question or bool(options.label_bounds)  # each bound on rows of its own
-    if some_rows or bound.kind != "exact" or half.most_together(groups) > 1:
+    counts_groups = options.top_k is not None
+    alone = counts_groups or half.most_together(groups) == 1
+    if some_rows or bound.kind != "exact" or not alone:
         return half
     rows = int(groups[-1]) + 1  # but for large groups among the others, each row is one
     sizes = np.unique(np.geomspace(1, rows - rows // 2, 200).round().astype(int)).tolist()
     wanted = ALLOWANCE * options.epsilon
     enough = (size for size in sizes if bound.allowance(size, options.epsilon) >= wanted)
     split = Split.of_groups(groups, next(enough, sizes[-1]))
-    return split if split.most_together(groups) == 1 else half
+    return split if counts_groups or split.most_together(groups) == 1 else half
 
 
 def shared_tokens(examples: Sequence[Example]) -> int:
@@ -225,18 +233,38 @@ def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
 
     """
     together, rows = split.most_together(split.groups), len(split.certify)
+    if options.top_k is not None:
+        together, rows = 1, len(np.unique(split.groups[split.certify]))
     groups = split.groups[split.certify] if together > 1 else None
     bound = Bound.promised(options, groups, together)
     if bound.holds(np.zeros(rows), options.epsilon):
         return
     needed, what = bound.groups_needed(rows, options.epsilon), "rows"
-    if together > 1:
+    if options.top_k is not None:
+        what = "queries"
+    elif together > 1:
         what = f"groups of requests that came together (of up to {together})"
     raise AdaInferError(
         f"too few rows for the bound: epsilon {options.epsilon:g} at delta {options.delta:g} needs "
         f"at least {2 * needed - 1} {what} (half of them held out), but {data} has "
         f"{split.groups.max(initial=-1) + 1}: give more rows or raise --epsilon"
     )
+
+
+def check_queries(groups: Ints, k: int, data: str) -> None:
+    """Check that there are queries with more than `k` documents; `groups` [prompts] number them.
+
+    Raises:
+        AdaInferError: no query has.
+
+    """
+    most = int(np.bincount(groups).max())
+    if most <= k:
+        held = "prompts that stand alone" if most == 1 else f"at most {most} documents a query"
+        raise AdaInferError(
+            f"--top {k} is about queries with more than {k} documents, and {data} has {held}: give "
+            "each query with all the documents that it is sent with, or a smaller --top"
+        )
 
 
 def check_questions(examples: Sequence[Example], options: PolicyOptions, data: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from vllm_adainfer.arrays import Ints
+from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.branch import TrainedBranch, train_branch
 from vllm_adainfer.offline.calibration.fit.cost import untrained_branch_layers
@@ -15,7 +16,6 @@ from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent, train_student
 from vllm_adainfer.offline.calibration.fitted_policy import (
-    Calibration,
     FittedPolicy,
     fit_candidates,
     make_policy,

@@ -20,7 +20,7 @@ from vllm_adainfer.offline.calibration.data.examples import (
     read_rows,
     read_template,
 )
-from vllm_adainfer.offline.calibration.data.pairs import read_scored
+from vllm_adainfer.offline.calibration.data.scored import read_scored
 from vllm_adainfer.offline.evaluation.sequences import Tokens, has_number, is_number
 from vllm_adainfer.offline.pretrained import Model
 
@@ -106,10 +106,9 @@ def load_scored(
 
     """
     rows = read_rows(data)
-    if labels or are_requests(rows):
+    if labels:
         raise AdaInferError(
-            "the artifact is for a classifier, which brings its labels and gets no requests for "
-            "tokens: drop --labels, and give prompts, or queries with documents"
+            "the artifact is for a classifier, which brings its labels: drop --labels"
         )
     hf_config, tokenizer = model.hf_config, model.tokenizer
     examples = read_scored(

@@ -21,6 +21,7 @@ from vllm_adainfer.offline.calibration.prompts import groups_of
 from vllm_adainfer.offline.evaluation.by_label import label_rows
 from vllm_adainfer.offline.evaluation.gates import gate_rows
 from vllm_adainfer.offline.evaluation.probabilities import default_level, probability_rows
+from vllm_adainfer.offline.evaluation.queries import query_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens, differing
 from vllm_adainfer.offline.provenance import provenance
@@ -64,6 +65,9 @@ def build_report(
     if config.gates:
         promise = {"risk": config.risk, "gates": gate_rows(config, measured.groups, rounds)}
         bounded = promise["gates"]["levels"]
+    elif config.top_k is not None:
+        queries = query_rows(config, examples, measured.groups, rounds)
+        promise, bounded = {"risk": config.risk, "queries": queries}, queries["levels"]
     elif config.risk == "probability":
         promise = {
             "risk": config.risk,
@@ -223,6 +227,10 @@ def summary_line(report: Mapping[str, Any]) -> str:
         levels = report["gates"]["levels"]
         [default] = [row for row in levels if row["epsilon"] == report["epsilon"]]
         shares.append(f"{share_in(default, 'wrong')} on the other side of a gate")
+    if "queries" in report:
+        levels = report["queries"]["levels"]
+        [default] = [row for row in levels if row["epsilon"] == report["epsilon"]]
+        shares.append(f"{share_in(default, 'wrong')} of the queries lose a document")
     if "accuracy_lost" in report:
         shares.append(f"accuracy lost {share_in(report, 'accuracy_lost')}")
     result = report.get("verdict", f"bound {report['epsilon']:.1%} on the accuracy lost")

@@ -221,6 +221,8 @@ def expected_savings(config: ArtifactConfig) -> str:
         "accuracy": f"lose at most {epsilon} points of accuracy",
         "probability": f"give at most {epsilon} % wrong answers",
     }[config.risk]
+    if config.top_k is not None:
+        promise = f"make at most {epsilon} % of the queries wrong"
     if config.risk == "probability":
         promise += f": {wrong_in_words(config)}"
     text = (

@@ -61,6 +61,8 @@ def describe_report(report: Mapping[str, Any]) -> str:
         parts += _labels(report["by_label"])
     if "gates" in report:
         parts += _gates(report["gates"])
+    if "queries" in report:
+        parts += _queries(report["queries"])
     if "probabilities" in report:
         parts += _probabilities(report)
     return "\n\n".join(parts) + "\n"
@@ -111,6 +113,37 @@ def _gates(found: Mapping[str, Any]) -> list[str]:
         text_table(["on the other side of", "any gate", *names], cells, text_columns=1),
         "Compared with never exiting; stock vLLM differs by rounding. The bound is on the share "
         "for any gate.",
+    ]
+
+
+def _queries(found: Mapping[str, Any]) -> list[str]:
+    """How often the order of a query's documents changes, and how good the orders are."""
+    rows = {
+        "stock vLLM": found["stock"],
+        "never exit": found["never_exit"],
+        **{f"bound {level['epsilon']:.1%}": level for level in found["levels"]},
+    }
+    cells = [
+        [
+            name,
+            share_in(row, "wrong"),
+            share_in(row, "changed"),
+            f"{1 - row['ndcg_lost']:.4f}",
+            f"{row['ndcg']:.4f}" if "ndcg" in row else "-",
+        ]
+        for name, row in rows.items()
+    ]
+    columns = ["lose a document", f"other first {found['k']}", "NDCG@10 of full depth", "of labels"]
+    return [
+        text_table(
+            [f"{found['queries']} queries, {found['documents']} documents", *columns],
+            cells,
+            text_columns=1,
+        ),
+        "Compared with never exiting; stock vLLM differs by rounding. A query loses a document if "
+        f"one of its first {found['k']} at full depth is not among them, and scored more than "
+        f"{found['margin']:g} above the next: the share that the bound is about. NDCG@10 has full "
+        "depth's scores as gains, then the labels of the data.",
     ]
 
 

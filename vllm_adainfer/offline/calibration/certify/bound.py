@@ -73,13 +73,16 @@ class Bound:
 
         Args:
             options: checked by `check_options`.
-            groups: [held-out rows], the group of each; None if each row stands alone.
+            groups: [held-out rows], the group of each; None if each row stands alone. An order is
+                promised of queries, which are the rows then, and stand alone.
             together: the most prompts in a group of the part that fits.
 
         Raises:
             AdaInferError: the exact bound is asked for prompts that are not independent.
 
         """
+        if options.top_k is not None:
+            groups, together = None, 1
         if options.bound == "exact" and together > 1:
             raise AdaInferError(
                 "--bound exact counts independent answers, and those to requests that came "

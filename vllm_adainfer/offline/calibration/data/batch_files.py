@@ -60,11 +60,32 @@ def read_requests(
         AdaInferError: a line is not a request, or none can exit.
 
     """
+
+    def read(row: Row, url: str, body: Mapping[str, Any]) -> Iterator[Example]:
+        if url not in READERS:
+            raise LeftOutError(f"{url}: not an endpoint that reads labels")
+        return READERS[url](row, body, tokenizer)
+
+    return with_questions(read_lines(rows, read, vocabulary, max_tokens), tokenizer)
+
+
+def read_lines(
+    rows: Sequence[Row],
+    read: Callable[[Row, str, Mapping[str, Any]], Iterator[Example]],
+    vocabulary: int,
+    max_tokens: int,
+) -> list[Example]:
+    """What `read` makes of the url and body of each line; see `read_requests`.
+
+    Raises:
+        AdaInferError: a line is not a request, or none can exit.
+
+    """
     examples: list[Example] = []
     left_out = Counter[str]()
     for row in rows:
         try:
-            examples += _examples_of(row, tokenizer, vocabulary, max_tokens)
+            examples += _examples_of(row, read, vocabulary, max_tokens)
         except LeftOutError as error:
             left_out[str(error)] += 1
     if not examples:
@@ -72,17 +93,20 @@ def read_requests(
         raise AdaInferError(f"no line of {rows[0].place.partition(',')[0]} can exit: {reasons}")
     for reason, count in left_out.items():
         logger.warning("%d of %d lines were left out: %s", count, len(rows), reason)
-    return with_questions(examples, tokenizer)
+    return examples
 
 
-def _examples_of(row: Row, tokenizer: Any, vocabulary: int, max_tokens: int) -> list[Example]:
+def _examples_of(
+    row: Row,
+    read: Callable[[Row, str, Mapping[str, Any]], Iterator[Example]],
+    vocabulary: int,
+    max_tokens: int,
+) -> list[Example]:
     body, url = row.fields.get("body"), str(row.fields.get("url"))
     if not isinstance(body, Mapping) or "url" not in row.fields:
         raise AdaInferError(f"{row.place} is not a request: it needs 'url' and 'body'")
-    if url not in READERS:
-        raise LeftOutError(f"{url}: not an endpoint that reads labels")
     try:
-        examples = list(READERS[url](row, body, tokenizer))
+        examples = list(read(row, url, body))
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise LeftOutError(f"{url}: vLLM would refuse it ({reason:.80})") from None
@@ -109,7 +133,7 @@ def _completion(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[E
 def _chat(row: Row, body: Mapping[str, Any], tokenizer: Any) -> Iterator[Example]:
     text = render_chat(
         tokenizer,
-        _plain(body["messages"]),
+        plain_messages(body["messages"]),
         add_generation_prompt=body.get("add_generation_prompt", True),
         continue_final_message=body.get("continue_final_message", False),
         tools=body.get("tools"),
@@ -203,7 +227,7 @@ def _at_least_two(labels: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages with their text parts joined as vLLM joins them."""
     return [{**message, "content": _text_of(message["content"])} for message in messages]
 

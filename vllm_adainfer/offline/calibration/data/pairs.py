@@ -7,16 +7,16 @@ one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import (
     Example,
     Row,
-    make_examples,
-    read_template,
 )
 from vllm_adainfer.offline.calibration.data.score_labels import NO, YES, separates_texts
 
@@ -41,33 +41,60 @@ def are_pairs(rows: Sequence[Row]) -> bool:
     return all(hold)
 
 
-def read_scored(
-    rows: Sequence[Row],
-    tokenizer: Any,
-    hf_config: Any,
-    template: str | None,
-    chat_template: str | None,
-    label_field: str,
-    longest: int,
-) -> list[Example]:
-    """The prompts of a classifier: pairs, or rows for a `template`; see `make_examples`.
+@dataclass(frozen=True)
+class Pairs:
+    """How a server puts a query and a document together.
 
-    Raises:
-        AdaInferError: as `read_pairs` and `make_examples`; or a template is for the other form.
+    Attributes:
+        tokenizer: that of the model.
+        template: the server's chat template; None joins the two texts.
+        with_separator: whether the tokenizer's separator goes between them.
 
     """
-    if not are_pairs(rows):
-        if chat_template is not None:
-            raise AdaInferError(
-                "--chat-template joins queries with documents, and the data hold none: drop it"
-            )
-        return make_examples(rows, tokenizer, read_template(template), label_field, longest)
-    if template is not None:
-        raise AdaInferError(
-            "the data hold queries with documents, which a --chat-template joins, as it does on "
-            "the server: drop --template"
-        )
-    return read_pairs(rows, tokenizer, hf_config, chat_template, longest)
+
+    tokenizer: Any
+    template: str | None
+    with_separator: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any, hf_config: Any, chat_template: str | None) -> Pairs:
+        """The way of a server with this ``--chat-template``, a file or the template itself.
+
+        Raises:
+            AdaInferError: the file cannot be read.
+
+        """
+        return cls(tokenizer, read_chat_template(chat_template), separates_texts(hf_config))
+
+    def rendered(
+        self, row: Row, query: str, document: str, more: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[str, list[int]]:
+        """Text and token ids of a pair; the template gets `more`, such as an instruction.
+
+        Raises:
+            AdaInferError: the template rejects the pair of `row`.
+
+        """
+        tokenizer = self.tokenizer
+        if self.template is not None:
+            messages = [
+                {"role": "query", "content": query},
+                {"role": "document", "content": document},
+            ]
+            try:
+                text = tokenizer.apply_chat_template(
+                    messages, chat_template=self.template, tokenize=False, **more
+                )
+            except Exception as error:  # a template can raise anything
+                said = " ".join(str(error).split())
+                raise AdaInferError(
+                    f"{row.place}: --chat-template rejects the pair: {said}"
+                ) from None
+            return text, list(tokenizer(text)["input_ids"])
+        if self.with_separator:
+            token_ids = list(tokenizer(text=query, text_pair=document)["input_ids"])
+            return tokenizer.decode(token_ids), token_ids
+        return query + document, list(tokenizer(query + document)["input_ids"])
 
 
 def read_pairs(
@@ -86,12 +113,11 @@ def read_pairs(
         AdaInferError: a row is malformed, the template rejects it, or a prompt is too long.
 
     """
-    template = read_chat_template(chat_template)
-    with_separator = separates_texts(hf_config)
+    pairs = Pairs.of(tokenizer, hf_config, chat_template)
     examples = []
     for number, row in enumerate(rows):
         for query, document, label in _pairs_of(row):
-            text, token_ids = _rendered(row, tokenizer, query, document, template, with_separator)
+            text, token_ids = pairs.rendered(row, query, document)
             if len(token_ids) > longest:
                 raise AdaInferError(
                     f"{row.place}: a pair has {len(token_ids)} tokens, and the model takes "
@@ -135,28 +161,3 @@ def _pairs_of(row: Row) -> Iterator[tuple[str, str, str | None]]:
 
 def _is_text(document: Any) -> bool:
     return isinstance(document, str) and bool(document)
-
-
-def _rendered(
-    row: Row,
-    tokenizer: Any,
-    query: str,
-    document: str,
-    template: str | None,
-    with_separator: bool,
-) -> tuple[str, list[int]]:
-    if template is not None:
-        messages = [
-            {"role": "query", "content": query},
-            {"role": "document", "content": document},
-        ]
-        try:
-            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-        except Exception as error:  # a template can raise anything
-            said = " ".join(str(error).split())
-            raise AdaInferError(f"{row.place}: --chat-template rejects the pair: {said}") from None
-        return text, list(tokenizer(text)["input_ids"])
-    if with_separator:
-        token_ids = list(tokenizer(text=query, text_pair=document)["input_ids"])
-        return tokenizer.decode(token_ids), token_ids
-    return query + document, list(tokenizer(query + document)["input_ids"])

@@ -21,7 +21,7 @@ def score_head_of(hf_config: Any) -> ScoreHead | None:
     """What turns the scores of a model into probabilities; None if it generates."""
     if not is_classifier(hf_config):
         return None
-    return "sigmoid" if _columns(hf_config) == 1 else "softmax"
+    return "sigmoid" if score_columns(hf_config) == 1 else "softmax"
 
 
 def score_labels(hf_config: Any) -> tuple[Label, ...]:
@@ -34,7 +34,7 @@ def score_labels(hf_config: Any) -> tuple[Label, ...]:
         AdaInferError: two columns have the same name.
 
     """
-    columns = _columns(hf_config)
+    columns = score_columns(hf_config)
     names = [NO, YES] if columns == 1 else _names(hf_config)
     if len(set(names)) < len(names):
         raise AdaInferError(
@@ -64,7 +64,7 @@ def _method(hf_config: Any) -> str | None:
     return method
 
 
-def _columns(hf_config: Any) -> int:
+def score_columns(hf_config: Any) -> int:
     """Columns of the score head, as vLLM's `SequenceClassificationConfig` counts them."""
     if _method(hf_config) == "from_2_way_softmax":
         return 1

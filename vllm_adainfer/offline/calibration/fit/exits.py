@@ -8,7 +8,7 @@ the bound reads the other part.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from vllm_adainfer.artifact.kinds import ClassifierKind, ProbeKind
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
 from vllm_adainfer.offline.calibration.fit.crf import fit_crf
-from vllm_adainfer.offline.calibration.fit.loss import Loss, disagreement
+from vllm_adainfer.offline.calibration.fit.loss import Loss, ProbeAnswers, disagreement
 from vllm_adainfer.offline.calibration.fit.probes import (
     AnyProbe,
     StateProbe,
@@ -43,6 +43,8 @@ class Judged:
         tokens: int64 [rows], the probe's answers.
         full: int64 [rows], the full model's answers.
         loss: [rows], the loss of exiting here, see `vllm_adainfer.offline.calibration.fit.loss`.
+        relevance: [rows], the probability of the last label, by which a reranker orders documents;
+            None if the probe gives the answer alone.
 
     """
 
@@ -50,6 +52,15 @@ class Judged:
     tokens: Ints
     full: Ints
     loss: Floats
+    relevance: Floats | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def of(cls, early: ProbeAnswers, full: Ints, loss: Floats) -> Judged:
+        """A probe's answers `early`, with their loss."""
+        relevance = None
+        if early.probabilities is not None:
+            relevance = early.probabilities.among[:, -1].double().numpy()
+        return cls(early.features, early.tokens, full, loss, relevance=relevance)
 
     @property
     def agrees(self) -> Bools:
@@ -60,7 +71,9 @@ class Judged:
     def scored(self, classifier: Tensor) -> Scored:
         """Add the score of a linear classifier."""
         odds = score(self.features, classifier, None)
-        return Scored(self.features, self.tokens, self.full, self.loss, odds)
+        return Scored(
+            self.features, self.tokens, self.full, self.loss, odds, relevance=self.relevance
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ class Scored(Judged):
             self.full[rows],
             self.loss[rows],
             self.score[kept],
+            relevance=None if self.relevance is None else self.relevance[rows],
         )
 
 
@@ -169,17 +183,19 @@ def judge(
     read = recording.read_by_probe(layer, rows, target is not None and target.is_pooled)
     early = answers_of_probe(probe, read, subsets, None if target is None else target.gates)
     full = recording.tokens[rows]
-    return Judged(early.features, early.tokens, full, loss(early, full, rows))
+    return Judged.of(early, full, loss(early, full, rows))
 
 
 def _in_order(places: Sequence[Ints], parts: Sequence[Judged]) -> Judged:
     """The parts as one, in the order of their places."""
     order = np.argsort(np.concatenate(places))
+    relevance = [part.relevance for part in parts if part.relevance is not None]
     return Judged(
         torch.cat([part.features for part in parts])[order],
         np.concatenate([part.tokens for part in parts])[order],
         np.concatenate([part.full for part in parts])[order],
         np.concatenate([part.loss for part in parts])[order],
+        relevance=np.concatenate(relevance)[order] if relevance else None,
     )
 
 

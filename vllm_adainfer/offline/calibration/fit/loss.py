@@ -83,6 +83,19 @@ class FullDepthLabels:
         """
         return partial(self._wrong, tolerance, with_mass)
 
+    def loss_of_order(self, margin: float) -> Loss:
+        """1 where a score moves by more than half of `margin`, else 0.
+
+        Two documents that move by less do not pass each other if they lie the margin apart.
+        """
+
+        def loss(early: ProbeAnswers, full: Ints, rows: Ints) -> Floats:
+            assert early.probabilities is not None
+            moved = (early.probabilities.among - self.probabilities.among[rows]).abs().amax(dim=1)
+            return (moved > margin / 2).numpy().astype(np.float64)
+
+        return loss
+
     def loss_of_gates(self, gates: Gates) -> Loss:
         """1 where an answer is on the wrong side of one of `gates`, else 0."""
 

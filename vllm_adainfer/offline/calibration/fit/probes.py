@@ -67,6 +67,7 @@ class Target:
             are a pool; None if each row is about all of them.
         first_tokens: the first tokens of choices, if `label_ids` stand for such.
         gates: what probabilities are compared with, if only their side of it is promised.
+        ranks: whether the order of documents is promised.
         never_early: those of `label_ids` that the policy promises to be no early answer.
 
     """
@@ -77,6 +78,7 @@ class Target:
     subsets: Tensor | None = None
     first_tokens: FirstTokens | None = None
     gates: Gates | None = None
+    ranks: bool = False
     never_early: frozenset[int] = frozenset()
 
     @property
@@ -107,9 +109,10 @@ class Target:
     def settled(self, agrees: Bools, loss: Floats) -> Bools:
         """[rows], whether an answer with this loss is as good as the full model's.
 
-        If only gates are promised, another label may be as good; see `Judged` for the arguments.
+        If only gates or an order are promised, another label may be as good; see `Judged` for the
+        arguments.
         """
-        settled: Bools = (loss == 0) & (agrees | (self.gates is not None))
+        settled: Bools = (loss == 0) & (agrees | (self.gates is not None) | self.ranks)
         return settled
 
     def subsets_of(self, rows: Ints) -> Tensor | None:

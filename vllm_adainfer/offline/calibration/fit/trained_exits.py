@@ -113,4 +113,4 @@ def _judged(
     """The answers that `scores` give decision `rows`."""
     early = answers_of_scores(trained.probe.head, scores, target.gates)
     full = recording.tokens[rows]
-    return Judged(early.features, early.tokens, full, loss(early, full, rows))
+    return Judged.of(early, full, loss(early, full, rows))

@@ -40,6 +40,7 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
                 f"{details['rows']} {rows} ({details['rows_fitted']} to fit, "
                 f"{details['rows_held_out']} held out), seed {details['seed']}",
             ],
+            *_queries(details),
             [
                 "majority answer",
                 f"{details['majority_share']:.1%} of the held-out {rows}",
@@ -69,6 +70,8 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         "accuracy": "the accuracy lost",
         "probability": "the share of wrong answers",
     }[config.risk]
+    if config.top_k is not None:
+        risk = "the share of wrong queries"
     if config.risk == "probability":
         risk += f" ({wrong_in_words(config)})"
     versions = ", ".join(f"{k} {v}" for k, v in details["provenance"]["versions"].items())
@@ -145,6 +148,15 @@ def _student(config: ArtifactConfig) -> list[list[str]]:
     return [] if config.student is None else [["student", student_in_words(config.student)]]
 
 
+def _queries(details: Mapping[str, Any]) -> list[list[str]]:
+    """The row about the queries that certify an order."""
+    documents = details.get("queries_held_out")
+    if not documents:
+        return []
+    mean = sum(documents) / len(documents)
+    return [["queries held out", f"{len(documents)}, with {mean:.0f} documents on average"]]
+
+
 def _branches(config: ArtifactConfig) -> list[list[str]]:
     """The row about exit points where a layer over the whole prompt decides."""
     layers = ", ".join(map(str, config.branches))
@@ -154,8 +166,9 @@ def _branches(config: ArtifactConfig) -> list[list[str]]:
 def _tolerated(config: ArtifactConfig) -> list[list[str]]:
     """Rows about a policy for probabilities."""
     if text := right_about(config):
-        gates = [["gates", wrong_in_words(config)]] if config.gates else []
-        return [*gates, ["served", text]]
+        names = {"gates": bool(config.gates), "top k": config.top_k is not None}
+        promised = [[name, wrong_in_words(config)] for name, given in names.items() if given]
+        return [*promised, ["served", text]]
     if config.risk != "probability":
         return []
     if config.score_head is not None:

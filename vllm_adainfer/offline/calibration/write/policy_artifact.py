@@ -15,9 +15,11 @@ from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Adapter, LastToken, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, Candidates, features_of_risk
-from vllm_adainfer.offline.calibration.certify.certify import PathPoint, held_out_path
+from vllm_adainfer.offline.calibration.calibration import Calibration
+from vllm_adainfer.offline.calibration.certify.certify import held_out_path
+from vllm_adainfer.offline.calibration.certify.path import PathPoint
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
-from vllm_adainfer.offline.calibration.fitted_policy import Calibration, FittedPolicy
+from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.policy.probe import Probe
@@ -90,6 +92,7 @@ def policy_config(
         risk=options.risk,
         tolerance=options.tolerance,
         gates=options.gates,
+        top_k=options.top_k,
         label_bounds=options.label_bounds,
         never_early=options.never_early,
         label_mass=calibration.with_mass,
@@ -190,6 +193,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
     calibration = policy.calibration
     recording, split = calibration.recording, calibration.split
     held_out, bound = recording.rows_of(split.certify), calibration.bound
+    queries = calibration.queries(split.certify)
     _, counts = np.unique(recording.tokens[held_out], return_counts=True)
     point = policy.points[calibration.options.epsilon]
     leaving = np.bincount(point.exits, minlength=len(policy.exits) + 1) / len(held_out)
@@ -198,6 +202,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
         "rows": len(recording.tokens),
         "rows_fitted": len(recording.rows_of(split.fit)),
         "rows_held_out": len(held_out),
+        "queries_held_out": None if queries is None else [len(rows) for rows in queries.rows],
         "seed": calibration.options.seed,
         "majority_share": float(counts.max() / counts.sum()),
         "exit_points": [
@@ -238,7 +243,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
                 "bound": bound.of(point.losses),
                 "layers_saved": point.layers_saved,
             }
-            for point in held_out_path(policy.exits, policy.costs.depth)
+            for point in held_out_path(policy.exits, policy.costs.depth, queries=queries)
         ],
         "provenance": provenance(),
     }

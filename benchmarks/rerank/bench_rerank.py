@@ -1,0 +1,270 @@
+r"""A reranker over `/rerank`: a stock server beside servers with policies, query by query.
+
+    .venv/bin/python benchmarks/rerank/bench_rerank.py --model RERANKER --data DIR
+
+RERANKER is what `train_reranker.py` wrote; DIR holds boolq and squad. Questions of the test parts,
+which the model has not seen, are reranked: what TF-IDF finds among all passages of these parts. The
+first `--calibrate` of them calibrate, without labels. The others are sent to all servers in turn,
+one query at a time, by one client.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
+
+import numpy as np
+import typer
+from sklearn.metrics import ndcg_score
+
+from benchmarks.common.report_files import write_report
+from benchmarks.common.server import Server, serving
+from benchmarks.rerank.passages import Query, find_candidates
+from benchmarks.rerank.train_reranker import TEMPLATE_FILE
+from benchmarks.serving.label_requests import post
+from benchmarks.serving.side_by_side import ENVIRONMENT
+from vllm_adainfer.arrays import Floats
+from vllm_adainfer.artifact.fields import TopK
+from vllm_adainfer.artifact.top_k import loses_document, ranked
+from vllm_adainfer.cli.app import errors_as_sentences
+from vllm_adainfer.offline.calibration.calibrate import fit_and_certify
+from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import load_prompts
+from vllm_adainfer.offline.calibration.recordings import record_prompts
+from vllm_adainfer.offline.progress import progress
+from vllm_adainfer.offline.provenance import provenance
+from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
+from vllm_adainfer.offline.tables import markdown_table
+
+STOCK = "stock"
+NDCG_AT = 10
+DOCUMENTS = (20, 50)
+WARM_UP = 3
+
+
+@errors_as_sentences
+def main(
+    model: Annotated[Path, typer.Option()],
+    data: Annotated[Path, typer.Option(help="Directory with boolq and squad.")],
+    calibrate: Annotated[int, typer.Option(help="Queries that calibrate.")] = 500,
+    test: Annotated[str, typer.Option(help="Queries with 20 and with 50 documents.")] = "200,100",
+    epsilon: Annotated[float, typer.Option()] = 0.02,
+    margin: Annotated[float, typer.Option()] = 0.05,
+    output: Annotated[Path, typer.Option()] = Path("benchmarks/results/rerank.json"),
+) -> None:
+    """Calibrate, measure, and write the JSON and the Markdown of `output`."""
+    queries = find_candidates(data, "test", DOCUMENTS[-1])
+    top_k = TopK(k=5, margin=margin)
+    reads = PolicyOptions(epsilon=epsilon, risk="probability")
+    promises = {
+        f"first 5, margin {margin:g}": replace(reads, top_k=top_k),
+        f"each score within {margin:g}": replace(reads, tolerance=margin),
+    }
+    counts = dict(zip(DOCUMENTS, map(int, test.split(",")), strict=True))
+    report: dict[str, Any] = {"epsilon": epsilon, "k": top_k.k, "margin": margin, "sizes": []}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        report |= make_policies(model, queries[:calibrate], promises, Path(folder))
+        servers = start(stack, model, [*promises], Path(folder))
+        tests = queries[calibrate:]
+        for documents, count in counts.items():
+            chosen = [first(query, documents) for query in tests[:count]]
+            report["sizes"].append(measure(servers, chosen, top_k))
+    report["provenance"] = provenance()
+    write_report(output, report, table(report))
+
+
+def make_policies(
+    model: Path,
+    queries: Sequence[Query],
+    promises: Mapping[str, PolicyOptions],
+    folder: Path,
+) -> dict[str, Any]:
+    """Record the pairs once, and write a policy for each promise to `folder`."""
+    rows = [{"query": one.text, "documents": one.documents[: DOCUMENTS[0]]} for one in queries]
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    request = CalibrationRequest(
+        model=str(model),
+        data=pairs,
+        output=folder / "policy",
+        chat_template=str(model / TEMPLATE_FILE),
+        options=next(iter(promises.values())),
+    )
+    recording, certified = None, {}
+    for number, (promise, options) in enumerate(promises.items()):
+        own = replace(request, options=options, output=folder / f"policy-{number}")
+        prompts = load_prompts(own)
+        recording = record_prompts(own, prompts) if recording is None else recording
+        config = fit_and_certify(own, prompts, recording)
+        certified[promise] = {
+            "exit_points": config.exit_points,
+            "bound": config.bound,
+            "saved_in_calibration": config.levels[config.level_of(None)].layers_saved,
+        }
+    return {"calibration_queries": len(queries), "policies": certified}
+
+
+def start(
+    stack: ExitStack, model: Path, promises: Sequence[str], folder: Path
+) -> dict[str, Server]:
+    """A stock server, and one with the policy of each promise."""
+    flags = ("--chat-template", str(model / TEMPLATE_FILE), "--max-model-len", "1024")
+    found = {}
+    for number, promise in enumerate(promises):
+        switch = {"artifact": str(folder / f"policy-{number}")}
+        log = folder / f"{number}.log"
+        found[promise] = stack.enter_context(serving(str(model), switch, log, flags, ENVIRONMENT))
+    without = {**ENVIRONMENT, "VLLM_PLUGINS": ""}
+    log = folder / "stock.log"
+    stock = stack.enter_context(serving(str(model), None, log, flags, without))
+    return {STOCK: stock, **found}
+
+
+def first(query: Query, documents: int) -> Query:
+    """The query with its first candidates alone."""
+    right = query.right if query.right is not None and query.right < documents else None
+    return Query(query.text, query.documents[:documents], query.scores[:documents], right)
+
+
+def measure(servers: Mapping[str, Server], queries: Sequence[Query], top_k: TopK) -> dict[str, Any]:
+    """Send each query to each server, in turn; which one comes first goes round."""
+    for query in queries[:WARM_UP]:
+        for server in servers.values():
+            rerank(server, query)
+    seconds: dict[str, list[float]] = {name: [] for name in servers}
+    scores: dict[str, list[Floats]] = {name: [] for name in servers}
+    before = {name: layers(server) for name, server in servers.items()}
+    names = [*servers]
+    with progress(total=len(queries) * len(servers), desc="measure", unit="query") as done:
+        for number, query in enumerate(queries):
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
+                reply, took = rerank(servers[name], query)
+                scores[name].append(reply)
+                seconds[name].append(took)
+                done.update()
+    rows = []
+    for name, server in servers.items():
+        run, possible = (a - b for a, b in zip(layers(server), before[name], strict=True))
+        rows.append(
+            {
+                "server": name,
+                "mean": statistics.mean(seconds[name]),
+                "p99": float(np.quantile(seconds[name], 0.99)),
+                "layers_saved": 1 - run / possible if possible else 0.0,
+                **compared(queries, scores[name], scores[STOCK], top_k),
+            }
+        )
+    return {
+        "documents": len(queries[0].documents),
+        "queries": len(queries),
+        "found_by_tf_idf": float(np.mean([query.right is not None for query in queries])),
+        "ndcg_tf_idf": float(np.mean([ndcg(query, query.scores) for query in queries])),
+        "servers": rows,
+    }
+
+
+def rerank(server: Server, query: Query) -> tuple[Floats, float]:
+    """The scores of a query's documents, in their order, and the seconds it took."""
+    body = {"model": "model", "query": query.text, "documents": query.documents}
+    start = time.perf_counter()
+    reply = post(server, "/rerank", body)
+    seconds = time.perf_counter() - start
+    scores = np.zeros(len(query.documents))
+    for result in reply["results"]:
+        scores[result["index"]] = result["relevance_score"]
+    return scores, seconds
+
+
+def layers(server: Server) -> tuple[float, float]:
+    """Token-layers run and possible so far; nothing for stock vLLM."""
+    found = server.metrics("adainfer:layers_")
+    return tuple(
+        sum(value for name, value in found.items() if name.startswith(f"adainfer:layers_{kind}"))
+        for kind in ("run", "possible")
+    )
+
+
+def compared(
+    queries: Sequence[Query], early: Sequence[Floats], full: Sequence[Floats], top_k: TopK
+) -> dict[str, Any]:
+    """What differs from stock, and how good the orders are."""
+    count, pairs = len(queries), [*zip(early, full, strict=True)]
+    moves = np.concatenate([np.abs(ours - theirs) for ours, theirs in pairs])
+    within = slice(top_k.k)
+    changed = sum({*ranked(ours)[within]} != {*ranked(theirs)[within]} for ours, theirs in pairs)
+    lost = sum(loses_document(ours, theirs, top_k) for ours, theirs in pairs)
+    moved = int(np.count_nonzero(moves > top_k.margin))
+    return {
+        "first_changed": changed / count,
+        "first_changed_95": clopper_pearson(changed, count),
+        "lost": lost / count,
+        "lost_95": clopper_pearson(lost, count),
+        "moved": moved / len(moves),
+        "move_mean": float(moves.mean()),
+        "ndcg": float(np.mean([ndcg(q, s) for q, s in zip(queries, early, strict=True)])),
+    }
+
+
+def ndcg(query: Query, scores: Floats) -> float:
+    """NDCG@10; 0 where the right passage is not among the candidates."""
+    if query.right is None:
+        return 0.0
+    gains = np.zeros(len(scores))
+    gains[query.right] = 1
+    return float(ndcg_score(gains[None], scores[None], k=NDCG_AT))
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: a table for each number of documents."""
+    parts = []
+    for size in report["sizes"]:
+        stock = size["servers"][0]
+        rows = [
+            [
+                one["server"],
+                f"{1000 * one['mean']:.0f} ms",
+                f"{1000 * one['p99']:.0f} ms",
+                f"{stock['mean'] / one['mean']:.2f}x",
+                f"{one['layers_saved']:.1%}",
+                spelled(one["first_changed"], tuple(one["first_changed_95"])),
+                spelled(one["lost"], tuple(one["lost_95"])),
+                f"{one['moved']:.1%}",
+                f"{one['ndcg']:.3f}",
+            ]
+            for one in size["servers"]
+        ]
+        columns = [
+            "server",
+            "mean",
+            "p99",
+            "speed-up",
+            "layers saved",
+            f"other first {report['k']} (95 %)",
+            f"lost one by more than {report['margin']:g} (95 %)",
+            f"scores moved by more than {report['margin']:g}",
+            "NDCG@10",
+        ]
+        parts.append(
+            f"{size['queries']} queries with {size['documents']} documents each, one at a time; "
+            f"{report['calibration_queries']} others with {DOCUMENTS[0]} documents calibrated, "
+            f"epsilon {report['epsilon']:.0%}. NDCG@10 of TF-IDF, which found them: "
+            f"{size['ndcg_tf_idf']:.3f} (it finds the right passage of "
+            f"{size['found_by_tf_idf']:.0%}); {report['provenance']['cpu']}\n\n"
+            f"{markdown_table(columns, rows, text_columns=1)}\n"
+        )
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,241 @@
+"""First documents of queries: what an order may lose, how it is certified, watched and sampled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_adainfer.arrays import Floats
+from vllm_adainfer.artifact.fields import TopK
+from vllm_adainfer.artifact.top_k import loses_document
+from vllm_adainfer.engine.admission import traffic_sample
+from vllm_adainfer.engine.admission.traffic_sample import TOGETHER_SECONDS, GroupSample
+from vllm_adainfer.engine.compat.requests import query_of
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.monitoring.query_monitor import ENDED_SINCE, MOST_DOCUMENTS, QueryMonitor
+from vllm_adainfer.offline.calibration.certify.bound import Bound
+from vllm_adainfer.offline.calibration.certify.certify import loosest_certified
+from vllm_adainfer.offline.calibration.certify.path import threshold_path
+from vllm_adainfer.offline.calibration.certify.queries import Queries, rows_allowed
+from vllm_adainfer.offline.calibration.fit.exits import Scored
+from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import check_queries, check_rows, split_of
+
+TOP = TopK(k=2, margin=0.1)
+
+
+@pytest.mark.parametrize(
+    ("early", "full", "lost"),
+    [
+        ([0.9, 0.8, 0.1], [0.9, 0.8, 0.1], False),
+        ([0.8, 0.9, 0.1], [0.9, 0.8, 0.1], False),  # another order, the same documents
+        ([0.9, 0.1, 0.2], [0.9, 0.8, 0.1], True),
+        ([0.9, 0.1, 0.2], [0.9, 0.45, 0.4], False),  # the second was hardly better than the third
+        ([0.1, 0.9, 0.8], [0.9, 0.45, 0.4], True),
+        ([0.1, 0.9], [0.9, 0.1], False),  # both are first
+        ([0.5, 0.5, 0.5], [0.9, 0.8, 0.1], False),  # ties keep their order, as in /rerank
+        ([0.5, 0.5, 0.5], [0.1, 0.8, 0.9], True),
+        ([], [], False),
+    ],
+)
+def test_a_document_is_lost_if_it_was_clearly_among_the_first(early, full, lost):
+    assert loses_document(np.array(early), np.array(full), TOP) is lost
+
+
+def test_no_document_is_lost_while_each_score_moves_by_at_most_half_the_margin():
+    draw = np.random.default_rng(0)
+    for _ in range(500):
+        full = draw.random(8)
+        early = full + draw.uniform(-TOP.margin / 2, TOP.margin / 2, 8)
+        assert not loses_document(early, full, TOP)
+
+
+def test_it_is_what_its_definition_says():
+    draw = np.random.default_rng(1)
+    found = set()
+    for _ in range(2000):
+        early, full = draw.random(6), draw.random(6)
+        next_score = sorted(full)[-TOP.k - 1]
+        kept = sorted(range(6), key=lambda place: -early[place])[: TOP.k]
+        clear = {place for place in range(6) if full[place] > next_score + TOP.margin}
+        expected = not clear <= {*kept}
+        found.add(expected)
+        assert loses_document(early, full, TOP) is expected
+    assert found == {True, False}
+
+
+DOCUMENTS, LAYERS, DEPTH = 6, [4, 8], 10
+
+
+def population(queries: int, seed: int) -> tuple[list[Scored], Floats, Any]:
+    """Documents at two exit points: the surer a score, the smaller its move."""
+    draw = np.random.default_rng(seed)
+    full = draw.random(queries * DOCUMENTS)
+    exits = []
+    for noise in (0.3, 0.1):
+        moves = draw.normal(0, noise, len(full)) * draw.random(len(full))
+        early = np.clip(full + moves, 0, 1)
+        score = torch.from_numpy(-np.abs(moves) + draw.normal(0, 0.05, len(full)))
+        loss = (np.abs(early - full) > TOP.margin / 2).astype(np.float64)
+        tokens = (early > 0.5).astype(np.int64)
+        exits.append(
+            Scored(
+                torch.zeros(len(full), 1),
+                tokens,
+                (full > 0.5).astype(np.int64),
+                loss,
+                score,
+                relevance=early,
+            )
+        )
+    return exits, full, np.repeat(np.arange(queries), DOCUMENTS)
+
+
+def path_of(exits: list[Scored], rows: Any = None) -> Any:
+    scored = exits if rows is None else [one.of_rows(rows) for one in exits]
+    grid = [np.inf, *np.linspace(0, -1, 40)]
+    return threshold_path(LAYERS, scored, DEPTH, grid)
+
+
+def test_the_certified_order_loses_documents_in_more_than_epsilon_of_queries_in_few_draws():
+    """Over draws of the queries that certify, the true share exceeds epsilon in at most delta."""
+    epsilon, delta, draws, sample = 0.1, 0.1, 200, 150
+    exits, full, groups = population(3000, seed=0)
+    everyone = Queries.of_groups(TOP, groups, full)
+    true = {p.threshold: everyone.losses(p).mean() for p in path_of(exits)}
+    bound, draw = Bound.promised(PolicyOptions(delta=delta, top_k=TOP)), np.random.default_rng(2)
+    exceeded, saved = 0, []
+    for _ in range(draws):
+        chosen = draw.integers(0, 3000, sample)
+        rows = (chosen[:, None] * DOCUMENTS + np.arange(DOCUMENTS)).ravel()
+        queries = Queries.of_groups(TOP, np.repeat(np.arange(sample), DOCUMENTS), full[rows])
+        point = loosest_certified(queries.on(path_of(exits, rows)), epsilon, bound)
+        assert point is not None
+        exceeded += true[point.threshold] > epsilon
+        saved.append(point.layers_saved)
+    assert exceeded / draws <= delta
+    assert np.mean(saved) > 0.1
+
+
+def test_a_query_is_one_row_of_the_bound():
+    bound = Bound.promised(PolicyOptions(bound="exact", top_k=TOP), np.arange(9), together=20)
+    assert (bound.kind, bound.groups, bound.longest) == ("exact", None, 1)
+
+
+def test_the_choice_of_exit_points_allows_the_rows_what_keeps_the_queries_within_the_bound():
+    exits, full, groups = population(400, seed=3)
+    queries = Queries.of_groups(TOP, groups, full)
+    allowed = rows_allowed(path_of(exits), queries, 0.05)
+    within = [p for p in path_of(exits) if p.risk <= allowed]
+    assert allowed > 0
+    assert queries.losses(within[-1]).mean() <= 0.05
+    beyond = next(p for p in path_of(exits) if p.risk > allowed)
+    assert queries.losses(beyond).mean() > 0.05
+
+
+def test_queries_are_split_and_counted_whole():
+    groups = np.repeat(np.arange(400), 5)
+    options = PolicyOptions(epsilon=0.1, top_k=TOP)
+    split = split_of(groups, options)
+    certify = len(np.unique(groups[split.certify]))
+    assert len(split.certify) == 5 * certify < 1000  # no more than the bound needs
+    check_rows(split, options, "data")
+    few = split_of(np.repeat(np.arange(30), 5), options)
+    with pytest.raises(
+        AdaInferError, match=r"at least 43 queries .half of them held out., but data"
+    ):
+        check_rows(few, options, "data")
+
+
+@pytest.mark.parametrize(("documents", "held"), [(1, "stand alone"), (2, "at most 2 documents")])
+def test_an_order_needs_queries_with_more_documents(documents, held):
+    with pytest.raises(AdaInferError, match=rf"--top 2 is about queries .*{held}"):
+        check_queries(np.repeat(np.arange(9), documents), 2, "data")
+
+
+def monitor() -> QueryMonitor:
+    return QueryMonitor([0.02, 0.1], 0.1, TopK(k=1, margin=0.1), query_of)
+
+
+def compared(watch: QueryMonitor, query: str, early: list[float], full: list[float]) -> None:
+    ids = [f"score-{query}-{place}-{place:08x}" for place in range(len(full))]
+    watch.compared(ids, np.ones(len(full), np.int64), np.array(early), np.array(full))
+
+
+def test_a_query_counts_once_its_last_document_is_long_past():
+    watch = monitor()
+    compared(watch, "a", [0.1, 0.2], [0.9, 0.2])
+    for number in range(ENDED_SINCE - 1):
+        assert watch.ended(str(number)) == []
+    compared(watch, "a", [0.3], [0.1])  # a late one
+    for number in range(ENDED_SINCE - 1):
+        watch.ended(str(number))
+    assert watch.take_counted() == []
+    watch.ended("last")
+    assert watch.take_counted() == [(0.1, True)]
+    assert watch.take_counted() == []
+    [low, high] = watch.status()
+    assert (low.checked, high.checked, high.disagreed) == (0, 1, 1)
+
+
+def test_an_order_that_loses_documents_closes_its_level():
+    watch, closed = monitor(), []
+    for query in range(60):
+        compared(watch, str(query), [0.1, 0.2], [0.9, 0.2])
+    for number in range(ENDED_SINCE + 1):
+        closed += watch.ended(str(number))
+    assert [status.epsilon for status in closed] == [0.1]
+    assert watch.tightened.tolist() == [False, True]
+
+
+def test_a_client_that_uses_one_id_for_ever_takes_no_more_memory():
+    watch = monitor()
+    for _ in range(3):
+        compared(watch, "mine", [0.5] * MOST_DOCUMENTS, [0.5] * MOST_DOCUMENTS)
+    for number in range(ENDED_SINCE):
+        watch.ended(str(number))
+    assert watch.take_counted() == [(0.1, False)]
+
+
+@pytest.mark.parametrize(
+    ("request_id", "query"),
+    [
+        ("score-abc-7-0123abcd", "score-abc"),
+        ("score-abc-7", "score-abc"),
+        ("score-a-1-2-0123abcd", "score-a-1"),
+        ("0-0123abcd", "0-0123abcd"),  # LLM.score names no query
+        ("score-" + "-" * 70_000 + "-1-0123abcd", "score-" + "-" * 70_000),
+    ],
+)
+def test_documents_of_one_http_request_are_a_query(request_id, query):
+    assert query_of(request_id) == query
+
+
+def test_a_sample_takes_queries_whole_and_its_share_of_them():
+    sample = GroupSample(0.3, "shadow", clock=lambda: 0.0)
+    drawn = [
+        {sample.has(f"score-{query}-{place}-{place:08x}", f"score-{query}") for place in range(20)}
+        for query in range(2000)
+    ]
+    assert all(len(one) == 1 for one in drawn)
+    assert 0.26 < sum(one == {True} for one in drawn) / 2000 < 0.34
+
+
+def test_an_id_that_is_used_for_ever_is_drawn_anew(monkeypatch):
+    now = [0.0]
+    sample, found = GroupSample(0.5, "shadow", clock=lambda: now[0]), []
+    for number in range(50):
+        found.append(sample.has(f"score-mine-0-{number:08x}", "score-mine"))
+        now[0] += TOGETHER_SECONDS + 1
+    assert {*found} == {True, False}
+
+
+def test_a_sample_remembers_a_limited_number_of_queries(monkeypatch):
+    monkeypatch.setattr(traffic_sample, "MOST_GROUPS", 10)
+    sample = GroupSample(0.5, "shadow", clock=lambda: 0.0)
+    for number in range(100):
+        sample.has(f"score-{number}-0", f"score-{number}")
+    assert len(sample._drawn) == 10

@@ -1,0 +1,59 @@
+"""The loss of a query: whether its early order loses one of the first documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vllm_adainfer.arrays import Floats, Ints
+from vllm_adainfer.artifact.fields import TopK
+from vllm_adainfer.artifact.top_k import loses_document
+from vllm_adainfer.offline.calibration.certify.path import PathPoint
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The queries that some rows are the documents of.
+
+    Attributes:
+        top_k: what is promised of each.
+        rows: the rows of each query, int64 [its documents].
+        full: [rows], the scores at full depth.
+
+    """
+
+    top_k: TopK
+    rows: tuple[Ints, ...]
+    full: Floats
+
+    @classmethod
+    def of_groups(cls, top_k: TopK, groups: Ints, full: Floats) -> Queries:
+        """The queries of `groups`, [rows], in ascending order."""
+        rows = tuple(np.flatnonzero(groups == one) for one in np.unique(groups))
+        return cls(top_k, rows, full)
+
+    def losses(self, point: PathPoint) -> Floats:
+        """[queries], 1 where the order of the scores at `point` loses a document, else 0."""
+        early = np.where(np.isnan(point.relevance), self.full, point.relevance)
+        lost = [loses_document(early[own], self.full[own], self.top_k) for own in self.rows]
+        return np.array(lost, dtype=np.float64)
+
+    def on(self, path: Iterable[PathPoint]) -> Iterator[PathPoint]:
+        """The same points, with the losses of queries in place of those of rows."""
+        for point in path:
+            yield replace(point, losses=self.losses(point))
+
+
+def rows_allowed(path: Iterable[PathPoint], queries: Queries, allowed: float) -> float:
+    """The mean loss of rows at the loosest point where that of queries is within `allowed`.
+
+    The choice of exit points goes by the loss of rows, which adds up over them.
+    """
+    found = 0.0
+    for point in path:
+        if queries.losses(point).mean() > allowed:
+            break
+        found = point.risk
+    return found
