@@ -27,7 +27,6 @@ import typer
 
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.in_turn import Round, hold_back, measured, run_in_turn
-from benchmarks.offline.label_classifier import label_classifier
 from benchmarks.offline.resamples import resampled
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
@@ -37,7 +36,6 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.data.score_labels import is_classifier
 from vllm_adainfer.offline.calibration.fit import exits
 from vllm_adainfer.offline.calibration.fit.probes import StateProbe, Target, fit_probes
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
@@ -70,9 +68,6 @@ def main(
     title: Annotated[str, typer.Option(help="Name of the task.")],
     labels: Annotated[str, typer.Option()],
     template: Annotated[str | None, typer.Option()] = None,
-    as_classifier: Annotated[
-        bool, typer.Option(help="Make a classifier of the model, with a column for each label.")
-    ] = False,
     test: Annotated[int, typer.Option(help="Prompts that calibrate nothing.")] = 600,
     epsilon: Annotated[float, typer.Option()] = 0.02,
     repeat: Annotated[int, typer.Option(help="Rounds of stock and all policies.")] = 3,
@@ -80,16 +75,12 @@ def main(
 ) -> None:
     """Calibrate, measure, and add the task to the JSON and the Markdown of `output`."""
     with tempfile.TemporaryDirectory() as folder:
-        if as_classifier:
-            prompt = "" if template is None else template
-            made = Path(folder, f"{Path(model).name}-classifier")
-            model = str(label_classifier(Path(model), made, names_of(labels), prompt))
         request = CalibrationRequest(
             model=model,
             data=data,
             output=Path(folder),
             template=template,
-            labels=() if as_classifier else names_of(labels),
+            labels=names_of(labels),
             probe="pooled-label-head",
             options=PolicyOptions(epsilon=epsilon),
         )
@@ -155,7 +146,6 @@ def made_policies(
 ) -> dict[str, FittedPolicy]:
     """The policy of each promise that can be certified and pays."""
     policies = {}
-    reads_tokens = not is_classifier(prompts.hf_config)
     names = [label.name for label in prompts.labels]
     groups = prompts.split.groups
     calibrating = groups[: len(prompts.split.fit) + len(prompts.split.certify)]
@@ -171,7 +161,7 @@ def made_policies(
         policy = best_heads(calibration, request.probe)
         if options.epsilon not in policy.points:
             say(f"{promise}: nothing is certified")
-        elif reads_tokens and options.tolerance is not None and not policy.calibration.with_mass:
+        elif options.tolerance is not None and not policy.calibration.with_mass:
             say(f"{promise}: without the label mass, which this engine's requests read")
         else:
             policies[promise] = policy

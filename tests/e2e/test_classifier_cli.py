@@ -96,7 +96,13 @@ def test_evaluate_runs_it_beside_stock(calibrated, model, data, tmp_path):
 def test_explain_and_doctor_know_it(calibrated, model):
     output, _ = calibrated
     done = command(
-        "explain", "good film", "--model", str(model), "--artifact", str(output), "--json"
+        "explain",
+        "a good film with a warm heart and a thin plot",
+        "--model",
+        str(model),
+        "--artifact",
+        str(output),
+        "--json",
     )
     views = json.loads(done.stdout)["views"]
     names = {repr(label.name) for label in load_artifact_config(str(output)).labels}

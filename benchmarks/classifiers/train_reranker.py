@@ -1,6 +1,6 @@
 r"""Make a small reranker of a causal model: yes or no after a question and a passage.
 
-    .venv/bin/python benchmarks/rerank/train_reranker.py --model MODEL --data DIR --output DIR
+    .venv/bin/python benchmarks/classifiers/train_reranker.py --model MODEL --data DIR --output DIR
 
 It is trained on the training parts of BoolQ and SQuAD, each question with its own passage and some
 that TF-IDF mistakes for it. The result is a one-column `*ForSequenceClassification` checkpoint,
@@ -25,7 +25,7 @@ import typer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.rerank.passages import CHAT_TEMPLATE, Query, find_candidates
+from benchmarks.classifiers.passages import CHAT_TEMPLATE, Query, find_candidates
 
 LEARNING_RATE = 8e-5
 QUESTIONS = 4  # of a step

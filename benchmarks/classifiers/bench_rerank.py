@@ -1,6 +1,6 @@
 r"""A reranker over `/rerank`: a stock server beside servers with policies, query by query.
 
-    .venv/bin/python benchmarks/rerank/bench_rerank.py --model RERANKER --data DIR
+    .venv/bin/python benchmarks/classifiers/bench_rerank.py --model RERANKER --data DIR
 
 RERANKER is what `train_reranker.py` wrote; DIR holds boolq and squad. Questions of the test parts,
 which the model has not seen, are reranked: what TF-IDF finds among all passages of these parts. The
@@ -27,10 +27,11 @@ import numpy as np
 import typer
 from sklearn.metrics import ndcg_score
 
+from benchmarks.classifiers.passages import Query, find_candidates
+from benchmarks.classifiers.train_reranker import TEMPLATE_FILE
 from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server, serving
-from benchmarks.rerank.passages import Query, find_candidates
-from benchmarks.rerank.train_reranker import TEMPLATE_FILE
+from benchmarks.serving.bench_choices import layer_rows
 from benchmarks.serving.label_requests import post
 from benchmarks.serving.side_by_side import ENVIRONMENT
 from vllm_adainfer.arrays import Floats
@@ -143,7 +144,7 @@ def measure(servers: Mapping[str, Server], queries: Sequence[Query], top_k: TopK
             rerank(server, query)
     seconds: dict[str, list[float]] = {name: [] for name in servers}
     scores: dict[str, list[Floats]] = {name: [] for name in servers}
-    before = {name: layers(server) for name, server in servers.items()}
+    before = {name: layer_rows(server) for name, server in servers.items()}
     names = [*servers]
     with progress(total=len(queries) * len(servers), desc="measure", unit="query") as done:
         for number, query in enumerate(queries):
@@ -155,13 +156,13 @@ def measure(servers: Mapping[str, Server], queries: Sequence[Query], top_k: TopK
                 done.update()
     rows = []
     for name, server in servers.items():
-        run, possible = (a - b for a, b in zip(layers(server), before[name], strict=True))
+        run, skipped = layer_rows(server) - before[name]
         rows.append(
             {
                 "server": name,
                 "mean": statistics.mean(seconds[name]),
                 "p99": float(np.quantile(seconds[name], 0.99)),
-                "layers_saved": 1 - run / possible if possible else 0.0,
+                "layers_saved": skipped / (run + skipped) if skipped else 0.0,
                 **compared(queries, scores[name], scores[STOCK], top_k),
             }
         )
@@ -184,15 +185,6 @@ def rerank(server: Server, query: Query) -> tuple[Floats, float]:
     for result in reply["results"]:
         scores[result["index"]] = result["relevance_score"]
     return scores, seconds
-
-
-def layers(server: Server) -> tuple[float, float]:
-    """Token-layers run and possible so far; nothing for stock vLLM."""
-    found = server.metrics("adainfer:layers_")
-    return tuple(
-        sum(value for name, value in found.items() if name.startswith(f"adainfer:layers_{kind}"))
-        for kind in ("run", "possible")
-    )
 
 
 def compared(
