@@ -99,6 +99,7 @@ def make_policies(
         data=pairs,
         output=folder / "policy",
         chat_template=str(model / TEMPLATE_FILE),
+        probe="pooled-label-head",  # branches would train for half an hour
         options=next(iter(promises.values())),
     )
     recording, certified = None, {}
