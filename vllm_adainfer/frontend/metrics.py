@@ -36,10 +36,14 @@ COUNTERS = {
     ),
     "seconds": ("forward_seconds", "Time in the stack of layers (on CPUs).", ENGINE),
     "probe_seconds": ("probe_seconds", "Part of forward_seconds spent on exit decisions.", ENGINE),
-    "shadow_checked": ("shadow_checked", "Early answers compared with full depth.", LEVEL),
+    "shadow_checked": (
+        "shadow_checked",
+        "Early answers compared with full depth; queries where their first documents are promised.",
+        LEVEL,
+    ),
     "shadow_disagreed": (
         "shadow_disagreed",
-        "Early answers that differ from full depth, or whose probabilities differ too much.",
+        "Those that differ from full depth, move a probability too far, or lose a document.",
         LEVEL,
     ),
     "labels_checked": (
