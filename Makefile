@@ -4,8 +4,6 @@ BIN := .venv/bin
 # The Python of `make gpu`, which needs torch with CUDA, Triton, pytest, hypothesis and typer; see
 # docs/gpu.md.
 GPU_PYTHON ?= python3
-HAS_GPU = $(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'
-HAS_ENGINE = $(GPU_PYTHON) -c 'import vllm, importlib.metadata as m; m.version("vllm-adainfer")'
 
 V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_scheduling classifier counters equal_to_stock \
   exit_loop generation label_pool logprobs policies pooled prefix_cache probabilities recording recurrent segment_graphs \
@@ -15,7 +13,7 @@ V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_schedulin
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '$(CASES)'
 CASES := not full
 
-.PHONY: demo test test-full test-v1 test-v2 check docs docs-check vllm-names dist gpu gpu-kernels setup clean
+.PHONY: demo test test-full test-v1 test-v2 check docs docs-check vllm-names dist gpu gpu-kernels gpu-dry setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -66,29 +64,17 @@ dist: setup
 	cd .cache/dist && bin/vllm-adainfer demo --output demo
 
 # On a GPU machine: the kernels, then what needs vLLM and this package, installed for $(GPU_PYTHON).
-# What cannot run is skipped, with the reason. Results go to benchmarks/results/.
-gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
+# What cannot run is skipped, with the reason; a table at the end says what became of each step.
 gpu:
-	@$(HAS_GPU) || { echo 'skipped: $(GPU_PYTHON) sees no GPU through torch: set GPU_PYTHON'; exit 0; }; \
-	$(MAKE) gpu-kernels && { $(HAS_ENGINE) || \
-	  { echo 'skipped: engines need vLLM and this package, installed for $(GPU_PYTHON)'; exit 0; }; } && \
-	$(GPU_PYTHON) -m pytest tests/e2e/test_gpu.py && \
-	if [ -d .demo/SmolLM2-135M-Instruct ]; then \
-	  $(GPU_PYTHON) -m vllm_adainfer.cli demo --output .demo; \
-	else \
-	  echo 'skipped: a policy on real weights needs .demo/SmolLM2-135M-Instruct (fetch-demo-model)'; \
-	fi && \
-	for shape in llama-1b llama-8b; do \
-	  $(GPU_PYTHON) benchmarks/offline/bench_throughput.py --model $$shape \
-	    --output benchmarks/results/throughput_gpu_$$shape.json || exit 1; \
-	done
+	$(GPU_PYTHON) benchmarks/gpu_steps.py
 
 # The kernels' tests, then their benchmark; vLLM is not needed.
-gpu-kernels: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
 gpu-kernels:
-	@$(HAS_GPU) || { echo 'make gpu-kernels needs a GPU that $(GPU_PYTHON) sees through torch: set GPU_PYTHON'; exit 1; }
-	$(GPU_PYTHON) -m pytest tests/kernels
-	$(GPU_PYTHON) benchmarks/kernels/bench_probe_kernel.py
+	$(GPU_PYTHON) benchmarks/gpu_steps.py --only-kernels
+
+# On any machine: whether each step of `make gpu` can begin.
+gpu-dry: setup
+	$(BIN)/python benchmarks/gpu_steps.py --dry
 
 setup: .venv/ready
 

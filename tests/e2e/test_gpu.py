@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tests.conftest import small_engine
+from benchmarks.offline.scripted_requests import scripted_request
+from tests.conftest import small_engine, tiny_engine
 from tests.e2e.patterns import drawn_pattern, wrong
 from tests.e2e.scripted import parts
 
@@ -20,7 +23,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module", params=["TRITON_ATTN", "FLEX_ATTENTION"])
 def on_gpu(tiny_model: Path, tiny_policy: Path, request: pytest.FixtureRequest) -> Any:
-    """An engine as it is served: compiled, with graphs; fp32, which these backends take."""
+    """An engine as it is served: compiled, with graphs; fp32, which these backends take.
+
+    Triton's products of fp32 are TF32 unless it is told otherwise, and those err by up to 0.02.
+    """
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"
     return small_engine(
         tiny_model,
         tiny_policy,
@@ -33,6 +40,51 @@ def on_gpu(tiny_model: Path, tiny_policy: Path, request: pytest.FixtureRequest) 
 def test_segments_are_captured(on_gpu):
     model, _, _ = parts(on_gpu)
     assert model.graphs is not None
+
+
+def as_served(model: Path, switch: dict[str, Any] | None, **settings: Any) -> Any:
+    """An engine with vLLM's defaults: its own backend (FlashAttention), bfloat16, graphs."""
+    return tiny_engine(
+        model,
+        switch,
+        "bfloat16",
+        **{
+            "enforce_eager": False,
+            "max_model_len": 512,
+            "gpu_memory_utilization": 0.05,
+            **settings,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def default(tiny_model: Path) -> Any:
+    return as_served(tiny_model, {"exit_script": [2, 4], "min_rows_saved": 1})
+
+
+def generated(llm: Any, exits: list[int | None]) -> list[list[int]]:
+    """Sixteen tokens after each of some prompts, all of whose tokens exit after the same layer."""
+    drawn = np.random.default_rng(1)
+    prompts = [
+        {"prompt_token_ids": drawn.integers(5, 1000, 3 + 11 * place).tolist()}
+        for place in range(len(exits))
+    ]
+    params = [scripted_request(layer, 16) for layer in exits]
+    return [list(one.outputs[0].token_ids) for one in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def test_never_exiting_gives_stocks_tokens_on_the_default_backend(tiny_model, default):
+    stock = as_served(tiny_model, None)
+    never = [None] * 8
+    assert generated(default, never) == generated(stock, never)
+
+
+def test_graphs_give_the_tokens_of_eager_mode_with_exits_and_rejoins(tiny_model, default):
+    """Some tokens exit, and their rows rejoin: ``kv`` is exact, so a deferred layer runs later."""
+    switch = {"exit_script": [2, 4], "min_rows_saved": 1}
+    eager = as_served(tiny_model, switch, enforce_eager=True)
+    exits = [2, None, 4, 2, None, 4, 2, None]
+    assert generated(default, exits) == generated(eager, exits)
 
 
 @pytest.mark.parametrize("kv", ["exact", "propagate"])

@@ -20,7 +20,7 @@ from vllm.platforms import current_platform
 
 from tests.conftest import tiny_engine
 from tests.e2e.patterns import Pattern, Request, drawn_pattern, drive, wrong
-from tests.e2e.scripted import FULL, Ran, drawn
+from tests.e2e.scripted import FULL, Ran, drawn, parts
 from tests.full import needed
 from tests.tiny import LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.files import save_artifact
@@ -125,6 +125,14 @@ def test_modules_share_no_compiled_code_even_where_their_graphs_are_equal(compil
     }
     assert sum(map(len, keys.values())) == GRAPHS
     assert [name for name in MODULES if keys[name] == keys[EQUAL[0]]] == EQUAL
+
+
+def test_the_key_of_compiled_code_does_not_depend_on_our_settings(compiled):
+    """So that another artifact or epsilon finds it again."""
+    model, _, _ = parts(compiled)
+    assert model.stack.segments
+    for segment in model.stack.segments:
+        assert segment.vllm_config.additional_config == {}
 
 
 @pytest.mark.parametrize("kv", ["exact", "propagate"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,15 +39,24 @@ def test_probes_of_shards_join_to_the_probe_of_all(bounds):
         torch.testing.assert_close(joined.features, whole.features)
 
 
+@pytest.mark.parametrize("with_pynccl", [False, True], ids=["gloo", "pynccl"])
 @pytest.mark.parametrize("values", [[True, False], [0.5, 2.0]], ids=["decisions", "scores"])
-def test_every_rank_takes_the_values_of_the_first(monkeypatch, values):
+def test_every_rank_takes_the_values_of_the_first(monkeypatch, values, with_pynccl):
+    """By vLLM's own NCCL communicator, where there is one."""
     first = torch.tensor(values)
 
-    class Ranks:
-        world_size = 2
+    def broadcast(tensor: Tensor) -> Tensor:
+        return first.to(tensor.dtype)
 
-        def broadcast(self, tensor: Tensor) -> Tensor:
-            return first.to(tensor.dtype)
+    def refuse(tensor: Tensor) -> Tensor:
+        raise AssertionError("this would make a second communicator")
 
-    monkeypatch.setattr(ranks, "get_tp_group", Ranks)
+    group = SimpleNamespace(
+        world_size=2,
+        broadcast=refuse if with_pynccl else broadcast,
+        device_communicator=SimpleNamespace(
+            broadcast=broadcast, pynccl_comm=object() if with_pynccl else None
+        ),
+    )
+    monkeypatch.setattr(ranks, "get_tp_group", lambda: group)
     assert ranks.broadcast_from_rank0(torch.zeros_like(first)).tolist() == values

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 
+from vllm_adainfer.engine.compat.communication import broadcast
+
 RANKS_DIFFER = "ranks read different artifacts: is one being replaced? Try again"
 
 
@@ -15,9 +17,8 @@ def broadcast_from_rank0(values: Tensor) -> Tensor:
     if ranks.world_size == 1:
         return values
     if values.dtype == torch.bool:  # not every backend can send booleans
-        received: Tensor = ranks.broadcast(values.to(torch.uint8))
-        return received.bool()
-    return ranks.broadcast(values.contiguous())
+        return broadcast(ranks, values.to(torch.uint8)).bool()
+    return broadcast(ranks, values.contiguous())
 
 
 def same_on_all_ranks(number: int) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.forward_context import (
     ForwardContext,
     get_forward_context,
@@ -208,13 +208,13 @@ def build_stack(
     for index, (first, last) in enumerate(spans):
         is_last = index == len(spans) - 1
         cls = segment_class(first, last, depth, embeds=index == 0, finishes=is_last)
-        with compile_cache_folder(cls.__name__):
+        with compile_cache_folder(cls.__name__), set_current_vllm_config(config):
             segment = cls(vllm_config=config, decoder=decoder, body=body, layers=layers[first:last])
         segments.append(segment)
     last_kv = None
     if cuts[-1] < depth and own_kv_layers is None:
         projection, kv_class = decoder.kv_projection(layers[-1]), last_kv_class(depth)
-        with compile_cache_folder(kv_class.__name__):
+        with compile_cache_folder(kv_class.__name__), set_current_vllm_config(config):
             last_kv = kv_class(vllm_config=config, projection=projection)
     captured_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return Stack(tuple(segments), last_kv, head_size, own_kv_layers, FixedStates(captured_rows))

@@ -7,6 +7,7 @@ from typing_extensions import override
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
 from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.engine.worker.worker import ExitWorker
 from vllm_adainfer.errors import AdaInferError
@@ -40,12 +41,16 @@ class AdaInferGPUWorker(ExitWorker, Worker):
 
     @override
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Warm up the probes too, then reset the counters: warm-up requests must not count."""
-        times = super().compile_or_warm_up_model()
+        """Warm up the probes too, then reset the counters: warm-up requests must not count.
+
+        Probes come first: at its end vLLM begins to watch for kernels that compile while it serves.
+        """
         runner, model = self.model_runner, self.model_runner.model
         if isinstance(model.loop, ExitLoop):
             size = runner.max_num_reqs, model.hidden_size
             states = torch.zeros(size, dtype=runner.dtype, device=model.device)
             warm_up(model.loop.policies, states)
+            broadcast_from_rank0(states[:1])
+        times = super().compile_or_warm_up_model()
         model.loop.reset_counters()
         return times
