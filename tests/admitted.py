@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from vllm_adainfer.engine.admission import traffic_sample as sample
-from vllm_adainfer.engine.admission.admission import Admission, Admitted
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.admission.admitted import Admitted
 from vllm_adainfer.engine.admission.resolved import Resolved
 from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.requests import client_request_id

@@ -42,7 +42,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.label_promises import check_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens, split_of
-from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.offline.calibration.recordings import record_prompts
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config
 from vllm_adainfer.offline.evaluation.by_label import label_rows

@@ -36,7 +36,7 @@ from vllm_adainfer.offline.calibration.certify.certify import threshold_path
 from vllm_adainfer.offline.calibration.fit.exits import judge
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
-from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.tables import markdown_table
 

@@ -25,7 +25,7 @@ from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
 from vllm_adainfer.offline.calibration.fit.split import Split
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.offline.calibration.record.recording import Recording
 
 GAP_ALONE = torch.tensor([0.0, 1.0, 0.0])  # a classifier whose score is the gap
 EVEN_ODDS = 0.0

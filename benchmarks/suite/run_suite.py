@@ -31,13 +31,14 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import best_policy, label_ids
 from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.certify import threshold_grid
+from vllm_adainfer.offline.calibration.enough_rows import check_rows
 from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
 from vllm_adainfer.offline.calibration.fit.loss import is_right
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit.split import random_order
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import check_rows, shared_tokens, split_of
+from vllm_adainfer.offline.calibration.prompts import shared_tokens, split_of
 from vllm_adainfer.offline.calibration.record.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.label_subsets import ALL
-from vllm_adainfer.engine.admission.admission import NOT_POOLED, NOT_RECORDED, Admission, Admitted
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.admission.admitted import NOT_POOLED, NOT_RECORDED, Admitted
 from vllm_adainfer.engine.admission.requested_output import wants_prompt_logprobs
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH

@@ -16,7 +16,8 @@ from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.fields import MOST_ANSWERS, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.admission import traffic_sample as sample
-from vllm_adainfer.engine.admission.admission import NOT_RECORDED, Admission
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.admission.admitted import NOT_RECORDED
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, attach_resolved, resolved_of
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError

@@ -37,8 +37,8 @@ from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
 from vllm_adainfer.offline.calibration.fit.trained_exits import with_trained
-from vllm_adainfer.offline.calibration.record.collect import FOLDS
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates, own_states_of
+from vllm_adainfer.offline.calibration.record.recording import FOLDS
 from vllm_adainfer.offline.calibration.trained_probes import branches_of, with_branches
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import (

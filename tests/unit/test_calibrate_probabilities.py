@@ -35,7 +35,7 @@ from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, full_dep
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.gate_policy import GatePolicy

@@ -25,7 +25,7 @@ from tests.unit.test_make_policy import HF_CONFIG, LAYERS, SPLIT, recording_of
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
-from vllm_adainfer.cli.calibrate import choice_texts
+from vllm_adainfer.cli.promises import choice_texts
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError

@@ -18,7 +18,7 @@ from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, j
 from vllm_adainfer.offline.calibration.fit.loss import accuracy_lost, is_right
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit.split import Split, numbered, random_order
-from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
+from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, LAYER = 32, 50, 4

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.fields import Gate, Label
 from vllm_adainfer.artifact.promise import wrong_in_words
-from vllm_adainfer.cli.calibrate import gates_of
+from vllm_adainfer.cli.promises import gates_of
 from vllm_adainfer.engine.admission.requested_output import OutputKind, RequestedOutput
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.errors import AdaInferError

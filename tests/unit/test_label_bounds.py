@@ -17,7 +17,7 @@ from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.fields import Label, LabelBound, LabelRisk, Level
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.promise import about_labels
-from vllm_adainfer.cli.calibrate import label_bounds
+from vllm_adainfer.cli.promises import label_bounds
 from vllm_adainfer.engine.runner.build_loop import monitor_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.accounting.counters import PolicyStats

@@ -18,13 +18,13 @@ from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration import calibrate as calibrating
 from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.bound import Bound
+from vllm_adainfer.offline.calibration.enough_rows import check_rows
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit.split import Split
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import check_rows
-from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
+from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
     policy_details,

@@ -36,7 +36,7 @@ from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import fit_candidates
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import ALLOWANCE, shared_tokens, split_of
-from vllm_adainfer.offline.calibration.record.collect import Recording, normed
+from vllm_adainfer.offline.calibration.record.recording import Recording, normed
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,

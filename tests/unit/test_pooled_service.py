@@ -17,7 +17,8 @@ from tests.unit.test_pooled_policy import ALONE, POOLED, POOLED_FROM, QUESTIONS,
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import save_artifact
-from vllm_adainfer.engine.admission.admission import NOT_POOLED, Admission
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.admission.admitted import NOT_POOLED
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker import service

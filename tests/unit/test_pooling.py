@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.engine.admission.admission import NOT_POOLED
+from vllm_adainfer.engine.admission.admitted import NOT_POOLED
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates

@@ -31,9 +31,9 @@ from vllm_adainfer.offline.calibration.data.questions import (
     ends_of,
     with_questions,
 )
+from vllm_adainfer.offline.calibration.enough_rows import check_questions
 from vllm_adainfer.offline.calibration.fitted_policy import make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import check_questions
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
     policy_tensors,

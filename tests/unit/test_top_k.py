@@ -20,9 +20,10 @@ from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import loosest_certified
 from vllm_adainfer.offline.calibration.certify.path import threshold_path
 from vllm_adainfer.offline.calibration.certify.queries import Queries, rows_allowed
+from vllm_adainfer.offline.calibration.enough_rows import check_queries, check_rows
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import check_queries, check_rows, split_of
+from vllm_adainfer.offline.calibration.prompts import split_of
 
 TOP = TopK(k=2, margin=0.1)
 

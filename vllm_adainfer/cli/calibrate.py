@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from vllm_adainfer.artifact.fields import Gate, LabelBound, TopK
-from vllm_adainfer.artifact.kinds import ClassifierKind, LabelBoundKind, Risk
+from vllm_adainfer.artifact.kinds import ClassifierKind
 from vllm_adainfer.cli.app import app, errors_as_sentences
 from vllm_adainfer.cli.arguments import (
     ChatTemplate,
@@ -23,7 +21,14 @@ from vllm_adainfer.cli.arguments import (
     names_of,
     overrides_of,
 )
-from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.cli.promises import (
+    choice_texts,
+    gates_of,
+    label_bounds,
+    layers_of,
+    risk_of,
+    top_k_of,
+)
 from vllm_adainfer.offline.calibration.options import (
     BoundChoice,
     CalibrationRequest,
@@ -196,10 +201,10 @@ def calibrate(
         student=student,
         options=PolicyOptions(
             classifier=classifier,
-            exit_points=_layers(exit_points),
+            exit_points=layers_of(exit_points),
             epsilon=epsilon,
             delta=delta,
-            risk=_risk(risk, tolerance, gate or (), top),
+            risk=risk_of(risk, tolerance, gate or (), top),
             tolerance=tolerance,
             gates=gates_of(gate or ()),
             top_k=top_k_of(top),
@@ -216,116 +221,3 @@ def calibrate(
     )
     typer.echo(describe(run(request), load_details(str(output))))
     typer.echo(f"wrote {output}")
-
-
-def _risk(
-    risk: Literal["disagreement", "accuracy"],
-    tolerance: float | None,
-    gates: Sequence[str],
-    top: str | None,
-) -> Risk:
-    """The risk that epsilon bounds.
-
-    Raises:
-        AdaInferError: two are asked for.
-
-    """
-    others = {
-        "--gate bounds how often probabilities are on the wrong side": bool(gates),
-        "--tolerance bounds how far probabilities move": tolerance is not None,
-        "--top bounds how often queries lose a document": top is not None,
-    }
-    asked = [said for said, given in others.items() if given]
-    if asked and risk == "accuracy":
-        raise AdaInferError(
-            f"{asked[0]}, --risk accuracy the accuracy lost, and a policy has one bound: drop one "
-            "of them"
-        )
-    return "probability" if asked else risk
-
-
-def top_k_of(text: str | None) -> TopK | None:
-    """The promise of ``--top``.
-
-    Raises:
-        AdaInferError: it is not of the form K:MARGIN.
-
-    """
-    if text is None:
-        return None
-    k, _, margin = text.partition(":")
-    try:
-        return TopK(k=int(k), margin=float(margin))
-    except ValueError:
-        raise AdaInferError(
-            f"--top {text!r:.80} must be a number of documents and a margin between 0 and 1, such "
-            "as 5:0.05"
-        ) from None
-
-
-def gates_of(asked: Sequence[str]) -> tuple[Gate, ...]:
-    """The gates of ``--gate``.
-
-    Raises:
-        AdaInferError: one is not of the form LABEL:P.
-
-    """
-    found = []
-    for text in asked:
-        label, _, probability = text.rpartition(":")
-        try:
-            name = None if label == "best" else label
-            found.append(Gate(label=name, probability=float(probability)))
-        except ValueError:
-            raise AdaInferError(
-                f"--gate {text!r:.80} must be a label, or best, and a probability between 0 and 1, "
-                "such as unsafe:0.8"
-            ) from None
-    return tuple(found)
-
-
-def label_bounds(kind: LabelBoundKind, asked: Sequence[str]) -> tuple[LabelBound, ...]:
-    """The promises of ``--recall`` or ``--precision``.
-
-    Raises:
-        AdaInferError: one is not of the form LABEL:EPSILON.
-
-    """
-    found = []
-    for text in asked:
-        label, _, epsilon = text.rpartition(":")
-        try:
-            found.append(LabelBound(kind=kind, label=label, epsilon=float(epsilon)))
-        except ValueError:
-            raise AdaInferError(
-                f"--{kind} {text!r:.80} must be a label and a share between 0 and 1, such as "
-                "unsafe:0.005"
-            ) from None
-    return tuple(found)
-
-
-def choice_texts(text: str) -> tuple[str, ...]:
-    """The texts of ``--choices``, as they are written between the commas.
-
-    Raises:
-        AdaInferError: some begin with a blank and others do not, which is hardly meant.
-
-    """
-    texts = tuple(text.split(",")) if text else ()
-    if len({one.startswith(" ") for one in texts}) > 1:
-        raise AdaInferError(
-            f"--choices {text!r}: some begin with a blank, which belongs to the choice, and others "
-            "do not: write them as requests do, without a blank after the comma unless all have one"
-        )
-    return texts
-
-
-def _layers(text: str) -> tuple[int, ...] | None:
-    if text == "auto":
-        return None
-    try:
-        return tuple(int(layer) for layer in text.split(","))
-    except ValueError:
-        raise AdaInferError(
-            f"--exit-points must be auto or layers such as 12,18,24, not {text!r}"
-        ) from None

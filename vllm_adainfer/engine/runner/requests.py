@@ -12,7 +12,8 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec, iter_layer_specs
 
 from vllm_adainfer.arrays import Bools, Ints
-from vllm_adainfer.engine.admission.admission import NOT_POOLED, Admission, Admitted
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.admission.admitted import NOT_POOLED, Admitted
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved, params_of, resolved_of
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters

@@ -27,8 +27,8 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
 from vllm_adainfer.offline.calibration.label_promises import check_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, ProbeChoice
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
-from vllm_adainfer.offline.calibration.record.collect import Recording
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
+from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.offline.calibration.recordings import record_own_states, record_prompts
 from vllm_adainfer.offline.calibration.trained_probes import (
     branches_could_pay,

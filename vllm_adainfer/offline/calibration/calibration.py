@@ -29,7 +29,7 @@ from vllm_adainfer.offline.calibration.fit.split import Split, numbered
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.calibration.fit.trained_exits import TrainedProbe
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.policy.questions import End
 
 

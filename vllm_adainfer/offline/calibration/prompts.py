@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +33,6 @@ from vllm_adainfer.offline.calibration.data.examples import (
     shared_start,
 )
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of
-from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
 from vllm_adainfer.offline.calibration.data.score_labels import (
     is_classifier,
     score_columns,
@@ -45,8 +43,13 @@ from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
     load_student_base,
 )
+from vllm_adainfer.offline.calibration.enough_rows import (
+    check_queries,
+    check_questions,
+    check_rows,
+)
 from vllm_adainfer.offline.calibration.fit.loss import RightTokens
-from vllm_adainfer.offline.calibration.fit.split import Split, numbered, random_order
+from vllm_adainfer.offline.calibration.fit.split import Split, groups_of, numbered, random_order
 from vllm_adainfer.offline.calibration.label_promises import check_labels
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
@@ -216,85 +219,6 @@ def _from_requests(
         choices = find_choices(texts, tokenizer, vocabulary)
         return with_labels(examples, texts), choices.labels, choices
     return examples, common_labels(examples, tokenizer), None
-
-
-def groups_of(examples: Sequence[Example]) -> Ints:
-    """[prompts], numbers of the groups that came together; most prompts come alone."""
-    return numbered(
-        [index if one.group is None else one.group for index, one in enumerate(examples)]
-    )
-
-
-def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
-    """Check that the held-out rows could certify the bound if not one answer differed.
-
-    Raises:
-        AdaInferError: it has too few rows; the message says how many are needed.
-
-    """
-    together, rows = split.most_together(split.groups), len(split.certify)
-    if options.top_k is not None:
-        together, rows = 1, len(np.unique(split.groups[split.certify]))
-    groups = split.groups[split.certify] if together > 1 else None
-    bound = Bound.promised(options, groups, together)
-    if bound.holds(np.zeros(rows), options.epsilon):
-        return
-    needed, what = bound.groups_needed(rows, options.epsilon), "rows"
-    if options.top_k is not None:
-        what = "queries"
-    elif together > 1:
-        what = f"groups of requests that came together (of up to {together})"
-    raise AdaInferError(
-        f"too few rows for the bound: epsilon {options.epsilon:g} at delta {options.delta:g} needs "
-        f"at least {2 * needed - 1} {what} (half of them held out), but {data} has "
-        f"{split.groups.max(initial=-1) + 1}: give more rows or raise --epsilon"
-    )
-
-
-def check_queries(groups: Ints, k: int, data: str) -> None:
-    """Check that there are queries with more than `k` documents; `groups` [prompts] number them.
-
-    Raises:
-        AdaInferError: no query has.
-
-    """
-    most = int(np.bincount(groups).max())
-    if most <= k:
-        held = "prompts that stand alone" if most == 1 else f"at most {most} documents a query"
-        raise AdaInferError(
-            f"--top {k} is about queries with more than {k} documents, and {data} has {held}: give "
-            "each query with all the documents that it is sent with, or a smaller --top"
-        )
-
-
-def check_questions(examples: Sequence[Example], options: PolicyOptions, data: str) -> None:
-    """Check that a question could be certified on its own if not one answer differed.
-
-    Raises:
-        AdaInferError: none can be recognised, or none has prompts enough.
-
-    """
-    known = ends_of(examples)
-    if not known:
-        raise AdaInferError(
-            f"no question of {data} can be recognised by the end of its prompts: one needs {SEEN} "
-            "prompts that end with it, and that no prompt of another ends with it; or drop --by"
-        )
-    together = Counter(
-        (example.question, group)
-        for example, group in zip(examples, groups_of(examples).tolist(), strict=True)
-        if example.question in known
-    )
-    bound = Bound.promised(options, together=max(together.values()))
-    needed = 2 * bound.groups_needed(1, options.epsilon)
-    [(_, most)] = Counter(question for question, _ in together).most_common(1)
-    if most < needed:
-        what = "prompts" if bound.longest == 1 else "groups of requests that came together"
-        raise AdaInferError(
-            f"too few rows for a bound by question: epsilon {options.epsilon:g} at delta "
-            f"{options.delta:g} needs about {needed} {what} of each (half of them held out), but "
-            f"the commonest in {data} has {most}: give more rows, raise --epsilon or drop --by"
-        )
 
 
 def right_tokens(examples: list[Example], labels: tuple[Label, ...], tokenizer: Any) -> RightTokens:

@@ -8,13 +8,9 @@ from dataclasses import replace
 from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts
-from vllm_adainfer.offline.calibration.record.collect import (
-    FOLDS,
-    Recording,
-    record,
-    recording_engine,
-)
+from vllm_adainfer.offline.calibration.record.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
+from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
 from vllm_adainfer.offline.pretrained import engine_settings
 
 

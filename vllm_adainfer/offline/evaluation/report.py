@@ -17,7 +17,7 @@ from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.prompts import groups_of
+from vllm_adainfer.offline.calibration.fit.split import groups_of
 from vllm_adainfer.offline.evaluation.by_label import label_rows
 from vllm_adainfer.offline.evaluation.gates import gate_rows
 from vllm_adainfer.offline.evaluation.probabilities import default_level, probability_rows

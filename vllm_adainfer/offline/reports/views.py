@@ -19,7 +19,8 @@ from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.record.collect import Recording, record, recording_engine
+from vllm_adainfer.offline.calibration.record.collect import record, recording_engine
+from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.load_policy import policy_of

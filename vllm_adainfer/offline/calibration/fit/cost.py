@@ -18,7 +18,7 @@ from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fit.probes import StateProbe, answers_of_probe
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE
-from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.policy.branch import Branch, StateEncoder
 from vllm_adainfer.policy.probe import LabelHead, Probe
 

@@ -29,7 +29,7 @@ from vllm_adainfer.offline.calibration.fit.probes import (
     fit_probes,
 )
 from vllm_adainfer.offline.calibration.fit.split import Split
-from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
+from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.score import score
 

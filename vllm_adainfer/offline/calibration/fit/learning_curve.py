@@ -14,7 +14,7 @@ from vllm_adainfer.offline.calibration.fit.exits import fit_exits
 from vllm_adainfer.offline.calibration.fit.loss import Loss
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit.split import Split
-from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.offline.calibration.record.recording import Recording
 
 SHARES = (0.25, 0.5, 1.0)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.label_subsets import restrict
-from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.policy.gates import Gates
 from vllm_adainfer.policy.probabilities import LabelProbabilities
 

@@ -30,7 +30,7 @@ from vllm_adainfer.offline.calibration.fit.distil import (
     distil,
 )
 from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, ProbeAnswers
-from vllm_adainfer.offline.calibration.record.collect import FOLDS, Recording
+from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.gates import Gates

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_adainfer.arrays import Ints
+from vllm_adainfer.offline.calibration.data.examples import Example
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ def numbered(groups: Sequence[Hashable]) -> Ints:
     """int64 [prompts], the number of each prompt's group; groups count from 0 as they appear."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
+
+
+def groups_of(examples: Sequence[Example]) -> Ints:
+    """[prompts], numbers of the groups that came together; most prompts come alone."""
+    return numbered(
+        [index if one.group is None else one.group for index, one in enumerate(examples)]
+    )
 
 
 def random_order(groups: Ints, seed: int) -> Ints:

@@ -17,7 +17,7 @@ from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Judged, Scor
 from vllm_adainfer.offline.calibration.fit.loss import Loss, disagreement
 from vllm_adainfer.offline.calibration.fit.probes import Target, answers_of_scores
 from vllm_adainfer.offline.calibration.fit.split import Split
-from vllm_adainfer.offline.calibration.record.collect import Recording
+from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.student import Student
 

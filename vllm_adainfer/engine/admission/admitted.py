@@ -1,0 +1,50 @@
+"""What a worker remembers of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_adainfer.engine.admission.resolved import Resolved
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+NOT_RECORDED = NOT_POOLED = -1
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What the worker remembers of a request.
+
+    Attributes:
+        resolved: what the scheduler resolved on arrival.
+        threshold_row: the row of the thresholds that applies, numbered across policies (with a
+            script, the index of the exit point); `FULL_DEPTH` if it may not exit.
+        subset: the labels to choose among, as bits over the policy's labels; `ALL` for a policy
+            without a label pool.
+        certified_tokens: how many of its first tokens its policy's bound covers.
+        has_choice_policy: whether a policy for choices decides it.
+        pooled_from: the position from which on its policy pools its prompt; `NOT_POOLED` if it
+            reads the last token alone, or if the prompt is not longer.
+        last_token_row: the row of the thresholds if the prompt cannot be pooled as a whole.
+        text: what its policy's student reads of its prompt, in the student's tokens; empty if it is
+            not asked.
+        prompt: token ids of its prompt.
+        adapter: its LoRA adapter; None for the base model.
+        record_row: its line of the calibration data; `NOT_RECORDED` if it has none.
+
+    """
+
+    resolved: Resolved
+    threshold_row: int
+    subset: int
+    certified_tokens: int
+    has_choice_policy: bool
+    pooled_from: int
+    last_token_row: int
+    text: Sequence[int]
+    prompt: Sequence[int]
+    adapter: LoRARequest | None
+    record_row: int
