@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 
@@ -216,7 +215,7 @@ def disagreement(score, agrees) -> Scored:
 
 
 def some_rows(scored: Scored, rows) -> Scored:
-    return Scored(*(getattr(scored, field.name)[rows] for field in fields(Scored)))
+    return scored.of_rows(rows)
 
 
 def fitted_exits(held_out: Sequence[Scored], fitted: Sequence[Scored]) -> list[FittedExit]:

@@ -119,7 +119,7 @@ from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles
 files = CaptureFiles(Capture(directory=sys.argv[1], limit=10**6), 0)
 print("started", flush=True)
 while True:
-    files.put("x", URL, {"prompt": list(range(2000))})
+    files.put("x", "/v1/completions", {"prompt": list(range(2000))})
 """
 
 

@@ -39,6 +39,7 @@ from vllm_adainfer.policy.load_policy import policy_of
 from vllm_adainfer.policy.student import Student, TextEncoder
 
 HINTS = (101, 202)  # a word for each label
+CLEAR = 0.03  # a lead that no rounding to bfloat16 turns, on any processor
 
 
 def learn_fast(patch: pytest.MonkeyPatch) -> None:
@@ -133,7 +134,9 @@ def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, m
         leads = [(one[:, 0] - one[:, 1]).abs() for one in scores]
         assert leads[0].quantile(training.LEADS_UP_TO) > 0.6
         assert leads[1].quantile(training.LEADS_UP_TO) == pytest.approx(0.5, abs=0.05)
-        assert torch.equal(scores[0].argmax(1), scores[1].argmax(1))
+        clear = leads[0] > CLEAR
+        assert clear.float().mean() > 0.8
+        assert torch.equal(scores[0][clear].argmax(1), scores[1][clear].argmax(1))
 
 
 def test_held_out_rows_change_no_weight(recording):
