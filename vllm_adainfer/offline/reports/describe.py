@@ -74,7 +74,9 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
     else:
         whole = config.candidates == "full"
         scored = "the whole vocabulary" if whole else "the most frequent tokens"
-    rows = f"{details['rows']} prompts"
+    rows, held_out = f"{details['rows']} prompts", f"{details['rows_held_out']} of them"
+    if queries := details.get("queries_held_out"):
+        held_out += f" (of {len(queries)} queries)"
     if generated:
         rows = f"{details['rows']} tokens of {details.get('prompts')} prompts"
     facts = {
@@ -89,8 +91,7 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         facts["student"] = student_in_words(config.student)
     facts |= {
         "classifier": f"{config.classifier} on {', '.join(config.features)}",
-        "calibrated": f"on {rows}, {details['rows_held_out']} of them held out for the bound; seed "
-        f"{details['seed']}",
+        "calibrated": f"on {rows}, {held_out} held out for the bound; seed {details['seed']}",
         "majority baseline": f"{100 * details['majority_share']:.1f} % agreement",
         "bound": f"epsilon {config.epsilon:g} at delta {config.delta:g} on {RISKS[config.risk]} "
         f"{'per token ' if generated else ''}({config.bound})",
