@@ -20,10 +20,11 @@ from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import loosest_certified
 from vllm_adainfer.offline.calibration.certify.path import threshold_path
 from vllm_adainfer.offline.calibration.certify.queries import Queries, rows_allowed
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.enough_rows import check_queries, check_rows
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import split_of
+from vllm_adainfer.offline.calibration.prompts import PREFIX_BLOCK, begin_alike, split_of
 
 TOP = TopK(k=2, margin=0.1)
 
@@ -155,6 +156,19 @@ def test_queries_are_split_and_counted_whole():
 def test_an_order_needs_queries_with_more_documents(documents, held):
     with pytest.raises(AdaInferError, match=rf"--top 2 is about queries .*{held}"):
         check_queries(np.repeat(np.arange(9), documents), 2, "data")
+
+
+@pytest.mark.parametrize(
+    ("shared", "alike"), [(PREFIX_BLOCK - 1, False), (PREFIX_BLOCK, True), (40, True)]
+)
+def test_documents_that_a_prefix_cache_would_tear_apart_are_decided_by_their_last_token(
+    shared, alike
+):
+    """One query of three shares so much, and prompts of others share nothing with it."""
+    examples = [
+        Example("", "", [*range(100, 100 + shared), number], None) for number in range(3)
+    ] + [Example("", "", [number] * 50, None) for number in range(6)]
+    assert begin_alike(examples, np.repeat(np.arange(3), 3)) is alike
 
 
 def monitor() -> QueryMonitor:

@@ -88,9 +88,9 @@ def body_of(request: Request, model: str) -> dict[str, Any] | None:
     omitted.
     """
     params = request.sampling_params
-    if params is None or changes_scores(
-        params
-    ):  # a line cannot state that, and no policy serves it
+    if params is None:
+        return None
+    if changes_scores(params):  # a line cannot state that, and no policy serves it
         return None
     body = {
         "model": model,

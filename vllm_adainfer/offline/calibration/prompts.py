@@ -58,9 +58,11 @@ from vllm_adainfer.offline.calibration.options import (
     check_options,
 )
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.offline.progress import say
 
 # The held-out rows are enough if the bound holds at this share of epsilon, measured on them.
 ALLOWANCE = 0.6
+PREFIX_BLOCK = 16  # tokens of a block in the prefix cache; vLLM's default on GPUs
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     shortest = min(examples, key=lambda example: len(example.token_ids))
     alone = len(shortest.token_ids) == 1  # nothing is left of it without the first token
     if request.probe == "auto":
-        label_head: ProbeKind = "label-head" if alone else "pooled-label-head"
+        by_last_token = alone or (options.top_k is not None and begin_alike(examples, split.groups))
+        label_head: ProbeKind = "label-head" if by_last_token else "pooled-label-head"
         probe = label_head if labels else "lens"
     else:
         probe = "pooled-label-head" if request.probe == "branch" else request.probe
@@ -169,6 +172,25 @@ def split_of(groups: Ints, options: PolicyOptions) -> Split:
     enough = (size for size in sizes if bound.allowance(size, options.epsilon) >= wanted)
     split = Split.of_groups(groups, next(enough, sizes[-1]))
     return split if counts_groups or split.most_together(groups) == 1 else half
+
+
+def begin_alike(examples: Sequence[Example], groups: Ints) -> bool:
+    """Whether documents of a query begin with a block that the prefix cache of a server may keep.
+
+    Heads that read whole prompts would then decide the first document, and those for the last token
+    the others, and a query that mixes them has no bound of its own.
+    """
+    queries = [np.flatnonzero(groups == one) for one in np.unique(groups)]
+    prompts = [[examples[row].token_ids for row in rows] for rows in queries if len(rows) > 1]
+    shared = max(map(shared_start, prompts))
+    if shared < PREFIX_BLOCK:
+        return False
+    say(
+        f"documents of a query begin with up to {shared} equal tokens, which a server may keep in "
+        "its prefix cache: label-heads decide them all alike, by the last token; --probe "
+        "pooled-label-head reads whole prompts, for servers with larger blocks or without the cache"
+    )
+    return True
 
 
 def shared_tokens(examples: Sequence[Example]) -> int:
