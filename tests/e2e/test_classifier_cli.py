@@ -78,14 +78,15 @@ def test_a_classifiers_policy_is_for_the_columns_of_its_scores(calibrated, model
 
 @pytest.mark.full
 def test_evaluate_runs_it_beside_stock(calibrated, model, data, tmp_path):
-    report = tmp_path / "report.json"
+    report, page = tmp_path / "report.json", tmp_path / "page.html"
     command(
         "evaluate", "--model", str(model), "--artifact", str(calibrated[0]), *data,
-        "--repeat", "1", "--report", str(report),
+        "--repeat", "1", "--report", str(report), "--html", str(page),
     )  # fmt: skip
     found = json.loads(report.read_text())
     assert found["layers_saved"] > 0
     assert found["never_exit"]["disagreement_with_stock"] < 0.02  # ties in bfloat16
+    assert ("queries that lose a document" in page.read_text()) == ("queries" in found)
     promised = found["queries"]["levels"] if "queries" in found else found["levels"]
     name = "wrong" if "queries" in found else "disagreement"
     assert all(level[name] <= level["epsilon"] for level in promised)

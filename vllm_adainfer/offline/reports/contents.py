@@ -30,7 +30,7 @@ def evaluation_page(
     """
     index, stock = _default(config), report["stock"]
     levels = []
-    for level in report["levels"]:
+    for place, level in enumerate(report["levels"]):
         numbers = {
             "speed-up": f"{level['speedup']:.2f}x",
             "layers saved": f"{level['layers_saved']:.0%}",
@@ -39,6 +39,9 @@ def evaluation_page(
         if stock["accuracy"] is not None:
             both = f"{share_in(stock, 'accuracy')} / {share_in(level, 'accuracy')}"
             numbers["accuracy, stock / ours (95 %)"] = both
+        if "queries" in report:
+            queries = report["queries"]["levels"][place]
+            numbers["queries that lose a document (95 %)"] = share_in(queries, "wrong")
         if "verdict" in level:
             numbers["measured share"] = level["verdict"]
         levels.append((_name(level["epsilon"]), numbers))
