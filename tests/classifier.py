@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-COLUMNS = {"softmax": 3, "sigmoid": 1}
+COLUMNS = {"softmax": 3, "sigmoid": 1, "sigmoids": 3}
 
 
 def classifier(base: Path, directory: Path, columns: int) -> Path:
-    """The tiny Llama with a random score head in place of its LM head."""
+    """The tiny Llama with a random score head in place of its LM head.
+
+    In a directory named "sigmoids" any number of its labels may hold.
+    """
     weights = load_file(base / "model.safetensors")
     del weights["lm_head.weight"]
     weights["score.weight"] = torch.randn(columns, 64, generator=torch.Generator().manual_seed(3))
@@ -27,5 +30,7 @@ def classifier(base: Path, directory: Path, columns: int) -> Path:
         "id2label": names,
         "label2id": {name: int(column) for column, name in names.items()},
     }
+    if directory.name == "sigmoids":
+        config["problem_type"] = "multi_label_classification"
     (directory / "config.json").write_text(json.dumps(config))
     return directory

@@ -165,6 +165,37 @@ def test_each_prompt_gets_the_probabilities_of_its_exit_and_others_those_of_stoc
     assert len(wanted) > 2
 
 
+@pytest.mark.parametrize(
+    "promise",
+    [{"tolerance": 0.05}, {"gates": (Gate(label="c1", probability=0.5),)}],
+    ids=["tolerance", "gate"],
+)
+def test_labels_that_may_hold_together_get_a_probability_each(
+    tiny_model, tmp_path, states, promise
+):
+    """All prompts leave at the first exit point, so each probability is a head's sigmoid."""
+    directory = classifier(tiny_model, tmp_path / "softmax", 3)
+    overrides = {"problem_type": "multi_label_classification"}
+    config = config_of(directory) | {"score_head": "sigmoids", "risk": "probability", **promise}
+    thresholds = torch.full((2, len(EXIT_POINTS)), -100.0)
+    policy = tiny_artifact(directory, tmp_path / "policy", thresholds, **config)
+    switch = {"artifact": str(policy), "min_rows_saved": 1, "shadow_rate": 0.5}
+    stock = answers(tiny_engine(directory, None, hf_overrides=overrides, **SETTINGS))
+    ours = tiny_engine(directory, switch, hf_overrides=overrides, **SETTINGS)
+    model, _, scheduler = parts(ours)
+    scheduler.admission.is_shadow = lambda request_id: False
+    heads = tiny_tensors(tiny_config(directory, **config))
+    for found, after in zip(answers(ours, _OWN), states, strict=False):
+        early = scores_at(EXIT_POINTS[0], after, heads)[:3].sigmoid()
+        torch.testing.assert_close(found, early, atol=CLOSE, rtol=0)
+    assert max(float(probabilities.sum()) for probabilities in stock) > 1.1
+    scheduler.admission.is_shadow = lambda request_id: True
+    ours.reset_prefix_cache()
+    torch.testing.assert_close(answers(ours, _OWN), stock[: len(_OWN)], atol=CLOSE, rtol=0)
+    [monitor] = model.loop.monitors.values()
+    assert monitor.tightened.any()  # random heads break the promise
+
+
 def test_never_exiting_is_stock_bit_for_bit(model, tmp_path):
     """With chunks and a prefix cache, in the dtype in which models are served."""
     fingerprint = served_fingerprint(model, "bfloat16")
@@ -297,7 +328,10 @@ def test_a_classifier_of_each_family_scores_as_stock_does(family, tmp_path, monk
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"problem_type": "multi_label_classification"}, "made into something else"),
+        (
+            {"problem_type": "multi_label_classification"},
+            "for 3 labels .softmax., and the score head",
+        ),
         ({"problem_type": "regression"}, "made into something else"),
         ({"num_labels": 4}, "policy default was calibrated for 3 labels"),
     ],

@@ -53,7 +53,7 @@ def data(model, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def calibrated(model, data, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("artifact") / "policy"
-    promise = ["--top", "1:0.05"] if model.name == "sigmoid" else []
+    promise = {"sigmoid": ["--top", "1:0.05"], "sigmoids": ["--gate", "c1:0.5"]}.get(model.name, [])
     done = command(
         "calibrate", "--model", str(model), *data, *promise, "--epsilon", "0.2",
         "--output", str(output),
@@ -68,6 +68,8 @@ def test_a_classifiers_policy_is_for_the_columns_of_its_scores(calibrated, model
     assert (config.score_head, [label.name for label in config.labels]) == (model.name, names)
     assert f"the {model.name} scores of a classifier: {', '.join(names)}" in said
     right = "probabilities are right about which is largest"
+    if model.name == "sigmoids":
+        right = "probabilities are right about their side of the gates"
     if model.name == "sigmoid":
         right = "scores are right about which documents of a query come first"
         assert "make at most 20 % of the queries wrong" in said
@@ -87,8 +89,8 @@ def test_evaluate_runs_it_beside_stock(calibrated, model, data, tmp_path):
     assert found["layers_saved"] > 0
     assert found["never_exit"]["disagreement_with_stock"] < 0.02  # ties in bfloat16
     assert ("queries that lose a document" in page.read_text()) == ("queries" in found)
-    promised = found["queries"]["levels"] if "queries" in found else found["levels"]
-    name = "wrong" if "queries" in found else "disagreement"
+    about = next((found[name] for name in ("queries", "gates") if name in found), found)
+    promised, name = about["levels"], "disagreement" if about is found else "wrong"
     assert all(level[name] <= level["epsilon"] for level in promised)
     assert 0 < found["stock"]["accuracy"] < 1
 

@@ -95,6 +95,17 @@ def broken_rules(config: ConfigFields) -> list[str]:
         "labels of a score_head are its columns, in order": (
             config.score_head is None or config.label_ids == tuple(range(len(labels)))
         ),
+        "where any number of labels may hold, none is the answer: sigmoids need a tolerance or "
+        "gates on labels, and rule out label_bounds, never_early and trained probes": (
+            config.score_head != "sigmoids"
+            or (
+                probabilities
+                and all(gate.label is not None for gate in gates)
+                and not (config.label_bounds or config.never_early)
+                and config.student is None
+                and not config.branches
+            )
+        ),
         "a sigmoid has two labels": len(labels) == 2 or config.score_head != "sigmoid",
         "a score_head rules out label_mass: there is no rest of a vocabulary": (
             config.score_head is None or not config.label_mass

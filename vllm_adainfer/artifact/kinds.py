@@ -15,8 +15,9 @@ Risk = Literal["disagreement", "accuracy", "probability"]
 BoundKind = Literal["exact", "wsr"]
 LabelBoundKind = Literal["recall", "precision"]
 # What turns a classifier's scores into probabilities: a softmax of one column per label, or the
-# sigmoid of a single column, which is a softmax of two labels, the first of which scores 0.
-ScoreHead = Literal["softmax", "sigmoid"]
+# sigmoid of a single column, which is a softmax of two labels, the first of which scores 0, or a
+# sigmoid of each column, where any number of labels may hold.
+ScoreHead = Literal["softmax", "sigmoid", "sigmoids"]
 Candidates = Literal["labels", "shortlist", "full"]
 
 # A classifier's input: the columns of `adainfer_kernels.ProbeResult.features`, and of

@@ -22,7 +22,7 @@ class GatePolicy(LabelHeadPolicy):
     def __init__(self, artifact: Artifact, device: torch.device) -> None:
         """Load the fitted tensors of `artifact`, which has gates, onto `device`."""
         super().__init__(artifact, device)
-        self._gates = Gates(artifact.config.gates, artifact.config.labels)
+        self._gates = Gates(artifact.config.gates, artifact.config.labels, self._link)
         self._vocabulary = artifact.config.vocab_size
 
     @override
@@ -31,7 +31,7 @@ class GatePolicy(LabelHeadPolicy):
 
     @override
     def _answers(self, scores: Tensor) -> Answers:
-        return LabelLogits(answers_of(scores, self._vocabulary), self.answer_ids)
+        return LabelLogits(answers_of(scores, self._vocabulary, self._link), self.answer_ids)
 
     @override
     def disagrees(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.artifact.fields import Gate, Label
+from vllm_adainfer.policy.links import SOFTMAX, Link
 
 FURTHEST = 20.0  # from a gate, in log-odds: beyond it, and without one, all answers are alike
 
@@ -17,11 +18,14 @@ class Gates:
     """The gates of a policy.
 
     Labels are [rows, labels]: scores, log-probabilities, or both up to a constant by row; -inf for
-    a label that a row is not about.
+    a label that a row is not about. Where any number of labels may hold, scores alone.
     """
 
-    def __init__(self, gates: Sequence[Gate], labels: Sequence[Label]) -> None:
-        """Take `gates` on `labels`."""
+    def __init__(
+        self, gates: Sequence[Gate], labels: Sequence[Label], link: Link = SOFTMAX
+    ) -> None:
+        """Take `gates` on `labels`, whose scores become probabilities by `link`."""
+        self._link = link
         columns = {label.name: column for column, label in enumerate(labels)}
         self._columns = [None if one.label is None else columns[one.label] for one in gates]
         self._odds = [math.log(one.probability / (1 - one.probability)) for one in gates]
@@ -32,8 +36,7 @@ class Gates:
         found = []
         for column, odds in zip(self._columns, self._odds, strict=True):
             chosen = best if column is None else torch.full_like(best, column)
-            others = labels.scatter(1, chosen, -torch.inf).logsumexp(dim=1)
-            found.append(labels.gather(1, chosen).squeeze(1) - others - odds)
+            found.append(self._link.log_odds(labels, chosen) - odds)
         return torch.stack(found, dim=1).float()
 
     def features(self, labels: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from vllm_adainfer.policy.artifact_policy import (
     trained_probe,
 )
 from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
+from vllm_adainfer.policy.links import link_of
 from vllm_adainfer.policy.probe import LabelHead
 from vllm_adainfer.policy.reading import ProbeView, features_among
 from vllm_adainfer.policy.score import score
@@ -43,6 +44,7 @@ class LabelHeadPolicy(ArtifactPolicy):
         self.answer_ids = torch.tensor(config.label_ids, device=device)
         self._columns = torch.arange(len(config.labels), device=device)
         self._pool = config.label_pool
+        self._link = link_of(config.score_head)
         self._probes: list[LabelHead | Trained] = []
         for layer, read in zip(self.exit_points, self.probe_inputs, strict=True):
             weight, bias = tensors[f"exit.{layer}.head_weight"], tensors[f"exit.{layer}.head_bias"]
@@ -74,7 +76,7 @@ class LabelHeadPolicy(ArtifactPolicy):
         """What `decide` bases its decision on."""
         scores = self._score(exit_index, rows)
         labels = scores[:, : len(self.answer_ids)]
-        top_prob, gap = features_among(labels).unbind(dim=1)
+        top_prob, gap = features_among(labels, self._link).unbind(dim=1)
         return ProbeView(
             tokens=self.answer_ids[labels.argmax(dim=1)],
             top_prob=top_prob,

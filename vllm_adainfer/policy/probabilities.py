@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.artifact.label_subsets import restrict
+from vllm_adainfer.policy.links import SOFTMAX, Link
 
 # How far a probability has moved, as buckets of a histogram.
 MOVES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -18,7 +19,8 @@ class LabelProbabilities:
     """What a distribution over the vocabulary says of the labels.
 
     Attributes:
-        among: fp32 [rows, labels], their probabilities among themselves, which sum to 1.
+        among: fp32 [rows, labels], their probabilities among themselves, which sum to 1; or where
+            any number of labels may hold, that of each.
         mass: fp32 [rows], the sum of their probabilities in the whole vocabulary.
 
     """
@@ -40,7 +42,7 @@ class LabelProbabilities:
 
 
 def probabilities_of_logits(
-    logits: Tensor, label_ids: Tensor, subsets: Tensor | None = None
+    logits: Tensor, label_ids: Tensor, subsets: Tensor | None = None, link: Link = SOFTMAX
 ) -> LabelProbabilities:
     """What logits [rows, vocabulary] say of the labels, int64 [labels].
 
@@ -49,22 +51,26 @@ def probabilities_of_logits(
     logits = logits.float()
     labels = restrict(logits[:, label_ids], subsets)
     mass = (labels.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()
-    return LabelProbabilities(labels.softmax(dim=1), mass.clamp(max=1))
+    return LabelProbabilities(link.probabilities(labels), mass.clamp(max=1))
 
 
-def probabilities_of_scores(scores: Tensor) -> LabelProbabilities:
+def probabilities_of_scores(scores: Tensor, link: Link = SOFTMAX) -> LabelProbabilities:
     """What a head's scores [rows, labels + 1] say of the labels; -inf is for one not asked for."""
-    return LabelProbabilities(scores[:, :-1].softmax(dim=1), scores[:, -1].sigmoid())
+    return LabelProbabilities(link.probabilities(scores[:, :-1]), scores[:, -1].sigmoid())
 
 
-def features_of(scores: Tensor) -> Tensor:
+def features_of(scores: Tensor, link: Link = SOFTMAX) -> Tensor:
     """What the classifier reads of a head's scores [rows, labels + 1]: fp32 [rows, 3].
 
     ``top_logit`` is the log-odds of the best label among the labels, ``gap`` the lead of its
     probability over the second, ``mass_logit`` the log-odds of the label mass. Near 1, where
-    answers leave, a probability hardly changes, but its log-odds do.
+    answers leave, a probability hardly changes, but its log-odds do. Where any number of labels may
+    hold, the first two are about the label that is least sure: whether it holds, or does not.
     """
     labels = scores[:, :-1]
+    if not link.one_holds:
+        least = labels.abs().amin(dim=1)
+        return torch.stack([least, (least / 2).tanh(), scores[:, -1]], dim=1)
     best = labels.topk(2)
     first, second = best.values.unbind(dim=1)
     rest = labels.scatter(1, best.indices[:, :1], -torch.inf).logsumexp(dim=1)
@@ -73,7 +79,7 @@ def features_of(scores: Tensor) -> Tensor:
     return torch.stack([first - rest, gap, scores[:, -1]], dim=1)
 
 
-def answers_of(scores: Tensor, vocabulary: int | None) -> Tensor:
+def answers_of(scores: Tensor, vocabulary: int | None, link: Link = SOFTMAX) -> Tensor:
     """The logits that give a head's probabilities, fp32 [rows, labels + 1].
 
     The last column is the logit of every token that is none of the row's labels.
@@ -82,9 +88,10 @@ def answers_of(scores: Tensor, vocabulary: int | None) -> Tensor:
         scores: [rows, labels + 1]; -inf for labels that a row is not about, also in the result.
         vocabulary: its size: the tokens that share what the label mass leaves; None if they get
             nothing.
+        link: how scores become probabilities.
 
     """
-    labels = scores[:, :-1].log_softmax(dim=1)
+    labels = scores[:, :-1].log_softmax(dim=1) if link.one_holds else scores[:, :-1]
     if vocabulary is None:
         rest = torch.full_like(scores[:, -1:], -torch.inf)
     else:  # the labels' exponentials sum to 1, so the others' must sum to (1 - mass) / mass
@@ -97,10 +104,12 @@ def _others(labels: Tensor, vocabulary: int) -> Tensor:
     return vocabulary - labels.isfinite().sum(dim=1, dtype=torch.float32)
 
 
-def probabilities_of_answers(answers: Tensor, vocabulary: int | None) -> LabelProbabilities:
+def probabilities_of_answers(
+    answers: Tensor, vocabulary: int | None, link: Link = SOFTMAX
+) -> LabelProbabilities:
     """What `answers_of` say, as vLLM's log-softmax over the vocabulary will."""
     labels, rest = answers[:, :-1], answers[:, -1]
     mass = torch.ones_like(rest)
     if vocabulary is not None:
         mass = (-rest - _others(labels, vocabulary).log()).sigmoid()
-    return LabelProbabilities(labels.softmax(dim=1), mass)
+    return LabelProbabilities(link.probabilities(labels), mass)

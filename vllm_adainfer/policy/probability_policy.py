@@ -34,11 +34,11 @@ class ProbabilityPolicy(LabelHeadPolicy):
 
     @override
     def _features(self, scores: Tensor) -> Tensor:
-        return features_of(scores)
+        return features_of(scores, self._link)
 
     @override
     def _answers(self, scores: Tensor) -> Answers:
-        return LabelLogits(answers_of(scores, self._vocabulary), self.answer_ids)
+        return LabelLogits(answers_of(scores, self._vocabulary, self._link), self.answer_ids)
 
     @override
     def disagrees(
@@ -47,11 +47,14 @@ class ProbabilityPolicy(LabelHeadPolicy):
         """An answer is wrong, too, if a probability moves further than the tolerance."""
         assert isinstance(answers, LabelLogits)
         subsets = answers.scores.isfinite() if self._pool else None
-        early = probabilities_of_answers(answers.values, self._vocabulary)
-        full = probabilities_of_logits(logits, self.answer_ids, subsets)
+        early = probabilities_of_answers(answers.values, self._vocabulary, self._link)
+        full = probabilities_of_logits(logits, self.answer_ids, subsets, self._link)
         moved = early.largest_move(full, self._with_mass)
+        too_far = ~(moved <= self.tolerance)
+        if not self._link.one_holds:  # no label is the answer
+            return too_far, moved
         differs = answers.disagree(logits, head)
         if self._with_mass:  # any token may be the answer
             labels = restrict(logits[:, self.answer_ids], subsets)
             differs |= labels.amax(dim=1) < logits.amax(dim=1)
-        return differs | ~(moved <= self.tolerance), moved
+        return differs | too_far, moved

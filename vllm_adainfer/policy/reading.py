@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_adainfer.policy.links import SOFTMAX, Link
+
 
 @dataclass(frozen=True)
 class ProbeView:
@@ -28,7 +30,7 @@ class ProbeView:
     threshold: Tensor
 
 
-def features_among(scores: Tensor) -> Tensor:
+def features_among(scores: Tensor, link: Link = SOFTMAX) -> Tensor:
     """``top_prob`` and ``gap`` among the tokens with finite `scores` [rows, tokens]: [rows, 2]."""
-    first, second = scores.softmax(dim=1).topk(2).values.unbind(dim=1)
+    first, second = link.probabilities(scores).topk(2).values.unbind(dim=1)
     return torch.stack([first, first - second], dim=1)

@@ -12,16 +12,22 @@ def is_classifier(model: Any) -> bool:
     return bool(is_pooling_model(model))
 
 
-def passes_class_probabilities(model: Any) -> bool:
-    """Whether the scores of a classifier pass a softmax, or as a single column a sigmoid.
+def activation_of(model: Any) -> str | None:
+    """What the scores of a classifier pass: "classes" or "labels"; None for anything else.
 
-    vLLM 0.32 keeps the function in the head of the pooler (`pooler/seqwise/heads.py`); others are
-    for several labels at once, for regression, or a module's own.
+    vLLM 0.32 keeps the function in the head of the pooler (`pooler/seqwise/heads.py`). For classes
+    it is a softmax, or the sigmoid of a single column, for labels a sigmoid of each column. Others
+    are for regression, or a module's own.
     """
-    from vllm.model_executor.layers.pooler.activations import PoolerClassify
+    from vllm.model_executor.layers.pooler.activations import (
+        PoolerClassify,
+        PoolerMultiLabelClassify,
+    )
 
     head: Any = model.pooler.poolers_by_task["classify"].head
-    return isinstance(head.activation, PoolerClassify)
+    if isinstance(head.activation, PoolerClassify):
+        return "classes"
+    return "labels" if isinstance(head.activation, PoolerMultiLabelClassify) else None
 
 
 def classify_with(model: Any, score: Any) -> None:

@@ -18,11 +18,7 @@ from torch import Tensor, nn
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.kinds import ScoreHead
-from vllm_adainfer.engine.compat.pooler import (
-    classify_with,
-    is_classifier,
-    passes_class_probabilities,
-)
+from vllm_adainfer.engine.compat.pooler import activation_of, classify_with, is_classifier
 from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.upload import upload
@@ -102,13 +98,16 @@ def score_head_of(model: Any) -> ScoreHead | None:
     """
     if not is_classifier(model):
         return None
-    if not passes_class_probabilities(model):
+    made_into = activation_of(model)
+    if made_into is None:
         raise AdaInferError(
-            "vllm-adainfer: policies promise the probability of one class among several, or that "
-            "of a single column, and the scores of this classifier are made into something else "
-            '(see problem_type in its config.json): drop "adainfer" from additional_config'
+            "vllm-adainfer: policies promise probabilities, of one class among several or of each "
+            "label, and the scores of this classifier are made into something else (see "
+            'problem_type in its config.json): drop "adainfer" from additional_config'
         )
-    return "sigmoid" if model.score.output_size == 1 else "softmax"
+    if model.score.output_size == 1:
+        return "sigmoid"
+    return "softmax" if made_into == "classes" else "sigmoids"
 
 
 def check_scores(model: Any, name: str, config: ArtifactConfig) -> None:

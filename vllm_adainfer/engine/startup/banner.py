@@ -94,7 +94,8 @@ def _outputs(config: ArtifactConfig) -> str:
         return tokens
     names = ", ".join(label.name.strip() for label in config.labels)
     if config.score_head is not None:
-        return f"the class of a prompt among {names}"
+        what = "classes" if config.score_head == "sigmoids" else "class"
+        return f"the {what} of a prompt among {names}"
     if config.label_pool:
         names = f"two or more of {names}"
     what = "among" if config.promises_best_label else "that read probabilities among"

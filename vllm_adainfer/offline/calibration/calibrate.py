@@ -43,6 +43,7 @@ from vllm_adainfer.offline.calibration.trained_probes import (
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.progress import say
 from vllm_adainfer.policy.gates import Gates
+from vllm_adainfer.policy.links import link_of
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
 # what SmolLM2 writes, and the tokens it is sure of early are common ones: simulated at epsilon
@@ -156,14 +157,16 @@ def calibration_of(
     if request.options.max_tokens > 1:
         answers = shortlist(recording.tokens[recording.rows_of(split.fit)])
     full_depth = subsets = None
+    score_head = score_head_of(prompts.hf_config)
+    link = link_of(score_head)
     if request.label_pool:
         subsets = subsets_of(prompts.examples, [label.token_id for label in prompts.labels])
     if request.options.risk == "probability" and answers is not None:
-        full_depth = full_depth_labels(recording, answers, subsets)
+        full_depth = full_depth_labels(recording, answers, subsets, link)
     first_tokens = None if choices is None else choices.first_tokens
     gates = None
     if request.options.gates:
-        gates = Gates(request.options.gates, prompts.labels)
+        gates = Gates(request.options.gates, prompts.labels, link)
     named = request.options.never_early
     never = frozenset(label.token_id for label in prompts.labels if label.name in named)
     questions = [one.question for one in prompts.examples if one.question is not None]
@@ -187,7 +190,7 @@ def calibration_of(
         pooled_from=prompts.pooled_from,
         questions=questions,
         ends=ends_of(prompts.examples) if questions else {},
-        score_head=score_head_of(prompts.hf_config),
+        score_head=score_head,
     )
 
 

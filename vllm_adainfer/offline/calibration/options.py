@@ -64,12 +64,13 @@ class CalibrationRequest:
     options: PolicyOptions = field(default_factory=PolicyOptions)
 
 
-def check_classifier(request: CalibrationRequest, columns: int) -> None:
+def check_classifier(request: CalibrationRequest, columns: int, several_hold: bool) -> None:
     """Check that the options go with a classifier, whose labels are the columns of its scores.
 
     Args:
         request: the options.
         columns: the number of its scores.
+        several_hold: whether any number of its labels may hold at once.
 
     Raises:
         AdaInferError: they do not; the message says which to drop.
@@ -80,7 +81,26 @@ def check_classifier(request: CalibrationRequest, columns: int) -> None:
         "--label-pool": request.label_pool,
         "--choices": request.choices,
     }
+    options = request.options
+    reads = options.tolerance is not None or any(gate.label for gate in options.gates)
+    about_best = (
+        options.label_bounds
+        or options.never_early
+        or not all(gate.label for gate in options.gates)
+        or options.risk == "accuracy"
+    )
     refusals = [
+        (
+            several_hold and (not reads or bool(about_best)),
+            "any number of this classifier's labels may hold at once, so none of them is the "
+            "answer: promise their probabilities, with --tolerance or --gate LABEL:P, and drop "
+            "other promises",
+        ),
+        (
+            several_hold and (request.student is not None or request.probe == "branch"),
+            "students and branches learn which label holds, and any number of this classifier's "
+            "may: drop --student and --probe branch",
+        ),
         *(
             (bool(given), f"a classifier brings its labels, the columns of its scores: drop {name}")
             for name, given in answers.items()

@@ -36,6 +36,7 @@ from vllm_adainfer.offline.calibration.data.label_pool import common_labels, poo
 from vllm_adainfer.offline.calibration.data.score_labels import (
     is_classifier,
     score_columns,
+    score_head_of,
     score_labels,
 )
 from vllm_adainfer.offline.calibration.data.scored import read_scored
@@ -108,7 +109,8 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     most = hf_config.max_position_embeddings - options.max_tokens
     labels: tuple[Label, ...] = ()
     if is_classifier(hf_config):
-        check_classifier(request, score_columns(hf_config))
+        several_hold = score_head_of(hf_config) == "sigmoids"
+        check_classifier(request, score_columns(hf_config), several_hold)
         labels = score_labels(hf_config)
         request = replace(request, labels=tuple(label.name for label in labels))
     check_options(request, holds_requests and not labels, bool(labels))

@@ -38,9 +38,12 @@ def layers_to_branch(policy: FittedPolicy) -> list[int]:
 
 
 def branches_could_pay(policy: FittedPolicy) -> bool:
-    """Whether a branch takes little time beside a layer of the model, in a pooled policy."""
+    """Whether a branch takes little time beside a layer of the model, in a pooled policy.
+
+    Branches learn which label holds, if one does.
+    """
     calibration = policy.calibration
-    if not calibration.target.is_pooled:
+    if not calibration.target.is_pooled or not calibration.target.link.one_holds:
         return False
     recording = calibration.recording
     tokens = recording.computed[recording.rows_of(calibration.split.fit)]

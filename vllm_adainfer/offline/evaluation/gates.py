@@ -13,6 +13,7 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
 from vllm_adainfer.offline.reports.shares import Share, of_rounds
 from vllm_adainfer.policy.gates import Gates
+from vllm_adainfer.policy.links import Link, link_of
 
 DIGITS = 4  # of the probabilities in the report
 
@@ -34,13 +35,17 @@ def gate_rows(config: ArtifactConfig, groups: Ints, rounds: Rounds) -> dict[str,
         and `gates`, each with its name, number and the ``full`` probabilities.
 
     """
-    every = Gates(config.gates, config.labels)
-    each = [Gates([gate], config.labels) for gate in config.gates]
+    link = link_of(config.score_head)
+    every = Gates(config.gates, config.labels, link)
+    each = [Gates([gate], config.labels, link) for gate in config.gates]
     full = [by_epsilon[NEVER_EXIT] for _, by_epsilon in rounds]
 
     def share(gates: Gates, runs: Sequence[Run], name: str) -> dict[str, Any]:
         pairs = zip(runs, full, strict=True)
-        wrong = [gates.wrong(_labels(run), _labels(other)).double().numpy() for run, other in pairs]
+        wrong = [
+            gates.wrong(_scores(link, run), _scores(link, other)).double().numpy()
+            for run, other in pairs
+        ]
         value, interval = of_rounds([Share(one, np.ones(len(one)), groups) for one in wrong])
         return {name: value, f"{name}_95": interval}
 
@@ -48,7 +53,10 @@ def gate_rows(config: ArtifactConfig, groups: Ints, rounds: Rounds) -> dict[str,
         return {
             **share(every, runs, "wrong"),
             "gates": [
-                {**share(gates, runs, "differs"), "early": _probabilities(gates, odds, runs[0])}
+                {
+                    **share(gates, runs, "differs"),
+                    "early": _probabilities(gates, odds, _scores(link, runs[0])),
+                }
                 for gates, odds in zip(each, _odds(config), strict=True)
             ],
         }
@@ -58,7 +66,7 @@ def gate_rows(config: ArtifactConfig, groups: Ints, rounds: Rounds) -> dict[str,
             {
                 "label": gate.label or "the best label",
                 "probability": gate.probability,
-                "full": _probabilities(gates, odds, full[0]),
+                "full": _probabilities(gates, odds, _scores(link, full[0])),
             }
             for gate, gates, odds in zip(config.gates, each, _odds(config), strict=True)
         ],
@@ -73,9 +81,10 @@ def gate_rows(config: ArtifactConfig, groups: Ints, rounds: Rounds) -> dict[str,
     }
 
 
-def _labels(run: Run) -> torch.Tensor:
+def _scores(link: Link, run: Run) -> torch.Tensor:
+    """[prompts, labels], scores that have the probabilities of the answers."""
     assert run.logprobs is not None
-    return torch.from_numpy(run.logprobs).double()
+    return link.scores_of(torch.from_numpy(run.logprobs).double().exp())
 
 
 def _odds(config: ArtifactConfig) -> Floats:
@@ -84,7 +93,7 @@ def _odds(config: ArtifactConfig) -> Floats:
     return odds
 
 
-def _probabilities(gates: Gates, odds: float, run: Run) -> list[float]:
+def _probabilities(gates: Gates, odds: float, scores: torch.Tensor) -> list[float]:
     """The probability of the label of a single gate, [prompts]."""
-    margins = gates.margins(_labels(run)).squeeze(1).double() + odds
+    margins = gates.margins(scores).squeeze(1).double() + odds
     return [round(one, DIGITS) for one in margins.sigmoid().tolist()]

@@ -101,7 +101,7 @@ def _quality(config: ArtifactConfig, run: Run, truth: Ints | None) -> dict[str, 
     found: dict[str, Any] = {"ece": None, "brier": None, "label_mass": None, "bins": None}
     if config.label_mass:
         found["label_mass"] = float(label_mass(run.logprobs).mean())
-    if truth is not None:
+    if truth is not None and config.score_head != "sigmoids":
         probabilities = among_labels(run.logprobs)
         bins = reliability(probabilities, truth)
         scores = {
@@ -116,6 +116,9 @@ def _compare(config: ArtifactConfig, run: Run, full: Run) -> Moves:
     assert run.logprobs is not None
     assert full.logprobs is not None
     assert config.tolerance is not None
+    if config.score_head == "sigmoids":  # no label is the answer
+        moves = np.abs(np.exp(run.logprobs) - np.exp(full.logprobs)).max(axis=1).astype(np.float64)
+        return Moves(moves, np.zeros(len(moves), np.bool_), moves > config.tolerance)
     ids = list(config.label_ids)
     answered, best = (np.isin([text[0] for text in either.texts], ids) for either in (run, full))
     # Apart from rounding, only an exit can answer a label where the best token is not one.

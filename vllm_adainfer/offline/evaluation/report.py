@@ -203,7 +203,7 @@ class _Measured:
 
     def _by_label(self, run: Run) -> dict[str, Any]:
         """The rows about single labels, of one round; nothing for a policy without labels."""
-        if not self.config.labels:
+        if not self.config.labels or self.config.score_head == "sigmoids":
             return {}
         full = self.at(NEVER_EXIT)[0]
         rows = label_rows(self.config, self.examples, self.groups, run.texts, full.texts)

@@ -21,7 +21,10 @@ def score_head_of(hf_config: Any) -> ScoreHead | None:
     """What turns the scores of a model into probabilities; None if it generates."""
     if not is_classifier(hf_config):
         return None
-    return "sigmoid" if score_columns(hf_config) == 1 else "softmax"
+    if score_columns(hf_config) == 1:
+        return "sigmoid"
+    several = getattr(hf_config, "problem_type", None) == "multi_label_classification"
+    return "sigmoids" if several else "softmax"
 
 
 def score_labels(hf_config: Any) -> tuple[Label, ...]:

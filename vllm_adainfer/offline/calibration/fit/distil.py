@@ -10,7 +10,7 @@ saved 4 to 8 points less.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit.ridge import CrossValidated, Linear
 from vllm_adainfer.offline.calibration.record.recording import FOLDS
+from vllm_adainfer.policy.links import SOFTMAX, Link
 
 # Small penalties give closer probabilities, but rank answers worse across layers: on the demo
 # model a joint threshold saved up to 15 points less with 0.03 at every layer than with 0.3 to 1.
@@ -39,6 +40,7 @@ class Taught:
         labels: fp32 [rows, labels], the labels' probabilities at full depth.
         mass: fp32 [rows], the label mass; None if the head does not read it.
         subsets: bool [rows, labels], the labels that each row is about; None for all.
+        link: how scores become probabilities.
 
     """
 
@@ -46,21 +48,23 @@ class Taught:
     labels: Tensor
     mass: Tensor | None = None
     subsets: Tensor | None = None
+    link: Link = SOFTMAX
 
     def of_rows(self, rows: Tensor) -> Taught:
         """The same of bool `rows` alone."""
         mass = None if self.mass is None else self.mass[rows]
         subsets = None if self.subsets is None else self.subsets[rows]
-        return Taught(self.read[rows], self.labels[rows], mass, subsets)
+        return Taught(self.read[rows], self.labels[rows], mass, subsets, self.link)
 
     def loss(self, linear: Linear) -> tuple[float, Tensor]:
         """The mean cross-entropy, and its gradient [rows, scores] by the scores.
 
-        In a softmax the gradient is the difference of the probabilities.
+        The gradient is the difference of the probabilities.
         """
         scores = self.read @ linear.matrix.T + linear.bias
         labels = self.labels.shape[1]
-        wrong = restrict(scores[:, :labels], self.subsets).softmax(1) - self.labels
+        own = restrict(scores[:, :labels], self.subsets)
+        wrong = self.link.probabilities(own) - self.labels
         if self.mass is not None:
             odds = scores[:, labels]
             wrong = torch.cat([wrong, (odds.sigmoid() - self.mass).unsqueeze(1)], dim=1)
@@ -69,8 +73,7 @@ class Taught:
     def cross_entropy(self, scores: Tensor) -> Tensor:
         """The mean cross-entropy of `scores` fp32 [rows, labels or labels + 1]."""
         labels = self.labels.shape[1]
-        logprobs = restrict(scores[:, :labels], self.subsets).log_softmax(1)
-        loss = -(self.labels * logprobs.masked_fill(logprobs.isneginf(), 0)).sum()
+        loss = self.link.cross_entropy(restrict(scores[:, :labels], self.subsets), self.labels)
         if self.mass is not None:
             odds = scores[:, labels]
             loss = loss + torch.nn.functional.softplus(odds).sum() - self.mass @ odds
@@ -110,7 +113,7 @@ def solve(taught: Taught, penalty: float, start: Linear | None = None) -> Linear
     """
     mean, deviation = taught.read.mean(0), taught.read.std(0, correction=0)
     scale = torch.where(deviation > 1e-9 * mean.abs(), 1 / deviation, 0)
-    rows = Taught((taught.read - mean) * scale, taught.labels, taught.mass, taught.subsets)
+    rows = replace(taught, read=(taught.read - mean) * scale)
     shape = taught.labels.shape[1] + (taught.mass is not None), taught.read.shape[1] + 1
 
     def objective(flat: Floats) -> tuple[float, Floats]:

@@ -31,6 +31,7 @@ from vllm_adainfer.offline.calibration.fit.probes import (
 from vllm_adainfer.offline.calibration.fit.split import Split
 from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
 from vllm_adainfer.policy.branch import Branch
+from vllm_adainfer.policy.links import SOFTMAX
 from vllm_adainfer.policy.score import score
 
 
@@ -181,7 +182,8 @@ def judge(
     """The answers of `probe` for decision `rows` of a recording after `layer`; see `fit_exits`."""
     subsets = None if target is None else target.subsets_of(rows)
     read = recording.read_by_probe(layer, rows, target is not None and target.is_pooled)
-    early = answers_of_probe(probe, read, subsets, None if target is None else target.gates)
+    gates, link = (None, SOFTMAX) if target is None else (target.gates, target.link)
+    early = answers_of_probe(probe, read, subsets, gates, link)
     full = recording.tokens[rows]
     return Judged.of(early, full, loss(early, full, rows))
 

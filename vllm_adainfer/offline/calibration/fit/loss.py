@@ -13,6 +13,7 @@ from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.policy.gates import Gates
+from vllm_adainfer.policy.links import SOFTMAX, Link
 from vllm_adainfer.policy.probabilities import LabelProbabilities
 
 RightTokens = Sequence[set[int]]  # by prompt
@@ -67,6 +68,7 @@ class FullDepthLabels:
     Attributes:
         scores: fp32 [rows, labels], their logits, computed in fp32: the targets of the heads.
         probabilities: their probabilities as vLLM returns them, from logits in the model's dtype.
+        link: how scores become probabilities.
         label_is_best: bool [rows], whether the best token of the whole vocabulary is a label.
 
     """
@@ -74,6 +76,7 @@ class FullDepthLabels:
     scores: Tensor
     probabilities: LabelProbabilities
     label_is_best: Tensor
+    link: Link = SOFTMAX
 
     def loss(self, tolerance: float, with_mass: bool) -> Loss:
         """1 where the answer differs or a probability moves by more than `tolerance`, else 0.
@@ -101,8 +104,9 @@ class FullDepthLabels:
 
         def loss(early: ProbeAnswers, full: Ints, rows: Ints) -> Floats:
             assert early.probabilities is not None
-            among = early.probabilities.among.log(), self.probabilities.among[rows].log()
-            return gates.wrong(*among).numpy().astype(np.float64)
+            here, there = early.probabilities.among, self.probabilities.among[rows]
+            wrong = gates.wrong(self.link.scores_of(here), self.link.scores_of(there))
+            return wrong.numpy().astype(np.float64)
 
         return loss
 
@@ -113,14 +117,19 @@ class FullDepthLabels:
         full_depth = self.probabilities
         reference = LabelProbabilities(full_depth.among[rows], full_depth.mass[rows])
         moved = early.probabilities.largest_move(reference, with_mass)
-        wrong = (early.tokens != full) | ~(moved <= tolerance).numpy()
+        wrong = ~(moved <= tolerance).numpy()
+        if self.link.one_holds:
+            wrong |= early.tokens != full
         if with_mass:
             wrong |= ~self.label_is_best[rows].numpy()
         return wrong.astype(np.float64)
 
 
 def full_depth_labels(
-    recording: Recording, label_ids: Tensor, subsets: Tensor | None = None
+    recording: Recording,
+    label_ids: Tensor,
+    subsets: Tensor | None = None,
+    link: Link = SOFTMAX,
 ) -> FullDepthLabels:
     """Compute the labels' scores, int64 [labels], from the recorded final states.
 
@@ -140,6 +149,5 @@ def full_depth_labels(
     is_best = whole.top1_id.unsqueeze(1) == label_ids
     if subsets is not None:
         is_best &= subsets
-    return FullDepthLabels(
-        exact_scores, LabelProbabilities(own.softmax(dim=1), mass), is_best.any(dim=1)
-    )
+    probabilities = LabelProbabilities(link.probabilities(own), mass)
+    return FullDepthLabels(exact_scores, probabilities, is_best.any(dim=1), link)

@@ -34,6 +34,7 @@ from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.gates import Gates
+from vllm_adainfer.policy.links import SOFTMAX, Link
 from vllm_adainfer.policy.probabilities import features_of, probabilities_of_scores
 from vllm_adainfer.policy.probe import LabelHead, Probe
 from vllm_adainfer.policy.reading import features_among
@@ -82,6 +83,11 @@ class Target:
     never_early: frozenset[int] = frozenset()
 
     @property
+    def link(self) -> Link:
+        """How the labels' scores become probabilities."""
+        return SOFTMAX if self.full_depth is None else self.full_depth.link
+
+    @property
     def undecided(self) -> int | None:
         """The one of `label_ids` that decides no choice; None if each is an answer."""
         if self.first_tokens is None or self.first_tokens.undecided is None:
@@ -112,7 +118,8 @@ class Target:
         If only gates or an order are promised, another label may be as good; see `Judged` for the
         arguments.
         """
-        settled: Bools = (loss == 0) & (agrees | (self.gates is not None) | self.ranks)
+        another = self.gates is not None or self.ranks or not self.link.one_holds
+        settled: Bools = (loss == 0) & (agrees | another)
         return settled
 
     def subsets_of(self, rows: Ints) -> Tensor | None:
@@ -167,30 +174,36 @@ def taught_by_full_depth(recording: Recording, target: Target, rows: Ints, read:
         if target.first_tokens is not None:
             scores = target.first_tokens.best(scores)
         labels = restrict(scores, subsets).softmax(1)
-    return Taught(read, labels, mass, subsets)
+    return Taught(read, labels, mass, subsets, target.link)
 
 
 def answers_of_probe(
-    probe: StateProbe, states: Tensor, subsets: Tensor | None = None, gates: Gates | None = None
+    probe: StateProbe,
+    states: Tensor,
+    subsets: Tensor | None = None,
+    gates: Gates | None = None,
+    link: Link = SOFTMAX,
 ) -> ProbeAnswers:
     """The answers of `probe` for `states`, which are what `Recording.read_by_probe` returns.
 
-    `subsets`, bool [rows, labels], are the labels that each row is about; None for all. `gates` are
-    those of the target.
+    `subsets`, bool [rows, labels], are the labels that each row is about; None for all. `gates` and
+    `link` are those of the target.
     """
     if isinstance(probe, Probe):
         result = probe.score(probe.readout(states))
         return ProbeAnswers(result.features, result.top1_id.numpy())
-    return answers_of_scores(probe, probe.score(states, subsets), gates)
+    return answers_of_scores(probe, probe.score(states, subsets), gates, link)
 
 
-def answers_of_scores(head: LabelHead, scores: Tensor, gates: Gates | None) -> ProbeAnswers:
-    """The answers of a label head that has given some rows `scores`; see `Target` for `gates`."""
+def answers_of_scores(
+    head: LabelHead, scores: Tensor, gates: Gates | None, link: Link = SOFTMAX
+) -> ProbeAnswers:
+    """The answers of a label head that has given some rows `scores`; see `answers_of_probe`."""
     tokens = head.token_ids[scores[:, : len(head.token_ids)].argmax(dim=1)].numpy()
     if not head.reads_mass:
         return ProbeAnswers(features_among(scores), tokens)
-    features = features_of(scores) if gates is None else gates.features(scores[:, :-1])
-    return ProbeAnswers(features, tokens, probabilities_of_scores(scores))
+    features = features_of(scores, link) if gates is None else gates.features(scores[:, :-1])
+    return ProbeAnswers(features, tokens, probabilities_of_scores(scores, link))
 
 
 def logit_lens(recording: Recording, target: Target) -> Probe:
