@@ -109,6 +109,15 @@ def test_its_scores_are_those_of_a_transformer_layer_over_the_normed_states():
     torch.testing.assert_close(scores(branch, prompts), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_is_trained_on_states_of_any_dtype_that_models_run_in(dtype):
+    encoder = random_branch().encoder
+    prompts = [states.to(dtype) for states in prompts_of(3, 9)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoder(prompts)
+    torch.testing.assert_close(found, encoder([one.float() for one in prompts]), atol=0.2, rtol=0.1)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.3)])
 def test_a_prompt_has_the_same_scores_alone_and_among_others(dtype, tolerance):
     branch = random_branch(dtype=dtype)

@@ -54,7 +54,9 @@ class StateEncoder(nn.Module):
     def forward(self, prompts: Sequence[Tensor]) -> Tensor:
         """Read prompts, the states [tokens, hidden size] of each: fp32 [prompts, 2 x width]."""
         lens = np.array([len(states) for states in prompts])
-        return self.encode(self.projected(torch.cat([*prompts])), lens)
+        # Autocasting, which training does, cannot join float16.
+        dtype = self.project.weight.dtype
+        return self.encode(self.projected(torch.cat([one.to(dtype) for one in prompts])), lens)
 
     def projected(self, states: Tensor) -> Tensor:
         """[rows, width], of each token's state [rows, hidden size] what `encode` reads.
