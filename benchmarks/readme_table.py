@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # imports start at the checkout
 
+from benchmarks.quoted_tables import classifier_tables, promises_table, trained_probes_table
 from benchmarks.serving.serve_report import table as serve_table
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled, verdict
 from vllm_adainfer.offline.tables import markdown_table
@@ -131,48 +132,6 @@ def long_prompts_table() -> list[str]:
         f"{changed:.1%} of the answers.",
         "",
         *(HERE / "results" / "long_prompts.md").read_text().splitlines(),
-    ]
-
-
-def trained_probes_table() -> list[str]:
-    """Students and branches, by task."""
-    return [
-        "A student (MiniLM, 22 M parameters) before the first layer, and branches, each in its "
-        "policy even where it costs more time than it saves ([how](../benchmarks/README.md)):",
-        "",
-        *(HERE / "results" / "trained_probes.md").read_text().splitlines(),
-    ]
-
-
-def classifier_tables() -> list[str]:
-    """A reranker over `/rerank`, and a classifier over `/classify`."""
-    results = HERE / "results"
-    return [
-        "",
-        "## Rerankers",
-        "",
-        "A [reranker](rerankers.md) over `/rerank`, beside stock vLLM. It is a toy: SmolLM2-135M, "
-        "trained for 20 minutes on 1,200 questions of BoolQ and SQuAD. It reorders what TF-IDF "
-        "finds among 968 passages, cut to 64 words. *Lost one* is what the first policy promises; "
-        "the second promises that at most epsilon of the scores *move*:",
-        "",
-        *(results / "rerank.md").read_text().splitlines(),
-        "",
-        "A [classifier](classifiers.md) over `/classify`, whose head is the rows of the fine-tuned "
-        "SmolLM2-135M's LM head for the labels:",
-        "",
-        *(results / "classify.md").read_text().splitlines(),
-    ]
-
-
-def promises_table() -> list[str]:
-    """The best label, tolerances, gates, and promises about single labels, by task."""
-    return [
-        "What each [promise](promises.md) costs, fine-tuned SmolLM2-135M. *Broken* is the "
-        "share of answers that break it; for recall, of all answers that change, and then of those "
-        "that full depth answers with the label. One engine serves all policies of a task:",
-        "",
-        *(HERE / "results" / "promises.md").read_text().splitlines(),
     ]
 
 

@@ -34,9 +34,10 @@ def test_a_step_that_fails_stops_no_other(device, monkeypatch, capsys):
         assert row in said
 
 
-def test_without_a_failure_it_ends_well(device, monkeypatch):
+def test_without_a_failure_it_ends_well(device, monkeypatch, capsys):
     monkeypatch.setattr(gpu_steps, "STEPS", [Step("passes", ("-c", ""))])
     gpu_steps.main(dry=False, only_kernels=False)
+    assert "passed" in capsys.readouterr().out
 
 
 def test_without_a_gpu_nothing_runs(monkeypatch, capsys):

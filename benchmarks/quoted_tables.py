@@ -1,0 +1,49 @@
+"""Parts of `docs/results.md` that quote the Markdown of a result as it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def trained_probes_table() -> list[str]:
+    """Students and branches, by task."""
+    return [
+        "A student (MiniLM, 22 M parameters) before the first layer, and branches, each in its "
+        "policy even where it costs more time than it saves ([how](../benchmarks/README.md)):",
+        "",
+        *(RESULTS / "trained_probes.md").read_text().splitlines(),
+    ]
+
+
+def classifier_tables() -> list[str]:
+    """A reranker over `/rerank`, and a classifier over `/classify`."""
+    return [
+        "",
+        "## Rerankers",
+        "",
+        "A [reranker](rerankers.md) over `/rerank`, beside stock vLLM. It is a toy: SmolLM2-135M, "
+        "trained for 20 minutes on 1,200 questions of BoolQ and SQuAD. It reorders what TF-IDF "
+        "finds among 968 passages, cut to 64 words. *Lost one* is what the first policy promises; "
+        "the second promises that at most epsilon of the scores *move*, a share without an "
+        "interval, as the scores of one query are not independent:",
+        "",
+        *(RESULTS / "rerank.md").read_text().splitlines(),
+        "",
+        "A [classifier](classifiers.md) over `/classify`, whose head is the rows of the fine-tuned "
+        "SmolLM2-135M's LM head for the labels:",
+        "",
+        *(RESULTS / "classify.md").read_text().splitlines(),
+    ]
+
+
+def promises_table() -> list[str]:
+    """The best label, tolerances, gates, and promises about single labels, by task."""
+    return [
+        "What each [promise](promises.md) costs, fine-tuned SmolLM2-135M. *Broken* is the "
+        "share of answers that break it; for recall, of all answers that change, and then of those "
+        "that full depth answers with the label. One engine serves all policies of a task:",
+        "",
+        *(RESULTS / "promises.md").read_text().splitlines(),
+    ]
