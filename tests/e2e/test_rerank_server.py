@@ -48,6 +48,7 @@ HOSTILE: list[tuple[str, Any]] = [
     ("/rerank", {**GOOD, "documents": "word " * 5000}),
     ("/rerank", {**GOOD, "documents": [3, None, {"a": 1}]}),
     ("/rerank", {**GOOD, "top_n": -1}),
+    ("/rerank", {**GOOD, "request_id": "x" * 1_000_000}),
     ("/rerank", {**GOOD, "chat_template_kwargs": {"tokenize": True}}),
     ("/rerank", {**GOOD, "use_activation": "perhaps"}),
     ("/score", {"model": "model", "text_1": [QUERY] * 2, "text_2": DOCUMENTS[:3]}),
@@ -196,6 +197,8 @@ def test_an_order_that_breaks_its_promise_is_closed(server, alone, full_depth):
 
 
 def test_captured_queries_are_whole_and_calibrate(server, captured, reranker):
+    longest = max(len(line) for path in captured.iterdir() for line in path.open())
+    assert longest < 10_000  # whatever ids clients choose
     hf_config, tokenizer = load_config_and_tokenizer(str(reranker))
     rows = read_rows(captured)
     examples = read_scored(rows, tokenizer, hf_config, None, None, "label", 512)

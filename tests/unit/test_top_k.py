@@ -13,7 +13,7 @@ from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.artifact.top_k import loses_document
 from vllm_adainfer.engine.admission import traffic_sample
 from vllm_adainfer.engine.admission.traffic_sample import TOGETHER_SECONDS, GroupSample
-from vllm_adainfer.engine.compat.requests import query_of
+from vllm_adainfer.engine.compat.requests import LONGEST, query_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.monitoring.query_monitor import ENDED_SINCE, MOST_DOCUMENTS, QueryMonitor
 from vllm_adainfer.offline.calibration.certify.bound import Bound
@@ -222,7 +222,9 @@ def test_a_client_that_uses_one_id_for_ever_takes_no_more_memory():
         ("score-abc-7", "score-abc"),
         ("score-a-1-2-0123abcd", "score-a-1"),
         ("0-0123abcd", "0-0123abcd"),  # LLM.score names no query
-        ("score-" + "-" * 70_000 + "-1-0123abcd", "score-" + "-" * 70_000),
+        ("score-1", "score-1"),
+        # A client chose it: the end of it, which is as long as any id that we keep.
+        ("score-" + "x" * 70_000 + "-1-0123abcd", "x" * (LONGEST - len("-1-0123abcd"))),
     ],
 )
 def test_documents_of_one_http_request_are_a_query(request_id, query):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 from vllm_adainfer.artifact.fields import Gate, LabelBound, TopK
 from vllm_adainfer.artifact.kinds import LabelBoundKind, Risk
 from vllm_adainfer.errors import AdaInferError
+
+T = TypeVar("T")
 
 
 def risk_of(
@@ -43,18 +45,12 @@ def gates_of(asked: Sequence[str]) -> tuple[Gate, ...]:
         AdaInferError: one is not of the form LABEL:P.
 
     """
-    found = []
-    for text in asked:
-        label, _, probability = text.rpartition(":")
-        try:
-            name = None if label == "best" else label
-            found.append(Gate(label=name, probability=float(probability)))
-        except ValueError:
-            raise AdaInferError(
-                f"--gate {text!r:.80} must be a label, or best, and a probability between 0 and 1, "
-                "such as unsafe:0.8"
-            ) from None
-    return tuple(found)
+
+    def gate(label: str, probability: float) -> Gate:
+        return Gate(label=None if label == "best" else label, probability=probability)
+
+    must_be = "a label, or best, and a probability between 0 and 1, such as unsafe:0.8"
+    return _each("--gate", asked, gate, must_be)
 
 
 def top_k_of(text: str | None) -> TopK | None:
@@ -83,16 +79,30 @@ def label_bounds(kind: LabelBoundKind, asked: Sequence[str]) -> tuple[LabelBound
         AdaInferError: one is not of the form LABEL:EPSILON.
 
     """
+
+    def promise(label: str, epsilon: float) -> LabelBound:
+        return LabelBound(kind=kind, label=label, epsilon=epsilon)
+
+    must_be = "a label and a share between 0 and 1, such as unsafe:0.005"
+    return _each(f"--{kind}", asked, promise, must_be)
+
+
+def _each(
+    option: str, asked: Sequence[str], make: Callable[[str, float], T], must_be: str
+) -> tuple[T, ...]:
+    """What `make` makes of each LABEL:NUMBER.
+
+    Raises:
+        AdaInferError: one is no such text, or its number is out of range.
+
+    """
     found = []
     for text in asked:
-        label, _, epsilon = text.rpartition(":")
+        label, _, number = text.rpartition(":")
         try:
-            found.append(LabelBound(kind=kind, label=label, epsilon=float(epsilon)))
+            found.append(make(label, float(number)))
         except ValueError:
-            raise AdaInferError(
-                f"--{kind} {text!r:.80} must be a label and a share between 0 and 1, such as "
-                "unsafe:0.005"
-            ) from None
+            raise AdaInferError(f"{option} {text!r:.80} must be {must_be}") from None
     return tuple(found)
 
 

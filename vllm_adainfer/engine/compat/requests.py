@@ -4,6 +4,8 @@ from __future__ import annotations
 
 RANDOM = "-00000000"  # how long a suffix vLLM appends
 HEX = frozenset("0123456789abcdef")
+LONGEST = 256  # characters of an id that we keep
+MADE_OF_PARTS = ("cmpl-", "decision-", "generative-scoring-", "score-", "classify-", "pooling-")
 
 
 def client_request_id(request_id: str) -> str:
@@ -22,15 +24,19 @@ def request_group(request_id: str) -> str | None:
 
     vLLM 0.32 makes an engine request of each prompt, item, question or document of an HTTP request,
     and names it by that request's id, a dash and a number (`next_token_label_reads`,
-    `OpenAIServingCompletion.create_completion`, `PoolingServing._prepare_generators`).
+    `OpenAIServingCompletion.create_completion`, `PoolingServing._prepare_generators`). A client may
+    choose an id of any length (``request_id`` in the body); of a long one the end alone counts.
     """
-    group, dash, part = client_request_id(request_id).rpartition("-")
-    made_of_parts = group.startswith(
-        ("cmpl-", "decision-", "generative-scoring-", "score-", "classify-", "pooling-")
-    )
-    return group if dash and part.isdecimal() and made_of_parts else None
+    group, dash, part = short_id(request_id).rpartition("-")
+    begins = group if len(request_id) <= LONGEST else request_id
+    return group if dash and part.isdecimal() and begins.startswith(MADE_OF_PARTS) else None
+
+
+def short_id(request_id: str) -> str:
+    """The id that the client sent; of a long one its end."""
+    return client_request_id(request_id[-LONGEST:])
 
 
 def query_of(request_id: str) -> str:
     """The query of a document: all documents of one ``/rerank`` or ``/score`` have the same."""
-    return request_group(request_id) or request_id
+    return request_group(request_id) or request_id[-LONGEST:]

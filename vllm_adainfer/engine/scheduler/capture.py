@@ -12,7 +12,7 @@ from vllm.v1.request import Request
 
 from vllm_adainfer.engine.admission.requested_output import changes_scores, requested_scores
 from vllm_adainfer.engine.admission.traffic_sample import GroupSample
-from vllm_adainfer.engine.compat.requests import client_request_id, request_group
+from vllm_adainfer.engine.compat.requests import request_group, short_id
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
 from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles
 from vllm_adainfer.settings.engine import read_settings
@@ -55,7 +55,7 @@ class CapturingScheduler(_Scheduler):
         if self._sample.has(request.request_id, together):
             found = line_of(request, self._served_name)
             if found is not None:
-                self._captured.put(client_request_id(request.request_id), *found, group)
+                self._captured.put(short_id(request.request_id), *found, group)
 
     @override
     def shutdown(self) -> None:
