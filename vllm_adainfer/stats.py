@@ -73,6 +73,9 @@ class Stats(TypedDict):
         passes_possible: layers that full depth would have entered.
         weights_differ: whether all requests run at full depth because the engine now serves other
             weights than the policies were calibrated for.
+        failed_parts: what the self-test on this device found wrong and switched off: ``kernels``
+            (probes run in torch), ``segment_graphs``, ``vllm_graphs``, ``compiled_code``,
+            ``exits`` (all requests run all layers).
         exit_histogram: number of sampled tokens by the number of layers they ran.
         policies: the same work by policy name; ``full_depth`` stands for requests that may not
             exit, and ``NAME:last-token`` for those of policy NAME that were decided by their last
@@ -88,6 +91,7 @@ class Stats(TypedDict):
     passes_run: int
     passes_possible: int
     weights_differ: bool
+    failed_parts: list[str]
     exit_histogram: dict[int, int]
     policies: dict[str, PolicyWork]
     shadow: NotRequired[dict[float, ShadowChecks] | dict[str, dict[float, ShadowChecks]]]

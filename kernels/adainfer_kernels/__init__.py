@@ -3,6 +3,7 @@
 Imports only torch and Triton, never vLLM, so it can be tested and timed alone.
 """
 
+from adainfer_kernels.backend import use_torch
 from adainfer_kernels.parameters import Head, Lens, Norm, NormKind
 from adainfer_kernels.pooling import Pooled, pool
 from adainfer_kernels.probe import probe, readout, settle
@@ -23,4 +24,5 @@ __all__ = [
     "readout",
     "rows_to_compile_for",
     "settle",
+    "use_torch",
 ]

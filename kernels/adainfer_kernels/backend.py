@@ -11,6 +11,13 @@ from typing import Literal
 import torch
 
 Backend = Literal["auto", "triton", "torch"]
+_auto_is_torch = False
+
+
+def use_torch() -> None:
+    """Let "auto" stand for torch in this process, as where Triton's results are wrong."""
+    global _auto_is_torch
+    _auto_is_torch = True
 
 
 def load_backend(
@@ -37,7 +44,8 @@ def resolve_backend(backend: Backend, device: torch.device) -> Literal["triton",
     if backend == "torch":
         return "torch"
     if backend == "auto":
-        return "triton" if device.type == "cuda" and _has_triton() else "torch"
+        on_gpu = device.type == "cuda" and not _auto_is_torch
+        return "triton" if on_gpu and _has_triton() else "torch"
     if backend != "triton":
         raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}')
     if not _has_triton():

@@ -1,28 +1,19 @@
-"""Decode steps replayed segment by segment reproduce the oracle; a stand-in records the graphs.
-
-A graph of the stand-in runs what was captured again, on the tensors and metadata that were there
-then: whatever a step does not put into the buffers it cannot see. The attention backends are two
-that vLLM captures on GPUs: Triton's, in the interpreter, and PyTorch's FlexAttention, not compiled.
-"""
+"""Decode steps replayed segment by segment reproduce the oracle; a stand-in records the graphs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
-from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
-from tests.conftest import tiny_engine
 from tests.e2e.patterns import Request, drive, wrong
+from tests.e2e.recorded_graphs import Recorded, recorded_engine
 from tests.e2e.scripted import FULL, drawn, parts
 from tests.full import needed
 from tests.tiny import FROM_ZERO
@@ -31,78 +22,13 @@ from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="Model Runner V1 captures no segments")
 
-SIZES = [1, 2, 4]
-
-
-class Recorded:
-    """In place of a CUDA graph."""
-
-    replays: ClassVar[Counter[int]] = Counter()  # by padded rows
-
-    def __init__(self, forward: Callable[[CUDAGraphMode], None], rows: int) -> None:
-        self.forward = forward
-        self.rows = rows
-
-    def replay(self) -> None:
-        Recorded.replays[self.rows] += 1
-        self.forward(CUDAGraphMode.NONE)
-
-
-def record(manager: Any, prepare: Callable[..., Any], description: str) -> None:
-    """In place of `CudaGraphManager.capture`."""
-    for descs in manager._capture_descs.values():
-        for graph in descs:
-            prepare(graph, warmup=True)(CUDAGraphMode.NONE)
-            forward = prepare(graph, warmup=False)
-            forward(CUDAGraphMode.NONE)
-            manager.graphs[graph] = Recorded(forward, graph.num_tokens)
-    manager._graphs_captured = True
-
-
-def write_kv(key: Any, value: Any, *cache_slots_and_scales: Any) -> None:
-    """FlexAttention writes keys and values by an op that vLLM's CPU build has not."""
-    from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
-
-    triton_reshape_and_cache_flash(key, value, *cache_slots_and_scales)
-
 
 @pytest.fixture(scope="module", params=["TRITON_ATTN", "FLEX_ATTENTION"])
 def graphed(
     tiny_model: Path, policy_from_zero: Path, request: pytest.FixtureRequest
 ) -> Iterator[Any]:
-    """An engine with exits whose segments are recorded for 1, 2 and 4 requests."""
-    from vllm.v1.attention import selector
-    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
-
-    selector._cached_get_attn_backend.cache_clear()  # other engines run on vLLM's own for CPUs
-    platform = type(current_platform)
-    backend = AttentionBackendEnum[request.param].get_path()
-    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
-        patch.setattr(platform, "get_attn_backend_cls", classmethod(lambda *_, **__: backend))
-        patch.setattr(torch.ops._C_cache_ops, "reshape_and_cache_flash", write_kv, raising=False)
-        patch.setattr(platform, "get_global_graph_pool", lambda _: None)
-        patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-        patch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
-        patch.setattr(CudaGraphManager, "capture", record)
-        engine = tiny_engine(
-            tiny_model,
-            {"artifact": str(policy_from_zero), "kv": "propagate"},
-            max_model_len=96,
-            kv_cache_memory_bytes=8 << 20,
-        )
-        _, runner, _ = parts(engine)
-        compilation = runner.vllm_config.compilation_config
-        compilation.cudagraph_capture_sizes = SIZES
-        compilation.max_cudagraph_capture_size = SIZES[-1]
-        with torch.inference_mode():
-            runner.model_state.capture_inner_cudagraphs(
-                runner.input_buffers,
-                runner.block_tables,
-                runner.attn_groups,
-                runner.kv_cache_config,
-            )
+    with recorded_engine(tiny_model, policy_from_zero, request.param) as engine:
         yield engine
-    selector._cached_get_attn_backend.cache_clear()
 
 
 def test_a_backend_that_cannot_be_captured_runs_without_and_says_so(engine, caplog):

@@ -266,7 +266,7 @@ def shadowed(monitor: Any, policy: Any, early: list[int], full: list[int]) -> Po
         requests=torch.from_numpy(np.flatnonzero(settled)),
         subsets=None,
         answers=answers,
-        broadcast=lambda values: values,
+        read=lambda values: values.numpy(),
     )
     shadow.compare(logits, None)
     return stats

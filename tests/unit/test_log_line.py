@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,8 +22,14 @@ def line() -> LogLine:
     return LogLine(LAYERS)
 
 
-def report(added: list[Any], weights_differ: bool = False, **shadow: list[Any]) -> dict[str, Any]:
-    return {"added": added, "shadow": shadow, "weights_differ": weights_differ}
+def report(
+    added: list[Any],
+    weights_differ: bool = False,
+    failed_parts: Sequence[str] = (),
+    **shadow: list[Any],
+) -> dict[str, Any]:
+    state = {"weights_differ": weights_differ, "failed_parts": failed_parts}
+    return {"added": added, "shadow": shadow, **state}
 
 
 def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[str, Any]:
@@ -59,6 +66,11 @@ def test_the_line_says_so_while_the_weights_are_others_than_the_policies_are_for
         line.add(report(WORK, weights_differ=differ))
         saved = "mean exit layer 3.0/6, layers saved 25%"
         assert line.take() == saved + because * differ
+
+
+def test_the_line_says_what_the_self_test_has_switched_off(line):
+    line.add(report(WORK, failed_parts=["kernels", "exits"]))
+    assert line.take().endswith(", switched off by the self-test: kernels, exits")
 
 
 @pytest.mark.parametrize("added", [[], TIME, WORK[:2]], ids=["nothing", "time", "prompts only"])

@@ -11,6 +11,7 @@ from prometheus_client.values import MutexValue
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES
+from vllm_adainfer.engine.self_test.parts import PARTS
 from vllm_adainfer.frontend.metrics import EngineMetrics, Series
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -43,13 +44,18 @@ def value(name: str, engine: int, **labels: str) -> float | None:
 
 
 def report(
-    *added: Any, serving: Any = (*POLICIES, "later"), weights_differ: bool = False, **shadow: Any
+    *added: Any,
+    serving: Any = (*POLICIES, "later"),
+    weights_differ: bool = False,
+    failed_parts: Any = (),
+    **shadow: Any,
 ) -> dict[str, Any]:
     return {
         "added": list(added),
         "serving": [*serving, NO_POLICY],
         "shadow": shadow,
         "weights_differ": weights_differ,
+        "failed_parts": failed_parts,
     }
 
 
@@ -175,6 +181,15 @@ def test_weights_that_policies_are_not_for_show_in_their_own_gauge_of_each_engin
     for differ in (True, False):
         engines[1].add(report(weights_differ=differ))
         assert [value(name, number) for number in range(2)] == [0, differ]
+
+
+def test_parts_that_the_self_test_has_switched_off_show_in_a_gauge_of_each_engine(configs):
+    series = Series(BUCKETS)
+    engines = [EngineMetrics(series, "tiny", number, configs) for number in range(2)]
+    engines[1].add(report(failed_parts=["segment_graphs"]))
+    for part in PARTS:
+        found = [value("adainfer:self_test_failed", number, part=part) for number in range(2)]
+        assert found == [0, part == "segment_graphs"]
 
 
 @pytest.mark.parametrize(("kind", "name"), SHADOW.items())

@@ -96,7 +96,7 @@ class Traffic:
             requests=torch.arange(len(levels)),
             subsets=None,
             answers=LabelScores(torch.tensor([[0.0, 1.0]] * len(levels)), torch.tensor([0, 1])),
-            broadcast=lambda values: values,
+            read=lambda values: values.numpy(),
         )
         answers.compare(torch.tensor([[float(d), 0.5] for d in disagreed]), head=None)
         for level, differs in zip(levels, disagreed, strict=True):
@@ -148,6 +148,7 @@ def test_before_anything_ran_a_report_is_empty():
         "serving": [NO_POLICY],
         "shadow": {},
         "weights_differ": False,
+        "failed_parts": [],
     }
 
 

@@ -44,7 +44,7 @@ def test_a_row_waits_at_most_as_long_as_the_smallest_window_keeps_its_blocks(wra
     groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
     running = RunningRequests(CONFIG, SimpleNamespace(kv=ExactKV()))
     running.use_kv_cache(SimpleNamespace(kv_cache_groups=groups))
-    assert running._window == WINDOW
+    assert running.window == WINDOW
 
 
 def test_recording_keeps_the_tokens_beyond_a_sliding_window():

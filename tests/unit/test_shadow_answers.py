@@ -43,7 +43,7 @@ def disagreed_of(logits: torch.Tensor, **answers: Any) -> int:
         stats=stats,
         everyone=np.zeros(count, dtype=np.int64),
         subsets=None,
-        broadcast=lambda values: values,
+        read=lambda values: values.numpy(),
         **answers,
     )
     shadow.compare(logits, head)
@@ -156,7 +156,7 @@ def test_probabilities_are_compared_within_the_tolerance(
         requests=torch.tensor([0]),
         subsets=None,
         answers=LabelLogits(answers_of(scores, vocabulary), ids),
-        broadcast=lambda values: values,
+        read=lambda values: values.numpy(),
     )
     shadow.compare(logits, head)
     assert stats.shadow_checked == {0.05: 1, 0.02: 1}
@@ -189,7 +189,7 @@ def test_of_a_pool_the_labels_of_the_request_alone_are_compared(
         requests=torch.tensor([0]),
         subsets=None,
         answers=LabelScores(torch.tensor([[-1.0, -torch.inf, 3.0]]), policy.answer_ids),
-        broadcast=lambda values: values,
+        read=lambda values: values.numpy(),
     )
     shadow.compare(logits, head)
     assert stats.shadow_disagreed.total() == disagreed
@@ -226,7 +226,7 @@ def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
             requests=torch.tensor([0]),
             subsets=None,
             answers=labels(2.0, 1.0),
-            broadcast=lambda values: values,
+            read=lambda values: values.numpy(),
         )
         shadow.compare(differs, head)
         warn("mood", monitor, monitor.ended(str(number)))

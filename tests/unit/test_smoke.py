@@ -7,6 +7,7 @@ from vllm_adainfer.offline.doctor.smoke import (
     SENTENCES,
     exits_found,
     full_depth_found,
+    self_test_found,
     smoke_examples,
 )
 from vllm_adainfer.offline.evaluation.run import Run
@@ -70,3 +71,9 @@ def test_requests_that_may_not_exit_have_to_run_every_layer(left, skipped, state
     found = full_depth_found(ran(left, skipped=skipped), LAYERS)
     assert found.state == state
     assert sentence in found.sentence
+
+
+def test_what_the_self_test_has_switched_off_is_a_failure_with_its_name():
+    assert str(self_test_found([])).startswith("ok    self-test: kernels, exits and graphs")
+    found = str(self_test_found(["segment_graphs", "exits"]))
+    assert found.startswith("FAIL  self-test: segment_graphs, exits gave wrong results")

@@ -16,6 +16,7 @@ class LogLine:
         self._sums: Counter[str] = Counter()
         self._shadow: Mapping[str, Sequence[Mapping[str, Any]]] = {}
         self._weights_differ = False
+        self._failed_parts: Sequence[str] = ()
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Add a report of `vllm_adainfer.exits.accounting.report.Reporter`."""
@@ -25,6 +26,7 @@ class LogLine:
                 self._sums["layers of tokens"] += int(labels[-1]) * added
         self._shadow = report["shadow"]
         self._weights_differ = report["weights_differ"]
+        self._failed_parts = report["failed_parts"]
 
     def take(self) -> str | None:
         """The line; None if no token was decided since the last one."""
@@ -40,6 +42,8 @@ class LogLine:
             parts.append(f"probes {sums['probe_seconds'] / sums['seconds']:.1%} of the time")
         if self._weights_differ:
             parts.append("no exits, because the policies are not for these weights")
+        if self._failed_parts:
+            parts.append(f"switched off by the self-test: {', '.join(self._failed_parts)}")
         for policy, readings in self._shadow.items():
             parts += [_disagreement(policy, reading) for reading in readings if reading["checked"]]
         return ", ".join(parts)

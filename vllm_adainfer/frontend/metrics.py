@@ -14,6 +14,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from vllm_adainfer.artifact.artifact import all_parts
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
+from vllm_adainfer.engine.self_test.parts import PARTS
 from vllm_adainfer.frontend.compat_metrics import observe_many
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -24,6 +25,7 @@ POLICY = [*ENGINE, "policy"]
 LEVEL = [*POLICY, "epsilon"]
 LABEL = [*LEVEL, "promise", "label"]
 ADAPTER = [*POLICY, "adapter"]
+PART = [*ENGINE, "part"]
 # Name, help and labels of each counter, by its kind in reports. A token-layer is one token in one
 # layer.
 COUNTERS = {
@@ -66,6 +68,10 @@ GAUGES = {
         "1 while no request may exit, because the weights were replaced after the start and the "
         "policies are not for the new ones, else 0.",
         ENGINE,
+    ),
+    "self_test_failed": (
+        "1 for each part that the self-test on this device found wrong and switched off, else 0.",
+        PART,
     ),
     "policy_info": (
         "Always 1; its label names the LoRA adapter of a policy, empty for the base model.",
@@ -135,12 +141,16 @@ class Series:
             return
         chosen = dict(zip(POLICY, labels, strict=True))
         for metric in self.all:
-            if metric not in (*self.counters_of(ENGINE), self.gauges["weights_differ"]):
+            if metric not in (*self.counters_of(ENGINE), *self.gauges_of(ENGINE, PART)):
                 metric.remove_by_labels(chosen)
 
     def counters_of(self, labels: Sequence[str]) -> list[Counter]:
         """The counters with these labels."""
         return [self.counters[kind] for kind, (*_, its) in COUNTERS.items() if its == labels]
+
+    def gauges_of(self, *labels: Sequence[str]) -> list[Gauge]:
+        """The gauges with any of these labels."""
+        return [self.gauges[name] for name, (_, its) in GAUGES.items() if its in labels]
 
 
 class EngineMetrics:
@@ -179,6 +189,8 @@ class EngineMetrics:
         for counter in series.counters_of(ENGINE):
             counter.labels(*self._labels)
         self._set("weights_differ", 0)
+        for part in PARTS:
+            self._set("self_test_failed", 0, part)
 
     def add(self, report: Mapping[str, Any]) -> None:
         """Add a report of `vllm_adainfer.exits.accounting.report.Reporter`.
@@ -195,6 +207,8 @@ class EngineMetrics:
             if not labels or labels[0] in self._described:
                 self._add(kind, labels, added)
         self._set("weights_differ", report["weights_differ"])
+        for part in report["failed_parts"]:
+            self._set("self_test_failed", 1, part)
         for policy, readings in report["shadow"].items():
             for reading in readings:
                 labels = policy, f"{reading['epsilon']:g}"

@@ -68,6 +68,7 @@ class CalibratedPolicy(ArtifactPolicy):
             else:
                 self._probes.append(replace(logit_lens, lens=lens_of(own)))
         self.branches = branches_among(self._probes)
+        self.probes = [probe for probe in self._probes if isinstance(probe, Probe)]
 
     @override
     def _decide(self, exit_index: int, rows: UndecidedRows) -> Decision:

@@ -14,6 +14,7 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.branch import Branch
+from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import is_chain, score
 
 
@@ -82,6 +83,7 @@ class ExitPolicy(ABC):
         num_threshold_rows: the number of threshold rows: one per level, or per level and question.
         probe_inputs: what it reads at each exit point.
         branches: by index of the exit point, the branch of each that has one.
+        probes: those that the kernels run.
 
     """
 
@@ -89,6 +91,7 @@ class ExitPolicy(ABC):
     num_threshold_rows: int
     probe_inputs: tuple[ProbeInput, ...]
     branches: Mapping[int, Branch] = MappingProxyType({})
+    probes: Sequence[Probe] = ()
 
     @abstractmethod
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:

@@ -39,6 +39,7 @@ class ScriptedPolicy(ExitPolicy):
             ),
             token_ids=self.answer_ids,
         )
+        self.probes = [self._probe]
 
     @override
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.models.interfaces import is_hybrid
 
 from vllm_adainfer.artifact.artifact import Artifact
@@ -15,6 +15,7 @@ from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs
 from vllm_adainfer.engine.model.batch import CompiledBatch
+from vllm_adainfer.engine.model.execution import Execution
 from vllm_adainfer.engine.model.model_head import ModelHead
 from vllm_adainfer.engine.model.score_head import check_scores, use_early_scores
 from vllm_adainfer.engine.pinned_artifacts import served_artifacts
@@ -42,6 +43,8 @@ class EarlyExit(ModelHead):
         stack: the model's layers in segments.
         loop: the loop that runs the stack; the model runner builds it once the weights are loaded.
         graphs: the CUDA graphs of the segments; None if the runner has captured none.
+        execution: how segments run; the self-test changes it where the fastest way is wrong.
+        exits_off: whether all rows run all layers, as the self-test has found exits to be wrong.
         prepared: the step that the next `forward` runs, the builder of its attention metadata, and
             its adapters with LoRA. The model runner sets it. None for a pass without requests.
         fingerprint: the fingerprint of the weights at start-up, which the policies were calibrated
@@ -53,6 +56,8 @@ class EarlyExit(ModelHead):
     stack: Stack
     loop: Loop
     graphs: SegmentGraphs | None = None
+    execution: Execution = Execution.SEGMENT_GRAPHS
+    exits_off: bool = False
     fingerprint: str | None = None
     prepared: tuple[StepContext, StepAttention, StepAdapters | None] | None = None
     _replaced: frozenset[str] = frozenset()  # tensors that differ from those at start-up
@@ -166,11 +171,15 @@ class EarlyExit(ModelHead):
         prepared, self.prepared = self.prepared, None
         if prepared is None:
             return self.stack.profile(positions, input_ids)
+        context = self.execution.applied_to(get_forward_context())
+        if self.exits_off:
+            with override_forward_context(context):
+                return self.stack.run_all(positions, input_ids)
         step, attention, self._adapters = prepared
         compiled = CompiledBatch(
             self.stack,
             positions,
-            get_forward_context(),
+            context,
             attention,
             self.graphs,
             self._kv_fill,

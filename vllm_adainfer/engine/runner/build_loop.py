@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.compat.requests import query_of
-from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, broadcast_from_rank0, same_on_all_ranks
+from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, read_from_rank0, same_on_all_ranks
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.kv.policies import ExactKV, KVPolicy, PropagateKV, RecurrentKV
@@ -98,7 +98,7 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
         monitors_of(model),
         max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         min_rows_saved=settings.min_rows_saved,
-        broadcast=broadcast_from_rank0,
+        read=read_from_rank0,
     )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vllm_adainfer.engine.compat.communication import broadcast
 
@@ -19,6 +23,21 @@ def broadcast_from_rank0(values: Tensor) -> Tensor:
     if values.dtype == torch.bool:  # not every backend can send booleans
         return broadcast(ranks, values.to(torch.uint8)).bool()
     return broadcast(ranks, values.contiguous())
+
+
+def read_from_rank0(values: Tensor) -> npt.NDArray[Any]:
+    """The first rank's `values` on the host of every rank, which waits for the device."""
+    with gpu_sync_allowed():
+        values = broadcast_from_rank0(values).cpu()
+    return values.numpy()
+
+
+def first_on_any_rank(text: str | None) -> str | None:
+    """The first text that some rank passes, the same on all; a collective."""
+    ranks = get_tp_group()
+    texts: list[str | None] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(texts, text, group=ranks.cpu_group)
+    return next((one for one in texts if one is not None), None)
 
 
 def same_on_all_ranks(number: int) -> bool:

@@ -34,6 +34,7 @@ class RunningRequests:
         admission: decides which policy a request gets.
         adapters: the fingerprints of the adapters that the worker has loaded.
         lora_manager: the worker's LoRA manager of vLLM; None without LoRA.
+        window: the smallest sliding window of all layers, in tokens.
 
     """
 
@@ -46,7 +47,7 @@ class RunningRequests:
         self.admission = Admission.from_config(vllm_config, settings)
         self.adapters = LoadedAdapters()
         self._loop = loop
-        self._window = UNLIMITED
+        self.window = UNLIMITED
         self._admitted: dict[str, Admitted] = {}
         # Only `GuardedScheduler` reads which tokens are complete.
         self._reports_complete = (
@@ -60,7 +61,7 @@ class RunningRequests:
         groups = config.kv_cache_groups
         specs = [spec for group in groups for spec in iter_layer_specs(group.kv_cache_spec)]
         windows = [spec.sliding_window for spec in specs if isinstance(spec, SlidingWindowSpec)]
-        self._window = min(windows, default=UNLIMITED)
+        self.window = min(windows, default=UNLIMITED)
 
     def add(self, new: Any) -> None:
         """Admit a request, vLLM's `NewRequestData`, by the scheduler's record of it.
@@ -154,7 +155,7 @@ class RunningRequests:
         if self._loop.kv.defers:
             # vLLM frees blocks outside the window, which deferred rows still need. Chunks before
             # the last one are never deferred, and pooled policies read them.
-            rows[yields_token & continues & (last + 1 >= self._window)] = FULL_DEPTH
+            rows[yields_token & continues & (last + 1 >= self.window)] = FULL_DEPTH
         shadow, tightened = None, self._loop.tightened()
         if tightened is not None:
             shadow = np.array([request.resolved.is_shadow for request in admitted])

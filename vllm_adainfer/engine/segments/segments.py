@@ -117,13 +117,22 @@ class Stack:
             [rows, head size].
 
         """
-        states = HiddenStates(ids)
-        for index in range(len(self.segments) - 1):
-            states = self.run(index, positions, states)
+        states = self._run_all_but_last(positions, ids)
         if self.last_kv is not None:  # on a copy, which may be overwritten
             with override_forward_context(without_graphs(get_forward_context())):
                 self.last_kv(positions, *states.clone().stream)
         return self.run(len(self.segments) - 1, positions, states).hidden
+
+    def run_all(self, positions: Tensor, ids: Tensor) -> Tensor:
+        """All layers for all rows, [rows, head size]."""
+        states = self._run_all_but_last(positions, ids)
+        return self.run(len(self.segments) - 1, positions, states).hidden
+
+    def _run_all_but_last(self, positions: Tensor, ids: Tensor) -> HiddenStates:
+        states = HiddenStates(ids)
+        for index in range(len(self.segments) - 1):
+            states = self.run(index, positions, states)
+        return states
 
 
 def without_graphs(context: ForwardContext) -> ForwardContext:

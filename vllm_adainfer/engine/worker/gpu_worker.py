@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import torch
 from typing_extensions import override
+from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
-from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0
+from vllm_adainfer.engine.compat.warm_up import WarmedUp
+from vllm_adainfer.engine.runner.ranks import broadcast_from_rank0, same_on_all_ranks
+from vllm_adainfer.engine.self_test.passed import Passed
+from vllm_adainfer.engine.self_test.self_test import self_test
 from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.engine.worker.worker import ExitWorker
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 
 
-class AdaInferGPUWorker(ExitWorker, Worker):
+class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
     """Runs Model Runner V2, which asks the model for its `ModelState`."""
 
     @override
@@ -40,17 +43,23 @@ class AdaInferGPUWorker(ExitWorker, Worker):
         super().sleep(level)
 
     @override
-    def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Warm up the probes too, then reset the counters: warm-up requests must not count.
-
-        Probes come first: at its end vLLM begins to watch for kernels that compile while it serves.
-        """
+    def warmed_up(self) -> None:
+        """Warm up the probes, too, and test a device on which that was not done before."""
         runner, model = self.model_runner, self.model_runner.model
         if isinstance(model.loop, ExitLoop):
             size = runner.max_num_reqs, model.hidden_size
             states = torch.zeros(size, dtype=runner.dtype, device=model.device)
             warm_up(model.loop.policies, states)
             broadcast_from_rank0(states[:1])
-        times = super().compile_or_warm_up_model()
-        model.loop.reset_counters()
-        return times
+            if current_platform.is_cuda_alike():
+                self.self_test()
+        model.loop.reset_counters()  # of vLLM's warm-up
+
+    def self_test(self) -> None:
+        """Compare what will serve with plain ways; once for the same device, versions and model."""
+        runner = self.model_runner
+        passed = Passed.of(runner)
+        if same_on_all_ranks(passed.exists) and passed.exists:
+            return
+        if not self_test(runner):
+            passed.remember()

@@ -99,6 +99,7 @@ class ExitStats:
         serving: names of the policies that serve now, and `NO_POLICY`.
         weights_differ: whether no request may exit because the weights are not those that the
             policies were calibrated for.
+        failed_parts: what the self-test on this device has switched off, see `self_test`.
         shadow: the monitors, by policy; empty (and no key in `as_dict`) where there are none.
 
     """
@@ -109,6 +110,7 @@ class ExitStats:
     seconds: float = 0.0
     probe_seconds: float = 0.0
     weights_differ: bool = False
+    failed_parts: tuple[str, ...] = ()
     by_policy: defaultdict[str, PolicyStats] = field(
         default_factory=lambda: defaultdict(PolicyStats)
     )
@@ -139,6 +141,7 @@ class ExitStats:
             "passes_run": self.passes_run,
             "passes_possible": self.passes_possible,
             "weights_differ": self.weights_differ,
+            "failed_parts": list(self.failed_parts),
             "exit_histogram": dict(sorted(self.exit_histogram.items())),
             "policies": {name: own.as_dict() for name, own in self.by_policy.items()},
         }

@@ -21,6 +21,7 @@ class Snapshot:
         serving: names of the policies that serve now, see `ExitStats`.
         shadow: the readings of each policy's levels, by policy.
         weights_differ: see `ExitStats`.
+        failed_parts: see `ExitStats`.
 
     """
 
@@ -28,6 +29,7 @@ class Snapshot:
     serving: tuple[str, ...]
     shadow: tuple[tuple[str, tuple[MonitorStatus, ...]], ...]
     weights_differ: bool
+    failed_parts: tuple[str, ...]
 
 
 def snapshot_of(stats: ExitStats) -> Snapshot:
@@ -52,7 +54,9 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
         for move, answers in policy.shadow_moves.items():
             counts.append((("shadow_moves", name, f"{move:g}"), answers))
     shadow = tuple((name, tuple(monitor.status())) for name, monitor in stats.shadow.items())
-    return Snapshot(tuple(counts), tuple(stats.serving), shadow, stats.weights_differ)
+    return Snapshot(
+        tuple(counts), tuple(stats.serving), shadow, stats.weights_differ, stats.failed_parts
+    )
 
 
 @dataclass(frozen=True)
@@ -91,4 +95,5 @@ class Reporter:
                 for name, status in counted.shadow
             },
             "weights_differ": counted.weights_differ,
+            "failed_parts": list(counted.failed_parts),
         }

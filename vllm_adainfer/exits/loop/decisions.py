@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,13 +35,13 @@ class Decisions:
         policies: PolicySet,
         forward: ForwardPass,
         carried: CarriedPrompts,
-        broadcast: Callable[[Tensor], Tensor],
+        read: Callable[[Tensor], npt.NDArray[Any]],
     ) -> None:
-        """Decide requests of `forward`; see `ExitLoop` for `carried` and `broadcast`."""
+        """Decide requests of `forward`; see `ExitLoop` for `carried` and `read`."""
         self._policies = policies
         self._forward = forward
         self._step, self._owners = forward.step, forward.owners
-        self._broadcast = broadcast
+        self._read = read
         self._prompts = PooledPrompts(forward.step, carried)
         # By policy, for all requests of the step; answers are valid where settled.
         self._answers: dict[int, Answers] = {}
@@ -112,9 +113,8 @@ class Decisions:
             # Also of rows that are not settled: to pick out the others, the device would wait.
             self._answers[part.policy].values[places[span]] = decision.answers.values
             settled.append(decision.settled)
-        settled_rows = self._broadcast(settled[0] if len(settled) == 1 else torch.cat(settled))
         # The only time that an exit point waits for the device.
-        step.settle(requests[settled_rows.cpu().numpy()])
+        step.settle(requests[self._read(settled[0] if len(settled) == 1 else torch.cat(settled))])
 
     def _asked(self, requests: Ints, read: ProbeInput) -> Ints:
         """Those of `requests` that a policy that reads this can decide."""
@@ -217,7 +217,7 @@ class Decisions:
                 requests=requests,
                 subsets=None if step.subsets is None else step.subsets[shadow],
                 answers=None if answers is None else answers.subset(requests),
-                broadcast=self._broadcast,
+                read=self._read,
             )
 
 

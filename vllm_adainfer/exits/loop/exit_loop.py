@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 from typing_extensions import override
 
@@ -15,7 +17,7 @@ from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
 from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.decisions import Decisions
-from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
+from vllm_adainfer.exits.loop.forward_pass import ForwardPass
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
@@ -46,7 +48,8 @@ class ExitLoop(Loop):
         monitors: Mapping[str, Monitor],
         max_rows: int,
         min_rows_saved: int | None = None,
-        broadcast: Callable[[Tensor], Tensor] = lambda values: values,
+        compaction_cost: int | None = None,
+        read: Callable[[Tensor], npt.NDArray[Any]] = lambda values: values.cpu().numpy(),
     ) -> None:
         """Prepare to run a stack that is cut at the exit points of `policies`.
 
@@ -58,7 +61,10 @@ class ExitLoop(Loop):
             max_rows: the most rows that a segment may get: vLLM has compiled for so many, and
                 attention backends have buffers for them.
             min_rows_saved: rows that must leave together; None lets them leave where it is faster.
-            broadcast: gives every rank the first rank's values, so that all decide alike.
+            compaction_cost: the token-layers that a smaller batch must save to be faster; None for
+                `COMPACTION_COST`.
+            read: copies a tensor to the host: the first rank's on every rank, so that all decide
+                alike.
 
         """
         self.policies = policies
@@ -66,8 +72,9 @@ class ExitLoop(Loop):
         self.monitors = monitors
         self._shape = shape
         self._min_rows_saved = min_rows_saved
+        self._compaction_cost = compaction_cost
         self._max_rows = max_rows
-        self._broadcast = broadcast
+        self._read = read
         self.carried = CarriedPrompts()
         self.stats = ExitStats()
         self.reset_counters()
@@ -84,8 +91,13 @@ class ExitLoop(Loop):
 
     @override
     def reset_counters(self) -> None:
-        names, differ = self.policies.names, self.stats.weights_differ
-        self.stats = ExitStats(serving=names, weights_differ=differ, shadow=self.monitors)
+        names = self.policies.names
+        self.stats = ExitStats(
+            serving=names,
+            weights_differ=self.stats.weights_differ,
+            failed_parts=self.stats.failed_parts,
+            shadow=self.monitors,
+        )
         self.accounting = LayerAccounting(self.stats, names)
 
     @override
@@ -108,8 +120,17 @@ class ExitLoop(Loop):
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
         start = time.perf_counter()
         owners = self.policies.owners(step.threshold_rows)
-        forward = ForwardPass(self._shape, step, owners, batch, input_ids, self.kv, self.accounting)
-        decisions = Decisions(self.policies, forward, self.carried, self._broadcast)
+        forward = ForwardPass(
+            self._shape,
+            step,
+            owners,
+            batch,
+            input_ids,
+            self.kv,
+            self.accounting,
+            self._compaction_cost,
+        )
+        decisions = Decisions(self.policies, forward, self.carried, self._read)
         self.stats.tokens_decided += step.num_sampled
         for segment in range(self._shape.last_segment):
             if segment == self._shape.tail:
@@ -159,4 +180,4 @@ class ExitLoop(Loop):
         for_good = int(lens[step.ending(leaving)].sum()) if self.kv.defers else ready
         with_kv = max(shape.kv_layers - depth, 0)
         saved = for_good * with_kv + len(leaving) * (shape.depth - depth - with_kv)
-        return saved >= COMPACTION_COST[step.device.type]
+        return saved >= forward.compaction_cost

@@ -31,6 +31,7 @@ class ForwardPass:
         owners: [requests], the policy that each comes under, as an index into the policy set.
         batch: runs the rows that are left.
         layout: those rows.
+        compaction_cost: the token-layers that a smaller batch must save to be faster.
         states: theirs, after the segments run so far; possibly with padding at the end.
 
     """
@@ -44,11 +45,15 @@ class ForwardPass:
         input_ids: Tensor,
         kv: KVPolicy,
         accounting: LayerAccounting,
+        compaction_cost: int | None = None,
     ) -> None:
         """Begin with the rows that the step came with, as given to `Loop.run`."""
         self.step, self.owners = step, owners
         self.batch, self.layout, self.states = batch, step.layout, HiddenStates(input_ids)
         self._shape, self._kv, self._accounting = shape, kv, accounting
+        if compaction_cost is None:
+            compaction_cost = COMPACTION_COST[step.device.type]
+        self.compaction_cost = compaction_cost
         self._padded_rows = len(input_ids)
         self._policies = accounting.numbers(owners)  # [requests]
         # Of each row the original row, negative for one that rejoined, and the policy; known once
@@ -165,7 +170,7 @@ class ForwardPass:
         """
         shape, layout, requests = self._shape, self.layout, self.layout.present
         skipped = (layout.num_rows - len(requests)) * shape.tail_layers
-        if self.step.all_rows_count or skipped < COMPACTION_COST[self.step.device.type]:
+        if self.step.all_rows_count or skipped < self.compaction_cost:
             return
         last_rows = layout.last_rows(requests)
         is_last_layer = shape.own_kv_layers is None

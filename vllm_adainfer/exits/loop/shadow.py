@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ class ShadowAnswers:
         requests: int64 [settled], those of the settled ones.
         subsets: [shadow], see `UndecidedRows.subsets`.
         answers: the early answer of each settled request; None where the policy decided nothing.
-        broadcast: see `ExitLoop`.
+        read: see `ExitLoop`.
 
     """
 
@@ -54,7 +56,7 @@ class ShadowAnswers:
     requests: Tensor
     subsets: Ints | None
     answers: Answers | None
-    broadcast: Callable[[Tensor], Tensor]
+    read: Callable[[Tensor], npt.NDArray[Any]]
 
     def compare(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> None:
         """Compare with full depth and count; warn of a broken bound.
@@ -73,7 +75,7 @@ class ShadowAnswers:
             if moves is not None:
                 self.stats.moved(moves.tolist())
             # On all ranks the same: it may tighten a level, which decides who leaves later.
-            disagreed[self.settled] = self.broadcast(wrong).cpu().numpy()
+            disagreed[self.settled] = self.read(wrong)
         epsilons = self.monitor.epsilons
         self.stats.shadow_checked.update(epsilons[self.levels].tolist())
         self.stats.shadow_disagreed.update(epsilons[self.levels[disagreed]].tolist())
@@ -90,7 +92,7 @@ class ShadowAnswers:
         )
         answers = self.answers if len(self.requests) else None
         scores = self.policy.relevance(answers, settled, logits[everyone])
-        early, full = self.broadcast(scores).cpu().double().numpy()
+        early, full = self.read(scores).astype(np.float64)
         self.stats.moved(np.abs(early - full)[self.settled].tolist())
         monitor.compared(self.request_ids, self.levels, early, full)
 
@@ -105,7 +107,7 @@ class ShadowAnswers:
             assert isinstance(self.answers, EarlyScores)
             settled = torch.from_numpy(self.settled).to(device)
             early[settled] = self.answers.scores.argmax(dim=1)
-        early_labels, labels = self.broadcast(torch.stack([early, full])).cpu().numpy()
+        early_labels, labels = self.read(torch.stack([early, full]))
         epsilons = self.monitor.epsilons[self.levels]
         for watch in self.monitor.labels:
             promise = watch.promise

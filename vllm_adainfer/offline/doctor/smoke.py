@@ -47,6 +47,8 @@ def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Itera
         config: the artifact's config.
 
     """
+    from vllm.platforms import current_platform
+
     tokens = longest_choice(config.choices) if config.choices else 1
     longest = model.longest_prompt(tokens)
     examples = smoke_examples(_template_of(artifact), model.tokenizer, longest)
@@ -58,6 +60,8 @@ def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Itera
         return
     try:
         yield _model_class(engine)
+        if current_platform.is_cuda_alike():
+            yield self_test_found(stats(engine)["failed_parts"])
         early, full = (
             run(engine, examples, [params] * len(examples), config, True, model.lora_request)
             for params in (_params(config, None), _params(config, {EXIT_ARG: 0}))
@@ -105,6 +109,16 @@ def exits_found(early: Run, full: Run, depth: int) -> Finding:
         f"{depth}; {same} of {count} answers are the same as at full depth (the bound is for "
         "prompts like those of the calibration, and these are not)"
     )
+
+
+def self_test_found(failed_parts: list[str]) -> Finding:
+    """Whether fast paths were right on this device, see `engine/self_test`."""
+    if failed_parts:
+        return fail(
+            f"self-test: {', '.join(failed_parts)} gave wrong results on this device and are off; "
+            "answers are right, but slower: please report this with the engine's log"
+        )
+    return ok("self-test: kernels, exits and graphs give the same as plain ways on this device")
 
 
 def full_depth_found(full: Run, depth: int) -> Finding:

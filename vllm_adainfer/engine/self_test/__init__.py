@@ -1,0 +1,1 @@
+"""The self-test: before serving on a device, compare fast paths with plain ones."""

@@ -1,0 +1,154 @@
+"""Requests and a loop that follow a script, in place of those that serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.artifact.kinds import ProbeInput
+from vllm_adainfer.engine.self_test.script import FULL_DEPTH, Script
+from vllm_adainfer.exits.batch.batch import Batch
+from vllm_adainfer.exits.batch.hidden_states import HiddenStates
+from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.loop.exit_loop import ExitLoop
+from vllm_adainfer.exits.loop.loop import StepOutput
+from vllm_adainfer.exits.loop.step import StepContext
+from vllm_adainfer.policy.answers import EarlyStates
+from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
+
+
+class ScriptedExits(ExitPolicy):
+    """Settles a request at the exit point that is its threshold row; answers with its state."""
+
+    def __init__(self, exit_points: tuple[int, ...], head_size: int) -> None:
+        """`head_size` is the width of the LM head's input; wider states are cut off."""
+        self.exit_points = exit_points
+        self.num_threshold_rows = len(exit_points)
+        self.probe_inputs = (ProbeInput.LAST_TOKEN,) * len(exit_points)
+        self._head_size = head_size
+
+    @override
+    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
+        states = rows.hidden[:, : self._head_size]
+        return Decision(rows.threshold_rows <= exit_index, EarlyStates(states))
+
+
+@dataclass
+class NotedStep:
+    """What a step has computed.
+
+    Attributes:
+        ids: the ids of its requests, in order.
+        after: by exit point (an index; `FULL_DEPTH` for the last layer), the states that the next
+            token of each request is read from there: fp32 [requests, head size], on the host.
+        exited: where each request has exited; None if all ran all layers.
+
+    """
+
+    ids: Sequence[str]
+    after: dict[int, Tensor]
+    exited: list[int] | None
+
+    def states_of(self, request_id: str) -> dict[int, Tensor]:
+        """The states of a request, by exit point: one, or all if it ran all layers."""
+        place = self.ids.index(request_id)
+        if self.exited is None:
+            return {exit_index: states[place] for exit_index, states in self.after.items()}
+        return {self.exited[place]: self.after[FULL_DEPTH][place]}
+
+
+@dataclass
+class NotingLoop:
+    """Runs steps, and notes the states that tokens are read from.
+
+    Attributes:
+        loop: runs them; None to run all layers for all rows.
+        segments: the number of the stack's segments.
+        head_size: the width of the LM head's input.
+        steps: what was noted.
+
+    """
+
+    loop: ExitLoop | None
+    segments: int
+    head_size: int
+    steps: list[NotedStep] = field(default_factory=list)
+
+    def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
+        """Run one step, as `Loop.run`."""
+        [rows] = step.on_device(step.layout.last_rows(step.layout.present))
+        after, exited = {}, None
+        if self.loop is None:
+            states = HiddenStates(input_ids)
+            for segment in range(self.segments):
+                states = batch.run(segment, states)
+                read = states.rows(rows).combined()[:, : self.head_size]
+                after[segment] = read.float().cpu()
+            after[FULL_DEPTH] = after.pop(self.segments - 1)
+            output = StepOutput(states.hidden)
+        else:
+            output = self.loop.run(batch, input_ids, step)
+            after[FULL_DEPTH] = output.hidden.index_select(0, rows).float().cpu()
+            places = np.full(step.num_requests, FULL_DEPTH)
+            places[step.exited] = step.threshold_rows[step.exited]
+            exited = places.tolist()
+        self.steps.append(NotedStep(list(step.request_ids), after, exited))
+        return output
+
+
+class ScriptedRequests:
+    """Describes the steps of a script, as `RunningRequests` describes those of clients."""
+
+    def __init__(self, script: Script, ids: Sequence[str], loop: ExitLoop, window: int) -> None:
+        """`ids` are vLLM's, of the requests in order; `window` the smallest attention window."""
+        self._script = script
+        self._places = {request_id: place for place, request_id in enumerate(ids)}
+        self._loop = loop
+        self._window = window
+
+    def add(self, new: object) -> None:
+        """Its script is known."""
+
+    def remove(self, request_id: str) -> None:
+        """Forget its deferred rows."""
+        self._loop.forget(request_id)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether it is in the script."""
+        return request_id in self._places
+
+    def adapters_of(self, step: StepContext) -> None:
+        """None has an adapter."""
+
+    def describe(
+        self,
+        request_ids: Sequence[str],
+        query_lens: Ints,
+        computed: Ints,
+        yields_token: Bools,
+        device: torch.device,
+    ) -> StepContext:
+        """The context of a step, as `RunningRequests.describe`."""
+        script, last = self._script, computed + query_lens - 1
+        exits, continues = yields_token.astype(int), yields_token.copy()
+        for place, request_id in enumerate(request_ids):
+            request = self._places[request_id]
+            token = int(last[place]) + 1 - len(script.prompts[request])
+            exits[place] = script.exits[request, token]
+            continues[place] = script.arrives[request] + token + 1 < script.tokens
+        if self._loop.kv.defers:
+            exits[continues & (last + 1 >= self._window)] = FULL_DEPTH
+        return StepContext(
+            request_ids=request_ids,
+            layout=RowLayout(query_lens, last),
+            yields_token=yields_token,
+            threshold_rows=exits,
+            continues=continues,
+            device=device,
+        )

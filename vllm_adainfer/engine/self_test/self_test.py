@@ -1,0 +1,199 @@
+"""Compare what will serve with plain ways to compute the same, and switch off what errs.
+
+The anchor is every layer for every row, neither compiled nor captured, with vLLM's own metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import adainfer_kernels
+import torch
+from torch import Tensor
+from vllm.config import CompilationMode, CUDAGraphMode
+
+from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.engine.model.execution import Execution
+from vllm_adainfer.engine.runner.ranks import first_on_any_rank
+from vllm_adainfer.engine.self_test.kernels import wrong_kernels
+from vllm_adainfer.engine.self_test.parts import Part
+from vllm_adainfer.engine.self_test.script import FULL_DEPTH, TOKENS, Script
+from vllm_adainfer.engine.self_test.scripted_steps import ScriptedSteps, States
+
+logger = get_logger(__name__)
+
+TESTED: dict[Execution, Part] = {
+    Execution.SEGMENT_GRAPHS: "segment_graphs",
+    Execution.VLLM_GRAPHS: "vllm_graphs",
+    Execution.COMPILED: "compiled_code",
+}
+# Relative to the norm of a state. Rounding in another order moves states of 16 bits by about 1 %;
+# where it decides between experts, by more, as two batches of the same requests show.
+TOLERANCE = {torch.float32: 1e-3}
+TOLERANCE_16_BITS = 0.05
+NOISE = 5  # times what two batches of other sizes differ by at full depth
+MOST = 0.5
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Something that gave other results than a plain way.
+
+    Attributes:
+        part: what it is.
+        why: what was seen.
+        instead: what is done now.
+
+    """
+
+    part: Part
+    why: str
+    instead: str
+
+    def __str__(self) -> str:
+        """One sentence for the log."""
+        name = self.part.replace("_", " ").replace("vllm", "vLLM's")
+        return f"{name} ({self.why}): {self.instead}"
+
+
+def self_test(runner: Any) -> tuple[Failure, ...]:
+    """Test a Model Runner V2 that is ready to serve, and switch each part that fails to a safe way.
+
+    A collective: every rank must call it, and all switch alike.
+
+    Returns:
+        what failed.
+
+    """
+    model, failures = runner.model, []
+    states = torch.empty(
+        runner.max_num_reqs, model.hidden_size, dtype=runner.dtype, device=model.device
+    )
+    why = first_on_any_rank(wrong_kernels(model.loop.policies, states))
+    if why is not None:
+        adainfer_kernels.use_torch()
+        failures.append(Failure("kernels", f"{why} differ from torch", "probes run in torch"))
+    failures += _test_steps(runner)
+    model.loop.stats.failed_parts = tuple(failure.part for failure in failures)
+    if failures:
+        logger.warning(
+            "the self-test on this device found wrong results, which are now avoided at the cost "
+            "of speed; please report them. %s",
+            "; ".join(map(str, failures)),
+        )
+    return tuple(failures)
+
+
+def _test_steps(runner: Any) -> list[Failure]:
+    """Test the layers, their exits and their graphs."""
+    model, steps = runner.model, ScriptedSteps(runner)
+    script = Script.drawn(
+        exit_points=len(model.loop.policies.exit_points),
+        vocabulary=runner.model_config.get_vocab_size(),
+        max_requests=min(runner.max_num_reqs, steps.capacity(64)),
+        max_rows=min(runner.max_num_tokens, runner.max_model_len),
+        tokens=1 if runner.is_pooling_model else TOKENS,
+    )
+    if len(script.prompts) < 2:
+        logger.warning("no self-test on this device: there is no room for two short requests")
+        return []
+    plain = script.never_exiting
+    anchor = steps.run(plain, Execution.EAGER, in_full=True)
+    if not all(state.isfinite().all() for state in anchor.values()):
+        logger.warning(
+            "no self-test on this device: the model itself computes states that are not numbers"
+        )
+        return []
+    tolerance = _tolerance(steps, script, anchor, runner.dtype)
+
+    def wrong(run: Callable[[], States], right: States) -> str | None:
+        """What `run` does otherwise than `right`; None if nothing. The same on all ranks."""
+        try:
+            why = differences(run(), right, tolerance)
+        except Exception as error:  # whatever it is, this cannot serve
+            why = f"{type(error).__name__}: {error}"
+        return first_on_any_rank(why)
+
+    failures = []
+    defers, right = model.loop.kv.defers, anchor
+
+    def with_exits() -> States:
+        nonlocal right
+        right = steps.run(script, Execution.EAGER)
+        return right if defers else before_first_exit(right)
+
+    why = wrong(partial(steps.run, plain, Execution.EAGER), anchor)
+    why = why or wrong(with_exits, anchor)
+    if why is not None:
+        failures.append(Failure("exits", why, "all requests run all layers"))
+        model.exits_off, model.graphs = True, None
+    for execution in ways_of(runner):
+        why = wrong(partial(steps.run, plain, execution, model.exits_off), anchor)
+        if not model.exits_off:
+            why = why or wrong(partial(steps.run, script, execution), right)
+        model.execution = execution
+        if why is None:
+            break
+        failures.append(Failure(TESTED[execution], why, f"layers run without {execution.value}"))
+        model.graphs, model.execution = None, Execution.EAGER
+    return failures
+
+
+def ways_of(runner: Any) -> list[Execution]:
+    """The ways in which this engine can run segments, the one it is configured for first.
+
+    `Execution.EAGER` is not among them: it is what they are compared with.
+    """
+    compilation = runner.vllm_config.compilation_config
+    ways = []
+    if runner.model.graphs is not None:
+        ways.append(Execution.SEGMENT_GRAPHS)
+    if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+        ways.append(Execution.VLLM_GRAPHS)
+    if compilation.mode != CompilationMode.NONE:
+        ways.append(Execution.COMPILED)
+    return ways
+
+
+def before_first_exit(states: States) -> States:
+    """The tokens that read what a run without exits would have read, if no layer is deferred."""
+    firsts: dict[int, int] = {}
+    for request, token, exit_index in sorted(states):
+        if exit_index != FULL_DEPTH:
+            firsts.setdefault(request, token)
+    return {
+        (request, token, exit_index): state
+        for (request, token, exit_index), state in states.items()
+        if token <= firsts.get(request, token)
+    }
+
+
+def differences(found: States, right: States, tolerance: float) -> str | None:
+    """How many tokens have another state than is right; None if none has."""
+    moved = [_distance(state, right.get(token)) for token, state in found.items()]
+    wrong = sum(not move <= tolerance for move in moved)
+    if not wrong:
+        return None
+    return f"{wrong} of {len(moved)} tokens moved by up to {max(moved):.2g} of a state's norm"
+
+
+def _distance(found: Tensor, right: Tensor | None) -> float:
+    if right is None or not found.isfinite().all():
+        return float("inf")
+    return float((found - right).norm() / right.norm().clamp(min=1e-9))
+
+
+def _tolerance(steps: ScriptedSteps, script: Script, anchor: States, dtype: torch.dtype) -> float:
+    """How far rounding may move a state on this device."""
+    plain, requests = script.never_exiting, range(len(script.prompts))
+    noise = 0.0
+    for part in requests[::2], requests[1::2]:
+        places = list(part)
+        alone = steps.run(plain.only(places), Execution.EAGER, in_full=True)
+        for (place, token, exit_index), state in alone.items():
+            noise = max(noise, _distance(state, anchor[places[place], token, exit_index]))
+    least = TOLERANCE.get(dtype, TOLERANCE_16_BITS)
+    return min(max(least, NOISE * noise), MOST)
