@@ -200,13 +200,12 @@ def test_requests_that_warm_up_a_gpu_are_not_counted(engine, monkeypatch):
     _, runner, _ = parts(engine)
     prompt, params = {"prompt_token_ids": [5, 6, 7]}, SamplingParams(temperature=0, max_tokens=4)
 
-    def warm_up(_: Worker) -> str:
-        engine.generate([prompt] * 3, params, use_tqdm=False)
-        return "times"
-
-    monkeypatch.setattr(Worker, "compile_or_warm_up_model", warm_up)
+    watched = []
+    monkeypatch.setattr(Worker, "_maybe_activate_jit_monitor", lambda self: watched.append(self))
     worker = object.__new__(AdaInferGPUWorker)
     worker.model_runner = runner
-    assert worker.compile_or_warm_up_model() == "times"
+    engine.generate([prompt] * 3, params, use_tqdm=False)
+    worker._maybe_activate_jit_monitor()
+    assert watched == [worker]
     engine.generate([prompt], params, use_tqdm=False)
     assert (stats(engine)["tokens_decided"], stats(engine)["layers_run"]) == (4, 6 * LAYERS)

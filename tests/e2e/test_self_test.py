@@ -44,6 +44,7 @@ from vllm_adainfer.engine.segments.attention import StepAttention, with_own_buil
 from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.engine.self_test.kernels import wrong_kernels
 from vllm_adainfer.engine.self_test.passed import Passed
+from vllm_adainfer.engine.self_test.scripted_steps import ScriptedSteps
 from vllm_adainfer.engine.self_test.self_test import Failure, self_test
 from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
@@ -73,7 +74,7 @@ def tested(request: pytest.FixtureRequest, monkeypatch: Patch) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def in_16_bits(tiny_model: Path) -> Any:
     """Where rounding moves states, and a fault has to move them further."""
-    return tiny_engine(tiny_model, SCRIPT, "bfloat16", max_model_len=64)
+    return tiny_engine(tiny_model, SCRIPT, "bfloat16", **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +282,17 @@ def test_the_padding_mask_of_other_rows_is_found(tested, monkeypatch):
     assert found(tested) == ()
     monkeypatch.setattr(CompiledBatch, "side_batch", with_the_steps_mask)
     assert [failure.part for failure in found(tested)] == ["exits"]
+
+
+@pytest.mark.parametrize("tested", ["engine"], indirect=True)
+def test_where_the_test_itself_cannot_run_all_requests_run_all_layers(
+    tested, reference, monkeypatch, caplog
+):
+    monkeypatch.setattr(ScriptedSteps, "_tables", lambda *_: [])
+    assert [failure.part for failure in found(tested)] == ["exits"]
+    assert "the test itself failed: IndexError" in caplog.text
+    monkeypatch.undo()
+    assert answers_are_right(tested, reference)
 
 
 def unstaged(name: str) -> Callable[[Patch], None]:

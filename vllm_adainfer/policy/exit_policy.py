@@ -84,6 +84,7 @@ class ExitPolicy(ABC):
         probe_inputs: what it reads at each exit point.
         branches: by index of the exit point, the branch of each that has one.
         probes: those that the kernels run.
+        spares_head: whether its answers do, see `Answers`.
 
     """
 
@@ -92,6 +93,7 @@ class ExitPolicy(ABC):
     probe_inputs: tuple[ProbeInput, ...]
     branches: Mapping[int, Branch] = MappingProxyType({})
     probes: Sequence[Probe] = ()
+    spares_head: bool = False
 
     @abstractmethod
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:

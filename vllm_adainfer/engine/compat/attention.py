@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 NO_SLOT = -1  # 0.32's PAD_SLOT_ID: keys and values of such a row are not written
 
 
-def slots_of(blocks: Tensor, size: int, requests: Tensor, positions: Tensor) -> Tensor:
+def slots_of(blocks: Tensor, size: int, offsets: Tensor, out: Tensor | None = None) -> Tensor:
     """The KV cache slot of each row, int64 [rows].
 
     vLLM 0.32 computes them in ``BlockTable.compute_slot_mapping`` (V1) and
@@ -19,13 +19,15 @@ def slots_of(blocks: Tensor, size: int, requests: Tensor, positions: Tensor) -> 
     would overwrite the step's own mapping.
 
     Args:
-        blocks: int32 [requests, blocks], the block table.
+        blocks: int32 [rows], the block of each row, from the block table of its request.
         size: tokens per block.
-        requests: int64 [rows], the index in the batch of each row's request.
-        positions: int64 [rows], the position of each row's token in its request.
+        offsets: int64 [rows], the place of each row in its block.
+        out: where to write them; None for new memory.
 
     """
-    return blocks[requests, positions // size].long() * size + positions % size
+    import torch
+
+    return torch.add(offsets, blocks, alpha=size, out=out)
 
 
 def share_workspace(theirs: Iterable[Sequence[Any]], ours: Iterable[Sequence[Any]]) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_adainfer.arrays import AnyArray, Ints
 from vllm_adainfer.engine.compat.attention import NO_SLOT, slots_of
 from vllm_adainfer.engine.segments.attention import Queries, StepAttention
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.batch.state_memory import StateMemory
-from vllm_adainfer.exits.batch.upload import upload
+from vllm_adainfer.exits.batch.upload import packed_size, unpack, upload_into
 
 
 class DecodeBuffers:
@@ -29,50 +30,65 @@ class DecodeBuffers:
 
     def __init__(self, size: int, block_tables: Sequence[Tensor], device: torch.device) -> None:
         """Allocate for `size` requests, with tables like `block_tables` [requests, blocks]."""
-        self.positions = torch.zeros(size, dtype=torch.int64, device=device)
+        self._size = size
+        groups = len(block_tables)
+        self._starts_cpu = torch.empty(size + 1, dtype=torch.int32)
+        self._seq_lens_cpu = torch.empty(size, dtype=torch.int32)
+        arrays = self._arrays(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64))
+        arrays += self._places(np.zeros(size, dtype=np.int64), [1] * groups)
+        self._packed = torch.empty(packed_size(arrays), dtype=torch.uint8, device=device)
+        upload_into(arrays, self._packed)
+        (
+            self.positions,
+            self._owners,
+            self._seq_lens,
+            self._starts,
+            self._is_padding,
+            *places,
+        ) = unpack(self._packed, arrays)
+        self._blocks, self._offsets = places[:groups], places[groups:]
         self._ids = torch.zeros(size, dtype=torch.int32, device=device)
-        self._starts_cpu = torch.arange(size + 1, dtype=torch.int32)
-        self._starts = self._starts_cpu.to(device, copy=True)
-        self._seq_lens_cpu = torch.ones(size, dtype=torch.int32)
-        self._seq_lens = self._seq_lens_cpu.to(device, copy=True)
         self._tables = [table.new_zeros(size, table.shape[1]) for table in block_tables]
-        self._slots = torch.full(
-            (len(block_tables), size), NO_SLOT, dtype=torch.int64, device=device
-        )
-        self._is_padding = torch.zeros(size, dtype=torch.bool, device=device)
+        self._slots = torch.full((groups, size), NO_SLOT, dtype=torch.int64, device=device)
         # Allocated by the first batch, which is the largest, with its dtype and widths.
         self._memory = StateMemory(size)
         self._after: dict[int, HiddenStates] = {}  # by segment, where in the memory its output is
         self._final: Tensor | None = None
 
     def stage(self, layout: RowLayout, attention: StepAttention, padded: int) -> None:
-        """Copy in the rows of `layout`, padded to `padded` requests."""
+        """Put in the rows of `layout`, padded to `padded` requests, in one copy and few kernels."""
         requests, rows = layout.present, layout.num_rows
-        positions = np.zeros(padded, dtype=np.int64)
+        positions, owners = np.zeros((2, self._size), dtype=np.int64)
         positions[:rows] = layout.last_positions[requests]
-        seq_lens = np.zeros(padded, dtype=np.int32)
-        seq_lens[:rows] = positions[:rows] + 1
-        starts = np.minimum(np.arange(padded + 1, dtype=np.int32), np.int32(rows))
-        arrays = positions, seq_lens, starts, requests
-        device_positions, device_seq_lens, device_starts, owners = upload(
-            arrays, self.positions.device
-        )
-        self.positions[:padded] = device_positions
-        self._seq_lens[:padded] = device_seq_lens
-        self._seq_lens_cpu[:padded] = torch.from_numpy(seq_lens)
-        self._starts[: padded + 1] = device_starts
-        self._starts_cpu[: padded + 1] = torch.from_numpy(starts)
-        self._slots[:, rows:padded] = NO_SLOT
-        self._is_padding[:rows] = False
-        self._is_padding[rows:padded] = True
-        for group, (buffer, table) in enumerate(
-            zip(self._tables, attention.block_tables, strict=True)
-        ):
-            buffer[:rows] = table[owners]
-            buffer[rows:padded] = 0
-            self._slots[group, :rows] = slots_of(
-                table, attention.block_sizes[group], owners, device_positions[:rows]
-            )
+        owners[:rows] = requests
+        arrays = self._arrays(positions, owners, rows)
+        upload_into(arrays + self._places(positions, attention.block_sizes), self._packed)
+        for group, table in enumerate(attention.block_tables):
+            # Rows of padding get the table of the first request, and read none of it.
+            buffer = self._tables[group][:padded]
+            torch.index_select(table, 0, self._owners[:padded], out=buffer)
+            blocks = buffer.gather(1, self._blocks[group][:padded].unsqueeze(1)).squeeze(1)
+            size, offsets = attention.block_sizes[group], self._offsets[group][:padded]
+            slots_of(blocks, size, offsets, out=self._slots[group, :padded])
+        if padded > rows:
+            self._slots[:, rows:padded] = NO_SLOT
+
+    def _arrays(self, positions: Ints, owners: Ints, rows: int | None = None) -> list[AnyArray]:
+        """What graphs read of a batch of `rows` requests; None: as many as there is room for."""
+        place = np.arange(self._size)
+        is_padding = place >= (self._size if rows is None else rows)
+        seq_lens = np.where(is_padding, 0, positions + 1).astype(np.int32)
+        starts = np.append(0, np.cumsum(~is_padding)).astype(np.int32)
+        self._seq_lens_cpu.numpy()[:] = seq_lens
+        self._starts_cpu.numpy()[:] = starts
+        return [positions, owners, seq_lens, starts, is_padding]
+
+    def _places(self, positions: Ints, block_sizes: Sequence[int]) -> list[AnyArray]:
+        """By KV cache group, the place of each row's block in its table; then that in the block."""
+        return [
+            *(positions // size for size in block_sizes),
+            *(positions % size for size in block_sizes),
+        ]
 
     def queries(self, rows: int, max_seq_len: int) -> Queries:
         """The staged batch, padded to `rows`."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
+from vllm_adainfer.arrays import AnyArray
 from vllm_adainfer.engine.compat.communication import broadcast
 
 RANKS_DIFFER = "ranks read different artifacts: is one being replaced? Try again"
@@ -25,7 +23,7 @@ def broadcast_from_rank0(values: Tensor) -> Tensor:
     return broadcast(ranks, values.contiguous())
 
 
-def read_from_rank0(values: Tensor) -> npt.NDArray[Any]:
+def read_from_rank0(values: Tensor) -> AnyArray:
     """The first rank's `values` on the host of every rank, which waits for the device."""
     with gpu_sync_allowed():
         values = broadcast_from_rank0(values).cpu()

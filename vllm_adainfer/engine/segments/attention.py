@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_adainfer.arrays import Ints
+from vllm_adainfer.arrays import AnyArray, Bools, Ints
 from vllm_adainfer.engine.compat.attention import share_workspace, slots_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.layout import RowLayout
@@ -100,7 +100,8 @@ class Queries:
         A recurrent state starts from zero there. This is all that vLLM 0.32 reads of
         ``is_prefilling`` for recurrent layers (`gdn_attn.py`).
         """
-        return self.seq_lens_cpu <= self.starts_cpu.diff()
+        begins: Bools = self.seq_lens_cpu.numpy() <= np.diff(self.starts_cpu.numpy())
+        return torch.from_numpy(begins)
 
 
 def metadata_of(
@@ -217,9 +218,9 @@ class StepAttention:
         lens = layout.query_lens[requests]
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
         seq_lens = (layout.last_positions[requests] + 1).astype(np.int32)
-        arrays = layout.row_requests, layout.positions, requests, starts, seq_lens
-        owners, positions, kept, device_starts, device_seq_lens = upload(arrays, self.device)
-        slots = self._slots(owners, positions)
+        positions, slots, kept, device_starts, device_seq_lens = self._on_device(
+            layout, requests, starts, seq_lens
+        )
         queries = Queries(
             starts=device_starts,
             starts_cpu=torch.from_numpy(starts),
@@ -235,15 +236,28 @@ class StepAttention:
 
     def rows(self, layout: RowLayout) -> Rows:
         """The rows of `layout`, without metadata."""
-        owners, positions = upload((layout.row_requests, layout.positions), self.device)
-        return Rows(positions, by_layer(self.groups, self._slots(owners, positions)))
+        positions, slots = self._on_device(layout)
+        return Rows(positions, by_layer(self.groups, slots))
 
-    def _slots(self, owners: Tensor, positions: Tensor) -> list[Tensor]:
-        """int64 [rows] by KV cache group: the cache slots."""
-        return [
-            slots_of(table, size, owners, positions)
-            for table, size in zip(self.block_tables, self.block_sizes, strict=True)
+    def _on_device(self, layout: RowLayout, *others: AnyArray) -> tuple[Any, ...]:
+        """The position of each row, by KV cache group its cache slot, and `others`, in one copy."""
+        positions, sizes = layout.positions, self.block_sizes
+        blocks = [positions // size for size in sizes]
+        offsets = [positions % size for size in sizes]
+        arrays = layout.row_requests, positions, *others, *blocks, *offsets
+        owners, there, *rest = upload(arrays, self.device)
+        others_there, places = rest[: len(others)], rest[len(others) :]
+        slots = [
+            slots_of(table[owners, block], size, offset)
+            for table, size, block, offset in zip(
+                self.block_tables,
+                sizes,
+                places[: len(sizes)],
+                places[len(sizes) :],
+                strict=True,
+            )
         ]
+        return there, slots, *others_there
 
 
 def _last_block_everywhere(table: Tensor, blocks: Ints) -> Tensor:

@@ -76,7 +76,10 @@ def self_test(runner: Any) -> tuple[Failure, ...]:
     if why is not None:
         adainfer_kernels.use_torch()
         failures.append(Failure("kernels", f"{why} differ from torch", "probes run in torch"))
-    failures += _test_steps(runner)
+    try:
+        failures += _test_steps(runner)
+    except Exception as error:  # nothing is known then
+        failures.append(_without_exits(model, f"the test itself failed: {_named(error)}"))
     model.loop.stats.failed_parts = tuple(failure.part for failure in failures)
     if failures:
         logger.warning(
@@ -114,7 +117,7 @@ def _test_steps(runner: Any) -> list[Failure]:
         try:
             why = differences(run(), right, tolerance)
         except Exception as error:  # whatever it is, this cannot serve
-            why = f"{type(error).__name__}: {error}"
+            why = _named(error)
         return first_on_any_rank(why)
 
     failures = []
@@ -128,8 +131,7 @@ def _test_steps(runner: Any) -> list[Failure]:
     why = wrong(partial(steps.run, plain, Execution.EAGER), anchor)
     why = why or wrong(with_exits, anchor)
     if why is not None:
-        failures.append(Failure("exits", why, "all requests run all layers"))
-        model.exits_off, model.graphs = True, None
+        failures.append(_without_exits(model, why))
     for execution in ways_of(runner):
         why = wrong(partial(steps.run, plain, execution, model.exits_off), anchor)
         if not model.exits_off:
@@ -140,6 +142,16 @@ def _test_steps(runner: Any) -> list[Failure]:
         failures.append(Failure(TESTED[execution], why, f"layers run without {execution.value}"))
         model.graphs, model.execution = None, Execution.EAGER
     return failures
+
+
+def _without_exits(model: Any, why: str) -> Failure:
+    """Let all requests run all layers, as stock."""
+    model.exits_off, model.graphs = True, None
+    return Failure("exits", why, "all requests run all layers")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def ways_of(runner: Any) -> list[Execution]:

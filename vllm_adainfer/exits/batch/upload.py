@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Arrays = Sequence[npt.NDArray[Any]]
+from vllm_adainfer.arrays import AnyArray
+
+Arrays = Sequence[AnyArray]
 ALIGNMENT = 16  # bytes; torch views of a dtype need a multiple of its size
 
 
@@ -21,10 +21,25 @@ def upload(arrays: Arrays, device: torch.device) -> list[Tensor]:
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
+    packed = torch.empty(packed_size(arrays), dtype=torch.uint8, device=device)
+    upload_into(arrays, packed)
+    return unpack(packed, arrays)
+
+
+def upload_into(arrays: Arrays, packed: Tensor) -> None:
+    """Copy `arrays` to uint8 `packed` on a device in one go, without waiting; see `unpack`."""
+    if packed.device.type == "cpu":
+        pack(arrays, packed)
+        return
     # From torch's pool of pinned memory, which reuses memory only once the copy is done.
-    packed = torch.empty(_places(arrays)[-1], dtype=torch.uint8, pin_memory=True)
-    pack(arrays, packed)
-    return unpack(packed.to(device, non_blocking=True), arrays)
+    pinned = torch.empty(len(packed), dtype=torch.uint8, pin_memory=True)
+    pack(arrays, pinned)
+    packed.copy_(pinned, non_blocking=True)
+
+
+def packed_size(arrays: Arrays) -> int:
+    """The bytes that `arrays` take in one piece."""
+    return _places(arrays)[-1]
 
 
 def pack(arrays: Arrays, packed: Tensor) -> None:

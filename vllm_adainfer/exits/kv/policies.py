@@ -63,6 +63,11 @@ class KVPolicy:
     def __init__(self) -> None:
         self._first: dict[str, int] = {}  # by request, the first position that has left
 
+    @property
+    def taken(self) -> int:
+        """The number of rows that wait."""
+        return 0
+
     def leave(self, leaving: LeavingRows) -> None:
         """Rows are about to leave: all that their requests have in the batch."""
         layout = leaving.layout
@@ -122,8 +127,8 @@ class ExactKV(KVPolicy):
         self._waiting: OrderedDict[str, dict[int, list[Ints]]] = OrderedDict()
 
     @property
+    @override
     def taken(self) -> int:
-        """The number of rows that wait."""
         return sum(pool.taken for pool in self._pools)
 
     def _pool(self, exit_index: int) -> RowPool:

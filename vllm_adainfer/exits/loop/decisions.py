@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vllm_adainfer.arrays import Ints
+from vllm_adainfer.arrays import AnyArray, Ints
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.loop.forward_pass import ForwardPass
@@ -21,7 +20,7 @@ from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.exits.loop.step import NOBODY
 from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.answers import Answers, EarlyScores
-from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicyRows, PolicySet
 
 Reader: TypeAlias = tuple[PolicyRows, Ints]  # a policy, and the requests that it reads
@@ -35,7 +34,7 @@ class Decisions:
         policies: PolicySet,
         forward: ForwardPass,
         carried: CarriedPrompts,
-        read: Callable[[Tensor], npt.NDArray[Any]],
+        read: Callable[[Tensor], AnyArray],
     ) -> None:
         """Decide requests of `forward`; see `ExitLoop` for `carried` and `read`."""
         self._policies = policies
@@ -103,18 +102,31 @@ class Decisions:
                     lens,
                 ),
             )
-            if decision.memory is not None:
-                if memory is None:
-                    memory = self._memory[part.policy] = self._for_all(decision.memory)
-                memory[places[span]] = decision.memory
-            if part.policy not in self._answers:
-                values = self._for_all(decision.answers.values)
-                self._answers[part.policy] = replace(decision.answers, values=values)
-            # Also of rows that are not settled: to pick out the others, the device would wait.
-            self._answers[part.policy].values[places[span]] = decision.answers.values
+            self._keep(part.policy, decision, places[span])
             settled.append(decision.settled)
         # The only time that an exit point waits for the device.
         step.settle(requests[self._read(settled[0] if len(settled) == 1 else torch.cat(settled))])
+
+    def _keep(self, policy: int, decision: Decision, places: Tensor) -> None:
+        """Keep the memory and the answers of the requests at `places`.
+
+        Also of those that are not settled: to pick out the others, the device would wait.
+        """
+        everyone = len(places) == self._step.num_requests
+        if decision.memory is not None:
+            if everyone:
+                self._memory[policy] = decision.memory
+            else:
+                if policy not in self._memory:
+                    self._memory[policy] = self._for_all(decision.memory)
+                self._memory[policy][places] = decision.memory
+        if everyone:
+            self._answers[policy] = decision.answers
+            return
+        if policy not in self._answers:
+            values = self._for_all(decision.answers.values)
+            self._answers[policy] = replace(decision.answers, values=values)
+        self._answers[policy].values[places] = decision.answers.values
 
     def _asked(self, requests: Ints, read: ProbeInput) -> Ints:
         """Those of `requests` that a policy that reads this can decide."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 from typing_extensions import override
 
-from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.arrays import AnyArray, Bools, Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
@@ -49,7 +47,7 @@ class ExitLoop(Loop):
         max_rows: int,
         min_rows_saved: int | None = None,
         compaction_cost: int | None = None,
-        read: Callable[[Tensor], npt.NDArray[Any]] = lambda values: values.cpu().numpy(),
+        read: Callable[[Tensor], AnyArray] = lambda values: values.cpu().numpy(),
     ) -> None:
         """Prepare to run a stack that is cut at the exit points of `policies`.
 
@@ -138,7 +136,7 @@ class ExitLoop(Loop):
             forward.run(segment)
             if segment == len(self.policies.exit_points):  # the last layer is next
                 break
-            if step.is_open or decisions.has_chunks:
+            if decisions.has_chunks or (step.is_open and self._may_pay(segment, forward)):
                 self._decide(segment, decisions, step)
             self._regroup(segment, forward)
             if forward.layout.num_rows == 0:
@@ -165,6 +163,25 @@ class ExitLoop(Loop):
         waiting = forward.waiting(exit_index, leaving)
         if leaving.size or waiting is not None:
             forward.regroup(exit_index, leaving, waiting, self._max_rows)
+
+    def _may_pay(self, exit_index: int, forward: ForwardPass) -> bool:
+        """Whether to ask who is settled here: not if nobody could leave by the answer.
+
+        Then nobody could at later exit points either: all that may exit run to full depth, which is
+        right by any bound. Answers of shadow requests are compared although they stay, and some
+        answers spare the LM head.
+        """
+        step, policies = forward.step, self.policies.policies
+        if step.num_shadow or any(policy.spares_head for policy in policies):
+            return True
+        rows = int(forward.layout.query_lens[step.may_leave()].sum())
+        if rows == forward.layout.num_rows:
+            return True
+        rows += self.kv.taken  # they may rejoin those
+        if self._min_rows_saved is not None:
+            return rows >= self._min_rows_saved
+        layers = self._shape.depth - self._shape.depth_after(exit_index)
+        return rows * layers >= forward.compaction_cost
 
     def _pays(self, exit_index: int, leaving: Ints, forward: ForwardPass) -> bool:
         """Whether requests that are ready are to leave at this exit point."""

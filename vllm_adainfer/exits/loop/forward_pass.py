@@ -208,8 +208,11 @@ class ForwardPass:
 
     def _select(self, layout: RowLayout, rows: Ints) -> None:
         """Go on with the rows `layout`, each of which is the row of now that `rows` says."""
-        [rows_on_device] = self.step.on_device(rows)
-        self.states = self.states.rows(rows_on_device)
+        if rows.size:
+            [rows_on_device] = self.step.on_device(rows)
+            self.states = self.states.rows(rows_on_device)
+        else:
+            self.states = self.states.rows(slice(0, 0))
         if self._has_changed:
             self._origin, self._row_policies = self._origin[rows], self._row_policies[rows]
         else:

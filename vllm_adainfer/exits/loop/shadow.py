@@ -6,14 +6,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.arrays import AnyArray, Bools, Ints
 from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.monitoring.monitor import Monitor, MonitorStatus
@@ -56,7 +54,7 @@ class ShadowAnswers:
     requests: Tensor
     subsets: Ints | None
     answers: Answers | None
-    read: Callable[[Tensor], npt.NDArray[Any]]
+    read: Callable[[Tensor], AnyArray]
 
     def compare(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> None:
         """Compare with full depth and count; warn of a broken bound.

@@ -85,6 +85,15 @@ class StepContext:
         """Whether some request may exit and is not settled yet."""
         return self._num_settled < self._num_may_exit
 
+    @property
+    def num_shadow(self) -> int:
+        """How many shadow requests may exit."""
+        return 0 if self.shadow is None else len(self.shadow)
+
+    def may_leave(self) -> Ints:
+        """Requests in the stack that may leave it, settled or not."""
+        return np.flatnonzero(self._may_leave & ~self._exited)
+
     def at_full_depth(self) -> Ints:
         """Requests that yield a token in this step and have not exited."""
         return np.flatnonzero(self.yields_token & ~self._exited)
