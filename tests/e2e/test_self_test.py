@@ -24,6 +24,7 @@ from vllm.distributed import parallel_state
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
+from tests.classifier import classifier
 from tests.conftest import tiny_engine
 from tests.delta_net import allow_fp32
 from tests.e2e.oracle import continuation, same
@@ -56,7 +57,7 @@ pytestmark = pytest.mark.skipif(not IS_V2, reason="vLLM uses Model Runner V1 on 
 
 Patch = pytest.MonkeyPatch
 QUICK = "engine", "small", "mixture"
-ENGINES = (*QUICK, "in_16_bits", "graphed", "recurrent")
+ENGINES = (*QUICK, "in_16_bits", "graphed", "recurrent", "reads_scores")
 
 
 @pytest.fixture
@@ -99,6 +100,14 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return of_family("qwen3-moe", tmp_path_factory.mktemp("mixture"))
+
+
+@pytest.fixture(scope="module")
+def reads_scores(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A classifier, which generates nothing."""
+    model = classifier(tiny_model, tmp_path_factory.mktemp("classifier") / "softmax", 3)
+    settings = {"max_model_len": 512, "kv_cache_memory_bytes": 64 << 20}
+    return tiny_engine(model, SCRIPT, runner="pooling", **settings)
 
 
 def found(llm: Any) -> tuple[Failure, ...]:

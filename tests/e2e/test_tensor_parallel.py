@@ -20,8 +20,10 @@ from tests.adapters import save_adapter
 from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
 from tests.tiny import EXIT_POINTS, FROM_ZERO, tiny_artifact, tiny_config, tiny_tensors
+from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.artifact.fields import LastToken
 from vllm_adainfer.artifact.files import save_artifact
+from vllm_adainfer.engine.self_test import self_test
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.offline.adapter import read_adapter
@@ -87,6 +89,14 @@ def perturb_second_rank(worker: Any) -> None:
         Decisions.of_shadows = perturbed
 
 
+def failed_parts(worker: Any, errs_on: int | None = None) -> list[str]:
+    """What the self-test finds, if results differ on one rank alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        if get_tp_group().rank_in_group == errs_on:
+            patch.setattr(self_test, "differences", lambda *_: "they differ")
+        return [failure.part for failure in self_test.self_test(worker.model_runner)]
+
+
 @pytest.mark.parametrize(
     ("probe", "threshold", "kv"),
     [
@@ -132,6 +142,9 @@ def test_two_ranks_decide_watch_and_answer_as_one(
         answers = answers_of(engine, prompts, params)
         counted = engine.collective_rpc("adainfer_stats")
         assert len(engine.collective_rpc("adainfer_reload")) == ranks
+        if IS_V2:
+            assert engine.collective_rpc(failed_parts) == [[]] * ranks
+            assert engine.collective_rpc(failed_parts, args=(ranks - 1,)) == [["exits"]] * ranks
         return answers, counted
 
     (answers, [stats]), (answers_of_two, both) = run(1), run(2)

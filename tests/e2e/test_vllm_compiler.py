@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ import pytest
 from vllm import envs
 from vllm.compilation.counter import compilation_counter
 from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor, get_forward_context, override_forward_context
 from vllm.platforms import current_platform
 
 from tests.conftest import tiny_engine
-from tests.e2e.patterns import Pattern, Request, drawn_pattern, drive, wrong
+from tests.e2e.patterns import Pattern, Request, drawn_pattern, drive, wrong, wrong_exact
 from tests.e2e.scripted import FULL, Ran, drawn, parts
+from tests.e2e.static_graphs import StaticGraph
 from tests.full import needed
 from tests.tiny import LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.files import save_artifact
+from vllm_adainfer.engine.segments.fixed_states import FixedStates
 
 EXIT_POINTS = (0, 2, 3, 4)
 EQUAL = ["Segment_2_3_of_6", "Segment_3_4_of_6", "Segment_4_5_of_6"]  # in their graphs
@@ -41,7 +46,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start(tiny_model: Path, cache: Path, tmp_path_factory: Any) -> Iterator[Callable[[], Any]]:
+def start(tiny_model: Path, cache: Path, tmp_path_factory: Any) -> Iterator[Callable[..., Any]]:
     """Start an engine; on a CPU vLLM 0.32 leaves all to torch, and its compiler lacks two things.
 
     These are the sizes to compile for, and the names of CUDA ops, after which a pass looks.
@@ -56,20 +61,21 @@ def start(tiny_model: Path, cache: Path, tmp_path_factory: Any) -> Iterator[Call
 
     def check_but_compile(vllm_config: Any) -> None:
         compilation = vllm_config.compilation_config
-        names = "mode", "backend", "ir_enable_torch_wrap"
+        names = "mode", "backend", "ir_enable_torch_wrap", "cudagraph_mode"
         chosen = {name: getattr(compilation, name) for name in names}
         check(vllm_config)
         vars(compilation).update(chosen)
 
-    def start() -> Any:
+    def start(directory: Path = cache, graphs: str = "NONE", **switch: Any) -> Any:
         return tiny_engine(
             tiny_model,
-            {"artifact": str(policy), "kv": "propagate"},
+            {"artifact": str(policy), "kv": "propagate", **switch},
             enforce_eager=False,
             compilation_config={
                 "compile_sizes": [],
-                "cache_dir": str(cache),
+                "cache_dir": str(directory),
                 "custom_ops": ["none", "+rotary_embedding"],  # as some fusions on GPUs want it
+                "cudagraph_mode": graphs,
             },
             max_model_len=512,
             kv_cache_memory_bytes=64 << 20,
@@ -77,6 +83,8 @@ def start(tiny_model: Path, cache: Path, tmp_path_factory: Any) -> Iterator[Call
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_AOT_COMPILE", "0")
+        graph = f"{StaticGraph.__module__}.{StaticGraph.__qualname__}"
+        patch.setattr(cls, "get_static_graph_wrapper_cls", classmethod(lambda _: graph))
         envs.disable_envs_cache()  # an engine in this process has filled it
         patch.setattr(cls, "check_and_update_config", staticmethod(check_but_compile))
         patch.setattr(FixFunctionalizationPass, "__call__", lambda _, graph: None)
@@ -85,7 +93,7 @@ def start(tiny_model: Path, cache: Path, tmp_path_factory: Any) -> Iterator[Call
 
 
 @pytest.fixture(scope="module")
-def compiled(start: Callable[[], Any]) -> Any:
+def compiled(start: Callable[..., Any]) -> Any:
     """The first engine, which finds nothing in the cache."""
     with compilation_counter.expect(
         num_piecewise_capturable_graphs_seen=GRAPHS,
@@ -96,10 +104,10 @@ def compiled(start: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def warm(compiled: Any, start: Callable[[], Any]) -> Any:
-    """A second engine, which finds everything there."""
+def warm(compiled: Any, start: Callable[..., Any]) -> Any:
+    """A second engine, with other settings of ours, which finds everything there."""
     with compilation_counter.expect(num_inductor_compiles=0, num_compiled_artifacts_loaded=GRAPHS):
-        return start()
+        return start(epsilon=0.02)
 
 
 def differing(model: Any, kv: str, pattern: Pattern, ran: dict[str, list[Ran]]) -> list[object]:
@@ -138,6 +146,66 @@ def test_the_key_of_compiled_code_does_not_depend_on_our_settings(compiled):
 @pytest.mark.parametrize("kv", ["exact", "propagate"])
 def test_code_from_the_cache_reproduces_the_oracle(warm, reference, kv):
     assert differing(reference, kv, *drawn_pattern(warm, kv, seed=4)) == []
+
+
+@pytest.mark.full
+def test_modules_compiled_ahead_of_time_reproduce_the_oracle_when_new_and_from_disk(
+    compiled, start, reference, tmp_path, monkeypatch
+):
+    """The default on GPUs; the second engine has other settings of ours."""
+    modules = len(MODULES)
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # vLLM changes it
+    envs.disable_envs_cache()
+    with compilation_counter.expect(num_aot_compiles=modules, num_aot_artifacts_saved=modules):
+        new = start(tmp_path)
+    with compilation_counter.expect(num_aot_artifacts_loaded=modules, num_inductor_compiles=0):
+        from_disk = start(tmp_path, epsilon=0.02)
+    for engine in new, from_disk:
+        assert differing(reference, "exact", *drawn_pattern(engine, "exact", 5)) == []
+
+
+@pytest.fixture(scope="module")
+def graphed(compiled: Any, start: Callable[..., Any]) -> Iterator[Any]:
+    """An engine whose steps replay piecewise graphs, as vLLM's do on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(current_platform), "support_static_graph_mode", lambda _: True)
+        engine = start(graphs="PIECEWISE")
+    model, _, _ = parts(engine)
+    model.stack = replace(model.stack, fixed_states=FixedStates(MOST_ROWS))  # a CPU captures none
+    forward = model.forward
+
+    def with_graphs(input_ids: Any, *args: Any, **settings: Any) -> Any:
+        batch = BatchDescriptor(num_tokens=len(input_ids))
+        context = replace(
+            get_forward_context(),
+            cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE,
+            batch_descriptor=batch,
+        )
+        with override_forward_context(context):
+            return forward(input_ids, *args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "forward", with_graphs)
+        yield engine
+
+
+def test_piecewise_graphs_reproduce_the_oracle(graphed, reference):
+    """Steps replay them until a request leaves."""
+    StaticGraph.replays = 0
+    assert differing(reference, "exact", *drawn_pattern(graphed, "exact", 6)) == []
+    assert StaticGraph.replays > GRAPHS
+
+
+def test_states_that_stayed_in_a_graphs_memory_would_be_wrong(graphed, reference, monkeypatch):
+    """The stand-in shows what `FixedStates` is for."""
+    for graph in StaticGraph.all:
+        graph.captured.clear()
+    monkeypatch.setattr(FixedStates, "for_next_segment", lambda _, states: states)
+    with drawn(graphed, "exact") as ran:
+        pattern = drive(graphed, [Request([7, 8, 9], max_tokens=2, seed=FULL)])
+    assert wrong_exact(reference, pattern.sequence(0), ran["0"])
 
 
 # THE ROW LIMIT. Last, for what fails in a step takes the engine along.
