@@ -146,41 +146,57 @@ def main(
     hf_config, _ = load_config_and_tokenizer(model)
     depth, vocabulary = hf_config.num_hidden_layers, hf_config.vocab_size
     cases = QUICK_CASES if quick else GPU_CASES if ON_GPU else CASES
-    engines = start_engines(model, depth, cases, quick)
-    measured = []
-    for case in tqdm(cases, desc="cases", unit="case"):
-        prompts = random_prompts(case.batch, case.length, vocabulary)
-        measured.append((case, measure(engines, scenarios(depth), case, prompts, rounds)))
-    for engine in engines.values():
-        stop_engine(engine)
+    measured: list[dict[str, dict[str, Any]]] = [{} for _ in cases]
+    for names in side_by_side(quick):
+        engines = start_engines(model, depth, cases, names)
+        for case, found in zip(tqdm(cases, desc="cases", unit="case"), measured, strict=True):
+            prompts = random_prompts(case.batch, case.length, vocabulary)
+            runs = measure(engines, scenarios(depth), case, prompts, rounds)
+            for run in runs.values():
+                run["stock"] = runs[STOCK]["seconds"]
+            found |= runs
+        for engine in engines.values():
+            stop_engine(engine)
     report = {
         "synthetic": "exits follow a script, weights are random",
         "model": Path(model).name,
         "layers_total": depth,
         "rounds": rounds,
-        "cases": [row for case, runs in measured for row in case_rows(vars(case), runs)],
+        "cases": [
+            row
+            for case, runs in zip(cases, measured, strict=True)
+            for row in case_rows(vars(case), runs)
+        ],
         "provenance": provenance(),
     }
     write_report(output, report, table(report), plot(report))
 
 
-def start_engines(model: str, depth: int, cases: Sequence[Case], quick: bool) -> dict[str, LLM]:
-    """Start all engines side by side; a `quick` run starts only those it needs."""
+def side_by_side(quick: bool) -> list[tuple[str, ...]]:
+    """Which engines run in turn: all, or on a GPU, whose memory is full then, each with stock."""
+    if ON_GPU:
+        return [(STOCK, other) for other in (HALF, ONE, FOUR)]
+    return [(STOCK, HALF, ONE) if quick else (STOCK, HALF, IDLE, ONE, FOUR)]
+
+
+def start_engines(
+    model: str, depth: int, cases: Sequence[Case], names: Sequence[str]
+) -> dict[str, LLM]:
+    """Start the engines `names` side by side."""
     longest = max(case.length + case.output for case in cases)
     examples = [Example("", "", [0] * longest, None)]
     points = [depth * part // 5 for part in range(1, 5)]
     plans: dict[str, dict[str, Any]] = {
         STOCK: {},
         HALF: {"hf_overrides": {"num_hidden_layers": depth // 2}},
-        **({} if ON_GPU else {IDLE: {}}),  # GPU memory has no room for it
+        IDLE: {},
         ONE: {"adainfer": {"exit_script": [depth // 2]}},
         FOUR: {"adainfer": {"exit_script": points}},
     }
     engines: dict[str, LLM] = {}
     os.environ["VLLM_PLUGINS"] = ""
-    if quick:
-        plans = {name: plans[name] for name in (STOCK, HALF, ONE)}
-    for name, settings in tqdm(plans.items(), desc="engines", unit="engine"):
+    wanted = {name: plans[name] for name in names}
+    for name, settings in tqdm(wanted.items(), desc="engines", unit="engine"):
         if name not in (STOCK, HALF) and "VLLM_PLUGINS" in os.environ:
             del os.environ["VLLM_PLUGINS"]
             register()  # vLLM loads plugins once per process, and loaded none here

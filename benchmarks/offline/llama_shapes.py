@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# Of Llama 3.2 1B and Llama 3.1 8B.
+# Of Llama 3.2 1B, Llama 3.1 8B and 70B.
 SHAPES = {
     "llama-1b": {
         "hidden_size": 2048,
@@ -20,6 +20,15 @@ SHAPES = {
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
+    "llama-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
         "num_key_value_heads": 8,
         "head_dim": 128,
         "tie_word_embeddings": False,

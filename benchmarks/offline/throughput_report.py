@@ -30,24 +30,25 @@ def case_rows(
     """The rows of the report for one case, one per scenario.
 
     ``bound`` is the speed-up if all skipped layers saved their time. Stock with half of its layers
-    shows how much of stock's time is spent in layers; only that time can be saved.
+    shows how much of stock's time is spent in layers; only that time can be saved. ``stock`` of a
+    run are the seconds of stock beside it.
     """
-    stock = runs[STOCK]["seconds"]
-    full = statistics.median(stock)
-    in_layers = 2 * (full - statistics.median(runs[HALF]["seconds"]))
+    half = runs[HALF]
+    in_layers = 2 * (1 - statistics.median(half["seconds"]) / statistics.median(half["stock"]))
     rows = []
     for name, run in runs.items():
         if name in (STOCK, HALF):
             continue
-        ratios = [base / seconds for base, seconds in zip(stock, run["seconds"], strict=True)]
+        pairs = zip(run["stock"], run["seconds"], strict=True)
+        ratios = [stock / seconds for stock, seconds in pairs]
         saved = run["layers_saved"] or 0.0
-        speedup, bound = statistics.median(ratios), full / (full - in_layers * saved)
+        speedup, bound = statistics.median(ratios), 1 / (1 - in_layers * saved)
         rows.append(
             {
                 **case,
                 "scenario": name,
-                "stock_seconds": full,
-                "outside_layers": 1 - in_layers / full,
+                "stock_seconds": statistics.median(run["stock"]),
+                "outside_layers": 1 - in_layers,
                 "layers_saved": saved,
                 "speedup": speedup,
                 "speedup_min": min(ratios),

@@ -203,7 +203,7 @@ def test_a_settled_request_that_waits_for_company_leaves_with_the_answer_it_sett
 
 
 # Rows that gain at the first point what a cut takes.
-ENOUGH = COMPACTION_COST["cpu"] // (LAYERS - EXIT_POINTS[0])
+ENOUGH = COMPACTION_COST // (LAYERS - EXIT_POINTS[0])
 
 
 @pytest.mark.parametrize(

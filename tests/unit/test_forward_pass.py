@@ -21,7 +21,7 @@ from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
 from vllm_adainfer.settings.engine import NO_POLICY
 
 SHAPE = StackShape((1, 1, 1, 1), head_size=1)
-ENOUGH = COMPACTION_COST["cpu"]
+ENOUGH = COMPACTION_COST
 
 
 def forward_of(query_lens: list[int], *args: Any, shape: StackShape = SHAPE, **more: Any) -> Any:

@@ -13,10 +13,12 @@ from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.compat.requests import query_of
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, read_from_rank0, same_on_all_ranks
+from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.kv.policies import ExactKV, KVPolicy, PropagateKV, RecurrentKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
+from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.exits.recording.recorder import Recorder, TunedLensSums
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
@@ -30,6 +32,11 @@ from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
 
+# What a GPU multiplies in the time that it takes to compact a batch: by the data sheet and the
+# budgets of `benchmarks/gpu_model.py`, an H100 takes some 160 us for it, and in these multiplies
+# rows with 5e10 parameters.
+COMPACTION_PRODUCTS = 50_000_000_000
+
 
 class LoadedModel(Protocol):
     """A model with exit points, such as `EarlyExit`.
@@ -37,12 +44,14 @@ class LoadedModel(Protocol):
     Attributes:
         settings: the engine switch.
         artifacts: the artifact of each policy, by name.
+        stack: the model's layers, once `cut_stack` has cut them.
         fingerprint: the fingerprint of the weights; None if they did not pass `load_weights`.
 
     """
 
     settings: Settings
     artifacts: Mapping[str, Artifact]
+    stack: Stack
     fingerprint: str | None
 
     @property
@@ -98,8 +107,20 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
         monitors_of(model),
         max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         min_rows_saved=settings.min_rows_saved,
+        compaction_cost=compaction_cost_of(model.stack, model.device),
         read=read_from_rank0,
     )
+
+
+def compaction_cost_of(stack: Stack, device: torch.device) -> int:
+    """The token-layers that a compacted batch must save, see `ExitLoop`.
+
+    On a GPU an estimate from the layers' size; of a mixture all experts count.
+    """
+    if device.type == "cpu":
+        return COMPACTION_COST
+    parameters = sum(p.numel() for segment in stack.segments for p in segment.layers.parameters())
+    return max(1, COMPACTION_PRODUCTS * stack.shape.depth // max(parameters, 1))
 
 
 def kv_policy_of(settings: Settings, vllm_config: VllmConfig) -> KVPolicy:

@@ -15,7 +15,7 @@ from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
 from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.decisions import Decisions
-from vllm_adainfer.exits.loop.forward_pass import ForwardPass
+from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
@@ -46,7 +46,7 @@ class ExitLoop(Loop):
         monitors: Mapping[str, Monitor],
         max_rows: int,
         min_rows_saved: int | None = None,
-        compaction_cost: int | None = None,
+        compaction_cost: int = COMPACTION_COST,
         read: Callable[[Tensor], AnyArray] = lambda values: values.cpu().numpy(),
     ) -> None:
         """Prepare to run a stack that is cut at the exit points of `policies`.
@@ -59,8 +59,7 @@ class ExitLoop(Loop):
             max_rows: the most rows that a segment may get: vLLM has compiled for so many, and
                 attention backends have buffers for them.
             min_rows_saved: rows that must leave together; None lets them leave where it is faster.
-            compaction_cost: the token-layers that a smaller batch must save to be faster; None for
-                `COMPACTION_COST`.
+            compaction_cost: the token-layers that a smaller batch must save to be faster.
             read: copies a tensor to the host: the first rank's on every rank, so that all decide
                 alike.
 

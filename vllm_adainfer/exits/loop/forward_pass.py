@@ -14,10 +14,9 @@ from vllm_adainfer.exits.kv.policies import KVPolicy, LeavingRows
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 
 # Compacting a batch (new rows, new attention metadata) takes as long as running so many
-# token-layers, by the type of device. On CPUs 6 to 60 were measured with a 135M model; layers of a
-# larger model take longer, so that fewer rows pay for it. The number for GPUs is an estimate from
-# the time of a 1B model's layers and of a dozen launches.
-COMPACTION_COST = {"cpu": 64, "cuda": 2048}
+# token-layers. On CPUs 6 to 60 were measured with a 135M model; layers of a larger model take
+# longer, so that fewer rows pay for it.
+COMPACTION_COST = 64
 
 
 class ForwardPass:
@@ -45,14 +44,12 @@ class ForwardPass:
         input_ids: Tensor,
         kv: KVPolicy,
         accounting: LayerAccounting,
-        compaction_cost: int | None = None,
+        compaction_cost: int = COMPACTION_COST,
     ) -> None:
         """Begin with the rows that the step came with, as given to `Loop.run`."""
         self.step, self.owners = step, owners
         self.batch, self.layout, self.states = batch, step.layout, HiddenStates(input_ids)
         self._shape, self._kv, self._accounting = shape, kv, accounting
-        if compaction_cost is None:
-            compaction_cost = COMPACTION_COST[step.device.type]
         self.compaction_cost = compaction_cost
         self._padded_rows = len(input_ids)
         self._policies = accounting.numbers(owners)  # [requests]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
-import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
@@ -37,6 +37,7 @@ class Launches(TorchDispatchMode):
         self.uploads = self.reads = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count `func`, unless it only looks at memory or reserves some."""
         returned = [out.alias_info for out in func._schema.returns]
         is_view = any(alias is not None and not alias.is_write for alias in returned)
         if not is_view and func._schema.name not in WITHOUT_LAUNCH:
@@ -72,11 +73,12 @@ def counted() -> Iterator[Launches]:
 
         return uploading
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GridExecutor, "__call__", launch)
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(GridExecutor, "__call__", launch))
         for name, module in list(sys.modules.items()):
             for function in UPLOADS if name.startswith("vllm_adainfer.") else ():
                 if hasattr(module, function):
-                    patch.setattr(module, function, counting(getattr(module, function)))
+                    replacement = counting(getattr(module, function))
+                    patches.enter_context(mock.patch.object(module, function, replacement))
         with counter:
             yield counter
