@@ -14,6 +14,7 @@ from benchmarks.offline.scripted_requests import scripted_request
 from tests.conftest import small_engine, tiny_engine
 from tests.e2e.patterns import drawn_pattern, wrong
 from tests.e2e.scripted import parts
+from vllm_adainfer.engine.self_test.self_test import self_test
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,3 +94,9 @@ def test_drawn_exits_reproduce_the_oracle(on_gpu, reference, kv, seed):
     pattern, ran = drawn_pattern(on_gpu, kv, 3000 + seed)
     names = range(len(pattern.requests))
     assert [found for name in names for found in wrong(reference, kv, pattern, name, ran)] == []
+
+
+def test_kernels_exits_and_graphs_pass_the_self_test(default):
+    """Also where an earlier start has passed it, and remembers."""
+    _, runner, _ = parts(default)
+    assert self_test(runner) == ()
