@@ -29,7 +29,6 @@ from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.accounting.report import Reporter, snapshot_of
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.kv.policies import ExactKV, PropagateKV
-from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -62,7 +61,7 @@ class CountingStack(Stack):
 @contextmanager
 def counting(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[CountingStack]]:
     """The model's stack, counted; each row runs the last layer in one piece."""
-    monkeypatch.setitem(COMPACTION_COST, "cpu", 1 << 30)
+    monkeypatch.setattr(model.loop, "_compaction_cost", 1 << 30)
     stack, cls = model.stack, type("FreshStack", (CountingStack,), {})
     model.stack = cls(**{field.name: getattr(stack, field.name) for field in fields(stack)})
     try:

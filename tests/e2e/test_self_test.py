@@ -293,6 +293,28 @@ def test_the_padding_mask_of_other_rows_is_found(tested, monkeypatch):
     assert [failure.part for failure in found(tested)] == ["exits"]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("tested", ["graphed"], indirect=True)
+def test_without_exits_there_are_no_graphs_of_segments(tested, reference, monkeypatch):
+    """They would find no metadata for the whole batch."""
+    model, _, _ = parts(tested)
+    next_row(monkeypatch)
+    assert [failure.part for failure in found(tested)] == ["exits"]
+    assert model.graphs is None
+    assert answers_are_right(tested, reference)
+
+
+@pytest.mark.parametrize("tested", ["engine"], indirect=True)
+def test_without_exits_vllms_graphs_are_kept_if_they_are_right(tested, monkeypatch):
+    model, runner, _ = parts(tested)
+    compilation = runner.vllm_config.compilation_config
+    monkeypatch.setattr(compilation, "cudagraph_mode", CUDAGraphMode.PIECEWISE)
+    next_row(monkeypatch)
+    assert [failure.part for failure in found(tested)] == ["exits"]
+    assert model.exits_off
+    assert model.execution is Execution.VLLM_GRAPHS
+
+
 @pytest.mark.parametrize("tested", ["engine"], indirect=True)
 def test_where_the_test_itself_cannot_run_all_requests_run_all_layers(
     tested, reference, monkeypatch, caplog
@@ -445,6 +467,17 @@ def test_where_a_kernel_is_wrong_probes_run_in_torch(tested, fault, monkeypatch)
     _, runner, _ = parts(tested)
     states = torch.empty(16, runner.model.hidden_size)
     assert wrong_kernels(runner.model.loop.policies, states) is None  # now that it is avoided
+
+
+@pytest.mark.parametrize("tested", ["engine"], indirect=True)
+def test_where_a_kernel_does_not_compile_probes_run_in_torch(tested, monkeypatch):
+    def refused(*_: Any) -> Any:
+        raise RuntimeError("no such architecture")
+
+    monkeypatch.setattr("vllm_adainfer.engine.self_test.self_test.wrong_kernels", refused)
+    [failure] = found(tested)
+    assert (failure.part, failure.why) == ("kernels", "RuntimeError: no such architecture")
+    assert adainfer_kernels.backend._auto_is_torch
 
 
 @pytest.mark.parametrize("tested", ["small"], indirect=True)

@@ -19,7 +19,6 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
-from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.exits.loop.step import StepContext
 from vllm_adainfer.policy.answers import EarlyStates
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
@@ -65,12 +64,11 @@ class EmptyBatch:
 class Engine:
     """An exit loop over a stack that computes nothing."""
 
-    def __init__(self, own_kv_layers: int | None = None, max_rows: int = 1 << 30) -> None:
+    def __init__(self, own_kv_layers: int | None = None, **settings: int) -> None:
         shape = StackShape(STRETCHES, 1, own_kv_layers)
         self.positions: Counter[str] = Counter()
-        self.loop = ExitLoop(
-            shape, policies(NAMES), ExactKV(), {}, max_rows=max_rows, min_rows_saved=1
-        )
+        settings = {"max_rows": 1 << 30, "min_rows_saved": 1, **settings}
+        self.loop = ExitLoop(shape, policies(NAMES), ExactKV(), {}, **settings)
 
     def step(
         self, *requests: tuple[str, str, int, int], continues: bool | Sequence[bool] = True
@@ -149,13 +147,11 @@ def test_a_request_without_rows_that_wait_is_forgotten_without_a_trace(request_i
 
 @pytest.mark.parametrize("own_kv_layers", [None, FROM_ZERO[1]], ids=["own", "shared"])
 @pytest.mark.parametrize("seed", range(20))
-def test_no_counter_falls_and_run_skipped_and_waiting_are_all_that_came(
-    monkeypatch, seed, own_kv_layers
-):
+def test_no_counter_falls_and_run_skipped_and_waiting_are_all_that_came(seed, own_kv_layers):
     """Requests draw policies and exit points; some are forgotten, some rows catch up apart."""
     generator = np.random.default_rng(seed)
-    monkeypatch.setitem(COMPACTION_COST, "cpu", int(generator.choice([1, 64])))
-    engine = Engine(own_kv_layers, max_rows=int(generator.integers(5, 40)))
+    cost, max_rows = int(generator.choice([1, 64])), int(generator.integers(5, 40))
+    engine = Engine(own_kv_layers, max_rows=max_rows, compaction_cost=cost)
     came, last = dict.fromkeys(NAMES, 0), {key: {} for key in COUNTERS}
     for _ in range(25):
         for name in generator.choice(list("uvwxyz"), generator.integers(0, 2), replace=False):

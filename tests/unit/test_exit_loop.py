@@ -23,7 +23,6 @@ from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.kv.policies import ExactKV, PropagateKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
-from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.exits.loop.step import StepContext
 from vllm_adainfer.exits.recording.recorder import Recorder
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
@@ -272,12 +271,11 @@ def test_propagate_fills_skipped_layers_with_the_state_at_the_exit():
     [SHAPE, SHARING, FROM_ZERO, SHARING_FROM_ZERO],
     ids=["own", "shared", "own, from zero", "shared, from zero"],
 )
-def test_drawn_exits_give_the_oracles_states_whatever_left_before(monkeypatch, shape, seed):
+def test_drawn_exits_give_the_oracles_states_whatever_left_before(shape, seed):
     """Several requests, prompts and tokens, with `exact`: others' exits change nobody's state."""
     generator = np.random.default_rng(seed)
-    monkeypatch.setitem(COMPACTION_COST, "cpu", int(generator.choice([1, 64])))
-    max_rows = int(generator.integers(8, LONGEST))
-    toy = Toy(ExactKV(capacity=6), shape=shape, max_rows=max_rows)
+    cost, max_rows = int(generator.choice([1, 64])), int(generator.integers(8, LONGEST))
+    toy = Toy(ExactKV(capacity=6), shape=shape, max_rows=max_rows, compaction_cost=cost)
     texts: list[list[int]] = [[], [], [], []]
     for _ in range(12):
         lens = generator.integers(0, 3, 4)

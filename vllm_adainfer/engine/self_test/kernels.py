@@ -28,7 +28,7 @@ def wrong_kernels(policies: PolicySet, states: Tensor) -> str | None:
     for probe in (probe for policy in policies.policies for probe in policy.probes):
         for rows in rows_to_compile_for(len(states)):
             if found := _wrong_probe(probe, states[:rows]):
-                return f"{found} of {rows} rows by a head of {probe.head.size} rows"
+                return f"{found} of {rows} rows differ, by a head of {probe.head.size} rows"
     if policies.read(ProbeInput.PROMPT) and (found := _wrong_pool(states)):
         return found
     return None
@@ -110,7 +110,7 @@ def _wrong_pool(states: Tensor) -> str | None:
                 for backend in ("auto", "torch")
             )
             if not _same(found, right):
-                return "the sums of prompts"
+                return "the sums of prompts differ"
     return None
 
 

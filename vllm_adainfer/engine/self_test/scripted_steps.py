@@ -107,7 +107,9 @@ class ScriptedSteps:
     ) -> Iterator[NotingLoop]:
         """Let the model run the script, with a loop of its own, and run it in this way."""
         model, state = self._model, self._runner.model_state
-        served, running, exits = model.loop, state.running, model.loop.policies.exit_points
+        names = "loop", "graphs", "execution", "exits_off"
+        before = {name: getattr(model, name) for name in names}
+        running, exits = state.running, model.loop.policies.exit_points
         head_size = model.stack.head_size
         policy = ScriptedExits(exits, head_size)
         loop = ExitLoop(
@@ -120,9 +122,8 @@ class ScriptedSteps:
             read=read_from_rank0,
         )
         noting = NotingLoop(None if in_full else loop, len(model.stack.segments), head_size)
-        before = model.execution
         state.running = ScriptedRequests(script, ids, loop, running.window)
-        model.loop, model.execution = noting, execution
+        model.loop, model.execution, model.exits_off = noting, execution, False
         model.graphs = self._graphs if execution is Execution.SEGMENT_GRAPHS else None
         self._runner.kv_connector.set_disabled(True)
         try:
@@ -132,4 +133,5 @@ class ScriptedSteps:
             self._clear_kv_cache()
             self._runner.kv_connector.set_disabled(False)
             state.running = running
-            model.loop, model.execution, model.graphs = served, before, self._graphs
+            for name, value in before.items():
+                setattr(model, name, value)

@@ -44,15 +44,15 @@ class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
 
     @override
     def warmed_up(self) -> None:
-        """Warm up the probes, too, and test a device on which that was not done before."""
+        """Test a device on which that was not done before, and warm up the probes, too."""
         runner, model = self.model_runner, self.model_runner.model
         if isinstance(model.loop, ExitLoop):
+            if current_platform.is_cuda_alike():
+                self.self_test()
             size = runner.max_num_reqs, model.hidden_size
             states = torch.zeros(size, dtype=runner.dtype, device=model.device)
             warm_up(model.loop.policies, states)
             broadcast_from_rank0(states[:1])
-            if current_platform.is_cuda_alike():
-                self.self_test()
         model.loop.reset_counters()  # of vLLM's warm-up
 
     def self_test(self) -> None:
