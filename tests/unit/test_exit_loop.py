@@ -106,8 +106,21 @@ class ExitByRow(ExitPolicy):
         return Decision(rows.threshold_rows == exit_index, EarlyStates(rows.hidden))
 
 
+class InPlace(ToyBatch):
+    """Each segment overwrites the states of the last, as graphs do."""
+
+    memory: Tensor | None = None
+
+    def run(self, segment: int, states: HiddenStates) -> HiddenStates:
+        after = super().run(segment, states).hidden
+        self.memory = after if self.memory is None else self.memory.copy_(after)
+        return HiddenStates(self.memory)
+
+
 class Toy:
     """An exit loop over the toy stack, fed step by step."""
+
+    batch = ToyBatch
 
     def __init__(
         self, kv: Any = None, requests: int = 4, shape: StackShape = SHAPE, **changes: Any
@@ -135,7 +148,7 @@ class Toy:
             **{**defaults, **context},
         )
         ids = torch.tensor([token for each in tokens for token in each])
-        batch = ToyBatch(self.shape, self.cache, layout, self.executed, self.sizes)
+        batch = self.batch(self.shape, self.cache, layout, self.executed, self.sizes)
         output = self.loop.run(batch, ids, step)
         return output.hidden[layout.ends[lens > 0] - 1, 0].tolist(), output
 
@@ -193,6 +206,16 @@ def test_a_settled_request_stays_where_too_few_rows_would_leave_with_it():
         [oracle(p, d)[0] for p, d in zip(PROMPTS, [2, 6, 4, 2], strict=True)]
     ), "an answer stays the one that was settled"
     assert toy.sizes == [10, 10, 2, 2]
+
+
+def test_an_answer_outlives_the_states_that_it_was_read_from():
+    """All are asked, so none is copied for that; the first is settled, and stays."""
+    toy = Toy(min_rows_saved=4)
+    toy.batch = InPlace
+    found, _ = toy.step([[3], [5], [9], [2]], [FIRST_EXIT, *[SECOND_EXIT] * 3])
+    depths = [2, 4, 4, 4]
+    texts = [[3], [5], [9], [2]]
+    assert found == pytest.approx([oracle(t, d)[0] for t, d in zip(texts, depths, strict=True)])
 
 
 def test_requests_that_leave_before_the_first_layer_run_none():

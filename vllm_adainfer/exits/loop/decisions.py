@@ -120,8 +120,8 @@ class Decisions:
                 if policy not in self._memory:
                     self._memory[policy] = self._for_all(decision.memory)
                 self._memory[policy][places] = decision.memory
-        if everyone:
-            self._answers[policy] = decision.answers
+        if everyone and isinstance(decision.answers, EarlyScores):
+            self._answers[policy] = decision.answers  # new memory, unlike some answers as states
             return
         if policy not in self._answers:
             values = self._for_all(decision.answers.values)
