@@ -1,6 +1,6 @@
 """The self-test finds each fault that would give wrong answers, and what it switches to is right.
 
-Most faults are those that a desk check of the GPU path found in earlier versions, put back.
+Some of the faults are those that a desk check of the GPU path found in earlier versions.
 """
 
 from __future__ import annotations
