@@ -304,6 +304,20 @@ def test_without_exits_there_are_no_graphs_of_segments(tested, reference, monkey
     assert answers_are_right(tested, reference)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("tested", ["reads_scores"], indirect=True)
+def test_without_exits_a_classifier_scores_as_before(tested, monkeypatch):
+    def scores() -> Tensor:
+        prompts = [{"prompt_token_ids": list(range(5, 9 + 7 * place))} for place in range(3)]
+        outputs = tested.encode(prompts, pooling_task="classify", use_tqdm=False)
+        return torch.stack([output.outputs.data for output in outputs])
+
+    before = scores()
+    next_row(monkeypatch)
+    assert [failure.part for failure in found(tested)] == ["exits"]
+    torch.testing.assert_close(scores(), before)
+
+
 @pytest.mark.parametrize("tested", ["engine"], indirect=True)
 def test_without_exits_vllms_graphs_are_kept_if_they_are_right(tested, monkeypatch):
     model, runner, _ = parts(tested)

@@ -208,6 +208,34 @@ def test_a_settled_request_stays_where_too_few_rows_would_leave_with_it():
     assert toy.sizes == [10, 10, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("changes", "context", "asked"),
+    [
+        ({}, {}, 0),
+        ({"monitors": {"toy": AnswerMonitor([0.05], 0.1)}}, {"is_shadow": [True] + [False] * 3}, 2),
+        ({"spares_head": True}, {}, 2),
+        ({"min_rows_saved": 8}, {}, 2),
+    ],
+    ids=["nobody could leave", "a shadow request", "spares the LM head", "enough might leave"],
+)
+def test_nobody_is_asked_who_could_not_leave_by_the_answer(monkeypatch, changes, context, asked):
+    """Eight rows may leave, two may not; to pay, nine must leave together."""
+    monkeypatch.setattr(ExitByRow, "spares_head", changes.pop("spares_head", False))
+    context = {name: np.array(value) for name, value in context.items()}
+    toy, questions = Toy(**{"min_rows_saved": 9, **changes}), []
+    decide = ExitByRow.decide
+
+    def counted(self: ExitByRow, exit_index: int, rows: UndecidedRows) -> Decision:
+        questions.append(exit_index)
+        return decide(self, exit_index, rows)
+
+    monkeypatch.setattr(ExitByRow, "decide", counted)
+    found, _ = toy.step(PROMPTS, EXITS, **context)
+    assert len(questions) == asked
+    if not asked:
+        assert found == pytest.approx([oracle(prompt, DEPTH)[0] for prompt in PROMPTS])
+
+
 def test_an_answer_outlives_the_states_that_it_was_read_from():
     """All are asked, so none is copied for that; the first is settled, and stays."""
     toy = Toy(min_rows_saved=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -69,6 +70,11 @@ class PolicySet:
             }
             for point in self.exit_points
         ]
+
+    @cached_property
+    def spares_head(self) -> bool:
+        """Whether the answers of any policy do, see `Answers`."""
+        return any(policy.spares_head for policy in self.policies)
 
     def read(self, read: ProbeInput) -> bool:
         """Whether any policy reads this of a request."""

@@ -170,8 +170,8 @@ class ExitLoop(Loop):
         right by any bound. Answers of shadow requests are compared although they stay, and some
         answers spare the LM head.
         """
-        step, policies = forward.step, self.policies.policies
-        if step.num_shadow or any(policy.spares_head for policy in policies):
+        step = forward.step
+        if step.num_shadow or self.policies.spares_head:
             return True
         rows = int(forward.layout.query_lens[step.may_leave()].sum())
         if rows == forward.layout.num_rows:
