@@ -249,7 +249,7 @@ def test_choices_are_calibrated_inspected_evaluated_and_examined(rows, tmp_path)
     asked = "--model", str(model), "--data", str(rows), "--template", "{text} "
     done = command(
         "calibrate", *asked, "--label-field", "", "--choices", "yes,no", "--epsilon", "0.3",
-        "--output", str(output),
+        "--exit-points", "2,4", "--output", str(output),
     )  # fmt: skip
     assert "label-head on choices: 'yes', 'no'" in done.stdout
     assert command("inspect", str(output)).stdout.strip() in done.stdout
