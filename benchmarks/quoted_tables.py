@@ -26,8 +26,7 @@ def classifier_tables() -> list[str]:
         "A [reranker](rerankers.md) over `/rerank`, beside stock vLLM. It is a toy: SmolLM2-135M, "
         "trained for 20 minutes on 1,200 questions of BoolQ and SQuAD. It reorders what TF-IDF "
         "finds among 968 passages, cut to 64 words. *Lost one* is what the first policy promises; "
-        "the second promises that at most epsilon of the scores *move*, a share without an "
-        "interval, as the scores of one query are not independent:",
+        "the second promises that at most epsilon of the scores *move*:",
         "",
         *(RESULTS / "rerank.md").read_text().splitlines(),
         "",

@@ -1,4 +1,4 @@
-"""Write the result tables of README and `docs/results.md` from the committed results.
+"""Write the generated parts of README and docs from the committed results.
 
     .venv/bin/python benchmarks/readme_table.py
 
@@ -7,7 +7,6 @@ Most rows are a report of `vllm-adainfer evaluate` under `results/`, or a task o
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from statistics import mean, median
@@ -15,15 +14,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # imports start at the checkout
 
+from benchmarks.common.intervals import share_of, shares_of
+from benchmarks.front_page import compared, comparison, headlines, load, of_bound
 from benchmarks.quoted_tables import classifier_tables, promises_table, trained_probes_table
 from benchmarks.serving.serve_report import table as serve_table
-from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled, verdict
 from vllm_adainfer.offline.tables import markdown_table
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 RESULTS = HERE.parent / "docs" / "results.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+COMPARISON = HERE.parent / "docs" / "comparison.md"
 REPORTS = {
     "sst2_zero_shot": "SST-2, zero-shot, fine-tuned SmolLM2-135M",
     "sst2_six_shot": "SST-2, 6-shot, SmolLM2-135M-Instruct",
@@ -32,33 +32,11 @@ REPORTS = {
 }
 
 SUITES = {
+    "suite_fine_tuned": "SmolLM2-135M as `fine_tune.py` of the suite makes it",
     "suite_smollm2_tasks": "The suite's tasks that SmolLM2-135M was fine-tuned on",
     "suite_smollm2_instruct": "The whole suite on SmolLM2-135M-Instruct, few-shot",
     "suite_smollm2_squad": "SQuAD again, after the prefix cache began to keep more",
 }
-
-
-def load(name: str) -> dict[str, Any]:
-    """One committed result."""
-    result: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
-    return result
-
-
-def share(value: float, rows: int) -> str:
-    """A share of `rows` independent rows, with its 95 % interval."""
-    return spelled(value, clopper_pearson(round(value * rows), rows))
-
-
-def of_bound(report: dict[str, Any]) -> str:
-    """The disagreement, and whether it is within the bound."""
-    value, rows = report["disagreement"], report["n"]
-    interval = clopper_pearson(round(value * rows), rows)
-    return f"{spelled(value, interval)}, {verdict(value, interval, report['epsilon'])}"
-
-
-def accuracies(stock: float, ours: float, rows: int) -> str:
-    """The accuracies of stock vLLM and of ours on the same prompts."""
-    return f"{share(stock, rows)} / {share(ours, rows)}"
 
 
 def suite_table(name: str, title: str) -> list[str]:
@@ -67,22 +45,23 @@ def suite_table(name: str, title: str) -> list[str]:
     rows = []
     for task in report["tasks"]:
         run, published = task["measured"], task["methods"]["adainfer"]
-        start = [f"{task['title']}, {task['shots']}", f"{task['chance']:.0%}"]
+        count = task["test"]
+        start = [f"{task['title']}, {task['shots']}", f"{round(task['chance'] * count)} of {count}"]
         full = task["full_depth"]["accuracy"]
         if run is None:
             why = "at chance" if task["at_chance"] else "no exit pays"
-            rows.append([*start, f"{share(full, task['test'])}, {why}", *5 * [""]])
+            rows.append([*start, f"{share_of(full, count)}, {why}", *5 * [""]])
             continue
         theirs = "no policy"
         if published is not None:
             lost = 100 * (full - published["accuracy"])
-            theirs = f"{published['layers_saved']:.0%}, {lost:.1f}"
+            theirs = f"{share_of(published['layers_saved'], count, 0)}, {lost:.1f}"
         rows.append(
             [
                 *start,
-                accuracies(run["stock_accuracy"], run["accuracy"], task["test"]),
-                share(run["disagreement"], task["test"]),
-                f"{run['layers_saved']:.0%}",
+                shares_of(run["stock_accuracy"], run["accuracy"], count),
+                share_of(run["disagreement"], count),
+                share_of(run["layers_saved"], count, 0),
                 f"**{run['speedup']:.2f}x**",
                 ", ".join(map(str, task["exit_points"])),
                 theirs,
@@ -90,13 +69,13 @@ def suite_table(name: str, title: str) -> list[str]:
         )
     columns = [
         "task, shots",
-        "chance",
+        "commonest answer",
         "accuracy, stock / ours (95 %)",
         "disagreement (95 %)",
-        "layers saved",
+        "layers saved (95 %)",
         "speed-up",
         "exit points",
-        "AdaInfer as published: layers saved, points lost",
+        "AdaInfer as published: layers saved (95 %), points lost",
     ]
     return [
         f"{title}, epsilon {report['epsilon']:g} at delta {report['delta']:g}, "
@@ -129,7 +108,7 @@ def long_prompts_table() -> list[str]:
         f"values, with {report['shots']} labelled lines before each prompt's own: {report['n']} "
         f"unseen prompts of {length:.0f} tokens, {report['provenance']['cpu']}. Prompt tokens that "
         "are not sampled stop where layers begin to share; never exiting differs from stock in "
-        f"{changed:.1%} of the answers.",
+        f"{share_of(changed, report['n'])} of the answers.",
         "",
         *(HERE / "results" / "long_prompts.md").read_text().splitlines(),
     ]
@@ -142,7 +121,7 @@ def recurrent_table() -> list[str]:
     return [
         "A small Qwen 3.5, nine of whose twelve layers keep a recurrent state: "
         f"{report['n']} unseen prompts of {length:.0f} tokens, {report['provenance']['cpu']}. "
-        f"Never exiting differs from stock in {changed:.1%} of the answers.",
+        f"Never exiting differs from stock in {share_of(changed, report['n'])} of the answers.",
         "",
         *(HERE / "results" / "recurrent.md").read_text().splitlines(),
     ]
@@ -194,7 +173,7 @@ def throughput_table() -> list[str]:
             [
                 name,
                 str(len(rows)),
-                f"{mean(row['layers_saved'] for row in rows):.0%}",
+                f"{mean(row['layers_saved'] for row in rows):.2f}",
                 f"**{median(speedups):.2f}x** ({min(speedups):.2f} to {max(speedups):.2f})",
                 f"{median(shares):.2f} ({min(shares):.2f})",
             ]
@@ -202,7 +181,7 @@ def throughput_table() -> list[str]:
     columns = [
         "scenario",
         "cases",
-        "layers saved, mean",
+        "share of layers skipped, as scripted",
         "speed-up, median (range)",
         "share of the possible speed-up, median (lowest)",
     ]
@@ -239,18 +218,19 @@ def generation_table() -> list[str]:
         name: mean(row["disagreement"] for row in report["quality"] if row["variant"] == name)
         for name in variants
     }
+    texts = len({row["data"] for row in report["quality"]}) * report["prompts"]
     one, depth, room = speed[1, "exact"], report["layers_total"], report["oracle_layers_run"]
     left = {int(layers): count for layers, count in one["exit_histogram"].items()}
     lines += [
         "",
         f"Headroom: an oracle exiting at the first correct layer would run {room:.1f} of {depth} "
         "layers. One request at a time under `exact`, "
-        f"{1 - left.get(depth, 0) / sum(left.values()):.0%} of tokens exited after "
-        f"{', '.join(map(str, report['exit_points']))} layers without an LM head, which "
-        f"skipped {one['passes_saved']:.1%} of layer invocations. Tokens that differ from never "
-        f"exiting, up to a text's first difference: {changed['exact']:.1%} under `exact`, "
-        f"{changed['propagate']:.1%} under `propagate`, {changed['stock']:.1%} in stock vLLM (by "
-        "rounding).",
+        f"{sum(left.values()) - left.get(depth, 0)} of {sum(left.values())} tokens exited after "
+        f"{', '.join(map(str, report['exit_points']))} layers without an LM head. Tokens that "
+        f"differ from never exiting, up to a text's first difference, in {texts} texts: "
+        f"{share_of(changed['exact'], texts)} under `exact`, "
+        f"{share_of(changed['propagate'], texts)} under `propagate`, "
+        f"{share_of(changed['stock'], texts)} in stock vLLM (by rounding).",
     ]
     return lines
 
@@ -268,10 +248,10 @@ def workloads() -> str:
                 f"{stock['requests_per_second']:.1f}",
                 f"{ours['requests_per_second']:.1f}",
                 f"**{report['speedup']:.2f}x**",
-                f"{report['layers_saved']:.0%}",
-                of_bound(report),
-                share(report["disagreement_with_stock"], report["n"]),
-                accuracies(stock["accuracy"], ours["accuracy"], report["n"]),
+                share_of(report["layers_saved"], report["n"], 0),
+                of_bound(report["disagreement"], report["n"], report["epsilon"]),
+                share_of(report["disagreement_with_stock"], report["n"]),
+                shares_of(stock["accuracy"], ours["accuracy"], report["n"]),
                 f"{report['efficiency']:.2f}",
             ]
         )
@@ -281,37 +261,11 @@ def workloads() -> str:
         "stock, requests/s",
         "ours, requests/s",
         "speed-up",
-        "layers saved",
+        "layers saved (95 %)",
         "disagreement (95 %)",
         "differs from stock (95 %)",
         "accuracy, stock / ours (95 %)",
         "efficiency",
-    ]
-    return markdown_table(columns, rows)
-
-
-def headlines() -> str:
-    """The generated part of README: a row per workload."""
-    rows = []
-    for name, title in REPORTS.items():
-        report = load(name)
-        rows.append(
-            [
-                title,
-                f"**{report['speedup']:.2f}x**",
-                f"{report['layers_saved']:.0%}",
-                of_bound(report),
-                accuracies(
-                    report["stock"]["accuracy"], report["adainfer"]["accuracy"], report["n"]
-                ),
-            ]
-        )
-    columns = [
-        "workload",
-        "speed-up",
-        "layers saved",
-        "answers that differ (95 %)",
-        "accuracy, stock / ours (95 %)",
     ]
     return markdown_table(columns, rows)
 
@@ -358,13 +312,20 @@ def tables() -> str:
     return "\n".join(lines)
 
 
-def updated(page: str, generated: str) -> str:
-    """`page` with its generated part replaced."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{generated}\n{END}{after}"
+def updated(page: str, generated: str, name: str = "results") -> str:
+    """`page` with the generated part of that name replaced."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{generated}\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """The generated part of each page; README has two."""
+    return {README: headlines(), RESULTS: tables(), COMPARISON: comparison()}
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(), headlines()))
-    RESULTS.write_text(updated(RESULTS.read_text(), tables()))
+    for path, part in pages().items():
+        path.write_text(updated(path.read_text(), part))
+    README.write_text(updated(README.read_text(), compared(), "compared"))

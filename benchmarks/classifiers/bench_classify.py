@@ -24,6 +24,7 @@ import numpy as np
 import typer
 
 from benchmarks.classifiers.label_classifier import label_classifier
+from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.report_files import write_report
 from benchmarks.serving.bench_choices import layer_rows
 from benchmarks.serving.sending import Sent, send
@@ -154,22 +155,22 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
         rows.append(
             [
                 one["task"],
-                f"{one['layers_saved']:.1%}",
+                share_of(one["layers_saved"], one["test"]),
                 f"**{one['speedup']:.2f}x** ({least:.2f} to {most:.2f})",
                 f"{1000 * stock['mean']:.0f} / {1000 * ours['mean']:.0f} ms",
                 f"{1000 * stock['p99']:.0f} / {1000 * ours['p99']:.0f} ms",
                 spelled(one["changed"], tuple(one["changed_95"])),
-                f"{one['accuracy'][STOCK]:.1%} / {one['accuracy'][OURS]:.1%}",
+                shares_of(one["accuracy"][STOCK], one["accuracy"][OURS], one["test"]),
             ]
         )
     columns = [
         "task",
-        "layers saved",
+        "layers saved (95 %)",
         "speed-up, all at once (rounds)",
         "alone, mean, stock / ours",
         "p99",
         "other label (95 %)",
-        "accuracy, stock / ours",
+        "accuracy, stock / ours (95 %)",
     ]
     first = reports[0]
     return (

@@ -29,6 +29,7 @@ from sklearn.metrics import ndcg_score
 
 from benchmarks.classifiers.passages import Query, find_candidates
 from benchmarks.classifiers.train_reranker import TEMPLATE_FILE
+from benchmarks.common.intervals import share_of
 from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server, serving
 from benchmarks.serving.bench_choices import layer_rows
@@ -229,10 +230,10 @@ def table(report: Mapping[str, Any]) -> str:
                 f"{1000 * one['mean']:.0f} ms",
                 f"{1000 * one['p99']:.0f} ms",
                 f"{stock['mean'] / one['mean']:.2f}x",
-                f"{one['layers_saved']:.1%}",
+                share_of(one["layers_saved"], size["queries"]),
                 spelled(one["first_changed"], tuple(one["first_changed_95"])),
                 spelled(one["lost"], tuple(one["lost_95"])),
-                f"{one['moved']:.1%}",
+                share_of(one["moved"], size["queries"]),
                 f"{one['ndcg']:.3f}",
             ]
             for one in size["servers"]
@@ -242,18 +243,19 @@ def table(report: Mapping[str, Any]) -> str:
             "mean",
             "p99",
             "speed-up",
-            "layers saved",
+            "layers saved (95 %)",
             f"other first {report['k']} (95 %)",
             f"lost one by more than {report['margin']:g} (95 %)",
-            f"scores moved by more than {report['margin']:g}",
+            f"scores moved by more than {report['margin']:g} (95 %)",
             "NDCG@10",
         ]
+        found = share_of(size["found_by_tf_idf"], size["queries"], 0)
         parts.append(
             f"{size['queries']} queries with {size['documents']} documents each, one at a time; "
             f"{report['calibration_queries']} others with {DOCUMENTS[0]} documents calibrated, "
             f"epsilon {report['epsilon']:.0%}. NDCG@10 of TF-IDF, which found them: "
             f"{size['ndcg_tf_idf']:.3f} (it finds the right passage of "
-            f"{size['found_by_tf_idf']:.0%}); {report['provenance']['cpu']}\n\n"
+            f"{found}); {report['provenance']['cpu']}\n\n"
             f"{markdown_table(columns, rows, text_columns=1)}\n"
         )
     return "\n".join(parts)

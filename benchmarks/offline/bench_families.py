@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 
 import typer
 
+from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.small_models import (
     FAMILIES,
@@ -97,27 +98,28 @@ def table(reports: dict[str, Any]) -> str:
     """Markdown: a row per family."""
     columns = [
         "family",
-        "accuracy, stock / ours",
-        "requests leave after layer (share)",
-        "layers saved",
-        "disagreement (bound)",
+        "accuracy, stock / ours (95 %)",
+        "requests that leave after each layer",
+        "layers saved (95 %)",
+        "disagreement (95 %)",
         "speed-up",
         "never exiting",
     ]
     rows = []
     for family, report in reports.items():
+        n = report["n"]
         exits = [
-            f"{layer} ({share:.0%})"
+            f"{layer}: {round(share * n)}"
             for layer, share in report["adainfer"]["exit_histogram"].items()
             if share
         ]
         rows.append(
             [
                 f"{family}, {report['layers_total']} layers",
-                f"{report['stock']['accuracy']:.1%} / {report['adainfer']['accuracy']:.1%}",
+                shares_of(report["stock"]["accuracy"], report["adainfer"]["accuracy"], n),
                 ", ".join(exits),
-                f"{report['layers_saved']:.0%}",
-                f"{report['disagreement']:.1%} ({report['epsilon']:.0%})",
+                share_of(report["layers_saved"], n, 0),
+                f"{share_of(report['disagreement'], n)}, bound {report['epsilon']:.0%}",
                 f"**{report['speedup']:.2f}x**",
                 f"{report['never_exit']['speedup']:.2f}x",
             ]

@@ -84,6 +84,7 @@ def main(
         "layers_total": config.layers,
         "oracle_layers_run": load_details(artifact)["oracle_layers_run"],
         "max_tokens": max_tokens,
+        "prompts": prompts,
         "rounds": rounds,
         "speed": speed,
         "quality": quality,

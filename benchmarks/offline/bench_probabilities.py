@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 
 import typer
 
+from benchmarks.common.intervals import share_of
 from benchmarks.common.report_files import write_report
 from benchmarks.common.tasks import TASKS
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_prompts
@@ -107,30 +108,31 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
         "task, prompts",
         "tolerance",
         "mass promised",
-        "layers saved",
+        "layers saved (95 %)",
         "speed-up",
-        "beyond the tolerance (bound)",
-        "best label differs",
+        "beyond the tolerance (95 %)",
+        "best label differs (95 %)",
         "largest move: mean, 95th percentile",
-        "stock, by rounding: beyond, mean, 95th percentile",
+        "stock, by rounding: beyond (95 %), mean, 95th percentile",
         "ECE, never exiting / ours",
         "Brier score, likewise",
     ]
     rows = []
     for report in reports:
         found = report["probabilities"]
+        n = report["n"]
         ours, never, stock = default_level(report), found["never_exit"], found["stock"]
         rows.append(
             [
                 f"{TASKS[report['task']].title}, {report['n']}",
                 f"{report['tolerance']:.2f}",
                 "yes" if report["label_mass"] else "no",
-                f"{report['layers_saved']:.0%}",
+                share_of(report["layers_saved"], n, 0),
                 f"**{report['speedup']:.2f}x**",
-                f"{ours['wrong']:.1%} ({report['epsilon']:.0%})",
-                f"{ours['label_differs']:.1%}",
+                f"{share_of(ours['wrong'], n)}, bound {report['epsilon']:.0%}",
+                share_of(ours["label_differs"], n),
                 f"{ours['move_mean']:.3f}, {ours['move_p95']:.3f}",
-                f"{stock['wrong']:.1%}, {stock['move_mean']:.3f}, {stock['move_p95']:.3f}",
+                f"{share_of(stock['wrong'], n)}, {stock['move_mean']:.3f}, {stock['move_p95']:.3f}",
                 f"{never['ece']:.3f} / {ours['ece']:.3f}",
                 f"{never['brier']:.3f} / {ours['brier']:.3f}",
             ]

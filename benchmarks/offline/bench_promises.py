@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import numpy as np
 import typer
 
+from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.in_turn import Round, hold_back, measured, run_in_turn
 from benchmarks.offline.resamples import resampled
@@ -235,20 +236,20 @@ def table(report: Mapping[str, Any]) -> str:
             [
                 one["promise"],
                 ", ".join(map(str, one["exit_points"])),
-                f"{one['layers_saved']:.1%}",
+                share_of(one["layers_saved"], report["test"]),
                 f"**{one['speedup']:.2f}x** ({least:.2f} to {most:.2f})",
                 broken,
-                f"{one['stock_accuracy']:.1%} / {one['accuracy']:.1%}",
+                shares_of(one["stock_accuracy"], one["accuracy"], report["test"]),
                 f"{one['resamples_over']} of {one['resamples']}",
             ]
         )
     columns = [
         "promise",
         "exit points",
-        "layers saved",
+        "layers saved (95 %)",
         "speed-up (rounds)",
         "broken (95 %)",
-        "accuracy, stock / ours",
+        "accuracy, stock / ours (95 %)",
         "resamples that break it",
     ]
     never = report["policies"][0]["never_exit"] if report["policies"] else float("nan")

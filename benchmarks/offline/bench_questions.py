@@ -24,6 +24,7 @@ import numpy as np
 import typer
 from tqdm import tqdm
 
+from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.report_files import write_report
 from vllm_adainfer.artifact.files import load_details
 from vllm_adainfer.offline.calibration.calibrate import (
@@ -122,21 +123,21 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
     head = markdown_table(
         [
             "promise",
-            "layers saved",
+            "layers saved (95 %)",
             "speed-up",
             "never exiting",
-            "accuracy, stock / ours",
-            "wrong (bound)",
+            "accuracy, stock / ours (95 %)",
+            "wrong (95 %)",
             "exit points",
         ],
         [
             [
                 report["promise"],
-                f"{report['layers_saved']:.0%}",
+                share_of(report["layers_saved"], report["n"], 0),
                 f"**{report['speedup']:.2f}x**",
                 f"{report['never_exit']['speedup']:.2f}x",
-                f"{report['stock']['accuracy']:.1%} / {report['adainfer']['accuracy']:.1%}",
-                f"{wrong(report):.1%} ({report['epsilon']:.0%})",
+                shares_of(report["stock"]["accuracy"], report["adainfer"]["accuracy"], report["n"]),
+                f"{share_of(wrong(report), report['n'])}, bound {report['epsilon']:.0%}",
                 ", ".join(map(str, report["exit_points"])),
             ]
             for report in reports
@@ -150,16 +151,17 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
         for report in reports:
             [seen] = [row for row in report["questions"] if row["question"] == name]
             [unseen] = [row for row in report["left_out"] if row["question"] == name]
-            cells.append(f"{seen['layers_saved']:.0%}, {seen['risk']:.1%}")
-            cells.append(
+            count = seen["prompts"]
+            cells += [
                 "no policy"
-                if unseen["risk"] is None
-                else f"{unseen['layers_saved']:.0%}, {unseen['risk']:.1%}"
-            )
+                if one["risk"] is None
+                else f"{share_of(one['layers_saved'], count, 0)}, {share_of(one['risk'], count)}"
+                for one in (seen, unseen)
+            ]
         rows.append(cells)
     columns = ["question"]
     for report in reports:
-        columns += [f"{report['promise']}: saved, wrong", "left out of calibration"]
+        columns += [f"{report['promise']}: saved, wrong (95 %)", "left out of calibration"]
     return f"{head}\n\n{markdown_table(columns, rows, text_columns=1)}\n"
 
 

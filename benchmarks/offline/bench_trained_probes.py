@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 
 import typer
 
+from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.minilm import fetch_minilm
 from benchmarks.common.report_files import write_report
 from benchmarks.offline.in_turn import hold_back, measured, run_in_turn
@@ -219,11 +220,11 @@ def table(report: Mapping[str, Any]) -> str:
         [
             TITLES[one["name"]],
             ", ".join(f"{layer}{'b' * (layer in one['branches'])}" for layer in one["exit_points"]),
-            f"{one['settled_at_0']:.0%}",
-            f"{one['layers_saved']:.1%}",
+            share_of(one["settled_at_0"], report["test"], 0),
+            share_of(one["layers_saved"], report["test"]),
             f"**{one['speedup']:.2f}x** ({min(one['speedups']):.2f} to {max(one['speedups']):.2f})",
             spelled(one["changed"] / report["test"], tuple(one["changed_95"])),
-            f"{one['stock_accuracy']:.1%} / {one['accuracy']:.1%}",
+            shares_of(one["stock_accuracy"], one["accuracy"], report["test"]),
             ", ".join(f"{ms:.1f}" for ms in one["trained_ms"].values()) or "-",
             {None: "-", True: "yes", False: "no"}[one["keeps_student"]],
             f"{one['resamples_over']} of {one['resamples']}",
@@ -233,11 +234,11 @@ def table(report: Mapping[str, Any]) -> str:
     columns = [
         "policy",
         "exit points (b: branch)",
-        "settled at 0",
-        "layers saved",
+        "settled at 0 (95 %)",
+        "layers saved (95 %)",
         "speed-up (rounds)",
         "answers that differ (95 %)",
-        "accuracy, stock / ours",
+        "accuracy, stock / ours (95 %)",
         "trained probes, ms a prompt",
         "student kept by time",
         "resamples over the bound",

@@ -11,6 +11,7 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import PathPoint, certify, threshold_path
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fitted_policy import (
     FittedPolicy,
     fit_candidates,
@@ -31,11 +32,7 @@ def resampled(policy: FittedPolicy, tests: Ints) -> dict[str, Any]:
     recording, options = calibration.recording, calibration.options
     split = calibration.split
     population = np.concatenate([split.certify, tests])
-    with_tests = replace(calibration, split=replace(split, certify=population))
-    layers = {exit.layer for exit in policy.exits}
-    heads = fit_candidates(with_tests, layers) if layers - {0} else []
-    again = {(e.layer, e.is_branch): e for e in make_policy(with_tests, heads).candidates}
-    exits = [again[exit.layer, exit.is_branch] for exit in policy.exits]
+    exits = exits_on(policy, population)
     bound = Bound.promised(options)
     labels = [replace(test, bound=bound) for test in calibration.label_tests]
     draw, risks, broken = np.random.default_rng(0), [], 0
@@ -59,6 +56,19 @@ def resampled(policy: FittedPolicy, tests: Ints) -> dict[str, Any]:
         "resamples_over": broken,
         "resamples_risk_mean": float(np.mean(risks)),
     }
+
+
+def exits_on(policy: FittedPolicy, rows: Ints) -> list[FittedExit]:
+    """The exit points of a policy as they were, with `rows` held out in place of its own.
+
+    `rows` [prompts] must not be among those that fitted it.
+    """
+    calibration = policy.calibration
+    other = replace(calibration, split=replace(calibration.split, certify=rows))
+    layers = {exit.layer for exit in policy.exits}
+    heads = fit_candidates(other, layers) if layers - {0} else []
+    again = {(e.layer, e.is_branch): e for e in make_policy(other, heads).candidates}
+    return [again[exit.layer, exit.is_branch] for exit in policy.exits]
 
 
 def _is_broken(test: LabelTest, served: PathPoint) -> bool:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.common.intervals import share_of
 from benchmarks.common.report_files import as_png
 from vllm_adainfer.offline.tables import markdown_table
 
@@ -56,7 +57,7 @@ def table(report: Mapping[str, Any]) -> str:
                 f"{row[STOCK][key]:.1f} / {row[OURS][key]:.1f} (**{row['ratios'][key]:.2f}x**)"
                 for key in IN_TABLE
             ),
-            f"{row[OURS]['layers_saved']:.0%}",
+            share_of(row[OURS]["layers_saved"], report["requests"], 0),
         ]
         for row in report["rates"]
     ]
@@ -76,7 +77,7 @@ def table(report: Mapping[str, Any]) -> str:
                 "mean TTFT, ms",
                 "p50 latency, ms",
                 "p99 latency, ms",
-                "layers saved",
+                "layers saved (95 %)",
             ],
             rows,
             text_columns=0,
@@ -91,16 +92,23 @@ def differences(report: Mapping[str, Any]) -> str:
     """How many answers differ from full depth and from stock, or how far scores moved."""
     answers, bound = report["answers"], f"{report['epsilon']:.0%} at delta {report['delta']:g}"
     if "moves" not in answers:
-        rounding = answers["full_depth_disagreement_with_stock"]
+        ours, stock, rounding = (
+            share_of(answers[name], answers["n"])
+            for name in (
+                "disagreement",
+                "disagreement_with_stock",
+                "full_depth_disagreement_with_stock",
+            )
+        )
         return (
-            f"{answers['disagreement']:.1%} of {answers['n']} answers differ from full depth "
-            f"(bound {bound}), and {answers['disagreement_with_stock']:.1%} from stock vLLM's; "
-            f"full depth itself differs from stock in {rounding:.1%} (rounding)."
+            f"Of {answers['n']} answers, {ours} differ from full depth (bound {bound}; in brackets "
+            f"the 95 % interval), {stock} from stock vLLM's, and full depth itself differs from "
+            f"stock in {rounding} (rounding)."
         )
     ours, alone = (
         f"by {moves['mean']:.3f} on average, {moves['p95']:.3f} at the 95th percentile, "
-        f"{moves['largest']:.3f} at most, {moves['beyond_tolerance']:.1%} by more than "
-        f"{answers['tolerance']:g}"
+        f"{moves['largest']:.3f} at most, "
+        f"{share_of(moves['beyond_tolerance'], answers['n'])} by more than {answers['tolerance']:g}"
         for moves in (answers["moves"], answers["moves_of_stock_alone"])
     )
     return (

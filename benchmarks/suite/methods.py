@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from benchmarks.common.intervals import mean_interval
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import (
@@ -26,6 +27,7 @@ from vllm_adainfer.offline.calibration.fit.split import Split
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.reports.shares import Interval
 
 GAP_ALONE = torch.tensor([0.0, 1.0, 0.0])  # a classifier whose score is the gap
 EVEN_ODDS = 0.0
@@ -40,6 +42,7 @@ class Outcome:
         disagreement: share of answers that differ from the full model's.
         layers_run: mean number of layers run.
         layers_saved: share of layers skipped.
+        layers_saved_95: its 95 % interval.
         expected_speedup: speed-up of layers, probes and compaction, by measured costs.
 
     """
@@ -48,6 +51,7 @@ class Outcome:
     disagreement: float
     layers_run: float
     layers_saved: float
+    layers_saved_95: Interval
     expected_speedup: float
 
 
@@ -82,6 +86,9 @@ class TestPart:
             disagreement=point.disagreement,
             layers_run=costs.depth * (1 - point.layers_saved),
             layers_saved=point.layers_saved,
+            layers_saved_95=mean_interval(
+                1 - np.array([*layers, costs.depth])[point.exits] / costs.depth
+            ),
             expected_speedup=self._expected_speedup(layers, point, costs),
         )
 

@@ -5,21 +5,38 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from benchmarks import readme_table
 from tests.families import FAMILIES
 from vllm_adainfer.engine.classes import MODELS
 
 ROOT = Path(__file__).parents[2]
+SHARE = r"\d[\d.]* ?%"
+WITH_INTERVAL = r"\d[\d.]*% \(-?\d[\d.]* to -?\d[\d.]*%\)"
+# What no run measures: the confidence of intervals and bounds, and what is promised.
+GIVEN = (
+    r"\(95 %\)|95 % interval",
+    r"(?i)bound (of |is )?[\d.]+ ?%",
+    r"(epsilon|at most|confidence) [\d.]+ ?%",
+    r"recall of \w+, [\d.]+%",
+)
 
 
 def test_the_result_tables_are_generated_from_the_committed_results():
-    generated = {
-        readme_table.README: readme_table.headlines(),
-        readme_table.RESULTS: readme_table.tables(),
-    }
-    for path, part in generated.items():
+    for path, part in readme_table.pages().items():
         page = path.read_text()
         assert page == readme_table.updated(page, part), "run benchmarks/readme_table.py"
+    page = readme_table.README.read_text()
+    assert page == readme_table.updated(page, readme_table.compared(), "compared")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/comparison.md"])
+def test_no_measured_share_stands_without_its_interval(page):
+    text = (ROOT / page).read_text()
+    for known in (WITH_INTERVAL, *GIVEN):
+        text = re.sub(known, "", text)
+    assert not re.findall(rf".*{SHARE}.*", text)
 
 
 def test_readme_is_short():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.common.intervals import mean_interval
 from benchmarks.suite import methods
 from benchmarks.suite.report import METHODS, markdown, suite_report
 from tests.unit.test_make_policy import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
@@ -71,16 +72,25 @@ def by_prompt(recording, exits, classifiers, threshold, costs) -> Any:
             "disagreement": np.mean(tokens != recording.tokens[TESTS]),
             "layers_run": np.mean(run),
             "layers_saved": 1 - np.mean(run) / DEPTH,
+            "least_saved": mean_interval(1 - np.array(run) / DEPTH)[0],
+            "most_saved": mean_interval(1 - np.array(run) / DEPTH)[1],
             "expected_speedup": full / seconds,
         }
     )
+
+
+def flat(outcome: methods.Outcome) -> dict[str, float]:
+    """Its fields, with both ends of the interval."""
+    found = asdict(outcome)
+    least, most = found.pop("layers_saved_95")
+    return {**found, "least_saved": least, "most_saved": most}
 
 
 def test_our_outcome_is_that_of_the_certified_threshold_a_prompt_at_a_time(recording, test, policy):
     threshold = policy.points[EPSILON].threshold
     classifiers = [exit.classifier for exit in policy.exits]
     expected = by_prompt(recording, policy.exits, classifiers, threshold, policy.costs)
-    assert asdict(methods.ours(policy, EPSILON, test)) == expected
+    assert flat(methods.ours(policy, EPSILON, test)) == expected
 
 
 @pytest.mark.parametrize(("layers_run", "layer"), [(1.0, 2), (3.2, 4), (DEPTH, 6)])
@@ -105,14 +115,14 @@ def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeyp
     head = Target("logit-lens", None)
     by_svm = fit_exits(recording, head, SPLIT, "svm", 0, LAYERS)
     svms = [exit.classifier for exit in by_svm]
-    assert asdict(found["adainfer"]) == by_prompt(recording, by_svm, svms, 0.0, paid)
+    assert flat(found["adainfer"]) == by_prompt(recording, by_svm, svms, 0.0, paid)
     # The gap alone, which a policy of this kind scores by.
     by_gap = fit_exits(recording, head, SPLIT, "threshold", 0, LAYERS)
     for name, exits in (("adainfer_certified", by_svm), ("calm", by_gap)):
         point = certify(exits, DEPTH, [EPSILON], Bound.promised(options))[EPSILON]
         classifiers = [exit.classifier for exit in exits]
         expected = by_prompt(recording, exits, classifiers, point.threshold, paid)
-        assert asdict(found[name]) == expected
+        assert flat(found[name]) == expected
 
 
 def test_the_curves_are_of_the_test_prompts(recording, test, policy):

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.suite.fine_tune import lessons_of
 from benchmarks.suite.hub import hub_rows
 from benchmarks.suite.tasks import Task, TaskData, load_suite, load_task
 from vllm_adainfer.errors import AdaInferError
@@ -69,6 +70,20 @@ def made_rows(task: Task, count: int) -> list[dict[str, Any]]:
         }
         for number in range(count)
     ]
+
+
+def test_a_fine_tuning_learns_from_no_row_that_the_suite_calibrates_on(load, tokenizer, tmp_path):
+    [task] = SUITE.select(["sst2"])
+    rows = [{"text": " ".join(["bees"] * n), "label": "positive"} for n in range(1, 41)]
+    calibrated = load("sst2", rows, max_train=25)
+    lessons = lessons_of(task, tmp_path, tokenizer, kept=25, rows=10)
+    learnt = {tuple(prompt) for prompt, _ in lessons}
+    assert len(learnt) == 10
+    assert learnt.isdisjoint(tuple(example.token_ids) for example in calibrated.train)
+    [positive] = {answer for _, answer in lessons}
+    assert tokenizer.convert_ids_to_tokens(positive) == "positive"
+    with pytest.raises(AdaInferError, match="only 40 training rows: lower --kept"):
+        lessons_of(task, tmp_path, tokenizer, kept=40, rows=10)
 
 
 def test_the_suite_has_the_tasks_of_the_paper_and_five_more():

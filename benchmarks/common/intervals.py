@@ -1,0 +1,31 @@
+"""Shares and means with their 95 % intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import t
+
+from vllm_adainfer.arrays import Floats
+from vllm_adainfer.offline.reports.shares import TAIL, Interval, clopper_pearson, spelled
+
+
+def share_of(value: float, rows: int, digits: int = 1) -> str:
+    """A share of independent rows, with its interval.
+
+    Also for a mean of rows that are between 0 and 1 each, such as the layers that they save: the
+    interval is then that of rows which are 0 or 1, which is wider than it need be.
+    """
+    return spelled(value, clopper_pearson(value * rows, rows), digits)
+
+
+def shares_of(stock: float, ours: float, rows: int) -> str:
+    """The shares of stock vLLM and of ours on the same rows."""
+    return f"{share_of(stock, rows)} / {share_of(ours, rows)}"
+
+
+def mean_interval(values: Floats) -> Interval:
+    """Student's interval of the mean of independent values."""
+    count = len(values)
+    reach = float(-t.ppf(TAIL, count - 1) * np.std(values, ddof=1) / count**0.5)
+    middle = float(np.mean(values))
+    return middle - reach, middle + reach

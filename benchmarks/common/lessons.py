@@ -1,0 +1,58 @@
+"""Train a causal model to answer prompts with one token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+LEARNING_RATE = 1e-4
+PROMPTS = 16  # of a step
+Lesson = tuple[Sequence[int], int]  # a prompt's tokens, and the right one after them
+
+
+def train(causal: Any, lessons: Sequence[Lesson], epochs: int = 1) -> None:
+    """Change all weights of `causal` but its embeddings."""
+    causal.get_input_embeddings().requires_grad_(False)
+    parameters = [p for p in causal.parameters() if p.requires_grad]
+    steps = [step for epoch in range(epochs) for step in _steps(lessons, epoch)]
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=len(steps) + 1, pct_start=0.1
+    )
+    causal.train()
+    smoothed = None
+    for step in (progress := tqdm(steps, unit="step")):
+        logits = logits_after(causal, [prompt for prompt, _ in step])
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([right for _, right in step]))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        smoothed = loss.item() if smoothed is None else 0.95 * smoothed + 0.05 * loss.item()
+        progress.set_postfix(loss=f"{smoothed:.3f}")
+    causal.eval()
+
+
+def logits_after(causal: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """fp32 [prompts, vocabulary size], the logits of the token after each prompt."""
+    tokens = [torch.tensor(prompt) for prompt in prompts]
+    inputs = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    last = torch.tensor([len(prompt) - 1 for prompt in tokens])
+    mask = torch.arange(inputs.shape[1]) <= last[:, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        states = causal.model(input_ids=inputs, attention_mask=mask.long()).last_hidden_state
+        logits: torch.Tensor = causal.lm_head(states[torch.arange(len(prompts)), last])
+    return logits.float()
+
+
+def _steps(lessons: Sequence[Lesson], seed: int) -> Iterator[list[Lesson]]:
+    """Steps of lessons of like length, which need little padding, in random order."""
+    order = sorted(range(len(lessons)), key=lambda place: len(lessons[place][0]))
+    starts = np.random.default_rng(seed).permutation(np.arange(0, len(order), PROMPTS))
+    for start in starts:
+        yield [lessons[place] for place in order[start : start + PROMPTS]]

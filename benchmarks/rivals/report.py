@@ -1,0 +1,100 @@
+"""The tables of the comparison."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_adainfer.offline.reports.shares import clopper_pearson, share_in, spelled
+from vllm_adainfer.offline.tables import markdown_table
+
+TITLES = {
+    "words": "TF-IDF, logistic regression",
+    "embeddings": "MiniLM embeddings, logistic regression",
+    "table": "shad0w 0.4.0, its table",
+    "student": "MiniLM, fine-tuned",
+    "cut": "first third of the layers, fine-tuned",
+    "static": "static truncation",
+    "adainfer": "AdaInfer as published (no bound)",
+    "calm": "CALM",
+    "exits": "**exits (ours)**",
+    "both": "**MiniLM, fine-tuned, then exits (ours)**",
+}
+
+
+def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
+    """What is spared with each number of prompts, and the times after one of them."""
+    return "\n".join(f"## {one['task']}\n\n{_shares(one)}\n{_times(one)}" for one in reports)
+
+
+def _shares(report: Mapping[str, Any]) -> str:
+    stock = report["times"]["stock"]
+    rate = report["at_once"] / statistics.median(stock["seconds"])
+    rows = []
+    for name, title in TITLES.items():
+        for row in (row for row in report["rows"] if row["name"] == name):
+            # A classifier needs the answers alone, exits the states as well.
+            recorded = name in ("exits", "both", "static", "adainfer", "calm")
+            each = report["recording_seconds"] if recorded else 1 / rate
+            minutes = (row["seconds"] + row["prompts"] * each) / 60
+            rows.append(
+                [
+                    title,
+                    str(row["prompts"]),
+                    share_in(row, "spared"),
+                    share_in(row, "changed"),
+                    _of_tests(row["accuracy"], report),
+                    f"{minutes:.1f}",
+                ]
+            )
+    columns = [
+        "method",
+        "prompts",
+        "model spared (95 %)",
+        "answers that differ (95 %)",
+        "accuracy (95 %)",
+        "minutes to set up",
+    ]
+    alone = {row["prompts"]: row["alone"] for row in report["rows"] if row["name"] == "cut"}
+    cut = "; ".join(
+        f"{share_in(row, 'changed')} after {prompts} prompts" for prompts, row in alone.items()
+    )
+    return (
+        f"{report['model']}, {report['test']} unseen prompts, at most {report['epsilon']:.0%} of "
+        f"all answers may differ (exact bound, confidence 90 %); stock vLLM's accuracy is "
+        f"{_of_tests(report['stock_accuracy'], report)}. Spared is the share of requests, or of "
+        f"layers, that the model does not run. If the first {report['cut_layers']} of "
+        f"{report['depth']} layers answered alone, this share of answers would differ: {cut}.\n\n"
+        f"{markdown_table(columns, rows, text_columns=1)}\n"
+    )
+
+
+def _of_tests(share: float, report: Mapping[str, Any]) -> str:
+    """A share of the tests, with its interval."""
+    return spelled(share, clopper_pearson(share * report["test"], report["test"]))
+
+
+def _times(report: Mapping[str, Any]) -> str:
+    times, stock = report["times"], report["times"]["stock"]
+    rows = []
+    for name, title in {"stock": "stock vLLM", **TITLES}.items():
+        if name not in times:
+            continue
+        own = times[name]
+        ups = [one / mine for one, mine in zip(stock["seconds"], own["seconds"], strict=True)]
+        rows.append(
+            [
+                title,
+                f"{report['at_once'] / statistics.median(own['seconds']):.0f}",
+                f"{statistics.median(ups):.2f}x ({min(ups):.2f} to {max(ups):.2f})",
+                f"{own['p50_ms']:.1f}",
+                f"{own['p99_ms']:.1f}",
+            ]
+        )
+    columns = ["method", "requests/s", "speed-up (rounds)", "p50, ms", "p99, ms"]
+    return (
+        f"After {report['timed']} prompts, {report['at_once']} prompts at once "
+        f"({len(stock['seconds'])} rounds, in turn), and {report['alone']} one at a time; "
+        f"{report['provenance']['cpu']}:\n\n{markdown_table(columns, rows, text_columns=1)}\n"
+    )
