@@ -1,4 +1,4 @@
-"""``vllm-adainfer inspect``, ``doctor`` and ``explain``: what an artifact is, and what it does."""
+"""``inspect``, ``doctor``, ``explain`` and ``audit``: what an artifact is, and what it does."""
 
 from __future__ import annotations
 
@@ -90,3 +90,17 @@ def explain(
     for line in str(found).splitlines():
         exits = line.endswith("exits")
         typer.secho(line, bold=exits, fg=typer.colors.GREEN if exits else None)
+
+
+@app.command()
+@errors_as_sentences
+def audit(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help='Files of an audit, or the directory named by "audit" in the switch.'),
+    ],
+) -> None:
+    """Print where the answers of a server came from: by policy and bound, early or not."""
+    from vllm_adainfer.offline.reports.audit import read_audit, summed_up
+
+    typer.echo(summed_up(read_audit(paths)))
