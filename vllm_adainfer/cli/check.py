@@ -1,4 +1,4 @@
-"""``inspect``, ``doctor``, ``explain`` and ``audit``: what an artifact is, and what it does."""
+"""``inspect``, ``push``, ``doctor``, ``explain``, ``audit``: what an artifact is and does."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ def inspect(
 
         write_whole(html, artifact_page(config, details).html())
     typer.echo(describe(config, details))
+
+
+@app.command()
+@errors_as_sentences
+def push(
+    artifact: Annotated[Path, typer.Argument(help="Directory of the artifact.")],
+    repo: Annotated[str, typer.Argument(help="Hub id, such as org/name.")],
+    private: Annotated[bool, typer.Option(help="If the repository is created.")] = True,
+    base_model: Annotated[
+        str, typer.Option(help="Hub id of the model, if it was calibrated from a directory.")
+    ] = "",
+) -> None:
+    """Upload an artifact to the hub; print the id and commit that --policy takes."""
+    from vllm_adainfer.offline.push import push as upload
+
+    typer.echo(upload(artifact, repo, private, base_model))
 
 
 @app.command()
