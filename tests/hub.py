@@ -114,7 +114,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path.startswith("/api/models/"):
-                organisation, name, asked, revision = path.split("/")[3:7]
+                organisation, name, asked, revision = (*path.split("/"), "revision", "main")[3:7]
                 repo = f"{organisation}/{name}"
                 if repo not in hub.files or revision not in ("main", hub.commits[repo]):
                     self.answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
