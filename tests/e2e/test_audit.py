@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 
+from tests.classifier import COLUMNS, classifier
 from tests.conftest import tiny_engine
-from tests.tiny import LAYERS
+from tests.e2e.test_classifier import answers, config_of
+from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -126,3 +128,21 @@ def test_an_audit_changes_no_answer(audited, engine, tiny_policy):
     ]
     differ = sum(one != other for one, other in zip(*answers, strict=True))
     assert differ <= 0.5 * len(PROMPTS)  # shadow requests answer at full depth
+
+
+def test_the_scores_of_a_classifier_are_its_answer(tiny_model, tmp_path):
+    model = classifier(tiny_model, tmp_path / "softmax", COLUMNS["softmax"])
+    policy = tiny_artifact(model, tmp_path / "policy", **config_of(model))
+    directory = tmp_path / "lines"
+    switch = {
+        "artifact": str(policy),
+        "min_rows_saved": 1,
+        "audit": {"directory": str(directory)},
+    }
+    engine = tiny_engine(model, switch, max_model_len=512, kv_cache_memory_bytes=64 << 20)
+    given = [scores.tolist() for scores in answers(engine, PROMPTS)]
+    lines = sorted(lines_of(directory, len(PROMPTS)), key=lambda line: int(line["request"]))
+    for line, scores in zip(lines, given, strict=True):
+        assert line["answer"] == pytest.approx(scores, abs=1e-6)
+        assert (line["outcomes"], line["policy"]) == ({"early": 1}, "default")
+        assert line["layers"] == {str(EXIT_POINTS[0]): 1}
