@@ -5,7 +5,7 @@ BIN := .venv/bin
 # docs/gpu.md.
 GPU_PYTHON ?= python3
 
-V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_scheduling classifier counters equal_to_stock \
+V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_scheduling audit classifier counters equal_to_stock \
   exit_loop generation label_pool logprobs policies pooled prefix_cache probabilities recording recurrent segment_graphs self_test \
   shadow tasks tensor_parallel))
 
@@ -13,7 +13,7 @@ V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_schedulin
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '$(CASES)'
 CASES := not full
 
-.PHONY: demo test test-full test-v1 test-v2 check docs docs-check vllm-names dist gpu gpu-kernels gpu-dry setup clean
+.PHONY: demo test test-full test-v1 test-v2 check docs docs-check vllm-names dist release gpu gpu-kernels gpu-dry setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -62,6 +62,10 @@ dist: setup
 	.cache/dist/bin/pip install --quiet "$$(ls dist/*.whl)[cpu,demo]"
 	.cache/dist/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	cd .cache/dist && bin/vllm-adainfer demo --output demo
+
+# The notes, the commit and the tag of a release; nothing is uploaded.
+release: dist
+	$(BIN)/python -m tools.release
 
 # On a GPU machine: the kernels, then what needs vLLM and this package, installed for $(GPU_PYTHON).
 # What cannot run is skipped, with the reason; a table at the end says what became of each step.

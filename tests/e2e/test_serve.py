@@ -29,7 +29,8 @@ from tests.e2e.tasks import Case, cases
 from tests.e2e.test_tasks import prompts_of
 from tests.tiny import LABELS, LAYERS, tiny_config, tiny_tensors, word_tokenizer
 from vllm_adainfer.artifact.artifact import Artifact
-from vllm_adainfer.artifact.files import save_artifact
+from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.settings.engine import NO_POLICY
 
 ENVIRONMENT = {
     "VLLM_PLUGINS": "adainfer",
@@ -58,6 +59,13 @@ def captured(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def audited(tmp_path_factory) -> Path:
+    """Where the server says where each answer came from."""
+    directory: Path = tmp_path_factory.mktemp("audited")
+    return directory
+
+
+@pytest.fixture(scope="module")
 def with_student(tiny_model) -> Artifact:
     """A policy that asks a student before the first layer."""
     asked = {"exit_points": (0, 5), "student": student.described(), "labels": pooled.OTHERS}
@@ -67,14 +75,17 @@ def with_student(tiny_model) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model, sources, with_student, captured, tmp_path_factory) -> Iterator[Server]:
+def server(
+    tiny_model, sources, with_student, captured, audited, tmp_path_factory
+) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "server.log"
     capture = {"directory": str(captured), "rate": 1, "limit": 20_000}
     asked = tmp_path_factory.mktemp("student") / "asked"
     encoder, tokenizer = student.encoder(), student.tokenizer()
     save_artifact(asked, with_student.config, with_student.tensors, {}, "", encoder, tokenizer)
     artifacts = {**sources, "asked": str(asked)}
-    switch = {"artifact": artifacts, "min_rows_saved": 1, "capture": capture}
+    audit = {"directory": str(audited)}
+    switch = {"artifact": artifacts, "min_rows_saved": 1, "capture": capture, "audit": audit}
     with serving(str(tiny_model), switch, log, FLAGS, environment()) as running:
         yield running
 
@@ -182,6 +193,41 @@ def test_each_request_gets_its_own_policys_answer_and_all_counters_add_up(server
     assert server.metrics(key)[key] - generated[key] == sum(count.values())
     [share] = server.metrics("adainfer:probe_seconds_total").values()
     assert 0 < share < sum(server.metrics("adainfer:forward_seconds_total").values())
+
+
+def audit_lines(audited: Path, count: int) -> list[dict[str, Any]]:
+    """The lines of the audit, once there are so many."""
+    end = time.monotonic() + 30
+    while True:
+        text = "".join(path.read_text() for path in sorted(audited.iterdir()))
+        if text.count("\n") >= count:
+            return [json.loads(line) for line in text.splitlines()]
+        assert time.monotonic() < end, f"{count} lines are missing in the audit"
+        time.sleep(0.05)
+
+
+def test_the_audit_says_of_each_request_what_the_counters_say_of_all(
+    server, audited, tasks, sources, reference
+):
+    done = len(audit_lines(audited, 0))
+    before = {name: by_policy(server, name) for name in ("exit_layer_count", "exit_layer_sum")}
+    wanted = cases(tasks, reference, prompts_of(44, 80), 44)
+    assert answers(server, wanted) == [case.token for case in wanted]
+    wait_for_counters(server, before["exit_layer_count"].total() + len(wanted))
+    count, layers = (by_policy(server, name) - earlier for name, earlier in before.items())
+    lines = audit_lines(audited, done + len(wanted))[done:]
+    requests, depths = Counter[str](), Counter[str]()
+    for line in lines:
+        policy = line["policy"] or NO_POLICY
+        [depth] = line["layers"]
+        requests[policy] += 1
+        depths[policy] += int(depth)
+        assert (line["outcomes"] == {"early": 1}) == (int(depth) < LAYERS)
+        if policy != NO_POLICY:
+            assert line["artifact"] == load_artifact(sources[policy]).digest
+    assert requests == count
+    assert depths == layers
+    assert Counter(line["answer"][0] for line in lines) == Counter(case.token for case in wanted)
 
 
 def test_streamed_and_chat_answers_are_the_same_and_leave_early(server, tasks, reference):

@@ -16,7 +16,7 @@ from vllm_adainfer.engine.admission import traffic_sample as sample
 from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
-from vllm_adainfer.engine.scheduler.capture import body_of, line_of
+from vllm_adainfer.engine.scheduler.capture import batch_line, body_of, line_of
 from vllm_adainfer.engine.startup.banner import capture_notice
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Capture, Settings, read_settings
@@ -33,6 +33,13 @@ def request(params: SamplingParams | None = None, **changes: Any) -> Request:
         **changes,
     }
     return Request(**given)
+
+
+def test_a_line_is_one_of_vllms_batch_files_and_keeps_what_came_together():
+    alone = {"custom_id": "7", "method": "POST", "url": "/v1/completions", "body": {"prompt": [7]}}
+    assert batch_line("7", "/v1/completions", {"prompt": [7]}, None) == alone
+    together = batch_line("7", "/v1/completions", {"prompt": [7]}, "decision-7")
+    assert together == {**alone, "group": "decision-7"}
 
 
 @pytest.mark.parametrize(

@@ -175,8 +175,10 @@ def test_from_the_hub_only_our_files_are_fetched(artifact, monkeypatch):
         return str(artifact)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    load_artifact_config("someone/policy")
-    assert asked == {"repo": "someone/policy", "allow_patterns": [*FILES, *STUDENT_FILES]}
+    patterns = [*FILES, *STUDENT_FILES]
+    for source, revision in (("someone/policy", None), ("someone/policy@v2", "v2")):
+        load_artifact_config(source)
+        assert asked == {"repo": "someone/policy", "revision": revision, "allow_patterns": patterns}
 
 
 @pytest.mark.parametrize("source", ["../policy", "./policy", "/policy", "/etc", "no/such/policy"])

@@ -113,6 +113,7 @@ OFFLINE = {
     "pretrained": {"adapter"},
     "progress": set(),
     "provenance": set(),
+    "push": set(),
     "tables": set(),
 }
 """What each room of what a person runs imports of the other ones."""

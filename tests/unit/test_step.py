@@ -34,7 +34,7 @@ def step_of(
 def leave(step: StepContext, lacks_kv: bool = True) -> list[int]:
     """All leave who are ready."""
     leaving = step.ready()
-    step.leave(leaving, lacks_kv)
+    step.leave(leaving, lacks_kv, exit_index=1)
     return leaving.tolist()
 
 

@@ -70,6 +70,11 @@ def all_parts(wholes: Mapping[str, W]) -> dict[str, W]:
     return {part: one for name, whole in wholes.items() for part, one in whole.parts(name).items()}
 
 
+def digests_of(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    """The digest of each artifact's files, by the names of its parts."""
+    return {part: one.digest for name, one in artifacts.items() for part in one.config.parts(name)}
+
+
 def digest_of(artifacts: Mapping[str, Artifact]) -> int:
     """A 62-bit digest of artifacts by policy, to compare what several ranks have read."""
     text = "".join(f"{name} {artifact.digest}\n" for name, artifact in artifacts.items())

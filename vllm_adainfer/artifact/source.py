@@ -25,6 +25,8 @@ STUDENT_FILES = (STUDENT_CONFIG, STUDENT_WEIGHTS, STUDENT_TOKENIZER)
 def locate(source: str, names: tuple[str, ...] = SERVED_FILES) -> Path:
     """The directory of an artifact, downloaded first if `source` is a hub id.
 
+    An id may end in ``@`` and a branch, tag or commit.
+
     Raises:
         AdaInferError: one of the files `names` is missing, or a link that leads elsewhere.
 
@@ -35,7 +37,11 @@ def locate(source: str, names: tuple[str, ...] = SERVED_FILES) -> Path:
         from huggingface_hub.errors import HFValidationError
 
         try:
-            directory = Path(snapshot_download(source, allow_patterns=[*FILES, *STUDENT_FILES]))
+            repo, _, revision = source.partition("@")
+            patterns = [*FILES, *STUDENT_FILES]
+            directory = Path(
+                snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+            )
         except (OSError, HFValidationError) as error:
             raise AdaInferError(
                 f"artifact {source!r} is neither a directory nor a hub id that can be "

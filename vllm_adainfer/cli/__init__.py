@@ -3,8 +3,10 @@
 calibrate         fit a policy on your prompts and certify its bound
 evaluate          measure stock vLLM and vllm-adainfer side by side
 inspect           summarise an artifact
+push              upload an artifact to the Hugging Face hub
 doctor            check the installation, an artifact and a model
 explain           show what a policy sees of one prompt, and where it exits
+audit             sum up where the answers of a server came from
 serve             run vLLM's server with policies
 bench             run vLLM's benchmarks with policies
 run-batch         run vLLM's batch runner with policies

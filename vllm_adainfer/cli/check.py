@@ -1,4 +1,4 @@
-"""``vllm-adainfer inspect``, ``doctor`` and ``explain``: what an artifact is, and what it does."""
+"""``inspect``, ``push``, ``doctor``, ``explain``, ``audit``: what an artifact is and does."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ def inspect(
 
         write_whole(html, artifact_page(config, details).html())
     typer.echo(describe(config, details))
+
+
+@app.command()
+@errors_as_sentences
+def push(
+    artifact: Annotated[Path, typer.Argument(help="Directory of the artifact.")],
+    repo: Annotated[str, typer.Argument(help="Hub id, such as org/name.")],
+    private: Annotated[bool, typer.Option(help="If the repository is created.")] = True,
+    base_model: Annotated[
+        str, typer.Option(help="Hub id of the model, if it was calibrated from a directory.")
+    ] = "",
+) -> None:
+    """Upload an artifact to the hub; print the id and commit that --policy takes."""
+    from vllm_adainfer.offline.push import push as upload
+
+    typer.echo(upload(artifact, repo, private, base_model))
 
 
 @app.command()
@@ -90,3 +106,17 @@ def explain(
     for line in str(found).splitlines():
         exits = line.endswith("exits")
         typer.secho(line, bold=exits, fg=typer.colors.GREEN if exits else None)
+
+
+@app.command()
+@errors_as_sentences
+def audit(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help='Files of an audit, or the directory named by "audit" in the switch.'),
+    ],
+) -> None:
+    """Print where the answers of a server came from: by policy and bound, early or not."""
+    from vllm_adainfer.offline.reports.audit import read_audit, summed_up
+
+    typer.echo(summed_up(read_audit(paths)))

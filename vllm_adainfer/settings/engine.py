@@ -41,6 +41,21 @@ class Capture(BaseModel):
     )
 
 
+class Audit(BaseModel):
+    """A line for each request that ends; see `vllm_adainfer.engine.scheduler.audit`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    directory: str = Field(
+        min_length=1, description="Created if missing, accessible to this user only."
+    )
+    limit: int = Field(
+        1_000_000,
+        ge=1,
+        description="Maximum number of lines kept for each engine; the latest stay.",
+    )
+
+
 class Switch(BaseModel):
     """The documented keys of the engine switch; an unknown key is an error."""
 
@@ -94,6 +109,11 @@ class Switch(BaseModel):
         None,
         description="Keep a sample of the requests as a batch file to calibrate on. Without an "
         "artifact the engine is otherwise stock vLLM.",
+    )
+    audit: Audit | None = Field(
+        None,
+        description="Write a line for each request that ends: its policy and bound, the layers "
+        "that it ran, and its answer. `vllm-adainfer audit` sums the lines up.",
     )
     finish_choices: bool | None = Field(
         None,
@@ -163,7 +183,7 @@ class Settings(Switch, SwitchInstruments):
                 'give "artifact": the directory that `calibrate` wrote, without "record" and '
                 '"exit_script"'
             )
-        for key in "capture", "exit_points":
+        for key in "audit", "capture", "exit_points":
             if getattr(self, key) is not None:
                 raise ValueError(
                     f'"{key}" goes with "artifact" or stands alone: drop it, or "record" and '
@@ -219,7 +239,8 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join([CONFIG_KEY, *map(str, problem["loc"])])
     if problem["type"] == "extra_forbidden":
-        owner = Capture if problem["loc"][0] == "capture" else Switch
+        owners: dict[int | str, type[BaseModel]] = {"capture": Capture, "audit": Audit}
+        owner = owners.get(problem["loc"][0], Switch)
         known = ", ".join(sorted(owner.model_fields))
         return f"additional_config: {where} is not a known key; known keys: {known}"
     return f"additional_config: {where}: {problem['msg'].removeprefix('Value error, ')}"

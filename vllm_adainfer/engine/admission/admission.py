@@ -295,6 +295,10 @@ class Admission:
             record_row=NOT_RECORDED if record_row is None else record_row,
         )
 
+    def epsilon_of(self, threshold_row: int) -> float | None:
+        """The bound that a threshold row keeps; None at full depth."""
+        return self._rows.epsilon_of(threshold_row)
+
     def _threshold_rows(
         self, resolved: Resolved, name: str | None, prompt: Sequence[int]
     ) -> tuple[int, int]:

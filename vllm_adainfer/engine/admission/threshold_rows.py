@@ -31,6 +31,12 @@ class ThresholdRows:
         self._names = {name: tuple(config.parts(name)) for name, config in configs.items()}
         firsts = first_threshold_rows(part.num_threshold_rows for part in self._parts.values())
         self.first = dict(zip(self._parts, firsts, strict=True))
+        self._epsilons = [
+            level.epsilon
+            for part in self._parts.values()
+            for _ in range(part.num_threshold_rows // len(part.levels))
+            for level in part.levels
+        ]
         self._known = {
             name: KnownQuestions(question.ends for question in part.questions)
             for name, part in self._parts.items()
@@ -49,6 +55,10 @@ class ThresholdRows:
             with suppress(AdaInferError):  # it may certify fewer epsilons
                 last_token_row = self._of_part(part, epsilon, prompt)
         return row, last_token_row
+
+    def epsilon_of(self, row: int) -> float | None:
+        """The bound that a row keeps; None for `FULL_DEPTH`."""
+        return None if row == FULL_DEPTH else self._epsilons[row]
 
     def _of_part(self, name: str, epsilon: float | None, prompt: Sequence[int]) -> int:
         """The row for a prompt, in one part of a policy.

@@ -68,6 +68,15 @@ def has_stale_output(request: Request) -> bool:
     return request.num_stale_output_tokens > 0
 
 
+def pooled_output(runner_output: Any, request_id: str) -> list[float] | None:
+    """What a step pooled for a request, as vLLM 0.32 gives it; None for one that generates."""
+    outputs = runner_output.pooler_output
+    if not outputs:
+        return None
+    found = outputs[runner_output.req_id_to_index[request_id]]
+    return None if found is None else [round(one, 6) for one in found.float().flatten().tolist()]
+
+
 def hash_block_size(kv_cache_manager: Any) -> int:
     """Tokens per entry of ``Request.block_hashes``; vLLM 0.32 keeps it in the block pool."""
     return int(kv_cache_manager.block_pool.hash_block_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from vllm_adainfer.engine.admission.admitted import NOT_POOLED, Admitted
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved, params_of, resolved_of
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters
+from vllm_adainfer.exits.accounting.decided import Provenance
 from vllm_adainfer.exits.accounting.report import INTERVAL, StepNote, snapshot_of
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.loop.loop import Loop
@@ -35,6 +36,7 @@ class RunningRequests:
         adapters: the fingerprints of the adapters that the worker has loaded.
         lora_manager: the worker's LoRA manager of vLLM; None without LoRA.
         window: the smallest sliding window of all layers, in tokens.
+        digests: the digest of the files of each policy's artifact, by the policy's name.
 
     """
 
@@ -53,6 +55,8 @@ class RunningRequests:
         self._reports_complete = (
             vllm_config.cache_config.enable_prefix_caching and not self.admission.is_recording
         )
+        self._audits = settings.audit is not None
+        self.digests: Mapping[str, str] = {}
         self._ran: StepContext | None = None
         self._next_report = 0.0
 
@@ -216,11 +220,24 @@ class RunningRequests:
         if due := now >= self._next_report:
             self._next_report = now + INTERVAL
         complete = self._complete(step) if self._reports_complete else None
-        return StepNote(complete, snapshot_of(self._loop.stats) if due else None)
+        counted = snapshot_of(self._loop.stats) if due else None
+        return StepNote(complete, counted, tuple(self._decided(step)) if self._audits else ())
 
     def idle_note(self) -> StepNote:
         """The note to the scheduler when no work is left: the counters alone."""
         return StepNote(None, snapshot_of(self._loop.stats))
+
+    def _decided(self, step: StepContext) -> Iterator[Provenance]:
+        """Where the tokens of a step came from."""
+        for token in self._loop.decided(step):
+            yield Provenance(
+                step.request_ids[token.place],
+                token.policy,
+                self.digests.get(token.policy, ""),
+                self.admission.epsilon_of(int(step.threshold_rows[token.place])),
+                token.layers,
+                token.outcome,
+            )
 
     def _complete(self, step: StepContext) -> dict[str, int]:
         """How many tokens of each request that may exit have complete KV."""

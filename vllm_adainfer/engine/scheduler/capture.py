@@ -14,13 +14,15 @@ from vllm_adainfer.engine.admission.requested_output import changes_scores, requ
 from vllm_adainfer.engine.admission.traffic_sample import GroupSample
 from vllm_adainfer.engine.compat.requests import request_group, short_id
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
-from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles
+from vllm_adainfer.engine.scheduler.line_files import LineFiles
 from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
 else:
     _Scheduler = object
+
+QUEUED = 256  # requests that may wait for the disk; further ones are not captured
 
 
 class CapturingScheduler(_Scheduler):
@@ -42,8 +44,13 @@ class CapturingScheduler(_Scheduler):
         assert settings.capture is not None
         self._sample = GroupSample(settings.capture.rate, "capture")
         self._served_name: str = self.vllm_config.model_config.served_model_name
-        self._captured = CaptureFiles(
-            settings.capture, self.vllm_config.parallel_config.data_parallel_index
+        self._captured = LineFiles(
+            "capture",
+            self.vllm_config.parallel_config.data_parallel_index,
+            settings.capture.directory,
+            settings.capture.limit,
+            QUEUED,
+            tells_lost=False,
         )
 
     @override
@@ -55,12 +62,19 @@ class CapturingScheduler(_Scheduler):
         if self._sample.has(request.request_id, together):
             found = line_of(request, self._served_name)
             if found is not None:
-                self._captured.put(short_id(request.request_id), *found, group)
+                url, body = found
+                self._captured.put(batch_line(short_id(request.request_id), url, body, group))
 
     @override
     def shutdown(self) -> None:
         self._captured.close()
         super().shutdown()
+
+
+def batch_line(custom_id: str, url: str, body: dict[str, Any], group: str | None) -> dict[str, Any]:
+    """A line of vLLM's batch files; `group` is that of requests that came together."""
+    line: dict[str, Any] = {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+    return line if group is None else {**line, "group": group}
 
 
 def line_of(request: Request, model: str) -> tuple[str, dict[str, Any]] | None:

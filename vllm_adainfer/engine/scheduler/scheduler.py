@@ -20,6 +20,7 @@ from vllm_adainfer.engine.compat.runner import attached_note
 from vllm_adainfer.engine.compat.scheduler import expect_more_tokens, not_ahead, sampled_tokens
 from vllm_adainfer.engine.compat.stats import attach_report
 from vllm_adainfer.engine.pinned_artifacts import served_configs
+from vllm_adainfer.engine.scheduler.audit import AuditingScheduler
 from vllm_adainfer.engine.scheduler.capture import CapturingScheduler
 from vllm_adainfer.engine.scheduler.own_texts import OwnTexts
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
@@ -215,6 +216,9 @@ def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     if settings.finishes_choices:
         name = f"Finishing{scheduler_class.__name__}"
         scheduler_class = type(name, (FinishingScheduler, scheduler_class), {})
+    if settings.audit is not None:
+        name = f"Auditing{scheduler_class.__name__}"
+        scheduler_class = type(name, (AuditingScheduler, scheduler_class), {})
     if settings.capture is not None:
         name = f"Capturing{scheduler_class.__name__}"
         scheduler_class = type(name, (CapturingScheduler, scheduler_class), {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.promise import about_labels, right_about, wrong_in_words
-from vllm_adainfer.settings.engine import Capture, Settings
+from vllm_adainfer.settings.engine import Audit, Capture, Settings
 
 WHO = {
     "greedy": "greedy requests",
@@ -82,6 +82,14 @@ def capture_notice(capture: Capture) -> str:
         f"AdaInfer captures {capture.rate:.3g} of the requests, the latest {capture.limit} of each "
         f"engine, in {capture.directory}: these are users' data on disk; drop "
         '"capture" from additional_config to capture none'
+    )
+
+
+def audit_notice(audit: Audit) -> str:
+    """The line about the audit."""
+    return (
+        f"AdaInfer writes where each answer came from, the latest {audit.limit} of each engine, to "
+        f"{audit.directory}"
     )
 
 

@@ -11,8 +11,8 @@ from vllm_adainfer.engine.compat.compilation import find_compiled_code_again
 from vllm_adainfer.engine.compat.config import leave_full_graphs_to_segments, use_model_class
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import pin_artifacts
-from vllm_adainfer.engine.scheduler.capture_files import check_directory
-from vllm_adainfer.engine.startup.banner import capture_notice, policy_banner
+from vllm_adainfer.engine.scheduler.line_files import check_directory
+from vllm_adainfer.engine.startup.banner import audit_notice, capture_notice, policy_banner
 from vllm_adainfer.engine.startup.refusals import (
     refuse_other_answers,
     refuse_students_without_text,
@@ -70,8 +70,11 @@ def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
     """
     if settings.capture is not None:
         _select_scheduler(vllm_config, "capture")
-        check_directory(settings.capture.directory)
+        check_directory("capture", settings.capture.directory)
         logger.warning("%s", capture_notice(settings.capture))
+    if settings.audit is not None:
+        check_directory("audit", settings.audit.directory)
+        logger.info("%s", audit_notice(settings.audit))
     if settings.finish_choices:
         _select_scheduler(vllm_config, "finish_choices")
     if settings.finishes_choices:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from vllm.config import VllmConfig
 
-from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
+from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of, digests_of
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.runner.build_loop import monitor_of, policies_of_artifacts
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, same_on_all_ranks
@@ -81,6 +81,7 @@ class Service:
         model.artifacts = self.artifacts
         model.loop.use_policies(self.policies, self.monitors)
         running.use_admission(self.admission)
+        running.digests = digests_of(self.artifacts)
 
 
 def built_on_all_ranks(

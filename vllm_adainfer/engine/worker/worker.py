@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typing_extensions import override
 
+from vllm_adainfer.artifact.artifact import digests_of
 from vllm_adainfer.engine.compat.lora import lora_manager_of
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.runner.requests import RunningRequests
@@ -47,6 +48,7 @@ class ExitWorker(_Worker):
         """Give the running requests the LoRA manager once the model is loaded."""
         super().load_model(**kwargs)
         self._reloads: dict[str, Reload] = {}
+        self._running.digests = digests_of(self.model_runner.model.artifacts)
         manager = lora_manager_of(self.model_runner)
         self._running.lora_manager = manager
         if manager is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.exits.accounting.decided import Provenance
 from vllm_adainfer.monitoring.monitor import MonitorStatus
 
 Key = tuple[str, ...]  # kind of counter; policy, if any; layer, epsilon or the like, if any
@@ -67,11 +68,13 @@ class StepNote:
         complete: for each request that may exit, how many of its first tokens are cached as at
             full depth; None where no scheduler needs it.
         counted: the worker's counters; None in most steps.
+        decided: where the tokens of the step came from; empty unless answers are audited.
 
     """
 
     complete: dict[str, int] | None
     counted: Snapshot | None
+    decided: tuple[Provenance, ...] = ()
 
 
 class Reporter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from vllm_adainfer.arrays import AnyArray, Bools, Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.exits.accounting.decided import DecidedToken, Outcome
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
 from vllm_adainfer.exits.kv.policies import KVPolicy
@@ -112,6 +113,23 @@ class ExitLoop(Loop):
         for exit_index, policies in self.kv.forget(request_id):
             below = self._shape.depth - self._shape.depth_after(exit_index)
             self.accounting.skipped(self.accounting.tokens(policies), below)
+
+    @override
+    def decided(self, step: StepContext) -> Iterator[DecidedToken]:
+        names, depth = self.policies.names, self._shape.depth
+        owners = self.policies.owners(step.threshold_rows)
+        early = set(step.exited.tolist())
+        for place in step.answered().tolist():
+            if self.policies.policies[owners[place]].spares_head:
+                early.add(place)  # its answer is the early one, although it may have stayed
+        shadow = set(() if step.shadow is None else step.shadow.tolist())
+        for place in np.flatnonzero(step.yields_token).tolist():
+            left_at = int(step.left_at[place])
+            layers = depth if left_at < 0 else self._shape.depth_after(left_at)
+            outcome: Outcome = "early" if place in early else "full_depth"
+            if place in shadow:
+                outcome = "shadow"
+            yield DecidedToken(place, names[owners[place]], layers, outcome)
 
     @override
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:

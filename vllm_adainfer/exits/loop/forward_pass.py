@@ -101,7 +101,7 @@ class ForwardPass:
         step, depth = self.step, self._shape.depth_after(exit_index)
         lacks_kv, below = depth < self._shape.kv_layers, self._shape.depth - depth
         self._accounting.decided(self._policies[requests], depth)
-        step.leave(requests, lacks_kv)
+        step.leave(requests, lacks_kv, exit_index)
         continues = step.continues[requests]
         if lacks_kv and continues.any():
             continuing = requests[continues]

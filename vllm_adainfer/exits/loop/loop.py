@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
+from vllm_adainfer.exits.accounting.decided import DecidedToken
 from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
@@ -82,6 +83,10 @@ class Loop(ABC):
     @abstractmethod
     def reset_counters(self) -> None:
         """Start all counters from 0."""
+
+    def decided(self, step: StepContext) -> Iterator[DecidedToken]:
+        """How each token of a step that has run was decided; nothing where nobody decides."""
+        return iter(())
 
     def tightened(self) -> Bools | None:
         """True for threshold rows whose requests run at full depth unless they are shadow requests.

@@ -40,6 +40,7 @@ class StepContext:
         texts: [requests], see `Admitted.text`. None if no policy has a student.
         record_rows: [requests], see `Admitted.record_row`; None unless the engine records.
         shadow: the shadow requests that may exit; None where there is no monitor.
+        left_at: int64 [requests], the index of the exit point where each has left; -1 for none.
 
     """
 
@@ -68,6 +69,7 @@ class StepContext:
             self._may_leave = self._may_exit & ~self.is_shadow
         self._num_may_exit = int(np.count_nonzero(self._may_exit))
         self._num_settled = 0
+        self.left_at = np.full(self.num_requests, -1)
         self._settled, self._exited, self._lacks_kv = np.zeros((3, self.num_requests), np.bool_)
 
     @property
@@ -132,9 +134,10 @@ class StepContext:
         self._settled[requests] = True
         self._num_settled += len(requests)
 
-    def leave(self, requests: Ints, lacks_kv: bool) -> None:
+    def leave(self, requests: Ints, lacks_kv: bool, exit_index: int) -> None:
         """`requests` leave the stack; `lacks_kv` if they skip layers that write keys and values."""
         self._exited[requests] = True
+        self.left_at[requests] = exit_index
         self._lacks_kv[requests] = lacks_kv
 
     def sampled_rows(self) -> Bools:

@@ -1,4 +1,4 @@
-"""Writes captured requests to files in vLLM's batch format, on a thread of its own."""
+"""Writes JSON lines to files, on a thread of its own: captured requests, and the audit."""
 
 from __future__ import annotations
 
@@ -16,70 +16,67 @@ from typing import Any
 
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.settings.engine import Capture
 
 logger = get_logger(__name__)
 
-QUEUED = 256  # requests that may wait for the disk; further ones are not captured
 FILES = 10  # files per engine: the oldest tenth of the lines is deleted at a time
 CLOSE_SECONDS = 5.0  # how long a stopping engine waits for the disk
 
 
-class CaptureFiles:
-    """Keeps the latest requests of one engine in files ``capture-ENGINE-NUMBER.jsonl``.
+class LineFiles:
+    """Keeps the latest lines of one engine in files ``KIND-ENGINE-NUMBER.jsonl``.
 
     Files left by earlier runs of the engine count towards its limit. Each line is a single write.
     A line cut short by a full disk is removed at once, one cut short by a kill at the next start.
     """
 
-    def __init__(self, settings: Capture, engine: int) -> None:
+    def __init__(
+        self, kind: str, engine: int, directory: str, limit: int, queued: int, tells_lost: bool
+    ) -> None:
         """Enforce the limit on what earlier runs left, and start the thread.
 
         Args:
-            settings: the directory, and the most lines to keep there.
+            kind: the key of the engine switch that asks for the lines.
             engine: the number of this engine among those that write to the directory.
+            directory: where to write.
+            limit: the most lines to keep there.
+            queued: lines that may wait for the disk; further ones are lost.
+            tells_lost: whether a line ``{"lost": n}`` stands where lines are lost.
 
         Raises:
             AdaInferError: this process cannot write to the directory.
 
         """
-        self._directory = Path(settings.directory)
-        self._prefix = f"capture-{engine}-"
-        self._limit = settings.limit
-        self._lines_per_file = max(1, settings.limit // FILES)
+        self._kind, self._directory = kind, Path(directory)
+        self._prefix = f"{kind}-{engine}-"
+        self._limit = limit
+        self._lines_per_file = max(1, limit // FILES)
+        self._tells_lost = tells_lost
+        self._lost = self._told = 0  # one thread counts, the other tells
         self._file: FileIO | None = None
         self._lines = 0  # in that file
-        check_directory(settings.directory)
+        check_directory(kind, directory)
         found = _numbered(self._directory, self._prefix)
         self._next_number = max(found, default=0) + 1
         try:
             self._full = deque((found[n], whole_lines(found[n])) for n in sorted(found))
             self._make_room(0)
         except OSError as error:
-            raise _not_writable(settings.directory, error) from None
+            raise _not_writable(kind, directory, error) from None
         self._failed = False
-        self._queue: Queue[dict[str, Any] | None] = Queue(QUEUED)
-        self._thread = Thread(target=self._write_all, name="adainfer-capture", daemon=True)
+        self._queue: Queue[dict[str, Any] | None] = Queue(queued)
+        self._thread = Thread(target=self._write_all, name=f"adainfer-{kind}", daemon=True)
         self._thread.start()
 
-    def put(self, custom_id: str, url: str, body: dict[str, Any], group: str | None = None) -> None:
-        """Queue a request to be written, or drop it if the queue is full; never blocks.
-
-        Args:
-            custom_id: the client's id of the request.
-            url: an endpoint.
-            body: what was sent to it.
-            group: shared by requests that arrived together; None for one that arrived alone.
-
-        """
-        line = {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
-        if group is not None:
-            line["group"] = group
+    def put(self, line: dict[str, Any]) -> None:
+        """Queue a line to be written, or lose it if the queue is full; never blocks."""
         try:
             self._queue.put_nowait(line)
         except Full:
+            self._lost += 1
             logger.warning_once(
-                "requests arrive faster than they can be written to %s: some are not captured",
+                "lines of the %s come faster than they can be written to %s: some are lost",
+                self._kind,
                 self._directory,
             )
 
@@ -94,12 +91,18 @@ class CaptureFiles:
     def _write_all(self) -> None:
         while (line := self._queue.get()) is not None:
             try:
-                self._write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+                lost = self._lost - self._told
+                if self._tells_lost and lost:
+                    self._write({"lost": lost})
+                    self._told += lost
+                self._write(line)
             except Exception as error:  # whatever it was, the next line may succeed
+                self._told -= 1  # this line is lost, too
                 if not self._failed:
                     logger.warning(
-                        "a request could not be captured in %s (%s); later requests are still "
+                        "a line of the %s could not be written to %s (%s); later lines are still "
                         "tried, and this warning is not repeated",
+                        self._kind,
                         self._directory,
                         error,
                     )
@@ -107,7 +110,8 @@ class CaptureFiles:
         if self._file is not None:
             self._file.close()
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, content: dict[str, Any]) -> None:
+        line = json.dumps(content, separators=(",", ":")).encode() + b"\n"
         if self._file is None or self._lines == self._lines_per_file:
             self._file = self._new_file()
         written = self._file.write(line)
@@ -138,7 +142,7 @@ class CaptureFiles:
             self._full.popleft()
 
 
-def check_directory(directory: str) -> None:
+def check_directory(kind: str, directory: str) -> None:
     """Create the directory if it is missing, and check that files can be created in it.
 
     Raises:
@@ -149,7 +153,7 @@ def check_directory(directory: str) -> None:
         Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
-        raise _not_writable(directory, error) from None
+        raise _not_writable(kind, directory, error) from None
 
 
 def whole_lines(path: Path) -> int:
@@ -181,8 +185,8 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_APPEND, 0o600)
 
 
-def _not_writable(directory: str, error: OSError) -> AdaInferError:
+def _not_writable(kind: str, directory: str, error: OSError) -> AdaInferError:
     return AdaInferError(
-        f"additional_config: adainfer.capture.directory: cannot write to {directory} "
+        f"additional_config: adainfer.{kind}.directory: cannot write to {directory} "
         f"({error.strerror}): name a directory that the user of this server may write to"
     )

@@ -1,4 +1,4 @@
-"""Captured requests on disk: who may read them, how many are kept, and what can go wrong."""
+"""Lines on disk: who may read them, how many are kept, and what can go wrong."""
 
 from __future__ import annotations
 
@@ -10,53 +10,42 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
-from vllm_adainfer.engine.scheduler import capture_files
-from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles, check_directory, whole_lines
+from vllm_adainfer.engine.scheduler import line_files
+from vllm_adainfer.engine.scheduler.line_files import LineFiles, check_directory, whole_lines
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.settings.engine import Capture
 
-URL = "/v1/completions"
+QUEUED = 256
 
 
-def settings(directory: Path, limit: int = 100) -> Capture:
-    return Capture(directory=str(directory), limit=limit)
+def files_in(
+    directory: Path,
+    limit: int = 100,
+    engine: int = 0,
+    queued: int = QUEUED,
+    tells_lost: bool = False,
+) -> LineFiles:
+    return LineFiles("capture", engine, str(directory), limit, queued, tells_lost)
 
 
 def write(directory: Path, numbers: range, limit: int = 100, engine: int = 0) -> None:
-    """Requests whose prompts are their numbers, written by an engine that then stops."""
-    files = CaptureFiles(settings(directory, limit), engine)
+    """Numbered lines, written by an engine that then stops."""
+    files = files_in(directory, limit, engine)
     for number in numbers:
-        files.put(str(number), URL, {"prompt": [number]})
+        files.put({"number": number})
         while not files._queue.empty():
             time.sleep(0.001)
     files.close()
 
 
 def kept(directory: Path) -> list[int]:
-    """The prompts in a directory, in the order of its files."""
+    """The numbers in a directory, in the order of its files."""
     lines = [line for path in sorted(directory.iterdir()) for line in path.open()]
-    return [json.loads(line)["body"]["prompt"][0] for line in lines]
-
-
-def test_a_line_is_one_of_vllms_batch_files(tmp_path):
-    write(tmp_path, range(7, 8))
-    [path] = tmp_path.iterdir()
-    assert path.name == "capture-0-000001.jsonl"
-    assert json.loads(path.read_text()) == {
-        "custom_id": "7", "method": "POST", "url": "/v1/completions", "body": {"prompt": [7]}
-    }  # fmt: skip
-
-
-def test_a_line_keeps_what_came_together(tmp_path):
-    files = CaptureFiles(settings(tmp_path), 0)
-    files.put("decision-7-0", URL, {"prompt": [7]}, "decision-7")
-    files.close()
-    [path] = tmp_path.iterdir()
-    assert json.loads(path.read_text())["group"] == "decision-7"
+    return [json.loads(line)["number"] for line in lines]
 
 
 def test_only_this_user_may_read_the_files_and_a_directory_that_is_made(tmp_path):
@@ -86,7 +75,7 @@ def test_the_limit_holds_over_restarts_also_if_it_is_lowered(tmp_path):
         write(tmp_path, range(start, start + 30))
         assert kept(tmp_path)[-30:] == list(range(start, start + 30))
         assert len(kept(tmp_path)) <= 100
-    CaptureFiles(settings(tmp_path, 40), 0).close()
+    files_in(tmp_path, 40).close()
     assert 0 < len(kept(tmp_path)) <= 40
 
 
@@ -103,9 +92,9 @@ def test_engines_write_side_by_side_and_delete_nothing_of_each_other(tmp_path):
 
 
 def test_two_servers_in_one_directory_never_write_to_the_same_file(tmp_path):
-    both = [CaptureFiles(settings(tmp_path, 1000), 0) for _ in range(2)]
+    both = [files_in(tmp_path, 1000) for _ in range(2)]
     for number in range(200):
-        both[number % 2].put(str(number), URL, {"prompt": [number]})
+        both[number % 2].put({"number": number})
     for files in both:
         files.close()
     assert sorted(kept(tmp_path)) == list(range(200))
@@ -113,13 +102,12 @@ def test_two_servers_in_one_directory_never_write_to_the_same_file(tmp_path):
 
 WRITER = """
 import sys
-from vllm_adainfer.settings.engine import Capture
-from vllm_adainfer.engine.scheduler.capture_files import CaptureFiles
+from vllm_adainfer.engine.scheduler.line_files import LineFiles
 
-files = CaptureFiles(Capture(directory=sys.argv[1], limit=10**6), 0)
+files = LineFiles("capture", 0, sys.argv[1], 10**6, 256, False)
 print("started", flush=True)
 while True:
-    files.put("x", "/v1/completions", {"prompt": list(range(2000))})
+    files.put({"numbers": list(range(2000))})
 """
 
 
@@ -136,9 +124,9 @@ def test_lines_are_whole_after_a_kill_and_a_cut_one_is_removed_at_the_next_start
     process.stdout.close()
     [path] = tmp_path.iterdir()
     whole = path.read_bytes().rpartition(b"\n")[0].splitlines()
-    assert all(json.loads(line)["body"]["prompt"] == list(range(2000)) for line in whole)
-    path.write_bytes(b"\n".join([*whole, b'{"custom_id": "cut o']))
-    CaptureFiles(settings(tmp_path, 10**6), 0).close()
+    assert all(json.loads(line)["numbers"] == list(range(2000)) for line in whole)
+    path.write_bytes(b"\n".join([*whole, b'{"number": "cut o']))
+    files_in(tmp_path, 10**6).close()
     assert path.read_bytes().splitlines() == whole
     assert path.read_bytes().endswith(b"\n")
 
@@ -147,7 +135,7 @@ def test_whole_lines_of_an_empty_file_are_none(tmp_path):
     path = tmp_path / "empty"
     path.write_bytes(b"")
     assert whole_lines(path) == 0
-    path.write_bytes(b'{"custom_id"')
+    path.write_bytes(b'{"number"')
     assert (whole_lines(path), path.read_bytes()) == (0, b"")
 
 
@@ -156,21 +144,44 @@ def warnings(monkeypatch) -> list[str]:
     found: list[str] = []
     for name in ("warning", "warning_once"):
         monkeypatch.setattr(
-            capture_files.logger, name, lambda text, *values: found.append(text % values)
+            line_files.logger, name, lambda text, *values: found.append(text % values)
         )
     return found
 
 
-def test_a_full_queue_leaves_requests_out_and_nobody_waits(tmp_path, monkeypatch, warnings):
-    monkeypatch.setattr(CaptureFiles, "_write_all", lambda self: None)  # a disk that hangs
-    files = CaptureFiles(settings(tmp_path), 0)
+def test_a_full_queue_loses_lines_and_nobody_waits(tmp_path, monkeypatch, warnings):
+    monkeypatch.setattr(LineFiles, "_write_all", lambda self: None)  # a disk that hangs
+    files = files_in(tmp_path)
     begin = time.monotonic()
-    for number in range(capture_files.QUEUED + 3):
-        files.put(str(number), URL, {})
+    for number in range(QUEUED + 3):
+        files.put({"number": number})
     assert time.monotonic() - begin < 1
-    assert files._queue.qsize() == capture_files.QUEUED
+    assert files._queue.qsize() == QUEUED
     assert len(warnings) == 3  # vLLM's logger says one of them
-    assert "some are not captured" in warnings[0]
+    assert "some are lost" in warnings[0]
+
+
+def test_an_audit_says_where_lines_were_lost(tmp_path, monkeypatch, warnings):
+    may_write = Event()
+    write = LineFiles._write
+    monkeypatch.setattr(
+        LineFiles, "_write", lambda self, line: (may_write.wait(), write(self, line))
+    )
+    files = files_in(tmp_path, queued=2, tells_lost=True)
+    files.put({"number": 0})
+    while not files._queue.empty():  # until the thread waits for the disk
+        time.sleep(0.001)
+    for number in range(1, 6):
+        files.put({"number": number})
+    may_write.set()
+    files.close()
+    [path] = tmp_path.iterdir()
+    assert [json.loads(line) for line in path.open()] == [
+        {"number": 0},
+        {"lost": 3},
+        {"number": 1},
+        {"number": 2},
+    ]
 
 
 @contextmanager
@@ -182,8 +193,8 @@ def disk_full_after(size: int) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def put_and_wait(files: CaptureFiles, number: int) -> None:
-    files.put(str(number), URL, {"prompt": [number], "text": "x" * 300_000})
+def put_and_wait(files: LineFiles, number: int) -> None:
+    files.put({"number": number, "text": "x" * 300_000})
     end = time.monotonic() + 10
     while not files._queue.empty() and time.monotonic() < end:
         time.sleep(0.01)
@@ -191,7 +202,7 @@ def put_and_wait(files: CaptureFiles, number: int) -> None:
 
 
 def test_a_full_disk_costs_lines_but_cuts_none_and_is_said_once(tmp_path, warnings):
-    files = CaptureFiles(settings(tmp_path), 0)
+    files = files_in(tmp_path)
     with disk_full_after(1 << 20):
         for number in range(6):
             put_and_wait(files, number)
@@ -200,13 +211,13 @@ def test_a_full_disk_costs_lines_but_cuts_none_and_is_said_once(tmp_path, warnin
     files.close()
     assert kept(tmp_path) == [0, 1, 2, 6]
     assert len(warnings) == 1
-    assert "could not be captured" in warnings[0]
+    assert "could not be written" in warnings[0]
 
 
-def test_a_request_that_is_no_json_does_not_stop_the_next_one(tmp_path, warnings):
-    files = CaptureFiles(settings(tmp_path), 0)
-    files.put("0", URL, {"prompt": [object()]})
-    files.put("1", URL, {"prompt": [1]})
+def test_a_line_that_is_no_json_does_not_stop_the_next_one(tmp_path, warnings):
+    files = files_in(tmp_path)
+    files.put({"number": object()})
+    files.put({"number": 1})
     files.close()
     assert kept(tmp_path) == [1]
     assert len(warnings) == 1
@@ -214,10 +225,10 @@ def test_a_request_that_is_no_json_does_not_stop_the_next_one(tmp_path, warnings
 
 def test_a_directory_that_is_taken_away_is_not_made_again(tmp_path, warnings):
     directory = tmp_path / "requests"
-    files = CaptureFiles(settings(directory), 0)
+    files = files_in(directory)
     directory.rmdir()
     for number in range(3):
-        files.put(str(number), URL, {"prompt": [number]})
+        files.put({"number": number})
     files.close()
     assert not directory.exists()
     assert len(warnings) == 1
@@ -229,20 +240,20 @@ def test_a_place_that_cannot_be_written_to_is_refused_with_what_to_change(tmp_pa
     place.write_text("")
     for directory in (place, place / "below", Path("/proc/requests")):
         with pytest.raises(AdaInferError, match=rf"cannot write to {directory} \(.+\): name a"):
-            check_directory(str(directory))
+            check_directory("capture", str(directory))
 
 
 def test_files_of_another_kind_at_the_names_are_refused_at_the_start(tmp_path):
     (tmp_path / "capture-0-000001.jsonl").mkdir()
     with pytest.raises(AdaInferError, match=r"cannot write to .* \(Is a directory\)"):
-        CaptureFiles(settings(tmp_path), 0)
+        files_in(tmp_path)
 
 
 def test_stopping_does_not_wait_for_a_disk_that_hangs(tmp_path, monkeypatch):
-    monkeypatch.setattr(capture_files, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(line_files, "CLOSE_SECONDS", 0.1)
     hang: Any = lambda self: time.sleep(30)  # noqa: E731
-    monkeypatch.setattr(CaptureFiles, "_write_all", hang)
-    files = CaptureFiles(settings(tmp_path), 0)
+    monkeypatch.setattr(LineFiles, "_write_all", hang)
+    files = files_in(tmp_path)
     begin = time.monotonic()
     files.close()
     assert time.monotonic() - begin < 5

@@ -1,0 +1,148 @@
+"""The audit of a mixed load says of each request what the counters say of all."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+
+from tests.classifier import COLUMNS, classifier
+from tests.conftest import tiny_engine
+from tests.e2e.test_classifier import answers, config_of
+from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact
+from vllm_adainfer import stats
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.settings.engine import NO_POLICY
+
+DRAW = np.random.default_rng(0)
+PROMPTS = [DRAW.integers(5, 1000, length).tolist() for length in DRAW.integers(2, 90, 40)]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    found: Path = tmp_path_factory.mktemp("audit") / "lines"
+    return found
+
+
+@pytest.fixture(scope="module")
+def audited(tiny_model, tiny_policy, directory) -> Any:
+    switch = {
+        "artifact": {"mood": str(tiny_policy)},
+        "min_rows_saved": 1,
+        "shadow_rate": 0.3,
+        "audit": {"directory": str(directory)},
+    }
+    return tiny_engine(tiny_model, switch, max_model_len=512, kv_cache_memory_bytes=64 << 20)
+
+
+def lines_of(directory: Path, count: int) -> list[dict[str, Any]]:
+    """The lines, once so many are written."""
+    end = time.monotonic() + 10
+    while True:
+        text = "".join(path.read_text() for path in sorted(directory.iterdir()))
+        if text.count("\n") >= count or time.monotonic() > end:
+            return [json.loads(line) for line in text.splitlines()]
+        time.sleep(0.02)
+
+
+def test_each_request_has_a_line_and_all_lines_add_up_to_the_counters(
+    audited, tiny_policy, directory
+):
+    artifact = load_artifact(str(tiny_policy))
+    labels, loosest = list(artifact.config.label_ids), artifact.config.levels[-1].epsilon
+    asked = {
+        "label": SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=labels),
+        "opted out": SamplingParams(
+            temperature=0, max_tokens=1, allowed_token_ids=labels, extra_args={"adainfer": 0}
+        ),
+        "looser": SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            allowed_token_ids=labels,
+            extra_args={"adainfer_epsilon": loosest},
+        ),
+        "text": SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
+    }
+    params = [params for params in asked.values() for _ in PROMPTS]
+    prompts = [{"prompt_token_ids": prompt} for _ in asked for prompt in PROMPTS]
+    outputs = audited.generate(prompts, params, use_tqdm=False)
+    engine = audited.llm_engine
+    long = (PROMPTS[0] + PROMPTS[1]) * 9
+    engine.add_request("hangs up", {"prompt_token_ids": long[:400]}, asked["text"])
+    engine.step()
+    engine.abort_request(["hangs up"])
+    while engine.has_unfinished_requests():
+        engine.step()
+
+    lines = {line["request"]: line for line in lines_of(directory, len(outputs) + 1)}
+    assert len(lines) == len(outputs) + 1
+    layers: dict[str, Counter[int]] = {}
+    for place, output in enumerate(outputs):
+        line, kind = lines[output.request_id.split("-")[0]], list(asked)[place // len(PROMPTS)]
+        assert line["answer"] == list(output.outputs[0].token_ids)
+        assert line["ended"] == output.outputs[0].finish_reason
+        assert sum(line["outcomes"].values()) == len(line["answer"])
+        policy = line["policy"]
+        assert line["artifact"] == (policy and artifact.digest)
+        if kind in ("opted out", "text"):
+            assert policy is None
+        elif policy is not None:  # shadow requests have not closed the bound
+            assert line["epsilon"] == (loosest if kind == "looser" else artifact.config.epsilon)
+        if policy is None:
+            assert (line["outcomes"].keys(), line["layers"].keys()) == (
+                {"full_depth"},
+                {str(LAYERS)},
+            )
+        count = layers.setdefault(policy or NO_POLICY, Counter())
+        count.update({int(depth): tokens for depth, tokens in line["layers"].items()})
+    hung_up = lines["hangs up"]
+    assert (hung_up["ended"], hung_up["policy"]) == ("abort", None)
+
+    counted = stats(audited)["policies"]
+    assert dict(sorted(layers["mood"].items())) == counted["mood"]["exit_histogram"]
+    tokens = layers[NO_POLICY][LAYERS] + sum(hung_up["outcomes"].values())
+    assert counted[NO_POLICY]["exit_histogram"] == {LAYERS: tokens}
+    by_outcome = sum((Counter(line["outcomes"]) for line in lines.values()), Counter())
+    checked = sum(one["checked"] for one in counted["mood"]["shadow"].values())
+    assert by_outcome["shadow"] == checked > 0
+    assert by_outcome["early"] > 0
+
+
+def test_an_audit_changes_no_answer(audited, engine, tiny_policy):
+    labels = list(load_artifact(str(tiny_policy)).config.label_ids)
+    params = SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=labels, logprobs=None)
+    answers = [
+        [
+            list(output.outputs[0].token_ids)
+            for output in one.generate(
+                [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
+            )
+        ]
+        for one in (audited, engine)
+    ]
+    differ = sum(one != other for one, other in zip(*answers, strict=True))
+    assert differ <= 0.5 * len(PROMPTS)  # shadow requests answer at full depth
+
+
+def test_the_scores_of_a_classifier_are_its_answer(tiny_model, tmp_path):
+    model = classifier(tiny_model, tmp_path / "softmax", COLUMNS["softmax"])
+    policy = tiny_artifact(model, tmp_path / "policy", **config_of(model))
+    directory = tmp_path / "lines"
+    switch = {
+        "artifact": str(policy),
+        "min_rows_saved": 1,
+        "audit": {"directory": str(directory)},
+    }
+    engine = tiny_engine(model, switch, max_model_len=512, kv_cache_memory_bytes=64 << 20)
+    given = [scores.tolist() for scores in answers(engine, PROMPTS)]
+    lines = sorted(lines_of(directory, len(PROMPTS)), key=lambda line: int(line["request"]))
+    for line, scores in zip(lines, given, strict=True):
+        assert line["answer"] == pytest.approx(scores, abs=1e-6)
+        assert (line["outcomes"], line["policy"]) == ({"early": 1}, "default")
+        assert line["layers"] == {str(EXIT_POINTS[0]): 1}

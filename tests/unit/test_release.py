@@ -1,0 +1,91 @@
+"""A release is what was tested, with the notes of its changes; hosted CI calls what exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tools.release import main, released
+
+ROOT = Path(__file__).parents[2]
+CHANGELOG = """# Changelog
+
+## [Unreleased]
+
+### Added
+
+- A thing.
+
+## [0.1.0] - 2026-11-30
+
+- The first.
+"""
+
+
+def test_what_was_unreleased_becomes_a_section_and_the_notes():
+    text, notes = released(CHANGELOG, "0.2.0", "2026-12-01")
+    assert notes == "### Added\n\n- A thing.\n"
+    assert text.split("## ")[1:] == [
+        "[Unreleased]\n\n",
+        "[0.2.0] - 2026-12-01\n\n#",
+        "Added\n\n- A thing.\n\n",
+        "[0.1.0] - 2026-11-30\n\n- The first.\n",
+    ]
+
+
+def test_nothing_is_released_twice_or_without_a_change():
+    with pytest.raises(SystemExit, match=r"has a section for 0\.1\.0: raise the version"):
+        released(CHANGELOG, "0.1.0", "2026-12-01")
+    text, _ = released(CHANGELOG, "0.2.0", "2026-12-01")
+    with pytest.raises(SystemExit, match="says nothing below"):
+        released(text, "0.3.0", "2026-12-01")
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "CHANGELOG.md").write_text(CHANGELOG)
+    (tmp_path / ".gitignore").write_text("dist\n")
+    for command in (
+        "init -q",
+        "config user.name x",
+        "config user.email x@localhost",
+        "add .",
+        "commit -qm x",
+    ):
+        subprocess.run(["git", *command.split()], check=True)
+    (tmp_path / "dist").mkdir()
+    return tmp_path
+
+
+def test_a_release_is_a_commit_a_tag_and_notes(checkout, capsys):
+    with pytest.raises(SystemExit, match=r"dist has no wheel of 0\.2\.0: run make dist"):
+        main(checkout, "0.2.0")
+    (checkout / "dist" / "vllm_adainfer-0.2.0-py3-none-any.whl").touch()
+    (checkout / "CHANGELOG.md").write_text(CHANGELOG.replace("A thing", "Another"))
+    with pytest.raises(SystemExit, match="not committed"):
+        main(checkout, "0.2.0")
+    subprocess.run(["git", "checkout", "-q", "."], check=True)
+    main(checkout, "0.2.0")
+    show = ["git", "show", "--format=%s", "v0.2.0:CHANGELOG.md"]
+    assert "## [0.2.0] - " in subprocess.run(show, capture_output=True, text=True).stdout
+    assert (checkout / "dist" / "NOTES.md").read_text() == "### Added\n\n- A thing.\n"
+    assert "twine upload dist/vllm_adainfer-0.2.0*" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"a tag v0\.2\.0 already"):
+        main(checkout, "0.2.0")
+
+
+def test_hosted_ci_calls_targets_that_exist():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    makefile = (ROOT / "Makefile").read_text()
+    commands = [
+        step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step
+    ]
+    targets = [command.split()[1] for command in commands if command.startswith("make ")]
+    assert {"test", "docs", "setup"} == set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)

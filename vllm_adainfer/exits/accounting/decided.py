@@ -1,0 +1,49 @@
+"""How tokens were decided, one by one, for those who audit answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["early", "full_depth", "shadow"]
+
+
+@dataclass(frozen=True)
+class DecidedToken:
+    """How one token was decided.
+
+    Attributes:
+        place: the place of its request in the step's batch.
+        policy: the policy that its request came under, or `NO_POLICY`.
+        layers: how many layers its last row ran.
+        outcome: whether a probe gave the answer, the full model, or the full model for a shadow
+            request, whose early answer was only compared.
+
+    """
+
+    place: int
+    policy: str
+    layers: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where one token of a request came from.
+
+    Attributes:
+        request_id: vLLM's id.
+        policy: see `DecidedToken`.
+        artifact: the digest of the policy's files; empty without a policy.
+        epsilon: the bound that the policy kept; None without a policy.
+        layers: see `DecidedToken`.
+        outcome: see `DecidedToken`.
+
+    """
+
+    request_id: str
+    policy: str
+    artifact: str
+    epsilon: float | None
+    layers: int
+    outcome: Outcome

@@ -1,0 +1,124 @@
+"""Sums up the audit that a server writes: whose answers came from where."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.tables import text_table
+from vllm_adainfer.settings.engine import NO_POLICY
+
+SHOWN = 12  # characters of a digest
+
+
+class Line(BaseModel):
+    """A line of the audit, or of lines that were lost; see `engine/scheduler/audit.py`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    policy: str | None = None
+    artifact: str | None = None
+    epsilon: float | None = None
+    outcomes: dict[str, int] = {}
+    layers: dict[int, int] = {}
+    depth: int = 0
+    ended: str | None = None
+    lost: int = 0
+
+
+@dataclass
+class Sum:
+    """The requests of one policy, under one bound.
+
+    Attributes:
+        requests: how many have ended with a token.
+        outcomes: their tokens by outcome.
+        layers_run: layers that their tokens ran.
+        layers_possible: those of full depth.
+
+    """
+
+    requests: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    layers_run: int = 0
+    layers_possible: int = 0
+
+
+def read_audit(paths: Iterable[Path]) -> Iterator[Line]:
+    """The lines of files, or of the files of directories.
+
+    Raises:
+        AdaInferError: there is no such file, or a line is not one of an audit.
+
+    """
+    for path in paths:
+        files = sorted(path.glob("audit-*.jsonl")) if path.is_dir() else [path]
+        if not files:
+            raise AdaInferError(
+                f"{path} has no files audit-*.jsonl: name the directory that the engine switch "
+                'has under "audit"'
+            )
+        for file in files:
+            yield from _lines_of(file)
+
+
+def _lines_of(file: Path) -> Iterator[Line]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, text in enumerate(lines, start=1):
+                if not text.endswith("\n"):  # still being written, or cut short by a kill
+                    return
+                try:
+                    yield Line.model_validate_json(text)
+                except ValidationError:
+                    raise AdaInferError(
+                        f"{file}, line {number} is not a line of an audit: name a file that a "
+                        "server has written"
+                    ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdaInferError(f"cannot read {file}: {error}") from None
+
+
+def summed_up(lines: Iterable[Line]) -> str:
+    """A row for each policy and bound, then what has no answer."""
+    sums: defaultdict[tuple[str, str, str], Sum] = defaultdict(Sum)
+    unanswered: Counter[str] = Counter()
+    lost = 0
+    for line in lines:
+        lost += line.lost
+        if line.lost:
+            continue
+        if not line.outcomes:
+            unanswered[line.ended or "running"] += 1
+            continue
+        name = line.policy or NO_POLICY
+        epsilon = "-" if line.epsilon is None else f"{line.epsilon:g}"
+        found = sums[name, (line.artifact or "-")[:SHOWN], epsilon]
+        found.requests += 1
+        found.outcomes.update(line.outcomes)
+        found.layers_run += sum(layers * count for layers, count in line.layers.items())
+        found.layers_possible += line.depth * sum(line.layers.values())
+    rows = [
+        [
+            *key,
+            str(found.requests),
+            *(str(found.outcomes[name]) for name in ("early", "full_depth", "shadow")),
+            f"{1 - found.layers_run / max(1, found.layers_possible):.1%}",
+        ]
+        for key, found in sorted(sums.items())
+    ]
+    columns = ["policy", "artifact", "epsilon", "requests"]
+    columns += ["tokens, early", "full depth", "shadow", "layers saved for the last row"]
+    parts = [text_table(columns, rows, 2)] if rows else ["no request has ended with an answer"]
+    parts += [
+        f"{count} requests ended without an answer ({reason})"
+        for reason, count in sorted(unanswered.items())
+    ]
+    if lost:
+        parts.append(f"{lost} lines were lost: they came faster than the disk took them")
+    return "\n".join(parts)
