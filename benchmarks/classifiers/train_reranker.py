@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import numpy as np
 import torch
 import typer
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.classifiers.passages import CHAT_TEMPLATE, Query, find_candidates
+from benchmarks.common.lessons import minimise
 
 LEARNING_RATE = 8e-5
 QUESTIONS = 4  # of a step
@@ -61,24 +61,12 @@ def train(
 ) -> None:
     """Change `decoder` and `head` so that the right passage of a question scores highest."""
     parameters = [head, *(p for p in decoder.parameters() if p.requires_grad)]
-    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.01)
-    steps = epochs * (len(queries) // QUESTIONS)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=0.1
-    )
     decoder.train()
-    smoothed = None
-    with tqdm(total=steps, unit="step") as progress:
-        for prompts in batches(queries, negatives, epochs):
-            loss = loss_of(scores_of(decoder, head, tokenizer, prompts).view(-1, 1 + negatives))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            smoothed = loss.item() if smoothed is None else 0.95 * smoothed + 0.05 * loss.item()
-            progress.set_postfix(loss=f"{smoothed:.3f}")
-            progress.update()
+
+    def loss(prompts: Sequence[str]) -> torch.Tensor:
+        return loss_of(scores_of(decoder, head, tokenizer, prompts).view(-1, 1 + negatives))
+
+    minimise(parameters, [*batches(queries, negatives, epochs)], loss, LEARNING_RATE)
 
 
 def batches(queries: Sequence[Query], negatives: int, epochs: int) -> Iterator[list[str]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 LEARNING_RATE = 1e-4
 PROMPTS = 16  # of a step
+T = TypeVar("T")
 Lesson = tuple[Sequence[int], int]  # a prompt's tokens, and the right one after them
 
 
@@ -19,15 +20,31 @@ def train(causal: Any, lessons: Sequence[Lesson], epochs: int = 1) -> None:
     causal.get_input_embeddings().requires_grad_(False)
     parameters = [p for p in causal.parameters() if p.requires_grad]
     steps = [step for epoch in range(epochs) for step in _steps(lessons, epoch)]
-    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=len(steps) + 1, pct_start=0.1
-    )
     causal.train()
+
+    def loss_of(step: Sequence[Lesson]) -> torch.Tensor:
+        logits = logits_after(causal, [prompt for prompt, _ in step])
+        right = torch.tensor([right for _, right in step])
+        return torch.nn.functional.cross_entropy(logits, right)
+
+    minimise(parameters, steps, loss_of, LEARNING_RATE)
+    causal.eval()
+
+
+def minimise(
+    parameters: Sequence[torch.nn.Parameter],
+    steps: Sequence[T],
+    loss_of: Callable[[T], torch.Tensor],
+    learning_rate: float,
+) -> None:
+    """Change `parameters` by the loss of each step, with a learning rate that rises and falls."""
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=len(steps) + 1, pct_start=0.1
+    )
     smoothed = None
     for step in (progress := tqdm(steps, unit="step")):
-        logits = logits_after(causal, [prompt for prompt, _ in step])
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([right for _, right in step]))
+        loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -35,7 +52,6 @@ def train(causal: Any, lessons: Sequence[Lesson], epochs: int = 1) -> None:
         schedule.step()
         smoothed = loss.item() if smoothed is None else 0.95 * smoothed + 0.05 * loss.item()
         progress.set_postfix(loss=f"{smoothed:.3f}")
-    causal.eval()
 
 
 def logits_after(causal: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:

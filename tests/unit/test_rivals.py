@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.common.intervals import mean_interval, share_of
-from benchmarks.rivals.bench_rivals import ends_of
 from benchmarks.rivals.classifiers import Words
 from benchmarks.rivals.judged import Unseen, certified_threshold
+from benchmarks.rivals.task import ends_of
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 
 BOUND, EPSILON = Bound("exact", 0.1, 0.0), 0.02

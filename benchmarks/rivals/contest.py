@@ -1,0 +1,179 @@
+"""The methods of the comparison: each learns from the same prompts, and is judged by others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from benchmarks.common.minilm import fetch_minilm
+from benchmarks.offline.bench_trained_probes import alone
+from benchmarks.rivals.classifiers import Classifier, Embeddings, Shad0wTable, Words
+from benchmarks.rivals.cut_model import CutModel
+from benchmarks.rivals.judged import certified_threshold, of_policy, static_truncation
+from benchmarks.rivals.report import TITLES
+from benchmarks.rivals.task import Task
+from benchmarks.suite import methods
+from vllm_adainfer.arrays import Bools
+from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
+from vllm_adainfer.offline.calibration.calibration import Calibration
+from vllm_adainfer.offline.calibration.data.student_base import load_student_base
+from vllm_adainfer.offline.calibration.fit import cost
+from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
+from vllm_adainfer.offline.calibration.prompts import Prompts, split_of
+from vllm_adainfer.offline.calibration.trained_probes import student_of
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.offline.progress import say
+
+CACHE = Path(__file__).parents[2] / ".cache"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The methods that learn from so many prompts of a task.
+
+    Attributes:
+        task: the task.
+        budget: the prompts, the first ones.
+        rows: what each method does, for the report.
+        policies: ours, by name.
+        spares: name -> asks a classifier about texts, and says which of them it answers.
+        cut: the cut model, and which of the tests it may answer.
+
+    """
+
+    task: Task
+    budget: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    policies: dict[str, FittedPolicy] = field(default_factory=dict)
+    spares: dict[str, Callable[[Sequence[str]], Bools]] = field(default_factory=dict)
+    cut: list[tuple[CutModel, Bools]] = field(default_factory=list)
+
+    def judge(self) -> None:
+        """Let each method learn, and judge it by the tests."""
+        task, request = self.task, self.task.request
+        groups = task.prompts.split.groups
+        split = replace(split_of(groups[: self.budget], request.options), groups=groups)
+        assert request.student is not None
+        _, tokenizer = load_config_and_tokenizer(request.model)
+        base = load_student_base(request.student, task.prompts.examples, tokenizer)
+        prompts = replace(task.prompts, split=split, student=base)
+        calibration = calibration_of(request, prompts, task.recording)
+        encoder = fetch_minilm(CACHE / "all-MiniLM-L6-v2")
+        self._classifier("words", Words(), calibration)
+        self._classifier("embeddings", Embeddings(encoder), calibration)
+        self._classifier("table", Shad0wTable(CACHE / "shad0w"), calibration)
+        self._cut_model(calibration)
+        self._published(calibration)
+        self._ours(calibration, prompts)
+
+    @contextmanager
+    def _row(self, name: str) -> Iterator[dict[str, Any]]:
+        """A row of the report, and how long it takes."""
+        say(f"{TITLES[name]}, {self.budget} prompts")
+        row: dict[str, Any] = {"name": name}
+        start = time.perf_counter()
+        yield row
+        self.rows.append({"seconds": time.perf_counter() - start} | row)
+
+    def _classifier(self, name: str, classifier: Classifier, calibration: Calibration) -> None:
+        task, split = self.task, calibration.split
+        with self._row(name) as row:
+            start = time.perf_counter()
+            classifier.fit(task.texts_of(split.fit), task.recording.tokens[split.fit])
+            answers, sure = classifier.answer(task.texts_of(split.certify))
+            differs = answers != task.recording.tokens[split.certify]
+            epsilon = calibration.options.epsilon
+            least = certified_threshold(differs, sure, calibration.bound, epsilon)
+            row["seconds"] = time.perf_counter() - start
+            answers, sure = classifier.answer(task.texts_of(task.tests.rows))
+            served = sure >= least
+            chosen = np.where(served, answers, task.tests.teacher)
+            row |= task.tests.result(chosen, served.astype(np.float64), by_request=True)
+        self.spares[name] = lambda texts: classifier.answer(texts)[1] >= least
+
+    def _cut_model(self, calibration: Calibration) -> None:
+        task, split = self.task, calibration.split
+        tokens = task.recording.tokens
+        with self._row("cut") as row:
+            start = time.perf_counter()
+            cut = CutModel(task.request.model, task.cut_layers)
+            cut.fit(task.examples(split.fit), tokens[split.fit])
+            answers, sure = cut.answer(task.examples(split.certify), task.labels(split.certify))
+            differs = answers != tokens[split.certify]
+            least = certified_threshold(
+                differs, sure, calibration.bound, calibration.options.epsilon
+            )
+            row["seconds"] = time.perf_counter() - start
+            rows = task.tests.rows
+            answers, sure = cut.answer(task.examples(rows), task.labels(rows))
+            served = sure >= least
+            share = task.cut_layers / task.recording.depth  # which all run
+            chosen = np.where(served, answers, task.tests.teacher)
+            row |= task.tests.result(chosen, served - share, by_request=False)
+            row["served"] = float(served.mean())
+            row["alone"] = task.tests.result(answers, np.full(len(rows), 1 - share), False)
+        self.cut.append((cut, served))
+
+    def _published(self, calibration: Calibration) -> None:
+        """Static truncation, AdaInfer and CALM, with the model's own head."""
+        task, options = self.task, calibration.options
+        last_token = replace(calibration.target, kind="label-head")
+        with self._row("static") as row:
+            row |= static_truncation(
+                task.recording,
+                last_token,
+                calibration.split,
+                calibration.bound,
+                options.epsilon,
+                task.tests,
+            )
+        right: list[set[int]] = [set()] * task.tests.rows[0]
+        part = methods.TestPart(task.recording, task.tests.rows, [*right, *task.tests.rights])
+        recording = task.recording
+        costs = cost.Costs(
+            recording.depth, recording.layer_seconds, recording.cut_seconds, {}, recording.depth
+        )
+        with self._row("adainfer") as row:
+            found = methods.adainfer(calibration.split, options, costs, part)
+            row |= task.tests.outcome(found["adainfer"])
+        with self._row("calm") as row:
+            row |= task.tests.outcome(found["calm"])
+        self.rows[-1]["seconds"] = self.rows[-2]["seconds"]  # both were fitted at once
+
+    def _ours(self, calibration: Calibration, prompts: Prompts) -> None:
+        epsilon, tests = calibration.options.epsilon, self.task.tests
+        start = time.perf_counter()
+        exits = best_heads(calibration, "pooled-label-head")
+        exits_seconds = time.perf_counter() - start
+        assert prompts.student is not None
+        start = time.perf_counter()
+        student = student_of(calibration, prompts.student)
+        student_seconds = time.perf_counter() - start
+        both = replace(calibration, student=student)
+        with patch.object(cost, "student_seconds", return_value=0.0):
+            made = {
+                "student": make_policy(alone(both), []),
+                "exits": exits,
+                "both": make_policy(both, exits.heads),
+            }
+            seconds = {
+                "student": student_seconds,
+                "exits": exits_seconds,
+                "both": student_seconds + exits_seconds,
+            }
+            for name, policy in made.items():
+                with self._row(name) as row:
+                    row["seconds"] = seconds[name]
+                    if epsilon not in policy.points:
+                        row |= tests.outcome(None)
+                        continue
+                    row |= of_policy(policy, epsilon, tests)
+                    row["exit_points"] = [exit.layer for exit in policy.exits]
+                    self.policies[name] = policy
