@@ -70,12 +70,12 @@ class StepContext:
         self._num_may_exit = int(np.count_nonzero(self._may_exit))
         self._num_settled = 0
         self.left_at = np.full(self.num_requests, -1)
-        self._settled, self._exited, self._lacks_kv = np.zeros((3, self.num_requests), np.bool_)
+        self._settled, self._lacks_kv = np.zeros((2, self.num_requests), np.bool_)
 
     @property
     def exited(self) -> Ints:
         """Requests that have left the stack early."""
-        return np.flatnonzero(self._exited)
+        return np.flatnonzero(self.left_at >= 0)
 
     @property
     def lacking_kv(self) -> Ints:
@@ -94,11 +94,11 @@ class StepContext:
 
     def may_leave(self) -> Ints:
         """Requests in the stack that may leave it, settled or not."""
-        return np.flatnonzero(self._may_leave & ~self._exited)
+        return np.flatnonzero(self._may_leave & (self.left_at < 0))
 
     def at_full_depth(self) -> Ints:
         """Requests that yield a token in this step and have not exited."""
-        return np.flatnonzero(self.yields_token & ~self._exited)
+        return np.flatnonzero(self.yields_token & (self.left_at < 0))
 
     def going_on(self) -> Ints:
         """Requests that have rows in later steps: of their prompts, or of tokens to come."""
@@ -112,7 +112,7 @@ class StepContext:
         """Settled requests that are still in the stack and may leave."""
         if not self._num_settled:
             return NOBODY
-        return np.flatnonzero(self._settled & self._may_leave & ~self._exited)
+        return np.flatnonzero(self._settled & self._may_leave & (self.left_at < 0))
 
     def answered(self) -> Ints:
         """Settled requests, exited or not, without the shadow requests."""
@@ -136,7 +136,6 @@ class StepContext:
 
     def leave(self, requests: Ints, lacks_kv: bool, exit_index: int) -> None:
         """`requests` leave the stack; `lacks_kv` if they skip layers that write keys and values."""
-        self._exited[requests] = True
         self.left_at[requests] = exit_index
         self._lacks_kv[requests] = lacks_kv
 
