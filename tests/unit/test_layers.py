@@ -19,10 +19,12 @@ BELOW = {
     "errors": set(),
     "settings": {"errors"},
     "artifact": {"arrays", "errors"},
+    "auto": {"errors"},
     "policy": {"artifact", "settings", "kernels", "arrays", "errors"},
     "monitoring": {"artifact", "arrays"},
     "exits": {"monitoring", "policy", "artifact", "settings", "kernels", "arrays"},
     "engine": {
+        "auto",
         "exits",
         "monitoring",
         "policy",
@@ -37,6 +39,7 @@ BELOW = {
     "plugin": {"config_hook", "engine"},
     "stats": {"errors"},
     "offline": {
+        "auto",
         "stats",
         "engine",
         "exits",

@@ -44,7 +44,7 @@ class WithExitStats(_Manager):
         depth = model.hf_text_config.num_hidden_layers
         configs = served_configs(vllm_config, settings)
         points = {point for config in configs.values() for point in config.all_exit_points}
-        series = Series((*sorted(points.union(settings.fixed_exit_points)), depth))
+        series = Series((*sorted(points.union(settings.fixed_exit_points(depth))), depth))
         for index in self.engine_indexes:
             self._metrics[index] = EngineMetrics(series, model.served_model_name, index, configs)
             if kw.get("client_count", 1) == 1:  # otherwise each frontend sees only some counts

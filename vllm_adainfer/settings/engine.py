@@ -22,7 +22,9 @@ CONFIG_KEY = "adainfer"
 KILL_SWITCH = "VLLM_ADAINFER"
 NO_POLICY = "full_depth"  # counts requests that may not exit as if it were a policy
 DEFAULT_POLICY = "default"  # name of the policy where only one directory is given
-STOCK_KEYS = {"capture", "finish_choices", "enabled"}  # work on vLLM's own model and worker
+STOCK_KEYS = {"auto", "capture", "finish_choices", "enabled"}  # work on vLLM's own model and worker
+AUTO_KEYS = {"auto", "audit", "capture", "finish_choices", "enabled", "kv"}
+AUTO_POINTS = 6  # evenly from 40 to 85 % of the layers
 # Policy names appear in requests and in the labels of metrics.
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
@@ -53,6 +55,35 @@ class Audit(BaseModel):
         1_000_000,
         ge=1,
         description="Maximum number of lines kept for each engine; the latest stay.",
+    )
+
+
+class Auto(BaseModel):
+    """A server that calibrates itself; see `vllm_adainfer.auto`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    directory: str = Field(
+        min_length=1,
+        description="Created if missing, accessible to this user only: it has states of prompts.",
+    )
+    watch: bool = Field(
+        False,
+        description="Only count which kinds of requests come. No answer changes, and the engine is "
+        "otherwise stock vLLM.",
+    )
+    epsilon: float = Field(
+        0.02, gt=0, lt=1, description="Bound on the share of changed answers, for each kind."
+    )
+    delta: float = Field(
+        0.1, gt=0, lt=1, description="Probability with which a bound may ever be exceeded."
+    )
+    full_depth_rate: float = Field(
+        0.25,
+        gt=0,
+        lt=1,
+        description="Share of the requests that run to full depth to be compared. It falls once "
+        "the bound allows less.",
     )
 
 
@@ -115,6 +146,11 @@ class Switch(BaseModel):
         description="Write a line for each request that ends: its policy and bound, the layers "
         "that it ran, and its answer. `vllm-adainfer audit` sums the lines up.",
     )
+    auto: Auto | None = Field(
+        None,
+        description="Find recurring one-answer requests, calibrate policies for them beside "
+        "serving, and serve with these. Alone, without an artifact.",
+    )
     finish_choices: bool | None = Field(
         None,
         description="Whether a request with structured_outputs.choice ends as soon as its tokens "
@@ -128,12 +164,20 @@ class Switch(BaseModel):
         if isinstance(self.artifact, dict) and NO_POLICY in self.artifact:
             raise ValueError(f'"{NO_POLICY}" is a reserved name: give the artifact another one')
         if self.runs_stock:
-            if self.enabled and self.capture is None and not self.finish_choices:
+            watches = self.capture is not None or self.auto is not None
+            if self.enabled and not watches and not self.finish_choices:
                 raise ValueError('give "artifact": the directory that `calibrate` wrote')
             if others := self.model_dump(exclude_defaults=True).keys() - STOCK_KEYS:
                 raise ValueError(
                     f'"{min(others)}" goes with "artifact": give the directory that `calibrate` '
                     'wrote, or only "capture"'
+                )
+        elif self.calibrates_itself:
+            others = self.model_dump(exclude_defaults=True).keys() - AUTO_KEYS
+            if others:
+                raise ValueError(
+                    f'"auto" makes its own policies, without "{min(others)}": drop one of them, or '
+                    'only watch, with "auto": {"directory": "DIR", "watch": true}'
                 )
         return self
 
@@ -145,7 +189,12 @@ class Switch(BaseModel):
     @property
     def replaces_model(self) -> bool:
         """Whether a key needs a model with exit points."""
-        return self.artifact is not None or self.exit_points is not None
+        return self.artifact is not None or self.exit_points is not None or self.calibrates_itself
+
+    @property
+    def calibrates_itself(self) -> bool:
+        """Whether the server makes policies of its own traffic."""
+        return self.auto is not None and not self.auto.watch
 
     @property
     def runs_stock(self) -> bool:
@@ -183,7 +232,7 @@ class Settings(Switch, SwitchInstruments):
                 'give "artifact": the directory that `calibrate` wrote, without "record" and '
                 '"exit_script"'
             )
-        for key in "audit", "capture", "exit_points":
+        for key in "audit", "auto", "capture", "exit_points":
             if getattr(self, key) is not None:
                 raise ValueError(
                     f'"{key}" goes with "artifact" or stands alone: drop it, or "record" and '
@@ -205,9 +254,15 @@ class Settings(Switch, SwitchInstruments):
         """Whether requests end once only one choice is left; never while recording."""
         return self.record is None and super().finishes_choices
 
-    @property
-    def fixed_exit_points(self) -> tuple[int, ...]:
-        """The exit points that the switch itself names; an artifact names its own."""
+    def fixed_exit_points(self, depth: int) -> tuple[int, ...]:
+        """The exit points that the switch itself decides on; an artifact names its own.
+
+        A server that calibrates itself has the same ones at each start, as its code is compiled
+        for them. `depth` is the number of layers.
+        """
+        if self.calibrates_itself:
+            spread = (depth * (0.4 + 0.45 * n / (AUTO_POINTS - 1)) for n in range(AUTO_POINTS))
+            return tuple(sorted({min(max(1, round(layer)), depth - 1) for layer in spread}))
         return self.exit_script or self.exit_points or ()
 
 
@@ -239,7 +294,11 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join([CONFIG_KEY, *map(str, problem["loc"])])
     if problem["type"] == "extra_forbidden":
-        owners: dict[int | str, type[BaseModel]] = {"capture": Capture, "audit": Audit}
+        owners: dict[int | str, type[BaseModel]] = {
+            "capture": Capture,
+            "audit": Audit,
+            "auto": Auto,
+        }
         owner = owners.get(problem["loc"][0], Switch)
         known = ", ".join(sorted(owner.model_fields))
         return f"additional_config: {where} is not a known key; known keys: {known}"

@@ -141,8 +141,8 @@ class EarlyExit(ModelHead):
         Also the layer after which keys and values are shared, where unsampled tokens stop.
         """
         points = [artifact.config.all_exit_points for artifact in self.artifacts.values()]
-        named = self.settings.fixed_exit_points
         own, depth = self.num_own_kv_layers, len(self.decoder.layers(self._body))
+        named = self.settings.fixed_exit_points(depth)
         return tuple(sorted({*named, *((own,) if own < depth else ())}.union(*points)))
 
     @property

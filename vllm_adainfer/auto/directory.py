@@ -1,0 +1,122 @@
+"""The directory of a server that calibrates itself: what lies where, for its user alone.
+
+DIR/salt                      the key of the kinds' names
+DIR/kinds.json                what each kind is, and how many requests came (scheduler)
+DIR/model.json, model.safetensors      facts and LM head of the served model (worker)
+DIR/KIND/rows/NUMBER.safetensors       recorded rows (worker), deleted once certified (trainer)
+DIR/KIND/trainer.json         the tries to certify a policy (trainer)
+DIR/KIND/policy-NUMBER/       a certified artifact (trainer)
+DIR/KIND/ledger.json          the ledger (worker)
+DIR/current.json              which policy of each kind to serve (trainer)
+DIR/events.jsonl              what happened when, for the page (anyone appends a line)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm_adainfer.errors import AdaInferError
+
+SALT_BYTES = 32
+
+
+class AutoDirectory:
+    """Paths in the directory, and files that are written whole or not at all.
+
+    Attributes:
+        root: the directory.
+        kinds, model, head, current, events: see above.
+
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        """Name the files in `root`, which `create` creates."""
+        self.root = Path(root)
+        self.kinds = self.root / "kinds.json"
+        self.model = self.root / "model.json"
+        self.head = self.root / "model.safetensors"
+        self.current = self.root / "current.json"
+        self.events = self.root / "events.jsonl"
+
+    def create(self) -> None:
+        """Create the directory and its salt if they are missing.
+
+        Raises:
+            AdaInferError: this process cannot write there, or others may read it.
+
+        """
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.root.stat().st_mode & 0o077:
+                raise AdaInferError(
+                    f"additional_config: adainfer.auto.directory: others may read {self.root}, and "
+                    f"states of prompts count as prompts: chmod 700 {self.root}"
+                )
+            try:
+                file = os.open(self.root / "salt", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            except FileExistsError:
+                return
+            with os.fdopen(file, "w") as salt:
+                salt.write(secrets.token_hex(SALT_BYTES))
+        except OSError as error:
+            raise AdaInferError(
+                f"additional_config: adainfer.auto.directory: cannot write to {self.root} "
+                f"({error.strerror}): name a directory that the user of this server may write to"
+            ) from None
+
+    @property
+    def salt(self) -> bytes:
+        """The key of the kinds' names."""
+        return bytes.fromhex((self.root / "salt").read_text())
+
+    def rows(self, kind: str) -> Path:
+        """The folder of a kind's recorded rows."""
+        return self.root / kind / "rows"
+
+    def trainer(self, kind: str) -> Path:
+        """What the trainer says of a kind."""
+        return self.root / kind / "trainer.json"
+
+    def policy(self, kind: str, number: int) -> Path:
+        """The artifact of a kind's policy."""
+        return self.root / kind / f"policy-{number}"
+
+    def ledger(self, kind: str) -> Path:
+        """The ledger of a kind."""
+        return self.root / kind / "ledger.json"
+
+    def tell(self, kind: str, event: str, **facts: Any) -> None:
+        """Append a line to the events; one write, so that several processes may do it."""
+        line = {"time": round(time.time(), 3), "kind": kind, "event": event, **facts}
+        file = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(file, json.dumps(line).encode() + b"\n")
+        finally:
+            os.close(file)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file that only this user may read; its folder is created if it is missing."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        with os.fdopen(file, "w") as stream:
+            json.dump(value, stream)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file; None if there is none, or if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,59 @@
+"""Kinds of one-answer requests: what they read, and under which adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Reads = Literal["label", "choice", "probabilities"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What recurs in requests of one kind.
+
+    Attributes:
+        reads: what a client reads of the answer: one label, one of several texts, or the labels'
+            probabilities.
+        labels: token ids of the labels, ascending; empty for texts.
+        choices: the texts, in alphabetical order; empty for labels.
+        adapter: name of the LoRA adapter; None for the base model.
+
+    """
+
+    reads: Reads
+    labels: tuple[int, ...] = ()
+    choices: tuple[str, ...] = ()
+    adapter: str | None = None
+
+    @property
+    def why_full_depth(self) -> str | None:
+        """Why requests of this kind never exit; None for a kind that may get a policy."""
+        if self.adapter is not None:
+            return "only kinds of the base model get a policy: calibrate this adapter yourself"
+        if self.reads == "probabilities":
+            return "probabilities get no policy by themselves: calibrate with --tolerance or --gate"
+        if len(self.labels or self.choices) < 2:
+            return "there is nothing to choose from"
+        return None
+
+    def name(self, salt: bytes) -> str:
+        """A name that tells nobody without `salt` what the kind is."""
+        content = json.dumps(asdict(self), sort_keys=True).encode(errors="surrogatepass")
+        return "kind-" + hashlib.blake2b(content, digest_size=6, key=salt).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that are set, for a file."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+    @classmethod
+    def of_dict(cls, fields: dict[str, Any]) -> Kind:
+        """The kind that `as_dict` described; other keys are ignored."""
+        return cls(
+            fields["reads"],
+            tuple(fields.get("labels", ())),
+            tuple(fields.get("choices", ())),
+            fields.get("adapter"),
+        )
