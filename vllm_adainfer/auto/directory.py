@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ class AutoDirectory:
 
     Attributes:
         root: the directory.
-        kinds, model, head, current, events: see above.
+        kinds, identity, model, head, current, events: see above.
 
     """
 
@@ -39,6 +40,7 @@ class AutoDirectory:
         """Name the files in `root`, which `create` creates."""
         self.root = Path(root)
         self.kinds = self.root / "kinds.json"
+        self.identity = self.root / "identity.json"
         self.model = self.root / "model.json"
         self.head = self.root / "model.safetensors"
         self.current = self.root / "current.json"
@@ -90,6 +92,13 @@ class AutoDirectory:
     def ledger(self, kind: str) -> Path:
         """The ledger of a kind."""
         return self.root / kind / "ledger.json"
+
+    def forget(self) -> None:
+        """Delete all rows, policies and ledgers, and what is known of the model."""
+        for path in (self.current, self.model, self.head):
+            path.unlink(missing_ok=True)
+        for folder in self.root.glob("kind-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def tell(self, kind: str, event: str, **facts: Any) -> None:
         """Append a line to the events; one write, so that several processes may do it."""

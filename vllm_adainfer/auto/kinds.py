@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 Reads = Literal["label", "choice", "probabilities"]
+KNOWN = 1024  # kinds whose names are kept
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,8 @@ class Kind:
             tuple(fields.get("choices", ())),
             fields.get("adapter"),
         )
+
+
+def kind_names(salt: bytes) -> Callable[[Kind], str]:
+    """A function that names kinds, and remembers the latest names."""
+    return lru_cache(KNOWN)(lambda kind: kind.name(salt))

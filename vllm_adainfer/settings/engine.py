@@ -23,7 +23,7 @@ KILL_SWITCH = "VLLM_ADAINFER"
 NO_POLICY = "full_depth"  # counts requests that may not exit as if it were a policy
 DEFAULT_POLICY = "default"  # name of the policy where only one directory is given
 STOCK_KEYS = {"auto", "capture", "finish_choices", "enabled"}  # work on vLLM's own model and worker
-AUTO_KEYS = {"auto", "audit", "capture", "finish_choices", "enabled", "kv"}
+NOT_WITH_AUTO = {"artifact", "exit_points", "epsilon", "requests", "shadow_rate"}
 AUTO_POINTS = 6  # evenly from 40 to 85 % of the layers
 # Policy names appear in requests and in the labels of metrics.
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -172,13 +172,12 @@ class Switch(BaseModel):
                     f'"{min(others)}" goes with "artifact": give the directory that `calibrate` '
                     'wrote, or only "capture"'
                 )
-        elif self.calibrates_itself:
-            others = self.model_dump(exclude_defaults=True).keys() - AUTO_KEYS
-            if others:
-                raise ValueError(
-                    f'"auto" makes its own policies, without "{min(others)}": drop one of them, or '
-                    'only watch, with "auto": {"directory": "DIR", "watch": true}'
-                )
+        others = self.model_dump(exclude_defaults=True).keys() & NOT_WITH_AUTO
+        if self.calibrates_itself and others:
+            raise ValueError(
+                f'"auto" makes its own policies, without "{min(others)}": drop one of them, or '
+                'only watch, with "auto": {"directory": "DIR", "watch": true}'
+            )
         return self
 
     @property
@@ -195,6 +194,11 @@ class Switch(BaseModel):
     def calibrates_itself(self) -> bool:
         """Whether the server makes policies of its own traffic."""
         return self.auto is not None and not self.auto.watch
+
+    @property
+    def compares(self) -> bool:
+        """Whether some requests run to full depth to compare both answers."""
+        return self.shadow_rate > 0 or self.calibrates_itself
 
     @property
     def runs_stock(self) -> bool:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from random import SystemRandom
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
+from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.engine.admission.admitted import NOT_POOLED, NOT_RECORDED, Admitted
+from vllm_adainfer.engine.admission.kind_of import kind_of_output
 from vllm_adainfer.engine.admission.policies import Policies
 from vllm_adainfer.engine.admission.requested_output import (
     OutputKind,
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+TYPICAL_SAVING = 0.4  # of the layers, by a policy that is still to come; see docs/results.md
+COINS = SystemRandom()
 OPTED_OUT = RequestSettings.model_validate({EXIT_ARG: 0})
 SCRIPTED_OUTPUT = RequestedOutput(OutputKind.TOKEN, frozenset(SCRIPT_LABELS))
 # Structured outputs backends whose grammars can tell whether they would accept further tokens.
@@ -109,7 +114,9 @@ class Admission:
             config.is_pooled for config in configs.values()
         )
         self.has_students = any(config.student for config in configs.values())
-        self.may_serve_choices = self.has_choices or settings.exit_points is not None
+        self.may_serve_choices = (
+            self.has_choices or settings.exit_points is not None or settings.calibrates_itself
+        )
         self._rows = ThresholdRows(configs, only_known=settings.requests == "known")
         for config in configs.values():
             config.level_of(settings.epsilon)  # which raises what is said above
@@ -160,6 +167,11 @@ class Admission:
                 f"{known}"
             )
         if request.adainfer_epsilon is not None:
+            if self._settings.calibrates_itself and request.adainfer_epsilon:
+                raise AdaInferError(
+                    "this server calibrates itself and makes one promise for all: drop "
+                    "adainfer_epsilon, or set it to 0 for full depth"
+                )
             self._check_epsilon(request.adainfer_epsilon, request, params)
 
     def _check_epsilon(
@@ -210,14 +222,26 @@ class Admission:
         if resumable:
             return replace(resolved, output=None)
         may_decide = self.policies.may_decide(resolved, adapter)
+        kind = self._kind(resolved, adapter)
+        if kind is not None:  # it may get a policy at any time
+            may_decide = True
         is_choice = resolved.output is not None and resolved.output.kind is OutputKind.CHOICE
         return replace(
             resolved,
             may_exit=self._may_exit(resolved, may_decide),
             may_end_after_first_token=may_decide and is_choice,
-            saving=self._saving(resolved, adapter),
+            saving=self._saving(replace(resolved, kind=kind), adapter),
             is_shadow=self.is_shadow(request_id),
+            kind=kind,
+            coin=COINS.random(),
         )
+
+    def _kind(self, resolved: Resolved, adapter: LoRARequest | None) -> Kind | None:
+        """See `Resolved.kind`."""
+        if not self._settings.calibrates_itself or resolved.output is None:
+            return None
+        kind = kind_of_output(resolved.output, resolved.max_tokens, adapter)
+        return None if kind is None or kind.why_full_depth else kind
 
     def _parse(self, request: RequestSettings, params: Params) -> Resolved:
         """The part of `Resolved` that needs no policy and no adapter."""
@@ -250,6 +274,8 @@ class Admission:
 
     def _saving(self, resolved: Resolved, adapter: LoRARequest | None) -> tuple[str, float] | None:
         """See `Resolved.saving`."""
+        if resolved.kind is not None:
+            return f"{resolved.kind.reads} {hash(resolved.kind):x}", TYPICAL_SAVING
         name = self.policies.select(resolved, self.policies.for_adapter_name(adapter))
         if name is None or self._configs[name].max_tokens > 1:
             return None

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.engine.admission.requested_output import RequestedOutput
 from vllm_adainfer.settings.request import RequestSettings
 
@@ -45,6 +46,8 @@ class Resolved:
             policies with a student that may decide the request.
         force_full_depth_prefill: whether its prompt must run at full depth, to complete the blocks
             of a shared prefix.
+        kind: its kind, on a server that calibrates itself; None if it never exits.
+        coin: a random number from 0 to 1 that no client knows: whether it is compared.
 
     """
 
@@ -58,6 +61,8 @@ class Resolved:
     is_shadow: bool = False
     texts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     force_full_depth_prefill: bool = False
+    kind: Kind | None = None
+    coin: float = 1.0
 
 
 def params_of(request: Any) -> Params | None:

@@ -23,6 +23,7 @@ from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.exits.recording.recorder import Recorder, TunedLensSums
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.exits.recording.state_files import StateFiles
+from vllm_adainfer.monitoring.ledger_monitor import LedgerMonitor
 from vllm_adainfer.monitoring.monitor import AnswerMonitor, Monitor
 from vllm_adainfer.monitoring.query_monitor import QueryMonitor
 from vllm_adainfer.monitoring.text_monitor import TextMonitor
@@ -82,7 +83,7 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
 
     """
     settings, load_format = model.settings, vllm_config.load_config.load_format
-    reads_weights = model.artifacts or settings.kv == "propagate"
+    reads_weights = model.artifacts or settings.kv == "propagate" or settings.calibrates_itself
     if reads_weights and model.fingerprint is None and load_format != "dummy":
         raise AdaInferError(
             f"vllm-adainfer: --load-format {load_format} does not pass the weights through the "
@@ -151,15 +152,17 @@ def policies_of_artifacts(
 
 def monitors_of(model: LoadedModel) -> dict[str, Monitor]:
     """The monitor of each policy, by name; empty without a shadow rate."""
-    if not model.settings.shadow_rate:
+    if not model.settings.compares:
         return {}
     parts = all_parts({name: artifact.config for name, artifact in model.artifacts.items()})
-    return {name: monitor_of(config) for name, config in parts.items()}
+    return {name: monitor_of(config, model.settings) for name, config in parts.items()}
 
 
-def monitor_of(config: ArtifactConfig) -> Monitor:
-    """The monitor of an artifact's risk: by answer, by text, or by query."""
+def monitor_of(config: ArtifactConfig, settings: Settings) -> Monitor:
+    """The monitor of an artifact's risk: by answer, by text, or by query; or of a ledger."""
     epsilons = [level.epsilon for level in config.levels]
+    if settings.calibrates_itself:
+        return LedgerMonitor(epsilons, config.delta)
     if config.max_tokens > 1:
         return TextMonitor(epsilons, config.delta, config.max_tokens)
     if config.top_k is not None:

@@ -17,6 +17,7 @@ from vllm_adainfer.engine.admission.admitted import NOT_POOLED, Admitted
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved, params_of, resolved_of
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters
+from vllm_adainfer.engine.runner.own_kinds import OwnKinds
 from vllm_adainfer.exits.accounting.decided import Provenance
 from vllm_adainfer.exits.accounting.report import INTERVAL, StepNote, snapshot_of
 from vllm_adainfer.exits.batch.layout import RowLayout
@@ -36,11 +37,13 @@ class RunningRequests:
         adapters: the fingerprints of the adapters that the worker has loaded.
         lora_manager: the worker's LoRA manager of vLLM; None without LoRA.
         window: the smallest sliding window of all layers, in tokens.
+        kinds: those of a server that calibrates itself; None for any other.
         digests: the digest of the files of each policy's artifact, by the policy's name.
 
     """
 
     lora_manager: Any = None
+    kinds: OwnKinds | None = None
 
     def __init__(self, vllm_config: VllmConfig, loop: Loop) -> None:
         """`loop` runs the steps of these requests."""
@@ -160,8 +163,11 @@ class RunningRequests:
             # vLLM frees blocks outside the window, which deferred rows still need. Chunks before
             # the last one are never deferred, and pooled policies read them.
             rows[yields_token & continues & (last + 1 >= self.window)] = FULL_DEPTH
-        shadow, tightened = None, self._loop.tightened()
-        if tightened is not None:
+        shadow, recorded, tightened = None, None, self._loop.tightened()
+        if self.kinds is not None:
+            first = np.flatnonzero(yields_token & (last + 1 == prompt))
+            shadow, recorded = self.kinds.gate(admitted, first, query_lens, rows)
+        elif tightened is not None:
             shadow = np.array([request.resolved.is_shadow for request in admitted])
             rows[tightened[rows] & ~shadow] = FULL_DEPTH
         if pooled_from is not None and not self.admission.is_recording:
@@ -177,6 +183,7 @@ class RunningRequests:
             pooled_from=pooled_from,
             texts=texts,
             record_rows=record_rows,
+            recorded=recorded,
             ends_early=chooses,
             all_rows_count=any(request.resolved.wants_prompt_logprobs for request in admitted),
             device=device,
@@ -216,6 +223,8 @@ class RunningRequests:
         step, self._ran = self._ran, None
         if step is None:
             return None
+        if self.kinds is not None:
+            self.kinds.step_ended(self._loop.take_misses())
         now = time.monotonic()
         if due := now >= self._next_report:
             self._next_report = now + INTERVAL

@@ -235,6 +235,8 @@ def _of_switch(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
     model, has_adapters = vllm_config.model_config, vllm_config.lora_config is not None
     if settings.exit_points is not None and not has_adapters:
         yield "exit_points are for policies of LoRA adapters: start with --enable-lora"
+    if settings.calibrates_itself:
+        yield from _of_own_policies(vllm_config)
     if settings.kv != "propagate":
         return
     if has_adapters:
@@ -248,6 +250,20 @@ def _of_switch(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
         yield "kv = propagate needs plain weights, and these are quantised: set kv to exact"
     if vllm_config.load_config.load_format == "dummy":
         yield "kv = propagate copies loaded weights: set kv to exact, or drop --load-format dummy"
+
+
+def _of_own_policies(vllm_config: VllmConfig) -> Iterator[str]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if max(parallel.tensor_parallel_size, parallel.data_parallel_size) > 1:
+        yield (
+            "a server that calibrates itself has one rank and one engine so far: set "
+            "--tensor-parallel-size and --data-parallel-size to 1, or only watch, with "
+            '"auto": {"directory": "DIR", "watch": true}'
+        )
+    if model.runner_type != "generate":
+        yield "a classifier does not calibrate itself so far: calibrate it with `calibrate`"
+    if model.skip_tokenizer_init:
+        yield '"auto" needs the tokenizer, to name labels and choices: drop --skip-tokenizer-init'
 
 
 def _of_plugins(vllm_config: VllmConfig) -> Iterator[str]:

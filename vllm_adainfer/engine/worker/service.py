@@ -67,9 +67,9 @@ class Service:
         parts = all_parts(configs)
         policies = {part: new[part] if part in new else now[part] for part in parts}
         monitors = {}
-        if settings.shadow_rate:
+        if settings.compares:
             monitors = {
-                part: monitor_of(config) if part in new else loop.monitors[part]
+                part: monitor_of(config, settings) if part in new else loop.monitors[part]
                 for part, config in parts.items()
             }
         admission = Admission.from_config(vllm_config, settings, configs)

@@ -16,8 +16,11 @@ from vllm_adainfer.engine.compat.lora import lora_manager_of
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.adapter_policy import bundled_policy, without_policies
+from vllm_adainfer.engine.worker.beside import Beside
 from vllm_adainfer.engine.worker.reload import Reload
+from vllm_adainfer.engine.worker.service import Service
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.recording.row_recorder import RowRecorder
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -28,6 +31,8 @@ else:
 
 class ExitWorker(_Worker):
     """Mixin for vLLM's workers. Must precede the vLLM class in the MRO."""
+
+    _beside: Beside | None = None
 
     @property
     def _running(self) -> RunningRequests:
@@ -48,11 +53,23 @@ class ExitWorker(_Worker):
         """Give the running requests the LoRA manager once the model is loaded."""
         super().load_model(**kwargs)
         self._reloads: dict[str, Reload] = {}
+        model = self.model_runner.model
+        if model.settings.calibrates_itself:
+            self._beside = Beside(model.settings.auto, model, self.vllm_config)
+            self._running.kinds = self._beside.kinds
+            model.loop.keep_states = RowRecorder(self._beside.put)
         self._running.digests = digests_of(self.model_runner.model.artifacts)
         manager = lora_manager_of(self.model_runner)
         self._running.lora_manager = manager
         if manager is not None:
             self._running.adapters.watch(manager)
+
+    @override
+    def shutdown(self) -> None:
+        """End what runs beside the steps."""
+        if self._beside is not None:
+            self._beside.close()
+        super().shutdown()
 
     @override
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -97,6 +114,10 @@ class ExitWorker(_Worker):
         A classifier's step ends here, too: nothing is sampled.
         """
         self._running.ended(scheduler_output.finished_req_ids)
+        if self._beside is not None and (built := self._beside.take_built()):
+            Service.with_policies(self.model_runner.model, self.vllm_config, built).use(
+                self.model_runner.model, self._running
+            )
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
             output = copy.copy(output)  # vLLM returns one shared object for all empty steps

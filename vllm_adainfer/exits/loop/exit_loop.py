@@ -17,7 +17,7 @@ from vllm_adainfer.exits.batch.batch import Batch, StackShape
 from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
-from vllm_adainfer.exits.loop.loop import Loop, StepOutput
+from vllm_adainfer.exits.loop.loop import Loop, StateKeeper, StepOutput
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 from vllm_adainfer.monitoring.monitor import Monitor
@@ -36,6 +36,7 @@ class ExitLoop(Loop):
     Attributes:
         policies: decide who may leave.
         accounting: counts what runs.
+        keep_states: gets the states of `StepContext.recorded`; None if nothing is recorded.
 
     """
 
@@ -73,6 +74,7 @@ class ExitLoop(Loop):
         self._compaction_cost = compaction_cost
         self._max_rows = max_rows
         self._read = read
+        self.keep_states: StateKeeper | None = None
         self.carried = CarriedPrompts()
         self.stats = ExitStats()
         self.reset_counters()
@@ -147,18 +149,25 @@ class ExitLoop(Loop):
         )
         decisions = Decisions(self.policies, forward, self.carried, self._read)
         self.stats.tokens_decided += step.num_sampled
+        kept: list[Tensor] = []
         for segment in range(self._shape.last_segment):
             if segment == self._shape.tail:
                 forward.drop_unsampled()
             forward.run(segment)
             if segment == len(self.policies.exit_points):  # the last layer is next
                 break
+            if step.recorded is not None:
+                kept.append(forward.last_states(step.recorded.places))
             if decisions.has_chunks or (step.is_open and self._may_pay(segment, forward)):
                 self._decide(segment, decisions, step)
             self._regroup(segment, forward)
             if forward.layout.num_rows == 0:
                 break
         hidden = forward.finish()
+        if step.recorded is not None:
+            assert self.keep_states is not None
+            [rows] = step.on_device(step.layout.last_rows(step.recorded.places))
+            self.keep_states(step.recorded, [*kept, hidden.index_select(0, rows)])
         self.carried.step_ended(step)
         scored = decisions.place(hidden)
         shadows = tuple(decisions.of_shadows(self.monitors, self.stats))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from torch import Tensor
 
@@ -64,6 +66,11 @@ class ForwardPass:
         """Run a segment."""
         self._accounting.ran(self._tokens, self._shape.segment_layers[segment])
         self.states = self.batch.run(segment, self.states)
+
+    def last_states(self, requests: Ints) -> Tensor:
+        """[requests, hidden size], a copy of the state of the last row of each of `requests`."""
+        [rows] = self.step.on_device(self.layout.last_rows(requests))
+        return replace(self.states, per_layer=None).rows(rows).combined()
 
     def waiting(self, exit_index: int, leaving: Ints) -> Ints | None:
         """The rows that wait below an exit point for requests that stay, as `KVPolicy.waiting`."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
-from vllm_adainfer.exits.loop.step import StepContext
+from vllm_adainfer.exits.loop.step import RecordedRequests, StepContext
+from vllm_adainfer.monitoring.ledger_monitor import LedgerMonitor
 from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.monitoring.query_monitor import QueryMonitor
 from vllm_adainfer.policy.answers import EarlyScores
@@ -51,6 +53,11 @@ class StepOutput:
     hidden: Tensor
     scored: tuple[ScoredRequests, ...] = ()
     shadows: tuple[ShadowAnswers, ...] = ()
+
+
+# Gets requests and copies of their states, each [requests, width]: after each exit point, and last
+# the LM head's input.
+StateKeeper: TypeAlias = Callable[[RecordedRequests, Sequence[Tensor]], None]
 
 
 class Loop(ABC):
@@ -94,6 +101,14 @@ class Loop(ABC):
         None where there is no monitor, so that no request is a shadow request.
         """
         return None
+
+    def take_misses(self) -> dict[str, int]:
+        """By policy, the changed answers that ledgers are still to count."""
+        return {
+            name: monitor.take_misses()
+            for name, monitor in self.monitors.items()
+            if isinstance(monitor, LedgerMonitor)
+        }
 
     def forget(self, request_id: str) -> None:
         """A request has ended, or its keys and values were thrown away."""

@@ -17,6 +17,22 @@ CPU = torch.device("cpu")
 NOBODY = np.arange(0)
 
 
+@dataclass(frozen=True)
+class RecordedRequests:
+    """Requests of a step whose states are kept; all of them run all layers.
+
+    Attributes:
+        places: int64 [recorded], their places in the step's batch.
+        kinds: [recorded], the name of each one's kind.
+        computed: [recorded], the token rows of each that the layers run.
+
+    """
+
+    places: Ints
+    kinds: Sequence[str]
+    computed: Ints
+
+
 @dataclass(eq=False)
 class StepContext:
     """The requests of one step, each named by its place in the batch that the step came with.
@@ -39,6 +55,7 @@ class StepContext:
             negative for requests that none reads. None if the engine has no pooled policy.
         texts: [requests], see `Admitted.text`. None if no policy has a student.
         record_rows: [requests], see `Admitted.record_row`; None unless the engine records.
+        recorded: requests whose states are kept beside serving; None if there are none.
         shadow: the shadow requests that may exit; None where there is no monitor.
         left_at: int64 [requests], the index of the exit point where each has left; -1 for none.
 
@@ -57,6 +74,7 @@ class StepContext:
     pooled_from: Ints | None = None
     texts: Sequence[Sequence[int]] | None = None
     record_rows: Ints | None = None
+    recorded: RecordedRequests | None = None
     shadow: Ints | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,229 @@
+"""A server that calibrates itself: whom it records, and whom its ledger lets exit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from vllm import SamplingParams
+
+from tests.conftest import tiny_engine
+from tests.e2e.oracle import hidden_states
+from tests.e2e.scripted import parts, running_of
+from tests.tiny import LAYERS, tiny_artifact, tiny_config
+from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
+from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.auto.ledger import Ledger
+from vllm_adainfer.engine.runner.own_kinds import RECURS
+from vllm_adainfer.engine.worker import beside
+from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
+from vllm_adainfer.exits.recording.row_recorder import ROWS
+
+DRAW = np.random.default_rng(0)
+# Of one row, longer than a step of 128 rows, and all between; those before `RECURS` are not kept.
+PROMPTS = [DRAW.integers(5, 1000, n).tolist() for n in DRAW.integers(1, 200, RECURS + 2 * ROWS)]
+TEXT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+CUTS = (2, 3, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def labels(tiny_model: Path) -> list[int]:
+    return list(tiny_config(tiny_model).label_ids)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> AutoDirectory:
+    return AutoDirectory(tmp_path_factory.mktemp("auto") / "kinds")
+
+
+@pytest.fixture(scope="module")
+def auto(tiny_model: Path, directory: AutoDirectory) -> Iterator[Any]:
+    """An engine that calibrates itself, without its trainer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainerProcess, "keep_running", lambda self: None)
+        patch.setattr(beside, "TICK_SECONDS", 0.05)
+        yield tiny_engine(
+            tiny_model,
+            {"auto": {"directory": str(directory.root)}, "min_rows_saved": 1},
+            max_model_len=512,
+            kv_cache_memory_bytes=64 << 20,
+        )
+
+
+def ask(llm: Any, prompts: list[list[int]], params: Any) -> list[list[int]]:
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(asked, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def label(labels: list[int], **arguments: Any) -> SamplingParams:
+    return SamplingParams(
+        temperature=0, max_tokens=1, allowed_token_ids=labels, extra_args=arguments or None
+    )
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """What `condition` gives, once that is true."""
+    end = time.monotonic() + 20
+    while not (found := condition()):
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.05)
+    return found
+
+
+def rows_of(directory: AutoDirectory, kind: str) -> dict[str, Tensor]:
+    files = [load_file(path) for path in sorted(directory.rows(kind).glob("*.safetensors"))]
+    return {name: torch.cat([file[name] for file in files]) for name in files[0]} if files else {}
+
+
+def oracle_answer(model: Any, prompt: list[int], labels: list[int]) -> int | None:
+    """The label at full depth; None where two are too close to call."""
+    state = model.model.norm(hidden_states(model, prompt)[LAYERS][-1:])
+    scores = model.lm_head(state)[0, labels]
+    best, second = scores.topk(2).values.tolist()
+    return None if best - second < 1e-3 else labels[int(scores.argmax())]
+
+
+@torch.inference_mode()
+def test_a_kind_that_recurs_is_recorded_and_every_answer_is_that_of_full_depth(
+    auto, directory, labels, reference
+):
+    kind = Kind("label", tuple(sorted(labels))).name(directory.salt)
+    texts = ask(auto, PROMPTS[:4], TEXT)
+    answers = ask(auto, PROMPTS, label(labels))
+    assert texts == ask(auto, PROMPTS[:4], TEXT)
+    for prompt, [token] in zip(PROMPTS, answers, strict=True):
+        assert oracle_answer(reference, prompt, labels) in (None, token)
+    recorded = wait_for(lambda: rows_of(directory, kind))
+    count = len(recorded["computed"])
+    assert ROWS <= count <= len(PROMPTS) - RECURS + 16, "a step of those that made it recur"
+    assert set(recorded) == {*(f"layer.{cut}" for cut in CUTS), "final", "computed"}
+    states = [hidden_states(reference, prompt) for prompt in PROMPTS]
+    found = set()
+    for row in range(count):
+        distances = [float((recorded["layer.5"][row] - one[5][-1]).norm()) for one in states]
+        place = int(np.argmin(distances))
+        found.add(place)
+        for cut in CUTS:
+            torch.testing.assert_close(
+                recorded[f"layer.{cut}"][row], states[place][cut][-1], rtol=1e-3, atol=1e-3
+            )
+        final = reference.model.norm(states[place][LAYERS][-1:])[0]
+        torch.testing.assert_close(recorded["final"][row], final, rtol=1e-3, atol=1e-3)
+    assert len(found) == count
+
+
+def test_only_its_user_can_read_the_directory(directory):
+    for path in [directory.root, *directory.root.rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_opted_out_sampled_and_lone_answers_are_no_kind(auto, labels):
+    kinds = running_of(parts(auto)[1]).kinds
+    before = {name: own.ledger.requests for name, own in kinds.kinds.items()}
+    many = PROMPTS[: 2 * RECURS]
+    ask(auto, many, label(labels, adainfer=0))
+    ask(auto, many, label(labels[:1]))
+    ask(auto, many, SamplingParams(temperature=1, max_tokens=1, allowed_token_ids=labels))
+    assert {name: own.ledger.requests for name, own in kinds.kinds.items()} == before
+
+
+@pytest.fixture
+def served(auto, directory, tiny_model, labels) -> Any:
+    """The kind, with a random policy that settles everybody and a budget of its own to set."""
+    kind = Kind("label", tuple(sorted(labels))).name(directory.salt)
+    tiny_artifact(tiny_model, directory.policy(kind, 1), exit_points=CUTS[:2])
+    ask(auto, PROMPTS[: 2 * RECURS], label(labels))
+    write_json(directory.current, {kind: 1})
+    own = running_of(parts(auto)[1]).kinds.kinds[kind]
+    wait_for(lambda: own.state == "served")
+    ask(auto, PROMPTS[:1], TEXT)  # the step after takes the policy into service
+    own.ledger = Ledger(0.02, 0.1, 0.25)
+    return kind, own
+
+
+def depths(llm: Any, kind: str) -> dict[int, int]:
+    found: dict[int, int] = parts(llm)[0].loop.stats.as_dict()["policies"][kind]["exit_histogram"]
+    return found
+
+
+def test_nobody_exits_until_the_budget_allows_for_it_and_no_more_than_it_allows(
+    auto, directory, labels, served, reference
+):
+    kind, own = served
+    full = ask(auto, PROMPTS, label(labels))
+    assert own.ledger.decided == 0
+    assert own.ledger.requests == len(PROMPTS)
+    own.ledger.allowed = 60.0
+    before = sum(depths(auto, kind).values()) if kind in names(auto) else 0
+    early = ask(auto, PROMPTS * 4, label(labels))
+    ledger = own.ledger
+    changed = sum(one != two for one, two in zip(early, full * 4, strict=True))
+    assert ledger.misses > 0, "a random policy misses"
+    assert 0 < changed <= ledger.changed_at_most <= ledger.allowed
+    histogram = depths(auto, kind)
+    assert sum(histogram.values()) - before == ledger.decided
+    assert histogram[CUTS[0]] > histogram[LAYERS] > 0, "most leave, some are compared"
+    assert read_json(directory.ledger(kind))["misses"] == ledger.misses, "written ahead"
+
+
+def names(llm: Any) -> list[str]:
+    return list(parts(llm)[0].loop.stats.as_dict()["policies"])
+
+
+def test_while_the_ledger_cannot_be_written_nobody_exits(auto, labels, served, monkeypatch):
+    _, own = served
+    own.ledger.allowed = 1000.0
+    monkeypatch.setattr(AutoDirectory, "ledger", lambda self, kind: Path("/proc/none/ledger.json"))
+    wait_for(lambda: not own.is_saved)
+    ask(auto, PROMPTS, label(labels))
+    assert own.ledger.decided == 0
+    monkeypatch.undo()
+    wait_for(lambda: own.is_saved)
+    ask(auto, PROMPTS[:10], label(labels))
+    assert own.ledger.decided == 10
+
+
+@pytest.mark.parametrize(
+    ("number", "damage"),
+    [
+        pytest.param(2, {"exit_points": (1, 3)}, id="other exit points"),
+        pytest.param(3, {"weights_fingerprint": "0123456789abcdef"}, id="other weights"),
+        pytest.param(4, None, id="missing files"),
+    ],
+)
+def test_a_policy_that_cannot_be_served_is_put_away_and_the_one_before_serves_on(
+    auto, directory, tiny_model, labels, served, number, damage
+):
+    kind, own = served
+    if damage is not None:
+        tiny_artifact(tiny_model, directory.policy(kind, number), **damage)
+    write_json(directory.current, {kind: number})
+    bad = directory.root / kind / "bad.json"
+    wait_for(lambda: number in (read_json(bad) or {"bad": []})["bad"])
+    own.ledger.allowed = 1000.0
+    ask(auto, PROMPTS[:10], label(labels))
+    assert own.ledger.decided == 10
+
+
+def test_a_restart_goes_on_with_the_ledger(auto, directory, labels, served):
+    kind, own = served
+    own.ledger.allowed = 40.0
+    ask(auto, PROMPTS, label(labels))
+    wait_for(lambda: read_json(directory.ledger(kind)) == own.ledger.as_dict())
+    again = Ledger.of_dict(read_json(directory.ledger(kind)))
+    assert again is not None
+    assert again.changed_at_most == own.ledger.changed_at_most < math.inf
+
+
+def test_a_client_cannot_ask_a_server_that_calibrates_itself_for_another_bound(auto, labels):
+    with pytest.raises(Exception, match="makes one promise for all: drop adainfer_epsilon"):
+        ask(auto, PROMPTS[:1], label(labels, adainfer_epsilon=0.5))

@@ -1,0 +1,202 @@
+"""The kinds of a server that calibrates itself: who is recorded, who is compared, who may exit.
+
+A step asks for each request's first token alone; the ledgers see the requests in batch order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+
+from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
+from vllm_adainfer.auto.kinds import Kind, kind_names
+from vllm_adainfer.auto.ledger import Ledger
+from vllm_adainfer.engine.admission.admitted import Admitted
+from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
+from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.exits.loop.step import RecordedRequests
+from vllm_adainfer.settings.engine import Auto
+
+logger = get_logger(__name__)
+
+RECURS = 20  # requests after which a kind is recorded
+MOST_RECORDED = 8  # kinds at a time
+MOST_COUNTED = 256  # kinds that have not recurred yet
+IDLE_SECONDS = 3600.0  # without a request, after which a recorded kind may lose its place
+
+
+@dataclass
+class OwnKind:
+    """One kind that recurs.
+
+    Attributes:
+        ledger: that of its promise.
+        state: "recording" until it has a policy, or rows enough.
+        last: when its latest request came, in seconds of `time.monotonic`.
+        is_saved: whether the ledger on disk has all misses; no request exits otherwise.
+        lock: held while the ledger is changed or read.
+
+    """
+
+    ledger: Ledger
+    state: str = "recording"
+    last: float = field(default_factory=time.monotonic)
+    is_saved: bool = True
+    lock: Lock = field(default_factory=Lock)
+
+
+class OwnKinds:
+    """Decides, for each first token of a step, whether its request is recorded or may exit.
+
+    Attributes:
+        kinds: those that recur, by name.
+        step_seconds: time of all steps so far.
+        steps: their number.
+
+    """
+
+    def __init__(self, auto: Auto, directory: AutoDirectory) -> None:
+        """Go on with the ledgers in `directory`."""
+        self._auto, self._directory = auto, directory
+        self.name_of: Callable[[Kind], str] = kind_names(directory.salt)
+        self._counted: OrderedDict[str, int] = OrderedDict()
+        self._step: dict[str, tuple[int, int]] = {}  # by kind: requests, and those decided
+        self._writing = Lock()  # so that no older ledger replaces a newer one
+        self.step_seconds, self.steps = 0.0, 0
+        self._started = 0.0
+        self.kinds: dict[str, OwnKind] = {}
+        for path in directory.root.glob("*/ledger.json"):
+            ledger = Ledger.of_dict(read_json(path))
+            if ledger is not None:
+                self.kinds[path.parent.name] = OwnKind(ledger)
+
+    def gate(
+        self, admitted: Sequence[Admitted], first_tokens: Ints, lens: Ints, threshold_rows: Ints
+    ) -> tuple[Bools, RecordedRequests | None]:
+        """Let a step's requests exit as far as the ledgers allow, and record those of new kinds.
+
+        Args:
+            admitted: the requests.
+            first_tokens: places of those that yield their first token.
+            lens: [requests], the rows of each.
+            threshold_rows: [requests]; those that must run all layers get `FULL_DEPTH`.
+
+        Returns:
+            bool [requests], who runs all layers to be compared; and who is recorded.
+
+        """
+        self._started, now = time.perf_counter(), time.monotonic()
+        compared = np.zeros(len(admitted), dtype=np.bool_)
+        recorded: list[int] = []
+        names: list[str] = []
+        by_kind: dict[str, list[int]] = {}
+        for place in first_tokens.tolist():
+            kind = admitted[place].resolved.kind
+            if kind is not None:
+                by_kind.setdefault(self.name_of(kind), []).append(place)
+        self._step = {}
+        for name, places in by_kind.items():
+            own = self.kinds.get(name) or self._found(name, len(places))
+            if own is None:
+                threshold_rows[places] = FULL_DEPTH
+                continue
+            own.last = now
+            decidable = [place for place in places if threshold_rows[place] != FULL_DEPTH]
+            coins = [admitted[place].resolved.coin < own.ledger.rate for place in decidable]
+            count = own.ledger.decidable(coins) if own.is_saved else 0
+            threshold_rows[decidable[count:]] = FULL_DEPTH
+            compared[decidable[:count]] = coins[:count]
+            self._step[name] = len(places), count
+            if own.state == "recording":
+                new = [p for p in places if not admitted[p].resolved.force_full_depth_prefill]
+                recorded += new
+                names += [name] * len(new)
+        if not recorded:
+            return compared, None
+        chosen = np.array(recorded)
+        return compared, RecordedRequests(chosen, names, lens[chosen])
+
+    def step_ended(self, misses: Mapping[str, int]) -> None:
+        """Enter the step into the ledgers; `misses` are the changed answers by policy.
+
+        A miss is on disk before its step's answers leave: a crash forgets none.
+        """
+        if self._started:
+            self.steps += 1
+            self.step_seconds += time.perf_counter() - self._started
+            self._started = 0.0
+        step, self._step = self._step, {}
+        for name, (requests, decided) in step.items():
+            own, missed = self.kinds[name], misses.get(name, 0)
+            with own.lock:
+                was_closed, rate = own.ledger.is_closed, own.ledger.rate
+                own.ledger.add(requests, decided, missed)
+            if missed:
+                self.save(name)
+            if own.ledger.is_closed and not was_closed:
+                self._tell_closed(name, own.ledger)
+            elif own.ledger.rate != rate:
+                logger.info(
+                    "kind %s: from now on %g of its requests run all layers to be compared, not %g",
+                    name,
+                    own.ledger.rate,
+                    rate,
+                )
+
+    def save(self, name: str) -> None:
+        """Write the ledger of a kind; until that works, none of its requests exits."""
+        own = self.kinds[name]
+        try:
+            with self._writing:
+                with own.lock:
+                    content = own.ledger.as_dict()
+                write_json(self._directory.ledger(name), content)
+                own.is_saved = True
+        except OSError as error:
+            if own.is_saved:
+                logger.warning(
+                    "kind %s: its ledger cannot be written (%s), so its requests run at full depth "
+                    "until it can",
+                    name,
+                    error,
+                )
+            own.is_saved = False
+
+    def _found(self, name: str, requests: int) -> OwnKind | None:
+        """Count requests of a kind that is not recorded; the kind itself once it is."""
+        count = self._counted.pop(name, 0) + requests
+        if count >= RECURS and self._has_room():
+            self.kinds[name] = OwnKind(
+                Ledger(self._auto.epsilon, self._auto.delta, self._auto.full_depth_rate)
+            )
+            logger.info("kind %s recurs: its requests are recorded from now on", name)
+            return self.kinds[name]
+        self._counted[name] = count
+        if len(self._counted) > MOST_COUNTED:
+            self._counted.popitem(last=False)
+        return None
+
+    def _has_room(self) -> bool:
+        """Whether one more kind may be recorded; kinds that have stopped coming make room."""
+        recording = {n: own for n, own in self.kinds.items() if own.state == "recording"}
+        if len(recording) < MOST_RECORDED:
+            return True
+        name = min(recording, key=lambda one: recording[one].last)
+        if time.monotonic() - recording[name].last < IDLE_SECONDS:
+            return False
+        del self.kinds[name]
+        return True
+
+    def _tell_closed(self, name: str, ledger: Ledger) -> None:
+        logger.warning(
+            "kind %s is closed, its requests run at full depth from now on: %s",
+            name,
+            ledger.why_closed,
+        )
+        self._directory.tell(name, "closed", why=ledger.why_closed)

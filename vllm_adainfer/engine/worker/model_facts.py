@@ -1,0 +1,86 @@
+"""What the trainer must know of the served model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from vllm.config import VllmConfig
+
+from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
+from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.engine.runner.build_loop import compaction_cost_of
+from vllm_adainfer.settings.engine import Auto
+
+logger = get_logger(__name__)
+
+
+class ModelFacts:
+    """Facts of the served model, and its LM head, for the trainer."""
+
+    def __init__(
+        self, directory: AutoDirectory, auto: Auto, model: Any, vllm_config: VllmConfig
+    ) -> None:
+        """Forget rows, policies and ledgers that are for another model or other settings.
+
+        Args:
+            directory: where the trainer reads.
+            auto: the settings.
+            model: an `EarlyExit`, whose weights are loaded and whose loop is built.
+            vllm_config: the engine's config.
+
+        """
+        self._directory, self._model, self._config = directory, model, vllm_config
+        self._identity = {
+            "fingerprint": model.fingerprint,
+            "exit_points": list(model.loop.policies.exit_points),
+            "epsilon": auto.epsilon,
+            "delta": auto.delta,
+        }
+        before = read_json(directory.identity)
+        if before is not None and before != self._identity:
+            directory.forget()
+            logger.warning(
+                "what lies in %s is for other weights or settings: all kinds start anew",
+                directory.root,
+            )
+        write_json(directory.identity, self._identity)
+
+    @property
+    def are_written(self) -> bool:
+        """Whether the trainer can read them."""
+        return self._directory.model.exists()
+
+    def write(self, step_seconds: float, steps: int) -> None:
+        """Write them; by now it is known how fast the layers are.
+
+        Args:
+            step_seconds: time of all steps so far.
+            steps: their number.
+
+        """
+        head = self._directory.head
+        part = head.with_suffix(".part")
+        save_file({"head_weight": self._model.logit_lens().head.weight.cpu().contiguous()}, part)
+        part.chmod(0o600)
+        part.replace(head)
+        work, stack = self._model.loop.stats.by_policy, self._model.stack
+        layers_run = sum(policy.work["layers_run"] for policy in list(work.values()))
+        layer_seconds = step_seconds / layers_run
+        rows = layers_run / stack.shape.depth / steps  # of a step
+        config, (soft_cap, scale) = self._config.model_config, self._model.soft_cap_and_scale
+        overrides = config.hf_overrides
+        cut_seconds = compaction_cost_of(stack, self._model.device) * layer_seconds / rows
+        facts = {
+            "model": config.model,
+            "hf_overrides": overrides if isinstance(overrides, dict) else None,
+            "depth": stack.shape.depth,
+            "own_kv_layers": self._model.num_own_kv_layers,
+            "threads": torch.get_num_threads(),
+            "soft_cap": soft_cap,
+            "scale": scale,
+            "layer_seconds": layer_seconds,
+            "cut_seconds": cut_seconds,
+        }
+        write_json(self._directory.model, {**self._identity, **facts})

@@ -1,0 +1,94 @@
+"""Files of recorded rows: one folder for each kind, for its user alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vllm_adainfer.auto.directory import AutoDirectory
+from vllm_adainfer.auto.tries import MOST_ROWS
+
+KEPT_SECONDS = 7 * 24 * 3600.0  # that rows without a policy stay
+
+
+class RowFiles:
+    """Writes rows as ``layer.<n>`` and ``final``, with ``computed``; a file for each chunk.
+
+    Attributes:
+        counts: the rows of each kind that lie on disk.
+
+    """
+
+    def __init__(self, directory: AutoDirectory, layers: Sequence[int]) -> None:
+        """Count the rows that earlier runs left; `layers` are the exit points."""
+        self._directory = directory
+        self._layers = layers
+        self.counts: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
+        for path in sorted(directory.root.glob("*/rows/*.safetensors")):
+            kind = path.parent.parent.name
+            self._numbers[kind] = int(path.stem)
+            self.counts[kind] = self.counts.get(kind, 0) + _rows_of(path)
+
+    def put(self, kinds: Sequence[str], states: Sequence[Tensor], computed: Tensor) -> None:
+        """Write a chunk; arguments as for `ChunkReader`.
+
+        Raises:
+            OSError: the disk is full, for example; the chunk is lost.
+
+        """
+        for kind in dict.fromkeys(kinds):
+            count = self.counts.get(kind, 0)
+            if count >= MOST_ROWS:
+                continue
+            rows = torch.tensor([place for place, one in enumerate(kinds) if one == kind])
+            names = [*(f"layer.{layer}" for layer in self._layers), "final"]
+            tensors = {n: part[rows] for n, part in zip(names, states, strict=True)}
+            tensors["computed"] = computed[rows].double()
+            number = self._numbers.get(kind, 0) + 1
+            folder = self._directory.rows(kind)
+            for each in folder.parent, folder:
+                each.mkdir(mode=0o700, exist_ok=True)
+            _write(folder / f"{number:06}.safetensors", save(tensors))
+            self._numbers[kind], self.counts[kind] = number, count + len(rows)
+
+    def forget_old(self) -> None:
+        """Delete rows that are older than `KEPT_SECONDS`."""
+        oldest = time.time() - KEPT_SECONDS
+        for path in self._directory.root.glob("*/rows/*.safetensors"):
+            try:
+                if path.stat().st_mtime < oldest:
+                    kind = path.parent.parent.name
+                    self.counts[kind] = max(0, self.counts.get(kind, 0) - _rows_of(path))
+                    path.unlink()
+            except OSError:  # the trainer has just deleted it
+                continue
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that only this user may read, whole or not at all."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _rows_of(path: Path) -> int:
+    """The rows of a file; 0 if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            rows: int = file.get_slice("computed").get_shape()[0]
+            return rows
+    except Exception:  # safetensors has its own errors, and the trainer deletes files
+        return 0
