@@ -173,6 +173,8 @@ def test_nobody_exits_until_the_budget_allows_for_it_and_no_more_than_it_allows(
     assert sum(histogram.values()) - before == ledger.decided
     assert histogram[CUTS[0]] > histogram[LAYERS] > 0, "most leave, some are compared"
     assert read_json(directory.ledger(kind))["misses"] == ledger.misses, "written ahead"
+    # No block that an exit left incomplete is in the prefix cache.
+    assert ask(auto, PROMPTS, label(labels, adainfer=0)) == full
 
 
 def names(llm: Any) -> list[str]:

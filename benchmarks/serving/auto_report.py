@@ -1,0 +1,105 @@
+"""The Markdown of a server that calibrates itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common.intervals import share_of
+from benchmarks.serving.serve_report import OURS, STOCK
+from vllm_adainfer.offline.tables import markdown_table
+
+GROUPS = 8  # rows of the table over time
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """All traffic: each in two tables, by kind and over time."""
+    parts = [f"Processor: {report['provenance']['cpu']}.\n"]
+    for title, one in report["traffic"].items():
+        parts += [
+            f"## {title}\n",
+            f"{one['model']}, {one['requests']:,} requests, {one['at_once']} in flight, at most "
+            f"{one['epsilon']:.0%} changed answers.\n",
+            by_kind(one),
+            over_time(one["blocks"]),
+        ]
+    return "\n".join(parts)
+
+
+def by_kind(traffic: Mapping[str, Any]) -> str:
+    """A row for each kind."""
+    rows = []
+    for kind in traffic["kinds"]:
+        ledger, readings = kind["ledger"] or {}, kind["readings"]
+        saved = [
+            f"{r['layers_saved']:.0%}" if r else "-" for r in map(readings.get, ("2000", "5000"))
+        ]
+        before, after = (
+            share_of(changed / count, count) if count else "-"
+            for changed, count in zip(kind["changed"], kind["compared"], strict=True)
+        )
+        bounds = [bound for bound in ledger.get("bounds", ()) if bound is not None]
+        claim = f"{min(bounds):.0f} of {ledger['requests']:,}" if ledger.get("decided") else "-"
+        closed = "" if kind["closed_at"] is None else f", closed at {kind['closed_at']:,}"
+        opened = "never" if kind["opened_at"] is None else f"{kind['opened_at']:,}"
+        rows.append(
+            [
+                kind["title"],
+                f"{kind['requests']:,}",
+                opened + closed,
+                *saved,
+                f"{kind['layers_saved']:.0%}",
+                before,
+                after,
+                f"{kind['changed'][1]}",
+                claim,
+                f"{ledger.get('rate', 1):.0%}",
+            ]
+        )
+    names = [
+        "kind",
+        "requests",
+        "open from request",
+        "layers saved after 2,000",
+        "after 5,000",
+        "at the end",
+        "unlike stock before (95 %)",
+        "unlike stock since (95 %)",
+        "in all",
+        "changed at most, by its ledger",
+        "still compared",
+    ]
+    return markdown_table(names, rows)
+
+
+def over_time(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """Throughput and latency, in some rows."""
+    rows, start = [], 0
+    for group in np.array_split(np.arange(len(blocks)), min(GROUPS, len(blocks))):
+        some = [blocks[index] for index in group.tolist()]
+        ratios = [b[OURS]["requests_per_second"] / b[STOCK]["requests_per_second"] for b in some]
+        rows.append(
+            [
+                f"{start:,} to {some[-1]['requests']:,}",
+                f"{some[-1]['minutes']:.1f}",
+                *(
+                    f"{np.mean([b[s]['requests_per_second'] for b in some]):.1f}"
+                    for s in (STOCK, OURS)
+                ),
+                f"{np.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
+                *(f"{np.median([b[s]['p99_ms'] for b in some]):.0f}" for s in (STOCK, OURS)),
+            ]
+        )
+        start = some[-1]["requests"]
+    names = [
+        "requests",
+        "until minute",
+        "stock, requests/s",
+        "ours",
+        "ratio (range of blocks)",
+        "stock p99, ms",
+        "ours",
+    ]
+    return markdown_table(names, rows)
