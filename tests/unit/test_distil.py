@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from vllm_adainfer.offline.calibration.fit import distil as distilling
-from vllm_adainfer.offline.calibration.fit.distil import Taught, distil, solve
+from vllm_adainfer.offline.calibration.fit.distil import Standardised, Taught, distil, solve
 from vllm_adainfer.offline.calibration.fit.ridge import Linear
 from vllm_adainfer.offline.calibration.record.recording import FOLDS
 
@@ -23,16 +23,16 @@ def to_the_last_digit(monkeypatch) -> None:
     monkeypatch.setattr(distilling, "ITERATIONS", 1000)
 
 
-def rows_of(seed: int, mass: bool = False, noise: float = 1.0) -> Taught:
+def rows_of(seed: int, mass: bool = False, noise: float = 1.0, width: int = WIDTH) -> Taught:
     """What is read tells of the labels' probabilities, and of their mass, but for some noise."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    read = 3 * normal(ROWS, WIDTH) + 5
-    labels = (read @ normal(WIDTH, LABELS) / 3 + noise * normal(ROWS, LABELS)).softmax(1)
-    own_mass = (read @ normal(WIDTH) / 5).sigmoid() if mass else None
+    read = 3 * normal(ROWS, width) + 5
+    labels = (read @ normal(width, LABELS) / 3 + noise * normal(ROWS, LABELS)).softmax(1)
+    own_mass = (read @ normal(width) / 5).sigmoid() if mass else None
     return Taught(read, labels, own_mass)
 
 
@@ -40,10 +40,11 @@ def probabilities(rows: Taught, linear: Linear) -> torch.Tensor:
     return (rows.read @ linear.matrix.T + linear.bias)[:, :LABELS].softmax(1)
 
 
+@pytest.mark.parametrize("width", [WIDTH, ROWS + 60])
 @pytest.mark.parametrize("penalty", [0.01, 0.3])
-def test_a_head_is_the_softmax_regression_of_standardised_features(penalty):
+def test_a_head_is_the_softmax_regression_of_standardised_features(penalty, width):
     """The oracle gets each row once a label, weighed by the label's probability."""
-    rows = rows_of(0)
+    rows = rows_of(0, width=width)
     mean, deviation = rows.read.mean(0), rows.read.std(0, correction=0)
     features = ((rows.read - mean) / deviation).repeat(LABELS, 1).numpy()
     answers = np.repeat(np.arange(LABELS), ROWS)
@@ -54,10 +55,11 @@ def test_a_head_is_the_softmax_regression_of_standardised_features(penalty):
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
 
 
-def test_a_warm_start_ends_at_the_same_head():
-    rows = rows_of(1, mass=True)
+@pytest.mark.parametrize("width", [WIDTH, ROWS + 60])
+def test_a_warm_start_ends_at_the_same_head(width):
+    rows = rows_of(1, mass=True, width=width)
     cold = solve(rows, 0.1)
-    warm = solve(rows, 0.1, solve(rows, 3.0))
+    warm = Standardised.of(rows).solve(0.1, solve(rows, 3.0))
     torch.testing.assert_close(warm.matrix, cold.matrix, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(warm.bias, cold.bias, atol=1e-3, rtol=1e-3)
 
@@ -81,6 +83,23 @@ def test_a_row_teaches_only_of_the_labels_that_it_is_about():
     expected = solve(Taught(rows.read, two), 0.1)
     torch.testing.assert_close(found.matrix[:2], expected.matrix, atol=1e-5, rtol=1e-4)
     assert found.matrix[2].abs().max() == 0
+
+
+@pytest.mark.parametrize("mass", [False, True])
+def test_rows_fewer_than_features_give_the_head_that_the_features_give(mass):
+    """Each row twice is the same mean of losses, and more rows than features."""
+    rows = rows_of(7, mass=mass, width=ROWS + 60)
+    twice = Taught(
+        *(
+            None if one is None else torch.cat([one, one])
+            for one in (rows.read, rows.labels, rows.mass)
+        )
+    )
+    assert Standardised.of(rows).basis is not None
+    assert Standardised.of(twice).basis is None
+    found, expected = solve(rows, 0.1), solve(twice, 0.1)
+    torch.testing.assert_close(found.matrix, expected.matrix, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.bias, expected.bias, atol=1e-4, rtol=1e-4)
 
 
 def test_a_constant_feature_gets_no_coefficient():

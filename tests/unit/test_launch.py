@@ -41,11 +41,35 @@ def test_policies_become_the_switch(tiny_policy, policies, epsilon, switch):
     assert additional(arguments) == {"adainfer": filled(switch)}
 
 
+@pytest.mark.parametrize("given", [{}, {"watch": True}, {"epsilon": 0.01}])
+def test_a_directory_for_policies_of_its_own_becomes_the_switch(given):
+    config = [FLAG, json.dumps({"adainfer": {"auto": given}})] if given else []
+    arguments = with_switch(["MODEL", *config], [], None, "DIR")
+    assert additional(arguments) == {"adainfer": {"auto": {**given, "directory": "DIR"}}}
+
+
+@pytest.mark.parametrize(
+    ("switch", "policies", "epsilon", "sentence"),
+    [
+        ({}, ["{dir}"], None, "--auto makes policies of .* in place of --policy: drop one"),
+        ({}, [], 0.02, '"auto" makes its own policies, without "epsilon"'),
+        ({"artifact": "{dir}"}, [], None, '"auto" makes its own policies, without "artifact"'),
+        ({"auto": {"directory": "OTHER"}}, [], None, "both --auto and .* name a directory"),
+        ({"auto": 3}, [], None, "both --auto and .* name a directory"),
+    ],
+)
+def test_what_contradicts_a_directory_is_said(tiny_policy, switch, policies, epsilon, sentence):
+    policies = [text.format(dir=tiny_policy) for text in policies]
+    config = [FLAG, json.dumps({"adainfer": switch})]
+    with pytest.raises(AdaInferError, match=sentence):
+        with_switch(config, policies, epsilon, "DIR")
+
+
 def test_a_benchmark_of_a_running_server_takes_no_policy(tiny_policy):
     asked = ["bench", "--policy", str(tiny_policy), "serve", "--model", "M"]
     ended = CliRunner().invoke(app, asked)
     assert ended.exit_code == 1
-    assert "give --policy and --epsilon to vllm-adainfer serve" in ended.output
+    assert "give --policy and --epsilon, or --auto, to vllm-adainfer serve" in ended.output
 
 
 @pytest.mark.parametrize(

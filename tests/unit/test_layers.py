@@ -34,7 +34,7 @@ BELOW = {
         "arrays",
         "errors",
     },
-    "frontend": {"engine", "policy", "artifact", "settings", "errors"},
+    "frontend": {"auto", "engine", "policy", "artifact", "settings", "errors"},
     "config_hook": {"frontend", "engine", "settings"},
     "plugin": {"config_hook", "engine"},
     "stats": {"errors"},

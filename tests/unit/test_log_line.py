@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import LAYERS
-from vllm_adainfer.frontend.log_line import LogLine
+from vllm_adainfer.frontend.log_line import KindLine, LogLine
 
 WORK = [
     ("layers_run", "a", 300),
@@ -107,3 +107,36 @@ def test_the_latest_counts_of_shadow_answers_are_logged_because_they_are_totals(
 def test_deferred_work_is_neither_run_nor_saved(line):
     line.add(report([*WORK, ("layers_deferred", "a", 5000)]))
     assert line.take() == "mean exit layer 3.0/6, layers saved 25%"
+
+
+KINDS = [
+    ("kind-a", "label among 2", 30, 400),
+    ("kind-b", "choice among 3", 10, 100),
+    ("none", "", 7, 500),
+]
+
+
+def test_kinds_are_told_under_their_names_with_their_share_of_all_token_rows():
+    line = KindLine()
+    line.add(KINDS)
+    assert line.take() == (
+        "of the token rows, one-answer requests are: kind-a (label among 2): 30 requests, 40%; "
+        "kind-b (choice among 3): 10 requests, 10%"
+    )
+    assert line.take() is None
+
+
+def test_only_the_kinds_that_ran_most_are_named():
+    line = KindLine()
+    few = [(f"kind-{number}", "label among 2", 1, 100 + number) for number in range(5)]
+    for report in few, [("others", "", 3, 90)]:
+        line.add(report)
+    text = str(line.take())
+    assert [name for name, *_ in few if name in text] == ["kind-2", "kind-3", "kind-4"]
+    assert text.endswith("; other kinds: 48%")
+
+
+def test_there_is_no_line_about_kinds_where_none_came():
+    line = KindLine()
+    line.add([("none", "", 3, 50)])
+    assert line.take() is None

@@ -12,7 +12,7 @@ from tests.tiny import tiny_config
 from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES
 from vllm_adainfer.engine.self_test.parts import PARTS
-from vllm_adainfer.frontend.metrics import EngineMetrics, Series
+from vllm_adainfer.frontend.metrics import EngineMetrics, KindMetrics, Series
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -253,3 +253,13 @@ def test_the_series_of_a_policy_that_has_gone_with_its_adapter_go_and_all_others
     engines[0].add(report(("layers_run", "later", 7)))  # and once more
     assert value(WORK["layers_run"], 0, policy="later") == 7
     assert value("adainfer:policy_info", 0, policy="later", adapter="later") == 1
+
+
+def test_kinds_are_counted_by_engine_and_name():
+    metrics = KindMetrics("tiny", [0, 1])
+    names = "adainfer:kind_requests_total", "adainfer:kind_tokens_total"
+    assert [value(name, 1, kind="none") for name in names] == [0, 0]
+    for requests, tokens in ((3, 40), (2, 10)):
+        metrics.add(1, [("kind-a", "label among 2", requests, tokens)])
+    assert [value(name, 1, kind="kind-a") for name in names] == [5, 50]
+    assert [value(name, 0, kind="kind-a") for name in names] == [None, None]

@@ -8,6 +8,7 @@ DIR/KIND/trainer.json         the tries to certify a policy (trainer)
 DIR/KIND/policy-NUMBER/       a certified artifact (trainer)
 DIR/KIND/ledger.json          the ledger (worker)
 DIR/current.json              which policy of each kind to serve (trainer)
+DIR/index.html                a page of all this (trainer, or `vllm-adainfer kinds --page`)
 DIR/events.jsonl              what happened when, for the page (anyone appends a line)
 """
 
@@ -32,7 +33,7 @@ class AutoDirectory:
 
     Attributes:
         root: the directory.
-        kinds, identity, model, head, current, events: see above.
+        kinds, identity, model, head, current, page, events: see above.
 
     """
 
@@ -44,6 +45,7 @@ class AutoDirectory:
         self.model = self.root / "model.json"
         self.head = self.root / "model.safetensors"
         self.current = self.root / "current.json"
+        self.page = self.root / "index.html"
         self.events = self.root / "events.jsonl"
 
     def create(self) -> None:
@@ -111,12 +113,17 @@ class AutoDirectory:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace a file by JSON, see `write_text`."""
+    write_text(path, json.dumps(value))
+
+
+def write_text(path: Path, text: str) -> None:
     """Replace a file that only this user may read; its folder is created if it is missing."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     file, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
     try:
-        with os.fdopen(file, "w") as stream:
-            json.dump(value, stream)
+        with os.fdopen(file, "w", encoding="utf-8") as stream:
+            stream.write(text)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)

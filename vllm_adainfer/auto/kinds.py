@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -44,12 +44,12 @@ class Kind:
 
     def name(self, salt: bytes) -> str:
         """A name that tells nobody without `salt` what the kind is."""
-        content = json.dumps(asdict(self), sort_keys=True).encode(errors="surrogatepass")
+        content = json.dumps(vars(self), sort_keys=True).encode(errors="surrogatepass")
         return "kind-" + hashlib.blake2b(content, digest_size=6, key=salt).hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that are set, for a file."""
-        return {name: value for name, value in asdict(self).items() if value}
+        return {name: value for name, value in vars(self).items() if value}
 
     @classmethod
     def of_dict(cls, fields: dict[str, Any]) -> Kind:

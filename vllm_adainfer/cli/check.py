@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vllm_adainfer.cli.app import app, errors_as_sentences
 from vllm_adainfer.cli.arguments import HfOverrides, Lora, Model, Template, overrides_of
+
+if TYPE_CHECKING:
+    from vllm_adainfer.offline.doctor.finding import Finding
 
 
 @app.command()
@@ -66,6 +71,9 @@ def doctor(
     ] = None,
     lora: Lora = "",
     hf_overrides: HfOverrides = "",
+    auto: Annotated[
+        str | None, typer.Option(help="Directory of a server that calibrates itself.")
+    ] = None,
 ) -> None:
     """Check installation, artifact and model, one line per check; exit with 1 if one failed."""
     from vllm_adainfer.offline.adapter import read_adapter
@@ -73,11 +81,19 @@ def doctor(
 
     failed = False
     overrides = overrides_of(hf_overrides)
-    for finding in examine(model, artifact, read_adapter(lora), overrides):
+    findings = examine(model, artifact, read_adapter(lora), overrides)
+    for finding in chain(findings, _of_auto(auto)):
         typer.echo(finding)
         failed = failed or finding.failed
     if failed:
         raise typer.Exit(1)
+
+
+def _of_auto(directory: str | None) -> Iterator[Finding]:
+    if directory is not None:
+        from vllm_adainfer.offline.doctor.auto import examine_auto
+
+        yield from examine_auto(directory)
 
 
 @app.command()

@@ -30,19 +30,26 @@ def launch(
         float | None,
         typer.Option(help="Bound to serve with; by default the artifact's own. 0 never exits."),
     ] = None,
+    auto: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of policies: directory in which the server keeps the policies that it "
+            "makes of its own traffic."
+        ),
+    ] = None,
 ) -> None:
     """Run the command of vLLM that the user named."""
     from vllm_adainfer.offline.launch import run_vllm, with_switch
 
     command, arguments = str(context.info_name), context.args
     if command == "bench" and arguments[:1] == ["serve"]:  # a client, without an engine
-        if policy or epsilon is not None:
+        if policy or epsilon is not None or auto is not None:
             raise AdaInferError(
-                "bench serve measures a running server: give --policy and --epsilon to "
+                "bench serve measures a running server: give --policy and --epsilon, or --auto, to "
                 "vllm-adainfer serve"
             )
     else:
-        arguments = with_switch(arguments, policy or [], epsilon)
+        arguments = with_switch(arguments, policy or [], epsilon, auto)
     run_vllm([command, *arguments])
 
 

@@ -1,10 +1,14 @@
-"""The log line about exits, one per stats interval."""
+"""The log lines about exits and about kinds of requests, one of each per stats interval."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from vllm_adainfer.auto.kind_reports import NO_KIND, OTHERS
+
+KINDS_TOLD = 3  # in a line
 
 
 class LogLine:
@@ -56,3 +60,35 @@ def _disagreement(policy: str, reading: Mapping[str, Any]) -> str:
         f"{reading['rate']:.1%} "
         f"[{100 * reading['low']:.1f}, {100 * reading['high']:.1f}]{state}"
     )
+
+
+class KindLine:
+    """Sums up which kinds of requests came to one engine between two log lines."""
+
+    def __init__(self) -> None:
+        self._reads: dict[str, str] = {}
+        self._requests: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+
+    def add(self, report: Sequence[tuple[str, str, int, int]]) -> None:
+        """Add a report of `vllm_adainfer.auto.kind_reports.KindReporter`."""
+        for name, reads, requests, tokens in report:
+            self._reads[name] = reads
+            self._requests[name] += requests
+            self._tokens[name] += tokens
+
+    def take(self) -> str | None:
+        """The line; None if no request with a fixed set of answers ran since the last one."""
+        requests, self._requests = self._requests, Counter()
+        tokens, self._tokens = self._tokens, Counter()
+        total = tokens.total()
+        ran = [(name, count) for name, count in tokens.most_common() if count]
+        kinds = [(name, count) for name, count in ran if name not in (NO_KIND, OTHERS)]
+        told = [
+            f"{name} ({self._reads[name]}): {requests[name]} requests, {count / total:.0%}"
+            for name, count in kinds[:KINDS_TOLD]
+        ]
+        rest = tokens[OTHERS] + sum(count for _, count in kinds[KINDS_TOLD:])
+        if rest:
+            told.append(f"other kinds: {rest / total:.0%}")
+        return f"of the token rows, one-answer requests are: {'; '.join(told)}" if told else None

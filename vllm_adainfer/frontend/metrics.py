@@ -14,6 +14,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from vllm_adainfer.artifact.artifact import all_parts
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
+from vllm_adainfer.auto.kind_reports import NO_KIND, OTHERS
 from vllm_adainfer.engine.self_test.parts import PARTS
 from vllm_adainfer.frontend.compat_metrics import observe_many
 from vllm_adainfer.policy.probabilities import MOVES
@@ -26,6 +27,7 @@ LEVEL = [*POLICY, "epsilon"]
 LABEL = [*LEVEL, "promise", "label"]
 ADAPTER = [*POLICY, "adapter"]
 PART = [*ENGINE, "part"]
+KIND = [*ENGINE, "kind"]
 # Name, help and labels of each counter, by its kind in reports. A token-layer is one token in one
 # layer.
 COUNTERS = {
@@ -266,3 +268,28 @@ class ChoiceMetrics:
         """Add the choices that an engine's scheduler finished, and the tokens it appended."""
         self.finished.labels(self._model_name, str(engine)).inc(choices)
         self.appended.labels(self._model_name, str(engine)).inc(tokens)
+
+
+class KindMetrics:
+    """A server's counters of kinds of requests, `requests`, and of their token rows, `tokens`."""
+
+    def __init__(self, model_name: str, engines: Sequence[int]) -> None:
+        """Create the series of `engines`, so that their rates begin at 0."""
+        self._model_name = model_name
+        self.requests = _register(
+            Counter,
+            "kind_requests",
+            f"Requests by kind, under names that DIR/kinds.json explains; {OTHERS}: one-answer "
+            f"requests without a name; {NO_KIND}: requests without a fixed set of answers.",
+            KIND,
+        )
+        self.tokens = _register(Counter, "kind_tokens", "Token rows that ran for them.", KIND)
+        for engine in engines:
+            self.add(engine, [(NO_KIND, "", 0, 0), (OTHERS, "", 0, 0)])
+
+    def add(self, engine: int, report: Sequence[tuple[str, str, int, int]]) -> None:
+        """Add a report of `vllm_adainfer.auto.kind_reports.KindReporter`."""
+        for name, _, requests, tokens in report:
+            labels = self._model_name, str(engine), name
+            self.requests.labels(*labels).inc(requests)
+            self.tokens.labels(*labels).inc(tokens)

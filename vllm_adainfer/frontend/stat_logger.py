@@ -9,8 +9,8 @@ from typing_extensions import override
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.stats import take_report
 from vllm_adainfer.engine.pinned_artifacts import served_configs
-from vllm_adainfer.frontend.log_line import LogLine
-from vllm_adainfer.frontend.metrics import ChoiceMetrics, EngineMetrics, Series
+from vllm_adainfer.frontend.log_line import KindLine, LogLine
+from vllm_adainfer.frontend.metrics import ChoiceMetrics, EngineMetrics, KindMetrics, Series
 from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
@@ -32,13 +32,19 @@ class WithExitStats(_Manager):
         super().__init__(vllm_config, engine_idxs, *args, **kw)
         self._metrics: dict[int, EngineMetrics] = {}
         self._choices: ChoiceMetrics | None = None
+        self._kinds: KindMetrics | None = None
         self._lines: dict[int, LogLine] = {}
+        self._kind_lines: dict[int, KindLine] = {}
         settings = read_settings(vllm_config.additional_config)
         if settings is None:
             return
         model = vllm_config.model_config
         if settings.finishes_choices and vllm_config.kv_transfer_config is None:
             self._choices = ChoiceMetrics(model.served_model_name, self.engine_indexes)
+        sees_all = kw.get("client_count", 1) == 1  # otherwise each frontend sees only some counts
+        if settings.auto is not None and vllm_config.kv_transfer_config is None:
+            self._kinds = KindMetrics(model.served_model_name, self.engine_indexes)
+            self._kind_lines = {index: KindLine() for index in self.engine_indexes if sees_all}
         if settings.runs_stock:
             return
         depth = model.hf_text_config.num_hidden_layers
@@ -47,7 +53,7 @@ class WithExitStats(_Manager):
         series = Series((*sorted(points.union(settings.fixed_exit_points(depth))), depth))
         for index in self.engine_indexes:
             self._metrics[index] = EngineMetrics(series, model.served_model_name, index, configs)
-            if kw.get("client_count", 1) == 1:  # otherwise each frontend sees only some counts
+            if sees_all:
                 self._lines[index] = LogLine(depth)
 
     @override
@@ -62,6 +68,10 @@ class WithExitStats(_Manager):
         engine = engine_idx or 0
         if self._choices is not None and "choices" in report:
             self._choices.add(engine, *report["choices"])
+        if self._kinds is not None and "kinds" in report:
+            self._kinds.add(engine, report["kinds"])
+            if self._kind_lines:
+                self._kind_lines[engine].add(report["kinds"])
         if "added" in report:
             self._metrics[engine].add(report)
             if self._lines:
@@ -70,9 +80,10 @@ class WithExitStats(_Manager):
 
     @override
     def log(self) -> None:
-        """Add a line for each engine that has decided a token since the last one."""
+        """Add lines for each engine that has worked since the last ones."""
         super().log()
-        for index, line in self._lines.items():
+        lines: list[tuple[int, LogLine | KindLine]] = [*self._lines.items()]
+        for index, line in [*lines, *self._kind_lines.items()]:
             text = line.take()
             if text is not None:
                 logger.info("Engine %03d: %s", index, text)

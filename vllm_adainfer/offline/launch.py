@@ -37,7 +37,10 @@ def run_vllm(arguments: Sequence[str]) -> None:
 
 
 def with_switch(
-    arguments: Sequence[str], policies: Sequence[str], epsilon: float | None
+    arguments: Sequence[str],
+    policies: Sequence[str],
+    epsilon: float | None,
+    auto: str | None = None,
 ) -> list[str]:
     """`arguments` of a vLLM command, with the switch for `policies` in the additional config.
 
@@ -47,6 +50,8 @@ def with_switch(
         arguments: arguments of the command line.
         policies: the artifacts, each as a directory or hub id, or ``NAME=`` and one of these.
         epsilon: bound to serve with; None for each artifact's own.
+        auto: directory of a server that makes policies of its own traffic. Other keys of the
+            switch's ``auto`` are kept.
 
     Raises:
         AdaInferError: the arguments contradict each other, or an artifact cannot be served.
@@ -58,6 +63,16 @@ def with_switch(
         if "artifact" in switch:
             raise AdaInferError(f"both --policy and {FLAG} name artifacts: drop one of them")
         switch["artifact"] = _artifacts(policies)
+    if auto is not None:
+        if policies:
+            raise AdaInferError(
+                "--auto makes policies of the server's own traffic, in place of --policy: drop one "
+                "of them"
+            )
+        given = switch.get("auto", {})
+        if not isinstance(given, dict) or "directory" in given:
+            raise AdaInferError(f"both --auto and {FLAG} name a directory: drop one of them")
+        switch["auto"] = {**given, "directory": auto}
     if epsilon is not None:
         switch["epsilon"] = epsilon
     additional[CONFIG_KEY] = switch

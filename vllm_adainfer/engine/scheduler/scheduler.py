@@ -22,6 +22,7 @@ from vllm_adainfer.engine.compat.stats import attach_report
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.engine.scheduler.audit import AuditingScheduler
 from vllm_adainfer.engine.scheduler.capture import CapturingScheduler
+from vllm_adainfer.engine.scheduler.kinds import KindCountingScheduler
 from vllm_adainfer.engine.scheduler.own_texts import OwnTexts
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
@@ -219,6 +220,9 @@ def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     if settings.audit is not None:
         name = f"Auditing{scheduler_class.__name__}"
         scheduler_class = type(name, (AuditingScheduler, scheduler_class), {})
+    if settings.auto is not None:
+        name = f"KindCounting{scheduler_class.__name__}"
+        scheduler_class = type(name, (KindCountingScheduler, scheduler_class), {})
     if settings.capture is not None:
         name = f"Capturing{scheduler_class.__name__}"
         scheduler_class = type(name, (CapturingScheduler, scheduler_class), {})

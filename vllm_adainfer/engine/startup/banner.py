@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.promise import about_labels, right_about, wrong_in_words
-from vllm_adainfer.settings.engine import Audit, Capture, Settings
+from vllm_adainfer.settings.engine import Audit, Auto, Capture, Settings
 
 WHO = {
     "greedy": "greedy requests",
@@ -90,6 +90,14 @@ def audit_notice(audit: Audit) -> str:
     return (
         f"AdaInfer writes where each answer came from, the latest {audit.limit} of each engine, to "
         f"{audit.directory}"
+    )
+
+
+def watch_notice(auto: Auto) -> str:
+    """The line about a server that only counts kinds of requests."""
+    return (
+        f"AdaInfer counts which kinds of one-answer requests come, in {auto.directory}, and "
+        f"changes no answer: vllm-adainfer kinds {auto.directory} prints them"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config_rules import are_exit_points
+from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.engine.admission.admission import Admission, why_choices_run_on
 from vllm_adainfer.engine.classes import GPU_WORKER, SCHEDULER, own_kv_layers, worker_class
 from vllm_adainfer.engine.compat.compilation import find_compiled_code_again
@@ -12,7 +13,12 @@ from vllm_adainfer.engine.compat.config import leave_full_graphs_to_segments, us
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import pin_artifacts
 from vllm_adainfer.engine.scheduler.line_files import check_directory
-from vllm_adainfer.engine.startup.banner import audit_notice, capture_notice, policy_banner
+from vllm_adainfer.engine.startup.banner import (
+    audit_notice,
+    capture_notice,
+    policy_banner,
+    watch_notice,
+)
 from vllm_adainfer.engine.startup.refusals import (
     refuse_other_answers,
     refuse_students_without_text,
@@ -61,11 +67,11 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
 
 
 def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
-    """Select our scheduler for the keys that need no policy: capture, and choices that end early.
+    """Select our scheduler for the keys that need no policy: capture, kinds, choices ended early.
 
     Raises:
-        AdaInferError: files cannot be made in the directory for captured requests, or the engine
-            has another scheduler.
+        AdaInferError: files cannot be made in a directory that the switch names, or the engine has
+            another scheduler.
 
     """
     if settings.capture is not None:
@@ -75,6 +81,12 @@ def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
     if settings.audit is not None:
         check_directory("audit", settings.audit.directory)
         logger.info("%s", audit_notice(settings.audit))
+    if settings.auto is not None:
+        _select_scheduler(vllm_config, "auto")
+        _refuse_replicas(vllm_config)
+        AutoDirectory(settings.auto.directory).create()
+        if settings.auto.watch:
+            logger.info("%s", watch_notice(settings.auto))
     if settings.finish_choices:
         _select_scheduler(vllm_config, "finish_choices")
     if settings.finishes_choices:
@@ -93,6 +105,14 @@ def _select_scheduler(vllm_config: VllmConfig, key: str) -> None:
             f'"{key}" from additional_config'
         )
     vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+
+
+def _refuse_replicas(vllm_config: VllmConfig) -> None:
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        raise AdaInferError(
+            'vllm-adainfer: "auto" counts the requests of one engine: serve with '
+            "--data-parallel-size 1, and start each replica as a server with a directory of its own"
+        )
 
 
 def _check_fixed_exit_points(vllm_config: VllmConfig, settings: Settings) -> None:

@@ -92,12 +92,12 @@ def distil(taught: Taught, folds: Ints, penalties: Sequence[float]) -> CrossVali
     """
     places = [torch.from_numpy(folds == fold) for fold in range(FOLDS)]
     held_out = [taught.of_rows(here) for here in places]
-    others = [taught.of_rows(~here) for here in places]
+    others = [Standardised.of(taught.of_rows(~here)) for here in places]
     without: list[Linear | None] = [None] * FOLDS
     best, least = penalties[0], np.inf
     chosen: list[Linear] = []
     for penalty in penalties:
-        fits = [solve(*part) for part in zip(others, [penalty] * FOLDS, without, strict=True)]
+        fits = [part.solve(penalty, near) for part, near in zip(others, without, strict=True)]
         error = sum(rows.loss(fit)[0] for rows, fit in zip(held_out, fits, strict=True))
         if chosen and error >= least:  # a smaller penalty only fits the same rows more closely
             break
@@ -105,39 +105,79 @@ def distil(taught: Taught, folds: Ints, penalties: Sequence[float]) -> CrossVali
     return CrossValidated(best, solve(taught, best), tuple(chosen))
 
 
-def solve(taught: Taught, penalty: float, start: Linear | None = None) -> Linear:
+def solve(taught: Taught, penalty: float) -> Linear:
     """Minimise the mean cross-entropy plus `penalty` / 2 times the squared coefficients.
 
     The coefficients are those of features divided by their standard deviation; a constant feature
-    gets 0. The bias is not penalised. `start` is where to begin.
+    gets 0. The bias is not penalised.
     """
-    mean, deviation = taught.read.mean(0), taught.read.std(0, correction=0)
-    scale = torch.where(deviation > 1e-9 * mean.abs(), 1 / deviation, 0)
-    rows = replace(taught, read=(taught.read - mean) * scale)
-    shape = taught.labels.shape[1] + (taught.mass is not None), taught.read.shape[1] + 1
+    return Standardised.of(taught).solve(penalty)
 
-    def objective(flat: Floats) -> tuple[float, Floats]:
-        both = torch.from_numpy(flat).view(shape).to(rows.read)
-        matrix, bias = both[:, :-1], both[:, -1]
-        loss, wrong = rows.loss(Linear(matrix, bias))
-        by_matrix = wrong.T @ rows.read + penalty * matrix
-        gradient = torch.cat([by_matrix, wrong.sum(0).unsqueeze(1)], dim=1)
-        return loss + penalty / 2 * float(
-            matrix.square().sum()
-        ), gradient.double().flatten().numpy()
 
-    first = torch.zeros(shape, dtype=torch.float64)
-    if start is not None:
-        divisor = torch.where(scale > 0, scale, 1)
-        bias = start.bias + start.matrix @ mean
-        first = torch.cat([start.matrix / divisor, bias.unsqueeze(1)], dim=1).double()
-    found = minimize(
-        objective,
-        first.flatten().numpy(),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": ITERATIONS, "ftol": PRECISION},
-    )
-    both = torch.from_numpy(found.x).view(shape).to(rows.read)
-    matrix = both[:, :-1] * scale
-    return Linear(matrix, both[:, -1] - matrix @ mean)
+@dataclass(frozen=True)
+class Standardised:
+    """Rows to fit on with several penalties, their features standardised.
+
+    Where rows are fewer than features, coefficients are sought among the combinations of rows
+    alone, because any other part of them would change no score and only add to the penalty. In an
+    orthonormal basis of these that is the same problem with as many features as rows.
+
+    Attributes:
+        rows: the rows, read in standardised features or in the basis.
+        mean: [width], the mean of each feature.
+        scale: [width], one over its standard deviation; 0 for a constant feature.
+        basis: [width, rows], what `rows` are read in; None for the features themselves.
+
+    """
+
+    rows: Taught
+    mean: Tensor
+    scale: Tensor
+    basis: Tensor | None
+
+    @classmethod
+    def of(cls, taught: Taught) -> Standardised:
+        """The rows that `taught` has raw."""
+        mean, deviation = taught.read.mean(0), taught.read.std(0, correction=0)
+        scale = torch.where(deviation > 1e-9 * mean.abs(), 1 / deviation, 0)
+        read, basis = (taught.read - mean) * scale, None
+        if len(read) < read.shape[1]:
+            basis, triangle = torch.linalg.qr(read.T)
+            read = triangle.T.contiguous()
+        return cls(replace(taught, read=read), mean, scale, basis)
+
+    def solve(self, penalty: float, start: Linear | None = None) -> Linear:
+        """Minimise as the function `solve` does, beginning at `start`, a map of raw features."""
+        rows = self.rows
+        shape = rows.labels.shape[1] + (rows.mass is not None), rows.read.shape[1] + 1
+
+        def objective(flat: Floats) -> tuple[float, Floats]:
+            both = torch.from_numpy(flat).view(shape).to(rows.read)
+            matrix, bias = both[:, :-1], both[:, -1]
+            loss, wrong = rows.loss(Linear(matrix, bias))
+            by_matrix = wrong.T @ rows.read + penalty * matrix
+            gradient = torch.cat([by_matrix, wrong.sum(0).unsqueeze(1)], dim=1)
+            return loss + penalty / 2 * float(
+                matrix.square().sum()
+            ), gradient.double().flatten().numpy()
+
+        first = torch.zeros(shape, dtype=torch.float64)
+        if start is not None:
+            matrix = start.matrix / torch.where(self.scale > 0, self.scale, 1)
+            if self.basis is not None:
+                matrix = matrix @ self.basis
+            bias = start.bias + start.matrix @ self.mean
+            first = torch.cat([matrix, bias.unsqueeze(1)], dim=1).double()
+        found = minimize(
+            objective,
+            first.flatten().numpy(),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": ITERATIONS, "ftol": PRECISION},
+        )
+        both = torch.from_numpy(found.x).view(shape).to(rows.read)
+        matrix = both[:, :-1]
+        if self.basis is not None:
+            matrix = matrix @ self.basis.T
+        matrix = matrix * self.scale
+        return Linear(matrix, both[:, -1] - matrix @ self.mean)

@@ -1,0 +1,105 @@
+"""Of which kind a request is, whatever a client sends."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from vllm import PoolingParams, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.engine.admission.kind_of import kind_of
+
+LORA = LoRARequest("mood", 1, "/nowhere")
+
+
+def params_of(choice: list[str] | None = None, **given: Any) -> SamplingParams:
+    if choice is not None:
+        given["structured_outputs"] = StructuredOutputsParams(choice=choice)
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 1, **given})
+    params._eos_token_id = 2  # as vLLM's frontend sets it
+    return params
+
+
+def kind(params: Any, mode: str = "raw_logprobs", **given: Any) -> Kind | None:
+    return kind_of(params, given.get("adapter"), given.get("resumable", False), mode)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"allowed_token_ids": [11, 7]}, Kind("label", (7, 11))),
+        ({"allowed_token_ids": [11, 7, 11]}, Kind("label", (7, 11))),
+        ({"logprob_token_ids": [11, 7], "logprobs": 2}, Kind("probabilities", (7, 11))),
+        ({"logprob_token_ids": [7], "logprobs": 1, "temperature": 1}, Kind("probabilities", (7,))),
+        ({"choice": ["yes", "no"]}, Kind("choice", choices=("no", "yes"))),
+        ({"choice": ["yes", "no"], "max_tokens": 9}, Kind("choice", choices=("no", "yes"))),
+    ],
+)
+def test_a_kind_is_what_is_read_in_any_order_under_an_adapter(given, expected):
+    assert kind(params_of(**given)) == expected
+    named = Kind(expected.reads, expected.labels, expected.choices, "mood")
+    assert kind(params_of(**given), adapter=LORA) == named
+
+
+def test_probabilities_among_labels_need_the_mode_that_returns_them():
+    params = params_of(allowed_token_ids=[7, 11], logprobs=2)
+    assert kind(params, "processed_logprobs") == Kind("probabilities", (7, 11))
+    assert kind(params) is None
+
+
+def test_choices_that_vllm_has_made_a_grammar_of_are_the_same_kind():
+    params = params_of(choice=["yes", "no"])
+    validate_xgrammar_grammar(params)
+    assert kind(params) == Kind("choice", choices=("no", "yes"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"max_tokens": 20},
+        {"logprobs": 5},
+        {"allowed_token_ids": [7, 11], "max_tokens": 2},
+        {"allowed_token_ids": [7, 11], "temperature": 0.5},
+        {"choice": ["yes", "no"], "temperature": 0.5},
+        {"choice": ["yes", "no"], "stop": ["o"]},
+        {"allowed_token_ids": [7, 11], "logit_bias": {7: 1.0}},
+        {"allowed_token_ids": [7, 11], "prompt_logprobs": 1},
+        {"allowed_token_ids": list(range(5000))},
+        {"choice": ["x" * 20_000]},
+        {"choice": [str(number) for number in range(300)]},
+    ],
+    ids=str,
+)
+def test_what_reads_no_answer_of_a_fixed_set_has_no_kind(given):
+    assert kind(params_of(**given)) is None
+
+
+def test_classifiers_and_prompts_that_are_still_sent_have_no_kind():
+    assert kind(PoolingParams(task="classify")) is None
+    assert kind(None) is None
+    assert kind(params_of(allowed_token_ids=[7, 11]), resumable=True) is None
+
+
+def test_hostile_texts_are_a_kind_with_a_name_that_can_be_written():
+    texts = ["\x00", "\x1b[2J", "\u202e", "\ud800", '"; rm', "<script>"]
+    found = kind(params_of(choice=texts))
+    assert found is not None
+    assert found.name(b"salt").removeprefix("kind-").isalnum()
+    assert Kind.of_dict(json.loads(json.dumps(found.as_dict()))) == found
+
+
+@pytest.mark.parametrize(
+    "given", [{"allowed_token_ids": list(range(10**6))}, {"choice": ["x" * 10**7]}]
+)
+def test_a_request_of_any_size_takes_no_longer(given):
+    params = params_of(**given)
+    start = time.perf_counter()
+    assert kind(params) is None
+    assert time.perf_counter() - start < 0.05

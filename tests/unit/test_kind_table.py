@@ -1,0 +1,186 @@
+"""Kinds that recur stay known through any flood of others, and all requests are counted."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+from vllm_adainfer.auto.kind_reports import NAMED, NO_KIND, OTHERS, KindReporter
+from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.auto.pools import FEWEST_SETS, MOST_LABELS, pools
+from vllm_adainfer.auto.table import KINDS, RECURRING_KINDS, RECURS, KindTable
+
+SALT = b"salt"
+YES_NO, LETTERS = Kind("label", (7, 11)), Kind("choice", choices=("a", "b", "c"))
+
+
+def unique(number: int) -> Kind:
+    """The kind of a list that no other request has."""
+    return Kind("label", (10_000 + 2 * number, 10_001 + 2 * number))
+
+
+def came(table: KindTable, kinds: Iterable[Kind | None], rows: int = 1) -> None:
+    for kind in kinds:
+        table.arrived(kind, 5, now=1.0).tokens += rows
+        table.tokens += rows
+
+
+def test_a_kind_has_its_requests_their_prompts_and_their_rows():
+    table = KindTable()
+    for number, prompt in enumerate((3, 40, 8) * 10):
+        table.arrived(YES_NO, prompt, now=100.0 + number).tokens += prompt
+    [count] = table.recurring()
+    assert vars(count) == {
+        "kind": YES_NO,
+        "requests": 30,
+        "prompt_tokens": 510,
+        "longest_prompt": 40,
+        "tokens": 510,
+        "first": 100.0,
+        "last": 129.0,
+    }
+
+
+@pytest.mark.parametrize("requests", [RECURS - 1, RECURS])
+def test_a_kind_recurs_from_so_many_requests_on(requests):
+    table = KindTable()
+    came(table, [YES_NO] * requests)
+    assert [count.kind for count in table.recurring()] == [YES_NO] * (requests == RECURS)
+
+
+def test_a_flood_of_lists_unique_to_a_request_drives_out_no_kind_that_recurs():
+    table = KindTable()
+    came(table, [YES_NO] * RECURS)
+    came(table, map(unique, range(10 * KINDS)))
+    came(table, [YES_NO])
+    [count] = table.recurring()
+    assert (count.kind, count.requests) == (YES_NO, RECURS + 1)
+    assert len(list(table)) == KINDS
+    assert table.requests == 10 * KINDS + RECURS + 1
+
+
+def test_of_too_many_kinds_that_recur_the_one_that_came_least_lately_goes():
+    table = KindTable()
+    for number in range(RECURRING_KINDS):
+        came(table, [unique(number)] * RECURS)
+    came(table, [unique(0)])
+    came(table, [YES_NO] * RECURS)
+    kinds = {count.kind for count in table.recurring()}
+    assert len(kinds) == RECURRING_KINDS
+    assert unique(1) not in kinds
+    assert {YES_NO, unique(0)} <= kinds
+
+
+def test_a_new_kind_comes_to_recur_however_many_others_do():
+    """Also between lists that are unique, as long as its requests are not too far apart."""
+    table = KindTable()
+    for number in range(2 * KINDS):
+        came(table, [unique(number)] * RECURS)
+    for number in range(RECURS):
+        came(table, [LETTERS])
+        came(table, map(unique, range(10_000 + 60 * number, 10_060 + 60 * number)))
+    assert LETTERS in {count.kind for count in table.recurring()}
+
+
+def test_counts_go_on_from_a_file():
+    before = KindTable()
+    came(before, [YES_NO] * RECURS + [LETTERS] * 2 * RECURS + [None] * 7, rows=3)
+    content = json.loads(json.dumps(before.as_dict(SALT)))
+    assert content["kinds"].keys() == {YES_NO.name(SALT), LETTERS.name(SALT)}
+    table = KindTable()
+    table.restore(content)
+    assert table.as_dict(SALT) == before.as_dict(SALT)
+    came(table, [YES_NO, None])
+    counted = table.as_dict(SALT)["kinds"][YES_NO.name(SALT)]
+    assert (counted["requests"], table.requests) == (RECURS + 1, 3 * RECURS + 9)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        None,
+        [],
+        {},
+        {"kinds": 3},
+        {"kinds": {"a": {}}, "since": 1, "requests": 1, "tokens": 1},
+        {"kinds": {}, "since": "x", "requests": 1, "tokens": 1},
+    ],
+)
+def test_a_damaged_file_is_as_none(damaged):
+    table = KindTable()
+    table.restore(damaged)
+    assert (table.requests, table.tokens, table.recurring()) == (0, 0, [])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_reports_add_up_to_all_requests_and_name_only_a_few_kinds_that_recur(seed):
+    draw, table = random.Random(seed), KindTable()
+    came(table, [YES_NO] * RECURS)  # of an earlier run, and so not to be reported
+    reporter, sums, reads = KindReporter(table, SALT), Counter(), {}
+    kinds = [None, YES_NO, *map(unique, range(2 * NAMED))]
+    for step in range(60):
+        came(table, draw.choices(kinds, k=40), rows=draw.randrange(1, 9))
+        came(table, map(unique, range(1000 + 50 * step, 1050 + 50 * step)))
+        for name, what, requests, tokens in reporter.report():
+            assert requests >= 0
+            assert tokens >= 0
+            sums[name, "requests"] += requests
+            sums[name, "tokens"] += tokens
+            reads[name] = what
+    for what, total in (("requests", table.requests), ("tokens", table.tokens)):
+        added = sum(count for (_, which), count in sums.items() if which == what)
+        assert added == total - RECURS
+    assert sums[NO_KIND, "requests"] == table.no_kind.requests
+    named = reads.keys() - {NO_KIND, OTHERS}
+    assert len(named) == NAMED
+    assert named < {kind.name(SALT) for kind in kinds if kind is not None}
+    assert {reads[name] for name in named} == {"label among 2"}
+
+
+def test_a_kind_that_was_forgotten_and_comes_again_counts_on():
+    table = KindTable()
+    came(table, [YES_NO] * RECURS)
+    reporter = KindReporter(table, SALT)
+    for number in range(RECURRING_KINDS):
+        came(table, [unique(number)] * RECURS)
+    reporter.report()
+    came(table, [YES_NO] * RECURS)
+    reporter.report()
+    came(table, [YES_NO] * 3)
+    assert reporter.report() == [(YES_NO.name(SALT), "label among 2", 3, 3)]
+
+
+def subsets(count: int, size: int, of: int, seed: int = 0) -> list[Kind]:
+    draw = random.Random(seed)
+    return [Kind("label", tuple(sorted(draw.sample(range(of), size)))) for _ in range(count)]
+
+
+def pools_of(kinds: Iterable[Kind]) -> list[tuple[int, int, int]]:
+    """Labels, sets and requests of each pool candidate."""
+    table = KindTable()
+    came(table, kinds)
+    return [(len(one.labels), one.sets, one.requests) for one in pools(table)]
+
+
+def test_many_sets_of_the_same_few_labels_are_a_pool_candidate():
+    kinds = subsets(60, size=4, of=12)
+    assert pools_of(kinds) == [(12, len(set(kinds)), 60)]
+
+
+def test_labels_of_unrelated_questions_and_of_texts_are_none():
+    assert pools_of(map(unique, range(100))) == []
+    assert pools_of([YES_NO, LETTERS] * 50) == []
+    few = [Kind("label", (1, number)) for number in range(2, 1 + FEWEST_SETS)]
+    assert pools_of(few * 30) == []
+
+
+def test_pools_of_another_adapter_or_with_too_many_labels_are_others():
+    kinds = subsets(60, size=4, of=12)
+    lora = [Kind("label", kind.labels, adapter="lora") for kind in kinds[:30]]
+    found = pools_of([*kinds, *lora])
+    assert [requests for _, _, requests in found] == [60, 30]
+    assert all(labels <= MOST_LABELS for labels, _, _ in pools_of(subsets(250, 20, of=500)))

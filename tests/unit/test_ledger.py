@@ -1,0 +1,223 @@
+"""The ledger bounds changed answers whoever sends requests, and spends no more than it has."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from vllm_adainfer.auto.ledger import GRID, LOWER_RATES, MOST_UNUSED, Ledger
+from vllm_adainfer.errors import AdaInferError
+
+EPSILON, ALPHA, RATE = 0.02, 0.1, 0.25
+STREAMS, STEPS = 2000, 160
+
+
+@dataclass
+class Stream:
+    """A ledger, and what its adversary may know: the past.
+
+    Attributes:
+        ledger: the ledger.
+        random: the coins, and the adversary's own whims.
+        changed: answers that policies would have changed so far, compared or not.
+        violated: whether these were ever more than the claim.
+
+    """
+
+    ledger: Ledger
+    random: np.random.Generator
+    changed: int = 0
+    violated: bool = False
+
+    def step(self, misses: Callable[[int], np.ndarray], size: int, foreseen: bool = False) -> int:
+        """Send requests; `misses` names those that a policy would change, before the coins.
+
+        Returns how many could be under a policy. With `foreseen`, only those that no coin compares
+        are misses.
+        """
+        ledger, coins = self.ledger, self.random.random(size) < self.ledger.rate
+        decided = ledger.decidable(coins.tolist())
+        coins = coins[:decided]
+        missed = misses(size)[:decided]
+        if foreseen:
+            missed = missed & ~coins
+        self.changed += int(missed.sum())
+        ledger.add(size, decided, int((missed & coins).sum()))
+        self.violated |= self.changed > ledger.changed_at_most
+        return decided
+
+
+def at(rate: float, stream: Stream) -> Callable[[int], np.ndarray]:
+    return lambda size: stream.random.random(size) < rate
+
+
+Adversary = Callable[[Stream, int], float]  # the share of misses of a step, by its number
+ADVERSARIES: dict[str, Adversary] = {
+    "constant": lambda stream, step: 0.015,
+    "just above epsilon": lambda stream, step: 1.1 * stream.ledger.epsilon,
+    "far above epsilon": lambda stream, step: 0.3,
+    "bursts": lambda stream, step: 0.5 if step % 20 == 0 else 0.0,
+    "all at the opening": lambda stream, step: float(stream.ledger.misses < 8),
+    "stops when ahead": lambda stream, step: float(
+        stream.changed < stream.ledger.changed_at_most - 1
+    ),
+    "goes on while lucky": lambda stream, step: float(
+        stream.ledger.misses < 0.9 * RATE * max(1, stream.changed)
+    ),
+    "another policy every ten steps": lambda stream, step: 0.2 * (step // 10 % 2),
+    "waits for lower rates": lambda stream, step: float(stream.ledger.rate < RATE) or 0.002,
+    "never": lambda stream, step: 0.0,
+}
+
+
+def violated(streams: int, foreseen: bool = False) -> int:
+    """How many of so many streams, shared by all adversaries, ever broke the claim."""
+    count = 0
+    for number in range(streams):
+        random = np.random.default_rng([7, number])
+        adversary = [*ADVERSARIES.values()][number % len(ADVERSARIES)]
+        epsilon = float(random.choice([0.01, 0.02, 0.05]))
+        stream = Stream(Ledger(epsilon, ALPHA, RATE), random)
+        stream.ledger.add(round(40 / epsilon), 0, 0)  # recorded at full depth
+        for step in range(STEPS):
+            if foreseen:
+                stream.step(lambda size: np.ones(size, dtype=bool), 50, foreseen=True)
+            else:
+                share = adversary(stream, step)
+                stream.step(at(share, stream), int(random.integers(1, 120)))
+        count += stream.violated
+    return count
+
+
+def test_the_claim_fails_for_at_most_alpha_of_adversarial_streams():
+    assert violated(STREAMS) <= ALPHA * STREAMS
+
+
+def test_the_claim_would_fail_if_an_adversary_knew_the_coins():
+    assert violated(50, foreseen=True) > 2 * ALPHA * 50
+
+
+@pytest.mark.parametrize("c", GRID)
+@pytest.mark.parametrize("rate", [0.25, *LOWER_RATES, 0.9])
+def test_a_compared_miss_makes_up_for_those_that_no_coin_compares(c, rate):
+    """The oracle is the expectation over the coin: the capital stays 1."""
+    ledger = Ledger(EPSILON, ALPHA, rate)
+    ledger.add(1, 1, 1)
+    bound = ledger.as_dict()["bounds"][GRID.index(c)]
+    if 1 - math.exp(-c) >= rate:
+        assert bound is None
+    else:
+        weight = bound * c - math.log(len(GRID) / ALPHA)
+        assert math.exp(c) * (1 - rate + rate * math.exp(-weight)) == pytest.approx(1)
+
+
+def test_a_ledger_opens_once_requests_have_earned_what_a_miss_would_cost():
+    ledger = Ledger(EPSILON, ALPHA, RATE)
+    opened = next(n for n in range(10_000) if ledger.decidable([True]) or ledger.add(1, 0, 0))
+    assert 1200 < opened < 1800
+    assert ledger.changed_at_most == pytest.approx(math.log(len(GRID) / ALPHA) / max(GRID))
+    ledger.add(1790 - opened, 0, 0)  # by hand, for c = 0.12: (30.7 + 5.0) / 0.02
+    assert ledger.decidable([False, True, False, True, False]) >= 2
+
+
+def test_a_request_is_let_in_whatever_its_own_coin_is():
+    ledger = Ledger(EPSILON, ALPHA, RATE)
+    ledger.add(2200, 0, 0)
+    for before in ([], [True], [False, True, True], [True] * 9):
+        taken = [ledger.decidable([*before, coin]) for coin in (False, True)]
+        assert taken[0] == taken[1]
+    assert ledger.decidable([True] * 99) < ledger.decidable([False] * 99) == 99
+
+
+@pytest.mark.parametrize("share", [0.01, 0.03, 1.0])
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_the_claim_never_exceeds_the_budget_once_requests_leave(share, size):
+    stream = Stream(Ledger(EPSILON, ALPHA, RATE), np.random.default_rng(3))
+    for _ in range(15_000 // size):
+        stream.step(at(share, stream), size)
+        ledger = stream.ledger
+        assert ledger.allowed <= EPSILON * ledger.requests + 1e-9
+        if ledger.decided:
+            assert ledger.changed_at_most <= ledger.allowed + 1e-9
+        assert ledger.allowed <= ledger.changed_at_most + MOST_UNUSED + 1e-9
+    assert stream.ledger.decided
+
+
+def after(requests: int, share: float, stream: Stream, size: int = 16) -> Stream:
+    for _ in range(requests // size):
+        stream.step(at(share, stream), size)
+    return stream
+
+
+def opened(share: float, requests: int, seed: int = 0) -> Stream:
+    stream = Stream(Ledger(EPSILON, ALPHA, RATE), np.random.default_rng(seed))
+    stream.ledger.add(1500, 0, 0)
+    return after(requests, share, stream)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_kind_stays_open_at_half_of_epsilon(seed):
+    ledger = opened(0.01, 40_000, seed).ledger
+    assert not ledger.is_closed
+    assert ledger.decided > 0.9 * 40_000
+
+
+@pytest.mark.parametrize(("share", "spent", "closed"), [(0.04, 3300, 9000), (0.1, 950, 6000)])
+def test_a_kind_closes_when_its_traffic_changes(share, spent, closed):
+    """`spent` is when a budget at its most is spent on average, by hand."""
+    found = []
+    for seed in range(12):
+        stream = opened(0.002, 20_000, seed)
+        ledger, changed_at = stream.ledger, stream.ledger.requests
+        assert ledger.allowed > ledger.changed_at_most + 0.9 * MOST_UNUSED
+        while ledger.decidable([True]):
+            after(16, share, stream)
+        found.append(ledger.requests - changed_at)
+        after(closed - found[-1], share, stream)
+        assert "the traffic has changed" in str(ledger.why_closed)
+        decided = ledger.decided
+        after(5000, 0.0, stream)  # for good
+        assert ledger.decided == decided
+    assert np.mean(found) == pytest.approx(spent, rel=0.4)
+
+
+def test_the_rate_falls_where_the_budget_allows_it_and_rises_where_it_has_no_room():
+    stream = opened(0.005, 1000)
+    assert stream.ledger.rate == RATE
+    falls = {}
+    while stream.ledger.requests < 60_000:
+        after(16, 0.005, stream)
+        falls.setdefault(stream.ledger.rate, stream.ledger.requests)
+    assert 3000 < falls[0.12] < 9000
+    assert falls[0.12] < falls[0.05] < 60_000
+    lowest = stream.ledger.rate
+    after(4000, 0.05, stream)
+    assert stream.ledger.rate == RATE > lowest
+
+
+def test_a_restart_goes_on_exactly():
+    stream = opened(0.01, 20_000)
+    again = Ledger.of_dict(json.loads(json.dumps(stream.ledger.as_dict(), allow_nan=False)))
+    assert again is not None
+    copy = Stream(again, np.random.default_rng(1))
+    stream.random = np.random.default_rng(1)
+    for one in (stream, copy):
+        after(5000, 0.05, one)
+    assert again.as_dict() == stream.ledger.as_dict()
+
+
+@pytest.mark.parametrize("damage", [None, {}, [], "text", {"rate": 0.3}, {"bounds": [1.0]}])
+def test_a_damaged_state_gives_no_ledger(damage):
+    whole = Ledger(EPSILON, ALPHA, RATE).as_dict()
+    spoilt = {**whole, **damage} if isinstance(damage, dict) and damage else damage
+    assert Ledger.of_dict(spoilt) is None
+
+
+def test_a_rate_that_bounds_nothing_is_refused():
+    with pytest.raises(AdaInferError, match=r"full_depth_rate: 0\.01 is too low .* at least 0\.03"):
+        Ledger(EPSILON, ALPHA, 0.01)

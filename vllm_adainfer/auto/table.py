@@ -1,0 +1,156 @@
+"""Counts the kinds of requests that reach a server."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_adainfer.auto.kinds import Kind
+
+KINDS = 256  # kept at a time
+RECURRING_KINDS = 192  # of these; the rest is left to new kinds, which may come to recur
+RECURS = 20  # requests from which on a kind recurs; a list unique to a request never does
+
+
+@dataclass
+class KindCount:
+    """The requests of one kind.
+
+    Attributes:
+        kind: the kind; None for requests without one, such as free text.
+        requests: how many came.
+        prompt_tokens: tokens of all their prompts.
+        longest_prompt: tokens of the longest one.
+        tokens: token rows that ran for them. A token in the prefix cache does not run; one that is
+            computed again, after preemption, runs twice.
+        first: when the first came, in seconds since 1970; 0 before that.
+        last: when the last came.
+
+    """
+
+    kind: Kind | None
+    requests: int = 0
+    prompt_tokens: int = 0
+    longest_prompt: int = 0
+    tokens: int = 0
+    first: float = 0.0
+    last: float = 0.0
+
+    @property
+    def recurs(self) -> bool:
+        """Whether so many requests came that more are to be expected."""
+        return self.requests >= RECURS
+
+    def add(self, prompt_tokens: int, now: float) -> None:
+        """Count a request that arrives."""
+        self.requests += 1
+        self.prompt_tokens += prompt_tokens
+        self.longest_prompt = max(self.longest_prompt, prompt_tokens)
+        self.first = self.first or now
+        self.last = now
+
+    def as_dict(self) -> dict[str, Any]:
+        """The kind and its counts, for a file."""
+        assert self.kind is not None
+        return {**vars(self), "kind": self.kind.as_dict()}
+
+    @classmethod
+    def of_dict(cls, fields: Mapping[str, Any]) -> KindCount:
+        """The counts that `as_dict` described.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: the fields are not such counts.
+
+        """
+        counts = {name: int(fields[name]) for name in ("requests", "prompt_tokens", "tokens")}
+        longest, kind = int(fields["longest_prompt"]), Kind.of_dict(fields["kind"])
+        first, last = float(fields["first"]), float(fields["last"])
+        return cls(kind, longest_prompt=longest, first=first, last=last, **counts)
+
+
+class KindTable:
+    """The kinds that came lately, and all requests of the server.
+
+    New kinds and recurring ones are kept apart, so that a flood of new kinds, such as lists unique
+    to a request, drives out new kinds alone. Of each sort, the one that came least lately goes.
+
+    In a server that runs every layer for every token, a kind's share of the token rows is its share
+    of the token-layers.
+
+    Attributes:
+        since: when counting began, in seconds since 1970.
+        requests: all that came, of whatever kind.
+        tokens: all token rows that ran.
+        no_kind: the requests without a kind.
+
+    """
+
+    def __init__(self) -> None:
+        """Begin to count."""
+        self.since = time.time()
+        self.requests = 0
+        self.tokens = 0
+        self.no_kind = KindCount(None)
+        self._new: OrderedDict[Kind, KindCount] = OrderedDict()
+        self._recurring: OrderedDict[Kind, KindCount] = OrderedDict()
+
+    def arrived(self, kind: Kind | None, prompt_tokens: int, now: float) -> KindCount:
+        """Count a request that arrives; what it runs is to be added to the counts returned."""
+        self.requests += 1
+        count = self.no_kind if kind is None else self._count_of(kind)
+        count.add(prompt_tokens, now)
+        if kind is not None and count.recurs and kind in self._new:
+            self._keep(kind, self._new.pop(kind))
+        return count
+
+    def restore(self, content: Any) -> None:
+        """Go on from what `as_dict` described; from nothing if that is damaged."""
+        try:
+            found = [KindCount.of_dict(fields) for fields in content["kinds"].values()]
+            totals = float(content["since"]), int(content["requests"]), int(content["tokens"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return
+        self.since, self.requests, self.tokens = totals
+        for count in sorted(found, key=lambda count: count.last):
+            assert count.kind is not None
+            self._keep(count.kind, count)
+
+    def recurring(self) -> list[KindCount]:
+        """The kinds that recur, in the order of the token rows that ran for them, most first."""
+        return sorted(self._recurring.values(), key=lambda count: -count.tokens)
+
+    def __iter__(self) -> Iterator[KindCount]:
+        """All kinds that are kept, recurring ones first."""
+        yield from self._recurring.values()
+        yield from self._new.values()
+
+    def as_dict(self, salt: bytes) -> dict[str, Any]:
+        """The counts of the server and of its recurring kinds by name, for a file."""
+        return {
+            "since": self.since,
+            "requests": self.requests,
+            "tokens": self.tokens,
+            "kinds": {
+                count.kind.name(salt): count.as_dict()
+                for count in self.recurring()
+                if count.kind is not None
+            },
+        }
+
+    def _count_of(self, kind: Kind) -> KindCount:
+        for kinds in self._recurring, self._new:
+            if kind in kinds:
+                kinds.move_to_end(kind)
+                return kinds[kind]
+        if len(self._recurring) + len(self._new) >= KINDS:
+            self._new.popitem(last=False)
+        return self._new.setdefault(kind, KindCount(kind))
+
+    def _keep(self, kind: Kind, count: KindCount) -> None:
+        """Keep a recurring kind, in place of another one if there are many."""
+        if len(self._recurring) >= RECURRING_KINDS:
+            self._recurring.popitem(last=False)
+        self._recurring[kind] = count

@@ -1,0 +1,29 @@
+"""``vllm-adainfer kinds``: which kinds of requests a server gets, and what is promised of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_adainfer.cli.app import app, errors_as_sentences
+
+
+@app.command()
+@errors_as_sentences
+def kinds(
+    directory: Annotated[
+        Path, typer.Argument(help='The directory named by "auto" in the switch.', metavar="DIR")
+    ],
+    page: Annotated[bool, typer.Option("--page", help="Also write DIR/index.html.")] = False,
+) -> None:
+    """Print which kinds of one-answer requests a server gets, and how it serves each."""
+    from vllm_adainfer.offline.reports.kind_states import label_texts, read_directory
+    from vllm_adainfer.offline.reports.kinds import told
+    from vllm_adainfer.offline.reports.timeline import write_page
+
+    watched = read_directory(directory)
+    typer.echo(told(watched, label_texts(watched.tokenizer)))
+    if page:
+        typer.echo(f"\npage: {write_page(directory)}")

@@ -1,0 +1,53 @@
+"""The kind of a one-answer request, from what the client sent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.engine.admission.requested_output import (
+    OutputKind,
+    RequestedOutput,
+    requested_output,
+)
+from vllm_adainfer.engine.admission.resolved import is_for_pooling
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+    from vllm_adainfer.engine.admission.resolved import Params
+
+
+def kind_of(
+    params: Params | None, adapter: LoRARequest | None, resumable: bool, logprobs_mode: str
+) -> Kind | None:
+    """The kind of a request; None unless it reads one answer of a fixed set.
+
+    Called once per request, on arrival. The time is linear, and limited as in `requested_output`.
+    Probabilities in the whole vocabulary count at any temperature, which does not change them;
+    anything else only if it is greedy.
+
+    Args:
+        params: the request's parameters.
+        adapter: its LoRA adapter.
+        resumable: whether its prompt is still being sent.
+        logprobs_mode: vLLM's ``--logprobs-mode``.
+
+    """
+    if params is None or resumable or is_for_pooling(params):
+        return None
+    output = requested_output(params, logprobs_mode)
+    return None if output is None else kind_of_output(output, params.max_tokens, adapter)
+
+
+def kind_of_output(
+    output: RequestedOutput, max_tokens: int | None, adapter: LoRARequest | None
+) -> Kind | None:
+    """The kind of a request with such an output; None unless it is one answer of a fixed set."""
+    name = None if adapter is None else adapter.lora_name
+    if output.kind is OutputKind.CHOICE:
+        return Kind("choice", choices=tuple(sorted(output.choices or ())), adapter=name)
+    if not output.labels or max_tokens != 1:
+        return None
+    labels = tuple(sorted(output.labels))
+    return Kind("label" if output.kind is OutputKind.TOKEN else "probabilities", labels, (), name)

@@ -1,0 +1,188 @@
+"""What the directory of a server that calibrates itself says of each kind of request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_adainfer.auto.directory import AutoDirectory, read_json
+from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.auto.table import KindCount
+from vllm_adainfer.errors import AdaInferError
+
+SHOWN_ANSWERS = 6
+SHOWN_CHARACTERS = 20  # of each answer
+CONFIDENCE = 0.9  # of a ledger that names none
+NOT_PROMISED = (
+    "Not promised: anything about the next hour alone, about a part of the requests, or about the "
+    "model's accuracy."
+)
+Texts = Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class KindState:
+    """What is known of one kind.
+
+    Attributes:
+        name: its hashed name.
+        kind: what it reads.
+        count: its requests.
+        serves: number of the policy that serves it; None for none.
+        trainer: what the trainer says of it; empty if it says nothing.
+        ledger: what its ledger says; empty if it has none.
+        bad: why a policy of it was quarantined; empty if none was.
+
+    """
+
+    name: str
+    kind: Kind
+    count: KindCount
+    serves: int | None
+    trainer: Mapping[str, Any]
+    ledger: Mapping[str, Any]
+    bad: Mapping[str, Any]
+
+    def state(self) -> str:
+        """Where it stands, in words."""
+        if self.kind.why_full_depth is not None:
+            return self.kind.why_full_depth
+        status, tries = self.trainer.get("status"), len(self.trainer.get("tries") or ())
+        if self.ledger.get("closed"):
+            reason = self.ledger.get("why_closed")
+            return f"closed: {reason}" if reason else "closed"
+        if self.serves is not None:
+            return f"policy {self.serves} serves"
+        if status == "given up":
+            return f"given up after {tries} tries to certify a policy"
+        if status == "certified":
+            return "certified, not yet served"
+        if status == "recording":
+            return f"recording, {tries} tries to certify a policy so far"
+        return "watch only"
+
+    def promise(self) -> str | None:
+        """The sentence of the ledger; None if there is none."""
+        requests, most = self.ledger.get("requests"), self.ledger.get("changed_at_most")
+        if requests is None or most is None:
+            return None
+        since = self.ledger.get("since") or self.count.first
+        delta = self.ledger.get("delta")
+        confidence = CONFIDENCE if delta is None else 1 - delta
+        return (
+            f"Since {day_of(since)} this server got {requests:,} requests of kind {self.name}; at "
+            f"most {most:,.0f} ({most / max(1, requests):.1%}) were answered otherwise than at "
+            f"full depth (confidence {confidence:.0%}, at every moment, for any traffic)."
+        )
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a server has counted.
+
+    Attributes:
+        model: name of the served model.
+        tokenizer: directory or hub id of its tokenizer.
+        since: when counting began, in seconds since 1970.
+        requests: all requests.
+        tokens: all token rows that ran.
+        kinds: the kinds that recur, the one with most token rows first.
+        pools: pool candidates, see `vllm_adainfer.auto.pools.Pool`.
+
+    """
+
+    model: str
+    tokenizer: str
+    since: float
+    requests: int
+    tokens: int
+    kinds: Sequence[KindState]
+    pools: Sequence[Mapping[str, Any]]
+
+    def share(self, tokens: int) -> str:
+        """Which share of the token rows `tokens` are."""
+        return f"{tokens / max(1, self.tokens):.1%}"
+
+
+def read_directory(root: str | Path) -> Watched:
+    """What the directory says; what other processes have not written yet is left out.
+
+    Raises:
+        AdaInferError: no server has counted kinds there.
+
+    """
+    directory = AutoDirectory(root)
+    content = read_json(directory.kinds)
+    try:
+        counts = {name: KindCount.of_dict(one) for name, one in content["kinds"].items()}
+        totals = float(content["since"]), int(content["requests"]), int(content["tokens"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise AdaInferError(
+            f"{root} has no counts of kinds: name the directory that the engine switch has under "
+            '"auto", some seconds after its server has started'
+        ) from None
+    serving = _object(directory.current)
+    kinds = [
+        KindState(
+            name,
+            count.kind,
+            count,
+            serving.get(name),
+            _object(directory.trainer(name)),
+            _object(directory.ledger(name)),
+            _object(directory.root / name / "bad.json"),
+        )
+        for name, count in counts.items()
+        if count.kind is not None
+    ]
+    model, tokenizer = str(content.get("model")), str(content.get("tokenizer"))
+    return Watched(model, tokenizer, *totals, kinds, content.get("pools") or [])
+
+
+def label_texts(tokenizer: str) -> Texts:
+    """How to write a label: its text, or its token id if the tokenizer cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except Exception:  # a tokenizer's files can raise anything, and ids say enough
+        return str
+
+    def text(label: int) -> str:
+        return quoted(str(loaded.decode([label]))) if 0 <= label < len(loaded) else str(label)
+
+    return text
+
+
+def reads_of(kind: Kind, texts: Texts) -> str:
+    """What requests of a kind read, in words."""
+    if kind.choices:
+        return f"choice: {_few([quoted(text) for text in kind.choices[:SHOWN_ANSWERS]], kind)}"
+    return f"{kind.reads}: {_few([texts(label) for label in kind.labels[:SHOWN_ANSWERS]], kind)}"
+
+
+def quoted(text: str) -> str:
+    """A client's text, cut, with control characters escaped."""
+    cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+    return repr(cut)
+
+
+def day_of(moment: float) -> str:
+    """A day such as 3 May 2026."""
+    day = time.localtime(moment)
+    return f"{day.tm_mday} {time.strftime('%B %Y', day)}"
+
+
+def _few(answers: Sequence[str], kind: Kind) -> str:
+    count = len(kind.labels or kind.choices)
+    more = f", ... ({count})" if count > len(answers) else ""
+    return ", ".join(answers) + more
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one if there is none."""
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
