@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -220,7 +221,8 @@ def test_a_restart_goes_on_with_the_ledger(auto, directory, labels, served):
     kind, own = served
     own.ledger.allowed = 40.0
     ask(auto, PROMPTS, label(labels))
-    wait_for(lambda: read_json(directory.ledger(kind)) == own.ledger.as_dict())
+    state = json.loads(json.dumps(own.ledger.as_dict()))
+    wait_for(lambda: read_json(directory.ledger(kind)) == state)
     again = Ledger.of_dict(read_json(directory.ledger(kind)))
     assert again is not None
     assert again.changed_at_most == own.ledger.changed_at_most < math.inf
