@@ -11,11 +11,12 @@ kinds             show which kinds of requests a server gets, and how it serves 
 serve             run vLLM's server with policies
 bench             run vLLM's benchmarks with policies
 run-batch         run vLLM's batch runner with policies
+autopilot         fit policies for a server that calibrates itself
 demo              calibrate and evaluate on a small real model
 fetch-demo-model  write that model as a safetensors checkpoint
 """
 
-from vllm_adainfer.cli import calibrate, check, demo, evaluate, kinds, launch
+from vllm_adainfer.cli import autopilot, calibrate, check, demo, evaluate, kinds, launch
 from vllm_adainfer.cli.app import app
 
-__all__ = ["app", "calibrate", "check", "demo", "evaluate", "kinds", "launch"]
+__all__ = ["app", "autopilot", "calibrate", "check", "demo", "evaluate", "kinds", "launch"]

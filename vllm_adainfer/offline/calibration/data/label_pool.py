@@ -73,8 +73,12 @@ def common_labels(examples: Sequence[Example], tokenizer: Any) -> tuple[Label, .
             f"the requests name {len(sets)} different sets of labels: give --label-pool, for "
             f"example letters,yes-no, or the tokens found: --label-pool {tokens}"
         )
-    ids = examples[0].labels or ()
-    return tuple(Label(name=tokenizer.decode([token]), token_id=token) for token in ids)
+    return labels_of(examples[0].labels or (), tokenizer)
+
+
+def labels_of(tokens: Sequence[int], tokenizer: Any) -> tuple[Label, ...]:
+    """Labels that requests name by `tokens` alone: each is called as it is written."""
+    return tuple(Label(name=tokenizer.decode([token]), token_id=token) for token in tokens)
 
 
 def subsets_of(examples: Sequence[Example], label_ids: Sequence[int]) -> Tensor:

@@ -1,0 +1,407 @@
+"""The trainer makes certified policies of recorded rows, and loses nothing however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adainfer_kernels import Head, Norm
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from tests.byte_model import save_byte_model
+from tests.families import SHAPE
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
+from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.cli import app
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.auto import trainer as training
+from vllm_adainfer.offline.auto.fit import Served
+from vllm_adainfer.offline.auto.process import only_one
+from vllm_adainfer.offline.auto.shards import load_rows, read_shards
+from vllm_adainfer.offline.auto.trainer import Trainer
+from vllm_adainfer.offline.calibration.calibrate import fit_and_certify
+from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.fit.split import Split
+from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
+from vllm_adainfer.offline.calibration.prompts import Prompts
+from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.policy.probe import Probe
+
+HIDDEN, DEPTH, LAYERS, SHARD = SHAPE["hidden_size"], 6, (2, 3, 5), 60
+TRIES = (600, 1200)
+EPSILON, DELTA = 0.05, 0.1
+NORM = Norm("rms", torch.ones(HIDDEN), eps=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the trainer's process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_byte_model(tmp_path_factory.mktemp("model") / "bytes")
+
+
+class Place:
+    """What a server leaves for the trainer: easy rows that early layers answer, and hard ones."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.directory = AutoDirectory(root)
+        self.directory.create()
+        self.generator = torch.Generator().manual_seed(0)
+        self.files: dict[str, int] = {}
+        facts = {
+            "model": str(model),
+            "hf_overrides": None,
+            "fingerprint": "f" * 16,
+            "depth": DEPTH,
+            "own_kv_layers": DEPTH,
+            "threads": 2,
+            "soft_cap": 30.0,
+            "scale": 2.0,
+            "layer_seconds": 1e-3,  # so slow that every probe is worth its time
+            "cut_seconds": 1e-6,
+            "epsilon": EPSILON,
+            "delta": DELTA,
+        }
+        write_json(self.directory.model, facts)
+        self.vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        self.head = self.normal(self.vocabulary, HIDDEN)
+        save_file({"head_weight": self.head}, self.directory.head)
+        self.served = Served.read(self.directory)
+        self.kinds: dict[str, Kind] = {}
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def kind(self, **fields: Any) -> str:
+        kind = Kind(**fields)
+        name = kind.name(self.directory.salt)
+        self.kinds[name] = kind
+        described = {name: {"kind": kind.as_dict()} for name, kind in self.kinds.items()}
+        write_json(self.directory.kinds, {"kinds": described})
+        return name
+
+    def label_kind(self) -> str:
+        tokens = [self.served.tokenizer.encode(text)[0] for text in ("x", "z")]
+        return self.kind(reads="label", labels=tuple(sorted(tokens)))
+
+    def states(self, rows: int, hard: float) -> dict[str, torch.Tensor]:
+        """Residuals: of hard rows, layers say nothing of the last one."""
+        final = self.normal(rows, HIDDEN)
+        is_hard = torch.rand(rows, 1, generator=self.generator) < hard
+        others = {
+            f"layer.{layer}": torch.where(is_hard, 0.2, 3.0) * final
+            + (DEPTH - layer) / DEPTH * self.normal(rows, HIDDEN)
+            for layer in LAYERS
+        }
+        return {"residual": final, **others}
+
+    def record(self, name: str, rows: int, hard: float = 0.3, noise: bool = False) -> None:
+        for _ in range(rows // SHARD):
+            states = self.states(SHARD, hard)
+            final = states.pop("residual")
+            if noise:
+                final = self.normal(SHARD, HIDDEN)
+            self.write(name, {**states, "final": final, "computed": torch.full((SHARD,), 20.0)})
+
+    def write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        number = self.files[name] = self.files.get(name, 0) + 1
+        folder = self.directory.rows(name)
+        folder.parent.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        save_file(tensors, folder / f"{number:06d}.safetensors")
+
+    def state(self, name: str) -> Any:
+        return read_json(self.directory.trainer(name))
+
+    def events(self) -> list[tuple[str, str]]:
+        lines = self.directory.events.read_text().splitlines()
+        return [(one["kind"], one["event"]) for one in map(json.loads, lines)]
+
+    def trainer(self) -> Trainer:
+        return Trainer(self.directory, TRIES)
+
+
+@pytest.fixture
+def place(tmp_path: Path, model: Path) -> Place:
+    return Place(tmp_path / "auto", model)
+
+
+@pytest.mark.parametrize("reads", ["label", "choice"])
+def test_rows_become_a_certified_policy_and_are_deleted(place, reads):
+    texts = ("negative", "positive")
+    name = place.label_kind() if reads == "label" else place.kind(reads="choice", choices=texts)
+    trainer = place.trainer()
+    place.record(name, TRIES[0] - SHARD)
+    trainer.look()
+    assert place.state(name) is None
+    place.record(name, SHARD)
+    trainer.look()
+    artifact = load_artifact(str(place.directory.policy(name, 1)))
+    assert artifact.config.layers == DEPTH
+    assert artifact.config.weights_fingerprint == "f" * 16
+    assert artifact.config.epsilon == EPSILON
+    assert [choice.text for choice in artifact.config.choices] == [
+        *(texts if reads == "choice" else ())
+    ]
+    [level] = [one for one in artifact.config.levels if one.epsilon == EPSILON]
+    assert level.layers_saved > 0.1
+    assert read_json(place.directory.current) == {name: 1}
+    assert place.state(name)["status"] == "certified"
+    assert not place.directory.rows(name).exists()
+    assert place.events() == [(name, "certified")]
+    place.record(name, SHARD)  # what a writer had at hand
+    trainer.look()
+    assert not place.directory.rows(name).exists()
+
+
+def test_only_the_user_can_read_what_the_trainer_writes(place):
+    name = place.label_kind()
+    place.record(name, TRIES[0])
+    place.trainer().look()
+    for path in place.directory.root.rglob("*"):
+        if path != place.directory.head:
+            assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_the_policy_is_the_one_that_calibrate_makes_of_these_rows(place, tmp_path):
+    """Calibrate gets the states before the final norm, as the engine records them."""
+    name, rows = place.label_kind(), 900
+    states = place.states(rows, hard=0.3)
+    residual = states.pop("residual")
+    lens = Probe(Head(place.head), norm=NORM)
+    recorded = {**states, "final": lens.readout(residual), "computed": torch.full((rows,), 20.0)}
+    place.write(name, recorded)
+    place.trainer().look()
+    ours = load_artifact(str(place.directory.policy(name, 1)))
+
+    labels, _ = place.served.answers(place.kinds[name])
+    tokens = torch.tensor([label.token_id for label in labels])
+    logits = 2 * 30 * (lens.readout(residual) @ place.head[tokens].T / 30).tanh()
+    recording = Recording(
+        states={int(layer.removeprefix("layer.")): state for layer, state in states.items()},
+        depth=DEPTH,
+        final=residual,
+        tokens=tokens[logits.argmax(1)].numpy(),
+        prompts=np.arange(rows),
+        computed=np.full(rows, 20.0),
+        moments={},
+        logit_lens=lens,
+        fingerprint="f" * 16,
+        layer_seconds=1e-3,
+        cut_seconds=1e-6,
+        threads=1,
+        own_kv_layers=DEPTH,
+        soft_cap=30.0,
+        scale=2.0,
+    )
+    examples = [Example("", "", [], None) for _ in range(rows)]
+    request = CalibrationRequest(
+        str(place.served.facts["model"]),
+        Path(),
+        tmp_path / "theirs",
+        probe="label-head",
+        options=PolicyOptions(epsilon=EPSILON, delta=DELTA / 2),
+    )
+    split, config = Split.halves(rows), place.served.hf_config
+    fit_and_certify(
+        request, Prompts(examples, labels, split, config, "label-head", None), recording
+    )
+    theirs = load_artifact(str(tmp_path / "theirs"))
+    assert ours.config == theirs.config
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for key, tensor in ours.tensors.items():
+        assert torch.equal(tensor, theirs.tensors[key]), key
+
+
+def test_a_kind_that_nothing_can_be_learned_of_is_given_up_after_the_last_try(place):
+    name = place.label_kind()
+    trainer = place.trainer()
+    place.record(name, TRIES[0], noise=True)
+    trainer.look()
+    trainer.look()
+    assert [one["outcome"] is None for one in place.state(name)["tries"]] == [False]
+    assert place.state(name)["status"] == "recording"
+    assert place.directory.rows(name).exists()
+    place.record(name, TRIES[1] - TRIES[0], noise=True)
+    trainer.look()
+    assert place.state(name)["status"] == "given up"
+    assert not place.directory.rows(name).exists()
+    assert read_json(place.directory.current) is None
+    assert [event for _, event in place.events()] == ["tried", "tried", "given up"]
+    assert "of the layers, which is less than 5%" in place.state(name)["tries"][1]["outcome"]
+
+
+def test_a_later_try_certifies_on_newer_rows_with_a_smaller_share_of_delta(place, monkeypatch):
+    name, asked = place.label_kind(), []
+
+    def fit(served, kind, rows, held_out, epsilon, delta):
+        asked.append((len(rows.final), held_out, delta))
+        raise AdaInferError("not yet")
+
+    monkeypatch.setattr(training, "fit_policy", fit)
+    trainer = Trainer(place.directory, (300, 600, 1200))
+    for rows in (300, 300, 600):
+        place.record(name, rows)
+        trainer.look()
+    assert asked == [(300, 150, DELTA / 2), (600, 150, DELTA / 6), (1200, 300, DELTA / 12)]
+
+
+def test_new_weights_are_tried_anew_under_another_number(place):
+    name = place.label_kind()
+    place.record(name, TRIES[0])
+    place.trainer().look()
+    write_json(place.directory.model, {**read_json(place.directory.model), "fingerprint": "e" * 16})
+    place.record(name, TRIES[0])
+    place.trainer().look()
+    assert read_json(place.directory.current) == {name: 2}
+    config = load_artifact(str(place.directory.policy(name, 2))).config
+    assert config.weights_fingerprint == "e" * 16
+    assert config.delta == DELTA / 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"nothing", None])
+def test_a_damaged_file_is_left_out(place, damage, capsys):
+    name = place.label_kind()
+    place.record(name, TRIES[0] + SHARD)
+    file = place.directory.rows(name) / "000003.safetensors"
+    file.write_bytes(file.read_bytes()[:-8] if damage is None else damage)
+    trainer = place.trainer()
+    trainer.look()
+    trainer.look()
+    assert read_json(place.directory.current) == {name: 1}
+    assert place.state(name)["tries"][0]["rows"] == TRIES[0]
+    assert capsys.readouterr().err.count("000003.safetensors is damaged") == 1
+
+
+def test_rows_that_are_not_finite_are_left_out(place):
+    name = place.label_kind()
+    place.record(name, 2 * SHARD)
+    file = place.directory.rows(name) / "000002.safetensors"
+    tensors = {key: one.clone() for key, one in load_file(file).items()}
+    tensors["layer.3"][7, 3] = torch.nan
+    save_file(tensors, file)
+    rows = load_rows(read_shards(place.directory.rows(name)))
+    assert len(rows.final) == 2 * SHARD - 1
+    assert all(state.isfinite().all() for state in rows.states.values())
+
+
+def test_a_full_disk_keeps_the_old_state_and_is_tried_later(place, monkeypatch, capsys):
+    name = place.label_kind()
+    place.record(name, TRIES[0])
+    trainer, full = place.trainer(), True
+    write = training.write_artifact
+
+    def fails(*arguments: Any) -> Any:
+        if full:
+            raise OSError(28, "No space left on device")
+        return write(*arguments)
+
+    monkeypatch.setattr(training, "write_artifact", fails)
+    now = time.monotonic()
+    monkeypatch.setattr(training.time, "monotonic", lambda: now)
+    for _ in range(8):
+        trainer.look()
+        now += 3
+    assert capsys.readouterr().err.count("No space left") == 3  # each time twice as late
+    assert read_json(place.directory.current) is None
+    assert place.directory.rows(name).exists()
+    full, now = False, now + 600
+    trainer.look()
+    assert read_json(place.directory.current) == {name: 1}
+
+
+def test_a_second_trainer_is_refused_in_one_sentence(place):
+    with only_one(place.directory.root):
+        result = CliRunner().invoke(app, ["autopilot", str(place.directory.root)])
+    assert result.exit_code == 1
+    assert "another trainer works on" in result.output
+    with only_one(place.directory.root):
+        pass
+
+
+def test_a_try_that_ends_trainer_after_trainer_has_failed(place):
+    name = place.label_kind()
+    place.record(name, TRIES[0])
+    for _ in range(training.MOST_BEGINNINGS):
+        trainer = place.trainer()
+        trainer._try = lambda *_: None  # type: ignore[method-assign]  # it is killed here
+        trainer.look()
+    place.trainer().look()
+    assert "3 trainers have ended" in place.state(name)["tries"][0]["outcome"]
+
+
+FORKS = """
+import os, sys
+from pathlib import Path
+from vllm_adainfer.auto.directory import AutoDirectory
+from vllm_adainfer.offline.auto import trainer as training
+training.MOST_BEGINNINGS = 1000
+directory = AutoDirectory(Path(sys.argv[1]))
+training.Served.read(directory)  # imports transformers, which takes longest
+for line in sys.stdin:
+    trainer = os.fork()
+    if trainer == 0:
+        training.Trainer(directory, (600, 1200)).look()
+        os._exit(0)
+    print(trainer, flush=True)
+    print(os.waitpid(trainer, 0)[1], flush=True)
+"""
+
+
+def test_a_killed_trainer_leaves_files_from_which_the_next_goes_on(place):
+    """Each trainer is given a little more time than the one before, until one ends by itself."""
+    name = place.label_kind()
+    place.record(name, TRIES[0])
+    command = [sys.executable, "-c", FORKS, str(place.directory.root)]
+    forks = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert forks.stdout is not None
+    assert forks.stdin is not None
+    killed, seconds = 0, 0.0
+    while True:
+        print("another", file=forks.stdin, flush=True)
+        trainer = int(forks.stdout.readline())
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(trainer, signal.SIGKILL)
+        if int(forks.stdout.readline()) == 0:
+            break
+        killed, seconds = killed + 1, seconds + 0.08
+        current = read_json(place.directory.current)
+        if current is None:
+            assert len(read_shards(place.directory.rows(name))) == TRIES[0] // SHARD
+        else:
+            load_artifact(str(place.directory.policy(name, current[name])))
+    forks.stdin.close()
+    assert forks.wait() == 0
+    assert killed
+    assert read_json(place.directory.current) == {name: 1}
+    assert place.state(name)["status"] == "certified"
+    load_artifact(str(place.directory.policy(name, 1)))
+    assert not place.directory.rows(name).exists()
+    assert [path.name for path in place.directory.root.rglob(".*")] == []

@@ -1,0 +1,26 @@
+"""``vllm-adainfer autopilot``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_adainfer.cli.app import app, errors_as_sentences
+
+
+@app.command()
+@errors_as_sentences
+def autopilot(
+    directory: Annotated[
+        Path, typer.Argument(help='The directory of "auto" in the engine switch of a server.')
+    ],
+    with_parent: Annotated[
+        bool, typer.Option("--with-parent", help="End when the process that started this ends.")
+    ] = False,
+) -> None:
+    """Fit policies from what a self-calibrating server records; the server starts this itself."""
+    from vllm_adainfer.offline.auto.process import run
+
+    run(directory, with_parent)

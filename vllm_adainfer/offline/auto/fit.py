@@ -1,0 +1,133 @@
+"""A policy from the rows of a kind, made as `vllm-adainfer calibrate` makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from adainfer_kernels import Head
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vllm_adainfer.artifact.fields import Label
+from vllm_adainfer.artifact.tensors import UNREADABLE
+from vllm_adainfer.auto.directory import AutoDirectory, read_json
+from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.auto.shards import Rows
+from vllm_adainfer.offline.calibration.calibration import Calibration
+from vllm_adainfer.offline.calibration.data.choices import Choices, find_choices
+from vllm_adainfer.offline.calibration.data.label_pool import labels_of
+from vllm_adainfer.offline.calibration.fit.probes import Target
+from vllm_adainfer.offline.calibration.fit.split import Split
+from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
+from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.policy.probe import Probe
+
+
+@dataclass(frozen=True)
+class Served:
+    """The served model.
+
+    Attributes:
+        facts: what its worker wrote to ``model.json``.
+        head: [vocabulary, head size], the weights of its LM head; maps the file.
+        hf_config: the Hugging Face config.
+        tokenizer: the Hugging Face tokenizer.
+
+    """
+
+    facts: Mapping[str, Any]
+    head: Tensor
+    hf_config: Any
+    tokenizer: Any
+
+    @classmethod
+    def read(cls, directory: AutoDirectory) -> Served:
+        """The model that the worker has described.
+
+        Raises:
+            AdaInferError: it has not, or the description or the model cannot be read.
+
+        """
+        facts = read_json(directory.model)
+        try:
+            head = load_file(directory.head)["head_weight"]
+            model, overrides = facts["model"], facts["hf_overrides"]
+        except (*UNREADABLE, KeyError, TypeError) as error:
+            raise AdaInferError(
+                f"{directory.model} and {directory.head.name} do not describe a model ({error}): "
+                "start the server again, which writes them"
+            ) from None
+        return cls(facts, head, *load_config_and_tokenizer(model, overrides))
+
+    def answers(self, kind: Kind) -> tuple[tuple[Label, ...], Choices | None]:
+        """The labels of a kind, and its choices if it has any.
+
+        Raises:
+            AdaInferError: no first token decides a choice.
+
+        """
+        if not kind.choices:
+            return labels_of(kind.labels, self.tokenizer), None
+        choices = find_choices(kind.choices, self.tokenizer, self.hf_config.vocab_size)
+        return choices.labels, choices
+
+    def recording(
+        self, rows: Rows, labels: tuple[Label, ...], choices: Choices | None
+    ) -> Recording:
+        """The rows as `record` would give them, answered by the tokens that a request allows."""
+        facts, lens = self.facts, Probe(Head(self.head))
+        recording = Recording(
+            states=rows.states,
+            depth=facts["depth"],
+            final=rows.final,
+            tokens=np.zeros(len(rows.final), dtype=np.int64),
+            prompts=np.arange(len(rows.final)),
+            computed=rows.computed.numpy(),
+            moments={},
+            logit_lens=lens,
+            fingerprint=facts["fingerprint"],
+            layer_seconds=facts["layer_seconds"],
+            cut_seconds=facts["cut_seconds"],
+            own_kv_layers=facts["own_kv_layers"],
+            threads=1,  # beside a busy server; probes of a few labels do not gain by more
+            soft_cap=facts["soft_cap"],
+            scale=facts["scale"],
+        )
+        allowed = torch.tensor([label.token_id for label in labels])
+        if choices is not None:
+            allowed = choices.first_tokens.token_ids
+        plain = lens.of_tokens(allowed)
+        plain = replace(plain, head=recording.as_served(plain.head))
+        tokens = plain.score(plain.readout(rows.final)).top1_id.numpy()
+        return replace(recording, tokens=tokens if choices is None else choices.decided_by(tokens))
+
+
+def fit_policy(
+    served: Served, kind: Kind, rows: Rows, held_out: int, epsilon: float, delta: float
+) -> FittedPolicy:
+    """Fit on the older rows, and certify on the `held_out` newest.
+
+    Raises:
+        AdaInferError: no first token decides a choice of the kind.
+
+    """
+    labels, choices = served.answers(kind)
+    first_tokens = None if choices is None else choices.first_tokens
+    answers = torch.tensor([label.token_id for label in labels])
+    return make_policy(
+        Calibration(
+            served.recording(rows, labels, choices),
+            Target("label-head", answers, first_tokens=first_tokens),
+            Split.of_groups(np.arange(len(rows.final)), held_out),
+            PolicyOptions(epsilon=epsilon, delta=delta),
+            labels,
+            choices=choices,
+        )
+    )

@@ -1,0 +1,114 @@
+"""Rows that a server has recorded at full depth, in files of a folder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vllm_adainfer.artifact.tensors import UNREADABLE
+from vllm_adainfer.offline.progress import say
+
+LAYER = "layer."
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of rows.
+
+    Attributes:
+        path: the file, ``NUMBER.safetensors``; numbers ascend as rows come.
+        rows: how many it has.
+        layout: the names and widths of its tensors.
+
+    """
+
+    path: Path
+    rows: int
+    layout: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def number(self) -> int:
+        """The number in its name."""
+        return int(self.path.stem)
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The files that are whole, the oldest first; those with the cuts of the newest alone."""
+    found = []
+    for path in sorted(folder.glob("[0-9]*.safetensors")):
+        try:
+            stat = path.stat()
+        except OSError:  # deleted since
+            continue
+        if (shard := _shard(path, stat.st_mtime_ns, stat.st_size)) is not None:
+            found.append(shard)
+    return [shard for shard in found if shard.layout == found[-1].layout]
+
+
+@functools.lru_cache(maxsize=4096)
+def _shard(path: Path, written: int, size: int) -> Shard | None:
+    """What a file has by its head, which is read once for all; None if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except UNREADABLE as error:
+        say(f"{path} is damaged and left out ({error})")
+        return None
+    counts = {shape[0] if shape else 0 for shape in shapes.values()}
+    has_layers = any(name.startswith(LAYER) for name in shapes)
+    if not has_layers or not {"final", "computed"} <= shapes.keys() or len(counts) != 1:
+        say(f"{path} does not hold rows and is left out")
+        return None
+    [rows] = counts
+    return Shard(path, rows, tuple((name, shape[1:]) for name, shape in sorted(shapes.items())))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in memory, the oldest first.
+
+    Attributes:
+        states: layer -> [rows, hidden size], the residual stream after it.
+        final: [rows, head size], the LM head's input at full depth.
+        computed: fp64 [rows], the tokens that the layers ran for each.
+        shards: int64 [rows], the number of the file of each.
+
+    """
+
+    states: dict[int, Tensor]
+    final: Tensor
+    computed: Tensor
+    shards: Tensor
+
+
+def load_rows(shards: Sequence[Shard]) -> Rows:
+    """The rows of at least one shard; any that is not finite is left out.
+
+    Raises:
+        OSError, RuntimeError, SafetensorError: a file cannot be read.
+
+    """
+    parts = [load_file(shard.path) for shard in shards]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    numbers = torch.tensor([shard.number for shard in shards])
+    whole["shards"] = numbers.repeat_interleave(torch.tensor([shard.rows for shard in shards]))
+    finite = torch.stack([one.flatten(1).isfinite().all(1) for one in _columns(whole)]).all(0)
+    if not finite.all():
+        say(f"{int((~finite).sum())} rows are not finite and left out")
+        whole = {name: one[finite] for name, one in whole.items()}
+    states = {int(n.removeprefix(LAYER)): one for n, one in whole.items() if n.startswith(LAYER)}
+    return Rows(
+        dict(sorted(states.items())), whole["final"], whole["computed"].double(), whole["shards"]
+    )
+
+
+def _columns(whole: dict[str, Tensor]) -> list[Tensor]:
+    """Each tensor as [rows, width]."""
+    return [one.reshape(len(one), -1) for one in whole.values()]
