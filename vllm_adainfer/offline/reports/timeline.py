@@ -32,7 +32,7 @@ CHARTS = (
     ("Requests and rows recorded", {"requests": "requests", "rows": "rows"}, False),
     (
         "Budget of changed answers",
-        {"changed_at_most": "changed at most", "allowed": "allowed"},
+        {"allowed": "allowed", "changed_at_most": "changed at most"},
         False,
     ),
     (
