@@ -77,7 +77,8 @@ def end_with_parent() -> None:
 
 
 def give_way() -> None:
-    """Run only where no other process wants to, or with the least priority."""
+    """Run only where no other process wants to, or with the least priority; on any core."""
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the server's threads are bound to some
     try:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     except OSError:

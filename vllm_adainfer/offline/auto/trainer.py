@@ -17,6 +17,7 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.auto.tries import TRIES
 from vllm_adainfer.offline.auto.fit import Served, fit_policy
 from vllm_adainfer.offline.auto.shards import Shard, load_rows, read_shards
 from vllm_adainfer.offline.auto.tries import CERTIFIED, GIVEN_UP, RECORDING, Due, State, Try
@@ -24,8 +25,6 @@ from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.progress import say
 
-# A kind is tried when it has so many rows, and then no more.
-TRIES = (1500, 3000, 6000)
 MOST_BEGINNINGS = 3  # a try that ends so many trainers, perhaps for want of memory, has failed
 WORTH = 0.05  # a policy that saves a smaller share of the layers changes answers for nothing
 SECONDS, MOST_SECONDS = 2.0, 600.0  # between two looks, and after several that failed
