@@ -272,7 +272,7 @@ def test_policies_are_for_the_weights_that_are_served(served, tiny_model, same):
         path.chmod(0o700 if path.is_dir() else 0o600)
     write_json(served.directory.current, {name: 1})
     fingerprint = tiny_config(tiny_model).weights_fingerprint
-    write_json(served.directory.model, {"weights_fingerprint": fingerprint if same else "other"})
+    write_json(served.directory.identity, {"fingerprint": fingerprint if same else "other"})
     if same:
         assert "FAIL" not in served.findings().values()
     else:

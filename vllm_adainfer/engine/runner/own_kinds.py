@@ -8,8 +8,10 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,7 @@ class OwnKind:
 
     Attributes:
         ledger: that of its promise.
+        since: when its requests began to count, in seconds since 1970.
         state: "recording" until it has a policy, or rows enough.
         last: when its latest request came, in seconds of `time.monotonic`.
         is_saved: whether the ledger on disk has all misses; no request exits otherwise.
@@ -45,10 +48,30 @@ class OwnKind:
     """
 
     ledger: Ledger
+    since: float = field(default_factory=time.time)
     state: str = "recording"
     last: float = field(default_factory=time.monotonic)
     is_saved: bool = True
     lock: Lock = field(default_factory=Lock)
+
+    def reading(self) -> dict[str, Any]:
+        """What the ledger says."""
+        with self.lock:
+            ledger = self.ledger
+            return {
+                "requests": ledger.requests,
+                "misses": ledger.misses,
+                "changed_at_most": ledger.changed_at_most if ledger.decided else 0.0,
+                "allowed": ledger.allowed,
+                "rate": ledger.rate,
+                "closed": ledger.is_closed,
+            }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole state of the ledger, and its reading, for a file."""
+        with self.lock:
+            state = self.ledger.as_dict()
+        return {**state, **self.reading(), "since": self.since, "delta": state["alpha"]}
 
 
 class OwnKinds:
@@ -72,9 +95,10 @@ class OwnKinds:
         self._started = 0.0
         self.kinds: dict[str, OwnKind] = {}
         for path in directory.root.glob("*/ledger.json"):
-            ledger = Ledger.of_dict(read_json(path))
+            content = read_json(path)
+            ledger = Ledger.of_dict(content)
             if ledger is not None:
-                self.kinds[path.parent.name] = OwnKind(ledger)
+                self.kinds[path.parent.name] = OwnKind(ledger, float(content.get("since", time.time())))
 
     def gate(
         self, admitted: Sequence[Admitted], first_tokens: Ints, lens: Ints, threshold_rows: Ints
@@ -136,9 +160,13 @@ class OwnKinds:
             own, missed = self.kinds[name], misses.get(name, 0)
             with own.lock:
                 was_closed, rate = own.ledger.is_closed, own.ledger.rate
+                opens = decided > 0 and not own.ledger.decided
                 own.ledger.add(requests, decided, missed)
             if missed:
                 self.save(name)
+            if opens:
+                logger.info("kind %s is open: from now on its requests may exit", name)
+                self._tell(name, "opened", requests=own.ledger.requests)
             if own.ledger.is_closed and not was_closed:
                 self._tell_closed(name, own.ledger)
             elif own.ledger.rate != rate:
@@ -154,9 +182,7 @@ class OwnKinds:
         own = self.kinds[name]
         try:
             with self._writing:
-                with own.lock:
-                    content = own.ledger.as_dict()
-                write_json(self._directory.ledger(name), content)
+                write_json(self._directory.ledger(name), own.as_dict())
                 own.is_saved = True
         except OSError as error:
             if own.is_saved:
@@ -176,6 +202,7 @@ class OwnKinds:
                 Ledger(self._auto.epsilon, self._auto.delta, self._auto.full_depth_rate)
             )
             logger.info("kind %s recurs: its requests are recorded from now on", name)
+            self._tell(name, "recording")
             return self.kinds[name]
         self._counted[name] = count
         if len(self._counted) > MOST_COUNTED:
@@ -199,4 +226,8 @@ class OwnKinds:
             name,
             ledger.why_closed,
         )
-        self._directory.tell(name, "closed", why=ledger.why_closed)
+        self._tell(name, "closed", why=ledger.why_closed)
+
+    def _tell(self, name: str, event: str, **facts: Any) -> None:
+        with suppress(OSError):  # a full disk must not stop a step
+            self._directory.tell(name, event, **facts)

@@ -135,17 +135,10 @@ class Beside:
         self._rows.forget_old()
         work = self._model.loop.stats.by_policy
         for name, own in list(self.kinds.kinds.items()):
-            with own.lock:
-                facts = {
-                    "requests": own.ledger.requests,
-                    "changed_at_most": own.ledger.changed_at_most,
-                    "allowed": own.ledger.allowed,
-                    "rate": own.ledger.rate,
-                    "misses": own.ledger.misses,
-                }
+            facts = own.reading()
             if self._told.get(name) == facts["requests"]:
                 continue
-            self._told[name] = own.ledger.requests
+            self._told[name] = facts["requests"]
             if name in work:
                 counts = work[name].work
                 run, skipped = counts["layers_run"], counts["layers_skipped"]

@@ -88,5 +88,5 @@ class OwnPolicies:
         logger.error("kind %s: policy %s cannot be served and is put away: %s", kind, number, error)
         path = self._directory.root / kind / "bad.json"
         bad = read_json(path) or {"bad": []}
-        write_json(path, {"bad": sorted({*bad["bad"], number})})
+        write_json(path, {"bad": sorted({*bad["bad"], number}), "why": str(error)})
         self._directory.tell(kind, "quarantined", policy=number, why=str(error))

@@ -104,8 +104,8 @@ def quarantined(watched: Watched) -> Finding:
 
 def weights(directory: AutoDirectory, watched: Watched) -> Finding:
     """Are the policies in service for the weights that the server serves?"""
-    model = read_json(directory.model)
-    served = model.get("weights_fingerprint") if isinstance(model, dict) else None
+    identity = read_json(directory.identity)
+    served = identity.get("fingerprint") if isinstance(identity, dict) else None
     if served is None:
         return skip("auto: the weights are unknown, as for a server that only watches")
     others = [
