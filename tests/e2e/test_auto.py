@@ -221,7 +221,7 @@ def test_a_restart_goes_on_with_the_ledger(auto, directory, labels, served):
     kind, own = served
     own.ledger.allowed = 40.0
     ask(auto, PROMPTS, label(labels))
-    state = json.loads(json.dumps(own.ledger.as_dict()))
+    state = json.loads(json.dumps(own.as_dict()))
     wait_for(lambda: read_json(directory.ledger(kind)) == state)
     again = Ledger.of_dict(read_json(directory.ledger(kind)))
     assert again is not None

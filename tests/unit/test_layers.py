@@ -107,7 +107,7 @@ CALIBRATION = {
 """What each step of calibration imports of the other ones."""
 OFFLINE = {
     "adapter": set(),
-    "auto": {"calibration", "pretrained", "progress"},
+    "auto": {"reports", "calibration", "pretrained", "progress"},
     "calibration": {"adapter", "pretrained", "progress", "provenance", "tables"},
     "reports": {"calibration", "adapter", "pretrained", "tables"},
     "evaluation": {"reports", "calibration", "adapter", "pretrained", "progress", "provenance"},

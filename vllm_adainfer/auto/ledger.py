@@ -76,6 +76,12 @@ class Ledger:
         # Requests decided, and the claim, before each of the last misses.
         self._latest: deque[tuple[int, float]] = deque(maxlen=JUDGED_BY)
 
+    def use_rate(self, rate: float) -> None:
+        """Go on with another highest rate, if it is another."""
+        if rate != self.rates[0]:
+            self.rates = (rate, *(lower for lower in LOWER_RATES if lower < rate))
+            self.rate = rate
+
     @property
     def changed_at_most(self) -> float:
         """The claim: with confidence 1 - alpha, no more answers would have been changed."""

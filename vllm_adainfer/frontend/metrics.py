@@ -164,6 +164,7 @@ class EngineMetrics:
         model_name: str,
         engine: int,
         configs: Mapping[str, ArtifactConfig],
+        calibrates_itself: bool = False,
     ) -> None:
         """Create the engine's series, so that their rates begin at 0.
 
@@ -172,9 +173,11 @@ class EngineMetrics:
             model_name: the served model's name.
             engine: number of the engine.
             configs: the artifacts' configs, by policy name.
+            calibrates_itself: whether policies that come later are its own, not those of adapters.
 
         """
         self._series = series
+        self._calibrates_itself = calibrates_itself
         self._labels = model_name, str(engine)
         configs = all_parts(configs)
         for name in (*configs, NO_POLICY):
@@ -203,8 +206,9 @@ class EngineMetrics:
             self._series.remove(*self._labels, policy)
             self._described.remove(policy)
         for policy in set(report["serving"]) - self._described:
-            # It came with the adapter of its name.
-            self._describe(policy, policy.removesuffix(f":{LAST_TOKEN}"))
+            # It came with the adapter of its name, or is for a kind of requests.
+            adapter = "" if self._calibrates_itself else policy.removesuffix(f":{LAST_TOKEN}")
+            self._describe(policy, adapter)
         for kind, *labels, added in report["added"]:
             if not labels or labels[0] in self._described:
                 self._add(kind, labels, added)

@@ -52,7 +52,9 @@ class WithExitStats(_Manager):
         points = {point for config in configs.values() for point in config.all_exit_points}
         series = Series((*sorted(points.union(settings.fixed_exit_points(depth))), depth))
         for index in self.engine_indexes:
-            self._metrics[index] = EngineMetrics(series, model.served_model_name, index, configs)
+            self._metrics[index] = EngineMetrics(
+                series, model.served_model_name, index, configs, settings.calibrates_itself
+            )
             if sees_all:
                 self._lines[index] = LogLine(depth)
 

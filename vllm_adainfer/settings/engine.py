@@ -80,7 +80,7 @@ class Auto(BaseModel):
     )
     full_depth_rate: float = Field(
         0.25,
-        gt=0,
+        ge=0.03,
         lt=1,
         description="Share of the requests that run to full depth to be compared. It falls once "
         "the bound allows less.",

@@ -79,6 +79,7 @@ class OwnKinds:
 
     Attributes:
         kinds: those that recur, by name.
+        closed: those of them that are closed for good.
         step_seconds: time of all steps so far.
         steps: their number.
 
@@ -94,11 +95,16 @@ class OwnKinds:
         self.step_seconds, self.steps = 0.0, 0
         self._started = 0.0
         self.kinds: dict[str, OwnKind] = {}
+        self.closed: set[str] = set()
         for path in directory.root.glob("*/ledger.json"):
             content = read_json(path)
             ledger = Ledger.of_dict(content)
-            if ledger is not None:
-                self.kinds[path.parent.name] = OwnKind(ledger, float(content.get("since", time.time())))
+            if ledger is None:
+                continue
+            ledger.use_rate(auto.full_depth_rate)
+            self.kinds[path.parent.name] = OwnKind(ledger, float(content["since"]))
+            if ledger.is_closed:
+                self.closed.add(path.parent.name)
 
     def gate(
         self, admitted: Sequence[Admitted], first_tokens: Ints, lens: Ints, threshold_rows: Ints
@@ -168,6 +174,7 @@ class OwnKinds:
                 logger.info("kind %s is open: from now on its requests may exit", name)
                 self._tell(name, "opened", requests=own.ledger.requests)
             if own.ledger.is_closed and not was_closed:
+                self.closed.add(name)
                 self._tell_closed(name, own.ledger)
             elif own.ledger.rate != rate:
                 logger.info(

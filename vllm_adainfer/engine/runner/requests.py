@@ -225,6 +225,7 @@ class RunningRequests:
             return None
         if self.kinds is not None:
             self.kinds.step_ended(self._loop.take_misses())
+            self._loop.tighten(self.kinds.closed)
         now = time.monotonic()
         if due := now >= self._next_report:
             self._next_report = now + INTERVAL

@@ -93,8 +93,17 @@ def audit_notice(audit: Audit) -> str:
     )
 
 
-def watch_notice(auto: Auto) -> str:
-    """The line about a server that only counts kinds of requests."""
+def auto_notice(auto: Auto) -> str:
+    """The line about a server that calibrates itself, or only watches."""
+    if not auto.watch:
+        return (
+            "AdaInfer calibrates itself: recurring requests for one label or one of several texts "
+            f"are recorded in {auto.directory} (states of prompts count as prompts), and may exit "
+            f"once a policy is certified for them. Of all requests of a kind, at most "
+            f"{auto.epsilon:.2g} are answered otherwise than at full depth (confidence "
+            f"{1 - auto.delta:.0%}, at every moment, for any traffic); nothing is promised about "
+            'the next hour, a part of them, or accuracy. "watch": true changes no answer'
+        )
     return (
         f"AdaInfer counts which kinds of one-answer requests come, in {auto.directory}, and "
         f"changes no answer: vllm-adainfer kinds {auto.directory} prints them"

@@ -15,9 +15,9 @@ from vllm_adainfer.engine.pinned_artifacts import pin_artifacts
 from vllm_adainfer.engine.scheduler.line_files import check_directory
 from vllm_adainfer.engine.startup.banner import (
     audit_notice,
+    auto_notice,
     capture_notice,
     policy_banner,
-    watch_notice,
 )
 from vllm_adainfer.engine.startup.refusals import (
     refuse_other_answers,
@@ -85,8 +85,7 @@ def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
         _select_scheduler(vllm_config, "auto")
         _refuse_replicas(vllm_config)
         AutoDirectory(settings.auto.directory).create()
-        if settings.auto.watch:
-            logger.info("%s", watch_notice(settings.auto))
+        logger.warning("%s", auto_notice(settings.auto))
     if settings.finish_choices:
         _select_scheduler(vllm_config, "finish_choices")
     if settings.finishes_choices:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
@@ -109,6 +109,12 @@ class Loop(ABC):
             for name, monitor in self.monitors.items()
             if isinstance(monitor, LedgerMonitor)
         }
+
+    def tighten(self, policies: Collection[str]) -> None:
+        """Show that requests of `policies` run at full depth, by their ledgers."""
+        for name in policies:
+            if name in self.monitors:
+                self.monitors[name].tightened[:] = True
 
     def forget(self, request_id: str) -> None:
         """A request has ended, or its keys and values were thrown away."""

@@ -8,12 +8,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.errors import AdaInferError
 
+PAGE_SECONDS = 60.0
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -39,11 +40,16 @@ def run(root: Path, with_parent: bool) -> None:
         import torch
 
         from vllm_adainfer.offline.auto.trainer import SECONDS, Trainer
+        from vllm_adainfer.offline.reports.timeline import write_page
 
         torch.set_num_threads(1)
-        trainer = Trainer(directory)
+        trainer, next_page = Trainer(directory), 0.0
         while True:
             trainer.look()
+            if time.monotonic() >= next_page:
+                next_page = time.monotonic() + PAGE_SECONDS
+                with suppress(AdaInferError):  # nothing is counted yet, or the disk is full
+                    write_page(root)
             time.sleep(SECONDS)
 
 

@@ -62,7 +62,7 @@ class KindState:
             return "certified, not yet served"
         if status == "recording":
             return f"recording, {tries} tries to certify a policy so far"
-        return "watch only"
+        return "recording" if self.ledger else "watch only"
 
     def promise(self) -> str | None:
         """The sentence of the ledger; None if there is none."""
