@@ -49,11 +49,13 @@ docs: setup
 vllm-names: setup
 	$(BIN)/python docs/hooks/vllm_names.py $(SOURCES)
 
-# The commands of tutorial and README, one after the other, as they stand there (20 minutes).
+# The commands of tutorial, README and gateways, one after the other, as they stand there (25 minutes).
 docs-check: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_tutorial.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_gateways.sh
 
-# A wheel, in dist, that an empty environment runs the demo from (15 minutes). Nothing is published.
+# A wheel, in dist, that an empty environment runs the demo from and serves (15 minutes). Nothing is
+# published.
 dist: setup
 	rm -rf dist .cache/dist
 	$(BIN)/python -m build --outdir dist .
@@ -62,6 +64,7 @@ dist: setup
 	.cache/dist/bin/pip install --quiet "$$(ls dist/*.whl)[cpu,demo]"
 	.cache/dist/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	cd .cache/dist && bin/vllm-adainfer demo --output demo
+	cd .cache/dist && bash ../../tools/serve_check.sh . demo
 
 # The notes, the commit and the tag of a release; nothing is uploaded.
 release: dist

@@ -2,7 +2,7 @@
 
     make release
 
-`make dist` comes first: it builds, checks and installs the wheel, and runs the demo from it. What
+`make dist` comes first: it builds, checks and installs the wheel, and serves the demo from it. What
 is left is to push the commit and the tag, and to upload `dist/` with `twine upload`.
 """
 

@@ -3,13 +3,12 @@
 # that fails.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+repository=$PWD
 rm -rf .tutorial
 trap 'jobs -p | xargs --no-run-if-empty kill' EXIT
 set -m # jobs of their own, as at a prompt
 
-commands() {
-  awk '/^```bash$/ { on = 1; print "printf \"\\n\" "; next } /^```$/ { on = 0 } on'
-}
+commands() { awk -f "$repository/docs/hooks/commands.awk"; }
 
 # shellcheck disable=SC1090
 source <(commands < docs/tutorial.md)

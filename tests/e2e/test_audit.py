@@ -114,6 +114,29 @@ def test_each_request_has_a_line_and_all_lines_add_up_to_the_counters(
     assert by_outcome["early"] > 0
 
 
+def test_a_token_in_the_making_when_its_client_hangs_up_is_counted_but_is_no_answer(
+    audited, directory, monkeypatch
+):
+    """vLLM takes up what has hung up while a step ran before it processes the step's output."""
+    done, before = len(lines_of(directory, 0)), stats(audited)["policies"][NO_POLICY]
+    engine = audited.llm_engine
+    core = engine.engine_core.engine_core
+    params = SamplingParams(temperature=0, max_tokens=1)
+    engine.add_request("leaves", {"prompt_token_ids": PROMPTS[0]}, params)
+    monkeypatch.setattr(
+        core, "_process_aborts_queue", lambda: core.abort_requests([*core.scheduler.requests])
+    )
+    engine.step()
+    monkeypatch.undo()
+    engine.abort_request(["leaves"])
+    line = lines_of(directory, done + 1)[-1]
+    assert (line["request"], line["ended"], line["answer"]) == ("leaves", "abort", [])
+    assert line["outcomes"] == {"full_depth": 1}
+    assert line["layers"] == {str(LAYERS): 1}
+    after = stats(audited)["policies"][NO_POLICY]
+    assert after["exit_histogram"][LAYERS] == before["exit_histogram"][LAYERS] + 1
+
+
 def test_the_scores_of_a_classifier_are_its_answer(tiny_model, tmp_path):
     model = classifier(tiny_model, tmp_path / "softmax", COLUMNS["softmax"])
     policy = tiny_artifact(model, tmp_path / "policy", **config_of(model))

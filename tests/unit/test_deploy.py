@@ -31,11 +31,14 @@ def arguments(name: str) -> list[str]:
     if first.get("kind") == "Deployment":
         [container] = first["spec"]["template"]["spec"]["containers"]
         return [str(argument) for argument in container["args"]]
+    if first.get("kind") == "InferenceService":
+        [container] = first["spec"]["predictor"]["containers"]
+        return [str(argument) for argument in container["args"]]
     [model] = first["servingEngineSpec"]["modelSpec"]
     return [str(argument) for argument in model["vllmConfig"]["extraArgs"]]
 
 
-@pytest.mark.parametrize("name", ["kubernetes.yaml", "production-stack.yaml"])
+@pytest.mark.parametrize("name", ["kubernetes.yaml", "production-stack.yaml", "kserve.yaml"])
 def test_the_engine_switch_is_one_that_the_plugin_reads(name):
     [given] = [one for one in arguments(name) if one.startswith(OPTION)]
     config = json.loads(given.removeprefix(OPTION))
@@ -59,6 +62,19 @@ def test_the_service_finds_the_pods_and_the_probes_their_port():
     assert (
         claim["metadata"]["name"] == pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
     )
+
+
+def test_kserve_finds_the_server_at_the_port_that_it_listens_on():
+    [service] = documents("kserve.yaml")
+    [container] = service["spec"]["predictor"]["containers"]
+    [port] = container["ports"]
+    assert f"--port={port['containerPort']}" in arguments("kserve.yaml")
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": port["containerPort"]}
+    annotations = service["metadata"]["annotations"]
+    assert annotations["prometheus.kserve.io/port"] == str(port["containerPort"])
+    volumes = {one["name"] for one in service["spec"]["predictor"]["volumes"]}
+    assert {one["name"] for one in container["volumeMounts"]} == volumes
 
 
 def test_systemd_always_restarts_a_command_that_exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,8 @@ class AuditingScheduler(_Scheduler):
         assert settings is not None
         assert settings.audit is not None
         self._trails: dict[str, Trail] = {}
+        self._steps: deque[Any] = deque()  # vLLM's descriptions of the steps that are running
+        self._leaving: dict[str, Request] = {}  # ended from outside while such a step has them
         self._depth = self.vllm_config.model_config.hf_text_config.num_hidden_layers
         self._audit = LineFiles(
             "audit",
@@ -81,30 +83,52 @@ class AuditingScheduler(_Scheduler):
         )
 
     @override
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep in mind who is in the step."""
+        step = super().schedule(*args, **kwargs)
+        self._steps.append(step)
+        return step
+
+    @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Note where the tokens of the step came from, and write of the requests that it ends."""
+        while self._steps and self._steps.popleft() is not scheduler_output:
+            pass
         note = attached_note(model_runner_output)
         decided: Iterable[Provenance] = () if note is None else note.decided
         running = []
         for token in decided:
             request = self.requests.get(token.request_id)
-            if request is None or request.is_finished() or has_stale_output(request):
-                continue
-            running.append(request)
+            if token.request_id not in self._leaving:
+                if request is None or request.is_finished() or has_stale_output(request):
+                    continue
+                running.append(request)
             self._trails.setdefault(token.request_id, Trail()).add(token)
         output = super().update_from_output(scheduler_output, model_runner_output)
         for request in running:
             if request.is_finished():
                 self._write(request, pooled_output(model_runner_output, request.request_id))
+        for request in [one for one in self._leaving.values() if not self._is_running(one)]:
+            del self._leaving[request.request_id]
+            self._write(request)
         return output
 
     @override
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
-        """Write of requests that end from outside, such as those whose client hung up."""
+        """Write of requests that end from outside, such as those whose client hung up.
+
+        A step may be deciding a token of theirs, which the counters will have: wait for its end.
+        """
         ended: list[Request] = super().finish_requests(request_ids, finished_status)
         for request in ended:
-            self._write(request)
+            if self._is_running(request):
+                self._leaving[request.request_id] = request
+            else:
+                self._write(request)
         return ended
+
+    def _is_running(self, request: Request) -> bool:
+        return any(request.request_id in step.num_scheduled_tokens for step in self._steps)
 
     def _write(self, request: Request, scores: list[float] | None = None) -> None:
         trail = self._trails.pop(request.request_id, Trail())
@@ -112,6 +136,8 @@ class AuditingScheduler(_Scheduler):
 
     @override
     def shutdown(self) -> None:
+        for request in self._leaving.values():
+            self._write(request)
         self._audit.close()
         super().shutdown()
 
