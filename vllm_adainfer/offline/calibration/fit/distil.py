@@ -118,7 +118,7 @@ def solve(taught: Taught, penalty: float) -> Linear:
 class Standardised:
     """Rows to fit on with several penalties, their features standardised.
 
-    Where rows are much fewer than features, coefficients are sought among the combinations of rows
+    Where rows are fewer than features, coefficients are sought among the combinations of rows
     alone, because any other part of them would change no score and only add to the penalty. In an
     orthonormal basis of these that is the same problem with as many features as rows.
 
@@ -141,7 +141,7 @@ class Standardised:
         mean, deviation = taught.read.mean(0), taught.read.std(0, correction=0)
         scale = torch.where(deviation > 1e-9 * mean.abs(), 1 / deviation, 0)
         read, basis = (taught.read - mean) * scale, None
-        if 2 * len(read) <= read.shape[1]:  # else the basis takes longer than it saves
+        if len(read) < read.shape[1]:
             basis, triangle = torch.linalg.qr(read.T)
             read = triangle.T.contiguous()
         return cls(replace(taught, read=read), mean, scale, basis)
