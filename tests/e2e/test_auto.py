@@ -24,7 +24,7 @@ from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.ledger import Ledger
 from vllm_adainfer.engine.runner.own_kinds import RECURS
-from vllm_adainfer.engine.worker import beside
+from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
 from vllm_adainfer.exits.recording.row_recorder import ROWS
 
@@ -50,7 +50,7 @@ def auto(tiny_model: Path, directory: AutoDirectory) -> Iterator[Any]:
     """An engine that calibrates itself, without its trainer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainerProcess, "keep_running", lambda self: None)
-        patch.setattr(beside, "TICK_SECONDS", 0.05)
+        patch.setattr(self_calibration, "TICK_SECONDS", 0.05)
         yield tiny_engine(
             tiny_model,
             {"auto": {"directory": str(directory.root)}, "min_rows_saved": 1},

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
-from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.engine.admission.admitted import Admitted
 from vllm_adainfer.engine.admission.resolved import Resolved
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
@@ -23,8 +22,7 @@ UNDER_POLICY = 0
 
 def request(number: int, coin: float = 1.0) -> Admitted:
     """A request of the kind `number`."""
-    kind = Kind("label", (number, number + 1))
-    resolved = Resolved(RequestSettings(), None, 1, False, kind=kind, coin=coin)
+    resolved = Resolved(RequestSettings(), None, 1, False, kind=f"kind-{number}", coin=coin)
     return Admitted(resolved, UNDER_POLICY, -1, 1, False, -1, -1, (), (1, 2), None, -1)
 
 
@@ -45,7 +43,7 @@ def step(kinds: OwnKinds, admitted: list[Admitted], rows: int = UNDER_POLICY, mi
     threshold_rows = np.full(len(admitted), rows)
     everyone = np.arange(len(admitted))
     compared, recorded = kinds.gate(admitted, everyone, everyone + 1, threshold_rows)
-    names = {kinds.name_of(one.resolved.kind) for one in admitted}
+    names = {one.resolved.kind for one in admitted}
     kinds.step_ended(dict.fromkeys(names, misses))
     places = [] if recorded is None else recorded.places.tolist()
     return places, np.flatnonzero(compared), np.flatnonzero(threshold_rows == FULL_DEPTH)

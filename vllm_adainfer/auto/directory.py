@@ -20,12 +20,14 @@ import secrets
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.errors import AdaInferError
 
 SALT_BYTES = 32
+MOST_EVENTS = 8 << 20  # bytes of a file of events; the one before is kept
 
 
 class AutoDirectory:
@@ -104,6 +106,9 @@ class AutoDirectory:
 
     def tell(self, kind: str, event: str, **facts: Any) -> None:
         """Append a line to the events; one write, so that several processes may do it."""
+        with suppress(OSError):
+            if self.events.stat().st_size > MOST_EVENTS:
+                os.replace(self.events, self.root / "events-before.jsonl")
         line = {"time": round(time.time(), 3), "kind": kind, "event": event, **facts}
         file = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:

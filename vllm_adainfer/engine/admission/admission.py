@@ -8,15 +8,17 @@ get that record, and add what only they know: the adapters as loaded and the pol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from random import SystemRandom
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of
-from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.auto.directory import AutoDirectory
+from vllm_adainfer.auto.kinds import Kind, kind_names
 from vllm_adainfer.engine.admission.admitted import NOT_POOLED, NOT_RECORDED, Admitted
 from vllm_adainfer.engine.admission.kind_of import kind_of_output
 from vllm_adainfer.engine.admission.policies import Policies
@@ -236,12 +238,18 @@ class Admission:
             coin=COINS.random(),
         )
 
-    def _kind(self, resolved: Resolved, adapter: LoRARequest | None) -> Kind | None:
+    def _kind(self, resolved: Resolved, adapter: LoRARequest | None) -> str | None:
         """See `Resolved.kind`."""
         if not self._settings.calibrates_itself or resolved.output is None:
             return None
         kind = kind_of_output(resolved.output, resolved.max_tokens, adapter)
-        return None if kind is None or kind.why_full_depth else kind
+        return None if kind is None or kind.why_full_depth else self._name_of(kind)
+
+    @cached_property
+    def _name_of(self) -> Callable[[Kind], str]:
+        """Names kinds; the directory exists once the engine is configured."""
+        assert self._settings.auto is not None
+        return kind_names(AutoDirectory(self._settings.auto.directory).salt)
 
     def _parse(self, request: RequestSettings, params: Params) -> Resolved:
         """The part of `Resolved` that needs no policy and no adapter."""
@@ -275,7 +283,7 @@ class Admission:
     def _saving(self, resolved: Resolved, adapter: LoRARequest | None) -> tuple[str, float] | None:
         """See `Resolved.saving`."""
         if resolved.kind is not None:
-            return f"{resolved.kind.reads} {hash(resolved.kind):x}", TYPICAL_SAVING
+            return resolved.kind, TYPICAL_SAVING
         name = self.policies.select(resolved, self.policies.for_adapter_name(adapter))
         if name is None or self._configs[name].max_tokens > 1:
             return None

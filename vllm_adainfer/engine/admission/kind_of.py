@@ -44,6 +44,8 @@ def kind_of_output(
     output: RequestedOutput, max_tokens: int | None, adapter: LoRARequest | None
 ) -> Kind | None:
     """The kind of a request with such an output; None unless it is one answer of a fixed set."""
+    if not output.is_greedy and output.kind is not OutputKind.IN_VOCABULARY:
+        return None
     name = None if adapter is None else adapter.lora_name
     if output.kind is OutputKind.CHOICE:
         return Kind("choice", choices=tuple(sorted(output.choices or ())), adapter=name)

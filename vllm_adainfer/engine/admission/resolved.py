@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.engine.admission.requested_output import RequestedOutput
 from vllm_adainfer.settings.request import RequestSettings
 
@@ -46,7 +45,7 @@ class Resolved:
             policies with a student that may decide the request.
         force_full_depth_prefill: whether its prompt must run at full depth, to complete the blocks
             of a shared prefix.
-        kind: its kind, on a server that calibrates itself; None if it never exits.
+        kind: the name of its kind, on a server that calibrates itself; None if it never exits.
         coin: a random number from 0 to 1 that no client knows: whether it is compared.
 
     """
@@ -61,7 +60,7 @@ class Resolved:
     is_shadow: bool = False
     texts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     force_full_depth_prefill: bool = False
-    kind: Kind | None = None
+    kind: str | None = None
     coin: float = 1.0
 
 

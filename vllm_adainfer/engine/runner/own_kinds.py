@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
@@ -17,7 +17,6 @@ import numpy as np
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
-from vllm_adainfer.auto.kinds import Kind, kind_names
 from vllm_adainfer.auto.ledger import Ledger
 from vllm_adainfer.engine.admission.admitted import Admitted
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
@@ -42,6 +41,7 @@ class OwnKind:
         since: when its requests began to count, in seconds since 1970.
         state: "recording" until it has a policy, or rows enough.
         last: when its latest request came, in seconds of `time.monotonic`.
+        saved: the requests that the ledger on disk has.
         is_saved: whether the ledger on disk has all misses; no request exits otherwise.
         lock: held while the ledger is changed or read.
 
@@ -51,6 +51,7 @@ class OwnKind:
     since: float = field(default_factory=time.time)
     state: str = "recording"
     last: float = field(default_factory=time.monotonic)
+    saved: int = -1
     is_saved: bool = True
     lock: Lock = field(default_factory=Lock)
 
@@ -88,7 +89,6 @@ class OwnKinds:
     def __init__(self, auto: Auto, directory: AutoDirectory) -> None:
         """Go on with the ledgers in `directory`."""
         self._auto, self._directory = auto, directory
-        self.name_of: Callable[[Kind], str] = kind_names(directory.salt)
         self._counted: OrderedDict[str, int] = OrderedDict()
         self._step: dict[str, tuple[int, int]] = {}  # by kind: requests, and those decided
         self._writing = Lock()  # so that no older ledger replaces a newer one
@@ -127,9 +127,9 @@ class OwnKinds:
         names: list[str] = []
         by_kind: dict[str, list[int]] = {}
         for place in first_tokens.tolist():
-            kind = admitted[place].resolved.kind
-            if kind is not None:
-                by_kind.setdefault(self.name_of(kind), []).append(place)
+            name = admitted[place].resolved.kind
+            if name is not None:
+                by_kind.setdefault(name, []).append(place)
         self._step = {}
         for name, places in by_kind.items():
             own = self.kinds.get(name) or self._found(name, len(places))
@@ -185,12 +185,15 @@ class OwnKinds:
                 )
 
     def save(self, name: str) -> None:
-        """Write the ledger of a kind; until that works, none of its requests exits."""
-        own = self.kinds[name]
+        """Write the ledger of a kind if it has changed; until that works, nobody exits."""
+        own = self.kinds.get(name)
+        if own is None or (own.is_saved and own.saved == own.ledger.requests):
+            return
         try:
             with self._writing:
-                write_json(self._directory.ledger(name), own.as_dict())
-                own.is_saved = True
+                content = own.as_dict()
+                write_json(self._directory.ledger(name), content)
+                own.is_saved, own.saved = True, content["requests"]
         except OSError as error:
             if own.is_saved:
                 logger.warning(

@@ -165,7 +165,8 @@ class RunningRequests:
             rows[yields_token & continues & (last + 1 >= self.window)] = FULL_DEPTH
         shadow, recorded, tightened = None, None, self._loop.tightened()
         if self.kinds is not None:
-            first = np.flatnonzero(yields_token & (last + 1 == prompt))
+            serves = not self._loop.stats.weights_differ
+            first = np.flatnonzero(serves & yields_token & (last + 1 == prompt))
             shadow, recorded = self.kinds.gate(admitted, first, query_lens, rows)
         elif tightened is not None:
             shadow = np.array([request.resolved.is_shadow for request in admitted])

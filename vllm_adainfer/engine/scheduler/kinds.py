@@ -16,7 +16,7 @@ from vllm_adainfer.auto.kind_reports import KindReporter
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.pools import pools
 from vllm_adainfer.auto.table import KindCount, KindTable
-from vllm_adainfer.engine.admission.kind_of import kind_of
+from vllm_adainfer.engine.admission.kind_of import kind_of, kind_of_output
 from vllm_adainfer.engine.admission.resolved import params_of, resolved_of
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.stats import attach_report
@@ -138,14 +138,17 @@ class KindCountingScheduler(_Scheduler):
         super().add_request(request)
         if not is_new:
             return
-        kind = getattr(resolved_of(request), "kind", None) or kind_of(
-            params_of(request),
-            request.lora_request,
-            request.resumable,
-            self.vllm_config.model_config.logprobs_mode,
-        )
+        kind = self._kind_of(request)
         count = self._kinds.arrived(kind, request.num_prompt_tokens)
         self._counts[request.request_id] = count
+
+    def _kind_of(self, request: Request) -> Kind | None:
+        """The kind of a request, by what was resolved of it if something was."""
+        resolved, adapter = resolved_of(request), request.lora_request
+        if resolved is not None and resolved.output is not None:
+            return kind_of_output(resolved.output, resolved.max_tokens, adapter)
+        mode = self.vllm_config.model_config.logprobs_mode
+        return kind_of(params_of(request), adapter, request.resumable, mode)
 
     @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,8 +16,8 @@ from vllm_adainfer.engine.compat.lora import lora_manager_of
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.adapter_policy import bundled_policy, without_policies
-from vllm_adainfer.engine.worker.beside import Beside
 from vllm_adainfer.engine.worker.reload import Reload
+from vllm_adainfer.engine.worker.self_calibration import SelfCalibration
 from vllm_adainfer.engine.worker.service import Service
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.row_recorder import RowRecorder
@@ -32,7 +32,7 @@ else:
 class ExitWorker(_Worker):
     """Mixin for vLLM's workers. Must precede the vLLM class in the MRO."""
 
-    _beside: Beside | None = None
+    _self_calibration: SelfCalibration | None = None
 
     @property
     def _running(self) -> RunningRequests:
@@ -55,9 +55,9 @@ class ExitWorker(_Worker):
         self._reloads: dict[str, Reload] = {}
         model = self.model_runner.model
         if model.settings.calibrates_itself:
-            self._beside = Beside(model.settings.auto, model, self.vllm_config)
-            self._running.kinds = self._beside.kinds
-            model.loop.keep_states = RowRecorder(self._beside.put)
+            self._self_calibration = SelfCalibration(model.settings.auto, model, self.vllm_config)
+            self._running.kinds = self._self_calibration.kinds
+            model.loop.keep_states = RowRecorder(self._self_calibration.put)
         self._running.digests = digests_of(self.model_runner.model.artifacts)
         manager = lora_manager_of(self.model_runner)
         self._running.lora_manager = manager
@@ -67,8 +67,8 @@ class ExitWorker(_Worker):
     @override
     def shutdown(self) -> None:
         """End what runs beside the steps."""
-        if self._beside is not None:
-            self._beside.close()
+        if self._self_calibration is not None:
+            self._self_calibration.close()
         super().shutdown()
 
     @override
@@ -114,7 +114,7 @@ class ExitWorker(_Worker):
         A classifier's step ends here, too: nothing is sampled.
         """
         self._running.ended(scheduler_output.finished_req_ids)
-        if self._beside is not None and (built := self._beside.take_built()):
+        if self._self_calibration is not None and (built := self._self_calibration.take_built()):
             Service.with_policies(self.model_runner.model, self.vllm_config, built).use(
                 self.model_runner.model, self._running
             )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from vllm.config import VllmConfig
 
-from vllm_adainfer.auto.directory import AutoDirectory
+from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.tries import MOST_ROWS, TRIES
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.own_kinds import OwnKinds
@@ -33,7 +33,7 @@ CLOSE_SECONDS = 10.0
 Chunk = tuple[Sequence[str], Sequence[Tensor], Tensor]
 
 
-class Beside:
+class SelfCalibration:
     """What a worker does beside its steps, on one thread.
 
     It writes recorded rows and ledgers, starts the trainer, and reads the policies that this has
@@ -108,7 +108,8 @@ class Beside:
             return
         self._next_tick = time.monotonic() + TICK_SECONDS
         counts, kinds = self._rows.counts, self.kinds
-        if not self._facts.are_written and max(counts.values(), default=0) >= TIMED_ROWS:
+        enough = kinds.steps > 0 and max(counts.values(), default=0) >= TIMED_ROWS
+        if enough and not self._facts.are_written:
             self._facts.write(kinds.step_seconds, kinds.steps)
         self._trainer.keep_running()
         self._note_states()
@@ -117,7 +118,7 @@ class Beside:
             self._built.put(built)
 
     def _note_states(self) -> None:
-        """Stop recording kinds that have had a policy, or have rows enough."""
+        """Stop recording kinds that have had a policy, that never will, or with rows enough."""
         for name, own in list(self.kinds.kinds.items()):
             if name in self._policies.served:
                 own.state = "served"
@@ -125,6 +126,10 @@ class Beside:
                 own.state = "put away"
             elif self._rows.counts.get(name, 0) >= MOST_ROWS:
                 own.state = "recorded"
+            elif own.state == "recording":
+                said = read_json(self._directory.trainer(name))
+                if isinstance(said, dict) and said.get("status") == "given up":
+                    own.state = "given up"
 
     def _save_ledgers(self) -> None:
         for name in list(self.kinds.kinds):
