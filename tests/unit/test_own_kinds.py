@@ -95,6 +95,16 @@ def test_who_is_compared_is_the_coin_s_choice_and_who_exits_the_ledger_s(kinds):
     assert step(kinds, coins, rows=FULL_DEPTH)[1].tolist() == [], "no policy decides them"
 
 
+def test_who_may_exit_is_not_recorded(kinds):
+    """The policy of a kind may be in service before it is noted that it has one."""
+    step(kinds, [request(1)] * RECURS)
+    [own] = kinds.kinds.values()
+    assert own.state == "recording"
+    own.ledger.allowed = 1000.0
+    recorded, _, full_depth = step(kinds, [request(1, coin) for coin in (0.9, 0.1)])
+    assert recorded == full_depth.tolist() == []
+
+
 def test_a_miss_is_on_disk_when_its_step_has_ended_and_a_restart_goes_on(kinds, directory):
     step(kinds, [request(1)] * RECURS)
     [(name, own)] = kinds.kinds.items()

@@ -144,7 +144,12 @@ class OwnKinds:
             compared[decidable[:count]] = coins[:count]
             self._step[name] = len(places), count
             if own.state == "recording":
-                new = [p for p in places if not admitted[p].resolved.force_full_depth_prefill]
+                new = [
+                    place
+                    for place in places
+                    if threshold_rows[place] == FULL_DEPTH  # its policy may just have come
+                    and not admitted[place].resolved.force_full_depth_prefill
+                ]
                 recorded += new
                 names += [name] * len(new)
         if not recorded:
