@@ -112,10 +112,9 @@ class SelfCalibration:
         if enough and not self._facts.are_written:
             self._facts.write(kinds.step_seconds, kinds.steps)
         self._trainer.keep_running()
-        built = self._policies.read()
-        self._note_states()
-        if built:
+        if built := self._policies.read():
             self._built.put(built)
+        self._note_states()
         self._save_ledgers()
 
     def _note_states(self) -> None:
