@@ -46,3 +46,18 @@ def promises_table() -> list[str]:
         "",
         *(RESULTS / "promises.md").read_text().splitlines(),
     ]
+
+
+def auto_tables() -> list[str]:
+    """A server that calibrates itself, from its first request on."""
+    return [
+        "",
+        "## A server that calibrates itself",
+        "",
+        "An empty directory, the same requests to [such a server](self_calibration.md) and to "
+        "stock vLLM in turn. Both round in other batches, so some answers differ before a kind "
+        "opens, too; the ledger compares within the same step. Layers saved are those of the "
+        "latest 2,000 requests of all kinds.",
+        "",
+        *(RESULTS / "auto.md").read_text().splitlines(),
+    ]

@@ -16,7 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # imports start at the check
 
 from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.front_page import compared, comparison, headlines, load, of_bound
-from benchmarks.quoted_tables import classifier_tables, promises_table, trained_probes_table
+from benchmarks.quoted_tables import (
+    auto_tables,
+    classifier_tables,
+    promises_table,
+    trained_probes_table,
+)
 from benchmarks.serving.serve_report import table as serve_table
 from vllm_adainfer.offline.tables import markdown_table
 
@@ -289,6 +294,7 @@ def tables() -> str:
         "",
         *promises_table(),
         *classifier_tables(),
+        *auto_tables(),
         "",
         *generation_table(),
         "",

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server, let_others_rest
-from benchmarks.serving.auto_report import table
+from benchmarks.serving.auto_report import RECENT, table
 from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
@@ -44,7 +44,6 @@ from vllm_adainfer.offline.provenance import provenance
 
 SECONDS = 600.0  # for one answer
 REPORTED_AT = 2_000, 5_000  # requests of a kind
-RECENT = 4  # blocks over which the layers saved are averaged
 
 
 @dataclass

@@ -241,7 +241,7 @@ class OwnKinds:
             name,
             ledger.why_closed,
         )
-        self._tell(name, "closed", why=ledger.why_closed)
+        self._tell(name, "closed", requests=ledger.requests, why=ledger.why_closed)
 
     def _tell(self, name: str, event: str, **facts: Any) -> None:
         with suppress(OSError):  # a full disk must not stop a step
