@@ -23,7 +23,7 @@ from tests.tiny import LAYERS, tiny_artifact, tiny_config
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.ledger import Ledger
-from vllm_adainfer.engine.runner.own_kinds import RECURS
+from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
 from vllm_adainfer.exits.recording.row_recorder import ROWS

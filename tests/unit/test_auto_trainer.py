@@ -331,11 +331,11 @@ def test_a_full_disk_keeps_the_old_state_and_is_tried_later(place, monkeypatch, 
 
 
 def test_a_second_trainer_is_refused_in_one_sentence(place):
-    with only_one(place.directory.root):
+    with only_one(place.directory):
         result = CliRunner().invoke(app, ["autopilot", str(place.directory.root)])
     assert result.exit_code == 1
     assert "another trainer works on" in result.output
-    with only_one(place.directory.root):
+    with only_one(place.directory):
         pass
 
 

@@ -127,7 +127,12 @@ def test_the_rest_and_pool_candidates_are_told(served):
     ("trainer", "serves", "ledger", "state"),
     [
         ({"tries": [], "status": "recording"}, None, {}, "recording, 0 tries to"),
-        ({"tries": [1, 2], "status": "given up"}, None, {}, "given up after 2 tries"),
+        (
+            {"tries": [{"outcome": "no"}, {"outcome": "no bound holds"}], "status": "given up"},
+            None,
+            {},
+            "given up after 2 tries to certify a policy: no bound holds",
+        ),
         ({"status": "certified"}, None, {}, "certified, not yet served"),
         ({"status": "certified"}, 3, {}, "policy 3 serves"),
         ({"status": "certified"}, 3, {"closed": False}, "policy 3 serves"),

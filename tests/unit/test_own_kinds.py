@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
+from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.admission.admitted import Admitted
 from vllm_adainfer.engine.admission.resolved import Resolved
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner import own_kinds
-from vllm_adainfer.engine.runner.own_kinds import MOST_COUNTED, MOST_RECORDED, RECURS, OwnKinds
+from vllm_adainfer.engine.runner.own_kinds import MOST_COUNTED, MOST_RECORDED, OwnKinds
 from vllm_adainfer.settings.engine import Auto
 from vllm_adainfer.settings.request import RequestSettings
 
 UNDER_POLICY = 0
 
 
-def request(number: int, coin: float = 1.0) -> Admitted:
+def request(number: int) -> Admitted:
     """A request of the kind `number`."""
-    resolved = Resolved(RequestSettings(), None, 1, False, kind=f"kind-{number}", coin=coin)
+    resolved = Resolved(RequestSettings(), None, 1, False, kind=f"kind-{number}")
     return Admitted(resolved, UNDER_POLICY, -1, 1, False, -1, -1, (), (1, 2), None, -1)
 
 
@@ -64,11 +65,15 @@ def test_prompts_that_run_all_layers_for_a_shared_prefix_count_but_are_not_recor
     assert own.ledger.requests == RECURS + 2
 
 
-def test_so_many_kinds_are_recorded_and_one_that_stops_makes_room(kinds, monkeypatch):
+def test_so_many_kinds_are_recorded_and_one_that_comes_too_seldom_makes_room(kinds):
     for number in range(MOST_RECORDED + 1):
         step(kinds, [request(10 * number)] * RECURS)
     assert len(kinds.kinds) == MOST_RECORDED
-    monkeypatch.setattr(own_kinds, "IDLE_SECONDS", 0.0)
+    first, *others = kinds.kinds.values()
+    first.since -= 3 * own_kinds.HOUR
+    for own in others:  # twice as often as need be
+        own.since -= 3 * own_kinds.HOUR
+        own.ledger.requests = 6 * RECURS
     first = next(iter(kinds.kinds))
     step(kinds, [request(900)] * RECURS)
     assert len(kinds.kinds) == MOST_RECORDED
@@ -85,14 +90,14 @@ def test_a_flood_of_lone_kinds_takes_no_more_memory(kinds):
 def test_who_is_compared_is_the_coin_s_choice_and_who_exits_the_ledger_s(kinds):
     step(kinds, [request(1)] * RECURS)
     [own] = kinds.kinds.values()
-    coins = [request(1, coin) for coin in (0.9, 0.1, 0.3, 0.2, 0.1)]
-    everyone = range(len(coins))
-    assert step(kinds, coins)[2].tolist() == [*everyone], "the budget is still 0"
+    asked = [request(1)] * 5
+    assert step(kinds, asked)[2].tolist() == [*range(5)], "the budget is still 0"
     own.ledger.allowed = 1000.0
-    _, compared, full_depth = step(kinds, coins)
+    kinds._toss = iter([0.9, 0.1, 0.3, 0.2, 0.1]).__next__
+    _, compared, full_depth = step(kinds, asked)
     assert compared.tolist() == [1, 3, 4], "below 0.25"
     assert full_depth.tolist() == []
-    assert step(kinds, coins, rows=FULL_DEPTH)[1].tolist() == [], "no policy decides them"
+    assert step(kinds, asked, rows=FULL_DEPTH)[1].tolist() == [], "no policy decides them"
 
 
 def test_who_may_exit_is_not_recorded(kinds):
@@ -101,7 +106,7 @@ def test_who_may_exit_is_not_recorded(kinds):
     [own] = kinds.kinds.values()
     assert own.state == "recording"
     own.ledger.allowed = 1000.0
-    recorded, _, full_depth = step(kinds, [request(1, coin) for coin in (0.9, 0.1)])
+    recorded, _, full_depth = step(kinds, [request(1)] * 2)
     assert recorded == full_depth.tolist() == []
 
 
@@ -110,7 +115,8 @@ def test_a_miss_is_on_disk_when_its_step_has_ended_and_a_restart_goes_on(kinds, 
     [(name, own)] = kinds.kinds.items()
     own.ledger.allowed = 1000.0
     assert not directory.ledger(name).exists()
-    step(kinds, [request(1, 0.1)] * 3, misses=2)
+    kinds._toss = lambda: 0.1
+    step(kinds, [request(1)] * 3, misses=2)
     assert read_json(directory.ledger(name))["misses"] == 2
     again = OwnKinds(Auto(directory=str(directory.root)), directory)
     assert again.kinds[name].ledger.as_dict() == own.ledger.as_dict()

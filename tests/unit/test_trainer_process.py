@@ -37,7 +37,8 @@ def said(process: TrainerProcess) -> str:
 def test_it_works_on_one_thread_in_the_directory_and_its_log_is_private(process):
     process.keep_running()
     root = process._directory.root
-    assert said(process) == f"-m vllm_adainfer.cli autopilot {root} --with-parent 1\n"
+    command = f"-m vllm_adainfer.cli autopilot {root} --parent {os.getpid()} 1\n"
+    assert said(process) == command
     assert os.stat(process._log).st_mode & 0o077 == 0
     process.close()
 

@@ -9,24 +9,33 @@ DIR/KIND/policy-NUMBER/       a certified artifact (trainer)
 DIR/KIND/ledger.json          the ledger (worker)
 DIR/current.json              which policy of each kind to serve (trainer)
 DIR/index.html                a page of all this (trainer, or `vllm-adainfer kinds --page`)
+DIR/KIND/bad.json             which policies were quarantined (worker)
+DIR/identity.json             what all else is for: weights, exit points, promise (worker)
 DIR/events.jsonl              what happened when, for the page (anyone appends a line)
+DIR/events-before.jsonl       what happened before that
+DIR/server.lock, trainer.lock            held by the server's worker, and by the trainer
+DIR/trainer.log               what the trainer says
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.errors import AdaInferError
 
 SALT_BYTES = 32
+DRAFT_SECONDS = 60.0  # a file that is being written is no older
+KEPT_SECONDS = 7 * 24 * 3600.0  # that rows without a policy stay
 MOST_EVENTS = 8 << 20  # bytes of a file of events; the one before is kept
 
 
@@ -35,7 +44,7 @@ class AutoDirectory:
 
     Attributes:
         root: the directory.
-        kinds, identity, model, head, current, page, events: see above.
+        kinds, identity, model, head, current, page, events, events_before: see above.
 
     """
 
@@ -49,6 +58,7 @@ class AutoDirectory:
         self.current = self.root / "current.json"
         self.page = self.root / "index.html"
         self.events = self.root / "events.jsonl"
+        self.events_before = self.root / "events-before.jsonl"
 
     def create(self) -> None:
         """Create the directory and its salt if they are missing.
@@ -97,6 +107,32 @@ class AutoDirectory:
         """The ledger of a kind."""
         return self.root / kind / "ledger.json"
 
+    @contextmanager
+    def held(self, name: str) -> Iterator[bool]:
+        """Hold one of the directory's locks, if nobody else does: whether this process now does.
+
+        The system releases it whenever the process ends.
+        """
+        file = os.open(self.root / f"{name}.lock", os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(file)
+
+    def delete_drafts(self) -> None:
+        """Delete what a killed process has left half-written."""
+        oldest = time.time() - DRAFT_SECONDS
+        for pattern in ".*", "*/.*", "*/rows/*.part":
+            for path in self.root.glob(pattern):
+                with suppress(OSError):
+                    if path.stat().st_mtime < oldest and path.is_file():
+                        path.unlink()
+
     def forget(self) -> None:
         """Delete all rows, policies and ledgers, and what is known of the model."""
         for path in (self.current, self.model, self.head):
@@ -108,7 +144,7 @@ class AutoDirectory:
         """Append a line to the events; one write, so that several processes may do it."""
         with suppress(OSError):
             if self.events.stat().st_size > MOST_EVENTS:
-                os.replace(self.events, self.root / "events-before.jsonl")
+                os.replace(self.events, self.events_before)
         line = {"time": round(time.time(), 3), "kind": kind, "event": event, **facts}
         file = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:

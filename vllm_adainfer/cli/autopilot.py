@@ -16,11 +16,11 @@ def autopilot(
     directory: Annotated[
         Path, typer.Argument(help='The directory of "auto" in the engine switch of a server.')
     ],
-    with_parent: Annotated[
-        bool, typer.Option("--with-parent", help="End when the process that started this ends.")
-    ] = False,
+    parent: Annotated[
+        int | None, typer.Option(help="Number of the process with which this one is to end.")
+    ] = None,
 ) -> None:
     """Fit policies from what a self-calibrating server records; the server starts this itself."""
     from vllm_adainfer.offline.auto.process import run
 
-    run(directory, with_parent)
+    run(directory, parent)

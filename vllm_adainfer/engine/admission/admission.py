@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from random import SystemRandom
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config import ArtifactConfig
@@ -56,7 +55,6 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 TYPICAL_SAVING = 0.4  # of the layers, by a policy that is still to come; see docs/results.md
-COINS = SystemRandom()
 OPTED_OUT = RequestSettings.model_validate({EXIT_ARG: 0})
 SCRIPTED_OUTPUT = RequestedOutput(OutputKind.TOKEN, frozenset(SCRIPT_LABELS))
 # Structured outputs backends whose grammars can tell whether they would accept further tokens.
@@ -106,6 +104,7 @@ class Admission:
         self._configs = configs
         self._logprobs_mode = logprobs_mode
         self._serves_prompt_logprobs = serves_prompt_logprobs
+        self._ends_choices = ends_choices
         self._promises_order = any(config.top_k is not None for config in configs.values())
         self._shadow = GroupSample(settings.shadow_rate, "shadow")
         self.policies = Policies(settings, configs, ends_choices)
@@ -235,7 +234,6 @@ class Admission:
             saving=self._saving(replace(resolved, kind=kind), adapter),
             is_shadow=self.is_shadow(request_id),
             kind=kind,
-            coin=COINS.random(),
         )
 
     def _kind(self, resolved: Resolved, adapter: LoRARequest | None) -> str | None:
@@ -243,6 +241,8 @@ class Admission:
         if not self._settings.calibrates_itself or resolved.output is None:
             return None
         kind = kind_of_output(resolved.output, resolved.max_tokens, adapter)
+        if kind is not None and kind.choices and not self._ends_choices:
+            return None  # it would run on, and no policy covers that
         return None if kind is None or kind.why_full_depth else self._name_of(kind)
 
     @cached_property

@@ -46,7 +46,6 @@ class Resolved:
         force_full_depth_prefill: whether its prompt must run at full depth, to complete the blocks
             of a shared prefix.
         kind: the name of its kind, on a server that calibrates itself; None if it never exits.
-        coin: a random number from 0 to 1 that no client knows: whether it is compared.
 
     """
 
@@ -61,7 +60,6 @@ class Resolved:
     texts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     force_full_depth_prefill: bool = False
     kind: str | None = None
-    coin: float = 1.0
 
 
 def params_of(request: Any) -> Params | None:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from random import SystemRandom
 from threading import Lock
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.ledger import Ledger
+from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.admission.admitted import Admitted
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.compat.logs import get_logger
@@ -26,10 +28,10 @@ from vllm_adainfer.settings.engine import Auto
 
 logger = get_logger(__name__)
 
-RECURS = 20  # requests after which a kind is recorded
 MOST_RECORDED = 8  # kinds at a time
+MOST_KINDS = 64  # that recur
 MOST_COUNTED = 256  # kinds that have not recurred yet
-IDLE_SECONDS = 3600.0  # without a request, after which a recorded kind may lose its place
+HOUR = 3600.0  # seconds; a recorded kind that recurs in none of them may lose its place
 
 
 @dataclass
@@ -40,39 +42,42 @@ class OwnKind:
         ledger: that of its promise.
         since: when its requests began to count, in seconds since 1970.
         state: "recording" until it has a policy, or rows enough.
-        last: when its latest request came, in seconds of `time.monotonic`.
         saved: the requests that the ledger on disk has.
         is_saved: whether the ledger on disk has all misses; no request exits otherwise.
         lock: held while the ledger is changed or read.
+        writing: held while it is written, so that no older one replaces a newer one.
 
     """
 
     ledger: Ledger
     since: float = field(default_factory=time.time)
     state: str = "recording"
-    last: float = field(default_factory=time.monotonic)
     saved: int = -1
     is_saved: bool = True
     lock: Lock = field(default_factory=Lock)
+    writing: Lock = field(default_factory=Lock)
 
     def reading(self) -> dict[str, Any]:
         """What the ledger says."""
         with self.lock:
-            ledger = self.ledger
-            return {
-                "requests": ledger.requests,
-                "misses": ledger.misses,
-                "changed_at_most": ledger.changed_at_most if ledger.decided else 0.0,
-                "allowed": ledger.allowed,
-                "rate": ledger.rate,
-                "closed": ledger.is_closed,
-            }
+            return self._reading()
+
+    def _reading(self) -> dict[str, Any]:
+        ledger = self.ledger
+        return {
+            "requests": ledger.requests,
+            "misses": ledger.misses,
+            "changed_at_most": ledger.changed_at_most if ledger.decided else 0.0,
+            "allowed": ledger.allowed,
+            "rate": ledger.rate,
+            "closed": ledger.is_closed,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """The whole state of the ledger, and its reading, for a file."""
         with self.lock:
-            state = self.ledger.as_dict()
-        return {**state, **self.reading(), "since": self.since, "delta": state["alpha"]}
+            state = {**self.ledger.as_dict(), **self._reading()}
+        return {**state, "since": self.since, "delta": state["alpha"]}
 
 
 class OwnKinds:
@@ -91,7 +96,7 @@ class OwnKinds:
         self._auto, self._directory = auto, directory
         self._counted: OrderedDict[str, int] = OrderedDict()
         self._step: dict[str, tuple[int, int]] = {}  # by kind: requests, and those decided
-        self._writing = Lock()  # so that no older ledger replaces a newer one
+        self._toss = SystemRandom().random  # which no client can foresee
         self.step_seconds, self.steps = 0.0, 0
         self._started = 0.0
         self.kinds: dict[str, OwnKind] = {}
@@ -102,7 +107,8 @@ class OwnKinds:
             if ledger is None:
                 continue
             ledger.use_rate(auto.full_depth_rate)
-            self.kinds[path.parent.name] = OwnKind(ledger, float(content["since"]))
+            since = float(content.get("since", time.time()))
+            self.kinds[path.parent.name] = OwnKind(ledger, since)
             if ledger.is_closed:
                 self.closed.add(path.parent.name)
 
@@ -121,7 +127,7 @@ class OwnKinds:
             bool [requests], who runs all layers to be compared; and who is recorded.
 
         """
-        self._started, now = time.perf_counter(), time.monotonic()
+        self._started = time.perf_counter()
         compared = np.zeros(len(admitted), dtype=np.bool_)
         recorded: list[int] = []
         names: list[str] = []
@@ -136,9 +142,8 @@ class OwnKinds:
             if own is None:
                 threshold_rows[places] = FULL_DEPTH
                 continue
-            own.last = now
             decidable = [place for place in places if threshold_rows[place] != FULL_DEPTH]
-            coins = [admitted[place].resolved.coin < own.ledger.rate for place in decidable]
+            coins = [self._toss() < own.ledger.rate for _ in decidable]
             count = own.ledger.decidable(coins) if own.is_saved else 0
             threshold_rows[decidable[count:]] = FULL_DEPTH
             compared[decidable[:count]] = coins[:count]
@@ -195,7 +200,7 @@ class OwnKinds:
         if own is None or (own.is_saved and own.saved == own.ledger.requests):
             return
         try:
-            with self._writing:
+            with own.writing:
                 content = own.as_dict()
                 write_json(self._directory.ledger(name), content)
                 own.is_saved, own.saved = True, content["requests"]
@@ -212,7 +217,7 @@ class OwnKinds:
     def _found(self, name: str, requests: int) -> OwnKind | None:
         """Count requests of a kind that is not recorded; the kind itself once it is."""
         count = self._counted.pop(name, 0) + requests
-        if count >= RECURS and self._has_room():
+        if count >= RECURS and len(self.kinds) < MOST_KINDS and self._has_room():
             self.kinds[name] = OwnKind(
                 Ledger(self._auto.epsilon, self._auto.delta, self._auto.full_depth_rate)
             )
@@ -225,15 +230,16 @@ class OwnKinds:
         return None
 
     def _has_room(self) -> bool:
-        """Whether one more kind may be recorded; kinds that have stopped coming make room."""
+        """Whether one more kind may be recorded; one that comes too seldom makes room."""
         recording = {n: own for n, own in self.kinds.items() if own.state == "recording"}
         if len(recording) < MOST_RECORDED:
             return True
-        name = min(recording, key=lambda one: recording[one].last)
-        if time.monotonic() - recording[name].last < IDLE_SECONDS:
-            return False
-        del self.kinds[name]
-        return True
+        for name, own in recording.items():
+            hours = (time.time() - own.since) / HOUR
+            if name not in self._step and hours > 1 and own.ledger.requests < RECURS * hours:
+                del self.kinds[name]
+                return True
+        return False
 
     def _tell_closed(self, name: str, ledger: Ledger) -> None:
         logger.warning(

@@ -163,12 +163,12 @@ class RunningRequests:
             # vLLM frees blocks outside the window, which deferred rows still need. Chunks before
             # the last one are never deferred, and pooled policies read them.
             rows[yields_token & continues & (last + 1 >= self.window)] = FULL_DEPTH
-        shadow, recorded, tightened = None, None, self._loop.tightened()
+        shadow = recorded = None
         if self.kinds is not None:
             serves = not self._loop.stats.weights_differ
             first = np.flatnonzero(serves & yields_token & (last + 1 == prompt))
             shadow, recorded = self.kinds.gate(admitted, first, query_lens, rows)
-        elif tightened is not None:
+        elif (tightened := self._loop.tightened()) is not None:
             shadow = np.array([request.resolved.is_shadow for request in admitted])
             rows[tightened[rows] & ~shadow] = FULL_DEPTH
         if pooled_from is not None and not self.admission.is_recording:

@@ -159,7 +159,8 @@ class KindCountingScheduler(_Scheduler):
             if request_id not in self.requests:  # another one may have come under its name
                 counts.pop(request_id, None)
         for request_id, tokens in output.num_scheduled_tokens.items():
-            counts[request_id].tokens += tokens
+            if (count := counts.get(request_id)) is not None:
+                count.tokens += tokens
         self._kinds.ran(output.total_num_scheduled_tokens)
         return output
 

@@ -8,12 +8,13 @@ earlier requests with the same policy and a similar number of new blocks.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 Kind = tuple[str, int]  # the policy, and the bit length of the number of new blocks
 PRIOR = 4.0  # requests without reuse to start from
+MOST_KINDS = 1024  # that are remembered: clients make new ones on a server that calibrates itself
 HORIZON = 64.0  # requests of a kind after which the counts are halved
 
 
@@ -40,7 +41,7 @@ class PrefixReuse:
         # Of each block seen once: its request's kind, and its fraction of that request's blocks.
         self._once: OrderedDict[bytes, tuple[Kind, float] | None] = OrderedDict()
         self._fresh: set[bytes] = set()
-        self._seen: defaultdict[Kind, Seen] = defaultdict(Seen)
+        self._seen: OrderedDict[Kind, Seen] = OrderedDict()
 
     def new_step(self) -> None:
         """Start a new step; requests of one step share blocks without computing them twice."""
@@ -64,12 +65,12 @@ class PrefixReuse:
                 self._once[block_hash] = None
                 if block_hash not in self._fresh:
                     kind, part = first
-                    self._seen[kind].again += part
+                    self._of(kind).again += part
             self._once.move_to_end(block_hash)
         if policy is None or not new:
             return
         kind = policy, len(new).bit_length()
-        seen = self._seen[kind]
+        seen = self._of(kind)
         seen.new += 1
         if seen.new > HORIZON:
             seen.new, seen.again = seen.new / 2, seen.again / 2
@@ -77,3 +78,11 @@ class PrefixReuse:
         self._once.update(dict.fromkeys(new, (kind, 1 / len(new))))
         while len(self._once) > self._capacity:
             self._once.popitem(last=False)
+
+    def _of(self, kind: Kind) -> Seen:
+        """The counts of a kind; of too many, those of the one that came least lately go."""
+        seen = self._seen.setdefault(kind, Seen())
+        self._seen.move_to_end(kind)
+        if len(self._seen) > MOST_KINDS:
+            self._seen.popitem(last=False)
+        return seen

@@ -254,11 +254,10 @@ def _of_switch(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
 
 def _of_own_policies(vllm_config: VllmConfig) -> Iterator[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if max(parallel.tensor_parallel_size, parallel.data_parallel_size) > 1:
+    if parallel.tensor_parallel_size > 1:
         yield (
-            "a server that calibrates itself has one rank and one engine so far: set "
-            "--tensor-parallel-size and --data-parallel-size to 1, or only watch, with "
-            '"auto": {"directory": "DIR", "watch": true}'
+            "a server that calibrates itself has one rank so far: set --tensor-parallel-size to 1, "
+            'or only watch, with "auto": {"directory": "DIR", "watch": true}'
         )
     if model.runner_type != "generate":
         yield "a classifier does not calibrate itself so far: calibrate it with `calibrate`"

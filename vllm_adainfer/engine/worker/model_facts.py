@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from vllm.config import VllmConfig
 
@@ -46,6 +45,7 @@ class ModelFacts:
                 directory.root,
             )
         write_json(directory.identity, self._identity)
+        directory.model.unlink(missing_ok=True)  # the model's path may be another, and its speed
 
     @property
     def are_written(self) -> bool:
@@ -77,7 +77,6 @@ class ModelFacts:
             "hf_overrides": overrides if isinstance(overrides, dict) else None,
             "depth": stack.shape.depth,
             "own_kv_layers": self._model.num_own_kv_layers,
-            "threads": torch.get_num_threads(),
             "soft_cap": soft_cap,
             "scale": scale,
             "layer_seconds": layer_seconds,

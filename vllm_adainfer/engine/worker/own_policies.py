@@ -7,13 +7,15 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.build_loop import policies_of_artifacts
 from vllm_adainfer.engine.scheduler.rest_of_choice import check_tokenizer
-from vllm_adainfer.engine.worker.service import Built
+from vllm_adainfer.engine.worker.service import Built, Service
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.load_policy import Policy
 
 logger = get_logger(__name__)
 
@@ -22,45 +24,46 @@ class OwnPolicies:
     """Reads ``current.json`` when it has changed.
 
     Attributes:
-        served: the kinds that have a policy.
-        put_away: those whose only policy cannot be served.
+        current: by kind, the number of its policy.
 
     """
 
     def __init__(self, directory: AutoDirectory, model: Any, vllm_config: VllmConfig) -> None:
         """`model` is an `EarlyExit`, whose weights are loaded."""
         self._directory, self._model, self._config = directory, model, vllm_config
-        self.served: set[str] = set()
-        self.put_away: set[str] = set()
-        self._read: dict[str, int] = {}  # by kind, the number of the policy that was read last
+        self._read: dict[str, int] = {}  # the numbers of the policies that were read last
         self._seen: tuple[int, int] | None = None
+        self.current: dict[str, int] = {}
+        self._look()
 
     def read(self) -> Built:
-        """The policies that are new since the last call; one that cannot be served is put away."""
-        try:
-            stat = self._directory.current.stat()
-        except OSError:
-            return {}
-        seen = stat.st_mtime_ns, stat.st_ino
-        if seen == self._seen:
-            return {}
-        self._seen = seen
-        current = read_json(self._directory.current)
+        """The policies that are new since the last call; one that cannot be served stays out."""
+        self._look()
         built = {}
-        for kind, number in (current if isinstance(current, dict) else {}).items():
+        for kind, number in self.current.items():
             if self._read.get(kind) == number:
                 continue
             self._read[kind] = number
             try:
                 built[kind] = self._build(kind, number)
-                self.served.add(kind)
-                self.put_away.discard(kind)
-                self._directory.tell(kind, "serving", policy=number)
             except Exception as error:  # whatever is wrong with it, serving goes on
-                self._put_away(kind, number, error)
+                self.quarantine(kind, error)
+            else:
+                self._directory.tell(kind, "serving", policy=number)
         return built
 
-    def _build(self, kind: str, number: int) -> Any:
+    def _look(self) -> None:
+        """Note what the trainer has said."""
+        try:
+            stat = self._directory.current.stat()
+        except OSError:
+            return
+        seen = stat.st_mtime_ns, stat.st_ino
+        if seen != self._seen:
+            self._seen, found = seen, read_json(self._directory.current)
+            self.current = found if isinstance(found, dict) else self.current
+
+    def _build(self, kind: str, number: int) -> tuple[Artifact, dict[str, Policy]]:
         """The artifact of a policy, and the policy.
 
         Raises:
@@ -79,14 +82,24 @@ class OwnPolicies:
         if config.choices:
             tokenizer = cached_tokenizer_from_config(self._config.model_config)
             check_tokenizer(tokenizer, kind, config.choices)
-        return artifact, policies_of_artifacts({kind: artifact}, model)
+        found = artifact, policies_of_artifacts({kind: artifact}, model)
+        Service.with_policies(model, self._config, {kind: found})  # or it fails here, not in a step
+        return found
 
-    def _put_away(self, kind: str, number: int, error: Exception) -> None:
-        """Remember a policy that cannot be served; what was served before goes on."""
-        if kind not in self.served:
-            self.put_away.add(kind)
-        logger.error("kind %s: policy %s cannot be served and is put away: %s", kind, number, error)
-        path = self._directory.root / kind / "bad.json"
-        bad = read_json(path) or {"bad": []}
-        write_json(path, {"bad": sorted({*bad["bad"], number}), "why": str(error)})
+    def quarantine(self, kind: str, error: Exception) -> None:
+        """Serve no policy of a kind that is new; what was served before goes on.
+
+        The reason may quote what clients sent, so it is written to the directory alone.
+        """
+        number, path = self.current[kind], self._directory.root / kind / "bad.json"
+        logger.error(
+            "kind %s: policy %s cannot be served and is quarantined (%s, see %s)",
+            kind,
+            number,
+            type(error).__name__,
+            path,
+        )
+        content = read_json(path)
+        bad = content["bad"] if isinstance(content, dict) else []
+        write_json(path, {"bad": sorted({*bad, number}), "why": str(error)})
         self._directory.tell(kind, "quarantined", policy=number, why=str(error))

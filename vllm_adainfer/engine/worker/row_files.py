@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vllm_adainfer.auto.directory import AutoDirectory
+from vllm_adainfer.auto.directory import KEPT_SECONDS, AutoDirectory
 from vllm_adainfer.auto.tries import MOST_ROWS
-
-KEPT_SECONDS = 7 * 24 * 3600.0  # that rows without a policy stay
 
 
 class RowFiles:
@@ -32,13 +30,19 @@ class RowFiles:
         self._layers = layers
         self.counts: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
-        for path in sorted(directory.root.glob("*/rows/*.safetensors")):
+        for path in sorted(directory.root.glob("*/rows/[0-9]*.safetensors")):
             kind = path.parent.parent.name
             self._numbers[kind] = int(path.stem)
             self.counts[kind] = self.counts.get(kind, 0) + _rows_of(path)
 
-    def put(self, kinds: Sequence[str], states: Sequence[Tensor], computed: Tensor) -> None:
-        """Write a chunk; arguments as for `ChunkReader`.
+    def put(
+        self,
+        kinds: Sequence[str],
+        states: Sequence[Tensor],
+        computed: Tensor,
+        wanted: Collection[str],
+    ) -> None:
+        """Write the rows of a chunk that are of `wanted` kinds; arguments as for `ChunkReader`.
 
         Raises:
             OSError: the disk is full, for example; the chunk is lost.
@@ -46,7 +50,7 @@ class RowFiles:
         """
         for kind in dict.fromkeys(kinds):
             count = self.counts.get(kind, 0)
-            if count >= MOST_ROWS:
+            if kind not in wanted or count >= MOST_ROWS:
                 continue
             rows = torch.tensor([place for place, one in enumerate(kinds) if one == kind])
             names = [*(f"layer.{layer}" for layer in self._layers), "final"]

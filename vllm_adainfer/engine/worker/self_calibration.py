@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from queue import Empty, Full, Queue
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
@@ -20,14 +22,16 @@ from vllm_adainfer.engine.worker.own_policies import OwnPolicies
 from vllm_adainfer.engine.worker.row_files import RowFiles
 from vllm_adainfer.engine.worker.service import Built
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Auto
 
 logger = get_logger(__name__)
 
 TIMED_ROWS = TRIES[0] // 2  # of a kind, after which the layers' speed is known
-QUEUED = 32  # chunks of rows that may wait for the disk; further ones are lost
+MOST_WAITING = 4096  # rows that may wait for the disk; further ones are lost
 TICK_SECONDS = 1.0
 STATUS_SECONDS = 60.0  # between the lines about a kind among the events
+LOCK_SECONDS = 30.0  # in which a killed server's worker ends
 CLOSE_SECONDS = 10.0
 
 Chunk = tuple[Sequence[str], Sequence[Tensor], Tensor]
@@ -38,92 +42,127 @@ class SelfCalibration:
 
     It writes recorded rows and ledgers, starts the trainer, and reads the policies that this has
     certified. Whatever fails here, serving goes on.
+
+    Attributes:
+        kinds: those that the worker knows.
+
     """
 
     def __init__(self, auto: Auto, model: Any, vllm_config: VllmConfig) -> None:
         """`model` is an `EarlyExit`, whose weights are loaded and whose loop is built.
 
         Raises:
-            AdaInferError: this process cannot write to the directory.
+            AdaInferError: this process cannot write to the directory, or another server has it.
 
         """
         self._model = model
-        self._directory = AutoDirectory(auto.directory)
-        self._directory.create()
-        self._facts = ModelFacts(self._directory, auto, model, vllm_config)
-        self.kinds = OwnKinds(auto, self._directory)
-        self._rows = RowFiles(self._directory, model.loop.policies.exit_points)
-        self._policies = OwnPolicies(self._directory, model, vllm_config)
-        self._trainer = TrainerProcess(self._directory)
-        self._chunks: Queue[Chunk | None] = Queue(QUEUED)
-        self._built: Queue[Built] = Queue()
+        self._directory = directory = AutoDirectory(auto.directory)
+        directory.create()
+        self._held = ExitStack()
+        self._hold()
+        directory.delete_drafts()
+        self._facts = ModelFacts(directory, auto, model, vllm_config)
+        self.kinds = OwnKinds(auto, directory)
+        self._rows = RowFiles(directory, model.loop.policies.exit_points)
+        self._policies = OwnPolicies(directory, model, vllm_config)
+        self._note_states()
+        self._trainer = TrainerProcess(directory)
+        self._chunks: SimpleQueue[Chunk | None] = SimpleQueue()
+        self._put_rows = self._written_rows = 0  # one thread counts each
+        self._built: SimpleQueue[Built] = SimpleQueue()
         self._told: dict[str, int] = {}  # by kind, the requests at its last status
-        self._next_tick, self._failed = 0.0, False
+        self._next_tick, self._next_status = 0.0, time.monotonic() + STATUS_SECONDS
+        self._failed: set[str] = set()
         self._thread = Thread(target=self._run, name="adainfer-auto", daemon=True)
         self._thread.start()
 
     def put(self, kinds: Sequence[str], states: Sequence[Tensor], computed: Tensor) -> None:
         """Queue a chunk of rows, or lose it if the disk is too slow; a `ChunkReader`."""
-        try:
-            self._chunks.put_nowait((kinds, states, computed))
-        except Full:
+        if self._put_rows - self._written_rows > MOST_WAITING:
             logger.warning_once("rows come faster than they can be written: some are lost")
+            return
+        self._put_rows += len(kinds)
+        self._chunks.put((kinds, states, computed))
 
     def take_built(self) -> Built:
         """Policies that are ready to be served; empty in nearly all steps."""
         return {} if self._built.empty() else self._built.get_nowait()
 
+    def quarantine(self, built: Built, error: Exception) -> None:
+        """Policies that were taken cannot be served after all."""
+        for kind in built:
+            self._policies.quarantine(kind, error)
+
     def close(self) -> None:
         """Write what is queued, and end the trainer."""
-        try:
-            self._chunks.put(None, timeout=CLOSE_SECONDS)
-        except Full:
-            return
+        self._chunks.put(None)
         self._thread.join(CLOSE_SECONDS)
 
+    def _hold(self) -> None:
+        """Hold the directory: two servers would overwrite each other's ledgers."""
+        end = time.monotonic() + LOCK_SECONDS
+        while not self._held.enter_context(self._directory.held("server")):
+            if time.monotonic() > end:
+                raise AdaInferError(
+                    f"another server calibrates itself in {self._directory.root}: give each "
+                    'server an "auto" directory of its own, or end the other one'
+                )
+            time.sleep(0.5)
+
     def _run(self) -> None:
-        next_status = time.monotonic() + STATUS_SECONDS
-        while True:
-            try:
+        is_open = True
+        while is_open:
+            with suppress(Empty):
                 chunk = self._chunks.get(timeout=TICK_SECONDS)
                 if chunk is None:
-                    break
-                self._rows.put(*chunk)
-            except Empty:
-                pass
-            except Exception as error:  # the next chunk may succeed
-                self._warn_once("rows cannot be written", error)
-            try:
+                    is_open = False
+                else:
+                    self._written_rows += len(chunk[0])
+                    self._tried("rows cannot be written", partial(self._write, *chunk))
+            if time.monotonic() >= self._next_tick or not is_open:
+                self._next_tick = time.monotonic() + TICK_SECONDS
                 self._tick()
-                if time.monotonic() >= next_status:
-                    next_status = time.monotonic() + STATUS_SECONDS
-                    self._status()
-            except Exception as error:
-                self._warn_once("the state cannot be written", error)
-        self._save_ledgers()
         self._trainer.close()
+        self._held.close()
 
     def _tick(self) -> None:
-        if time.monotonic() < self._next_tick:
-            return
-        self._next_tick = time.monotonic() + TICK_SECONDS
-        counts, kinds = self._rows.counts, self.kinds
-        enough = kinds.steps > 0 and max(counts.values(), default=0) >= TIMED_ROWS
-        if enough and not self._facts.are_written:
-            self._facts.write(kinds.step_seconds, kinds.steps)
-        self._trainer.keep_running()
-        if built := self._policies.read():
+        self._tried("ledgers cannot be written", self._save_ledgers)
+        self._tried("policies cannot be read", self._read_policies)
+        self._tried("the trainer cannot be started", self._trainer.keep_running)
+        self._tried("the model cannot be described to the trainer", self._describe_model)
+        if time.monotonic() >= self._next_status:
+            self._next_status = time.monotonic() + STATUS_SECONDS
+            self._tried("the state cannot be written", self._status)
+
+    def _tried(self, what: str, task: Callable[[], None]) -> None:
+        """Do a task; one that fails is tried again later, and warned of once."""
+        try:
+            task()
+        except Exception as error:  # whatever it was, serving goes on
+            if what not in self._failed:
+                logger.warning("%s (%s); this is tried again, without more warnings", what, error)
+            self._failed.add(what)
+
+    def _write(self, kinds: Sequence[str], states: Sequence[Tensor], computed: Tensor) -> None:
+        wanted = [n for n, own in list(self.kinds.kinds.items()) if own.state == "recording"]
+        self._rows.put(kinds, states, computed, wanted)
+
+    def _read_policies(self) -> None:
+        """Read new ones, once requests come: until then, vLLM may still test or capture."""
+        if self.kinds.steps and (built := self._policies.read()):
             self._built.put(built)
         self._note_states()
-        self._save_ledgers()
+
+    def _describe_model(self) -> None:
+        rows, kinds = max(self._rows.counts.values(), default=0), self.kinds
+        if kinds.steps and rows >= TIMED_ROWS and not self._facts.are_written:
+            self._facts.write(kinds.step_seconds, kinds.steps)
 
     def _note_states(self) -> None:
         """Stop recording kinds that have had a policy, that never will, or with rows enough."""
         for name, own in list(self.kinds.kinds.items()):
-            if name in self._policies.served:
+            if name in self._policies.current:
                 own.state = "served"
-            elif name in self._policies.put_away:
-                own.state = "put away"
             elif self._rows.counts.get(name, 0) >= MOST_ROWS:
                 own.state = "recorded"
             elif own.state == "recording":
@@ -150,10 +189,3 @@ class SelfCalibration:
                 facts["layers_saved"] = skipped / max(run + skipped, 1)
             rows = self._rows.counts.get(name, 0)
             self._directory.tell(name, "status", state=own.state, rows=rows, **facts)
-
-    def _warn_once(self, what: str, error: Exception) -> None:
-        if not self._failed:
-            logger.warning(
-                "%s (%s); it is tried again, and this warning is not repeated", what, error
-            )
-        self._failed = True

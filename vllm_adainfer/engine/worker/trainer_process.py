@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.engine.compat.logs import get_logger
@@ -49,12 +50,14 @@ class TrainerProcess:
         quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         with open(self._log, "wb", opener=_private) as log:
             self._process = subprocess.Popen(
-                [*command, str(self._directory.root), "--with-parent"],
+                [*command, str(self._directory.root), "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **quiet},
             )
+        with suppress(OSError):  # this worker's threads are bound to some cores, its parent is not
+            os.sched_setaffinity(self._process.pid, os.sched_getaffinity(os.getppid()))
 
     @property
     def _log(self) -> str:

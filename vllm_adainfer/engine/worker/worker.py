@@ -18,7 +18,7 @@ from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.adapter_policy import bundled_policy, without_policies
 from vllm_adainfer.engine.worker.reload import Reload
 from vllm_adainfer.engine.worker.self_calibration import SelfCalibration
-from vllm_adainfer.engine.worker.service import Service
+from vllm_adainfer.engine.worker.service import Built, Service
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.row_recorder import RowRecorder
 
@@ -115,9 +115,7 @@ class ExitWorker(_Worker):
         """
         self._running.ended(scheduler_output.finished_req_ids)
         if self._self_calibration is not None and (built := self._self_calibration.take_built()):
-            Service.with_policies(self.model_runner.model, self.vllm_config, built).use(
-                self.model_runner.model, self._running
-            )
+            self._serve_own(built, self._self_calibration)
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
             output = copy.copy(output)  # vLLM returns one shared object for all empty steps
@@ -132,6 +130,16 @@ class ExitWorker(_Worker):
         output = super().sample_tokens(grammar_output)
         self._attach_note(output)
         return output
+
+    def _serve_own(self, built: Built, calibration: SelfCalibration) -> None:
+        """Decide with policies that this server has calibrated, from this step on."""
+        model = self.model_runner.model
+        try:
+            service = Service.with_policies(model, self.vllm_config, built)
+        except AdaInferError as error:
+            calibration.quarantine(built, error)
+        else:
+            service.use(model, self._running)
 
     def _attach_note(self, output: Any) -> None:
         note = self._running.take_note()

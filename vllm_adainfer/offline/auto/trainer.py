@@ -18,6 +18,7 @@ from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.tries import TRIES
+from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.auto.fit import Served, fit_policy
 from vllm_adainfer.offline.auto.shards import Shard, load_rows, read_shards
 from vllm_adainfer.offline.auto.tries import CERTIFIED, GIVEN_UP, RECORDING, Due, State, Try
@@ -114,6 +115,11 @@ class Trainer:
         served, rows = self._served(), load_rows(shards)
         held_out = int((rows.shards > due.since).sum()) // 2
         epsilon, delta = served.facts["epsilon"], served.facts["delta"] * due.share_of_delta
+        try:
+            served.answers(kind)
+        except AdaInferError as error:  # no number of rows would help
+            self._end(name, replace(due, last=True), str(error))
+            return
         try:
             policy = fit_policy(served, kind, rows, held_out, epsilon, delta)
         except (ArithmeticError, RuntimeError, ValueError) as error:  # AdaInferError is one

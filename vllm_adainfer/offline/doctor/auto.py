@@ -6,17 +6,18 @@ import fcntl
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from vllm_adainfer.artifact.files import load_artifact_config
-from vllm_adainfer.auto.directory import AutoDirectory, read_json
+from vllm_adainfer.auto.directory import KEPT_SECONDS, AutoDirectory, read_json
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok, skip
 from vllm_adainfer.offline.reports.kind_states import KindState, Watched, read_directory
 
 OTHERS = 0o077  # bits of a mode that let other users in
 ROOM = 1 << 30  # bytes that rows and artifacts may take
-DAYS = 7  # for which rows are kept
+DAYS = round(KEPT_SECONDS / 86400)
 
 
 def examine_auto(root: str) -> Iterator[Finding]:
@@ -42,13 +43,21 @@ def examine_auto(root: str) -> Iterator[Finding]:
 def modes(directory: AutoDirectory) -> Finding:
     """May only the server's user read the directory? States of prompts count as prompts."""
     paths = [directory.root, *directory.root.rglob("*")]
-    is_open = [path for path in paths if not path.is_symlink() and path.stat().st_mode & OTHERS]
+    is_open = [path for path in paths if _mode(path) & OTHERS]
     if is_open:
         return fail(
             f"auto: other users may read {is_open[0]} ({len(is_open)} such paths), and states of "
             f"prompts count as prompts: chmod -R go= {directory.root}"
         )
     return ok(f"auto: only its user may read {directory.root}")
+
+
+def _mode(path: Path) -> int:
+    """The mode of a file; 0 for one that has gone, as drafts do, and for a link."""
+    try:
+        return 0 if path.is_symlink() else path.stat().st_mode
+    except OSError:
+        return 0
 
 
 def room(directory: AutoDirectory) -> Finding:
@@ -80,25 +89,29 @@ def trainer(directory: AutoDirectory) -> Finding:
 
 def stale_rows(directory: AutoDirectory) -> Finding:
     """Are there states of prompts that are older than they are to become?"""
-    oldest = time.time() - DAYS * 24 * 3600
-    stale = [path for path in directory.root.glob("*/rows/*") if path.lstat().st_mtime < oldest]
+    oldest = time.time() - KEPT_SECONDS
+    stale = []
+    for path in directory.root.glob("*/rows/*"):
+        with suppress(OSError):  # it has just been deleted
+            if path.lstat().st_mtime < oldest:
+                stale.append(path)
     if stale:
         return fail(
             f"auto: {len(stale)} files of rows are older than {DAYS} days, such as {stale[0]}: "
-            "start the trainer, which deletes them, or delete them yourself"
+            "start the server, which deletes them, or delete them yourself"
         )
     return ok(f"auto: no rows are older than {DAYS} days")
 
 
 def quarantined(watched: Watched) -> Finding:
-    """Was a policy put aside because the server could not load it?"""
+    """Was a policy quarantined because the server could not load it?"""
     bad = [one for one in watched.kinds if one.bad]
     if not bad:
         return ok("auto: no policy was quarantined")
     why = "; ".join(f"{one.name}: {_reason(one)}" for one in bad)
     return fail(
-        f"auto: policies were quarantined ({why}): the version before them serves. Report this "
-        "with the server's log, and delete the file bad.json to try again"
+        f"auto: policies were quarantined ({why}): requests of these kinds run as before. Report "
+        "this with the server's log, and restart the server to try it again"
     )
 
 
@@ -131,4 +144,4 @@ def _fingerprint(directory: AutoDirectory, one: KindState) -> str | None:
 
 
 def _reason(one: KindState) -> str:
-    return str(one.bad.get("why") or one.bad.get("reason") or "no reason given")
+    return str(one.bad.get("why") or "no reason given")

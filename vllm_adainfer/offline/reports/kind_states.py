@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class KindState:
         serves: number of the policy that serves it; None for none.
         trainer: what the trainer says of it; empty if it says nothing.
         ledger: what its ledger says; empty if it has none.
-        bad: why a policy of it was quarantined; empty if none was.
+        bad: which policies of it were quarantined, and why the last was; empty if none was.
 
     """
 
@@ -54,10 +55,13 @@ class KindState:
         if self.ledger.get("closed"):
             reason = self.ledger.get("why_closed")
             return f"closed: {reason}" if reason else "closed"
+        if self.serves is not None and self.serves in self.bad.get("bad", ()):
+            return f"policy {self.serves} is quarantined: {self.bad.get('why')}"
         if self.serves is not None:
             return f"policy {self.serves} serves"
         if status == "given up":
-            return f"given up after {tries} tries to certify a policy"
+            last = self.trainer["tries"][-1].get("outcome") if tries else None
+            return f"given up after {tries} tries to certify a policy: {last}"
         if status == "certified":
             return "certified, not yet served"
         if status == "recording":
@@ -142,6 +146,7 @@ def read_directory(root: str | Path) -> Watched:
     return Watched(model, tokenizer, *totals, kinds, content.get("pools") or [])
 
 
+@lru_cache(1)
 def label_texts(tokenizer: str) -> Texts:
     """How to write a label: its text, or its token id if the tokenizer cannot be loaded."""
     from transformers import AutoTokenizer

@@ -54,8 +54,9 @@ def write_page(root: str | Path) -> Path:
     """
     directory, watched = AutoDirectory(root), read_directory(root)
     events: defaultdict[str, list[Event]] = defaultdict(list)
-    for event in read_events(directory.events):
-        events[event["kind"]].append(event)
+    for path in directory.events_before, directory.events:
+        for event in read_events(path):
+            events[event["kind"]].append(event)
     try:
         write_text(directory.page, page_of(watched, events, label_texts(watched.tokenizer)))
     except OSError as error:
