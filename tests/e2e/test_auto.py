@@ -165,9 +165,9 @@ def test_nobody_exits_until_the_budget_allows_for_it_and_no_more_than_it_allows(
     assert own.ledger.requests == len(PROMPTS)
     own.ledger.allowed = 60.0
     before = sum(depths(auto, kind).values()) if kind in names(auto) else 0
-    early = ask(auto, PROMPTS * 4, label(labels))
+    early = ask(auto, PROMPTS * 2, label(labels))
     ledger = own.ledger
-    changed = sum(one != two for one, two in zip(early, full * 4, strict=True))
+    changed = sum(one != two for one, two in zip(early, full * 2, strict=True))
     assert ledger.misses > 0, "a random policy misses"
     assert 0 < changed <= ledger.changed_at_most <= ledger.allowed
     histogram = depths(auto, kind)

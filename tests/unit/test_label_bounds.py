@@ -36,10 +36,12 @@ from vllm_adainfer.offline.calibration.prompts import split_of
 from vllm_adainfer.policy.answers import LabelScores
 from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
 from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.settings.engine import Settings
 
 SAFE, UNSAFE = 3, 7
 DEPTH, LAYERS, ROWS = 10, (3, 6), 600
 EPSILON, DELTA, RESAMPLES = 0.1, 0.1, 300
+SETTINGS = Settings(artifact="policy")
 GRID = [math.inf, *np.linspace(1, 0, 60).tolist()]
 KINDS = pytest.mark.parametrize("kind", ["recall", "precision"])
 
@@ -280,7 +282,7 @@ POLICY = SimpleNamespace(
 
 def test_shadow_requests_are_counted_for_each_promise_settled_or_not(tiny_model):
     bounds = (promised("recall", "good"), promised("precision", "good"))
-    monitor = monitor_of(config_with(tiny_model, label_bounds=bounds))
+    monitor = monitor_of(config_with(tiny_model, label_bounds=bounds), SETTINGS)
     early, full = [1, 1, 0, -1, 0, 1, -1], [1, 0, 1, 1, 0, 1, 0]
     stats = shadowed(monitor, POLICY, early, full)
     answered = [wanted if seen < 0 else seen for seen, wanted in zip(early, full, strict=True)]
@@ -302,7 +304,7 @@ def test_shadow_requests_are_counted_for_each_promise_settled_or_not(tiny_model)
 @KINDS
 def test_a_broken_promise_closes_its_level_though_epsilon_holds(tiny_model, caplog, kind):
     """Of 40 in 1,000 that are good, half are missed: 2 % of all answers change."""
-    monitor = monitor_of(config_with(tiny_model, label_bounds=(promised(kind, "good"),)))
+    monitor = monitor_of(config_with(tiny_model, label_bounds=(promised(kind, "good"),)), SETTINGS)
     for _ in range(50):
         early, full = [0] * 60 + [1, 0] * 2, [0] * 60 + [1, 1] * 2
         if kind == "precision":
@@ -315,7 +317,9 @@ def test_a_broken_promise_closes_its_level_though_epsilon_holds(tiny_model, capl
 
 
 def test_promises_that_hold_close_nothing(tiny_model):
-    monitor = monitor_of(config_with(tiny_model, label_bounds=(promised("recall", "good"),)))
+    monitor = monitor_of(
+        config_with(tiny_model, label_bounds=(promised("recall", "good"),)), SETTINGS
+    )
     for _ in range(50):
         shadowed(monitor, POLICY, [0] * 30 + [1] * 30, [0] * 30 + [1] * 30)
     assert not monitor.tightened.any()

@@ -208,7 +208,7 @@ def test_of_a_pool_the_labels_of_the_request_alone_are_compared(
 def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
     tiny_model, caplog, changes, kind, closes
 ):
-    monitor = monitor_of(tiny_config(tiny_model, **changes))
+    monitor = monitor_of(tiny_config(tiny_model, **changes), Settings(artifact="policy"))
     assert type(monitor) is kind
     assert (monitor.alpha, monitor.epsilons.tolist()) == (0.1, [0.02, 0.05])
     differs = torch.full((1, 10), -1.0)
