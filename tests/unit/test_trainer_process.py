@@ -26,6 +26,15 @@ def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainerProcess:
     return TrainerProcess(directory)
 
 
+def all_cores() -> set[int]:
+    """Those that this machine has, whatever this process is bound to."""
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, bound)
+    return cores
+
+
 def said(process: TrainerProcess) -> str:
     end = time.monotonic() + 10
     while not (text := Path(process._log).read_text()):
@@ -37,6 +46,7 @@ def said(process: TrainerProcess) -> str:
 def test_it_works_on_one_thread_in_the_directory_and_its_log_is_private(process):
     process.keep_running()
     root = process._directory.root
+    assert os.sched_getaffinity(process._process.pid) == all_cores()
     command = f"-m vllm_adainfer.cli autopilot {root} --parent {os.getpid()} 1\n"
     assert said(process) == command
     assert os.stat(process._log).st_mode & 0o077 == 0

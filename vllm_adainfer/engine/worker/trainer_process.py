@@ -56,8 +56,9 @@ class TrainerProcess:
                 stderr=log,
                 env={**os.environ, **quiet},
             )
-        with suppress(OSError):  # this worker's threads are bound to some cores, its parent is not
-            os.sched_setaffinity(self._process.pid, os.sched_getaffinity(os.getppid()))
+        # vLLM binds its processes to cores that they keep busy: the trainer needs the others.
+        with suppress(OSError):
+            os.sched_setaffinity(self._process.pid, range(os.cpu_count() or 1))
 
     @property
     def _log(self) -> str:
