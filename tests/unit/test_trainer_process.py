@@ -18,7 +18,8 @@ from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
 def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainerProcess:
     """One whose trainer says how it was started, and then waits."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@" "$OMP_NUM_THREADS"\nexec sleep 60\n')
+    python.write_text('#!/bin/sh\necho "$@" $OMP_NUM_THREADS $GOMP_CPU_AFFINITY\nexec sleep 60\n')
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", "0")
     python.chmod(0o700)
     monkeypatch.setattr(trainer_process.sys, "executable", str(python))
     directory = AutoDirectory(tmp_path / "auto")

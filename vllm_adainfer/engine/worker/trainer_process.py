@@ -15,6 +15,9 @@ logger = get_logger(__name__)
 
 PAUSE_SECONDS = 30.0  # before a trainer that has died is started again
 CLOSE_SECONDS = 5.0
+# vLLM binds its workers to cores that they keep busy, by affinity and by these variables
+# (`vllm/utils/ompmultiprocessing.py`): the trainer needs the other cores.
+BINDING = {"GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND"}
 
 
 class TrainerProcess:
@@ -54,9 +57,8 @@ class TrainerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **quiet},
+                env={**{k: v for k, v in os.environ.items() if k not in BINDING}, **quiet},
             )
-        # vLLM binds its processes to cores that they keep busy: the trainer needs the others.
         with suppress(OSError):
             os.sched_setaffinity(self._process.pid, range(os.cpu_count() or 1))
 
