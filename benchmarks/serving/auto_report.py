@@ -22,7 +22,8 @@ def table(report: Mapping[str, Any]) -> str:
         parts += [
             f"### {title}\n",
             f"{one['model']}, {one['requests']:,} requests, {one['at_once']} in flight, at most "
-            f"{one['epsilon']:g} of the answers of a kind changed.\n",
+            f"{one['epsilon']:g} of the answers of a kind changed (confidence "
+            f"{1 - one['kinds'][0]['ledger']['delta']:.0%}).\n",
             f"{by_kind(one)}\n",
             f"{over_time(one['blocks'])}\n",
         ]
