@@ -27,7 +27,6 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
 
-import aiohttp
 import numpy as np
 import typer
 from tqdm import tqdm
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from benchmarks.common.report_files import write_report
 from benchmarks.common.server import Server, let_others_rest
 from benchmarks.serving.auto_report import RECENT, table
+from benchmarks.serving.sending import session_of
 from benchmarks.serving.serve_report import OURS, STOCK
 from benchmarks.serving.side_by_side import side_by_side
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
@@ -42,7 +42,6 @@ from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.provenance import provenance
 
-SECONDS = 600.0  # for one answer
 REPORTED_AT = 2_000, 5_000  # requests of a kind
 
 
@@ -208,12 +207,7 @@ def run(server: Server, lines: Sequence[Mapping[str, Any]], at_once: int) -> Run
 
 async def _run(server: Server, lines: Sequence[Mapping[str, Any]], at_once: int) -> Run:
     room = asyncio.Semaphore(at_once)
-    async with aiohttp.ClientSession(
-        server.url,
-        connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=SECONDS),
-        raise_for_status=True,
-    ) as session:
+    async with session_of(server) as session:
 
         async def one(line: Mapping[str, Any]) -> tuple[str, float]:
             async with room:

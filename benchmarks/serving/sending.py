@@ -52,18 +52,23 @@ def send(
     return asyncio.run(_send(server, path, bodies, gaps))
 
 
+def session_of(server: Server) -> aiohttp.ClientSession:
+    """A client of `server` that sends any number of requests at once, and raises if one fails."""
+    return aiohttp.ClientSession(
+        server.url,
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=SECONDS),
+        raise_for_status=True,
+    )
+
+
 async def _send(
     server: Server,
     path: str,
     bodies: Sequence[Mapping[str, Any]],
     gaps: Sequence[float] | None,
 ) -> Sent:
-    async with aiohttp.ClientSession(
-        server.url,
-        connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=SECONDS),
-        raise_for_status=True,
-    ) as session:
+    async with session_of(server) as session:
 
         async def one(body: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
             start = time.perf_counter()
