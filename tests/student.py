@@ -12,11 +12,12 @@ from transformers import BertConfig, BertModel
 
 from tests.tiny import word_tokenizer
 from vllm_adainfer.artifact.artifact import Encoder
-from vllm_adainfer.artifact.fields import Student
+from vllm_adainfer.artifact.fields import SharedTokens, Student
 from vllm_adainfer.policy.own_text import OwnText
 
 WIDTH = 16
 LONGEST = 24  # tokens that it reads
+SHARED = SharedTokens(start=(1, 2))  # that prompts begin with
 
 
 @cache
@@ -46,23 +47,28 @@ def encoder() -> Encoder:
     return Encoder(model.config.to_dict(), dict(model.state_dict()))
 
 
-def described(shared_start: int = 2, most_tokens: int = LONGEST, **changes: Any) -> Student:
+def described(shared: SharedTokens = SHARED, most_tokens: int = LONGEST, **changes: Any) -> Student:
     """What an artifact says of it."""
     return Student(
         name="tiny-bert",
         license="apache-2.0",
         hidden_size=WIDTH,
-        shared_start=shared_start,
-        shared_end=0,
+        shared_start=len(shared.start),
+        shared_end=len(shared.end),
         most_tokens=most_tokens,
         tokenizer=hashlib.sha256(tokenizer().encode()).hexdigest(),
         **changes,
     )
 
 
-def reader(student: Student) -> OwnText:
+def asked_with(shared: SharedTokens = SHARED, most_tokens: int = LONGEST) -> dict[str, Any]:
+    """The fields of a config that has it."""
+    return {"student": described(shared, most_tokens), "shared": shared}
+
+
+def reader(student: Student, shared: SharedTokens = SHARED) -> OwnText:
     """Reads prompts of the tiny model for it."""
-    return OwnText(word_tokenizer().decode, student, tokenizer())
+    return OwnText(word_tokenizer().decode, student, shared, tokenizer())
 
 
 def save_bert(directory: Path, **settings: Any) -> Path:

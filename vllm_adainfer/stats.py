@@ -49,6 +49,8 @@ class PolicyWork(TypedDict):
             in the end each of them is run or skipped.
         layers_possible: token-layers that full depth would have executed.
         exit_histogram: number of sampled tokens by the number of layers they ran.
+        not_covered: requests for the policy's output that it did not serve because of their
+            prompts, by the reason (``other_prompt`` or ``unknown_question``).
         shadow: shadow checks by epsilon; only where shadow requests are on.
 
     """
@@ -58,6 +60,7 @@ class PolicyWork(TypedDict):
     layers_deferred: int
     layers_possible: int
     exit_histogram: dict[int, int]
+    not_covered: dict[str, int]
     shadow: NotRequired[dict[float, ShadowChecks]]
 
 

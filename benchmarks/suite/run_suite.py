@@ -31,6 +31,7 @@ from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.calibrate import best_policy, label_ids
 from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.certify import threshold_grid
+from vllm_adainfer.offline.calibration.data.shared import pooled_from, shared_tokens
 from vllm_adainfer.offline.calibration.enough_rows import check_rows
 from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
 from vllm_adainfer.offline.calibration.fit.loss import is_right
@@ -38,7 +39,7 @@ from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fit.split import random_order
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import shared_tokens, split_of
+from vllm_adainfer.offline.calibration.prompts import split_of
 from vllm_adainfer.offline.calibration.record.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
@@ -143,7 +144,7 @@ def run_suite(request: SuiteRequest) -> dict[str, Any]:
         check_rows(split, options, f"the training part of {task.name}")
         loaded.append(data)
     with tempfile.TemporaryDirectory() as directory:
-        judging = _Judging(request, hf_config, options, Path(directory))
+        judging = _Judging(request, hf_config, tokenizer, options, Path(directory))
         rows = judging.all(loaded)
         _measure(request, loaded, rows, Path(directory))
     report = suite_report(request.model, options, hf_config.num_hidden_layers, rows)
@@ -157,6 +158,7 @@ class _Judging:
 
     request: SuiteRequest
     hf_config: Any
+    tokenizer: Any
     options: PolicyOptions
     directory: Path
 
@@ -169,16 +171,17 @@ class _Judging:
         """The rows of the report, one per task."""
         rows = []
         for data in progress(loaded, desc="record and fit", unit="task"):
-            pooled_from = shared_tokens(data.train) if data.labels else None
+            shortest = min(len(one.token_ids) for one in (*data.train, *data.test))
+            first = pooled_from(data.train, shortest) if data.labels else None
             with recording_engine(
                 self.request.model,
                 self.hf_config,
                 (*data.train, *data.test),
                 self.layers,
                 lens_prompts=0 if data.labels else len(data.train) // 2,
-                pooled_from=pooled_from,
+                pooled_from=first,
             ) as engine:
-                rows.append(self.one(engine, data, pooled_from))
+                rows.append(self.one(engine, data, first))
         return rows
 
     def one(self, engine: LLM, data: TaskData, pooled_from: int | None) -> dict[str, Any]:
@@ -197,7 +200,15 @@ class _Judging:
         )
         target = Target(kind, label_ids(data.labels))
         policy = best_policy(
-            Calibration(thinned, target, split, options, data.labels, pooled_from=pooled_from),
+            Calibration(
+                thinned,
+                target,
+                split,
+                options,
+                data.labels,
+                pooled_from=pooled_from,
+                shared=shared_tokens([examples[row] for row in split.fit], self.tokenizer),
+            ),
             "auto",
         )
         test = methods.TestPart(recording, tests, right)

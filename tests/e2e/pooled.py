@@ -23,14 +23,15 @@ from tests.e2e.scripted import parts, running_of
 from tests.tiny import LAYERS
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
-from vllm_adainfer.artifact.fields import Label, LastToken, Level
+from vllm_adainfer.artifact.fields import Label, LastToken, Level, SharedTokens
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.policy.artifact_policy import tensors_of
 from vllm_adainfer.policy.branch import StateEncoder
 from vllm_adainfer.settings.engine import NO_POLICY
 
 POOLED_FROM, STEP = 40, 128  # tokens
-TEXT_FROM = 20  # where a student begins to read
+# What a student's prompts begin with; it answers no others, nor do the heads beside it.
+ASKED = SharedTokens(start=tuple(np.random.default_rng(20).integers(100, 1000, 20).tolist()))
 NEVER, SOME, ALWAYS = 0.01, 0.02, 0.05  # epsilons, and who leaves at them
 # The lead in probability at which rows settle: of the last token alone, and of whole prompts.
 GAPS = {
@@ -76,7 +77,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "exit_points": (0, 2, 4),
         "last_token": LastToken(exit_points=(0, 4), levels=LEVELS),
         "labels": (Label(name="c", token_id=31), Label(name="d", token_id=32)),
-        "student": student.described(shared_start=TEXT_FROM, most_tokens=48),
+        **student.asked_with(ASKED, most_tokens=48),
         "never_early": ("d",),
     },
 }
@@ -200,7 +201,7 @@ def expected(
         gap = GAPS[part.config.is_pooled][params.extra_args["adainfer_epsilon"]]
         head = f"exit.{layer}.head"
         if what is ProbeInput.TEXT:
-            text = student.reader(part.config.student).tokens_of(prompt)
+            text = student.reader(part.config.student, part.config.shared).tokens_of(prompt)
             if not text:
                 continue
             read = student.bert()(torch.tensor([text])).last_hidden_state[0].mean(0)
@@ -225,6 +226,8 @@ def expected(
 
 def part_of(kind: str, prompt: list[int], cached: int, artifacts: dict[str, Artifact]) -> str:
     """The name of the part of a policy that is to decide a request."""
+    if not artifacts[kind].config.shared.are_in(prompt):
+        return NO_POLICY
     if not artifacts[kind].config.is_pooled:
         return kind
     if len(prompt) > POOLED_FROM and cached <= POOLED_FROM:
@@ -234,11 +237,14 @@ def part_of(kind: str, prompt: list[int], cached: int, artifacts: dict[str, Arti
 
 
 def mixed_load(seed: int) -> list[list[int]]:
-    """Short, chunked, alike up to `POOLED_FROM`, alike beyond it, and again."""
-    generator = np.random.default_rng(seed)
-    head = random_prompt(generator, POOLED_FROM)
+    """Short, chunked, alike up to `POOLED_FROM`, alike beyond it, and again; most with `ASKED`."""
+    generator, asked = np.random.default_rng(seed), list(ASKED.start)
+    head = [*asked, *random_prompt(generator, POOLED_FROM - len(asked))]
     longer = [*head, *random_prompt(generator, 60)]
-    prompts = [random_prompt(generator, n) for n in (1, 39, 40, 41, 42, 90, 128, 129, 170, 300)]
+    prompts = [random_prompt(generator, n) for n in (1, 39, 90, 300)]
+    prompts += [
+        [*asked, *random_prompt(generator, n - len(asked))] for n in (40, 41, 42, 128, 129, 170)
+    ]
     prompts += [[*head, *random_prompt(generator, n)] for n in (1, 20, 100, 200)]
     prompts += [[*longer, *random_prompt(generator, n)] for n in (1, 20, 100, 200)]
     prompts += [prompts[index] for index in (5, 8, 12)]

@@ -90,7 +90,7 @@ def test_each_request_is_answered_by_the_part_that_sees_what_is_left_of_it(
     llm.reset_prefix_cache()
     found: Counter[Any] = Counter()
     for _ in range(3):
-        before, work_before = stats(llm)["policies"], work_of(llm)
+        before, work_before, other_prompts = stats(llm)["policies"], work_of(llm), 0
         with traced(llm) as (ran, _):
             outputs = ask(llm, prompts, asked)
         for output, kind, prompt, params in zip(outputs, kinds, prompts, asked, strict=True):
@@ -98,11 +98,15 @@ def test_each_request_is_answered_by_the_part_that_sees_what_is_left_of_it(
             name = part_of(kind, prompt, output.num_cached_tokens, artifacts)
             assert own.policy == (NO_POLICY if own.forced else name)
             found[own.policy, own.depth] += 1
+            other_prompts += not artifacts[kind].config.shared.are_in(prompt)
             wanted = expected(reference, artifacts.get(own.policy), prompt, params)
             if wanted is not None:
                 assert (own.depth, output.outputs[0].token_ids[0]) == wanted
         computed = sum(len(p) - o.num_cached_tokens for p, o in zip(prompts, outputs, strict=True))
         assert work_of(llm) - work_before == LAYERS * computed
+        refused = Counter(stats(llm)["policies"]["student"]["not_covered"])
+        refused.subtract(before.get("student", {}).get("not_covered", {}))
+        assert refused == {"other_prompt": other_prompts}
         counted = Counter((one.policy, one.depth) for one in ran.values())
         for name, own in stats(llm)["policies"].items():
             new = Counter(own["exit_histogram"])
@@ -111,6 +115,7 @@ def test_each_request_is_answered_by_the_part_that_sees_what_is_left_of_it(
                 int(d): n for (policy, d), n in counted.items() if policy == name
             }
     assert found["whole", 0], "the case must have requests of every kind"
+    assert other_prompts
     assert found["student", 0] + found[f"student:{LAST_TOKEN}", 0]
     assert {policy for policy, _ in found} >= {"whole", f"whole:{LAST_TOKEN}", "last", NO_POLICY}
 

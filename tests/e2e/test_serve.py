@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -29,6 +31,7 @@ from tests.e2e.tasks import Case, cases
 from tests.e2e.test_tasks import prompts_of
 from tests.tiny import LABELS, LAYERS, tiny_config, tiny_tensors, word_tokenizer
 from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -44,6 +47,12 @@ FLAGS = (
     "--max-num-batched-tokens", "256",
     "--chat-template", "{% for message in messages %}{{ message['content'] }}{% endfor %}",
 )  # fmt: skip
+
+
+def framed(prompt: list[int], question: str = "positive film :") -> list[int]:
+    """A prompt that asks a question about a text."""
+    encode = word_tokenizer().encode
+    return [*encode("Review :"), *prompt, *encode(question)]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -67,9 +76,11 @@ def audited(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_student(tiny_model) -> Artifact:
-    """A policy that asks a student before the first layer."""
-    asked = {"exit_points": (0, 5), "student": student.described(), "labels": pooled.OTHERS}
-    config = tiny_config(tiny_model, levels=pooled.LEVELS, **asked)
+    """A policy for one question, that asks a student before the first layer."""
+    shared = SharedTokens(start=framed([])[:2], end=framed([])[2:])
+    asked = {"exit_points": (0, 5), **student.asked_with(shared), "labels": pooled.OTHERS}
+    whole = {"risk": "probability", "tolerance": 0.05, "label_mass": True}
+    config = tiny_config(tiny_model, levels=pooled.LEVELS, **asked, **whole)
     tensors = tiny_tensors(config, *pooled.thresholds(config))
     return Artifact(config, tensors, encoder=student.encoder())
 
@@ -146,7 +157,7 @@ def test_a_student_answers_before_the_first_layer_and_its_exits_are_counted(
 ):
     """Prompts as text and as tokens, all at once, some longer than the student reads."""
     tokenizer, found = word_tokenizer(), Counter[int]()
-    prompts = [prompt for prompt in prompts_of(24, 81) if len(prompt) > 2]
+    prompts = [framed(prompt) for prompt in prompts_of(24, 81)]
     cases = []
     for place, prompt in enumerate(prompts):
         epsilon = pooled.ALWAYS if place % 3 == 0 else pooled.SOME
@@ -165,6 +176,54 @@ def test_a_student_answers_before_the_first_layer_and_its_exits_are_counted(
     after = server.metrics("adainfer:exit_layer_bucket{")
     [first] = [n for n in after if 'policy="asked"' in n and 'le="0.0"' in n]
     assert after[first] - before.get(first, 0) == found[0]
+
+
+def asked_over_http(path: str, text: str, question: str, labels: list[int]) -> dict[str, Any]:
+    """A request that asks a question about a text, as clients of `path` do."""
+    if path == "/generative_scoring":
+        return {"query": f"Review : {text}", "items": [question], "label_token_ids": labels}
+    body = {"model": "model", "max_tokens": 1, "temperature": 0, "allowed_token_ids": labels}
+    prompt = f"Review : {text} {question}"
+    if path == "/v1/completions":
+        return {**body, "prompt": prompt}
+    return {**body, "messages": [{"role": "user", "content": prompt}]}
+
+
+def test_other_questions_with_the_same_labels_are_never_answered_early(
+    server, with_student, audited
+):
+    """Three of them, a hundred times each; the student, which reads the text alone, is sure."""
+    generator, tokenizer = np.random.default_rng(3), word_tokenizer()
+    labels = list(with_student.config.label_ids)
+    paths = ("/v1/completions", "/v1/chat/completions", "/generative_scoring")
+
+    def ask(question: str) -> Counter[str]:
+        """By the reason, how many of a hundred no policy covers; how many leave early."""
+        texts = [tokenizer.decode(generator.integers(100, 1000, 8)) for _ in range(100)]
+        before = counted()
+        with ThreadPoolExecutor(16) as pool:
+            sent = [
+                (path, asked_over_http(path, text, question, labels))
+                for text, path in zip(texts, itertools.cycle(paths), strict=False)
+            ]
+            found = list(pool.map(lambda one: post(server, *one)[0], sent))
+        assert found == [200] * 100
+        total = sum(before["decided"].values()) + 100
+        wait_for_counters(server, total)
+        after = counted()
+        return Counter({name: after[name]["asked"] - before[name]["asked"] for name in after})
+
+    def counted() -> dict[str, Counter[str]]:
+        names = {"decided": "exit_layer_count", "other": "requests_not_covered_total"}
+        return {name: by_policy(server, series) for name, series in names.items()}
+
+    assert ask("positive film :") == {"decided": 100, "other": 0}
+    for question in ("negative film :", "positive film", "slow positive film : never"):
+        assert ask(question) == {"decided": 0, "other": 100}
+    lines = [json.loads(line) for path in audited.iterdir() for line in path.open()]
+    refused = [line for line in lines if line.get("not_covered") == "other_prompt"]
+    assert len(refused) == 300
+    assert {(line["policy"], *line["layers"]) for line in refused} == {(None, str(LAYERS))}
 
 
 def test_each_request_gets_its_own_policys_answer_and_all_counters_add_up(server, tasks, reference):

@@ -21,7 +21,7 @@ from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
 from tests.tiny import EXIT_POINTS, FROM_ZERO, tiny_artifact, tiny_config, tiny_tensors
 from tests.triton_on_cpu import IS_V2
-from vllm_adainfer.artifact.fields import LastToken
+from vllm_adainfer.artifact.fields import LastToken, SharedTokens
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.engine.self_test import self_test
 from vllm_adainfer.exits.loop.decisions import Decisions
@@ -42,7 +42,7 @@ def artifacts(tiny_model: Path, tmp_path: Path) -> Artifacts:
         if probe == "pooled-label-head":  # of prompts of up to five tokens, the last token alone
             last_token = LastToken(exit_points=EXIT_POINTS, levels=tiny_config(tiny_model).levels)
             more |= {"exit_points": FROM_ZERO, "pooled_from": 5, "last_token": last_token}
-            more |= {"student": student.described(), "branches": FROM_ZERO[1:2]}
+            more |= {"student": student.described(SharedTokens()), "branches": FROM_ZERO[1:2]}
         config = tiny_config(tiny_model, probe=probe, candidates=candidates, **more)
         thresholds = torch.full((len(config.levels), len(EXIT_POINTS)), threshold)
         tensors = tiny_tensors(config, thresholds, thresholds.clone())

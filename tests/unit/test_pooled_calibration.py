@@ -29,13 +29,14 @@ from vllm_adainfer.offline.calibration.calibrate import best_policy
 from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.shared import pooled_from
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.choose import layers_saved
 from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import fit_candidates
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import ALLOWANCE, shared_tokens, split_of
+from vllm_adainfer.offline.calibration.prompts import ALLOWANCE, split_of
 from vllm_adainfer.offline.calibration.record.recording import Recording, normed
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
@@ -201,7 +202,8 @@ def example(*token_ids: int) -> Example:
     ],
 )
 def test_prompts_are_pooled_from_where_they_begin_to_differ(prompts, shared):
-    assert shared_tokens([example(*tokens) for tokens in prompts]) == shared
+    examples = [example(*tokens) for tokens in prompts]
+    assert pooled_from(examples, min(map(len, prompts))) == shared
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -214,7 +216,8 @@ def test_prompts_are_pooled_from_the_same_token_however_they_are_found(seed):
     shortest, same = min(map(len, prompts)), 0
     while same < shortest and len({prompt[same] for prompt in prompts}) == 1:
         same += 1
-    assert shared_tokens([example(*p) for p in prompts]) == max(1, min(same, shortest - 1))
+    examples = [example(*prompt) for prompt in prompts]
+    assert pooled_from(examples, shortest) == max(1, min(same, shortest - 1))
 
 
 @pytest.mark.parametrize("rows", [300, 1000, 1500, 20_000])

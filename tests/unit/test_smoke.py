@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.tiny import LAYERS, word_tokenizer
+from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.offline.doctor.smoke import (
     SENTENCES,
     exits_found,
@@ -18,25 +19,13 @@ def ran(left: dict[int, int], answers: str | None = None, skipped: int = 0) -> R
     return Run(1, texts, layers_run=100 - skipped, layers_possible=100, exit_histogram=left)
 
 
-@pytest.mark.parametrize(
-    ("template", "around"),
-    [
-        (None, ("", "")),
-        ("Review : {text} Sentiment :", ("Review : ", " Sentiment :")),
-        ("{a[0]} {b}", ("", "")),
-        ("@nowhere.txt", ("", "")),
-        ("{", ("", "")),
-        ("{text} " * 100, ("", "")),
-    ],
-    ids=["none", "of one field", "of parts", "file that is gone", "no template", "too long"],
-)
-def test_prompts_are_made_by_the_calibrations_template_where_they_can_be(template, around):
-    before, after = around
-    examples = smoke_examples(template, word_tokenizer(), 100)
-    assert [example.text for example in examples] == [
-        f"{before}{line}{after}" for line in SENTENCES
+@pytest.mark.parametrize(("longest", "words"), [(100, None), (8, 5)], ids=["all", "cut"])
+def test_the_prompts_are_ones_that_the_policy_serves(longest, words):
+    shared, tokenizer = SharedTokens(start=(1, 2), end=(3,)), word_tokenizer()
+    examples = smoke_examples(shared, tokenizer, longest)
+    assert [example.token_ids for example in examples] == [
+        [1, 2, *tokenizer.encode(line)[:words], 3] for line in SENTENCES
     ]
-    assert all(0 < len(example.token_ids) <= 100 for example in examples)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from vllm import SamplingParams
 from tests import student
 from tests.tiny import tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
 from vllm_adainfer.artifact.artifact import Artifact, Encoder
-from vllm_adainfer.artifact.fields import Choice, Label, LastToken, Student
+from vllm_adainfer.artifact.fields import Choice, Label, LastToken, SharedTokens
 from vllm_adainfer.artifact.files import load_artifact, load_artifact_config, save_artifact
 from vllm_adainfer.artifact.label_subsets import bits_of
 from vllm_adainfer.artifact.source import STUDENT_FILES, STUDENT_TOKENIZER, STUDENT_WEIGHTS
@@ -37,7 +37,8 @@ from vllm_adainfer.policy.student import Student as ServedStudent
 from vllm_adainfer.settings.engine import Settings
 
 CPU = torch.device("cpu")
-WITH_STUDENT: dict[str, Any] = {"exit_points": (0, 3), "student": student.described()}
+WITH_STUDENT: dict[str, Any] = {"exit_points": (0, 3), **student.asked_with()}
+AROUND = SharedTokens(start=(1, 2, 3), end=(4, 5))
 
 
 def scores_by_hand(encoder: Any, text: tuple[int, ...], head: LabelHead) -> Tensor:
@@ -55,18 +56,29 @@ def words(count: int, seed: int = 0) -> list[int]:
 
 def test_it_reads_the_own_part_of_a_prompt_up_to_its_limit():
     own = words(10)
-    described = student.described(shared_start=3).model_copy(update={"shared_end": 2})
-    read = student.reader(described).tokens_of
+    read = student.reader(student.described(AROUND), AROUND).tokens_of
     assert read([1, 2, 3, *own, 4, 5]) == tuple(own)
-    assert read([7, 8, 9, *own, 6, 7]) == tuple(own)
     longer = words(200, seed=1)
     assert read([1, 2, 3, *longer, 4, 5]) == tuple(longer[: student.LONGEST])
 
 
-@pytest.mark.parametrize("length", [0, 1, 4, 5])
-def test_it_is_not_asked_where_nothing_of_the_prompt_is_its_own(length):
-    described = student.described(shared_start=3).model_copy(update={"shared_end": 2})
-    assert student.reader(described).tokens_of(words(length)) == ()
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [7, 2, 3, *words(10), 4, 5],
+        [1, 2, 3, *words(10), 4, 6],
+        [1, 2, 8, *words(10), 7, 5],
+        [1, 2, *words(10), 4, 5],
+        words(10),
+        [1, 2, 3, 4, 5],
+        [1, 2, 3, 5],
+        [],
+    ],
+    ids=["start", "end", "both", "part", "all", "no text", "overlap", "empty"],
+)
+def test_it_is_not_asked_what_it_cannot_see_is_another_question_or_nothing(prompt):
+    """It reads neither template nor question, so these must be those that it was taught."""
+    assert student.reader(student.described(AROUND), AROUND).tokens_of(prompt) == ()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +86,7 @@ def test_it_is_not_asked_where_nothing_of_the_prompt_is_its_own(length):
     [("good food", True), ("good \N{REPLACEMENT CHARACTER} food", False), (" \n", False)],
 )
 def test_it_is_not_asked_about_bytes_that_are_no_text_or_about_blanks(text, asked):
-    reader = OwnText(lambda tokens: text, student.described(), student.tokenizer())
+    reader = OwnText(lambda tokens: text, student.described(), SharedTokens(), student.tokenizer())
     assert bool(reader.tokens_of([1] * 9)) == asked
 
 
@@ -87,7 +99,7 @@ def test_what_a_prompt_costs_on_arrival_has_a_cap():
         return f"{'good ' * 100_000}\N{REPLACEMENT CHARACTER}"
 
     described = student.described()
-    reader = OwnText(decode, described, student.tokenizer())
+    reader = OwnText(decode, described, SharedTokens(), student.tokenizer())
     reader._tokenizer = SimpleNamespace(
         encode=lambda text: seen.append(len(text)) or SimpleNamespace(ids=[1])
     )
@@ -278,6 +290,8 @@ def test_damaged_weights_are_an_error(saved):
         ({"probe": "lens"}, "a student needs the label-heads' scores and max_tokens = 1"),
         ({"max_tokens": 4}, "a student needs the label-heads' scores and max_tokens = 1"),
         ({"classifier": "crf"}, "a crf needs every exit point to be asked"),
+        ({"shared": SharedTokens(start=(1,))}, "a student does not read the tokens that all"),
+        ({"shared": SharedTokens()}, "calibrate again"),
         ({"student": None}, "exit point 0 needs a student or a pooled-label-head"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -362,21 +376,25 @@ def test_a_worker_gets_the_text_of_the_policy_that_decides(tiny_model, tmp_path,
 @pytest.mark.parametrize(
     ("old", "new", "refused"),
     [
-        (student.described(), student.described(), False),
-        (student.described(), student.described(revision="abc"), False),
-        (student.described(), student.described(shared_start=1), True),
-        (student.described(), student.described(most_tokens=9), True),
-        (None, student.described(), True),
-        (student.described(), None, False),
+        (student.asked_with(), student.asked_with(), False),
+        (
+            student.asked_with(),
+            {**student.asked_with(), "student": student.described(revision="abc")},
+            False,
+        ),
+        (student.asked_with(), student.asked_with(SharedTokens(start=(1,))), True),
+        (student.asked_with(), student.asked_with(SharedTokens(start=(1, 3))), True),
+        (student.asked_with(), student.asked_with(most_tokens=9), True),
+        ({}, student.asked_with(), True),
+        (student.asked_with(), {}, False),
     ],
-    ids=["same", "other weights", "other start", "other limit", "new", "gone"],
+    ids=["same", "other weights", "shorter", "other start", "other limit", "new", "gone"],
 )
 def test_a_reload_brings_only_students_that_read_alike(
-    tiny_model, old: Student | None, new: Student | None, refused: bool
+    tiny_model, old: dict[str, Any], new: dict[str, Any], refused: bool
 ):
     configs = [
-        tiny_config(tiny_model, student=one, exit_points=(3,) if one is None else (0, 3))
-        for one in (new, old)
+        tiny_config(tiny_model, exit_points=(0, 3) if one else (3,), **one) for one in (new, old)
     ]
     if not refused:
         check_replaces("reviews", *configs, (0, 3))

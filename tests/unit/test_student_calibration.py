@@ -20,10 +20,12 @@ from tests.full import needed
 from tests.tiny import word_tokenizer
 from tests.unit.test_make_policy import DEPTH, HF_CONFIG, LABEL_IDS, PROMPTS, SPLIT
 from tests.unit.test_pooled_calibration import EPSILON, calibration, recording_of_prompts
+from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.calibrate import best_policy
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.shared import shared_tokens
 from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
     load_student_base,
@@ -39,6 +41,7 @@ from vllm_adainfer.policy.load_policy import policy_of
 from vllm_adainfer.policy.student import Student, TextEncoder
 
 HINTS = (101, 202)  # a word for each label
+DESCRIBED = student.described(SharedTokens())
 CLEAR = 0.03  # a lead that no rounding to bfloat16 turns, on any processor
 
 
@@ -72,7 +75,7 @@ def base_of(recording: Any, unreadable: int = 0) -> StudentBase:
         texts.append(tuple(text.tolist()))
     if unreadable:
         texts[-unreadable:] = [()] * unreadable
-    return StudentBase(student.described(), student.bert(), student.tokenizer(), texts)
+    return StudentBase(DESCRIBED, student.bert(), student.tokenizer(), texts)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +227,7 @@ def test_without_a_student_nothing_is_trained(recording, monkeypatch):
 def test_what_is_written_serves_as_it_was_judged(recording, tmp_path, options):
     policy = best_policy(calibration(recording, **options), "auto", base_of(recording))
     config = write_artifact(policy, "model", HF_CONFIG, None, tmp_path / "a")
-    assert config.student == student.described()
+    assert config.student == DESCRIBED
     loaded = load_artifact(str(tmp_path / "a"))
     serving = policy_of(loaded.parts("a")["a"], torch.device("cpu"), lambda rows: None)
     assert serving.exit_points[0] == 0
@@ -258,11 +261,12 @@ def examples(*prompts: list[int]) -> list[Example]:
 
 
 PROMPT = examples([1, 2, 300, 400, 5], [1, 2, 500, 5], [1, 2, 600, 5])
+SHARED = SharedTokens(start=(1, 2), end=(5,))
 
 
 def test_an_encoder_is_read_with_its_license_and_limit(tmp_path):
     base = load_student_base(
-        str(student.save_bert(tmp_path / "tiny-bert")), PROMPT, word_tokenizer()
+        str(student.save_bert(tmp_path / "tiny-bert")), PROMPT, word_tokenizer(), SHARED
     )
     described = base.described
     assert (described.name, described.license, described.revision) == (
@@ -304,12 +308,12 @@ def own_code(directory: Path) -> None:
 def test_an_encoder_that_cannot_be_a_student_is_refused(tmp_path, damage, sentence):
     damage(student.save_bert(tmp_path / "tiny-bert"))
     with pytest.raises(AdaInferError, match=sentence):
-        load_student_base(str(tmp_path / "tiny-bert"), PROMPT, word_tokenizer())
+        load_student_base(str(tmp_path / "tiny-bert"), PROMPT, word_tokenizer(), SHARED)
 
 
 def test_an_encoder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(AdaInferError, match="neither a directory nor a hub id"):
-        load_student_base(str(tmp_path / "missing"), PROMPT, word_tokenizer())
+        load_student_base(str(tmp_path / "missing"), PROMPT, word_tokenizer(), SHARED)
 
 
 def test_an_encoder_decoder_is_refused(tmp_path, monkeypatch):
@@ -319,13 +323,15 @@ def test_an_encoder_decoder_is_refused(tmp_path, monkeypatch):
     made = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True))
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *_, **__: made)
     with pytest.raises(AdaInferError, match="is an encoder-decoder model: give an encoder"):
-        load_student_base(str(directory), PROMPT, word_tokenizer())
+        load_student_base(str(directory), PROMPT, word_tokenizer(), SHARED)
 
 
 def test_prompts_that_are_all_alike_leave_it_nothing_to_read(tmp_path):
     directory = student.save_bert(tmp_path / "tiny-bert")
     with pytest.raises(AdaInferError, match="has nothing to read: the prompts have no text of"):
-        load_student_base(str(directory), examples([1, 2], [1, 2]), word_tokenizer())
+        load_student_base(
+            str(directory), examples([1, 2], [1, 2]), word_tokenizer(), SharedTokens(start=(1, 2))
+        )
 
 
 @pytest.mark.full
@@ -340,7 +346,7 @@ def test_minilm_learns_the_sentiment_of_reviews_from_a_few_hundred_of_them(monke
     rows = [json.loads(line) for line in text.splitlines()][:400]
     tokenizer = word_tokenizer()
     prompts = examples(*(tokenizer.encode(row["text"]) for row in rows))
-    base = load_student_base(str(encoder), prompts, tokenizer)
+    base = load_student_base(str(encoder), prompts, tokenizer, shared_tokens(prompts, tokenizer))
     assert (base.described.most_tokens, base.described.license) == (512, "apache-2.0")
     read = Tokenizer.from_str(base.tokenizer)
     base = replace(base, texts=[tuple(read.encode(row["text"]).ids) for row in rows])

@@ -18,6 +18,7 @@ from vllm_adainfer.artifact.fields import (
     LastToken,
     Level,
     Question,
+    SharedTokens,
     Strict,
     Student,
     TokenId,
@@ -76,6 +77,11 @@ class ConfigFields(Strict):
     )
     student: Student | None = Field(
         None, description="The encoder that decides at exit point 0, in place of a head."
+    )
+    shared: SharedTokens = Field(
+        SharedTokens(),
+        description="The tokens that all prompts of the calibration begin and end with. Requests "
+        "whose prompts do not have them run all layers.",
     )
     branches: tuple[int, ...] = Field(
         default=(),

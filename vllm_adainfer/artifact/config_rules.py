@@ -48,6 +48,12 @@ def broken_rules(config: ConfigFields) -> list[str]:
         "a student needs the label-heads' scores and max_tokens = 1": (
             config.student is None or (head and config.max_tokens == 1)
         ),
+        "a student does not read the tokens that all prompts share, and answers no prompt without "
+        "them, so the artifact must have them: calibrate again": (
+            config.student is None
+            or (config.student.shared_start, config.student.shared_end)
+            == (len(config.shared.start), len(config.shared.end))
+        ),
         'candidates = "labels" needs labels': bool(labels) or config.candidates != "labels",
         'labels need candidates = "labels"': not labels or config.candidates == "labels",
         "there is nothing to decide among fewer than two labels": len(labels) != 1,

@@ -142,6 +142,34 @@ class Question(Strict):
     )
 
 
+class SharedTokens(Strict):
+    """The tokens that all prompts of the calibration begin and end with: template and question.
+
+    A policy serves prompts that have them. Others may ask something else about the same text.
+
+    Attributes:
+        start: the token ids that they begin with.
+        end: those that they end with.
+
+    """
+
+    start: tuple[TokenId, ...] = ()
+    end: tuple[TokenId, ...] = ()
+
+    def are_in(self, prompt: Sequence[int]) -> bool:
+        """Whether `prompt`, token ids, begins and ends with them; the two may not overlap."""
+        first, last = len(self.start), len(prompt) - len(self.end)
+        return (
+            first <= last
+            and tuple(prompt[:first]) == self.start
+            and tuple(prompt[last:]) == self.end
+        )
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.start or self.end)
+
+
 class Adapter(Strict):
     """The LoRA adapter that a policy was calibrated with.
 
@@ -163,8 +191,8 @@ class Student(Strict):
         revision: the commit on the hub; None for a directory.
         license: the license that the encoder's model card names; None if it names none.
         hidden_size: the width of the encoder's states.
-        shared_start: tokens at the start of a prompt that it does not read, because they are the
-            same in all prompts.
+        shared_start: tokens at the start of a prompt that it does not read, the number of
+            `SharedTokens.start`.
         shared_end: the same at the end of a prompt.
         most_tokens: the most tokens of its own tokenizer that it reads; longer texts are cut.
         tokenizer: SHA-256, in hex digits, of the file of its tokenizer.

@@ -44,6 +44,10 @@ class LogLine:
         ]
         if sums["seconds"]:
             parts.append(f"probes {sums['probe_seconds'] / sums['seconds']:.1%} of the time")
+        if sums["not_covered"]:
+            parts.append(
+                f"requests that no policy covers because of their prompt: {sums['not_covered']}"
+            )
         if self._weights_differ:
             parts.append("no exits, because the policies are not for these weights")
         if self._failed_parts:

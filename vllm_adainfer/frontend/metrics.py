@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
@@ -16,6 +16,7 @@ from vllm_adainfer.artifact.artifact import all_parts
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.auto.kind_reports import NO_KIND, OTHERS
 from vllm_adainfer.engine.self_test.parts import PARTS
+from vllm_adainfer.exits.accounting.decided import NotCovered
 from vllm_adainfer.frontend.compat_metrics import observe_many
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -26,6 +27,7 @@ POLICY = [*ENGINE, "policy"]
 LEVEL = [*POLICY, "epsilon"]
 LABEL = [*LEVEL, "promise", "label"]
 ADAPTER = [*POLICY, "adapter"]
+REASON = [*POLICY, "reason"]
 PART = [*ENGINE, "part"]
 KIND = [*ENGINE, "kind"]
 # Name, help and labels of each counter, by its kind in reports. A token-layer is one token in one
@@ -56,6 +58,13 @@ COUNTERS = {
         LABEL,
     ),
     "labels_changed": ("shadow_label_changed", "Those of them that differ.", LABEL),
+    "not_covered": (
+        "requests_not_covered",
+        "Requests for a policy's output that run all layers because of their prompt: it lacks the "
+        "tokens that all prompts of the calibration share (other_prompt), or asks a question that "
+        "is not known (unknown_question).",
+        REASON,
+    ),
 }
 # Help and labels of each gauge, by its name.
 GAUGES = {
@@ -179,6 +188,9 @@ class EngineMetrics:
         self._series = series
         self._calibrates_itself = calibrates_itself
         self._labels = model_name, str(engine)
+        for policy in configs:
+            for reason in get_args(NotCovered):
+                series.counters["not_covered"].labels(*self._labels, policy, reason)
         configs = all_parts(configs)
         for name in (*configs, NO_POLICY):
             for counter in series.counters_of(POLICY):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
-from vllm_adainfer.artifact.fields import Student
+from vllm_adainfer.artifact.fields import SharedTokens, Student
 
 # Caps on what a client's prompt costs on arrival, as multiples of the tokens that a student reads.
 MOST_PROMPT_TOKENS = 4  # tokens to decode
@@ -18,13 +18,18 @@ class OwnText:
     """Reads prompts as one student does; calibration and serving both use it."""
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], student: Student, tokenizer: str
+        self,
+        decode: Callable[[Sequence[int]], str],
+        student: Student,
+        shared: SharedTokens,
+        tokenizer: str,
     ) -> None:
         """Prepare to read prompts.
 
         Args:
             decode: the served model's tokenizer, from token ids to text without special tokens.
-            student: says which tokens of a prompt are read, and how many of its own.
+            student: says how many of its own tokens are read.
+            shared: the tokens that all prompts begin and end with; those between them are read.
             tokenizer: the student's, the JSON of a ``tokenizer.json``.
 
         """
@@ -32,20 +37,22 @@ class OwnText:
         self._tokenizer = Tokenizer.from_str(tokenizer)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(student.most_tokens)
-        self._first = student.shared_start
-        self._shared_end = student.shared_end
+        self._shared = shared
         self._most_prompt_tokens = MOST_PROMPT_TOKENS * student.most_tokens
         self._most_characters = MOST_CHARACTERS * student.most_tokens
 
     def tokens_of(self, prompt: Sequence[int]) -> tuple[int, ...]:
         """The student's tokens for a prompt; empty for one that the student is not asked about.
 
-        It is not where the prompt has no text of its own, or bytes that are no text. Long texts
-        are cut, the same way in calibration and in serving.
+        It is not where the prompt lacks the shared tokens, because these may ask another question,
+        which the student does not read; nor where the prompt has no text of its own, or bytes that
+        are no text. Long texts are cut, the same way in calibration and in serving.
         """
-        end = len(prompt) - self._shared_end
-        cut = self._first + self._most_prompt_tokens
-        text = self._decode(prompt[self._first : min(end, cut)]) if self._first < end else ""
+        if not self._shared.are_in(prompt):
+            return ()
+        first, end = len(self._shared.start), len(prompt) - len(self._shared.end)
+        cut = first + self._most_prompt_tokens
+        text = self._decode(prompt[first : min(end, cut)]) if first < end else ""
         if cut < end:
             text = text.rstrip(NOT_TEXT)  # the first bytes of a character
         if NOT_TEXT in text or not text.strip():

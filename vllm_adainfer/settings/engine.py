@@ -117,6 +117,12 @@ class Switch(BaseModel):
         'opt in with extra_args={"adainfer": 1}; or greedy ones with a question known from '
         "calibration.",
     )
+    prompts: Literal["calibrated", "any"] = Field(
+        "calibrated",
+        description="Which prompts may exit: those with the tokens that all prompts of the "
+        "calibration begin and end with; or any, of which nothing is promised. A student is never "
+        "asked about others.",
+    )
     min_rows_saved: int | None = Field(
         None,
         ge=1,

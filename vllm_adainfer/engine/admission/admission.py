@@ -34,7 +34,7 @@ from vllm_adainfer.engine.admission.resolved import (
     extra_arguments,
     is_for_pooling,
 )
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH, ThresholdRows
+from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH, RowsOfRequest, ThresholdRows
 from vllm_adainfer.engine.admission.traffic_sample import GroupSample
 from vllm_adainfer.engine.compat.config import serves_prompt_logprobs
 from vllm_adainfer.engine.compat.logs import get_logger
@@ -42,7 +42,7 @@ from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.engine.pinned_artifacts import served_configs
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.script import SCRIPT_LABELS
-from vllm_adainfer.settings.engine import Settings
+from vllm_adainfer.settings.engine import NO_POLICY, Settings
 from vllm_adainfer.settings.request import EXIT_ARG, RequestSettings, read_request
 
 if TYPE_CHECKING:
@@ -118,7 +118,9 @@ class Admission:
         self.may_serve_choices = (
             self.has_choices or settings.exit_points is not None or settings.calibrates_itself
         )
-        self._rows = ThresholdRows(configs, only_known=settings.requests == "known")
+        self._rows = ThresholdRows(
+            configs, settings.requests == "known", any_prompt=settings.prompts == "any"
+        )
         for config in configs.values():
             config.level_of(settings.epsilon)  # which raises what is said above
 
@@ -309,7 +311,7 @@ class Admission:
         name = self.policies.select(resolved, self.policies.for_adapter(adapter, fingerprint))
         config = None if name is None else self._configs[name]
         record_row = resolved.settings.adainfer_row if self.is_recording else None
-        row, last_token_row = self._threshold_rows(resolved, name, prompt)
+        row, last_token_row, not_covered = self._threshold_rows(resolved, name, prompt)
         pooled_from = self._settings.record_pooled_from
         if config is not None:
             pooled_from = config.pooled_from
@@ -327,6 +329,8 @@ class Admission:
             prompt=prompt,
             adapter=adapter,
             record_row=NOT_RECORDED if record_row is None else record_row,
+            policy=name or NO_POLICY,
+            not_covered=not_covered if resolved.may_exit else None,
         )
 
     def epsilon_of(self, threshold_row: int) -> float | None:
@@ -335,12 +339,12 @@ class Admission:
 
     def _threshold_rows(
         self, resolved: Resolved, name: str | None, prompt: Sequence[int]
-    ) -> tuple[int, int]:
-        """`Admitted.threshold_row` and `Admitted.last_token_row`; `name` is the policy."""
+    ) -> RowsOfRequest:
+        """The rows of a request; `name` is its policy."""
         if self._settings.exit_script is not None:
-            return self._scripted_row(resolved), FULL_DEPTH
+            return RowsOfRequest(self._scripted_row(resolved))
         if name is None:
-            return FULL_DEPTH, FULL_DEPTH
+            return RowsOfRequest()
         epsilon = resolved.settings.adainfer_epsilon
         if epsilon is None:
             epsilon = self._settings.epsilon

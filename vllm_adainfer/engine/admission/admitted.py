@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.engine.admission.resolved import Resolved
+from vllm_adainfer.exits.accounting.decided import NotCovered
+from vllm_adainfer.settings.engine import NO_POLICY
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -34,6 +36,8 @@ class Admitted:
         prompt: token ids of its prompt.
         adapter: its LoRA adapter; None for the base model.
         record_row: its line of the calibration data; `NOT_RECORDED` if it has none.
+        policy: the name of the policy for its output; `NO_POLICY` if there is none.
+        not_covered: why that policy does not serve its prompt; None if it does.
 
     """
 
@@ -48,3 +52,5 @@ class Admitted:
     prompt: Sequence[int]
     adapter: LoRARequest | None
     record_row: int
+    policy: str = NO_POLICY
+    not_covered: NotCovered | None = None

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from vllm_adainfer.artifact.artifact import all_parts
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.accounting.decided import NotCovered
 from vllm_adainfer.policy.policy_set import first_threshold_rows
 from vllm_adainfer.policy.questions import KnownQuestions
 
 logger = get_logger(__name__)
 
 FULL_DEPTH = -1
+
+
+class RowsOfRequest(NamedTuple):
+    """The rows of the thresholds that apply to a request.
+
+    Attributes:
+        whole: `Admitted.threshold_row`.
+        last_token: `Admitted.last_token_row`.
+        not_covered: `Admitted.not_covered`.
+
+    """
+
+    whole: int = FULL_DEPTH
+    last_token: int = FULL_DEPTH
+    not_covered: NotCovered | None = None
 
 
 class ThresholdRows:
@@ -25,8 +42,18 @@ class ThresholdRows:
 
     """
 
-    def __init__(self, configs: Mapping[str, ArtifactConfig], only_known: bool) -> None:
-        """Number the rows of `configs`; `only_known`: only requests with a known question exit."""
+    def __init__(
+        self, configs: Mapping[str, ArtifactConfig], only_known: bool, any_prompt: bool = False
+    ) -> None:
+        """Number the rows of `configs`.
+
+        Args:
+            configs: the policies.
+            only_known: only requests with a known question exit.
+            any_prompt: prompts exit that lack the tokens which those of the calibration share.
+
+        """
+        self._shared = {} if any_prompt else {n: config.shared for n, config in configs.items()}
         self._parts = all_parts(configs)
         self._names = {name: tuple(config.parts(name)) for name, config in configs.items()}
         firsts = first_threshold_rows(part.num_threshold_rows for part in self._parts.values())
@@ -43,8 +70,12 @@ class ThresholdRows:
             if part.by_question or only_known
         }
 
-    def of(self, policy: str, epsilon: float | None, prompt: Sequence[int]) -> tuple[int, int]:
-        """`Admitted.threshold_row` and `Admitted.last_token_row` of a request for a policy."""
+    def of(self, policy: str, epsilon: float | None, prompt: Sequence[int]) -> RowsOfRequest:
+        """Those of a request for a policy, by its bound and its prompt."""
+        if policy in self._shared and not self._shared[policy].are_in(prompt):
+            return RowsOfRequest(not_covered="other_prompt")
+        if policy in self._known and self._known[policy].asked_by(prompt) is None:
+            return RowsOfRequest(not_covered="unknown_question")
         whole, *last_token = self._names[policy]
         row = last_token_row = FULL_DEPTH
         try:
@@ -54,7 +85,7 @@ class ThresholdRows:
         for part in last_token:
             with suppress(AdaInferError):  # it may certify fewer epsilons
                 last_token_row = self._of_part(part, epsilon, prompt)
-        return row, last_token_row
+        return RowsOfRequest(row, last_token_row)
 
     def epsilon_of(self, row: int) -> float | None:
         """The bound that a row keeps; None for `FULL_DEPTH`."""

@@ -79,7 +79,11 @@ class RunningRequests:
         if resolved is None:
             resolved = self.admission.resolve(new.req_id, params_of(new), adapter)
         prompt = new.prompt_token_ids or ()
-        self._admitted[new.req_id] = self._admit(resolved, prompt, adapter)
+        admitted = self._admit(resolved, prompt, adapter)
+        if admitted.not_covered is not None:
+            stats = self._loop.stats.by_policy[admitted.policy]
+            stats.not_covered[admitted.not_covered] += 1
+        self._admitted[new.req_id] = admitted
 
     def use_admission(self, admission: Admission) -> None:
         """Decide by `admission` from now on, for running requests too."""
@@ -248,6 +252,7 @@ class RunningRequests:
                 self.admission.epsilon_of(int(step.threshold_rows[token.place])),
                 token.layers,
                 token.outcome,
+                self._admitted[step.request_ids[token.place]].not_covered,
             )
 
     def _complete(self, step: StepContext) -> dict[str, int]:

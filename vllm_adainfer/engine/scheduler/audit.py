@@ -168,6 +168,7 @@ def line_of(
         "outcomes": dict(trail.outcomes),
         "layers": {str(layers): count for layers, count in sorted(trail.layers.items())},
         "depth": depth,
+        **({} if by is None or by.not_covered is None else {"not_covered": by.not_covered}),
         "answer": tokens[:LONGEST_ANSWER] if scores is None else scores[:LONGEST_ANSWER],
         "ended": None if reason is None else str(reason),
     }

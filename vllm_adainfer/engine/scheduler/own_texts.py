@@ -37,6 +37,7 @@ class OwnTexts:
                     skip_special_tokens=True,
                 ),
                 config.student,
+                config.shared,
                 load_student_tokenizer(settings.artifacts[name]),
             )
             for name, config in admission.policies.configs.items()

@@ -28,6 +28,8 @@ def policy_banner(
         f"AdaInfer is on: policy {name}, {config.probe} probe after layers {points} of "
         f"{config.layers}{_branches(config)}, for {_whose(config, settings)} for {_outputs(config)}"
     )
+    if config.shared:
+        text += f", {_with_prompts(config, settings)}"
     if config.student is not None:
         text += f", with a student ({config.student.name}) before the first layer"
     if config.is_pooled:
@@ -59,6 +61,19 @@ def _whose(config: ArtifactConfig, settings: Settings) -> str:
     if config.score_head is not None and settings.requests == "greedy":
         return WHO["all"]
     return WHO[settings.requests]
+
+
+def _with_prompts(config: ArtifactConfig, settings: Settings) -> str:
+    """Which prompts may exit."""
+    start, end = len(config.shared.start), len(config.shared.end)
+    tokens = f"the {start} first and {end} last tokens that all prompts of the calibration share"
+    if settings.prompts == "calibrated":
+        return f"whose prompts have {tokens}"
+    student = ", and its student is not asked" if config.student is not None else ""
+    return (
+        f'with any prompt ("prompts": "any"): of those without {tokens}, nothing is promised'
+        f"{student}"
+    )
 
 
 def _branches(config: ArtifactConfig) -> str:

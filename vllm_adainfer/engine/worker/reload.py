@@ -114,7 +114,8 @@ def check_replaces(
             f"policy {name} has exit points {list(new.all_exit_points)}, this engine only "
             f"{list(cuts)}: restart it, or calibrate with --exit-points {','.join(map(str, cuts))}"
         )
-    if new.student is not None and (old.student is None or new.student.reads != old.student.reads):
+    reads = [None if one.student is None else (one.student.reads, one.shared) for one in (new, old)]
+    if new.student is not None and reads[0] != reads[1]:
         raise AdaInferError(
             f"policy {name} has a student that reads requests in another way than before: restart "
             "the engine"

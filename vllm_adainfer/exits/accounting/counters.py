@@ -40,6 +40,8 @@ class PolicyStats:
         labels_checked: answers that a promise about one label is about, by epsilon, kind of promise
             and label.
         labels_changed: those of them that differed.
+        not_covered: requests for the policy's output that it does not serve because of their
+            prompts, by `NotCovered`.
         shadow_moves: answers of policies that promise probabilities or first documents, by the
             largest move of one probability, rounded up to one of `MOVES`.
 
@@ -55,6 +57,7 @@ class PolicyStats:
     labels_checked: Counter[LabelPromise] = field(default_factory=Counter)
     labels_changed: Counter[LabelPromise] = field(default_factory=Counter)
     shadow_moves: Counter[float] = field(default_factory=Counter)
+    not_covered: Counter[str] = field(default_factory=Counter)
 
     def moved(self, moves: Iterable[float]) -> None:
         """Count answers by their largest move, each from 0 to 1."""
@@ -76,11 +79,12 @@ class PolicyStats:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """The layer counters as plain values."""
+        """The counters of layers and of requests that are not served, as plain values."""
         return {
             **self.work,
             "layers_possible": self.layers_possible,
             "exit_histogram": dict(sorted((+self.exit_histogram).items())),
+            "not_covered": dict(self.not_covered),
         }
 
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Outcome = Literal["early", "full_depth", "shadow"]
+# Why a policy does not serve a prompt: it lacks the tokens that all prompts of the calibration
+# share, or asks a question that is not among the known ones.
+NotCovered = Literal["other_prompt", "unknown_question"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Provenance:
         epsilon: the bound that the policy kept; None without a policy.
         layers: see `DecidedToken`.
         outcome: see `DecidedToken`.
+        not_covered: why the policy for the request's output did not serve its prompt.
 
     """
 
@@ -47,3 +51,4 @@ class Provenance:
     epsilon: float | None
     layers: int
     outcome: Outcome
+    not_covered: NotCovered | None = None

@@ -52,6 +52,8 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
             labels = name, f"{epsilon:g}", kind, label
             counts.append((("labels_checked", *labels), checked))
             counts.append((("labels_changed", *labels), policy.labels_changed[promise]))
+        for reason, requests in policy.not_covered.items():
+            counts.append((("not_covered", name, reason), requests))
         for move, answers in policy.shadow_moves.items():
             counts.append((("shadow_moves", name, f"{move:g}"), answers))
     shadow = tuple((name, tuple(monitor.status())) for name, monitor in stats.shadow.items())

@@ -189,8 +189,9 @@ def calibration_of(
         choices,
         pooled_from=prompts.pooled_from,
         questions=questions,
-        ends=ends_of(prompts.examples) if questions else {},
+        ends=ends_of([prompts.examples[row] for row in split.fit]) if questions else {},
         score_head=score_head,
+        shared=prompts.shared,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_adainfer.arrays import Bools, Ints
-from vllm_adainfer.artifact.fields import Label
+from vllm_adainfer.artifact.fields import Label, SharedTokens
 from vllm_adainfer.artifact.kinds import ScoreHead
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import QuestionRows, allowance_of_questions
@@ -53,6 +53,7 @@ class Calibration:
         student: decides before the first layer; None without one.
         branches: decide in place of heads, each after another layer.
         score_head: see `ArtifactConfig.score_head`.
+        shared: see `ArtifactConfig.shared`; empty for a policy that serves any prompt.
 
     """
 
@@ -70,6 +71,7 @@ class Calibration:
     student: TrainedStudent | None = None
     branches: tuple[TrainedBranch, ...] = ()
     score_head: ScoreHead | None = None
+    shared: SharedTokens = field(default_factory=SharedTokens)
 
     @property
     def trained(self) -> list[TrainedProbe]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from vllm_adainfer.arrays import Ints
-from vllm_adainfer.artifact.fields import Label
+from vllm_adainfer.artifact.fields import Label, SharedTokens
 from vllm_adainfer.artifact.files import check_writable
 from vllm_adainfer.artifact.kinds import ProbeKind
 from vllm_adainfer.errors import AdaInferError
@@ -40,6 +40,7 @@ from vllm_adainfer.offline.calibration.data.score_labels import (
     score_labels,
 )
 from vllm_adainfer.offline.calibration.data.scored import read_scored
+from vllm_adainfer.offline.calibration.data.shared import pooled_from, shared_tokens
 from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
     load_student_base,
@@ -81,6 +82,7 @@ class Prompts:
             that a first token decides.
         pooled_from: the position from which on pooled heads read the prompts; None for others.
         student: the encoder to train, and the prompts as it reads them; None without a student.
+        shared: the tokens that all prompts that fit begin and end with.
 
     """
 
@@ -93,6 +95,7 @@ class Prompts:
     choices: Choices | None = None
     pooled_from: int | None = None
     student: StudentBase | None = None
+    shared: SharedTokens = field(default_factory=SharedTokens)
 
 
 def load_prompts(request: CalibrationRequest) -> Prompts:
@@ -133,11 +136,17 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     examples = [examples[index] for index in order]
     split = split_of(numbered(groups[order].tolist()), options)
     check_rows(split, options, data)
+    fitting = [examples[index] for index in split.fit]
+    template = None if holds_requests else read_template(request.template)
+    shared = shared_tokens(fitting, tokenizer, template)
+    say_shared(shared)
     probe: ProbeKind
     shortest = min(examples, key=lambda example: len(example.token_ids))
     alone = len(shortest.token_ids) == 1  # nothing is left of it without the first token
     if request.probe == "auto":
-        by_last_token = alone or (options.top_k is not None and begin_alike(examples, split.groups))
+        by_last_token = alone or (
+            options.top_k is not None and begin_alike(fitting, split.groups[split.fit])
+        )
         label_head: ProbeKind = "label-head" if by_last_token else "pooled-label-head"
         probe = label_head if labels else "lens"
     else:
@@ -148,11 +157,21 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
             "this one has no other: use --probe label-head, or give a --template"
         )
     right = right_tokens(examples, labels, tokenizer) if options.risk == "accuracy" else None
-    pooled_from = shared_tokens(examples) if probe == "pooled-label-head" else None
     student = None
     if request.student is not None:
-        student = load_student_base(request.student, examples, tokenizer)
-    return Prompts(examples, labels, split, hf_config, probe, right, choices, pooled_from, student)
+        student = load_student_base(request.student, examples, tokenizer, shared)
+    return Prompts(
+        examples,
+        labels,
+        split,
+        hf_config,
+        probe,
+        right,
+        choices,
+        pooled_from(fitting, len(shortest.token_ids)) if probe == "pooled-label-head" else None,
+        student,
+        shared,
+    )
 
 
 def split_of(groups: Ints, options: PolicyOptions) -> Split:
@@ -195,13 +214,14 @@ def begin_alike(examples: Sequence[Example], groups: Ints) -> bool:
     return True
 
 
-def shared_tokens(examples: Sequence[Example]) -> int:
-    """How many tokens all prompts begin with: at least 1, and fewer than any prompt has.
-
-    The first token is never pooled: it attracts attention, and its state is an outlier.
-    """
-    prompts = [example.token_ids for example in examples]
-    return max(1, min(shared_start(prompts), min(map(len, prompts)) - 1))
+def say_shared(shared: SharedTokens) -> None:
+    """Say which prompts the policy will serve."""
+    if shared:
+        say(
+            f"prompts begin with {len(shared.start)} and end with {len(shared.end)} tokens that "
+            "all of them have (template, chat template, question): requests without these will run "
+            "all layers"
+        )
 
 
 def _from_rows(

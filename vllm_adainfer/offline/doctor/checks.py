@@ -224,6 +224,7 @@ def examine_model(
     if path is None:
         return None, [skip("model: pass --model with the directory or hub id you serve")]
     from vllm_adainfer.offline.pretrained import Model, load_config_and_tokenizer
+    from vllm_adainfer.offline.reports.served_prompts import served_prompts
 
     try:
         found = load_config_and_tokenizer(path, hf_overrides)
@@ -240,7 +241,9 @@ def examine_model(
     except AdaInferError as error:
         return model, [supported, fail(f"artifact and model: {error}")]
     fitting = "artifact and model: architecture, layers, width and vocabulary match"
-    return model, [supported, ok(fitting)]
+    prompts = served_prompts(config.shared, model.tokenizer.decode)
+    served = ok(f"requests may exit with prompts {prompts}; any others run at full depth")
+    return model, [supported, ok(fitting), *([served] if config.shared else [])]
 
 
 def _installed(*packages: str) -> dict[str, str]:

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.files import load_details
+from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data.examples import (
-    Example,
-    Row,
-    make_examples,
-    read_template,
-)
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.asking import greedy, scores_of
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok
@@ -51,7 +45,7 @@ def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Itera
 
     tokens = longest_choice(config.choices) if config.choices else 1
     longest = model.longest_prompt(tokens)
-    examples = smoke_examples(_template_of(artifact), model.tokenizer, longest)
+    examples = smoke_examples(config.shared, model.tokenizer, longest)
     switch = {"artifact": artifact}
     try:
         engine = start_engine(model.path, examples, switch, tokens, **model.engine_settings)
@@ -74,23 +68,21 @@ def examine_engine(model: Model, artifact: str, config: ArtifactConfig) -> Itera
         stop_engine(engine)
 
 
-def smoke_examples(template: str | None, tokenizer: Any, longest: int) -> list[Example]:
-    """`SENTENCES`, each filled into all fields of `template`, or as they are if that fails.
+def smoke_examples(shared: SharedTokens, tokenizer: Any, longest: int) -> list[Example]:
+    """`SENTENCES` as prompts that the policy serves.
 
     Args:
-        template: the ``--template`` of the calibration.
+        shared: the tokens that prompts must begin and end with.
         tokenizer: Hugging Face tokenizer of the model.
-        longest: the most tokens a prompt may have.
+        longest: the most tokens a prompt may have; sentences are cut to it.
 
     """
-    try:
-        text = read_template(template)
-        names = ["prompt"] if text is None else [name for _, name, _, _ in Formatter().parse(text)]
-        rows = [Row("doctor", {name: line for name in names if name}) for line in SENTENCES]
-        return make_examples(rows, tokenizer, text, "", longest)
-    except (AdaInferError, ValueError):
-        rows = [Row("doctor", {"prompt": line}) for line in SENTENCES]
-        return make_examples(rows, tokenizer, None, "", longest)
+    room = longest - len(shared.start) - len(shared.end)
+    return [
+        Example("doctor", line, [*shared.start, *own[:room], *shared.end], None)
+        for line in SENTENCES
+        for own in [tokenizer.encode(line, add_special_tokens=False)]
+    ]
 
 
 def exits_found(early: Run, full: Run, depth: int) -> Finding:
@@ -142,14 +134,6 @@ def _params(
     if config.choices:
         return choice_params(config.choices, extra_args)
     return greedy(config.label_ids, extra_args)
-
-
-def _template_of(artifact: str) -> str | None:
-    try:
-        template = load_details(artifact).get("template")
-    except AdaInferError:
-        return None
-    return template if isinstance(template, str) else None
 
 
 def _model_class(engine: LLM) -> Finding:

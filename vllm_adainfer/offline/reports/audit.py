@@ -10,10 +10,15 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.accounting.decided import NotCovered
 from vllm_adainfer.offline.tables import text_table
 from vllm_adainfer.settings.engine import NO_POLICY
 
 SHOWN = 12  # characters of a digest
+WHY: dict[NotCovered, str] = {
+    "other_prompt": "their prompts lack the tokens that all prompts of its calibration share",
+    "unknown_question": "their question is not among those that it knows",
+}
 
 
 class Line(BaseModel):
@@ -29,6 +34,7 @@ class Line(BaseModel):
     depth: int = 0
     ended: str | None = None
     lost: int = 0
+    not_covered: NotCovered | None = None
 
 
 @dataclass
@@ -88,6 +94,7 @@ def summed_up(lines: Iterable[Line]) -> str:
     """A row for each policy and bound, then what has no answer."""
     sums: defaultdict[tuple[str, str, str], Sum] = defaultdict(Sum)
     unanswered: Counter[str] = Counter()
+    not_covered: Counter[NotCovered] = Counter()
     lost = 0
     for line in lines:
         lost += line.lost
@@ -96,6 +103,8 @@ def summed_up(lines: Iterable[Line]) -> str:
         if not line.outcomes:
             unanswered[line.ended or "running"] += 1
             continue
+        if line.not_covered is not None:
+            not_covered[line.not_covered] += 1
         name = line.policy or NO_POLICY
         epsilon = "-" if line.epsilon is None else f"{line.epsilon:g}"
         found = sums[name, (line.artifact or "-")[:SHOWN], epsilon]
@@ -118,6 +127,10 @@ def summed_up(lines: Iterable[Line]) -> str:
     parts += [
         f"{count} requests ended without an answer ({reason})"
         for reason, count in sorted(unanswered.items())
+    ]
+    parts += [
+        f"{count} requests for a policy's output ran at full depth, because {WHY[reason]}"
+        for reason, count in sorted(not_covered.items())
     ]
     if lost:
         parts.append(f"{lost} lines were lost: they came faster than the disk took them")

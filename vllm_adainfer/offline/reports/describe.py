@@ -15,6 +15,7 @@ from vllm_adainfer.artifact.promise import (
     student_in_words,
     wrong_in_words,
 )
+from vllm_adainfer.offline.reports.served_prompts import served_prompts
 from vllm_adainfer.offline.tables import aligned, text_table
 
 WORTH_MORE_PROMPTS = 1.0  # percentage points that the second half of the prompts has brought
@@ -96,6 +97,8 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         "bound": f"epsilon {config.epsilon:g} at delta {config.delta:g} on {RISKS[config.risk]} "
         f"{'per token ' if generated else ''}({config.bound})",
     }
+    if config.shared:
+        facts["prompts"] = f"{served_prompts(config.shared)}; others run all layers"
     if config.risk == "probability":
         facts["wrong"] = wrong_in_words(config)
     if text := right_about(config):

@@ -11,6 +11,7 @@ from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.offline.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.data.examples import Row, make_examples, read_template
 from vllm_adainfer.offline.pretrained import load_model
+from vllm_adainfer.offline.reports.served_prompts import served_prompts
 from vllm_adainfer.offline.reports.views import (
     View,
     deciding_part,
@@ -33,6 +34,7 @@ class Explanation:
         epsilon: the bound that the thresholds are for.
         leaves_after: number of layers that the request runs.
         views: what the policy sees at each exit point, and at full depth.
+        served: the prompts that the policy serves, in words, if this is none of them; else None.
 
     """
 
@@ -41,6 +43,7 @@ class Explanation:
     epsilon: float
     leaves_after: int
     views: tuple[View, ...]
+    served: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values; scores and thresholds that are not finite, which JSON lacks, are None."""
@@ -68,6 +71,11 @@ class Explanation:
         return f"{text_table(columns, rows, text_columns=1)}\n\n{self._conclusion()}"
 
     def _conclusion(self) -> str:
+        if self.served is not None:
+            return (
+                f"It runs all {self.layers} layers and answers {self.views[-1].answer}: the policy "
+                f"serves prompts {self.served}, and this one does not."
+            )
         early = next(view for view in self.views if view.layer == self.leaves_after)
         full, at = self.views[-1], f"at epsilon {self.epsilon:g}"
         if early is full:
@@ -116,5 +124,9 @@ def explain(
     name = token_namer(config, model.tokenizer)
     read = student_reader(source, config, model)(example.token_ids)
     views = views_of(part, recording, 0, thresholds, name, text=read)
-    leaves_after = next(view.layer for view in views if view.settled)
-    return Explanation(len(example.token_ids), config.layers, bound, leaves_after, tuple(views))
+    leaves_after, served = next(view.layer for view in views if view.settled), None
+    if not config.shared.are_in(example.token_ids):
+        served = served_prompts(config.shared, model.tokenizer.decode)
+        leaves_after = config.layers
+    prompt = len(example.token_ids)
+    return Explanation(prompt, config.layers, bound, leaves_after, tuple(views), served)

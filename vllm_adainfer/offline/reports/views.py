@@ -109,7 +109,8 @@ def student_reader(
     if config.student is None:
         return lambda _prompt: ()
     decode = partial(model.tokenizer.decode, skip_special_tokens=True)
-    return OwnText(decode, config.student, load_student_tokenizer(source)).tokens_of
+    tokenizer = load_student_tokenizer(source)
+    return OwnText(decode, config.student, config.shared, tokenizer).tokens_of
 
 
 def threshold_row(

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_adainfer.artifact.fields import MOST_STUDENT_TOKENS, Student
+from vllm_adainfer.artifact.fields import MOST_STUDENT_TOKENS, SharedTokens, Student
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.data.examples import Example, shared_start
+from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.policy.own_text import OwnText
 
 TOKENIZER = "tokenizer.json"
@@ -38,7 +38,7 @@ class StudentBase:
 
 
 def load_student_base(
-    source: str, examples: Sequence[Example], model_tokenizer: Any
+    source: str, examples: Sequence[Example], model_tokenizer: Any, shared: SharedTokens
 ) -> StudentBase:
     """Load an encoder, and read the prompts with its tokenizer.
 
@@ -46,6 +46,7 @@ def load_student_base(
         source: directory or hub id.
         examples: the prompts.
         model_tokenizer: that of the model whose prompts they are.
+        shared: the tokens that the prompts begin and end with; it reads what lies between.
 
     Raises:
         AdaInferError: there is no such encoder, or it cannot be a student.
@@ -75,25 +76,24 @@ def load_student_base(
             "fast one"
         )
     tokenizer = path.read_text(encoding="utf-8")
-    start, end = _shared(examples)
     described = Student(
         name=Path(source).name if Path(source).is_dir() else source,
         revision=revision,
         license=_license(directory),
         hidden_size=model.config.hidden_size,
-        shared_start=start,
-        shared_end=end,
+        shared_start=len(shared.start),
+        shared_end=len(shared.end),
         most_tokens=_most_tokens(source, directory, model.config),
         tokenizer=hashlib.sha256(tokenizer.encode()).hexdigest(),
     )
     decode = partial(model_tokenizer.decode, skip_special_tokens=True)
-    own = OwnText(decode, described, tokenizer)
+    own = OwnText(decode, described, shared, tokenizer)
     texts = [own.tokens_of(example.token_ids) for example in examples]
     if not any(texts):
         raise AdaInferError(
             f"--student {source} has nothing to read: the prompts have no text of their own "
-            f"between the {start} tokens that all of them begin with and the {end} "
-            "that all end with"
+            f"between the {len(shared.start)} tokens that all of them begin with and the "
+            f"{len(shared.end)} that all end with"
         )
     return StudentBase(described, model, tokenizer, texts)
 
@@ -143,10 +143,3 @@ def _most_tokens(source: str, directory: Path, config: Any) -> int:
             "encoder"
         )
     return most
-
-
-def _shared(examples: Sequence[Example]) -> tuple[int, int]:
-    """How many tokens all prompts begin with, and how many all end with."""
-    prompts = [example.token_ids for example in examples]
-    start = shared_start(prompts)
-    return start, shared_start([prompt[start:][::-1] for prompt in prompts])

@@ -81,6 +81,7 @@ def policy_config(
         probe=calibration.target.kind,
         student=None if policy.student is None else policy.student.base.described,
         branches=policy.branches,
+        shared=calibration.shared,
         pooled_from=calibration.pooled_from if calibration.target.is_pooled else None,
         last_token=None if policy.last_token is None else _last_token(policy.last_token),
         candidates="labels" if calibration.labels else candidates,
