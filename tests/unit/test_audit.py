@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -113,16 +114,19 @@ def test_lines_are_summed_up_by_policy_and_bound(summed):
         line(token("mood", 30, "full_depth")),
         line(token("mood", 30, "shadow")),
         line(token(NO_POLICY, 30, "full_depth")),
+        line(replace(token(NO_POLICY, 30, "full_depth"), not_covered="other_prompt")),
         line(status=RequestStatus.FINISHED_ABORTED),
         {"lost": 4},
         cut='{"time": 1',  # the server is writing it
     ).splitlines()
     assert [row.split() for row in rows[2:4]] == [
-        ["full_depth", "-", "-", "1", "0", "1", "0", "0.0%"],
+        ["full_depth", "-", "-", "2", "0", "2", "0", "0.0%"],
         ["mood", DIGEST[:12], "0.02", "3", "1", "1", "1", "16.7%"],
     ]
-    assert rows[-2:] == [
+    assert rows[-3:] == [
         "1 requests ended without an answer (abort)",
+        "1 requests for a policy's output ran at full depth, because their prompts lack the tokens "
+        "that all prompts of its calibration share",
         "4 lines were lost: they came faster than the disk took them",
     ]
 

@@ -103,6 +103,10 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
         read_rows(tmp_path / "missing.jsonl")
 
 
+def test_a_line_break_in_a_shells_quotes_is_one_as_in_the_requests_of_clients():
+    assert read_template(r"Review: {text}\nSentiment:") == "Review: {text}\nSentiment:"
+
+
 @pytest.mark.parametrize("template", [None, "", TEMPLATE, "mail me @ home {text}"])
 def test_a_template_is_taken_as_it_stands(template):
     assert read_template(template) == template

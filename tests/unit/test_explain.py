@@ -29,6 +29,14 @@ def test_it_says_that_a_request_runs_all_layers():
     assert str(stays).endswith("it runs all 6 layers and answers 'good'.")
 
 
+def test_it_says_that_the_policy_serves_other_prompts_whatever_it_makes_of_this_one():
+    other = replace(FOUND, leaves_after=6, served="that begin with 'Review:'")
+    assert str(other).endswith(
+        "It runs all 6 layers and answers 'good': the policy serves prompts that begin with "
+        "'Review:', and this one does not."
+    )
+
+
 def test_its_json_has_no_number_that_json_lacks():
     views = json.loads(json.dumps(FOUND.as_dict(), allow_nan=False))["views"]
     assert [view["threshold"] for view in views] == [None, 1.5, None]

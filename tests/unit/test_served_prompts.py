@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
+from tests import student
 from tests.admitted import admitted
 from tests.tiny import tiny_config, word_tokenizer
 from tests.unit.test_pooled_policy import POOLED, QUESTIONS
 from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
+from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.shared import shared_tokens
 from vllm_adainfer.offline.reports.served_prompts import served_prompts
@@ -170,6 +172,22 @@ def test_a_request_that_may_not_exit_anyway_has_no_reason(tiny_model):
 def test_they_are_told_in_words_with_the_part_next_to_the_text(shared, text, words):
     decode = None if text is None else (lambda tokens: text)
     assert words in served_prompts(shared, decode)
+
+
+@pytest.mark.parametrize("student_asked", [False, True])
+def test_the_start_up_line_says_which_prompts_may_exit_and_what_lifting_that_means(
+    tiny_model, student_asked
+):
+    more = {"exit_points": (0, 3), **student.asked_with(SHARED)} if student_asked else {}
+    config = tiny_config(tiny_model, **{"shared": SHARED, **more})
+    tokens = "the 2 first and 3 last tokens that all prompts of the calibration share"
+    kept, lifted = (
+        policy_banner("mood", config, Settings(artifact="policy", prompts=prompts))
+        for prompts in ("calibrated", "any")
+    )
+    assert f"among bad, good, whose prompts have {tokens}" in kept
+    assert f'with any prompt ("prompts": "any"): of those without {tokens}, nothing is' in lifted
+    assert ("and its student is not asked" in lifted) == student_asked
 
 
 def test_a_tokenizer_says_what_they_are():

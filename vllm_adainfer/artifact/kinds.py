@@ -1,4 +1,4 @@
-"""The kinds of probes, classifiers, risks, bounds and candidates that ``config.json`` names.
+"""The kinds of probes, risks, bounds and the like that ``config.json`` and metrics name.
 
 Importable without torch.
 """
@@ -19,6 +19,9 @@ LabelBoundKind = Literal["recall", "precision"]
 # sigmoid of each column, where any number of labels may hold.
 ScoreHead = Literal["softmax", "sigmoid", "sigmoids"]
 Candidates = Literal["labels", "shortlist", "full"]
+# Why a policy does not serve a prompt: it lacks the tokens that all prompts of the calibration
+# share, or asks a question that is not among the known ones.
+NotCovered = Literal["other_prompt", "unknown_question"]
 
 # A classifier's input: the columns of `adainfer_kernels.ProbeResult.features`, and of
 # `vllm_adainfer.policy.probabilities.features_of`.

@@ -14,9 +14,9 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from vllm_adainfer.artifact.artifact import all_parts
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
+from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.auto.kind_reports import NO_KIND, OTHERS
 from vllm_adainfer.engine.self_test.parts import PARTS
-from vllm_adainfer.exits.accounting.decided import NotCovered
 from vllm_adainfer.frontend.compat_metrics import observe_many
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.engine.admission.resolved import Resolved
-from vllm_adainfer.exits.accounting.decided import NotCovered
 from vllm_adainfer.settings.engine import NO_POLICY
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from vllm_adainfer.artifact.artifact import all_parts
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.accounting.decided import NotCovered
 from vllm_adainfer.policy.policy_set import first_threshold_rows
 from vllm_adainfer.policy.questions import KnownQuestions
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vllm_adainfer.artifact.kinds import NotCovered
+
 Outcome = Literal["early", "full_depth", "shadow"]
-# Why a policy does not serve a prompt: it lacks the tokens that all prompts of the calibration
-# share, or asks a question that is not among the known ones.
-NotCovered = Literal["other_prompt", "unknown_question"]
 
 
 @dataclass(frozen=True)

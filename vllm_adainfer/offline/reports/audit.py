@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.accounting.decided import NotCovered
 from vllm_adainfer.offline.tables import text_table
 from vllm_adainfer.settings.engine import NO_POLICY
 

@@ -88,12 +88,15 @@ def _rows_of(path: Path) -> list[Row]:
 def read_template(template: str | None) -> str | None:
     """The content of FILE for ``@FILE``; anything else is the template itself.
 
+    A shell leaves ``\\n`` in quotes as it is, so it stands for a line break, as in the requests of
+    clients.
+
     Raises:
         AdaInferError: the file cannot be read.
 
     """
     if template is None or not template.startswith("@"):
-        return template
+        return None if template is None else template.replace("\\n", "\n")
     try:
         return Path(template[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
