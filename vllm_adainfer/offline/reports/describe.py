@@ -15,7 +15,7 @@ from vllm_adainfer.artifact.promise import (
     student_in_words,
     wrong_in_words,
 )
-from vllm_adainfer.offline.reports.served_prompts import served_prompts
+from vllm_adainfer.artifact.served_prompts import served_prompts
 from vllm_adainfer.offline.tables import aligned, text_table
 
 WORTH_MORE_PROMPTS = 1.0  # percentage points that the second half of the prompts has brought

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.served_prompts import served_prompts
 from vllm_adainfer.offline.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.data.examples import Row, make_examples, read_template
 from vllm_adainfer.offline.pretrained import load_model
-from vllm_adainfer.offline.reports.served_prompts import served_prompts
 from vllm_adainfer.offline.reports.views import (
     View,
     deciding_part,

@@ -15,6 +15,7 @@ from vllm_adainfer.artifact.promise import (
     student_in_words,
     wrong_in_words,
 )
+from vllm_adainfer.artifact.served_prompts import served_prompts
 from vllm_adainfer.offline.tables import markdown_table
 
 
@@ -34,6 +35,7 @@ def model_card(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
                 * (config.score_head is not None)
             ),
             *_student(config),
+            *([["serves prompts", served_prompts(config.shared)]] if config.shared else []),
             ["classifier", f"{config.classifier} on {', '.join(config.features)}"],
             [
                 "calibrated on",
