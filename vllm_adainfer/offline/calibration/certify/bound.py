@@ -92,9 +92,7 @@ class Bound:
         accuracy = options.risk == "accuracy"
         if kind == "auto":
             kind = "wsr" if accuracy or longest > 1 else "exact"
-        # All promises hold together, so they share delta.
-        delta = options.delta / (1 + len(options.label_bounds))
-        return cls(kind, delta, -1.0 if accuracy else 0.0, groups, longest)
+        return cls(kind, options.delta, -1.0 if accuracy else 0.0, groups, longest)
 
     def of_rows(self, rows: Bools) -> Bound:
         """The bound for some of the rows alone."""

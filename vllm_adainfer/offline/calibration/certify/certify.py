@@ -51,7 +51,15 @@ def loosest_certified(
 ) -> PathPoint | None:
     """The last point before the first that fails (fixed-sequence testing); None if all fail.
 
-    A point fails if it does not certify `epsilon`, or fails one of the `tests`.
+    A point fails if it does not certify `epsilon`, or fails one of the `tests`. All promises hold
+    together at confidence 1 - delta though each test has all of delta. Proof: the rows that fit
+    determine the path. If no point of it breaks a promise, nothing can go wrong. Otherwise take the
+    first that breaks one, and a promise that it breaks; the held-out rows chose neither. A point
+    that breaks a promise is found only if all points before it passed and it passed itself. So the
+    first one passed, the test of that promise with it, and that happens with a probability of at
+    most delta (an intersection-union test at each point of a fixed sequence).
+
+    The proof is for one walk: each epsilon, and each question, holds by itself.
     """
     best = None
     for point in path:
