@@ -11,7 +11,11 @@ from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.kinds import ScoreHead
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import QuestionRows, allowance_of_questions
+from vllm_adainfer.offline.calibration.certify.certify import (
+    EPSILONS,
+    QuestionRows,
+    allowance_of_questions,
+)
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
 from vllm_adainfer.offline.calibration.certify.path import threshold_grid, threshold_path
 from vllm_adainfer.offline.calibration.certify.queries import Queries, rows_allowed
@@ -89,6 +93,11 @@ class Calibration:
             return self.target.full_depth.loss_of_order(self.options.top_k.margin)
         assert self.options.tolerance is not None
         return self.target.full_depth.loss(self.options.tolerance, self.with_mass)
+
+    @property
+    def epsilons(self) -> list[float]:
+        """The bounds to certify, ascending."""
+        return sorted({*EPSILONS, self.options.epsilon})
 
     @property
     def bound(self) -> Bound:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from vllm_adainfer.arrays import Bools
+from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
 from vllm_adainfer.offline.calibration.certify.path import (
@@ -26,7 +27,23 @@ EPSILONS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 Points = dict[float, PathPoint]  # by epsilon
+AnyPoint = TypeVar("AnyPoint", bound="Certifiable")
 QuestionRows = Mapping[str, Bools]  # question -> [held-out rows], True for those that ask it
+
+
+class Certifiable(Protocol):
+    """A place on a path: a policy, or several of which any may decide a row."""
+
+    @property
+    def losses(self) -> Floats:
+        """[rows], the loss of each row. Or [queries]."""
+
+    @property
+    def full(self) -> Ints:
+        """int64 [rows], the full model's answers."""
+
+    def answers_about(self, token: int) -> Ints:
+        """int64 [rows], the answers that promises about `token` are tested on."""
 
 
 def held_out_path(
@@ -47,8 +64,8 @@ def held_out_path(
 
 
 def loosest_certified(
-    path: Iterable[PathPoint], epsilon: float, bound: Bound, tests: Sequence[LabelTest] = ()
-) -> PathPoint | None:
+    path: Iterable[AnyPoint], epsilon: float, bound: Bound, tests: Sequence[LabelTest] = ()
+) -> AnyPoint | None:
     """The last point before the first that fails (fixed-sequence testing); None if all fail.
 
     A point fails if it does not certify `epsilon`, or fails one of the `tests`. All promises hold
@@ -65,7 +82,7 @@ def loosest_certified(
     for point in path:
         if not bound.holds(point.losses, epsilon):
             break
-        if not all(test.holds(point.answers, point.full) for test in tests):
+        if not all(test.holds(point.answers_about(test.token), point.full) for test in tests):
             break
         best = point
     return best

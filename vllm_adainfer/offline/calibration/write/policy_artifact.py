@@ -114,6 +114,7 @@ def _last_token(policy: FittedPolicy) -> LastToken:
         exit_points=tuple(exit.layer for exit in policy.exits),
         levels=_levels(policy),
         certified={name: tuple(points) for name, points in policy.questions.items()},
+        one_bound=True,
     )
 
 
