@@ -106,8 +106,11 @@ class Calibration:
         groups = self.split.groups
         if self.options.by_question:  # each is a mixture of its own
             groups = numbered([*zip(groups.tolist(), self.questions, strict=True)])
-        together = self.split.most_together(groups)
-        return Bound.promised(self.options, groups[self.recording.prompts[rows]], together)
+        together, repeats = self.split.most_together(groups), self.split.repeats
+        prompts = self.recording.prompts[rows]
+        return Bound.promised(
+            self.options, groups[prompts], together, None if repeats is None else repeats[prompts]
+        )
 
     @property
     def held_out_answers(self) -> Ints:

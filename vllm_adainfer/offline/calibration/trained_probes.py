@@ -52,7 +52,7 @@ def branches_could_pay(policy: FittedPolicy) -> bool:
 def halves_of(calibration: Calibration) -> Ints:
     """[rows that fit], 0 or 1: two halves, between which no group of prompts is torn."""
     rows = calibration.recording.rows_of(calibration.split.fit)
-    halves: Ints = calibration.split.groups[calibration.recording.prompts[rows]] % 2
+    halves: Ints = calibration.split.units[calibration.recording.prompts[rows]] % 2
     return halves
 
 

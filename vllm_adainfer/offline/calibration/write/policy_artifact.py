@@ -200,6 +200,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
     leaving = np.bincount(point.exits, minlength=len(policy.exits) + 1) / len(held_out)
     return {
         "prompts": len(split.fit) + len(split.certify),
+        "prompts_repeated": 0 if split.repeats is None else int(split.repeats.sum()),
         "rows": len(recording.tokens),
         "rows_fitted": len(recording.rows_of(split.fit)),
         "rows_held_out": len(held_out),
