@@ -185,7 +185,7 @@ def test_a_mean_just_above_epsilon_is_certified_no_more_often_than_delta(kind, l
     epsilon, delta, resamples = 0.05, 0.1, 1000
     samples = [draw(1500, epsilon + 1e-9, lowest, seed) for seed in range(resamples)]
     rate = np.mean([certified(losses, epsilon, delta, kind, lowest) for losses in samples])
-    assert rate <= delta + 3 * math.sqrt(delta * (1 - delta) / resamples)
+    assert rate <= delta
     assert np.mean([losses.mean() <= epsilon for losses in samples]) > 0.4
 
 
@@ -271,8 +271,7 @@ def violations(risk: str) -> dict[str, float]:
 
 @pytest.mark.parametrize(("risk", "kind"), SIMULATED)
 def test_a_certified_policy_exceeds_epsilon_no_more_often_than_delta(risk, kind):
-    sampling_error = 3 * math.sqrt(DELTA * (1 - DELTA) / RESAMPLES)
-    assert violations(risk)[kind] <= DELTA + sampling_error
+    assert violations(risk)[kind] <= DELTA  # 5 to 8 % of these draws
 
 
 @pytest.mark.parametrize(("risk", "kind"), SIMULATED)

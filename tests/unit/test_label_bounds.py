@@ -66,7 +66,7 @@ def population(rows: int = 20_000) -> list[Scored]:
 
 
 def label_check(promise: LabelBound, bound: Bound | None = None) -> LabelTest:
-    return LabelTest(promise, UNSAFE, bound or Bound("exact", DELTA / 2, 0.0))
+    return LabelTest(promise, UNSAFE, bound or Bound("exact", DELTA, 0.0))
 
 
 def risk_of(promise: LabelBound, point: PathPoint) -> float:
@@ -77,12 +77,15 @@ def risk_of(promise: LabelBound, point: PathPoint) -> float:
 
 @cache
 def thresholds_drawn(kind: str) -> dict[str, list[PathPoint]]:
-    """What is certified on rows drawn again and again, with and without the promise."""
+    """What is certified on rows drawn again and again: with the promise, without, or measured.
+
+    Measured is the loosest point that certifies epsilon, and keeps the promise on these rows.
+    """
     promise, everyone = promised(kind), population()
     true = {point.threshold: point for point in threshold_path(LAYERS, everyone, DEPTH, GRID)}
     bound = Bound.promised(PolicyOptions(delta=DELTA, label_bounds=(promise,)))
     generator = np.random.default_rng(1)
-    found: dict[str, list[PathPoint]] = {"with": [], "without": []}
+    found: dict[str, list[PathPoint]] = {"with": [], "without": [], "measured": []}
     for _ in range(RESAMPLES):
         drawn = generator.integers(0, len(everyone[0].full), ROWS)
         sample = [exit.of_rows(drawn) for exit in everyone]
@@ -91,27 +94,42 @@ def thresholds_drawn(kind: str) -> dict[str, list[PathPoint]]:
             point = loosest_certified(path, EPSILON, bound, tests)
             assert point is not None
             found[name].append(true[point.threshold])
+        kept = [one for one in path if risk_of(promise, one) <= promise.epsilon]
+        measured = [one for one in kept if bound.holds(one.losses, EPSILON)][-1]
+        found["measured"].append(true[measured.threshold])
     return found
 
 
+def share_broken(promise: LabelBound, points: list[PathPoint]) -> float:
+    """The share of draws in which the promise, or epsilon, is broken."""
+    broken = [
+        risk_of(promise, one) > promise.epsilon or one.disagreement > EPSILON for one in points
+    ]
+    return float(np.mean(broken))
+
+
 @KINDS
-def test_a_promise_about_a_label_fails_no_more_often_than_delta(kind):
-    promise, points = promised(kind), thresholds_drawn(kind)["with"]
-    failed = np.mean([risk_of(promise, one) > promise.epsilon for one in points])
-    assert failed <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / RESAMPLES)
-    assert np.mean([one.layers_saved for one in points]) > 0.05, "nobody leaving proves nothing"
+def test_all_promises_hold_together_in_all_but_delta_of_the_draws(kind):
+    """Each of them is tested with all of delta."""
+    points = thresholds_drawn(kind)["with"]
+    assert 0 < share_broken(promised(kind), points) <= DELTA
+    assert np.mean([one.layers_saved for one in points]) > 0.15, "nobody leaving proves nothing"
 
 
 @KINDS
 def test_without_the_promise_the_label_is_lost_far_more_often(kind):
-    promise, points = promised(kind), thresholds_drawn(kind)["without"]
-    assert np.mean([risk_of(promise, one) > promise.epsilon for one in points]) > 0.5
+    assert share_broken(promised(kind), thresholds_drawn(kind)["without"]) == 1
 
 
-def test_all_promises_together_share_delta():
+@KINDS
+def test_a_promise_that_is_kept_on_the_rows_but_not_certified_is_broken_far_more_often(kind):
+    assert share_broken(promised(kind), thresholds_drawn(kind)["measured"]) > 4 * DELTA
+
+
+def test_each_promise_has_all_of_delta():
+    """They share one path, and the first point that breaks one of them is tested for it."""
     three = (promised("recall"), promised("precision"), promised("recall", "safe"))
-    assert Bound.promised(PolicyOptions(delta=0.1)).delta == 0.1
-    assert Bound.promised(PolicyOptions(delta=0.1, label_bounds=three)).delta == 0.1 / 4
+    assert Bound.promised(PolicyOptions(delta=0.1, label_bounds=three)).delta == 0.1
 
 
 @KINDS
@@ -126,10 +144,9 @@ def test_what_the_rows_say_of_a_promise_counts_the_rows_that_it_is_about(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("epsilon", [0.005, 0.05])
-def test_too_few_rows_are_refused_with_the_number_that_would_do(kind, epsilon):
+@pytest.mark.parametrize(("epsilon", "needed"), [(0.005, 460), (0.01, 230), (0.05, 45)])
+def test_too_few_rows_are_refused_with_the_number_that_would_do(kind, epsilon, needed):
     test = label_check(promised(kind, epsilon=epsilon))
-    needed = math.ceil(math.log(DELTA / 2) / math.log(1 - epsilon))
     enough = np.array([SAFE] * 500 + [UNSAFE] * needed)
     check_rows([test], enough)
     sentence = f"--{kind} unsafe:{epsilon:g} needs {needed} held-out prompts that full depth answe"

@@ -89,8 +89,10 @@ CALIBRATION = {
     "prompts": {"label_promises", "enough_rows", "certify", "fit", "data", "options"},
     "write": {"calibration", "fitted_policy", "certify", "fit"},
     "recordings": {"prompts", "fit", "record", "options"},
-    "trained_probes": {"calibration", "fitted_policy", "fit", "record", "data"},
+    "last_token": {"calibration", "fitted_policy", "certify", "fit"},
+    "trained_probes": {"last_token", "calibration", "fitted_policy", "fit", "record", "data"},
     "calibrate": {
+        "last_token",
         "trained_probes",
         "recordings",
         "write",

@@ -130,7 +130,7 @@ def test_it_finds_no_exit_points_where_only_the_last_token_goes_on():
     assert [exit.layer for exit in fit_candidates(last)] == [*LAYERS]
 
 
-def test_a_part_that_certifies_nothing_is_left_out():
+def test_a_part_that_certifies_nothing_is_left_out_and_said_to_be(capsys):
     recording = recording_of_prompts(SAYS_MUCH)
     nothing = {layer: torch.zeros_like(states) for layer, states in recording.states.items()}
     whole = calibration(replace(recording, states=nothing))
@@ -138,18 +138,35 @@ def test_a_part_that_certifies_nothing_is_left_out():
     assert EPSILON in found.points
     assert found.last_token is None
     assert policy_config(found, "tiny", HF_CONFIG).last_token is None
+    assert "the last token alone cannot be certified within the bound" in capsys.readouterr().err
 
 
-def test_a_part_may_certify_fewer_epsilons_than_the_policy():
-    """Then requests at the others run all layers, unless they are seen as a whole."""
-    found = best_policy(calibration(recording_of_prompts(SAYS_MUCH)), "pooled-label-head")
-    own = found.last_token
-    kept = {epsilon: point for epsilon, point in own.points.items() if epsilon > EPSILON}
-    found = replace(found, last_token=replace(own, points=kept))
-    last = policy_config(found, "tiny", HF_CONFIG).parts("")[":last-token"]
-    with pytest.raises(AdaInferError, match="stricter than the artifact's strictest"):
-        last.level_of(None)
-    assert last.level_of(0.1) >= 0
+@pytest.mark.parametrize("by_question", [False, True])
+def test_one_bound_covers_both_parts_whichever_decides_a_request(by_question):
+    """The larger loss of each row certifies; and at one epsilon both parts are served, or none."""
+    data = calibration(recording_of_prompts(0.6), epsilon=0.1, by_question=by_question)
+    names = [f"question {row % 2}" for row in range(PROMPTS)]
+    if by_question:
+        data = replace(data, questions=names, ends={name: ((0,),) for name in names})
+    found = best_policy(data, "pooled-label-head")
+    asked = np.array(names)[SPLIT.certify]
+    pairs = [(found.points, found.last_token.points, np.ones(len(asked), dtype=np.bool_))]
+    if by_question:
+        pairs = [
+            (points, found.last_token.questions[name], asked == name)
+            for name, points in found.questions.items()
+        ]
+    for whole, last, rows in pairs:
+        assert whole.keys() == last.keys()
+        for epsilon in whole:
+            larger = np.maximum(whole[epsilon].losses, last[epsilon].losses)
+            assert data.bound.of_rows(rows).holds(larger, epsilon)
+    assert found.last_token.points[0.1].layers_saved > 0
+    config = policy_config(found, "tiny", HF_CONFIG)
+    assert config.last_token.one_bound
+    assert [one.epsilon for one in config.levels] == [
+        one.epsilon for one in config.last_token.levels
+    ]
 
 
 def test_what_is_served_of_each_part_is_what_was_certified(tmp_path):
@@ -157,7 +174,7 @@ def test_what_is_served_of_each_part_is_what_was_certified(tmp_path):
     found = best_policy(calibration(recording), "pooled-label-head")
     config, details = policy_config(found, "tiny", HF_CONFIG), policy_details(found)
     card = model_card(config, details)
-    assert "within bounds of their own:" in card
+    assert "within the same bounds, which hold whichever heads decide a request:" in card
     assert all(f"{one.layers_saved:.1%}" in card for one in config.last_token.levels)
     save_artifact(tmp_path / "policy", config, policy_tensors(found), {}, "card")
     parts = load_artifact(str(tmp_path / "policy")).parts("").values()

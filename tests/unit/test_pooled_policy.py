@@ -98,6 +98,10 @@ def test_it_is_read_back_as_it_was_written_and_each_part_has_its_own_tensors(poo
             },
             "epsilons of questions must be among those of the levels",
         ),
+        (
+            {**POOLED, "last_token": last_token(one_bound=True, levels=levels(0.05))},
+            "parts with one bound must have the same epsilons",
+        ),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(tiny_model, changes, sentence):
@@ -148,7 +152,12 @@ def test_each_part_has_its_series_from_the_start(pooled):
             POOLED,
             "Prompts of at most 4 tokens, and those of which a token from that position on is in "
             "the prefix cache, are decided by the state of their last token alone, after layers "
-            "2, 3, within bounds of their own:",
+            "2, 3, within bounds of their own, which cover no mixture of both (calibrate again):",
+            "(those with tokens of their own in the prefix cache: label-head after 2, 3)",
+        ),
+        (
+            {**POOLED, "last_token": last_token(one_bound=True)},
+            "alone, after layers 2, 3, within the same bounds, which hold whichever heads decide",
             "(those with tokens of their own in the prefix cache: label-head after 2, 3)",
         ),
         (
@@ -157,7 +166,7 @@ def test_each_part_has_its_series_from_the_start(pooled):
             "(those with tokens of their own in the prefix cache run all layers)",
         ),
     ],
-    ids=["with a part for the last token", "without"],
+    ids=["an artifact from before", "one bound for both parts", "without"],
 )
 def test_it_says_what_becomes_of_prompts_that_it_does_not_see_as_a_whole(
     tiny_model, changes, said, logged

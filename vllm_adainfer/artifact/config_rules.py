@@ -32,7 +32,8 @@ def broken_rules(config: ConfigFields) -> list[str]:
     certified = [question.certified for question in config.questions]
     names = {label.name for label in labels}
     promised = [(one.kind, one.label) for one in config.label_bounds]
-    levels = [*config.levels, *(config.last_token.levels if config.last_token else ())]
+    last = config.last_token
+    levels = [*config.levels, *(last.levels if last else ())]
     rules = {
         f"exit_points must ascend between 0 and {config.layers - 1}": are_exit_points(
             config.exit_points, config.layers
@@ -68,6 +69,9 @@ def broken_rules(config: ConfigFields) -> list[str]:
         ),
         "branches go with a pooled-label-head": pooled or not config.branches,
         "last_token goes with a pooled-label-head": pooled or config.last_token is None,
+        "parts with one bound must have the same epsilons": (
+            last is None or not last.one_bound or {one.epsilon for one in last.levels} == epsilons
+        ),
         "a label-head needs labels": bool(labels) or not head,
         "token ids must be below vocab_size": max(tokens, default=0) < config.vocab_size,
         "each label needs a token id of its own": len(set(tokens)) == len(tokens),

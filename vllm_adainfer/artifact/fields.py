@@ -224,9 +224,12 @@ class LastToken(Strict):
         exit_points: see `ArtifactConfig.exit_points`.
         levels: see `ArtifactConfig.levels`; the bounds of these heads.
         certified: question -> see `Question.certified`; for a policy with `by_question`.
+        one_bound: whether each epsilon, at delta, holds whichever heads decide a request. Artifacts
+            from before have a bound for each part alone.
 
     """
 
     exit_points: tuple[int, ...] = Field(min_length=1)
     levels: tuple[Level, ...] = Field(min_length=1)
     certified: Mapping[str, tuple[float, ...]] = Field(default_factory=dict)
+    one_bound: bool = False

@@ -106,9 +106,12 @@ def not_seen_whole(config: ArtifactConfig) -> str:
     if own is None:
         return f"{whose} run all layers."
     points = ", ".join(map(str, own.exit_points))
+    bounds = "within the same bounds, which hold whichever heads decide a request"
+    if not own.one_bound:
+        bounds = "within bounds of their own, which cover no mixture of both (calibrate again)"
     return (
         f"{whose} are decided by the state of their last token alone, after layers {points}, "
-        "within bounds of their own:"
+        f"{bounds}:"
     )
 
 

@@ -25,6 +25,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
     make_policy,
 )
 from vllm_adainfer.offline.calibration.label_promises import check_rows
+from vllm_adainfer.offline.calibration.last_token import of_last_token, with_last_token
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, ProbeChoice
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
@@ -34,10 +35,8 @@ from vllm_adainfer.offline.calibration.trained_probes import (
     branches_could_pay,
     branches_of,
     layers_to_branch,
-    of_last_token,
     student_of,
     with_branches,
-    with_last_token,
     with_student,
 )
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact

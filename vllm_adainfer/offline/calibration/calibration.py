@@ -11,7 +11,11 @@ from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.fields import Label, SharedTokens
 from vllm_adainfer.artifact.kinds import ScoreHead
 from vllm_adainfer.offline.calibration.certify.bound import Bound
-from vllm_adainfer.offline.calibration.certify.certify import QuestionRows, allowance_of_questions
+from vllm_adainfer.offline.calibration.certify.certify import (
+    EPSILONS,
+    QuestionRows,
+    allowance_of_questions,
+)
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
 from vllm_adainfer.offline.calibration.certify.path import threshold_grid, threshold_path
 from vllm_adainfer.offline.calibration.certify.queries import Queries, rows_allowed
@@ -93,14 +97,22 @@ class Calibration:
         return self.target.full_depth.loss(self.options.tolerance, self.with_mass)
 
     @property
+    def epsilons(self) -> list[float]:
+        """The bounds to certify, ascending."""
+        return sorted({*EPSILONS, self.options.epsilon})
+
+    @property
     def bound(self) -> Bound:
         """The bound, on the decision rows of the held-out prompts."""
         rows = self.recording.rows_of(self.split.certify)
         groups = self.split.groups
         if self.options.by_question:  # each is a mixture of its own
             groups = numbered([*zip(groups.tolist(), self.questions, strict=True)])
-        together = self.split.most_together(groups)
-        return Bound.promised(self.options, groups[self.recording.prompts[rows]], together)
+        together, repeats = self.split.most_together(groups), self.split.repeats
+        prompts = self.recording.prompts[rows]
+        return Bound.promised(
+            self.options, groups[prompts], together, None if repeats is None else repeats[prompts]
+        )
 
     @property
     def held_out_answers(self) -> Ints:

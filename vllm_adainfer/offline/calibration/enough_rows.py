@@ -26,11 +26,14 @@ def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
     together, rows = split.most_together(split.groups), len(split.certify)
     if options.top_k is not None:
         together, rows = 1, len(np.unique(split.groups[split.certify]))
-    groups = split.groups[split.certify] if together > 1 else None
-    bound = Bound.promised(options, groups, together)
+    groups, repeats = split.groups[split.certify], split.repeats
+    bound = Bound.promised(
+        options, groups, together, None if repeats is None else repeats[split.certify]
+    )
     if bound.holds(np.zeros(rows), options.epsilon):
         return
-    needed, what = bound.groups_needed(rows, options.epsilon), "rows"
+    needed = bound.groups_needed(rows, options.epsilon)
+    what = "rows" if repeats is None else "different prompts"
     if options.top_k is not None:
         what = "queries"
     elif together > 1:
@@ -38,7 +41,7 @@ def check_rows(split: Split, options: PolicyOptions, data: str) -> None:
     raise AdaInferError(
         f"too few rows for the bound: epsilon {options.epsilon:g} at delta {options.delta:g} needs "
         f"at least {2 * needed - 1} {what} (half of them held out), but {data} has "
-        f"{split.groups.max(initial=-1) + 1}: give more rows or raise --epsilon"
+        f"{split.units.max(initial=-1) + 1}: give more rows or raise --epsilon"
     )
 
 

@@ -9,12 +9,7 @@ import numpy as np
 
 from vllm_adainfer.artifact.kinds import LABEL_HEADS
 from vllm_adainfer.offline.calibration.calibration import Calibration
-from vllm_adainfer.offline.calibration.certify.certify import (
-    EPSILONS,
-    Points,
-    certify,
-    combine_questions,
-)
+from vllm_adainfer.offline.calibration.certify.certify import Points, certify, combine_questions
 from vllm_adainfer.offline.calibration.fit.choose import (
     choose_exits,
     evenly_spread,
@@ -170,7 +165,7 @@ def make_policy(
         exits = fit_crf_chain(exits, target)
     points: Points = {}
     questions: dict[str, Points] = {}
-    epsilons = sorted({*EPSILONS, options.epsilon})
+    epsilons = calibration.epsilons
     if options.by_question and exits:
         for name, rows in by_question.items():
             if own := certify(exits, recording.depth, epsilons, bound, rows):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
@@ -51,7 +49,7 @@ def check_rows(tests: Sequence[LabelTest], full: Ints) -> None:
         if test.holds(full, full):
             continue
         promise, needed = test.promise, test.rows_needed(full)
-        rows = int(np.count_nonzero(full == test.token))
+        rows = test.rows_held(full)
         wanted = (
             f"about {math.ceil(needed / rows):d} times as many prompts"
             if rows

@@ -51,7 +51,13 @@ from vllm_adainfer.offline.calibration.enough_rows import (
     check_rows,
 )
 from vllm_adainfer.offline.calibration.fit.loss import RightTokens
-from vllm_adainfer.offline.calibration.fit.split import Split, groups_of, numbered, random_order
+from vllm_adainfer.offline.calibration.fit.split import (
+    Split,
+    alike_of,
+    groups_of,
+    numbered,
+    random_order,
+)
 from vllm_adainfer.offline.calibration.label_promises import check_labels
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
@@ -132,9 +138,18 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     groups = groups_of(examples)
     if options.top_k is not None:
         check_queries(groups, options.top_k.k, data)
-    order = random_order(groups, options.seed)
+    alike = alike_of(examples, groups)
+    order = random_order(groups if alike is None else alike, options.seed)
     examples = [examples[index] for index in order]
-    split = split_of(numbered(groups[order].tolist()), options)
+    if alike is not None:
+        alike = numbered(alike[order].tolist())
+    split = split_of(numbered(groups[order].tolist()), options, alike)
+    if split.repeats is not None:
+        say(
+            f"{np.count_nonzero(split.repeats)} of {len(examples)} prompts repeat another one: "
+            "equal prompts are in one part, and the bound must hold both with each of them counted "
+            "and with each prompt counted once"
+        )
     check_rows(split, options, data)
     fitting = [examples[index] for index in split.fit]
     template = None if holds_requests else read_template(request.template)
@@ -174,24 +189,24 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     )
 
 
-def split_of(groups: Ints, options: PolicyOptions) -> Split:
-    """The prompts in two parts; `groups` [prompts] ascend.
+def split_of(groups: Ints, options: PolicyOptions, alike: Ints | None = None) -> Split:
+    """The prompts in two parts; `groups` and `alike` [prompts] are as for `Split.of_groups`.
 
     The part that certifies has what the bound needs, at most half of the prompts: heads of a
     pooled policy have much to learn, and rows beyond this loosen thresholds only a little. The rule
     does not look at a single answer. Bounds that need more rows get half.
     """
-    half, bound = Split.of_groups(groups), Bound.promised(options)
+    half, bound = Split.of_groups(groups, alike=alike), Bound.promised(options)
     some_rows = options.by_question or bool(options.label_bounds)  # each bound on rows of its own
     counts_groups = options.top_k is not None
     alone = counts_groups or half.most_together(groups) == 1
     if some_rows or bound.kind != "exact" or not alone:
         return half
-    rows = int(groups[-1]) + 1  # but for large groups among the others, each row is one
+    rows = int(half.units[-1]) + 1  # but for large groups among the others, each row is one
     sizes = np.unique(np.geomspace(1, rows - rows // 2, 200).round().astype(int)).tolist()
     wanted = ALLOWANCE * options.epsilon
     enough = (size for size in sizes if bound.allowance(size, options.epsilon) >= wanted)
-    split = Split.of_groups(groups, next(enough, sizes[-1]))
+    split = Split.of_groups(groups, next(enough, sizes[-1]), alike)
     return split if counts_groups or split.most_together(groups) == 1 else half
 
 

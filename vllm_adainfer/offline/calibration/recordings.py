@@ -41,7 +41,7 @@ def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
         recording = replace(recording, tokens=choices.decided_by(recording.tokens))
     if prompts.probe == "lens":  # its sums are by prompt
         return recording
-    return replace(recording, folds=prompts.split.groups % FOLDS)
+    return replace(recording, folds=prompts.split.units % FOLDS)
 
 
 def record_own_states(

@@ -1,8 +1,7 @@
-"""A student and branches in a policy, where they pay; and its part for the last token."""
+"""A student and branches in a policy, where they pay."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,6 @@ from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
 from vllm_adainfer.offline.calibration.fit.branch import TrainedBranch, train_branch
 from vllm_adainfer.offline.calibration.fit.cost import untrained_branch_layers
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent, train_student
 from vllm_adainfer.offline.calibration.fitted_policy import (
@@ -20,6 +18,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
     fit_candidates,
     make_policy,
 )
+from vllm_adainfer.offline.calibration.last_token import of_last_token, with_last_token
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.offline.progress import say
 
@@ -53,7 +52,7 @@ def branches_could_pay(policy: FittedPolicy) -> bool:
 def halves_of(calibration: Calibration) -> Ints:
     """[rows that fit], 0 or 1: two halves, between which no group of prompts is torn."""
     rows = calibration.recording.rows_of(calibration.split.fit)
-    halves: Ints = calibration.split.groups[calibration.recording.prompts[rows]] % 2
+    halves: Ints = calibration.split.units[calibration.recording.prompts[rows]] % 2
     return halves
 
 
@@ -120,20 +119,3 @@ def _made_again(policy: FittedPolicy, calibration: Calibration) -> FittedPolicy:
         return found
     last = of_last_token(found)
     return with_last_token(found, last, fit_candidates(last, {exit.layer for exit in found.exits}))
-
-
-def of_last_token(policy: FittedPolicy) -> Calibration:
-    """The data of a pooled policy for heads that read the last token alone."""
-    calibration = policy.calibration
-    target = replace(calibration.target, kind="label-head")
-    return replace(calibration, target=target, branches=())
-
-
-def with_last_token(
-    policy: FittedPolicy, last: Calibration, candidates: Sequence[FittedExit]
-) -> FittedPolicy:
-    """A pooled policy with the part for the last token, from `candidates` fitted on `last`."""
-    # No cuts of their own: such requests are few.
-    layers = {exit.layer for exit in policy.exits}
-    own = make_policy(last, [exit for exit in candidates if exit.layer in layers])
-    return replace(policy, last_token=own if own.points else None)

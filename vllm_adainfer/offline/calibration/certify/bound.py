@@ -56,6 +56,8 @@ class Bound:
             came together. Losses of one group are not independent. None if each row stands alone.
         longest: the most rows a group can have. Groups with more do not count, so it must not
             depend on the held-out rows.
+        repeats: [rows], whether a row repeats an earlier one, word for word; None if none does. See
+            `_readings`.
 
     """
 
@@ -64,10 +66,15 @@ class Bound:
     lowest: float
     groups: Ints | None = None
     longest: int = 1
+    repeats: Bools | None = None
 
     @classmethod
     def promised(
-        cls, options: PolicyOptions, groups: Ints | None = None, together: int = 1
+        cls,
+        options: PolicyOptions,
+        groups: Ints | None = None,
+        together: int = 1,
+        repeats: Bools | None = None,
     ) -> Bound:
         """The bound that the options ask for.
 
@@ -76,12 +83,15 @@ class Bound:
             groups: [held-out rows], the group of each; None if each row stands alone. An order is
                 promised of queries, which are the rows then, and stand alone.
             together: the most prompts in a group of the part that fits.
+            repeats: [held-out rows], whether each repeats an earlier one; needs `groups`.
 
         Raises:
             AdaInferError: the exact bound is asked for prompts that are not independent.
 
         """
         if options.top_k is not None:
+            if repeats is not None:
+                repeats = repeats[np.unique(groups, return_index=True)[1]]
             groups, together = None, 1
         if options.bound == "exact" and together > 1:
             raise AdaInferError(
@@ -92,24 +102,28 @@ class Bound:
         accuracy = options.risk == "accuracy"
         if kind == "auto":
             kind = "wsr" if accuracy or longest > 1 else "exact"
-        # All promises hold together, so they share delta.
-        delta = options.delta / (1 + len(options.label_bounds))
-        return cls(kind, delta, -1.0 if accuracy else 0.0, groups, longest)
+        return cls(kind, options.delta, -1.0 if accuracy else 0.0, groups, longest, repeats)
 
     def of_rows(self, rows: Bools) -> Bound:
         """The bound for some of the rows alone."""
-        return self if self.groups is None else replace(self, groups=self.groups[rows])
+        groups = None if self.groups is None else self.groups[rows]
+        repeats = None if self.repeats is None else self.repeats[rows]
+        return replace(self, groups=groups, repeats=repeats)
 
     def holds(self, losses: Floats, epsilon: float) -> bool:
-        """Whether `losses` certify a mean of at most `epsilon`."""
-        losses = self._by_group(losses, epsilon)
-        return len(losses) > 0 and certified(losses, epsilon, self.delta, self.kind, self.lowest)
+        """Whether `losses` certify a mean of at most `epsilon`, however repeats are read."""
+        return all(
+            len(one) > 0 and certified(one, epsilon, self.delta, self.kind, self.lowest)
+            for one in self._readings(losses, epsilon)
+        )
 
     def of(self, losses: Floats) -> float:
         """Upper confidence bound of the mean loss."""
         if self.longest == 1:
-            losses = self._by_group(losses, 0.0)
-            return upper_bound(losses, self.delta, self.kind, self.lowest) if len(losses) else 1.0
+            return max(
+                upper_bound(one, self.delta, self.kind, self.lowest) if len(one) else 1.0
+                for one in self._readings(losses, 0.0)
+            )
         if not self.holds(losses, HIGHEST):
             return 1.0
         low, high = 0.0, HIGHEST
@@ -121,6 +135,33 @@ class Bound:
     def within(self, epsilon: float, losses: Floats) -> float:
         """The bound for losses that certify `epsilon`, which bisection may miss by a little."""
         return min(epsilon, self.of(losses))
+
+    def _readings(self, losses: Floats, epsilon: float) -> list[Floats]:
+        """The losses that must each certify: of all rows, and of those that repeat no other.
+
+        Nothing in a row says why it repeats another. Either requests like it come often: then rows
+        are independent draws, repeats among them, and each counts. Or it was copied, sent again or
+        multiplied: then only the prompts are drawn, and each counts once. Whichever is true, its
+        test alone passes wrongly with a probability of at most delta, and the other one can only
+        stop it. So where both pass, the promise holds either way, with all of delta.
+
+        Equal prompts are in one part, so these rows are draws of requests with other prompts than
+        those that fit. How a policy answers prompts that it was fitted on, nothing here measures.
+        """
+        if self.repeats is None:
+            return [self._by_group(losses, epsilon)]
+        every, once = replace(self, repeats=None), self._once
+        found = every._by_group(losses, epsilon)
+        # Groups that ask the same lie side by side; draws come in random order.
+        order = np.random.default_rng(0).permutation(len(found))
+        return [found[order], once._by_group(losses[~self.repeats], epsilon)]
+
+    @property
+    def _once(self) -> Bound:
+        """The bound for the rows that repeat no other."""
+        if self.repeats is None:
+            return self
+        return replace(self.of_rows(~self.repeats), repeats=None)
 
     def _by_group(self, losses: Floats, epsilon: float) -> Floats:
         """[groups], `lowest` to 1, with a mean of at most `epsilon` exactly if the loss per row is.
@@ -138,13 +179,18 @@ class Bound:
 
     def groups_needed(self, rows: int, epsilon: float) -> int:
         """The fewest groups like those of `rows` rows that certify `epsilon` if nothing is lost."""
-        lossless = self._by_group(np.zeros(rows), epsilon)
+        lossless = self._readings(np.zeros(rows), epsilon)[-1]
         if not len(lossless):
             lossless = np.zeros(1)
         return rows_needed(epsilon, self.delta, self.kind, self.lowest, lossless)
 
     def allowance(self, rows: int, epsilon: float) -> float:
-        """The largest mean of `rows` losses, each 0 or 1, that certifies `epsilon`."""
+        """The largest mean of `rows` losses, each 0 or 1, that certifies `epsilon`.
+
+        Repeats are left out: they lose as those that they repeat.
+        """
+        if self.repeats is not None:
+            return self._once.allowance(int(np.count_nonzero(~self.repeats)), epsilon)
         order = np.random.default_rng(0).permutation(rows)
         if not self.holds(np.zeros(rows), epsilon):
             return 0.0

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from vllm_adainfer.arrays import Bools
+from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
 from vllm_adainfer.offline.calibration.certify.path import (
@@ -26,7 +27,23 @@ EPSILONS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 Points = dict[float, PathPoint]  # by epsilon
+AnyPoint = TypeVar("AnyPoint", bound="Certifiable")
 QuestionRows = Mapping[str, Bools]  # question -> [held-out rows], True for those that ask it
+
+
+class Certifiable(Protocol):
+    """A place on a path: a policy, or several of which any may decide a row."""
+
+    @property
+    def losses(self) -> Floats:
+        """[rows], the loss of each row. Or [queries]."""
+
+    @property
+    def full(self) -> Ints:
+        """int64 [rows], the full model's answers."""
+
+    def answers_about(self, token: int) -> Ints:
+        """int64 [rows], the answers that promises about `token` are tested on."""
 
 
 def held_out_path(
@@ -47,17 +64,25 @@ def held_out_path(
 
 
 def loosest_certified(
-    path: Iterable[PathPoint], epsilon: float, bound: Bound, tests: Sequence[LabelTest] = ()
-) -> PathPoint | None:
+    path: Iterable[AnyPoint], epsilon: float, bound: Bound, tests: Sequence[LabelTest] = ()
+) -> AnyPoint | None:
     """The last point before the first that fails (fixed-sequence testing); None if all fail.
 
-    A point fails if it does not certify `epsilon`, or fails one of the `tests`.
+    A point fails if it does not certify `epsilon`, or fails one of the `tests`. All promises hold
+    together at confidence 1 - delta though each test has all of delta. Proof: the rows that fit
+    determine the path. If no point of it breaks a promise, nothing can go wrong. Otherwise take the
+    first that breaks one, and a promise that it breaks; the held-out rows chose neither. A point
+    that breaks a promise is found only if all points before it passed and it passed itself. So the
+    first one passed, the test of that promise with it, and that happens with a probability of at
+    most delta (an intersection-union test at each point of a fixed sequence).
+
+    The proof is for one walk: each epsilon, and each question, holds by itself.
     """
     best = None
     for point in path:
         if not bound.holds(point.losses, epsilon):
             break
-        if not all(test.holds(point.answers, point.full) for test in tests):
+        if not all(test.holds(point.answers_about(test.token), point.full) for test in tests):
             break
         best = point
     return best

@@ -45,6 +45,14 @@ class LabelTest:
             bound=bound.within(self.promise.epsilon, losses),
         )
 
+    def rows_held(self, full: Ints) -> int:
+        """The rows that full depth answers with the label; those that repeat another do not count.
+
+        `full` is int64 [held-out rows], its answers.
+        """
+        about, repeats = full == self.token, self.bound.repeats
+        return int(np.count_nonzero(about if repeats is None else about & ~repeats))
+
     def rows_needed(self, full: Ints) -> int:
         """The fewest rows that certify the promise if no answer changes."""
         rows = int(np.count_nonzero(full == self.token))

@@ -52,6 +52,10 @@ class PathPoint:
         """Mean loss."""
         return float(self.losses.mean())
 
+    def answers_about(self, token: int) -> Ints:
+        """The answers that a promise about `token` is about."""
+        return self.answers
+
 
 def threshold_path(
     layers: Sequence[int], scored: Sequence[Scored], depth: int, thresholds: Sequence[float]

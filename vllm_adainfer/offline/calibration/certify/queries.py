@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.fields import TopK
-from vllm_adainfer.artifact.top_k import loses_document
+from vllm_adainfer.artifact.top_k import loses_document, ranked
 from vllm_adainfer.offline.calibration.certify.path import PathPoint
 
 
@@ -36,9 +36,34 @@ class Queries:
 
     def losses(self, point: PathPoint) -> Floats:
         """[queries], 1 where the order of the scores at `point` loses a document, else 0."""
-        early = np.where(np.isnan(point.relevance), self.full, point.relevance)
+        early = self._scores(point)
         lost = [loses_document(early[own], self.full[own], self.top_k) for own in self.rows]
         return np.array(lost, dtype=np.float64)
+
+    def worst_losses(self, one: PathPoint, other: PathPoint) -> Floats:
+        """The same if each document may have its score at `one` or at `other`, at worst.
+
+        A document is lost at worst where it has the lower one, and all others have the higher one.
+        """
+        scores = self._scores(one), self._scores(other)
+        low, high = np.minimum(*scores), np.maximum(*scores)
+        lost = [
+            any(
+                loses_document(
+                    np.where(np.arange(len(own)) == place, low[own], high[own]),
+                    self.full[own],
+                    self.top_k,
+                )
+                for place in ranked(self.full[own])[: self.top_k.k]
+            )
+            for own in self.rows
+        ]
+        return np.array(lost, dtype=np.float64)
+
+    def _scores(self, point: PathPoint) -> Floats:
+        """[rows], early scores at `point`, and full depth's where it has none."""
+        scores: Floats = np.where(np.isnan(point.relevance), self.full, point.relevance)
+        return scores
 
     def on(self, path: Iterable[PathPoint]) -> Iterator[PathPoint]:
         """The same points, with the losses of queries in place of those of rows."""

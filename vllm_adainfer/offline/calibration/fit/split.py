@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_adainfer.arrays import Ints
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.offline.calibration.data.examples import Example
 
 
@@ -20,12 +20,15 @@ class Split:
         certify: [prompts], the held-out prompts: nothing but the bound uses them.
         groups: [all prompts], a number for each group of prompts that came together; groups are
             independent of each other, the prompts of one are not.
+        alike: [all prompts], the same number for groups that ask the same, see `alike_of`; None if
+            no two of them do.
 
     """
 
     fit: Ints
     certify: Ints
     groups: Ints
+    alike: Ints | None = None
 
     @classmethod
     def halves(cls, prompts: int) -> Split:
@@ -33,14 +36,31 @@ class Split:
         return cls.of_groups(np.arange(prompts))
 
     @classmethod
-    def of_groups(cls, groups: Ints, held_out: int | None = None) -> Split:
-        """The last `held_out` groups certify, the others fit; `groups` [prompts] ascend.
+    def of_groups(
+        cls, groups: Ints, held_out: int | None = None, alike: Ints | None = None
+    ) -> Split:
+        """The last `held_out` groups certify, the others fit; None holds out half of them.
 
-        None holds out half of them.
+        `groups` [prompts] ascend; so does `alike`, whose groups count as one.
         """
-        count = groups[-1] + 1
+        units = groups if alike is None else alike
+        count = units[-1] + 1
         fitting = count // 2 if held_out is None else count - held_out
-        return cls(np.flatnonzero(groups < fitting), np.flatnonzero(groups >= fitting), groups)
+        return cls(np.flatnonzero(units < fitting), np.flatnonzero(units >= fitting), groups, alike)
+
+    @property
+    def units(self) -> Ints:
+        """[all prompts], a number for each group with all that ask the same: never torn apart."""
+        return self.groups if self.alike is None else self.alike
+
+    @property
+    def repeats(self) -> Bools | None:
+        """[all prompts], whether a prompt's group repeats an earlier one; None if none does."""
+        if self.alike is None:
+            return None
+        _, first = np.unique(self.alike, return_index=True)
+        repeats: Bools = self.groups != self.groups[first][self.alike]
+        return repeats
 
     def most_together(self, groups: Ints) -> int:
         """The most prompts of one of `groups` [all prompts], in the part that fits."""
@@ -58,6 +78,21 @@ def groups_of(examples: Sequence[Example]) -> Ints:
     return numbered(
         [index if one.group is None else one.group for index, one in enumerate(examples)]
     )
+
+
+def alike_of(examples: Sequence[Example], groups: Ints) -> Ints | None:
+    """[prompts], the same number for groups that ask the same; None if no two do.
+
+    They ask the same if they have the same prompts, token by token, with the same answers to choose
+    from. `groups` [prompts] are as from `groups_of`.
+    """
+    asked: dict[int, set[Hashable]] = {}
+    for group, one in zip(groups.tolist(), examples, strict=True):
+        asked.setdefault(group, set()).add((tuple(one.token_ids), one.labels, one.choices))
+    whole = {group: frozenset(prompts) for group, prompts in asked.items()}
+    if len(set(whole.values())) == len(whole):
+        return None
+    return numbered([whole[group] for group in groups.tolist()])
 
 
 def random_order(groups: Ints, seed: int) -> Ints:

@@ -115,6 +115,7 @@ def _last_token(policy: FittedPolicy) -> LastToken:
         exit_points=tuple(exit.layer for exit in policy.exits),
         levels=_levels(policy),
         certified={name: tuple(points) for name, points in policy.questions.items()},
+        one_bound=True,
     )
 
 
@@ -200,6 +201,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
     leaving = np.bincount(point.exits, minlength=len(policy.exits) + 1) / len(held_out)
     return {
         "prompts": len(split.fit) + len(split.certify),
+        "prompts_repeated": 0 if split.repeats is None else int(split.repeats.sum()),
         "rows": len(recording.tokens),
         "rows_fitted": len(recording.rows_of(split.fit)),
         "rows_held_out": len(held_out),

@@ -1,0 +1,184 @@
+"""Two parts of a policy under one bound, whichever of them decides a request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_adainfer.artifact.fields import LabelBound, TopK
+from vllm_adainfer.artifact.top_k import loses_document
+from vllm_adainfer.offline.calibration.certify.bound import Bound
+from vllm_adainfer.offline.calibration.certify.certify import certify
+from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
+from vllm_adainfer.offline.calibration.certify.parts import (
+    LAST_TOKEN_SHARE,
+    Pair,
+    certify_pairs,
+    pair_path,
+    pairs_of_thresholds,
+)
+from vllm_adainfer.offline.calibration.certify.path import PathPoint, threshold_path
+from vllm_adainfer.offline.calibration.certify.queries import Queries
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
+
+SAFE, UNSAFE = 3, 7
+DEPTH, LAYERS, ROWS, EVERYONE = 10, (3, 6), 600, 6000
+EPSILON, DELTA, RESAMPLES = 0.05, 0.1, 100
+RECALL = LabelBound(kind="recall", label="unsafe", epsilon=0.04)
+
+
+@cache
+def population(seed: int = 0) -> tuple[list[Scored], list[Scored]]:
+    """Exits of both parts; a sixth is unsafe. They err on different rows, and not always."""
+    generator = np.random.default_rng(seed)
+    full = np.where(generator.random(EVERYONE) < 1 / 6, UNSAFE, SAFE)
+
+    def exit_point(worst: float) -> Scored:
+        score = generator.random(EVERYONE)
+        errs = generator.random(EVERYONE) < worst * (1 - score) * np.where(full == UNSAFE, 1.5, 0.7)
+        tokens = np.where(errs, SAFE + UNSAFE - full, full)
+        features = torch.zeros(EVERYONE, 2)
+        return Scored(features, tokens, full, errs * 1.0, torch.from_numpy(score))
+
+    return [exit_point(0.4), exit_point(0.2)], [exit_point(0.6), exit_point(0.3)]
+
+
+def fitted(held_out: Sequence[Scored], fit: Sequence[Scored]) -> list[FittedExit]:
+    return [
+        FittedExit(layer, None, torch.zeros(3), ours, theirs)  # type: ignore[arg-type]
+        for layer, ours, theirs in zip(LAYERS, fit, held_out, strict=True)
+    ]
+
+
+def drawn(rows: Any) -> list[list[FittedExit]]:
+    """Both parts, certified on `rows` of the population; other rows of it have been fitted on."""
+    fit = np.random.default_rng(5).integers(0, EVERYONE, ROWS)
+    return [
+        fitted([one.of_rows(rows) for one in part], [one.of_rows(fit) for one in part])
+        for part in population()
+    ]
+
+
+@cache
+def served(*thresholds: float) -> Pair:
+    """Both parts on the whole population, each at its threshold."""
+    points = [
+        next(iter(threshold_path(LAYERS, part, DEPTH, [threshold])))
+        for part, threshold in zip(population(), thresholds, strict=True)
+    ]
+    return Pair.of(*points)
+
+
+def missed(pair: Pair) -> float:
+    """The share of the unsafe that some choice between the parts calls safe."""
+    unsafe = pair.full == UNSAFE
+    either = (pair.whole.answers == SAFE) | (pair.last.answers == SAFE)
+    return float(either[unsafe].mean())
+
+
+@cache
+def certified_pairs() -> dict[str, list[Pair]]:
+    """What is certified on rows drawn again and again: together, or each part by itself."""
+    generator, bound = np.random.default_rng(1), Bound("exact", DELTA, 0.0)
+    test = LabelTest(RECALL, UNSAFE, bound)
+    pairs = pairs_of_thresholds(*drawn(np.arange(ROWS)), DEPTH)
+    found: dict[str, list[Pair]] = {"together": [], "with recall": [], "each by itself": []}
+    for _ in range(RESAMPLES):
+        parts = drawn(generator.integers(0, EVERYONE, ROWS))
+        for name, tests in (("together", []), ("with recall", [test])):
+            points = certify_pairs(*parts, DEPTH, pairs, [EPSILON], bound, tests=tests)
+            found[name].append(served(*(point[EPSILON].threshold for point in points)))
+        alone = [certify(part, DEPTH, [EPSILON], bound)[EPSILON].threshold for part in parts]
+        found["each by itself"].append(served(*alone))
+    return found
+
+
+def test_the_larger_loss_of_both_parts_exceeds_epsilon_in_no_more_draws_than_delta():
+    """So no mixture of them does, whatever decides which of them answers a request."""
+    pairs = certified_pairs()["together"]
+    assert np.mean([pair.losses.mean() > EPSILON for pair in pairs]) <= DELTA
+    assert np.mean([pair.whole.layers_saved for pair in pairs]) > 0.1
+    assert np.mean([pair.last.layers_saved for pair in pairs]) > 0.02, "the last token leaves, too"
+
+
+def test_certified_each_by_itself_some_mixture_of_them_nearly_always_exceeds_epsilon():
+    pairs = certified_pairs()["each by itself"]
+    assert np.mean([pair.losses.mean() > EPSILON for pair in pairs]) > 0.9
+
+
+def test_a_promise_about_a_label_holds_with_epsilon_whichever_part_decides():
+    pairs = certified_pairs()["with recall"]
+    broken = [pair.losses.mean() > EPSILON or missed(pair) > RECALL.epsilon for pair in pairs]
+    assert np.mean(broken) <= DELTA
+    without = [missed(pair) > RECALL.epsilon for pair in certified_pairs()["together"]]
+    assert np.mean(without) > 0.5
+
+
+def test_the_last_token_adds_no_more_than_its_share_of_the_losses_and_thresholds_never_rise():
+    parts = drawn(np.arange(ROWS))
+    pairs = pairs_of_thresholds(*parts, DEPTH)
+    again = [fitted([one.fitted for one in part], [one.fitted for one in part]) for part in parts]
+    before = math.inf
+    for pair in pair_path(*again, DEPTH, pairs):
+        if pair.last.threshold < before:  # it has just been lowered
+            most = pair.whole.losses.mean() / (1 - LAST_TOKEN_SHARE)
+            assert pair.losses.mean() <= most + 1e-12
+        assert pair.last.threshold >= pair.whole.threshold
+        before = pair.last.threshold
+    assert pairs == sorted(pairs, reverse=True)
+    assert sorted((last for _, last in pairs), reverse=True) == [last for _, last in pairs]
+    assert len({last for _, last in pairs}) > 5
+
+
+def test_the_pairs_do_not_depend_on_a_held_out_row():
+    some, others = (drawn(np.arange(start, start + ROWS)) for start in (0, 3000))
+    assert pairs_of_thresholds(*some, DEPTH) == pairs_of_thresholds(*others, DEPTH)
+
+
+def point(losses: Any, answers: Any, full: Any, relevance: Any = None) -> PathPoint:
+    exits = np.zeros(len(full), dtype=np.int64)
+    return PathPoint(0.0, exits, np.asarray(losses), answers, full, 0.0, relevance)
+
+
+@pytest.mark.parametrize("kind", ["recall", "precision"])
+def test_no_choice_between_the_parts_is_worse_for_a_label_than_what_is_tested(kind):
+    """Worth of a row: epsilon less its loss, where the promise is about the row; else 0."""
+    epsilon, generator = 0.3, np.random.default_rng(0)
+    promise = LabelBound(kind=kind, label="unsafe", epsilon=epsilon)
+
+    def worth(answers: Any, full: Any) -> Any:
+        about = promise.chosen_by(answers, full) == UNSAFE
+        return np.where(about, epsilon - (answers != full), 0.0)
+
+    full, whole, last = generator.choice([SAFE, UNSAFE, 9], (3, 300))
+    pair = Pair.of(*(point(one != full, one, full) for one in (whole, last)))
+    worst = worth(pair.answers_about(UNSAFE), full)
+    assert np.array_equal(worst, np.minimum(worth(whole, full), worth(last, full)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_query_is_lost_if_some_choice_of_parts_for_its_documents_loses_one(seed):
+    generator, top_k = np.random.default_rng(seed), TopK(k=2, margin=0.05)
+    groups, documents = np.repeat(np.arange(20), 6), 120
+    full = generator.random(documents).round(1)  # with ties
+    scores = [full + generator.normal(0, 0.08, documents).round(2) for _ in range(2)]
+    scores[1][::4] = np.nan  # full depth's
+    points = [point(np.zeros(documents), full, full, one) for one in scores]
+    queries = Queries.of_groups(top_k, groups, full)
+    scores[1][::4] = full[::4]
+    lost = [
+        any(
+            loses_document(np.where(which, scores[0][own], scores[1][own]), full[own], top_k)
+            for which in product([True, False], repeat=len(own))
+        )
+        for own in queries.rows
+    ]
+    assert Pair.of(*points, queries).losses.tolist() == lost
+    assert 0 < sum(lost) < 20
