@@ -59,7 +59,7 @@ class Reload:
                         f"artifact {settings.artifacts[name]!r} was overwritten during the "
                         "reload, or replicas see different files: reload again"
                     )
-                artifact.config.check_weights(model.fingerprint)
+                model.check_calibrated(artifact.config)
                 cuts = model.loop.policies.exit_points
                 check_replaces(name, artifact.config, model.artifacts[name].config, cuts)
             return artifacts

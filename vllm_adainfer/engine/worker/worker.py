@@ -186,8 +186,8 @@ class ExitWorker(_Worker):
         """Write the recorded states and sums, and the tensors of the model's logit lens, to `path`.
 
         Returns:
-            ``fingerprint`` of the served weights, ``own_kv_layers`` (how many layers write keys and
-            values), ``norm`` (kind and epsilon of the final one,
+            ``fingerprint`` of the served weights, ``engine_options``, ``own_kv_layers`` (how many
+            layers write keys and values), ``norm`` (kind and epsilon of the final one,
             None if there is none), ``soft_cap`` and ``scale`` of the logits, ``threads`` that
             computed, ``states`` (layer -> the file of the states of whole prompts after it), and
             the times of
@@ -204,6 +204,7 @@ class ExitWorker(_Worker):
         return {
             "states": {} if files is None else files.by_layer,
             "fingerprint": model.fingerprint,
+            "engine_options": model.engine_options.model_dump(),
             "own_kv_layers": model.num_own_kv_layers,
             "norm": lens.norm and (lens.norm.kind, lens.norm.eps),
             "soft_cap": soft_cap,

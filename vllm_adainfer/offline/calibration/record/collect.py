@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.data.examples import Example
@@ -158,6 +159,7 @@ def record(
         pool_seconds=facts["pool_seconds"] / max(1, facts["pooled_rows"]),
         logit_lens=logit_lens_of(_named(tensors, "logit_lens."), facts["norm"]),
         fingerprint=facts["fingerprint"],
+        engine_options=EngineOptions.model_validate(facts["engine_options"]),
         layer_seconds=facts["layer_seconds"] / facts["layers_run"],
         cut_seconds=facts["cut_seconds"] / max(1, facts["rows"]),
         fewer=facts["fewer"],
