@@ -36,6 +36,7 @@ from vllm_adainfer.artifact.source import (
     STUDENT_FILES,
     STUDENT_TOKENIZER,
     STUDENT_WEIGHTS,
+    Pinned,
     add_file,
     check_files,
     files_digest,
@@ -67,6 +68,12 @@ def load_config_and_digest(source: str) -> tuple[ArtifactConfig, str]:
     """An artifact's config, and its `Artifact.digest`; raises what `load_artifact_config` does."""
     with unchanged(source) as directory:
         return _read_config(directory), files_digest(directory)
+
+
+def pin(source: str) -> Pinned:
+    """Find an artifact, and read what serving would; raises what `load_artifact_config` does."""
+    directory = str(locate(source))
+    return Pinned(directory, load_config_and_digest(directory)[1])
 
 
 def load_artifact(source: str) -> Artifact:
