@@ -89,12 +89,11 @@ def test_a_server_that_computes_something_else_is_told_by_which_option(
     [
         (PLAIN, PLAIN),
         (LONG, LONG),
-        (PLAIN, EngineOptions(hf_overrides={"eos_token_id": 2}, hf_config=PLAIN.hf_config)),
         (LONG, LONG.model_copy(update={"hf_overrides": {}})),  # written into config.json
         (OLD, PLAIN),
         (
             OLD,
-            EngineOptions(hf_overrides={"num_labels": 1, "classifier_from_token": ["no", "yes"]}),
+            EngineOptions(hf_overrides={"classifier_from_token": ["no", "yes"]}),
         ),
         (EngineOptions(quantization="fp8"), EngineOptions(quantization="fp8", hf_config={})),
     ],

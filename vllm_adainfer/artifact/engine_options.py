@@ -18,16 +18,9 @@ OPTIONS = {
     "kv_cache_dtype_skip_layers": "--kv-cache-dtype-skip-layers",
 }
 CALIBRATED_WITH = ("quantization", "kv_cache_dtype")
-# Keys of a config that make a classifier of a model. An artifact that does not keep the config
-# cannot tell them; what it promises of the classifier is compared by itself.
-OF_CLASSIFIERS = {
-    "architectures",
-    "classifier_from_token",
-    "is_original_qwen3_reranker",
-    "method",
-    "num_labels",
-    "use_sep_token",
-}
+# Keys of a config that make a classifier of a model. Artifacts that do not keep the config were
+# calibrated with those that they need, without saying so.
+OF_CLASSIFIERS = {"classifier_from_token", "is_original_qwen3_reranker", "method"}
 
 
 class EngineOptions(Strict):
@@ -39,7 +32,7 @@ class EngineOptions(Strict):
         quantization_config: what was changed in that method.
         kv_cache_dtype: None for the model's own.
         kv_cache_dtype_skip_layers: layers that keep the model's own, separated by commas.
-        hf_overrides: what was changed in the model's config.
+        hf_overrides: what was changed in the model's config, as far as it changes the computation.
         hf_config: the values of the resulting config that are not the defaults of its class; None
             in an artifact that was made before they were kept, or by hand.
 

@@ -55,7 +55,9 @@ def engine_options_of(vllm_config: VllmConfig) -> EngineOptions:
         quantization_config=_changed_quantization(model),
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_dtype_skip_layers=",".join(cache.kv_cache_dtype_skip_layers) or None,
-        hf_overrides=_plain(overrides),
+        hf_overrides={
+            key: _plain(one) for key, one in overrides.items() if key not in NOT_COMPUTED
+        },
         hf_config=_changed_values(model.hf_config),
     )
 
