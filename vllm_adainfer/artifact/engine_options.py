@@ -20,7 +20,7 @@ OPTIONS = {
 CALIBRATED_WITH = ("quantization", "kv_cache_dtype")
 # Keys of a config that make a classifier of a model. Artifacts that do not keep the config were
 # calibrated with those that they need, without saying so.
-OF_CLASSIFIERS = {"classifier_from_token", "is_original_qwen3_reranker", "method"}
+OF_CLASSIFIERS = {"classifier_from_token", "is_original_qwen3_reranker", "method", "problem_type"}
 
 
 class EngineOptions(Strict):
