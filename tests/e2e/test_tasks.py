@@ -23,7 +23,7 @@ from tests.full import needed
 from tests.tiny import LAYERS
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.artifact import Artifact
-from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.files import pin
 from vllm_adainfer.engine.runner.build_loop import monitors_of, policies_of
 
 
@@ -182,12 +182,13 @@ def test_of_several_engines_none_switches_before_all_have_read_the_same(
     looser = with_thresholds(mood, mood.tensors["thresholds"] - 1)
     before = cases(tasks, reference, prompts, 33)
     with replaced(llm, tasks, sources, looser):
-        digests = {name: load_artifact(source).digest for name, source in sources.items()}
+        pinned = {name: pin(source) for name, source in sources.items()}
         if end == "other files":
+            other = {**pinned, "mood": pinned["mood"]._replace(digest="")}
             with pytest.raises(Exception, match="overwritten during the reload"):
-                llm.collective_rpc("adainfer_read_again", args=("one", {**digests, "mood": ""}))
+                llm.collective_rpc("adainfer_read_again", args=("one", other))
         else:
-            llm.collective_rpc("adainfer_read_again", args=("one", digests))
+            llm.collective_rpc("adainfer_read_again", args=("one", pinned))
         assert tokens_of(llm, before) == [case.token for case in before]
         switches = end == "all have read it"
         lines, *_ = llm.collective_rpc(

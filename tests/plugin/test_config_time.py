@@ -23,9 +23,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
 from tests.families import FAMILIES, SHAPE
+from tests.quantised import quantise
 from tests.tiny import tiny_artifact
 from vllm_adainfer import plugin
 from vllm_adainfer.engine.classes import CPU_WORKER, GPU_WORKER, SCHEDULER
+from vllm_adainfer.engine.compat.engine_options import engine_options_of
 from vllm_adainfer.engine.scheduler.scheduler import build_scheduler
 from vllm_adainfer.engine.startup.configure import configure
 from vllm_adainfer.engine.startup.refusals import refuse_unsupported
@@ -37,10 +39,10 @@ LLAMA = "LlamaForSequenceClassification"
 
 def engine_config(model: Path, adainfer: Any = None, **settings: Any) -> Any:
     additional = {} if adainfer is None else {"adainfer": adainfer}
-    arguments = EngineArgs(
-        model=str(model), dtype="float32", additional_config=additional, **settings
-    )
-    return arguments.create_engine_config()
+    settings = {"dtype": "float32", **settings}
+    return EngineArgs(
+        model=str(model), additional_config=additional, **settings
+    ).create_engine_config()
 
 
 def test_vllm_loads_the_plugin_by_its_entry_point():
@@ -231,6 +233,47 @@ def test_unsupported_engine_settings_are_refused_with_what_to_set(
     with pytest.raises(ValueError, match=sentence) as refusal:
         engine_config(tiny_model, {"artifact": str(tiny_policy)}, **settings)
     assert "additional_config" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"quantization": "fp8"}, "without --quantization; the server has --quantization fp8: "),
+        (
+            {"quantization": "online", "quantization_config": {"linear": "fp8_per_block"}},
+            "without --quantization; the server has --quantization online: calibrate with it",
+        ),
+        ({"kv_cache_dtype": "fp8"}, "the server has --kv-cache-dtype fp8: calibrate with it, or"),
+        ({"kv_cache_dtype": "bfloat16"}, None),
+        ({"hf_overrides": {"head_dtype": "float32"}}, "the server.* --hf-overrides.* serve with"),
+        ({"hf_overrides": {"eos_token_id": 7}}, None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("made", ["before options were kept", "by an engine without options"])
+def test_a_policy_is_for_the_options_that_it_was_calibrated_with(
+    tiny_model, tiny_policy, tmp_path, made, settings, sentence
+):
+    settings = {"dtype": "bfloat16", **settings}
+    plain = engine_options_of(engine_config(tiny_model))
+    if made == "by an engine without options":
+        tiny_policy = tiny_artifact(tiny_model, tmp_path / "policy", engine_options=plain)
+    switch = {"artifact": str(tiny_policy)}
+    if sentence is None:
+        engine_config(tiny_model, switch, **settings)
+        return
+    with pytest.raises(ValueError, match=sentence):
+        engine_config(tiny_model, switch, **settings)
+    asked = engine_options_of(engine_config(tiny_model, **settings))
+    with_them = tiny_artifact(tiny_model, tmp_path / "with them", engine_options=asked)
+    engine_config(tiny_model, {"artifact": str(with_them)}, **settings)
+
+
+@pytest.mark.parametrize("scheme", ["gptq", "compressed-tensors fp8"])
+def test_a_checkpoint_that_is_quantised_itself_needs_no_option(tiny_model, tmp_path, scheme):
+    quantised, _ = quantise(tiny_model, scheme, False, tmp_path)
+    options = engine_options_of(engine_config(quantised, dtype="bfloat16"))
+    assert (options.quantization, options.kv_cache_dtype) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ class Place:
             "model": str(model),
             "hf_overrides": None,
             "fingerprint": "f" * 16,
+            "engine_options": {"kv_cache_dtype": "fp8"},
             "depth": DEPTH,
             "own_kv_layers": DEPTH,
             "threads": 2,

@@ -37,6 +37,7 @@ from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
 from vllm_adainfer.offline.calibration.fit.trained_exits import with_trained
+from vllm_adainfer.offline.calibration.record import collect
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates, own_states_of
 from vllm_adainfer.offline.calibration.record.recording import FOLDS
 from vllm_adainfer.offline.calibration.trained_probes import branches_of, with_branches
@@ -186,6 +187,31 @@ def test_states_are_read_back_from_files_that_are_gone(tmp_path):
     files.added(np.arange(0), np.arange(0))
     empty = own_states_of({2: files.by_layer[2]}, {**files.take(), "layer.2": like}, prompts=1)
     assert empty.of(2, np.array([0]))[0].shape == (0, HIDDEN)
+
+
+def test_states_that_the_disk_has_no_room_for_are_refused_before_the_model_runs(monkeypatch):
+    """With how much they take, and what to set: 100 prompts of 512 tokens, and one of 8."""
+    examples = [SimpleNamespace(token_ids=[1] * length) for length in [*([600] * 100), 10]]
+    needed = 2 * (100 * MOST_BRANCH_TOKENS + 8) * 4096 * 2
+    free = needed - 1
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    started: list[Any] = []
+    monkeypatch.setattr(collect, "start_engine", lambda *given, **_: started.append(given))
+    monkeypatch.setattr(collect, "stop_engine", lambda _: None)
+
+    def start() -> None:
+        hf_config = SimpleNamespace(hidden_size=4096, num_hidden_layers=32)
+        with collect.recording_engine(
+            "model", hf_config, examples, (8, 16), pooled_from=2, branches=(8, 16)
+        ):
+            pass
+
+    with pytest.raises(AdaInferError, match=r"layers 8, 16, which take 0\.8 GiB.* set TMPDIR to "):
+        start()
+    assert not started
+    free = needed
+    start()
+    assert started
 
 
 BRANCHED: dict[str, Any] = {**POOLED, "branches": (2, 5)}

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import asyncio
+import threading
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,11 @@ from vllm.entrypoints.serve.middleware.register import init_entrypoints_middlewa
 from vllm.lora.request import LoRARequest
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.engine.worker import reload
 from vllm_adainfer.frontend.endpoints import AdaInferEndpoints
+from vllm_adainfer.settings.engine import Settings
 
 PATH = "/adainfer/reload"
 
@@ -23,11 +30,17 @@ class Workers:
     def __init__(self, engines: int = 1) -> None:
         self.calls: list[list[tuple[str, Any]]] = [[] for _ in range(engines)]
         self.failure: Exception | None = None  # of one that reads artifacts
+        self.reading, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> Any:
         """VLLM calls all engines, answers by the first, and raises what one of them raises."""
         for calls in self.calls:
             calls.append((method, *args))
+        if method == "adainfer_read_again":
+            self.reading.set()
+            while not self.go_on.is_set():
+                await asyncio.sleep(0.001)
         if method == "adainfer_read_again" and self.failure is not None:
             raise self.failure
         if method == "adainfer_end_reload":
@@ -133,11 +146,53 @@ def test_all_engines_are_to_read_the_files_that_the_server_sees(switch, tmp_path
     with client_of(switch, workers) as client:
         client.post(PATH)
         client.post(PATH)
-    (_, first, digests), _, (_, second, again), _ = workers.calls[0]
+    (_, first, pinned), _, (_, second, again), _ = workers.calls[0]
     assert first != second
-    assert list(digests) == ["default"]
-    assert len(digests["default"]) == 64
-    assert digests == again
+    digest = load_artifact(switch["artifact"]).digest
+    assert pinned == again == {"default": (switch["artifact"], digest)}
+
+
+def test_the_hub_is_asked_once_and_not_by_an_engine(switch, monkeypatch):
+    """An engine reads in the thread of its steps, where all requests would wait for the network."""
+    asked: list[str] = []
+
+    def snapshot_download(repo: str, **_: Any) -> str:
+        asked.append(repo)
+        return str(switch["artifact"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    workers = Workers(engines=2)
+    with client_of({"artifact": "org/mood@main"}, workers) as client:
+        assert client.post(PATH).status_code == 200
+    assert asked == ["org/mood"]
+    [(_, _, pinned), _] = workers.calls[0]
+    read: list[Artifact] = []
+    monkeypatch.setattr(reload, "built_on_all_ranks", lambda _, __, f: read.extend(f().values()))
+    monkeypatch.setattr(reload, "check_replaces", lambda *_: None)
+    model = SimpleNamespace(
+        settings=Settings(artifact="org/mood@main"),
+        check_calibrated=lambda config: None,
+        loop=SimpleNamespace(policies=SimpleNamespace(exit_points=(2, 3, 5))),
+        artifacts={"default": load_artifact(switch["artifact"])},
+    )
+    found = reload.Reload.read(model, SimpleNamespace(), pinned)  # type: ignore[arg-type]
+    assert found.lines == ["policy default was reloaded from org/mood@main"]
+    assert [one.digest for one in read] == [pinned["default"].digest]
+    assert asked == ["org/mood"]
+
+
+def test_a_second_reload_is_refused_while_one_runs(switch):
+    workers = Workers()
+    workers.go_on.clear()
+    with client_of(switch, workers) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, PATH)
+        assert workers.reading.wait(10)
+        second = client.post(PATH)
+        workers.go_on.set()
+        assert first.result(10).status_code == 200
+        assert client.post(PATH).status_code == 200
+    assert (second.status_code, "a reload is running: wait" in second.text) == (409, True)
+    assert workers.methods() == [SWITCHED * 2]
 
 
 def test_a_damaged_artifact_is_refused_before_an_engine_is_asked(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 
-from tests.tiny import tiny_config, tiny_tensors
+from tests import student
+from tests.tiny import tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.files import (
     CALIBRATION_FILE,
     CONFIG_FILE,
@@ -25,8 +29,14 @@ from vllm_adainfer.artifact.files import (
     load_details,
     save_artifact,
 )
-from vllm_adainfer.artifact.source import FILES, STUDENT_FILES
+from vllm_adainfer.artifact.source import (
+    FILES,
+    STUDENT_CONFIG,
+    STUDENT_FILES,
+    STUDENT_TOKENIZER,
+)
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.load_policy import policy_of
 
 
 @pytest.fixture
@@ -233,3 +243,125 @@ def test_an_artifact_that_is_overwritten_while_it_is_read_is_not_served(
     monkeypatch.setattr("vllm_adainfer.artifact.files.check_tensors", overwrite)
     with pytest.raises(AdaInferError, match=r"' was overwritten while it was read: try again"):
         read(str(artifact))
+
+
+# Students: an encoder and a tokenizer in the files of transformers
+
+
+@pytest.fixture
+def with_student(tiny_model, tmp_path) -> Path:
+    return tiny_artifact(
+        tiny_model, tmp_path / "policy", exit_points=(0, 3), student=student.described()
+    )
+
+
+def changed_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def built(directory: Path) -> Any:
+    """What a worker does at start."""
+    return policy_of(load_artifact(str(directory)), torch.device("cpu"), lambda rows: None)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"attn_implementation": "kernels-community/flash-attn"},
+        {"_attn_implementation": "flash_attention_2"},
+        {"_attn_implementation_internal": "flash_attention_2"},
+        {"experts_implementation": "someone/experts"},
+        {"quantization_config": {"quant_method": "someone's"}},
+        {"auto_map": {"AutoModel": "modeling.Code"}},
+        {"per_layer_config": {"0": {"attn_implementation": "kernels-community/flash-attn"}}},
+    ],
+    ids=lambda named: next(iter(named)),
+)
+def test_no_setting_of_a_student_that_names_code_or_a_kernel_reaches_transformers(
+    with_student, monkeypatch, named
+):
+    asked: list[str] = []
+    for_model = AutoConfig.for_model
+
+    def noting(**settings: Any) -> Any:
+        asked.append(json.dumps(settings))
+        return for_model(**settings)
+
+    monkeypatch.setattr(AutoConfig, "for_model", noting)
+    changed_json(with_student / STUDENT_CONFIG, **named)
+    built(with_student)
+    assert asked
+    assert not re.search("_implementation|flash|kernels|someone|quantization|auto_map", asked[0])
+
+
+def test_whatever_transformers_raises_about_a_student_is_damage(with_student, monkeypatch):
+    def from_config(*_: Any, **__: Any) -> None:
+        raise ImportError("a package that is not installed")
+
+    monkeypatch.setattr(AutoModel, "from_config", from_config)
+    with pytest.raises(AdaInferError, match=r"student cannot be built \(a package .* calibrate"):
+        built(with_student)
+
+
+def with_tokenizer(directory: Path, **changes: Any) -> None:
+    """Change a student's tokenizer, and the digest that the config has of it."""
+    path = directory / STUDENT_TOKENIZER
+    changed_json(path, **changes)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    config = json.loads((directory / CONFIG_FILE).read_text())
+    changed_json(directory / CONFIG_FILE, student={**config["student"], "tokenizer": digest})
+
+
+ROWS = student.bert().config.vocab_size
+
+
+def larger_vocabulary(directory: Path) -> None:
+    model = json.loads((directory / STUDENT_TOKENIZER).read_text())["model"]
+    with_tokenizer(directory, model={**model, "vocab": {**model["vocab"], "more": ROWS}})
+
+
+def framed(*tokens: int) -> Callable[[Path], None]:
+    """These tokens, of no vocabulary, come before every text."""
+
+    def change(directory: Path) -> None:
+        special = {str(one): {"id": str(one), "ids": [one], "tokens": ["?"]} for one in tokens}
+        pieces = [{"SpecialToken": {"id": str(one), "type_id": 0}} for one in tokens]
+        own = {"Sequence": {"id": "A", "type_id": 0}}
+        template = {"single": [*pieces, own], "pair": [*pieces, own], "special_tokens": special}
+        with_tokenizer(directory, post_processor={"type": "TemplateProcessing", **template})
+
+    return change
+
+
+def longer_texts(directory: Path) -> None:
+    config = json.loads((directory / CONFIG_FILE).read_text())
+    changed_json(directory / CONFIG_FILE, student={**config["student"], "most_tokens": 65})
+
+
+def another_padding(directory: Path) -> None:
+    changed_json(directory / STUDENT_CONFIG, pad_token_id=ROWS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (larger_vocabulary, f"its tokenizer has tokens up to {ROWS}, and its embedding {ROWS} ro"),
+        (framed(ROWS + 7), f"its tokenizer has tokens up to {ROWS + 7}, and its embedding {ROWS}"),
+        (another_padding, "the student cannot .* calibrate again"),
+        (
+            longer_texts,
+            "cannot read the longest text of its artifact, 65 tokens .* calibrate",
+        ),
+        (framed(*[1] * student.LONGEST), f"puts {student.LONGEST} tokens around every text, and"),
+        (lambda path: with_tokenizer(path, model={}), "tokenizer.json cannot be read .* calibrate"),
+    ],
+    ids=["vocabulary", "frame", "padding", "positions", "no room", "no tokenizer"],
+)
+def test_a_student_whose_parts_do_not_fit_is_refused_before_a_text_comes(
+    with_student, damage, sentence
+):
+    """In a step, an id or a position without a row would end the engine."""
+    built(with_student)
+    damage(with_student)
+    with pytest.raises(AdaInferError, match=sentence):
+        built(with_student)

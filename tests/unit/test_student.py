@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from adainfer_kernels import rows_to_compile_for
+from tokenizers import decoders
 from torch import Tensor
 from vllm import SamplingParams
 
@@ -29,7 +31,12 @@ from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.load_policy import policy_of
-from vllm_adainfer.policy.own_text import MOST_CHARACTERS, MOST_PROMPT_TOKENS, OwnText
+from vllm_adainfer.policy.own_text import (
+    MOST_CHARACTERS,
+    MOST_PROMPT_TOKENS,
+    OwnText,
+    decoding_digest,
+)
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import LabelHead
 from vllm_adainfer.policy.student import BATCH, TextEncoder
@@ -313,11 +320,19 @@ def test_a_head_of_another_width_is_refused(tiny_model, tmp_path):
 # On arrival
 
 
-def arrival(tiny_model: Path, tmp_path: Path, monkeypatch: Any, **settings: Any) -> Any:
-    path = tiny_artifact(tiny_model, tmp_path / "reviews", **WITH_STUDENT)
-    switch = Settings.model_validate({"artifact": {"reviews": str(path)}, **settings})
+def arrival(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    described: Student = WITH_STUDENT["student"],
+    tokenizer: Any = None,
+) -> Any:
+    policy = {**WITH_STUDENT, "student": described}
+    path = tiny_artifact(tiny_model, tmp_path / "reviews", **policy)
+    switch = Settings.model_validate({"artifact": {"reviews": str(path)}})
     admission = Admission(switch)
-    monkeypatch.setattr(own_texts, "cached_tokenizer_from_config", lambda _: word_tokenizer())
+    served = tokenizer or word_tokenizer()
+    monkeypatch.setattr(own_texts, "cached_tokenizer_from_config", lambda _: served)
     texts = OwnTexts(SimpleNamespace(model_config=None), switch, admission)
     config = admission.policies.configs["reviews"]
     return admission, texts, config
@@ -361,6 +376,30 @@ def test_the_text_is_read_once_if_a_policy_may_ask_the_student(
     assert found == ({"reviews": tuple(prompt[2:])} if asked else {})
 
 
+def lower_case() -> Any:
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Replace("A", "a")
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kept", "served", "refused"),
+    [
+        (decoding_digest(word_tokenizer()), word_tokenizer(), False),
+        (decoding_digest(word_tokenizer()), lower_case(), True),
+        (None, lower_case(), False),  # by a version that did not keep it
+    ],
+    ids=["the same", "another", "unknown"],
+)
+def test_it_reads_what_the_tokenizer_of_the_calibration_decodes(
+    tiny_model, tmp_path, monkeypatch, kept, served, refused
+):
+    described = student.described(decoding=kept)
+    said = "policy reviews: this engine's tokenizer decodes prompts into other texts than"
+    with pytest.raises(AdaInferError, match=said) if refused else nullcontext():
+        arrival(tiny_model, tmp_path, monkeypatch, described, served)
+
+
 def test_a_worker_gets_the_text_of_the_policy_that_decides(tiny_model, tmp_path, monkeypatch):
     from dataclasses import replace
 
@@ -385,10 +424,24 @@ def test_a_worker_gets_the_text_of_the_policy_that_decides(tiny_model, tmp_path,
         (student.asked_with(), student.asked_with(SharedTokens(start=(1,))), True),
         (student.asked_with(), student.asked_with(SharedTokens(start=(1, 3))), True),
         (student.asked_with(), student.asked_with(most_tokens=9), True),
+        (
+            student.asked_with(),
+            {**student.asked_with(), "student": student.described(decoding="0123")},
+            True,
+        ),
         ({}, student.asked_with(), True),
         (student.asked_with(), {}, False),
     ],
-    ids=["same", "other weights", "shorter", "other start", "other limit", "new", "gone"],
+    ids=[
+        "same",
+        "other weights",
+        "shorter",
+        "other start",
+        "other limit",
+        "other texts",
+        "new",
+        "gone",
+    ],
 )
 def test_a_reload_brings_only_students_that_read_alike(
     tiny_model, old: dict[str, Any], new: dict[str, Any], refused: bool

@@ -21,11 +21,13 @@ class Encoder:
     Attributes:
         settings: the content of its ``config.json``.
         tensors: its weights, by name.
+        largest_token: the largest token id that a text may have.
 
     """
 
     settings: Mapping[str, Any]
     tensors: dict[str, Tensor]
+    largest_token: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from vllm_adainfer.artifact.config_fields import ConfigFields
 from vllm_adainfer.artifact.config_rules import broken_rules
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
 
@@ -151,7 +152,17 @@ class ArtifactConfig(ConfigFields):
                 "again"
             )
 
-    def check_weights(self, fingerprint: str) -> None:
+    def check_options(self, served: EngineOptions) -> None:
+        """Compare with the options of the engine about to serve.
+
+        Raises:
+            AdaInferError: it computes something else of the weights; the message names the option.
+
+        """
+        if reason := self.engine_options.why_not_served_by(served):
+            raise AdaInferError(f"the artifact for {self.base_model} was calibrated {reason}")
+
+    def check_weights(self, fingerprint: str | None) -> None:
         """Compare with the fingerprint of the loaded weights.
 
         Raises:

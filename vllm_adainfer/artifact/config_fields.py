@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.fields import (
     MOST_ANSWERS,
     MOST_CHOICES,
@@ -55,6 +56,10 @@ class ConfigFields(Strict):
         None, gt=0, description="Input size of the LM head, if it is not the hidden size."
     )
     weights_fingerprint: str
+    engine_options: EngineOptions = Field(
+        default_factory=EngineOptions,
+        description="How vLLM ran the weights, as far as they do not show it.",
+    )
     adapter: Adapter | None = Field(
         None, description="The LoRA adapter of the policy's requests; None for the base model."
     )

@@ -196,6 +196,8 @@ class Student(Strict):
         shared_end: the same at the end of a prompt.
         most_tokens: the most tokens of its own tokenizer that it reads; longer texts are cut.
         tokenizer: SHA-256, in hex digits, of the file of its tokenizer.
+        decoding: SHA-256, in hex digits, of how the model's tokenizer decodes, see
+            `vllm_adainfer.policy.own_text.decoding_digest`; None if it was not kept.
 
     """
 
@@ -207,11 +209,13 @@ class Student(Strict):
     shared_end: int = Field(ge=0)
     most_tokens: int = Field(gt=0, le=MOST_STUDENT_TOKENS)
     tokenizer: str
+    decoding: str | None = None
 
     @property
-    def reads(self) -> tuple[int, int, int, str]:
+    def reads(self) -> tuple[int | str | None, ...]:
         """All that decides what it reads of a prompt."""
-        return self.shared_start, self.shared_end, self.most_tokens, self.tokenizer
+        own = self.shared_start, self.shared_end, self.most_tokens
+        return *own, self.tokenizer, self.decoding
 
 
 class LastToken(Strict):

@@ -20,10 +20,12 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from vllm_adainfer.artifact.artifact import Artifact, Encoder
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Student
 from vllm_adainfer.artifact.source import (
     CALIBRATION_FILE,
     CARD_FILE,
@@ -34,6 +36,7 @@ from vllm_adainfer.artifact.source import (
     STUDENT_FILES,
     STUDENT_TOKENIZER,
     STUDENT_WEIGHTS,
+    Pinned,
     add_file,
     check_files,
     files_digest,
@@ -67,11 +70,17 @@ def load_config_and_digest(source: str) -> tuple[ArtifactConfig, str]:
         return _read_config(directory), files_digest(directory)
 
 
+def pin(source: str) -> Pinned:
+    """Find an artifact, and read what serving would; raises what `load_artifact_config` does."""
+    directory = str(locate(source))
+    return Pinned(directory, load_config_and_digest(directory)[1])
+
+
 def load_artifact(source: str) -> Artifact:
     """Read a whole artifact; raises what `load_artifact_config` does."""
     with unchanged(source) as directory:
         config = _read_config(directory)
-        encoder = None if config.student is None else _read_encoder(directory)
+        encoder = None if config.student is None else _read_encoder(directory, config.student)
         tensors = _read_tensors(directory, config)
         return Artifact(config, tensors, files_digest(directory), encoder)
 
@@ -82,9 +91,32 @@ def load_student_tokenizer(source: str) -> str:
         return _read_text(directory / STUDENT_TOKENIZER)
 
 
-def _read_encoder(directory: Path) -> Encoder:
+def _read_encoder(directory: Path, student: Student) -> Encoder:
     settings = _read_json(directory / STUDENT_CONFIG)
-    return Encoder(settings, _read_file(directory / STUDENT_WEIGHTS))
+    largest = _largest_token(directory / STUDENT_TOKENIZER, student)
+    return Encoder(settings, _read_file(directory / STUDENT_WEIGHTS), largest)
+
+
+def _largest_token(path: Path, student: Student) -> int:
+    """The largest id that a student's tokenizer gives a token of a text.
+
+    Raises:
+        AdaInferError: it is no tokenizer, or leaves no room for a text.
+
+    """
+    try:
+        tokenizer = Tokenizer.from_str(_read_text(path))
+    except Exception as error:
+        raise AdaInferError(f"{path} cannot be read ({error}): calibrate again") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    around = tokenizer.encode("").ids  # of every text; they need not be in the vocabulary
+    if len(around) >= student.most_tokens:
+        raise AdaInferError(
+            f"{path} puts {len(around)} tokens around every text, and the student reads at most "
+            f"{student.most_tokens}: calibrate again"
+        )
+    return max([*around, *tokenizer.get_vocab().values()], default=0)
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from vllm_adainfer.errors import AdaInferError
 
@@ -20,6 +21,19 @@ STUDENT_CONFIG = "student/config.json"
 STUDENT_WEIGHTS = "student/model.safetensors"
 STUDENT_TOKENIZER = "student/tokenizer.json"
 STUDENT_FILES = (STUDENT_CONFIG, STUDENT_WEIGHTS, STUDENT_TOKENIZER)
+
+
+class Pinned(NamedTuple):
+    """An artifact as one process has found it, for others on its machine to read.
+
+    Attributes:
+        directory: where it lies; of a hub id that of its snapshot.
+        digest: see `Artifact.digest`.
+
+    """
+
+    directory: str
+    digest: str
 
 
 def locate(source: str, names: tuple[str, ...] = SERVED_FILES) -> Path:

@@ -35,6 +35,16 @@ HfOverrides = Annotated[
         "to serve a reranker as a classifier."
     ),
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        help="The method that quantises the weights while they are loaded, if the server will have "
+        "vLLM's option of that name."
+    ),
+]
+KvCacheDtype = Annotated[
+    str | None, typer.Option(help="The server's option of that name, if it will have one.")
+]
 LabelField = Annotated[str, typer.Option(help="The field of a row that holds its label.")]
 Lora = Annotated[
     str,

@@ -16,7 +16,8 @@ from fastapi import FastAPI, HTTPException, Request
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
-from vllm_adainfer.artifact.files import load_config_and_digest
+from vllm_adainfer.artifact.files import pin
+from vllm_adainfer.artifact.source import Pinned
 from vllm_adainfer.engine.compat.server import key_check, on_adapter_unload
 from vllm_adainfer.settings.engine import Settings, read_settings
 
@@ -40,6 +41,7 @@ class AdaInferEndpoints:
         """Store the check of the server's keys, and drop policies of adapters that it unloads."""
         assert engine_client is not None, "`required_tasks` rules out servers without an engine"
         state.adainfer_key_check = key_check(args)
+        state.adainfer_reload = asyncio.Lock()
         settings = _settings_of(engine_client)
         if settings is None or settings.exit_points is None:
             return
@@ -60,7 +62,8 @@ def _settings_of(engine: EngineClient) -> Settings | None:
 async def reload(request: Request) -> dict[str, Any]:
     """Serve with the artifacts now on disk, or answer 409 with the reason.
 
-    All engines behind this server read the artifacts before any of them switches.
+    All engines behind this server read the artifacts before any of them switches. Only this process
+    asks the hub, in a thread of its own: engines read in the thread of their steps.
     """
     has_key = request.app.state.adainfer_key_check
     if has_key is not None and not has_key(request.headers):
@@ -69,21 +72,30 @@ async def reload(request: Request) -> dict[str, Any]:
     settings = _settings_of(engine)
     if settings is None:
         raise HTTPException(404, detail="this server runs stock vLLM: start it with an artifact")
+    lock: asyncio.Lock = request.app.state.adainfer_reload
+    if lock.locked():
+        raise HTTPException(409, detail="a reload is running: wait for its answer, then try again")
+    async with lock:
+        return {"reloaded": await _reloaded(engine, settings)}
+
+
+async def _reloaded(engine: EngineClient, settings: Settings) -> list[str]:
     name = uuid.uuid4().hex
     try:
-        digests = await asyncio.to_thread(_digests, settings)
-        await engine.collective_rpc("adainfer_read_again", args=(name, digests))
+        pinned = await asyncio.to_thread(_pinned, settings)
+        await engine.collective_rpc("adainfer_read_again", args=(name, pinned))
     except Exception as error:
         with suppress(Exception):  # an engine that has died
             await engine.collective_rpc("adainfer_end_reload", args=(name, False))
         raise HTTPException(409, detail=_sentence(error)) from error
+    lines: list[str]
     lines, *_ = await engine.collective_rpc("adainfer_end_reload", args=(name, True))
-    return {"reloaded": lines}
+    return lines
 
 
-def _digests(settings: Settings) -> dict[str, str]:
-    """Digests of the artifacts' files as they are now, by policy name."""
-    return {name: load_config_and_digest(source)[1] for name, source in settings.artifacts.items()}
+def _pinned(settings: Settings) -> dict[str, Pinned]:
+    """The artifacts as they are now, by policy name."""
+    return {name: pin(source) for name, source in settings.artifacts.items()}
 
 
 def _sentence(error: Exception) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.engine.classes import MODELS, model_class_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.adapter import NamedAdapter, adapter_for
@@ -61,6 +62,7 @@ class Model:
         tokenizer: Hugging Face tokenizer.
         adapter: the LoRA adapter; None for the base model.
         hf_overrides: see `load_config_and_tokenizer`.
+        options: those that its engines have besides.
 
     """
 
@@ -69,11 +71,13 @@ class Model:
     tokenizer: Any
     adapter: NamedAdapter | None = None
     hf_overrides: Mapping[str, Any] | None = None
+    options: EngineOptions = field(default_factory=EngineOptions)
 
     @property
     def engine_settings(self) -> dict[str, Any]:
         """The `vllm.LLM` arguments of its engines."""
-        return engine_settings(self.adapter, self.hf_overrides)
+        quantization, kv_cache_dtype = self.options.quantization, self.options.kv_cache_dtype
+        return engine_settings(self.adapter, self.hf_overrides, quantization, kv_cache_dtype)
 
     @property
     def lora_request(self) -> LoRARequest | None:
@@ -86,11 +90,19 @@ class Model:
 
 
 def engine_settings(
-    adapter: NamedAdapter | None, hf_overrides: Mapping[str, Any] | None
+    adapter: NamedAdapter | None,
+    hf_overrides: Mapping[str, Any] | None,
+    quantization: str | None,
+    kv_cache_dtype: str | None,
 ) -> dict[str, Any]:
-    """The `vllm.LLM` arguments for an adapter, and for a model whose config is changed."""
-    settings = {} if adapter is None else adapter.engine_settings
-    return settings if hf_overrides is None else {**settings, "hf_overrides": dict(hf_overrides)}
+    """The `vllm.LLM` arguments for an adapter, and for options that change what is computed."""
+    options = {
+        "hf_overrides": None if hf_overrides is None else dict(hf_overrides),
+        "quantization": quantization,
+        "kv_cache_dtype": kv_cache_dtype,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return given if adapter is None else {**adapter.engine_settings, **given}
 
 
 def load_model(
@@ -99,7 +111,7 @@ def load_model(
     adapter: NamedAdapter | None,
     hf_overrides: Mapping[str, Any] | None = None,
 ) -> Model:
-    """The model at `path`, with `adapter`.
+    """The model at `path`, with `adapter` and the options that the artifact was calibrated with.
 
     Raises:
         AdaInferError: as `load_config_and_tokenizer`; or the artifact of `config` is for another
@@ -108,6 +120,6 @@ def load_model(
     """
     own = adapter_for(config, adapter)
     found = load_config_and_tokenizer(path, hf_overrides)
-    model = Model(path, *found, own, hf_overrides)
+    model = Model(path, *found, own, hf_overrides, config.engine_options)
     config.check_served_by(model.hf_config)
     return model

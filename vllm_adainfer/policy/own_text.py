@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -12,6 +14,14 @@ from vllm_adainfer.artifact.fields import SharedTokens, Student
 MOST_PROMPT_TOKENS = 4  # tokens to decode
 MOST_CHARACTERS = 16  # characters to tokenise
 NOT_TEXT = "\N{REPLACEMENT CHARACTER}"  # stands in decoded text for bytes that are no UTF-8
+
+
+def decoding_digest(tokenizer: Any) -> str:
+    """SHA-256, in hex digits, of how a model's tokenizer decodes 1,024 evenly spaced tokens."""
+    size = len(tokenizer)
+    tokens = range(0, size, max(1, size // 1024))
+    texts = [tokenizer.decode([token], skip_special_tokens=True) for token in tokens]
+    return hashlib.sha256("\0".join(map(str, texts)).encode()).hexdigest()
 
 
 class OwnText:

@@ -6,7 +6,7 @@ at full depth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,27 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from vllm_adainfer.artifact import fields as described
 from vllm_adainfer.artifact.artifact import Artifact, Encoder
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.probe import LabelHead
 
 # Texts are sorted by length and read in batches: padding to the longest of all would take longer.
 BATCH = 32
+# Settings by which transformers runs other code than the class of the model, or fetches a kernel
+# from the hub. So do private ones, and all that name an implementation.
+NAMES_CODE = {"auto_map", "kernel_config", "quantization_config", "use_kernels"}
+
+
+def without_code(settings: Any) -> Any:
+    """`settings` of an encoder, and of its parts, without those that name code or kernels."""
+    if isinstance(settings, Mapping):
+        return {
+            key: without_code(value)
+            for key, value in settings.items()
+            if not (key in NAMES_CODE or str(key).startswith("_") or "_implementation" in str(key))
+        }
+    return [without_code(one) for one in settings] if isinstance(settings, list) else settings
 
 
 class TextEncoder(nn.Module):
@@ -46,15 +61,13 @@ class TextEncoder(nn.Module):
             AdaInferError: transformers cannot build it, or its weights do not fit.
 
         """
-        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModel
 
-        damage = AttributeError, KeyError, TypeError, ValueError, RuntimeError, StrictDataclassError
         tensors = encoder.tensors
         options: dict[str, Any] = {"trust_remote_code": False}
         options["dtype"] = next((one.dtype for one in tensors.values()), torch.float32)
         try:
-            config = AutoConfig.for_model(**encoder.settings)
+            config = AutoConfig.for_model(**without_code(encoder.settings))
             if not 0 < config.num_hidden_layers <= len(tensors):
                 raise ValueError(f"it has {config.num_hidden_layers} layers")
             with torch.device("meta"):
@@ -66,12 +79,41 @@ class TextEncoder(nn.Module):
                 raise ValueError("its weights are those of another one")
             model = AutoModel.from_config(config, **options)
             model.load_state_dict(tensors, assign=True)
-        except damage as error:
+        except Exception as error:  # whatever transformers raises about settings from elsewhere
             raise AdaInferError(
                 f"the student cannot be built ({' '.join(str(error).split())[:200]}): calibrate "
                 "again with this version of transformers"
             ) from None
         return cls(model.eval().to(device))
+
+    @torch.no_grad()
+    def check_reads(self, student: described.Student, largest_token: int) -> None:
+        """Check that it reads every text of a `student`, whose tokens are at most `largest_token`.
+
+        It runs: call it on a CPU, because on a GPU a wrong index ends the process.
+
+        Raises:
+            AdaInferError: it does not, or its states have another width than the student's.
+
+        """
+        longest, ids = [largest_token] * student.most_tokens, {largest_token, self._padding}
+        try:
+            rows = self.model.get_input_embeddings().num_embeddings
+            if not ids.issubset(range(rows)):
+                raise ValueError(
+                    f"its tokenizer has tokens up to {max(ids)}, and its embedding {rows} rows"
+                )
+            width = self([longest]).shape[1]
+        except Exception as error:  # whatever a model of transformers raises about other sizes
+            raise AdaInferError(
+                f"the student cannot read the longest text of its artifact, {student.most_tokens} "
+                f"tokens ({' '.join(str(error).split())[:200]}): calibrate again"
+            ) from None
+        if width != student.hidden_size:
+            raise AdaInferError(
+                f"the student's states are {width} wide, and its head reads {student.hidden_size}: "
+                "calibrate again"
+            )
 
     @override
     def forward(self, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -105,9 +147,18 @@ class Student:
 
     @classmethod
     def of(cls, artifact: Artifact, head: LabelHead, device: torch.device) -> Student:
-        """The student of an artifact, with its head on `device`; raises as `TextEncoder.of`."""
-        assert artifact.encoder is not None, "its config has a student"
-        return cls(TextEncoder.of(artifact.encoder, device), head)
+        """The student of an artifact, with its head on `device`.
+
+        Raises:
+            AdaInferError: see `TextEncoder.of` and `TextEncoder.check_reads`.
+
+        """
+        student, built = artifact.config.student, artifact.encoder
+        assert student is not None, "a student decides at this exit point"
+        assert built is not None, "its files are part of the artifact"
+        encoder = TextEncoder.of(built, torch.device("cpu"))
+        encoder.check_reads(student, built.largest_token)
+        return cls(encoder.to(device), head)
 
     @property
     def fitted_tensors(self) -> dict[str, Tensor]:

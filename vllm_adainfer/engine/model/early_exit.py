@@ -11,7 +11,9 @@ from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.models.interfaces import is_hybrid
 
 from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fingerprints import WeightsFingerprint
+from vllm_adainfer.engine.compat.engine_options import engine_options_of
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.cuda_graphs.segment_graphs import SegmentGraphs
 from vllm_adainfer.engine.model.batch import CompiledBatch
@@ -49,6 +51,7 @@ class EarlyExit(ModelHead):
             its adapters with LoRA. The model runner sets it. None for a pass without requests.
         fingerprint: the fingerprint of the weights at start-up, which the policies were calibrated
             for; None if they did not pass `load_weights`.
+        engine_options: how this engine runs them, as far as they do not show it.
 
     """
 
@@ -69,6 +72,7 @@ class EarlyExit(ModelHead):
         assert settings is not None, "the config hook selects this class only where it is set"
         self.settings = settings
         self.artifacts = served_artifacts(vllm_config, settings)
+        self.engine_options = engine_options_of(vllm_config)
         self._dtype = vllm_config.model_config.dtype
         self._started_with = WeightsFingerprint(self._dtype)
         self._text_config = vllm_config.model_config.hf_text_config
@@ -100,12 +104,22 @@ class EarlyExit(ModelHead):
         loaded: set[str] = super().load_weights(fingerprint.passing(weights))
         self._started_with, self.fingerprint = fingerprint, fingerprint.hexdigest
         for artifact in self.artifacts.values():
-            artifact.config.check_weights(self.fingerprint)
+            self.check_calibrated(artifact.config)
         if self.settings.kv == "propagate":
             writing = self.decoder.layers(self._body)[: self.decoder.own_kv_layers(self._body)]
             layers = list(map(self.decoder.kv_projection, writing))
             self._kv_fill = kv_fill_of(layers, self.exit_points)
         return loaded
+
+    def check_calibrated(self, config: ArtifactConfig) -> None:
+        """Check that a policy was calibrated for these weights, as this engine runs them.
+
+        Raises:
+            AdaInferError: it was not; the message says what differs.
+
+        """
+        config.check_options(self.engine_options)
+        config.check_weights(self.fingerprint)
 
     def mark_all_weights_replaced(self) -> None:
         """Treat all weights as replaced until they pass `load_weights` again."""

@@ -12,7 +12,8 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm_adainfer.artifact.files import load_student_tokenizer
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.resolved import Resolved
-from vllm_adainfer.policy.own_text import OwnText
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.policy.own_text import OwnText, decoding_digest
 from vllm_adainfer.settings.engine import Settings
 
 if TYPE_CHECKING:
@@ -26,23 +27,25 @@ class OwnTexts:
         """Load the students' tokenizers.
 
         Raises:
-            AdaInferError: one cannot be read.
+            AdaInferError: one cannot be read, or this engine's tokenizer decodes prompts in another
+                way than that of the calibration.
 
         """
         self._admission = admission
-        self._readers = {
-            name: OwnText(
-                partial(
-                    cached_tokenizer_from_config(vllm_config.model_config).decode,
-                    skip_special_tokens=True,
-                ),
-                config.student,
-                config.shared,
-                load_student_tokenizer(settings.artifacts[name]),
-            )
-            for name, config in admission.policies.configs.items()
-            if config.student is not None
-        }
+        self._readers = {}
+        for name, config in admission.policies.configs.items():
+            if config.student is None:
+                continue
+            tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+            if config.student.decoding not in (None, decoding_digest(tokenizer)):
+                raise AdaInferError(
+                    f"policy {name}: this engine's tokenizer decodes prompts into other texts than "
+                    "that of the calibration, and the student reads texts: serve with the same "
+                    "tokenizer, or calibrate again"
+                )
+            decode = partial(tokenizer.decode, skip_special_tokens=True)
+            own = load_student_tokenizer(settings.artifacts[name])
+            self._readers[name] = OwnText(decode, config.student, config.shared, own)
 
     def of(self, request: Request, resolved: Resolved) -> Mapping[str, tuple[int, ...]]:
         """`Resolved.texts` of a request; images and embeddings are no text."""

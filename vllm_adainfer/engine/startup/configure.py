@@ -10,6 +10,7 @@ from vllm_adainfer.engine.admission.admission import Admission, why_choices_run_
 from vllm_adainfer.engine.classes import GPU_WORKER, SCHEDULER, own_kv_layers, worker_class
 from vllm_adainfer.engine.compat.compilation import find_compiled_code_again
 from vllm_adainfer.engine.compat.config import leave_full_graphs_to_segments, use_model_class
+from vllm_adainfer.engine.compat.engine_options import engine_options_of
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.pinned_artifacts import pin_artifacts
 from vllm_adainfer.engine.scheduler.line_files import check_directory
@@ -48,8 +49,10 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     refuse_unsupported(vllm_config, model_class, settings)
     configs = pin_artifacts(vllm_config, settings)
     text_config = vllm_config.model_config.hf_text_config
+    options = engine_options_of(vllm_config)
     for config in configs.values():
         config.check_served_by(vllm_config.model_config.hf_config)
+        config.check_options(options)
         config.check_rows_go_on(own_kv_layers(text_config) or text_config.num_hidden_layers)
     refuse_other_answers(vllm_config, configs)
     refuse_unknown_questions(settings, configs)

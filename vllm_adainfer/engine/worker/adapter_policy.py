@@ -112,7 +112,7 @@ def _read_bundled(adapter: LoRARequest, model: Any) -> Artifact | None:
         )
     artifact = load_artifact(str(folder))
     config, cuts = artifact.config, model.loop.policies.exit_points
-    config.check_weights(model.fingerprint)
+    model.check_calibrated(config)
     if config.adapter is None or config.adapter.fingerprint != own.fingerprint:
         raise AdaInferError(
             f"{folder} was not calibrated with the adapter that it is bundled with: calibrate with "

@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 from vllm.config import VllmConfig
 
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.build_loop import compaction_cost_of
@@ -36,9 +37,10 @@ class ModelFacts:
             "exit_points": list(model.loop.policies.exit_points),
             "epsilon": auto.epsilon,
             "delta": auto.delta,
+            "engine_options": model.engine_options.model_dump(),
         }
         before = read_json(directory.identity)
-        if before is not None and before != self._identity:
+        if before is not None and not self._is_of(before):
             directory.forget()
             logger.warning(
                 "what lies in %s is for other weights or settings: all kinds start anew",
@@ -46,6 +48,16 @@ class ModelFacts:
             )
         write_json(directory.identity, self._identity)
         directory.model.unlink(missing_ok=True)  # the model's path may be another, and its speed
+
+    def _is_of(self, before: Any) -> bool:
+        """Whether what was recorded `before` is of this model, run alike, and these settings."""
+        try:
+            options = EngineOptions.model_validate(before.get("engine_options", {}))
+        except (AttributeError, ValueError):  # it is damaged
+            return False
+        now = {"engine_options": self._identity["engine_options"]}
+        alike = options.why_not_served_by(self._model.engine_options) is None
+        return alike and {**before, **now} == self._identity
 
     @property
     def are_written(self) -> bool:

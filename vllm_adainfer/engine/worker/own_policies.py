@@ -73,7 +73,7 @@ class OwnPolicies:
         model = self._model
         artifact = load_artifact(str(self._directory.policy(kind, number)))
         config, cuts = artifact.config, model.loop.policies.exit_points
-        config.check_weights(model.fingerprint)
+        model.check_calibrated(config)
         config.check_rows_go_on(model.num_own_kv_layers)
         if not set(config.all_exit_points) <= set(cuts):
             raise AdaInferError(

@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import load_artifact
+from vllm_adainfer.artifact.source import Pinned
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.service import Built, Service, built_on_all_ranks
@@ -34,14 +35,15 @@ class Reload:
 
     @classmethod
     def read(
-        cls, model: Any, vllm_config: VllmConfig, digests: Mapping[str, str] | None = None
+        cls, model: Any, vllm_config: VllmConfig, pinned: Mapping[str, Pinned] | None = None
     ) -> Reload:
         """Read the artifacts again. A collective: every rank must call it.
 
         Args:
             model: an `EarlyExit`.
             vllm_config: the engine's config.
-            digests: the digest that each artifact's files must have, by policy; None for any.
+            pinned: by policy, where its artifact lies and the digest its files must have, so that
+                nothing is asked of the hub; None for whatever there is now.
 
         Raises:
             AdaInferError: an artifact cannot be served without a restart, or ranks differ.
@@ -52,14 +54,17 @@ class Reload:
         def read() -> dict[str, Artifact]:
             if settings.artifact is None:
                 raise AdaInferError("this engine has no artifact to reload")
-            artifacts = {n: load_artifact(source) for n, source in settings.artifacts.items()}
+            sources = settings.artifacts
+            if pinned is not None:
+                sources = {name: one.directory for name, one in pinned.items()}
+            artifacts = {name: load_artifact(source) for name, source in sources.items()}
             for name, artifact in artifacts.items():
-                if digests is not None and artifact.digest != digests[name]:
+                if pinned is not None and artifact.digest != pinned[name].digest:
                     raise AdaInferError(
                         f"artifact {settings.artifacts[name]!r} was overwritten during the "
                         "reload, or replicas see different files: reload again"
                     )
-                artifact.config.check_weights(model.fingerprint)
+                model.check_calibrated(artifact.config)
                 cuts = model.loop.policies.exit_points
                 check_replaces(name, artifact.config, model.artifacts[name].config, cuts)
             return artifacts

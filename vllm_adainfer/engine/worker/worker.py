@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from typing_extensions import override
 
 from vllm_adainfer.artifact.artifact import digests_of
+from vllm_adainfer.artifact.source import Pinned
 from vllm_adainfer.engine.compat.lora import lora_manager_of
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.runner.requests import RunningRequests
@@ -165,15 +166,17 @@ class ExitWorker(_Worker):
         model = self.model_runner.model
         return Reload.read(model, self.vllm_config).use(model, self._running, self.vllm_config)
 
-    def adainfer_read_again(self, reload: str, digests: Mapping[str, str]) -> None:
+    def adainfer_read_again(self, reload: str, pinned: Mapping[str, Sequence[str]]) -> None:
         """Phase 1 of a reload across engines: read and build, without using the result.
 
         Args:
             reload: the name of this reload, for phase 2.
-            digests: the digest of each artifact's files, by policy; all engines must read the same.
+            pinned: by policy, the directory of its artifact and the digest of its files; all
+                engines must read the same.
 
         """
-        self._reloads[reload] = Reload.read(self.model_runner.model, self.vllm_config, digests)
+        found = {name: Pinned(*one) for name, one in pinned.items()}  # a list after the transfer
+        self._reloads[reload] = Reload.read(self.model_runner.model, self.vllm_config, found)
 
     def adainfer_end_reload(self, reload: str, use: bool) -> list[str]:
         """Phase 2: serve with the result of phase 1, or drop it."""
@@ -186,8 +189,8 @@ class ExitWorker(_Worker):
         """Write the recorded states and sums, and the tensors of the model's logit lens, to `path`.
 
         Returns:
-            ``fingerprint`` of the served weights, ``own_kv_layers`` (how many layers write keys and
-            values), ``norm`` (kind and epsilon of the final one,
+            ``fingerprint`` of the served weights, ``engine_options``, ``own_kv_layers`` (how many
+            layers write keys and values), ``norm`` (kind and epsilon of the final one,
             None if there is none), ``soft_cap`` and ``scale`` of the logits, ``threads`` that
             computed, ``states`` (layer -> the file of the states of whole prompts after it), and
             the times of
@@ -204,6 +207,7 @@ class ExitWorker(_Worker):
         return {
             "states": {} if files is None else files.by_layer,
             "fingerprint": model.fingerprint,
+            "engine_options": model.engine_options.model_dump(),
             "own_kv_layers": model.num_own_kv_layers,
             "norm": lens.norm and (lens.norm.kind, lens.norm.eps),
             "soft_cap": soft_cap,

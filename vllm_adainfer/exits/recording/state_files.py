@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
+from vllm_adainfer.errors import AdaInferError
+
+GIB = 1 << 30
+
+
+def check_room(directory: str, tokens: int, hidden_size: int, layers: Sequence[int]) -> None:
+    """Check that `directory` has room for the states of so many tokens after `layers`.
+
+    Raises:
+        AdaInferError: it has not.
+
+    """
+    needed = 2 * tokens * hidden_size * len(layers)  # bytes, in bfloat16
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise AdaInferError(
+            f"branches learn from the states of all tokens after layers "
+            f"{', '.join(map(str, layers))}, which take {needed / GIB:.1f} GiB, and the disk of "
+            f"{directory} has {free / GIB:.1f} GiB free: set TMPDIR to a folder with room, or give "
+            "fewer --exit-points, or --probe pooled-label-head, which needs no files"
+        )
 
 
 class StateFiles:

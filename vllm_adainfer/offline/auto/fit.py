@@ -12,6 +12,7 @@ from adainfer_kernels import Head
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
@@ -93,6 +94,7 @@ class Served:
             moments={},
             logit_lens=lens,
             fingerprint=facts["fingerprint"],
+            engine_options=EngineOptions.model_validate(facts["engine_options"]),
             layer_seconds=facts["layer_seconds"],
             cut_seconds=facts["cut_seconds"],
             own_kv_layers=facts["own_kv_layers"],

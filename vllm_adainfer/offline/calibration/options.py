@@ -52,6 +52,8 @@ class CalibrationRequest:
     data: Path
     output: Path
     hf_overrides: Mapping[str, Any] | None = None
+    quantization: str | None = None
+    kv_cache_dtype: str | None = None
     template: str | None = None
     chat_template: str | None = None
     label_field: str = "label"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
@@ -23,7 +24,7 @@ def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
     answers = [label.token_id for label in prompts.labels]
     if choices is not None:
         answers = choices.first_tokens.token_ids.tolist()
-    settings = engine_settings(adapter, request.hf_overrides)
+    settings = _engine_settings(request)
     with recording_engine(
         request.model,
         hf_config,
@@ -44,12 +45,18 @@ def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
     return replace(recording, folds=prompts.split.units % FOLDS)
 
 
+def _engine_settings(request: CalibrationRequest) -> dict[str, Any]:
+    return engine_settings(
+        request.adapter, request.hf_overrides, request.quantization, request.kv_cache_dtype
+    )
+
+
 def record_own_states(
     request: CalibrationRequest, prompts: Prompts, layers: Sequence[int]
 ) -> OwnStates:
     """Run the model once more, for the states of all tokens after `layers`, which branches read."""
     adapter, examples = request.adapter, prompts.examples
-    settings = engine_settings(adapter, request.hf_overrides)
+    settings = _engine_settings(request)
     with recording_engine(
         request.model,
         prompts.hf_config,

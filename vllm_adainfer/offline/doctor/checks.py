@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer import __version__
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.promise import RIGHT_SIDE
 from vllm_adainfer.engine.classes import model_class_of
 from vllm_adainfer.errors import AdaInferError
@@ -228,7 +229,8 @@ def examine_model(
 
     try:
         found = load_config_and_tokenizer(path, hf_overrides)
-        model = Model(path, *found, adapter, hf_overrides)
+        options = EngineOptions() if config is None else config.engine_options
+        model = Model(path, *found, adapter, hf_overrides, options)
     except AdaInferError as error:
         return None, [fail(f"model: {error}")]
     architecture = model.hf_config.architectures[0]

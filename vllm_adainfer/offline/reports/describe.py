@@ -84,6 +84,8 @@ def _facts(config: ArtifactConfig, details: Mapping[str, Any]) -> str:
         "model": f"{config.base_model} ({config.architecture}, {config.layers} layers, weights "
         f"{config.weights_fingerprint})",
     }
+    if options := config.engine_options.in_words:
+        facts["served with"] = options
     if config.adapter is not None:
         adapter = config.adapter
         facts["adapter"] = f"{adapter.name} (LoRA, fingerprint {adapter.fingerprint})"

@@ -73,6 +73,7 @@ def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Exam
         **settings,
     ) as engine:
         recording = record(engine, examples, config.label_ids, points, adapter=model.lora_request)
+    config.check_options(recording.engine_options)
     config.check_weights(recording.fingerprint)
     return recording
 

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_adainfer.artifact.fields import MOST_STUDENT_TOKENS, SharedTokens, Student
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.policy.own_text import OwnText
+from vllm_adainfer.policy.own_text import OwnText, decoding_digest
 
 TOKENIZER = "tokenizer.json"
 FILES = ("config.json", TOKENIZER, "tokenizer_config.json", "*.safetensors*", "README.md")
@@ -85,6 +85,7 @@ def load_student_base(
         shared_end=len(shared.end),
         most_tokens=_most_tokens(source, directory, model.config),
         tokenizer=hashlib.sha256(tokenizer.encode()).hexdigest(),
+        decoding=decoding_digest(model_tokenizer),
     )
     decode = partial(model_tokenizer.decode, skip_special_tokens=True)
     own = OwnText(decode, described, shared, tokenizer)

@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
+from vllm_adainfer.artifact.branch_shapes import MOST_BRANCH_TOKENS
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import Moments
+from vllm_adainfer.exits.recording.state_files import check_room
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.asking import best_column, greedy, scores_of
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
@@ -61,6 +64,9 @@ def recording_engine(
         switch["record_pooled_from"] = pooled_from
     with tempfile.TemporaryDirectory() as directory:
         if branches:
+            own = (len(example.token_ids) - (pooled_from or 0) for example in examples)
+            tokens = sum(min(max(count, 0), MOST_BRANCH_TOKENS) for count in own)
+            check_room(directory, tokens, hf_config.hidden_size, branches)
             switch["record_states"] = {"layers": [*branches], "directory": directory}
         engine = start_engine(model, examples, switch, max_tokens, **settings)
         try:
@@ -158,6 +164,7 @@ def record(
         pool_seconds=facts["pool_seconds"] / max(1, facts["pooled_rows"]),
         logit_lens=logit_lens_of(_named(tensors, "logit_lens."), facts["norm"]),
         fingerprint=facts["fingerprint"],
+        engine_options=EngineOptions.model_validate(facts["engine_options"]),
         layer_seconds=facts["layer_seconds"] / facts["layers_run"],
         cut_seconds=facts["cut_seconds"] / max(1, facts["rows"]),
         fewer=facts["fewer"],

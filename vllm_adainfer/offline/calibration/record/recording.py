@@ -13,6 +13,7 @@ from adainfer_kernels.pooling import EPS
 from torch import Tensor
 
 from vllm_adainfer.arrays import Floats, Ints
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.policy.probe import Probe
@@ -37,6 +38,7 @@ class Recording:
             learn from (see `TunedLensSums`); the target is the change until the last layer.
         logit_lens: the model's final norm and its whole LM head.
         fingerprint: the fingerprint of the weights.
+        engine_options: how vLLM ran them.
         layer_seconds: time of one layer for one token.
         means: layer -> fp32 [rows, hidden size], the mean of the normed states of each row's
             prompt; empty if none are recorded.
@@ -66,6 +68,7 @@ class Recording:
     cut_seconds: float
     threads: int
     own_kv_layers: int
+    engine_options: EngineOptions = field(default_factory=EngineOptions)
     soft_cap: float | None = None
     scale: float = 1.0
     means: Mapping[int, Tensor] = field(default_factory=dict)

@@ -76,6 +76,7 @@ def policy_config(
         vocab_size=hf_config.vocab_size,
         head_size=None if head_size == hf_config.hidden_size else head_size,
         weights_fingerprint=recording.fingerprint,
+        engine_options=recording.engine_options,
         adapter=adapter,
         exit_points=tuple(exit.layer for exit in policy.exits),
         probe=calibration.target.kind,
