@@ -126,7 +126,7 @@ def _closings(before: Sequence[int | None], now: Sequence[int | None]) -> dict[s
 
 def main(
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/monitor.json"),
-    runs: Annotated[int, typer.Option(min=10, help="Runs of most cells.")] = 200,
+    runs: Annotated[int, typer.Option(min=10, help="Runs of most cells.")] = 100,
 ) -> None:
     """Simulate, and write JSON and Markdown tables."""
     generator = np.random.default_rng(0)
