@@ -21,8 +21,11 @@ class ShadowChecks(TypedDict):
         rate: `disagreed` / `checked`; 0 before the first check.
         low: lower end of the confidence interval of the rate.
         high: upper end of that interval; it is [0, 1] before the first check.
-        tightened: whether the interval lies above epsilon, so that requests at this epsilon now run
-            at full depth.
+        latest_checked: those of the answers that were compared last: the latest 100, or those of
+            the latest 100 groups where answers are counted by group (or text, or query).
+        latest_disagreed: number of these that differed.
+        tightened: whether answers were found to differ more often than epsilon allows, so that
+            requests at this epsilon now run at full depth.
         labels: the same for each promise about one label, such as "recall of unsafe"; only where
             there are some.
 
@@ -33,6 +36,8 @@ class ShadowChecks(TypedDict):
     rate: float
     low: float
     high: float
+    latest_checked: int
+    latest_disagreed: int
     tightened: bool
     labels: NotRequired[dict[str, ShadowChecks]]
 

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.soak.fault_scenarios import Stage, in_background, sampled_memory
 from benchmarks.soak.load_client import Tokens
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.monitoring.text_monitor import TextMonitor
+from vllm_adainfer.monitoring.group_monitor import GroupMonitor
 
 CLIENTS = (1, 6, 16)  # in turn: one client reaches code that many do not, and vice versa
 TURN_SECONDS = 30
@@ -234,7 +234,7 @@ async def judge(stage: Stage, written: list[Text], config: ArtifactConfig) -> di
     found: dict[str, dict[str, float]] = {
         kind: {"texts": 0, "tokens": 0, "changed": 0} for kind in ("early", "deep")
     }
-    monitor = TextMonitor([config.epsilon], config.delta, config.max_tokens)
+    monitor = GroupMonitor([config.epsilon], config.delta, config.max_tokens)
     to_judge = [text for text in written if text.kind in found]
     stage.dice.shuffle(to_judge)
     waiting = iter(enumerate(to_judge[:JUDGED]))

@@ -26,8 +26,8 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.compat.requests import client_request_id
+from vllm_adainfer.monitoring.group_monitor import GroupMonitor
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
-from vllm_adainfer.monitoring.text_monitor import TextMonitor
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
 
 LABELS_AND_OPEN = [
@@ -204,7 +204,7 @@ def test_generated_texts_are_watched_text_by_text_up_to_the_tokens_that_the_boun
     checked, disagreed = [0] * len(EXIT_POINTS), [0] * len(EXIT_POINTS)
     with watched(engine, None, rate=1) as (stats, _):
         loop = parts(engine)[0].loop
-        monitor = TextMonitor([0.02, 0.05, 0.1], NEVER, longest)
+        monitor = GroupMonitor([0.02, 0.05, 0.1], NEVER, longest)
         loop.monitors = stats.shadow = {DEFAULT_POLICY: monitor}
         found = run(engine, prompts, params)
         engine.llm_engine.step()  # the worker hears of the last ones that ended

@@ -377,6 +377,27 @@ def test_a_client_that_chooses_its_id_does_not_choose_who_is_watched(admission, 
     assert 20 < sum(one != other for one, other in zip(*draws, strict=True)) < 80
 
 
+@pytest.mark.parametrize(
+    ("changes", "together"),
+    [
+        ({"largest_group": 1}, False),
+        ({"bound": "wsr", "largest_group": 5}, True),
+        ({"bound": "wsr"}, True),  # made before artifacts said how large groups were
+    ],
+)
+def test_questions_of_one_request_are_drawn_together_where_they_are_watched_as_one(
+    tiny_model, changes, together
+):
+    configs = {"default": tiny_config(tiny_model, **changes)}
+    deciding = Admission(Settings(artifact="policy", shadow_rate=0.5), configs)
+    drawn = [
+        {deciding.is_shadow(f"decision-{text}-{part}-{part:08x}") for part in range(8)}
+        for text in range(40)
+    ]
+    assert all(len(one) == 1 for one in drawn) == together
+    assert set().union(*drawn) == {False, True}
+
+
 def test_a_request_whose_prompt_is_still_being_sent_runs_at_full_depth(admission, label_ids):
     params = label_request(label_ids)
     decided = admission().resolve("id", params, resumable=True)

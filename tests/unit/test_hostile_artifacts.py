@@ -251,7 +251,7 @@ def test_an_artifact_that_is_overwritten_while_it_is_read_is_not_served(
 @pytest.fixture
 def with_student(tiny_model, tmp_path) -> Path:
     return tiny_artifact(
-        tiny_model, tmp_path / "policy", exit_points=(0, 3), student=student.described()
+        tiny_model, tmp_path / "policy", exit_points=(0, 3), **student.asked_with()
     )
 
 

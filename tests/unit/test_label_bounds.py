@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,9 @@ from vllm_adainfer.cli.promises import label_bounds
 from vllm_adainfer.engine.runner.build_loop import monitor_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.accounting.counters import PolicyStats
+from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
+from vllm_adainfer.monitoring.query_monitor import ENDED_SINCE
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import (
     PathPoint,
@@ -266,7 +269,13 @@ def test_no_early_answer_is_such_a_label_not_even_at_a_tie(tiny_model, tmp_path,
         assert decision.settled.tolist() == expected
 
 
-def shadowed(monitor: Any, policy: Any, early: list[int], full: list[int]) -> PolicyStats:
+def shadowed(
+    monitor: Any,
+    policy: Any,
+    early: list[int],
+    full: list[int],
+    ids: Sequence[str] | None = None,
+) -> PolicyStats:
     """Shadow requests with such labels early and at full depth; -1 is for not settled."""
     settled = np.array(early) >= 0
     logits = torch.nn.functional.one_hot(torch.tensor(full), 2).float()
@@ -278,7 +287,7 @@ def shadowed(monitor: Any, policy: Any, early: list[int], full: list[int]) -> Po
         policy=policy,
         monitor=monitor,
         stats=stats,
-        request_ids=[str(number) for number in range(len(full))],
+        request_ids=ids or [str(number) for number in range(len(full))],
         levels=np.zeros(len(full), dtype=np.int64),
         settled=settled,
         everyone=np.arange(len(full)),
@@ -331,6 +340,27 @@ def test_a_broken_promise_closes_its_level_though_epsilon_holds(tiny_model, capl
     [message, *more] = [record.getMessage() for record in caplog.records]
     assert f"policy guard: the {kind} of good is broken" in message
     assert len(more) <= 1  # epsilon's own bound may be broken, too, later
+
+
+def test_a_promise_about_a_label_is_watched_by_groups_too_once_their_requests_have_ended(
+    tiny_model, caplog
+):
+    """Those who ended are told to the loop alone, whatever policy they had."""
+    config = config_with(
+        tiny_model, label_bounds=(promised("recall", "good"),), bound="wsr", largest_group=5
+    )
+    monitor = monitor_of(config, SETTINGS)
+    for text in range(100):
+        ids = [f"decision-{text}-{part}-{part:08x}" for part in range(4)]
+        shadowed(monitor, POLICY, [0, 1, 1, 1], [1, 1, 1, 1], ids)
+    [watch] = monitor.labels
+    assert watch.monitor.status()[0].checked == 0
+    loop: Any = SimpleNamespace(monitors={"guard": monitor})
+    for number in range(ENDED_SINCE):
+        Loop.ended(loop, str(number))
+    assert watch.monitor.status()[0].checked == 400
+    assert monitor.tightened.tolist() == [True, False]
+    assert any("the recall of good is broken" in one.getMessage() for one in caplog.records)
 
 
 def test_promises_that_hold_close_nothing(tiny_model):

@@ -89,12 +89,14 @@ def test_each_line_starts_from_nothing(line):
 
 def test_shadow_answers_are_logged_with_their_interval_for_each_bound_that_has_some(line):
     a = [reading(0.02, 40, 1, low=0.001, high=0.123), reading(0.05, 0, 0)]
-    b = [reading(0.05, 60, 20, low=0.21, high=0.47, tightened=True)]
+    b = [reading(0.05, 160, 53, low=0.21, high=0.47, tightened=True)]
+    b[0] |= {"latest_checked": 100, "latest_disagreed": 40}
     line.add(report(WORK, a=a, b=b))
     assert line.take() == (
         "mean exit layer 3.0/6, layers saved 25%, "
         "shadow disagreement of a at 0.02 2.5% [0.1, 12.3], "
-        "shadow disagreement of b at 0.05 33.3% [21.0, 47.0]: now at full depth"
+        "shadow disagreement of b at 0.05 33.1% [21.0, 47.0], 40 of the latest 100: "
+        "now at full depth"
     )
 
 

@@ -154,7 +154,7 @@ def test_prompts_that_came_together_are_certified_by_group(risk, lowest):
     policy = make_policy(Calibration(recording, target, split, options, LABELS, right))
     config, point = policy_config(policy, "tiny", HF_CONFIG), policy.points[0.05]
     by_group = Bound("wsr", 0.1, lowest, GROUPS[split.certify], longest=3)
-    assert config.bound == "wsr"
+    assert (config.bound, config.largest_group) == ("wsr", 3)
     assert config.levels[config.level_of(None)].bound == min(0.05, by_group.of(point.losses))
     assert point.layers_saved > 0
 
@@ -171,7 +171,8 @@ def test_a_question_has_the_bound_of_its_own_groups(together, bound):
     )  # fmt: skip
     policy = make_policy(calibration)
     assert "question 0" in policy.questions
-    assert policy_config(policy, "tiny", HF_CONFIG).bound == bound
+    config = policy_config(policy, "tiny", HF_CONFIG)
+    assert (config.bound, config.largest_group) == (bound, 3), "watched over all questions together"
     names, groups = (np.array(one)[calibration.split.certify] for one in (questions, GROUPS))
     for name, points in policy.questions.items():
         own = Bound(bound, 0.1, 0.0, groups[names == name], together)

@@ -88,16 +88,27 @@ def test_twice_epsilon_is_found_once_and_only_its_level_is_tightened(level, seed
     assert monitor.tightened.tolist() == [index == level for index in range(2)]
 
 
-@pytest.mark.parametrize("alpha", [0.01, 0.1])
-def test_a_level_is_tightened_at_the_first_batch_whose_lower_end_exceeds_epsilon(alpha):
-    monitor = AnswerMonitor(EPSILONS, alpha)
-    disagreed = outcomes(0.12, 1000)
-    found = observe(monitor, 1, disagreed)
-    counts = disagreed.cumsum()
-    expected = next(
-        n for n in range(8, 1001, 8) if confidence_interval(counts[n - 1], n, alpha)[0] > 0.05
-    )
-    assert found == [expected]
+def test_a_level_is_tightened_by_its_latest_answers_and_the_reading_shows_them_and_all():
+    """20,000 good ones: what is shown since start is still within epsilon, and true."""
+    monitor = AnswerMonitor(EPSILONS, alpha=0.1)
+    good = outcomes(0.008, 20_000)
+    assert observe(monitor, 0, good) == []
+    bad = outcomes(0.1, 2_000, seed=1)
+    [found] = observe(monitor, 0, bad)
+    assert found < 400
+    reading = monitor.status()[0]
+    assert reading.tightened
+    assert reading.high < reading.epsilon
+    assert reading.disagreed == good.sum() + bad.sum()
+    assert (reading.latest_checked, reading.latest_disagreed) == (100, bad[-100:].sum())
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_when_a_level_is_tightened_does_not_depend_on_how_answers_come_in_steps(batch):
+    disagreed = outcomes(0.12, 1_000)
+    [at_once] = observe(AnswerMonitor(EPSILONS, alpha=0.1), 1, disagreed, batch=1)
+    found = observe(AnswerMonitor(EPSILONS, alpha=0.1), 1, disagreed, batch)
+    assert found == [-(-at_once // batch) * batch]
 
 
 @pytest.mark.parametrize(
@@ -127,11 +138,13 @@ def test_the_readings_are_plain_values_by_epsilon():
     assert monitor.as_dict() == {
         0.02: {
             "checked": 1, "disagreed": 0, "rate": 0.0,
-            "low": 0.0, "high": confidence_interval(0, 1, 0.1)[1], "tightened": False,
+            "low": 0.0, "high": confidence_interval(0, 1, 0.1)[1],
+            "latest_checked": 1, "latest_disagreed": 0, "tightened": False,
         },
         0.05: {
             "checked": 3, "disagreed": 1, "rate": 1 / 3,
-            "low": low, "high": high, "tightened": False,
+            "low": low, "high": high,
+            "latest_checked": 3, "latest_disagreed": 1, "tightened": False,
         },
     }  # fmt: skip
     kinds = {type(value) for reading in monitor.as_dict().values() for value in reading.values()}
@@ -156,9 +169,13 @@ def test_accuracy_lost_is_at_most_the_disagreement_so_that_no_disagreement_break
     assert observe(monitor, 0, outcomes(0.06, 3000, seed=1)) == [], "said once"
 
 
-def test_the_level_that_is_found_above_its_epsilon_is_told_with_its_reading():
+def test_the_level_that_is_found_above_its_epsilon_is_told_with_its_reading_then():
     monitor = AnswerMonitor(EPSILONS, alpha=0.1)
     disagreed = np.ones(20, dtype=np.bool_)
-    told = monitor.observe([*map(str, range(20))], np.full(20, 1), disagreed)
-    low, high = confidence_interval(20, 20, 0.1)
-    assert told == [MonitorStatus(0.05, 20, 20, low, high, tightened=True)]
+    [told] = monitor.observe([*map(str, range(20))], np.full(20, 1), disagreed)
+    low, high = confidence_interval(told.checked, told.checked, 0.1)
+    assert told == MonitorStatus(
+        0.05, told.checked, told.checked, low, high, told.checked, told.checked, tightened=True
+    )
+    assert told.checked < 20
+    assert monitor.status()[1].checked == 20

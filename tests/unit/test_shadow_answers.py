@@ -15,8 +15,8 @@ from vllm_adainfer.engine.runner.build_loop import monitor_of
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
+from vllm_adainfer.monitoring.group_monitor import GroupMonitor
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
-from vllm_adainfer.monitoring.text_monitor import TextMonitor
 from vllm_adainfer.policy.answers import LabelLogits, LabelScores, ShortlistScores
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.policy.label_heads import PoolPolicy
@@ -199,11 +199,13 @@ def test_of_a_pool_the_labels_of_the_request_alone_are_compared(
     ("changes", "kind", "closes"),
     [
         ({}, AnswerMonitor, True),
-        ({"risk": "accuracy", "bound": "wsr"}, AnswerMonitor, False),
-        ({"max_tokens": 32, "bound": "wsr"}, TextMonitor, True),
+        ({"risk": "accuracy", "bound": "wsr", "largest_group": 1}, AnswerMonitor, False),
+        ({"bound": "wsr", "largest_group": 5}, GroupMonitor, True),
+        ({"bound": "wsr"}, GroupMonitor, True),
+        ({"max_tokens": 32, "bound": "wsr"}, GroupMonitor, True),
         ({"risk": "probability", "tolerance": 0.05}, AnswerMonitor, True),
     ],
-    ids=["answers", "accuracy", "texts", "probabilities"],
+    ids=["answers", "accuracy", "groups", "groups of unknown size", "texts", "probabilities"],
 )
 def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
     tiny_model, caplog, changes, kind, closes
@@ -235,7 +237,7 @@ def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
     assert "policy mood: disagreement is above epsilon = 0.02" in warning
     further = changes.get("risk") == "probability"
     assert (
-        "differ from full depth or have a probability that moves too far (" in warning
+        "differ from full depth or have a probability that moves too far in " in warning
     ) == further
     assert ("run at full depth from now on" in warning) == closes
     assert ("the right answers are not known here, so nothing was closed" in warning) != closes

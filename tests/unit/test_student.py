@@ -19,7 +19,7 @@ from vllm import SamplingParams
 from tests import student
 from tests.tiny import tiny_artifact, tiny_config, tiny_tensors, word_tokenizer
 from vllm_adainfer.artifact.artifact import Artifact, Encoder
-from vllm_adainfer.artifact.fields import Choice, Label, LastToken, SharedTokens
+from vllm_adainfer.artifact.fields import Choice, Label, LastToken, SharedTokens, Student
 from vllm_adainfer.artifact.files import load_artifact, load_artifact_config, save_artifact
 from vllm_adainfer.artifact.label_subsets import bits_of
 from vllm_adainfer.artifact.source import STUDENT_FILES, STUDENT_TOKENIZER, STUDENT_WEIGHTS

@@ -13,6 +13,7 @@ from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
 
 LAST_TOKEN = "last-token"  # the part of a pooled policy for prompts it cannot see as a whole
+UNKNOWN_GROUP = 16  # answers of a group that are watched where no one knows how large groups were
 
 
 class ArtifactConfig(ConfigFields):
@@ -66,6 +67,16 @@ class ArtifactConfig(ConfigFields):
             ]
         last = ArtifactConfig.model_validate({**dict(self), **alone})
         return {name: self, f"{name}:{LAST_TOKEN}": last}
+
+    @property
+    def most_together(self) -> int:
+        """How many requests that come together are watched as one group; 1: each by itself.
+
+        The bound of one-token answers is "exact" only if all prompts came alone.
+        """
+        if self.largest_group is not None:
+            return self.largest_group
+        return 1 if self.bound == "exact" or self.max_tokens > 1 else UNKNOWN_GROUP
 
     @property
     def num_threshold_rows(self) -> int:

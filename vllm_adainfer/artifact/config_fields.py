@@ -162,6 +162,13 @@ class ConfigFields(Strict):
         "question then run all layers.",
     )
     bound: BoundKind = "exact"
+    largest_group: int | None = Field(
+        None,
+        ge=1,
+        description="The most prompts that came together (as the questions of one request) in the "
+        "part that fits. If there are several, the bound counts groups, and so does the monitor. "
+        "None in artifacts that were made before this was kept.",
+    )
     max_tokens: int = Field(
         1, ge=1, description="Tokens generated per prompt in calibration; 1: one-token answers."
     )

@@ -58,7 +58,10 @@ class LogLine:
 
 
 def _disagreement(policy: str, reading: Mapping[str, Any]) -> str:
-    state = ": now at full depth" if reading["tightened"] else ""
+    state = ""
+    if reading["tightened"]:
+        latest = f"{reading['latest_disagreed']} of the latest {reading['latest_checked']}"
+        state = f", {latest}: now at full depth"
     return (
         f"shadow disagreement of {policy} at {reading['epsilon']:g} "
         f"{reading['rate']:.1%} "

@@ -23,9 +23,8 @@ class LedgerMonitor(AnswerMonitor):
     def observe(
         self, request_ids: Sequence[str], levels: Ints, disagreed: Bools
     ) -> list[MonitorStatus]:
-        for level in np.unique(levels).tolist():
-            self._checked[level] += int(np.count_nonzero(levels == level))
-            self._disagreed[level] += int(np.count_nonzero(disagreed[levels == level]))
+        for level, differs in zip(levels.tolist(), disagreed.tolist(), strict=True):
+            self._tally(level, 1, differs)
         self._misses += int(np.count_nonzero(disagreed))
         return []
 

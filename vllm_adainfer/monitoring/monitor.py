@@ -1,7 +1,11 @@
 """Monitors of shadow requests: how often early answers differ from full depth, level by level.
 
-Each level has a confidence interval that may be read after every answer. One-token answers are
-independent. Their interval is the beta-binomial mixture confidence sequence for a Bernoulli rate
+What closes a level is evidence that its bound does not hold now, see
+`vllm_adainfer.monitoring.evidence`. What is shown is the rate since start, with a confidence
+interval that may be read after every answer, and the latest counts.
+
+One-token answers are independent. Their interval is the beta-binomial mixture confidence sequence
+for a Bernoulli rate
 (Robbins 1970; Howard, Ramdas, McAuliffe and Sekhon 2021, "Time-uniform, nonparametric,
 nonasymptotic confidence sequences"). With k disagreements among n answers it contains the rates p
 for which
@@ -10,14 +14,17 @@ for which
 
 At the true rate, the left side over p^k (1 - p)^(n - k) is a martingale. So by Ville's inequality
 the interval ever misses the true rate with probability at most alpha, however often it is read.
-Tokens of one text are not independent; `vllm_adainfer.monitoring.text_monitor` is for those.
+That is the interval of one rate: while the rate changes, it promises nothing. Tokens of one text,
+and answers about one text, are not independent; `vllm_adainfer.monitoring.group_monitor` is for
+those.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,9 +37,11 @@ from typing_extensions import override
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.artifact.kinds import Risk
+from vllm_adainfer.monitoring.evidence import Evidence
 
 # (a, b) of the mixture. Any is valid; this one gives narrow intervals at rates of a few percent.
 PRIOR = (1.0, 10.0)
+LATEST = 100  # units (answers, or groups of them) whose counts are shown beside those since start
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class MonitorStatus:
         disagreed: number of those that differed.
         low: lower end of the confidence interval of the rate.
         high: upper end of the interval, which is [0, 1] before the first answer.
+        latest_checked: those of the answers that are in the latest `LATEST` units.
+        latest_disagreed: number of these that differed.
         tightened: whether requests at this level must run to full depth.
 
     """
@@ -54,6 +65,8 @@ class MonitorStatus:
     disagreed: int
     low: float
     high: float
+    latest_checked: int
+    latest_disagreed: int
     tightened: bool
 
     @property
@@ -115,22 +128,24 @@ class LabelWatch:
 
     promise: LabelBound
     column: int
-    monitor: AnswerMonitor
+    monitor: Monitor
 
 
 class Monitor(ABC):
     """Counts disagreement at each level of a policy's epsilon table, and detects broken bounds.
 
-    A bound is broken once the whole interval lies above its epsilon. The level is then tightened:
-    its requests run to full depth. It keeps counting but is never loosened again, because the
-    operator must investigate and recalibrate. Levels are independent of each other.
+    A bound is found broken once there is `Evidence` of it, which happens with probability at most
+    alpha if the bound holds. The level is then tightened: its requests run to full depth. It keeps
+    counting but is never loosened again, because the operator must investigate and recalibrate.
+    Levels are independent of each other.
 
     If epsilon bounds label probabilities, an answer with a probability that moved too far counts as
     a disagreement. If epsilon bounds the accuracy lost, no level is ever tightened: the accuracy
     lost is at most the disagreement but may be less, and the right answers are unknown in service.
 
     Attributes:
-        alpha: the probability with which a level's interval may ever miss the true rate.
+        alpha: the probability with which a level may ever be found broken though it holds, and
+            that with which its interval may ever miss a rate that stays as it is.
         epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
         tightened: bool [levels], True where requests must run to full depth.
         risk: what the bounds are on.
@@ -141,15 +156,40 @@ class Monitor(ABC):
     labels: Sequence[LabelWatch] = ()
 
     def __init__(
-        self, epsilons: Sequence[float], alpha: float, risk: Risk = "disagreement"
+        self,
+        epsilons: Sequence[float],
+        alpha: float,
+        risk: Risk = "disagreement",
+        longest: int = 1,
     ) -> None:
-        """`epsilons` bound `risk` at each level, in the order of the epsilon table."""
+        """`epsilons` bound `risk` at each level; `longest` is the most answers of a unit."""
         self.alpha = alpha
         self.epsilons = np.array(epsilons, dtype=np.float64)
         self.tightened: Bools = np.zeros(len(epsilons), dtype=np.bool_)
         self.risk = risk
         self._checked, self._disagreed = [0] * len(epsilons), [0] * len(epsilons)
+        self._longest = longest
+        self._evidence = [Evidence(epsilon, alpha) for epsilon in epsilons]
+        self._latest: list[deque[tuple[int, int]]] = [deque(maxlen=LATEST) for _ in epsilons]
         self._broken = [False] * len(epsilons)
+
+    def watch_labels(
+        self, promises: Mapping[LabelBound, int], make: Callable[[Sequence[float]], Monitor]
+    ) -> None:
+        """Watch promises about single labels, too.
+
+        Args:
+            promises: by promise, the label's column.
+            make: makes a monitor of such bounds.
+
+        """
+        levels = len(self.epsilons)
+        self.labels = [
+            LabelWatch(one, column, make([one.epsilon] * levels))
+            for one, column in promises.items()
+        ]
+        for watch in self.labels:
+            watch.monitor.tightened = self.tightened
 
     @abstractmethod
     def observe(
@@ -203,18 +243,27 @@ class Monitor(ABC):
             self._checked[level],
             self._disagreed[level],
             *self._interval(level),
+            sum(checked for checked, _ in self._latest[level]),
+            sum(disagreed for _, disagreed in self._latest[level]),
             bool(self.tightened[level]),
         )
 
-    def _count(self, level: int, checked: int, disagreed: int) -> list[MonitorStatus]:
-        """Add answers to a level; returns its status if its bound is now found broken."""
+    def _tally(self, level: int, checked: int, disagreed: int) -> None:
+        """Count a unit at a level in what is shown."""
         self._checked[level] += checked
         self._disagreed[level] += disagreed
-        # The lower end takes time to compute. It lies below the rate observed.
-        above = self._disagreed[level] > self._checked[level] * self.epsilons[level]
-        if self._broken[level] or not above or self._interval(level)[0] < self.epsilons[level]:
+        self._latest[level].append((checked, disagreed))
+
+    def _count(self, level: int, checked: int, disagreed: int) -> list[MonitorStatus]:
+        """Count a unit at a level; returns the level's status if its bound is now found broken."""
+        self._tally(level, checked, disagreed)
+        if self._broken[level]:
             return []
-        self._broken[level] = True
+        self._broken[level] = self._evidence[level].add(
+            disagreed / self._longest, checked / self._longest
+        )
+        if not self._broken[level]:
+            return []
         self.tightened[level] = self.risk != "accuracy"
         return [self._status(level)]
 
@@ -222,24 +271,13 @@ class Monitor(ABC):
 class AnswerMonitor(Monitor):
     """Watches one-token answers, each from its own request."""
 
-    def watch_labels(self, promises: Mapping[LabelBound, int]) -> None:
-        """Watch promises about single labels, too; by promise, the label's column."""
-        levels, alpha = len(self.epsilons), self.alpha
-        self.labels = [
-            LabelWatch(one, column, AnswerMonitor([one.epsilon] * levels, alpha))
-            for one, column in promises.items()
-        ]
-        for watch in self.labels:
-            watch.monitor.tightened = self.tightened
-
     @override
     def observe(
         self, request_ids: Sequence[str], levels: Ints, disagreed: Bools
     ) -> list[MonitorStatus]:
         found = []
-        for level in np.unique(levels).tolist():
-            here = disagreed[levels == level]
-            found += self._count(level, len(here), int(np.count_nonzero(here)))
+        for level, differs in zip(levels.tolist(), disagreed.tolist(), strict=True):
+            found += self._count(level, 1, differs)
         return found
 
     @override

@@ -105,7 +105,9 @@ class Admission:
         self._logprobs_mode = logprobs_mode
         self._serves_prompt_logprobs = serves_prompt_logprobs
         self._ends_choices = ends_choices
-        self._promises_order = any(config.top_k is not None for config in configs.values())
+        self._draws_groups = any(
+            config.top_k is not None or config.most_together > 1 for config in configs.values()
+        )
         self._shadow = GroupSample(settings.shadow_rate, "shadow")
         self.policies = Policies(settings, configs, ends_choices)
         self.is_recording = settings.record is not None
@@ -269,9 +271,9 @@ class Admission:
 
     def is_shadow(self, request_id: str) -> bool:
         """Whether a request that may exit runs to full depth instead, to compare the answers."""
-        # Monitors count requests, which must be independent; that of an order counts whole queries.
-        query = request_group(request_id) if self._promises_order else None
-        return self._shadow.has(request_id, query)
+        # What a monitor counts as one is drawn as one: an order's queries, questions of one text.
+        group = request_group(request_id) if self._draws_groups else None
+        return self._shadow.has(request_id, group)
 
     def _may_exit(self, resolved: Resolved, may_decide: bool) -> bool:
         """See `Resolved.may_exit`; `may_decide`: whether a policy may decide the request."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from vllm.config import VllmConfig
 
 from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.engine.compat.requests import query_of
+from vllm_adainfer.engine.compat.requests import query_of, request_group
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, read_from_rank0, same_on_all_ranks
 from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.errors import AdaInferError
@@ -23,10 +24,10 @@ from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.exits.recording.recorder import Recorder, TunedLensSums
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.exits.recording.state_files import StateFiles
+from vllm_adainfer.monitoring.group_monitor import GroupMonitor
 from vllm_adainfer.monitoring.ledger_monitor import LedgerMonitor
 from vllm_adainfer.monitoring.monitor import AnswerMonitor, Monitor
 from vllm_adainfer.monitoring.query_monitor import QueryMonitor
-from vllm_adainfer.monitoring.text_monitor import TextMonitor
 from vllm_adainfer.policy.load_policy import Policy, policy_of
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
@@ -159,17 +160,27 @@ def monitors_of(model: LoadedModel) -> dict[str, Monitor]:
 
 
 def monitor_of(config: ArtifactConfig, settings: Settings) -> Monitor:
-    """The monitor of an artifact's risk: by answer, by text, or by query; or of a ledger."""
+    """The monitor of an artifact's risk: by answer, by group, or by query; or of a ledger."""
     epsilons = [level.epsilon for level in config.levels]
     if settings.calibrates_itself:
         return LedgerMonitor(epsilons, config.delta)
-    if config.max_tokens > 1:
-        return TextMonitor(epsilons, config.delta, config.max_tokens)
     if config.top_k is not None:
         return QueryMonitor(epsilons, config.delta, config.top_k, query_of)
-    monitor = AnswerMonitor(epsilons, config.delta, config.risk)
+    make: Callable[[Sequence[float]], Monitor] = partial(
+        AnswerMonitor, alpha=config.delta, risk=config.risk
+    )
+    together = config.most_together
+    if config.max_tokens * together > 1:
+        make = partial(
+            GroupMonitor,
+            alpha=config.delta,
+            longest=config.max_tokens * together,
+            risk=config.risk,
+            group_of=request_group if together > 1 else None,
+        )
+    monitor = make(epsilons)
     columns = {label.name: column for column, label in enumerate(config.labels)}
-    monitor.watch_labels({one: columns[one.label] for one in config.label_bounds})
+    monitor.watch_labels({one: columns[one.label] for one in config.label_bounds}, make)
     return monitor
 
 

@@ -16,7 +16,7 @@ from vllm_adainfer.exits.accounting.decided import DecidedToken
 from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.kv.policies import KVPolicy
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
-from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
+from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn, warn_of_label
 from vllm_adainfer.exits.loop.step import RecordedRequests, StepContext
 from vllm_adainfer.monitoring.ledger_monitor import LedgerMonitor
 from vllm_adainfer.monitoring.monitor import Monitor
@@ -125,5 +125,7 @@ class Loop(ABC):
         """A request gets no more tokens, whether or not it ever ran."""
         for name, monitor in self.monitors.items():
             warn(name, monitor, monitor.ended(request_id))
+            for watch in monitor.labels:
+                warn_of_label(name, watch.promise, watch.monitor.ended(request_id))
             if isinstance(monitor, QueryMonitor):
                 self.stats.by_policy[name].queries_counted(monitor.take_counted())

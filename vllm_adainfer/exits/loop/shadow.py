@@ -115,28 +115,27 @@ class ShadowAnswers:
             self.stats.labels_checked.update(keys)
             self.stats.labels_changed.update(compress(keys, changed.tolist()))
             ids = [*compress(self.request_ids, about.tolist())]
-            for broken in watch.monitor.observe(ids, self.levels[about], changed):
-                warn_of_label(self.name, promise, broken)
+            broken = watch.monitor.observe(ids, self.levels[about], changed)
+            warn_of_label(self.name, promise, broken)
 
 
-def warn_of_label(policy: str, promise: LabelBound, broken: MonitorStatus) -> None:
-    """Log that a promise about one label does not hold."""
-    which = "that full depth answers with it are answered otherwise"
+def warn_of_label(policy: str, promise: LabelBound, broken: Sequence[MonitorStatus]) -> None:
+    """Log at which levels a promise about one label does not hold."""
+    which = "that full depth answers with it, the early answer is another"
     if promise.kind == "precision":
-        which = "answered with it are answered otherwise at full depth"
-    logger.warning(
-        "policy %s: the %s of %s is broken: %d of %d shadow requests %s "
-        "(at least %.2f%%, promised %g%%), so requests at this level run at full depth from now "
-        "on: calibrate again, on prompts like those served now",
-        policy,
-        promise.kind,
-        promise.label,
-        broken.disagreed,
-        broken.checked,
-        which,
-        100 * broken.low,
-        100 * promise.epsilon,
-    )
+        which = "that are answered with it, the answer is another at full depth"
+    for reading in broken:
+        logger.warning(
+            "policy %s: the %s of %s is broken (at most %g%% was promised): of the shadow requests "
+            "%s %s, so requests at this level run at full depth from now on: calibrate again, on "
+            "prompts like those served now",
+            policy,
+            promise.kind,
+            promise.label,
+            100 * promise.epsilon,
+            which,
+            _counts(reading),
+        )
 
 
 def warn(policy: str, monitor: Monitor, exceeded: Sequence[MonitorStatus]) -> None:
@@ -155,15 +154,19 @@ def warn(policy: str, monitor: Monitor, exceeded: Sequence[MonitorStatus]) -> No
             "here, so nothing was closed: evaluate on labelled prompts like those served now"
         )
         logger.warning(
-            "policy %s: disagreement is above epsilon = %g: %d of %d %s (%.2f%%; at least %.2f%% "
-            "at confidence %g%%), %s",
+            "policy %s: disagreement is above epsilon = %g (confidence %g%%): %s %s, %s",
             policy,
             reading.epsilon,
-            reading.disagreed,
-            reading.checked,
-            what,
-            100 * reading.rate,
-            100 * reading.low,
             100 * (1 - monitor.alpha),
+            what,
+            _counts(reading),
             consequence,
         )
+
+
+def _counts(reading: MonitorStatus) -> str:
+    """How often answers differed lately, and since start."""
+    return (
+        f"in {reading.latest_disagreed} of the latest {reading.latest_checked} comparisons "
+        f"({reading.disagreed} of {reading.checked} since start)"
+    )

@@ -103,6 +103,7 @@ def policy_config(
         choices=() if calibration.choices is None else calibration.choices.texts,
         undecided=() if calibration.choices is None else calibration.choices.undecided,
         bound=bound.kind,
+        largest_group=calibration.split.most_together(calibration.split.groups),
         max_tokens=options.max_tokens,
         questions=_questions(policy),
         by_question=options.by_question,

@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 from numpy.random import Generator
 
+from vllm_adainfer.engine.compat.requests import request_group
+from vllm_adainfer.monitoring.group_monitor import RATES, STAKES, Capital, GroupMonitor
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
-from vllm_adainfer.monitoring.text_monitor import RATES, STAKES, Capital, TextMonitor
+from vllm_adainfer.monitoring.query_monitor import ENDED_SINCE
 
 EPSILON, LONGEST, ALPHA = 0.05, 20, 0.1
 names = map(str, count())
 Text = list[bool]
 
 
-def monitor_of(*epsilons: float) -> TextMonitor:
-    return TextMonitor(epsilons or (EPSILON,), ALPHA, LONGEST)
+def monitor_of(*epsilons: float) -> GroupMonitor:
+    return GroupMonitor(epsilons or (EPSILON,), ALPHA, LONGEST)
 
 
-def watch(monitor: TextMonitor, text: Text, level: int = 0) -> None:
+def watch(monitor: GroupMonitor, text: Text, level: int = 0) -> None:
     """A whole text, token by token."""
     name = next(names)
     for differs in text:
@@ -113,6 +115,84 @@ def test_requests_that_are_no_shadows_end_unnoticed():
     monitor = monitor_of()
     assert monitor.ended("never seen") == []
     assert monitor.status()[0].checked == 0
+
+
+def of_requests(*epsilons: float) -> GroupMonitor:
+    return GroupMonitor(epsilons or (EPSILON,), ALPHA, LONGEST, group_of=request_group)
+
+
+def ids(name: str, parts: int) -> list[str]:
+    """vLLM's ids of the parts of a decision request."""
+    return [f"decision-{name}-{part}-{part:08x}" for part in range(parts)]
+
+
+def ask(monitor: GroupMonitor | AnswerMonitor, differ: list[bool], name: str | None = None) -> None:
+    """One HTTP request with several questions about one text."""
+    parts = ids(next(names) if name is None else name, len(differ))
+    monitor.observe(parts, np.zeros(len(parts), dtype=np.int64), np.array(differ))
+    for part in parts:
+        monitor.ended(part)
+
+
+def let_others_end(monitor: GroupMonitor, requests: int = ENDED_SINCE) -> None:
+    for _ in range(requests):
+        monitor.ended(next(names))
+
+
+def test_questions_of_one_text_that_keep_a_bound_seldom_break_it_though_taken_alone_they_often_do():
+    """Where early answers about a text are wrong, all of them are."""
+    generator, runs = np.random.default_rng(0), 25
+    broken = {"by text": 0, "by answer": 0}
+    for _ in range(runs):
+        by_text, by_answer = of_requests(), AnswerMonitor([EPSILON], ALPHA)
+        for wrong in generator.random(150) < 0.9 * EPSILON:
+            ask(by_text, [wrong] * LONGEST)
+            ask(by_answer, [wrong] * LONGEST)
+        let_others_end(by_text)
+        assert by_text.status()[0].checked == by_answer.status()[0].checked
+        broken["by text"] += bool(by_text.tightened[0])
+        broken["by answer"] += bool(by_answer.tightened[0])
+    assert broken["by text"] <= runs * ALPHA
+    assert broken["by answer"] > runs * ALPHA
+
+
+def test_texts_whose_answers_change_too_often_are_found_however_many_questions_each_has():
+    monitor, generator = of_requests(), np.random.default_rng(0)
+    for wrong in generator.random(200) < 0.3:
+        ask(monitor, [wrong] * int(generator.integers(1, LONGEST + 1)))
+    let_others_end(monitor)
+    assert monitor.tightened[0]
+
+
+def test_a_request_with_several_questions_counts_once_no_further_one_can_be_on_its_way():
+    monitor = of_requests()
+    first, second, third = ids("a", 3)
+    monitor.observe([first, second], np.array([0, 0]), np.array([False, True]))
+    monitor.ended(first)
+    monitor.ended(second)
+    let_others_end(monitor, ENDED_SINCE - 3)
+    monitor.observe([third], np.array([0]), np.array([True]))  # it waited in the queue
+    let_others_end(monitor, ENDED_SINCE - 1)
+    assert monitor.status()[0].checked == 0
+    let_others_end(monitor, 1)
+    [status] = monitor.status()
+    assert (status.checked, status.disagreed) == (3, 2)
+
+
+def test_a_request_that_is_part_of_none_counts_when_it_ends():
+    monitor = of_requests()
+    monitor.observe(["chatcmpl-a-00000000"], np.array([0]), np.array([True]))
+    monitor.ended("chatcmpl-a-00000000")
+    assert monitor.status()[0].checked == 1
+
+
+def test_a_client_that_uses_one_id_for_ever_is_watched_again_and_again_and_takes_no_more_memory():
+    monitor = of_requests()
+    for _ in range(10 * ENDED_SINCE):
+        ask(monitor, [True], name="mine")
+    assert monitor.status()[0].checked > LONGEST
+    assert monitor.tightened[0]
+    assert len(monitor._of_parts) + len(monitor._to_count) + len(monitor._alone) <= 2
 
 
 def slow_capital(texts: list[tuple[float, float]], p: float) -> tuple[float, float]:
