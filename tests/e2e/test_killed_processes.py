@@ -78,7 +78,9 @@ class Load:
                 self.failed.append(None)
             else:
                 if status == 200:
-                    self.answered.append(f"{answer['id']}-0")  # of the first prompt, as the engine names it
+                    self.answered.append(
+                        f"{answer['id']}-0"
+                    )  # of the first prompt, as the engine names it
                 else:
                     self.failed.append(status)
 

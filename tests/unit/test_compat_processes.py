@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,7 +21,7 @@ END_SECONDS = 10
 
 
 def started(line: Connection, is_stubborn: bool) -> None:
-    """Watch the starter; the line is open as long as this process lives."""
+    """End with the starter; the line is open as long as this process lives."""
     if is_stubborn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_starter()
@@ -28,16 +29,24 @@ def started(line: Connection, is_stubborn: bool) -> None:
     time.sleep(10 * END_SECONDS)
 
 
-def starter(name: str, *arguments: Any) -> None:
-    child = FORK.Process(target=started, name=name, args=arguments)
-    child.start()
-    child.join()
+def linger(line: Connection) -> None:
+    """Live on, with all open files of the starter but the line."""
+    line.send(os.getpid())
+    line.close()
+    time.sleep(10 * END_SECONDS)
+
+
+def starter(name: str, line: Connection, is_stubborn: bool) -> None:
+    """Start a process of vLLM, and then another one."""
+    FORK.Process(target=started, name=name, args=(line, is_stubborn)).start()
+    FORK.Process(target=linger, args=(line,)).start()
+    line.close()
+    time.sleep(10 * END_SECONDS)
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Any]]:
     """Start a process through another one: that other one, and the line to the process."""
-    ends: list[Connection] = []
     ids: list[int] = []
 
     def begin(name: str, is_stubborn: bool = False) -> Any:
@@ -45,13 +54,12 @@ def start() -> Iterator[Callable[..., Any]]:
         first = FORK.Process(target=starter, args=(name, theirs, is_stubborn))
         first.start()
         theirs.close()
-        ends.append(ours)
-        ids.append(ours.recv())
+        ids.extend([ours.recv(), ours.recv()])
         return first, ours
 
     yield begin
-    for line, process in zip(ends, ids, strict=True):
-        if not has_ended(line, 0):
+    for process in ids:
+        with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
