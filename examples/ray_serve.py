@@ -6,7 +6,8 @@
 `policy` is the output of `vllm-adainfer calibrate`; the policy and the model need the same path on
 every node. Each replica is an engine of its own, which loads the plugin by its entry point. Ray
 reserves `--cpus` for each engine and one CPU for the process that starts it: without them it waits.
-On two cores, use one replica of half a core. `--audit DIR` says where each answer came from.
+On two cores, use one replica of half a core. `--audit DIR` says where each answer came from; all
+replicas write there, each to files of its own.
 """
 
 from __future__ import annotations

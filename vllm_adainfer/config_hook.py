@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.stats import use_stat_loggers
 from vllm_adainfer.engine.startup.configure import configure, configure_scheduler
 from vllm_adainfer.frontend.request_check import use_check
@@ -28,11 +29,15 @@ class ConfigHook(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Run vLLM's own hook, then configure ours if the switch is on."""
+        """Run vLLM's own hook, then configure ours if the switch is on.
+
+        With ``--api-server-count``, it runs in each of these.
+        """
         super().verify_and_update_config(vllm_config)
         settings = read_settings(vllm_config.additional_config)
         if settings is None:
             return
+        end_with_starter()
         if not settings.runs_stock:
             admission = configure(vllm_config, settings, cls.model_class)
             if vllm_config.model_config.runner_type == "generate":  # others take no processors

@@ -15,6 +15,8 @@ from tests.admitted import admitted, resolved, row_of
 from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.fields import MOST_ANSWERS, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.engine.admission import admission as admission_module
+from vllm_adainfer.engine.admission import threshold_rows
 from vllm_adainfer.engine.admission import traffic_sample as sample
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.admitted import NOT_RECORDED
@@ -161,6 +163,28 @@ def test_an_open_vocabulary_policy_serves_unrestricted_requests(
 def test_a_request_may_ask_for_its_own_epsilon(admission, label_ids, default, epsilon, tag):
     params = label_request(label_ids, extra_args={"adainfer_epsilon": epsilon})
     assert row_of(admission(epsilon=default), params) == tag
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({}, "adainfer_epsilon"), ({}, "adainfer_unknown"), ({"exit_script": (2,)}, "adainfer_exit")],
+)
+def test_clients_cannot_fill_the_log_with_the_values_of_an_argument(
+    tiny_policy, label_ids, monkeypatch, settings, name
+):
+    said: list[str] = []
+    for module in (admission_module, threshold_rows):
+        monkeypatch.setattr(
+            module.logger, "warning_once", lambda text, *values: said.append(text % values)
+        )
+    source = {} if settings else {"artifact": str(tiny_policy)}
+    admission = Admission(Settings(**source, **settings))
+    for value in range(3, 13):  # epsilons of 0.003 to 0.012
+        asked = value / 1000 if name == "adainfer_epsilon" else value
+        params = label_request(label_ids, extra_args={name: asked})
+        assert row_of(admission, params) == FULL_DEPTH
+    assert len(said) >= 10, "of which vLLM's logger says one"
+    assert len(set(said)) == 1
 
 
 @pytest.mark.parametrize(("epsilon", "tag"), [(None, 1), (0, FULL_DEPTH), (0.02, 0), (0.03, 0)])

@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -40,6 +40,13 @@ def write(directory: Path, numbers: range, limit: int = 100, engine: int = 0) ->
         while not files._queue.empty():
             time.sleep(0.001)
     files.close()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def kept(directory: Path) -> list[int]:
@@ -98,6 +105,35 @@ def test_two_servers_in_one_directory_never_write_to_the_same_file(tmp_path):
     for files in both:
         files.close()
     assert sorted(kept(tmp_path)) == list(range(200))
+
+
+def test_a_server_leaves_the_file_alone_that_another_writes(tmp_path):
+    first = files_in(tmp_path, 20)
+    first.put({"number": 0})
+    wait_for(lambda: kept(tmp_path) == [0])
+    [written] = tmp_path.iterdir()
+    with written.open("ab") as file:
+        file.write(b'{"number": ')
+        file.flush()
+        second = files_in(tmp_path, 20)
+        file.write(b"1}\n")
+    for number in range(100, 140):  # twice the limit
+        second.put({"number": number})
+    second.close()
+    first.put({"number": 2})
+    first.close()
+    assert [number for number in kept(tmp_path) if number < 100] == [0, 1, 2]
+    files_in(tmp_path, 10).close()
+    assert not written.exists(), "nobody writes it any more"
+
+
+def test_a_file_that_another_server_deletes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    write(tmp_path, range(3))
+    [path] = tmp_path.iterdir()
+    gone = tmp_path / "capture-0-000000.jsonl"
+    monkeypatch.setattr(line_files, "_numbered", lambda *_: {0: gone, 1: path})
+    files_in(tmp_path).close()
+    assert kept(tmp_path) == [0, 1, 2]
 
 
 WRITER = """

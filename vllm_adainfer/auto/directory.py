@@ -13,7 +13,7 @@ DIR/KIND/bad.json             which policies were quarantined (worker)
 DIR/identity.json             what all else is for: weights, exit points, promise (worker)
 DIR/events.jsonl              what happened when, for the page (anyone appends a line)
 DIR/events-before.jsonl       what happened before that
-DIR/server.lock, trainer.lock            held by the server's worker, and by the trainer
+DIR/server.lock, trainer.lock            held by the server's worker, and by the trainer: their ids
 DIR/trainer.log               what the trainer says
 """
 
@@ -34,6 +34,7 @@ from typing import Any
 from vllm_adainfer.errors import AdaInferError
 
 SALT_BYTES = 32
+LOOK_SECONDS = 0.25  # between two looks at a lock that another process holds
 DRAFT_SECONDS = 60.0  # a file that is being written is no older
 KEPT_SECONDS = 7 * 24 * 3600.0  # that rows without a policy stay
 MOST_EVENTS = 8 << 20  # bytes of a file of events; the one before is kept
@@ -108,21 +109,27 @@ class AutoDirectory:
         return self.root / kind / "ledger.json"
 
     @contextmanager
-    def held(self, name: str) -> Iterator[bool]:
-        """Hold one of the directory's locks, if nobody else does: whether this process now does.
+    def held(self, name: str, seconds: float = 0.0) -> Iterator[bool]:
+        """Hold one of the directory's locks; False if another holds it for so many `seconds`.
 
         The system releases it whenever the process ends.
         """
         file = os.open(self.root / f"{name}.lock", os.O_WRONLY | os.O_CREAT, 0o600)
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+            end = time.monotonic() + seconds
+            while not (is_held := _locked(file)) and time.monotonic() < end:
+                time.sleep(LOOK_SECONDS)
+            if is_held:
+                os.truncate(file, 0)
+                with suppress(OSError):  # the disk is full
+                    os.write(file, str(os.getpid()).encode())
+            yield is_held
         finally:
             os.close(file)
+
+    def holder(self, name: str) -> str:
+        """The process that holds one of the locks, in words."""
+        return f"process {(self.root / f'{name}.lock').read_text() or 'unknown'}"
 
     def delete_drafts(self) -> None:
         """Delete what a killed process has left half-written."""
@@ -151,6 +158,15 @@ class AutoDirectory:
             os.write(file, json.dumps(line).encode() + b"\n")
         finally:
             os.close(file)
+
+
+def _locked(file: int) -> bool:
+    """Lock an open file, unless it is locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

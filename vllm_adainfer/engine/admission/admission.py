@@ -357,8 +357,7 @@ class Admission:
         layer, script = resolved.settings.adainfer_exit, self._settings.exit_script or ()
         if layer is not None and layer not in script:
             logger.warning_once(
-                "a request runs at full depth: its adainfer_exit = %s is not in the exit_script",
-                layer,
+                "requests run at full depth where their adainfer_exit is not in the exit_script"
             )
         if layer not in script or resolved.output != SCRIPTED_OUTPUT:
             return FULL_DEPTH
@@ -379,8 +378,11 @@ def _valid_settings(params: Params) -> RequestSettings:
     """
     try:
         return read_request(extra_arguments(params))
-    except AdaInferError as error:
-        logger.warning_once("a request runs at full depth: %s", str(error))
+    except AdaInferError:
+        logger.warning_once(
+            "requests run at full depth whose adainfer arguments are unknown or invalid; vLLM's "
+            "server refuses them, and says why"
+        )
         return OPTED_OUT
 
 

@@ -80,8 +80,13 @@ class ThresholdRows:
         row = last_token_row = FULL_DEPTH
         try:
             row = self._of_part(whole, epsilon, prompt)
-        except AdaInferError as error:
-            logger.warning_once("a request runs at full depth: %s", str(error))
+        except AdaInferError:  # with what the client asks for, each of its requests logs a line
+            logger.warning_once(
+                "requests run at full depth where they ask for a stricter bound than the strictest "
+                "of policy %s, which is %g",
+                policy,
+                min(level.epsilon for level in self._parts[whole].levels),
+            )
         for part in last_token:
             with suppress(AdaInferError):  # it may certify fewer epsilons
                 last_token_row = self._of_part(part, epsilon, prompt)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import tempfile
 from collections import deque
-from io import FileIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedRandom, FileIO
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
@@ -28,6 +31,8 @@ class LineFiles:
 
     Files left by earlier runs of the engine count towards its limit. Each line is a single write.
     A line cut short by a full disk is removed at once, one cut short by a kill at the next start.
+    Several servers may write to one directory: each locks the file that it writes, and the others
+    neither count, nor cut, nor delete a locked file.
     """
 
     def __init__(
@@ -59,7 +64,8 @@ class LineFiles:
         found = _numbered(self._directory, self._prefix)
         self._next_number = max(found, default=0) + 1
         try:
-            self._full = deque((found[n], whole_lines(found[n])) for n in sorted(found))
+            counted = ((found[n], whole_lines(found[n])) for n in sorted(found))
+            self._full = deque((path, lines) for path, lines in counted if lines is not None)
             self._make_room(0)
         except OSError as error:
             raise _not_writable(kind, directory, error) from None
@@ -131,14 +137,21 @@ class LineFiles:
             path = self._directory / f"{self._prefix}{self._next_number:06}.jsonl"
             self._next_number += 1
             try:
-                return FileIO(path, "xb", opener=_private)
+                file = FileIO(path, "xb", opener=_private)
             except FileExistsError:  # from another server that writes to the same directory
                 continue
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:  # no other server was faster, and deleted it
+                return file
+            file.close()
 
     def _make_room(self, lines: int) -> None:
         """Delete the oldest files until `lines` more fit within the limit."""
         while self._full and sum(count for _, count in self._full) + lines > self._limit:
-            self._full[0][0].unlink(missing_ok=True)
+            path, _ = self._full[0]
+            with _unused(path) as file:
+                if file is not None:
+                    path.unlink()
             self._full.popleft()
 
 
@@ -156,14 +169,19 @@ def check_directory(kind: str, directory: str) -> None:
         raise _not_writable(kind, directory, error) from None
 
 
-def whole_lines(path: Path) -> int:
+def whole_lines(path: Path) -> int | None:
     """Remove an incomplete last line from a file, and count the lines that remain.
+
+    Returns:
+        None, and leaves the file as it is, while a server writes it or if another has deleted it.
 
     Raises:
         OSError: the file cannot be read and written.
 
     """
-    with path.open("rb+") as file:
+    with _unused(path) as file:
+        if file is None:
+            return None
         lines = end = 0
         for line in file:
             if line.endswith(b"\n"):
@@ -171,6 +189,23 @@ def whole_lines(path: Path) -> int:
                 end += len(line)
         file.truncate(end)
     return lines
+
+
+@contextmanager
+def _unused(path: Path) -> Iterator[BufferedRandom | None]:
+    """A file, locked while the context lasts; None while a server writes it, or if it is gone."""
+    try:
+        file = path.open("rb+")
+    except FileNotFoundError:
+        yield None
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield file
 
 
 def _numbered(directory: Path, prefix: str) -> dict[int, Path]:

@@ -16,6 +16,7 @@ from vllm.v1.request import Request
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.resolved import attach_resolved, params_of, resolved_of
 from vllm_adainfer.engine.compat.arrival import tell_scheduler_of_arrivals
+from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attached_note
 from vllm_adainfer.engine.compat.scheduler import expect_more_tokens, not_ahead, sampled_tokens
 from vllm_adainfer.engine.compat.stats import attach_report
@@ -200,10 +201,11 @@ class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
 
 
 def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
-    """The scheduler of a configured engine.
+    """The scheduler of a configured engine, which from now on ends with its front process.
 
     vLLM 0.32 decides on ``async_scheduling`` after its config hooks, so the class is chosen here.
     """
+    end_with_starter()
     settings = read_settings(vllm_config.additional_config)
     assert settings is not None
     if not settings.runs_stock:

@@ -31,7 +31,7 @@ TIMED_ROWS = TRIES[0] // 2  # of a kind, after which the layers' speed is known
 MOST_WAITING = 4096  # rows that may wait for the disk; further ones are lost
 TICK_SECONDS = 1.0
 STATUS_SECONDS = 60.0  # between the lines about a kind among the events
-LOCK_SECONDS = 30.0  # in which a killed server's worker ends
+LOCK_SECONDS = 60.0  # in which a killed server's worker ends, see `compat/processes.py`
 CLOSE_SECONDS = 10.0
 
 Chunk = tuple[Sequence[str], Sequence[Tensor], Tensor]
@@ -100,14 +100,21 @@ class SelfCalibration:
 
     def _hold(self) -> None:
         """Hold the directory: two servers would overwrite each other's ledgers."""
-        end = time.monotonic() + LOCK_SECONDS
-        while not self._held.enter_context(self._directory.held("server")):
-            if time.monotonic() > end:
-                raise AdaInferError(
-                    f"another server calibrates itself in {self._directory.root}: give each "
-                    'server an "auto" directory of its own, or end the other one'
-                )
-            time.sleep(0.5)
+        place, hold = self._directory, self._held.enter_context
+        if hold(place.held("server")):
+            return
+        logger.info(
+            "waiting up to %g s for %s to leave %s",
+            LOCK_SECONDS,
+            place.holder("server"),
+            place.root,
+        )
+        if not hold(place.held("server", LOCK_SECONDS)):
+            raise AdaInferError(
+                f"{place.holder('server')} is another server's worker, which calibrates itself in "
+                f'{place.root}: give each server an "auto" directory of its own, or end the other '
+                "one"
+            )
 
     def _run(self) -> None:
         is_open = True

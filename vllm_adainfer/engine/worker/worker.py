@@ -14,6 +14,7 @@ from typing_extensions import override
 from vllm_adainfer.artifact.artifact import digests_of
 from vllm_adainfer.artifact.source import Pinned
 from vllm_adainfer.engine.compat.lora import lora_manager_of
+from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.adapter_policy import bundled_policy, without_policies
@@ -45,7 +46,8 @@ class ExitWorker(_Worker):
 
     @override
     def init_device(self) -> None:
-        """Drop the request check first: only the frontend runs it."""
+        """Drop the request check first: only the frontend runs it; end with what started this."""
+        end_with_starter()
         self.model_config.logits_processors = None
         super().init_device()
 
