@@ -137,7 +137,7 @@ class Client:
         try:
             async with self._session.post("/v1/completions", data=raw, headers=headers) as response:
                 text = await response.text()
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except (TimeoutError, aiohttp.ClientError) as error:
             return Reply(0, message=type(error).__name__)
         if text.startswith("data:"):
             return streamed(text)
@@ -186,7 +186,7 @@ class Client:
         self.tally.sent += 1
         try:
             self.count(await asyncio.wait_for(self.send(body), seconds))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self.tally.left += 1
 
     async def ask_all(self, order: Sequence[int], many: int) -> None:
