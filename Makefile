@@ -61,8 +61,7 @@ dist: setup
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
 	python3 -m venv .cache/dist
-	.cache/dist/bin/pip install --quiet "$$(ls dist/*.whl)[cpu,demo]"
-	.cache/dist/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	bash tools/install.sh .cache/dist "$$(ls dist/*.whl)[cpu,demo]"
 	cd .cache/dist && bin/vllm-adainfer demo --output demo
 	cd .cache/dist && bash ../../tools/serve_check.sh . demo
 
@@ -85,7 +84,7 @@ gpu-dry: setup
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml setup.sh
+.venv/ready: pyproject.toml constraints.txt setup.sh tools/install.sh
 	bash setup.sh
 	touch $@
 

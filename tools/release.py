@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
@@ -54,7 +54,7 @@ def main(root: Path, version: str) -> None:
     if not [*(root / "dist").glob(f"vllm_adainfer-{version}-*.whl")]:
         sys.exit(f"dist has no wheel of {version}: run make dist")
     changelog = root / "CHANGELOG.md"
-    date = datetime.now(timezone.utc).date().isoformat()
+    date = datetime.now(UTC).date().isoformat()
     text, notes = released(changelog.read_text(), version, date)
     changelog.write_text(text)
     (root / "dist" / "NOTES.md").write_text(notes)

@@ -11,8 +11,12 @@ adapter (DIR/adainfer), and captures requests. Shadow requests are off: their fu
 differ from those of the quiet pass. The mix has questions to each policy and at full depth,
 generated texts, disconnects, requests to be refused, and those of `hostile_growth.py` up to a size.
 Meanwhile artifacts are reloaded, and the adapter is loaded and unloaded under a second name.
-Answers are judged as in `bench_faults.py`. The policies for choices and the adapter get the first
-data and template, the label pool its own lines of a batch file.
+Then a stock server gets the same mix for as long, without the reloads. The policies for choices and
+the adapter get the first data and template, the label pool its own lines of a batch file.
+
+Answers are judged as in `bench_faults.py`, and `soak_verdict.py` judges how long clients waited,
+beside stock, and whether memory still grows after some minutes. Each server's KV cache is written
+to once before.
 
 Exits with code 1 and a sentence per problem.
 """
@@ -26,6 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,12 +43,13 @@ import typer
 
 from benchmarks.common.server import serving
 from benchmarks.soak.fault_bench import ENVIRONMENT, Bench, tasks
-from benchmarks.soak.fault_measures import of_policy
+from benchmarks.soak.fault_measures import fill_kv_cache, of_policy
 from benchmarks.soak.fault_scenarios import AT_ONCE, RELOAD, Stage, in_background, sampled_memory
 from benchmarks.soak.faults_report import growth
 from benchmarks.soak.hostile_growth import FACTORS, THINGS
 from benchmarks.soak.hostile_requests import cheap_refused
 from benchmarks.soak.load_client import Question
+from benchmarks.soak.soak_verdict import still_grows, worse_than_stock
 from vllm_adainfer.artifact.files import load_artifact_config
 
 GUEST = "guest"  # the adapter's second name
@@ -56,6 +62,7 @@ ADAPTER_ROWS = 20  # few: adapters are slow on a CPU
 RELOAD_SECONDS = 10.0
 REPORT_SECONDS = 1.0  # until decisions show in the metrics
 LEAVING, REFUSED, HOSTILE = 0.04, 0.02, 0.02  # shares of requests
+LONGEST_PROMPT = 2000  # tokens
 ARGUMENTS = ("--max-model-len", "2048", "--enable-lora", "--max-loras", f"{SLOTS}")
 RUNTIME = {**ENVIRONMENT, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
@@ -67,6 +74,7 @@ class Mix:
     Attributes:
         largest: largest size factor of hostile requests.
         adapter: name and directory of the adapter.
+        on_stock: whether the server knows nothing of policies.
         problems: sentences on what went wrong.
         done: how often each other thing was done.
         doubtful: indices of questions that the guest answered differently than the adapter.
@@ -76,6 +84,7 @@ class Mix:
 
     largest: int
     adapter: tuple[str, str]
+    on_stock: bool = False
     problems: list[str] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
     doubtful: list[int] = field(default_factory=list)
@@ -118,15 +127,23 @@ def main(
             "capture": {"directory": f"{folder}/captured", "rate": 0.1},
         }
         flags = (*ARGUMENTS, "--max-lora-rank", f"{rank}", "--lora-modules", adapter)
-        with serving(model, switch, Path(folder, "server.log"), flags, RUNTIME) as server:
-            bench.quiet(server)
-            mix = Mix(largest, (name, directory))
-            row = bench.run("soak", server, partial(everything_for, mix=mix, seconds=60 * minutes))
+        found = {}
+        for title, one in (("soak", switch), ("soak, stock", None)):
+            mix = Mix(largest, (name, directory), on_stock=one is None)
+            environment = {**RUNTIME, **({"VLLM_PLUGINS": ""} if mix.on_stock else {})}
+            with serving(model, one, Path(folder, "server.log"), flags, environment) as server:
+                fill_kv_cache(server, LONGEST_PROMPT)
+                bench.quiet(server)
+                scenario = partial(everything_for, mix=mix, seconds=60 * minutes)
+                found[title] = row = bench.run(title, server, scenario)
             row["growth"] = growth(row["samples"])
+        ours, stock = found.values()
         lines = [line for file in Path(folder, "captured").glob("*.jsonl") for line in file.open()]
-        row["captured"] = sum("url" in json.loads(line) for line in lines)
-        if not row["captured"]:
-            row["problems"].append("no request was captured")
+        ours["captured"] = sum("url" in json.loads(line) for line in lines)
+        if not ours["captured"]:
+            ours["problems"].append("no request was captured")
+        ours["problems"] += worse_than_stock(ours["waits"], stock["waits"])
+        ours["problems"] += still_grows(ours["samples"])
 
 
 def choice_questions(asked: Sequence[Question], name: str, directory: str) -> list[Question]:
@@ -162,7 +179,7 @@ async def everything_for(stage: Stage, mix: Mix, seconds: float) -> dict[str, An
     async with (
         aiohttp.ClientSession(stage.server.url) as session,
         sampled_memory(stage) as samples,
-        in_background(reloads(session, mix)),
+        nullcontext() if mix.on_stock else in_background(reloads(session, mix)),
     ):
         visiting = asyncio.create_task(visits(stage, session, mix, seconds))
         await asyncio.gather(*(work(stage, mix, begin + seconds) for _ in range(AT_ONCE)))
@@ -196,7 +213,7 @@ async def work(stage: Stage, mix: Mix, end: float) -> None:
             await client.leave(body, dice.uniform(0.01, 2))
         elif chance < LEAVING + REFUSED:
             reply = await send(stage, dice.choice(refused))
-            if reply == 200:
+            if reply == 200 and not mix.on_stock:
                 mix.problems.append("a request that should be refused was answered")
         elif chance < LEAVING + REFUSED + HOSTILE:
             thing, factor = dice.choice(THINGS), dice.choice(factors)

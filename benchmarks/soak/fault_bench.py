@@ -22,6 +22,7 @@ from benchmarks.soak.fault_measures import at_rest, counter_problems, counters, 
 from benchmarks.soak.fault_scenarios import Stage, kill
 from benchmarks.soak.faults_report import table
 from benchmarks.soak.load_client import Question, Tokens, client_of, questions_of, quiet_pass
+from benchmarks.soak.soak_verdict import summaries
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.offline.calibration.data.examples import read_template
 from vllm_adainfer.offline.provenance import provenance
@@ -63,9 +64,11 @@ class Bench:
         before, held = at_rest(server), memory(server)
         row = asyncio.run(self._play(name, server, scenario))
         after = Counter(row.pop("metrics")) + Counter(row.pop("gone", {}))
-        row["counters"] = counters(before, after, self._layers)
         row["memory"] = {"before": held, "after": memory(server)}
-        row["problems"] += counter_problems(row["counters"], row["requests"]["left"], self.longest)
+        if any(name.startswith("adainfer:") for name in before):  # not on stock
+            row["counters"] = counters(before, after, self._layers)
+            left = row["requests"]["left"]
+            row["problems"] += counter_problems(row["counters"], left, self.longest)
         self.rows.append(row)
         return row
 
@@ -90,6 +93,8 @@ class Bench:
             self._doubtful = client.doubtful
         tally = client.tally
         row |= {"requests": asdict(tally), "seconds": time.monotonic() - begin}
+        if client.waits:
+            row["waits"] = summaries(client.waits)
         compared = tally.answered + tally.ties + tally.wrong
         for what in ("wrong", "lost"):
             if count := getattr(tally, what):

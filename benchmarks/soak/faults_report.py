@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.soak.soak_verdict import SETTLED_SECONDS, growth_once_settled
 from vllm_adainfer.offline.tables import markdown_table
 
 COUNTS = ("sent", "answered", "ties", "wrong", "lost", "refused", "left", "failed")
@@ -74,7 +75,8 @@ def table(report: Mapping[str, Any]) -> str:
             if (one := row.get("counters")) is not None
         ],
     )
-    lines = [requests, "", counted, "", EXPLAINED, "", *_texts(report), *_remarks(report)]
+    lines = [requests, "", counted, "", EXPLAINED, "", *_texts(report), *_waits(report)]
+    lines += _remarks(report)
     problems = report["problems"]
     lines += ["", *(f"**{problem}**" for problem in problems)] if problems else []
     return "\n".join(lines) + "\n"
@@ -129,6 +131,28 @@ def _texts(report: Mapping[str, Any]) -> list[str]:
             ]
         )
     return [markdown_table(columns, cells), "", TEXTS, ""]
+
+
+def _waits(report: Mapping[str, Any]) -> list[str]:
+    """How long the good clients of a soak waited, by kind, and how memory grew."""
+    soaks = [row for row in report["scenarios"] if "waits" in row and "samples" in row]
+    if not soaks:
+        return []
+    columns = ["soak", "questions to", "answers", "median", "p99", "worst", "nobody answered for"]
+    cells = []
+    for row in soaks:
+        waits = row["waits"]
+        silence = f"{waits['longest_silence_seconds']:.1f}"
+        for kind, one in {"all": waits, **waits["kinds"]}.items():
+            seconds = (f"{one[f'{key}_seconds']:.2f}" for key in ("median", "p99", "worst"))
+            last = silence if kind == "all" else ""
+            cells.append([row["name"], kind, f"{one['answers']:,}", *seconds, last])
+    grown = {row["name"]: growth_once_settled(row["samples"]) for row in soaks}
+    told = [f"{name} {mib:+.0f}" for name, mib in grown.items() if mib is not None]
+    memory = (
+        f"MiB gained after {SETTLED_SECONDS / 60:.0f} minutes: {', '.join(told) or 'too short'}."
+    )
+    return [markdown_table(columns, cells), "", f"Seconds that good clients waited. {memory}", ""]
 
 
 def _begin_middle_end(samples: list[Mapping[str, float]]) -> list[float]:

@@ -205,7 +205,7 @@ async def hostile(
                 ends[f"HTTP {response.status}"] += 1
                 if response.status != 200:
                     message = text[:200].decode(errors="replace")
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 ends[f"no answer in {DEADLINE:.0f} s"] += 1
             except aiohttp.ClientError as error:
                 ends[type(error).__name__] += 1

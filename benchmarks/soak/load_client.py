@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.soak.soak_verdict import Wait
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.offline.calibration.data.examples import fill, read_rows
 
@@ -112,6 +114,7 @@ class Client:
         expected: right answers, by index of the question.
         tally: outcomes so far.
         doubtful: indices of questions answered differently than in the quiet pass.
+        waits: how long each question waited for its answer.
         killed: whether the engine is known to be dead.
 
     """
@@ -126,6 +129,7 @@ class Client:
         self.questions = questions
         self.tally = Tally()
         self.doubtful: list[int] = []
+        self.waits: list[Wait] = []
         self.killed = False
         self._session = session
         self.expected = expected
@@ -137,7 +141,7 @@ class Client:
         try:
             async with self._session.post("/v1/completions", data=raw, headers=headers) as response:
                 text = await response.text()
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except (TimeoutError, aiohttp.ClientError) as error:
             return Reply(0, message=type(error).__name__)
         if text.startswith("data:"):
             return streamed(text)
@@ -159,7 +163,9 @@ class Client:
     async def ask(self, index: int) -> Reply:
         """Ask a question, and compare the answer."""
         self.tally.sent += 1
-        reply = await self.send(self.questions[index].body)
+        question, asked = self.questions[index], time.monotonic()
+        reply = await self.send(question.body)
+        self.waits.append(Wait(question.kind, asked, time.monotonic() - asked))
         if reply.status == 200 and reply.tokens != self.expected[index]:
             self.doubtful.append(index)
         else:
@@ -186,7 +192,7 @@ class Client:
         self.tally.sent += 1
         try:
             self.count(await asyncio.wait_for(self.send(body), seconds))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self.tally.left += 1
 
     async def ask_all(self, order: Sequence[int], many: int) -> None:

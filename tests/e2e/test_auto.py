@@ -122,7 +122,9 @@ def test_a_kind_that_recurs_is_recorded_and_every_answer_is_that_of_full_depth(
     assert len(found) == count
 
 
-def test_only_its_user_can_read_the_directory(directory):
+def test_only_its_user_can_read_the_directory(auto, directory, labels):
+    ask(auto, PROMPTS, label(labels))
+    wait_for(lambda: [*directory.root.rglob("*.safetensors")])
     for path in [directory.root, *directory.root.rglob("*")]:
         assert path.stat().st_mode & 0o077 == 0, path
 

@@ -197,6 +197,8 @@ def test_an_order_that_breaks_its_promise_is_closed(server, alone, full_depth):
 
 
 def test_captured_queries_are_whole_and_calibrate(server, captured, reranker):
+    for query, documents in 3 * QUERIES:
+        scores(server, query, documents, request_id="x" * 10_000)
     longest = max(len(line) for path in captured.iterdir() for line in path.open())
     assert longest < 10_000  # whatever ids clients choose
     hf_config, tokenizer = load_config_and_tokenizer(str(reranker))

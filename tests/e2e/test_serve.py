@@ -477,11 +477,15 @@ def test_artifacts_are_read_again_by_a_post_and_damaged_ones_are_refused(
     assert answers(server, wanted) == [case.token for case in wanted]
 
 
-def test_the_log_says_what_is_active_and_at_each_interval_what_was_saved(server):
-    log = server.log.read_text()
+def test_the_log_says_what_is_active_and_at_each_interval_what_was_saved(server, tasks, reference):
+    answers(server, cases(tasks, reference, prompts_of(9, 3), 9))
+    saved = re.compile(r"Engine 000: mean exit layer \d\.\d/6, layers saved \d+%, probes \d")
+    end = time.monotonic() + 30
+    while not saved.search(log := server.log.read_text()):
+        assert time.monotonic() < end, "no interval has ended"
+        time.sleep(0.1)
     assert "AdaInfer is on: policy mood, label-head probe after layers 2, 3 of 6" in log
     assert "AdaInfer is on: policy next, lens probe after layers 2, 5 of 6" in log
-    assert re.search(r"Engine 000: mean exit layer \d\.\d/6, layers saved \d+%, probes \d", log)
 
 
 @pytest.mark.full

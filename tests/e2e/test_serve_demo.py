@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import binom
 
 from tests.e2e.test_cli import command, of_a_user
-from vllm_adainfer.monitoring.monitor import confidence_interval
 from vllm_adainfer.offline.demo.run import LABELS
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "serving" / "bench_serve.py"
-PROMPTS, REQUESTS = 100, 60
+REQUESTS = 60
 pytestmark = pytest.mark.full  # ten minutes of a real model
 
 
@@ -31,9 +31,8 @@ def report(tmp_path_factory) -> dict[str, Any]:
     shipped = files("vllm_adainfer.offline.demo")
     template = folder / "template.txt"
     template.write_text(shipped.joinpath("template.txt").read_text())
-    for name, rows in (("calibration", None), ("test", PROMPTS)):
-        lines = shipped.joinpath(f"{name}.jsonl").read_text().splitlines()[:rows]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    for name in ("calibration", "test"):
+        (folder / f"{name}.jsonl").write_text(shipped.joinpath(f"{name}.jsonl").read_text())
     model, policy = str(folder / "model"), str(folder / "policy")
     command("fetch-demo-model", "--output", model)
     command(
@@ -65,8 +64,13 @@ def test_every_request_of_both_servers_is_answered_and_one_of_them_skips_layers(
     assert 0.1 < rate["adainfer"]["layers_saved"] < 1
 
 
+def most_within(epsilon: float, rows: int) -> int:
+    """The most answers that may change: more come one time in twenty if the share is the bound."""
+    return int(binom.ppf(0.95, rows, epsilon))
+
+
 def test_answers_agree_with_full_depth_within_the_bound(report):
-    answers = report["answers"]
-    assert answers["n"] == PROMPTS
-    low, _ = confidence_interval(round(answers["disagreement"] * PROMPTS), PROMPTS, alpha=0.01)
-    assert low <= report["epsilon"]
+    answers, epsilon = report["answers"], report["epsilon"]
+    rows = answers["n"]
+    assert most_within(epsilon, rows) < 2 * epsilon * rows, "too few prompts to see twice the bound"
+    assert round(answers["disagreement"] * rows) <= most_within(epsilon, rows)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 from vllm_adainfer.engine.compat.arrival import tell_scheduler_of_arrivals
 
@@ -33,6 +33,8 @@ def test_another_scheduler_in_the_process_is_left_alone(told):
     assert EngineCore.preprocess_add_request(core, "a") == ("built a", 7)
 
 
-def test_vllm_calls_it_where_it_receives_requests():
-    """By its own words, beside the forward pass; see `compat/arrival.py`."""
-    assert "in parallel with Model forward" in EngineCore.preprocess_add_request.__doc__
+def test_vllm_calls_it_in_the_thread_that_receives_requests_and_not_in_the_one_that_runs_steps():
+    called = EngineCore.preprocess_add_request.__name__
+    assert called in EngineCoreProc.process_input_sockets.__code__.co_names
+    for between_steps in (EngineCoreProc._handle_client_request, EngineCore.add_request):
+        assert called not in between_steps.__code__.co_names

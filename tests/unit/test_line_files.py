@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, Semaphore
 from typing import Any
 
 import pytest
@@ -225,25 +225,39 @@ def disk_full_after(size: int) -> Iterator[None]:
     """No file of this process grows beyond `size` bytes: the kernel writes what fits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def put_and_wait(files: LineFiles, number: int) -> None:
-    files.put({"number": number, "text": "x" * 300_000})
-    end = time.monotonic() + 10
-    while not files._queue.empty() and time.monotonic() < end:
-        time.sleep(0.01)
-    time.sleep(0.05)
+@pytest.fixture
+def written(monkeypatch) -> Semaphore:
+    """Is released each time that a line has been written, or could not be."""
+    done, write = Semaphore(0), LineFiles._write
+
+    def write_and_release(files: LineFiles, content: dict[str, Any]) -> None:
+        try:
+            write(files, content)
+        finally:
+            done.release()
+
+    monkeypatch.setattr(LineFiles, "_write", write_and_release)
+    return done
 
 
-def test_a_full_disk_costs_lines_but_cuts_none_and_is_said_once(tmp_path, warnings):
+def test_a_full_disk_costs_lines_but_cuts_none_and_is_said_once(tmp_path, warnings, written):
     files = files_in(tmp_path)
+
+    def put_and_wait(number: int) -> None:
+        files.put({"number": number, "text": "x" * 300_000})
+        assert written.acquire(timeout=60)
+
     with disk_full_after(1 << 20):
         for number in range(6):
-            put_and_wait(files, number)
+            put_and_wait(number)
     assert kept(tmp_path) == [0, 1, 2]
-    put_and_wait(files, 6)
+    put_and_wait(6)
     files.close()
     assert kept(tmp_path) == [0, 1, 2, 6]
     assert len(warnings) == 1

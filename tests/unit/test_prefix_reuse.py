@@ -77,7 +77,7 @@ def test_the_share_follows_the_requests_of_the_day():
             asked(reuse, request)
             if again:
                 asked(reuse, request)
-        assert reuse.expected("policy", fresh(1)) == pytest.approx(again, abs=0.2)
+        assert reuse.expected("policy", fresh(1)) == pytest.approx(again, abs=0.05)
 
 
 def test_no_more_blocks_are_remembered_than_there_are():

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from vllm_adainfer.artifact.config import ArtifactConfig
     from vllm_adainfer.offline.pretrained import Model
 
-SUPPORTED = ("0.32", "0.33")  # of vLLM, as in pyproject.toml
-SUPPORTED_RANGE = ">=0.32,<0.34"
+SUPPORTED = ("0.32", "0.33")  # of vLLM: 0.33 has passed with its Python files only
+TESTED = ">=0.32,<0.33"  # of vLLM, as in pyproject.toml: what to install
 INSTALL = (
-    "pip install 'vllm-adainfer[cpu]', or 'vllm-adainfer[gpu]' on a machine with an NVIDIA GPU"
+    "pip install --extra-index-url https://download.pytorch.org/whl/cpu 'vllm-adainfer[cpu]', or "
+    "'vllm-adainfer[gpu]' on a machine with an NVIDIA GPU"
 )
 ENTRY_POINT = ("vllm.general_plugins", "adainfer")
 PLUGIN_FILTER = "VLLM_PLUGINS"
@@ -84,7 +85,7 @@ def versions() -> Finding:
     missing += [name for name in ("torch", "transformers") if name not in needed]
     problems = [f"{' and '.join(missing)} not installed: {INSTALL}"] if missing else []
     problems += [
-        f"{name} {version} is not supported: pip install '{name}{SUPPORTED_RANGE}'"
+        f"{name} {version} is not supported: pip install '{name}{TESTED}'"
         for name, version in found.items()
         if ".".join(version.split(".")[:2]) not in SUPPORTED
     ]
