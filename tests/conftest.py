@@ -94,6 +94,15 @@ def vllm_reads_the_environment_anew() -> None:
 
 
 @pytest.fixture
+def caplog_vllm(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """The log, also that below ``vllm``, which does not propagate."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
+
+
+@pytest.fixture
 def all_cores() -> Iterator[list[int]]:
     """All cores, for a test of two ranks side by side."""
     own = os.sched_getaffinity(0)

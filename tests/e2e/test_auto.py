@@ -24,6 +24,7 @@ from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.ledger import Ledger
 from vllm_adainfer.auto.table import RECURS
+from vllm_adainfer.engine.runner import own_kinds
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
 from vllm_adainfer.exits.recording.row_recorder import ROWS
@@ -202,14 +203,16 @@ def test_while_the_ledger_cannot_be_written_nobody_exits(auto, labels, served, m
     [
         pytest.param(2, {"exit_points": (1, 3)}, id="other exit points"),
         pytest.param(3, {"weights_fingerprint": "0123456789abcdef"}, id="other weights"),
-        pytest.param(4, None, id="missing files"),
+        pytest.param(4, None, id="no files"),
     ],
 )
 def test_a_policy_that_cannot_be_served_is_put_away_and_the_one_before_serves_on(
     auto, directory, tiny_model, labels, served, number, damage
 ):
     kind, own = served
-    if damage is not None:
+    if damage is None:
+        directory.policy(kind, number).mkdir()
+    else:
         tiny_artifact(tiny_model, directory.policy(kind, number), **damage)
     write_json(directory.current, {kind: number})
     bad = directory.root / kind / "bad.json"
@@ -233,3 +236,28 @@ def test_a_restart_goes_on_with_the_ledger(auto, directory, labels, served):
 def test_a_client_cannot_ask_a_server_that_calibrates_itself_for_another_bound(auto, labels):
     with pytest.raises(Exception, match="makes one promise for all: drop adainfer_epsilon"):
         ask(auto, PROMPTS[:1], label(labels, adainfer_epsilon=0.5))
+
+
+def test_a_kind_that_loses_its_place_leaves_nothing_and_begins_anew(
+    auto, directory, labels, served, monkeypatch
+):
+    kind, own = served
+    full = ask(auto, PROMPTS, label(labels, adainfer=0))
+    own.ledger.allowed = 1000.0
+    monkeypatch.setattr(own_kinds, "MOST_KINDS", 1)
+    own.since = 0.0
+    own.recent.requests = RECURS / 4
+    loop = parts(auto)[0].loop
+    assert kind in loop.policies.names
+    ask(auto, PROMPTS[:RECURS], label([*labels, 7]))
+    kinds = running_of(parts(auto)[1]).kinds.kinds
+    assert kind not in kinds
+    ask(auto, PROMPTS[:1], TEXT)  # the step after takes the policy out of service
+    assert kind not in loop.policies.names
+    wait_for(lambda: not (directory.root / kind).exists())
+    assert ask(auto, PROMPTS, label(labels)) == full
+    monkeypatch.setattr(own_kinds, "MOST_KINDS", 64)
+    ask(auto, PROMPTS[:RECURS], label(labels))
+    assert kinds[kind].ledger.requests == len(PROMPTS[:RECURS])
+    assert kinds[kind].state == "recording"
+    assert kind not in loop.policies.names

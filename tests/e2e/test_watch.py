@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from tests.byte_model import save_byte_model
 from tests.conftest import tiny_engine
 from tests.plugin.test_config_time import engine_config
 from tests.triton_on_cpu import IS_V2
-from vllm_adainfer.auto.directory import AutoDirectory
+from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.scheduler.kinds import KindFile
@@ -146,45 +148,67 @@ def test_metrics_have_names_alone_from_when_a_kind_recurs(written):
 
 def test_only_the_servers_user_may_read_what_it_counts(written, directory):
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
-    assert modes == {"salt": 0o600, "kinds.json": 0o600}
+    assert modes == {"salt": 0o600, "kinds.json": 0o600, "counts.lock": 0o600}
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
 def test_a_restart_goes_on_and_another_model_begins_anew(written, directory):
-    salt, path = AutoDirectory(directory).salt, directory / "kinds.json"
+    auto = AutoDirectory(directory)
     facts = {name: written[name] for name in ("model", "tokenizer")}
-    again = KindFile(path, salt, **facts)
+    again = KindFile(auto, **facts)
     again.arrived(Kind("label", (7, 11)), 5)
     again.close()
-    name = Kind("label", (7, 11)).name(salt)
-    now = json.loads(path.read_text())
+    name = Kind("label", (7, 11)).name(auto.salt)
+    now = read_json(auto.kinds)
     assert now["kinds"][name]["requests"] == len(PROMPTS) + 1
     assert (now["requests"], now["since"]) == (written["requests"] + 1, written["since"])
-    KindFile(path, salt, **{**facts, "model": "another"}).close()
-    assert json.loads(path.read_text())["kinds"] == {}
+    KindFile(auto, **{**facts, "model": "another"}).close()
+    assert read_json(auto.kinds)["kinds"] == {}
 
 
-def test_a_disk_that_is_full_stops_nothing_and_is_said_once(tmp_path, monkeypatch, caplog_vllm):
+def test_two_servers_in_one_directory_do_not_overwrite_each_others_counts(own, monkeypatch):
+    monkeypatch.setattr("vllm_adainfer.engine.scheduler.kinds.WRITE_SECONDS", 0.01)
+    first = KindFile(own, model="m")
+    first.arrived(None, 5)
+    wait_for(own.kinds.exists)
+    second = KindFile(own, model="m")
+    for _ in range(9):
+        second.arrived(None, 5)
+    second.close()
+    first.close()
+    assert read_json(own.kinds)["requests"] == 1
+    third = KindFile(own, model="m")
+    third.arrived(None, 5)
+    third.close()
+    assert read_json(own.kinds)["requests"] == 2
+
+
+@pytest.fixture
+def own(tmp_path) -> AutoDirectory:
+    found = AutoDirectory(tmp_path / "own")
+    found.create()
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
+
+
+def test_a_disk_that_is_full_stops_nothing_and_is_said_once(own, monkeypatch, caplog_vllm):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("vllm_adainfer.engine.scheduler.kinds.write_json", full)
     monkeypatch.setattr("vllm_adainfer.engine.scheduler.kinds.WRITE_SECONDS", 0.01)
-    counting = KindFile(tmp_path / "kinds.json", b"salt", model="m")
+    counting = KindFile(own, model="m")
     for _ in range(5):
         counting.arrived(None, 5)
         counting._closed.wait(0.03)
     counting.close()
     assert caplog_vllm.text.count("No space left on device") == 1
-
-
-@pytest.fixture
-def caplog_vllm(caplog, monkeypatch) -> Any:
-    """The log, also that below ``vllm``, which does not propagate."""
-    import logging
-
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    return caplog
 
 
 def test_what_cannot_be_watched_is_refused_with_a_sentence(model, tmp_path):

@@ -351,6 +351,58 @@ def test_a_try_that_ends_trainer_after_trainer_has_failed(place):
     assert "3 trainers have ended" in place.state(name)["tries"][0]["outcome"]
 
 
+def test_a_try_whose_rows_were_deleted_has_failed_and_the_next_one_is_made(place):
+    name = place.label_kind()
+    place.record(name, TRIES[0])
+    trainer = place.trainer()
+    trainer._try = lambda *_: None  # type: ignore[method-assign]  # it is killed here
+    trainer.look()
+    for file in place.directory.rows(name).iterdir():
+        file.unlink()
+    place.record(name, TRIES[1])
+    place.trainer().look()
+    assert place.state(name)["tries"][0]["outcome"] == "its rows were deleted before it ended"
+    place.trainer().look()
+    assert read_json(place.directory.current) == {name: 2}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not JSON",
+        '{"status": "certified", "tries": []}',
+        '{"status": "certified", "tries": {}}',
+        '{"status": "given up"}',
+        '{"status": "?", "tries": [{"number": 1}]}',
+    ],
+)
+def test_a_damaged_state_ends_no_trainer_and_is_as_none(place, content):
+    name = place.label_kind()
+    place.record(name, TRIES[0])
+    place.directory.trainer(name).write_text(content)
+    place.trainer().look()
+    assert read_json(place.directory.current) == {name: 1}
+
+
+@pytest.mark.parametrize("error", [IndexError("list index out of range"), KeyError("x")])
+def test_one_kind_that_fails_holds_up_no_other(place, monkeypatch, error, capsys):
+    broken, sound = place.label_kind(), place.kind(reads="choice", choices=("a", "bcd"))
+    place.record(sound, TRIES[0])
+    look_at = Trainer._look_at
+
+    def fails(self: Trainer, name: str, *rest: Any) -> None:
+        if name == broken:
+            raise error
+        look_at(self, name, *rest)
+
+    monkeypatch.setattr(Trainer, "_look_at", fails)
+    trainer = place.trainer()
+    trainer.look()
+    trainer.look()
+    assert read_json(place.directory.current) == {sound: 1}
+    assert capsys.readouterr().err.count(type(error).__name__) == 1
+
+
 FORKS = """
 import os, sys
 from pathlib import Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -16,6 +17,12 @@ from vllm_adainfer.auto.table import KINDS, RECURRING_KINDS, RECURS, KindTable
 
 SALT = b"salt"
 YES_NO, LETTERS = Kind("label", (7, 11)), Kind("choice", choices=("a", "b", "c"))
+
+
+COUNTS = dict.fromkeys(
+    ("requests", "prompt_tokens", "longest_prompt", "tokens", "first", "last"), RECURS
+)
+KIND = {"reads": "label", "labels": [[1], [2]]}  # not of tokens
 
 
 def unique(number: int) -> Kind:
@@ -108,6 +115,8 @@ def test_counts_go_on_from_a_file():
         {"kinds": 3},
         {"kinds": {"a": {}}, "since": 1, "requests": 1, "tokens": 1},
         {"kinds": {}, "since": "x", "requests": 1, "tokens": 1},
+        {"kinds": {}, "since": 1, "requests": math.inf, "tokens": 1},
+        {"kinds": {"a": {**COUNTS, "kind": KIND}}, "since": 1, "requests": 1, "tokens": 1},
     ],
 )
 def test_a_damaged_file_is_as_none(damaged):

@@ -148,6 +148,13 @@ def test_a_kind_says_where_it_stands(served, trainer, serves, ledger, state):
     assert state in served.line_of(LABEL)
 
 
+def test_a_kind_that_has_no_place_waits_for_one_where_kinds_are_recorded(served):
+    write_json(served.directory.identity, {})
+    assert "waits until it comes more often" in served.line_of(LABEL)
+    served.write(LABEL, "ledger.json", requests=30)
+    assert "recording" in served.line_of(LABEL)
+
+
 def test_the_ledger_says_what_is_promised_and_what_is_not(served):
     served.write(LABEL, "ledger.json", requests=48120, changed_at_most=700.2, allowed=962)
     assert served.ran().endswith(
@@ -237,8 +244,16 @@ def test_a_file_that_others_may_read_fails(served):
 
 
 def test_a_full_disk_fails(served, monkeypatch):
-    monkeypatch.setattr(checks, "ROOM", 1 << 60)
-    assert "make room for at least" in failing(served)
+    monkeypatch.setattr(checks, "FREE_BYTES", 1 << 60)
+    assert "make room, below" in failing(served)
+
+
+def test_what_the_rows_take_is_told(served):
+    rows = served.directory.rows(served.names[LABEL])
+    rows.mkdir(parents=True)
+    with (rows / "000001.safetensors").open("wb") as file:
+        file.truncate(30_000_000)
+    assert any("recorded rows take 0.03 GB" in text for text in served.findings())
 
 
 @pytest.mark.parametrize("runs", [True, False])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vllm_adainfer.auto.directory import AutoDirectory, read_json
+from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
+from vllm_adainfer.auto.places import MOST_KINDS, MOST_RECORDED, YOUNG_SECONDS
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.admission.admitted import Admitted
 from vllm_adainfer.engine.admission.resolved import Resolved
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner import own_kinds
-from vllm_adainfer.engine.runner.own_kinds import MOST_COUNTED, MOST_RECORDED, OwnKinds
+from vllm_adainfer.engine.runner.own_kinds import MOST_COUNTED, OwnKinds
 from vllm_adainfer.settings.engine import Auto
 from vllm_adainfer.settings.request import RequestSettings
 
@@ -65,19 +68,119 @@ def test_prompts_that_run_all_layers_for_a_shared_prefix_count_but_are_not_recor
     assert own.ledger.requests == RECURS + 2
 
 
-def test_so_many_kinds_are_recorded_and_one_that_comes_too_seldom_makes_room(kinds):
-    for number in range(MOST_RECORDED + 1):
-        step(kinds, [request(10 * number)] * RECURS)
-    assert len(kinds.kinds) == MOST_RECORDED
-    first, *others = kinds.kinds.values()
-    first.since -= 3 * own_kinds.HOUR
-    for own in others:  # twice as often as need be
-        own.since -= 3 * own_kinds.HOUR
-        own.ledger.requests = 6 * RECURS
-    first = next(iter(kinds.kinds))
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(own_kinds.time, "time", lambda: clock.now)
+    return clock
+
+
+class Clock:
+    """Seconds since 1970, as a test sets them."""
+
+    now = 1.8e9
+
+
+def fill(kinds: OwnKinds, clock: Clock, count: int, requests: int) -> list[str]:
+    """Give places to `count` kinds with so many requests each, of which no rows are left."""
+    for number in range(count):
+        clock.now += 1
+        step(kinds, [request(number)] * requests)
+        if count > MOST_RECORDED:
+            kinds.kinds[f"kind-{number}"].state = "served"
+    assert len(kinds.kinds) == count
+    return list(kinds.kinds)
+
+
+PLACES = [
+    pytest.param(MOST_RECORDED, id="while rows are kept"),
+    pytest.param(MOST_KINDS, id="in all"),
+]
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_a_kind_without_a_place_gets_that_of_one_that_comes_half_as_often(kinds, clock, places):
+    before = fill(kinds, clock, places, 2 * RECURS)
+    clock.now += 2 * YOUNG_SECONDS
+    step(kinds, [request(number) for number in range(1, places)] * RECURS)
+    for requests, has_a_place in ((3 * RECURS, False), (RECURS, True)):
+        clock.now += 1
+        step(kinds, [request(900)] * requests)
+        assert ("kind-900" in kinds.kinds) == has_a_place
+    assert kinds.take_lost() == ["kind-0"] == [name for name in before if name not in kinds.kinds]
+    assert kinds.take_lost() == []
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_nobody_takes_the_place_of_a_kind_of_this_hour_or_of_this_step(kinds, clock, places):
+    before = fill(kinds, clock, places, RECURS)
+    clock.now += 1
+    step(kinds, [request(900)] * 100 * RECURS)
+    assert list(kinds.kinds) == before, "they are new themselves"
+    clock.now += 2 * YOUNG_SECONDS
+    step(kinds, [request(900), *map(request, range(places))])
+    assert list(kinds.kinds) == before, "all of them have come just now"
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_no_kind_holds_a_place_without_requests(kinds, clock, places):
+    """Whoever has sent many and has gone loses it in days."""
+    fill(kinds, clock, places, 50 * RECURS)
+    clock.now += 5 * 24 * 3600
     step(kinds, [request(900)] * RECURS)
-    assert len(kinds.kinds) == MOST_RECORDED
-    assert first not in kinds.kinds
+    assert "kind-900" in kinds.kinds
+
+
+@pytest.mark.parametrize("end", ["closed", "given up"])
+def test_a_kind_that_will_never_exit_makes_room_at_once(kinds, clock, end):
+    fill(kinds, clock, MOST_KINDS, 100 * RECURS)
+    clock.now += 1
+    own = kinds.kinds["kind-7"]
+    if end == "closed":
+        own.ledger.why_closed = "the traffic has changed"
+        kinds.closed.add("kind-7")
+    else:
+        own.state = end
+    step(kinds, [request(900)] * RECURS)
+    assert kinds.take_lost() == ["kind-7"]
+    assert not kinds.closed
+
+
+def test_a_kind_whose_rows_wait_for_the_trainer_keeps_its_place(kinds, clock):
+    """Its rows still lie on the disk: with others beside them, there would be no limit."""
+    fill(kinds, clock, MOST_RECORDED, RECURS)
+    for own in kinds.kinds.values():
+        own.state = "recorded"
+    clock.now += 1
+    step(kinds, [request(900)] * RECURS)
+    assert "kind-900" not in kinds.kinds
+    kinds.kinds["kind-3"].state = "served"
+    step(kinds, [request(900)])
+    assert "kind-900" in kinds.kinds
+
+
+def test_who_came_how_often_is_known_after_a_restart(kinds, clock, directory):
+    fill(kinds, clock, 2, 3 * RECURS)
+    for name in kinds.kinds:
+        kinds.save(name)
+    clock.now += 60
+    again = OwnKinds(Auto(directory=str(directory.root)), directory)
+    assert {name: own.recent for name, own in again.kinds.items()} == {
+        name: own.recent for name, own in kinds.kinds.items()
+    }
+
+
+def test_policies_that_lose_their_place_are_limited_because_each_leaves_counters(
+    kinds, clock, monkeypatch
+):
+    monkeypatch.setattr(own_kinds, "MOST_RETIRED", 2)
+    fill(kinds, clock, MOST_KINDS, RECURS)
+    for number in range(900, 905):
+        clock.now += 2 * YOUNG_SECONDS
+        step(kinds, [request(number)] * 100 * RECURS)
+        for own in kinds.kinds.values():
+            own.state = "served"
+    assert len(kinds.take_lost()) == 2
 
 
 def test_a_flood_of_lone_kinds_takes_no_more_memory(kinds):
@@ -108,6 +211,74 @@ def test_who_may_exit_is_not_recorded(kinds):
     own.ledger.allowed = 1000.0
     recorded, _, full_depth = step(kinds, [request(1)] * 2)
     assert recorded == full_depth.tolist() == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "not JSON",
+        {},
+        {"since": "x"},
+        {"since": None},
+        {"recent": [1]},
+        {"recent": {"requests": "x"}},
+        {"allowed": "x"},
+    ],
+)
+def test_a_kind_with_a_damaged_ledger_begins_anew_without_its_policy(
+    kinds, directory, content, caplog_vllm
+):
+    """What it has spent is unknown, and its policy may have been closed."""
+    step(kinds, [request(1)] * RECURS)
+    kinds.save("kind-1")
+    path = directory.ledger("kind-1")
+    if isinstance(content, dict):
+        write_json(path, {**read_json(path), **content} if content else {})
+    elif content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    directory.policy("kind-1", 1).mkdir()
+    again = OwnKinds(Auto(directory=str(directory.root)), directory)
+    assert not again.kinds
+    assert directory.known() == []
+    assert "kind-1 has no readable ledger" in caplog_vllm.text
+
+
+def test_a_ledger_of_an_earlier_version_goes_on(kinds, directory):
+    step(kinds, [request(1)] * RECURS)
+    kinds.save("kind-1")
+    content = read_json(directory.ledger("kind-1"))
+    del content["recent"]
+    write_json(directory.ledger("kind-1"), content)
+    again = OwnKinds(Auto(directory=str(directory.root)), directory)
+    assert again.kinds["kind-1"].ledger.requests == RECURS
+
+
+def test_a_kill_forgets_no_miss(kinds, directory):
+    """A child runs steps with a miss each, and tells after each; it is killed at any moment."""
+    step(kinds, [request(1)] * RECURS)
+    kinds.kinds["kind-1"].ledger.allowed = 1e6
+    kinds._toss = lambda: 0.1
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            while True:
+                step(kinds, [request(1)] * 2, misses=1)
+                os.write(write, b".")
+        finally:
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read, "rb", buffering=0) as told:
+        seen = sum(len(told.read(1)) for _ in range(20))
+        os.kill(child, signal.SIGKILL)
+        while part := told.read(4096):
+            seen += len(part)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    again = OwnKinds(Auto(directory=str(directory.root)), directory)
+    assert seen <= again.kinds["kind-1"].ledger.misses <= seen + 1
 
 
 def test_a_miss_is_on_disk_when_its_step_has_ended_and_a_restart_goes_on(kinds, directory):

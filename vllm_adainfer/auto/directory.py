@@ -9,11 +9,11 @@ DIR/KIND/policy-NUMBER/       a certified artifact (trainer)
 DIR/KIND/ledger.json          the ledger (worker)
 DIR/current.json              which policy of each kind to serve (trainer)
 DIR/index.html                a page of all this (trainer, or `vllm-adainfer kinds --page`)
-DIR/KIND/bad.json             which policies were quarantined (worker)
+DIR/KIND/bad.json             which policy is quarantined (worker)
 DIR/identity.json             what all else is for: weights, exit points, promise (worker)
 DIR/events.jsonl              what happened when, for the page (anyone appends a line)
 DIR/events-before.jsonl       what happened before that
-DIR/server.lock, trainer.lock            held by the server's worker, and by the trainer: their ids
+DIR/server.lock, trainer.lock, counts.lock    held by worker, trainer and scheduler: their ids
 DIR/trainer.log               what the trainer says
 """
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -37,6 +38,7 @@ SALT_BYTES = 32
 LOOK_SECONDS = 0.25  # between two looks at a lock that another process holds
 DRAFT_SECONDS = 60.0  # a file that is being written is no older
 KEPT_SECONDS = 7 * 24 * 3600.0  # that rows without a policy stay
+FREE_BYTES = 1 << 30  # of the disk, which rows leave to ledgers, policies and everybody else
 MOST_EVENTS = 8 << 20  # bytes of a file of events; the one before is kept
 
 
@@ -65,7 +67,8 @@ class AutoDirectory:
         """Create the directory and its salt if they are missing.
 
         Raises:
-            AdaInferError: this process cannot write there, or others may read it.
+            AdaInferError: this process cannot write there, others may read it, or its salt is
+                damaged.
 
         """
         try:
@@ -75,12 +78,18 @@ class AutoDirectory:
                     f"additional_config: adainfer.auto.directory: others may read {self.root}, and "
                     f"states of prompts count as prompts: chmod 700 {self.root}"
                 )
-            try:
-                file = os.open(self.root / "salt", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileExistsError:
-                return
-            with os.fdopen(file, "w") as salt:
-                salt.write(secrets.token_hex(SALT_BYTES))
+            salt = self.root / "salt"
+            if not salt.exists():
+                with tempfile.NamedTemporaryFile("w", dir=self.root, prefix=".salt.") as draft:
+                    draft.write(secrets.token_hex(SALT_BYTES))
+                    draft.flush()
+                    with suppress(FileExistsError):  # another process was faster
+                        os.link(draft.name, salt)
+            if not re.fullmatch(f"[0-9a-f]{{{2 * SALT_BYTES}}}", salt.read_text(errors="replace")):
+                raise AdaInferError(
+                    f"additional_config: adainfer.auto.directory: {salt} is damaged, and without "
+                    f"it nothing in {self.root} has a name: delete the directory to begin anew"
+                )
         except OSError as error:
             raise AdaInferError(
                 f"additional_config: adainfer.auto.directory: cannot write to {self.root} "
@@ -144,20 +153,36 @@ class AutoDirectory:
         """Delete all rows, policies and ledgers, and what is known of the model."""
         for path in (self.current, self.model, self.head):
             path.unlink(missing_ok=True)
-        for folder in self.root.glob("kind-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for kind in self.known():
+            self.forget_kind(kind)
+
+    def known(self) -> list[str]:
+        """The kinds that have a folder."""
+        return [folder.name for folder in self.root.glob("kind-*")]
+
+    def forget_kind(self, kind: str) -> None:
+        """Delete the rows, policies and ledger of a kind."""
+        shutil.rmtree(self.root / kind, ignore_errors=True)
 
     def tell(self, kind: str, event: str, **facts: Any) -> None:
-        """Append a line to the events; one write, so that several processes may do it."""
+        """Append a line to the events; one write, so that several processes may do it.
+
+        A line that cannot be written, for want of space, is lost: nothing but the page needs it.
+        """
         with suppress(OSError):
             if self.events.stat().st_size > MOST_EVENTS:
                 os.replace(self.events, self.events_before)
         line = {"time": round(time.time(), 3), "kind": kind, "event": event, **facts}
-        file = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(file, json.dumps(line).encode() + b"\n")
-        finally:
-            os.close(file)
+        with (
+            suppress(OSError),
+            open(self.events, "ab", buffering=0, opener=private) as events,
+        ):
+            events.write(json.dumps(line).encode() + b"\n")
+
+
+def private(path: str, flags: int) -> int:
+    """An opener of files that only this user may read."""
+    return os.open(path, flags, 0o600)
 
 
 def _locked(file: int) -> bool:
@@ -191,5 +216,5 @@ def read_json(path: Path) -> Any:
     """The content of a file; None if there is none, or if it is damaged."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         return None

@@ -109,14 +109,15 @@ class KindTable:
     def restore(self, content: Any) -> None:
         """Go on from what `as_dict` described; from nothing if that is damaged."""
         try:
-            found = [KindCount.of_dict(fields) for fields in content["kinds"].values()]
+            counts = [KindCount.of_dict(fields) for fields in content["kinds"].values()]
+            found = {count.kind: count for count in sorted(counts, key=lambda count: count.last)}
             totals = float(content["since"]), int(content["requests"]), int(content["tokens"])
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
             return
         self.since, self.requests, self.tokens = totals
-        for count in sorted(found, key=lambda count: count.last):
-            assert count.kind is not None
-            self._keep(count.kind, count)
+        for kind, count in found.items():
+            assert kind is not None
+            self._keep(kind, count)
 
     def recurring(self) -> list[KindCount]:
         """The kinds that recur, in the order of the token rows that ran for them, most first."""

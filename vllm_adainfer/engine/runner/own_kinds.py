@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from random import SystemRandom
 from threading import Lock
@@ -19,6 +18,7 @@ import numpy as np
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.ledger import Ledger
+from vllm_adainfer.auto.places import MOST_KINDS, MOST_RECORDED, Recent, who_goes
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.admission.admitted import Admitted
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
@@ -28,20 +28,20 @@ from vllm_adainfer.settings.engine import Auto
 
 logger = get_logger(__name__)
 
-MOST_RECORDED = 8  # kinds at a time
-MOST_KINDS = 64  # that recur
-MOST_COUNTED = 256  # kinds that have not recurred yet
-HOUR = 3600.0  # seconds; a recorded kind that recurs in none of them may lose its place
+MOST_COUNTED = 256  # kinds without a place
+MOST_RETIRED = 192  # policies that may lose their place: each leaves counters that reports read
+LOOK_SECONDS = 1.0  # between two looks at who might lose its place
 
 
 @dataclass
 class OwnKind:
-    """One kind that recurs.
+    """One kind that has a place.
 
     Attributes:
         ledger: that of its promise.
         since: when its requests began to count, in seconds since 1970.
-        state: "recording" until it has a policy, or rows enough.
+        recent: its requests of about the last day.
+        state: "recording"; "recorded" with rows enough; then "served" or "given up".
         saved: the requests that the ledger on disk has.
         is_saved: whether the ledger on disk has all misses; no request exits otherwise.
         lock: held while the ledger is changed or read.
@@ -51,11 +51,22 @@ class OwnKind:
 
     ledger: Ledger
     since: float = field(default_factory=time.time)
+    recent: Recent = field(default_factory=Recent)
     state: str = "recording"
     saved: int = -1
     is_saved: bool = True
     lock: Lock = field(default_factory=Lock)
     writing: Lock = field(default_factory=Lock)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows of it are kept."""
+        return self.state in ("recording", "recorded")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no request of it will ever exit."""
+        return self.ledger.is_closed or self.state == "given up"
 
     def reading(self) -> dict[str, Any]:
         """What the ledger says."""
@@ -77,40 +88,70 @@ class OwnKind:
         """The whole state of the ledger, and its reading, for a file."""
         with self.lock:
             state = {**self.ledger.as_dict(), **self._reading()}
-        return {**state, "since": self.since, "delta": state["alpha"]}
+            recent = vars(self.recent).copy()
+        return {**state, "since": self.since, "delta": state["alpha"], "recent": recent}
+
+    @classmethod
+    def of_dict(cls, content: Any) -> OwnKind | None:
+        """The kind that `as_dict` described; None if that is damaged."""
+        ledger = Ledger.of_dict(content)
+        if ledger is None:
+            return None
+        try:
+            since, recent = float(content["since"]), content.get("recent", {})
+            return cls(ledger, since, Recent(**{name: float(recent[name]) for name in recent}))
+        except (LookupError, TypeError, ValueError):
+            return None
 
 
 class OwnKinds:
     """Decides, for each first token of a step, whether its request is recorded or may exit.
 
     Attributes:
-        kinds: those that recur, by name.
-        closed: those of them that are closed for good.
+        kinds: those that have a place, by name.
+        closed: those of them that are closed.
         step_seconds: time of all steps so far.
         steps: their number.
 
     """
 
     def __init__(self, auto: Auto, directory: AutoDirectory) -> None:
-        """Go on with the ledgers in `directory`."""
+        """Go on with the ledgers in `directory`.
+
+        A kind whose ledger is missing or damaged begins anew, and its rows and its policy are
+        deleted. What such a ledger has spent is unknown, and a policy that it had closed must not
+        come back. A new ledger has earned nothing, and its promise is about requests from now on.
+        """
         self._auto, self._directory = auto, directory
-        self._counted: OrderedDict[str, int] = OrderedDict()
+        self._counted: OrderedDict[str, Recent] = OrderedDict()
         self._step: dict[str, tuple[int, int]] = {}  # by kind: requests, and those decided
         self._toss = SystemRandom().random  # which no client can foresee
         self.step_seconds, self.steps = 0.0, 0
         self._started = 0.0
         self.kinds: dict[str, OwnKind] = {}
         self.closed: set[str] = set()
-        for path in directory.root.glob("*/ledger.json"):
-            content = read_json(path)
-            ledger = Ledger.of_dict(content)
-            if ledger is None:
+        self._lost: list[str] = []
+        self._retired = 0
+        self._next_look = 0.0
+        for name in directory.known():
+            own = OwnKind.of_dict(read_json(directory.ledger(name)))
+            if own is None:
+                logger.warning(
+                    "kind %s has no readable ledger, so nobody knows what its policy has spent: it "
+                    "begins anew, and its policy and its rows are deleted",
+                    name,
+                )
+                directory.forget_kind(name)
                 continue
-            ledger.use_rate(auto.full_depth_rate)
-            since = float(content.get("since", time.time()))
-            self.kinds[path.parent.name] = OwnKind(ledger, since)
-            if ledger.is_closed:
-                self.closed.add(path.parent.name)
+            own.ledger.use_rate(auto.full_depth_rate)
+            self.kinds[name] = own
+            if own.ledger.is_closed:
+                self.closed.add(name)
+
+    def take_lost(self) -> list[str]:
+        """The kinds that have lost their place since the last call; nearly always none."""
+        lost, self._lost = self._lost, []
+        return lost
 
     def gate(
         self, admitted: Sequence[Admitted], first_tokens: Ints, lens: Ints, threshold_rows: Ints
@@ -137,8 +178,13 @@ class OwnKinds:
             if name is not None:
                 by_kind.setdefault(name, []).append(place)
         self._step = {}
+        now = time.time()
         for name, places in by_kind.items():
-            own = self.kinds.get(name) or self._found(name, len(places))
+            own = self.kinds.get(name)
+            if own is not None:
+                own.recent.add(len(places), now)
+            else:
+                own = self._found(name, len(places), by_kind, now)
             if own is None:
                 threshold_rows[places] = FULL_DEPTH
                 continue
@@ -182,7 +228,7 @@ class OwnKinds:
                 self.save(name)
             if opens:
                 logger.info("kind %s is open: from now on its requests may exit", name)
-                self._tell(name, "opened", requests=own.ledger.requests)
+                self._directory.tell(name, "opened", requests=own.ledger.requests)
             if own.ledger.is_closed and not was_closed:
                 self.closed.add(name)
                 self._tell_closed(name, own.ledger)
@@ -214,32 +260,48 @@ class OwnKinds:
                 )
             own.is_saved = False
 
-    def _found(self, name: str, requests: int) -> OwnKind | None:
-        """Count requests of a kind that is not recorded; the kind itself once it is."""
-        count = self._counted.pop(name, 0) + requests
-        if count >= RECURS and len(self.kinds) < MOST_KINDS and self._has_room():
-            self.kinds[name] = OwnKind(
-                Ledger(self._auto.epsilon, self._auto.delta, self._auto.full_depth_rate)
-            )
+    def _found(
+        self, name: str, requests: int, step: Mapping[str, Any], now: float
+    ) -> OwnKind | None:
+        """Count requests of a kind without a place; the kind itself once it gets one."""
+        recent = self._counted.pop(name, None) or Recent()
+        recent.add(requests, now)
+        if round(recent.requests) >= RECURS and self._has_room(recent.requests, step, now):
+            auto = self._auto
+            ledger = Ledger(auto.epsilon, auto.delta, auto.full_depth_rate)
+            self.kinds[name] = OwnKind(ledger, now, recent)
             logger.info("kind %s recurs: its requests are recorded from now on", name)
-            self._tell(name, "recording")
+            self._directory.tell(name, "recording")
             return self.kinds[name]
-        self._counted[name] = count
+        self._counted[name] = recent
         if len(self._counted) > MOST_COUNTED:
             self._counted.popitem(last=False)
         return None
 
-    def _has_room(self) -> bool:
-        """Whether one more kind may be recorded; one that comes too seldom makes room."""
-        recording = {n: own for n, own in self.kinds.items() if own.state == "recording"}
-        if len(recording) < MOST_RECORDED:
-            return True
-        for name, own in recording.items():
-            hours = (time.time() - own.since) / HOUR
-            if name not in self._step and hours > 1 and own.ledger.requests < RECURS * hours:
-                del self.kinds[name]
+    def _has_room(self, wants: float, step: Mapping[str, Any], now: float) -> bool:
+        """Whether one more kind may be recorded; see `who_goes` for who makes room for it."""
+        holders = {name: own for name, own in self.kinds.items() if own.has_rows}
+        if len(holders) < MOST_RECORDED:
+            if len(self.kinds) < MOST_KINDS:
                 return True
-        return False
+            holders = self.kinds
+        if now < self._next_look:
+            return False
+        self._next_look = now + LOOK_SECONDS
+        may_go = {
+            name: own
+            for name, own in holders.items()
+            if name not in step and (own.state != "served" or self._retired < MOST_RETIRED)
+        }
+        name = who_goes(may_go, wants, now)
+        if name is None:
+            return False
+        self._retired += self.kinds.pop(name).state == "served"
+        self.closed.discard(name)
+        self._lost.append(name)
+        logger.info("kind %s loses its place to one that comes more often", name)
+        self._directory.tell(name, "lost its place")
+        return True
 
     def _tell_closed(self, name: str, ledger: Ledger) -> None:
         logger.warning(
@@ -247,8 +309,4 @@ class OwnKinds:
             name,
             ledger.why_closed,
         )
-        self._tell(name, "closed", requests=ledger.requests, why=ledger.why_closed)
-
-    def _tell(self, name: str, event: str, **facts: Any) -> None:
-        with suppress(OSError):  # a full disk must not stop a step
-            self._directory.tell(name, event, **facts)
+        self._directory.tell(name, "closed", requests=ledger.requests, why=ledger.why_closed)

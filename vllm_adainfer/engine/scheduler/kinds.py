@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from contextlib import ExitStack
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -35,26 +35,27 @@ REPORT_SECONDS = 0.25
 
 
 class KindFile:
-    """Writes the counts to a file, on a thread of its own.
+    """Writes the counts to a directory's file, on a thread of its own.
 
-    The counts of earlier runs of the server are gone on from, unless it served another model.
+    The counts of earlier runs of the server are gone on from, unless it served another model. While
+    another server counts in the directory, nothing is written.
     """
 
-    def __init__(self, path: Path, salt: bytes, **facts: Any) -> None:
-        """Read what an earlier run left at `path`, and start the thread.
+    def __init__(self, directory: AutoDirectory, **facts: Any) -> None:
+        """Read what an earlier run left, and start the thread.
 
         Args:
-            path: the file.
-            salt: the key of the kinds' names.
+            directory: where the file is.
             facts: what else the file says; it begins anew if they are others.
 
         """
-        self._path, self._salt, self._facts = path, salt, facts
+        self._directory, self._facts, self._salt = directory, facts, directory.salt
         self._table, self._lock = KindTable(), Lock()
-        before = read_json(path)
+        before = read_json(directory.kinds)
         if isinstance(before, dict) and all(before.get(key) == facts[key] for key in facts):
             self._table.restore(before)
-        self.reporter = KindReporter(self._table, salt)
+        self.reporter = KindReporter(self._table, self._salt)
+        self._held: ExitStack | None = None
         self._written: tuple[int, int] | None = None
         self._failed = False
         self._closed = Event()
@@ -79,23 +80,40 @@ class KindFile:
         while not self._closed.wait(WRITE_SECONDS):
             self._write()
         self._write()
+        if self._held is not None:
+            self._held.close()
+
+    def _holds(self) -> bool:
+        """Whether this server counts in the directory, and no other one does."""
+        with ExitStack() as stack:
+            if self._held is None and stack.enter_context(self._directory.held("counts")):
+                self._held = stack.pop_all()
+        return self._held is not None
 
     def _write(self) -> None:
         counted = self._table.requests, self._table.tokens
         if counted == self._written:
             return
         try:
+            if not self._holds():
+                logger.warning_once(
+                    "another server counts kinds in %s, so this one's counts are not written "
+                    'there: give each server an "auto" directory of its own',
+                    self._directory.root,
+                )
+                return
             with self._lock:
                 content = {**self._facts, **self._table.as_dict(self._salt)}
                 labels = list(self._table)
-            write_json(self._path, {**content, "pools": [pool.as_dict() for pool in pools(labels)]})
+            content["pools"] = [pool.as_dict() for pool in pools(labels)]
+            write_json(self._directory.kinds, content)
             self._written = counted
         except Exception as error:  # whatever it was, the next time may succeed
             if not self._failed:
                 logger.warning(
                     "the counts of kinds could not be written to %s (%s); this is tried again, and "
                     "this warning is not repeated",
-                    self._path,
+                    self._directory.kinds,
                     error,
                 )
             self._failed = True
@@ -123,8 +141,7 @@ class KindCountingScheduler(_Scheduler):
         directory.create()
         model = self.vllm_config.model_config
         self._kinds = KindFile(
-            directory.kinds,
-            directory.salt,
+            directory,
             model=model.served_model_name,
             tokenizer=str(model.tokenizer),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_adainfer.artifact.config_rules import are_exit_points
+from vllm_adainfer.auto.cores import note_cores
 from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.engine.admission.admission import Admission, why_choices_run_on
 from vllm_adainfer.engine.classes import GPU_WORKER, SCHEDULER, own_kv_layers, worker_class
@@ -88,6 +89,7 @@ def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
         _select_scheduler(vllm_config, "auto")
         _refuse_replicas(vllm_config)
         AutoDirectory(settings.auto.directory).create()
+        note_cores()
         logger.warning("%s", auto_notice(settings.auto))
     if settings.finish_choices:
         _select_scheduler(vllm_config, "finish_choices")

@@ -39,13 +39,14 @@ class ModelFacts:
             "delta": auto.delta,
             "engine_options": model.engine_options.model_dump(),
         }
-        before = read_json(directory.identity)
-        if before is not None and not self._is_of(before):
+        if not self._is_of(read_json(directory.identity)):
+            if directory.known():
+                logger.warning(
+                    "what lies in %s is for other weights or settings, or does not say for which "
+                    "ones: all kinds start anew",
+                    directory.root,
+                )
             directory.forget()
-            logger.warning(
-                "what lies in %s is for other weights or settings: all kinds start anew",
-                directory.root,
-            )
         write_json(directory.identity, self._identity)
         directory.model.unlink(missing_ok=True)  # the model's path may be another, and its speed
 

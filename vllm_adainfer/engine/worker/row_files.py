@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vllm_adainfer.auto.directory import KEPT_SECONDS, AutoDirectory
+from vllm_adainfer.auto.directory import FREE_BYTES, KEPT_SECONDS, AutoDirectory, private
+from vllm_adainfer.auto.places import MOST_KEPT_ROWS
 from vllm_adainfer.auto.tries import MOST_ROWS
 
 
@@ -45,14 +48,21 @@ class RowFiles:
         """Write the rows of a chunk that are of `wanted` kinds; arguments as for `ChunkReader`.
 
         Raises:
-            OSError: the disk is full, for example; the chunk is lost.
+            OSError: they cannot be written, or would be too many, or would leave too little of the
+                disk; the chunk is lost.
 
         """
+        root = self._directory.root
+        if shutil.disk_usage(root).free < FREE_BYTES:
+            raise OSError(errno.ENOSPC, f"less than {FREE_BYTES >> 30} GiB is free for {root}")
         for kind in dict.fromkeys(kinds):
             count = self.counts.get(kind, 0)
             if kind not in wanted or count >= MOST_ROWS:
                 continue
-            rows = torch.tensor([place for place, one in enumerate(kinds) if one == kind])
+            places = [place for place, one in enumerate(kinds) if one == kind]
+            rows = torch.tensor(places[: MOST_ROWS - count])
+            if sum(self.counts.values()) + len(rows) > MOST_KEPT_ROWS:
+                raise OSError(errno.EDQUOT, f"{root} keeps at most {MOST_KEPT_ROWS:,} of them")
             names = [*(f"layer.{layer}" for layer in self._layers), "final"]
             tensors = {n: part[rows] for n, part in zip(names, states, strict=True)}
             tensors["computed"] = computed[rows].double()
@@ -62,6 +72,12 @@ class RowFiles:
                 each.mkdir(mode=0o700, exist_ok=True)
             _write(folder / f"{number:06}.safetensors", save(tensors))
             self._numbers[kind], self.counts[kind] = number, count + len(rows)
+
+    def note_deleted(self) -> None:
+        """Note which rows have been deleted, as the trainer does once it needs them no more."""
+        for kind in list(self.counts):
+            if not self._directory.rows(kind).exists():
+                del self.counts[kind]
 
     def forget_old(self) -> None:
         """Delete rows that are older than `KEPT_SECONDS`."""
@@ -80,7 +96,7 @@ def _write(path: Path, content: bytes) -> None:
     """Write a file that only this user may read, whole or not at all."""
     part = path.with_suffix(".part")
     try:
-        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        with open(part, "wb", opener=private) as file:
             file.write(content)
         os.replace(part, path)
     except OSError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -70,6 +70,7 @@ class SelfCalibration:
         self._chunks: SimpleQueue[Chunk | None] = SimpleQueue()
         self._put_rows = self._written_rows = 0  # one thread counts each
         self._built: SimpleQueue[Built] = SimpleQueue()
+        self._lost: SimpleQueue[str] = SimpleQueue()  # kinds whose files are to be deleted
         self._told: dict[str, int] = {}  # by kind, the requests at its last status
         self._next_tick, self._next_status = 0.0, time.monotonic() + STATUS_SECONDS
         self._failed: set[str] = set()
@@ -86,7 +87,13 @@ class SelfCalibration:
 
     def take_built(self) -> Built:
         """Policies that are ready to be served; empty in nearly all steps."""
-        return {} if self._built.empty() else self._built.get_nowait()
+        built = {} if self._built.empty() else self._built.get_nowait()
+        return {kind: one for kind, one in built.items() if kind in self.kinds.kinds}
+
+    def forget(self, kinds: Iterable[str]) -> None:
+        """Delete the files of kinds that have lost their place, and whose policies do not serve."""
+        for kind in kinds:
+            self._lost.put(kind)
 
     def quarantine(self, built: Built, error: Exception) -> None:
         """Policies that were taken cannot be served after all."""
@@ -133,6 +140,7 @@ class SelfCalibration:
         self._held.close()
 
     def _tick(self) -> None:
+        self._forget_lost()
         self._tried("ledgers cannot be written", self._save_ledgers)
         self._tried("policies cannot be read", self._read_policies)
         self._tried("the trainer cannot be started", self._trainer.keep_running)
@@ -150,13 +158,20 @@ class SelfCalibration:
                 logger.warning("%s (%s); this is tried again, without more warnings", what, error)
             self._failed.add(what)
 
+    def _forget_lost(self) -> None:
+        while not self._lost.empty():
+            kind = self._lost.get()
+            self._directory.forget_kind(kind)
+            self._policies.forget(kind)
+        self._rows.note_deleted()
+
     def _write(self, kinds: Sequence[str], states: Sequence[Tensor], computed: Tensor) -> None:
         wanted = [n for n, own in list(self.kinds.kinds.items()) if own.state == "recording"]
         self._rows.put(kinds, states, computed, wanted)
 
     def _read_policies(self) -> None:
         """Read new ones, once requests come: until then, vLLM may still test or capture."""
-        if self.kinds.steps and (built := self._policies.read()):
+        if self.kinds.steps and (built := self._policies.read(self.kinds.kinds)):
             self._built.put(built)
         self._note_states()
 
@@ -168,14 +183,15 @@ class SelfCalibration:
     def _note_states(self) -> None:
         """Stop recording kinds that have had a policy, that never will, or with rows enough."""
         for name, own in list(self.kinds.kinds.items()):
-            if name in self._policies.current:
-                own.state = "served"
-            elif self._rows.counts.get(name, 0) >= MOST_ROWS:
-                own.state = "recorded"
-            elif own.state == "recording":
-                said = read_json(self._directory.trainer(name))
-                if isinstance(said, dict) and said.get("status") == "given up":
-                    own.state = "given up"
+            own.state = self._state_of(name)
+
+    def _state_of(self, kind: str) -> str:
+        if kind in self._policies.current:
+            return "served"
+        said = read_json(self._directory.trainer(kind))
+        if isinstance(said, dict) and said.get("status") == "given up":
+            return "given up"
+        return "recorded" if self._rows.counts.get(kind, 0) >= MOST_ROWS else "recording"
 
     def _save_ledgers(self) -> None:
         for name in list(self.kinds.kinds):

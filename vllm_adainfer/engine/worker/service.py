@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, TypeAlias
 
 from vllm.config import VllmConfig
@@ -20,6 +21,7 @@ from vllm_adainfer.policy.policy_set import PolicySet
 
 # By name, the artifact and the policy of each of its parts.
 Built: TypeAlias = Mapping[str, tuple[Artifact, Mapping[str, Policy]]]
+IN_USE = Lock()  # held while what is in use is read or replaced: a thread builds beside the steps
 
 
 @dataclass(frozen=True)
@@ -58,28 +60,30 @@ class Service:
 
         """
         loop, settings = model.loop, model.settings
-        artifacts = {**model.artifacts, **{name: artifact for name, (artifact, _) in built.items()}}
+        with IN_USE:
+            artifacts, in_use, monitors_now = dict(model.artifacts), loop.policies, loop.monitors
+        artifacts |= {name: artifact for name, (artifact, _) in built.items()}
         for name in without:
             del artifacts[name]
         new = {part: policy for _, parts in built.values() for part, policy in parts.items()}
-        now = dict(zip(loop.policies.names, loop.policies.policies, strict=False))
+        now = dict(zip(in_use.names, in_use.policies, strict=False))
         configs = {name: artifact.config for name, artifact in artifacts.items()}
         parts = all_parts(configs)
         policies = {part: new[part] if part in new else now[part] for part in parts}
         monitors = {}
         if settings.compares:
             monitors = {
-                part: monitor_of(config, settings) if part in new else loop.monitors[part]
+                part: monitor_of(config, settings) if part in new else monitors_now[part]
                 for part, config in parts.items()
             }
         admission = Admission.from_config(vllm_config, settings, configs)
-        cuts = loop.policies.exit_points
-        return cls(artifacts, PolicySet(policies, cuts), monitors, admission)
+        return cls(artifacts, PolicySet(policies, in_use.exit_points), monitors, admission)
 
     def use(self, model: Any, running: RunningRequests) -> None:
         """Decide with these policies from the next step on."""
-        model.artifacts = self.artifacts
-        model.loop.use_policies(self.policies, self.monitors)
+        with IN_USE:
+            model.artifacts = self.artifacts
+            model.loop.use_policies(self.policies, self.monitors)
         running.use_admission(self.admission)
         running.digests = digests_of(self.artifacts)
 

@@ -20,7 +20,7 @@ from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.adapter_policy import bundled_policy, without_policies
 from vllm_adainfer.engine.worker.reload import Reload
 from vllm_adainfer.engine.worker.self_calibration import SelfCalibration
-from vllm_adainfer.engine.worker.service import Built, Service
+from vllm_adainfer.engine.worker.service import Service
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.row_recorder import RowRecorder
 
@@ -117,8 +117,8 @@ class ExitWorker(_Worker):
         A classifier's step ends here, too: nothing is sampled.
         """
         self._running.ended(scheduler_output.finished_req_ids)
-        if self._self_calibration is not None and (built := self._self_calibration.take_built()):
-            self._serve_own(built, self._self_calibration)
+        if self._self_calibration is not None:
+            self._serve_own(self._self_calibration)
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0 and output is not None:
             output = copy.copy(output)  # vLLM returns one shared object for all empty steps
@@ -134,9 +134,18 @@ class ExitWorker(_Worker):
         self._attach_note(output)
         return output
 
-    def _serve_own(self, built: Built, calibration: SelfCalibration) -> None:
-        """Decide with policies that this server has calibrated, from this step on."""
+    def _serve_own(self, calibration: SelfCalibration) -> None:
+        """Decide with policies that this server has calibrated, from this step on.
+
+        In nearly all steps there is nothing new, and no kind has lost its place.
+        """
         model = self.model_runner.model
+        if lost := calibration.kinds.take_lost():
+            gone = [kind for kind in lost if kind in model.artifacts]
+            Service.with_policies(model, self.vllm_config, {}, gone).use(model, self._running)
+            calibration.forget(lost)
+        if not (built := calibration.take_built()):
+            return
         try:
             service = Service.with_policies(model, self.vllm_config, built)
         except AdaInferError as error:

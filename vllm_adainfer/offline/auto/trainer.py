@@ -64,7 +64,7 @@ class Trainer:
             try:
                 self._look_at(name, Kind.of_dict(content["kind"]), facts)
                 self._waits.pop(name, None)
-            except (*UNREADABLE, ValueError, KeyError, TypeError) as error:
+            except (*UNREADABLE, LookupError, TypeError, ValueError) as error:
                 wait = min(2 * waited, MOST_SECONDS)
                 self._waits[name] = time.monotonic() + wait, wait
                 say(f"{name}: {type(error).__name__}: {error}; once more in {wait:.0f} seconds")
@@ -90,7 +90,11 @@ class Trainer:
             due = replace(due, state=state.with_latest(replace(due.latest, begun=begun + 1)))
             write_json(self.directory.trainer(name), asdict(due.state))
             self._begun.add((name, due.latest.number))
-        self._try(name, kind, due, [one for one in shards if one.number <= due.latest.newest])
+        shards = [one for one in shards if one.number <= due.latest.newest]
+        if not shards:  # too old, or deleted by hand
+            self._end(name, due, "its rows were deleted before it ended")
+            return
+        self._try(name, kind, due, shards)
 
     def _due(
         self, name: str, state: State, shards: Sequence[Shard], fingerprint: str

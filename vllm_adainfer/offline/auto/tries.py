@@ -41,9 +41,10 @@ class State:
     def of(cls, content: Any) -> State:
         """The state in a file; a fresh one if there is none or it is damaged."""
         try:
-            return cls(content["status"], tuple(Try(**one) for one in content["tries"]))
+            state = cls(content["status"], tuple(Try(**one) for one in content["tries"]))
         except (KeyError, TypeError):
             return cls()
+        return state if state.tries or state.status == RECORDING else cls()
 
     def with_latest(self, latest: Try) -> State:
         """The same with the latest try replaced, or added if it is a new one."""

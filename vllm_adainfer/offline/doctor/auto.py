@@ -10,13 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from vllm_adainfer.artifact.files import load_artifact_config
-from vllm_adainfer.auto.directory import KEPT_SECONDS, AutoDirectory, read_json
+from vllm_adainfer.auto.directory import FREE_BYTES, KEPT_SECONDS, AutoDirectory, read_json
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.doctor.finding import Finding, fail, ok, skip
 from vllm_adainfer.offline.reports.kind_states import KindState, Watched, read_directory
 
 OTHERS = 0o077  # bits of a mode that let other users in
-ROOM = 1 << 30  # bytes that rows and artifacts may take
 DAYS = round(KEPT_SECONDS / 86400)
 
 
@@ -63,8 +62,14 @@ def _mode(path: Path) -> int:
 def room(directory: AutoDirectory) -> Finding:
     """Is there room for rows? Without, serving goes on, but nothing new is calibrated."""
     free = shutil.disk_usage(directory.root).free
-    text = f"auto: {free / (1 << 30):.1f} GiB are free for rows and artifacts"
-    return ok(text) if free >= ROOM else fail(f"{text}: make room for at least 1 GiB")
+    taken = 0
+    for path in directory.root.glob("*/rows/*"):
+        with suppress(OSError):  # the trainer has just deleted it
+            taken += path.stat().st_size
+    text = f"auto: recorded rows take {taken / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free"
+    if free >= FREE_BYTES:
+        return ok(text)
+    return fail(f"{text}: make room, below {FREE_BYTES >> 30} GiB no rows are recorded")
 
 
 def trainer(directory: AutoDirectory) -> Finding:
@@ -104,14 +109,14 @@ def stale_rows(directory: AutoDirectory) -> Finding:
 
 
 def quarantined(watched: Watched) -> Finding:
-    """Was a policy quarantined because the server could not load it?"""
+    """Is a policy quarantined because the server could not load it?"""
     bad = [one for one in watched.kinds if one.bad]
     if not bad:
-        return ok("auto: no policy was quarantined")
+        return ok("auto: no policy is quarantined")
     why = "; ".join(f"{one.name}: {_reason(one)}" for one in bad)
     return fail(
-        f"auto: policies were quarantined ({why}): requests of these kinds run as before. Report "
-        "this with the server's log, and restart the server to try it again"
+        f"auto: policies are quarantined ({why}): requests of these kinds run as before, and the "
+        "server tries again at least once an hour. Report this with the server's log if it stays so"
     )
 
 

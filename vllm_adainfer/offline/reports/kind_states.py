@@ -35,7 +35,8 @@ class KindState:
         serves: number of the policy that serves it; None for none.
         trainer: what the trainer says of it; empty if it says nothing.
         ledger: what its ledger says; empty if it has none.
-        bad: which policies of it were quarantined, and why the last was; empty if none was.
+        bad: which policy of it is quarantined, and why; empty if none is.
+        is_recordable: whether the server calibrates itself, and does not only watch.
 
     """
 
@@ -46,6 +47,7 @@ class KindState:
     trainer: Mapping[str, Any]
     ledger: Mapping[str, Any]
     bad: Mapping[str, Any]
+    is_recordable: bool
 
     def state(self) -> str:
         """Where it stands, in words."""
@@ -66,7 +68,9 @@ class KindState:
             return "certified, not yet served"
         if status == "recording":
             return f"recording, {tries} tries to certify a policy so far"
-        return "recording" if self.ledger else "watch only"
+        if self.ledger:
+            return "recording"
+        return "waits until it comes more often" if self.is_recordable else "watch only"
 
     def promise(self) -> str | None:
         """The sentence of the ledger; None if there is none."""
@@ -138,6 +142,7 @@ def read_directory(root: str | Path) -> Watched:
             _object(directory.trainer(name)),
             _object(directory.ledger(name)),
             _object(directory.root / name / "bad.json"),
+            directory.identity.exists(),
         )
         for name, count in counts.items()
         if count.kind is not None

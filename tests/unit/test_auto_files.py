@@ -1,0 +1,272 @@
+"""What lies in the directory of a server that calibrates itself: limits, damage, full disks."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from itertools import pairwise
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_adainfer.auto import directory as directories
+from vllm_adainfer.auto.directory import FREE_BYTES, AutoDirectory, read_json, write_json
+from vllm_adainfer.auto.places import MOST_KEPT_ROWS, MOST_RECORDED
+from vllm_adainfer.auto.tries import MOST_ROWS
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.worker import own_policies, row_files, service
+from vllm_adainfer.engine.worker.model_facts import ModelFacts
+from vllm_adainfer.engine.worker.own_policies import OwnPolicies
+from vllm_adainfer.engine.worker.row_files import RowFiles
+from vllm_adainfer.engine.worker.service import Service
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.settings.engine import Auto
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> AutoDirectory:
+    found = AutoDirectory(tmp_path / "auto")
+    found.create()
+    return found
+
+
+def put(rows: RowFiles, *kinds: str) -> None:
+    state = torch.zeros(len(kinds), 4)
+    rows.put(kinds, [state, state], torch.zeros(len(kinds)), set(kinds))
+
+
+def test_no_kind_has_more_rows_than_the_trainer_wants(directory):
+    rows = RowFiles(directory, [1])
+    rows.counts["kind-1"] = MOST_ROWS - 3
+    put(rows, *["kind-1"] * 8)
+    assert rows.counts["kind-1"] == MOST_ROWS
+    assert RowFiles(directory, [1]).counts == {"kind-1": 3}
+
+
+def test_all_kinds_together_have_no_more_rows_than_those_with_a_place(directory):
+    rows = RowFiles(directory, [1])
+    rows.counts |= {f"kind-{number}": MOST_ROWS for number in range(MOST_RECORDED)}
+    assert sum(rows.counts.values()) == MOST_KEPT_ROWS
+    with pytest.raises(OSError, match="keeps at most 48,000 of them"):
+        put(rows, "kind-9")
+    assert directory.known() == []
+
+
+def test_rows_count_until_the_trainer_has_deleted_them(directory):
+    rows = RowFiles(directory, [1])
+    put(rows, "kind-1", "kind-2", "kind-1")
+    shutil.rmtree(directory.rows("kind-1"))
+    rows.note_deleted()
+    assert rows.counts == {"kind-2": 1}
+    put(rows, "kind-1")
+    assert [path.stem for path in directory.rows("kind-1").iterdir()] == ["000002"]
+
+
+@pytest.mark.parametrize("free", [FREE_BYTES - 1, FREE_BYTES])
+def test_rows_leave_room_on_the_disk_for_others(directory, monkeypatch, free):
+    rows = RowFiles(directory, [1])
+    monkeypatch.setattr(row_files.shutil, "disk_usage", lambda _: Usage(0, 0, free))
+    if free < FREE_BYTES:
+        with pytest.raises(OSError, match=f"less than 1 GiB is free for {directory.root}"):
+            put(rows, "kind-1")
+    else:
+        put(rows, "kind-1")
+    assert len(list(directory.root.rglob("*.safetensors"))) == (free >= FREE_BYTES)
+
+
+def test_a_salt_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A process that is killed while it makes one leaves none behind."""
+    directory = AutoDirectory(tmp_path / "auto")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directories.os, "link", killed)
+        with pytest.raises(KeyboardInterrupt):
+            directory.create()
+    assert not (directory.root / "salt").exists()
+    directory.create()
+    salt = directory.salt
+    assert len(salt) == directories.SALT_BYTES
+    directory.create()
+    assert directory.salt == salt
+    assert (directory.root / "salt").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in directory.root.iterdir()] == ["salt"]
+
+
+def test_of_several_processes_that_make_the_salt_at_once_all_have_the_same(tmp_path):
+    directory = AutoDirectory(tmp_path / "auto")
+    salts: list[bytes] = []
+
+    def make() -> None:
+        directory.create()
+        salts.append(directory.salt)
+
+    threads = [Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(salts) == 8
+    assert len(set(salts)) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"abc", b"\xff" * 64])
+def test_a_damaged_salt_is_refused_because_names_depend_on_it(directory, damage):
+    (directory.root / "salt").write_bytes(damage)
+    with pytest.raises(AdaInferError, match=r"salt is damaged.*delete the directory"):
+        directory.create()
+
+
+def test_an_event_that_finds_no_room_is_lost_and_nothing_else(directory, monkeypatch):
+    monkeypatch.setattr(directory, "events", Path("/dev/full"))
+    directory.tell("kind-1", "recording")
+
+
+def model(**facts: Any) -> Any:
+    loop = SimpleNamespace(policies=SimpleNamespace(exit_points=(2, 4)))
+    return SimpleNamespace(fingerprint="f" * 16, loop=loop, **facts)
+
+
+@pytest.mark.parametrize(
+    ("identity", "is_kept"),
+    [
+        pytest.param("same", True, id="the same"),
+        pytest.param('{"fingerprint": "another"}', False, id="another"),
+        pytest.param("not JSON", False, id="damaged"),
+        pytest.param(None, False, id="missing"),
+    ],
+)
+def test_rows_and_policies_stay_only_if_they_are_surely_for_what_is_served(
+    directory, identity, is_kept, caplog_vllm
+):
+    auto = Auto(directory=str(directory.root))
+    ModelFacts(directory, auto, model(), None)
+    assert not caplog_vllm.text, "there was nothing to forget"
+    directory.policy("kind-1", 1).mkdir(parents=True)
+    if identity is None:
+        directory.identity.unlink()
+    elif identity != "same":
+        directory.identity.write_text(identity)
+    ModelFacts(directory, auto, model(), None)
+    assert (directory.known() == ["kind-1"]) == is_kept
+    assert ("all kinds start anew" in caplog_vllm.text) != is_kept
+    assert read_json(directory.identity)["fingerprint"] == "f" * 16
+
+
+class Policies(OwnPolicies):
+    """Policies that fail to load as long as `failure` is set."""
+
+    failure: Exception | None = None
+
+    def _build(self, kind: str, number: int) -> Any:
+        if self.failure is not None:
+            raise self.failure
+        return kind, number
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(own_policies.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def certified(directory: AutoDirectory, **numbers: int) -> Policies:
+    current = {name.replace("_", "-"): number for name, number in numbers.items()}
+    for kind, number in current.items():
+        directory.policy(kind, number).mkdir(parents=True)
+    write_json(directory.current, current)
+    return Policies(directory, model(), None)  # type: ignore[arg-type]
+
+
+KINDS = ("kind-1", "kind-2")
+
+
+def test_a_policy_that_failed_to_load_is_tried_again_ever_later(directory, clock, caplog_vllm):
+    policies = certified(directory, kind_1=1)
+    policies.failure = OSError(24, "Too many open files")
+    tried = []
+    for _ in range(1000):
+        policies.read(KINDS)
+        clock.now += 30
+        if policies._waits["kind-1", 1][0] not in tried:
+            tried.append(policies._waits["kind-1", 1][0])
+    waits = [later - sooner for sooner, later in pairwise(tried)]
+    assert waits[:3] == [120, 240, 480]
+    assert set(waits[6:]) == {own_policies.MOST_SECONDS}
+    assert caplog_vllm.text.count("is quarantined") == 1
+    bad = directory.root / "kind-1" / "bad.json"
+    assert read_json(bad)["bad"] == [1]
+    policies.failure, clock.now = None, clock.now + own_policies.MOST_SECONDS
+    assert policies.read(KINDS) == {"kind-1": ("kind-1", 1)}
+    assert policies.read(KINDS) == {}
+    assert not bad.exists()
+
+
+def test_a_full_disk_delays_no_policy_that_is_ready(directory, clock, monkeypatch):
+    policies = certified(directory, kind_1=1, kind_2=3)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(own_policies, "write_json", full)
+    monkeypatch.setattr(directory, "events", Path("/dev/full"))
+    build = Policies._build
+
+    def one_fails(self: Policies, kind: str, number: int) -> Any:
+        if kind == "kind-2":
+            full()
+        return build(self, kind, number)
+
+    monkeypatch.setattr(Policies, "_build", one_fails)
+    assert policies.read(KINDS) == {"kind-1": ("kind-1", 1)}
+    policies.quarantine("kind-1", ValueError("they do not go together"))  # as a step does
+
+
+def test_a_kind_without_a_place_gets_no_policy_nor_one_of_before(directory, clock):
+    policies = certified(directory, kind_1=1, kind_2=1)
+    assert policies.read(["kind-1"]) == {"kind-1": ("kind-1", 1)}
+    directory.forget_kind("kind-1")
+    policies.forget("kind-1")
+    assert "kind-1" not in policies.current
+    assert policies.read(KINDS) == {"kind-2": ("kind-2", 1)}
+    assert Policies(directory, model(), None).current == {"kind-2": 1}  # type: ignore[arg-type]
+
+
+def test_a_policy_is_checked_beside_those_of_before_or_after_a_step_that_replaces_them(monkeypatch):
+    """The thread that builds policies must not see half of what a step puts into service."""
+
+    def policies_of(policies: dict[str, str], cuts: Any) -> SimpleNamespace:
+        return SimpleNamespace(names=[*policies], policies=[*policies.values()], exit_points=cuts)
+
+    def built(name: str) -> Any:
+        config = SimpleNamespace(parts=lambda name: {name: None})
+        return {name: (SimpleNamespace(config=config, digest=""), {name: f"policy {name}"})}
+
+    monkeypatch.setattr(Admission, "from_config", lambda *_: None)
+    monkeypatch.setattr(service, "PolicySet", policies_of)
+    found: list[Service] = []
+    loop = SimpleNamespace(policies=policies_of({}, (1, 2)), monitors={})
+    served = SimpleNamespace(artifacts={}, loop=loop, settings=SimpleNamespace(compares=False))
+
+    def use_policies(policies: Any, monitors: Any) -> None:
+        builds.start()
+        builds.join(0.1)
+        loop.policies, loop.monitors = policies, monitors
+
+    def build() -> None:
+        found.append(Service.with_policies(served, None, built("b")))  # type: ignore[arg-type]
+
+    builds, loop.use_policies = Thread(target=build), use_policies
+    running: Any = SimpleNamespace(use_admission=lambda _: None)
+    Service.with_policies(served, None, built("a")).use(served, running)  # type: ignore[arg-type]
+    builds.join()
+    assert [list(one.artifacts) for one in found] == [["a", "b"]]
