@@ -184,11 +184,13 @@ def test_the_hub_is_asked_once_and_not_by_an_engine(switch, monkeypatch):
 def test_a_second_reload_is_refused_while_one_runs(switch):
     workers = Workers()
     workers.go_on.clear()
-    with client_of(switch, workers) as client, ThreadPoolExecutor(1) as pool:
+    with client_of(switch, workers) as client, ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.post, PATH)
         assert workers.reading.wait(10)
-        second = client.post(PATH)
-        workers.go_on.set()
+        try:
+            second = pool.submit(client.post, PATH).result(10)
+        finally:
+            workers.go_on.set()
         assert first.result(10).status_code == 200
         assert client.post(PATH).status_code == 200
     assert (second.status_code, "a reload is running: wait" in second.text) == (409, True)
