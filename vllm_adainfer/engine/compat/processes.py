@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
 from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -32,12 +31,11 @@ def end_with_starter() -> None:
 
 
 def _end_after(starter: BaseProcess) -> None:
-    """End as vLLM does when it is told to, or at once after `GRACE_SECONDS`."""
+    """End as vLLM does when it is told to, but after `GRACE_SECONDS` whatever hangs."""
     ends: list[Any] = [starter.sentinel]  # which processes keep open that it forked later
     with suppress(AttributeError, OSError):  # this system has no such call, or it has ended
         ends.append(os.pidfd_open(starter.pid or 0))
     wait(ends)
     logger.warning("process %s, which started this one, has ended: this one ends, too", starter.pid)
+    signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)  # of the kernel, as Python itself may hang
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE_SECONDS)
-    os.kill(os.getpid(), signal.SIGKILL)
