@@ -63,7 +63,8 @@ RELOAD_SECONDS = 10.0
 REPORT_SECONDS = 1.0  # until decisions show in the metrics
 LEAVING, REFUSED, HOSTILE = 0.04, 0.02, 0.02  # shares of requests
 LONGEST_PROMPT = 2000  # tokens
-ARGUMENTS = ("--max-model-len", "2048", "--enable-lora", "--max-loras", f"{SLOTS}")
+ARGUMENTS = ("--max-model-len", "2048")
+WITH_ADAPTERS = ("--enable-lora", "--max-loras", f"{SLOTS}")
 RUNTIME = {**ENVIRONMENT, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
 
@@ -73,7 +74,7 @@ class Mix:
 
     Attributes:
         largest: largest size factor of hostile requests.
-        adapter: name and directory of the adapter.
+        adapter: name and directory of the adapter, empty without one.
         on_stock: whether the server knows nothing of policies.
         problems: sentences on what went wrong.
         done: how often each other thing was done.
@@ -97,7 +98,7 @@ def main(
     data: Annotated[list[Path], typer.Option(help="JSON lines, one file per such policy.")],
     template: Annotated[list[str], typer.Option(help="Prompt template, one per such policy.")],
     choices: Annotated[str, typer.Option(help="NAME=DIR of a policy for choices.")],
-    adapter: Annotated[str, typer.Option(help="NAME=DIR of an adapter with DIR/adainfer.")],
+    adapter: Annotated[str, typer.Option(help="NAME=DIR of an adapter with DIR/adainfer.")] = "",
     pool: Annotated[str, typer.Option(help="NAME=DIR of a policy with a label pool.")] = "",
     pool_data: Annotated[Path | None, typer.Option(help="Its requests, as a batch file.")] = None,
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results/everything.json"),
@@ -112,21 +113,22 @@ def main(
     name, _, directory = adapter.partition("=")
     others = dict(named.split("=", 1) for named in (choices, pool) if named)
     questions += choice_questions(first, *choices.split("=", 1))
-    questions += adapter_questions(first[:ADAPTER_ROWS], name, directory)
+    if adapter:
+        questions += adapter_questions(first[:ADAPTER_ROWS], name, directory)
     if pool_data is not None:
         questions += pool_questions(pool.partition("=")[0], pool_data, rows)
     bench = Bench(questions, Path(next(iter(sources.values()))))
-    points = load_artifact_config(f"{directory}/adainfer").exit_points
     with (
         tempfile.TemporaryDirectory() as folder,
-        bench.written_to(output, model, [*sources, *others, name]),
+        bench.written_to(output, model, [*sources, *others, *filter(None, [name])]),
     ):
-        switch = {
-            "artifact": {**sources, **others},
-            "exit_points": list(points),
-            "capture": {"directory": f"{folder}/captured", "rate": 0.1},
-        }
-        flags = (*ARGUMENTS, "--max-lora-rank", f"{rank}", "--lora-modules", adapter)
+        capture = {"directory": f"{folder}/captured", "rate": 0.1}
+        switch: dict[str, Any] = {"artifact": {**sources, **others}, "capture": capture}
+        flags = ARGUMENTS
+        if adapter:
+            flags += (*WITH_ADAPTERS, "--max-lora-rank", f"{rank}", "--lora-modules", adapter)
+            points = load_artifact_config(f"{directory}/adainfer").exit_points
+            switch["exit_points"] = list(points)
         found = {}
         for title, one in (("soak", switch), ("soak, stock", None)):
             mix = Mix(largest, (name, directory), on_stock=one is None)
@@ -181,11 +183,12 @@ async def everything_for(stage: Stage, mix: Mix, seconds: float) -> dict[str, An
         sampled_memory(stage) as samples,
         nullcontext() if mix.on_stock else in_background(reloads(session, mix)),
     ):
-        visiting = asyncio.create_task(visits(stage, session, mix, seconds))
-        await asyncio.gather(*(work(stage, mix, begin + seconds) for _ in range(AT_ONCE)))
-        await visiting
-    async with aiohttp.ClientSession(stage.server.url) as session:
-        await ask_again(stage, session, mix)
+        visiting = [visits(stage, session, mix, seconds)] if all(mix.adapter) else []
+        working = (work(stage, mix, begin + seconds) for _ in range(AT_ONCE))
+        await asyncio.gather(*working, *visiting)
+    if mix.doubtful:
+        async with aiohttp.ClientSession(stage.server.url) as session:
+            await ask_again(stage, session, mix)
     took = time.monotonic() - begin
     return {
         "samples": samples,

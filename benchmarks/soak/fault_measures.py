@@ -119,6 +119,7 @@ def fill_kv_cache(server: Server, prompt_tokens: int) -> None:
         int(re.search(rf'[{{,]{name}="(\d+)"', series)[1])  # type: ignore[index]
         for name in ("num_gpu_blocks", "block_size")
     )
+    prompt_tokens -= prompt_tokens % size  # whole blocks
     drawn = np.random.default_rng(0)
     for _ in range(1 + blocks * size // prompt_tokens):
         prompt = drawn.integers(100, 10_000, prompt_tokens).tolist()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.auto import directory as directories
 from vllm_adainfer.auto.directory import FREE_BYTES, AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.places import MOST_KEPT_ROWS, MOST_RECORDED
@@ -132,7 +133,8 @@ def test_an_event_that_finds_no_room_is_lost_and_nothing_else(directory, monkeyp
 
 def model(**facts: Any) -> Any:
     loop = SimpleNamespace(policies=SimpleNamespace(exit_points=(2, 4)))
-    return SimpleNamespace(fingerprint="f" * 16, loop=loop, **facts)
+    options = EngineOptions()
+    return SimpleNamespace(fingerprint="f" * 16, engine_options=options, loop=loop, **facts)
 
 
 @pytest.mark.parametrize(
