@@ -22,7 +22,7 @@ BELOW = {
     "auto": {"errors"},
     "policy": {"artifact", "settings", "kernels", "arrays", "errors"},
     "monitoring": {"artifact", "arrays"},
-    "exits": {"monitoring", "policy", "artifact", "settings", "kernels", "arrays"},
+    "exits": {"monitoring", "policy", "artifact", "settings", "kernels", "arrays", "errors"},
     "engine": {
         "auto",
         "exits",
