@@ -71,6 +71,7 @@ class Admission:
         has_choices: whether any policy is for choices.
         has_pooled: whether any policy reads whole prompts, or the engine records them.
         has_students: whether any policy has a student.
+        any_stand: whether the answers of any policy stand, see `ArtifactConfig.answers_stand`.
         may_serve_choices: whether any policy is for choices, or one may be loaded with an adapter.
 
     """
@@ -115,6 +116,7 @@ class Admission:
             config.is_pooled for config in configs.values()
         )
         self.has_students = any(config.student for config in configs.values())
+        self.any_stand = any(config.answers_stand for config in configs.values())
         self.may_serve_choices = (
             self.has_choices or settings.exit_points is not None or settings.calibrates_itself
         )
@@ -321,6 +323,7 @@ class Admission:
             subset=ALL if config is None else _subset(resolved.output, config),
             certified_tokens=UNLIMITED if config is None else config.max_tokens,
             has_choice_policy=config is not None and bool(config.choices),
+            answers_stand=config is not None and config.answers_stand,
             pooled_from=NOT_POOLED if pooled_from is None else pooled_from,
             last_token_row=last_token_row,
             text=() if name is None else resolved.texts.get(name, ()),

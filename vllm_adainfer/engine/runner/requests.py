@@ -141,7 +141,7 @@ class RunningRequests:
         pooled_from = self._whole_prompts(admitted, request_ids, computed, rows)
         max_tokens = np.array([request.resolved.max_tokens for request in admitted])
         full_prefill = np.array([request.resolved.force_full_depth_prefill for request in admitted])
-        rows[full_prefill & (computed < prompt)] = FULL_DEPTH
+        completes = full_prefill & (computed < prompt)  # keys and values that others need
         certified = np.array([request.certified_tokens for request in admitted])
         rows[last + 2 - prompt > certified] = FULL_DEPTH  # left: which token of the request this is
         chooses = subsets = record_rows = texts = None
@@ -162,7 +162,12 @@ class RunningRequests:
         if self._loop.kv.defers:
             # vLLM frees blocks outside the window, which deferred rows still need. Chunks before
             # the last one are never deferred, and pooled policies read them.
-            rows[yields_token & continues & (last + 1 >= self.window)] = FULL_DEPTH
+            completes |= yields_token & continues & (last + 1 >= self.window)
+        stays = None
+        if self.admission.any_stand:
+            stands = np.array([request.answers_stand for request in admitted])
+            stays, completes = completes & stands, completes & ~stands
+        rows[completes] = FULL_DEPTH
         shadow = recorded = None
         if self.kinds is not None:
             serves = not self._loop.stats.weights_differ
@@ -180,6 +185,7 @@ class RunningRequests:
             threshold_rows=rows,
             continues=continues,
             is_shadow=shadow,
+            stays=stays,
             subsets=subsets,
             pooled_from=pooled_from,
             texts=texts,

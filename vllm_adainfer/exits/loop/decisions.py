@@ -186,12 +186,12 @@ class Decisions:
     def place(self, hidden: Tensor) -> tuple[ScoredRequests, ...]:
         """Write answers that are states to `hidden`, the LM head's input; return the scores.
 
-        They include answers of requests that stayed to full depth, where those spare the LM head.
+        They include answers of requests that stayed to full depth, where those stand.
         """
         step = self._step
         exited, answered, scored = step.exited, step.answered(), []
         for index, answers in self._answers.items():
-            requests = answered if answers.spares_head else exited
+            requests = answered if self._policies.answers_stand[index] else exited
             requests = requests[self._owners[requests] == index]
             if not requests.size:
                 continue
