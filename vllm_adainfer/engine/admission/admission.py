@@ -229,14 +229,21 @@ class Admission:
         if kind is not None:  # it may get a policy at any time
             may_decide = True
         is_choice = resolved.output is not None and resolved.output.kind is OutputKind.CHOICE
+        is_shadow = self.is_shadow(request_id)
         return replace(
             resolved,
             may_exit=self._may_exit(resolved, may_decide),
             may_end_after_first_token=may_decide and is_choice,
             saving=self._saving(replace(resolved, kind=kind), adapter),
-            is_shadow=self.is_shadow(request_id),
+            is_shadow=is_shadow,
+            query=self._query(request_id) if is_shadow else None,
             kind=kind,
         )
+
+    def _query(self, request_id: str) -> str | None:
+        """`Resolved.query` of a shadow request."""
+        group = request_group(request_id) if self._promises_order else None
+        return None if group is None else self._shadow.first_of(request_id, group)
 
     def _kind(self, resolved: Resolved, adapter: LoRARequest | None) -> str | None:
         """See `Resolved.kind`."""

@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 
 from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.engine.compat.requests import query_of
+from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, read_from_rank0, same_on_all_ranks
 from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.errors import AdaInferError
@@ -166,7 +166,7 @@ def monitor_of(config: ArtifactConfig, settings: Settings) -> Monitor:
     if config.max_tokens > 1:
         return TextMonitor(epsilons, config.delta, config.max_tokens)
     if config.top_k is not None:
-        return QueryMonitor(epsilons, config.delta, config.top_k, query_of)
+        return QueryMonitor(epsilons, config.delta, config.top_k, request_group)
     monitor = AnswerMonitor(epsilons, config.delta, config.risk)
     columns = {label.name: column for column, label in enumerate(config.labels)}
     monitor.watch_labels({one: columns[one.label] for one in config.label_bounds})

@@ -80,6 +80,8 @@ class RunningRequests:
             resolved = self.admission.resolve(new.req_id, params_of(new), adapter)
         prompt = new.prompt_token_ids or ()
         self._admitted[new.req_id] = self._admit(resolved, prompt, adapter)
+        if resolved.query is not None:
+            self._loop.began(new.req_id, resolved.query)
 
     def use_admission(self, admission: Admission) -> None:
         """Decide by `admission` from now on, for running requests too."""
@@ -108,7 +110,7 @@ class RunningRequests:
     def ended(self, request_ids: Iterable[str]) -> None:
         """Note that these requests get no more tokens."""
         for request_id in request_ids:
-            self._loop.ended(request_id)
+            self._loop.ended(request_id, ran=self.knows(request_id))
 
     def knows(self, request_id: str) -> bool:
         """Whether this is a real request, not a row of a dummy batch."""

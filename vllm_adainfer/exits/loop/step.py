@@ -116,6 +116,12 @@ class StepContext:
         """How many shadow requests may exit."""
         return 0 if self.shadow is None else len(self.shadow)
 
+    def shadow_at_full_depth(self) -> Ints:
+        """Shadow requests that yield a token in this step and may not exit."""
+        if self.is_shadow is None:
+            return NOBODY
+        return np.flatnonzero(self.yields_token & self.is_shadow & ~self._may_exit)
+
     def may_leave(self) -> Ints:
         """Requests in the stack that may leave it, settled or not."""
         return np.flatnonzero(self._may_leave & (self.left_at < 0))
