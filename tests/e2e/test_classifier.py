@@ -234,27 +234,24 @@ def test_shadow_queries_compare_the_scores_of_all_their_documents(
     policy = tiny_artifact(directory, tmp_path / "policy", thresholds, **config)
     switch = {"artifact": str(policy), "min_rows_saved": 1, "shadow_rate": 1.0}
     llm = tiny_engine(directory, switch, **SETTINGS)
-    model, _, _ = parts(llm)
+    model, _, scheduler = parts(llm)
     [watch] = model.loop.monitors.values()
     ids: list[str] = []
 
     def query_of(request_id: str) -> str:
         ids.append(request_id)
-        return f"query {(len(ids) - 1) // 3}"
+        return ids[(len(ids) - 1) // 3 * 3]
 
-    monkeypatch.setattr(watch, "_query_of", query_of)
+    monkeypatch.setattr(scheduler.admission, "_query", query_of)
     full = answers(llm)
     heads = tiny_tensors(tiny_config(directory, **config))
-    order = [int(one.partition("-")[0]) for one in ids]
-    first = min(order)
     early = [scores_at(EXIT_POINTS[0], after, heads)[:-1].softmax(0)[1] for after in states]
-    compared = [
-        (e, f) for one in watch._queries.values() for e, f in zip(one.early, one.full, strict=True)
-    ]
+    compared = {
+        one: pair for query in watch._queries.values() for one, pair in query.scores.items()
+    }
     assert len(compared) == len(PROMPTS) > len(watch._queries) > 1
-    for request_id, (ours, deep) in zip(order, compared, strict=True):
-        assert deep == pytest.approx(float(full[request_id - first]), abs=CLOSE)
-        assert ours == pytest.approx(float(early[request_id - first]), abs=CLOSE)
+    for request_id, ours, deep in zip(ids, early, full, strict=True):
+        assert compared[request_id] == pytest.approx((float(ours), float(deep)), abs=CLOSE)
     for number in range(ENDED_SINCE):
         model.loop.ended(str(number))
     counters = stats(llm)["shadow"]

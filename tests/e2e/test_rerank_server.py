@@ -151,6 +151,16 @@ def test_a_query_is_watched_as_a_whole(alone, full_depth):
     assert 3 <= watched <= 25  # of 40, at a rate of 0.3
 
 
+def test_a_client_that_uses_one_id_is_watched_as_often_as_others(server, full_depth):
+    """It learns by the time of one answer nothing about the next, and its queries stay whole."""
+    watched = 0
+    for one, full in zip(QUERIES, full_depth, strict=True):
+        moves = np.abs(np.array(scores(server, *one, request_id="mine")) - full)
+        assert (moves < CLOSE).all() or (moves > 0).all()
+        watched += bool((moves < CLOSE).all())
+    assert 3 <= watched <= 25
+
+
 def test_hostile_requests_cost_nobody_an_answer(server, alone, full_depth):
     """A good query has the scores that it has alone, or full depth's where it is watched."""
     with ThreadPoolExecutor(12) as pool:

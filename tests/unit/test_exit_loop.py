@@ -213,14 +213,14 @@ def test_a_settled_request_stays_where_too_few_rows_would_leave_with_it():
     [
         ({}, {}, 0),
         ({"monitors": {"toy": AnswerMonitor([0.05], 0.1)}}, {"is_shadow": [True] + [False] * 3}, 2),
-        ({"spares_head": True}, {}, 2),
+        ({"answers_stand": True}, {}, 2),
         ({"min_rows_saved": 8}, {}, 2),
     ],
-    ids=["nobody could leave", "a shadow request", "spares the LM head", "enough might leave"],
+    ids=["nobody could leave", "a shadow request", "answers stand", "enough might leave"],
 )
 def test_nobody_is_asked_who_could_not_leave_by_the_answer(monkeypatch, changes, context, asked):
     """Eight rows may leave, two may not; to pay, nine must leave together."""
-    monkeypatch.setattr(ExitByRow, "spares_head", changes.pop("spares_head", False))
+    monkeypatch.setattr(ExitByRow, "answers_stand", changes.pop("answers_stand", False))
     context = {name: np.array(value) for name, value in context.items()}
     toy, questions = Toy(**{"min_rows_saved": 9, **changes}), []
     decide = ExitByRow.decide
@@ -234,6 +234,18 @@ def test_nobody_is_asked_who_could_not_leave_by_the_answer(monkeypatch, changes,
     assert len(questions) == asked
     if not asked:
         assert found == pytest.approx([oracle(prompt, DEPTH)[0] for prompt in PROMPTS])
+
+
+def test_who_was_not_asked_at_one_exit_point_is_asked_at_no_later_one():
+    """A policy promises the first answer that settles a request, and that one was never sought.
+
+    Eight of 88 rows may leave: too few at the first exit point. At the second, which is where later
+    layers write no keys and values, the rows that yield no token are gone.
+    """
+    toy = Toy(requests=2, shape=SHARING, min_rows_saved=None, compaction_cost=50)
+    context = {"yields_token": np.array([False, True]), "continues": np.zeros(2, dtype=bool)}
+    toy.step([[3, 1, 4, 1] * 20, [7] * 8], [FULL_DEPTH, SECOND_EXIT], **context)
+    assert toy.executed[1, 7] == DEPTH
 
 
 def test_an_answer_outlives_the_states_that_it_was_read_from():

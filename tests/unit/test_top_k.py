@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.tiny import tiny_config
 from vllm_adainfer.arrays import Floats
 from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.artifact.top_k import loses_document
 from vllm_adainfer.engine.admission import traffic_sample
-from vllm_adainfer.engine.admission.traffic_sample import TOGETHER_SECONDS, GroupSample
-from vllm_adainfer.engine.compat.requests import LONGEST, query_of
+from vllm_adainfer.engine.admission.traffic_sample import GroupSample
+from vllm_adainfer.engine.compat.requests import LONGEST, begins_group, request_group
+from vllm_adainfer.engine.startup.refusals import refuse_torn_captures, refuse_torn_queries
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.monitoring.query_monitor import ENDED_SINCE, MOST_DOCUMENTS, QueryMonitor
+from vllm_adainfer.monitoring.query_monitor import (
+    ENDED_SINCE,
+    MOST_DOCUMENTS,
+    NO_LEVEL,
+    QueryMonitor,
+)
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import loosest_certified
 from vllm_adainfer.offline.calibration.certify.path import threshold_path
@@ -25,6 +34,7 @@ from vllm_adainfer.offline.calibration.enough_rows import check_queries, check_r
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import PREFIX_BLOCK, begin_alike, split_of
+from vllm_adainfer.settings.engine import Settings
 
 TOP = TopK(k=2, margin=0.1)
 
@@ -172,20 +182,42 @@ def test_documents_that_a_prefix_cache_would_tear_apart_are_decided_by_their_las
 
 
 def monitor() -> QueryMonitor:
-    return QueryMonitor([0.02, 0.1], 0.1, TopK(k=1, margin=0.1), query_of)
+    return QueryMonitor([0.02, 0.1], 0.1, TopK(k=1, margin=0.1), request_group)
 
 
-def compared(watch: QueryMonitor, query: str, early: list[float], full: list[float]) -> None:
-    ids = [f"score-{query}-{place}-{place:08x}" for place in range(len(full))]
-    watch.compared(ids, np.ones(len(full), np.int64), np.array(early), np.array(full))
+def ids_of(query: str, documents: int) -> list[str]:
+    return [f"score-{query}-{place}-{place:08x}" for place in range(documents)]
+
+
+def compared(
+    watch: QueryMonitor,
+    query: str,
+    early: list[float],
+    full: list[float],
+    levels: list[int] | None = None,
+    part: str = "",
+) -> None:
+    """All its documents run in one step; `part` tells queries with the same id apart."""
+    ids = [f"{one}{part}" for one in ids_of(query, len(full))]
+    for one in ids:
+        watch.began(one, ids[0])
+    watch.compared(ids, np.array(levels or [1] * len(full)), np.array(early), np.array(full))
+
+
+def counted(watch: QueryMonitor) -> list[tuple[float, bool]]:
+    """What counts once no further document can be on its way."""
+    for number in range(ENDED_SINCE):
+        watch.ended(str(number))
+    return watch.take_counted()
 
 
 def test_a_query_counts_once_its_last_document_is_long_past():
-    watch = monitor()
+    watch, ids = monitor(), ids_of("a", 3)
     compared(watch, "a", [0.1, 0.2], [0.9, 0.2])
     for number in range(ENDED_SINCE - 1):
         assert watch.ended(str(number)) == []
-    compared(watch, "a", [0.3], [0.1])  # a late one
+    watch.began(ids[2], ids[0])  # a late one
+    watch.compared(ids[2:], np.ones(1, np.int64), np.array([0.3]), np.array([0.1]))
     for number in range(ENDED_SINCE - 1):
         watch.ended(str(number))
     assert watch.take_counted() == []
@@ -206,33 +238,78 @@ def test_an_order_that_loses_documents_closes_its_level():
     assert watch.tightened.tolist() == [False, True]
 
 
-def test_a_client_that_uses_one_id_for_ever_takes_no_more_memory():
+def test_documents_that_no_policy_may_decide_are_in_both_orders():
+    """The first one is, and the early score of the second passes it."""
     watch = monitor()
-    for _ in range(3):
-        compared(watch, "mine", [0.5] * MOST_DOCUMENTS, [0.5] * MOST_DOCUMENTS)
-    for number in range(ENDED_SINCE):
-        watch.ended(str(number))
-    assert watch.take_counted() == [(0.1, False)]
+    compared(watch, "a", [0.6, 0.9, 0.1], [0.6, 0.3, 0.1], levels=[NO_LEVEL, 1, 1])
+    compared(watch, "never decided", [0.6, 0.3], [0.6, 0.3], levels=[NO_LEVEL, NO_LEVEL])
+    assert counted(watch) == [(0.1, True)]
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_a_query_with_a_document_whose_score_is_not_known_does_not_count(ran):
+    """Its client hung up, or another part of the policy decided that document."""
+    watch, ids = monitor(), ids_of("a", 3)
+    compared(watch, "a", [0.1, 0.2], [0.9, 0.2])
+    if ran:
+        watch.began(ids[2], ids[0])
+    else:
+        watch.never_ran(ids[2])
+    assert counted(watch) == []
+
+
+def test_a_query_of_which_a_new_monitor_missed_the_beginning_does_not_count():
+    watch, ids = monitor(), ids_of("a", 3)
+    for one in ids[1:]:
+        watch.began(one, ids[0])
+    watch.compared(ids[1:], np.ones(2, np.int64), np.array([0.1, 0.2]), np.array([0.9, 0.2]))
+    assert counted(watch) == []
+
+
+def test_a_query_with_too_many_documents_does_not_count_and_takes_no_more_memory():
+    watch = monitor()
+    compared(watch, "mine", [0.5] * (MOST_DOCUMENTS + 1), [0.5] * (MOST_DOCUMENTS + 1))
+    assert len(watch._query_of) == MOST_DOCUMENTS
+    assert counted(watch) == []
+    assert not watch._queries
+    assert not watch._query_of
+    assert not watch._latest
+
+
+def test_a_client_with_long_ids_is_watched_and_takes_no_more_memory():
+    watch = monitor()
+    compared(watch, "x" * 70_000, [0.1, 0.2], [0.9, 0.2])
+    assert max(map(len, [*watch._query_of, *watch._queries])) == LONGEST
+    assert counted(watch) == [(0.1, True)]
+
+
+def test_queries_of_a_client_that_uses_one_id_for_all_count_each_by_itself():
+    watch = monitor()
+    for number in range(3):
+        compared(watch, "mine", [0.1, 0.2], [0.9, 0.2], part=f"{number:x}")
+    assert counted(watch) == [(0.1, True)] * 3
 
 
 @pytest.mark.parametrize(
-    ("request_id", "query"),
+    ("request_id", "query", "first"),
     [
-        ("score-abc-7-0123abcd", "score-abc"),
-        ("score-abc-7", "score-abc"),
-        ("score-a-1-2-0123abcd", "score-a-1"),
-        ("0-0123abcd", "0-0123abcd"),  # LLM.score names no query
-        ("score-1", "score-1"),
+        ("score-abc-7-0123abcd", "score-abc", False),
+        ("score-abc-0-0123abcd", "score-abc", True),
+        ("score-abc-10", "score-abc", False),
+        ("score-a-1-0-0123abcd", "score-a-1", True),
+        ("0-0123abcd", None, False),  # LLM.score names no query
+        ("score-1", None, False),
         # A client chose it: the end of it, which is as long as any id that we keep.
-        ("score-" + "x" * 70_000 + "-1-0123abcd", "x" * (LONGEST - len("-1-0123abcd"))),
+        ("score-" + "x" * 70_000 + "-1-0123abcd", "x" * (LONGEST - len("-1-0123abcd")), False),
     ],
 )
-def test_documents_of_one_http_request_are_a_query(request_id, query):
-    assert query_of(request_id) == query
+def test_documents_of_one_http_request_are_a_query(request_id, query, first):
+    assert request_group(request_id) == query
+    assert begins_group(request_id) == first
 
 
 def test_a_sample_takes_queries_whole_and_its_share_of_them():
-    sample = GroupSample(0.3, "shadow", clock=lambda: 0.0)
+    sample = GroupSample(0.3, "shadow")
     drawn = [
         {sample.has(f"score-{query}-{place}-{place:08x}", f"score-{query}") for place in range(20)}
         for query in range(2000)
@@ -241,18 +318,54 @@ def test_a_sample_takes_queries_whole_and_its_share_of_them():
     assert 0.26 < sum(one == {True} for one in drawn) / 2000 < 0.34
 
 
-def test_an_id_that_is_used_for_ever_is_drawn_anew(monkeypatch):
-    now = [0.0]
-    sample, found = GroupSample(0.5, "shadow", clock=lambda: now[0]), []
+@pytest.mark.parametrize("documents", [1, 7])
+def test_a_client_that_uses_an_id_again_learns_nothing_of_the_next_draw(documents):
+    """It knows by the time that an answer takes whether its query was drawn."""
+    sample, found = GroupSample(0.5, "shadow"), []
     for number in range(50):
-        found.append(sample.has(f"score-mine-0-{number:08x}", "score-mine"))
-        now[0] += TOGETHER_SECONDS + 1
+        drawn = {
+            sample.has(f"score-mine-{place}-{number:08x}", "score-mine")
+            for place in range(documents)
+        }
+        assert len(drawn) == 1
+        found += drawn
     assert {*found} == {True, False}
 
 
 def test_a_sample_remembers_a_limited_number_of_queries(monkeypatch):
     monkeypatch.setattr(traffic_sample, "MOST_GROUPS", 10)
-    sample = GroupSample(0.5, "shadow", clock=lambda: 0.0)
+    sample = GroupSample(0.5, "shadow")
     for number in range(100):
         sample.has(f"score-{number}-0", f"score-{number}")
-    assert len(sample._drawn) == 10
+    assert len(sample._first) == 10
+
+
+@pytest.mark.parametrize(
+    ("replicas", "change", "refused"),
+    [(2, {"top_k": TOP}, "shadow_rate"), (2, {"tolerance": 0.05}, None), (1, {"top_k": TOP}, None)],
+    ids=["an order", "single scores", "one engine"],
+)
+def test_queries_are_not_watched_where_vllm_spreads_their_documents_over_engines(
+    tiny_model, replicas, change, refused
+):
+    config = tiny_config(tiny_model, risk="probability", score_head="sigmoid", **change)
+    vllm_config: Any = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=replicas))
+    for rate, sentence in ((0, None), (0.1, refused)):
+        settings = Settings(artifact="policy", shadow_rate=rate)
+        with nullcontext() if sentence is None else pytest.raises(AdaInferError, match=sentence):
+            refuse_torn_queries(vllm_config, settings, {"default": config})
+
+
+@pytest.mark.parametrize(
+    ("replicas", "runner", "refused"),
+    [(2, "pooling", True), (2, "generate", False), (1, "pooling", False)],
+)
+def test_queries_are_not_captured_where_vllm_spreads_their_documents_over_engines(
+    replicas, runner, refused
+):
+    vllm_config: Any = SimpleNamespace(
+        parallel_config=SimpleNamespace(data_parallel_size=replicas),
+        model_config=SimpleNamespace(runner_type=runner),
+    )
+    with pytest.raises(AdaInferError, match="capture") if refused else nullcontext():
+        refuse_torn_captures(vllm_config)

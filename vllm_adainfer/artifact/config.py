@@ -42,6 +42,18 @@ class ArtifactConfig(ConfigFields):
             sorted({point for part in self.parts("").values() for point in part.exit_points})
         )
 
+    @property
+    def answers_stand(self) -> bool:
+        """Whether what the policy has settled is answered early even by a request that stays.
+
+        Who leaves depends on the load of a server: on whether a smaller batch pays, and on prefixes
+        that others need whole. A changed answer that full depth gives after all is no loss, so most
+        promises hold whoever stays. Two do not. An order of early scores may lose no document, and
+        one in which some scores are full depth's may. And early answers that are right where full
+        depth is wrong make up for others, so accuracy may fall by more where just those stay.
+        """
+        return self.top_k is not None or self.risk == "accuracy"
+
     def parts(self, name: str) -> dict[str, ArtifactConfig]:
         """The policies that this config describes, each on its own, by name.
 

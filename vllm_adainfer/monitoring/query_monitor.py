@@ -2,7 +2,8 @@
 
 The documents of one query come as requests of their own, in one step or in several, and nothing
 says how many there are. A query counts once so many other requests have ended that no further
-document of it can be on its way.
+document of it can be on its way. It counts only if the scores of all its documents are known: an
+order without some of them is another one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from vllm_adainfer.artifact.top_k import loses_document
 from vllm_adainfer.monitoring.monitor import AnswerMonitor, MonitorStatus
 
 ENDED_SINCE = 1000  # requests after the last document of a query, before the query counts
-MOST_DOCUMENTS = 10_000  # of a query: clients choose its id, and may use one for ever
+MOST_DOCUMENTS = 10_000  # of a query that counts
+LONGEST = 256  # characters of a request's id that are kept: its end, which vLLM draws
+NO_LEVEL = -1  # of a document that runs at full depth in service, too
 
 
 @dataclass
@@ -28,17 +31,20 @@ class Query:
     """A shadow query, as far as its documents have been compared.
 
     Attributes:
-        level: the level of the epsilon table that its documents are decided at.
-        seen_at: how many requests had ended when its latest document was compared.
-        early: the early scores.
-        full: the scores at full depth.
+        group: the HTTP request that its documents are parts of; clients may use an id again.
+        level: the level of the epsilon table that its documents are decided at; None until one is.
+        seen_at: how many requests had ended when its latest document began or was compared.
+        scores: the score that is served and that at full depth of each document, by the end of its
+            request's id and in the order of the query; None until they are known.
+        is_whole: False once a document is known to be missing.
 
     """
 
-    level: int
+    group: str | None
+    level: int | None = None
     seen_at: int = 0
-    early: list[float] = field(default_factory=list)
-    full: list[float] = field(default_factory=list)
+    scores: dict[str, tuple[float, float] | None] = field(default_factory=dict)
+    is_whole: bool = True
 
 
 class QueryMonitor(AnswerMonitor):
@@ -49,15 +55,40 @@ class QueryMonitor(AnswerMonitor):
         epsilons: Sequence[float],
         alpha: float,
         top_k: TopK,
-        query_of: Callable[[str], str],
+        group_of: Callable[[str], str | None],
     ) -> None:
-        """`query_of` gives the query of a request's id; see `Monitor` for the rest."""
+        """See `Monitor`; `group_of` gives the HTTP request that an engine request is part of."""
         super().__init__(epsilons, alpha, "probability")
         self._top_k = top_k
-        self._query_of = query_of
+        self._group_of = group_of
         self._ended = 0
         self._queries: OrderedDict[str, Query] = OrderedDict()  # the one seen last comes last
+        self._query_of: dict[str, str] = {}  # by document
+        self._latest: dict[str | None, str] = {}  # by group
         self._counted: list[tuple[float, bool]] = []
+
+    def began(self, request_id: str, query: str) -> None:
+        """A document of a shadow query begins to run, or does so again.
+
+        Args:
+            request_id: its request.
+            query: the request of the query's first document, which names the query. Of a query that
+                began before this monitor did, some scores are not known, so it never counts.
+
+        """
+        document, query = request_id[-LONGEST:], query[-LONGEST:]
+        if document == query and query not in self._queries:
+            group = self._group_of(request_id)
+            self._queries[query], self._latest[group] = Query(group), query
+        found = self._queries.get(query)
+        if found is None:
+            return
+        self._seen(query)
+        if document not in found.scores and len(found.scores) == MOST_DOCUMENTS:
+            found.is_whole = False
+            return
+        found.scores.setdefault(document, None)
+        self._query_of[document] = query
 
     def compared(
         self, request_ids: Sequence[str], levels: Ints, early: Floats, full: Floats
@@ -66,20 +97,27 @@ class QueryMonitor(AnswerMonitor):
 
         Args:
             request_ids: [documents], the request of each.
-            levels: [documents], the level each was decided at.
-            early: [documents], their early scores.
+            levels: [documents], the level each was decided at, or `NO_LEVEL`.
+            early: [documents], the scores that they have in service.
             full: [documents], their scores at full depth.
 
         """
         documents = zip(request_ids, levels.tolist(), early.tolist(), full.tolist(), strict=True)
         for request_id, level, early_score, full_score in documents:
-            name = self._query_of(request_id)
-            query = self._queries.setdefault(name, Query(level))
-            self._queries.move_to_end(name)
-            query.seen_at = self._ended
-            if len(query.full) < MOST_DOCUMENTS:
-                query.early.append(early_score)
-                query.full.append(full_score)
+            document = request_id[-LONGEST:]
+            name = self._query_of.get(document)
+            if name is None:
+                continue
+            query = self._seen(name)
+            query.scores[document] = early_score, full_score
+            if level != NO_LEVEL:
+                query.level = level
+
+    def never_ran(self, request_id: str) -> None:
+        """A request, of a query or not, has ended before it ran, as when its client hung up."""
+        name = self._latest.get(self._group_of(request_id))
+        if name is not None:
+            self._queries[name].is_whole = False
 
     @override
     def ended(self, request_id: str) -> list[MonitorStatus]:
@@ -89,12 +127,29 @@ class QueryMonitor(AnswerMonitor):
             name, query = next(iter(self._queries.items()))
             if self._ended - query.seen_at < ENDED_SINCE:
                 break
-            del self._queries[name]
+            self._forget(name)
             found += self._judge(query)
         return found
 
+    def _seen(self, name: str) -> Query:
+        query = self._queries[name]
+        query.seen_at = self._ended
+        self._queries.move_to_end(name)
+        return query
+
+    def _forget(self, name: str) -> None:
+        query = self._queries.pop(name)
+        for document in query.scores:
+            del self._query_of[document]
+        if self._latest.get(query.group) == name:
+            del self._latest[query.group]
+
     def _judge(self, query: Query) -> list[MonitorStatus]:
-        lost = loses_document(np.array(query.early), np.array(query.full), self._top_k)
+        known = [scores for scores in query.scores.values() if scores is not None]
+        if query.level is None or not query.is_whole or len(known) < len(query.scores):
+            return []
+        early, full = np.array(known).T
+        lost = loses_document(early, full, self._top_k)
         self._counted.append((float(self.epsilons[query.level]), lost))
         return self._count(query.level, 1, int(lost))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,13 +18,10 @@ class Answers(ABC):
 
     Attributes:
         values: [rows, width], what a row is answered with; each kind says what it is.
-        spares_head: whether the answer also serves a request that stays to full depth, because it
-            spares the LM head a scan of the whole vocabulary.
 
     """
 
     values: Tensor
-    spares_head: ClassVar[bool] = False
 
     def subset(self, rows: Tensor) -> Self:
         """The answers of int64 `rows`."""
@@ -70,8 +67,6 @@ class EarlyScores(Answers):
 @dataclass(frozen=True)
 class ShortlistScores(EarlyScores):
     """Scores of a shortlist; at full depth any token may be the answer."""
-
-    spares_head = True
 
     @override
     def disagree(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:

@@ -38,6 +38,7 @@ class ArtifactPolicy(ExitPolicy):
         self.exit_points = config.exit_points
         self.num_threshold_rows = config.num_threshold_rows
         self.probe_inputs = config.probe_inputs
+        self.answers_stand = config.answers_stand
         self._thresholds = tensors["thresholds"].T.contiguous()  # [exit points, threshold rows]
         self._classifiers = [tensors[f"exit.{layer}.classifier"] for layer in self.exit_points]
         self._never_early: Tensor | None = None  # bool [labels]

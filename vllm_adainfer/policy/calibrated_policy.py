@@ -54,7 +54,8 @@ class CalibratedPolicy(ArtifactPolicy):
         if logit_lens is not None and "head_rows" in tensors:
             head = Head(tensors["head_rows"])
             logit_lens = replace(logit_lens, head=head, token_ids=self.answer_ids, shards=None)
-        self.spares_head = self.answer_ids is not None and self._scores.spares_head
+        if self.answer_ids is not None and self._scores is ShortlistScores:
+            self.answers_stand = True
         self._probes: list[Probe | Trained] = []
         for layer, read in zip(self.exit_points, self.probe_inputs, strict=True):
             own = tensors_of(tensors, f"exit.{layer}.")

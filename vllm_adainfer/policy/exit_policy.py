@@ -84,7 +84,9 @@ class ExitPolicy(ABC):
         probe_inputs: what it reads at each exit point.
         branches: by index of the exit point, the branch of each that has one.
         probes: those that the kernels run.
-        spares_head: whether its answers do, see `Answers`.
+        answers_stand: whether what it has settled is answered early even where the request stays
+            to full depth: what it promises holds only so (see `ArtifactConfig.answers_stand`), or
+            the early answer spares the LM head a scan of the whole vocabulary.
 
     """
 
@@ -93,7 +95,7 @@ class ExitPolicy(ABC):
     probe_inputs: tuple[ProbeInput, ...]
     branches: Mapping[int, Branch] = MappingProxyType({})
     probes: Sequence[Probe] = ()
-    spares_head: bool = False
+    answers_stand: bool = False
 
     @abstractmethod
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:

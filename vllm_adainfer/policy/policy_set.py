@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from vllm_adainfer.arrays import Ints
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.settings.engine import NO_POLICY
@@ -72,9 +72,9 @@ class PolicySet:
         ]
 
     @cached_property
-    def spares_head(self) -> bool:
-        """Whether the answers of any policy do, see `Answers`."""
-        return any(policy.spares_head for policy in self.policies)
+    def answers_stand(self) -> Bools:
+        """[names], whether the answers of each policy do, see `ExitPolicy`."""
+        return np.array([*(policy.answers_stand for policy in self.policies), False])
 
     def read(self, read: ProbeInput) -> bool:
         """Whether any policy reads this of a request."""

@@ -71,6 +71,7 @@ class Admission:
         has_choices: whether any policy is for choices.
         has_pooled: whether any policy reads whole prompts, or the engine records them.
         has_students: whether any policy has a student.
+        any_stand: whether the answers of any policy stand, see `ArtifactConfig.answers_stand`.
         may_serve_choices: whether any policy is for choices, or one may be loaded with an adapter.
 
     """
@@ -117,6 +118,7 @@ class Admission:
             config.is_pooled for config in configs.values()
         )
         self.has_students = any(config.student for config in configs.values())
+        self.any_stand = any(config.answers_stand for config in configs.values())
         self.may_serve_choices = (
             self.has_choices or settings.exit_points is not None or settings.calibrates_itself
         )
@@ -231,14 +233,21 @@ class Admission:
         if kind is not None:  # it may get a policy at any time
             may_decide = True
         is_choice = resolved.output is not None and resolved.output.kind is OutputKind.CHOICE
+        is_shadow = self.is_shadow(request_id)
         return replace(
             resolved,
             may_exit=self._may_exit(resolved, may_decide),
             may_end_after_first_token=may_decide and is_choice,
             saving=self._saving(replace(resolved, kind=kind), adapter),
-            is_shadow=self.is_shadow(request_id),
+            is_shadow=is_shadow,
+            query=self._query(request_id) if is_shadow else None,
             kind=kind,
         )
+
+    def _query(self, request_id: str) -> str | None:
+        """`Resolved.query` of a shadow request."""
+        group = request_group(request_id) if self._promises_order else None
+        return None if group is None else self._shadow.first_of(request_id, group)
 
     def _kind(self, resolved: Resolved, adapter: LoRARequest | None) -> str | None:
         """See `Resolved.kind`."""
@@ -325,6 +334,7 @@ class Admission:
             subset=ALL if config is None else _subset(resolved.output, config),
             certified_tokens=UNLIMITED if config is None else config.max_tokens,
             has_choice_policy=config is not None and bool(config.choices),
+            answers_stand=config is not None and config.answers_stand,
             pooled_from=NOT_POOLED if pooled_from is None else pooled_from,
             last_token_row=last_token_row,
             text=() if name is None else resolved.texts.get(name, ()),

@@ -28,6 +28,7 @@ class Admitted:
             without a label pool.
         certified_tokens: how many of its first tokens its policy's bound covers.
         has_choice_policy: whether a policy for choices decides it.
+        answers_stand: whether its policy's answers do, see `ArtifactConfig.answers_stand`.
         pooled_from: the position from which on its policy pools its prompt; `NOT_POOLED` if it
             reads the last token alone, or if the prompt is not longer.
         last_token_row: the row of the thresholds if the prompt cannot be pooled as a whole.
@@ -46,6 +47,7 @@ class Admitted:
     subset: int
     certified_tokens: int
     has_choice_policy: bool
+    answers_stand: bool
     pooled_from: int
     last_token_row: int
     text: Sequence[int]

@@ -41,6 +41,8 @@ class Resolved:
         saving: name of the policy that probably decides it, and the fraction of its prompt's
             layers that an exit skips for good; None if later steps run the skipped layers.
         is_shadow: whether it runs to full depth where it could exit, to compare the answers.
+        query: of a document whose query is compared as a whole, the request of the first document;
+            None for all other requests.
         texts: policy -> what its student reads of the prompt, in the student's tokens; for the
             policies with a student that may decide the request.
         force_full_depth_prefill: whether its prompt must run at full depth, to complete the blocks
@@ -57,6 +59,7 @@ class Resolved:
     may_end_after_first_token: bool = False
     saving: tuple[str, float] | None = None
     is_shadow: bool = False
+    query: str | None = None
     texts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     force_full_depth_prefill: bool = False
     kind: str | None = None

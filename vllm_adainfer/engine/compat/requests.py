@@ -32,11 +32,11 @@ def request_group(request_id: str) -> str | None:
     return group if dash and part.isdecimal() and begins.startswith(MADE_OF_PARTS) else None
 
 
+def begins_group(request_id: str) -> bool:
+    """Whether an engine request is the first of its HTTP request: vLLM 0.32 sends them in order."""
+    return short_id(request_id).endswith("-0")
+
+
 def short_id(request_id: str) -> str:
     """The id that the client sent; of a long one its end."""
     return client_request_id(request_id[-LONGEST:])
-
-
-def query_of(request_id: str) -> str:
-    """The query of a document: all documents of one ``/rerank`` or ``/score`` have the same."""
-    return request_group(request_id) or request_id[-LONGEST:]

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 
 from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.engine.compat.requests import query_of, request_group
+from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, read_from_rank0, same_on_all_ranks
 from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.errors import AdaInferError
@@ -165,7 +165,7 @@ def monitor_of(config: ArtifactConfig, settings: Settings) -> Monitor:
     if settings.calibrates_itself:
         return LedgerMonitor(epsilons, config.delta)
     if config.top_k is not None:
-        return QueryMonitor(epsilons, config.delta, config.top_k, query_of)
+        return QueryMonitor(epsilons, config.delta, config.top_k, request_group)
     make: Callable[[Sequence[float]], Monitor] = partial(
         AnswerMonitor, alpha=config.delta, risk=config.risk
     )

@@ -84,6 +84,8 @@ class RunningRequests:
             stats = self._loop.stats.by_policy[admitted.policy]
             stats.not_covered[admitted.not_covered] += 1
         self._admitted[new.req_id] = admitted
+        if resolved.query is not None:
+            self._loop.began(new.req_id, resolved.query)
 
     def use_admission(self, admission: Admission) -> None:
         """Decide by `admission` from now on, for running requests too."""
@@ -112,7 +114,7 @@ class RunningRequests:
     def ended(self, request_ids: Iterable[str]) -> None:
         """Note that these requests get no more tokens."""
         for request_id in request_ids:
-            self._loop.ended(request_id)
+            self._loop.ended(request_id, ran=self.knows(request_id))
 
     def knows(self, request_id: str) -> bool:
         """Whether this is a real request, not a row of a dummy batch."""
@@ -145,7 +147,7 @@ class RunningRequests:
         pooled_from = self._whole_prompts(admitted, request_ids, computed, rows)
         max_tokens = np.array([request.resolved.max_tokens for request in admitted])
         full_prefill = np.array([request.resolved.force_full_depth_prefill for request in admitted])
-        rows[full_prefill & (computed < prompt)] = FULL_DEPTH
+        completes = full_prefill & (computed < prompt)  # keys and values that others need
         certified = np.array([request.certified_tokens for request in admitted])
         rows[last + 2 - prompt > certified] = FULL_DEPTH  # left: which token of the request this is
         chooses = subsets = record_rows = texts = None
@@ -166,7 +168,12 @@ class RunningRequests:
         if self._loop.kv.defers:
             # vLLM frees blocks outside the window, which deferred rows still need. Chunks before
             # the last one are never deferred, and pooled policies read them.
-            rows[yields_token & continues & (last + 1 >= self.window)] = FULL_DEPTH
+            completes |= yields_token & continues & (last + 1 >= self.window)
+        stays = None
+        if self.admission.any_stand:
+            stands = np.array([request.answers_stand for request in admitted])
+            stays, completes = completes & stands, completes & ~stands
+        rows[completes] = FULL_DEPTH
         shadow = recorded = None
         if self.kinds is not None:
             serves = not self._loop.stats.weights_differ
@@ -184,6 +191,7 @@ class RunningRequests:
             threshold_rows=rows,
             continues=continues,
             is_shadow=shadow,
+            stays=stays,
             subsets=subsets,
             pooled_from=pooled_from,
             texts=texts,

@@ -59,6 +59,8 @@ class CapturingScheduler(_Scheduler):
         group = request_group(request.request_id)
         # All documents of a query, or none: a bound on its order needs them all.
         together = group if request.pooling_params is not None else None
+        if together is not None:  # a client may use its id for several queries
+            group = self._sample.first_of(request.request_id, together)
         if self._sample.has(request.request_id, together):
             found = line_of(request, self._served_name)
             if found is not None:

@@ -24,6 +24,8 @@ from vllm_adainfer.engine.startup.banner import (
 from vllm_adainfer.engine.startup.refusals import (
     refuse_other_answers,
     refuse_students_without_text,
+    refuse_torn_captures,
+    refuse_torn_queries,
     refuse_unknown_questions,
     refuse_unsupported,
 )
@@ -58,6 +60,7 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     refuse_other_answers(vllm_config, configs)
     refuse_unknown_questions(settings, configs)
     refuse_students_without_text(vllm_config, configs)
+    refuse_torn_queries(vllm_config, settings, configs)
     _check_fixed_exit_points(vllm_config, settings)
     admission = Admission.from_config(vllm_config, settings, configs)
     _log_policies(vllm_config, settings, admission)
@@ -80,6 +83,7 @@ def configure_scheduler(vllm_config: VllmConfig, settings: Settings) -> None:
     """
     if settings.capture is not None:
         _select_scheduler(vllm_config, "capture")
+        refuse_torn_captures(vllm_config)
         check_directory("capture", settings.capture.directory)
         logger.warning("%s", capture_notice(settings.capture))
     if settings.audit is not None:

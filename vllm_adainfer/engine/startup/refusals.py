@@ -86,6 +86,45 @@ def refuse_other_answers(vllm_config: VllmConfig, configs: Mapping[str, Artifact
             )
 
 
+def refuse_torn_queries(
+    vllm_config: VllmConfig, settings: Settings, configs: Mapping[str, ArtifactConfig]
+) -> None:
+    """Refuse to compare queries whose documents vLLM spreads over several engines.
+
+    Raises:
+        AdaInferError: a policy promises an order, and the switch has a shadow rate.
+
+    """
+    for name, config in configs.items():
+        if config.top_k is not None and settings.compares and _has_replicas(vllm_config):
+            raise AdaInferError(
+                f"vllm-adainfer: policy {name} promises which documents of a query come first, and "
+                "--data-parallel-size spreads the documents of a query over engines, none of which "
+                "can compare its order: start each replica as a server of its own, or drop "
+                '"shadow_rate"'
+            )
+
+
+def refuse_torn_captures(vllm_config: VllmConfig) -> None:
+    """Refuse to capture queries whose documents vLLM spreads over several engines.
+
+    Raises:
+        AdaInferError: the model scores documents.
+
+    """
+    if vllm_config.model_config.runner_type == "pooling" and _has_replicas(vllm_config):
+        raise AdaInferError(
+            'vllm-adainfer: "capture" takes a query with all its documents, and '
+            "--data-parallel-size spreads the documents of a query over engines: start each "
+            'replica as a server of its own, or drop "capture"'
+        )
+
+
+def _has_replicas(vllm_config: VllmConfig) -> bool:
+    size: int = vllm_config.parallel_config.data_parallel_size
+    return size > 1
+
+
 def refuse_students_without_text(
     vllm_config: VllmConfig, configs: Mapping[str, ArtifactConfig]
 ) -> None:

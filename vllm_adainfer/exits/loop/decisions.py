@@ -19,6 +19,7 @@ from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.exits.loop.step import NOBODY
 from vllm_adainfer.monitoring.monitor import Monitor
+from vllm_adainfer.monitoring.query_monitor import NO_LEVEL, QueryMonitor
 from vllm_adainfer.policy.answers import Answers, EarlyScores
 from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicyRows, PolicySet
@@ -186,12 +187,12 @@ class Decisions:
     def place(self, hidden: Tensor) -> tuple[ScoredRequests, ...]:
         """Write answers that are states to `hidden`, the LM head's input; return the scores.
 
-        They include answers of requests that stayed to full depth, where those spare the LM head.
+        They include answers of requests that stayed to full depth, where those stand.
         """
         step = self._step
         exited, answered, scored = step.exited, step.answered(), []
         for index, answers in self._answers.items():
-            requests = answered if answers.spares_head else exited
+            requests = answered if self._policies.answers_stand[index] else exited
             requests = requests[self._owners[requests] == index]
             if not requests.size:
                 continue
@@ -206,24 +207,33 @@ class Decisions:
     def of_shadows(
         self, monitors: Mapping[str, Monitor], stats: ExitStats
     ) -> Iterator[ShadowAnswers]:
-        """The early answers of shadow requests, for each policy that has some."""
+        """The early answers of shadow requests, for each policy that has some.
+
+        An order is also that of documents which no policy may decide.
+        """
         step = self._step
         if step.shadow is None:
             return
-        for index in np.unique(self._owners[step.shadow]).tolist():
-            shadow = step.shadow[self._owners[step.shadow] == index]
+        undecidable = step.shadow_at_full_depth()
+        for index, (name, monitor) in enumerate(monitors.items()):
+            own = step.shadow[self._owners[step.shadow] == index]
+            own_rows = self._policies.own_rows(step.threshold_rows[own], self._owners[own])
+            shadow, levels = own, monitor.levels_of(own_rows)
+            if isinstance(monitor, QueryMonitor):
+                shadow = np.concatenate([own, undecidable])
+                levels = np.concatenate([levels, np.full(len(undecidable), NO_LEVEL)])
+            if not shadow.size:
+                continue
             settled = step.settled(shadow)
             [requests] = step.on_device(shadow[settled])
             answers = self._answers.get(index)
-            name = self._policies.names[index]
-            own_rows = self._policies.own_rows(step.threshold_rows[shadow], self._owners[shadow])
             yield ShadowAnswers(
                 name=name,
                 policy=self._policies.policies[index],
-                monitor=monitors[name],
+                monitor=monitor,
                 stats=stats.by_policy[name],
                 request_ids=[step.request_ids[place] for place in shadow.tolist()],
-                levels=monitors[name].levels_of(own_rows),
+                levels=levels,
                 settled=settled,
                 everyone=shadow,
                 requests=requests,

@@ -29,9 +29,9 @@ class ExitLoop(Loop):
 
     A request leaves at the first exit point where a policy has settled it and enough rows leave
     with it to be worth a smaller batch. Until then it stays in. If it reaches full depth after all,
-    its early answer is dropped, unless that answer spares the LM head. A shadow request always
-    reaches full depth, and both answers are compared. The KV policy takes care of what later tokens
-    find in the layers that a request has skipped.
+    its early answer is dropped, unless the policy's answers stand. A shadow request always reaches
+    full depth, and both answers are compared. The KV policy takes care of what later tokens find in
+    the layers that a request has skipped.
 
     Attributes:
         policies: decide who may leave.
@@ -121,9 +121,8 @@ class ExitLoop(Loop):
         names, depth = self.policies.names, self._shape.depth
         owners = self.policies.owners(step.threshold_rows)
         early = set(step.exited.tolist())
-        for place in step.answered().tolist():
-            if self.policies.policies[owners[place]].spares_head:
-                early.add(place)  # its answer is the early one, although it may have stayed
+        answered = step.answered()  # some may have stayed
+        early.update(answered[self.policies.answers_stand[owners[answered]]].tolist())
         shadow = set(() if step.shadow is None else step.shadow.tolist())
         for place in np.flatnonzero(step.yields_token).tolist():
             left_at = int(step.left_at[place])
@@ -150,6 +149,7 @@ class ExitLoop(Loop):
         decisions = Decisions(self.policies, forward, self.carried, self._read)
         self.stats.tokens_decided += step.num_sampled
         kept: list[Tensor] = []
+        asks = True
         for segment in range(self._shape.last_segment):
             if segment == self._shape.tail:
                 forward.drop_unsampled()
@@ -158,7 +158,10 @@ class ExitLoop(Loop):
                 break
             if step.recorded is not None:
                 kept.append(forward.last_states(step.recorded.places))
-            if decisions.has_chunks or (step.is_open and self._may_pay(segment, forward)):
+            # Who was not asked at one exit point is asked at no later one: what a policy promises
+            # is the answer of the first that settles a request.
+            asks = asks and step.is_open and self._may_pay(segment, forward)
+            if asks or decisions.has_chunks:
                 self._decide(segment, decisions, step)
             self._regroup(segment, forward)
             if forward.layout.num_rows == 0:
@@ -193,12 +196,11 @@ class ExitLoop(Loop):
     def _may_pay(self, exit_index: int, forward: ForwardPass) -> bool:
         """Whether to ask who is settled here: not if nobody could leave by the answer.
 
-        Then nobody could at later exit points either: all that may exit run to full depth, which is
-        right by any bound. Answers of shadow requests are compared although they stay, and some
-        answers spare the LM head.
+        Then all that may exit run to full depth, which is right by any bound but those of policies
+        whose answers stand. Answers of shadow requests are compared although they stay.
         """
         step = forward.step
-        if step.num_shadow or self.policies.spares_head:
+        if step.num_shadow or self.policies.answers_stand[forward.owners].any():
             return True
         rows = int(forward.layout.query_lens[step.may_leave()].sum())
         if rows == forward.layout.num_rows:

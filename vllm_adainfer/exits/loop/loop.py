@@ -121,9 +121,17 @@ class Loop(ABC):
         self.carried.forget(request_id)
         self.kv.forget(request_id)
 
-    def ended(self, request_id: str) -> None:
-        """A request gets no more tokens, whether or not it ever ran."""
+    def began(self, request_id: str, query: str) -> None:
+        """A document of a shadow query begins to run, see `QueryMonitor.began`."""
+        for monitor in self.monitors.values():
+            if isinstance(monitor, QueryMonitor):
+                monitor.began(request_id, query)
+
+    def ended(self, request_id: str, ran: bool = True) -> None:
+        """A request gets no more tokens; `ran`: whether it ever ran."""
         for name, monitor in self.monitors.items():
+            if not ran and isinstance(monitor, QueryMonitor):
+                monitor.never_ran(request_id)
             warn(name, monitor, monitor.ended(request_id))
             for watch in monitor.labels:
                 warn_of_label(name, watch.promise, watch.monitor.ended(request_id))

@@ -33,7 +33,8 @@ class ShadowAnswers:
         monitor: the policy's monitor.
         stats: the policy's counters.
         request_ids: [shadow], vLLM's ids.
-        levels: [shadow], the level of each request among the monitor's.
+        levels: [shadow], the level of each request among the monitor's; `NO_LEVEL` for a document
+            that no policy may decide.
         settled: [shadow], False where no exit point settled the request: then both answers agree.
         everyone: [shadow], places of all of them in the step's batch.
         requests: int64 [settled], those of the settled ones.

@@ -46,6 +46,8 @@ class StepContext:
         continues: [requests], True for those that may be asked for another token.
         is_shadow: [requests], True for those that are decided at exit points if they may exit, but
             stay to full depth; None where there is no monitor.
+        stays: [requests], True for those that are decided like others but run all layers, for the
+            keys and values that others need; None if there are none.
         all_rows_count: whether the final states of all rows are read, not only of sampled ones.
         device: the device of the rows.
         subsets: [requests], see `Admitted.subset`; None if no policy has a label pool.
@@ -67,6 +69,7 @@ class StepContext:
     threshold_rows: Ints
     continues: Bools
     is_shadow: Bools | None = None
+    stays: Bools | None = None
     all_rows_count: bool = False
     device: torch.device = CPU
     subsets: Ints | None = None
@@ -81,10 +84,13 @@ class StepContext:
         """Derive who may exit, and who of them may leave the stack."""
         self.num_requests = len(self.request_ids)
         self.num_sampled = int(np.count_nonzero(self.yields_token))
-        self._may_exit = self._may_leave = self.yields_token & (self.threshold_rows >= 0)
+        self._may_exit = self._takes_early = self.yields_token & (self.threshold_rows >= 0)
         if self.is_shadow is not None:
             self.shadow = np.flatnonzero(self._may_exit & self.is_shadow)
-            self._may_leave = self._may_exit & ~self.is_shadow
+            self._takes_early = self._may_exit & ~self.is_shadow
+        self._may_leave = (
+            self._takes_early if self.stays is None else self._takes_early & ~self.stays
+        )
         self._num_may_exit = int(np.count_nonzero(self._may_exit))
         self._num_settled = 0
         self.left_at = np.full(self.num_requests, -1)
@@ -110,6 +116,12 @@ class StepContext:
         """How many shadow requests may exit."""
         return 0 if self.shadow is None else len(self.shadow)
 
+    def shadow_at_full_depth(self) -> Ints:
+        """Shadow requests that yield a token in this step and may not exit."""
+        if self.is_shadow is None:
+            return NOBODY
+        return np.flatnonzero(self.yields_token & self.is_shadow & ~self._may_exit)
+
     def may_leave(self) -> Ints:
         """Requests in the stack that may leave it, settled or not."""
         return np.flatnonzero(self._may_leave & (self.left_at < 0))
@@ -134,7 +146,7 @@ class StepContext:
 
     def answered(self) -> Ints:
         """Settled requests, exited or not, without the shadow requests."""
-        return np.flatnonzero(self._settled & self._may_leave)
+        return np.flatnonzero(self._settled & self._takes_early)
 
     def settled(self, requests: Ints) -> Bools:
         """Whether the answer of each of `requests` is known."""
