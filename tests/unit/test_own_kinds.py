@@ -27,7 +27,7 @@ UNDER_POLICY = 0
 def request(number: int) -> Admitted:
     """A request of the kind `number`."""
     resolved = Resolved(RequestSettings(), None, 1, False, kind=f"kind-{number}")
-    return Admitted(resolved, UNDER_POLICY, -1, 1, False, -1, -1, (), (1, 2), None, -1)
+    return Admitted(resolved, UNDER_POLICY, -1, 1, False, False, -1, -1, (), (1, 2), None, -1)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ class QueryMonitor(AnswerMonitor):
         self._ended = 0
         self._queries: OrderedDict[str, Query] = OrderedDict()  # the one seen last comes last
         self._query_of: dict[str, str] = {}  # by document
-        self._latest: dict[str | None, str] = {}  # by group
+        self._latest_query: dict[str | None, str] = {}  # by group
         self._counted: list[tuple[float, bool]] = []
 
     def began(self, request_id: str, query: str) -> None:
@@ -79,7 +79,7 @@ class QueryMonitor(AnswerMonitor):
         document, query = request_id[-LONGEST:], query[-LONGEST:]
         if document == query and query not in self._queries:
             group = self._group_of(request_id)
-            self._queries[query], self._latest[group] = Query(group), query
+            self._queries[query], self._latest_query[group] = Query(group), query
         found = self._queries.get(query)
         if found is None:
             return
@@ -115,7 +115,7 @@ class QueryMonitor(AnswerMonitor):
 
     def never_ran(self, request_id: str) -> None:
         """A request, of a query or not, has ended before it ran, as when its client hung up."""
-        name = self._latest.get(self._group_of(request_id))
+        name = self._latest_query.get(self._group_of(request_id))
         if name is not None:
             self._queries[name].is_whole = False
 
@@ -141,8 +141,8 @@ class QueryMonitor(AnswerMonitor):
         query = self._queries.pop(name)
         for document in query.scores:
             del self._query_of[document]
-        if self._latest.get(query.group) == name:
-            del self._latest[query.group]
+        if self._latest_query.get(query.group) == name:
+            del self._latest_query[query.group]
 
     def _judge(self, query: Query) -> list[MonitorStatus]:
         known = [scores for scores in query.scores.values() if scores is not None]

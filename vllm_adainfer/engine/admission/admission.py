@@ -106,8 +106,9 @@ class Admission:
         self._logprobs_mode = logprobs_mode
         self._serves_prompt_logprobs = serves_prompt_logprobs
         self._ends_choices = ends_choices
-        self._draws_groups = any(
-            config.top_k is not None or config.most_together > 1 for config in configs.values()
+        self._promises_order = any(config.top_k is not None for config in configs.values())
+        self._draws_groups = self._promises_order or any(
+            config.most_together > 1 for config in configs.values()
         )
         self._shadow = GroupSample(settings.shadow_rate, "shadow")
         self.policies = Policies(settings, configs, ends_choices)
