@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
+from vllm_adainfer.auto.ledger import Ledger
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.admission.admitted import Admitted
 from vllm_adainfer.engine.admission.resolved import Resolved
@@ -120,3 +121,16 @@ def test_a_miss_is_on_disk_when_its_step_has_ended_and_a_restart_goes_on(kinds, 
     assert read_json(directory.ledger(name))["misses"] == 2
     again = OwnKinds(Auto(directory=str(directory.root)), directory)
     assert again.kinds[name].ledger.as_dict() == own.ledger.as_dict()
+
+
+def test_a_lower_rate_is_on_disk_before_a_coin_is_tossed_with_it(kinds, directory):
+    step(kinds, [request(1)] * RECURS)
+    [(name, own)] = kinds.kinds.items()
+    own.ledger.allowed = 1000.0
+    kinds._toss = lambda: 0.9
+    before = own.ledger.rate
+    while own.ledger.rate == before:
+        step(kinds, [request(1)] * RECURS)
+    saved = Ledger.of_dict(read_json(directory.ledger(name)))
+    assert saved is not None
+    assert saved.as_dict() == own.ledger.as_dict()
