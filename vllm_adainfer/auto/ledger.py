@@ -151,8 +151,8 @@ class Ledger:
         self._evidence.add(decided, misses, self.rate)
         if self._evidence.is_enough:
             self.why_closed = (
-                f"its policy changes more than {self.epsilon:g} of the answers, by evidence that is "
-                f"wrong for {ERROR_RATE:.0%} of kinds at most: the traffic has changed"
+                f"its policy changes more than {self.epsilon:g} of the answers, by evidence that "
+                f"is wrong for {ERROR_RATE:.0%} of kinds at most: the traffic has changed"
             )
 
     def _set_rate(self) -> None:
