@@ -66,6 +66,16 @@ def test_prompts_that_run_all_layers_for_a_shared_prefix_count_but_are_not_recor
     assert own.ledger.requests == RECURS + 2
 
 
+def test_what_a_policy_in_service_does_not_decide_earns_no_budget(kinds):
+    step(kinds, [request(1)] * RECURS)
+    [own] = kinds.kinds.values()
+    own.state = "served"
+    step(kinds, [request(1)] * 5, rows=FULL_DEPTH)
+    assert own.ledger.requests == RECURS
+    step(kinds, [request(1)] * 5)
+    assert own.ledger.requests == RECURS + 5
+
+
 def test_so_many_kinds_are_recorded_and_one_that_comes_too_seldom_makes_room(kinds):
     for number in range(MOST_RECORDED + 1):
         step(kinds, [request(10 * number)] * RECURS)

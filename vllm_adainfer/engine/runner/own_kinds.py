@@ -147,7 +147,10 @@ class OwnKinds:
             count = own.ledger.decidable(coins) if own.is_saved else 0
             threshold_rows[decidable[count:]] = FULL_DEPTH
             compared[decidable[:count]] = coins[:count]
-            self._step[name] = len(places), count
+            # What a policy in service does not decide, whatever a client sent, earns it no budget.
+            earning = decidable if own.state == "served" else places
+            if earning:
+                self._step[name] = len(earning), count
             if own.state == "recording":
                 new = [
                     place
