@@ -156,9 +156,9 @@ class Ledger:
             )
 
     def _set_rate(self) -> None:
-        """Go down a rate where the budget has room there, or up where it has none here."""
+        """Go down a rate where whole steps would exit there, or up where half of one would not."""
         place = self.rates.index(self.rate)
-        if self._room(self.rate) == 0:
+        if self._room(self.rate) < max(1, self.rate * self.largest_step / 2):
             self._go_to(self.rates[max(0, place - 1)])
         elif place + 1 < len(self.rates) and self._has_room(self.rates[place + 1]):
             self._go_to(self.rates[place + 1])
