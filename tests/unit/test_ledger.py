@@ -176,16 +176,14 @@ def opened(share: float, requests: int, seed: int = 0, size: int = 16) -> Stream
 )
 def test_so_large_a_share_of_requests_exits_however_many_come_in_a_step(size, soon, later):
     """`soon` of the first 40,000 and `later` of the next, where 0.8 % are misses."""
-    exits = []
-    for seed in range(3):
-        stream = opened(0.008, 38_500, seed, size)
-        before = stream.exits
-        after(40_000, 0.008, stream, size)
-        exits.append((before / 38_500, (stream.exits - before) / 40_000))
-    assert (np.mean(exits, axis=0) > (soon, later)).all()
+    stream = opened(0.008, 38_500, size=size)
+    before = stream.exits
+    after(40_000, 0.008, stream, size)
+    assert before > soon * 38_500
+    assert stream.exits - before > later * 40_000
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_kind_stays_open_at_half_of_epsilon(seed):
     ledger = opened(0.01, 40_000, seed).ledger
     assert not ledger.is_closed
@@ -196,7 +194,7 @@ def test_a_kind_stays_open_at_half_of_epsilon(seed):
 def test_a_kind_closes_for_good_when_its_traffic_changes(share, spent, closed):
     """`spent` is when a budget at its most is spent on average, by hand."""
     found = []
-    for seed in range(8):
+    for seed in range(5):
         stream = opened(0.002, 20_000, seed)
         ledger, changed_at = stream.ledger, stream.ledger.requests
         assert ledger.allowed > ledger.changed_at_most + 0.9 * MOST_UNUSED
@@ -214,7 +212,7 @@ def test_a_kind_closes_for_good_when_its_traffic_changes(share, spent, closed):
 
 
 def test_a_kind_whose_traffic_stays_as_it_is_and_within_epsilon_stays_open():
-    for seed in range(10):
+    for seed in range(6):
         assert not opened(0.9 * EPSILON, 60_000, seed, size=64).ledger.is_closed
 
 
@@ -230,6 +228,17 @@ def test_the_rate_falls_where_the_budget_allows_it_and_rises_where_it_has_no_roo
     lowest = stream.ledger.rate
     after(4000, 0.05, stream)
     assert stream.ledger.rate == RATE > lowest
+
+
+def test_the_rate_falls_only_where_the_budget_holds_all_that_a_step_compares():
+    stream = opened(0.005, 0, size=256)
+    ledger, rate = stream.ledger, RATE
+    while rate > LOWER_RATES[-1]:
+        stream.step(at(0.005, stream), 256)
+        if ledger.rate < rate:
+            rate = ledger.rate
+            compared = [True] * round(256 * rate)
+            assert ledger.decidable(compared) == len(compared)
 
 
 def test_a_lower_rate_gives_up_the_bounds_that_it_cannot_carry_on_at_once():

@@ -146,7 +146,7 @@ class Ledger:
 
     def _judge(self, decided: int, misses: int) -> None:
         """Close the kind for good once it is evident that its policy changes too much."""
-        if self.is_closed:
+        if self.is_closed or not decided:
             return
         self._evidence.add(decided, misses, self.rate)
         if self._evidence.is_enough:
