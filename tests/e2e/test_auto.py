@@ -130,11 +130,12 @@ def test_only_its_user_can_read_the_directory(auto, directory, labels):
         assert path.stat().st_mode & 0o077 == 0, path
 
 
-def test_opted_out_sampled_and_lone_answers_are_no_kind(auto, labels):
+def test_full_depth_by_choice_sampled_and_lone_answers_are_no_kind_and_earn_no_budget(auto, labels):
     kinds = running_of(parts(auto)[1]).kinds
     before = {name: own.ledger.requests for name, own in kinds.kinds.items()}
     many = PROMPTS[: 2 * RECURS]
     ask(auto, many, label(labels, adainfer=0))
+    ask(auto, many, label(labels, adainfer_epsilon=0))
     ask(auto, many, label(labels[:1]))
     ask(auto, many, SamplingParams(temperature=1, max_tokens=1, allowed_token_ids=labels))
     assert {name: own.ledger.requests for name, own in kinds.kinds.items()} == before

@@ -15,6 +15,7 @@ from tests.admitted import admitted, resolved, row_of
 from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.fields import MOST_ANSWERS, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
+from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.engine.admission import admission as admission_module
 from vllm_adainfer.engine.admission import threshold_rows
 from vllm_adainfer.engine.admission import traffic_sample as sample
@@ -242,6 +243,24 @@ def test_a_request_may_exit_at_every_epsilon_but_0(
     arguments = None if requested is None else {"adainfer_epsilon": requested}
     params = label_request(label_ids, extra_args=arguments)
     assert resolved(admission(epsilon=default), params).may_exit == may_exit
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_kind"),
+    [
+        ({}, True),
+        ({"adainfer": 1}, True),
+        ({"adainfer": 0}, False),
+        ({"adainfer_epsilon": 0}, False),
+    ],
+)
+def test_a_request_for_full_depth_is_of_no_kind_and_earns_no_budget(
+    tmp_path, label_ids, asked, has_kind
+):
+    AutoDirectory(tmp_path / "auto").create()
+    admission = Admission(Settings(auto={"directory": str(tmp_path / "auto")}))
+    kind = admission.resolve("request", label_request(label_ids, extra_args=asked)).kind
+    assert (kind is not None) == has_kind
 
 
 @pytest.mark.parametrize(("arguments", "row"), [({"adainfer_row": 7}, 7), ({}, NOT_RECORDED)])

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from vllm_adainfer.auto.ledger import GRID, LOWER_RATES, MOST_UNUSED, Ledger
+from vllm_adainfer.auto.ledger import GRID, LOWER_RATES, MOST_UNUSED, MOST_UNUSED_STEPS, Ledger
 from vllm_adainfer.errors import AdaInferError
 
 EPSILON, ALPHA, RATE = 0.02, 0.1, 0.25
-STREAMS, STEPS = 2000, 160
+STREAMS, STEPS = 200, 160  # of each adversary
 
 
 @dataclass
@@ -24,14 +24,16 @@ class Stream:
     Attributes:
         ledger: the ledger.
         random: the coins, and the adversary's own whims.
-        changed: answers that policies would have changed so far, compared or not.
-        violated: whether these were ever more than the claim.
+        changed: answers that policies have changed so far: misses that no coin compared.
+        exits: requests that policies have answered.
+        violated: whether more answers were ever changed than the claim.
 
     """
 
     ledger: Ledger
     random: np.random.Generator
     changed: int = 0
+    exits: int = 0
     violated: bool = False
 
     def step(self, misses: Callable[[int], np.ndarray], size: int, foreseen: bool = False) -> int:
@@ -46,10 +48,17 @@ class Stream:
         missed = misses(size)[:decided]
         if foreseen:
             missed = missed & ~coins
-        self.changed += int(missed.sum())
+        self.changed += int((missed & ~coins).sum())
+        self.exits += int((~coins).sum())
         ledger.add(size, decided, int((missed & coins).sum()))
         self.violated |= self.changed > ledger.changed_at_most
         return decided
+
+
+def record(ledger: Ledger, requests: int, size: int = 50) -> None:
+    """Count requests before there is a policy."""
+    for begun in range(0, requests, size):
+        ledger.add(min(size, requests - begun), 0, 0)
 
 
 def at(rate: float, stream: Stream) -> Callable[[int], np.ndarray]:
@@ -67,7 +76,7 @@ ADVERSARIES: dict[str, Adversary] = {
         stream.changed < stream.ledger.changed_at_most - 1
     ),
     "goes on while lucky": lambda stream, step: float(
-        stream.ledger.misses < 0.9 * RATE * max(1, stream.changed)
+        stream.ledger.misses < 0.9 * RATE / (1 - RATE) * max(1, stream.changed)
     ),
     "another policy every ten steps": lambda stream, step: 0.2 * (step // 10 % 2),
     "waits for lower rates": lambda stream, step: float(stream.ledger.rate < RATE) or 0.002,
@@ -75,36 +84,36 @@ ADVERSARIES: dict[str, Adversary] = {
 }
 
 
-def violated(streams: int, foreseen: bool = False) -> int:
-    """How many of so many streams, shared by all adversaries, ever broke the claim."""
+def violated(streams: int, share_of: Adversary | None) -> int:
+    """How many streams of an adversary ever broke the claim; None is one who knows the coins."""
     count = 0
     for number in range(streams):
         random = np.random.default_rng([7, number])
-        adversary = [*ADVERSARIES.values()][number % len(ADVERSARIES)]
         epsilon = float(random.choice([0.01, 0.02, 0.05]))
         stream = Stream(Ledger(epsilon, ALPHA, RATE), random)
-        stream.ledger.add(round(40 / epsilon), 0, 0)  # recorded at full depth
+        record(stream.ledger, round(40 / epsilon))
         for step in range(STEPS):
-            if foreseen:
+            if share_of is None:
                 stream.step(lambda size: np.ones(size, dtype=bool), 50, foreseen=True)
             else:
-                share = adversary(stream, step)
-                stream.step(at(share, stream), int(random.integers(1, 120)))
+                stream.step(at(share_of(stream, step), stream), int(random.integers(1, 120)))
         count += stream.violated
     return count
 
 
-def test_the_claim_fails_for_at_most_alpha_of_adversarial_streams():
-    assert violated(STREAMS) <= ALPHA * STREAMS
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_the_claim_fails_for_at_most_alpha_of_an_adversary_s_streams(adversary):
+    deviation = math.sqrt(STREAMS * ALPHA * (1 - ALPHA))
+    assert violated(STREAMS, ADVERSARIES[adversary]) <= ALPHA * STREAMS + 3 * deviation
 
 
 def test_the_claim_would_fail_if_an_adversary_knew_the_coins():
-    assert violated(50, foreseen=True) > 2 * ALPHA * 50
+    assert violated(50, None) > 2 * ALPHA * 50
 
 
 @pytest.mark.parametrize("c", GRID)
 @pytest.mark.parametrize("rate", [0.25, *LOWER_RATES, 0.9])
-def test_a_compared_miss_makes_up_for_those_that_no_coin_compares(c, rate):
+def test_a_compared_miss_makes_up_for_those_that_are_changed(c, rate):
     """The oracle is the expectation over the coin: the capital stays 1."""
     ledger = Ledger(EPSILON, ALPHA, rate)
     ledger.add(1, 1, 1)
@@ -113,21 +122,21 @@ def test_a_compared_miss_makes_up_for_those_that_no_coin_compares(c, rate):
         assert bound is None
     else:
         weight = bound * c - math.log(len(GRID) / ALPHA)
-        assert math.exp(c) * (1 - rate + rate * math.exp(-weight)) == pytest.approx(1)
+        assert math.exp(c) * (1 - rate) + rate * math.exp(-weight) == pytest.approx(1)
 
 
 def test_a_ledger_opens_once_requests_have_earned_what_a_miss_would_cost():
     ledger = Ledger(EPSILON, ALPHA, RATE)
     opened = next(n for n in range(10_000) if ledger.decidable([True]) or ledger.add(1, 0, 0))
-    assert 1200 < opened < 1800
+    assert 1100 < opened < 1740
     assert ledger.changed_at_most == pytest.approx(math.log(len(GRID) / ALPHA) / max(GRID))
-    ledger.add(1790 - opened, 0, 0)  # by hand, for c = 0.12: (30.7 + 5.0) / 0.02
+    record(ledger, 1740 - opened, 1)  # by hand, for c = 0.12: (30.7 + 4.0) / 0.02
     assert ledger.decidable([False, True, False, True, False]) >= 2
 
 
 def test_a_request_is_let_in_whatever_its_own_coin_is():
     ledger = Ledger(EPSILON, ALPHA, RATE)
-    ledger.add(2200, 0, 0)
+    record(ledger, 2200)
     for before in ([], [True], [False, True, True], [True] * 9):
         taken = [ledger.decidable([*before, coin]) for coin in (False, True)]
         assert taken[0] == taken[1]
@@ -135,16 +144,17 @@ def test_a_request_is_let_in_whatever_its_own_coin_is():
 
 
 @pytest.mark.parametrize("share", [0.01, 0.03, 1.0])
-@pytest.mark.parametrize("size", [1, 7, 64])
+@pytest.mark.parametrize("size", [1, 7, 64, 512])
 def test_the_claim_never_exceeds_the_budget_once_requests_leave(share, size):
     stream = Stream(Ledger(EPSILON, ALPHA, RATE), np.random.default_rng(3))
-    for _ in range(15_000 // size):
+    for _ in range(max(15_000, 60 * size) // size):
         stream.step(at(share, stream), size)
         ledger = stream.ledger
         assert ledger.allowed <= EPSILON * ledger.requests + 1e-9
         if ledger.decided:
             assert ledger.changed_at_most <= ledger.allowed + 1e-9
-        assert ledger.allowed <= ledger.changed_at_most + MOST_UNUSED + 1e-9
+        most_unused = max(MOST_UNUSED, MOST_UNUSED_STEPS * size)
+        assert ledger.allowed <= ledger.changed_at_most + most_unused + 1e-9
     assert stream.ledger.decided
 
 
@@ -154,36 +164,56 @@ def after(requests: int, share: float, stream: Stream, size: int = 16) -> Stream
     return stream
 
 
-def opened(share: float, requests: int, seed: int = 0) -> Stream:
+def opened(share: float, requests: int, seed: int = 0, size: int = 16) -> Stream:
     stream = Stream(Ledger(EPSILON, ALPHA, RATE), np.random.default_rng(seed))
-    stream.ledger.add(1500, 0, 0)
-    return after(requests, share, stream)
+    record(stream.ledger, 1500, size)
+    return after(requests, share, stream, size)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("size", "soon", "later"),
+    [(16, 0.83, 0.88), (64, 0.80, 0.91), (256, 0.61, 0.92), (512, 0.46, 0.88)],
+)
+def test_so_large_a_share_of_requests_exits_however_many_come_in_a_step(size, soon, later):
+    """`soon` of the first 40,000 and `later` of the next, where 0.8 % are misses."""
+    stream = opened(0.008, 38_500, size=size)
+    before = stream.exits
+    after(40_000, 0.008, stream, size)
+    assert before > soon * 38_500
+    assert stream.exits - before > later * 40_000
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_a_kind_stays_open_at_half_of_epsilon(seed):
     ledger = opened(0.01, 40_000, seed).ledger
     assert not ledger.is_closed
     assert ledger.decided > 0.9 * 40_000
 
 
-@pytest.mark.parametrize(("share", "spent", "closed"), [(0.04, 3300, 9000), (0.1, 950, 6000)])
-def test_a_kind_closes_when_its_traffic_changes(share, spent, closed):
+@pytest.mark.parametrize(("share", "spent", "closed"), [(0.04, 5100, 22_000), (0.1, 1270, 5000)])
+def test_a_kind_closes_for_good_when_its_traffic_changes(share, spent, closed):
     """`spent` is when a budget at its most is spent on average, by hand."""
     found = []
-    for seed in range(12):
+    for seed in range(5):
         stream = opened(0.002, 20_000, seed)
         ledger, changed_at = stream.ledger, stream.ledger.requests
         assert ledger.allowed > ledger.changed_at_most + 0.9 * MOST_UNUSED
         while ledger.decidable([True]):
             after(16, share, stream)
         found.append(ledger.requests - changed_at)
-        after(closed - found[-1], share, stream)
+        while not ledger.is_closed:
+            after(16, share, stream)
+        assert ledger.requests - changed_at < closed
         assert "the traffic has changed" in str(ledger.why_closed)
         decided = ledger.decided
-        after(5000, 0.0, stream)  # for good
+        after(2000, 0.0, stream)
         assert ledger.decided == decided
     assert np.mean(found) == pytest.approx(spent, rel=0.4)
+
+
+def test_a_kind_whose_traffic_stays_as_it_is_and_within_epsilon_stays_open():
+    for seed in range(6):
+        assert not opened(0.9 * EPSILON, 60_000, seed, size=64).ledger.is_closed
 
 
 def test_the_rate_falls_where_the_budget_allows_it_and_rises_where_it_has_no_room():
@@ -200,6 +230,25 @@ def test_the_rate_falls_where_the_budget_allows_it_and_rises_where_it_has_no_roo
     assert stream.ledger.rate == RATE > lowest
 
 
+def test_the_rate_falls_only_where_the_budget_holds_all_that_a_step_compares():
+    stream = opened(0.005, 0, size=256)
+    ledger, rate = stream.ledger, RATE
+    while rate > LOWER_RATES[-1]:
+        stream.step(at(0.005, stream), 256)
+        if ledger.rate < rate:
+            rate = ledger.rate
+            compared = [True] * round(256 * rate)
+            assert ledger.decidable(compared) == len(compared)
+
+
+def test_a_lower_rate_gives_up_the_bounds_that_it_cannot_carry_on_at_once():
+    """Requests that a crash forgets may have been decided at that rate."""
+    stream = opened(0.0, 16)
+    while stream.ledger.rate == RATE:
+        after(16, 0.0, stream)
+    assert stream.ledger.as_dict()["bounds"][0] is None
+
+
 def test_a_restart_goes_on_exactly():
     stream = opened(0.01, 20_000)
     again = Ledger.of_dict(json.loads(json.dumps(stream.ledger.as_dict(), allow_nan=False)))
@@ -211,7 +260,22 @@ def test_a_restart_goes_on_exactly():
     assert again.as_dict() == stream.ledger.as_dict()
 
 
-@pytest.mark.parametrize("damage", [None, {}, [], "text", {"rate": 0.3}, {"bounds": [1.0]}])
+def test_a_ledger_that_an_earlier_version_wrote_goes_on_with_its_bounds():
+    """They are on all misses of the policy, and so on those that are changed answers."""
+    stream = opened(0.01, 5000)
+    state = stream.ledger.as_dict()
+    earlier = {**state, "latest": [[1600, 18.4]]}
+    for key in "evidence", "largest_step":
+        del earlier[key]
+    ledger = Ledger.of_dict(earlier)
+    assert ledger is not None
+    assert ledger.changed_at_most == stream.ledger.changed_at_most
+    assert ledger.as_dict()["bounds"] == state["bounds"]
+
+
+@pytest.mark.parametrize(
+    "damage", [None, {}, [], "text", {"rate": 0.3}, {"bounds": [1.0]}, {"evidence": {}}]
+)
 def test_a_damaged_state_gives_no_ledger(damage):
     whole = Ledger(EPSILON, ALPHA, RATE).as_dict()
     spoilt = {**whole, **damage} if isinstance(damage, dict) and damage else damage

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
+from vllm_adainfer.auto.ledger import Ledger
 from vllm_adainfer.auto.places import MOST_KINDS, MOST_RECORDED, YOUNG_SECONDS
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.admission.admitted import Admitted
@@ -66,6 +67,16 @@ def test_prompts_that_run_all_layers_for_a_shared_prefix_count_but_are_not_recor
     shared = replace(shared, resolved=replace(shared.resolved, force_full_depth_prefill=True))
     assert step(kinds, [shared, request(1)])[0] == [1]
     assert own.ledger.requests == RECURS + 2
+
+
+def test_what_a_policy_in_service_does_not_decide_earns_no_budget(kinds):
+    step(kinds, [request(1)] * RECURS)
+    [own] = kinds.kinds.values()
+    own.state = "served"
+    step(kinds, [request(1)] * 5, rows=FULL_DEPTH)
+    assert own.ledger.requests == RECURS
+    step(kinds, [request(1)] * 5)
+    assert own.ledger.requests == RECURS + 5
 
 
 @pytest.fixture
@@ -291,3 +302,16 @@ def test_a_miss_is_on_disk_when_its_step_has_ended_and_a_restart_goes_on(kinds, 
     assert read_json(directory.ledger(name))["misses"] == 2
     again = OwnKinds(Auto(directory=str(directory.root)), directory)
     assert again.kinds[name].ledger.as_dict() == own.ledger.as_dict()
+
+
+def test_a_lower_rate_is_on_disk_before_a_coin_is_tossed_with_it(kinds, directory):
+    step(kinds, [request(1)] * RECURS)
+    [(name, own)] = kinds.kinds.items()
+    own.ledger.allowed = 1000.0
+    kinds._toss = lambda: 0.9
+    before = own.ledger.rate
+    while own.ledger.rate == before:
+        step(kinds, [request(1)] * RECURS)
+    saved = Ledger.of_dict(read_json(directory.ledger(name)))
+    assert saved is not None
+    assert saved.as_dict() == own.ledger.as_dict()

@@ -1,39 +1,43 @@
-"""The ledger of a kind: how many answers may have been changed, at any moment and for any traffic.
+"""The ledger of a kind: how many answers were changed, at any moment and for any traffic.
 
 Each request that is under a policy runs to full depth with probability q, by a private coin S, and
-is then compared. L is 1 if the policy would change its answer. With fixed c and
-lambda = -ln(1 - (1 - e^-c) / q), which needs q > 1 - e^-c,
+is then compared: its answer is that of full depth. L is 1 if the policy would change its answer, so
+L (1 - S) is 1 if it did. With fixed c and lambda = -ln(1 - (1 - e^-c) / q), which needs
+q > 1 - e^-c,
 
-    exp(c sum L - sum lambda S L)
+    exp(c sum L - sum lambda S L)  =  exp(c sum L (1 - S) - sum (lambda - c) S L)
 
 is a martingale that begins at 1, whoever chooses the requests and policies, if both are chosen
 before the coin. By Ville's inequality, for J values of c together, with confidence 1 - alpha,
 
-    changed = sum L  <=  min over c of (ln(J / alpha) + sum lambda S L) / c     at every moment.
+    changed = sum L (1 - S)  <=  min over c of (ln(J / alpha) + sum (lambda - c) S L) / c
 
-It bounds the past. It says nothing about the next hour, a subgroup, or accuracy.
+at every moment. It bounds the past. It says nothing about the next hour, a subgroup, or accuracy.
+
+So that the claim stays within the budget whatever a step brings, a step's requests are let in only
+as far as the claim could bear it if all of them were misses. No rule that keeps this promise can
+let in many more: were all misses, so many answers would be changed. Hence the budget must hold more
+than a step before whole steps exit, and more of it is kept where steps are large.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from vllm_adainfer.auto.evidence import ERROR_RATE, Evidence
 from vllm_adainfer.errors import AdaInferError
 
 # Large ones begin with a small bound and soon need a high rate, small ones go with low rates.
 GRID = (0.2, 0.12, 0.06, 0.025)
 LOWER_RATES = (0.12, 0.05)
-MOST_UNUSED = 100.0  # changed answers that good times may leave for bad ones
-# The rate falls where so many more misses would fit, if misses as frequent as before use at most
-# this share of what requests earn.
+# The changed answers that good times may leave for bad ones: so many, or so many largest steps.
+MOST_UNUSED, MOST_UNUSED_STEPS = 100.0, 3
+# The rate falls where so many more misses would fit, and all that a step compares, if misses as
+# frequent as before use at most this share of what requests earn.
 ROOM, CALM = 2, 0.8
-# So many misses in a row show whether a policy is worth it: a bound that rises more than twice as
-# fast as requests earn would leave the kind under its policy less than half of the time.
-JUDGED_BY, MOST_GROWTH = 24, 2
 
 
 class Ledger:
@@ -48,6 +52,7 @@ class Ledger:
         requests: all requests of the kind.
         decided: those that were under a policy.
         misses: the compared ones of these whose answer the policy would have changed.
+        largest_step: the most requests of the kind in one step.
         allowed: the budget, in changed answers: what requests have earned, unless it lay idle.
         why_closed: a sentence, once the kind is closed for good; None before.
 
@@ -66,25 +71,33 @@ class Ledger:
                 f"anything: take at least {1 - math.exp(-GRID[-1]) + 0.005:.2f}"
             )
         self.epsilon, self.alpha = epsilon, alpha
-        self.rates = (rate, *(lower for lower in LOWER_RATES if lower < rate))
-        self.rate = rate
-        self.requests = self.decided = self.misses = 0
+        self.requests = self.decided = self.misses = self.largest_step = 0
         self.allowed = 0.0
         self.why_closed: str | None = None
         self._bounds = [math.log(len(GRID) / alpha) / c for c in GRID]  # by c, infinite once out
         self._weighed = 0.0  # misses over their rates: about all misses, compared or not
-        # Requests decided, and the claim, before each of the last misses.
-        self._latest: deque[tuple[int, float]] = deque(maxlen=JUDGED_BY)
+        self._evidence = Evidence(epsilon)
+        self._take_rates(rate)
 
     def use_rate(self, rate: float) -> None:
         """Go on with another highest rate, if it is another."""
         if rate != self.rates[0]:
-            self.rates = (rate, *(lower for lower in LOWER_RATES if lower < rate))
-            self.rate = rate
+            self._take_rates(rate)
+
+    def _take_rates(self, highest: float) -> None:
+        self.rates = (highest, *(lower for lower in LOWER_RATES if lower < highest))
+        self._go_to(highest)
+
+    def _go_to(self, rate: float) -> None:
+        """Toss further coins with `rate`, and give up the bounds that it cannot carry on."""
+        self.rate = rate
+        for index, c in enumerate(GRID):
+            if growth(c, rate) == math.inf:
+                self._bounds[index] = math.inf
 
     @property
     def changed_at_most(self) -> float:
-        """The claim: with confidence 1 - alpha, no more answers would have been changed."""
+        """The claim: with confidence 1 - alpha, no more answers were changed."""
         return min(self._bounds)
 
     @property
@@ -117,47 +130,46 @@ class Ledger:
             misses: how many of the compared ones the policy would have changed.
 
         """
-        self._latest += [(self.decided, self.changed_at_most)] * misses
         self.requests += requests
         self.decided += decided
         self.misses += misses
+        self.largest_step = max(self.largest_step, requests)
         self._weighed += misses / self.rate
-        if decided:
-            for index, c in enumerate(GRID):
-                each = growth(c, self.rate)  # infinite: no multiple of the misses is a bound
-                self._bounds[index] += misses * each if each < math.inf else math.inf
+        for index, c in enumerate(GRID):
+            if self._bounds[index] < math.inf:
+                self._bounds[index] += misses * growth(c, self.rate)
+        most_unused = max(MOST_UNUSED, MOST_UNUSED_STEPS * self.largest_step)
         earned = self.allowed + self.epsilon * requests
-        self.allowed = min(earned, self.changed_at_most + MOST_UNUSED)
-        self._judge()
+        self.allowed = min(earned, self.changed_at_most + most_unused)
+        self._judge(decided, misses)
         self._set_rate()
 
-    def _judge(self) -> None:
-        """Close the kind for good if its policy costs much more than its requests earn."""
-        if self.is_closed or len(self._latest) < JUDGED_BY:
+    def _judge(self, decided: int, misses: int) -> None:
+        """Close the kind for good once it is evident that its policy changes too much."""
+        if self.is_closed or not decided:
             return
-        decided, claim = self._latest[0]
-        since, spent = self.decided - decided, self.changed_at_most - claim
-        if spent > MOST_GROWTH * self.epsilon * since:
+        self._evidence.add(decided, misses, self.rate)
+        if self._evidence.is_enough:
             self.why_closed = (
-                f"the policy would have changed {JUDGED_BY} compared answers of its last {since} "
-                f"requests, which raises the bound by {spent:.0f}, and {self.epsilon:g} of these "
-                f"requests are {self.epsilon * since:.0f}: the traffic has changed"
+                f"its policy changes more than {self.epsilon:g} of the answers, by evidence that "
+                f"is wrong for {ERROR_RATE:.0%} of kinds at most: the traffic has changed"
             )
 
     def _set_rate(self) -> None:
-        """Go down a rate where the budget has room there, or up where it has none here."""
+        """Go down a rate where whole steps would exit there, or up where half of one would not."""
         place = self.rates.index(self.rate)
-        if self._room(self.rate) == 0:
-            self.rate = self.rates[max(0, place - 1)]
+        if self._room(self.rate) < max(1, self.rate * self.largest_step / 2):
+            self._go_to(self.rates[max(0, place - 1)])
         elif place + 1 < len(self.rates) and self._has_room(self.rates[place + 1]):
-            self.rate = self.rates[place + 1]
+            self._go_to(self.rates[place + 1])
 
     def _has_room(self, rate: float) -> bool:
-        """Whether the budget would last at this rate, by the misses seen so far and one more."""
+        """Whether whole steps would exit at this rate for long, by all misses and one more."""
         if not self.decided:
             return False
         share = (self._weighed + 1 / self.rate) / self.decided
-        return self._room(rate, CALM * self.epsilon / (rate * share)) >= ROOM
+        room = self._room(rate, CALM * self.epsilon / (rate * share))
+        return room >= max(ROOM, rate * self.largest_step)
 
     def _room(self, rate: float, most: float = math.inf) -> int:
         """How many misses fit into the budget at this rate, where one adds at most `most`."""
@@ -179,10 +191,11 @@ class Ledger:
             "requests": self.requests,
             "decided": self.decided,
             "misses": self.misses,
+            "largest_step": self.largest_step,
             "allowed": self.allowed,
             "bounds": [bound if bound < math.inf else None for bound in self._bounds],
             "weighed": self._weighed,
-            "latest": list(self._latest),
+            "evidence": self._evidence.as_dict(),
             "why_closed": self.why_closed,
         }
 
@@ -190,17 +203,21 @@ class Ledger:
     def of_dict(cls, state: Any) -> Ledger | None:
         """The ledger that `as_dict` described, to go on exactly; None if that is damaged.
 
-        A damaged one begins anew, without its requests: what they earned may be spent.
+        A damaged one begins anew, without its requests: what they earned may be spent. One that an
+        earlier version wrote has bounds on all misses, which are above those on changed answers,
+        and no evidence yet.
         """
         try:
             ledger = cls(float(state["epsilon"]), float(state["alpha"]), float(state["rates"][0]))
-            ledger.rate = ledger.rates[ledger.rates.index(state["rate"])]
+            ledger._go_to(ledger.rates[ledger.rates.index(state["rate"])])
             ledger.requests = int(state["requests"])
             ledger.decided, ledger.misses = int(state["decided"]), int(state["misses"])
             ledger.allowed, ledger._weighed = float(state["allowed"]), float(state["weighed"])
             bounds = [math.inf if one is None else float(one) for one in state["bounds"]]
             ledger._bounds = [max(pair) for pair in zip(bounds, ledger._bounds, strict=True)]
-            ledger._latest += [(int(decided), float(claim)) for decided, claim in state["latest"]]
+            ledger.largest_step = int(state.get("largest_step", 0))
+            if "evidence" in state:
+                ledger._evidence = Evidence.of_dict(ledger.epsilon, state["evidence"])
             ledger.why_closed = None if state["why_closed"] is None else str(state["why_closed"])
         except (AdaInferError, ArithmeticError, KeyError, TypeError, ValueError):
             return None
@@ -209,6 +226,9 @@ class Ledger:
 
 @functools.cache
 def growth(c: float, rate: float) -> float:
-    """What a compared miss adds to the bound by `c`; infinite if the rate is too low for it."""
+    """What a compared miss adds to the bound by `c`; infinite if the rate is too low for it.
+
+    It was answered at full depth itself; others that no coin compared were not.
+    """
     share = (1 - math.exp(-c)) / rate
-    return -math.log(1 - share) / c if share < 1 else math.inf
+    return -math.log(1 - share) / c - 1 if share < 1 else math.inf

@@ -254,6 +254,8 @@ class Admission:
         """See `Resolved.kind`."""
         if not self._settings.calibrates_itself or resolved.output is None:
             return None
+        if resolved.settings.adainfer_epsilon == 0:
+            return None  # its client asks for full depth, which earns no budget for others
         kind = kind_of_output(resolved.output, resolved.max_tokens, adapter)
         if kind is not None and kind.choices and not self._ends_choices:
             return None  # it would run on, and no policy covers that

@@ -193,7 +193,10 @@ class OwnKinds:
             count = own.ledger.decidable(coins) if own.is_saved else 0
             threshold_rows[decidable[count:]] = FULL_DEPTH
             compared[decidable[:count]] = coins[:count]
-            self._step[name] = len(places), count
+            # What a policy in service does not decide, whatever a client sent, earns it no budget.
+            earning = decidable if own.state == "served" else places
+            if earning:
+                self._step[name] = len(earning), count
             if own.state == "recording":
                 new = [
                     place
@@ -211,7 +214,8 @@ class OwnKinds:
     def step_ended(self, misses: Mapping[str, int]) -> None:
         """Enter the step into the ledgers; `misses` are the changed answers by policy.
 
-        A miss is on disk before its step's answers leave: a crash forgets none.
+        A miss is on disk before its step's answers leave, and so is another rate before its first
+        coin is tossed: a crash forgets neither.
         """
         if self._started:
             self.steps += 1
@@ -224,7 +228,7 @@ class OwnKinds:
                 was_closed, rate = own.ledger.is_closed, own.ledger.rate
                 opens = decided > 0 and not own.ledger.decided
                 own.ledger.add(requests, decided, missed)
-            if missed:
+            if missed or own.ledger.rate != rate:
                 self.save(name)
             if opens:
                 logger.info("kind %s is open: from now on its requests may exit", name)
