@@ -90,7 +90,7 @@ class Bound:
 
         """
         if options.top_k is not None:
-            if repeats is not None:
+            if repeats is not None and groups is not None:
                 repeats = repeats[np.unique(groups, return_index=True)[1]]
             groups, together = None, 1
         if options.bound == "exact" and together > 1:
