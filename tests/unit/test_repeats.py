@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_adainfer.artifact.fields import LabelBound
+from vllm_adainfer.artifact.fields import LabelBound, TopK
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound, certified
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
@@ -106,6 +106,14 @@ def test_the_bound_is_the_larger_one_of_both_readings():
         assert bound.holds(losses, bound.of(losses) + 1e-9)
         assert not bound.holds(losses, bound.of(losses) - 1e-9)
     assert bound.allowance(400, EPSILON) == Bound("exact", DELTA, 0.0).allowance(300, EPSILON)
+
+
+def test_a_query_repeats_another_with_all_its_documents():
+    options = PolicyOptions(top_k=TopK(k=1, margin=0.05))
+    groups, repeats = np.repeat([4, 6, 9], 2), np.repeat([False, True, False], 2)
+    bound = Bound.promised(options, groups, 2, repeats)
+    assert bound.repeats is not None
+    assert (bound.kind, bound.repeats.tolist()) == ("exact", [False, True, False])
 
 
 def test_too_few_different_prompts_are_refused_however_often_each_comes():
