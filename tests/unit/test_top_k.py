@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import tiny_config
 from vllm_adainfer.arrays import Floats
 from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.artifact.top_k import loses_document
@@ -341,15 +340,16 @@ def test_a_sample_remembers_a_limited_number_of_queries(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("replicas", "change", "refused"),
-    [(2, {"top_k": TOP}, "shadow_rate"), (2, {"tolerance": 0.05}, None), (1, {"top_k": TOP}, None)],
+    ("replicas", "top_k", "refused"),
+    [(2, TOP, "shadow_rate"), (2, None, None), (1, TOP, None)],
     ids=["an order", "single scores", "one engine"],
 )
 def test_queries_are_not_watched_where_vllm_spreads_their_documents_over_engines(
-    tiny_model, replicas, change, refused
+    replicas, top_k, refused
 ):
-    config = tiny_config(tiny_model, risk="probability", score_head="sigmoid", **change)
-    vllm_config: Any = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=replicas))
+    config: Any = SimpleNamespace(top_k=top_k)
+    parallel = SimpleNamespace(data_parallel_size=replicas)
+    vllm_config: Any = SimpleNamespace(parallel_config=parallel)
     for rate, sentence in ((0, None), (0.1, refused)):
         settings = Settings(artifact="policy", shadow_rate=rate)
         with nullcontext() if sentence is None else pytest.raises(AdaInferError, match=sentence):

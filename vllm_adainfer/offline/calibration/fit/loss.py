@@ -48,7 +48,8 @@ def disagreement(early: ProbeAnswers, full: Ints, rows: Ints) -> Floats:
 def accuracy_lost(right: RightTokens) -> Loss:
     """1 where the full model is right and the answer is not, -1 in the opposite case, else 0.
 
-    `right` holds the right tokens of each row of the recording.
+    The mean holds in service only if no answer that makes up for others is taken back, see
+    `ArtifactConfig.answers_stand`. `right` holds the right tokens of each row of the recording.
     """
     return lambda early, full, rows: (
         is_right(full, right, rows) - is_right(early.tokens, right, rows)
