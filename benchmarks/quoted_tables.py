@@ -1,4 +1,4 @@
-"""Parts of `docs/results.md` that quote the Markdown of a result as it stands."""
+"""Parts of pages in `docs/` that quote the Markdown of a result as it stands."""
 
 from __future__ import annotations
 
@@ -61,3 +61,8 @@ def auto_tables() -> list[str]:
         "",
         *(RESULTS / "auto.md").read_text().splitlines(),
     ]
+
+
+def ledger_tables() -> str:
+    """What a ledger lets exit, and when it closes a kind, before and after; simulated."""
+    return (RESULTS / "ledger.md").read_text().rstrip()
