@@ -67,12 +67,13 @@ class EarlyExit(ModelHead):
     _kv_fill: KVFill | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        options = engine_options_of(vllm_config)  # as at config time: models change their config
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None, "the config hook selects this class only where it is set"
         self.settings = settings
         self.artifacts = served_artifacts(vllm_config, settings)
-        self.engine_options = engine_options_of(vllm_config)
+        self.engine_options = options
         self._dtype = vllm_config.model_config.dtype
         self._started_with = WeightsFingerprint(self._dtype)
         self._text_config = vllm_config.model_config.hf_text_config
