@@ -15,8 +15,8 @@ Then a stock server gets the same mix for as long, without the reloads. The poli
 the adapter get the first data and template, the label pool its own lines of a batch file.
 
 Answers are judged as in `bench_faults.py`, and `soak_verdict.py` judges how long clients waited,
-beside stock, and whether memory still grows after some minutes. Each server's KV cache is written
-to once before.
+beside stock, and whether memory still grows after some minutes. Each server's cache of grammars is
+small, so that it is soon full.
 
 Exits with code 1 and a sentence per problem.
 """
@@ -43,7 +43,7 @@ import typer
 
 from benchmarks.common.server import serving
 from benchmarks.soak.fault_bench import ENVIRONMENT, Bench, tasks
-from benchmarks.soak.fault_measures import fill_kv_cache, of_policy
+from benchmarks.soak.fault_measures import of_policy
 from benchmarks.soak.fault_scenarios import AT_ONCE, RELOAD, Stage, in_background, sampled_memory
 from benchmarks.soak.faults_report import growth
 from benchmarks.soak.hostile_growth import FACTORS, THINGS
@@ -62,10 +62,13 @@ ADAPTER_ROWS = 20  # few: adapters are slow on a CPU
 RELOAD_SECONDS = 10.0
 REPORT_SECONDS = 1.0  # until decisions show in the metrics
 LEAVING, REFUSED, HOSTILE = 0.04, 0.02, 0.02  # shares of requests
-LONGEST_PROMPT = 2000  # tokens
 ARGUMENTS = ("--max-model-len", "2048")
 WITH_ADAPTERS = ("--enable-lora", "--max-loras", f"{SLOTS}")
-RUNTIME = {**ENVIRONMENT, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+RUNTIME = {
+    **ENVIRONMENT,
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    "VLLM_XGRAMMAR_CACHE_MB": "16",  # grammars of hostile clients: by default up to 512 MiB
+}
 
 
 @dataclass
@@ -134,7 +137,6 @@ def main(
             mix = Mix(largest, (name, directory), on_stock=one is None)
             environment = {**RUNTIME, **({"VLLM_PLUGINS": ""} if mix.on_stock else {})}
             with serving(model, one, Path(folder, "server.log"), flags, environment) as server:
-                fill_kv_cache(server, LONGEST_PROMPT)
                 bench.quiet(server)
                 scenario = partial(everything_for, mix=mix, seconds=60 * minutes)
                 found[title] = row = bench.run(title, server, scenario)

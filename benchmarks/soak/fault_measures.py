@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import psutil
 
 from benchmarks.common.server import Server
@@ -106,31 +102,6 @@ def counter_problems(found: Mapping[str, Any], left: int, longest: int) -> list[
     if not found["preemptions"] and not -left <= rows <= left * (longest + UNHEARD):
         problems.append(f"{rows:+.1f} rows beyond vLLM's count, with {left} requests left")
     return problems
-
-
-def fill_kv_cache(server: Server, prompt_tokens: int) -> None:
-    """Send distinct prompts until each block of the KV cache has been written to once.
-
-    The kernel gives a process the pages of its cache as it first writes to them, so that memory
-    grows by the size of the cache whatever is sent.
-    """
-    [series] = server.metrics("vllm:cache_config_info")
-    blocks, size = (
-        int(re.search(rf'[{{,]{name}="(\d+)"', series)[1])  # type: ignore[index]
-        for name in ("num_gpu_blocks", "block_size")
-    )
-    prompt_tokens -= prompt_tokens % size  # whole blocks
-    drawn = np.random.default_rng(0)
-    for _ in range(1 + blocks * size // prompt_tokens):
-        prompt = drawn.integers(100, 10_000, prompt_tokens).tolist()
-        body = {"model": "model", "prompt": prompt, "max_tokens": 1}
-        request = urllib.request.Request(
-            server.url + "/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as response:
-            response.read()
 
 
 def memory(server: Server) -> dict[str, float]:
