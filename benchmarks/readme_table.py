@@ -19,6 +19,7 @@ from benchmarks.front_page import compared, comparison, headlines, load, of_boun
 from benchmarks.quoted_tables import (
     auto_tables,
     classifier_tables,
+    monitor_tables,
     promises_table,
     trained_probes_table,
 )
@@ -29,6 +30,7 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 RESULTS = HERE.parent / "docs" / "results.md"
 COMPARISON = HERE.parent / "docs" / "comparison.md"
+MONITORING = HERE.parent / "docs" / "monitoring.md"
 REPORTS = {
     "sst2_zero_shot": "SST-2, zero-shot, fine-tuned SmolLM2-135M",
     "sst2_six_shot": "SST-2, 6-shot, SmolLM2-135M-Instruct",
@@ -328,7 +330,12 @@ def updated(page: str, generated: str, name: str = "results") -> str:
 
 def pages() -> dict[Path, str]:
     """The generated part of each page; README has two."""
-    return {README: headlines(), RESULTS: tables(), COMPARISON: comparison()}
+    return {
+        README: headlines(),
+        RESULTS: tables(),
+        COMPARISON: comparison(),
+        MONITORING: monitor_tables(),
+    }
 
 
 if __name__ == "__main__":
