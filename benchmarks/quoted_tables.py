@@ -1,4 +1,4 @@
-"""Parts of pages in `docs/` that quote the Markdown of a result as it stands."""
+"""Parts of pages (most of `docs/results.md`) that quote the Markdown of a result as it stands."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def classifier_tables() -> list[str]:
         "",
         *(RESULTS / "classify.md").read_text().splitlines(),
     ]
+
+
+def monitor_tables() -> str:
+    """How soon bounds close, and how often wrongly."""
+    return (RESULTS / "monitor.md").read_text().rstrip("\n")
 
 
 def promises_table() -> list[str]:

@@ -20,6 +20,7 @@ from benchmarks.quoted_tables import (
     auto_tables,
     classifier_tables,
     ledger_tables,
+    monitor_tables,
     promises_table,
     trained_probes_table,
 )
@@ -31,6 +32,7 @@ README = HERE.parent / "README.md"
 RESULTS = HERE.parent / "docs" / "results.md"
 COMPARISON = HERE.parent / "docs" / "comparison.md"
 SELF_CALIBRATION = HERE.parent / "docs" / "self_calibration.md"
+MONITORING = HERE.parent / "docs" / "monitoring.md"
 REPORTS = {
     "sst2_zero_shot": "SST-2, zero-shot, fine-tuned SmolLM2-135M",
     "sst2_six_shot": "SST-2, 6-shot, SmolLM2-135M-Instruct",
@@ -335,6 +337,7 @@ def pages() -> dict[Path, str]:
         RESULTS: tables(),
         COMPARISON: comparison(),
         SELF_CALIBRATION: ledger_tables(),
+        MONITORING: monitor_tables(),
     }
 
 

@@ -187,7 +187,7 @@ def tables(report: Mapping[str, Any]) -> str:
     return (
         "Compared answers until a bound closes (median, before / **now**), at epsilon "
         f"{100 * report['epsilon']:g} %, delta {100 * report['alpha']:g} %, after answers of which "
-        f"{100 * report['good']:g} % were wrong:\n\n{noticed}\n"
+        f"{100 * report['good']:g} % were wrong:\n\n{noticed}\n\n"
         f"Runs of {report['compared']:,} compared answers in which a bound that holds is closed. "
         "Questions about one text are wrong together; before, each was drawn alone (shadow rate "
         f"{report['coin']:g}), now all of them or none:\n\n{closed}"
