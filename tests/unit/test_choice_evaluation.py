@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from tests.unit.test_choice_policy import YES_NO
-from vllm_adainfer.engine.admission.admission import why_choices_run_on
+from vllm_adainfer.engine.admission.choice_ends import why_choices_run_on
 from vllm_adainfer.engine.compat.stats import take_report
 from vllm_adainfer.engine.scheduler.scheduler import FinishingScheduler
 from vllm_adainfer.errors import AdaInferError

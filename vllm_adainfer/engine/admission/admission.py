@@ -19,6 +19,7 @@ from vllm_adainfer.artifact.label_subsets import ALL, bits_of
 from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.auto.kinds import Kind, kind_names
 from vllm_adainfer.engine.admission.admitted import NOT_POOLED, NOT_RECORDED, Admitted
+from vllm_adainfer.engine.admission.choice_ends import why_choices_run_on
 from vllm_adainfer.engine.admission.kind_of import kind_of_output
 from vllm_adainfer.engine.admission.policies import Policies
 from vllm_adainfer.engine.admission.requested_output import (
@@ -57,8 +58,6 @@ logger = get_logger(__name__)
 TYPICAL_SAVING = 0.4  # of the layers, by a policy that is still to come; see docs/results.md
 OPTED_OUT = RequestSettings.model_validate({EXIT_ARG: 0})
 SCRIPTED_OUTPUT = RequestedOutput(OutputKind.TOKEN, frozenset(SCRIPT_LABELS))
-# Structured outputs backends whose grammars can tell whether they would accept further tokens.
-LOOKAHEAD_BACKENDS = ("auto", "xgrammar", "guidance")
 
 
 class Admission:
@@ -397,17 +396,3 @@ def _valid_settings(params: Params) -> RequestSettings:
             "server refuses them, and says why"
         )
         return OPTED_OUT
-
-
-def why_choices_run_on(vllm_config: VllmConfig, settings: Settings) -> str | None:
-    """Why vLLM samples a choice to its last token; None if requests end once one choice is left."""
-    if not settings.finishes_choices:
-        return '"finish_choices" is off'
-    grammars = vllm_config.structured_outputs_config
-    if grammars.reasoning_parser:
-        return "the grammar of a server with a reasoning parser begins after the reasoning"
-    if grammars.backend not in LOOKAHEAD_BACKENDS:
-        return f"the structured outputs backend {grammars.backend} cannot look ahead"
-    if vllm_config.model_config.return_sampling_mask:
-        return "sampling masks are returned, and the tokens appended would have none"
-    return None
