@@ -16,7 +16,7 @@ the adapter get the first data and template, the label pool its own lines of a b
 
 Answers are judged as in `bench_faults.py`, and `soak_verdict.py` judges how long clients waited,
 beside stock, and whether memory still grows after some minutes. Each server's cache of grammars is
-small, so that it is soon full.
+small. vLLM's memory grows with hostile grammars all the same, see `benchmarks/README.md`.
 
 Exits with code 1 and a sentence per problem.
 """
@@ -67,7 +67,7 @@ WITH_ADAPTERS = ("--enable-lora", "--max-loras", f"{SLOTS}")
 RUNTIME = {
     **ENVIRONMENT,
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-    "VLLM_XGRAMMAR_CACHE_MB": "16",  # grammars of hostile clients: by default up to 512 MiB
+    "VLLM_XGRAMMAR_CACHE_MB": "16",  # compiled grammars: 512 by default
 }
 
 
