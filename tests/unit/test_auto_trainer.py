@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from tests.byte_model import save_byte_model
 from tests.families import SHAPE
+from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
@@ -214,6 +215,7 @@ def test_the_policy_is_the_one_that_calibrate_makes_of_these_rows(place, tmp_pat
         own_kv_layers=DEPTH,
         soft_cap=30.0,
         scale=2.0,
+        engine_options=EngineOptions.model_validate(place.served.facts["engine_options"]),
     )
     examples = [Example("", "", [], None) for _ in range(rows)]
     request = CalibrationRequest(

@@ -23,6 +23,11 @@ from vllm_adainfer.cli import app
 TEMPLATE = "Review : {text} Sentiment :"
 
 
+def text(number: int) -> str:
+    """Another one for each number, in words that the tokenizer knows."""
+    return " ".join(("bad", "good")[int(digit)] for digit in f"{number:09b}")
+
+
 class Place:
     """Good input for every command in one directory, to be spoilt by a test."""
 
@@ -36,7 +41,7 @@ class Place:
         shutil.copytree(policy, self.artifact)
 
     def write_rows(self, count: int, **last: Any) -> None:
-        rows = [{"text": "good", "label": ("bad", "good")[i % 2]} for i in range(count)]
+        rows = [{"text": text(i), "label": ("bad", "good")[i % 2]} for i in range(count)]
         rows[-1].update(last)
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -148,7 +153,11 @@ def probe(kind: str, **options: str) -> Callable[[Place], list[str]]:
 
 
 def prompts_of_one_token(kind: str) -> Callable[[Place], list[str]]:
-    return lambda place: place.calibrate(probe=kind, labels="bad,good", template="{text}")
+    def spoil(place: Place) -> list[str]:
+        place.write_rows(300, text="good")  # one of them
+        return place.calibrate(probe=kind, labels="bad,good", template="{text}")
+
+    return spoil
 
 
 def labels(names: str) -> Callable[[Place], list[str]]:

@@ -16,7 +16,7 @@ from vllm_adainfer.offline.calibration.enough_rows import check_rows
 from vllm_adainfer.offline.calibration.fit.split import Split, alike_of, groups_of
 from vllm_adainfer.offline.calibration.label_promises import check_rows as check_labelled_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
-from vllm_adainfer.offline.calibration.prompts import load_prompts, split_of
+from vllm_adainfer.offline.calibration.prompts import load_prompts, say_what_they_share, split_of
 
 EPSILON, DELTA, DRAWS = 0.05, 0.1, 400
 
@@ -138,6 +138,7 @@ def test_calibrate_says_how_many_prompts_repeat_another(tiny_model, tmp_path: Pa
         labels=("good", "bad"), options=options,
     )  # fmt: skip
     prompts = load_prompts(request)
+    say_what_they_share(prompts)
     assert "10 of 100 prompts repeat another one" in capsys.readouterr().err
     fit, certify = (
         {tuple(prompts.examples[row].token_ids) for row in part}

@@ -272,7 +272,7 @@ def test_a_query_with_too_many_documents_does_not_count_and_takes_no_more_memory
     assert counted(watch) == []
     assert not watch._queries
     assert not watch._query_of
-    assert not watch._latest
+    assert not watch._latest_query
 
 
 def test_a_client_with_long_ids_is_watched_and_takes_no_more_memory():

@@ -27,7 +27,11 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
 from vllm_adainfer.offline.calibration.label_promises import check_rows
 from vllm_adainfer.offline.calibration.last_token import of_last_token, with_last_token
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, ProbeChoice
-from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
+from vllm_adainfer.offline.calibration.prompts import (
+    Prompts,
+    load_prompts,
+    say_what_they_share,
+)
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.offline.calibration.recordings import record_own_states, record_prompts
@@ -64,7 +68,9 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
 
     """
     prompts = load_prompts(request)
-    return fit_and_certify(request, prompts, record_prompts(request, prompts))
+    recording = record_prompts(request, prompts)
+    say_what_they_share(prompts)
+    return fit_and_certify(request, prompts, recording)
 
 
 def fit_and_certify(

@@ -144,17 +144,10 @@ def load_prompts(request: CalibrationRequest) -> Prompts:
     if alike is not None:
         alike = numbered(alike[order].tolist())
     split = split_of(numbered(groups[order].tolist()), options, alike)
-    if split.repeats is not None:
-        say(
-            f"{np.count_nonzero(split.repeats)} of {len(examples)} prompts repeat another one: "
-            "equal prompts are in one part, and the bound must hold both with each of them counted "
-            "and with each prompt counted once"
-        )
     check_rows(split, options, data)
     fitting = [examples[index] for index in split.fit]
     template = None if holds_requests else read_template(request.template)
     shared = shared_tokens(fitting, tokenizer, template)
-    say_shared(shared)
     probe: ProbeKind
     shortest = min(examples, key=lambda example: len(example.token_ids))
     alone = len(shortest.token_ids) == 1  # nothing is left of it without the first token
@@ -229,8 +222,15 @@ def begin_alike(examples: Sequence[Example], groups: Ints) -> bool:
     return True
 
 
-def say_shared(shared: SharedTokens) -> None:
-    """Say which prompts the policy will serve."""
+def say_what_they_share(prompts: Prompts) -> None:
+    """Say how many prompts repeat others, and which requests the policy will serve."""
+    repeats, shared = prompts.split.repeats, prompts.shared
+    if repeats is not None:
+        say(
+            f"{np.count_nonzero(repeats)} of {len(repeats)} prompts repeat another one: "
+            "equal prompts are in one part, and the bound must hold both with each of them counted "
+            "and with each prompt counted once"
+        )
     if shared:
         say(
             f"prompts begin with {len(shared.start)} and end with {len(shared.end)} tokens that "
