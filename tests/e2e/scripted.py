@@ -37,7 +37,7 @@ class ScriptedAdmission(Admission):
 
     def __init__(self) -> None:
         self.is_recording = self.has_pools = self.has_pooled = self.has_students = False
-        self.has_choices = self.may_serve_choices = False
+        self.has_choices = self.may_serve_choices = self.any_stand = False
 
     def resolve(
         self, request_id: str, params: Any, adapter: Any = None, resumable: bool = False
@@ -68,6 +68,7 @@ class ScriptedAdmission(Admission):
             subset=ALL,
             certified_tokens=UNLIMITED,
             has_choice_policy=False,
+            answers_stand=False,
             pooled_from=NOT_POOLED,
             last_token_row=FULL_DEPTH,
             text=(),
