@@ -127,8 +127,12 @@ def test_a_damaged_salt_is_refused_because_names_depend_on_it(directory, damage)
 
 
 def test_an_event_that_finds_no_room_is_lost_and_nothing_else(directory, monkeypatch):
-    monkeypatch.setattr(directory, "events", Path("/dev/full"))
-    directory.tell("kind-1", "recording")
+    with monkeypatch.context() as full:
+        full.setattr(directory, "events", Path("/dev/full"))
+        directory.tell("kind-1", "recording")
+    directory.tell("kind-1", "served")
+    [line] = directory.events.read_text().splitlines()
+    assert '"event": "served"' in line
 
 
 def model(**facts: Any) -> Any:
