@@ -214,16 +214,19 @@ class Decisions:
         step = self._step
         if step.shadow is None:
             return
-        undecidable = step.shadow_at_full_depth()
-        for index, (name, monitor) in enumerate(monitors.items()):
-            own = step.shadow[self._owners[step.shadow] == index]
+        names, undecidable = self._policies.names, step.shadow_at_full_depth()
+        owners = self._owners[step.shadow]
+        seen = set(owners.tolist())
+        if undecidable.size:
+            seen |= {i for i, n in enumerate(names) if isinstance(monitors.get(n), QueryMonitor)}
+        for index in sorted(seen):
+            name, own = names[index], step.shadow[owners == index]
+            monitor = monitors[name]
             own_rows = self._policies.own_rows(step.threshold_rows[own], self._owners[own])
             shadow, levels = own, monitor.levels_of(own_rows)
             if isinstance(monitor, QueryMonitor):
                 shadow = np.concatenate([own, undecidable])
                 levels = np.concatenate([levels, np.full(len(undecidable), NO_LEVEL)])
-            if not shadow.size:
-                continue
             settled = step.settled(shadow)
             [requests] = step.on_device(shadow[settled])
             answers = self._answers.get(index)
