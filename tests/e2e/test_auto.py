@@ -196,6 +196,7 @@ def test_while_the_ledger_cannot_be_written_nobody_exits(auto, labels, served, m
     _, own = served
     own.ledger.allowed = 1000.0
     monkeypatch.setattr(AutoDirectory, "ledger", lambda self, kind: Path("/proc/none/ledger.json"))
+    own.saved = -1  # the fixture's new ledger may be on disk already, and is written once
     wait_for(lambda: not own.is_saved)
     ask(auto, PROMPTS, label(labels))
     assert own.ledger.decided == 0
