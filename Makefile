@@ -10,10 +10,11 @@ V2_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,adapters async_schedulin
   shadow tasks tensor_parallel))
 
 # Two workers, each on a core of its own; a file's tests stay together, as they share engines.
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '$(CASES)'
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '$(CASES)' \
+  --junitxml .cache/$@.xml
 CASES := not full
 
-.PHONY: demo test test-full test-v1 test-v2 check docs docs-check vllm-names dist release gpu gpu-kernels gpu-dry setup clean
+.PHONY: demo test test-full test-v1 test-v2 check docs docs-check vllm-names slowest dist wheel release gpu gpu-kernels gpu-dry setup clean
 .NOTPARALLEL:
 
 demo: setup
@@ -44,6 +45,10 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup
 	$(BIN)/mkdocs build --strict
 
+# The table of the slowest tests in docs/testing.md, from the last runs of test-v2 and test-v1.
+slowest: setup
+	$(BIN)/python tools/slowest_tests.py .cache/test-v2.xml .cache/test-v1.xml
+
 # docs/vllm_names.md, from the code and the installed vLLM; SOURCES are folders that hold the `vllm`
 # folder of other versions.
 vllm-names: setup
@@ -54,20 +59,32 @@ docs-check: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_tutorial.sh
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/hooks/run_gateways.sh
 
-# A wheel, in dist, that an empty environment runs the demo from and serves (15 minutes). Nothing is
-# published.
-dist: setup
+# A wheel, in dist, installed into an environment of its own that has the libraries of .venv. It runs
+# the demo there and serves its policy (10 minutes). Nothing is published.
+dist: wheel
+	$(BIN)/python -m venv .cache/dist
+	bash tools/lend_libraries.sh .venv .cache/dist
+	.cache/dist/bin/pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	$(SERVE_DEMO)
+
+# The same with the newest libraries that the wheel allows, in an empty environment, as a user installs
+# it (15 minutes); then the notes, the commit and the tag of a release. Nothing is uploaded.
+release: wheel
+	python3 -m venv .cache/dist
+	bash tools/install.sh .cache/dist "$$(ls dist/*.whl)[cpu,demo]" pandas
+	$(SERVE_DEMO)
+	$(BIN)/python -m tools.release
+
+wheel: setup
 	rm -rf dist .cache/dist
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
-	python3 -m venv .cache/dist
-	bash tools/install.sh .cache/dist "$$(ls dist/*.whl)[cpu,demo]"
-	cd .cache/dist && bin/vllm-adainfer demo --output demo
-	cd .cache/dist && bash ../../tools/serve_check.sh . demo
 
-# The notes, the commit and the tag of a release; nothing is uploaded.
-release: dist
-	$(BIN)/python -m tools.release
+# From a folder outside of the checkout's packages: what runs is the wheel.
+define SERVE_DEMO
+cd .cache/dist && bin/vllm-adainfer demo --output demo
+cd .cache/dist && bin/python ../../tools/serve_demo.py demo
+endef
 
 # On a GPU machine: the kernels, then what needs vLLM and this package, installed for $(GPU_PYTHON).
 # What cannot run is skipped, with the reason; a table at the end says what became of each step.
