@@ -14,8 +14,6 @@ from vllm_adainfer.errors import AdaInferError
 
 UNREADABLE = (OSError, RuntimeError, SafetensorError)  # RuntimeError: more than can be mapped
 FLOATS = ("F32", "F16", "BF16")
-# Fine enough to match an RBF SVM's log odds within 0.01. Boosting is a step function, so in a cell
-# that contains a step the table can be off by the whole step; 99 % of decisions agree.
 TRANSITIONS = 4  # between the two states of a CRF
 
 

@@ -70,13 +70,9 @@ def calibrate(
     probe: Annotated[
         ProbeChoice,
         typer.Option(
-            help="How an exit point reads the answer: label-head (a softmax regression on the "
-            "state of the last token), pooled-label-head (on the mean over the prompt, too), "
-            "branch (pooled heads, and where that saves time a small transformer layer over all "
-            "tokens of the prompt: the model runs the prompts once more, and a branch trains for "
-            "about a minute), lens (a tuned lens) or logit-lens (the model's own head); auto takes "
-            "the faster label head with --labels or --choices, with branches where one takes "
-            "little time beside a layer of the model, else lens."
+            help="How answers are read at an exit point. auto takes the one that is expected to be "
+            "fastest: a label head (label-head, pooled-label-head or branch) with --labels or "
+            "--choices, else lens. See Calibration in the docs."
         ),
     ] = "auto",
     student: Annotated[

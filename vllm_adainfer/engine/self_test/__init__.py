@@ -1,1 +1,1 @@
-"""The self-test: before serving on a device, compare fast paths with plain ones."""
+"""The self-test: before serving on a device, check the fast paths against a plain reference."""

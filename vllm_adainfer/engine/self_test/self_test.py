@@ -1,6 +1,6 @@
-"""Compare what will serve with plain ways to compute the same, and switch off what errs.
+"""Check the fast paths against a plain reference at start-up, and disable those that fail.
 
-The anchor is every layer for every row, neither compiled nor captured, with vLLM's own metadata.
+The reference runs every layer for every row, neither compiled nor captured, with vLLM's metadata.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MOST = 0.5
 
 @dataclass(frozen=True)
 class Failure:
-    """Something that gave other results than a plain way.
+    """A fast path whose results differ from the reference.
 
     Attributes:
         part: what it is.
@@ -60,9 +60,9 @@ class Failure:
 
 
 def self_test(runner: Any) -> tuple[Failure, ...]:
-    """Test a Model Runner V2 that is ready to serve, and switch each part that fails to a safe way.
+    """Test a Model Runner V2 that is ready to serve, and replace parts that fail by safe ones.
 
-    A collective: every rank must call it, and all switch alike.
+    A collective: every rank must call it, and all ranks replace the same.
 
     Returns:
         what failed.

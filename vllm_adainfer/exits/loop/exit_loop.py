@@ -194,10 +194,10 @@ class ExitLoop(Loop):
             forward.regroup(exit_index, leaving, waiting, self._max_rows)
 
     def _may_pay(self, exit_index: int, forward: ForwardPass) -> bool:
-        """Whether to ask who is settled here: not if nobody could leave by the answer.
+        """Whether to run the probes here. Not if no request could leave even if all were settled.
 
-        Then all that may exit run to full depth, which is right by any bound but those of policies
-        whose answers stand. Answers of shadow requests are compared although they stay.
+        Such requests run to full depth, which satisfies every bound, except those of policies whose
+        answers stand. Shadow requests are probed, too: their answers are compared though they stay.
         """
         step = forward.step
         if step.num_shadow or self.policies.answers_stand[forward.owners].any():

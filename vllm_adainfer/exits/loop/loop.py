@@ -128,7 +128,7 @@ class Loop(ABC):
                 monitor.began(request_id, query)
 
     def ended(self, request_id: str, ran: bool = True) -> None:
-        """A request gets no more tokens; `ran`: whether it ever ran."""
+        """A request has ended; `ran` is False if it never ran."""
         for name, monitor in self.monitors.items():
             if not ran and isinstance(monitor, QueryMonitor):
                 monitor.never_ran(request_id)

@@ -18,9 +18,9 @@ from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 
 
 class CarriedPrompts:
-    """What is read of prompts of which a chunk is still to come: sums over rows, or their states.
+    """Partial reads of chunked prompts: running sums for pooled heads, states for branches.
 
-    Which of these it is at an exit point, follows from the policy that reads the request.
+    The policy that reads the request decides which of the two is kept at an exit point.
     """
 
     def __init__(self) -> None:

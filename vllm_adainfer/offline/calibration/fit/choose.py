@@ -1,6 +1,6 @@
 """Choose: the exit points with the shortest expected time of a prompt within the bound.
 
-The choice reads the fitted part alone: the held-out rows is for the bound.
+The choice reads only the part that is fitted: the held-out rows are for the bound.
 """
 
 from __future__ import annotations
