@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +44,7 @@ from vllm_adainfer.artifact.source import (
 )
 from vllm_adainfer.artifact.tensors import UNREADABLE, check_tensors
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.files import whole_directory
 
 MAX_JSON = 64 << 20  # bytes; the files we write take tens of KiB
 # The keys of calibration.json that readers rely on.
@@ -227,11 +227,8 @@ def save_artifact(
 
     """
     check_writable(directory)
-    directory = directory.resolve()  # a link stays one
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        try:
+        with whole_directory(directory) as draft:
             (draft / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
             save_file({k: v.contiguous() for k, v in tensors.items()}, draft / POLICY_FILE)
             (draft / CALIBRATION_FILE).write_text(json.dumps(calibration, indent=2) + "\n")
@@ -241,38 +238,8 @@ def save_artifact(
                 (draft / STUDENT_CONFIG).write_text(json.dumps(encoder.settings, indent=2) + "\n")
                 save_file(encoder.tensors, draft / STUDENT_WEIGHTS)
                 (draft / STUDENT_TOKENIZER).write_text(tokenizer, encoding="utf-8")
-            draft.chmod(0o755)
-            if directory.exists():
-                _replace(directory, draft)
-            else:
-                draft.rename(directory)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise AdaInferError(f"cannot write the artifact to {directory}: {error}") from None
-
-
-def _replace(directory: Path, draft: Path) -> None:
-    """Move `draft` to `directory`, and restore the artifact that is there if that fails.
-
-    Raises:
-        AdaInferError: it failed, and the artifact could not be restored either.
-
-    """
-    former = draft.with_name(f"{draft.name}-former")
-    directory.replace(former)
-    try:
-        draft.rename(directory)
-    except OSError as error:
-        try:
-            former.replace(directory)
-        except OSError:
-            raise AdaInferError(
-                f"cannot write the artifact to {directory} ({error}); the previous one is now "
-                f"{former}: move it back"
-            ) from None
-        raise
-    shutil.rmtree(former, ignore_errors=True)
 
 
 def check_writable(directory: Path) -> None:

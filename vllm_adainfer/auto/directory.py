@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.files import private, replace_file
 
 SALT_BYTES = 32
 LOOK_SECONDS = 0.25  # between two looks at a lock that another process holds
@@ -143,7 +144,7 @@ class AutoDirectory:
     def delete_drafts(self) -> None:
         """Delete what a killed process has left half-written."""
         oldest = time.time() - DRAFT_SECONDS
-        for pattern in ".*", "*/.*", "*/rows/*.part":
+        for pattern in ".*", "*/.*", "*/rows/.*":
             for path in self.root.glob(pattern):
                 with suppress(OSError):
                     if path.stat().st_mtime < oldest and path.is_file():
@@ -180,11 +181,6 @@ class AutoDirectory:
             events.write(json.dumps(line).encode() + b"\n")
 
 
-def private(path: str, flags: int) -> int:
-    """An opener of files that only this user may read."""
-    return os.open(path, flags, 0o600)
-
-
 def _locked(file: int) -> bool:
     """Lock an open file, unless it is locked."""
     try:
@@ -195,21 +191,9 @@ def _locked(file: int) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file by JSON, see `write_text`."""
-    write_text(path, json.dumps(value))
-
-
-def write_text(path: Path, text: str) -> None:
     """Replace a file that only this user may read; its folder is created if it is missing."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with os.fdopen(file, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    replace_file(path, json.dumps(value))
 
 
 def read_json(path: Path) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.files import private
 
 logger = get_logger(__name__)
 
@@ -137,7 +138,7 @@ class LineFiles:
             path = self._directory / f"{self._prefix}{self._next_number:06}.jsonl"
             self._next_number += 1
             try:
-                file = FileIO(path, "xb", opener=_private)
+                file = FileIO(path, "xb", opener=_appending)
             except FileExistsError:  # from another server that writes to the same directory
                 continue
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -216,8 +217,8 @@ def _numbered(directory: Path, prefix: str) -> dict[int, Path]:
     return {int(name[1]): path for path, name in names.items() if name}
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_APPEND, 0o600)
+def _appending(path: str, flags: int) -> int:
+    return private(path, flags | os.O_APPEND)
 
 
 def _not_writable(kind: str, directory: str, error: OSError) -> AdaInferError:

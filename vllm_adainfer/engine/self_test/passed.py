@@ -14,6 +14,7 @@ from vllm import envs
 
 import vllm_adainfer
 from vllm_adainfer.artifact.artifact import digest_of
+from vllm_adainfer.files import PUBLIC, replace_file
 
 
 @dataclass(frozen=True)
@@ -64,4 +65,4 @@ class Passed:
     def remember(self) -> None:
         """Note that it has passed. A failure is not remembered: it is tested again each time."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.tested, indent=1, sort_keys=True))
+        replace_file(self.path, json.dumps(self.tested, indent=1, sort_keys=True), PUBLIC)

@@ -11,6 +11,7 @@ from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.runner.build_loop import compaction_cost_of
+from vllm_adainfer.files import whole_file
 from vllm_adainfer.settings.engine import Auto
 
 logger = get_logger(__name__)
@@ -73,11 +74,9 @@ class ModelFacts:
             steps: their number.
 
         """
-        head = self._directory.head
-        part = head.with_suffix(".part")
-        save_file({"head_weight": self._model.logit_lens().head.weight.cpu().contiguous()}, part)
-        part.chmod(0o600)
-        part.replace(head)
+        head = self._model.logit_lens().head.weight.cpu().contiguous()
+        with whole_file(self._directory.head) as draft:
+            save_file({"head_weight": head}, draft)
         work, stack = self._model.loop.stats.by_policy, self._model.stack
         layers_run = sum(policy.work["layers_run"] for policy in list(work.values()))
         layer_seconds = step_seconds / layers_run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import time
 from collections.abc import Collection, Sequence
@@ -14,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vllm_adainfer.auto.directory import FREE_BYTES, KEPT_SECONDS, AutoDirectory, private
+from vllm_adainfer.auto.directory import FREE_BYTES, KEPT_SECONDS, AutoDirectory
 from vllm_adainfer.auto.places import MOST_KEPT_ROWS
 from vllm_adainfer.auto.tries import MOST_ROWS
+from vllm_adainfer.files import replace_file
 
 
 class RowFiles:
@@ -70,7 +70,7 @@ class RowFiles:
             folder = self._directory.rows(kind)
             for each in folder.parent, folder:
                 each.mkdir(mode=0o700, exist_ok=True)
-            _write(folder / f"{number:06}.safetensors", save(tensors))
+            replace_file(folder / f"{number:06}.safetensors", save(tensors))
             self._numbers[kind], self.counts[kind] = number, count + len(rows)
 
     def note_deleted(self) -> None:
@@ -90,18 +90,6 @@ class RowFiles:
                     path.unlink()
             except OSError:  # the trainer has just deleted it
                 continue
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all."""
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb", opener=private) as file:
-            file.write(content)
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _rows_of(path: Path) -> int:

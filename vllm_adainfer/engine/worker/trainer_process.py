@@ -9,8 +9,9 @@ import time
 from contextlib import suppress
 
 from vllm_adainfer.auto.cores import noted_cores
-from vllm_adainfer.auto.directory import AutoDirectory, private
+from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.files import private
 
 logger = get_logger(__name__)
 

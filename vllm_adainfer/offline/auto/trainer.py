@@ -19,6 +19,7 @@ from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.tries import TRIES
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.files import PRIVATE, whole_directory
 from vllm_adainfer.offline.auto.fit import Served, fit_policy
 from vllm_adainfer.offline.auto.shards import Shard, load_rows, read_shards
 from vllm_adainfer.offline.auto.tries import CERTIFIED, GIVEN_UP, RECORDING, Due, State, Try
@@ -182,12 +183,8 @@ def write(policy: FittedPolicy, served: Served, target: Path) -> ArtifactConfig:
         AdaInferError, OSError: it cannot be written.
 
     """
-    draft = target.with_name(f".{target.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    config = write_artifact(policy, served.facts["model"], served.hf_config, None, draft)
-    draft.chmod(0o700)
-    for file in draft.iterdir():
-        file.chmod(0o600)
-    shutil.rmtree(target, ignore_errors=True)  # of a trainer that was killed before it told
-    draft.rename(target)
+    with whole_directory(target, 0o700) as draft:
+        config = write_artifact(policy, served.facts["model"], served.hf_config, None, draft)
+        for file in draft.iterdir():
+            file.chmod(PRIVATE)
     return config

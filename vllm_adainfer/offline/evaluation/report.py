@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.files import PUBLIC, replace_file
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit.split import groups_of
 from vllm_adainfer.offline.evaluation.by_label import label_rows
@@ -242,19 +242,14 @@ def summary_line(report: Mapping[str, Any]) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it.
+    """Write a file whole, and create its folder if it is missing.
 
     Raises:
         AdaInferError: the file cannot be written.
 
     """
-    draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.write_bytes(content)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        replace_file(path, content, PUBLIC)
     except OSError as error:
         raise AdaInferError(f"cannot write {path}: {error}") from None

@@ -11,8 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vllm_adainfer.auto.directory import AutoDirectory, write_text
+from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.files import replace_file
 from vllm_adainfer.offline.reports.kind_states import (
     NOT_PROMISED,
     KindState,
@@ -58,7 +59,7 @@ def write_page(root: str | Path) -> Path:
         for event in read_events(path):
             events[event["kind"]].append(event)
     try:
-        write_text(directory.page, page_of(watched, events, label_texts(watched.tokenizer)))
+        replace_file(directory.page, page_of(watched, events, label_texts(watched.tokenizer)))
     except OSError as error:
         raise AdaInferError(f"cannot write {directory.page}: {error}") from None
     return directory.page
