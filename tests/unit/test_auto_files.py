@@ -19,11 +19,11 @@ from vllm_adainfer.auto.directory import FREE_BYTES, AutoDirectory, read_json, w
 from vllm_adainfer.auto.places import MOST_KEPT_ROWS, MOST_RECORDED
 from vllm_adainfer.auto.tries import MOST_ROWS
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.worker import own_policies, row_files, service
+from vllm_adainfer.engine.worker import own_policies, row_files, served_policies
 from vllm_adainfer.engine.worker.model_facts import ModelFacts
 from vllm_adainfer.engine.worker.own_policies import OwnPolicies
 from vllm_adainfer.engine.worker.row_files import RowFiles
-from vllm_adainfer.engine.worker.service import Service
+from vllm_adainfer.engine.worker.served_policies import ServedPolicies
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Auto
 
@@ -167,15 +167,17 @@ def test_rows_and_policies_stay_only_if_they_are_surely_for_what_is_served(
     assert read_json(directory.identity)["fingerprint"] == "f" * 16
 
 
-class Policies(OwnPolicies):
-    """Policies that fail to load as long as `failure` is set."""
+class Builder:
+    """Builds policies, except those of the kinds that `failures` names."""
 
-    failure: Exception | None = None
+    def __init__(self) -> None:
+        self.failures: dict[str, Exception] = {}
 
-    def _build(self, kind: str, number: int) -> Any:
-        if self.failure is not None:
-            raise self.failure
-        return kind, number
+    def build(self, artifacts: dict[str, str]) -> dict[str, str]:
+        for kind in artifacts:
+            if kind in self.failures:
+                raise self.failures[kind]
+        return artifacts
 
 
 @pytest.fixture
@@ -185,20 +187,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def certified(directory: AutoDirectory, **numbers: int) -> Policies:
+def certified(directory: AutoDirectory, **numbers: int) -> tuple[OwnPolicies, Builder]:
     current = {name.replace("_", "-"): number for name, number in numbers.items()}
     for kind, number in current.items():
         directory.policy(kind, number).mkdir(parents=True)
     write_json(directory.current, current)
-    return Policies(directory, model(), None)  # type: ignore[arg-type]
+    builder: Any = Builder()
+    return OwnPolicies(directory, builder), builder
+
+
+@pytest.fixture(autouse=True)
+def names_for_artifacts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_policies, "load_artifact", lambda path: Path(path).name)
 
 
 KINDS = ("kind-1", "kind-2")
 
 
 def test_a_policy_that_failed_to_load_is_tried_again_ever_later(directory, clock, caplog_vllm):
-    policies = certified(directory, kind_1=1)
-    policies.failure = OSError(24, "Too many open files")
+    policies, builder = certified(directory, kind_1=1)
+    builder.failures["kind-1"] = OSError(24, "Too many open files")
     tried = []
     for _ in range(1000):
         policies.read(KINDS)
@@ -211,40 +219,34 @@ def test_a_policy_that_failed_to_load_is_tried_again_ever_later(directory, clock
     assert caplog_vllm.text.count("is quarantined") == 1
     bad = directory.root / "kind-1" / "bad.json"
     assert read_json(bad)["bad"] == [1]
-    policies.failure, clock.now = None, clock.now + own_policies.MOST_SECONDS
-    assert policies.read(KINDS) == {"kind-1": ("kind-1", 1)}
+    builder.failures.clear()
+    clock.now += own_policies.MOST_SECONDS
+    assert policies.read(KINDS).keys() == {"kind-1"}
     assert policies.read(KINDS) == {}
     assert not bad.exists()
 
 
 def test_a_full_disk_delays_no_policy_that_is_ready(directory, clock, monkeypatch):
-    policies = certified(directory, kind_1=1, kind_2=3)
+    policies, builder = certified(directory, kind_1=1, kind_2=3)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(own_policies, "write_json", full)
     monkeypatch.setattr(directory, "events", Path("/dev/full"))
-    build = Policies._build
-
-    def one_fails(self: Policies, kind: str, number: int) -> Any:
-        if kind == "kind-2":
-            full()
-        return build(self, kind, number)
-
-    monkeypatch.setattr(Policies, "_build", one_fails)
-    assert policies.read(KINDS) == {"kind-1": ("kind-1", 1)}
+    builder.failures["kind-2"] = OSError(28, "No space left on device")
+    assert policies.read(KINDS).keys() == {"kind-1"}
     policies.quarantine("kind-1", ValueError("they do not go together"))  # as a step does
 
 
 def test_a_kind_without_a_place_gets_no_policy_nor_one_of_before(directory, clock):
-    policies = certified(directory, kind_1=1, kind_2=1)
-    assert policies.read(["kind-1"]) == {"kind-1": ("kind-1", 1)}
+    policies, builder = certified(directory, kind_1=1, kind_2=1)
+    assert policies.read(["kind-1"]).keys() == {"kind-1"}
     directory.forget_kind("kind-1")
     policies.forget("kind-1")
     assert "kind-1" not in policies.current
-    assert policies.read(KINDS) == {"kind-2": ("kind-2", 1)}
-    assert Policies(directory, model(), None).current == {"kind-2": 1}  # type: ignore[arg-type]
+    assert policies.read(KINDS).keys() == {"kind-2"}
+    assert OwnPolicies(directory, builder).current == {"kind-2": 1}  # type: ignore[arg-type]
 
 
 def test_a_policy_is_checked_beside_those_of_before_or_after_a_step_that_replaces_them(monkeypatch):
@@ -258,21 +260,20 @@ def test_a_policy_is_checked_beside_those_of_before_or_after_a_step_that_replace
         return {name: (SimpleNamespace(config=config, digest=""), {name: f"policy {name}"})}
 
     monkeypatch.setattr(Admission, "from_config", lambda *_: None)
-    monkeypatch.setattr(service, "PolicySet", policies_of)
-    found: list[Service] = []
+    monkeypatch.setattr(served_policies, "PolicySet", policies_of)
+    found: list[served_policies.Composed] = []
     loop = SimpleNamespace(policies=policies_of({}, (1, 2)), monitors={})
-    served = SimpleNamespace(artifacts={}, loop=loop, settings=SimpleNamespace(compares=False))
+    model = SimpleNamespace(artifacts={}, loop=loop, settings=SimpleNamespace(compares=False))
+    running: Any = SimpleNamespace(use_admission=lambda _: None)
+    served = ServedPolicies(model, None, running)  # type: ignore[arg-type]
 
     def use_policies(policies: Any, monitors: Any) -> None:
         builds.start()
         builds.join(0.1)
         loop.policies, loop.monitors = policies, monitors
 
-    def build() -> None:
-        found.append(Service.with_policies(served, None, built("b")))  # type: ignore[arg-type]
-
-    builds, loop.use_policies = Thread(target=build), use_policies
-    running: Any = SimpleNamespace(use_admission=lambda _: None)
-    Service.with_policies(served, None, built("a")).use(served, running)  # type: ignore[arg-type]
+    builds = Thread(target=lambda: found.append(served._composed(built("b"))))
+    loop.use_policies = use_policies
+    served.replace(built("a"))
     builds.join()
     assert [list(one.artifacts) for one in found] == [["a", "b"]]

@@ -167,16 +167,14 @@ def test_the_hub_is_asked_once_and_not_by_an_engine(switch, monkeypatch):
     assert asked == ["org/mood"]
     [(_, _, pinned), _] = workers.calls[0]
     read: list[Artifact] = []
-    monkeypatch.setattr(reload, "built_on_all_ranks", lambda _, __, f: read.extend(f().values()))
-    monkeypatch.setattr(reload, "check_replaces", lambda *_: None)
-    model = SimpleNamespace(
-        settings=Settings(artifact="org/mood@main"),
-        check_calibrated=lambda config: None,
-        loop=SimpleNamespace(policies=SimpleNamespace(exit_points=(2, 3, 5))),
-        artifacts={"default": load_artifact(switch["artifact"])},
+    served: Any = SimpleNamespace(
+        model=SimpleNamespace(settings=Settings(artifact="org/mood@main")),
+        build_on_all_ranks=lambda read_artifacts: read.extend(read_artifacts().values()),
+        replace=lambda built: None,
     )
-    found = reload.Reload.read(model, SimpleNamespace(), pinned)  # type: ignore[arg-type]
-    assert found.lines == ["policy default was reloaded from org/mood@main"]
+    built = reload.read_again(served, pinned)
+    lines = reload.reload_policies(served, built)
+    assert lines == ["policy default was reloaded from org/mood@main"]
     assert [one.digest for one in read] == [pinned["default"].digest]
     assert asked == ["org/mood"]
 

@@ -21,8 +21,11 @@ from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.admitted import NOT_POOLED
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.requests import RunningRequests
-from vllm_adainfer.engine.worker import service
-from vllm_adainfer.engine.worker.reload import check_replaces
+from vllm_adainfer.engine.worker.served_policies import (
+    ServedPolicies,
+    check_cuts,
+    check_replaces,
+)
 from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.kv.policies import ExactKV
@@ -50,24 +53,24 @@ def test_it_is_not_served_where_only_the_last_token_goes_on(pooled, own_kv_layer
     pooled.parts("a")["a:last-token"].check_rows_go_on(1)
 
 
-def test_no_reload_brings_one_that_is_not_served_there(pooled, monkeypatch):
-    artifact = Artifact(pooled, tiny_tensors(pooled))
-    monkeypatch.setattr(service, "same_on_all_ranks", lambda digest: True)
-    model = SimpleNamespace(num_own_kv_layers=4, device=CPU, logit_lens=None)
+def test_no_reload_brings_one_that_is_not_served_there(pooled):
+    model = SimpleNamespace(num_own_kv_layers=4, artifacts={}, check_calibrated=lambda _: None)
+    served = ServedPolicies(model, None, SimpleNamespace())
     with pytest.raises(AdaInferError, match="only the last one goes on after layer 4"):
-        service.built_on_all_ranks(model, None, lambda: {"a": artifact})
+        served.check("a", pooled)
 
 
 @pytest.mark.parametrize(("old", "new"), [(POOLED, ALONE), (ALONE, POOLED), ({}, POOLED)])
 def test_a_reload_may_bring_or_drop_either_part(tiny_model, old, new):
-    configs = (tiny_config(tiny_model, **own) for own in (new, old))
-    check_replaces("reviews", *configs, (0, 2, 3, 5))
+    configs = [tiny_config(tiny_model, **own) for own in (new, old)]
+    check_replaces("reviews", *configs)
+    check_cuts("reviews", configs[0], (0, 2, 3, 5))
 
 
 def test_a_reload_may_not_bring_exit_points_of_its_last_token_alone(tiny_model):
-    new, old = (tiny_config(tiny_model, **own) for own in (POOLED, ALONE))
+    new = tiny_config(tiny_model, **POOLED)
     with pytest.raises(AdaInferError, match=r"exit points \[0, 2, 3, 5\], this engine only \[0, "):
-        check_replaces("reviews", new, old, (0, 2, 5))
+        check_cuts("reviews", new, (0, 2, 5))
 
 
 def admission_of(tiny_model: Path, **changes: Any) -> tuple[Admission, SamplingParams]:
@@ -151,7 +154,7 @@ def test_policies_monitors_and_admission_number_threshold_rows_alike(tiny_model,
         loop=SimpleNamespace(policies=policies, monitors=dict.fromkeys(policies.names[:-1])),
     )
     new = built({"z": artifact(**ALONE), "b": artifact(**POOLED)})
-    found = service.Service.with_policies(model, None, new)
+    found = ServedPolicies(model, None, SimpleNamespace())._composed(new)
     names = ["z", "a", "b", "b:last-token"]
     assert [*found.policies.names[:-1]] == [*found.monitors] == names
     assert [*found.admission._rows.first.items()] == list(zip(names, (0, 2, 4, 6), strict=True))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from vllm_adainfer.artifact.label_subsets import bits_of
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.startup.banner import policy_banner
-from vllm_adainfer.engine.startup.refusals import refuse_unknown_questions
+from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.offline.calibration.data.examples import Example
@@ -272,9 +274,10 @@ def test_a_monitor_watches_each_bound_over_all_questions():
 def test_known_is_refused_for_a_policy_that_knows_no_question(tiny_model):
     config = tiny_config(tiny_model)
     settings = Settings(artifact="x", requests="known")
+    vllm_config: Any = SimpleNamespace(model_config=SimpleNamespace(runner_type="generate"))
     with pytest.raises(AdaInferError, match="policy default knows no question: calibrate it on"):
-        refuse_unknown_questions(settings, {"default": config})
-    refuse_unknown_questions(Settings(artifact="x"), {"default": config})
+        refuse_policy("default", config, vllm_config, settings)
+    refuse_policy("default", config, vllm_config, Settings(artifact="x"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from vllm_adainfer.artifact.artifact import Artifact, digest_of
 from vllm_adainfer.artifact.fields import Adapter, Gate, Label, Level
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.runner import ranks as agreement
-from vllm_adainfer.engine.worker.reload import check_replaces
+from vllm_adainfer.engine.worker.served_policies import check_cuts, check_replaces
 from vllm_adainfer.errors import AdaInferError
 
 STRICT = Level(epsilon=0.01, disagreement=0.0, risk=0.0, bound=0.01, layers_saved=0.1)
@@ -22,101 +22,35 @@ def labels(*ids: int) -> tuple[Label, ...]:
     return tuple(Label(name=str(token), token_id=token) for token in ids)
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        (
-            {"architecture": "OPTForCausalLM"},
-            "policy reviews is for a model with architecture = OPTForCausalLM, this one has "
-            "LlamaForCausalLM: calibrate for this model",
-        ),
-        ({"layers": 7}, "with layers = 7, this one has 6: calibrate for this model"),
-        ({"hidden_size": 128}, "with hidden_size = 128, this one has 64"),
-        ({"vocab_size": 5000}, "with vocab_size = 5000, this one has "),
-        ({"head_size": 32}, "with head_size = 32, this one has None"),
-        (
-            {"exit_points": (2, 4)},
-            "policy reviews has exit points [2, 4], this engine only [2, 3, 5]: restart it, or "
-            "calibrate with --exit-points 2,3,5",
-        ),
-        (
-            {"labels": labels(1, 2)},
-            "policy reviews has other labels than before: restart the engine",
-        ),
-        (
-            {"adapter": Adapter(name="mood", fingerprint="1")},
-            "policy reviews is for another LoRA adapter than before",
-        ),
-        (
-            {"probe": "logit-lens", "candidates": "full", "labels": ()},
-            "policy reviews has other labels than before: restart the engine",
-        ),
-        (
-            {"max_tokens": 64},
-            "policy reviews was calibrated for 64 tokens, the one before for 1: restart the engine",
-        ),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_what_a_running_engine_cannot_change_to_is_refused_with_its_cure(
-    tiny_model, changes, sentence
-):
-    old, new = tiny_config(tiny_model), tiny_config(tiny_model, **changes)
-    with pytest.raises(AdaInferError) as caught:
-        check_replaces("reviews", new, old, EXIT_POINTS)
-    assert sentence in str(caught.value)
-
-
 GATE = Gate(label="bad", probability=0.5)
 PROBABILITY: dict[str, Any] = {"risk": "probability", "tolerance": 0.05}
+GATED = {**PROBABILITY, "tolerance": None, "gates": (GATE,)}
+WITH_MASS = {**PROBABILITY, "label_mass": True}
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "sentence"),
+    ("before", "after", "what"),
     [
-        (
-            {},
-            PROBABILITY,
-            "policy reviews bounds probability, the one before disagreement: the two policies "
-            "admit different requests: restart the engine",
-        ),
-        (
-            {**PROBABILITY, "label_mass": True},
-            {"risk": "accuracy", "bound": "wsr"},
-            "policy reviews bounds accuracy, the one before probability: the two policies ",
-        ),
-        (
-            {**PROBABILITY, "label_mass": True},
-            PROBABILITY,
-            "policy reviews does not certify the label mass, unlike the one before: restart the",
-        ),
-        (
-            PROBABILITY,
-            {**PROBABILITY, "label_mass": True},
-            "policy reviews certifies the label mass, unlike the one before: restart the engine",
-        ),
-        (
-            {**PROBABILITY, "tolerance": None, "gates": (GATE,)},
-            {**PROBABILITY, "tolerance": None, "gates": (Gate(probability=0.5),)},
-            "policy reviews has other gates than before: restart the engine",
-        ),
-        (PROBABILITY, {**PROBABILITY, "tolerance": None, "gates": (GATE,)}, "has other gates than"),
-        (
-            {"never_early": ("bad",)},
-            {},
-            "policy reviews keeps other labels from being early answers than the one before: rest",
-        ),
-    ],
-    ids=[
-        *("to probability", "from probability", "mass lost", "mass won"),
-        *("other gate", "to a gate", "never early"),
+        ({}, {"labels": labels(1, 2)}, "its labels"),
+        ({}, {"probe": "logit-lens", "candidates": "full", "labels": ()}, "its labels"),
+        ({}, {"adapter": Adapter(name="mood", fingerprint="1")}, "its LoRA adapter, or in the we"),
+        ({}, {"max_tokens": 64}, "whether it is for more than one token"),
+        ({}, PROBABILITY, "whether it bounds probabilities"),
+        (WITH_MASS, {"risk": "accuracy", "bound": "wsr"}, "whether it bounds probabilities"),
+        (WITH_MASS, PROBABILITY, "whether it certifies the label mass"),
+        (PROBABILITY, WITH_MASS, "whether it certifies the label mass"),
+        (GATED, {**GATED, "gates": (Gate(probability=0.5),)}, "its gates"),
+        (PROBABILITY, GATED, "its gates"),
+        ({"never_early": ("bad",)}, {}, "the labels that are never early answers"),
     ],
 )
-def test_a_reload_may_not_change_what_is_promised(tiny_model, before, after, sentence):
+def test_a_reload_may_not_change_which_requests_are_admitted(tiny_model, before, after, what):
     old, new = tiny_config(tiny_model, **before), tiny_config(tiny_model, **after)
     with pytest.raises(AdaInferError) as caught:
-        check_replaces("reviews", new, old, EXIT_POINTS)
-    assert sentence in str(caught.value)
+        check_replaces("reviews", new, old)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"policy reviews differs from the one before in {what}")
+    assert sentence.endswith(": restart the engine")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +80,18 @@ def test_a_reload_may_not_change_what_is_promised(tiny_model, before, after, sen
 )
 def test_whatever_else_was_calibrated_anew_is_served(tiny_model, before, after):
     old, new = tiny_config(tiny_model, **before), tiny_config(tiny_model, **after)
-    check_replaces("reviews", new, old, EXIT_POINTS)
+    check_replaces("reviews", new, old)
+    check_cuts("reviews", new, EXIT_POINTS)
+
+
+def test_exit_points_where_the_stack_is_not_cut_are_refused_with_their_cure(tiny_model):
+    new = tiny_config(tiny_model, exit_points=(2, 4))
+    with pytest.raises(AdaInferError) as caught:
+        check_cuts("reviews", new, EXIT_POINTS)
+    assert (
+        "policy reviews has exit points [2, 4], this engine only [2, 3, 5]: calibrate with "
+        "--exit-points 2,3,5, or restart it"
+    ) in str(caught.value)
 
 
 def saved(model: Any, directory: Path, **changes: Any) -> Artifact:

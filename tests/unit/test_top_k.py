@@ -16,7 +16,8 @@ from vllm_adainfer.artifact.top_k import loses_document
 from vllm_adainfer.engine.admission import traffic_sample
 from vllm_adainfer.engine.admission.traffic_sample import GroupSample
 from vllm_adainfer.engine.compat.requests import LONGEST, begins_group, request_group
-from vllm_adainfer.engine.startup.refusals import refuse_torn_captures, refuse_torn_queries
+from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
+from vllm_adainfer.engine.startup.refusals import refuse_torn_captures
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.monitoring.query_monitor import (
     ENDED_SINCE,
@@ -347,13 +348,15 @@ def test_a_sample_remembers_a_limited_number_of_queries(monkeypatch):
 def test_queries_are_not_watched_where_vllm_spreads_their_documents_over_engines(
     replicas, top_k, refused
 ):
-    config: Any = SimpleNamespace(top_k=top_k)
-    parallel = SimpleNamespace(data_parallel_size=replicas)
-    vllm_config: Any = SimpleNamespace(parallel_config=parallel)
+    config: Any = SimpleNamespace(top_k=top_k, score_head="sigmoid", student=None)
+    vllm_config: Any = SimpleNamespace(
+        parallel_config=SimpleNamespace(data_parallel_size=replicas),
+        model_config=SimpleNamespace(runner_type="pooling"),
+    )
     for rate, sentence in ((0, None), (0.1, refused)):
         settings = Settings(artifact="policy", shadow_rate=rate)
         with nullcontext() if sentence is None else pytest.raises(AdaInferError, match=sentence):
-            refuse_torn_queries(vllm_config, settings, {"default": config})
+            refuse_policy("default", config, vllm_config, settings)
 
 
 @pytest.mark.parametrize(

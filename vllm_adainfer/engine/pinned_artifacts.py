@@ -54,31 +54,24 @@ def served_configs(vllm_config: VllmConfig, settings: Settings) -> dict[str, Art
         AdaInferError: an artifact cannot be read, or is no longer the one that was pinned.
 
     """
-    configs = {}
-    for name, source in settings.artifacts.items():
-        configs[name], digest = load_config_and_digest(source)
-        _check(vllm_config, name, source, digest)
-    return configs
+    found = {name: load_config_and_digest(source) for name, source in settings.artifacts.items()}
+    _check_pins(vllm_config, settings, {name: digest for name, (_, digest) in found.items()})
+    return {name: config for name, (config, _) in found.items()}
 
 
 def served_artifacts(vllm_config: VllmConfig, settings: Settings) -> dict[str, Artifact]:
-    """The pinned artifacts, by policy name, for a process that starts.
-
-    Raises:
-        AdaInferError: an artifact cannot be read, or is no longer the one that was pinned.
-
-    """
-    artifacts = {}
-    for name, source in settings.artifacts.items():
-        artifacts[name] = load_artifact(source)
-        _check(vllm_config, name, source, artifacts[name].digest)
+    """The pinned artifacts, as `served_configs`."""
+    artifacts = {name: load_artifact(source) for name, source in settings.artifacts.items()}
+    _check_pins(vllm_config, settings, {name: one.digest for name, one in artifacts.items()})
     return artifacts
 
 
-def _check(vllm_config: VllmConfig, name: str, source: str, digest: str) -> None:
+def _check_pins(vllm_config: VllmConfig, settings: Settings, digests: Mapping[str, str]) -> None:
     config = vllm_config.additional_config
     switch = config.get(CONFIG_KEY) if isinstance(config, dict) else None
-    if isinstance(switch, PinnedSwitch) and switch.pins[name] != digest:
-        raise AdaInferError(
-            f"artifact {source!r} was overwritten while the engine started: start it again"
-        )
+    for name, digest in digests.items():
+        if isinstance(switch, PinnedSwitch) and switch.pins[name] != digest:
+            raise AdaInferError(
+                f"artifact {settings.artifacts[name]!r} was overwritten while the engine started: "
+                "start it again"
+            )

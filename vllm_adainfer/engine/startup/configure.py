@@ -22,14 +22,8 @@ from vllm_adainfer.engine.startup.banner import (
     capture_notice,
     policy_banner,
 )
-from vllm_adainfer.engine.startup.refusals import (
-    refuse_other_answers,
-    refuse_students_without_text,
-    refuse_torn_captures,
-    refuse_torn_queries,
-    refuse_unknown_questions,
-    refuse_unsupported,
-)
+from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
+from vllm_adainfer.engine.startup.refusals import refuse_torn_captures, refuse_unsupported
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Settings
 
@@ -54,14 +48,11 @@ def configure(vllm_config: VllmConfig, settings: Settings, model_class: str) -> 
     configs = pin_artifacts(vllm_config, settings)
     text_config = vllm_config.model_config.hf_text_config
     options = engine_options_of(vllm_config)
-    for config in configs.values():
+    for name, config in configs.items():
         config.check_served_by(vllm_config.model_config.hf_config)
         config.check_options(options)
         config.check_rows_go_on(own_kv_layers(text_config) or text_config.num_hidden_layers)
-    refuse_other_answers(vllm_config, configs)
-    refuse_unknown_questions(settings, configs)
-    refuse_students_without_text(vllm_config, configs)
-    refuse_torn_queries(vllm_config, settings, configs)
+        refuse_policy(name, config, vllm_config, settings)
     _check_fixed_exit_points(vllm_config, settings)
     admission = Admission.from_config(vllm_config, settings, configs)
     _log_policies(vllm_config, settings, admission)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.engine.classes import MODELS, SCHEDULER, own_kv_layers, worker_class
 from vllm_adainfer.engine.compat.compilation import names_experts
 from vllm_adainfer.engine.compat.config import packaged_logits_processors, replays_whole_model
 from vllm_adainfer.engine.scheduler.prefix_cache import refuse_kv_connector
+from vllm_adainfer.engine.startup.policy_refusals import has_replicas
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Settings
 
@@ -52,59 +52,6 @@ def refuse_unsupported(vllm_config: VllmConfig, model_class: str, settings: Sett
     refuse_kv_connector(vllm_config)
 
 
-def refuse_unknown_questions(settings: Settings, configs: Mapping[str, ArtifactConfig]) -> None:
-    """Refuse ``"requests": "known"`` for a policy that knows no question.
-
-    Raises:
-        AdaInferError: there is one.
-
-    """
-    for name, config in configs.items():
-        if settings.requests == "known" and not config.questions:
-            raise AdaInferError(
-                f'additional_config: adainfer.requests is "known", but policy {name} knows no '
-                "question: calibrate it on requests whose prompts end with their question, or drop "
-                '"requests"'
-            )
-
-
-def refuse_other_answers(vllm_config: VllmConfig, configs: Mapping[str, ArtifactConfig]) -> None:
-    """Refuse a policy for scores on a model that generates, and one for tokens on a classifier.
-
-    Raises:
-        AdaInferError: there is one.
-
-    """
-    classifies = vllm_config.model_config.runner_type == "pooling"
-    for name, config in configs.items():
-        if (config.score_head is not None) != classifies:
-            asked, served = ("tokens", "scores") if classifies else ("scores", "tokens")
-            raise AdaInferError(
-                f"vllm-adainfer: policy {name} decides {asked}, and this engine answers with "
-                f"{served}: calibrate the model as you serve it (see --runner and --convert), or "
-                'drop "adainfer" from additional_config'
-            )
-
-
-def refuse_torn_queries(
-    vllm_config: VllmConfig, settings: Settings, configs: Mapping[str, ArtifactConfig]
-) -> None:
-    """Refuse to compare queries whose documents vLLM spreads over several engines.
-
-    Raises:
-        AdaInferError: a policy promises an order, and the switch has a shadow rate.
-
-    """
-    for name, config in configs.items():
-        if config.top_k is not None and settings.compares and _has_replicas(vllm_config):
-            raise AdaInferError(
-                f"vllm-adainfer: policy {name} promises which documents of a query come first, and "
-                "--data-parallel-size spreads the documents of a query over engines, none of which "
-                "can compare its order: start each replica as a server of its own, or drop "
-                '"shadow_rate"'
-            )
-
-
 def refuse_torn_captures(vllm_config: VllmConfig) -> None:
     """Refuse to capture queries whose documents vLLM spreads over several engines.
 
@@ -112,34 +59,12 @@ def refuse_torn_captures(vllm_config: VllmConfig) -> None:
         AdaInferError: the model scores documents.
 
     """
-    if vllm_config.model_config.runner_type == "pooling" and _has_replicas(vllm_config):
+    if vllm_config.model_config.runner_type == "pooling" and has_replicas(vllm_config):
         raise AdaInferError(
             'vllm-adainfer: "capture" takes a query with all its documents, and '
             "--data-parallel-size spreads the documents of a query over engines: start each "
             'replica as a server of its own, or drop "capture"'
         )
-
-
-def _has_replicas(vllm_config: VllmConfig) -> bool:
-    size: int = vllm_config.parallel_config.data_parallel_size
-    return size > 1
-
-
-def refuse_students_without_text(
-    vllm_config: VllmConfig, configs: Mapping[str, ArtifactConfig]
-) -> None:
-    """Refuse ``--skip-tokenizer-init`` with a policy that has a student.
-
-    Raises:
-        AdaInferError: there is one.
-
-    """
-    for name, config in configs.items():
-        if config.student is not None and vllm_config.model_config.skip_tokenizer_init:
-            raise AdaInferError(
-                f"vllm-adainfer: policy {name} has a student, which reads the text of prompts: "
-                "drop --skip-tokenizer-init, or calibrate without --student"
-            )
 
 
 def _of_model(vllm_config: VllmConfig, model_class: str, settings: Settings) -> Iterator[str]:

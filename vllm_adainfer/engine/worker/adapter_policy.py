@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from vllm.config import VllmConfig
-from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import LAST_TOKEN
@@ -17,10 +13,8 @@ from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.lora import adapter_directory
 from vllm_adainfer.engine.runner.adapters import fingerprint_of
-from vllm_adainfer.engine.scheduler.rest_of_choice import check_tokenizer
 from vllm_adainfer.engine.startup.banner import policy_banner
-from vllm_adainfer.engine.startup.refusals import refuse_unknown_questions
-from vllm_adainfer.engine.worker.service import Service, built_on_all_ranks
+from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -32,22 +26,21 @@ logger = get_logger(__name__)
 FOLDER = "adainfer"  # in the adapter's directory
 
 
-def bundled_policy(model: Any, vllm_config: VllmConfig, adapter: LoRARequest) -> Service | None:
-    """The current policies with the one bundled with `adapter`; None if it has none.
+def bundled_policy(served: ServedPolicies, adapter: LoRARequest) -> Built:
+    """The policy bundled with `adapter`, by the adapter's name; empty if it has none.
 
-    A collective: every rank must call it. The policy takes the adapter's name, and replaces an
-    earlier one of this name. Policies of the engine switch take precedence.
+    A collective: every rank must call it. It replaces an earlier one of this name. Policies of the
+    engine switch take precedence.
 
     Args:
-        model: an `EarlyExit`.
-        vllm_config: the engine's config.
+        served: what serves now.
         adapter: the adapter that vLLM is about to load.
 
     Raises:
         AdaInferError: this engine cannot serve the policy.
 
     """
-    settings = model.settings
+    settings = served.model.settings
     name = adapter.lora_name
     if settings.exit_points is None:
         if settings.record is None and _bundled_folder(adapter) is not None:
@@ -56,41 +49,25 @@ def bundled_policy(model: Any, vllm_config: VllmConfig, adapter: LoRARequest) ->
                 'layers of its exit points, "exit_points": [...]',
                 name,
             )
-        return None
+        return {}
 
     def read() -> dict[str, Artifact]:
-        artifact = _read_bundled(adapter, model)
-        if artifact is None:
-            return {}
-        refuse_unknown_questions(settings, {name: artifact.config})
-        if artifact.config.choices:
-            tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-            check_tokenizer(tokenizer, name, artifact.config.choices)
-        return {name: artifact}
+        artifact = _read_bundled(adapter, served.model)
+        return {} if artifact is None else {name: artifact}
 
-    built = built_on_all_ranks(model, vllm_config, read)
-    if not built:
-        return None
-    artifact, _ = built[name]
-    mode = vllm_config.model_config.logprobs_mode
-    line = policy_banner(name, artifact.config, settings, mode)
-    logger.info("With the adapter %s: %s", name, line)
-    return Service.with_policies(model, vllm_config, built)
-
-
-def without_policies(model: Any, vllm_config: VllmConfig, adapters: Iterable[str]) -> Service:
-    """The current policies without those bundled with `adapters`."""
-    service = Service.with_policies(model, vllm_config, {}, adapters)
-    for name in adapters:
-        logger.info("AdaInfer dropped policy %s together with its adapter", name)
-    return service
+    built = served.build_on_all_ranks(read)
+    for artifact, _ in built.values():
+        mode = served.vllm_config.model_config.logprobs_mode
+        line = policy_banner(name, artifact.config, settings, mode)
+        logger.info("With the adapter %s: %s", name, line)
+    return built
 
 
 def _read_bundled(adapter: LoRARequest, model: Any) -> Artifact | None:
     """The artifact bundled with an adapter; None without one, or if the switch names it already.
 
     Raises:
-        AdaInferError: it is damaged, or is for another model, adapter or other exit points.
+        AdaInferError: it is damaged or for another adapter, or its name is taken.
 
     """
     name, folder = adapter.lora_name, _bundled_folder(adapter)
@@ -111,23 +88,11 @@ def _read_bundled(adapter: LoRARequest, model: Any) -> Artifact | None:
             "the adapter under another name"
         )
     artifact = load_artifact(str(folder))
-    config, cuts = artifact.config, model.loop.policies.exit_points
-    model.check_calibrated(config)
+    config = artifact.config
     if config.adapter is None or config.adapter.fingerprint != own.fingerprint:
         raise AdaInferError(
             f"{folder} was not calibrated with the adapter that it is bundled with: calibrate with "
             f"--lora {name}={folder.parent}, or remove it"
-        )
-    if config.student is not None:
-        raise AdaInferError(
-            f"{folder} has a student, and only policies that the engine starts with may have one: "
-            "name it in the engine switch, or calibrate without --student"
-        )
-    if not set(config.all_exit_points) <= set(cuts):
-        raise AdaInferError(
-            f"{folder} has exit points {list(config.all_exit_points)}, this engine only "
-            f'{list(cuts)}: start it with "exit_points": [...], or calibrate with --exit-points '
-            f"{','.join(map(str, cuts))}"
         )
     return replace(artifact, config=config.model_copy(update={"adapter": own}))
 

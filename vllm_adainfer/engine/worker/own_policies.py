@@ -6,20 +6,11 @@ import time
 from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from vllm.config import VllmConfig
-from vllm.tokenizers import cached_tokenizer_from_config
-
-from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.engine.compat.logs import get_logger
-from vllm_adainfer.engine.runner.build_loop import policies_of_artifacts
-from vllm_adainfer.engine.scheduler.rest_of_choice import check_tokenizer
-from vllm_adainfer.engine.worker.service import Built, Service
-from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.load_policy import Policy
+from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 
 logger = get_logger(__name__)
 
@@ -34,9 +25,9 @@ class OwnPolicies:
 
     """
 
-    def __init__(self, directory: AutoDirectory, model: Any, vllm_config: VllmConfig) -> None:
-        """`model` is an `EarlyExit`, whose weights are loaded."""
-        self._directory, self._model, self._config = directory, model, vllm_config
+    def __init__(self, directory: AutoDirectory, served: ServedPolicies) -> None:
+        """`served` builds what is read in `directory`."""
+        self._directory, self._served = directory, served
         self._read: dict[str, int] = {}  # the numbers of the policies that were read last
         # By kind and number: until when one that failed waits, and after how many seconds.
         self._waits: dict[tuple[str, int], tuple[float, float]] = {}
@@ -51,17 +42,18 @@ class OwnPolicies:
         fault.
         """
         self._look()
-        built = {}
+        built: Built = {}
         for kind, number in self.current.items():
             if kind not in kinds or self._read.get(kind) == number or self._waits_on(kind, number):
                 continue
             self._read[kind] = number
             try:
-                built[kind] = self._build(kind, number)
+                artifact = load_artifact(str(self._directory.policy(kind, number)))
+                built = {**built, **self._served.build({kind: artifact})}
             except Exception as error:  # whatever is wrong with it, serving goes on
                 self.quarantine(kind, error)
             else:
-                self._served(kind, number)
+                self._tell_serving(kind, number)
         return built
 
     def _look(self) -> None:
@@ -80,34 +72,11 @@ class OwnPolicies:
                     if self._directory.policy(kind, number).is_dir()  # or its kind was forgotten
                 }
 
-    def _build(self, kind: str, number: int) -> tuple[Artifact, dict[str, Policy]]:
-        """The artifact of a policy, and the policy.
-
-        Raises:
-            AdaInferError: this engine cannot serve it.
-
-        """
-        model = self._model
-        artifact = load_artifact(str(self._directory.policy(kind, number)))
-        config, cuts = artifact.config, model.loop.policies.exit_points
-        model.check_calibrated(config)
-        config.check_rows_go_on(model.num_own_kv_layers)
-        if not set(config.all_exit_points) <= set(cuts):
-            raise AdaInferError(
-                f"it has exit points {list(config.all_exit_points)}, this engine only {list(cuts)}"
-            )
-        if config.choices:
-            tokenizer = cached_tokenizer_from_config(self._config.model_config)
-            check_tokenizer(tokenizer, kind, config.choices)
-        found = artifact, policies_of_artifacts({kind: artifact}, model)
-        Service.with_policies(model, self._config, {kind: found})  # or it fails here, not in a step
-        return found
-
     def _waits_on(self, kind: str, number: int) -> bool:
         """Whether a policy that could not be served is not to be tried again yet."""
         return time.monotonic() < self._waits.get((kind, number), (0.0, 0.0))[0]
 
-    def _served(self, kind: str, number: int) -> None:
+    def _tell_serving(self, kind: str, number: int) -> None:
         with suppress(OSError):
             self._bad(kind).unlink(missing_ok=True)
         self._directory.tell(kind, "serving", policy=number)

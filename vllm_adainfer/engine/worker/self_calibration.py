@@ -8,10 +8,8 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any
 
 from torch import Tensor
-from vllm.config import VllmConfig
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.tries import MOST_ROWS, TRIES
@@ -20,7 +18,7 @@ from vllm_adainfer.engine.runner.own_kinds import OwnKinds
 from vllm_adainfer.engine.worker.model_facts import ModelFacts
 from vllm_adainfer.engine.worker.own_policies import OwnPolicies
 from vllm_adainfer.engine.worker.row_files import RowFiles
-from vllm_adainfer.engine.worker.service import Built
+from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Auto
@@ -48,23 +46,23 @@ class SelfCalibration:
 
     """
 
-    def __init__(self, auto: Auto, model: Any, vllm_config: VllmConfig) -> None:
-        """`model` is an `EarlyExit`, whose weights are loaded and whose loop is built.
+    def __init__(self, auto: Auto, served: ServedPolicies) -> None:
+        """`served` are the worker's policies; its model's weights are loaded, its loop is built.
 
         Raises:
             AdaInferError: this process cannot write to the directory, or another server has it.
 
         """
-        self._model = model
+        self._model = model = served.model
         self._directory = directory = AutoDirectory(auto.directory)
         directory.create()
         self._held = ExitStack()
         self._hold()
         directory.delete_drafts()
-        self._facts = ModelFacts(directory, auto, model, vllm_config)
+        self._facts = ModelFacts(directory, auto, model, served.vllm_config)
         self.kinds = OwnKinds(auto, directory)
         self._rows = RowFiles(directory, model.loop.policies.exit_points)
-        self._policies = OwnPolicies(directory, model, vllm_config)
+        self._policies = OwnPolicies(directory, served)
         self._note_states()
         self._trainer = TrainerProcess(directory)
         self._chunks: SimpleQueue[Chunk | None] = SimpleQueue()

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import save_file
 from typing_extensions import override
 
-from vllm_adainfer.artifact.artifact import digests_of
 from vllm_adainfer.artifact.source import Pinned
+from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.engine.compat.lora import lora_manager_of
 from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.runner.requests import RunningRequests
-from vllm_adainfer.engine.worker.adapter_policy import bundled_policy, without_policies
-from vllm_adainfer.engine.worker.reload import Reload
+from vllm_adainfer.engine.worker.adapter_policy import bundled_policy
+from vllm_adainfer.engine.worker.reload import read_again, reload_policies
 from vllm_adainfer.engine.worker.self_calibration import SelfCalibration
-from vllm_adainfer.engine.worker.service import Service
+from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.row_recorder import RowRecorder
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 else:
     _Worker = object
+
+logger = get_logger(__name__)
 
 
 class ExitWorker(_Worker):
@@ -55,13 +57,13 @@ class ExitWorker(_Worker):
     def load_model(self, **kwargs: Any) -> None:
         """Give the running requests the LoRA manager once the model is loaded."""
         super().load_model(**kwargs)
-        self._reloads: dict[str, Reload] = {}
+        self._reloads: dict[str, Built] = {}
         model = self.model_runner.model
+        self._served = ServedPolicies(model, self.vllm_config, self._running)
         if model.settings.calibrates_itself:
-            self._self_calibration = SelfCalibration(model.settings.auto, model, self.vllm_config)
+            self._self_calibration = SelfCalibration(model.settings.auto, self._served)
             self._running.kinds = self._self_calibration.kinds
             model.loop.keep_states = RowRecorder(self._self_calibration.put)
-        self._running.digests = digests_of(self.model_runner.model.artifacts)
         manager = lora_manager_of(self.model_runner)
         self._running.lora_manager = manager
         if manager is not None:
@@ -86,21 +88,21 @@ class ExitWorker(_Worker):
     @override
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """Load the adapter with its bundled policy, or neither if the policy cannot be served."""
-        model, running = self.model_runner.model, self._running
-        service = bundled_policy(model, self.vllm_config, lora_request)
+        model, adapters = self.model_runner.model, self._running.adapters
+        built = bundled_policy(self._served, lora_request)
         try:
             added: bool = super().add_lora(lora_request)
         finally:  # a collective: the other ranks wait in it
-            same = running.adapters.agree(lora_request)
+            same = adapters.agree(lora_request)
         name = lora_request.lora_name
         if not same:
             raise AdaInferError(
                 f"ranks have loaded different files as the adapter {name}: load it again"
             )
-        if service is not None:
-            service.use(model, running)
+        if built:
+            self._served.replace(built)
         if name in model.artifacts and name not in model.settings.artifacts:
-            running.adapters.numbers[name] = lora_request.lora_int_id
+            adapters.numbers[name] = lora_request.lora_int_id
         return added
 
     @override
@@ -139,19 +141,14 @@ class ExitWorker(_Worker):
 
         In nearly all steps there is nothing new, and no kind has lost its place.
         """
-        model = self.model_runner.model
         if lost := calibration.kinds.take_lost():
-            gone = [kind for kind in lost if kind in model.artifacts]
-            Service.with_policies(model, self.vllm_config, {}, gone).use(model, self._running)
+            self._served.replace({}, without=[n for n in lost if n in self._served.model.artifacts])
             calibration.forget(lost)
-        if not (built := calibration.take_built()):
-            return
-        try:
-            service = Service.with_policies(model, self.vllm_config, built)
-        except AdaInferError as error:
-            calibration.quarantine(built, error)
-        else:
-            service.use(model, self._running)
+        if built := calibration.take_built():
+            try:
+                self._served.replace(built)
+            except AdaInferError as error:
+                calibration.quarantine(built, error)
 
     def _attach_note(self, output: Any) -> None:
         note = self._running.take_note()
@@ -162,9 +159,9 @@ class ExitWorker(_Worker):
         """Drop the policy bundled with an adapter: its requests continue at full depth."""
         numbers = self._running.adapters.numbers
         if gone := [name for name, number in numbers.items() if number == lora_id]:
-            model = self.model_runner.model
-            without_policies(model, self.vllm_config, gone).use(model, self._running)
+            self._served.replace({}, without=gone)
             for name in gone:
+                logger.info("AdaInfer dropped policy %s together with its adapter", name)
                 del numbers[name]
 
     def adainfer_stats(self) -> dict[str, Any]:
@@ -173,9 +170,8 @@ class ExitWorker(_Worker):
         return stats
 
     def adainfer_reload(self) -> list[str]:
-        """Reload the artifacts and serve with them; see `Reload`."""
-        model = self.model_runner.model
-        return Reload.read(model, self.vllm_config).use(model, self._running, self.vllm_config)
+        """Reload the artifacts and serve with them; see `read_again`."""
+        return reload_policies(self._served, read_again(self._served))
 
     def adainfer_read_again(self, reload: str, pinned: Mapping[str, Sequence[str]]) -> None:
         """Phase 1 of a reload across engines: read and build, without using the result.
@@ -187,14 +183,12 @@ class ExitWorker(_Worker):
 
         """
         found = {name: Pinned(*one) for name, one in pinned.items()}  # a list after the transfer
-        self._reloads[reload] = Reload.read(self.model_runner.model, self.vllm_config, found)
+        self._reloads[reload] = read_again(self._served, found)
 
     def adainfer_end_reload(self, reload: str, use: bool) -> list[str]:
         """Phase 2: serve with the result of phase 1, or drop it."""
-        found = self._reloads.pop(reload, None)
-        if found is None or not use:
-            return []
-        return found.use(self.model_runner.model, self._running, self.vllm_config)
+        built = self._reloads.pop(reload, None)
+        return reload_policies(self._served, built) if use and built is not None else []
 
     def adainfer_take_record(self, path: str) -> dict[str, Any]:
         """Write the recorded states and sums, and the tensors of the model's logit lens, to `path`.

@@ -1,0 +1,219 @@
+"""The policies that a worker decides with, and the one way by which others come into service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, TypeAlias
+
+from vllm.config import VllmConfig
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of, digests_of
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.runner.build_loop import monitor_of, policies_of_artifacts
+from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, same_on_all_ranks
+from vllm_adainfer.engine.runner.requests import RunningRequests
+from vllm_adainfer.engine.scheduler.rest_of_choice import check_tokenizer
+from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.monitoring.monitor import Monitor
+from vllm_adainfer.policy.load_policy import Policy
+from vllm_adainfer.policy.policy_set import PolicySet
+
+# By name, the artifact and the policy of each of its parts.
+Built: TypeAlias = Mapping[str, tuple[Artifact, Mapping[str, Policy]]]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """All that a worker decides with once some policies have come or gone.
+
+    Attributes:
+        artifacts: the artifact of each policy, by the policy's name.
+        policies: the policies, in the same order.
+        monitors: the monitor of each policy, by name; empty without shadow requests.
+        admission: admits requests to these policies.
+
+    """
+
+    artifacts: dict[str, Artifact]
+    policies: PolicySet
+    monitors: dict[str, Monitor]
+    admission: Admission
+
+
+class ServedPolicies:
+    """A worker's policies: checked and built beside the steps, and replaced between two of them.
+
+    Attributes:
+        model: the served model, an `EarlyExit`.
+        vllm_config: the engine's config.
+
+    """
+
+    def __init__(self, model: Any, vllm_config: VllmConfig, running: RunningRequests) -> None:
+        """`running` are the requests that the policies decide."""
+        self.model, self.vllm_config, self._running = model, vllm_config, running
+        self._in_use = Lock()  # held while what is in use is read or replaced
+        running.digests = digests_of(model.artifacts)
+
+    def build(self, artifacts: Mapping[str, Artifact]) -> Built:
+        """The policies of `artifacts`, ready for `replace`.
+
+        Raises:
+            AdaInferError: this engine cannot serve one of them.
+
+        """
+        for name, artifact in artifacts.items():
+            self.check(name, artifact.config)
+        built = {
+            name: (artifact, policies_of_artifacts({name: artifact}, self.model))
+            for name, artifact in artifacts.items()
+        }
+        self._composed(built)  # or it fails here, not in a step
+        return built
+
+    def build_on_all_ranks(self, read: Callable[[], Mapping[str, Artifact]]) -> Built:
+        """The policies of the artifacts that `read` returns.
+
+        A collective: every rank must call it. It succeeds only if all ranks read the same artifacts
+        and could build their policies.
+
+        Raises:
+            AdaInferError: the ranks read different artifacts, or another rank failed.
+            Exception: whatever stopped this rank.
+
+        """
+        failure: Exception | None = None
+        built: Built = {}
+        digest = 0
+        try:
+            artifacts = read()
+            built = self.build(artifacts)
+            digest = digest_of(artifacts)
+        except Exception as error:  # other ranks wait for this one below
+            failure = error
+        same = same_on_all_ranks(digest)
+        if failure is not None:
+            raise failure
+        if not same:
+            raise AdaInferError(RANKS_DIFFER)
+        return built
+
+    def check(self, name: str, config: ArtifactConfig) -> None:
+        """Check that the running engine can serve a policy.
+
+        Its stack stays cut where it is, and its scheduler goes on admitting requests by the
+        policies of the engine switch that it started with.
+
+        Raises:
+            AdaInferError: it cannot; the sentence says why.
+
+        """
+        model = self.model
+        model.check_calibrated(config)
+        config.check_rows_go_on(model.num_own_kv_layers)
+        refuse_policy(name, config, self.vllm_config, model.settings)
+        check_cuts(name, config, model.loop.policies.exit_points)
+        if name in model.settings.artifacts:
+            check_replaces(name, config, model.artifacts[name].config)
+        elif config.student is not None:
+            raise AdaInferError(
+                f"policy {name} has a student, and only policies that the engine starts with may "
+                "have one: name it in the engine switch, or calibrate without --student"
+            )
+        if config.choices:
+            tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
+            check_tokenizer(tokenizer, name, config.choices)
+
+    def replace(self, built: Built, without: Iterable[str] = ()) -> None:
+        """Decide with other policies from the next step on; those that stay keep their monitors.
+
+        Args:
+            built: the policies to add, or to replace by name.
+            without: the names of the policies to remove.
+
+        Raises:
+            AdaInferError: a policy does not certify the switch's epsilon; nothing has changed.
+
+        """
+        new = self._composed(built, without)
+        with self._in_use:
+            self.model.artifacts = new.artifacts
+            self.model.loop.use_policies(new.policies, new.monitors)
+        self._running.use_admission(new.admission)
+        self._running.digests = digests_of(new.artifacts)
+
+    def _composed(self, built: Built, without: Iterable[str] = ()) -> Composed:
+        """What `replace` puts in use."""
+        loop, settings = self.model.loop, self.model.settings
+        with self._in_use:
+            artifacts, in_use, monitors = dict(self.model.artifacts), loop.policies, loop.monitors
+        artifacts |= {name: artifact for name, (artifact, _) in built.items()}
+        for name in without:
+            del artifacts[name]
+        new = {part: policy for _, parts in built.values() for part, policy in parts.items()}
+        policies = dict(zip(in_use.names, in_use.policies, strict=False)) | new
+        configs = {name: artifact.config for name, artifact in artifacts.items()}
+        parts = all_parts(configs)
+        if settings.compares:
+            monitors = monitors | {n: monitor_of(parts[n], settings) for n in new}
+        return Composed(
+            artifacts,
+            PolicySet({part: policies[part] for part in parts}, in_use.exit_points),
+            {part: monitors[part] for part in parts} if settings.compares else {},
+            Admission.from_config(self.vllm_config, settings, configs),
+        )
+
+
+def check_cuts(name: str, config: ArtifactConfig, cuts: tuple[int, ...]) -> None:
+    """Check that the stack, cut after the layers `cuts`, has the exit points of a policy.
+
+    Raises:
+        AdaInferError: it has not.
+
+    """
+    if not set(config.all_exit_points) <= set(cuts):
+        raise AdaInferError(
+            f"policy {name} has exit points {list(config.all_exit_points)}, this engine only "
+            f"{list(cuts)}: calibrate with --exit-points {','.join(map(str, cuts))}, or restart it "
+            '(for policies of LoRA adapters with "exit_points": [...])'
+        )
+
+
+def check_replaces(name: str, new: ArtifactConfig, old: ArtifactConfig) -> None:
+    """Check that the scheduler, which knows the `old` policy, admits the requests of the `new` one.
+
+    Raises:
+        AdaInferError: it does not; the sentence says what differs.
+
+    """
+    before = _admitted_by(old)
+    for what, value in _admitted_by(new).items():
+        if value != before.get(what):
+            raise AdaInferError(
+                f"policy {name} differs from the one before in {what}: restart the engine"
+            )
+
+
+def _admitted_by(config: ArtifactConfig) -> dict[str, object]:
+    """All by which a scheduler admits requests to a policy, by what users call it."""
+    facts: dict[str, object] = {
+        "its LoRA adapter, or in the weights of that": config.adapter,
+        "its choices, or in their tokens": {one.text: one.token_ids for one in config.choices},
+        "its labels": set(config.label_ids),
+        "what its scores are made into": config.score_head,
+        "whether it serves any of its labels (--label-pool)": config.label_pool,
+        "whether it is for more than one token (--max-tokens)": config.max_tokens > 1,
+        "whether it bounds probabilities": config.risk == "probability",
+        "whether it certifies the label mass": config.label_mass,
+        "the labels that are never early answers": set(config.never_early),
+        "its gates": set(config.gates),
+        "the first documents that it promises": config.top_k,
+    }
+    if config.student is not None:
+        facts["how its student reads requests"] = config.student.reads, config.shared
+    return facts
