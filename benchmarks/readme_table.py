@@ -203,7 +203,7 @@ def throughput_table() -> list[str]:
 
 
 def generation_table() -> list[str]:
-    """Speed by batch size and KV policy, then the headroom and the changed tokens."""
+    """Speed by batch size, then the headroom and the changed tokens."""
     report = load("generation")
     variants = list(dict.fromkeys(row["variant"] for row in report["speed"]))
     speed = {(row["batch"], row["variant"]): row for row in report["speed"]}
@@ -238,7 +238,6 @@ def generation_table() -> list[str]:
         f"{', '.join(map(str, report['exit_points']))} layers without an LM head. Tokens that "
         f"differ from never exiting, up to a text's first difference, in {texts} texts: "
         f"{share_of(changed['exact'], texts)} under `exact`, "
-        f"{share_of(changed['propagate'], texts)} under `propagate`, "
         f"{share_of(changed['stock'], texts)} in stock vLLM (by rounding).",
     ]
     return lines

@@ -156,7 +156,7 @@ def small_engine(model: Path, policy: Path, **settings: Any) -> Any:
     """With a cache of 384 tokens in 12 blocks, so that requests preempt each other."""
     return tiny_engine(
         model,
-        {"artifact": str(policy), "kv": "propagate"},
+        {"artifact": str(policy)},
         max_model_len=320,
         num_gpu_blocks_override=12,
         kv_cache_memory_bytes=8 << 20,

@@ -209,8 +209,6 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "opt-without-final-norm": lambda **_: opt(_remove_final_layer_norm=True),
 }
 
-RECURRENT = [name for name in FAMILIES if name.startswith(("qwen3.5", "qwen3-next"))]
-
 
 def transformers_class(config: Any) -> Any:
     """What builds a model with `config`, with its images if it has any."""

@@ -49,9 +49,6 @@ class Layers:
     def write_last_kv(self, states: HiddenStates) -> None:
         """Is the layers' work."""
 
-    def fill_kv(self, exit_index: int, states: Tensor, layout: RowLayout) -> None:
-        """Is the layers' work."""
-
 
 def label_policy(threshold: float) -> CalibratedPolicy:
     """Label heads that settle a row where its gap reaches `threshold`."""

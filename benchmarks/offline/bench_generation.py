@@ -1,4 +1,4 @@
-r"""Generated text: stock vLLM against exits at every token, with exact and with propagated KV.
+r"""Generated text: stock vLLM against exits at every token.
 
     .venv/bin/vllm-adainfer calibrate --model MODEL --data FILE --max-tokens 64 --output POLICY
     .venv/bin/python benchmarks/offline/bench_generation.py --model MODEL --artifact POLICY \
@@ -43,8 +43,7 @@ from vllm_adainfer.stats import stats
 if TYPE_CHECKING:
     from vllm import LLM
 
-STOCK, NEVER, EXACT, PROPAGATE = "stock", "never exit", "exact", "propagate"
-VARIANTS = (STOCK, NEVER, EXACT, PROPAGATE)
+STOCK, NEVER, EXACT = VARIANTS = "stock", "never exit", "exact"
 # Directory -> field, and how many of its first rows calibration used.
 SOURCES = {"gsm8k": ("question", 0), "alpaca_eval": ("text", 250), "specbench": ("text", 90)}
 # Batch size -> prompts in a timed pass (a few full batches).
@@ -118,14 +117,12 @@ def read_sets(model: str, data_dir: Path, count: int) -> dict[str, list[Example]
 def start_engines(
     model: str, artifact: str, examples: Sequence[Example], max_tokens: int
 ) -> dict[str, LLM]:
-    """Start stock and ours, with each KV policy, side by side."""
+    """Start stock and ours side by side."""
     os.environ["VLLM_PLUGINS"] = ""
     engines = {STOCK: start_engine(model, examples, None, max_tokens)}
     del os.environ["VLLM_PLUGINS"]
     register()  # vLLM loads plugins once per process, and loaded none here
-    for kv in (EXACT, PROPAGATE):
-        switch = {"artifact": artifact, "kv": kv}
-        engines[kv] = start_engine(model, examples, switch, max_tokens)
+    engines[EXACT] = start_engine(model, examples, {"artifact": artifact}, max_tokens)
     return engines
 
 

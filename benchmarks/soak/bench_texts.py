@@ -1,4 +1,4 @@
-r"""Generated text under load: half an hour of everything clients do, under both KV policies.
+r"""Generated text under load: half an hour of everything clients do.
 
     .venv/bin/vllm-adainfer calibrate ... --max-tokens 32 --epsilon 0.1 --output policies/chat
     .venv/bin/python benchmarks/soak/bench_texts.py --model MODEL \
@@ -34,7 +34,6 @@ LONGEST_PROMPT = 400
 # So few blocks (of 128 tokens) that some of 16 texts are preempted; rejoining rows can fill a step.
 ARGUMENTS = ("--max-model-len", str(LENGTH), "--num-gpu-blocks-override", "24")
 ARGUMENTS += ("--max-num-batched-tokens", "512")
-REQUESTS = {"exact": "greedy", "propagate": "all"}  # KV policy -> requests that may exit
 SHADOW_RATE = 0.1
 LEAVING = 0.2  # share of the time in which clients disconnect mid-text
 
@@ -50,10 +49,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="How long to generate texts, in all.")] = 30,
     rows: Annotated[int, typer.Option(help="Rows of the data per other policy.")] = 20,
 ) -> None:
-    """Serve with each KV policy, and write JSON and a Markdown table next to each other.
-
-    With propagated keys and values all requests may exit, and some sample their tokens.
-    """
+    """Serve, and write JSON and a Markdown table next to each other."""
     sources, questions = tasks(artifact, data, template, rows)
     name, _, source = text_artifact.partition("=")
     sources[name] = source
@@ -61,30 +57,18 @@ def main(
     bench = Bench(questions, Path(source))
     with_text = partial(texts, prompts=prompts_of(model, text_data), policy=name, config=config)
     with tempfile.TemporaryDirectory() as folder, bench.written_to(output, model, list(sources)):
-        for kv, requests in REQUESTS.items():
-            switch = {
-                "artifact": sources,
-                "kv": kv,
-                "requests": requests,
-                "shadow_rate": SHADOW_RATE,
-            }
-            log = Path(folder, f"{kv}.log")
-            with serving(model, switch, log, ARGUMENTS, ENVIRONMENT) as server:
-                bench.quiet(server)
-                bench.longest = LENGTH
-                for title, leaves, share in (
-                    ("texts", False, 1 - LEAVING),
-                    ("texts left", True, LEAVING),
-                ):
-                    scenario = partial(
-                        with_text,
-                        seconds=60 * minutes * share / len(REQUESTS),
-                        kv=kv,
-                        draws=requests == "all",
-                        leaves=leaves,
-                    )
-                    row = bench.run(f"{title}, {kv}", server, scenario)
-                    row["growth"] = growth(row["samples"])
+        switch = {"artifact": sources, "shadow_rate": SHADOW_RATE}
+        log = Path(folder, "server.log")
+        with serving(model, switch, log, ARGUMENTS, ENVIRONMENT) as server:
+            bench.quiet(server)
+            bench.longest = LENGTH
+            for title, leaves, share in (
+                ("texts", False, 1 - LEAVING),
+                ("texts left", True, LEAVING),
+            ):
+                scenario = partial(with_text, seconds=60 * minutes * share, leaves=leaves)
+                row = bench.run(title, server, scenario)
+                row["growth"] = growth(row["samples"])
 
 
 def prompts_of(model: str, data: Path) -> list[list[int]]:

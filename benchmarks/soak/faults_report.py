@@ -86,7 +86,7 @@ TEXTS = (
     "Texts: after each scenario the server reads texts once more at full depth. Of those that "
     "asked for it every token has to be its own choice (by half a unit of log-probability), of "
     "those that may exit at most as many may differ as the policy's bound allows, per token and by "
-    "prompt. `kv: propagate` promises no bound. One request in ten that may exit is a shadow, "
+    "prompt. One request in ten that may exit is a shadow, "
     "which runs at full depth and is compared (counted since the server's start). Memory: MiB of "
     "all processes, of their own, at the begin, in the middle and at the end."
 )
@@ -99,7 +99,7 @@ def _texts(report: Mapping[str, Any]) -> list[str]:
     columns = [
         "scenario",
         "minutes",
-        "texts early / deep / drawn",
+        "texts early / deep",
         "tokens",
         "preemptions",
         "reloads",

@@ -39,7 +39,7 @@ class Text:
     """A generated text.
 
     Attributes:
-        kind: early, deep (full depth) or drawn (sampled).
+        kind: early, or deep (full depth).
         prompt: token ids of the prompt.
         tokens: token ids of the text.
 
@@ -102,16 +102,13 @@ def one_connection_each(stage: Stage) -> aiohttp.ClientSession:
 class Writers:
     """Clients that request texts, one request after the other."""
 
-    def __init__(
-        self, stage: Stage, prompts: list[list[int]], policy: str, draws: bool, leaves: bool
-    ) -> None:
-        """With `draws` some requests sample their tokens, with `leaves` some clients disconnect."""
+    def __init__(self, stage: Stage, prompts: list[list[int]], policy: str, leaves: bool) -> None:
+        """With `leaves` some clients disconnect."""
         self.texts: list[Text] = []
         self.problems: list[str] = []
         self._stage = stage
         self._prompts = prompts
         self._policy = policy
-        self._draws = draws
         self._leaves = leaves
 
     async def act(self) -> None:
@@ -126,7 +123,7 @@ class Writers:
             body = self._body("early", prompt, 200, stream=True)
             await client.leave(body, dice.uniform(0.05, 6))
             return
-        kind = dice.choice(["early", "early", "deep", *(["drawn"] * 2 if self._draws else [])])
+        kind = dice.choice(["early", "early", "deep"])
         text = await self._write(kind, prompt, dice.randint(*LENGTHS))
         if text is not None and dice.random() < 0.3:
             question = dice.choice(self._prompts)[:TURN]
@@ -145,7 +142,6 @@ class Writers:
         return reply.tokens
 
     def _body(self, kind: str, prompt: list[int], tokens: int, stream: bool) -> dict[str, Any]:
-        dice = self._stage.dice
         return {
             "model": "model",
             "prompt": prompt,
@@ -154,11 +150,7 @@ class Writers:
             "return_token_ids": True,
             "stream": stream,
             "vllm_xargs": {"adainfer": 0} if kind == "deep" else {"adainfer_policy": self._policy},
-            **(
-                {"temperature": 0.8, "top_p": 0.95, "seed": dice.randrange(1 << 30)}
-                if kind == "drawn"
-                else {"temperature": 0}
-            ),
+            "temperature": 0,
         }
 
 
@@ -168,12 +160,10 @@ async def texts(
     prompts: list[list[int]],
     policy: str,
     config: ArtifactConfig,
-    kv: str,
-    draws: bool,
     leaves: bool,
 ) -> dict[str, Any]:
     """Request texts (plain, streamed, follow-ups) and labels for `seconds`, with reloads."""
-    writers = Writers(stage, prompts, policy, draws, leaves)
+    writers = Writers(stage, prompts, policy, leaves)
     begin = time.monotonic()
     reloads: dict[int, int] = {}
 
@@ -204,13 +194,11 @@ async def texts(
         problems.append(
             f"{judged['deep']['changed']} tokens at full depth are not the server's choice"
         )
-    if kv == "exact" and judged["early"]["low"] > config.epsilon:
+    if judged["early"]["low"] > config.epsilon:
         problems.append(f"more tokens differ than {config.epsilon:g} allows: {judged['early']}")
     return {
-        "kv": kv,
         "texts": {
-            kind: sum(text.kind == kind for text in writers.texts)
-            for kind in ("early", "deep", "drawn")
+            kind: sum(text.kind == kind for text in writers.texts) for kind in ("early", "deep")
         },
         "text_tokens": sum(len(text.tokens) for text in writers.texts),
         "judged": judged,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 # Scores closer than this are a tie: fp32 sums in another order may swap them.
 TIE = 1e-3
@@ -44,7 +43,7 @@ def first(output: Any) -> Tensor:
 
 @contextmanager
 def stuck(layers: Any) -> Iterator[None]:
-    """These layers make keys and values of what they get, and hand it on unchanged."""
+    """These layers hand on what they get unchanged."""
 
     def hand_on(_module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         state = args[0] if args else kwargs["hidden_states"]
@@ -77,18 +76,12 @@ def nudged(model: Any, seed: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def head_inputs(
-    model: Any, token_ids: list[int], layers: int, cache: DynamicCache | None = None
-) -> Tensor:
-    """What the LM head reads of each token, [tokens, head size], if it leaves after `layers`.
-
-    With a `cache` the tokens follow those in it; what it gets of the layers that they skip is
-    what `propagate` promises.
-    """
+def head_inputs(model: Any, token_ids: list[int], layers: int) -> Tensor:
+    """What the LM head reads of each token, [tokens, head size], if it leaves after `layers`."""
     read: list[Tensor] = []
     hook = model.lm_head.register_forward_pre_hook(lambda _module, args: read.append(args[0]))
     with stuck(decoder_layers(model)[layers:]):
-        model(torch.tensor([token_ids]), past_key_values=cache, use_cache=cache is not None)
+        model(torch.tensor([token_ids]), use_cache=False)
     hook.remove()
     return read[0][0]
 
@@ -115,21 +108,3 @@ def same(found: list[int], expected: list[int | None]) -> bool:
     """Whether `found` is `expected` as far as the oracle is sure."""
     sure = expected[: expected.index(None)] if None in expected else expected
     return found[: len(sure)] == sure
-
-
-class Sequence:
-    """One sequence under `propagate`: its cache holds what exits have left in it."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.cache = DynamicCache()
-
-    def restart(self, token_ids: list[int]) -> None:
-        """Keys and values of `token_ids` at full depth, and nothing else."""
-        self.cache = DynamicCache()
-        if token_ids:
-            self.run(token_ids, len(decoder_layers(self.model)))
-
-    def run(self, token_ids: list[int], layers: int) -> Tensor:
-        """Run the next tokens through `layers`; what the head reads of the last, [head size]."""
-        return head_inputs(self.model, token_ids, layers, self.cache)[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections.abc
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-from tests.e2e.oracle import Sequence, head_inputs, nudged
+from tests.e2e.oracle import head_inputs, nudged
 from tests.e2e.scripted import EXIT_AT, FULL, Ran, drawn, parts
 
 CLOSE = 2e-3  # largest difference of normed states of about 1: fp32 sums in another order
@@ -110,42 +110,25 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() < CLOSE)
 
 
-def wrong_exact(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
+def states_off(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
     """Tokens that were not read off the state that full depth would have had at their exit."""
     came = [part for part in ran if part.last < len(sequence)]  # others were aborted before
     expected = {depth: head_inputs(model, sequence, depth) for depth in {p.layers for p in came}}
     return [part for part in came if not close(part.state, expected[part.layers][part.last])]
 
 
-def wrong_propagated(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
-    """Tokens not read off the state that their sequence had, with what exits had left in it."""
-    oracle = Sequence(model)
-    oracle.restart([])
-    wrong, length = [], 0
-    for part in ran:
-        if part.first != length:  # preempted, or a prefix was hit: complete blocks only
-            oracle.restart(sequence[: part.first])
-        length = part.last + 1
-        if length > len(sequence):
-            break
-        if not close(part.state, oracle.run(sequence[part.first : length], part.layers)):
-            wrong.append(part)
-    return wrong
-
-
-def wrong_states(model: Any, kv: str, sequence: list[int], ran: list[Ran]) -> list[Ran]:
+def wrong_states(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
     """Tokens read off a state that is not the oracle's, however that may have rounded.
 
     Rounding alone moves a state far where it decides between experts that tie, in the engine or in
     the oracle, and then those of later tokens, which attend to it.
     """
-    wrong_of = wrong_exact if kv == "exact" else wrong_propagated
-    wrong = wrong_of(model, sequence, ran)
+    wrong = states_off(model, sequence, ran)
     for seed in range(NUDGES):
         if not wrong:
             break
         with nudged(model, seed):
-            still = {id(part) for part in wrong_of(model, sequence, ran)}
+            still = {id(part) for part in states_off(model, sequence, ran)}
         wrong = [part for part in wrong if id(part) in still]
     return wrong
 
@@ -162,9 +145,7 @@ def wrong_tokens(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
     return wrong
 
 
-def wrong(
-    model: Any, kv: str, pattern: Pattern, name: int, ran: dict[str, list[Ran]]
-) -> list[object]:
+def wrong(model: Any, pattern: Pattern, name: int, ran: dict[str, list[Ran]]) -> list[object]:
     """What of a request is not as the oracle has it."""
     request, sequence, parts_ran = (
         pattern.requests[name],
@@ -176,17 +157,16 @@ def wrong(
     complete = len(sequence) == len(request.prompt) + request.max_tokens
     return [
         *([] if complete or request.aborted is not None else [f"{name} is too short"]),
-        *wrong_states(model, kv, sequence, parts_ran),
+        *wrong_states(model, sequence, parts_ran),
         *wrong_tokens(model, sequence, parts_ran),
     ]
 
 
 def drawn_pattern(
     llm: Any,
-    kv: str,
     seed: int,
     min_rows_saved: int | None = 1,
-    adapters: collections.abc.Sequence[LoRARequest | None] = (None,),
+    adapters: Sequence[LoRARequest | None] = (None,),
 ) -> tuple[Pattern, dict[str, list[Ran]]]:
     """A random pattern with steps of a random size; few rows may wait in some of them."""
     generator = np.random.default_rng(seed)
@@ -200,7 +180,7 @@ def drawn_pattern(
     scheduler.max_num_scheduled_tokens = int(generator.choice([16, 40, 128]))
     capacity = int(generator.choice([5, 50, 10_000]))
     try:
-        with drawn(llm, kv, min_rows_saved, capacity) as ran:
+        with drawn(llm, min_rows_saved, capacity) as ran:
             return drive(llm, requests), ran
     finally:
         scheduler.max_num_scheduled_tokens = before

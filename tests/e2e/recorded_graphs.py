@@ -76,7 +76,7 @@ def recorded_engine(
             choice.setattr(platform, "get_attn_backend_cls", classmethod(lambda *_, **__: path))
             engine = tiny_engine(
                 model,
-                {"artifact": str(policy), "kv": "propagate"},
+                {"artifact": str(policy)},
                 max_model_len=96,
                 kv_cache_memory_bytes=8 << 20,
             )

@@ -18,7 +18,7 @@ from vllm_adainfer.engine.admission.admitted import NOT_POOLED, NOT_RECORDED, Ad
 from vllm_adainfer.engine.admission.requested_output import wants_prompt_logprobs
 from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
-from vllm_adainfer.exits.kv.policies import ExactKV, PropagateKV, RecurrentKV
+from vllm_adainfer.exits.kv.policies import ExactKV, RecurrentKV
 from vllm_adainfer.policy.answers import EarlyStates
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
@@ -171,14 +171,12 @@ def drawn_exit(seed: int, position: int, exit_points: int) -> int:
 @contextmanager
 def drawn(
     llm: Any,
-    kv: str,
     min_rows_saved: int | None = 1,
     capacity: int = 1 << 30,
     draw: Callable[[int, int, int], int] = drawn_exit,
 ) -> Iterator[dict[str, list[Ran]]]:
     """Draw an exit point for each token; a request's `EXIT_AT` is the seed for that.
 
-    An engine started with ``kv`` = ``propagate`` serves both policies.
     Yields, by a request's id as the client knows it, what it ran.
     """
     model, _, _ = parts(llm)
@@ -188,8 +186,6 @@ def drawn(
         exit_points, run = loop.policies.exit_points, loop.run
         depth = model.stack.shape.depth
         loop.kv = exact_kv(loop, capacity)
-        if kv == "propagate":
-            loop.kv = PropagateKV()
 
         def noting(batch: Any, input_ids: Tensor, step: Any) -> Any:
             came, seeds = step.layout, step.threshold_rows.copy()

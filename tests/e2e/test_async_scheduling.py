@@ -52,15 +52,14 @@ def asynchronous(tiny_model: Path, policy_from_zero: Path) -> Any:
         return small_engine(tiny_model, policy_from_zero)
 
 
-@pytest.mark.parametrize("kv", ["exact", "propagate"])
 @pytest.mark.parametrize("seed", needed(1, of=range(4)))
-def test_drawn_exits_reproduce_the_oracle(asynchronous, reference, kv, seed):
+def test_drawn_exits_reproduce_the_oracle(asynchronous, reference, seed):
     core = asynchronous.llm_engine.engine_core.engine_core
     assert isinstance(core.scheduler, AdaInferAsyncScheduler)
     assert core.batch_queue_size == 2
-    pattern, ran = drawn_pattern(asynchronous, kv, 2000 + seed)
+    pattern, ran = drawn_pattern(asynchronous, 2000 + seed)
     names = range(len(pattern.requests))
-    assert [found for name in names for found in wrong(reference, kv, pattern, name, ran)] == []
+    assert [found for name in names for found in wrong(reference, pattern, name, ran)] == []
 
 
 def test_of_texts_that_end_while_the_next_step_runs_each_token_is_recorded_with_its_own_state(

@@ -77,9 +77,9 @@ def stock(model) -> Any:
     return engine_of(model, None)
 
 
-@pytest.fixture(scope="module", params=["exact", "propagate"])
-def engine(request, model, artifacts) -> Any:
-    return engine_of(model, {"artifact": artifacts, "min_rows_saved": 1, "kv": request.param})
+@pytest.fixture(scope="module")
+def engine(model, artifacts) -> Any:
+    return engine_of(model, {"artifact": artifacts, "min_rows_saved": 1})
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from vllm_adainfer.engine.worker.gpu_worker import AdaInferGPUWorker
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.accounting.report import Reporter, snapshot_of
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
-from vllm_adainfer.exits.kv.policies import ExactKV, PropagateKV
+from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -74,7 +74,7 @@ def waiting_rows(kv: Any) -> int:
     """Token-layers that the KV policy holds back."""
     return sum(
         chunk.shape[1] * (LAYERS - EXIT_POINTS[exit_index])
-        for below in getattr(kv, "_waiting", {}).values()
+        for below in kv._waiting.values()
         for exit_index, chunks in below.items()
         for chunk in chunks
     )
@@ -82,7 +82,7 @@ def waiting_rows(kv: Any) -> int:
 
 @contextmanager
 def two_policies(
-    llm: Any, kv: str, capacity: int, check: Callable[[Counter[str]], None], reload_share: float
+    llm: Any, capacity: int, check: Callable[[Counter[str]], None], reload_share: float
 ) -> Iterator[None]:
     """Each token draws one of two policies and an exit point, or full depth.
 
@@ -99,7 +99,7 @@ def two_policies(
         policies = PolicySet({"a": policy, "b": policy})
         loop.policies = policies
         loop.reset_counters()
-        loop.kv = ExactKV(capacity) if kv == "exact" else PropagateKV()
+        loop.kv = ExactKV(capacity)
 
         def drawing(batch: Any, input_ids: Tensor, step: Any) -> Any:
             if dice.random() < reload_share:
@@ -125,10 +125,9 @@ def two_policies(
             del loop.run
 
 
-@pytest.mark.parametrize("kv", ["exact", "propagate"])
 @pytest.mark.parametrize("seed", needed(1, of=range(2)) if IS_V2 else needed(3, of=range(12)))
 def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped_or_waits(
-    small, monkeypatch, kv, seed
+    small, monkeypatch, seed
 ):
     """Random exits under two policies, with rejoins, preemptions, aborts, next turns, reloads."""
     generator = np.random.default_rng(3000 + seed)
@@ -153,14 +152,14 @@ def test_after_every_step_no_counter_has_fallen_and_all_that_came_is_run_skipped
 
     with (
         counting(parts(small)[0], monkeypatch) as stack,
-        two_policies(small, kv, capacity, check, reload_share=0.1),
+        two_policies(small, capacity, check, reload_share=0.1),
     ):
         pattern = drive(small, requests)
         small.llm_engine.step()  # the worker hears of the last ones that ended
         assert waiting_of(loop) == dict.fromkeys(NAMES, 0)
     assert steps > 10
     assert pattern.produced
-    assert received["layers_deferred", "a"] > 0 or kv == "propagate"
+    assert received["layers_deferred", "a"] > 0
 
 
 @pytest.mark.parametrize(
@@ -186,13 +185,13 @@ def test_rows_that_rejoin_never_make_a_batch_larger_than_a_step(
         held.append(waiting_rows(loop.kv))
         return FULL if position >= rejoin_at else int(position > rejoin_at // 2) ^ 1
 
-    with counting(model, monkeypatch) as stack, drawn(engine, "exact", draw=draw) as ran:
+    with counting(model, monkeypatch) as stack, drawn(engine, draw=draw) as ran:
         pattern = drive(engine, requests)
         assert loop.stats.layers_run == stack.executed
     assert max(held) > BUDGET * (LAYERS - EXIT_POINTS[0]), "the case must be beyond the limit"
     assert stack.largest <= BUDGET
     names = range(len(pattern.requests))
-    assert [e for name in names for e in wrong(reference, "exact", pattern, name, ran)] == []
+    assert [e for name in names for e in wrong(reference, pattern, name, ran)] == []
 
 
 def test_requests_that_warm_up_a_gpu_are_not_counted(engine, monkeypatch):

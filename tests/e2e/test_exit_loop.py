@@ -107,7 +107,7 @@ def test_requests_that_leave_before_the_first_layer_change_nothing_for_the_other
         def draw(leaving: int, _position: int, _points: int) -> int:
             return 0 if leaving else FULL
 
-        with drawn(small, "propagate", draw=draw) as ran:
+        with drawn(small, draw=draw) as ran:
             drive(small, requests)
         return [
             [part.state for part in ran[str(place)]]

@@ -22,7 +22,7 @@ from tests.e2e.oracle import continuation, head_inputs, same
 from tests.e2e.patterns import Request, drawn_pattern, drive, wrong
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
 from tests.e2e.test_equal_to_stock import PROMPTS, answer
-from tests.families import FAMILIES, RECURRENT, tiny_checkpoint, transformers_class
+from tests.families import FAMILIES, tiny_checkpoint, transformers_class
 from tests.full import needed
 from tests.tiny import FROM_ZERO, LAYERS
 from vllm_adainfer import stats
@@ -35,8 +35,7 @@ SMALL = {
     "kv_cache_memory_bytes": 8 << 20,
     "language_model_only": True,
 }
-SCRIPT = {"exit_script": list(FROM_ZERO)}
-SWITCH = {**SCRIPT, "kv": "propagate"}
+SWITCH = {"exit_script": list(FROM_ZERO)}
 # Of each way to read a state: norms, a soft cap, a narrower head, inputs of each layer's own.
 READ_OTHERWISE = (
     *("llama", "gemma2", "gemma4-multimodal", "gpt-oss", "opt", "opt-350m"),
@@ -68,11 +67,10 @@ def served(request, tmp_path_factory: pytest.TempPathFactory) -> Served:
     if parallel_state._EP is None:
         # vLLM makes this group for mixtures alone, and with the first engine of a process.
         parallel_state._EP = parallel_state._TP
-    switch = SCRIPT if request.param in RECURRENT else SWITCH
     return Served(
         directory,
-        switch,
-        llm=tiny_engine(directory, switch, **SMALL),
+        SWITCH,
+        llm=tiny_engine(directory, SWITCH, **SMALL),
         reference=transformers_model(directory),
     )
 
@@ -169,14 +167,11 @@ def test_one_token_requests_get_the_answer_of_the_depth_they_leave_at(served, se
     assert stats.layers_run < stats.layers_possible
 
 
-@pytest.mark.parametrize("kv", ["exact", "propagate"])
 @pytest.mark.parametrize("seed", needed(1, of=range(3)))
-def test_drawn_exits_at_every_token_reproduce_the_oracle(served, kv, seed):
-    if kv == "propagate" and served.switch == SCRIPT:
-        pytest.skip("refused: a recurrent state cannot be made of the state of an exit")
-    pattern, ran = drawn_pattern(served.llm, kv, seed)
+def test_drawn_exits_at_every_token_reproduce_the_oracle(served, seed):
+    pattern, ran = drawn_pattern(served.llm, seed)
     names = range(len(pattern.requests))
-    assert [e for name in names for e in wrong(served.reference, kv, pattern, name, ran)] == []
+    assert [e for name in names for e in wrong(served.reference, pattern, name, ran)] == []
 
 
 @pytest.mark.parametrize("served", ["mixtral"], indirect=True)
@@ -203,9 +198,9 @@ def test_experts_pass_over_padding_and_over_no_row_of_a_request(served, monkeypa
 
     monkeypatch.setattr(runner, "_determine_batch_execution_and_padding", padded)
     monkeypatch.setattr(MoERunner, "_forward_impl", looking)
-    pattern, ran = drawn_pattern(served.llm, "exact", seed=0)
+    pattern, ran = drawn_pattern(served.llm, seed=0)
     names = range(len(pattern.requests))
-    assert [e for name in names for e in wrong(served.reference, "exact", pattern, name, ran)] == []
+    assert [e for name in names for e in wrong(served.reference, pattern, name, ran)] == []
     assert masked >= {1, 2, 3}
 
 
@@ -263,10 +258,10 @@ def test_rows_that_wait_beyond_a_sliding_window_find_what_they_attend_to(served,
     def draw(_seed: int, position: int, _points: int) -> int:
         return FULL if position % 40 == 39 else 0
 
-    with drawn(served.llm, "exact", draw=draw) as ran:
+    with drawn(served.llm, draw=draw) as ran:
         pattern = drive(served.llm, requests)
     names = range(len(pattern.requests))
-    assert [e for name in names for e in wrong(served.reference, "exact", pattern, name, ran)] == []
+    assert [e for name in names for e in wrong(served.reference, pattern, name, ran)] == []
     assert any(part.layers < LAYERS for parts in ran.values() for part in parts)
 
 

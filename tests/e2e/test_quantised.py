@@ -45,7 +45,7 @@ def test_requests_leave_with_the_state_of_the_depth_they_leave_at(served):
     exits = [(place % 4) - 1 for place in range(len(prompts))]
     params = [SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: at}) for at in exits]
     depths = [*EXIT_POINTS, LAYERS]
-    with drawn(served.llm, "exact", draw=lambda at, _position, _points: at) as ran:
+    with drawn(served.llm, draw=lambda at, _position, _points: at) as ran:
         run(served.llm, prompts, params)
     states = [parts[-1].state.float() for _, parts in sorted(ran.items(), key=lambda i: int(i[0]))]
     assert len(states) == len(prompts)

@@ -139,10 +139,10 @@ def test_texts_with_exits_hit_prefixes_and_have_the_states_of_full_depth(served,
         for number, rest in enumerate(prompts_of(generator, [3, 20, 40, 50, 60, 70]))
     ]
     capacity = (5, 10_000)[seed]
-    with drawn(served.llm, "exact", capacity=capacity) as ran:
+    with drawn(served.llm, capacity=capacity) as ran:
         pattern = drive(served.llm, requests)
     names = range(len(pattern.requests))
-    assert [e for name in names for e in wrong(served.reference, "exact", pattern, name, ran)] == []
+    assert [e for name in names for e in wrong(served.reference, pattern, name, ran)] == []
     assert any(part.layers < LAYERS for parts_ran in ran.values() for part in parts_ran)
     assert any(parts_ran[0].first >= size for parts_ran in ran.values())
 
@@ -177,10 +177,10 @@ def test_a_profiling_pass_without_recurrent_layers_spoils_no_batch_that_exits_ma
     requests = [
         Request(prompt, 8, seed) for seed, prompt in enumerate(prompts_of(generator, [9, 20, 40]))
     ]
-    with drawn(served.llm, "exact") as ran:
+    with drawn(served.llm) as ran:
         pattern = drive(served.llm, requests)
     names = range(len(pattern.requests))
-    assert [e for name in names for e in wrong(served.reference, "exact", pattern, name, ran)] == []
+    assert [e for name in names for e in wrong(served.reference, pattern, name, ran)] == []
 
 
 def wrong_after(served: Served, requests: list[Request]) -> list[object]:
@@ -189,11 +189,11 @@ def wrong_after(served: Served, requests: list[Request]) -> list[object]:
     def until(seed: int, position: int, _points: int) -> int:
         return 0 if position < seed else FULL
 
-    with drawn(served.llm, "exact", draw=until) as ran:
+    with drawn(served.llm, draw=until) as ran:
         spoil_states(served.llm)
         pattern = drive(served.llm, requests)
     names = range(len(pattern.requests))
-    return [e for name in names for e in wrong(served.reference, "exact", pattern, name, ran)]
+    return [e for name in names for e in wrong(served.reference, pattern, name, ran)]
 
 
 def test_vllms_kernels_in_bfloat16_give_nothing_that_nobody_wrote(served):

@@ -40,19 +40,18 @@ def test_a_backend_that_cannot_be_captured_runs_without_and_says_so(engine, capl
     assert "without CUDA graphs of segments: CPU_ATTN cannot be captured" in caplog.text
 
 
-def replayed(engine: Any, model: Any, kv: str, requests: list[Request]) -> Counter[int]:
+def replayed(engine: Any, model: Any, requests: list[Request]) -> Counter[int]:
     """Check `requests` against the oracle; segments replayed, by the rows they were padded to."""
     Recorded.replays.clear()
-    with drawn(engine, kv) as ran:
+    with drawn(engine) as ran:
         pattern = drive(engine, requests)
     names = range(len(requests))
-    assert [found for name in names for found in wrong(model, kv, pattern, name, ran)] == []
+    assert [found for name in names for found in wrong(model, pattern, name, ran)] == []
     return +Recorded.replays
 
 
-@pytest.mark.parametrize("kv", ["exact", "propagate"])
 @pytest.mark.parametrize("seed", needed(1, of=range(2)))
-def test_drawn_exits_reproduce_the_oracle(graphed, reference, kv, seed):
+def test_drawn_exits_reproduce_the_oracle(graphed, reference, seed):
     """Up to five at once, more than the largest graph; steps with prompts are not replayed."""
     generator = np.random.default_rng(seed)
     requests = [
@@ -64,13 +63,13 @@ def test_drawn_exits_reproduce_the_oracle(graphed, reference, kv, seed):
         )
         for place in range(5)
     ]
-    assert replayed(graphed, reference, kv, requests)
+    assert replayed(graphed, reference, requests)
 
 
 def test_three_requests_are_padded_to_a_graph_of_four(graphed, reference):
     requests = [Request([7, 8, 9 + place], max_tokens=4, seed=FULL) for place in range(3)]
     segments = len(FROM_ZERO) + 1
-    assert replayed(graphed, reference, "exact", requests) == {4: 3 * segments}
+    assert replayed(graphed, reference, requests) == {4: 3 * segments}
 
 
 def test_experts_are_told_which_rows_of_a_graph_are_padding(graphed, reference):
@@ -85,7 +84,7 @@ def test_experts_are_told_which_rows_of_a_graph_are_padding(graphed, reference):
     try:
         for count in (4, 3):
             requests = [Request([7, 8, 9 + place], 2, seed=FULL) for place in range(count)]
-            assert replayed(graphed, reference, "exact", requests)
+            assert replayed(graphed, reference, requests)
             assert masks.pop() == [place >= count for place in range(4)]
     finally:
         layer.remove()
@@ -93,7 +92,7 @@ def test_experts_are_told_which_rows_of_a_graph_are_padding(graphed, reference):
 
 def test_no_graph_is_replayed_for_a_request_with_several_rows(graphed, reference):
     one_token = Request([5, 6, 7, 8], max_tokens=1, seed=3)
-    assert replayed(graphed, reference, "exact", [one_token]) == {}
+    assert replayed(graphed, reference, [one_token]) == {}
 
 
 def test_graphs_captured_to_measure_what_they_take_are_not_replayed(
@@ -108,6 +107,6 @@ def test_graphs_captured_to_measure_what_they_take_are_not_replayed(
     try:
         assert worker.determine_available_memory() == 7
         requests = [Request([7, 8], max_tokens=4, seed=FULL)]
-        assert replayed(graphed, reference, "exact", requests) == {}
+        assert replayed(graphed, reference, requests) == {}
     finally:
         model.graphs = captured

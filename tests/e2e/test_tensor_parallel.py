@@ -98,15 +98,14 @@ def failed_parts(worker: Any, errs_on: int | None = None) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("probe", "threshold", "kv"),
+    ("probe", "threshold"),
     [
-        pytest.param("pooled-label-head", 0.2, "exact", marks=pytest.mark.full),
-        pytest.param("logit-lens", 0.1, "exact", marks=pytest.mark.full),
-        ("logit-lens", 0.1, "propagate"),
+        pytest.param("pooled-label-head", 0.2, marks=pytest.mark.full),
+        ("logit-lens", 0.1),
     ],
 )
 def test_two_ranks_decide_watch_and_answer_as_one(
-    tiny_model, artifacts, ranks_on_cores, monkeypatch, probe, threshold, kv
+    tiny_model, artifacts, ranks_on_cores, monkeypatch, probe, threshold
 ):
     """The head of a logit lens is spread over both ranks; others, students, branches are on each.
 
@@ -116,7 +115,6 @@ def test_two_ranks_decide_watch_and_answer_as_one(
     draw_by_the_clients_ids("admission.admission", monkeypatch)
     switch = {
         "artifact": str(artifacts(probe, threshold)),
-        "kv": kv,
         "min_rows_saved": 1,
         "shadow_rate": 0.4,
     }

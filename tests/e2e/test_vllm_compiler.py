@@ -69,7 +69,7 @@ def start(tiny_model: Path, cache: Path, tmp_path_factory: Any) -> Iterator[Call
     def start(directory: Path = cache, graphs: str = "NONE", **switch: Any) -> Any:
         return tiny_engine(
             tiny_model,
-            {"artifact": str(policy), "kv": "propagate", **switch},
+            {"artifact": str(policy), **switch},
             enforce_eager=False,
             compilation_config={
                 "compile_sizes": [],
@@ -110,16 +110,15 @@ def warm(compiled: Any, start: Callable[..., Any]) -> Any:
         return start(epsilon=0.02)
 
 
-def differing(model: Any, kv: str, pattern: Pattern, ran: dict[str, list[Ran]]) -> list[object]:
+def differing(model: Any, pattern: Pattern, ran: dict[str, list[Ran]]) -> list[object]:
     """What is not as the oracle has it."""
     names = range(len(pattern.requests))
-    return [found for name in names for found in wrong(model, kv, pattern, name, ran)]
+    return [found for name in names for found in wrong(model, pattern, name, ran)]
 
 
-@pytest.mark.parametrize("kv", ["exact", "propagate"])
 @pytest.mark.parametrize("seed", needed(1, of=range(3)))
-def test_drawn_exits_reproduce_the_oracle(compiled, reference, kv, seed):
-    assert differing(reference, kv, *drawn_pattern(compiled, kv, seed)) == []
+def test_drawn_exits_reproduce_the_oracle(compiled, reference, seed):
+    assert differing(reference, *drawn_pattern(compiled, seed)) == []
 
 
 def test_modules_share_no_compiled_code_even_where_their_graphs_are_equal(compiled, cache):
@@ -143,9 +142,8 @@ def test_the_key_of_compiled_code_does_not_depend_on_our_settings(compiled):
         assert segment.vllm_config.additional_config == {}
 
 
-@pytest.mark.parametrize("kv", ["exact", "propagate"])
-def test_code_from_the_cache_reproduces_the_oracle(warm, reference, kv):
-    assert differing(reference, kv, *drawn_pattern(warm, kv, seed=4)) == []
+def test_code_from_the_cache_reproduces_the_oracle(warm, reference):
+    assert differing(reference, *drawn_pattern(warm, seed=4)) == []
 
 
 @pytest.mark.full
@@ -163,7 +161,7 @@ def test_modules_compiled_ahead_of_time_reproduce_the_oracle_when_new_and_from_d
     with compilation_counter.expect(num_aot_artifacts_loaded=modules, num_inductor_compiles=0):
         from_disk = start(tmp_path, epsilon=0.02)
     for engine in new, from_disk:
-        assert differing(reference, "exact", *drawn_pattern(engine, "exact", 5)) == []
+        assert differing(reference, *drawn_pattern(engine, 5)) == []
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +192,7 @@ def graphed(compiled: Any, start: Callable[..., Any]) -> Iterator[Any]:
 def test_piecewise_graphs_reproduce_the_oracle(graphed, reference):
     """Steps replay them until a request leaves."""
     StaticGraph.replays = 0
-    assert differing(reference, "exact", *drawn_pattern(graphed, "exact", 6)) == []
+    assert differing(reference, *drawn_pattern(graphed, 6)) == []
     assert StaticGraph.replays > GRAPHS
 
 
@@ -203,7 +201,7 @@ def test_states_that_stayed_in_a_graphs_memory_would_be_wrong(graphed, reference
     for graph in StaticGraph.all:
         graph.captured.clear()
     monkeypatch.setattr(FixedStates, "for_next_segment", lambda _, states: states)
-    with drawn(graphed, "exact") as ran:
+    with drawn(graphed) as ran:
         pattern = drive(graphed, [Request([7, 8, 9], max_tokens=2, seed=FULL)])
     assert wrong_exact(reference, pattern.sequence(0), ran["0"])
 
@@ -215,7 +213,7 @@ def test_rows_that_rejoin_on_top_of_a_full_step_reproduce_the_oracle(compiled, r
     rows = MOST_ROWS // 4
     prompts = generator.integers(5, 1000, (4, rows)).tolist()
     requests = [Request(prompt, max_tokens=2, seed=0) for prompt in prompts]
-    with drawn(compiled, "exact", draw=lambda _, at, __: 0 if at < rows else FULL) as ran:
+    with drawn(compiled, draw=lambda _, at, __: 0 if at < rows else FULL) as ran:
         pattern = drive(compiled, requests)
     assert {part.layers for parts_ran in ran.values() for part in parts_ran} == {0, LAYERS}
-    assert differing(reference, "exact", pattern, ran) == []
+    assert differing(reference, pattern, ran) == []

@@ -161,11 +161,11 @@ def test_an_engine_that_cannot_capture_does_not_start(
     [
         ({"artefact": "x"}, "adainfer.artefact is not a known key; known keys: artifact"),
         ({}, 'give "artifact", the directory that .* this model has none'),
-        ({"kv": "propagate"}, 'give "artifact"'),
         ("x", "must be an object"),
         ({"artifact": "x", "epsilon": -1}, "adainfer.epsilon"),
         ({"artifact": "x", "requests": "some"}, "adainfer.requests"),
-        ({"artifact": "x", "kv": "zeros"}, "adainfer.kv: .* 'exact' or 'propagate'"),
+        ({"artifact": "x", "kv": "zeros"}, "adainfer.kv: .* 'exact'"),
+        ({"artifact": "x", "kv": "propagate"}, "no bound covered them: drop the key"),
         ({"artifact": "x", "shadow_rate": -0.1}, "adainfer.shadow_rate: .* greater than or equal"),
         ({"artifact": "x", "shadow_rate": 1.5}, "adainfer.shadow_rate: .* less than or equal to 1"),
         ({"artifact": "x", "shadow_rate": "often"}, "adainfer.shadow_rate: .* valid number"),
@@ -276,27 +276,6 @@ def test_a_checkpoint_that_is_quantised_itself_needs_no_option(tiny_model, tmp_p
     assert (options.quantization, options.kv_cache_dtype) == (None, None)
 
 
-@pytest.mark.parametrize(
-    ("quantization", "load_format", "lora", "sentence"),
-    [
-        ("awq", "auto", False, "these are quantised"),
-        (None, "dummy", False, "drop --load-format dummy"),
-        (None, "auto", True, "drop --enable-lora"),
-    ],
-)
-def test_propagate_needs_plain_weights_that_are_loaded(
-    tiny_model, tiny_policy, quantization, load_format, lora, sentence
-):
-    vllm_config = engine_config(tiny_model, None, enable_lora=lora)
-    vllm_config.model_config.quantization = quantization
-    vllm_config.load_config.load_format = load_format
-    vllm_config.parallel_config.worker_cls = "auto"
-    for kv, refused in (("exact", False), ("propagate", True)):
-        settings = Settings(artifact=str(tiny_policy), kv=kv)
-        with pytest.raises(AdaInferError, match=sentence) if refused else nullcontext():
-            refuse_unsupported(vllm_config, "AdaInferLlamaForCausalLM", settings)
-
-
 def config_alone(family: str, architecture: str, model: Path, directory: Path) -> Path:
     """Config and tokenizer, without weights, which config time does not read."""
     config = FAMILIES[family](**SHAPE)
@@ -313,22 +292,20 @@ def recurrent(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("switch", "settings", "sentence"),
+    ("settings", "sentence"),
     [
-        ({}, {}, None),
-        ({"kv": "propagate"}, {}, "some layers of this model keep a recurrent state instead"),
-        ({}, {"enable_lora": True}, "no adapters for layers with a recurrent state on a CPU"),
+        ({}, None),
+        ({"enable_lora": True}, "no adapters for layers with a recurrent state on a CPU"),
         (
-            {},
             {"hf_overrides": {"layer_types": [*["full_attention"] * 5, "linear_attention"]}},
             "the last layer keeps a recurrent state",
         ),
     ],
 )
-def test_what_recurrent_layers_do_not_allow_is_refused(recurrent, switch, settings, sentence):
+def test_what_recurrent_layers_do_not_allow_is_refused(recurrent, settings, sentence):
     refused = nullcontext() if sentence is None else pytest.raises(ValueError, match=sentence)
     with refused:
-        config = engine_config(recurrent, {"exit_script": [2], **switch}, **settings)
+        config = engine_config(recurrent, {"exit_script": [2]}, **settings)
         assert config.model_config.hf_config.architectures == ["AdaInferQwen3_5ForCausalLM"]
 
 

@@ -109,7 +109,7 @@ def waiting_of(loop: Any) -> dict[str, int]:
     """Token-layers that wait, by policy."""
     names, depth = loop.accounting._names, loop._shape.depth
     found = dict.fromkeys(names, 0)
-    for below in getattr(loop.kv, "_waiting", {}).values():
+    for below in loop.kv._waiting.values():
         for exit_index, chunks in below.items():
             for policy in np.concatenate(chunks, axis=1)[1].tolist():
                 found[names[policy]] += depth - loop._shape.depth_after(exit_index)

@@ -228,7 +228,6 @@ def test_at_start_the_log_says_what_is_kept_where_and_that_it_is_users_data():
         ({"capture": {"directory": "d"}, "record": [2]}, '"capture" goes with "artifact" or'),
         ({"capture": {"directory": "d"}, "exit_script": [2]}, '"capture" goes with "artifact" or'),
         ({"capture": {"directory": "d"}, "epsilon": 0.1}, '"epsilon" goes with "artifact": give'),
-        ({"capture": {"directory": "d"}, "kv": "propagate"}, '"kv" goes with "artifact": give'),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_right(adainfer, sentence):

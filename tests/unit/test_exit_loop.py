@@ -21,7 +21,7 @@ from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.kv.policies import ExactKV, PropagateKV
+from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.step import StepContext
 from vllm_adainfer.exits.recording.recorder import Recorder
@@ -83,10 +83,6 @@ class ToyBatch:
 
     def write_last_kv(self, states: HiddenStates) -> None:
         self.write(DEPTH - 1, states.hidden)
-
-    def fill_kv(self, exit_index: int, states: Tensor, layout: RowLayout) -> None:
-        for layer in range(self.shape.depth_after(exit_index), DEPTH):
-            self.compact(layout).write(layer, states)
 
     def compact(self, layout: RowLayout) -> ToyBatch:
         return ToyBatch(self.shape, self.cache, layout, self.executed, self.sizes)
@@ -317,15 +313,6 @@ def test_exact_kv_runs_skipped_layers_with_the_next_token_that_goes_there(max_ro
     assert found == pytest.approx(full_depth)
     assert torch.allclose(toy.cache[:, 0, :6], cache)
     assert max(toy.sizes) <= max_rows
-
-
-def test_propagate_fills_skipped_layers_with_the_state_at_the_exit():
-    toy = Toy(PropagateKV(), requests=1)
-    [state], _ = toy.step([[3]], [FIRST_EXIT])
-    assert toy.cache[2:, 0, 0].tolist() == [state] * 4
-    [found], _ = toy.step([[1]], [FULL_DEPTH])
-    assert not np.isnan(found)
-    assert found != pytest.approx(oracle([3, 1], DEPTH)[0]), "an approximation"
 
 
 @pytest.mark.parametrize("seed", range(10))

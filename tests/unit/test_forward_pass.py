@@ -16,7 +16,7 @@ from tests.unit.test_step import ints, step_of
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import StackShape
-from vllm_adainfer.exits.kv.policies import PropagateKV
+from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -34,7 +34,7 @@ def forward_of(query_lens: list[int], *args: Any, shape: StackShape = SHAPE, **m
         np.zeros(len(query_lens), dtype=np.int64),
         EmptyBatch(step.layout),
         torch.arange(step.layout.num_rows),
-        PropagateKV(),
+        ExactKV(),
         LayerAccounting(ExitStats(), (NO_POLICY,)),
     )
 

@@ -10,19 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.kv.policies import ExactKV, LeavingRows, PropagateKV, RecurrentKV
+from vllm_adainfer.exits.kv.policies import ExactKV, LeavingRows, RecurrentKV
 
 NAMES = [f"request {place}" for place in range(3)]
-
-
-class Filled:
-    """A batch that notes what keys and values were made of."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, list[float], list[int]]] = []
-
-    def fill_kv(self, exit_index: int, states: torch.Tensor, layout: RowLayout) -> None:
-        self.calls.append((exit_index, states.flatten().tolist(), layout.positions.tolist()))
 
 
 def leave(
@@ -32,7 +22,6 @@ def leave(
     last_positions: list[int],
     requests: tuple[int, ...] = (0,),
     policy: int = 0,
-    batch: Any = None,
 ) -> HiddenStates:
     """Let requests leave a batch, whose states name request and position of each row."""
     layout = RowLayout(np.array(query_lens), np.array(last_positions))
@@ -43,7 +32,7 @@ def leave(
     rows = layout.rows_of(np.array(requests))
     leaving = layout.only(np.array(requests))
     policies = np.full(len(rows), policy)
-    kv.leave(LeavingRows(exit_index, NAMES, leaving, rows, policies, states, batch))
+    kv.leave(LeavingRows(exit_index, NAMES, leaving, rows, policies, states))
     return states
 
 
@@ -70,7 +59,7 @@ def test_states_before_the_first_layer_wait_without_a_residual():
     kv, layout = ExactKV(), RowLayout(np.array([2]), np.array([7]))
     states = HiddenStates(torch.tensor([[3.0], [4.0]]))
     rows = np.arange(2)
-    kv.leave(LeavingRows(0, NAMES, layout, rows, rows, states, None))
+    kv.leave(LeavingRows(0, NAMES, layout, rows, rows, states))
     leave(kv, 1, [1], [5])
     found, _ = kv.rejoin(1, NAMES, np.array([1, 0, 0]))
     assert found.residual.tolist() == [[5.0]]
@@ -148,22 +137,3 @@ def test_what_waits_does_not_keep_the_states_of_the_whole_batch_alive():
     del batch
     gc.collect()
     assert all(part.expired() for part in parts)
-
-
-def test_propagate_fills_the_rows_that_leave_with_their_states():
-    kv, batch = PropagateKV(), Filled()
-    leave(kv, 2, [2, 1, 1], [1, 7, 3], requests=(0, 2), batch=batch)
-    assert batch.calls == [(2, [0 + 0, 0 + 1, 2 + 3], [0, 1, 3])]
-    assert waiting(kv, 2) is None
-    assert kv.overdue() == set()
-
-
-def test_propagate_misses_all_from_the_first_row_that_left():
-    kv = PropagateKV()
-    assert kv.missing("request 0", 13) == 0
-    leave(kv, 0, [3], [12], batch=Filled())
-    assert kv.missing("request 0", 13) == 3
-    leave(kv, 0, [1], [15], batch=Filled())
-    assert kv.missing("request 0", 16) == 6
-    kv.forget("request 0")
-    assert kv.missing("request 0", 16) == 0

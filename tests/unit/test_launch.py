@@ -95,11 +95,11 @@ def test_vllm_gets_its_own_arguments_and_progress_bars(monkeypatch, arguments, s
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("name", ["--additional-config", "--additional_config"])
 def test_other_keys_of_the_additional_config_stay(tiny_policy, name, joined):
-    value = json.dumps({"adainfer": {"kv": "propagate"}, "other": 1})
+    value = json.dumps({"adainfer": {"epsilon": 0.05}, "other": 1})
     given = [f"{name}={value}"] if joined else [name, value]
     arguments = with_switch(["MODEL", *given, "--port=1"], [str(tiny_policy)], None)
     assert arguments[:2] == ["MODEL", "--port=1"]
-    switch = {"kv": "propagate", "artifact": str(tiny_policy)}
+    switch = {"epsilon": 0.05, "artifact": str(tiny_policy)}
     assert additional(arguments) == {"adainfer": switch, "other": 1}
 
 

@@ -45,23 +45,21 @@ def tied() -> tuple[Any, Tensor, Tensor]:
     return with_lead(0), one, other
 
 
-def found_wrong(model: Any, kv: str, state: Tensor) -> bool:
+def found_wrong(model: Any, state: Tensor) -> bool:
     pattern = Pattern([Request(PROMPT, max_tokens=0, seed=0)], [[]])
     ran = Ran(first=0, rows=len(PROMPT), layers=LAYERS, sampled=False, state=state)
-    return wrong(model, kv, pattern, 0, {"0": [ran]}) != []
+    return wrong(model, pattern, 0, {"0": [ran]}) != []
 
 
-@pytest.mark.parametrize("kv", ["exact", "propagate"])
-def test_a_state_may_come_of_either_expert_where_two_tie(tied, kv):
+def test_a_state_may_come_of_either_expert_where_two_tie(tied):
     model, *states = tied
-    assert [found_wrong(model, kv, state) for state in states] == [False, False]
+    assert [found_wrong(model, state) for state in states] == [False, False]
 
 
-@pytest.mark.parametrize("kv", ["exact", "propagate"])
-def test_a_state_of_neither_expert_is_found_where_two_tie(tied, kv):
+def test_a_state_of_neither_expert_is_found_where_two_tie(tied):
     model, one, other = tied
     off = torch.zeros_like(one)
     off[3] = 1.5 * CLOSE
     too_early = head_inputs(model, PROMPT, LAYERS - 1)[-1]
     states = (one + other) / 2, one + off, other - off, too_early
-    assert [found_wrong(model, kv, state) for state in states] == [True] * len(states)
+    assert [found_wrong(model, state) for state in states] == [True] * len(states)

@@ -16,19 +16,17 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Settings
 
 
-@pytest.mark.parametrize("kv", ["exact", "propagate"])
 @pytest.mark.parametrize("policies", [{}, {"a": "its artifact"}], ids=["script", "artifact"])
 @pytest.mark.parametrize("load_format", ["sharded_state", "tensorizer"])
 def test_weights_that_nobody_compared_with_the_calibration_are_refused(
-    monkeypatch, kv, policies, load_format
+    monkeypatch, policies, load_format
 ):
-    """A script under `exact` rests on no weights, and building goes on, here up to the ranks."""
+    """A script rests on no weights, and building goes on, here up to the ranks."""
     monkeypatch.setattr("vllm_adainfer.engine.runner.build_loop.same_on_all_ranks", lambda _: False)
-    settings = Settings(exit_script=(2,), kv=kv)
+    settings = Settings(exit_script=(2,))
     model = SimpleNamespace(settings=settings, artifacts=policies, fingerprint=None)
     config = SimpleNamespace(load_config=SimpleNamespace(load_format=load_format))
-    refused = policies or kv == "propagate"
-    reason = f"--load-format {load_format} does not pass" if refused else re.escape(RANKS_DIFFER)
+    reason = f"--load-format {load_format} does not pass" if policies else re.escape(RANKS_DIFFER)
     with pytest.raises(AdaInferError, match=reason):
         build_loop(model, config)
 

@@ -88,7 +88,7 @@ def _without_additional_config(arguments: Sequence[str]) -> tuple[list[str], dic
         if argument.replace("_", "-").startswith(f"{FLAG}."):
             raise AdaInferError(
                 f"{argument}: give such keys as one object, {FLAG} "
-                f'\'{{"{CONFIG_KEY}": {{"kv": "propagate"}}}}\''
+                f'\'{{"{CONFIG_KEY}": {{"epsilon": 0.05}}}}\''
             )
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(FLAG, FLAG.replace("-c", "_c"), dest="given", nargs="?", const="")

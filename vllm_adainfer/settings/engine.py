@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -129,11 +130,11 @@ class Switch(BaseModel):
         description="Number of tokens that must be ready to exit before the batch is compacted; "
         "fewer stay until more are ready. None compacts wherever that is faster.",
     )
-    kv: Literal["exact", "propagate"] = Field(
+    kv: Literal["exact"] = Field(
         "exact",
         description="What fills the KV cache of skipped layers when a request generates more "
         "tokens: `exact` computes what full depth would have written, together with the next token "
-        "that runs those layers; `propagate` projects the hidden state at the exit.",
+        "that runs those layers.",
     )
     shadow_rate: float = Field(
         0.0,
@@ -162,6 +163,16 @@ class Switch(BaseModel):
         description="Whether a request with structured_outputs.choice ends as soon as its tokens "
         "leave only one choice. None: unless the engine is stock vLLM. True also works alone.",
     )
+
+    @field_validator("kv", mode="before")
+    @classmethod
+    def _is_exact(cls, kv: Any) -> Any:
+        if kv == "propagate":
+            raise ValueError(
+                "propagated keys and values are gone, as no bound covered them: drop the key, "
+                'which is "exact"'
+            )
+        return kv
 
     @model_validator(mode="after")
     def _has_artifact_where_needed(self) -> Switch:

@@ -11,7 +11,6 @@ from vllm.forward_context import ForwardContext, override_forward_context
 from vllm_adainfer.engine.cuda_graphs.segment_graphs import Replay, SegmentGraphs
 from vllm_adainfer.engine.runner.adapters import RowAdapters
 from vllm_adainfer.engine.segments.attention import StepAttention
-from vllm_adainfer.engine.segments.kv_fill import KVFill
 from vllm_adainfer.engine.segments.segments import Stack, without_graphs
 from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
@@ -28,7 +27,6 @@ class CompiledBatch(Batch):
         context: vLLM's forward context, with these rows' attention metadata and slots.
         attention: builds both for other rows of the step.
         graphs: CUDA graphs for those other rows; None if the runner has captured none.
-        kv_fill: writes the keys and values of skipped layers; None unless `kv` is `propagate`.
         adapters: the LoRA adapters of the rows; None where LoRA is off.
 
     """
@@ -38,7 +36,6 @@ class CompiledBatch(Batch):
     context: ForwardContext
     attention: StepAttention
     graphs: SegmentGraphs | None
-    kv_fill: KVFill | None
     adapters: RowAdapters | None
 
     @override
@@ -54,12 +51,6 @@ class CompiledBatch(Batch):
             self.adapters.use()
         with override_forward_context(without_graphs(self.context)):
             self.stack.write_last_kv(self.positions, states, self.context.slot_mapping)
-
-    @override
-    def fill_kv(self, exit_index: int, states: Tensor, layout: RowLayout) -> None:
-        assert self.kv_fill is not None, "the KV policy is not propagate"
-        rows = self.attention.rows(layout)
-        self.kv_fill(exit_index, states, rows.positions, rows.slots)
 
     @override
     def compact(self, layout: RowLayout) -> Batch:
@@ -113,10 +104,6 @@ class ReplayedBatch(Batch):
     @override
     def write_last_kv(self, states: HiddenStates) -> None:
         self.side_batch(self.layout, last_layer_only=True).write_last_kv(states)
-
-    @override
-    def fill_kv(self, exit_index: int, states: Tensor, layout: RowLayout) -> None:
-        self.compiled.fill_kv(exit_index, states, layout)
 
     @override
     def compact(self, layout: RowLayout) -> Batch:

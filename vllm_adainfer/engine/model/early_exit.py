@@ -23,7 +23,6 @@ from vllm_adainfer.engine.model.score_head import check_scores, use_early_scores
 from vllm_adainfer.engine.pinned_artifacts import served_artifacts
 from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.engine.segments.attention import StepAttention
-from vllm_adainfer.engine.segments.kv_fill import KVFill, kv_fill_of
 from vllm_adainfer.engine.segments.segments import Stack, build_stack
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.loop.loop import Loop
@@ -64,7 +63,6 @@ class EarlyExit(ModelHead):
     fingerprint: str | None = None
     prepared: tuple[StepContext, StepAttention, StepAdapters | None] | None = None
     _replaced: frozenset[str] = frozenset()  # tensors that differ from those at start-up
-    _kv_fill: KVFill | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         options = engine_options_of(vllm_config)  # as at config time: models change their config
@@ -92,8 +90,8 @@ class EarlyExit(ModelHead):
         """Load, then check that the artifacts were calibrated for these weights.
 
         A running engine may be given other weights, at once or in parts. Its policies then stay
-        inactive until the weights of start-up are back, so whatever policies and `_kv_fill` copied
-        from the weights is right whenever it is used.
+        inactive until the weights of start-up are back, so whatever policies copied from the
+        weights is right whenever it is used.
         """
         fingerprint = WeightsFingerprint(self._dtype)
         if hasattr(self, "loop"):
@@ -106,10 +104,6 @@ class EarlyExit(ModelHead):
         self._started_with, self.fingerprint = fingerprint, fingerprint.hexdigest
         for artifact in self.artifacts.values():
             self.check_calibrated(artifact.config)
-        if self.settings.kv == "propagate":
-            writing = self.decoder.layers(self._body)[: self.decoder.own_kv_layers(self._body)]
-            layers = list(map(self.decoder.kv_projection, writing))
-            self._kv_fill = kv_fill_of(layers, self.exit_points)
         return loaded
 
     def check_calibrated(self, config: ArtifactConfig) -> None:
@@ -197,7 +191,6 @@ class EarlyExit(ModelHead):
             context,
             attention,
             self.graphs,
-            self._kv_fill,
             None if self._adapters is None else self._adapters.of_rows(step.layout),
         )
         batch = compiled.replayed(step.layout) or compiled

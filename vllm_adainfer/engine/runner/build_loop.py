@@ -17,7 +17,7 @@ from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, read_from_rank0, sam
 from vllm_adainfer.engine.segments.segments import Stack
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.batch import StackShape
-from vllm_adainfer.exits.kv.policies import ExactKV, KVPolicy, PropagateKV, RecurrentKV
+from vllm_adainfer.exits.kv.policies import ExactKV, RecurrentKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.exits.loop.loop import Loop
@@ -84,7 +84,7 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
 
     """
     settings, load_format = model.settings, vllm_config.load_config.load_format
-    reads_weights = model.artifacts or settings.kv == "propagate" or settings.calibrates_itself
+    reads_weights = model.artifacts or settings.calibrates_itself
     if reads_weights and model.fingerprint is None and load_format != "dummy":
         raise AdaInferError(
             f"vllm-adainfer: --load-format {load_format} does not pass the weights through the "
@@ -105,7 +105,7 @@ def build_loop(model: LoadedModel, vllm_config: VllmConfig) -> Loop:
     return ExitLoop(
         model.cut_stack(model.exit_points, vllm_config),
         policies_of(model, model.exit_points),
-        kv_policy_of(settings, vllm_config),
+        kv_policy_of(vllm_config),
         monitors_of(model),
         max_rows=vllm_config.scheduler_config.max_num_batched_tokens,
         min_rows_saved=settings.min_rows_saved,
@@ -125,10 +125,8 @@ def compaction_cost_of(stack: Stack, device: torch.device) -> int:
     return max(1, COMPACTION_PRODUCTS * stack.shape.depth // max(parameters, 1))
 
 
-def kv_policy_of(settings: Settings, vllm_config: VllmConfig) -> KVPolicy:
-    """The KV policy that the switch selects."""
-    if settings.kv == "propagate":
-        return PropagateKV()
+def kv_policy_of(vllm_config: VllmConfig) -> ExactKV:
+    """The KV policy that the model's layers need."""
     return RecurrentKV() if vllm_config.model_config.is_hybrid else ExactKV()
 
 

@@ -165,10 +165,9 @@ class RunningRequests:
         if overdue:
             rows[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
         continues = last + 2 - prompt < max_tokens  # once this step's token is appended
-        if self._loop.kv.defers:
-            # vLLM frees blocks outside the window, which deferred rows still need. Chunks before
-            # the last one are never deferred, and pooled policies read them.
-            completes |= yields_token & continues & (last + 1 >= self.window)
+        # vLLM frees blocks outside the window, which deferred rows still need. Chunks before the
+        # last one are never deferred, and pooled policies read them.
+        completes |= yields_token & continues & (last + 1 >= self.window)
         stays = None
         if self.admission.any_stand:
             stands = np.array([request.answers_stand for request in admitted])

@@ -48,13 +48,6 @@ class KVProjection:
         size: int = self.qkv_proj.output_size_per_partition - 2 * heads * head_size
         return size
 
-    @property
-    def keys_per_norm(self) -> int:
-        """How many of a row's keys `key_norm` normalises together."""
-        norm: Any = self.key_norm
-        size: int = norm.weight.shape[0]
-        return size // int(self.attention.head_size)
-
     def __call__(
         self, hidden: Tensor, residual: Tensor | None, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -70,8 +63,8 @@ class KVProjection:
         both = self.qkv_proj(state)[0][:, self.q_size :]
         keys, values = both.unflatten(1, (2, *self.heads)).unbind(1)
         if self.key_norm is not None:
-            size = self.keys_per_norm * self.attention.head_size
-            parts = keys.flatten(1).unflatten(1, (-1, size))
+            norm: Any = self.key_norm
+            parts = keys.flatten(1).unflatten(1, (-1, norm.weight.shape[0]))
             keys = self.key_norm(parts).view_as(keys)
         if self.value_norm is not None:
             values = self.value_norm(values.contiguous())

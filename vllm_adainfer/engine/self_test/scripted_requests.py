@@ -142,8 +142,7 @@ class ScriptedRequests:
             token = int(last[place]) + 1 - len(script.prompts[request])
             exits[place] = script.exits[request, token]
             continues[place] = script.arrives[request] + token + 1 < script.tokens
-        if self._loop.kv.defers:
-            exits[continues & (last + 1 >= self._window)] = FULL_DEPTH
+        exits[continues & (last + 1 >= self._window)] = FULL_DEPTH
         return StepContext(
             request_ids=request_ids,
             layout=RowLayout(query_lens, last),

@@ -115,7 +115,7 @@ class ScriptedSteps:
         loop = ExitLoop(
             model.stack.shape,
             PolicySet({NAME: policy}, exits),
-            kv_policy_of(model.settings, self._runner.vllm_config),
+            kv_policy_of(self._runner.vllm_config),
             {},
             max_rows=self._runner.max_num_tokens,
             compaction_cost=0,  # all that can leave does

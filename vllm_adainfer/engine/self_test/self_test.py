@@ -20,7 +20,7 @@ from vllm_adainfer.engine.model.execution import Execution
 from vllm_adainfer.engine.runner.ranks import first_on_any_rank
 from vllm_adainfer.engine.self_test.kernels import wrong_kernels
 from vllm_adainfer.engine.self_test.parts import Part
-from vllm_adainfer.engine.self_test.script import FULL_DEPTH, TOKENS, Script
+from vllm_adainfer.engine.self_test.script import TOKENS, Script
 from vllm_adainfer.engine.self_test.scripted_steps import ScriptedSteps, States
 
 logger = get_logger(__name__)
@@ -125,12 +125,12 @@ def _test_steps(runner: Any) -> list[Failure]:
         return first_on_any_rank(why)
 
     failures = []
-    defers, right = model.loop.kv.defers, anchor
+    right = anchor
 
     def with_exits() -> States:
         nonlocal right
         right = steps.run(script, Execution.EAGER)
-        return right if defers else before_first_exit(right)
+        return right
 
     why = wrong(partial(steps.run, plain, Execution.EAGER), anchor)
     why = why or wrong(with_exits, anchor)
@@ -172,19 +172,6 @@ def ways_of(runner: Any) -> list[Execution]:
     if compilation.mode != CompilationMode.NONE:
         ways.append(Execution.COMPILED)
     return ways
-
-
-def before_first_exit(states: States) -> States:
-    """The tokens that read what a run without exits would have read, if no layer is deferred."""
-    firsts: dict[int, int] = {}
-    for request, token, exit_index in sorted(states):
-        if exit_index != FULL_DEPTH:
-            firsts.setdefault(request, token)
-    return {
-        (request, token, exit_index): state
-        for (request, token, exit_index), state in states.items()
-        if token <= firsts.get(request, token)
-    }
 
 
 def differences(found: States, right: States, tolerance: float) -> str | None:

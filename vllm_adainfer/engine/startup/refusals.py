@@ -196,24 +196,10 @@ def _of_serving(vllm_config: VllmConfig) -> Iterator[str]:
 
 
 def _of_switch(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
-    model, has_adapters = vllm_config.model_config, vllm_config.lora_config is not None
-    if settings.exit_points is not None and not has_adapters:
+    if settings.exit_points is not None and vllm_config.lora_config is None:
         yield "exit_points are for policies of LoRA adapters: start with --enable-lora"
     if settings.calibrates_itself:
         yield from _of_own_policies(vllm_config)
-    if settings.kv != "propagate":
-        return
-    if has_adapters:
-        yield "kv = propagate ignores LoRA adapters: set kv to exact, or drop --enable-lora"
-    if model.is_hybrid:
-        yield (
-            "kv = propagate makes keys and values, and some layers of this model keep a recurrent "
-            "state instead: set kv to exact"
-        )
-    if model.quantization is not None:
-        yield "kv = propagate needs plain weights, and these are quantised: set kv to exact"
-    if vllm_config.load_config.load_format == "dummy":
-        yield "kv = propagate copies loaded weights: set kv to exact, or drop --load-format dummy"
 
 
 def _of_own_policies(vllm_config: VllmConfig) -> Iterator[str]:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
-from torch import Tensor
-
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 
@@ -83,16 +81,6 @@ class Batch(Protocol):
         """Write the rows' keys and values in the last layer, from the states before that layer.
 
         `states` may be overwritten.
-        """
-
-    def fill_kv(self, exit_index: int, states: Tensor, layout: RowLayout) -> None:
-        """Write keys and values in all layers below an exit point, made of the states there.
-
-        Args:
-            exit_index: the exit point.
-            states: [rows, hidden size].
-            layout: the rows.
-
         """
 
     def compact(self, layout: RowLayout) -> Batch:

@@ -14,7 +14,7 @@ from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.decided import DecidedToken, Outcome
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
-from vllm_adainfer.exits.kv.policies import KVPolicy
+from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.decisions import Decisions
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
 from vllm_adainfer.exits.loop.loop import Loop, StateKeeper, StepOutput
@@ -44,7 +44,7 @@ class ExitLoop(Loop):
         self,
         shape: StackShape,
         policies: PolicySet,
-        kv: KVPolicy,
+        kv: ExactKV,
         monitors: Mapping[str, Monitor],
         max_rows: int,
         min_rows_saved: int | None = None,
@@ -220,9 +220,9 @@ class ExitLoop(Loop):
         if ready == forward.layout.num_rows:  # no rows are left to compact
             return True
         depth, shape = self._shape.depth_after(exit_index), self._shape
-        # Where layers are deferred, rows of a request that goes on only run them later; but no
-        # row runs the layers without keys and values later.
-        for_good = int(lens[step.ending(leaving)].sum()) if self.kv.defers else ready
+        # Rows of a request that goes on only run the layers later, but not those without keys
+        # and values.
+        for_good = int(lens[step.ending(leaving)].sum())
         with_kv = max(shape.kv_layers - depth, 0)
         saved = for_good * with_kv + len(leaving) * (shape.depth - depth - with_kv)
         return saved >= forward.compaction_cost

@@ -12,7 +12,7 @@ from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.kv.policies import KVPolicy, LeavingRows
+from vllm_adainfer.exits.kv.policies import ExactKV, LeavingRows
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
 
 # Compacting a batch (new rows, new attention metadata) takes as long as running so many
@@ -44,7 +44,7 @@ class ForwardPass:
         owners: Ints,
         batch: Batch,
         input_ids: Tensor,
-        kv: KVPolicy,
+        kv: ExactKV,
         accounting: LayerAccounting,
         compaction_cost: int = COMPACTION_COST,
     ) -> None:
@@ -73,7 +73,7 @@ class ForwardPass:
         return replace(self.states, per_layer=None).rows(rows).combined()
 
     def waiting(self, exit_index: int, leaving: Ints) -> Ints | None:
-        """The rows that wait below an exit point for requests that stay, as `KVPolicy.waiting`."""
+        """The rows that wait below an exit point for requests that stay, as `ExactKV.waiting`."""
         stays = self.layout.query_lens > 0
         stays[leaving] = False
         return self._kv.waiting(exit_index, self.step.request_ids, stays)
@@ -114,13 +114,10 @@ class ForwardPass:
             continuing = requests[continues]
             rows = self.layout.rows_of(continuing)
             policies, layout = self._row_policies[rows], self.layout.only(continuing)
-            leaving = LeavingRows(
-                exit_index, step.request_ids, layout, rows, policies, self.states, self.batch
-            )
+            leaving = LeavingRows(exit_index, step.request_ids, layout, rows, policies, self.states)
             self._kv.leave(leaving)
-            if self._kv.defers:
-                self._accounting.deferred(self._accounting.tokens(policies), below)
-                requests = requests[~continues]
+            self._accounting.deferred(self._accounting.tokens(policies), below)
+            requests = requests[~continues]
         skipped = self._row_policies[self.layout.rows_of(requests)]
         self._accounting.skipped(self._accounting.tokens(skipped), below)
 

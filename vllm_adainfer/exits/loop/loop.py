@@ -14,7 +14,7 @@ from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.decided import DecidedToken
 from vllm_adainfer.exits.batch.batch import Batch
-from vllm_adainfer.exits.kv.policies import KVPolicy
+from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn, warn_of_label
 from vllm_adainfer.exits.loop.step import RecordedRequests, StepContext
@@ -72,7 +72,7 @@ class Loop(ABC):
     """
 
     stats: ExitStats
-    kv: KVPolicy
+    kv: ExactKV
     carried: CarriedPrompts
     monitors: Mapping[str, Monitor] = MappingProxyType({})
 

@@ -16,7 +16,7 @@ from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.batch.batch import Batch, StackShape
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
-from vllm_adainfer.exits.kv.policies import KVPolicy
+from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.loop import Loop, StepOutput
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
@@ -72,7 +72,7 @@ class RecordingLoop(Loop):
         self._reads_prompts = reads_prompts
         self.carried = CarriedPrompts()
         self.timings = Timings()
-        self.kv = KVPolicy()
+        self.kv = ExactKV()
         self._depth = shape.depth
         # The first segment with layers; another comes before it where the embedding is recorded.
         self._first = 0 if shape.segment_layers[0] else 1
