@@ -50,12 +50,10 @@ class Norm:
 class Lens:
     """A tuned lens (Belrose et al. 2023, arXiv 2303.08112).
 
-    It adds ``hidden @ weight @ up + bias`` to a hidden state, to predict the last layer's state.
+    It adds ``hidden @ weight + bias`` to a hidden state, to predict the last layer's state.
 
     Attributes:
-        weight: [hidden size, hidden size], or [hidden size, rank] with `up`. The product is
-            computed in the dtype of this matrix.
-        up: [rank, hidden size], the second factor of a low-rank lens; None means the identity.
+        weight: [hidden size, hidden size]. The product is computed in the dtype of this matrix.
         bias: [hidden size], added to the product; None means zeros.
 
     Raises:
@@ -64,19 +62,12 @@ class Lens:
     """
 
     weight: Tensor
-    up: Tensor | None = None
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check the shapes."""
-        if self.weight.dim() != 2:
-            raise ValueError(
-                f"Lens.weight must be [hidden size, rank], got {list(self.weight.shape)}"
-            )
         size = self.hidden_size
-        rank = size if self.up is None else self.up.shape[0]
-        check_shape("Lens.weight", self.weight, size, rank)
-        check_shape("Lens.up", self.up, rank, size)
+        check_shape("Lens.weight", self.weight, size, size)
         check_shape("Lens.bias", self.bias, size)
 
     @property

@@ -1,6 +1,6 @@
 """The probe: tuned lens, final norm, LM head, then top-1, top-2 and log-sum-exp of the scores.
 
-    x       = hidden + hidden @ lens.weight @ lens.up + lens.bias (tuned lens, optional)
+    x       = hidden + hidden @ lens.weight + lens.bias (tuned lens, optional)
     readout = norm(x) * norm.weight + norm.bias                   (the model's final norm, optional)
     scores  = soft_cap(readout @ head.weight.T + head.bias) * head.scale
 

@@ -33,8 +33,7 @@ def readout(hidden: Tensor, norm: Norm | None, lens: Lens | None, dtype: torch.d
     # In place: on a CPU a temporary of a megabyte costs more in page faults than its arithmetic.
     x = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if lens is not None:
-        product = hidden.to(lens.weight.dtype) @ lens.weight
-        x += product if lens.up is None else product @ lens.up
+        x += hidden.to(lens.weight.dtype) @ lens.weight
         if lens.bias is not None:
             x += lens.bias
     if norm is None:

@@ -35,7 +35,6 @@ def readout(hidden: Tensor, norm: Norm | None, lens: Lens | None, dtype: torch.d
     lens_product = lens_bias = weight = bias = None
     if lens is not None:
         lens_product = hidden.to(lens.weight.dtype) @ lens.weight
-        lens_product = lens_product if lens.up is None else lens_product @ lens.up
         lens_bias = lens.bias
     if norm is not None:
         weight, bias = norm.weight, norm.bias

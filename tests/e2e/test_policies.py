@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from vllm import SamplingParams
 
 from tests.chain import log_odds
@@ -29,7 +28,6 @@ def artifact_of(
     probe: str,
     candidates: str,
     threshold: float,
-    rank: int | None = None,
     classifier: str = "threshold",
 ) -> Artifact:
     """Random lenses and a threshold on the score that some rows pass and some do not."""
@@ -50,11 +48,7 @@ def artifact_of(
     for layer in EXIT_POINTS:
         if probe == "lens":
             lens = 0.02 * torch.randn(64, 64, generator=generator)
-            if rank is None:
-                tensors[f"exit.{layer}.lens_weight"] = lens
-            else:
-                tensors[f"exit.{layer}.lens_down"] = lens[:, :rank]
-                tensors[f"exit.{layer}.lens_up"] = 15 * lens[:rank]
+            tensors[f"exit.{layer}.lens_weight"] = lens
             tensors[f"exit.{layer}.lens_bias"] = torch.zeros(64)
         if classifier == "crf":
             tensors[f"exit.{layer}.classifier"] = torch.tensor([2.0, -1, -1, 2, 1, 4, -1.5])
@@ -63,13 +57,6 @@ def artifact_of(
 
 def policy_of(artifact: Artifact, model: Any) -> CalibratedPolicy:
     return CalibratedPolicy(artifact, model.logit_lens(), torch.device("cpu"))
-
-
-def lens_of(tensors: dict[str, Tensor], layer: int) -> Tensor:
-    name = f"exit.{layer}.lens"
-    if f"{name}_weight" in tensors:
-        return tensors[f"{name}_weight"]
-    return tensors[f"{name}_down"] @ tensors[f"{name}_up"]
 
 
 def oracle_score(artifact: Artifact, features: list[tuple[float, float]]) -> float:
@@ -98,7 +85,7 @@ def expected(
             scores = state @ tensors[f"exit.{layer}.head_weight"].T
         else:
             if layer < LAYERS and config.probe == "lens":
-                state = state + state @ lens_of(tensors, layer)
+                state = state + state @ tensors[f"exit.{layer}.lens_weight"]
             scores = model.lm_head(model.model.norm(state))[:, rows]
         probabilities = scores.softmax(-1).topk(2)
         best, second = probabilities.values[0].tolist()
@@ -118,24 +105,23 @@ def expected(
 
 
 @pytest.mark.parametrize(
-    ("probe", "candidates", "threshold", "rank", "classifier"),
+    ("probe", "candidates", "threshold", "classifier"),
     [
-        ("label-head", "labels", 0.2, None, "threshold"),
-        ("lens", "labels", 0.6, None, "threshold"),
-        ("logit-lens", "labels", 0.6, None, "threshold"),
-        ("lens", "full", 0.1, None, "threshold"),
-        ("lens", "full", 0.1, 8, "threshold"),
-        ("logit-lens", "full", 0.1, None, "threshold"),
-        ("lens", "shortlist", 0.3, None, "threshold"),
-        ("lens", "labels", 3.0, None, "crf"),
-        ("lens", "full", -1.4, None, "crf"),
+        ("label-head", "labels", 0.2, "threshold"),
+        ("lens", "labels", 0.6, "threshold"),
+        ("logit-lens", "labels", 0.6, "threshold"),
+        ("lens", "full", 0.1, "threshold"),
+        ("logit-lens", "full", 0.1, "threshold"),
+        ("lens", "shortlist", 0.3, "threshold"),
+        ("lens", "labels", 3.0, "crf"),
+        ("lens", "full", -1.4, "crf"),
     ],
 )
 def test_depths_and_tokens_are_those_of_the_oracle(
-    engine, tiny_model, reference, probe, candidates, threshold, rank, classifier
+    engine, tiny_model, reference, probe, candidates, threshold, classifier
 ):
     model, _, _ = parts(engine)
-    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold, rank, classifier)
+    artifact = artifact_of(tiny_model, reference, probe, candidates, threshold, classifier)
     generator = np.random.default_rng(11)
     prompts = [
         generator.integers(5, 1000, generator.integers(2, 60)).tolist() for _ in range(PROMPTS)

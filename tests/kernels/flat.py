@@ -47,10 +47,9 @@ def norm_and_lens(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
     lens_weight: Tensor | None = None,
-    lens_up: Tensor | None = None,
     lens_bias: Tensor | None = None,
 ) -> tuple[Norm | None, Lens | None]:
     return (
         None if norm is None else Norm(norm, norm_weight, norm_bias, norm_eps),
-        None if lens_weight is None else Lens(lens_weight, lens_up, lens_bias),
+        None if lens_weight is None else Lens(lens_weight, lens_bias),
     )

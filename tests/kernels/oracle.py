@@ -85,15 +85,12 @@ def readout(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
     lens_weight: Tensor | None = None,
-    lens_up: Tensor | None = None,
     lens_bias: Tensor | None = None,
 ) -> Tensor:
     """Lens and norm."""
     x = hidden.to(sum_in)
     if lens_weight is not None:
         change = hidden.to(multiply_in) @ lens_weight.to(multiply_in)
-        if lens_up is not None:
-            change = change @ lens_up.to(multiply_in)
         x = x + change.to(sum_in)
     if lens_bias is not None:
         x = x + lens_bias.to(sum_in)

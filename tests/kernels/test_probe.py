@@ -29,7 +29,6 @@ from tests.kernels.oracle import (
 ROWS = [1, 7, 83, 257]
 VOCABULARIES = [2, 1000, 32000, 50272, 128256, 151936]
 HIDDEN = 100
-RANK = 5
 
 
 def fits_the_interpreter(rows: int, vocab: int) -> bool:
@@ -90,9 +89,6 @@ def lens_and_norm(
     options = {"norm": norm, "norm_eps": 0.1}
     if lens != "no lens":
         options["lens_weight"] = normal(HIDDEN, HIDDEN, seed=5, dtype=dtype) / HIDDEN**0.5
-    if lens.startswith("low rank"):
-        options["lens_weight"] = options["lens_weight"][:, :RANK]
-        options["lens_up"] = normal(RANK, HIDDEN, seed=9, dtype=dtype) / RANK**0.5
     if lens.endswith("with bias"):
         options["lens_bias"] = normal(HIDDEN, seed=6, dtype=dtype)
     if "weight" in affine:
@@ -102,7 +98,7 @@ def lens_and_norm(
     return options
 
 
-LENSES = ["no lens", "lens", "lens with bias", "low rank", "low rank with bias"]
+LENSES = ["no lens", "lens", "lens with bias"]
 NORMS = [
     (norm, affine)
     for norm in ("rms", "layer", None)

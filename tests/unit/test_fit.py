@@ -126,9 +126,7 @@ def test_the_rows_of_a_half_are_all_those_of_its_prompts_in_the_prompts_order():
     assert recording.rows_of(split.certify).tolist() == [2, 5]
 
 
-@pytest.mark.parametrize("low_rank_from", [HIDDEN, HIDDEN + 1])
-def test_a_lens_that_is_exact_is_recovered_at_any_rank(monkeypatch, low_rank_from):
-    monkeypatch.setattr(probes, "LOW_RANK_HIDDEN_SIZE", low_rank_from)
+def test_a_lens_that_is_exact_is_recovered(monkeypatch):
     monkeypatch.setattr(probes, "RIDGE_PENALTIES", (1e-6, 1.0))
     recording = recording_of(rank=4)
     fitted = fitted_on(recording, "lens")
@@ -137,28 +135,6 @@ def test_a_lens_that_is_exact_is_recovered_at_any_rank(monkeypatch, low_rank_fro
     torch.testing.assert_close(found, model.readout(recording.final), rtol=1e-3, atol=1e-3)
     assert fitted.fitted.agrees.all()
     assert fitted.held_out.agrees.all()
-
-
-@pytest.mark.parametrize(
-    ("planted", "stored"), [(1, 1), (2, 2), (3, 4), (8, 8), (HIDDEN, None)], ids=str
-)
-def test_a_wide_models_lens_has_the_least_rank_that_serves(monkeypatch, planted, stored):
-    """Ranks tried: the hidden size over 32, 16, 8, 4."""
-    monkeypatch.setattr(probes, "LOW_RANK_HIDDEN_SIZE", HIDDEN)
-    monkeypatch.setattr(probes, "RANK_DIVISORS", (32, 16, 8, 4))
-    probe = fitted_on(recording_of(planted, noise=0.1), "lens").probe
-    if stored is None:
-        assert probe.lens.up is None
-        assert probe.bytes == 4 * (HIDDEN * HIDDEN + HIDDEN)
-    else:
-        assert probe.lens.weight.shape == (HIDDEN, stored)
-        assert probe.lens.up.shape == (stored, HIDDEN)
-        assert probe.bytes == 4 * (2 * HIDDEN * stored + HIDDEN)
-
-
-def test_a_narrow_models_lens_is_whole(monkeypatch):
-    monkeypatch.setattr(probes, "LOW_RANK_HIDDEN_SIZE", HIDDEN + 1)
-    assert fitted_on(recording_of(rank=1), "lens").probe.lens.up is None
 
 
 @pytest.mark.parametrize(("kind", "labels"), [("lens", None), ("label-head", LABELS)])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration.fit import ridge
-from vllm_adainfer.offline.calibration.fit.ridge import Linear, choose, choose_rank, low_rank, solve
+from vllm_adainfer.offline.calibration.fit.ridge import Linear, choose, solve
 
 ROWS, D, N = 300, 12, 7
 FOLDS = 4
@@ -155,30 +155,3 @@ def test_the_penalty_is_the_best_by_cross_validation_and_each_fold_has_a_fit_wit
     assert_same(found.whole, by_scikit_learn(rows, found.penalty))
     for fold, linear in enumerate(found.without):
         assert_same(linear, by_scikit_learn(others_of(rows, fold), found.penalty))
-
-
-@pytest.mark.parametrize("rank", [1, 3, N])
-def test_a_map_of_low_rank_is_the_nearest_in_the_covariance_of_the_features(rank):
-    """Against the singular vectors of the problem in whitened features."""
-    moments = moments_of(rows_of(10))
-    matrix = solve(moments, 1.0).matrix
-    values, vectors = torch.linalg.eigh(moments.xx / moments.weight)
-    root = vectors * values.sqrt() @ vectors.T
-    u, s, v = torch.linalg.svd(matrix @ root)
-    right = u[:, :rank] * s[:rank] @ v[:rank] @ torch.linalg.inv(root)
-    down, up = low_rank(moments, matrix, rank)
-    assert (down.shape, up.shape) == ((D, rank), (rank, N))
-    torch.testing.assert_close(
-        (down @ up).T, right, rtol=1e-6, atol=1e-6 * float(right.abs().max())
-    )
-
-
-@pytest.mark.parametrize("planted", [1, 3, 5])
-def test_the_rank_that_was_planted_is_chosen(planted):
-    folds = folds_of(rows_of(11, noise=0.3, rank=planted))
-    assert choose_rank(folds, 1e-3, range(1, N), tolerance=0.05) == planted
-
-
-def test_no_rank_is_chosen_where_all_of_them_lose_too_much():
-    folds = folds_of(rows_of(12, noise=0.01, rank=N))
-    assert choose_rank(folds, 1e-3, [1, 2, 3], tolerance=0.05) is None

@@ -48,6 +48,8 @@ def _problem(
 ) -> str | None:
     """The first difference between the tensors found and those `expected`; None if all fit."""
     for name, shape in expected.items():
+        if name.endswith(".lens_weight") and name.replace("_weight", "_down") in shapes:
+            return f"{name} is of low rank, which is served no more"
         if name not in shapes:
             return f"tensor {name} must have shape {list(shape)} but is missing"
         if shapes[name] != shape:
@@ -67,7 +69,7 @@ def expected_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor by name.
 
-    The shapes `found` tell how long the shortlist is, and which lenses are of low rank.
+    The shapes `found` tell how long the shortlist is.
     """
     own, *others = config.parts("").values()
     shapes = _shapes_of_part(own, found)
@@ -103,12 +105,6 @@ def _shapes_of_part(
             shapes[f"exit.{layer}.head_weight"] = (head_rows, width)
             shapes[f"exit.{layer}.head_bias"] = (head_rows,)
         elif config.probe == "lens":
-            up = found.get(f"exit.{layer}.lens_up")
-            if up is None:
-                shapes[f"exit.{layer}.lens_weight"] = (hidden, hidden)
-            else:
-                rank = (up or (0,))[0]
-                shapes[f"exit.{layer}.lens_down"] = (hidden, rank)
-                shapes[f"exit.{layer}.lens_up"] = (rank, hidden)
+            shapes[f"exit.{layer}.lens_weight"] = (hidden, hidden)
             shapes[f"exit.{layer}.lens_bias"] = (hidden,)
     return shapes

@@ -52,12 +52,7 @@ class Probe:
         if self.head.bias is not None:  # a label head
             tensors = {"head_weight": self.head.weight, "head_bias": self.head.bias}
         elif self.lens is not None:
-            weight = "lens_weight" if self.lens.up is None else "lens_down"
-            tensors = {
-                weight: self.lens.weight,
-                "lens_up": self.lens.up,
-                "lens_bias": self.lens.bias,
-            }
+            tensors = {"lens_weight": self.lens.weight, "lens_bias": self.lens.bias}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @property
@@ -160,8 +155,8 @@ class LabelHead:
 
 def lens_of(tensors: Mapping[str, Tensor]) -> Lens | None:
     """The lens among `Probe.fitted_tensors`, None if there is none."""
-    weight = tensors.get("lens_weight", tensors.get("lens_down"))
-    return None if weight is None else Lens(weight, tensors.get("lens_up"), tensors["lens_bias"])
+    weight = tensors.get("lens_weight")
+    return None if weight is None else Lens(weight, tensors["lens_bias"])
 
 
 def logit_lens_of(tensors: Mapping[str, Tensor], norm: tuple[NormKind, float] | None) -> Probe:

@@ -41,14 +41,6 @@ from vllm_adainfer.policy.reading import features_among
 from vllm_adainfer.policy.student import Student
 
 RIDGE_PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
-# From this hidden size on, a tuned lens may have low rank: a full one takes 8 MiB there in
-# bfloat16, stored and read for each exit point.
-LOW_RANK_HIDDEN_SIZE = 2048
-# The ranks to try are the hidden size divided by these; above a quarter, little is saved.
-RANK_DIVISORS = (64, 32, 16, 8, 4)
-# A low rank may raise the lens's squared error on unseen prompts by this share: on the demo model
-# (SST-2, layers 15 to 27) agreement with the full model then stays within 0.5 points.
-RANK_TOLERANCE = 0.1
 
 StateProbe = Probe | LabelHead  # reads states of the model
 AnyProbe = StateProbe | Student | Branch
@@ -215,28 +207,11 @@ def logit_lens(recording: Recording, target: Target) -> Probe:
 
 
 def _fit_tuned_lenses(plain: Probe, folds: Sequence[Moments]) -> tuple[Probe, list[Probe]]:
-    """`plain` with a tuned lens from all `folds`, and for each fold one from the others.
+    """`plain` with a tuned lens from all `folds`, and for each fold one from the others."""
+    fitted, dtype = ridge.choose(folds, RIDGE_PENALTIES), plain.head.weight.dtype
 
-    A wide model's lens has the lowest rank that predicts unseen prompts as well.
-    """
-    fitted = ridge.choose(folds, RIDGE_PENALTIES)
-    size, dtype = len(folds[0].x_mean), plain.head.weight.dtype
-    rank = None
-    if size >= LOW_RANK_HIDDEN_SIZE:
-        ranks = [size // divisor for divisor in RANK_DIVISORS]
-        rank = ridge.choose_rank(folds, fitted.penalty, ranks, RANK_TOLERANCE)
-    whole = ridge.total(folds)
+    def with_lens(linear: ridge.Linear) -> Probe:
+        weight = linear.matrix.T.to(dtype).contiguous()
+        return replace(plain, lens=Lens(weight, linear.bias.to(dtype)))
 
-    def lens(moments: Moments, linear: ridge.Linear) -> Probe:
-        if rank is None:
-            weight = linear.matrix.T.to(dtype).contiguous()
-            return replace(plain, lens=Lens(weight, bias=linear.bias.to(dtype)))
-        down, up = ridge.low_rank(moments, linear.matrix, rank)
-        bias = ridge.intercept(moments, (down @ up).T)
-        parts = down.to(dtype).contiguous(), up.to(dtype).contiguous(), bias.to(dtype)
-        return replace(plain, lens=Lens(*parts))
-
-    without = [
-        lens(whole - fold, linear) for fold, linear in zip(folds, fitted.without, strict=True)
-    ]
-    return lens(whole, fitted.whole), without
+    return with_lens(fitted.whole), [with_lens(linear) for linear in fitted.without]

@@ -1,4 +1,4 @@
-"""Ridge regression from moments alone: cross-validation chooses the penalty and the rank.
+"""Ridge regression from moments alone: cross-validation chooses the penalty.
 
 Features are standardised, so that a penalty means the same for each of them, and the intercept is
 not penalised: this is scikit-learn's StandardScaler and Ridge, where the penalty is called alpha.
@@ -91,57 +91,3 @@ def choose(folds: Sequence[Moments], penalties: Sequence[float]) -> CrossValidat
         solve(whole, penalty),
         tuple(solve(whole - fold, penalty) for fold in folds),
     )
-
-
-def low_rank(moments: Moments, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The map of rank `rank` whose predictions are nearest to those of `matrix` [n, d].
-
-    Nearest on the rows behind `moments`. This is reduced-rank regression (Izenman 1975) on the
-    predictions of `matrix`: the projection on their leading principal directions.
-
-    Returns:
-        down [d, rank] and up [rank, n]: x @ down @ up stands for x @ matrix.T.
-
-    """
-    return _truncated(matrix, _directions(moments, matrix), rank)
-
-
-def _directions(moments: Moments, matrix: Tensor) -> Tensor:
-    """The principal directions [n, n] of the predictions, the leading one first."""
-    _, directions = torch.linalg.eigh(matrix @ moments.xx @ matrix.T)
-    return directions.flip(1)
-
-
-def _truncated(matrix: Tensor, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    kept = directions[:, :rank]
-    return matrix.T @ kept, kept.T
-
-
-def choose_rank(
-    folds: Sequence[Moments], penalty: float, ranks: Sequence[int], tolerance: float
-) -> int | None:
-    """The smallest rank that predicts unseen folds as well as the full map.
-
-    Args:
-        folds: the moments of each fold.
-        penalty: the penalty of the full map.
-        ranks: the ranks to choose from.
-        tolerance: the largest increase of the mean squared error, as a share of the full map's.
-
-    Returns:
-        None if none of `ranks` is within `tolerance`.
-
-    """
-    whole = total(folds)
-    full = 0.0
-    errors = dict.fromkeys(sorted(ranks), 0.0)
-    for fold in folds:
-        others = whole - fold
-        linear = solve(others, penalty)
-        full += squared_error(fold, linear)
-        directions = _directions(others, linear.matrix)
-        for rank in errors:
-            down, up = _truncated(linear.matrix, directions, rank)
-            matrix = (down @ up).T
-            errors[rank] += squared_error(fold, Linear(matrix, intercept(others, matrix)))
-    return next((rank for rank, e in errors.items() if e <= full * (1 + tolerance)), None)
