@@ -16,7 +16,7 @@ from tests.delta_net import allow_fp32
 from tests.e2e.oracle import continuation, same, token_after
 from tests.e2e.patterns import Request, drive, wrong
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
-from tests.e2e.test_families import SCRIPT, SMALL, run, transformers_model
+from tests.e2e.test_families import SMALL, SWITCH, run, transformers_model
 from tests.families import tiny_checkpoint
 from tests.full import needed
 from tests.tiny import FROM_ZERO, LAYERS
@@ -47,7 +47,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     allow_fp32()
     directory = tiny_checkpoint("qwen3.5", tmp_path_factory.mktemp("recurrent") / "model")
-    llm = tiny_engine(directory, SCRIPT, **SMALL, prefix_cache_retention_interval=None)
+    llm = tiny_engine(directory, SWITCH, **SMALL, prefix_cache_retention_interval=None)
     return Served(directory, llm, transformers_model(directory))
 
 
@@ -198,7 +198,7 @@ def wrong_after(served: Served, requests: list[Request]) -> list[object]:
 
 def test_vllms_kernels_in_bfloat16_give_nothing_that_nobody_wrote(served):
     """The same with the kernels that are served, whose rounding fp32 can only be close to."""
-    llm = tiny_engine(served.directory, SCRIPT, dtype="bfloat16", **SMALL)
+    llm = tiny_engine(served.directory, SWITCH, dtype="bfloat16", **SMALL)
     generator = np.random.default_rng(2)
     prompts = prompts_of(generator, [1, 2, 9, 33, 64, 100] * 10)
     exits = [int(at) for at in generator.integers(FULL, len(FROM_ZERO), len(prompts))]

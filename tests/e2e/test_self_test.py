@@ -30,7 +30,7 @@ from tests.delta_net import allow_fp32
 from tests.e2e.oracle import continuation, same
 from tests.e2e.recorded_graphs import Recorded, recorded_engine
 from tests.e2e.scripted import parts
-from tests.e2e.test_families import SCRIPT, SMALL
+from tests.e2e.test_families import SMALL, SWITCH
 from tests.families import tiny_checkpoint
 from tests.full import needed
 from tests.tiny import LAYERS
@@ -75,7 +75,7 @@ def tested(request: pytest.FixtureRequest, monkeypatch: Patch) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def in_16_bits(tiny_model: Path) -> Any:
     """Where rounding moves states, and a fault has to move them further."""
-    return tiny_engine(tiny_model, SCRIPT, "bfloat16", **SMALL)
+    return tiny_engine(tiny_model, SWITCH, "bfloat16", **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def of_family(name: str, directory: Path) -> Any:
     if parallel_state._EP is None:
         # vLLM makes this group for mixtures alone, and with the first engine of a process.
         parallel_state._EP = parallel_state._TP
-    return tiny_engine(tiny_checkpoint(name, directory / name), SCRIPT, **SMALL)
+    return tiny_engine(tiny_checkpoint(name, directory / name), SWITCH, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def reads_scores(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A classifier, which generates nothing."""
     model = classifier(tiny_model, tmp_path_factory.mktemp("classifier") / "softmax", 3)
     settings = {"max_model_len": 512, "kv_cache_memory_bytes": 64 << 20}
-    return tiny_engine(model, SCRIPT, runner="pooling", **settings)
+    return tiny_engine(model, SWITCH, runner="pooling", **settings)
 
 
 def found(llm: Any) -> tuple[Failure, ...]:
