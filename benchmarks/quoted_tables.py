@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.front_page import RESULTS, load
 
 
 def trained_probes_table() -> list[str]:
@@ -17,19 +15,46 @@ def trained_probes_table() -> list[str]:
     ]
 
 
-def classifier_tables() -> list[str]:
-    """A reranker over `/rerank`, and a classifier over `/classify`."""
+def questions_table() -> list[str]:
+    """One policy for a mixture of questions, also without one of them in calibration."""
+    report, *_ = load("questions")
     return [
+        f"One policy for eight questions of a decision endpoint, {report['n']} unseen requests "
+        f"of {report['prompt_tokens_mean']:.0f} tokens, SmolLM2-135M fine-tuned for them, "
+        f"epsilon {report['epsilon']:g}. Then layers saved and wrong answers by question, also "
+        "for a policy that has not seen the question:",
         "",
-        "## Rerankers",
+        *(RESULTS / "questions.md").read_text().splitlines(),
+    ]
+
+
+def states_table() -> list[str]:
+    """Several questions about one text."""
+    report = load("states")
+    return [
+        "Questions about one state, sent together, when the state is new and again; milliseconds "
+        f"until all are answered, stock / ours, {report['states']} states each (with the policy "
+        "for the label alone):",
         "",
+        *(RESULTS / "states.md").read_text().splitlines(),
+    ]
+
+
+def reranker_tables() -> list[str]:
+    """A reranker over `/rerank`."""
+    return [
         "A [reranker](rerankers.md) over `/rerank`, beside stock vLLM. It is a toy: SmolLM2-135M, "
         "trained for 20 minutes on 1,200 questions of BoolQ and SQuAD. It reorders what TF-IDF "
         "finds among 968 passages, cut to 64 words. *Lost one* is what the first policy promises; "
         "the second promises that at most epsilon of the scores *move*:",
         "",
         *(RESULTS / "rerank.md").read_text().splitlines(),
-        "",
+    ]
+
+
+def classifier_tables() -> list[str]:
+    """A classifier over `/classify`."""
+    return [
         "A [classifier](classifiers.md) over `/classify`, whose head is the rows of the fine-tuned "
         "SmolLM2-135M's LM head for the labels:",
         "",
@@ -56,9 +81,6 @@ def promises_table() -> list[str]:
 def auto_tables() -> list[str]:
     """A server that calibrates itself, from its first request on."""
     return [
-        "",
-        "## A server that calibrates itself",
-        "",
         "An empty directory, the same requests to [such a server](self_calibration.md) and to "
         "stock vLLM in turn. Both round in other batches, so some answers differ before a kind "
         "opens, too; the ledger compares within the same step. Layers saved are those of the "

@@ -1,0 +1,72 @@
+"""The generated part of `docs/results.md`: a summary, then sections by topic."""
+
+from __future__ import annotations
+
+from benchmarks.front_page import load
+from benchmarks.quoted_tables import (
+    auto_tables,
+    classifier_tables,
+    promises_table,
+    questions_table,
+    reranker_tables,
+    states_table,
+    trained_probes_table,
+)
+from benchmarks.results_speed import generation_table, startup_line, throughput_table
+from benchmarks.results_summary import measured, summary
+from benchmarks.results_tables import (
+    choices_table,
+    families_table,
+    long_prompts_table,
+    probabilities_table,
+    recurrent_table,
+    suite_table,
+    workloads,
+)
+from benchmarks.serving.serve_report import table as serve_table
+
+
+def results_page() -> str:
+    """The generated part of the page."""
+    return "\n".join([summary(), *(line for part in sections() for line in ("", *part))])
+
+
+def sections() -> list[list[str]]:
+    """Each section with its heading, its tables, and where and when these were measured."""
+    return [
+        section("One label", workloads(), "sst2_zero_shot", "sst2_six_shot", "demo", "demo_amx"),
+        section(None, suite_table("suite_fine_tuned"), "suite_fine_tuned"),
+        section(None, suite_table("suite_smollm2_tasks"), "suite_smollm2_tasks"),
+        section(
+            "The paper's suite", suite_table("suite_smollm2_instruct"), "suite_smollm2_instruct"
+        ),
+        section(None, suite_table("suite_smollm2_squad"), "suite_smollm2_squad"),
+        section("A server's latency", latency("serve"), "serve"),
+        section("Choices", choices_table(), "choices_exits"),
+        section("Label probabilities", probabilities_table(), "probabilities"),
+        section(None, latency("scoring"), "scoring"),
+        section("Decision questions", questions_table(), "questions"),
+        section(None, states_table(), "states"),
+        section("Promises", promises_table(), "promises"),
+        section("Students and branches", trained_probes_table(), "trained_probes"),
+        section("Classifiers", classifier_tables(), "classify"),
+        section("Rerankers", reranker_tables(), "rerank"),
+        section("A server that calibrates itself", auto_tables(), "auto"),
+        section("Generated text", generation_table(), "generation"),
+        section("Families of models", families_table(), "families"),
+        section(None, long_prompts_table(), "long_prompts"),
+        section(None, recurrent_table(), "recurrent"),
+        section("Scripted exits", throughput_table(), "throughput"),
+        section(None, startup_line(), "startup"),
+    ]
+
+
+def section(heading: str | None, lines: list[str], *names: str) -> list[str]:
+    """A part of the page; `names` are those of its results."""
+    return [*([f"## {heading}", ""] if heading else []), *lines, "", measured(*names)]
+
+
+def latency(name: str) -> list[str]:
+    """Latency and throughput of a server, by rate, and their plot."""
+    plot = f"![Latency of a server by request rate](../benchmarks/results/{name}.png)"
+    return [*serve_table(load(name)).rstrip().splitlines(), "", plot]
