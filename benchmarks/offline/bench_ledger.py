@@ -24,9 +24,9 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common.report_files import write_report
-from vllm_adainfer.auto.ledger import Ledger
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.watch.ledger import Ledger
 
 EPSILON, DELTA, RATE = 0.02, 0.1, 0.25
 RECORDED = 1500  # requests before there is a policy

@@ -25,11 +25,11 @@ from benchmarks.common.intervals import share_of
 from benchmarks.common.report_files import write_report
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.engine.compat.requests import request_group
-from vllm_adainfer.monitoring.group_monitor import GroupMonitor
-from vllm_adainfer.monitoring.monitor import AnswerMonitor, Monitor, confidence_interval
-from vllm_adainfer.monitoring.query_monitor import ENDED_SINCE
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.watch.intervals import confidence_interval
+from vllm_adainfer.watch.units import ENDED_SINCE, Grouping
+from vllm_adainfer.watch.watch import Watch
 
 EPSILON, ALPHA, GOOD = 0.02, 0.1, 0.01
 PASTS, THEN = (0, 2_000, 20_000, 200_000), (0.04, 0.1, 0.3)
@@ -39,9 +39,9 @@ QUESTIONS, COIN = (8, 20), 0.2  # of one text; the shadow rate where each questi
 STEP = 1_000  # answers that are given to a monitor at a time
 
 
-def closed_after(monitor: Monitor, wrong: Bools) -> int | None:
+def closed_after(monitor: Watch, wrong: Bools) -> int | None:
     """The number of answers after which the monitor closes; None if it does not."""
-    before = monitor.status()[0].checked
+    before = monitor.readings()[0].checked
     for start in range(0, len(wrong), STEP):
         part = wrong[start : start + STEP]
         for told in monitor.observe([""] * len(part), np.zeros(len(part), np.int64), part):
@@ -63,7 +63,7 @@ def noticed(past: int, runs: int, generator: np.random.Generator) -> list[dict[s
     found: dict[float, list[tuple[int | None, int | None]]] = {rate: [] for rate in THEN}
     for _ in range(runs):
         good = generator.random(past) < GOOD
-        monitor = AnswerMonitor([EPSILON], ALPHA)
+        monitor = Watch([EPSILON], ALPHA)
         if closed_after(monitor, good) is not None:
             continue  # a false alarm, which is counted elsewhere
         for rate in THEN:
@@ -83,7 +83,7 @@ def noticed(past: int, runs: int, generator: np.random.Generator) -> list[dict[s
 def falsely_closed(rate: float, runs: int, generator: np.random.Generator) -> dict[str, Any]:
     """In how many runs a bound that holds is closed, where answers are independent."""
     streams = [generator.random(WATCHED) < rate for _ in range(runs)]
-    now = [closed_after(AnswerMonitor([EPSILON], ALPHA), one) for one in streams]
+    now = [closed_after(Watch([EPSILON], ALPHA), one) for one in streams]
     before = [closed_before(one) for one in streams]
     return {"questions": 1, "rate": rate, "runs": runs, **_closings(before, now)}
 
@@ -103,7 +103,7 @@ def falsely_closed_groups(
 
 def _closed_by_group(wrong: Bools, questions: int) -> int | None:
     """After how many texts the monitor of such requests closes; None if it does not."""
-    monitor = GroupMonitor([EPSILON], ALPHA, questions, group_of=request_group)
+    monitor = Watch([EPSILON], ALPHA, Grouping(questions, request_group))
     levels: Ints = np.zeros(questions, np.int64)
     for text, all_wrong in enumerate(wrong.tolist()):
         ids = [f"decision-{text}-{place}" for place in range(questions)]

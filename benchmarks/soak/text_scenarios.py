@@ -21,7 +21,8 @@ import numpy as np
 from benchmarks.soak.fault_scenarios import Stage, in_background, sampled_memory
 from benchmarks.soak.load_client import Tokens
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.monitoring.group_monitor import GroupMonitor
+from vllm_adainfer.watch.units import Grouping
+from vllm_adainfer.watch.watch import Watch
 
 CLIENTS = (1, 6, 16)  # in turn: one client reaches code that many do not, and vice versa
 TURN_SECONDS = 30
@@ -222,7 +223,7 @@ async def judge(stage: Stage, written: list[Text], config: ArtifactConfig) -> di
     found: dict[str, dict[str, float]] = {
         kind: {"texts": 0, "tokens": 0, "changed": 0} for kind in ("early", "deep")
     }
-    monitor = GroupMonitor([config.epsilon], config.delta, config.max_tokens)
+    monitor = Watch([config.epsilon], config.delta, Grouping(config.max_tokens))
     to_judge = [text for text in written if text.kind in found]
     stage.dice.shuffle(to_judge)
     waiting = iter(enumerate(to_judge[:JUDGED]))
@@ -241,7 +242,7 @@ async def judge(stage: Stage, written: list[Text], config: ArtifactConfig) -> di
                 monitor.ended(str(number))
 
     await asyncio.gather(*(work() for _ in range(4)))
-    [reading] = monitor.status()
+    [reading] = monitor.readings()
     found["early"] |= {"low": reading.low, "high": reading.high}
     return found
 

@@ -23,12 +23,12 @@ from tests.tiny import LAYERS, tiny_artifact, tiny_config
 from vllm_adainfer.auto import evidence
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
-from vllm_adainfer.auto.ledger import Ledger
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.runner import own_kinds
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
 from vllm_adainfer.exits.recording.row_recorder import ROWS
+from vllm_adainfer.watch.ledger import Ledger
 
 DRAW = np.random.default_rng(0)
 # Of one row, longer than a step of 128 rows, and all between; those before `RECURS` are not kept.

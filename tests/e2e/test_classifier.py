@@ -33,11 +33,11 @@ from tests.tiny import (
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.fields import Gate, Label, TopK
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.monitoring.query_monitor import ENDED_SINCE
 from vllm_adainfer.offline.calibration.data.examples import Row
 from vllm_adainfer.offline.calibration.data.pairs import read_pairs
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.probe import logit_lens_of
+from vllm_adainfer.watch.units import ENDED_SINCE
 
 PAIR_TEMPLATE = "Review : {{ messages[0].content }} Sentiment : {{ messages[1].content }}"
 CLOSE = 2e-4  # fp32 sums in another order
@@ -247,9 +247,9 @@ def test_shadow_queries_compare_the_scores_of_all_their_documents(
     heads = tiny_tensors(tiny_config(directory, **config))
     early = [scores_at(EXIT_POINTS[0], after, heads)[:-1].softmax(0)[1] for after in states]
     compared = {
-        one: pair for query in watch._queries.values() for one, pair in query.scores.items()
+        one: pair for query in watch._units._of_parts.values() for one, pair in query.scores.items()
     }
-    assert len(compared) == len(PROMPTS) > len(watch._queries) > 1
+    assert len(compared) == len(PROMPTS) > len(watch._units._of_parts) > 1
     for request_id, ours, deep in zip(ids, early, full, strict=True):
         assert compared[request_id] == pytest.approx((float(ours), float(deep)), abs=CLOSE)
     for number in range(ENDED_SINCE):

@@ -37,8 +37,8 @@ from tests.tiny import LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import LAST_TOKEN
-from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.settings.engine import NO_POLICY
+from vllm_adainfer.watch.watch import Watch
 
 NEVER_TIGHTENED = 1e-99  # an alpha of monitors
 
@@ -245,7 +245,7 @@ def test_shadow_requests_are_watched_by_the_part_that_decides_them(
     prompts, params = mixed_load(6), request("whole", SOME, artifacts)
     llm.reset_prefix_cache()
     loop, unsure = parts(llm)[0].loop, 0
-    patient = {n: AnswerMonitor([*GAPS[True]], NEVER_TIGHTENED) for n in loop.monitors}
+    patient = {n: Watch([*GAPS[True]], NEVER_TIGHTENED) for n in loop.monitors}
     monkeypatch.setattr(loop, "monitors", patient)
     monkeypatch.setattr(loop.stats, "shadow", patient)
     wanted: dict[str, list[bool]] = defaultdict(list)

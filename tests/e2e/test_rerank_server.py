@@ -23,10 +23,10 @@ from tests.e2e.test_serve import FLAGS, environment, post
 from tests.tiny import EXIT_POINTS, tiny_artifact
 from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.artifact.top_k import loses_document
-from vllm_adainfer.monitoring.query_monitor import ENDED_SINCE
 from vllm_adainfer.offline.calibration.data.examples import read_rows
 from vllm_adainfer.offline.calibration.data.scored import read_scored
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.watch.units import ENDED_SINCE
 
 pytestmark = pytest.mark.full
 TEMPLATE = "Review : {{ messages[0].content }} Sentiment : {{ messages[1].content }}"

@@ -26,9 +26,9 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.compat.requests import client_request_id
-from vllm_adainfer.monitoring.group_monitor import GroupMonitor
-from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
+from vllm_adainfer.watch.units import Grouping
+from vllm_adainfer.watch.watch import Watch
 
 LABELS_AND_OPEN = [
     pytest.param("label-head", "labels", 0.2, id="label-head"),
@@ -62,7 +62,7 @@ def watched(
         if artifact is not None:
             epsilons = [level.epsilon for level in artifact.config.levels]
             loop.policies = only(policy_of(artifact, model))
-        loop.monitors = stats.shadow = {DEFAULT_POLICY: AnswerMonitor(epsilons, alpha)}
+        loop.monitors = stats.shadow = {DEFAULT_POLICY: Watch(epsilons, alpha)}
         set_rate(rate)
         try:
             yield stats, set_rate
@@ -204,7 +204,7 @@ def test_generated_texts_are_watched_text_by_text_up_to_the_tokens_that_the_boun
     checked, disagreed = [0] * len(EXIT_POINTS), [0] * len(EXIT_POINTS)
     with watched(engine, None, rate=1) as (stats, _):
         loop = parts(engine)[0].loop
-        monitor = GroupMonitor([0.02, 0.05, 0.1], NEVER, longest)
+        monitor = Watch([0.02, 0.05, 0.1], NEVER, Grouping(longest))
         loop.monitors = stats.shadow = {DEFAULT_POLICY: monitor}
         found = run(engine, prompts, params)
         engine.llm_engine.step()  # the worker hears of the last ones that ended
@@ -213,8 +213,8 @@ def test_generated_texts_are_watched_text_by_text_up_to_the_tokens_that_the_boun
             early = token_after(reference, prompt + text[:number], EXIT_POINTS[exit_at])
             checked[exit_at] += 1
             disagreed[exit_at] += early != token
-    assert [one.checked for one in monitor.status()] == checked
-    assert [one.disagreed for one in monitor.status()] == disagreed
+    assert [one.checked for one in monitor.readings()] == checked
+    assert [one.disagreed for one in monitor.readings()] == disagreed
     assert sum(checked) < sum(lengths)
     assert 0 < sum(disagreed) < sum(checked)
 

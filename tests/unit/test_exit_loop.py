@@ -26,11 +26,11 @@ from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.step import StepContext
 from vllm_adainfer.exits.recording.recorder import Recorder
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
-from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.policy.answers import EarlyStates
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.settings.engine import NO_POLICY
+from vllm_adainfer.watch.watch import Watch
 
 EXIT_POINTS, DEPTH = (2, 4), 6
 SHAPE = StackShape(segment_layers=(2, 2, 1, 1), head_size=1)
@@ -208,7 +208,7 @@ def test_a_settled_request_stays_where_too_few_rows_would_leave_with_it():
     ("changes", "context", "asked"),
     [
         ({}, {}, 0),
-        ({"monitors": {"toy": AnswerMonitor([0.05], 0.1)}}, {"is_shadow": [True] + [False] * 3}, 2),
+        ({"monitors": {"toy": Watch([0.05], 0.1)}}, {"is_shadow": [True] + [False] * 3}, 2),
         ({"answers_stand": True}, {}, 2),
         ({"min_rows_saved": 8}, {}, 2),
     ],
@@ -357,7 +357,7 @@ def test_drawn_exits_give_the_oracles_states_whatever_left_before(shape, seed):
 
 @pytest.mark.parametrize(("threshold", "differs"), [(6.0, True), (100.0, False)])
 def test_a_shadow_request_runs_to_full_depth_and_its_early_answer_is_compared(threshold, differs):
-    monitor = AnswerMonitor([0.1, 0.2], alpha=0.1)
+    monitor = Watch([0.1, 0.2], alpha=0.1)
     toy = Toy(requests=2, monitors={"toy": monitor})
     found, output = toy.step(
         [[3, 1], [7]], [FIRST_EXIT, FIRST_EXIT], is_shadow=np.array([True, False])
@@ -371,7 +371,7 @@ def test_a_shadow_request_runs_to_full_depth_and_its_early_answer_is_compared(th
         return torch.cat([torch.full_like(states, threshold), states], dim=1)
 
     shadow.compare(head(output.hidden[[1, 2]]), head)
-    reading = monitor.status()[FIRST_EXIT]
+    reading = monitor.readings()[FIRST_EXIT]
     assert (reading.checked, reading.disagreed) == (1, differs)
 
 

@@ -24,7 +24,6 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
-from vllm_adainfer.monitoring.query_monitor import ENDED_SINCE
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import (
     PathPoint,
@@ -40,6 +39,7 @@ from vllm_adainfer.policy.answers import LabelScores
 from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.settings.engine import Settings
+from vllm_adainfer.watch.units import ENDED_SINCE
 
 SAFE, UNSAFE = 3, 7
 DEPTH, LAYERS, ROWS = 10, (3, 6), 600
@@ -354,11 +354,11 @@ def test_a_promise_about_a_label_is_watched_by_groups_too_once_their_requests_ha
         ids = [f"decision-{text}-{part}-{part:08x}" for part in range(4)]
         shadowed(monitor, POLICY, [0, 1, 1, 1], [1, 1, 1, 1], ids)
     [watch] = monitor.labels
-    assert watch.monitor.status()[0].checked == 0
+    assert watch.readings()[0].checked == 0
     loop: Any = SimpleNamespace(monitors={"guard": monitor})
     for number in range(ENDED_SINCE):
         Loop.ended(loop, str(number))
-    assert watch.monitor.status()[0].checked == 400
+    assert watch.readings()[0].checked == 400
     assert monitor.tightened.tolist() == [True, False]
     assert any("the recall of good is broken" in one.getMessage() for one in caplog.records)
 

@@ -22,13 +22,13 @@ BELOW = {
     "artifact": {"arrays", "files", "errors"},
     "auto": {"files", "errors"},
     "policy": {"artifact", "settings", "kernels", "arrays", "errors"},
-    "monitoring": {"artifact", "arrays"},
-    "exits": {"monitoring", "policy", "artifact", "settings", "kernels", "arrays", "errors"},
+    "watch": {"artifact", "arrays", "errors"},
+    "exits": {"watch", "policy", "artifact", "settings", "kernels", "arrays", "errors"},
     "engine": {
         "auto",
         "files",
         "exits",
-        "monitoring",
+        "watch",
         "policy",
         "artifact",
         "settings",
@@ -134,7 +134,7 @@ WITHOUT_VLLM = (
     "settings",
     "artifact",
     "policy",
-    "monitoring",
+    "watch",
     "exits",
 )
 SERVING = (*WITHOUT_VLLM, "engine", "frontend", "config_hook", "plugin", "stats")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from vllm_adainfer.auto.ledger import GRID, LOWER_RATES, MOST_UNUSED, MOST_UNUSED_STEPS, Ledger
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.watch.ledger import GRID, LOWER_RATES, MOST_UNUSED, MOST_UNUSED_STEPS, Ledger
 
 EPSILON, ALPHA, RATE = 0.02, 0.1, 0.25
 STREAMS, STEPS = 200, 160  # of each adversary

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
-from vllm_adainfer.auto.ledger import Ledger
 from vllm_adainfer.auto.places import MOST_KINDS, MOST_RECORDED, YOUNG_SECONDS
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.admission.admitted import Admitted
@@ -21,6 +20,7 @@ from vllm_adainfer.engine.runner import own_kinds
 from vllm_adainfer.engine.runner.own_kinds import MOST_COUNTED, OwnKinds
 from vllm_adainfer.settings.engine import Auto
 from vllm_adainfer.settings.request import RequestSettings
+from vllm_adainfer.watch.ledger import Ledger
 
 UNDER_POLICY = 0
 

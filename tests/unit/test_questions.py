@@ -25,7 +25,6 @@ from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.questions import (
     SEEN,
@@ -46,6 +45,7 @@ from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.label_heads import PoolPolicy
 from vllm_adainfer.policy.questions import KnownQuestions
 from vllm_adainfer.settings.engine import Settings
+from vllm_adainfer.watch.watch import Watch
 
 
 class Characters:
@@ -265,7 +265,7 @@ def test_a_question_that_is_not_known_or_not_certified_runs_at_full_depth(
 
 
 def test_a_monitor_watches_each_bound_over_all_questions():
-    monitor = AnswerMonitor([0.02, 0.05], 0.1)
+    monitor = Watch([0.02, 0.05], 0.1)
     monitor.tightened[1] = True
     assert monitor.tightened_rows(4).tolist() == [False, True, False, True]
     assert monitor.levels_of(np.array([3, 0, 2])).tolist() == [1, 0, 0]

@@ -15,10 +15,10 @@ from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.accounting.report import Reporter, snapshot_of
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
-from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.policy.answers import LabelScores
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.settings.engine import NO_POLICY
+from vllm_adainfer.watch.watch import Watch
 
 EPSILONS = (0.02, 0.05)
 POLICIES = ("a", "b", "full_depth")
@@ -30,7 +30,7 @@ class Traffic:
 
     def __init__(self, seed: int) -> None:
         self.generator = np.random.default_rng(seed)
-        self.monitors = {name: AnswerMonitor(EPSILONS, alpha=0.1) for name in ("a", "b")}
+        self.monitors = {name: Watch(EPSILONS, alpha=0.1) for name in ("a", "b")}
         self.stats = ExitStats(shadow=self.monitors)
         self.accounting = LayerAccounting(self.stats, POLICIES)
         self.totals: Counter[Any] = Counter()
@@ -177,7 +177,7 @@ def test_artifacts_read_again_take_nothing_from_what_was_counted():
         for _ in range(5):
             traffic.update()
         for name in traffic.monitors:
-            traffic.monitors[name] = AnswerMonitor(EPSILONS, alpha=0.1)
+            traffic.monitors[name] = Watch(EPSILONS, alpha=0.1)
         for *key, added in reporter.report(snapshot_of(traffic.stats))["added"]:
             assert added > 0
             received[tuple(key)] += added

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from tests.tiny import tiny_artifact, tiny_config
+from vllm_adainfer.artifact.config import UNKNOWN_GROUP
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import load_artifact
-from vllm_adainfer.engine.runner.build_loop import monitor_of
+from vllm_adainfer.engine.runner.build_loop import grouping_of, monitor_of
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
-from vllm_adainfer.monitoring.group_monitor import GroupMonitor
-from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.policy.answers import LabelLogits, LabelScores, ShortlistScores
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.policy.label_heads import PoolPolicy
 from vllm_adainfer.policy.probabilities import answers_of
 from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
 from vllm_adainfer.settings.engine import Settings
+from vllm_adainfer.watch.watch import Watch
 
 POLICY = SimpleNamespace(disagrees=partial(ExitPolicy.disagrees, None))
 
@@ -35,7 +35,7 @@ def labels(*scores: float) -> LabelScores:
 def disagreed_of(logits: torch.Tensor, **answers: Any) -> int:
     """How many of one policy's early answers are counted as different from full depth."""
     count = len(answers["request_ids"])
-    stats, monitor = PolicyStats(), AnswerMonitor([0.02, 0.05], alpha=0.1)
+    stats, monitor = PolicyStats(), Watch([0.02, 0.05], alpha=0.1)
     shadow = ShadowAnswers(
         name="default",
         policy=POLICY,
@@ -48,7 +48,7 @@ def disagreed_of(logits: torch.Tensor, **answers: Any) -> int:
     )
     shadow.compare(logits, head)
     assert stats.shadow_checked.total() == count
-    assert sum(one.disagreed for one in monitor.status()) == stats.shadow_disagreed.total()
+    assert sum(one.disagreed for one in monitor.readings()) == stats.shadow_disagreed.total()
     return stats.shadow_disagreed.total()
 
 
@@ -147,7 +147,7 @@ def test_probabilities_are_compared_within_the_tolerance(
     shadow = ShadowAnswers(
         name="default",
         policy=policy,
-        monitor=AnswerMonitor([0.02, 0.05], alpha=0.1),
+        monitor=Watch([0.02, 0.05], alpha=0.1),
         stats=stats,
         request_ids=["a", "b"],
         levels=np.array([1, 0]),
@@ -180,7 +180,7 @@ def test_of_a_pool_the_labels_of_the_request_alone_are_compared(
     shadow = ShadowAnswers(
         name="default",
         policy=policy,
-        monitor=AnswerMonitor([0.02, 0.05], alpha=0.1),
+        monitor=Watch([0.02, 0.05], alpha=0.1),
         stats=stats,
         request_ids=["a"],
         levels=np.array([1]),
@@ -196,22 +196,22 @@ def test_of_a_pool_the_labels_of_the_request_alone_are_compared(
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind", "closes"),
+    ("changes", "most", "closes"),
     [
-        ({}, AnswerMonitor, True),
-        ({"risk": "accuracy", "bound": "wsr", "largest_group": 1}, AnswerMonitor, False),
-        ({"bound": "wsr", "largest_group": 5}, GroupMonitor, True),
-        ({"bound": "wsr"}, GroupMonitor, True),
-        ({"max_tokens": 32, "bound": "wsr"}, GroupMonitor, True),
-        ({"risk": "probability", "tolerance": 0.05}, AnswerMonitor, True),
+        ({}, 1, True),
+        ({"risk": "accuracy", "bound": "wsr", "largest_group": 1}, 1, False),
+        ({"bound": "wsr", "largest_group": 5}, 5, True),
+        ({"bound": "wsr"}, UNKNOWN_GROUP, True),
+        ({"max_tokens": 32, "bound": "wsr"}, 32, True),
+        ({"risk": "probability", "tolerance": 0.05}, 1, True),
     ],
     ids=["answers", "accuracy", "groups", "groups of unknown size", "texts", "probabilities"],
 )
 def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
-    tiny_model, caplog, changes, kind, closes
+    tiny_model, caplog, changes, most, closes
 ):
     monitor = monitor_of(tiny_config(tiny_model, **changes), Settings(artifact="policy"))
-    assert type(monitor) is kind
+    assert grouping_of(tiny_config(tiny_model, **changes)).most == most
     assert (monitor.alpha, monitor.epsilons.tolist()) == (0.1, [0.02, 0.05])
     differs = torch.full((1, 10), -1.0)
     differs[0, 3] = 1.0

@@ -12,8 +12,8 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 import vllm_adainfer
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.accounting.counters import ExitStats, PolicyStats
-from vllm_adainfer.monitoring.monitor import AnswerMonitor
 from vllm_adainfer.stats import PolicyWork, ShadowChecks, Stats
+from vllm_adainfer.watch.watch import Watch
 
 STRICT = ConfigDict(strict=True, extra="forbid")
 for typed in PolicyWork, ShadowChecks, Stats:
@@ -25,8 +25,8 @@ def engine(counters: dict[str, Any]) -> Any:
     return SimpleNamespace(collective_rpc=lambda method: [counters, counters])
 
 
-def monitor() -> AnswerMonitor:
-    watched = AnswerMonitor((0.02, 0.05), alpha=0.1)
+def monitor() -> Watch:
+    watched = Watch((0.02, 0.05), alpha=0.1)
     watched.observe(["a", "b"], np.array([0, 1]), np.array([False, True]))
     return watched
 

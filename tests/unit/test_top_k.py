@@ -19,12 +19,6 @@ from vllm_adainfer.engine.compat.requests import LONGEST, begins_group, request_
 from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
 from vllm_adainfer.engine.startup.refusals import refuse_torn_captures
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.monitoring.query_monitor import (
-    ENDED_SINCE,
-    MOST_DOCUMENTS,
-    NO_LEVEL,
-    QueryMonitor,
-)
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import loosest_certified
 from vllm_adainfer.offline.calibration.certify.path import threshold_path
@@ -179,115 +173,6 @@ def test_documents_that_a_prefix_cache_would_tear_apart_are_decided_by_their_las
         Example("", "", [*range(100, 100 + shared), number], None) for number in range(3)
     ] + [Example("", "", [number] * 50, None) for number in range(6)]
     assert begin_alike(examples, np.repeat(np.arange(3), 3)) is alike
-
-
-def monitor() -> QueryMonitor:
-    return QueryMonitor([0.02, 0.1], 0.1, TopK(k=1, margin=0.1), request_group)
-
-
-def ids_of(query: str, documents: int) -> list[str]:
-    return [f"score-{query}-{place}-{place:08x}" for place in range(documents)]
-
-
-def compared(
-    watch: QueryMonitor,
-    query: str,
-    early: list[float],
-    full: list[float],
-    levels: list[int] | None = None,
-    part: str = "",
-) -> None:
-    """All its documents run in one step; `part` tells queries with the same id apart."""
-    ids = [f"{one}{part}" for one in ids_of(query, len(full))]
-    for one in ids:
-        watch.began(one, ids[0])
-    watch.compared(ids, np.array(levels or [1] * len(full)), np.array(early), np.array(full))
-
-
-def counted(watch: QueryMonitor) -> list[tuple[float, bool]]:
-    """What counts once no further document can be on its way."""
-    for number in range(ENDED_SINCE):
-        watch.ended(str(number))
-    return watch.take_counted()
-
-
-def test_a_query_counts_once_its_last_document_is_long_past():
-    watch, ids = monitor(), ids_of("a", 3)
-    compared(watch, "a", [0.1, 0.2], [0.9, 0.2])
-    for number in range(ENDED_SINCE - 1):
-        assert watch.ended(str(number)) == []
-    watch.began(ids[2], ids[0])  # a late one
-    watch.compared(ids[2:], np.ones(1, np.int64), np.array([0.3]), np.array([0.1]))
-    for number in range(ENDED_SINCE - 1):
-        watch.ended(str(number))
-    assert watch.take_counted() == []
-    watch.ended("last")
-    assert watch.take_counted() == [(0.1, True)]
-    assert watch.take_counted() == []
-    [low, high] = watch.status()
-    assert (low.checked, high.checked, high.disagreed) == (0, 1, 1)
-
-
-def test_an_order_that_loses_documents_closes_its_level():
-    watch, closed = monitor(), []
-    for query in range(60):
-        compared(watch, str(query), [0.1, 0.2], [0.9, 0.2])
-    for number in range(ENDED_SINCE + 1):
-        closed += watch.ended(str(number))
-    assert [status.epsilon for status in closed] == [0.1]
-    assert watch.tightened.tolist() == [False, True]
-
-
-def test_documents_that_no_policy_may_decide_are_in_both_orders():
-    """The first one is, and the early score of the second passes it."""
-    watch = monitor()
-    compared(watch, "a", [0.6, 0.9, 0.1], [0.6, 0.3, 0.1], levels=[NO_LEVEL, 1, 1])
-    compared(watch, "never decided", [0.6, 0.3], [0.6, 0.3], levels=[NO_LEVEL, NO_LEVEL])
-    assert counted(watch) == [(0.1, True)]
-
-
-@pytest.mark.parametrize("ran", [True, False])
-def test_a_query_with_a_document_whose_score_is_not_known_does_not_count(ran):
-    """Its client hung up, or another part of the policy decided that document."""
-    watch, ids = monitor(), ids_of("a", 3)
-    compared(watch, "a", [0.1, 0.2], [0.9, 0.2])
-    if ran:
-        watch.began(ids[2], ids[0])
-    else:
-        watch.never_ran(ids[2])
-    assert counted(watch) == []
-
-
-def test_a_query_of_which_a_new_monitor_missed_the_beginning_does_not_count():
-    watch, ids = monitor(), ids_of("a", 3)
-    for one in ids[1:]:
-        watch.began(one, ids[0])
-    watch.compared(ids[1:], np.ones(2, np.int64), np.array([0.1, 0.2]), np.array([0.9, 0.2]))
-    assert counted(watch) == []
-
-
-def test_a_query_with_too_many_documents_does_not_count_and_takes_no_more_memory():
-    watch = monitor()
-    compared(watch, "mine", [0.5] * (MOST_DOCUMENTS + 1), [0.5] * (MOST_DOCUMENTS + 1))
-    assert len(watch._query_of) == MOST_DOCUMENTS
-    assert counted(watch) == []
-    assert not watch._queries
-    assert not watch._query_of
-    assert not watch._latest_query
-
-
-def test_a_client_with_long_ids_is_watched_and_takes_no_more_memory():
-    watch = monitor()
-    compared(watch, "x" * 70_000, [0.1, 0.2], [0.9, 0.2])
-    assert max(map(len, [*watch._query_of, *watch._queries])) == LONGEST
-    assert counted(watch) == [(0.1, True)]
-
-
-def test_queries_of_a_client_that_uses_one_id_for_all_count_each_by_itself():
-    watch = monitor()
-    for number in range(3):
-        compared(watch, "mine", [0.1, 0.2], [0.9, 0.2], part=f"{number:x}")
-    assert counted(watch) == [(0.1, True)] * 3
 
 
 @pytest.mark.parametrize(

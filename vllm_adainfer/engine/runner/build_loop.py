@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 
 from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.top_k import loses_document
 from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, read_from_rank0, same_on_all_ranks
 from vllm_adainfer.engine.segments.segments import Stack
@@ -24,15 +25,13 @@ from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.exits.recording.recorder import Recorder, TunedLensSums
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.exits.recording.state_files import StateFiles
-from vllm_adainfer.monitoring.group_monitor import GroupMonitor
-from vllm_adainfer.monitoring.ledger_monitor import LedgerMonitor
-from vllm_adainfer.monitoring.monitor import AnswerMonitor, Monitor
-from vllm_adainfer.monitoring.query_monitor import QueryMonitor
 from vllm_adainfer.policy.load_policy import Policy, policy_of
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
+from vllm_adainfer.watch.units import Grouping
+from vllm_adainfer.watch.watch import Watch
 
 # What a GPU multiplies in the time that it takes to compact a batch: by the data sheet and the
 # budgets of `benchmarks/gpu_model.py`, an H100 takes some 160 us for it, and in these multiplies
@@ -149,7 +148,7 @@ def policies_of_artifacts(
     }
 
 
-def monitors_of(model: LoadedModel) -> dict[str, Monitor]:
+def monitors_of(model: LoadedModel) -> dict[str, Watch]:
     """The monitor of each policy, by name; empty without a shadow rate."""
     if not model.settings.compares:
         return {}
@@ -157,29 +156,26 @@ def monitors_of(model: LoadedModel) -> dict[str, Monitor]:
     return {name: monitor_of(config, model.settings) for name, config in parts.items()}
 
 
-def monitor_of(config: ArtifactConfig, settings: Settings) -> Monitor:
-    """The monitor of an artifact's risk: by answer, by group, or by query; or of a ledger."""
+def monitor_of(config: ArtifactConfig, settings: Settings) -> Watch:
+    """The watch of an artifact's promises, which a ledger judges where there is one."""
     epsilons = [level.epsilon for level in config.levels]
-    if settings.calibrates_itself:
-        return LedgerMonitor(epsilons, config.delta)
-    if config.top_k is not None:
-        return QueryMonitor(epsilons, config.delta, config.top_k, request_group)
-    make: Callable[[Sequence[float]], Monitor] = partial(
-        AnswerMonitor, alpha=config.delta, risk=config.risk
-    )
-    together = config.most_together
-    if config.max_tokens * together > 1:
-        make = partial(
-            GroupMonitor,
-            alpha=config.delta,
-            longest=config.max_tokens * together,
-            risk=config.risk,
-            group_of=request_group if together > 1 else None,
-        )
-    monitor = make(epsilons)
+    if settings.calibrates_itself:  # each miss counts in its own step
+        return Watch(epsilons, config.delta, closes=False)
+    watch = Watch(epsilons, config.delta, grouping_of(config), config.risk)
     columns = {label.name: column for column, label in enumerate(config.labels)}
-    monitor.watch_labels({one: columns[one.label] for one in config.label_bounds}, make)
-    return monitor
+    watch.watch_labels({one: columns[one.label] for one in config.label_bounds})
+    return watch
+
+
+def grouping_of(config: ArtifactConfig) -> Grouping:
+    """What counts once in the bounds of an artifact: an answer, a group of them, or a query."""
+    if config.top_k is not None:
+        loses = partial(loses_document, top_k=config.top_k)
+        return Grouping(group_of=request_group, loses=loses)
+    most = config.max_tokens * config.most_together
+    if config.most_together == 1:
+        return Grouping(most)
+    return Grouping(most, request_group)
 
 
 def _recorder(layers: tuple[int, ...], settings: Settings) -> Recorder:

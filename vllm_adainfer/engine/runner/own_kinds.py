@@ -17,7 +17,6 @@ import numpy as np
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
-from vllm_adainfer.auto.ledger import Ledger
 from vllm_adainfer.auto.places import MOST_KINDS, MOST_RECORDED, Recent, who_goes
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.admission.admitted import Admitted
@@ -25,6 +24,7 @@ from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.exits.loop.step import RecordedRequests
 from vllm_adainfer.settings.engine import Auto
+from vllm_adainfer.watch.ledger import Ledger
 
 logger = get_logger(__name__)
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.probabilities import MOVES
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, NO_POLICY
+from vllm_adainfer.watch.watch import Watch
 
 LabelPromise = tuple[float, str, str]  # the level's epsilon, the kind of promise, its label
 
@@ -63,10 +63,10 @@ class PolicyStats:
         """Count answers by their largest move, each from 0 to 1."""
         self.shadow_moves.update(MOVES[bisect_left(MOVES, move)] for move in moves if move <= 1)
 
-    def queries_counted(self, queries: Iterable[tuple[float, bool]]) -> None:
-        """Count queries, by the epsilon of each and whether it lost a document."""
-        for epsilon, lost in queries:
-            self.shadow_checked[epsilon] += 1
+    def queries_counted(self, queries: Iterable[tuple[float, int, int]]) -> None:
+        """Count queries, and those that lost a document, by epsilon."""
+        for epsilon, checked, lost in queries:
+            self.shadow_checked[epsilon] += checked
             self.shadow_disagreed[epsilon] += lost
 
     @property
@@ -119,7 +119,7 @@ class ExitStats:
         default_factory=lambda: defaultdict(PolicyStats)
     )
     serving: Sequence[str] = (NO_POLICY,)
-    shadow: Mapping[str, Monitor] = field(default_factory=dict)
+    shadow: Mapping[str, Watch] = field(default_factory=dict)
 
     @property
     def layers_run(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.decided import Provenance
-from vllm_adainfer.monitoring.monitor import MonitorStatus
+from vllm_adainfer.watch.watch import Reading
 
 Key = tuple[str, ...]  # kind of counter; policy, if any; layer, epsilon or the like, if any
 INTERVAL = 0.25  # seconds between reports while there is work: sending them takes time
@@ -28,7 +28,7 @@ class Snapshot:
 
     counts: tuple[tuple[Key, float], ...]
     serving: tuple[str, ...]
-    shadow: tuple[tuple[str, tuple[MonitorStatus, ...]], ...]
+    shadow: tuple[tuple[str, tuple[Reading, ...]], ...]
     weights_differ: bool
     failed_parts: tuple[str, ...]
 
@@ -56,7 +56,7 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
             counts.append((("not_covered", name, reason), requests))
         for move, answers in policy.shadow_moves.items():
             counts.append((("shadow_moves", name, f"{move:g}"), answers))
-    shadow = tuple((name, tuple(monitor.status())) for name, monitor in stats.shadow.items())
+    shadow = tuple((name, tuple(monitor.readings())) for name, monitor in stats.shadow.items())
     return Snapshot(
         tuple(counts), tuple(stats.serving), shadow, stats.weights_differ, stats.failed_parts
     )
@@ -96,8 +96,8 @@ class Reporter:
             "added": [entry for entry in added if entry[-1]],
             "serving": list(counted.serving),
             "shadow": {
-                name: [{"epsilon": one.epsilon, **one.as_dict()} for one in status]
-                for name, status in counted.shadow
+                name: [{"epsilon": one.epsilon, **one.as_dict()} for one in readings]
+                for name, readings in counted.shadow
             },
             "weights_differ": counted.weights_differ,
             "failed_parts": list(counted.failed_parts),

@@ -18,11 +18,11 @@ from vllm_adainfer.exits.loop.loop import ScoredRequests
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.exits.loop.step import NOBODY
-from vllm_adainfer.monitoring.monitor import Monitor
-from vllm_adainfer.monitoring.query_monitor import NO_LEVEL, QueryMonitor
 from vllm_adainfer.policy.answers import Answers, EarlyScores
 from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicyRows, PolicySet
+from vllm_adainfer.watch.units import NO_LEVEL
+from vllm_adainfer.watch.watch import Watch
 
 Reader: TypeAlias = tuple[PolicyRows, Ints]  # a policy, and the requests that it reads
 
@@ -205,7 +205,7 @@ class Decisions:
         return tuple(scored)
 
     def of_shadows(
-        self, monitors: Mapping[str, Monitor], stats: ExitStats
+        self, monitors: Mapping[str, Watch], stats: ExitStats
     ) -> Iterator[ShadowAnswers]:
         """The early answers of shadow requests, for each policy that has some.
 
@@ -218,13 +218,14 @@ class Decisions:
         owners = self._owners[step.shadow]
         seen = set(owners.tolist())
         if undecidable.size:
-            seen |= {i for i, n in enumerate(names) if isinstance(monitors.get(n), QueryMonitor)}
+            of_queries = {name for name, watch in monitors.items() if watch.is_of_queries}
+            seen |= {index for index, name in enumerate(names) if name in of_queries}
         for index in sorted(seen):
             name, own = names[index], step.shadow[owners == index]
             monitor = monitors[name]
             own_rows = self._policies.own_rows(step.threshold_rows[own], self._owners[own])
             shadow, levels = own, monitor.levels_of(own_rows)
-            if isinstance(monitor, QueryMonitor):
+            if monitor.is_of_queries:
                 shadow = np.concatenate([own, undecidable])
                 levels = np.concatenate([levels, np.full(len(undecidable), NO_LEVEL)])
             settled = step.settled(shadow)

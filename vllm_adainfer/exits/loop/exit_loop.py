@@ -20,8 +20,8 @@ from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST, ForwardPass
 from vllm_adainfer.exits.loop.loop import Loop, StateKeeper, StepOutput
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
 from vllm_adainfer.exits.loop.step import NOBODY, StepContext
-from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.watch.watch import Watch
 
 
 class ExitLoop(Loop):
@@ -45,7 +45,7 @@ class ExitLoop(Loop):
         shape: StackShape,
         policies: PolicySet,
         kv: ExactKV,
-        monitors: Mapping[str, Monitor],
+        monitors: Mapping[str, Watch],
         max_rows: int,
         min_rows_saved: int | None = None,
         compaction_cost: int = COMPACTION_COST,
@@ -79,7 +79,7 @@ class ExitLoop(Loop):
         self.stats = ExitStats()
         self.reset_counters()
 
-    def use_policies(self, policies: PolicySet, monitors: Mapping[str, Monitor]) -> None:
+    def use_policies(self, policies: PolicySet, monitors: Mapping[str, Watch]) -> None:
         """Decide by other policies, with the same exit points, from the next step on.
 
         The counters of a policy that has gone stay.

@@ -16,12 +16,10 @@ from vllm_adainfer.exits.accounting.decided import DecidedToken
 from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts
-from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn, warn_of_label
+from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
 from vllm_adainfer.exits.loop.step import RecordedRequests, StepContext
-from vllm_adainfer.monitoring.ledger_monitor import LedgerMonitor
-from vllm_adainfer.monitoring.monitor import Monitor
-from vllm_adainfer.monitoring.query_monitor import QueryMonitor
 from vllm_adainfer.policy.answers import EarlyScores
+from vllm_adainfer.watch.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Loop(ABC):
     stats: ExitStats
     kv: ExactKV
     carried: CarriedPrompts
-    monitors: Mapping[str, Monitor] = MappingProxyType({})
+    monitors: Mapping[str, Watch] = MappingProxyType({})
 
     @abstractmethod
     def run(self, batch: Batch, input_ids: Tensor, step: StepContext) -> StepOutput:
@@ -105,9 +103,8 @@ class Loop(ABC):
     def take_misses(self) -> dict[str, int]:
         """By policy, the changed answers that ledgers are still to count."""
         return {
-            name: monitor.take_misses()
+            name: sum(changed for *_, changed in monitor.take_counted())
             for name, monitor in self.monitors.items()
-            if isinstance(monitor, LedgerMonitor)
         }
 
     def tighten(self, policies: Collection[str]) -> None:
@@ -122,18 +119,14 @@ class Loop(ABC):
         self.kv.forget(request_id)
 
     def began(self, request_id: str, query: str) -> None:
-        """A document of a shadow query begins to run, see `QueryMonitor.began`."""
+        """A document of a shadow query begins to run, see `Watch.began`."""
         for monitor in self.monitors.values():
-            if isinstance(monitor, QueryMonitor):
-                monitor.began(request_id, query)
+            monitor.began(request_id, query)
 
     def ended(self, request_id: str, ran: bool = True) -> None:
         """A request has ended; `ran` is False if it never ran."""
         for name, monitor in self.monitors.items():
-            if not ran and isinstance(monitor, QueryMonitor):
-                monitor.never_ran(request_id)
-            warn(name, monitor, monitor.ended(request_id))
-            for watch in monitor.labels:
-                warn_of_label(name, watch.promise, watch.monitor.ended(request_id))
-            if isinstance(monitor, QueryMonitor):
+            for watch in (monitor, *monitor.labels):
+                warn(name, watch, watch.ended(request_id, ran))
+            if monitor.is_of_queries:
                 self.stats.by_policy[name].queries_counted(monitor.take_counted())

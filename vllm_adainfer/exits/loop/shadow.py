@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import AnyArray, Bools, Ints
-from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.exits.accounting.counters import PolicyStats
-from vllm_adainfer.monitoring.monitor import Monitor, MonitorStatus
-from vllm_adainfer.monitoring.query_monitor import QueryMonitor
 from vllm_adainfer.policy.answers import Answers, EarlyScores
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.policy.ranking_policy import RankingPolicy
+from vllm_adainfer.watch.watch import Reading, Watch
 
 logger = logging.getLogger("vllm.adainfer.exits.shadow")  # vLLM shows only loggers under "vllm."
 
@@ -46,7 +44,7 @@ class ShadowAnswers:
 
     name: str
     policy: ExitPolicy
-    monitor: Monitor
+    monitor: Watch
     stats: PolicyStats
     request_ids: Sequence[str]
     levels: Ints
@@ -65,8 +63,8 @@ class ShadowAnswers:
             head: vLLM's own `compute_logits`, which reads early answers that are states.
 
         """
-        if isinstance(self.monitor, QueryMonitor):
-            self._compare_documents(self.monitor, logits)
+        if self.monitor.is_of_queries:
+            self._compare_documents(logits)
             return
         disagreed = np.zeros(len(self.levels), dtype=np.bool_)
         if self.answers is not None and len(self.requests):
@@ -83,8 +81,8 @@ class ShadowAnswers:
         if self.monitor.labels:
             self._compare_labels(logits)
 
-    def _compare_documents(self, monitor: QueryMonitor, logits: Tensor) -> None:
-        """Note the scores of documents; their queries are counted later, see `QueryMonitor`."""
+    def _compare_documents(self, logits: Tensor) -> None:
+        """Note the scores of documents; their queries are counted later, see `Queries`."""
         assert isinstance(self.policy, RankingPolicy)
         everyone, settled = (
             torch.from_numpy(one).to(logits.device) for one in (self.everyone, self.settled)
@@ -93,7 +91,7 @@ class ShadowAnswers:
         scores = self.policy.relevance(answers, settled, logits[everyone])
         early, full = self.read(scores).astype(np.float64)
         self.stats.moved(np.abs(early - full)[self.settled].tolist())
-        monitor.compared(self.request_ids, self.levels, early, full)
+        self.monitor.compared(self.request_ids, self.levels, early, full)
 
     def _compare_labels(self, logits: Tensor) -> None:
         """Count answers for each promise about one label; warn of a broken one."""
@@ -109,63 +107,61 @@ class ShadowAnswers:
         early_labels, labels = self.read(torch.stack([early, full]))
         epsilons = self.monitor.epsilons[self.levels]
         for watch in self.monitor.labels:
-            promise = watch.promise
-            about = promise.chosen_by(early_labels, labels) == watch.column
+            assert watch.about is not None
+            promise, column = watch.about
+            about = promise.chosen_by(early_labels, labels) == column
             changed = (early_labels != labels)[about]
             keys = [(e, promise.kind, promise.label) for e in epsilons[about].tolist()]
             self.stats.labels_checked.update(keys)
             self.stats.labels_changed.update(compress(keys, changed.tolist()))
             ids = [*compress(self.request_ids, about.tolist())]
-            broken = watch.monitor.observe(ids, self.levels[about], changed)
-            warn_of_label(self.name, promise, broken)
+            warn(self.name, watch, watch.observe(ids, self.levels[about], changed))
 
 
-def warn_of_label(policy: str, promise: LabelBound, broken: Sequence[MonitorStatus]) -> None:
-    """Log at which levels a promise about one label does not hold."""
-    which = "that full depth answers with it, the early answer is another"
-    if promise.kind == "precision":
-        which = "that are answered with it, the answer is another at full depth"
+def warn(policy: str, watch: Watch, broken: Sequence[Reading]) -> None:
+    """Log which bounds of a policy do not hold now."""
+    consequence = (
+        "so requests at this {} run at full depth from now on: calibrate again, on prompts like "
+        "those served now"
+    )
     for reading in broken:
-        logger.warning(
-            "policy %s: the %s of %s is broken (at most %g%% was promised): of the shadow requests "
-            "%s %s, so requests at this level run at full depth from now on: calibrate again, on "
-            "prompts like those served now",
-            policy,
-            promise.kind,
-            promise.label,
-            100 * promise.epsilon,
-            which,
-            _counts(reading),
-        )
-
-
-def warn(policy: str, monitor: Monitor, exceeded: Sequence[MonitorStatus]) -> None:
-    """Log which levels of a policy now disagree more often than their epsilon."""
-    what = "early answers of shadow requests differ from full depth"
-    if isinstance(monitor, QueryMonitor):
-        what = "shadow queries lose one of their first documents"
-    elif monitor.risk == "probability":
-        what += " or have a probability that moves too far"
-    for reading in exceeded:
-        consequence = (
-            "so requests at this epsilon run at full depth from now on: calibrate again, on "
-            "prompts like those served now"
-            if reading.tightened
-            else "which the accuracy lost may reach but need not; the right answers are not known "
-            "here, so nothing was closed: evaluate on labelled prompts like those served now"
-        )
+        if watch.about is not None:
+            promise, _ = watch.about
+            which = "that full depth answers with it, the early answer is another"
+            if promise.kind == "precision":
+                which = "that are answered with it, the answer is another at full depth"
+            logger.warning(
+                "policy %s: the %s of %s is broken (at most %g%% was promised): of the shadow "
+                "requests %s %s, %s",
+                policy,
+                promise.kind,
+                promise.label,
+                100 * promise.epsilon,
+                which,
+                _counts(reading),
+                consequence.format("level"),
+            )
+            continue
+        what = "early answers of shadow requests differ from full depth"
+        if watch.is_of_queries:
+            what = "shadow queries lose one of their first documents"
+        elif watch.risk == "probability":
+            what += " or have a probability that moves too far"
         logger.warning(
             "policy %s: disagreement is above epsilon = %g (confidence %g%%): %s %s, %s",
             policy,
             reading.epsilon,
-            100 * (1 - monitor.alpha),
+            100 * (1 - watch.alpha),
             what,
             _counts(reading),
-            consequence,
+            consequence.format("epsilon")
+            if reading.tightened
+            else "which the accuracy lost may reach but need not; the right answers are not known "
+            "here, so nothing was closed: evaluate on labelled prompts like those served now",
         )
 
 
-def _counts(reading: MonitorStatus) -> str:
+def _counts(reading: Reading) -> str:
     """How often answers differed lately, and since start."""
     return (
         f"in {reading.latest_disagreed} of the latest {reading.latest_checked} comparisons "

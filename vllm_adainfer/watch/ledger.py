@@ -27,14 +27,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_adainfer.auto.evidence import ERROR_RATE, Evidence
+import numpy as np
+
+from vllm_adainfer.arrays import Floats
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.watch.evidence import Evidence, log_factors
 
 # Large ones begin with a small bound and soon need a high rate, small ones go with low rates.
 GRID = (0.2, 0.12, 0.06, 0.025)
 LOWER_RATES = (0.12, 0.05)
 # The changed answers that good times may leave for bad ones: so many, or so many largest steps.
 MOST_UNUSED, MOST_UNUSED_STEPS = 100.0, 3
+# What closes a kind bets that so many times epsilon is missed, and is rarely wrong. Other gamblers
+# begin after so many requests under a policy.
+TIMES, BLOCK, ERROR_RATE = np.array([2, 5, 20]), 1000, 0.01
 # The rate falls where so many more misses would fit, and all that a step compares, if misses as
 # frequent as before use at most this share of what requests earn.
 ROOM, CALM = 2, 0.8
@@ -76,7 +82,7 @@ class Ledger:
         self.why_closed: str | None = None
         self._bounds = [math.log(len(GRID) / alpha) / c for c in GRID]  # by c, infinite once out
         self._weighed = 0.0  # misses over their rates: about all misses, compared or not
-        self._evidence = Evidence(epsilon)
+        self._evidence = Evidence(len(TIMES), BLOCK, ERROR_RATE)
         self._take_rates(rate)
 
     def use_rate(self, rate: float) -> None:
@@ -148,7 +154,7 @@ class Ledger:
         """Close the kind for good once it is evident that its policy changes too much."""
         if self.is_closed or not decided:
             return
-        self._evidence.add(decided, misses, self.rate)
+        self._evidence.add(miss_factors(self.epsilon, self.rate, decided, misses), decided)
         if self._evidence.is_enough:
             self.why_closed = (
                 f"its policy changes more than {self.epsilon:g} of the answers, by evidence that "
@@ -217,7 +223,7 @@ class Ledger:
             ledger._bounds = [max(pair) for pair in zip(bounds, ledger._bounds, strict=True)]
             ledger.largest_step = int(state.get("largest_step", 0))
             if "evidence" in state:
-                ledger._evidence = Evidence.of_dict(ledger.epsilon, state["evidence"])
+                ledger._evidence.restore(state["evidence"])
             ledger.why_closed = None if state["why_closed"] is None else str(state["why_closed"])
         except (AdaInferError, ArithmeticError, KeyError, TypeError, ValueError):
             return None
@@ -232,3 +238,16 @@ def growth(c: float, rate: float) -> float:
     """
     share = (1 - math.exp(-c)) / rate
     return -math.log(1 - share) / c - 1 if share < 1 else math.inf
+
+
+def miss_factors(epsilon: float, rate: float, decided: int, misses: int) -> Floats:
+    """[bets], the `log_factors` of a step's requests that are under a policy.
+
+    Each is a compared miss with probability rate p, where p is that of a miss given the past. The
+    bets are on several p above `epsilon`.
+    """
+    bound = rate * epsilon
+    stakes = (rate * np.minimum(1, TIMES * epsilon) - bound) / (1 - bound)
+    hits = (decided - misses) * log_factors(stakes, bound, 0)
+    factors: Floats = misses * log_factors(stakes, bound, 1) + hits
+    return factors

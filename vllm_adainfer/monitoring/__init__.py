@@ -1,1 +1,0 @@
-"""Disagreement in service, measured on shadow requests."""
