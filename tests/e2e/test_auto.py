@@ -20,7 +20,6 @@ from tests.conftest import tiny_engine
 from tests.e2e.oracle import hidden_states
 from tests.e2e.scripted import parts, running_of
 from tests.tiny import LAYERS, tiny_artifact, tiny_config
-from vllm_adainfer.auto import evidence
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.auto.table import RECURS
@@ -28,6 +27,7 @@ from vllm_adainfer.engine.runner import own_kinds
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
 from vllm_adainfer.exits.recording.row_recorder import ROWS
+from vllm_adainfer.watch import ledger as ledgers
 from vllm_adainfer.watch.ledger import Ledger
 
 DRAW = np.random.default_rng(0)
@@ -155,10 +155,10 @@ def served(auto, directory, tiny_model, labels) -> Iterator[Any]:
     own = running_of(parts(auto)[1]).kinds.kinds[kind]
     wait_for(lambda: own.state == "served")
     ask(auto, PROMPTS[:1], TEXT)  # the step after takes the policy into service
-    own.ledger = Ledger(0.02, 0.1, 0.25)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evidence, "ERROR_RATE", 1e-300)
-        yield kind, own
+        patch.setattr(ledgers, "ERROR_RATE", 1e-300)
+        own.ledger = Ledger(0.02, 0.1, 0.25)
+    yield kind, own
 
 
 def depths(llm: Any, kind: str) -> dict[int, int]:
