@@ -19,9 +19,9 @@ from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.scheduler.rest_of_choice import check_tokenizer
 from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.monitoring.monitor import Monitor
 from vllm_adainfer.policy.load_policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.watch.watch import Watch
 
 # By name, the artifact and the policy of each of its parts.
 Built: TypeAlias = Mapping[str, tuple[Artifact, Mapping[str, Policy]]]
@@ -41,7 +41,7 @@ class Composed:
 
     artifacts: dict[str, Artifact]
     policies: PolicySet
-    monitors: dict[str, Monitor]
+    monitors: dict[str, Watch]
     admission: Admission
 
 
