@@ -143,7 +143,7 @@ def test_full_depth_by_choice_sampled_and_lone_answers_are_no_kind_and_earn_no_b
 
 
 @pytest.fixture
-def served(auto, directory, tiny_model, labels) -> Iterator[Any]:
+def served(auto, directory, tiny_model, labels) -> tuple[str, Any]:
     """The kind, with a random policy that settles everybody and a budget of its own to set.
 
     It misses so often that evidence would close the kind at once.
@@ -158,7 +158,7 @@ def served(auto, directory, tiny_model, labels) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledgers, "ERROR_RATE", 1e-300)
         own.ledger = Ledger(0.02, 0.1, 0.25)
-    yield kind, own
+    return kind, own
 
 
 def depths(llm: Any, kind: str) -> dict[int, int]:
