@@ -1,4 +1,4 @@
-"""What an engine has done since it started, for code that holds an ``LLM``."""
+"""The counters of an engine since it started, for code that holds an ``LLM``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ShadowChecks(TypedDict):
-    """What shadow requests have shown at one epsilon.
+    """The comparisons of shadow requests at one epsilon.
 
     Attributes:
         checked: number of early answers compared with full depth.
@@ -81,7 +81,7 @@ class Stats(TypedDict):
         passes_possible: layers that full depth would have entered.
         weights_differ: whether all requests run at full depth because the engine now serves other
             weights than the policies were calibrated for.
-        failed_parts: what the self-test on this device found wrong and switched off: ``kernels``
+        failed_parts: the parts that the self-test on this device has disabled: ``kernels``
             (probes run in torch), ``segment_graphs``, ``vllm_graphs``, ``compiled_code``,
             ``exits`` (all requests run all layers).
         exit_histogram: number of sampled tokens by the number of layers they ran.

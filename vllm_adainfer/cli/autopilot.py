@@ -17,7 +17,7 @@ def autopilot(
         Path, typer.Argument(help='The directory of "auto" in the engine switch of a server.')
     ],
     parent: Annotated[
-        int | None, typer.Option(help="Number of the process with which this one is to end.")
+        int | None, typer.Option(help="Process id: this process ends when that one does.")
     ] = None,
 ) -> None:
     """Fit policies from what a self-calibrating server records; the server starts this itself."""

@@ -33,8 +33,8 @@ def launch(
     auto: Annotated[
         str | None,
         typer.Option(
-            help="In place of policies: directory in which the server keeps the policies that it "
-            "makes of its own traffic."
+            help="Instead of policies: the directory for policies that the server calibrates on "
+            "its own traffic."
         ),
     ] = None,
 ) -> None:

@@ -90,10 +90,10 @@ def label_bounds(kind: LabelBoundKind, asked: Sequence[str]) -> tuple[LabelBound
 def _each(
     option: str, asked: Sequence[str], make: Callable[[str, float], T], must_be: str
 ) -> tuple[T, ...]:
-    """What `make` makes of each LABEL:NUMBER.
+    """Each LABEL:NUMBER, as `make` builds it.
 
     Raises:
-        AdaInferError: one is no such text, or its number is out of range.
+        AdaInferError: one has another form, or its number is out of range.
 
     """
     found = []
@@ -110,7 +110,7 @@ def choice_texts(text: str) -> tuple[str, ...]:
     """The texts of ``--choices``, as they are written between the commas.
 
     Raises:
-        AdaInferError: some begin with a blank and others do not, which is hardly meant.
+        AdaInferError: some begin with a blank and others do not, which is probably a mistake.
 
     """
     texts = tuple(text.split(",")) if text else ()

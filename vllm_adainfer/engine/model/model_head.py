@@ -171,7 +171,7 @@ class ModelHead(_Model):
 
     @property
     def soft_cap_and_scale(self) -> tuple[float | None, float]:
-        """What vLLM's `LogitsProcessor` applies to the head's scores; a soft cap in Gemma 2."""
+        """The soft cap (as in Gemma 2) and the scale of scores in vLLM's `LogitsProcessor`."""
         if self._is_classifier:
             return None, 1.0
         processor = self.text_model.logits_processor

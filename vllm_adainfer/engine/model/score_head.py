@@ -90,7 +90,7 @@ def use_early_scores(model: Any, take_output: Callable[[], StepOutput | None]) -
 
 
 def score_head_of(model: Any) -> ScoreHead | None:
-    """What turns the scores of a classifier into probabilities; None if a model generates.
+    """The function that turns a classifier's scores into probabilities; None if a model generates.
 
     Raises:
         AdaInferError: it is a function that no policy promises anything about.

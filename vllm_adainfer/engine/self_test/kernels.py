@@ -1,4 +1,4 @@
-"""The kernels of the probes against the same in torch, at the shapes that will be served."""
+"""Check the probes' kernels against torch, at the shapes that will be served."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIES = 0.02  # the share of rows whose score may tie with the threshold
 
 @torch.inference_mode()
 def wrong_kernels(policies: PolicySet, states: Tensor) -> str | None:
-    """What a kernel computes otherwise than torch; None if all agree.
+    """How a kernel's result differs from torch's; None if all agree.
 
     Args:
         policies: their probes are compared.

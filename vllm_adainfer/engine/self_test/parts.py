@@ -1,4 +1,4 @@
-"""What the self-test can switch off."""
+"""The parts that the self-test can disable."""
 
 from __future__ import annotations
 

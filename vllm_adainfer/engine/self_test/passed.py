@@ -19,7 +19,7 @@ from vllm_adainfer.files import PUBLIC, replace_file
 
 @dataclass(frozen=True)
 class Passed:
-    """What was tested, and the file that says so once it has passed.
+    """A configuration, and the file that records that it has passed.
 
     Attributes:
         tested: device, versions, model and artifacts.
@@ -30,7 +30,7 @@ class Passed:
 
     @classmethod
     def of(cls, runner: Any) -> Passed:
-        """For what a Model Runner V2 is about to serve."""
+        """The configuration that a Model Runner V2 is about to serve."""
         model, config = runner.model, runner.vllm_config
         return cls(
             {

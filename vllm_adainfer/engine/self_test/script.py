@@ -16,7 +16,7 @@ TOKENS = 6  # that each request generates, but those of a pooling model
 
 @dataclass(frozen=True)
 class Script:
-    """What each request says, and where its tokens exit.
+    """The tokens of each request, and where they exit.
 
     Attributes:
         prompts: the tokens of each prompt.

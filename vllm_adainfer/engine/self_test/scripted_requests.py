@@ -41,7 +41,7 @@ class ScriptedExits(ExitPolicy):
 
 @dataclass
 class NotedStep:
-    """What a step has computed.
+    """The states that a step has computed.
 
     Attributes:
         ids: the ids of its requests, in order.

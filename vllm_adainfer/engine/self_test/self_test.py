@@ -117,7 +117,7 @@ def _test_steps(runner: Any) -> list[Failure]:
     tolerance = _tolerance(steps, script, anchor, runner.dtype)
 
     def wrong(run: Callable[[], States], right: States) -> str | None:
-        """What `run` does otherwise than `right`; None if nothing. The same on all ranks."""
+        """How `run` differs from `right`; None if it does not. The same on all ranks."""
         try:
             why = differences(run(), right, tolerance)
         except Exception as error:  # whatever it is, this cannot serve

@@ -24,7 +24,7 @@ COMPACTION_COST = 64
 class ForwardPass:
     """The rows of one step on their way through the stack.
 
-    An event (requests leave, rows rejoin) is told to this object alone: it passes it on to the
+    Every event (requests leave, rows rejoin) goes to this object, which passes it on to the
     step's bookkeeping, the KV policy, the counters and the batch.
 
     Attributes:
@@ -208,7 +208,7 @@ class ForwardPass:
         return output
 
     def _select(self, layout: RowLayout, rows: Ints) -> None:
-        """Go on with the rows `layout`, each of which is the row of now that `rows` says."""
+        """Continue with the rows of `layout`; `rows` is the current index of each."""
         if rows.size:
             [rows_on_device] = self.step.on_device(rows)
             self.states = self.states.rows(rows_on_device)

@@ -32,15 +32,15 @@ class CarriedPrompts:
         return self._ends.get(request_id)
 
     def put(self, request_id: str, exit_index: int, read: Tensor) -> None:
-        """Keep what was read of a request at an exit point so far."""
+        """Keep the partial read of a request at an exit point."""
         self._read.setdefault(request_id, {})[exit_index] = read
 
     def get(self, request_id: str, exit_index: int) -> Tensor:
-        """What `put` kept."""
+        """The partial read that `put` kept."""
         return self._read[request_id][exit_index]
 
     def step_ended(self, step: StepContext) -> None:
-        """What is kept of chunks that were read now has the rows of this step.
+        """Partial reads of chunks that were read now include the rows of this step.
 
         That of complete prompts is dropped, and that of prompts that ran without being read, as
         where other weights were being loaded.
@@ -73,7 +73,7 @@ class PooledPrompts:
     """
 
     def __init__(self, step: StepContext, carried: CarriedPrompts) -> None:
-        """`carried` has what was read of earlier chunks, and gets that of this step."""
+        """`carried` has the partial reads of earlier chunks, and gets those of this step."""
         self._step, self._carried = step, carried
         self.chunks = NOBODY
         if step.pooled_from is None:
@@ -87,7 +87,7 @@ class PooledPrompts:
     def read(
         self, exit_index: int, requests: Ints, chunks: Ints, layout: RowLayout, states: HiddenStates
     ) -> Tensor:
-        """What pooled policies read of `requests` at an exit point.
+        """The input of pooled policies for `requests` at an exit point.
 
         Args:
             exit_index: the exit point.
@@ -132,7 +132,7 @@ class PooledPrompts:
         layout: RowLayout,
         states: HiddenStates,
     ) -> tuple[Tensor, Ints]:
-        """What branches read of `requests`: the last `MOST_BRANCH_TOKENS` tokens of each.
+        """The input of branches for `requests`: the last `MOST_BRANCH_TOKENS` tokens of each.
 
         Args:
             exit_index, requests, chunks, layout, states: as for `read`.

@@ -20,7 +20,7 @@ DAYS = round(KEPT_SECONDS / 86400)
 
 
 def examine_auto(root: str) -> Iterator[Finding]:
-    """Check the directory `root` and what lies in it."""
+    """Check the directory `root` and its contents."""
     directory = AutoDirectory(root)
     try:
         watched = read_directory(root)
@@ -93,7 +93,7 @@ def trainer(directory: AutoDirectory) -> Finding:
 
 
 def stale_rows(directory: AutoDirectory) -> Finding:
-    """Are there states of prompts that are older than they are to become?"""
+    """Are there states of prompts beyond the age at which they are deleted?"""
     oldest = time.time() - KEPT_SECONDS
     stale = []
     for path in directory.root.glob("*/rows/*"):
@@ -116,7 +116,7 @@ def quarantined(watched: Watched) -> Finding:
     why = "; ".join(f"{one.name}: {_reason(one)}" for one in bad)
     return fail(
         f"auto: policies are quarantined ({why}): requests of these kinds run as before, and the "
-        "server tries again at least once an hour. Report this with the server's log if it stays so"
+        "server retries at least once an hour. Report this with the server's log if it persists"
     )
 
 

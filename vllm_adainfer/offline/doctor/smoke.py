@@ -110,7 +110,7 @@ def self_test_found(failed_parts: list[str]) -> Finding:
             f"self-test: {', '.join(failed_parts)} gave wrong results on this device and are off; "
             "answers are right, but slower: please report this with the engine's log"
         )
-    return ok("self-test: kernels, exits and graphs give the same as plain ways on this device")
+    return ok("self-test: kernels, exits and graphs match the plain reference on this device")
 
 
 def full_depth_found(full: Run, depth: int) -> Finding:
