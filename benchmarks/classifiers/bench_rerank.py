@@ -37,7 +37,6 @@ from benchmarks.serving.label_requests import post
 from benchmarks.serving.side_by_side import ENVIRONMENT
 from vllm_adainfer.arrays import Floats
 from vllm_adainfer.artifact.fields import TopK
-from vllm_adainfer.artifact.top_k import loses_document, ranked
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
@@ -47,6 +46,7 @@ from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled
 from vllm_adainfer.offline.tables import markdown_table
+from vllm_adainfer.promise.first_documents import loses_document, ranked
 
 STOCK = "stock"
 NDCG_AT = 10

@@ -22,7 +22,7 @@ from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.exits.loop.step import StepContext
-from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ class Layers:
         """Is the layers' work."""
 
 
-def label_policy(threshold: float) -> CalibratedPolicy:
+def label_policy(threshold: float) -> Policy:
     """Label heads that settle a row where its gap reaches `threshold`."""
     labels = tuple(Label(name=name, token_id=token) for token, name in enumerate("ab"))
     config = ArtifactConfig(
@@ -75,7 +75,7 @@ def label_policy(threshold: float) -> CalibratedPolicy:
         tensors[f"exit.{layer}.classifier"] = torch.tensor([0.0, 1.0, 0.0])
         tensors[f"exit.{layer}.head_weight"] = torch.eye(2, WIDTH)
         tensors[f"exit.{layer}.head_bias"] = torch.zeros(2)
-    return CalibratedPolicy(Artifact(config, tensors), None, CPU)
+    return Policy(Artifact(config, tensors), CPU)
 
 
 def staging(groups: int) -> tuple[Launches, DecodeBuffers, list[Tensor]]:

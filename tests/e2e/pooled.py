@@ -25,8 +25,8 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Label, LastToken, Level, SharedTokens
 from vllm_adainfer.artifact.kinds import ProbeInput
-from vllm_adainfer.policy.artifact_policy import tensors_of
 from vllm_adainfer.policy.branch import StateEncoder
+from vllm_adainfer.policy.policy import tensors_of
 from vllm_adainfer.settings.engine import NO_POLICY
 
 POOLED_FROM, STEP = 40, 128  # tokens

@@ -196,7 +196,7 @@ def test_a_policy_that_cannot_be_built_leaves_the_others_as_they_were(
 
     before = list(parts(engine)[0].artifacts)
     with monkeypatch.context() as patch:
-        patch.setattr("vllm_adainfer.policy.load_policy.CalibratedPolicy", out_of_memory)
+        patch.setattr("vllm_adainfer.engine.runner.build_loop.Policy", out_of_memory)
         with pytest.raises(Exception, match="out of memory"):
             engine.llm_engine.add_lora(LoRARequest("new", 90, str(directory)))
     assert list(parts(engine)[0].artifacts) == before

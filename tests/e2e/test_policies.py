@@ -16,7 +16,7 @@ from tests.tiny import EXIT_POINTS, LAYERS, tiny_config, tiny_tensors
 from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.exits.loop.loop import ScoredRequests, StepOutput
 from vllm_adainfer.policy.answers import LabelScores
-from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
+from vllm_adainfer.policy.policy import Policy
 
 PROMPTS = 24
 SHORTLIST = torch.arange(3, 1000, 7)
@@ -55,8 +55,8 @@ def artifact_of(
     return Artifact(config, tensors)
 
 
-def policy_of(artifact: Artifact, model: Any) -> CalibratedPolicy:
-    return CalibratedPolicy(artifact, model.logit_lens(), torch.device("cpu"))
+def policy_of(artifact: Artifact, model: Any) -> Policy:
+    return Policy(artifact, torch.device("cpu"), lambda _: model.logit_lens())
 
 
 def oracle_score(artifact: Artifact, features: list[tuple[float, float]]) -> float:

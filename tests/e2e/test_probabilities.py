@@ -19,8 +19,8 @@ from tests.full import needed
 from tests.tiny import EXIT_POINTS, LAYERS, tiny_artifact, tiny_config, tiny_tensors
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.fields import Gate
-from vllm_adainfer.policy.gate_policy import GatePolicy
-from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
+from vllm_adainfer.promise.gates import Gates
+from vllm_adainfer.promise.tolerance import Tolerance
 
 PROMISES = {"risk": "probability", "tolerance": 0.05, "label_mass": True}
 GATE = {"risk": "probability", "gates": (Gate(label="bad", probability=0.5),)}
@@ -78,9 +78,9 @@ def artifact(tiny_model: Path, directory: Path, gap: float, promises: dict[str, 
     params=needed(
         2,
         of=[
-            ("raw_logprobs", ProbabilityPolicy),
-            ("processed_logprobs", ProbabilityPolicy),
-            ("raw_logprobs", GatePolicy),
+            ("raw_logprobs", Tolerance),
+            ("processed_logprobs", Tolerance),
+            ("raw_logprobs", Gates),
         ],
     ),
     ids=lambda param: f"{param[0]}-{param[1].__name__}",
@@ -88,13 +88,13 @@ def artifact(tiny_model: Path, directory: Path, gap: float, promises: dict[str, 
 def engine(request, tiny_model, threshold, tmp_path_factory) -> Any:
     mode, kind = request.param
     directory = tmp_path_factory.mktemp("probabilities") / "policy"
-    promises = GATE if kind is GatePolicy else PROMISES
+    promises = GATE if kind is Gates else PROMISES
     switch = {"artifact": artifact(tiny_model, directory, threshold, promises), "min_rows_saved": 1}
     small = {"kv_cache_memory_bytes": 64 << 20, "max_model_len": 512}
     made = tiny_engine(tiny_model, switch, logprobs_mode=mode, **small)
     runner = made.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     [policy] = runner.model_runner.model.loop.policies.policies
-    assert type(policy) is kind
+    assert type(policy.promise) is kind
     return made
 
 

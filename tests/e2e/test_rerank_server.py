@@ -22,10 +22,10 @@ from tests.e2e.test_classifier import CLOSE, config_of
 from tests.e2e.test_serve import FLAGS, environment, post
 from tests.tiny import EXIT_POINTS, tiny_artifact
 from vllm_adainfer.artifact.fields import TopK
-from vllm_adainfer.artifact.top_k import loses_document
 from vllm_adainfer.offline.calibration.data.examples import read_rows
 from vllm_adainfer.offline.calibration.data.scored import read_scored
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
+from vllm_adainfer.promise.first_documents import loses_document
 from vllm_adainfer.watch.units import ENDED_SINCE
 
 pytestmark = pytest.mark.full

@@ -44,12 +44,13 @@ from vllm_adainfer.offline.evaluation.report import build_report, summary_line
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens
-from vllm_adainfer.policy.gates import Gates
-from vllm_adainfer.policy.links import link_of
-from vllm_adainfer.policy.load_policy import policy_of
-from vllm_adainfer.policy.probabilities import LabelProbabilities
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import LabelHead, Probe, lens_of
-from vllm_adainfer.policy.ranking_policy import RankingPolicy
+from vllm_adainfer.promise.first_documents import relevance
+from vllm_adainfer.promise.gates import Gates
+from vllm_adainfer.promise.links import link_of
+from vllm_adainfer.promise.probabilities import LabelProbabilities
+from vllm_adainfer.promise.promise import Unit
 
 HERE = Path(__file__).parent
 INPUTS = "inputs.safetensors"
@@ -128,7 +129,7 @@ def decisions(artifact: Artifact, inputs: Inputs) -> dict[str, Tensor]:
     """What each part of an artifact decides, answers and gets wrong, by exit point."""
     found = {}
     for name, part in artifact.parts("policy").items():
-        policy = policy_of(part, CPU, lambda rows: logit_lens(inputs, rows))
+        policy = Policy(part, CPU, lambda rows: logit_lens(inputs, rows))
         logits, memory = inputs.logits(part.config)[:DECIDED], None
         bits = inputs.bits[:DECIDED]
         for index, (layer, read) in enumerate(
@@ -147,16 +148,21 @@ def decisions(artifact: Artifact, inputs: Inputs) -> dict[str, Tensor]:
             found |= {f"{place}.tokens": view.tokens, f"{place}.odds": view.odds}
             found |= {f"{place}.top_prob": view.top_prob, f"{place}.gap": view.gap}
             memory = decision.memory
-            if isinstance(policy, RankingPolicy):
+            head, promise = (lambda states: states @ inputs.head.T), policy.promise
+            if promise.unit is Unit.QUERY:
                 some = torch.arange(count) % 3 > 0
                 answers = decision.answers.subset(some.nonzero().squeeze(1))
-                found[f"{place}.relevance"] = policy.relevance(answers, some, logits)
+                full = relevance(policy.full_depth(logits, None))
+                early = full.clone()
+                early[some] = relevance(policy.early(answers, head))
+                found[f"{place}.relevance"] = torch.stack([early, full])
                 continue
-            wrong, moved = policy.disagrees(
-                decision.answers, logits[:count], lambda states: states @ inputs.head.T
+            outcomes = (
+                policy.early(decision.answers, head),
+                policy.full_depth(logits[:count], decision.answers),
             )
-            found[f"{place}.wrong"] = wrong
-            if moved is not None:
+            found[f"{place}.wrong"] = promise.wrong(*outcomes)
+            if (moved := promise.moves(*outcomes)) is not None:
                 found[f"{place}.moved"] = moved
         if part.config.labels:
             found[f"{name}.best"] = policy.best_labels(logits, bits)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from typing_extensions import override
 
-from vllm_adainfer.policy.exit_policy import Decision, UndecidedRows
+from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
+from vllm_adainfer.promise.promise import Outcome
 
 
 def views_as_it_decides(policy: Any, index: int, rows: UndecidedRows, decision: Decision) -> bool:
@@ -19,3 +21,26 @@ def views_as_it_decides(policy: Any, index: int, rows: UndecidedRows, decision: 
         and not (decision.settled & ~reaches).any()
         and bool((view.gap <= view.top_prob).all())
     )
+
+
+def wrong_of(policy: Any, answers: Any, logits: torch.Tensor) -> torch.Tensor:
+    """Which early answers break the policy's promise, as a shadow request finds."""
+    early, full = policy.early(answers, lambda _: None), policy.full_depth(logits, answers)
+    return policy.promise.wrong(early, full)
+
+
+def outcomes(*scores: torch.Tensor) -> list[Outcome]:
+    """What rows with each of these scores of labels [rows, labels] are answered with."""
+    return [Outcome(one.argmax(dim=1), one) for one in scores]
+
+
+class Compared(ExitPolicy):
+    """A policy of which answers are compared, and nothing is decided."""
+
+    @override
+    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
+        raise NotImplementedError
+
+    @override
+    def best_labels(self, logits: torch.Tensor, subsets: torch.Tensor | None) -> torch.Tensor:
+        return logits.argmax(dim=1)

@@ -49,8 +49,8 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
 )
 from vllm_adainfer.offline.reports.views import views_of
 from vllm_adainfer.policy.branch import Branch, StateEncoder
-from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
 from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import LabelHead
 
@@ -230,7 +230,7 @@ def test_an_artifact_is_read_back_as_it_was_written(tiny_model, tmp_path):
     assert whole.tensors.keys() >= {f"exit.5.branch.{name}" for name in branch_shapes(64)}
     assert last.config.branches == ()
     assert not [name for name in last.tensors if "branch" in name]
-    policy = CalibratedPolicy(whole, None, torch.device("cpu"))
+    policy = Policy(whole, torch.device("cpu"))
     assert [*policy.branches] == [1, 2]
 
 
@@ -238,7 +238,7 @@ def test_before_the_first_request_each_branch_has_read_states(tiny_model):
     config = tiny_config(tiny_model, **BRANCHED)
     tensors = {name: one.bfloat16() if "branch" in name else one for name, one in
                tiny_tensors(config).items()}  # fmt: skip
-    policy = CalibratedPolicy(Artifact(config, tensors).parts("a")["a"], None, torch.device("cpu"))
+    policy = Policy(Artifact(config, tensors).parts("a")["a"], torch.device("cpu"))
     read, score = [], policy.branches[1].score
     policy.branches[1].score = lambda rows, lens, _: read.append(rows) or score(rows, lens)
     warm_up(PolicySet({"a": policy}), torch.zeros(20, 64, dtype=torch.bfloat16))
@@ -402,7 +402,7 @@ def test_what_is_served_of_branches_is_what_was_certified(branched, tmp_path):
         assert f"{layer}, branch (exit point)" in model_card(config, details)
     save_artifact(tmp_path / "policy", config, policy_tensors(found), {}, "card")
     part = load_artifact(str(tmp_path / "policy")).parts("")[""]
-    serving = CalibratedPolicy(part, None, torch.device("cpu"))
+    serving = Policy(part, torch.device("cpu"))
     recording, held_out = heads.calibration.recording, SPLIT.certify
     rows = torch.full((len(held_out),), part.config.level_of(None))
     exits = np.full(len(held_out), len(found.exits))

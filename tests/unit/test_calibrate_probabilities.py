@@ -10,7 +10,7 @@ import pytest
 import torch
 from adainfer_kernels import Head
 
-from tests.unit.readings import views_as_it_decides
+from tests.unit.readings import views_as_it_decides, wrong_of
 from tests.unit.test_make_policy import (
     DEPTH,
     HF_CONFIG,
@@ -38,10 +38,9 @@ from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.gate_policy import GatePolicy
-from vllm_adainfer.policy.gates import Gates
-from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.promise.gates import Gates
 
 TOLERANCE, EPSILON, DELTA = 0.1, 0.05, 0.1
 FIRST, BEST = Gate(label=LABELS[0].name, probability=0.3), Gate(probability=0.6)
@@ -88,7 +87,7 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass, g
     save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
 
     artifact = load_artifact(str(tmp_path / "policy"))
-    serving = (GatePolicy if gates else ProbabilityPolicy)(artifact, torch.device("cpu"))
+    serving = Policy(artifact, torch.device("cpu"))
     point = policy.points[EPSILON]
     rows = SPLIT.certify
     tags = torch.full((len(rows),), artifact.config.level_of(None))
@@ -100,7 +99,7 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, with_mass, g
         assert views_as_it_decides(serving, index, undecided, decision)
         leaves = (exits == len(policy.exits)) & decision.settled.numpy()
         exits[leaves] = index
-        wrong[leaves] = serving.disagrees(decision.answers, logits, None)[0].numpy()[leaves]
+        wrong[leaves] = wrong_of(serving, decision.answers, logits).numpy()[leaves]
         memory = decision.memory
     assert np.array_equal(exits, point.exits)
     assert np.array_equal(wrong, point.losses)

@@ -20,7 +20,7 @@ from vllm.v1.structured_output.utils import choice_as_grammar
 from tests.admitted import admitted, resolved, row_of
 from tests.byte_model import SETS, byte_tokenizer
 from tests.tiny import tiny_artifact
-from tests.unit.readings import views_as_it_decides
+from tests.unit.readings import views_as_it_decides, wrong_of
 from tests.unit.test_make_policy import HF_CONFIG, LAYERS, SPLIT, recording_of
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Choice, Label
@@ -43,9 +43,9 @@ from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
-from vllm_adainfer.policy.choice_policy import ChoicePolicy
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.first_tokens import FirstTokens
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.settings.engine import Settings
 
 TOKENIZER = byte_tokenizer()
@@ -159,10 +159,10 @@ def test_answers_that_decide_no_choice_are_the_reason_given_for_no_policy(monkey
         calibrating.fit_and_certify(request, SimpleNamespace(student=None), None)
 
 
-def served(policy: FittedPolicy, directory: Path) -> ChoicePolicy:
+def served(policy: FittedPolicy, directory: Path) -> Policy:
     config = policy_config(policy, "tiny", HF_CONFIG)
     save_artifact(directory, config, policy_tensors(policy), {}, "card")
-    return ChoicePolicy(load_artifact(str(directory)), torch.device("cpu"))
+    return Policy(load_artifact(str(directory)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("classifier", ["svm", "crf"])
@@ -192,7 +192,7 @@ def test_what_is_served_of_choices_is_what_was_certified(
         runs_on = [one.first_tokens[0] for one in TOKENS.texts if one.text in never]
         assert not np.isin(early[leaves], [*runs_on, TOKENS.undecided[0]]).any()
         differs = early != recording.tokens[rows]
-        assert np.array_equal(serving.disagrees(decision.answers, logits, None)[0].numpy(), differs)
+        assert np.array_equal(wrong_of(serving, decision.answers, logits).numpy(), differs)
         wrong[leaves] = differs[leaves]
         memory = decision.memory
     point = policy.points[0.05]

@@ -8,18 +8,22 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.nn.functional import pad
 
 from tests.tiny import tiny_config
+from tests.unit.readings import outcomes
 from vllm_adainfer.artifact.fields import Gate, Label
 from vllm_adainfer.artifact.promise import wrong_in_words
 from vllm_adainfer.cli.promises import gates_of
 from vllm_adainfer.engine.admission.requested_output import OutputKind, RequestedOutput
+from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.evaluation.gates import gate_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.reports import figures
 from vllm_adainfer.offline.reports.describe_report import _gates
-from vllm_adainfer.policy.gates import FURTHEST, Gates
+from vllm_adainfer.promise.gates import FURTHEST, Gates
+from vllm_adainfer.settings.engine import Settings
 
 LABELS = tuple(Label(name=name, token_id=token) for token, name in enumerate("abc"))
 GATES = (
@@ -64,21 +68,23 @@ def test_an_answer_is_wrong_on_the_other_side_of_a_gate(gate):
     expected = below != above
     if gate.label is None:
         expected |= above & (early.argmax(dim=1) != full.argmax(dim=1))
-    found = Gates([gate], LABELS).wrong(early, full)
+    found = Gates([gate], LABELS).wrong(*outcomes(early, full))
     assert torch.equal(found, expected)
     assert 0.05 < found.double().mean() < 0.95
 
 
 def test_of_several_gates_one_on_the_other_side_is_enough():
     early, full = scores_of(400, 1), scores_of(400, 2, unnamed=False)
-    each = [Gates([gate], LABELS).wrong(early, full) for gate in GATES]
-    assert torch.equal(Gates(GATES, LABELS).wrong(early, full), torch.stack(each).any(dim=0))
+    each = [Gates([gate], LABELS).wrong(*outcomes(early, full)) for gate in GATES]
+    assert torch.equal(
+        Gates(GATES, LABELS).wrong(*outcomes(early, full)), torch.stack(each).any(dim=0)
+    )
 
 
 def test_a_classifier_reads_the_nearest_gates_distance_and_side():
     scores, gates = scores_of(100, 3), Gates(GATES, LABELS)
     for margins, (distance, side) in zip(
-        gates.margins(scores).tolist(), gates.features(scores).tolist(), strict=True
+        gates.margins(scores).tolist(), gates.features(pad(scores, (0, 1))).tolist(), strict=True
     ):
         nearest = min((max(-FURTHEST, min(FURTHEST, one)) for one in margins), key=abs)
         assert (distance, side) == (abs(nearest), nearest)
@@ -149,12 +155,21 @@ def test_probabilities_are_served_and_the_label_alone_only_where_a_gate_decides_
     }
 
 
-def test_what_is_wrong_is_said_of_each_gate(tiny_model):
-    assert wrong_in_words(config_with(tiny_model, BAD, Gate(probability=0.9))) == (
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_the_start_up_line_says_that_only_the_side_is_right(tiny_model, mode):
+    config = config_with(tiny_model, BAD, Gate(probability=0.9))
+    wrong = wrong_in_words(config)
+    assert wrong == (
         "the probability of bad among the labels on the other side of 0.8 than at full depth or "
         "the best label's probability among the labels on the other side of 0.9 than at full "
         "depth, or another best label where full depth's is above"
     )
+    line = policy_banner("guard", config, Settings(artifact="policy"), mode)
+    assert (
+        "for one token that read probabilities among bad, good (probabilities are right about "
+        "their side of the gates, not in value)"
+    ) in line
+    assert f"wrong: {wrong}" in line
 
 
 def test_evaluate_counts_by_gate_and_the_page_shows_both_probabilities(tiny_model):

@@ -36,7 +36,7 @@ from vllm_adainfer.artifact.source import (
     STUDENT_TOKENIZER,
 )
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.load_policy import policy_of
+from vllm_adainfer.policy.policy import Policy
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def changed_json(path: Path, **changes: Any) -> None:
 
 def built(directory: Path) -> Any:
     """What a worker does at start."""
-    return policy_of(load_artifact(str(directory)), torch.device("cpu"), lambda rows: None)
+    return Policy(load_artifact(str(directory)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

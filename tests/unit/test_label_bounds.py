@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.tiny import tiny_artifact, tiny_config
+from tests.unit.readings import Compared
 from vllm_adainfer.artifact.fields import Label, LabelBound, LabelRisk, Level
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.promise import about_labels
@@ -36,8 +37,8 @@ from vllm_adainfer.offline.calibration.label_promises import check_labels, check
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import split_of
 from vllm_adainfer.policy.answers import LabelScores
-from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
 from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.settings.engine import Settings
 from vllm_adainfer.watch.units import ENDED_SINCE
 
@@ -254,7 +255,7 @@ def test_the_promises_in_words(tiny_model):
 @pytest.mark.parametrize("never", [(), ("bad",), ("good",)])
 def test_no_early_answer_is_such_a_label_not_even_at_a_tie(tiny_model, tmp_path, never):
     artifact = load_artifact(str(tiny_artifact(tiny_model, tmp_path / "policy", never_early=never)))
-    policy = CalibratedPolicy(artifact, None, torch.device("cpu"))
+    policy = Policy(artifact, torch.device("cpu"))
     names = [label.name for label in artifact.config.labels]
     hidden = torch.randn(64, artifact.config.hidden_size)
     hidden[0] = 0  # both labels score alike
@@ -300,10 +301,7 @@ def shadowed(
     return stats
 
 
-POLICY = SimpleNamespace(
-    disagrees=lambda answers, logits, head: (answers.disagree(logits, head), None),
-    best_labels=lambda logits, subsets: logits.argmax(dim=1),
-)
+POLICY = Compared()
 
 
 def test_shadow_requests_are_counted_for_each_promise_settled_or_not(tiny_model):

@@ -13,7 +13,7 @@ from vllm import SamplingParams
 
 from tests.admitted import admitted, row_of
 from tests.tiny import tiny_artifact, tiny_config, word_tokenizer
-from tests.unit.readings import views_as_it_decides
+from tests.unit.readings import views_as_it_decides, wrong_of
 from tests.unit.test_calibrate_probabilities import ALL_MASS, logits_of, recorded
 from tests.unit.test_make_policy import HF_CONFIG, NORM, SPLIT, VOCAB
 from vllm_adainfer.artifact.fields import Gate, Label
@@ -36,11 +36,9 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     question_rows,
 )
 from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.gate_policy import GatePolicy
-from vllm_adainfer.policy.gates import Gates
-from vllm_adainfer.policy.label_heads import PoolPolicy
-from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import Probe
+from vllm_adainfer.promise.gates import Gates
 from vllm_adainfer.settings.engine import Settings
 
 EPSILON, TOLERANCE = 0.05, 0.1
@@ -106,8 +104,7 @@ def test_what_is_served_of_a_pool_is_what_was_certified(
     assert config.label_pool
     save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
     artifact = load_artifact(str(tmp_path / "policy"))
-    kind = GatePolicy if gates else ProbabilityPolicy if risk == "probability" else PoolPolicy
-    serving = kind(artifact, torch.device("cpu"))
+    serving = Policy(artifact, torch.device("cpu"))
     recording, rows = policy.calibration.recording, SPLIT.certify
     subsets = policy.calibration.target.subsets[rows]
     bits = torch.tensor([bits_of(set(POOL[own].tolist()), POOL.tolist()) for own in subsets])
@@ -124,7 +121,7 @@ def test_what_is_served_of_a_pool_is_what_was_certified(
         best = decision.answers.scores.argmax(dim=1).numpy()
         assert not {LABELS[place].name for place in best[leaves]} & set(never)
         if risk == "probability":
-            early = serving.disagrees(decision.answers, logits[rows], None)[0].numpy()
+            early = wrong_of(serving, decision.answers, logits[rows]).numpy()
         else:
             early = POOL[decision.answers.scores.argmax(1)].numpy() != recording.tokens[rows]
         wrong[leaves] = early[leaves]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from tests.unit.readings import outcomes
 from vllm_adainfer.artifact.fields import Gate, Label
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
@@ -15,9 +16,9 @@ from vllm_adainfer.offline.calibration.options import (
     PolicyOptions,
     check_classifier,
 )
-from vllm_adainfer.policy.gates import Gates
-from vllm_adainfer.policy.links import SIGMOIDS, SOFTMAX
-from vllm_adainfer.policy.probabilities import (
+from vllm_adainfer.promise.gates import Gates
+from vllm_adainfer.promise.links import SIGMOIDS, SOFTMAX
+from vllm_adainfer.promise.probabilities import (
     answers_of,
     features_of,
     probabilities_of_answers,
@@ -87,7 +88,7 @@ def test_answers_and_features_of_labels_by_themselves():
 def test_a_gate_is_about_its_label_alone():
     gates = [Gate(label="a", probability=0.5), Gate(label="c", probability=0.9)]
     early, full = scores_of(200), scores_of(200, seed=1)
-    found = Gates(gates, LABELS, SIGMOIDS).wrong(early, full)
+    found = Gates(gates, LABELS, SIGMOIDS).wrong(*outcomes(early, full))
     above = [(one.sigmoid()[:, [0, 2]] >= torch.tensor([0.5, 0.9])) for one in (early, full)]
     assert torch.equal(found, (above[0] != above[1]).any(dim=1))
     assert 0 < found.float().mean() < 1

@@ -30,8 +30,8 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_details,
     policy_tensors,
 )
-from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
 from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, DEPTH, PROMPTS = 16, 40, 8, 900
@@ -105,7 +105,7 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_
     save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
 
     artifact = load_artifact(str(tmp_path / "policy"))
-    serving = CalibratedPolicy(artifact, recording.logit_lens, torch.device("cpu"))
+    serving = Policy(artifact, torch.device("cpu"), lambda _: recording.logit_lens)
     point = policy.points[0.05]
     tags = torch.full((len(SPLIT.certify),), artifact.config.level_of(None))
     exits = np.full(len(SPLIT.certify), len(policy.exits))

@@ -13,7 +13,7 @@ from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES
 from vllm_adainfer.engine.self_test.parts import PARTS
 from vllm_adainfer.frontend.metrics import EngineMetrics, KindMetrics, Series
-from vllm_adainfer.policy.probabilities import MOVES
+from vllm_adainfer.promise.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
 
 BUCKETS = (0, 3, 5, 6)

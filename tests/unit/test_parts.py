@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from vllm_adainfer.artifact.fields import LabelBound, TopK
-from vllm_adainfer.artifact.top_k import loses_document
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
@@ -27,6 +26,7 @@ from vllm_adainfer.offline.calibration.certify.parts import (
 from vllm_adainfer.offline.calibration.certify.path import PathPoint, threshold_path
 from vllm_adainfer.offline.calibration.certify.queries import Queries
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Scored
+from vllm_adainfer.promise.first_documents import loses_document
 
 SAFE, UNSAFE = 3, 7
 DEPTH, LAYERS, ROWS, EVERYONE = 10, (3, 6), 600, 6000

@@ -45,8 +45,8 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_tensors,
 )
 from vllm_adainfer.offline.reports import views
-from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
 from vllm_adainfer.policy.exit_policy import UndecidedRows
+from vllm_adainfer.policy.policy import Policy
 
 EPSILON = 0.05
 
@@ -179,7 +179,7 @@ def test_what_is_served_of_each_part_is_what_was_certified(tmp_path):
     save_artifact(tmp_path / "policy", config, policy_tensors(found), {}, "card")
     parts = load_artifact(str(tmp_path / "policy")).parts("").values()
     for part, fitted in zip(parts, (found, found.last_token), strict=True):
-        serving = CalibratedPolicy(part, None, torch.device("cpu"))
+        serving = Policy(part, torch.device("cpu"))
         rows = torch.full((len(SPLIT.certify),), part.config.level_of(None))
         exits = np.full(len(SPLIT.certify), len(fitted.exits))
         for index, layer in enumerate(serving.exit_points):

@@ -30,7 +30,7 @@ from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
-from vllm_adainfer.policy.load_policy import policy_of
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.settings.engine import Settings
 
@@ -137,7 +137,7 @@ def test_policies_monitors_and_admission_number_threshold_rows_alike(tiny_model,
         return {
             name: (
                 whole,
-                {n: policy_of(part, CPU, lambda _: None) for n, part in whole.parts(name).items()},
+                {n: Policy(part, CPU) for n, part in whole.parts(name).items()},
             )
             for name, whole in artifacts.items()
         }
@@ -166,7 +166,7 @@ def test_policies_monitors_and_admission_number_threshold_rows_alike(tiny_model,
 
 
 def test_before_the_first_request_it_has_read_what_it_will_read(pooled):
-    policy = policy_of(Artifact(pooled, tiny_tensors(pooled)).parts("a")["a"], CPU, lambda _: None)
+    policy = Policy(Artifact(pooled, tiny_tensors(pooled)).parts("a")["a"], CPU)
     read = []
     decide = policy.decide
     policy.decide = lambda index, rows: read.append(rows.hidden) or decide(index, rows)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES
 from vllm_adainfer.artifact.label_subsets import restrict
-from vllm_adainfer.policy.probabilities import (
+from vllm_adainfer.promise.probabilities import (
     MOVES,
     LabelProbabilities,
     answers_of,

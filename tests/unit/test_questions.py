@@ -40,10 +40,9 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_tensors,
     question_rows,
 )
-from vllm_adainfer.offline.facts.artifact import artifact_facts
-from vllm_adainfer.offline.facts.document import as_text
+from vllm_adainfer.offline.reports.describe import describe
 from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.label_heads import PoolPolicy
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.questions import KnownQuestions
 from vllm_adainfer.settings.engine import Settings
 from vllm_adainfer.watch.watch import Watch
@@ -168,7 +167,7 @@ def test_what_is_served_by_question_is_what_was_certified(policy, tmp_path):
     config = policy_config(policy, "tiny", HF_CONFIG)
     save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
     artifact = load_artifact(str(tmp_path / "policy"))
-    serving, level = PoolPolicy(artifact, torch.device("cpu")), artifact.config.level_of(EPSILON)
+    serving, level = Policy(artifact, torch.device("cpu")), artifact.config.level_of(EPSILON)
     names = np.array(policy.calibration.questions)
     for place, question in enumerate(artifact.config.questions):
         rows = SPLIT.certify[names[SPLIT.certify] == question.name]
@@ -199,7 +198,7 @@ def test_the_report_says_what_each_question_promises(policy):
         "rows": 1, "prompts": 1, "rows_held_out": 1, "seed": 0, "majority_share": 0.5,
         "exit_points": [], "questions": rows,
     }  # fmt: skip
-    text = as_text(artifact_facts(config, details))
+    text = describe(config, details)
     assert "The bound holds for each question separately" in text
     assert "question 2 *" in text
     assert "for each of 2 questions, others run all layers" in policy_banner(

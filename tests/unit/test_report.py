@@ -3,20 +3,18 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.unit.readings import Compared
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.accounting.report import Reporter, snapshot_of
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.policy.answers import LabelScores
-from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.settings.engine import NO_POLICY
 from vllm_adainfer.watch.watch import Watch
 
@@ -86,7 +84,7 @@ class Traffic:
         disagreed = self.generator.random(len(levels)) < 0.3
         answers = ShadowAnswers(
             name=name,
-            policy=SimpleNamespace(disagrees=partial(ExitPolicy.disagrees, None)),
+            policy=Compared(),
             monitor=self.monitors[name],
             stats=self.stats.by_policy[name],
             request_ids=["x"] * len(levels),

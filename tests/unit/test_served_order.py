@@ -18,7 +18,6 @@ from tests.tiny import LAYERS, tiny_artifact, tiny_config
 from vllm_adainfer.arrays import Bools, Floats
 from vllm_adainfer.artifact.fields import Label, TopK
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
-from vllm_adainfer.artifact.top_k import loses_document
 from vllm_adainfer.engine.admission.resolved import attach_resolved
 from vllm_adainfer.engine.model import score_head
 from vllm_adainfer.engine.model.score_head import EarlyScoreHead
@@ -31,9 +30,9 @@ from vllm_adainfer.exits.loop.step import CPU, StepContext
 from vllm_adainfer.offline.calibration.certify.path import threshold_path
 from vllm_adainfer.offline.calibration.certify.queries import Queries
 from vllm_adainfer.offline.calibration.fit.exits import Scored
-from vllm_adainfer.policy.calibrated_policy import CalibratedPolicy
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
-from vllm_adainfer.policy.ranking_policy import RankingPolicy
+from vllm_adainfer.promise.first_documents import loses_document
 
 TOP = TopK(k=5, margin=0.05)
 QUERIES, DOCUMENTS = 60, 20
@@ -115,7 +114,7 @@ class Server:
         )
         artifact = load_artifact(str(policy))
         self.labels = artifact.config.labels
-        own = RankingPolicy(artifact, CPU) if ranks else CalibratedPolicy(artifact, None, CPU)
+        own = Policy(artifact, CPU)
         policies = PolicySet({"default": own})
         self.loop = ExitLoop(SHAPE, policies, ExactKV(), {}, 100, min_rows_saved)
         self.running = RunningRequests(config, self.loop)

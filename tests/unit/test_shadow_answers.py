@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_artifact, tiny_config
+from tests.unit.readings import Compared
 from vllm_adainfer.artifact.config import UNKNOWN_GROUP
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import load_artifact
@@ -17,14 +16,12 @@ from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
 from vllm_adainfer.policy.answers import LabelLogits, LabelScores, ShortlistScores
-from vllm_adainfer.policy.exit_policy import ExitPolicy
-from vllm_adainfer.policy.label_heads import PoolPolicy
-from vllm_adainfer.policy.probabilities import answers_of
-from vllm_adainfer.policy.probability_policy import ProbabilityPolicy
+from vllm_adainfer.policy.policy import Policy
+from vllm_adainfer.promise.probabilities import answers_of
 from vllm_adainfer.settings.engine import Settings
 from vllm_adainfer.watch.watch import Watch
 
-POLICY = SimpleNamespace(disagrees=partial(ExitPolicy.disagrees, None))
+POLICY = Compared()
 
 
 def labels(*scores: float) -> LabelScores:
@@ -135,7 +132,7 @@ def test_probabilities_are_compared_within_the_tolerance(
     """`early` and `full` are both labels' probabilities among them, and the label mass."""
     promises = {"risk": "probability", "tolerance": 0.05, "label_mass": True}
     artifact = load_artifact(str(tiny_artifact(tiny_model, tmp_path / "policy", **promises)))
-    policy = ProbabilityPolicy(artifact, torch.device("cpu"))
+    policy = Policy(artifact, torch.device("cpu"))
     ids, vocabulary = policy.answer_ids, artifact.config.vocab_size
     *labels, mass = torch.tensor(full)
     logits = torch.full((1, vocabulary), -30.0)
@@ -172,7 +169,7 @@ def test_of_a_pool_the_labels_of_the_request_alone_are_compared(
     labels = tuple(Label(name=str(token), token_id=token) for token in (12, 11, 10))
     pool = {"labels": labels, "label_pool": True}
     artifact = load_artifact(str(tiny_artifact(tiny_model, tmp_path / "policy", **pool)))
-    policy = PoolPolicy(artifact, torch.device("cpu"))
+    policy = Policy(artifact, torch.device("cpu"))
     logits = torch.zeros(1, artifact.config.vocab_size)
     logits[0, [10, 12]] = torch.tensor([1.0, 0.5])
     logits[0, best] = 5
@@ -246,11 +243,8 @@ def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
 @pytest.mark.parametrize(
     ("changes", "promise"),
     [
-        ({}, "at most 5 % of the answers changed (confidence 90%)"),
-        (
-            {"risk": "accuracy", "bound": "wsr"},
-            "at most 5 points of accuracy lost (confidence 90%)",
-        ),
+        ({}, "at most 0.05 disagreement (confidence 90%)"),
+        ({"risk": "accuracy", "bound": "wsr"}, "at most 0.05 accuracy lost (confidence 90%)"),
     ],
 )
 @pytest.mark.parametrize("rate", [0, 0.25])

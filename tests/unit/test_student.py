@@ -30,13 +30,13 @@ from vllm_adainfer.engine.worker.served_policies import check_replaces
 from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.load_policy import policy_of
 from vllm_adainfer.policy.own_text import (
     MOST_CHARACTERS,
     MOST_PROMPT_TOKENS,
     OwnText,
     decoding_digest,
 )
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import LabelHead
 from vllm_adainfer.policy.student import BATCH, TextEncoder
@@ -185,7 +185,7 @@ def artifact(request, tiny_model) -> Artifact:
 
 def test_a_policy_decides_before_the_first_layer_by_the_text(artifact):
     config = artifact.config
-    policy = policy_of(artifact, CPU, lambda rows: None)
+    policy = Policy(artifact, CPU)
     texts = [(101, 102, 103), (700, 150)]
     bits = bits_of(frozenset(config.label_ids), config.label_ids)
     rows = UndecidedRows(
@@ -221,7 +221,7 @@ def test_it_is_warmed_up(artifact, monkeypatch):
         return score(self, texts, *subsets)
 
     monkeypatch.setattr(ServedStudent, "score", noting)
-    policies = PolicySet({"a": policy_of(artifact, CPU, lambda rows: None)})
+    policies = PolicySet({"a": Policy(artifact, CPU)})
     warm_up(policies, torch.zeros(3, artifact.config.hidden_size))
     assert asked == list(rows_to_compile_for(3))
 
@@ -253,7 +253,7 @@ def test_both_parts_share_one_encoder(tiny_model):
     pooled = {"probe": "pooled-label-head", "pooled_from": 2, "last_token": last}
     config = tiny_config(tiny_model, **WITH_STUDENT, **pooled)
     parts = Artifact(config, tiny_tensors(config), encoder=student.encoder()).parts("a")
-    own, other = (policy_of(part, CPU, lambda rows: None) for part in parts.values())
+    own, other = (Policy(part, CPU) for part in parts.values())
     pair = zip(*(p._probes[0].encoder.state_dict().values() for p in (own, other)), strict=True)
     assert all(one.data_ptr() == two.data_ptr() for one, two in pair)
     without = config.model_copy(

@@ -35,10 +35,9 @@ from vllm_adainfer.offline.calibration.fit import student as students
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.trained_probes import student_of
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
-from vllm_adainfer.offline.facts.artifact import artifact_facts
-from vllm_adainfer.offline.facts.document import as_text
+from vllm_adainfer.offline.reports.describe import describe
 from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.load_policy import policy_of
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.student import Student, TextEncoder
 
 HINTS = (101, 202)  # a word for each label
@@ -230,7 +229,7 @@ def test_what_is_written_serves_as_it_was_judged(recording, tmp_path, options):
     config = write_artifact(policy, "model", HF_CONFIG, None, tmp_path / "a")
     assert config.student == DESCRIBED
     loaded = load_artifact(str(tmp_path / "a"))
-    serving = policy_of(loaded.parts("a")["a"], torch.device("cpu"), lambda rows: None)
+    serving = Policy(loaded.parts("a")["a"], torch.device("cpu"))
     assert serving.exit_points[0] == 0
     held = recording.rows_of(SPLIT.certify)
     rows = UndecidedRows(
@@ -250,7 +249,7 @@ def test_what_is_written_serves_as_it_was_judged(recording, tmp_path, options):
         "majority_share": 0.5,
         "exit_points": [],
     }
-    assert "tiny-bert" in as_text(artifact_facts(config, details))
+    assert "tiny-bert" in describe(config, details)
     assert config.layers == DEPTH
 
 

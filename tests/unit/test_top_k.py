@@ -12,7 +12,6 @@ import torch
 
 from vllm_adainfer.arrays import Floats
 from vllm_adainfer.artifact.fields import TopK
-from vllm_adainfer.artifact.top_k import loses_document
 from vllm_adainfer.engine.admission import traffic_sample
 from vllm_adainfer.engine.admission.traffic_sample import GroupSample
 from vllm_adainfer.engine.compat.requests import LONGEST, begins_group, request_group
@@ -28,6 +27,7 @@ from vllm_adainfer.offline.calibration.enough_rows import check_queries, check_r
 from vllm_adainfer.offline.calibration.fit.exits import Scored
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import PREFIX_BLOCK, begin_alike, split_of
+from vllm_adainfer.promise.first_documents import loses_document
 from vllm_adainfer.settings.engine import Settings
 
 TOP = TopK(k=2, margin=0.1)

@@ -13,8 +13,8 @@ import pytest
 
 from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.artifact.kinds import Risk
-from vllm_adainfer.artifact.top_k import loses_document
 from vllm_adainfer.engine.compat.requests import request_group
+from vllm_adainfer.promise.first_documents import loses_document
 from vllm_adainfer.watch.intervals import confidence_interval
 from vllm_adainfer.watch.units import (
     EACH_ANSWER,

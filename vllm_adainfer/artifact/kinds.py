@@ -24,10 +24,10 @@ Candidates = Literal["labels", "shortlist", "full"]
 NotCovered = Literal["other_prompt", "unknown_question"]
 
 # A classifier's input: the columns of `adainfer_kernels.ProbeResult.features`, and of
-# `vllm_adainfer.policy.probabilities.features_of`.
+# `vllm_adainfer.promise.probabilities.features_of`.
 FEATURES = ("top_prob", "gap")
 PROBABILITY_FEATURES = ("top_logit", "gap", "mass_logit")
-GATE_FEATURES = ("gate_distance", "gate_margin")  # of `vllm_adainfer.policy.gates.Gates.features`
+GATE_FEATURES = ("gate_distance", "gate_margin")  # of `vllm_adainfer.promise.gates.Gates.features`
 
 
 def features_of_risk(risk: Risk, has_gates: bool) -> tuple[str, ...]:

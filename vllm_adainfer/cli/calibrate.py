@@ -183,8 +183,7 @@ def calibrate(
     from vllm_adainfer.artifact.files import load_details
     from vllm_adainfer.offline.adapter import read_adapter
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
-    from vllm_adainfer.offline.facts.artifact import artifact_facts
-    from vllm_adainfer.offline.facts.document import as_text
+    from vllm_adainfer.offline.reports.describe import describe
 
     request = CalibrationRequest(
         model=model,
@@ -222,5 +221,5 @@ def calibrate(
             by_question=by == "question",
         ),
     )
-    typer.echo(as_text(artifact_facts(run(request), load_details(str(output)))))
+    typer.echo(describe(run(request), load_details(str(output))))
     typer.echo(f"wrote {output}")

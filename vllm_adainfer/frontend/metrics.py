@@ -18,7 +18,7 @@ from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.auto.kind_reports import NO_KIND, OTHERS
 from vllm_adainfer.engine.self_test.parts import PARTS
 from vllm_adainfer.frontend.compat_metrics import observe_many
-from vllm_adainfer.policy.probabilities import MOVES
+from vllm_adainfer.promise.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
 
 _Metric = TypeVar("_Metric", bound=MetricWrapperBase)

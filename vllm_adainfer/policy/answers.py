@@ -28,14 +28,15 @@ class Answers(ABC):
         return replace(self, values=self.values[rows])
 
     @abstractmethod
-    def disagree(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        """Whether each row's best token differs from full depth's, bool [rows].
+    def best(self, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """The best token of each row, int64 [rows].
 
-        Args:
-            logits: [rows, vocabulary] at full depth.
-            head: vLLM's own `compute_logits`, which reads answers that are states.
-
+        `head` is vLLM's own `compute_logits`, which reads answers that are states.
         """
+
+    def best_at_full_depth(self, logits: Tensor) -> Tensor:
+        """The best token that each row may have at full depth; `logits` are [rows, vocabulary]."""
+        return logits.argmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class EarlyStates(Answers):
     """States [rows, hidden size] for the LM head: any token may be the answer."""
 
     @override
-    def disagree(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        return head(self.values).argmax(dim=1) != logits.argmax(dim=1)
+    def best(self, head: Callable[[Tensor], Tensor]) -> Tensor:
+        return head(self.values).argmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,14 @@ class EarlyScores(Answers):
         """The scores of `token_ids`, fp32 [rows, tokens]."""
         return self.values
 
+    @override
+    def best(self, head: Callable[[Tensor], Tensor]) -> Tensor:
+        return best_token(self.scores, self.token_ids)
+
 
 @dataclass(frozen=True)
 class ShortlistScores(EarlyScores):
     """Scores of a shortlist; at full depth any token may be the answer."""
-
-    @override
-    def disagree(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        return best_token(self.scores, self.token_ids) != logits.argmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class LabelScores(EarlyScores):
     """
 
     @override
-    def disagree(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    def best_at_full_depth(self, logits: Tensor) -> Tensor:
         full = logits[:, self.token_ids].masked_fill(self.scores.isneginf(), -torch.inf)
-        return best_token(self.scores, self.token_ids) != best_token(full, self.token_ids)
+        return best_token(full, self.token_ids)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from vllm_adainfer.policy.answers import Answers
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.score import is_chain, score
+from vllm_adainfer.promise.changed import Changed
+from vllm_adainfer.promise.promise import Outcome, Promise
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class ExitPolicy(ABC):
         probe_inputs: what it reads at each exit point.
         branches: by index of the exit point, the branch of each that has one.
         probes: those that the kernels run.
+        promise: what is promised of the answers.
         answers_stand: whether what it has settled is answered early even where the request stays
             to full depth: what it promises holds only so (see `ArtifactConfig.answers_stand`), or
             the early answer spares the LM head a scan of the whole vocabulary.
@@ -95,23 +98,25 @@ class ExitPolicy(ABC):
     probe_inputs: tuple[ProbeInput, ...]
     branches: Mapping[int, Branch] = MappingProxyType({})
     probes: Sequence[Probe] = ()
+    promise: Promise = Changed()
     answers_stand: bool = False
 
     @abstractmethod
     def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
         """Decide which rows are settled at exit point ``exit_points[exit_index]``."""
 
-    def disagrees(
-        self, answers: Answers, logits: Tensor, head: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compare early answers with full depth; arguments as for `Answers.disagree`.
+    def early(self, answers: Answers, head: Callable[[Tensor], Tensor]) -> Outcome:
+        """What rows with these answers are answered with; `head` is as for `Answers.best`."""
+        return Outcome(answers.best(head))
 
-        Returns:
-            whether each answer is wrong, bool [rows], and the largest move of a probability, fp32
-            [rows]; None where the policy promises no probabilities.
+    def full_depth(self, logits: Tensor, answers: Answers | None) -> Outcome:
+        """What rows with these early answers are answered with at full depth.
 
+        `logits` are [rows, vocabulary] at full depth. Rows may have no answers where an order is
+        promised.
         """
-        return answers.disagree(logits, head), None
+        assert answers is not None
+        return Outcome(answers.best_at_full_depth(logits))
 
     def best_labels(self, logits: Tensor, subsets: Tensor | None) -> Tensor:
         """The label that full depth answers with, of a policy with labels.

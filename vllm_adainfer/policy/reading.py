@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-from vllm_adainfer.policy.links import SOFTMAX, Link
 
 
 @dataclass(frozen=True)
@@ -28,9 +25,3 @@ class ProbeView:
     gap: Tensor
     odds: Tensor
     threshold: Tensor
-
-
-def features_among(scores: Tensor, link: Link = SOFTMAX) -> Tensor:
-    """``top_prob`` and ``gap`` among the tokens with finite `scores` [rows, tokens]: [rows, 2]."""
-    first, second = link.probabilities(scores).topk(2).values.unbind(dim=1)
-    return torch.stack([first, first - second], dim=1)

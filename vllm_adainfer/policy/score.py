@@ -6,7 +6,7 @@ An artifact stores a classifier as one fp32 tensor, whose length gives its form:
     [F + 5] one step of a linear-chain CRF: log potentials of the transitions 0->0, 0->1, 1->0,
             1->1 (1 is settled) from the previous exit point, then a linear form (crf)
 
-The features are top_prob and gap, or those of `vllm_adainfer.policy.probabilities`.
+The features are top_prob and gap, or those of `vllm_adainfer.promise.probabilities`.
 
 Scores are log odds of "the answer is final", so one threshold is fair to all exit points.
 """

@@ -12,7 +12,6 @@ from vllm.config import VllmConfig
 
 from vllm_adainfer.artifact.artifact import Artifact, all_parts, digest_of
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.top_k import loses_document
 from vllm_adainfer.engine.compat.requests import request_group
 from vllm_adainfer.engine.runner.ranks import RANKS_DIFFER, read_from_rank0, same_on_all_ranks
 from vllm_adainfer.engine.segments.segments import Stack
@@ -25,10 +24,11 @@ from vllm_adainfer.exits.loop.loop import Loop
 from vllm_adainfer.exits.recording.recorder import Recorder, TunedLensSums
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.exits.recording.state_files import StateFiles
-from vllm_adainfer.policy.load_policy import Policy, policy_of
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.script import ScriptedPolicy
+from vllm_adainfer.promise.first_documents import loses_document
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, Settings
 from vllm_adainfer.watch.units import Grouping
 from vllm_adainfer.watch.watch import Watch
@@ -143,7 +143,7 @@ def policies_of_artifacts(
 ) -> dict[str, Policy]:
     """The policies of all parts of `artifacts`, by name."""
     return {
-        name: policy_of(artifact, model.device, model.logit_lens)
+        name: Policy(artifact, model.device, model.logit_lens)
         for name, artifact in all_parts(artifacts).items()
     }
 

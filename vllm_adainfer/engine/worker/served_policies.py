@@ -19,7 +19,7 @@ from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.scheduler.rest_of_choice import check_tokenizer
 from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.policy.load_policy import Policy
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.watch.watch import Watch
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_adainfer.policy.probabilities import MOVES
+from vllm_adainfer.promise.probabilities import MOVES
 from vllm_adainfer.settings.engine import DEFAULT_POLICY, NO_POLICY
 from vllm_adainfer.watch.watch import Watch
 

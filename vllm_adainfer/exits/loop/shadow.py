@@ -15,7 +15,7 @@ from vllm_adainfer.arrays import AnyArray, Bools, Ints
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.policy.answers import Answers, EarlyScores
 from vllm_adainfer.policy.exit_policy import ExitPolicy
-from vllm_adainfer.policy.ranking_policy import RankingPolicy
+from vllm_adainfer.promise.first_documents import relevance
 from vllm_adainfer.watch.watch import Reading, Watch
 
 logger = logging.getLogger("vllm.adainfer.exits.shadow")  # vLLM shows only loggers under "vllm."
@@ -64,11 +64,14 @@ class ShadowAnswers:
 
         """
         if self.monitor.is_of_queries:
-            self._compare_documents(logits)
+            self._compare_documents(logits, head)
             return
         disagreed = np.zeros(len(self.levels), dtype=np.bool_)
         if self.answers is not None and len(self.requests):
-            wrong, moves = self.policy.disagrees(self.answers, logits[self.requests], head)
+            promise = self.policy.promise
+            early = self.policy.early(self.answers, head)
+            full = self.policy.full_depth(logits[self.requests], self.answers)
+            wrong, moves = promise.wrong(early, full), promise.moves(early, full)
             if moves is not None:
                 self.stats.moved(moves.tolist())
             # On all ranks the same: it may tighten a level, which decides who leaves later.
@@ -81,17 +84,18 @@ class ShadowAnswers:
         if self.monitor.labels:
             self._compare_labels(logits)
 
-    def _compare_documents(self, logits: Tensor) -> None:
+    def _compare_documents(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> None:
         """Note the scores of documents; their queries are counted later, see `Queries`."""
-        assert isinstance(self.policy, RankingPolicy)
         everyone, settled = (
             torch.from_numpy(one).to(logits.device) for one in (self.everyone, self.settled)
         )
-        answers = self.answers if len(self.requests) else None
-        scores = self.policy.relevance(answers, settled, logits[everyone])
-        early, full = self.read(scores).astype(np.float64)
-        self.stats.moved(np.abs(early - full)[self.settled].tolist())
-        self.monitor.compared(self.request_ids, self.levels, early, full)
+        full = relevance(self.policy.full_depth(logits[everyone], None))
+        early = full.clone()
+        if self.answers is not None and len(self.requests):
+            early[settled] = relevance(self.policy.early(self.answers, head))
+        early_scores, scores = self.read(torch.stack([early, full])).astype(np.float64)
+        self.stats.moved(np.abs(early_scores - scores)[self.settled].tolist())
+        self.monitor.compared(self.request_ids, self.levels, early_scores, scores)
 
     def _compare_labels(self, logits: Tensor) -> None:
         """Count answers for each promise about one label; warn of a broken one."""

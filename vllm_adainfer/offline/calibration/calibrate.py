@@ -45,8 +45,8 @@ from vllm_adainfer.offline.calibration.trained_probes import (
 )
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.progress import say
-from vllm_adainfer.policy.gates import Gates
-from vllm_adainfer.policy.links import link_of
+from vllm_adainfer.promise.gates import Gates
+from vllm_adainfer.promise.links import link_of
 
 # How many tokens an exit point can answer with when the vocabulary is open. They make up 87 % of
 # what SmolLM2 writes, and the tokens it is sure of early are common ones: simulated at epsilon

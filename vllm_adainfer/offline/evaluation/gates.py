@@ -12,8 +12,9 @@ from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
 from vllm_adainfer.offline.reports.shares import Share, of_rounds
-from vllm_adainfer.policy.gates import Gates
-from vllm_adainfer.policy.links import Link, link_of
+from vllm_adainfer.promise.gates import Gates
+from vllm_adainfer.promise.links import Link, link_of
+from vllm_adainfer.promise.promise import Outcome
 
 DIGITS = 4  # of the probabilities in the report
 
@@ -43,7 +44,7 @@ def gate_rows(config: ArtifactConfig, groups: Ints, rounds: Rounds) -> dict[str,
     def share(gates: Gates, runs: Sequence[Run], name: str) -> dict[str, Any]:
         pairs = zip(runs, full, strict=True)
         wrong = [
-            gates.wrong(_scores(link, run), _scores(link, other)).double().numpy()
+            gates.wrong(_outcome(link, run), _outcome(link, other)).double().numpy()
             for run, other in pairs
         ]
         value, interval = of_rounds([Share(one, np.ones(len(one)), groups) for one in wrong])
@@ -79,6 +80,11 @@ def gate_rows(config: ArtifactConfig, groups: Ints, rounds: Rounds) -> dict[str,
             for level in config.levels
         ],
     }
+
+
+def _outcome(link: Link, run: Run) -> Outcome:
+    scores = _scores(link, run)
+    return Outcome(scores.argmax(dim=1), scores)
 
 
 def _scores(link: Link, run: Run) -> torch.Tensor:

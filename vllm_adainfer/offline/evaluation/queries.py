@@ -10,11 +10,11 @@ from sklearn.metrics import ndcg_score
 
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.top_k import loses_document, ranked
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.score_labels import YES
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
 from vllm_adainfer.offline.reports.shares import Share, of_rounds
+from vllm_adainfer.promise.first_documents import loses_document, ranked
 
 NDCG_AT = 10
 

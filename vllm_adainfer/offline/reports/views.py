@@ -23,11 +23,11 @@ from vllm_adainfer.offline.calibration.record.collect import record, recording_e
 from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.policy.exit_policy import UndecidedRows
-from vllm_adainfer.policy.load_policy import policy_of
 from vllm_adainfer.policy.own_text import OwnText
+from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.policy.questions import KnownQuestions
-from vllm_adainfer.policy.reading import features_among
+from vllm_adainfer.promise.probabilities import features_among
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def views_of(
         lens = recording.logit_lens
         return lens if head_rows is None else replace(lens, head=Head(head_rows))
 
-    policy = policy_of(artifact, torch.device("cpu"), logit_lens)
+    policy = Policy(artifact, torch.device("cpu"), logit_lens)
     rows, memory, views = torch.tensor([thresholds]), None, []
     place = np.array([prompt])
     for index, (layer, read) in enumerate(

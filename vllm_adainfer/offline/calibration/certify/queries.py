@@ -9,8 +9,8 @@ import numpy as np
 
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.fields import TopK
-from vllm_adainfer.artifact.top_k import loses_document, ranked
 from vllm_adainfer.offline.calibration.certify.path import PathPoint
+from vllm_adainfer.promise.first_documents import loses_document, ranked
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.fit.ridge import CrossValidated, Linear
 from vllm_adainfer.offline.calibration.record.recording import FOLDS
-from vllm_adainfer.policy.links import SOFTMAX, Link
+from vllm_adainfer.promise.links import SOFTMAX, Link
 
 # Small penalties give closer probabilities, but rank answers worse across layers: on the demo
 # model a joint threshold saved up to 15 points less with 0.03 at every layer than with 0.3 to 1.

@@ -31,8 +31,8 @@ from vllm_adainfer.offline.calibration.fit.probes import (
 from vllm_adainfer.offline.calibration.fit.split import Split
 from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
 from vllm_adainfer.policy.branch import Branch
-from vllm_adainfer.policy.links import SOFTMAX
 from vllm_adainfer.policy.score import score
+from vllm_adainfer.promise.links import SOFTMAX
 
 
 @dataclass(frozen=True)

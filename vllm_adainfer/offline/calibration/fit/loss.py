@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.label_subsets import restrict
 from vllm_adainfer.offline.calibration.record.recording import Recording
-from vllm_adainfer.policy.gates import Gates
-from vllm_adainfer.policy.links import SOFTMAX, Link
-from vllm_adainfer.policy.probabilities import LabelProbabilities
+from vllm_adainfer.promise.gates import Gates
+from vllm_adainfer.promise.links import SOFTMAX, Link
+from vllm_adainfer.promise.probabilities import LabelProbabilities
+from vllm_adainfer.promise.promise import Outcome
 
 RightTokens = Sequence[set[int]]  # by prompt
 
@@ -105,8 +107,11 @@ class FullDepthLabels:
 
         def loss(early: ProbeAnswers, full: Ints, rows: Ints) -> Floats:
             assert early.probabilities is not None
-            here, there = early.probabilities.among, self.probabilities.among[rows]
-            wrong = gates.wrong(self.link.scores_of(here), self.link.scores_of(there))
+            best = torch.from_numpy(full)
+            there = self.probabilities.of_rows(torch.from_numpy(rows))
+            wrong = gates.wrong(
+                Outcome(best, labels=early.probabilities), Outcome(best, labels=there)
+            )
             return wrong.numpy().astype(np.float64)
 
         return loss

@@ -33,12 +33,11 @@ from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, ProbeAns
 from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.first_tokens import FirstTokens
-from vllm_adainfer.policy.gates import Gates
-from vllm_adainfer.policy.links import SOFTMAX, Link
-from vllm_adainfer.policy.probabilities import features_of, probabilities_of_scores
 from vllm_adainfer.policy.probe import LabelHead, Probe
-from vllm_adainfer.policy.reading import features_among
 from vllm_adainfer.policy.student import Student
+from vllm_adainfer.promise.gates import Gates
+from vllm_adainfer.promise.links import SOFTMAX, Link
+from vllm_adainfer.promise.probabilities import features_among, features_of, probabilities_of_scores
 
 RIDGE_PENALTIES = (1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
 
@@ -194,7 +193,7 @@ def answers_of_scores(
     tokens = head.token_ids[scores[:, : len(head.token_ids)].argmax(dim=1)].numpy()
     if not head.reads_mass:
         return ProbeAnswers(features_among(scores), tokens)
-    features = features_of(scores, link) if gates is None else gates.features(scores[:, :-1])
+    features = features_of(scores, link) if gates is None else gates.features(scores)
     return ProbeAnswers(features, tokens, probabilities_of_scores(scores, link))
 
 

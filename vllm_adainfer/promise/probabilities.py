@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_adainfer.artifact.label_subsets import restrict
-from vllm_adainfer.policy.links import SOFTMAX, Link
+from vllm_adainfer.promise.links import SOFTMAX, Link
 
 # How far a probability has moved, as buckets of a histogram.
 MOVES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -28,6 +29,15 @@ class LabelProbabilities:
     among: Tensor
     mass: Tensor
 
+    @property
+    def in_vocabulary(self) -> Tensor:
+        """fp32 [rows, labels], their probabilities in the whole vocabulary."""
+        return self.among * self.mass.unsqueeze(1)
+
+    def of_rows(self, rows: Tensor | Sequence[int]) -> LabelProbabilities:
+        """Those of some of the rows, int64."""
+        return LabelProbabilities(self.among[rows], self.mass[rows])
+
     def largest_move(self, other: LabelProbabilities, with_mass: bool) -> Tensor:
         """[rows], the furthest that a probability of `other` is from this one.
 
@@ -37,8 +47,8 @@ class LabelProbabilities:
         if not with_mass:
             return moved
         moved = torch.maximum(moved, (self.mass - other.mass).abs())
-        in_vocabulary, others = (part.among * part.mass.unsqueeze(1) for part in (self, other))
-        return torch.maximum(moved, (in_vocabulary - others).abs().amax(dim=1))
+        in_vocabulary = (self.in_vocabulary - other.in_vocabulary).abs().amax(dim=1)
+        return torch.maximum(moved, in_vocabulary)
 
 
 def probabilities_of_logits(
@@ -57,6 +67,12 @@ def probabilities_of_logits(
 def probabilities_of_scores(scores: Tensor, link: Link = SOFTMAX) -> LabelProbabilities:
     """What a head's scores [rows, labels + 1] say of the labels; -inf is for one not asked for."""
     return LabelProbabilities(link.probabilities(scores[:, :-1]), scores[:, -1].sigmoid())
+
+
+def features_among(scores: Tensor, link: Link = SOFTMAX) -> Tensor:
+    """``top_prob`` and ``gap`` among the tokens with finite `scores` [rows, tokens]: [rows, 2]."""
+    first, second = link.probabilities(scores).topk(2).values.unbind(dim=1)
+    return torch.stack([first, first - second], dim=1)
 
 
 def features_of(scores: Tensor, link: Link = SOFTMAX) -> Tensor:

@@ -1,1 +1,0 @@
-"""What is said of an artifact, as facts, and facts as text and as Markdown."""

@@ -1,0 +1,259 @@
+"""The policy of an artifact: probe -> features -> classifier score -> threshold, at exit points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+from adainfer_kernels import Head
+from torch import Tensor
+from typing_extensions import override
+
+from vllm_adainfer.artifact.artifact import Artifact
+from vllm_adainfer.artifact.kinds import FEATURES, ProbeInput
+from vllm_adainfer.artifact.label_subsets import mask_of, restrict
+from vllm_adainfer.artifact.tensors import served_shape
+from vllm_adainfer.policy.answers import (
+    Answers,
+    EarlyScores,
+    EarlyStates,
+    LabelLogits,
+    LabelScores,
+    ShortlistScores,
+    best_token,
+)
+from vllm_adainfer.policy.branch import Branch, StateEncoder
+from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
+from vllm_adainfer.policy.first_tokens import FirstTokens
+from vllm_adainfer.policy.probe import LabelHead, Probe, lens_of
+from vllm_adainfer.policy.reading import ProbeView
+from vllm_adainfer.policy.score import score
+from vllm_adainfer.policy.student import Student
+from vllm_adainfer.promise.kinds import promise_of
+from vllm_adainfer.promise.probabilities import (
+    features_among,
+    probabilities_of_answers,
+    probabilities_of_logits,
+)
+from vllm_adainfer.promise.promise import Outcome
+
+LINEAR_SHAPE = served_shape("svm", len(FEATURES))
+ScoringProbe: TypeAlias = LabelHead | Student | Branch  # scores the labels, without a kernel
+
+
+class Policy(ExitPolicy):
+    """A probe, a classifier and a threshold at each exit point; the promise says what they are for.
+
+    Attributes:
+        answer_ids: int64 [tokens], the tokens that its answers score; None for all.
+
+    """
+
+    answer_ids: Tensor | None
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        device: torch.device,
+        logit_lens: Callable[[Tensor | None], Probe] | None = None,
+    ) -> None:
+        """Load the fitted tensors of `artifact`, or of one of its parts, onto `device`.
+
+        `logit_lens` gives that of the served model, with its LM head (None) or with the rows given,
+        [n, head size]; label heads need none.
+
+        Raises:
+            AdaInferError: a student cannot be built, see `Student.of`.
+
+        """
+        config = artifact.config
+        tensors = {name: tensor.to(device) for name, tensor in artifact.tensors.items()}
+        self.exit_points = config.exit_points
+        self.num_threshold_rows = config.num_threshold_rows
+        self.probe_inputs = config.probe_inputs
+        self.promise = promise_of(config)
+        self.answer_ids = tensors.get("shortlist")
+        self._answers: type[EarlyScores] = ShortlistScores
+        if config.candidates == "labels":
+            self.answer_ids = torch.tensor(config.label_ids, device=device)
+            self._answers = LabelLogits if self.promise.reads_probabilities else LabelScores
+        self.answers_stand = config.answers_stand or "shortlist" in tensors
+        self._pool = config.label_pool
+        self._columns = torch.arange(len(config.labels), device=device)
+        self._first_tokens: FirstTokens | None = None
+        if config.choices:
+            self._first_tokens = FirstTokens.of(config.choices, config.undecided, device)
+        self._thresholds = tensors["thresholds"].float().T.contiguous()  # [exit points, rows]
+        self._classifiers = [
+            tensors[f"exit.{layer}.classifier"].float() for layer in self.exit_points
+        ]
+        self._never_early: Tensor | None = None  # bool [labels]
+        if config.never_settled:
+            never = [column in config.never_settled for column in range(len(config.labels))]
+            self._never_early = torch.tensor(never, device=device)
+        lens = None
+        if not config.has_label_heads:
+            assert logit_lens is not None, "the probes need the model's own head"
+            lens = logit_lens(artifact.tensors.get("head_rows"))
+            if "head_rows" in tensors:
+                head = Head(tensors["head_rows"])
+                lens = replace(lens, head=head, token_ids=self.answer_ids, shards=None)
+        self._probes = [
+            self._probe(artifact, layer, read, tensors_of(tensors, f"exit.{layer}."), lens)
+            for layer, read in zip(self.exit_points, self.probe_inputs, strict=True)
+        ]
+        self.branches = {i: one for i, one in enumerate(self._probes) if isinstance(one, Branch)}
+        self.probes = [probe for probe in self._probes if isinstance(probe, Probe)]
+
+    def _probe(
+        self,
+        artifact: Artifact,
+        layer: int,
+        read: ProbeInput,
+        own: Mapping[str, Tensor],
+        lens: Probe | None,
+    ) -> Probe | ScoringProbe:
+        """The probe of an exit point, whose tensors are `own`."""
+        if lens is not None:
+            return replace(lens, lens=lens_of(own))
+        ids = self.answer_ids
+        assert ids is not None, "label heads score labels"
+        weight, bias = own["head_weight"], own["head_bias"]
+        trained = read in (ProbeInput.TEXT, ProbeInput.OWN_STATES)
+        if not (trained or self._pool or self.promise.reads_probabilities):
+            return Probe(Head(weight, bias), token_ids=ids)
+        head = LabelHead(weight.float(), bias.float(), ids)
+        if read is ProbeInput.TEXT:
+            return Student.of(artifact, head, ids.device)
+        if read is ProbeInput.OWN_STATES:
+            encoder = tensors_of(artifact.tensors, f"exit.{layer}.branch.")
+            return Branch(StateEncoder.of(encoder, ids.device), head)
+        return head
+
+    @override
+    def decide(self, exit_index: int, rows: UndecidedRows) -> Decision:
+        probe, classifier = self._probes[exit_index], self._classifiers[exit_index]
+        threshold = self._thresholds[exit_index][rows.threshold_rows]
+        if isinstance(probe, Probe):
+            decision = self._read_by_kernel(probe, classifier, threshold, rows)
+        else:
+            scores = self._scores(probe, rows)
+            features, answers = self.promise.features(scores), self.promise.answers(scores)
+            decision = Decision.by_score(
+                features, classifier, threshold, rows.memory, self._scored(answers)
+            )
+        if self._never_early is None:
+            return decision
+        assert isinstance(decision.answers, EarlyScores)
+        scores = decision.answers.scores
+        best = scores >= scores.amax(dim=1, keepdim=True)  # the sampler breaks ties
+        runs_on = (best & self._never_early).any(dim=1)
+        return replace(decision, settled=decision.settled & ~runs_on)
+
+    def _read_by_kernel(
+        self, probe: Probe, classifier: Tensor, threshold: Tensor, rows: UndecidedRows
+    ) -> Decision:
+        """Decide by the best token, with a probe that a kernel runs."""
+        readout, is_linear = probe.readout(rows.hidden), classifier.shape == LINEAR_SHAPE
+        if is_linear and self.answer_ids is not None:
+            settled, scores = probe.settle(readout, classifier, threshold)
+            return Decision(settled, self._scored(scores))
+        result = probe.score(
+            readout,
+            classifier=classifier if is_linear else None,
+            threshold=threshold if is_linear else None,
+            return_scores=self.answer_ids is not None,
+        )
+        answers: Answers = EarlyStates(readout)
+        if self.answer_ids is not None:
+            assert result.scores is not None
+            answers = self._scored(result.scores)
+        if result.settled is not None:  # the kernel has applied a linear classifier
+            return Decision(result.settled, answers)
+        return Decision.by_score(result.features, classifier, threshold, rows.memory, answers)
+
+    def _scored(self, values: Tensor) -> Answers:
+        assert self.answer_ids is not None
+        return self._answers(values, self.answer_ids)
+
+    def _scores(self, probe: ScoringProbe, rows: UndecidedRows) -> Tensor:
+        """The scores of a probe for `rows`, see `LabelHead.score`."""
+        subsets = self._named(rows.subsets)
+        if isinstance(probe, Student):
+            return probe.score(rows.texts, subsets)
+        if isinstance(probe, Branch):
+            return probe.score(rows.hidden, rows.lens, subsets)
+        return probe.score(rows.hidden, subsets)
+
+    def _named(self, subsets: Tensor | None) -> Tensor | None:
+        """bool [rows, labels], the labels that each row names; None if all name all."""
+        if not self._pool:
+            return None
+        assert subsets is not None
+        return mask_of(subsets, self._columns)
+
+    def view(self, exit_index: int, rows: UndecidedRows) -> ProbeView:
+        """What `decide` bases its decision on."""
+        probe, ids = self._probes[exit_index], self.answer_ids
+        if isinstance(probe, Probe):
+            result = probe.score(probe.readout(rows.hidden))
+            tokens, features = result.top1_id, result.features
+            shown = features
+        else:
+            assert ids is not None
+            scores = self._scores(probe, rows)
+            labels, features = scores[:, : len(ids)], self.promise.features(scores)
+            tokens, shown = ids[labels.argmax(dim=1)], features_among(labels, self.promise.link)
+        return ProbeView(
+            tokens=tokens,
+            top_prob=shown[:, 0],
+            gap=shown[:, 1],
+            odds=score(features, self._classifiers[exit_index], rows.memory),
+            threshold=self._thresholds[exit_index][rows.threshold_rows],
+        )
+
+    @override
+    def early(self, answers: Answers, head: Callable[[Tensor], Tensor]) -> Outcome:
+        if self._first_tokens is not None:  # choices, by their places
+            return Outcome(answers.values.argmax(dim=1))
+        if not isinstance(answers, LabelLogits):
+            return super().early(answers, head)
+        labels = None
+        if self.promise.reads_values:
+            labels = probabilities_of_answers(
+                answers.values, self.promise.vocabulary, self.promise.link
+            )
+        return Outcome(answers.best(head), answers.scores, labels)
+
+    @override
+    def full_depth(self, logits: Tensor, answers: Answers | None) -> Outcome:
+        if self._first_tokens is not None:  # before the request's grammar masks the logits
+            return Outcome(self.best_labels(logits, None))
+        if not self.promise.reads_probabilities:
+            return super().full_depth(logits, answers)
+        subsets = None
+        if self._pool:
+            assert isinstance(answers, EarlyScores)
+            subsets = answers.scores.isfinite()
+        ids = self.answer_ids
+        assert ids is not None
+        own = restrict(logits[:, ids].float(), subsets)
+        labels = None
+        if self.promise.reads_values:
+            labels = probabilities_of_logits(logits, ids, subsets, self.promise.link)
+        is_label = own.amax(dim=1) >= logits.amax(dim=1)
+        return Outcome(best_token(own, ids), own, labels, is_label)
+
+    @override
+    def best_labels(self, logits: Tensor, subsets: Tensor | None) -> Tensor:
+        if self._first_tokens is not None:
+            return self._first_tokens.decided_by(logits[:, self._first_tokens.token_ids])
+        assert self.answer_ids is not None
+        return restrict(logits[:, self.answer_ids], self._named(subsets)).argmax(dim=1)
+
+
+def tensors_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those of `tensors` whose names begin with `prefix`, by the rest of the name."""
+    return {n.removeprefix(prefix): one for n, one in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,1 @@
+"""What a policy promises about its answers, one file for each kind. Never imports vLLM."""

@@ -1,0 +1,57 @@
+"""A promise about the values of probabilities: how often one moves too far."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from typing_extensions import override
+
+from vllm_adainfer.promise.links import SOFTMAX, Link
+from vllm_adainfer.promise.promise import Outcome, Promise
+
+
+class Tolerance(Promise):
+    """In at most epsilon of the answers a label's probability moves by more than the tolerance.
+
+    Where one label holds, another best one is wrong, too. With the label mass, probabilities in the
+    whole vocabulary count, and an answer is also wrong if the best token of all is no label.
+
+    Attributes:
+        tolerance: how far a probability may move.
+
+    """
+
+    risk = "probability"
+    reads_values = True
+
+    def __init__(
+        self, tolerance: float, link: Link = SOFTMAX, vocabulary: int | None = None
+    ) -> None:
+        """See the class; `vocabulary` is its size with the label mass, None without it."""
+        self.tolerance, self.link, self.vocabulary = tolerance, link, vocabulary
+
+    @override
+    def wrong(self, early: Outcome, full: Outcome) -> Tensor:
+        wrong = ~(self.moves(early, full) <= self.tolerance)
+        if self.link.one_holds:
+            wrong |= early.best != full.best
+        if self.vocabulary is not None:
+            assert full.is_label is not None
+            wrong |= ~full.is_label
+        return wrong
+
+    @override
+    def moves(self, early: Outcome, full: Outcome) -> Tensor:
+        assert early.labels is not None
+        assert full.labels is not None
+        return early.labels.largest_move(full.labels, self.vocabulary is not None)
+
+    @override
+    def words(self) -> str:
+        far = f"by more than {self.tolerance:g}"
+        if not self.link.one_holds:
+            return f"a label's probability that moves {far}"
+        where = "" if self.vocabulary is None else " (among the labels or in the whole vocabulary)"
+        return (
+            f"another best label than full depth's, or a label's probability{where} that moves "
+            f"{far}"
+        )
