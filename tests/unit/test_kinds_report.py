@@ -120,7 +120,7 @@ def test_the_rest_and_pool_candidates_are_told(served):
         in output
     )
     assert "Pool candidate: 20 requests name 20 different sets of 21 labels" in output
-    assert "Not promised" not in output
+    assert "long-run bound" not in output
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_the_ledger_says_what_is_promised_and_what_is_not(served):
     assert served.ran().endswith(
         f"Since 3 May 2026 this server got 48,120 requests of kind {served.names[LABEL]}; at most "
         "700 (1.5%) were answered otherwise than at full depth (confidence 90%, at every moment, "
-        "for any traffic).\n\nNot promised: anything about the next hour alone, about a part of "
-        "the requests, or about the model's accuracy.\n"
+        "for any traffic).\n\nThis is a long-run bound over all of them: it says nothing of a "
+        "single hour, a subset of the requests, or accuracy.\n"
     )
 
 

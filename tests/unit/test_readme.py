@@ -49,3 +49,10 @@ def test_the_table_of_models_has_the_architectures_that_are_served_and_what_test
     rows = [line.split("|") for line in section.splitlines() if line.startswith("| ")][1:]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row[2])} == MODELS.keys()
     assert {name.strip() for row in rows for name in row[3].split(",")} == FAMILIES.keys()
+
+
+def test_each_section_of_the_results_says_where_and_when_it_was_measured():
+    part = readme_table.pages()[readme_table.RESULTS]
+    _, *sections = re.split(r"^## ", part, flags=re.M)
+    assert sections
+    assert not [one.splitlines()[0] for one in sections if "\n*Measured: " not in one]

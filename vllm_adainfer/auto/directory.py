@@ -1,20 +1,21 @@
-"""The directory of a server that calibrates itself: what lies where, for its user alone.
+"""The directory of a server that calibrates itself: its files, readable by its user alone.
 
 DIR/salt                      the key of the kinds' names
-DIR/kinds.json                what each kind is, and how many requests came (scheduler)
+DIR/kinds.json                the content of each kind, and its number of requests (scheduler)
 DIR/model.json, model.safetensors      facts and LM head of the served model (worker)
 DIR/KIND/rows/NUMBER.safetensors       recorded rows (worker), deleted once certified (trainer)
 DIR/KIND/trainer.json         the tries to certify a policy (trainer)
 DIR/KIND/policy-NUMBER/       a certified artifact (trainer)
 DIR/KIND/ledger.json          the ledger (worker)
-DIR/current.json              which policy of each kind to serve (trainer)
+DIR/current.json              the policy of each kind to serve (trainer)
 DIR/index.html                a page of all this (trainer, or `vllm-adainfer kinds --page`)
-DIR/KIND/bad.json             which policy is quarantined (worker)
-DIR/identity.json             what all else is for: weights, exit points, promise (worker)
-DIR/events.jsonl              what happened when, for the page (anyone appends a line)
-DIR/events-before.jsonl       what happened before that
+DIR/KIND/bad.json             the policy that is quarantined (worker)
+DIR/identity.json             identity of the server: weights, exit points, promise. Everything else
+                              here is valid for it alone (worker)
+DIR/events.jsonl              dated events, for the page (anyone appends a line)
+DIR/events-before.jsonl       earlier events
 DIR/server.lock, trainer.lock, counts.lock    held by worker, trainer and scheduler: their ids
-DIR/trainer.log               what the trainer says
+DIR/trainer.log               output of the trainer
 """
 
 from __future__ import annotations

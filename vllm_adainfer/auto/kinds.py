@@ -37,7 +37,7 @@ class Kind:
         if self.adapter is not None:
             return "only kinds of the base model get a policy: calibrate this adapter yourself"
         if self.reads == "probabilities":
-            return "probabilities get no policy by themselves: calibrate with --tolerance or --gate"
+            return "not calibrated automatically: calibrate with --tolerance or --gate"
         if len(self.labels or self.choices) < 2:
             return "there is nothing to choose from"
         return None

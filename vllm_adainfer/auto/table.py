@@ -72,10 +72,10 @@ class KindCount:
 
 
 class KindTable:
-    """The kinds that came lately, and all requests of the server.
+    """The kinds seen recently, and all requests of the server.
 
     New kinds and recurring ones are kept apart, so that a flood of new kinds, such as lists unique
-    to a request, drives out new kinds alone. Of each sort, the one that came least lately goes.
+    to a request, evicts only new kinds. Each part evicts its least recently seen kind.
 
     In a server that runs every layer for every token, a kind's share of the token rows is its share
     of the token-layers.

@@ -52,11 +52,11 @@ class OwnText:
         self._most_characters = MOST_CHARACTERS * student.most_tokens
 
     def tokens_of(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        """The student's tokens for a prompt; empty for one that the student is not asked about.
+        """The student's tokens for a prompt; empty for one that skips the student.
 
-        It is not where the prompt lacks the shared tokens, because these may ask another question,
-        which the student does not read; nor where the prompt has no text of its own, or bytes that
-        are no text. Long texts are cut, the same way in calibration and in serving.
+        Prompts without the shared tokens skip it, because they may ask another question, which the
+        student does not read. So do prompts with no text of their own, or with invalid UTF-8. Long
+        texts are cut, in the same way in calibration and in serving.
         """
         if not self._shared.are_in(prompt):
             return ()

@@ -56,7 +56,7 @@ class AdaInferGPUWorker(ExitWorker, WarmedUp, Worker):
         model.loop.reset_counters()  # of vLLM's warm-up
 
     def self_test(self) -> None:
-        """Compare what will serve with plain ways; once for the same device, versions and model."""
+        """Check the fast paths; once for the same device, versions and model."""
         runner = self.model_runner
         passed = Passed.of(runner)
         if same_on_all_ranks(passed.exists) and passed.exists:

@@ -1,4 +1,4 @@
-"""The trainer's process: one a directory, on one thread, and only where nobody else computes."""
+"""The trainer: one process per directory, single-threaded, scheduled only on idle cores."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def give_way() -> None:
-    """Run only where no other process wants to, or with the least priority; die first."""
+    """Use idle priority (or nice 19), and be the first process that the OOM killer ends."""
     try:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     except OSError:

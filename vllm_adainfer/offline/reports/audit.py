@@ -122,7 +122,7 @@ def summed_up(lines: Iterable[Line]) -> str:
         for key, found in sorted(sums.items())
     ]
     columns = ["policy", "artifact", "epsilon", "requests"]
-    columns += ["tokens, early", "full depth", "shadow", "layers saved for the last row"]
+    columns += ["tokens, early", "full depth", "shadow", "layers saved, last token"]
     parts = [text_table(columns, rows, 2)] if rows else ["no request has ended with an answer"]
     parts += [
         f"{count} requests ended without an answer ({reason})"

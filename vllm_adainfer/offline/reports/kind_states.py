@@ -18,8 +18,8 @@ SHOWN_ANSWERS = 6
 SHOWN_CHARACTERS = 20  # of each answer
 CONFIDENCE = 0.9  # of a ledger that names none
 NOT_PROMISED = (
-    "Not promised: anything about the next hour alone, about a part of the requests, or about the "
-    "model's accuracy."
+    "This is a long-run bound over all of them: it says nothing of a single hour, a subset of the "
+    "requests, or accuracy."
 )
 Texts = Callable[[int], str]
 
