@@ -28,7 +28,7 @@ from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import load_prompts
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
-from vllm_adainfer.offline.evaluation.probabilities import default_level
+from vllm_adainfer.offline.evaluation.promised import default_level
 from vllm_adainfer.offline.tables import markdown_table
 
 

@@ -47,8 +47,7 @@ from vllm_adainfer.offline.calibration.record.recording import Recording
 from vllm_adainfer.offline.calibration.recordings import record_prompts
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config
 from vllm_adainfer.offline.evaluation.by_label import label_rows
-from vllm_adainfer.offline.evaluation.gates import gate_rows
-from vllm_adainfer.offline.evaluation.probabilities import probability_rows
+from vllm_adainfer.offline.evaluation.promised import bounded_rows, promised_rows
 from vllm_adainfer.offline.evaluation.requests import promised_output
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
@@ -216,10 +215,8 @@ def wrong(
         return found
     by_epsilon = {level.epsilon: ours for level in config.levels} | {NEVER_EXIT: never}
     pairs = [(rounds[0].stock[kind], by_epsilon)]
-    if config.gates:
-        levels = gate_rows(config, groups, pairs)["levels"]
-    else:
-        levels = probability_rows(config, examples, groups, pairs)["levels"]
+    levels = bounded_rows(promised_rows(config, examples, groups, pairs))
+    assert levels is not None
     return {key: levels[0][key] for key in ("wrong", "wrong_95")}
 
 

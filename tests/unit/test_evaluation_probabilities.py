@@ -12,13 +12,10 @@ from sklearn.metrics import brier_score_loss
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.offline.evaluation.probabilities import (
     BINS,
-    MOVES,
     among_labels,
     brier_score,
-    compare_probabilities,
     expected_calibration_error,
     label_mass,
-    largest_moves,
     reliability,
 )
 from vllm_adainfer.offline.evaluation.run import Logprobs
@@ -89,8 +86,7 @@ def test_the_brier_score_sums_over_the_labels():
 )
 def test_probabilities_are_never_outside_0_to_1_and_add_up(logprobs):
     among, mass = among_labels(logprobs), label_mass(logprobs)
-    moves = largest_moves(logprobs, np.roll(logprobs, 1, axis=0), in_vocabulary=True)
-    for values in among, mass, moves:
+    for values in among, mass:
         assert ((values >= 0) & (values <= 1)).all()
     assert among.sum(axis=1) == pytest.approx(1)
 
@@ -100,45 +96,3 @@ def test_the_probabilities_among_the_labels_times_the_mass_are_those_in_the_voca
     assert label_mass(logprobs) == pytest.approx([0.8, 0.0035])
     product = among_labels(logprobs) * label_mass(logprobs)[:, None]
     assert product == pytest.approx(np.exp(logprobs))
-
-
-FULL = logs([0.6, 0.3], [0.45, 0.45], [0.8, 0.1])
-
-
-@pytest.mark.parametrize(
-    ("answers", "in_vocabulary", "move"),
-    [
-        (logs([0.3, 0.15]), False, 0),  # halved, yet the same among the labels
-        (logs([0.3, 0.15]), True, 0.45),  # their mass was .9
-        (logs([0.45, 0.45]), False, 2 / 3 - 1 / 2),
-        (logs([0.45, 0.45]), True, 2 / 3 - 1 / 2),  # more than .15 in the vocabulary
-        (logs([0.3, 0.6]), True, 1 / 3),
-    ],
-)
-def test_a_move_is_the_largest_of_those_that_the_promise_is_about(answers, in_vocabulary, move):
-    found = largest_moves(answers, FULL[:1], in_vocabulary)
-    assert found == pytest.approx([move], abs=1e-6)
-
-
-NO_LABEL = np.array([False, False, True])
-
-
-def test_answers_are_wrong_by_label_by_move_and_where_no_label_was_best():
-    answers = logs([0.3, 0.6], [0.5, 0.4], [0.8, 0.1])
-    strict = compare_probabilities(answers, FULL, 0.05, True, NO_LABEL)
-    assert strict.label_differs.mean() == pytest.approx(1 / 3)
-    assert strict.wrong.all()
-    loose = compare_probabilities(answers, FULL, 0.06, True, NO_LABEL)
-    assert loose.wrong.mean() == pytest.approx(2 / 3)
-    among = compare_probabilities(answers, FULL, 0.06, False, NO_LABEL)
-    assert among.wrong.mean() == pytest.approx(1 / 3)
-
-
-def test_moves_are_summed_up_by_mean_95th_percentile_and_maximum():
-    full = np.repeat(logs([0.9, 0.1]), 100, axis=0)
-    answers = logs(*([0.9 - step / 1000, 0.1 + step / 1000] for step in range(100)))
-    found = compare_probabilities(answers, full, 0.0505, False, np.zeros(100, dtype=bool))
-    wanted = {"move_mean": 0.0495, "move_p95": 0.09405, "move_max": 0.099}
-    assert {name: of(found.moves) for name, of in MOVES.items()} == pytest.approx(wanted, abs=1e-6)
-    assert not found.label_differs.any()
-    assert found.wrong.mean() == pytest.approx(0.49)

@@ -18,7 +18,7 @@ from vllm_adainfer.cli.promises import gates_of
 from vllm_adainfer.engine.admission.requested_output import OutputKind, RequestedOutput
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.evaluation.gates import gate_rows
+from vllm_adainfer.offline.evaluation.promised import promised_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.reports import figures
 from vllm_adainfer.offline.reports.describe_report import _gates
@@ -182,7 +182,7 @@ def test_evaluate_counts_by_gate_and_the_page_shows_both_probabilities(tiny_mode
         return Run(1.0, [[1]] * rows, logprobs=logprobs)
 
     rounds = [(run(full), {NEVER_EXIT: run(full), strict: run(full), ours: run(early)})]
-    found = gate_rows(config, np.arange(rows), rounds)
+    found = promised_rows(config, [], np.arange(rows), rounds)["gates"]
     assert [one["label"] for one in found["gates"]] == ["bad", "the best label"]
     assert found["stock"]["wrong"] == found["levels"][0]["wrong"] == 0
     level, sides = found["levels"][1], []

@@ -23,20 +23,24 @@ class LabelProbabilities:
         among: fp32 [rows, labels], their probabilities among themselves, which sum to 1; or where
             any number of labels may hold, that of each.
         mass: fp32 [rows], the sum of their probabilities in the whole vocabulary.
+        known: fp32 [rows, labels], those in the whole vocabulary, where they are known by
+            themselves; None where they are the product of both.
 
     """
 
     among: Tensor
     mass: Tensor
+    known: Tensor | None = None
 
     @property
     def in_vocabulary(self) -> Tensor:
         """fp32 [rows, labels], their probabilities in the whole vocabulary."""
-        return self.among * self.mass.unsqueeze(1)
+        return self.among * self.mass.unsqueeze(1) if self.known is None else self.known
 
     def of_rows(self, rows: Tensor | Sequence[int]) -> LabelProbabilities:
         """Those of some of the rows, int64."""
-        return LabelProbabilities(self.among[rows], self.mass[rows])
+        known = None if self.known is None else self.known[rows]
+        return LabelProbabilities(self.among[rows], self.mass[rows], known)
 
     def largest_move(self, other: LabelProbabilities, with_mass: bool) -> Tensor:
         """[rows], the furthest that a probability of `other` is from this one.

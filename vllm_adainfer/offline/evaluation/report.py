@@ -19,9 +19,7 @@ from vllm_adainfer.files import PUBLIC, replace_file
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit.split import groups_of
 from vllm_adainfer.offline.evaluation.by_label import label_rows
-from vllm_adainfer.offline.evaluation.gates import gate_rows
-from vllm_adainfer.offline.evaluation.probabilities import default_level, probability_rows
-from vllm_adainfer.offline.evaluation.queries import query_rows
+from vllm_adainfer.offline.evaluation.promised import bounded_rows, default_level, promised_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run
 from vllm_adainfer.offline.evaluation.sequences import Tokens, differing
 from vllm_adainfer.offline.provenance import provenance
@@ -35,6 +33,12 @@ from vllm_adainfer.offline.reports.shares import (
 
 # For each risk, the measured share that the bound is about.
 BOUNDED = {"disagreement": "disagreement", "probability": "wrong", "accuracy": "accuracy_lost"}
+# Which answers break a promise, by the part of the report about it.
+BROKEN = {
+    "probabilities": "beyond the tolerance of {tolerance:g}",
+    "gates": "on the other side of a gate",
+    "queries": "of the queries lose a document",
+}
 RightIn = Callable[[Sequence[Tokens]], Sequence[bool] | None]
 
 
@@ -60,24 +64,9 @@ def build_report(
     measured = _Measured(config, examples, right_in, rounds)
     never = measured.at(NEVER_EXIT)
     levels = [measured.level(level.epsilon) for level in config.levels]
-    promise: dict[str, Any] = {}
-    bounded = levels
-    if config.gates:
-        promise = {"risk": config.risk, "gates": gate_rows(config, measured.groups, rounds)}
-        bounded = promise["gates"]["levels"]
-    elif config.top_k is not None:
-        queries = query_rows(config, examples, measured.groups, rounds)
-        promise, bounded = {"risk": config.risk, "queries": queries}, queries["levels"]
-    elif config.risk == "probability":
-        promise = {
-            "risk": config.risk,
-            "tolerance": config.tolerance,
-            "label_mass": config.label_mass,
-            "probabilities": probability_rows(config, examples, measured.groups, rounds),
-        }
-        bounded = promise["probabilities"]["levels"]
+    promised = promised_rows(config, examples, measured.groups, rounds)
     name = BOUNDED[config.risk]
-    for row, risk in zip(levels, bounded, strict=True):
+    for row, risk in zip(levels, bounded_rows(promised) or levels, strict=True):
         if name in risk:
             row["verdict"] = verdict(risk[name], risk[f"{name}_95"], row["epsilon"])
     [default] = [row for row in levels if row["epsilon"] == config.epsilon]
@@ -104,7 +93,7 @@ def build_report(
             }
             for row in levels
         ],
-        **promise,
+        **promised,
         "provenance": provenance(),
     }
 
@@ -220,17 +209,9 @@ class _Measured:
 def summary_line(report: Mapping[str, Any]) -> str:
     """The report in one line, for a terminal."""
     shares = [f"disagreement {share_in(report, 'disagreement')}"]
-    if "probabilities" in report:
-        wrong = share_in(default_level(report), "wrong")
-        shares.append(f"{wrong} beyond the tolerance of {report['tolerance']:g}")
-    if "gates" in report:
-        levels = report["gates"]["levels"]
-        [default] = [row for row in levels if row["epsilon"] == report["epsilon"]]
-        shares.append(f"{share_in(default, 'wrong')} on the other side of a gate")
-    if "queries" in report:
-        levels = report["queries"]["levels"]
-        [default] = [row for row in levels if row["epsilon"] == report["epsilon"]]
-        shares.append(f"{share_in(default, 'wrong')} of the queries lose a document")
+    for name, broken in BROKEN.items():
+        if name in report:
+            shares.append(f"{share_in(default_level(report), 'wrong')} {broken.format(**report)}")
     if "accuracy_lost" in report:
         shares.append(f"accuracy lost {share_in(report, 'accuracy_lost')}")
     result = report.get("verdict", f"bound {report['epsilon']:.1%} on the accuracy lost")
