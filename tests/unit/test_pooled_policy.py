@@ -9,7 +9,7 @@ import torch
 from prometheus_client import REGISTRY
 
 from tests.tiny import tiny_config, tiny_tensors
-from tests.unit.test_describe import DETAILS
+from tests.unit.test_artifact_facts import DETAILS
 from vllm_adainfer.artifact.artifact import Artifact, all_parts
 from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import LastToken, Level, Question
@@ -17,7 +17,8 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.frontend.metrics import EngineMetrics, Series
-from vllm_adainfer.offline.reports.describe import describe
+from vllm_adainfer.offline.facts.artifact import artifact_facts
+from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.offline.reports.views import deciding_part, threshold_row
 from vllm_adainfer.settings.engine import Settings
 
@@ -172,9 +173,9 @@ def test_it_says_what_becomes_of_prompts_that_it_does_not_see_as_a_whole(
     tiny_model, changes, said, logged
 ):
     config = tiny_config(tiny_model, **changes)
-    assert said in describe(config, DETAILS)
+    assert said in as_text(artifact_facts(config, DETAILS))
     assert logged in policy_banner("a", config, Settings(artifact="a"))
-    assert said not in describe(tiny_config(tiny_model), DETAILS)
+    assert said not in as_text(artifact_facts(tiny_config(tiny_model), DETAILS))
 
 
 @pytest.mark.parametrize(("length", "points"), [(POOLED_FROM, (2, 3)), (9, (0, 2, 5))])

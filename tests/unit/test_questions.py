@@ -40,7 +40,8 @@ from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_tensors,
     question_rows,
 )
-from vllm_adainfer.offline.reports.describe import describe
+from vllm_adainfer.offline.facts.artifact import artifact_facts
+from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.questions import KnownQuestions
@@ -198,7 +199,7 @@ def test_the_report_says_what_each_question_promises(policy):
         "rows": 1, "prompts": 1, "rows_held_out": 1, "seed": 0, "majority_share": 0.5,
         "exit_points": [], "questions": rows,
     }  # fmt: skip
-    text = describe(config, details)
+    text = as_text(artifact_facts(config, details))
     assert "The bound holds for each question separately" in text
     assert "question 2 *" in text
     assert "for each of 2 questions, others run all layers" in policy_banner(

@@ -243,8 +243,11 @@ def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
 @pytest.mark.parametrize(
     ("changes", "promise"),
     [
-        ({}, "at most 0.05 disagreement (confidence 90%)"),
-        ({"risk": "accuracy", "bound": "wsr"}, "at most 0.05 accuracy lost (confidence 90%)"),
+        ({}, "at most 5 % of the answers changed (confidence 90%)"),
+        (
+            {"risk": "accuracy", "bound": "wsr"},
+            "at most 5 points of accuracy lost (confidence 90%)",
+        ),
     ],
 )
 @pytest.mark.parametrize("rate", [0, 0.25])

@@ -35,7 +35,8 @@ from vllm_adainfer.offline.calibration.fit import student as students
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.trained_probes import student_of
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
-from vllm_adainfer.offline.reports.describe import describe
+from vllm_adainfer.offline.facts.artifact import artifact_facts
+from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.student import Student, TextEncoder
@@ -249,7 +250,7 @@ def test_what_is_written_serves_as_it_was_judged(recording, tmp_path, options):
         "majority_share": 0.5,
         "exit_points": [],
     }
-    assert "tiny-bert" in describe(config, details)
+    assert "tiny-bert" in as_text(artifact_facts(config, details))
     assert config.layers == DEPTH
 
 

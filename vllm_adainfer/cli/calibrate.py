@@ -183,7 +183,8 @@ def calibrate(
     from vllm_adainfer.artifact.files import load_details
     from vllm_adainfer.offline.adapter import read_adapter
     from vllm_adainfer.offline.calibration.calibrate import calibrate as run
-    from vllm_adainfer.offline.reports.describe import describe
+    from vllm_adainfer.offline.facts.artifact import artifact_facts
+    from vllm_adainfer.offline.facts.document import as_text
 
     request = CalibrationRequest(
         model=model,
@@ -221,5 +222,5 @@ def calibrate(
             by_question=by == "question",
         ),
     )
-    typer.echo(describe(run(request), load_details(str(output))))
+    typer.echo(as_text(artifact_facts(run(request), load_details(str(output)))))
     typer.echo(f"wrote {output}")

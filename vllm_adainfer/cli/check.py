@@ -27,7 +27,8 @@ def inspect(
 ) -> None:
     """Print what an artifact is for and what it promises."""
     from vllm_adainfer.artifact.files import load_artifact_config, load_details
-    from vllm_adainfer.offline.reports.describe import describe
+    from vllm_adainfer.offline.facts.artifact import artifact_facts
+    from vllm_adainfer.offline.facts.document import as_text
     from vllm_adainfer.offline.reports.installed import check_installed
 
     if html is not None:
@@ -38,7 +39,7 @@ def inspect(
         from vllm_adainfer.offline.reports.contents import artifact_page
 
         write_whole(html, artifact_page(config, details).html())
-    typer.echo(describe(config, details))
+    typer.echo(as_text(artifact_facts(config, details)))
 
 
 @app.command()

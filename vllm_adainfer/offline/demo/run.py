@@ -14,7 +14,8 @@ from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.demo.model import MODEL_NAME, fetch_demo_model
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.evaluation.report import summary_line
-from vllm_adainfer.offline.reports.describe import describe
+from vllm_adainfer.offline.facts.artifact import artifact_facts
+from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.offline.reports.describe_report import describe_report
 from vllm_adainfer.offline.reports.installed import check_installed
 
@@ -44,7 +45,7 @@ def run(output: Path) -> str:
                 labels=LABELS,
             )
         )
-        typer.echo(describe(config, load_details(str(artifact))))
+        typer.echo(as_text(artifact_facts(config, load_details(str(artifact)))))
         typer.echo("demo: measuring stock vLLM and vllm-adainfer on unseen reviews, interleaved")
         report = evaluate(
             EvaluationRequest(

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adainfer import __version__
 from vllm_adainfer.artifact.engine_options import EngineOptions
-from vllm_adainfer.artifact.promise import RIGHT_SIDE
+from vllm_adainfer.artifact.words import (
+    probabilities_in_words,
+    probes_in_words,
+    promise_in_words,
+)
 from vllm_adainfer.engine.classes import model_class_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.adapter import NamedAdapter, adapter_for
@@ -161,41 +165,23 @@ def examine_artifact(source: str | None) -> tuple[ArtifactConfig | None, list[Fi
     if source is None:
         return None, [skip("artifact: pass --artifact with the output of `calibrate`")]
     from vllm_adainfer.artifact.files import load_artifact, load_details
-    from vllm_adainfer.offline.reports.describe import expected_savings
+    from vllm_adainfer.offline.facts.artifact import expected_savings
 
     try:
         config = load_artifact(source).config
     except AdaInferError as error:
         return None, [fail(f"artifact: {error}")]
-    points = ", ".join(map(str, config.exit_points))
-    probe = f"{config.probe} probe after layers {points} of {config.base_model}"
-    findings = [ok(f"artifact: {probe}. {expected_savings(config)}")]
-    if config.risk == "probability" and config.score_head is None:
-        findings.append(probabilities(config))
+    policy = f"{probes_in_words(config)}, for {config.base_model}"
+    findings = [
+        ok(f"artifact: {policy}. {expected_savings(config)}"),
+        ok(f"promise: {promise_in_words(config, config.epsilon)}"),
+    ]
+    if served := probabilities_in_words(config):
+        findings.append(ok(f"probabilities: {served}"))
     try:
         return config, [*findings, expectation(config, load_details(source))]
     except AdaInferError as error:  # engines do not read calibration.json
         return config, [*findings, skip(f"expected speed-up: {error}")]
-
-
-def probabilities(config: ArtifactConfig) -> Finding:
-    """Which requests for probabilities the policy serves."""
-    whole = (
-        "requests with logprob_token_ids = the labels (as /generative_scoring and /v1/systemone "
-        "send)"
-    )
-    among = "greedy ones with allowed_token_ids = the labels and logprobs"
-    server = "only on a server started with --logprobs-mode processed_logprobs"
-    if config.gates:
-        text = f"{whole} may exit, and {among}, {server}; {RIGHT_SIDE}"
-    elif config.label_mass:
-        text = f"{whole} may exit; {among} {server}, and run at full depth on any other"
-    else:
-        text = (
-            f"the label mass is not certified, so {whole} run at full depth; {among} may exit, but "
-            f"{server}"
-        )
-    return ok(f"probabilities: {text}")
 
 
 def expectation(config: ArtifactConfig, details: Mapping[str, Any]) -> Finding:

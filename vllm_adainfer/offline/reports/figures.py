@@ -8,7 +8,7 @@ from typing import Any
 from plotly.graph_objects import Bar, Figure, Scatter
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.offline.reports.describe import RISKS
+from vllm_adainfer.artifact.words import RISKS
 from vllm_adainfer.offline.reports.page import Panel, Points
 
 MARKER = {"color": "#d1242f", "size": 13, "symbol": "diamond"}

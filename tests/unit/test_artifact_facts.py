@@ -1,0 +1,209 @@
+"""What is said of an artifact: one list of facts, the same words at start-up, in text and card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import student
+from tests.tiny import tiny_config
+from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.artifact.fields import Gate, LabelBound, LabelRisk, Level, SharedTokens
+from vllm_adainfer.artifact.promise import wrong_in_words
+from vllm_adainfer.artifact.words import promise_in_words
+from vllm_adainfer.engine.startup.banner import policy_banner
+from vllm_adainfer.offline.calibration.write.card import model_card
+from vllm_adainfer.offline.facts.artifact import artifact_facts
+from vllm_adainfer.offline.facts.document import Table, as_text
+from vllm_adainfer.settings.engine import Settings
+
+DETAILS: dict[str, Any] = {
+    "rows": 401,
+    "rows_fitted": 200,
+    "rows_held_out": 201,
+    "prompts": 50,
+    "seed": 4,
+    "majority_share": 0.61,
+    "exit_points": [
+        {"layer": 2, "leaving": 0.25, "agreement": 0.9, "probe_bytes": 520, "probe_cost": 0.5},
+        {"layer": 3, "leaving": 0.5, "agreement": 0.95, "probe_bytes": 3 << 20, "probe_cost": 2.0},
+    ],
+    "agreement": {"2": 0.9, "4": 0.95},
+    "provenance": {"versions": {"torch": "2"}, "cpu": "a CPU"},
+}
+PROBABILITY: dict[str, Any] = {"risk": "probability", "tolerance": 0.05}
+TEXT: dict[str, Any] = {"probe": "lens", "candidates": "shortlist", "labels": (), "max_tokens": 16}
+GATES: dict[str, Any] = {"risk": "probability", "gates": (Gate(label="bad", probability=0.8),)}
+ABOUT_LABELS: dict[str, Any] = {
+    "label_bounds": (LabelBound(kind="recall", label="bad", epsilon=0.1),),
+    "never_early": ("good",),
+}
+SHARED = SharedTokens(start=(1, 2), end=(3,))
+
+
+def level(epsilon: float, saved: float, **changes: Any) -> Level:
+    found = {"disagreement": 0.003, "risk": -0.001, "bound": epsilon / 2, **changes}
+    return Level(epsilon=epsilon, layers_saved=saved, **found)
+
+
+def table_with(config: ArtifactConfig, column: str, **details: Any) -> Table:
+    blocks = artifact_facts(config, {**DETAILS, **details})
+    [table] = [one for one in blocks if isinstance(one, Table) and column in one.columns]
+    return table
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({}, {"candidates": "bad (447), good (999)", "classifier": "svm on top_prob, gap"}),
+        ({}, {"calibrated": "on 401 prompts, 201 of them held out for the bound; seed 4"}),
+        ({}, {"majority baseline": "61.0% agreement"}),
+        ({}, {"bound": "epsilon 0.05 at delta 0.1 on disagreement (exact)"}),
+        ({}, {"promise": "at most 5 % of the answers changed (confidence 90%)"}),
+        (TEXT, {"calibrated": "on 401 tokens of 50 prompts, 201 of them held out for the bound; "
+                "seed 4", "candidates": "shortlist of the vocabulary"}),
+        ({"risk": "accuracy"}, {"promise": "at most 5 points of accuracy lost (confidence 90%)"}),
+        (ABOUT_LABELS, {"promise": "at most 5 % of the answers changed (confidence 90%; at most 10 "
+                        "% of the requests that full depth answers with bad are answered "
+                        "otherwise; no early answer is good: such requests run all layers)"}),
+        ({"label_pool": True}, {"serves": "requests for one token among two or more of bad, good"}),
+        ({"shared": SHARED}, {"prompts": "that begin with the same 2 tokens and end with the same "
+                              "1 tokens, as all those of the calibration do; others run all "
+                              "layers"}),
+    ],
+)  # fmt: skip
+def test_the_facts_say_what_a_policy_is_for_and_what_it_promises(tiny_model, changes, facts):
+    changes = {"levels": (level(0.05, 0.2),), **changes}
+    if "label_bounds" in changes:
+        risks = (LabelRisk(rows=30, risk=0.02, bound=0.09),)
+        changes["levels"] = (level(0.05, 0.2, label_risks=risks),)
+    found = artifact_facts(tiny_config(tiny_model, **changes), DETAILS)[0]
+    assert facts.items() <= found.items()
+
+
+@pytest.mark.parametrize("changes", [{**PROBABILITY, "label_mass": True}, PROBABILITY, GATES])
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs", "raw_logits"])
+def test_start_up_line_text_and_card_use_the_same_words(tiny_model, changes, mode):
+    config = tiny_config(tiny_model, **changes)
+    line = policy_banner("mood", config, Settings(artifact="policy"), mode)
+    promise = promise_in_words(config, config.epsilon)
+    found = artifact_facts(config, DETAILS)[0]
+    assert promise == (
+        f"at most 5 % of the answers wrong (confidence 90%; wrong: {wrong_in_words(config)})"
+    )
+    assert f", {promise}, 20% of layers saved in calibration" in line
+    assert line.endswith("kv exact, shadow rate 0")
+    assert found["promise"] == promise
+    assert (found["probabilities"] in line) == (mode != "raw_logits")
+    assert f"| {promise} " in model_card(config, DETAILS)
+    certified = bool(config.gates) or config.label_mass
+    assert ("the label mass is not certified, so" in found["probabilities"]) != certified
+    if mode == "raw_logits":
+        assert ", but not for probabilities, which --logprobs-mode raw_logits does not" in line
+
+
+def test_with_epsilon_0_the_start_up_line_promises_nothing(tiny_model):
+    config = tiny_config(tiny_model, **PROBABILITY)
+    line = policy_banner("mood", config, Settings(artifact="policy", epsilon=0))
+    assert line.endswith("; epsilon is 0, so no request exits unless it sets its own epsilon")
+    assert "wrong" not in line
+
+
+@pytest.mark.parametrize(
+    ("levels", "risk", "words"),
+    [
+        (
+            [level(0.02, 0.1), level(0.05, 0.25), level(0.1, 0.4)],
+            "disagreement",
+            "Requests will run 4.5 of 6 layers on average, 25% fewer, with at most 5 % of the "
+            "answers changed (confidence 90%). At epsilon 0.1 they would run 40% fewer.",
+        ),
+        (
+            [level(0.05, 0.25)],
+            "accuracy",
+            "Requests will run 4.5 of 6 layers on average, 25% fewer, with at most 5 points of "
+            "accuracy lost (confidence 90%).",
+        ),
+        (
+            [level(0.05, 0.0)],
+            "disagreement",
+            "Nothing is saved within this bound: all requests will run at full depth.",
+        ),
+    ],
+)
+def test_the_last_line_says_what_is_saved_at_what_bound_and_at_the_next_looser_one(
+    tiny_model, levels, risk, words
+):
+    config = tiny_config(tiny_model, levels=tuple(levels), risk=risk)
+    assert artifact_facts(config, DETAILS)[-1] == words
+
+
+@pytest.mark.parametrize(
+    ("several", "changes", "said"),
+    [
+        (True, {}, "Each epsilon holds by itself at confidence 90%, not all at once"),
+        (False, {}, "The bound holds at confidence 90%."),
+        (False, {}, "is one on the mean loss (exact), over the draw of the held-out prompts"),
+        (False, TEXT, "Served tokens follow text with early tokens in it"),
+        (False, TEXT, "Exits stop after 16 tokens"),
+    ],
+)
+def test_text_and_card_say_what_the_bounds_cover(tiny_model, several, changes, said):
+    levels = [level(0.02, 0.1)] * several + [level(0.05, 0.2)]
+    config = tiny_config(tiny_model, levels=tuple(levels), **changes)
+    assert said in as_text(artifact_facts(config, DETAILS))
+    assert said in model_card(config, DETAILS)
+    assert "Served tokens" not in model_card(tiny_config(tiny_model), DETAILS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "risk"),
+    [
+        ({}, {}),
+        ({"risk": "accuracy"}, {"accuracy lost": "-0.10%"}),
+        (PROBABILITY, {"wrong answers": "-0.10%"}),
+    ],
+)
+def test_each_level_has_a_row_with_the_risk_that_is_bounded(tiny_model, changes, risk):
+    config = tiny_config(tiny_model, levels=(level(0.05, 0.2),), **changes)
+    assert table_with(config, "epsilon").rows == [
+        {
+            "epsilon": "5 %",
+            "disagreement, held out": "0.30%",
+            **risk,
+            "upper bound": "2.50%",
+            "layers saved": "20.0%",
+        }
+    ]
+
+
+def test_each_exit_point_has_a_row_of_who_leaves_and_what_its_probe_takes(tiny_model):
+    cells = table_with(tiny_config(tiny_model), "exit point").cells
+    assert cells == [
+        ["2", "25.0%", "90.0%", "0.5 KiB", "0.50"],
+        ["3", "50.0%", "95.0%", "3.0 MiB", "2.00"],
+    ]
+
+
+@pytest.mark.parametrize(("gain", "said"), [(0.1, "may save more"), (0.001, "will hardly save")])
+def test_the_learning_curve_says_whether_more_prompts_would_pay(tiny_model, gain, said):
+    curve = [{"prompts": 200, "layers_saved": 0.2}, {"prompts": 400, "layers_saved": 0.2 + gain}]
+    blocks = artifact_facts(tiny_config(tiny_model), {**DETAILS, "learning_curve": curve})
+    assert f"more prompts {said}" in blocks[-2]
+
+
+def test_the_card_has_front_matter_the_facts_and_how_often_the_probe_agrees(tiny_model):
+    shared = {"exit_points": (0, 3), **student.asked_with(SHARED)}
+    card = model_card(tiny_config(tiny_model, **shared), DETAILS)
+    front, facts, *_, agreement, _, made = (
+        card.split("\n\n|")[0].split("---")[1],
+        *card.split("\n\n")[4:],
+    )
+    assert "base_model: " in front
+    assert "| student           | tiny-bert" in facts
+    assert agreement.splitlines()[2:] == [
+        "| 2     |     90.0% |",
+        "| 4     |     95.0% |",
+    ]
+    assert made == "Made with torch 2 on a CPU.\n"
