@@ -1,4 +1,4 @@
-"""The Markdown report of `bench_faults.py`, `bench_texts.py` and `bench_everything.py`."""
+"""The Markdown report of `bench_faults.py` and `bench_everything.py`."""
 
 from __future__ import annotations
 
@@ -75,62 +75,11 @@ def table(report: Mapping[str, Any]) -> str:
             if (one := row.get("counters")) is not None
         ],
     )
-    lines = [requests, "", counted, "", EXPLAINED, "", *_texts(report), *_waits(report)]
+    lines = [requests, "", counted, "", EXPLAINED, "", *_waits(report)]
     lines += _remarks(report)
     problems = report["problems"]
     lines += ["", *(f"**{problem}**" for problem in problems)] if problems else []
     return "\n".join(lines) + "\n"
-
-
-TEXTS = (
-    "Texts: after each scenario the server reads texts once more at full depth. Of those that "
-    "asked for it every token has to be its own choice (by half a unit of log-probability), of "
-    "those that may exit at most as many may differ as the policy's bound allows, per token and by "
-    "prompt. One request in ten that may exit is a shadow, "
-    "which runs at full depth and is compared (counted since the server's start). Memory: MiB of "
-    "all processes, of their own, at the begin, in the middle and at the end."
-)
-
-
-def _texts(report: Mapping[str, Any]) -> list[str]:
-    rows = [row for row in report["scenarios"] if "texts" in row]
-    if not rows:
-        return []
-    columns = [
-        "scenario",
-        "minutes",
-        "texts early / deep",
-        "tokens",
-        "preemptions",
-        "reloads",
-        "readings of /metrics",
-        "counters that fell",
-        "early tokens that differ",
-        "deep ones",
-        "shadow answers that differ",
-        "memory",
-    ]
-    cells = []
-    for row in rows:
-        early, deep = (row["judged"][kind] for kind in ("early", "deep"))
-        fell = sum("fell by" in problem for problem in row["problems"])
-        cells.append(
-            [
-                row["name"],
-                f"{row['took_seconds'] / 60:.0f}",
-                " / ".join(f"{count:,}" for count in row["texts"].values()),
-                f"{row['text_tokens']:,}",
-                f"{row['counters']['preemptions']:.0f}",
-                str(row["reloads"]),
-                f"{row['scrapes']:,}",
-                str(fell),
-                f"{early['changed'] / max(early['tokens'], 1):.1%} of {early['tokens']:,}",
-                f"{deep['changed']} of {deep['tokens']:,}",
-                f"{row['shadow']['disagreed']:,.0f} of {row['shadow']['checked']:,.0f}",
-                " / ".join(f"{held:,.0f}" for held in _begin_middle_end(row["samples"])),
-            ]
-        )
-    return [markdown_table(columns, cells), "", TEXTS, ""]
 
 
 def _waits(report: Mapping[str, Any]) -> list[str]:
@@ -153,10 +102,6 @@ def _waits(report: Mapping[str, Any]) -> list[str]:
         f"MiB gained after {SETTLED_SECONDS / 60:.0f} minutes: {', '.join(told) or 'too short'}."
     )
     return [markdown_table(columns, cells), "", f"Seconds that good clients waited. {memory}", ""]
-
-
-def _begin_middle_end(samples: list[Mapping[str, float]]) -> list[float]:
-    return [samples[place]["uss"] for place in (0, len(samples) // 2, -1)]
 
 
 def _remarks(report: Mapping[str, Any]) -> list[str]:
