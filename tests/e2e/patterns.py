@@ -145,21 +145,24 @@ def wrong_tokens(model: Any, sequence: list[int], ran: list[Ran]) -> list[Ran]:
     return wrong
 
 
-def wrong(model: Any, pattern: Pattern, name: int, ran: dict[str, list[Ran]]) -> list[object]:
+def wrong_of(model: Any, pattern: Pattern, name: int, ran: dict[str, list[Ran]]) -> list[object]:
     """What of a request is not as the oracle has it."""
-    request, sequence, parts_ran = (
-        pattern.requests[name],
-        pattern.sequence(name),
-        ran.get(str(name)),
-    )
+    request, sequence = pattern.requests[name], pattern.sequence(name)
+    is_aborted, parts_ran = request.aborted is not None, ran.get(str(name))
     if parts_ran is None:
-        return [] if request.aborted is not None else [f"{name} never ran"]
+        return [] if is_aborted else [f"{name} never ran"]
     complete = len(sequence) == len(request.prompt) + request.max_tokens
     return [
-        *([] if complete or request.aborted is not None else [f"{name} is too short"]),
+        *([] if complete or is_aborted else [f"{name} is too short"]),
         *wrong_states(model, sequence, parts_ran),
         *wrong_tokens(model, sequence, parts_ran),
     ]
+
+
+def wrong(model: Any, pattern: Pattern, ran: dict[str, list[Ran]], every: int = 1) -> list[object]:
+    """The same of all requests whose number is a multiple of `every`."""
+    names = range(0, len(pattern.requests), every)
+    return [found for name in names for found in wrong_of(model, pattern, name, ran)]
 
 
 def drawn_pattern(

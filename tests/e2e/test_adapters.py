@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 from tests.adapters import PROJECTIONS, merged, save_adapter
 from tests.conftest import tiny_engine
 from tests.e2e.oracle import TIE, hidden_states
-from tests.e2e.patterns import drawn_pattern, wrong
+from tests.e2e.patterns import drawn_pattern, wrong_of
 from tests.e2e.scripted import parts, running_of
 from tests.full import needed
 from tests.tiny import EXIT_POINTS, FROM_ZERO, LAYERS, tiny_artifact, tiny_config, tiny_tensors
@@ -93,7 +93,7 @@ def test_drawn_exits_of_requests_with_and_without_adapters_reproduce_the_oracle(
     pattern, ran = drawn_pattern(engine, 500 + seed, adapters=[None, *adapters])
     for name, request in enumerate(pattern.requests):
         own = references[request.adapter and request.adapter.lora_name]
-        assert wrong(own, pattern, name, ran) == [], request.adapter
+        assert wrong_of(own, pattern, name, ran) == [], request.adapter
 
 
 def test_requests_that_never_exit_are_those_of_stock_bit_for_bit(engine, stock, adapters):

@@ -20,8 +20,7 @@ SLOW = "Triton's interpreter takes 20 times as long: what V1 shows is enough"
 @pytest.mark.parametrize("seed", needed(2, of=range(8)) if IS_V2 else needed(10, of=range(60)))
 def test_drawn_exits_at_every_token_reproduce_the_oracle(small, reference, seed):
     pattern, ran = drawn_pattern(small, seed)
-    names = range(len(pattern.requests))
-    assert [found for name in names for found in wrong(reference, pattern, name, ran)] == []
+    assert wrong(reference, pattern, ran) == []
 
 
 @pytest.mark.parametrize("min_rows_saved", [3, None], ids=["three rows", "where that is faster"])
@@ -31,8 +30,7 @@ def test_rows_that_wait_for_company_before_they_leave_change_no_state(
 ):
     """Of the tokens that are not settled, or left where they settled: others waited for company."""
     pattern, ran = drawn_pattern(small, 1000 + seed, min_rows_saved)
-    names = range(len(pattern.requests))
-    assert [e for name in names for e in wrong(reference, pattern, name, ran)] == []
+    assert wrong(reference, pattern, ran) == []
 
 
 @pytest.mark.skipif(IS_V2, reason=SLOW)
@@ -59,8 +57,7 @@ def test_a_long_soak_leaks_nothing_and_stays_right(small, reference):
             pattern = drive(small, requests)
             loop_kv = runner.model.loop.kv
             small.llm_engine.step()  # the worker hears of the last ones that ended
-        names = range(0, len(pattern.requests), 25)
-        assert [e for name in names for e in wrong(reference, pattern, name, ran)] == []
+        assert wrong(reference, pattern, ran, every=25) == []
         assert scheduler.kv_cache_manager.usage == 0
         assert not scheduler.requests
         assert not scheduler.kv_cache_manager._unfinished

@@ -141,8 +141,7 @@ def test_texts_with_exits_hit_prefixes_and_have_the_states_of_full_depth(served,
     capacity = (5, 10_000)[seed]
     with drawn(served.llm, capacity=capacity) as ran:
         pattern = drive(served.llm, requests)
-    names = range(len(pattern.requests))
-    assert [e for name in names for e in wrong(served.reference, pattern, name, ran)] == []
+    assert wrong(served.reference, pattern, ran) == []
     assert any(part.layers < LAYERS for parts_ran in ran.values() for part in parts_ran)
     assert any(parts_ran[0].first >= size for parts_ran in ran.values())
 
@@ -179,8 +178,7 @@ def test_a_profiling_pass_without_recurrent_layers_spoils_no_batch_that_exits_ma
     ]
     with drawn(served.llm) as ran:
         pattern = drive(served.llm, requests)
-    names = range(len(pattern.requests))
-    assert [e for name in names for e in wrong(served.reference, pattern, name, ran)] == []
+    assert wrong(served.reference, pattern, ran) == []
 
 
 def wrong_after(served: Served, requests: list[Request]) -> list[object]:
@@ -192,8 +190,7 @@ def wrong_after(served: Served, requests: list[Request]) -> list[object]:
     with drawn(served.llm, draw=until) as ran:
         spoil_states(served.llm)
         pattern = drive(served.llm, requests)
-    names = range(len(pattern.requests))
-    return [e for name in names for e in wrong(served.reference, pattern, name, ran)]
+    return wrong(served.reference, pattern, ran)
 
 
 def test_vllms_kernels_in_bfloat16_give_nothing_that_nobody_wrote(served):

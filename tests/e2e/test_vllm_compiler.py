@@ -22,8 +22,8 @@ from vllm.forward_context import BatchDescriptor, get_forward_context, override_
 from vllm.platforms import current_platform
 
 from tests.conftest import tiny_engine
-from tests.e2e.patterns import Pattern, Request, drawn_pattern, drive, states_off, wrong
-from tests.e2e.scripted import FULL, Ran, drawn, parts
+from tests.e2e.patterns import Request, drawn_pattern, drive, states_off, wrong
+from tests.e2e.scripted import FULL, drawn, parts
 from tests.e2e.static_graphs import StaticGraph
 from tests.full import needed
 from tests.tiny import LAYERS, tiny_config, tiny_tensors
@@ -110,15 +110,9 @@ def warm(compiled: Any, start: Callable[..., Any]) -> Any:
         return start(epsilon=0.02)
 
 
-def differing(model: Any, pattern: Pattern, ran: dict[str, list[Ran]]) -> list[object]:
-    """What is not as the oracle has it."""
-    names = range(len(pattern.requests))
-    return [found for name in names for found in wrong(model, pattern, name, ran)]
-
-
 @pytest.mark.parametrize("seed", needed(1, of=range(3)))
 def test_drawn_exits_reproduce_the_oracle(compiled, reference, seed):
-    assert differing(reference, *drawn_pattern(compiled, seed)) == []
+    assert wrong(reference, *drawn_pattern(compiled, seed)) == []
 
 
 def test_modules_share_no_compiled_code_even_where_their_graphs_are_equal(compiled, cache):
@@ -143,7 +137,7 @@ def test_the_key_of_compiled_code_does_not_depend_on_our_settings(compiled):
 
 
 def test_code_from_the_cache_reproduces_the_oracle(warm, reference):
-    assert differing(reference, *drawn_pattern(warm, seed=4)) == []
+    assert wrong(reference, *drawn_pattern(warm, seed=4)) == []
 
 
 @pytest.mark.full
@@ -161,7 +155,7 @@ def test_modules_compiled_ahead_of_time_reproduce_the_oracle_when_new_and_from_d
     with compilation_counter.expect(num_aot_artifacts_loaded=modules, num_inductor_compiles=0):
         from_disk = start(tmp_path, epsilon=0.02)
     for engine in new, from_disk:
-        assert differing(reference, *drawn_pattern(engine, 5)) == []
+        assert wrong(reference, *drawn_pattern(engine, 5)) == []
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +186,7 @@ def graphed(compiled: Any, start: Callable[..., Any]) -> Iterator[Any]:
 def test_piecewise_graphs_reproduce_the_oracle(graphed, reference):
     """Steps replay them until a request leaves."""
     StaticGraph.replays = 0
-    assert differing(reference, *drawn_pattern(graphed, 6)) == []
+    assert wrong(reference, *drawn_pattern(graphed, 6)) == []
     assert StaticGraph.replays > GRAPHS
 
 
@@ -216,4 +210,4 @@ def test_rows_that_rejoin_on_top_of_a_full_step_reproduce_the_oracle(compiled, r
     with drawn(compiled, draw=lambda _, at, __: 0 if at < rows else FULL) as ran:
         pattern = drive(compiled, requests)
     assert {part.layers for parts_ran in ran.values() for part in parts_ran} == {0, LAYERS}
-    assert differing(reference, pattern, ran) == []
+    assert wrong(reference, pattern, ran) == []

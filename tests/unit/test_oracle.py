@@ -48,7 +48,7 @@ def tied() -> tuple[Any, Tensor, Tensor]:
 def found_wrong(model: Any, state: Tensor) -> bool:
     pattern = Pattern([Request(PROMPT, max_tokens=0, seed=0)], [[]])
     ran = Ran(first=0, rows=len(PROMPT), layers=LAYERS, sampled=False, state=state)
-    return wrong(model, pattern, 0, {"0": [ran]}) != []
+    return wrong(model, pattern, {"0": [ran]}) != []
 
 
 def test_a_state_may_come_of_either_expert_where_two_tie(tied):

@@ -91,46 +91,6 @@ def test_the_suite_has_the_tasks_of_the_paper_and_five_more():
     assert NAMES[5:] == ["cr", "trec", "subj", "boolq", "rte"]
 
 
-@pytest.mark.parametrize(
-    ("name", "fields", "prompt"),
-    [
-        ("sst2", {**BEES, "label": "positive"}, "Review: bees hum\nSentiment:"),
-        ("cr", {**BEES, "label": "negative"}, "Review: bees hum\nSentiment:"),
-        ("subj", {**BEES, "label": "objective"}, "Text: bees hum\nType:"),
-        ("trec", {**BEES, "label": "human"}, "Question: bees hum\nAnswer type:"),
-        ("ag_news", {**BEES, "label": "world"}, "Article: bees hum\nTopic:"),
-        (
-            "boolq",
-            {**PASSAGE, "label": "yes"},
-            "Passage: oaks grow\nQuestion: do oaks grow?\nAnswer:",
-        ),
-        (
-            "rte",
-            {**PASSAGE, "label": "entailment"},
-            "Premise: oaks grow\nHypothesis: do oaks grow\nEntailed:",
-        ),
-        (
-            "mmlu",
-            {**CHOICES, "answer": "A"},
-            "Question: what do bees do\nA. hum\nB. grow\nC. bark\nD. rust\nAnswer:",
-        ),
-        (
-            "csqa",
-            {**CHOICES, "choices": [*CHOICES["choices"], "{x}"], "answer": "A"},
-            "Question: what do bees do\nA. hum\nB. grow\nC. bark\nD. rust\nE. {x}\nAnswer:",
-        ),
-        (
-            "squad",
-            {**PASSAGE, "answer": ["oaks"]},
-            "Context: oaks grow\nQuestion: do oaks grow\nAnswer:",
-        ),
-    ],
-)
-def test_a_zero_shot_prompt_is_the_template_alone(load, tokenizer, name, fields, prompt):
-    [example] = load(name, [fields]).test
-    assert (example.text, example.token_ids) == (prompt, tokenizer.encode(prompt))
-
-
 @pytest.mark.parametrize(("name", "opening"), [("boolq", "Passage: "), ("rte", "Premise: ")])
 def test_a_long_passage_is_cut_to_700_characters(load, name, opening):
     [label, *_] = SUITE.select([name])[0].labels
@@ -334,20 +294,7 @@ def test_a_mistake_in_a_suite_file_is_an_error(change):
 # The hub
 
 
-# By task: where it is published, and the splits to calibrate and to measure on.
-PLACES = {
-    "sst2": ("stanfordnlp/sst2", None, "train", "validation"),
-    "ag_news": ("fancyzhx/ag_news", None, "train", "test"),
-    "mmlu": ("cais/mmlu", "all", "dev+validation", "test"),
-    "csqa": ("tau/commonsense_qa", None, "train", "validation"),
-    "squad": ("rajpurkar/squad", None, "train", "validation"),
-    "cr": ("SetFit/SentEval-CR", None, "train", "test"),
-    "trec": ("SetFit/TREC-QC", None, "train", "test"),
-    "subj": ("SetFit/subj", None, "train", "test"),
-    "boolq": ("google/boolq", None, "train", "validation"),
-    "rte": ("nyu-mll/glue", "rte", "train", "validation"),
-}
-# What is published there: a row, and the prompt and the answer that it makes.
+# What is published there: a row, and the prompt (the template alone) and the answer that it makes.
 ROWS = {
     "sst2": (
         {"idx": 0, "sentence": "bees hum", "label": 1},
@@ -365,10 +312,10 @@ ROWS = {
             "id": "0",
             "question": "what",
             "question_concept": "bees",
-            "choices": {"label": list("ABCDE"), "text": ["hum", "is", "it", "no", "oaks"]},
+            "choices": {"label": list("ABCDE"), "text": ["hum", "is", "it", "no", "{x}"]},
             "answerKey": "E",
         },
-        "Question: what\nA. hum\nB. is\nC. it\nD. no\nE. oaks\nAnswer:",
+        "Question: what\nA. hum\nB. is\nC. it\nD. no\nE. {x}\nAnswer:",
         "E",
     ),
     "squad": (
@@ -408,21 +355,6 @@ ROWS = {
         "yes",
     ),
 }
-CLASSES = {
-    "sst2": {"0": "negative", "1": "positive"},
-    "ag_news": {"0": "world", "1": "sports", "2": "business", "3": "technology"},
-    "mmlu": {"0": "A", "1": "B", "2": "C", "3": "D"},
-    "trec": {
-        "ABBR": "abbreviation",
-        "DESC": "description",
-        "ENTY": "entity",
-        "HUM": "human",
-        "LOC": "location",
-        "NUM": "number",
-    },
-    "boolq": {"False": "no", "True": "yes"},
-    "rte": {"0": "entailment", "1": "not_entailment"},
-}
 
 
 @pytest.fixture
@@ -456,14 +388,10 @@ def test_rows_of_the_hub_as_they_are_published_make_prompts(fake_hub, tokenizer,
     data = load_task(task, None, tokenizer, 0, None, None, 10_000)
     for [example] in (data.train, data.test):
         assert (example.text, example.label) == (prompt, answer)
-    dataset, config, train, test = PLACES[task.name]
-    shuffled = ("shuffle", 0)
-    assert asked == [(dataset, config, train), shuffled, (dataset, config, test), shuffled]
-
-
-@pytest.mark.parametrize("task", SUITE.tasks, ids=NAMES)
-def test_classes_of_the_hub_are_named_as_they_are_published(task):
-    assert task.hub.classes == CLASSES.get(task.name, {})
+        assert example.token_ids == tokenizer.encode(prompt)
+    (_, _, train), shuffled, (_, _, test), again = asked
+    assert shuffled == again == ("shuffle", 0)
+    assert train != test
 
 
 @pytest.mark.parametrize("task", SUITE.tasks, ids=NAMES)
