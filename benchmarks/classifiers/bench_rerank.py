@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import numpy as np
 import typer
 from sklearn.metrics import ndcg_score
+from vllm_adainfer.offline.calibration.rowss import record_prompts
 
 from benchmarks.classifiers.passages import Query, find_candidates
 from benchmarks.classifiers.train_reranker import TEMPLATE_FILE
@@ -41,7 +42,6 @@ from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import load_prompts
-from vllm_adainfer.offline.calibration.recordings import record_prompts
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.reports.shares import clopper_pearson, spelled

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 
 import numpy as np
 import typer
+from vllm_adainfer.offline.calibration.rowss import record_prompts
 
 from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.report_files import write_report
@@ -35,7 +36,9 @@ from vllm_adainfer.artifact.fields import Gate, LabelBound
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
+from vllm_adainfer.offline.calibration.best_policy import best_heads
+from vllm_adainfer.offline.calibration.calibrate import calibration_of
+from vllm_adainfer.offline.calibration.certify.terms import Terms
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit import exits
 from vllm_adainfer.offline.calibration.fit.probes import StateProbe, Target, fit_probes
@@ -43,8 +46,7 @@ from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.label_promises import check_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens, split_of
-from vllm_adainfer.offline.calibration.record.recording import Recording
-from vllm_adainfer.offline.calibration.recordings import record_prompts
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config
 from vllm_adainfer.offline.evaluation.by_label import label_rows
 from vllm_adainfer.offline.evaluation.promised import bounded_rows, promised_rows
@@ -131,18 +133,18 @@ def fit_probes_once() -> Callable[..., tuple[StateProbe, Sequence[StateProbe]]]:
     found: dict[Hashable, tuple[StateProbe, Sequence[StateProbe]]] = {}
 
     def fit(
-        recording: Recording, target: Target, rows: Ints, layer: int
+        recording: Rows, target: Target, where: Ints, layer: int, folds: Ints
     ) -> tuple[StateProbe, Sequence[StateProbe]]:
-        key = target.kind, target.full_depth is None, rows.tobytes(), layer
+        key = target.kind, target.full_depth is None, where.tobytes(), layer
         if key not in found:
-            found[key] = fit_probes(recording, target, rows, layer)
+            found[key] = fit_probes(recording, target, where, layer, folds)
         return found[key]
 
     return fit
 
 
 def made_policies(
-    request: CalibrationRequest, prompts: Prompts, recording: Recording
+    request: CalibrationRequest, prompts: Prompts, recording: Rows
 ) -> dict[str, FittedPolicy]:
     """The policy of each promise that can be certified and pays."""
     policies = {}
@@ -154,7 +156,7 @@ def made_policies(
         own = replace(prompts, split=split)
         calibration = calibration_of(replace(request, options=options), own, recording)
         try:
-            check_rows(calibration.label_tests, calibration.held_out_answers)
+            check_rows(Terms(calibration).tests, recording.tokens[calibration.held_out])
         except AdaInferError as error:
             say(f"{promise}: {error}")
             continue

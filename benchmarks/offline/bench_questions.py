@@ -27,8 +27,8 @@ from tqdm import tqdm
 from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.report_files import write_report
 from vllm_adainfer.artifact.files import load_details
+from vllm_adainfer.offline.calibration.best_policy import best_policy
 from vllm_adainfer.offline.calibration.calibrate import (
-    best_policy,
     calibration_of,
     fit_and_certify,
     record_prompts,
@@ -37,7 +37,7 @@ from vllm_adainfer.offline.calibration.certify.certify import threshold_path
 from vllm_adainfer.offline.calibration.fit.exits import judge
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts
-from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluate
 from vllm_adainfer.offline.tables import markdown_table
 
@@ -90,7 +90,7 @@ def main(
 
 
 def left_out(
-    request: CalibrationRequest, prompts: Prompts, recording: Recording
+    request: CalibrationRequest, prompts: Prompts, recording: Rows
 ) -> list[dict[str, Any]]:
     """For each question, the outcome of a policy calibrated on all others."""
     calibration = calibration_of(request, prompts, recording)
@@ -104,7 +104,7 @@ def left_out(
         point = policy.points.get(request.options.epsilon)
         row: dict[str, Any] = {"question": str(name), "risk": None, "layers_saved": None}
         if point is not None:
-            own = recording.rows_of(np.flatnonzero(names == name))
+            own = recording.of(np.flatnonzero(names == name))
             scored = [
                 judge(
                     one.probe, one.layer, recording, own, calibration.loss, calibration.target
@@ -112,7 +112,7 @@ def left_out(
                 for one in policy.exits
             ]
             layers = [one.layer for one in policy.exits]
-            [found] = threshold_path(layers, scored, recording.depth, [point.threshold])
+            [found] = threshold_path(layers, scored, recording.model.depth, [point.threshold])
             row |= {"risk": found.risk, "layers_saved": found.layers_saved}
         rows.append(row)
     return rows

@@ -24,7 +24,9 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the checkout
 
+import numpy as np
 import typer
+from vllm_adainfer.offline.calibration.rowss import record_own_states, record_prompts
 
 from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.minilm import fetch_minilm
@@ -35,21 +37,19 @@ from benchmarks.offline.slow_model import with_idle_layers
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.engine.admission.requested_output import OutputKind
-from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
-from vllm_adainfer.offline.calibration.calibration import Calibration
+from vllm_adainfer.offline.calibration.best_policy import best_heads, layers_to_branch
+from vllm_adainfer.offline.calibration.calibrate import calibration_of
 from vllm_adainfer.offline.calibration.fit import cost
+from vllm_adainfer.offline.calibration.fit.branch import branches_of
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
+from vllm_adainfer.offline.calibration.fit.student import train_student
+from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import (
     Prompts,
     load_prompts,
     right_tokens,
-)
-from vllm_adainfer.offline.calibration.recordings import record_own_states, record_prompts
-from vllm_adainfer.offline.calibration.trained_probes import (
-    branches_of,
-    layers_to_branch,
-    student_of,
 )
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
@@ -159,20 +159,25 @@ def made_policies(request: CalibrationRequest, test: int) -> Made:
     recording = record_prompts(request, prompts)
     plain = calibration_of(request, prompts, recording)
     exits = best_heads(plain, "pooled-label-head")
-    student, branches = student_of(plain, prompts.student), ()
+    student, branches = train_student(prompts.student, Lesson.of(plain)), ()
     if layers := layers_to_branch(exits):
         branches = branches_of(plain, record_own_states(request, prompts, layers))
-    both = replace(plain, student=student)
+    both = replace(plain, trained=(student,))
     kept = make_policy(both, exits.heads).student is not None
-    with patch.object(cost, "student_seconds", return_value=0.0):
+    time_of, all_rows = cost.trained_seconds, np.arange(ROWS_IN_A_STEP)
+    seconds = time_of(student, recording, all_rows)
+
+    def seconds_of(trained: TrainedProbe, *rest: Any) -> float:
+        return 0.0 if trained is student else time_of(trained, *rest)
+
+    with patch.object(cost, "trained_seconds", seconds_of):
         policies = {
             EXITS: exits,
             STUDENT: make_policy(alone(both), []),
             BOTH: make_policy(both, exits.heads),
-            BRANCHES: make_policy(replace(plain, branches=branches), exits.heads),
-            ALL: make_policy(replace(both, branches=branches), exits.heads),
+            BRANCHES: make_policy(replace(plain, trained=branches), exits.heads),
+            ALL: make_policy(replace(plain, trained=(student, *branches)), exits.heads),
         }
-    seconds = cost.student_seconds(student, ROWS_IN_A_STEP, plain.recording.threads)
     return Made(prompts, tests, policies, kept, seconds)
 
 
@@ -202,11 +207,11 @@ def measure_all(
             "keeps_student": made.keeps_student if policy.student else None,
             "trained_ms": {
                 exit.layer: 1e3
-                * (policy.costs.probe_of(exit) if exit.layer else made.student_seconds)
+                * (policy.choice.costs.probe_of(exit) if exit.layer else made.student_seconds)
                 for exit in policy.exits
                 if isinstance(exit.probe, (Branch, Student))
             },
-            "expected_ms": {part: 1e3 * s for part, s in policy.expected.items()},
+            "expected_ms": {part: 1e3 * s for part, s in policy.choice.expected.items()},
             **measured(rounds, name, OutputKind.TOKEN, rights),
             **resampled(policy, made.tests),
         }

@@ -29,24 +29,24 @@ def resampled(policy: FittedPolicy, tests: Ints) -> dict[str, Any]:
     is broken if more of the population than it allows then leaves with a wrong answer.
     """
     calibration = policy.calibration
-    recording, options = calibration.recording, calibration.options
+    recording, options = calibration.rows, calibration.options
     split = calibration.split
     population = np.concatenate([split.certify, tests])
     exits = exits_on(policy, population)
     bound = Bound.promised(options)
-    labels = [replace(test, bound=bound) for test in calibration.label_tests]
+    labels = [replace(test, bound=bound) for test in policy.terms.tests]
     draw, risks, broken = np.random.default_rng(0), [], 0
     for _ in range(DRAWS):
         rows = draw.integers(0, len(population), len(split.certify))
         drawn = [replace(e, held_out=e.held_out.of_rows(rows)) for e in exits]
-        points = certify(drawn, recording.depth, [options.epsilon], bound, tests=labels)
+        points = certify(drawn, recording.model.depth, [options.epsilon], bound, tests=labels)
         if options.epsilon not in points:  # nothing leaves
             risks.append(0.0)
             continue
         [served] = threshold_path(
             [exit.layer for exit in exits],
             [exit.held_out for exit in exits],
-            recording.depth,
+            recording.model.depth,
             [points[options.epsilon].threshold],
         )
         risks.append(served.risk)

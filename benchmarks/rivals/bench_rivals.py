@@ -92,7 +92,7 @@ def main(
         "recording_seconds": recording_seconds,
         "stock_accuracy": task.tests.stock_accuracy,
         "cut_layers": task.cut_layers,
-        "depth": task.recording.depth,
+        "depth": task.recording.model.depth,
         "rows": found,
         "times": times,
         "provenance": provenance(),

@@ -21,13 +21,16 @@ from benchmarks.rivals.report import TITLES
 from benchmarks.rivals.task import Task
 from benchmarks.suite import methods
 from vllm_adainfer.arrays import Bools
-from vllm_adainfer.offline.calibration.calibrate import best_heads, calibration_of
-from vllm_adainfer.offline.calibration.calibration import Calibration
+from vllm_adainfer.offline.calibration.best_policy import best_heads
+from vllm_adainfer.offline.calibration.calibrate import calibration_of
+from vllm_adainfer.offline.calibration.certify.terms import Terms
 from vllm_adainfer.offline.calibration.data.student_base import load_student_base
 from vllm_adainfer.offline.calibration.fit import cost
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.offline.calibration.fit.student import train_student
+from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.prompts import Prompts, split_of
-from vllm_adainfer.offline.calibration.trained_probes import student_of
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.offline.progress import say
 
@@ -90,7 +93,7 @@ class Contest:
             answers, sure = classifier.answer(task.texts_of(split.certify))
             differs = answers != task.recording.tokens[split.certify]
             epsilon = calibration.options.epsilon
-            least = certified_threshold(differs, sure, calibration.bound, epsilon)
+            least = certified_threshold(differs, sure, Terms(calibration).bound, epsilon)
             row["seconds"] = time.perf_counter() - start
             answers, sure = classifier.answer(task.texts_of(task.tests.rows))
             served = sure >= least
@@ -108,13 +111,13 @@ class Contest:
             answers, sure = cut.answer(task.examples(split.certify), task.labels(split.certify))
             differs = answers != tokens[split.certify]
             least = certified_threshold(
-                differs, sure, calibration.bound, calibration.options.epsilon
+                differs, sure, Terms(calibration).bound, calibration.options.epsilon
             )
             row["seconds"] = time.perf_counter() - start
             rows = task.tests.rows
             answers, sure = cut.answer(task.examples(rows), task.labels(rows))
             served = sure >= least
-            share = task.cut_layers / task.recording.depth  # which all run
+            share = task.cut_layers / task.recording.model.depth  # which all run
             chosen = np.where(served, answers, task.tests.teacher)
             row |= task.tests.result(chosen, served - share, by_request=False)
             row["served"] = float(served.mean())
@@ -130,16 +133,14 @@ class Contest:
                 task.recording,
                 last_token,
                 calibration.split,
-                calibration.bound,
+                Terms(calibration).bound,
                 options.epsilon,
                 task.tests,
             )
         right: list[set[int]] = [set()] * task.tests.rows[0]
         part = methods.TestPart(task.recording, task.tests.rows, [*right, *task.tests.rights])
-        recording = task.recording
-        costs = cost.Costs(
-            recording.depth, recording.layer_seconds, recording.cut_seconds, {}, recording.depth
-        )
+        model = task.recording.model
+        costs = cost.Costs(model.depth, model.layer_seconds, model.cut_seconds, {}, model.depth)
         with self._row("adainfer") as row:
             found = methods.adainfer(calibration.split, options, costs, part)
             row |= task.tests.outcome(found["adainfer"])
@@ -154,10 +155,10 @@ class Contest:
         exits_seconds = time.perf_counter() - start
         assert prompts.student is not None
         start = time.perf_counter()
-        student = student_of(calibration, prompts.student)
+        student = train_student(prompts.student, Lesson.of(calibration))
         student_seconds = time.perf_counter() - start
-        both = replace(calibration, student=student)
-        with patch.object(cost, "student_seconds", return_value=0.0):
+        both = replace(calibration, trained=(student,))
+        with patch.object(cost, "trained_seconds", return_value=0.0):
             made = {
                 "student": make_policy(alone(both), []),
                 "exits": exits,

@@ -14,11 +14,11 @@ from benchmarks.suite.methods import Outcome
 from vllm_adainfer.arrays import Bools, Floats, Ints
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import threshold_path
+from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.fit.exits import judge
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
-from vllm_adainfer.offline.calibration.fit.split import Split
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
-from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.reports.shares import Interval, clopper_pearson
 
 THRESHOLDS = 1 - np.geomspace(1e-6, 0.9, 300)  # the strictest first; chosen before any data
@@ -101,7 +101,7 @@ def certified_threshold(differs: Bools, sure: Floats, bound: Bound, epsilon: flo
 
 def of_policy(policy: FittedPolicy, epsilon: float, tests: Unseen) -> dict[str, Any]:
     """What one of our policies does."""
-    exits, depth = exits_on(policy, tests.rows), policy.costs.depth
+    exits, depth = exits_on(policy, tests.rows), policy.choice.costs.depth
     layers = [exit.layer for exit in exits]
     held_out = [exit.held_out for exit in exits]
     [point] = threshold_path(layers, held_out, depth, [policy.points[epsilon].threshold])
@@ -110,13 +110,13 @@ def of_policy(policy: FittedPolicy, epsilon: float, tests: Unseen) -> dict[str, 
 
 
 def static_truncation(
-    recording: Recording, target: Target, split: Split, bound: Bound, epsilon: float, tests: Unseen
+    recording: Rows, target: Target, split: Split, bound: Bound, epsilon: float, tests: Unseen
 ) -> dict[str, Any]:
     """Stop every prompt after the first layer from which on the model's own head is certified.
 
     Deeper layers are tested first. `target` is that of heads that read a last token.
     """
-    probe, depth, last = logit_lens(recording, target), recording.depth, recording.depth
+    probe, depth, last = logit_lens(recording, target), recording.model.depth, recording.model.depth
     for layer in sorted(recording.states, reverse=True):
         losses = judge(probe, layer, recording, split.certify, target=target).loss
         if not bound.holds(losses, epsilon):

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from vllm_adainfer.offline.calibration.rowss import record_prompts
 
 from benchmarks.rivals.judged import Unseen
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens
-from vllm_adainfer.offline.calibration.record.recording import Recording
-from vllm_adainfer.offline.calibration.recordings import record_prompts
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 
 CUT_SHARE = 1 / 3  # of the model's layers
@@ -44,13 +44,13 @@ class Task:
     request: CalibrationRequest
     prompts: Prompts
     texts: Sequence[str]
-    recording: Recording
+    recording: Rows
     tests: Unseen
 
     @property
     def cut_layers(self) -> int:
         """The layers of the cut model."""
-        return round(CUT_SHARE * self.recording.depth)
+        return round(CUT_SHARE * self.recording.model.depth)
 
     def labels(self, places: Ints) -> list[Sequence[int]]:
         """The label tokens that each prompt may be answered with."""

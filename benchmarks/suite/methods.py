@@ -19,14 +19,15 @@ from vllm_adainfer.offline.calibration.certify.certify import (
     certify,
     threshold_path,
 )
+from vllm_adainfer.offline.calibration.data.split import Split
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.cost import STEP_ROWS, Costs, probe_seconds
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, Judged, Scored, fit_exits, judge
 from vllm_adainfer.offline.calibration.fit.loss import RightTokens, is_right
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
-from vllm_adainfer.offline.calibration.fit.split import Split
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.reports.shares import Interval
 
 GAP_ALONE = torch.tensor([0.0, 1.0, 0.0])  # a classifier whose score is the gap
@@ -66,7 +67,7 @@ class TestPart:
 
     """
 
-    recording: Recording
+    recording: Rows
     prompts: Ints
     right: RightTokens
 
@@ -120,7 +121,7 @@ def ours(policy: FittedPolicy, epsilon: float, test: TestPart) -> Outcome | None
         return None
     layers = [exit.layer for exit in policy.exits]
     scored = test.scored_by(policy)
-    return test.outcome(layers, scored, policy.points[epsilon].threshold, policy.costs)
+    return test.outcome(layers, scored, policy.points[epsilon].threshold, policy.choice.costs)
 
 
 def static_truncation(layers_run: float, target: Target, test: TestPart, costs: Costs) -> Outcome:
@@ -143,12 +144,13 @@ def adainfer(
     recording, bound = test.recording, Bound.promised(options)
     whole_head = Target("logit-lens", None)
     after_each = [layer for layer in recording.states if layer > 0]
-    exits = fit_exits(recording, whole_head, split, "svm", options.seed, after_each)
+    own = replace(options, classifier="svm")
+    exits = fit_exits(Calibration(recording, whole_head, split, own), after_each)
     if not exits:
         return dict.fromkeys(("adainfer", "adainfer_certified", "calm"))
     states = next(iter(recording.states.values()))
     asked = states[: max(1, round(STEP_ROWS / recording.computed.mean()))]
-    probe = probe_seconds(exits[0].probe, asked, recording.threads)
+    probe = probe_seconds(exits[0].probe, asked, recording.model.threads)
     costs = replace(costs, probe={exit.layer: probe for exit in exits})
     layers = [exit.layer for exit in exits]
     scored = [test.scored(exit, whole_head) for exit in exits]
@@ -207,7 +209,7 @@ def risk_coverage(
     """Layers saved and disagreement of our policy on the test prompts at each threshold."""
     layers = [exit.layer for exit in policy.exits]
     scored = test.scored_by(policy)
-    path = list(threshold_path(layers, scored, policy.costs.depth, thresholds))
+    path = list(threshold_path(layers, scored, policy.choice.costs.depth, thresholds))
     return {
         "layers_saved": [point.layers_saved for point in path],
         "disagreement": [point.disagreement for point in path],

@@ -28,15 +28,16 @@ from benchmarks.suite.tasks import TaskData, load_suite, load_task
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
-from vllm_adainfer.offline.calibration.calibrate import best_policy, label_ids
-from vllm_adainfer.offline.calibration.calibration import Calibration
+from vllm_adainfer.offline.calibration.best_policy import best_policy
+from vllm_adainfer.offline.calibration.calibrate import label_ids
 from vllm_adainfer.offline.calibration.certify.certify import threshold_grid
 from vllm_adainfer.offline.calibration.data.shared import pooled_from, shared_tokens
+from vllm_adainfer.offline.calibration.data.split import random_order
 from vllm_adainfer.offline.calibration.enough_rows import check_rows
-from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
 from vllm_adainfer.offline.calibration.fit.loss import is_right
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fit.split import random_order
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import split_of
@@ -194,7 +195,7 @@ class _Judging:
         recording = record(engine, examples, [label.token_id for label in data.labels], self.layers)
         tests = np.arange(len(order), len(examples))
         kind = "pooled-label-head" if data.labels else "lens"
-        candidates = candidate_layers(recording.depth, kind=kind)
+        candidates = candidate_layers(recording.model.depth, kind=kind)
         thinned = replace(
             recording, states={layer: recording.states[layer] for layer in candidates}
         )
@@ -247,7 +248,7 @@ class _Judging:
 
 
 def _outcomes(policy: FittedPolicy, test: methods.TestPart) -> dict[str, Any]:
-    calibration, costs = policy.calibration, policy.costs
+    calibration, costs = policy.calibration, policy.choice.costs
     ours = methods.ours(policy, calibration.options.epsilon, test)
     layers_run = costs.depth if ours is None else ours.layers_run
     outcomes = {

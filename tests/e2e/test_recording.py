@@ -23,7 +23,7 @@ from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.exits.recording.recorder import DECISION_ROW_WEIGHT, STRIDE
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.collect import record
-from vllm_adainfer.offline.calibration.record.recording import normed
+from vllm_adainfer.offline.calibration.record.rows import normed
 
 ROOT = Path(__file__).parents[2]
 RECORDED = (0, 5)

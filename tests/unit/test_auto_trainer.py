@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 
 from tests.byte_model import save_byte_model
 from tests.families import SHAPE
-from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
@@ -35,10 +34,10 @@ from vllm_adainfer.offline.auto.shards import load_rows, read_shards
 from vllm_adainfer.offline.auto.trainer import Trainer
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.fit.split import Split
+from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts
-from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, DEPTH, LAYERS, SHARD = SHAPE["hidden_size"], 6, (2, 3, 5), 60
@@ -199,23 +198,13 @@ def test_the_policy_is_the_one_that_calibrate_makes_of_these_rows(place, tmp_pat
     labels, _ = place.served.answers(place.kinds[name])
     tokens = torch.tensor([label.token_id for label in labels])
     logits = 2 * 30 * (lens.readout(residual) @ place.head[tokens].T / 30).tanh()
-    recording = Recording(
+    recording = Rows(
+        ServedModel.of_facts({**place.served.facts, "threads": 1}, lens),
         states={int(layer.removeprefix("layer.")): state for layer, state in states.items()},
-        depth=DEPTH,
         final=residual,
         tokens=tokens[logits.argmax(1)].numpy(),
         prompts=np.arange(rows),
         computed=np.full(rows, 20.0),
-        moments={},
-        logit_lens=lens,
-        fingerprint="f" * 16,
-        layer_seconds=1e-3,
-        cut_seconds=1e-6,
-        threads=1,
-        own_kv_layers=DEPTH,
-        soft_cap=30.0,
-        scale=2.0,
-        engine_options=EngineOptions.model_validate(place.served.facts["engine_options"]),
     )
     examples = [Example("", "", [], None) for _ in range(rows)]
     request = CalibrationRequest(

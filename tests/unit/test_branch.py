@@ -30,17 +30,18 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
 from vllm_adainfer.exits.recording.state_files import StateFiles
-from vllm_adainfer.offline.calibration import trained_probes
-from vllm_adainfer.offline.calibration.calibrate import best_policy
+from vllm_adainfer.offline.calibration import best_policy as best
+from vllm_adainfer.offline.calibration.best_policy import best_policy, with_trained_probes
 from vllm_adainfer.offline.calibration.fit import branch as training
 from vllm_adainfer.offline.calibration.fit import cost
+from vllm_adainfer.offline.calibration.fit.branch import branches_of
 from vllm_adainfer.offline.calibration.fit.choose import choose_exits, one_per_layer
 from vllm_adainfer.offline.calibration.fit.distil import Taught, distil
 from vllm_adainfer.offline.calibration.fit.trained_exits import with_trained
+from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.record import collect
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates, own_states_of
-from vllm_adainfer.offline.calibration.record.recording import FOLDS
-from vllm_adainfer.offline.calibration.trained_probes import branches_of, with_branches
+from vllm_adainfer.offline.calibration.record.rows import FOLDS
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
@@ -352,7 +353,8 @@ def test_it_learns_what_no_head_on_the_mean_can(capsys):
     everyone = np.arange(len(prompts))
     read = torch.stack([torch.cat([one[-1], one.mean(0)]) for one in prompts])
     taught = Taught(read, labels)
-    found = training.train_branch(2, states, taught, everyone, everyone % 2, LABEL_IDS, seed=0)
+    lesson = Lesson(taught, everyone, everyone % 2, LABEL_IDS, seed=0)
+    found = training.train_branch(2, states, lesson)
     assert "training a branch after layer 2 on 300 prompts, for up to 1 minute" in (
         capsys.readouterr().err
     )
@@ -369,7 +371,7 @@ def test_it_learns_what_no_head_on_the_mean_can(capsys):
 def branched(monkeypatch) -> Any:
     """A pooled policy whose heads know little, and the same with the branches that pay."""
     monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
-    monkeypatch.setattr(cost, "branch_seconds", lambda *_: 1e-6)
+    monkeypatch.setattr(cost, "trained_seconds", lambda *_: 1e-6)
     monkeypatch.setattr(training, "EPOCHS", 2)
     recording = recording_of_prompts(mean_noise=1.0)
     heads = best_policy(calibration(recording), "pooled-label-head")
@@ -387,9 +389,9 @@ def states_that_tell(recording: Any, layers: list[int]) -> OwnStates:
 
 def test_what_is_served_of_branches_is_what_was_certified(branched, tmp_path):
     heads, states = branched
-    found = with_branches(heads, branches_of(heads.calibration, states))
+    found = with_trained_probes(heads, *branches_of(heads.calibration, states))
     assert found.branches
-    assert found.expected["chosen"] < heads.expected["chosen"]
+    assert found.choice.expected["chosen"] < heads.choice.expected["chosen"]
     layers = [exit.layer for exit in found.exits]
     assert {exit.layer for exit in found.last_token.exits} <= {*layers} - {0}
     config, details = policy_config(found, "tiny", HF_CONFIG), policy_details(found)
@@ -403,7 +405,7 @@ def test_what_is_served_of_branches_is_what_was_certified(branched, tmp_path):
     save_artifact(tmp_path / "policy", config, policy_tensors(found), {}, "card")
     part = load_artifact(str(tmp_path / "policy")).parts("")[""]
     serving = Policy(part, torch.device("cpu"))
-    recording, held_out = heads.calibration.recording, SPLIT.certify
+    recording, held_out = heads.calibration.rows, SPLIT.certify
     rows = torch.full((len(held_out),), part.config.level_of(None))
     exits = np.full(len(held_out), len(found.exits))
     for index, layer in enumerate(serving.exit_points):
@@ -425,10 +427,10 @@ def test_all_are_judged_by_what_they_have_not_seen(branched):
     """The student takes the place of the first head, a branch stands beside its layer's head."""
     heads, states = branched
     calibrated = heads.calibration
-    recording, target, split = calibrated.recording, calibrated.target, calibrated.split
+    recording, split = calibrated.rows, calibrated.split
     own = branches_of(calibrated, states)
     student = replace(own[0], layer=0, states=replace(states, rows={0: states.rows[own[0].layer]}))
-    found = with_trained([student, *own], heads.heads, recording, target, split, "svm", 0)
+    found = with_trained(replace(calibrated, trained=(student, *own)), heads.heads)
     layers = sorted([*(one.layer for one in heads.heads), *(one.layer for one in own)])
     assert [exit.layer for exit in found] == layers
     assert {len(exit.fitted.loss) for exit in found} == {len(split.fit)}
@@ -436,15 +438,16 @@ def test_all_are_judged_by_what_they_have_not_seen(branched):
     assert [exit.is_branch for exit in found if exit.layer == 0] == [True]
     [branch] = [exit for exit in found if exit.is_branch and exit.layer == own[-1].layer]
     assert branch.fitted.tokens.tolist() == LABEL_IDS[own[-1].unseen.argmax(1)].tolist()
-    held_out = own[-1].scores(recording.prompts[recording.rows_of(split.certify)], None)
+    held_out = own[-1].scores(recording.prompts[recording.of(split.certify)], None)
     assert branch.held_out.tokens.tolist() == LABEL_IDS[held_out.argmax(1)].tolist()
 
 
 def test_without_a_branch_that_pays_the_policy_is_what_it_was(branched, monkeypatch, capsys):
     heads, states = branched
-    monkeypatch.setattr(cost, "branch_seconds", lambda *_: 1.0)
-    found = with_branches(heads, branches_of(heads.calibration, states))
-    assert found is heads
+    monkeypatch.setattr(cost, "trained_seconds", lambda *_: 1.0)
+    found = best_policy(heads.calibration, "branch", None, lambda _: states)
+    assert found.branches == ()
+    assert found.points[EPSILON].threshold == heads.points[EPSILON].threshold
     assert "branches cost more time than they save, and are left out" in capsys.readouterr().err
 
 
@@ -453,7 +456,7 @@ def test_auto_trains_branches_where_one_takes_a_small_part_of_a_layer(
     branched, monkeypatch, layers, trained
 ):
     _, states = branched
-    monkeypatch.setattr(trained_probes, "untrained_branch_layers", lambda *_: layers)
+    monkeypatch.setattr(best, "untrained_branch_layers", lambda *_: layers)
     asked: list[Any] = []
 
     def states_after(after: Any) -> OwnStates:
@@ -469,7 +472,9 @@ def test_auto_trains_branches_where_one_takes_a_small_part_of_a_layer(
 def test_an_untrained_branch_is_timed_in_layers():
     recording = recording_of_prompts(SAYS_MUCH)
     slow, fast = (
-        cost.untrained_branch_layers(replace(recording, layer_seconds=seconds), 20.0)
+        cost.untrained_branch_layers(
+            calibration(replace(recording, model=replace(recording.model, layer_seconds=seconds)))
+        )
         for seconds in (1e-3, 1e-6)
     )
     assert 0 < slow < 1 < fast
@@ -481,4 +486,4 @@ def test_a_branch_is_trained_only_where_the_head_still_errs():
         return SimpleNamespace(layer=layer, fitted=SimpleNamespace(agrees=rows))
 
     exits = [exit_at(0, 0.7), exit_at(4, 0.8), exit_at(16, 0.97), exit_at(24, 0.99)]
-    assert trained_probes.layers_to_branch(SimpleNamespace(exits=exits)) == [4, 16]
+    assert best.layers_to_branch(SimpleNamespace(exits=exits)) == [4, 16]

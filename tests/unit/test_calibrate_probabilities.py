@@ -24,18 +24,18 @@ from tests.unit.test_make_policy import (
 from vllm_adainfer.artifact.fields import Gate
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.offline.calibration.calibrate import with_mass_if_it_pays
-from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import (
     loosest_certified,
     threshold_grid,
     threshold_path,
 )
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.write.policy_artifact import policy_config, policy_tensors
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.policy import Policy
@@ -47,15 +47,15 @@ FIRST, BEST = Gate(label=LABELS[0].name, probability=0.3), Gate(probability=0.6)
 NO_MASS, SOME_MASS, ALL_MASS = -30.0, 0.0, 12.0  # added to the labels' scores
 
 
-def recorded(labels_lead: float = ALL_MASS) -> Recording:
+def recorded(labels_lead: float = ALL_MASS) -> Rows:
     """A recording in which the labels' scores are that much higher, so that they have the mass."""
     recording = recording_of(labels=True, noise=0.4)
     bias = torch.zeros(VOCAB).index_fill(0, LABEL_IDS, labels_lead)
-    head = Head(recording.logit_lens.head.weight / 4, bias)
-    return replace(recording, logit_lens=Probe(head, norm=NORM))
+    head = Head(recording.model.logit_lens.head.weight / 4, bias)
+    return replace(recording, model=replace(recording.model, logit_lens=Probe(head, norm=NORM)))
 
 
-def made(recording: Recording, with_mass: bool = True, **options: object) -> FittedPolicy:
+def made(recording: Rows, with_mass: bool = True, **options: object) -> FittedPolicy:
     reads = full_depth_labels(recording, LABEL_IDS)
     tolerance = None if options.get("gates") else TOLERANCE
     asked = PolicyOptions(
@@ -66,8 +66,8 @@ def made(recording: Recording, with_mass: bool = True, **options: object) -> Fit
     return make_policy(Calibration(recording, target, SPLIT, asked, LABELS, with_mass=with_mass))
 
 
-def logits_of(recording: Recording) -> torch.Tensor:
-    lens = recording.logit_lens
+def logits_of(recording: Rows) -> torch.Tensor:
+    lens = recording.model.logit_lens
     return lens.readout(recording.final) @ lens.head.weight.T + lens.head.bias
 
 
@@ -122,7 +122,8 @@ def test_full_depth_is_read_as_vllm_returns_it():
 
 @pytest.mark.parametrize(("soft_cap", "scale"), [(3.0, 1.0), (None, 0.25), (2.0, 0.5)])
 def test_a_cap_and_a_scale_of_the_logits_change_their_probabilities(soft_cap, scale):
-    recording = replace(recorded(SOME_MASS), soft_cap=soft_cap, scale=scale)
+    recording = recorded(SOME_MASS)
+    recording = replace(recording, model=replace(recording.model, soft_cap=soft_cap, scale=scale))
     logits = logits_of(recording)
     capped = logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
     expected = (capped * scale)[:, LABEL_IDS].softmax(dim=1)

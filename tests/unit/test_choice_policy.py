@@ -30,7 +30,6 @@ from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration import calibrate as calibrating
-from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.data.batch_files import read_requests
 from vllm_adainfer.offline.calibration.data.choices import (
     Choices,
@@ -39,6 +38,7 @@ from vllm_adainfer.offline.calibration.data.choices import (
     with_labels,
 )
 from vllm_adainfer.offline.calibration.data.examples import Example, Row
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
@@ -134,7 +134,7 @@ TOKENS = Choices(
 def calibrated(choices: Choices = TOKENS, **options: Any) -> FittedPolicy:
     recording = recording_of(labels=False, noise=0.2)
     lens, first = (
-        recording.logit_lens.of_tokens(choices.first_tokens.token_ids),
+        recording.model.logit_lens.of_tokens(choices.first_tokens.token_ids),
         choices.first_tokens,
     )
     best = lens.score(lens.readout(recording.final)).top1_id.numpy()
@@ -151,12 +151,12 @@ def calibrated(choices: Choices = TOKENS, **options: Any) -> FittedPolicy:
 
 def test_answers_that_decide_no_choice_are_the_reason_given_for_no_policy(monkeypatch):
     policy = replace(calibrated(), points={})
-    policy.calibration.recording.tokens[:] = policy.calibration.target.undecided
+    policy.calibration.rows.tokens[:] = policy.calibration.target.undecided
     monkeypatch.setattr(calibrating, "calibration_of", lambda *_: policy.calibration)
     monkeypatch.setattr(calibrating, "best_policy", lambda *_: policy)
     request = CalibrationRequest("m", Path("rows"), Path("out"))
     with pytest.raises(AdaInferError, match="100% of the answers of m begin with a token that dec"):
-        calibrating.fit_and_certify(request, SimpleNamespace(student=None), None)
+        calibrating.fit_and_certify(request, SimpleNamespace(student=None), policy.calibration.rows)
 
 
 def served(policy: FittedPolicy, directory: Path) -> Policy:
@@ -175,8 +175,8 @@ def test_what_is_served_of_choices_is_what_was_certified(
     choices = TOKENS if with_undecided else replace(TOKENS, undecided=())
     policy = calibrated(choices, classifier=classifier, never_early=never)
     serving = served(policy, tmp_path / "policy")
-    recording, rows = policy.calibration.recording, SPLIT.certify
-    lens = recording.logit_lens
+    recording, rows = policy.calibration.rows, SPLIT.certify
+    lens = recording.model.logit_lens
     logits = lens.score(lens.readout(recording.final[rows]), return_scores=True).scores
     ids = serving.answer_ids.numpy()
     tags = torch.full((len(rows),), list(policy.points).index(0.05))

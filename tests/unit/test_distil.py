@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from vllm_adainfer.offline.calibration.fit import distil as distilling
 from vllm_adainfer.offline.calibration.fit.distil import Standardised, Taught, distil, solve
 from vllm_adainfer.offline.calibration.fit.ridge import Linear
-from vllm_adainfer.offline.calibration.record.recording import FOLDS
+from vllm_adainfer.offline.calibration.record.rows import FOLDS
 
 ROWS, WIDTH, LABELS = 240, 6, 3
 

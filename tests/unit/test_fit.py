@@ -12,13 +12,15 @@ from adainfer_kernels import Head, Norm
 from torch import Tensor
 
 from vllm_adainfer.exits.recording.moments import Moments
+from vllm_adainfer.offline.calibration.data.split import Split, numbered, random_order
 from vllm_adainfer.offline.calibration.fit import exits as fit
 from vllm_adainfer.offline.calibration.fit import probes
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, judge
-from vllm_adainfer.offline.calibration.fit.loss import accuracy_lost, is_right
+from vllm_adainfer.offline.calibration.fit.loss import is_right
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fit.split import Split, numbered, random_order
-from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
+from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows, ServedModel
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, VOCAB, LAYER = 32, 50, 4
@@ -28,7 +30,7 @@ SPLIT = Split.halves(PROMPTS)
 LABELS = torch.tensor([7, 3, 20])
 
 
-def recording_of(rank: int, noise: float = 0.0) -> Recording:
+def recording_of(rank: int, noise: float = 0.0) -> Rows:
     """A final state that is an affine map of the layer's state, of a given rank, plus noise."""
     generator = torch.Generator().manual_seed(rank)
 
@@ -48,26 +50,22 @@ def recording_of(rank: int, noise: float = 0.0) -> Recording:
         folds[prompt % FOLDS].add(rows, final_of(rows) - rows, torch.ones(ROWS_PER_PROMPT))
     final = final_of(decisions)
     model = Probe(Head(head), norm=NORM)
-    return Recording(
+    return Rows(
+        ServedModel(2 * LAYER, 2 * LAYER, Probe(Head(head), norm=NORM), "", 1e-4, 1e-5),
         states={LAYER: decisions},
-        depth=2 * LAYER,
         final=final,
         tokens=model.score(model.readout(final)).top1_id.numpy(),
         prompts=np.arange(PROMPTS),
         computed=np.full(PROMPTS, float(ROWS_PER_PROMPT)),
         moments={LAYER: folds},
-        logit_lens=Probe(Head(head), norm=NORM),
-        fingerprint="",
-        layer_seconds=1e-4,
-        cut_seconds=1e-5,
-        threads=1,
-        own_kv_layers=2 * LAYER,
     )
 
 
-def fitted_on(recording: Recording, kind: str, labels: Tensor | None = None) -> FittedExit:
-    target = Target(kind, labels)
-    [fitted] = fit_exits(recording, target, SPLIT, "threshold", 0, [LAYER])
+def fitted_on(
+    recording: Rows, kind: str, labels: Tensor | None = None, split: Split = SPLIT
+) -> FittedExit:
+    options = PolicyOptions(classifier="threshold")
+    [fitted] = fit_exits(Calibration(recording, Target(kind, labels), split, options), [LAYER])
     return fitted
 
 
@@ -105,7 +103,7 @@ def test_prompts_that_come_alone_are_split_as_if_there_were_no_groups():
 def test_a_probe_has_seen_no_prompt_of_the_group_that_it_judges_for_the_classifier(monkeypatch):
     """Prompts with the same state in one fold: what a probe learns from one helps no other."""
     groups = np.repeat(np.arange(PROMPTS // 5), 5)
-    recording = replace(recording_of(rank=1), folds=groups % FOLDS)
+    recording = replace(recording_of(rank=1), moments={})
     seen: list[tuple[set[int], set[int]]] = []
 
     def spy(probe, layer, recording, rows, *rest):
@@ -113,7 +111,7 @@ def test_a_probe_has_seen_no_prompt_of_the_group_that_it_judges_for_the_classifi
         return judge(probe, layer, recording, rows, *rest)
 
     monkeypatch.setattr(fit, "judge", spy)
-    fitted_on(recording, "label-head", torch.tensor([3, 7]))
+    fitted_on(recording, "label-head", torch.tensor([3, 7]), Split.of_groups(groups))
     *by_fold, _ = [own for _, own in seen]
     assert len(by_fold) == FOLDS
     assert sum(map(len, by_fold)) == len(set().union(*by_fold)), "no group is in two folds"
@@ -122,15 +120,15 @@ def test_a_probe_has_seen_no_prompt_of_the_group_that_it_judges_for_the_classifi
 def test_the_rows_of_a_half_are_all_those_of_its_prompts_in_the_prompts_order():
     recording = replace(recording_of(rank=1), prompts=np.array([0, 0, 1, 2, 2, 3]))
     split = Split(fit=np.array([2, 0]), certify=np.array([1, 3]), groups=np.arange(4))
-    assert recording.rows_of(split.fit).tolist() == [3, 4, 0, 1]
-    assert recording.rows_of(split.certify).tolist() == [2, 5]
+    assert recording.of(split.fit).tolist() == [3, 4, 0, 1]
+    assert recording.of(split.certify).tolist() == [2, 5]
 
 
 def test_a_lens_that_is_exact_is_recovered(monkeypatch):
     monkeypatch.setattr(probes, "RIDGE_PENALTIES", (1e-6, 1.0))
     recording = recording_of(rank=4)
     fitted = fitted_on(recording, "lens")
-    model = Probe(recording.logit_lens.head, norm=NORM)
+    model = Probe(recording.model.logit_lens.head, norm=NORM)
     found = fitted.probe.readout(recording.states[LAYER])
     torch.testing.assert_close(found, model.readout(recording.final), rtol=1e-3, atol=1e-3)
     assert fitted.fitted.agrees.all()
@@ -176,7 +174,7 @@ def test_the_loss_of_accuracy_is_signed_by_who_is_right():
     plain = fitted_on(recording, "logit-lens", LABELS).probe
     recording.tokens[:] = plain.score(plain.readout(recording.final)).top1_id.numpy()
     target = Target("label-head", LABELS)
-    [exit] = fit_exits(recording, target, SPLIT, "svm", 0, [LAYER], accuracy_lost(right))
+    [exit] = fit_exits(Calibration(recording, target, SPLIT, PolicyOptions(), right=right), [LAYER])
     for half, prompts in zip((exit.fitted, exit.held_out), (SPLIT.fit, SPLIT.certify), strict=True):
         full = recording.tokens[prompts]
         found = set()

@@ -22,13 +22,14 @@ from vllm_adainfer.artifact.label_subsets import ALL, bits_of, mask_of
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of, subsets_of
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target, fit_probes
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
+from vllm_adainfer.offline.calibration.record.rows import FOLDS
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     never_named,
     policy_config,
@@ -57,8 +58,9 @@ def random_subsets(rows: int, seed: int = 0) -> torch.Tensor:
 def calibrated(risk: str, with_mass: bool, **options: Any) -> tuple[FittedPolicy, torch.Tensor]:
     recording = recorded()
     bias = torch.zeros(VOCAB).index_fill(0, POOL, ALL_MASS)
-    head = Head(recording.logit_lens.head.weight, bias)
-    recording = replace(recording, logit_lens=Probe(head, norm=NORM))
+    head = Head(recording.model.logit_lens.head.weight, bias)
+    model = replace(recording.model, logit_lens=Probe(head, norm=NORM))
+    recording = replace(recording, model=model)
     subsets = random_subsets(len(recording.tokens))
     logits = logits_of(recording)
     own = logits[:, POOL].masked_fill(~subsets, -torch.inf)
@@ -105,7 +107,7 @@ def test_what_is_served_of_a_pool_is_what_was_certified(
     save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
     artifact = load_artifact(str(tmp_path / "policy"))
     serving = Policy(artifact, torch.device("cpu"))
-    recording, rows = policy.calibration.recording, SPLIT.certify
+    recording, rows = policy.calibration.rows, SPLIT.certify
     subsets = policy.calibration.target.subsets[rows]
     bits = torch.tensor([bits_of(set(POOL[own].tolist()), POOL.tolist()) for own in subsets])
     tags = torch.full((len(rows),), artifact.config.level_of(None))
@@ -144,9 +146,9 @@ def test_labels_that_no_request_names_do_not_change_how_others_are_read():
         subsets=torch.cat([target.subsets, none], dim=1),
     )
     rows = SPLIT.fit
-    for layer, states in calibration.recording.states.items():
-        narrow_head, _ = fit_probes(calibration.recording, target, rows, layer)
-        wide_head, _ = fit_probes(calibration.recording, wider, rows, layer)
+    for layer, states in calibration.rows.states.items():
+        narrow_head, _ = fit_probes(calibration.rows, target, rows, layer, rows % FOLDS)
+        wide_head, _ = fit_probes(calibration.rows, wider, rows, layer, rows % FOLDS)
         narrow, wide = (head.score(states)[:, : len(POOL)] for head in (narrow_head, wide_head))
         torch.testing.assert_close(wide - wide[:, :1], narrow - narrow[:, :1], atol=1e-4, rtol=1e-4)
     labels = (*LABELS, *(Label(name=f"unused {t}", token_id=t) for t in more.tolist()))

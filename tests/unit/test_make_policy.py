@@ -16,15 +16,15 @@ from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.offline.calibration import calibrate as calibrating
-from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.bound import Bound
+from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.enough_rows import check_rows
 from vllm_adainfer.offline.calibration.fit import cost
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fit.split import Split
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
-from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
+from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows, ServedModel
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
     policy_details,
@@ -45,7 +45,7 @@ HF_CONFIG = SimpleNamespace(
 )
 
 
-def recording_of(labels: bool, noise: float = 1.0) -> Recording:
+def recording_of(labels: bool, noise: float = 1.0) -> Rows:
     """States that come nearer to the final one from layer to layer."""
     generator = torch.Generator().manual_seed(0)
 
@@ -67,24 +67,25 @@ def recording_of(labels: bool, noise: float = 1.0) -> Recording:
         token_ids=LABEL_IDS if labels else None,
         norm=NORM,
     )
-    return Recording(
+    return Rows(
+        ServedModel(
+            DEPTH,
+            DEPTH,
+            Probe(Head(head), norm=NORM),
+            "f" * 16,
+            layer_seconds=1e-3,  # so slow that every probe is worth its time
+            cut_seconds=1e-6,
+        ),
         states=states,
-        depth=DEPTH,
         final=final,
         tokens=model.score(model.readout(final)).top1_id.numpy(),
         prompts=np.arange(PROMPTS),
         computed=np.full(PROMPTS, 20.0),
         moments=moments,
-        logit_lens=Probe(Head(head), norm=NORM),
-        fingerprint="f" * 16,
-        layer_seconds=1e-3,  # so slow that every probe is worth its time
-        cut_seconds=1e-6,
-        threads=1,
-        own_kv_layers=DEPTH,
     )
 
 
-def made(recording: Recording, target: Target, **options) -> FittedPolicy:
+def made(recording: Rows, target: Target, **options) -> FittedPolicy:
     return make_policy(
         Calibration(recording, target, SPLIT, PolicyOptions(epsilon=0.05, **options))
     )
@@ -105,7 +106,7 @@ def test_what_is_served_is_what_was_certified(tmp_path, classifier, probe, with_
     save_artifact(tmp_path / "policy", config, policy_tensors(policy), {}, "card")
 
     artifact = load_artifact(str(tmp_path / "policy"))
-    serving = Policy(artifact, torch.device("cpu"), lambda _: recording.logit_lens)
+    serving = Policy(artifact, torch.device("cpu"), lambda _: recording.model.logit_lens)
     point = policy.points[0.05]
     tags = torch.full((len(SPLIT.certify),), artifact.config.level_of(None))
     exits = np.full(len(SPLIT.certify), len(policy.exits))
@@ -222,8 +223,8 @@ def test_layers_asked_for_are_kept_whatever_they_cost(monkeypatch):
 def test_the_default_chooses_and_expects_to_be_faster_than_full_depth_and_an_even_spread():
     policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS))
     assert 1 <= len(policy.exits) <= len(LAYERS)
-    assert policy.expected["chosen"] < policy.expected["full_depth"]
-    assert policy.expected["chosen"] <= policy.expected["uniform"]
+    assert policy.choice.expected["chosen"] < policy.choice.expected["full_depth"]
+    assert policy.choice.expected["chosen"] <= policy.choice.expected["uniform"]
 
 
 def test_exit_points_that_are_not_worth_their_probes_leave_no_policy(monkeypatch):
@@ -237,10 +238,10 @@ def test_where_nothing_is_certified_nobody_is_sent_to_the_same_held_out_half_aga
     """Several tries on it would exceed delta."""
     policy = made(recording_of(labels=True), Target("label-head", LABEL_IDS))
     monkeypatch.setattr(calibrating, "calibration_of", lambda *_: policy.calibration)
-    monkeypatch.setattr(calibrating, "make_policy", lambda _: replace(policy, points={}))
+    monkeypatch.setattr(calibrating, "best_policy", lambda *_: replace(policy, points={}))
     request = CalibrationRequest("m", Path("rows"), Path("out"))
     with pytest.raises(AdaInferError, match="raise --epsilon, or give new rows") as raised:
-        calibrating.fit_and_certify(request, SimpleNamespace(student=None), None)
+        calibrating.fit_and_certify(request, SimpleNamespace(student=None), policy.calibration.rows)
     assert "--probe" not in str(raised.value)
 
 

@@ -25,19 +25,18 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.calibrate import best_policy
-from vllm_adainfer.offline.calibration.calibration import Calibration
+from vllm_adainfer.offline.calibration.best_policy import best_policy
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.shared import pooled_from
 from vllm_adainfer.offline.calibration.fit import cost
-from vllm_adainfer.offline.calibration.fit.choose import layers_saved
-from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.offline.calibration.fit.choose import candidate_layers, layers_saved
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import fit_candidates
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import ALLOWANCE, split_of
-from vllm_adainfer.offline.calibration.record.recording import Recording, normed
+from vllm_adainfer.offline.calibration.record.rows import Rows, normed
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.calibration.write.policy_artifact import (
     policy_config,
@@ -56,7 +55,7 @@ def equally_fast_probes(monkeypatch) -> None:
     monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
 
 
-def recording_of_prompts(mean_noise: float, last_noise: float = 1.0, **changes: Any) -> Recording:
+def recording_of_prompts(mean_noise: float, last_noise: float = 1.0, **changes: Any) -> Rows:
     """Means that say as much of the answer as `mean_noise` lets them; also before all layers."""
     plain = recording_of(labels=True, noise=last_noise)
     generator = torch.Generator().manual_seed(1)
@@ -66,10 +65,11 @@ def recording_of_prompts(mean_noise: float, last_noise: float = 1.0, **changes: 
 
     states = {0: noise(), **plain.states}
     means = {layer: normed(plain.final) + mean_noise * noise() for layer in states}
-    return replace(plain, **{"states": states, "means": means, "pool_seconds": 1e-8, **changes})
+    model = replace(plain.model, **{"pool_seconds": 1e-8, **changes})
+    return replace(plain, model=model, states=states, means=means)
 
 
-def calibration(recording: Recording, **options: Any) -> Calibration:
+def calibration(recording: Rows, **options: Any) -> Calibration:
     return Calibration(
         recording,
         Target("pooled-label-head", LABEL_IDS),
@@ -160,7 +160,7 @@ def test_one_bound_covers_both_parts_whichever_decides_a_request(by_question):
         assert whole.keys() == last.keys()
         for epsilon in whole:
             larger = np.maximum(whole[epsilon].losses, last[epsilon].losses)
-            assert data.bound.of_rows(rows).holds(larger, epsilon)
+            assert found.terms.bound.of_rows(rows).holds(larger, epsilon)
     assert found.last_token.points[0.1].layers_saved > 0
     config = policy_config(found, "tiny", HF_CONFIG)
     assert config.last_token.one_bound
@@ -196,7 +196,7 @@ def test_the_learning_curve_is_of_the_exit_points_on_a_quarter_a_half_and_all_th
     found = best_policy(calibration(recording_of_prompts(0.6)), "pooled-label-head")
     curve = found.learning_curve()
     assert [point.prompts for point in curve] == [112, 225, 450]
-    saved = layers_saved(found.exits, DEPTH, found.calibration.allowed)
+    saved = layers_saved(found.exits, DEPTH, found.choice.allowed)
     assert curve[-1].layers_saved == pytest.approx(saved)
     assert curve[0].layers_saved < saved
     other = replace(found.calibration, target=Target("lens", LABEL_IDS))

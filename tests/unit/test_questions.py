@@ -150,7 +150,7 @@ def policy():
 
 def test_each_question_keeps_the_bound_on_its_own_and_others_run_to_the_end(policy):
     names = np.array(policy.calibration.questions)[SPLIT.certify]
-    bound, point = policy.calibration.bound, policy.points[EPSILON]
+    bound, point = policy.terms.bound, policy.points[EPSILON]
     assert policy.questions.keys() == ENDS.keys()
     for name, points in policy.questions.items():
         own = names == name
@@ -159,8 +159,8 @@ def test_each_question_keeps_the_bound_on_its_own_and_others_run_to_the_end(poli
         assert points[EPSILON].layers_saved > 0
     others = names == "question 2"
     assert (point.exits[others] == len(policy.exits)).all()
-    layers = np.array([*(one.layer for one in policy.exits), policy.costs.depth])
-    saved = 1 - layers[point.exits].mean() / policy.costs.depth
+    layers = np.array([*(one.layer for one in policy.exits), policy.choice.costs.depth])
+    saved = 1 - layers[point.exits].mean() / policy.choice.costs.depth
     assert point.layers_saved == pytest.approx(saved)
 
 
@@ -177,7 +177,7 @@ def test_what_is_served_by_question_is_what_was_certified(policy, tmp_path):
         tags = torch.full((len(rows),), artifact.config.threshold_row(level, place))
         exits = np.full(len(rows), len(policy.exits))
         for index, layer in enumerate(serving.exit_points):
-            states = policy.calibration.recording.states[layer][rows]
+            states = policy.calibration.rows.states[layer][rows]
             settled = serving.decide(index, UndecidedRows(states, tags, None, bits)).settled.numpy()
             exits[settled & (exits == len(policy.exits))] = index
         assert np.array_equal(exits, policy.questions[question.name][EPSILON].exits)

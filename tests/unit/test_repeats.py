@@ -12,8 +12,8 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound, certified
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
 from vllm_adainfer.offline.calibration.data.examples import Example
+from vllm_adainfer.offline.calibration.data.split import Split, alike_of, groups_of
 from vllm_adainfer.offline.calibration.enough_rows import check_rows
-from vllm_adainfer.offline.calibration.fit.split import Split, alike_of, groups_of
 from vllm_adainfer.offline.calibration.label_promises import check_rows as check_labelled_rows
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import load_prompts, say_what_they_share, split_of

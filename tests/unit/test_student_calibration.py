@@ -23,7 +23,7 @@ from tests.unit.test_pooled_calibration import EPSILON, calibration, recording_o
 from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.calibrate import best_policy
+from vllm_adainfer.offline.calibration.best_policy import best_policy
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.shared import shared_tokens
 from vllm_adainfer.offline.calibration.data.student_base import (
@@ -33,7 +33,8 @@ from vllm_adainfer.offline.calibration.data.student_base import (
 from vllm_adainfer.offline.calibration.fit import cost, trained_exits, training
 from vllm_adainfer.offline.calibration.fit import student as students
 from vllm_adainfer.offline.calibration.fit.distil import Taught
-from vllm_adainfer.offline.calibration.trained_probes import student_of
+from vllm_adainfer.offline.calibration.fit.student import train_student
+from vllm_adainfer.offline.calibration.fit.training import Lesson
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
@@ -56,7 +57,7 @@ def learn_fast(patch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def fast_and_quiet(monkeypatch) -> None:
     monkeypatch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
-    monkeypatch.setattr(cost, "student_seconds", lambda *_: 1e-6)
+    monkeypatch.setattr(cost, "trained_seconds", lambda *_: 1e-6)
     learn_fast(monkeypatch)
 
 
@@ -83,21 +84,21 @@ def base_of(recording: Any, unreadable: int = 0) -> StudentBase:
 def found(recording) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "probe_seconds", lambda *_: 1e-6)
-        patch.setattr(cost, "student_seconds", lambda *_: 1e-6)
+        patch.setattr(cost, "trained_seconds", lambda *_: 1e-6)
         learn_fast(patch)
         return best_policy(calibration(recording), "auto", base_of(recording, unreadable=4))
 
 
 def test_a_student_learns_what_the_words_say_and_half_students_of_the_other_half(recording):
-    trained = student_of(calibration(recording), base_of(recording))
-    fit, certify = recording.rows_of(SPLIT.fit), recording.rows_of(SPLIT.certify)
+    trained = train_student(base_of(recording), Lesson.of(calibration(recording)))
+    fit, certify = recording.of(SPLIT.fit), recording.of(SPLIT.certify)
     texts = [trained.base.texts[row] for row in certify]
-    own = LABEL_IDS[trained.student.score(texts).argmax(1)].numpy()
+    own = LABEL_IDS[trained.probe.score(texts).argmax(1)].numpy()
     assert np.mean(own == recording.tokens[certify]) > 0.75
     halves = LABEL_IDS[trained.unseen.argmax(1)].numpy()
     assert 0.6 < np.mean(halves == recording.tokens[fit]) < 0.95, "they know half as much"
-    again = student_of(calibration(recording), base_of(recording))
-    assert torch.equal(again.student.score(texts), trained.student.score(texts))
+    again = train_student(base_of(recording), Lesson.of(calibration(recording)))
+    assert torch.equal(again.probe.score(texts), trained.probe.score(texts))
     assert torch.equal(again.unseen, trained.unseen)
 
 
@@ -127,12 +128,12 @@ def test_training_goes_to_its_end_unless_the_student_overfits(monkeypatch, error
 
 def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, monkeypatch):
     """The classifier reads probabilities; the best label is that of the scores as trained."""
-    plain = student_of(calibration(recording), base_of(recording))
+    plain = train_student(base_of(recording), Lesson.of(calibration(recording)))
     monkeypatch.setattr(training, "LARGEST_LEAD", 0.5)
-    softer = student_of(calibration(recording), base_of(recording))
-    texts = [plain.base.texts[row] for row in recording.rows_of(SPLIT.fit)]
+    softer = train_student(base_of(recording), Lesson.of(calibration(recording)))
+    texts = [plain.base.texts[row] for row in recording.of(SPLIT.fit)]
     for scores in (
-        [one.student.score(texts) for one in (plain, softer)],
+        [one.probe.score(texts) for one in (plain, softer)],
         [one.unseen for one in (plain, softer)],
     ):
         leads = [(one[:, 0] - one[:, 1]).abs() for one in scores]
@@ -144,12 +145,12 @@ def test_sure_answers_stay_apart_where_the_answer_alone_is_promised(recording, m
 
 
 def test_held_out_rows_change_no_weight(recording):
-    plain = student_of(calibration(recording), base_of(recording))
+    plain = train_student(base_of(recording), Lesson.of(calibration(recording)))
     base = base_of(recording)
-    learned = recording.rows_of(SPLIT.fit)
+    learned = recording.of(SPLIT.fit)
     texts = [(9,) if row not in learned else text for row, text in enumerate(base.texts)]
-    again = student_of(calibration(recording), replace(base, texts=texts))
-    assert torch.equal(again.student.head.weight, plain.student.head.weight)
+    again = train_student(replace(base, texts=texts), Lesson.of(calibration(recording)))
+    assert torch.equal(again.probe.head.weight, plain.probe.head.weight)
     assert torch.equal(again.unseen, plain.unseen)
 
 
@@ -162,7 +163,7 @@ def test_what_is_said_of_a_half_is_learned_from_the_other_one(recording, monkeyp
 
     def unseen(labels: torch.Tensor) -> torch.Tensor:
         taught = Taught(torch.empty(200, 0), labels)
-        return students.train_student(base, taught, rows, halves, LABEL_IDS, seed=0).unseen
+        return train_student(base, Lesson(taught, rows, halves, LABEL_IDS, seed=0)).unseen
 
     plain, other = unseen(labels), unseen(torch.where(labels[:, :1] > 0, 1 - labels, labels))
     same = (plain == other).all(dim=1).numpy()
@@ -176,7 +177,7 @@ def test_the_policy_asks_it_first_and_its_bound_covers_all_exits(found, recordin
     assert found.last_token is not None
     assert isinstance(found.last_token.exits[0].probe, Student)
     point = found.points[EPSILON]
-    held = recording.rows_of(SPLIT.certify)
+    held = recording.of(SPLIT.certify)
     where = np.full(len(held), len(found.exits))
     for index in reversed(range(len(found.exits))):
         where[(found.exits[index].held_out.score >= point.threshold).numpy()] = index
@@ -184,7 +185,7 @@ def test_the_policy_asks_it_first_and_its_bound_covers_all_exits(found, recordin
     losses = np.vstack([*(e.held_out.loss for e in found.exits), np.zeros(len(held))])
     risk = losses[where, np.arange(len(held))].mean()
     assert risk == pytest.approx(point.risk)
-    assert found.calibration.bound.of(point.losses) <= EPSILON
+    assert found.terms.bound.of(point.losses) <= EPSILON
 
 
 def test_all_candidates_are_compared_on_all_rows_that_fit(found):
@@ -194,7 +195,7 @@ def test_all_candidates_are_compared_on_all_rows_that_fit(found):
 def test_prompts_it_cannot_read_are_never_settled_by_it(recording, found):
     base = base_of(recording)
     readable = np.array([bool(text) for text in found.student.base.texts])
-    held = recording.rows_of(SPLIT.certify)
+    held = recording.of(SPLIT.certify)
     assert not readable.all()
     never = found.exits[0].held_out.score.isneginf().numpy()
     assert np.array_equal(never, ~readable[recording.prompts[held]])
@@ -205,7 +206,7 @@ def test_prompts_it_cannot_read_are_never_settled_by_it(recording, found):
 def test_a_student_that_takes_longer_than_it_saves_is_left_out(
     recording, monkeypatch, capsys, seconds
 ):
-    monkeypatch.setattr(cost, "student_seconds", lambda *_: seconds)
+    monkeypatch.setattr(cost, "trained_seconds", lambda *_: seconds)
     policy = best_policy(calibration(recording), "auto", base_of(recording))
     assert (policy.student is None) == (seconds == 1.0)
     said = "the student costs more time than it saves" in capsys.readouterr().err
@@ -232,7 +233,7 @@ def test_what_is_written_serves_as_it_was_judged(recording, tmp_path, options):
     loaded = load_artifact(str(tmp_path / "a"))
     serving = Policy(loaded.parts("a")["a"], torch.device("cpu"))
     assert serving.exit_points[0] == 0
-    held = recording.rows_of(SPLIT.certify)
+    held = recording.of(SPLIT.certify)
     rows = UndecidedRows(
         torch.empty(0),
         torch.full((len(held),), config.level_of(EPSILON)),
@@ -356,9 +357,8 @@ def test_minilm_learns_the_sentiment_of_reviews_from_a_few_hundred_of_them(monke
     halves = np.arange(len(rows)) % 2
     taught = Taught(torch.empty(len(rows), 0), one_hot(right, len(names)).float())
     monkeypatch.setattr(students, "EPOCHS", 3)
-    trained = students.train_student(
-        base, taught, np.arange(len(rows)), halves, torch.arange(len(names)), seed=0
-    )
+    lesson = Lesson(taught, np.arange(len(rows)), halves, torch.arange(len(names)), seed=0)
+    trained = train_student(base, lesson)
     assert trained.asked(np.arange(len(rows))).all()
     commonest = right.bincount().max() / len(right)
     assert (trained.unseen.argmax(1) == right).float().mean() > commonest + 0.1

@@ -13,9 +13,9 @@ from benchmarks.common.intervals import mean_interval
 from benchmarks.suite import methods
 from benchmarks.suite.report import METHODS, markdown, suite_report
 from tests.unit.test_make_policy import DEPTH, LABEL_IDS, LAYERS, PROMPTS, SPLIT, recording_of
-from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import certify
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.cost import Costs
 from vllm_adainfer.offline.calibration.fit.exits import fit_exits
 from vllm_adainfer.offline.calibration.fit.probes import Target, logit_lens
@@ -89,7 +89,7 @@ def flat(outcome: methods.Outcome) -> dict[str, float]:
 def test_our_outcome_is_that_of_the_certified_threshold_a_prompt_at_a_time(recording, test, policy):
     threshold = policy.points[EPSILON].threshold
     classifiers = [exit.classifier for exit in policy.exits]
-    expected = by_prompt(recording, policy.exits, classifiers, threshold, policy.costs)
+    expected = by_prompt(recording, policy.exits, classifiers, threshold, policy.choice.costs)
     assert flat(methods.ours(policy, EPSILON, test)) == expected
 
 
@@ -100,7 +100,7 @@ def test_static_truncation_stops_everyone_at_the_nearest_layer(recording, test, 
     lens = logit_lens(recording, TARGET)
     tokens = lens.score(lens.readout(recording.states[layer][TESTS])).top1_id.numpy()
     assert (found.layers_run, found.accuracy) == (layer, accuracy(tokens))
-    assert found.expected_speedup == pytest.approx(DEPTH / layer)
+    assert found.choice.expected_speedup == pytest.approx(DEPTH / layer)
 
 
 def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeypatch):
@@ -113,11 +113,13 @@ def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeyp
 
     paid = replace(costs, probe=dict.fromkeys(LAYERS, 5e-3))
     head = Target("logit-lens", None)
-    by_svm = fit_exits(recording, head, SPLIT, "svm", 0, LAYERS)
+    by_svm = fit_exits(Calibration(recording, head, SPLIT, PolicyOptions()), LAYERS)
     svms = [exit.classifier for exit in by_svm]
     assert flat(found["adainfer"]) == by_prompt(recording, by_svm, svms, 0.0, paid)
     # The gap alone, which a policy of this kind scores by.
-    by_gap = fit_exits(recording, head, SPLIT, "threshold", 0, LAYERS)
+    by_gap = fit_exits(
+        Calibration(recording, head, SPLIT, PolicyOptions(classifier="threshold")), LAYERS
+    )
     for name, exits in (("adainfer_certified", by_svm), ("calm", by_gap)):
         point = certify(exits, DEPTH, [EPSILON], Bound.promised(options))[EPSILON]
         classifiers = [exit.classifier for exit in exits]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,8 +197,7 @@ class ExitWorker(_Worker):
             layers write keys and values), ``norm`` (kind and epsilon of the final one,
             None if there is none), ``soft_cap`` and ``scale`` of the logits, ``threads`` that
             computed, ``states`` (layer -> the file of the states of whole prompts after it), and
-            the times of
-            `vllm_adainfer.exits.recording.recording_loop.Timings`.
+            the times of `vllm_adainfer.exits.recording.recording_loop.Timings`.
 
         """
         model: Any = self.model_runner.model
@@ -208,7 +206,7 @@ class ExitWorker(_Worker):
         lens = model.logit_lens()
         tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.model_tensors.items()}
         save_file(tensors, path)
-        timings, files = asdict(loop.timings), loop.recorder.files
+        files = loop.recorder.files
         return {
             "states": {} if files is None else files.by_layer,
             "fingerprint": model.fingerprint,
@@ -218,5 +216,5 @@ class ExitWorker(_Worker):
             "soft_cap": soft_cap,
             "scale": scale,
             "threads": torch.get_num_threads(),
-            **timings,
+            **loop.timings.as_dict(),
         }

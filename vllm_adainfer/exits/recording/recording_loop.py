@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,15 @@ class Timings:
     pool_seconds: float = 0.0
     pooled_rows: int = 0
     fewer: list[list[tuple[float, float]]] = field(default_factory=lambda: [[], [], []])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The time of one token row: in a layer, to be cut and to be pooled; and ``fewer``."""
+        return {
+            "layer_seconds": self.layer_seconds / self.layers_run,
+            "cut_seconds": self.cut_seconds / max(1, self.rows),
+            "pool_seconds": self.pool_seconds / max(1, self.pooled_rows),
+            "fewer": self.fewer,
+        }
 
 
 class RecordingLoop(Loop):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,21 +12,20 @@ from adainfer_kernels import Head
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.auto.shards import Rows
-from vllm_adainfer.offline.calibration.calibration import Calibration
+from vllm_adainfer.offline.auto.shards import Loaded
 from vllm_adainfer.offline.calibration.data.choices import Choices, find_choices
 from vllm_adainfer.offline.calibration.data.label_pool import labels_of
+from vllm_adainfer.offline.calibration.data.split import Split
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fit.split import Split
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
-from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.probe import Probe
 
@@ -79,40 +78,28 @@ class Served:
         choices = find_choices(kind.choices, self.tokenizer, self.hf_config.vocab_size)
         return choices.labels, choices
 
-    def recording(
-        self, rows: Rows, labels: tuple[Label, ...], choices: Choices | None
-    ) -> Recording:
+    def rows(self, loaded: Loaded, labels: tuple[Label, ...], choices: Choices | None) -> Rows:
         """The rows as `record` would give them, answered by the tokens that a request allows."""
-        facts, lens = self.facts, Probe(Head(self.head))
-        recording = Recording(
-            states=rows.states,
-            depth=facts["depth"],
-            final=rows.final,
-            tokens=np.zeros(len(rows.final), dtype=np.int64),
-            prompts=np.arange(len(rows.final)),
-            computed=rows.computed.numpy(),
-            moments={},
-            logit_lens=lens,
-            fingerprint=facts["fingerprint"],
-            engine_options=EngineOptions.model_validate(facts["engine_options"]),
-            layer_seconds=facts["layer_seconds"],
-            cut_seconds=facts["cut_seconds"],
-            own_kv_layers=facts["own_kv_layers"],
-            threads=1,  # beside a busy server; probes of a few labels do not gain by more
-            soft_cap=facts["soft_cap"],
-            scale=facts["scale"],
-        )
+        # Beside a busy server one thread; probes of a few labels do not gain by more.
+        lens = Probe(Head(self.head))
+        model = ServedModel.of_facts({**self.facts, "threads": 1}, lens)
         allowed = torch.tensor([label.token_id for label in labels])
         if choices is not None:
             allowed = choices.first_tokens.token_ids
-        plain = lens.of_tokens(allowed)
-        plain = replace(plain, head=recording.as_served(plain.head))
-        tokens = plain.score(plain.readout(rows.final)).top1_id.numpy()
-        return replace(recording, tokens=tokens if choices is None else choices.decided_by(tokens))
+        plain = model.as_served(lens.of_tokens(allowed))
+        tokens = plain.score(plain.readout(loaded.final)).top1_id.numpy()
+        return Rows(
+            model=model,
+            states=loaded.states,
+            final=loaded.final,
+            tokens=tokens if choices is None else choices.decided_by(tokens),
+            prompts=np.arange(len(loaded.final)),
+            computed=loaded.computed.numpy(),
+        )
 
 
 def fit_policy(
-    served: Served, kind: Kind, rows: Rows, held_out: int, epsilon: float, delta: float
+    served: Served, kind: Kind, loaded: Loaded, held_out: int, epsilon: float, delta: float
 ) -> FittedPolicy:
     """Fit on the older rows, and certify on the `held_out` newest.
 
@@ -125,9 +112,9 @@ def fit_policy(
     answers = torch.tensor([label.token_id for label in labels])
     return make_policy(
         Calibration(
-            served.recording(rows, labels, choices),
+            served.rows(loaded, labels, choices),
             Target("label-head", answers, first_tokens=first_tokens),
-            Split.of_groups(np.arange(len(rows.final)), held_out),
+            Split.of_groups(np.arange(len(loaded.final)), held_out),
             PolicyOptions(epsilon=epsilon, delta=delta),
             labels,
             choices=choices,

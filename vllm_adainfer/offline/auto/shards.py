@@ -71,7 +71,7 @@ def _shard(path: Path, written: int, size: int) -> Shard | None:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Loaded:
     """Rows in memory, the oldest first.
 
     Attributes:
@@ -88,7 +88,7 @@ class Rows:
     shards: Tensor
 
 
-def load_rows(shards: Sequence[Shard]) -> Rows:
+def load_rows(shards: Sequence[Shard]) -> Loaded:
     """The rows of at least one shard; any that is not finite is left out.
 
     Raises:
@@ -104,7 +104,7 @@ def load_rows(shards: Sequence[Shard]) -> Rows:
         say(f"{int((~finite).sum())} rows are not finite and left out")
         whole = {name: one[finite] for name, one in whole.items()}
     states = {int(n.removeprefix(LAYER)): one for n, one in whole.items() if n.startswith(LAYER)}
-    return Rows(
+    return Loaded(
         dict(sorted(states.items())), whole["final"], whole["computed"].double(), whole["shards"]
     )
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-
 import numpy as np
 import torch
 
@@ -12,39 +9,24 @@ from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.calibration.calibration import Calibration
+from vllm_adainfer.offline.calibration.best_policy import best_policy
+from vllm_adainfer.offline.calibration.certify.terms import Terms
 from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
-from vllm_adainfer.offline.calibration.data.student_base import StudentBase
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fitted_policy import (
-    FittedPolicy,
-    fit_candidates,
-    make_policy,
-)
 from vllm_adainfer.offline.calibration.label_promises import check_rows
-from vllm_adainfer.offline.calibration.last_token import of_last_token, with_last_token
-from vllm_adainfer.offline.calibration.options import CalibrationRequest, ProbeChoice
+from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import (
     Prompts,
     load_prompts,
     say_what_they_share,
 )
-from vllm_adainfer.offline.calibration.record.own_states import OwnStates
-from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.calibration.recordings import record_own_states, record_prompts
-from vllm_adainfer.offline.calibration.trained_probes import (
-    branches_could_pay,
-    branches_of,
-    layers_to_branch,
-    student_of,
-    with_branches,
-    with_student,
-)
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
-from vllm_adainfer.offline.progress import say
 from vllm_adainfer.promise.gates import Gates
 from vllm_adainfer.promise.links import link_of
 
@@ -53,9 +35,6 @@ from vllm_adainfer.promise.links import link_of
 # 0.02, a probe of all 49,152 tokens saves 8.0 % of the layers and this one 6.8 %, but the former
 # costs an LM head at every exit point.
 SHORTLIST = 1024
-# A policy also promises probabilities in the whole vocabulary if it keeps at least this share of
-# the savings it would have without. It does where the labels have nearly all of the mass.
-MASS_WORTH = 0.5
 # If more of the answers begin with a token that decides no choice, that is why nothing is saved.
 UNDECIDED_IS_WHY = 0.5
 
@@ -68,22 +47,20 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
 
     """
     prompts = load_prompts(request)
-    recording = record_prompts(request, prompts)
+    rows = record_prompts(request, prompts)
     say_what_they_share(prompts)
-    return fit_and_certify(request, prompts, recording)
+    return fit_and_certify(request, prompts, rows)
 
 
-def fit_and_certify(
-    request: CalibrationRequest, prompts: Prompts, recording: Recording
-) -> ArtifactConfig:
+def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -> ArtifactConfig:
     """Make the policy and write its artifact.
 
     Raises:
         AdaInferError: no policy keeps the bound and is worth its cost; nothing is written.
 
     """
-    calibration = calibration_of(request, prompts, recording)
-    check_rows(calibration.label_tests, calibration.held_out_answers)
+    calibration = calibration_of(request, prompts, rows)
+    check_rows(Terms(calibration).tests, rows.tokens[calibration.held_out])
     policy = best_policy(
         calibration,
         request.probe,
@@ -92,8 +69,7 @@ def fit_and_certify(
     )
     epsilon = request.options.epsilon
     if epsilon not in policy.points:
-        answers = calibration.recording.tokens
-        undecided = float(np.mean(answers == calibration.target.undecided))
+        undecided = float(np.mean(rows.tokens == calibration.target.undecided))
         if undecided > UNDECIDED_IS_WHY:
             raise AdaInferError(
                 f"{undecided:.0%} of the answers of {request.model} begin with a token that "
@@ -115,59 +91,19 @@ def fit_and_certify(
     )
 
 
-def best_policy(
-    calibration: Calibration,
-    probe: ProbeChoice,
-    base: StudentBase | None = None,
-    states_after: Callable[[Sequence[int]], OwnStates] | None = None,
-) -> FittedPolicy:
-    """The policy with the probe asked for; "auto" takes the faster one of the label heads.
-
-    Which one that is, the part that fits decides; likewise whether a student of `base` and branches
-    are worth the time that they take. `states_after` gives the states that branches read.
-    """
-    policy = best_heads(calibration, probe)
-    if base is not None:
-        policy = with_student(policy, student_of(policy.calibration, base))
-    layers = layers_to_branch(policy)
-    asked = probe == "branch" or (probe == "auto" and branches_could_pay(policy))
-    if states_after is None or not asked:
-        return policy
-    if not layers:
-        say("no exit point has a head that a branch could do much better than")
-        return policy
-    return with_branches(policy, branches_of(policy.calibration, states_after(layers)))
-
-
-def best_heads(calibration: Calibration, probe: ProbeChoice) -> FittedPolicy:
-    """The policy with the probe asked for, before anything is trained."""
-    policy = with_mass_if_it_pays(make_policy(calibration))
-    if not calibration.target.is_pooled:
-        return policy
-    last = of_last_token(policy)
-    candidates = fit_candidates(last)
-    if probe == "auto":
-        alone = make_policy(last, candidates)
-        if policy.expected["chosen"] >= alone.expected["chosen"]:
-            return alone
-    return with_last_token(policy, last, candidates)
-
-
-def calibration_of(
-    request: CalibrationRequest, prompts: Prompts, recording: Recording
-) -> Calibration:
+def calibration_of(request: CalibrationRequest, prompts: Prompts, rows: Rows) -> Calibration:
     """The data and options that the policy is made from."""
     split, choices = prompts.split, prompts.choices
     answers = label_ids(prompts.labels)
     if request.options.max_tokens > 1:
-        answers = shortlist(recording.tokens[recording.rows_of(split.fit)])
+        answers = shortlist(rows.tokens[rows.of(split.fit)])
     full_depth = subsets = None
     score_head = score_head_of(prompts.hf_config)
     link = link_of(score_head)
     if request.label_pool:
         subsets = subsets_of(prompts.examples, [label.token_id for label in prompts.labels])
     if request.options.risk == "probability" and answers is not None:
-        full_depth = full_depth_labels(recording, answers, subsets, link)
+        full_depth = full_depth_labels(rows, answers, subsets, link)
     first_tokens = None if choices is None else choices.first_tokens
     gates = None
     if request.options.gates:
@@ -176,7 +112,7 @@ def calibration_of(
     never = frozenset(label.token_id for label in prompts.labels if label.name in named)
     questions = [one.question for one in prompts.examples if one.question is not None]
     return Calibration(
-        recording,
+        rows,
         Target(
             prompts.probe,
             answers,
@@ -198,22 +134,6 @@ def calibration_of(
         score_head=score_head,
         shared=prompts.shared,
     )
-
-
-def with_mass_if_it_pays(policy: FittedPolicy) -> FittedPolicy:
-    """A policy for probabilities that also promises the label mass, unless that saves too little.
-
-    The expectation is on the part that fits: a choice by the held-out part would weaken the bound.
-    """
-    calibration = policy.calibration
-    has_rest = calibration.recording.logit_lens.head.size > len(calibration.labels)
-    if calibration.options.tolerance is None or not has_rest:  # a classifier has no other tokens
-        return policy
-    with_mass = make_policy(replace(policy.calibration, with_mass=True))
-    saved, saved_without = (
-        1 - one.expected["chosen"] / one.expected["full_depth"] for one in (with_mass, policy)
-    )
-    return with_mass if 0 < saved >= MASS_WORTH * saved_without else policy
 
 
 def label_ids(labels: tuple[Label, ...]) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.questions import SEEN, ends_of
-from vllm_adainfer.offline.calibration.fit.split import Split, groups_of
+from vllm_adainfer.offline.calibration.data.split import Split, groups_of
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.certify import combine_questions
 from vllm_adainfer.offline.calibration.certify.parts import certify_pairs, pairs_of_thresholds
 from vllm_adainfer.offline.calibration.certify.path import threshold_grid
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.progress import say
@@ -18,7 +18,8 @@ def of_last_token(policy: FittedPolicy) -> Calibration:
     """The data of a pooled policy for heads that read the last token alone."""
     calibration = policy.calibration
     target = replace(calibration.target, kind="label-head")
-    return replace(calibration, target=target, branches=())
+    students = tuple(one for one in calibration.trained if one.layer == 0)
+    return replace(calibration, target=target, trained=students)
 
 
 def with_last_token(
@@ -51,21 +52,21 @@ def _certified_together(
 
     Without heads for the last token, the other part is full depth.
     """
-    calibration, depth = policy.calibration, policy.calibration.recording.depth
-    split, bound, epsilons = calibration.split, calibration.bound, calibration.epsilons
+    depth, terms = policy.calibration.rows.model.depth, policy.terms
+    bound, epsilons = terms.bound, terms.epsilons
     if own.exits:
-        whole, last, queries = policy.exits, own.exits, calibration.queries(split.fit)
-        thresholds = pairs_of_thresholds(whole, last, depth, queries)
+        whole, last = policy.exits, own.exits
+        thresholds = pairs_of_thresholds(whole, last, depth, terms.fitted_queries)
     else:
         whole, last = policy.exits, policy.exits
         thresholds = [(threshold, float("inf")) for threshold in threshold_grid(whole)]
-    if not calibration.options.by_question:
-        tests, queries = calibration.label_tests, calibration.queries(split.certify)
+    if not policy.calibration.options.by_question:
+        tests, queries = terms.tests, terms.queries
         points, own_points = certify_pairs(
             whole, last, depth, thresholds, epsilons, bound, tests=tests, queries=queries
         )
         return replace(policy, points=points), replace(own, points=own_points)
-    by_question = calibration.certifiable_questions()
+    by_question = terms.certifiable_questions()
     parts = {
         name: certify_pairs(whole, last, depth, thresholds, epsilons, bound, rows)
         for name, rows in by_question.items()

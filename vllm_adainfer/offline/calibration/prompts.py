@@ -41,6 +41,13 @@ from vllm_adainfer.offline.calibration.data.score_labels import (
 )
 from vllm_adainfer.offline.calibration.data.scored import read_scored
 from vllm_adainfer.offline.calibration.data.shared import pooled_from, shared_tokens
+from vllm_adainfer.offline.calibration.data.split import (
+    Split,
+    alike_of,
+    groups_of,
+    numbered,
+    random_order,
+)
 from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
     load_student_base,
@@ -51,13 +58,6 @@ from vllm_adainfer.offline.calibration.enough_rows import (
     check_rows,
 )
 from vllm_adainfer.offline.calibration.fit.loss import RightTokens
-from vllm_adainfer.offline.calibration.fit.split import (
-    Split,
-    alike_of,
-    groups_of,
-    numbered,
-    random_order,
-)
 from vllm_adainfer.offline.calibration.label_promises import check_labels
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm_adainfer.offline.calibration.fit.exits import candidate_layers
+from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts
 from vllm_adainfer.offline.calibration.record.collect import record, recording_engine
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
-from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.pretrained import engine_settings
 
 
-def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
+def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Rows:
     """Run the model at full depth."""
     options, hf_config, examples = request.options, prompts.hf_config, prompts.examples
     layers = candidate_layers(hf_config.num_hidden_layers, options.exit_points, prompts.probe)
@@ -35,14 +35,10 @@ def record_prompts(request: CalibrationRequest, prompts: Prompts) -> Recording:
         prompts.pooled_from,
         **settings,
     ) as engine:
-        recording = record(
+        rows = record(
             engine, examples, answers, layers, options.max_tokens, adapter and adapter.request
         )
-    if choices is not None:
-        recording = replace(recording, tokens=choices.decided_by(recording.tokens))
-    if prompts.probe == "lens":  # its sums are by prompt
-        return recording
-    return replace(recording, folds=prompts.split.units % FOLDS)
+    return rows if choices is None else replace(rows, tokens=choices.decided_by(rows.tokens))
 
 
 def _engine_settings(request: CalibrationRequest) -> dict[str, Any]:

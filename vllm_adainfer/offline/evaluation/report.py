@@ -17,7 +17,7 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.files import PUBLIC, replace_file
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.fit.split import groups_of
+from vllm_adainfer.offline.calibration.data.split import groups_of
 from vllm_adainfer.offline.evaluation.by_label import label_rows
 from vllm_adainfer.offline.evaluation.promised import bounded_rows, default_level, promised_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Rounds, Run

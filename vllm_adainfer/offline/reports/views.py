@@ -20,7 +20,7 @@ from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.collect import record, recording_engine
-from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.own_text import OwnText
@@ -54,7 +54,7 @@ class View:
     settled: bool = True
 
 
-def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Example]) -> Recording:
+def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Example]) -> Rows:
     """Run `examples` at full depth in an engine of their own, and record their states.
 
     Raises:
@@ -72,10 +72,10 @@ def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Exam
         branches=config.branches,
         **settings,
     ) as engine:
-        recording = record(engine, examples, config.label_ids, points, adapter=model.lora_request)
-    config.check_options(recording.engine_options)
-    config.check_weights(recording.fingerprint)
-    return recording
+        rows = record(engine, examples, config.label_ids, points, adapter=model.lora_request)
+    config.check_options(rows.model.engine_options)
+    config.check_weights(rows.model.fingerprint)
+    return rows
 
 
 def token_namer(config: ArtifactConfig, tokenizer: Any) -> Callable[[int], str]:
@@ -140,7 +140,7 @@ def threshold_row(
 
 def views_of(
     artifact: Artifact,
-    recording: Recording,
+    recording: Rows,
     prompt: int,
     thresholds: int,
     name: Callable[[int], str],
@@ -161,7 +161,7 @@ def views_of(
     """
 
     def logit_lens(head_rows: Tensor | None) -> Probe:
-        lens = recording.logit_lens
+        lens = recording.model.logit_lens
         return lens if head_rows is None else replace(lens, head=Head(head_rows))
 
     policy = Policy(artifact, torch.device("cpu"), logit_lens)
@@ -194,19 +194,16 @@ def views_of(
             )
         )
     top_prob, gap = _at_full_depth(artifact.config, recording, prompt)
-    return [*views, View(recording.depth, name(int(recording.tokens[prompt])), top_prob, gap)]
+    return [*views, View(recording.model.depth, name(int(recording.tokens[prompt])), top_prob, gap)]
 
 
-def _at_full_depth(
-    config: ArtifactConfig, recording: Recording, prompt: int
-) -> tuple[float, float]:
+def _at_full_depth(config: ArtifactConfig, recording: Rows, prompt: int) -> tuple[float, float]:
     """``top_prob`` and ``gap`` of the model's own scores."""
-    lens = recording.logit_lens
+    lens = recording.model.logit_lens
     if config.label_ids:
         lens = lens.of_tokens(torch.tensor(config.label_ids))
+    lens = recording.model.as_served(lens)
     scores = lens.score(lens.readout(recording.final[[prompt]]), return_scores=True).scores
     assert scores is not None
-    if recording.soft_cap is not None:
-        scores = torch.tanh(scores / recording.soft_cap) * recording.soft_cap
-    top_prob, gap = features_among(scores * recording.scale)[0].tolist()
+    top_prob, gap = features_among(scores)[0].tolist()
     return top_prob, gap

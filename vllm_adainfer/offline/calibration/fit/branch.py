@@ -10,11 +10,10 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.branch_shapes import BRANCH_WIDTH
-from vllm_adainfer.offline.calibration.fit.distil import Taught
-from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE, Net, Training, train
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.offline.calibration.fit.training import Lesson, Net, Training, train
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.policy.branch import Branch, StateEncoder
-from vllm_adainfer.policy.probe import LabelHead
 
 EPOCHS = 15
 LEARNING_RATE = 1e-3
@@ -27,21 +26,16 @@ class TrainedBranch:
 
     Attributes:
         layer: the layer after which it reads the states.
-        branch: the branch, as it is served.
+        probe: the branch, as it is served.
+        unseen: see `TrainedProbe.unseen`.
         states: those of all prompts.
-        unseen: see `Trained.unseen`; of the rows that fit.
 
     """
 
     layer: int
-    branch: Branch
-    states: OwnStates
+    probe: Branch
     unseen: Tensor
-
-    @property
-    def probe(self) -> Branch:
-        """What decides."""
-        return self.branch
+    states: OwnStates
 
     def asked(self, prompts: Ints) -> Bools:
         """[prompts], whether it is asked: about all."""
@@ -54,28 +48,23 @@ class TrainedBranch:
             some = slice(start, start + TOGETHER)
             states = self.states.of(self.layer, prompts[some])
             lens = np.array([len(one) for one in states])
-            rows = self.branch.project(torch.cat(states))
-            found.append(self.branch.score(rows, lens, None if subsets is None else subsets[some]))
+            rows = self.probe.project(torch.cat(states))
+            found.append(self.probe.score(rows, lens, None if subsets is None else subsets[some]))
         return torch.cat(found)
 
 
-def train_branch(
-    layer: int,
-    states: OwnStates,
-    taught: Taught,
-    prompts: Ints,
-    halves: Ints,
-    label_ids: Tensor,
-    seed: int,
-) -> TrainedBranch:
-    """Train a branch after `layer`; arguments as for `train_student`, and all prompts' `states`."""
-    inputs = states.of(layer, prompts)
+def branches_of(calibration: Calibration, states: OwnStates) -> tuple[TrainedBranch, ...]:
+    """A branch for each layer of `states`, trained on the prompts that fit."""
+    return tuple(train_branch(layer, states, Lesson.of(calibration)) for layer in states.rows)
+
+
+def train_branch(layer: int, states: OwnStates, lesson: Lesson) -> TrainedBranch:
+    """Train a branch after `layer` on the prompts of `lesson`, given all prompts' `states`."""
+    inputs = states.of(layer, lesson.prompts)
 
     def net() -> Net[StateEncoder]:
-        return Net(StateEncoder(inputs[0].shape[1]), 2 * BRANCH_WIDTH, taught)
+        return Net(StateEncoder(inputs[0].shape[1]), 2 * BRANCH_WIDTH, lesson.taught)
 
-    training = Training(f"a branch after layer {layer}", EPOCHS, LEARNING_RATE, seed)
-    trained = train(net, inputs, taught, halves, training)
-    best = trained.net
-    head = LabelHead(best.head.weight, best.head.bias, label_ids)
-    return TrainedBranch(layer, Branch(best.encoder.to(SERVED_DTYPE), head), states, trained.unseen)
+    training = Training(f"a branch after layer {layer}", EPOCHS, LEARNING_RATE, lesson.seed)
+    trained = train(net, inputs, lesson, training)
+    return TrainedBranch(layer, Branch(trained.encoder, trained.head), trained.unseen, states)

@@ -1,25 +1,86 @@
 """Choose: the exit points with the shortest expected time of a prompt within the bound.
 
-The choice reads only the part that is fitted: the held-out rows are for the bound.
+The choice reads the fitted part alone: the held-out rows are for the bound.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
-from vllm_adainfer.offline.calibration.fit.cost import Costs
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit
+from vllm_adainfer.artifact.config_rules import are_exit_points
+from vllm_adainfer.artifact.kinds import ProbeKind
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.offline.calibration.fit.cost import Costs, measured_costs, tokens_of
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_crf_chain
 
 MAX_EXIT_POINTS = 8
 ALL_SETS_UP_TO = 3  # exit points: all sets of so many are tried
 # An exit point must save at least this share of full depth's time to be worth its segment.
 MIN_GAIN = 0.002
 CHOICE_ROWS = 3000
+
+
+def candidate_layers(
+    depth: int, asked: Sequence[int] | None = None, kind: ProbeKind = "label-head"
+) -> list[int]:
+    """The layers to record: those asked for, or about fifteen spread over the model.
+
+    Only a pooled probe finds something to read before the first layer.
+
+    Raises:
+        AdaInferError: a model of this depth has no such exit points.
+
+    """
+    first = 0 if kind == "pooled-label-head" else 1
+    if asked is None:
+        step = max(1, round(depth / 16))
+        return list(range(first * step, depth, step))
+    if not are_exit_points(asked, depth) or asked[0] < first:
+        raise AdaInferError(
+            f"--exit-points must ascend between {first} and {depth - 1} for this model of {depth} "
+            f"layers and this probe, got {','.join(map(str, asked))}"
+        )
+    return list(asked)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen exit points, and why.
+
+    Attributes:
+        exits: by layer; empty if no set of them is worth its cost.
+        allowed: the mean loss of rows that they were chosen for.
+        costs: the costs of this model on this machine.
+        expected: expected times of a prompt, in seconds: ``full_depth``, ``chosen``, ``uniform``
+            (as many exit points, evenly spread).
+
+    """
+
+    exits: list[FittedExit]
+    allowed: float
+    costs: Costs
+    expected: dict[str, float]
+
+    @classmethod
+    def of(
+        cls, calibration: Calibration, candidates: Sequence[FittedExit], allowed: float
+    ) -> Choice:
+        """Choose among `candidates`, or take a layer each if layers were asked for."""
+        tokens, costs = tokens_of(calibration), measured_costs(calibration, candidates)
+        choose = choose_exits if calibration.options.exit_points is None else one_per_layer
+        exits = choose(candidates, costs, tokens, allowed)
+        sets = {"full_depth": [], "chosen": exits, "uniform": evenly_spread(candidates, len(exits))}
+        expected = {n: expected_seconds(some, costs, tokens, allowed) for n, some in sets.items()}
+        if calibration.options.classifier == "crf" and exits:
+            exits = fit_crf_chain(exits, calibration.target)
+        return cls(exits, allowed, costs, expected)
 
 
 def choose_exits(

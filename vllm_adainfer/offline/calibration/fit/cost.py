@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_adainfer.arrays import Floats
+from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.branch_shapes import BRANCH_WIDTH, MOST_BRANCH_TOKENS
-from vllm_adainfer.offline.calibration.fit.branch import TrainedBranch
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.exits import FittedExit
 from vllm_adainfer.offline.calibration.fit.probes import StateProbe, answers_of_probe
-from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE
-from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.policy.branch import Branch, StateEncoder
 from vllm_adainfer.policy.probe import LabelHead, Probe
+from vllm_adainfer.policy.student import Student
 
 ROUNDS = 20
 TRAINED_ROUNDS = 5
@@ -66,50 +66,39 @@ class Costs:
         return shares
 
 
-def measured_costs(
-    recording: Recording,
-    probes: Mapping[int, StateProbe],
-    tokens: float,
-    generated: bool,
-    pooled: bool = False,
-    student: TrainedStudent | None = None,
-    branches: Sequence[TrainedBranch] = (),
-) -> Costs:
-    """Time the probes; the recording has timed the layers.
+def tokens_of(calibration: Calibration) -> Floats:
+    """[rows that fit], the token rows that the layers run for each.
 
-    Args:
-        recording: the recording of all prompts.
-        probes: layer -> its probe; the student's is not among them.
-        tokens: token rows that the layers run for each decision row, on average.
-        generated: whether texts are generated, so that an early answer spares the LM head.
-        pooled: whether the probes read whole prompts.
-        student: the student; None without one.
-        branches: the branches.
-
+    At later tokens of a text, reading a layer's weights is what takes time.
     """
-    layer, threads = next(iter(probes), None), recording.threads
-    rows = np.arange(min(max(1, round(STEP_ROWS / tokens)), len(recording.tokens)))
-    states = recording.final[rows]
-    read = states if layer is None else recording.read_by_probe(layer, rows, pooled)
-    pool = recording.pool_seconds * tokens if pooled else 0.0
-    lens = recording.logit_lens
-    seconds = {n: pool + probe_seconds(probe, read, threads) for n, probe in probes.items()}
-    if student is not None:
-        seconds[0] = student_seconds(student, len(rows), threads)
+    tokens: Floats = calibration.rows.computed[calibration.fitted]
+    return np.ones_like(tokens) if calibration.options.max_tokens > 1 else tokens
+
+
+def measured_costs(calibration: Calibration, candidates: Sequence[FittedExit]) -> Costs:
+    """Time the probes of `candidates`; when the rows were recorded, the layers were timed."""
+    rows, model = calibration.rows, calibration.rows.model
+    heads = {e.layer: e.probe for e in candidates if not isinstance(e.probe, (Student, Branch))}
+    tokens, pooled = float(tokens_of(calibration).mean()), calibration.target.is_pooled
+    some = np.arange(min(max(1, round(STEP_ROWS / tokens)), len(rows.tokens)))
+    states = rows.final[some]
+    read = rows.read_by_probe(next(iter(heads)), some, pooled) if heads else states
+    pool = model.pool_seconds * tokens if pooled else 0.0
+    seconds = {n: pool + probe_seconds(probe, read, model.threads) for n, probe in heads.items()}
+    trained = {one.layer: trained_seconds(one, rows, some) for one in calibration.trained}
+    student = {layer: time for layer, time in trained.items() if layer == 0}
+    # An early answer of a text needs no LM head.
+    generated = calibration.options.max_tokens > 1
+    head = head_seconds(model.logit_lens, states[:HEAD_ROWS], model.threads) if generated else 0.0
     return Costs(
-        depth=recording.depth,
-        layer=recording.layer_seconds,
-        cut=recording.cut_seconds,
-        probe=seconds,
-        own_kv_layers=recording.own_kv_layers,
-        head=head_seconds(lens, states[:HEAD_ROWS], threads) if generated else 0.0,
-        fewer=shares_of_time(recording.fewer),
-        branch={
-            one.layer: branch_seconds(
-                one.branch, one.states.of(one.layer, recording.prompts[rows]), threads
-            )
-            for one in branches
-        },
+        depth=model.depth,
+        layer=model.layer_seconds,
+        cut=model.cut_seconds,
+        probe=seconds | student,
+        own_kv_layers=model.own_kv_layers,
+        head=head,
+        fewer=shares_of_time(model.fewer),
+        branch={layer: time for layer, time in trained.items() if layer > 0},
     )
 
 
@@ -126,10 +115,13 @@ def shares_of_time(
     return tuple(zip(rows, times.tolist(), strict=False))
 
 
-def student_seconds(trained: TrainedStudent, rows: int, threads: int) -> float:
-    """Time of the student for one prompt, when a step asks it about so many."""
-    texts = [text for text in trained.base.texts if text][:rows]
-    return _seconds(lambda: trained.student.score(texts), threads, TRAINED_ROUNDS) / len(texts)
+def trained_seconds(trained: TrainedProbe, rows: Rows, some: Ints) -> float:
+    """Time of a student or a branch for one prompt, when a step asks it about as many as `some`."""
+    prompts = np.unique(rows.prompts)
+    prompts = prompts[trained.asked(prompts)][: len(some)]
+    threads = rows.model.threads
+    seconds = _seconds(lambda: trained.scores(prompts, None), threads, TRAINED_ROUNDS)
+    return seconds / len(prompts)
 
 
 def branch_seconds(branch: Branch, prompts: Sequence[Tensor], threads: int) -> float:
@@ -142,16 +134,17 @@ def branch_seconds(branch: Branch, prompts: Sequence[Tensor], threads: int) -> f
     return seconds / len(prompts)
 
 
-def untrained_branch_layers(recording: Recording, tokens: float) -> float:
-    """Time of a branch for prompts of so many tokens, in times of a layer for the same prompts."""
-    states = recording.final
+def untrained_branch_layers(calibration: Calibration) -> float:
+    """Time of a branch for prompts like these, in times of a layer for the same prompts."""
+    states, model = calibration.rows.final, calibration.rows.model
+    tokens = float(tokens_of(calibration).mean())
     encoder = StateEncoder(states.shape[1]).to(SERVED_DTYPE).eval()
     head = LabelHead(torch.zeros(2, 2 * BRANCH_WIDTH), torch.zeros(2), torch.arange(2))
     length = min(max(1, round(tokens)), MOST_BRANCH_TOKENS)
     prompt = states[torch.arange(length) % len(states)]
     prompts = [prompt] * max(1, round(STEP_ROWS / tokens))
-    seconds = branch_seconds(Branch(encoder, head), prompts, recording.threads)
-    return seconds / (recording.layer_seconds * tokens)
+    seconds = branch_seconds(Branch(encoder, head), prompts, model.threads)
+    return seconds / (model.layer_seconds * tokens)
 
 
 def probe_seconds(probe: StateProbe, states: Tensor, threads: int) -> float:

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
-from vllm_adainfer.artifact.config_rules import are_exit_points
-from vllm_adainfer.artifact.kinds import ClassifierKind, ProbeKind
-from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
 from vllm_adainfer.offline.calibration.fit.crf import fit_crf
 from vllm_adainfer.offline.calibration.fit.loss import Loss, ProbeAnswers, disagreement
@@ -28,8 +26,7 @@ from vllm_adainfer.offline.calibration.fit.probes import (
     answers_of_probe,
     fit_probes,
 )
-from vllm_adainfer.offline.calibration.fit.split import Split
-from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
+from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.score import score
 from vllm_adainfer.promise.links import SOFTMAX
@@ -124,46 +121,28 @@ class FittedExit:
         return isinstance(self.probe, Branch)
 
 
-def fit_exits(
-    recording: Recording,
-    target: Target,
-    split: Split,
-    kind: ClassifierKind,
-    seed: int,
-    layers: Iterable[int],
-    loss: Loss = disagreement,
-) -> list[FittedExit]:
-    """Fit an exit point after each of `layers`; leave out those that cannot be learned.
-
-    Args:
-        recording: the recording of all prompts.
-        target: the probes' target.
-        split: the prompts to fit on, and those to certify on.
-        kind: the kind of classifier; `fit_crf_chain` fits a CRF later, on the chosen exit points.
-        seed: the seed of solvers and folds.
-        layers: the candidates; possibly wrapped in a progress bar.
-        loss: the loss of an answer.
-
-    """
-    fit_rows, held_out = recording.rows_of(split.fit), recording.rows_of(split.certify)
-    folds = recording.folds_of(fit_rows)
+def fit_exits(calibration: Calibration, layers: Iterable[int]) -> list[FittedExit]:
+    """Fit an exit point after each of `layers`; leave out those that cannot be learned."""
+    rows, target, loss = calibration.rows, calibration.target, calibration.loss
+    folds = calibration.folds
     # Out of fold: a probe that has not seen a prompt judges its decision rows.
     places = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
     exits = []
     for layer in layers:
-        probe, without_fold = fit_probes(recording, target, fit_rows, layer)
+        probe, without_fold = fit_probes(rows, target, calibration.fitted, layer, folds)
         unseen = _in_order(
             places,
             [
-                judge(unseeing, layer, recording, fit_rows[where], loss, target)
+                judge(unseeing, layer, rows, calibration.fitted[where], loss, target)
                 for unseeing, where in zip(without_fold, places, strict=True)
             ],
         )
-        linear: ClassifierKind = "svm" if kind == "crf" else kind
-        settled = target.settled(unseen.agrees, unseen.loss)
-        classifier = fit_classifier(linear, unseen.features, settled, seed, target.features)
+        settled, seed = target.settled(unseen.agrees, unseen.loss), calibration.options.seed
+        classifier = fit_classifier(
+            calibration.linear, unseen.features, settled, seed, target.features
+        )
         if classifier is not None:
-            held = judge(probe, layer, recording, held_out, loss, target)
+            held = judge(probe, layer, rows, calibration.held_out, loss, target)
             fitted, held_scored = (
                 one.scored(classifier).never_at(target.never_settled) for one in (unseen, held)
             )
@@ -174,18 +153,18 @@ def fit_exits(
 def judge(
     probe: StateProbe,
     layer: int,
-    recording: Recording,
-    rows: Ints,
+    rows: Rows,
+    where: Ints,
     loss: Loss = disagreement,
     target: Target | None = None,
 ) -> Judged:
-    """The answers of `probe` for decision `rows` of a recording after `layer`; see `fit_exits`."""
-    subsets = None if target is None else target.subsets_of(rows)
-    read = recording.read_by_probe(layer, rows, target is not None and target.is_pooled)
+    """The answers of `probe` after `layer` for the decision rows `where`."""
+    subsets = None if target is None else target.subsets_of(where)
+    read = rows.read_by_probe(layer, where, target is not None and target.is_pooled)
     gates, link = (None, SOFTMAX) if target is None else (target.gates, target.link)
     early = answers_of_probe(probe, read, subsets, gates, link)
-    full = recording.tokens[rows]
-    return Judged.of(early, full, loss(early, full, rows))
+    full = rows.tokens[where]
+    return Judged.of(early, full, loss(early, full, where))
 
 
 def _in_order(places: Sequence[Ints], parts: Sequence[Judged]) -> Judged:
@@ -225,26 +204,3 @@ def _scores_of_chain(exits: Sequence[Scored], steps: Sequence[Tensor]) -> list[S
         # Rows that are never settled stay so.
         found.append(replace(exit, score=memory.masked_fill(exit.score.isneginf(), -torch.inf)))
     return found
-
-
-def candidate_layers(
-    depth: int, asked: Sequence[int] | None = None, kind: ProbeKind = "label-head"
-) -> list[int]:
-    """The layers to record: those asked for, or about fifteen spread over the model.
-
-    Only a pooled probe finds something to read before the first layer.
-
-    Raises:
-        AdaInferError: a model of this depth has no such exit points.
-
-    """
-    first = 0 if kind == "pooled-label-head" else 1
-    if asked is None:
-        step = max(1, round(depth / 16))
-        return list(range(first * step, depth, step))
-    if not are_exit_points(asked, depth) or asked[0] < first:
-        raise AdaInferError(
-            f"--exit-points must ascend between {first} and {depth - 1} for this model of {depth} "
-            f"layers and this probe, got {','.join(map(str, asked))}"
-        )
-    return list(asked)

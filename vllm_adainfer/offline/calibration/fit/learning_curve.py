@@ -8,13 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vllm_adainfer.artifact.kinds import ClassifierKind
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.choose import layers_saved
 from vllm_adainfer.offline.calibration.fit.exits import fit_exits
-from vllm_adainfer.offline.calibration.fit.loss import Loss
-from vllm_adainfer.offline.calibration.fit.probes import Target
-from vllm_adainfer.offline.calibration.fit.split import Split
-from vllm_adainfer.offline.calibration.record.recording import Recording
 
 SHARES = (0.25, 0.5, 1.0)
 
@@ -28,25 +24,15 @@ class CurvePoint:
 
 
 def learning_curve(
-    recording: Recording,
-    target: Target,
-    split: Split,
-    kind: ClassifierKind,
-    seed: int,
-    layers: Sequence[int],
-    loss: Loss,
-    allowed: float,
+    calibration: Calibration, layers: Sequence[int], allowed: float
 ) -> list[CurvePoint]:
     """Fit exit points after `layers` on parts of the prompts that fit.
 
-    Args:
-        recording, target, split, kind, seed, layers, loss: as for `fit_exits`.
-        allowed: the largest mean loss.
-
+    `allowed` is the largest mean loss.
     """
-    curve = []
+    curve, split, depth = [], calibration.split, calibration.rows.model.depth
     for share in SHARES:
         fit = split.fit[: round(len(split.fit) * share)]
-        exits = fit_exits(recording, target, replace(split, fit=fit), kind, seed, layers, loss)
-        curve.append(CurvePoint(len(fit), layers_saved(exits, recording.depth, allowed)))
+        exits = fit_exits(replace(calibration, split=replace(split, fit=fit)), layers)
+        curve.append(CurvePoint(len(fit), layers_saved(exits, depth, allowed)))
     return curve

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Floats, Ints
 from vllm_adainfer.artifact.label_subsets import restrict
-from vllm_adainfer.offline.calibration.record.recording import Recording
+from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.promise.gates import Gates
 from vllm_adainfer.promise.links import SOFTMAX, Link
 from vllm_adainfer.promise.probabilities import LabelProbabilities
@@ -132,7 +132,7 @@ class FullDepthLabels:
 
 
 def full_depth_labels(
-    recording: Recording,
+    rows: Rows,
     label_ids: Tensor,
     subsets: Tensor | None = None,
     link: Link = SOFTMAX,
@@ -141,13 +141,12 @@ def full_depth_labels(
 
     `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
     """
-    lens = recording.logit_lens
-    lens = replace(lens, head=recording.as_served(lens.head))
-    whole = lens.score(lens.readout(recording.final))
+    lens = rows.model.as_served(rows.model.logit_lens)
+    whole = lens.score(lens.readout(rows.final))
     labels = lens.of_tokens(label_ids)
-    scores = labels.score(labels.readout(recording.final), return_scores=True).scores
+    scores = labels.score(labels.readout(rows.final), return_scores=True).scores
     exact = replace(labels, head=replace(labels.head, weight=labels.head.weight.float()))
-    exact_scores = exact.score(exact.readout(recording.final), return_scores=True).scores
+    exact_scores = exact.score(exact.readout(rows.final), return_scores=True).scores
     assert scores is not None
     assert exact_scores is not None
     own = restrict(scores, subsets)

@@ -30,7 +30,7 @@ from vllm_adainfer.offline.calibration.fit.distil import (
     distil,
 )
 from vllm_adainfer.offline.calibration.fit.loss import FullDepthLabels, ProbeAnswers
-from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
+from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
 from vllm_adainfer.policy.branch import Branch
 from vllm_adainfer.policy.first_tokens import FirstTokens
 from vllm_adainfer.policy.probe import LabelHead, Probe
@@ -119,27 +119,30 @@ class Target:
 
 
 def fit_probes(
-    recording: Recording, target: Target, rows: Ints, layer: int
+    rows: Rows, target: Target, where: Ints, layer: int, folds: Ints
 ) -> tuple[StateProbe, Sequence[StateProbe]]:
-    """The layer's probe fitted on decision `rows`, and for each fold one fitted without it."""
+    """The layer's probe fitted on the decision rows `where`, and one fitted without each fold.
+
+    `folds` [where] are those of the rows.
+    """
     if target.kind in LABEL_HEADS:
-        return _fit_label_heads(recording, target, rows, layer)
-    plain = logit_lens(recording, target)
+        return _fit_label_heads(rows, target, where, layer, folds)
+    plain = logit_lens(rows, target)
     if target.kind == "logit-lens":
         return plain, [plain] * FOLDS
-    return _fit_tuned_lenses(plain, recording.moments[layer])
+    return _fit_tuned_lenses(plain, rows.moments[layer])
 
 
 def _fit_label_heads(
-    recording: Recording, target: Target, rows: Ints, layer: int
+    rows: Rows, target: Target, where: Ints, layer: int, folds: Ints
 ) -> tuple[StateProbe, Sequence[StateProbe]]:
     """A head that gives the labels the probabilities of full depth, and perhaps the label mass."""
     label_ids = target.label_ids
     assert label_ids is not None
-    read = recording.read_by_probe(layer, rows, target.is_pooled)
-    taught = taught_by_full_depth(recording, target, rows, read.float())
+    read = rows.read_by_probe(layer, where, target.is_pooled)
+    taught = taught_by_full_depth(rows, target, where, read.float())
     penalties = PENALTIES if target.full_depth is None else PENALTIES_FOR_PROBABILITIES
-    fitted = distil(taught, recording.folds_of(rows), penalties)
+    fitted = distil(taught, folds, penalties)
     as_label_head = taught.mass is not None or taught.subsets is not None
 
     def head(linear: ridge.Linear) -> StateProbe:
@@ -151,16 +154,15 @@ def _fit_label_heads(
     return head(fitted.whole), [head(linear) for linear in fitted.without]
 
 
-def taught_by_full_depth(recording: Recording, target: Target, rows: Ints, read: Tensor) -> Taught:
-    """What full depth says about the labels of decision `rows`, of which a probe sees `read`."""
-    full_depth, subsets = target.full_depth, target.subsets_of(rows)
+def taught_by_full_depth(rows: Rows, target: Target, where: Ints, read: Tensor) -> Taught:
+    """What full depth says about the labels of the rows `where`, of which a probe sees `read`."""
+    full_depth, subsets = target.full_depth, target.subsets_of(where)
     mass = None
     if full_depth is not None:
-        labels, mass = full_depth.probabilities.among[rows], full_depth.probabilities.mass[rows]
+        labels, mass = full_depth.probabilities.among[where], full_depth.probabilities.mass[where]
     else:
-        plain = logit_lens(recording, target)
-        plain = replace(plain, head=recording.as_served(plain.head))
-        scores = plain.score(plain.readout(recording.final[rows]), return_scores=True).scores
+        plain = rows.model.as_served(logit_lens(rows, target))
+        scores = plain.score(plain.readout(rows.final[where]), return_scores=True).scores
         assert scores is not None
         if target.first_tokens is not None:
             scores = target.first_tokens.best(scores)
@@ -175,7 +177,7 @@ def answers_of_probe(
     gates: Gates | None = None,
     link: Link = SOFTMAX,
 ) -> ProbeAnswers:
-    """The answers of `probe` for `states`, which are what `Recording.read_by_probe` returns.
+    """The answers of `probe` for `states`, which are what `Rows.read_by_probe` returns.
 
     `subsets`, bool [rows, labels], are the labels that each row is about; None for all. `gates` and
     `link` are those of the target.
@@ -197,9 +199,9 @@ def answers_of_scores(
     return ProbeAnswers(features, tokens, probabilities_of_scores(scores, link))
 
 
-def logit_lens(recording: Recording, target: Target) -> Probe:
+def logit_lens(rows: Rows, target: Target) -> Probe:
     """The model's own final norm and head, restricted to the target's tokens if it names any."""
-    plain, tokens = recording.logit_lens, target.label_ids
+    plain, tokens = rows.model.logit_lens, target.label_ids
     if target.first_tokens is not None:
         tokens = target.first_tokens.token_ids
     return plain if tokens is None else plain.of_tokens(tokens)

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.offline.calibration.data.student_base import StudentBase
-from vllm_adainfer.offline.calibration.fit.distil import Taught
-from vllm_adainfer.offline.calibration.fit.training import SERVED_DTYPE, Net, Training, train
-from vllm_adainfer.policy.probe import LabelHead
+from vllm_adainfer.offline.calibration.fit.training import Lesson, Net, Training, train
 from vllm_adainfer.policy.student import Student, TextEncoder
 
 EPOCHS = 8
@@ -26,20 +24,16 @@ class TrainedStudent:
 
     Attributes:
         base: the encoder that it was trained from, and the prompts as it reads them.
-        student: the student, as it is served.
-        unseen: see `Trained.unseen`; of the rows that fit.
+        probe: the student, as it is served.
+        unseen: see `TrainedProbe.unseen`.
+        layer: the layer after which it decides: none.
 
     """
 
     base: StudentBase
-    student: Student
+    probe: Student
     unseen: Tensor
     layer: int = 0
-
-    @property
-    def probe(self) -> Student:
-        """What decides."""
-        return self.student
 
     def asked(self, prompts: Ints) -> Bools:
         """[prompts], whether it is asked: whether a prompt has text of its own."""
@@ -49,37 +43,23 @@ class TrainedStudent:
         """Scores of the labels for `prompts`, see `LabelHead.score`; 0 where it is not asked."""
         texts = [self.base.texts[prompt] for prompt in prompts.tolist()]
         asked = torch.from_numpy(self.asked(prompts))
-        scores = torch.zeros(len(prompts), len(self.student.head.bias))
+        scores = torch.zeros(len(prompts), len(self.probe.head.bias))
         if asked.any():
             own = None if subsets is None else subsets[asked]
-            scores[asked] = self.student.score([text for text in texts if text], own)
+            scores[asked] = self.probe.score([text for text in texts if text], own)
         return scores
 
 
-def train_student(
-    base: StudentBase, taught: Taught, prompts: Ints, halves: Ints, label_ids: Tensor, seed: int
-) -> TrainedStudent:
-    """Train the encoder of `base` and a head.
-
-    Args:
-        base: the encoder, and all prompts as it reads them.
-        taught: what full depth says about the rows to learn from; what they read is not used.
-        prompts: [rows], the prompt of each.
-        halves: [rows], the half that each is in, 0 or 1; see `train`.
-        label_ids: int64 [labels].
-        seed: the seed of the head, the order of the texts and dropout.
-
-    """
+def train_student(base: StudentBase, lesson: Lesson) -> TrainedStudent:
+    """Train the encoder of `base`, which has read all prompts, and a head."""
 
     def net() -> Net[TextEncoder]:
         encoder = TextEncoder(copy.deepcopy(base.model))
         # Half of a small encoder, and a few hundred texts have few of its words.
         encoder.model.get_input_embeddings().requires_grad_(False)
-        return Net(encoder, base.model.config.hidden_size, taught)
+        return Net(encoder, base.model.config.hidden_size, lesson.taught)
 
-    texts = [base.texts[one] for one in prompts.tolist()]
-    training = Training("a student", EPOCHS, LEARNING_RATE, seed)
-    trained = train(net, texts, taught, halves, training)
-    best = trained.net
-    head = LabelHead(best.head.weight, best.head.bias, label_ids)
-    return TrainedStudent(base, Student(best.encoder.to(SERVED_DTYPE), head), trained.unseen)
+    texts = [base.texts[one] for one in lesson.prompts.tolist()]
+    training = Training("a student", EPOCHS, LEARNING_RATE, lesson.seed)
+    trained = train(net, texts, lesson, training)
+    return TrainedStudent(base, Student(trained.encoder, trained.head), trained.unseen)

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.label_subsets import restrict
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.distil import Taught
+from vllm_adainfer.offline.calibration.fit.probes import taught_by_full_depth
 from vllm_adainfer.offline.progress import progress, say
+from vllm_adainfer.policy.probe import LabelHead
 
 # A net overfits once the cross-entropy of inputs that it does not learn from is this much above its
 # least. On some hundred inputs less is noise: nets of the epoch with the least answered up to a
@@ -90,37 +93,68 @@ class Net(nn.Module, Generic[E]):
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """The rows that nets learn from.
+
+    Attributes:
+        taught: what full depth says about the rows; what they read is not used.
+        prompts: [rows], the prompt of each.
+        halves: [rows], 0 or 1: the half that each is in.
+        label_ids: int64 [labels].
+        seed: the seed of heads, the order of the inputs and dropout.
+
+    """
+
+    taught: Taught
+    prompts: Ints
+    halves: Ints
+    label_ids: Tensor
+    seed: int
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> Lesson:
+        """The rows of a calibration that fit."""
+        rows, target, where = calibration.rows, calibration.target, calibration.fitted
+        assert target.label_ids is not None, "students and branches score labels"
+        return cls(
+            taught_by_full_depth(rows, target, where, torch.empty(len(where), 0)),
+            rows.prompts[where],
+            calibration.halves,
+            target.label_ids,
+            calibration.options.seed,
+        )
+
+
+@dataclass(frozen=True)
 class Trained(Generic[E]):
     """A net that was trained on all inputs, and what is known of inputs that a net has not seen.
 
     Attributes:
-        net: what serves.
+        encoder: the encoder, as it serves.
+        head: scores the labels, likewise.
         unseen: fp32 [rows, scores], those that a net gives which was trained on the other half of
             the inputs; 0 for empty inputs.
 
     """
 
-    net: Net[E]
+    encoder: E
+    head: LabelHead
     unseen: Tensor
 
 
 def train(
-    net: Callable[[], Net[E]],
-    inputs: Sequence[Any],
-    taught: Taught,
-    halves: Ints,
-    training: Training,
+    net: Callable[[], Net[E]], inputs: Sequence[Any], lesson: Lesson, training: Training
 ) -> Trained[E]:
     """Train a net on each half of the inputs, which the other half judges, and one on all.
 
     Args:
         net: makes one to train.
-        inputs: [rows]; empty ones are left out.
-        taught: what full depth says about the rows; what they read is not used.
-        halves: [rows], 0 or 1.
+        inputs: [rows of the lesson]; empty ones are left out.
+        lesson: what they learn.
         training: how.
 
     """
+    taught, halves = lesson.taught, lesson.halves
     everyone = np.flatnonzero([len(one) > 0 for one in inputs])
     halved = [everyone[halves[everyone] == half] for half in (0, 1)]
     steps = training.epochs * sum(map(_steps, (*halved, everyone)))
@@ -144,7 +178,8 @@ def train(
         unseen[torch.from_numpy(judged)] = _scores(half, inputs, judged)
     if taught.mass is None:
         _soften(whole, inputs, taught, everyone)
-    return Trained(whole, unseen)
+    head = LabelHead(whole.head.weight, whole.head.bias, lesson.label_ids)
+    return Trained(whole.encoder.to(SERVED_DTYPE), head, unseen)
 
 
 class _Trainer(Generic[E]):

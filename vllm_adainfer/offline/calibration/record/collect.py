@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.branch_shapes import MOST_BRANCH_TOKENS
-from vllm_adainfer.artifact.engine_options import EngineOptions
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.recording.moments import Moments
 from vllm_adainfer.exits.recording.state_files import check_room
@@ -24,7 +23,7 @@ from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.asking import best_column, greedy, scores_of
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.record.own_states import own_states_of
-from vllm_adainfer.offline.calibration.record.recording import FOLDS, Recording
+from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows, ServedModel
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.probe import logit_lens_of
 from vllm_adainfer.settings.instruments import ROW_ARG
@@ -87,7 +86,7 @@ def record(
     layers: Sequence[int],
     max_tokens: int = 1,
     adapter: LoRARequest | None = None,
-) -> Recording:
+) -> Rows:
     """Run `examples` through an engine of `recording_engine`; each token is a decision row.
 
     Args:
@@ -146,9 +145,11 @@ def record(
             [len(text) for text in texts],
         )
     )
-    return Recording(
+    return Rows(
+        model=ServedModel.of_facts(
+            facts | {"depth": depth}, logit_lens_of(_named(tensors, "logit_lens."), facts["norm"])
+        ),
         states={layer: tensors[f"layer.{layer}"][rows] for layer in layers},
-        depth=depth,
         final=tensors[f"layer.{depth}"][rows],
         tokens=np.concatenate(texts),
         prompts=np.repeat(np.arange(len(examples)), [len(text) for text in texts]),
@@ -158,20 +159,9 @@ def record(
                 for example, output, text in zip(examples, outputs, texts, strict=True)
             ]
         ).astype(np.float64),
-        moments={layer: _folds(tensors, layer) for layer in layers} if has_lens else {},
         means={int(layer): mean[rows] for layer, mean in _named(tensors, "mean.").items()},
+        moments={layer: _folds(tensors, layer) for layer in layers} if has_lens else {},
         own_states=own_states_of(facts["states"], tensors, len(examples)),
-        pool_seconds=facts["pool_seconds"] / max(1, facts["pooled_rows"]),
-        logit_lens=logit_lens_of(_named(tensors, "logit_lens."), facts["norm"]),
-        fingerprint=facts["fingerprint"],
-        engine_options=EngineOptions.model_validate(facts["engine_options"]),
-        layer_seconds=facts["layer_seconds"] / facts["layers_run"],
-        cut_seconds=facts["cut_seconds"] / max(1, facts["rows"]),
-        fewer=facts["fewer"],
-        own_kv_layers=facts["own_kv_layers"],
-        threads=facts["threads"],
-        soft_cap=facts["soft_cap"],
-        scale=facts["scale"],
     )
 
 

@@ -15,9 +15,9 @@ from vllm_adainfer.artifact.config import LAST_TOKEN, ArtifactConfig
 from vllm_adainfer.artifact.fields import Adapter, LastToken, Level, Question
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.artifact.kinds import LABEL_HEADS, Candidates, features_of_risk
-from vllm_adainfer.offline.calibration.calibration import Calibration
 from vllm_adainfer.offline.calibration.certify.certify import held_out_path
 from vllm_adainfer.offline.calibration.certify.path import PathPoint
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.write.card import model_card
@@ -55,28 +55,28 @@ def write_artifact(
 
 def _encoder(student: TrainedStudent) -> Encoder:
     """The encoder of a student, as an artifact keeps it."""
-    model = student.student.encoder.model
+    model = student.probe.encoder.model
     settings = model.config.to_diff_dict() | {"model_type": model.config.model_type}
     return Encoder(settings, {n: t.contiguous() for n, t in model.state_dict().items()})
 
 
 def policy_config(
-    policy: FittedPolicy, model: str, hf_config: Any, adapter: Adapter | None = None
+    policy: FittedPolicy, name: str, hf_config: Any, adapter: Adapter | None = None
 ) -> ArtifactConfig:
-    """``config.json``; `model` is the name of the model, `hf_config` its config."""
+    """``config.json``; `name` is the name of the model, `hf_config` its config."""
     calibration = policy.calibration
-    recording, options, bound = calibration.recording, calibration.options, calibration.bound
-    head_size = recording.logit_lens.head.hidden_size
+    model, options = calibration.rows.model, calibration.options
+    head_size = model.logit_lens.head.hidden_size
     candidates: Candidates = "full" if calibration.target.label_ids is None else "shortlist"
     return ArtifactConfig(
-        base_model=model,
+        base_model=name,
         architecture=hf_config.architectures[0],
-        layers=policy.costs.depth,
+        layers=model.depth,
         hidden_size=hf_config.hidden_size,
         vocab_size=hf_config.vocab_size,
         head_size=None if head_size == hf_config.hidden_size else head_size,
-        weights_fingerprint=recording.fingerprint,
-        engine_options=recording.engine_options,
+        weights_fingerprint=model.fingerprint,
+        engine_options=model.engine_options,
         adapter=adapter,
         exit_points=tuple(exit.layer for exit in policy.exits),
         probe=calibration.target.kind,
@@ -102,7 +102,7 @@ def policy_config(
         label_pool=calibration.target.subsets is not None,
         choices=() if calibration.choices is None else calibration.choices.texts,
         undecided=() if calibration.choices is None else calibration.choices.undecided,
-        bound=bound.kind,
+        bound=policy.terms.bound.kind,
         largest_group=calibration.split.most_together(calibration.split.groups),
         max_tokens=options.max_tokens,
         questions=_questions(policy),
@@ -122,7 +122,7 @@ def _last_token(policy: FittedPolicy) -> LastToken:
 
 
 def _levels(policy: FittedPolicy) -> tuple[Level, ...]:
-    tests = policy.calibration.label_tests
+    tests = policy.terms.tests
     return tuple(
         Level(
             epsilon=epsilon,
@@ -138,7 +138,7 @@ def _levels(policy: FittedPolicy) -> tuple[Level, ...]:
 
 def _bound(policy: FittedPolicy, epsilon: float) -> float:
     """Upper confidence bound of the risk; the largest, where each question has its own."""
-    bound, rows = policy.calibration.bound, policy.calibration.rows_by_question()
+    bound, rows = policy.terms.bound, policy.terms.rows_by_question()
     if not policy.questions:
         return bound.within(epsilon, policy.points[epsilon].losses)
     return max(
@@ -195,19 +195,18 @@ def _thresholds(policy: FittedPolicy) -> list[float]:
 def policy_details(policy: FittedPolicy) -> dict[str, Any]:
     """``calibration.json``: the provenance of the policy, and the share and cost of each exit."""
     calibration = policy.calibration
-    recording, split = calibration.recording, calibration.split
-    held_out, bound = recording.rows_of(split.certify), calibration.bound
-    queries = calibration.queries(split.certify)
-    _, counts = np.unique(recording.tokens[held_out], return_counts=True)
+    rows, split, costs = calibration.rows, calibration.split, policy.choice.costs
+    held_out, bound, queries = calibration.held_out, policy.terms.bound, policy.terms.queries
+    _, counts = np.unique(rows.tokens[held_out], return_counts=True)
     point = policy.points[calibration.options.epsilon]
     leaving = np.bincount(point.exits, minlength=len(policy.exits) + 1) / len(held_out)
     return {
         "prompts": len(split.fit) + len(split.certify),
         "prompts_repeated": 0 if split.repeats is None else int(split.repeats.sum()),
-        "rows": len(recording.tokens),
-        "rows_fitted": len(recording.rows_of(split.fit)),
+        "rows": len(rows.tokens),
+        "rows_fitted": len(calibration.fitted),
         "rows_held_out": len(held_out),
-        "queries_held_out": None if queries is None else [len(rows) for rows in queries.rows],
+        "queries_held_out": None if queries is None else [len(own) for own in queries.rows],
         "seed": calibration.options.seed,
         "majority_share": float(counts.max() / counts.sum()),
         "exit_points": [
@@ -217,7 +216,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
                 "agreement": float(exit.held_out.agrees.mean()),
                 "probe_bytes": exit.probe.bytes,
                 # In units of the time of one layer for one token.
-                "probe_cost": policy.costs.probe_of(exit) / policy.costs.layer,
+                "probe_cost": costs.probe_of(exit) / costs.layer,
             }
             for exit, share in zip(policy.exits, leaving[:-1], strict=True)
         ],
@@ -236,9 +235,9 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
         "questions": question_rows(policy, point),
         "never_named": never_named(calibration),
         "seconds": {
-            "layer": policy.costs.layer,
-            "cut": policy.costs.cut,
-            "expected": policy.expected,
+            "layer": costs.layer,
+            "cut": costs.cut,
+            "expected": policy.choice.expected,
         },
         "risk_curve": [
             {
@@ -248,7 +247,7 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
                 "bound": bound.of(point.losses),
                 "layers_saved": point.layers_saved,
             }
-            for point in held_out_path(policy.exits, policy.costs.depth, queries=queries)
+            for point in held_out_path(policy.exits, costs.depth, queries=queries)
         ],
         "provenance": provenance(),
     }
@@ -256,12 +255,12 @@ def policy_details(policy: FittedPolicy) -> dict[str, Any]:
 
 def question_rows(policy: FittedPolicy, point: PathPoint) -> list[dict[str, Any]]:
     """The risk and savings of each question of a mixture, held out; the commonest comes first."""
-    calibration, bound = policy.calibration, policy.calibration.bound
-    epsilon, questions = calibration.options.epsilon, calibration.rows_by_question()
+    calibration, bound = policy.calibration, policy.terms.bound
+    epsilon, questions = calibration.options.epsilon, policy.terms.rows_by_question()
     if len(questions) < 2:
         return []
-    layers = np.array([*(exit.layer for exit in policy.exits), policy.costs.depth])
-    saved = 1 - layers[point.exits] / policy.costs.depth
+    depth = calibration.rows.model.depth
+    saved = 1 - np.array([*(exit.layer for exit in policy.exits), depth])[point.exits] / depth
     rows = []
     for name, own in questions.items():
         alone = policy.questions.get(name, {}).get(epsilon)
@@ -293,6 +292,7 @@ def oracle_layers_run(policy: FittedPolicy) -> float:
     Over all candidates: what a perfect classifier would reach.
     """
     agrees = np.stack([exit.held_out.agrees for exit in policy.candidates])
-    layers = np.array([*(exit.layer for exit in policy.candidates), policy.costs.depth])
+    depth = policy.calibration.rows.model.depth
+    layers = np.array([*(exit.layer for exit in policy.candidates), depth])
     first = np.where(agrees.any(axis=0), agrees.argmax(axis=0), len(agrees))
     return float(layers[first].mean())

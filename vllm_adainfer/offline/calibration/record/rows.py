@@ -1,0 +1,127 @@
+"""Rows: what the full model did with some prompts, and the model that did it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import adainfer_kernels
+import numpy as np
+import torch
+from adainfer_kernels import Head, Norm
+from adainfer_kernels.pooling import EPS
+from torch import Tensor
+
+from vllm_adainfer.arrays import Floats, Ints
+from vllm_adainfer.artifact.engine_options import EngineOptions
+from vllm_adainfer.exits.recording.moments import Moments
+from vllm_adainfer.offline.calibration.record.own_states import OwnStates
+from vllm_adainfer.policy.probe import Probe
+
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The model that has answered: its head, and how fast it is on this machine.
+
+    Attributes:
+        depth: the number of layers.
+        own_kv_layers: how many of them write keys and values.
+        logit_lens: what reads the last states: the final norm, unless they are normed, and the
+            whole LM head.
+        fingerprint: the fingerprint of the weights.
+        layer_seconds: time of one layer for one token.
+        cut_seconds: time of cutting the batch, for one token of it.
+        pool_seconds: time to take the mean over a prompt at one layer, for one token.
+        fewer: times of layers with fewer rows, see `Timings` of the recording loop.
+        threads: the number of threads in the process that runs it.
+        engine_options: how vLLM runs it.
+        soft_cap: the soft cap of the logits, after the head; None for none.
+        scale: the scale of the logits, after the cap.
+
+    """
+
+    depth: int
+    own_kv_layers: int
+    logit_lens: Probe
+    fingerprint: str
+    layer_seconds: float
+    cut_seconds: float
+    pool_seconds: float = 0.0
+    fewer: Sequence[Sequence[tuple[float, float]]] = ()
+    threads: int = 1
+    engine_options: EngineOptions = field(default_factory=EngineOptions)
+    soft_cap: float | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any], logit_lens: Probe) -> ServedModel:
+        """The model that its worker has described; see `model_facts` of the worker.
+
+        Raises:
+            LookupError, TypeError, ValueError: the facts are not those of a model.
+
+        """
+        own = {one.name: facts[one.name] for one in fields(cls) if one.name in facts}
+        options = EngineOptions.model_validate(facts["engine_options"])
+        return cls(**{**own, "engine_options": options, "logit_lens": logit_lens})
+
+    def as_served(self, probe: Probe) -> Probe:
+        """A probe of the model's own head with the soft cap and the scale that vLLM applies."""
+        head: Head = replace(probe.head, soft_cap=self.soft_cap, scale=self.scale)
+        return replace(probe, head=head)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The full model's states and answers on some prompts.
+
+    Attributes:
+        model: the model.
+        states: layer -> [rows, hidden size], the residual stream of the decision rows: the rows
+            that yield a token, sorted by prompt and by position.
+        final: [rows, head size], after the last layer: what the model's `logit_lens` reads.
+        tokens: int64 [rows], the full model's answers.
+        prompts: int64 [rows], the prompt of each row.
+        computed: [rows], the tokens that the layers ran for each: for a text's first token, those
+            of its prompt that were not in the prefix cache; one for each later token.
+        means: layer -> fp32 [rows, hidden size], the mean of the normed states of each row's
+            prompt; empty if none are recorded.
+        moments: layer -> for each fold, sums over all rows of the prompts that a tuned lens may
+            learn from (see `TunedLensSums`); the target is the change until the last layer.
+        own_states: the states of all tokens of each prompt; None if they are not recorded.
+
+    """
+
+    model: ServedModel
+    states: Mapping[int, Tensor]
+    final: Tensor
+    tokens: Ints
+    prompts: Ints
+    computed: Floats
+    means: Mapping[int, Tensor] = field(default_factory=dict)
+    moments: Mapping[int, Sequence[Moments]] = field(default_factory=dict)
+    own_states: OwnStates | None = None
+
+    def read_by_probe(self, layer: int, rows: Ints, pooled: bool) -> Tensor:
+        """What a probe after `layer` reads of decision `rows`, see `UndecidedRows.hidden`."""
+        states = self.states[layer][rows]
+        if not pooled:
+            return states
+        return torch.cat([normed(states), self.means[layer][rows]], dim=1)
+
+    def of(self, prompts: Ints) -> Ints:
+        """The decision rows of `prompts`, in the order of `prompts`."""
+        order = np.full(self.prompts.max() + 1, -1)
+        order[prompts] = np.arange(len(prompts))
+        place = order[self.prompts]
+        rows = np.flatnonzero(place >= 0)
+        sorted_rows: Ints = rows[np.argsort(place[rows], kind="stable")]
+        return sorted_rows
+
+
+def normed(states: Tensor) -> Tensor:
+    """fp32 [rows, hidden size], the states as `adainfer_kernels.pool` norms them."""
+    return adainfer_kernels.readout(states, Norm("rms", eps=EPS), dtype=torch.float32)
