@@ -39,19 +39,20 @@ def directory(tmp_path: Path) -> AutoDirectory:
 
 def put(rows: RowFiles, *kinds: str) -> None:
     state = torch.zeros(len(kinds), 4)
-    rows.put(kinds, [state, state], torch.zeros(len(kinds)), set(kinds))
+    columns = {"layer.1": state, "final": state, "computed": torch.zeros(len(kinds))}
+    rows.put(kinds, columns, set(kinds))
 
 
 def test_no_kind_has_more_rows_than_the_trainer_wants(directory):
-    rows = RowFiles(directory, [1])
+    rows = RowFiles(directory)
     rows.counts["kind-1"] = MOST_ROWS - 3
     put(rows, *["kind-1"] * 8)
     assert rows.counts["kind-1"] == MOST_ROWS
-    assert RowFiles(directory, [1]).counts == {"kind-1": 3}
+    assert RowFiles(directory).counts == {"kind-1": 3}
 
 
 def test_all_kinds_together_have_no_more_rows_than_those_with_a_place(directory):
-    rows = RowFiles(directory, [1])
+    rows = RowFiles(directory)
     rows.counts |= {f"kind-{number}": MOST_ROWS for number in range(MOST_RECORDED)}
     assert sum(rows.counts.values()) == MOST_KEPT_ROWS
     with pytest.raises(OSError, match="keeps at most 48,000 of them"):
@@ -60,7 +61,7 @@ def test_all_kinds_together_have_no_more_rows_than_those_with_a_place(directory)
 
 
 def test_rows_count_until_the_trainer_has_deleted_them(directory):
-    rows = RowFiles(directory, [1])
+    rows = RowFiles(directory)
     put(rows, "kind-1", "kind-2", "kind-1")
     shutil.rmtree(directory.rows("kind-1"))
     rows.note_deleted()
@@ -71,7 +72,7 @@ def test_rows_count_until_the_trainer_has_deleted_them(directory):
 
 @pytest.mark.parametrize("free", [FREE_BYTES - 1, FREE_BYTES])
 def test_rows_leave_room_on_the_disk_for_others(directory, monkeypatch, free):
-    rows = RowFiles(directory, [1])
+    rows = RowFiles(directory)
     monkeypatch.setattr(row_files.shutil, "disk_usage", lambda _: Usage(0, 0, free))
     if free < FREE_BYTES:
         with pytest.raises(OSError, match=f"less than 1 GiB is free for {directory.root}"):

@@ -30,7 +30,6 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.auto import trainer as training
 from vllm_adainfer.offline.auto.fit import Served
 from vllm_adainfer.offline.auto.process import only_one
-from vllm_adainfer.offline.auto.shards import load_rows, read_shards
 from vllm_adainfer.offline.auto.trainer import Trainer
 from vllm_adainfer.offline.calibration.calibrate import fit_and_certify
 from vllm_adainfer.offline.calibration.data.examples import Example
@@ -38,6 +37,11 @@ from vllm_adainfer.offline.calibration.data.split import Split
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import Prompts
 from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel
+from vllm_adainfer.offline.calibration.record.shards import (
+    load_shards,
+    only_finite,
+    read_shards,
+)
 from vllm_adainfer.policy.probe import Probe
 
 HIDDEN, DEPTH, LAYERS, SHARD = SHAPE["hidden_size"], 6, (2, 3, 5), 60
@@ -247,7 +251,7 @@ def test_a_later_try_certifies_on_newer_rows_with_a_smaller_share_of_delta(place
     name, asked = place.label_kind(), []
 
     def fit(served, kind, rows, held_out, epsilon, delta):
-        asked.append((len(rows.final), held_out, delta))
+        asked.append((len(rows["final"]), held_out, delta))
         raise AdaInferError("not yet")
 
     monkeypatch.setattr(training, "fit_policy", fit)
@@ -292,9 +296,9 @@ def test_rows_that_are_not_finite_are_left_out(place):
     tensors = {key: one.clone() for key, one in load_file(file).items()}
     tensors["layer.3"][7, 3] = torch.nan
     save_file(tensors, file)
-    rows = load_rows(read_shards(place.directory.rows(name)))
-    assert len(rows.final) == 2 * SHARD - 1
-    assert all(state.isfinite().all() for state in rows.states.values())
+    rows = only_finite(load_shards(read_shards(place.directory.rows(name))))
+    assert len(rows["final"]) == 2 * SHARD - 1
+    assert all(column.isfinite().all() for column in rows.values())
 
 
 def test_a_full_disk_keeps_the_old_state_and_is_tried_later(place, monkeypatch, capsys):

@@ -177,18 +177,18 @@ def test_states_are_read_back_from_files_that_are_gone(tmp_path):
         for layer in files.layers:
             files.add(layer, torch.cat([layer * prompts[tag] for tag in tags]))
         files.added(np.array(tags), np.array([len(prompts[tag]) for tag in tags]))
-    record = {**files.take(), "layer.2": like, "layer.4": like}
-    found = own_states_of(files.by_layer, record, prompts=4)
+    found = own_states_of(files.by_layer, files.take(), like, prompts=4)
     for path in tmp_path.iterdir():
         path.unlink()
     first, nothing, *others = found.of(4, np.arange(4))
     assert nothing.shape == (0, HIDDEN)
     for states, tag in zip([first, *others], (0, 2, 3), strict=True):
         assert torch.equal(states, 4 * prompts[tag])
-    assert own_states_of({}, record, prompts=4) is None
+    assert own_states_of({}, {}, like, prompts=4) is None
+    files = StateFiles(str(tmp_path), (2,))
     files.add(2, like[:0])
     files.added(np.arange(0), np.arange(0))
-    empty = own_states_of({2: files.by_layer[2]}, {**files.take(), "layer.2": like}, prompts=1)
+    empty = own_states_of(files.by_layer, files.take(), like, prompts=1)
     assert empty.of(2, np.array([0]))[0].shape == (0, HIDDEN)
 
 

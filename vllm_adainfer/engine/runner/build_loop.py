@@ -21,7 +21,8 @@ from vllm_adainfer.exits.kv.policies import ExactKV, RecurrentKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.forward_pass import COMPACTION_COST
 from vllm_adainfer.exits.loop.loop import Loop
-from vllm_adainfer.exits.recording.recorder import Recorder, TunedLensSums
+from vllm_adainfer.exits.recording.moments import TunedLensSums
+from vllm_adainfer.exits.recording.recorder import Recorder
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.exits.recording.state_files import StateFiles
 from vllm_adainfer.policy.policy import Policy

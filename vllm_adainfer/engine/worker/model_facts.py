@@ -17,6 +17,19 @@ from vllm_adainfer.settings.engine import Auto
 logger = get_logger(__name__)
 
 
+def facts_of(model: Any) -> dict[str, Any]:
+    """What `ServedModel` says of an `EarlyExit`, but for its head and its speed."""
+    soft_cap, scale = model.soft_cap_and_scale
+    return {
+        "fingerprint": model.fingerprint,
+        "engine_options": model.engine_options.model_dump(),
+        "depth": model.stack.shape.depth,
+        "own_kv_layers": model.num_own_kv_layers,
+        "soft_cap": soft_cap,
+        "scale": scale,
+    }
+
+
 class ModelFacts:
     """Facts of the served model, and its LM head, for the trainer."""
 
@@ -81,17 +94,13 @@ class ModelFacts:
         layers_run = sum(policy.work["layers_run"] for policy in list(work.values()))
         layer_seconds = step_seconds / layers_run
         rows = layers_run / stack.shape.depth / steps  # of a step
-        config, (soft_cap, scale) = self._config.model_config, self._model.soft_cap_and_scale
+        config = self._config.model_config
         overrides = config.hf_overrides
         cut_seconds = compaction_cost_of(stack, self._model.device) * layer_seconds / rows
         facts = {
             "model": config.model,
             "hf_overrides": overrides if isinstance(overrides, dict) else None,
-            "depth": stack.shape.depth,
-            "own_kv_layers": self._model.num_own_kv_layers,
-            "soft_cap": soft_cap,
-            "scale": scale,
             "layer_seconds": layer_seconds,
             "cut_seconds": cut_seconds,
         }
-        write_json(self._directory.model, {**self._identity, **facts})
+        write_json(self._directory.model, {**self._identity, **facts_of(self._model), **facts})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,17 +20,16 @@ from vllm_adainfer.files import replace_file
 
 
 class RowFiles:
-    """Writes rows as ``layer.<n>`` and ``final``, with ``computed``; a file for each chunk.
+    """Writes rows of served requests, with ``computed``; a file for each chunk of a kind.
 
     Attributes:
         counts: the rows of each kind that lie on disk.
 
     """
 
-    def __init__(self, directory: AutoDirectory, layers: Sequence[int]) -> None:
-        """Count the rows that earlier runs left; `layers` are the exit points."""
+    def __init__(self, directory: AutoDirectory) -> None:
+        """Count the rows that earlier runs left."""
         self._directory = directory
-        self._layers = layers
         self.counts: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
         for path in sorted(directory.root.glob("*/rows/[0-9]*.safetensors")):
@@ -39,11 +38,7 @@ class RowFiles:
             self.counts[kind] = self.counts.get(kind, 0) + _rows_of(path)
 
     def put(
-        self,
-        kinds: Sequence[str],
-        states: Sequence[Tensor],
-        computed: Tensor,
-        wanted: Collection[str],
+        self, kinds: Sequence[str], rows: Mapping[str, Tensor], wanted: Collection[str]
     ) -> None:
         """Write the rows of a chunk that are of `wanted` kinds; arguments as for `ChunkReader`.
 
@@ -60,18 +55,16 @@ class RowFiles:
             if kind not in wanted or count >= MOST_ROWS:
                 continue
             places = [place for place, one in enumerate(kinds) if one == kind]
-            rows = torch.tensor(places[: MOST_ROWS - count])
-            if sum(self.counts.values()) + len(rows) > MOST_KEPT_ROWS:
+            own = torch.tensor(places[: MOST_ROWS - count])
+            if sum(self.counts.values()) + len(own) > MOST_KEPT_ROWS:
                 raise OSError(errno.EDQUOT, f"{root} keeps at most {MOST_KEPT_ROWS:,} of them")
-            names = [*(f"layer.{layer}" for layer in self._layers), "final"]
-            tensors = {n: part[rows] for n, part in zip(names, states, strict=True)}
-            tensors["computed"] = computed[rows].double()
             number = self._numbers.get(kind, 0) + 1
             folder = self._directory.rows(kind)
             for each in folder.parent, folder:
                 each.mkdir(mode=0o700, exist_ok=True)
-            replace_file(folder / f"{number:06}.safetensors", save(tensors))
-            self._numbers[kind], self.counts[kind] = number, count + len(rows)
+            chosen = {name: part[own] for name, part in rows.items()}
+            replace_file(folder / f"{number:06}.safetensors", save(chosen))
+            self._numbers[kind], self.counts[kind] = number, count + len(own)
 
     def note_deleted(self) -> None:
         """Note which rows have been deleted, as the trainer does once it needs them no more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -32,7 +32,7 @@ STATUS_SECONDS = 60.0  # between the lines about a kind among the events
 LOCK_SECONDS = 60.0  # in which a killed server's worker ends, see `compat/processes.py`
 CLOSE_SECONDS = 10.0
 
-Chunk = tuple[Sequence[str], Sequence[Tensor], Tensor]
+Chunk = tuple[Sequence[str], Mapping[str, Tensor]]
 
 
 class SelfCalibration:
@@ -61,7 +61,7 @@ class SelfCalibration:
         directory.delete_drafts()
         self._facts = ModelFacts(directory, auto, model, served.vllm_config)
         self.kinds = OwnKinds(auto, directory)
-        self._rows = RowFiles(directory, model.loop.policies.exit_points)
+        self._rows = RowFiles(directory)
         self._policies = OwnPolicies(directory, served)
         self._note_states()
         self._trainer = TrainerProcess(directory)
@@ -75,13 +75,13 @@ class SelfCalibration:
         self._thread = Thread(target=self._run, name="adainfer-auto", daemon=True)
         self._thread.start()
 
-    def put(self, kinds: Sequence[str], states: Sequence[Tensor], computed: Tensor) -> None:
+    def put(self, kinds: Sequence[str], rows: Mapping[str, Tensor]) -> None:
         """Queue a chunk of rows, or lose it if the disk is too slow; a `ChunkReader`."""
         if self._put_rows - self._written_rows > MOST_WAITING:
             logger.warning_once("rows come faster than they can be written: some are lost")
             return
         self._put_rows += len(kinds)
-        self._chunks.put((kinds, states, computed))
+        self._chunks.put((kinds, rows))
 
     def take_built(self) -> Built:
         """Policies that are ready to be served; empty in nearly all steps."""
@@ -163,9 +163,9 @@ class SelfCalibration:
             self._policies.forget(kind)
         self._rows.note_deleted()
 
-    def _write(self, kinds: Sequence[str], states: Sequence[Tensor], computed: Tensor) -> None:
+    def _write(self, kinds: Sequence[str], rows: Mapping[str, Tensor]) -> None:
         wanted = [n for n, own in list(self.kinds.kinds.items()) if own.state == "recording"]
-        self._rows.put(kinds, states, computed, wanted)
+        self._rows.put(kinds, rows, wanted)
 
     def _read_policies(self) -> None:
         """Read new ones, once requests come: until then, vLLM may still test or capture."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +18,12 @@ from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attach_note
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.adapter_policy import bundled_policy
+from vllm_adainfer.engine.worker.model_facts import facts_of
 from vllm_adainfer.engine.worker.reload import read_again, reload_policies
 from vllm_adainfer.engine.worker.self_calibration import SelfCalibration
 from vllm_adainfer.engine.worker.served_policies import Built, ServedPolicies
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.recording.row_recorder import RowRecorder
+from vllm_adainfer.exits.recording.recorder import ServedRecorder
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -62,7 +64,8 @@ class ExitWorker(_Worker):
         if model.settings.calibrates_itself:
             self._self_calibration = SelfCalibration(model.settings.auto, self._served)
             self._running.kinds = self._self_calibration.kinds
-            model.loop.keep_states = RowRecorder(self._self_calibration.put)
+            layers = model.loop.policies.exit_points
+            model.loop.keep_states = ServedRecorder(layers, self._self_calibration.put)
         manager = lora_manager_of(self.model_runner)
         self._running.lora_manager = manager
         if manager is not None:
@@ -189,32 +192,28 @@ class ExitWorker(_Worker):
         built = self._reloads.pop(reload, None)
         return reload_policies(self._served, built) if use and built is not None else []
 
-    def adainfer_take_record(self, path: str) -> dict[str, Any]:
-        """Write the recorded states and sums, and the tensors of the model's logit lens, to `path`.
+    def adainfer_take_record(self, directory: str) -> dict[str, Any]:
+        """Add what was recorded to the files of `directory`: rows, sums, and the model.
 
         Returns:
-            ``fingerprint`` of the served weights, ``engine_options``, ``own_kv_layers`` (how many
-            layers write keys and values), ``norm`` (kind and epsilon of the final one,
-            None if there is none), ``soft_cap`` and ``scale`` of the logits, ``threads`` that
-            computed, ``states`` (layer -> the file of the states of whole prompts after it), and
-            the times of `vllm_adainfer.exits.recording.recording_loop.Timings`.
+            `facts_of` the served model, ``threads`` that computed, ``states`` (layer -> the
+            file of the states of whole prompts after it), and the times of
+            `vllm_adainfer.exits.recording.recording_loop.Timings`.
 
         """
         model: Any = self.model_runner.model
-        loop, (soft_cap, scale) = model.loop, model.soft_cap_and_scale
-        tensors = loop.recorder.take()
+        recorder = model.loop.recorder
+        rows, sums = recorder.take()
+        number = len([*Path(directory).glob("[0-9]*.safetensors")]) + 1
+        save_file(rows, f"{directory}/{number:06}.safetensors")
+        save_file(sums, f"{directory}/sums.safetensors")
         lens = model.logit_lens()
-        tensors |= {f"logit_lens.{name}": part.clone() for name, part in lens.model_tensors.items()}
-        save_file(tensors, path)
-        files = loop.recorder.files
+        head = {name: part.clone() for name, part in lens.model_tensors.items()}
+        save_file(head, f"{directory}/head.safetensors")
         return {
-            "states": {} if files is None else files.by_layer,
-            "fingerprint": model.fingerprint,
-            "engine_options": model.engine_options.model_dump(),
-            "own_kv_layers": model.num_own_kv_layers,
+            **facts_of(model),
+            "states": {} if recorder.files is None else recorder.files.by_layer,
             "norm": lens.norm and (lens.norm.kind, lens.norm.eps),
-            "soft_cap": soft_cap,
-            "scale": scale,
             "threads": torch.get_num_threads(),
-            **loop.timings.as_dict(),
+            **model.loop.timings.as_dict(),
         }

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+# A decision row weighs as much as this many other rows of a prompt.
+DECISION_ROW_WEIGHT = 64.0
+# One in this many of a prompt's other rows is used: more take time and improve a lens little.
+STRIDE = 3
 
 
 @dataclass
@@ -85,3 +91,63 @@ class Moments:
         self.x_mean += share * x_apart
         self.y_mean += share * y_apart
         self.weight = weight
+
+
+class TunedLensSums:
+    """Regression sums for a tuned lens (Belrose et al. 2023, arXiv 2303.08112) at each layer.
+
+    The lens maps the state there to its change until the last layer. Prompts are split into folds
+    by their record row, so that each fold can be predicted from the others.
+    """
+
+    def __init__(self, layers: Sequence[int], folds: int, prompts: int) -> None:
+        """Use requests with record rows below `prompts`; the others are held out."""
+        self._layers = layers
+        self._folds = folds
+        self._prompts = prompts
+        self._moments: list[list[Moments]] = []
+
+    def add(
+        self, states: Sequence[Tensor], record_rows: Tensor, positions: Tensor, last: Tensor
+    ) -> None:
+        """Add a step's rows; arguments as for `Recorder.record`, the last state is final.
+
+        A prompt's first row is left out: it is an attention sink, whose state is an outlier many
+        times longer than any other, and no request is decided there.
+        """
+        chosen = last | ((record_rows + positions) % STRIDE == 0) & (positions > 0)
+        chosen &= (record_rows >= 0) & (record_rows < self._prompts)
+        *inner, final = states
+        size = final.shape[1]
+        if not self._moments:
+            self._moments = [[Moments.zeros(size, size) for _ in range(self._folds)] for _ in inner]
+        for fold in range(self._folds):
+            rows = torch.nonzero(chosen & (record_rows % self._folds == fold)).squeeze(1)
+            weight = torch.where(last[rows], DECISION_ROW_WEIGHT, 1.0)
+            target = final[rows].float()
+            for state, moments in zip(inner, self._moments, strict=True):
+                x = state[rows].float()
+                moments[fold].add(x, target - x, weight)
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the sums as `moments_of` reads them, and start over."""
+        taken = {
+            f"lens.{layer}.{fold}.{field.name}": getattr(moments, field.name)
+            for layer, by_fold in zip(self._layers, self._moments, strict=False)
+            for fold, moments in enumerate(by_fold)
+            for field in fields(Moments)
+        }
+        self._moments = []
+        return taken
+
+
+def moments_of(sums: Mapping[str, Tensor]) -> dict[int, list[Moments]]:
+    """The moments by layer and fold, from tensors ``lens.<layer>.<fold>.<field of Moments>``."""
+    found: dict[int, dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in sums.items():
+        if name.startswith("lens."):
+            _, layer, fold, field = name.split(".")
+            found.setdefault(int(layer), {}).setdefault(int(fold), {})[field] = tensor
+    return {
+        layer: [Moments(**folds[fold]) for fold in sorted(folds)] for layer, folds in found.items()
+    }

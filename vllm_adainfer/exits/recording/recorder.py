@@ -2,68 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from vllm_adainfer.exits.recording.moments import Moments
+from vllm_adainfer.exits.loop.step import RecordedRequests
+from vllm_adainfer.exits.recording.moments import TunedLensSums
 from vllm_adainfer.exits.recording.state_files import StateFiles
 
-# A decision row weighs as much as this many other rows of a prompt.
-DECISION_ROW_WEIGHT = 64.0
-# One in this many of a prompt's other rows is used: more take time and improve a lens little.
-STRIDE = 3
+CHUNK = 64  # rows: on a GPU, copying some to the host waits for the device
 
 
-class TunedLensSums:
-    """Regression sums for a tuned lens (Belrose et al. 2023, arXiv 2303.08112) at each layer.
+class RowRecorder:
+    """Collects rows: named tensors with a row for each request.
 
-    The lens maps the state there to its change until the last layer. Prompts are split into folds
-    by their record row, so that each fold can be predicted from the others.
+    ``layer.<n>`` [rows, hidden size] is the state after a layer, and ``final`` what the model's
+    `logit_lens` reads of the last one. Others say which row it is.
     """
 
-    def __init__(self, layers: Sequence[int], folds: int, prompts: int) -> None:
-        """Use requests with record rows below `prompts`; the others are held out."""
-        self._layers = layers
-        self._folds = folds
-        self._prompts = prompts
-        self._moments: list[list[Moments]] = []
+    def __init__(self) -> None:
+        """Begin without rows."""
+        self._parts: dict[str, list[Tensor]] = {}
 
-    def add(
-        self, states: Sequence[Tensor], record_rows: Tensor, positions: Tensor, last: Tensor
-    ) -> None:
-        """Add a step's rows; arguments as for `Recorder.record`, the last state is final.
-
-        A prompt's first row is left out: it is an attention sink, whose state is an outlier many
-        times longer than any other, and no request is decided there.
-        """
-        chosen = last | ((record_rows + positions) % STRIDE == 0) & (positions > 0)
-        chosen &= (record_rows >= 0) & (record_rows < self._prompts)
-        *inner, final = states
-        size = final.shape[1]
-        if not self._moments:
-            self._moments = [[Moments.zeros(size, size) for _ in range(self._folds)] for _ in inner]
-        for fold in range(self._folds):
-            rows = torch.nonzero(chosen & (record_rows % self._folds == fold)).squeeze(1)
-            weight = torch.where(last[rows], DECISION_ROW_WEIGHT, 1.0)
-            target = final[rows].float()
-            for state, moments in zip(inner, self._moments, strict=True):
-                x = state[rows].float()
-                moments[fold].add(x, target - x, weight)
+    def add(self, layers: Sequence[int], states: Sequence[Tensor], **others: Tensor) -> None:
+        """Add rows with their `states`: after each of `layers`, and last the final ones."""
+        names = [*(f"layer.{layer}" for layer in layers), "final"]
+        for name, part in {**dict(zip(names, states, strict=True)), **others}.items():
+            self._parts.setdefault(name, []).append(part)
 
     def take(self) -> dict[str, Tensor]:
-        """Return the sums as ``lens.<layer>.<fold>.<field of Moments>`` and start over."""
-        taken = {
-            f"lens.{layer}.{fold}.{field.name}": getattr(moments, field.name)
-            for layer, by_fold in zip(self._layers, self._moments, strict=False)
-            for fold, moments in enumerate(by_fold)
-            for field in fields(Moments)
-        }
-        self._moments = []
+        """Return all rows in order, on the host, and start over."""
+        taken = {name: torch.cat(parts).cpu() for name, parts in self._parts.items()}
+        self._parts = {}
         return taken
+
+
+# Gets the names of the rows' kinds and the rows, which have a column ``computed``: int64, the token
+# rows that the layers ran for each.
+ChunkReader = Callable[[Sequence[str], Mapping[str, Tensor]], None]
+
+
+class ServedRecorder:
+    """A `StateKeeper`: keeps the states of some requests beside serving, a chunk at a time."""
+
+    def __init__(self, layers: Sequence[int], put: ChunkReader) -> None:
+        """`put` gets each chunk, in the thread of the step: it must not block."""
+        self._layers, self._put = layers, put
+        self._kinds: list[str] = []
+        self._rows = RowRecorder()
+
+    def __call__(self, requests: RecordedRequests, states: Sequence[Tensor]) -> None:
+        """Keep the `states` of `requests`, and pass on a chunk once it is complete."""
+        self._kinds += requests.kinds
+        self._rows.add(self._layers, states, computed=torch.from_numpy(requests.computed))
+        if len(self._kinds) >= CHUNK:
+            self._put(self._kinds, self._rows.take())
+            self._kinds = []
 
 
 class Recorder:
@@ -82,10 +78,7 @@ class Recorder:
         self.layers = layers
         self.files = files
         self._lens = lens
-        self._states: list[list[Tensor]] = [[] for _ in layers]
-        self._means: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        self._record_rows: list[Tensor] = []
-        self._positions: list[Tensor] = []
+        self._rows = RowRecorder()
 
     def record(
         self,
@@ -108,34 +101,27 @@ class Recorder:
 
         """
         decisions = last & (record_rows >= 0)
-        self._record_rows.append(record_rows[decisions])
-        self._positions.append(positions[decisions])
-        for kept, state in zip(self._states, states, strict=True):
-            kept.append(state[decisions])
-        for layer, mean in means.items():
-            self._means[layer].append(mean)
+        self._rows.add(
+            self.layers[:-1],
+            [state[decisions] for state in states],
+            tags=record_rows[decisions],
+            positions=positions[decisions],
+            **{f"mean.{layer}": mean for layer, mean in means.items()},
+        )
         if self._lens is not None:
             self._lens.add(states, record_rows, positions, last)
 
-    def take(self) -> dict[str, Tensor]:
-        """Return everything kept, in order, and start over.
+    def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return everything kept, and start over.
 
-        ``layer.<n>`` [rows, hidden size], ``mean.<n>`` likewise if means are recorded, and int64
-        [rows] ``tags`` (the record rows) and
-        ``positions``. Also the sums for the lens, see `TunedLensSums.take`, and what
-        `StateFiles.take` returns.
+        Returns:
+            the decision rows, see `RowRecorder`: with their ``tags`` (the record rows) and
+            ``positions``, int64 [rows], and ``mean.<n>`` [rows, hidden size] if means are recorded;
+            and the sums for the lens, see `TunedLensSums.take`, with what `StateFiles.take`
+            returns.
+
         """
-        taken = {} if self._lens is None else self._lens.take()
+        sums = {} if self._lens is None else self._lens.take()
         if self.files is not None:
-            taken |= self.files.take()
-        for layer, states in zip(self.layers, self._states, strict=True):
-            taken[f"layer.{layer}"] = torch.cat(states)
-            states.clear()
-        for layer, means in self._means.items():
-            if means:
-                taken[f"mean.{layer}"] = torch.cat(means)
-                means.clear()
-        for name, kept in (("tags", self._record_rows), ("positions", self._positions)):
-            taken[name] = torch.cat(kept)
-            kept.clear()
-        return taken
+            sums |= self.files.take()
+        return self._rows.take(), sums

@@ -63,7 +63,5 @@ class StateFiles:
         self._lens.append(torch.from_numpy(lens))
 
     def take(self) -> dict[str, Tensor]:
-        """Return int64 [prompts] ``states.tags`` and ``states.lens`` in order, and start over."""
-        taken = {"states.tags": torch.cat(self._tags), "states.lens": torch.cat(self._lens)}
-        self._tags, self._lens = [], []
-        return taken
+        """Return int64 [prompts] ``states.tags`` and ``states.lens`` of all so far, in order."""
+        return {"states.tags": torch.cat(self._tags), "states.lens": torch.cat(self._lens)}

@@ -17,7 +17,6 @@ from vllm_adainfer.artifact.tensors import UNREADABLE
 from vllm_adainfer.auto.directory import AutoDirectory, read_json
 from vllm_adainfer.auto.kinds import Kind
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.auto.shards import Loaded
 from vllm_adainfer.offline.calibration.data.choices import Choices, find_choices
 from vllm_adainfer.offline.calibration.data.label_pool import labels_of
 from vllm_adainfer.offline.calibration.data.split import Split
@@ -26,6 +25,7 @@ from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy, make_policy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.record.rows import Rows, ServedModel
+from vllm_adainfer.offline.calibration.record.shards import by_layer
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
 from vllm_adainfer.policy.probe import Probe
 
@@ -78,43 +78,50 @@ class Served:
         choices = find_choices(kind.choices, self.tokenizer, self.hf_config.vocab_size)
         return choices.labels, choices
 
-    def rows(self, loaded: Loaded, labels: tuple[Label, ...], choices: Choices | None) -> Rows:
+    def rows(
+        self, recorded: Mapping[str, Tensor], labels: tuple[Label, ...], choices: Choices | None
+    ) -> Rows:
         """The rows as `record` would give them, answered by the tokens that a request allows."""
         # Beside a busy server one thread; probes of a few labels do not gain by more.
-        lens = Probe(Head(self.head))
-        model = ServedModel.of_facts({**self.facts, "threads": 1}, lens)
+        model = ServedModel.of_facts({**self.facts, "threads": 1}, Probe(Head(self.head)))
         allowed = torch.tensor([label.token_id for label in labels])
         if choices is not None:
             allowed = choices.first_tokens.token_ids
-        plain = model.as_served(lens.of_tokens(allowed))
-        tokens = plain.score(plain.readout(loaded.final)).top1_id.numpy()
+        plain, final = model.as_served(model.logit_lens.of_tokens(allowed)), recorded["final"]
+        tokens = plain.score(plain.readout(final)).top1_id.numpy()
         return Rows(
             model=model,
-            states=loaded.states,
-            final=loaded.final,
+            states=by_layer(recorded),
+            final=final,
             tokens=tokens if choices is None else choices.decided_by(tokens),
-            prompts=np.arange(len(loaded.final)),
-            computed=loaded.computed.numpy(),
+            prompts=np.arange(len(final)),
+            computed=recorded["computed"].double().numpy(),
         )
 
 
 def fit_policy(
-    served: Served, kind: Kind, loaded: Loaded, held_out: int, epsilon: float, delta: float
+    served: Served,
+    kind: Kind,
+    recorded: Mapping[str, Tensor],
+    held_out: int,
+    epsilon: float,
+    delta: float,
 ) -> FittedPolicy:
-    """Fit on the older rows, and certify on the `held_out` newest.
+    """Fit on the older of the `recorded` rows, and certify on the `held_out` newest.
 
     Raises:
         AdaInferError: no first token decides a choice of the kind.
 
     """
     labels, choices = served.answers(kind)
+    rows = served.rows(recorded, labels, choices)
     first_tokens = None if choices is None else choices.first_tokens
     answers = torch.tensor([label.token_id for label in labels])
     return make_policy(
         Calibration(
-            served.rows(loaded, labels, choices),
+            rows,
             Target("label-head", answers, first_tokens=first_tokens),
-            Split.of_groups(np.arange(len(loaded.final)), held_out),
+            Split.of_groups(rows.prompts, held_out),
             PolicyOptions(epsilon=epsilon, delta=delta),
             labels,
             choices=choices,

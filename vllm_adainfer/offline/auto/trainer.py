@@ -21,9 +21,14 @@ from vllm_adainfer.auto.tries import TRIES
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.files import PRIVATE, whole_directory
 from vllm_adainfer.offline.auto.fit import Served, fit_policy
-from vllm_adainfer.offline.auto.shards import Shard, load_rows, read_shards
 from vllm_adainfer.offline.auto.tries import CERTIFIED, GIVEN_UP, RECORDING, Due, State, Try
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
+from vllm_adainfer.offline.calibration.record.shards import (
+    Shard,
+    load_shards,
+    only_finite,
+    read_shards,
+)
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.progress import say
 
@@ -117,8 +122,8 @@ class Trainer:
 
         Rows that were there at the try before certify nothing.
         """
-        served, rows = self._served(), load_rows(shards)
-        held_out = int((rows.shards > due.since).sum()) // 2
+        served, rows = self._served(), only_finite(load_shards(shards))
+        held_out = int((rows["shards"] > due.since).sum()) // 2
         epsilon, delta = served.facts["epsilon"], served.facts["delta"] * due.share_of_delta
         try:
             served.answers(kind)

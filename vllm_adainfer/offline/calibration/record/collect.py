@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,14 @@ from torch import Tensor
 from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.branch_shapes import MOST_BRANCH_TOKENS
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.exits.recording.moments import Moments
+from vllm_adainfer.exits.recording.moments import moments_of
 from vllm_adainfer.exits.recording.state_files import check_room
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.asking import best_column, greedy, scores_of
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.record.own_states import own_states_of
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows, ServedModel
+from vllm_adainfer.offline.calibration.record.shards import by_layer, load_shards, read_shards
 from vllm_adainfer.offline.progress import progress
 from vllm_adainfer.policy.probe import logit_lens_of
 from vllm_adainfer.settings.instruments import ROW_ARG
@@ -31,10 +31,6 @@ from vllm_adainfer.settings.instruments import ROW_ARG
 if TYPE_CHECKING:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
-
-
-# Tensors with a row for each decision row, or for each prompt of which all states are kept.
-RECORDED = ("layer.", "mean.", "tags", "positions", "states.")
 
 
 @contextmanager
@@ -121,36 +117,31 @@ def record(
         )
 
     outputs = run(range(len(examples)), reuse_prefixes=True)
-    tensors, facts = _take(engine)
-    if again := _not_seen_whole(tensors):
-        # They share more than all prompts do, so some of their states were in the prefix cache.
-        run(again, reuse_prefixes=False)
-        more, _ = _take(engine)
-        tensors |= {
-            name: torch.cat([tensors[name], more[name]])
-            for name in more
-            if name.startswith(RECORDED)
-        }
-    depth = max(map(int, _named(tensors, "layer.")))
-    has_lens = bool(_named(tensors, "lens."))
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        rows, sums, facts = _take(engine, folder)
+        if again := _not_seen_whole(rows, sums):
+            # They share more than all prompts do, so some of their states were in the prefix cache.
+            run(again, reuse_prefixes=False)
+            rows, sums, _ = _take(engine, folder)
+        head = load_file(folder / "head.safetensors")
     texts = [
         [best_column(output.outputs.data)] if classifies else list(output.outputs[0].token_ids)
         for output in outputs
     ]
-    rows = torch.from_numpy(
+    order = torch.from_numpy(
         rows_of_tokens(
-            tensors["tags"].numpy(),
-            tensors["positions"].numpy(),
+            rows["tags"].numpy(),
+            rows["positions"].numpy(),
             [len(example.token_ids) for example in examples],
             [len(text) for text in texts],
         )
     )
+    states = {layer: state[order] for layer, state in by_layer(rows).items()}
     return Rows(
-        model=ServedModel.of_facts(
-            facts | {"depth": depth}, logit_lens_of(_named(tensors, "logit_lens."), facts["norm"])
-        ),
-        states={layer: tensors[f"layer.{layer}"][rows] for layer in layers},
-        final=tensors[f"layer.{depth}"][rows],
+        model=ServedModel.of_facts(facts, logit_lens_of(head, facts["norm"])),
+        states={layer: states[layer] for layer in layers},
+        final=rows["final"][order],
         tokens=np.concatenate(texts),
         prompts=np.repeat(np.arange(len(examples)), [len(text) for text in texts]),
         computed=np.concatenate(
@@ -159,26 +150,24 @@ def record(
                 for example, output, text in zip(examples, outputs, texts, strict=True)
             ]
         ).astype(np.float64),
-        means={int(layer): mean[rows] for layer, mean in _named(tensors, "mean.").items()},
-        moments={layer: _folds(tensors, layer) for layer in layers} if has_lens else {},
-        own_states=own_states_of(facts["states"], tensors, len(examples)),
+        means={layer: mean[order] for layer, mean in by_layer(rows, "mean.").items()},
+        moments=moments_of(sums),
+        own_states=own_states_of(facts["states"], sums, rows["final"], len(examples)),
     )
 
 
-def _take(engine: LLM) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the engine has recorded since it was last asked; see `adainfer_take_record`."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "record.safetensors"
-        [facts] = engine.collective_rpc("adainfer_take_record", args=(str(path),))
-        return load_file(path), facts
+def _take(engine: LLM, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Rows, sums and facts that the engine has recorded; see `adainfer_take_record`."""
+    [facts] = engine.collective_rpc("adainfer_take_record", args=(str(folder),))
+    return load_shards(read_shards(folder)), load_file(folder / "sums.safetensors"), facts
 
 
-def _not_seen_whole(record: Mapping[str, Tensor]) -> list[int]:
+def _not_seen_whole(rows: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> list[int]:
     """Record rows of prompts of which some states never ran, though all are to be read."""
-    tags, whole = record["tags"], record.get("states.tags")
+    tags, whole = rows["tags"], sums.get("states.tags")
     if whole is not None:
         return tags[~torch.isin(tags, whole)].tolist()
-    means = [record[name] for name in record if name.startswith("mean.")]
+    means = [*by_layer(rows, "mean.").values()]
     return tags[means[0].isnan().any(dim=1)].tolist() if means else []
 
 
@@ -218,17 +207,3 @@ def rows_of_tokens(
             "vllm-adainfer or in vLLM's scheduling; please report it with the command"
         )
     return np.array([row_at[place] for place in wanted], dtype=np.int64)
-
-
-def _named(record: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): t for name, t in record.items() if name.startswith(prefix)}
-
-
-def _folds(record: dict[str, Tensor], layer: int) -> list[Moments]:
-    """The moments of one layer by fold; `TunedLensSums.take` names their parts."""
-    names = [field.name for field in fields(Moments)]
-    return [
-        Moments(**{name: record[f"lens.{layer}.{fold}.{name}"] for name in names})
-        for fold in range(FOLDS)
-    ]

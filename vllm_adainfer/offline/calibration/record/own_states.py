@@ -34,22 +34,22 @@ class OwnStates:
 
 
 def own_states_of(
-    files: Mapping[int, str], record: Mapping[str, Tensor], prompts: int
+    files: Mapping[int, str], sums: Mapping[str, Tensor], like: Tensor, prompts: int
 ) -> OwnStates | None:
     """Those in `files`, by layer, of so many prompts; None if there are no files.
 
     A prompt without tokens of its own has none. Files that are deleted then live on until these
-    states are dropped.
+    states are dropped. `sums` are from `StateFiles.take`; a state has the width and dtype of `like`
+    [rows, hidden size].
     """
     if not files:
         return None
-    tags, lens = record["states.tags"].numpy(), record["states.lens"].numpy()
+    tags, lens = sums["states.tags"].numpy(), sums["states.lens"].numpy()
     starts, ends = np.zeros((2, prompts), dtype=np.int64)
     ends[tags] = np.cumsum(lens)
     starts[tags] = ends[tags] - lens
     rows, tokens = {}, int(lens.sum())
     for layer, file in files.items():
-        like = record[f"layer.{layer}"]
         width, flat = like.shape[1], like.new_empty(0)
         if tokens:  # an empty file cannot be mapped
             flat = torch.from_file(file, size=tokens * width, dtype=like.dtype)

@@ -1,9 +1,9 @@
-"""Rows that a server has recorded at full depth, in files of a folder."""
+"""Files of recorded rows, see `RowRecorder`: a folder of them is what policies are made from."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,52 +63,44 @@ def _shard(path: Path, written: int, size: int) -> Shard | None:
         return None
     counts = {shape[0] if shape else 0 for shape in shapes.values()}
     has_layers = any(name.startswith(LAYER) for name in shapes)
-    if not has_layers or not {"final", "computed"} <= shapes.keys() or len(counts) != 1:
+    if not has_layers or "final" not in shapes or len(counts) != 1:
         say(f"{path} does not hold rows and is left out")
         return None
     [rows] = counts
     return Shard(path, rows, tuple((name, shape[1:]) for name, shape in sorted(shapes.items())))
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Rows in memory, the oldest first.
-
-    Attributes:
-        states: layer -> [rows, hidden size], the residual stream after it.
-        final: [rows, head size], the LM head's input at full depth.
-        computed: fp64 [rows], the tokens that the layers ran for each.
-        shards: int64 [rows], the number of the file of each.
-
-    """
-
-    states: dict[int, Tensor]
-    final: Tensor
-    computed: Tensor
-    shards: Tensor
-
-
-def load_rows(shards: Sequence[Shard]) -> Loaded:
-    """The rows of at least one shard; any that is not finite is left out.
+def load_shards(shards: Sequence[Shard]) -> dict[str, Tensor]:
+    """The rows of at least one shard, by name; with `Shard.number` of each row as ``shards``.
 
     Raises:
         OSError, RuntimeError, SafetensorError: a file cannot be read.
 
     """
     parts = [load_file(shard.path) for shard in shards]
-    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    [whole, *others] = parts
+    if others:
+        whole = {name: torch.cat([part[name] for part in parts]) for name in whole}
     numbers = torch.tensor([shard.number for shard in shards])
-    whole["shards"] = numbers.repeat_interleave(torch.tensor([shard.rows for shard in shards]))
-    finite = torch.stack([one.flatten(1).isfinite().all(1) for one in _columns(whole)]).all(0)
-    if not finite.all():
-        say(f"{int((~finite).sum())} rows are not finite and left out")
-        whole = {name: one[finite] for name, one in whole.items()}
-    states = {int(n.removeprefix(LAYER)): one for n, one in whole.items() if n.startswith(LAYER)}
-    return Loaded(
-        dict(sorted(states.items())), whole["final"], whole["computed"].double(), whole["shards"]
-    )
+    counts = torch.tensor([shard.rows for shard in shards])
+    return whole | {"shards": numbers.repeat_interleave(counts)}
 
 
-def _columns(whole: dict[str, Tensor]) -> list[Tensor]:
-    """Each tensor as [rows, width]."""
-    return [one.reshape(len(one), -1) for one in whole.values()]
+def only_finite(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows without any that is not finite."""
+    finite = torch.stack(
+        [
+            one.flatten(1).isfinite().all(1) if one.dim() > 1 else one.isfinite()
+            for one in rows.values()
+        ]
+    ).all(0)
+    if finite.all():
+        return rows
+    say(f"{int((~finite).sum())} rows are not finite and left out")
+    return {name: one[finite] for name, one in rows.items()}
+
+
+def by_layer(rows: Mapping[str, Tensor], prefix: str = LAYER) -> dict[int, Tensor]:
+    """The tensors whose names are `prefix` and a layer, by layer, ascending."""
+    found = {int(n.removeprefix(prefix)): one for n, one in rows.items() if n.startswith(prefix)}
+    return dict(sorted(found.items()))
