@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 import numpy as np
 import typer
 from sklearn.metrics import ndcg_score
-from vllm_adainfer.offline.calibration.rowss import record_prompts
 
 from benchmarks.classifiers.passages import Query, find_candidates
 from benchmarks.classifiers.train_reranker import TEMPLATE_FILE
@@ -39,7 +38,7 @@ from benchmarks.serving.side_by_side import ENVIRONMENT
 from vllm_adainfer.arrays import Floats
 from vllm_adainfer.artifact.fields import TopK
 from vllm_adainfer.cli.app import errors_as_sentences
-from vllm_adainfer.offline.calibration.calibrate import fit_and_certify
+from vllm_adainfer.offline.calibration.calibrate import fit_and_certify, record_prompts
 from vllm_adainfer.offline.calibration.options import CalibrationRequest, PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import load_prompts
 from vllm_adainfer.offline.progress import progress

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 
 import numpy as np
 import typer
-from vllm_adainfer.offline.calibration.rowss import record_prompts
 
 from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.report_files import write_report
@@ -37,7 +36,7 @@ from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.best_policy import best_heads
-from vllm_adainfer.offline.calibration.calibrate import calibration_of
+from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.certify.terms import Terms
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.fit import exits

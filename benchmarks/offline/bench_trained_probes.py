@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # imports start at the check
 
 import numpy as np
 import typer
-from vllm_adainfer.offline.calibration.rowss import record_own_states, record_prompts
 
 from benchmarks.common.intervals import share_of, shares_of
 from benchmarks.common.minilm import fetch_minilm
@@ -38,7 +37,7 @@ from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.engine.admission.requested_output import OutputKind
 from vllm_adainfer.offline.calibration.best_policy import best_heads, layers_to_branch
-from vllm_adainfer.offline.calibration.calibrate import calibration_of
+from vllm_adainfer.offline.calibration.calibrate import calibration_of, record_prompts
 from vllm_adainfer.offline.calibration.fit import cost
 from vllm_adainfer.offline.calibration.fit.branch import branches_of
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
@@ -161,7 +160,9 @@ def made_policies(request: CalibrationRequest, test: int) -> Made:
     exits = best_heads(plain, "pooled-label-head")
     student, branches = train_student(prompts.student, Lesson.of(plain)), ()
     if layers := layers_to_branch(exits):
-        branches = branches_of(plain, record_own_states(request, prompts, layers))
+        states = record_prompts(request, prompts, layers).own_states
+        assert states is not None
+        branches = branches_of(plain, states)
     both = replace(plain, trained=(student,))
     kept = make_policy(both, exits.heads).student is not None
     time_of, all_rows = cost.trained_seconds, np.arange(ROWS_IN_A_STEP)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from vllm_adainfer.offline.calibration.rowss import record_prompts
 
 from benchmarks.rivals.judged import Unseen
 from vllm_adainfer.arrays import Ints
+from vllm_adainfer.offline.calibration.calibrate import record_prompts
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.options import CalibrationRequest
 from vllm_adainfer.offline.calibration.prompts import Prompts, load_prompts, right_tokens

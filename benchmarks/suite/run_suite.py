@@ -41,7 +41,7 @@ from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.fitted_policy import FittedPolicy
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.calibration.prompts import split_of
-from vllm_adainfer.offline.calibration.record.collect import record, recording_engine
+from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine
 from vllm_adainfer.offline.calibration.record.engine import start_engine, stop_engine
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
 from vllm_adainfer.offline.evaluation.evaluate import check_file
@@ -174,25 +174,26 @@ class _Judging:
         for data in progress(loaded, desc="record and fit", unit="task"):
             shortest = min(len(one.token_ids) for one in (*data.train, *data.test))
             first = pooled_from(data.train, shortest) if data.labels else None
-            with recording_engine(
-                self.request.model,
-                self.hf_config,
-                (*data.train, *data.test),
+            plan = Plan(
                 self.layers,
+                [label.token_id for label in data.labels],
                 lens_prompts=0 if data.labels else len(data.train) // 2,
                 pooled_from=first,
-            ) as engine:
-                rows.append(self.one(engine, data, first))
+            )
+            examples = (*data.train, *data.test)
+            model = self.request.model
+            with recording_engine(model, self.hf_config, examples, plan) as engine:
+                rows.append(self.one(engine, data, plan))
         return rows
 
-    def one(self, engine: LLM, data: TaskData, pooled_from: int | None) -> dict[str, Any]:
+    def one(self, engine: LLM, data: TaskData, plan: Plan) -> dict[str, Any]:
         """The row of one task; writes its artifact if a policy was certified."""
         options = self.options
         split = split_of(np.arange(len(data.train)), options)
         order = random_order(split.groups, options.seed)
         examples = [*(data.train[index] for index in order), *data.test]
         right = [*(data.train_answers[index] for index in order), *data.answers]
-        recording = record(engine, examples, [label.token_id for label in data.labels], self.layers)
+        recording = record(engine, examples, plan)
         tests = np.arange(len(order), len(examples))
         kind = "pooled-label-head" if data.labels else "lens"
         candidates = candidate_layers(recording.model.depth, kind=kind)
@@ -207,7 +208,7 @@ class _Judging:
                 split,
                 options,
                 data.labels,
-                pooled_from=pooled_from,
+                pooled_from=plan.pooled_from,
                 shared=shared_tokens([examples[row] for row in split.fit], self.tokenizer),
             ),
             "auto",

@@ -22,7 +22,7 @@ from tests.tiny import EXIT_POINTS, LAYERS
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer.engine.scheduler.scheduler import AdaInferAsyncScheduler
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.record.collect import record
+from vllm_adainfer.offline.calibration.record.collect import Plan, record
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="Model Runner V1 is scheduled synchronously")
 
@@ -79,7 +79,7 @@ def test_of_texts_that_end_while_the_next_step_runs_each_token_is_recorded_with_
     generator = np.random.default_rng(4)
     prompts = [generator.integers(5, 1000, n).tolist() for n in (3, 9, 1, 5, 12, 7)]
     examples = [Example(f"line {n}", "", prompt, None) for n, prompt in enumerate(prompts)]
-    recording = record(engine, examples, (), EXIT_POINTS, max_tokens=12)
+    recording = record(engine, examples, Plan(EXIT_POINTS, max_tokens=12))
     lengths = np.bincount(recording.prompts)
     assert lengths.min() < 12, "some texts have to end by themselves"
     texts = np.split(recording.tokens, np.cumsum(lengths)[:-1])

@@ -21,7 +21,7 @@ from tests.e2e.oracle import hidden_states
 from tests.tiny import LAYERS
 from vllm_adainfer.exits.recording.moments import DECISION_ROW_WEIGHT, STRIDE, Moments
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.record.collect import record
+from vllm_adainfer.offline.calibration.record.collect import Plan, record
 from vllm_adainfer.offline.calibration.record.rows import normed
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ def test_a_prompt_is_recorded_with_all_of_its_rows_whatever_was_cached(
     }
     engine = tiny_engine(tiny_model, switch, max_model_len=512, kv_cache_memory_bytes=64 << 20)
     examples = [Example("", "", prompt, None) for prompt in prompts]
-    recording = record(engine, examples, [], RECORDED)
+    recording = record(engine, examples, Plan(RECORDED))
     assert recording.computed.min() <= 32, "some prompts must have found others cached"
     for file in tmp_path.iterdir():
         file.unlink()  # what is mapped stays

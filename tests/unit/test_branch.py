@@ -204,9 +204,8 @@ def test_states_that_the_disk_has_no_room_for_are_refused_before_the_model_runs(
 
     def start() -> None:
         hf_config = SimpleNamespace(hidden_size=4096, num_hidden_layers=32)
-        with collect.recording_engine(
-            "model", hf_config, examples, (8, 16), pooled_from=2, branches=(8, 16)
-        ):
+        plan = collect.Plan((8, 16), pooled_from=2, branches=(8, 16))
+        with collect.recording_engine("model", hf_config, examples, plan):
             pass
 
     with pytest.raises(AdaInferError, match=r"layers 8, 16, which take 0\.8 GiB.* set TMPDIR to "):

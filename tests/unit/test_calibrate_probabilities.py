@@ -23,7 +23,7 @@ from tests.unit.test_make_policy import (
 )
 from vllm_adainfer.artifact.fields import Gate
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
-from vllm_adainfer.offline.calibration.calibrate import with_mass_if_it_pays
+from vllm_adainfer.offline.calibration.best_policy import with_mass_if_it_pays
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import (
     loosest_certified,

@@ -101,12 +101,10 @@ CALIBRATION = {
     "enough_rows": {"certify", "data", "options"},
     "prompts": {"label_promises", "enough_rows", "certify", "fit", "data", "options"},
     "write": {"fitted_policy", "certify", "fit"},
-    "recordings": {"prompts", "fit", "record", "options"},
     "last_token": {"fitted_policy", "certify", "fit"},
     "best_policy": {"last_token", "fitted_policy", "fit", "record", "data", "options"},
     "calibrate": {
         "best_policy",
-        "recordings",
         "write",
         "prompts",
         "label_promises",

@@ -283,11 +283,13 @@ def test_a_prompt_is_explained_with_the_states_that_its_part_reads(monkeypatch, 
     found = best_policy(calibration(recording, exit_points=(0, 2, 4, 6)), "pooled-label-head")
     config = policy_config(found, "tiny", HF_CONFIG)
     recorded: list[Any] = []
-    monkeypatch.setattr(views, "recording_engine", lambda *args, **_: recorded.append(args[3]))
+    monkeypatch.setattr(
+        views, "recording_engine", lambda *args, **_: recorded.append(args[3].layers)
+    )
     model = SimpleNamespace(path="", hf_config=None, engine_settings={})
     with pytest.raises(TypeError):  # what the engine is here manages no context
         views.record_prompts(model, config, [])
-    assert recorded == [(0, 2, 4, 6)]
+    assert [plan.layers for plan in recorded] == [(0, 2, 4, 6)]
     part = views.deciding_part(Artifact(config, policy_tensors(found)), [5] * length)
     if not pooled:
         for mean in recording.means.values():

@@ -33,7 +33,7 @@ def best_policy(
     calibration: Calibration,
     probe: ProbeChoice,
     base: StudentBase | None = None,
-    states_after: Callable[[Sequence[int]], OwnStates] | None = None,
+    states_after: Callable[[Sequence[int]], OwnStates | None] | None = None,
 ) -> FittedPolicy:
     """The policy with the probe asked for; "auto" takes the faster one of the label heads.
 
@@ -55,9 +55,9 @@ def best_policy(
     if not layers:
         say("no exit point has a head that a branch could do much better than")
         return policy
-    with_branches = with_trained_probes(
-        policy, *branches_of(policy.calibration, states_after(layers))
-    )
+    states = states_after(layers)
+    assert states is not None
+    with_branches = with_trained_probes(policy, *branches_of(policy.calibration, states))
     if with_branches.branches:
         return with_branches
     say("branches cost more time than they save, and are left out")

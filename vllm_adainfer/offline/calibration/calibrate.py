@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -15,6 +18,7 @@ from vllm_adainfer.offline.calibration.data.label_pool import subsets_of
 from vllm_adainfer.offline.calibration.data.questions import ends_of
 from vllm_adainfer.offline.calibration.data.score_labels import score_head_of
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.offline.calibration.fit.choose import candidate_layers
 from vllm_adainfer.offline.calibration.fit.loss import full_depth_labels
 from vllm_adainfer.offline.calibration.fit.probes import Target
 from vllm_adainfer.offline.calibration.label_promises import check_rows
@@ -24,9 +28,10 @@ from vllm_adainfer.offline.calibration.prompts import (
     load_prompts,
     say_what_they_share,
 )
+from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine
 from vllm_adainfer.offline.calibration.record.rows import Rows
-from vllm_adainfer.offline.calibration.recordings import record_own_states, record_prompts
 from vllm_adainfer.offline.calibration.write.policy_artifact import write_artifact
+from vllm_adainfer.offline.pretrained import engine_settings
 from vllm_adainfer.promise.gates import Gates
 from vllm_adainfer.promise.links import link_of
 
@@ -52,6 +57,31 @@ def calibrate(request: CalibrationRequest) -> ArtifactConfig:
     return fit_and_certify(request, prompts, rows)
 
 
+def record_prompts(
+    request: CalibrationRequest, prompts: Prompts, branches: Sequence[int] = ()
+) -> Rows:
+    """Run the model at full depth; for `branches`, once more with the states of all tokens."""
+    options, hf_config, choices = request.options, prompts.hf_config, prompts.choices
+    depth = hf_config.num_hidden_layers
+    answers = [label.token_id for label in prompts.labels]
+    if choices is not None:
+        answers = choices.first_tokens.token_ids.tolist()
+    plan = Plan(
+        branches or candidate_layers(depth, options.exit_points, prompts.probe),
+        answers,
+        options.max_tokens,
+        len(prompts.split.fit) if prompts.probe == "lens" else 0,
+        prompts.pooled_from,
+        branches,
+    )
+    settings = engine_settings(
+        request.adapter, request.hf_overrides, request.quantization, request.kv_cache_dtype
+    )
+    with recording_engine(request.model, hf_config, prompts.examples, plan, **settings) as engine:
+        rows = record(engine, prompts.examples, plan, request.adapter and request.adapter.request)
+    return rows if choices is None else replace(rows, tokens=choices.decided_by(rows.tokens))
+
+
 def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -> ArtifactConfig:
     """Make the policy and write its artifact.
 
@@ -65,7 +95,7 @@ def fit_and_certify(request: CalibrationRequest, prompts: Prompts, rows: Rows) -
         calibration,
         request.probe,
         prompts.student,
-        lambda layers: record_own_states(request, prompts, layers),
+        lambda layers: record_prompts(request, prompts, layers).own_states,
     )
     epsilon = request.options.epsilon
     if epsilon not in policy.points:

@@ -19,7 +19,7 @@ from vllm_adainfer.artifact.kinds import ProbeInput
 from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
-from vllm_adainfer.offline.calibration.record.collect import record, recording_engine
+from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine
 from vllm_adainfer.offline.calibration.record.rows import Rows
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.policy.exit_policy import UndecidedRows
@@ -61,18 +61,15 @@ def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Exam
         AdaInferError: the engine does not start, or its weights are not those of `config`.
 
     """
-    points = config.all_exit_points
-    settings = {"enforce_eager": True, **model.engine_settings}
-    with recording_engine(
-        model.path,
-        model.hf_config,
-        examples,
-        points,
+    plan = Plan(
+        config.all_exit_points,
+        config.label_ids,
         pooled_from=config.pooled_from,
         branches=config.branches,
-        **settings,
-    ) as engine:
-        rows = record(engine, examples, config.label_ids, points, adapter=model.lora_request)
+    )
+    settings = {"enforce_eager": True, **model.engine_settings}
+    with recording_engine(model.path, model.hf_config, examples, plan, **settings) as engine:
+        rows = record(engine, examples, plan, model.lora_request)
     config.check_options(rows.model.engine_options)
     config.check_weights(rows.model.fingerprint)
     return rows

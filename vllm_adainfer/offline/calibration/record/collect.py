@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,37 +34,48 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What to record of some prompts; each token of an answer is a decision row.
+
+    Attributes:
+        layers: the candidate exit points, after which to keep the states of decision rows.
+        labels: the token ids that answers are restricted to, if any; an example's own come first.
+        max_tokens: tokens to generate after a prompt, unless the text ends earlier.
+        lens_prompts: the rows of so many first prompts are summed for tuned lenses.
+        pooled_from: the position from which on to take the mean of each prompt's states.
+        branches: layers after which to keep each of these states instead.
+
+    """
+
+    layers: Sequence[int]
+    labels: Sequence[int] = ()
+    max_tokens: int = 1
+    lens_prompts: int = 0
+    pooled_from: int | None = None
+    branches: Sequence[int] = ()
+
+
 @contextmanager
 def recording_engine(
-    model: str,
-    hf_config: Any,
-    examples: Sequence[Example],
-    layers: Sequence[int],
-    lens_prompts: int = 0,
-    max_tokens: int = 1,
-    pooled_from: int | None = None,
-    branches: Sequence[int] = (),
-    **settings: Any,
+    model: str, hf_config: Any, examples: Sequence[Example], plan: Plan, **settings: Any
 ) -> Iterator[LLM]:
-    """An engine for `record` that keeps the states after `layers`; see `start_engine`.
+    """An engine for `record`; see `start_engine`.
 
-    With `pooled_from` also the mean of each prompt's states from that position on, or after
-    `branches` each of these states. The rows of the
-    first `lens_prompts` prompts are summed for tuned lenses. Rows in the prefix cache are not run
-    again, so a shared prefix counts once.
+    Rows in the prefix cache are not run again, so a shared prefix counts once.
     """
-    switch: dict[str, Any] = {"record": [*layers, hf_config.num_hidden_layers]}
-    if lens_prompts:
-        switch["record_lens"] = {"folds": FOLDS, "prompts": lens_prompts}
-    if pooled_from is not None:
-        switch["record_pooled_from"] = pooled_from
+    switch: dict[str, Any] = {"record": [*plan.layers, hf_config.num_hidden_layers]}
+    if plan.lens_prompts:
+        switch["record_lens"] = {"folds": FOLDS, "prompts": plan.lens_prompts}
+    if plan.pooled_from is not None:
+        switch["record_pooled_from"] = plan.pooled_from
     with tempfile.TemporaryDirectory() as directory:
-        if branches:
-            own = (len(example.token_ids) - (pooled_from or 0) for example in examples)
+        if plan.branches:
+            own = (len(example.token_ids) - (plan.pooled_from or 0) for example in examples)
             tokens = sum(min(max(count, 0), MOST_BRANCH_TOKENS) for count in own)
-            check_room(directory, tokens, hf_config.hidden_size, branches)
-            switch["record_states"] = {"layers": [*branches], "directory": directory}
-        engine = start_engine(model, examples, switch, max_tokens, **settings)
+            check_room(directory, tokens, hf_config.hidden_size, plan.branches)
+            switch["record_states"] = {"layers": [*plan.branches], "directory": directory}
+        engine = start_engine(model, examples, switch, plan.max_tokens, **settings)
         try:
             yield engine
         finally:
@@ -76,22 +88,9 @@ def _recorded(prompts: Iterable[Any] | None = None, **options: Any) -> Any:
 
 
 def record(
-    engine: LLM,
-    examples: Sequence[Example],
-    labels: Sequence[int],
-    layers: Sequence[int],
-    max_tokens: int = 1,
-    adapter: LoRARequest | None = None,
+    engine: LLM, examples: Sequence[Example], plan: Plan, adapter: LoRARequest | None = None
 ) -> Rows:
-    """Run `examples` through an engine of `recording_engine`; each token is a decision row.
-
-    Args:
-        engine: an engine from `recording_engine`.
-        examples: the prompts.
-        labels: the token ids that answers are restricted to, if any; an example's own come first.
-        layers: the candidate exit points of the engine.
-        max_tokens: tokens to generate after a prompt, unless the text ends earlier.
-        adapter: the LoRA adapter of all prompts; None for the base model.
+    """Run `examples` through an engine of `recording_engine`, perhaps with an adapter.
 
     Raises:
         AdaInferError: a token was not recorded.
@@ -109,7 +108,12 @@ def record(
         return engine.generate(
             prompts,
             [
-                greedy(examples[row].labels or labels, {ROW_ARG: row}, max_tokens, reuse_prefixes)
+                greedy(
+                    examples[row].labels or plan.labels,
+                    {ROW_ARG: row},
+                    plan.max_tokens,
+                    reuse_prefixes,
+                )
                 for row in rows
             ],
             lora_request=adapter,
@@ -140,7 +144,7 @@ def record(
     states = {layer: state[order] for layer, state in by_layer(rows).items()}
     return Rows(
         model=ServedModel.of_facts(facts, logit_lens_of(head, facts["norm"])),
-        states={layer: states[layer] for layer in layers},
+        states={layer: states[layer] for layer in plan.layers},
         final=rows["final"][order],
         tokens=np.concatenate(texts),
         prompts=np.repeat(np.arange(len(examples)), [len(text) for text in texts]),
