@@ -26,13 +26,13 @@ from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.runner import own_kinds
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
-from vllm_adainfer.exits.recording.row_recorder import ROWS
+from vllm_adainfer.exits.recording.recorder import CHUNK
 from vllm_adainfer.watch import ledger as ledgers
 from vllm_adainfer.watch.ledger import Ledger
 
 DRAW = np.random.default_rng(0)
 # Of one row, longer than a step of 128 rows, and all between; those before `RECURS` are not kept.
-PROMPTS = [DRAW.integers(5, 1000, n).tolist() for n in DRAW.integers(1, 200, RECURS + 2 * ROWS)]
+PROMPTS = [DRAW.integers(5, 1000, n).tolist() for n in DRAW.integers(1, 200, RECURS + 2 * CHUNK)]
 TEXT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 CUTS = (2, 3, 4, 5)
 
@@ -107,7 +107,7 @@ def test_a_kind_that_recurs_is_recorded_and_every_answer_is_that_of_full_depth(
         assert oracle_answer(reference, prompt, labels) in (None, token)
     recorded = wait_for(lambda: rows_of(directory, kind))
     count = len(recorded["computed"])
-    assert ROWS <= count <= len(PROMPTS) - RECURS + 16, "a step of those that made it recur"
+    assert CHUNK <= count <= len(PROMPTS) - RECURS + 16, "a step of those that made it recur"
     assert set(recorded) == {*(f"layer.{cut}" for cut in CUTS), "final", "computed"}
     states = [hidden_states(reference, prompt) for prompt in PROMPTS]
     found = set()
