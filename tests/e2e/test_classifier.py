@@ -19,6 +19,7 @@ from tests.classifier import COLUMNS, classifier
 from tests.conftest import tiny_engine
 from tests.delta_net import allow_fp32
 from tests.e2e.oracle import hidden_states
+from tests.e2e.recorded import taken_from
 from tests.e2e.scripted import parts
 from tests.families import FAMILIES, tiny_checkpoint
 from tests.full import FULL_ON_V2, needed
@@ -36,7 +37,6 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Row
 from vllm_adainfer.offline.calibration.data.pairs import read_pairs
 from vllm_adainfer.offline.pretrained import load_config_and_tokenizer
-from vllm_adainfer.policy.probe import logit_lens_of
 from vllm_adainfer.watch.units import ENDED_SINCE
 
 PAIR_TEMPLATE = "Review : {{ messages[0].content }} Sentiment : {{ messages[1].content }}"
@@ -310,13 +310,8 @@ def test_a_classifier_of_each_family_scores_as_stock_does(family, tmp_path, monk
     prompts = [{"prompt_token_ids": prompt} for prompt in _OWN[:8]]
     ours.reset_prefix_cache()
     ours.encode(prompts, asked, pooling_task="classify", use_tqdm=False)
-    path = tmp_path / "record.safetensors"
-    [facts] = ours.collective_rpc("adainfer_take_record", args=(str(path),))
-    tensors = load_file(path)
-    own = {name.partition(".")[2]: part for name, part in tensors.items() if "logit_lens" in name}
-    lens = logit_lens_of(own, facts["norm"])
-    read = lens.readout(tensors[f"layer.{LAYERS}"])[tensors["tags"].argsort()]
-    labels = lens.score(read, return_scores=True).scores
+    rows, lens = taken_from(ours, tmp_path)
+    labels = lens.score(lens.readout(rows["final"]), return_scores=True).scores
     torch.testing.assert_close(
         list((labels[:, 1] - labels[:, 0]).unsqueeze(1)), expected, atol=2e-3, rtol=1e-3
     )

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.distributed import parallel_state
@@ -20,13 +19,13 @@ from tests.conftest import tiny_engine
 from tests.delta_net import allow_fp32
 from tests.e2e.oracle import continuation, head_inputs, same
 from tests.e2e.patterns import Request, drawn_pattern, drive, wrong
+from tests.e2e.recorded import taken_from
 from tests.e2e.scripted import EXIT_AT, FULL, drawn, parts, scripted
 from tests.e2e.test_equal_to_stock import PROMPTS, answer
 from tests.families import FAMILIES, tiny_checkpoint, transformers_class
 from tests.full import needed
 from tests.tiny import FROM_ZERO, LAYERS
 from vllm_adainfer import stats
-from vllm_adainfer.policy.probe import logit_lens_of
 from vllm_adainfer.settings.instruments import ROW_ARG
 
 SMALL = {
@@ -206,19 +205,16 @@ def test_experts_pass_over_padding_and_over_no_row_of_a_request(served, monkeypa
 def test_what_calibration_learns_from_reads_as_the_model_does(served, tmp_path):
     """States and the logit lens as they are recorded: before all layers, inside, after the last."""
     llm = tiny_engine(served.directory, {"record": [0, 3, LAYERS]}, **SMALL)
-    prompts, path = prompts_of(seed=3), tmp_path / "record.safetensors"
+    prompts = prompts_of(seed=3)
     params = [
         SamplingParams(temperature=0, max_tokens=1, extra_args={ROW_ARG: row})
         for row in range(len(prompts))
     ]
     run(llm, prompts, params)
-    [facts] = llm.collective_rpc("adainfer_take_record", args=(str(path),))
-    tensors = load_file(path)
-    own = {name.partition(".")[2]: part for name, part in tensors.items() if "logit_lens" in name}
-    lens = logit_lens_of(own, facts["norm"])
+    rows, lens = taken_from(llm, tmp_path)
     torch.testing.assert_close(lens.head.weight, served.reference.lm_head.weight.data)
     for depth in (0, 3, LAYERS):
-        read = lens.readout(tensors[f"layer.{depth}"])[tensors["tags"].argsort()]
+        read = lens.readout(rows["final" if depth == LAYERS else f"layer.{depth}"])
         expected = [head_inputs(served.reference, prompt, depth)[-1] for prompt in prompts]
         torch.testing.assert_close(read, torch.stack(expected), atol=2e-3, rtol=1e-3)
 
