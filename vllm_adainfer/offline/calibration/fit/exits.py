@@ -7,7 +7,7 @@ the bound reads the other part.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -92,6 +92,11 @@ class Scored(Judged):
         there = torch.from_numpy(np.isin(self.tokens, [*tokens]))
         return replace(self, score=self.score.masked_fill(there, -torch.inf))
 
+    def only_where(self, asked: Bools) -> Scored:
+        """The same, but other rows are never settled."""
+        never = torch.from_numpy(~asked)
+        return replace(self, score=self.score.masked_fill(never, -torch.inf))
+
     def of_rows(self, rows: Bools | Ints) -> Scored:
         """The same for those of `rows` alone, a mask or indices."""
         kept = torch.from_numpy(rows)
@@ -137,17 +142,43 @@ def fit_exits(calibration: Calibration, layers: Iterable[int]) -> list[FittedExi
                 for unseeing, where in zip(without_fold, places, strict=True)
             ],
         )
-        settled, seed = target.settled(unseen.agrees, unseen.loss), calibration.options.seed
-        classifier = fit_classifier(
-            calibration.linear, unseen.features, settled, seed, target.features
-        )
-        if classifier is not None:
-            held = judge(probe, layer, rows, calibration.held_out, loss, target)
-            fitted, held_scored = (
-                one.scored(classifier).never_at(target.never_settled) for one in (unseen, held)
-            )
-            exits.append(FittedExit(layer, probe, classifier, fitted, held_scored))
-    return exits
+        held_out = judge(probe, layer, rows, calibration.held_out, loss, target)
+        exits.append(fit_exit(calibration, layer, probe, unseen, held_out))
+    return [exit for exit in exits if exit is not None]
+
+
+def fit_exit(
+    calibration: Calibration,
+    layer: int,
+    probe: AnyProbe,
+    unseen: Judged,
+    held_out: Judged,
+    asked: Callable[[Ints], Bools] = lambda prompts: np.ones(len(prompts), dtype=np.bool_),
+) -> FittedExit | None:
+    """Fit the classifier of an exit point; None if it cannot be learned.
+
+    Args:
+        calibration: the data and options.
+        layer: the layer after which the exit point lies.
+        probe: what decides there.
+        unseen: the answers for the rows that fit, of probes that have not seen them.
+        held_out: those of `probe` for the held-out rows.
+        asked: whether the probe is asked about some prompts; else it settles none of them.
+
+    """
+    target, prompts = calibration.target, calibration.rows.prompts
+    learned = asked(prompts[calibration.fitted])
+    features = unseen.features[torch.from_numpy(learned)]
+    settled = target.settled(unseen.agrees, unseen.loss)[learned]
+    seed = calibration.options.seed
+    classifier = fit_classifier(calibration.linear, features, settled, seed, target.features)
+    if classifier is None:
+        return None
+    fitted, certifying = (
+        one.scored(classifier).never_at(target.never_settled).only_where(asked(prompts[rows]))
+        for one, rows in ((unseen, calibration.fitted), (held_out, calibration.held_out))
+    )
+    return FittedExit(layer, probe, classifier, fitted, certifying)
 
 
 def judge(
