@@ -17,7 +17,7 @@ from vllm_adainfer.promise.probabilities import LabelProbabilities, answers_of, 
 
 
 class Unit(Enum):
-    """What counts once in a bound."""
+    """The unit that a bound counts."""
 
     ANSWER = "answers"
     QUERY = "queries"
@@ -25,7 +25,7 @@ class Unit(Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What some rows are answered with, early or at full depth.
+    """The answers of some rows, early or at full depth.
 
     Attributes:
         best: int64 [rows], the answer: a token, or the place of a label.
@@ -93,7 +93,7 @@ class Promise(ABC):
         return features_of(scores, self.link)
 
     def answers(self, scores: Tensor) -> Tensor:
-        """What rows with a head's `scores` are answered with: fp32, as wide as these."""
+        """The answers of rows with a head's `scores`: fp32, as wide as these."""
         return answers_of(scores, self.vocabulary, self.link)
 
     @abstractmethod

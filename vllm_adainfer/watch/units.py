@@ -1,4 +1,4 @@
-"""What counts once in a watch: an answer, a text, answers about one text, or a query.
+"""The units that a watch counts: an answer, a text, answers about one text, or a query.
 
 Units are counted in the order in which they began. The order in which they end would be a biased
 sample: small ones come first. A text ends with its request. Nothing says how many parts an HTTP

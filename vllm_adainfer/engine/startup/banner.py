@@ -111,8 +111,9 @@ def auto_notice(auto: Auto) -> str:
             f"are recorded in {auto.directory} (states of prompts count as prompts), and may exit "
             f"once a policy is certified for them. Of all requests of a kind, at most "
             f"{auto.epsilon:.2g} are answered otherwise than at full depth (confidence "
-            f"{1 - auto.delta:.0%}, at every moment, for any traffic); nothing is promised about "
-            'the next hour, a part of them, or accuracy. "watch": true changes no answer'
+            f"{1 - auto.delta:.0%}, at every moment, for any traffic). This is a long-run bound "
+            "over all of them: it says nothing of a single hour, a subset, or accuracy. "
+            '"watch": true changes no answer'
         )
     return (
         f"AdaInfer counts which kinds of one-answer requests come, in {auto.directory}, and "

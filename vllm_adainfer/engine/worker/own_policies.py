@@ -38,8 +38,7 @@ class OwnPolicies:
     def read(self, kinds: Container[str]) -> Built:
         """The policies of `kinds` that are new since the last call.
 
-        One that cannot be served stays out, and is tried again later: perhaps the disk was at
-        fault.
+        One that cannot be served is left out and retried later: perhaps the disk was at fault.
         """
         self._look()
         built: Built = {}
@@ -85,9 +84,9 @@ class OwnPolicies:
         return self._directory.root / kind / "bad.json"
 
     def quarantine(self, kind: str, error: Exception) -> None:
-        """Serve no policy of a kind that is new; what was served before goes on.
+        """Do not serve the new policy of a kind; its old one, if any, stays in service.
 
-        It is tried again later. The reason may quote what clients sent, so it is written to the
+        The new one is retried later. The reason may quote client input, so it is written to the
         directory alone.
         """
         number = self.current.get(kind)

@@ -187,7 +187,7 @@ def _not_covered(config: ArtifactConfig, details: Mapping[str, Any]) -> list[str
 
 
 def _learning_curve(details: Mapping[str, Any]) -> list[str]:
-    """What more prompts would bring."""
+    """The learning curve, in words."""
     curve: Sequence[Mapping[str, Any]] = details.get("learning_curve") or ()
     if not curve:
         return []

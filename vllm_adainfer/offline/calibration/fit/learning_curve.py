@@ -1,6 +1,6 @@
-"""What more prompts would bring: the savings of heads fitted on a quarter, a half and all of them.
+"""Learning curve: savings with a quarter, half and all of the prompts.
 
-The prompts are those that fit, judged out of fold; the held-out ones are for the bound alone.
+The prompts are those for fitting, judged out of fold; the held-out ones are for the bound alone.
 """
 
 from __future__ import annotations

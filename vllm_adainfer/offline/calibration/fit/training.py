@@ -35,8 +35,8 @@ WARM_UP = 0.1  # of all steps
 WEIGHT_DECAY = 0.01
 LARGEST_GRADIENT = 1.0
 HEAD_LEARNING_RATE = 1e-3
-# Classifiers read probabilities. Beyond this lead in score they are all near 1, so that the surest
-# answers would be told apart no more, and none of them could pass a threshold close to 1.
+# Classifiers read probabilities. Beyond this lead in score they are all near 1, so the most
+# confident answers could no longer be ranked, and none would pass a threshold near 1.
 LARGEST_LEAD = 3.0
 LEADS_UP_TO = 0.95  # of the answers
 SERVED_DTYPE = torch.bfloat16
