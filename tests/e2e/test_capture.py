@@ -12,24 +12,14 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.admitted import draw_by_the_clients_ids
 from tests.conftest import tiny_engine
-from tests.plugin.test_config_time import engine_config
 from tests.tiny import LABELS
 from tests.triton_on_cpu import IS_V2
 from vllm_adainfer import stats
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
-from vllm_adainfer.engine.scheduler.capture import CapturingScheduler
-from vllm_adainfer.engine.scheduler.scheduler import (
-    AdaInferAsyncScheduler,
-    AdaInferScheduler,
-    FinishingScheduler,
-    build_scheduler,
-)
 from vllm_adainfer.errors import AdaInferError
 
 _GENERATOR = np.random.default_rng(0)
@@ -147,36 +137,3 @@ def test_beside_an_artifact_requests_leave_early_and_the_share_is_captured(
     for line in lines:
         assert line["body"]["prompt"] == PROMPTS[int(line["custom_id"]) % len(PROMPTS)]
         assert line["body"]["allowed_token_ids"] == label_ids
-
-
-@pytest.mark.parametrize(
-    ("artifact", "asynchronous", "wanted"),
-    [
-        (False, False, Scheduler),
-        (False, True, AsyncScheduler),
-        (True, False, AdaInferScheduler),
-        (True, True, AdaInferAsyncScheduler),
-    ],
-)
-def test_each_scheduler_captures(
-    tiny_model, tiny_policy, tmp_path, monkeypatch, artifact, asynchronous, wanted
-):
-    switch = {"artifact": str(tiny_policy)} if artifact else {}
-    switch = {**switch, "capture": {"directory": str(tmp_path), "rate": 1}}
-    vllm_config = engine_config(tiny_model, switch)
-    vllm_config.scheduler_config.async_scheduling = asynchronous
-    vllm_config.cache_config.enable_prefix_caching = False
-    for vllms in Scheduler, AsyncScheduler:
-        monkeypatch.setattr(vllms, "__init__", _with_config)
-    scheduler = build_scheduler(vllm_config)
-    assert type(scheduler).__mro__[1] is CapturingScheduler
-    assert isinstance(scheduler, wanted)
-    assert isinstance(scheduler, FinishingScheduler) == artifact, "alone it changes nothing"
-    assert isinstance(scheduler, AsyncScheduler) == asynchronous
-
-
-def _with_config(scheduler: Any, vllm_config: Any) -> None:
-    """As much of vLLM's constructor as ours needs."""
-    scheduler.vllm_config = vllm_config
-    scheduler.cache_config = vllm_config.cache_config
-    scheduler.structured_output_manager, scheduler.max_model_len = None, 512

@@ -98,7 +98,8 @@ def written(given, directory) -> dict[str, Any]:
     """What the engine has written of the requests, once it ends."""
     watching, _ = given
     scheduler = watching.llm_engine.engine_core.engine_core.scheduler
-    scheduler._kinds.close()
+    [counts] = scheduler.observers
+    counts.close()
     content: dict[str, Any] = json.loads((directory / "kinds.json").read_text())
     return content
 

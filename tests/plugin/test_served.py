@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.model.early_exit import EarlyExit
 from vllm_adainfer.engine.pinned_artifacts import pin_artifacts, served_artifacts, served_configs
-from vllm_adainfer.engine.scheduler.scheduler import FinishingScheduler
+from vllm_adainfer.engine.scheduler.scheduler import observers_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.frontend.stat_logger import WithExitStats
 from vllm_adainfer.settings.engine import Settings, read_settings
@@ -31,8 +32,6 @@ class AnyBase:
     def __init__(self, vllm_config: VllmConfig, *_: Any, **__: Any) -> None:
         self.vllm_config = vllm_config
         self.engine_indexes = [0]
-        self.structured_output_manager = None
-        self.max_model_len = 9
 
 
 class Model(EarlyExit, AnyBase):
@@ -43,15 +42,12 @@ class Logger(WithExitStats, AnyBase):
     """The frontend's statistics."""
 
 
-class Finishing(FinishingScheduler, AnyBase):
-    """The scheduler that ends choices."""
-
-
+SCHEDULER: Any = SimpleNamespace(structured_output_manager=None, max_model_len=9)
 READERS: dict[str, Callable[[VllmConfig], Any]] = {
     "model": lambda config: Model(vllm_config=config),
     "admission": lambda config: Admission.from_config(config, settings_of(config)),
     "metrics": Logger,
-    "choices": Finishing,
+    "choices": lambda config: observers_of(config, settings_of(config), SCHEDULER),
 }
 
 

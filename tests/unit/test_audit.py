@@ -46,7 +46,8 @@ def line(
     trail = Trail()
     for one in tokens:
         trail.add(one)
-    return line_of(ended(len(tokens), status, **changes), trail, None, 30, 12.34567)
+    request = ended(len(tokens), status, **changes)
+    return line_of(request, trail, 30, str(request.get_finished_reason()), 12.34567)
 
 
 def test_a_line_says_where_an_answer_came_from():
@@ -90,10 +91,10 @@ def test_what_a_client_sends_or_a_model_writes_is_quoted_up_to_a_limit():
 
 
 def test_the_scores_of_a_classifier_are_its_answer():
-    trail = Trail()
+    trail = Trail(scores=[0.25, 0.75])
     trail.add(token("mood", 16, "early"))
     request = ended(0, RequestStatus.FINISHED_STOPPED)
-    assert line_of(request, trail, [0.25, 0.75], 30, 0)["answer"] == [0.25, 0.75]
+    assert line_of(request, trail, 30, "stop", 0)["answer"] == [0.25, 0.75]
 
 
 @pytest.fixture

@@ -7,14 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY
 
 from tests.unit.test_choice_policy import YES_NO
 from vllm_adainfer.engine.admission.choice_ends import why_choices_run_on
-from vllm_adainfer.engine.compat.stats import take_report
-from vllm_adainfer.engine.scheduler.scheduler import FinishingScheduler
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.frontend.metrics import ChoiceMetrics
 from vllm_adainfer.offline.calibration.options import (
     CalibrationRequest,
     PolicyOptions,
@@ -74,29 +70,3 @@ def test_why_choices_take_vllms_steps_is_said(settings, changes, reason):
     )
     found = why_choices_run_on(config, Settings(artifact="somewhere", **settings))
     assert (found is None) if reason is None else (reason in str(found))
-
-
-class Stats:
-    """The method that `FinishingScheduler` is mixed in before."""
-
-    def make_stats(self) -> Any:
-        return SimpleNamespace(kv_connector_stats=None)
-
-
-@pytest.mark.parametrize("connector", [None, "some"])
-def test_finished_choices_are_reported_once_and_counted_by_engine(connector):
-    scheduler = type("Scheduler", (FinishingScheduler, Stats), {"__init__": lambda _self: None})()
-    scheduler.vllm_config = SimpleNamespace(kv_transfer_config=connector)
-    scheduler._finished = [3, 5]
-    metrics = ChoiceMetrics("model", [0, 1])
-    for _ in range(2):
-        report = take_report(scheduler.make_stats()) or {}
-        metrics.add(1, *report.get("choices", (0, 0)))
-    labels = {"model_name": "model", "engine": "1"}
-    found = [
-        REGISTRY.get_sample_value(f"adainfer:{name}_total", labels)
-        for name in ("choices_finished", "choice_tokens_appended")
-    ]
-    assert found == ([3, 5] if connector is None else [0, 0])
-    idle = REGISTRY.get_sample_value("adainfer:choices_finished_total", {**labels, "engine": "0"})
-    assert idle == 0

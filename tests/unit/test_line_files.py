@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from vllm_adainfer.engine.scheduler import line_files
-from vllm_adainfer.engine.scheduler.line_files import LineFiles, check_directory, whole_lines
+from vllm_adainfer.engine.scheduler.line_files import Form, LineFiles, check_directory, whole_lines
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.settings.engine import Capture
 
 QUEUED = 256
 
@@ -29,7 +30,8 @@ def files_in(
     queued: int = QUEUED,
     tells_lost: bool = False,
 ) -> LineFiles:
-    return LineFiles("capture", engine, str(directory), limit, queued, tells_lost)
+    form = Form("capture", queued, tells_lost)
+    return LineFiles(form, Capture(directory=str(directory), limit=limit), engine)
 
 
 def write(directory: Path, numbers: range, limit: int = 100, engine: int = 0) -> None:

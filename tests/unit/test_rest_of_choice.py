@@ -17,7 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.structured_output.utils import choice_as_grammar
 
 from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS, MOST_CHOICES, Choice
-from vllm_adainfer.engine.compat.scheduler import expect_more_tokens, sampled_tokens
+from vllm_adainfer.engine.compat.scheduler import append_tokens, sampled_tokens
 from vllm_adainfer.engine.scheduler import rest_of_choice
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.errors import AdaInferError
@@ -294,18 +294,24 @@ def test_only_running_requests_whose_output_counts_are_looked_at():
     output = SimpleNamespace(
         req_ids=names, sampled_token_ids=[[] if name == "chunk" else [1] for name in names]
     )
-    scheduled = SimpleNamespace(scheduled_spec_decode_tokens={"drafted": [2]})
+    scheduled = SimpleNamespace(
+        scheduled_spec_decode_tokens={"drafted": [2]}, has_structured_output_requests=True
+    )
     found = list(sampled_tokens(scheduled, output, requests))
     assert found == [(requests["fine"], [1])]
     found[0][1].append(5)
     assert output.sampled_token_ids[0] == [1, 5]
+    scheduled.has_structured_output_requests = False
+    assert not list(sampled_tokens(scheduled, output, requests))
 
 
 @pytest.mark.parametrize(("scheduler", "more"), [(Scheduler, 0), (AsyncScheduler, 3)])
 def test_the_asynchronous_scheduler_expects_what_is_appended(scheduler, more):
     request: Any = SimpleNamespace(num_output_placeholders=1)
-    expect_more_tokens(scheduler.__new__(scheduler), request, 3)
+    sampled = [1]
+    append_tokens(scheduler.__new__(scheduler), request, sampled, [2, 3, 4])
     assert request.num_output_placeholders == 1 + more
+    assert sampled == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

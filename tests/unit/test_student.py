@@ -24,8 +24,8 @@ from vllm_adainfer.artifact.files import load_artifact, load_artifact_config, sa
 from vllm_adainfer.artifact.label_subsets import bits_of
 from vllm_adainfer.artifact.source import STUDENT_FILES, STUDENT_TOKENIZER, STUDENT_WEIGHTS
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.scheduler import own_texts
-from vllm_adainfer.engine.scheduler.own_texts import OwnTexts
+from vllm_adainfer.engine.scheduler import prompt_texts
+from vllm_adainfer.engine.scheduler.prompt_texts import PromptTexts
 from vllm_adainfer.engine.worker.served_policies import check_replaces
 from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
@@ -332,8 +332,8 @@ def arrival(
     switch = Settings.model_validate({"artifact": {"reviews": str(path)}})
     admission = Admission(switch)
     served = tokenizer or word_tokenizer()
-    monkeypatch.setattr(own_texts, "cached_tokenizer_from_config", lambda _: served)
-    texts = OwnTexts(SimpleNamespace(model_config=None), switch, admission)
+    monkeypatch.setattr(prompt_texts, "cached_tokenizer_from_config", lambda _: served)
+    texts = PromptTexts(SimpleNamespace(model_config=None), switch, admission)
     config = admission.policies.configs["reviews"]
     return admission, texts, config
 

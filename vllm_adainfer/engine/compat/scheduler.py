@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +18,8 @@ def sampled_tokens(
     appended counts as sampled. Left out are requests whose output it drops, and those with
     speculative drafts, whose number it compares with the number of tokens.
     """
+    if not scheduler_output.has_structured_output_requests:
+        return
     for request_id, tokens in zip(
         runner_output.req_ids, runner_output.sampled_token_ids, strict=False
     ):
@@ -34,29 +35,23 @@ def sampled_tokens(
             yield request, tokens
 
 
-def expect_more_tokens(scheduler: Any, request: Request, count: int) -> None:
-    """Announce `count` more tokens to vLLM 0.32's `AsyncScheduler`, which counts those to come."""
+def append_tokens(scheduler: Any, request: Request, sampled: list[int], more: list[int]) -> None:
+    """Let `more` count as sampled, too; vLLM 0.32's `AsyncScheduler` counts the tokens to come."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+    sampled += more
     if isinstance(scheduler, AsyncScheduler):
-        request.num_output_placeholders += count
+        request.num_output_placeholders += len(more)
 
 
-@contextmanager
-def not_ahead(requests: Iterable[Request]) -> Iterator[None]:
-    """Keep `Scheduler.schedule` from scheduling `requests` before their token in flight is known.
+def wait_for_token(scheduler: Any, request: Request) -> None:
+    """Keep the next `schedule` from scheduling `request`, whose token in flight is not yet known.
 
-    vLLM 0.32 leaves out requests whose token in flight is their last by ``max_tokens``, and uses
-    ``max_tokens`` for nothing else while it schedules.
+    vLLM 0.32 numbers its steps, and each request says from which on it may run; its own
+    `DiffusionScheduler` lets a request wait for its last step in the same way.
     """
-    originals = [(request, request.max_tokens) for request in requests]
-    for request, _ in originals:
-        request.max_tokens = request.num_output_tokens + 1
-    try:
-        yield
-    finally:
-        for request, max_tokens in originals:
-            request.max_tokens = max_tokens
+    soonest = scheduler.current_step + 2
+    request.next_decode_eligible_step = max(request.next_decode_eligible_step, soonest)
 
 
 def has_stale_output(request: Request) -> bool:
@@ -66,6 +61,15 @@ def has_stale_output(request: Request) -> bool:
     running requests, and counts the tokens of older steps that are still to come.
     """
     return request.num_stale_output_tokens > 0
+
+
+def is_output_dropped(request: Request) -> bool:
+    """Whether vLLM drops what the step that has just ended gave a request.
+
+    vLLM 0.32 delivers a token that was in flight when memory ran out and its request was preempted.
+    It drops one that was in flight when the prefix cache was reset.
+    """
+    return has_stale_output(request) and request.drop_stale_output
 
 
 def pooled_output(runner_output: Any, request_id: str) -> list[float] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 REPORT_KEY = "adainfer"
@@ -24,7 +25,7 @@ def use_stat_loggers(mixin: type) -> None:
             module.StatLoggerManager = ours
 
 
-def attach_report(scheduler_stats: Any, report: dict[str, Any]) -> None:
+def attach_report(scheduler_stats: Any, report: Mapping[str, Any]) -> None:
     """Send `report` from the scheduler to the frontends, in `SchedulerStats`.
 
     vLLM 0.32 has no field for plugins there. The field for KV connectors takes any plain values,

@@ -54,7 +54,7 @@ class RunningRequests:
         self._loop = loop
         self.window = UNLIMITED
         self._admitted: dict[str, Admitted] = {}
-        # Only `GuardedScheduler` reads which tokens are complete.
+        # Only the scheduler's `PrefixCacheGuard` reads which tokens are complete.
         self._reports_complete = (
             vllm_config.cache_config.enable_prefix_caching and not self.admission.is_recording
         )

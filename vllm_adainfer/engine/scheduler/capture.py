@@ -8,69 +8,54 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
-from vllm.v1.request import Request
 
 from vllm_adainfer.engine.admission.requested_output import changes_scores, requested_scores
 from vllm_adainfer.engine.admission.traffic_sample import GroupSample
 from vllm_adainfer.engine.compat.requests import request_group, short_id
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
-from vllm_adainfer.engine.scheduler.line_files import LineFiles
-from vllm_adainfer.settings.engine import read_settings
+from vllm_adainfer.engine.scheduler.line_files import CAPTURE, LineFiles
+from vllm_adainfer.engine.scheduler.observer import Observer
+from vllm_adainfer.settings.engine import Capture as CaptureSettings
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
-else:
-    _Scheduler = object
-
-QUEUED = 256  # requests that may wait for the disk; further ones are not captured
+    from vllm.v1.request import Request
 
 
-class CapturingScheduler(_Scheduler):
-    """Mixin that captures requests; must precede the scheduler class in the MRO.
+class Capture(Observer):
+    """Captures requests; a captured one runs exactly as it would otherwise."""
 
-    A captured request runs exactly as it would without capture.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, settings: CaptureSettings, engine: int, model: str) -> None:
         """Open the capture directory.
+
+        Args:
+            settings: the directory, which share to capture, and how many lines to keep.
+            engine: the number of this engine among those that write to the directory.
+            model: the name that the model is served under.
 
         Raises:
             AdaInferError: this process cannot write to the directory.
 
         """
-        super().__init__(*args, **kwargs)
-        settings = read_settings(self.vllm_config.additional_config)
-        assert settings is not None
-        assert settings.capture is not None
-        self._sample = GroupSample(settings.capture.rate, "capture")
-        self._served_name: str = self.vllm_config.model_config.served_model_name
-        self._captured = LineFiles(
-            "capture",
-            self.vllm_config.parallel_config.data_parallel_index,
-            settings.capture.directory,
-            settings.capture.limit,
-            QUEUED,
-            tells_lost=False,
-        )
+        self._sample = GroupSample(settings.rate, "capture")
+        self._model = model
+        self._lines = LineFiles(CAPTURE, settings, engine)
 
     @override
-    def add_request(self, request: Request) -> None:
-        super().add_request(request)
+    def arrived(self, request: Request) -> None:
         group = request_group(request.request_id)
         # All documents of a query, or none: a bound on its order needs them all.
         together = group if request.pooling_params is not None else None
         if together is not None:  # a client may use its id for several queries
             group = self._sample.first_of(request.request_id, together)
         if self._sample.has(request.request_id, together):
-            found = line_of(request, self._served_name)
+            found = line_of(request, self._model)
             if found is not None:
                 url, body = found
-                self._captured.put(batch_line(short_id(request.request_id), url, body, group))
+                self._lines.put(batch_line(short_id(request.request_id), url, body, group))
 
     @override
-    def shutdown(self) -> None:
-        self._captured.close()
-        super().shutdown()
+    def close(self) -> None:
+        self._lines.close()
 
 
 def batch_line(custom_id: str, url: str, body: dict[str, Any], group: str | None) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
-from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request
 
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kind_reports import KindReporter
@@ -19,13 +18,10 @@ from vllm_adainfer.auto.table import KindCount, KindTable
 from vllm_adainfer.engine.admission.kind_of import kind_of, kind_of_output
 from vllm_adainfer.engine.admission.resolved import params_of, resolved_of
 from vllm_adainfer.engine.compat.logs import get_logger
-from vllm_adainfer.engine.compat.stats import attach_report
-from vllm_adainfer.settings.engine import read_settings
+from vllm_adainfer.engine.scheduler.observer import Observer, Step
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
-else:
-    _Scheduler = object
+    from vllm.v1.request import Request
 
 logger = get_logger(__name__)
 
@@ -119,82 +115,69 @@ class KindFile:
             self._failed = True
 
 
-class KindCountingScheduler(_Scheduler):
-    """Mixin that counts kinds; must precede the scheduler class in the MRO.
+class KindCounts(Observer):
+    """Counts kinds.
 
     A request runs exactly as it would without. What it costs is a look at its parameters on
     arrival, and an addition for each request of a step.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, directory: str, logprobs_mode: str, **facts: Any) -> None:
         """Open the directory.
+
+        Args:
+            directory: the server's directory.
+            logprobs_mode: vLLM's, which says what a read of probabilities gets.
+            facts: see `KindFile`.
 
         Raises:
             AdaInferError: this process cannot write to it.
 
         """
-        super().__init__(*args, **kwargs)
-        settings = read_settings(self.vllm_config.additional_config)
-        assert settings is not None
-        assert settings.auto is not None
-        directory = AutoDirectory(settings.auto.directory)
-        directory.create()
-        model = self.vllm_config.model_config
-        self._kinds = KindFile(
-            directory,
-            model=model.served_model_name,
-            tokenizer=str(model.tokenizer),
-        )
-        self._counts: dict[str, KindCount] = {}
+        opened = AutoDirectory(directory)
+        opened.create()
+        self.file = KindFile(opened, **facts)
+        self._mode = logprobs_mode
+        self._counts: dict[str, tuple[Request, KindCount]] = {}
         self._next_report = 0.0
 
     @override
-    def add_request(self, request: Request) -> None:
-        """Add the request, and count it; of one whose prompt is sent in parts, the first part."""
-        is_new = request.request_id not in self.requests
-        super().add_request(request)
-        if not is_new:
-            return
-        kind = self._kind_of(request)
-        count = self._kinds.arrived(kind, request.num_prompt_tokens)
-        self._counts[request.request_id] = count
+    def arrived(self, request: Request) -> None:
+        count = self.file.arrived(self._kind_of(request), request.num_prompt_tokens)
+        self._counts[request.request_id] = request, count
 
     def _kind_of(self, request: Request) -> Kind | None:
         """The kind of a request, by what was resolved of it if something was."""
         resolved, adapter = resolved_of(request), request.lora_request
         if resolved is not None and resolved.output is not None:
             return kind_of_output(resolved.output, resolved.max_tokens, adapter)
-        mode = self.vllm_config.model_config.logprobs_mode
-        return kind_of(params_of(request), adapter, request.resumable, mode)
+        return kind_of(params_of(request), adapter, request.resumable, self._mode)
 
     @override
-    def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Schedule a step, and count the token rows that it runs."""
-        output = super().schedule(*args, **kwargs)
-        counts = self._counts
-        for request_id in output.finished_req_ids:
-            if request_id not in self.requests:  # another one may have come under its name
-                counts.pop(request_id, None)
-        for request_id, tokens in output.num_scheduled_tokens.items():
-            if (count := counts.get(request_id)) is not None:
-                count.tokens += tokens
-        self._kinds.ran(output.total_num_scheduled_tokens)
-        return output
+    def stepped(self, step: Step) -> None:
+        """Count the token rows of the step."""
+        for request_id, rows in step.rows.items():
+            if request_id in self._counts:
+                self._counts[request_id][1].tokens += rows
+        self.file.ran(sum(step.rows.values()))
 
     @override
-    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """Report what came, now and then and once no work is left."""
-        stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
-        if stats is None or self.vllm_config.kv_transfer_config is not None:
-            return stats
+    def ended(self, request: Request, why: str | None) -> None:
+        counted = self._counts.get(request.request_id)
+        if counted is not None and counted[0] is request:  # another one may have its name by now
+            del self._counts[request.request_id]
+
+    @override
+    def report(self) -> Mapping[str, Any]:
+        """What came, now and then and once no work is left."""
         now = time.monotonic()
-        if now >= self._next_report or not self.has_unfinished_requests():
-            self._next_report = now + REPORT_SECONDS
-            if added := self._kinds.reporter.report():
-                attach_report(stats, {"kinds": added})
-        return stats
+        is_idle = all(request.is_finished() for request, _ in self._counts.values())
+        if now < self._next_report and not is_idle:
+            return {}
+        self._next_report = now + REPORT_SECONDS
+        added = self.file.reporter.report()
+        return {"kinds": added} if added else {}
 
     @override
-    def shutdown(self) -> None:
-        self._kinds.close()
-        super().shutdown()
+    def close(self) -> None:
+        self.file.close()

@@ -12,15 +12,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Kind = tuple[str, int]  # the policy, and the bit length of the number of new blocks
+Group = tuple[str, int]  # the policy, and the bit length of the number of new blocks
 PRIOR = 4.0  # requests without reuse to start from
-MOST_KINDS = 1024  # that are remembered: clients make new ones on a server that calibrates itself
-HORIZON = 64.0  # requests of a kind after which the counts are halved
+MOST_GROUPS = 1024  # that are remembered: clients make new ones on a server that calibrates itself
+HORIZON = 64.0  # requests of a group after which the counts are halved
 
 
 @dataclass
 class Seen:
-    """Counts of one kind of request.
+    """Counts of one group of requests.
 
     Attributes:
         new: number of requests with new blocks.
@@ -38,10 +38,10 @@ class PrefixReuse:
     def __init__(self, capacity: int) -> None:
         """Remember at most `capacity` blocks."""
         self._capacity = capacity
-        # Of each block seen once: its request's kind, and its fraction of that request's blocks.
-        self._once: OrderedDict[bytes, tuple[Kind, float] | None] = OrderedDict()
+        # Of each block seen once: its request's group, and its fraction of that request's blocks.
+        self._once: OrderedDict[bytes, tuple[Group, float] | None] = OrderedDict()
         self._fresh: set[bytes] = set()
-        self._seen: OrderedDict[Kind, Seen] = OrderedDict()
+        self._seen: OrderedDict[Group, Seen] = OrderedDict()
 
     def new_step(self) -> None:
         """Start a new step; requests of one step share blocks without computing them twice."""
@@ -64,25 +64,25 @@ class PrefixReuse:
             if first is not None:
                 self._once[block_hash] = None
                 if block_hash not in self._fresh:
-                    kind, part = first
-                    self._of(kind).again += part
+                    group, part = first
+                    self._of(group).again += part
             self._once.move_to_end(block_hash)
         if policy is None or not new:
             return
-        kind = policy, len(new).bit_length()
-        seen = self._of(kind)
+        group = policy, len(new).bit_length()
+        seen = self._of(group)
         seen.new += 1
         if seen.new > HORIZON:
             seen.new, seen.again = seen.new / 2, seen.again / 2
         self._fresh.update(new)
-        self._once.update(dict.fromkeys(new, (kind, 1 / len(new))))
+        self._once.update(dict.fromkeys(new, (group, 1 / len(new))))
         while len(self._once) > self._capacity:
             self._once.popitem(last=False)
 
-    def _of(self, kind: Kind) -> Seen:
-        """The counts of a kind; of too many, those of the one that came least lately go."""
-        seen = self._seen.setdefault(kind, Seen())
-        self._seen.move_to_end(kind)
-        if len(self._seen) > MOST_KINDS:
+    def _of(self, group: Group) -> Seen:
+        """The counts of a group; evicts the least recently seen one beyond the limit."""
+        seen = self._seen.setdefault(group, Seen())
+        self._seen.move_to_end(group)
+        if len(self._seen) > MOST_GROUPS:
             self._seen.popitem(last=False)
         return seen

@@ -8,15 +8,18 @@ the end token.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from typing_extensions import override
+
 from vllm_adainfer.artifact.fields import Choice
 from vllm_adainfer.engine.admission.requested_output import can_end_with_choice, requested_choices
 from vllm_adainfer.engine.compat.structured_outputs import accepts_all
+from vllm_adainfer.engine.scheduler.observer import Observer, Step
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
@@ -46,8 +49,12 @@ class Choices:
     end: int
 
 
-class RestOfChoice:
-    """Finds the remaining tokens of a choice; ambiguous cases fall back to normal decoding."""
+class RestOfChoice(Observer):
+    """Ends a request with a choice in the step that leaves only one choice.
+
+    vLLM accepts several tokens from one step, as in speculative decoding, and stops at the end
+    token. Ambiguous cases fall back to normal decoding.
+    """
 
     def __init__(self, manager: StructuredOutputManager, max_model_len: int) -> None:
         """`manager` and `max_model_len` are the scheduler's."""
@@ -55,16 +62,31 @@ class RestOfChoice:
         self._max_model_len = max_model_len
         self._written = lru_cache(KNOWN_SETS)(self._write)
         self._choosing: WeakKeyDictionary[Request, Choices] = WeakKeyDictionary()
+        self._finished = [0, 0]  # choices and appended tokens since the last report
 
+    @override
     def arrived(self, request: Request) -> None:
         """Prepare the choices of a request that may end early."""
-        self._choosing.pop(request, None)
         params = request.sampling_params
         if params is None or request.resumable or not can_end_with_choice(params):
             return
         choices, end = requested_choices(params), params.eos_token_id
         if choices and end is not None:
             self._choosing[request] = Choices(*self._written(choices), end)
+
+    @override
+    def stepped(self, step: Step) -> None:
+        """Append the rest of each choice to its sampled tokens."""
+        for request, tokens in step.choosing():
+            if rest := self.after(request, tokens):
+                step.append(request, tokens, rest)
+                self._finished[0] += 1
+                self._finished[1] += len(rest)
+
+    @override
+    def report(self) -> Mapping[str, Any]:
+        finished, self._finished = self._finished, [0, 0]
+        return {"choices": finished} if finished[0] else {}
 
     def after(self, request: Request, sampled: Sequence[int]) -> list[int]:
         """The tokens that must follow `sampled`, the newest tokens of `request`, and end it.

@@ -1,9 +1,17 @@
-"""vLLM's schedulers with a guarded prefix cache, early-ending choices and request capture."""
+"""vLLM's schedulers with observers, and what early exits need of them.
+
+On arrival, a request is resolved: all that follows from what its client sent. While it runs, its
+incomplete blocks stay out of the prefix cache. With asynchronous scheduling, no step is scheduled
+ahead of a token that may end its request. Everything else watches, see `observers_of`: the counters
+of the workers, choices that end early, the audit, the counts of kinds, the capture.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -11,24 +19,31 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_adainfer.engine.admission.admission import Admission
 from vllm_adainfer.engine.admission.resolved import attach_resolved, params_of, resolved_of
 from vllm_adainfer.engine.compat.arrival import tell_scheduler_of_arrivals
 from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attached_note
-from vllm_adainfer.engine.compat.scheduler import expect_more_tokens, not_ahead, sampled_tokens
+from vllm_adainfer.engine.compat.scheduler import (
+    append_tokens,
+    is_output_dropped,
+    pooled_output,
+    sampled_tokens,
+    wait_for_token,
+)
 from vllm_adainfer.engine.compat.stats import attach_report
 from vllm_adainfer.engine.pinned_artifacts import served_configs
-from vllm_adainfer.engine.scheduler.audit import AuditingScheduler
-from vllm_adainfer.engine.scheduler.capture import CapturingScheduler
-from vllm_adainfer.engine.scheduler.kinds import KindCountingScheduler
-from vllm_adainfer.engine.scheduler.own_texts import OwnTexts
+from vllm_adainfer.engine.scheduler.audit import Audit
+from vllm_adainfer.engine.scheduler.capture import Capture
+from vllm_adainfer.engine.scheduler.counters import Counters
+from vllm_adainfer.engine.scheduler.kinds import KindCounts
+from vllm_adainfer.engine.scheduler.observer import Observer, Step
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
+from vllm_adainfer.engine.scheduler.prompt_texts import PromptTexts
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
-from vllm_adainfer.exits.accounting.report import Reporter, Snapshot, StepNote
-from vllm_adainfer.settings.engine import read_settings
+from vllm_adainfer.settings.engine import Settings, read_settings
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Scheduler
@@ -36,40 +51,57 @@ else:
     _Scheduler = object
 
 
-class GuardedScheduler(_Scheduler):
-    """Resolves requests on arrival, and keeps incomplete blocks out of the prefix cache.
+class ObservedScheduler(_Scheduler):
+    """Mixin over vLLM's schedulers; must precede them in the MRO.
 
-    Must precede vLLM's class in the MRO.
+    Attributes:
+        admission: resolves requests; None where the engine runs stock vLLM.
+        observers: what watches, in the order in which it is told.
+
     """
 
     kv_cache_manager: Any  # vLLM's KVCacheManager, or the guard around it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make what the engine switch asks for.
+
+        Raises:
+            AdaInferError: a directory cannot be written to, or a policy does not go with this
+                engine's tokenizer.
+
+        """
         super().__init__(*args, **kwargs)
-        settings = read_settings(self.vllm_config.additional_config)
-        assert settings is not None
+        settings = settings_of(self.vllm_config)
+        self.admission: Admission | None = None
+        self._guard: PrefixCacheGuard | None = None
+        self._prompt_texts: PromptTexts | None = None
+        if not settings.runs_stock:
+            self._make_exits(settings)
+        self.observers = observers_of(self.vllm_config, settings, self)
+        self._running: deque[Any] = deque()  # vLLM's descriptions of the steps that run
+        self._leaving: dict[str, Request] = {}  # ended from outside while such a step has them
+
+    def _make_exits(self, settings: Settings) -> None:
         self.admission = Admission.from_config(self.vllm_config, settings)
-        self._own_texts = None
         if self.admission.has_students:
-            self._own_texts = OwnTexts(self.vllm_config, settings, self.admission)
+            self._prompt_texts = PromptTexts(self.vllm_config, settings, self.admission)
             tell_scheduler_of_arrivals()
-        self._counted: Snapshot | None = None
-        self._reporter = Reporter()
         if self.cache_config.enable_prefix_caching and not self.admission.is_recording:
-            self.kv_cache_manager = PrefixCacheGuard(
-                self.kv_cache_manager, self._may_exit, self._complete, self._saving
-            )
+            self._guard = PrefixCacheGuard(self.kv_cache_manager, _may_exit, _complete, _saving)
+            self.kv_cache_manager = self._guard
 
     def request_arrived(self, request: Request) -> None:
         """Resolve what follows from what the client sent.
 
         With a student, this runs in the thread that receives requests, beside the running step.
         """
+        if self.admission is None:
+            return
         resolved = self.admission.resolve(
             request.request_id, params_of(request), request.lora_request, request.resumable
         )
-        if self._own_texts is not None:
-            resolved = replace(resolved, texts=self._own_texts.of(request, resolved))
+        if self._prompt_texts is not None:
+            resolved = replace(resolved, texts=self._prompt_texts.of(request, resolved))
         attach_resolved(request, resolved)
 
     @override
@@ -77,109 +109,105 @@ class GuardedScheduler(_Scheduler):
         """Add the request, which may have been resolved on arrival."""
         if resolved_of(request) is None:
             self.request_arrived(request)
+        is_new = request.request_id not in self.requests
         super().add_request(request)
+        if is_new:  # otherwise it is a further part of a prompt that is sent in parts
+            for observer in self.observers:
+                observer.arrived(request)
 
     @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Tell the guard that a new step starts."""
-        if isinstance(self.kv_cache_manager, PrefixCacheGuard):
-            self.kv_cache_manager.new_step()
-        return super().schedule(*args, **kwargs)
+        """Schedule a step, and keep in mind who is in it."""
+        if self._guard is not None:
+            self._guard.new_step()
+        step = super().schedule(*args, **kwargs)
+        self._running.append(step)
+        return step
 
     @override
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Cache the blocks that the step completed, then process its output."""
-        note: StepNote | None = attached_note(model_runner_output)
-        if note is not None:
-            if note.counted is not None:
-                self._counted = note.counted
-            if note.complete is not None and isinstance(self.kv_cache_manager, PrefixCacheGuard):
-                self.kv_cache_manager.step_ended(note.complete)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        """Cache the blocks that the step completed, tell the observers, and process its output."""
+        while self._running and self._running.popleft() is not scheduler_output:
+            pass
+        step = self._step_of(scheduler_output, model_runner_output)
+        if self._guard is not None and step.note is not None and step.note.complete is not None:
+            self._guard.step_ended(step.note.complete)
+        for observer in self.observers:
+            observer.stepped(step)
+        output = super().update_from_output(scheduler_output, model_runner_output)
+        for request in step.requests.values():
+            if request.is_finished() and request.request_id not in self._leaving:
+                self._tell_ended(request)
+        for request in [one for one in self._leaving.values() if not self._is_running(one)]:
+            del self._leaving[request.request_id]
+            self._tell_ended(request)
+        return output
+
+    def _step_of(self, scheduler_output: Any, runner_output: Any) -> Step:
+        rows = scheduler_output.num_scheduled_tokens
+        requests = {}
+        for request_id in rows:
+            request = self.requests.get(request_id)
+            if request_id in self._leaving:
+                requests[request_id] = self._leaving[request_id]
+            elif request and not request.is_finished() and not is_output_dropped(request):
+                requests[request_id] = request
+        return Step(
+            rows=rows,
+            requests=requests,
+            note=attached_note(runner_output),
+            choosing=partial(sampled_tokens, scheduler_output, runner_output, self.requests),
+            append=partial(append_tokens, self),
+            scores=partial(pooled_output, runner_output),
+        )
+
+    @override
+    def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
+        """End requests from outside, such as those whose client hung up.
+
+        A step may be deciding a token of theirs, which the counters will have: wait for its end.
+        """
+        ended: list[Request] = super().finish_requests(request_ids, finished_status)
+        for request in ended:
+            if self._is_running(request):
+                self._leaving[request.request_id] = request
+            else:
+                self._tell_ended(request)
+        return ended
+
+    def _is_running(self, request: Request) -> bool:
+        return any(request.request_id in step.num_scheduled_tokens for step in self._running)
+
+    def _tell_ended(self, request: Request) -> None:
+        reason = request.get_finished_reason()
+        for observer in self.observers:
+            observer.ended(request, None if reason is None else str(reason))
 
     @override
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """Add our report if the worker sent counters; vLLM calls this after each step."""
+        """Add the observers' reports; vLLM calls this after each step."""
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
-        counted, self._counted = self._counted, None
-        if stats is not None and counted is not None:
-            attach_report(stats, self._reporter.report(counted))
+        if stats is not None and self.vllm_config.kv_transfer_config is None:
+            for observer in self.observers:
+                if report := observer.report():
+                    attach_report(stats, report)
         return stats
 
-    def _may_exit(self, request: Request, computed: int) -> bool:
-        """Whether `request` may exit in a step that starts after `computed` of its tokens."""
-        resolved = resolved_of(request)
-        if resolved is None or (
-            resolved.force_full_depth_prefill and computed < request.num_prompt_tokens
-        ):
-            return False
-        return resolved.may_exit
-
-    def _saving(self, request: Request) -> tuple[str, float] | None:
-        resolved = resolved_of(request)
-        return None if resolved is None else resolved.saving
-
-    def _complete(self, request: Request) -> None:
-        """Run the prompt at full depth; the worker learns of the request only in this step."""
-        resolved = resolved_of(request)
-        assert resolved is not None, "only what may exit is completed"
-        attach_resolved(request, replace(resolved, force_full_depth_prefill=True))
-
-
-class FinishingScheduler(_Scheduler):
-    """Ends a request with a choice in the step that leaves only one choice.
-
-    Must precede a scheduler in the MRO. vLLM accepts several tokens from one step, as in
-    speculative decoding, and stops at the end token.
-    """
-
-    structured_output_manager: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._rest_of_choice = RestOfChoice(self.structured_output_manager, self.max_model_len)
-        self._finished = [0, 0]  # choices and appended tokens since the last report
-        settings = read_settings(self.vllm_config.additional_config)
-        assert settings is not None
-        for name, config in served_configs(self.vllm_config, settings).items():
-            if config.choices:
-                check_tokenizer(self.structured_output_manager.tokenizer, name, config.choices)
-
     @override
-    def add_request(self, request: Request) -> None:
-        """Add the request, and prepare its choices."""
-        super().add_request(request)
-        self._rest_of_choice.arrived(request)
-
-    @override
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Append the rest of each choice to its sampled tokens, then process the output."""
-        # Sampling masks are split by the number of tokens, and appended tokens have none.
-        if scheduler_output.has_structured_output_requests and not self.return_sampling_mask:
-            sampled = sampled_tokens(scheduler_output, model_runner_output, self.requests)
-            for request, tokens in sampled:
-                if rest := self._rest_of_choice.after(request, tokens):
-                    tokens += rest
-                    expect_more_tokens(self, request, len(rest))
-                    self._finished[0] += 1
-                    self._finished[1] += len(rest)
-        return super().update_from_output(scheduler_output, model_runner_output)
-
-    @override
-    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """Report how many choices were finished."""
-        stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
-        if stats is not None and self._finished[0] and self.vllm_config.kv_transfer_config is None:
-            attach_report(stats, {"choices": self._finished})
-            self._finished = [0, 0]
-        return stats
+    def shutdown(self) -> None:
+        """Stop; a request whose last step never came back has ended, too."""
+        for request in self._leaving.values():
+            self._tell_ended(request)
+        for observer in self.observers:
+            observer.close()
+        super().shutdown()
 
 
-class AdaInferScheduler(GuardedScheduler, Scheduler):
+class AdaInferScheduler(ObservedScheduler, Scheduler):
     """Schedules a step once the last one has ended, as on a CPU."""
 
 
-class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
+class AdaInferAsyncScheduler(ObservedScheduler, AsyncScheduler):
     """Schedules a step while the last one runs, as on a GPU."""
 
     @override
@@ -189,15 +217,55 @@ class AdaInferAsyncScheduler(GuardedScheduler, AsyncScheduler):
         Otherwise their next token would be running when they end, through all the layers that an
         exit skipped.
         """
-        with not_ahead(self._may_be_ending()):
-            return super().schedule(*args, **kwargs)
+        if self.admission is not None and self.admission.may_serve_choices:
+            for request in self._may_be_ending():
+                wait_for_token(self, request)
+        return super().schedule(*args, **kwargs)
 
     def _may_be_ending(self) -> Iterator[Request]:
-        for request in self.running if self.admission.may_serve_choices else ():
+        for request in self.running:
             if request.num_output_placeholders == 1 and not request.num_output_tokens:
                 resolved = resolved_of(request)
                 if resolved is not None and resolved.may_end_after_first_token:
                     yield request
+
+
+def observers_of(
+    vllm_config: VllmConfig, settings: Settings, scheduler: ObservedScheduler
+) -> list[Observer]:
+    """What the engine switch asks to watch.
+
+    Raises:
+        AdaInferError: a directory cannot be written to, or this engine's tokenizer does not write
+            the choices of a policy as in calibration.
+
+    """
+    model, engine = vllm_config.model_config, vllm_config.parallel_config.data_parallel_index
+    observers: list[Observer] = [] if settings.runs_stock else [Counters()]
+    if settings.finishes_choices:
+        manager = scheduler.structured_output_manager
+        for name, config in served_configs(vllm_config, settings).items():
+            if config.choices:
+                check_tokenizer(manager.tokenizer, name, config.choices)
+        # Sampling masks are split by the number of tokens, and appended tokens have none.
+        if not model.return_sampling_mask:
+            observers.append(RestOfChoice(manager, scheduler.max_model_len))
+    if settings.audit is not None:
+        depth = model.hf_text_config.num_hidden_layers
+        observers.append(Audit(settings.audit, engine, depth))
+    if settings.auto is not None:
+        facts = {"model": model.served_model_name, "tokenizer": str(model.tokenizer)}
+        observers.append(KindCounts(settings.auto.directory, model.logprobs_mode, **facts))
+    if settings.capture is not None:
+        observers.append(Capture(settings.capture, engine, model.served_model_name))
+    return observers
+
+
+def settings_of(vllm_config: VllmConfig) -> Settings:
+    """The engine switch of an engine that has it."""
+    settings = read_settings(vllm_config.additional_config)
+    assert settings is not None
+    return settings
 
 
 def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
@@ -206,26 +274,30 @@ def build_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     vLLM 0.32 decides on ``async_scheduling`` after its config hooks, so the class is chosen here.
     """
     end_with_starter()
-    settings = read_settings(vllm_config.additional_config)
-    assert settings is not None
-    if not settings.runs_stock:
+    if not settings_of(vllm_config).runs_stock:
         refuse_kv_connector(vllm_config)
-    asynchronous = vllm_config.scheduler_config.async_scheduling
-    scheduler_class: type[Scheduler]
-    if settings.runs_stock:
-        scheduler_class = AsyncScheduler if asynchronous else Scheduler
-    else:
-        scheduler_class = AdaInferAsyncScheduler if asynchronous else AdaInferScheduler
-    if settings.finishes_choices:
-        name = f"Finishing{scheduler_class.__name__}"
-        scheduler_class = type(name, (FinishingScheduler, scheduler_class), {})
-    if settings.audit is not None:
-        name = f"Auditing{scheduler_class.__name__}"
-        scheduler_class = type(name, (AuditingScheduler, scheduler_class), {})
-    if settings.auto is not None:
-        name = f"KindCounting{scheduler_class.__name__}"
-        scheduler_class = type(name, (KindCountingScheduler, scheduler_class), {})
-    if settings.capture is not None:
-        name = f"Capturing{scheduler_class.__name__}"
-        scheduler_class = type(name, (CapturingScheduler, scheduler_class), {})
+    is_async = vllm_config.scheduler_config.async_scheduling
+    scheduler_class = AdaInferAsyncScheduler if is_async else AdaInferScheduler
     return scheduler_class(vllm_config=vllm_config, **kwargs)
+
+
+def _may_exit(request: Request, computed: int) -> bool:
+    """Whether `request` may exit in a step that starts after `computed` of its tokens."""
+    resolved = resolved_of(request)
+    if resolved is None or (
+        resolved.force_full_depth_prefill and computed < request.num_prompt_tokens
+    ):
+        return False
+    return resolved.may_exit
+
+
+def _saving(request: Request) -> tuple[str, float] | None:
+    resolved = resolved_of(request)
+    return None if resolved is None else resolved.saving
+
+
+def _complete(request: Request) -> None:
+    """Run the prompt at full depth; the worker learns of the request only in this step."""
+    resolved = resolved_of(request)
+    assert resolved is not None, "only what may exit is completed"
+    attach_resolved(request, replace(resolved, force_full_depth_prefill=True))

@@ -1,4 +1,4 @@
-"""What students read of a request, settled once, when it arrives."""
+"""The text of a prompt that a student reads, tokenised once, when the request arrives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class OwnTexts:
+class PromptTexts:
     """Reads the prompts of requests for the students of an engine's policies."""
 
     def __init__(self, vllm_config: VllmConfig, settings: Settings, admission: Admission) -> None:

@@ -1,0 +1,61 @@
+"""What watches the scheduler: it hears of requests and of whole steps, never of single tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_adainfer.exits.accounting.report import StepNote
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+Tokens = list[int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that has run, before the scheduler takes its tokens.
+
+    Attributes:
+        rows: how many token rows it ran, by request id; of all requests that were in it.
+        requests: those of them whose tokens count, by id. A request that was ended while its step
+            ran is among them, one whose tokens vLLM drops is not.
+        note: what the worker says of it; None if there was nothing to run.
+        choosing: the running requests with a grammar, and the tokens that were sampled for each.
+        append: lets tokens count as sampled: a request, its sampled tokens, and those to append.
+        scores: what a classifier gave for a request id; None for a request that generates.
+
+    """
+
+    rows: Mapping[str, int]
+    requests: Mapping[str, Request]
+    note: StepNote | None
+    choosing: Callable[[], Iterable[tuple[Request, Tokens]]]
+    append: Callable[[Request, Tokens, Tokens], None]
+    scores: Callable[[str], list[float] | None]
+
+
+class Observer:
+    """Watches requests; what a subclass does not define does nothing.
+
+    Of each request it hears in this order: `arrived`, `stepped` with each step that the request was
+    in, `ended`. All but `close` run between two steps, where everybody waits for them.
+    """
+
+    def arrived(self, request: Request) -> None:
+        """A request has come; of one whose prompt is sent in parts, the first part."""
+
+    def stepped(self, step: Step) -> None:
+        """A step has run."""
+
+    def ended(self, request: Request, why: str | None) -> None:
+        """A request has ended, and so has every step that it was in; `why` in vLLM's words."""
+
+    def report(self) -> Mapping[str, Any]:
+        """What the frontends are to be told since the last report; empty for nothing."""
+        return {}
+
+    def close(self) -> None:
+        """The engine stops."""
