@@ -13,7 +13,7 @@ from typer.cli import get_docs_for_click
 
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.cli import app
-from vllm_adainfer.frontend.metrics import ChoiceMetrics, KindMetrics, Series
+from vllm_adainfer.frontend.series import Series
 from vllm_adainfer.offline.tables import markdown_table
 from vllm_adainfer.settings.engine import Switch
 
@@ -54,10 +54,8 @@ def artifact() -> str:
 
 def metrics() -> str:
     """Series on ``/metrics``."""
-    series, choices, kinds = Series((1,)), ChoiceMetrics("", ()), KindMetrics("", ())
     rows = []
-    others = choices.finished, choices.appended, kinds.requests, kinds.tokens
-    for metric in (*series.all, *others):
+    for metric in Series((1,), choices=True, kinds=True).all:
         [family] = metric.describe()
         suffix = "_total" if family.type == "counter" else ""
         labels = ", ".join(f"`{name}`" for name in metric._labelnames)

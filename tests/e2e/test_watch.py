@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,51 +163,6 @@ def test_a_restart_goes_on_and_another_model_begins_anew(written, directory):
     assert (now["requests"], now["since"]) == (written["requests"] + 1, written["since"])
     KindFile(auto, **{**facts, "model": "another"}).close()
     assert read_json(auto.kinds)["kinds"] == {}
-
-
-def test_two_servers_in_one_directory_do_not_overwrite_each_others_counts(own, monkeypatch):
-    monkeypatch.setattr("vllm_adainfer.engine.scheduler.kinds.WRITE_SECONDS", 0.01)
-    first = KindFile(own, model="m")
-    first.arrived(None, 5)
-    wait_for(own.kinds.exists)
-    second = KindFile(own, model="m")
-    for _ in range(9):
-        second.arrived(None, 5)
-    second.close()
-    first.close()
-    assert read_json(own.kinds)["requests"] == 1
-    third = KindFile(own, model="m")
-    third.arrived(None, 5)
-    third.close()
-    assert read_json(own.kinds)["requests"] == 2
-
-
-@pytest.fixture
-def own(tmp_path) -> AutoDirectory:
-    found = AutoDirectory(tmp_path / "own")
-    found.create()
-    return found
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
-
-
-def test_a_disk_that_is_full_stops_nothing_and_is_said_once(own, monkeypatch, caplog_vllm):
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("vllm_adainfer.engine.scheduler.kinds.write_json", full)
-    monkeypatch.setattr("vllm_adainfer.engine.scheduler.kinds.WRITE_SECONDS", 0.01)
-    counting = KindFile(own, model="m")
-    for _ in range(5):
-        counting.arrived(None, 5)
-        counting._closed.wait(0.03)
-    counting.close()
-    assert caplog_vllm.text.count("No space left on device") == 1
 
 
 def test_what_cannot_be_watched_is_refused_with_a_sentence(model, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from vllm_adainfer.frontend.compat_metrics import observe_many
+from vllm_adainfer.engine.compat.prometheus import observe_many
 
 BUCKETS = (2, 3, 5.5)
 OBSERVED = [(2, 7), (2.5, 1), (3, 100), (5.5, 4), (6, 2), (0, 3), (3, 0), (-1, 2)]

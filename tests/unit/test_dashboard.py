@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_adainfer.frontend.metrics import ChoiceMetrics, KindMetrics, Series
+from vllm_adainfer.frontend.series import Series
 
 FILE = Path(__file__).parents[2] / "docs" / "grafana.json"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
@@ -26,8 +26,7 @@ def dashboard() -> Any:
 @pytest.fixture(scope="module")
 def series() -> dict[str, set[str]]:
     """Labels of each of our series, by its name on /metrics."""
-    shared, choices, kinds = Series((2, 6)), ChoiceMetrics("model", [0]), KindMetrics("model", [0])
-    ours = [*shared.all, choices.finished, choices.appended, kinds.requests, kinds.tokens]
+    ours = Series((2, 6), choices=True, kinds=True).all
     labels = {metric._name: set(metric._labelnames) for metric in ours}
     return {
         metric.name + suffix: labels[metric.name] | ({"le"} if suffix == "_bucket" else set())

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import LAYERS
-from vllm_adainfer.frontend.log_line import KindLine, LogLine
+from vllm_adainfer.frontend.log_line import LogLines
 
 WORK = [
     ("layers_run", "a", 300),
@@ -18,8 +18,8 @@ TIME = [("seconds", 2.0), ("probe_seconds", 0.05)]
 
 
 @pytest.fixture
-def line() -> LogLine:
-    return LogLine(LAYERS)
+def line() -> LogLines:
+    return LogLines(LAYERS)
 
 
 def report(
@@ -57,7 +57,7 @@ def reading(epsilon: float, checked: int, disagreed: int, **more: Any) -> dict[s
 def test_the_line_sums_up_what_was_reported(line, reports, text):
     for one in reports:
         line.add(one)
-    assert line.take() == text
+    assert line.take() == [text]
 
 
 def test_the_line_says_so_while_the_weights_are_others_than_the_policies_are_for(line):
@@ -65,26 +65,27 @@ def test_the_line_says_so_while_the_weights_are_others_than_the_policies_are_for
     for differ in (True, False):
         line.add(report(WORK, weights_differ=differ))
         saved = "mean exit layer 3.0/6, layers saved 25%"
-        assert line.take() == saved + because * differ
+        assert line.take() == [saved + because * differ]
 
 
 def test_the_line_says_what_the_self_test_has_switched_off(line):
     line.add(report(WORK, failed_parts=["kernels", "exits"]))
-    assert line.take().endswith(", switched off by the self-test: kernels, exits")
+    [text] = line.take()
+    assert text.endswith(", switched off by the self-test: kernels, exits")
 
 
 @pytest.mark.parametrize("added", [[], TIME, WORK[:2]], ids=["nothing", "time", "prompts only"])
 def test_there_is_no_line_where_nothing_was_decided(line, added):
     line.add(report(added))
-    assert line.take() is None
+    assert line.take() == []
 
 
 def test_each_line_starts_from_nothing(line):
     line.add(report(WORK + TIME))
     line.take()
-    assert line.take() is None
+    assert line.take() == []
     line.add(report([("tokens", "a", "4", 1), ("layers_run", "a", 4)]))
-    assert line.take() == "mean exit layer 4.0/6, layers saved 0%"
+    assert line.take() == ["mean exit layer 4.0/6, layers saved 0%"]
 
 
 def test_shadow_answers_are_logged_with_their_interval_for_each_bound_that_has_some(line):
@@ -92,7 +93,8 @@ def test_shadow_answers_are_logged_with_their_interval_for_each_bound_that_has_s
     b = [reading(0.05, 160, 53, low=0.21, high=0.47, tightened=True)]
     b[0] |= {"latest_checked": 100, "latest_disagreed": 40}
     line.add(report(WORK, a=a, b=b))
-    assert line.take() == (
+    [text] = line.take()
+    assert text == (
         "mean exit layer 3.0/6, layers saved 25%, "
         "shadow disagreement of a at 0.02 2.5% [0.1, 12.3], "
         "shadow disagreement of b at 0.05 33.1% [21.0, 47.0], 40 of the latest 100: "
@@ -108,7 +110,7 @@ def test_the_latest_counts_of_shadow_answers_are_logged_because_they_are_totals(
 
 def test_deferred_work_is_neither_run_nor_saved(line):
     line.add(report([*WORK, ("layers_deferred", "a", 5000)]))
-    assert line.take() == "mean exit layer 3.0/6, layers saved 25%"
+    assert line.take() == ["mean exit layer 3.0/6, layers saved 25%"]
 
 
 KINDS = [
@@ -118,27 +120,39 @@ KINDS = [
 ]
 
 
-def test_kinds_are_told_under_their_names_with_their_share_of_all_token_rows():
-    line = KindLine()
-    line.add(KINDS)
-    assert line.take() == (
+def of_kinds(told: Sequence[tuple[str, str, int, int]]) -> dict[str, Any]:
+    """The report of names, what is read, requests and token rows."""
+    requests = [("kind_requests", name, count) for name, _, count, _ in told]
+    tokens = [("kind_tokens", name, count) for name, _, _, count in told]
+    return {"added": [*requests, *tokens], "reads": {name: reads for name, reads, *_ in told}}
+
+
+def test_kinds_are_told_under_their_names_with_their_share_of_all_token_rows(line):
+    line.add(of_kinds(KINDS))
+    assert line.take() == [
         "of the token rows, one-answer requests are: kind-a (label among 2): 30 requests, 40%; "
         "kind-b (choice among 3): 10 requests, 10%"
-    )
-    assert line.take() is None
+    ]
+    assert line.take() == []
 
 
-def test_only_the_kinds_that_ran_most_are_named():
-    line = KindLine()
+def test_only_the_kinds_that_ran_most_are_named(line):
     few = [(f"kind-{number}", "label among 2", 1, 100 + number) for number in range(5)]
-    for report in few, [("others", "", 3, 90)]:
-        line.add(report)
-    text = str(line.take())
+    for told in few, [("others", "", 3, 90)]:
+        line.add(of_kinds(told))
+    [text] = line.take()
     assert [name for name, *_ in few if name in text] == ["kind-2", "kind-3", "kind-4"]
     assert text.endswith("; other kinds: 48%")
 
 
-def test_there_is_no_line_about_kinds_where_none_came():
-    line = KindLine()
-    line.add([("none", "", 3, 50)])
-    assert line.take() is None
+def test_there_is_no_line_about_kinds_where_none_came(line):
+    line.add(of_kinds([("none", "", 3, 50)]))
+    assert line.take() == []
+
+
+def test_kinds_and_exits_have_a_line_each_and_their_reports_come_in_any_steps(line):
+    for one in report(WORK), of_kinds(KINDS):
+        line.add(one)
+    exits, kinds = line.take()
+    assert exits == "mean exit layer 3.0/6, layers saved 25%"
+    assert kinds.startswith("of the token rows, one-answer requests are: kind-a")

@@ -12,7 +12,8 @@ from tests.tiny import tiny_config
 from vllm_adainfer.artifact.fields import Adapter
 from vllm_adainfer.artifact.kinds import PROBABILITY_FEATURES
 from vllm_adainfer.engine.self_test.parts import PARTS
-from vllm_adainfer.frontend.metrics import EngineMetrics, KindMetrics, Series
+from vllm_adainfer.frontend.metrics import EngineMetrics
+from vllm_adainfer.frontend.series import Series
 from vllm_adainfer.promise.probabilities import MOVES
 from vllm_adainfer.settings.engine import NO_POLICY
 
@@ -255,11 +256,18 @@ def test_the_series_of_a_policy_that_has_gone_with_its_adapter_go_and_all_others
     assert value("adainfer:policy_info", 0, policy="later", adapter="later") == 1
 
 
-def test_kinds_are_counted_by_engine_and_name():
-    metrics = KindMetrics("tiny", [0, 1])
+def test_kinds_and_choices_are_counted_by_engine_also_without_a_policy():
+    """Both may be asked for where the engine otherwise runs stock vLLM."""
+    series = Series(None, choices=True, kinds=True)
+    engines = [EngineMetrics(series, "tiny", number, {}) for number in range(2)]
     names = "adainfer:kind_requests_total", "adainfer:kind_tokens_total"
+    ended = "adainfer:choices_finished_total", "adainfer:choice_tokens_appended_total"
     assert [value(name, 1, kind="none") for name in names] == [0, 0]
+    assert [value(name, 1) for name in ended] == [0, 0]
     for requests, tokens in ((3, 40), (2, 10)):
-        metrics.add(1, [("kind-a", "label among 2", requests, tokens)])
+        kinds = [("kind_requests", "kind-a", requests), ("kind_tokens", "kind-a", tokens)]
+        choices = [("choices_finished", requests), ("choice_tokens_appended", tokens)]
+        engines[1].add({"added": [*kinds, *choices], "reads": {"kind-a": "label among 2"}})
     assert [value(name, 1, kind="kind-a") for name in names] == [5, 50]
     assert [value(name, 0, kind="kind-a") for name in names] == [None, None]
+    assert [[value(name, engine) for name in ended] for engine in range(2)] == [[0, 0], [5, 50]]

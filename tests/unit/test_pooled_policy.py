@@ -16,7 +16,8 @@ from vllm_adainfer.artifact.fields import LastToken, Level, Question
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.frontend.metrics import EngineMetrics, Series
+from vllm_adainfer.frontend.metrics import EngineMetrics
+from vllm_adainfer.frontend.series import Series
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
 from vllm_adainfer.offline.reports.views import deciding_part, threshold_row

@@ -19,6 +19,7 @@ from vllm.v1.structured_output.utils import choice_as_grammar
 from vllm_adainfer.artifact.fields import MOST_CHOICE_CHARACTERS, MOST_CHOICES, Choice
 from vllm_adainfer.engine.compat.scheduler import append_tokens, sampled_tokens
 from vllm_adainfer.engine.scheduler import rest_of_choice
+from vllm_adainfer.engine.scheduler.observer import Step
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.settings.engine import Settings, read_settings
@@ -303,6 +304,23 @@ def test_only_running_requests_whose_output_counts_are_looked_at():
     assert output.sampled_token_ids[0] == [1, 5]
     scheduled.has_structured_output_requests = False
     assert not list(sampled_tokens(scheduled, output, requests))
+
+
+def test_what_was_appended_in_a_step_is_reported_once():
+    finder, request, appended = rest_of(), request_of(["yes", "no"]), []
+    finder.arrived(request)
+    step = Step(
+        rows={},
+        requests={},
+        note=None,
+        choosing=lambda: [(request, [ord("y")])],
+        append=lambda *one: appended.append(one),
+        scores=lambda _: None,
+    )
+    finder.stepped(step)
+    assert appended == [(request, [ord("y")], [*map(ord, "es"), END])]
+    assert finder.report() == {"added": [("choices_finished", 1), ("choice_tokens_appended", 3)]}
+    assert finder.report() == {}
 
 
 @pytest.mark.parametrize(("scheduler", "more"), [(Scheduler, 0), (AsyncScheduler, 3)])

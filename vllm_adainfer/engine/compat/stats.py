@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 REPORT_KEY = "adainfer"
@@ -25,15 +24,14 @@ def use_stat_loggers(mixin: type) -> None:
             module.StatLoggerManager = ours
 
 
-def attach_report(scheduler_stats: Any, report: Mapping[str, Any]) -> None:
+def attach_report(scheduler_stats: Any, report: dict[str, Any]) -> None:
     """Send `report` from the scheduler to the frontends, in `SchedulerStats`.
 
     vLLM 0.32 has no field for plugins there. The field for KV connectors takes any plain values,
     and is unused without a connector: with a policy we refuse connectors, and without one we send
-    nothing where there is one. Several reports of a step are merged.
+    nothing where there is one.
     """
-    others = (scheduler_stats.kv_connector_stats or {}).get(REPORT_KEY, {})
-    scheduler_stats.kv_connector_stats = {REPORT_KEY: {**others, **report}}
+    scheduler_stats.kv_connector_stats = {REPORT_KEY: report}
 
 
 def take_report(scheduler_stats: Any) -> dict[str, Any] | None:

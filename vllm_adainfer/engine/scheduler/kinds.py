@@ -175,8 +175,11 @@ class KindCounts(Observer):
         if now < self._next_report and not is_idle:
             return {}
         self._next_report = now + REPORT_SECONDS
-        added = self.file.reporter.report()
-        return {"kinds": added} if added else {}
+        told = self.file.reporter.report()
+        requests = [("kind_requests", name, count) for name, _, count, _ in told]
+        tokens = [("kind_tokens", name, count) for name, _, _, count in told]
+        reads = {name: read for name, read, *_ in told}
+        return {"added": [*requests, *tokens], "reads": reads} if told else {}
 
     @override
     def close(self) -> None:

@@ -54,8 +54,20 @@ class Observer:
         """A request has ended, and so has every step that it was in; `why` in vLLM's words."""
 
     def report(self) -> Mapping[str, Any]:
-        """What the frontends are to be told since the last report; empty for nothing."""
+        """What the frontends are to be told since the last report; empty for nothing.
+
+        ``added`` has what a counter gains: its kind, its labels, and by how much. Everything else
+        is the current state of something, under a key of its own.
+        """
         return {}
 
     def close(self) -> None:
         """The engine stops."""
+
+
+def report_of(observers: Iterable[Observer]) -> dict[str, Any]:
+    """The reports of several observers in one; empty if there is nothing to tell."""
+    told = [report for observer in observers if (report := observer.report())]
+    together = {key: value for report in told for key, value in report.items()}
+    added = [entry for report in told for entry in report.get("added", ())]
+    return {**together, "added": added} if told else {}

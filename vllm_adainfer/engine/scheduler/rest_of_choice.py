@@ -86,7 +86,8 @@ class RestOfChoice(Observer):
     @override
     def report(self) -> Mapping[str, Any]:
         finished, self._finished = self._finished, [0, 0]
-        return {"choices": finished} if finished[0] else {}
+        counters = "choices_finished", "choice_tokens_appended"
+        return {"added": [*zip(counters, finished, strict=True)]} if finished[0] else {}
 
     def after(self, request: Request, sampled: Sequence[int]) -> list[int]:
         """The tokens that must follow `sampled`, the newest tokens of `request`, and end it.

@@ -39,7 +39,7 @@ from vllm_adainfer.engine.scheduler.audit import Audit
 from vllm_adainfer.engine.scheduler.capture import Capture
 from vllm_adainfer.engine.scheduler.counters import Counters
 from vllm_adainfer.engine.scheduler.kinds import KindCounts
-from vllm_adainfer.engine.scheduler.observer import Observer, Step
+from vllm_adainfer.engine.scheduler.observer import Observer, Step, report_of
 from vllm_adainfer.engine.scheduler.prefix_cache import PrefixCacheGuard, refuse_kv_connector
 from vllm_adainfer.engine.scheduler.prompt_texts import PromptTexts
 from vllm_adainfer.engine.scheduler.rest_of_choice import RestOfChoice, check_tokenizer
@@ -187,10 +187,10 @@ class ObservedScheduler(_Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Add the observers' reports; vLLM calls this after each step."""
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
-        if stats is not None and self.vllm_config.kv_transfer_config is None:
-            for observer in self.observers:
-                if report := observer.report():
-                    attach_report(stats, report)
+        if stats is None or self.vllm_config.kv_transfer_config is not None:
+            return stats
+        if report := report_of(self.observers):
+            attach_report(stats, report)
         return stats
 
     @override

@@ -1,0 +1,140 @@
+"""Kinds are counted by what their requests run, in a file that survives the server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.v1.request import Request
+
+from vllm_adainfer.auto.directory import AutoDirectory, read_json
+from vllm_adainfer.auto.kinds import Kind
+from vllm_adainfer.auto.table import RECURS
+from vllm_adainfer.engine.scheduler import kinds
+from vllm_adainfer.engine.scheduler.kinds import KindCounts, KindFile
+from vllm_adainfer.engine.scheduler.observer import Step
+
+
+def step(**rows: int) -> Step:
+    return Step(
+        rows=rows,
+        requests={},
+        note=None,
+        choosing=lambda: [],
+        append=lambda *_: None,
+        scores=lambda _: None,
+    )
+
+
+def request(name: str, **params: Any) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=[3, 1, 4],
+        sampling_params=SamplingParams(temperature=0, **{"max_tokens": 1, **params}),
+        pooling_params=None,
+    )
+
+
+@pytest.fixture
+def counts(tmp_path) -> Any:
+    return KindCounts(str(tmp_path / "auto"), "raw_logprobs", model="m", tokenizer="t")
+
+
+def counted(counts: KindCounts) -> dict[str, Any]:
+    counts.close()
+    found: dict[str, Any] = read_json(counts.file._directory.kinds)
+    return found
+
+
+def test_rows_are_those_of_the_kind_of_each_request_until_it_has_ended(counts):
+    label, text = {"allowed_token_ids": [7, 11]}, {"max_tokens": 9}
+    for number in range(RECURS):
+        one = request(f"a{number}", **label)
+        counts.arrived(one)
+        counts.stepped(step(**{one.request_id: 3}))
+        counts.ended(one, "stop")
+        counts.stepped(step(**{one.request_id: 50}))  # nobody's
+    counts.arrived(request("b", **text))
+    counts.stepped(step(b=3))
+    found = counted(counts)
+    [(_, kind)] = found["kinds"].items()
+    assert Kind.of_dict(kind["kind"]) == Kind("label", (7, 11))
+    assert (kind["requests"], kind["tokens"]) == (RECURS, 3 * RECURS)
+    assert (found["requests"], found["tokens"]) == (RECURS + 1, 53 * RECURS + 3)
+
+
+def test_the_end_of_a_request_is_not_that_of_another_one_with_its_name(counts):
+    first, second = request("a"), request("a")
+    counts.arrived(first)
+    counts.arrived(second)
+    counts.ended(first, "abort")
+    counts.stepped(step(a=4))
+    counts.close()
+    assert counts.file._table.no_kind.tokens == 4
+
+
+def test_what_came_is_reported_now_and_then_and_once_no_work_is_left(counts, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(kinds.time, "monotonic", lambda: now[0])
+    one = request("a")
+
+    def come(rows: int) -> Any:
+        counts.stepped(step(a=rows))
+        return [count for kind, *_, count in counts.report().get("added", ())]
+
+    counts.arrived(one)
+    assert come(3) == [1, 3]
+    assert come(1) == []
+    now[0] += kinds.REPORT_SECONDS
+    assert come(1) == [0, 2]
+    counts.ended(one, "stop")
+    assert come(1) == [0, 1]
+    counts.close()
+
+
+def test_two_servers_in_one_directory_do_not_overwrite_each_others_counts(own, monkeypatch):
+    monkeypatch.setattr(kinds, "WRITE_SECONDS", 0.01)
+    first = KindFile(own, model="m")
+    first.arrived(None, 5)
+    wait_for(own.kinds.exists)
+    second = KindFile(own, model="m")
+    for _ in range(9):
+        second.arrived(None, 5)
+    second.close()
+    first.close()
+    assert read_json(own.kinds)["requests"] == 1
+    third = KindFile(own, model="m")
+    third.arrived(None, 5)
+    third.close()
+    assert read_json(own.kinds)["requests"] == 2
+
+
+@pytest.fixture
+def own(tmp_path) -> AutoDirectory:
+    found = AutoDirectory(tmp_path / "own")
+    found.create()
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
+
+
+def test_a_disk_that_is_full_stops_nothing_and_is_said_once(own, monkeypatch, caplog_vllm):
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kinds, "write_json", full)
+    monkeypatch.setattr(kinds, "WRITE_SECONDS", 0.01)
+    counting = KindFile(own, model="m")
+    for _ in range(5):
+        counting.arrived(None, 5)
+        counting._closed.wait(0.03)
+    counting.close()
+    assert caplog_vllm.text.count("No space left on device") == 1
