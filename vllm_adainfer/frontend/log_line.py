@@ -16,7 +16,7 @@ class LogLines:
     """Sums up one engine's reports between two log lines."""
 
     def __init__(self, depth: int) -> None:
-        """`depth` is the model's number of layers."""
+        """`depth` is the model's number of layers; only lines about exits need it."""
         self._depth = depth
         self._sums: Counter[str] = Counter()
         self._kinds: dict[str, Counter[str]] = defaultdict(Counter)

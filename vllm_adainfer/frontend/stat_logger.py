@@ -38,10 +38,10 @@ class WithExitStats(_Manager):
         if settings is None:
             return
         model = vllm_config.model_config
-        depth = model.hf_text_config.num_hidden_layers
         configs: dict[str, ArtifactConfig] = {}
-        layers = None
+        layers, depth = None, 0
         if not settings.runs_stock:
+            depth = model.hf_text_config.num_hidden_layers
             configs = served_configs(vllm_config, settings)
             points = {point for config in configs.values() for point in config.all_exit_points}
             layers = (*sorted(points.union(settings.fixed_exit_points(depth))), depth)

