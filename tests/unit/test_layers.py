@@ -19,7 +19,7 @@ BELOW = {
     "files": {"errors"},
     "settings": {"errors"},
     "artifact": {"files", "errors"},
-    "auto": {"files", "errors"},
+    "auto": {"watch", "files", "errors"},
     "promise": {"artifact", "arrays"},
     "policy": {"promise", "artifact", "settings", "kernels", "arrays", "errors"},
     "watch": {"artifact", "arrays", "errors"},

@@ -8,7 +8,7 @@ DIR/KIND/trainer.json         the tries to certify a policy (trainer)
 DIR/KIND/policy-NUMBER/       a certified artifact (trainer)
 DIR/KIND/ledger.json          the ledger (worker)
 DIR/current.json              the policy of each kind to serve (trainer)
-DIR/index.html                a page of all this (trainer, or `vllm-adainfer kinds --page`)
+DIR/index.html                a page of all this (`vllm-adainfer kinds --page`)
 DIR/KIND/bad.json             the policy that is quarantined (worker)
 DIR/identity.json             identity of the server: weights, exit points, promise. Everything else
                               here is valid for it alone (worker)

@@ -118,8 +118,7 @@ class Ledger:
         would still be within the budget. A request is let in or not before its own coin is looked
         at: only coins of earlier ones count against it, as the martingale needs.
         """
-        room = 0 if self.is_closed else self._room(self.rate)
-        count = 0
+        room, count = self.spare(len(compared)), 0
         for coin in compared:
             if room == 0:
                 break
@@ -138,17 +137,24 @@ class Ledger:
         """
         self.requests += requests
         self.decided += decided
-        self.misses += misses
         self.largest_step = max(self.largest_step, requests)
-        self._weighed += misses / self.rate
-        for index, c in enumerate(GRID):
-            if self._bounds[index] < math.inf:
-                self._bounds[index] += misses * growth(c, self.rate)
+        self._count(misses)
         most_unused = max(MOST_UNUSED, MOST_UNUSED_STEPS * self.largest_step)
         earned = self.allowed + self.epsilon * requests
         self.allowed = min(earned, self.changed_at_most + most_unused)
         self._judge(decided, misses)
         self._set_rate()
+
+    def _count(self, misses: int) -> None:
+        self.misses += misses
+        self._weighed += misses / self.rate
+        for index, c in enumerate(GRID):
+            if self._bounds[index] < math.inf:
+                self._bounds[index] += misses * growth(c, self.rate)
+
+    def spare(self, most: int) -> int:
+        """How many further misses the budget allows for, at most `most`."""
+        return 0 if self.is_closed else min(most, self._room(self.rate))
 
     def _judge(self, decided: int, misses: int) -> None:
         """Close the kind for good once it is evident that its policy changes too much."""
@@ -187,8 +193,11 @@ class Ledger:
         ]
         return max(rooms, default=0)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The whole state, for a JSON file."""
+    def as_dict(self, reserved: int = 0) -> dict[str, Any]:
+        """The whole state, for a JSON file; `reserved` misses will count as if they had happened.
+
+        ``changed_at_most`` and ``closed`` are for who reads the file.
+        """
         return {
             "epsilon": self.epsilon,
             "alpha": self.alpha,
@@ -203,6 +212,9 @@ class Ledger:
             "weighed": self._weighed,
             "evidence": self._evidence.as_dict(),
             "why_closed": self.why_closed,
+            "reserved": reserved,
+            "changed_at_most": self.changed_at_most if self.decided else 0.0,
+            "closed": self.is_closed,
         }
 
     @classmethod
@@ -224,6 +236,8 @@ class Ledger:
             ledger.largest_step = int(state.get("largest_step", 0))
             if "evidence" in state:
                 ledger._evidence.restore(state["evidence"])
+            # They are no evidence against the policy, as they may not have happened.
+            ledger._count(int(state.get("reserved", 0)))
             ledger.why_closed = None if state["why_closed"] is None else str(state["why_closed"])
         except (AdaInferError, ArithmeticError, KeyError, TypeError, ValueError):
             return None

@@ -177,7 +177,7 @@ class RunningRequests:
         if self.kinds is not None:
             serves = not self._loop.stats.weights_differ
             first = np.flatnonzero(serves & yields_token & (last + 1 == prompt))
-            shadow, recorded = self.kinds.gate(admitted, first, query_lens, rows)
+            shadow, recorded = self.kinds.admit_by_ledger(admitted, first, query_lens, rows)
         elif (tightened := self._loop.tightened()) is not None:
             shadow = np.array([request.resolved.is_shadow for request in admitted])
             rows[tightened[rows] & ~shadow] = FULL_DEPTH

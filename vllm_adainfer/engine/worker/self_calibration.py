@@ -134,12 +134,13 @@ class SelfCalibration:
             if time.monotonic() >= self._next_tick or not is_open:
                 self._next_tick = time.monotonic() + TICK_SECONDS
                 self._tick()
+        self._tried("ledgers cannot be written", partial(self.kinds.save, is_last=True))
         self._trainer.close()
         self._held.close()
 
     def _tick(self) -> None:
         self._forget_lost()
-        self._tried("ledgers cannot be written", self._save_ledgers)
+        self._tried("ledgers cannot be written", self.kinds.save)
         self._tried("policies cannot be read", self._read_policies)
         self._tried("the trainer cannot be started", self._trainer.keep_running)
         self._tried("the model cannot be described to the trainer", self._describe_model)
@@ -191,19 +192,15 @@ class SelfCalibration:
             return "given up"
         return "recorded" if self._rows.counts.get(kind, 0) >= MOST_ROWS else "recording"
 
-    def _save_ledgers(self) -> None:
-        for name in list(self.kinds.kinds):
-            self.kinds.save(name)
-
     def _status(self) -> None:
         """A line about each kind that got requests since the last one."""
         self._rows.forget_old()
         work = self._model.loop.stats.by_policy
         for name, own in list(self.kinds.kinds.items()):
-            facts = own.reading()
-            if self._told.get(name) == facts["requests"]:
+            facts = own.reading
+            if self._told.get(name) == own.ledger.requests:
                 continue
-            self._told[name] = facts["requests"]
+            self._told[name] = own.ledger.requests
             if name in work:
                 counts = work[name].work
                 run, skipped = counts["layers_run"], counts["layers_skipped"]

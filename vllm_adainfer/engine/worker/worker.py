@@ -143,7 +143,7 @@ class ExitWorker(_Worker):
 
         In nearly all steps there is nothing new, and no kind has lost its place.
         """
-        if lost := calibration.kinds.take_lost():
+        if lost := calibration.kinds.places.take_lost():
             self._served.replace({}, without=[n for n in lost if n in self._served.model.artifacts])
             calibration.forget(lost)
         if built := calibration.take_built():

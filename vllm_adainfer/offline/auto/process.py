@@ -13,7 +13,6 @@ from pathlib import Path
 from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.errors import AdaInferError
 
-PAGE_SECONDS = 60.0
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -39,16 +38,11 @@ def run(root: Path, parent: int | None) -> None:
         import torch
 
         from vllm_adainfer.offline.auto.trainer import SECONDS, Trainer
-        from vllm_adainfer.offline.reports.timeline import write_page
 
         torch.set_num_threads(1)
-        trainer, next_page = Trainer(directory), 0.0
+        trainer = Trainer(directory)
         while True:
             trainer.look()
-            if time.monotonic() >= next_page:
-                next_page = time.monotonic() + PAGE_SECONDS
-                with suppress(AdaInferError, ValueError):  # nothing is counted, or the disk is full
-                    write_page(root)
             time.sleep(SECONDS)
 
 
