@@ -118,7 +118,7 @@ CALIBRATION = {
 """What each step of calibration imports of the other ones."""
 OFFLINE = {
     "adapter": set(),
-    "auto": {"reports", "calibration", "pretrained", "progress"},
+    "auto": {"calibration", "pretrained", "progress"},
     "calibration": {"facts", "adapter", "pretrained", "progress", "provenance"},
     "facts": {"tables"},
     "reports": {"calibration", "adapter", "pretrained", "tables"},
