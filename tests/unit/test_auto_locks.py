@@ -31,7 +31,7 @@ def test_a_start_is_refused_with_the_id_of_the_process_that_has_the_directory(
     with directory.held("server") as is_held:
         assert is_held
         with pytest.raises(AdaInferError, match=rf"^process {os.getpid()} is another server's "):
-            SelfCalibration(Auto(directory=str(directory.root)), nothing, nothing)
+            SelfCalibration(Auto(directory=str(directory.root)), nothing)
 
 
 def test_a_start_waits_for_a_server_that_is_ending(directory):
