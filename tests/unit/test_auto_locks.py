@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,11 +28,11 @@ def test_a_start_is_refused_with_the_id_of_the_process_that_has_the_directory(
     directory, monkeypatch
 ):
     monkeypatch.setattr(self_calibration, "LOCK_SECONDS", 0.01)
-    nothing: Any = None  # is needed once the directory is held
+    served: Any = SimpleNamespace(model=None)  # what is needed once the directory is held
     with directory.held("server") as is_held:
         assert is_held
         with pytest.raises(AdaInferError, match=rf"^process {os.getpid()} is another server's "):
-            SelfCalibration(Auto(directory=str(directory.root)), nothing)
+            SelfCalibration(Auto(directory=str(directory.root)), served)
 
 
 def test_a_start_waits_for_a_server_that_is_ending(directory):
