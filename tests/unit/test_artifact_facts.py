@@ -10,12 +10,12 @@ from tests import student
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import Gate, LabelBound, LabelRisk, Level, SharedTokens
-from vllm_adainfer.artifact.promise import wrong_in_words
-from vllm_adainfer.artifact.words import promise_in_words
 from vllm_adainfer.engine.startup.banner import policy_banner
 from vllm_adainfer.offline.calibration.write.card import model_card
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import Table, as_text
+from vllm_adainfer.promise.kinds import promise_of
+from vllm_adainfer.promise.words import promise_in_words
 from vllm_adainfer.settings.engine import Settings
 
 DETAILS: dict[str, Any] = {
@@ -90,7 +90,7 @@ def test_start_up_line_text_and_card_use_the_same_words(tiny_model, changes, mod
     promise = promise_in_words(config, config.epsilon)
     found = artifact_facts(config, DETAILS)[0]
     assert promise == (
-        f"at most 5 % of the answers wrong (confidence 90%; wrong: {wrong_in_words(config)})"
+        f"at most 5 % of the answers wrong (confidence 90%; wrong: {promise_of(config).words()})"
     )
     assert f", {promise}, 20% of layers saved in calibration" in line
     assert line.endswith("kv exact, shadow rate 0")

@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 from tests.tiny import tiny_config
 from tests.unit.readings import outcomes
 from vllm_adainfer.artifact.fields import Gate, Label
-from vllm_adainfer.artifact.promise import wrong_in_words
 from vllm_adainfer.cli.promises import gates_of
 from vllm_adainfer.engine.admission.requested_output import OutputKind, RequestedOutput
 from vllm_adainfer.errors import AdaInferError
@@ -22,6 +21,7 @@ from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.reports import figures
 from vllm_adainfer.offline.reports.describe_report import _gates
 from vllm_adainfer.promise.gates import FURTHEST, Gates
+from vllm_adainfer.promise.kinds import promise_of
 
 LABELS = tuple(Label(name=name, token_id=token) for token, name in enumerate("abc"))
 GATES = (
@@ -154,7 +154,7 @@ def test_probabilities_are_served_and_the_label_alone_only_where_a_gate_decides_
 
 
 def test_what_is_wrong_is_said_of_each_gate(tiny_model):
-    assert wrong_in_words(config_with(tiny_model, BAD, Gate(probability=0.9))) == (
+    assert promise_of(config_with(tiny_model, BAD, Gate(probability=0.9))).words() == (
         "the probability of bad among the labels on the other side of 0.8 than at full depth or "
         "the best label's probability among the labels on the other side of 0.9 than at full "
         "depth, or another best label where full depth's is above"

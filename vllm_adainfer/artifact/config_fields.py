@@ -190,14 +190,6 @@ class ConfigFields(Strict):
         return tuple(label.token_id for label in self.labels)
 
     @property
-    def promises_best_label(self) -> bool:
-        """Whether another best label counts as wrong; of two labels, a gate at 0.5 decides."""
-        is_decided = len(self.labels) == 2 and any(
-            gate.label is not None and gate.probability == 0.5 for gate in self.gates
-        )
-        return not self.gates or is_decided
-
-    @property
     def never_settled(self) -> tuple[int, ...]:
         """Places of the labels that no early answer is; with choices also of the undecided one."""
         never = [i for i, label in enumerate(self.labels) if label.name in self.never_early]

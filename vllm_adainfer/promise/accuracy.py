@@ -23,6 +23,9 @@ class Accuracy(Changed):
     """
 
     risk = "accuracy"
+    lost = "accuracy lost"
+    bounded = "of accuracy lost"
+    measure = "points"
     closes = False
 
     @override

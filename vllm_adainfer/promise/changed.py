@@ -16,6 +16,8 @@ class Changed(Promise):
     """At most epsilon of the answers change."""
 
     risk: ClassVar[Risk] = "disagreement"
+    lost: ClassVar[str] = "disagreement"
+    bounded: ClassVar[str] = "of the {answers} changed"
     feature_names = FEATURES
     reads_probabilities = False
 
@@ -31,6 +33,10 @@ class Changed(Promise):
     @override
     def answers(self, scores: Tensor) -> Tensor:
         return scores
+
+    @override
+    def serves_probabilities(self, in_vocabulary: bool) -> bool:
+        return False
 
     @override
     def wrong(self, early: Outcome, full: Outcome) -> Tensor:

@@ -23,6 +23,7 @@ class FirstDocuments(Promise):
     """
 
     risk = "probability"
+    bounded = "of the queries wrong"
     unit = Unit.QUERY
     reads_values = True
     best_may_change = True
@@ -31,6 +32,10 @@ class FirstDocuments(Promise):
     def __init__(self, top_k: TopK) -> None:
         """See the class."""
         self.top_k = top_k
+
+    @override
+    def admits(self) -> dict[str, object]:
+        return super().admits() | {"the first documents that it promises": self.top_k}
 
     @override
     def wrong(self, early: Outcome, full: Outcome) -> Tensor:

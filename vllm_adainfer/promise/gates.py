@@ -45,6 +45,7 @@ class Gates(Promise):
         `vocabulary` is its size, for the logits of answers; None if the labels are all there is.
         """
         self.gates, self.link, self.vocabulary = tuple(gates), link, vocabulary
+        self._num_labels = len(labels)
         columns = {label.name: column for column, label in enumerate(labels)}
         self._columns = [None if one.label is None else columns[one.label] for one in gates]
         self._odds = [math.log(one.probability / (1 - one.probability)) for one in gates]
@@ -68,6 +69,17 @@ class Gates(Promise):
         nearest = margins.abs().argmin(dim=1, keepdim=True)
         margin = margins.gather(1, nearest)
         return torch.cat([margin.abs(), margin], dim=1)
+
+    @property
+    @override
+    def serves_best(self) -> bool:
+        """Of two labels, a gate at 0.5 on one decides which is best."""
+        decides = [one for one in self.gates if one.label is not None and one.probability == 0.5]
+        return self._num_labels == 2 and bool(decides)
+
+    @override
+    def admits(self) -> dict[str, object]:
+        return super().admits() | {"its gates": set(self.gates)}
 
     @override
     def wrong(self, early: Outcome, full: Outcome) -> Tensor:

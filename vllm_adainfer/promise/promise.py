@@ -58,6 +58,9 @@ class Promise(ABC):
 
     Attributes:
         risk: its name in artifacts.
+        lost: what epsilon bounds, in two words.
+        bounded: the same after a number of this `measure`; "{answers}" stands for these.
+        measure: "%", or the points of a difference.
         unit: what counts once in the bound.
         feature_names: what the classifiers read.
         reads_probabilities: whether it is about probabilities, so that heads have one more row, for
@@ -73,6 +76,9 @@ class Promise(ABC):
     """
 
     risk: ClassVar[Risk]
+    lost: ClassVar[str] = "wrong answers"
+    bounded: ClassVar[str] = "of the answers wrong"
+    measure: ClassVar[str] = "%"
     unit: ClassVar[Unit] = Unit.ANSWER
     feature_names: ClassVar[tuple[str, ...]] = PROBABILITY_FEATURES
     reads_probabilities: ClassVar[bool] = True
@@ -95,6 +101,19 @@ class Promise(ABC):
     def answers(self, scores: Tensor) -> Tensor:
         """The answers of rows with a head's `scores`: fp32, as wide as these."""
         return answers_of(scores, self.vocabulary, self.link)
+
+    @property
+    def serves_best(self) -> bool:
+        """Whether it covers requests for the best token or label alone."""
+        return True
+
+    def serves_probabilities(self, in_vocabulary: bool) -> bool:
+        """Whether it covers requests for probabilities, among the labels or of all tokens."""
+        return not in_vocabulary or self.vocabulary is not None
+
+    def admits(self) -> dict[str, object]:
+        """All of it by which requests are admitted, by what users call it."""
+        return {"whether it bounds probabilities": self.reads_probabilities}
 
     @abstractmethod
     def wrong(self, early: Outcome, full: Outcome) -> Tensor:

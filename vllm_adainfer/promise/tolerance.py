@@ -30,6 +30,11 @@ class Tolerance(Promise):
         self.tolerance, self.link, self.vocabulary = tolerance, link, vocabulary
 
     @override
+    def admits(self) -> dict[str, object]:
+        with_mass = self.vocabulary is not None
+        return super().admits() | {"whether it certifies the label mass": with_mass}
+
+    @override
     def wrong(self, early: Outcome, full: Outcome) -> Tensor:
         wrong = ~(self.moves(early, full) <= self.tolerance)
         if self.link.one_holds:

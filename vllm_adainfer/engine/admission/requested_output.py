@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.fields import MOST_ANSWERS
 from vllm_adainfer.engine.compat.structured_outputs import choices_of
+from vllm_adainfer.promise.kinds import promise_of
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
@@ -52,12 +53,10 @@ class RequestedOutput:
             return self.choices is not None and self.choices == policy_choices(config)
         if not self.has_labels_of(config) and not self._is_in_pool(config):
             return False
+        promise = promise_of(config)
         if self.kind is OutputKind.TOKEN:
-            return config.promises_best_label
-        if config.gates:  # from any probabilities, a client can compute those among the labels
-            return True
-        certified = config.risk == "probability"
-        return certified and (config.label_mass or self.kind is OutputKind.AMONG_LABELS)
+            return promise.serves_best
+        return promise.serves_probabilities(self.kind is OutputKind.IN_VOCABULARY)
 
     def has_labels_of(self, config: ArtifactConfig) -> bool:
         """Whether a policy is for exactly these labels, or these choices."""

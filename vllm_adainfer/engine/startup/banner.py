@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.words import (
+from vllm_adainfer.promise.words import (
     outputs_in_words,
     probabilities_in_words,
     probes_in_words,

@@ -21,6 +21,7 @@ from vllm_adainfer.engine.startup.policy_refusals import refuse_policy
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
+from vllm_adainfer.promise.kinds import promise_of
 from vllm_adainfer.watch.watch import Watch
 
 # By name, the artifact and the policy of each of its parts.
@@ -208,11 +209,8 @@ def _admitted_by(config: ArtifactConfig) -> dict[str, object]:
         "what its scores are made into": config.score_head,
         "whether it serves any of its labels (--label-pool)": config.label_pool,
         "whether it is for more than one token (--max-tokens)": config.max_tokens > 1,
-        "whether it bounds probabilities": config.risk == "probability",
-        "whether it certifies the label mass": config.label_mass,
         "the labels that are never early answers": set(config.never_early),
-        "its gates": set(config.gates),
-        "the first documents that it promises": config.top_k,
+        **promise_of(config).admits(),
     }
     if config.student is not None:
         facts["how its student reads requests"] = config.student.reads, config.shared

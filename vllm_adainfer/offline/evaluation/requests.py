@@ -12,6 +12,7 @@ from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.engine.admission.requested_output import OutputKind
 from vllm_adainfer.offline.calibration.record.asking import greedy, scores_of
 from vllm_adainfer.offline.evaluation.run import Logprobs
+from vllm_adainfer.promise.kinds import promise_of
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, PoolingRequestOutput, RequestOutput, SamplingParams
@@ -23,9 +24,10 @@ def promised_output(config: ArtifactConfig) -> OutputKind:
         return OutputKind.SCORES
     if config.choices:
         return OutputKind.CHOICE
-    if config.risk != "probability":
+    promise = promise_of(config)
+    if not promise.reads_probabilities:
         return OutputKind.TOKEN
-    whole = config.label_mass or config.gates
+    whole = promise.serves_probabilities(in_vocabulary=True)
     return OutputKind.IN_VOCABULARY if whole else OutputKind.AMONG_LABELS
 
 

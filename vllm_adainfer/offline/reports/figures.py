@@ -8,8 +8,8 @@ from typing import Any
 from plotly.graph_objects import Bar, Figure, Scatter
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.words import RISKS
 from vllm_adainfer.offline.reports.page import Panel, Points
+from vllm_adainfer.promise.kinds import promise_of
 
 MARKER = {"color": "#d1242f", "size": 13, "symbol": "diamond"}
 LAYOUT = {
@@ -61,7 +61,7 @@ def risk_curve(config: ArtifactConfig, details: Mapping[str, Any], index: int) -
     """The risk on held-out rows and its bound, along the threshold path."""
     curve = details["risk_curve"]
     saved = [100 * point["layers_saved"] for point in curve]
-    figure = _figure("layers saved, %", f"{RISKS[config.risk]}, %")
+    figure = _figure("layers saved, %", f"{promise_of(config).lost}, %")
     for key, name in (("risk", "held-out rows"), ("bound", f"bound at {1 - config.delta:.0%}")):
         y = [100 * point[key] for point in curve]
         figure.add_trace(Scatter(x=saved, y=y, name=name, mode="lines"))

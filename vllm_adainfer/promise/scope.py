@@ -1,54 +1,9 @@
-"""What a policy promises, in words for logs, cards and reports."""
+"""What a promise covers, in words: labels, prompts, texts, and each bound by itself."""
 
 from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.fields import Gate, Student
-
-
-def wrong_in_words(config: ArtifactConfig) -> str:
-    """Which answers count as wrong under a policy that bounds label probabilities."""
-    if config.gates:
-        return " or ".join(_gate_in_words(gate, config) for gate in config.gates)
-    if config.top_k is not None:
-        return (
-            f"a query that loses one of its first {config.top_k.k} documents which at full depth "
-            f"scores more than {config.top_k.margin:g} above the next"
-        )
-    if config.score_head == "sigmoids":
-        return f"a label's probability that moves by more than {config.tolerance:g}"
-    where = " (among the labels or in the whole vocabulary)" if config.label_mass else ""
-    return (
-        f"another best label than full depth's, or a label's probability{where} that moves by more "
-        f"than {config.tolerance:g}"
-    )
-
-
-RIGHT_SIDE = "probabilities are right about their side of the gates, not in value"
-RIGHT_FIRST = "scores are right about which documents of a query come first, not in value"
-RIGHT_BEST = "probabilities are right about which is largest, not in value"
-
-
-def right_about(config: ArtifactConfig) -> str:
-    """What is right about probabilities that a policy serves; "" if their values are."""
-    if config.gates:
-        return RIGHT_SIDE
-    if config.top_k is not None:
-        return RIGHT_FIRST
-    return RIGHT_BEST if config.score_head is not None and config.tolerance is None else ""
-
-
-def _gate_in_words(gate: Gate, config: ArtifactConfig) -> str:
-    """Which answers are on the wrong side of a gate."""
-    side = f"on the other side of {gate.probability:g} than at full depth"
-    if config.score_head == "sigmoids":
-        return f"the probability of {gate.label} {side}"
-    if gate.label is None:
-        return (
-            f"the best label's probability among the labels {side}, or another best label where "
-            "full depth's is above"
-        )
-    return f"the probability of {gate.label} among the labels {side}"
+from vllm_adainfer.artifact.fields import Student
 
 
 def student_in_words(student: Student) -> str:

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.artifact.promise import about_labels, right_about, wrong_in_words
-
-RISKS = {
-    "disagreement": "disagreement",
-    "accuracy": "accuracy lost",
-    "probability": "wrong answers",
-}
+from vllm_adainfer.promise.kinds import promise_of
+from vllm_adainfer.promise.scope import about_labels
 
 
 def probes_in_words(config: ArtifactConfig) -> str:
@@ -34,26 +29,22 @@ def outputs_in_words(config: ArtifactConfig) -> str:
         return f"the {what} of a prompt among {names}"
     if config.label_pool:
         names = f"two or more of {names}"
-    what = "among" if config.promises_best_label else "that read probabilities among"
+    what = "among" if promise_of(config).serves_best else "that read probabilities among"
     return f"{tokens} {what} {names}"
 
 
 def at_most(config: ArtifactConfig, epsilon: float | None = None) -> str:
     """The promise with this `epsilon`; None leaves it a name."""
-    unit = "points" if config.risk == "accuracy" else "%"
-    number = "epsilon" if epsilon is None else f"{100 * epsilon:g} {unit}"
+    promise = promise_of(config)
+    number = "epsilon" if epsilon is None else f"{100 * epsilon:g} {promise.measure}"
     answers = "answers" if config.max_tokens == 1 else "tokens, each after the same text,"
-    bounded = {
-        "disagreement": f"of the {answers} changed",
-        "accuracy": "of accuracy lost",
-        "probability": "of the answers wrong" if config.top_k is None else "of the queries wrong",
-    }[config.risk]
-    return f"at most {number} {bounded}"
+    return f"at most {number} {promise.bounded.format(answers=answers)}"
 
 
 def promise_in_words(config: ArtifactConfig, epsilon: float) -> str:
     """The whole promise at `epsilon`: with what is wrong, and over which requests it holds."""
-    wrong = [f"wrong: {wrong_in_words(config)}"] if config.risk == "probability" else []
+    promise = promise_of(config)
+    wrong = [f"wrong: {promise.words()}"] if promise.reads_probabilities else []
     over = []
     if config.by_question:
         over = [f"for each of {len(config.questions)} questions, others run all layers"]
@@ -65,8 +56,9 @@ def promise_in_words(config: ArtifactConfig, epsilon: float) -> str:
 
 def probabilities_in_words(config: ArtifactConfig) -> str:
     """Which requests for probabilities may exit, and what is right about them; "" if none may."""
-    if config.risk != "probability" or config.score_head is not None:
-        return right_about(config)
+    promise = promise_of(config)
+    if not promise.reads_probabilities or config.score_head is not None:
+        return promise.right_about
     whole = (
         "requests for probabilities in the whole vocabulary (logprob_token_ids = the labels, as "
         "/generative_scoring and /v1/systemone send)"
@@ -76,8 +68,7 @@ def probabilities_in_words(config: ArtifactConfig) -> str:
         "may exit on a server started with --logprobs-mode processed_logprobs, and run at full "
         "depth on any other"
     )
-    if config.gates:
-        return f"{whole} may exit; {among}; {right_about(config)}"
-    if config.label_mass:
-        return f"{whole} may exit; {among}"
+    if promise.serves_probabilities(in_vocabulary=True):
+        said = [f"{whole} may exit", among, promise.right_about]
+        return "; ".join(one for one in said if one)
     return f"the label mass is not certified, so {whole} run at full depth; {among}"
