@@ -101,8 +101,7 @@ CALIBRATION = {
     "enough_rows": {"certify", "data", "options"},
     "prompts": {"label_promises", "enough_rows", "certify", "fit", "data", "options"},
     "write": {"fitted_policy", "certify", "fit"},
-    "last_token": {"fitted_policy", "certify", "fit"},
-    "best_policy": {"last_token", "fitted_policy", "fit", "record", "data", "options"},
+    "best_policy": {"fitted_policy", "fit", "record", "data", "options"},
     "calibrate": {
         "best_policy",
         "write",

@@ -30,7 +30,7 @@ from vllm_adainfer.offline.calibration.data.student_base import (
     StudentBase,
     load_student_base,
 )
-from vllm_adainfer.offline.calibration.fit import cost, trained_exits, training
+from vllm_adainfer.offline.calibration.fit import cost, exits, training
 from vllm_adainfer.offline.calibration.fit import student as students
 from vllm_adainfer.offline.calibration.fit.distil import Taught
 from vllm_adainfer.offline.calibration.fit.student import train_student
@@ -217,7 +217,7 @@ def test_a_student_that_takes_longer_than_it_saves_is_left_out(
 
 
 def test_without_a_student_nothing_is_trained(recording, monkeypatch):
-    monkeypatch.setattr(trained_exits, "_fit_exit", None)
+    monkeypatch.setattr(exits, "fit_trained", None)
     policy = best_policy(calibration(recording), "auto")
     assert policy.student is None
     assert {len(exit.fitted.loss) for exit in policy.candidates} == {len(SPLIT.fit)}

@@ -15,8 +15,9 @@ from vllm_adainfer.offline.calibration.fitted_policy import (
     FittedPolicy,
     fit_candidates,
     make_policy,
+    of_last_token,
+    with_last_token,
 )
-from vllm_adainfer.offline.calibration.last_token import of_last_token, with_last_token
 from vllm_adainfer.offline.calibration.options import ProbeChoice
 from vllm_adainfer.offline.calibration.record.own_states import OwnStates
 from vllm_adainfer.offline.progress import say

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from vllm_adainfer.artifact.kinds import LABEL_HEADS
 from vllm_adainfer.offline.calibration.certify.certify import Points
-from vllm_adainfer.offline.calibration.certify.terms import Terms, certified
+from vllm_adainfer.offline.calibration.certify.terms import (
+    Terms,
+    certified,
+    certified_together,
+)
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration
-from vllm_adainfer.offline.calibration.fit.choose import Choice
-from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits
-from vllm_adainfer.offline.calibration.fit.learning_curve import CurvePoint, learning_curve
+from vllm_adainfer.offline.calibration.fit.choose import Choice, layers_saved
+from vllm_adainfer.offline.calibration.fit.exits import FittedExit, fit_exits, with_trained
 from vllm_adainfer.offline.calibration.fit.student import TrainedStudent
-from vllm_adainfer.offline.calibration.fit.trained_exits import with_trained
-from vllm_adainfer.offline.progress import progress
+from vllm_adainfer.offline.progress import progress, say
 from vllm_adainfer.policy.student import Student
+
+SHARES = (0.25, 0.5, 1.0)  # of the prompts, for the learning curve
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Exit points fitted on so many prompts, and the share of layers that they save, 0 to 1."""
+
+    prompts: int
+    layers_saved: float
 
 
 @dataclass(frozen=True)
@@ -70,13 +82,20 @@ class FittedPolicy:
     def learning_curve(self) -> list[CurvePoint]:
         """What the exit points save if fewer prompts are fitted on; empty for other probes.
 
-        Also empty with a student or branches, which would be trained three times.
+        These are judged out of fold: the held-out ones are for the bound alone. Also empty with a
+        student or branches, which would be trained three times.
         """
-        is_head = self.calibration.target.kind in LABEL_HEADS
+        calibration, split = self.calibration, self.calibration.split
+        is_head = calibration.target.kind in LABEL_HEADS
         if not is_head or self.student is not None or self.branches:
             return []
-        layers = [exit.layer for exit in self.exits]
-        return learning_curve(self.calibration, layers, self.choice.allowed)
+        layers, depth = [exit.layer for exit in self.exits], calibration.rows.model.depth
+        curve = []
+        for share in SHARES:
+            fit = split.fit[: round(len(split.fit) * share)]
+            exits = fit_exits(replace(calibration, split=replace(split, fit=fit)), layers)
+            curve.append(CurvePoint(len(fit), layers_saved(exits, depth, self.choice.allowed)))
+        return curve
 
 
 def fit_candidates(
@@ -107,3 +126,38 @@ def make_policy(
     choice = Choice.of(calibration, candidates, terms.rows_allowed(candidates))
     points, questions = certified(terms, choice.exits)
     return FittedPolicy(calibration, heads, candidates, choice, points, questions)
+
+
+def of_last_token(policy: FittedPolicy) -> Calibration:
+    """The data of a pooled policy for heads that read the last token alone."""
+    calibration = policy.calibration
+    target = replace(calibration.target, kind="label-head")
+    students = tuple(one for one in calibration.trained if one.layer == 0)
+    return replace(calibration, target=target, trained=students)
+
+
+def with_last_token(
+    policy: FittedPolicy, last: Calibration, candidates: Sequence[FittedExit]
+) -> FittedPolicy:
+    """A pooled policy with the part for the last token, from `candidates` fitted on `last`.
+
+    That part decides where a policy cannot see a prompt as a whole. Both parts are certified anew,
+    by one bound that holds whichever decides a request.
+    """
+    # No cuts of their own: such requests are few.
+    layers = {exit.layer for exit in policy.exits}
+    own = make_policy(last, [exit for exit in candidates if exit.layer in layers])
+    if not policy.exits:
+        return policy
+    parts = certified_together(policy.terms, policy.exits, own.exits)
+    policy, own = (
+        replace(part, points=points, questions=questions)
+        for part, (points, questions) in zip((policy, own), parts, strict=True)
+    )
+    if any(point.layers_saved > 0 for point in own.points.values()):
+        return replace(policy, last_token=own)
+    say(
+        "heads for the last token alone cannot be certified within the bound of those for whole "
+        "prompts: requests with tokens of their own in the prefix cache run all layers"
+    )
+    return policy

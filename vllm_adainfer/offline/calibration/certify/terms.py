@@ -19,6 +19,7 @@ from vllm_adainfer.offline.calibration.certify.certify import (
     combine_questions,
 )
 from vllm_adainfer.offline.calibration.certify.label_bounds import LabelTest
+from vllm_adainfer.offline.calibration.certify.parts import certify_pairs, pairs_of_thresholds
 from vllm_adainfer.offline.calibration.certify.path import threshold_grid, threshold_path
 from vllm_adainfer.offline.calibration.certify.queries import Queries, rows_allowed
 from vllm_adainfer.offline.calibration.data.split import numbered
@@ -137,3 +138,36 @@ def certified(terms: Terms, exits: Sequence[FittedExit]) -> tuple[Points, dict[s
     }
     questions = {name: points for name, points in found.items() if points}
     return combine_questions(by_question, questions, exits, depth), questions
+
+
+def certified_together(
+    terms: Terms, whole: Sequence[FittedExit], last: Sequence[FittedExit]
+) -> tuple[tuple[Points, dict[str, Points]], tuple[Points, dict[str, Points]]]:
+    """`certified` for heads that read whole prompts, and for those that read the last token.
+
+    Both have the loosest pairs of thresholds that one bound certifies, see `certify.parts`. Without
+    heads for the last token, the other part is full depth.
+    """
+    bound, epsilons, depth = terms.bound, terms.epsilons, terms.calibration.rows.model.depth
+    if last:
+        thresholds = pairs_of_thresholds(whole, last, depth, terms.fitted_queries)
+    else:
+        last = whole
+        thresholds = [(threshold, float("inf")) for threshold in threshold_grid(whole)]
+    if not terms.calibration.options.by_question:
+        tests, queries = terms.tests, terms.queries
+        points, own_points = certify_pairs(
+            whole, last, depth, thresholds, epsilons, bound, tests=tests, queries=queries
+        )
+        return (points, {}), (own_points, {})
+    by_question = terms.certifiable_questions()
+    parts = {
+        name: certify_pairs(whole, last, depth, thresholds, epsilons, bound, rows)
+        for name, rows in by_question.items()
+    }
+
+    def combined(exits: Sequence[FittedExit], place: int) -> tuple[Points, dict[str, Points]]:
+        questions = {name: both[place] for name, both in parts.items() if both[place]}
+        return combine_questions(by_question, questions, exits, depth), questions
+
+    return combined(whole, 0), combined(last, 1)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vllm_adainfer.arrays import Bools, Floats, Ints
-from vllm_adainfer.offline.calibration.fit.calibration import Calibration
+from vllm_adainfer.artifact.label_subsets import restrict
+from vllm_adainfer.offline.calibration.fit.calibration import Calibration, TrainedProbe
 from vllm_adainfer.offline.calibration.fit.classifier import fit_classifier
 from vllm_adainfer.offline.calibration.fit.crf import fit_crf
 from vllm_adainfer.offline.calibration.fit.loss import Loss, ProbeAnswers, disagreement
@@ -24,6 +25,7 @@ from vllm_adainfer.offline.calibration.fit.probes import (
     StateProbe,
     Target,
     answers_of_probe,
+    answers_of_scores,
     fit_probes,
 )
 from vllm_adainfer.offline.calibration.record.rows import FOLDS, Rows
@@ -179,6 +181,40 @@ def fit_exit(
         for one, rows in ((unseen, calibration.fitted), (held_out, calibration.held_out))
     )
     return FittedExit(layer, probe, classifier, fitted, certifying)
+
+
+def with_trained(calibration: Calibration, heads: Sequence[FittedExit]) -> list[FittedExit]:
+    """The candidates: `heads` with what was trained for a calibration.
+
+    A student takes the place of a head before the first layer; a branch stands beside its layer's
+    head. A probe whose classifier cannot be learned is left out.
+    """
+    taken = {0} & {one.layer for one in calibration.trained}
+    found = [head for head in heads if head.layer not in taken]
+    trained = (fit_trained(calibration, one) for one in calibration.trained)
+    found += [exit for exit in trained if exit is not None]
+    return sorted(found, key=lambda exit: exit.layer)
+
+
+def fit_trained(calibration: Calibration, trained: TrainedProbe) -> FittedExit | None:
+    """An exit point of what was trained, judged on the rows that fit by what has not seen them."""
+    rows, target, held_out = calibration.rows, calibration.target, calibration.held_out
+
+    def judged(scores: Tensor, where: Ints) -> Judged:
+        early = answers_of_scores(trained.probe.head, scores, target.gates)
+        full = rows.tokens[where]
+        return Judged.of(early, full, calibration.loss(early, full, where))
+
+    unseen = restrict(trained.unseen, target.subsets_of(calibration.fitted))
+    scores = trained.scores(rows.prompts[held_out], target.subsets_of(held_out))
+    return fit_exit(
+        calibration,
+        trained.layer,
+        trained.probe,
+        judged(unseen, calibration.fitted),
+        judged(scores, held_out),
+        trained.asked,
+    )
 
 
 def judge(
