@@ -1,4 +1,4 @@
-"""The suite's report: its JSON, two Markdown tables and three plots."""
+"""The suite's report: its JSON and two Markdown tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.common.report_files import as_png
 from vllm_adainfer.offline.calibration.options import PolicyOptions
 from vllm_adainfer.offline.provenance import provenance
 from vllm_adainfer.offline.tables import markdown_table
@@ -207,48 +206,3 @@ def _methods_table(report: dict[str, Any]) -> str:
         "expected speed-up",
     ]
     return markdown_table(columns, rows, text_columns=2)
-
-
-def plots(report: dict[str, Any]) -> bytes:
-    """PNG: agreement by layer, disagreement against layers saved, and speed-up."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    agreement, coverage, pareto = figure.subplots(1, 3)
-    meaningful = [row for row in report["tasks"] if not row["at_chance"]]
-    for index, row in enumerate(meaningful):
-        colour, curve = f"C{index}", row["agreement"]
-        agreement.plot(curve["layers"], curve["probe"], color=colour, label=row["title"])
-        agreement.plot(curve["layers"], curve["logit_lens"], color=colour, linestyle=":")
-        if "risk_coverage" in row:
-            path = row["risk_coverage"]
-            saved, risk = path["layers_saved"], path["disagreement"]
-            coverage.plot(_percent(saved), _percent(risk), color=colour, label=row["title"])
-    agreement.set_xlabel("layer")
-    agreement.set_ylabel("agreement with full depth")
-    agreement.set_title("if every prompt left there: our probe; dotted: logit lens")
-    agreement.legend(fontsize=8)
-    coverage.axhline(100 * report["epsilon"], color="grey", linestyle=":")
-    coverage.set_xlabel("layers saved, %")
-    coverage.set_ylabel("disagreement on test prompts, %")
-    coverage.set_title("along the joint threshold")
-    for marker, (method, title) in zip("sv^xo", METHODS.items(), strict=True):
-        outcomes = [row["methods"][method] for row in meaningful]
-        found = [outcome for outcome in outcomes if outcome is not None]
-        pareto.scatter(
-            [outcome["expected_speedup"] for outcome in found],
-            _percent([outcome["disagreement"] for outcome in found]),
-            marker=marker,
-            label=title,
-        )
-    pareto.axhline(100 * report["epsilon"], color="grey", linestyle=":")
-    pareto.set_xlabel("expected speed-up of layers, probes and cuts")
-    pareto.set_ylabel("disagreement, %")
-    pareto.set_yscale("symlog", linthresh=1)
-    pareto.set_title("one point per task")
-    pareto.legend(fontsize=8)
-    return as_png(figure, report["provenance"])
-
-
-def _percent(shares: Sequence[float]) -> list[float]:
-    return [100 * share for share in shares]

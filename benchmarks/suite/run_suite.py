@@ -23,14 +23,13 @@ import typer
 
 from benchmarks.common.report_files import write_report
 from benchmarks.suite import methods
-from benchmarks.suite.report import markdown, plots, suite_report
+from benchmarks.suite.report import markdown, suite_report
 from benchmarks.suite.tasks import TaskData, load_suite, load_task
 from vllm_adainfer.artifact.files import load_artifact_config
 from vllm_adainfer.cli.app import errors_as_sentences
 from vllm_adainfer.cli.arguments import names_of
 from vllm_adainfer.offline.calibration.best_policy import best_policy
 from vllm_adainfer.offline.calibration.calibrate import label_ids
-from vllm_adainfer.offline.calibration.certify.certify import threshold_grid
 from vllm_adainfer.offline.calibration.data.shared import pooled_from, shared_tokens
 from vllm_adainfer.offline.calibration.data.split import random_order
 from vllm_adainfer.offline.calibration.enough_rows import check_rows
@@ -78,7 +77,7 @@ def main(
     max_test: Annotated[int, typer.Option(min=1, help="Most prompts to measure on.")] = 300,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds of stock and ours.")] = 3,
 ) -> None:
-    """Calibrate and measure each task; write JSON, a Markdown table and plots side by side."""
+    """Calibrate and measure each task; write JSON and a Markdown table side by side."""
     sizes = {"max_train": max_train, "max_test": max_test, "repeat": repeat}
     run_suite(SuiteRequest(model, output, data_dir, names_of(tasks), shots, **sizes))
 
@@ -116,7 +115,7 @@ class SuiteRequest:
 
 
 def run_suite(request: SuiteRequest) -> dict[str, Any]:
-    """Evaluate a model on the suite's tasks; write the report, its tables and the plots.
+    """Evaluate a model on the suite's tasks; write the report and its tables.
 
     Returns:
         the report, see `suite_report`.
@@ -149,7 +148,7 @@ def run_suite(request: SuiteRequest) -> dict[str, Any]:
         rows = judging.all(loaded)
         _measure(request, loaded, rows, Path(directory))
     report = suite_report(request.model, options, hf_config.num_hidden_layers, rows)
-    write_report(request.output, report, markdown(report), plots(report))
+    write_report(request.output, report, markdown(report))
     return report
 
 
@@ -233,11 +232,9 @@ class _Judging:
             ),
             "exit_points": [exit.layer for exit in policy.exits],
             "methods": _outcomes(policy, test),
-            "agreement": methods.agreement_curve(policy, test),
             "measured": None,
         }
         if options.epsilon in policy.points:
-            row["risk_coverage"] = methods.risk_coverage(policy, test, threshold_grid(policy.exits))
             write_artifact(
                 policy,
                 self.request.model,

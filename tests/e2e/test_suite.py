@@ -98,7 +98,6 @@ def test_every_method_stands_beside_ours(report, name):
         if outcome is not None:
             assert outcome["layers_run"] == pytest.approx(LAYERS * (1 - outcome["layers_saved"]))
             assert 0 <= outcome["disagreement"] <= 1
-    assert found["agreement"]["layers"] == list(range(1, LAYERS))
 
 
 def test_what_is_measured_in_vllm_is_what_was_judged_from_the_recording(report):
@@ -119,8 +118,7 @@ def test_a_task_at_chance_is_marked_and_left_out_of_the_means(report):
     assert report["averages"]["measured"]["speedup"] == row(report, "sst2")["measured"]["speedup"]
 
 
-def test_the_table_and_the_plots_lie_beside_the_report(written):
+def test_the_table_lies_beside_the_report(written):
     table = written.with_suffix(".md").read_text()
     for name in ("SST-2", "SQuAD", "AdaInfer as published", "static truncation", "at chance"):
         assert name in table
-    assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -36,54 +36,6 @@ def leave(
     return states
 
 
-def waiting(kv: Any, exit_index: int, *requests: int) -> list[int] | None:
-    wanted = np.isin(np.arange(3), requests or (0, 1, 2))
-    found = kv.waiting(exit_index, NAMES, wanted)
-    return None if found is None else found.tolist()
-
-
-def test_exact_gives_rows_back_in_order_of_requests_and_positions_with_their_policies():
-    kv = ExactKV()
-    leave(kv, 0, [2, 1], [1, 7], requests=(0, 1), policy=5)
-    leave(kv, 0, [1, 1], [2, 8], requests=(0,), policy=6)
-    assert waiting(kv, 1) is None
-    assert waiting(kv, 0) == [3, 1, 0]
-    states, policies = kv.rejoin(0, NAMES, np.array([3, 1, 0]))
-    assert states.hidden.flatten().tolist() == [0, 0, 0, 1]
-    assert states.residual.flatten().tolist() == [0, 1, 2, 7]
-    assert policies.tolist() == [5, 5, 6, 5]
-    assert waiting(kv, 0) is None
-
-
-def test_states_before_the_first_layer_wait_without_a_residual():
-    kv, layout = ExactKV(), RowLayout(np.array([2]), np.array([7]))
-    states = HiddenStates(torch.tensor([[3.0], [4.0]]))
-    rows = np.arange(2)
-    kv.leave(LeavingRows(0, NAMES, layout, rows, rows, states))
-    leave(kv, 1, [1], [5])
-    found, _ = kv.rejoin(1, NAMES, np.array([1, 0, 0]))
-    assert found.residual.tolist() == [[5.0]]
-    found, _ = kv.rejoin(0, NAMES, np.array([2, 0, 0]))
-    assert (found.hidden.tolist(), found.residual) == ([[3.0], [4.0]], None)
-
-
-def test_rows_of_a_request_that_leaves_again_keep_waiting():
-    kv = ExactKV()
-    leave(kv, 0, [1, 1], [4, 4], requests=(0, 1))
-    assert waiting(kv, 0, 1, 2) == [0, 1, 0]
-
-
-def test_exact_misses_what_waits_and_forgets_it_with_the_request():
-    kv = ExactKV()
-    leave(kv, 1, [3, 1], [2, 5], requests=(0, 1), policy=2)
-    leave(kv, 0, [1, 1], [3, 6], requests=(0,), policy=1)
-    assert (kv.missing("request 0", 3), kv.missing("request 1", 6)) == (4, 1)
-    forgotten = [(exit_index, rows.tolist()) for exit_index, rows in kv.forget("request 0")]
-    assert forgotten == [(1, [2, 2, 2]), (0, [1])]
-    assert list(kv.forget("never heard of")) == []
-    assert (kv.missing("request 0", 3), kv.missing("request 1", 6)) == (0, 1)
-
-
 def test_where_layers_keep_a_state_nothing_from_the_first_row_that_waited_is_ever_complete():
     """Also when the rows have gone through: the state in between is nowhere."""
     kv = RecurrentKV()

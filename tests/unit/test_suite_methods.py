@@ -127,24 +127,6 @@ def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeyp
         assert flat(found[name]) == expected
 
 
-def test_the_curves_are_of_the_test_prompts(recording, test, policy):
-    agreement = methods.agreement_curve(policy, test)
-    assert agreement["layers"] == list(LAYERS)
-    lens = logit_lens(recording, TARGET)
-    for index, exit in enumerate(policy.candidates):
-        state = recording.states[exit.layer][TESTS]
-        for name, probe in (("probe", exit.probe), ("logit_lens", lens)):
-            tokens = probe.score(probe.readout(state)).top1_id.numpy()
-            assert agreement[name][index] == np.mean(tokens == recording.tokens[TESTS])
-    assert agreement["probe"] != agreement["logit_lens"]
-    path = methods.risk_coverage(policy, test, [np.inf, 0.0, -np.inf])
-    first = policy.exits[0].layer
-    assert path["layers_saved"][0] == path["disagreement"][0] == 0
-    assert path["layers_saved"][-1] == pytest.approx(1 - first / DEPTH)
-    agreeing = agreement["probe"][LAYERS.index(first)]
-    assert path["disagreement"][-1] == pytest.approx(1 - agreeing)
-
-
 def row(accuracy: float, at_chance: bool, ours: dict[str, float] | None) -> dict[str, Any]:
     none = dict.fromkeys(METHODS)
     return {
