@@ -100,7 +100,7 @@ def test_static_truncation_stops_everyone_at_the_nearest_layer(recording, test, 
     lens = logit_lens(recording, TARGET)
     tokens = lens.score(lens.readout(recording.states[layer][TESTS])).top1_id.numpy()
     assert (found.layers_run, found.accuracy) == (layer, accuracy(tokens))
-    assert found.choice.expected_speedup == pytest.approx(DEPTH / layer)
+    assert found.expected_speedup == pytest.approx(DEPTH / layer)
 
 
 def test_adainfer_leaves_by_its_rules_and_pays_for_a_head_at_every_layer(monkeypatch):
