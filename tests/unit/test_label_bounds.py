@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.tiny import tiny_artifact, tiny_config
-from tests.unit.readings import Compared
+from tests.unit.readings import Compared, compare
 from vllm_adainfer.artifact.fields import Label, LabelBound, LabelRisk, Level
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.cli.promises import label_bounds
@@ -23,7 +23,6 @@ from vllm_adainfer.engine.runner.build_loop import monitor_of
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.exits.loop.loop import Loop
-from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.offline.calibration.certify.bound import Bound
 from vllm_adainfer.offline.calibration.certify.certify import (
     PathPoint,
@@ -271,44 +270,23 @@ def test_no_early_answer_is_such_a_label_not_even_at_a_tie(tiny_model, tmp_path,
 
 
 def shadowed(
-    monitor: Any,
-    policy: Any,
-    early: list[int],
-    full: list[int],
-    ids: Sequence[str] | None = None,
+    monitor: Any, early: list[int], full: list[int], ids: Sequence[str] | None = None
 ) -> PolicyStats:
     """Shadow requests with such labels early and at full depth; -1 is for not settled."""
-    settled = np.array(early) >= 0
-    logits = torch.nn.functional.one_hot(torch.tensor(full), 2).float()
-    columns = torch.tensor(early)[torch.from_numpy(settled)]
-    stats = PolicyStats()
-    answers = LabelScores(torch.nn.functional.one_hot(columns, 2).float(), torch.tensor([0, 1]))
-    shadow = ShadowAnswers(
-        name="guard",
-        policy=policy,
-        monitor=monitor,
-        stats=stats,
-        request_ids=ids or [str(number) for number in range(len(full))],
-        levels=np.zeros(len(full), dtype=np.int64),
-        settled=settled,
-        everyone=np.arange(len(full)),
-        requests=torch.from_numpy(np.flatnonzero(settled)),
-        subsets=None,
-        answers=answers,
-        read=lambda values: values.numpy(),
+    settled = [column >= 0 for column in early]
+    columns = torch.tensor([column for column in early if column >= 0])
+    logits, answered = (
+        torch.nn.functional.one_hot(one, 2).float() for one in (torch.tensor(full), columns)
     )
-    shadow.compare(logits, None)
-    return stats
-
-
-POLICY = Compared()
+    answers = LabelScores(answered, torch.tensor([0, 1]))
+    return compare(monitor, Compared(), answers, logits, [0] * len(full), settled, ids)
 
 
 def test_shadow_requests_are_counted_for_each_promise_settled_or_not(tiny_model):
     bounds = (promised("recall", "good"), promised("precision", "good"))
     monitor = monitor_of(config_with(tiny_model, label_bounds=bounds), SETTINGS)
     early, full = [1, 1, 0, -1, 0, 1, -1], [1, 0, 1, 1, 0, 1, 0]
-    stats = shadowed(monitor, POLICY, early, full)
+    stats = shadowed(monitor, early, full)
     answered = [wanted if seen < 0 else seen for seen, wanted in zip(early, full, strict=True)]
     pairs = Counter(zip(answered, full, strict=True))
     recall, precision = (0.02, "recall", "good"), (0.02, "precision", "good")
@@ -333,7 +311,7 @@ def test_a_broken_promise_closes_its_level_though_epsilon_holds(tiny_model, capl
         early, full = [0] * 60 + [1, 0] * 2, [0] * 60 + [1, 1] * 2
         if kind == "precision":
             early, full = full, early
-        shadowed(monitor, POLICY, early, full)
+        shadowed(monitor, early, full)
     assert monitor.tightened.tolist() == [True, False]
     [message, *more] = [record.getMessage() for record in caplog.records]
     assert f"policy guard: the {kind} of good is broken" in message
@@ -350,7 +328,7 @@ def test_a_promise_about_a_label_is_watched_by_groups_too_once_their_requests_ha
     monitor = monitor_of(config, SETTINGS)
     for text in range(100):
         ids = [f"decision-{text}-{part}-{part:08x}" for part in range(4)]
-        shadowed(monitor, POLICY, [0, 1, 1, 1], [1, 1, 1, 1], ids)
+        shadowed(monitor, [0, 1, 1, 1], [1, 1, 1, 1], ids)
     [watch] = monitor.labels
     assert watch.readings()[0].checked == 0
     loop: Any = SimpleNamespace(monitors={"guard": monitor})
@@ -366,5 +344,5 @@ def test_promises_that_hold_close_nothing(tiny_model):
         config_with(tiny_model, label_bounds=(promised("recall", "good"),)), SETTINGS
     )
     for _ in range(50):
-        shadowed(monitor, POLICY, [0] * 30 + [1] * 30, [0] * 30 + [1] * 30)
+        shadowed(monitor, [0] * 30 + [1] * 30, [0] * 30 + [1] * 30)
     assert not monitor.tightened.any()

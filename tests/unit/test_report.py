@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.readings import Compared
+from tests.unit.readings import Compared, compare
 from vllm_adainfer.exits.accounting.counters import ExitStats
 from vllm_adainfer.exits.accounting.layers import LayerAccounting
 from vllm_adainfer.exits.accounting.report import Reporter, snapshot_of
-from vllm_adainfer.exits.loop.shadow import ShadowAnswers
 from vllm_adainfer.policy.answers import LabelScores
 from vllm_adainfer.settings.engine import NO_POLICY
 from vllm_adainfer.watch.watch import Watch
@@ -82,21 +81,10 @@ class Traffic:
 
     def compare(self, name: str, levels: Any) -> None:
         disagreed = self.generator.random(len(levels)) < 0.3
-        answers = ShadowAnswers(
-            name=name,
-            policy=Compared(),
-            monitor=self.monitors[name],
-            stats=self.stats.by_policy[name],
-            request_ids=["x"] * len(levels),
-            levels=levels,
-            settled=np.ones(len(levels), dtype=np.bool_),
-            everyone=np.arange(len(levels)),
-            requests=torch.arange(len(levels)),
-            subsets=None,
-            answers=LabelScores(torch.tensor([[0.0, 1.0]] * len(levels)), torch.tensor([0, 1])),
-            read=lambda values: values.numpy(),
-        )
-        answers.compare(torch.tensor([[float(d), 0.5] for d in disagreed]), head=None)
+        answers = LabelScores(torch.tensor([[0.0, 1.0]] * len(levels)), torch.tensor([0, 1]))
+        logits = torch.tensor([[float(d), 0.5] for d in disagreed])
+        monitor, stats = self.monitors[name], self.stats.by_policy[name]
+        compare(monitor, Compared(), answers, logits, levels, stats=stats)
         for level, differs in zip(levels, disagreed, strict=True):
             self.totals["shadow_checked", name, f"{EPSILONS[level]:g}"] += 1
             self.totals["shadow_disagreed", name, f"{EPSILONS[level]:g}"] += int(differs)

@@ -1,20 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tests.tiny import tiny_artifact, tiny_config
-from tests.unit.readings import Compared
+from tests.unit.readings import Compared, compare
 from vllm_adainfer.artifact.config import UNKNOWN_GROUP
 from vllm_adainfer.artifact.fields import Label
 from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.engine.runner.build_loop import grouping_of, monitor_of
 from vllm_adainfer.engine.startup.banner import policy_banner
-from vllm_adainfer.exits.accounting.counters import PolicyStats
-from vllm_adainfer.exits.loop.shadow import ShadowAnswers, warn
+from vllm_adainfer.exits.loop.shadow import warn
 from vllm_adainfer.policy.answers import LabelLogits, LabelScores, ShortlistScores
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.promise.probabilities import answers_of
@@ -29,28 +28,25 @@ def labels(*scores: float) -> LabelScores:
     return LabelScores(torch.tensor([scores]), token_ids=torch.tensor([7, 3]))
 
 
-def disagreed_of(logits: torch.Tensor, **answers: Any) -> int:
+def disagreed_of(logits: torch.Tensor, answers: Any, settled: Sequence[bool]) -> int:
     """How many of one policy's early answers are counted as different from full depth."""
-    count = len(answers["request_ids"])
-    stats, monitor = PolicyStats(), Watch([0.02, 0.05], alpha=0.1)
-    shadow = ShadowAnswers(
-        name="default",
-        policy=POLICY,
-        monitor=monitor,
-        stats=stats,
-        everyone=np.zeros(count, dtype=np.int64),
-        subsets=None,
-        read=lambda values: values.numpy(),
-        **answers,
-    )
-    shadow.compare(logits, head)
-    assert stats.shadow_checked.total() == count
+    monitor, levels = watching(), [*range(len(settled))]
+    stats = compare(monitor, POLICY, answers, logits, levels, settled)
+    assert stats.shadow_checked.total() == len(settled)
     assert sum(one.disagreed for one in monitor.readings()) == stats.shadow_disagreed.total()
     return stats.shadow_disagreed.total()
 
 
-def head(states: torch.Tensor) -> torch.Tensor:
-    raise AssertionError("label scores need no head")
+def watching() -> Watch:
+    return Watch([0.02, 0.05], alpha=0.1)
+
+
+def scores_of(full: dict[int, float], rows: int = 1) -> torch.Tensor:
+    """The scores of ten tokens at full depth; those of the last row as `full` has them."""
+    logits = torch.full((rows, 10), -1.0)
+    for token, score in full.items():
+        logits[-1, token] = score
+    return logits
 
 
 @pytest.mark.parametrize(
@@ -65,36 +61,15 @@ def head(states: torch.Tensor) -> torch.Tensor:
     ids=["same", "other", "no label is best", "tie goes to the lower id", "and agrees with it"],
 )
 def test_labels_are_compared_as_the_sampler_chooses_among_them(early, full, disagreed):
-    logits = torch.full((3, 10), -1.0)
-    for token, score in full.items():
-        logits[2, token] = score
-    found = disagreed_of(
-        logits,
-        request_ids=["a", "b"],
-        levels=np.array([0, 1]),
-        settled=np.array([False, True]),
-        requests=torch.tensor([2]),
-        answers=labels(*early),
-    )
-    assert found == disagreed
+    assert disagreed_of(scores_of(full, 2), labels(*early), [False, True]) == disagreed
 
 
 @pytest.mark.parametrize(
     ("full", "disagreed"), [({7: 5.0}, False), ({3: 5.0}, True), ({7: 5.0, 1: 9.0}, True)]
 )
 def test_a_shortlists_answer_is_compared_with_any_token(full, disagreed):
-    logits = torch.full((1, 10), -1.0)
-    for token, score in full.items():
-        logits[0, token] = score
-    found = disagreed_of(
-        logits,
-        request_ids=["a"],
-        levels=np.array([0]),
-        settled=np.array([True]),
-        requests=torch.tensor([0]),
-        answers=ShortlistScores(torch.tensor([[1.0, 2.0]]), token_ids=torch.tensor([3, 7])),
-    )
-    assert found == disagreed
+    answers = ShortlistScores(torch.tensor([[1.0, 2.0]]), token_ids=torch.tensor([3, 7]))
+    assert disagreed_of(scores_of(full), answers, [True]) == disagreed
 
 
 @pytest.mark.parametrize(
@@ -103,15 +78,7 @@ def test_a_shortlists_answer_is_compared_with_any_token(full, disagreed):
     ids=["of nobody", "of others only"],
 )
 def test_what_no_exit_point_settles_agrees(answers):
-    found = disagreed_of(
-        torch.zeros(2, 10),
-        request_ids=["a", "b"],
-        levels=np.array([0, 1]),
-        settled=np.array([False, False]),
-        requests=torch.empty(0, dtype=torch.int64),
-        answers=answers,
-    )
-    assert found == 0
+    assert disagreed_of(torch.zeros(2, 10), answers, [False, False]) == 0
 
 
 @pytest.mark.parametrize(
@@ -140,22 +107,9 @@ def test_probabilities_are_compared_within_the_tolerance(
     logits[0, ids] = (mass * torch.stack(labels)).log()
     *labels, mass = torch.tensor(early)
     scores = torch.stack([*(label.log() for label in labels), mass.logit()]).unsqueeze(0)
-    stats = PolicyStats()
-    shadow = ShadowAnswers(
-        name="default",
-        policy=policy,
-        monitor=Watch([0.02, 0.05], alpha=0.1),
-        stats=stats,
-        request_ids=["a", "b"],
-        levels=np.array([1, 0]),
-        settled=np.array([True, False]),
-        everyone=np.array([0, 0]),
-        requests=torch.tensor([0]),
-        subsets=None,
-        answers=LabelLogits(answers_of(scores, vocabulary), ids),
-        read=lambda values: values.numpy(),
-    )
-    shadow.compare(logits, head)
+    answers = LabelLogits(answers_of(scores, vocabulary), ids)
+    logits = logits.repeat(2, 1)
+    stats = compare(watching(), policy, answers, logits, [1, 0], [True, False])
     assert stats.shadow_checked == {0.05: 1, 0.02: 1}
     assert stats.shadow_disagreed == ({0.05: 1} if wrong else {})
     assert stats.shadow_moves == {bucket: 1}
@@ -173,22 +127,8 @@ def test_of_a_pool_the_labels_of_the_request_alone_are_compared(
     logits = torch.zeros(1, artifact.config.vocab_size)
     logits[0, [10, 12]] = torch.tensor([1.0, 0.5])
     logits[0, best] = 5
-    stats = PolicyStats()
-    shadow = ShadowAnswers(
-        name="default",
-        policy=policy,
-        monitor=Watch([0.02, 0.05], alpha=0.1),
-        stats=stats,
-        request_ids=["a"],
-        levels=np.array([1]),
-        settled=np.array([True]),
-        everyone=np.array([0]),
-        requests=torch.tensor([0]),
-        subsets=None,
-        answers=LabelScores(torch.tensor([[-1.0, -torch.inf, 3.0]]), policy.answer_ids),
-        read=lambda values: values.numpy(),
-    )
-    shadow.compare(logits, head)
+    answers = LabelScores(torch.tensor([[-1.0, -torch.inf, 3.0]]), policy.answer_ids)
+    stats = compare(watching(), policy, answers, logits, [1])
     assert stats.shadow_disagreed.total() == disagreed
 
 
@@ -210,28 +150,12 @@ def test_each_policy_is_watched_by_the_risk_it_bounds_and_says_what_follows(
     monitor = monitor_of(tiny_config(tiny_model, **changes), Settings(artifact="policy"))
     assert grouping_of(tiny_config(tiny_model, **changes)).most == most
     assert (monitor.alpha, monitor.epsilons.tolist()) == (0.1, [0.02, 0.05])
-    differs = torch.full((1, 10), -1.0)
-    differs[0, 3] = 1.0
     for number in range(100):
-        shadow = ShadowAnswers(
-            name="mood",
-            policy=POLICY,
-            monitor=monitor,
-            stats=PolicyStats(),
-            request_ids=[str(number)],
-            levels=np.array([0]),
-            settled=np.array([True]),
-            everyone=np.array([0]),
-            requests=torch.tensor([0]),
-            subsets=None,
-            answers=labels(2.0, 1.0),
-            read=lambda values: values.numpy(),
-        )
-        shadow.compare(differs, head)
-        warn("mood", monitor, monitor.ended(str(number)))
+        compare(monitor, POLICY, labels(2.0, 1.0), scores_of({3: 1.0}), [0], ids=[str(number)])
+        warn("guard", monitor, monitor.ended(str(number)))
     assert monitor.tightened.tolist() == [closes, False]
     [warning] = [record.getMessage() for record in caplog.records]
-    assert "policy mood: disagreement is above epsilon = 0.02" in warning
+    assert "policy guard: disagreement is above epsilon = 0.02" in warning
     further = changes.get("risk") == "probability"
     assert (
         "differ from full depth or have a probability that moves too far in " in warning
