@@ -9,21 +9,20 @@ import pytest
 
 from vllm_adainfer.engine.admission import traffic_sample as sample
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.admitted import Admitted
-from vllm_adainfer.engine.admission.resolved import Resolved
+from vllm_adainfer.engine.admission.running import Running
 from vllm_adainfer.engine.admission.traffic_sample import in_traffic_sample
 from vllm_adainfer.engine.compat.requests import client_request_id
 from vllm_adainfer.engine.runner.adapters import fingerprint_of
 
 
-def resolved(admission: Admission, params: Any, adapter: Any = None) -> Resolved:
+def resolved(admission: Admission, params: Any, adapter: Any = None) -> Running:
     """What the scheduler decides."""
-    return admission.resolve("id", params, adapter)
+    return admission.arrival.resolve("id", params, adapter)
 
 
 def admitted(
     admission: Admission, params: Any, prompt: Sequence[int] = (), adapter: Any = None
-) -> Admitted:
+) -> Running:
     """What the worker remembers; it reads the adapter's files as vLLM loads it."""
     fingerprint = None if adapter is None else fingerprint_of(adapter.lora_path)
     return admission.admit(resolved(admission, params, adapter), prompt, adapter, fingerprint)

@@ -123,7 +123,7 @@ def traced(llm: Any) -> Iterator[tuple[dict[str, Ran], dict[Any, list[Tensor]]]]
         output = run(batch, input_ids, step)
         for place in np.flatnonzero(step.yields_token).tolist():
             request_id, last = step.request_ids[place], int(step.layout.ends[place]) - 1
-            resolved = running._admitted[request_id].resolved
+            resolved = running._requests[request_id]
             ran[request_id.split("-")[0]] = Ran(
                 names[owners[place]],
                 depths.get(place, LAYERS),

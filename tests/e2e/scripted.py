@@ -5,26 +5,22 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_adainfer.artifact.kinds import ProbeInput
-from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.admitted import NOT_POOLED, NOT_RECORDED, Admitted
 from vllm_adainfer.engine.admission.requested_output import wants_prompt_logprobs
-from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
+from vllm_adainfer.engine.admission.running import UNLIMITED, Running
 from vllm_adainfer.exits.kv.policies import ExactKV, RecurrentKV
 from vllm_adainfer.policy.answers import EarlyStates
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.policy.probe import Probe
 from vllm_adainfer.settings.engine import DEFAULT_POLICY
-from vllm_adainfer.settings.request import RequestSettings
 
 EXIT_AT = "exit_at"
 FULL = -1
@@ -38,15 +34,15 @@ class ScriptedAdmission(Admission):
     def __init__(self) -> None:
         self.is_recording = self.has_pools = self.has_pooled = self.has_students = False
         self.has_choices = self.may_serve_choices = self.any_stand = False
+        self.arrival: Any = self
 
     def resolve(
         self, request_id: str, params: Any, adapter: Any = None, resumable: bool = False
-    ) -> Resolved:
+    ) -> Running:
         arguments = params.extra_args or {}
         tag = arguments.get(EXIT_AT, FULL) if arguments.get("adainfer", 1) else FULL
-        return Resolved(
-            settings=RequestSettings(adainfer_exit=tag),
-            output=None,
+        return Running(
+            threshold_row=tag,
             max_tokens=params.max_tokens or UNLIMITED,
             wants_prompt_logprobs=wants_prompt_logprobs(params),
             may_exit=tag != FULL,
@@ -56,26 +52,12 @@ class ScriptedAdmission(Admission):
 
     def admit(
         self,
-        resolved: Resolved,
+        request: Running,
         prompt: Sequence[int],
         adapter: Any = None,
         fingerprint: str | None = None,
-    ) -> Admitted:
-        row = resolved.settings.adainfer_exit
-        return Admitted(
-            resolved=resolved,
-            threshold_row=row,
-            subset=ALL,
-            certified_tokens=UNLIMITED,
-            has_choice_policy=False,
-            answers_stand=False,
-            pooled_from=NOT_POOLED,
-            last_token_row=FULL_DEPTH,
-            text=(),
-            prompt=prompt,
-            adapter=adapter,
-            record_row=NOT_RECORDED,
-        )
+    ) -> Running:
+        return replace(request, prompt=prompt, adapter=adapter)
 
     def is_shadow(self, request_id: str) -> bool:
         return False

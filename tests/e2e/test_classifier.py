@@ -183,13 +183,13 @@ def test_labels_that_may_hold_together_get_a_probability_each(
     stock = answers(tiny_engine(directory, None, hf_overrides=overrides, **SETTINGS))
     ours = tiny_engine(directory, switch, hf_overrides=overrides, **SETTINGS)
     model, _, scheduler = parts(ours)
-    scheduler.admission.is_shadow = lambda request_id: False
+    scheduler.admission.arrival.is_shadow = lambda request_id: False
     heads = tiny_tensors(tiny_config(directory, **config))
     for found, after in zip(answers(ours, _OWN), states, strict=False):
         early = scores_at(EXIT_POINTS[0], after, heads)[:3].sigmoid()
         torch.testing.assert_close(found, early, atol=CLOSE, rtol=0)
     assert max(float(probabilities.sum()) for probabilities in stock) > 1.1
-    scheduler.admission.is_shadow = lambda request_id: True
+    scheduler.admission.arrival.is_shadow = lambda request_id: True
     ours.reset_prefix_cache()
     torch.testing.assert_close(answers(ours, _OWN), stock[: len(_OWN)], atol=CLOSE, rtol=0)
     [monitor] = model.loop.monitors.values()

@@ -241,7 +241,7 @@ def test_shadow_requests_are_watched_by_the_part_that_decides_them(
     llm, reference, artifacts, monkeypatch
 ):
     _, _, scheduler = parts(llm)
-    monkeypatch.setattr(scheduler.admission, "is_shadow", lambda request_id: True)
+    monkeypatch.setattr(scheduler.admission.arrival, "is_shadow", lambda request_id: True)
     prompts, params = mixed_load(6), request("whole", SOME, artifacts)
     llm.reset_prefix_cache()
     loop, unsure = parts(llm)[0].loop, 0

@@ -53,7 +53,7 @@ def watched(
     loop = model.loop
 
     def set_rate(rate: float) -> None:
-        scheduler.admission.is_shadow = cache(
+        scheduler.admission.arrival.is_shadow = cache(
             lambda request_id: is_shadow_at(rate)(client_request_id(request_id))
         )
 
@@ -72,7 +72,7 @@ def watched(
 
 def is_shadow_at(rate: float) -> Callable[[str], bool]:
     """The draw of an engine with a shadow rate; here by ids as clients know them."""
-    return Admission(Settings(record=(1,), shadow_rate=rate)).is_shadow
+    return Admission(Settings(record=(1,), shadow_rate=rate)).arrival.is_shadow
 
 
 def random_prompts(count: int, seed: int) -> list[list[int]]:
@@ -225,7 +225,7 @@ def test_rows_of_shadows_do_not_count_as_ready_to_leave(engine):
         model, _, scheduler = parts(engine)
         model.loop._min_rows_saved = 2 * len(prompt)
         turns = iter([True, False])
-        scheduler.admission.is_shadow = cache(lambda request_id: next(turns))
+        scheduler.admission.arrival.is_shadow = cache(lambda request_id: next(turns))
         exit_at_once = SamplingParams(temperature=0, max_tokens=1, extra_args={EXIT_AT: 0})
         run(engine, [prompt, prompt[::-1]], exit_at_once)
     assert +stats.exit_histogram == {LAYERS: 2}

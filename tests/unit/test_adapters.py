@@ -19,10 +19,11 @@ from tests.admitted import admitted, resolved, row_of
 from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.fingerprints import adapter_fingerprint
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
+from vllm_adainfer.engine.admission.check_request import check_request
 from vllm_adainfer.engine.runner.adapters import StepAdapters
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.batch.layout import RowLayout
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.offline.adapter import adapter_for, read_adapter
 from vllm_adainfer.settings.engine import Settings, read_settings
 
@@ -93,7 +94,7 @@ def test_the_scheduler_takes_a_request_for_one_that_exits_by_its_adapters_name_a
 ):
     """It reads no files: those of a running adapter may change, hang or be gone."""
     gone = LoRARequest("mood", 1, str(tmp_path / "gone"))
-    decided = admission.resolve("id", asked(), gone)
+    decided = admission.arrival.resolve("id", asked(), gone)
     assert decided.may_exit
     assert decided.saving == ("adapted", 0.2)
     assert admission.admit(decided, [], gone, fingerprint=None).threshold_row == FULL_DEPTH
@@ -109,9 +110,9 @@ def test_naming_the_policy_of_another_adapter_is_no_way_to_it(admission, asked, 
 
 def test_an_epsilon_is_refused_where_no_policy_certifies_it(admission, asked):
     """The frontend does not know the adapter of a request."""
-    admission.check(asked(adainfer_epsilon=0.02))
+    check_request(asked(adainfer_epsilon=0.02), admission)
     with pytest.raises(AdaInferError, match="stricter than the artifact's strictest"):
-        admission.check(asked(adainfer_epsilon=0.001))
+        check_request(asked(adainfer_epsilon=0.001), admission)
 
 
 def test_log_probabilities_of_prompts_are_refused_where_they_would_end_the_engine(
@@ -120,10 +121,10 @@ def test_log_probabilities_of_prompts_are_refused_where_they_would_end_the_engin
     reads = asked()
     reads.prompt_logprobs = 1
     settings = Settings(artifact=str(tiny_policy))
-    Admission(settings).check(reads)
+    check_request(reads, Admission(settings))
     with pytest.raises(AdaInferError, match=r"prompt_logprobs .* ends the engine"):
-        Admission(settings, serves_prompt_logprobs=False).check(reads)
-    Admission(settings, serves_prompt_logprobs=False).check(asked())
+        check_request(reads, Admission(settings, serves_prompt_logprobs=False))
+    check_request(asked(), Admission(settings, serves_prompt_logprobs=False))
 
 
 def test_without_policies_for_adapters_requests_with_one_run_all_layers(tiny_policy, asked, saved):

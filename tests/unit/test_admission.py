@@ -16,14 +16,17 @@ from tests.tiny import tiny_artifact, tiny_config
 from vllm_adainfer.artifact.fields import MOST_ANSWERS, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.auto.directory import AutoDirectory
-from vllm_adainfer.engine.admission import admission as admission_module
-from vllm_adainfer.engine.admission import threshold_rows
+from vllm_adainfer.engine.admission import arrival, threshold_rows
 from vllm_adainfer.engine.admission import traffic_sample as sample
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.admitted import NOT_RECORDED
-from vllm_adainfer.engine.admission.resolved import UNLIMITED, attach_resolved, resolved_of
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
+from vllm_adainfer.engine.admission.running import (
+    NOT_RECORDED,
+    UNLIMITED,
+    attach_resolved,
+    resolved_of,
+)
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.policy.script import SCRIPT_LABELS
 from vllm_adainfer.settings.engine import Settings
 
@@ -174,7 +177,7 @@ def test_clients_cannot_fill_the_log_with_the_values_of_an_argument(
     tiny_policy, label_ids, monkeypatch, settings, name
 ):
     said: list[str] = []
-    for module in (admission_module, threshold_rows):
+    for module in (arrival, threshold_rows):
         monkeypatch.setattr(
             module.logger, "warning_once", lambda text, *values: said.append(text % values)
         )
@@ -259,7 +262,7 @@ def test_a_request_for_full_depth_is_of_no_kind_and_earns_no_budget(
 ):
     AutoDirectory(tmp_path / "auto").create()
     admission = Admission(Settings(auto={"directory": str(tmp_path / "auto")}))
-    kind = admission.resolve("request", label_request(label_ids, extra_args=asked)).kind
+    kind = admission.arrival.resolve("request", label_request(label_ids, extra_args=asked)).kind
     assert (kind is not None) == has_kind
 
 
@@ -399,19 +402,19 @@ def test_the_worker_remembers_who_wants_log_probabilities_of_the_prompt(generati
 def test_the_shadow_rate_is_the_share_of_requests_that_are_watched(admission, rate, monkeypatch):
     monkeypatch.setattr(sample, "SECRET", b"the same in each run")
     ids = [str(number) for number in range(10_000)]
-    watched = sum(map(admission(shadow_rate=rate).is_shadow, ids))
+    watched = sum(map(admission(shadow_rate=rate).arrival.is_shadow, ids))
     assert abs(watched - rate * len(ids)) < 3 * (rate * (1 - rate) * len(ids)) ** 0.5
 
 
 @pytest.mark.parametrize(("rate", "watched"), [(0, 0), (1, 1000)])
 def test_no_request_or_every_request_is_watched_at_the_ends_of_the_rate(admission, rate, watched):
-    is_shadow = admission(shadow_rate=rate).is_shadow
+    is_shadow = admission(shadow_rate=rate).arrival.is_shadow
     assert sum(is_shadow(str(number)) for number in range(1000)) == watched
 
 
 def test_a_client_that_chooses_its_id_does_not_choose_who_is_watched(admission, monkeypatch):
     """vLLM appends random digits to the id that a client sends, and each engine has a secret."""
-    is_shadow = admission(shadow_rate=0.5).is_shadow
+    is_shadow = admission(shadow_rate=0.5).arrival.is_shadow
     assert {is_shadow(f"mine-{number:08x}") for number in range(100)} == {False, True}
     draws = []
     for secret in b"one", b"other":
@@ -434,7 +437,7 @@ def test_questions_of_one_request_are_drawn_together_where_they_are_watched_as_o
     configs = {"default": tiny_config(tiny_model, **changes)}
     deciding = Admission(Settings(artifact="policy", shadow_rate=0.5), configs)
     drawn = [
-        {deciding.is_shadow(f"decision-{text}-{part}-{part:08x}") for part in range(8)}
+        {deciding.arrival.is_shadow(f"decision-{text}-{part}-{part:08x}") for part in range(8)}
         for text in range(40)
     ]
     assert all(len(one) == 1 for one in drawn) == together
@@ -443,12 +446,12 @@ def test_questions_of_one_request_are_drawn_together_where_they_are_watched_as_o
 
 def test_a_request_whose_prompt_is_still_being_sent_runs_at_full_depth(admission, label_ids):
     params = label_request(label_ids)
-    decided = admission().resolve("id", params, resumable=True)
+    decided = admission().arrival.resolve("id", params, resumable=True)
     assert not decided.may_exit
     assert admission().admit(decided, []).threshold_row == FULL_DEPTH
     scripted = Admission(Settings(exit_script=(2, 5)))
     params = label_request(SCRIPT_LABELS, extra_args={"adainfer_exit": 5})
-    decided = scripted.resolve("id", params, resumable=True)
+    decided = scripted.arrival.resolve("id", params, resumable=True)
     assert not decided.may_exit
     assert scripted.admit(decided, []).threshold_row == FULL_DEPTH
 
@@ -474,7 +477,7 @@ def test_after_its_arrival_nothing_that_a_client_sent_is_looked_at(
     deciding = admission()
     decided = resolved(deciding, label_request(label_ids))
     for name in "requested_output", "read_request", "wants_prompt_logprobs":
-        monkeypatch.delattr(f"vllm_adainfer.engine.admission.admission.{name}")
+        monkeypatch.delattr(f"vllm_adainfer.engine.admission.arrival.{name}")
     assert deciding.admit(decided, [5]).threshold_row == DEFAULT
 
 
@@ -604,7 +607,7 @@ def test_a_classifiers_requests_exit_where_they_read_probabilities_of_classes(
     tiny_model, tmp_path, changes, may_exit
 ):
     admission = classifying(tiny_model, tmp_path)
-    decided = admission.resolve("one", PoolingParams(**{"task": "classify", **changes}))
+    decided = admission.arrival.resolve("one", PoolingParams(**{"task": "classify", **changes}))
     assert decided.may_exit == may_exit
     assert decided.max_tokens == 1
     request = SimpleNamespace(sampling_params=None, pooling_params=PoolingParams(task="classify"))
@@ -616,5 +619,5 @@ def test_a_policy_for_scores_decides_no_tokens_and_the_other_way_round(
     tiny_model, tmp_path, admission, label_ids
 ):
     scores, tokens = PoolingParams(task="classify"), label_request([0, 1, 2])
-    assert not classifying(tiny_model, tmp_path).resolve("one", tokens).may_exit
-    assert not admission("all").resolve("one", scores).may_exit
+    assert not classifying(tiny_model, tmp_path).arrival.resolve("one", tokens).may_exit
+    assert not admission("all").arrival.resolve("one", scores).may_exit

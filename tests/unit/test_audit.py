@@ -97,6 +97,13 @@ def test_the_scores_of_a_classifier_are_its_answer():
     assert line_of(request, trail, 30, "stop", 0)["answer"] == [0.25, 0.75]
 
 
+def test_a_line_says_why_tokens_ran_to_full_depth_that_their_policy_serves():
+    tokens = [token("mood", 15, "early"), token("mood", 30, "full_depth")]
+    assert "why_full_depth" not in line(*tokens)
+    tokens += [replace(tokens[1], why_full_depth=why) for why in ("keys_needed", "beyond_bound")]
+    assert line(*tokens)["why_full_depth"] == {"keys_needed": 1, "beyond_bound": 1}
+
+
 @pytest.fixture
 def summed(tmp_path):
     def summed(*lines: dict[str, Any], cut: str = "") -> str:

@@ -27,8 +27,8 @@ from vllm_adainfer.artifact.fields import Choice, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.cli.promises import choice_texts
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.offline.calibration import calibrate as calibrating
 from vllm_adainfer.offline.calibration.data.batch_files import read_requests
 from vllm_adainfer.offline.calibration.data.choices import (

@@ -20,8 +20,8 @@ from vllm_adainfer.artifact.fields import Gate, Label
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
 from vllm_adainfer.artifact.label_subsets import ALL, bits_of, mask_of
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.label_pool import common_labels, pool_of, subsets_of
 from vllm_adainfer.offline.calibration.fit.calibration import Calibration

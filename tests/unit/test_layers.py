@@ -86,7 +86,7 @@ ENGINE = {
     "runner": {"cuda_graphs", "segments", "admission", "compat"},
     "model": {"runner", "cuda_graphs", "segments", "pinned_artifacts", "compat", "classes"},
     "startup": {"scheduler", "admission", "pinned_artifacts", "compat", "classes"},
-    "self_test": {"model", "runner", "compat"},
+    "self_test": {"model", "runner", "admission", "compat"},
     "worker": {"self_test", "runner", "startup", "scheduler", "admission", "compat"},
 }
 """What each room of the engine imports of the other ones."""

@@ -17,22 +17,19 @@ from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.own_kind import RESERVED, OwnKind
 from vllm_adainfer.auto.places import MOST_COUNTED, MOST_KINDS, MOST_RECORDED, YOUNG_SECONDS
 from vllm_adainfer.auto.table import RECURS
-from vllm_adainfer.engine.admission.admitted import Admitted
-from vllm_adainfer.engine.admission.resolved import Resolved
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
+from vllm_adainfer.engine.admission.running import Running
 from vllm_adainfer.engine.runner import own_kinds
 from vllm_adainfer.engine.runner.own_kinds import OwnKinds
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.settings.engine import Auto
-from vllm_adainfer.settings.request import RequestSettings
 from vllm_adainfer.watch import ledger
 
 UNDER_POLICY = 0
 
 
-def request(number: int) -> Admitted:
+def request(number: int) -> Running:
     """A request of the kind `number`."""
-    resolved = Resolved(RequestSettings(), None, 1, False, kind=f"kind-{number}")
-    return Admitted(resolved, UNDER_POLICY, -1, 1, False, False, -1, -1, (), (1, 2), None, -1)
+    return Running(max_tokens=1, kind=f"kind-{number}", prompt=(1, 2), threshold_row=UNDER_POLICY)
 
 
 @pytest.fixture
@@ -47,12 +44,12 @@ def kinds(directory: AutoDirectory) -> OwnKinds:
     return OwnKinds(Auto(directory=str(directory.root)), directory)
 
 
-def step(kinds: OwnKinds, admitted: list[Admitted], rows: int = UNDER_POLICY, misses: int = 0):
+def step(kinds: OwnKinds, admitted: list[Running], rows: int = UNDER_POLICY, misses: int = 0):
     """Run a step; the places of those recorded, of those compared, and of those at full depth."""
     threshold_rows = np.full(len(admitted), rows)
     everyone = np.arange(len(admitted))
     compared, recorded = kinds.admit_by_ledger(admitted, everyone, everyone + 1, threshold_rows)
-    names = {one.resolved.kind for one in admitted}
+    names = {one.kind for one in admitted}
     kinds.step_ended(dict.fromkeys(names, misses))
     places = [] if recorded is None else recorded.places.tolist()
     return places, np.flatnonzero(compared), np.flatnonzero(threshold_rows == FULL_DEPTH)
@@ -68,7 +65,7 @@ def test_prompts_that_run_all_layers_for_a_shared_prefix_count_but_are_not_recor
     step(kinds, [request(1)] * RECURS)
     [own] = kinds.kinds.values()
     shared = request(1)
-    shared = replace(shared, resolved=replace(shared.resolved, force_full_depth_prefill=True))
+    shared = replace(shared, force_full_depth_prefill=True)
     assert step(kinds, [shared, request(1)])[0] == [1]
     assert own.ledger.requests == RECURS + 2
 

@@ -18,8 +18,7 @@ from vllm_adainfer.artifact.artifact import Artifact
 from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.files import save_artifact
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.admitted import NOT_POOLED
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
+from vllm_adainfer.engine.admission.running import NOT_POOLED
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.engine.worker.served_policies import (
     ServedPolicies,
@@ -30,6 +29,7 @@ from vllm_adainfer.engine.worker.warm_up import warm_up
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.exits.kv.policies import ExactKV
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.policy.policy import Policy
 from vllm_adainfer.policy.policy_set import PolicySet
 from vllm_adainfer.settings.engine import Settings

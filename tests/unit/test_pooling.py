@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_adainfer.engine.admission.admitted import NOT_POOLED
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
+from vllm_adainfer.engine.admission.running import NOT_POOLED, Running
+from vllm_adainfer.engine.runner.request_table import RequestTable
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.loop.pooling import CarriedPrompts, PooledPrompts
-from vllm_adainfer.exits.loop.step import StepContext
+from vllm_adainfer.exits.loop.step import FULL_DEPTH, StepContext
 
 HIDDEN, POINTS = 8, 2
 
@@ -153,29 +154,28 @@ def test_what_is_kept_of_a_chunk_keeps_no_larger_tensor_alive():
 def test_a_prompt_of_which_some_own_rows_never_ran_is_decided_by_its_last_token(
     computed, end, whole
 ):
-    admitted: Any = SimpleNamespace(pooled_from=4, last_token_row=7)
-    carried: Any = SimpleNamespace(end=lambda name: end)
-    running: Any = SimpleNamespace(
-        admission=SimpleNamespace(has_pooled=True), _loop=SimpleNamespace(carried=carried)
-    )
-    rows = np.array([3])
-    pooled_from = RunningRequests._whole_prompts(
-        running, [admitted], ["a"], np.array([computed]), rows
-    )
-    assert (pooled_from.tolist(), rows.tolist()) == (([4], [3]) if whole else ([NOT_POOLED], [7]))
+    table = RequestTable()
+    table.put("a", Running(pooled_from=4, threshold_row=3, last_token_row=7))
+    own, carried = table.of(["a"]), SimpleNamespace(end=lambda name: end)
+    running: Any = SimpleNamespace(_loop=SimpleNamespace(carried=carried))
+    RunningRequests._without_lost_rows(running, own, ["a"], np.array([computed]))
+    found = own.pooled_from.tolist(), own.threshold_row.tolist()
+    assert found == (([4], [3]) if whole else ([NOT_POOLED], [7]))
 
 
 @pytest.mark.parametrize(("changed", "forgotten"), [(False, []), (True, ["a"])])
 def test_sums_of_a_request_end_with_the_policy_that_read_it(changed, forgotten):
     """Its adapter may turn out to be another one, with a policy of its own."""
-    before: Any = SimpleNamespace(resolved=None, prompt=[5], adapter=None, threshold_row=1)
-    now = SimpleNamespace(**{**vars(before), "threshold_row": FULL_DEPTH if changed else 1})
+    before = Running(prompt=[5], threshold_row=1)
+    now = replace(before, threshold_row=FULL_DEPTH) if changed else before
     noted: list[str] = []
+    put: dict[str, Running] = {}
     running: Any = SimpleNamespace(
-        _admitted={"a": before},
+        _requests={"a": before},
+        _put=put.__setitem__,
         _admit=lambda *_: now,
         _loop=SimpleNamespace(carried=SimpleNamespace(forget=noted.append)),
     )
     RunningRequests.use_admission(running, SimpleNamespace())
     assert noted == forgotten
-    assert running._admitted == {"a": now}
+    assert put == {"a": now}

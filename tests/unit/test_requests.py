@@ -15,10 +15,10 @@ from vllm.v1.kv_cache_interface import (
 
 from tests.tiny import tiny_config
 from vllm_adainfer.artifact.files import save_artifact
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.runner.requests import RunningRequests
 from vllm_adainfer.exits.batch.batch import StackShape
 from vllm_adainfer.exits.kv.policies import ExactKV
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.exits.recording.recorder import Recorder
 from vllm_adainfer.exits.recording.recording_loop import RecordingLoop
 from vllm_adainfer.settings.instruments import ROW_ARG
@@ -87,10 +87,16 @@ def text_policy(tiny_model, tmp_path_factory) -> str:
 @pytest.mark.parametrize(
     ("number", "exits"), [(1, True), (CERTIFIED, True), (CERTIFIED + 1, False)]
 )
-def test_only_as_many_tokens_exit_as_calibration_generated(text_policy, number, exits):
-    """`number` counts the tokens of a text from 1."""
+def test_only_as_many_tokens_exit_as_calibration_generated(text_policy, number, exits, tmp_path):
+    """`number` counts the tokens of a text from 1; an audit says why the others do not."""
     config = SimpleNamespace(
-        additional_config={"adainfer": {"artifact": text_policy, "finish_choices": False}},
+        additional_config={
+            "adainfer": {
+                "artifact": text_policy,
+                "finish_choices": False,
+                "audit": {"directory": str(tmp_path)},
+            }
+        },
         cache_config=SimpleNamespace(enable_prefix_caching=False),
         model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
         lora_config=None,
@@ -113,3 +119,4 @@ def test_only_as_many_tokens_exit_as_calibration_generated(text_policy, number, 
         device=torch.device("cpu"),
     )
     assert (step.threshold_rows[0] != FULL_DEPTH) == exits
+    assert running._why == ({} if exits else {0: "beyond_bound"})

@@ -18,7 +18,7 @@ from tests.tiny import LAYERS, tiny_artifact, tiny_config
 from vllm_adainfer.arrays import Bools, Floats
 from vllm_adainfer.artifact.fields import Label, TopK
 from vllm_adainfer.artifact.files import load_artifact, save_artifact
-from vllm_adainfer.engine.admission.resolved import attach_resolved
+from vllm_adainfer.engine.admission.running import attach_resolved
 from vllm_adainfer.engine.model import score_head
 from vllm_adainfer.engine.model.score_head import EarlyScoreHead
 from vllm_adainfer.engine.runner.requests import RunningRequests
@@ -131,7 +131,7 @@ class Server:
                 prompt_token_ids=[1],
                 lora_request=None,
             )
-            resolved = self.running.admission.resolve(name, wanted)
+            resolved = self.running.admission.arrival.resolve(name, wanted)
             attach_resolved(request, replace(resolved, force_full_depth_prefill=completes))
             self.running.add(request)
         ones = np.ones(len(names), dtype=np.int64)

@@ -14,8 +14,8 @@ from tests.unit.test_pooled_policy import POOLED, QUESTIONS
 from vllm_adainfer.artifact.fields import SharedTokens
 from vllm_adainfer.artifact.served_prompts import served_prompts
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
 from vllm_adainfer.engine.startup.banner import policy_banner
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.data.shared import shared_tokens
 from vllm_adainfer.settings.engine import Settings

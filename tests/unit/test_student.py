@@ -371,7 +371,7 @@ def test_the_text_is_read_once_if_a_policy_may_ask_the_student(
 ):
     admission, texts, config = arrival(tiny_model, tmp_path, monkeypatch)
     prompt = [1, 2, *words(5)]
-    resolved = admission.resolve("id", params(config, **changes))
+    resolved = admission.arrival.resolve("id", params(config, **changes))
     found = texts.of(arrived(prompt, **request_changes), resolved)
     assert found == ({"reviews": tuple(prompt[2:])} if asked else {})
 
@@ -405,7 +405,7 @@ def test_a_worker_gets_the_text_of_the_policy_that_decides(tiny_model, tmp_path,
 
     admission, _, config = arrival(tiny_model, tmp_path, monkeypatch)
     resolved = replace(
-        admission.resolve("id", params(config)), texts={"reviews": (5, 6), "other": (7,)}
+        admission.arrival.resolve("id", params(config)), texts={"reviews": (5, 6), "other": (7,)}
     )
     assert admission.admit(resolved, words(9)).text == (5, 6)
     undecided = replace(resolved, output=None)

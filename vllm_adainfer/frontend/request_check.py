@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from vllm_adainfer.engine.admission.admission import Admission
+from vllm_adainfer.engine.admission.check_request import check_request
 from vllm_adainfer.errors import AdaInferError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class RequestCheck(V1LogitsProcessor, V2LogitsProcessor):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raise ``ValueError``, which vLLM turns into a 400, for requests that are refused."""
         try:
-            cls.admission.check(sampling_params)
+            check_request(sampling_params, cls.admission)
         except AdaInferError as error:
             raise ValueError(str(error)) from None
 

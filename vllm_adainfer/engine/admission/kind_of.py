@@ -10,12 +10,12 @@ from vllm_adainfer.engine.admission.requested_output import (
     RequestedOutput,
     requested_output,
 )
-from vllm_adainfer.engine.admission.resolved import is_for_pooling
+from vllm_adainfer.engine.admission.running import is_for_pooling
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-    from vllm_adainfer.engine.admission.resolved import Params
+    from vllm_adainfer.engine.admission.running import Params
 
 
 def kind_of(

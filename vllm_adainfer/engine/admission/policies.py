@@ -12,7 +12,7 @@ from vllm_adainfer.engine.admission.requested_output import (
     RequestedOutput,
     policy_choices,
 )
-from vllm_adainfer.engine.admission.resolved import Resolved
+from vllm_adainfer.engine.admission.running import Running
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.settings.engine import Settings
 
@@ -28,6 +28,7 @@ class Policies:
     Attributes:
         configs: the configs of their artifacts, by policy name.
         have_adapters: whether any policy is for a LoRA adapter.
+        ends_choices: whether the scheduler ends a request once one choice is left.
 
     """
 
@@ -38,7 +39,7 @@ class Policies:
         self.configs = configs
         self.have_adapters = any(config.adapter for config in configs.values())
         self._adapters_bring_policies = settings.exit_points is not None
-        self._ends_choices = ends_choices
+        self.ends_choices = ends_choices
         self._of_base = {name: one for name, one in configs.items() if one.adapter is None}
 
     @property
@@ -60,12 +61,12 @@ class Policies:
         outputs += [RequestedOutput(OutputKind.CHOICE, None, choices) for choices in texts]
         return {tuple(self._fitting(output, own)) for output in outputs}
 
-    def select(self, resolved: Resolved, candidates: Mapping[str, ArtifactConfig]) -> str | None:
+    def select(self, request: Running, candidates: Mapping[str, ArtifactConfig]) -> str | None:
         """Name of the policy that decides a request; None if the request runs at full depth.
 
         `candidates` are the policies for its adapter, or for the base model.
         """
-        output, name = resolved.output, resolved.settings.adainfer_policy
+        output, name = request.output, request.settings.adainfer_policy
         if output is None:
             return None
         if name is None:
@@ -73,7 +74,7 @@ class Policies:
             name = fitting[0] if len(fitting) == 1 else None
         if name is None or name not in candidates:
             return None
-        return name if self._covers(candidates[name], output, resolved.max_tokens) else None
+        return name if self._covers(candidates[name], output, request.max_tokens) else None
 
     def _covers(self, config: ArtifactConfig, output: RequestedOutput, max_tokens: int) -> bool:
         """Whether a policy's bound covers an output of up to `max_tokens` tokens.
@@ -85,28 +86,28 @@ class Policies:
             return False
         if output.kind is OutputKind.CHOICE:  # its first token decides it
             longest = max(len(choice.token_ids) for choice in config.choices)
-            return self._ends_choices and max_tokens > longest  # with the token that ends it
+            return self.ends_choices and max_tokens > longest  # with the token that ends it
         return max_tokens == 1 or config.max_tokens > 1
 
-    def with_student(self, resolved: Resolved, adapter: LoRARequest | None) -> list[str]:
+    def with_student(self, request: Running, adapter: LoRARequest | None) -> list[str]:
         """The policies with a student that may decide a request; adapters as for `may_decide`."""
         candidates = self.for_adapter_name(adapter)
         groups = [candidates] if adapter is None else [{n: c} for n, c in candidates.items()]
-        selected = (self.select(resolved, group) for group in groups)
+        selected = (self.select(request, group) for group in groups)
         return [n for n in selected if n is not None and candidates[n].student is not None]
 
-    def may_decide(self, resolved: Resolved, adapter: LoRARequest | None) -> bool:
+    def may_decide(self, request: Running, adapter: LoRARequest | None) -> bool:
         """Whether a policy may decide a request, whatever weights its adapter turns out to have.
 
         The scheduler does not read an adapter's files. Several policies may be for adapters of the
         same name, and vLLM may load a policy with the adapter.
         """
         if adapter is None:
-            return self.select(resolved, self._of_base) is not None
-        if self._adapters_bring_policies and resolved.output is not None:
+            return self.select(request, self._of_base) is not None
+        if self._adapters_bring_policies and request.output is not None:
             return True
         candidates = self.for_adapter_name(adapter).items()
-        return any(self.select(resolved, {name: config}) for name, config in candidates)
+        return any(self.select(request, {name: config}) for name, config in candidates)
 
     def for_adapter(
         self, adapter: LoRARequest | None, fingerprint: str | None

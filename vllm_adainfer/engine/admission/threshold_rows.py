@@ -11,21 +11,20 @@ from vllm_adainfer.artifact.config import ArtifactConfig
 from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.engine.compat.logs import get_logger
 from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 from vllm_adainfer.policy.policy_set import first_threshold_rows
 from vllm_adainfer.policy.questions import KnownQuestions
 
 logger = get_logger(__name__)
-
-FULL_DEPTH = -1
 
 
 class RowsOfRequest(NamedTuple):
     """The rows of the thresholds that apply to a request.
 
     Attributes:
-        whole: `Admitted.threshold_row`.
-        last_token: `Admitted.last_token_row`.
-        not_covered: `Admitted.not_covered`.
+        whole: `Running.threshold_row`.
+        last_token: `Running.last_token_row`.
+        not_covered: `Running.not_covered`.
 
     """
 

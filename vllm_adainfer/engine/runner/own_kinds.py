@@ -16,10 +16,9 @@ from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.auto.own_kind import OwnKind
 from vllm_adainfer.auto.places import Places
-from vllm_adainfer.engine.admission.admitted import Admitted
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
+from vllm_adainfer.engine.admission.running import Running
 from vllm_adainfer.engine.compat.logs import get_logger
-from vllm_adainfer.exits.loop.step import RecordedRequests
+from vllm_adainfer.exits.loop.step import FULL_DEPTH, RecordedRequests
 from vllm_adainfer.settings.engine import Auto
 from vllm_adainfer.watch.ledger import Ledger
 
@@ -59,12 +58,12 @@ class OwnKinds:
         return [name for name, own in self.kinds.items() if own.ledger.is_closed]
 
     def admit_by_ledger(
-        self, admitted: Sequence[Admitted], first_tokens: Ints, lens: Ints, threshold_rows: Ints
+        self, requests: Sequence[Running], first_tokens: Ints, lens: Ints, threshold_rows: Ints
     ) -> tuple[Bools, RecordedRequests | None]:
         """Let a step's requests exit as far as the ledgers allow, and record those of new kinds.
 
         Args:
-            admitted: the requests.
+            requests: those of the step.
             first_tokens: places of those that yield their first token.
             lens: [requests], the rows of each.
             threshold_rows: [requests]; those that must run all layers get `FULL_DEPTH`.
@@ -74,11 +73,11 @@ class OwnKinds:
 
         """
         self._started = time.perf_counter()
-        compared = np.zeros(len(admitted), dtype=np.bool_)
+        compared = np.zeros(len(requests), dtype=np.bool_)
         recorded: list[tuple[int, str]] = []
         by_kind: defaultdict[str, list[int]] = defaultdict(list)
         for place in first_tokens.tolist():
-            name = admitted[place].resolved.kind
+            name = requests[place].kind
             if name is not None:
                 by_kind[name].append(place)
         self._step = {}
@@ -102,7 +101,7 @@ class OwnKinds:
                     (place, name)
                     for place in places
                     if threshold_rows[place] == FULL_DEPTH  # its policy may just have come
-                    and not admitted[place].resolved.force_full_depth_prefill
+                    and not requests[place].force_full_depth_prefill
                 ]
         if not recorded:
             return compared, None

@@ -13,16 +13,21 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec, iter_la
 
 from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.admitted import NOT_POOLED, Admitted
-from vllm_adainfer.engine.admission.resolved import UNLIMITED, Resolved, params_of, resolved_of
-from vllm_adainfer.engine.admission.threshold_rows import FULL_DEPTH
+from vllm_adainfer.engine.admission.running import (
+    NOT_POOLED,
+    UNLIMITED,
+    Running,
+    params_of,
+    resolved_of,
+)
 from vllm_adainfer.engine.runner.adapters import LoadedAdapters, StepAdapters
 from vllm_adainfer.engine.runner.own_kinds import OwnKinds
-from vllm_adainfer.exits.accounting.decided import Provenance
+from vllm_adainfer.engine.runner.request_table import Columns, RequestTable
+from vllm_adainfer.exits.accounting.decided import Provenance, WhyFullDepth
 from vllm_adainfer.exits.accounting.report import INTERVAL, StepNote, snapshot_of
 from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.loop.loop import Loop
-from vllm_adainfer.exits.loop.step import StepContext
+from vllm_adainfer.exits.loop.step import FULL_DEPTH, StepContext
 from vllm_adainfer.settings.engine import read_settings
 
 if TYPE_CHECKING:
@@ -45,15 +50,18 @@ class RunningRequests:
     lora_manager: Any = None
     kinds: OwnKinds | None = None
 
-    def __init__(self, vllm_config: VllmConfig, loop: Loop) -> None:
-        """`loop` runs the steps of these requests."""
+    def __init__(
+        self, vllm_config: VllmConfig, loop: Loop, admission: Admission | None = None
+    ) -> None:
+        """`loop` runs the steps of these requests; `admission` is that of the engine by default."""
         settings = read_settings(vllm_config.additional_config)
         assert settings is not None
-        self.admission = Admission.from_config(vllm_config, settings)
+        self.admission = admission or Admission.from_config(vllm_config, settings)
         self.adapters = LoadedAdapters()
         self._loop = loop
         self.window = UNLIMITED
-        self._admitted: dict[str, Admitted] = {}
+        self._requests: dict[str, Running] = {}
+        self._table = RequestTable()
         # Only the scheduler's `PrefixCacheGuard` reads which tokens are complete.
         self._reports_complete = (
             vllm_config.cache_config.enable_prefix_caching and not self.admission.is_recording
@@ -61,6 +69,7 @@ class RunningRequests:
         self._audits = settings.audit is not None
         self.digests: Mapping[str, str] = {}
         self._ran: StepContext | None = None
+        self._why: dict[int, WhyFullDepth] = {}  # of that step's requests; empty without an audit
         self._next_report = 0.0
 
     def use_kv_cache(self, config: KVCacheConfig) -> None:
@@ -77,30 +86,32 @@ class RunningRequests:
         """
         adapter, resolved = new.lora_request, resolved_of(new)
         if resolved is None:
-            resolved = self.admission.resolve(new.req_id, params_of(new), adapter)
-        prompt = new.prompt_token_ids or ()
-        admitted = self._admit(resolved, prompt, adapter)
-        if admitted.not_covered is not None:
-            stats = self._loop.stats.by_policy[admitted.policy]
-            stats.not_covered[admitted.not_covered] += 1
-        self._admitted[new.req_id] = admitted
-        if resolved.query is not None:
-            self._loop.began(new.req_id, resolved.query)
+            resolved = self.admission.arrival.resolve(new.req_id, params_of(new), adapter)
+        request = self._admit(resolved, new.prompt_token_ids or (), adapter)
+        if request.not_covered is not None:
+            self._loop.stats.by_policy[request.policy].not_covered[request.not_covered] += 1
+        self._put(new.req_id, request)
+        if request.query is not None:
+            self._loop.began(new.req_id, request.query)
 
     def use_admission(self, admission: Admission) -> None:
         """Decide by `admission` from now on, for running requests too."""
         self.admission = admission
-        for request_id, before in self._admitted.items():
-            now = self._admit(before.resolved, before.prompt, before.adapter)
+        for request_id, before in self._requests.items():
+            now = self._admit(before, before.prompt, before.adapter)
             if now != before:  # another policy reads its prompt, or another adapter ran some of it
                 self._loop.carried.forget(request_id)
-            self._admitted[request_id] = now
+            self._put(request_id, now)
+
+    def _put(self, request_id: str, request: Running) -> None:
+        self._requests[request_id] = request
+        self._table.put(request_id, request)
 
     def _admit(
-        self, resolved: Resolved, prompt: Sequence[int], adapter: LoRARequest | None
-    ) -> Admitted:
+        self, request: Running, prompt: Sequence[int], adapter: LoRARequest | None
+    ) -> Running:
         fingerprint = None if adapter is None else self.adapters.fingerprint_of(adapter)
-        return self.admission.admit(resolved, prompt, adapter, fingerprint)
+        return self.admission.admit(request, prompt, adapter, fingerprint)
 
     def lost_kv(self, request_id: str) -> None:
         """Forget the KV of a preempted request: it starts again without its blocks."""
@@ -108,7 +119,8 @@ class RunningRequests:
 
     def remove(self, request_id: str) -> None:
         """Forget a request that has ended, or that vLLM will add again."""
-        self._admitted.pop(request_id, None)
+        self._requests.pop(request_id, None)
+        self._table.drop(request_id)
         self._loop.forget(request_id)
 
     def ended(self, request_ids: Iterable[str]) -> None:
@@ -118,7 +130,7 @@ class RunningRequests:
 
     def knows(self, request_id: str) -> bool:
         """Whether this is a real request, not a row of a dummy batch."""
-        return request_id in self._admitted
+        return request_id in self._requests
 
     def describe(
         self,
@@ -140,48 +152,36 @@ class RunningRequests:
         """
         if self.adapters.take_changed():
             self.use_admission(self.admission)
-        admitted = [self._admitted[request_id] for request_id in request_ids]
+        admission, loop, own = self.admission, self._loop, self._table.of(request_ids)
         last = computed + query_lens - 1
-        prompt = np.array([len(request.prompt) for request in admitted])
-        rows = np.array([request.threshold_row for request in admitted])
-        pooled_from = self._whole_prompts(admitted, request_ids, computed, rows)
-        max_tokens = np.array([request.resolved.max_tokens for request in admitted])
-        full_prefill = np.array([request.resolved.force_full_depth_prefill for request in admitted])
-        completes = full_prefill & (computed < prompt)  # keys and values that others need
-        certified = np.array([request.certified_tokens for request in admitted])
-        rows[last + 2 - prompt > certified] = FULL_DEPTH  # left: which token of the request this is
-        chooses = subsets = record_rows = texts = None
-        if self.admission.has_choices:
-            chooses = np.array([request.has_choice_policy for request in admitted])
-        if self.admission.has_pools:
-            subsets = np.array([request.subset for request in admitted])
-        if self.admission.has_students:
-            texts = [request.text for request in admitted]
-        if self.admission.is_recording:
-            record_rows = np.array([request.record_row for request in admitted])
-        if self._loop.stats.weights_differ:
-            rows[:] = FULL_DEPTH
-        overdue = self._loop.kv.overdue()
-        if overdue:
-            rows[[request_id in overdue for request_id in request_ids]] = FULL_DEPTH
-        continues = last + 2 - prompt < max_tokens  # once this step's token is appended
+        token = last + 2 - own.prompt_tokens  # that this step samples, the first of a request is 1
+        continues = token < own.max_tokens  # once this step's token is appended
+        rows, pooled_from = own.threshold_row, None
+        if admission.has_pooled:
+            pooled_from = own.pooled_from
+            self._without_lost_rows(own, request_ids, computed)
+        needs_all = (own.force_full_depth_prefill != 0) & (computed < own.prompt_tokens)
         # vLLM frees blocks outside the window, which deferred rows still need. Chunks before the
         # last one are never deferred, and pooled policies read them.
-        completes |= yields_token & continues & (last + 1 >= self.window)
+        needs_all |= yields_token & continues & (last + 1 >= self.window)
         stays = None
-        if self.admission.any_stand:
-            stands = np.array([request.answers_stand for request in admitted])
-            stays, completes = completes & stands, completes & ~stands
-        rows[completes] = FULL_DEPTH
-        shadow = recorded = None
+        if admission.any_stand:
+            stands = own.answers_stand != 0
+            stays, needs_all = needs_all & stands, needs_all & ~stands
+        shadow = recorded = tightened = None
+        if self.kinds is None and (tightened := loop.tightened()) is not None:
+            shadow = own.is_shadow != 0
+        self._why.clear()
+        for why, applies in self._full_depth(request_ids, own, token, needs_all, tightened):
+            if self._audits:
+                self._why |= dict.fromkeys(np.flatnonzero(applies & (rows != FULL_DEPTH)), why)
+            rows[applies] = FULL_DEPTH
         if self.kinds is not None:
-            serves = not self._loop.stats.weights_differ
-            first = np.flatnonzero(serves & yields_token & (last + 1 == prompt))
-            shadow, recorded = self.kinds.admit_by_ledger(admitted, first, query_lens, rows)
-        elif (tightened := self._loop.tightened()) is not None:
-            shadow = np.array([request.resolved.is_shadow for request in admitted])
-            rows[tightened[rows] & ~shadow] = FULL_DEPTH
-        if pooled_from is not None and not self.admission.is_recording:
+            serves = not loop.stats.weights_differ
+            first = np.flatnonzero(serves & yields_token & (token == 1))
+            requests = [self._requests[request_id] for request_id in request_ids]
+            shadow, recorded = self.kinds.admit_by_ledger(requests, first, query_lens, rows)
+        if pooled_from is not None and not admission.is_recording:
             pooled_from[rows == FULL_DEPTH] = NOT_POOLED
         self._ran = StepContext(
             request_ids=request_ids,
@@ -191,43 +191,59 @@ class RunningRequests:
             continues=continues,
             is_shadow=shadow,
             stays=stays,
-            subsets=subsets,
+            subsets=own.subset if admission.has_pools else None,
             pooled_from=pooled_from,
-            texts=texts,
-            record_rows=record_rows,
+            texts=[self._requests[one].text for one in request_ids]
+            if admission.has_students
+            else None,
+            record_rows=own.record_row if admission.is_recording else None,
             recorded=recorded,
-            ends_early=chooses,
-            all_rows_count=any(request.resolved.wants_prompt_logprobs for request in admitted),
+            ends_early=own.has_choice_policy != 0 if admission.has_choices else None,
+            all_rows_count=bool(own.wants_prompt_logprobs.any()),
             device=device,
         )
         return self._ran
 
-    def _whole_prompts(
+    def _full_depth(
         self,
-        admitted: Sequence[Admitted],
         request_ids: Sequence[str],
-        computed: Ints,
-        threshold_rows: Ints,
-    ) -> Ints | None:
-        """`StepContext.pooled_from`; None if nothing is pooled.
+        own: Columns,
+        token: Ints,
+        needs_all: Bools,
+        tightened: Bools | None,
+    ) -> Iterator[tuple[WhyFullDepth, Bools]]:
+        """The requests that run to full depth in a step though their policy serves them, and why.
 
-        A request of which some rows that belong to the mean never ran gets the threshold row of its
-        policy's heads for the last token.
+        Args:
+            request_ids: their ids.
+            own: their columns.
+            token: which of its tokens the step samples for each.
+            needs_all: those whose keys and values others need, or later tokens beyond the window.
+            tightened: see `Loop.tightened`.
+
         """
-        if not self.admission.has_pooled:
-            return None
-        pooled_from = np.array([request.pooled_from for request in admitted])
+        yield "beyond_bound", token > own.certified_tokens
+        yield "keys_needed", needs_all
+        if self._loop.stats.weights_differ:
+            yield "other_weights", np.ones(len(token), np.bool_)
+        if overdue := self._loop.kv.overdue():
+            yield "deferred_rows", np.array([one in overdue for one in request_ids])
+        if tightened is not None:
+            yield "too_many_differ", tightened[own.threshold_row] & (own.is_shadow == 0)
+
+    def _without_lost_rows(self, own: Columns, request_ids: Sequence[str], computed: Ints) -> None:
+        """Let requests be decided by their last token of whose prompts some rows never ran."""
+        pooled_from = own.pooled_from
         for place in np.flatnonzero((pooled_from >= 0) & (computed > pooled_from)).tolist():
             if self._loop.carried.end(request_ids[place]) != computed[place]:
                 pooled_from[place] = NOT_POOLED
-                threshold_rows[place] = admitted[place].last_token_row
-        return pooled_from
+                own.threshold_row[place] = own.last_token_row[place]
 
     def adapters_of(self, step: StepContext) -> StepAdapters | None:
         """The adapters of a step's requests; None without LoRA."""
         if self.lora_manager is None:
             return None
-        adapters = [self._admitted[request_id].adapter for request_id in step.request_ids]
+        adapters = [self._requests[request_id].adapter for request_id in step.request_ids]
         return StepAdapters(self.lora_manager, adapters)
 
     def take_note(self) -> StepNote | None:
@@ -259,7 +275,8 @@ class RunningRequests:
                 self.admission.epsilon_of(int(step.threshold_rows[token.place])),
                 token.layers,
                 token.outcome,
-                self._admitted[step.request_ids[token.place]].not_covered,
+                self._requests[step.request_ids[token.place]].not_covered,
+                self._why.get(token.place),
             )
 
     def _complete(self, step: StepContext) -> dict[str, int]:
@@ -271,5 +288,5 @@ class RunningRequests:
             if place in ended
             else ends[place] - self._loop.kv.missing(request_id, ends[place])
             for place, request_id in enumerate(step.request_ids)
-            if self._admitted[request_id].resolved.may_exit
+            if self._requests[request_id].may_exit
         }

@@ -31,6 +31,7 @@ class Trail:
         by: the last policy that decided a token of it; None before its first token.
         layers: tokens by the number of layers that they ran.
         outcomes: tokens by `DecidedToken.outcome`.
+        full_depth: tokens by `Provenance.why_full_depth`.
         scores: those of a classifier; None for a request that generates.
 
     """
@@ -38,6 +39,7 @@ class Trail:
     by: Provenance | None = None
     layers: Counter[int] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
+    full_depth: Counter[str] = field(default_factory=Counter)
     scores: list[float] | None = None
 
     def add(self, token: Provenance) -> None:
@@ -46,6 +48,8 @@ class Trail:
             self.by = token
         self.layers[token.layers] += 1
         self.outcomes[token.outcome] += 1
+        if token.why_full_depth is not None:
+            self.full_depth[token.why_full_depth] += 1
 
 
 class Audit(Observer):
@@ -117,6 +121,7 @@ def line_of(
         "layers": {str(layers): count for layers, count in sorted(trail.layers.items())},
         "depth": depth,
         **({} if by is None or by.not_covered is None else {"not_covered": by.not_covered}),
+        **({"why_full_depth": dict(trail.full_depth)} if trail.full_depth else {}),
         "answer": answer[:LONGEST_ANSWER],
         "ended": why,
     }

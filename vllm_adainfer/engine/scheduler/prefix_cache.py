@@ -45,7 +45,7 @@ class PrefixCacheGuard:
             manager: the scheduler's; everything not defined here is passed on to it.
             may_exit: whether a request may exit in a step that starts after so many of its tokens.
             complete: called with a request whose prompt must run at full depth.
-            saving: `Resolved.saving` of a request.
+            saving: `Running.saving` of a request.
 
         """
         self._manager = manager

@@ -11,7 +11,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_adainfer.artifact.files import load_student_tokenizer
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.resolved import Resolved
+from vllm_adainfer.engine.admission.running import Running
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.policy.own_text import OwnText, decoding_digest
 from vllm_adainfer.settings.engine import Settings
@@ -47,8 +47,8 @@ class PromptTexts:
             own = load_student_tokenizer(settings.artifacts[name])
             self._readers[name] = OwnText(decode, config.student, config.shared, own)
 
-    def of(self, request: Request, resolved: Resolved) -> Mapping[str, tuple[int, ...]]:
-        """`Resolved.texts` of a request; images and embeddings are no text."""
+    def of(self, request: Request, resolved: Running) -> Mapping[str, tuple[int, ...]]:
+        """`Running.texts` of a request; images and embeddings are no text."""
         prompt = request.prompt_token_ids
         is_text = prompt and not request.mm_features and request.prompt_embeds is None
         if not is_text or not resolved.may_exit:

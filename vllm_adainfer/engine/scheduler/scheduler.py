@@ -22,7 +22,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_adainfer.engine.admission.admission import Admission
-from vllm_adainfer.engine.admission.resolved import attach_resolved, params_of, resolved_of
+from vllm_adainfer.engine.admission.running import attach_resolved, params_of, resolved_of
 from vllm_adainfer.engine.compat.arrival import tell_scheduler_of_arrivals
 from vllm_adainfer.engine.compat.processes import end_with_starter
 from vllm_adainfer.engine.compat.runner import attached_note
@@ -97,7 +97,7 @@ class ObservedScheduler(_Scheduler):
         """
         if self.admission is None:
             return
-        resolved = self.admission.resolve(
+        resolved = self.admission.arrival.resolve(
             request.request_id, params_of(request), request.lora_request, request.resumable
         )
         if self._prompt_texts is not None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vllm_adainfer.arrays import Ints
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
 
-FULL_DEPTH = -1
 # Of prompts; the last comes while the others are generating.
 LENGTHS = (3, 20, 17, 1, 9, 6)
 TOKENS = 6  # that each request generates, but those of a pooling model

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from typing_extensions import override
+from vllm.config import VllmConfig
 
-from vllm_adainfer.arrays import Bools, Ints
+from vllm_adainfer.arrays import Ints
 from vllm_adainfer.artifact.kinds import ProbeInput
-from vllm_adainfer.engine.self_test.script import FULL_DEPTH, Script
+from vllm_adainfer.engine.admission.running import Running
+from vllm_adainfer.engine.runner.requests import RunningRequests
+from vllm_adainfer.engine.self_test.script import Script
 from vllm_adainfer.exits.batch.batch import Batch
 from vllm_adainfer.exits.batch.hidden_states import HiddenStates
-from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.loop.exit_loop import ExitLoop
 from vllm_adainfer.exits.loop.loop import StepOutput
-from vllm_adainfer.exits.loop.step import StepContext
+from vllm_adainfer.exits.loop.step import FULL_DEPTH, StepContext
 from vllm_adainfer.policy.answers import EarlyStates
 from vllm_adainfer.policy.exit_policy import Decision, ExitPolicy, UndecidedRows
 
@@ -102,52 +104,32 @@ class NotingLoop:
         return output
 
 
-class ScriptedRequests:
-    """Describes the steps of a script, as `RunningRequests` describes those of clients."""
+class ScriptedRequests(RunningRequests):
+    """The requests of a script, which says for each token where it exits."""
 
-    def __init__(self, script: Script, ids: Sequence[str], loop: ExitLoop, window: int) -> None:
-        """`ids` are vLLM's, of the requests in order; `window` the smallest attention window."""
+    def __init__(
+        self, serving: RunningRequests, vllm_config: VllmConfig, script: Script, loop: ExitLoop
+    ) -> None:
+        """Follow `script` in place of `serving`, the requests of clients."""
+        super().__init__(vllm_config, loop, serving.admission)
+        self.window = serving.window
         self._script = script
-        self._places = {request_id: place for place, request_id in enumerate(ids)}
-        self._loop = loop
-        self._window = window
+        self._scripted: dict[str, int] = {}
 
-    def add(self, new: object) -> None:
-        """Its script is known."""
+    @override
+    def add(self, new: Any) -> None:
+        script = self._script
+        place = self._scripted[new.req_id] = int(new.req_id.rpartition("-")[2])
+        most = script.tokens - script.arrives[place]
+        self._put(new.req_id, Running(prompt=script.prompts[place], max_tokens=most))
 
-    def remove(self, request_id: str) -> None:
-        """Forget its deferred rows."""
-        self._loop.forget(request_id)
-
-    def knows(self, request_id: str) -> bool:
-        """Whether it is in the script."""
-        return request_id in self._places
-
-    def adapters_of(self, step: StepContext) -> None:
-        """None has an adapter."""
-
+    @override
     def describe(
-        self,
-        request_ids: Sequence[str],
-        query_lens: Ints,
-        computed: Ints,
-        yields_token: Bools,
-        device: torch.device,
+        self, request_ids: Sequence[str], query_lens: Ints, computed: Ints, *rest: Any, **more: Any
     ) -> StepContext:
-        """The context of a step, as `RunningRequests.describe`."""
-        script, last = self._script, computed + query_lens - 1
-        exits, continues = yields_token.astype(int), yields_token.copy()
-        for place, request_id in enumerate(request_ids):
-            request = self._places[request_id]
-            token = int(last[place]) + 1 - len(script.prompts[request])
-            exits[place] = script.exits[request, token]
-            continues[place] = script.arrives[request] + token + 1 < script.tokens
-        exits[continues & (last + 1 >= self._window)] = FULL_DEPTH
-        return StepContext(
-            request_ids=request_ids,
-            layout=RowLayout(query_lens, last),
-            yields_token=yields_token,
-            threshold_rows=exits,
-            continues=continues,
-            device=device,
-        )
+        script = self._script
+        for request_id, length in zip(request_ids, computed + query_lens, strict=True):
+            place = self._scripted[request_id]
+            row = script.exits[place, length - len(script.prompts[place])]
+            self._put(request_id, replace(self._requests[request_id], threshold_row=int(row)))
+        return super().describe(request_ids, query_lens, computed, *rest, **more)

@@ -122,7 +122,7 @@ class ScriptedSteps:
             read=read_from_rank0,
         )
         noting = NotingLoop(None if in_full else loop, len(model.stack.segments), head_size)
-        state.running = ScriptedRequests(script, ids, loop, running.window)
+        state.running = ScriptedRequests(running, self._runner.vllm_config, script, loop)
         model.loop, model.execution, model.exits_off = noting, execution, False
         model.graphs = self._graphs if execution is Execution.SEGMENT_GRAPHS else None
         self._runner.kv_connector.set_disabled(True)

@@ -8,6 +8,12 @@ from typing import Literal
 from vllm_adainfer.artifact.kinds import NotCovered
 
 Outcome = Literal["early", "full_depth", "shadow"]
+# Why a request that its policy serves ran to full depth in a step: its bound covers fewer tokens;
+# others, or its own later tokens, need its keys and values; the weights are not those of the
+# calibration; too many rows wait for layers; or too many of the policy's answers differ.
+WhyFullDepth = Literal[
+    "beyond_bound", "keys_needed", "other_weights", "deferred_rows", "too_many_differ"
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Provenance:
         layers: see `DecidedToken`.
         outcome: see `DecidedToken`.
         not_covered: why the policy for the request's output did not serve its prompt.
+        why_full_depth: why the step ran it to full depth all the same, if it did.
 
     """
 
@@ -51,3 +58,4 @@ class Provenance:
     layers: int
     outcome: Outcome
     not_covered: NotCovered | None = None
+    why_full_depth: WhyFullDepth | None = None

@@ -14,6 +14,7 @@ from vllm_adainfer.exits.batch.layout import RowLayout
 from vllm_adainfer.exits.batch.upload import upload
 
 CPU = torch.device("cpu")
+FULL_DEPTH = -1  # the threshold row of requests that run all layers
 NOBODY = np.arange(0)
 
 
@@ -42,7 +43,8 @@ class StepContext:
         layout: the rows that the step came with; every request has some.
         yields_token: [requests], True where the last row yields a token (False: more chunks of the
             prompt follow).
-        threshold_rows: [requests], see `Admitted.threshold_row`; a negative one runs at full depth.
+        threshold_rows: [requests], see `Running.threshold_row`; `FULL_DEPTH` for those that
+            must run all layers.
         continues: [requests], True for those that may be asked for another token.
         is_shadow: [requests], True for those that are decided at exit points if they may exit, but
             stay to full depth; None where there is no monitor.
@@ -50,13 +52,13 @@ class StepContext:
             keys and values that others need; None if there are none.
         all_rows_count: whether the final states of all rows are read, not only of sampled ones.
         device: the device of the rows.
-        subsets: [requests], see `Admitted.subset`; None if no policy has a label pool.
+        subsets: [requests], see `Running.subset`; None if no policy has a label pool.
         ends_early: [requests], True for those that are expected to end if they exit, though they
             may be asked for another token; None if there are none.
         pooled_from: [requests], the position from which on a pooled policy reads the prompt;
             negative for requests that none reads. None if the engine has no pooled policy.
-        texts: [requests], see `Admitted.text`. None if no policy has a student.
-        record_rows: [requests], see `Admitted.record_row`; None unless the engine records.
+        texts: [requests], see `Running.text`. None if no policy has a student.
+        record_rows: [requests], see `Running.record_row`; None unless the engine records.
         recorded: requests whose states are kept beside serving; None if there are none.
         shadow: the shadow requests that may exit; None where there is no monitor.
         left_at: int64 [requests], the index of the exit point where each has left; -1 for none.

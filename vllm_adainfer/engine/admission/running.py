@@ -1,4 +1,4 @@
-"""What the scheduler resolves about a request, once, on arrival.
+"""The record of a request: written on its arrival, and completed on its admission by a worker.
 
 Nothing that a client sent is parsed anywhere else. The record travels to the workers among the
 request's ``extra_args``, and steps read only its fields.
@@ -11,23 +11,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm_adainfer.artifact.kinds import NotCovered
+from vllm_adainfer.artifact.label_subsets import ALL
 from vllm_adainfer.engine.admission.requested_output import RequestedOutput
-from vllm_adainfer.settings.request import RequestSettings
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
+from vllm_adainfer.settings.engine import NO_POLICY
+from vllm_adainfer.settings.request import RequestSettings, read_request
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
     from vllm import PoolingParams, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     Params: TypeAlias = SamplingParams | PoolingParams
 
 ARGUMENT = "_adainfer"  # among a request's extra arguments, which reach the worker
 UNLIMITED = 1 << 62
+NO_SETTINGS = read_request(None)
+NOT_RECORDED = NOT_POOLED = -1
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """What is known about a request from its arrival on.
+class Running:
+    """What is known about a request.
 
     Attributes:
         settings: the request's own settings.
@@ -49,12 +56,31 @@ class Resolved:
             of a shared prefix.
         kind: the name of its kind, on a server that calibrates itself; None if it never exits.
 
+    Those from here on are known to the worker, which admits the request:
+        prompt: token ids of its prompt.
+        adapter: its LoRA adapter; None for the base model.
+        policy: the name of the policy for its output; `NO_POLICY` if there is none.
+        not_covered: why that policy does not serve its prompt; None if it does.
+        threshold_row: the row of the thresholds that applies, numbered across policies (with a
+            script, the index of the exit point); `FULL_DEPTH` if it may not exit.
+        last_token_row: the row of the thresholds if the prompt cannot be pooled as a whole.
+        pooled_from: the position from which on its policy pools its prompt; `NOT_POOLED` if it
+            reads the last token alone, or if the prompt is not longer.
+        subset: the labels to choose among, as bits over the policy's labels; `ALL` for a policy
+            without a label pool.
+        certified_tokens: how many of its first tokens its policy's bound covers.
+        has_choice_policy: whether a policy for choices decides it.
+        answers_stand: whether its policy's answers do, see `ArtifactConfig.answers_stand`.
+        text: what its policy's student reads of its prompt, in the student's tokens; empty if it is
+            not asked.
+        record_row: its line of the calibration data; `NOT_RECORDED` if it has none.
+
     """
 
-    settings: RequestSettings
-    output: RequestedOutput | None
-    max_tokens: int
-    wants_prompt_logprobs: bool
+    settings: RequestSettings = NO_SETTINGS
+    output: RequestedOutput | None = None
+    max_tokens: int = UNLIMITED
+    wants_prompt_logprobs: bool = False
     may_exit: bool = False
     may_end_after_first_token: bool = False
     saving: tuple[str, float] | None = None
@@ -63,6 +89,20 @@ class Resolved:
     texts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     force_full_depth_prefill: bool = False
     kind: str | None = None
+
+    prompt: Sequence[int] = ()
+    adapter: LoRARequest | None = None
+    policy: str = NO_POLICY
+    not_covered: NotCovered | None = None
+    threshold_row: int = FULL_DEPTH
+    last_token_row: int = FULL_DEPTH
+    pooled_from: int = NOT_POOLED
+    subset: int = ALL
+    certified_tokens: int = UNLIMITED
+    has_choice_policy: bool = False
+    answers_stand: bool = False
+    text: Sequence[int] = ()
+    record_row: int = NOT_RECORDED
 
 
 def params_of(request: Any) -> Params | None:
@@ -81,7 +121,7 @@ def extra_arguments(params: Params) -> Mapping[str, Any]:
     return getattr(params, _extra(params)) or {}
 
 
-def attach_resolved(request: Any, resolved: Resolved) -> None:
+def attach_resolved(request: Any, resolved: Running) -> None:
     """Let vLLM's `Request` carry `resolved`, in a copy: its parameters may serve other requests."""
     params = copy.copy(params_of(request))
     assert params is not None
@@ -89,11 +129,11 @@ def attach_resolved(request: Any, resolved: Resolved) -> None:
     setattr(request, "pooling_params" if is_for_pooling(params) else "sampling_params", params)
 
 
-def resolved_of(request: Any) -> Resolved | None:
+def resolved_of(request: Any) -> Running | None:
     """The record that `attach_resolved` attached; None if no scheduler of ours saw the request."""
     params = params_of(request)
     found = None if params is None else extra_arguments(params).get(ARGUMENT)
-    return found if isinstance(found, Resolved) else None  # a client may send this key, too
+    return found if isinstance(found, Running) else None  # a client may send this key, too
 
 
 def _extra(params: Params) -> str:

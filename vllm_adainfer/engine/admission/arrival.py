@@ -1,0 +1,187 @@
+"""What the scheduler decides of a request when it arrives: all that follows from what was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from vllm_adainfer.auto.directory import AutoDirectory
+from vllm_adainfer.auto.kinds import Kind, kind_names
+from vllm_adainfer.engine.admission.kind_of import kind_of_output
+from vllm_adainfer.engine.admission.policies import Policies
+from vllm_adainfer.engine.admission.requested_output import (
+    OutputKind,
+    RequestedOutput,
+    requested_output,
+    requested_scores,
+    wants_prompt_logprobs,
+)
+from vllm_adainfer.engine.admission.running import (
+    UNLIMITED,
+    Running,
+    extra_arguments,
+    is_for_pooling,
+)
+from vllm_adainfer.engine.admission.traffic_sample import GroupSample
+from vllm_adainfer.engine.compat.logs import get_logger
+from vllm_adainfer.engine.compat.requests import request_group
+from vllm_adainfer.errors import AdaInferError
+from vllm_adainfer.exits.loop.step import FULL_DEPTH
+from vllm_adainfer.policy.script import SCRIPT_LABELS
+from vllm_adainfer.settings.engine import Settings
+from vllm_adainfer.settings.request import EXIT_ARG, RequestSettings, read_request
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+    from vllm_adainfer.engine.admission.running import Params
+
+logger = get_logger(__name__)
+
+TYPICAL_SAVING = 0.4  # of the layers, by a policy that is still to come; see docs/results.md
+OPTED_OUT = RequestSettings.model_validate({EXIT_ARG: 0})
+SCRIPTED_OUTPUT = RequestedOutput(OutputKind.TOKEN, frozenset(SCRIPT_LABELS))
+
+
+class Arrival:
+    """Decides what follows from what clients send, once for each request."""
+
+    def __init__(self, settings: Settings, policies: Policies, logprobs_mode: str) -> None:
+        """See `Admission`."""
+        self._settings, self._policies = settings, policies
+        self._logprobs_mode = logprobs_mode
+        configs = policies.configs.values()
+        self._promises_order = any(config.top_k is not None for config in configs)
+        # What a monitor counts as one is drawn as one: an order's queries, questions of one text.
+        self._draws_groups = self._promises_order or any(c.most_together > 1 for c in configs)
+        self._shadow = GroupSample(settings.shadow_rate, "shadow")
+
+    def resolve(
+        self,
+        request_id: str,
+        params: Params | None,
+        adapter: LoRARequest | None = None,
+        resumable: bool = False,
+    ) -> Running:
+        """Settle what follows from what a client sent; see `Running`.
+
+        The result stays valid when artifacts are reloaded (see `check_replaces` in
+        `engine/worker/served_policies.py`) or come with adapters.
+
+        Args:
+            request_id: vLLM's own, which clients cannot choose.
+            params: its parameters; None runs at full depth.
+            adapter: its LoRA adapter.
+            resumable: whether its prompt is still being sent. Later parts attend to earlier ones at
+                every layer, so such a request runs at full depth.
+
+        """
+        if params is None:
+            return Running(OPTED_OUT)
+        request = self.parse(_valid_settings(params), params)
+        if resumable:
+            return replace(request, output=None)
+        kind = self._kind(request, adapter)
+        # A kind may get a policy at any time.
+        may_decide = kind is not None or self._policies.may_decide(request, adapter)
+        is_choice = request.output is not None and request.output.kind is OutputKind.CHOICE
+        is_shadow = self.is_shadow(request_id)
+        scripted = self._scripted_row(request)
+        return replace(
+            request,
+            may_exit=self._may_exit(request, may_decide) or scripted != FULL_DEPTH,
+            may_end_after_first_token=may_decide and is_choice,
+            saving=self._saving(replace(request, kind=kind), adapter),
+            is_shadow=is_shadow,
+            query=self._query(request_id) if is_shadow else None,
+            kind=kind,
+            threshold_row=scripted,
+        )
+
+    def parse(self, request: RequestSettings, params: Params) -> Running:
+        """What needs no policy and no adapter."""
+        settings, opted_in = self._settings, request.adainfer
+        if opted_in is None:
+            opted_in = settings.requests != "opt-in"
+        if is_for_pooling(params):
+            output = requested_scores(params) if opted_in else None
+            return Running(request, output, max_tokens=1)
+        output = None
+        if opted_in:
+            output = requested_output(params, self._logprobs_mode, settings.requests == "all")
+        max_tokens = params.max_tokens or UNLIMITED
+        return Running(request, output, max_tokens, wants_prompt_logprobs(params))
+
+    def is_shadow(self, request_id: str) -> bool:
+        """Whether a request that may exit runs to full depth instead, to compare the answers."""
+        group = request_group(request_id) if self._draws_groups else None
+        return self._shadow.has(request_id, group)
+
+    def _query(self, request_id: str) -> str | None:
+        """`Running.query` of a shadow request."""
+        group = request_group(request_id) if self._promises_order else None
+        return None if group is None else self._shadow.first_of(request_id, group)
+
+    def _kind(self, request: Running, adapter: LoRARequest | None) -> str | None:
+        """See `Running.kind`."""
+        if not self._settings.calibrates_itself or request.output is None:
+            return None
+        if request.settings.adainfer_epsilon == 0:
+            return None  # its client asks for full depth, which earns no budget for others
+        kind = kind_of_output(request.output, request.max_tokens, adapter)
+        if kind is not None and kind.choices and not self._policies.ends_choices:
+            return None  # it would run on, and no policy covers that
+        return None if kind is None or kind.why_full_depth else self._name_of(kind)
+
+    @cached_property
+    def _name_of(self) -> Callable[[Kind], str]:
+        """Names kinds; the directory exists once the engine is configured."""
+        assert self._settings.auto is not None
+        return kind_names(AutoDirectory(self._settings.auto.directory).salt)
+
+    def _may_exit(self, request: Running, may_decide: bool) -> bool:
+        """See `Running.may_exit`; `may_decide`: whether a policy may decide the request."""
+        settings = self._settings
+        if settings.record is not None or settings.exit_script is not None:
+            return False
+        epsilon = request.settings.adainfer_epsilon
+        return may_decide and (settings.epsilon if epsilon is None else epsilon) != 0
+
+    def _saving(self, request: Running, adapter: LoRARequest | None) -> tuple[str, float] | None:
+        """See `Running.saving`."""
+        if request.kind is not None:
+            return request.kind, TYPICAL_SAVING
+        policies = self._policies
+        name = policies.select(request, policies.for_adapter_name(adapter))
+        if name is None or policies.configs[name].max_tokens > 1:
+            return None
+        config = policies.configs[name]
+        return name, config.levels[config.level_of(None)].layers_saved
+
+    def _scripted_row(self, request: Running) -> int:
+        """Index of the exit point that a request names, if the script's labels can answer it."""
+        layer, script = request.settings.adainfer_exit, self._settings.exit_script or ()
+        if script and layer is not None and layer not in script:
+            logger.warning_once(
+                "requests run at full depth where their adainfer_exit is not in the exit_script"
+            )
+        if layer not in script or request.output != SCRIPTED_OUTPUT:
+            return FULL_DEPTH
+        return script.index(layer)
+
+
+def _valid_settings(params: Params) -> RequestSettings:
+    """A request's settings; `OPTED_OUT` if they are invalid.
+
+    vLLM's frontend refuses such requests by `check_request`, but other callers reach the engine.
+    """
+    try:
+        return read_request(extra_arguments(params))
+    except AdaInferError:
+        logger.warning_once(
+            "requests run at full depth whose adainfer arguments are unknown or invalid; vLLM's "
+            "server refuses them, and says why"
+        )
+        return OPTED_OUT
