@@ -14,7 +14,7 @@ from tests.unit.test_label_bounds import config_with, promised
 from vllm_adainfer.artifact.fields import Choice
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.evaluation.by_label import label_rows
-from vllm_adainfer.offline.reports.describe_report import _labels
+from vllm_adainfer.offline.reports.evaluation_facts import facts_of_labels
 
 ROWS = 300
 GENERATOR = np.random.default_rng(0)
@@ -76,7 +76,8 @@ def test_prompts_without_labels_have_no_true_recall_and_missing_answers_no_share
     bad, good = ([[label.token_id]] * 3 for label in config.labels)
     rows = label_rows(config, examples, np.arange(3), bad, good)
     assert [(row["recall"], row["precision"]) for row in rows] == [(None, 0.0), (0.0, None)]
-    assert "-" in _labels(rows)[0]
+    bad, good = facts_of_labels(rows)[0].rows
+    assert (bad["recall"], good["precision"]) == ("-", "-")
 
 
 @pytest.mark.parametrize(
@@ -90,4 +91,4 @@ def test_what_changes_is_held_against_what_is_promised(tiny_model, epsilon, said
     assert 0.06 < 1 - good["precision"] < 0.15
     assert bad["verdicts"] == {"recall": f"{said} the bound of {epsilon:.1%}"}
     assert good["verdicts"] == {"precision": f"{said} the bound of {epsilon:.1%}"}
-    assert f"recall {said.split()[0]}" in _labels([bad, good])[0]
+    assert facts_of_labels([bad, good])[0].rows[0]["promised"] == f"recall {said.split()[0]}"

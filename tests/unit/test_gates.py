@@ -19,7 +19,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.evaluation.promised import promised_rows
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
 from vllm_adainfer.offline.reports import figures
-from vllm_adainfer.offline.reports.describe_report import _gates
+from vllm_adainfer.offline.reports.evaluation_facts import facts_of_gates
 from vllm_adainfer.promise.gates import FURTHEST, Gates
 from vllm_adainfer.promise.kinds import promise_of
 
@@ -183,8 +183,7 @@ def test_evaluate_counts_by_gate_and_the_page_shows_both_probabilities(tiny_mode
     assert [one["differs"] for one in level["gates"]] == [side.mean() for side in sides]
     assert level["wrong"] == (sides[0] | sides[1]).mean()
     assert 0 < level["wrong"] < 0.5
-    table = _gates(found)[0]
-    assert "bad at 0.8" in table
+    assert "bad at 0.8" in facts_of_gates(found)[0].columns
     panels = figures.gates({"gates": found}, 1)
     assert [panel.title for panel in panels] == [
         "Probability of bad, with a gate at 0.8",

@@ -120,7 +120,7 @@ OFFLINE = {
     "auto": {"calibration", "pretrained", "progress"},
     "calibration": {"facts", "adapter", "pretrained", "progress", "provenance"},
     "facts": {"tables"},
-    "reports": {"calibration", "adapter", "pretrained", "tables"},
+    "reports": {"facts", "calibration", "adapter", "pretrained"},
     "evaluation": {"reports", "calibration", "adapter", "pretrained", "progress", "provenance"},
     "demo": {"evaluation", "reports", "calibration", "facts"},
     "doctor": {"evaluation", "reports", "calibration", "facts", "adapter", "pretrained"},

@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 
 from tests.tiny import LAYERS, tiny_config
+from tests.unit import test_artifact_facts as artifact_facts
 from tests.unit.test_evaluation_report import EXAMPLES, OURS, STRICT, one_round, share_of_1
 from vllm_adainfer.offline.evaluation.report import build_report
+from vllm_adainfer.offline.facts.document import Table
 from vllm_adainfer.offline.reports.contents import artifact_page, evaluation_page
-from vllm_adainfer.offline.reports.page import Changed, Page
+from vllm_adainfer.offline.reports.figures import Panel, axes, line
+from vllm_adainfer.offline.reports.page import Changed, Page, Section
 from vllm_adainfer.offline.reports.views import View
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DETAILS = {
-    "rows": 20,
-    "exit_points": [{"layer": 2, "leaving": 0.25}, {"layer": 3, "leaving": 0.25}],
+    **artifact_facts.DETAILS,
+    "exit_points": [{**one, "leaving": 0.25} for one in artifact_facts.DETAILS["exit_points"]],
     "agreement": {"1": 0.5, "2": 0.8, "3": 0.9, "4": 0.95},
     "risk_curve": [
         {"threshold": None, "risk": 0.0, "bound": 0.01, "layers_saved": 0.0},
@@ -69,7 +72,7 @@ def opened(browser, tmp_path) -> Iterator[Any]:
 
     def open_page(page: Page) -> Any:
         path = tmp_path / "page.html"
-        path.write_bytes(page.html())
+        path.write_text(page.html())
         tab.goto(path.as_uri())
         return tab
 
@@ -129,7 +132,7 @@ def test_prompts_are_searched_and_shown_as_text_with_what_the_policy_saw(
     assert row.locator("pre b").count() == 0
     views = row.locator(".views tbody tr")
     assert views.nth(0).locator("td").all_text_contents() == [
-        *("2", "'good'", "0.900", "0.800", "1.50", "1.00")
+        *("'good'", "2", "0.900", "0.800", "1.50", "1.00")
     ]
     assert views.nth(1).locator("td").all_text_contents()[4:] == ["", ""]
 
@@ -145,7 +148,8 @@ def test_without_prompts_there_is_no_table_and_without_changes_an_empty_one(
 def test_the_page_of_an_artifact_shows_what_calibration_has_seen(opened, tiny_model):
     tab = opened(artifact_page(tiny_config(tiny_model), DETAILS))
     assert shares(tab) == {2: 25, 3: 25, LAYERS: 50}
-    assert "a processor" in tab.locator(".facts").text_content()
+    assert "a processor" in tab.locator(".facts").last.text_content()
+    assert "at most 5 % of the answers changed" in tab.locator(".facts").first.text_content()
     before = tab.locator("#numbers").text_content()
     slide(tab, 0)
     assert tab.locator("#numbers").text_content() != before
@@ -160,8 +164,18 @@ def test_figures_are_drawn_inside_their_frames(opened, report, tiny_model):
         assert plot["x"] + plot["width"] <= frame["x"] + frame["width"]
 
 
+def test_a_page_without_bounds_has_sections_of_facts_and_figures_alone(opened):
+    chart = Panel("chart", "Requests", [line(([1, 2], [3, 4]), "requests")], axes("", ""))
+    table = Table([{"when": "now", "what": HOSTILE}])
+    tab = opened(Page("Kinds", "of a server", [Section("one", ["said", table], [chart])]))
+    assert tab.locator("#level").count() == 0
+    assert tab.locator("td").all_text_contents() == ["now", HOSTILE]
+    assert tab.locator("#chart svg.main-svg").count() > 0
+    assert tab.title() == "Kinds"
+
+
 def test_what_the_page_reads_is_json(report, tiny_model):
-    html = evaluation_page(report, tiny_config(tiny_model), DETAILS, CHANGED).html().decode()
+    html = evaluation_page(report, tiny_config(tiny_model), DETAILS, CHANGED).html()
     data = html.split('type="application/json">')[1].split("</script>")[0]
     shown = json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [name for name, _ in shown["levels"]] == ["2 %", "5 %"]

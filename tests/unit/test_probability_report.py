@@ -23,7 +23,8 @@ from vllm_adainfer.offline.evaluation.requests import (
     request_params,
 )
 from vllm_adainfer.offline.evaluation.run import NEVER_EXIT, Run
-from vllm_adainfer.offline.reports.describe_report import describe_report
+from vllm_adainfer.offline.facts.document import as_text
+from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
 
 EXAMPLES = [
     Example(f"line {number}", "a review", [0] * 10, label)
@@ -153,7 +154,7 @@ def test_a_policy_that_promises_no_probabilities_has_none_in_its_report(tiny_mod
     runs = one_round(config, FULL)
     found = report_of(config, [runs])
     assert not {"risk", "tolerance", "label_mass", "probabilities"} & found.keys()
-    assert "probabilities" not in describe_report(found)
+    assert "probabilities" not in as_text(evaluation_facts(found))
     assert "tolerance" not in summary_line(found)
 
 
@@ -225,7 +226,7 @@ def test_the_summary_names_the_tolerance_and_the_share_beyond_it(report):
 
 
 def cells(report: dict[str, Any], name: str) -> list[str]:
-    table = describe_report(report).split("probabilities ", 1)[1]
+    table = as_text(evaluation_facts(report)).split("probabilities ", 1)[1]
     [line] = [line for line in table.splitlines() if line.startswith(name)]
     return line.removeprefix(name).split()
 
@@ -238,7 +239,7 @@ def test_the_table_has_a_line_for_stock_never_exiting_and_each_bound(report):
     assert " ".join(cells(report, "never exit")[2:]) == f"0.850 0.000 0.000 0.000 {NOBODY} {NOBODY}"
     own = " ".join(cells(report, "bound 5.0%"))
     assert own.endswith("25.0% (0.6 to 80.6%) 50.0% (6.8 to 93.2%)")
-    assert "beyond 0.05" in describe_report(report)
+    assert "beyond 0.05" in as_text(evaluation_facts(report))
 
 
 def test_what_could_not_be_measured_is_a_dash_in_the_table(unlabelled):

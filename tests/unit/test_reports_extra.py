@@ -14,7 +14,7 @@ PAGES = "vllm_adainfer.offline.reports"
 
 
 @pytest.mark.parametrize("library", ["jinja2", "plotly"])
-@pytest.mark.parametrize("command", ["evaluate", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["evaluate", "inspect", "kinds", "demo"])
 def test_a_command_without_the_extra_says_how_to_install_it_before_any_work(
     tmp_path, monkeypatch, command, library
 ):
@@ -23,6 +23,7 @@ def test_a_command_without_the_extra_says_how_to_install_it_before_any_work(
     arguments = {
         "evaluate": ["--model", nothing, "--artifact", nothing, "--data", nothing, *page],
         "inspect": [nothing, *page],
+        "kinds": [nothing, "--page"],
         "demo": ["--output", nothing],
     }[command]
     monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed

@@ -61,7 +61,8 @@ def evaluate(
     from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest
     from vllm_adainfer.offline.evaluation.evaluate import evaluate as run
     from vllm_adainfer.offline.evaluation.report import summary_line
-    from vllm_adainfer.offline.reports.describe_report import describe_report
+    from vllm_adainfer.offline.facts.document import as_text
+    from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
 
     result = run(
         EvaluationRequest(
@@ -82,5 +83,5 @@ def evaluate(
             prompts=prompts,
         )
     )
-    typer.echo(describe_report(result))
+    typer.echo(as_text(evaluation_facts(result)) + "\n")
     typer.echo(summary_line(result))

@@ -19,11 +19,16 @@ def kinds(
     page: Annotated[bool, typer.Option("--page", help="Also write DIR/index.html.")] = False,
 ) -> None:
     """Print which kinds of one-answer requests a server gets, and how it serves each."""
+    from vllm_adainfer.offline.facts.document import as_text
+    from vllm_adainfer.offline.reports.installed import check_installed
     from vllm_adainfer.offline.reports.kind_states import label_texts, read_directory
-    from vllm_adainfer.offline.reports.kinds import told
-    from vllm_adainfer.offline.reports.timeline import write_page
+    from vllm_adainfer.offline.reports.kinds import facts_of_kinds
 
-    watched = read_directory(directory)
-    typer.echo(told(watched, label_texts(watched.tokenizer)))
     if page:
+        check_installed()
+    watched = read_directory(directory)
+    typer.echo(as_text(facts_of_kinds(watched, label_texts(watched.tokenizer))))
+    if page:
+        from vllm_adainfer.offline.reports.timeline import write_page
+
         typer.echo(f"\npage: {write_page(directory)}")

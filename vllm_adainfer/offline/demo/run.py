@@ -16,7 +16,7 @@ from vllm_adainfer.offline.evaluation.evaluate import EvaluationRequest, evaluat
 from vllm_adainfer.offline.evaluation.report import summary_line
 from vllm_adainfer.offline.facts.artifact import artifact_facts
 from vllm_adainfer.offline.facts.document import as_text
-from vllm_adainfer.offline.reports.describe_report import describe_report
+from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts
 from vllm_adainfer.offline.reports.installed import check_installed
 
 LABELS = ("bad", "good")
@@ -57,7 +57,7 @@ def run(output: Path) -> str:
                 html=output / "report.html",
             )
         )
-    typer.echo(describe_report(report))
+    typer.echo(as_text(evaluation_facts(report)) + "\n")
     serve = shlex.join(["vllm-adainfer", "serve", model, "--policy", str(artifact)])
     return (
         f"demo: open {output / 'report.html'}; the same as data: {output / 'report.json'}\n"

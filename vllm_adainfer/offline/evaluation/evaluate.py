@@ -110,7 +110,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     if texts is not None:
         report |= {"max_tokens": max_tokens, "texts": texts}
     if request.report is not None:
-        write_whole(request.report, (json.dumps(report, indent=2) + "\n").encode())
+        write_whole(request.report, json.dumps(report, indent=2) + "\n")
     if request.html is not None:
         from vllm_adainfer.offline.evaluation.changed import changed_prompts
         from vllm_adainfer.offline.reports.contents import evaluation_page

@@ -222,7 +222,7 @@ def summary_line(report: Mapping[str, Any]) -> str:
     return line.replace("(", "(95%: ").replace("%", " %")
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: str) -> None:
     """Write a file whole, and create its folder if it is missing.
 
     Raises:

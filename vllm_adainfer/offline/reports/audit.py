@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_adainfer.artifact.kinds import NotCovered
 from vllm_adainfer.errors import AdaInferError
-from vllm_adainfer.offline.tables import text_table
+from vllm_adainfer.offline.facts.document import Table, as_text
 from vllm_adainfer.settings.engine import NO_POLICY
 
 SHOWN = 12  # characters of a digest
@@ -113,17 +113,19 @@ def summed_up(lines: Iterable[Line]) -> str:
         found.layers_run += sum(layers * count for layers, count in line.layers.items())
         found.layers_possible += line.depth * sum(line.layers.values())
     rows = [
-        [
-            *key,
-            str(found.requests),
-            *(str(found.outcomes[name]) for name in ("early", "full_depth", "shadow")),
-            f"{1 - found.layers_run / max(1, found.layers_possible):.1%}",
-        ]
+        {
+            **dict(zip(("policy", "artifact", "epsilon"), key, strict=True)),
+            "requests": str(found.requests),
+            "tokens, early": str(found.outcomes["early"]),
+            "full depth": str(found.outcomes["full_depth"]),
+            "shadow": str(found.outcomes["shadow"]),
+            "layers saved, last token": (
+                f"{1 - found.layers_run / max(1, found.layers_possible):.1%}"
+            ),
+        }
         for key, found in sorted(sums.items())
     ]
-    columns = ["policy", "artifact", "epsilon", "requests"]
-    columns += ["tokens, early", "full depth", "shadow", "layers saved, last token"]
-    parts = [text_table(columns, rows, 2)] if rows else ["no request has ended with an answer"]
+    parts = [as_text([Table(rows, 2)]) if rows else "no request has ended with an answer"]
     parts += [
         f"{count} requests ended without an answer ({reason})"
         for reason, count in sorted(unanswered.items())

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_adainfer.artifact.config import ArtifactConfig
+from vllm_adainfer.offline.facts import artifact as about
 from vllm_adainfer.offline.reports import figures
-from vllm_adainfer.offline.reports.page import Changed, Page
+from vllm_adainfer.offline.reports.evaluation_facts import evaluation_facts, level_facts
+from vllm_adainfer.offline.reports.page import Changed, Page, Section, provenance_section
 from vllm_adainfer.offline.reports.shares import share_in
+from vllm_adainfer.promise.words import probes_in_words
 
 
 def evaluation_page(
@@ -31,25 +34,19 @@ def evaluation_page(
     index, stock = _default(config), report["stock"]
     levels = []
     for place, level in enumerate(report["levels"]):
-        numbers = {
-            "speed-up": f"{level['speedup']:.2f}x",
-            "layers saved": f"{level['layers_saved']:.0%}",
-            "answers that differ (95 %)": share_in(level, "disagreement"),
-        }
+        _, *facts = level_facts(level).items()
+        numbers = dict(facts)
         if stock["accuracy"] is not None:
             both = f"{share_in(stock, 'accuracy')} / {share_in(level, 'accuracy')}"
-            numbers["accuracy, stock / ours (95 %)"] = both
+            numbers["accuracy, stock / ours"] = both
         if "queries" in report:
             queries = report["queries"]["levels"][place]
-            numbers["queries that lose a document (95 %)"] = share_in(queries, "wrong")
-        if "verdict" in level:
-            numbers["measured share"] = level["verdict"]
+            numbers["queries that lose a document"] = share_in(queries, "wrong")
         levels.append((_name(level["epsilon"]), numbers))
+    histograms = [level["exit_histogram"] for level in report["levels"]]
     panels = [
         figures.trade_off(report, index),
-        figures.exits(
-            [level["exit_histogram"] for level in report["levels"]], report["layers_total"], index
-        ),
+        figures.exits(histograms, report["layers_total"], index),
         figures.risk_curve(config, details, index),
         figures.agreement(config, details),
         figures.reliability(report, index),
@@ -62,11 +59,14 @@ def evaluation_page(
             f"{report['artifact']}: stock vLLM and vllm-adainfer, interleaved. Without exits, "
             f"vllm-adainfer runs at {report['never_exit']['speedup']:.2f}x the speed of stock vLLM."
         ),
+        sections=[
+            Section("What was measured", evaluation_facts(report)),
+            provenance_section(report["provenance"]),
+        ],
         levels=levels,
         opens_with=index,
         panels=[panel for panel in panels if panel is not None],
         changed=changed,
-        provenance=report["provenance"],
         notes=notes,
     )
 
@@ -79,29 +79,20 @@ def artifact_page(config: ArtifactConfig, details: Mapping[str, Any]) -> Page:
     return Page(
         title=f"Policy for {config.base_model}",
         subtitle=(
-            f"{config.architecture}, {config.layers} layers, {config.probe} probes after layers "
-            f"{', '.join(map(str, config.exit_points))}; calibrated on {details['rows']} rows. "
-            f"The figure of exits is for the bound of {_name(config.epsilon)}."
+            f"{config.architecture}, {probes_in_words(config)}; calibrated on {details['rows']} "
+            f"rows. The figure of exits is for the bound of {_name(config.epsilon)}."
         ),
-        levels=[
-            (
-                _name(level.epsilon),
-                {
-                    "layers saved, held out": f"{level.layers_saved:.0%}",
-                    "answers that differ, held out": f"{level.disagreement:.1%}",
-                    "upper bound": f"{level.bound:.2%}",
-                },
-            )
-            for level in config.levels
+        sections=[
+            Section("What it promises", about.artifact_facts(config, details)),
+            provenance_section(details["provenance"]),
         ],
+        levels=[(facts["epsilon"], facts) for facts in about.level_facts(config)],
         opens_with=index,
         panels=[
             figures.exits([exits] * len(config.levels), config.layers, index),
             figures.risk_curve(config, details, index),
             figures.agreement(config, details),
         ],
-        changed=None,
-        provenance=details["provenance"],
     )
 
 

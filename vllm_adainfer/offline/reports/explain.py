@@ -11,6 +11,7 @@ from vllm_adainfer.artifact.files import load_artifact
 from vllm_adainfer.artifact.served_prompts import served_prompts
 from vllm_adainfer.offline.adapter import NamedAdapter
 from vllm_adainfer.offline.calibration.data.examples import Row, make_examples, read_template
+from vllm_adainfer.offline.facts.document import Table, as_text
 from vllm_adainfer.offline.pretrained import load_model
 from vllm_adainfer.offline.reports.views import (
     View,
@@ -21,7 +22,6 @@ from vllm_adainfer.offline.reports.views import (
     token_namer,
     views_of,
 )
-from vllm_adainfer.offline.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,11 @@ class Explanation:
 
     def __str__(self) -> str:
         """A table for a terminal, and its conclusion."""
-        columns = ["answer", "after layer", "top_prob", "gap", "score", "threshold", ""]
         rows = [
-            [
-                view.answer,
-                str(view.layer),
-                f"{view.top_prob:.3f}",
-                f"{view.gap:.3f}",
-                *("" if x is None else f"{x:.2f}" for x in (view.score, view.threshold)),
-                "exits" if view.layer == self.leaves_after else "",
-            ]
+            {**view.facts, "": "exits" if view.layer == self.leaves_after else ""}
             for view in self.views
         ]
-        return f"{text_table(columns, rows, text_columns=1)}\n\n{self._conclusion()}"
+        return as_text([Table(rows, text_columns=1), self._conclusion()])
 
     def _conclusion(self) -> str:
         if self.served is not None:

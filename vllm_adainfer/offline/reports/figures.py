@@ -1,23 +1,60 @@
-"""The figures of the pages."""
+"""The figures of the pages, as plotly.js draws them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from plotly.graph_objects import Bar, Figure, Scatter
-
 from vllm_adainfer.artifact.config import ArtifactConfig
-from vllm_adainfer.offline.reports.page import Panel, Points
 from vllm_adainfer.promise.kinds import promise_of
 
+Points = tuple[Sequence[Any], Sequence[Any]]  # x and y
+Trace = dict[str, Any]
+
 MARKER = {"color": "#d1242f", "size": 13, "symbol": "diamond"}
-LAYOUT = {
-    "template": "plotly_white",
-    "height": 360,
-    "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
-    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "left", "x": 0},
-}
+DOTTED = {"dash": "dot", "color": "#9aa4b2", "width": 1}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure, which may follow the slider.
+
+    Attributes:
+        name: HTML id of the figure.
+        title: title above the figure.
+        traces: its lines, bars and points at the bound that the page opens with.
+        layout: its axes.
+        moving: index of the trace that follows the slider; None if none does.
+        points: the points of that trace at each bound.
+
+    """
+
+    name: str
+    title: str
+    traces: Sequence[Trace]
+    layout: Mapping[str, Any]
+    moving: int | None = None
+    points: Sequence[Points] = ()
+
+
+def line(points: Points, name: str, mode: str = "lines", **more: Any) -> Trace:
+    """A line, or points with the mode "markers"; `more` is plotly.js's."""
+    x, y = points
+    return {"type": "scatter", "x": list(x), "y": list(y), "name": name, "mode": mode, **more}
+
+
+def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
+    """The layout of a figure whose values begin at 0, with the titles of its axes."""
+    common = {"automargin": True, "gridcolor": "#e5e8ec", "zerolinecolor": "#d9dde3"}
+    return {
+        "height": 360,
+        "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "left", "x": 0},
+        "xaxis": {"title": {"text": x}, **common},
+        "yaxis": {"title": {"text": y}, "rangemode": "tozero", **common},
+        **more,
+    }
 
 
 def trade_off(report: Mapping[str, Any], index: int) -> Panel:
@@ -25,22 +62,22 @@ def trade_off(report: Mapping[str, Any], index: int) -> Panel:
     levels = report["levels"]
     speedups = [1.0, *(level["speedup"] for level in levels)]
     names = ["stock", *(f"bound {100 * level['epsilon']:g} %" for level in levels)]
-    lines = {"answers that differ": [0.0, *(100 * level["disagreement"] for level in levels)]}
-    full = report["stock"]["accuracy"]
-    if full is not None:
-        lost = [100 * (full - level["accuracy"]) for level in levels]
-        lines["accuracy lost, points"] = [0.0, *lost]
-    figure = _figure("speed-up over stock vLLM", "%")
-    for name, y in lines.items():
-        figure.add_trace(Scatter(x=speedups, y=y, name=name, text=names, mode="lines+markers"))
+    differ = [0.0, *(100 * level["disagreement"] for level in levels)]
     ends = [(level["disagreement"], *level["disagreement_95"]) for level in levels]
-    figure.data[0].error_y = {
+    error = {
         "array": [0.0, *(100 * (high - share) for share, _, high in ends)],
         "arrayminus": [0.0, *(100 * (share - low) for share, low, _ in ends)],
         "thickness": 1,
     }
-    points = [([x], [y]) for x, y in zip(speedups, lines["answers that differ"], strict=True)][1:]
-    return _with_marker("trade-off", "Cost and benefit of each bound", figure, points, index)
+    mode = "lines+markers"
+    traces = [line((speedups, differ), "answers that differ", mode, text=names, error_y=error)]
+    full = report["stock"]["accuracy"]
+    if full is not None:
+        lost = [0.0, *(100 * (full - level["accuracy"]) for level in levels)]
+        traces.append(line((speedups, lost), "accuracy lost, points", mode, text=names))
+    points = [([x], [y]) for x, y in zip(speedups, differ, strict=True)][1:]
+    layout = axes("speed-up over stock vLLM", "%")
+    return _marked("trade-off", "Cost and benefit of each bound", traces, layout, points, index)
 
 
 def exits(histograms: Sequence[Mapping[str, float]], layers: int, index: int) -> Panel:
@@ -49,37 +86,35 @@ def exits(histograms: Sequence[Mapping[str, float]], layers: int, index: int) ->
         ([int(layer) for layer in one], [100 * share for share in one.values()])
         for one in histograms
     ]
-    figure = _figure("layers run", "% of requests")
     x, y = points[index]
-    figure.add_trace(Bar(x=x, y=y, width=layers / 60, showlegend=False))
-    figure.update_xaxes(range=[0, layers + 1])
-    figure.update_yaxes(range=[0, 100])
-    return Panel("exits", "Where requests exit", figure, 0, points)
+    bars = {"type": "bar", "x": x, "y": y, "width": layers / 60, "showlegend": False}
+    layout = axes("layers run", "% of requests")
+    layout["xaxis"]["range"], layout["yaxis"]["range"] = [0, layers + 1], [0, 100]
+    return Panel("exits", "Where requests exit", [bars], layout, 0, points)
 
 
 def risk_curve(config: ArtifactConfig, details: Mapping[str, Any], index: int) -> Panel:
     """The risk on held-out rows and its bound, along the threshold path."""
     curve = details["risk_curve"]
     saved = [100 * point["layers_saved"] for point in curve]
-    figure = _figure("layers saved, %", f"{promise_of(config).lost}, %")
-    for key, name in (("risk", "held-out rows"), ("bound", f"bound at {1 - config.delta:.0%}")):
-        y = [100 * point[key] for point in curve]
-        figure.add_trace(Scatter(x=saved, y=y, name=name, mode="lines"))
+    traces = [
+        line((saved, [100 * point[key] for point in curve]), name)
+        for key, name in (("risk", "held-out rows"), ("bound", f"bound at {1 - config.delta:.0%}"))
+    ]
     points = [([100 * level.layers_saved], [100 * level.bound]) for level in config.levels]
-    return _with_marker("risk", "Risk and its bound at calibration", figure, points, index)
+    layout = axes("layers saved, %", f"{promise_of(config).lost}, %")
+    return _marked("risk", "Risk and its bound at calibration", traces, layout, points, index)
 
 
 def agreement(config: ArtifactConfig, details: Mapping[str, Any]) -> Panel:
     """How often the probe alone agrees with full depth, by layer."""
     shares = {int(layer): 100 * share for layer, share in details["agreement"].items()}
-    figure = _figure("layer", "% of held-out rows")
-    x, y = list(shares), list(shares.values())
-    figure.add_trace(Scatter(x=x, y=y, name="probe", mode="lines+markers"))
+    probe = line((list(shares), list(shares.values())), "probe", "lines+markers")
     shares |= {n: 100 * details["branch_agreement"][str(n)] for n in config.branches}
     x = [point for point in config.exit_points if point in shares]
-    y = [shares[point] for point in x]
-    figure.add_trace(Scatter(x=x, y=y, name="exit points", mode="markers", marker=MARKER))
-    return Panel("agreement", "How often the probe agrees with full depth", figure)
+    marked = line((x, [shares[point] for point in x]), "exit points", "markers", marker=MARKER)
+    layout = axes("layer", "% of held-out rows")
+    return Panel("agreement", "How often the probe agrees with full depth", [probe, marked], layout)
 
 
 def reliability(report: Mapping[str, Any], index: int) -> Panel | None:
@@ -87,19 +122,18 @@ def reliability(report: Mapping[str, Any], index: int) -> Panel | None:
     rows = report.get("probabilities")
     if rows is None or rows["stock"]["bins"] is None:
         return None
-    figure = _figure("probability of the best label", "share of prompts where it is right")
     stock, never, *points = (
         ([one["confidence"] for one in row["bins"]], [one["accuracy"] for one in row["bins"]])
         for row in (rows["stock"], rows["never_exit"], *rows["levels"])
     )
-    for name, (x, y) in (("stock vLLM", stock), ("never exiting", never)):
-        figure.add_trace(Scatter(x=x, y=y, name=name, mode="lines+markers"))
-    figure.add_trace(
-        Scatter(x=[0, 1], y=[0, 1], name="perfectly calibrated", line={"dash": "dot"}, mode="lines")
-    )
-    x, y = points[index]
-    figure.add_trace(Scatter(x=x, y=y, name="early, at this bound", mode="lines+markers"))
-    return Panel("reliability", "Reliability", figure, len(figure.data) - 1, points)
+    traces = [
+        line(stock, "stock vLLM", "lines+markers"),
+        line(never, "never exiting", "lines+markers"),
+        line(([0, 1], [0, 1]), "perfectly calibrated", line=DOTTED),
+        line(points[index], "early, at this bound", "lines+markers"),
+    ]
+    layout = axes("probability of the best label", "share of prompts where it is right")
+    return Panel("reliability", "Reliability", traces, layout, len(traces) - 1, points)
 
 
 def gates(report: Mapping[str, Any], index: int) -> list[Panel]:
@@ -108,28 +142,26 @@ def gates(report: Mapping[str, Any], index: int) -> list[Panel]:
     found = report.get("gates") or {"gates": []}
     for number, gate in enumerate(found["gates"]):
         points = [(gate["full"], level["gates"][number]["early"]) for level in found["levels"]]
-        figure = _figure("probability at full depth", "early, at this bound")
-        x, y = points[index]
-        figure.add_trace(Scatter(x=x, y=y, mode="markers", marker={"size": 5}, showlegend=False))
-        line = {"line_dash": "dot", "line_color": MARKER["color"]}
-        figure.add_vline(x=gate["probability"], **line)
-        figure.add_hline(y=gate["probability"], **line)
+        at, ends = [gate["probability"]] * 2, [0, 1]
+        traces = [
+            line(points[index], "prompts", "markers", marker={"size": 5}, showlegend=False),
+            line((at, ends), "gate", line=DOTTED, showlegend=False),
+            line((ends, at), "gate", line=DOTTED, showlegend=False),
+        ]
         title = f"Probability of {gate['label']}, with a gate at {gate['probability']:g}"
-        panels.append(Panel(f"gate-{number}", title, figure, 0, points))
+        layout = axes("probability at full depth", "early, at this bound")
+        panels.append(Panel(f"gate-{number}", title, traces, layout, 0, points))
     return panels
 
 
-def _figure(x: str, y: str) -> Figure:
-    figure = Figure(layout=LAYOUT)
-    figure.update_xaxes(title_text=x, automargin=True)
-    figure.update_yaxes(title_text=y, automargin=True, rangemode="tozero")
-    return figure
-
-
-def _with_marker(
-    name: str, title: str, figure: Figure, points: Sequence[Points], index: int
+def _marked(
+    name: str,
+    title: str,
+    traces: Sequence[Trace],
+    layout: Mapping[str, Any],
+    points: Sequence[Points],
+    index: int,
 ) -> Panel:
     """A panel with a marker at the bound of the slider."""
-    x, y = points[index]
-    figure.add_trace(Scatter(x=x, y=y, name="this bound", mode="markers", marker=MARKER))
-    return Panel(name, title, figure, len(figure.data) - 1, points)
+    marker = line(points[index], "this bound", "markers", marker=MARKER)
+    return Panel(name, title, [*traces, marker], layout, len(traces), points)

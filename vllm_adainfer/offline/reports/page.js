@@ -39,9 +39,11 @@ function list() {
     shown === 1 ? "1 prompt" : `${shown} prompts`;
 }
 
-for (const { name, figure } of panels) {
-  Plotly.newPlot(name, figure.data, figure.layout, { responsive: true, displaylogo: false });
+for (const { name, traces, layout } of panels) {
+  Plotly.newPlot(name, traces, layout, { responsive: true, displaylogo: false });
 }
-slider.addEventListener("input", show);
 if (search !== null) search.addEventListener("input", list);
-show();
+if (slider !== null) {
+  slider.addEventListener("input", show);
+  show();
+}

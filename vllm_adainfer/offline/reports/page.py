@@ -1,40 +1,20 @@
-"""A page: figures and tables that follow one slider over the bounds, in a single HTML file."""
+"""A page: facts and figures in a single HTML file; a slider over bounds moves some of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
+from vllm_adainfer.offline.facts.document import Block, Facts
+from vllm_adainfer.offline.reports.figures import Panel
 from vllm_adainfer.offline.reports.views import View
-
-Points = tuple[Sequence[Any], Sequence[Any]]  # x and y
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A figure that follows the slider.
-
-    Attributes:
-        name: HTML id of the figure.
-        title: title above the figure.
-        figure: the figure at the bound that the page opens with.
-        moving: index of the trace that follows the slider; None if none does.
-        points: the points of that trace at each bound.
-
-    """
-
-    name: str
-    title: str
-    figure: Figure
-    moving: int | None = None
-    points: Sequence[Points] = ()
 
 
 @dataclass(frozen=True)
@@ -60,41 +40,68 @@ class Changed:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A part of a page that does not follow the slider.
+
+    Attributes:
+        title: its heading.
+        blocks: what it says.
+        panels: its figures.
+
+    """
+
+    title: str
+    blocks: Sequence[Block] = ()
+    panels: Sequence[Panel] = ()
+
+
+@dataclass(frozen=True)
 class Page:
     """The content of a page.
 
     Attributes:
         title: the heading.
         subtitle: the line below the heading.
-        levels: for each bound, strictest first: its name, and the numbers to show by their names.
+        sections: what does not follow the slider, last.
+        levels: for each bound, strictest first: its name, and its facts; none without a slider.
         opens_with: index of the bound at which the slider starts.
-        panels: the figures.
+        panels: the figures that follow the slider.
         changed: prompts whose answers changed, for all bounds; None leaves the table out.
-        provenance: where the results come from, see `offline.provenance`.
         notes: sentences below the prompts.
 
     """
 
     title: str
     subtitle: str
-    levels: Sequence[tuple[str, Mapping[str, str]]]
-    opens_with: int
-    panels: Sequence[Panel]
-    changed: Sequence[Changed] | None
-    provenance: Mapping[str, Any]
+    sections: Sequence[Section]
+    levels: Sequence[tuple[str, Facts]] = ()
+    opens_with: int = 0
+    panels: Sequence[Panel] = ()
+    changed: Sequence[Changed] | None = None
     notes: Sequence[str] = ()
 
-    def html(self) -> bytes:
+    def html(self) -> str:
         """The HTML file, which loads nothing from elsewhere."""
         folder = files(__package__)
-        environment = Environment(autoescape=True, undefined=StrictUndefined)
+        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
         environment.policies["json.dumps_kwargs"] = {}  # keep the order of keys
         template = environment.from_string(folder.joinpath("page.html.j2").read_text())
-        panels = [{**vars(panel), "figure": panel.figure.to_plotly_json()} for panel in self.panels]
+        panels = chain(self.panels, *(section.panels for section in self.sections))
         return template.render(
             page=self,
-            data={"levels": self.levels, "panels": panels},
+            data={"levels": self.levels, "panels": [vars(panel) for panel in panels]},
             plotly=Markup(get_plotlyjs()),
             style=Markup(folder.joinpath("page.css").read_text()),
             script=Markup(folder.joinpath("page.js").read_text()),
-        ).encode()
+        )
+
+
+def provenance_section(provenance: Mapping[str, Any]) -> Section:
+    """Where results come from, see `offline.provenance`."""
+    return Section("Provenance", [{name: _spelled(value) for name, value in provenance.items()}])
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return " ".join(value) if isinstance(value, list | tuple) else str(value)

@@ -6,14 +6,14 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from vllm_adainfer.auto.directory import AutoDirectory
 from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.files import replace_file
+from vllm_adainfer.offline.facts.document import Block, Table
+from vllm_adainfer.offline.reports.figures import Panel, axes, line
 from vllm_adainfer.offline.reports.kind_states import (
     NOT_PROMISED,
     KindState,
@@ -22,26 +22,24 @@ from vllm_adainfer.offline.reports.kind_states import (
     day_of,
     label_texts,
     read_directory,
-    reads_of,
 )
-from vllm_adainfer.offline.reports.line_chart import Points, line_chart
+from vllm_adainfer.offline.reports.kinds import facts_of_kind
+from vllm_adainfer.offline.reports.page import Page, Section
 
 STATUS = "status"  # an event that has numbers and is not listed
 LISTED = 50  # the latest events of a kind
-# Heading, then the lines by their key in status events, then whether they are shares.
+MOST_POINTS = 500  # drawn of a line
+# Heading, then the lines by their key in status events, then how values are written.
 CHARTS = (
-    ("Requests and rows recorded", {"requests": "requests", "rows": "rows"}, False),
-    (
-        "Budget of changed answers",
-        {"allowed": "allowed", "changed_at_most": "changed at most"},
-        False,
-    ),
+    ("Requests and rows recorded", {"requests": "requests", "rows": "rows"}, ",.0f"),
+    ("Budget of changed answers", {"allowed": "allowed", "changed_at_most": "at most"}, ",.0f"),
     (
         "Layers saved, and share run at full depth",
         {"layers_saved": "layers saved", "rate": "full depth"},
-        True,
+        ".1%",
     ),
 )
+MARK = {"symbol": "line-ns-open", "size": 16, "color": "#5b6472"}
 
 Event = Mapping[str, Any]
 
@@ -59,7 +57,8 @@ def write_page(root: str | Path) -> Path:
         for event in read_events(path):
             events[event["kind"]].append(event)
     try:
-        replace_file(directory.page, page_of(watched, events, label_texts(watched.tokenizer)))
+        page = kinds_page(watched, events, label_texts(watched.tokenizer))
+        replace_file(directory.page, page.html())
     except OSError as error:
         raise AdaInferError(f"cannot write {directory.page}: {error}") from None
     return directory.page
@@ -84,80 +83,61 @@ def read_events(path: Path) -> Iterator[Event]:
         return
 
 
-def page_of(watched: Watched, events: Mapping[str, Sequence[Event]], texts: Texts) -> str:
-    """The HTML of the page, which loads nothing from elsewhere."""
-    now = time.time()
-    span = watched.since, max([now, *(one["time"] for some in events.values() for one in some)])
-    title = f"Kinds of requests to {watched.model}"
-    style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
-    sections = [
-        _section(one, watched, events.get(one.name, ()), texts, span) for one in watched.kinds
-    ]
-    return "".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width">',
-            f"<title>{escape(title)}</title><style>{style}</style></head><body>",
-            f"<header><h1>{escape(title)}</h1><p>{watched.requests:,} requests since ",
-            f"{day_of(watched.since)}; written {time.strftime('%Y-%m-%d %H:%M')}. ",
-            f"{NOT_PROMISED}</p></header>",
-            *sections,
-            "" if sections else "<p>No kind of one-answer request recurs so far.</p>",
-            "</body></html>\n",
-        ]
+def kinds_page(watched: Watched, events: Mapping[str, Sequence[Event]], texts: Texts) -> Page:
+    """A section for each kind: its facts, its numbers over time, and its latest events."""
+    sections = [_section(one, watched, events.get(one.name, ()), texts) for one in watched.kinds]
+    return Page(
+        title=f"Kinds of requests to {watched.model}",
+        subtitle=(
+            f"{watched.requests:,} requests since {day_of(watched.since)}; written "
+            f"{_moment(time.time())}. {NOT_PROMISED}"
+        ),
+        sections=sections or [Section("No kind of one-answer request recurs so far.")],
     )
 
 
-def _section(
-    one: KindState,
-    watched: Watched,
-    events: Sequence[Event],
-    texts: Texts,
-    span: tuple[float, float],
-) -> str:
+def _section(one: KindState, watched: Watched, events: Sequence[Event], texts: Texts) -> Section:
     events = sorted(events, key=lambda event: event["time"])
     status = [event for event in events if event["event"] == STATUS]
     happened = [event for event in events if event["event"] != STATUS]
-    facts = {
-        "reads": reads_of(one.kind, texts),
-        "adapter": one.kind.adapter or "none",
-        "state": one.state(),
-        "requests": f"{one.count.requests:,}",
-        "token rows": watched.share(one.count.tokens),
-        "quarantined": json.dumps(one.bad) if one.bad else "nothing",
-    }
-    marks = [(event["time"], event["event"]) for event in happened]
-    charts = []
-    for title, names, percent in CHARTS:
-        lines = {name: _points(status, key) for key, name in names.items()}
-        if any(lines.values()):
-            charts.append(f"<figure>{line_chart(title, lines, marks, span, percent)}</figure>")
-    return "".join(
-        [
-            f'<section id="{escape(one.name)}"><h2>{escape(one.name)}</h2>',
-            f"<p>{escape(one.promise() or '')}</p>",
-            f'<table class="facts">{"".join(map(_row, facts.items()))}</table>',
-            f'<div class="figures">{"".join(charts)}</div>',
-            f"<table>{''.join(map(_happened, happened[-LISTED:]))}</table></section>",
-        ]
-    )
-
-
-def _points(status: Sequence[Event], key: str) -> Points:
-    return [
-        (event["time"], float(event[key]))
-        for event in status
-        if isinstance(event.get(key), int | float)
+    quarantined = {"quarantined": json.dumps(one.bad) if one.bad else "nothing"}
+    blocks: list[Block] = [
+        one.promise() or "",
+        {**facts_of_kind(one, watched, texts), **quarantined},
     ]
+    if happened:
+        blocks.append(Table([_row(event) for event in happened[-LISTED:]], text_columns=3))
+    return Section(one.name, blocks, [*_charts(one.name, status, happened)])
 
 
-def _row(pair: tuple[str, str]) -> str:
-    name, value = pair
-    return f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+def _charts(name: str, status: Sequence[Event], happened: Sequence[Event]) -> Iterator[Panel]:
+    """The charts that have points; what happened is marked on the axis of time."""
+    when = [_moment(event["time"]) for event in happened]
+    what = [event["event"] for event in happened]
+    at, hover = ([0] * len(when)), "%{text}, %{x}"
+    marks = line((when, at), "events", "markers", text=what, marker=MARK, hovertemplate=hover)
+    for number, (title, names, form) in enumerate(CHARTS):
+        lines = [line(_points(status, key), label) for key, label in names.items()]
+        if any(one["x"] for one in lines):
+            layout = axes("", "")
+            layout["yaxis"]["tickformat"] = form
+            layout["xaxis"]["type"] = "date"
+            yield Panel(f"{name}-{number}", title, [*lines, marks], layout)
 
 
-def _happened(event: Event) -> str:
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+def _points(status: Sequence[Event], key: str) -> tuple[list[str], list[float]]:
+    """Moments and values of a line, the last one among them."""
+    found = [event for event in status if isinstance(event.get(key), int | float)]
+    step = -(-len(found) // MOST_POINTS) or 1
+    shown = [*found[:-1:step], *found[-1:]]
+    return [_moment(event["time"]) for event in shown], [float(event[key]) for event in shown]
+
+
+def _row(event: Event) -> dict[str, str]:
     rest = {key: value for key, value in event.items() if key not in ("time", "kind", "event")}
     details = ", ".join(f"{key} {value}" for key, value in rest.items())
-    return f"<tr><th>{when}</th><td>{escape(event['event'])}</td><td>{escape(details)}</td></tr>"
+    return {"when": _moment(event["time"]), "event": event["event"], "details": details}
+
+
+def _moment(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

@@ -21,6 +21,7 @@ from vllm_adainfer.errors import AdaInferError
 from vllm_adainfer.offline.calibration.data.examples import Example
 from vllm_adainfer.offline.calibration.record.collect import Plan, record, recording_engine
 from vllm_adainfer.offline.calibration.record.rows import Rows
+from vllm_adainfer.offline.facts.document import Facts
 from vllm_adainfer.offline.pretrained import Model
 from vllm_adainfer.policy.exit_policy import UndecidedRows
 from vllm_adainfer.policy.own_text import OwnText
@@ -52,6 +53,18 @@ class View:
     score: float | None = None
     threshold: float | None = None
     settled: bool = True
+
+    @property
+    def facts(self) -> Facts:
+        """What it says, by the headings of a table."""
+        return {
+            "answer": self.answer,
+            "after layer": str(self.layer),
+            "top_prob": f"{self.top_prob:.3f}",
+            "gap": f"{self.gap:.3f}",
+            "score": "" if self.score is None else f"{self.score:.2f}",
+            "threshold": "" if self.threshold is None else f"{self.threshold:.2f}",
+        }
 
 
 def record_prompts(model: Model, config: ArtifactConfig, examples: Sequence[Example]) -> Rows:

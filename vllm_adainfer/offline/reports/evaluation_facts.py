@@ -1,0 +1,184 @@
+"""The facts about an evaluation: both engines, and every certified bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from vllm_adainfer.offline.facts.document import Block, Facts, Table
+from vllm_adainfer.offline.reports.shares import share_in, spelled
+
+Row = Mapping[str, Any]
+SCORES = {
+    "ece": "ECE",
+    "brier": "Brier",
+    "label_mass": "label mass",
+    "move_mean": "mean move",
+    "move_p95": "95th percentile",
+    "move_max": "largest",
+}
+
+
+def evaluation_facts(report: Mapping[str, Any]) -> list[Block]:
+    """What an evaluation measured."""
+    ours, stock = report["adainfer"], report["stock"]
+    engines = (
+        ("stock vLLM", stock, report["layers_total"]),
+        (
+            "vllm-adainfer",
+            ours,
+            ours["layers_run_mean"],
+        ),
+    )
+    exits = ", ".join(
+        f"{layer}: {spelled(share, ours['exit_histogram_95'][layer], 0)}"
+        for layer, share in ours["exit_histogram"].items()
+    )
+    about: dict[str, Callable[[Any], Iterable[Block]]] = {
+        "by_label": facts_of_labels,
+        "gates": facts_of_gates,
+        "queries": _queries,
+        "probabilities": lambda found: _probabilities(found, report["tolerance"]),
+    }
+    return [
+        f"{report['n']} prompts of {report['prompt_tokens_mean']:.0f} tokens on average, "
+        f"{report['model']} ({report['layers_total']} layers)",
+        Table([_engine(*engine) for engine in engines], 1),
+        Table([*map(level_facts, report["levels"]), _never_exit(report["never_exit"])]),
+        "Never exit: the cost of the segments, and how often their rounding changes an answer.",
+        f"Requests by layers run: {exits}",
+        "In brackets: 95 % intervals, for prompts like these. Measured: the share is within the "
+        "bound, compatible with it (the interval includes the bound) or above it.",
+        *(
+            block
+            for name, facts in about.items()
+            if name in report
+            for block in facts(report[name])
+        ),
+    ]
+
+
+def _engine(name: str, engine: Row, layers_run: float) -> Facts:
+    return {
+        "engine": name,
+        "requests/s": f"{engine['requests_per_second']:.1f}",
+        "tokens/s": f"{engine['tokens_per_second']:.0f}",
+        "accuracy": _share_or_dash(engine, "accuracy"),
+        "layers run": f"{layers_run:.1f}",
+    }
+
+
+def level_facts(level: Row) -> Facts:
+    """What was measured at one bound."""
+    return {
+        "bound": f"{level['epsilon']:.1%}",
+        "speedup": f"{level['speedup']:.2f}x",
+        "layers saved": f"{level['layers_saved']:.1%}",
+        "disagreement": share_in(level, "disagreement"),
+        "differs from stock": share_in(level, "disagreement_with_stock"),
+        "efficiency": f"{level['efficiency']:.2f}",
+        "measured": level.get("verdict", "-").split()[0],
+    }
+
+
+def _never_exit(never: Row) -> Facts:
+    zero = {"disagreement": 0.0, "disagreement_95": (0.0, 0.0), "epsilon": 0, "layers_saved": 0}
+    return {
+        **level_facts({**zero, "efficiency": 0, **never}),
+        "bound": "never exit",
+        "disagreement": "0.0%",
+        "efficiency": "-",
+    }
+
+
+def _share_or_dash(row: Row, name: str) -> str:
+    return "-" if row[name] is None else share_in(row, name)
+
+
+def facts_of_labels(rows: Sequence[Row]) -> tuple[Table, str]:
+    """Recall and precision of each label."""
+    shares = ["recall", "precision"]
+    text = (
+        "Recall and precision compare with full depth: how many of its answers with a label we "
+        "give, too, and how many of ours it gives."
+    )
+    if any("true_recall" in row for row in rows):
+        shares += ["true_recall", "true_precision"]
+        text += " The true ones compare with the labels of the data."
+    table = [
+        {
+            "label": row["label"],
+            "full depth": str(row["full_depth"]),
+            "answered": str(row["answered"]),
+            **{name.replace("_", " "): _share_or_dash(row, name) for name in shares},
+            "promised": ", ".join(
+                f"{kind} {verdict.split()[0]}" for kind, verdict in row["verdicts"].items()
+            )
+            or "-",
+        }
+        for row in rows
+    ]
+    return Table(table, text_columns=1), text
+
+
+def _compared(found: Row, heading: str, facts: Callable[[Row], Facts]) -> Table:
+    """A row for stock vLLM, for never exiting where that is not the measure, and for each bound."""
+    rows = {"stock vLLM": found["stock"]}
+    if "never_exit" in found:
+        rows["never exit"] = found["never_exit"]
+    rows |= {f"bound {level['epsilon']:.1%}": level for level in found["levels"]}
+    return Table([{heading: name, **facts(row)} for name, row in rows.items()], text_columns=1)
+
+
+def facts_of_gates(found: Row) -> tuple[Table, str]:
+    """How often answers are on the other side of a gate."""
+    names = [f"{gate['label']} at {gate['probability']:g}" for gate in found["gates"]]
+
+    def facts(row: Row) -> Facts:
+        each = [share_in(gate, "differs") for gate in row["gates"]]
+        return {"any gate": share_in(row, "wrong"), **dict(zip(names, each, strict=True))}
+
+    text = (
+        "Compared with never exiting; stock vLLM differs by rounding. The bound is on the share "
+        "for any gate."
+    )
+    return _compared(found, "on the other side of", facts), text
+
+
+def _queries(found: Row) -> list[Block]:
+    """How often the order of a query's documents changes, and how good the orders are."""
+    return [
+        _compared(
+            found,
+            f"{found['queries']} queries, {found['documents']} documents",
+            lambda row: {
+                "lose a document": share_in(row, "wrong"),
+                f"other first {found['k']}": share_in(row, "changed"),
+                "NDCG@10 of full depth": f"{1 - row['ndcg_lost']:.4f}",
+                "of labels": f"{row['ndcg']:.4f}" if "ndcg" in row else "-",
+            },
+        ),
+        "Compared with never exiting; stock vLLM differs by rounding. A query loses a document if "
+        f"one of its first {found['k']} at full depth is not among them, and scored more than "
+        f"{found['margin']:g} above the next: the share that the bound is about. NDCG@10 has full "
+        "depth's scores as gains, then the labels of the data.",
+    ]
+
+
+def _probabilities(found: Row, tolerance: float) -> list[Block]:
+    """How good the probabilities are, and how far exits and rounding move them."""
+
+    def facts(row: Row) -> Facts:
+        scores = {
+            heading: "-" if row[name] is None else f"{row[name]:.3f}"
+            for name, heading in SCORES.items()
+        }
+        differs, wrong = share_in(row, "label_differs"), share_in(row, "wrong")
+        return {**scores, "best label differs": differs, f"beyond {tolerance:g}": wrong}
+
+    return [
+        _compared(found, "probabilities", facts),
+        "A move is the largest change of a prompt's probabilities, compared with never exiting; "
+        f"stock vLLM's moves are rounding. Beyond {tolerance:g}: answers that change or move by "
+        "more, the share that the bound is about.",
+    ]
