@@ -171,30 +171,6 @@ def test_forced_triton_without_the_package_is_an_error_that_names_the_ways_out(m
         probe(normal(3, 8), normal(10, 8), backend="triton")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_probe_is_what_triton_says_bit_for_bit(dtype, form):
-    from adainfer_kernels import triton_probe
-
-    hidden, head = states_and_head(5, 1500, 40, dtype)
-    head, options = in_form(form, head, width=30, head_bias=normal(1500))
-    head = Head(head, options["head_bias"], soft_cap=5.0, scale=0.5)
-    call = {
-        "candidates": options.get("candidates"),
-        "classifier": normal(3),
-        "threshold": normal(5),
-        "return_scores": True,
-    }
-    found = adainfer_kernels.probe(hidden, head, **call, backend="triton")
-    if form == "gathered":
-        ids = call["candidates"]
-        head = Head(head.weight[ids], head.bias[ids], soft_cap=5.0, scale=0.5)
-    direct = triton_probe.score(hidden, head, **call)
-    assert same(found, direct)
-    assert torch.equal(found.settled, direct.settled)
-    assert torch.equal(found.scores, direct.scores)
-
-
 FORCED_TORCH = """
 import sys
 import torch

@@ -284,15 +284,6 @@ def test_scores_are_kept_on_demand(form, dtype, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_not_asked_for_is_none(form, backend):
-    hidden, head = states_and_head(2, 50, 16)
-    head, options = in_form(form, head, width=5)
-    found = probe(hidden, head, **options, backend=backend)
-    assert (found.settled, found.scores) == (None, None)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("vocab", [40, 1500])
 @pytest.mark.parametrize("norm", ["rms", None])
 def test_no_rows_give_no_rows(norm, vocab, form, backend):
