@@ -52,7 +52,7 @@ def show(watch: Watch, differ: Sequence[bool], level: int = 0, name: str = "") -
     """
     name, many = name or next(names), len(differ)
     found, parts = [], [name]
-    if watch.is_of_queries:
+    if watch.queries is not None:
         parts = ids(name, 2, next(names))
         compare(watch, parts, [0.1, 0.2], [0.9 if any(differ) else 0.1, 0.2], [level] * 2)
     else:
@@ -68,8 +68,8 @@ def compare(
 ) -> None:
     """The documents of a query run in one step."""
     for part in parts:
-        watch.began(part, parts[0])
-    watch.compared(parts, np.array(levels), np.array(early), np.array(full))
+        watch.queries.began(part, parts[0])
+    watch.queries.compared(parts, np.array(levels), np.array(early), np.array(full))
 
 
 def let_others_end(watch: Watch, requests: int = ENDED_SINCE) -> list[Reading]:
@@ -255,9 +255,11 @@ def test_a_request_with_several_parts_counts_once_no_further_one_can_be_on_its_w
         many = len(parts[some])
         if units is QUERIES:
             for part in parts[some]:
-                watch.began(part, parts[0])
+                watch.queries.began(part, parts[0])
             scores = np.array([0.1, 0.3, 0.2]), np.array([0.9, 0.3, 0.2])
-            watch.compared(parts[some], np.zeros(many, np.int64), scores[0][some], scores[1][some])
+            watch.queries.compared(
+                parts[some], np.zeros(many, np.int64), scores[0][some], scores[1][some]
+            )
         else:
             watch.observe(parts[some], np.zeros(many, np.int64), np.array([True] * many))
 
@@ -302,14 +304,16 @@ def test_a_query_with_a_document_whose_score_is_not_known_does_not_count(missing
     watch, parts = watching(QUERIES), ids("a", 3)
     if missing == "began before":
         for part in parts[1:]:
-            watch.began(part, parts[0])
-        watch.compared(parts[1:], np.ones(2, np.int64), np.array([0.1, 0.2]), np.array([0.9, 0.2]))
+            watch.queries.began(part, parts[0])
+        watch.queries.compared(
+            parts[1:], np.ones(2, np.int64), np.array([0.1, 0.2]), np.array([0.9, 0.2])
+        )
     else:
         compare(watch, parts[:2], [0.1, 0.2], [0.9, 0.2], [1, 1])
     if missing == "never ran":
         watch.ended(parts[2], ran=False)
     elif missing == "never compared":
-        watch.began(parts[2], parts[0])
+        watch.queries.began(parts[2], parts[0])
     assert known(watch) == []
 
 

@@ -9,13 +9,13 @@ many other requests have ended that no further part can be on its way.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from typing_extensions import override
 
-from vllm_adainfer.arrays import Floats
+from vllm_adainfer.arrays import Floats, Ints
 
 ENDED_SINCE = 1000  # requests after the last part of a unit, before it counts
 MOST_DOCUMENTS = 10_000  # of a query that counts
@@ -141,7 +141,14 @@ class Queries(Units):
         self._latest_query: dict[str | None, str] = {}  # by group
 
     def began(self, request_id: str, query: str) -> None:
-        """See `Watch.began`."""
+        """A document of a shadow query begins to run, or does so again.
+
+        Args:
+            request_id: its request.
+            query: the request of the query's first document, which names the query. Of a query that
+                began before this watch did, some scores are not known, so it never counts.
+
+        """
         document, query = request_id[-LONGEST:], query[-LONGEST:]
         if document == query and query not in self._of_parts:
             unit = Unit(group=self._group_of(request_id))
@@ -157,16 +164,27 @@ class Queries(Units):
         found.scores.setdefault(document, None)
         self._query_of[document] = query
 
-    def compared(self, request_id: str, level: int, early: float, full: float) -> None:
-        """Note the scores of a document, see `Watch.compared`."""
-        document = request_id[-LONGEST:]
-        name = self._query_of.get(document)
-        if name is None:
-            return
-        self._seen(name)
-        query = self._of_parts[name]
-        query.scores[document] = early, full
-        query.level = max(query.level, level)
+    def compared(
+        self, request_ids: Sequence[str], levels: Ints, early: Floats, full: Floats
+    ) -> None:
+        """Note the scores of documents.
+
+        Args:
+            request_ids: [documents], the request of each.
+            levels: [documents], the level each was decided at, or `NO_LEVEL`.
+            early: [documents], the scores that they have in service.
+            full: [documents], their scores at full depth.
+
+        """
+        documents = zip(request_ids, levels.tolist(), early.tolist(), full.tolist(), strict=True)
+        for request_id, level, early_score, full_score in documents:
+            document = request_id[-LONGEST:]
+            name = self._query_of.get(document)
+            if name is not None:
+                self._seen(name)
+                query = self._of_parts[name]
+                query.scores[document] = early_score, full_score
+                query.level = max(query.level, level)
 
     @override
     def ended(self, request_id: str, ran: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_adainfer.arrays import Bools, Floats, Ints
+from vllm_adainfer.arrays import Bools, Ints
 from vllm_adainfer.artifact.fields import LabelBound
 from vllm_adainfer.artifact.kinds import Risk
 from vllm_adainfer.watch.evidence import Evidence, log_factors
@@ -118,6 +118,7 @@ class Watch:
         epsilons: fp64 [levels], the bounds, in the order of the epsilon table.
         tightened: bool [levels], True where requests must run to full depth.
         risk: what the bounds are on.
+        queries: what documents are noted in, where queries count once; None elsewhere.
         about: the one label that answers are counted of, and its column; None for all answers.
         labels: watches of promises about single labels. Each may close a level, too.
 
@@ -140,7 +141,8 @@ class Watch:
         self.tightened: Bools = np.zeros(len(epsilons), dtype=np.bool_)
         self._grouping = grouping
         self._levels = [Level(one, alpha, grouping, closes) for one in epsilons]
-        self._units = Units(grouping) if grouping.loses is None else Queries(grouping)
+        self.queries = None if grouping.loses is None else Queries(grouping)
+        self._units = Units(grouping) if self.queries is None else self.queries
         self._new: dict[float, tuple[int, int]] = {}
 
     def watch_labels(self, promises: Mapping[LabelBound, int]) -> None:
@@ -151,11 +153,6 @@ class Watch:
             watch = Watch(bounds, self.alpha, self._grouping, self.risk)
             watch.about, watch.tightened = (promise, column), self.tightened
             self.labels.append(watch)
-
-    @property
-    def is_of_queries(self) -> bool:
-        """Whether documents are compared, by `compared`; answers are, by `observe`."""
-        return isinstance(self._units, Queries)
 
     def observe(self, request_ids: Sequence[str], levels: Ints, disagreed: Bools) -> list[Reading]:
         """Count answers that have been compared with full depth.
@@ -175,35 +172,6 @@ class Watch:
             self._units.add(*answer)
             found += self._count_complete()
         return found
-
-    def began(self, request_id: str, query: str) -> None:
-        """A document of a shadow query begins to run, or does so again.
-
-        Args:
-            request_id: its request.
-            query: the request of the query's first document, which names the query. Of a query that
-                began before this watch did, some scores are not known, so it never counts.
-
-        """
-        if isinstance(self._units, Queries):
-            self._units.began(request_id, query)
-
-    def compared(
-        self, request_ids: Sequence[str], levels: Ints, early: Floats, full: Floats
-    ) -> None:
-        """Note the scores of documents.
-
-        Args:
-            request_ids: [documents], the request of each.
-            levels: [documents], the level each was decided at, or `NO_LEVEL`.
-            early: [documents], the scores that they have in service.
-            full: [documents], their scores at full depth.
-
-        """
-        assert isinstance(self._units, Queries)
-        documents = zip(request_ids, levels.tolist(), early.tolist(), full.tolist(), strict=True)
-        for document in documents:
-            self._units.compared(*document)
 
     def ended(self, request_id: str, ran: bool = True) -> list[Reading]:
         """A request, of this policy or not, has ended; returns what `observe` does.

@@ -218,14 +218,14 @@ class Decisions:
         owners = self._owners[step.shadow]
         seen = set(owners.tolist())
         if undecidable.size:
-            of_queries = {name for name, watch in monitors.items() if watch.is_of_queries}
+            of_queries = {name for name, watch in monitors.items() if watch.queries is not None}
             seen |= {index for index, name in enumerate(names) if name in of_queries}
         for index in sorted(seen):
             name, own = names[index], step.shadow[owners == index]
             monitor = monitors[name]
             own_rows = self._policies.own_rows(step.threshold_rows[own], self._owners[own])
             shadow, levels = own, monitor.levels_of(own_rows)
-            if monitor.is_of_queries:
+            if monitor.queries is not None:
                 shadow = np.concatenate([own, undecidable])
                 levels = np.concatenate([levels, np.full(len(undecidable), NO_LEVEL)])
             settled = step.settled(shadow)

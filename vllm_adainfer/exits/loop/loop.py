@@ -119,14 +119,15 @@ class Loop(ABC):
         self.kv.forget(request_id)
 
     def began(self, request_id: str, query: str) -> None:
-        """A document of a shadow query begins to run, see `Watch.began`."""
+        """A document of a shadow query begins to run, see `Queries.began`."""
         for monitor in self.monitors.values():
-            monitor.began(request_id, query)
+            if monitor.queries is not None:
+                monitor.queries.began(request_id, query)
 
     def ended(self, request_id: str, ran: bool = True) -> None:
         """A request has ended; `ran` is False if it never ran."""
         for name, monitor in self.monitors.items():
             for watch in (monitor, *monitor.labels):
                 warn(name, watch, watch.ended(request_id, ran))
-            if monitor.is_of_queries:
+            if monitor.queries is not None:
                 self.stats.by_policy[name].queries_counted(monitor.take_counted())

@@ -16,6 +16,7 @@ from vllm_adainfer.exits.accounting.counters import PolicyStats
 from vllm_adainfer.policy.answers import Answers, EarlyScores
 from vllm_adainfer.policy.exit_policy import ExitPolicy
 from vllm_adainfer.promise.first_documents import relevance
+from vllm_adainfer.watch.units import Queries
 from vllm_adainfer.watch.watch import Reading, Watch
 
 logger = logging.getLogger("vllm.adainfer.exits.shadow")  # vLLM shows only loggers under "vllm."
@@ -63,8 +64,8 @@ class ShadowAnswers:
             head: vLLM's own `compute_logits`, which reads early answers that are states.
 
         """
-        if self.monitor.is_of_queries:
-            self._compare_documents(logits, head)
+        if self.monitor.queries is not None:
+            self._compare_documents(self.monitor.queries, logits, head)
             return
         disagreed = np.zeros(len(self.levels), dtype=np.bool_)
         if self.answers is not None and len(self.requests):
@@ -84,7 +85,9 @@ class ShadowAnswers:
         if self.monitor.labels:
             self._compare_labels(logits)
 
-    def _compare_documents(self, logits: Tensor, head: Callable[[Tensor], Tensor]) -> None:
+    def _compare_documents(
+        self, queries: Queries, logits: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> None:
         """Note the scores of documents; their queries are counted later, see `Queries`."""
         everyone, settled = (
             torch.from_numpy(one).to(logits.device) for one in (self.everyone, self.settled)
@@ -95,7 +98,7 @@ class ShadowAnswers:
             early[settled] = relevance(self.policy.early(self.answers, head))
         early_scores, scores = self.read(torch.stack([early, full])).astype(np.float64)
         self.stats.moved(np.abs(early_scores - scores)[self.settled].tolist())
-        self.monitor.compared(self.request_ids, self.levels, early_scores, scores)
+        queries.compared(self.request_ids, self.levels, early_scores, scores)
 
     def _compare_labels(self, logits: Tensor) -> None:
         """Count answers for each promise about one label; warn of a broken one."""
@@ -147,7 +150,7 @@ def warn(policy: str, watch: Watch, broken: Sequence[Reading]) -> None:
             )
             continue
         what = "early answers of shadow requests differ from full depth"
-        if watch.is_of_queries:
+        if watch.queries is not None:
             what = "shadow queries lose one of their first documents"
         elif watch.risk == "probability":
             what += " or have a probability that moves too far"
