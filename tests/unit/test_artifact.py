@@ -206,13 +206,7 @@ def make_checkpoint(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [
-        make_file,
-        make_other_directory,
-        pytest.param(
-            make_checkpoint,
-        ),
-    ],
+    [make_file, make_other_directory, make_checkpoint],
 )
 def test_what_is_no_artifact_is_not_overwritten(tmp_path, config, make):
     target = tmp_path / "policy"
@@ -235,9 +229,7 @@ def test_a_file_in_place_of_the_parent_is_an_error(tmp_path, config):
     "error",
     [
         OSError("No space left on device"),
-        pytest.param(
-            SafetensorError("I/O error: No space left on device"),
-        ),
+        SafetensorError("I/O error: No space left on device"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -363,12 +355,7 @@ def remove(name: str) -> Callable[[Path], None]:
         ),
         pytest.param(write_config(b'{"epsilon": '), CONFIG_FILE, "Invalid JSON", id="no JSON"),
         pytest.param(write_config(b""), CONFIG_FILE, "Invalid JSON", id="empty config"),
-        pytest.param(
-            write_config(b"\xff\xfe"),
-            CONFIG_FILE,
-            "",
-            id="no UTF-8",
-        ),
+        pytest.param(write_config(b"\xff\xfe"), CONFIG_FILE, "", id="no UTF-8"),
         pytest.param(edit_config(surprise=1), CONFIG_FILE, "surprise", id="unknown key"),
         pytest.param(edit_config(schema_version=2), CONFIG_FILE, "schema_version", id="schema"),
         pytest.param(edit_config(epsilon=0), CONFIG_FILE, "epsilon", id="epsilon of 0"),

@@ -62,13 +62,7 @@ def test_rows_know_their_line_and_empty_lines_are_skipped(tmp_path):
 
 @pytest.mark.parametrize(
     "character",
-    [
-        pytest.param(
-            character,
-        )
-        for character in ("\u2028", "\u2029", "\x85")
-    ]
-    + ["\u00e9", "\u3042"],
+    ["\u2028", "\u2029", "\x85", "\u00e9", "\u3042"],
     ids=lambda character: f"U+{ord(character):04X}",
 )
 def test_a_string_may_hold_any_character_that_json_allows(tmp_path, character):
