@@ -21,7 +21,6 @@ from tests.tiny import LAYERS, tiny_artifact, tiny_config
 from vllm_adainfer.auto import places
 from vllm_adainfer.auto.directory import AutoDirectory, read_json, write_json
 from vllm_adainfer.auto.kinds import Kind
-from vllm_adainfer.auto.own_kind import OwnKind
 from vllm_adainfer.auto.table import RECURS
 from vllm_adainfer.engine.worker import self_calibration
 from vllm_adainfer.engine.worker.trainer_process import TrainerProcess
@@ -228,16 +227,6 @@ def test_a_policy_that_cannot_be_served_is_put_away_and_the_one_before_serves_on
     own.ledger.allowed = 1000.0
     ask(auto, PROMPTS[:10], label(labels))
     assert own.ledger.decided == 10
-
-
-def test_a_restart_goes_on_with_the_ledger(auto, directory, labels, served):
-    kind, own = served
-    own.ledger.allowed = 40.0
-    ask(auto, PROMPTS, label(labels))
-    own.save(directory.ledger(kind), reserves=False)
-    again = OwnKind.read(kind, directory.ledger(kind))
-    assert again is not None
-    assert again.ledger.as_dict() == own.ledger.as_dict()
 
 
 def test_a_client_cannot_ask_a_server_that_calibrates_itself_for_another_bound(auto, labels):

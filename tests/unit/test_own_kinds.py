@@ -348,6 +348,13 @@ def test_no_more_misses_are_allowed_for_than_the_budget_has_room_for(
     assert read_json(directory.ledger("kind-1"))["reserved"] == missing.ledger.spare(RESERVED) < 2
 
 
+def test_a_kind_may_be_written_while_the_step_that_gives_it_a_place_runs(kinds, directory):
+    asked = [request(1)] * RECURS
+    kinds.admit_by_ledger(asked, np.arange(RECURS), np.ones(RECURS), np.zeros(RECURS))
+    kinds.save()
+    assert read(directory).ledger.requests == 0
+
+
 def test_a_server_that_ends_leaves_its_ledgers_as_they_are_and_goes_on_exactly(
     kinds, directory, missing
 ):
@@ -387,3 +394,10 @@ def test_a_lower_rate_is_on_disk_before_a_coin_is_tossed_with_it(kinds, director
         step(kinds, [request(1)] * RECURS)
     saved = read_json(directory.ledger(name))
     assert {**saved, "reserved": 0} == {**own.content, "reserved": 0}
+
+
+def test_a_rate_that_the_switch_changes_is_on_disk_before_the_first_step(kinds, directory, missing):
+    step(kinds, [request(1)])
+    kinds.save(is_last=True)
+    OwnKinds(Auto(directory=str(directory.root), full_depth_rate=0.5), directory)
+    assert read(directory).ledger.rates[0] == 0.5

@@ -66,11 +66,15 @@ class OwnKind:
     since: float = field(default_factory=time.time)
     recent: Recent = field(default_factory=Recent)
     state: str = "recording"
-    content: Mapping[str, Any] = field(default_factory=dict)
+    content: Mapping[str, Any] = field(init=False)
     is_saved: bool = True
     _written: Mapping[str, Any] = field(default_factory=dict)
     _allowed_for: int = 0  # misses that the file has or allows for; -1 while it is written
     _writing: Lock = field(default_factory=Lock)
+
+    def __post_init__(self) -> None:
+        """A thread may write the file before the first step of the kind has ended."""
+        self.note()
 
     @property
     def has_rows(self) -> bool:
@@ -85,7 +89,7 @@ class OwnKind:
     @property
     def reading(self) -> dict[str, Any]:
         """What the ledger says, for people."""
-        return {name: self.content[name] for name in SHOWN if name in self.content}
+        return {name: self.content[name] for name in SHOWN}
 
     def add(self, requests: int, decided: int, misses: int, path: Path) -> None:
         """Enter a step into the ledger, whose file is `path`; see `Ledger.add`.
@@ -141,6 +145,5 @@ class OwnKind:
             own = cls(name, ledger, since, Recent(**{key: float(recent[key]) for key in recent}))
         except (LookupError, TypeError, ValueError):
             return None
-        own.note()
         own._written, own._allowed_for = own.content, ledger.misses
         return own

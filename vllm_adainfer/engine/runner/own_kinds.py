@@ -45,8 +45,11 @@ class OwnKinds:
 
         self.places = Places(directory, new_ledger)
         self.kinds = self.places.kinds
-        for own in self.kinds.values():
-            own.ledger.use_rate(auto.full_depth_rate)
+        for name, own in self.kinds.items():
+            if own.ledger.rates[0] != auto.full_depth_rate:
+                own.ledger.use_rate(auto.full_depth_rate)
+                own.note()
+                own.save(directory.ledger(name))  # before its first coin is tossed
         self._step: dict[str, tuple[int, int]] = {}  # by kind: requests, and those decided
         self._toss = SystemRandom().random  # which no client can foresee
         self.step_seconds, self.steps = 0.0, 0
