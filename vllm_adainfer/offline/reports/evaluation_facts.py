@@ -52,7 +52,7 @@ def evaluation_facts(report: Mapping[str, Any]) -> list[Block]:
         *(
             block
             for name, facts in about.items()
-            if name in report
+            if report.get(name)
             for block in facts(report[name])
         ),
     ]
