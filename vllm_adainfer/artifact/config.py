@@ -28,7 +28,7 @@ class ArtifactConfig(ConfigFields):
 
     @property
     def probe_inputs(self) -> tuple[ProbeInput, ...]:
-        """What the probe of each exit point reads."""
+        """The input of the probe at each exit point."""
         states = ProbeInput.PROMPT if self.is_pooled else ProbeInput.LAST_TOKEN
         special = dict.fromkeys(self.branches, ProbeInput.OWN_STATES)
         if self.student is not None:

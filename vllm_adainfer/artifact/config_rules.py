@@ -1,4 +1,4 @@
-"""What the fields of an artifact's config must satisfy together."""
+"""The rules that the fields of an artifact's config must satisfy together."""
 
 from __future__ import annotations
 

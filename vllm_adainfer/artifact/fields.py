@@ -103,7 +103,7 @@ class LabelBound(Strict):
 
 
 class LabelRisk(Strict):
-    """What the held-out rows say of a `LabelBound` at one level.
+    """The result of the held-out rows for a `LabelBound` at one level.
 
     Attributes:
         rows: the number of held-out rows that the promise is about.

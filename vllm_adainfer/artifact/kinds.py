@@ -38,7 +38,7 @@ def features_of_risk(risk: Risk, has_gates: bool) -> tuple[str, ...]:
 
 
 class ProbeInput(Enum):
-    """What a probe reads of a request."""
+    """The input of a probe."""
 
     TEXT = "the text of its prompt"
     PROMPT = "the mean of the states of its prompt"

@@ -108,7 +108,7 @@ class AutoDirectory:
         return self.root / kind / "rows"
 
     def trainer(self, kind: str) -> Path:
-        """What the trainer says of a kind."""
+        """The trainer's notes on a kind."""
         return self.root / kind / "trainer.json"
 
     def policy(self, kind: str, number: int) -> Path:

@@ -15,7 +15,7 @@ KNOWN = 1024  # kinds whose names are kept
 
 @dataclass(frozen=True)
 class Kind:
-    """What recurs in requests of one kind.
+    """The common output of requests of one kind.
 
     Attributes:
         reads: what a client reads of the answer: one label, one of several texts, or the labels'

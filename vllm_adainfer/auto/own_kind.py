@@ -88,7 +88,7 @@ class OwnKind:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """What the ledger says, for people."""
+        """The state of the ledger, for people."""
         return {name: self.content[name] for name in SHOWN}
 
     def add(self, requests: int, decided: int, misses: int, path: Path) -> None:

@@ -117,7 +117,7 @@ class Places:
 
 
 def who_goes(holders: Mapping[str, OwnKind], wants: float, now: float) -> str | None:
-    """Who loses its place to a kind with `wants` recent requests; None if nobody does.
+    """The kind that loses its place to one with `wants` recent requests; None if none does.
 
     Of the kinds that are done, or else of all that have had a place for a while, it is the one with
     the fewest recent requests.

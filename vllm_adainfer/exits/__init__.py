@@ -1,4 +1,4 @@
-"""What a step does with decisions.
+"""Steps, and the effects of decisions on them.
 
 Never imports vLLM.
 """

@@ -1,1 +1,1 @@
-"""What runs in vLLM's API server: request check, metrics, log line, endpoints."""
+"""The part in vLLM's API server: request check, metrics, log line, endpoints."""

@@ -1,4 +1,4 @@
-"""What decides: from a hidden state to an answer that is settled, and its bound.
+"""The decision: from a hidden state to an answer that is settled, and its bound.
 
 Never imports vLLM.
 """

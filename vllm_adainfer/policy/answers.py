@@ -1,4 +1,4 @@
-"""What an exit point answers with: states for the LM head, or scores of some tokens."""
+"""The answers of an exit point: states for the LM head, or scores of some tokens."""
 
 from __future__ import annotations
 

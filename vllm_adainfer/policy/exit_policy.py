@@ -1,4 +1,4 @@
-"""What the exit loop needs from a policy, and what a policy decides about."""
+"""A policy as the exit loop sees it, and the rows that it decides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vllm_adainfer.promise.promise import Outcome, Promise
 
 @dataclass(frozen=True)
 class Decision:
-    """What a policy decides about some rows at an exit point.
+    """A policy's decision about some rows at an exit point.
 
     Attributes:
         settled: bool [rows], True where the answer is decided.
@@ -78,7 +78,7 @@ class UndecidedRows:
 
 
 class ExitPolicy(ABC):
-    """What the exit loop needs from a policy.
+    """A policy as the exit loop sees it.
 
     Attributes:
         exit_points: layers after which the exit loop calls `decide`, ascending.

@@ -195,7 +195,7 @@ class Policy(ExitPolicy):
         return mask_of(subsets, self._columns)
 
     def view(self, exit_index: int, rows: UndecidedRows) -> ProbeView:
-        """What `decide` bases its decision on."""
+        """The basis of the decision of `decide`."""
         probe, ids = self._probes[exit_index], self.answer_ids
         if isinstance(probe, Probe):
             result = probe.score(probe.readout(rows.hidden))

@@ -47,7 +47,7 @@ class Probe:
 
     @property
     def fitted_tensors(self) -> dict[str, Tensor]:
-        """What calibration has fitted, by the names that an artifact stores it under."""
+        """The tensors that calibration has fitted, by their names in an artifact."""
         tensors: dict[str, Tensor | None] = {}
         if self.head.bias is not None:  # a label head
             tensors = {"head_weight": self.head.weight, "head_bias": self.head.bias}
@@ -69,7 +69,7 @@ class Probe:
 
     @property
     def bytes(self) -> int:
-        """What the probe stores besides the model's own norm and head."""
+        """The bytes that the probe stores besides the model's own norm and head."""
         return sum(tensor.nbytes for tensor in self.fitted_tensors.values())
 
     def of_tokens(self, token_ids: Tensor) -> Probe:

@@ -1,4 +1,4 @@
-"""What a policy sees at an exit point, as `explain` shows it to people."""
+"""A policy's view at an exit point, as `explain` shows it to people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ProbeView:
-    """What a policy sees of some rows; all tensors are [rows].
+    """A policy's view of some rows; all tensors are [rows].
 
     Attributes:
         tokens: int64, the token that the probe would answer.

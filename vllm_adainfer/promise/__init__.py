@@ -1,1 +1,1 @@
-"""What a policy promises about its answers, one file for each kind. Never imports vLLM."""
+"""The promises about answers, one file for each. Never imports vLLM."""

@@ -17,7 +17,7 @@ MOVES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class LabelProbabilities:
-    """What a distribution over the vocabulary says of the labels.
+    """The probabilities of the labels in a distribution over the vocabulary.
 
     Attributes:
         among: fp32 [rows, labels], their probabilities among themselves, which sum to 1; or where
@@ -58,7 +58,7 @@ class LabelProbabilities:
 def probabilities_of_logits(
     logits: Tensor, label_ids: Tensor, subsets: Tensor | None = None, link: Link = SOFTMAX
 ) -> LabelProbabilities:
-    """What logits [rows, vocabulary] say of the labels, int64 [labels].
+    """The probabilities of the labels, int64 [labels], by logits [rows, vocabulary].
 
     `subsets`, bool [rows, labels], are the labels that each row is about; None for all.
     """
@@ -80,7 +80,7 @@ def features_among(scores: Tensor, link: Link = SOFTMAX) -> Tensor:
 
 
 def features_of(scores: Tensor, link: Link = SOFTMAX) -> Tensor:
-    """What the classifier reads of a head's scores [rows, labels + 1]: fp32 [rows, 3].
+    """The classifier's features of a head's scores [rows, labels + 1]: fp32 [rows, 3].
 
     ``top_logit`` is the log-odds of the best label among the labels, ``gap`` the lead of its
     probability over the second, ``mass_logit`` the log-odds of the label mass. Near 1, where
@@ -127,7 +127,7 @@ def _others(labels: Tensor, vocabulary: int) -> Tensor:
 def probabilities_of_answers(
     answers: Tensor, vocabulary: int | None, link: Link = SOFTMAX
 ) -> LabelProbabilities:
-    """What `answers_of` say, as vLLM's log-softmax over the vocabulary will."""
+    """The probabilities in `answers_of`, as vLLM's log-softmax over the vocabulary gives them."""
     labels, rest = answers[:, :-1], answers[:, -1]
     mass = torch.ones_like(rest)
     if vocabulary is not None:

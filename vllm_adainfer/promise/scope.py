@@ -1,4 +1,4 @@
-"""What a promise covers, in words: labels, prompts, texts, and each bound by itself."""
+"""The scope of a promise, in words: labels, prompts, texts, and each bound by itself."""
 
 from __future__ import annotations
 

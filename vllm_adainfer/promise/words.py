@@ -1,4 +1,4 @@
-"""What a policy serves and promises, in the words of logs, cards, reports and checks."""
+"""The service and promise of a policy, in the words of logs, cards, reports and checks."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ class Ledger:
 
 @functools.cache
 def growth(c: float, rate: float) -> float:
-    """What a compared miss adds to the bound by `c`; infinite if the rate is too low for it.
+    """The growth of the bound by `c` with a compared miss; infinite if the rate is too low.
 
     It was answered at full depth itself; others that no coin compared were not.
     """

@@ -29,7 +29,7 @@ STAKES, LARGEST_STAKE = 24, 0.9
 
 @dataclass(frozen=True)
 class Reading:
-    """What the shadow requests at one level have shown so far.
+    """The results of the shadow requests at one level so far.
 
     Attributes:
         epsilon: the level's bound.

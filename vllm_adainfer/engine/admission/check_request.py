@@ -1,4 +1,4 @@
-"""What vLLM's frontend refuses of a request: settings that the engine cannot serve."""
+"""Refusals in vLLM's frontend: settings of a request that the engine cannot serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks send each other."""
+"""Messages between ranks."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ def is_classifier(model: Any) -> bool:
 
 
 def activation_of(model: Any) -> str | None:
-    """What the scores of a classifier pass: "classes" or "labels"; None for anything else.
+    """The activation of a classifier's scores: "classes" or "labels"; None for anything else.
 
     vLLM 0.32 keeps the function in the head of the pooler (`pooler/seqwise/heads.py`). For classes
     it is a softmax, or the sigmoid of a single column, for labels a sigmoid of each column. Others

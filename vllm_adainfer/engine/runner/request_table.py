@@ -1,4 +1,4 @@
-"""What steps read of the running requests, as a table: a column for each of them."""
+"""The running requests as steps read them: a table with a column for each property."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What runs in the scheduler's process."""
+"""The code of the scheduler's process."""

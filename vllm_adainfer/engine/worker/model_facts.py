@@ -1,4 +1,4 @@
-"""What the trainer must know of the served model."""
+"""The facts about the served model that the trainer needs."""
 
 from __future__ import annotations
 

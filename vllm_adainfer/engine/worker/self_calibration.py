@@ -36,7 +36,7 @@ Chunk = tuple[Sequence[str], Mapping[str, Tensor]]
 
 
 class SelfCalibration:
-    """What a worker does beside its steps, on one thread.
+    """The tasks of a worker beside its steps, on one thread.
 
     It writes recorded rows and ledgers, starts the trainer, and reads the policies that this has
     certified. Whatever fails here, serving goes on.
@@ -149,7 +149,7 @@ class SelfCalibration:
             self._tried("the state cannot be written", self._status)
 
     def _tried(self, what: str, task: Callable[[], None]) -> None:
-        """Do a task; one that fails is tried again later, and warned of once."""
+        """Run a task. On failure, warn once and retry later."""
         try:
             task()
         except Exception as error:  # whatever it was, serving goes on

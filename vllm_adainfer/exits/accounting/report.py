@@ -64,7 +64,7 @@ def snapshot_of(stats: ExitStats) -> Snapshot:
 
 @dataclass(frozen=True)
 class StepNote:
-    """What the worker tells the scheduler after a step.
+    """The worker's message to the scheduler after a step.
 
     Attributes:
         complete: for each request that may exit, how many of its first tokens are cached as at

@@ -1,1 +1,1 @@
-"""What becomes of the keys and values of layers that a row skips."""
+"""Keys and values of the layers that a row skips."""

@@ -143,7 +143,7 @@ class Decisions:
         return [self._step.texts[request] for request in requests.tolist()]
 
     def _means(self, exit_index: int, requests: Ints, chunks: Ints) -> Tensor:
-        """What heads read of the prompts of `requests`; `chunks` are carried on."""
+        """The input of pooled heads for `requests`; sums of `chunks` are carried on."""
         forward = self._forward
         if not requests.size and not chunks.size:
             return forward.states.hidden[:0]

@@ -1,4 +1,4 @@
-"""What runs a model's stack: the base of the exit loop and of the recording loop."""
+"""The base of the exit loop and of the recording loop, which run a model's stack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``trainer.json`` says of a kind: its tries to certify a policy."""
+"""The content of ``trainer.json``: the tries to certify a policy for a kind."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ class _Measured:
         return {name: value, f"{name}_95": interval}
 
     def level(self, epsilon: float) -> dict[str, Any]:
-        """What was measured at one epsilon."""
+        """The measurements at one epsilon."""
         runs = self.at(epsilon)
         speedup = self.speedup(runs)
         saved = 1 - sum(run.layers_run for run in runs) / sum(run.layers_possible for run in runs)

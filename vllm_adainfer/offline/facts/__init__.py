@@ -1,1 +1,1 @@
-"""What is said of an artifact, as facts, and facts as text and as Markdown."""
+"""The facts about an artifact, and facts as text and as Markdown."""

@@ -26,7 +26,7 @@ from vllm_adainfer.offline.reports.views import (
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a policy makes of one prompt.
+    """A policy's view of one prompt.
 
     Attributes:
         prompt_tokens: number of tokens of the prompt.

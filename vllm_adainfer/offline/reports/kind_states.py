@@ -1,4 +1,4 @@
-"""What the directory of a server that calibrates itself says of each kind of request."""
+"""The state of each kind of request, by the directory of a self-calibrating server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Texts = Callable[[int], str]
 
 @dataclass(frozen=True)
 class KindState:
-    """What is known of one kind.
+    """The state of one kind.
 
     Attributes:
         name: its hashed name.
@@ -89,7 +89,7 @@ class KindState:
 
 @dataclass(frozen=True)
 class Watched:
-    """What a server has counted.
+    """The counts of a server.
 
     Attributes:
         model: name of the served model.
@@ -116,7 +116,7 @@ class Watched:
 
 
 def read_directory(root: str | Path) -> Watched:
-    """What the directory says; what other processes have not written yet is left out.
+    """The content of the directory, without files that are still to be written.
 
     Raises:
         AdaInferError: no server has counted kinds there.
@@ -168,7 +168,7 @@ def label_texts(tokenizer: str) -> Texts:
 
 
 def reads_of(kind: Kind, texts: Texts) -> str:
-    """What requests of a kind read, in words."""
+    """The output of a kind, in words."""
     if kind.choices:
         return f"choice: {_few([quoted(text) for text in kind.choices[:SHOWN_ANSWERS]], kind)}"
     return f"{kind.reads}: {_few([texts(label) for label in kind.labels[:SHOWN_ANSWERS]], kind)}"

@@ -19,7 +19,7 @@ from vllm_adainfer.offline.reports.kind_states import (
 
 
 def facts_of_kind(one: KindState, watched: Watched, texts: Texts) -> Facts:
-    """What is known of one kind."""
+    """The state of one kind, as facts."""
     count = one.count
     return {
         "kind": one.name,

@@ -1,4 +1,4 @@
-"""What a policy sees of a prompt, exit point by exit point, from recorded states."""
+"""A policy's view of a prompt, exit point by exit point, from recorded states."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vllm_adainfer.promise.probabilities import features_among
 
 @dataclass(frozen=True)
 class View:
-    """What a policy sees of a prompt after some layers.
+    """A policy's view of a prompt after some layers.
 
     Attributes:
         layer: number of layers that have run.

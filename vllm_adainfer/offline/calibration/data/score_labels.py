@@ -18,7 +18,7 @@ def is_classifier(hf_config: Any) -> bool:
 
 
 def score_head_of(hf_config: Any) -> ScoreHead | None:
-    """What turns the scores of a model into probabilities; None if it generates."""
+    """The function from a model's scores to probabilities; None if it generates."""
     if not is_classifier(hf_config):
         return None
     if score_columns(hf_config) == 1:

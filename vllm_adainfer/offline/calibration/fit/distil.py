@@ -33,7 +33,7 @@ PRECISION = 1e-4  # of the mean cross-entropy; further steps change next to no d
 
 @dataclass(frozen=True)
 class Taught:
-    """What a head learns from, for some rows.
+    """The targets of a head, for some rows.
 
     Attributes:
         read: fp32 [rows, width], what it reads.

@@ -46,7 +46,7 @@ E = TypeVar("E", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and how.
+    """The subject and the settings of a training.
 
     Attributes:
         name: what it is, in words.

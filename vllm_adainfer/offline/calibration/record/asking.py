@@ -1,4 +1,4 @@
-"""What an engine is asked for: a greedy token, or the probabilities of a classifier."""
+"""Request parameters of recordings: a greedy token, or a classifier's probabilities."""
 
 from __future__ import annotations
 
